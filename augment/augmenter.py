@@ -1,0 +1,87 @@
+"""`Augmenter`: a policy and a seed, applied to pictures."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from augment import cpu
+from augment.decode import ImageError, decode, image_size, scale_of
+from augment.fuse import WarpPass, fuse
+from augment.ops.op import pixels
+from augment.plan import Plan
+from augment.policy import Policy, PolicySpec, load_policy
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Augmenter:
+    """Draw a plan for a sample and apply it.
+
+    The result is a pure function of (policy, seed, epoch, index, picture): the same in any process, thread, order or batch.
+    """
+
+    def __init__(
+        self, policy: Policy | PolicySpec, seed: int = 0, *, size: int | tuple[int, int] | None = None
+    ) -> None:
+        """policy: see `load_policy`. size: pixels, (height, width) or one side of a square, that every result shall have; None leaves
+        it to the policy. ValueError (PolicyError) for a policy that cannot be read."""
+        self.policy = load_policy(policy)
+        # An op's stream is named by its occurrence among its own name, so this part of the policy draws what the whole would.
+        self._mixing = Policy(tuple(op for op in self.policy.ops if op.kind == "batch"))
+        self.seed = seed
+        self.size = None if size is None else pixels("size", size)
+
+    def __call__(self, image: bytes | np.ndarray, *, epoch: int, index: int) -> np.ndarray:
+        """The augmented picture, uint8 H×W×3. image: encoded bytes or a uint8 H×W×3 array, which is not changed. ImageError as `decode`."""
+        return self.apply(self.draw(_size_of(image), epoch=epoch, index=index), image)
+
+    def draw(self, size: tuple[int, int], *, epoch: int, index: int) -> Plan:
+        """The plan for the sample `index` in `epoch`, a picture of `size` (height, width)."""
+        return self.policy.draw(size, seed=self.seed, epoch=epoch, index=index, to=self.size)
+
+    def apply(self, plan: Plan, image: bytes | np.ndarray) -> np.ndarray:
+        """Apply a plan to the picture it was drawn for. ValueError if the picture has another size.
+
+        From JPEG bytes the picture is decoded at the smallest scale that feeds the plan, so the pixels may differ from those of the
+        array by a few grey levels. Steps that mix a batch are not applied: see `mix`.
+        """
+        size = _size_of(image)
+        if size != plan.size:
+            raise ValueError(
+                f"the plan was drawn for {plan.size[0]}×{plan.size[1]} pixels, the picture has {size[0]}×{size[1]}"
+            )
+        passes = fuse(plan)
+        if isinstance(image, np.ndarray):
+            return cpu.run(passes, image)
+        first = passes[0] if passes else None
+        if not isinstance(first, WarpPass):
+            return cpu.run(passes, decode(image))
+        reduction = np.hypot(first.matrix[:2, 0], first.matrix[:2, 1])
+        decoded = decode(image, needed=(reduction[1], reduction[0]))
+        if decoded.shape[:2] != size:
+            passes[0] = first.from_scaled(scale_of(decoded.shape[0], size[0]), scale_of(decoded.shape[1], size[1]))
+        return cpu.run(passes, decoded)
+
+    def mix(
+        self, images: "torch.Tensor", targets: "torch.Tensor", *, epoch: int, indices: Sequence[int]
+    ) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """Apply the policy's batch ops (MixUp, CutMix) to a batch on any device.
+
+        images: N×3×H×W, any dtype in 0…255; targets: float N×C (one-hot, soft or multi-label); indices: of the N samples. Returns
+        both, new where mixed; images become float32 where MixUp blended them. Neither input is changed.
+        """
+        from augment import batch
+
+        size = (images.shape[-2], images.shape[-1])
+        plans = [self._mixing.draw(size, seed=self.seed, epoch=epoch, index=int(i)) for i in indices]
+        return batch.mix(plans, images, targets)
+
+
+def _size_of(image: bytes | np.ndarray) -> tuple[int, int]:
+    if not isinstance(image, np.ndarray):
+        return image_size(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ImageError(f"expected a uint8 array H×W×3, got {image.dtype} {'×'.join(map(str, image.shape))}")
+    return image.shape[0], image.shape[1]

@@ -1,0 +1,132 @@
+"""The cpu executor: passes on one uint8 H×W×3 array, by OpenCV. Nothing here changes its input."""
+
+from collections.abc import Iterable
+
+import cv2
+import numpy as np
+
+from augment.fuse import ColorPass, OpPass, Pass, WarpPass
+
+_BORDERS = {"constant": cv2.BORDER_CONSTANT, "edge": cv2.BORDER_REPLICATE, "reflect": cv2.BORDER_REFLECT}
+_CLOSE = 1e-6
+
+
+def run(passes: Iterable[Pass], image: np.ndarray) -> np.ndarray:
+    """The passes in order. image: uint8 H×W×3. Returns a new C-contiguous uint8 array."""
+    result = image
+    for item in passes:
+        if isinstance(item, WarpPass):
+            result = warp(item, result)
+        elif isinstance(item, ColorPass):
+            result = recolor(item, result)
+        elif isinstance(item, OpPass):
+            result = item.op.on_image(item.args, result)
+    return result.copy() if result is image else np.ascontiguousarray(result)
+
+
+def recolor(item: ColorPass, image: np.ndarray) -> np.ndarray:
+    """One colour matrix over the picture."""
+    mean = np.array(cv2.mean(image)[:3])
+    return cv2.transform(image, item.matrix(mean).astype(np.float32))
+
+
+def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
+    """One resampling: bilinear, after a box filter where it reduces by 2 or more."""
+    (a, b, c), (d, e, f) = item.matrix[:2].tolist()
+    height, width = item.size
+    vertical, horizontal = item.shrink()
+    if abs(b) < _CLOSE and abs(d) < _CLOSE:
+        box = _whole_box(image, a, c, e, f, item.size)
+        if box is not None:
+            top, bottom, left, right = box
+            if (bottom - top, right - left) == item.size:
+                return _flip(_cut(image, box, item), a < 0, e < 0)
+            if top >= 0 and bottom <= image.shape[0] and left >= 0 and right <= image.shape[1]:
+                region = _shrink(image[top:bottom, left:right], vertical, horizontal)
+                return _flip(cv2.resize(region, (width, height), interpolation=cv2.INTER_LINEAR), a < 0, e < 0)
+    matrix = item.matrix
+    if vertical > 1 or horizontal > 1:
+        image, matrix = _shrunk_region(image, matrix, item, vertical, horizontal)
+    # OpenCV counts from pixel centres, the plan from pixel edges.
+    matrix = _shift(-0.5) @ matrix @ _shift(0.5)
+    return cv2.warpAffine(
+        image,
+        matrix[:2],
+        (width, height),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=_BORDERS[item.border],
+        borderValue=item.fill,
+    )
+
+
+def _whole_box(
+    image: np.ndarray, a: float, c: float, e: float, f: float, size: tuple[int, int]
+) -> tuple[int, int, int, int] | None:
+    """(top, bottom, left, right) of the input that an axis-aligned warp shows, where it lies on whole pixels."""
+    top, bottom = sorted((f, f + e * size[0]))
+    left, right = sorted((c, c + a * size[1]))
+    edges = (round(top), round(bottom), round(left), round(right))
+    if any(abs(edge - exact) > 1e-4 for edge, exact in zip(edges, (top, bottom, left, right), strict=True)):
+        return None
+    return edges
+
+
+def _cut(image: np.ndarray, box: tuple[int, int, int, int], item: WarpPass) -> np.ndarray:
+    """The box of the picture, with the border where it reaches beyond."""
+    top, bottom, left, right = box
+    height, width = image.shape[:2]
+    around = (max(0, -top), max(0, bottom - height), max(0, -left), max(0, right - width))
+    if not any(around):
+        return image[top:bottom, left:right]
+    empty = top >= height or left >= width or bottom <= 0 or right <= 0
+    if item.border == "constant" and not empty:
+        inner = image[max(0, top) : bottom, max(0, left) : right]
+        return cv2.copyMakeBorder(inner, *around, cv2.BORDER_CONSTANT, value=item.fill)
+    padded = cv2.copyMakeBorder(image, *around, _BORDERS[item.border], value=item.fill)
+    return padded[max(0, top) :, max(0, left) :][: bottom - top, : right - left]
+
+
+def _flip(image: np.ndarray, horizontal: bool, vertical: bool) -> np.ndarray:
+    if not horizontal and not vertical:
+        return image
+    return cv2.flip(image, -1 if horizontal and vertical else 1 if horizontal else 0)
+
+
+def _shrink(image: np.ndarray, vertical: int, horizontal: int) -> np.ndarray:
+    """Means of vertical × horizontal boxes; the last pixels are repeated where the sides are no multiples."""
+    if vertical == 1 and horizontal == 1:
+        return image
+    height, width = image.shape[:2]
+    below, beside = -height % vertical, -width % horizontal
+    if below or beside:
+        image = cv2.copyMakeBorder(image, 0, below, 0, beside, cv2.BORDER_REPLICATE)
+    size = (image.shape[1] // horizontal, image.shape[0] // vertical)
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def _shrunk_region(
+    image: np.ndarray, matrix: np.ndarray, item: WarpPass, vertical: int, horizontal: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The box-filtered part of the picture that the warp reads, and the matrix into it."""
+    height, width = image.shape[:2]
+    corners = matrix[:2] @ np.array(
+        [[0, item.size[1], 0, item.size[1]], [0, 0, item.size[0], item.size[0]], [1, 1, 1, 1]]
+    )
+    (left, top), (right, bottom) = np.floor(corners.min(1)), np.ceil(corners.max(1))
+    left, top = int(left) - 2 * horizontal, int(top) - 2 * vertical
+    right, bottom = int(right) + 2 * horizontal, int(bottom) + 2 * vertical
+    # What lies beyond the picture is the border's matter, so the part may start inside it only on the filter's own grid.
+    left, top = max(0, left) // horizontal * horizontal, max(0, top) // vertical * vertical
+    right, bottom = min(width, max(right, left + horizontal)), min(height, max(bottom, top + vertical))
+    if item.border != "constant" or left >= width or top >= height:
+        left, top, right, bottom = 0, 0, width, height
+    else:
+        right = min(width, -(-right // horizontal) * horizontal)
+        bottom = min(height, -(-bottom // vertical) * vertical)
+    region = _shrink(image[top:bottom, left:right], vertical, horizontal)
+    into = np.diag([1 / horizontal, 1 / vertical, 1.0]) @ np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1.0]])
+    return region, into @ matrix
+
+
+def _shift(by: float) -> np.ndarray:
+    return np.array([[1, 0, by], [0, 1, by], [0, 0, 1.0]])

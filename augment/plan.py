@@ -1,0 +1,66 @@
+"""What was drawn for one sample: an op's name and plain numbers, step by step."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One op as drawn: its registered name and the numbers that its execution needs (JSON values only)."""
+
+    op: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        shown = (f"{key}={_short(value)}" for key, value in self.args.items())
+        return f"{self.op}({', '.join(shown)})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps for one sample, in order.
+
+    size: (height, width) in pixels of the picture that the plan was drawn for.
+    """
+
+    size: tuple[int, int]
+    steps: tuple[Step, ...]
+
+    def to_json(self) -> str:
+        """One line of JSON; `Plan.from_json` gives an equal plan, to the last bit."""
+        steps = [{"op": step.op, **step.args} for step in self.steps]
+        return json.dumps({"version": VERSION, "size": list(self.size), "steps": steps})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read what `to_json` wrote. ValueError says what is wrong with other input."""
+        from augment.ops import OPS  # an op's module needs this one
+
+        try:
+            data = json.loads(text)
+            height, width = data["size"]
+            version, entries = data["version"], data["steps"]
+            steps = []
+            for entry in entries:
+                args = dict(entry)
+                steps.append(Step(args.pop("op"), args))
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ValueError(f"not a plan: {error!r} in {text[:80]!r}") from error
+        if version != VERSION:
+            raise ValueError(f"plan has version {version!r}, this Refract reads version {VERSION}")
+        unknown = [step.op for step in steps if step.op not in OPS]
+        if unknown:
+            raise ValueError(f"plan has the unknown op {unknown[0]!r}; known: {', '.join(OPS)}")
+        return cls((int(height), int(width)), tuple(steps))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_short(item) for item in value) + "]"
+    return str(value)

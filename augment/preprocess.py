@@ -1,0 +1,75 @@
+"""What evaluation and serving do to a picture before the network, as plain numbers: one function from bytes to uint8."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from augment import cpu
+from augment.decode import decode, image_size, scale_of
+from augment.fuse import WarpPass
+from augment.ops.geometric import matrix
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From a picture of any size to the network's input; the same numbers in training's validation, evaluation and serving.
+
+    height, width: of the result, pixels. resize: `crop` takes the centre of the right shape, `crop_ratio` of the shorter side;
+    `squash` takes the whole picture and does not keep the ratio of its sides. mean, std: of RGB in 0…1; they belong to the
+    network's first layer and are not applied here. ValueError names a field that is out of range.
+    """
+
+    height: int
+    width: int
+    resize: str = "crop"
+    crop_ratio: float = 0.875
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"height, width: {self.height}×{self.width} pixels are not positive")
+        if self.resize not in ("crop", "squash"):
+            raise ValueError(f"resize: {self.resize!r} is neither crop nor squash")
+        if not 0 < self.crop_ratio <= 1:
+            raise ValueError(f"crop_ratio: {self.crop_ratio} is not in (0, 1]")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean, std: {self.mean}, {self.std} are not three numbers each, std positive")
+
+    def __call__(self, image: bytes | np.ndarray, *, max_pixels: int | None = None) -> np.ndarray:
+        """The uint8 height×width×3 input of the network. image: encoded bytes or uint8 H×W×3. ImageError as `decode`."""
+        if isinstance(image, np.ndarray):
+            return cpu.run([self._warp(image.shape[:2])], image)
+        size = image_size(image)
+        warp = self._warp(size)
+        steps = (abs(warp.matrix[1, 1]), abs(warp.matrix[0, 0]))
+        pixels = decode(image, max_pixels=max_pixels, needed=steps)
+        if pixels.shape[:2] != size:
+            warp = warp.from_scaled(scale_of(pixels.shape[0], size[0]), scale_of(pixels.shape[1], size[1]))
+        return cpu.run([warp], pixels)
+
+    def _warp(self, size: tuple[int, ...]) -> WarpPass:
+        height, width = size
+        if self.resize == "squash":
+            return WarpPass(
+                matrix(width / self.width, 0, 0, 0, height / self.height, 0), (self.height, self.width), "edge"
+            )
+        step = self.crop_ratio * min(height / self.height, width / self.width)
+        left, top = (width - step * self.width) / 2, (height - step * self.height) / 2
+        return WarpPass(matrix(step, 0, left, 0, step, top), (self.height, self.width), "edge")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Preprocess":
+        """What `to_dict` wrote. ValueError names a missing or unknown field."""
+        try:
+            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        except TypeError as error:
+            raise ValueError(f"preprocess: {str(error).replace('Preprocess.__init__() ', '')}") from error

@@ -1,0 +1,76 @@
+"""Counter-based random numbers: every draw is a pure function of (seed, epoch, index, op).
+
+Philox 4×64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns a key and a counter into random words with no
+state to share, so the same sample gets the same draw in any process, order or batch.
+"""
+
+import hashlib
+import threading
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+_MASK = (1 << 64) - 1
+_thread = threading.local()
+
+
+def generator(seed: int, epoch: int, index: int, op: str) -> np.random.Generator:
+    """The stream of one op on one sample.
+
+    seed, epoch, index: any integers, taken modulo 2**64. op: a name, with its occurrence where a policy holds it twice (`Rotate#1`).
+    The object is reused by the next call in this thread: draw from it at once. (Re-keying one generator costs 2 µs, a new one 11 µs.)
+    """
+    return keyed_generator(seed, epoch, index, op_word(op))
+
+
+def keyed_generator(seed: int, epoch: int, index: int, word: int) -> np.random.Generator:
+    """`generator` for `op_word(op)` that was computed before."""
+    try:
+        bit_generator, shared, state = _thread.philox
+    except AttributeError:
+        bit_generator = np.random.Philox(0)
+        shared = np.random.Generator(bit_generator)
+        state = bit_generator.state
+        _thread.philox = (bit_generator, shared, state)
+    inner: dict[str, Any] = state["state"]
+    inner["key"][:] = (seed & _MASK, 0)
+    # The first counter word counts the blocks drawn from this stream; the other three name it.
+    inner["counter"][:] = (0, word, index & _MASK, epoch & _MASK)
+    bit_generator.state = state
+    return shared
+
+
+@cache
+def op_word(op: str) -> int:
+    return int.from_bytes(hashlib.blake2b(op.encode(), digest_size=8).digest(), "little")
+
+
+TABLE_SIZE = 1 << 20
+
+
+@cache
+def normal_table() -> np.ndarray:
+    """2**20 standard normal float32 values, the same on every machine.
+
+    A sample's noise is a stretch of this table from a drawn offset, so that both executors see the same noise and a sample costs an
+    addition, not a generator. Pictures of more than 2**20 values repeat it.
+    """
+    table = np.random.Generator(np.random.Philox(key=0x4E6F726D)).standard_normal(TABLE_SIZE, dtype=np.float32)
+    table.setflags(write=False)
+    return table
+
+
+@cache
+def uniform_table() -> np.ndarray:
+    """2**20 uniform uint8 values, the same on every machine; used as `normal_table` is."""
+    table = np.random.Generator(np.random.Philox(key=0x556E6966)).integers(0, 256, TABLE_SIZE, dtype=np.uint8)
+    table.setflags(write=False)
+    return table
+
+
+def stretch(table: np.ndarray, offset: int, count: int) -> np.ndarray:
+    """`count` values of `table` from `offset` on, going round at its end. A view where it does not go round."""
+    if offset + count <= table.size:
+        return table[offset : offset + count]
+    return np.take(table, np.arange(offset, offset + count), mode="wrap")

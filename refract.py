@@ -1,0 +1,72 @@
+"""The command line: `refract COMMAND …`. Nothing heavy is imported until a command runs."""
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "init": ("pipeline.commands.init", "look at a folder or manifest of pictures and write a config for it"),
+        "train": ("pipeline.commands.train", "train from a config; writes a run with its bundle"),
+        "evaluate": ("pipeline.commands.evaluate", "measure a bundle on labelled pictures"),
+        "predict": ("pipeline.commands.predict", "classify pictures with a bundle"),
+        "preview": ("pipeline.commands.preview", "draw a grid of pictures and their augmented variants"),
+        "serve": ("serve.command", "answer over HTTP with a bundle"),
+        "demo": ("pipeline.commands.demo", "the whole way on the embedded digits: train, track, register, serve, ask"),
+    }
+)
+"""Command → (the module whose `main(argv) -> int` runs it, one line of help)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 1 failed, 2 the user's input cannot be used, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"refract {version('refract')}")
+        return 0
+    if arguments[0] not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(f"refract: no command {arguments[0]!r}.{hint} Known: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    command = importlib.import_module(COMMANDS[arguments[0]][0])
+    try:
+        return command.main(arguments[1:])
+    except KeyboardInterrupt:
+        print("\nrefract: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `refract predict … | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 — the interpreter flushes it on exit
+        return 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: refract COMMAND …",
+            "",
+            "Images in, a served classifier out.",
+            "",
+            *lines,
+            "",
+            "refract COMMAND --help tells a command's options.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
