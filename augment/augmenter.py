@@ -33,6 +33,11 @@ class Augmenter:
         self.seed = seed
         self.size = None if size is None else pixels("size", size)
 
+    @property
+    def mixes(self) -> bool:
+        """Whether the policy mixes the samples of a batch (MixUp, CutMix)."""
+        return bool(self._mixing.ops)
+
     def __call__(self, image: bytes | np.ndarray, *, epoch: int, index: int) -> np.ndarray:
         """The augmented picture, uint8 H×W×3. image: encoded bytes or a uint8 H×W×3 array, which is not changed. ImageError as `decode`."""
         return self.apply(self.draw(_size_of(image), epoch=epoch, index=index), image)

@@ -66,10 +66,6 @@ class Policy:
             _resize(steps, current, to)
         return Plan(size, tuple(steps))
 
-    def mixes(self) -> bool:
-        """Whether any op mixes the samples of a batch."""
-        return any(op.kind == "batch" for op in self.ops)
-
     def to_list(self) -> list[dict[str, dict[str, Any]]]:
         """What `load_policy` reads, with every parameter written out; JSON and YAML values only."""
         return [{type(op).__name__: _plain(asdict(op))} for op in self.ops]

@@ -1,0 +1,1 @@
+"""How a model comes to be: configuration, data, training, tracking, evaluation. Never imports `serve`."""

@@ -1,0 +1,1 @@
+"""The commands of `refract` that train and measure; each module has `main(argv) -> int`."""

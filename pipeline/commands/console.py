@@ -1,0 +1,37 @@
+"""What the commands share: logging to the terminal, and a user's mistake as one line instead of a traceback."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+
+def run(command: str, work: Callable[[], int]) -> int:
+    """Run a command's work. Returns its exit code; 2 for input that cannot be used, 1 for a service that failed, each with its reason."""
+    from augment import ImageError, PolicyError
+    from pipeline.config import ConfigError
+    from pipeline.data.manifest import DataError
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pipeline").setLevel(logging.INFO)
+    logging.getLogger("models").setLevel(logging.INFO)
+    try:
+        return work()
+    except (ConfigError, PolicyError, DataError, ImageError) as error:
+        return _failed(command, error, 2)
+    except ValueError as error:
+        if type(error).__name__ == "BundleError":  # named, not imported: that would load PyTorch for every command
+            return _failed(command, error, 2)
+        raise
+    except RuntimeError as error:
+        if type(error).__name__ == "TrackingError":
+            return _failed(command, error, 1)
+        raise
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _failed(command, f"{error.filename}: {error.strerror}", 1)
+
+
+def _failed(command: str, error: object, code: int) -> int:
+    print(f"refract {command}: {error}", file=sys.stderr)
+    return code

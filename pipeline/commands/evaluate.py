@@ -1,0 +1,103 @@
+"""`refract evaluate BUNDLE DATA`"""
+
+import argparse
+import json
+from pathlib import Path
+
+from pipeline.commands import console
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="refract evaluate", description="Measure a bundle on labelled pictures.")
+    parser.add_argument("bundle", help="a bundle's folder")
+    parser.add_argument(
+        "data", help="a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest, or `digits`"
+    )
+    parser.add_argument(
+        "--split", choices=("train", "val", "test"), help="default: test where the data has it, else all of it"
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there too")
+    args = parser.parse_args(argv)
+    return console.run("evaluate", lambda: _evaluate(args))
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from models.bundle import load_bundle
+    from pipeline.data.manifest import DataError, load_manifest
+    from pipeline.evaluation import evaluate
+    from pipeline.files import write_atomically
+
+    bundle = load_bundle(args.bundle)
+    info = bundle.info
+    manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "auto")
+    if "test" not in manifest.splits() and manifest.source == info.data.get("source"):
+        manifest = _as_trained(info)
+        print("these are the pictures that the bundle was trained on; measuring its own hold-out")
+    samples = relabelled(manifest, info.labels)
+    split = args.split or ("test" if "test" in manifest.splits() else None)
+    if split is not None:
+        samples = [sample for sample in samples if sample.split == split]
+    if not samples:
+        raise DataError(
+            f"{args.data}: no pictures in the split {split}; it has {', '.join(manifest.splits()) or 'no splits'}"
+        )
+    result = evaluate(
+        bundle.classifier(),
+        preprocess_of(info),
+        samples,
+        task=info.task,
+        labels=info.labels,
+        temperature=info.temperature,
+        thresholds=info.thresholds,
+    )
+    print(f"{info.name} on {len(samples):,} pictures of {args.data} ({split or 'all'})")
+    for name, value in result.metrics.items():
+        print(f"  {name:<24} {value:.4f}")
+    width = max(len(row["label"]) for row in result.per_class)
+    print(f"  {'label':<{width}}  precision  recall      f1   count")
+    for row in result.per_class:
+        print(
+            f"  {row['label']:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['count']:6d}"
+        )
+    if args.json:
+        confusion = None if result.confusion is None else result.confusion.tolist()
+        report = {"bundle": bundle.digest, "pictures": len(samples), "split": split, "metrics": result.metrics}
+        report |= {"labels": list(info.labels), "per_class": result.per_class, "confusion": confusion}
+        write_atomically(args.json, json.dumps(report, indent=2, ensure_ascii=False).encode())
+        print(f"wrote {args.json}")
+    return 0
+
+
+def _as_trained(info):
+    """The training data, split as it was: without this, what was learned by heart would count as known."""
+    from pipeline.config import config_from_dict
+    from pipeline.training import prepare_data
+
+    return prepare_data(config_from_dict(info.config))[0]
+
+
+def relabelled(manifest, labels):
+    """The samples with their labels' places in the bundle. DataError names labels that the bundle does not know."""
+    from dataclasses import replace
+
+    from pipeline.data.manifest import DataError
+
+    unknown = [label for label in manifest.labels if label not in labels]
+    if unknown:
+        raise DataError(
+            f"{manifest.source}: the bundle does not know {len(unknown)} of the labels: {', '.join(unknown[:20])}; it knows "
+            f"{', '.join(labels[:20])}{' …' if len(labels) > 20 else ''}"
+        )
+    place = [labels.index(label) for label in manifest.labels]
+    return [replace(sample, labels=tuple(place[i] for i in sample.labels)) for sample in manifest.samples]
+
+
+def preprocess_of(info):
+    """The bundle's Preprocess; BundleError if its numbers are none."""
+    from augment import Preprocess
+    from models.bundle import BundleError
+
+    try:
+        return Preprocess.from_dict(info.preprocess)
+    except ValueError as error:
+        raise BundleError(f"bundle {info.name}: {error}") from error

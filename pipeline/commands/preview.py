@@ -1,0 +1,79 @@
+"""`refract preview CONFIG_OR_FOLDER -o grid.png`"""
+
+import argparse
+import io
+from pathlib import Path
+
+from pipeline.commands import console
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="refract preview",
+        description="Draw one row a picture: the original and its augmented variants, with what was drawn under each.",
+    )
+    parser.add_argument("source", help="a config (.yaml), or a picture or a folder of pictures")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("preview.png"), help="the PNG to write (default preview.png)"
+    )
+    parser.add_argument(
+        "--policy", help="a preset's name or YAML file, in place of the config's (default imagenet for pictures)"
+    )
+    parser.add_argument("--size", type=int, help="pixels of the result's side, in place of the config's (default 224)")
+    parser.add_argument("--rows", type=int, default=6, help="how many pictures (default 6)")
+    parser.add_argument("--variants", type=int, default=6, help="how many variants of each (default 6)")
+    parser.add_argument("--seed", type=int, help="in place of the config's")
+    args = parser.parse_args(argv)
+    for name in ("rows", "variants"):
+        if not 1 <= getattr(args, name) <= 100:
+            parser.error(f"--{name}: {getattr(args, name)} is not in 1…100")
+    return console.run("preview", lambda: _preview(args))
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from augment import Augmenter
+    from pipeline.files import write_atomically
+    from pipeline.preview import preview_grid
+
+    policy, seed, size, pictures = (
+        _from_config(args) if args.source.endswith((".yaml", ".yml")) else _from_pictures(args)
+    )
+    augmenter = Augmenter(args.policy or policy, seed if args.seed is None else args.seed, size=args.size or size)
+    grid = preview_grid(pictures, augmenter, variants=args.variants)
+    buffer = io.BytesIO()
+    grid.save(buffer, "PNG")
+    write_atomically(args.output, buffer.getvalue())
+    print(f"wrote {args.output}: {len(pictures)} pictures × {args.variants} variants")
+    return 0
+
+
+def _from_config(args: argparse.Namespace):
+    from pipeline.config import load_config
+    from pipeline.data.manifest import DataError, load_manifest
+
+    config = load_config(args.source)
+    manifest = load_manifest(config.data.source, config.data.task)
+    training = [sample for sample in manifest.samples if sample.split in ("", "train")]
+    pictures = []
+    for index in _spread(len(training), args.rows):
+        sample = training[index]
+        try:
+            title = ";".join(manifest.labels[i] for i in sample.labels) or "-"
+            pictures.append((title, sample.read(), index))
+        except OSError as error:
+            raise DataError(f"{sample.path}: {error.strerror}") from error
+    return config.augment.policy, config.trainer.seed, config.image_size(), pictures
+
+
+def _from_pictures(args: argparse.Namespace):
+    from pipeline.commands.predict import picture_files
+
+    files = picture_files([Path(args.source)])
+    pictures = [(files[index].stem, files[index].read_bytes(), index) for index in _spread(len(files), args.rows)]
+    return "imagenet", 0, 224, pictures
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` indices, evenly over the data: its first pictures are often all of one class."""
+    shown = min(count, wanted)
+    return [i * count // shown for i in range(shown)]

@@ -1,0 +1,301 @@
+"""The one configuration: typed, read from YAML, overridden on the command line, saved with every run and bundle."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the key and what is accepted."""
+
+
+@dataclass
+class DataConfig:
+    """The pictures and how they reach the network.
+
+    Args:
+        source: a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest (path,label[,split][,text]), or `digits`.
+        task: auto takes multilabel where a label holds `;`, binary for two classes, else multiclass.
+        image_size: the network's input, pixels: one side of a square or [height, width].
+        resize: outside training; crop keeps the ratio of the sides and takes the centre, squash takes the whole picture.
+        crop_ratio: share of the shorter side that the centre crop takes, in (0, 1].
+        mean: of R, G, B in 0…1; null takes the pretrained weights' own, else ImageNet's.
+        std: as mean.
+        val_share: share of the training pictures drawn for validation where the data has no `val` split.
+        test_share: share drawn for the hold-out where the data has no `test` split.
+        batch_size: pictures a step.
+        workers: processes that load pictures; null chooses for this machine.
+        on_bad_file: error stops before training; skip leaves unreadable files, and training pictures that are in val or test too, out.
+    """
+
+    source: str = "digits"
+    task: Literal["auto", "binary", "multiclass", "multilabel"] = "auto"
+    image_size: int | tuple[int, int] = 32
+    resize: Literal["crop", "squash"] = "crop"
+    crop_ratio: float = 0.875
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    val_share: float = 0.1
+    test_share: float = 0.2
+    batch_size: int = 64
+    workers: int | None = None
+    on_bad_file: Literal["error", "skip"] = "error"
+
+
+@dataclass
+class AugmentConfig:
+    """What happens to the training pictures.
+
+    Args:
+        policy: a preset's name, a YAML file, or a list of ops such as [{HorizontalFlip: {p: 0.5}}].
+    """
+
+    policy: str | list = "none"
+
+
+@dataclass
+class ModelConfig:
+    """The network.
+
+    Args:
+        name: lenet5, resnet20, or a torchvision or timm classification network (timm/NAME, torchvision/NAME force one).
+        weights: none, default (the library's pretrained weights), or the path of a weights file.
+        freeze: backbone trains the new head only.
+        args: further arguments of the network.
+    """
+
+    name: str = "resnet20"
+    weights: str = "none"
+    freeze: Literal["none", "backbone"] = "none"
+    args: dict = field(default_factory=dict)
+
+
+@dataclass
+class OptimConfig:
+    """How the weights move.
+
+    Args:
+        name: the optimiser.
+        lr: peak learning rate.
+        weight_decay: decoupled for adamw; never on norms and biases.
+        momentum: of sgd.
+        schedule: of the learning rate, by step.
+        warmup: share of all steps in which the rate rises linearly, in [0, 1].
+        label_smoothing: in [0, 1).
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.1
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class TrainerConfig:
+    """The training loop.
+
+    Args:
+        max_epochs: passes over the training pictures.
+        seed: of the split, the weights, the order and every augmentation.
+        device: auto takes a GPU where there is one.
+        precision: auto takes bf16 or fp16 where the device computes in it, else fp32.
+        runs_dir: folder that holds the runs.
+        run_name: the run's folder; null names it after the config and the time.
+    """
+
+    max_epochs: int = 10
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    runs_dir: str = "runs"
+    run_name: str | None = None
+
+
+@dataclass
+class TrackingConfig:
+    """MLflow.
+
+    Args:
+        enabled: false trains without MLflow.
+        uri: the tracking server; null takes MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.
+        experiment: the experiment's name.
+        model_name: the registered model that gets the bundle as a new version; null registers nothing.
+        alias: the alias that moves to the new version.
+    """
+
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "refract"
+    model_name: str | None = None
+    alias: str = "champion"
+
+
+@dataclass
+class Config:
+    """All of it; `to_dict` is what runs and bundles store."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the network's input."""
+        size = self.data.image_size
+        return (size, size) if isinstance(size, int) else size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON and YAML values."""
+        return _plain(asdict(self))
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config (None: all defaults) and apply overrides such as `--optim.lr 3e-3` or `--optim.lr=3e-3`.
+
+    ConfigError names an unknown key and the nearest valid one, or an ill-typed value and its key.
+    """
+    values = {} if path is None else _read_yaml(Path(path))
+    return config_from_dict(values, overrides, where="the config" if path is None else str(path))
+
+
+def config_from_dict(
+    values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "the stored config"
+) -> Config:
+    """`load_config` for values at hand, such as those that a bundle stores."""
+    for key in _unknown_keys(values, Config, ""):
+        raise ConfigError(f"{where}: no key {key!r}{_nearest(key)}")
+    for key in _override_keys(overrides):
+        if key not in _KEYS:
+            raise ConfigError(f"command line: no option --{key}{_nearest(key)}")
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(prog="refract train", exit_on_error=False)
+    parser.add_class_arguments(Config)
+    try:
+        namespace = parser.parse_args(list(overrides), namespace=parser.parse_object(dict(values)))
+        config = Config(**{item.name: parser.instantiate(namespace)[item.name] for item in fields(Config)})
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+    _check(config, where)
+    return config
+
+
+def help_text() -> str:
+    """A line for each key: its default and what it means."""
+    lines = []
+    for section in fields(Config):
+        default = getattr(Config(), section.name)
+        notes = dict(re.findall(r"^ +(\w+): (.+)$", type(default).__doc__ or "", re.MULTILINE))
+        lines.append(f"{section.name}: {(type(default).__doc__ or '').splitlines()[0]}")
+        lines += [
+            f"  --{section.name}.{f.name} {getattr(default, f.name)!r}\n        {notes[f.name]}"
+            for f in fields(default)
+        ]
+    return "\n".join(lines)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file; `refract init FOLDER -o {path}` writes one") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}: expected sections ({', '.join(f.name for f in fields(Config))}), got {type(values).__name__}"
+        )
+    return values
+
+
+def _unknown_keys(values: Mapping[str, Any], kind: type, prefix: str) -> Iterator[str]:
+    known = {item.name: item for item in fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            yield f"{prefix}{key}"
+            continue
+        section = known[key].default_factory
+        if isinstance(section, type) and is_dataclass(section):
+            if isinstance(value, Mapping):
+                yield from _unknown_keys(value, section, f"{prefix}{key}.")
+            elif value is None:
+                raise ConfigError(f"{prefix}{key}: the section is empty; leave its line out for the defaults")
+
+
+def _override_keys(overrides: Sequence[str]) -> list[str]:
+    return [part[2:].split("=", 1)[0] for part in overrides if part.startswith("--")]
+
+
+def _keys(kind: type, prefix: str = "") -> Iterator[str]:
+    for item in fields(kind):
+        section = item.default_factory
+        yield prefix + item.name
+        if isinstance(section, type) and is_dataclass(section):
+            yield from _keys(section, f"{prefix}{item.name}.")
+
+
+_KEYS = tuple(_keys(Config))
+
+
+def _nearest(key: str) -> str:
+    match = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.4)
+    # A key without its section is the commonest slip: `lr` for `optim.lr`.
+    inside = [known for known in _KEYS if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    best = inside or match
+    return f"; did you mean {best[0]!r}?" if best else f"; known sections: {', '.join(f.name for f in fields(Config))}"
+
+
+def _check(config: Config, where: str) -> None:
+    """The ranges that a type cannot say."""
+    data, optim, trainer = config.data, config.optim, config.trainer
+    rules = [
+        ("data.image_size", data.image_size, min(config.image_size()) >= 8, "at least 8 pixels"),
+        ("data.crop_ratio", data.crop_ratio, 0 < data.crop_ratio <= 1, "in (0, 1]"),
+        ("data.val_share", data.val_share, 0 < data.val_share < 1, "in (0, 1)"),
+        ("data.test_share", data.test_share, 0 < data.test_share < 1, "in (0, 1)"),
+        ("data.batch_size", data.batch_size, data.batch_size >= 1, "at least 1"),
+        ("data.workers", data.workers, data.workers is None or data.workers >= 0, "at least 0, or null"),
+        ("data.std", data.std, data.std is None or min(data.std) > 0, "positive"),
+        ("optim.lr", optim.lr, optim.lr > 0, "positive"),
+        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
+        ("optim.momentum", optim.momentum, 0 <= optim.momentum < 1, "in [0, 1)"),
+        ("optim.warmup", optim.warmup, 0 <= optim.warmup <= 1, "in [0, 1]"),
+        ("optim.label_smoothing", optim.label_smoothing, 0 <= optim.label_smoothing < 1, "in [0, 1)"),
+        ("trainer.max_epochs", trainer.max_epochs, trainer.max_epochs >= 1, "at least 1"),
+        ("trainer.seed", trainer.seed, 0 <= trainer.seed < 2**32, "in [0, 2**32)"),
+        (
+            "trainer.run_name",
+            trainer.run_name,
+            trainer.run_name is None or _is_name(trainer.run_name),
+            "a plain folder name",
+        ),
+    ]
+    for key, value, holds, accepted in rules:
+        if not holds:
+            raise ConfigError(f"{where}: {key}: {value!r} is not {accepted}")
+
+
+def _is_name(name: str) -> bool:
+    return name not in ("", ".", "..") and Path(name).name == name
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,134 @@
+"""The look at every picture before training: what cannot be read, what is in two splits, which classes cannot be learned."""
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from augment.decode import ImageError, decode
+from pipeline.data.manifest import SPLITS, DataError, Manifest, Sample
+
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Scan:
+    """hashes: path → SHA-256 of the file, for every picture that could be decoded; bad: path → why not."""
+
+    hashes: dict[str, str]
+    bad: dict[str, str]
+
+    def fingerprint(self, manifest: Manifest) -> str:
+        """SHA-256 over every sample's content, labels and split; the same wherever the files lie, and in whatever order."""
+        lines = sorted(
+            f"{self.hashes[s.path]} {[manifest.labels[i] for i in s.labels]} {s.split}" for s in manifest.samples
+        )
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def scan(samples: Sequence[Sample], *, progress: bool = True) -> Scan:
+    """Hash and decode every picture, on all cores (decoding releases the GIL)."""
+    from tqdm import tqdm
+
+    hashes, bad = {}, {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(_look, samples, chunksize=16)
+        for sample, (digest, problem) in zip(
+            samples,
+            tqdm(results, "checking pictures", len(samples), disable=not progress or None, leave=False),
+            strict=True,
+        ):
+            if problem:
+                bad[sample.path] = problem
+            else:
+                hashes[sample.path] = digest
+    return Scan(hashes, bad)
+
+
+def drop_bad(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
+    """The manifest without unreadable pictures; DataError lists them where `on_bad_file` is `error`."""
+    if found.bad and on_bad_file == "error":
+        raise DataError(
+            f"{manifest.source}: {len(found.bad)} of {len(manifest.samples)} pictures cannot be read:\n"
+            + _listed(f"{path}: {why}" for path, why in found.bad.items())
+            + "\nMend or remove them, or leave them out with --data.on_bad_file skip."
+        )
+    return manifest.with_samples([sample for sample in manifest.samples if sample.path not in found.bad])
+
+
+def drop_shared(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
+    """The manifest without training pictures that are held out as well (by content); DataError lists them under `error`."""
+    splits: dict[str, dict[str, str]] = defaultdict(dict)
+    for sample in manifest.samples:
+        splits[found.hashes[sample.path]].setdefault(sample.split, sample.path)
+    shared = {digest: where for digest, where in splits.items() if len(where) > 1}
+    if shared and on_bad_file == "error":
+        raise DataError(
+            f"{manifest.source}: {len(shared)} pictures are in more than one split, so the hold-out would not be one:\n"
+            + _listed(
+                " = ".join(f"{where[split]} ({split})" for split in SPLITS if split in where)
+                for where in shared.values()
+            )
+            + "\nKeep each in one split, or leave the copies out with --data.on_bad_file skip."
+        )
+    # The most held-out split keeps its copy.
+    kept = {digest: max(where, key=SPLITS.index) for digest, where in shared.items()}
+    return manifest.with_samples([s for s in manifest.samples if kept.get(found.hashes[s.path], s.split) == s.split])
+
+
+def check_classes(manifest: Manifest) -> list[str]:
+    """Warnings about classes, after the splits are known; DataError for classes that cannot be learned."""
+    counts, trained = manifest.counts(), manifest.counts("train")
+    if manifest.empty:
+        raise DataError(
+            f"{manifest.source}: {len(manifest.empty)} class folders hold no picture:\n"
+            + _listed(manifest.empty)
+            + "\nAdd pictures or remove the folders."
+        )
+    gone = [label for label, count in counts.items() if count == 0]
+    if gone:
+        raise DataError(f"{manifest.source}: no readable picture is left of {len(gone)} classes:\n{_listed(gone)}")
+    single = [label for label, count in counts.items() if count == 1]
+    if single:
+        raise DataError(
+            f"{manifest.source}: {len(single)} classes have one picture, which cannot both be learned and be measured:\n"
+            + _listed(single)
+            + "\nAdd pictures or leave these classes out."
+        )
+    unlearned = [label for label, count in trained.items() if count == 0]
+    if unlearned:
+        raise DataError(
+            f"{manifest.source}: {len(unlearned)} classes are held out but never trained on:\n"
+            + _listed(unlearned)
+            + "\nThe label sets of the splits differ: add training pictures or remove these classes."
+        )
+    warnings = []
+    for split in manifest.splits():
+        absent = [label for label, count in manifest.counts(split).items() if count == 0]
+        if absent:
+            warnings.append(f"{split}: no picture of {', '.join(absent[:SHOWN])}; its score says nothing about them")
+    if manifest.ignored:
+        warnings.append(
+            f"{len(manifest.ignored)} files that are no pictures by their suffix were left out, as {manifest.ignored[0]}"
+        )
+    return warnings
+
+
+def _look(sample: Sample) -> tuple[str, str]:
+    """(SHA-256, "") or ("", why the picture cannot be used)."""
+    try:
+        data = sample.read()
+        decode(data)
+    except OSError as error:
+        return "", error.strerror or str(error)
+    except ImageError as error:
+        return "", str(error)
+    return hashlib.sha256(data).hexdigest(), ""
+
+
+def _listed(lines: Iterable[str]) -> str:
+    shown = list(lines)
+    rest = [f"  … and {len(shown) - SHOWN} more"] if len(shown) > SHOWN else []
+    return "\n".join([f"  {line}" for line in shown[:SHOWN]] + rest)

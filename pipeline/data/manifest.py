@@ -1,0 +1,199 @@
+"""What a data set is: samples with labels and splits, from a folder, a CSV or Parquet manifest, or the embedded digits."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from augment.decode import SUFFIXES
+
+SPLITS = ("train", "val", "test")
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message lists what is wrong, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture. path: its file, or a name where `data` holds the encoded bytes; labels: indices; split: "" where not given."""
+
+    path: str
+    labels: tuple[int, ...]
+    split: str = ""
+    text: str = ""
+    data: bytes | None = field(default=None, repr=False)
+
+    def read(self) -> bytes:
+        """The encoded picture. OSError where the file cannot be read."""
+        return Path(self.path).read_bytes() if self.data is None else self.data
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set. source: as the user named it; labels: names, sorted; task: binary, multiclass or multilabel."""
+
+    source: str
+    samples: tuple[Sample, ...]
+    labels: tuple[str, ...]
+    task: str
+    empty: tuple[str, ...] = ()
+    """Class folders without a picture."""
+    ignored: tuple[str, ...] = ()
+    """Files beside the pictures that are none by their suffix."""
+
+    def of(self, split: str) -> list[Sample]:
+        return [sample for sample in self.samples if sample.split == split]
+
+    def splits(self) -> list[str]:
+        """The splits that hold samples, in the order train, val, test."""
+        present = {sample.split for sample in self.samples}
+        return [split for split in SPLITS if split in present]
+
+    def counts(self, split: str | None = None) -> dict[str, int]:
+        """Label → how many samples carry it."""
+        counter = Counter(i for s in self.samples if split is None or s.split == split for i in s.labels)
+        return {label: counter[i] for i, label in enumerate(self.labels)}
+
+    def with_samples(self, samples: Sequence[Sample]) -> "Manifest":
+        return replace(self, samples=tuple(samples))
+
+
+def load_manifest(source: str | Path, task: str = "auto") -> Manifest:
+    """Read a data set. source: `digits`, a folder, or a `.csv`/`.parquet` file. DataError says what is wrong with it."""
+    path = Path(source)
+    if str(source) == "digits" and not path.exists():
+        return _digits()
+    if path.is_dir():
+        return _from_folder(path, task)
+    if path.is_file() and path.suffix.lower() in (".csv", ".parquet"):
+        return _from_table(path, task)
+    if path.is_file():
+        raise DataError(
+            f"{path}: expected a folder, a .csv or .parquet manifest, or `digits`, not a {path.suffix or 'plain'} file"
+        )
+    raise DataError(f"{path}: no such folder or file")
+
+
+def _digits() -> Manifest:
+    """scikit-learn's 1,797 handwritten digits (UCI), 8×8 pixels of 17 grey levels, as PNG."""
+    import cv2
+    from sklearn.datasets import load_digits
+
+    images, numbers = load_digits(return_X_y=True)
+    pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    samples = tuple(
+        Sample(f"digits/{i:04}.png", (int(number),), data=cv2.imencode(".png", image)[1].tobytes())
+        for i, (image, number) in enumerate(zip(pixels, numbers, strict=True))
+    )
+    return Manifest("digits", samples, tuple("0123456789"), "multiclass")
+
+
+def _from_folder(root: Path, task: str) -> Manifest:
+    if task == "multilabel":
+        raise DataError(
+            f"{root}: a folder gives each picture one class; use a manifest with labels such as `cat;dog` for multilabel"
+        )
+    folders = _folders(root)
+    split_folders = [folder for folder in folders if folder.name in SPLITS]
+    if split_folders and len(split_folders) < len(folders):
+        others = [folder.name for folder in folders if folder.name not in SPLITS]
+        raise DataError(
+            f"{root}: holds split folders ({', '.join(f.name for f in split_folders)}) and others ({', '.join(others[:5])}); "
+            "keep either CLASS/… or train|val|test/CLASS/…"
+        )
+    if split_folders and "train" not in {folder.name for folder in split_folders}:
+        raise DataError(f"{root}: has {', '.join(f.name for f in split_folders)} but no `train` folder")
+    classes = [(f.name, c) for f in split_folders for c in _folders(f)] if split_folders else [("", f) for f in folders]
+    if not classes:
+        raise DataError(
+            f"{root}: no class folders. Put the pictures of each class into a folder named after it ({root}/CLASS/*.jpg), or write a "
+            "manifest (CSV with the columns path,label)."
+        )
+    labels = tuple(sorted({folder.name for _, folder in classes}))
+    index = {label: i for i, label in enumerate(labels)}
+    samples, empty, ignored = [], [], []
+    for split, folder in classes:
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+        pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
+        ignored += [str(path) for path in files if path.suffix.lower() not in SUFFIXES]
+        samples += [Sample(str(path), (index[folder.name],), split) for path in pictures]
+        if not pictures:
+            empty.append(str(folder))
+    return _manifest(str(root), samples, labels, task, tuple(empty), tuple(ignored))
+
+
+def _from_table(path: Path, task: str) -> Manifest:
+    """Columns: path (relative to the manifest's folder, or absolute), label (several as `a;b`), and perhaps split and text."""
+    import pandas as pd
+
+    try:
+        if path.suffix.lower() == ".csv":
+            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        else:
+            table = pd.read_parquet(path).astype("string").fillna("")
+    except Exception as error:  # pandas and pyarrow raise many kinds for a damaged file
+        raise DataError(f"{path}: cannot be read as a {path.suffix[1:].upper()} table ({error})") from error
+    missing = [column for column in ("path", "label") if column not in table.columns]
+    if missing:
+        raise DataError(
+            f"{path}: no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}; needed: path,label[,split][,text]"
+        )
+    if table.empty:
+        raise DataError(f"{path}: the manifest has no rows")
+    splits = table["split"].str.strip() if "split" in table.columns else pd.Series("", index=table.index)
+    _refuse_rows(path, ~splits.isin([*SPLITS, ""]), splits, "split", f"one of {', '.join(SPLITS)}, or empty")
+    if (splits == "").any() and (splits != "").any():
+        _refuse_rows(path, splits == "", splits, "split", "filled, as in other rows")
+    if (splits != "").all() and "train" not in set(splits):
+        raise DataError(f"{path}: no row has the split `train`")
+    texts = table["text"] if "text" in table.columns else pd.Series("", index=table.index)
+    names = [
+        tuple(dict.fromkeys(part.strip() for part in label.split(";") if part.strip())) for label in table["label"]
+    ]
+    several = task == "multilabel" or (task == "auto" and any(";" in label for label in table["label"]))
+    if not several:
+        names = [(label.strip(),) if label.strip() else () for label in table["label"]]
+        _refuse_rows(
+            path, pd.Series([not n for n in names], index=table.index), table["label"], "label", "a class name"
+        )
+    labels = tuple(sorted({name for row in names for name in row}))
+    index = {label: i for i, label in enumerate(labels)}
+    samples = [
+        Sample(str(path.parent / file), tuple(index[name] for name in row), split, text)
+        for file, row, split, text in zip(table["path"], names, splits, texts, strict=True)
+    ]
+    return _manifest(str(path), samples, labels, "multilabel" if several else task, (), ())
+
+
+def _manifest(
+    source: str,
+    samples: list[Sample],
+    labels: tuple[str, ...],
+    task: str,
+    empty: tuple[str, ...],
+    ignored: tuple[str, ...],
+) -> Manifest:
+    if not samples:
+        raise DataError(f"{source}: no pictures; Refract reads {', '.join(SUFFIXES)}")
+    if task == "auto":
+        task = "binary" if len(labels) == 2 else "multiclass"
+    if task == "binary" and len(labels) != 2:
+        raise DataError(f"{source}: data.task is binary, but there are {len(labels)} classes: {', '.join(labels[:10])}")
+    if len(labels) < 2 and task != "multilabel":
+        raise DataError(f"{source}: only one class ({', '.join(labels)}); a classifier needs two or more")
+    return Manifest(source, tuple(samples), labels, task, empty, ignored)
+
+
+def _refuse_rows(path: Path, wrong, values, column: str, accepted: str) -> None:
+    if wrong.any():
+        first = int(wrong.to_numpy().argmax())
+        raise DataError(
+            f"{path}, row {first + 2}: {column} {values.iloc[first]!r} is not {accepted} ({int(wrong.sum())} such rows; the header is row 1)"
+        )
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

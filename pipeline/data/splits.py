@@ -1,0 +1,58 @@
+"""Which pictures train, validate and test. What the data does not say is drawn, stratified, from the seed."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from augment.random import generator
+from pipeline.data.manifest import Manifest
+
+
+def draw_splits(
+    manifest: Manifest, hashes: Mapping[str, str], *, val_share: float, test_share: float, seed: int
+) -> Manifest:
+    """Give every sample a split.
+
+    hashes: path → content hash; copies of one picture go together, so that none is both trained on and measured. Data without splits
+    gets both drawn; data with splits gets the missing ones of `val` and `test` drawn from `train`. Within each class (for multilabel:
+    each set of labels) the shares hold to the picture, and a class of three or more has one in each.
+    """
+    present = manifest.splits()
+    shares = {"test": test_share, "val": val_share}
+    wanted = {split: share for split, share in shares.items() if split not in present}
+    groups: dict[tuple[int, ...], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i, sample in enumerate(manifest.samples):
+        if sample.split in ("", "train"):
+            groups[sample.labels][hashes[sample.path]].append(i)
+    split_of: dict[int, str] = {}
+    taken: dict[str, str] = {}
+    for labels, copies in sorted(groups.items()):
+        free = sorted(key for key in copies if key not in taken)
+        order = [free[k] for k in generator(seed, 0, 0, f"split {labels}").permutation(len(free))]
+        start = 0
+        for split, share in wanted.items():
+            count = round(share * len(free))
+            if len(free) >= len(wanted) + 1:
+                count = max(1, count)
+            taken.update(dict.fromkeys(order[start : start + count], split))
+            start += count
+        for key, indices in copies.items():
+            for i in indices:
+                split_of[i] = taken.setdefault(key, "train")
+    return manifest.with_samples([replace(s, split=split_of.get(i, s.split)) for i, s in enumerate(manifest.samples)])
+
+
+def write_splits(manifest: Manifest, path: Path) -> None:
+    """A CSV manifest (path,label,split) of the data as it was split; `refract train` reads it again."""
+    import pandas as pd
+
+    rows = [
+        {
+            "path": sample.path if sample.data is not None else str(Path(sample.path).resolve()),
+            "label": ";".join(manifest.labels[i] for i in sample.labels),
+            "split": sample.split,
+        }
+        for sample in manifest.samples
+    ]
+    pd.DataFrame(rows).to_csv(path, index=False)

@@ -1,0 +1,29 @@
+"""What the machine offers: device and precision."""
+
+from pipeline.config import ConfigError, TrainerConfig
+
+
+def choose_device(device: str) -> str:
+    """`cpu` or `cuda`. ConfigError where a GPU is asked for and there is none."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("trainer.device: cuda, but PyTorch sees no GPU here; take auto or cpu")
+    return device
+
+
+def choose_precision(config: TrainerConfig, device: str) -> str:
+    """Lightning's name of the precision: mixed bf16 or fp16 where the device computes in it, else `32-true`."""
+    import torch
+
+    named = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+    if config.precision == "fp16" and device == "cpu":
+        raise ConfigError("trainer.precision: fp16 needs a GPU; take auto, bf16 or fp32")
+    if config.precision != "auto":
+        return named[config.precision]
+    if device == "cuda":
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16-mixed" if any(capable.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) else "32-true"

@@ -1,0 +1,102 @@
+"""How good a classifier is on labelled pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from augment import Preprocess
+from models.classifier import Classifier
+from pipeline.data.manifest import DataError, Sample
+from pipeline.scoring import score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: name → value in [0, 1]; per_class: one row a label; confusion: C×C counts, rows the truth, None for multilabel;
+    probabilities: N×C float32, in the order of the samples."""
+
+    metrics: dict[str, float]
+    per_class: list[dict[str, Any]]
+    confusion: np.ndarray | None
+    probabilities: np.ndarray
+
+
+def evaluate(
+    classifier: Classifier,
+    preprocess: Preprocess,
+    samples: Sequence[Sample],
+    *,
+    task: str,
+    labels: Sequence[str],
+    temperature: float = 1.0,
+    thresholds: Sequence[float] = (),
+    progress: bool = True,
+) -> Evaluation:
+    """Measure on samples whose labels index `labels`. DataError names a picture that cannot be read.
+
+    Accuracy, top-5 accuracy (above five classes), macro and micro F1; for multilabel F1 and mean average precision, a label being given
+    from its threshold (0.5) on.
+    """
+    from tqdm import tqdm
+
+    answers = score(classifier, preprocess, [s.read for s in samples], task=task, temperature=temperature)
+    rows = []
+    for sample, answer in zip(
+        samples, tqdm(answers, "evaluating", len(samples), disable=not progress or None, leave=False), strict=True
+    ):
+        if not isinstance(answer, np.ndarray):
+            raise DataError(f"{sample.path}: cannot be read: {answer}")
+        rows.append(answer)
+    given = np.stack(rows)
+    if task == "multilabel":
+        return _multilabel(given, samples, labels, np.array(thresholds or [0.5] * len(labels)))
+    return _single_label(given, np.array([sample.labels[0] for sample in samples]), labels)
+
+
+def _single_label(given: np.ndarray, truth: np.ndarray, labels: Sequence[str]) -> Evaluation:
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+
+    answer = given.argmax(1)
+    indices = np.arange(len(labels))
+    metrics = {"accuracy": accuracy_score(truth, answer)}
+    if len(labels) > 5:
+        best = np.argsort(-given, axis=1, kind="stable")[:, :5]
+        metrics["top5_accuracy"] = (best == truth[:, None]).any(1).mean()
+    metrics["macro_f1"] = f1_score(truth, answer, labels=indices, average="macro", zero_division=0)
+    per_class = _per_class(truth[:, None] == indices, answer[:, None] == indices, labels)
+    return Evaluation(_floats(metrics), per_class, confusion_matrix(truth, answer, labels=indices), given)
+
+
+def _multilabel(
+    given: np.ndarray, samples: Sequence[Sample], labels: Sequence[str], thresholds: np.ndarray
+) -> Evaluation:
+    from sklearn.metrics import average_precision_score, f1_score
+
+    truth = np.zeros(given.shape, dtype=bool)
+    for row, sample in zip(truth, samples, strict=True):
+        row[list(sample.labels)] = True
+    answer = given >= thresholds
+    seen = truth.any(0)  # average precision is undefined for a label without a positive
+    precision = average_precision_score(truth[:, seen], given[:, seen], average="macro") if seen.any() else 0.0
+    metrics = {
+        "macro_f1": f1_score(truth, answer, average="macro", zero_division=0),
+        "micro_f1": f1_score(truth, answer, average="micro", zero_division=0),
+        "mean_average_precision": precision,
+    }
+    return Evaluation(_floats(metrics), _per_class(truth, answer, labels), None, given)
+
+
+def _per_class(truth: np.ndarray, answer: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
+    from sklearn.metrics import precision_recall_fscore_support
+
+    columns = precision_recall_fscore_support(truth, answer, average=None, zero_division=0)
+    return [
+        {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "count": int(n)}
+        for label, p, r, f, n in zip(labels, *columns, strict=True)
+    ]
+
+
+def _floats(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}

@@ -1,0 +1,42 @@
+"""The golden pictures of a bundle: a few of the hold-out with the answers that a server must give again."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from augment import Preprocess, decode
+from models.bundle import Golden
+from models.classifier import Classifier
+from pipeline.data.manifest import Sample
+from pipeline.scoring import score
+
+COUNT = 8
+LARGEST = 256 * 1024
+
+
+def make_goldens(
+    classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sample], *, task: str
+) -> list[Golden]:
+    """Up to eight pictures spread over the samples. classifier: on the CPU, in eval mode, where the answers are computed.
+
+    A file above 256 kB is kept as a JPEG of at most 512 pixels a side instead; its answer is that of the smaller picture.
+    """
+    step = max(1, len(samples) // COUNT)
+    kept = [_portable(sample) for sample in samples[::step][:COUNT]]
+    readers = [lambda data=data: data for _, data in kept]
+    answers = score(classifier, preprocess, readers, task=task, batch_size=COUNT)
+    return [
+        Golden(f"{i:02}{suffix}", data, tuple(map(float, answer)))  # type: ignore[arg-type]
+        for i, ((suffix, data), answer) in enumerate(zip(kept, answers, strict=True))
+    ]
+
+
+def _portable(sample: Sample) -> tuple[str, bytes]:
+    import cv2
+
+    data = sample.read()
+    if len(data) <= LARGEST:
+        return Path(sample.path).suffix.lower(), data
+    pixels = decode(data)
+    factor = min(1.0, 512 / max(pixels.shape[:2]))
+    small = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+    return ".jpg", cv2.imencode(".jpg", small[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()

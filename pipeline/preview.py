@@ -1,0 +1,88 @@
+"""A picture of an augmentation: one row a sample, the original and its variants, what was drawn under each."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from augment import Augmenter, Plan, image_size
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_CELL, _GAP, _LINE, _LINES = 192, 8, 13, 6
+
+
+def preview_grid(
+    pictures: Sequence[tuple[str, bytes, int]], augmenter: Augmenter, *, variants: int = 6
+) -> "Image.Image":
+    """pictures: (title, encoded bytes, index in the data set). Variant k is what epoch k of training draws for that index.
+
+    Batch ops (MixUp, CutMix) mix within a column. Each picture is shown in a square of 192 pixels.
+    """
+    from matplotlib import get_data_path
+    from PIL import Image, ImageDraw, ImageFont
+
+    from augment import decode
+
+    plans = [
+        [augmenter.draw(image_size(data), epoch=epoch, index=index) for _, data, index in pictures]
+        for epoch in range(variants)
+    ]
+    columns = [
+        [augmenter.apply(plan, data) for plan, (_, data, _) in zip(column, pictures, strict=True)] for column in plans
+    ]
+    if augmenter.size is not None and augmenter.mixes:
+        columns = [
+            _mixed(augmenter, column, epoch, [i for _, _, i in pictures]) for epoch, column in enumerate(columns)
+        ]
+    width = (variants + 1) * (_CELL + _GAP) + _GAP
+    row_height = _CELL + _LINES * _LINE + _GAP
+    grid = Image.new("RGB", (width, len(pictures) * row_height + _GAP), "white")
+    # Pillow's own font has no ×, −, nor most people's alphabets; matplotlib's has.
+    font = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 10)
+    canvas = ImageDraw.Draw(grid)
+    for row, (title, data, _) in enumerate(pictures):
+        original = decode(data)
+        cells = [(original, [title, f"{original.shape[0]}×{original.shape[1]}"])]
+        cells += [(columns[k][row], _words(plans[k][row])) for k in range(variants)]
+        for place, (pixels, lines) in enumerate(cells):
+            left, top = _GAP + place * (_CELL + _GAP), _GAP + row * row_height
+            thumb = _fitted(pixels)
+            grid.paste(thumb, (left + (_CELL - thumb.width) // 2, top + (_CELL - thumb.height) // 2))
+            wrapped = [piece for line in lines for piece in wrap(line, 33, subsequent_indent="  ")][:_LINES]
+            canvas.multiline_text((left, top + _CELL + 2), "\n".join(wrapped), "black", font, spacing=1)
+    return grid
+
+
+def _mixed(augmenter: Augmenter, column: list[np.ndarray], epoch: int, indices: list[int]) -> list[np.ndarray]:
+    import torch
+
+    images = torch.from_numpy(np.stack(column)).permute(0, 3, 1, 2)
+    mixed, _ = augmenter.mix(images, torch.zeros(len(column), 1), epoch=epoch, indices=indices)
+    return list(mixed.round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+
+
+def _words(plan: Plan) -> list[str]:
+    shown = {"angle", "scale", "shear", "shift", "brightness", "contrast", "saturation", "hue", "sigma", "lam"}
+    text = []
+    for step in plan.steps:
+        numbers = [f"{key[:6]} {_short(value)}" for key, value in step.args.items() if key in shown]
+        text.append(step.op + (f" ({', '.join(numbers)})" if numbers else ""))
+    return text or ["(nothing drawn)"]
+
+
+def _short(value: float | list[float]) -> str:
+    return ",".join(f"{v:.2g}" for v in value) if isinstance(value, list) else f"{value:.2g}"
+
+
+def _fitted(pixels: np.ndarray) -> "Image.Image":
+    """As large as fits the cell; small pictures are enlarged without smoothing, so that their pixels can be seen."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels)
+    factor = _CELL / max(image.size)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(size, Image.Resampling.NEAREST if factor >= 2 else Image.Resampling.LANCZOS)

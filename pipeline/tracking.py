@@ -1,0 +1,102 @@
+"""MLflow: one run a training, with parameters, metrics, files, and the bundle as a registered model version."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import TrackingConfig
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+
+
+class TrackingError(RuntimeError):
+    """The tracking server cannot be used; the message says which and what to do."""
+
+
+class Tracker:
+    """One MLflow run."""
+
+    def __init__(self, uri: str, experiment: str, run_name: str, params: Mapping[str, Any]) -> None:
+        """Open a run and log the parameters (nested mappings become dotted names). TrackingError if the server does not answer."""
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
+
+        self.uri = uri
+        try:
+            self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            found = self._client.get_experiment_by_name(experiment)
+            experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
+            run = self._client.create_run(experiment_id, run_name=run_name)
+        except (MlflowException, OSError) as error:
+            first = str(error).splitlines()[0][:300]
+            raise TrackingError(
+                f"MLflow at {uri} cannot be used: {first}. Set tracking.uri or MLFLOW_TRACKING_URI, or train with --tracking.enabled false."
+            ) from error
+        self.run_id, self.experiment_id, self._artifacts = run.info.run_id, experiment_id, run.info.artifact_uri
+        self._client.log_batch(self.run_id, params=[Param(name, str(value)) for name, value in _flat(params)])
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        import time
+
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            self.run_id, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()]
+        )
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        """A file, or all files of a folder, as artifacts."""
+        if path.is_dir():
+            self._client.log_artifacts(self.run_id, str(path), folder)
+        else:
+            self._client.log_artifact(self.run_id, str(path), folder)
+
+    def register(self, model_name: str, alias: str) -> str:
+        """Make the run's `bundle` folder a new version of the registered model and move the alias to it. Returns the version."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.get_registered_model(model_name)
+        except MlflowException:
+            self._client.create_registered_model(model_name)
+        version = self._client.create_model_version(model_name, source=f"{self._artifacts}/bundle", run_id=self.run_id)
+        self._client.set_registered_model_alias(model_name, alias, version.version)
+        return str(version.version)
+
+    def finish(self, status: str) -> None:
+        """status: FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(self.run_id, status)
+
+
+@contextmanager
+def track(config: TrackingConfig, run_name: str, params: Mapping[str, Any]) -> Iterator[Tracker | None]:
+    """A Tracker whose run ends as the block ends: finished, failed or (Ctrl-C) killed. None where tracking is off."""
+    if not config.enabled:
+        yield None
+        return
+    tracker = Tracker(tracking_uri(config), config.experiment, run_name, params)
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+
+
+def tracking_uri(config: TrackingConfig) -> str:
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,273 @@
+"""From a config to a bundle: check and split the data, train, evaluate on the hold-out, write the bundle, register it."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, ConfigError, ModelConfig, TrainerConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """run_dir: everything of the run; bundle: its bundle; metrics: on the hold-out; version: of the registered model, if any."""
+
+    run_dir: Path
+    bundle: Path
+    metrics: dict[str, float]
+    version: str | None
+
+
+def train(config: Config, *, name: str = "run") -> Result:
+    """Train as the config says. name: of the run, where the config gives none.
+
+    Raises ConfigError, PolicyError, DataError, TrackingError or BundleError for what a user can mend.
+    """
+    import lightning
+
+    from augment import Augmenter
+    from models.classifier import Classifier
+    from models.module import ClassifierModule
+    from models.networks import build
+    from pipeline.data.module import PictureData
+    from pipeline.device import choose_device, choose_precision
+    from pipeline.tracking import track
+
+    device = choose_device(config.trainer.device)
+    precision = choose_precision(config.trainer, device)
+    augmenter = Augmenter(config.augment.policy, config.trainer.seed, size=config.image_size())
+    preprocess = make_preprocess(config)
+    manifest, fingerprint = prepare_data(config)
+    lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
+    network = _build(build, config.model, len(manifest.labels), config.image_size())
+    classifier = Classifier(network, mean=preprocess.mean, std=preprocess.std)
+    if config.model.freeze == "backbone":
+        classifier.freeze_backbone()
+    module = ClassifierModule(
+        classifier,
+        task=manifest.task,
+        num_classes=len(manifest.labels),
+        optimizer=config.optim.name,
+        lr=config.optim.lr,
+        weight_decay=config.optim.weight_decay,
+        momentum=config.optim.momentum,
+        schedule=config.optim.schedule,
+        warmup=config.optim.warmup,
+        label_smoothing=config.optim.label_smoothing,
+        mix=augmenter.mix if augmenter.mixes else None,
+        channels_last=True,
+    )
+    data = PictureData(
+        manifest,
+        augmenter=augmenter,
+        preprocess=preprocess,
+        batch_size=config.data.batch_size,
+        workers=config.data.workers,
+    )
+    run_dir = new_run_dir(config.trainer, name)
+    _write_yaml(run_dir / "config.yaml", config.to_dict())
+    log.info("run %s on %s, %s: %s", run_dir, device, precision, _described(manifest))
+    with track(config.tracking, run_dir.name, config.to_dict()) as tracker:
+        history = fit(module, data, config, run_dir, device, precision, tracker)
+        return _finish(config, manifest, fingerprint, data, module, run_dir, history, tracker)
+
+
+def prepare_data(config: Config) -> tuple[Any, str]:
+    """(the checked and split manifest, its fingerprint). DataError lists what is wrong with the data."""
+    from pipeline.data.check import check_classes, drop_bad, drop_shared, scan
+    from pipeline.data.manifest import load_manifest
+    from pipeline.data.splits import draw_splits
+
+    manifest = load_manifest(config.data.source, config.data.task)
+    found = scan(manifest.samples)
+    manifest = drop_bad(manifest, found, config.data.on_bad_file)
+    manifest = draw_splits(
+        manifest,
+        found.hashes,
+        val_share=config.data.val_share,
+        test_share=config.data.test_share,
+        seed=config.trainer.seed,
+    )
+    manifest = drop_shared(manifest, found, config.data.on_bad_file)
+    for warning in check_classes(manifest):
+        log.warning("data: %s", warning)
+    if found.bad:
+        log.warning("data: left out %d unreadable pictures", len(found.bad))
+    return manifest, found.fingerprint(manifest)
+
+
+def make_preprocess(config: Config) -> Any:
+    """What validation, evaluation and serving do. Mean and std: the config's, else the pretrained weights' own, else ImageNet's."""
+    from augment.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+    from models.networks import weights_preprocess
+
+    own = _weights_own(weights_preprocess, config.model)
+    height, width = config.image_size()
+    return Preprocess(
+        height,
+        width,
+        resize=config.data.resize,
+        crop_ratio=config.data.crop_ratio,
+        mean=config.data.mean or tuple(own.get("mean", IMAGENET_MEAN)),
+        std=config.data.std or tuple(own.get("std", IMAGENET_STD)),
+    )
+
+
+def new_run_dir(config: TrainerConfig, name: str) -> Path:
+    """A new folder below `runs_dir`. ConfigError where the named one exists: a run is never overwritten."""
+    root = Path(config.runs_dir)
+    wanted = config.run_name or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for attempt in range(1, 100):
+        path = root / (wanted if attempt == 1 else f"{wanted}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError as error:
+            if config.run_name or not root.is_dir():
+                raise ConfigError(
+                    f"trainer.run_name: {path} exists already; choose another name or remove it"
+                ) from error
+        except OSError as error:
+            raise ConfigError(f"trainer.runs_dir: {path} cannot be made: {error.strerror}") from error
+    raise ConfigError(f"trainer.runs_dir: no free name like {wanted} in {root}")
+
+
+def fit(
+    module: Any, data: Any, config: Config, run_dir: Path, device: str, precision: str, tracker: Any
+) -> list[dict[str, float]]:
+    """Train, leave the best epoch's weights in the module, and return the metrics of each epoch."""
+    import lightning
+    import torch
+
+    from pipeline.progress import BestCheckpoint, EpochReport, progress_bars, quiet_lightning
+
+    quiet_lightning()
+    best = BestCheckpoint(run_dir / "checkpoints", "best", monitor=module.monitor, mode="max", save_last=True)
+    report = EpochReport(module.monitor, tracker)
+    bars = progress_bars()
+    trainer = lightning.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]
+        max_epochs=config.trainer.max_epochs,
+        callbacks=[best, report, *bars],
+        enable_progress_bar=bool(bars),
+        logger=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=run_dir,
+    )
+    try:
+        trainer.fit(module, datamodule=data)
+    except FloatingPointError as error:
+        raise ConfigError(
+            f"training stopped: {error}. A lower learning rate (--optim.lr) is the usual cure."
+        ) from error
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+    module.load_state_dict(state)
+    module.to("cuda" if device == "cuda" else "cpu").eval()
+    return report.history
+
+
+def _finish(
+    config: Config, manifest: Any, fingerprint: str, data: Any, module: Any, run_dir: Path, history: list, tracker: Any
+) -> Result:
+    from models.bundle import BundleInfo, save_bundle
+    from pipeline.data.splits import write_splits
+    from pipeline.evaluation import evaluate
+    from pipeline.golden import make_goldens
+    from pipeline.plots import confusion_plot, curves_plot
+    from pipeline.preview import preview_grid
+
+    test = manifest.of("test")
+    classifier, preprocess = module.classifier, data.preprocess
+    evaluation = evaluate(classifier, preprocess, test, task=manifest.task, labels=manifest.labels)
+    classifier.to("cpu")
+    info = BundleInfo(
+        name=config.tracking.model_name or run_dir.name,
+        task=manifest.task,
+        labels=manifest.labels,
+        network={"name": config.model.name, "image_size": list(config.image_size()), "args": config.model.args},
+        preprocess=preprocess.to_dict(),
+        thresholds=tuple([0.5] * len(manifest.labels)) if manifest.task == "multilabel" else (),
+        metrics=evaluation.metrics,
+        data={
+            "fingerprint": fingerprint,
+            "source": manifest.source,
+            "counts": {s: manifest.counts(s) for s in manifest.splits()},
+        },
+        config=config.to_dict(),
+        versions=_versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    write_splits(manifest, run_dir / "splits.csv")
+    goldens = make_goldens(classifier, preprocess, test, task=manifest.task)
+    bundle = save_bundle(run_dir / "bundle", info, classifier, goldens)
+    curves_plot(history, run_dir / "curves.png")
+    if evaluation.confusion is not None:
+        confusion_plot(evaluation.confusion, manifest.labels, run_dir / "confusion.png")
+    shown = data.train_set.samples[:: max(1, len(data.train_set) // 6)][:6]
+    indices = range(0, len(data.train_set), max(1, len(data.train_set) // 6))
+    pictures = [
+        (manifest.labels[s.labels[0]] if s.labels else "-", s.read(), i) for s, i in zip(shown, indices, strict=False)
+    ]
+    preview_grid(pictures, data.train_set.augmenter).save(run_dir / "preview.png")
+    version = None
+    if tracker is not None:
+        tracker.log_metrics({f"test_{name}": value for name, value in evaluation.metrics.items()}, step=len(history))
+        for file in sorted(run_dir.iterdir()):
+            if file.is_file():
+                tracker.log_file(file)
+        tracker.log_file(bundle, "bundle")
+        if config.tracking.model_name:
+            version = tracker.register(config.tracking.model_name, config.tracking.alias)
+    return Result(run_dir, bundle, evaluation.metrics, version)
+
+
+def _build(build: Any, model: ModelConfig, num_classes: int, image_size: tuple[int, int]) -> Any:
+    try:
+        return build(model.name, num_classes, image_size=image_size, weights=model.weights, **model.args)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def _weights_own(weights_preprocess: Any, model: ModelConfig) -> Mapping[str, Any]:
+    try:
+        return weights_preprocess(model.name, model.weights) or {}
+    except ValueError as error:
+        raise ConfigError(f"model.name: {error}") from error
+
+
+def _described(manifest: Any) -> str:
+    counts = ", ".join(f"{len(manifest.of(split)):,} {split}" for split in manifest.splits())
+    return f"{manifest.task}, {len(manifest.labels)} labels, {counts}"
+
+
+def _write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    import yaml
+
+    path.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), "utf-8")
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    names = (
+        "refract",
+        "torch",
+        "torchvision",
+        "timm",
+        "lightning",
+        "numpy",
+        "opencv-python-headless",
+        "simplejpeg",
+        "pillow",
+    )
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
