@@ -41,8 +41,9 @@ def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
             top, bottom, left, right = box
             if (bottom - top, right - left) == item.size:
                 return _flip(_cut(image, box, item), a < 0, e < 0)
-            if top >= 0 and bottom <= image.shape[0] and left >= 0 and right <= image.shape[1]:
-                region = _shrink(image[top:bottom, left:right], vertical, horizontal)
+            inside = top >= 0 and bottom <= image.shape[0] and left >= 0 and right <= image.shape[1]
+            if inside and vertical == horizontal == 1:
+                region = image[top:bottom, left:right]
                 return _flip(cv2.resize(region, (width, height), interpolation=cv2.INTER_LINEAR), a < 0, e < 0)
     matrix = item.matrix
     if vertical > 1 or horizontal > 1:

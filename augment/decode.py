@@ -11,8 +11,8 @@ import simplejpeg
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")
-"""What Pillow is allowed to open; MPO is a JPEG with further views behind it."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""What Pillow is allowed to open."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -42,8 +42,7 @@ def image_size(data: bytes) -> tuple[int, int]:
         height, width, _, _ = _jpeg_header(data)
         return (width, height) if _orientation(data) >= 5 else (height, width)
     with _open(data) as image:
-        width, height = image.size
-        return (width, height) if image.getexif().get(0x0112, 1) >= 5 else (height, width)
+        return (image.width, image.height) if _orientation_of(image) >= 5 else (image.height, image.width)
 
 
 def decode(data: bytes, *, max_pixels: int | None = None, needed: tuple[float, float] | None = None) -> np.ndarray:
@@ -74,8 +73,8 @@ def decode(data: bytes, *, max_pixels: int | None = None, needed: tuple[float, f
     try:
         image = simplejpeg.decode_jpeg(data, "RGB", **options)
     except ValueError as error:
-        raise ImageError(f"damaged or truncated JPEG ({error})") from error
-    return np.ascontiguousarray(_ORIENT[orientation](image)) if orientation in _ORIENT else image
+        raise ImageError(f"damaged or truncated JPEG ({str(error).rstrip('.')})") from error
+    return _oriented(image, orientation)
 
 
 def scale_of(decoded: int, full: int) -> float:
@@ -101,7 +100,18 @@ def _orientation(data: bytes) -> int:
     if data.find(b"Exif\x00\x00", 0, 1 << 18) < 0:
         return 1
     with _open(data) as image:
+        return _orientation_of(image)
+
+
+def _orientation_of(image: "Image.Image") -> int:
+    """The EXIF orientation, 1…8, of an opened picture, without decoding it."""
+    # Pillow turns a TIFF itself, and decodes a whole PNG to look for EXIF behind its pixels, where no camera puts it.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    try:
         value = image.getexif().get(0x0112, 1)
+    except Exception:  # damaged EXIF, in all the ways in which Pillow's parsers fail: the pixels are good without it
+        return 1
     return value if value in range(1, 9) else 1
 
 
@@ -116,25 +126,29 @@ def _open(data: bytes) -> "Image.Image":
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"not a picture that can be read ({_kind(data)}); accepted: {', '.join(FORMATS[:-1])}"
+            f"not a picture that can be read ({_kind(data)}); accepted: {', '.join(FORMATS)}"
         ) from error
+    except Image.DecompressionBombError as error:
+        raise TooManyPixelsError(f"the picture has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from error
     except (
         Exception
     ) as error:  # Pillow's parsers raise all sorts (struct.error, SyntaxError, OSError…) on hostile bytes
-        raise ImageError(f"damaged picture ({type(error).__name__}: {error})") from error
+        raise ImageError("damaged picture: its header cannot be read") from error
 
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
-    from PIL import ImageOps
-
     with _open(data) as image:
+        orientation = _orientation_of(image)
         try:
             image.seek(0)
             image.load()
-            oriented = ImageOps.exif_transpose(image)
         except Exception as error:  # as above
-            raise ImageError(f"damaged or truncated {image.format} ({type(error).__name__}: {error})") from error
-        return _to_rgb(oriented)
+            raise ImageError(f"damaged or truncated {image.format}") from error
+        return _oriented(_to_rgb(image), orientation)
+
+
+def _oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    return np.ascontiguousarray(_ORIENT[orientation](pixels)) if orientation in _ORIENT else pixels
 
 
 def _to_rgb(image: "Image.Image") -> np.ndarray:

@@ -25,7 +25,7 @@ class WarpPass:
     fill: tuple[int, int, int] = (0, 0, 0)
 
     def shrink(self) -> tuple[int, int]:
-        """Whole factors (vertical, horizontal) by which the input may be box-filtered first: what keeps a reduction over 2× from aliasing."""
+        """Whole factors (vertical, horizontal) by which the input is box-filtered first, against aliasing."""
         rows = np.hypot(self.matrix[:2, 0], self.matrix[:2, 1])
         return max(1, int(rows[1] + 1e-6)), max(1, int(rows[0] + 1e-6))
 

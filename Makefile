@@ -1,0 +1,40 @@
+# `make demo` and `make test` do all the set-up. python3 must be 3.11 or newer; PYTHON=… names another.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-fast lint install lock clean
+
+demo: install
+	$(BIN)/refract demo
+
+test: install
+	$(BIN)/python -m pytest
+
+test-fast: install
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: .venv/.installed
+
+# The lock names every package with its hash; --no-deps keeps pip from adding what the lock leaves out on purpose.
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Refract needs Python 3.11 or newer; $(PYTHON) is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	@echo "Installing the locked packages into .venv (about 7 GB on disk, some minutes) …"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# overrides.txt drops opencv-python, which imgaug asks for and which owns the same files as opencv-python-headless.
+lock:
+	test -x $(BIN)/uv || ($(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv)
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --all-extras \
+		pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,177 @@
+"""Bytes of every accepted kind become RGB as a viewer would show it; everything else is refused with a reason."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from augment import Augmenter, ImageError, Preprocess, decode, image_size
+from augment.decode import TooManyPixelsError
+
+RGB = np.zeros((12, 20, 3), np.uint8)
+RGB[:6] = [250, 20, 30]
+RGB[6:, :10] = [10, 200, 40]
+RGB[6:, 10:] = [20, 30, 240]
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "JPEG"])
+def test_formats(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    data = encoded(Image.fromarray(RGB), kind, **options)
+    assert image_size(data) == (12, 20)
+    np.testing.assert_allclose(decode(data).astype(int), RGB, atol=6 if kind == "JPEG" else 0)
+
+
+def test_first_frame_of_a_gif() -> None:
+    first, second = Image.fromarray(RGB).convert("P"), Image.new("P", (20, 12))
+    data = encoded(first, "GIF", save_all=True, append_images=[second])
+    np.testing.assert_array_equal(decode(data), np.array(first.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    data = encoded(Image.fromarray(RGB), kind, exif=exif, **options)
+    shown = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    assert image_size(data) == shown.shape[:2]
+    np.testing.assert_allclose(decode(data).astype(int), shown, atol=3)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_reduced_decode_of_a_turned_jpeg(orientation: int) -> None:
+    large = np.kron(RGB, np.ones((20, 20, 1), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(large), "JPEG", quality=95, exif=exif)
+    result = Augmenter([{"Resize": {"size": [24, 24]}}])(data, epoch=0, index=0)
+    expected = Augmenter([{"Resize": {"size": [24, 24]}}])(decode(data), epoch=0, index=0)
+    assert np.abs(result.astype(int) - expected).mean() < 3
+
+
+def test_grey_palette_and_one_bit() -> None:
+    grey = Image.fromarray(RGB[..., 0])
+    for image in (grey, grey.convert("P"), grey.convert("1")):
+        np.testing.assert_array_equal(decode(encoded(image, "PNG")), np.array(image.convert("RGB")))
+    np.testing.assert_allclose(
+        decode(encoded(grey, "JPEG", quality=100)).astype(int), np.array(grey.convert("RGB")), atol=3
+    )
+
+
+def test_transparency_over_white() -> None:
+    rgba = np.dstack([RGB, np.full(RGB.shape[:2], 255, np.uint8)])
+    rgba[0, 0, 3], rgba[0, 1, 3] = 0, 51
+    image = decode(encoded(Image.fromarray(rgba), "PNG"))
+    assert image[0, 0].tolist() == [255, 255, 255]
+    np.testing.assert_allclose(image[0, 1].astype(int), [254, 208, 210], atol=1)  # 0.2 · colour + 0.8 · 255
+    np.testing.assert_array_equal(image[1:], RGB[1:])
+    palette = Image.fromarray(RGB).quantize(4)
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    assert decode(encoded(palette, "PNG", transparency=palette.getpixel((0, 0))))[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(kind: str) -> None:
+    values = np.array([[0, 128 * 257, 65535]], np.uint16)
+    assert decode(encoded(Image.fromarray(values), kind))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_cmyk_jpeg() -> None:
+    cmyk = Image.fromarray(RGB).convert("CMYK")
+    data = encoded(cmyk, "JPEG", quality=100)
+    assert image_size(data) == (12, 20)
+    np.testing.assert_allclose(decode(data).astype(int), np.array(Image.open(io.BytesIO(data)).convert("RGB")), atol=1)
+
+
+def test_float_pixels_are_refused() -> None:
+    with pytest.raises(ImageError, match="floating-point"):
+        decode(encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"))
+
+
+JPEG = simplejpeg.encode_jpeg(np.kron(RGB, np.ones((8, 8, 1), np.uint8)))
+PNG = encoded(Image.fromarray(RGB), "PNG")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "no bytes"),
+        (b"hello, I am a text file\n", "looks like text"),
+        (b"\x00\x01\x02\x03" * 9, "starts with the bytes 00 01 02 03"),
+        (b"\xff\xd8\xff", "damaged or truncated JPEG header"),
+        (JPEG[: len(JPEG) // 2], "damaged or truncated JPEG"),
+        (PNG[: len(PNG) - 30], "damaged or truncated PNG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "looks like text"),
+        (b"%PDF-1.7\n\x00\xff", "not a picture"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(ImageError, match=reason):
+        decode(data)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_damage_is_refused_or_decoded_never_worse(data: st.DataObject) -> None:
+    original = bytearray(data.draw(st.sampled_from([JPEG, PNG])))
+    for _ in range(data.draw(st.integers(1, 6))):
+        original[data.draw(st.integers(0, len(original) - 1))] = data.draw(st.integers(0, 255))
+    broken = bytes(original[: data.draw(st.integers(0, len(original)))])
+    try:
+        pixels = decode(broken, max_pixels=1_000_000)
+    except ImageError:
+        return
+    assert pixels.dtype == np.uint8 and pixels.shape[2] == 3 and pixels.shape[:2] == image_size(broken)
+
+
+def test_pixel_limit_is_read_from_the_header() -> None:
+    bomb = bytearray(PNG)
+    bomb[16:24] = struct.pack(
+        ">II", 15_000, 10_000
+    )  # the header lies: nothing that large could be decoded from these bytes
+    bomb[29:33] = struct.pack(">I", __import__("zlib").crc32(bytes(bomb[12:29])))
+    with pytest.raises(TooManyPixelsError, match="150,000,000 pixels; the limit is 1,000,000"):
+        decode(bytes(bomb), max_pixels=1_000_000)
+
+
+def test_arrays_of_another_form_are_refused() -> None:
+    with pytest.raises(ImageError, match="expected a uint8 array H×W×3, got float64 4×4"):
+        Augmenter("none")(np.zeros((4, 4)), epoch=0, index=0)
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash"])
+@pytest.mark.parametrize("size", [(100, 300), (300, 100), (40, 40), (1, 1), (17, 900)])
+def test_preprocess_gives_its_size_from_any_size(resize: str, size: tuple[int, int]) -> None:
+    preprocess = Preprocess(32, 48, resize=resize)
+    image = np.full((*size, 3), 90, np.uint8)
+    assert (preprocess(image) == 90).all() and preprocess(image).shape == (32, 48, 3)
+    assert preprocess(simplejpeg.encode_jpeg(image)).shape == (32, 48, 3)
+
+
+def test_preprocess_crops_the_centre() -> None:
+    image = np.zeros((100, 200, 3), np.uint8)
+    image[25:75, 75:125] = 255  # the centre, half of the shorter side
+    assert (Preprocess(20, 20, crop_ratio=0.5)(image)[1:-1, 1:-1] == 255).all()
+    assert (Preprocess(20, 20, crop_ratio=0.6)(image)[0] == 0).all()
+
+
+def test_preprocess_round_trip_and_errors() -> None:
+    preprocess = Preprocess(32, 48, resize="squash", crop_ratio=1.0, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    assert Preprocess.from_dict(preprocess.to_dict()) == preprocess
+    with pytest.raises(ValueError, match="widht"):
+        Preprocess.from_dict({"height": 3, "widht": 3})
+    with pytest.raises(ValueError, match="resize: 'stretch'"):
+        Preprocess(3, 3, resize="stretch")

@@ -1,0 +1,87 @@
+"""MixUp and CutMix: pictures and targets are mixed by the same share, each sample with its own."""
+
+import numpy as np
+import pytest
+import torch
+
+from augment import Augmenter, batch
+
+COUNT = 64
+LEVELS = torch.arange(COUNT, dtype=torch.uint8) * 4
+IMAGES = (
+    LEVELS.view(-1, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
+)  # picture i is 4·i everywhere: a pixel tells whose it is
+ONE_HOT = torch.eye(COUNT)
+
+
+def mixed(policy: list, **more) -> tuple[torch.Tensor, torch.Tensor]:
+    return Augmenter(policy, seed=3).mix(
+        IMAGES, more.get("targets", ONE_HOT), epoch=more.get("epoch", 0), indices=range(COUNT)
+    )
+
+
+def test_mixup_blends_pictures_and_targets_alike() -> None:
+    images, targets = mixed([{"MixUp": {"alpha": 1.0}}])
+    expected = (targets * LEVELS.float()).sum(1)
+    torch.testing.assert_close(images, expected.view(-1, 1, 1, 1).expand_as(images), atol=1e-3, rtol=0)
+    torch.testing.assert_close(targets.sum(1), torch.ones(COUNT))
+    assert (targets.diagonal() < 1).all(), "nobody is its own partner"
+    assert len({round(float(v), 4) for v in targets.diagonal()}) > COUNT // 2, "each sample has its own share"
+
+
+def test_cutmix_share_is_the_area_really_pasted() -> None:
+    images, targets = mixed(["CutMix"])
+    assert images.dtype == torch.uint8
+    for i in range(COUNT):
+        own = (images[i, 0] == LEVELS[i]).float().mean()
+        torch.testing.assert_close(targets[i, i], own, atol=1e-6, rtol=0)
+        foreign = images[i, 0][images[i, 0] != LEVELS[i]]
+        if foreign.numel():
+            (partner,) = foreign.unique().tolist()
+            torch.testing.assert_close(targets[i, partner // 4], 1 - own, atol=1e-6, rtol=0)
+
+
+def test_multi_label_targets_are_blended_not_normalised() -> None:
+    targets = torch.ones(COUNT, 5)
+    _, soft = mixed([{"MixUp": {"alpha": 1.0}}], targets=targets)
+    torch.testing.assert_close(soft, targets)
+
+
+def test_mixing_depends_on_the_key_alone() -> None:
+    torch.manual_seed(1)
+    first = mixed(["CutMix"])[0]
+    torch.manual_seed(2)
+    np.random.seed(5)
+    assert torch.equal(mixed(["CutMix"])[0], first)
+    assert not torch.equal(mixed(["CutMix"], epoch=1)[0], first)
+
+
+def test_inputs_are_not_changed_and_p_zero_mixes_nothing() -> None:
+    images, targets = IMAGES.clone(), ONE_HOT.clone()
+    mixed([{"MixUp": {}}, {"CutMix": {}}])
+    assert torch.equal(IMAGES, images) and torch.equal(ONE_HOT, targets)
+    same, soft = mixed([{"MixUp": {"p": 0.0}}])
+    assert torch.equal(same, IMAGES) and torch.equal(soft, ONE_HOT)
+
+
+def test_half_probability_leaves_half_as_they_were() -> None:
+    _, soft = mixed([{"MixUp": {"p": 0.5, "alpha": 1.0}}])
+    untouched = int((soft.diagonal() == 1).sum())
+    assert 18 <= untouched <= 46
+
+
+def test_a_lone_sample_stays_itself() -> None:
+    augmenter = Augmenter(["CutMix"])
+    images, targets = augmenter.mix(IMAGES[:1], ONE_HOT[:1], epoch=0, indices=[0])
+    assert torch.equal(images, IMAGES[:1]) and torch.equal(targets, ONE_HOT[:1])
+
+
+def test_class_indices_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="targets: expected float N×C"):
+        mixed(["MixUp"], targets=torch.arange(COUNT))
+
+
+def test_batch_of_plans_for_another_size_is_refused() -> None:
+    plan = Augmenter("none").draw((8, 8), epoch=0, index=0)
+    with pytest.raises(ValueError, match=r"plan 0 was drawn for \(8, 8\)"):
+        batch.run([plan] * COUNT, IMAGES)

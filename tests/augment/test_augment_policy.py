@@ -1,0 +1,67 @@
+"""A policy's mistakes are told with place, op, parameter and what is accepted."""
+
+from pathlib import Path
+
+import pytest
+
+from augment import Augmenter, PolicyError, load_policy
+from augment.ops import OPS
+from augment.policy import presets
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ([{"HorizontalFilp": {}}], r"op 1: no op is called 'HorizontalFilp'; did you mean HorizontalFlip\?"),
+        (["HorizontalFlip", {"Rotate": {"degree": 3}}], r"op 2, Rotate: no parameter 'degree'; did you mean degrees\?"),
+        ([{"Rotate": {"degrees": "ten"}}], r"Rotate: degrees: 'ten' is not a number in \[0, 360\]"),
+        ([{"HorizontalFlip": {"p": 1.5}}], r"p: 1.5 is not a number in \[0, 1\]"),
+        ([{"HorizontalFlip": {"p": True}}], "p: True is not a number"),
+        ([{"Affine": {"scale": [2, 1]}}], "low end above its high end"),
+        ([{"RandomCrop": {}}], r"RandomCrop: .*size"),
+        ([{"Resize": {"size": 0}}], "size: 0 is not a positive whole number"),
+        ([{"Cutout": {"fill": 300}}], "fill: 300 is not a grey level"),
+        ([{"PadAndCrop": {"border": "mirror"}}], "border: 'mirror' is not one of constant, edge, reflect"),
+        ([{"GaussianNoise": {"sigma": float("nan")}}], "sigma: nan is not a number"),
+        ([{"MixUp": {"alpha": 0}}], "alpha: 0 is not positive"),
+        ([{"RandomErasing": {"value": "noise"}}], "value: 'noise' is neither random"),
+        ([{"Rotate": {}, "Resize": {"size": 3}}], "one op's name"),
+        ([{"Rotate": 5}], "parameters are a mapping"),
+        ([3], "one op's name"),
+        ({"Rotate": {}}, "a policy is a list of ops"),
+        ("imagnet", r"neither a file nor a preset .*did you mean imagenet\?"),
+    ],
+)
+def test_mistakes_are_told(spec, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        load_policy(spec)
+
+
+def test_yaml_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("- HorizontalFlip\n- Rotate: {degrees: [5, 10]}\n")
+    assert load_policy(file) == load_policy(["HorizontalFlip", {"Rotate": {"degrees": [5, 10]}}])
+    file.write_text("- Rotate: {degrees: [5, 10}\n")
+    with pytest.raises(PolicyError, match="mine.yaml: not valid YAML"):
+        load_policy(file)
+    file.write_text("- Rotat: {}\n")
+    with pytest.raises(PolicyError, match="mine.yaml, op 1: no op is called 'Rotat'"):
+        load_policy(file)
+
+
+def test_presets_exist_and_fit_their_use() -> None:
+    assert {"digits", "cifar", "imagenet", "fine-tune", "none"} <= set(presets())
+    assert not any(type(op).__name__.endswith("Flip") for op in load_policy("digits").ops), (
+        "a mirrored digit is another sign"
+    )
+
+
+def test_result_has_the_asked_size_whatever_the_policy() -> None:
+    for name in presets():
+        assert Augmenter(name, size=(40, 30)).draw((97, 61), epoch=0, index=1).size == (97, 61)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_is_documented(name: str) -> None:
+    assert OPS[name].__name__ == name
+    assert len((OPS[name].__doc__ or "").splitlines()[0]) > 20
