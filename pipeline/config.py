@@ -183,7 +183,7 @@ def config_from_dict(
         namespace = parser.parse_args(list(overrides), namespace=parser.parse_object(dict(values)))
         config = Config(**{item.name: parser.instantiate(namespace)[item.name] for item in fields(Config)})
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{where}: {_plain_words(str(error))}") from error
     _check(config, where)
     return config
 
@@ -287,6 +287,18 @@ def _check(config: Config, where: str) -> None:
     for key, value, holds, accepted in rules:
         if not holds:
             raise ConfigError(f"{where}: {key}: {value!r} is not {accepted}")
+
+
+def _plain_words(message: str) -> str:
+    """jsonargparse's account of an ill-typed value, on one line and without Python's type syntax."""
+    message = " ".join(message.split())
+    for pattern, words in (
+        (r'Parser key "([^"]+)":', r"\1:"),
+        (r"<class '(\w+)'>", r"\1"),
+        (r"typing\.Literal\[([^]]*)\]", r"one of \1"),
+    ):
+        message = re.sub(pattern, words, message)
+    return message
 
 
 def _is_name(name: str) -> bool:

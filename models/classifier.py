@@ -1,0 +1,98 @@
+"""The classifier: scaling and normalisation as the first layer of the network, so that no server can forget them.
+
+Knows nothing of files, augmentation or training loops.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from models.networks import head_of
+
+TASKS = ("binary", "multiclass", "multilabel")
+
+
+class Classifier(nn.Module):
+    """Pictures in, logits out: 0…255 → 0…1 → (x - mean) / std → `network`.
+
+    network: maps (N, 3, H, W) floats to (N, num_classes) logits; mean, std: three numbers each, of RGB in 0…1, std > 0.
+    Both are buffers of the state dict: weights never travel without their normalisation.
+    ValueError if mean or std is not three finite numbers, or std not positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", _three_numbers("mean", mean))
+        self.register_buffer("std", _three_numbers("std", std))
+        if not bool((self.std > 0).all()):
+            raise ValueError(f"std={tuple(std)}: expected three numbers above 0, of RGB in 0…1")
+        self._frozen = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (N, 3, H, W), any dtype, RGB in 0…255 → logits (N, num_classes). ValueError for another shape."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images of shape {tuple(images.shape)}: expected (N, 3, H, W), RGB in 0…255")
+        return self.network(self.normalise(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """images: (N, 3, H, W), any dtype, 0…255 → the same shape, normalised, float32 or autocast's dtype."""
+        std = self.std.to(torch.float32).view(1, 3, 1, 1)
+        mean = self.mean.to(torch.float32).view(1, 3, 1, 1)
+        # One multiply-add over the pixels instead of a division, a subtraction and another division.
+        normalised = torch.addcmul(-mean / std, images.to(torch.float32), 1 / (255 * std))
+        kind = images.device.type
+        return normalised.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else normalised
+
+    def freeze_backbone(self) -> Self:
+        """Leave only the head trainable, and the rest in eval mode even after `train()`. Returns self.
+
+        A frozen batch norm that still averaged the new pictures would change the backbone without any gradient.
+        """
+        self.network.requires_grad_(False)
+        head_of(self.network).requires_grad_(True)
+        self._frozen = True
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode; under `freeze_backbone` of the head alone."""
+        super().train(mode)
+        if self._frozen and mode:
+            self.network.eval()
+            head_of(self.network).train()
+        return self
+
+
+def probabilities(logits: Tensor, *, task: str, temperature: float = 1.0) -> Tensor:
+    """Calibrated probabilities: softmax(logits / temperature), for multilabel sigmoid(logits / temperature).
+
+    logits: (N, C), any float dtype, C = 2 for binary; temperature > 0. Returns float32 (N, C); rows sum to 1 unless
+    multilabel. ValueError for an unknown task or a temperature that is not a positive finite number.
+    Source: temperature scaling, Guo et al. 2017, arXiv:1706.04599.
+    """
+    check_task(task)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature={temperature!r}: expected a finite number above 0")
+    scaled = logits.to(torch.float32) / temperature
+    return scaled.sigmoid() if task == "multilabel" else scaled.softmax(dim=-1)
+
+
+def check_task(task: str) -> None:
+    """ValueError naming the tasks, and the nearest one, when `task` is not one of TASKS."""
+    if task not in TASKS:
+        near = difflib.get_close_matches(str(task), TASKS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"task={task!r}: expected one of {', '.join(TASKS)}{hint}")
+
+
+def _three_numbers(name: str, values: Sequence[float]) -> Tensor:
+    if len(values) != 3 or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{name}={values!r}: expected three finite numbers, of RGB in 0…1")
+    return torch.tensor([float(value) for value in values], dtype=torch.float32)

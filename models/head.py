@@ -1,0 +1,50 @@
+"""The head of a network: its final layer, the one with a row for each class."""
+
+from torch import nn
+
+
+def head_of(module: nn.Module) -> nn.Module:
+    """The final layer or layers, which stay trainable under freeze="backbone".
+
+    timm's networks say it themselves (`get_classifier`; two layers where the network is distilled); for others it is
+    the last Linear or Conv2d that the module registers, which a test holds for torchvision's families.
+    ValueError if there is none.
+    """
+    if callable(named := getattr(module, "get_classifier", None)):
+        found = named()
+        head = nn.ModuleList(found) if isinstance(found, list | tuple) else found
+        if next(head.parameters(), None) is not None:
+            return head
+    return module.get_submodule(_last_layer(module))
+
+
+def replace_head(module: nn.Module, num_classes: int) -> nn.Module:
+    """Give `module` a new last Linear or Conv2d with `num_classes` outputs, in place; freshly initialised. Returns it.
+
+    A ReLU after the last layer, which SqueezeNet has, becomes an identity: it would keep every logit above zero, and a
+    sigmoid of it above 0.5.
+    """
+    name = _last_layer(module)
+    parent_name, _, child = name.rpartition(".")
+    parent = module.get_submodule(parent_name)
+    old = module.get_submodule(name)
+    setattr(parent, child, _resized(old, num_classes))  # type: ignore[arg-type]
+    if isinstance(parent, nn.Sequential):
+        names = [child for child, _ in parent.named_children()]
+        for after in names[names.index(child) + 1 :]:
+            if isinstance(parent.get_submodule(after), nn.ReLU):
+                setattr(parent, after, nn.Identity())
+    return module
+
+
+def _last_layer(module: nn.Module) -> str:
+    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)]
+    if not names:
+        raise ValueError(f"network {type(module).__name__}: expected a Linear or Conv2d layer to serve as its head")
+    return names[-1]
+
+
+def _resized(old: nn.Linear | nn.Conv2d, num_classes: int) -> nn.Module:
+    if isinstance(old, nn.Conv2d):
+        return nn.Conv2d(old.in_channels, num_classes, old.kernel_size, bias=old.bias is not None)  # type: ignore[arg-type]
+    return nn.Linear(old.in_features, num_classes, bias=old.bias is not None)

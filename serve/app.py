@@ -1,0 +1,121 @@
+"""The HTTP face of an engine: four routes. What happens behind them is the service's."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from starlette.responses import JSONResponse
+
+from models.bundle import Bundle
+from serve import errors
+from serve.answer import prediction
+from serve.body import read_body
+from serve.engine import Engine
+from serve.limits import Limits
+from serve.service import Service
+
+_FILE = {"type": "string", "format": "binary"}
+_BASE64 = {"type": "string", "format": "byte"}
+_JSON_FORMS = [
+    {"type": "object", "required": ["image"], "properties": {"image": _BASE64}},
+    {"type": "object", "required": ["images"], "properties": {"images": {"type": "array", "items": _BASE64}}},
+]
+_PREDICT_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/*": {"schema": _FILE},
+            "application/octet-stream": {"schema": _FILE},
+            "multipart/form-data": {"schema": {"type": "object", "additionalProperties": _FILE}},
+            "application/json": {"schema": {"oneOf": _JSON_FORMS}},
+        },
+    }
+}
+
+
+def create_app(
+    served: Bundle | Engine,
+    *,
+    limits: Limits | None = None,
+    max_batch: int = 32,
+    max_wait_ms: float = 2.0,
+    max_queue: int = 1024,
+) -> FastAPI:
+    """The application that answers with `served`; a bundle is served on the CPU.
+
+    Its lifespan runs the self-test: if that fails the server does not start, and `app.state.failure` says why.
+    ValueError or BundleError for a parameter or bundle that cannot work.
+    """
+    engine = served if isinstance(served, Engine) else Engine(served)
+    options: dict[str, Any] = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
+    service = Service(engine, limits=limits or Limits(), **options)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            await service.start()
+        except Exception as err:
+            app.state.failure = err
+            raise
+        yield
+        await service.stop()
+
+    app = FastAPI(title="Refract", summary=f"Image classification by {engine.bundle.info.name}", lifespan=lifespan)
+    app.state.failure = None
+    errors.install(app)
+    _add_predict(app, service)  # first: routes are tried in this order, and this is the one that is busy
+    _add_health(app, service)
+    return app
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    info, described = service.engine.bundle.info, _description(service.engine)
+
+    @app.get("/livez", summary="The process answers")
+    async def livez() -> JSONResponse:
+        return JSONResponse({"status": "alive"})
+
+    @app.get("/readyz", summary="The golden pictures gave their stored answers again")
+    async def readyz() -> JSONResponse:
+        service.check_ready()
+        return JSONResponse({"status": "ready", "model": info.name})
+
+    @app.get("/v1/model", summary="What is served")
+    async def model() -> JSONResponse:
+        return JSONResponse(described)
+
+
+def _add_predict(app: FastAPI, service: Service) -> None:
+    bundle, num_classes = service.engine.bundle, len(service.engine.bundle.info.labels)
+    model = {"name": bundle.info.name, "digest": bundle.digest}
+    thresholds = bundle.info.thresholds if bundle.info.task == "multilabel" else None
+    description = "How many labels to answer, likeliest first"
+
+    @app.post("/v1/predict", summary="Classify one or several images", openapi_extra=_PREDICT_BODY)
+    async def predict(
+        request: Request,
+        top: Annotated[int, Query(ge=1, le=num_classes, description=description)] = min(5, num_classes),
+    ) -> JSONResponse:
+        service.check_ready()
+        body = await read_body(request, service.limits)
+        rows = await service.predict(request.headers.get("content-type", ""), body)
+        predictions = [prediction(row, bundle.info.labels, top=top, thresholds=thresholds) for row in rows]
+        return JSONResponse({"model": model, "predictions": predictions})
+
+
+def _description(engine: Engine) -> dict[str, Any]:
+    info = engine.bundle.info.to_dict()
+    shown = (
+        "name",
+        "task",
+        "labels",
+        "network",
+        "preprocess",
+        "temperature",
+        "thresholds",
+        "metrics",
+        "created",
+        "versions",
+    )
+    return {"digest": engine.bundle.digest, "device": str(engine.device)} | {key: info[key] for key in shown}

@@ -1,0 +1,123 @@
+"""Many small requests, few large batches: one thread computes, the event loop waits. Knows nothing of HTTP."""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+Item = tuple[np.ndarray, "asyncio.Future[np.ndarray]", float]  # input, its answer, time of arrival
+
+
+class OverloadedError(RuntimeError):
+    """Too much is waiting already; try again later."""
+
+
+class BatchError(RuntimeError):
+    """The engine failed on the batch that this input was in."""
+
+
+class Batcher:
+    """Gathers inputs into batches for `predict` (N×… → N×…), which runs on one thread of its own.
+
+    A batch leaves as soon as `max_batch` inputs wait, or `max_wait_ms` after its first one arrived. At most
+    `max_queue` inputs wait. Belongs to one event loop: build it, `start`, `submit` and `stop` it there.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[np.ndarray], np.ndarray],
+        *,
+        max_batch: int = 32,
+        max_wait_ms: float = 2.0,
+        max_queue: int = 1024,
+    ) -> None:
+        if max_batch < 1 or max_queue < 1 or not 0 <= max_wait_ms < float("inf"):
+            raise ValueError(
+                f"Batcher: max_batch={max_batch} and max_queue={max_queue} must be at least 1, "
+                f"max_wait_ms={max_wait_ms} a finite number of at least 0"
+            )
+        self._predict = predict
+        self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait_ms / 1000, max_queue
+        self._waiting: deque[Item] = deque()
+        self._changed = threading.Condition(threading.Lock())
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+
+    def start(self) -> None:
+        """Start the inference thread. Call it once, on the event loop that will submit."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def submit(self, inputs: np.ndarray) -> np.ndarray:
+        """N×… inputs → their N×… answers. All are taken or none: OverloadedError. BatchError if the engine failed."""
+        now = monotonic()
+        futures = [self._loop.create_future() for _ in inputs]
+        with self._changed:
+            if self._stopping:
+                raise OverloadedError("the server is going down")
+            before = len(self._waiting)
+            if before + len(futures) > self._max_queue:
+                raise OverloadedError(f"{before} images are waiting already; try again later")
+            self._waiting.extend(zip(inputs, futures, [now] * len(futures), strict=True))
+            # The thread sleeps until there is a first input, then until the batch is full: in between, let it sleep.
+            if before == 0 or before < self._max_batch <= len(self._waiting):
+                self._changed.notify()
+        if len(futures) == 1:
+            return (await futures[0])[None]
+        return np.stack(await asyncio.gather(*futures))
+
+    async def stop(self) -> None:
+        """Take no more, answer what was taken, end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def _work(self) -> None:
+        while items := self._next():
+            self._run([item for item in items if not item[1].cancelled()])
+
+    def _next(self) -> list[Item]:
+        """The next batch; empty when all is done. Sleeps on the condition, for as long as the batch may still grow."""
+        with self._changed:
+            while not self._waiting and not self._stopping:
+                self._changed.wait()
+            while 0 < len(self._waiting) < self._max_batch and not self._stopping:
+                left = self._waiting[0][2] + self._max_wait - monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(left)
+            return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_batch))]
+
+    def _run(self, items: list[Item]) -> None:
+        if not items:
+            return
+        answers: np.ndarray | None = None
+        try:
+            answers = self._predict(np.stack([item[0] for item in items]))
+            if len(answers) != len(items):
+                raise ValueError(f"the engine gave {len(answers)} answers to {len(items)} inputs")
+        except Exception:
+            logger.exception("inference failed on a batch of %d", len(items))
+            answers = None
+        try:
+            # Once a batch, not once a request: each call wakes the event loop through a system call.
+            self._loop.call_soon_threadsafe(_deliver, items, answers)
+        except RuntimeError:
+            logger.warning("the event loop closed before %d answers were delivered", len(items))
+
+
+def _deliver(items: list[Item], answers: np.ndarray | None) -> None:
+    for row, (_, future, _) in enumerate(items):
+        if future.done():  # cancelled while the batch was computed
+            continue
+        if answers is None:
+            future.set_exception(BatchError("the engine failed on this batch"))
+        else:
+            future.set_result(answers[row])

@@ -1,0 +1,150 @@
+"""`refract serve SOURCE`: from the command line to a running server, and back to an exit code.
+
+Nothing heavy is imported up here: --help and a mistyped option are answered at once.
+"""
+
+import argparse
+import logging
+import math
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from models.bundle import Bundle
+
+FAILED, REFUSED = 1, 2
+
+
+class RefusedError(Exception):
+    """What was asked cannot work: a bad source, bundle, device or address."""
+
+
+def main(argv: list[str]) -> int:
+    """Serve until SIGTERM or SIGINT. Returns 0 after a graceful end, 1 after a failure, 2 if it cannot serve that."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if threading.current_thread() is threading.main_thread():
+        # Both signals end a start-up as well; and uvicorn raises the signal again once it has stopped gracefully.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with _listen(arguments.host, arguments.port) as bound:
+            _serve(arguments, bound)
+    except KeyboardInterrupt:
+        return 0
+    except RefusedError as err:
+        return _say(str(err), REFUSED)
+    except Exception as err:
+        return _say(f"{type(err).__name__}: {err}", FAILED)
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bound before the model is loaded: that takes seconds, and a port that is taken should be said at once."""
+    from serve.server import listen
+
+    try:
+        return listen(host, port)
+    except OSError as err:
+        raise RefusedError(f"cannot listen on {host}:{port}: {err.strerror}") from err
+
+
+def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
+    from serve.server import Server, url
+
+    bundle = _bundle(arguments.source)
+    app = _app(bundle, arguments)
+    ready = f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {url(bound)}"
+    try:
+        Server(app, on_ready=lambda: print(ready, flush=True)).run(sockets=[bound])
+    except SystemExit as err:
+        failure = app.state.failure
+        if isinstance(failure, ValueError):  # a BundleError of the self-test
+            raise RefusedError(str(failure)) from err
+        raise failure or RuntimeError("the server did not start") from err
+
+
+def _bundle(source: str) -> "Bundle":
+    from serve.source import SourceError, resolve
+
+    try:
+        folder = resolve(source)
+    except SourceError as err:
+        raise RefusedError(str(err)) from err
+    from models.bundle import BundleError, load_bundle
+
+    try:
+        return load_bundle(folder)
+    except BundleError as err:
+        raise RefusedError(str(err)) from err
+
+
+def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
+    import torch
+
+    from serve.app import create_app
+    from serve.engine import Engine
+    from serve.limits import MIB, Limits
+
+    has_cuda = torch.cuda.is_available()
+    if arguments.device == "cuda" and not has_cuda:
+        raise RefusedError("--device cuda: this machine offers no CUDA device to torch; use auto or cpu")
+    device = ("cuda" if has_cuda else "cpu") if arguments.device == "auto" else arguments.device
+    limits = Limits(max_body_bytes=int(arguments.max_body_mb * MIB), max_pixels=arguments.max_pixels)
+    try:
+        engine = Engine(bundle, device)
+    except ValueError as err:
+        raise RefusedError(str(err)) from err
+    return create_app(engine, limits=limits, max_batch=arguments.max_batch, max_wait_ms=arguments.max_wait_ms)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"refract serve: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="refract serve",
+        description="Serve a bundle over HTTP: POST images to /v1/predict; see /docs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a bundle's folder, models:/NAME@ALIAS or models:/NAME/VERSION")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=_whole(0, 65535), default=8000, help="port to listen on; 0 takes a free one")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
+    add("--max-batch", type=_whole(1, 65536), default=32, metavar="N", help="images in one batch")
+    add("--max-wait-ms", type=_number, default=2.0, metavar="MS", help="longest wait for a batch to fill")
+    add("--max-body-mb", type=_number, default=20.0, metavar="MB", help="largest request body, in MiB")
+    add("--max-pixels", type=_whole(1, 2**31), default=50_000_000, metavar="N", help="most pixels of one image")
+    return parser
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in {low} … {high}")
+        return int(text)
+
+    return parse
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1e5:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in 0 … 100000")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,55 @@
+"""A bundle at work on one device. Knows nothing of HTTP, nor of who asks."""
+
+import numpy as np
+import torch
+
+from augment.decode import ImageError
+from augment.preprocess import Preprocess
+from models.bundle import Bundle, BundleError
+from models.classifier import probabilities
+
+# How far a golden picture's probabilities may lie from the stored ones. float32 convolutions differ by about 1e-6
+# between CPUs; TF32 on the training GPU moves them by up to about 1e-3. Wrong channels, resize or weights move them
+# by far more. Where the stored lead is over twice this, the same top-1 follows.
+TOLERANCE = 2e-3
+
+
+class Engine:
+    """Turns uint8 N×H×W×3 batches into probabilities, by `bundle`'s network on `device`."""
+
+    def __init__(self, bundle: Bundle, device: str = "cpu") -> None:
+        self.bundle = bundle
+        self.device = torch.device(device)
+        self.preprocess = Preprocess.from_dict(bundle.info.preprocess)
+        self._classifier = bundle.classifier(self.device)
+
+    def predict(self, batch: np.ndarray) -> np.ndarray:
+        """batch: uint8 N×H×W×3 → float32 N×C probabilities. The bundle's temperature is applied."""
+        info = self.bundle.info
+        with torch.inference_mode():
+            images = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
+            logits = self._classifier(images)
+            return probabilities(logits, task=info.task, temperature=info.temperature).float().cpu().numpy()
+
+    def self_test(self) -> None:
+        """Ask for the golden pictures. BundleError, naming the picture, unless the stored answers come again."""
+        if not self.bundle.goldens:
+            raise BundleError(f"{self.bundle.path}: no golden pictures, so nothing shows that this model still works")
+        for golden in self.bundle.goldens:
+            where = f"{self.bundle.path}: golden picture {golden.name}"
+            try:
+                batch = self.preprocess(golden.data)[None]
+            except ImageError as err:
+                raise BundleError(f"{where} cannot be read: {err}") from err
+            self._compare(where, self.predict(batch)[0], np.asarray(golden.probabilities, dtype=np.float32))
+
+    def _compare(self, where: str, answered: np.ndarray, stored: np.ndarray) -> None:
+        if answered.shape != stored.shape:
+            raise BundleError(f"{where} has {stored.size} stored probabilities, the network answers {answered.size}")
+        gap = float(np.abs(answered - stored).max())
+        if not gap <= TOLERANCE:  # also when gap is not a number
+            labels = self.bundle.info.labels
+            raise BundleError(
+                f"{where} is answered with {labels[answered.argmax()]!r} where {labels[stored.argmax()]!r} is stored; "
+                f"its probabilities are off by {gap:.2g}, at most {TOLERANCE} is allowed"
+            )

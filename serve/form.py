@@ -1,0 +1,80 @@
+"""Files of a multipart/form-data body.
+
+Not Starlette's `request.form()`: that spools every file over 1 MB to the disk, which a read-only container has not, and
+parses on the event loop. The body is in memory already, and limited.
+"""
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from serve.errors import RequestError
+
+MAX_TEXT_FIELDS = 64
+
+
+def files_in(body: bytes, boundary: bytes, *, max_images: int) -> list[bytes]:
+    """Contents of the parts that have a file name, whatever their field; text fields are passed over.
+
+    RequestError 413 beyond `max_images` files, 400 for a body that is not a complete form or has no file.
+    """
+    if not boundary:
+        raise RequestError(400, "invalid_form", "the Content-Type of the form has no boundary")
+    form = _Form(max_images)
+    try:
+        parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as err:
+        raise RequestError(400, "invalid_form", "the body is not valid multipart/form-data") from err
+    if not form.complete:
+        raise RequestError(400, "invalid_form", "the form ends before its closing boundary")
+    if not form.files:
+        raise RequestError(400, "no_files", "the form has no file; send each image as a part with a filename")
+    return form.files
+
+
+class _Form:
+    def __init__(self, max_images: int) -> None:
+        self.max_images = max_images
+        self.files: list[bytes] = []
+        self.complete = False
+        self._parts = 0
+
+    def callbacks(self) -> dict[str, object]:
+        names = "part_begin part_data part_end header_begin header_field header_value header_end headers_finished end"
+        return {f"on_{name}": getattr(self, f"_{name}") for name in names.split()}
+
+    def _part_begin(self) -> None:
+        self._parts += 1
+        if self._parts > self.max_images + MAX_TEXT_FIELDS:
+            raise RequestError(413, "too_many_images", f"the form has too many parts; at most {self.max_images} images")
+        self._disposition, self._chunks = "", []  # type: str, list[bytes]
+
+    def _header_begin(self) -> None:
+        self._name, self._value = b"", b""
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        if self._name.lower() == b"content-disposition":
+            self._disposition = self._value.decode("latin-1")
+
+    def _headers_finished(self) -> None:
+        self._is_file = b"filename" in parse_options_header(self._disposition)[1]
+        if self._is_file and len(self.files) == self.max_images:
+            raise RequestError(413, "too_many_images", f"the form has more than {self.max_images} images")
+
+    def _part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._is_file:
+            self._chunks.append(data[start:end])
+
+    def _part_end(self) -> None:
+        if self._is_file:
+            self.files.append(b"".join(self._chunks))
+
+    def _end(self) -> None:
+        self.complete = True

@@ -1,0 +1,39 @@
+"""From a request's bytes to the network's input: plain functions, run on a worker thread."""
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+
+from augment.decode import ImageError, TooManyPixelsError
+from augment.preprocess import Preprocess
+from serve.errors import RequestError
+from serve.limits import Limits
+from serve.uploads import images_in
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(content_type: str, body: bytes, preprocess: Preprocess, limits: Limits) -> np.ndarray:
+    """The uint8 N×H×W×3 batch of the images in `body`. RequestError 4xx, naming the image where there are several."""
+    images = images_in(content_type, body, max_images=limits.max_images)
+    name: Callable[[int], str] = (lambda index: f"image {index}") if len(images) > 1 else (lambda _: "the image")
+    return np.stack([pixels(data, name(i), preprocess=preprocess, limits=limits) for i, data in enumerate(images)])
+
+
+def pixels(data: bytes, name: str, *, preprocess: Preprocess, limits: Limits) -> np.ndarray:
+    """One picture as uint8 H×W×3. The pixel limit is held against the header, before anything is decoded."""
+    if not data:
+        raise RequestError(400, "invalid_image", f"{name} is empty")
+    try:
+        return preprocess(data, max_pixels=limits.max_pixels)
+    except TooManyPixelsError as err:
+        raise RequestError(413, "image_too_large", f"{name}: {err}") from err
+    except ImageError as err:
+        raise RequestError(400, "invalid_image", f"{name}: {err}") from err
+    except MemoryError:
+        raise
+    except Exception as err:
+        # A parser stumbled over hostile bytes in a way of its own. That is the picture's fault, and a line for our log.
+        logger.warning("unexpected %s while decoding a picture", type(err).__name__, exc_info=True)
+        raise RequestError(400, "invalid_image", f"{name} cannot be read") from err

@@ -1,0 +1,69 @@
+"""One application on one port: binding, the moment of readiness, and a graceful end. Knows nothing of models."""
+
+import logging
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from starlette.types import ASGIApp
+
+# Kubernetes kills after 30 s: what is in flight has this long to finish, then is dropped by us and logged.
+GRACE_S = 25
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to `host` and `port`, 0 for a free one. OSError if the name is unknown or the port taken.
+
+    It does not accept yet, so that clients are refused, not left waiting, while the model loads.
+    """
+    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+        0
+    ]
+    bound = socket.socket(family, kind, proto)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def url(bound: socket.socket) -> str:
+    """The address of a bound socket as a client writes it."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, on a socket that is bound already, calling `on_ready` once it accepts requests.
+
+    `run(sockets=[…])` raises SystemExit if the application's start-up failed.
+    """
+
+    def __init__(self, app: ASGIApp, *, on_ready: Callable[[], None]) -> None:
+        # The port belongs to the sockets given to `run`; log_config=None leaves logging to whoever configured it.
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="on",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,  # nobody here asks who the client is
+                timeout_graceful_shutdown=GRACE_S,
+            )
+        )
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn logs a failed start as a traceback; the application keeps the error, and its owner says it in a line.
+        log = logging.getLogger("uvicorn.error")
+        log.disabled = True
+        try:
+            await super().startup(sockets)
+        finally:
+            log.disabled = False
+        if not self.should_exit:
+            self._on_ready()

@@ -1,0 +1,355 @@
+"""The bundle: it comes back bit by bit, and whatever was touched is refused by name."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from models.bundle import Bundle, BundleError, BundleInfo, Golden, load_bundle, save_bundle
+from models.classifier import Classifier
+from models.networks import build
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+INFO = BundleInfo(
+    name="insects",
+    task="multiclass",
+    labels=("ant", "bee", "Käfer"),
+    network={"name": "resnet20", "image_size": [32, 32], "args": {}},
+    preprocess={"height": 32, "width": 32, "resize": "crop", "mean": list(MEAN), "std": list(STD)},
+    temperature=1.25,
+    metrics={"accuracy": 0.5},
+    data={"fingerprint": "abc", "counts": {"train": 3}},
+    config={"trainer": {"epochs": 2}},
+    versions={"torch": "2.15.0"},
+    created="2026-11-05T03:00:00+00:00",
+)
+GOLDENS = (Golden("00.jpg", b"first picture", (0.1, 0.2, 0.7)), Golden("01.png", b"second", (1.0, 0.0, 0.0)))
+FILES = ["bundle.json", "weights.safetensors", "golden/00.jpg", "golden/01.png"]
+
+
+def make_classifier(name: str = "resnet20", *, seed: int = 0, **args: Any) -> Classifier:
+    torch.manual_seed(seed)
+    return Classifier(build(name, 3, image_size=(32, 32), **args), mean=MEAN, std=STD).eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_bundle(tmp_path / "bundle", INFO, make_classifier(), GOLDENS)
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change bundle.json and make its hash right again, as a careful stranger would."""
+    record = json.loads((folder / "bundle.json").read_text())
+    change(record)
+    (folder / "bundle.json").write_text(json.dumps(record))
+    rehash(folder, "bundle.json")
+
+
+def rehash(folder: Path, name: str) -> None:
+    data = (folder / name).read_bytes()
+    change_manifest(folder, {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}})
+
+
+def change_manifest(folder: Path, files: dict[str, Any]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "files": {**manifest["files"], **files}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("lenet5", {}), ("resnet20", {}), ("resnet18", {}), ("timm/resnet10t", {"drop_rate": 0.1})],
+)
+def test_logits_come_back_bit_by_bit(name: str, args: dict[str, Any], tmp_path: Path) -> None:
+    classifier = make_classifier(name, **args)
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    classifier.train()(images)  # moves batch norm's statistics away from their start
+    classifier.eval()
+    info = replace(INFO, network={"name": name, "image_size": [32, 32], "args": args})
+    again = load_bundle(save_bundle(tmp_path / "b", info, classifier, GOLDENS)).classifier()
+    assert torch.equal(again(images), classifier(images))
+    assert not again.training
+    assert {tensor.dtype for tensor in again.parameters()} == {torch.float32}
+
+
+def test_the_record_and_the_goldens_come_back(folder: Path) -> None:
+    bundle = load_bundle(folder)
+    assert isinstance(bundle, Bundle)
+    assert (bundle.path, bundle.info, bundle.goldens) == (folder, INFO, GOLDENS)
+    assert bundle.digest == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    assert BundleInfo.from_json(INFO.to_json()) == INFO
+    written = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    assert written == sorted([*FILES, "manifest.json"])
+
+
+def test_weights_are_plain_whatever_the_classifier_was(tmp_path: Path) -> None:
+    """bf16, channels_last, compiled, a tied layer: the file holds plain float32 under the network's own names."""
+    classifier = make_classifier().to(memory_format=torch.channels_last)
+    classifier.network.stages[1].conv1.weight = classifier.network.stages[0].conv1.weight
+    classifier.network.stages[2].to(torch.bfloat16)
+    classifier.network = torch.compile(classifier.network)  # type: ignore[assignment]
+    folder = save_bundle(tmp_path / "b", INFO, classifier, ())
+    tensors = safetensors.torch.load_file(folder / "weights.safetensors")
+    assert set(tensors) == set(make_classifier().state_dict())
+    assert {t.dtype for key, t in tensors.items() if "num_batches" not in key} == {torch.float32}
+    loaded = load_bundle(folder).classifier().network
+    assert torch.equal(loaded.stages[1].conv1.weight, loaded.stages[0].conv1.weight)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", ["one bit", "cut", "longer", "gone", "a folder"])
+def test_every_file_is_guarded(folder: Path, name: str, how: str) -> None:
+    file = folder / name
+    data = file.read_bytes()
+    if how == "one bit":
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif how == "cut":
+        file.write_bytes(data[:-1])
+    elif how == "longer":
+        file.write_bytes(data + b" ")
+    else:
+        file.unlink()
+        if how == "a folder":
+            file.mkdir()
+    expected = "missing" if how in ("gone", "a folder") else "altered"
+    with pytest.raises(BundleError, match=rf"{name} .*{expected}.*copy or download the bundle again"):
+        load_bundle(folder)
+
+
+def test_weights_changed_after_loading_are_refused(folder: Path) -> None:
+    bundle = load_bundle(folder)
+    safetensors.torch.save_file(make_classifier(seed=1).state_dict(), folder / "weights.safetensors")
+    with pytest.raises(BundleError, match=r"weights.safetensors was altered"):
+        bundle.classifier()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_needed_file_must_be_listed(folder: Path, name: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"][name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=f"{name} is needed but manifest.json does not list it"):
+        load_bundle(folder)
+
+
+def test_files_that_are_not_listed_are_never_read(folder: Path) -> None:
+    (folder / "code.pkl").write_bytes(b"a pickle")
+    os.mkfifo(folder / "pipe")  # reading it would wait for ever
+    (folder / "golden" / "dangling").symlink_to("/nowhere")
+    load_bundle(folder).classifier()
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/hostname", "golden/../../secret", "golden\\..\\secret", "C:secret", ""]
+)
+def test_names_that_leave_the_folder_are_refused(folder: Path, name: str) -> None:
+    secret = folder.parent / "secret"
+    secret.write_bytes(b"x")
+    change_manifest(folder, {name: {"sha256": hashlib.sha256(b"x").hexdigest(), "size": 1}})
+    with pytest.raises(BundleError, match="could lead out of the bundle"):
+        load_bundle(folder)
+
+
+def test_links_that_leave_the_folder_are_refused_and_links_within_are_not(folder: Path) -> None:
+    shutil.move(folder / "golden" / "00.jpg", folder / "elsewhere.jpg")
+    (folder / "golden" / "00.jpg").symlink_to("../elsewhere.jpg")
+    load_bundle(folder)
+    shutil.move(folder / "elsewhere.jpg", folder.parent / "outside.jpg")
+    (folder / "golden" / "00.jpg").unlink()
+    (folder / "golden" / "00.jpg").symlink_to("../../outside.jpg")
+    with pytest.raises(BundleError, match=r"golden/00.jpg leads out of the bundle"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"schema_version": 2, "files": {}}',
+        '{"schema_version": 1, "files": {"a": 3}}',
+        "[" * 99999,
+    ],
+)
+def test_a_broken_manifest_is_refused(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(BundleError, match=r"manifest.json"):
+        load_bundle(folder)
+
+
+def test_what_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"manifest.json cannot be read: .*is .* a bundle\?"):
+        load_bundle(tmp_path)
+
+
+def test_an_existing_path_is_refused_and_kept(folder: Path, tmp_path: Path) -> None:
+    before = load_bundle(folder).digest
+    with pytest.raises(BundleError, match=f"{folder} exists already"):
+        save_bundle(folder, INFO, make_classifier(seed=1), GOLDENS)
+    assert load_bundle(folder).digest == before
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("empty", "link"):
+        with pytest.raises(BundleError, match="exists already"):
+            save_bundle(tmp_path / name, INFO, make_classifier(), GOLDENS)
+
+
+class Interrupting(Classifier):
+    """A classifier whose save is interrupted from the keyboard."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_save_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        save_bundle(tmp_path / "b", INFO, Interrupting(nn.Linear(1, 1), mean=MEAN, std=STD), GOLDENS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
+    # The file's name is longer than a file system takes: the record and the weights are written before it fails.
+    with pytest.raises(OSError, match="too long"):
+        save_bundle(tmp_path / "b", INFO, make_classifier(), [*GOLDENS, Golden("x" * 300, b"x", (1.0, 0.0, 0.0))])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("info", "reason"),
+    [
+        (
+            replace(INFO, network={"name": "lenet5", "image_size": [32, 32], "args": {}}),
+            "does not fit the network 'lenet5'",
+        ),
+        (replace(INFO, network={"name": "resnet21", "image_size": [32, 32], "args": {}}), "'resnet21' is unknown"),
+        (replace(INFO, labels=("a", "b")), "has 3 probabilities: expected 2"),
+        (
+            replace(INFO, preprocess={"mean": [0, 0, 0], "std": list(STD)}),
+            "preprocess.'mean'.*expected the classifier's own",
+        ),
+    ],
+)
+def test_a_record_of_another_classifier_is_refused_and_leaves_nothing(
+    info: BundleInfo, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BundleError, match=reason):
+        save_bundle(tmp_path / "b", info, make_classifier(), GOLDENS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "args", [{"weights": "/tmp/w.pth"}, {"pretrained": True}, {"checkpoint_path": "/tmp/w.pth"}, {"x": 1}]
+)
+def test_a_strangers_network_arguments_load_no_file(folder: Path, args: dict[str, Any]) -> None:
+    for name in ("timm/resnet10t", "resnet20"):
+        reseal(folder, lambda record, name=name: record["network"].update(name=name, args=args))  # type: ignore[misc]
+        with pytest.raises(BundleError, match=r"bundle.json: the network cannot be built: .*" + next(iter(args))):
+            load_bundle(folder).classifier()
+
+
+def test_weights_of_another_shape_are_refused(folder: Path) -> None:
+    weights = make_classifier().state_dict()
+    weights["network.head.weight"] = torch.zeros(4, 64)
+    safetensors.torch.save_file(weights, folder / "weights.safetensors")
+    rehash(folder, "weights.safetensors")
+    with pytest.raises(
+        BundleError, match=r"weights.safetensors does not fit the network 'resnet20'.*network.head.weight"
+    ):
+        load_bundle(folder).classifier()
+
+
+def test_weights_that_are_no_safetensors_are_refused(folder: Path) -> None:
+    torch.save(make_classifier().state_dict(), folder / "weights.safetensors")
+    rehash(folder, "weights.safetensors")
+    with pytest.raises(BundleError, match="is not a safetensors file"):
+        load_bundle(folder).classifier()
+
+
+@pytest.mark.parametrize(
+    "answers", [None, 3, [3], [{"name": "00.jpg"}], [{"name": "00.jpg", "probabilities": ["a"] * 3}]]
+)
+def test_broken_goldens_are_refused(folder: Path, answers: Any) -> None:
+    reseal(folder, lambda record: record.update(goldens=answers))
+    with pytest.raises(BundleError, match="golden"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["../00.jpg", "a/b.jpg", "", ".hidden", "a b.jpg"])
+def test_golden_names_are_plain(name: str) -> None:
+    with pytest.raises(BundleError, match="golden picture's name"):
+        Golden(name, b"x", (1.0,))
+
+
+def test_golden_names_come_once(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"'00.jpg' comes twice"):
+        save_bundle(tmp_path / "b", INFO, make_classifier(), [GOLDENS[0], GOLDENS[0]])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"schema_version": 2}, "'schema_version' is 2: expected 1"),
+        ({"schema_version": True}, "'schema_version' is True"),
+        ({"name": " "}, "'name'"),
+        ({"task": "multi-label"}, "binary, multiclass, multilabel; did you mean 'multilabel'"),
+        ({"labels": ["a", "b", "a"]}, "'a' comes twice"),
+        ({"labels": ["a", 3]}, "'labels'"),
+        ({"labels": ["a"]}, "more labels for the task multiclass"),
+        ({"task": "binary"}, "two labels for the task binary"),
+        ({"network": {"name": "resnet20"}}, "exactly the keys name, image_size, args"),
+        ({"network": {"name": "hf-hub:a/b", "image_size": [8, 8], "args": {}}}, "'network.name' is 'hf-hub:a/b'"),
+        ({"network": {"name": "timm/../x", "image_size": [8, 8], "args": {}}}, "'network.name'"),
+        ({"network": {"name": "lenet5", "image_size": [8], "args": {}}}, "'network.image_size' is .8."),
+        ({"network": {"name": "lenet5", "image_size": [8, 8], "args": []}}, "'network.args'"),
+        ({"preprocess": {"mean": [0, 0, 0], "std": [1, 1]}}, "'preprocess.std'"),
+        ({"preprocess": {"mean": [0, 0, 0], "std": [1, 1, 0]}}, "'preprocess.std'.*above 0"),
+        ({"preprocess": []}, "'preprocess'"),
+        ({"temperature": 0}, "'temperature' is 0"),
+        ({"temperature": "1"}, "'temperature' is '1'"),
+        ({"thresholds": [0.5]}, "'thresholds' is .*expected 0 numbers"),
+        ({"task": "multilabel", "thresholds": [0.5]}, "expected 3 numbers in 0…1"),
+        ({"task": "multilabel", "thresholds": [0.5, 0.5, 1.5]}, "expected 3 numbers in 0…1"),
+        ({"metrics": {"a": "high"}}, "'metrics'"),
+        ({"data": 3}, "'data'"),
+        ({"config": None}, "'config'"),
+        ({"versions": {"torch": 2}}, "'versions'"),
+        ({"created": "yesterday"}, "'created' is 'yesterday'"),
+        ({"created": "2026-11-05T03:00:00"}, "'created'.*a time in UTC"),
+        ({"lables": []}, "unknown field 'lables'; nearest is 'labels'"),
+    ],
+)
+def test_every_field_is_checked(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BundleError, match=reason):
+        BundleInfo.from_dict({**INFO.to_dict(), **change})
+
+
+@pytest.mark.parametrize("name", list(INFO.to_dict()))
+def test_every_field_is_needed(name: str) -> None:
+    values = INFO.to_dict()
+    del values[name]
+    with pytest.raises(BundleError, match=name):
+        BundleInfo.from_dict(values)
+
+
+def test_numbers_that_json_has_not_are_refused() -> None:
+    with pytest.raises(BundleError, match="'metrics'"):
+        replace(INFO, metrics={"loss": float("nan")})
+    with pytest.raises(BundleError, match="NaN is not a JSON number"):
+        BundleInfo.from_json(INFO.to_json().replace("1.25", "NaN"))
+    with pytest.raises(BundleError, match="'config' is not plain JSON"):
+        replace(INFO, config={"path": Path("x")})
+
+
+def test_multilabel_keeps_its_thresholds() -> None:
+    info = replace(INFO, task="multilabel", thresholds=(0.5, 0.25, 1.0))
+    assert BundleInfo.from_json(info.to_json()) == info

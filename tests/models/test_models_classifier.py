@@ -1,0 +1,101 @@
+"""The classifier: normalisation inside, a backbone that really freezes, probabilities."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.classifier import TASKS, Classifier, probabilities
+from models.networks import build
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_pixels_are_scaled_and_normalised_per_channel(images: Tensor) -> None:
+    before = images.clone()
+    result = Classifier(nn.Flatten(), mean=MEAN, std=STD)(images).view(4, 3, 32, 32)
+    for channel in range(3):
+        expected = (images[:, channel].double() / 255 - MEAN[channel]) / STD[channel]
+        torch.testing.assert_close(result[:, channel].double(), expected, atol=1e-6, rtol=1e-6)
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.float16])
+def test_any_dtype_of_0_to_255_gives_the_same(images: Tensor, dtype: torch.dtype) -> None:
+    classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=MEAN, std=STD)
+    assert torch.equal(classifier(images.to(dtype)), classifier(images))
+
+
+def test_under_autocast_the_arithmetic_is_float32_and_the_result_bfloat16(images: Tensor) -> None:
+    classifier = Classifier(nn.Identity(), mean=MEAN, std=STD)
+    exact = classifier(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = classifier(images)
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, exact.to(torch.bfloat16))
+
+
+def test_channels_last_stays() -> None:
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8).to(memory_format=torch.channels_last)
+    result = Classifier(nn.Identity(), mean=MEAN, std=STD)(images)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_normalisation_travels_with_the_weights(images: Tensor) -> None:
+    first = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=MEAN, std=STD)
+    second = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0, 0, 0), std=(1, 1, 1))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(images), second(images))
+
+
+def test_bad_numbers_and_shapes_are_refused() -> None:
+    for mean, std in [((0.5,), STD), (MEAN, (0.1, 0.2, 0.0)), ((0.1, 0.2, float("nan")), STD)]:
+        with pytest.raises(ValueError, match="three"):
+            Classifier(nn.Identity(), mean=mean, std=std)
+    with pytest.raises(ValueError, match=r"\(2, 1, 8, 8\): expected \(N, 3, H, W\)"):
+        Classifier(nn.Identity(), mean=MEAN, std=STD)(torch.zeros(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["lenet5", "resnet20", "resnet18", "timm/mobilenetv3_small_050", "squeezenet1_1"])
+def test_a_frozen_backbone_moves_only_the_head(name: str) -> None:
+    torch.manual_seed(0)
+    classifier = Classifier(build(name, 3, image_size=(48, 48)), mean=MEAN, std=STD).freeze_backbone()
+    before = {key: tensor.clone() for key, tensor in classifier.state_dict().items()}
+    classifier.eval().train()
+    optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=0.1)
+    images = torch.randint(0, 256, (4, 3, 48, 48))
+    nn.functional.cross_entropy(classifier(images), torch.tensor([0, 1, 2, 0])).backward()
+    optimizer.step()
+    moved = {key for key, tensor in classifier.state_dict().items() if not torch.equal(tensor, before[key])}
+    # Batch norm's running statistics are in the state dict: they would be among the moved.
+    assert len(moved) == 2
+    assert {before[key].shape[0] for key in moved} == {3}
+
+
+def test_a_frozen_backbones_dropout_is_off_and_the_head_trains() -> None:
+    classifier = Classifier(build("alexnet", 3, image_size=(64, 64)), mean=MEAN, std=STD).freeze_backbone().train()
+    images = torch.randint(0, 256, (2, 3, 64, 64))
+    assert torch.equal(classifier(images), classifier(images))
+    assert classifier.training and classifier.network.classifier[-1].training
+    assert not classifier.eval().network.classifier[-1].training
+
+
+def test_probabilities() -> None:
+    logits = torch.tensor([[0.0, 1.0]], dtype=torch.bfloat16)
+    for task in ("binary", "multiclass"):
+        torch.testing.assert_close(probabilities(logits, task=task), torch.tensor([[0.268941, 0.731059]]))
+    torch.testing.assert_close(probabilities(logits, task="multilabel"), torch.tensor([[0.5, 0.731059]]))
+    hot = probabilities(logits, task="multiclass", temperature=2.0)
+    torch.testing.assert_close(hot, torch.tensor([[0.377541, 0.622459]]))
+
+
+def test_probabilities_refuse_an_unknown_task_and_temperature() -> None:
+    with pytest.raises(ValueError, match=rf"task='multi-label': expected one of {', '.join(TASKS)}.*'multilabel'"):
+        probabilities(torch.zeros(1, 2), task="multi-label")
+    for temperature in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature="):
+            probabilities(torch.zeros(1, 2), task="binary", temperature=temperature)

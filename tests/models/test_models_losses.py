@@ -1,0 +1,93 @@
+"""The loss of each task against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from models.losses import classification_loss, soft_targets
+
+# softmax of (0, log 2, log 5) is (1/8, 2/8, 5/8).
+LOGITS = torch.tensor([[0.0, math.log(2), math.log(5)]])
+
+
+def test_soft_targets() -> None:
+    one_hot = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    assert torch.equal(soft_targets(torch.tensor([2, 0]), 3, "multiclass"), one_hot)
+    mixed = torch.tensor([[0.3, 0.7]])
+    assert torch.equal(soft_targets(mixed, 2, "binary"), mixed)
+    assert soft_targets(torch.tensor([[1, 1, 0]]), 3, "multilabel").dtype == torch.float32
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_a_class_index_out_of_range_is_named(wrong: int) -> None:
+    with pytest.raises(ValueError, match=rf"class index {wrong}: expected 0…2"):
+        soft_targets(torch.tensor([0, wrong]), 3, "multiclass")
+    with pytest.raises(ValueError, match=rf"class index {wrong}: expected 0…2"):
+        classification_loss(torch.zeros(2, 3), torch.tensor([0, wrong]), task="multiclass")
+
+
+@pytest.mark.parametrize(
+    ("targets", "task"),
+    [
+        (torch.zeros(2, 4), "multiclass"),
+        (torch.zeros(2), "multiclass"),
+        (torch.zeros(2, dtype=torch.int64), "multilabel"),
+    ],
+)
+def test_targets_of_another_form_are_refused(targets: torch.Tensor, task: str) -> None:
+    with pytest.raises(ValueError, match="targets of shape"):
+        soft_targets(targets, 3, task)
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass"])
+def test_cross_entropy(task: str) -> None:
+    loss = classification_loss(LOGITS, torch.tensor([1]), task=task)
+    assert loss.item() == pytest.approx(math.log(4), abs=1e-6)
+    soft = classification_loss(LOGITS, torch.tensor([[0.5, 0.0, 0.5]]), task=task)
+    assert soft.item() == pytest.approx(0.5 * math.log(8) + 0.5 * math.log(8 / 5), abs=1e-6)
+
+
+def test_label_smoothing() -> None:
+    # Szegedy et al. 2016: q' = (1 - ε) q + ε / 3 = (0.1, 0.8, 0.1) with ε = 0.3.
+    expected = 0.1 * math.log(8) + 0.8 * math.log(4) + 0.1 * math.log(8 / 5)
+    loss = classification_loss(LOGITS, torch.tensor([1]), task="multiclass", label_smoothing=0.3)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_multilabel() -> None:
+    logits = torch.tensor([[0.0, math.log(3)]])  # probabilities 1/2 and 3/4
+    loss = classification_loss(logits, torch.tensor([[1.0, 0.0]]), task="multilabel")
+    assert loss.item() == pytest.approx((math.log(2) + math.log(4)) / 2, abs=1e-6)
+    # q' = 0.8 q + 0.1 = (0.9, 0.1)
+    smooth = classification_loss(logits, torch.tensor([[1.0, 0.0]]), task="multilabel", label_smoothing=0.2)
+    expected = (math.log(2) + 0.1 * math.log(4 / 3) + 0.9 * math.log(4)) / 2
+    assert smooth.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_class_weights() -> None:
+    weights = torch.tensor([1.0, 2.0, 5.0])
+    logits, targets = torch.cat([LOGITS, LOGITS]), torch.tensor([0, 1])
+    loss = classification_loss(logits, targets, task="multiclass", class_weights=weights)
+    assert loss.item() == pytest.approx((1 * math.log(8) + 2 * math.log(4)) / 3, abs=1e-6)
+    reference = torch.nn.functional.cross_entropy(logits, targets, weight=weights)
+    assert loss.item() == pytest.approx(reference.item(), abs=1e-6)
+    multi = classification_loss(
+        torch.zeros(1, 2), torch.ones(1, 2), task="multilabel", class_weights=torch.tensor([1.0, 3.0])
+    )
+    assert multi.item() == pytest.approx(2 * math.log(2), abs=1e-6)
+
+
+def test_half_precision_logits_give_a_float32_loss() -> None:
+    for task in ("multiclass", "multilabel"):
+        loss = classification_loss(torch.zeros(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3), task=task)
+        assert loss.dtype == torch.float32
+
+
+def test_bad_parameters_are_named() -> None:
+    with pytest.raises(ValueError, match=r"label_smoothing=1\.0"):
+        classification_loss(LOGITS, torch.tensor([1]), task="multiclass", label_smoothing=1.0)
+    with pytest.raises(ValueError, match=r"class_weights of shape \(2,\): expected \(3,\)"):
+        classification_loss(LOGITS, torch.tensor([1]), task="multiclass", class_weights=torch.ones(2))
+    with pytest.raises(ValueError, match="task='multi'"):
+        classification_loss(LOGITS, torch.tensor([1]), task="multi")

@@ -1,0 +1,154 @@
+"""Networks by name: every own one, and one of each kind that the catalogues hold."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from models.networks import NETWORKS, build, head_of, weights_preprocess
+
+SOME = [*NETWORKS, "resnet18", "timm/resnet10t", "timm/mobilenetv3_small_050"]
+# One of each family whose head sits in another place, or whose input or output needs care.
+FAMILIES = {
+    "torchvision/alexnet": 64,
+    "torchvision/squeezenet1_1": 64,
+    "torchvision/mobilenet_v3_small": 64,
+    "torchvision/shufflenet_v2_x0_5": 64,
+    "torchvision/googlenet": 64,
+    "torchvision/inception_v3": 75,
+    "torchvision/vit_b_32": 64,
+    "timm/vit_tiny_patch16_224": 64,
+    "timm/deit_tiny_distilled_patch16_224": 64,
+    "timm/resnet18.a1_in1k": 64,
+}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_forward_shape_and_a_gradient_for_every_parameter(name: str) -> None:
+    network = build(name, 5, image_size=(32, 32))
+    logits = network(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 5)
+    logits.square().sum().backward()
+    without = [key for key, p in network.named_parameters() if p.grad is None]
+    assert without == []
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_learns_one_batch_by_heart(name: str) -> None:
+    torch.manual_seed(0)
+    network = build(name, 4, image_size=(32, 32)).train()
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    # Chance is log 4 = 1.39; the worst of these ends below 0.1.
+    assert loss.item() < 0.4
+
+
+@pytest.mark.parametrize(("name", "size"), FAMILIES.items())
+def test_every_family_gives_one_plain_tensor_in_training_too_and_has_a_head(name: str, size: int) -> None:
+    network = build(name, 7, image_size=(size, size)).train()
+    assert network(torch.randn(2, 3, size, size)).shape == (2, 7)
+    rows = [p.shape[0] for p in head_of(network).parameters()]
+    assert rows and set(rows) == {7}
+
+
+def test_squeezenet_gives_logits_below_zero() -> None:
+    torch.manual_seed(0)
+    logits = build("squeezenet1_1", 50, image_size=(64, 64)).eval()(torch.randn(2, 3, 64, 64))
+    assert (logits < 0).any()
+
+
+@pytest.mark.parametrize("size", [(28, 28), (32, 48), (64, 64)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_own_networks_take_other_sizes(name: str, size: tuple[int, int]) -> None:
+    assert build(name, 3, image_size=size)(torch.randn(2, 3, *size)).shape == (2, 3)
+
+
+def test_own_networks_have_the_papers_number_of_parameters() -> None:
+    def count(name: str) -> int:
+        return sum(p.numel() for p in build(name, 10, image_size=(32, 32)).parameters())
+
+    # LeCun 1998 with three channels, all connections and plain pooling: 456 + 2416 + 48120 + 10164 + 850.
+    assert count("lenet5") == 62006
+    # He et al. 2016, table 6: 0.27 M.
+    assert count("resnet20") == 269722
+
+
+@pytest.mark.parametrize(("name", "smallest"), [("lenet5", 16), ("resnet20", 8)])
+def test_too_small_pictures_are_refused(name: str, smallest: int) -> None:
+    build(name, 2, image_size=(smallest, smallest))
+    with pytest.raises(ValueError, match=rf"image_size=\({smallest - 1}, 40\).*{smallest}"):
+        build(name, 2, image_size=(smallest - 1, 40))
+
+
+def test_the_prefix_forces_the_catalogue() -> None:
+    assert type(build("resnet18", 2, image_size=(32, 32))).__module__.startswith("torchvision.")
+    assert type(build("timm/resnet18", 2, image_size=(32, 32))).__module__.startswith("timm.")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("resnet19", "torchvision/resnet18"),
+        ("timm/resnet10tt", "timm/resnet10t"),
+        ("lenet", "lenet5"),
+        ("hf-hub:timm/resnet18", "lenet5, resnet20"),
+        ("timm/hf-hub:timm/resnet18", "lenet5, resnet20"),
+        ("timm/local-dir:/tmp", "lenet5, resnet20"),
+    ],
+)
+def test_an_unknown_name_lists_own_networks_and_the_nearest(name: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=r"is unknown: own networks are lenet5, resnet20") as caught:
+        build(name, 2, image_size=(32, 32))
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "timm/resnet10t"])
+def test_arguments_that_the_network_rejects(name: str) -> None:
+    with pytest.raises(ValueError, match=r"rejects its arguments.*depht"):
+        build(name, 2, image_size=(32, 32), depht=3)
+
+
+@pytest.mark.parametrize("key", ["pretrained", "pretrained_cfg", "checkpoint_path", "weights_backbone", "cache_dir"])
+def test_arguments_that_could_load_a_file_are_reserved(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key!r} is reserved"):
+        build("timm/resnet10t", 2, image_size=(32, 32), **{key: "/tmp/x.pth"})
+
+
+def test_arguments_reach_the_network() -> None:
+    network = build("timm/resnet10t", 2, image_size=(32, 32), drop_rate=0.25)
+    assert network.drop_rate == 0.25
+
+
+def test_own_networks_have_no_pretrained_weights() -> None:
+    with pytest.raises(ValueError, match="weights='default': lenet5 has none"):
+        build("lenet5", 2, image_size=(32, 32), weights="default")
+
+
+def test_what_pretrained_weights_expect() -> None:
+    expected = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "image_size": [224, 224]}
+    assert weights_preprocess("resnet18", "default") == {**expected, "crop_ratio": 224 / 256}
+    assert weights_preprocess("timm/resnet10t", "default") == {
+        **expected,
+        "image_size": [176, 176],
+        "crop_ratio": 0.875,
+    }
+    assert weights_preprocess("resnet18", "none") is None
+    assert weights_preprocess("lenet5", "default") is None
+
+
+def test_what_a_server_imports_stays_light() -> None:
+    code = (
+        "import sys, models.bundle, models.classifier, models.networks\n"
+        "models.networks.build('resnet20', 2, image_size=(32, 32))\n"
+        "heavy = {'lightning', 'torchmetrics', 'mlflow', 'torchvision', 'timm', 'augment', 'pipeline', 'serve'}\n"
+        "print(*sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")

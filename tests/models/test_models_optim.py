@@ -1,0 +1,95 @@
+"""Optimisers and schedules: who decays, and the learning rate at each step."""
+
+import pytest
+import torch
+from torch import nn
+
+from models.networks import build
+from models.optim import OPTIMIZERS, SCHEDULES, make_optimizer, parameter_groups, warmup_schedule
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    network = build("resnet20", 3, image_size=(32, 32))
+    decayed, plain = parameter_groups(network, 0.05)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    kinds = {id(p): type(m) for m in network.modules() for p in m.parameters(recurse=False)}
+    assert {kinds[id(p)] for p in decayed["params"]} == {nn.Conv2d, nn.Linear}
+    assert {kinds[id(p)] for p in plain["params"]} == {nn.BatchNorm2d, nn.Linear}
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(network.parameters()))
+
+
+def test_only_what_requires_a_gradient_is_in_a_group() -> None:
+    network = build("resnet20", 3, image_size=(32, 32)).requires_grad_(False)
+    network.head.weight.requires_grad_(True)
+    (group,) = parameter_groups(network, 0.1)
+    assert [id(p) for p in group["params"]] == [id(network.head.weight)]
+    with pytest.raises(ValueError, match="nothing to train"):
+        parameter_groups(network.requires_grad_(False), 0.1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_lowers_the_loss(name: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 1)
+    optimizer = make_optimizer(name, layer, lr=0.05, weight_decay=0.0, momentum=0.9)
+    images, targets = torch.randn(16, 4), torch.randn(16, 1)
+    losses = []
+    for _ in range(20):
+        loss = (layer(images) - targets).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_sgd_is_nesterov_with_momentum_and_plain_without() -> None:
+    for momentum, nesterov in ((0.9, True), (0.0, False)):
+        optimizer = make_optimizer("sgd", nn.Linear(2, 2), lr=0.1, weight_decay=0.0, momentum=momentum)
+        assert optimizer.defaults["nesterov"] is nesterov
+        assert optimizer.defaults["momentum"] == momentum
+
+
+def test_bad_optimizer_parameters_are_named() -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"optimizer='adam': expected one of sgd, adamw; did you mean 'adamw'\?"):
+        make_optimizer("adam", layer, lr=0.1, weight_decay=0.0, momentum=0.9)
+    for change in ({"lr": 0.0}, {"lr": float("nan")}, {"momentum": 1.0}, {"weight_decay": -0.1}):
+        with pytest.raises(ValueError, match=f"{next(iter(change))}="):
+            make_optimizer("sgd", layer, **{"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9, **change})
+
+
+def test_cosine_with_warmup() -> None:
+    factors = [warmup_schedule("cosine", step, 10, 0.2) for step in range(11)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[6] == pytest.approx(0.5)  # half of the eight steps after the warm-up
+    assert factors[9] == pytest.approx(0.038060, abs=1e-6)  # (1 + cos(7π/8)) / 2
+    assert factors[10] == pytest.approx(0.0, abs=1e-12)
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+
+
+def test_constant_with_warmup() -> None:
+    assert [warmup_schedule("constant", step, 8, 0.5) for step in range(8)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("total", [1, 2, 7, 100])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 1.0])
+def test_every_step_moves_and_some_step_is_whole(name: str, total: int, warmup: float) -> None:
+    factors = [warmup_schedule(name, step, total, warmup) for step in range(total)]
+    assert all(0 < factor <= 1 for factor in factors)
+    assert max(factors) == 1
+    # Lightning asks once more after the last step.
+    assert 0 <= warmup_schedule(name, total, total, warmup) <= 1
+    assert 0 <= warmup_schedule(name, total + 5, total, warmup) <= 1
+
+
+def test_bad_schedule_parameters_are_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"schedule='cosin': expected one of cosine, constant; did you mean 'cosine'\?"
+    ):
+        warmup_schedule("cosin", 0, 10, 0.1)
+    with pytest.raises(ValueError, match=r"warmup=1\.5"):
+        warmup_schedule("cosine", 0, 10, 1.5)
+    with pytest.raises(ValueError, match="total_steps=0"):
+        warmup_schedule("cosine", 0, 0, 0.1)

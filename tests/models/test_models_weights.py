@@ -1,0 +1,128 @@
+"""Weights from a file: the same head, another head, other people's prefixes, and files that do not belong."""
+
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from models.networks import build, head_of
+from models.weights import load_weights
+
+SIZE = (32, 32)
+
+
+def save(path: Path, tensors: dict[str, Tensor]) -> str:
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    return str(path)
+
+
+def same(network: nn.Module, other: nn.Module, *, but: tuple[str, ...] = ()) -> bool:
+    ours, theirs = network.state_dict(), other.state_dict()
+    return all(torch.equal(ours[key], theirs[key]) for key in ours if key not in but)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "timm/resnet10t"])
+def test_the_same_head_loads_whole(name: str, suffix: str, tmp_path: Path) -> None:
+    source = build(name, 4, image_size=SIZE)
+    network = build(name, 4, image_size=SIZE, weights=save(tmp_path / f"w{suffix}", source.state_dict()))
+    assert same(network, source)
+
+
+@pytest.mark.parametrize(("name", "head"), [("resnet20", "head"), ("resnet18", "fc"), ("timm/resnet10t", "fc")])
+def test_another_head_starts_afresh_and_says_so(
+    name: str, head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = build(name, 4, image_size=SIZE)
+    path = save(tmp_path / "w.safetensors", source.state_dict())
+    with caplog.at_level(logging.INFO, logger="models.weights"):
+        network = build(name, 6, image_size=SIZE, weights=path)
+    keys = (f"{head}.weight", f"{head}.bias")
+    assert same(network, source, but=keys)
+    assert head_of(network).weight.shape[0] == 6
+    assert f"freshly initialised: {', '.join(keys)}" in caplog.text
+
+
+def test_the_report_names_every_tensor(tmp_path: Path) -> None:
+    source, network = build("lenet5", 4, image_size=SIZE), build("lenet5", 6, image_size=SIZE)
+    path = save(tmp_path / "w.safetensors", {**source.state_dict(), "mean": torch.zeros(3)})
+    report = load_weights(network, head_of(network), path)
+    assert report.reinitialised == ("head.weight", "head.bias")
+    assert set(report.left_out) == {"mean", "head.weight", "head.bias"}
+    assert set(report.loaded) | set(report.reinitialised) == set(network.state_dict())
+
+
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod.", "network.", "classifier.network."]
+)
+def test_foreign_prefixes_are_cut(prefix: str, tmp_path: Path) -> None:
+    source = build("resnet20", 3, image_size=SIZE)
+    path = save(tmp_path / "w.pt", {prefix + key: tensor for key, tensor in source.state_dict().items()})
+    assert same(build("resnet20", 3, image_size=SIZE, weights=path), source)
+
+
+def test_a_head_named_like_a_prefix_is_not_cut(tmp_path: Path) -> None:
+    name = "timm/mobilenetv3_small_050"
+    source = build(name, 3, image_size=SIZE)
+    path = save(tmp_path / "w.pt", {"model." + key: tensor for key, tensor in source.state_dict().items()})
+    assert same(build(name, 3, image_size=SIZE, weights=path), source)
+
+
+def test_a_checkpoints_state_dict_is_found(tmp_path: Path) -> None:
+    source = build("lenet5", 3, image_size=SIZE)
+    torch.save({"epoch": 3, "state_dict": source.state_dict()}, tmp_path / "w.pth")
+    assert same(build("lenet5", 3, image_size=SIZE, weights=str(tmp_path / "w.pth")), source)
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "w.pt", build("lenet5", 3, image_size=SIZE).state_dict())
+    with pytest.raises(ValueError, match=r"no key fits the network; the file begins with .'features.0.weight'"):
+        build("resnet18", 3, image_size=SIZE, weights=path)
+
+
+def test_a_backbone_that_differs_is_refused_and_named(tmp_path: Path) -> None:
+    # 48×48 pictures leave lenet5's first linear layer more numbers: the head fits, the neck does not.
+    path = save(tmp_path / "w.pt", build("lenet5", 3, image_size=(48, 48)).state_dict())
+    with pytest.raises(ValueError, match=r"1 keys besides the head differ: neck.1.weight \(120, 1296\)"):
+        build("lenet5", 3, image_size=SIZE, weights=path)
+
+
+def test_missing_and_unknown_keys_are_refused(tmp_path: Path) -> None:
+    weights = build("lenet5", 3, image_size=SIZE).state_dict()
+    weights["extra.weight"] = weights.pop("features.0.weight")
+    path = save(tmp_path / "w.pt", weights)
+    with pytest.raises(ValueError, match=r"features.0.weight missing, extra.weight unknown"):
+        build("lenet5", 3, image_size=SIZE, weights=path)
+
+
+class Stranger:
+    """A pickle that would run code when loaded."""
+
+    def __reduce__(self) -> tuple:
+        return (print, ("the stranger's code ran",))
+
+
+def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": Stranger()}, protocol=2))
+    torch.save({"a": Stranger()}, tmp_path / "v.pth")
+    for name in ("w.pth", "v.pth"):
+        with pytest.raises(ValueError, match=r"cannot be read as plain tensors"):
+            build("lenet5", 3, image_size=SIZE, weights=str(tmp_path / name))
+    assert "stranger" not in capsys.readouterr().out
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'none', 'default', or a path that ends in .safetensors, .pt, .pth"):
+        build("lenet5", 3, image_size=SIZE, weights="imagenet")
+    with pytest.raises(FileNotFoundError, match=r"nowhere.pt"):
+        build("lenet5", 3, image_size=SIZE, weights=str(tmp_path / "nowhere.pt"))
+    (tmp_path / "w.safetensors").write_bytes(b"no tensors at all")
+    with pytest.raises(ValueError, match=r"cannot be read as plain tensors"):
+        build("lenet5", 3, image_size=SIZE, weights=str(tmp_path / "w.safetensors"))

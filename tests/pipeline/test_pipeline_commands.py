@@ -1,0 +1,240 @@
+"""The commands as a stranger runs them: a folder in, a served classifier out."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import COLORS, Run, picture, write_picture
+from mlflow import MlflowClient
+
+from augment import Preprocess
+from models.bundle import load_bundle
+from models.classifier import probabilities
+from pipeline.commands.demo import served
+from pipeline.scoring import score
+from refract import COMMANDS
+
+QUICK = ["--trainer.max_epochs", "3", "--trainer.run_name", "r1", "--data.workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pictures/, pictures.yaml as `refract init` wrote it, runs/r1 and mlflow.db."""
+    root = tmp_path_factory.mktemp("trained")
+    for label in COLORS:
+        for number in range(40):
+            write_picture(root / "pictures" / label / f"{number:02}.jpg", picture(label, number))
+    for command in (["init", "pictures", "-o", "pictures.yaml"], ["train", "pictures.yaml", *QUICK]):
+        done = subprocess.run(
+            [sys.executable, "-m", "refract", *command], cwd=root, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    return root
+
+
+@pytest.fixture
+def workplace(trained: Path, tmp_path: Path) -> Path:
+    """A copy of `trained` that a test may change; `refract` runs in it."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command", [[], *[[name] for name in COMMANDS]], ids=lambda command: command[0] if command else "refract"
+)
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    code = (
+        "import sys, refract\n"
+        "try: exit_code = refract.main(sys.argv[1:])\n"
+        "except SystemExit as exit: exit_code = exit.code\n"
+        "heavy = {'torch', 'lightning', 'mlflow', 'pandas', 'sklearn', 'cv2', 'matplotlib', 'fastapi'} & set(sys.modules)\n"
+        "print('EXIT', exit_code, sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("EXIT 0 []\n") and "usage" in done.stdout
+
+
+def test_unknown_command_names_the_nearest(refract: Run) -> None:
+    assert "Did you mean train?" in refract("trian", code=2).stderr
+
+
+def test_run_holds_all_that_a_reviewer_asks_for(trained: Path) -> None:
+    run = trained / "runs" / "r1"
+    assert {"bundle", "config.yaml", "splits.csv", "preview.png", "curves.png", "confusion.png", "checkpoints"} <= {
+        path.name for path in run.iterdir()
+    }
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    bundle = load_bundle(run / "bundle")
+    assert bundle.info.config == stored and stored["trainer"]["max_epochs"] == 3
+    assert bundle.info.labels == ("blue", "green", "red") and len(bundle.goldens) == 8
+    assert bundle.info.metrics["accuracy"] > 0.9
+    for name in ("preview.png", "curves.png", "confusion.png"):
+        assert cv2.imread(str(run / name)).std() > 5
+
+
+def test_mlflow_has_the_run_and_the_champion(trained: Path) -> None:
+    client = MlflowClient(f"sqlite:///{trained}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["trainer.max_epochs"] == "3" and run.data.params["model.name"] == "resnet20"
+    losses = client.get_metric_history(run.info.run_id, "train_loss")
+    assert [metric.step for metric in losses] == [1, 2, 3]
+    assert run.data.metrics["test_accuracy"] > 0.9
+    names = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"bundle", "preview.png", "confusion.png", "curves.png", "config.yaml", "splits.csv"} <= names
+    assert client.get_model_version_by_alias("pictures", "champion").run_id == run.info.run_id
+
+
+def test_predict_tells_each_picture(refract: Run, workplace: Path) -> None:
+    write_picture(workplace / "new" / "a.png", picture("red", 900))
+    write_picture(workplace / "new" / "deep" / "b.jpg", picture("blue", 901))
+    lines = refract("predict", "runs/r1/bundle", "new", "--json", "--top", 2).stdout.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [(answer["path"], answer["label"]) for answer in answers] == [
+        ("new/a.png", "red"),
+        ("new/deep/b.jpg", "blue"),
+    ]
+    assert all(
+        len(answer["top"]) == 2 and answer["top"][0]["confidence"] >= answer["top"][1]["confidence"]
+        for answer in answers
+    )
+
+
+def test_predict_goes_on_past_a_bad_picture(refract: Run, workplace: Path) -> None:
+    (workplace / "bad.jpg").write_text("text")
+    write_picture(workplace / "good.jpg", picture("green", 902))
+    done = refract("predict", "runs/r1/bundle", "bad.jpg", "good.jpg", "--json", code=1)
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert "looks like text" in first["error"] and second["label"] == "green"
+    assert "no such file" in refract("predict", "runs/r1/bundle", "nowhere.jpg", code=2).stderr
+
+
+def test_evaluate_measures_the_runs_own_hold_out(refract: Run, workplace: Path) -> None:
+    done = refract("evaluate", "runs/r1/bundle", "pictures", "--json", "e.json")
+    report = json.loads((workplace / "e.json").read_text())
+    assert "its own hold-out" in done.stdout and report["pictures"] == 24  # 20 % of 120
+    assert report["metrics"] == load_bundle(workplace / "runs" / "r1" / "bundle").info.metrics
+    assert np.trace(report["confusion"]) / 24 == report["metrics"]["accuracy"]
+
+
+def test_evaluate_refuses_labels_it_does_not_know(refract: Run, workplace: Path) -> None:
+    shutil.copytree(workplace / "pictures" / "red", workplace / "other" / "purple")
+    shutil.copytree(workplace / "pictures" / "blue", workplace / "other" / "blue")
+    assert "does not know 1 of the labels: purple" in refract("evaluate", "runs/r1/bundle", "other", code=2).stderr
+
+
+def test_a_run_is_never_overwritten(refract: Run, workplace: Path) -> None:
+    before = (workplace / "runs" / "r1" / "bundle" / "manifest.json").read_bytes()
+    assert "runs/r1 exists already" in refract("train", "pictures.yaml", *QUICK, code=2).stderr
+    assert (workplace / "runs" / "r1" / "bundle" / "manifest.json").read_bytes() == before
+    assert "pictures.yaml exists already" in refract("init", "pictures", code=2).stderr
+
+
+def test_preview_draws_a_grid(refract: Run, workplace: Path) -> None:
+    assert (
+        "wrote grid.png: 3 pictures × 2 variants"
+        in refract("preview", "pictures.yaml", "-o", "grid.png", "--rows", 3, "--variants", 2).stdout
+    )
+    first = (workplace / "grid.png").read_bytes()
+    refract("preview", "pictures.yaml", "-o", "grid.png", "--rows", 3, "--variants", 2)
+    assert (workplace / "grid.png").read_bytes() == first, "a preview shows what training draws, so it repeats"
+    assert cv2.imread(str(workplace / "grid.png")).std() > 20
+    refract("preview", "pictures", "--policy", "[broken", code=2)
+    refract("preview", "pictures/red/00.jpg", "--policy", "imagenet", "-o", "one.png")
+
+
+def test_data_errors_reach_the_user_in_words(refract: Run, workplace: Path) -> None:
+    (workplace / "pictures" / "red" / "notes.jpg").write_text("text")
+    assert "notes.jpg: not a picture" in refract("train", "pictures.yaml", "--trainer.run_name", "r2", code=2).stderr
+    assert not (workplace / "runs" / "r2").exists()
+
+
+def test_altered_bundle_is_refused(refract: Run, workplace: Path) -> None:
+    weights = workplace / "runs" / "r1" / "bundle" / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert "weights.safetensors" in refract("predict", "runs/r1/bundle", "pictures", code=2).stderr
+
+
+def test_unreachable_tracking_server_is_told(refract: Run, workplace: Path) -> None:
+    done = refract(
+        "train", "pictures.yaml", "--trainer.run_name", "r3", "--tracking.uri", "http://127.0.0.1:9", code=1
+    )
+    assert "--tracking.enabled false" in done.stderr
+    refract(
+        "train", "pictures.yaml", "--trainer.run_name", "r4", "--tracking.enabled", "false", "--trainer.max_epochs", 1
+    )
+
+
+def test_http_evaluate_and_module_give_one_answer(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes through the server, through `evaluate`'s scoring, and through the network by hand."""
+    import httpx
+
+    monkeypatch.chdir(trained)
+    bundle = load_bundle("runs/r1/bundle")
+    preprocess, classifier = Preprocess.from_dict(bundle.info.preprocess), bundle.classifier()
+    files = sorted(Path("pictures/red").iterdir())[:6]
+    scored = list(score(classifier, preprocess, [file.read_bytes for file in files], task="multiclass"))
+    with served("models:/pictures@champion") as url:
+        for file, expected in zip(files, scored, strict=True):
+            answer = httpx.post(
+                f"{url}/v1/predict?top=3", content=file.read_bytes(), headers={"Content-Type": "image/jpeg"}
+            ).json()
+            given = {item["label"]: item["confidence"] for item in answer["predictions"][0]["top"]}
+            image = torch.from_numpy(preprocess(file.read_bytes())).permute(2, 0, 1)[None]
+            with torch.inference_mode():
+                by_hand = probabilities(classifier(image), task="multiclass")[0].numpy()
+            np.testing.assert_allclose(expected, by_hand, atol=1e-5)
+            np.testing.assert_allclose([given[label] for label in bundle.info.labels], by_hand, atol=1e-4)
+
+
+def test_two_runs_with_one_seed_end_in_the_same_weights(refract: Run, workplace: Path) -> None:
+    for name in ("a", "b"):
+        refract(
+            "train",
+            "pictures.yaml",
+            "--trainer.run_name",
+            name,
+            "--tracking.enabled",
+            "false",
+            "--trainer.max_epochs",
+            2,
+        )
+    digests = [json.loads((workplace / "runs" / name / "bundle" / "manifest.json").read_text()) for name in ("a", "b")]
+    entry = [json.dumps(digest, sort_keys=True).partition("weights.safetensors")[2][:120] for digest in digests]
+    assert entry[0] == entry[1]
+
+
+def test_mixing_policy_and_frozen_backbone_train(refract: Run, workplace: Path) -> None:
+    policy = '["HorizontalFlip", {"MixUp": {"p": 0.5}}, {"CutMix": {"p": 0.5}}]'
+    refract("train", "pictures.yaml", "--trainer.run_name", "mixed", "--augment.policy", policy, "--model.freeze", "backbone",
+            "--trainer.max_epochs", 1, "--tracking.enabled", "false")  # fmt: skip
+    assert load_bundle(workplace / "runs" / "mixed" / "bundle").info.config["augment"]["policy"][1] == {
+        "MixUp": {"p": 0.5}
+    }
+
+
+def test_multilabel_manifest_all_the_way(refract: Run, workplace: Path) -> None:
+    rows = [f"pictures/{c}/{n:02}.jpg,{c};{'odd' if n % 2 else 'even'}" for c in COLORS for n in range(40)]
+    (workplace / "m.csv").write_text("path,label\n" + "\n".join(rows))
+    refract("init", "m.csv", "-o", "m.yaml")
+    refract("train", "m.yaml", "--trainer.run_name", "m", "--trainer.max_epochs", 2)
+    line = json.loads(refract("predict", "runs/m/bundle", "pictures/red/00.jpg", "--json").stdout)
+    assert set(line["labels"]) <= {"blue", "even", "green", "odd", "red"}
+    assert "mean_average_precision" in refract("evaluate", "runs/m/bundle", "m.csv").stdout
+
+
+@pytest.mark.slow
+def test_demo_reaches_its_promise(refract: Run, tmp_path: Path) -> None:
+    done = refract("demo")
+    (bundle,) = tmp_path.glob("runs/*/bundle")
+    assert load_bundle(bundle).info.metrics["accuracy"] >= 0.98
+    assert "of 10 right" in done.stdout and "mlflow ui" in done.stdout and "refract serve" in done.stdout

@@ -1,0 +1,89 @@
+"""The configuration names its mistakes, and what is saved reads the same."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import Config, ConfigError, config_from_dict, help_text, load_config
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: {lr: 1e-2, name: sgd}\ndata: {image_size: [32, 48]}\n")
+    config = load_config(file, ["--optim.lr", "3e-3", "--model.name=lenet5", "--data.batch_size", "7"])
+    assert (config.optim.lr, config.optim.name, config.model.name, config.data.batch_size) == (3e-3, "sgd", "lenet5", 7)
+    assert config.image_size() == (32, 48)
+
+
+def test_policy_as_a_list_on_the_command_line() -> None:
+    config = load_config(None, ["--augment.policy", "[{HorizontalFlip: {p: 0.5}}]"])
+    assert config.augment.policy == [{"HorizontalFlip": {"p": 0.5}}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim: {lrr: 1}", r"no key 'optim.lrr'; did you mean 'optim.lr'\?"),
+        ("lr: 1", r"no key 'lr'; did you mean 'optim.lr'\?"),
+        ("optmi: {lr: 1}", r"no key 'optmi'; did you mean 'optim'\?"),
+        ("optim: {lr: fast}", "optim.lr.*fast"),
+        ("optim: {name: adma}", "optim.name.*adma"),
+        ("optim: {lr: -1}", "optim.lr: -1.* is not positive"),
+        ("data: {batch_size: 0}", "data.batch_size: 0 is not at least 1"),
+        ("data: {image_size: 3}", "data.image_size: 3 is not at least 8 pixels"),
+        ("data: {val_share: 1.5}", r"data.val_share: 1.5 is not in \(0, 1\)"),
+        ("trainer: {run_name: ../up}", "run_name: '../up' is not a plain folder name"),
+        ("optim:", "optim: the section is empty"),
+        ("- a", "expected sections"),
+        ("optim: {lr: 1", "not valid YAML"),
+    ],
+)
+def test_mistakes_name_the_key(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_mistaken_options_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"no option --optim.lrate; did you mean 'optim.lr'\?"):
+        load_config(None, ["--optim.lrate", "1"])
+    with pytest.raises(ConfigError, match="optim.lr"):
+        load_config(None, ["--optim.lr", "quick"])
+
+
+def test_missing_file_says_how_to_make_one() -> None:
+    with pytest.raises(ConfigError, match="refract init"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_read_and_save_the_same(path: Path) -> None:
+    config = load_config(path)
+    assert config_from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=8),
+        st.none() | st.integers() | st.text(max_size=5) | st.lists(st.integers(), max_size=2),
+        max_size=4,
+    )
+)
+def test_any_mapping_is_read_or_refused(values: dict) -> None:
+    try:
+        config_from_dict(values)
+    except ConfigError as error:
+        assert str(error)
+
+
+def test_help_explains_every_key() -> None:
+    text = help_text()
+    for section, values in Config().to_dict().items():
+        for key in values:
+            assert f"--{section}.{key} " in text

@@ -1,0 +1,230 @@
+"""Where pictures come from, how they are split, and what is refused before training."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import COLORS, picture, write_picture
+
+from augment import Augmenter, Preprocess
+from pipeline.config import Config
+from pipeline.data.manifest import DataError, load_manifest
+from pipeline.data.module import PictureData
+from pipeline.data.splits import write_splits
+from pipeline.training import prepare_data
+
+
+def config_of(source: Path | str, **data) -> Config:
+    config = Config()
+    config.data.source = str(source)
+    for key, value in data.items():
+        setattr(config.data, key, value)
+    return config
+
+
+def test_folder_of_classes(folder: Path) -> None:
+    manifest = load_manifest(folder)
+    assert manifest.labels == ("blue", "green", "red") and manifest.task == "multiclass"
+    assert manifest.counts() == {"blue": 20, "green": 20, "red": 20} and manifest.splits() == []
+
+
+def test_folder_of_splits(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "split"
+    for part in ("train", "test"):
+        shutil.copytree(folder, root / part)
+    manifest = load_manifest(root)
+    assert manifest.splits() == ["train", "test"] and len(manifest.samples) == 120
+
+
+def test_embedded_digits() -> None:
+    manifest = load_manifest("digits")
+    assert len(manifest.samples) == 1797 and manifest.labels == tuple("0123456789")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_manifest_with_several_labels(folder: Path, suffix: str) -> None:
+    rows = [("red/00.jpg", "warm;bright", "train"), ("blue/01.jpg", "", "train"), ("green/02.jpg", "bright", "test")]
+    table = pd.DataFrame(rows, columns=["path", "label", "split"])
+    file = folder / f"m.{suffix}"
+    table.to_csv(file, index=False) if suffix == "csv" else table.to_parquet(file)
+    manifest = load_manifest(file)
+    assert manifest.task == "multilabel" and manifest.labels == ("bright", "warm")
+    assert [sample.labels for sample in manifest.samples] == [(1, 0), (), (0,)]
+    assert all(Path(sample.path).is_file() for sample in manifest.samples)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,label\na.jpg,x\n", "no column 'path'"),
+        ("path,label\n", "no rows"),
+        ("path,label\na.jpg,x\nb.jpg,\n", r"row 3: label '' is not a class name \(1 such rows"),
+        ("path,label,split\na.jpg,x,trian\n", "row 2: split 'trian' is not one of train, val, test"),
+        ("path,label,split\na.jpg,x,train\nb.jpg,y,\n", "row 3: split '' is not filled"),
+        ("path,label,split\na.jpg,x,test\nb.jpg,y,test\n", "no row has the split `train`"),
+        ("path,label\na.jpg,x\nb.jpg,x\n", "only one class"),
+        ("", "cannot be read as a CSV table"),
+    ],
+)
+def test_manifest_mistakes_name_the_row(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_manifest(tmp_path / "m.csv")
+
+
+def test_folder_mistakes(tmp_path: Path, folder: Path) -> None:
+    flat = tmp_path / "flat"
+    write_picture(flat / "a.jpg", picture("red", 1))
+    with pytest.raises(DataError, match="no class folders"):
+        load_manifest(flat)
+    shutil.copytree(folder, folder / "test")
+    with pytest.raises(DataError, match=r"holds split folders \(test\) and others \(blue, green, red\)"):
+        load_manifest(folder)
+    with pytest.raises(DataError, match="no such folder"):
+        load_manifest(tmp_path / "nowhere")
+
+
+def test_text_renamed_to_jpg_is_listed(folder: Path) -> None:
+    (folder / "red" / "notes.jpg").write_text("shopping list")
+    (folder / "blue" / "cut.jpg").write_bytes((folder / "blue" / "00.jpg").read_bytes()[:-100])
+    with pytest.raises(DataError) as told:
+        prepare_data(config_of(folder))
+    message = str(told.value)
+    assert "2 of 62 pictures cannot be read" in message
+    assert (
+        "notes.jpg: not a picture that can be read (it looks like text)" in message
+        and "cut.jpg: damaged or truncated JPEG" in message
+    )
+    manifest, _ = prepare_data(config_of(folder, on_bad_file="skip"))
+    assert len(manifest.samples) == 60
+
+
+def test_more_bad_files_than_are_shown_are_counted(folder: Path) -> None:
+    for number in range(25):
+        (folder / "red" / f"bad{number}.jpg").write_text("x")
+    with pytest.raises(DataError, match=r"25 of 85(.|\n)*… and 5 more"):
+        prepare_data(config_of(folder))
+
+
+def test_empty_class_is_refused(folder: Path) -> None:
+    (folder / "yellow").mkdir()
+    with pytest.raises(DataError, match=r"1 class folders hold no picture:\n .*yellow"):
+        prepare_data(config_of(folder))
+
+
+def test_class_of_one_is_refused(folder: Path) -> None:
+    write_picture(folder / "yellow" / "1.png", picture("red", 99))
+    with pytest.raises(DataError, match=r"one picture, which cannot both be learned and be measured:\n  yellow"):
+        prepare_data(config_of(folder))
+
+
+def test_same_picture_in_two_splits_is_refused_or_left_out_of_training(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "split"
+    shutil.copytree(folder, root / "train")
+    for label in COLORS:
+        write_picture(root / "test" / label / "t.jpg", picture(label, 77))
+    shutil.copy(root / "train" / "red" / "03.jpg", root / "test" / "red" / "copy.jpg")
+    with pytest.raises(
+        DataError, match=r"1 pictures are in more than one split(.|\n)*03.jpg \(train\) = .*copy.jpg \(test\)"
+    ):
+        prepare_data(config_of(root))
+    manifest, _ = prepare_data(config_of(root, on_bad_file="skip"))
+    paths = {Path(sample.path).name: sample.split for sample in manifest.samples if "red" in sample.path}
+    assert paths["copy.jpg"] == "test" and "03.jpg" not in paths
+
+
+def test_class_held_out_but_not_trained_is_refused(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "split"
+    shutil.copytree(folder, root / "train")
+    for number in range(3):
+        write_picture(root / "test" / "yellow" / f"{number}.jpg", picture("green", 50 + number))
+    with pytest.raises(DataError, match=r"held out but never trained on:\n  yellow"):
+        prepare_data(config_of(root))
+
+
+def test_drawn_splits_are_stratified_seeded_and_keep_copies_together(folder: Path) -> None:
+    for number in range(6):
+        shutil.copy(folder / "red" / "05.jpg", folder / "red" / f"copy{number}.jpg")
+    manifest, fingerprint = prepare_data(config_of(folder))
+    for split, share in (("val", 2), ("test", 4)):
+        counts = manifest.counts(split)
+        assert counts["blue"] == counts["green"] == share and counts["red"] >= share
+    copies = {
+        s.split for s in manifest.samples if (Path(s.path).name == "05.jpg" and "red" in s.path) or "copy" in s.path
+    }
+    assert len(copies) == 1
+    assert prepare_data(config_of(folder)) == (manifest, fingerprint)
+    other = config_of(folder)
+    other.trainer.seed = 1
+    assert prepare_data(other)[1] != fingerprint
+
+
+def test_written_splits_are_read_again(folder: Path, tmp_path: Path) -> None:
+    manifest, fingerprint = prepare_data(config_of(folder))
+    write_splits(manifest, tmp_path / "splits.csv")
+    again, same = prepare_data(config_of(tmp_path / "splits.csv"))
+    assert same == fingerprint and Counter(s.split for s in again.samples) == Counter(s.split for s in manifest.samples)
+
+
+def module_of(folder: Path, workers: int) -> PictureData:
+    manifest, _ = prepare_data(config_of(folder))
+    return PictureData(
+        manifest,
+        augmenter=Augmenter("imagenet", seed=11, size=16),
+        preprocess=Preprocess(16, 16),
+        batch_size=8,
+        workers=workers,
+    )
+
+
+def batches_of(data: PictureData, epochs: range) -> list[torch.Tensor]:
+    loader = data.train_dataloader()
+    batches = []
+    for epoch in epochs:
+        data.order.set_epoch(epoch)
+        batches += [torch.cat([batch["images"].flatten(), batch["indices"]]) for batch in loader]
+    return batches
+
+
+def test_same_pixels_with_any_number_of_workers(folder: Path) -> None:
+    expected = batches_of(module_of(folder, 0), range(2))
+    assert not torch.equal(expected[0][:-8], expected[len(expected) // 2][:-8]), "epochs differ"
+    for workers in (1, 4):
+        for mine, theirs in zip(expected, batches_of(module_of(folder, workers), range(2)), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_same_pixels_after_a_restart_in_the_middle_of_an_epoch(folder: Path) -> None:
+    expected = batches_of(module_of(folder, 0), range(2))
+    per_epoch = len(expected) // 2
+    restarted = module_of(folder, 2)
+    restarted.order.start = 3 * 8
+    rest = batches_of(restarted, range(1, 2))
+    assert len(rest) == per_epoch - 3
+    for mine, theirs in zip(expected[per_epoch + 3 :], rest, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_last_batch_of_one_is_left_out(folder: Path) -> None:
+    data = module_of(folder, 0)
+    data.train_set.samples = data.train_set.samples[:17]
+    data.order.count = 17
+    assert [len(batch["images"]) for batch in data.train_dataloader()] == [8, 8]
+
+
+def test_multilabel_targets(folder: Path) -> None:
+    table = pd.DataFrame(
+        [(f"{c}/{n:02}.jpg", f"{c};all", s) for c in COLORS for n, s in enumerate(["train", "val", "test"])]
+    )
+    table.to_csv(folder / "m.csv", index=False, header=["path", "label", "split"])
+    manifest, _ = prepare_data(config_of(folder / "m.csv"))
+    data = PictureData(
+        manifest, augmenter=Augmenter("none", size=16), preprocess=Preprocess(16, 16), batch_size=8, workers=0
+    )
+    targets = next(iter(data.val_dataloader()))["targets"]
+    assert targets.dtype == torch.float32
+    np.testing.assert_array_equal(targets.numpy(), [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]])

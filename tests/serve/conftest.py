@@ -1,0 +1,103 @@
+"""A small bundle, and a real server on a real port."""
+
+import contextlib
+import io
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from fastapi import FastAPI
+from PIL import Image
+
+from augment.preprocess import Preprocess
+from models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
+from models.classifier import Classifier, probabilities
+from models.networks import build
+from serve.server import Server, listen, url
+
+PREPROCESS = Preprocess(height=32, width=32)
+TEMPERATURE = 0.05  # a fresh network is unsure of everything: this spreads its answers, and shows if it is forgotten
+
+
+def make_picture(seed: int, *, size: tuple[int, int] = (40, 56), form: str = "JPEG") -> bytes:
+    """An encoded picture of `size` (width, height): smooth colours, another for each seed."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(buffer, form)
+    return buffer.getvalue()
+
+
+def answer_of(classifier: Classifier, data: bytes, task: str) -> np.ndarray:
+    """The probabilities of one picture, without any of the server's code."""
+    images = torch.from_numpy(PREPROCESS(data)).permute(2, 0, 1)[None].contiguous()
+    with torch.inference_mode():
+        return probabilities(classifier(images), task=task, temperature=TEMPERATURE)[0].numpy()
+
+
+@pytest.fixture(scope="session")
+def make_bundle() -> Callable[..., Bundle]:
+    """Saves a bundle of an untrained lenet5. `wrong` is added to each golden answer."""
+
+    def make(path: Path, *, task: str = "multiclass", thresholds: Sequence[float] = (), wrong: float = 0.0) -> Bundle:
+        torch.manual_seed(0)
+        network = build("lenet5", 10, image_size=(32, 32))
+        classifier = Classifier(network, mean=PREPROCESS.mean, std=PREPROCESS.std).eval()
+        goldens = []
+        for i in range(3):
+            answer = np.clip(answer_of(classifier, make_picture(i), task) + wrong, 0, 1)
+            goldens.append(Golden(f"{i:02}.jpg", make_picture(i), tuple(answer.tolist())))
+        info = BundleInfo(
+            name="shapes",
+            task=task,
+            labels=tuple(f"class {i}" for i in range(10)),
+            network={"name": "lenet5", "image_size": [32, 32], "args": {}},
+            preprocess=PREPROCESS.to_dict(),
+            temperature=TEMPERATURE,
+            thresholds=tuple(thresholds),
+            metrics={"top1": 0.1},
+            versions={"torch": torch.__version__},
+            created="2025-01-01T00:00:00+00:00",
+        )
+        return load_bundle(save_bundle(path, info, classifier, goldens))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., bytes]:
+    return make_picture
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable[[Classifier, bytes, str], np.ndarray]:
+    return answer_of
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[[FastAPI], contextlib.AbstractContextManager[httpx.Client]]:
+    return serve_app
+
+
+@pytest.fixture(scope="session")
+def bundle(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return make_bundle(tmp_path_factory.mktemp("bundles") / "shapes")
+
+
+@contextlib.contextmanager
+def serve_app(app: FastAPI) -> Iterator[httpx.Client]:
+    """`app` on a free port, in a thread; leaves when it has stopped gracefully."""
+    ready, bound = threading.Event(), listen("127.0.0.1", 0)
+    server = Server(app, on_ready=ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    with httpx.Client(base_url=url(bound), timeout=30, trust_env=False) as client:
+        thread.start()
+        try:
+            assert ready.wait(30), "the server did not start"
+            yield client
+        finally:
+            server.should_exit = True
+            thread.join()

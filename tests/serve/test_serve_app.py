@@ -1,0 +1,194 @@
+"""HTTP in, JSON out, on a real port."""
+
+import asyncio
+import base64
+import io
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from serve.app import create_app
+from serve.engine import Engine
+from serve.limits import Limits
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def client(bundle, serving):
+    limits = Limits(max_body_bytes=200_000, max_pixels=1_000_000, max_images=4)
+    with serving(create_app(bundle, limits=limits)) as client:
+        yield client
+
+
+def confidences(answer: httpx.Response, index: int = 0) -> np.ndarray:
+    """The probabilities of one answered picture, in the order of the labels."""
+    assert answer.status_code == 200, answer.text
+    by_label = {entry["label"]: entry["confidence"] for entry in answer.json()["predictions"][index]["top"]}
+    return np.array([by_label[f"class {i}"] for i in range(10)], dtype=np.float32)
+
+
+def test_http_engine_and_plain_classifier_agree(client, bundle, picture, reference):
+    engine, classifier = Engine(bundle), bundle.classifier("cpu")
+    for form in ("JPEG", "PNG", "WEBP"):
+        data = picture(7, size=(90, 60), form=form)
+        expected = reference(classifier, data, "multiclass")
+        assert expected.max() > 0.2  # far from uniform, so agreement means something
+        np.testing.assert_allclose(engine.predict(engine.preprocess(data)[None])[0], expected, atol=1e-6)
+        answer = client.post("/v1/predict?top=10", content=data, headers={"content-type": "image/jpeg"})
+        np.testing.assert_allclose(confidences(answer), expected, atol=1e-6)
+
+
+def test_every_way_to_send_an_image_answers_the_same(client, picture):
+    data, url = picture(8), "/v1/predict?top=10"
+    wrapped = base64.encodebytes(data).decode()
+    answers = [
+        client.post(url, content=data, headers={"content-type": "application/octet-stream"}),
+        client.post(url, content=data),
+        client.post(url, content=iter([data[:100], data[100:]]), headers={"content-type": "image/png"}),
+        client.post(url, files={"anything": ("a.jpg", data)}),
+        client.post(url, files={"anything": ("a.jpg", data)}, data={"note": "a text field is passed over"}),
+        client.post(url, json={"image": wrapped}),
+        client.post(url, json={"images": [wrapped]}),
+    ]
+    for answer in answers:
+        np.testing.assert_allclose(confidences(answer), confidences(answers[0]), atol=1e-6)
+
+
+def test_many_images_come_back_in_order(client, picture):
+    pictures = [picture(i) for i in range(4)]
+    alone = [confidences(client.post("/v1/predict?top=10", content=data)) for data in pictures]
+    form = client.post("/v1/predict?top=10", files=[("f", ("x.jpg", data)) for data in pictures])
+    texts = [base64.b64encode(data).decode() for data in pictures]
+    for answer in (form, client.post("/v1/predict?top=10", json={"images": texts})):
+        for i, expected in enumerate(alone):
+            np.testing.assert_allclose(confidences(answer, i), expected, atol=1e-6)
+
+
+def test_the_answer_names_model_and_top_labels(client, bundle, picture):
+    answer = client.post("/v1/predict?top=3", content=picture(1)).json()
+    assert answer["model"] == {"name": "shapes", "digest": bundle.digest}
+    (prediction,) = answer["predictions"]
+    assert set(prediction) == {"label", "confidence", "top"}
+    assert len(prediction["top"]) == 3
+    assert prediction["top"][0] == {"label": prediction["label"], "confidence": prediction["confidence"]}
+    assert sorted(prediction["top"], key=lambda entry: -entry["confidence"]) == prediction["top"]
+    assert len(client.post("/v1/predict", content=picture(1)).json()["predictions"][0]["top"]) == 5
+
+
+def test_multilabel_answers_the_labels_over_their_thresholds(make_bundle, serving, tmp_path, picture, reference):
+    data = picture(5)
+    plain = make_bundle(tmp_path / "plain", task="multilabel", thresholds=[0.5] * 10)
+    expected = reference(plain.classifier("cpu"), data, "multilabel")
+    thresholds = [max(p - 0.01, 0) if i % 2 else min(p + 0.01, 1) for i, p in enumerate(expected.tolist())]
+    served = make_bundle(tmp_path / "served", task="multilabel", thresholds=thresholds)
+    with serving(create_app(served)) as client:
+        (prediction,) = client.post("/v1/predict", content=data).json()["predictions"]
+    assert prediction["labels"] == [f"class {i}" for i in range(10) if i % 2]
+
+
+def test_health_and_description(client, bundle):
+    assert client.get("/livez").json() == {"status": "alive"}
+    assert client.get("/readyz").json() == {"status": "ready", "model": "shapes"}
+    model = client.get("/v1/model").json()
+    assert model["digest"] == bundle.digest
+    assert model["network"]["name"] == "lenet5"
+    assert model["device"] == "cpu"
+    fields = {"name", "task", "labels", "preprocess", "metrics", "created", "versions"}
+    assert fields <= set(model)
+    assert client.get("/openapi.json").status_code == 200
+
+
+class GatedEngine(Engine):
+    """Notes the size of each batch, and once closed computes only when let."""
+
+    def __init__(self, bundle):
+        super().__init__(bundle)
+        self.sizes, self.entered, self.gate = [], threading.Event(), threading.Event()
+        self.gate.set()
+
+    def predict(self, batch):
+        self.entered.set()
+        self.gate.wait(30)
+        self.sizes.append(len(batch))
+        return super().predict(batch)
+
+
+def test_two_concurrent_requests_form_one_batch(bundle, serving, picture):
+    engine = GatedEngine(bundle)
+    # A batch of two leaves at once; a single request would wait for a minute, longer than the client's timeout.
+    with serving(create_app(engine, max_batch=2, max_wait_ms=60_000)) as client, ThreadPoolExecutor(2) as pool:
+        engine.sizes.clear()
+        answers = list(pool.map(lambda i: client.post("/v1/predict", content=picture(i)), range(2)))
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert engine.sizes == [2]
+
+
+def test_a_full_queue_answers_503_and_recovers(bundle, serving, picture):
+    engine = GatedEngine(bundle)
+    files = [("f", ("x.jpg", picture(i))) for i in range(3)]
+    app = create_app(engine, limits=Limits(max_images=3), max_batch=1, max_wait_ms=0, max_queue=3)
+    with serving(app) as client, ThreadPoolExecutor(1) as pool:
+        engine.entered.clear()
+        engine.gate.clear()
+        first = pool.submit(client.post, "/v1/predict", files=files)
+        assert engine.entered.wait(10)  # one picture at the engine, two in the queue of three
+        refused = client.post("/v1/predict", files=files[:2])
+        alive = client.get("/livez")
+        engine.gate.set()
+        assert first.result().status_code == 200
+        assert client.post("/v1/predict", files=files).status_code == 200
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["error"]["code"] == "overloaded"
+    assert alive.status_code == 200
+
+
+class BrokenEngine(Engine):
+    def predict(self, batch):
+        if batch.mean() < 1:  # a black picture
+            raise RuntimeError("a secret of the engine")
+        return super().predict(batch)
+
+
+def test_a_failing_engine_is_a_500_without_insides_for_that_request_only(bundle, serving, picture):
+    with serving(create_app(BrokenEngine(bundle), max_wait_ms=0)) as client:
+        failed = client.post("/v1/predict", content=black_png(32, 32))
+        assert client.post("/v1/predict", content=picture(1)).status_code == 200
+    assert failed.status_code == 500
+    assert failed.json() == {"error": {"code": "internal_error", "message": "the server failed to answer this request"}}
+
+
+def black_png(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_it_is_not_ready_before_the_self_test(bundle):
+    async def ask() -> tuple[httpx.Response, ...]:
+        transport = httpx.ASGITransport(create_app(bundle))  # runs no lifespan
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return (
+                await client.get("/readyz"),
+                await client.post("/v1/predict", content=b"x"),
+                await client.get("/livez"),
+            )
+
+    ready, predict, live = asyncio.run(ask())
+    assert (ready.status_code, predict.status_code, live.status_code) == (503, 503, 200)
+    assert ready.json()["error"]["code"] == "not_ready"
+
+
+def test_serving_imports_no_training_stack():
+    heavy = "('lightning', 'mlflow', 'matplotlib', 'pandas', 'torchmetrics', 'sklearn', 'pytorch_lightning')"
+    code = f"import sys, serve.app, serve.source; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,162 @@
+"""Whatever strangers send: a 4xx, a JSON error that says what to change, nothing of our insides."""
+
+import base64
+import socket
+import struct
+import zlib
+
+import pytest
+
+from serve.app import create_app
+from serve.limits import Limits
+
+BODY_LIMIT = 200_000
+
+
+@pytest.fixture(scope="module")
+def client(bundle, serving):
+    limits = Limits(max_body_bytes=BODY_LIMIT, max_pixels=1_000_000, max_images=3)
+    with serving(create_app(bundle, limits=limits)) as client:
+        yield client
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that announces `width` × `height` pixels in 60-odd bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    )
+
+
+def check(answer, status: int, code: str) -> str:
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    assert set(answer.json()) == {"error"}
+    error = answer.json()["error"]
+    assert set(error) == {"code", "message"}
+    assert error["code"] == code
+    for inside in ("Traceback", 'File "', "site-packages", "simplejpeg", "PIL", "pydantic", "Error", "object at 0x"):
+        assert inside not in error["message"]
+    return error["message"]
+
+
+RAW = {
+    "text as jpeg": (b"hello, this is not a picture", "image/jpeg", 400, "invalid_image"),
+    "zeros": (b"\0" * 500, "image/png", 400, "invalid_image"),
+    "one byte": (b"\xff", "image/jpeg", 400, "invalid_image"),
+    "empty": (b"", "image/jpeg", 400, "empty_body"),
+    "large header": (png_header(1_001, 1_000), "image/png", 413, "image_too_large"),
+    "header bomb": (png_header(60_000, 60_000), "image/png", 413, "image_too_large"),
+    "header without pixels": (png_header(32, 32), "image/png", 400, "invalid_image"),
+    "too large": (b"\0" * (BODY_LIMIT + 1), "image/jpeg", 413, "body_too_large"),
+    "text": (b"hello", "text/plain", 415, "unsupported_media_type"),
+    "urlencoded": (b"image=abc", "application/x-www-form-urlencoded", 415, "unsupported_media_type"),
+    "strange type": (b"hello", "%$;;=\"", 415, "unsupported_media_type"),
+    "no boundary": (b"hello", "multipart/form-data", 400, "invalid_form"),
+    "long boundary": (b"hello", "multipart/form-data; boundary=" + "x" * 1000, 400, "invalid_form"),
+    "not a form": (b"hello", "multipart/form-data; boundary=x", 400, "invalid_form"),
+    "unfinished form": (b'--x\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\nabc',
+                        "multipart/form-data; boundary=x", 400, "invalid_form"),
+    "form of text": (b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nabc\r\n--x--\r\n',
+                     "multipart/form-data; boundary=x", 400, "no_files"),
+    "empty form": (b"--x--\r\n", "multipart/form-data; boundary=x", 400, "no_files"),
+    "not JSON": (b'{"image": ', "application/json", 400, "invalid_json"),
+    "null": (b"null", "application/json", 422, "invalid_request"),
+    "not UTF-8": (b'{"image": "\xff\xfe"}', "application/json", 400, "invalid_json"),
+    "deep JSON": (b"[" * 100_000, "application/json", 400, "invalid_json"),
+    "huge number": (b"1" * 10_000, "application/json", 400, "invalid_json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_bad_body(client, name):
+    body, media_type, status, code = RAW[name]
+    check(client.post("/v1/predict", content=body, headers={"content-type": media_type}), status, code)
+
+
+JSON = {
+    "list": ([], 422, "invalid_request"),
+    "number": ({"image": 5}, 422, "invalid_request"),
+    "unknown key": ({"picture": "abcd"}, 422, "invalid_request"),
+    "both": ({"image": "abcd", "images": ["abcd"]}, 422, "invalid_request"),
+    "text for list": ({"images": "abcd"}, 422, "invalid_request"),
+    "no images": ({"images": []}, 422, "invalid_request"),
+    "number in list": ({"images": ["aGVsbG8=", 1]}, 422, "invalid_request"),
+    "bad base64": ({"image": "ab$d"}, 400, "invalid_base64"),
+    "bad padding": ({"image": "abcde"}, 400, "invalid_base64"),
+    "not ASCII": ({"image": "äöü="}, 400, "invalid_base64"),
+    "empty text": ({"image": ""}, 400, "invalid_image"),
+    "not a picture": ({"image": "aGVsbG8="}, 400, "invalid_image"),
+    "too many": ({"images": ["aGVsbG8="] * 4}, 413, "too_many_images"),
+}
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_bad_json(client, name):
+    document, status, code = JSON[name]
+    check(client.post("/v1/predict", json=document), status, code)
+
+
+def test_truncated_jpeg(client, picture):
+    data = picture(1, size=(400, 300))
+    for end in (3, 20, 300, len(data) // 2):
+        check(client.post("/v1/predict", content=data[:end]), 400, "invalid_image")
+
+
+def test_the_unreadable_one_of_several_is_named(client, picture):
+    good, bad = picture(1), b"hello, this is not a picture"
+    message = check(
+        client.post("/v1/predict", files=[("f", ("a", data)) for data in (good, bad, good)]), 400, "invalid_image"
+    )
+    assert message.startswith("image 1: ")
+    texts = [base64.b64encode(data).decode() for data in (good, good, bad)]
+    assert "image 2" in check(client.post("/v1/predict", json={"images": texts}), 400, "invalid_image")
+    assert "image 1" in check(client.post("/v1/predict", json={"images": [texts[0], "$"]}), 400, "invalid_base64")
+
+
+def test_too_many_files_and_parts(client, picture):
+    files = [("f", ("a.jpg", picture(1)))] * 4
+    check(client.post("/v1/predict", files=files), 413, "too_many_images")
+    parts = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n' * 500 + b"--x--\r\n"
+    answer = client.post("/v1/predict", content=parts, headers={"content-type": "multipart/form-data; boundary=x"})
+    check(answer, 413, "too_many_images")
+
+
+def test_a_chunked_body_is_stopped_at_the_limit(client):
+    sent = 0
+
+    def chunks():
+        nonlocal sent
+        for _ in range(40):
+            sent += 16_384
+            yield b"\0" * 16_384
+
+    check(client.post("/v1/predict", content=chunks(), headers={"content-type": "image/jpeg"}), 413, "body_too_large")
+    assert sent > BODY_LIMIT
+    assert client.get("/livez").status_code == 200
+
+
+def test_an_announced_body_is_refused_before_it_is_sent(client):
+    """curl asks first, with Expect: 100-continue: the refusal must come before any of the body."""
+    with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as connection:
+        head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {10**12}\r\nExpect: 100-continue\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize("top", ["0", "11", "-1", "x", "", "1.5"])
+def test_top_out_of_range(client, picture, top):
+    message = check(client.post(f"/v1/predict?top={top}", content=picture(1)), 422, "invalid_parameter")
+    assert "top" in message
+
+
+def test_unknown_path_and_method(client):
+    check(client.get("/v2/nothing"), 404, "not_found")
+    answer = client.get("/v1/predict")
+    check(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == "POST"
+    check(client.post("/livez"), 405, "method_not_allowed")

@@ -1,0 +1,160 @@
+"""The batcher alone, with plain functions for an engine. Timeouts are bounds for a failure, nothing waits for them."""
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from serve.batcher import Batcher, BatchError, OverloadedError
+
+
+class Doubler:
+    """Doubles its inputs; notes the batches; can be held at a gate."""
+
+    def __init__(self):
+        self.batches, self.gate, self.entered = [], threading.Event(), threading.Event()
+        self.gate.set()
+
+    def __call__(self, batch):
+        self.entered.set()
+        assert self.gate.wait(20)
+        self.batches.append(batch[:, 0].tolist())
+        if (batch < 0).any():
+            raise RuntimeError("negative")
+        return batch * 2.0
+
+
+def inputs(*values: float) -> np.ndarray:
+    return np.array(values, dtype=np.float32)[:, None]
+
+
+def run(story, **options):
+    """Run `story(batcher, doubler)` on a started batcher; returns the doubler after a clean stop."""
+
+    async def main():
+        doubler = Doubler()
+        batcher = Batcher(doubler, **options)
+        batcher.start()
+        try:
+            await asyncio.wait_for(story(batcher, doubler), 20)
+        finally:
+            doubler.gate.set()
+            await batcher.stop()
+        return doubler
+
+    return asyncio.run(main())
+
+
+async def hold(batcher, doubler) -> asyncio.Task:
+    """Occupy the engine with one input until its gate opens."""
+    doubler.gate.clear()
+    task = asyncio.create_task(batcher.submit(inputs(0)))
+    await asyncio.to_thread(doubler.entered.wait, 20)
+    return task
+
+
+async def enqueue(batcher, *values: float) -> asyncio.Task:
+    task = asyncio.create_task(batcher.submit(inputs(*values)))
+    await asyncio.sleep(0)  # lets the task reach its first await
+    return task
+
+
+def test_what_waits_becomes_one_batch_and_each_gets_its_own_answer():
+    async def story(batcher, doubler):
+        first = await hold(batcher, doubler)
+        tasks = [await enqueue(batcher, i) for i in range(1, 6)]
+        doubler.gate.set()
+        assert [task[0, 0] for task in await asyncio.gather(first, *tasks)] == [0, 2, 4, 6, 8, 10]
+
+    assert run(story, max_batch=4, max_wait_ms=0).batches == [[0], [1, 2, 3, 4], [5]]
+
+
+def test_a_full_batch_leaves_at_once_and_a_lone_input_after_the_wait():
+    async def story(batcher, doubler):
+        started = time.monotonic()
+        await asyncio.gather(batcher.submit(inputs(1)), batcher.submit(inputs(2)))
+        assert time.monotonic() - started < 0.25
+        started = time.monotonic()
+        await batcher.submit(inputs(3))
+        assert time.monotonic() - started >= 0.3
+
+    assert run(story, max_batch=2, max_wait_ms=300).batches == [[1, 2], [3]]
+
+
+def test_a_large_request_is_split_and_joined_in_order():
+    async def story(batcher, doubler):
+        assert (await batcher.submit(inputs(*range(10))))[:, 0].tolist() == [2.0 * i for i in range(10)]
+
+    assert run(story, max_batch=4, max_wait_ms=0).batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_a_full_queue_takes_all_or_nothing():
+    async def story(batcher, doubler):
+        first, waiting = await hold(batcher, doubler), await enqueue(batcher, 1, 2)
+        with pytest.raises(OverloadedError, match="2 images are waiting"):
+            await batcher.submit(inputs(3, 4))
+        last = await enqueue(batcher, 5)
+        doubler.gate.set()
+        await asyncio.gather(first, waiting, last)
+
+    assert run(story, max_batch=8, max_wait_ms=0, max_queue=3).batches == [[0], [1, 2, 5]]
+
+
+def test_an_exception_fails_its_own_batch_only():
+    async def story(batcher, doubler):
+        first, bad = await hold(batcher, doubler), await enqueue(batcher, -1, 1)
+        good = await enqueue(batcher, 2, 3)
+        doubler.gate.set()
+        await first
+        with pytest.raises(BatchError):
+            await bad
+        assert (await good)[:, 0].tolist() == [4, 6]
+
+    run(story, max_batch=2, max_wait_ms=0)
+
+
+def test_wrong_number_of_answers_is_a_failure_not_a_hang():
+    async def story():
+        batcher = Batcher(lambda batch: batch[:1], max_wait_ms=0)
+        batcher.start()
+        with pytest.raises(BatchError):
+            await asyncio.wait_for(batcher.submit(inputs(1, 2)), 20)
+        await batcher.stop()
+
+    asyncio.run(story())
+
+
+def test_cancelled_requests_are_skipped():
+    async def story(batcher, doubler):
+        first, gone, kept = await hold(batcher, doubler), await enqueue(batcher, 1), await enqueue(batcher, 2)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        doubler.gate.set()
+        await asyncio.gather(first, kept)
+
+    assert run(story, max_wait_ms=0).batches == [[0], [2]]
+
+
+def test_stop_answers_what_was_accepted_and_refuses_the_rest():
+    async def main():
+        doubler = Doubler()
+        batcher = Batcher(doubler, max_batch=2, max_wait_ms=60_000)
+        batcher.start()
+        tasks = [await enqueue(batcher, i) for i in (1, 2, 3)]  # 3 would wait for a minute
+        await asyncio.wait_for(batcher.stop(), 20)
+        assert [float((await task)[0, 0]) for task in tasks] == [2, 4, 6]
+        with pytest.raises(OverloadedError, match="going down"):
+            await batcher.submit(inputs(4))
+        assert not any(thread.name == "inference" for thread in threading.enumerate())
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_batch": 0}, {"max_queue": 0}, {"max_wait_ms": -1}, {"max_wait_ms": float("nan")}]
+)
+def test_impossible_settings_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Batcher(lambda batch: batch, **options)

@@ -1,0 +1,160 @@
+"""`refract serve` as a process: what it prints, and how it ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(*arguments: str, **options) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "serve.command", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **options)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def served(bundle):
+    """A running server and its address, read from the line that says it is ready."""
+    process = start(str(bundle.path), "--port", "0", "--device", "cpu", "--max-body-mb", "0.1")
+    line = process.stdout.readline()
+    prefix = f"Refract serves shapes ({bundle.digest[:12]}) on "
+    assert line.startswith(prefix), process.stderr.read()
+    yield process, httpx.URL(line.removeprefix(prefix).strip())
+    process.kill()
+    process.communicate()
+
+
+def test_help_is_answered_without_the_heavy_imports():
+    code = (
+        "import sys, serve.command\n"
+        "try: serve.command.main(['--help'])\n"
+        "except SystemExit as end: print(end.code, [m for m in ('torch', 'fastapi', 'numpy') if m in sys.modules])"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 1
+    assert "--max-wait-ms" in done.stdout
+    assert done.stdout.endswith("0 []\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_gracefully_with_what_is_in_flight_answered(served, picture, number):
+    process, url = served
+    with httpx.Client(base_url=url, trust_env=False) as client:
+        assert client.get("/readyz").status_code == 200
+        too_large = client.post("/v1/predict", content=b"\0" * 200_000)
+        assert too_large.status_code == 413
+    data = picture(3)
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection((url.host, url.port), timeout=20) as connection:
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 100")  # the application waits for the body: it is in flight
+        process.send_signal(number)
+        wait_until_refused(url)
+        connection.sendall(data)
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b'"predictions":[' in answer
+    code, out, err = finish(process)
+    assert (code, out, err) == (0, "", "")
+
+
+def wait_until_refused(url: httpx.URL) -> None:
+    """Returns once the port takes no more connections."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((url.host, url.port), timeout=1).close()
+        except OSError:
+            return
+    raise AssertionError("the server still accepts connections")
+
+
+def refused(*arguments: str, **options) -> str:
+    """The one line on stderr of a command that must end with code 2."""
+    code, out, err = finish(start(*arguments, **options))
+    assert (code, out) == (2, ""), err
+    assert err.startswith("refract serve: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_a_missing_folder():
+    assert "no such folder" in refused("/nowhere", "--port", "0")
+
+
+def test_a_damaged_bundle(make_bundle, tmp_path):
+    bundle = make_bundle(tmp_path / "b")
+    (bundle.path / "weights.safetensors").write_bytes(b"damaged")
+    assert "weights.safetensors" in refused(str(bundle.path), "--port", "0")
+
+
+def test_a_golden_picture_that_is_answered_otherwise(make_bundle, tmp_path):
+    bundle = make_bundle(tmp_path / "b", wrong=0.01)
+    assert "golden picture 00.jpg" in refused(str(bundle.path), "--port", "0")
+
+
+def test_a_port_that_is_taken(bundle):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1:{port}" in refused(str(bundle.path), "--port", str(port))
+
+
+def test_cuda_where_there_is_none(bundle):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    assert "--device cuda" in refused(str(bundle.path), "--port", "0", "--device", "cuda", env=environment)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--port", "70000"],
+        ["--max-batch", "0"],
+        ["--max-wait-ms", "-1"],
+        ["--max-body-mb", "nan"],
+        ["--max-pixels", "1e6"],
+    ],
+)
+def test_an_option_out_of_range_is_named(options, bundle, capsys):
+    from serve.command import main
+
+    with pytest.raises(SystemExit) as end:
+        main([str(bundle.path), *options])
+    assert end.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_a_signal_while_it_starts_ends_it_too(bundle):
+    """The socket is bound before the heavy imports: once the port is taken, the start-up is under way."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = start(str(bundle.path), "--port", str(port))
+    deadline = time.monotonic() + 30
+    while is_free(port) and time.monotonic() < deadline:
+        pass
+    process.terminate()
+    code, _, err = finish(process)
+    assert (code, err) == (0, "")
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

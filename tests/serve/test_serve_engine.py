@@ -1,0 +1,63 @@
+"""An engine answers as its bundle promised, or says which golden picture it cannot answer."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from models.bundle import BundleError, Golden
+from serve.engine import Engine
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_a_batch_equals_its_pictures_alone(make_bundle, picture, reference, tmp_path, task):
+    bundle = make_bundle(tmp_path / "b", task=task, thresholds=[0.5] * 10 if task == "multilabel" else ())
+    engine = Engine(bundle)
+    batch = np.stack([engine.preprocess(picture(i)) for i in range(5)])
+    before, answers = batch.copy(), engine.predict(batch)
+    assert (answers.shape, answers.dtype) == ((5, 10), np.float32)
+    np.testing.assert_array_equal(batch, before)
+    for i in range(5):
+        np.testing.assert_allclose(answers[i], reference(bundle.classifier("cpu"), picture(i), task), atol=1e-6)
+
+
+def test_the_self_test_passes_on_its_own_goldens(bundle):
+    Engine(bundle).self_test()
+
+
+def test_the_self_test_names_the_picture_that_differs(bundle):
+    good, bad = bundle.goldens[0], bundle.goldens[1]
+    other = Golden(bad.name, bad.data, tuple(reversed(bad.probabilities)))
+    engine = Engine(dataclasses.replace(bundle, goldens=(good, other)))
+    with pytest.raises(BundleError, match=r"golden picture 01\.jpg is answered with 'class \d' where 'class \d'"):
+        engine.self_test()
+
+
+def test_the_self_test_allows_the_stated_tolerance_and_no_more(bundle):
+    def shifted(by: float) -> Engine:
+        golden = bundle.goldens[0]
+        answers = np.array(golden.probabilities)
+        answers[answers.argmax()] -= by
+        return Engine(dataclasses.replace(bundle, goldens=(Golden("x.jpg", golden.data, tuple(answers.tolist())),)))
+
+    shifted(0.0015).self_test()
+    with pytest.raises(BundleError, match=r"off by 0\.0025"):
+        shifted(0.0025).self_test()
+
+
+def test_answers_that_are_no_numbers_fail_the_self_test(bundle):
+    engine = Engine(bundle)
+    with torch.no_grad():
+        engine._classifier.mean.fill_(float("nan"))
+    with pytest.raises(BundleError, match="golden picture"):
+        engine.self_test()
+
+
+@pytest.mark.parametrize(
+    ("goldens", "message"),
+    [((), "no golden pictures"), ((Golden("a.jpg", b"no picture", (0.1,) * 10),), "a.jpg cannot be read")],
+)
+def test_goldens_that_prove_nothing_are_refused(bundle, goldens, message):
+    with pytest.raises(BundleError, match=message):
+        Engine(dataclasses.replace(bundle, goldens=goldens)).self_test()
