@@ -70,7 +70,7 @@ class Augmenter:
         return cpu.run(passes, decoded)
 
     def mix(
-        self, images: "torch.Tensor", targets: "torch.Tensor", *, epoch: int, indices: Sequence[int]
+        self, images: "torch.Tensor", targets: "torch.Tensor", *, epoch: int, indices: "Sequence[int] | torch.Tensor"
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Apply the policy's batch ops (MixUp, CutMix) to a batch on any device.
 
@@ -80,7 +80,9 @@ class Augmenter:
         from augment import batch
 
         size = (images.shape[-2], images.shape[-1])
-        plans = [self._mixing.draw(size, seed=self.seed, epoch=epoch, index=int(i)) for i in indices]
+        # A tensor is read back at once: item by item a GPU would be waited for each time.
+        numbers = indices if isinstance(indices, Sequence) else indices.tolist()
+        plans = [self._mixing.draw(size, seed=self.seed, epoch=epoch, index=int(i)) for i in numbers]
         return batch.mix(plans, images, targets)
 
 

@@ -125,9 +125,7 @@ def _open(data: bytes) -> "Image.Image":
             warnings.simplefilter("ignore")  # Pillow's own bomb warning: the limit is the caller's
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise ImageError(
-            f"not a picture that can be read ({_kind(data)}); accepted: {', '.join(FORMATS)}"
-        ) from error
+        raise ImageError(f"not a picture that can be read ({_kind(data)}); accepted: {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(f"the picture has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from error
     except (

@@ -69,7 +69,10 @@ class Preprocess:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Preprocess":
         """What `to_dict` wrote. ValueError names a missing or unknown field."""
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            return cls(**plain)
         except TypeError as error:
             raise ValueError(f"preprocess: {str(error).replace('Preprocess.__init__() ', '')}") from error

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """As Lightning's, but a tie goes to the later epoch: small validation sets tie often, and a decaying learning rate favours the later."""
+    """As Lightning's, but a tie goes to the later epoch: small validation sets tie often, and a falling learning rate favours it."""
 
     def check_monitor_top_k(self, trainer: lightning.Trainer, current: torch.Tensor | None = None) -> bool:
         best = self.best_model_score

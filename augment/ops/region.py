@@ -122,9 +122,8 @@ class RandomErasing(RegionOp):
             box_height, box_width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < box_height <= height and 0 < box_width <= width:
                 top, left = int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))
-                paint = (
-                    {"offset": int(rng.integers(TABLE_SIZE))} if self.value == "random" else {"fill": list(self.value)}
-                )  # type: ignore[arg-type]
+                random = isinstance(self.value, str)
+                paint = {"offset": int(rng.integers(TABLE_SIZE))} if random else {"fill": list(self.value)}  # type: ignore[arg-type]
                 return {"boxes": [[top, left, box_height, box_width]], **paint}
         return None
 

@@ -191,7 +191,7 @@ def _refuse_rows(path: Path, wrong, values, column: str, accepted: str) -> None:
     if wrong.any():
         first = int(wrong.to_numpy().argmax())
         raise DataError(
-            f"{path}, row {first + 2}: {column} {values.iloc[first]!r} is not {accepted} ({int(wrong.sum())} such rows; the header is row 1)"
+            f"{path}, row {first + 2}: {column} {values.iloc[first]!r} is not {accepted} ({int(wrong.sum())} such rows; header: row 1)"
         )
 
 

@@ -1,0 +1,53 @@
+"""What every benchmark says beside its numbers: machine, versions, commit."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, 95th percentile and count."""
+    p95 = quantiles(values, n=20)[-1] if len(values) > 1 else values[0]
+    return {"median": round(median(values), 4), "p95": round(p95, 4), "n": len(values)}
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """Machine, core count, commit and the versions of packages (absent ones are None)."""
+    return {
+        "machine": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"wrote {path}")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
