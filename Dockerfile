@@ -18,11 +18,12 @@ ENV PATH=/opt/refract/bin:$PATH
 # The dependencies first: they change less often than the code, and their layer is kept while they do not.
 COPY requirements.lock /src/
 RUN pip install --require-hashes --no-deps -r /src/requirements.lock
-COPY pyproject.toml README.md refract.py /src/
+COPY pyproject.toml README.md LICENSE refract.py /src/
 COPY augment /src/augment
 COPY models /src/models
 COPY pipeline /src/pipeline
 COPY serve /src/serve
+COPY configs /src/configs
 # hatchling, which builds the project, is in the lock: no second, unlocked download.
 RUN pip install --no-deps --no-build-isolation /src
 

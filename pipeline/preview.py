@@ -69,7 +69,7 @@ def _words(plan: Plan) -> list[str]:
     shown = {"angle", "scale", "shear", "shift", "brightness", "contrast", "saturation", "hue", "sigma", "lam"}
     text = []
     for step in plan.steps:
-        numbers = [f"{key[:6]} {_short(value)}" for key, value in step.args.items() if key in shown]
+        numbers = [f"{key} {_short(value)}" for key, value in step.args.items() if key in shown]
         text.append(step.op + (f" ({', '.join(numbers)})" if numbers else ""))
     return text or ["(nothing drawn)"]
 
