@@ -66,5 +66,7 @@ def quiet_lightning() -> None:
         ".*does not have many workers.*",
         ".*number of training batches.*",
         ".*Checkpoint directory.*exists.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*overridden `on_before_batch_transfer`.*",
     ):
         warnings.filterwarnings("ignore", text)

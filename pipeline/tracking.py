@@ -1,12 +1,16 @@
 """MLflow: one run a training, with parameters, metrics, files, and the bundle as a registered model version."""
 
+import logging
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import TrackingConfig
+
+log = logging.getLogger(__name__)
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 
@@ -31,29 +35,38 @@ class Tracker:
             experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
             run = self._client.create_run(experiment_id, run_name=run_name)
         except (MlflowException, OSError) as error:
-            first = str(error).splitlines()[0][:300]
             raise TrackingError(
-                f"MLflow at {uri} cannot be used: {first}. Set tracking.uri or MLFLOW_TRACKING_URI, or train with --tracking.enabled false."
+                f"MLflow at {uri} cannot be used: {_first_line(error)}. Set tracking.uri or "
+                "MLFLOW_TRACKING_URI, or train with --tracking.enabled false."
             ) from error
         self.run_id, self.experiment_id, self._artifacts = run.info.run_id, experiment_id, run.info.artifact_uri
         self._client.log_batch(self.run_id, params=[Param(name, str(value)) for name, value in _flat(params)])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        import time
-
+        """A server that fails now costs the metrics, not the training: a warning tells which."""
         from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
 
         now = int(time.time() * 1000)
-        self._client.log_batch(
-            self.run_id, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()]
-        )
+        try:
+            self._client.log_batch(
+                self.run_id, metrics=[Metric(name, float(value), now, step) for name, value in metrics.items()]
+            )
+        except MlflowException as error:
+            log.warning("MLflow did not take the metrics of step %d: %s", step, _first_line(error))
 
-    def log_file(self, path: Path, folder: str | None = None) -> None:
-        """A file, or all files of a folder, as artifacts."""
-        if path.is_dir():
-            self._client.log_artifacts(self.run_id, str(path), folder)
-        else:
-            self._client.log_artifact(self.run_id, str(path), folder)
+    def log_files(self, files: Sequence[Path], bundle: Path) -> None:
+        """Files, and the bundle's folder as `bundle`, as artifacts. TrackingError if the server does not take them."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            for path in files:
+                self._client.log_artifact(self.run_id, str(path))
+            self._client.log_artifacts(self.run_id, str(bundle), "bundle")
+        except (MlflowException, OSError) as error:
+            raise TrackingError(
+                f"MLflow at {self.uri} did not take the files; they are safe in {bundle.parent}: {_first_line(error)}"
+            ) from error
 
     def register(self, model_name: str, alias: str) -> str:
         """Make the run's `bundle` folder a new version of the registered model and move the alias to it. Returns the version."""
@@ -69,7 +82,12 @@ class Tracker:
 
     def finish(self, status: str) -> None:
         """status: FINISHED, FAILED or KILLED."""
-        self._client.set_terminated(self.run_id, status)
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.set_terminated(self.run_id, status)
+        except MlflowException as error:
+            log.warning("MLflow still shows run %s as running: %s", self.run_id, _first_line(error))
 
 
 @contextmanager
@@ -92,6 +110,10 @@ def track(config: TrackingConfig, run_name: str, params: Mapping[str, Any]) -> I
 
 def tracking_uri(config: TrackingConfig) -> str:
     return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:300]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,7 @@
 """From a config to a bundle: check and split the data, train, evaluate on the hold-out, write the bundle, register it."""
 
 import logging
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -143,6 +144,7 @@ def fit(
     import lightning
     import torch
 
+    from pipeline.data.manifest import DataError
     from pipeline.progress import BestCheckpoint, EpochReport, progress_bars, quiet_lightning
 
     quiet_lightning()
@@ -167,8 +169,11 @@ def fit(
         raise ConfigError(
             f"training stopped: {error}. A lower learning rate (--optim.lr) is the usual cure."
         ) from error
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    except SystemExit as error:  # what Lightning makes of Ctrl-C, after switching it off
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from error
+    except DataError as error:  # from a worker process it comes wrapped in that process's traceback
+        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
     state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
     module.load_state_dict(state)
     module.to("cuda" if device == "cuda" else "cpu").eval()
@@ -221,10 +226,7 @@ def _finish(
     version = None
     if tracker is not None:
         tracker.log_metrics({f"test_{name}": value for name, value in evaluation.metrics.items()}, step=len(history))
-        for file in sorted(run_dir.iterdir()):
-            if file.is_file():
-                tracker.log_file(file)
-        tracker.log_file(bundle, "bundle")
+        tracker.log_files([file for file in sorted(run_dir.iterdir()) if file.is_file()], bundle)
         if config.tracking.model_name:
             version = tracker.register(config.tracking.model_name, config.tracking.alias)
     return Result(run_dir, bundle, evaluation.metrics, version)

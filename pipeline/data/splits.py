@@ -44,7 +44,7 @@ def draw_splits(
 
 
 def write_splits(manifest: Manifest, path: Path) -> None:
-    """A CSV manifest (path,label,split) of the data as it was split; `refract train` reads it again."""
+    """A CSV manifest (path,label,split,text) of the data as it was split; `refract train` reads it again."""
     import pandas as pd
 
     rows = [
@@ -52,6 +52,7 @@ def write_splits(manifest: Manifest, path: Path) -> None:
             "path": sample.path if sample.data is not None else str(Path(sample.path).resolve()),
             "label": ";".join(manifest.labels[i] for i in sample.labels),
             "split": sample.split,
+            "text": sample.text,
         }
         for sample in manifest.samples
     ]

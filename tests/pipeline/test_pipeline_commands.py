@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,17 @@ import yaml
 from conftest import COLORS, Run, picture, write_picture
 from mlflow import MlflowClient
 
-from augment import Preprocess
+from augment import Augmenter, Preprocess
 from models.bundle import load_bundle
-from models.classifier import probabilities
+from models.classifier import Classifier, probabilities
+from models.module import ClassifierModule
+from models.networks import build
 from pipeline.commands.demo import served
+from pipeline.config import Config
+from pipeline.data.manifest import DataError
+from pipeline.data.module import PictureData
 from pipeline.scoring import score
+from pipeline.training import fit, prepare_data
 from refract import COMMANDS
 
 QUICK = ["--trainer.max_epochs", "3", "--trainer.run_name", "r1", "--data.workers", "0"]
@@ -236,3 +243,44 @@ def test_demo_reaches_its_promise(refract: Run, tmp_path: Path) -> None:
     (bundle,) = tmp_path.glob("runs/*/bundle")
     assert load_bundle(bundle).info.metrics["accuracy"] >= 0.98
     assert "of 10 right" in done.stdout and "mlflow ui" in done.stdout and "refract serve" in done.stdout
+
+
+def test_interrupted_training_says_so_and_marks_its_run(workplace: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "refract",
+        "train",
+        "pictures.yaml",
+        "--trainer.run_name",
+        "cut",
+        "--trainer.max_epochs",
+        "2000",
+    ]
+    with subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr or ():
+            if line.startswith("epoch 2/"):
+                break
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read() if process.stderr else ""
+        assert process.wait(timeout=60) == 130
+    assert rest.endswith("refract: interrupted\n") and "Traceback" not in rest
+    client = MlflowClient(f"sqlite:///{workplace}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("refract").experiment_id], "attributes.run_name = 'cut'")
+    assert [run.info.status for run in runs] == ["KILLED"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_picture_that_vanishes_after_the_check_is_named(folder: Path, workers: int) -> None:
+    config = Config()
+    config.data.source, config.data.workers = str(folder), workers
+    manifest, _ = prepare_data(config)
+    gone = Path(manifest.of("train")[0].path)
+    gone.unlink()
+    data = PictureData(
+        manifest, augmenter=Augmenter("none", size=32), preprocess=Preprocess(32, 32), batch_size=8, workers=workers
+    )
+    classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.5,) * 3)
+    module = ClassifierModule(classifier, task="multiclass", num_classes=3)
+    with pytest.raises(DataError, match=rf"^{gone}: was readable when the data was checked, but not now"):
+        fit(module, data, config, folder.parent, "cpu", "32-true", None)
