@@ -36,7 +36,7 @@ def train(config: Config, *, name: str = "run") -> Result:
     from models.networks import build
     from pipeline.data.module import PictureData
     from pipeline.device import choose_device, choose_precision
-    from pipeline.tracking import track
+    from pipeline.tracking import TrackingError, track
 
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
@@ -70,11 +70,16 @@ def train(config: Config, *, name: str = "run") -> Result:
         workers=config.data.workers,
     )
     run_dir = new_run_dir(config.trainer, name)
-    _write_yaml(run_dir / "config.yaml", config.to_dict())
     log.info("run %s on %s, %s: %s", run_dir, device, precision, _described(manifest))
-    with track(config.tracking, run_dir.name, config.to_dict()) as tracker:
-        history = fit(module, data, config, run_dir, device, precision, tracker)
-        return _finish(config, manifest, fingerprint, data, module, run_dir, history, tracker)
+    try:
+        with track(config.tracking, run_dir.name, config.to_dict()) as tracker:
+            _write_yaml(run_dir / "config.yaml", config.to_dict())
+            history = fit(module, data, config, run_dir, device, precision, tracker)
+            return _finish(config, manifest, fingerprint, data, module, run_dir, history, tracker)
+    except TrackingError:
+        if not any(run_dir.iterdir()):  # nothing was done: the name is free again
+            run_dir.rmdir()
+        raise
 
 
 def prepare_data(config: Config) -> tuple[Any, str]:

@@ -104,6 +104,12 @@ def check_classes(manifest: Manifest) -> list[str]:
             + _listed(unlearned)
             + "\nThe label sets of the splits differ: add training pictures or remove these classes."
         )
+    missing = [split for split in SPLITS if not manifest.of(split)]
+    if missing:
+        raise DataError(
+            f"{manifest.source}: {len(manifest.samples)} pictures are too few to draw the split {missing[0]} from; add pictures, or raise "
+            "data.val_share and data.test_share"
+        )
     warnings = []
     for split in manifest.splits():
         absent = [label for label, count in manifest.counts(split).items() if count == 0]

@@ -1,6 +1,6 @@
 """Which pictures train, validate and test. What the data does not say is drawn, stratified, from the seed."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +15,19 @@ def draw_splits(
     """Give every sample a split.
 
     hashes: path → content hash; copies of one picture go together, so that none is both trained on and measured. Data without splits
-    gets both drawn; data with splits gets the missing ones of `val` and `test` drawn from `train`. Within each class (for multilabel:
-    each set of labels) the shares hold to the picture, and a class of three or more has one in each.
+    gets both drawn; data with splits gets the missing ones of `val` and `test` drawn from `train`. Within each class the shares hold to
+    the picture, and a class of three or more has one in each; for multilabel, within each set of labels that ten pictures or more carry,
+    and within the rest together.
     """
     present = manifest.splits()
     shares = {"test": test_share, "val": val_share}
     wanted = {split: share for split, share in shares.items() if split not in present}
     groups: dict[tuple[int, ...], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    carried = Counter(sample.labels for sample in manifest.samples)
     for i, sample in enumerate(manifest.samples):
         if sample.split in ("", "train"):
-            groups[sample.labels][hashes[sample.path]].append(i)
+            rare = manifest.task == "multilabel" and carried[sample.labels] < 10
+            groups[() if rare else sample.labels][hashes[sample.path]].append(i)
     split_of: dict[int, str] = {}
     taken: dict[str, str] = {}
     for labels, copies in sorted(groups.items()):

@@ -163,6 +163,21 @@ def test_drawn_splits_are_stratified_seeded_and_keep_copies_together(folder: Pat
     assert prepare_data(other)[1] != fingerprint
 
 
+def test_too_few_pictures_to_split_is_told(tmp_path: Path) -> None:
+    for label in COLORS:
+        for number in range(2):
+            write_picture(tmp_path / "few" / label / f"{number}.png", picture(label, number))
+    with pytest.raises(DataError, match="6 pictures are too few to draw the split val from"):
+        prepare_data(config_of(tmp_path / "few"))
+
+
+def test_many_rare_sets_of_labels_are_split_all_the_same(folder: Path) -> None:
+    rows = [(f"{c}/{n:02}.jpg", f"{c};a{n % 5};b{n % 4}") for c in COLORS for n in range(20)]
+    pd.DataFrame(rows, columns=["path", "label"]).to_csv(folder / "m.csv", index=False)
+    manifest, _ = prepare_data(config_of(folder / "m.csv"))
+    assert [len(manifest.of(split)) for split in ("train", "val", "test")] == [42, 6, 12]
+
+
 def test_written_splits_are_read_again(folder: Path, tmp_path: Path) -> None:
     manifest, fingerprint = prepare_data(config_of(folder))
     write_splits(manifest, tmp_path / "splits.csv")
