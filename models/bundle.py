@@ -97,7 +97,6 @@ def save_bundle(path: str | Path, info: BundleInfo, classifier: Classifier, gold
     path = Path(path)
     refuse_existing(path)
     _check_goldens(info, goldens)
-    _check_normalisation(info, classifier)
     answers = [{"name": golden.name, "probabilities": [float(p) for p in golden.probabilities]} for golden in goldens]
     record = json.dumps({**info.to_dict(), "goldens": answers}, indent=2, ensure_ascii=False, allow_nan=False)
     contents = {INFO: record.encode(), WEIGHTS: safetensors.torch.save(_plain_weights(classifier))}

@@ -140,6 +140,15 @@ def test_a_needed_file_must_be_listed(folder: Path, name: str) -> None:
         load_bundle(folder)
 
 
+def test_a_listed_file_that_nobody_needs_is_guarded_too(folder: Path) -> None:
+    (folder / "NOTES.md").write_text("measured on the night shift")
+    rehash(folder, "NOTES.md")
+    load_bundle(folder)
+    (folder / "NOTES.md").write_text("measured on the day shift..")
+    with pytest.raises(BundleError, match=r"NOTES.md was altered"):
+        load_bundle(folder)
+
+
 def test_files_that_are_not_listed_are_never_read(folder: Path) -> None:
     (folder / "code.pkl").write_bytes(b"a pickle")
     os.mkfifo(folder / "pipe")  # reading it would wait for ever
@@ -265,6 +274,24 @@ def test_weights_of_another_shape_are_refused(folder: Path) -> None:
     with pytest.raises(
         BundleError, match=r"weights.safetensors does not fit the network 'resnet20'.*network.head.weight"
     ):
+        load_bundle(folder).classifier()
+
+
+@pytest.mark.parametrize("change", ["missing", "strange"])
+def test_weights_with_other_keys_are_refused(folder: Path, change: str) -> None:
+    weights = make_classifier().state_dict()
+    head = weights.pop("network.head.weight")
+    if change == "strange":
+        weights |= {"network.head.weight": head, "network.tail.weight": head.clone()}
+    safetensors.torch.save_file(weights, folder / "weights.safetensors")
+    rehash(folder, "weights.safetensors")
+    with pytest.raises(BundleError, match=r"does not fit .*network.(head|tail).weight"):
+        load_bundle(folder).classifier()
+
+
+def test_a_normalisation_that_disagrees_with_the_record_is_refused(folder: Path) -> None:
+    reseal(folder, lambda record: record["preprocess"].update(mean=[0, 0, 0]))
+    with pytest.raises(BundleError, match=r"preprocess.'mean'.*expected the classifier's own"):
         load_bundle(folder).classifier()
 
 

@@ -56,12 +56,12 @@ def test_label_smoothing() -> None:
 
 
 def test_multilabel() -> None:
-    logits = torch.tensor([[0.0, math.log(3)]])  # probabilities 1/2 and 3/4
-    loss = classification_loss(logits, torch.tensor([[1.0, 0.0]]), task="multilabel")
-    assert loss.item() == pytest.approx((math.log(2) + math.log(4)) / 2, abs=1e-6)
-    # q' = 0.8 q + 0.1 = (0.9, 0.1)
-    smooth = classification_loss(logits, torch.tensor([[1.0, 0.0]]), task="multilabel", label_smoothing=0.2)
-    expected = (math.log(2) + 0.1 * math.log(4 / 3) + 0.9 * math.log(4)) / 2
+    logits, targets = torch.tensor([[0.0, math.log(3), 0.0]]), torch.tensor([[1.0, 0.0, 0.0]])  # p = 1/2, 3/4, 1/2
+    loss = classification_loss(logits, targets, task="multilabel")
+    assert loss.item() == pytest.approx((math.log(2) + math.log(4) + math.log(2)) / 3, abs=1e-6)
+    # Three labels, but each is a decision between two: q' = 0.8 q + 0.1 = (0.9, 0.1, 0.1).
+    smooth = classification_loss(logits, targets, task="multilabel", label_smoothing=0.2)
+    expected = (math.log(2) + 0.1 * math.log(4 / 3) + 0.9 * math.log(4) + math.log(2)) / 3
     assert smooth.item() == pytest.approx(expected, abs=1e-6)
 
 

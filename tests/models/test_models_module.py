@@ -193,6 +193,13 @@ def test_a_class_index_out_of_range_stops() -> None:
         fit(make_module(), epochs=1, pictures=pictures)
 
 
+def test_targets_are_checked_before_they_reach_the_device() -> None:
+    """On a GPU the step itself does not check: it would wait for the device."""
+    batch = {"targets": torch.tensor([0, 2])}
+    with pytest.raises(ValueError, match="class index 2: expected 0…1"):
+        make_module().on_before_batch_transfer(batch, 0)
+
+
 def test_figures_of_an_epoch_cut_short_are_logged() -> None:
     module = make_module()
     fit(module, epochs=-1, max_steps=2)

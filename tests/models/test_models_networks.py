@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from models.networks import NETWORKS, build, head_of, weights_preprocess
+from models.resnet import BasicBlock
 
 SOME = [*NETWORKS, "resnet18", "timm/resnet10t", "timm/mobilenetv3_small_050"]
 # One of each family whose head sits in another place, or whose input or output needs care.
@@ -78,6 +79,15 @@ def test_own_networks_have_the_papers_number_of_parameters() -> None:
     assert count("lenet5") == 62006
     # He et al. 2016, table 6: 0.27 M.
     assert count("resnet20") == 269722
+
+
+def test_resnet20s_shortcut_is_option_a() -> None:
+    block = BasicBlock(2, 5, stride=2)
+    nn.init.zeros_(block.bn2.weight)  # the residual is gone, the shortcut stays
+    images = torch.rand(1, 2, 6, 6)
+    result = block.eval()(images)
+    assert torch.equal(result[:, :2], images[:, :, ::2, ::2])
+    assert torch.equal(result[:, 2:], torch.zeros(1, 3, 3, 3))
 
 
 @pytest.mark.parametrize(("name", "smallest"), [("lenet5", 16), ("resnet20", 8)])

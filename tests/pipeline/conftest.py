@@ -40,7 +40,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def refract(tmp_path: Path) -> Run:
     """Run `refract …` in tmp_path, with no tracking server but the default."""
-    environment = {**os.environ, "HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "HOME": str(tmp_path / "home")}
     environment.pop("MLFLOW_TRACKING_URI", None)
 
     def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
