@@ -13,10 +13,6 @@ from augment.ops.op import Args, Op, Size, around
 LUMA = np.array([0.299, 0.587, 0.114])
 """The grey of an RGB colour: ITU-R BT.601."""
 
-# RGB → YIQ (NTSC): hue is an angle in the (I, Q) plane.
-_YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-_YIQ_INVERSE = np.linalg.inv(_YIQ)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ColorOp(Op):
@@ -35,7 +31,8 @@ class ColorJitter(ColorOp):
     brightness, contrast, saturation: factors; one number a means [max(0, 1 − a), 1 + a]. hue: turns of the colour circle, in
     [−0.5, 0.5]; one number a means [−a, a]. All drawn uniformly. Contrast is about the picture's mean grey, as torchvision's.
     Source: Krizhevsky et al. 2012 (the idea); torchvision's ColorJitter (the parameters). Deviations: one matrix, so nothing is
-    clipped between the four; hue is a rotation in the YIQ plane, which keeps luma, not a rotation in HSV, which keeps the maximum.
+    clipped between the four; hue is a rotation about the grey axis, which keeps the mean of R, G and B, not one in HSV, which keeps their
+    maximum and minimum.
     """
 
     brightness: float | tuple[float, float] = 0.0
@@ -73,9 +70,9 @@ class ColorJitter(ColorOp):
 
 
 def _hue_rotation(turns: float) -> np.ndarray:
-    cos, sin = math.cos(2 * math.pi * turns), math.sin(2 * math.pi * turns)
-    # In YIQ the hues run clockwise, red → yellow → green being a falling angle, hence the sign.
-    return _YIQ_INVERSE @ np.array([[1, 0, 0], [0, cos, sin], [0, -sin, cos]]) @ _YIQ
+    """3×3: a turn about the grey axis R = G = B, red towards green (Rodrigues' formula)."""
+    cos, sin = math.cos(2 * math.pi * turns), math.sin(2 * math.pi * turns) / math.sqrt(3)
+    return cos * np.eye(3) + (1 - cos) / 3 + sin * np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])
 
 
 COLOR: Mapping[str, type[ColorOp]] = MappingProxyType({"ColorJitter": ColorJitter})

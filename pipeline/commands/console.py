@@ -1,8 +1,10 @@
 """What the commands share: logging to the terminal, and a user's mistake as one line instead of a traceback."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 def run(command: str, work: Callable[[], int]) -> int:
@@ -30,6 +32,14 @@ def run(command: str, work: Callable[[], int]) -> int:
         if error.filename is None:
             raise
         return _failed(command, f"{error.filename}: {error.strerror}", 1)
+
+
+def bin_prefix() -> str:
+    """What to write before `refract` and `mlflow` so that a shell finds them: nothing where the environment is active."""
+    if shutil.which("refract"):
+        return ""
+    scripts = Path(sys.executable).parent
+    return f"{scripts.relative_to(Path.cwd()) if scripts.is_relative_to(Path.cwd()) else scripts}/"
 
 
 def _failed(command: str, error: object, code: int) -> int:

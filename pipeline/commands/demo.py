@@ -43,10 +43,11 @@ def _demo() -> int:
         print(f"3. Ask for {SHOWN} pictures that it never saw, as PNG over HTTP")
         right = _ask(url, result.run_dir / "splits.csv", load_bundle(result.bundle).info.labels)
     print(f"   {right} of {SHOWN} right\n")
+    here = console.bin_prefix()
     print("Next:")
-    print(f"   see the run          mlflow ui --backend-store-uri {tracking_uri(config.tracking)}")
-    print(f"   serve it             refract serve {uri}")
-    print("   your own pictures    refract init FOLDER -o mine.yaml && refract train mine.yaml")
+    print(f"   see the run          {here}mlflow ui --backend-store-uri {tracking_uri(config.tracking)}")
+    print(f"   serve it             {here}refract serve {uri}")
+    print(f"   your own pictures    {here}refract init FOLDER -o mine.yaml && {here}refract train mine.yaml")
     return 0
 
 

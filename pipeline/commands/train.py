@@ -36,6 +36,7 @@ def _train(path: str, overrides: list[str]) -> int:
     if config.tracking.enabled:
         from pipeline.tracking import tracking_uri
 
-        print(f"MLflow:   mlflow ui --backend-store-uri {tracking_uri(config.tracking)}")
-    print(f"next:     refract predict {result.bundle} PICTURE   or   refract serve {result.bundle}")
+        print(f"MLflow:   {console.bin_prefix()}mlflow ui --backend-store-uri {tracking_uri(config.tracking)}")
+    here = console.bin_prefix()
+    print(f"next:     {here}refract predict {result.bundle} PICTURE   or   {here}refract serve {result.bundle}")
     return 0

@@ -1,5 +1,6 @@
 """The Lightning DataModule: augmented pictures to train on, preprocessed ones to measure on, uint8 until the device."""
 
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -110,6 +111,7 @@ class PictureData(lightning.LightningDataModule):
             persistent_workers=self.workers > 0,
             pin_memory=self.pin,
             worker_init_fn=_one_thread,
+            multiprocessing_context=_workers_context() if self.workers else None,
             **options,
         )
 
@@ -134,6 +136,18 @@ def _named(sample: Sample, use: Any) -> np.ndarray:
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def _workers_context() -> Any:
+    """Workers start from a clean server process, not as forks of this one.
+
+    A fork takes along the locks of the threads that OpenCV and OpenMP run here, but not the threads, and then waits for ever.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # PyTorch is imported once, there, not once a worker
+    return context
 
 
 def _one_thread(_: int) -> None:

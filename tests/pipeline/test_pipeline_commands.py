@@ -171,6 +171,7 @@ def test_altered_bundle_is_refused(refract: Run, workplace: Path) -> None:
     assert "weights.safetensors" in refract("predict", "runs/r1/bundle", "pictures", code=2).stderr
 
 
+@pytest.mark.slow
 def test_unreachable_tracking_server_is_told(refract: Run, workplace: Path) -> None:
     done = refract("train", "pictures.yaml", "--trainer.run_name", "r3", "--tracking.uri", "http://127.0.0.1:9", code=1)
     assert "--tracking.enabled false" in done.stderr and not (workplace / "runs" / "r3").exists()
@@ -201,6 +202,7 @@ def test_http_evaluate_and_module_give_one_answer(trained: Path, monkeypatch: py
             np.testing.assert_allclose([given[label] for label in bundle.info.labels], by_hand, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_end_in_the_same_weights(refract: Run, workplace: Path) -> None:
     for name in ("a", "b"):
         refract(
@@ -218,6 +220,7 @@ def test_two_runs_with_one_seed_end_in_the_same_weights(refract: Run, workplace:
     assert entry[0] == entry[1]
 
 
+@pytest.mark.slow
 def test_mixing_policy_and_frozen_backbone_train(refract: Run, workplace: Path) -> None:
     policy = '["HorizontalFlip", {"MixUp": {"p": 0.5}}, {"CutMix": {"p": 0.5}}]'
     refract("train", "pictures.yaml", "--trainer.run_name", "mixed", "--augment.policy", policy, "--model.freeze", "backbone",
@@ -227,6 +230,7 @@ def test_mixing_policy_and_frozen_backbone_train(refract: Run, workplace: Path) 
     }
 
 
+@pytest.mark.slow
 def test_multilabel_manifest_all_the_way(refract: Run, workplace: Path) -> None:
     rows = [f"pictures/{c}/{n:02}.jpg,{c};{'odd' if n % 2 else 'even'}" for c in COLORS for n in range(40)]
     (workplace / "m.csv").write_text("path,label\n" + "\n".join(rows))

@@ -4,6 +4,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -211,6 +212,14 @@ def test_same_pixels_with_any_number_of_workers(folder: Path) -> None:
     for workers in (1, 4):
         for mine, theirs in zip(expected, batches_of(module_of(folder, workers), range(2)), strict=True):
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.timeout(90)
+def test_workers_start_while_opencv_threads_run_here(folder: Path) -> None:
+    """Workers forked from a process whose OpenCV pool had run waited for ever for its lock; training then stood still, with no error."""
+    cv2.setNumThreads(2)
+    cv2.GaussianBlur(np.zeros((4000, 4000, 3), np.uint8), (9, 9), 3)
+    assert len(batches_of(module_of(folder, 1), range(1))) == 6
 
 
 def test_same_pixels_after_a_restart_in_the_middle_of_an_epoch(folder: Path) -> None:
