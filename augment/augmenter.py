@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from augment import cpu
-from augment.decode import ImageError, decode, image_size, scale_of
-from augment.fuse import WarpPass, fuse
+from augment import cpu, encoded
+from augment.decode import ImageError, image_size
+from augment.fuse import fuse
 from augment.ops.op import pixels
 from augment.plan import Plan
 from augment.policy import Policy, PolicySpec, load_policy
@@ -49,8 +49,9 @@ class Augmenter:
     def apply(self, plan: Plan, image: bytes | np.ndarray) -> np.ndarray:
         """Apply a plan to the picture it was drawn for. ValueError if the picture has another size.
 
-        From JPEG bytes the picture is decoded at the smallest scale that feeds the plan, so the pixels may differ from those of the
-        array by a few grey levels. Steps that mix a batch are not applied: see `mix`.
+        From JPEG bytes only the part that the plan reads is decoded, at the smallest of the scales 1, 1/2, 1/4 and 1/8 that feeds
+        it; at the full scale the pixels are those of the decoded array, at another they may differ by a few grey levels. Steps that
+        mix a batch are not applied: see `mix`.
         """
         size = _size_of(image)
         if size != plan.size:
@@ -58,16 +59,7 @@ class Augmenter:
                 f"the plan was drawn for {plan.size[0]}×{plan.size[1]} pixels, the picture has {size[0]}×{size[1]}"
             )
         passes = fuse(plan)
-        if isinstance(image, np.ndarray):
-            return cpu.run(passes, image)
-        first = passes[0] if passes else None
-        if not isinstance(first, WarpPass):
-            return cpu.run(passes, decode(image))
-        reduction = np.hypot(first.matrix[:2, 0], first.matrix[:2, 1])
-        decoded = decode(image, needed=(reduction[1], reduction[0]))
-        if decoded.shape[:2] != size:
-            passes[0] = first.from_scaled(scale_of(decoded.shape[0], size[0]), scale_of(decoded.shape[1], size[1]))
-        return cpu.run(passes, decoded)
+        return cpu.run(passes, image) if isinstance(image, np.ndarray) else encoded.run(passes, image, size)
 
     def mix(
         self, images: "torch.Tensor", targets: "torch.Tensor", *, epoch: int, indices: "Sequence[int] | torch.Tensor"

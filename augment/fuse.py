@@ -1,5 +1,6 @@
 """From a plan's steps to as few passes over the pixels as do the same: neighbours of one kind become one pass."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,13 +26,38 @@ class WarpPass:
     fill: tuple[int, int, int] = (0, 0, 0)
 
     def shrink(self) -> tuple[int, int]:
-        """Whole factors (vertical, horizontal) by which the input is box-filtered first, against aliasing."""
-        rows = np.hypot(self.matrix[:2, 0], self.matrix[:2, 1])
-        return max(1, int(rows[1] + 1e-6)), max(1, int(rows[0] + 1e-6))
+        """Powers of two (vertical, horizontal) by which the input is box-filtered first, against aliasing: less than twofold
+        reduction is left to the bilinear resampling itself."""
+        rows = np.hypot(self.matrix[:2, 0], self.matrix[:2, 1]).tolist()
+        return _power_of_two(rows[1]), _power_of_two(rows[0])
 
-    def from_scaled(self, vertical: float, horizontal: float) -> "WarpPass":
-        """The same pass on an input that was scaled by these factors before."""
-        return WarpPass(np.diag([horizontal, vertical, 1.0]) @ self.matrix, self.size, self.border, self.fill)
+    def footprint(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """The box (top, left, height, width) of an input of `size` that the pass reads, inside it and not empty."""
+        height, width = size
+        if self.border == "reflect":
+            return 0, 0, height, width
+        corners = self.matrix[:2] @ np.array(
+            [[0, self.size[1], 0, self.size[1]], [0, 0, self.size[0], self.size[0]], [1, 1, 1, 1]]
+        )
+        vertical, horizontal = self.shrink()
+        # Two pixels of what the filters leave: bilinear resampling looks one pixel beyond.
+        margin = np.array([2 * horizontal, 2 * vertical])
+        left, top = (corners.min(1) - margin).tolist()
+        right, bottom = (corners.max(1) + margin).tolist()
+        first_row, first_column = min(max(0, math.floor(top)), height - 1), min(max(0, math.floor(left)), width - 1)
+        last_row, last_column = max(min(height, math.ceil(bottom)), 1), max(min(width, math.ceil(right)), 1)
+        return first_row, first_column, max(1, last_row - first_row), max(1, last_column - first_column)
+
+    def on_part(self, scale: int, top: float, left: float) -> "WarpPass":
+        """The same pass on an input of which only a part is there, reduced by `scale`. top, left: where that part begins, reduced."""
+        if scale == 1 and top == left == 0:
+            return self
+        into = np.array([[1 / scale, 0, -left], [0, 1 / scale, -top], [0, 0, 1]])
+        return WarpPass(into @ self.matrix, self.size, self.border, self.fill)
+
+
+def _power_of_two(reduction: float) -> int:
+    return 1 << max(0, int(reduction + 1e-6).bit_length() - 1)
 
 
 @dataclass(frozen=True)

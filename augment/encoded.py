@@ -1,0 +1,26 @@
+"""Passes on encoded bytes: decode what the first of them reads, no more."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from augment import cpu
+from augment.decode import decode_part
+from augment.fuse import Pass, WarpPass
+
+LARGEST_SCALE = 8
+
+
+def run(
+    passes: Sequence[Pass], data: bytes, size: tuple[int, int], *, cropped: bool = True, max_pixels: int | None = None
+) -> np.ndarray:
+    """What `cpu.run` gives on the decoded picture; within a few grey levels where the JPEG decoder does a part of the reduction.
+
+    size: `image_size(data)`. cropped: whether to decode only the part that is read. ImageError and TooManyPixelsError as `decode`.
+    """
+    first = passes[0] if passes else None
+    if not isinstance(first, WarpPass):
+        return cpu.run(passes, decode_part(data, None, max_pixels=max_pixels).pixels)
+    box = first.footprint(size) if cropped else None
+    part = decode_part(data, box, scale=min(*first.shrink(), LARGEST_SCALE), max_pixels=max_pixels)
+    return cpu.run([first.on_part(part.scale, part.top, part.left), *passes[1:]], part.pixels)
