@@ -28,15 +28,13 @@ class Augmenter:
         """policy: see `load_policy`. size: pixels, (height, width) or one side of a square, that every result shall have; None leaves
         it to the policy. ValueError (PolicyError) for a policy that cannot be read."""
         self.policy = load_policy(policy)
-        # An op's stream is named by its occurrence among its own name, so this part of the policy draws what the whole would.
-        self._mixing = Policy(tuple(op for op in self.policy.ops if op.kind == "batch"))
         self.seed = seed
         self.size = None if size is None else pixels("size", size)
 
     @property
     def mixes(self) -> bool:
         """Whether the policy mixes the samples of a batch (MixUp, CutMix)."""
-        return bool(self._mixing.ops)
+        return self.policy.mixes
 
     def __call__(self, image: bytes | np.ndarray, *, epoch: int, index: int) -> np.ndarray:
         """The augmented picture, uint8 H×W×3. image: encoded bytes or a uint8 H×W×3 array, which is not changed. ImageError as `decode`."""
@@ -74,7 +72,7 @@ class Augmenter:
         size = (images.shape[-2], images.shape[-1])
         # A tensor is read back at once: item by item a GPU would be waited for each time.
         numbers = indices if isinstance(indices, Sequence) else indices.tolist()
-        plans = [self._mixing.draw(size, seed=self.seed, epoch=epoch, index=int(i)) for i in numbers]
+        plans = [self.policy.draw_mixing(size, seed=self.seed, epoch=epoch, index=int(i)) for i in numbers]
         return batch.mix(plans, images, targets)
 
 

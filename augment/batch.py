@@ -7,8 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from augment.fuse import ColorPass, OpPass, Pass, WarpPass, batch_steps, fuse
+from augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass, batch_steps, fuse
 from augment.ops.mix import MIX
+from augment.ops.pixel import to_uint8
 from augment.plan import Plan
 
 _PADDING = {"constant": "zeros", "edge": "border", "reflect": "reflection"}
@@ -60,18 +61,21 @@ def mix(plans: Sequence[Plan], images: torch.Tensor, targets: torch.Tensor) -> t
     steps = batch_steps(plans)
     if count < 2:
         return images, targets
-    for name, op in MIX.items():
-        drawn = {i: step.args for i, own in enumerate(steps) for step in own if step.op == name}
-        if not drawn:
-            continue
-        rows = torch.tensor(list(drawn), device=images.device)
-        others = [(i + 1 + int(args["partner"] * (count - 1))) % count for i, args in drawn.items()]
-        partners = torch.tensor(others, device=images.device)
-        mixed, kept = op.on_batch([dict(args) for args in drawn.values()], images[rows], images[partners])
-        soft = torch.lerp(targets[partners], targets[rows], kept.to(targets.dtype).unsqueeze(1))
-        images = images.to(mixed.dtype) if mixed.is_floating_point() else images
-        images = images.index_copy(0, rows, mixed.to(images.dtype))
-        targets = targets.index_copy(0, rows, soft)
+    for place in range(max(map(len, steps))):
+        # Every sample's step of this round sees the pictures as the round before left them.
+        before, labels = images, targets
+        for name, op in MIX.items():
+            drawn = {i: own[place].args for i, own in enumerate(steps) if len(own) > place and own[place].op == name}
+            if not drawn:
+                continue
+            rows = torch.tensor(list(drawn), device=images.device)
+            others = [(i + 1 + int(args["partner"] * (count - 1))) % count for i, args in drawn.items()]
+            partners = torch.tensor(others, device=images.device)
+            mixed, kept = op.on_batch([dict(args) for args in drawn.values()], before[rows], before[partners])
+            soft = torch.lerp(labels[partners], labels[rows], kept.to(labels.dtype).unsqueeze(1))
+            images = images.to(mixed.dtype) if mixed.is_floating_point() else images
+            images = images.index_copy(0, rows, mixed.to(images.dtype))
+            targets = targets.index_copy(0, rows, soft)
     return images, targets
 
 
@@ -85,7 +89,7 @@ def _alike(one: Pass, other: Pass) -> bool:
         return one.size == other.size and one.border == other.border and one.shrink() == other.shrink()
     if isinstance(one, OpPass) and isinstance(other, OpPass):
         return one.op is other.op
-    return isinstance(one, ColorPass) and isinstance(other, ColorPass)
+    return type(one) is type(other)
 
 
 def _run_pass(passes: Sequence[Pass], images: torch.Tensor) -> torch.Tensor:
@@ -94,6 +98,10 @@ def _run_pass(passes: Sequence[Pass], images: torch.Tensor) -> torch.Tensor:
         return _warp([item for item in passes if isinstance(item, WarpPass)], images)
     if isinstance(first, ColorPass):
         return _recolor([item for item in passes if isinstance(item, ColorPass)], images)
+    if isinstance(first, TablePass):
+        return _look_up([item for item in passes if isinstance(item, TablePass)], images)
+    if isinstance(first, HsvHuePass):
+        return _turn_hue([item for item in passes if isinstance(item, HsvHuePass)], images)
     return first.op.on_batch([item.args for item in passes if isinstance(item, OpPass)], images)
 
 
@@ -109,20 +117,23 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
     height, width = pixels.shape[2:]
     # grid_sample counts from −1 at the left edge to 1 at the right edge.
     matrices = np.array([[2 / width, 0, -1], [0, 2 / height, -1], [0, 0, 1]]) @ matrices
-    matrix = torch.tensor(matrices[:, :2], dtype=torch.float32, device=images.device)
+    matrix = torch.tensor(matrices, dtype=torch.float32, device=images.device)
     y = torch.arange(first.size[0], device=images.device, dtype=torch.float32) + 0.5
     x = torch.arange(first.size[1], device=images.device, dtype=torch.float32) + 0.5
+    rows = 3 if any(item.is_perspective for item in passes) else 2
     grid = (
-        matrix[:, None, None, :, 0] * x[None, None, :, None]
-        + matrix[:, None, None, :, 1] * y[None, :, None, None]
-        + matrix[:, None, None, :, 2]
+        matrix[:, None, None, :rows, 0] * x[None, None, :, None]
+        + matrix[:, None, None, :rows, 1] * y[None, :, None, None]
+        + matrix[:, None, None, :rows, 2]
     )
+    if rows == 3:
+        grid = grid[..., :2] / grid[..., 2:]
     # Zeros beyond the edge become the fill where the fill is the zero.
     fill = torch.tensor([item.fill for item in passes], dtype=torch.float32, device=images.device).view(-1, 3, 1, 1)
     sampled = F.grid_sample(
         pixels - fill, grid, mode="bilinear", padding_mode=_PADDING[first.border], align_corners=False
     )
-    return _to_uint8(sampled + fill)
+    return to_uint8(sampled + fill)
 
 
 def _recolor(passes: Sequence[ColorPass], images: torch.Tensor) -> torch.Tensor:
@@ -130,8 +141,35 @@ def _recolor(passes: Sequence[ColorPass], images: torch.Tensor) -> torch.Tensor:
     means = pixels.mean((2, 3)).double().cpu().numpy()
     matrices = np.stack([item.matrix(mean) for item, mean in zip(passes, means, strict=True)])
     matrix = torch.tensor(matrices, dtype=torch.float32, device=images.device)
-    return _to_uint8(torch.einsum("nij,njhw->nihw", matrix[:, :, :3], pixels) + matrix[:, :, 3, None, None])
+    return to_uint8(torch.einsum("nij,njhw->nihw", matrix[:, :, :3], pixels) + matrix[:, :, 3, None, None])
 
 
-def _to_uint8(values: torch.Tensor) -> torch.Tensor:
-    return values.round_().clamp_(0, 255).to(torch.uint8)
+def _look_up(passes: Sequence[TablePass], images: torch.Tensor) -> torch.Tensor:
+    count = images.shape[0]
+    flat = images.reshape(count, 3, -1).long()
+    histograms = np.zeros((count, 3, 256), np.int64)
+    if any(item.needs_histogram for item in passes):
+        ones = torch.ones((), dtype=torch.int64, device=images.device).expand(flat.shape)
+        counts = torch.zeros(count, 3, 256, dtype=torch.int64, device=images.device).scatter_add_(2, flat, ones)
+        histograms = counts.cpu().numpy()
+    tables = np.stack([item.table(own) for item, own in zip(passes, histograms, strict=True)])
+    return torch.from_numpy(tables).to(images.device).gather(2, flat).view(images.shape)
+
+
+def _turn_hue(passes: Sequence[HsvHuePass], images: torch.Tensor) -> torch.Tensor:
+    pixels = images.float()
+    high, low = pixels.amax(1), pixels.amin(1)
+    spread = high - low
+    red, green, blue = pixels.unbind(1)
+    safe = spread.clamp(min=1e-6)
+    sector = torch.where(
+        high == red,
+        (green - blue) / safe,
+        torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    turns = torch.tensor([item.turns for item in passes], dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    sector = (sector + 6 * turns) % 6
+    # Each channel is the value minus the spread times how far the hue is from it (Smith 1978, in the form without cases).
+    away = torch.stack([(sector + shift) % 6 for shift in (5, 3, 1)], 1)
+    part = torch.minimum(away, 4 - away).clamp(0, 1)
+    return to_uint8(high.unsqueeze(1) - spread.unsqueeze(1) * part)

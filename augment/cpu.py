@@ -5,9 +5,10 @@ from collections.abc import Iterable
 import cv2
 import numpy as np
 
-from augment.fuse import ColorPass, OpPass, Pass, WarpPass
+from augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass
 
 _BORDERS = {"constant": cv2.BORDER_CONSTANT, "edge": cv2.BORDER_REPLICATE, "reflect": cv2.BORDER_REFLECT}
+_HOW = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 _CLOSE = 1e-6
 
 
@@ -19,9 +20,13 @@ def run(passes: Iterable[Pass], image: np.ndarray) -> np.ndarray:
             result = warp(item, result)
         elif isinstance(item, ColorPass):
             result = recolor(item, result)
+        elif isinstance(item, TablePass):
+            result = look_up(item, result)
         elif isinstance(item, OpPass):
             result = item.op.on_image(item.args, result)
-    return result.copy() if result is image else np.ascontiguousarray(result)
+        else:
+            result = turn_hue(item, result)
+    return result.copy() if np.may_share_memory(result, image) else np.ascontiguousarray(result)
 
 
 def recolor(item: ColorPass, image: np.ndarray) -> np.ndarray:
@@ -30,39 +35,54 @@ def recolor(item: ColorPass, image: np.ndarray) -> np.ndarray:
     return cv2.transform(image, item.matrix(mean).astype(np.float32))
 
 
+def turn_hue(item: HsvHuePass, image: np.ndarray) -> np.ndarray:
+    """A hue turned in HSV, in floating point."""
+    hsv = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)
+    hsv[..., 0] = (hsv[..., 0] + 360 * item.turns) % 360
+    return np.clip(np.rint(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)), 0, 255).astype(np.uint8)
+
+
+def look_up(item: TablePass, image: np.ndarray) -> np.ndarray:
+    """One table for each channel."""
+    histogram = np.zeros((3, 256), np.int64)
+    if item.needs_histogram:
+        histogram = np.stack([cv2.calcHist([image], [c], None, [256], [0, 256]).ravel() for c in range(3)]).astype(
+            np.int64
+        )
+    table = item.table(histogram)
+    return cv2.LUT(image, np.ascontiguousarray(table.T)[None])
+
+
 def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
     """One resampling: bilinear, after a box filter where it reduces by 2 or more."""
     (a, b, c), (d, e, f) = item.matrix[:2].tolist()
     height, width = item.size
     vertical, horizontal = item.shrink()
-    if abs(b) < _CLOSE and abs(d) < _CLOSE:
-        box = _whole_box(image, a, c, e, f, item.size)
-        if box is not None:
-            top, bottom, left, right = box
-            if (bottom - top, right - left) == item.size:
-                return _flip(_cut(image, box, item), a < 0, e < 0)
-            inside = top >= 0 and bottom <= image.shape[0] and left >= 0 and right <= image.shape[1]
-            if inside and vertical == horizontal == 1:
-                region = image[top:bottom, left:right]
-                return _flip(cv2.resize(region, (width, height), interpolation=cv2.INTER_LINEAR), a < 0, e < 0)
+    if not item.is_perspective:
+        if abs(a) < _CLOSE and abs(e) < _CLOSE and max(abs(b), abs(d)) > _CLOSE:
+            swapped = WarpPass(item.matrix[[1, 0, 2]], item.size, item.border, item.fill)
+            return warp(swapped, cv2.transpose(image))
+        if abs(b) < _CLOSE and abs(d) < _CLOSE:
+            box = _whole_box(a, c, e, f, item.size)
+            if box is not None:
+                top, bottom, left, right = box
+                if (bottom - top, right - left) == item.size:
+                    return _flip(_cut(image, box, item), a < 0, e < 0)
+                inside = top >= 0 and bottom <= image.shape[0] and left >= 0 and right <= image.shape[1]
+                if inside and vertical == horizontal == 1:
+                    region = image[top:bottom, left:right]
+                    return _flip(cv2.resize(region, (width, height), interpolation=cv2.INTER_LINEAR), a < 0, e < 0)
     matrix = item.matrix
     if vertical > 1 or horizontal > 1:
         image, matrix = _shrunk_region(image, matrix, item, vertical, horizontal)
     # OpenCV counts from pixel centres, the plan from pixel edges.
     matrix = _shift(-0.5) @ matrix @ _shift(0.5)
-    return cv2.warpAffine(
-        image,
-        matrix[:2],
-        (width, height),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=_BORDERS[item.border],
-        borderValue=item.fill,
-    )
+    if item.is_perspective:
+        return cv2.warpPerspective(image, matrix, (width, height), None, _HOW, _BORDERS[item.border], item.fill)
+    return cv2.warpAffine(image, matrix[:2], (width, height), None, _HOW, _BORDERS[item.border], item.fill)
 
 
-def _whole_box(
-    image: np.ndarray, a: float, c: float, e: float, f: float, size: tuple[int, int]
-) -> tuple[int, int, int, int] | None:
+def _whole_box(a: float, c: float, e: float, f: float, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
     """(top, bottom, left, right) of the input that an axis-aligned warp shows, where it lies on whole pixels."""
     top, bottom = sorted((f, f + e * size[0]))
     left, right = sorted((c, c + a * size[1]))
@@ -114,20 +134,11 @@ def _shrunk_region(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The box-filtered part of the picture that the warp reads, and the matrix into it."""
     height, width = image.shape[:2]
-    corners = matrix[:2] @ np.array(
-        [[0, item.size[1], 0, item.size[1]], [0, 0, item.size[0], item.size[0]], [1, 1, 1, 1]]
-    )
-    (left, top), (right, bottom) = np.floor(corners.min(1)), np.ceil(corners.max(1))
-    left, top = int(left) - 2 * horizontal, int(top) - 2 * vertical
-    right, bottom = int(right) + 2 * horizontal, int(bottom) + 2 * vertical
-    # What lies beyond the picture is the border's matter, so the part may start inside it only on the filter's own grid.
-    left, top = max(0, left) // horizontal * horizontal, max(0, top) // vertical * vertical
-    right, bottom = min(width, max(right, left + horizontal)), min(height, max(bottom, top + vertical))
-    if item.border != "constant" or left >= width or top >= height:
-        left, top, right, bottom = 0, 0, width, height
-    else:
-        right = min(width, -(-right // horizontal) * horizontal)
-        bottom = min(height, -(-bottom // vertical) * vertical)
+    top, left, rows, columns = item.footprint((height, width))
+    right, bottom = left + columns, top + rows
+    # The part starts and ends on the filter's own grid, so that it is filtered as the whole would be.
+    left, top = left // horizontal * horizontal, top // vertical * vertical
+    right, bottom = min(width, -(-right // horizontal) * horizontal), min(height, -(-bottom // vertical) * vertical)
     region = _shrink(image[top:bottom, left:right], vertical, horizontal)
     into = np.diag([1 / horizontal, 1 / vertical, 1.0]) @ np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1.0]])
     return region, into @ matrix

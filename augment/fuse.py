@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from augment.ops import OPS
-from augment.ops.color import COLOR, LUMA
-from augment.ops.geometric import GEOMETRIC
-from augment.ops.pixel import PIXEL, PixelOp
-from augment.ops.region import REGION, RegionOp
+from augment.ops.color import ColorJitter, ColorOp, Hue
+from augment.ops.geometric import GeometricOp
+from augment.ops.op import Args, Size
+from augment.ops.pixel import PixelOp
+from augment.ops.region import RegionOp
+from augment.ops.tone import ToneOp, chain
 from augment.plan import Plan, Step
-
-__all__ = ["LUMA", "ColorPass", "OpPass", "Pass", "WarpPass", "batch_steps", "fuse"]
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,36 @@ class WarpPass:
 
     def shrink(self) -> tuple[int, int]:
         """Powers of two (vertical, horizontal) by which the input is box-filtered first, against aliasing: less than twofold
-        reduction is left to the bilinear resampling itself."""
-        rows = np.hypot(self.matrix[:2, 0], self.matrix[:2, 1]).tolist()
-        return _power_of_two(rows[1]), _power_of_two(rows[0])
+        reduction is left to the bilinear resampling itself. In a perspective, the reduction in the middle decides."""
+        matrix = self.matrix
+        if self.is_perspective:
+            # The derivative of the projected point with respect to the output point.
+            u, v, w = matrix @ (self.size[1] / 2, self.size[0] / 2, 1)
+            matrix = (matrix[:2] - np.outer((u / w, v / w), matrix[2])) / w
+        (a, b), (d, e) = matrix[0, :2].tolist(), matrix[1, :2].tolist()
+        return _power_of_two(math.hypot(d, e)), _power_of_two(math.hypot(a, b))
 
-    def footprint(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    @property
+    def is_perspective(self) -> bool:
+        g, h, i = self.matrix[2].tolist()
+        return not (g == h == 0 and i == 1)
+
+    def footprint(self, size: Size) -> tuple[int, int, int, int]:
         """The box (top, left, height, width) of an input of `size` that the pass reads, inside it and not empty."""
         height, width = size
         if self.border == "reflect":
             return 0, 0, height, width
-        corners = self.matrix[:2] @ np.array(
+        corners = self.matrix @ np.array(
             [[0, self.size[1], 0, self.size[1]], [0, 0, self.size[0], self.size[0]], [1, 1, 1, 1]]
         )
+        if corners[2].min() <= 0:  # the horizon is in the picture
+            return 0, 0, height, width
+        points = corners[:2] / corners[2]
         vertical, horizontal = self.shrink()
         # Two pixels of what the filters leave: bilinear resampling looks one pixel beyond.
         margin = np.array([2 * horizontal, 2 * vertical])
-        left, top = (corners.min(1) - margin).tolist()
-        right, bottom = (corners.max(1) + margin).tolist()
+        left, top = (points.min(1) - margin).tolist()
+        right, bottom = (points.max(1) + margin).tolist()
         first_row, first_column = min(max(0, math.floor(top)), height - 1), min(max(0, math.floor(left)), width - 1)
         last_row, last_column = max(min(height, math.ceil(bottom)), 1), max(min(width, math.ceil(right)), 1)
         return first_row, first_column, max(1, last_row - first_row), max(1, last_column - first_column)
@@ -56,24 +69,40 @@ class WarpPass:
         return WarpPass(into @ self.matrix, self.size, self.border, self.fill)
 
 
-def _power_of_two(reduction: float) -> int:
-    return 1 << max(0, int(reduction + 1e-6).bit_length() - 1)
-
-
 @dataclass(frozen=True)
 class ColorPass:
     """One 3×4 matrix on each colour. Contrast needs the picture's mean, so the matrix is made when the pass runs."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[tuple[type[ColorOp], Args], ...]
 
     def matrix(self, mean: np.ndarray) -> np.ndarray:
         """3×4 float64 on (R, G, B, 1), in grey levels. mean: (3,) the input's mean colour, in grey levels."""
-        total = np.hstack([np.eye(3), np.zeros((3, 1))])
-        for step in self.steps:
-            here = total[:, :3] @ mean + total[:, 3]
-            one = COLOR[step.op].color(dict(step.args), here)
-            total = np.hstack([one[:, :3] @ total[:, :3], (one[:, :3] @ total[:, 3] + one[:, 3])[:, None]])
-        return total
+        total = np.eye(4)
+        for op, args in self.steps:
+            total = op.color(args, total[:3, :3] @ mean + total[:3, 3]) @ total
+        return total[:3]
+
+
+@dataclass(frozen=True)
+class HsvHuePass:
+    """A hue turned in HSV; what `exact` plans do. turns: of the colour circle."""
+
+    turns: float
+
+
+@dataclass(frozen=True)
+class TablePass:
+    """One table of 256 entries for each channel."""
+
+    steps: tuple[tuple[type[ToneOp], Args], ...]
+
+    @property
+    def needs_histogram(self) -> bool:
+        return any(op.needs_histogram for op, _ in self.steps)
+
+    def table(self, histogram: np.ndarray) -> np.ndarray:
+        """(3, 256) uint8. histogram: as for `ToneOp.table`."""
+        return chain(list(self.steps), histogram)
 
 
 @dataclass(frozen=True)
@@ -81,38 +110,58 @@ class OpPass:
     """A pixel or region op, by itself."""
 
     op: type[PixelOp] | type[RegionOp]
-    args: dict
+    args: Args
 
 
-Pass = WarpPass | ColorPass | OpPass
+Pass = WarpPass | ColorPass | HsvHuePass | TablePass | OpPass
 
 
 def fuse(plan: Plan) -> list[Pass]:
-    """The passes of a plan for one picture, in order. Steps that mix a batch are left out: see `batch_steps`."""
+    """The passes of a plan for one picture, in order; of an exact plan, one for each step. Steps that mix a batch are left out: see
+    `batch_steps`."""
     passes: list[Pass] = []
     size = plan.size
     for step in plan.steps:
-        if step.op in GEOMETRIC:
-            matrix, size = GEOMETRIC[step.op].geometry(dict(step.args), size)
-            last = passes[-1] if passes else None
-            if isinstance(last, WarpPass):
-                matrix = last.matrix @ matrix
+        op, args = OPS[step.op], dict(step.args)
+        last = passes[-1] if passes and not plan.exact else None
+        if issubclass(op, GeometricOp):
+            matrix, size = op.geometry(args, size)
+            before = last if isinstance(last, WarpPass) else None
+            if before is not None:
+                matrix = before.matrix @ matrix
                 passes.pop()
-            border = step.args.get("border", last.border if isinstance(last, WarpPass) else "constant")
-            fill = step.args.get("fill", last.fill if isinstance(last, WarpPass) else (0, 0, 0))
+            border = args.get("border", before.border if before else "constant")
+            fill = args.get("fill", before.fill if before else (0, 0, 0))
             passes.append(WarpPass(matrix, size, border, tuple(fill)))
-        elif step.op in COLOR:
-            if passes and isinstance(passes[-1], ColorPass):
-                passes[-1] = ColorPass((*passes[-1].steps, step))
+        elif issubclass(op, ColorOp):
+            if plan.exact:
+                passes += _exact_color(op, args)
+            elif isinstance(last, ColorPass):
+                passes[-1] = ColorPass((*last.steps, (op, args)))
             else:
-                passes.append(ColorPass((step,)))
-        elif step.op in PIXEL:
-            passes.append(OpPass(PIXEL[step.op], dict(step.args)))
-        elif step.op in REGION:
-            passes.append(OpPass(REGION[step.op], dict(step.args)))
+                passes.append(ColorPass(((op, args),)))
+        elif issubclass(op, ToneOp):
+            # Tables of whole levels join without loss, so an exact plan has them joined as well.
+            if passes and isinstance(passes[-1], TablePass):
+                passes[-1] = TablePass((*passes[-1].steps, (op, args)))
+            else:
+                passes.append(TablePass(((op, args),)))
+        elif issubclass(op, (PixelOp, RegionOp)):
+            passes.append(OpPass(op, args))
     return passes
+
+
+def _exact_color(op: type[ColorOp], args: Args) -> list[Pass]:
+    """One pass for each single op, so that its result is rounded and clipped before the next."""
+    if op is ColorJitter:
+        return [item for name, own in ColorJitter.parts(args) for item in _exact_color(OPS[name], own)]  # type: ignore[arg-type]
+    return [HsvHuePass(args["turns"])] if op is Hue else [ColorPass(((op, args),))]
 
 
 def batch_steps(plans: Sequence[Plan]) -> list[list[Step]]:
     """For each plan, its steps that mix the batch."""
     return [[step for step in plan.steps if OPS[step.op].kind == "batch"] for plan in plans]
+
+
+def _power_of_two(reduction: float) -> int:
+    return 1 << max(0, int(reduction + 1e-6).bit_length() - 1)

@@ -24,16 +24,19 @@ class Step:
 class Plan:
     """The steps for one sample, in order.
 
-    size: (height, width) in pixels of the picture that the plan was drawn for.
+    size: (height, width) in pixels of the picture that the plan was drawn for. exact: whether each step is executed by itself, rounded
+    and clipped before the next, in place of fused with its neighbours.
     """
 
     size: tuple[int, int]
     steps: tuple[Step, ...]
+    exact: bool = False
 
     def to_json(self) -> str:
         """One line of JSON; `Plan.from_json` gives an equal plan, to the last bit."""
         steps = [{"op": step.op, **step.args} for step in self.steps]
-        return json.dumps({"version": VERSION, "size": list(self.size), "steps": steps})
+        exact = {"exact": True} if self.exact else {}
+        return json.dumps({"version": VERSION, "size": list(self.size), **exact, "steps": steps})
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
@@ -43,7 +46,7 @@ class Plan:
         try:
             data = json.loads(text)
             height, width = data["size"]
-            version, entries = data["version"], data["steps"]
+            version, entries, exact = data["version"], data["steps"], bool(data.get("exact", False))
             steps = []
             for entry in entries:
                 args = dict(entry)
@@ -55,7 +58,7 @@ class Plan:
         unknown = [step.op for step in steps if step.op not in OPS]
         if unknown:
             raise ValueError(f"plan has the unknown op {unknown[0]!r}; known: {', '.join(OPS)}")
-        return cls((int(height), int(width)), tuple(steps))
+        return cls((int(height), int(width)), tuple(steps), exact)
 
 
 def _short(value: Any) -> str:

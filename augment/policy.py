@@ -2,17 +2,17 @@
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from augment.ops import OPS, Op
-from augment.ops.geometric import GEOMETRIC
+from augment.ops.choice import may_move, mixes_batch, size_after
 from augment.plan import Plan, Step
 from augment.random import keyed_generator, op_word
 
-PolicySpec = str | Path | Sequence[Mapping[str, Mapping[str, Any] | None] | str]
+PolicySpec = str | Path | Sequence[Mapping[str, Mapping[str, Any] | None] | str] | Mapping[str, Any]
 
 
 class PolicyError(ValueError):
@@ -21,9 +21,13 @@ class PolicyError(ValueError):
 
 @dataclass(frozen=True)
 class Policy:
-    """Ops in the order in which they are applied."""
+    """Ops in the order in which they are applied.
+
+    exact: execute each by itself, rounded and clipped before the next, in place of fused with its neighbours; slower, and blurred more.
+    """
 
     ops: tuple[Op, ...]
+    exact: bool = False
 
     def __post_init__(self) -> None:
         seen: dict[str, int] = {}
@@ -34,8 +38,13 @@ class Policy:
             words.append(op_word(f"{name}#{seen.get(name, 0)}"))
             seen[name] = seen.get(name, 0) + 1
         object.__setattr__(self, "_words", tuple(words))
-        geometric = [i for i, op in enumerate(self.ops) if op.kind == "geometric"]
+        geometric = [i for i, op in enumerate(self.ops) if may_move(op)]
         object.__setattr__(self, "_resize_at", geometric[-1] + 1 if geometric else 0)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the policy mixes the samples of a batch (MixUp, CutMix)."""
+        return any(mixes_batch(op) for op in self.ops)
 
     def draw(
         self, size: tuple[int, int], *, seed: int, epoch: int, index: int, to: tuple[int, int] | None = None
@@ -51,37 +60,40 @@ class Policy:
         for place, (op, word) in enumerate(zip(self.ops, words, strict=True)):
             if place == resize_at:
                 current = _resize(steps, current, to)
-            rng = keyed_generator(seed, epoch, index, word)
-            # `p` takes the stream's first number even where it is 1, so that changing it leaves the other draws as they were.
-            if rng.random() >= op.p:
-                continue
-            args = op.draw(rng, current)
-            if args is None:
-                continue
-            name = type(op).__name__
-            steps.append(Step(name, args))
-            if name in GEOMETRIC:
-                current = GEOMETRIC[name].geometry(args, current)[1]
+            drawn = op.steps(keyed_generator(seed, epoch, index, word), current, epoch)
+            current = size_after(drawn, current)
+            steps += drawn
         if resize_at == len(self.ops):
             _resize(steps, current, to)
-        return Plan(size, tuple(steps))
+        return Plan(size, tuple(steps), self.exact)
 
-    def to_list(self) -> list[dict[str, dict[str, Any]]]:
+    def draw_mixing(self, size: tuple[int, int], *, seed: int, epoch: int, index: int) -> Plan:
+        """The part of `draw`'s plan that mixes the batch. size: of the pictures that are mixed."""
+        words: tuple[int, ...] = self._words  # type: ignore[attr-defined]
+        steps: list[Step] = []
+        for op, word in zip(self.ops, words, strict=True):
+            if mixes_batch(op):
+                steps += op.steps(keyed_generator(seed, epoch, index, word), size, epoch)
+        return Plan(size, tuple(steps), self.exact)
+
+    def to_spec(self) -> list[Any] | dict[str, Any]:
         """What `load_policy` reads, with every parameter written out; JSON and YAML values only."""
-        return [{type(op).__name__: _plain(asdict(op))} for op in self.ops]
+        ops = [_spec(op) for op in self.ops]
+        return {"exact": True, "ops": ops} if self.exact else ops
 
 
 def load_policy(spec: PolicySpec | Policy) -> Policy:
     """Read a policy.
 
     spec: a preset's name (`presets()` lists them), the path of a YAML file, or a list with an entry for each op:
-    `{"Rotate": {"degrees": 10}}`, or just `"HorizontalFlip"` where the defaults do. PolicyError says what is wrong and where.
+    `{"Rotate": {"degrees": 10}}`, or just `"HorizontalFlip"` where the defaults do. A mapping `{"exact": True, "ops": […]}` around the list
+    turns fusing off. PolicyError says what is wrong and where.
     """
     if isinstance(spec, Policy):
         return spec
     if isinstance(spec, (str, Path)):
         return _from_name_or_file(str(spec))
-    return Policy(tuple(_ops(spec, "policy")))
+    return _policy(spec, "policy")
 
 
 def presets() -> list[str]:
@@ -113,16 +125,31 @@ def _from_name_or_file(name: str) -> Policy:
         entries = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise PolicyError(f"{where}: not valid YAML: {error}") from error
-    return Policy(tuple(_ops([] if entries is None else entries, where)))
+    return _policy([] if entries is None else entries, where)
 
 
-def _ops(entries: Any, where: str) -> Iterator[Op]:
+def _policy(entries: Any, where: str) -> Policy:
+    if not isinstance(entries, Mapping) or "ops" not in entries:
+        return Policy(tuple(read_ops(entries, where)))
+    for key in entries:
+        if key not in ("exact", "ops"):
+            raise PolicyError(
+                f"{where}: no key {key!r} beside the ops{_nearest(key, ('exact', 'ops'))}. Known: exact, ops"
+            )
+    exact = entries.get("exact", False)
+    if not isinstance(exact, bool):
+        raise PolicyError(f"{where}: exact: {exact!r} is neither true nor false")
+    return Policy(tuple(read_ops(entries["ops"], where)), exact)
+
+
+def read_ops(entries: Any, where: str) -> Iterator[Op]:
+    """The ops of a list of entries. where: what the list is called in an error."""
     if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Iterable):
         raise PolicyError(
             f"{where}: a policy is a list of ops such as [{{HorizontalFlip: {{p: 0.5}}}}], not {entries!r}"
         )
     for number, entry in enumerate(entries, start=1):
-        yield _op(entry, f"{where}, op {number}")
+        yield entry if isinstance(entry, Op) else _op(entry, f"{where}, op {number}")
 
 
 def _op(entry: Any, where: str) -> Op:
@@ -163,9 +190,11 @@ def _nearest(name: Any, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
+def _spec(op: Op) -> dict[str, Any]:
+    return {type(op).__name__: {item.name: _plain(getattr(op, item.name)) for item in fields(op)}}
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    if isinstance(value, Op):
+        return _spec(value)
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,15 +1,24 @@
-"""The ops: one class each, a file for each kind. `OPS` maps the names used in policies and plans to the classes."""
+"""The ops: one class each, a file for each family. `OPS` maps the names used in policies and plans to the classes."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from augment.ops.auto import AUTO
+from augment.ops.choice import CHOICE
 from augment.ops.color import COLOR
-from augment.ops.geometric import GEOMETRIC
+from augment.ops.crops import CROPS
+from augment.ops.deform import DEFORM
+from augment.ops.filters import FILTERS
+from augment.ops.geometric import TURNS
 from augment.ops.mix import MIX
+from augment.ops.noise import NOISE
 from augment.ops.op import Op
-from augment.ops.pixel import PIXEL
 from augment.ops.region import REGION
+from augment.ops.tone import TONE
+from augment.ops.warps import WARPS
 
-OPS: Mapping[str, type[Op]] = MappingProxyType({**GEOMETRIC, **COLOR, **PIXEL, **REGION, **MIX})
+OPS: Mapping[str, type[Op]] = MappingProxyType(
+    {**TURNS, **CROPS, **WARPS, **DEFORM, **COLOR, **TONE, **NOISE, **FILTERS, **REGION, **MIX, **CHOICE, **AUTO}
+)
 
 __all__ = ["OPS", "Op"]

@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from augment.plan import Step
+
 Args = dict[str, Any]
 Size = tuple[int, int]
 
@@ -26,6 +28,14 @@ class Op:
     def draw(self, rng: np.random.Generator, size: Size) -> Args | None:
         """The op's numbers for one sample of `size` (height, width), JSON values only; None where it would change nothing."""
         raise NotImplementedError
+
+    def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
+        """What the op adds to a plan: with probability p its own step; ops that hold ops add theirs."""
+        # `p` takes the stream's first number even where it is 1, so that changing it leaves the other draws as they were.
+        if rng.random() >= self.p:
+            return []
+        args = self.draw(rng, size)
+        return [] if args is None else [Step(type(self).__name__, args)]
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -1,18 +1,15 @@
-"""Ops on each pixel by itself that are no colour map, above all noise. They bring their own execution for both executors.
+"""What pixel ops share: ops on the picture as a whole that are neither a movement nor a colour map. They bring their own execution.
 
-The batch halves take `images`, a uint8 tensor N×3×H×W on any device, and use its methods only: this file does not import torch.
+The batch halves take `images`, a uint8 tensor N×3×H×W on any device, and use its methods only: these files do not import torch at the top.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
-import cv2
 import numpy as np
 
-from augment.ops.op import Args, Op, Size, interval
-from augment.random import TABLE_SIZE, normal_table, stretch
+from augment.ops.op import Args, Op
 
 if TYPE_CHECKING:
     import torch
@@ -27,43 +24,34 @@ class PixelOp(Op):
         """A new uint8 H×W×3 array; `image` is not changed."""
         raise NotImplementedError
 
-    @staticmethod
-    def on_batch(args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
-        """A new uint8 N×3×H×W tensor, sample i with args[i]; `images` is not changed."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True)
-class GaussianNoise(PixelOp):
-    """Add independent normal noise to every value.
-
-    sigma: standard deviation as a share of the full range (0.1 is 25.5 grey levels), in [0, 1], drawn uniformly from the pair.
-    The noise is a stretch of one fixed table from a drawn offset (`augment.random.normal_table`).
-    """
-
-    sigma: float | tuple[float, float] = (0.0, 0.1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._set("sigma", interval("sigma", self.sigma, 0, 1))
-
-    def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"sigma": float(rng.uniform(*self.sigma)), "offset": int(rng.integers(TABLE_SIZE))}  # type: ignore[misc]
-
-    @staticmethod
-    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
-        noise = stretch(normal_table(), args["offset"], image.size).reshape(image.shape)
-        return cv2.addWeighted(image, 1.0, noise, 255 * args["sigma"], 0.0, dtype=cv2.CV_8U)
-
-    @staticmethod
-    def on_batch(args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+    @classmethod
+    def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+        """A new uint8 N×3×H×W tensor, sample i with args[i]; `images` is not changed. This one goes through the CPU, picture by picture."""
         import torch
 
-        count, channels, height, width = images.shape
-        amount = images.new_tensor([255 * a["sigma"] for a in args], dtype=torch.float32).view(-1, 1, 1, 1)
-        noise = batch_stretch(normal_table(), [a["offset"] for a in args], images, channels * height * width)
-        noise = noise.view(count, height, width, channels).permute(0, 3, 1, 2)
-        return (images + amount * noise).round_().clamp_(0, 255).to(images.dtype)
+        pictures = images.permute(0, 2, 3, 1).cpu().numpy()
+        results = [
+            cls.on_image(drawn, np.ascontiguousarray(picture)) for drawn, picture in zip(args, pictures, strict=True)
+        ]
+        return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).to(images.device)
+
+
+def cpu_only(op: type[Op]) -> bool:
+    """Whether the batch executor sends an op's pictures through the CPU."""
+    return issubclass(op, PixelOp) and op.on_batch.__func__ is PixelOp.on_batch.__func__  # type: ignore[attr-defined]
+
+
+def to_uint8(values: "torch.Tensor") -> "torch.Tensor":
+    import torch
+
+    return values.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def column(images: "torch.Tensor", values: Sequence[float]) -> "torch.Tensor":
+    """One float32 number a sample, N×1×1×1 on the device of `images`."""
+    import torch
+
+    return torch.tensor(values, dtype=torch.float32, device=images.device).view(-1, 1, 1, 1)
 
 
 def batch_stretch(table: np.ndarray, offsets: Sequence[int], like: "torch.Tensor", count: int) -> "torch.Tensor":
@@ -87,6 +75,3 @@ def _table_on(table: np.ndarray, device: "torch.device") -> "torch.Tensor":
     if key not in _tables:
         _tables[key] = torch.tensor(table, device=device)
     return _tables[key]
-
-
-PIXEL: Mapping[str, type[PixelOp]] = MappingProxyType({"GaussianNoise": GaussianNoise})

@@ -92,7 +92,7 @@ def test_presets_replay_from_json(name: str) -> None:
 @pytest.mark.parametrize("name", presets())
 def test_policy_written_out_reads_the_same(name: str) -> None:
     policy = load_policy(name)
-    assert load_policy(policy.to_list()) == policy
+    assert load_policy(policy.to_spec()) == policy
 
 
 @given(st.text(max_size=200))

@@ -1,0 +1,213 @@
+"""Geometric ops that cut, pad and resize: a box of the input, resampled to a size."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+
+from augment.ops.geometric import GeometricOp, check_border, matrix, outside, place
+from augment.ops.op import Args, Size, interval, pixels, whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Crop(GeometricOp):
+    """A box (top, left, height, width) of the input, possibly reaching beyond it, resampled to `size`."""
+
+    @staticmethod
+    def geometry(args: Args, size: Size) -> tuple[np.ndarray, Size]:
+        top, left, height, width = args["box"]
+        out_height, out_width = args["size"]
+        return matrix(width / out_width, 0, left, 0, height / out_height, top), (out_height, out_width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomCrop(_Crop):
+    """Cut `size` (pixels, or [height, width]) at a uniform place; a smaller picture is placed uniformly on `fill`. Exact."""
+
+    size: int | tuple[int, int]
+    fill: int | tuple[int, int, int] = 0
+    border: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("size", pixels("size", self.size))
+        check_border(self)
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        height, width = pixels("size", self.size)
+        top, left = place(rng, size[0] - height), place(rng, size[1] - width)
+        return {"box": [top, left, height, width], "size": [height, width], **outside(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PadAndCrop(_Crop):
+    """Pad by `padding` pixels on every side, then cut the picture's own size at a uniform place: the classic CIFAR shift. Exact.
+
+    Source: He et al. 2016, "Deep residual learning", section 4.2 (padding 4).
+    """
+
+    padding: int = 4
+    fill: int | tuple[int, int, int] = 0
+    border: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("padding", whole("padding", self.padding, 0))
+        check_border(self)
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        top, left = (int(rng.integers(-self.padding, self.padding + 1)) for _ in range(2))
+        return {"box": [top, left, *size], "size": list(size), **outside(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resize(_Crop):
+    """Resample to `size` (pixels, or [height, width]); the ratio of the sides is not kept."""
+
+    size: int | tuple[int, int]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("size", pixels("size", self.size))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {"box": [0, 0, *size], "size": list(pixels("size", self.size))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCrop(_Crop):
+    """Cut a box of a random share of the area and a random ratio of the sides, and resample it to `size`.
+
+    scale: share of the picture's area, in (0, 1]; drawn uniformly. ratio: width / height; drawn uniformly in its logarithm.
+    Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6. As torchvision's, after ten draws that do not fit the
+    largest centred box of a permitted ratio is taken.
+    """
+
+    size: int | tuple[int, int] = 224
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("size", pixels("size", self.size))
+        self._set("scale", interval("scale", self.scale, 1e-4, 1))
+        self._set("ratio", interval("ratio", self.ratio, 1e-2, 1e2))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        height, width = size
+        low, high = (math.log(edge) for edge in self.ratio)
+        for _ in range(10):
+            area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * rng.random())
+            ratio = math.exp(low + (high - low) * rng.random())
+            box_height, box_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < box_height <= height and 0 < box_width <= width:
+                box = [place(rng, height - box_height), place(rng, width - box_width), box_height, box_width]
+                break
+        else:
+            ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
+            box_height = min(height, max(1, round(width / ratio)))
+            box_width = min(width, max(1, round(height * ratio)))
+            box = [(height - box_height) // 2, (width - box_width) // 2, box_height, box_width]
+        return {"box": box, "size": list(pixels("size", self.size))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomScale(_Crop):
+    """Resample both sides by one factor drawn uniformly from `scale`, each in [0.05, 20]; the output's size follows."""
+
+    scale: tuple[float, float] = (0.8, 1.25)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("scale", interval("scale", self.scale, 0.05, 20))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        factor = rng.uniform(*self.scale)
+        return {"box": [0, 0, *size], "size": [max(1, round(side * factor)) for side in size]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CenterCrop(_Crop):
+    """Cut `size` (pixels, or [height, width]) from the middle; a smaller picture is placed in the middle of `fill`. Exact."""
+
+    size: int | tuple[int, int]
+    fill: int | tuple[int, int, int] = 0
+    border: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("size", pixels("size", self.size))
+        check_border(self)
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        height, width = pixels("size", self.size)
+        box = [(size[0] - height) // 2, (size[1] - width) // 2, height, width]
+        return {"box": box, "size": [height, width], **outside(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pad(_Crop):
+    """Pad each side that is shorter than `size` (pixels, or [height, width]) to it, the picture in the middle. Exact."""
+
+    size: int | tuple[int, int]
+    fill: int | tuple[int, int, int] = 0
+    border: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("size", pixels("size", self.size))
+        check_border(self)
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args | None:
+        height, width = (max(side, least) for side, least in zip(size, pixels("size", self.size), strict=True))
+        if (height, width) == tuple(size):
+            return None
+        box = [(size[0] - height) // 2, (size[1] - width) // 2, height, width]
+        return {"box": box, "size": [height, width], **outside(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortestSide(_Crop):
+    """Resample so that the shorter side has `size` pixels; the ratio of the sides is kept, within rounding."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("size", whole("size", self.size, 1))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        factor = self.size / min(size)
+        return {"box": [0, 0, *size], "size": [max(1, round(side * factor)) for side in size]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongestSide(_Crop):
+    """Resample so that the longer side has `size` pixels; the ratio of the sides is kept, within rounding."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("size", whole("size", self.size, 1))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        factor = self.size / max(size)
+        return {"box": [0, 0, *size], "size": [max(1, round(side * factor)) for side in size]}
+
+
+CROPS: Mapping[str, type[GeometricOp]] = MappingProxyType(
+    {
+        "CenterCrop": CenterCrop,
+        "RandomCrop": RandomCrop,
+        "PadAndCrop": PadAndCrop,
+        "Pad": Pad,
+        "Resize": Resize,
+        "ShortestSide": ShortestSide,
+        "LongestSide": LongestSide,
+        "RandomResizedCrop": RandomResizedCrop,
+        "RandomScale": RandomScale,
+    }
+)

@@ -1,0 +1,112 @@
+"""Warps that are no matrix: each pixel of the result has its own place in the input. Bilinear; the picture is mirrored at its edge."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from augment.ops.op import Args, Size, interval, number, whole
+from augment.ops.pixel import PixelOp, to_uint8
+from augment.random import TABLE_SIZE, normal_table, stretch
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeformOp(PixelOp):
+    @staticmethod
+    def maps(args: Args, size: Size) -> tuple[np.ndarray, np.ndarray]:
+        """(x, y), both float32 of `size`: the input point that each pixel shows, pixel centres at whole numbers."""
+        raise NotImplementedError
+
+    @classmethod
+    def on_image(cls, args: Args, image: np.ndarray) -> np.ndarray:
+        x, y = cls.maps(args, image.shape[:2])
+        return cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+
+    @classmethod
+    def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+        import torch
+        import torch.nn.functional as F
+
+        height, width = images.shape[-2:]
+        maps = np.stack([np.stack(cls.maps(drawn, (height, width)), -1) for drawn in args])
+        # grid_sample counts from −1 at the left edge to 1 at the right edge.
+        grid = torch.tensor((2 * maps + 1) / (width, height) - 1, dtype=torch.float32, device=images.device)
+        sampled = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        return to_uint8(sampled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticDeform(DeformOp):
+    """Move each pixel by a smooth random field, as if the picture were drawn on rubber.
+
+    alpha: standard deviation of the movement in pixels, at least 0, drawn uniformly. sigma: over how many pixels the
+    field changes, at least 1.
+    Source: Simard et al. 2003, "Best practices for convolutional neural networks applied to visual document analysis", section 2.
+    Deviations: normal numbers on a grid of spacing 2·sigma, joined by a cubic, in place of a field of uniform numbers blurred by a Gaussian
+    of sigma (as smooth, and 30 times as fast at sigma 10); alpha is the movement itself, not a factor before the blur.
+    """
+
+    alpha: float | tuple[float, float] = (1.0, 4.0)
+    sigma: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("alpha", interval("alpha", self.alpha, 0, 1000))
+        self._set("sigma", number("sigma", self.sigma, 1, 1000))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        alpha = float(rng.uniform(*self.alpha))  # type: ignore[misc]
+        return {"alpha": alpha, "sigma": self.sigma, "offset": int(rng.integers(TABLE_SIZE))}
+
+    @staticmethod
+    def maps(args: Args, size: Size) -> tuple[np.ndarray, np.ndarray]:
+        height, width = size
+        rows, columns = (max(2, round(side / (2 * args["sigma"]))) for side in size)
+        knots = stretch(normal_table(), args["offset"], rows * columns * 2).reshape(rows, columns, 2)
+        field = cv2.resize(np.ascontiguousarray(knots), (width, height), interpolation=cv2.INTER_CUBIC)
+        x, y = cv2.split(field * np.float32(args["alpha"]))
+        return x + np.arange(width, dtype=np.float32), y + np.arange(height, dtype=np.float32)[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridDistortion(DeformOp):
+    """Stretch and squeeze the cells of a grid, each column and each row by its own factor; the whole stays in the frame.
+
+    cells: along each side, at least 1. distortion: the factors are drawn uniformly from [1 − a, 1 + a], a in [0, 1).
+    """
+
+    cells: int = 5
+    distortion: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("cells", whole("cells", self.cells, 1))
+        if number("distortion", self.distortion, 0, 1) == 1:
+            raise ValueError("distortion: 1 can squeeze a cell to nothing; it must be below 1")
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        low, high = 1 - self.distortion, 1 + self.distortion
+        return {side: rng.uniform(low, high, self.cells).tolist() for side in ("rows", "columns")}
+
+    @staticmethod
+    def maps(args: Args, size: Size) -> tuple[np.ndarray, np.ndarray]:
+        y, x = (_stretched(args[side], length) for side, length in zip(("rows", "columns"), size, strict=True))
+        return np.broadcast_to(x, size).copy(), np.broadcast_to(y[:, None], size).copy()
+
+
+def _stretched(factors: Sequence[float], length: int) -> np.ndarray:
+    """Where each of `length` pixel centres lies in the input, when cell i of the result shows factors[i] times its share of it."""
+    ends = np.concatenate([[0], np.cumsum(factors)]) * (length / sum(factors))
+    places = np.interp(np.arange(length) + 0.5, np.linspace(0, length, len(ends)), ends)
+    return (places - 0.5).astype(np.float32)
+
+
+DEFORM: Mapping[str, type[PixelOp]] = MappingProxyType(
+    {"ElasticDeform": ElasticDeform, "GridDistortion": GridDistortion}
+)

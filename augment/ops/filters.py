@@ -1,0 +1,225 @@
+"""Filters: each pixel from its neighbourhood. Beyond the edge the picture is mirrored about its last pixels."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from augment.ops.op import Args, Size, around, interval, whole
+from augment.ops.pixel import PixelOp, to_uint8
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianBlur(PixelOp):
+    """Blur by a Gaussian, cut at three standard deviations.
+
+    sigma: its standard deviation in pixels, in [0.05, 50], drawn uniformly.
+    """
+
+    sigma: float | tuple[float, float] = (0.1, 2.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("sigma", interval("sigma", self.sigma, 0.05, 50))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {"sigma": float(rng.uniform(*self.sigma))}  # type: ignore[misc]
+
+    @staticmethod
+    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
+        side = 2 * math.ceil(3 * args["sigma"]) + 1
+        return cv2.GaussianBlur(image, (side, side), args["sigma"], borderType=cv2.BORDER_REFLECT_101)
+
+    @classmethod
+    def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+        radius = max(math.ceil(3 * a["sigma"]) for a in args)
+        steps = np.arange(-radius, radius + 1)
+        kernels = np.stack([_gauss(steps, a["sigma"]) for a in args])
+        return to_uint8(_convolved(_convolved(images.float(), kernels[:, :, None]), kernels[:, None, :]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MotionBlur(PixelOp):
+    """Blur along a line, as when the camera or the thing moved.
+
+    length: of the line in pixels, in [1, 101], drawn uniformly. degrees: its direction, counter-clockwise from the x axis; one number a
+    means [−a, a].
+    """
+
+    length: float | tuple[float, float] = (3.0, 11.0)
+    degrees: float | tuple[float, float] = 180.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("length", interval("length", self.length, 1, 101))
+        self._set("degrees", around("degrees", self.degrees, -360, 360, 0))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {"length": float(rng.uniform(*self.length)), "angle": float(rng.uniform(*self.degrees))}  # type: ignore[misc]
+
+    @staticmethod
+    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
+        kernel = motion_kernel(args["length"], args["angle"])
+        return cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
+
+    @classmethod
+    def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+        kernels = [motion_kernel(a["length"], a["angle"]) for a in args]
+        side = max(kernel.shape[0] for kernel in kernels)
+        padded = [np.pad(kernel, (side - kernel.shape[0]) // 2) for kernel in kernels]
+        return to_uint8(_convolved(images.float(), np.stack(padded)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharpen(PixelOp):
+    """Move each value away from its smoothed neighbourhood, or towards it, by a factor drawn uniformly. As Pillow's Sharpness.
+
+    factor: one number a means [max(0, 1 − a), 1 + a]; 1 changes nothing, 0 smooths. The outermost pixels stay.
+    """
+
+    factor: float | tuple[float, float] = (0.5, 2.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("factor", around("factor", self.factor, 0, math.inf, 1))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {"factor": float(rng.uniform(*self.factor))}  # type: ignore[misc]
+
+    @staticmethod
+    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
+        result = image.copy()
+        if min(image.shape[:2]) > 2:
+            smooth = cv2.filter2D(image, -1, _SMOOTH)
+            blend = cv2.addWeighted(image, args["factor"], smooth, 1 - args["factor"], 0)
+            result[1:-1, 1:-1] = blend[1:-1, 1:-1]
+        return result
+
+    @classmethod
+    def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+        result = images.clone()
+        if min(images.shape[-2:]) > 2:
+            pixels = images.float()
+            smooth = _convolved(pixels, np.stack([_SMOOTH] * len(args))).round_()
+            factor = pixels.new_tensor([a["factor"] for a in args]).view(-1, 1, 1, 1)
+            result[..., 1:-1, 1:-1] = to_uint8(smooth + factor * (pixels - smooth))[..., 1:-1, 1:-1]
+        return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class JPEGCompression(PixelOp):
+    """Compress as JPEG (chroma halved) and decode again.
+
+    quality: in [1, 100], drawn uniformly among the whole numbers.
+    """
+
+    quality: int | tuple[int, int] = (30, 90)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = interval("quality", self.quality, 1, 100)
+        self._set("quality", (whole("quality", low, 1), whole("quality", high, 1)))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        low, high = self.quality  # type: ignore[misc]
+        return {"quality": int(rng.integers(low, high + 1))}
+
+    @staticmethod
+    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
+        data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), args["quality"], "RGB", "420")
+        return simplejpeg.decode_jpeg(data, "RGB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLAHE(PixelOp):
+    """Equalise the lightness tile by tile, with limited contrast (contrast-limited adaptive histogram equalisation).
+
+    clip_limit: how much steeper than the mean a tile's curve may be, in [0.01, 100], drawn uniformly. tiles: along each side, at least 1.
+    Source: Zuiderveld 1994, Graphics Gems IV, VIII.5; on L of CIE L*a*b*, by OpenCV.
+    """
+
+    clip_limit: float | tuple[float, float] = (1.0, 4.0)
+    tiles: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("clip_limit", interval("clip_limit", self.clip_limit, 0.01, 100))
+        self._set("tiles", whole("tiles", self.tiles, 1))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {"clip_limit": float(rng.uniform(*self.clip_limit)), "tiles": self.tiles}  # type: ignore[misc]
+
+    @staticmethod
+    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
+        # A tile of no pixel has no histogram.
+        tiles = (min(args["tiles"], image.shape[1]), min(args["tiles"], image.shape[0]))
+        lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
+        lightness = cv2.createCLAHE(args["clip_limit"], tiles).apply(np.ascontiguousarray(lab[..., 0]))
+        return cv2.cvtColor(cv2.merge([lightness, lab[..., 1], lab[..., 2]]), cv2.COLOR_LAB2RGB)
+
+
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+
+
+def motion_kernel(length: float, angle: float) -> np.ndarray:
+    """(side, side) float32 of sum 1, side odd: a line through the middle, each of its points spread over the four pixels around it."""
+    reach = (length - 1) / 2
+    side = 2 * math.ceil(reach) + 3
+    kernel = np.zeros((side, side), np.float32)
+    along = np.linspace(-reach, reach, 8 * math.ceil(length) + 1)
+    x, y = side // 2 + along * math.cos(math.radians(angle)), side // 2 - along * math.sin(math.radians(angle))
+    column, row = np.floor(x).astype(int), np.floor(y).astype(int)
+    right, below = x - column, y - row
+    np.add.at(kernel, (row, column), (1 - below) * (1 - right))
+    np.add.at(kernel, (row, column + 1), (1 - below) * right)
+    np.add.at(kernel, (row + 1, column), below * (1 - right))
+    np.add.at(kernel, (row + 1, column + 1), below * right)
+    return kernel / kernel.sum()
+
+
+def _gauss(steps: np.ndarray, sigma: float) -> np.ndarray:
+    """Weights of sum 1, zero beyond three sigma as the cpu executor's."""
+    weights = np.exp(-0.5 * (steps / sigma) ** 2) * (np.abs(steps) <= math.ceil(3 * sigma))
+    return weights / weights.sum()
+
+
+def _convolved(pixels: "torch.Tensor", kernels: np.ndarray) -> "torch.Tensor":
+    """Each sample with its own kernel. pixels: float N×3×H×W; kernels: (N, h, w), both odd."""
+    import torch
+    import torch.nn.functional as F
+
+    count, channels, height, width = pixels.shape
+    down, across = kernels.shape[1] // 2, kernels.shape[2] // 2
+    pixels = pixels[:, :, _mirrored(height, down)][:, :, :, _mirrored(width, across)]
+    weights = (
+        torch.tensor(kernels, dtype=pixels.dtype, device=pixels.device).repeat_interleave(channels, 0).unsqueeze(1)
+    )
+    flat = pixels.reshape(1, count * channels, *pixels.shape[2:])
+    return F.conv2d(flat, weights, groups=count * channels).view(count, channels, height, width)
+
+
+def _mirrored(side: int, margin: int) -> np.ndarray:
+    """Indices −margin … side + margin − 1, mirrored into the picture about its first and last pixel, as often as it takes."""
+    if side == 1:
+        return np.zeros(1 + 2 * margin, np.int64)
+    places = np.abs(np.arange(-margin, side + margin)) % (2 * side - 2)
+    return np.minimum(places, 2 * side - 2 - places)
+
+
+FILTERS: Mapping[str, type[PixelOp]] = MappingProxyType(
+    {
+        "GaussianBlur": GaussianBlur,
+        "MotionBlur": MotionBlur,
+        "Sharpen": Sharpen,
+        "JPEGCompression": JPEGCompression,
+        "CLAHE": CLAHE,
+    }
+)

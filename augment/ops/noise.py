@@ -1,0 +1,220 @@
+"""Noise: every pixel changed by random numbers of its own.
+
+The numbers are a stretch of one fixed table from a drawn offset (`augment.random`), so that both executors see the same noise.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from augment.ops.op import Args, Size, color, interval
+from augment.ops.pixel import PixelOp, batch_stretch, column, to_uint8
+from augment.random import TABLE_SIZE, laplace_table, normal_table, stretch, uniform_table
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SigmaNoise(PixelOp):
+    """sigma: share of the full range (0.1 is 25.5 grey levels), in [0, 1], drawn uniformly from the pair."""
+
+    sigma: float | tuple[float, float] = (0.0, 0.1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("sigma", interval("sigma", self.sigma, 0, 1))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {"sigma": float(rng.uniform(*self.sigma)), "offset": int(rng.integers(TABLE_SIZE))}  # type: ignore[misc]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianNoise(_SigmaNoise):
+    """Add independent normal noise to every value.
+
+    sigma: standard deviation as a share of the full range (0.1 is 25.5 grey levels), in [0, 1], drawn uniformly from the pair.
+    """
+
+    @staticmethod
+    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
+        return _added(image, normal_table(), args["offset"], 255 * args["sigma"])
+
+    @classmethod
+    def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+        return to_uint8(
+            images + column(images, [255 * a["sigma"] for a in args]) * _batch_noise(normal_table(), args, images)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaplaceNoise(_SigmaNoise):
+    """Add independent Laplace noise to every value: as strong as normal noise of this sigma, with more large values.
+
+    sigma: standard deviation (√2 times the distribution's scale) as a share of the full range, in [0, 1], drawn uniformly.
+    """
+
+    @staticmethod
+    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
+        return _added(image, laplace_table(), args["offset"], 255 * args["sigma"])
+
+    @classmethod
+    def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+        return to_uint8(
+            images + column(images, [255 * a["sigma"] for a in args]) * _batch_noise(laplace_table(), args, images)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeckleNoise(_SigmaNoise):
+    """Multiply every value by 1 + normal noise: nothing in the dark, most in the light.
+
+    sigma: standard deviation of the factor, in [0, 1], drawn uniformly.
+    """
+
+    @staticmethod
+    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
+        noise = stretch(normal_table(), args["offset"], image.size).reshape(image.shape)
+        product = cv2.multiply(image, noise, scale=args["sigma"], dtype=cv2.CV_32F)
+        return cv2.add(image, product, dtype=cv2.CV_8U)
+
+    @classmethod
+    def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+        noise = _batch_noise(normal_table(), args, images)
+        return to_uint8(images + images * noise * column(images, [a["sigma"] for a in args]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoissonNoise(PixelOp):
+    """The grain of counted light: each value's noise has a variance in proportion to the value.
+
+    photons: how many a value of 255 stands for, at least 1, drawn uniformly in its logarithm; the fewer, the more noise. Deviation: normal
+    numbers of the Poisson distribution's mean and variance, which the eye cannot tell from it above some ten photons.
+    """
+
+    photons: float | tuple[float, float] = (30.0, 300.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("photons", interval("photons", self.photons, 1, 1e6))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        low, high = np.log(self.photons)
+        return {"photons": float(np.exp(rng.uniform(low, high))), "offset": int(rng.integers(TABLE_SIZE))}
+
+    @staticmethod
+    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
+        noise = stretch(normal_table(), args["offset"], image.size).reshape(image.shape)
+        deviation = cv2.LUT(image, np.sqrt(np.arange(256, dtype=np.float32) * np.float32(255 / args["photons"])))
+        return cv2.add(image, cv2.multiply(deviation, noise), dtype=cv2.CV_8U)
+
+    @classmethod
+    def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+        deviation = (images * column(images, [255 / a["photons"] for a in args])).sqrt_()
+        return to_uint8(images + deviation * _batch_noise(normal_table(), args, images))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaltAndPepper(PixelOp):
+    """Make a share of the pixels black or white, each equally likely.
+
+    amount: the share, in [0, 1], drawn uniformly; realised in steps of 1/128.
+    """
+
+    amount: float | tuple[float, float] = (0.0, 0.1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("amount", interval("amount", self.amount, 0, 1))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {"amount": float(rng.uniform(*self.amount)), "offset": int(rng.integers(TABLE_SIZE))}  # type: ignore[misc]
+
+    @staticmethod
+    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
+        draws, half = _pixel_draws(args["offset"], image), round(128 * args["amount"])
+        result = image.copy()
+        result[draws < half] = 0
+        result[draws >= 256 - half] = 255
+        return result
+
+    @classmethod
+    def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+        draws, half = _batch_pixel_draws(args, images), column(images, [round(128 * a["amount"]) for a in args])
+        return images.masked_fill(draws < half, 0).masked_fill(draws >= 256 - half, 255)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelDropout(PixelOp):
+    """Paint a share of the pixels over with one colour.
+
+    amount: the share, in [0, 1], drawn uniformly; realised in steps of 1/256. fill: grey level or RGB in 0…255.
+    """
+
+    amount: float | tuple[float, float] = (0.0, 0.1)
+    fill: int | tuple[int, int, int] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("amount", interval("amount", self.amount, 0, 1))
+        self._set("fill", color("fill", self.fill))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        amount = float(rng.uniform(*self.amount))  # type: ignore[misc]
+        return {"amount": amount, "offset": int(rng.integers(TABLE_SIZE)), "fill": list(self.fill)}  # type: ignore[arg-type]
+
+    @staticmethod
+    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
+        result = image.copy()
+        result[_pixel_draws(args["offset"], image) < round(256 * args["amount"])] = args["fill"]
+        return result
+
+    @classmethod
+    def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        dropped = _batch_pixel_draws(args, images) < column(images, [round(256 * a["amount"]) for a in args])
+        fill = torch.tensor([a["fill"] for a in args], dtype=images.dtype, device=images.device).view(-1, 3, 1, 1)
+        return torch.where(dropped, fill, images)
+
+
+def _added(image: np.ndarray, table: np.ndarray, offset: int, amount: float) -> np.ndarray:
+    noise = stretch(table, offset, image.size).reshape(image.shape)
+    return cv2.addWeighted(image, 1.0, noise, amount, 0.0, dtype=cv2.CV_8U)
+
+
+def _batch_noise(table: np.ndarray, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+    """(N, 3, H, W) numbers of the table, in the order of the cpu executor's H×W×3."""
+    count, channels, height, width = images.shape
+    noise = batch_stretch(table, [a["offset"] for a in args], images, channels * height * width)
+    return noise.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _pixel_draws(offset: int, image: np.ndarray) -> np.ndarray:
+    """(H, W) uniform uint8."""
+    return stretch(uniform_table(), offset, image.shape[0] * image.shape[1]).reshape(image.shape[:2])
+
+
+def _batch_pixel_draws(args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+    """(N, 1, H, W) of the same, int16 so that 256 compares."""
+    import torch
+
+    count, _, height, width = images.shape
+    draws = batch_stretch(uniform_table(), [a["offset"] for a in args], images, height * width)
+    return draws.view(count, 1, height, width).to(torch.int16)
+
+
+NOISE: Mapping[str, type[PixelOp]] = MappingProxyType(
+    {
+        "GaussianNoise": GaussianNoise,
+        "LaplaceNoise": LaplaceNoise,
+        "PoissonNoise": PoissonNoise,
+        "SpeckleNoise": SpeckleNoise,
+        "SaltAndPepper": SaltAndPepper,
+        "PixelDropout": PixelDropout,
+    }
+)

@@ -1,0 +1,168 @@
+"""Ops that map each channel's values by a table of 256 entries, so that neighbours fuse to one look-up.
+
+A table maps uint8 to uint8, so a fused chain gives exactly what its ops give in turn. Where a table depends on the picture, it is made
+from the picture's histogram, and the histogram after a table follows from the one before: the pixels are counted once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import numpy as np
+
+from augment.ops.op import Args, Op, Size, interval, whole
+
+LEVELS = np.arange(256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToneOp(Op):
+    kind: ClassVar[str] = "color"
+    needs_histogram: ClassVar[bool] = False
+
+    @staticmethod
+    def table(args: Args, histogram: np.ndarray) -> np.ndarray:
+        """(3, 256) uint8: the new value of each value, for R, G and B. histogram: (3, 256) how many pixels have each value; all zeros
+        where no op of the chain needs it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gamma(ToneOp):
+    """Raise each value, taken in 0…1, to a power drawn uniformly in its logarithm.
+
+    gamma: the power, in [0.1, 10]; below 1 brightens, above 1 darkens. One number is that power itself.
+    """
+
+    gamma: float | tuple[float, float] = (0.7, 1.4)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("gamma", interval("gamma", self.gamma, 0.1, 10))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        low, high = np.log(self.gamma)
+        return {"gamma": float(np.exp(rng.uniform(low, high)))}
+
+    @staticmethod
+    def table(args: Args, histogram: np.ndarray) -> np.ndarray:
+        return _same(np.rint(255 * (LEVELS / 255) ** args["gamma"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solarize(ToneOp):
+    """Invert the values of at least a threshold. As Pillow's.
+
+    threshold: grey level in [0, 256], drawn uniformly among the whole numbers; 256 inverts nothing, 0 everything.
+    """
+
+    threshold: int | tuple[int, int] = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("threshold", interval("threshold", self.threshold, 0, 256))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        low, high = self.threshold  # type: ignore[misc]
+        return {"threshold": int(rng.integers(round(low), round(high) + 1))}
+
+    @staticmethod
+    def table(args: Args, histogram: np.ndarray) -> np.ndarray:
+        return _same(np.where(args["threshold"] <= LEVELS, 255 - LEVELS, LEVELS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Posterize(ToneOp):
+    """Keep the highest bits of each value and clear the others. As Pillow's.
+
+    bits: how many are kept, in [1, 8], drawn uniformly among the whole numbers; 8 changes nothing.
+    """
+
+    bits: int | tuple[int, int] = (4, 7)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = interval("bits", self.bits, 1, 8)
+        self._set("bits", (whole("bits", low, 1), whole("bits", high, 1)))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        low, high = self.bits  # type: ignore[misc]
+        return {"bits": int(rng.integers(low, high + 1))}
+
+    @staticmethod
+    def table(args: Args, histogram: np.ndarray) -> np.ndarray:
+        return _same(LEVELS & (0xFF00 >> args["bits"]) & 0xFF)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoContrast(ToneOp):
+    """Stretch each channel so that its lowest value becomes 0 and its highest 255. As Pillow's; a channel of one value stays."""
+
+    needs_histogram: ClassVar[bool] = True
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {}
+
+    @staticmethod
+    def table(args: Args, histogram: np.ndarray) -> np.ndarray:
+        tables = np.empty((3, 256), np.uint8)
+        for channel, counts in enumerate(histogram):
+            present = np.flatnonzero(counts)
+            low, high = (present[0], present[-1]) if present.size else (0, 0)
+            scale = 255 / (high - low) if high > low else 1.0
+            offset = -low * scale if high > low else 0.0
+            tables[channel] = np.clip(LEVELS * scale + offset, 0, 255)  # cut down to whole levels, as Pillow does
+        return tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equalize(ToneOp):
+    """Spread each channel's values so that they are about equally frequent. As Pillow's; a channel of one value stays."""
+
+    needs_histogram: ClassVar[bool] = True
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {}
+
+    @staticmethod
+    def table(args: Args, histogram: np.ndarray) -> np.ndarray:
+        tables = np.empty((3, 256), np.uint8)
+        for channel, counts in enumerate(histogram):
+            present = np.flatnonzero(counts)
+            step = int(counts.sum() - counts[present[-1]]) // 255 if present.size else 0
+            if step == 0:
+                tables[channel] = LEVELS
+                continue
+            below = np.cumsum(counts) - counts
+            tables[channel] = np.minimum((below + step // 2) // step, 255)
+        return tables
+
+
+def _same(table: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(table.astype(np.uint8), (3, 256))
+
+
+def chain(ops: list[tuple[type[ToneOp], Args]], histogram: np.ndarray) -> np.ndarray:
+    """One (3, 256) uint8 table that does what the drawn ops do in turn. histogram: as for `ToneOp.table`."""
+    total = np.broadcast_to(LEVELS.astype(np.uint8), (3, 256))
+    for place, (op, args) in enumerate(ops):
+        now = histogram
+        if place and op.needs_histogram:
+            now = np.stack([np.bincount(total[c], weights=histogram[c], minlength=256) for c in range(3)]).astype(
+                np.int64
+            )
+        table = op.table(args, now)
+        total = np.stack([table[c][total[c]] for c in range(3)])
+    return total
+
+
+TONE: Mapping[str, type[ToneOp]] = MappingProxyType(
+    {
+        "Gamma": Gamma,
+        "Solarize": Solarize,
+        "Posterize": Posterize,
+        "AutoContrast": AutoContrast,
+        "Equalize": Equalize,
+    }
+)

@@ -1,0 +1,176 @@
+"""Geometric ops that turn, shift, slant and tilt the picture; its size stays."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from augment.ops.geometric import GeometricOp, check_border, matrix, outside, uniform
+from augment.ops.op import Args, Size, around, interval, number
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CentredWarp(GeometricOp):
+    """Scale, shear and turn about the centre, then shift; the size stays."""
+
+    @staticmethod
+    def geometry(args: Args, size: Size) -> tuple[np.ndarray, Size]:
+        height, width = size
+        angle = math.radians(args.get("angle", 0.0))
+        across, down = (math.tan(math.radians(args.get(key, 0.0))) for key in ("shear", "shear_y"))
+        factor = args.get("scale", 1.0)
+        shift_y, shift_x = args.get("shift", (0.0, 0.0))
+        cos, sin = math.cos(angle), math.sin(angle)
+        # Forward: p_out = shift + R(angle) · [[1, across], [down, 1]] · factor · p_in; counter-clockwise, y points down.
+        forward = (cos + sin * down, cos * across + sin, cos * down - sin, cos - sin * across)
+        determinant = factor * (forward[0] * forward[3] - forward[1] * forward[2])
+        a, b, c, d = (entry / determinant for entry in (forward[3], -forward[1], -forward[2], forward[0]))
+        centre_x, centre_y = width / 2, height / 2
+        x, y = centre_x + shift_x * width, centre_y + shift_y * height
+        return matrix(a, b, centre_x - a * x - b * y, c, d, centre_y - c * x - d * y), size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotate(_CentredWarp):
+    """Turn about the centre by an angle drawn uniformly from `degrees` (counter-clockwise; one number a means [−a, a])."""
+
+    degrees: float | tuple[float, float] = 15.0
+    fill: int | tuple[int, int, int] = 0
+    border: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("degrees", around("degrees", self.degrees, -360, 360, 0))
+        check_border(self)
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {"angle": uniform(rng, self.degrees), **outside(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affine(_CentredWarp):
+    """Turn, shift, scale and shear about the centre, each drawn uniformly.
+
+    degrees: counter-clockwise; shear: degrees along x, in (−80, 80); both as for `Rotate`. translate: [vertical, horizontal] largest
+    shift as a share of the side, in [0, 1]; one number means both. scale: factor, in [0.05, 20].
+    """
+
+    degrees: float | tuple[float, float] = 0.0
+    translate: float | tuple[float, float] = 0.0
+    scale: float | tuple[float, float] = 1.0
+    shear: float | tuple[float, float] = 0.0
+    fill: int | tuple[int, int, int] = 0
+    border: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("degrees", around("degrees", self.degrees, -360, 360, 0))
+        self._set("translate", shares("translate", self.translate))
+        self._set("scale", interval("scale", self.scale, 0.05, 20))
+        self._set("shear", around("shear", self.shear, -80, 80, 0))
+        check_border(self)
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {
+            "angle": uniform(rng, self.degrees),
+            "shift": [uniform(rng, (-edge, edge)) for edge in self.translate],  # type: ignore[union-attr]
+            "scale": uniform(rng, self.scale),
+            "shear": uniform(rng, self.shear),
+            **outside(self),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translate(_CentredWarp):
+    """Shift by a share of the side drawn uniformly from [−a, a].
+
+    share: the largest shift in [0, 1], one number or [vertical, horizontal].
+    """
+
+    share: float | tuple[float, float] = 0.1
+    fill: int | tuple[int, int, int] = 0
+    border: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("share", shares("share", self.share))
+        check_border(self)
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {"shift": [uniform(rng, (-edge, edge)) for edge in self.share], **outside(self)}  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shear(_CentredWarp):
+    """Slant about the centre, by an angle in (−80, 80) degrees drawn uniformly: rows are moved by `x`, columns by `y`.
+
+    x, y: degrees; one number a means [−a, a].
+    """
+
+    x: float | tuple[float, float] = 15.0
+    y: float | tuple[float, float] = 0.0
+    fill: int | tuple[int, int, int] = 0
+    border: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("x", around("x", self.x, -80, 80, 0))
+        self._set("y", around("y", self.y, -80, 80, 0))
+        both = math.tan(math.radians(max(map(abs, self.x)))) * math.tan(math.radians(max(map(abs, self.y))))  # type: ignore[arg-type]
+        if both >= 1:
+            raise ValueError(f"x, y: {self.x} and {self.y} together can lay the picture flat; make one of them smaller")
+        check_border(self)
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {"shear": uniform(rng, self.x), "shear_y": uniform(rng, self.y), **outside(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perspective(GeometricOp):
+    """Move each corner inwards by a uniform share of half the side, and the picture with them, as seen from another place.
+
+    distortion: the largest share, in [0, 1). As torchvision's RandomPerspective.
+    """
+
+    distortion: float = 0.3
+    fill: int | tuple[int, int, int] = 0
+    border: str = "constant"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if number("distortion", self.distortion, 0, 1) == 1:
+            raise ValueError("distortion: 1 lets two corners meet; it must be below 1")
+        check_border(self)
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {"corners": (self.distortion / 2 * rng.random((4, 2))).tolist(), **outside(self)}
+
+    @staticmethod
+    def geometry(args: Args, size: Size) -> tuple[np.ndarray, Size]:
+        """args["corners"]: how far the corners move inwards, clockwise from the top left, (x, y) shares of the sides."""
+        height, width = size
+        corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], float)
+        inwards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
+        moved = corners + inwards * np.array(args["corners"]) * (width, height)
+        # Where (x, y) shows (u, v): u·(g·x + h·y + 1) = a·x + b·y + c, v·(g·x + h·y + 1) = d·x + e·y + f, for the four corners.
+        rows, values = [], []
+        for (x, y), (u, v) in zip(moved.tolist(), corners.tolist(), strict=True):
+            rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+            values += [u, v]
+        return np.append(np.linalg.solve(rows, values), 1.0).reshape(3, 3), size
+
+
+def shares(name: str, value: Any) -> tuple[float, float]:
+    """(vertical, horizontal), each in [0, 1]; one number stands for both."""
+    pair = value if isinstance(value, (list, tuple)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name}: {value!r} is not a number or a pair [vertical, horizontal]")
+    return number(name, pair[0], 0, 1), number(name, pair[1], 0, 1)
+
+
+WARPS: Mapping[str, type[GeometricOp]] = MappingProxyType(
+    {"Rotate": Rotate, "Shear": Shear, "Translate": Translate, "Affine": Affine, "Perspective": Perspective}
+)

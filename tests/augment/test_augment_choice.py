@@ -1,0 +1,208 @@
+"""Ops that hold ops choose as they say; the published policies are those of their papers."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2 as v2
+
+from augment import Augmenter, PolicyError, load_policy
+from augment.ops import OPS
+from augment.ops.auto import _AUTO, _RAND, _TRIVIAL, _rand_strength
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+
+
+def drawn(policy, count: int = 3000, epoch: int = 0) -> list[tuple[str, ...]]:
+    augmenter = Augmenter(policy, seed=1)
+    return [tuple(step.op for step in augmenter.draw((60, 80), epoch=epoch, index=i).steps) for i in range(count)]
+
+
+def test_one_of_by_weight() -> None:
+    ops = [{"VerticalFlip": {"p": 1}}, {"Invert": {"p": 1}}, {"Grayscale": {"p": 1}}]
+    counts = Counter(drawn([{"OneOf": {"ops": ops, "weights": [1, 3, 0]}}]))
+    assert set(counts) == {("VerticalFlip",), ("Invert",)}
+    assert 690 < counts[("VerticalFlip",)] < 810
+    equal = Counter(drawn([{"OneOf": {"ops": ops}}]))
+    assert len(equal) == 3 and min(equal.values()) > 900
+
+
+def test_some_of_takes_each_at_most_once_and_in_order() -> None:
+    ops = [{name: {"p": 1}} for name in ("VerticalFlip", "Invert", "Grayscale")]
+    seen = Counter(drawn([{"SomeOf": {"ops": ops, "count": [1, 3]}}]))
+    order = {"VerticalFlip": 0, "Invert": 1, "Grayscale": 2}
+    assert all([order[name] for name in names] == sorted({order[name] for name in names}) for names in seen)
+    lengths = Counter(len(names) for names in seen.elements())
+    assert all(900 < lengths[count] < 1100 for count in (1, 2, 3))
+    shuffled = set(drawn([{"SomeOf": {"ops": ops, "count": 3, "in_order": False}}]))
+    assert len(shuffled) == 6
+
+
+def test_compose_and_sometimes_go_together_or_not_at_all() -> None:
+    pair = [{"VerticalFlip": {"p": 1}}, {"Invert": {"p": 1}}]
+    assert set(drawn([{"Compose": {"ops": pair, "p": 0.5}}])) == {(), ("VerticalFlip", "Invert")}
+    both = {"Sometimes": {"ops": pair, "otherwise": [{"Grayscale": {"p": 1}}], "p": 0.3}}
+    counts = Counter(drawn([both]))
+    assert (
+        set(counts) == {("VerticalFlip", "Invert"), ("Grayscale",)} and 820 < counts[("VerticalFlip", "Invert")] < 980
+    )
+
+
+def test_during_switches_by_epoch() -> None:
+    policy = [{"During": {"ops": [{"Invert": {"p": 1}}], "epochs": [2, 3]}}]
+    assert [bool(drawn(policy, 1, epoch)[0]) for epoch in range(6)] == [False, False, True, True, False, False]
+    endless = [{"During": {"ops": [{"Invert": {"p": 1}}], "epochs": [2, None]}}]
+    assert [bool(drawn(endless, 1, epoch)[0]) for epoch in (1, 2, 900)] == [False, True, True]
+
+
+def test_ramp_goes_from_the_first_form_to_the_last() -> None:
+    ops = [
+        {"CoarseDropout": {"holes": 1, "size": 0.1, "p": 1.0}},
+        {"CoarseDropout": {"holes": 9, "size": 0.3, "p": 1.0}},
+    ]
+    augmenter = Augmenter([{"Ramp": {"ops": ops, "epochs": [2, 10]}}])
+    holes = [len(augmenter.draw((60, 80), epoch=e, index=0).steps[0].args["boxes"]) for e in (0, 2, 6, 10, 50)]
+    assert holes == [1, 1, 5, 9, 9]
+    rare = [{"Invert": {"p": 0.0}}, {"Invert": {"p": 1.0}}]
+    shares = [
+        sum(map(bool, drawn([{"Ramp": {"ops": rare, "epochs": [0, 4]}}], 1000, epoch))) / 1000 for epoch in range(5)
+    ]
+    assert shares == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.05)
+
+
+def test_a_crop_inside_a_choice_sets_the_size_for_what_follows() -> None:
+    crops = {"OneOf": {"ops": [{"RandomCrop": {"size": 20}}, {"CenterCrop": {"size": [30, 10]}}]}}
+    augmenter = Augmenter([crops, {"CoarseDropout": {"size": 1.0, "holes": 1}}])
+    for index in range(20):
+        plan = augmenter.draw((60, 80), epoch=0, index=index)
+        assert plan.steps[1].args["boxes"] == [[0, 0, *plan.steps[0].args["size"]]]
+        assert (augmenter.apply(plan, IMAGE) == 0).all()
+
+
+def test_mixup_or_cutmix() -> None:
+    augmenter = Augmenter(
+        [{"OneOf": {"ops": ["HorizontalFlip"]}}, {"OneOf": {"ops": ["MixUp", {"CutMix": {"alpha": 1.0}}]}}]
+    )
+    assert augmenter.mixes
+    kinds = Counter(augmenter.policy.draw_mixing((8, 8), seed=0, epoch=0, index=i).steps[0].op for i in range(1000))
+    assert min(kinds["MixUp"], kinds["CutMix"]) > 440
+    images = torch.arange(4 * 3 * 8 * 8, dtype=torch.uint8).view(4, 3, 8, 8)
+    for labels in (torch.eye(4), torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1]])):
+        mixed, targets = augmenter.mix(images, labels, epoch=3, indices=range(4))
+        assert mixed.shape == images.shape and targets.shape == labels.shape
+        assert ((targets >= 0) & (targets <= 1)).all() and not torch.equal(targets, labels)
+
+
+def test_draw_and_draw_mixing_agree() -> None:
+    policy = load_policy(["HorizontalFlip", {"OneOf": {"ops": ["Invert"]}}, {"OneOf": {"ops": ["MixUp", "CutMix"]}}])
+    for index in range(50):
+        whole = policy.draw((9, 9), seed=4, epoch=1, index=index)
+        part = policy.draw_mixing((9, 9), seed=4, epoch=1, index=index)
+        assert [step for step in whole.steps if OPS[step.op].kind == "batch"] == list(part.steps)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ([{"OneOf": {"ops": ["Invrt"]}}], r"op 1, OneOf: ops, op 1: no op is called 'Invrt'; did you mean Invert\?"),
+        ([{"OneOf": {"ops": [{"Rotate": {"degrees": "x"}}]}}], "OneOf: ops, op 1, Rotate: degrees: 'x' is not a number"),
+        ([{"OneOf": {"ops": []}}], "nothing to choose from"),
+        ([{"OneOf": {"ops": ["MixUp", "Invert"]}}], "cannot be chosen beside"),
+        ([{"OneOf": {"ops": ["Invert"], "weights": [1, 2]}}], "weights: expected 1 numbers"),
+        ([{"OneOf": {"ops": ["Invert"], "weights": [0]}}], "all zero"),
+        ([{"SomeOf": {"ops": ["Invert"], "count": 2}}], r"count: 2 is not a whole number or a pair \[low, high\] in \[0, 1\]"),
+        ([{"During": {"ops": ["Invert"], "epochs": [3, 2]}}], "ends before it begins"),
+        ([{"Ramp": {"ops": ["Invert", "Rotate"]}}], "two entries of one simple op"),
+        ([{"Ramp": {"ops": [{"GridMask": {"fill": 3}}, {"GridMask": {"fill": "mean"}}]}}], "only numbers have something in between"),
+        ([{"Shear": {"x": 60, "y": 60}}], "lay the picture flat"),
+        ([{"Rot90": {"turns": [4]}}], "turns: "),
+        ([{"AutoAugment": {"policy": "mnist"}}], "policy: 'mnist' is not one of imagenet, cifar10, svhn"),
+        ({"exact": "yes", "ops": []}, "exact: 'yes' is neither true nor false"),
+        ({"exakt": True, "ops": []}, r"no key 'exakt' .*did you mean exact\?"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told(spec, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        load_policy(spec)
+
+
+def test_exact_is_kept_in_the_policy_and_its_plans() -> None:
+    policy = load_policy({"exact": True, "ops": [{"Rotate": {"degrees": 9}}, {"Rotate": {"degrees": 9}}]})
+    assert load_policy(policy.to_spec()) == policy
+    augmenter = Augmenter(policy)
+    plan = augmenter.draw((60, 80), epoch=0, index=0)
+    assert plan.exact
+    first, second = (Augmenter("none").apply(type(plan)(plan.size, (step,)), IMAGE) for step in plan.steps)
+    in_turn = Augmenter("none").apply(type(plan)(plan.size, plan.steps[1:]), first)
+    np.testing.assert_array_equal(augmenter.apply(plan, IMAGE), in_turn)
+    assert not np.array_equal(second, in_turn)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "cifar10", "svhn"])
+def test_autoaugment_is_the_papers_table(name: str) -> None:
+    policy = v2.AutoAugmentPolicy(name)
+    theirs = v2.AutoAugment(policy)._policies
+    ours = _AUTO[name]
+    assert len(ours) == len(theirs) == 25
+    for mine, reference in zip(ours, theirs, strict=True):
+        for (op, p, level), (their_op, their_p, their_level) in zip(mine, reference, strict=True):
+            assert (op, p) == (their_op, pytest.approx(their_p))
+            assert level == (their_level or 0)
+
+
+def test_strengths_are_torchvisions() -> None:
+    for table, theirs, bins in (
+        (_TRIVIAL, v2.TrivialAugmentWide()._AUGMENTATION_SPACE, 31),
+        (_RAND, v2.RandAugment()._AUGMENTATION_SPACE, 31),
+    ):
+        assert set(table) == set(theirs)
+        for op, (function, signed) in theirs.items():
+            levels = function(bins, 200, 300)
+            if levels is None:
+                continue
+            for place in (0, 9, 30):
+                want = float(levels[place]) * (255 if op == "Solarize" else 1)  # theirs is a share of the range
+                if table is _RAND:
+                    have = _rand_strength(op, place / 30, (200, 300))
+                else:
+                    low, high = table[op]
+                    have = (
+                        round(low + (high - low) * place / 30) if op == "Posterize" else low + (high - low) * place / 30
+                    )
+                assert have == pytest.approx(want, abs=1e-3), (op, place)
+            assert signed == (
+                op
+                in (
+                    "ShearX",
+                    "ShearY",
+                    "TranslateX",
+                    "TranslateY",
+                    "Rotate",
+                    "Brightness",
+                    "Color",
+                    "Contrast",
+                    "Sharpness",
+                )
+            )
+
+
+@pytest.mark.parametrize("name", ["TrivialAugmentWide", "RandAugment", "AutoAugment", "ThreeAugment", "AugMix"])
+def test_every_op_of_a_published_policy_turns_up_and_runs(name: str) -> None:
+    augmenter = Augmenter([name], seed=3)
+    plans = [augmenter.draw((60, 80), epoch=0, index=i) for i in range(400)]
+    seen = {step.op for plan in plans for step in plan.steps}
+    expected = {"TrivialAugmentWide": 11, "RandAugment": 11, "AutoAugment": 9, "ThreeAugment": 3, "AugMix": 1}
+    assert len(seen) >= expected[name]
+    for plan in plans[:60]:
+        assert augmenter.apply(plan, IMAGE).shape == IMAGE.shape
+
+
+def test_augmix_blends_its_chains() -> None:
+    from augment.plan import Plan, Step
+
+    chains = [[{"op": "VerticalFlip"}], [{"op": "Invert"}, {"op": "VerticalFlip"}]]
+    step = Step("AugMix", {"share": 0.5, "weights": [0.75, 0.25], "chains": chains})
+    result = Augmenter("none").apply(Plan((60, 80), (step,)), IMAGE)
+    expected = 0.5 * IMAGE + 0.375 * IMAGE[::-1] + 0.125 * (255.0 - IMAGE[::-1])
+    assert np.abs(result - expected).max() <= 0.51
