@@ -9,6 +9,7 @@ from typing import Any
 
 from augment.ops import OPS, Op
 from augment.ops.choice import may_move, mixes_batch, size_after
+from augment.ops.guests import guest, is_guest
 from augment.plan import Plan, Step
 from augment.random import keyed_generator, op_word
 
@@ -33,7 +34,7 @@ class Policy:
         seen: dict[str, int] = {}
         words = []
         for op in self.ops:
-            name = type(op).__name__
+            name = op.name
             # Named by occurrence, not by place: an op that is added leaves the draws of the others as they were.
             words.append(op_word(f"{name}#{seen.get(name, 0)}"))
             seen[name] = seen.get(name, 0) + 1
@@ -160,19 +161,19 @@ def _op(entry: Any, where: str) -> Op:
             f"{where}: expected one op's name with its parameters, such as {{Rotate: {{degrees: 10}}}}; got {entry!r}"
         )
     ((name, parameters),) = entry.items()
-    if name not in OPS:
+    if name not in OPS and not is_guest(name):
         raise PolicyError(f"{where}: no op is called {name!r}{_nearest(name, OPS)}. Known: {', '.join(OPS)}")
     parameters = {} if parameters is None else parameters
     if not isinstance(parameters, Mapping):
         raise PolicyError(f"{where}, {name}: parameters are a mapping such as {{p: 0.5}}, not {parameters!r}")
-    known = [item.name for item in fields(OPS[name])]
+    known = [item.name for item in fields(OPS[name])] if name in OPS else []
     for parameter in parameters:
-        if parameter not in known:
+        if known and parameter not in known:
             raise PolicyError(
                 f"{where}, {name}: no parameter {parameter!r}{_nearest(parameter, known)}. Known: {', '.join(known)}"
             )
     try:
-        return OPS[name](**parameters)
+        return OPS[name](**parameters) if name in OPS else guest(name, parameters)
     except (TypeError, ValueError) as error:
         message = str(error).replace(f"{name}.__init__() ", "")
         raise PolicyError(f"{where}, {name}: {message}") from error

@@ -25,6 +25,11 @@ class Op:
     def __post_init__(self) -> None:
         self._set("p", number("p", self.p, 0, 1))
 
+    @property
+    def name(self) -> str:
+        """What the op is called in a policy."""
+        return type(self).__name__
+
     def draw(self, rng: np.random.Generator, size: Size) -> Args | None:
         """The op's numbers for one sample of `size` (height, width), JSON values only; None where it would change nothing."""
         raise NotImplementedError
@@ -35,7 +40,7 @@ class Op:
         if rng.random() >= self.p:
             return []
         args = self.draw(rng, size)
-        return [] if args is None else [Step(type(self).__name__, args)]
+        return [] if args is None else [Step(self.name, args)]
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -1,0 +1,106 @@
+"""Each corruption does what its name says, more so at a higher severity, the same again from the same seed."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from augment import Augmenter
+from augment.ops.corruption import CORRUPTIONS, corrupt
+
+
+def photo(height: int = 224, width: int = 224) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(x / 9) + np.cos(y / 13), np.cos(x / 11 + y / 17), np.sin((x + y) / 23)], -1)
+    waves[(x // 28 + y // 28) % 3 == 0] *= 0.3
+    grain = np.random.default_rng(0).normal(0, 6, (height, width, 1))
+    return np.clip(115 + 45 * waves + grain, 0, 255).astype(np.uint8)
+
+
+def distance(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one.astype(int) - other).mean())
+
+
+def hidden(one: np.ndarray, other: np.ndarray) -> float:
+    """How little of a picture is left to be seen, whatever its brightness."""
+    return 100 * (1 - np.corrcoef(one.ravel(), other.ravel())[0, 1])
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_grows_with_severity_and_repeats_from_its_seed(name: str) -> None:
+    image = photo()
+    before = image.copy()
+    measure = hidden if name in ("fog", "frost") else distance
+    levels = [np.mean([measure(corrupt(image, name, s, seed=k), image) for k in range(3)]) for s in range(1, 6)]
+    assert levels[0] > 0.5, "severity 1 is to be seen"
+    if name not in ("saturate", "elastic_transform", "snow"):  # whose severities are of several kinds in the paper
+        assert all(after > 0.9 * one for one, after in pairwise(levels)), levels
+        assert levels[4] > 1.1 * levels[0], levels
+    np.testing.assert_array_equal(corrupt(image, name, 3, seed=9), corrupt(image, name, 3, seed=9))
+    np.testing.assert_array_equal(image, before)
+
+
+DRAWN = set(CORRUPTIONS) - {
+    "defocus_blur", "zoom_blur", "gaussian_blur", "brightness", "contrast", "pixelate", "jpeg_compression", "saturate",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_another_seed_differs_where_something_is_drawn(name: str) -> None:
+    same = np.array_equal(corrupt(photo(), name, 3, seed=1), corrupt(photo(), name, 3, seed=2))
+    assert same == (name not in DRAWN)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+@given(height=st.integers(1, 40), width=st.integers(1, 40), severity=st.integers(1, 5))
+@settings(max_examples=15, deadline=None)
+def test_any_size(name: str, height: int, width: int, severity: int) -> None:
+    image = photo(height, width)
+    result = corrupt(image, name, severity, seed=0)
+    assert (result.shape, result.dtype) == (image.shape, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "spread"),
+    [("gaussian_noise", 0.18), ("speckle_noise", 0.35 * 100 / 255), ("shot_noise", (100 / 255 / 12) ** 0.5)],
+)
+def test_noise_has_the_papers_strength(name: str, spread: float) -> None:
+    flat = np.full((128, 128, 3), 100, np.uint8)
+    noise = corrupt(flat, name, 3, seed=0).astype(float) - 100
+    assert noise.std() == pytest.approx(255 * spread, rel=0.06)
+
+
+def test_what_the_simple_ones_do() -> None:
+    image = photo()
+    flat = np.full((64, 64, 3), 100, np.uint8)
+    for name in ("gaussian_blur", "glass_blur", "defocus_blur", "motion_blur", "zoom_blur", "pixelate"):
+        assert distance(corrupt(flat, name, 5, seed=0), flat) <= 1, "a flat picture stays"
+        assert (
+            np.diff(corrupt(image, name, 5, seed=0).astype(int), axis=1).std()
+            < np.diff(image.astype(int), axis=1).std()
+        )
+    assert corrupt(flat, "brightness", 2, seed=0)[0, 0].tolist() == [151, 151, 151]
+    contrast = corrupt(image, "contrast", 1, seed=0).astype(float)
+    assert contrast.std((0, 1)) == pytest.approx(0.4 * image.std((0, 1)), rel=0.02)
+    assert corrupt(image, "saturate", 2, seed=0).astype(int).std(2).mean() < 0.2 * image.astype(int).std(2).mean()
+    assert (corrupt(image, "impulse_noise", 5, seed=0) == 255).mean() == pytest.approx(0.135, abs=0.01)
+    dark = np.full((224, 224, 3), 60, np.uint8)
+    dark[0, 0] = 255  # fog is scaled by the brightest value
+    for name in ("snow", "fog", "frost"):
+        assert corrupt(dark, name, 2, seed=0).mean() > 70, "white falls on a dark picture"
+
+
+def test_as_an_op_every_name_and_severity_is_drawn() -> None:
+    augmenter = Augmenter(["Corruption"])
+    steps = [augmenter.draw((20, 20), epoch=0, index=i).steps[0].args for i in range(600)]
+    assert {step["name"] for step in steps} == set(CORRUPTIONS) and {step["severity"] for step in steps} == {
+        1,
+        2,
+        3,
+        4,
+        5,
+    }
+    only = Augmenter([{"Corruption": {"names": ["fog", "snow"], "severity": 2}}])
+    assert {only.draw((20, 20), epoch=0, index=i).steps[0].args["name"] for i in range(40)} == {"fog", "snow"}
