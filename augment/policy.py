@@ -39,7 +39,9 @@ class Policy:
             words.append(op_word(f"{name}#{seen.get(name, 0)}"))
             seen[name] = seen.get(name, 0) + 1
         object.__setattr__(self, "_words", tuple(words))
-        geometric = [i for i, op in enumerate(self.ops) if may_move(op)]
+        moving = tuple(may_move(op) for op in self.ops)
+        object.__setattr__(self, "_moving", moving)
+        geometric = [i for i, moves in enumerate(moving) if moves]
         object.__setattr__(self, "_resize_at", geometric[-1] + 1 if geometric else 0)
 
     @property
@@ -58,11 +60,13 @@ class Policy:
         current = size
         words: tuple[int, ...] = self._words  # type: ignore[attr-defined]
         resize_at: int = self._resize_at  # type: ignore[attr-defined]
+        moving: tuple[bool, ...] = self._moving  # type: ignore[attr-defined]
         for place, (op, word) in enumerate(zip(self.ops, words, strict=True)):
             if place == resize_at:
                 current = _resize(steps, current, to)
             drawn = op.steps(keyed_generator(seed, epoch, index, word), current, epoch)
-            current = size_after(drawn, current)
+            if moving[place]:
+                current = size_after(drawn, current)
             steps += drawn
         if resize_at == len(self.ops):
             _resize(steps, current, to)

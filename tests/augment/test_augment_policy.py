@@ -50,7 +50,10 @@ def test_yaml_file(tmp_path: Path) -> None:
 
 
 def test_presets_exist_and_fit_their_use() -> None:
-    assert {"digits", "cifar", "imagenet", "fine-tune", "none"} <= set(presets())
+    wanted = {"digits", "cifar", "imagenet", "imagenet-a1", "torchvision-v2", "fine-tune", "medical-safe", "none"}
+    assert wanted == set(presets())
+    safe = load_policy("medical-safe").ops
+    assert all(op.kind in ("geometric", "pixel") and "Flip" not in op.name for op in safe)
     assert not any(type(op).__name__.endswith("Flip") for op in load_policy("digits").ops), (
         "a mirrored digit is another sign"
     )
