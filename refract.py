@@ -13,6 +13,12 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "evaluate": ("pipeline.commands.evaluate", "measure a bundle on labelled pictures"),
         "predict": ("pipeline.commands.predict", "classify pictures with a bundle"),
         "preview": ("pipeline.commands.preview", "draw a grid of pictures and their augmented variants"),
+        "augment": ("pipeline.commands.augment", "write augmented copies of pictures, and plans to make them again"),
+        "explain": (
+            "pipeline.commands.explain",
+            "show what a policy does to one picture, and how long each pass takes",
+        ),
+        "ops": ("pipeline.commands.ops", "list the augmentation ops, or show one"),
         "serve": ("serve.command", "answer over HTTP with a bundle"),
         "demo": ("pipeline.commands.demo", "the whole way on the embedded digits: train, track, register, serve, ask"),
     }

@@ -4,9 +4,10 @@ Knows nothing of training, tracking or serving. PyTorch is imported by the batch
 """
 
 from augment.augmenter import Augmenter
+from augment.cpu import planes
 from augment.decode import ImageError, decode, image_size
 from augment.plan import Plan, Step
-from augment.policy import Policy, PolicyError, load_policy
+from augment.policy import Policy, PolicyError, load_policy, presets
 from augment.preprocess import Preprocess
 
 __all__ = [
@@ -20,4 +21,6 @@ __all__ = [
     "decode",
     "image_size",
     "load_policy",
+    "planes",
+    "presets",
 ]

@@ -18,9 +18,17 @@ def run(
 
     size: `image_size(data)`. cropped: whether to decode only the part that is read. ImageError and TooManyPixelsError as `decode`.
     """
+    left, pixels = decode_for(passes, data, size, cropped=cropped, max_pixels=max_pixels)
+    return cpu.run(left, pixels)
+
+
+def decode_for(
+    passes: Sequence[Pass], data: bytes, size: tuple[int, int], *, cropped: bool = True, max_pixels: int | None = None
+) -> tuple[list[Pass], np.ndarray]:
+    """(the passes as they are on what was decoded, the decoded pixels). Arguments as for `run`."""
     first = passes[0] if passes else None
     if not isinstance(first, WarpPass):
-        return cpu.run(passes, decode_part(data, None, max_pixels=max_pixels).pixels)
+        return list(passes), decode_part(data, None, max_pixels=max_pixels).pixels
     box = first.footprint(size) if cropped else None
     part = decode_part(data, box, scale=min(*first.shrink(), LARGEST_SCALE), max_pixels=max_pixels)
-    return cpu.run([first.on_part(part.scale, part.top, part.left), *passes[1:]], part.pixels)
+    return [first.on_part(part.scale, part.top, part.left), *passes[1:]], part.pixels

@@ -125,35 +125,40 @@ Pass = WarpPass | ColorPass | HsvHuePass | TablePass | OpPass
 def fuse(plan: Plan) -> list[Pass]:
     """The passes of a plan for one picture, in order; of an exact plan, one for each step. Steps that mix a batch are left out: see
     `batch_steps`."""
-    passes: list[Pass] = []
+    return [item for item, _ in fuse_with_steps(plan)]
+
+
+def fuse_with_steps(plan: Plan) -> list[tuple[Pass, tuple[Step, ...]]]:
+    """As `fuse`, each pass with the steps that it does."""
+    passes: list[tuple[Pass, tuple[Step, ...]]] = []
     size = plan.size
     for step in plan.steps:
         op, args = OPS[step.op], dict(step.args)
-        last = passes[-1] if passes and not plan.exact else None
+        last, done = passes[-1] if passes else (None, ())
         if issubclass(op, GeometricOp):
             matrix, size = op.geometry(args, size)
-            before = last if isinstance(last, WarpPass) else None
-            if before is not None:
-                matrix = before.matrix @ matrix
-                passes.pop()
-            border = args.get("border", before.border if before else "constant")
-            fill = args.get("fill", before.fill if before else (0, 0, 0))
-            passes.append(WarpPass(matrix, size, border, tuple(fill)))
+            border, fill = args.get("border", "constant"), tuple(args.get("fill", (0, 0, 0)))
+            if isinstance(last, WarpPass) and not plan.exact:
+                matrix = last.matrix @ matrix
+                border, fill = args.get("border", last.border), tuple(args.get("fill", last.fill))
+                passes[-1] = WarpPass(matrix, size, border, fill), (*done, step)
+            else:
+                passes.append((WarpPass(matrix, size, border, fill), (step,)))
         elif issubclass(op, ColorOp):
             if plan.exact:
-                passes += _exact_color(op, args)
+                passes += [(item, (step,)) for item in _exact_color(op, args)]
             elif isinstance(last, ColorPass):
-                passes[-1] = ColorPass((*last.steps, (op, args)))
+                passes[-1] = ColorPass((*last.steps, (op, args))), (*done, step)
             else:
-                passes.append(ColorPass(((op, args),)))
+                passes.append((ColorPass(((op, args),)), (step,)))
         elif issubclass(op, ToneOp):
             # Tables of whole levels join without loss, so an exact plan has them joined as well.
-            if passes and isinstance(passes[-1], TablePass):
-                passes[-1] = TablePass((*passes[-1].steps, (op, args)))
+            if isinstance(last, TablePass):
+                passes[-1] = TablePass((*last.steps, (op, args))), (*done, step)
             else:
-                passes.append(TablePass(((op, args),)))
+                passes.append((TablePass(((op, args),)), (step,)))
         elif issubclass(op, (PixelOp, RegionOp)):
-            passes.append(OpPass(op, args))
+            passes.append((OpPass(op, args), (step,)))
     return passes
 
 

@@ -119,7 +119,7 @@ def _from_name_or_file(name: str) -> Policy:
         path = Path(name)
         if not path.is_file():
             raise PolicyError(
-                f"policy {name!r} is neither a file nor a preset ({', '.join(presets())}){_nearest(name, presets())}"
+                f"policy {name!r} is neither a file nor a preset ({', '.join(presets())}){nearest(name, presets())}"
             )
         where = str(path)
         try:
@@ -139,7 +139,7 @@ def _policy(entries: Any, where: str) -> Policy:
     for key in entries:
         if key not in ("exact", "ops"):
             raise PolicyError(
-                f"{where}: no key {key!r} beside the ops{_nearest(key, ('exact', 'ops'))}. Known: exact, ops"
+                f"{where}: no key {key!r} beside the ops{nearest(key, ('exact', 'ops'))}. Known: exact, ops"
             )
     exact = entries.get("exact", False)
     if not isinstance(exact, bool):
@@ -166,7 +166,7 @@ def _op(entry: Any, where: str) -> Op:
         )
     ((name, parameters),) = entry.items()
     if name not in OPS and not is_guest(name):
-        raise PolicyError(f"{where}: no op is called {name!r}{_nearest(name, OPS)}. Known: {', '.join(OPS)}")
+        raise PolicyError(f"{where}: no op is called {name!r}{nearest(name, OPS)}. Known: {', '.join(OPS)}")
     parameters = {} if parameters is None else parameters
     if not isinstance(parameters, Mapping):
         raise PolicyError(f"{where}, {name}: parameters are a mapping such as {{p: 0.5}}, not {parameters!r}")
@@ -174,7 +174,7 @@ def _op(entry: Any, where: str) -> Op:
     for parameter in parameters:
         if known and parameter not in known:
             raise PolicyError(
-                f"{where}, {name}: no parameter {parameter!r}{_nearest(parameter, known)}. Known: {', '.join(known)}"
+                f"{where}, {name}: no parameter {parameter!r}{nearest(parameter, known)}. Known: {', '.join(known)}"
             )
     try:
         return OPS[name](**parameters) if name in OPS else guest(name, parameters)
@@ -190,7 +190,8 @@ def _resize(steps: list[Step], current: tuple[int, int], to: tuple[int, int] | N
     return to
 
 
-def _nearest(name: Any, known: Iterable[str]) -> str:
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing where no known name is near."""
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else ""
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from augment import Augmenter, ImageError, Preprocess
+from augment import Augmenter, ImageError, Preprocess, planes
 from augment.random import generator
 from pipeline.data.manifest import DataError, Manifest, Sample
 
@@ -135,7 +135,7 @@ def _named(sample: Sample, use: Any) -> np.ndarray:
 
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    return torch.from_numpy(planes(image))
 
 
 def _workers_context() -> Any:
