@@ -109,7 +109,7 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
     first = passes[0]
     vertical, horizontal = first.shrink()
     pixels = images.float()
-    matrices = np.stack([item.matrix for item in passes])
+    matrices = np.array([item.matrix for item in passes]).reshape(-1, 3, 3)
     if vertical > 1 or horizontal > 1:
         below, beside = -pixels.shape[2] % vertical, -pixels.shape[3] % horizontal
         pixels = F.avg_pool2d(F.pad(pixels, (0, beside, 0, below), mode="replicate"), (vertical, horizontal))

@@ -4,11 +4,16 @@ from collections.abc import Iterable
 
 import cv2
 import numpy as np
+import stringzilla
 
 from augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass
+from augment.ops.geometric import Matrix, product
+from augment.ops.geometric import matrix as matrix_of
 
 _BORDERS = {"constant": cv2.BORDER_CONSTANT, "edge": cv2.BORDER_REPLICATE, "reflect": cv2.BORDER_REFLECT}
 _HOW = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+_TO_CENTRES, _TO_EDGES = matrix_of(1, 0, -0.5, 0, 1, -0.5), matrix_of(1, 0, 0.5, 0, 1, 0.5)
+_NO_MEAN = np.zeros(3)
 _CLOSE = 1e-6
 
 
@@ -42,8 +47,8 @@ def planes(image: np.ndarray) -> np.ndarray:
 
 def recolor(item: ColorPass, image: np.ndarray) -> np.ndarray:
     """One colour matrix over the picture."""
-    mean = np.array(cv2.mean(image)[:3])
-    return cv2.transform(image, item.matrix(mean).astype(np.float32))
+    mean = np.array(cv2.mean(image)[:3]) if item.needs_mean else _NO_MEAN
+    return cv2.transform(image, item.matrix(mean))
 
 
 def turn_hue(item: HsvHuePass, image: np.ndarray) -> np.ndarray:
@@ -55,23 +60,32 @@ def turn_hue(item: HsvHuePass, image: np.ndarray) -> np.ndarray:
 
 def look_up(item: TablePass, image: np.ndarray) -> np.ndarray:
     """One table for each channel."""
-    histogram = np.zeros((3, 256), np.int64)
-    if item.needs_histogram:
-        histogram = np.stack([cv2.calcHist([image], [c], None, [256], [0, 256]).ravel() for c in range(3)]).astype(
-            np.int64
-        )
-    table = item.table(histogram)
-    return cv2.LUT(image, np.ascontiguousarray(table.T)[None])
+    if not item.needs_histogram:
+        table = item.table(np.zeros((3, 256), np.int64))
+        if (table[0] == table[1]).all() and (table[0] == table[2]).all():
+            return _translated(image.copy(), table[0])
+        channels = cv2.split(image)
+    else:
+        channels = cv2.split(image)
+        counts = [cv2.calcHist([channel], [0], None, [256], [0, 256]).ravel() for channel in channels]
+        table = item.table(np.array(counts, np.int64))
+    return cv2.merge([_translated(channel, own) for channel, own in zip(channels, table, strict=True)])
+
+
+def _translated(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """`values`, changed in place. Both uint8 and contiguous."""
+    stringzilla.translate(values.data, np.ascontiguousarray(table).data, inplace=True)
+    return values
 
 
 def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
     """One resampling: bilinear, after a box filter where it reduces by 2 or more."""
-    (a, b, c), (d, e, f) = item.matrix[:2].tolist()
+    a, b, c, d, e, f = item.matrix[:6]
     height, width = item.size
     vertical, horizontal = item.shrink()
     if not item.is_perspective:
         if abs(a) < _CLOSE and abs(e) < _CLOSE and max(abs(b), abs(d)) > _CLOSE:
-            swapped = WarpPass(item.matrix[[1, 0, 2]], item.size, item.border, item.fill)
+            swapped = WarpPass((d, e, f, a, b, c, 0.0, 0.0, 1.0), item.size, item.border, item.fill)
             return warp(swapped, cv2.transpose(image))
         if abs(b) < _CLOSE and abs(d) < _CLOSE:
             box = _whole_box(a, c, e, f, item.size)
@@ -85,12 +99,12 @@ def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
                     return _flip(cv2.resize(region, (width, height), interpolation=cv2.INTER_LINEAR), a < 0, e < 0)
     matrix = item.matrix
     if vertical > 1 or horizontal > 1:
-        image, matrix = _shrunk_region(image, matrix, item, vertical, horizontal)
+        image, matrix = _shrunk_region(image, item, vertical, horizontal)
     # OpenCV counts from pixel centres, the plan from pixel edges.
-    matrix = _shift(-0.5) @ matrix @ _shift(0.5)
+    numbers = np.array(product(_TO_CENTRES, product(matrix, _TO_EDGES))).reshape(3, 3)
     if item.is_perspective:
-        return cv2.warpPerspective(image, matrix, (width, height), None, _HOW, _BORDERS[item.border], item.fill)
-    return cv2.warpAffine(image, matrix[:2], (width, height), None, _HOW, _BORDERS[item.border], item.fill)
+        return cv2.warpPerspective(image, numbers, (width, height), None, _HOW, _BORDERS[item.border], item.fill)
+    return cv2.warpAffine(image, numbers[:2], (width, height), None, _HOW, _BORDERS[item.border], item.fill)
 
 
 def _whole_box(a: float, c: float, e: float, f: float, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
@@ -140,9 +154,7 @@ def _shrink(image: np.ndarray, vertical: int, horizontal: int) -> np.ndarray:
     return image
 
 
-def _shrunk_region(
-    image: np.ndarray, matrix: np.ndarray, item: WarpPass, vertical: int, horizontal: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _shrunk_region(image: np.ndarray, item: WarpPass, vertical: int, horizontal: int) -> tuple[np.ndarray, Matrix]:
     """The box-filtered part of the picture that the warp reads, and the matrix into it."""
     height, width = image.shape[:2]
     top, left, rows, columns = item.footprint((height, width))
@@ -151,9 +163,5 @@ def _shrunk_region(
     left, top = left // horizontal * horizontal, top // vertical * vertical
     right, bottom = min(width, -(-right // horizontal) * horizontal), min(height, -(-bottom // vertical) * vertical)
     region = _shrink(image[top:bottom, left:right], vertical, horizontal)
-    into = np.diag([1 / horizontal, 1 / vertical, 1.0]) @ np.array([[1, 0, -left], [0, 1, -top], [0, 0, 1.0]])
-    return region, into @ matrix
-
-
-def _shift(by: float) -> np.ndarray:
-    return np.array([[1, 0, by], [0, 1, by], [0, 0, 1.0]])
+    into = (1 / horizontal, 0.0, -left / horizontal, 0.0, 1 / vertical, -top / vertical, 0.0, 0.0, 1.0)
+    return region, product(into, item.matrix)

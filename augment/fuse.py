@@ -8,7 +8,7 @@ import numpy as np
 
 from augment.ops import OPS
 from augment.ops.color import ColorJitter, ColorOp, Hue
-from augment.ops.geometric import GeometricOp
+from augment.ops.geometric import GeometricOp, Matrix, product
 from augment.ops.op import Args, Size
 from augment.ops.pixel import PixelOp
 from augment.ops.region import RegionOp
@@ -18,44 +18,42 @@ from augment.plan import Plan, Step
 
 @dataclass(frozen=True)
 class WarpPass:
-    """One resampling. matrix: 3×3 from output to input points (see `augment.ops.geometric`); size: (height, width) of the output."""
+    """One resampling. matrix: from output to input points (see `augment.ops.geometric`); size: (height, width) of the output."""
 
-    matrix: np.ndarray
+    matrix: Matrix
     size: tuple[int, int]
     border: str = "constant"
     fill: tuple[int, int, int] = (0, 0, 0)
 
+    @property
+    def is_perspective(self) -> bool:
+        return self.matrix[6:] != (0.0, 0.0, 1.0)
+
     def shrink(self) -> tuple[int, int]:
         """Powers of two (vertical, horizontal) by which the input is box-filtered first, against aliasing: less than twofold
         reduction is left to the bilinear resampling itself. In a perspective, the reduction in the middle decides."""
-        matrix = self.matrix
+        a, b, c, d, e, f, g, h, i = self.matrix
         if self.is_perspective:
             # The derivative of the projected point with respect to the output point.
-            u, v, w = matrix @ (self.size[1] / 2, self.size[0] / 2, 1)
-            matrix = (matrix[:2] - np.outer((u / w, v / w), matrix[2])) / w
-        (a, b), (d, e) = matrix[0, :2].tolist(), matrix[1, :2].tolist()
+            x, y = self.size[1] / 2, self.size[0] / 2
+            depth = g * x + h * y + i
+            u, v = (a * x + b * y + c) / depth, (d * x + e * y + f) / depth
+            a, b, d, e = (a - u * g) / depth, (b - u * h) / depth, (d - v * g) / depth, (e - v * h) / depth
         return _power_of_two(math.hypot(d, e)), _power_of_two(math.hypot(a, b))
-
-    @property
-    def is_perspective(self) -> bool:
-        g, h, i = self.matrix[2].tolist()
-        return not (g == h == 0 and i == 1)
 
     def footprint(self, size: Size) -> tuple[int, int, int, int]:
         """The box (top, left, height, width) of an input of `size` that the pass reads, inside it and not empty."""
         height, width = size
         if self.border == "reflect":
             return 0, 0, height, width
-        # In plain floats: with arrays of four points this took a tenth of an ordinary photo's whole augmentation.
-        (a, b, c), (d, e, f), (g, h, i) = self.matrix.tolist()
-        columns, rows, depths = [], [], []
+        a, b, c, d, e, f, g, h, i = self.matrix
+        columns, rows = [], []
         for x, y in ((0, 0), (self.size[1], 0), (0, self.size[0]), (self.size[1], self.size[0])):
             depth = g * x + h * y + i
-            depths.append(depth)
-            columns.append((a * x + b * y + c) / (depth or 1))
-            rows.append((d * x + e * y + f) / (depth or 1))
-        if min(depths) <= 0:  # the horizon is in the picture
-            return 0, 0, height, width
+            if depth <= 0:  # the horizon is in the picture
+                return 0, 0, height, width
+            columns.append((a * x + b * y + c) / depth)
+            rows.append((d * x + e * y + f) / depth)
         vertical, horizontal = self.shrink()
         # Two pixels of what the filters leave: bilinear resampling looks one pixel beyond.
         top, bottom = min(rows) - 2 * vertical, max(rows) + 2 * vertical
@@ -68,11 +66,8 @@ class WarpPass:
         """The same pass on an input of which only a part is there, reduced by `scale`. top, left: where that part begins, reduced."""
         if scale == 1 and top == left == 0:
             return self
-        matrix = self.matrix.copy()
-        matrix[:2] /= scale
-        matrix[0] -= left * matrix[2]
-        matrix[1] -= top * matrix[2]
-        return WarpPass(matrix, self.size, self.border, self.fill)
+        into = (1 / scale, 0.0, -left, 0.0, 1 / scale, -top, 0.0, 0.0, 1.0)
+        return WarpPass(product(into, self.matrix), self.size, self.border, self.fill)
 
 
 @dataclass(frozen=True)
@@ -80,6 +75,10 @@ class ColorPass:
     """One 3×4 matrix on each colour. Contrast needs the picture's mean, so the matrix is made when the pass runs."""
 
     steps: tuple[tuple[type[ColorOp], Args], ...]
+
+    @property
+    def needs_mean(self) -> bool:
+        return any(op.needs_mean(args) for op, args in self.steps)
 
     def matrix(self, mean: np.ndarray) -> np.ndarray:
         """3×4 float64 on (R, G, B, 1), in grey levels. mean: (3,) the input's mean colour, in grey levels."""
@@ -108,7 +107,7 @@ class TablePass:
 
     def table(self, histogram: np.ndarray) -> np.ndarray:
         """(3, 256) uint8. histogram: as for `ToneOp.table`."""
-        return chain(list(self.steps), histogram)
+        return chain(self.steps, histogram)
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def fuse_with_steps(plan: Plan) -> list[tuple[Pass, tuple[Step, ...]]]:
             matrix, size = op.geometry(args, size)
             border, fill = args.get("border", "constant"), tuple(args.get("fill", (0, 0, 0)))
             if isinstance(last, WarpPass) and not plan.exact:
-                matrix = last.matrix @ matrix
+                matrix = product(last.matrix, matrix)
                 border, fill = args.get("border", last.border), tuple(args.get("fill", last.fill))
                 passes[-1] = WarpPass(matrix, size, border, fill), (*done, step)
             else:

@@ -161,7 +161,9 @@ def rows(side: int) -> dict[str, dict[str, Any]]:
         "CLAHE": {"refract": {}, "albumentations": A.CLAHE((1, 4), p=1), "imgaug": iaa.CLAHE((1, 4)), "kornia": K.RandomClahe(p=1)},
         "GaussianNoise": {
             "refract": {"sigma": [0.05, 0.05]}, "albumentations": A.GaussNoise((0.05, 0.05), p=1),
-            "torchvision": v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(0, 0.05), v2.ToDtype(torch.uint8, scale=True)]),
+            "torchvision": v2.Compose(
+                [v2.ToDtype(torch.float32, scale=True), v2.GaussianNoise(0, 0.05), v2.ToDtype(torch.uint8, scale=True)]
+            ),
             "imgaug": iaa.AdditiveGaussianNoise(scale=sigma, per_channel=True), "kornia": K.RandomGaussianNoise(0, 0.05, p=1),
         },
         "PoissonNoise": {"refract": {}, "albumentations": A.ShotNoise(p=1), "imgaug": iaa.AdditivePoissonNoise(20, per_channel=True)},
@@ -271,7 +273,7 @@ def measure(side: int, image: np.ndarray, rounds: int) -> dict[str, Any]:
         times: dict[str, list[float]] = {peer: [] for peer in calls}
         for number in range(rounds + 1):
             for peer, call in calls.items():
-                repeats = 5 if not times[peer] or times[peer][-1] < 5000 else 1
+                repeats = 20 if not times[peer] or times[peer][-1] < 2000 else 1
                 start = time.perf_counter()
                 for _ in range(repeats):
                     call()

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from augment.ops.op import Args, Op, Size, choice, color, number, whole
+from augment.ops.op import Args, Op, Size, below, between, choice, color, number, whole
 from augment.ops.pixel import PixelOp
 from augment.plan import Plan, Step
 
@@ -92,9 +92,9 @@ class TrivialAugmentWide(AutoOp):
     def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
         if rng.random() >= self.p:
             return []
-        name = list(_TRIVIAL)[int(rng.integers(len(_TRIVIAL)))]
+        name = list(_TRIVIAL)[below(rng, len(_TRIVIAL))]
         low, high = _TRIVIAL[name]
-        return self._step(name, _strength(low, high, int(rng.integers(31)) / 30), rng, size)
+        return self._step(name, _strength(low, high, below(rng, 31) / 30), rng, size)
 
 
 _TRIVIAL = {
@@ -139,7 +139,7 @@ class RandAugment(AutoOp):
             return []
         steps: list[Step] = []
         for _ in range(self.ops):
-            name = list(_RAND)[int(rng.integers(len(_RAND)))]
+            name = list(_RAND)[below(rng, len(_RAND))]
             noise = self.jitter * float(rng.standard_normal()) if self.jitter else 0.0
             steps += self._step(
                 name, _rand_strength(name, min(max(self.magnitude + noise, 0.0), 30.0) / 30, size), rng, size
@@ -192,7 +192,7 @@ class AutoAugment(AutoOp):
             return []
         pairs = _AUTO[self.policy]
         steps: list[Step] = []
-        for name, probability, level in pairs[int(rng.integers(len(pairs)))]:
+        for name, probability, level in pairs[below(rng, len(pairs))]:
             if rng.random() < probability:
                 steps += self._step(name, _rand_strength(name, level / 9, size), rng, size)
         return steps
@@ -307,9 +307,9 @@ class ThreeAugment(Op):
     def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
         if rng.random() >= self.p:
             return []
-        drawn = int(rng.integers(3))
+        drawn = below(rng, 3)
         if drawn == 2:
-            return [Step("GaussianBlur", {"sigma": float(rng.uniform(0.1, 2.0))})]
+            return [Step("GaussianBlur", {"sigma": between(rng, (0.1, 2.0))})]
         return [Step("Grayscale", {}) if drawn == 0 else Step("Solarize", {"threshold": 128})]
 
 
@@ -343,14 +343,14 @@ class AugMix(PixelOp):
         share = float(rng.beta(self.alpha, self.alpha))
         chains = []
         for _ in range(self.width):
-            length = self.depth or int(rng.integers(1, 4))
+            length = self.depth or 1 + below(rng, 3)
             steps = [step for _ in range(length) for step in self._one(rng, size)]
             chains.append([{"op": step.op, **step.args} for step in steps])
         return {"share": share, "weights": weights, "chains": chains}
 
     def _one(self, rng: np.random.Generator, size: Size) -> list[Step]:
-        name = _MIX[int(rng.integers(len(_MIX)))]
-        share = float(rng.uniform(0.1, max(self.severity, 0.1))) / 10
+        name = _MIX[below(rng, len(_MIX))]
+        share = between(rng, (0.1, max(self.severity, 0.1))) / 10
         if name.startswith("Translate"):
             level = size[1 if name == "TranslateX" else 0] / 3 * share
         else:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from augment.ops.geometric import GeometricOp
-from augment.ops.op import Op, Size, number, whole
+from augment.ops.op import Op, Size, below, number, whole
 from augment.plan import Step
 
 
@@ -65,7 +65,7 @@ def size_after(steps: Sequence[Step], size: Size) -> Size:
     for step in steps:
         op = OPS[step.op]
         if issubclass(op, GeometricOp):
-            size = op.geometry(dict(step.args), size)[1]
+            size = op.output_size(dict(step.args), size)
     return size
 
 
@@ -137,7 +137,8 @@ class SomeOf(ChoiceOp):
     def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
         if rng.random() >= self.p:
             return []
-        count = int(rng.integers(self.count[0], self.count[1] + 1))  # type: ignore[index]
+        low, high = self.count  # type: ignore[misc]
+        count = low + below(rng, high - low + 1)
         order = rng.permutation(len(self.ops))[:count].tolist()
         return draw_in_turn([self.ops[i] for i in (sorted(order) if self.in_order else order)], rng, size, epoch)
 

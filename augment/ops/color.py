@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from augment.ops.op import Args, Op, Size, around, interval, number
+from augment.ops.op import Args, Op, Size, around, below, between, interval, number
 
 LUMA = np.array([0.299, 0.587, 0.114])
 """The grey of an RGB colour: ITU-R BT.601."""
@@ -17,6 +17,11 @@ LUMA = np.array([0.299, 0.587, 0.114])
 @dataclass(frozen=True, kw_only=True)
 class ColorOp(Op):
     kind: ClassVar[str] = "color"
+
+    @staticmethod
+    def needs_mean(args: Args) -> bool:
+        """Whether `color` looks at the mean."""
+        return False
 
     @staticmethod
     def color(args: Args, mean: np.ndarray) -> np.ndarray:
@@ -35,7 +40,7 @@ class _Factor(ColorOp):
         self._set("factor", around("factor", self.factor, 0, math.inf, 1))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"factor": float(rng.uniform(*self.factor))}  # type: ignore[misc]
+        return {"factor": between(rng, self.factor)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,10 @@ class Contrast(_Factor):
 
     factor: one number a means [max(0, 1 − a), 1 + a]; 1 changes nothing, 0 leaves the mean grey.
     """
+
+    @staticmethod
+    def needs_mean(args: Args) -> bool:
+        return True
 
     @staticmethod
     def color(args: Args, mean: np.ndarray) -> np.ndarray:
@@ -95,7 +104,7 @@ class Hue(ColorOp):
         self._set("turns", around("turns", self.turns, -0.5, 0.5, 0))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"turns": float(rng.uniform(*self.turns))}  # type: ignore[misc]
+        return {"turns": between(rng, self.turns)}
 
     @staticmethod
     def color(args: Args, mean: np.ndarray) -> np.ndarray:
@@ -137,8 +146,17 @@ class ColorJitter(ColorOp):
         self._set("hue", around("hue", self.hue, -0.5, 0.5, 0))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        drawn = [(name, float(rng.uniform(*getattr(self, name)))) for name in _JITTER]
-        return {drawn[i][0]: drawn[i][1] for i in rng.permutation(4) if drawn[i][1] != _JITTER[drawn[i][0]][2]}
+        left = [(name, between(rng, getattr(self, name)), neutral) for name, (_, _, neutral) in _JITTER.items()]
+        drawn = {}
+        while left:
+            name, amount, neutral = left.pop(below(rng, len(left)))
+            if amount != neutral:
+                drawn[name] = amount
+        return drawn
+
+    @staticmethod
+    def needs_mean(args: Args) -> bool:
+        return "contrast" in args
 
     @staticmethod
     def color(args: Args, mean: np.ndarray) -> np.ndarray:
@@ -172,22 +190,6 @@ class Grayscale(ColorOp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Invert(ColorOp):
-    """Replace each value v by 255 − v. Exact."""
-
-    p: float = 0.1
-
-    def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {}
-
-    @staticmethod
-    def color(args: Args, mean: np.ndarray) -> np.ndarray:
-        matrix = gains(-1, -1, -1)
-        matrix[:3, 3] = 255
-        return matrix
-
-
-@dataclass(frozen=True, kw_only=True)
 class ChannelShuffle(ColorOp):
     """Put the three channels in an order drawn uniformly from all six. Exact."""
 
@@ -215,7 +217,7 @@ class RGBShift(ColorOp):
         self._set("levels", around("levels", self.levels, -255, 255, 0))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"levels": rng.uniform(*self.levels, size=3).tolist()}  # type: ignore[call-overload, misc]
+        return {"levels": [between(rng, self.levels) for _ in range(3)]}
 
     @staticmethod
     def color(args: Args, mean: np.ndarray) -> np.ndarray:
@@ -266,7 +268,7 @@ class ColorTemperature(ColorOp):
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         low, high = self.kelvin  # type: ignore[misc]
-        return {"kelvin": float(1 / rng.uniform(1 / high, 1 / low))}
+        return {"kelvin": 1 / between(rng, (1 / high, 1 / low))}
 
     @staticmethod
     def color(args: Args, mean: np.ndarray) -> np.ndarray:
@@ -311,7 +313,6 @@ COLOR: Mapping[str, type[ColorOp]] = MappingProxyType(
         "Hue": Hue,
         "ColorJitter": ColorJitter,
         "Grayscale": Grayscale,
-        "Invert": Invert,
         "ChannelShuffle": ChannelShuffle,
         "RGBShift": RGBShift,
         "PCALighting": PCALighting,

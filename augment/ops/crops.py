@@ -7,8 +7,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from augment.ops.geometric import GeometricOp, check_border, matrix, outside, place
-from augment.ops.op import Args, Size, interval, pixels, whole
+from augment.ops.geometric import GeometricOp, Matrix, check_border, matrix, outside, place
+from augment.ops.op import Args, Size, below, between, interval, pixels, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +16,14 @@ class _Crop(GeometricOp):
     """A box (top, left, height, width) of the input, possibly reaching beyond it, resampled to `size`."""
 
     @staticmethod
-    def geometry(args: Args, size: Size) -> tuple[np.ndarray, Size]:
+    def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:
         top, left, height, width = args["box"]
         out_height, out_width = args["size"]
-        return matrix(width / out_width, 0, left, 0, height / out_height, top), (out_height, out_width)
+        return matrix(width / out_width, 0.0, left, 0.0, height / out_height, top), (out_height, out_width)
+
+    @staticmethod
+    def output_size(args: Args, size: Size) -> Size:
+        return args["size"][0], args["size"][1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,7 @@ class PadAndCrop(_Crop):
         check_border(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        top, left = (int(rng.integers(-self.padding, self.padding + 1)) for _ in range(2))
+        top, left = (below(rng, 2 * self.padding + 1) - self.padding for _ in range(2))
         return {"box": [top, left, *size], "size": list(size), **outside(self)}
 
 
@@ -124,7 +128,7 @@ class RandomScale(_Crop):
         self._set("scale", interval("scale", self.scale, 0.05, 20))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        factor = rng.uniform(*self.scale)
+        factor = between(rng, self.scale)
         return {"box": [0, 0, *size], "size": [max(1, round(side * factor)) for side in size]}
 
 

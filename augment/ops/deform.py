@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from augment.ops.op import Args, Size, interval, number, whole
+from augment.ops.op import Args, Size, below, between, interval, number, whole
 from augment.ops.pixel import PixelOp, to_uint8
 from augment.random import TABLE_SIZE, normal_table, stretch
 
@@ -61,8 +61,8 @@ class ElasticDeform(DeformOp):
         self._set("sigma", number("sigma", self.sigma, 1, 1000))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        alpha = float(rng.uniform(*self.alpha))  # type: ignore[misc]
-        return {"alpha": alpha, "sigma": self.sigma, "offset": int(rng.integers(TABLE_SIZE))}
+        alpha = between(rng, self.alpha)
+        return {"alpha": alpha, "sigma": self.sigma, "offset": below(rng, TABLE_SIZE)}
 
     @staticmethod
     def maps(args: Args, size: Size) -> tuple[np.ndarray, np.ndarray]:

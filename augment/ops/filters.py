@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from augment.ops.op import Args, Size, around, interval, whole
+from augment.ops.op import Args, Size, around, below, between, interval, whole
 from augment.ops.pixel import PixelOp, to_uint8
 
 if TYPE_CHECKING:
@@ -31,12 +31,14 @@ class GaussianBlur(PixelOp):
         self._set("sigma", interval("sigma", self.sigma, 0.05, 50))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"sigma": float(rng.uniform(*self.sigma))}  # type: ignore[misc]
+        return {"sigma": between(rng, self.sigma)}
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
-        side = 2 * math.ceil(3 * args["sigma"]) + 1
-        return cv2.GaussianBlur(image, (side, side), args["sigma"], borderType=cv2.BORDER_REFLECT_101)
+        # Two passes with our own kernel are twice as fast as OpenCV's GaussianBlur, which is made bit-exact for uint8.
+        radius = math.ceil(3 * args["sigma"])
+        kernel = _gauss(np.arange(-radius, radius + 1), args["sigma"]).astype(np.float32)
+        return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
 
     @classmethod
     def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
@@ -63,7 +65,7 @@ class MotionBlur(PixelOp):
         self._set("degrees", around("degrees", self.degrees, -360, 360, 0))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"length": float(rng.uniform(*self.length)), "angle": float(rng.uniform(*self.degrees))}  # type: ignore[misc]
+        return {"length": between(rng, self.length), "angle": between(rng, self.degrees)}
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
@@ -73,8 +75,11 @@ class MotionBlur(PixelOp):
     @classmethod
     def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
         kernels = [motion_kernel(a["length"], a["angle"]) for a in args]
-        side = max(kernel.shape[0] for kernel in kernels)
-        padded = [np.pad(kernel, (side - kernel.shape[0]) // 2) for kernel in kernels]
+        height, width = (max(kernel.shape[axis] for kernel in kernels) for axis in (0, 1))
+        padded = [
+            np.pad(kernel, (((height - kernel.shape[0]) // 2,) * 2, ((width - kernel.shape[1]) // 2,) * 2))
+            for kernel in kernels
+        ]
         return to_uint8(_convolved(images.float(), np.stack(padded)))
 
 
@@ -92,25 +97,21 @@ class Sharpen(PixelOp):
         self._set("factor", around("factor", self.factor, 0, math.inf, 1))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"factor": float(rng.uniform(*self.factor))}  # type: ignore[misc]
+        return {"factor": between(rng, self.factor)}
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
         result = image.copy()
         if min(image.shape[:2]) > 2:
-            smooth = cv2.filter2D(image, -1, _SMOOTH)
-            blend = cv2.addWeighted(image, args["factor"], smooth, 1 - args["factor"], 0)
-            result[1:-1, 1:-1] = blend[1:-1, 1:-1]
+            result[1:-1, 1:-1] = cv2.filter2D(image, -1, _sharpening(args["factor"]))[1:-1, 1:-1]
         return result
 
     @classmethod
     def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
         result = images.clone()
         if min(images.shape[-2:]) > 2:
-            pixels = images.float()
-            smooth = _convolved(pixels, np.stack([_SMOOTH] * len(args))).round_()
-            factor = pixels.new_tensor([a["factor"] for a in args]).view(-1, 1, 1, 1)
-            result[..., 1:-1, 1:-1] = to_uint8(smooth + factor * (pixels - smooth))[..., 1:-1, 1:-1]
+            kernels = np.stack([_sharpening(a["factor"]) for a in args])
+            result[..., 1:-1, 1:-1] = to_uint8(_convolved(images.float(), kernels))[..., 1:-1, 1:-1]
         return result
 
 
@@ -130,7 +131,7 @@ class JPEGCompression(PixelOp):
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         low, high = self.quality  # type: ignore[misc]
-        return {"quality": int(rng.integers(low, high + 1))}
+        return {"quality": low + below(rng, high - low + 1)}
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
@@ -155,22 +156,29 @@ class CLAHE(PixelOp):
         self._set("tiles", whole("tiles", self.tiles, 1))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"clip_limit": float(rng.uniform(*self.clip_limit)), "tiles": self.tiles}  # type: ignore[misc]
+        return {"clip_limit": between(rng, self.clip_limit), "tiles": self.tiles}
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
         # A tile of no pixel has no histogram.
         tiles = (min(args["tiles"], image.shape[1]), min(args["tiles"], image.shape[0]))
         lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
-        lightness = cv2.createCLAHE(args["clip_limit"], tiles).apply(np.ascontiguousarray(lab[..., 0]))
-        return cv2.cvtColor(cv2.merge([lightness, lab[..., 1], lab[..., 2]]), cv2.COLOR_LAB2RGB)
+        lightness = cv2.createCLAHE(args["clip_limit"], tiles).apply(cv2.extractChannel(lab, 0))
+        return cv2.cvtColor(cv2.insertChannel(lightness, lab, 0), cv2.COLOR_LAB2RGB)
 
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 
+def _sharpening(factor: float) -> np.ndarray:
+    """3×3: factor · the pixel + (1 − factor) · its smoothed neighbourhood."""
+    kernel = (1 - factor) * _SMOOTH
+    kernel[1, 1] += factor
+    return kernel.astype(np.float32)
+
+
 def motion_kernel(length: float, angle: float) -> np.ndarray:
-    """(side, side) float32 of sum 1, side odd: a line through the middle, each of its points spread over the four pixels around it."""
+    """(h, w) float32 of sum 1, both odd: a line through the middle, each of its points spread over the four pixels around it."""
     reach = (length - 1) / 2
     side = 2 * math.ceil(reach) + 3
     kernel = np.zeros((side, side), np.float32)
@@ -182,6 +190,11 @@ def motion_kernel(length: float, angle: float) -> np.ndarray:
     np.add.at(kernel, (row, column + 1), (1 - below) * right)
     np.add.at(kernel, (row + 1, column), below * (1 - right))
     np.add.at(kernel, (row + 1, column + 1), below * right)
+    # The kernel's empty edges cost as much as the others, and OpenCV turns to the slow Fourier transform at 130 entries.
+    kernel[kernel < 1e-6 * kernel.max()] = 0
+    rows, columns = (max(abs(np.flatnonzero(kernel.any(axis)) - side // 2)) for axis in (1, 0))
+    middle = side // 2
+    kernel = kernel[middle - rows : middle + rows + 1, middle - columns : middle + columns + 1]
     return kernel / kernel.sum()
 
 

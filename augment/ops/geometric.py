@@ -15,9 +15,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from augment.ops.op import Args, Op, Size, choice, color
+from augment.ops.op import Args, Op, Size, below, choice, color
 
 BORDERS = ("constant", "edge", "reflect")
+
+Matrix = tuple[float, float, float, float, float, float, float, float, float]
+"""3×3, row by row, in plain floats: for nine numbers an array costs more than the arithmetic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +28,14 @@ class GeometricOp(Op):
     kind: ClassVar[str] = "geometric"
 
     @staticmethod
-    def geometry(args: Args, size: Size) -> tuple[np.ndarray, Size]:
-        """(matrix 3×3 float64 from output to input points, output (height, width)) of a drawn op on an input of `size`."""
+    def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:
+        """(matrix from output to input points, output (height, width)) of a drawn op on an input of `size`."""
         raise NotImplementedError
+
+    @staticmethod
+    def output_size(args: Args, size: Size) -> Size:
+        """(height, width) of the output; by default the input's."""
+        return size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +48,7 @@ class HorizontalFlip(GeometricOp):
         return {}
 
     @staticmethod
-    def geometry(args: Args, size: Size) -> tuple[np.ndarray, Size]:
+    def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:
         return matrix(-1, 0, size[1], 0, 1, 0), size
 
 
@@ -54,7 +62,7 @@ class VerticalFlip(GeometricOp):
         return {}
 
     @staticmethod
-    def geometry(args: Args, size: Size) -> tuple[np.ndarray, Size]:
+    def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:
         return matrix(1, 0, 0, 0, -1, size[0]), size
 
 
@@ -68,8 +76,12 @@ class Transpose(GeometricOp):
         return {}
 
     @staticmethod
-    def geometry(args: Args, size: Size) -> tuple[np.ndarray, Size]:
+    def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:
         return matrix(0, 1, 0, 1, 0, 0), (size[1], size[0])
+
+    @staticmethod
+    def output_size(args: Args, size: Size) -> Size:
+        return size[1], size[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +101,11 @@ class Rot90(GeometricOp):
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args | None:
         turns: tuple[int, ...] = self.turns  # type: ignore[assignment]
-        drawn = turns[int(rng.integers(len(turns)))]
+        drawn = turns[below(rng, len(turns))]
         return {"turns": drawn} if drawn else None
 
     @staticmethod
-    def geometry(args: Args, size: Size) -> tuple[np.ndarray, Size]:
+    def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:
         height, width = size
         if args["turns"] == 1:
             return matrix(0, -1, width, 1, 0, 0), (width, height)
@@ -101,19 +113,30 @@ class Rot90(GeometricOp):
             return matrix(-1, 0, width, 0, -1, height), size
         return matrix(0, 1, 0, -1, 0, height), (width, height)
 
+    @staticmethod
+    def output_size(args: Args, size: Size) -> Size:
+        return (size[1], size[0]) if args["turns"] % 2 else size
 
-def matrix(a: float, b: float, c: float, d: float, e: float, f: float) -> np.ndarray:
-    """The 3×3 affine matrix of (x, y) → (ax + by + c, dx + ey + f)."""
-    return np.array([[a, b, c], [d, e, f], [0.0, 0.0, 1.0]])
+
+def matrix(a: float, b: float, c: float, d: float, e: float, f: float) -> Matrix:
+    """The affine matrix of (x, y) → (ax + by + c, dx + ey + f)."""
+    return (a, b, c, d, e, f, 0.0, 0.0, 1.0)
 
 
-def uniform(rng: np.random.Generator, edges: Any) -> float:
-    return float(rng.uniform(*edges))
+def product(m: Matrix, n: Matrix) -> Matrix:
+    """m · n: first n, then m."""
+    a, b, c, d, e, f, g, h, i = m
+    p, q, r, s, t, u, v, w, x = n
+    return (
+        a * p + b * s + c * v, a * q + b * t + c * w, a * r + b * u + c * x,
+        d * p + e * s + f * v, d * q + e * t + f * w, d * r + e * u + f * x,
+        g * p + h * s + i * v, g * q + h * t + i * w, g * r + h * u + i * x,
+    )  # fmt: skip
 
 
 def place(rng: np.random.Generator, room: int) -> int:
     """A uniform whole offset between 0 and `room`, which is negative where the crop is the larger."""
-    return int(rng.integers(min(0, room), max(0, room) + 1))
+    return min(0, room) + below(rng, abs(room) + 1)
 
 
 def check_border(op: Any) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from augment.ops.op import Args, Op, Size
+from augment.ops.op import Args, Op, Size, below
 from augment.ops.pixel import PixelOp
 from augment.plan import Step
 
@@ -59,7 +59,7 @@ class Guest(PixelOp):
         return self.transform
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"transform": self.transform, "parameters": dict(self.parameters), "seed": int(rng.integers(1 << 31))}
+        return {"transform": self.transform, "parameters": dict(self.parameters), "seed": below(rng, 1 << 31)}
 
     def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
         return [Step("Guest", self.draw(rng, size))] if rng.random() < self.p else []

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from augment.ops.op import Args, Size, color, interval
+from augment.ops.op import Args, Size, below, between, color, interval
 from augment.ops.pixel import PixelOp, batch_stretch, column, to_uint8
 from augment.random import TABLE_SIZE, laplace_table, normal_table, stretch, uniform_table
 
@@ -30,7 +30,7 @@ class _SigmaNoise(PixelOp):
         self._set("sigma", interval("sigma", self.sigma, 0, 1))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"sigma": float(rng.uniform(*self.sigma)), "offset": int(rng.integers(TABLE_SIZE))}  # type: ignore[misc]
+        return {"sigma": between(rng, self.sigma), "offset": below(rng, TABLE_SIZE)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class PoissonNoise(PixelOp):
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         low, high = np.log(self.photons)
-        return {"photons": float(np.exp(rng.uniform(low, high))), "offset": int(rng.integers(TABLE_SIZE))}
+        return {"photons": float(np.exp(between(rng, (low, high)))), "offset": below(rng, TABLE_SIZE)}
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
@@ -132,7 +132,7 @@ class SaltAndPepper(PixelOp):
         self._set("amount", interval("amount", self.amount, 0, 1))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"amount": float(rng.uniform(*self.amount)), "offset": int(rng.integers(TABLE_SIZE))}  # type: ignore[misc]
+        return {"amount": between(rng, self.amount), "offset": below(rng, TABLE_SIZE)}
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
@@ -164,8 +164,8 @@ class PixelDropout(PixelOp):
         self._set("fill", color("fill", self.fill))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        amount = float(rng.uniform(*self.amount))  # type: ignore[misc]
-        return {"amount": amount, "offset": int(rng.integers(TABLE_SIZE)), "fill": list(self.fill)}  # type: ignore[arg-type]
+        amount = between(rng, self.amount)
+        return {"amount": amount, "offset": below(rng, TABLE_SIZE), "fill": list(self.fill)}  # type: ignore[arg-type]
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:

