@@ -38,7 +38,8 @@ class Augmenter:
 
     def __call__(self, image: bytes | np.ndarray, *, epoch: int, index: int) -> np.ndarray:
         """The augmented picture, uint8 H×W×3. image: encoded bytes or a uint8 H×W×3 array, which is not changed. ImageError as `decode`."""
-        return self.apply(self.draw(_size_of(image), epoch=epoch, index=index), image)
+        size = _size_of(image)
+        return _applied(self.draw(size, epoch=epoch, index=index), image, size)
 
     def draw(self, size: tuple[int, int], *, epoch: int, index: int) -> Plan:
         """The plan for the sample `index` in `epoch`, a picture of `size` (height, width)."""
@@ -56,8 +57,7 @@ class Augmenter:
             raise ValueError(
                 f"the plan was drawn for {plan.size[0]}×{plan.size[1]} pixels, the picture has {size[0]}×{size[1]}"
             )
-        passes = fuse(plan)
-        return cpu.run(passes, image) if isinstance(image, np.ndarray) else encoded.run(passes, image, size)
+        return _applied(plan, image, size)
 
     def mix(
         self, images: "torch.Tensor", targets: "torch.Tensor", *, epoch: int, indices: "Sequence[int] | torch.Tensor"
@@ -74,6 +74,11 @@ class Augmenter:
         numbers = indices if isinstance(indices, Sequence) else indices.tolist()
         plans = [self.policy.draw_mixing(size, seed=self.seed, epoch=epoch, index=int(i)) for i in numbers]
         return batch.mix(plans, images, targets)
+
+
+def _applied(plan: Plan, image: bytes | np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    passes = fuse(plan)
+    return cpu.run(passes, image) if isinstance(image, np.ndarray) else encoded.run(passes, image, size)
 
 
 def _size_of(image: bytes | np.ndarray) -> tuple[int, int]:

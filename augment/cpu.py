@@ -22,6 +22,8 @@ def run(passes: Iterable[Pass], image: np.ndarray) -> np.ndarray:
     result = image
     for item in passes:
         result = run_pass(item, result)
+    if result.base is None and result is not image and result.flags.c_contiguous:  # as OpenCV's results are
+        return result
     return result.copy() if np.may_share_memory(result, image) else np.ascontiguousarray(result)
 
 

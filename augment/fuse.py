@@ -82,8 +82,9 @@ class ColorPass:
 
     def matrix(self, mean: np.ndarray) -> np.ndarray:
         """3×4 float64 on (R, G, B, 1), in grey levels. mean: (3,) the input's mean colour, in grey levels."""
-        total = np.eye(4)
-        for op, args in self.steps:
+        (first, drawn), *others = self.steps
+        total = first.color(drawn, mean)
+        for op, args in others:
             total = op.color(args, total[:3, :3] @ mean + total[:3, 3]) @ total
         return total[:3]
 
