@@ -139,11 +139,12 @@ class _PartDecoder:
         if block is None:
             return None
         height, width = (-(-library.tj3Get(handle, side) // scale) for side in (_HEIGHT, _WIDTH))
-        down, across = -(-block[0] // scale), -(-block[1] // scale)
-        # One block more on every side: chroma is interpolated from a block's neighbours.
-        top, left = (max(0, box[0] // scale // down - 1) * down, max(0, box[1] // scale // across - 1) * across)
-        bottom = min(height, -(-(box[0] + box[2]) // scale) + down)
-        right = min(width, -(-(box[1] + box[3]) // scale) + across)
+        across = -(-block[1] // scale)
+        # Two pixels more on every side: halved chroma is interpolated from its neighbours, which at the region's edge are not there.
+        # The region begins at a block's edge; its other three sides are free.
+        top, left = max(0, box[0] // scale - 2), max(0, (box[1] // scale - 2) // across * across)
+        bottom = min(height, -(-(box[0] + box[2]) // scale) + 2)
+        right = min(width, -(-(box[1] + box[3]) // scale) + 2)
         self._check(library.tj3SetScalingFactor(handle, _Fraction(1, scale)))
         self._check(library.tj3SetCroppingRegion(handle, _Region(left, top, right - left, bottom - top)))
         pixels = np.empty((bottom - top, right - left, 3), np.uint8)

@@ -2,6 +2,8 @@
 
 The recipe for all: RandomResizedCrop(224, 0.08…1), flip, ColorJitter(0.4, 0.4, 0.4, 0.1) with p = 0.8, RandomErasing with p = 0.25.
 The output for all: a contiguous uint8 tensor 3×224×224 (normalisation belongs to the device). Rounds of the peers are interleaved.
+The 12-megapixel pictures are the first eight of DIR enlarged to 4000×3000 by a cubic, with a sensor's noise of 3 grey levels, as JPEG of
+quality 90 with halved chroma: as large as a phone's.
 
     python -m benchmarks.augment --images DIR --json benchmarks/results/augment.json
 """
@@ -18,13 +20,14 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 import albumentations
 import cv2
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 from timm.data import create_transform
 from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 
-from augment import Augmenter
+from augment import Augmenter, planes
 from benchmarks.report import environment, summary, write
 
 SIZE, SCALE, RATIO = 224, (0.08, 1.0), (3 / 4, 4 / 3)
@@ -38,7 +41,7 @@ def refract(load: Callable[[int], bytes | np.ndarray]) -> Sample:
 
     def sample(i: int) -> torch.Tensor:
         image = augmenter(load(i), epoch=next(count), index=i)
-        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        return torch.from_numpy(planes(image))
 
     return sample
 
@@ -79,6 +82,31 @@ def timm_peer(load: Callable[[int], Image.Image]) -> Sample:
     return lambda i: transform(load(i)).contiguous()
 
 
+def from_bytes(files: list[bytes]) -> dict[str, Sample]:
+    tensors = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
+
+    def pillow(i: int) -> Image.Image:
+        return Image.open(io.BytesIO(files[i])).convert("RGB")
+
+    return {
+        "refract": refract(lambda i: files[i]),
+        "albumentations (cv2 decode)": albumentations_peer(
+            lambda i: cv2.imdecode(np.frombuffer(files[i], np.uint8), cv2.IMREAD_COLOR_RGB)
+        ),
+        "torchvision v2 (decode_jpeg, tensor)": torchvision_peer(
+            lambda i: decode_jpeg(tensors[i], mode="RGB"), pil=False
+        ),
+        "torchvision v2 (PIL)": torchvision_peer(pillow, pil=True),
+        "timm create_transform": timm_peer(pillow),
+    }
+
+
+def enlarged(array: np.ndarray) -> bytes:
+    image = cv2.resize(array, (4000, 3000), interpolation=cv2.INTER_CUBIC)
+    noise = np.random.default_rng(0).normal(0, 3, image.shape).astype(np.float32)
+    return simplejpeg.encode_jpeg(np.clip(image + noise, 0, 255).astype(np.uint8), 90, "RGB", "420")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder of JPEG files")
@@ -89,39 +117,31 @@ def main() -> None:
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     files = [path.read_bytes() for path in sorted(args.images.iterdir()) if path.suffix.lower() in (".jpg", ".jpeg")]
-    tensors = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
     arrays = [cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) for data in files]
     pictures = [Image.fromarray(array) for array in arrays]
-    planes = [torch.from_numpy(array).permute(2, 0, 1).contiguous() for array in arrays]
+    tensors_of = [torch.from_numpy(array).permute(2, 0, 1).contiguous() for array in arrays]
     pixels = np.mean([array.shape[0] * array.shape[1] for array in arrays])
     print(
         f"{len(files)} JPEG files, {np.mean([len(data) for data in files]) / 1e3:.0f} kB and {pixels / 1e6:.2f} megapixels on average"
     )
+    large = [enlarged(array) for array in arrays[:8]]
+    print(f"{len(large)} enlarged to 12 megapixels, {np.mean([len(data) for data in large]) / 1e6:.1f} MB on average")
     cases = {
-        "from JPEG bytes": {
-            "refract": refract(lambda i: files[i]),
-            "albumentations (cv2 decode)": albumentations_peer(
-                lambda i: cv2.imdecode(np.frombuffer(files[i], np.uint8), cv2.IMREAD_COLOR_RGB)
-            ),
-            "torchvision v2 (decode_jpeg, tensor)": torchvision_peer(
-                lambda i: decode_jpeg(tensors[i], mode="RGB"), pil=False
-            ),
-            "torchvision v2 (PIL)": torchvision_peer(
-                lambda i: Image.open(io.BytesIO(files[i])).convert("RGB"), pil=True
-            ),
-            "timm create_transform": timm_peer(lambda i: Image.open(io.BytesIO(files[i])).convert("RGB")),
-        },
+        "from JPEG bytes": from_bytes(files),
+        "from JPEG bytes of 12 megapixels": from_bytes(large),
         "decoded before": {
             "refract": refract(lambda i: arrays[i]),
             "albumentations": albumentations_peer(lambda i: arrays[i]),
-            "torchvision v2 (tensor)": torchvision_peer(lambda i: planes[i], pil=False),
+            "torchvision v2 (tensor)": torchvision_peer(lambda i: tensors_of[i], pil=False),
             "torchvision v2 (PIL)": torchvision_peer(lambda i: pictures[i], pil=True),
             "timm create_transform": timm_peer(lambda i: pictures[i]),
         },
     }
+    counts = {name: len(large) if "12" in name else len(files) for name in cases}
     report = {
         "files": len(files),
         "mean_megapixels": round(pixels / 1e6, 3),
+        "large_mean_bytes": round(np.mean([len(data) for data in large])),
         "environment": environment(
             "refract",
             "albumentations",
@@ -132,7 +152,7 @@ def main() -> None:
             "simplejpeg",
             "pillow",
         ),
-        "cases": {name: measure(name, peers, len(files), args.rounds) for name, peers in cases.items()},
+        "cases": {name: measure(name, peers, counts[name], args.rounds) for name, peers in cases.items()},
     }
     write(args.json, report)
 

@@ -64,7 +64,9 @@ def main() -> None:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     small = torch.rand(args.batch, 3, 14, 14, generator=generator)
-    images = (255 * torch.nn.functional.interpolate(small, size=(SIDE, SIDE), mode="bicubic")).clamp(0, 255).to(torch.uint8)
+    images = (
+        (255 * torch.nn.functional.interpolate(small, size=(SIDE, SIDE), mode="bicubic")).clamp(0, 255).to(torch.uint8)
+    )
     calls = {"refract": refract(images), "kornia": kornia(images)}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(args.rounds + 1):
@@ -79,8 +81,13 @@ def main() -> None:
     rows = {name: summary(values) for name, values in times.items()}
     for name, row in rows.items():
         row["refract_is_faster_by"] = round(row["median"] / rows["refract"]["median"], 2)
-        print(f"{name:<10} {row['median']:8.1f} ms a batch of {args.batch} (p95 {row['p95']:.1f})  {row['refract_is_faster_by']:.2f}×")
-    write(args.json, {"environment": environment("refract", "kornia", "torch"), "batch": args.batch, "side": SIDE, "rows": rows})
+        print(
+            f"{name:<10} {row['median']:8.1f} ms a batch of {args.batch} (p95 {row['p95']:.1f})  {row['refract_is_faster_by']:.2f}×"
+        )
+    write(
+        args.json,
+        {"environment": environment("refract", "kornia", "torch"), "batch": args.batch, "side": SIDE, "rows": rows},
+    )
 
 
 if __name__ == "__main__":
