@@ -273,7 +273,7 @@ def measure(side: int, image: np.ndarray, rounds: int) -> dict[str, Any]:
         times: dict[str, list[float]] = {peer: [] for peer in calls}
         for number in range(rounds + 1):
             for peer, call in calls.items():
-                repeats = 20 if not times[peer] or times[peer][-1] < 2000 else 1
+                repeats = 50 if not times[peer] or times[peer][-1] < 2000 else 1
                 start = time.perf_counter()
                 for _ in range(repeats):
                     call()
