@@ -1,5 +1,6 @@
 """Ops that Pillow or torchvision also has give what these give, exactly or within the tolerance that each test states."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -230,3 +231,15 @@ def test_grid_mask_covers_its_share() -> None:
 def test_hide_and_seek_paints_the_mean() -> None:
     result = Augmenter([{"HideAndSeek": {"cells": 2, "hide": 1.0}}])(IMAGE, epoch=0, index=0)
     np.testing.assert_allclose(result.reshape(-1, 3), np.broadcast_to(IMAGE.mean((0, 1)), (61 * 83, 3)), atol=0.51)
+
+
+def test_fused_stays_within_the_documented_bound_of_the_sequence() -> None:
+    """docs/augment.md: with the imagenet preset, 4 grey levels on average over the samples."""
+    image = np.ascontiguousarray(np.kron(picture(), np.ones((4, 4, 1), np.uint8)))
+    augmenter = Augmenter("imagenet", seed=0)
+    differences = []
+    for index in range(60):
+        plan = augmenter.draw(image.shape[:2], epoch=0, index=index)
+        exact = augmenter.apply(dataclasses.replace(plan, exact=True), image)
+        differences.append(np.abs(augmenter.apply(plan, image).astype(int) - exact).mean())
+    assert 0.5 < np.mean(differences) < 4, np.mean(differences)
