@@ -10,6 +10,7 @@ from augment import cpu, encoded
 from augment.decode import image_size
 from augment.fuse import WarpPass
 from augment.ops.geometric import matrix
+from augment.statistics import KINDS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -20,8 +21,9 @@ class Preprocess:
     """From a picture of any size to the network's input; the same numbers in training's validation, evaluation and serving.
 
     height, width: of the result, pixels. resize: `crop` takes the centre of the right shape, `crop_ratio` of the shorter side;
-    `squash` takes the whole picture and does not keep the ratio of its sides. mean, std: of RGB in 0…1; they belong to the
-    network's first layer and are not applied here. ValueError names a field that is out of range.
+    `squash` takes the whole picture and does not keep the ratio of its sides. mean, std: of RGB in 0…1, and
+    normalize, of `augment.statistics.KINDS`: they belong to the network's first layer and are not applied here. ValueError names a
+    field that is out of range.
     """
 
     height: int
@@ -30,6 +32,7 @@ class Preprocess:
     crop_ratio: float = 0.875
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    normalize: str = "channel"
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -38,6 +41,8 @@ class Preprocess:
             raise ValueError(f"resize: {self.resize!r} is neither crop nor squash")
         if not 0 < self.crop_ratio <= 1:
             raise ValueError(f"crop_ratio: {self.crop_ratio} is not in (0, 1]")
+        if self.normalize not in KINDS:
+            raise ValueError(f"normalize: {self.normalize!r} is not one of {', '.join(KINDS)}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean, std: {self.mean}, {self.std} are not three numbers each, std positive")
 

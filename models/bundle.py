@@ -75,7 +75,13 @@ class Bundle:
             )
         except (ValueError, TypeError) as err:
             raise BundleError(f"{self.path / INFO}: the network cannot be built: {err}") from err
-        classifier = Classifier(backbone, mean=preprocess["mean"], std=preprocess["std"])
+        classifier = Classifier(
+            backbone,
+            mean=preprocess["mean"],
+            std=preprocess["std"],
+            normalize=preprocess.get("normalize", "channel"),
+            image_size=(height, width),
+        )
         try:
             classifier.load_state_dict(weights, strict=True)
         except RuntimeError as err:
@@ -168,6 +174,10 @@ def _plain_weights(classifier: Classifier) -> dict[str, Tensor]:
 
 
 def _check_normalisation(info: BundleInfo, classifier: Classifier) -> None:
+    if info.preprocess.get("normalize", "channel") != classifier.normalize:
+        raise BundleError(
+            f"info.preprocess['normalize']={info.preprocess.get('normalize')!r}: expected the classifier's own, {classifier.normalize!r}"
+        )
     for name, buffer in (("mean", classifier.mean), ("std", classifier.std)):
         if not torch.equal(buffer.detach().float().cpu(), torch.tensor(info.preprocess[name], dtype=torch.float32)):
             raise BundleError(

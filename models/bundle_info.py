@@ -10,7 +10,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
-from models.classifier import TASKS
+from models.classifier import NORMALIZE, TASKS
 
 SCHEMA_VERSION = 1
 
@@ -145,6 +145,9 @@ def _check_network(_: object, name: str, value: object) -> None:
 
 def _check_preprocess(_: object, name: str, value: object) -> None:
     _check_plain(None, name, value)
+    normalize = value.get("normalize", "channel") if isinstance(value, dict) else None
+    if normalize not in NORMALIZE:
+        _fail(f"{name}.normalize", normalize, f"one of {', '.join(NORMALIZE)}")
     for key in ("mean", "std"):
         numbers = value.get(key) if isinstance(value, dict) else None
         if not isinstance(numbers, list | tuple) or len(numbers) != 3 or not all(map(_is_number, numbers)):

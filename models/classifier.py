@@ -14,24 +14,49 @@ from torch import Tensor, nn
 from models.networks import head_of
 
 TASKS = ("binary", "multiclass", "multilabel")
+NORMALIZE = ("channel", "mean_image", "pca", "zca")
 
 
 class Classifier(nn.Module):
-    """Pictures in, logits out: 0…255 → 0…1 → (x - mean) / std → `network`.
+    """Pictures in, logits out: 0…255 → 0…1 → zero-centred → `network`.
 
-    network: maps (N, 3, H, W) floats to (N, num_classes) logits; mean, std: three numbers each, of RGB in 0…1, std > 0.
-    Both are buffers of the state dict: weights never travel without their normalisation.
-    ValueError if mean or std is not three finite numbers, or std not positive.
+    network: maps (N, 3, H, W) floats to (N, num_classes) logits. normalize: `channel`, (x - mean) / std; `mean_image`,
+    (x - mean_image) / std; `pca` or `zca`, whitening @ (x - mean_image), flattened in the order 3, H, W. mean, std: three
+    numbers each, of RGB in 0…1, std > 0. image_size: (H, W), needed but for `channel`; mean_image: (3, H, W) in 0…1 and
+    whitening: (3·H·W, 3·H·W), zeros where they are still to be loaded.
+    All are buffers of the state dict: weights never travel without their normalisation.
+    ValueError for an unknown normalize, an array of another shape, or mean and std that are not three finite numbers.
     """
 
     mean: Tensor
     std: Tensor
+    mean_image: Tensor | None
+    whitening: Tensor | None
 
-    def __init__(self, network: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        normalize: str = "channel",
+        image_size: tuple[int, int] | None = None,
+        mean_image: Tensor | None = None,
+        whitening: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.network = network
+        if normalize not in NORMALIZE:
+            raise ValueError(f"normalize={normalize!r}: expected one of {', '.join(NORMALIZE)}")
+        self.network, self.normalize = network, normalize
         self.register_buffer("mean", _three_numbers("mean", mean))
         self.register_buffer("std", _three_numbers("std", std))
+        if normalize != "channel" and image_size is None:
+            raise ValueError(f"normalize={normalize!r} needs image_size")
+        shape = (3, *(image_size or (0, 0)))
+        count = math.prod(shape)
+        centred, whitened = normalize != "channel", normalize in ("pca", "zca")
+        self.register_buffer("mean_image", _shaped("mean_image", mean_image, shape) if centred else None)
+        self.register_buffer("whitening", _shaped("whitening", whitening, (count, count)) if whitened else None)
         if not bool((self.std > 0).all()):
             raise ValueError(f"std={tuple(std)}: expected three numbers above 0, of RGB in 0…1")
         self._frozen = False
@@ -46,8 +71,15 @@ class Classifier(nn.Module):
         """images: (N, 3, H, W), any dtype, 0…255 → the same shape, normalised, float32 or autocast's dtype."""
         std = self.std.to(torch.float32).view(1, 3, 1, 1)
         mean = self.mean.to(torch.float32).view(1, 3, 1, 1)
-        # One multiply-add over the pixels instead of a division, a subtraction and another division.
-        normalised = torch.addcmul(-mean / std, images.to(torch.float32), 1 / (255 * std))
+        if self.mean_image is not None:
+            mean = self.mean_image.to(torch.float32).unsqueeze(0)
+        if self.whitening is not None:
+            centred = (images.to(torch.float32) / 255 - mean).flatten(1)
+            with torch.autocast(images.device.type, enabled=False):  # which would round the matrix
+                normalised = (centred @ self.whitening.to(torch.float32).T).view(images.shape)
+        else:
+            # One multiply-add over the pixels instead of a division, a subtraction and another division.
+            normalised = torch.addcmul(-mean / std, images.to(torch.float32), 1 / (255 * std))
         kind = images.device.type
         return normalised.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else normalised
 
@@ -90,6 +122,14 @@ def check_task(task: str) -> None:
         near = difflib.get_close_matches(str(task), TASKS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"task={task!r}: expected one of {', '.join(TASKS)}{hint}")
+
+
+def _shaped(name: str, values: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    if values is None:
+        return torch.zeros(shape)
+    if tuple(values.shape) != shape:
+        raise ValueError(f"{name}: expected the shape {shape}, got {tuple(values.shape)}")
+    return values.to(torch.float32)
 
 
 def _three_numbers(name: str, values: Sequence[float]) -> Tensor:

@@ -22,7 +22,9 @@ class DataConfig:
         image_size: the network's input, pixels: one side of a square or [height, width].
         resize: outside training; crop keeps the ratio of the sides and takes the centre, squash takes the whole picture.
         crop_ratio: share of the shorter side that the centre crop takes, in (0, 1].
-        mean: of R, G, B in 0…1; null takes the pretrained weights' own, else ImageNet's.
+        normalize: how the network zero-centres its input; fixed takes mean and std, data measures them on the training pictures, mean_image
+            subtracts the training pictures' mean picture, pca and zca whiten (small pictures only).
+        mean: of R, G, B in 0…1, for fixed; null takes the pretrained weights' own, else ImageNet's.
         std: as mean.
         val_share: share of the training pictures drawn for validation where the data has no `val` split.
         test_share: share drawn for the hold-out where the data has no `test` split.
@@ -36,6 +38,7 @@ class DataConfig:
     image_size: int | tuple[int, int] = 32
     resize: Literal["crop", "squash"] = "crop"
     crop_ratio: float = 0.875
+    normalize: Literal["fixed", "data", "mean_image", "pca", "zca"] = "fixed"
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     val_share: float = 0.1
@@ -50,10 +53,10 @@ class AugmentConfig:
     """What happens to the training pictures.
 
     Args:
-        policy: a preset's name, a YAML file, or a list of ops such as [{HorizontalFlip: {p: 0.5}}].
+        policy: a preset's name, a YAML file, a list of ops such as [{HorizontalFlip: {p: 0.5}}], or {exact: true, ops: […]}.
     """
 
-    policy: str | list = "none"
+    policy: str | list | dict = "none"
 
 
 @dataclass

@@ -45,7 +45,15 @@ def train(config: Config, *, name: str = "run") -> Result:
     manifest, fingerprint = prepare_data(config)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
     network = _build(build, config.model, len(manifest.labels), config.image_size())
-    classifier = Classifier(network, mean=preprocess.mean, std=preprocess.std)
+    preprocess, arrays = measured(config, preprocess, manifest)
+    classifier = Classifier(
+        network,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        normalize=preprocess.normalize,
+        image_size=config.image_size(),
+        **arrays,
+    )
     if config.model.freeze == "backbone":
         classifier.freeze_backbone()
     module = ClassifierModule(
@@ -120,6 +128,36 @@ def make_preprocess(config: Config) -> Any:
         crop_ratio=config.data.crop_ratio,
         mean=config.data.mean or tuple(own.get("mean", IMAGENET_MEAN)),
         std=config.data.std or tuple(own.get("std", IMAGENET_STD)),
+    )
+
+
+def measured(config: Config, preprocess: Any, manifest: Any) -> tuple[Any, dict[str, Any]]:
+    """(preprocess with the normalisation that the config asks for, the arrays of the classifier's first layer for it).
+
+    Measured on the training pictures as the network sees them without augmentation, in one pass. ConfigError for whitening of large ones.
+    """
+    import dataclasses
+
+    import torch
+
+    from augment.statistics import measure
+    from pipeline.data.module import Pictures, targets_of
+
+    if config.data.normalize == "fixed":
+        return preprocess, {}
+    samples = manifest.of("train")
+    pictures = Pictures(samples, preprocess, targets_of(samples, manifest))
+    kind = "channel" if config.data.normalize == "data" else config.data.normalize
+    try:
+        found = measure((pictures.pixels(i) for i in range(len(pictures))), kind)
+    except ValueError as error:
+        raise ConfigError(f"data.normalize: {error}") from error
+    arrays = {"mean_image": found.mean_image, "whitening": found.whitening}
+    mean, std = (tuple(round(float(value), 6) for value in values) for values in (found.mean, found.std))
+    log.info("measured on %d training pictures: mean %s, std %s", len(samples), mean, std)
+    return (
+        dataclasses.replace(preprocess, mean=mean, std=std, normalize=kind),
+        {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None},
     )
 
 

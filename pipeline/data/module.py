@@ -63,9 +63,12 @@ class Pictures(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def pixels(self, index: int) -> np.ndarray:
+        """uint8 H×W×3."""
+        return _named(self.samples[index], self.preprocess)
+
     def __getitem__(self, index: int) -> Item:
-        image = _named(self.samples[index], self.preprocess)
-        return {"images": _to_tensor(image), "targets": self.targets[index], "indices": index}
+        return {"images": _to_tensor(self.pixels(index)), "targets": self.targets[index], "indices": index}
 
 
 class PictureData(lightning.LightningDataModule):
@@ -132,6 +135,8 @@ def _named(sample: Sample, use: Any) -> np.ndarray:
         return use(sample.read())
     except (ImageError, OSError) as error:
         raise DataError(f"{sample.path}: was readable when the data was checked, but not now: {error}") from error
+    except ValueError as error:  # a guest of the policy that cannot work with this picture
+        raise DataError(f"{sample.path}: the augmentation failed on it: {error}") from error
 
 
 def _to_tensor(image: np.ndarray) -> torch.Tensor:

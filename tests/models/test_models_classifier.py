@@ -99,3 +99,40 @@ def test_probabilities_refuse_an_unknown_task_and_temperature() -> None:
     for temperature in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="temperature="):
             probabilities(torch.zeros(1, 2), task="binary", temperature=temperature)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_mean_image_and_whitening(images: Tensor, autocast: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    picture = torch.rand(3, 32, 32, generator=generator)
+    matrix = torch.randn(3072, 3072, generator=generator) / 50
+    exact = images.double() / 255 - picture.double()
+    for normalize, expected in (
+        ("mean_image", exact / torch.tensor(STD).view(3, 1, 1)),
+        ("zca", (exact.flatten(1) @ matrix.double().T).view(exact.shape)),
+    ):
+        arrays = {"mean_image": picture, "whitening": matrix if normalize == "zca" else None}
+        first = Classifier(nn.Identity(), mean=MEAN, std=STD, normalize=normalize, image_size=(32, 32), **arrays)
+        second = Classifier(nn.Identity(), mean=MEAN, std=STD, normalize=normalize, image_size=(32, 32))
+        second.load_state_dict(first.state_dict())
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            result = second(images)
+        torch.testing.assert_close(
+            result.double(), expected, atol=2e-2 if autocast else 1e-4, rtol=1e-2 if autocast else 1e-4
+        )
+
+
+def test_normalisation_of_another_form_is_refused() -> None:
+    with pytest.raises(ValueError, match="normalize='whiten': expected one of channel, mean_image, pca, zca"):
+        Classifier(nn.Identity(), mean=MEAN, std=STD, normalize="whiten")
+    with pytest.raises(ValueError, match="needs image_size"):
+        Classifier(nn.Identity(), mean=MEAN, std=STD, normalize="zca")
+    with pytest.raises(ValueError, match=r"mean_image: expected the shape \(3, 4, 4\), got \(3, 5, 4\)"):
+        Classifier(
+            nn.Identity(),
+            mean=MEAN,
+            std=STD,
+            normalize="mean_image",
+            image_size=(4, 4),
+            mean_image=torch.zeros(3, 5, 4),
+        )

@@ -1,5 +1,6 @@
 """The commands as a stranger runs them: a folder in, a served classifier out."""
 
+import csv
 import json
 import shutil
 import signal
@@ -228,6 +229,41 @@ def test_mixing_policy_and_frozen_backbone_train(refract: Run, workplace: Path) 
     assert load_bundle(workplace / "runs" / "mixed" / "bundle").info.config["augment"]["policy"][1] == {
         "MixUp": {"p": 0.5}
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalize", ["data", "mean_image", "zca"])
+def test_normalisation_measured_on_the_training_pictures_is_served(
+    refract: Run, workplace: Path, normalize: str
+) -> None:
+    refract("train", "pictures.yaml", "--trainer.run_name", "n", "--data.normalize", normalize, "--trainer.max_epochs", 1,
+            "--tracking.enabled", "false", "--model.name", "lenet5", "--data.workers", 0)  # fmt: skip
+    bundle = load_bundle(workplace / "runs" / "n" / "bundle")
+    rows = csv.DictReader((workplace / "runs" / "n" / "splits.csv").open())
+    preprocess = Preprocess.from_dict(bundle.info.preprocess)
+    pictures = [preprocess(Path(row["path"]).read_bytes()) for row in rows if row["split"] == "train"]
+    everything = np.stack(pictures) / 255
+    np.testing.assert_allclose(bundle.info.preprocess["mean"], everything.mean((0, 1, 2)), atol=1e-5)
+    assert bundle.info.preprocess["normalize"] == ("channel" if normalize == "data" else normalize)
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    normalised = bundle.classifier().normalise(images)
+    assert normalised.mean().abs() < 1e-3, "zero-centred"
+    assert "accuracy" in refract("evaluate", "runs/n/bundle", "pictures").stdout
+
+
+def test_whitening_of_large_pictures_is_refused(refract: Run, workplace: Path) -> None:
+    told = refract(
+        "train",
+        "pictures.yaml",
+        "--data.normalize",
+        "pca",
+        "--data.image_size",
+        64,
+        "--tracking.enabled",
+        "false",
+        code=2,
+    )
+    assert "data.normalize: pca whitening is for small pictures" in told.stderr
 
 
 @pytest.mark.slow
