@@ -1,8 +1,10 @@
 """`Augmenter`: a policy and a seed, applied to pictures."""
 
 from collections.abc import Sequence
+from operator import index as index_of
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 
 from augment import cpu, encoded
@@ -28,7 +30,10 @@ class Augmenter:
         """policy: see `load_policy`. size: pixels, (height, width) or one side of a square, that every result shall have; None leaves
         it to the policy. ValueError (PolicyError) for a policy that cannot be read."""
         self.policy = load_policy(policy)
-        self.seed = seed
+        try:
+            self.seed = index_of(seed)
+        except TypeError as error:
+            raise ValueError(f"seed: {seed!r} is not a whole number") from error
         self.size = None if size is None else pixels("size", size)
 
     @property
@@ -57,7 +62,12 @@ class Augmenter:
             raise ValueError(
                 f"the plan was drawn for {plan.size[0]}×{plan.size[1]} pixels, the picture has {size[0]}×{size[1]}"
             )
-        return _applied(plan, image, size)
+        try:
+            return _applied(plan, image, size)
+        except (KeyError, TypeError, IndexError, ZeroDivisionError, cv2.error) as error:
+            raise ValueError(
+                f"the plan cannot be applied, its numbers do not fit its ops ({error!r}): {plan.to_json()[:200]}"
+            ) from error
 
     def mix(
         self, images: "torch.Tensor", targets: "torch.Tensor", *, epoch: int, indices: "Sequence[int] | torch.Tensor"
@@ -82,8 +92,13 @@ def _applied(plan: Plan, image: bytes | np.ndarray, size: tuple[int, int]) -> np
 
 
 def _size_of(image: bytes | np.ndarray) -> tuple[int, int]:
-    if not isinstance(image, np.ndarray):
+    if isinstance(image, bytes):
         return image_size(image)
+    if not isinstance(image, np.ndarray):
+        raise ImageError(
+            f"expected encoded bytes or a uint8 array H×W×3, got {type(image).__name__}; np.asarray(image.convert('RGB')) is that of a "
+            "Pillow image, bytes(data) that of a buffer"
+        )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ImageError(f"expected a uint8 array H×W×3, got {image.dtype} {'×'.join(map(str, image.shape))}")
     return image.shape[0], image.shape[1]

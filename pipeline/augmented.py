@@ -105,6 +105,8 @@ def write_copies(entries: Sequence[Copy], source: Path, target: Path, *, jobs: i
             write_atomically(target / entry.output, _encoded(Augmenter("none").apply(entry.plan, data), entry.output))
         except ImageError as error:
             return f"{source / entry.source}: {error}"
+        except ValueError as error:  # a plan that somebody changed
+            return f"{entry.output}: {error}"
         except OSError as error:
             return f"{error.filename}: {error.strerror}"
         return None

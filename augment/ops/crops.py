@@ -180,7 +180,7 @@ class ShortestSide(_Crop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set("size", whole("size", self.size, 1))
+        self._set("size", pixels("size", whole("size", self.size, 1))[0])
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         factor = self.size / min(size)
@@ -195,7 +195,7 @@ class LongestSide(_Crop):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set("size", whole("size", self.size, 1))
+        self._set("size", pixels("size", whole("size", self.size, 1))[0])
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         factor = self.size / max(size)

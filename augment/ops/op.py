@@ -8,6 +8,9 @@ import numpy as np
 
 from augment.plan import Step
 
+LARGEST_SIDE = 32_767
+"""Pixels; OpenCV's warps count in 16 bits."""
+
 Args = dict[str, Any]
 Size = tuple[int, int]
 
@@ -84,11 +87,11 @@ def around(name: str, value: Any, low: float, high: float, centre: float) -> tup
 
 
 def pixels(name: str, value: Any) -> Size:
-    """(height, width), both positive integers; one integer stands for a square."""
+    """(height, width), both in 1 … `LARGEST_SIDE`; one integer stands for a square."""
     pair = value if isinstance(value, (list, tuple)) else (value, value)
-    if len(pair) != 2 or not all(isinstance(item, int) and not isinstance(item, bool) and item > 0 for item in pair):
+    if len(pair) != 2 or not all(type(item) is int and 0 < item <= LARGEST_SIDE for item in pair):
         raise ValueError(
-            f"{name}: {value!r} is not a positive whole number of pixels, nor a pair [height, width] of them"
+            f"{name}: {value!r} is not a positive whole number of pixels, nor a pair [height, width] of them, at most {LARGEST_SIDE}"
         )
     return pair[0], pair[1]
 

@@ -1,6 +1,7 @@
 """A sample's augmentation is a pure function of (seed, epoch, index, op)."""
 
 import hashlib
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from augment import Augmenter, Plan, load_policy
+from augment import Augmenter, ImageError, Plan, load_policy
 from augment.policy import presets
 from augment.random import generator
 
@@ -119,3 +120,34 @@ def test_p_is_a_probability() -> None:
 def test_import_is_light() -> None:
     code = "import sys, augment; print(sorted({'torch', 'albumentations', 'imgaug', 'lightning', 'mlflow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_numpys_integers_are_integers() -> None:
+    augmenter = Augmenter("imagenet", seed=np.int64(7))  # type: ignore[arg-type]
+    plan = augmenter.draw((60, 80), epoch=np.int32(1), index=np.int64(2))  # type: ignore[arg-type]
+    assert plan == Augmenter("imagenet", seed=7).draw((60, 80), epoch=1, index=2)
+    with pytest.raises(ValueError, match="seed: 3.5 is not a whole number"):
+        Augmenter("imagenet", seed=3.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"op": "Resize"},
+        {"op": "Rotate", "angle": "x"},
+        {"op": "Affine", "scale": 0},
+        {"op": "Perspective", "corners": [[0.5, 0]] * 4},
+        {"op": "Resize", "box": [0, 0, 1, 1], "size": [10**6, 10**6]},
+        {"op": "Guest", "transform": "albumentations.RandomFog", "parameters": {"fog": 1}, "seed": 0},
+    ],
+)
+def test_a_plan_whose_numbers_do_not_fit_is_refused(step: dict) -> None:
+    plan = Plan.from_json(json.dumps({"version": 1, "size": [60, 80], "steps": [step]}))
+    with pytest.raises(ValueError, match="plan cannot be applied|has no parameter"):
+        Augmenter("none").apply(plan, PHOTO)
+
+
+@pytest.mark.parametrize("image", ["photo.jpg", None, bytearray(b"x")])
+def test_what_is_neither_bytes_nor_an_array_is_refused(image) -> None:
+    with pytest.raises(ImageError, match="expected encoded bytes or a uint8 array"):
+        Augmenter("none")(image, epoch=0, index=0)

@@ -22,11 +22,11 @@ from models.classifier import Classifier, probabilities
 from models.module import ClassifierModule
 from models.networks import build
 from pipeline.commands.demo import served
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError, DataConfig
 from pipeline.data.manifest import DataError
 from pipeline.data.module import PictureData
 from pipeline.scoring import score
-from pipeline.training import fit, prepare_data
+from pipeline.training import fit, make_preprocess, measured, prepare_data
 from refract import COMMANDS
 
 QUICK = ["--trainer.max_epochs", "3", "--trainer.run_name", "r1", "--data.workers", "0"]
@@ -251,19 +251,11 @@ def test_normalisation_measured_on_the_training_pictures_is_served(
     assert "accuracy" in refract("evaluate", "runs/n/bundle", "pictures").stdout
 
 
-def test_whitening_of_large_pictures_is_refused(refract: Run, workplace: Path) -> None:
-    told = refract(
-        "train",
-        "pictures.yaml",
-        "--data.normalize",
-        "pca",
-        "--data.image_size",
-        64,
-        "--tracking.enabled",
-        "false",
-        code=2,
-    )
-    assert "data.normalize: pca whitening is for small pictures" in told.stderr
+def test_whitening_of_large_pictures_is_refused(folder: Path) -> None:
+    config = Config(data=DataConfig(source=str(folder), image_size=64, normalize="pca"))
+    manifest, _ = prepare_data(config)
+    with pytest.raises(ConfigError, match=r"data.normalize: pca whitening is for small pictures: 64×64×3"):
+        measured(config, make_preprocess(config), manifest)
 
 
 @pytest.mark.slow
@@ -285,6 +277,7 @@ def test_demo_reaches_its_promise(refract: Run, tmp_path: Path) -> None:
     assert "of 10 right" in done.stdout and "mlflow ui" in done.stdout and "refract serve" in done.stdout
 
 
+@pytest.mark.slow
 def test_interrupted_training_says_so_and_marks_its_run(workplace: Path) -> None:
     command = [
         sys.executable,
