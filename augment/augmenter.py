@@ -1,6 +1,7 @@
 """`Augmenter`: a policy and a seed, applied to pictures."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import index as index_of
 from typing import TYPE_CHECKING
 
@@ -41,14 +42,30 @@ class Augmenter:
         """Whether the policy mixes the samples of a batch (MixUp, CutMix)."""
         return self.policy.mixes
 
-    def __call__(self, image: bytes | np.ndarray, *, epoch: int, index: int) -> np.ndarray:
-        """The augmented picture, uint8 H×W×3. image: encoded bytes or a uint8 H×W×3 array, which is not changed. ImageError as `decode`."""
-        size = _size_of(image)
-        return _applied(self.draw(size, epoch=epoch, index=index), image, size)
+    def __call__(self, image: bytes | np.ndarray, *, epoch: int, index: int, repeat: int = 0) -> np.ndarray:
+        """The augmented picture, uint8 H×W×3. image: encoded bytes or a uint8 H×W×3 array, which is not changed. ImageError as `decode`.
 
-    def draw(self, size: tuple[int, int], *, epoch: int, index: int) -> Plan:
-        """The plan for the sample `index` in `epoch`, a picture of `size` (height, width)."""
-        return self.policy.draw(size, seed=self.seed, epoch=epoch, index=index, to=self.size)
+        repeat: which of the sample's draws in this epoch, for repeated augmentation (Hoffer et al. 2020, arXiv:1901.09335).
+        """
+        size = _size_of(image)
+        return _applied(self.draw(size, epoch=epoch, index=index, repeat=repeat), image, size)
+
+    def draw(self, size: tuple[int, int], *, epoch: int, index: int, repeat: int = 0) -> Plan:
+        """The plan for the sample `index` in `epoch`, a picture of `size` (height, width). repeat: as for a call."""
+        return self.policy.draw(size, seed=self.seed, epoch=epoch, index=index, to=self.size, repeat=repeat)
+
+    def views(self, image: bytes | np.ndarray, *, epoch: int, index: int, repeat: int = 0) -> np.ndarray:
+        """Three views of one picture for a consistency loss, uint8 3×H×W×3: without the policy's AugMix, and with two draws of it.
+
+        All other ops are drawn once and are the same in the three. Source: Hendrycks et al. 2020, arXiv:1912.02781, section 3.
+        """
+        size = _size_of(image)
+        plans = [self.draw(size, epoch=epoch, index=index, repeat=2 * repeat + k) for k in (0, 1)]
+        drawn = iter([step for step in plans[1].steps if step.op == "AugMix"])
+        steps = plans[0].steps
+        clean = tuple(step for step in steps if step.op != "AugMix")
+        other = tuple(next(drawn, step) if step.op == "AugMix" else step for step in steps)
+        return np.stack([_applied(replace(plans[0], steps=own), image, size) for own in (clean, steps, other)])
 
     def apply(self, plan: Plan, image: bytes | np.ndarray) -> np.ndarray:
         """Apply a plan to the picture it was drawn for. ValueError if the picture has another size.

@@ -1,6 +1,7 @@
 """The batch executor: plans on a uint8 N×3×H×W tensor on any device, each sample its own. Same plan, same picture as the cpu executor,
 within rounding. The only module of `augment` that needs PyTorch."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -128,12 +129,33 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
     )
     if rows == 3:
         grid = grid[..., :2] / grid[..., 2:]
+    if vertical == horizontal == 1:
+        bounds = torch.tensor(
+            [_bounds(item, height, width) for item in passes], dtype=torch.float32, device=images.device
+        )
+        lowest, highest = bounds[:, None, None, :2], bounds[:, None, None, 2:]
+        grid = torch.minimum(torch.maximum(grid, lowest), highest)
     # Zeros beyond the edge become the fill where the fill is the zero.
     fill = torch.tensor([item.fill for item in passes], dtype=torch.float32, device=images.device).view(-1, 3, 1, 1)
     sampled = F.grid_sample(
         pixels - fill, grid, mode="bilinear", padding_mode=_PADDING[first.border], align_corners=False
     )
     return to_uint8(sampled + fill)
+
+
+def _bounds(item: WarpPass, height: int, width: int) -> tuple[float, float, float, float]:
+    """(lowest x, lowest y, highest x, highest y) that the pass samples, in grid_sample's −1 … 1: the centres of the outermost pixels of the
+    box that it shows, where that is a crop inside the picture that was resized."""
+    box = item.shows()
+    if box is None or box[0] < 0 or box[2] < 0 or box[1] > height or box[3] > width:
+        return -math.inf, -math.inf, math.inf, math.inf
+    top, bottom, left, right = box
+    return (
+        (2 * left + 1) / width - 1,
+        (2 * top + 1) / height - 1,
+        (2 * right - 1) / width - 1,
+        (2 * bottom - 1) / height - 1,
+    )
 
 
 def _recolor(passes: Sequence[ColorPass], images: torch.Tensor) -> torch.Tensor:

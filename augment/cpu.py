@@ -85,20 +85,19 @@ def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
     a, b, c, d, e, f = item.matrix[:6]
     height, width = item.size
     vertical, horizontal = item.shrink()
-    if not item.is_perspective:
-        if abs(a) < _CLOSE and abs(e) < _CLOSE and max(abs(b), abs(d)) > _CLOSE:
-            swapped = WarpPass((d, e, f, a, b, c, 0.0, 0.0, 1.0), item.size, item.border, item.fill)
-            return warp(swapped, cv2.transpose(image))
-        if abs(b) < _CLOSE and abs(d) < _CLOSE:
-            box = _whole_box(a, c, e, f, item.size)
-            if box is not None:
-                top, bottom, left, right = box
-                if (bottom - top, right - left) == item.size:
-                    return _flip(_cut(image, box, item), a < 0, e < 0)
-                inside = top >= 0 and bottom <= image.shape[0] and left >= 0 and right <= image.shape[1]
-                if inside and vertical == horizontal == 1:
-                    region = image[top:bottom, left:right]
-                    return _flip(cv2.resize(region, (width, height), interpolation=cv2.INTER_LINEAR), a < 0, e < 0)
+    box = item.shows()
+    if box is not None and abs(a) < _CLOSE and abs(e) < _CLOSE:
+        return warp(
+            WarpPass((d, e, f, a, b, c, 0.0, 0.0, 1.0), item.size, item.border, item.fill), cv2.transpose(image)
+        )
+    if box is not None:
+        top, bottom, left, right = box
+        if (bottom - top, right - left) == item.size:
+            return _flip(_cut(image, box, item), a < 0, e < 0)
+        inside = top >= 0 and bottom <= image.shape[0] and left >= 0 and right <= image.shape[1]
+        if inside and vertical == horizontal == 1:
+            region = image[top:bottom, left:right]
+            return _flip(cv2.resize(region, (width, height), interpolation=cv2.INTER_LINEAR), a < 0, e < 0)
     matrix = item.matrix
     if vertical > 1 or horizontal > 1:
         image, matrix = _shrunk_region(image, item, vertical, horizontal)
@@ -107,16 +106,6 @@ def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
     if item.is_perspective:
         return cv2.warpPerspective(image, numbers, (width, height), None, _HOW, _BORDERS[item.border], item.fill)
     return cv2.warpAffine(image, numbers[:2], (width, height), None, _HOW, _BORDERS[item.border], item.fill)
-
-
-def _whole_box(a: float, c: float, e: float, f: float, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """(top, bottom, left, right) of the input that an axis-aligned warp shows, where it lies on whole pixels."""
-    top, bottom = sorted((f, f + e * size[0]))
-    left, right = sorted((c, c + a * size[1]))
-    edges = (round(top), round(bottom), round(left), round(right))
-    if any(abs(edge - exact) > 1e-4 for edge, exact in zip(edges, (top, bottom, left, right), strict=True)):
-        return None
-    return edges
 
 
 def _cut(image: np.ndarray, box: tuple[int, int, int, int], item: WarpPass) -> np.ndarray:

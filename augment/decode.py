@@ -67,6 +67,7 @@ def decode_part(data: bytes, box: Box | None, *, scale: int = 1, max_pixels: int
     comes whole and at full scale, a very small JPEG at full scale. With a box, damage in what need not be decoded goes unnoticed.
     """
     if max_pixels is not None:
+        _check_scans(data)  # strangers' bytes: what calls itself baseline may have thousands of scans too
         height, width = image_size(data)
         if height * width > max_pixels:
             raise TooManyPixelsError(
@@ -85,12 +86,22 @@ def decode_part(data: bytes, box: Box | None, *, scale: int = 1, max_pixels: int
         raise ImageError(str(error)) from error
 
 
+def _check_scans(data: bytes) -> None:
+    try:
+        if is_jpeg(data):
+            jpeg.check_scans(data)
+    except JpegError as error:
+        raise ImageError(str(error)) from error
+
+
 def _plain_jpeg(data: bytes) -> jpeg.JpegHeader | None:
     """The header of a JPEG whose colours libjpeg-turbo turns to RGB; None for CMYK and for what is no JPEG."""
     if not is_jpeg(data):
         return None
     try:
         header = jpeg.read_header(data)
+        if not header.baseline:
+            jpeg.check_scans(data)
     except JpegError as error:
         raise ImageError(str(error)) from error
     return header if header.components in (1, 3) else None

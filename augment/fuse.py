@@ -29,6 +29,24 @@ class WarpPass:
     def is_perspective(self) -> bool:
         return self.matrix[6:] != (0.0, 0.0, 1.0)
 
+    def shows(self) -> tuple[int, int, int, int] | None:
+        """(top, bottom, left, right) of the input that an axis-aligned warp shows, where it lies on whole pixels; perhaps beyond the input.
+
+        Such a warp is a crop that was resized: it repeats the box's last pixels instead of looking beyond them.
+        """
+        a, b, c, d, e, f = self.matrix[:6]
+        if self.is_perspective:
+            return None
+        if abs(a) < _CLOSE and abs(e) < _CLOSE:  # turned by 90°
+            a, e, across, down = b, d, self.size[0], self.size[1]
+        elif abs(b) < _CLOSE and abs(d) < _CLOSE:
+            across, down = self.size[1], self.size[0]
+        else:
+            return None
+        exact = (*sorted((f, f + e * down)), *sorted((c, c + a * across)))
+        edges = (round(exact[0]), round(exact[1]), round(exact[2]), round(exact[3]))
+        return edges if all(abs(x - y) < 1e-4 for x, y in zip(edges, exact, strict=True)) else None
+
     def shrink(self) -> tuple[int, int]:
         """Powers of two (vertical, horizontal) by which the input is box-filtered first, against aliasing: less than twofold
         reduction is left to the bilinear resampling itself. In a perspective, the reduction in the middle decides."""
@@ -172,6 +190,9 @@ def _exact_color(op: type[ColorOp], args: Args) -> list[Pass]:
 def batch_steps(plans: Sequence[Plan]) -> list[list[Step]]:
     """For each plan, its steps that mix the batch."""
     return [[step for step in plan.steps if OPS[step.op].kind == "batch"] for plan in plans]
+
+
+_CLOSE = 1e-6
 
 
 def _power_of_two(reduction: float) -> int:

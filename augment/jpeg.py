@@ -21,18 +21,24 @@ SMALLEST_REDUCED = 16
 """Pixels of the shorter side below which a picture is not reduced: simplejpeg is asked for a size, which there fits several scales."""
 
 
+MOST_SCANS = 100
+"""Scans of a JPEG that is decoded: encoders make about ten, and each of a bomb's thousands costs a pass over all pixels."""
+
+
 class JpegError(ValueError):
     """The bytes are no JPEG that libjpeg-turbo decodes; the message says why."""
 
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """height, width: pixels as stored. components: 1 grey, 3 colour, 4 CMYK. exif: where `Exif` data start, −1 for none."""
+    """height, width: pixels as stored. components: 1 grey, 3 colour, 4 CMYK. exif: where `Exif` data start, −1 for none. baseline: one
+    scan, in order, is the rule."""
 
     height: int
     width: int
     components: int
     exif: int
+    baseline: bool
 
 
 @dataclass(frozen=True)
@@ -71,13 +77,20 @@ def read_header(data: bytes) -> JpegHeader:
             height, width = frame[1] << 8 | frame[2], frame[3] << 8 | frame[4]
             if not height or not width:
                 raise JpegError("damaged or truncated JPEG header (a side of 0 pixels)")
-            return JpegHeader(height, width, frame[5], exif)
+            return JpegHeader(height, width, frame[5], exif, marker in (0xC0, 0xC1))
         if marker in (0xD9, 0xDA) or length < 2:  # the picture's end or its data, and no frame before
             break
         if marker == 0xE1 and exif < 0 and data[place + 4 : place + 10] == b"Exif\x00\x00":
             exif = place + 4
         place += 2 + length
     raise JpegError("damaged or truncated JPEG header (no frame found)")
+
+
+def check_scans(data: bytes) -> None:
+    """JpegError for a JPEG of more than `MOST_SCANS` scans, counted by their markers, before libjpeg works through them."""
+    scans = data.count(b"\xff\xda")
+    if scans > MOST_SCANS:
+        raise JpegError(f"a JPEG of {scans:,} scans; at most {MOST_SCANS} are decoded")
 
 
 def decode_whole(data: bytes, header: JpegHeader, scale: int = 1) -> np.ndarray:

@@ -50,11 +50,19 @@ class Policy:
         return any(mixes_batch(op) for op in self.ops)
 
     def draw(
-        self, size: tuple[int, int], *, seed: int, epoch: int, index: int, to: tuple[int, int] | None = None
+        self,
+        size: tuple[int, int],
+        *,
+        seed: int,
+        epoch: int,
+        index: int,
+        to: tuple[int, int] | None = None,
+        repeat: int = 0,
     ) -> Plan:
         """The plan for one sample of `size` (height, width).
 
-        to: the size that the result shall have; a Resize to it follows the last geometric op, with which it fuses.
+        repeat: which of the sample's draws in this epoch (repeated augmentation). to: the size that the result shall have; a Resize
+        to it follows the last geometric op, with which it fuses.
         """
         steps: list[Step] = []
         current = size
@@ -64,7 +72,7 @@ class Policy:
         for place, (op, word) in enumerate(zip(self.ops, words, strict=True)):
             if place == resize_at:
                 current = _resize(steps, current, to)
-            drawn = op.steps(keyed_generator(seed, epoch, index, word), current, epoch)
+            drawn = op.steps(keyed_generator(seed, epoch, index, word, repeat), current, epoch)
             if moving[place]:
                 current = size_after(drawn, current)
             steps += drawn

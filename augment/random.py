@@ -26,8 +26,8 @@ def generator(seed: int, epoch: int, index: int, op: str) -> np.random.Generator
     return keyed_generator(seed, epoch, index, op_word(op))
 
 
-def keyed_generator(seed: int, epoch: int, index: int, word: int) -> np.random.Generator:
-    """`generator` for `op_word(op)` that was computed before."""
+def keyed_generator(seed: int, epoch: int, index: int, word: int, repeat: int = 0) -> np.random.Generator:
+    """`generator` for `op_word(op)` that was computed before. repeat: of a sample that is drawn several times in an epoch."""
     try:
         bit_generator, shared, state = _thread.philox
     except AttributeError:
@@ -36,7 +36,7 @@ def keyed_generator(seed: int, epoch: int, index: int, word: int) -> np.random.G
         state = bit_generator.state
         _thread.philox = (bit_generator, shared, state)
     inner: dict[str, Any] = state["state"]
-    inner["key"][:] = (index_of(seed) & _MASK, 0)
+    inner["key"][:] = (index_of(seed) & _MASK, repeat)
     # The first counter word counts the blocks drawn from this stream; the other three name it.
     inner["counter"][:] = (0, word, index_of(index) & _MASK, index_of(epoch) & _MASK)
     bit_generator.state = state

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelF1Score
 
 from models.classifier import Classifier, check_task, probabilities
-from models.losses import check_targets, classification_loss, soft_targets
+from models.losses import check_targets, classification_loss, consistency_loss, soft_targets
 from models.optim import check_optimizer, check_schedule, make_optimizer, warmup_schedule
 
 Mix = Callable[..., tuple[Tensor, Tensor]]
@@ -31,6 +31,8 @@ class ClassifierModule(lightning.LightningModule):
     Batches are dicts: `images` uint8 (B, 3, H, W), `targets` int64 (B,) or float32 (B, num_classes) for multilabel,
     `indices` int64 (B,), the samples' places in the data set. mix(images, targets, *, epoch, indices) → (images,
     targets) on the device, targets soft (B, num_classes), in training only. warmup: fraction of all steps.
+    consistency: above 0, training images are (B, 3, 3, H, W), three views of each picture; the loss is then that of the
+    first views plus this many times `consistency_loss`.
     class_weights: (num_classes,) for the training loss.
 
     Logs `lr`, `train_loss`, `train_accuracy`, `val_loss` and `monitor` once an epoch. Training figures are of the
@@ -55,6 +57,7 @@ class ClassifierModule(lightning.LightningModule):
         mix: Mix | None = None,
         channels_last: bool = False,
         class_weights: Tensor | None = None,
+        consistency: float = 0.0,
     ) -> None:
         super().__init__()
         check_task(task)
@@ -63,6 +66,7 @@ class ClassifierModule(lightning.LightningModule):
         self.classifier = classifier.to(memory_format=torch.channels_last) if channels_last else classifier
         self.task, self.num_classes, self.mix, self.channels_last = task, num_classes, mix, channels_last
         self.label_smoothing, self.warmup, self.schedule = label_smoothing, warmup, schedule
+        self.consistency = consistency
         self.make_optimizer = partial(
             make_optimizer, optimizer, classifier, lr=lr, weight_decay=weight_decay, momentum=momentum
         )
@@ -96,7 +100,11 @@ class ClassifierModule(lightning.LightningModule):
         targets = soft_targets(batch["targets"], self.num_classes, self.task)
         if self.mix is not None:
             images, targets = self.mix(images, targets, epoch=self.current_epoch, indices=indices)
-        logits = self.classifier(images)
+        if self.consistency:
+            views = self.classifier(images.transpose(0, 1).flatten(0, 1)).unflatten(0, (3, len(targets)))
+            logits = views[0]
+        else:
+            views, logits = None, self.classifier(images)
         loss = classification_loss(
             logits,
             targets,
@@ -104,6 +112,8 @@ class ClassifierModule(lightning.LightningModule):
             label_smoothing=self.label_smoothing,
             class_weights=self.class_weights,  # type: ignore[arg-type]
         )
+        if views is not None:
+            loss = loss + self.consistency * consistency_loss(views, task=self.task)
         self._count(loss.detach(), logits.detach(), targets)
         self._pending.append((self.global_step, loss.detach(), indices))
         if len(self._pending) >= (1 if loss.device.type == "cpu" else CHECK_EVERY):
@@ -158,7 +168,8 @@ class ClassifierModule(lightning.LightningModule):
 
     def _images(self, batch: Mapping[str, Tensor]) -> Tensor:
         images = batch["images"]
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+        channels_last = self.channels_last and images.ndim == 4
+        return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 
     def _count(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Add the batch to the epoch's totals, on the device. Right: the dominant label, or each label's decision."""

@@ -4,7 +4,6 @@ Reads `.safetensors`, and `.pt`/`.pth` without running what a pickle may carry. 
 """
 
 import logging
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ SUFFIXES = (".safetensors", ".pt", ".pth")
 # What torch.compile, DDP, other people's training modules and Refract's own Classifier and module put before the keys.
 _PREFIXES = ("_orig_mod.", "module.", "model.", "network.", "classifier.")
 # The classifier's normalisation in a bundle's weights; auxiliary heads, which are off here.
-_EXPENDABLE = frozenset({"mean", "std", "aux1", "aux2", "AuxLogits"})
+_EXPENDABLE = frozenset({"mean", "std", "mean_image", "whitening", "aux1", "aux2", "AuxLogits"})
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +77,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as err:
+    except (
+        Exception
+    ) as err:  # torch's readers of old formats stumble over damage in many ways; an OSError too says what it is
         raise ValueError(f"weights={str(path)!r} cannot be read as plain tensors: {err}") from err
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

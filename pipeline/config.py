@@ -22,13 +22,13 @@ class DataConfig:
         image_size: the network's input, pixels: one side of a square or [height, width].
         resize: outside training; crop keeps the ratio of the sides and takes the centre, squash takes the whole picture.
         crop_ratio: share of the shorter side that the centre crop takes, in (0, 1].
-        normalize: how the network zero-centres its input; fixed takes mean and std, data measures them on the training pictures, mean_image
-            subtracts the training pictures' mean picture, pca and zca whiten (small pictures only).
+        normalize: zero-centring by fixed mean and std, those of the data, its mean_image, or pca or zca whitening (small pictures).
         mean: of R, G, B in 0…1, for fixed; null takes the pretrained weights' own, else ImageNet's.
         std: as mean.
         val_share: share of the training pictures drawn for validation where the data has no `val` split.
         test_share: share drawn for the hold-out where the data has no `test` split.
         batch_size: pictures a step.
+        repeats: draws of each training picture beside each other in a batch; an epoch then takes 1/repeats of the pictures.
         workers: processes that load pictures; null chooses for this machine.
         on_bad_file: error stops before training; skip leaves unreadable files, and training pictures that are in val or test too, out.
     """
@@ -44,6 +44,7 @@ class DataConfig:
     val_share: float = 0.1
     test_share: float = 0.2
     batch_size: int = 64
+    repeats: int = 1
     workers: int | None = None
     on_bad_file: Literal["error", "skip"] = "error"
 
@@ -88,6 +89,7 @@ class OptimConfig:
         schedule: of the learning rate, by step.
         warmup: share of all steps in which the rate rises linearly, in [0, 1].
         label_smoothing: in [0, 1).
+        consistency: weight of the divergence between three views of each picture (12 in the paper of AugMix, which the policy must have).
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -97,6 +99,7 @@ class OptimConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: float = 0.1
     label_smoothing: float = 0.0
+    consistency: float = 0.0
 
 
 @dataclass
@@ -271,6 +274,7 @@ def _check(config: Config, where: str) -> None:
         ("data.val_share", data.val_share, 0 < data.val_share < 1, "in (0, 1)"),
         ("data.test_share", data.test_share, 0 < data.test_share < 1, "in (0, 1)"),
         ("data.batch_size", data.batch_size, data.batch_size >= 1, "at least 1"),
+        ("data.repeats", data.repeats, 1 <= data.repeats <= data.batch_size, "in 1…data.batch_size"),
         ("data.workers", data.workers, data.workers is None or data.workers >= 0, "at least 0, or null"),
         ("data.std", data.std, data.std is None or min(data.std) > 0, "positive"),
         ("optim.lr", optim.lr, optim.lr > 0, "positive"),
@@ -278,6 +282,7 @@ def _check(config: Config, where: str) -> None:
         ("optim.momentum", optim.momentum, 0 <= optim.momentum < 1, "in [0, 1)"),
         ("optim.warmup", optim.warmup, 0 <= optim.warmup <= 1, "in [0, 1]"),
         ("optim.label_smoothing", optim.label_smoothing, 0 <= optim.label_smoothing < 1, "in [0, 1)"),
+        ("optim.consistency", optim.consistency, 0 <= optim.consistency < float("inf"), "at least 0 and finite"),
         ("trainer.max_epochs", trainer.max_epochs, trainer.max_epochs >= 1, "at least 1"),
         ("trainer.seed", trainer.seed, 0 <= trainer.seed < 2**32, "in [0, 2**32)"),
         (

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from augment import Preprocess, decode
+from augment.decode import SUFFIXES
 from models.bundle import Golden
 from models.classifier import Classifier
 from pipeline.data.manifest import Sample
@@ -35,7 +36,8 @@ def _portable(sample: Sample) -> tuple[str, bytes]:
 
     data = sample.read()
     if len(data) <= LARGEST:
-        return Path(sample.path).suffix.lower(), data
+        suffix = Path(sample.path).suffix.lower()
+        return suffix if suffix in SUFFIXES else ".img", data
     pixels = decode(data)
     factor = min(1.0, 512 / max(pixels.shape[:2]))
     small = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,27 @@ class TrackingError(RuntimeError):
     """The tracking server cannot be used; the message says which and what to do."""
 
 
+class _StoreError(RuntimeError):
+    """MLflow's database could not be opened; the message is its own."""
+
+
+def _connected(connect: Callable[[], Any], attempts: int = 5) -> Any:
+    """`connect()`, again after a moment where the database fails: two first runs that both create its tables trip over each other."""
+    for attempt in range(1, attempts + 1):
+        try:
+            client = connect()
+            client.search_experiments(max_results=1)  # opens the database
+            return client
+        except Exception as error:
+            # MLflow lets its database layers' own errors through.
+            if type(error).__module__.partition(".")[0] not in ("alembic", "sqlalchemy", "sqlite3"):
+                raise
+            if attempt == attempts:
+                raise _StoreError(_first_line(error)) from error
+            time.sleep(attempt)
+    raise AssertionError("unreachable")
+
+
 class Tracker:
     """One MLflow run."""
 
@@ -30,11 +51,11 @@ class Tracker:
 
         self.uri = uri
         try:
-            self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            self._client = _connected(lambda: MlflowClient(tracking_uri=uri, registry_uri=uri))
             found = self._client.get_experiment_by_name(experiment)
             experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
             run = self._client.create_run(experiment_id, run_name=run_name)
-        except (MlflowException, OSError) as error:
+        except (MlflowException, OSError, _StoreError) as error:
             raise TrackingError(
                 f"MLflow at {uri} cannot be used: {_first_line(error)}. Set tracking.uri or "
                 "MLFLOW_TRACKING_URI, or train with --tracking.enabled false."

@@ -41,6 +41,10 @@ def train(config: Config, *, name: str = "run") -> Result:
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
     augmenter = Augmenter(config.augment.policy, config.trainer.seed, size=config.image_size())
+    if config.optim.consistency and (augmenter.mixes or not any(op.name == "AugMix" for op in augmenter.policy.ops)):
+        raise ConfigError(
+            "optim.consistency compares views that AugMix makes: the policy needs AugMix, and neither MixUp nor CutMix"
+        )
     preprocess = make_preprocess(config)
     manifest, fingerprint = prepare_data(config)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
@@ -69,6 +73,7 @@ def train(config: Config, *, name: str = "run") -> Result:
         label_smoothing=config.optim.label_smoothing,
         mix=augmenter.mix if augmenter.mixes else None,
         channels_last=True,
+        consistency=config.optim.consistency,
     )
     data = PictureData(
         manifest,
@@ -76,6 +81,8 @@ def train(config: Config, *, name: str = "run") -> Result:
         preprocess=preprocess,
         batch_size=config.data.batch_size,
         workers=config.data.workers,
+        repeats=config.data.repeats,
+        views=config.optim.consistency > 0,
     )
     run_dir = new_run_dir(config.trainer, name)
     log.info("run %s on %s, %s: %s", run_dir, device, precision, _described(manifest))

@@ -10,11 +10,13 @@ class Limits:
     """The largest request that is answered; anything larger is refused before it costs memory.
 
     max_body_bytes: of the HTTP body as sent (base64 and multipart framing count); max_pixels: height × width of one
-    picture, read from its header; max_images: pictures in one request. ValueError unless all are at least 1.
+    picture, read from its header; max_total_pixels: of all pictures of a request together; max_images: pictures in one
+    request. ValueError unless all are at least 1.
     """
 
     max_body_bytes: int = 20 * MIB
     max_pixels: int = 50_000_000
+    max_total_pixels: int = 100_000_000
     max_images: int = 64
 
     def __post_init__(self) -> None:

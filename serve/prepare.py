@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from augment.decode import ImageError, TooManyPixelsError
+from augment.decode import ImageError, TooManyPixelsError, image_size
 from augment.preprocess import Preprocess
 from serve.errors import RequestError
 from serve.limits import Limits
@@ -18,7 +18,22 @@ def prepare(content_type: str, body: bytes, preprocess: Preprocess, limits: Limi
     """The uint8 N×H×W×3 batch of the images in `body`. RequestError 4xx, naming the image where there are several."""
     images = images_in(content_type, body, max_images=limits.max_images)
     name: Callable[[int], str] = (lambda index: f"image {index}") if len(images) > 1 else (lambda _: "the image")
+    _check_total(images, limits)
     return np.stack([pixels(data, name(i), preprocess=preprocess, limits=limits) for i, data in enumerate(images)])
+
+
+def _check_total(images: list[bytes], limits: Limits) -> None:
+    """RequestError 413 where the headers together announce more pixels than one request may have decoded."""
+    total = 0
+    for data in images if len(images) > 1 else []:
+        try:
+            height, width = image_size(data)
+        except ImageError:
+            continue  # `pixels` tells which and why
+        total += height * width
+    if total > limits.max_total_pixels:
+        message = f"the images have {total:,} pixels together; at most {limits.max_total_pixels:,} in one request"
+        raise RequestError(413, "images_too_large", message)
 
 
 def pixels(data: bytes, name: str, *, preprocess: Preprocess, limits: Limits) -> np.ndarray:

@@ -8,6 +8,9 @@ import numpy as np
 
 from augment.plan import Step
 
+LARGEST = 1e9
+"""What a number in a policy may be where its own meaning sets no bound: more would leave what floating point tells apart."""
+
 LARGEST_SIDE = 32_767
 """Pixels; OpenCV's warps count in 16 bits."""
 
@@ -62,7 +65,12 @@ def between(rng: np.random.Generator, edges: Any) -> float:
 
 def number(name: str, value: Any, low: float, high: float) -> float:
     """A finite number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not low <= value <= high
+        or abs(value) > LARGEST
+    ):
         raise ValueError(f"{name}: {value!r} is not a number {_range(low, high)}")
     return value
 

@@ -29,9 +29,8 @@ def run(command: str, work: Callable[[], int]) -> int:
             return _failed(command, error, 1)
         raise
     except OSError as error:
-        if error.filename is None:
-            raise
-        return _failed(command, f"{error.filename}: {error.strerror}", 1)
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _failed(command, f"{where}{error.strerror or error}", 1)
 
 
 def bin_prefix() -> str:

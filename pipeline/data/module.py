@@ -17,15 +17,18 @@ from pipeline.data.manifest import DataError, Manifest, Sample
 Item = dict[str, Any]
 
 
-class TrainOrder(Sampler[tuple[int, int]]):
-    """(epoch, index) pairs in the epoch's own order.
+class TrainOrder(Sampler[tuple[int, int, int]]):
+    """(epoch, index, repeat) in the epoch's own order.
+
+    repeats: draws of each sample beside each other; an epoch keeps its length and so takes 1/repeats of the samples (repeated
+    augmentation: Hoffer et al. 2020, arXiv:1901.09335).
 
     The epoch travels with the index, so that a worker process needs no state: it augments what it is asked for. Lightning calls
     `set_epoch`; `start` skips that many samples of the next pass, to go on in the middle of an epoch.
     """
 
-    def __init__(self, count: int, *, seed: int, start: int = 0) -> None:
-        self.count, self.seed, self.start, self.epoch = count, seed, start, 0
+    def __init__(self, count: int, *, seed: int, start: int = 0, repeats: int = 1) -> None:
+        self.count, self.seed, self.start, self.repeats, self.epoch = count, seed, start, repeats, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -33,25 +36,28 @@ class TrainOrder(Sampler[tuple[int, int]]):
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
         order = generator(self.seed, self.epoch, 0, "order").permutation(self.count).tolist()
-        return ((self.epoch, i) for i in order[self.start :])
+        return ((self.epoch, order[k // self.repeats], k % self.repeats) for k in range(self.start, self.count))
 
 
 class TrainPictures(Dataset[Item]):
-    """Augmented training pictures, by (epoch, index)."""
+    """Augmented training pictures, by (epoch, index, repeat). views: three of each, 3×3×H×W, as `Augmenter.views`."""
 
-    def __init__(self, samples: Sequence[Sample], augmenter: Augmenter, targets: np.ndarray) -> None:
-        self.samples, self.augmenter, self.targets = samples, augmenter, targets
+    def __init__(
+        self, samples: Sequence[Sample], augmenter: Augmenter, targets: np.ndarray, *, views: bool = False
+    ) -> None:
+        self.samples, self.augmenter, self.targets, self.views = samples, augmenter, targets, views
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
-        epoch, index = key
-        sample = self.samples[index]
-        image = _named(sample, lambda data: self.augmenter(data, epoch=epoch, index=index))
-        return {"images": _to_tensor(image), "targets": self.targets[index], "indices": index}
+    def __getitem__(self, key: tuple[int, int, int]) -> Item:
+        epoch, index, repeat = key
+        augment = self.augmenter.views if self.views else self.augmenter
+        image = _named(self.samples[index], lambda data: augment(data, epoch=epoch, index=index, repeat=repeat))
+        images = torch.stack([_to_tensor(view) for view in image]) if self.views else _to_tensor(image)
+        return {"images": images, "targets": self.targets[index], "indices": index}
 
 
 class Pictures(Dataset[Item]):
@@ -82,15 +88,18 @@ class PictureData(lightning.LightningDataModule):
         preprocess: Preprocess,
         batch_size: int,
         workers: int | None = None,
+        repeats: int = 1,
+        views: bool = False,
     ) -> None:
-        """workers: None takes none for a small data set in memory, else one for each core, at most 8."""
+        """repeats, views: of the training pictures, see `TrainOrder` and `TrainPictures`. workers: None takes none for a small data set
+        in memory, else one for each core, at most 8."""
         super().__init__()
         if workers is None:
             workers = 0 if manifest.samples[0].data is not None else min(8, os.cpu_count() or 1)
         self.manifest, self.preprocess, self.batch_size, self.workers = manifest, preprocess, batch_size, workers
         train = manifest.of("train")
-        self.train_set = TrainPictures(train, augmenter, targets_of(train, manifest))
-        self.order = TrainOrder(len(train), seed=augmenter.seed)
+        self.train_set = TrainPictures(train, augmenter, targets_of(train, manifest), views=views)
+        self.order = TrainOrder(len(train), seed=augmenter.seed, repeats=repeats)
         self.pin = torch.cuda.is_available()
 
     def train_dataloader(self) -> DataLoader[Item]:

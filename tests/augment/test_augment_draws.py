@@ -151,3 +151,21 @@ def test_a_plan_whose_numbers_do_not_fit_is_refused(step: dict) -> None:
 def test_what_is_neither_bytes_nor_an_array_is_refused(image) -> None:
     with pytest.raises(ImageError, match="expected encoded bytes or a uint8 array"):
         Augmenter("none")(image, epoch=0, index=0)
+
+
+def test_repeats_draw_differently_and_repeat_zero_is_the_plain_draw() -> None:
+    augmenter = Augmenter("imagenet", seed=7)
+    plans = [augmenter.draw((60, 80), epoch=0, index=1, repeat=k) for k in range(4)]
+    assert plans[0] == augmenter.draw((60, 80), epoch=0, index=1)
+    assert len({plan.to_json() for plan in plans}) == 4
+
+
+def test_views_differ_in_augmix_alone() -> None:
+    augmenter = Augmenter([{"RandomCrop": {"size": 40}}, "HorizontalFlip", {"AugMix": {"severity": 8}}], seed=2)
+    plain = Augmenter([{"RandomCrop": {"size": 40}}, "HorizontalFlip"], seed=2)
+    for index in range(6):
+        views = augmenter.views(PHOTO, epoch=1, index=index)
+        assert views.shape == (3, 40, 40, 3)
+        np.testing.assert_array_equal(views[0], plain(PHOTO, epoch=1, index=index))
+        np.testing.assert_array_equal(views[1], augmenter(PHOTO, epoch=1, index=index))
+        assert not np.array_equal(views[1], views[2])

@@ -90,6 +90,21 @@ def test_both_executors_draw_the_same_picture(name: str) -> None:
     assert np.abs(single.astype(int) - together).mean((1, 2, 3)).max() <= 1.0
 
 
+@pytest.mark.parametrize(
+    "policy", [[{"RandomResizedCrop": {"size": 48, "scale": [0.1, 1.0]}}, "HorizontalFlip"], ["Rot90"], []]
+)
+def test_both_executors_enlarge_alike(policy: list) -> None:
+    """A crop that is enlarged repeats its last pixels, in both; here the largest difference counts, not the mean."""
+    augmenter = Augmenter(policy, seed=3, size=(50, 61))
+    images = [np.random.default_rng(i).integers(0, 256, (30, 40, 3), dtype=np.uint8) for i in range(40)]
+    plans = [augmenter.draw((30, 40), epoch=0, index=i) for i in range(40)]
+    single = np.stack([augmenter.apply(plan, image) for plan, image in zip(plans, images, strict=True)])
+    together = batch.run(plans, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(single.astype(int) - together).max() <= 2
+    white = torch.full((1, 3, 30, 40), 255, dtype=torch.uint8)
+    assert batch.run(plans[:1], white).min() == 255
+
+
 def test_batch_executor_handles_samples_that_drew_different_ops() -> None:
     policy = [
         "HorizontalFlip",

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.losses import classification_loss, soft_targets
+from models.losses import classification_loss, consistency_loss, soft_targets
 
 # softmax of (0, log 2, log 5) is (1/8, 2/8, 5/8).
 LOGITS = torch.tensor([[0.0, math.log(2), math.log(5)]])
@@ -91,3 +91,17 @@ def test_bad_parameters_are_named() -> None:
         classification_loss(LOGITS, torch.tensor([1]), task="multiclass", class_weights=torch.ones(2))
     with pytest.raises(ValueError, match="task='multi'"):
         classification_loss(LOGITS, torch.tensor([1]), task="multi")
+
+
+def test_consistency_is_the_jensen_shannon_divergence() -> None:
+    logits = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    p = logits.softmax(-1).double()
+    middle = p.mean(0)
+    expected = (p * (p / middle).log()).sum(-1).mean()
+    assert float(consistency_loss(logits, task="multiclass")) == pytest.approx(float(expected), rel=1e-5)
+    assert float(consistency_loss(logits[:1].expand(3, 5, 4), task="multiclass")) == pytest.approx(0, abs=1e-6)
+    apart = torch.eye(3).unsqueeze(1) * 1000
+    assert float(consistency_loss(apart, task="multiclass")) == pytest.approx(math.log(3), rel=1e-5)
+    yes_no = torch.stack([logits.sigmoid(), 1 - logits.sigmoid()], -1).double()
+    expected = (yes_no * (yes_no / yes_no.mean(0)).log()).sum(-1).mean()
+    assert float(consistency_loss(logits, task="multilabel")) == pytest.approx(float(expected), rel=1e-4)

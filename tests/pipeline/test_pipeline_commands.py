@@ -24,7 +24,7 @@ from models.networks import build
 from pipeline.commands.demo import served
 from pipeline.config import Config, ConfigError, DataConfig
 from pipeline.data.manifest import DataError
-from pipeline.data.module import PictureData
+from pipeline.data.module import PictureData, TrainOrder
 from pipeline.scoring import score
 from pipeline.training import fit, make_preprocess, measured, prepare_data
 from refract import COMMANDS
@@ -249,6 +249,26 @@ def test_normalisation_measured_on_the_training_pictures_is_served(
     normalised = bundle.classifier().normalise(images)
     assert normalised.mean().abs() < 1e-3, "zero-centred"
     assert "accuracy" in refract("evaluate", "runs/n/bundle", "pictures").stdout
+
+
+@pytest.mark.slow
+def test_repeated_augmentation_and_consistency_train(refract: Run, workplace: Path) -> None:
+    policy = '["HorizontalFlip", {"AugMix": {"severity": 3}}]'
+    refract("train", "pictures.yaml", "--trainer.run_name", "views", "--augment.policy", policy, "--optim.consistency", 12,
+            "--data.repeats", 2, "--data.batch_size", 8, "--trainer.max_epochs", 1, "--tracking.enabled", "false",
+            "--data.workers", 1)  # fmt: skip
+    assert load_bundle(workplace / "runs" / "views" / "bundle").info.config["optim"]["consistency"] == 12
+    told = refract("train", "pictures.yaml", "--optim.consistency", 12, code=2).stderr
+    assert "the policy needs AugMix, and neither MixUp nor CutMix" in told
+
+
+def test_repeats_stand_beside_each_other() -> None:
+    order = TrainOrder(10, seed=3, repeats=3)
+    keys = list(order)
+    assert len(keys) == 10 and [key[2] for key in keys] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    assert len({key[1] for key in keys[:3]}) == 1 and len({key[1] for key in keys}) == 4
+    resumed = TrainOrder(10, seed=3, repeats=3, start=4)
+    assert list(resumed) == keys[4:]
 
 
 def test_whitening_of_large_pictures_is_refused(folder: Path) -> None:
