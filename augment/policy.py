@@ -118,6 +118,8 @@ def presets() -> list[str]:
 def _from_name_or_file(name: str) -> Policy:
     import yaml
 
+    from augment.yaml_text import read_yaml
+
     if name in presets():
         where, text = (
             f"preset {name}",
@@ -135,7 +137,7 @@ def _from_name_or_file(name: str) -> Policy:
         except (OSError, UnicodeDecodeError) as error:
             raise PolicyError(f"{where}: cannot be read as UTF-8 text: {error}") from error
     try:
-        entries = yaml.safe_load(text)
+        entries = read_yaml(text)
     except yaml.YAMLError as error:
         raise PolicyError(f"{where}: not valid YAML: {error}") from error
     return _policy([] if entries is None else entries, where)

@@ -211,8 +211,10 @@ def help_text() -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
+    from augment.yaml_text import read_yaml
+
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = read_yaml(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file; `refract init FOLDER -o {path}` writes one") from error
     except (OSError, UnicodeDecodeError) as error:

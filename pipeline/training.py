@@ -46,7 +46,7 @@ def train(config: Config, *, name: str = "run") -> Result:
             "optim.consistency compares views that AugMix makes: the policy needs AugMix, and neither MixUp nor CutMix"
         )
     preprocess = make_preprocess(config)
-    manifest, fingerprint = prepare_data(config)
+    manifest, identity = prepare_data(config)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
     network = _build(build, config.model, len(manifest.labels), config.image_size())
     preprocess, arrays = measured(config, preprocess, manifest)
@@ -90,22 +90,25 @@ def train(config: Config, *, name: str = "run") -> Result:
         with track(config.tracking, run_dir.name, config.to_dict()) as tracker:
             _write_yaml(run_dir / "config.yaml", config.to_dict())
             history = fit(module, data, config, run_dir, device, precision, tracker)
-            return _finish(config, manifest, fingerprint, data, module, run_dir, history, tracker)
+            return _finish(config, manifest, identity, data, module, run_dir, history, tracker)
     except TrackingError:
         if not any(run_dir.iterdir()):  # nothing was done: the name is free again
             run_dir.rmdir()
         raise
 
 
-def prepare_data(config: Config) -> tuple[Any, str]:
-    """(the checked and split manifest, its fingerprint). DataError lists what is wrong with the data."""
-    from pipeline.data.check import check_classes, drop_bad, drop_shared, scan
+def prepare_data(config: Config) -> tuple[Any, dict[str, str]]:
+    """(the checked and split manifest, what it is known by again: its `content` and, with the splits, its `fingerprint`). DataError lists
+    what is wrong with the data."""
+    from pipeline.data.check import check_classes, drop_bad, drop_contradictory, drop_shared, scan
     from pipeline.data.manifest import load_manifest
     from pipeline.data.splits import draw_splits
 
     manifest = load_manifest(config.data.source, config.data.task)
     found = scan(manifest.samples)
     manifest = drop_bad(manifest, found, config.data.on_bad_file)
+    content = found.content(manifest)
+    manifest = drop_contradictory(manifest, found, config.data.on_bad_file)
     manifest = draw_splits(
         manifest,
         found.hashes,
@@ -118,7 +121,7 @@ def prepare_data(config: Config) -> tuple[Any, str]:
         log.warning("data: %s", warning)
     if found.bad:
         log.warning("data: left out %d unreadable pictures", len(found.bad))
-    return manifest, found.fingerprint(manifest)
+    return manifest, {"fingerprint": found.fingerprint(manifest), "content": content}
 
 
 def make_preprocess(config: Config) -> Any:
@@ -231,7 +234,14 @@ def fit(
 
 
 def _finish(
-    config: Config, manifest: Any, fingerprint: str, data: Any, module: Any, run_dir: Path, history: list, tracker: Any
+    config: Config,
+    manifest: Any,
+    identity: dict[str, str],
+    data: Any,
+    module: Any,
+    run_dir: Path,
+    history: list,
+    tracker: Any,
 ) -> Result:
     from models.bundle import BundleInfo, save_bundle
     from pipeline.data.splits import write_splits
@@ -253,7 +263,7 @@ def _finish(
         thresholds=tuple([0.5] * len(manifest.labels)) if manifest.task == "multilabel" else (),
         metrics=evaluation.metrics,
         data={
-            "fingerprint": fingerprint,
+            **identity,
             "source": manifest.source,
             "counts": {s: manifest.counts(s) for s in manifest.splits()},
         },

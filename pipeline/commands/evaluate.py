@@ -30,9 +30,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     bundle = load_bundle(args.bundle)
     info = bundle.info
     manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "auto")
-    if "test" not in manifest.splits() and manifest.source == info.data.get("source"):
-        manifest = _as_trained(info)
-        print("these are the pictures that the bundle was trained on; measuring its own hold-out")
+    if "test" not in manifest.splits():
+        manifest = _held_out(info, manifest)
     samples = relabelled(manifest, info.labels)
     split = args.split or ("test" if "test" in manifest.splits() else None)
     if split is not None:
@@ -68,12 +67,32 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _as_trained(info):
-    """The training data, split as it was: without this, what was learned by heart would count as known."""
+def _held_out(info, manifest):
+    """The data as they were split for training where these are the training data: what was learned by heart must not count as known.
+
+    They are known by their content. DataError where they lie where the training data lay but are others now: which of them were trained on
+    cannot be told any more.
+    """
     from pipeline.config import config_from_dict
+    from pipeline.data.check import drop_bad, scan
+    from pipeline.data.manifest import DataError
     from pipeline.training import prepare_data
 
-    return prepare_data(config_from_dict(info.config))[0]
+    config = config_from_dict(info.config)
+    config.data.source = manifest.source
+    found = scan(manifest.samples)
+    readable = drop_bad(manifest, found, "skip")
+    if found.content(readable) == info.data.get("content"):
+        print("these are the pictures that the bundle was trained on; measuring its own hold-out")
+        split, identity = prepare_data(config)
+        if identity["fingerprint"] == info.data.get("fingerprint"):
+            return split
+    elif Path(manifest.source).resolve() != Path(info.data.get("source", "")).resolve():
+        return manifest
+    raise DataError(
+        f"{manifest.source}: has changed since the bundle was trained on it, so its hold-out cannot be told from what was trained on. "
+        "Measure on the run's splits.csv, which remembers, or on other pictures."
+    )
 
 
 def relabelled(manifest, labels):

@@ -20,6 +20,11 @@ class Scan:
     hashes: dict[str, str]
     bad: dict[str, str]
 
+    def content(self, manifest: Manifest) -> str:
+        """SHA-256 over every sample's content and labels, however it is split."""
+        lines = sorted(f"{self.hashes[s.path]} {[manifest.labels[i] for i in s.labels]}" for s in manifest.samples)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
     def fingerprint(self, manifest: Manifest) -> str:
         """SHA-256 over every sample's content, labels and split; the same wherever the files lie, and in whatever order."""
         lines = sorted(
@@ -76,6 +81,25 @@ def drop_shared(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
     # The most held-out split keeps its copy.
     kept = {digest: max(where, key=SPLITS.index) for digest, where in shared.items()}
     return manifest.with_samples([s for s in manifest.samples if kept.get(found.hashes[s.path], s.split) == s.split])
+
+
+def drop_contradictory(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
+    """The manifest without pictures whose copies carry other labels; DataError lists them under `error`."""
+    labels: dict[str, dict[tuple[int, ...], str]] = defaultdict(dict)
+    for sample in manifest.samples:
+        labels[found.hashes[sample.path]].setdefault(tuple(sorted(sample.labels)), sample.path)
+    torn = {digest: where for digest, where in labels.items() if len(where) > 1}
+    if torn and on_bad_file == "error":
+        named = (
+            " = ".join(f"{path} ({';'.join(manifest.labels[i] for i in own) or '-'})" for own, path in where.items())
+            for where in torn.values()
+        )
+        raise DataError(
+            f"{manifest.source}: {len(torn)} pictures have copies with other labels, and cannot be both:\n"
+            + _listed(named)
+            + "\nMend the labels, or leave these pictures out with --data.on_bad_file skip."
+        )
+    return manifest.with_samples([sample for sample in manifest.samples if found.hashes[sample.path] not in torn])
 
 
 def check_classes(manifest: Manifest) -> list[str]:

@@ -113,6 +113,12 @@ def _from_folder(root: Path, task: str) -> Manifest:
             "manifest (CSV with the columns path,label)."
         )
     labels = tuple(sorted({folder.name for _, folder in classes}))
+    odd = [label for label in labels if ";" in label or label != label.strip()]
+    if odd:
+        raise DataError(
+            f"{root}: the class folder {odd[0]!r} cannot be a label: `;` separates labels in manifests, and blanks at the ends are lost "
+            "there; rename it"
+        )
     index = {label: i for i, label in enumerate(labels)}
     samples, empty, ignored = [], [], []
     for split, folder in classes:

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from augment import Augmenter, ImageError, decode, image_size, jpeg
+from augment import Augmenter, ImageError, Plan, Step, decode, image_size, jpeg
 from augment.decode import decode_part
+from augment.fuse import fuse
 from augment.jpeg import SCALES, JpegError, decode_whole, read_header
 
 CODINGS = [("RGB", subsampling, progressive) for subsampling in (0, 1, 2) for progressive in (False, True)]
@@ -133,3 +134,57 @@ def test_header_with_fill_bytes_comments_and_a_late_frame() -> None:
     data = encoded(photo(30, 50), comment=b"x" * 5000, exif=Image.Exif().tobytes() or b"", icc_profile=b"p" * 70_000)
     filled = data[:2] + b"\xff\xff" + data[2:]
     assert (read_header(data).height, read_header(filled).width) == (30, 50)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_they_are_worked_through() -> None:
+    data = encoded(photo(64, 64), progressive=True)
+    last = data.rindex(b"\xff\xda")
+    bomb = data[:-2] + data[last:-2] * 2000 + b"\xff\xd9"
+    assert image_size(data) == (64, 64)
+    with pytest.raises(ImageError, match=r"2,0\d\d scans; at most 100"):
+        decode(bomb)
+    baseline = encoded(photo(64, 64))
+    hidden = baseline[:-2] + b"\xff\xda\x00\x02" * 200 + b"\xff\xd9"
+    with pytest.raises(ImageError, match="scans"):
+        decode(hidden, max_pixels=10**6)
+
+
+def test_what_a_warp_reads_is_there_to_its_edges() -> None:
+    """A rotation of a crop reads around the crop's edges: with too small a part its corners would be fill."""
+    array = np.full((300, 300, 3), 200, np.uint8)
+    flat = encoded(array)
+    turned = [{"RandomCrop": {"size": 60}}, {"Rotate": {"degrees": [-30, 30]}}, {"RandomScale": {"scale": [0.1, 2.5]}}]
+    augmenter, seen = Augmenter(turned), 0
+    for index in range(100):
+        plan = augmenter.draw((300, 300), epoch=0, index=index)
+        top, left, height, width = fuse(plan)[0].footprint((300, 300))
+        if top > 0 and left > 0 and top + height < 300 and left + width < 300:
+            seen += 1
+            assert augmenter.apply(plan, flat).min() >= 198
+            assert augmenter.apply(plan, array).min() == 200
+    assert seen > 20
+
+
+def test_damage_inside_a_part_is_refused() -> None:
+    data = bytearray(encoded(photo(200, 200)))
+    start = data.index(b"\xff\xda") + 400
+    data[start : start + 40] = b"\xff\xd0" * 20  # restart markers where none belong
+    with pytest.raises(ImageError, match="damaged or truncated JPEG"):
+        decode_part(bytes(data), (100, 0, 100, 200))
+
+
+@given(st.floats(-60, 60), st.floats(0.2, 4.0), st.integers(0, 200), st.integers(0, 200))
+@settings(max_examples=100, deadline=None)
+def test_a_footprint_holds_every_pixel_that_is_interpolated(angle: float, scale: float, top: int, left: int) -> None:
+    steps = (
+        Step("RandomCrop", {"box": [top, left, 40, 50], "size": [40, 50]}),
+        Step("Affine", {"angle": angle, "scale": 1.0}),
+        Step("RandomScale", {"box": [0, 0, 40, 50], "size": [max(1, round(40 * scale)), max(1, round(50 * scale))]}),
+    )
+    (item,) = fuse(Plan((240, 250), steps))
+    a, b, c, d, e, f = item.matrix[:6]
+    y, x = np.mgrid[: item.size[0], : item.size[1]] + 0.5
+    rows, columns = np.floor(d * x + e * y + f - 0.5), np.floor(a * x + b * y + c - 0.5)
+    box_top, box_left, height, width = item.footprint((240, 250))
+    assert box_top <= max(0, rows.min()) and box_left <= max(0, columns.min())
+    assert box_top + height > min(239, rows.max() + 1) and box_left + width > min(249, columns.max() + 1)

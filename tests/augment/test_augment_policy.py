@@ -24,6 +24,8 @@ from augment.policy import presets
         ([{"PadAndCrop": {"border": "mirror"}}], "border: 'mirror' is not one of constant, edge, reflect"),
         ([{"GaussianNoise": {"sigma": float("nan")}}], "sigma: nan is not a number"),
         ([{"MixUp": {"alpha": 0}}], "alpha: 0 is not positive"),
+        ([{"ColorJitter": {"brightness": float("inf")}}], "brightness: inf is not a number"),
+        ([{"ColorJitter": {"contrast": [0, 10**400]}}], "is not a number"),
         ([{"RandomErasing": {"value": "noise"}}], "value: 'noise' is neither random"),
         ([{"Rotate": {}, "Resize": {"size": 3}}], "one op's name"),
         ([{"Rotate": 5}], "parameters are a mapping"),
@@ -43,6 +45,9 @@ def test_yaml_file(tmp_path: Path) -> None:
     assert load_policy(file) == load_policy(["HorizontalFlip", {"Rotate": {"degrees": [5, 10]}}])
     file.write_text("- Rotate: {degrees: [5, 10}\n")
     with pytest.raises(PolicyError, match="mine.yaml: not valid YAML"):
+        load_policy(file)
+    file.write_text("- Rotate: {degrees: 5, degrees: 10}\n")
+    with pytest.raises(PolicyError, match="the key 'degrees' comes twice"):
         load_policy(file)
     file.write_text("- Rotat: {}\n")
     with pytest.raises(PolicyError, match="mine.yaml, op 1: no op is called 'Rotat'"):

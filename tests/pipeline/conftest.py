@@ -3,25 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
-
-COLORS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 50)}
-
-
-def picture(label: str, number: int, side: int = 24) -> np.ndarray:
-    """A noisy patch of the label's colour; every number is another picture."""
-    noise = np.random.default_rng([number, *label.encode()]).normal(0, 25, (side, side + number % 5, 3))
-    return np.clip(np.array(COLORS[label]) + noise, 0, 255).astype(np.uint8)
-
-
-def write_picture(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(path), pixels[:, :, ::-1])
+from small_data import COLORS, Run, picture, write_picture
 
 
 @pytest.fixture
@@ -32,9 +17,6 @@ def folder(tmp_path: Path) -> Path:
         for number in range(20):
             write_picture(root / label / f"{number:02}.jpg", picture(label, number))
     return root
-
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture

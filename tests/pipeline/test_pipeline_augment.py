@@ -5,7 +5,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from conftest import Run
+from small_data import Run
 
 from augment import Augmenter
 from augment.ops import OPS

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import COLORS, Run, picture, write_picture
 from mlflow import MlflowClient
+from small_data import COLORS, Run, picture, write_picture
 
 from augment import Augmenter, Preprocess
 from models.bundle import load_bundle
@@ -25,6 +25,7 @@ from pipeline.commands.demo import served
 from pipeline.config import Config, ConfigError, DataConfig
 from pipeline.data.manifest import DataError
 from pipeline.data.module import PictureData, TrainOrder
+from pipeline.evaluation import _single_label
 from pipeline.scoring import score
 from pipeline.training import fit, make_preprocess, measured, prepare_data
 from refract import COMMANDS
@@ -130,6 +131,17 @@ def test_evaluate_measures_the_runs_own_hold_out(refract: Run, workplace: Path) 
     assert "its own hold-out" in done.stdout and report["pictures"] == 24  # 20 % of 120
     assert report["metrics"] == load_bundle(workplace / "runs" / "r1" / "bundle").info.metrics
     assert np.trace(report["confusion"]) / 24 == report["metrics"]["accuracy"]
+
+
+def test_evaluate_knows_the_training_pictures_by_their_content(refract: Run, workplace: Path) -> None:
+    (workplace / "pictures").rename(workplace / "moved")
+    assert "its own hold-out" in refract("evaluate", "runs/r1/bundle", workplace / "moved").stdout
+    write_picture(workplace / "moved" / "red" / "new.jpg", picture("red", 999))
+    assert "on 121 pictures" in refract("evaluate", "runs/r1/bundle", "moved").stdout, "other pictures, all of them"
+    (workplace / "moved").rename(workplace / "pictures")
+    for name in ("pictures", workplace / "pictures"):
+        told = refract("evaluate", "runs/r1/bundle", name, code=2).stderr
+        assert "has changed since the bundle was trained on it" in told and "splits.csv" in told
 
 
 def test_evaluate_refuses_labels_it_does_not_know(refract: Run, workplace: Path) -> None:
@@ -249,6 +261,37 @@ def test_normalisation_measured_on_the_training_pictures_is_served(
     normalised = bundle.classifier().normalise(images)
     assert normalised.mean().abs() < 1e-3, "zero-centred"
     assert "accuracy" in refract("evaluate", "runs/n/bundle", "pictures").stdout
+
+
+def test_the_best_epochs_weights_are_kept_and_a_tie_goes_to_the_later(folder: Path, tmp_path: Path) -> None:
+    scores, weights = [0.2, 0.9, 0.9, 0.5], []
+
+    class Told(ClassifierModule):
+        def on_validation_epoch_end(self) -> None:
+            self.log("val_accuracy", torch.tensor(scores[len(weights)]))
+            weights.append({key: value.clone() for key, value in self.classifier.state_dict().items()})
+
+    config = Config(data=DataConfig(source=str(folder), workers=0))
+    config.trainer.max_epochs = len(scores)
+    manifest, _ = prepare_data(config)
+    classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.2,) * 3)
+    module = Told(classifier, task="multiclass", num_classes=3)
+    data = PictureData(
+        manifest, augmenter=Augmenter("none", size=32), preprocess=Preprocess(32, 32), batch_size=16, workers=0
+    )
+    history = fit(module, data, config, tmp_path / "run", "cpu", "32-true", None)
+    assert [round(row["val_accuracy"], 3) for row in history] == scores
+    kept = module.classifier.state_dict()
+    assert all(torch.equal(kept[key], value) for key, value in weights[2].items())
+    assert not all(torch.equal(kept[key], value) for key, value in weights[3].items())
+
+
+def test_top_five_counts_the_five_best() -> None:
+    given = np.tile(np.arange(8) / 28, (3, 1))
+    result = _single_label(given, np.array([7, 3, 2]), [str(i) for i in range(8)])
+    assert result.metrics["top5_accuracy"] == pytest.approx(2 / 3) and result.metrics["accuracy"] == pytest.approx(
+        1 / 3
+    )
 
 
 @pytest.mark.slow

@@ -9,13 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import COLORS, picture, write_picture
+from small_data import COLORS, picture, write_picture
 
 from augment import Augmenter, Preprocess
+from models.classifier import Classifier
+from models.networks import build
 from pipeline.config import Config
-from pipeline.data.manifest import DataError, load_manifest
+from pipeline.data.manifest import DataError, Sample, load_manifest
 from pipeline.data.module import PictureData
 from pipeline.data.splits import write_splits
+from pipeline.golden import make_goldens
 from pipeline.training import prepare_data
 
 
@@ -252,3 +255,38 @@ def test_multilabel_targets(folder: Path) -> None:
     targets = next(iter(data.val_dataloader()))["targets"]
     assert targets.dtype == torch.float32
     np.testing.assert_array_equal(targets.numpy(), [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]])
+
+
+def test_copies_with_other_labels_are_refused_or_left_out(folder: Path) -> None:
+    shutil.copy(folder / "red" / "03.jpg", folder / "blue" / "copy.jpg")
+    with pytest.raises(
+        DataError, match=r"1 pictures have copies with other labels.*\n.*\((blue|red)\) = .*\((blue|red)\)"
+    ):
+        prepare_data(config_of(folder))
+    manifest, _ = prepare_data(config_of(folder, on_bad_file="skip"))
+    assert manifest.counts() == {"blue": 20, "green": 20, "red": 19}
+
+
+@pytest.mark.parametrize("name", ["a;b", " blank"])
+def test_a_class_folder_that_no_manifest_could_name_is_refused(folder: Path, name: str) -> None:
+    (folder / "red").rename(folder / name)
+    with pytest.raises(DataError, match=f"class folder '{name}' cannot be a label"):
+        load_manifest(folder)
+
+
+def test_a_class_of_three_has_one_picture_in_each_split(tmp_path: Path) -> None:
+    for label in COLORS:
+        for number in range(3):
+            write_picture(tmp_path / "few" / label / f"{number}.jpg", picture(label, number))
+    manifest, _ = prepare_data(config_of(tmp_path / "few"))
+    for split in ("train", "val", "test"):
+        assert set(manifest.counts(split).values()) == {1}
+
+
+def test_golden_pictures_of_odd_suffixes_have_plain_names(folder: Path, tmp_path: Path) -> None:
+    classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.2,) * 3).eval()
+    shutil.copy(folder / "red" / "00.jpg", tmp_path / "x.jpg(1)")
+    goldens = make_goldens(
+        classifier, Preprocess(32, 32), [Sample(str(tmp_path / "x.jpg(1)"), (0,))], task="multiclass"
+    )
+    assert [golden.name for golden in goldens] == ["00.img"]

@@ -5,7 +5,9 @@ import socket
 import struct
 import zlib
 
+import numpy as np
 import pytest
+import simplejpeg
 
 from serve.app import create_app
 from serve.limits import Limits
@@ -160,3 +162,29 @@ def test_unknown_path_and_method(client):
     check(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == "POST"
     check(client.post("/livez"), 405, "method_not_allowed")
+
+
+def test_the_pixels_of_a_request_are_limited_together(bundle, serving) -> None:
+    limits = Limits(max_pixels=1_000_000, max_total_pixels=1_500_000)
+    files = [("file", ("a.png", png_header(1_000, 800), "image/png"))] * 2
+    with serving(create_app(bundle, limits=limits)) as client:
+        message = check(client.post("/v1/predict", files=files), 413, "images_too_large")
+    assert "1,600,000 pixels together; at most 1,500,000" in message
+
+
+def test_default_limits_refuse_what_a_server_could_not_bear(bundle, serving) -> None:
+    with serving(create_app(bundle)) as client:
+        for width, height in ((10_000, 6_000), (60_000, 60_000)):
+            headers = {"content-type": "image/png"}
+            check(
+                client.post("/v1/predict", content=png_header(width, height), headers=headers), 413, "image_too_large"
+            )
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(client) -> None:
+    data = simplejpeg.encode_jpeg(np.full((64, 64, 3), 90, np.uint8))
+    bomb = data[:-2] + b"\xff\xda\x00\x02" * 500 + data[-2:]
+    message = check(
+        client.post("/v1/predict", content=bomb, headers={"content-type": "image/jpeg"}), 400, "invalid_image"
+    )
+    assert "scans" in message

@@ -1,0 +1,25 @@
+"""YAML as users write it: plain values only, and a key that comes twice is an error, not a silent loss of the first."""
+
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} comes twice", key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """The values of a YAML text. yaml.YAMLError, with line and column, for text that is none and for a key that comes twice."""
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
