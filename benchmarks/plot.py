@@ -1,6 +1,6 @@
 """Draws docs/speed.png from the committed results: the recipes beside their peers, and each op beside the fastest one.
 
-    python -m benchmarks.plot
+python -m benchmarks.plot
 """
 
 import json
@@ -23,7 +23,11 @@ def main() -> None:
     for place, (title, rows) in enumerate(recipes.items()):
         axes = figure.add_subplot(grid[0, place])
         names = [name.replace(" (", "\n(") for name in rows]
-        axes.barh(names, [row["images_per_second"] for row in rows.values()], color=["tab:red"] + ["tab:grey"] * (len(rows) - 1))
+        axes.barh(
+            names,
+            [row["images_per_second"] for row in rows.values()],
+            color=["tab:red"] + ["tab:grey"] * (len(rows) - 1),
+        )
         axes.invert_yaxis()
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("images a second, one core", fontsize=8)

@@ -24,7 +24,7 @@ class ToneOp(Op):
     @staticmethod
     def table(args: Args, histogram: np.ndarray) -> np.ndarray:
         """(3, 256) uint8: the new value of each value, for R, G and B. histogram: (3, 256) how many pixels have each value; all zeros
-        where no op of the chain needs it."""
+        where no op of the chain needs it. One table for all three is best given as `np.broadcast_to`, which the executors see."""
         raise NotImplementedError
 
 
@@ -167,7 +167,11 @@ def chain(ops: Sequence[tuple[type[ToneOp], Args]], histogram: np.ndarray) -> np
             now = np.stack([np.bincount(total[c], weights=histogram[c], minlength=256) for c in range(3)]).astype(
                 np.int64
             )
-        total = np.take_along_axis(op.table(args, now), total.astype(np.intp), axis=1)
+        table = op.table(args, now)
+        if total.strides[0] == table.strides[0] == 0:
+            total = _same(table[0][total[0]])
+        else:
+            total = np.take_along_axis(table, total.astype(np.intp), axis=1)
     return total
 
 
