@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -66,16 +66,30 @@ def _mixed(augmenter: Augmenter, column: list[np.ndarray], epoch: int, indices: 
 
 
 def _words(plan: Plan) -> list[str]:
-    shown = {"angle", "scale", "shear", "shift", "brightness", "contrast", "saturation", "hue", "sigma", "lam"}
     text = []
     for step in plan.steps:
-        numbers = [f"{key} {_short(value)}" for key, value in step.args.items() if key in shown]
-        text.append(step.op + (f" ({', '.join(numbers)})" if numbers else ""))
+        numbers = [
+            f"{key} {_short(value)}" for key, value in step.args.items() if key not in _LONG and _is_short(value)
+        ]
+        name = step.args["transform"] if step.op == "Guest" else step.op
+        text.append(name + (f" ({', '.join(numbers)})" if numbers else ""))
     return text or ["(nothing drawn)"]
 
 
-def _short(value: float | list[float]) -> str:
-    return ",".join(f"{v:.2g}" for v in value) if isinstance(value, list) else f"{value:.2g}"
+# Numbers that a person can make nothing of beside the picture, or that the picture shows.
+_LONG = frozenset({"offset", "seed", "box", "boxes", "size", "fill", "border", "transform", "partner", "centre"})
+
+
+def _is_short(value: Any) -> bool:
+    return isinstance(value, (int, float, str)) or (
+        isinstance(value, list) and len(value) <= 3 and not any(isinstance(v, list) for v in value)
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_short, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _fitted(pixels: np.ndarray) -> "Image.Image":
