@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from models.bundle import Bundle
 from serve import errors
 from serve.answer import prediction
-from serve.body import read_body
+from serve.body import Bodies
 from serve.engine import Engine
 from serve.limits import Limits
 from serve.service import Service
@@ -87,6 +87,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
 
 def _add_predict(app: FastAPI, service: Service) -> None:
+    bodies = Bodies(service.limits)
     bundle, num_classes = service.engine.bundle, len(service.engine.bundle.info.labels)
     model = {"name": bundle.info.name, "digest": bundle.digest}
     thresholds = bundle.info.thresholds if bundle.info.task == "multilabel" else None
@@ -98,8 +99,8 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         top: Annotated[int, Query(ge=1, le=num_classes, description=description)] = min(5, num_classes),
     ) -> JSONResponse:
         service.check_ready()
-        body = await read_body(request, service.limits)
-        rows = await service.predict(request.headers.get("content-type", ""), body)
+        async with bodies.read(request) as body:
+            rows = await service.predict(request.headers.get("content-type", ""), body)
         predictions = [prediction(row, bundle.info.labels, top=top, thresholds=thresholds) for row in rows]
         return JSONResponse({"model": model, "predictions": predictions})
 

@@ -11,13 +11,14 @@ class Limits:
 
     max_body_bytes: of the HTTP body as sent (base64 and multipart framing count); max_pixels: height × width of one
     picture, read from its header; max_total_pixels: of all pictures of a request together; max_images: pictures in one
-    request. ValueError unless all are at least 1.
+    request; max_held_bytes: of the bodies of all requests at a time, as far as they have arrived. ValueError unless all are at least 1.
     """
 
     max_body_bytes: int = 20 * MIB
     max_pixels: int = 50_000_000
     max_total_pixels: int = 100_000_000
     max_images: int = 64
+    max_held_bytes: int = 512 * MIB
 
     def __post_init__(self) -> None:
         for field in fields(self):

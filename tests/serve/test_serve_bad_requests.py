@@ -3,6 +3,7 @@
 import base64
 import socket
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -188,3 +189,27 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(client) -> None:
         client.post("/v1/predict", content=bomb, headers={"content-type": "image/jpeg"}), 400, "invalid_image"
     )
     assert "scans" in message
+
+
+def test_half_sent_bodies_are_limited_together_and_given_back(bundle, serving) -> None:
+    limits = Limits(max_body_bytes=100_000, max_held_bytes=250_000)
+    half = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * 90_000
+    good = simplejpeg.encode_jpeg(np.full((64, 64, 3), 90, np.uint8))
+    with serving(create_app(bundle, limits=limits)) as client:
+        address = (client.base_url.host, client.base_url.port)
+        held = [socket.create_connection(address, timeout=10) for _ in range(2)]
+        for connection in held:
+            connection.sendall(half)
+        wait_until(lambda: client.post("/v1/predict", content=b"y" * 80_000).status_code == 503)
+        message = check(client.post("/v1/predict", content=b"y" * 80_000), 503, "overloaded")
+        assert "try again" in message
+        for connection in held:
+            connection.close()
+        wait_until(lambda: client.post("/v1/predict", content=good + b"\0" * 80_000).status_code == 200)
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)
