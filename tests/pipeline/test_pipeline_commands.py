@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -353,7 +354,9 @@ def test_interrupted_training_says_so_and_marks_its_run(workplace: Path) -> None
         "--trainer.max_epochs",
         "2000",
     ]
-    with subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, text=True) as process:
+    # A shell starts its background jobs with SIGINT ignored, and so would this one be, where the tests are such a job.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         for line in process.stderr or ():
             if line.startswith("epoch 2/"):
                 break
