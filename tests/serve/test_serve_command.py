@@ -137,24 +137,13 @@ def test_an_option_out_of_range_is_named(options, bundle, capsys):
     assert options[0] in capsys.readouterr().err
 
 
-def test_a_signal_while_it_starts_ends_it_too(bundle):
-    """The socket is bound before the heavy imports: once the port is taken, the start-up is under way."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = start(str(bundle.path), "--port", str(port))
-    deadline = time.monotonic() + 30
-    while is_free(port) and time.monotonic() < deadline:
-        pass
-    process.terminate()
-    code, _, err = finish(process)
+def test_a_signal_while_it_starts_ends_it_too():
+    """The registry that it asks for the model accepts the connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as registry:
+        registry.settimeout(60)
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{registry.getsockname()[1]}"}
+        process = start("models:/shapes@champion", "--port", "0", env=environment)
+        with registry.accept()[0]:
+            process.terminate()
+            code, _, err = finish(process)
     assert (code, err) == (0, "")
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
