@@ -43,9 +43,11 @@ class WarpPass:
             across, down = self.size[1], self.size[0]
         else:
             return None
-        exact = (*sorted((f, f + e * down)), *sorted((c, c + a * across)))
-        edges = (round(exact[0]), round(exact[1]), round(exact[2]), round(exact[3]))
-        return edges if all(abs(x - y) < 1e-4 for x, y in zip(edges, exact, strict=True)) else None
+        low, high = (f, f + e * down) if e > 0 else (f + e * down, f)
+        near, far = (c, c + a * across) if a > 0 else (c + a * across, c)
+        top, bottom, left, right = round(low), round(high), round(near), round(far)
+        off = max(abs(top - low), abs(bottom - high), abs(left - near), abs(right - far))
+        return (top, bottom, left, right) if off < 1e-4 else None
 
     def shrink(self) -> tuple[int, int]:
         """Powers of two (vertical, horizontal) by which the input is box-filtered first, against aliasing: less than twofold

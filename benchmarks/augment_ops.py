@@ -1,8 +1,9 @@
 """Op by op at 224² and 512² on one core, beside albumentations, torchvision v2, imgaug, kornia and Pillow.
 
-Each side gets the picture in its own form (uint8 H×W×3 array, uint8 3×H×W tensor, float 1×3×H×W tensor, Pillow image), draws its own
-parameters where it has an op that draws them, and gives its own form back. Where a peer has no such op, its cell is empty. Strengths are
-alike; what cannot be alike is said beside the row.
+Two comparisons of the same calls. In the first, every side gets a uint8 H×W×3 array and gives one back; peers that work on something else
+convert both ways. In the second, every side gets and gives its own form (uint8 3×H×W tensor, float 1×3×H×W tensor, Pillow image), as if
+that had cost nothing. Each draws its own parameters where it has an op that draws them; where a peer has no such op, its cell is empty.
+Strengths are alike.
 
     python -m benchmarks.augment_ops --image photo.jpg --json benchmarks/results/augment_ops.json
 """
@@ -34,6 +35,7 @@ from benchmarks.report import environment, write
 iaa: Any = _imgaug()[0]
 RNG = np.random.default_rng(0)
 NEAR = v2.InterpolationMode.BILINEAR
+OWN = "_own_form"
 
 
 def u(low: float, high: float) -> float:
@@ -208,20 +210,35 @@ def ours(name: str, parameters: dict[str, Any], image: np.ndarray) -> Callable[[
     return lambda: augmenter(image, epoch=next(count), index=0)
 
 
-def caller(peer: str, transform: Any, image: np.ndarray) -> Callable[[], Any]:
+def callers(peer: str, transform: Any, image: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """The peer's call from array to array, and from its own form to its own form where that is another."""
     if peer == "albumentations":
         compose = A.Compose([transform])
-        return lambda: compose(image=image)["image"]
+        return {peer: lambda: compose(image=image)["image"]}
     if peer == "imgaug":
-        return lambda: transform(image=image)
+        return {peer: lambda: transform(image=image)}
     if peer == "pillow":
         picture = Image.fromarray(image)
-        return lambda: transform(picture)
+        return {
+            peer: lambda: np.array(transform(Image.fromarray(image))),
+            peer + OWN: lambda: transform(picture),
+        }
     planes = torch.from_numpy(image).permute(2, 0, 1).contiguous()
     if peer == "torchvision":
-        return lambda: transform(planes)
+        return {
+            peer: lambda: transform(torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0).contiguous().numpy(),
+            peer + OWN: lambda: transform(planes),
+        }
     floats = planes[None].float() / 255
-    return lambda: transform(floats)
+    return {peer: lambda: array_of(transform(tensor_of(image))), peer + OWN: lambda: transform(floats)}
+
+
+def tensor_of(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+
+
+def array_of(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor[0] * 255).round_().clamp_(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
 
 
 def works(call: Callable[[], Any]) -> bool:
@@ -260,12 +277,13 @@ def main() -> None:
 def measure(side: int, image: np.ndarray, rounds: int) -> dict[str, Any]:
     """Microseconds, the median over rounds in which the peers take turns."""
     results: dict[str, Any] = {}
-    print(f"\n{side}×{side}: microseconds a picture, and Refract's speed over the fastest peer")
+    print(
+        f"\n{side}×{side}: microseconds a picture; Refract's speed over the fastest peer, array to array and own form to own form"
+    )
     for name, entries in rows(side).items():
-        calls = {
-            peer: ours(name, entry, image) if peer == "refract" else caller(peer, entry, image)
-            for peer, entry in entries.items()
-        }
+        calls: dict[str, Callable[[], Any]] = {}
+        for peer, entry in entries.items():
+            calls |= {peer: ours(name, entry, image)} if peer == "refract" else callers(peer, entry, image)
         broken = [peer for peer, call in calls.items() if not works(call)]
         for peer in broken:
             print(f"  {name}: {peer} fails here, so it is left out")
@@ -280,15 +298,19 @@ def measure(side: int, image: np.ndarray, rounds: int) -> dict[str, Any]:
                 if number:  # the first warms up
                     times[peer].append(1e6 * (time.perf_counter() - start) / repeats)
         row: dict[str, Any] = {peer: round(median(values), 1) for peer, values in times.items()}
-        fastest = min((value, peer) for peer, value in row.items() if peer != "refract")
-        row["fastest_peer"], row["over_fastest_peer"] = fastest[1], round(fastest[0] / row["refract"], 2)
+        owns = {peer: value for peer, value in row.items() if peer != "refract" and peer + OWN not in row}
+        arrays = {peer: value for peer, value in row.items() if peer != "refract" and not peer.endswith(OWN)}
+        cells = "  ".join(f"{peer} {value:.0f}" for peer, value in row.items())
+        for label, times_of in (("fastest_peer", arrays), ("fastest_peer" + OWN, owns)):
+            row[label] = min(times_of, key=times_of.__getitem__)
+            row[f"over_{label}"] = round(times_of[row[label]] / row["refract"], 2)
         results[name] = row
-        cells = "  ".join(
-            f"{peer} {value:.0f}" for peer, value in row.items() if isinstance(value, float) and "over" not in peer
+        print(f"  {name:<18} {row['over_fastest_peer']:6.2f}×  {row['over_fastest_peer' + OWN]:6.2f}×   {cells}")
+    for label in ("over_fastest_peer", "over_fastest_peer" + OWN):
+        ratios = [row[label] for row in results.values()]
+        print(
+            f"  {label}: at least as fast on {sum(r >= 1 for r in ratios)} of {len(ratios)} rows; worst {min(ratios):.2f}×"
         )
-        print(f"  {name:<18} {row['over_fastest_peer']:6.2f}×   {cells}")
-    ratios = [row["over_fastest_peer"] for row in results.values()]
-    print(f"  at least as fast on {sum(r >= 1 for r in ratios)} of {len(ratios)} rows; worst {min(ratios):.2f}×")
     return results
 
 

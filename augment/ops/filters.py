@@ -103,7 +103,10 @@ class Sharpen(PixelOp):
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
         if min(image.shape[:2]) <= 2:
             return image.copy()
-        result = cv2.filter2D(image, -1, _sharpening(args["factor"]))
+        # The kernel is a share of the box's mean and the rest of the pixel itself: half the time of the nine taps.
+        kernel = _sharpening(args["factor"])
+        mean = 9 * float(kernel[0, 0])
+        result = cv2.addWeighted(image, 1 - mean, cv2.blur(image, (3, 3)), mean, 0)
         result[[0, -1]], result[:, [0, -1]] = image[[0, -1]], image[:, [0, -1]]
         return result
 
@@ -181,27 +184,19 @@ def _sharpening(factor: float) -> np.ndarray:
 def motion_kernel(length: float, angle: float) -> np.ndarray:
     """(h, w) float32 of sum 1, both odd: a line through the middle, `length` pixels long at 0° and 90°.
 
-    In each column (or row, where it is steep) the line's share is divided between the two pixels nearest to it: OpenCV's time goes with the
-    entries that are not zero, and three or four in a column look no smoother.
+    Each column of it (or row, where it is steep) is one pixel, the nearest to the line: the time goes with the entries that are not zero.
     """
     cos, sin = math.cos(math.radians(angle)), -math.sin(math.radians(angle))
     steep = abs(sin) > abs(cos)
     major, minor = (sin, cos) if steep else (cos, sin)
     half = max(0.5, length / 2 * abs(major))
     reach = math.ceil(half - 0.5)
-    steps = np.arange(-reach, reach + 1)
-    shares = np.clip(half + 0.5 - np.abs(steps), 0, 1)
-    across = steps * (minor / major)
-    nearest = np.floor(across)
-    far = across - nearest
-    side = int(np.abs(np.round(across[0]))) + 1
-    kernel = np.zeros((2 * side + 1, len(steps)), np.float32)
-    columns, rows = np.arange(len(steps)), nearest.astype(int) + side
-    kernel[rows, columns] = shares * (1 - far)
-    kernel[np.minimum(rows + 1, 2 * side), columns] += shares * far
-    if not kernel[[0, -1]].any():
-        kernel = kernel[1:-1]
-    kernel /= kernel.sum()
+    slope = minor / major
+    side = round(abs(reach * slope))
+    kernel = np.zeros((2 * side + 1, 2 * reach + 1), np.float32)
+    total = 2 * half
+    for step in range(-reach, reach + 1):
+        kernel[side + round(step * slope), reach + step] = min(1.0, half + 0.5 - abs(step)) / total
     return np.ascontiguousarray(kernel.T) if steep else kernel
 
 

@@ -4,16 +4,19 @@ A table maps uint8 to uint8, so a fused chain gives exactly what its ops give in
 from the picture's histogram, and the histogram after a table follows from the one before: the pixels are counted once.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
 
-from augment.ops.op import Args, Op, Size, below, between, interval, whole
+from augment.ops.op import Args, Op, Size, below, interval, whole
 
 LEVELS = np.arange(256)
+_SHARES = LEVELS / 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +45,12 @@ class Gamma(ToneOp):
         self._set("gamma", interval("gamma", self.gamma, 0.1, 10))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        low, high = np.log(self.gamma)
-        return {"gamma": float(np.exp(between(rng, (low, high))))}
+        low, high = self.gamma  # type: ignore[misc]
+        return {"gamma": low * math.exp(math.log(high / low) * rng.random())}
 
     @staticmethod
     def table(args: Args, histogram: np.ndarray) -> np.ndarray:
-        return _same(np.rint(255 * (LEVELS / 255) ** args["gamma"]))
+        return _same(np.rint(255 * _SHARES ** args["gamma"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,7 @@ class Invert(ToneOp):
 
     @staticmethod
     def table(args: Args, histogram: np.ndarray) -> np.ndarray:
-        return _same(255 - LEVELS)
+        return _solarized(0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,7 @@ class Solarize(ToneOp):
 
     @staticmethod
     def table(args: Args, histogram: np.ndarray) -> np.ndarray:
-        return _same(np.where(args["threshold"] <= LEVELS, 255 - LEVELS, LEVELS))
+        return _solarized(args["threshold"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,7 @@ class Posterize(ToneOp):
 
     @staticmethod
     def table(args: Args, histogram: np.ndarray) -> np.ndarray:
-        return _same(LEVELS & (0xFF00 >> args["bits"]) & 0xFF)
+        return _posterized(args["bits"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +158,16 @@ class Equalize(ToneOp):
 
 def _same(table: np.ndarray) -> np.ndarray:
     return np.broadcast_to(table.astype(np.uint8), (3, 256))
+
+
+@lru_cache(maxsize=257)
+def _solarized(threshold: int) -> np.ndarray:
+    return _same(np.where(threshold <= LEVELS, 255 - LEVELS, LEVELS))
+
+
+@lru_cache(maxsize=8)
+def _posterized(bits: int) -> np.ndarray:
+    return _same(LEVELS & (0xFF00 >> bits) & 0xFF)
 
 
 def chain(ops: Sequence[tuple[type[ToneOp], Args]], histogram: np.ndarray) -> np.ndarray:
