@@ -7,6 +7,7 @@ not read, rows above and columns beside it are only run through the entropy deco
 
 import ctypes
 import importlib.util
+import struct
 import threading
 from dataclasses import dataclass
 from functools import cache
@@ -84,6 +85,32 @@ def read_header(data: bytes) -> JpegHeader:
             exif = place + 4
         place += 2 + length
     raise JpegError("damaged or truncated JPEG header (no frame found)")
+
+
+def orientation(data: bytes, header: JpegHeader) -> int:
+    """The EXIF orientation, 1…8; 1 where there is none or it cannot be read. (Exif 2.32, 4.6.4; the TIFF structure of 4.5.)
+
+    Pillow's parser, which knows all of EXIF, takes 20 times as long, and every photo of a phone has EXIF.
+    """
+    if header.exif < 0:
+        return 1
+    length = int.from_bytes(data[header.exif - 2 : header.exif])
+    tiff = data[header.exif + 6 : header.exif - 2 + length]
+    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
+    try:
+        (place,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, place)
+        for entry in range(place + 2, place + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(order + "HH", tiff, entry)
+            if tag == 0x0112:
+                form = {1: "B", 3: "H", 4: "I"}.get(kind)  # SHORT by the standard, but some write another
+                value = struct.unpack_from(order + form, tiff, entry + 8)[0] if form else 1
+                return value if 1 <= value <= 8 else 1
+    except struct.error:  # it points beyond the data: the pixels are good without it
+        pass
+    return 1
 
 
 def check_scans(data: bytes) -> None:

@@ -40,7 +40,7 @@ class RandomCrop(_Crop):
         check_border(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        height, width = pixels("size", self.size)
+        height, width = self.size  # type: ignore[misc]
         top, left = place(rng, size[0] - height), place(rng, size[1] - width)
         return {"box": [top, left, height, width], "size": [height, width], **outside(self)}
 
@@ -77,7 +77,7 @@ class Resize(_Crop):
         self._set("size", pixels("size", self.size))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"box": [0, 0, *size], "size": list(pixels("size", self.size))}
+        return {"box": [0, 0, *size], "size": list(self.size)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +101,9 @@ class RandomResizedCrop(_Crop):
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         height, width = size
-        low, high = (math.log(edge) for edge in self.ratio)
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(10):
-            area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * rng.random())
+            area = height * width * between(rng, self.scale)
             ratio = math.exp(low + (high - low) * rng.random())
             box_height, box_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < box_height <= height and 0 < box_width <= width:
@@ -114,7 +114,7 @@ class RandomResizedCrop(_Crop):
             box_height = min(height, max(1, round(width / ratio)))
             box_width = min(width, max(1, round(height * ratio)))
             box = [(height - box_height) // 2, (width - box_width) // 2, box_height, box_width]
-        return {"box": box, "size": list(pixels("size", self.size))}
+        return {"box": box, "size": list(self.size)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class CenterCrop(_Crop):
         check_border(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        height, width = pixels("size", self.size)
+        height, width = self.size  # type: ignore[misc]
         box = [(size[0] - height) // 2, (size[1] - width) // 2, height, width]
         return {"box": box, "size": [height, width], **outside(self)}
 

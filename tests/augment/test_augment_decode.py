@@ -51,6 +51,28 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
     np.testing.assert_allclose(decode(data).astype(int), shown, atol=3)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10), st.booleans(), st.integers(0, 3), st.data())
+def test_exif_orientation_among_other_tags_and_damage(
+    orientation: int, big: bool, before: int, data: st.DataObject
+) -> None:
+    """As Pillow reads it, whatever else is in the EXIF data; where these are cut or hold noise, no error."""
+    exif = Image.Exif()
+    exif.endian = ">" if big else "<"
+    for place in range(before):
+        exif[0x010E + place] = "a text"  # ImageDescription, Make, Model
+    exif[0x0112] = orientation
+    exif[0x0131] = "Refract"
+    whole = exif.tobytes()
+    expected = orientation if 1 <= orientation <= 8 else 1
+    shown = (20, 12) if expected >= 5 else (12, 20)
+    assert image_size(encoded(Image.fromarray(RGB), "JPEG", exif=whole)) == shown
+    cut = data.draw(st.integers(6, len(whole)))
+    noise = data.draw(st.binary(max_size=8))
+    damaged = whole[:cut] + noise
+    assert image_size(encoded(Image.fromarray(RGB), "JPEG", exif=damaged)) in ((12, 20), (20, 12))
+
+
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_reduced_decode_of_a_turned_jpeg(orientation: int) -> None:
     large = np.kron(RGB, np.ones((20, 20, 1), np.uint8))
