@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianBlur(PixelOp):
-    """Blur by a Gaussian, cut at three standard deviations.
+    """Blur by a Gaussian, cut at three standard deviations, to the nearest pixel.
 
     sigma: its standard deviation in pixels, in [0.05, 50], drawn uniformly.
     """
@@ -36,13 +36,13 @@ class GaussianBlur(PixelOp):
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
         # Two passes with our own kernel are twice as fast as OpenCV's GaussianBlur, which is made bit-exact for uint8.
-        radius = math.ceil(3 * args["sigma"])
+        radius = _radius(args["sigma"])
         kernel = cv2.getGaussianKernel(2 * radius + 1, args["sigma"], cv2.CV_32F)
         return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
 
     @classmethod
     def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
-        radius = max(math.ceil(3 * a["sigma"]) for a in args)
+        radius = max(_radius(a["sigma"]) for a in args)
         steps = np.arange(-radius, radius + 1)
         kernels = np.stack([_gauss(steps, a["sigma"]) for a in args])
         return to_uint8(_convolved(_convolved(images.float(), kernels[:, :, None]), kernels[:, None, :]))
@@ -167,8 +167,10 @@ class CLAHE(PixelOp):
         # A tile of no pixel has no histogram.
         tiles = (min(args["tiles"], image.shape[1]), min(args["tiles"], image.shape[0]))
         lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
-        lightness = cv2.createCLAHE(args["clip_limit"], tiles).apply(cv2.extractChannel(lab, 0))
-        return cv2.cvtColor(cv2.insertChannel(lightness, lab, 0), cv2.COLOR_LAB2RGB)
+        lightness = cv2.extractChannel(lab, 0)
+        cv2.createCLAHE(args["clip_limit"], tiles).apply(lightness, lightness)
+        # In place: large arrays cost more to get than to fill.
+        return cv2.cvtColor(cv2.insertChannel(lightness, lab, 0), cv2.COLOR_LAB2RGB, dst=lab)
 
 
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
@@ -200,9 +202,13 @@ def motion_kernel(length: float, angle: float) -> np.ndarray:
     return np.ascontiguousarray(kernel.T) if steep else kernel
 
 
+def _radius(sigma: float) -> int:
+    return max(1, round(3 * sigma))
+
+
 def _gauss(steps: np.ndarray, sigma: float) -> np.ndarray:
     """Weights of sum 1, zero beyond three sigma as the cpu executor's."""
-    weights = np.exp(-0.5 * (steps / sigma) ** 2) * (np.abs(steps) <= math.ceil(3 * sigma))
+    weights = np.exp(-0.5 * (steps / sigma) ** 2) * (np.abs(steps) <= _radius(sigma))
     return weights / weights.sum()
 
 
