@@ -72,7 +72,8 @@ class Policy:
         for place, (op, word) in enumerate(zip(self.ops, words, strict=True)):
             if place == resize_at:
                 current = _resize(steps, current, to)
-            drawn = op.steps(keyed_generator(seed, epoch, index, word, repeat), current, epoch)
+            rng = keyed_generator(seed, epoch if op.by_epoch else 0, index, word, repeat)
+            drawn = op.steps(rng, current, epoch)
             if moving[place]:
                 current = size_after(drawn, current)
             steps += drawn

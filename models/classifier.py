@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from models.networks import head_of
+from models.transfer import blocks_of
 
 TASKS = ("binary", "multiclass", "multilabel")
 NORMALIZE = ("channel", "mean_image", "pca", "zca")
@@ -24,7 +24,8 @@ class Classifier(nn.Module):
     (x - mean_image) / std; `pca` or `zca`, whitening @ (x - mean_image), flattened in the order 3, H, W. mean, std: three
     numbers each, of RGB in 0…1, std > 0. image_size: (H, W), needed but for `channel`; mean_image: (3, H, W) in 0…1 and
     whitening: (3·H·W, 3·H·W), zeros where they are still to be loaded.
-    All are buffers of the state dict: weights never travel without their normalisation.
+    All are buffers of the state dict: weights never travel without their normalisation. Set `frozen_norms` to keep the statistics of all
+    batch norms as they are in training.
     ValueError for an unknown normalize, an array of another shape, or mean and std that are not three finite numbers.
     """
 
@@ -59,7 +60,8 @@ class Classifier(nn.Module):
         self.register_buffer("whitening", _shaped("whitening", whitening, (count, count)) if whitened else None)
         if not bool((self.std > 0).all()):
             raise ValueError(f"std={tuple(std)}: expected three numbers above 0, of RGB in 0…1")
-        self._frozen = False
+        self.frozen_norms = False
+        self._trainable = frozenset(name for name, parameter in network.named_parameters() if parameter.requires_grad)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, 3, H, W), any dtype, RGB in 0…255 → logits (N, num_classes). ValueError for another shape."""
@@ -83,22 +85,32 @@ class Classifier(nn.Module):
         kind = images.device.type
         return normalised.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else normalised
 
-    def freeze_backbone(self) -> Self:
-        """Leave only the head trainable, and the rest in eval mode even after `train()`. Returns self.
+    def train_blocks(self, count: int | None) -> Self:
+        """Leave only the last `count` of `blocks_of(network)` trainable, at least the head; None for all. Returns self.
 
-        A frozen batch norm that still averaged the new pictures would change the backbone without any gradient.
+        What the network itself keeps fixed stays so. Modules that are wholly frozen stay in eval mode even after `train()`: a frozen batch
+        norm that still averaged the new pictures would change the backbone without any gradient.
         """
-        self.network.requires_grad_(False)
-        head_of(self.network).requires_grad_(True)
-        self._frozen = True
+        blocks = blocks_of(self.network)
+        chosen = blocks if count is None else blocks[-max(1, count) :]
+        trained = {id(parameter) for block in chosen for parameter in block}
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(name in self._trainable and id(parameter) in trained)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the training mode; under `freeze_backbone` of the head alone."""
+        """Set the training mode; what is frozen, and all batch norms under `frozen_norms`, stay in eval mode."""
         super().train(mode)
-        if self._frozen and mode:
-            self.network.eval()
-            head_of(self.network).train()
+        if not mode:
+            return self
+        trainable = {id(parameter) for name, parameter in self.network.named_parameters() if name in self._trainable}
+        reached = False  # the first block that is trained: a dropout before it stays off
+        for module in self.network.modules():
+            own = [parameter for parameter in module.parameters() if id(parameter) in trainable]
+            reached = reached or any(p.requires_grad for p in module.parameters(recurse=False))
+            module.training = any(parameter.requires_grad for parameter in own) if own else reached
+            if self.frozen_norms and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False
         return self
 
 

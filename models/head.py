@@ -1,15 +1,62 @@
-"""The head of a network: its final layer, the one with a row for each class."""
+"""The head of a network: its final layer, the one with a row for each class, or what stands in its place."""
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.parts import pick
+
+
+class MLPHead(nn.Sequential):
+    """One hidden layer of `hidden` units, GELU, then a linear layer. (N, inputs) → (N, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int, hidden: int = 512) -> None:
+        super().__init__(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+
+
+class CosineHead(nn.Module):
+    """s · cos(x, w_c): the angle to each class's direction, whatever the lengths; s is learned and begins at 10.
+
+    (N, inputs) → (N, outputs). Source: Gidaris & Komodakis 2018, arXiv:1804.09458, section 3.2.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        nn.init.kaiming_normal_(self.weight)
+        self.scale = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.scale * F.linear(F.normalize(values, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+HEADS = {"mlp": MLPHead, "cosine": CosineHead}
+
+
+def exchange_head(module: nn.Module, kind: str) -> nn.Module:
+    """Put a new head of `kind`, of HEADS, in the place of the last layer. Returns the module. ValueError where that is no Linear."""
+    make = pick("head", kind, HEADS)
+    name = _last_layer(module)
+    old = module.get_submodule(name)
+    if not isinstance(old, nn.Linear):
+        raise ValueError(
+            f"head={kind!r}: {type(module).__name__} ends in a {type(old).__name__}, not a linear layer; take head: linear"
+        )
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, make(old.in_features, old.out_features))
+    return module
 
 
 def head_of(module: nn.Module) -> nn.Module:
-    """The final layer or layers, which stay trainable under freeze="backbone".
+    """The final layer or layers, which are trained in every mode of transfer learning.
 
     timm's networks say it themselves (`get_classifier`; two layers where the network is distilled); for others it is
     the last Linear or Conv2d that the module registers, which a test holds for torchvision's families.
     ValueError if there is none.
     """
+    exchanged = [child for child in module.modules() if isinstance(child, MLPHead | CosineHead)]
+    if exchanged:
+        return exchanged[-1]
     if callable(named := getattr(module, "get_classifier", None)):
         found = named()
         head = nn.ModuleList(found) if isinstance(found, list | tuple) else found

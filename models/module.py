@@ -9,14 +9,24 @@ from typing import Any
 
 import lightning
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelF1Score
 
 from models.classifier import Classifier, check_task, probabilities
-from models.losses import check_targets, classification_loss, consistency_loss, soft_targets
-from models.optim import check_optimizer, check_schedule, make_optimizer, warmup_schedule
+from models.losses import (
+    LossSpec,
+    check_targets,
+    classification_loss,
+    consistency_loss,
+    distillation_loss,
+    elastic_net,
+    soft_targets,
+)
+from models.optim import OptimSpec
+from models.transfer import blocks_of, trained_blocks
 
 Mix = Callable[..., tuple[Tensor, Tensor]]
 
@@ -30,15 +40,17 @@ class ClassifierModule(lightning.LightningModule):
 
     Batches are dicts: `images` uint8 (B, 3, H, W), `targets` int64 (B,) or float32 (B, num_classes) for multilabel,
     `indices` int64 (B,), the samples' places in the data set. mix(images, targets, *, epoch, indices) → (images,
-    targets) on the device, targets soft (B, num_classes), in training only. warmup: fraction of all steps.
-    consistency: above 0, training images are (B, 3, 3, H, W), three views of each picture; the loss is then that of the
-    first views plus this many times `consistency_loss`.
-    class_weights: (num_classes,) for the training loss.
+    targets) on the device, targets soft (B, num_classes), in training only.
+    loss.consistency: above 0, training images are (B, 3, 3, H, W), three views of each picture; the loss is then that of the first views
+    plus this many times `consistency_loss`. class_weights: (num_classes,) for the training loss. mode, unfreeze_epochs: which blocks are
+    trained in which epoch, see `models.transfer`. teacher: a classifier to learn from besides, with loss.distill. start_size: share of
+    the pictures' sides that the first epoch sees, rising to all of them at three quarters of the epochs, in steps of 8 pixels (Howard 2018;
+    Tan & Le 2021, arXiv:2104.00298, section 4).
 
-    Logs `lr`, `train_loss`, `train_accuracy`, `val_loss` and `monitor` once an epoch. Training figures are of the
-    mixed, smoothed batches as they were trained on, counted with the step's own logits. `val_loss` is plain.
-    ValueError for an unknown task, optimiser or schedule, or a target out of range; FloatingPointError when a training
-    loss is not finite, at most CHECK_EVERY steps late, naming the step it happened in.
+    Logs `lr`, `train_loss`, `train_accuracy`, `val_loss` and `monitor` once an epoch. Training figures are of the mixed, smoothed batches
+    as they were trained on, counted with the step's own logits, without penalty. `val_loss` is plain. ValueError for an unknown task or
+    mode, or a target out of range; FloatingPointError when a training loss is not finite, at most CHECK_EVERY steps late, naming the step
+    it happened in.
     """
 
     def __init__(
@@ -47,29 +59,25 @@ class ClassifierModule(lightning.LightningModule):
         *,
         task: str,
         num_classes: int,
-        optimizer: str = "adamw",
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        momentum: float = 0.9,
-        schedule: str = "cosine",
-        warmup: float = 0.1,
-        label_smoothing: float = 0.0,
+        optim: OptimSpec | None = None,
+        loss: LossSpec | None = None,
         mix: Mix | None = None,
         channels_last: bool = False,
         class_weights: Tensor | None = None,
-        consistency: float = 0.0,
+        mode: str = "fine-tune",
+        unfreeze_epochs: int = 1,
+        teacher: Classifier | None = None,
+        start_size: float = 1.0,
     ) -> None:
         super().__init__()
         check_task(task)
-        check_optimizer(optimizer)
-        check_schedule(schedule, warmup)
+        trained_blocks(mode, 0, unfreeze_epochs, 1)
         self.classifier = classifier.to(memory_format=torch.channels_last) if channels_last else classifier
         self.task, self.num_classes, self.mix, self.channels_last = task, num_classes, mix, channels_last
-        self.label_smoothing, self.warmup, self.schedule = label_smoothing, warmup, schedule
-        self.consistency = consistency
-        self.make_optimizer = partial(
-            make_optimizer, optimizer, classifier, lr=lr, weight_decay=weight_decay, momentum=momentum
-        )
+        self.optim, self.loss = optim or OptimSpec(), loss or LossSpec()
+        self.mode, self.unfreeze_epochs, self.start_size = mode, unfreeze_epochs, start_size
+        # Not a submodule: the teacher is no part of the checkpoints.
+        self._teacher = (None if teacher is None else teacher.eval().requires_grad_(False),)
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.train_loss, self.train_accuracy, self.val_loss = MeanMetric(), MeanMetric(), MeanMetric()
         self.val_score: Metric = (
@@ -96,28 +104,30 @@ class ClassifierModule(lightning.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The batch's loss. Reads nothing back from the device, but for the look at the losses."""
-        images, indices = self._images(batch), batch["indices"]
+        images, indices = self._sized(self._images(batch)), batch["indices"]
         targets = soft_targets(batch["targets"], self.num_classes, self.task)
         if self.mix is not None:
             images, targets = self.mix(images, targets, epoch=self.current_epoch, indices=indices)
-        if self.consistency:
-            views = self.classifier(images.transpose(0, 1).flatten(0, 1)).unflatten(0, (3, len(targets)))
-            logits = views[0]
-        else:
-            views, logits = None, self.classifier(images)
-        loss = classification_loss(
-            logits,
-            targets,
-            task=self.task,
-            label_smoothing=self.label_smoothing,
-            class_weights=self.class_weights,  # type: ignore[arg-type]
-        )
-        if views is not None:
-            loss = loss + self.consistency * consistency_loss(views, task=self.task)
-        self._count(loss.detach(), logits.detach(), targets)
-        self._pending.append((self.global_step, loss.detach(), indices))
+        if self.loss.consistency:
+            images = images.transpose(0, 1).flatten(0, 1)
+        answers = self.classifier(images)
+        logits = answers[: len(targets)]
+        loss = self._loss_of(logits, targets)
+        if self.loss.consistency:
+            views = answers.unflatten(0, (3, len(targets)))
+            loss = loss + self.loss.consistency * consistency_loss(views, task=self.task)
+        if (teacher := self._teacher[0]) is not None:
+            with torch.no_grad():
+                wanted = teacher.to(images.device)(images[: len(targets)])
+            soft = distillation_loss(logits, wanted, task=self.task, temperature=self.loss.temperature)
+            loss = torch.lerp(loss, soft, self.loss.distill)
+        if not getattr(self.optimizers(use_pl_optimizer=False), "second_pass", False):
+            self._count(loss.detach(), logits.detach(), targets)
+            self._pending.append((self.global_step, loss.detach(), indices))
         if len(self._pending) >= (1 if loss.device.type == "cpu" else CHECK_EVERY):
             self._check_losses()
+        if self.loss.penalty:
+            loss = loss + self.loss.penalty * elastic_net(self.classifier, self.loss.l1_ratio)
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -132,8 +142,24 @@ class ClassifierModule(lightning.LightningModule):
         """Logits (B, num_classes)."""
         return self.classifier(self._images(batch))
 
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip each value, then the norm, as the optimiser's spec says; the trainer's own settings are not used."""
+        gradients = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.optim.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(gradients, self.optim.clip_value)
+        if self.optim.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(gradients, self.optim.clip_norm)
+
+    def on_fit_start(self) -> None:
+        """Hold the batch norms that are to stay as they are."""
+        if self.classifier.frozen_norms:
+            self.classifier.train()
+
     def on_train_epoch_start(self) -> None:
-        """Log the learning rate that the epoch begins with."""
+        """Freeze and unfreeze for the epoch; log the learning rate that it begins with."""
+        self.train_blocks_of(self.current_epoch)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -156,15 +182,47 @@ class ClassifierModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser, and its schedule by step. ValueError if the trainer has no last step."""
-        optimizer = self.make_optimizer()
+        # Of all that is ever trained: what is frozen at first has no gradient then, and optimisers pass it by.
+        self.train_blocks_of(0 if self.mode == "feature-extract" else self.unfreeze_epochs)
+        optimizer = self.optim.make(self.classifier.network)
+        self.train_blocks_of(self.current_epoch)
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise ValueError(
-                f"schedule={self.schedule!r} needs the number of steps: give the trainer max_epochs or max_steps"
+                f"schedule={self.optim.schedule!r} needs the number of steps: give the trainer max_epochs or max_steps"
             )
-        factor = partial(_factor, name=self.schedule, total_steps=max(1, int(total)), warmup=self.warmup)
+        factor = partial(_factor, spec=self.optim, total_steps=max(1, int(total)))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def train_blocks_of(self, epoch: int) -> None:
+        """Leave trainable what the mode trains in `epoch`; fine-tune takes the classifier as it is."""
+        if self.mode == "fine-tune":
+            return
+        count = len(blocks_of(self.classifier.network))
+        self.classifier.train_blocks(trained_blocks(self.mode, epoch, self.unfreeze_epochs, count))
+
+    def _loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return classification_loss(
+            logits,
+            targets,
+            task=self.task,
+            name=self.loss.name,
+            label_smoothing=self.loss.label_smoothing,
+            gamma=self.loss.gamma,
+            class_weights=self.class_weights,  # type: ignore[arg-type]
+        )
+
+    def _sized(self, images: Tensor) -> Tensor:
+        """The pictures at the size that the epoch trains on."""
+        last = max(1, round(0.75 * (self.trainer.max_epochs or 1)))
+        share = self.start_size + (1 - self.start_size) * min(1.0, self.current_epoch / last)
+        height, width = (max(8, min(side, round(share * side / 8) * 8)) for side in images.shape[-2:])
+        if share >= 1 or (height, width) == tuple(images.shape[-2:]):
+            return images
+        flat = images.flatten(0, -4) if images.ndim > 4 else images
+        small = F.interpolate(flat.float(), (height, width), mode="bilinear", antialias=True)
+        return small.unflatten(0, images.shape[:-3]) if images.ndim > 4 else small
 
     def _images(self, batch: Mapping[str, Tensor]) -> Tensor:
         images = batch["images"]
@@ -209,5 +267,5 @@ class ClassifierModule(lightning.LightningModule):
         )
 
 
-def _factor(step: int, *, name: str, total_steps: int, warmup: float) -> float:
-    return warmup_schedule(name, step, total_steps, warmup)
+def _factor(step: int, *, spec: OptimSpec, total_steps: int) -> float:
+    return spec.factor(step, total_steps)

@@ -11,20 +11,34 @@ from typing import Any
 from torch import nn
 
 from models.catalogues import CATALOGUES
-from models.head import head_of
-from models.lenet import LeNet5
-from models.resnet import ResNet20
+from models.head import exchange_head, head_of
+from models.nets.cnn import CNN
+from models.nets.fast import FastNet
+from models.nets.features import LinearOnFeatures
+from models.nets.lenet import LeNet5
+from models.nets.mlp import MLP, Perceptron
+from models.nets.rbf import RBFNetwork
+from models.nets.resnet import ResNet20
 from models.weights import load_weights
 
 __all__ = ["NETWORKS", "build", "head_of", "weights_preprocess"]
 
 
-def build(name: str, num_classes: int, *, image_size: tuple[int, int], weights: str = "none", **args: Any) -> nn.Module:
+def build(
+    name: str,
+    num_classes: int,
+    *,
+    image_size: tuple[int, int],
+    weights: str = "none",
+    head: str = "linear",
+    **args: Any,
+) -> nn.Module:
     """The network `name` with a head for `num_classes`.
 
     name: one of NETWORKS, a torchvision classification model, or a timm model; `torchvision/NAME` and `timm/NAME` force
     one. image_size: (height, width) in pixels. weights: "none"; "default", the pretrained ones of torchvision or timm,
-    by their own download; or the path of a .safetensors, .pt or .pth file, see `models.weights`. args: the network's.
+    by their own download; or a file, folder or URL, see `models.weights`. head: linear, the network's own; or of `models.head.HEADS`, in
+    the place of the last layer. args: the network's.
     ValueError for an unknown name (with the nearest ones), arguments that the network rejects or that are reserved,
     weights that do not fit or cannot be had; FileNotFoundError if the file of weights is missing.
     """
@@ -37,6 +51,8 @@ def build(name: str, num_classes: int, *, image_size: tuple[int, int], weights: 
         raise ValueError(f"weights='default': {name} has none; expected 'none' or the path of a file")
     else:
         network = _build_own(name, num_classes, image_size, args)
+    if head != "linear":
+        exchange_head(network, head)
     if weights not in ("none", "default"):
         load_weights(network, head_of(network), weights)
     return network
@@ -95,4 +111,15 @@ _RESERVED = frozenset(
     {"num_classes", "in_chans", "features_only", "checkpoint_path", "cache_dir", "progress", "aux_logits", "scriptable"}
 )
 
-NETWORKS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType({"lenet5": LeNet5, "resnet20": ResNet20})
+NETWORKS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
+    {
+        "lenet5": LeNet5,
+        "resnet20": ResNet20,
+        "fastnet": FastNet,
+        "cnn": CNN,
+        "mlp": MLP,
+        "perceptron": Perceptron,
+        "rbf": RBFNetwork,
+        "linear": LinearOnFeatures,
+    }
+)

@@ -1,58 +1,105 @@
 """Optimisers that leave norms and biases undecayed, and a learning rate that warms up and then follows a schedule."""
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from models.parts import pick
+from models.sam import SAM
+from models.transfer import blocks_of
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: matrices and kernels with `weight_decay`, the rest (ndim ≤ 1) without.
+Groups = list[dict[str, Any]]
 
-    Decay on a norm's scale or a bias regularises nothing that generalises. A group without parameters is left out.
-    ValueError for a negative weight_decay, or where nothing is trainable.
-    Source: He et al. 2019, arXiv:1812.01187, section 3.1, "no bias decay".
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSpec:
+    """How the weights move. ValueError for an unknown name or a number out of range.
+
+    name: of OPTIMIZERS. lr: the peak learning rate, above 0. weight_decay: at least 0, on matrices and kernels alone; decoupled for adamw,
+    lion and muon, else an L2 term in the gradient, as PyTorch has them. momentum: in [0, 1), of sgd, rmsprop and muon; nesterov: of sgd.
+    schedule: of SCHEDULES; warmup: share of all steps in which the rate rises linearly, in [0, 1]; lr_end: where the schedule ends, as a
+    share of the peak, in [0, 1]. bias_lr: times the rate for norms and biases, above 0. layer_decay: times the rate for each block
+    further from the head, in (0, 1] (Clark et al. 2020, arXiv:2003.10555). sam: the radius ρ of sharpness-aware minimisation, 0 for none.
+    clip_norm, clip_value: bounds of the gradient's norm and of each of its values, above 0; None for none.
     """
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay={weight_decay!r}: expected a number of at least 0")
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not trainable:
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    momentum: float = 0.9
+    nesterov: bool = True
+    schedule: str = "cosine"
+    warmup: float = 0.1
+    lr_end: float = 0.0
+    bias_lr: float = 1.0
+    layer_decay: float = 1.0
+    sam: float = 0.0
+    clip_norm: float | None = None
+    clip_value: float | None = None
+
+    def __post_init__(self) -> None:
+        pick("optimizer", self.name, OPTIMIZERS)
+        check_schedule(self.schedule, self.warmup)
+        rules = [
+            ("lr", math.isfinite(self.lr) and self.lr > 0, "a number above 0"),
+            ("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0"),
+            ("momentum", 0 <= self.momentum < 1, "a number in 0…1, without 1"),
+            ("lr_end", 0 <= self.lr_end <= 1, "a share in 0…1"),
+            ("bias_lr", 0 < self.bias_lr < math.inf, "a number above 0"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "a number in 0…1, without 0"),
+            ("sam", 0 <= self.sam < math.inf, "a number of at least 0"),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a number above 0, or none"),
+            ("clip_value", self.clip_value is None or self.clip_value > 0, "a number above 0, or none"),
+        ]
+        for key, holds, accepted in rules:
+            if not holds:
+                raise ValueError(f"{key}={getattr(self, key)!r}: expected {accepted}")
+
+    def make(self, network: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser over what is trainable in `network` now."""
+        groups = parameter_groups(network, self)
+        make = OPTIMIZERS[self.name]
+        return SAM(groups, lambda own: make(own, self), rho=self.sam) if self.sam else make(groups, self)
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """The factor on the learning rate at `step`, counted from 0, of `total_steps`: see `warmup_schedule`."""
+        return warmup_schedule(self.schedule, step, total_steps, self.warmup, self.lr_end)
+
+
+def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:
+    """The trainable parameters in groups of one learning rate and one decay: matrices and kernels (ndim above 1) decay, the rest does not.
+
+    Decay on a norm's scale or a bias regularises nothing that generalises. Groups without parameters are left out. ValueError where
+    nothing is trainable. Source: He et al. 2019, arXiv:1812.01187, section 3.1, "no bias decay".
+    """
+    blocks = blocks_of(network) if spec.layer_decay < 1 else [list(network.parameters())]
+    groups: Groups = []
+    for place, block in enumerate(blocks):
+        scale = spec.lr * spec.layer_decay ** (len(blocks) - 1 - place)
+        own = [parameter for parameter in block if parameter.requires_grad]
+        groups += [
+            {"params": [p for p in own if p.ndim > 1], "weight_decay": spec.weight_decay, "lr": scale},
+            {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0, "lr": scale * spec.bias_lr},
+        ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
         raise ValueError(
-            f"{type(module).__name__} has no parameter that requires a gradient: there is nothing to train"
+            f"{type(network).__name__} has no parameter that requires a gradient: there is nothing to train"
         )
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    return groups
 
 
-def make_optimizer(
-    name: str, module: nn.Module, *, lr: float, weight_decay: float, momentum: float
-) -> torch.optim.Optimizer:
-    """The optimiser `name` of OPTIMIZERS over `parameter_groups`.
-
-    lr: above 0; momentum: in 0…1 without 1, for sgd (Nesterov's where above 0); adamw keeps its betas 0.9 and 0.999.
-    ValueError for an unknown name or a number out of range.
-    """
-    _check_known("optimizer", name, OPTIMIZERS)
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"lr={lr!r}: expected a number above 0")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum!r}: expected a number in 0…1, without 1")
-    return OPTIMIZERS[name](parameter_groups(module, weight_decay), lr, momentum)
-
-
-def warmup_schedule(name: str, step: int, total_steps: int, warmup_fraction: float) -> float:
+def warmup_schedule(name: str, step: int, total_steps: int, warmup_fraction: float, end: float = 0.0) -> float:
     """The factor on the learning rate at `step`, counted from 0: a linear warm-up, then the schedule `name`.
 
     The first round(total_steps · warmup_fraction) steps rise in equal parts to 1 and never use 0; the rest follow
-    SCHEDULES. Steps past the end keep the last value. ValueError for an unknown name, total_steps below 1 or a
-    warmup_fraction outside 0…1. Source: warm-up, Goyal et al. 2017, arXiv:1706.02677, section 2.2.
+    SCHEDULES, from 1 to `end` in place of 0. Steps past the end keep the last value. ValueError for an unknown name, total_steps
+    below 1 or a warmup_fraction outside 0…1. Source: warm-up, Goyal et al. 2017, arXiv:1706.02677, section 2.2.
     """
     check_schedule(name, warmup_fraction)
     if total_steps < 1:
@@ -60,49 +107,93 @@ def warmup_schedule(name: str, step: int, total_steps: int, warmup_fraction: flo
     warmup_steps = round(total_steps * warmup_fraction)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return SCHEDULES[name](min(1.0, progress))
+    rest = max(1, total_steps - warmup_steps)
+    factor = SCHEDULES[name](min(1.0, (step - warmup_steps) / rest), warmup_steps / rest)
+    return end + (1 - end) * factor
 
 
 def check_schedule(name: str, warmup_fraction: float) -> None:
     """ValueError for an unknown schedule or a warmup_fraction outside 0…1."""
-    _check_known("schedule", name, SCHEDULES)
+    pick("schedule", name, SCHEDULES)
     if not 0 <= warmup_fraction <= 1:
         raise ValueError(f"warmup={warmup_fraction!r}: expected a fraction of the steps, in 0…1")
 
 
-def check_optimizer(name: str) -> None:
-    """ValueError for an unknown optimiser."""
-    _check_known("optimizer", name, OPTIMIZERS)
+def _sgd(groups: Groups, spec: OptimSpec) -> torch.optim.Optimizer:
+    nesterov = spec.nesterov and spec.momentum > 0
+    return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, nesterov=nesterov)
 
 
-def _check_known(parameter: str, name: str, known: Mapping[str, object]) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{parameter}={name!r}: expected one of {', '.join(known)}{hint}")
+def _lion(groups: Groups, spec: OptimSpec) -> torch.optim.Optimizer:
+    """sign(β₁ m + (1 − β₁) g), with β 0.9 and 0.99: Chen et al. 2023, arXiv:2302.06675; a tenth of adamw's rate suits it."""
+    from timm.optim import Lion
+
+    return Lion(groups, lr=spec.lr)
 
 
-def _sgd(groups: list[dict[str, Any]], lr: float, momentum: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+def _muon(groups: Groups, spec: OptimSpec) -> torch.optim.Optimizer:
+    """Momentum made orthogonal, on matrices and on kernels as matrices; AdamW for the rest.
+
+    Source: Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982.
+    """
+    from timm.optim import Muon
+
+    return Muon(groups, lr=spec.lr, momentum=spec.momentum, nesterov=True)
 
 
-def _adamw(groups: list[dict[str, Any]], lr: float, momentum: float) -> torch.optim.Optimizer:
-    """Loshchilov & Hutter 2019, arXiv:1711.05101."""
-    return torch.optim.AdamW(groups, lr=lr)
+OPTIMIZERS: Mapping[str, Callable[[Groups, OptimSpec], torch.optim.Optimizer]] = MappingProxyType(
+    {
+        "sgd": _sgd,  # with momentum: Sutskever et al. 2013
+        "adagrad": lambda groups, spec: torch.optim.Adagrad(groups, lr=spec.lr),  # Duchi et al. 2011
+        "adadelta": lambda groups, spec: torch.optim.Adadelta(groups, lr=spec.lr),  # Zeiler 2012, arXiv:1212.5701
+        "rmsprop": lambda groups, spec: torch.optim.RMSprop(
+            groups, lr=spec.lr, momentum=spec.momentum
+        ),  # Tieleman & Hinton 2012
+        "adam": lambda groups, spec: torch.optim.Adam(groups, lr=spec.lr),  # Kingma & Ba 2015, arXiv:1412.6980
+        "adamw": lambda groups, spec: torch.optim.AdamW(
+            groups, lr=spec.lr
+        ),  # Loshchilov & Hutter 2019, arXiv:1711.05101
+        "lion": _lion,
+        "muon": _muon,
+    }
+)
 
 
-def _cosine(progress: float) -> float:
+def _cosine(progress: float, warmup: float) -> float:
     """(1 + cos(π t)) / 2. Source: Loshchilov & Hutter 2017, arXiv:1608.03983, equation 5, one cycle down to 0."""
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def _constant(progress: float) -> float:
-    return 1.0
+def _step(progress: float, warmup: float) -> float:
+    """1, 0.1 from one half on, 0.01 from three quarters on. Source: He et al. 2016, arXiv:1512.03385, section 4.2."""
+    return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
 
 
-OPTIMIZERS: Mapping[str, Callable[[list[dict[str, Any]], float, float], torch.optim.Optimizer]] = MappingProxyType(
-    {"sgd": _sgd, "adamw": _adamw}
+def _inverse_sqrt(progress: float, warmup: float) -> float:
+    """√(w / t) after a warm-up of w steps, of a tenth of the rest where there is none.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 5.3.
+    """
+    width = warmup or 0.1
+    return math.sqrt(width / (width + progress))
+
+
+def _one_cycle(progress: float, warmup: float) -> float:
+    """After the rise, which is the warm-up's (0.3 is usual): linearly to 1/25 in nine tenths of the time, then to 0.
+
+    Source: Smith 2018, arXiv:1803.09820, section 4.
+    """
+    return 1 - progress / 0.9 * 0.96 if progress < 0.9 else 0.4 * (1 - progress)
+
+
+SCHEDULES: Mapping[str, Callable[[float, float], float]] = MappingProxyType(
+    {
+        "constant": lambda progress, warmup: 1.0,
+        "linear": lambda progress, warmup: 1 - progress,
+        "cosine": _cosine,
+        "step": _step,
+        "inverse_sqrt": _inverse_sqrt,
+        "one_cycle": _one_cycle,
+    }
 )
-
-SCHEDULES: Mapping[str, Callable[[float], float]] = MappingProxyType({"cosine": _cosine, "constant": _constant})
+"""From the share of the steps after the warm-up that is done, and the warm-up's length as a share of them, to a factor in [0, 1]."""

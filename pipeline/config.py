@@ -27,9 +27,11 @@ class DataConfig:
         std: as mean.
         val_share: share of the training pictures drawn for validation where the data has no `val` split.
         test_share: share drawn for the hold-out where the data has no `test` split.
-        batch_size: pictures a step.
+        batch_size: pictures a step; of the whole training set, one step an epoch.
         repeats: draws of each training picture beside each other in a batch; an epoch then takes 1/repeats of the pictures.
-        workers: processes that load pictures; null chooses for this machine.
+        sampler: shuffle takes each picture once an epoch; balanced draws each class equally often, pictures of small ones repeatedly.
+        memory: keep the pictures decoded; auto does so where they have one size and take at most a quarter of the free memory.
+        workers: processes that load pictures; null chooses for this machine, none for pictures in memory.
         on_bad_file: error stops before training; skip leaves unreadable files, and training pictures that are in val or test too, out.
     """
 
@@ -45,6 +47,8 @@ class DataConfig:
     test_share: float = 0.2
     batch_size: int = 64
     repeats: int = 1
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
+    memory: Literal["auto", "never", "always"] = "auto"
     workers: int | None = None
     on_bad_file: Literal["error", "skip"] = "error"
 
@@ -65,15 +69,23 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: lenet5, resnet20, or a torchvision or timm classification network (timm/NAME, torchvision/NAME force one).
-        weights: none, default (the library's pretrained weights), or the path of a weights file.
-        freeze: backbone trains the new head only.
+        name: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, or a torchvision or timm network (timm/NAME forces one).
+        weights: none, default (the library's pretrained weights), a file, a folder with one, or a URL.
+        mode: fine-tune trains all, feature-extract the head, gradual from the head down, linear-then-fine-tune first the head, then all.
+        unfreeze_epochs: epochs until gradual and linear-then-fine-tune train all.
+        frozen_norms: keep the statistics of batch norms as the weights have them.
+        head: the last layer: linear, mlp (one hidden layer) or cosine (of the angle to each class).
+        init: default is the network's own; else how all weights begin, as he_normal, xavier_uniform, orthogonal or lsuv.
         args: further arguments of the network.
     """
 
     name: str = "resnet20"
     weights: str = "none"
-    freeze: Literal["none", "backbone"] = "none"
+    mode: Literal["fine-tune", "feature-extract", "gradual", "linear-then-fine-tune"] = "fine-tune"
+    unfreeze_epochs: int = 1
+    frozen_norms: bool = False
+    head: Literal["linear", "mlp", "cosine"] = "linear"
+    init: str = "default"
     args: dict = field(default_factory=dict)
 
 
@@ -82,24 +94,63 @@ class OptimConfig:
     """How the weights move.
 
     Args:
-        name: the optimiser.
+        name: the optimiser: sgd, adagrad, adadelta, rmsprop, adam, adamw, lion or muon.
         lr: peak learning rate.
-        weight_decay: decoupled for adamw; never on norms and biases.
-        momentum: of sgd.
-        schedule: of the learning rate, by step.
+        weight_decay: decoupled for adamw, lion and muon; never on norms and biases.
+        momentum: of sgd, rmsprop and muon.
+        nesterov: whether sgd looks ahead.
+        schedule: of the learning rate, by step: constant, linear, cosine, step, inverse_sqrt or one_cycle.
         warmup: share of all steps in which the rate rises linearly, in [0, 1].
-        label_smoothing: in [0, 1).
-        consistency: weight of the divergence between three views of each picture (12 in the paper of AugMix, which the policy must have).
+        lr_end: where the schedule ends, as a share of the peak.
+        bias_lr: times the rate for norms and biases.
+        layer_decay: times the rate for each block further from the head, in (0, 1].
+        sam: radius of sharpness-aware minimisation, as 0.05; 0 leaves it out. It takes two passes a step.
+        clip_norm: bound of the gradient's norm.
+        clip_value: bound of each of the gradient's values.
     """
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["sgd", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "lion", "muon"] = "adamw"
     lr: float = 2e-3
     weight_decay: float = 0.05
     momentum: float = 0.9
-    schedule: Literal["cosine", "constant"] = "cosine"
+    nesterov: bool = True
+    schedule: Literal["constant", "linear", "cosine", "step", "inverse_sqrt", "one_cycle"] = "cosine"
     warmup: float = 0.1
+    lr_end: float = 0.0
+    bias_lr: float = 1.0
+    layer_decay: float = 1.0
+    sam: float = 0.0
+    clip_norm: float | None = None
+    clip_value: float | None = None
+
+
+@dataclass
+class LossConfig:
+    """What training minimises.
+
+    Args:
+        name: auto takes cross_entropy, for multilabel bce; else cross_entropy, bce, focal, mse or perceptron.
+        label_smoothing: in [0, 1).
+        gamma: of focal.
+        class_weights: balanced weighs each class by one over its number of training pictures.
+        consistency: weight of the divergence between three views of each picture (12 in the paper of AugMix, which the policy must have).
+        penalty: weight of the elastic net on the weights.
+        l1_ratio: of that, in [0, 1]: 1 is L1, 0 is L2.
+        teacher: a bundle to learn from besides, of the same labels and image size.
+        distill: weight of the teacher's answers against the labels, in [0, 1].
+        temperature: of both answers in learning from a teacher.
+    """
+
+    name: Literal["auto", "cross_entropy", "bce", "focal", "mse", "perceptron"] = "auto"
     label_smoothing: float = 0.0
+    gamma: float = 2.0
+    class_weights: Literal["none", "balanced"] = "none"
     consistency: float = 0.0
+    penalty: float = 0.0
+    l1_ratio: float = 0.0
+    teacher: str | None = None
+    distill: float = 0.5
+    temperature: float = 4.0
 
 
 @dataclass
@@ -111,6 +162,13 @@ class TrainerConfig:
         seed: of the split, the weights, the order and every augmentation.
         device: auto takes a GPU where there is one.
         precision: auto takes bf16 or fp16 where the device computes in it, else fp32.
+        accumulate: batches whose gradients make one step.
+        ema: decay of an average of the weights, as 0.999, which is then what is measured and kept; 0 for none.
+        swa_start: share of the epochs after which the weights are averaged evenly, as 0.75; null for never.
+        patience: epochs without a better validation figure after which training stops; null for never.
+        compile: compile the network; pays on a GPU and in long runs.
+        start_size: share of the pictures' sides that the first epoch sees, rising to all of them at three quarters of the epochs.
+        tta: test-time augmentation of the hold-out's figures: the mean over the picture and its mirror image, or also shifts by a pixel.
         runs_dir: folder that holds the runs.
         run_name: the run's folder; null names it after the config and the time.
     """
@@ -119,6 +177,13 @@ class TrainerConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    accumulate: int = 1
+    ema: float = 0.0
+    swa_start: float | None = None
+    patience: int | None = None
+    compile: bool = False
+    start_size: float = 1.0
+    tta: Literal["none", "flip", "flip-shift"] = "none"
     runs_dir: str = "runs"
     run_name: str | None = None
 
@@ -150,6 +215,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -269,7 +335,7 @@ def _nearest(key: str) -> str:
 
 def _check(config: Config, where: str) -> None:
     """The ranges that a type cannot say."""
-    data, optim, trainer = config.data, config.optim, config.trainer
+    data, model, trainer = config.data, config.model, config.trainer
     rules = [
         ("data.image_size", data.image_size, min(config.image_size()) >= 8, "at least 8 pixels"),
         ("data.crop_ratio", data.crop_ratio, 0 < data.crop_ratio <= 1, "in (0, 1]"),
@@ -279,12 +345,22 @@ def _check(config: Config, where: str) -> None:
         ("data.repeats", data.repeats, 1 <= data.repeats <= data.batch_size, "in 1…data.batch_size"),
         ("data.workers", data.workers, data.workers is None or data.workers >= 0, "at least 0, or null"),
         ("data.std", data.std, data.std is None or min(data.std) > 0, "positive"),
-        ("optim.lr", optim.lr, optim.lr > 0, "positive"),
-        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
-        ("optim.momentum", optim.momentum, 0 <= optim.momentum < 1, "in [0, 1)"),
-        ("optim.warmup", optim.warmup, 0 <= optim.warmup <= 1, "in [0, 1]"),
-        ("optim.label_smoothing", optim.label_smoothing, 0 <= optim.label_smoothing < 1, "in [0, 1)"),
-        ("optim.consistency", optim.consistency, 0 <= optim.consistency < float("inf"), "at least 0 and finite"),
+        ("model.unfreeze_epochs", model.unfreeze_epochs, model.unfreeze_epochs >= 1, "at least 1"),
+        ("trainer.accumulate", trainer.accumulate, trainer.accumulate >= 1, "at least 1"),
+        ("trainer.ema", trainer.ema, 0 <= trainer.ema < 1, "in [0, 1)"),
+        (
+            "trainer.swa_start",
+            trainer.swa_start,
+            trainer.swa_start is None or 0 <= trainer.swa_start < 1,
+            "in [0, 1), or null",
+        ),
+        (
+            "trainer.patience",
+            trainer.patience,
+            trainer.patience is None or trainer.patience >= 1,
+            "at least 1, or null",
+        ),
+        ("trainer.start_size", trainer.start_size, 0.25 <= trainer.start_size <= 1, "in [0.25, 1]"),
         ("trainer.max_epochs", trainer.max_epochs, trainer.max_epochs >= 1, "at least 1"),
         ("trainer.seed", trainer.seed, 0 <= trainer.seed < 2**32, "in [0, 2**32)"),
         (
@@ -297,6 +373,8 @@ def _check(config: Config, where: str) -> None:
     for key, value, holds, accepted in rules:
         if not holds:
             raise ConfigError(f"{where}: {key}: {value!r} is not {accepted}")
+    if trainer.ema and trainer.swa_start is not None:
+        raise ConfigError(f"{where}: trainer.ema and trainer.swa_start both average the weights; choose one")
 
 
 def _plain_words(message: str) -> str:

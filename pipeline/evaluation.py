@@ -33,15 +33,16 @@ def evaluate(
     temperature: float = 1.0,
     thresholds: Sequence[float] = (),
     progress: bool = True,
+    tta: str = "none",
 ) -> Evaluation:
-    """Measure on samples whose labels index `labels`. DataError names a picture that cannot be read.
+    """Measure on samples whose labels index `labels`. tta: see `pipeline.scoring.views`. DataError names a picture that cannot be read.
 
     Accuracy, top-5 accuracy (above five classes), macro and micro F1; for multilabel F1 and mean average precision, a label being given
     from its threshold (0.5) on.
     """
     from tqdm import tqdm
 
-    answers = score(classifier, preprocess, [s.read for s in samples], task=task, temperature=temperature)
+    answers = score(classifier, preprocess, [s.read for s in samples], task=task, temperature=temperature, tta=tta)
     rows = []
     for sample, answer in zip(
         samples, tqdm(answers, "evaluating", len(samples), disable=not progress or None, leave=False), strict=True

@@ -22,10 +22,11 @@ def score(
     task: str,
     temperature: float = 1.0,
     batch_size: int = 64,
+    tta: str = "none",
 ) -> Iterator[np.ndarray | ImageError | OSError]:
     """For each picture, in order, its probabilities as float32 (C,), or why it has none.
 
-    classifier: in eval mode; its device is used, in fp32. readers: each gives one picture's encoded bytes.
+    classifier: in eval mode; its device is used, in fp32. readers: each gives one picture's encoded bytes. tta: see `views`.
     """
     device = next(classifier.parameters()).device
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -39,9 +40,25 @@ def score(
             if pictures:
                 batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(device)
                 with torch.inference_mode():
-                    answers = iter(probabilities(classifier(batch), task=task, temperature=temperature).cpu().numpy())
+                    logits = sum(share * classifier(view) for share, view in views(batch, tta))
+                    answers = iter(probabilities(logits, task=task, temperature=temperature).cpu().numpy())
             for item in inputs:
                 yield next(answers) if isinstance(item, np.ndarray) else item
+
+
+def views(batch: torch.Tensor, tta: str) -> Iterator[tuple[float, torch.Tensor]]:
+    """(share, pictures) to average a picture's logits over: none, flip (it and its mirror image), or flip-shift (both also moved by a pixel
+    along the diagonal, each way, which count half as much). batch: (N, 3, H, W)."""
+    if tta == "none":
+        yield 1.0, batch
+        return
+    moved = [(1.0, batch)]
+    if tta == "flip-shift":
+        padded = torch.nn.functional.pad(batch.float(), (1, 1, 1, 1), mode="reflect")
+        moved = [(0.5, batch), (0.25, padded[..., :-2, :-2]), (0.25, padded[..., 2:, 2:])]
+    for share, pictures in moved:
+        yield share / 2, pictures
+        yield share / 2, pictures.flip(-1)
 
 
 def _submit(

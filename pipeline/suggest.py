@@ -112,7 +112,7 @@ augment:
 model:
   name: {network}         # {why}
   weights: {weights}          # none, default (pretrained), or a file
-  freeze: none           # backbone trains the new head only
+  mode: fine-tune        # of all weights; feature-extract trains the new head only, gradual unfreezes from the head down
 
 optim:
   name: adamw
@@ -120,6 +120,8 @@ optim:
   weight_decay: 0.05
   schedule: cosine
   warmup: 0.1
+
+loss:
   label_smoothing: 0.0
 
 trainer:

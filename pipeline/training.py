@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, ConfigError, ModelConfig, TrainerConfig
+from pipeline.config import Config, ConfigError, TrainerConfig
 
 log = logging.getLogger(__name__)
 
@@ -31,50 +31,20 @@ def train(config: Config, *, name: str = "run") -> Result:
     import lightning
 
     from augment import Augmenter
-    from models.classifier import Classifier
-    from models.module import ClassifierModule
-    from models.networks import build
     from pipeline.data.module import PictureData
     from pipeline.device import choose_device, choose_precision
+    from pipeline.recipe import check_recipe, make_module, make_preprocess, measured
     from pipeline.tracking import TrackingError, track
 
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
     augmenter = Augmenter(config.augment.policy, config.trainer.seed, size=config.image_size())
-    if config.optim.consistency and (augmenter.mixes or not any(op.name == "AugMix" for op in augmenter.policy.ops)):
-        raise ConfigError(
-            "optim.consistency compares views that AugMix makes: the policy needs AugMix, and neither MixUp nor CutMix"
-        )
+    check_recipe(config, augmenter, precision)
     preprocess = make_preprocess(config)
     manifest, identity = prepare_data(config)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
-    network = _build(build, config.model, len(manifest.labels), config.image_size())
     preprocess, arrays = measured(config, preprocess, manifest)
-    classifier = Classifier(
-        network,
-        mean=preprocess.mean,
-        std=preprocess.std,
-        normalize=preprocess.normalize,
-        image_size=config.image_size(),
-        **arrays,
-    )
-    if config.model.freeze == "backbone":
-        classifier.freeze_backbone()
-    module = ClassifierModule(
-        classifier,
-        task=manifest.task,
-        num_classes=len(manifest.labels),
-        optimizer=config.optim.name,
-        lr=config.optim.lr,
-        weight_decay=config.optim.weight_decay,
-        momentum=config.optim.momentum,
-        schedule=config.optim.schedule,
-        warmup=config.optim.warmup,
-        label_smoothing=config.optim.label_smoothing,
-        mix=augmenter.mix if augmenter.mixes else None,
-        channels_last=True,
-        consistency=config.optim.consistency,
-    )
+    module = make_module(config, manifest, augmenter, preprocess, arrays)
     data = PictureData(
         manifest,
         augmenter=augmenter,
@@ -82,7 +52,10 @@ def train(config: Config, *, name: str = "run") -> Result:
         batch_size=config.data.batch_size,
         workers=config.data.workers,
         repeats=config.data.repeats,
-        views=config.optim.consistency > 0,
+        views=config.loss.consistency > 0,
+        balanced=config.data.sampler == "balanced",
+        memory=config.data.memory,
+        on_device=device == "cuda",
     )
     run_dir = new_run_dir(config.trainer, name)
     log.info("run %s on %s, %s: %s", run_dir, device, precision, _described(manifest))
@@ -124,53 +97,6 @@ def prepare_data(config: Config) -> tuple[Any, dict[str, str]]:
     return manifest, {"fingerprint": found.fingerprint(manifest), "content": content}
 
 
-def make_preprocess(config: Config) -> Any:
-    """What validation, evaluation and serving do. Mean and std: the config's, else the pretrained weights' own, else ImageNet's."""
-    from augment.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-    from models.networks import weights_preprocess
-
-    own = _weights_own(weights_preprocess, config.model)
-    height, width = config.image_size()
-    return Preprocess(
-        height,
-        width,
-        resize=config.data.resize,
-        crop_ratio=config.data.crop_ratio,
-        mean=config.data.mean or tuple(own.get("mean", IMAGENET_MEAN)),
-        std=config.data.std or tuple(own.get("std", IMAGENET_STD)),
-    )
-
-
-def measured(config: Config, preprocess: Any, manifest: Any) -> tuple[Any, dict[str, Any]]:
-    """(preprocess with the normalisation that the config asks for, the arrays of the classifier's first layer for it).
-
-    Measured on the training pictures as the network sees them without augmentation, in one pass. ConfigError for whitening of large ones.
-    """
-    import dataclasses
-
-    import torch
-
-    from augment.statistics import measure
-    from pipeline.data.module import Pictures, targets_of
-
-    if config.data.normalize == "fixed":
-        return preprocess, {}
-    samples = manifest.of("train")
-    pictures = Pictures(samples, preprocess, targets_of(samples, manifest))
-    kind = "channel" if config.data.normalize == "data" else config.data.normalize
-    try:
-        found = measure((pictures.pixels(i) for i in range(len(pictures))), kind)
-    except ValueError as error:
-        raise ConfigError(f"data.normalize: {error}") from error
-    arrays = {"mean_image": found.mean_image, "whitening": found.whitening}
-    mean, std = (tuple(round(float(value), 6) for value in values) for values in (found.mean, found.std))
-    log.info("measured on %d training pictures: mean %s, std %s", len(samples), mean, std)
-    return (
-        dataclasses.replace(preprocess, mean=mean, std=std, normalize=kind),
-        {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None},
-    )
-
-
 def new_run_dir(config: TrainerConfig, name: str) -> Path:
     """A new folder below `runs_dir`. ConfigError where the named one exists: a run is never overwritten."""
     root = Path(config.runs_dir)
@@ -196,7 +122,9 @@ def fit(
     """Train, leave the best epoch's weights in the module, and return the metrics of each epoch."""
     import lightning
     import torch
+    from lightning.pytorch.callbacks import EarlyStopping
 
+    from pipeline.averaging import WeightAverage, best_weights
     from pipeline.data.manifest import DataError
     from pipeline.progress import BestCheckpoint, EpochReport, progress_bars, quiet_lightning
 
@@ -204,12 +132,20 @@ def fit(
     best = BestCheckpoint(run_dir / "checkpoints", "best", monitor=module.monitor, mode="max", save_last=True)
     report = EpochReport(module.monitor, tracker)
     bars = progress_bars()
+    more: list[Any] = []
+    if config.trainer.ema or config.trainer.swa_start is not None:
+        more.append(WeightAverage(decay=config.trainer.ema, swa_start=config.trainer.swa_start))
+    if config.trainer.patience is not None:
+        more.append(EarlyStopping(module.monitor, mode="max", patience=config.trainer.patience, check_finite=False))
+    if config.trainer.compile:
+        module.classifier.network.compile()  # in place: the keys of the weights stay as they are
     trainer = lightning.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
         precision=precision,  # type: ignore[arg-type]
         max_epochs=config.trainer.max_epochs,
-        callbacks=[best, report, *bars],
+        callbacks=[*more, best, report, *bars],
+        accumulate_grad_batches=config.trainer.accumulate,
         enable_progress_bar=bool(bars),
         logger=False,
         enable_model_summary=False,
@@ -227,8 +163,8 @@ def fit(
         raise KeyboardInterrupt from error
     except DataError as error:  # from a worker process it comes wrapped in that process's traceback
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
-    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-    module.load_state_dict(state)
+    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    module.load_state_dict(best_weights(checkpoint))
     module.to("cuda" if device == "cuda" else "cpu").eval()
     return report.history
 
@@ -252,13 +188,19 @@ def _finish(
 
     test = manifest.of("test")
     classifier, preprocess = module.classifier, data.preprocess
-    evaluation = evaluate(classifier, preprocess, test, task=manifest.task, labels=manifest.labels)
+    evaluation = evaluate(
+        classifier, preprocess, test, task=manifest.task, labels=manifest.labels, tta=config.trainer.tta
+    )
     classifier.to("cpu")
     info = BundleInfo(
         name=config.tracking.model_name or run_dir.name,
         task=manifest.task,
         labels=manifest.labels,
-        network={"name": config.model.name, "image_size": list(config.image_size()), "args": config.model.args},
+        network={
+            "name": config.model.name,
+            "image_size": list(config.image_size()),
+            "args": config.model.args | ({} if config.model.head == "linear" else {"head": config.model.head}),
+        },
         preprocess=preprocess.to_dict(),
         thresholds=tuple([0.5] * len(manifest.labels)) if manifest.task == "multilabel" else (),
         metrics=evaluation.metrics,
@@ -290,20 +232,6 @@ def _finish(
         if config.tracking.model_name:
             version = tracker.register(config.tracking.model_name, config.tracking.alias)
     return Result(run_dir, bundle, evaluation.metrics, version)
-
-
-def _build(build: Any, model: ModelConfig, num_classes: int, image_size: tuple[int, int]) -> Any:
-    try:
-        return build(model.name, num_classes, image_size=image_size, weights=model.weights, **model.args)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"model: {error}") from error
-
-
-def _weights_own(weights_preprocess: Any, model: ModelConfig) -> Mapping[str, Any]:
-    try:
-        return weights_preprocess(model.name, model.weights) or {}
-    except ValueError as error:
-        raise ConfigError(f"model.name: {error}") from error
 
 
 def _described(manifest: Any) -> str:

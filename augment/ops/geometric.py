@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from augment.ops.op import Args, Op, Size, below, choice, color
+from augment.plan import Step
 
 BORDERS = ("constant", "edge", "reflect")
 
@@ -50,6 +51,23 @@ class HorizontalFlip(GeometricOp):
     @staticmethod
     def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:
         return matrix(-1, 0, size[1], 0, 1, 0), size
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlternatingFlip(HorizontalFlip):
+    """Mirror left and right in every second epoch: half of the pictures in the even ones, the other half in the odd ones. Exact.
+
+    So two epochs in a row show both sides of each picture. p: share of the pictures that it is for. Within a choice op a plain
+    `HorizontalFlip`. Source: Jordan 2024, arXiv:2404.00498, section 3.6.
+    """
+
+    by_epoch: ClassVar[bool] = False
+    p: float = 1.0
+
+    def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
+        if rng.random() >= self.p:
+            return []
+        return [Step(self.name, {})] if (rng.random() < 0.5) != bool(epoch % 2) else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,5 +167,11 @@ def outside(op: Any) -> Args:
 
 
 TURNS: Mapping[str, type[GeometricOp]] = MappingProxyType(
-    {"HorizontalFlip": HorizontalFlip, "VerticalFlip": VerticalFlip, "Transpose": Transpose, "Rot90": Rot90}
+    {
+        "HorizontalFlip": HorizontalFlip,
+        "AlternatingFlip": AlternatingFlip,
+        "VerticalFlip": VerticalFlip,
+        "Transpose": Transpose,
+        "Rot90": Rot90,
+    }
 )

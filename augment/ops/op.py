@@ -26,6 +26,8 @@ class Op:
     """
 
     kind: ClassVar[str]
+    by_epoch: ClassVar[bool] = True
+    """Whether each epoch has its own stream; where not, `steps` sees the epoch, but draws the same in all."""
     p: float = 1.0
 
     def __post_init__(self) -> None:

@@ -2,15 +2,17 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import cv2
 import lightning
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from augment import Augmenter, ImageError, Preprocess, planes
+from augment import Augmenter, ImageError, Preprocess, decode, image_size
 from augment.random import generator
 from pipeline.data.manifest import DataError, Manifest, Sample
 
@@ -21,14 +23,18 @@ class TrainOrder(Sampler[tuple[int, int, int]]):
     """(epoch, index, repeat) in the epoch's own order.
 
     repeats: draws of each sample beside each other; an epoch keeps its length and so takes 1/repeats of the samples (repeated
-    augmentation: Hoffer et al. 2020, arXiv:1901.09335).
+    augmentation: Hoffer et al. 2020, arXiv:1901.09335). classes: of each sample, to draw all classes equally often, with replacement;
+    None takes each sample once.
 
     The epoch travels with the index, so that a worker process needs no state: it augments what it is asked for. Lightning calls
     `set_epoch`; `start` skips that many samples of the next pass, to go on in the middle of an epoch.
     """
 
-    def __init__(self, count: int, *, seed: int, start: int = 0, repeats: int = 1) -> None:
+    def __init__(
+        self, count: int, *, seed: int, start: int = 0, repeats: int = 1, classes: Sequence[int] | None = None
+    ) -> None:
         self.count, self.seed, self.start, self.repeats, self.epoch = count, seed, start, repeats, 0
+        self.classes = None if classes is None else np.asarray(classes)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -37,44 +43,78 @@ class TrainOrder(Sampler[tuple[int, int, int]]):
         return self.count
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        order = generator(self.seed, self.epoch, 0, "order").permutation(self.count).tolist()
-        return ((self.epoch, order[k // self.repeats], k % self.repeats) for k in range(self.start, self.count))
+        rng = generator(self.seed, self.epoch, 0, "order")
+        order = rng.permutation(self.count) if self.classes is None else self._balanced(rng)
+        places = order.tolist()
+        return ((self.epoch, places[k // self.repeats], k % self.repeats) for k in range(self.start, self.count))
+
+    def _balanced(self, rng: np.random.Generator) -> np.ndarray:
+        """`count` samples, the classes in turn, each class going through its own in a drawn order again and again; shuffled."""
+        assert self.classes is not None
+        present = rng.permutation(np.unique(self.classes))
+        share = -(-self.count // len(present))
+        drawn = []
+        for label in present:
+            own = np.flatnonzero(self.classes == label)
+            rounds = [rng.permutation(own) for _ in range(-(-share // len(own)))]
+            drawn.append(np.concatenate(rounds)[:share])
+        return rng.permutation(np.stack(drawn, axis=1).ravel()[: self.count])
 
 
 class TrainPictures(Dataset[Item]):
-    """Augmented training pictures, by (epoch, index, repeat). views: three of each, 3×3×H×W, as `Augmenter.views`."""
+    """Augmented training pictures, by (epoch, index, repeat). views: three of each, 3×3×H×W, as `Augmenter.views`. decoded: the pictures
+    as `decoded` gives them, None to read them anew each time; raw: leave them as they are, for the batch executor."""
 
     def __init__(
-        self, samples: Sequence[Sample], augmenter: Augmenter, targets: np.ndarray, *, views: bool = False
+        self,
+        samples: Sequence[Sample],
+        augmenter: Augmenter,
+        targets: np.ndarray,
+        *,
+        views: bool = False,
+        decoded: Sequence[np.ndarray] | None = None,
+        raw: bool = False,
     ) -> None:
         self.samples, self.augmenter, self.targets, self.views = samples, augmenter, targets, views
+        self.decoded, self.raw = decoded, raw
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int, int]) -> Item:
         epoch, index, repeat = key
+        if self.raw and self.decoded is not None:
+            return {"images": self.decoded[index], "targets": self.targets[index], "indices": index, "keys": key}
         augment = self.augmenter.views if self.views else self.augmenter
-        image = _named(self.samples[index], lambda data: augment(data, epoch=epoch, index=index, repeat=repeat))
-        images = torch.stack([_to_tensor(view) for view in image]) if self.views else _to_tensor(image)
-        return {"images": images, "targets": self.targets[index], "indices": index}
+        image = _named(
+            self.samples[index],
+            lambda data: augment(data, epoch=epoch, index=index, repeat=repeat),
+            None if self.decoded is None else self.decoded[index],
+        )
+        return {"images": image, "targets": self.targets[index], "indices": index}
 
 
 class Pictures(Dataset[Item]):
-    """Preprocessed pictures, by index."""
+    """Preprocessed pictures, by index. decoded: as they are after preprocessing, or None."""
 
-    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, targets: np.ndarray) -> None:
-        self.samples, self.preprocess, self.targets = samples, preprocess, targets
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        preprocess: Preprocess,
+        targets: np.ndarray,
+        decoded: Sequence[np.ndarray] | None = None,
+    ) -> None:
+        self.samples, self.preprocess, self.targets, self.decoded = samples, preprocess, targets, decoded
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def pixels(self, index: int) -> np.ndarray:
         """uint8 H×W×3."""
-        return _named(self.samples[index], self.preprocess)
+        return _named(self.samples[index], self.preprocess) if self.decoded is None else self.decoded[index]
 
     def __getitem__(self, index: int) -> Item:
-        return {"images": _to_tensor(self.pixels(index)), "targets": self.targets[index], "indices": index}
+        return {"images": self.pixels(index), "targets": self.targets[index], "indices": index}
 
 
 class PictureData(lightning.LightningDataModule):
@@ -90,17 +130,35 @@ class PictureData(lightning.LightningDataModule):
         workers: int | None = None,
         repeats: int = 1,
         views: bool = False,
+        balanced: bool = False,
+        memory: str = "never",
+        on_device: bool = False,
     ) -> None:
-        """repeats, views: of the training pictures, see `TrainOrder` and `TrainPictures`. workers: None takes none for a small data set
-        in memory, else one for each core, at most 8."""
+        """repeats, balanced, views: of the training pictures, see `TrainOrder` and `TrainPictures`. memory: see `fits_memory`; "always"
+        keeps them decoded, "never" does not. on_device: augment batches of pictures in memory by the batch executor, on the device.
+        workers: None takes none for pictures in memory, else one for each core, at most 8. DataError for balanced multilabel data."""
         super().__init__()
+        self.manifest, self.preprocess, self.batch_size = manifest, preprocess, batch_size
+        train, targets = manifest.of("train"), targets_of(manifest.of("train"), manifest)
+        if balanced and targets.ndim > 1:
+            raise DataError(
+                "data.sampler: balanced needs one label a picture; for multilabel weigh the labels by loss.class_weights"
+            )
+        self.in_memory = memory == "always" or (memory == "auto" and fits_memory(manifest.samples))
         if workers is None:
-            workers = 0 if manifest.samples[0].data is not None else min(8, os.cpu_count() or 1)
-        self.manifest, self.preprocess, self.batch_size, self.workers = manifest, preprocess, batch_size, workers
-        train = manifest.of("train")
-        self.train_set = TrainPictures(train, augmenter, targets_of(train, manifest), views=views)
-        self.order = TrainOrder(len(train), seed=augmenter.seed, repeats=repeats)
+            encoded = manifest.samples[0].data is not None
+            workers = 0 if self.in_memory or encoded else min(8, os.cpu_count() or 1)
+        self.workers = workers
+        pixels = decoded(train, decode, "decoding") if self.in_memory else None
+        alike = pixels is not None and len({image.shape for image in pixels}) == 1
+        self.train_set = TrainPictures(
+            train, augmenter, targets, views=views, decoded=pixels, raw=on_device and alike and not views
+        )
+        self.order = TrainOrder(
+            len(train), seed=augmenter.seed, repeats=repeats, classes=targets.tolist() if balanced else None
+        )
         self.pin = torch.cuda.is_available()
+        self._measured: dict[str, Pictures] = {}
 
     def train_dataloader(self) -> DataLoader[Item]:
         count = len(self.train_set)
@@ -112,8 +170,25 @@ class PictureData(lightning.LightningDataModule):
         return self.loader_of("val")
 
     def loader_of(self, split: str) -> DataLoader[Item]:
-        samples = self.manifest.of(split)
-        return self._loader(Pictures(samples, self.preprocess, targets_of(samples, self.manifest)))
+        if split not in self._measured:
+            samples = self.manifest.of(split)
+            pixels = decoded(samples, self.preprocess, "preprocessing") if self.in_memory else None
+            self._measured[split] = Pictures(samples, self.preprocess, targets_of(samples, self.manifest), pixels)
+        return self._loader(self._measured[split])
+
+    def on_after_batch_transfer(self, batch: Item, dataloader_idx: int) -> Item:
+        """Augment what came as it is, on the device that it is on now."""
+        keys = batch.pop("keys", None)
+        if keys is None:
+            return batch
+        from augment import batch as executor
+
+        size = (batch["images"].shape[-2], batch["images"].shape[-1])
+        plans = [
+            self.train_set.augmenter.draw(size, epoch=epoch, index=index, repeat=repeat)
+            for epoch, index, repeat in keys.tolist()
+        ]
+        return {**batch, "images": executor.run(plans, batch["images"])}
 
     def _loader(self, dataset: Dataset[Item], **options: Any) -> DataLoader[Item]:
         return DataLoader(
@@ -122,10 +197,46 @@ class PictureData(lightning.LightningDataModule):
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=self.pin,
+            collate_fn=collate,
             worker_init_fn=_one_thread,
             multiprocessing_context=_workers_context() if self.workers else None,
             **options,
         )
+
+
+def collate(items: Sequence[Item]) -> Item:
+    """One batch of items whose `images` are uint8 H×W×3 or views of that: B×3×H×W, B×V×3×H×W; `keys` become (B, 3)."""
+    first = items[0]["images"]
+    views = first.shape[:-3]
+    images = np.empty((len(items), *views, 3, *first.shape[-3:-1]), np.uint8)
+    for place, item in zip(images, items, strict=True):
+        for target, view in zip(place, item["images"], strict=True) if views else ((place, item["images"]),):
+            cv2.split(view, list(target))
+    batch = {
+        "images": torch.from_numpy(images),
+        "targets": torch.from_numpy(np.stack([item["targets"] for item in items])),
+        "indices": torch.tensor([item["indices"] for item in items]),
+    }
+    return {**batch, "keys": torch.tensor([item["keys"] for item in items])} if "keys" in items[0] else batch
+
+
+def fits_memory(samples: Sequence[Sample]) -> bool:
+    """Whether the pictures, decoded, take at most a quarter of the memory that is free, and have one size, as far as 100 of them tell."""
+    sizes = {image_size(sample.read()) for sample in samples[:: max(1, len(samples) // 100)]}
+    if len(sizes) != 1 or not hasattr(os, "sysconf"):
+        return False
+    height, width = sizes.pop()
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 3 * height * width * len(samples) <= free / 4
+
+
+def decoded(samples: Sequence[Sample], use: Callable[[bytes], np.ndarray], what: str) -> list[np.ndarray]:
+    """`use` on every sample's bytes, on all cores: uint8 H×W×3 each. DataError names a file that cannot be read."""
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda sample: _named(sample, use), samples)
+        return list(tqdm(results, what, len(samples), disable=None, leave=False))
 
 
 def targets_of(samples: Sequence[Sample], manifest: Manifest) -> np.ndarray:
@@ -138,18 +249,14 @@ def targets_of(samples: Sequence[Sample], manifest: Manifest) -> np.ndarray:
     return targets
 
 
-def _named(sample: Sample, use: Any) -> np.ndarray:
-    """`use` on the sample's bytes; what goes wrong names the file."""
+def _named(sample: Sample, use: Callable[[Any], np.ndarray], pixels: np.ndarray | None = None) -> np.ndarray:
+    """`use` on the sample's bytes, or on its pixels where they are at hand; what goes wrong names the file."""
     try:
-        return use(sample.read())
+        return use(sample.read() if pixels is None else pixels)
     except (ImageError, OSError) as error:
         raise DataError(f"{sample.path}: was readable when the data was checked, but not now: {error}") from error
     except ValueError as error:  # a guest of the policy that cannot work with this picture
         raise DataError(f"{sample.path}: the augmentation failed on it: {error}") from error
-
-
-def _to_tensor(image: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(planes(image))
 
 
 def _workers_context() -> Any:
@@ -166,6 +273,4 @@ def _workers_context() -> Any:
 
 def _one_thread(_: int) -> None:
     """Each worker is one process of many: OpenCV's own threads would only fight over the cores."""
-    import cv2
-
     cv2.setNumThreads(1)

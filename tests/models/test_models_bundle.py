@@ -16,7 +16,7 @@ from torch import nn
 
 from models.bundle import Bundle, BundleError, BundleInfo, Golden, load_bundle, save_bundle
 from models.classifier import Classifier
-from models.networks import build
+from models.networks import NETWORKS, build
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 INFO = BundleInfo(
@@ -66,7 +66,25 @@ def change_manifest(folder: Path, files: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "args"),
-    [("lenet5", {}), ("resnet20", {}), ("resnet18", {}), ("timm/resnet10t", {"drop_rate": 0.1})],
+    [
+        *((name, {}) for name in NETWORKS),
+        ("resnet18", {}),
+        ("timm/resnet10t", {"drop_rate": 0.1}),
+        ("resnet20", {"head": "cosine"}),
+        ("resnet18", {"head": "mlp"}),
+        ("mlp", {"hidden": [8, 8], "activation": "maxout", "activation_args": {"pieces": 3}}),
+        (
+            "cnn",
+            {
+                "conv": "shuffled",
+                "norm": "weight_standardisation",
+                "pool": "stochastic",
+                "global_pool": "generalised_mean",
+            },
+        ),
+        ("linear", {"features": "visual_words", "words": 16}),
+        ("linear", {"features": "colour_histogram"}),
+    ],
 )
 def test_logits_come_back_bit_by_bit(name: str, args: dict[str, Any], tmp_path: Path) -> None:
     classifier = make_classifier(name, **args)

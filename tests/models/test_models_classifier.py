@@ -63,7 +63,7 @@ def test_bad_numbers_and_shapes_are_refused() -> None:
 @pytest.mark.parametrize("name", ["lenet5", "resnet20", "resnet18", "timm/mobilenetv3_small_050", "squeezenet1_1"])
 def test_a_frozen_backbone_moves_only_the_head(name: str) -> None:
     torch.manual_seed(0)
-    classifier = Classifier(build(name, 3, image_size=(48, 48)), mean=MEAN, std=STD).freeze_backbone()
+    classifier = Classifier(build(name, 3, image_size=(48, 48)), mean=MEAN, std=STD).train_blocks(1)
     before = {key: tensor.clone() for key, tensor in classifier.state_dict().items()}
     classifier.eval().train()
     optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=0.1)
@@ -77,7 +77,7 @@ def test_a_frozen_backbone_moves_only_the_head(name: str) -> None:
 
 
 def test_a_frozen_backbones_dropout_is_off_and_the_head_trains() -> None:
-    classifier = Classifier(build("alexnet", 3, image_size=(64, 64)), mean=MEAN, std=STD).freeze_backbone().train()
+    classifier = Classifier(build("alexnet", 3, image_size=(64, 64)), mean=MEAN, std=STD).train_blocks(1).train()
     images = torch.randint(0, 256, (2, 3, 64, 64))
     assert torch.equal(classifier(images), classifier(images))
     assert classifier.training and classifier.network.classifier[-1].training

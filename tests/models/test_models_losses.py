@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from models.losses import classification_loss, consistency_loss, soft_targets
+from models.losses import (
+    LOSSES,
+    LossSpec,
+    balanced_weights,
+    classification_loss,
+    consistency_loss,
+    distillation_loss,
+    elastic_net,
+    soft_targets,
+)
 
 # softmax of (0, log 2, log 5) is (1/8, 2/8, 5/8).
 LOGITS = torch.tensor([[0.0, math.log(2), math.log(5)]])
@@ -105,3 +114,58 @@ def test_consistency_is_the_jensen_shannon_divergence() -> None:
     yes_no = torch.stack([logits.sigmoid(), 1 - logits.sigmoid()], -1).double()
     expected = (yes_no * (yes_no / yes_no.mean(0)).log()).sum(-1).mean()
     assert float(consistency_loss(logits, task="multilabel")) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_each_loss_by_hand() -> None:
+    given, targets = torch.softmax(LOGITS, 1)[0], torch.tensor([1])
+    p = [float(v) for v in given]
+    rows = {
+        "cross_entropy": -math.log(p[1]),
+        "focal": -((1 - p[1]) ** 2) * math.log(p[1]),
+        "mse": sum((v - (i == 1)) ** 2 for i, v in enumerate(p)) / len(p),
+        "perceptron": float(LOGITS[0].max() - LOGITS[0, 1]),
+        "bce": sum(math.log1p(math.exp(-z if i == 1 else z)) for i, z in enumerate(LOGITS[0].tolist())) / len(p),
+    }
+    assert set(rows) == set(LOSSES)
+    for name, expected in rows.items():
+        loss = classification_loss(LOGITS, targets, task="multiclass", name=name)
+        assert float(loss) == pytest.approx(expected, rel=1e-5), name
+
+
+def test_focal_without_gamma_is_the_plain_loss() -> None:
+    logits, targets = torch.randn(5, 3), torch.randint(2, (5, 3)).float()
+    for task, own in (("multilabel", targets), ("multiclass", targets.argmax(1))):
+        plain = classification_loss(logits, own, task=task)
+        torch.testing.assert_close(classification_loss(logits, own, task=task, name="focal", gamma=0.0), plain)
+
+
+def test_losses_that_a_task_has_not_are_refused() -> None:
+    with pytest.raises(ValueError, match="loss='cross_entropy' is for one label a picture"):
+        classification_loss(torch.zeros(2, 3), torch.zeros(2, 3), task="multilabel", name="cross_entropy")
+    with pytest.raises(ValueError, match="loss='focla'.*did you mean 'focal'"):
+        LossSpec(name="focla")
+
+
+def test_balanced_class_weights_make_every_class_weigh_the_same() -> None:
+    weights = balanced_weights([30, 10, 0])
+    assert weights.tolist() == pytest.approx([40 / (2 * 30), 40 / (2 * 10), 0])
+    assert 30 * weights[0] == pytest.approx(10 * weights[1])
+
+
+def test_distillation_is_the_divergence_at_its_temperature() -> None:
+    teacher, student = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    p, q = torch.softmax(teacher / 4, 1), torch.softmax(student / 4, 1)
+    expected = 16 * (p * (p / q).log()).sum()
+    loss = distillation_loss(student, teacher, task="multiclass", temperature=4.0)
+    torch.testing.assert_close(loss, expected)
+    assert float(distillation_loss(teacher, teacher, task="multilabel", temperature=2.0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_elastic_net_leaves_biases_out() -> None:
+    layer = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[3.0, -4.0]]))
+        layer.bias.fill_(100.0)
+    assert float(elastic_net(layer, 1.0)) == 7
+    assert float(elastic_net(layer, 0.0)) == 12.5
+    assert float(elastic_net(layer, 0.5)) == 9.75

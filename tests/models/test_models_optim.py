@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from models.networks import build
-from models.optim import OPTIMIZERS, SCHEDULES, make_optimizer, parameter_groups, warmup_schedule
+from models.optim import OPTIMIZERS, SCHEDULES, OptimSpec, parameter_groups, warmup_schedule
 
 
 def test_norms_and_biases_do_not_decay() -> None:
     network = build("resnet20", 3, image_size=(32, 32))
-    decayed, plain = parameter_groups(network, 0.05)
+    decayed, plain = parameter_groups(network, OptimSpec(weight_decay=0.05))
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
     kinds = {id(p): type(m) for m in network.modules() for p in m.parameters(recurse=False)}
     assert {kinds[id(p)] for p in decayed["params"]} == {nn.Conv2d, nn.Linear}
@@ -21,17 +21,17 @@ def test_norms_and_biases_do_not_decay() -> None:
 def test_only_what_requires_a_gradient_is_in_a_group() -> None:
     network = build("resnet20", 3, image_size=(32, 32)).requires_grad_(False)
     network.head.weight.requires_grad_(True)
-    (group,) = parameter_groups(network, 0.1)
+    (group,) = parameter_groups(network, OptimSpec())
     assert [id(p) for p in group["params"]] == [id(network.head.weight)]
     with pytest.raises(ValueError, match="nothing to train"):
-        parameter_groups(network.requires_grad_(False), 0.1)
+        parameter_groups(network.requires_grad_(False), OptimSpec())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_lowers_the_loss(name: str) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(4, 1)
-    optimizer = make_optimizer(name, layer, lr=0.05, weight_decay=0.0, momentum=0.9)
+    optimizer = OptimSpec(name=name, lr=50.0 if name == "adadelta" else 0.05, weight_decay=0.0).make(layer)
     images, targets = torch.randn(16, 4), torch.randn(16, 1)
     losses = []
     for _ in range(20):
@@ -45,18 +45,26 @@ def test_an_optimizer_lowers_the_loss(name: str) -> None:
 
 def test_sgd_is_nesterov_with_momentum_and_plain_without() -> None:
     for momentum, nesterov in ((0.9, True), (0.0, False)):
-        optimizer = make_optimizer("sgd", nn.Linear(2, 2), lr=0.1, weight_decay=0.0, momentum=momentum)
+        optimizer = OptimSpec(name="sgd", lr=0.1, weight_decay=0.0, momentum=momentum).make(nn.Linear(2, 2))
         assert optimizer.defaults["nesterov"] is nesterov
         assert optimizer.defaults["momentum"] == momentum
 
 
 def test_bad_optimizer_parameters_are_named() -> None:
-    layer = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"optimizer='adam': expected one of sgd, adamw; did you mean 'adamw'\?"):
-        make_optimizer("adam", layer, lr=0.1, weight_decay=0.0, momentum=0.9)
-    for change in ({"lr": 0.0}, {"lr": float("nan")}, {"momentum": 1.0}, {"weight_decay": -0.1}):
-        with pytest.raises(ValueError, match=f"{next(iter(change))}="):
-            make_optimizer("sgd", layer, **{"lr": 0.1, "weight_decay": 0.0, "momentum": 0.9, **change})
+    with pytest.raises(ValueError, match=r"optimizer='adan': expected one of sgd, .*; did you mean 'adam'\?"):
+        OptimSpec(name="adan")
+    changes = {
+        "lr": 0.0,
+        "momentum": 1.0,
+        "weight_decay": -0.1,
+        "lr_end": 2,
+        "bias_lr": 0,
+        "layer_decay": 0,
+        "clip_norm": 0.0,
+    }
+    for name, value in [*changes.items(), ("lr", float("nan")), ("sam", -1), ("clip_value", -1.0)]:
+        with pytest.raises(ValueError, match=f"{name}="):
+            OptimSpec(**{name: value})
 
 
 def test_cosine_with_warmup() -> None:
@@ -86,10 +94,23 @@ def test_every_step_moves_and_some_step_is_whole(name: str, total: int, warmup: 
 
 def test_bad_schedule_parameters_are_named() -> None:
     with pytest.raises(
-        ValueError, match=r"schedule='cosin': expected one of cosine, constant; did you mean 'cosine'\?"
+        ValueError, match=r"schedule='cosin': expected one of constant, linear, cosine, .*; did you mean 'cosine'\?"
     ):
         warmup_schedule("cosin", 0, 10, 0.1)
     with pytest.raises(ValueError, match=r"warmup=1\.5"):
         warmup_schedule("cosine", 0, 10, 1.5)
     with pytest.raises(ValueError, match="total_steps=0"):
         warmup_schedule("cosine", 0, 0, 0.1)
+
+
+def test_schedules_by_hand() -> None:
+    def course(name: str, end: float = 0.0, warmup: float = 0.0) -> list[float]:
+        return [warmup_schedule(name, step, 20, warmup, end) for step in range(20)]
+
+    assert course("linear")[::5] == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert course("linear", end=0.2)[::5] == pytest.approx([1, 0.8, 0.6, 0.4])
+    assert [course("step")[k] for k in (0, 9, 10, 14, 15, 19)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    # √(w / t): after 4 steps of warm-up, at step 16 a half.
+    assert course("inverse_sqrt", warmup=0.2)[16 - 4 + 4] == pytest.approx(0.5)
+    assert course("one_cycle")[18] == pytest.approx(0.04)
+    assert warmup_schedule("one_cycle", 20, 20, 0.0) == pytest.approx(0)

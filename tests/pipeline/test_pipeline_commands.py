@@ -27,8 +27,9 @@ from pipeline.config import Config, ConfigError, DataConfig
 from pipeline.data.manifest import DataError
 from pipeline.data.module import PictureData, TrainOrder
 from pipeline.evaluation import _single_label
+from pipeline.recipe import make_preprocess, measured
 from pipeline.scoring import score
-from pipeline.training import fit, make_preprocess, measured, prepare_data
+from pipeline.training import fit, prepare_data
 from refract import COMMANDS
 
 QUICK = ["--trainer.max_epochs", "3", "--trainer.run_name", "r1", "--data.workers", "0"]
@@ -237,7 +238,7 @@ def test_two_runs_with_one_seed_end_in_the_same_weights(refract: Run, workplace:
 @pytest.mark.slow
 def test_mixing_policy_and_frozen_backbone_train(refract: Run, workplace: Path) -> None:
     policy = '["HorizontalFlip", {"MixUp": {"p": 0.5}}, {"CutMix": {"p": 0.5}}]'
-    refract("train", "pictures.yaml", "--trainer.run_name", "mixed", "--augment.policy", policy, "--model.freeze", "backbone",
+    refract("train", "pictures.yaml", "--trainer.run_name", "mixed", "--augment.policy", policy, "--model.mode", "feature-extract",
             "--trainer.max_epochs", 1, "--tracking.enabled", "false")  # fmt: skip
     assert load_bundle(workplace / "runs" / "mixed" / "bundle").info.config["augment"]["policy"][1] == {
         "MixUp": {"p": 0.5}
@@ -298,11 +299,11 @@ def test_top_five_counts_the_five_best() -> None:
 @pytest.mark.slow
 def test_repeated_augmentation_and_consistency_train(refract: Run, workplace: Path) -> None:
     policy = '["HorizontalFlip", {"AugMix": {"severity": 3}}]'
-    refract("train", "pictures.yaml", "--trainer.run_name", "views", "--augment.policy", policy, "--optim.consistency", 12,
+    refract("train", "pictures.yaml", "--trainer.run_name", "views", "--augment.policy", policy, "--loss.consistency", 12,
             "--data.repeats", 2, "--data.batch_size", 8, "--trainer.max_epochs", 1, "--tracking.enabled", "false",
             "--data.workers", 1)  # fmt: skip
     assert load_bundle(workplace / "runs" / "views" / "bundle").info.config["optim"]["consistency"] == 12
-    told = refract("train", "pictures.yaml", "--optim.consistency", 12, code=2).stderr
+    told = refract("train", "pictures.yaml", "--loss.consistency", 12, code=2).stderr
     assert "the policy needs AugMix, and neither MixUp nor CutMix" in told
 
 

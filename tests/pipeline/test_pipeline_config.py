@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import Config, ConfigError, config_from_dict, help_text, load_config
+from pipeline.training import train
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -33,7 +34,7 @@ def test_policy_as_a_list_on_the_command_line() -> None:
         ("optmi: {lr: 1}", r"no key 'optmi'; did you mean 'optim'\?"),
         ("optim: {lr: fast}", "optim.lr.*fast"),
         ("optim: {name: adma}", "optim.name.*adma"),
-        ("optim: {lr: -1}", "optim.lr: -1.* is not positive"),
+        ("trainer: {ema: 1}", r"trainer.ema: 1.* is not in \[0, 1\)"),
         ("data: {batch_size: 0}", "data.batch_size: 0 is not at least 1"),
         ("data: {image_size: 3}", "data.image_size: 3 is not at least 8 pixels"),
         ("data: {val_share: 1.5}", r"data.val_share: 1.5 is not in \(0, 1\)"),
@@ -87,3 +88,15 @@ def test_help_explains_every_key() -> None:
     for section, values in Config().to_dict().items():
         for key in values:
             assert f"--{section}.{key} " in text
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("optim", "lr", -1.0), ("optim", "layer_decay", 2.0), ("loss", "label_smoothing", 1.0), ("loss", "l1_ratio", 3.0)],
+)
+def test_numbers_of_the_optimiser_and_the_loss_are_checked_before_the_data(
+    section: str, key: str, value: float
+) -> None:
+    config = config_from_dict({"data": {"source": "nowhere"}, section: {key: value}})
+    with pytest.raises(ConfigError, match=rf"^{section}\.{key}={value}: expected"):
+        train(config)

@@ -1,0 +1,79 @@
+"""A small network for pictures of about 32×32 that reaches in ten epochs what others need a hundred for."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FastNet(nn.Module):
+    """A whitening convolution, three stages of two 3×3 convolutions, and a linear head.
+
+    The first layer looks at 2×2 patches along the eigenvectors of the training pictures' patches, each scaled to variance 1, and along
+    their negatives; `prepare` sets it, and it is not trained. The 3×3 convolutions begin as far as they can as identities. GELU; batch
+    norms without a learned scale; logits are scaled by `logit_scale`. widths: channels of the three stages.
+
+    Source: Jordan 2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv:2404.00498, sections 3.1 to 3.3; Page 2019, "How to train
+    your ResNet". Input from 16 pixels a side.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        image_size: tuple[int, int],
+        widths: Sequence[int] = (64, 256, 256),
+        logit_scale: float = 1 / 9,
+    ) -> None:
+        super().__init__()
+        if min(image_size) < 16:
+            raise ValueError(f"image_size={image_size}: fastnet expected at least 16 pixels a side")
+        if len(widths) != 3 or any(not isinstance(width, int) or width < 1 for width in widths):
+            raise ValueError(f"widths={list(widths)}: expected three whole numbers above 0")
+        self.whiten = nn.Conv2d(3, 24, 2)
+        self.whiten.weight.requires_grad_(False)
+        first, second, third = widths
+        self.stages = nn.Sequential(_Stage(24, first), _Stage(first, second), _Stage(second, third))
+        self.head = nn.Linear(third, num_classes, bias=False)
+        self.logit_scale = logit_scale
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (N, 3, H, W) → logits (N, num_classes)."""
+        values = self.stages(F.gelu(self.whiten(images)))
+        return self.head(values.amax(dim=(2, 3))) * self.logit_scale
+
+    def prepare(self, images: Tensor) -> None:
+        """Set the first layer from normalised training pictures (N, 3, H, W), some thousand of them."""
+        patches = F.unfold(images.float(), 2).transpose(1, 2).reshape(-1, 12)
+        patches = patches - patches.mean(dim=0)
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        # Flat pictures have directions without variance: these are not blown up beyond a thousandth of the largest.
+        filters = (vectors / values.clamp(min=1e-3 * float(values[-1]) + 1e-8).sqrt()).T.view(12, 3, 2, 2)
+        with torch.no_grad():
+            self.whiten.weight.copy_(torch.cat([filters, -filters]))
+            nn.init.zeros_(self.whiten.bias)  # type: ignore[arg-type]
+
+
+class _Stage(nn.Module):
+    """(N, in, H, W) → (N, out, H / 2, W / 2)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        self.norm1 = _norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = _norm(outputs)
+        for conv in (self.conv1, self.conv2):
+            with torch.no_grad():
+                nn.init.dirac_(conv.weight[: conv.in_channels])
+
+    def forward(self, values: Tensor) -> Tensor:
+        values = F.gelu(self.norm1(F.max_pool2d(self.conv1(values), 2)))
+        return F.gelu(self.norm2(self.conv2(values)))
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
+    norm.weight.requires_grad_(False)
+    return norm

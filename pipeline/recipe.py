@@ -1,0 +1,202 @@
+"""What a config asks of `augment` and `models`: the preprocessing, the classifier, its training module."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Config, ConfigError, ModelConfig
+
+if TYPE_CHECKING:
+    from augment import Augmenter, Preprocess
+    from models.classifier import Classifier
+    from models.losses import LossSpec
+    from models.module import ClassifierModule
+    from models.optim import OptimSpec
+    from pipeline.data.manifest import Manifest
+
+log = logging.getLogger(__name__)
+
+SHOWN_TO_NETWORK = 5000
+"""Training pictures that a network or an initialisation may look at before the first step."""
+
+
+def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None:
+    """ConfigError for settings that are out of range or do not go together."""
+    specs(config)
+    if config.loss.consistency and (augmenter.mixes or not any(op.name == "AugMix" for op in augmenter.policy.ops)):
+        raise ConfigError(
+            "loss.consistency compares views that AugMix makes: the policy needs AugMix, and neither MixUp nor CutMix"
+        )
+    if config.optim.sam and precision == "16-mixed":
+        raise ConfigError(
+            "optim.sam does not go with fp16, whose gradients are scaled; take trainer.precision: bf16 or fp32"
+        )
+    if config.optim.sam and config.trainer.accumulate > 1:
+        raise ConfigError("optim.sam needs the whole step's loss at once: trainer.accumulate: 1")
+
+
+def specs(config: Config) -> "tuple[OptimSpec, LossSpec]":
+    """What the sections optim and loss say. ConfigError names a key that is out of range."""
+    from models.losses import LossSpec
+    from models.optim import OptimSpec
+
+    names = {item.name for item in dataclasses.fields(LossSpec)}
+    section = "optim"
+    try:
+        optim = OptimSpec(**dataclasses.asdict(config.optim))
+        section = "loss"
+        loss = LossSpec(**{name: value for name, value in dataclasses.asdict(config.loss).items() if name in names})
+    except ValueError as error:
+        raise ConfigError(f"{section}.{error}") from error
+    return optim, loss
+
+
+def make_preprocess(config: Config) -> "Preprocess":
+    """What validation, evaluation and serving do. Mean and std: the config's, else the pretrained weights' own, else ImageNet's."""
+    from augment.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+
+    own = _weights_own(config.model)
+    height, width = config.image_size()
+    return Preprocess(
+        height,
+        width,
+        resize=config.data.resize,
+        crop_ratio=config.data.crop_ratio,
+        mean=config.data.mean or tuple(own.get("mean", IMAGENET_MEAN)),
+        std=config.data.std or tuple(own.get("std", IMAGENET_STD)),
+    )
+
+
+def measured(config: Config, preprocess: "Preprocess", manifest: "Manifest") -> tuple["Preprocess", dict[str, Any]]:
+    """(preprocess with the normalisation that the config asks for, the arrays of the classifier's first layer for it).
+
+    Measured on the training pictures as the network sees them without augmentation, in one pass. ConfigError for whitening of large ones.
+    """
+    import torch
+
+    from augment.statistics import measure
+    from pipeline.data.module import Pictures, targets_of
+
+    if config.data.normalize == "fixed":
+        return preprocess, {}
+    samples = manifest.of("train")
+    pictures = Pictures(samples, preprocess, targets_of(samples, manifest))
+    kind = "channel" if config.data.normalize == "data" else config.data.normalize
+    try:
+        found = measure((pictures.pixels(i) for i in range(len(pictures))), kind)
+    except ValueError as error:
+        raise ConfigError(f"data.normalize: {error}") from error
+    arrays = {"mean_image": found.mean_image, "whitening": found.whitening}
+    mean, std = _three(found.mean), _three(found.std)
+    log.info("measured on %d training pictures: mean %s, std %s", len(samples), mean, std)
+    return (
+        dataclasses.replace(preprocess, mean=mean, std=std, normalize=kind),
+        {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None},
+    )
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (round(float(value), 6) for value in values)
+    return red, green, blue
+
+
+def make_module(
+    config: Config, manifest: "Manifest", augmenter: "Augmenter", preprocess: "Preprocess", arrays: Mapping[str, Any]
+) -> "ClassifierModule":
+    """The classifier as training begins with it, and its module. ConfigError for what the network or a spec refuses."""
+    from models.classifier import Classifier
+    from models.losses import balanced_weights
+    from models.module import ClassifierModule
+    from models.networks import build
+
+    model, count = config.model, len(manifest.labels)
+    optim, loss = specs(config)
+    try:
+        network = build(
+            model.name, count, image_size=config.image_size(), weights=model.weights, head=model.head, **model.args
+        )
+        classifier = Classifier(
+            network,
+            mean=preprocess.mean,
+            std=preprocess.std,
+            normalize=preprocess.normalize,
+            image_size=config.image_size(),
+            **arrays,
+        )
+        _begin(config, classifier, preprocess, manifest)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model: {error}") from error
+    classifier.frozen_norms = model.frozen_norms
+    weights = (
+        balanced_weights(list(manifest.counts("train").values())) if config.loss.class_weights == "balanced" else None
+    )
+    return ClassifierModule(
+        classifier,
+        task=manifest.task,
+        num_classes=count,
+        optim=optim,
+        loss=loss,
+        mix=augmenter.mix if augmenter.mixes else None,
+        channels_last=True,
+        class_weights=weights,
+        mode=model.mode,
+        unfreeze_epochs=model.unfreeze_epochs,
+        teacher=_teacher(config, manifest),
+        start_size=config.trainer.start_size,
+    )
+
+
+def _begin(config: Config, classifier: "Classifier", preprocess: "Preprocess", manifest: "Manifest") -> None:
+    """The initialisation asked for, and what the network wants to see of the training pictures before the first step."""
+    from models.parts.initialisation import initialise
+
+    network, init = classifier.network, config.model.init
+    prepare = getattr(network, "prepare", None)
+    pictures = _some(preprocess, manifest) if prepare is not None or init == "lsuv" else None
+    normalised = None if pictures is None else classifier.normalise(pictures)
+    if init != "default":
+        initialise(network, init, None if normalised is None else normalised[:256])
+    if prepare is not None:
+        prepare(normalised)
+
+
+def _some(preprocess: "Preprocess", manifest: "Manifest") -> Any:
+    """Up to SHOWN_TO_NETWORK training pictures, spread over the data, uint8 (N, 3, H, W)."""
+    import torch
+
+    from pipeline.data.module import Pictures, collate, targets_of
+
+    samples = manifest.of("train")
+    chosen = samples[:: -(-len(samples) // SHOWN_TO_NETWORK)]
+    pictures = Pictures(chosen, preprocess, targets_of(chosen, manifest))
+    batch: torch.Tensor = collate([pictures[i] for i in range(len(pictures))])["images"]
+    return batch
+
+
+def _teacher(config: Config, manifest: "Manifest") -> "Classifier | None":
+    """The classifier of the bundle to learn from. ConfigError where its labels, task or picture size are others."""
+    if config.loss.teacher is None:
+        return None
+    from models.bundle import BundleError, load_bundle
+
+    try:
+        bundle = load_bundle(config.loss.teacher)
+        classifier = bundle.classifier()
+    except BundleError as error:
+        raise ConfigError(f"loss.teacher: {error}") from error
+    found = (bundle.info.task, bundle.info.labels, tuple(bundle.info.network["image_size"]))
+    wanted = (manifest.task, manifest.labels, config.image_size())
+    for what, own, ours in zip(("task", "labels", "image size"), found, wanted, strict=True):
+        if tuple(own) != tuple(ours):
+            raise ConfigError(f"loss.teacher: {config.loss.teacher} has the {what} {own}, this training {ours}")
+    return classifier
+
+
+def _weights_own(model: ModelConfig) -> Mapping[str, Any]:
+    from models.networks import weights_preprocess
+
+    try:
+        return weights_preprocess(model.name, model.weights) or {}
+    except ValueError as error:
+        raise ConfigError(f"model.name: {error}") from error

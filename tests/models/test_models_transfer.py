@@ -1,0 +1,236 @@
+"""Which parameters move in which epoch, heads, learning rates by depth, averages of weights."""
+
+import warnings
+
+import lightning
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from models.classifier import Classifier
+from models.head import CosineHead, MLPHead, exchange_head, head_of
+from models.module import ClassifierModule
+from models.networks import build
+from models.optim import OptimSpec, parameter_groups
+from models.transfer import MODES, blocks_of, trained_blocks
+from pipeline.averaging import KEY, WeightAverage, best_weights
+from tests.models.test_models_module import Pictures
+
+
+@pytest.mark.parametrize("name", ["resnet20", "lenet5", "perceptron", "resnet18", "timm/vit_tiny_patch16_224"])
+def test_every_parameter_is_in_one_block_and_the_heads_are_the_last(name: str) -> None:
+    network = build(name, 3, image_size=(32, 32))
+    blocks = blocks_of(network)
+    assert sorted(id(p) for block in blocks for p in block) == sorted(id(p) for p in network.parameters())
+    assert {id(p) for p in blocks[-1]} == {id(p) for p in head_of(network).parameters()}
+
+
+def test_modes_by_epoch() -> None:
+    def course(mode: str) -> list[int]:
+        return [trained_blocks(mode, epoch, 4, 9) for epoch in range(6)]
+
+    assert course("fine-tune") == [9] * 6
+    assert course("feature-extract") == [1] * 6
+    assert course("gradual") == [1, 3, 5, 7, 9, 9]
+    assert course("linear-then-fine-tune") == [1, 1, 1, 1, 9, 9]
+    with pytest.raises(ValueError, match="mode='thaw'"):
+        trained_blocks("thaw", 0, 1, 2)
+
+
+class Watch(lightning.Callback):
+    """Which parameters and statistics moved in each epoch."""
+
+    def __init__(self) -> None:
+        self.moved: list[set[str]] = []
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.before = {key: value.clone() for key, value in pl_module.state_dict().items()}
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        state = pl_module.state_dict()
+        self.moved.append({key for key, value in state.items() if not torch.equal(value, self.before[key])})
+
+
+def fit(module: ClassifierModule, *callbacks: lightning.Callback, epochs: int, **options: object) -> lightning.Trainer:
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=epochs, logger=False, callbacks=list(callbacks), enable_progress_bar=False,
+        enable_model_summary=False, **{"enable_checkpointing": False, **options},
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        trainer.fit(module, DataLoader(Pictures(), batch_size=8), DataLoader(Pictures(), batch_size=8))
+    return trainer
+
+
+def make_module(name: str = "resnet20", frozen_norms: bool = False, **options: object) -> ClassifierModule:
+    torch.manual_seed(0)
+    classifier = Classifier(build(name, 2, image_size=(16, 16)), mean=(0.5,) * 3, std=(0.25,) * 3)
+    classifier.frozen_norms = frozen_norms
+    return ClassifierModule(classifier, task="multiclass", num_classes=2, **{"optim": OptimSpec(lr=0.01), **options})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_mode_moves_what_it_says(mode: str) -> None:
+    watch, module = Watch(), make_module(mode=mode, unfreeze_epochs=2)
+    fit(module, watch, epochs=3)
+    names = {id(p): name for name, p in module.named_parameters()}
+    blocks = [{names[id(p)] for p in block} for block in blocks_of(module.classifier.network)]
+    for epoch, moved in enumerate(watch.moved):
+        count = trained_blocks(mode, epoch, 2, len(blocks))
+        assert moved & set(names.values()) == set().union(*blocks[-count:]), epoch
+        # The statistics of frozen batch norms stay as well.
+        statistics = {key.rpartition(".")[0] for key in moved if key.endswith("running_mean")}
+        trained = {name.rpartition(".")[0] for name in set().union(*blocks[-count:])}
+        assert statistics <= trained
+
+
+def test_frozen_norms_keep_their_statistics_while_all_else_learns() -> None:
+    watch, module = Watch(), make_module(frozen_norms=True)
+    fit(module, watch, epochs=1)
+    assert not any("running" in key for key in watch.moved[0])
+    assert "classifier.network.stem.0.weight" in watch.moved[0]
+
+
+def test_a_run_resumed_while_unfreezing_ends_with_the_same_weights(tmp_path) -> None:
+    options = {"mode": "gradual", "unfreeze_epochs": 3, "optim": OptimSpec(lr=0.01, schedule="constant", warmup=0)}
+    whole = make_module(**options)
+    fit(whole, epochs=4)
+    first = fit(make_module(**options), epochs=2)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = make_module(**options)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=4, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False
+    )  # fmt: skip
+    trainer.fit(
+        resumed,
+        DataLoader(Pictures(), batch_size=8),
+        DataLoader(Pictures(), batch_size=8),
+        ckpt_path=tmp_path / "half.ckpt",
+    )
+    for (key, value), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(value, other), key
+
+
+def test_learning_rates_fall_with_the_distance_from_the_head() -> None:
+    network = build("lenet5", 3, image_size=(32, 32))
+    groups = parameter_groups(network, OptimSpec(lr=1.0, layer_decay=0.5, bias_lr=3.0, weight_decay=0.1))
+    kernels = [group["lr"] for group in groups if group["weight_decay"]]
+    biases = [group["lr"] for group in groups if not group["weight_decay"]]
+    assert kernels == [0.0625, 0.125, 0.25, 0.5, 1.0]
+    assert biases == [3 * rate for rate in kernels]
+    assert any(p is network.head.weight for p in groups[-2]["params"])
+
+
+@pytest.mark.parametrize(("kind", "cls"), [("mlp", MLPHead), ("cosine", CosineHead)])
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "timm/resnet10t"])
+def test_exchanged_heads_are_found_and_trained(kind: str, cls: type, name: str) -> None:
+    network = build(name, 3, image_size=(32, 32), head=kind)
+    assert isinstance(head_of(network), cls)
+    assert network(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+    classifier = Classifier(network, mean=(0.5,) * 3, std=(0.5,) * 3).train_blocks(1)
+    trained = [p for p in classifier.parameters() if p.requires_grad]
+    assert {id(p) for p in trained} == {id(p) for p in head_of(network).parameters()}
+    with pytest.raises(ValueError, match="ends in a Conv2d"):
+        exchange_head(build("squeezenet1_1", 3, image_size=(64, 64)), kind)
+
+
+def test_the_cosine_head_sees_angles_only() -> None:
+    head = CosineHead(4, 3)
+    values = torch.randn(2, 4)
+    torch.testing.assert_close(head(values), head(7 * values))
+    assert head(head.weight.detach())[0, 0].item() == pytest.approx(10)
+
+
+def test_an_average_is_measured_and_stored_and_the_weights_go_on(tmp_path) -> None:
+    seen: list[torch.Tensor] = []
+
+    class See(lightning.Callback):
+        def on_validation_batch_start(self, trainer, pl_module, *_) -> None:
+            seen.append(pl_module.classifier.network.head.weight.clone())
+
+    own: list[torch.Tensor] = []
+
+    class Own(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            own.append(pl_module.classifier.network.head.weight.detach().clone())
+
+    module, average = make_module(), WeightAverage(decay=0.5)
+    trainer = fit(module, average, See(), Own(), epochs=2)
+    expected = own[0].clone()
+    for number, weight in enumerate(own[1:], start=1):
+        expected.lerp_(weight, 1 - min(0.5, (1 + number) / (10 + number)))
+    torch.testing.assert_close(seen[-1], expected)
+    assert torch.equal(module.classifier.network.head.weight, own[-1])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    torch.testing.assert_close(best_weights(checkpoint)["classifier.network.head.weight"], expected)
+    assert torch.equal(checkpoint["state_dict"]["classifier.network.head.weight"], own[-1])
+
+
+def test_stochastic_weight_averaging_is_the_mean_of_the_last_epochs(tmp_path) -> None:
+    module, average, ends = make_module(), WeightAverage(swa_start=0.5), []
+
+    class End(lightning.Callback):
+        def on_train_epoch_end(self, trainer, pl_module) -> None:
+            ends.append(pl_module.classifier.network.head.weight.detach().clone())
+
+    trainer = fit(module, average, End(), epochs=4)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)[KEY]["weights"]["classifier.network.head.weight"]
+    torch.testing.assert_close(stored, (ends[2] + ends[3]) / 2)
+
+
+def test_sam_steps_with_the_gradient_from_the_top_of_the_neighbourhood() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(layer.weight, 2.0)
+    optimizer = OptimSpec(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.0, sam=0.5).make(layer)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 4.0
+    # At w + 0.5 = 2.5 the gradient of w² is 5.
+    assert layer.weight.item() == pytest.approx(2 - 0.1 * 5)
+
+
+def test_sam_trains_and_counts_each_batch_once() -> None:
+    module = make_module(optim=OptimSpec(lr=0.01, sam=0.05))
+    trainer = fit(module, epochs=6)
+    assert float(trainer.callback_metrics["val_accuracy"]) > 0.9
+    assert trainer.global_step == 18
+
+
+@pytest.mark.parametrize("spec", [{"clip_norm": 1e-3}, {"clip_value": 1e-5}])
+def test_gradients_are_clipped(spec: dict[str, float]) -> None:
+    found: list[torch.Tensor] = []
+
+    class See(lightning.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+            gradients = [p.grad.flatten() for p in pl_module.classifier.parameters() if p.grad is not None]
+            found.extend([torch.cat(gradients)] if gradients else [])
+
+    fit(make_module(optim=OptimSpec(**spec)), See(), epochs=1)
+    if "clip_norm" in spec:
+        assert float(found[0].norm()) == pytest.approx(1e-3, rel=1e-3)
+    else:
+        assert float(found[0].abs().max()) == pytest.approx(1e-5, rel=1e-3)
+
+
+def test_a_teacher_is_learned_from_and_is_no_part_of_the_checkpoint() -> None:
+    teacher = make_module().classifier
+    fit(make_module(), epochs=1)
+    module = make_module(teacher=teacher)
+    assert not any("teacher" in key for key in module.state_dict())
+    fit(module, epochs=1)
+
+
+def test_two_runs_with_one_seed_end_alike() -> None:
+    one, other = (make_module() for _ in range(2))
+    for module in (one, other):
+        fit(module, epochs=2)
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
