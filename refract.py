@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
         "ops": ("pipeline.commands.ops", "list the augmentation ops, or show one"),
         "serve": ("serve.command", "answer over HTTP with a bundle"),
+        "lab": ("pipeline.commands.lab", "try the claims of the courses by small experiments"),
         "demo": ("pipeline.commands.demo", "the whole way on the embedded digits: train, track, register, serve, ask"),
     }
 )

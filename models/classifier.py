@@ -70,7 +70,7 @@ class Classifier(nn.Module):
         return self.network(self.normalise(images))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """images: (N, 3, H, W), any dtype, 0…255 → the same shape, normalised, float32 or autocast's dtype."""
+        """images: (N, 3, H, W), any dtype, 0…255 → the same shape, normalised, float32."""
         std = self.std.to(torch.float32).view(1, 3, 1, 1)
         mean = self.mean.to(torch.float32).view(1, 3, 1, 1)
         if self.mean_image is not None:
@@ -82,8 +82,7 @@ class Classifier(nn.Module):
         else:
             # One multiply-add over the pixels instead of a division, a subtraction and another division.
             normalised = torch.addcmul(-mean / std, images.to(torch.float32), 1 / (255 * std))
-        kind = images.device.type
-        return normalised.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else normalised
+        return normalised
 
     def train_blocks(self, count: int | None) -> Self:
         """Leave only the last `count` of `blocks_of(network)` trainable, at least the head; None for all. Returns self.

@@ -51,10 +51,10 @@ def build(
         raise ValueError(f"weights='default': {name} has none; expected 'none' or the path of a file")
     else:
         network = _build_own(name, num_classes, image_size, args)
-    if head != "linear":
-        exchange_head(network, head)
     if weights not in ("none", "default"):
         load_weights(network, head_of(network), weights)
+    if head != "linear":
+        exchange_head(network, head)
     return network
 
 

@@ -23,7 +23,7 @@ class OptimSpec:
     name: of OPTIMIZERS. lr: the peak learning rate, above 0. weight_decay: at least 0, on matrices and kernels alone; decoupled for adamw,
     lion and muon, else an L2 term in the gradient, as PyTorch has them. momentum: in [0, 1), of sgd, rmsprop and muon; nesterov: of sgd.
     schedule: of SCHEDULES; warmup: share of all steps in which the rate rises linearly, in [0, 1]; lr_end: where the schedule ends, as a
-    share of the peak, in [0, 1]. bias_lr: times the rate for norms and biases, above 0. layer_decay: times the rate for each block
+    share of the peak, in [0, 1]. norm_lr: times the rate for what norms learn, above 0. layer_decay: times the rate for each block
     further from the head, in (0, 1] (Clark et al. 2020, arXiv:2003.10555). sam: the radius ρ of sharpness-aware minimisation, 0 for none.
     clip_norm, clip_value: bounds of the gradient's norm and of each of its values, above 0; None for none.
     """
@@ -36,7 +36,7 @@ class OptimSpec:
     schedule: str = "cosine"
     warmup: float = 0.1
     lr_end: float = 0.0
-    bias_lr: float = 1.0
+    norm_lr: float = 1.0
     layer_decay: float = 1.0
     sam: float = 0.0
     clip_norm: float | None = None
@@ -50,7 +50,7 @@ class OptimSpec:
             ("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0"),
             ("momentum", 0 <= self.momentum < 1, "a number in 0…1, without 1"),
             ("lr_end", 0 <= self.lr_end <= 1, "a share in 0…1"),
-            ("bias_lr", 0 < self.bias_lr < math.inf, "a number above 0"),
+            ("norm_lr", 0 < self.norm_lr < math.inf, "a number above 0"),
             ("layer_decay", 0 < self.layer_decay <= 1, "a number in 0…1, without 0"),
             ("sam", 0 <= self.sam < math.inf, "a number of at least 0"),
             ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "a number above 0, or none"),
@@ -77,6 +77,7 @@ def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:
     Decay on a norm's scale or a bias regularises nothing that generalises. Groups without parameters are left out. ValueError where
     nothing is trainable. Source: He et al. 2019, arXiv:1812.01187, section 3.1, "no bias decay".
     """
+    norms = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters()}
     blocks = blocks_of(network) if spec.layer_decay < 1 else [list(network.parameters())]
     groups: Groups = []
     for place, block in enumerate(blocks):
@@ -84,7 +85,8 @@ def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:
         own = [parameter for parameter in block if parameter.requires_grad]
         groups += [
             {"params": [p for p in own if p.ndim > 1], "weight_decay": spec.weight_decay, "lr": scale},
-            {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0, "lr": scale * spec.bias_lr},
+            {"params": [p for p in own if p.ndim <= 1 and id(p) not in norms], "weight_decay": 0.0, "lr": scale},
+            {"params": [p for p in own if id(p) in norms], "weight_decay": 0.0, "lr": scale * spec.norm_lr},
         ]
     groups = [group for group in groups if group["params"]]
     if not groups:
@@ -92,6 +94,9 @@ def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:
             f"{type(network).__name__} has no parameter that requires a gradient: there is nothing to train"
         )
     return groups
+
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def warmup_schedule(name: str, step: int, total_steps: int, warmup_fraction: float, end: float = 0.0) -> float:

@@ -1,9 +1,12 @@
-"""Weights from a file into a network: all but the head must fit, a head for other classes is left as it is.
+"""Weights from a file, a folder or a URL into a network: all but the head must fit, a head for other classes is left as it is.
 
-Reads `.safetensors`, and `.pt`/`.pth` without running what a pickle may carry. Knows nothing of networks' names.
+Reads `.safetensors`, and `.pt`/`.pth`/`.bin` without running what a pickle may carry. Knows nothing of networks' names.
 """
 
+import hashlib
 import logging
+import re
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-SUFFIXES = (".safetensors", ".pt", ".pth")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "weights.safetensors")
+"""What a folder's weights are called: Hugging Face's two names, and that of Refract's bundles."""
 
 # What torch.compile, DDP, other people's training modules and Refract's own Classifier and module put before the keys.
 _PREFIXES = ("_orig_mod.", "module.", "model.", "network.", "classifier.")
@@ -34,13 +40,16 @@ class LoadReport:
 
 
 def load_weights(network: nn.Module, head: nn.Module, path: str | Path) -> LoadReport:
-    """Load the file's state dict into `network`, in place; keep `head` as it is when its shapes differ. Logs one line.
+    """Load the file's state dict into `network`, in place; keep `head` as it is when its shapes differ. Logs what became of each key.
 
+    path: a file, a folder with one of FOLDER_FILES, or an http(s) URL of a file, which is kept in torch hub's cache. Where the first
+    convolution takes another number of channels than the file's, its weights are averaged over them and spread (Wightman 2019, timm).
     ValueError for another kind of file, one that cannot be read, or one that does not fit outside the head (names the
     first few keys); FileNotFoundError if there is none.
     """
     given, expected = read_weights(path), network.state_dict()
     found = {_clean(key, expected): tensor for key, tensor in given.items()}
+    _adapt_channels(network, found, expected)
     own = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()}
     head_keys = [key for key, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in own]
     if all(_fits(found, key, expected[key]) for key in head_keys):
@@ -64,10 +73,11 @@ def load_weights(network: nn.Module, head: nn.Module, path: str | Path) -> LoadR
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file on the CPU; of a checkpoint those under "state_dict" or "model". Raises the same."""
-    path = Path(path)
+    path = _local(str(path))
     if path.suffix not in SUFFIXES:
         raise ValueError(
-            f"weights={str(path)!r}: expected 'none', 'default', or a path that ends in {', '.join(SUFFIXES)}"
+            f"weights={str(path)!r}: expected 'none', 'default', a URL, a folder with {' or '.join(FOLDER_FILES)}, or a path that ends in "
+            f"{', '.join(SUFFIXES)}"
         )
     if not path.is_file():
         raise FileNotFoundError(f"weights={str(path)!r}: there is no such file")
@@ -87,6 +97,42 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"weights={str(path)!r}: expected a state dict, names to tensors")
     return dict(content)
+
+
+def _local(source: str) -> Path:
+    """The file itself: in a folder the one of FOLDER_FILES, of a URL the copy in torch hub's cache, downloaded first if need be."""
+    if re.match(r"https?://", source):
+        return _downloaded(source)
+    path = Path(source)
+    inside = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+    return inside[0] if inside else path
+
+
+def _downloaded(url: str) -> Path:
+    """ValueError where it cannot be had. The name in the cache tells the URL, so that two files of one name do not meet."""
+    name = Path(urllib.parse.urlparse(url).path).name
+    if Path(name).suffix not in SUFFIXES:
+        raise ValueError(f"weights={url!r}: expected the URL of a file that ends in {', '.join(SUFFIXES)}")
+    target = Path(torch.hub.get_dir()) / "checkpoints" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # torch hub writes beside and renames.
+            torch.hub.download_url_to_file(url, str(target), progress=False)
+        except OSError as err:
+            raise ValueError(f"weights={url!r} cannot be downloaded: {err}") from err
+    return target
+
+
+def _adapt_channels(network: nn.Module, found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Fit the file's first convolution, in `found`, to the channels that the network takes."""
+    first = next((f"{name}.weight" for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)), "")
+    if first not in found or first not in expected or found[first].ndim != 4:
+        return
+    given, wanted = found[first], expected[first]
+    if given.shape[1] != wanted.shape[1] and given.shape[0] == wanted.shape[0] and given.shape[2:] == wanted.shape[2:]:
+        log.info("weights: the first layer was trained on %d channels; fitted to %d", given.shape[1], wanted.shape[1])
+        found[first] = given.sum(dim=1, keepdim=True).expand_as(wanted) / wanted.shape[1]
 
 
 def _clean(key: str, expected: Mapping[str, Tensor]) -> str:

@@ -102,7 +102,7 @@ class OptimConfig:
         schedule: of the learning rate, by step: constant, linear, cosine, step, inverse_sqrt or one_cycle.
         warmup: share of all steps in which the rate rises linearly, in [0, 1].
         lr_end: where the schedule ends, as a share of the peak.
-        bias_lr: times the rate for norms and biases.
+        norm_lr: times the rate for what norms learn.
         layer_decay: times the rate for each block further from the head, in (0, 1].
         sam: radius of sharpness-aware minimisation, as 0.05; 0 leaves it out. It takes two passes a step.
         clip_norm: bound of the gradient's norm.
@@ -117,7 +117,7 @@ class OptimConfig:
     schedule: Literal["constant", "linear", "cosine", "step", "inverse_sqrt", "one_cycle"] = "cosine"
     warmup: float = 0.1
     lr_end: float = 0.0
-    bias_lr: float = 1.0
+    norm_lr: float = 1.0
     layer_decay: float = 1.0
     sam: float = 0.0
     clip_norm: float | None = None

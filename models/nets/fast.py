@@ -40,7 +40,11 @@ class FastNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, 3, H, W) → logits (N, num_classes)."""
-        values = self.stages(F.gelu(self.whiten(images)))
+        with torch.autocast(
+            images.device.type, enabled=False
+        ):  # bf16 would be coarser than the pixels are, and whitening magnifies it
+            whitened = self.whiten(images.float())
+        values = self.stages(F.gelu(whitened))
         return self.head(values.amax(dim=(2, 3))) * self.logit_scale
 
     def prepare(self, images: Tensor) -> None:

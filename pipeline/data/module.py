@@ -207,6 +207,9 @@ class PictureData(lightning.LightningDataModule):
 def collate(items: Sequence[Item]) -> Item:
     """One batch of items whose `images` are uint8 H×W×3 or views of that: B×3×H×W, B×V×3×H×W; `keys` become (B, 3)."""
     first = items[0]["images"]
+    odd = next((item for item in items if item["images"].shape != first.shape), None)
+    if odd is not None:
+        raise ValueError(f"pictures of {first.shape} and {odd['images'].shape} in one batch: give Augmenter a size")
     views = first.shape[:-3]
     images = np.empty((len(items), *views, 3, *first.shape[-3:-1]), np.uint8)
     for place, item in zip(images, items, strict=True):

@@ -30,13 +30,13 @@ def test_any_dtype_of_0_to_255_gives_the_same(images: Tensor, dtype: torch.dtype
     assert torch.equal(classifier(images.to(dtype)), classifier(images))
 
 
-def test_under_autocast_the_arithmetic_is_float32_and_the_result_bfloat16(images: Tensor) -> None:
+def test_under_autocast_the_normalisation_stays_float32(images: Tensor) -> None:
+    """bfloat16 would be coarser than the pixels are; the network's own layers take what they need."""
     classifier = Classifier(nn.Identity(), mean=MEAN, std=STD)
     exact = classifier(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = classifier(images)
-    assert result.dtype == torch.bfloat16
-    assert torch.equal(result, exact.to(torch.bfloat16))
+    assert result.dtype == torch.float32 and torch.equal(result, exact)
 
 
 def test_channels_last_stays() -> None:

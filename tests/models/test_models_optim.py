@@ -10,12 +10,14 @@ from models.optim import OPTIMIZERS, SCHEDULES, OptimSpec, parameter_groups, war
 
 def test_norms_and_biases_do_not_decay() -> None:
     network = build("resnet20", 3, image_size=(32, 32))
-    decayed, plain = parameter_groups(network, OptimSpec(weight_decay=0.05))
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    decayed, biases, norms = parameter_groups(network, OptimSpec(lr=0.1, norm_lr=3.0, weight_decay=0.05))
+    assert (decayed["weight_decay"], biases["weight_decay"], norms["weight_decay"]) == (0.05, 0.0, 0.0)
+    assert (decayed["lr"], biases["lr"], norms["lr"]) == pytest.approx((0.1, 0.1, 0.3))
     kinds = {id(p): type(m) for m in network.modules() for p in m.parameters(recurse=False)}
     assert {kinds[id(p)] for p in decayed["params"]} == {nn.Conv2d, nn.Linear}
-    assert {kinds[id(p)] for p in plain["params"]} == {nn.BatchNorm2d, nn.Linear}
-    assert len(decayed["params"]) + len(plain["params"]) == len(list(network.parameters()))
+    assert {kinds[id(p)] for p in biases["params"]} == {nn.Linear}
+    assert {kinds[id(p)] for p in norms["params"]} == {nn.BatchNorm2d}
+    assert sum(len(group["params"]) for group in (decayed, biases, norms)) == len(list(network.parameters()))
 
 
 def test_only_what_requires_a_gradient_is_in_a_group() -> None:
@@ -58,7 +60,7 @@ def test_bad_optimizer_parameters_are_named() -> None:
         "momentum": 1.0,
         "weight_decay": -0.1,
         "lr_end": 2,
-        "bias_lr": 0,
+        "norm_lr": 0,
         "layer_decay": 0,
         "clip_norm": 0.0,
     }

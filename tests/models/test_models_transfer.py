@@ -114,11 +114,11 @@ def test_a_run_resumed_while_unfreezing_ends_with_the_same_weights(tmp_path) -> 
 
 def test_learning_rates_fall_with_the_distance_from_the_head() -> None:
     network = build("lenet5", 3, image_size=(32, 32))
-    groups = parameter_groups(network, OptimSpec(lr=1.0, layer_decay=0.5, bias_lr=3.0, weight_decay=0.1))
+    groups = parameter_groups(network, OptimSpec(lr=1.0, layer_decay=0.5, weight_decay=0.1))
     kernels = [group["lr"] for group in groups if group["weight_decay"]]
     biases = [group["lr"] for group in groups if not group["weight_decay"]]
     assert kernels == [0.0625, 0.125, 0.25, 0.5, 1.0]
-    assert biases == [3 * rate for rate in kernels]
+    assert biases == kernels
     assert any(p is network.head.weight for p in groups[-2]["params"])
 
 

@@ -1,7 +1,9 @@
 """Weights from a file: the same head, another head, other people's prefixes, and files that do not belong."""
 
+import http.server
 import logging
 import pickle
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.networks import build, head_of
-from models.weights import load_weights
+from models.weights import FOLDER_FILES, load_weights
 
 SIZE = (32, 32)
 
@@ -119,10 +121,66 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path, capsys: 
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'none', 'default', or a path that ends in .safetensors, .pt, .pth"):
+    with pytest.raises(
+        ValueError,
+        match=r"'none', 'default', a URL, a folder with .*, or a path that ends in .safetensors, .pt, .pth, .bin",
+    ):
         build("lenet5", 3, image_size=SIZE, weights="imagenet")
     with pytest.raises(FileNotFoundError, match=r"nowhere.pt"):
         build("lenet5", 3, image_size=SIZE, weights=str(tmp_path / "nowhere.pt"))
     (tmp_path / "w.safetensors").write_bytes(b"no tensors at all")
     with pytest.raises(ValueError, match=r"cannot be read as plain tensors"):
         build("lenet5", 3, image_size=SIZE, weights=str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("name", FOLDER_FILES)
+def test_a_folder_as_the_hub_lays_it_out(name: str, tmp_path: Path) -> None:
+    source = build("resnet18", 4, image_size=SIZE)
+    save(tmp_path / name, source.state_dict())
+    assert same(build("resnet18", 4, image_size=SIZE, weights=str(tmp_path)), source)
+
+
+def test_a_url_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "served").mkdir()
+    source = build("lenet5", 4, image_size=SIZE)
+    path = Path(save(tmp_path / "served" / "w.safetensors", source.state_dict()))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, directory=str(path.parent), **kwargs)
+
+        def log_message(self, form: str, *args) -> None:
+            asked.append(form % args)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/w.safetensors"
+        for _ in range(2):
+            assert same(build("lenet5", 4, image_size=SIZE, weights=url), source)
+        assert len(asked) == 1
+        with pytest.raises(ValueError, match=r"other.safetensors' cannot be downloaded: .*404"):
+            build("lenet5", 4, image_size=SIZE, weights=url.replace("/w.", "/other."))
+        server.shutdown()
+    with pytest.raises(ValueError, match="expected the URL of a file that ends in"):
+        build("lenet5", 4, image_size=SIZE, weights="https://example.org/page.html")
+
+
+def test_weights_of_a_grey_network_are_fitted_to_colour(tmp_path: Path) -> None:
+    source = build("resnet18", 4, image_size=SIZE)
+    state = source.state_dict()
+    grey = state["conv1.weight"].sum(dim=1, keepdim=True)
+    path = save(tmp_path / "grey.safetensors", {**state, "conv1.weight": grey})
+    network = build("resnet18", 4, image_size=SIZE, weights=path).eval()
+    # A grey picture, its three channels alike, gives what the grey network gave.
+    images = torch.randn(2, 1, *SIZE).expand(2, 3, *SIZE)
+    torch.testing.assert_close(network(images), source.eval()(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_kind_of_head_goes_on_a_loaded_backbone(tmp_path: Path) -> None:
+    source = build("resnet20", 4, image_size=SIZE)
+    path = save(tmp_path / "w.pth", source.state_dict())
+    network = build("resnet20", 7, image_size=SIZE, weights=path, head="cosine")
+    assert torch.equal(network.stem[0].weight, source.stem[0].weight)
+    assert network(torch.randn(1, 3, *SIZE)).shape == (1, 7)

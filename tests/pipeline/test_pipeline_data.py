@@ -16,9 +16,10 @@ from models.classifier import Classifier
 from models.networks import build
 from pipeline.config import Config
 from pipeline.data.manifest import DataError, Sample, load_manifest
-from pipeline.data.module import PictureData
+from pipeline.data.module import PictureData, TrainOrder, fits_memory
 from pipeline.data.splits import write_splits
 from pipeline.golden import make_goldens
+from pipeline.scoring import views
 from pipeline.training import prepare_data
 
 
@@ -290,3 +291,89 @@ def test_golden_pictures_of_odd_suffixes_have_plain_names(folder: Path, tmp_path
         classifier, Preprocess(32, 32), [Sample(str(tmp_path / "x.jpg(1)"), (0,))], task="multiclass"
     )
     assert [golden.name for golden in goldens] == ["00.img"]
+
+
+def test_balanced_order_draws_every_class_equally_often_and_every_picture_of_the_largest() -> None:
+    classes = [0] * 60 + [1] * 30 + [2] * 10
+    order = TrainOrder(len(classes), seed=3, classes=classes)
+    keys = list(order)
+    counts = Counter(classes[index] for _, index, _ in keys)
+    assert len(keys) == 100 and max(counts.values()) - min(counts.values()) <= 1
+    drawn = Counter(index for _, index, _ in keys)
+    # Within a class, no picture is drawn twice before all are drawn once.
+    for label in range(3):
+        own = [drawn[i] for i, c in enumerate(classes) if c == label]
+        assert max(own) - min(own) <= 1
+    assert keys == list(TrainOrder(len(classes), seed=3, classes=classes))
+    order.set_epoch(1)
+    assert [key[1] for key in order] != [key[1] for key in keys]
+
+
+@pytest.fixture
+def alike(tmp_path: Path) -> Path:
+    """Pictures of one size."""
+    for label in COLORS:
+        for number in range(20):
+            write_picture(tmp_path / "alike" / label / f"{number:02}.png", picture(label, number)[:, :24])
+    return tmp_path / "alike"
+
+
+def data_of(folder: Path, policy: list, **options) -> PictureData:
+    manifest, _ = prepare_data(config_of(folder))
+    return PictureData(
+        manifest, augmenter=Augmenter(policy, seed=5), preprocess=Preprocess(32, 32), batch_size=7, **options
+    )
+
+
+def test_pictures_in_memory_are_augmented_and_measured_as_those_from_files(alike: Path) -> None:
+    policy = [{"PadAndCrop": {"padding": 3}}, "HorizontalFlip", {"ColorJitter": {"brightness": 0.4}}]
+    read, kept = data_of(alike, policy, workers=0), data_of(alike, policy, memory="always")
+    assert kept.workers == 0 and kept.in_memory and not read.in_memory
+    for one, other in (
+        (read.train_dataloader(), kept.train_dataloader()),
+        (read.val_dataloader(), kept.val_dataloader()),
+    ):
+        for a, b in zip(one, other, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in ("images", "targets", "indices"))
+
+
+def test_the_batch_executor_augments_pictures_in_memory_on_the_device(alike: Path) -> None:
+    policy = [{"PadAndCrop": {"padding": 3}}, "HorizontalFlip", {"ColorJitter": {"brightness": 0.4, "hue": 0.1}}]
+    plain, device = data_of(alike, policy, memory="always"), data_of(alike, policy, memory="always", on_device=True)
+    for a, b in zip(plain.train_dataloader(), device.train_dataloader(), strict=True):
+        assert "keys" in b
+        done = device.on_after_batch_transfer(b, 0)
+        assert "keys" not in done and torch.equal(a["indices"], done["indices"])
+        assert (a["images"].float() - done["images"].float()).abs().mean() < 1
+
+
+def test_memory_is_taken_where_pictures_are_alike_and_fit(alike: Path) -> None:
+    assert fits_memory(load_manifest(alike).samples)
+    write_picture(alike / "red" / "wide.png", picture("red", 4))
+    assert not fits_memory(load_manifest(alike).samples)
+
+
+def test_balanced_multilabel_is_refused(folder: Path, tmp_path: Path) -> None:
+    files = sorted(folder.rglob("*.png")) + sorted(folder.rglob("*.jpg"))
+    table = pd.DataFrame(
+        {"path": [str(f) for f in files], "label": [("a;b" if i % 2 else "b") for i in range(len(files))]}
+    )
+    table.to_csv(tmp_path / "m.csv", index=False)
+    manifest, _ = prepare_data(config_of(tmp_path / "m.csv"))
+    with pytest.raises(DataError, match=r"data\.sampler: balanced needs one label a picture"):
+        PictureData(manifest, augmenter=Augmenter("none"), preprocess=Preprocess(32, 32), batch_size=4, balanced=True)
+
+
+def test_test_time_augmentation_averages_logits() -> None:
+    batch = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    assert [share for share, _ in views(batch, "none")] == [1]
+    flips = list(views(batch, "flip"))
+    assert [share for share, _ in flips] == [0.5, 0.5] and torch.equal(flips[1][1], batch.flip(-1))
+    shifts = list(views(batch, "flip-shift"))
+    assert sum(share for share, _ in shifts) == 1 and len(shifts) == 6
+    assert torch.equal(shifts[2][1][..., 1:, 1:], batch[..., :-1, :-1].float())
+
+
+def test_a_batch_of_several_sizes_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"in one batch: give Augmenter a size"):
+        list(data_of(folder, ["HorizontalFlip"], workers=0).train_dataloader())

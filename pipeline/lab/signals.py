@@ -1,0 +1,180 @@
+"""Experiments on what a network can represent, and on how signals and gradients pass through its layers."""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from models.losses import classification_loss
+from models.networks import build
+from models.parts.initialisation import initialise
+from pipeline.lab import Experiment, Outcome
+from pipeline.lab.small import accuracy, centred, digits, train
+
+GATES = {"and": [0, 0, 0, 1], "or": [0, 1, 1, 1], "xor": [0, 1, 1, 0]}
+DEPTH, WIDTH = 10, 64
+
+
+def gate(name: str) -> tuple[Tensor, Tensor]:
+    """The four inputs of a logic gate as pictures (4, 3, 1, 2), and its answers."""
+    inputs = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    return inputs.view(4, 1, 1, 2).expand(4, 3, 1, 2).contiguous(), torch.tensor(GATES[name])
+
+
+def perceptron(seed: int) -> Outcome:
+    best = {}
+    for name in GATES:
+        torch.manual_seed(seed)
+        network, reached = build("perceptron", 2, image_size=(1, 2)), 0.0
+        rule = torch.optim.SGD(network.parameters(), lr=1.0)
+        for _ in range(100):
+            train(network, gate(name), rule, steps=4, batch=1, loss="perceptron")
+            reached = max(reached, accuracy(network, gate(name)))
+        best[name] = reached
+    found = ", ".join(f"{name.upper()} {share:.0%}" for name, share in best.items())
+    return Outcome(best["and"] == best["or"] == 1 and best["xor"] < 1, f"best in 100 epochs: {found}")
+
+
+def mlp_xor(seed: int) -> Outcome:
+    solved = 0
+    for trial in range(5):
+        torch.manual_seed(5 * seed + trial)
+        network = build("mlp", 2, image_size=(1, 2), hidden=[8], activation="tanh")
+        losses = train(network, gate("xor"), torch.optim.Adam(network.parameters(), lr=0.05), steps=300, batch=4)
+        solved += accuracy(network, gate("xor")) == 1
+    return Outcome(
+        solved == 5,
+        f"8 hidden units solve XOR in {solved} of 5 trials",
+        {"loss": losses},
+        "step",
+        "loss of a trial",
+        True,
+    )
+
+
+def vanishing(seed: int) -> Outcome:
+    norms = {}
+    for activation, init in (("sigmoid", "xavier_normal"), ("relu", "he_normal")):
+        torch.manual_seed(seed)
+        network = initialise(build("mlp", 10, image_size=(8, 8), hidden=[WIDTH] * DEPTH, activation=activation), init)
+        pictures, targets = digits()[0]
+        classification_loss(network(centred(pictures[:256])), targets[:256], task="multiclass").backward()
+        norms[activation] = [float(m.weight.grad.norm()) for m in network.layers if isinstance(m, nn.Linear)]  # type: ignore
+    sigmoid, relu = (norms[name][0] / norms[name][-1] for name in ("sigmoid", "relu"))
+    return Outcome(
+        sigmoid < 1e-3 and relu > 0.1,
+        f"gradient of the first of {DEPTH} layers over that of the last: sigmoid {sigmoid:.1e}, ReLU {relu:.2f}",
+        norms, "layer", "norm of the gradient", True,
+    )  # fmt: skip
+
+
+def depth_statistics(seed: int) -> Outcome:
+    inputs = centred(digits()[0][0][:256])
+    spreads: dict[str, list[float]] = {}
+    saturated: dict[str, float] = {}
+    for activation in ("tanh", "relu"):
+        for init in ("small_gaussian", "large_gaussian", "xavier_normal", "he_normal"):
+            torch.manual_seed(seed)
+            network = initialise(
+                build("mlp", 10, image_size=(8, 8), hidden=[500] * DEPTH, activation=activation), init
+            ).layers
+            values, own = inputs.flatten(1), []
+            with torch.no_grad():
+                for layer in network:  # type: ignore
+                    values = layer(values)
+                    if not isinstance(layer, nn.Linear | nn.Identity):
+                        own.append(float(values.std()))
+            spreads[f"{activation}, {init}"] = own
+            saturated[f"{activation}, {init}"] = float((values.abs() > 0.95).float().mean())
+    kept = spreads["tanh, xavier_normal"][-1] / spreads["tanh, xavier_normal"][0]
+    he, halved = (spreads[f"relu, {name}"][-1] / spreads[f"relu, {name}"][0] for name in ("he_normal", "xavier_normal"))
+    holds = (
+        spreads["tanh, small_gaussian"][-1] < 1e-3
+        and saturated["tanh, large_gaussian"] > 0.8
+        and 0.2 < kept < 5
+        and 0.2 < he < 5
+        and halved < 0.2
+    )
+    return Outcome(
+        holds,
+        f"deviation of layer {DEPTH} over that of layer 1: tanh with Xavier {kept:.2f}, ReLU with He {he:.2f}, ReLU with Xavier "
+        f"{halved:.2f}; small Gaussian and tanh end at {spreads['tanh, small_gaussian'][-1]:.0e}; large Gaussian saturates "
+        f"{saturated['tanh, large_gaussian']:.0%} of tanh",
+        spreads, "layer", "standard deviation", True,
+    )  # fmt: skip
+
+
+def dead_relus(seed: int) -> Outcome:
+    shares = {}
+    inputs, targets = centred(digits()[0][0]), digits()[0][1]
+    for label, activation, lr in (
+        ("ReLU, lr 3", "relu", 3.0),
+        ("ReLU, lr 0.1", "relu", 0.1),
+        ("leaky ReLU, lr 3", "leaky_relu", 3.0),
+    ):
+        torch.manual_seed(seed)
+        network = initialise(build("mlp", 10, image_size=(8, 8), hidden=[100, 100], activation=activation), "he_normal")
+        train(network, (inputs, targets), torch.optim.SGD(network.parameters(), lr=lr), steps=200)
+        with torch.no_grad():
+            first, _, act = list(network.layers)[:3]  # type: ignore
+            before = first(inputs.flatten(1))
+            gradient = (before > 0).any(dim=0) if activation == "relu" else torch.ones(100, dtype=torch.bool)
+            second = list(network.layers)[3](act(before))  # type: ignore
+            alive = (second > 0).any(dim=0) if activation == "relu" else torch.ones(100, dtype=torch.bool)
+        shares[label] = 1 - float(torch.cat([gradient, alive]).float().mean())
+    high, low, leaky = shares.values()
+    return Outcome(
+        high > 0.3 and low < 0.05 and leaky == 0,
+        "units without gradient on any of 1,297 digits after 200 steps: " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items()),
+        {label: [share] for label, share in shares.items()}, "", "share of dead units",
+    )  # fmt: skip
+
+
+def batch_norm(seed: int) -> Outcome:
+    scores: dict[str, list[float]] = {"none": [], "batch": []}
+    deviations = [10 ** (k / 2) for k in range(-4, 2)]
+    (inputs, targets), (held, truth) = digits()
+    for norm, own in scores.items():
+        for deviation in deviations:
+            torch.manual_seed(seed)
+            network = build("mlp", 10, image_size=(8, 8), hidden=[64] * 5, norm=norm)
+            for module in network.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=deviation)
+            train(
+                network,
+                (centred(inputs), targets),
+                torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9),
+                steps=200,
+            )
+            own.append(accuracy(network, (centred(held), truth)))
+    good = {norm: sum(score > 0.85 for score in own) for norm, own in scores.items()}
+    return Outcome(
+        good["batch"] >= 5 and good["none"] <= 3,
+        f"of {len(deviations)} Gaussians from {min(deviations):.2g} to {max(deviations):.2g}, 85 % are passed by {good['batch']} with "
+        f"batch normalisation and by {good['none']} without",
+        {f"norm: {norm}": own for norm, own in scores.items()},
+        f"initial deviation: 10^(k/2), k = {round(2 * math.log10(min(deviations)))} …",
+        "hold-out accuracy",
+    )
+
+
+SIGNALS: Mapping[str, Experiment] = MappingProxyType(
+    {
+        "perceptron": Experiment("A perceptron learns AND and OR, and not XOR.", perceptron),
+        "mlp-xor": Experiment("With one hidden layer, XOR is learned.", mlp_xor),
+        "vanishing-gradients": Experiment(
+            "Deep sigmoid networks lose their gradient layer by layer; ReLU networks do not.", vanishing
+        ),
+        "initialisation": Experiment(
+            "Small Gaussian weights let activations vanish, large ones saturate tanh; Xavier keeps tanh alive, He keeps ReLU.",
+            depth_statistics,
+        ),
+        "dead-relus": Experiment(
+            "Too high a learning rate kills ReLU units; a lower one or a leaky ReLU does not.", dead_relus
+        ),
+        "batch-norm": Experiment("Batch normalisation forgives a bad initialisation.", batch_norm),
+    }
+)

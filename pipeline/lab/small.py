@@ -1,0 +1,64 @@
+"""What the experiments share: the digits as tensors, and a plain loop."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from models.losses import classification_loss
+
+Data = tuple[Tensor, Tensor]
+
+
+@cache
+def digits() -> tuple[Data, Data]:
+    """((pictures, labels) to train on, (pictures, labels) held out): 1,297 and 500 digits, float 0…1, (N, 3, 8, 8), in a fixed order."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    pictures = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8).expand(-1, 3, -1, -1).div(16).contiguous()
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
+    pictures, targets = pictures[order], torch.tensor(labels)[order]
+    return (pictures[:-500], targets[:-500]), (pictures[-500:], targets[-500:])
+
+
+def centred(pictures: Tensor) -> Tensor:
+    """Zero mean and unit variance over all values of the training digits."""
+    known = digits()[0][0]
+    return (pictures - known.mean()) / known.std()
+
+
+def train(
+    network: nn.Module,
+    data: Data,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    batch: int = 64,
+    loss: str = "auto",
+    change: Callable[[Tensor], Tensor] = lambda pictures: pictures,
+    until: float = 0.0,
+) -> list[float]:
+    """Losses, one a step. change: what happens to each batch's pictures. until: stop when the mean of ten losses is below it."""
+    pictures, targets = data
+    generator = torch.Generator().manual_seed(1)
+    losses: list[float] = []
+    network.train()
+    while len(losses) < steps:
+        for rows in torch.randperm(len(pictures), generator=generator).split(batch):
+            value = classification_loss(network(change(pictures[rows])), targets[rows], task="multiclass", name=loss)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            losses.append(float(value.detach()))
+            if len(losses) == steps or (len(losses) >= 10 and sum(losses[-10:]) < 10 * until):
+                return losses
+    return losses
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, data: Data) -> float:
+    """Share of right answers, in evaluation mode."""
+    network.eval()
+    return float((network(data[0]).argmax(1) == data[1]).float().mean())
