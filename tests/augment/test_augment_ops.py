@@ -309,3 +309,14 @@ def test_from_jpeg_bytes_as_from_the_array() -> None:
         from_bytes = augmenter(buffer.getvalue(), epoch=0, index=index)
         from_array = augmenter(decoded, epoch=0, index=index)
         assert np.abs(from_bytes.astype(int) - from_array).mean() < 2.0
+
+
+def test_alternating_flips_show_both_sides_in_two_epochs_running() -> None:
+    aug = Augmenter(["AlternatingFlip", {"Rotate": {"degrees": 30}}], seed=4)
+    flipped = np.array(
+        [[aug.draw((8, 8), epoch=e, index=i).steps[0].op == "AlternatingFlip" for i in range(400)] for e in range(4)]
+    )
+    assert (flipped[0] != flipped[1]).all() and (flipped[0] == flipped[2]).all() and (flipped[1] == flipped[3]).all()
+    assert 0.4 < flipped[0].mean() < 0.6
+    turns = {str(aug.draw((8, 8), epoch=e, index=0).steps[-1]) for e in range(4)}
+    assert len(turns) == 4  # the other ops have a stream for each epoch
