@@ -68,5 +68,6 @@ def quiet_lightning() -> None:
         ".*Checkpoint directory.*exists.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*overridden `on_before_batch_transfer`.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",  # what is frozen is
     ):
         warnings.filterwarnings("ignore", text)

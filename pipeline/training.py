@@ -28,13 +28,43 @@ def train(config: Config, *, name: str = "run") -> Result:
 
     Raises ConfigError, PolicyError, DataError, TrackingError or BundleError for what a user can mend.
     """
+    from pipeline.tracking import TrackingError, track
+
+    made = assemble(config)
+    manifest, module, data = made.manifest, made.module, made.data
+    run_dir = new_run_dir(config.trainer, name)
+    log.info("run %s on %s, %s: %s", run_dir, made.device, made.precision, _described(manifest))
+    try:
+        with track(config.tracking, run_dir.name, config.to_dict()) as tracker:
+            _write_yaml(run_dir / "config.yaml", config.to_dict())
+            history = fit(module, data, config, run_dir, made.device, made.precision, tracker)
+            return _finish(config, manifest, made.identity, data, module, run_dir, history, tracker)
+    except TrackingError:
+        if not any(run_dir.iterdir()):  # nothing was done: the name is free again
+            run_dir.rmdir()
+        raise
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a config comes to before the first step. identity: see `prepare_data`; precision: Lightning's name."""
+
+    manifest: Any
+    identity: dict[str, str]
+    module: Any
+    data: Any
+    device: str
+    precision: str
+
+
+def assemble(config: Config) -> Assembly:
+    """Check the data, split it, and make the classifier, its module and its batches. Raises as `train`."""
     import lightning
 
     from augment import Augmenter
     from pipeline.data.module import PictureData
     from pipeline.device import choose_device, choose_precision
     from pipeline.recipe import check_recipe, make_module, make_preprocess, measured
-    from pipeline.tracking import TrackingError, track
 
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
@@ -57,17 +87,7 @@ def train(config: Config, *, name: str = "run") -> Result:
         memory=config.data.memory,
         on_device=device == "cuda",
     )
-    run_dir = new_run_dir(config.trainer, name)
-    log.info("run %s on %s, %s: %s", run_dir, device, precision, _described(manifest))
-    try:
-        with track(config.tracking, run_dir.name, config.to_dict()) as tracker:
-            _write_yaml(run_dir / "config.yaml", config.to_dict())
-            history = fit(module, data, config, run_dir, device, precision, tracker)
-            return _finish(config, manifest, identity, data, module, run_dir, history, tracker)
-    except TrackingError:
-        if not any(run_dir.iterdir()):  # nothing was done: the name is free again
-            run_dir.rmdir()
-        raise
+    return Assembly(manifest, identity, module, data, device, precision)
 
 
 def prepare_data(config: Config) -> tuple[Any, dict[str, str]]:

@@ -384,3 +384,15 @@ def test_picture_that_vanishes_after_the_check_is_named(folder: Path, workers: i
     module = ClassifierModule(classifier, task="multiclass", num_classes=3)
     with pytest.raises(DataError, match=rf"^{gone}: was readable when the data was checked, but not now"):
         fit(module, data, config, folder.parent, "cpu", "32-true", None)
+
+
+def test_find_suggests_a_rate_and_a_batch_and_writes_nothing(refract: Run, folder: Path) -> None:
+    refract("init", folder, "-o", "pictures.yaml")
+    before = {path.name for path in folder.parent.iterdir()} | {"home"}
+    options = ("pictures.yaml", "--model.name", "lenet5", "--data.workers", 0)
+    rate = float(refract("find", "lr", *options).stdout.split()[-1])
+    assert 1e-4 < rate < 0.5
+    size = int(refract("find", "batch-size", *options).stdout.split()[-1])
+    assert size & (size - 1) == 0 and 8 <= size <= 42
+    assert {path.name for path in folder.parent.iterdir()} <= before
+    assert "usage: refract find" in refract("find", "speed", "x.yaml", code=2).stdout
