@@ -19,7 +19,7 @@ from models.classifier import Classifier
 from models.losses import classification_loss
 from models.module import ClassifierModule
 from models.networks import build
-from models.optim import make_optimizer, warmup_schedule
+from models.optim import OptimSpec
 from pipeline.config import TrainerConfig
 from pipeline.device import choose_device, choose_precision
 
@@ -34,10 +34,9 @@ def fresh(name: str) -> Classifier:
 def plain(name: str, batches: DataLoader, device: str, precision: str) -> float:
     """Milliseconds a step of the loop that people write by hand."""
     classifier = fresh(name).to(device, memory_format=torch.channels_last).train()
-    optimizer = make_optimizer("adamw", classifier, lr=1e-3, weight_decay=0.05, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_schedule("cosine", step, len(batches), 0.1)
-    )
+    spec = OptimSpec()
+    optimizer = spec.make(classifier.network)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, len(batches)))
     mixed = precision.startswith("bf16")
     started, losses, right = 0.0, torch.zeros((), device=device), torch.zeros((), device=device)
     for step, batch in enumerate(batches):
