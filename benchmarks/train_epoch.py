@@ -1,6 +1,7 @@
 """An epoch of `configs/cifar10.yaml` through Refract beside a plain PyTorch loop.
 
-Both have the same network, pictures in memory, order, augmentation, precision, optimiser and schedule. Rounds alternate; the epoch's seconds are compared, validation apart.
+Both have the same network, pictures in memory, order, augmentation, precision, optimiser and schedule. Rounds alternate;
+the epoch's seconds are compared, validation apart.
 
     python -m benchmarks.train_epoch --data CIFAR_FOLDER --json benchmarks/results/train_epoch.json
 """

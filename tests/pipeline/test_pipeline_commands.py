@@ -386,6 +386,7 @@ def test_picture_that_vanishes_after_the_check_is_named(folder: Path, workers: i
         fit(module, data, config, folder.parent, "cpu", "32-true", None)
 
 
+@pytest.mark.slow
 def test_find_suggests_a_rate_and_a_batch_and_writes_nothing(refract: Run, folder: Path) -> None:
     refract("init", folder, "-o", "pictures.yaml")
     before = {path.name for path in folder.parent.iterdir()} | {"home"}

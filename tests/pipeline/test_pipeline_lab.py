@@ -5,8 +5,10 @@ import pytest
 from pipeline.commands import lab
 from pipeline.lab import Experiment, Outcome, experiments
 
+LONG = ("overfitting",)
 
-@pytest.mark.parametrize("name", experiments())
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in experiments()])
 def test_every_claim_holds_with_the_default_seed(name: str) -> None:
     outcome = experiments()[name].run(0)
     assert outcome.holds, outcome.found
