@@ -127,6 +127,7 @@ def make_module(
         _begin(config, classifier, preprocess, manifest)
     except (ValueError, OSError) as error:
         raise ConfigError(f"model: {error}") from error
+    _check_start_size(config, classifier)
     classifier.frozen_norms = model.frozen_norms
     weights = (
         balanced_weights(list(manifest.counts("train").values())) if config.loss.class_weights == "balanced" else None
@@ -145,6 +146,24 @@ def make_module(
         teacher=_teacher(config, manifest),
         start_size=config.trainer.start_size,
     )
+
+
+def _check_start_size(config: Config, classifier: "Classifier") -> None:
+    """ConfigError where the network takes pictures of one size only, and the first epochs would bring smaller ones."""
+    import torch
+
+    if config.trainer.start_size == 1:
+        return
+    height, width = (max(8, round(config.trainer.start_size * side / 8) * 8) for side in config.image_size())
+    try:
+        with torch.no_grad():
+            classifier.eval()(torch.zeros(1, 3, height, width))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(
+            f"trainer.start_size: {config.model.name} cannot take the {height}×{width} pixels of the first epoch; it needs 1.0"
+        ) from error
+    finally:
+        classifier.train()
 
 
 def _begin(config: Config, classifier: "Classifier", preprocess: "Preprocess", manifest: "Manifest") -> None:

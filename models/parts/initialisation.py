@@ -44,7 +44,11 @@ def _unit_variance(network: nn.Module, layers: Sequence[nn.Module], images: Tens
     """
     order: list[nn.Module] = []
     hooks = [layer.register_forward_hook(lambda module, _, __: order.append(module)) for layer in layers]
-    outputs: dict[nn.Module, Tensor] = {}
+    deviations: dict[nn.Module, float] = {}
+
+    def look(module: nn.Module, _: object, output: Tensor) -> None:
+        deviations[module] = float(output.float().std())  # at once: the next layer may work in place
+
     training = network.training
     network.train()  # batch norms without statistics would pass everything on as it is
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -52,10 +56,10 @@ def _unit_variance(network: nn.Module, layers: Sequence[nn.Module], images: Tens
         with torch.no_grad():
             network(images)
             for layer in dict.fromkeys(order):
-                hooks.append(layer.register_forward_hook(lambda module, _, output: outputs.update({module: output})))
+                hooks.append(layer.register_forward_hook(look))
                 for _ in range(10):
                     network(images)
-                    deviation = float(outputs[layer].float().std())
+                    deviation = deviations[layer]
                     if deviation == 0 or abs(deviation - 1) < 0.005:
                         break
                     _stored_weight(layer).div_(deviation)

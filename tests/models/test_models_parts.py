@@ -264,3 +264,11 @@ def test_every_part_in_a_convolutional_network_learns(args: dict) -> None:
 def test_every_initialisation_on_a_network(init: str) -> None:
     network = initialise(build("resnet20", 3, image_size=(16, 16)), init)
     assert torch.isfinite(network(torch.randn(2, 3, 16, 16))).all()
+
+
+def test_lsuv_measures_before_an_activation_works_in_place() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(inplace=True))
+    images = torch.randn(64, 3, 12, 12)
+    initialise(network, "lsuv", images)
+    assert float(network[0](images).std()) == pytest.approx(1, abs=0.02)

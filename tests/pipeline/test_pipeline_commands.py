@@ -397,3 +397,27 @@ def test_find_suggests_a_rate_and_a_batch_and_writes_nothing(refract: Run, folde
     assert size & (size - 1) == 0 and 8 <= size <= 42
     assert {path.name for path in folder.parent.iterdir()} <= before
     assert "usage: refract find" in refract("find", "speed", "x.yaml", code=2).stdout
+
+
+@pytest.mark.slow
+def test_the_recipes_options_train_and_a_bundle_teaches_another(refract: Run, folder: Path) -> None:
+    refract("init", folder, "-o", "pictures.yaml")
+    many = {
+        "trainer.ema": 0.9, "trainer.patience": 1, "trainer.start_size": 0.5, "trainer.accumulate": 2, "trainer.tta": "flip",
+        "data.sampler": "balanced", "loss.class_weights": "balanced", "loss.name": "focal", "optim.name": "lion",
+        "optim.clip_norm": 1, "model.head": "cosine", "model.init": "lsuv", "trainer.run_name": "many", "trainer.max_epochs": 3,
+    }  # fmt: skip
+    refract("train", "pictures.yaml", *[part for key, value in many.items() for part in (f"--{key}", value)])
+    told = refract(
+        "train", "pictures.yaml", "--loss.teacher", "runs/many/bundle", "--model.name", "cnn", "--optim.sam", 0.05,
+        "--trainer.swa_start", 0.5, "--trainer.max_epochs", 4, "--trainer.run_name", "pupil", "--loss.penalty", 1e-4,
+    )  # fmt: skip
+    assert "epoch 4/4" in told.stderr
+    answer = refract("predict", "runs/pupil/bundle", folder / "red" / "00.jpg", "--json").stdout
+    assert json.loads(answer)["predictions"][0]["label"] in ("red", "green", "blue")
+    told = refract(
+        "train", "pictures.yaml", "--loss.teacher", "runs/many/bundle", "--data.image_size", 40, code=2
+    ).stderr
+    assert "loss.teacher: runs/many/bundle has the image size (32, 32), this training (40, 40)" in told
+    told = refract("train", "pictures.yaml", "--trainer.ema", 0.9, "--trainer.swa_start", 0.5, code=2).stderr
+    assert "both average the weights; choose one" in told

@@ -100,3 +100,11 @@ def test_numbers_of_the_optimiser_and_the_loss_are_checked_before_the_data(
     config = config_from_dict({"data": {"source": "nowhere"}, section: {key: value}})
     with pytest.raises(ConfigError, match=rf"^{section}\.{key}={value}: expected"):
         train(config)
+
+
+def test_a_network_of_one_size_refuses_smaller_pictures_at_first() -> None:
+    config = config_from_dict(
+        {"model": {"name": "lenet5"}, "trainer": {"start_size": 0.5}, "tracking": {"enabled": False}}
+    )
+    with pytest.raises(ConfigError, match=r"^trainer\.start_size: lenet5 cannot take the 16×16 pixels"):
+        train(config)
