@@ -31,6 +31,13 @@ POLICY = [
 ]
 
 
+def pictures(count: int) -> torch.Tensor:
+    """Smooth random pictures, uint8 (count, 3, SIDE, SIDE)."""
+    small = torch.rand(count, 3, 14, 14, generator=torch.Generator().manual_seed(0))
+    large = torch.nn.functional.interpolate(small, size=(SIDE, SIDE), mode="bicubic")
+    return (255 * large).clamp(0, 255).to(torch.uint8)
+
+
 def refract(images: torch.Tensor) -> Callable[[], torch.Tensor]:
     augmenter, count = Augmenter(POLICY, seed=0), iter(range(10**9))
 
@@ -62,11 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
-    small = torch.rand(args.batch, 3, 14, 14, generator=generator)
-    images = (
-        (255 * torch.nn.functional.interpolate(small, size=(SIDE, SIDE), mode="bicubic")).clamp(0, 255).to(torch.uint8)
-    )
+    images = pictures(args.batch)
     calls = {"refract": refract(images), "kornia": kornia(images)}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(args.rounds + 1):
