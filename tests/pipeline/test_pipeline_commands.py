@@ -135,6 +135,7 @@ def test_evaluate_measures_the_runs_own_hold_out(refract: Run, workplace: Path) 
     assert np.trace(report["confusion"]) / 24 == report["metrics"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_evaluate_knows_the_training_pictures_by_their_content(refract: Run, workplace: Path) -> None:
     (workplace / "pictures").rename(workplace / "moved")
     assert "its own hold-out" in refract("evaluate", "runs/r1/bundle", workplace / "moved").stdout
@@ -302,7 +303,7 @@ def test_repeated_augmentation_and_consistency_train(refract: Run, workplace: Pa
     refract("train", "pictures.yaml", "--trainer.run_name", "views", "--augment.policy", policy, "--loss.consistency", 12,
             "--data.repeats", 2, "--data.batch_size", 8, "--trainer.max_epochs", 1, "--tracking.enabled", "false",
             "--data.workers", 1)  # fmt: skip
-    assert load_bundle(workplace / "runs" / "views" / "bundle").info.config["optim"]["consistency"] == 12
+    assert load_bundle(workplace / "runs" / "views" / "bundle").info.config["loss"]["consistency"] == 12
     told = refract("train", "pictures.yaml", "--loss.consistency", 12, code=2).stderr
     assert "the policy needs AugMix, and neither MixUp nor CutMix" in told
 
@@ -370,7 +371,7 @@ def test_interrupted_training_says_so_and_marks_its_run(workplace: Path) -> None
     assert [run.info.status for run in runs] == ["KILLED"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_picture_that_vanishes_after_the_check_is_named(folder: Path, workers: int) -> None:
     config = Config()
     config.data.source, config.data.workers = str(folder), workers

@@ -5,7 +5,7 @@ import pytest
 from pipeline.commands import lab
 from pipeline.lab import Experiment, Outcome, experiments
 
-LONG = ("overfitting",)
+LONG = ("overfitting", "activations", "zero-centred", "noise", "batch-norm")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in experiments()])

@@ -74,6 +74,7 @@ def test_an_unknown_model_alias_or_version(registry, tmp_path, monkeypatch, sour
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down(tmp_path):
     """In a process of its own: MLflow reads its settings once."""
     with socket.socket() as taken:  # bound and not listening: connections are refused
