@@ -153,7 +153,9 @@ class ClassifierModule(lightning.LightningModule):
             torch.nn.utils.clip_grad_norm_(gradients, self.optim.clip_norm)
 
     def on_fit_start(self) -> None:
-        """Hold the batch norms that are to stay as they are."""
+        """Hold the batch norms that are to stay as they are. Processes that train together draw dropout of their own."""
+        if self.global_rank:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
         if self.classifier.frozen_norms:
             self.classifier.train()
 

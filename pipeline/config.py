@@ -161,12 +161,14 @@ class TrainerConfig:
         max_epochs: passes over the training pictures.
         seed: of the split, the weights, the order and every augmentation.
         device: auto takes a GPU where there is one.
+        devices: processes that train together, each on a device of its own with batches of data.batch_size; torchrun says it instead.
         precision: auto takes bf16 or fp16 where the device computes in it, else fp32.
         accumulate: batches whose gradients make one step.
         ema: decay of an average of the weights, as 0.999, which is then what is measured and kept; 0 for none.
         swa_start: share of the epochs after which the weights are averaged evenly, as 0.75; null for never.
         patience: epochs without a better validation figure after which training stops; null for never.
         compile: compile the network; pays on a GPU and in long runs.
+        recompute: keep only what enters each block of the network and compute the rest again going back: less memory, a third more time.
         start_size: share of the pictures' sides that the first epoch sees, rising to all of them at three quarters of the epochs.
         tta: test-time augmentation of the hold-out's figures: the mean over the picture and its mirror image, or also shifts by a pixel.
         runs_dir: folder that holds the runs.
@@ -176,12 +178,14 @@ class TrainerConfig:
     max_epochs: int = 10
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     accumulate: int = 1
     ema: float = 0.0
     swa_start: float | None = None
     patience: int | None = None
     compile: bool = False
+    recompute: bool = False
     start_size: float = 1.0
     tta: Literal["none", "flip", "flip-shift"] = "none"
     runs_dir: str = "runs"
@@ -346,6 +350,7 @@ def _check(config: Config, where: str) -> None:
         ("data.workers", data.workers, data.workers is None or data.workers >= 0, "at least 0, or null"),
         ("data.std", data.std, data.std is None or min(data.std) > 0, "positive"),
         ("model.unfreeze_epochs", model.unfreeze_epochs, model.unfreeze_epochs >= 1, "at least 1"),
+        ("trainer.devices", trainer.devices, trainer.devices >= 1, "at least 1"),
         ("trainer.accumulate", trainer.accumulate, trainer.accumulate >= 1, "at least 1"),
         ("trainer.ema", trainer.ema, 0 <= trainer.ema < 1, "in [0, 1)"),
         (

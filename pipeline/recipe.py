@@ -109,6 +109,7 @@ def make_module(
     from models.losses import balanced_weights
     from models.module import ClassifierModule
     from models.networks import build
+    from models.recompute import recompute_activations
 
     model, count = config.model, len(manifest.labels)
     optim, loss = specs(config)
@@ -128,6 +129,11 @@ def make_module(
     except (ValueError, OSError) as error:
         raise ConfigError(f"model: {error}") from error
     _check_start_size(config, classifier)
+    if config.trainer.recompute:
+        try:
+            recompute_activations(classifier.network)
+        except ValueError as error:
+            raise ConfigError(f"trainer.recompute: {error}") from error
     classifier.frozen_norms = model.frozen_norms
     weights = (
         balanced_weights(list(manifest.counts("train").values())) if config.loss.class_weights == "balanced" else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError, TrainerConfig
+from pipeline.processes import Processes, processes
 
 log = logging.getLogger(__name__)
 
@@ -23,8 +24,8 @@ class Result:
     version: str | None
 
 
-def train(config: Config, *, name: str = "run") -> Result:
-    """Train as the config says. name: of the run, where the config gives none.
+def train(config: Config, *, name: str = "run") -> Result | None:
+    """Train as the config says. name: of the run, where the config gives none. None in all but the first of several processes.
 
     Raises ConfigError, PolicyError, DataError, TrackingError or BundleError for what a user can mend.
     """
@@ -32,12 +33,15 @@ def train(config: Config, *, name: str = "run") -> Result:
 
     made = assemble(config)
     manifest, module, data = made.manifest, made.module, made.data
+    if not made.processes.first:
+        fit(made, config, Path(config.trainer.runs_dir), None)
+        return None
     run_dir = new_run_dir(config.trainer, name)
     log.info("run %s on %s, %s: %s", run_dir, made.device, made.precision, _described(manifest))
     try:
         with track(config.tracking, run_dir.name, config.to_dict()) as tracker:
             _write_yaml(run_dir / "config.yaml", config.to_dict())
-            history = fit(module, data, config, run_dir, made.device, made.precision, tracker)
+            history = fit(made, config, run_dir, tracker)
             return _finish(config, manifest, made.identity, data, module, run_dir, history, tracker)
     except TrackingError:
         if not any(run_dir.iterdir()):  # nothing was done: the name is free again
@@ -55,6 +59,7 @@ class Assembly:
     data: Any
     device: str
     precision: str
+    processes: Processes
 
 
 def assemble(config: Config) -> Assembly:
@@ -68,6 +73,9 @@ def assemble(config: Config) -> Assembly:
 
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
+    group = processes(config.trainer.devices, device)
+    if not group.first:
+        logging.getLogger("pipeline").setLevel(logging.ERROR)
     augmenter = Augmenter(config.augment.policy, config.trainer.seed, size=config.image_size())
     check_recipe(config, augmenter, precision)
     preprocess = make_preprocess(config)
@@ -87,7 +95,7 @@ def assemble(config: Config) -> Assembly:
         memory=config.data.memory,
         on_device=device == "cuda",
     )
-    return Assembly(manifest, identity, module, data, device, precision)
+    return Assembly(manifest, identity, module, data, device, precision, group)
 
 
 def prepare_data(config: Config) -> tuple[Any, dict[str, str]]:
@@ -136,9 +144,7 @@ def new_run_dir(config: TrainerConfig, name: str) -> Path:
     raise ConfigError(f"trainer.runs_dir: no free name like {wanted} in {root}")
 
 
-def fit(
-    module: Any, data: Any, config: Config, run_dir: Path, device: str, precision: str, tracker: Any
-) -> list[dict[str, float]]:
+def fit(made: Assembly, config: Config, run_dir: Path, tracker: Any) -> list[dict[str, float]]:
     """Train, leave the best epoch's weights in the module, and return the metrics of each epoch."""
     import lightning
     import torch
@@ -149,9 +155,10 @@ def fit(
     from pipeline.progress import BestCheckpoint, EpochReport, progress_bars, quiet_lightning
 
     quiet_lightning()
+    module, device, group = made.module, made.device, made.processes
     best = BestCheckpoint(run_dir / "checkpoints", "best", monitor=module.monitor, mode="max", save_last=True)
     report = EpochReport(module.monitor, tracker)
-    bars = progress_bars()
+    bars = progress_bars() if group.first else []
     more: list[Any] = []
     if config.trainer.ema or config.trainer.swa_start is not None:
         more.append(WeightAverage(decay=config.trainer.ema, swa_start=config.trainer.swa_start))
@@ -161,8 +168,12 @@ def fit(
         module.classifier.network.compile()  # in place: the keys of the weights stay as they are
     trainer = lightning.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        precision=precision,  # type: ignore[arg-type]
+        devices=group.devices,
+        num_nodes=group.nodes,
+        strategy="ddp" if group.count > 1 else "auto",
+        sync_batchnorm=group.count > 1 and device == "cuda",
+        use_distributed_sampler=False,  # the data's own orders know their process
+        precision=made.precision,  # type: ignore[arg-type]
         max_epochs=config.trainer.max_epochs,
         callbacks=[*more, best, report, *bars],
         accumulate_grad_batches=config.trainer.accumulate,
@@ -173,7 +184,7 @@ def fit(
         default_root_dir=run_dir,
     )
     try:
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=made.data)
     except FloatingPointError as error:
         raise ConfigError(
             f"training stopped: {error}. A lower learning rate (--optim.lr) is the usual cure."
@@ -183,6 +194,8 @@ def fit(
         raise KeyboardInterrupt from error
     except DataError as error:  # from a worker process it comes wrapped in that process's traceback
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
+    if not group.first:
+        return report.history
     checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(best_weights(checkpoint))
     module.to("cuda" if device == "cuda" else "cpu").eval()

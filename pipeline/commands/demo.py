@@ -34,6 +34,7 @@ def _demo() -> int:
     config = load_config(example("digits.yaml"))
     print("1. Train on scikit-learn's handwritten digits, with augmentation, tracked in MLflow")
     result = train(config, name="digits")
+    assert result is not None, "the demo trains in one process"
     accuracy = result.metrics["accuracy"]
     uri = f"models:/{config.tracking.model_name}@{config.tracking.alias}"
     print(f"   hold-out accuracy {accuracy:.2%}; bundle {result.bundle}; registered as {uri}, version {result.version}")

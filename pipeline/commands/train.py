@@ -28,6 +28,8 @@ def _train(path: str, overrides: list[str]) -> int:
 
     config = load_config(path, overrides)
     result = train(config, name=Path(path).stem)
+    if result is None:
+        return 0
     print("hold-out: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
     print(f"run:      {result.run_dir}/ (config.yaml, splits.csv, preview.png, curves.png, checkpoints/)")
     print(f"bundle:   {result.bundle}")

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,60 +10,18 @@ import cv2
 import lightning
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from augment import Augmenter, ImageError, Preprocess, decode, image_size
-from augment.random import generator
 from pipeline.data.manifest import DataError, Manifest, Sample
+from pipeline.data.order import Share, TrainOrder
 
 Item = dict[str, Any]
 
 
-class TrainOrder(Sampler[tuple[int, int, int]]):
-    """(epoch, index, repeat) in the epoch's own order.
-
-    repeats: draws of each sample beside each other; an epoch keeps its length and so takes 1/repeats of the samples (repeated
-    augmentation: Hoffer et al. 2020, arXiv:1901.09335). classes: of each sample, to draw all classes equally often, with replacement;
-    None takes each sample once.
-
-    The epoch travels with the index, so that a worker process needs no state: it augments what it is asked for. Lightning calls
-    `set_epoch`; `start` skips that many samples of the next pass, to go on in the middle of an epoch.
-    """
-
-    def __init__(
-        self, count: int, *, seed: int, start: int = 0, repeats: int = 1, classes: Sequence[int] | None = None
-    ) -> None:
-        self.count, self.seed, self.start, self.repeats, self.epoch = count, seed, start, repeats, 0
-        self.classes = None if classes is None else np.asarray(classes)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        rng = generator(self.seed, self.epoch, 0, "order")
-        order = rng.permutation(self.count) if self.classes is None else self._balanced(rng)
-        places = order.tolist()
-        return ((self.epoch, places[k // self.repeats], k % self.repeats) for k in range(self.start, self.count))
-
-    def _balanced(self, rng: np.random.Generator) -> np.ndarray:
-        """`count` samples, the classes in turn, each class going through its own in a drawn order again and again; shuffled."""
-        assert self.classes is not None
-        present = rng.permutation(np.unique(self.classes))
-        share = -(-self.count // len(present))
-        drawn = []
-        for label in present:
-            own = np.flatnonzero(self.classes == label)
-            rounds = [rng.permutation(own) for _ in range(-(-share // len(own)))]
-            drawn.append(np.concatenate(rounds)[:share])
-        return rng.permutation(np.stack(drawn, axis=1).ravel()[: self.count])
-
-
 class TrainPictures(Dataset[Item]):
     """Augmented training pictures, by (epoch, index, repeat). views: three of each, 3×3×H×W, as `Augmenter.views`. decoded: the pictures
-    as `decoded` gives them, None to read them anew each time; raw: leave them as they are, for the batch executor."""
+    as `decoded` gives them, None to read them anew each time; raw: without the pictures, but with what the batch executor draws by."""
 
     def __init__(
         self,
@@ -83,8 +41,8 @@ class TrainPictures(Dataset[Item]):
 
     def __getitem__(self, key: tuple[int, int, int]) -> Item:
         epoch, index, repeat = key
-        if self.raw and self.decoded is not None:
-            return {"images": self.decoded[index], "targets": self.targets[index], "indices": index, "keys": key}
+        if self.raw:
+            return {"targets": self.targets[index], "indices": index, "keys": key}
         augment = self.augmenter.views if self.views else self.augmenter
         image = _named(
             self.samples[index],
@@ -159,9 +117,11 @@ class PictureData(lightning.LightningDataModule):
         )
         self.pin = torch.cuda.is_available()
         self._measured: dict[str, Pictures] = {}
+        self._pixels: torch.Tensor | None = None  # N×3×H×W, where training's pictures are augmented
 
     def train_dataloader(self) -> DataLoader[Item]:
-        count = len(self.train_set)
+        self.order.rank, self.order.processes = self._place()
+        count = len(self.order)
         # Batch normalisation cannot learn from a last batch of one.
         drop_last = count > self.batch_size and count % self.batch_size == 1
         return self._loader(self.train_set, sampler=self.order, drop_last=drop_last)
@@ -174,21 +134,37 @@ class PictureData(lightning.LightningDataModule):
             samples = self.manifest.of(split)
             pixels = decoded(samples, self.preprocess, "preprocessing") if self.in_memory else None
             self._measured[split] = Pictures(samples, self.preprocess, targets_of(samples, self.manifest), pixels)
-        return self._loader(self._measured[split])
+        dataset = self._measured[split]
+        return self._loader(dataset, sampler=Share(len(dataset), *self._place()))
+
+    def _place(self) -> tuple[int, int]:
+        """Of this process: (rank, processes)."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def on_after_batch_transfer(self, batch: Item, dataloader_idx: int) -> Item:
-        """Augment what came as it is, on the device that it is on now."""
+        """Take the pictures that the batch names and augment them, on the device that it is on now."""
         keys = batch.pop("keys", None)
         if keys is None:
             return batch
         from augment import batch as executor
 
-        size = (batch["images"].shape[-2], batch["images"].shape[-1])
+        indices = batch["indices"]
+        pixels = self._resident(indices.device)
+        images = pixels[indices.to(pixels.device)].to(indices.device)
+        size = (images.shape[-2], images.shape[-1])
         plans = [
             self.train_set.augmenter.draw(size, epoch=epoch, index=index, repeat=repeat)
             for epoch, index, repeat in keys.tolist()
         ]
-        return {**batch, "images": executor.run(plans, batch["images"])}
+        return {**batch, "images": executor.run(plans, images)}
+
+    def _resident(self, device: torch.device) -> torch.Tensor:
+        """All training pictures, there where batches are indexed: on the device, where they fit half of its free memory."""
+        if self._pixels is None:
+            pixels = torch.from_numpy(np.stack(self.train_set.decoded or [])).permute(0, 3, 1, 2).contiguous()
+            fits = device.type != "cuda" or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+            self._pixels = pixels.to(device) if fits else pixels
+        return self._pixels
 
     def _loader(self, dataset: Dataset[Item], **options: Any) -> DataLoader[Item]:
         return DataLoader(
@@ -205,7 +181,14 @@ class PictureData(lightning.LightningDataModule):
 
 
 def collate(items: Sequence[Item]) -> Item:
-    """One batch of items whose `images` are uint8 H×W×3 or views of that: B×3×H×W, B×V×3×H×W; `keys` become (B, 3)."""
+    """One batch of items: uint8 H×W×3 `images` or views of that become B×3×H×W, B×V×3×H×W; `targets`, `indices` and `keys` are stacked."""
+    batch = {
+        name: torch.from_numpy(np.stack([np.asarray(item[name]) for item in items]))
+        for name in items[0]
+        if name != "images"
+    }
+    if "images" not in items[0]:
+        return batch
     first = items[0]["images"]
     odd = next((item for item in items if item["images"].shape != first.shape), None)
     if odd is not None:
@@ -215,12 +198,7 @@ def collate(items: Sequence[Item]) -> Item:
     for place, item in zip(images, items, strict=True):
         for target, view in zip(place, item["images"], strict=True) if views else ((place, item["images"]),):
             cv2.split(view, list(target))
-    batch = {
-        "images": torch.from_numpy(images),
-        "targets": torch.from_numpy(np.stack([item["targets"] for item in items])),
-        "indices": torch.tensor([item["indices"] for item in items]),
-    }
-    return {**batch, "keys": torch.tensor([item["keys"] for item in items])} if "keys" in items[0] else batch
+    return {**batch, "images": torch.from_numpy(images)}
 
 
 def fits_memory(samples: Sequence[Sample]) -> bool:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 from small_data import COLORS, Run, picture, write_picture
 
 from augment import Augmenter, Preprocess
@@ -24,12 +25,14 @@ from models.module import ClassifierModule
 from models.networks import build
 from pipeline.commands.demo import served
 from pipeline.config import Config, ConfigError, DataConfig
-from pipeline.data.manifest import DataError
-from pipeline.data.module import PictureData, TrainOrder
+from pipeline.data.manifest import DataError, Manifest
+from pipeline.data.module import PictureData
+from pipeline.data.order import TrainOrder
 from pipeline.evaluation import _single_label
+from pipeline.processes import Processes
 from pipeline.recipe import make_preprocess, measured
 from pipeline.scoring import score
-from pipeline.training import fit, prepare_data
+from pipeline.training import Assembly, fit, prepare_data
 from refract import COMMANDS
 
 QUICK = ["--trainer.max_epochs", "3", "--trainer.run_name", "r1", "--data.workers", "0"]
@@ -266,6 +269,10 @@ def test_normalisation_measured_on_the_training_pictures_is_served(
     assert "accuracy" in refract("evaluate", "runs/n/bundle", "pictures").stdout
 
 
+def _made(manifest: Manifest, module: ClassifierModule, data: PictureData) -> Assembly:
+    return Assembly(manifest, {}, module, data, "cpu", "32-true", Processes(0, 1, 1))
+
+
 def test_the_best_epochs_weights_are_kept_and_a_tie_goes_to_the_later(folder: Path, tmp_path: Path) -> None:
     scores, weights = [0.2, 0.9, 0.9, 0.5], []
 
@@ -282,7 +289,7 @@ def test_the_best_epochs_weights_are_kept_and_a_tie_goes_to_the_later(folder: Pa
     data = PictureData(
         manifest, augmenter=Augmenter("none", size=32), preprocess=Preprocess(32, 32), batch_size=16, workers=0
     )
-    history = fit(module, data, config, tmp_path / "run", "cpu", "32-true", None)
+    history = fit(_made(manifest, module, data), config, tmp_path / "run", None)
     assert [round(row["val_accuracy"], 3) for row in history] == scores
     kept = module.classifier.state_dict()
     assert all(torch.equal(kept[key], value) for key, value in weights[2].items())
@@ -384,7 +391,7 @@ def test_picture_that_vanishes_after_the_check_is_named(folder: Path, workers: i
     classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.5,) * 3)
     module = ClassifierModule(classifier, task="multiclass", num_classes=3)
     with pytest.raises(DataError, match=rf"^{gone}: was readable when the data was checked, but not now"):
-        fit(module, data, config, folder.parent, "cpu", "32-true", None)
+        fit(_made(manifest, module, data), config, folder.parent, None)
 
 
 @pytest.mark.slow
@@ -412,6 +419,7 @@ def test_the_recipes_options_train_and_a_bundle_teaches_another(refract: Run, fo
     told = refract(
         "train", "pictures.yaml", "--loss.teacher", "runs/many/bundle", "--model.name", "cnn", "--optim.sam", 0.05,
         "--trainer.swa_start", 0.5, "--trainer.max_epochs", 4, "--trainer.run_name", "pupil", "--loss.penalty", 1e-4,
+        "--trainer.recompute", "true",
     )  # fmt: skip
     assert "epoch 4/4" in told.stderr
     answer = refract("predict", "runs/pupil/bundle", folder / "red" / "00.jpg", "--json").stdout
@@ -422,3 +430,19 @@ def test_the_recipes_options_train_and_a_bundle_teaches_another(refract: Run, fo
     assert "loss.teacher: runs/many/bundle has the image size (32, 32), this training (40, 40)" in told
     told = refract("train", "pictures.yaml", "--trainer.ema", 0.9, "--trainer.swa_start", 0.5, code=2).stderr
     assert "both average the weights; choose one" in told
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(refract: Run, folder: Path) -> None:
+    refract("init", folder, "-o", "pictures.yaml")
+    same = (
+        "pictures.yaml", "--model.name", "mlp", "--model.args", "{norm: none}", "--augment.policy", "none", "--trainer.precision", "fp32",
+        "--trainer.device", "cpu", "--data.workers", 0, "--data.val_share", 0.2, "--trainer.max_epochs", 2, "--data.memory", "never",
+    )  # fmt: skip
+    refract("train", *same, "--data.batch_size", 8, "--trainer.run_name", "one")
+    told = refract("train", *same, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.run_name", "two")
+    assert told.stderr.count("epoch 2/2") == 1 and told.stdout.count("hold-out") == 1
+    one, two = (load_file(folder.parent / "runs" / name / "bundle" / "weights.safetensors") for name in ("one", "two"))
+    for key, weight in one.items():
+        torch.testing.assert_close(two[key], weight, rtol=1e-3, atol=1e-5)
+    assert sorted(path.name for path in (folder.parent / "runs").iterdir()) == ["one", "two"]

@@ -16,7 +16,8 @@ from models.classifier import Classifier
 from models.networks import build
 from pipeline.config import Config
 from pipeline.data.manifest import DataError, Sample, load_manifest
-from pipeline.data.module import PictureData, TrainOrder, fits_memory
+from pipeline.data.module import PictureData, fits_memory
+from pipeline.data.order import Share, TrainOrder
 from pipeline.data.splits import write_splits
 from pipeline.golden import make_goldens
 from pipeline.scoring import views
@@ -341,7 +342,7 @@ def test_the_batch_executor_augments_pictures_in_memory_on_the_device(alike: Pat
     policy = [{"PadAndCrop": {"padding": 3}}, "HorizontalFlip", {"ColorJitter": {"brightness": 0.4, "hue": 0.1}}]
     plain, device = data_of(alike, policy, memory="always"), data_of(alike, policy, memory="always", on_device=True)
     for a, b in zip(plain.train_dataloader(), device.train_dataloader(), strict=True):
-        assert "keys" in b
+        assert "keys" in b and "images" not in b, "the pictures are on the device already"
         done = device.on_after_batch_transfer(b, 0)
         assert "keys" not in done and torch.equal(a["indices"], done["indices"])
         assert (a["images"].float() - done["images"].float()).abs().mean() < 1
@@ -377,3 +378,15 @@ def test_test_time_augmentation_averages_logits() -> None:
 def test_a_batch_of_several_sizes_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"in one batch: give Augmenter a size"):
         list(data_of(folder, ["HorizontalFlip"], workers=0).train_dataloader())
+
+
+@pytest.mark.parametrize("classes", [None, [0] * 9 + [1] * 2])
+def test_processes_share_one_order(classes: list[int] | None) -> None:
+    whole = list(TrainOrder(11, seed=3, classes=classes))
+    shares = [list(TrainOrder(11, seed=3, classes=classes, rank=rank, processes=3)) for rank in range(3)]
+    assert [len(share) for share in shares] == [4, 4, 4]
+    together = [key for step in zip(*shares, strict=True) for key in step]
+    assert together == [*whole, whole[0]], "in the order of one process, begun again to give all equally many"
+    assert list(TrainOrder(11, seed=3, classes=classes, rank=1, processes=3, start=2)) == shares[1][2:]
+    measured = sorted(place for rank in range(3) for place in Share(11, rank, 3))
+    assert measured == list(range(11)), "each once"

@@ -1,0 +1,76 @@
+"""In which order samples are seen, and by which process."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from augment.random import generator
+
+
+class TrainOrder(Sampler[tuple[int, int, int]]):
+    """(epoch, index, repeat) in the epoch's own order.
+
+    repeats: draws of each sample beside each other; an epoch keeps its length and so takes 1/repeats of the samples (repeated
+    augmentation: Hoffer et al. 2020, arXiv:1901.09335). classes: of each sample, to draw all classes equally often, with replacement;
+    None takes each sample once.
+
+    The epoch travels with the index, so that a worker process needs no state: it augments what it is asked for. Lightning calls
+    `set_epoch`; `start` skips that many samples of the next pass, to go on in the middle of an epoch.
+
+    rank, processes: of this process among those that train together: each takes every processes-th sample of the one order, and all equally
+    many, for which the order begins again at its end.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int,
+        start: int = 0,
+        repeats: int = 1,
+        classes: Sequence[int] | None = None,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        self.count, self.seed, self.start, self.repeats, self.epoch = count, seed, start, repeats, 0
+        self.rank, self.processes = rank, processes
+        self.classes = None if classes is None else np.asarray(classes)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.count // self.processes)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        rng = generator(self.seed, self.epoch, 0, "order")
+        order = rng.permutation(self.count) if self.classes is None else self._balanced(rng)
+        places = order.tolist()
+        own = (k * self.processes + self.rank for k in range(self.start, len(self)))
+        return ((self.epoch, places[k // self.repeats], k % self.repeats) for k in (k % self.count for k in own))
+
+    def _balanced(self, rng: np.random.Generator) -> np.ndarray:
+        """`count` samples, the classes in turn, each class going through its own in a drawn order again and again; shuffled."""
+        assert self.classes is not None
+        present = rng.permutation(np.unique(self.classes))
+        share = -(-self.count // len(present))
+        drawn = []
+        for label in present:
+            own = np.flatnonzero(self.classes == label)
+            rounds = [rng.permutation(own) for _ in range(-(-share // len(own)))]
+            drawn.append(np.concatenate(rounds)[:share])
+        return rng.permutation(np.stack(drawn, axis=1).ravel()[: self.count])
+
+
+class Share(Sampler[int]):
+    """Every processes-th of `count` places from `rank` on: each place once, for measuring."""
+
+    def __init__(self, count: int, rank: int = 0, processes: int = 1) -> None:
+        self.places = range(rank, count, processes)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.places)
