@@ -12,11 +12,13 @@ from augment import cpu, encoded
 from augment.decode import ImageError, image_size
 from augment.fuse import fuse
 from augment.ops.op import pixels
-from augment.plan import Plan
+from augment.plan import Plan, Step
 from augment.policy import Policy, PolicySpec, load_policy
 
 if TYPE_CHECKING:
     import torch
+
+_ATTEMPTS = 1000
 
 
 class Augmenter:
@@ -60,12 +62,18 @@ class Augmenter:
         All other ops are drawn once and are the same in the three. Source: Hendrycks et al. 2020, arXiv:1912.02781, section 3.
         """
         size = _size_of(image)
-        plans = [self.draw(size, epoch=epoch, index=index, repeat=2 * repeat + k) for k in (0, 1)]
-        drawn = iter([step for step in plans[1].steps if step.op == "AugMix"])
-        steps = plans[0].steps
-        clean = tuple(step for step in steps if step.op != "AugMix")
-        other = tuple(next(drawn, step) if step.op == "AugMix" else step for step in steps)
-        return np.stack([_applied(replace(plans[0], steps=own), image, size) for own in (clean, steps, other)])
+        plan = self.draw(size, epoch=epoch, index=index, repeat=repeat)
+        count = sum(step.op == "AugMix" for step in plan.steps)
+        again: list[Step] = []
+        for attempt in range(1, _ATTEMPTS):  # where AugMix has a p below 1, some draws are without it
+            if len(again) >= count:
+                break
+            other = self.draw(size, epoch=epoch, index=index, repeat=repeat + (attempt << 32))
+            again += [step for step in other.steps if step.op == "AugMix"]
+        drawn = iter(again)
+        clean = tuple(step for step in plan.steps if step.op != "AugMix")
+        second = tuple(next(drawn, step) if step.op == "AugMix" else step for step in plan.steps)
+        return np.stack([_applied(replace(plan, steps=own), image, size) for own in (clean, plan.steps, second)])
 
     def apply(self, plan: Plan, image: bytes | np.ndarray) -> np.ndarray:
         """Apply a plan to the picture it was drawn for. ValueError if the picture has another size.
@@ -82,25 +90,40 @@ class Augmenter:
             )
         try:
             return _applied(plan, image, size)
-        except (KeyError, TypeError, IndexError, ZeroDivisionError, cv2.error) as error:
+        except (LookupError, TypeError, ArithmeticError, RecursionError, MemoryError, cv2.error) as error:
             raise ValueError(
                 f"the plan cannot be applied, its numbers do not fit its ops ({error!r}): {plan.to_json()[:200]}"
             ) from error
 
     def mix(
-        self, images: "torch.Tensor", targets: "torch.Tensor", *, epoch: int, indices: "Sequence[int] | torch.Tensor"
+        self,
+        images: "torch.Tensor",
+        targets: "torch.Tensor",
+        *,
+        epoch: int,
+        indices: "Sequence[int] | torch.Tensor",
+        repeats: "Sequence[int] | torch.Tensor | None" = None,
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Apply the policy's batch ops (MixUp, CutMix) to a batch on any device.
 
-        images: N×3×H×W, any dtype in 0…255; targets: float N×C (one-hot, soft or multi-label); indices: of the N samples. Returns
-        both, new where mixed; images become float32 where MixUp blended them. Neither input is changed.
+        images: N×3×H×W, any dtype in 0…255; targets: float N×C (one-hot, soft or multi-label); indices: of the N samples; repeats:
+        which of its draws each is, None for the first. Returns both, new where mixed; images become float32 where MixUp blended them.
+        Neither input is changed. ValueError where their lengths differ.
         """
         from augment import batch
 
         size = (images.shape[-2], images.shape[-1])
         # A tensor is read back at once: item by item a GPU would be waited for each time.
         numbers = indices if isinstance(indices, Sequence) else indices.tolist()
-        plans = [self.policy.draw_mixing(size, seed=self.seed, epoch=epoch, index=int(i)) for i in numbers]
+        draws = (
+            [0] * len(numbers) if repeats is None else repeats if isinstance(repeats, Sequence) else repeats.tolist()
+        )
+        if not len(numbers) == len(draws) == len(images):
+            raise ValueError(f"{len(images)} pictures, but {len(numbers)} indices and {len(draws)} repeats")
+        plans = [
+            self.policy.draw_mixing(size, seed=self.seed, epoch=epoch, index=int(i), repeat=int(k))
+            for i, k in zip(numbers, draws, strict=True)
+        ]
         return batch.mix(plans, images, targets)
 
 

@@ -28,6 +28,8 @@ def run(plans: Sequence[Plan], images: torch.Tensor) -> torch.Tensor:
     wrong = [i for i, plan in enumerate(plans) if plan.size != size]
     if wrong:
         raise ValueError(f"plan {wrong[0]} was drawn for {plans[wrong[0]].size}, the pictures have {size}")
+    if not plans:
+        return images.clone()
     left = [fuse(plan) for plan in plans]
     # Samples differ in which ops they drew, so each round runs one pass of every sample that comes to the same kind next.
     parts: list[torch.Tensor] = list(images.unbind(0))
@@ -129,10 +131,10 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
     )
     if rows == 3:
         grid = grid[..., :2] / grid[..., 2:]
-    if vertical == horizontal == 1:
-        bounds = torch.tensor(
-            [_bounds(item, height, width) for item in passes], dtype=torch.float32, device=images.device
-        )
+    size = (images.shape[2], images.shape[3])
+    limits = [_bounds(item, size, (height, width)) for item in passes]
+    if any(math.isfinite(limit) for own in limits for limit in own):
+        bounds = torch.tensor(limits, dtype=torch.float32, device=images.device)
         lowest, highest = bounds[:, None, None, :2], bounds[:, None, None, 2:]
         grid = torch.minimum(torch.maximum(grid, lowest), highest)
     # Zeros beyond the edge become the fill where the fill is the zero.
@@ -143,18 +145,23 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
     return to_uint8(sampled + fill)
 
 
-def _bounds(item: WarpPass, height: int, width: int) -> tuple[float, float, float, float]:
+def _bounds(item: WarpPass, size: tuple[int, int], shrunk: tuple[int, int]) -> tuple[float, float, float, float]:
     """(lowest x, lowest y, highest x, highest y) that the pass samples, in grid_sample's −1 … 1: the centres of the outermost pixels of the
-    box that it shows, where that is a crop inside the picture that was resized."""
-    box = item.shows()
-    if box is None or box[0] < 0 or box[2] < 0 or box[1] > height or box[3] > width:
+    box that it shows, where that is a crop inside the picture that was resized; else of the picture, where nothing beyond an edge is shown.
+    size: (height, width) of the picture; shrunk: after the box filter."""
+    height, width = shrunk
+    down, across = item.inside(size)
+    if not down and not across:
         return -math.inf, -math.inf, math.inf, math.inf
+    box = item.shows()
+    if box is None or shrunk != size or not (down and across):
+        box = (0, height, 0, width)
     top, bottom, left, right = box
     return (
-        (2 * left + 1) / width - 1,
-        (2 * top + 1) / height - 1,
-        (2 * right - 1) / width - 1,
-        (2 * bottom - 1) / height - 1,
+        (2 * left + 1) / width - 1 if across else -math.inf,
+        (2 * top + 1) / height - 1 if down else -math.inf,
+        (2 * right - 1) / width - 1 if across else math.inf,
+        (2 * bottom - 1) / height - 1 if down else math.inf,
     )
 
 

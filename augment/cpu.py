@@ -105,14 +105,21 @@ def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
         if inside and vertical == horizontal == 1:
             region = image[top:bottom, left:right]
             return _flip(cv2.resize(region, (width, height), interpolation=cv2.INTER_LINEAR), a < 0, e < 0)
-    matrix = item.matrix
+    matrix, border = item.matrix, item.border
+    within = item.inside(image.shape[:2])
     if vertical > 1 or horizontal > 1:
         image, matrix = _shrunk_region(image, item, vertical, horizontal)
+    if all(within):
+        border = "edge"
+    elif any(within):  # the border shows at two edges; the outermost pixels are repeated at the other two
+        down, across = within
+        image = cv2.copyMakeBorder(image, int(down), int(down), int(across), int(across), cv2.BORDER_REPLICATE)
+        matrix = product((1.0, 0.0, float(across), 0.0, 1.0, float(down), 0.0, 0.0, 1.0), matrix)
     # OpenCV counts from pixel centres, the plan from pixel edges.
     numbers = np.array(product(_TO_CENTRES, product(matrix, _TO_EDGES))).reshape(3, 3)
     if item.is_perspective:
-        return cv2.warpPerspective(image, numbers, (width, height), None, _HOW, _BORDERS[item.border], item.fill)
-    return cv2.warpAffine(image, numbers[:2], (width, height), None, _HOW, _BORDERS[item.border], item.fill)
+        return cv2.warpPerspective(image, numbers, (width, height), None, _HOW, _BORDERS[border], item.fill)
+    return cv2.warpAffine(image, numbers[:2], (width, height), None, _HOW, _BORDERS[border], item.fill)
 
 
 def _cut(image: np.ndarray, box: tuple[int, int, int, int], item: WarpPass) -> np.ndarray:

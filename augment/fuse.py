@@ -34,6 +34,27 @@ class WarpPass:
 
         Such a warp is a crop that was resized: it repeats the box's last pixels instead of looking beyond them.
         """
+        extent = self._extent()
+        if extent is None:
+            return None
+        low, high, near, far = extent
+        top, bottom, left, right = round(low), round(high), round(near), round(far)
+        off = max(abs(top - low), abs(bottom - high), abs(left - near), abs(right - far))
+        return (top, bottom, left, right) if off < 1e-4 else None
+
+    def inside(self, size: Size) -> tuple[bool, bool]:
+        """Whether an axis-aligned warp shows nothing beyond the (upper and lower, left and right) edges of an input of `size`.
+
+        Sampling between pixel centres would otherwise blend the border into the outermost pixels.
+        """
+        extent = self._extent()
+        if extent is None:
+            return False, False
+        low, high, near, far = extent
+        return low > -1e-3 and high < size[0] + 1e-3, near > -1e-3 and far < size[1] + 1e-3
+
+    def _extent(self) -> tuple[float, float, float, float] | None:
+        """(top, bottom, left, right) of the input that an axis-aligned warp shows."""
         a, b, c, d, e, f = self.matrix[:6]
         if self.is_perspective:
             return None
@@ -45,9 +66,7 @@ class WarpPass:
             return None
         low, high = (f, f + e * down) if e > 0 else (f + e * down, f)
         near, far = (c, c + a * across) if a > 0 else (c + a * across, c)
-        top, bottom, left, right = round(low), round(high), round(near), round(far)
-        off = max(abs(top - low), abs(bottom - high), abs(left - near), abs(right - far))
-        return (top, bottom, left, right) if off < 1e-4 else None
+        return low, high, near, far
 
     def shrink(self) -> tuple[int, int]:
         """Powers of two (vertical, horizontal) by which the input is box-filtered first, against aliasing: less than twofold

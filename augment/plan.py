@@ -1,8 +1,10 @@
 """What was drawn for one sample: an op's name and plain numbers, step by step."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import index as index_of
 from typing import Any
 
 VERSION = 1
@@ -45,20 +47,31 @@ class Plan:
 
         try:
             data = json.loads(text)
-            height, width = data["size"]
+            height, width = (index_of(side) for side in data["size"])
             version, entries, exact = data["version"], data["steps"], bool(data.get("exact", False))
             steps = []
             for entry in entries:
                 args = dict(entry)
-                steps.append(Step(args.pop("op"), args))
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+                steps.append(Step(str(args.pop("op")), args))
+            _check_finite(entries)
+        except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a plan: {error!r} in {text[:80]!r}") from error
         if version != VERSION:
             raise ValueError(f"plan has version {version!r}, this Refract reads version {VERSION}")
-        unknown = [step.op for step in steps if step.op not in OPS]
+        if height < 1 or width < 1:
+            raise ValueError(f"plan was drawn for {height}×{width} pixels: both sides are at least 1")
+        known = [name for name, op in OPS.items() if op.kind != "choice"]  # those leave only what they chose
+        unknown = [step.op for step in steps if step.op not in known]
         if unknown:
-            raise ValueError(f"plan has the unknown op {unknown[0]!r}; known: {', '.join(OPS)}")
-        return cls((int(height), int(width)), tuple(steps), exact)
+            raise ValueError(f"plan has the unknown op {unknown[0]!r}; known: {', '.join(known)}")
+        return cls((height, width), tuple(steps), exact)
+
+
+def _check_finite(value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a finite number")
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        _check_finite(inner)
 
 
 def _short(value: Any) -> str:

@@ -81,13 +81,13 @@ class Policy:
             _resize(steps, current, to)
         return Plan(size, tuple(steps), self.exact)
 
-    def draw_mixing(self, size: tuple[int, int], *, seed: int, epoch: int, index: int) -> Plan:
+    def draw_mixing(self, size: tuple[int, int], *, seed: int, epoch: int, index: int, repeat: int = 0) -> Plan:
         """The part of `draw`'s plan that mixes the batch. size: of the pictures that are mixed."""
         words: tuple[int, ...] = self._words  # type: ignore[attr-defined]
         steps: list[Step] = []
         for op, word in zip(self.ops, words, strict=True):
             if mixes_batch(op):
-                steps += op.steps(keyed_generator(seed, epoch, index, word), size, epoch)
+                steps += op.steps(keyed_generator(seed, epoch, index, word, repeat), size, epoch)
         return Plan(size, tuple(steps), self.exact)
 
     def to_spec(self) -> list[Any] | dict[str, Any]:

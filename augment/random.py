@@ -36,7 +36,7 @@ def keyed_generator(seed: int, epoch: int, index: int, word: int, repeat: int = 
         state = bit_generator.state
         _thread.philox = (bit_generator, shared, state)
     inner: dict[str, Any] = state["state"]
-    inner["key"][:] = (index_of(seed) & _MASK, repeat)
+    inner["key"][:] = (index_of(seed) & _MASK, index_of(repeat) & _MASK)
     # The first counter word counts the blocks drawn from this stream; the other three name it.
     inner["counter"][:] = (0, word, index_of(index) & _MASK, index_of(epoch) & _MASK)
     bit_generator.state = state

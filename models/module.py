@@ -39,8 +39,9 @@ class ClassifierModule(lightning.LightningModule):
     """A `Classifier` in training.
 
     Batches are dicts: `images` uint8 (B, 3, H, W), `targets` int64 (B,) or float32 (B, num_classes) for multilabel,
-    `indices` int64 (B,), the samples' places in the data set. mix(images, targets, *, epoch, indices) → (images,
-    targets) on the device, targets soft (B, num_classes), in training only.
+    `indices` int64 (B,), the samples' places in the data set, and in training `repeats` int64 (B,), which of its draws in the epoch each is
+    (none: the first). mix(images, targets, *, epoch, indices, repeats) → (images, targets) on the device, targets soft (B, num_classes), in
+    training only.
     loss.consistency: above 0, training images are (B, 3, 3, H, W), three views of each picture; the loss is then that of the first views
     plus this many times `consistency_loss`. class_weights: (num_classes,) for the training loss. mode, unfreeze_epochs: which blocks are
     trained in which epoch, see `models.transfer`. teacher: a classifier to learn from besides, with loss.distill. start_size: share of
@@ -107,7 +108,9 @@ class ClassifierModule(lightning.LightningModule):
         images, indices = self._sized(self._images(batch)), batch["indices"]
         targets = soft_targets(batch["targets"], self.num_classes, self.task)
         if self.mix is not None:
-            images, targets = self.mix(images, targets, epoch=self.current_epoch, indices=indices)
+            images, targets = self.mix(
+                images, targets, epoch=self.current_epoch, indices=indices, repeats=batch.get("repeats")
+            )
         if self.loss.consistency:
             images = images.transpose(0, 1).flatten(0, 1)
         answers = self.classifier(images)

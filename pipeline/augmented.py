@@ -29,9 +29,8 @@ class Copy:
 
     def to_json(self) -> str:
         plan = json.loads(self.plan.to_json())
-        return json.dumps(
-            {"source": self.source, "output": self.output, "sha256": self.digest, "plan": plan}, ensure_ascii=False
-        )
+        # In ASCII: names may hold any byte, and characters that some readers take for the end of a line.
+        return json.dumps({"source": self.source, "output": self.output, "sha256": self.digest, "plan": plan})
 
 
 def draw_plans(policy: str, source: Path, *, copies: int, seed: int, size: int | None, kind: str) -> list[Copy]:
@@ -95,11 +94,12 @@ def write_copies(entries: Sequence[Copy], source: Path, target: Path, *, jobs: i
         raise DataError(f"{target}: is not an empty folder; nothing is overwritten, so name a new one")
     write_atomically(target / PLANS, "".join(entry.to_json() + "\n" for entry in entries).encode())
     cv2.setNumThreads(1)
+    folder = source.parent if source.is_file() else source
     broken = []
 
     def work(entry: Copy) -> str | None:
         try:
-            data = (source / entry.source).read_bytes()
+            data = (folder / entry.source).read_bytes()
             if hashlib.sha256(data).hexdigest() != entry.digest:
                 return f"{source / entry.source}: is not the picture that the plan was drawn for (its SHA-256 differs)"
             write_atomically(target / entry.output, _encoded(Augmenter("none").apply(entry.plan, data), entry.output))

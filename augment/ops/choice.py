@@ -157,7 +157,7 @@ class During(ChoiceOp):
         if not isinstance(self.epochs, (list, tuple)) or len(self.epochs) != 2:
             raise ValueError(f"epochs: {self.epochs!r} is not a pair [first, last]")
         first, last = self.epochs
-        if whole("epochs", first, 0) > (whole("epochs", last, 0) if last is not None else first):
+        if whole("epochs", first, 0, 10**9) > (whole("epochs", last, 0, 10**9) if last is not None else first):
             raise ValueError(f"epochs: {self.epochs!r} ends before it begins")
         self._set("epochs", (first, last))
 
@@ -184,18 +184,31 @@ class Ramp(ChoiceOp):
             raise ValueError("ops: expected two entries of one simple op, its first and its last form")
         if not isinstance(self.epochs, (list, tuple)) or len(self.epochs) != 2:
             raise ValueError(f"epochs: {self.epochs!r} is not a pair [first, last]")
-        if whole("epochs", self.epochs[0], 0) >= whole("epochs", self.epochs[1], 0):
+        if whole("epochs", self.epochs[0], 0, 10**9) >= whole("epochs", self.epochs[1], 0, 10**9):
             raise ValueError(f"epochs: {self.epochs!r} does not end after it begins")
-        self._set("epochs", tuple(self.epochs))
-        self.at(self.epochs[0])  # so that forms that cannot be joined are told now
+        first, last = self.epochs
+        if last - first > 10_000:
+            raise ValueError(f"epochs: {self.epochs!r} are more than 10,000")
+        self._set("epochs", (first, last))
+        # All forms now, so that one that cannot be is told before training.
+        self._set("_forms", tuple(self._form(epoch) for epoch in range(first, last + 1)))
 
     def at(self, epoch: int) -> Op:
         """The op as it is in an epoch."""
         first, last = self.epochs
-        share = min(max((epoch - first) / (last - first), 0.0), 1.0)
+        form: Op = self._forms[min(max(epoch, first), last) - first]  # type: ignore[attr-defined]
+        return form
+
+    def _form(self, epoch: int) -> Op:
+        first, last = self.epochs
         one, other = self.ops
         names = [item.name for item in fields(one)]
-        return type(one)(**{name: _between(name, getattr(one, name), getattr(other, name), share) for name in names})
+        share = (epoch - first) / (last - first)
+        try:
+            values = {name: _between(name, getattr(one, name), getattr(other, name), share) for name in names}
+            return type(one)(**values)
+        except ValueError as error:
+            raise ValueError(f"ops: cannot be joined in epoch {epoch}: {error}") from error
 
     def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
         return self.at(epoch).steps(rng, size, epoch) if rng.random() < self.p else []
@@ -207,7 +220,7 @@ def _between(name: str, first: Any, last: Any, share: float) -> Any:
     if first == last:
         return first
     if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in (first, last)):
-        raise ValueError(f"ops: {name} goes from {first!r} to {last!r}, and only numbers have something in between")
+        raise ValueError(f"{name} goes from {first!r} to {last!r}, and only numbers have something in between")
     value = first + share * (last - first)
     return round(value) if isinstance(first, int) and isinstance(last, int) else value
 

@@ -293,9 +293,13 @@ class Corruption(PixelOp):
 
 
 def corrupt(image: np.ndarray, name: str, severity: int, *, seed: int) -> np.ndarray:
-    """A new uint8 H×W×3 array. name: of `CORRUPTIONS`; severity: 1…5; the same seed gives the same pixels."""
+    """A new uint8 H×W×3 array. name: of `CORRUPTIONS`; severity: 1…5; the same seed gives the same pixels. ValueError for others."""
+    if name not in CORRUPTIONS:
+        raise ValueError(f"no corruption is called {name!r}; known: {', '.join(CORRUPTIONS)}")
+    if isinstance(severity, bool) or severity not in (1, 2, 3, 4, 5):
+        raise ValueError(f"severity: {severity!r} is not a whole number in 1…5")
     rng = np.random.Generator(np.random.Philox(seed))
-    pixels = image.astype(np.float32) / 255
+    pixels = np.ascontiguousarray(image, np.float32) / 255
     result = CORRUPTIONS[name](pixels, severity - 1, rng, min(image.shape[:2]) / 224)
     return np.clip(np.rint(255 * result), 0, 255).astype(np.uint8)
 

@@ -41,6 +41,10 @@ class DeformOp(PixelOp):
         return to_uint8(sampled)
 
 
+_CUBIC_GAIN = 0.857
+"""Standard deviation of independent numbers of deviation 1 after OpenCV's cubic joined them in two directions."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ElasticDeform(DeformOp):
     """Move each pixel by a smooth random field, as if the picture were drawn on rubber.
@@ -70,7 +74,7 @@ class ElasticDeform(DeformOp):
         rows, columns = (max(2, round(side / (2 * args["sigma"]))) for side in size)
         knots = stretch(normal_table(), args["offset"], rows * columns * 2).reshape(rows, columns, 2)
         field = cv2.resize(np.ascontiguousarray(knots), (width, height), interpolation=cv2.INTER_CUBIC)
-        x, y = cv2.split(field * np.float32(args["alpha"]))
+        x, y = cv2.split(field * np.float32(args["alpha"] / _CUBIC_GAIN))
         return x + np.arange(width, dtype=np.float32), y + np.arange(height, dtype=np.float32)[:, None]
 
 

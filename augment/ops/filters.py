@@ -48,6 +48,10 @@ class GaussianBlur(PixelOp):
         return to_uint8(_convolved(_convolved(images.float(), kernels[:, :, None]), kernels[:, None, :]))
 
 
+LONGEST = 101
+"""Pixels of a motion blur."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MotionBlur(PixelOp):
     """Blur along a line, as when the camera or the thing moved.
@@ -61,7 +65,7 @@ class MotionBlur(PixelOp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set("length", interval("length", self.length, 1, 101))
+        self._set("length", interval("length", self.length, 1, LONGEST))
         self._set("degrees", around("degrees", self.degrees, -360, 360, 0))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
@@ -165,7 +169,7 @@ class CLAHE(PixelOp):
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
         # A tile of no pixel has no histogram.
-        tiles = (min(args["tiles"], image.shape[1]), min(args["tiles"], image.shape[0]))
+        tiles = (max(1, min(args["tiles"], image.shape[1])), max(1, min(args["tiles"], image.shape[0])))
         lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
         lightness = cv2.extractChannel(lab, 0)
         cv2.createCLAHE(args["clip_limit"], tiles).apply(lightness, lightness)
@@ -188,6 +192,8 @@ def motion_kernel(length: float, angle: float) -> np.ndarray:
 
     Each column of it (or row, where it is steep) is one pixel, the nearest to the line: the time goes with the entries that are not zero.
     """
+    if not 0 <= length <= LONGEST:
+        raise ValueError(f"length: {length!r} is not a number in [0, {LONGEST}]")
     cos, sin = math.cos(math.radians(angle)), -math.sin(math.radians(angle))
     steep = abs(sin) > abs(cos)
     major, minor = (sin, cos) if steep else (cos, sin)

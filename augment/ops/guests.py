@@ -1,8 +1,9 @@
 """Transforms of other libraries inside a policy: `albumentations.RandomFog: {p: 0.2}`, `imgaug.Snowflakes: {}`.
 
 Each gets a seed of the sample's own, from the same key as every op. The libraries' traps are kept in here: albumentations and imgaug carry
-their random state in the transform, so each thread has transforms of its own; torchvision draws from PyTorch's global generator, so its
-calls take turns and put the generator back. A library is imported when a policy names one of its transforms, not before.
+their random state in the transform, so each thread has transforms of its own; torchvision and some of imgaug's draw from a global
+generator, so their calls take turns and put it back. What other code draws from PyTorch's generator meanwhile in the same process is not
+kept out: use loader workers, whose processes do nothing else. A library is imported when a policy names one of its transforms, not before.
 """
 
 import difflib
@@ -13,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -31,8 +33,8 @@ class Guest(PixelOp):
 
     transform: its library and class, such as `albumentations.RandomFog`. parameters: its own, JSON values; its own `p` becomes 1, as this
     op's decides. In a policy `albumentations.RandomFog: {p: 0.2, alpha_coef: 0.1}` is short for it; in that form the `p` of an imgaug
-    transform that has one (Dropout's share, say) is that one. It must leave a picture's size as it is, and is tried once when the policy
-    is read.
+    transform that has one (Dropout's share, say) is that one. It must leave a picture's size as it is, and is tried when the policy is
+    read, on a picture that is not square.
     """
 
     transform: str
@@ -51,8 +53,7 @@ class Guest(PixelOp):
             raise ValueError(
                 f"parameters: {self.parameters!r} are not plain numbers, texts and lists ({error})"
             ) from error
-        trial = np.full((48, 64, 3), 120, np.uint8)
-        self.on_image({"transform": self.transform, "parameters": self.parameters, "seed": 0}, trial)
+        _try(self.transform, json.dumps(self.parameters, sort_keys=True))
 
     @property
     def name(self) -> str:
@@ -81,6 +82,17 @@ class Guest(PixelOp):
         return result
 
 
+@cache
+def _try(transform: str, parameters: str) -> None:
+    """ValueError for a transform that fails or changes the size, be it in some draws only, as turns by 90° do."""
+    trial = np.full((48, 64, 3), 120, np.uint8)
+    for seed in range(_TRIALS):
+        Guest.on_image({"transform": transform, "parameters": json.loads(parameters), "seed": seed}, trial)
+
+
+_TRIALS = 16
+
+
 def guest(name: str, parameters: Mapping[str, Any]) -> Guest:
     """The op that `name: parameters` in a policy is short for. name: `library.Transform`."""
     own = dict(parameters)
@@ -95,6 +107,7 @@ def is_guest(name: Any) -> bool:
 
 
 _thread = threading.local()
+_turn = threading.Lock()
 
 
 def _instance(transform: str, parameters: str) -> Run:
@@ -189,9 +202,17 @@ def _imgaug() -> tuple[Any, type]:
 
 
 def _run_imgaug(made: Any) -> Run:
+    from imgaug import random
+
     def run(seed: int, image: np.ndarray) -> np.ndarray:
-        made.seed_(seed)
-        return made(image=image)
+        with _turn:  # some augmenters draw from imgaug's global generator
+            state = random.get_global_rng().state
+            try:
+                random.seed(seed)
+                made.seed_(seed)
+                return made(image=image)
+            finally:
+                random.get_global_rng().set_state_(state)
 
     return run
 
@@ -202,9 +223,6 @@ def _torchvision() -> tuple[Any, type]:
     return v2, v2.Transform
 
 
-_turn = threading.Lock()
-
-
 def _run_torchvision(made: Any) -> Run:
     import torch
 
@@ -212,7 +230,9 @@ def _run_torchvision(made: Any) -> Run:
         with _turn:
             state = torch.get_rng_state()
             try:
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(
+                    seed
+                )  # the CPU's alone: torch.manual_seed would reach into the GPU's
                 result = made(torch.from_numpy(image).permute(2, 0, 1))
             finally:
                 torch.set_rng_state(state)

@@ -106,10 +106,10 @@ def pixels(name: str, value: Any) -> Size:
     return pair[0], pair[1]
 
 
-def whole(name: str, value: Any, low: int) -> int:
-    """A whole number of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}: {value!r} is not a whole number of at least {low}")
+def whole(name: str, value: Any, low: int, high: int = LARGEST_SIDE) -> int:
+    """A whole number in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name}: {value!r} is not a whole number in [{low}, {high}]")
     return value
 
 

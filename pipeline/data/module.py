@@ -42,14 +42,14 @@ class TrainPictures(Dataset[Item]):
     def __getitem__(self, key: tuple[int, int, int]) -> Item:
         epoch, index, repeat = key
         if self.raw:
-            return {"targets": self.targets[index], "indices": index, "keys": key}
+            return {"targets": self.targets[index], "indices": index, "repeats": repeat, "keys": key}
         augment = self.augmenter.views if self.views else self.augmenter
         image = _named(
             self.samples[index],
             lambda data: augment(data, epoch=epoch, index=index, repeat=repeat),
             None if self.decoded is None else self.decoded[index],
         )
-        return {"images": image, "targets": self.targets[index], "indices": index}
+        return {"images": image, "targets": self.targets[index], "indices": index, "repeats": repeat}
 
 
 class Pictures(Dataset[Item]):
@@ -76,7 +76,8 @@ class Pictures(Dataset[Item]):
 
 
 class PictureData(lightning.LightningDataModule):
-    """Batches: `images` uint8 B×3×H×W, `targets` int64 (B,) or float32 B×C (multilabel), `indices` int64 (B,)."""
+    """Batches: `images` uint8 B×3×H×W, `targets` int64 (B,) or float32 B×C (multilabel), `indices` int64 (B,); in training also
+    `repeats` int64 (B,)."""
 
     def __init__(
         self,
@@ -181,7 +182,7 @@ class PictureData(lightning.LightningDataModule):
 
 
 def collate(items: Sequence[Item]) -> Item:
-    """One batch of items: uint8 H×W×3 `images` or views of that become B×3×H×W, B×V×3×H×W; `targets`, `indices` and `keys` are stacked."""
+    """One batch of items: uint8 H×W×3 `images` or views of that become B×3×H×W, B×V×3×H×W; the others are stacked."""
     batch = {
         name: torch.from_numpy(np.stack([np.asarray(item[name]) for item in items]))
         for name in items[0]

@@ -12,8 +12,8 @@ class TrainOrder(Sampler[tuple[int, int, int]]):
     """(epoch, index, repeat) in the epoch's own order.
 
     repeats: draws of each sample beside each other; an epoch keeps its length and so takes 1/repeats of the samples (repeated
-    augmentation: Hoffer et al. 2020, arXiv:1901.09335). classes: of each sample, to draw all classes equally often, with replacement;
-    None takes each sample once.
+    augmentation: Hoffer et al. 2020, arXiv:1901.09335). classes: of each sample, to draw all classes equally often, samples of small ones
+    repeatedly; None takes each sample once. repeat counts the draws of a sample in the epoch, so that each is augmented in its own way.
 
     The epoch travels with the index, so that a worker process needs no state: it augments what it is asked for. Lightning calls
     `set_epoch`; `start` skips that many samples of the next pass, to go on in the middle of an epoch.
@@ -47,8 +47,12 @@ class TrainOrder(Sampler[tuple[int, int, int]]):
         rng = generator(self.seed, self.epoch, 0, "order")
         order = rng.permutation(self.count) if self.classes is None else self._balanced(rng)
         places = order.tolist()
+        draws = (self.repeats * _earlier(order)).tolist()
         own = (k * self.processes + self.rank for k in range(self.start, len(self)))
-        return ((self.epoch, places[k // self.repeats], k % self.repeats) for k in (k % self.count for k in own))
+        return (
+            (self.epoch, places[k // self.repeats], draws[k // self.repeats] + k % self.repeats)
+            for k in (k % self.count for k in own)
+        )
 
     def _balanced(self, rng: np.random.Generator) -> np.ndarray:
         """`count` samples, the classes in turn, each class going through its own in a drawn order again and again; shuffled."""
@@ -61,6 +65,16 @@ class TrainOrder(Sampler[tuple[int, int, int]]):
             rounds = [rng.permutation(own) for _ in range(-(-share // len(own)))]
             drawn.append(np.concatenate(rounds)[:share])
         return rng.permutation(np.stack(drawn, axis=1).ravel()[: self.count])
+
+
+def _earlier(order: np.ndarray) -> np.ndarray:
+    """How often each entry stood in the order before."""
+    by_value = np.argsort(order, kind="stable")
+    begins = np.r_[True, np.diff(order[by_value]) > 0]
+    runs = np.flatnonzero(begins)[np.cumsum(begins) - 1]
+    counts = np.empty_like(by_value)
+    counts[by_value] = np.arange(len(order)) - runs
+    return counts
 
 
 class Share(Sampler[int]):

@@ -206,3 +206,8 @@ def test_augmix_blends_its_chains() -> None:
     result = Augmenter("none").apply(Plan((60, 80), (step,)), IMAGE)
     expected = 0.5 * IMAGE + 0.375 * IMAGE[::-1] + 0.125 * (255.0 - IMAGE[::-1])
     assert np.abs(result - expected).max() <= 0.51
+
+
+def test_a_ramp_whose_forms_cannot_be_joined_is_told_when_it_is_read() -> None:
+    with pytest.raises(PolicyError, match=r"cannot be joined in epoch 1: length: 1\.25 is not a whole number"):
+        load_policy([{"Ramp": {"ops": [{"Cutout": {"length": 0.5}}, {"Cutout": {"length": 8}}], "epochs": [0, 10]}}])

@@ -104,3 +104,16 @@ def test_as_an_op_every_name_and_severity_is_drawn() -> None:
     }
     only = Augmenter([{"Corruption": {"names": ["fog", "snow"], "severity": 2}}])
     assert {only.draw((20, 20), epoch=0, index=i).steps[0].args["name"] for i in range(40)} == {"fog", "snow"}
+
+
+@pytest.mark.parametrize("severity", [0, 6, -1, 2.5, True])
+def test_a_severity_that_there_is_not_is_refused(severity) -> None:
+    with pytest.raises(ValueError, match="severity: .* is not a whole number in 1…5"):
+        corrupt(np.zeros((8, 8, 3), np.uint8), "fog", severity, seed=1)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_any_layout_of_the_array_does(name: str) -> None:
+    picture = np.random.default_rng(3).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    turned = np.asfortranarray(picture)
+    np.testing.assert_array_equal(corrupt(turned, name, 3, seed=4), corrupt(picture, name, 3, seed=4))

@@ -169,3 +169,48 @@ def test_views_differ_in_augmix_alone() -> None:
         np.testing.assert_array_equal(views[0], plain(PHOTO, epoch=1, index=index))
         np.testing.assert_array_equal(views[1], augmenter(PHOTO, epoch=1, index=index))
         assert not np.array_equal(views[1], views[2])
+
+
+def test_the_second_view_is_another_draw_where_augmix_is_rare() -> None:
+    augmenter = Augmenter([{"AugMix": {"p": 0.3}}], seed=2)
+    alike = [np.array_equal(*augmenter.views(PHOTO, epoch=0, index=index)[1:]) for index in range(60)]
+    drawn = [bool(augmenter.draw(PHOTO.shape[:2], epoch=0, index=index).steps) for index in range(60)]
+    assert alike == [not one for one in drawn] and 5 < sum(drawn) < 40
+
+
+STEP = '{"version": 1, "size": [9, 9], "steps": [%s]}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"version": 1, "size": [-2, 3], "steps": []}',
+        '{"version": 1, "size": [Infinity, 3], "steps": []}',
+        '{"version": 1, "size": [9.5, 3], "steps": []}',
+        STEP % '{"op": ["a"]}',
+        STEP % '{"op": "RandAugment"}',
+        STEP % '{"op": "Brightness", "factor": NaN}',
+    ],
+)
+def test_a_plan_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="plan"):
+        Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        '{"op": "Resize", "box": [0, 0, 0, 0], "size": [10, 10]}',
+        '{"op": "GaussianBlur", "sigma": 1e308}',
+        '{"op": "MotionBlur", "length": 1e7, "angle": 0}',
+        '{"op": "Corruption", "name": "fog", "severity": 0, "seed": 1}',
+    ],
+)
+def test_numbers_that_do_not_fit_their_op_are_refused(step: str) -> None:
+    with pytest.raises(ValueError):
+        Augmenter("none").apply(Plan.from_json(STEP % step), np.zeros((9, 9, 3), np.uint8))
+
+
+def test_no_plan_kills_the_process() -> None:
+    plan = Plan.from_json(STEP % '{"op": "CLAHE", "clip_limit": 1, "tiles": 0}')
+    assert Augmenter("none").apply(plan, np.zeros((9, 9, 3), np.uint8)).shape == (9, 9, 3)

@@ -73,6 +73,7 @@ def test_p_is_the_policys_and_an_imgaug_p_its_own() -> None:
         ({"albumentations.RandomFog": {"p": 2}}, r"p: 2 is not a number in \[0, 1\]"),
         ({"albumentations.Resize": {"height": 9, "width": 9}}, "a guest must keep both"),
         ({"torchvision.RandomCrop": {"size": 9}}, "a guest must keep both"),
+        ("albumentations.D4", "a guest must keep both"),  # in every second draw
         ("imgaug.Fgo", "imgaug has no transform 'Fgo'"),
         ("torchvision.functional", "torchvision has no transform"),
         ("kornia.RandomFog", "no op is called 'kornia.RandomFog'"),
@@ -91,3 +92,15 @@ def test_no_guest_is_imported_before_it_is_named() -> None:
         "print([name for name in ('albumentations', 'imgaug', 'torchvision') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_an_imgaug_transform_with_global_draws_is_a_function_of_the_key() -> None:
+    augmenter = Augmenter(["imgaug.MultiplyAndAddToBrightness"])
+    for index in range(20):
+        first, second = (augmenter(IMAGE, epoch=0, index=index) for _ in range(2))
+        np.testing.assert_array_equal(first, second)
+
+
+def test_a_torchvision_guest_leaves_the_gpus_generator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("it was seeded"))
+    Augmenter(["torchvision.GaussianNoise"])

@@ -85,3 +85,14 @@ def test_batch_of_plans_for_another_size_is_refused() -> None:
     plan = Augmenter("none").draw((8, 8), epoch=0, index=0)
     with pytest.raises(ValueError, match=r"plan 0 was drawn for \(8, 8\)"):
         batch.run([plan] * COUNT, IMAGES)
+
+
+def test_each_draw_of_a_sample_is_mixed_in_its_own_way() -> None:
+    augmenter, same = Augmenter(["MixUp"], seed=3), [5] * COUNT
+    one, _ = augmenter.mix(IMAGES, ONE_HOT, epoch=0, indices=same)
+    other, targets = augmenter.mix(IMAGES, ONE_HOT, epoch=0, indices=same, repeats=range(COUNT))
+    assert torch.equal(one[0], other[0]) and not torch.equal(one[1:], other[1:])
+    assert len({round(float(share), 4) for share in targets.diagonal()}) > COUNT // 2
+    for numbers in ([1], range(COUNT + 1)):
+        with pytest.raises(ValueError, match=f"{COUNT} pictures, but {len(numbers)} indices"):
+            augmenter.mix(IMAGES, ONE_HOT, epoch=0, indices=numbers)

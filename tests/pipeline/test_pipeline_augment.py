@@ -1,6 +1,7 @@
 """`refract ops`, `explain` and `augment`: the augmentation engine from the command line."""
 
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -87,3 +88,17 @@ def test_explain_shows_what_is_fused(folder: Path, refract: Run, tmp_path: Path)
     assert "resampling: RandomCrop + Rotate, to 16×16" in told and "colour matrix: Brightness + Contrast" in told
     assert "with each op by itself" in told and "MixUp and CutMix act on the batch" in told
     assert "it looks like text" in refract("explain", "digits", "mine.yaml", code=2).stderr
+
+
+def test_odd_file_names_and_a_single_file_are_replayed(folder: Path, refract: Run, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    picture = (folder / "red" / "00.jpg").read_bytes()
+    for name in ("a\u2028b.jpg", "ä ö.jpg", os.fsdecode(b"b\xff.jpg")):
+        (odd / name).write_bytes(picture)
+    refract("augment", "cifar", odd, "out")
+    refract("augment", "--replay", "out/plans.jsonl", odd, "again")
+    made = files(tmp_path / "out")
+    assert len(made) == 4 and files(tmp_path / "again") == made
+    refract("augment", "cifar", folder / "red" / "00.jpg", "one")
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["00_jpg_0.jpg", "plans.jsonl"]

@@ -390,3 +390,12 @@ def test_processes_share_one_order(classes: list[int] | None) -> None:
     assert list(TrainOrder(11, seed=3, classes=classes, rank=1, processes=3, start=2)) == shares[1][2:]
     measured = sorted(place for rank in range(3) for place in Share(11, rank, 3))
     assert measured == list(range(11)), "each once"
+
+
+def test_draws_of_a_rare_class_differ() -> None:
+    classes = [0] * 95 + [1] * 5
+    order = list(TrainOrder(100, seed=0, classes=classes))
+    assert len(set(order)) == 100, "each key once"
+    assert sorted(key[2] for key in order if key[1] == 97) == list(range(10))
+    twice = list(TrainOrder(100, seed=0, classes=classes, repeats=2))
+    assert len(set(twice)) == 100
