@@ -36,6 +36,8 @@ HEADS = {"mlp": MLPHead, "cosine": CosineHead}
 def exchange_head(module: nn.Module, kind: str) -> nn.Module:
     """Put a new head of `kind`, of HEADS, in the place of the last layer. Returns the module. ValueError where that is no Linear."""
     make = pick("head", kind, HEADS)
+    if callable(named := getattr(module, "get_classifier", None)) and isinstance(named(), list | tuple):
+        raise ValueError(f"head={kind!r}: {type(module).__name__} has two heads; take head: linear")
     name = _last_layer(module)
     old = module.get_submodule(name)
     if not isinstance(old, nn.Linear):

@@ -193,9 +193,14 @@ def _focal(logits: Tensor, targets: Tensor, multilabel: bool, gamma: float) -> T
     """
     if multilabel:
         yes, no = F.logsigmoid(logits), F.logsigmoid(-logits)
-        return -targets * (1 - yes.exp()) ** gamma * yes - (1 - targets) * (1 - no.exp()) ** gamma * no
+        return -targets * _doubt(yes) ** gamma * yes - (1 - targets) * _doubt(no) ** gamma * no
     logs = logits.log_softmax(dim=1)
-    return -targets * (1 - logs.exp()) ** gamma * logs
+    return -targets * _doubt(logs) ** gamma * logs
+
+
+def _doubt(logs: Tensor) -> Tensor:
+    """1 − p, not quite 0: a power below 1 has no gradient there."""
+    return (1 - logs.exp()).clamp(min=1e-6)
 
 
 def _mse(logits: Tensor, targets: Tensor, multilabel: bool, gamma: float) -> Tensor:

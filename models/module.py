@@ -4,6 +4,7 @@ Knows nothing of data sets, of trackers or of augmentation: `mix` comes from out
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from models.losses import (
     soft_targets,
 )
 from models.optim import OptimSpec
+from models.recompute import statistics_kept
 from models.transfer import blocks_of, trained_blocks
 
 Mix = Callable[..., tuple[Tensor, Tensor]]
@@ -113,7 +115,9 @@ class ClassifierModule(lightning.LightningModule):
             )
         if self.loss.consistency:
             images = images.transpose(0, 1).flatten(0, 1)
-        answers = self.classifier(images)
+        second_pass = getattr(self.optimizers(use_pl_optimizer=False), "second_pass", False)
+        with statistics_kept(self.classifier) if second_pass else nullcontext():
+            answers = self.classifier(images)
         logits = answers[: len(targets)]
         loss = self._loss_of(logits, targets)
         if self.loss.consistency:
@@ -124,14 +128,14 @@ class ClassifierModule(lightning.LightningModule):
                 wanted = teacher.to(images.device)(images[: len(targets)])
             soft = distillation_loss(logits, wanted, task=self.task, temperature=self.loss.temperature)
             loss = torch.lerp(loss, soft, self.loss.distill)
-        if not getattr(self.optimizers(use_pl_optimizer=False), "second_pass", False):
+        if not second_pass:
             self._count(loss.detach(), logits.detach(), targets)
             self._pending.append((self.global_step, loss.detach(), indices))
         if len(self._pending) >= (1 if loss.device.type == "cpu" else CHECK_EVERY):
             self._check_losses()
         if self.loss.penalty:
             loss = loss + self.loss.penalty * elastic_net(self.classifier, self.loss.l1_ratio)
-        return loss
+        return loss * self._group_scale(batch_idx)
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Count the batch into `val_loss` and the monitored figure."""
@@ -181,7 +185,11 @@ class ClassifierModule(lightning.LightningModule):
         self._check_losses()
 
     def on_validation_epoch_end(self) -> None:
-        """Log `val_loss` and the monitored figure."""
+        """Log `val_loss` and the monitored figure. FloatingPointError where the loss is not finite: the weights are not."""
+        if not self.val_loss.compute().isfinite():
+            raise FloatingPointError(
+                f"the validation loss is {float(self.val_loss.compute())} after epoch {self.current_epoch}: the weights are out of bounds"
+            )
         self.log("val_loss", self.val_loss)
         self.log(self.monitor, self.val_score, prog_bar=True)
 
@@ -206,6 +214,13 @@ class ClassifierModule(lightning.LightningModule):
             return
         count = len(blocks_of(self.classifier.network))
         self.classifier.train_blocks(trained_blocks(self.mode, epoch, self.unfreeze_epochs, count))
+
+    def _group_scale(self, batch_idx: int) -> float:
+        """Lightning divides by the batches that a step accumulates; an epoch's last step may have fewer."""
+        size, count = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        if size == 1 or count == float("inf") or batch_idx < count // size * size:
+            return 1.0
+        return size / (count % size)
 
     def _loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
         return classification_loss(

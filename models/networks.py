@@ -19,7 +19,7 @@ from models.nets.lenet import LeNet5
 from models.nets.mlp import MLP, Perceptron
 from models.nets.rbf import RBFNetwork
 from models.nets.resnet import ResNet20
-from models.weights import load_weights
+from models.weights import folder_preprocess, load_weights
 
 __all__ = ["NETWORKS", "build", "head_of", "weights_preprocess"]
 
@@ -31,17 +31,19 @@ def build(
     image_size: tuple[int, int],
     weights: str = "none",
     head: str = "linear",
-    **args: Any,
+    args: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> nn.Module:
     """The network `name` with a head for `num_classes`.
 
     name: one of NETWORKS, a torchvision classification model, or a timm model; `torchvision/NAME` and `timm/NAME` force
     one. image_size: (height, width) in pixels. weights: "none"; "default", the pretrained ones of torchvision or timm,
     by their own download; or a file, folder or URL, see `models.weights`. head: linear, the network's own; or of `models.head.HEADS`, in
-    the place of the last layer. args: the network's.
+    the place of the last layer. args: the network's; they can be given by name as well.
     ValueError for an unknown name (with the nearest ones), arguments that the network rejects or that are reserved,
     weights that do not fit or cannot be had; FileNotFoundError if the file of weights is missing.
     """
+    args = {**(args or {}), **more}
     source, plain = _locate(name)
     _check_args(name, num_classes, args)
     pretrained = weights == "default"
@@ -51,20 +53,22 @@ def build(
         raise ValueError(f"weights='default': {name} has none; expected 'none' or the path of a file")
     else:
         network = _build_own(name, num_classes, image_size, args)
-    if weights not in ("none", "default"):
-        load_weights(network, head_of(network), weights)
     if head != "linear":
         exchange_head(network, head)
+    if weights not in ("none", "default"):
+        load_weights(network, head_of(network), weights)
     return network
 
 
 def weights_preprocess(name: str, weights: str) -> dict[str, Any] | None:
     """What the pretrained weights were trained on: {"mean", "std", "image_size": [h, w], "crop_ratio"}, plain numbers.
 
-    From torchvision's or timm's own metadata, for weights="default"; else None, and where there are none.
+    From torchvision's or timm's own metadata, for weights="default"; from a folder's record of them, see `models.weights`; else None.
     ValueError for an unknown name.
     """
     source, plain = _locate(name)
+    if weights not in ("none", "default"):
+        return folder_preprocess(weights)
     return CATALOGUES[source].preprocess(plain) if source is not None and weights == "default" else None
 
 
@@ -99,6 +103,8 @@ def _check_args(name: str, num_classes: int, args: Mapping[str, Any]) -> None:
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes={num_classes!r}: expected a whole number above 0")
     for key in args:
+        if not isinstance(key, str):
+            raise ValueError(f"network {name!r}: the argument {key!r} is no name")
         if key in _RESERVED or key.startswith(("pretrained", "weights")):
             raise ValueError(
                 f"network {name!r}: the argument {key!r} is reserved, as the network's weights, input and outputs are "
@@ -108,7 +114,19 @@ def _check_args(name: str, num_classes: int, args: Mapping[str, Any]) -> None:
 
 # A bundle's record may come from a stranger: none of its arguments may name a file or an address to load from.
 _RESERVED = frozenset(
-    {"num_classes", "in_chans", "features_only", "checkpoint_path", "cache_dir", "progress", "aux_logits", "scriptable"}
+    {
+        "name",
+        "head",
+        "image_size",
+        "num_classes",
+        "in_chans",
+        "features_only",
+        "checkpoint_path",
+        "cache_dir",
+        "progress",
+        "aux_logits",
+        "scriptable",
+    }
 )
 
 NETWORKS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(

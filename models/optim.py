@@ -22,10 +22,11 @@ class OptimSpec:
 
     name: of OPTIMIZERS. lr: the peak learning rate, above 0. weight_decay: at least 0, on matrices and kernels alone; decoupled for adamw,
     lion and muon, else an L2 term in the gradient, as PyTorch has them. momentum: in [0, 1), of sgd, rmsprop and muon; nesterov: of sgd.
-    schedule: of SCHEDULES; warmup: share of all steps in which the rate rises linearly, in [0, 1]; lr_end: where the schedule ends, as a
-    share of the peak, in [0, 1]. norm_lr: times the rate for what norms learn, above 0. layer_decay: times the rate for each block
-    further from the head, in (0, 1] (Clark et al. 2020, arXiv:2003.10555). sam: the radius ρ of sharpness-aware minimisation, 0 for none.
-    clip_norm, clip_value: bounds of the gradient's norm and of each of its values, above 0; None for none.
+    schedule: of SCHEDULES; warmup: share of all steps in which the rate rises linearly, in [0, 1]; lr_end: the lowest rate after it, as a
+    share of the peak, in [0, 1]: where linear, cosine and one_cycle end. norm_lr: times the rate for what norms learn, above 0.
+    layer_decay: times the rate for each block further from the head, in (0, 1] (Clark et al. 2020, arXiv:2003.10555). sam: the radius ρ of
+    sharpness-aware minimisation, 0 for none. clip_norm, clip_value: bounds of the gradient's norm and of each of its values, above 0; None
+    for none.
     """
 
     name: str = "adamw"
@@ -72,11 +73,13 @@ class OptimSpec:
 
 
 def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:
-    """The trainable parameters in groups of one learning rate and one decay: matrices and kernels (ndim above 1) decay, the rest does not.
+    """The trainable parameters in groups of one learning rate and one decay: matrices and kernels of layers decay, the rest does not.
 
-    Decay on a norm's scale or a bias regularises nothing that generalises. Groups without parameters are left out. ValueError where
-    nothing is trainable. Source: He et al. 2019, arXiv:1812.01187, section 3.1, "no bias decay".
+    Decay on a norm's scale, a bias, a token or a table of positions regularises nothing that generalises; a network's own list
+    (`no_weight_decay`, as timm's have) counts too. Groups without parameters are left out. ValueError where nothing is trainable.
+    Source: He et al. 2019, arXiv:1812.01187, section 3.1, "no bias decay".
     """
+    decaying = _decaying(network)
     norms = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters()}
     blocks = blocks_of(network) if spec.layer_decay < 1 else [list(network.parameters())]
     groups: Groups = []
@@ -84,8 +87,8 @@ def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:
         scale = spec.lr * spec.layer_decay ** (len(blocks) - 1 - place)
         own = [parameter for parameter in block if parameter.requires_grad]
         groups += [
-            {"params": [p for p in own if p.ndim > 1], "weight_decay": spec.weight_decay, "lr": scale},
-            {"params": [p for p in own if p.ndim <= 1 and id(p) not in norms], "weight_decay": 0.0, "lr": scale},
+            {"params": [p for p in own if id(p) in decaying], "weight_decay": spec.weight_decay, "lr": scale},
+            {"params": [p for p in own if id(p) not in decaying | norms], "weight_decay": 0.0, "lr": scale},
             {"params": [p for p in own if id(p) in norms], "weight_decay": 0.0, "lr": scale * spec.norm_lr},
         ]
     groups = [group for group in groups if group["params"]]
@@ -96,15 +99,28 @@ def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:
     return groups
 
 
+def _decaying(network: nn.Module) -> set[int]:
+    """Ids of the matrices and kernels of layers: what is named a weight, also behind a parametrisation."""
+    own_list = getattr(network, "no_weight_decay", None)
+    left_out = set(own_list()) if callable(own_list) else set()
+    return {
+        id(parameter)
+        for name, parameter in network.named_parameters()
+        if parameter.ndim > 1
+        and name not in left_out
+        and (name.endswith("weight") or ".parametrizations." in f".{name}")
+    }
+
+
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def warmup_schedule(name: str, step: int, total_steps: int, warmup_fraction: float, end: float = 0.0) -> float:
     """The factor on the learning rate at `step`, counted from 0: a linear warm-up, then the schedule `name`.
 
-    The first round(total_steps · warmup_fraction) steps rise in equal parts to 1 and never use 0; the rest follow
-    SCHEDULES, from 1 to `end` in place of 0. Steps past the end keep the last value. ValueError for an unknown name, total_steps
-    below 1 or a warmup_fraction outside 0…1. Source: warm-up, Goyal et al. 2017, arXiv:1706.02677, section 2.2.
+    The first round(total_steps · warmup_fraction) steps rise in equal parts to 1 and never use 0; the rest follow SCHEDULES, those of
+    ENDING to `end` in place of 0, the others never below it. Steps past the end keep the last value. ValueError for an unknown name,
+    total_steps below 1 or a warmup_fraction outside 0…1. Source: warm-up, Goyal et al. 2017, arXiv:1706.02677, section 2.2.
     """
     check_schedule(name, warmup_fraction)
     if total_steps < 1:
@@ -114,7 +130,7 @@ def warmup_schedule(name: str, step: int, total_steps: int, warmup_fraction: flo
         return (step + 1) / warmup_steps
     rest = max(1, total_steps - warmup_steps)
     factor = SCHEDULES[name](min(1.0, (step - warmup_steps) / rest), warmup_steps / rest)
-    return end + (1 - end) * factor
+    return end + (1 - end) * factor if name in ENDING else max(factor, end)
 
 
 def check_schedule(name: str, warmup_fraction: float) -> None:
@@ -202,3 +218,6 @@ SCHEDULES: Mapping[str, Callable[[float, float], float]] = MappingProxyType(
     }
 )
 """From the share of the steps after the warm-up that is done, and the warm-up's length as a share of them, to a factor in [0, 1]."""
+
+ENDING = ("linear", "cosine", "one_cycle")
+"""Those that come to 0 by themselves."""

@@ -78,11 +78,11 @@ def _recomputed(forward: Callable[..., Any], module: nn.Module, *args: Any, **kw
 
 def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Of the first and of the second pass."""
-    return nullcontext(), _statistics_kept(module)
+    return nullcontext(), statistics_kept(module)
 
 
 @contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
+def statistics_kept(module: nn.Module) -> Iterator[None]:
     """Batch norms normalise by the batch, but do not count it once more."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training]
     kept = [(n.momentum, None if n.num_batches_tracked is None else n.num_batches_tracked.clone()) for n in norms]

@@ -4,6 +4,7 @@ Reads `.safetensors`, and `.pt`/`.pth`/`.bin` without running what a pickle may 
 """
 
 import hashlib
+import json
 import logging
 import re
 import urllib.parse
@@ -54,12 +55,13 @@ def load_weights(network: nn.Module, head: nn.Module, path: str | Path) -> LoadR
     head_keys = [key for key, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in own]
     if all(_fits(found, key, expected[key]) for key in head_keys):
         head_keys = []
+    below_head = _prefix(network, head)
     report = LoadReport(
         loaded=tuple(k for k in expected if k not in head_keys and _fits(found, k, expected[k])),
         left_out=tuple(k for k in found if k not in expected or k in head_keys),
         reinitialised=tuple(head_keys),
     )
-    _check(report, found, expected, path)
+    _check(report, found, expected, below_head, path)
     network.load_state_dict({key: found[key] for key in report.loaded}, strict=False)
     log.info(
         "weights from %s: %d tensors loaded; left out: %s; freshly initialised: %s",
@@ -97,6 +99,24 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"weights={str(path)!r}: expected a state dict, names to tensors")
     return dict(content)
+
+
+def folder_preprocess(source: str) -> dict[str, Any] | None:
+    """{"mean", "std"} that the weights in a folder were trained with: of a bundle's `bundle.json` or Hugging Face's
+    `preprocessor_config.json`. None where there is no such record, or it has no numbers for each channel."""
+    for name, section, mean, std in (
+        ("bundle.json", "preprocess", "mean", "std"),
+        ("preprocessor_config.json", None, "image_mean", "image_std"),
+    ):
+        try:
+            record: Any = json.loads((Path(source) / name).read_text("utf-8"))
+            found = record if section is None else record[section]
+            numbers = {"mean": [float(v) for v in found[mean]], "std": [float(v) for v in found[std]]}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if all(len(values) == 3 for values in numbers.values()) and found.get("normalize", "channel") == "channel":
+            return numbers
+    return None
 
 
 def _local(source: str) -> Path:
@@ -153,7 +173,18 @@ def _fits(found: Mapping[str, Tensor], key: str, expected: Tensor) -> bool:
     return key in found and found[key].shape == expected.shape
 
 
-def _check(report: LoadReport, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: str | Path) -> None:
+def _prefix(network: nn.Module, head: nn.Module) -> str:
+    """What the keys of the head begin with; none where it is no one module."""
+    return next((f"{name}." for name, module in network.named_modules() if module is head and name), "")
+
+
+def _check(
+    report: LoadReport,
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    below_head: str,
+    path: str | Path,
+) -> None:
     faults = [
         f"{key} {tuple(found[key].shape)} instead of {tuple(tensor.shape)}" if key in found else f"{key} missing"
         for key, tensor in expected.items()
@@ -161,7 +192,11 @@ def _check(report: LoadReport, found: Mapping[str, Tensor], expected: Mapping[st
         if key not in {*report.loaded, *report.reinitialised} and not key.endswith("num_batches_tracked")
     ]
     strange = [
-        f"{key} unknown" for key in report.left_out if key not in expected and not _EXPENDABLE & set(key.split("."))
+        f"{key} unknown"
+        for key in report.left_out
+        if key not in expected
+        and not _EXPENDABLE & set(key.split("."))
+        and not (below_head and below_head in key)  # of a head of another kind
     ]
     if not report.loaded:
         raise ValueError(f"weights={str(path)!r}: no key fits the network; the file begins with {list(found)[:3]}")

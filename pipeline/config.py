@@ -30,7 +30,7 @@ class DataConfig:
         batch_size: pictures a step; of the whole training set, one step an epoch.
         repeats: draws of each training picture beside each other in a batch; an epoch then takes 1/repeats of the pictures.
         sampler: shuffle takes each picture once an epoch; balanced draws each class equally often, pictures of small ones repeatedly.
-        memory: keep the pictures decoded; auto does so where they have one size and take at most a quarter of the free memory.
+        memory: keep the pictures decoded; auto does so where they have one size and take at most 1 GiB together.
         workers: processes that load pictures; null chooses for this machine, none for pictures in memory.
         on_bad_file: error stops before training; skip leaves unreadable files, and training pictures that are in val or test too, out.
     """
@@ -75,7 +75,7 @@ class ModelConfig:
         unfreeze_epochs: epochs until gradual and linear-then-fine-tune train all.
         frozen_norms: keep the statistics of batch norms as the weights have them.
         head: the last layer: linear, mlp (one hidden layer) or cosine (of the angle to each class).
-        init: default is the network's own; else how all weights begin, as he_normal, xavier_uniform, orthogonal or lsuv.
+        init: default is the network's own; else how linear and convolutional layers begin, as he_normal, orthogonal or lsuv.
         args: further arguments of the network.
     """
 
@@ -101,7 +101,7 @@ class OptimConfig:
         nesterov: whether sgd looks ahead.
         schedule: of the learning rate, by step: constant, linear, cosine, step, inverse_sqrt or one_cycle.
         warmup: share of all steps in which the rate rises linearly, in [0, 1].
-        lr_end: where the schedule ends, as a share of the peak.
+        lr_end: the lowest rate after the warm-up, as a share of the peak.
         norm_lr: times the rate for what norms learn.
         layer_decay: times the rate for each block further from the head, in (0, 1].
         sam: radius of sharpness-aware minimisation, as 0.05; 0 leaves it out. It takes two passes a step.
@@ -170,7 +170,7 @@ class TrainerConfig:
         compile: compile the network; pays on a GPU and in long runs.
         recompute: keep only what enters each block of the network and compute the rest again going back: less memory, a third more time.
         start_size: share of the pictures' sides that the first epoch sees, rising to all of them at three quarters of the epochs.
-        tta: test-time augmentation of the hold-out's figures: the mean over the picture and its mirror image, or also shifts by a pixel.
+        tta: further figures of the hold-out, tta_…, of the mean answer to the picture and its mirror image, or also shifts by a pixel.
         runs_dir: folder that holds the runs.
         run_name: the run's folder; null names it after the config and the time.
     """
@@ -378,6 +378,12 @@ def _check(config: Config, where: str) -> None:
     for key, value, holds, accepted in rules:
         if not holds:
             raise ConfigError(f"{where}: {key}: {value!r} is not {accepted}")
+    if trainer.patience is not None and trainer.swa_start is not None:
+        raise ConfigError(
+            f"{where}: trainer.patience could end the training before trainer.swa_start's average begins; choose one"
+        )
+    if config.model.weights != "none" and config.model.init != "default":
+        raise ConfigError(f"{where}: model.weights and model.init both say how the weights begin; choose one")
     if trainer.ema and trainer.swa_start is not None:
         raise ConfigError(f"{where}: trainer.ema and trainer.swa_start both average the weights; choose one")
 

@@ -1,8 +1,11 @@
-"""A learning rate and a batch size for a config, by trying: Lightning's tuner on what training would begin with."""
+"""A learning rate and a batch size for a config, by trying them on what training would begin with."""
 
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from pipeline.config import Config, ConfigError
 from pipeline.training import Assembly, assemble
@@ -12,7 +15,8 @@ LOWEST_LR, HIGHEST_LR = 1e-6, 10.0
 
 @dataclass(frozen=True)
 class LrRange:
-    """suggestion: where the smoothed loss falls fastest; lrs, losses: what was tried, up to where the loss rose to four times its best."""
+    """suggestion: where the smoothed loss falls fastest; lrs, losses: what was tried, smoothed, up to where the loss rose to four
+    times its best."""
 
     suggestion: float
     lrs: list[float]
@@ -20,35 +24,59 @@ class LrRange:
 
 
 def find_lr(config: Config, *, steps: int = 100) -> LrRange:
-    """The range test: one step each with rising learning rates (Smith 2017, arXiv:1506.01186, section 3.3). Trains nothing for good.
-
-    ConfigError where the loss never falls, and as `assemble`.
+    """The range test: one step each with learning rates that rise evenly in the logarithm, every group keeping its share of the rate (Smith
+    2017, arXiv:1506.01186, section 3.3). Trains nothing for good. ConfigError where the loss never falls, and as `assemble`.
     """
+    from lightning.pytorch.callbacks import Callback
+
     made = assemble(config)
-    with tempfile.TemporaryDirectory() as folder:
-        tuner = _tuner(made, config, folder)
-        # A range of 10 million passes the loss's explosion: the test ends there by itself.
-        found: Any = tuner.lr_find(
-            made.module,
-            datamodule=made.data,
-            min_lr=LOWEST_LR,
-            max_lr=HIGHEST_LR,
-            num_training=steps,
-            update_attr=False,
-        )
-    suggestion = found.suggestion(skip_begin=5, skip_end=1)
-    if suggestion is None:
+    rates = np.geomspace(LOWEST_LR, HIGHEST_LR, steps)
+    losses: list[float] = []
+
+    class Rise(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            # After the schedule's own step. Groups differ by layer_decay and norm_lr.
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = group["initial_lr"] / config.optim.lr * rates[len(losses)]
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            losses.append(float(outputs["loss"]))
+            smooth = _smoothed(losses)
+            trainer.should_stop = len(losses) == steps or (len(losses) > 10 and smooth[-1] > 4 * smooth.min())
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        suppress(FloatingPointError),
+    ):  # a loss that is no number is the range's end
+        _trainer(made, folder, callbacks=[Rise()]).fit(made.module, datamodule=made.data)
+    # Seen from both sides, so that the fall is not found later than it was.
+    smooth = (_smoothed(losses) + _smoothed(losses[::-1])[::-1]) / 2
+    # What falls after the lowest loss is the noise of a training that is lost already.
+    falling = smooth[5 : int(smooth.argmin()) + 1]
+    slopes = np.gradient(falling) if len(falling) > 1 else np.zeros(1)
+    if slopes.min() >= 0:
         raise ConfigError(
             f"no learning rate between {LOWEST_LR:g} and {HIGHEST_LR:g} lets the loss fall within {steps} steps"
         )
-    return LrRange(float(suggestion), list(found.results["lr"]), list(found.results["loss"]))
+    return LrRange(float(rates[5 + int(slopes.argmin())]), rates[: len(losses)].tolist(), smooth.tolist())
+
+
+def _smoothed(losses: list[float]) -> np.ndarray:
+    """Exponential mean with weight 0.2 for the newest, corrected for its start."""
+    mean, found = 0.0, []
+    for count, loss in enumerate(losses, start=1):
+        mean = 0.8 * mean + 0.2 * loss
+        found.append(mean / (1 - 0.8**count))
+    return np.array(found)
 
 
 def find_batch_size(config: Config) -> int:
     """The largest power of two, at most the training set, whose steps fit the device's memory. ConfigError as `assemble`."""
+    from lightning.pytorch.tuner import Tuner
+
     made = assemble(config)
     with tempfile.TemporaryDirectory() as folder:
-        tuner = _tuner(made, config, folder)
+        tuner = Tuner(_trainer(made, folder, config.trainer.accumulate))
         found = tuner.scale_batch_size(
             made.module,
             datamodule=made.data,
@@ -59,14 +87,13 @@ def find_batch_size(config: Config) -> int:
     return int(found or made.data.batch_size)
 
 
-def _tuner(made: Assembly, config: Config, folder: str) -> Any:
+def _trainer(made: Assembly, folder: str, accumulate: int = 1, **more: Any) -> Any:
     import lightning
-    from lightning.pytorch.tuner import Tuner
 
     from pipeline.progress import quiet_lightning
 
     quiet_lightning()
-    trainer = lightning.Trainer(
+    return lightning.Trainer(
         accelerator="gpu" if made.device == "cuda" else "cpu",
         devices=1,
         precision=made.precision,  # type: ignore[arg-type]
@@ -77,6 +104,6 @@ def _tuner(made: Assembly, config: Config, folder: str) -> Any:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        accumulate_grad_batches=config.trainer.accumulate,
+        accumulate_grad_batches=accumulate,
+        **more,
     )
-    return Tuner(trainer)

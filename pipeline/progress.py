@@ -14,9 +14,15 @@ log = logging.getLogger(__name__)
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """As Lightning's, but a tie goes to the later epoch: small validation sets tie often, and a falling learning rate favours it."""
+    """As Lightning's, but a tie goes to the later epoch: small validation sets tie often, and a falling learning rate favours it.
+
+    first_epoch: those before it are not kept."""
+
+    first_epoch = 0
 
     def check_monitor_top_k(self, trainer: lightning.Trainer, current: torch.Tensor | None = None) -> bool:
+        if trainer.current_epoch < self.first_epoch:
+            return False
         best = self.best_model_score
         return super().check_monitor_top_k(trainer, current) or bool(
             current is not None and best is not None and current == best

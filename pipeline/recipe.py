@@ -21,6 +21,14 @@ SHOWN_TO_NETWORK = 5000
 """Training pictures that a network or an initialisation may look at before the first step."""
 
 
+def check_task(config: Config, task: str) -> None:
+    """ConfigError for a loss that the task does not have."""
+    if task == "multilabel" and config.loss.name in ("cross_entropy", "perceptron"):
+        raise ConfigError(
+            f"loss.name: {config.loss.name} is for one label a picture; the data are multilabel: take auto, bce, focal or mse"
+        )
+
+
 def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None:
     """ConfigError for settings that are out of range or do not go together."""
     specs(config)
@@ -115,7 +123,7 @@ def make_module(
     optim, loss = specs(config)
     try:
         network = build(
-            model.name, count, image_size=config.image_size(), weights=model.weights, head=model.head, **model.args
+            model.name, count, image_size=config.image_size(), weights=model.weights, head=model.head, args=model.args
         )
         classifier = Classifier(
             network,
@@ -128,13 +136,16 @@ def make_module(
         _begin(config, classifier, preprocess, manifest)
     except (ValueError, OSError) as error:
         raise ConfigError(f"model: {error}") from error
-    _check_start_size(config, classifier)
+    classifier.frozen_norms = model.frozen_norms
+    teacher = _teacher(config, manifest)
+    for what, own in (("model.name: " + model.name, classifier), (f"loss.teacher: {config.loss.teacher}", teacher)):
+        if own is not None:
+            _check_runs(config, own, what)
     if config.trainer.recompute:
         try:
             recompute_activations(classifier.network)
         except ValueError as error:
             raise ConfigError(f"trainer.recompute: {error}") from error
-    classifier.frozen_norms = model.frozen_norms
     weights = (
         balanced_weights(list(manifest.counts("train").values())) if config.loss.class_weights == "balanced" else None
     )
@@ -149,27 +160,36 @@ def make_module(
         class_weights=weights,
         mode=model.mode,
         unfreeze_epochs=model.unfreeze_epochs,
-        teacher=_teacher(config, manifest),
+        teacher=teacher,
         start_size=config.trainer.start_size,
     )
 
 
-def _check_start_size(config: Config, classifier: "Classifier") -> None:
-    """ConfigError where the network takes pictures of one size only, and the first epochs would bring smaller ones."""
+def _check_runs(config: Config, classifier: "Classifier", what: str) -> None:
+    """ConfigError where the classifier cannot take a batch of the pictures that training brings, at the size of any epoch."""
     import torch
 
-    if config.trainer.start_size == 1:
-        return
-    height, width = (max(8, round(config.trainer.start_size * side / 8) * 8) for side in config.image_size())
-    try:
-        with torch.no_grad():
-            classifier.eval()(torch.zeros(1, 3, height, width))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ConfigError(
-            f"trainer.start_size: {config.model.name} cannot take the {height}×{width} pixels of the first epoch; it needs 1.0"
-        ) from error
-    finally:
-        classifier.train()
+    from models.recompute import statistics_kept
+
+    (height, width), share = config.image_size(), config.trainer.start_size
+    first = tuple(max(8, round(share * side / 8) * 8) for side in (height, width)) if share < 1 else (height, width)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), statistics_kept(classifier.train()):
+        for size in {first, (height, width)}:
+            try:
+                classifier(torch.zeros(min(2, config.data.batch_size), 3, *size))
+            except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+                hint = ""
+                if size != (height, width):
+                    hint = " of the first epoch (trainer.start_size; it needs 1.0)"
+                elif "more than 1 value per channel" in str(error):
+                    hint = ": its batch norms need a data.batch_size of at least 2"
+                raise ConfigError(
+                    f"{what} cannot train on {min(2, config.data.batch_size)} pictures of {size[0]}×{size[1]} pixels{hint} ({_line(error)})"
+                ) from error
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _begin(config: Config, classifier: "Classifier", preprocess: "Preprocess", manifest: "Manifest") -> None:
@@ -177,13 +197,19 @@ def _begin(config: Config, classifier: "Classifier", preprocess: "Preprocess", m
     from models.parts.initialisation import initialise
 
     network, init = classifier.network, config.model.init
+    if config.model.weights != "none":
+        return  # they hold what it saw then
     prepare = getattr(network, "prepare", None)
     pictures = _some(preprocess, manifest) if prepare is not None or init == "lsuv" else None
     normalised = None if pictures is None else classifier.normalise(pictures)
-    if init != "default":
-        initialise(network, init, None if normalised is None else normalised[:256])
+    if init == "lsuv" and getattr(network, "pretrain", "none") != "none":
+        raise ValueError("init='lsuv' would undo the pre-training; take another init")
+    if init not in ("default", "lsuv"):
+        initialise(network, init)
     if prepare is not None:
         prepare(normalised)
+    if init == "lsuv" and normalised is not None:
+        initialise(network, init, normalised[:256])
 
 
 def _some(preprocess: "Preprocess", manifest: "Manifest") -> Any:

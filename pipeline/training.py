@@ -5,6 +5,7 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def assemble(config: Config) -> Assembly:
     from augment import Augmenter
     from pipeline.data.module import PictureData
     from pipeline.device import choose_device, choose_precision
-    from pipeline.recipe import check_recipe, make_module, make_preprocess, measured
+    from pipeline.recipe import check_recipe, check_task, make_module, make_preprocess, measured
 
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
@@ -80,6 +81,7 @@ def assemble(config: Config) -> Assembly:
     check_recipe(config, augmenter, precision)
     preprocess = make_preprocess(config)
     manifest, identity = prepare_data(config)
+    check_task(config, manifest.task)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
     preprocess, arrays = measured(config, preprocess, manifest)
     module = make_module(config, manifest, augmenter, preprocess, arrays)
@@ -156,12 +158,16 @@ def fit(made: Assembly, config: Config, run_dir: Path, tracker: Any) -> list[dic
 
     quiet_lightning()
     module, device, group = made.module, made.device, made.processes
+    swa = config.trainer.swa_start
     best = BestCheckpoint(run_dir / "checkpoints", "best", monitor=module.monitor, mode="max", save_last=True)
+    best.first_epoch = (
+        0 if swa is None else int(swa * config.trainer.max_epochs)
+    )  # before it there is no average to keep
     report = EpochReport(module.monitor, tracker)
     bars = progress_bars() if group.first else []
     more: list[Any] = []
-    if config.trainer.ema or config.trainer.swa_start is not None:
-        more.append(WeightAverage(decay=config.trainer.ema, swa_start=config.trainer.swa_start))
+    if config.trainer.ema or swa is not None:
+        more.append(WeightAverage(decay=config.trainer.ema, swa_start=swa))
     if config.trainer.patience is not None:
         more.append(EarlyStopping(module.monitor, mode="max", patience=config.trainer.patience, check_finite=False))
     if config.trainer.compile:
@@ -221,9 +227,11 @@ def _finish(
 
     test = manifest.of("test")
     classifier, preprocess = module.classifier, data.preprocess
-    evaluation = evaluate(
-        classifier, preprocess, test, task=manifest.task, labels=manifest.labels, tta=config.trainer.tta
-    )
+    measure = partial(evaluate, classifier, preprocess, test, task=manifest.task, labels=manifest.labels)
+    evaluation = measure()
+    metrics = evaluation.metrics
+    if config.trainer.tta != "none":  # beside the figures without it, which `refract evaluate` and the server give
+        metrics = metrics | {f"tta_{name}": value for name, value in measure(tta=config.trainer.tta).metrics.items()}
     classifier.to("cpu")
     info = BundleInfo(
         name=config.tracking.model_name or run_dir.name,
@@ -236,7 +244,7 @@ def _finish(
         },
         preprocess=preprocess.to_dict(),
         thresholds=tuple([0.5] * len(manifest.labels)) if manifest.task == "multilabel" else (),
-        metrics=evaluation.metrics,
+        metrics=metrics,
         data={
             **identity,
             "source": manifest.source,
@@ -260,11 +268,11 @@ def _finish(
     preview_grid(pictures, data.train_set.augmenter).save(run_dir / "preview.png")
     version = None
     if tracker is not None:
-        tracker.log_metrics({f"test_{name}": value for name, value in evaluation.metrics.items()}, step=len(history))
+        tracker.log_metrics({f"test_{name}": value for name, value in metrics.items()}, step=len(history))
         tracker.log_files([file for file in sorted(run_dir.iterdir()) if file.is_file()], bundle)
         if config.tracking.model_name:
             version = tracker.register(config.tracking.model_name, config.tracking.alias)
-    return Result(run_dir, bundle, evaluation.metrics, version)
+    return Result(run_dir, bundle, metrics, version)
 
 
 def _described(manifest: Any) -> str:

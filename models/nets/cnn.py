@@ -75,6 +75,10 @@ class CNN(nn.Module):
     ) -> list[nn.Module]:
         units = width * pieces_of(activation, args)
         layer = make_conv(conv, inputs, units, kernel=kernel, bias=norm == "none")
+        if norm == "weight_standardisation" and conv == "transposed":
+            raise ValueError(
+                "norm='weight_standardisation' standardises filters, which a transposed convolution has not"
+            )
         if norm == "weight_standardisation":
             for module in list(layer.modules()):
                 if isinstance(module, nn.Conv2d | nn.Conv3d):

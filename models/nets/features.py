@@ -18,7 +18,7 @@ class ColourHistogram(nn.Module):
 
     def __init__(self, image_size: tuple[int, int], bins: int = 6) -> None:
         super().__init__()
-        self.bins, self.size = bins, bins**3
+        self.bins, self.size = _above_0("bins", bins), bins**3
 
     def forward(self, images: Tensor) -> Tensor:
         place = ((images.float() + 2.5) / 5 * self.bins).long().clamp(0, self.bins - 1)
@@ -37,6 +37,7 @@ class HoG(nn.Module):
 
     def __init__(self, image_size: tuple[int, int], cell: int = 8) -> None:
         super().__init__()
+        _above_0("cell", cell)
         down, across = image_size[0] // cell, image_size[1] // cell
         if min(down, across) < 2:
             raise ValueError(
@@ -70,7 +71,8 @@ class VisualWords(nn.Module):
 
     def __init__(self, image_size: tuple[int, int], words: int = 128, patch: int = 6) -> None:
         super().__init__()
-        if min(image_size) < 2 * patch:
+        _above_0("words", words)
+        if _above_0("patch", patch) and min(image_size) < 2 * patch:
             raise ValueError(
                 f"image_size={image_size}: visual_words of {patch} pixels expected at least {2 * patch} pixels a side"
             )
@@ -89,14 +91,29 @@ class VisualWords(nn.Module):
 
     def prepare(self, images: Tensor) -> None:
         """Cluster patches of normalised training pictures (N, 3, H, W)."""
-        patches = self._patches(images[:2000]).flatten(0, 1)
-        chosen = patches[torch.randperm(len(patches))[:50_000]]
-        self.vocabulary.copy_(clustered(chosen, len(self.vocabulary)))
+        views = images.float().unfold(2, self.patch, 1).unfold(3, self.patch, 1)  # of the pixels, not yet copies
+        pictures, _, rows, columns = views.shape[:4]
+        places = [torch.randint(count, (_SEEN_PATCHES,)) for count in (pictures, rows, columns)]
+        chosen = views[places[0], :, places[1], places[2]].flatten(1)
+        self.vocabulary.copy_(clustered(_contrasted(chosen), len(self.vocabulary)))
 
     def _patches(self, images: Tensor) -> Tensor:
-        patches = F.unfold(images.float(), self.patch).transpose(1, 2)
-        patches = patches - patches.mean(dim=2, keepdim=True)
-        return patches / (patches.std(dim=2, keepdim=True) + 0.1)
+        return _contrasted(F.unfold(images.float(), self.patch).transpose(1, 2))
+
+
+_SEEN_PATCHES = 50_000
+
+
+def _contrasted(patches: Tensor) -> Tensor:
+    """(…, D): each without its mean, at about one contrast."""
+    patches = patches - patches.mean(dim=-1, keepdim=True)
+    return patches / (patches.std(dim=-1, keepdim=True) + 0.1)
+
+
+def _above_0(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a whole number above 0")
+    return value
 
 
 class LinearOnFeatures(nn.Module):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.parts.activations import make_activation, pieces_of
-from models.parts.norms import make_norm
+from models.parts.norms import make_norm, standardise_weights
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,9 @@ class MLP(nn.Module):
         inputs = 3 * image_size[0] * image_size[1]
         for width in hidden:
             units = width * pieces_of(activation, args)
-            layers += [nn.Linear(inputs, units), make_norm(norm, units, dims=0), make_activation(activation, **args)]
+            layer: nn.Module = nn.Linear(inputs, units)
+            layer = standardise_weights(layer) if norm == "weight_standardisation" else layer
+            layers += [layer, make_norm(norm, units, dims=0), make_activation(activation, **args)]
             layers += [nn.Dropout(dropout)] if dropout else []
             inputs = width
         self.layers = nn.Sequential(*layers)
@@ -81,13 +83,18 @@ class MLP(nn.Module):
         """Pre-train the hidden layers as restricted Boltzmann machines, each on the answers of the one before. images: (N, 3, H, W)."""
         if self.pretrain != "rbm":
             return
-        values = images.flatten(1)
-        low, high = values.amin(), values.amax()
-        values = (values - low) / (high - low).clamp(min=1e-6)  # probabilities of visible units
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
+        inputs = images.flatten(1)
+        low, spread = inputs.amin(), (inputs.amax() - inputs.amin()).clamp(min=1e-6)
+        values = (inputs - low) / spread  # probabilities of visible units
+        layers = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        with torch.no_grad():
+            for layer in layers:
                 contrastive_divergence(layer, values, epochs=self.pretrain_epochs)
-                values = torch.sigmoid(F.linear(values, layer.weight, layer.bias)).detach()
+                values = torch.sigmoid(F.linear(values, layer.weight, layer.bias))
+            # The first layer takes over the scaling, as the network gets the pictures without it.
+            first = layers[0]
+            first.weight.div_(spread)
+            first.bias.sub_(first.weight.sum(dim=1) * low)
 
 
 def contrastive_divergence(

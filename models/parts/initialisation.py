@@ -18,16 +18,19 @@ SMALL, LARGE = 0.01, 1.0
 
 
 def initialise(network: nn.Module, name: str, images: Tensor | None = None) -> nn.Module:
-    """Give every Linear and convolution new weights, in place. Returns the network.
+    """Give every Linear and convolution that is trainable new weights, in place. Returns the network.
 
     images: a batch as the network takes it, for lsuv. Draws by torch's global generator. ValueError for an unknown name, or lsuv without
     images.
     """
     fill = pick("init", name, INITIALISATIONS)
-    layers = [module for module in network.modules() if isinstance(module, LAYERS)]
+    found = [module for module in network.modules() if isinstance(module, LAYERS)]
+    layers = [
+        layer for layer in found if _stored_weight(layer).requires_grad
+    ]  # the others are as their network wants them
     with torch.no_grad():
         for layer in layers:
-            fill(_stored_weight(layer))
+            _fill(layer, fill)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     if name == "lsuv":
@@ -69,6 +72,16 @@ def _unit_variance(network: nn.Module, layers: Sequence[nn.Module], images: Tens
         for hook in hooks:
             hook.remove()
         network.train(training)
+
+
+def _fill(layer: nn.Module, fill: Callable[[Tensor], Tensor]) -> None:
+    weight = _stored_weight(layer)
+    if not isinstance(layer, nn.ConvTranspose2d):
+        fill(weight)
+        return
+    turned = weight.transpose(0, 1).contiguous()  # PyTorch keeps (in, out, …) here, and its fans go by (out, in, …)
+    fill(turned)
+    weight.copy_(turned.transpose(0, 1))
 
 
 def _stored_weight(layer: nn.Module) -> Tensor:

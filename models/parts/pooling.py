@@ -23,17 +23,16 @@ class StochasticPool(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         size, (height, width) = self.size, values.shape[-2:]
-        values = values[..., : height // size * size, : width // size * size].clamp(min=0)
+        kind, values = values.dtype, values[..., : height // size * size, : width // size * size].clamp(min=0).float()
         windows = values.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).transpose(-3, -2).flatten(-2)
         total = windows.sum(dim=-1, keepdim=True)
         if not self.training:
-            return (
-                windows.square().sum(dim=-1, keepdim=True) / total.clamp(min=torch.finfo(values.dtype).tiny)
-            ).squeeze(-1)
+            mean = windows.square().sum(dim=-1, keepdim=True) / total.clamp(min=torch.finfo(values.dtype).tiny)
+            return mean.squeeze(-1).to(kind)
         # The drawn place is the first whose cumulative sum passes a uniform share of the total.
         threshold = torch.rand_like(total) * total
         place = (windows.cumsum(dim=-1) <= threshold).sum(dim=-1, keepdim=True).clamp(max=size * size - 1)
-        return windows.gather(-1, place).squeeze(-1)
+        return windows.gather(-1, place).squeeze(-1).to(kind)
 
 
 class GeneralisedMean(nn.Module):
@@ -47,8 +46,9 @@ class GeneralisedMean(nn.Module):
         self.p = nn.Parameter(torch.tensor(float(p)))
 
     def forward(self, values: Tensor) -> Tensor:
-        powers = values.float().clamp(min=1e-6).pow(self.p)
-        return powers.flatten(2).mean(dim=2).pow(1 / self.p)
+        values = values.float().flatten(2).clamp(min=1e-6)
+        largest = values.amax(dim=2, keepdim=True).detach()  # a high power of a small number would be 0
+        return (values / largest).pow(self.p).mean(dim=2).pow(1 / self.p) * largest.squeeze(2)
 
 
 class GlobalAverage(nn.Module):

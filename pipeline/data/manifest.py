@@ -65,6 +65,8 @@ def load_manifest(source: str | Path, task: str = "auto") -> Manifest:
     """Read a data set. source: `digits`, a folder, or a `.csv`/`.parquet` file. DataError says what is wrong with it."""
     path = Path(source)
     if str(source) == "digits" and not path.exists():
+        if task not in ("auto", "multiclass"):
+            raise DataError(f"data.task: {task}, but the digits have ten classes and one of them a picture")
         return _digits()
     if path.is_dir():
         return _from_folder(path, task)

@@ -1,5 +1,6 @@
 """The Lightning DataModule: augmented pictures to train on, preprocessed ones to measure on, uint8 until the device."""
 
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
@@ -202,14 +203,15 @@ def collate(items: Sequence[Item]) -> Item:
     return {**batch, "images": torch.from_numpy(images)}
 
 
+IN_MEMORY = 1 << 30
+"""Bytes of decoded pictures that `data.memory: auto` keeps. Not a share of what is free: the same data give the same pixels anywhere, where
+a JPEG that is decoded at a reduced scale differs by some grey levels from one that is decoded whole."""
+
+
 def fits_memory(samples: Sequence[Sample]) -> bool:
-    """Whether the pictures, decoded, take at most a quarter of the memory that is free, and have one size, as far as 100 of them tell."""
+    """Whether the pictures, decoded, take at most IN_MEMORY, and have one size, as far as 100 of them tell."""
     sizes = {image_size(sample.read()) for sample in samples[:: max(1, len(samples) // 100)]}
-    if len(sizes) != 1 or not hasattr(os, "sysconf"):
-        return False
-    height, width = sizes.pop()
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 3 * height * width * len(samples) <= free / 4
+    return len(sizes) == 1 and 3 * math.prod(sizes.pop()) * len(samples) <= IN_MEMORY
 
 
 def decoded(samples: Sequence[Sample], use: Callable[[bytes], np.ndarray], what: str) -> list[np.ndarray]:

@@ -14,6 +14,8 @@ from pipeline.lab.small import accuracy, centred, digits, train
 
 GATES = {"and": [0, 0, 0, 1], "or": [0, 1, 1, 1], "xor": [0, 1, 1, 0]}
 DEPTH, WIDTH = 10, 64
+KILLING = 0.5
+"""A learning rate at which many ReLU units die, and leaky ones still learn."""
 
 
 def gate(name: str) -> tuple[Tensor, Tensor]:
@@ -106,27 +108,36 @@ def depth_statistics(seed: int) -> Outcome:
 
 
 def dead_relus(seed: int) -> Outcome:
-    shares = {}
+    """Units whose bias has no gradient from any digit, after 200 steps."""
+    shares, scores = {}, {}
     inputs, targets = centred(digits()[0][0]), digits()[0][1]
     for label, activation, lr in (
-        ("ReLU, lr 3", "relu", 3.0),
+        (f"ReLU, lr {KILLING}", "relu", KILLING),
         ("ReLU, lr 0.1", "relu", 0.1),
-        ("leaky ReLU, lr 3", "leaky_relu", 3.0),
+        (f"leaky ReLU, lr {KILLING}", "leaky_relu", KILLING),
     ):
         torch.manual_seed(seed)
         network = initialise(build("mlp", 10, image_size=(8, 8), hidden=[100, 100], activation=activation), "he_normal")
         train(network, (inputs, targets), torch.optim.SGD(network.parameters(), lr=lr), steps=200)
-        with torch.no_grad():
-            first, _, act = list(network.layers)[:3]  # type: ignore
-            before = first(inputs.flatten(1))
-            gradient = (before > 0).any(dim=0) if activation == "relu" else torch.ones(100, dtype=torch.bool)
-            second = list(network.layers)[3](act(before))  # type: ignore
-            alive = (second > 0).any(dim=0) if activation == "relu" else torch.ones(100, dtype=torch.bool)
-        shares[label] = 1 - float(torch.cat([gradient, alive]).float().mean())
+        reached = []
+        values = inputs.flatten(1)
+        for layer in network.layers:  # type: ignore
+            if isinstance(layer, nn.Linear):
+                before = layer(values).detach().requires_grad_()
+            elif isinstance(layer, nn.Identity):
+                continue
+            else:
+                values = layer(before)
+                (slope,) = torch.autograd.grad(values.sum(), before)
+                reached.append((slope != 0).any(dim=0))
+                values = values.detach()
+        shares[label] = 1 - float(torch.cat(reached).float().mean())
+        scores[label] = accuracy(network, (inputs, targets))
     high, low, leaky = shares.values()
     return Outcome(
-        high > 0.3 and low < 0.05 and leaky == 0,
-        "units without gradient on any of 1,297 digits after 200 steps: " + ", ".join(f"{k} {v:.0%}" for k, v in shares.items()),
+        high > 0.1 and low < 0.05 and leaky == 0 and scores[f"leaky ReLU, lr {KILLING}"] > 0.9,
+        "units without gradient on any of 1,297 digits after 200 steps, and training accuracy: "
+        + ", ".join(f"{label} {share:.0%}, {scores[label]:.0%}" for label, share in shares.items()),
         {label: [share] for label, share in shares.items()}, "", "share of dead units",
     )  # fmt: skip
 

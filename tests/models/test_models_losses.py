@@ -169,3 +169,12 @@ def test_the_elastic_net_leaves_biases_out() -> None:
     assert float(elastic_net(layer, 1.0)) == 7
     assert float(elastic_net(layer, 0.0)) == 12.5
     assert float(elastic_net(layer, 0.5)) == 9.75
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_focal_has_a_gradient_where_the_answer_is_certain(task: str, gamma: float) -> None:
+    logits = torch.tensor([[30.0, 0.0, -30.0]], requires_grad=True)
+    targets = torch.tensor([[1.0, 0.0, 0.0]]) if task == "multilabel" else torch.tensor([0])
+    classification_loss(logits, targets, task=task, name="focal", gamma=gamma).backward()
+    assert logits.grad.isfinite().all() and logits.grad.abs().max() < 10

@@ -123,7 +123,9 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[int, list[int], tuple[int, ...], torch.dtype]] = []
 
-    def __call__(self, images: Tensor, targets: Tensor, *, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, targets: Tensor, *, epoch: int, indices: Tensor, repeats: None
+    ) -> tuple[Tensor, Tensor]:
         self.calls.append((epoch, indices.tolist(), tuple(targets.shape), targets.dtype))
         return images, targets.flip(1)
 
@@ -173,7 +175,9 @@ class Poison:
     def __init__(self, step: int) -> None:
         self.left, self.indices = step, []
 
-    def __call__(self, images: Tensor, targets: Tensor, *, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, targets: Tensor, *, epoch: int, indices: Tensor, repeats: None
+    ) -> tuple[Tensor, Tensor]:
         self.left -= 1
         if self.left == -1:
             self.indices = indices.tolist()

@@ -116,3 +116,39 @@ def test_schedules_by_hand() -> None:
     assert course("inverse_sqrt", warmup=0.2)[16 - 4 + 4] == pytest.approx(0.5)
     assert course("one_cycle")[18] == pytest.approx(0.04)
     assert warmup_schedule("one_cycle", 20, 20, 0.0) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "spared"),
+    [
+        ("swin_t", "relative_position_bias_table"),
+        ("convnext_tiny", "layer_scale"),
+        ("timm/vit_tiny_patch16_224", "pos_embed"),
+        ("timm/vit_tiny_patch16_224", "cls_token"),
+        ("timm/resmlp_12_224", "norm1.alpha"),
+    ],
+)
+def test_tokens_positions_and_scales_do_not_decay(name: str, spared: str) -> None:
+    network = build(name, 3, image_size=(224, 224))
+    groups = parameter_groups(network, OptimSpec(weight_decay=0.1))
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    found = {key: decay[id(p)] for key, p in network.named_parameters()}
+    assert {rate for key, rate in found.items() if spared in key} == {0.0}
+    kernels = [m.weight for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert all(decay[id(weight)] == 0.1 for weight in kernels)
+
+
+def test_standardised_weights_decay() -> None:
+    network = build("cnn", 3, image_size=(16, 16), norm="weight_standardisation")
+    decayed = [g for g in parameter_groups(network, OptimSpec(weight_decay=0.1)) if g["weight_decay"]]
+    assert len(decayed[0]["params"]) == 4, "three convolutions and the head"
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_no_schedule_goes_below_lr_end(name: str) -> None:
+    factors = [warmup_schedule(name, step, 200, 0.1, 0.05) for step in range(201)]
+    assert min(factors[20:]) >= 0.05 - 1e-12
+    if name in ("linear", "cosine", "one_cycle", "step"):
+        assert factors[-1] == pytest.approx(0.05)
+    if name == "step":
+        assert factors[20 + 100] == pytest.approx(0.1), "as in the paper"

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.nets import mlp as mlp_module
+from models.nets.cnn import CNN
 from models.nets.mlp import MLP, contrastive_divergence
 from models.networks import build
 from models.parts.activations import ACTIVATIONS, Maxout, make_activation
@@ -272,3 +274,51 @@ def test_lsuv_measures_before_an_activation_works_in_place() -> None:
     images = torch.randn(64, 3, 12, 12)
     initialise(network, "lsuv", images)
     assert float(network[0](images).std()) == pytest.approx(1, abs=0.02)
+
+
+def test_a_transposed_convolution_begins_as_a_plain_one_of_its_fans() -> None:
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(8, 256, 3)
+    initialise(layer, "he_normal")
+    assert float(layer.weight.std()) == pytest.approx((2 / (8 * 9)) ** 0.5, rel=0.02)
+    initialise(layer, "orthogonal")
+    rows = layer.weight.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(rows.T @ rows, torch.eye(72), atol=1e-4, rtol=0)
+
+
+def test_pretraining_fits_the_inputs_that_the_network_gets() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(300, 3, 4, 4) * 3 - 1.2
+    network = MLP(2, image_size=(4, 4), hidden=(12, 6), activation="sigmoid", pretrain="rbm", pretrain_epochs=2)
+    seen = []
+    real = mlp_module.contrastive_divergence
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            mlp_module, "contrastive_divergence", lambda layer, v, **more: seen.append(v) or real(layer, v, **more)
+        )
+        network.prepare(images)
+    assert seen[0].min() == 0 and seen[0].max() == 1
+    first = network.layers[:3](images.flatten(1))
+    torch.testing.assert_close(first, seen[1], atol=1e-5, rtol=0)
+
+
+def test_stochastic_pooling_draws_rare_values_in_bf16_too() -> None:
+    torch.manual_seed(0)
+    window = torch.tensor([[0.01, 9.97], [0.01, 0.01]], dtype=torch.bfloat16).expand(1, 1, 200_000, 2, 2)
+    pictures = window.reshape(1, 1, 400_000, 2).contiguous()
+    drawn = StochasticPool()(pictures)
+    assert drawn.dtype == torch.bfloat16
+    assert float((drawn < 1).float().mean()) == pytest.approx(0.003, abs=0.0006)
+
+
+def test_the_generalised_mean_has_a_gradient_on_a_map_of_zeros() -> None:
+    pool = GeneralisedMean(8.0)
+    pool(torch.zeros(2, 3, 4, 4)).sum().backward()
+    assert pool.p.grad.isfinite()
+
+
+def test_weight_standardisation_reaches_linear_layers_and_refuses_transposed_ones() -> None:
+    network = MLP(2, image_size=(4, 4), hidden=(12,), norm="weight_standardisation")
+    assert float(network.layers[0].weight.mean(dim=1).abs().max()) < 1e-6
+    with pytest.raises(ValueError, match="a transposed convolution has not"):
+        CNN(2, image_size=(16, 16), conv="transposed", norm="weight_standardisation")

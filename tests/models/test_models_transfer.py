@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from models.classifier import Classifier
 from models.head import CosineHead, MLPHead, exchange_head, head_of
+from models.losses import LossSpec
 from models.module import ClassifierModule
 from models.networks import build
 from models.optim import OptimSpec, parameter_groups
@@ -221,11 +222,59 @@ def test_gradients_are_clipped(spec: dict[str, float]) -> None:
 
 
 def test_a_teacher_is_learned_from_and_is_no_part_of_the_checkpoint() -> None:
-    teacher = make_module().classifier
-    fit(make_module(), epochs=1)
-    module = make_module(teacher=teacher)
-    assert not any("teacher" in key for key in module.state_dict())
+    teacher = make_module()
+    fit(teacher, epochs=12)
+    with torch.no_grad():
+        teacher.classifier.network.head.weight.neg_()
+        teacher.classifier.network.head.bias.neg_()  # it now says the opposite of what the labels say
+    pupil = make_module(teacher=teacher.classifier, loss=LossSpec(distill=1.0, temperature=1.0))
+    assert not any("teacher" in key for key in pupil.state_dict())
+    fit(pupil, epochs=12)
+    pictures = Pictures().images
+    with torch.no_grad():
+        said, learned = (module.classifier.eval()(pictures).argmax(1) for module in (teacher, pupil))
+    assert float((said == learned).float().mean()) > 0.8 and float((learned == Pictures().labels).float().mean()) < 0.2
+
+
+def test_sam_counts_a_batch_once_in_the_statistics() -> None:
+    module = make_module(optim=OptimSpec(sam=0.1))
     fit(module, epochs=1)
+    counts = {int(v) for key, v in module.state_dict().items() if key.endswith("num_batches_tracked")}
+    assert counts == {3}
+
+
+def test_swa_renews_the_statistics_of_batch_norms() -> None:
+    average = WeightAverage(swa_start=0.0)
+    module = make_module(optim=OptimSpec(name="sgd", lr=0.3, schedule="constant", warmup=0.0))
+    fit(module, average, epochs=3)
+    kept = {key: value.clone() for key, value in average._average.items()}
+    module.load_state_dict(kept, strict=False)
+    classifier = module.classifier.train()
+    norm = next(m for m in classifier.modules() if isinstance(m, nn.BatchNorm2d))
+    seen = []
+    norm.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0].mean(dim=(0, 2, 3))))
+    with torch.no_grad():
+        classifier(Pictures().images)
+    key = next(key for key in kept if key.endswith("running_mean"))
+    torch.testing.assert_close(kept[key], seen[0], atol=1e-3, rtol=1e-3)
+
+
+def test_the_last_step_of_an_epoch_takes_the_mean_of_the_batches_that_it_has() -> None:
+    found: list[torch.Tensor] = []
+
+    class See(lightning.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            found.append(pl_module.classifier.network.head.bias.grad.clone())
+
+    def gradients(accumulate: int) -> list[torch.Tensor]:
+        found.clear()
+        fit(make_module(optim=OptimSpec(name="sgd", lr=1e-12)), See(), epochs=1, accumulate_grad_batches=accumulate)
+        return list(found)
+
+    single, double = gradients(1), gradients(2)
+    assert len(single) == 3 and len(double) == 2
+    torch.testing.assert_close(double[0], (single[0] + single[1]) / 2, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(double[1], single[2], rtol=1e-3, atol=1e-5)
 
 
 def test_two_runs_with_one_seed_end_alike() -> None:

@@ -1,6 +1,7 @@
 """Weights from a file: the same head, another head, other people's prefixes, and files that do not belong."""
 
 import http.server
+import json
 import logging
 import pickle
 import threading
@@ -11,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models.networks import build, head_of
+from models.networks import build, head_of, weights_preprocess
 from models.weights import FOLDER_FILES, load_weights
 
 SIZE = (32, 32)
@@ -184,3 +185,27 @@ def test_a_new_kind_of_head_goes_on_a_loaded_backbone(tmp_path: Path) -> None:
     network = build("resnet20", 7, image_size=SIZE, weights=path, head="cosine")
     assert torch.equal(network.stem[0].weight, source.stem[0].weight)
     assert network(torch.randn(1, 3, *SIZE)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("head", ["mlp", "cosine"])
+def test_weights_with_a_head_of_another_kind_load(head: str, tmp_path: Path) -> None:
+    source = build("resnet20", 3, image_size=(16, 16), head=head)
+    torch.save({f"network.{key}": value for key, value in source.state_dict().items()}, tmp_path / "w.pt")
+    same = build("resnet20", 3, image_size=(16, 16), head=head, weights=str(tmp_path / "w.pt"))
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in same.state_dict().items())
+    other = build("resnet20", 5, image_size=(16, 16), weights=str(tmp_path / "w.pt"))
+    assert torch.equal(next(other.parameters()), next(source.parameters()))
+
+
+def test_two_heads_are_not_exchanged_by_halves() -> None:
+    with pytest.raises(ValueError, match="has two heads"):
+        build("timm/deit_tiny_distilled_patch16_224", 3, image_size=(224, 224), head="cosine")
+
+
+def test_mean_and_deviation_come_from_a_folders_own_record(tmp_path: Path) -> None:
+    assert weights_preprocess("resnet20", str(tmp_path)) is None
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}')
+    assert weights_preprocess("resnet20", str(tmp_path)) == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    own = {"preprocess": {"mean": [0.7, 0.7, 0.7], "std": [0.2, 0.2, 0.2], "normalize": "channel"}}
+    (tmp_path / "bundle.json").write_text(json.dumps(own))
+    assert weights_preprocess("resnet20", str(tmp_path)) == {"mean": [0.7] * 3, "std": [0.2] * 3}

@@ -1,0 +1,208 @@
+"""Every key of the config that shapes the training does something: with it changed, the training ends in other weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from small_data import COLORS, picture, write_picture
+
+from models.bundle import load_bundle
+from models.transfer import blocks_of
+from pipeline.config import Config, ConfigError, config_from_dict
+from pipeline.training import Assembly, assemble, fit, train
+
+BASE = {
+    "data": {"workers": 0, "batch_size": 16, "val_share": 0.2, "test_share": 0.1},
+    "model": {"name": "resnet20"},
+    "optim": {"lr": 0.02, "warmup": 0},
+    "trainer": {"max_epochs": 2, "precision": "fp32", "device": "cpu"},
+    "tracking": {"enabled": False},
+}
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLASS/NN.png of 24 × 24 pixels: 24, 16 and 8 pictures."""
+    root = tmp_path_factory.mktemp("uneven")
+    for label, count in zip(COLORS, (24, 16, 8), strict=True):
+        for number in range(count):
+            write_picture(root / label / f"{number:02}.png", picture(label, number)[:, :24])
+    return root
+
+
+def configured(folder: Path, overrides: Sequence[object]) -> Config:
+    return config_from_dict(
+        BASE | {"data": {**BASE["data"], "source": str(folder), "image_size": 24}}, list(map(str, overrides))
+    )
+
+
+def begun(folder: Path, *overrides: object) -> Assembly:
+    return assemble(configured(folder, overrides))
+
+
+def trained(folder: Path, tmp_path: Path, *overrides: object) -> tuple[torch.Tensor, int]:
+    """(the weights that are kept, epochs that were run)"""
+    made = begun(folder, *overrides)
+    history = fit(made, configured(folder, overrides), tmp_path / "run", None)
+    state = made.module.classifier.network.state_dict()
+    return torch.cat([value.float().flatten() for value in state.values()]), len(history)
+
+
+MIX = ("--augment.policy", "[MixUp]")
+AUGMIX = ("--augment.policy", "[AugMix]")
+FOCAL = ("--loss.name", "focal")
+SGD = ("--optim.name", "sgd")
+
+
+@pytest.mark.parametrize(
+    ("with_it", "without"),
+    [
+        (("--loss.label_smoothing", 0.2), ()),
+        (("--loss.name", "mse"), ()),
+        ((*FOCAL, "--loss.gamma", 0.5), FOCAL),
+        (("--loss.class_weights", "balanced"), ()),
+        (("--loss.penalty", 1e-2), ()),
+        (("--loss.penalty", 1e-2, "--loss.l1_ratio", 1), ("--loss.penalty", 1e-2)),
+        ((*AUGMIX, "--loss.consistency", 12), (*AUGMIX, "--loss.consistency", 1e-6)),
+        (("--model.frozen_norms", "true"), ()),
+        (("--optim.lr", 0.03), ()),
+        (("--optim.weight_decay", 0.5), ()),
+        ((*SGD, "--optim.momentum", 0.5), SGD),
+        ((*SGD, "--optim.nesterov", "false"), SGD),
+        (("--optim.schedule", "linear"), ()),
+        (("--optim.warmup", 0.5), ()),
+        (("--optim.lr_end", 0.5), ()),
+        (("--optim.norm_lr", 4), ()),
+        (("--optim.layer_decay", 0.5), ()),
+        (("--optim.sam", 0.1), ()),
+        ((*SGD, "--optim.clip_norm", 1e-3), SGD),
+        ((*SGD, "--optim.clip_value", 1e-5), SGD),
+        (MIX, ()),
+        (("--augment.policy", "[HorizontalFlip]"), ()),
+        (("--data.sampler", "balanced"), ()),
+        (("--data.repeats", 2), ()),
+        (("--trainer.accumulate", 2), ()),
+        (("--trainer.ema", 0.9), ()),
+        (("--trainer.swa_start", 0.0), ()),
+        (("--trainer.start_size", 0.5), ()),
+    ],
+    ids=lambda keys: " ".join(map(str, keys[-2:])) or "-",
+)
+def test_a_key_changes_the_training(with_it: tuple, without: tuple, uneven: Path, tmp_path: Path) -> None:
+    one, _ = trained(uneven, tmp_path / "one", *with_it)
+    other, _ = trained(uneven, tmp_path / "other", *without)
+    assert one.isfinite().all() and not torch.equal(one, other)
+
+
+def test_nothing_changed_changes_nothing(uneven: Path, tmp_path: Path) -> None:
+    one, other = (trained(uneven, tmp_path / name)[0] for name in ("one", "other"))
+    assert torch.equal(one, other)
+
+
+def test_recomputing_changes_nothing(uneven: Path, tmp_path: Path) -> None:
+    one, _ = trained(uneven, tmp_path / "one", "--trainer.recompute", "true")
+    other, _ = trained(uneven, tmp_path / "other")
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_patience_ends_the_training(uneven: Path, tmp_path: Path) -> None:
+    _, epochs = trained(uneven, tmp_path, "--trainer.patience", 1, "--trainer.max_epochs", 9, "--optim.lr", 1e-9)
+    assert epochs == 2, "the second epoch is no better than the first"
+
+
+@pytest.mark.parametrize(
+    ("mode", "first"), [("feature-extract", 1), ("gradual", 1), ("linear-then-fine-tune", 1), ("fine-tune", None)]
+)
+def test_the_mode_says_what_is_trained(mode: str, first: int | None, uneven: Path) -> None:
+    made = begun(uneven, "--model.mode", mode, "--model.unfreeze_epochs", 2)
+    made.module.train_blocks_of(0)
+    blocks = blocks_of(made.module.classifier.network)
+    trainable = [any(p.requires_grad for p in block) for block in blocks]
+    assert trainable == [False] * (len(blocks) - first) + [True] if first else [True] * len(blocks)
+
+
+def test_the_initialisation_is_the_one_asked_for(uneven: Path) -> None:
+    network = begun(uneven, "--model.init", "constant").module.classifier.network
+    assert (network.head.weight == 0.1).all()
+    images = torch.rand(64, 3, 24, 24)
+    fast = begun(uneven, "--model.name", "fastnet", "--model.init", "lsuv").module.classifier.network
+    own = begun(uneven, "--model.name", "fastnet").module.classifier.network
+    assert torch.equal(fast.whiten.weight, own.whiten.weight), "what the network fixed itself stays"
+    assert not torch.equal(fast.stages[0].conv1.weight, own.stages[0].conv1.weight) and fast(images).isfinite().all()
+
+
+def test_weights_from_a_file_are_what_training_begins_with(uneven: Path, tmp_path: Path) -> None:
+    for name, args in (("rbf", "{centres: 5}"), ("fastnet", "{}"), ("linear", "{features: visual_words, words: 4}")):
+        asked = ("--model.name", name, "--model.args", args)
+        before = begun(uneven, *asked).module.classifier.network
+        changed = {key: value + 1 for key, value in before.state_dict().items()}
+        torch.save(changed, tmp_path / f"{name}.pt")
+        after = begun(uneven, *asked, "--model.weights", tmp_path / f"{name}.pt").module.classifier.network
+        assert all(torch.equal(value, changed[key]) for key, value in after.state_dict().items()), name
+    with pytest.raises(ConfigError, match=r"model\.weights and model\.init both say"):
+        configured(uneven, ("--model.weights", "x.pt", "--model.init", "lsuv"))
+
+
+def test_pictures_are_kept_in_memory_where_asked(uneven: Path) -> None:
+    assert begun(uneven).data.in_memory and not begun(uneven, "--data.memory", "never").data.in_memory
+
+
+def test_a_compiled_network_is_compiled(uneven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: asked.append(type(module).__name__))
+    trained(uneven, tmp_path, "--trainer.compile", "true")
+    assert asked == ["ResNet20"]
+
+
+def test_a_teacher_and_test_time_augmentation_have_their_say(uneven: Path, tmp_path: Path) -> None:
+    runs = ("--trainer.runs_dir", tmp_path / "runs", "--trainer.tta", "flip")
+    done = train(configured(uneven, (*runs, "--trainer.run_name", "teacher")))
+    assert done is not None and {"accuracy", "tta_accuracy"} <= set(load_bundle(done.bundle).info.metrics)
+    asked = ("--loss.teacher", done.bundle)
+    plain, _ = trained(uneven, tmp_path / "a")
+    taught, _ = trained(uneven, tmp_path / "b", *asked, "--loss.distill", 1)
+    warmer, _ = trained(uneven, tmp_path / "c", *asked, "--loss.distill", 1, "--loss.temperature", 1)
+    assert not torch.equal(plain, taught) and not torch.equal(taught, warmer)
+    with pytest.raises(
+        ConfigError, match=r"loss\.teacher: .* cannot train on 2 pictures of 16×16 pixels of the first epoch"
+    ):
+        lenet = train(configured(uneven, (*runs, "--trainer.run_name", "l", "--model.name", "lenet5")))
+        begun(uneven, "--loss.teacher", lenet.bundle, "--trainer.start_size", 0.6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--model.args", "{head: mlp}"), "the argument 'head' is reserved"),
+        (("--model.args", "{num_classes: 3}"), "the argument 'num_classes' is reserved"),
+        (("--model.args", "{1: 2}"), "the argument 1 is no name"),
+        (("--model.name", "alexnet"), "model.name: alexnet cannot train on 2 pictures of 24×24 pixels"),
+        (("--model.name", "mlp", "--model.args", "{norm: batch}", "--data.batch_size", 1), "batch_size of at least 2"),
+        (("--model.name", "linear", "--model.args", "{features: hog, cell: 0}"), "cell=0: expected a whole number"),
+        (("--model.name", "linear", "--model.args", "{features: visual_words, patch: 0}"), "patch=0: expected a whole"),
+        (("--model.name", "linear", "--model.args", "{features: colour_histogram, bins: 0}"), "bins=0: expected a"),
+        (("--model.name", "fastnet", "--model.args", "{logit_scale: a}"), "logit_scale='a': expected a number"),
+        (("--model.name", "mlp", "--model.args", "{activation: sigmoid, pretrain: rbm}", "--model.init", "lsuv"), "would undo"),
+        (("--trainer.patience", 2, "--trainer.swa_start", 0.5), "could end the training before trainer.swa_start"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_told_before_training(asked: tuple, message: str, uneven: Path) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        begun(uneven, *asked)
+
+
+def test_weights_that_are_lost_are_told(uneven: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the validation loss is nan after epoch 0.*lower learning rate"):
+        trained(uneven, tmp_path, "--optim.lr", 1e30, "--data.batch_size", 40, "--trainer.max_epochs", 1)
+
+
+def test_grey_pictures_do_not_blow_fastnet_up(tmp_path: Path) -> None:
+    for label in COLORS:
+        for number in range(16):
+            grey = picture(label, number)[:, :24].mean(axis=2, keepdims=True).repeat(3, axis=2).astype("uint8")
+            write_picture(tmp_path / "grey" / label / f"{number:02}.png", grey)
+    weights, epochs = trained(
+        tmp_path / "grey", tmp_path, "--model.name", "fastnet", "--optim.name", "sgd", "--optim.lr", 0.1
+    )
+    assert epochs == 2 and weights.isfinite().all()
