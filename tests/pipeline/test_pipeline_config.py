@@ -106,5 +106,5 @@ def test_a_network_of_one_size_refuses_smaller_pictures_at_first() -> None:
     config = config_from_dict(
         {"model": {"name": "lenet5"}, "trainer": {"start_size": 0.5}, "tracking": {"enabled": False}}
     )
-    with pytest.raises(ConfigError, match=r"^trainer\.start_size: lenet5 cannot take the 16×16 pixels"):
+    with pytest.raises(ConfigError, match=r"^model\.name: lenet5 cannot train on 2 pictures of 16×16 pixels of the first epoch"):
         train(config)
