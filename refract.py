@@ -10,6 +10,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "init": ("pipeline.commands.init", "look at a folder or manifest of pictures and write a config for it"),
         "train": ("pipeline.commands.train", "train from a config; writes a run with its bundle"),
+        "sync": ("pipeline.commands.sync", "deliver to MLflow what runs kept while its server did not answer"),
         "find": ("pipeline.commands.find", "find a learning rate or the largest batch for a config"),
         "evaluate": ("pipeline.commands.evaluate", "measure a bundle on labelled pictures"),
         "predict": ("pipeline.commands.predict", "classify pictures with a bundle"),

@@ -36,6 +36,9 @@ Mix = Callable[..., tuple[Tensor, Tensor]]
 # the end of an epoch; on the CPU, where looking is free, at every step.
 CHECK_EVERY = 50
 
+COUNTED = "counted_of_the_epoch"
+"""Where a checkpoint in the middle of an epoch holds what the module has counted of it."""
+
 
 class ClassifierModule(lightning.LightningModule):
     """A `Classifier` in training.
@@ -88,6 +91,7 @@ class ClassifierModule(lightning.LightningModule):
             if task == "multilabel"
             else MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         )
+        self._epoch_lr = 0.0
         self._pending: list[tuple[int, Tensor, Tensor]] = []  # step, loss, indices: not looked at yet
         self._totals: tuple[Tensor, Tensor, int] | None = None  # of the epoch: loss, right answers, samples
 
@@ -166,10 +170,26 @@ class ClassifierModule(lightning.LightningModule):
         if self.classifier.frozen_norms:
             self.classifier.train()
 
-    def on_train_epoch_start(self) -> None:
-        """Freeze and unfreeze for the epoch; log the learning rate that it begins with."""
+    def on_train_start(self) -> None:
+        """Freeze and unfreeze for an epoch that goes on in its middle."""
         self.train_blocks_of(self.current_epoch)
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_epoch_start(self) -> None:
+        """Freeze and unfreeze for the epoch; remember the learning rate that it begins with."""
+        self.train_blocks_of(self.current_epoch)
+        self._epoch_lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what has been counted of the epoch. FloatingPointError for a loss that is not finite, before it is stored."""
+        self._check_losses()
+        checkpoint[COUNTED] = {"lr": self._epoch_lr, "totals": self._totals}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting."""
+        counted = checkpoint.get(COUNTED)
+        if counted is not None:
+            self._epoch_lr, totals = counted["lr"], counted["totals"]
+            self._totals = None if totals is None else (totals[0], totals[1], totals[2])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log at the epoch's last batch already: `on_train_epoch_end` of this module comes after that of callbacks."""
@@ -265,7 +285,10 @@ class ClassifierModule(lightning.LightningModule):
     def _log_epoch(self) -> None:
         self._check_losses()
         if self._totals is not None:
-            losses, rights, size = self._totals
+            self.log("lr", self._epoch_lr)
+            losses, rights, size = (
+                total.to(self.device) if isinstance(total, Tensor) else total for total in self._totals
+            )
             # A metric each, filled once an epoch: torchmetrics then averages over processes, and a step costs nothing.
             for name, metric, total in (
                 ("train_loss", self.train_loss, losses),

@@ -167,6 +167,7 @@ class TrainerConfig:
         ema: decay of an average of the weights, as 0.999, which is then what is measured and kept; 0 for none.
         swa_start: share of the epochs after which the weights are averaged evenly, as 0.75; null for never.
         patience: epochs without a better validation figure after which training stops; null for never.
+        checkpoint_seconds: between checkpoints to go on from after an interruption, within an epoch too.
         compile: compile the network; pays on a GPU and in long runs.
         recompute: keep only what enters each block of the network and compute the rest again going back: less memory, a third more time.
         start_size: share of the pictures' sides that the first epoch sees, rising to all of them at three quarters of the epochs.
@@ -184,6 +185,7 @@ class TrainerConfig:
     ema: float = 0.0
     swa_start: float | None = None
     patience: int | None = None
+    checkpoint_seconds: float = 120.0
     compile: bool = False
     recompute: bool = False
     start_size: float = 1.0
@@ -351,6 +353,7 @@ def _check(config: Config, where: str) -> None:
         ("data.std", data.std, data.std is None or min(data.std) > 0, "positive"),
         ("model.unfreeze_epochs", model.unfreeze_epochs, model.unfreeze_epochs >= 1, "at least 1"),
         ("trainer.devices", trainer.devices, trainer.devices >= 1, "at least 1"),
+        ("trainer.checkpoint_seconds", trainer.checkpoint_seconds, trainer.checkpoint_seconds >= 0, "at least 0"),
         ("trainer.accumulate", trainer.accumulate, trainer.accumulate >= 1, "at least 1"),
         ("trainer.ema", trainer.ema, 0 <= trainer.ema < 1, "in [0, 1)"),
         (

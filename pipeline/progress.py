@@ -4,11 +4,14 @@ import logging
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+
+from pipeline.checkpoints import moved
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +22,9 @@ class BestCheckpoint(ModelCheckpoint):
     first_epoch: those before it are not kept."""
 
     first_epoch = 0
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(moved(state_dict, Path(str(self.dirpath))))
 
     def check_monitor_top_k(self, trainer: lightning.Trainer, current: torch.Tensor | None = None) -> bool:
         if trainer.current_epoch < self.first_epoch:
@@ -35,14 +41,24 @@ class EpochReport(Callback):
     def __init__(self, monitor: str, tracker: Any) -> None:
         self.monitor, self.tracker = monitor, tracker
         self.history: list[dict[str, float]] = []
-        self._started = 0.0
+        self._started, self._before = time.perf_counter(), 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the seconds that the epoch has taken so far."""
+        return {"history": self.history, "seconds": self._before + time.perf_counter() - self._started}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history, self._before = state_dict["history"], state_dict["seconds"]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._started = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._started = time.perf_counter()
+        self._started, self._before = time.perf_counter(), 0.0
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        metrics["epoch_seconds"] = time.perf_counter() - self._started
+        metrics["epoch_seconds"] = self._before + time.perf_counter() - self._started
         self.history.append(metrics)
         shown = [
             f"{name} {metrics[name]:.4f}"

@@ -1,18 +1,21 @@
 """From a config to a bundle: check and split the data, train, evaluate on the hold-out, write the bundle, register it."""
 
 import logging
+import shutil
 import signal
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, ConfigError, TrainerConfig
+from pipeline.config import Config, ConfigError
 from pipeline.processes import Processes, processes
+from pipeline.stopping import heard
 
 log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -25,29 +28,75 @@ class Result:
     version: str | None
 
 
-def train(config: Config, *, name: str = "run") -> Result | None:
-    """Train as the config says. name: of the run, where the config gives none. None in all but the first of several processes.
+def train(config: Config, *, name: str = "run", resume: Path | None = None) -> Result | None:
+    """Train as the config says. name: of the run, where the config gives none; resume: the folder of a run to go on with, whose config this
+    is. None in all but the first of several processes.
 
-    Raises ConfigError, PolicyError, DataError, TrackingError or BundleError for what a user can mend.
+    Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError or BundleError for what a user can mend; Stopped where it was
+    asked to stop, and can go on.
     """
-    from pipeline.tracking import TrackingError, track
+    from pipeline.checkpoints import newest, remove_fragments, remove_resume_checkpoints
+    from pipeline.runs import held, new_run, old_run
 
     made = assemble(config)
-    manifest, module, data = made.manifest, made.module, made.data
+    checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
     if not made.processes.first:
-        fit(made, config, Path(config.trainer.runs_dir), None)
+        fit(made, config, resume or Path(config.trainer.runs_dir), None, checkpoint)
         return None
-    run_dir = new_run_dir(config.trainer, name)
-    log.info("run %s on %s, %s: %s", run_dir, made.device, made.precision, _described(manifest))
+    record = {"fingerprint": made.identity["fingerprint"], "versions": _versions(), "created": _now()}
+    run = new_run(config, name, record) if resume is None else old_run(resume, record)
+    now = _versions()
+    for package, version in run.record["versions"].items():
+        if version != now.get(package):
+            log.warning("%s was %s when the run began: the weights may not come out equal to the bit", package, version)
+    with held(run.path):
+        log.info("run %s on %s, %s: %s", run.path, made.device, made.precision, _described(made.manifest))
+        if resume is not None:
+            remove_fragments(resume / CHECKPOINTS)
+            log.info("going on from %s", checkpoint or "its beginning, as there is no checkpoint")
+        result = _tracked(made, config, run, checkpoint)
+        run.finish()
+        remove_resume_checkpoints(run.path / CHECKPOINTS)
+    return result
+
+
+def _tracked(made: "Assembly", config: Config, run: Any, checkpoint: Path | None) -> Result:
+    """Train, write the bundle and register it, and tell MLflow, if it is wanted, how that ended."""
+    from pipeline.stopping import Stopped
+    from pipeline.tracking import Tracker, TrackingError
+
     try:
-        with track(config.tracking, run_dir.name, config.to_dict()) as tracker:
-            _write_yaml(run_dir / "config.yaml", config.to_dict())
-            history = fit(made, config, run_dir, tracker)
-            return _finish(config, manifest, made.identity, data, module, run_dir, history, tracker)
+        tracker = Tracker(config.tracking, run.path, config.to_dict(), {}) if config.tracking.enabled else None
     except TrackingError:
-        if not any(run_dir.iterdir()):  # nothing was done: the name is free again
-            run_dir.rmdir()
+        if not run.resumed:  # nothing was done: the name is free again
+            shutil.rmtree(run.path)
         raise
+    status = "FAILED"
+    try:
+        metrics = _make_bundle(made, config, run.path, tracker, checkpoint)
+        if tracker is not None:
+            files = [
+                file
+                for file in sorted(run.path.iterdir())
+                if file.is_file() and not file.name.startswith((".", "journal"))
+            ]
+            tracker.log_files(files, run.path / "bundle")
+            if config.tracking.model_name:
+                tracker.register(config.tracking.model_name, config.tracking.alias)
+        status = "FINISHED"
+    except (KeyboardInterrupt, Stopped):
+        status = "KILLED"
+        raise
+    finally:
+        if tracker is not None and (waiting := tracker.finish(status)):
+            log.warning(
+                "MLflow at %s does not have all of the run yet (%d entries); `refract sync %s` delivers them",
+                tracker.uri,
+                waiting,
+                run.path,
+            )
+    version = None if tracker is None else tracker.journal.delivered.get("version")
+    return Result(run.path, run.path / "bundle", metrics, version)
 
 
 @dataclass(frozen=True)
@@ -127,42 +176,26 @@ def prepare_data(config: Config) -> tuple[Any, dict[str, str]]:
     return manifest, {"fingerprint": found.fingerprint(manifest), "content": content}
 
 
-def new_run_dir(config: TrainerConfig, name: str) -> Path:
-    """A new folder below `runs_dir`. ConfigError where the named one exists: a run is never overwritten."""
-    root = Path(config.runs_dir)
-    wanted = config.run_name or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    for attempt in range(1, 100):
-        path = root / (wanted if attempt == 1 else f"{wanted}-{attempt}")
-        try:
-            path.mkdir(parents=True)
-            return path
-        except FileExistsError as error:
-            if config.run_name or not root.is_dir():
-                raise ConfigError(
-                    f"trainer.run_name: {path} exists already; choose another name or remove it"
-                ) from error
-        except OSError as error:
-            raise ConfigError(f"trainer.runs_dir: {path} cannot be made: {error.strerror}") from error
-    raise ConfigError(f"trainer.runs_dir: no free name like {wanted} in {root}")
+def fit(
+    made: Assembly, config: Config, run_dir: Path, tracker: Any, checkpoint: Path | None = None
+) -> list[dict[str, float]]:
+    """Train, leave the best epoch's weights in the module, and return the metrics of each epoch. checkpoint: to go on from.
 
-
-def fit(made: Assembly, config: Config, run_dir: Path, tracker: Any) -> list[dict[str, float]]:
-    """Train, leave the best epoch's weights in the module, and return the metrics of each epoch."""
-    import lightning
+    Stopped where SIGTERM or Ctrl-C asked for it."""
     import torch
     from lightning.pytorch.callbacks import EarlyStopping
 
     from pipeline.averaging import WeightAverage, best_weights
-    from pipeline.data.manifest import DataError
+    from pipeline.checkpoints import ResumeCheckpoint
     from pipeline.progress import BestCheckpoint, EpochReport, progress_bars, quiet_lightning
 
     quiet_lightning()
     module, device, group = made.module, made.device, made.processes
     swa = config.trainer.swa_start
-    best = BestCheckpoint(run_dir / "checkpoints", "best", monitor=module.monitor, mode="max", save_last=True)
-    best.first_epoch = (
-        0 if swa is None else int(swa * config.trainer.max_epochs)
-    )  # before it there is no average to keep
+    folder = run_dir.resolve() / CHECKPOINTS
+    best = BestCheckpoint(folder, "best", monitor=module.monitor, mode="max", enable_version_counter=False)
+    # Before it there is no average to keep.
+    best.first_epoch = 0 if swa is None else int(swa * config.trainer.max_epochs)
     report = EpochReport(module.monitor, tracker)
     bars = progress_bars() if group.first else []
     more: list[Any] = []
@@ -172,6 +205,25 @@ def fit(made: Assembly, config: Config, run_dir: Path, tracker: Any) -> list[dic
         more.append(EarlyStopping(module.monitor, mode="max", patience=config.trainer.patience, check_finite=False))
     if config.trainer.compile:
         module.classifier.network.compile()  # in place: the keys of the weights stay as they are
+    with heard() as stop:
+        resumable = ResumeCheckpoint(folder, seconds=config.trainer.checkpoint_seconds, stop=stop)
+        _run_trainer(made, config, run_dir, [*more, best, report, *bars, resumable], checkpoint)
+    if not group.first:
+        return report.history
+    kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    module.load_state_dict(best_weights(kept))
+    module.to("cuda" if device == "cuda" else "cpu").eval()
+    return report.history
+
+
+def _run_trainer(made: Assembly, config: Config, run_dir: Path, callbacks: list[Any], checkpoint: Path | None) -> None:
+    import lightning
+    from lightning.pytorch.callbacks import ProgressBar
+
+    from pipeline.checkpoints import WholeFiles
+    from pipeline.data.manifest import DataError
+
+    group, device = made.processes, made.device
     trainer = lightning.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=group.devices,
@@ -181,16 +233,17 @@ def fit(made: Assembly, config: Config, run_dir: Path, tracker: Any) -> list[dic
         use_distributed_sampler=False,  # the data's own orders know their process
         precision=made.precision,  # type: ignore[arg-type]
         max_epochs=config.trainer.max_epochs,
-        callbacks=[*more, best, report, *bars],
+        callbacks=callbacks,
+        plugins=[WholeFiles()],
         accumulate_grad_batches=config.trainer.accumulate,
-        enable_progress_bar=bool(bars),
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         logger=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         default_root_dir=run_dir,
     )
     try:
-        trainer.fit(module, datamodule=made.data)
+        trainer.fit(made.module, datamodule=made.data, ckpt_path=checkpoint, weights_only=True)
     except FloatingPointError as error:
         raise ConfigError(
             f"training stopped: {error}. A lower learning rate (--optim.lr) is the usual cure."
@@ -200,31 +253,23 @@ def fit(made: Assembly, config: Config, run_dir: Path, tracker: Any) -> list[dic
         raise KeyboardInterrupt from error
     except DataError as error:  # from a worker process it comes wrapped in that process's traceback
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
-    if not group.first:
-        return report.history
-    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-    module.load_state_dict(best_weights(checkpoint))
-    module.to("cuda" if device == "cuda" else "cpu").eval()
-    return report.history
 
 
-def _finish(
-    config: Config,
-    manifest: Any,
-    identity: dict[str, str],
-    data: Any,
-    module: Any,
-    run_dir: Path,
-    history: list,
-    tracker: Any,
-) -> Result:
-    from models.bundle import BundleInfo, save_bundle
+def _make_bundle(
+    made: Assembly, config: Config, run_dir: Path, tracker: Any, checkpoint: Path | None
+) -> dict[str, float]:
+    """Train, evaluate and write all that a run leaves, its bundle last; the metrics on the hold-out. A bundle that is there is taken."""
+    from models.bundle import BundleInfo, load_bundle, save_bundle
     from pipeline.data.splits import write_splits
     from pipeline.evaluation import evaluate
     from pipeline.golden import make_goldens
     from pipeline.plots import confusion_plot, curves_plot
     from pipeline.preview import preview_grid
 
+    if (run_dir / "bundle").exists():
+        return dict(load_bundle(run_dir / "bundle").info.metrics)
+    manifest, module, data = made.manifest, made.module, made.data
+    history = fit(made, config, run_dir, tracker, checkpoint)
     test = manifest.of("test")
     classifier, preprocess = module.classifier, data.preprocess
     measure = partial(evaluate, classifier, preprocess, test, task=manifest.task, labels=manifest.labels)
@@ -246,17 +291,15 @@ def _finish(
         thresholds=tuple([0.5] * len(manifest.labels)) if manifest.task == "multilabel" else (),
         metrics=metrics,
         data={
-            **identity,
+            **made.identity,
             "source": manifest.source,
             "counts": {s: manifest.counts(s) for s in manifest.splits()},
         },
         config=config.to_dict(),
         versions=_versions(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=_now(),
     )
     write_splits(manifest, run_dir / "splits.csv")
-    goldens = make_goldens(classifier, preprocess, test, task=manifest.task)
-    bundle = save_bundle(run_dir / "bundle", info, classifier, goldens)
     curves_plot(history, run_dir / "curves.png")
     if evaluation.confusion is not None:
         confusion_plot(evaluation.confusion, manifest.labels, run_dir / "confusion.png")
@@ -266,13 +309,11 @@ def _finish(
         (manifest.labels[s.labels[0]] if s.labels else "-", s.read(), i) for s, i in zip(shown, indices, strict=False)
     ]
     preview_grid(pictures, data.train_set.augmenter).save(run_dir / "preview.png")
-    version = None
     if tracker is not None:
         tracker.log_metrics({f"test_{name}": value for name, value in metrics.items()}, step=len(history))
-        tracker.log_files([file for file in sorted(run_dir.iterdir()) if file.is_file()], bundle)
-        if config.tracking.model_name:
-            version = tracker.register(config.tracking.model_name, config.tracking.alias)
-    return Result(run_dir, bundle, metrics, version)
+    goldens = make_goldens(classifier, preprocess, test, task=manifest.task)
+    save_bundle(run_dir / "bundle", info, classifier, goldens)
+    return metrics
 
 
 def _described(manifest: Any) -> str:
@@ -280,10 +321,8 @@ def _described(manifest: Any) -> str:
     return f"{manifest.task}, {len(manifest.labels)} labels, {counts}"
 
 
-def _write_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    import yaml
-
-    path.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), "utf-8")
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _versions() -> dict[str, str]:

@@ -25,7 +25,7 @@ def run(command: str, work: Callable[[], int]) -> int:
             return _failed(command, error, 2)
         raise
     except RuntimeError as error:
-        if type(error).__name__ == "TrackingError":
+        if type(error).__name__ in ("TrackingError", "CheckpointError"):
             return _failed(command, error, 1)
         raise
     except OSError as error:

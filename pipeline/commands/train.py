@@ -8,26 +8,67 @@ from pipeline.commands import console
 def main(argv: list[str]) -> int:
     from pipeline.config import help_text
 
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: refract train CONFIG.yaml [--section.key value …]\n")
+    argv, resume = _taken(argv, "--resume")
+    if not (argv or resume) or (argv and argv[0] in ("-h", "--help")):
+        print("usage: refract train CONFIG.yaml [--section.key value …] [--resume auto]")
+        print("       refract train --resume RUN_DIR\n")
         print("Train as the config says; any key can be set on the command line. Everything goes below RUNS_DIR/NAME/,")
-        print("the bundle to RUNS_DIR/NAME/bundle/. Keys, with their defaults:\n")
+        print("the bundle to RUNS_DIR/NAME/bundle/. --resume goes on with a run that was interrupted, from its newest")
+        print("checkpoint, to the weights that it would have had; auto takes the newest unfinished run of this config,")
+        print(
+            "or begins one. Exit codes: 0 done, 1 failed, 2 the input cannot be used, 75 stopped by SIGTERM and 130 by"
+        )
+        print("Ctrl-C, both after a checkpoint (Ctrl-C twice: at once). Keys, with their defaults:\n")
         print(help_text())
         return 0 if argv else 2
-    if argv[0].startswith("--"):
+    if resume is None and argv[0].startswith("--"):
         print(f"refract train: the config file comes first, then options; got {argv[0]}", file=sys.stderr)
         return 2
-    return console.run("train", lambda: _train(argv[0], argv[1:]))
+    if resume not in (None, "auto") and argv:
+        print(
+            f"refract train: --resume {resume} goes on with the run's own config; got {argv[0]} as well",
+            file=sys.stderr,
+        )
+        return 2
+    if resume == "auto" and not argv:
+        print("refract train: --resume auto needs the config file first", file=sys.stderr)
+        return 2
+    return console.run("train", lambda: _train(argv, resume))
 
 
-def _train(path: str, overrides: list[str]) -> int:
+def _taken(argv: list[str], option: str) -> tuple[list[str], str | None]:
+    """(the arguments without the option, its value or None)"""
+    for place, argument in enumerate(argv):
+        if argument == option:
+            return argv[:place] + argv[place + 2 :], (argv[place + 1] if place + 1 < len(argv) else "")
+        if argument.startswith(f"{option}="):
+            return argv[:place] + argv[place + 1 :], argument.partition("=")[2]
+    return argv, None
+
+
+def _train(argv: list[str], resume: str | None) -> int:
+    import signal
     from pathlib import Path
 
     from pipeline.config import load_config
+    from pipeline.runs import stored_config, unfinished
+    from pipeline.stopping import ASKED_TO_STOP, Stopped
     from pipeline.training import train
 
-    config = load_config(path, overrides)
-    result = train(config, name=Path(path).stem)
+    name = Path(argv[0]).stem if argv else "run"
+    folder: Path | None
+    if resume is not None and resume != "auto":
+        folder = Path(resume)
+        config = stored_config(folder)
+    else:
+        config = load_config(argv[0], argv[1:])
+        folder = unfinished(config, name) if resume == "auto" else None
+        config = config if folder is None else stored_config(folder)
+    try:
+        result = train(config, name=name, resume=folder)
+    except Stopped as stopped:
+        print(f"refract train: {stopped}; `refract train --resume …` goes on from the checkpoint", file=sys.stderr)
+        return ASKED_TO_STOP if stopped.signal == signal.SIGTERM else 130
     if result is None:
         return 0
     print("hold-out: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))

@@ -139,6 +139,18 @@ class PictureData(lightning.LightningDataModule):
         dataset = self._measured[split]
         return self._loader(dataset, sampler=Share(len(dataset), *self._place()))
 
+    def state_dict(self) -> dict[str, int]:
+        """Where the training is: the epoch, and the samples of it that each process has seen."""
+        assert self.trainer is not None
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        if progress.is_last_batch:
+            return {"epoch": self.trainer.current_epoch + 1, "seen": 0}
+        return {"epoch": self.trainer.current_epoch, "seen": progress.current.ready * self.batch_size}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there."""
+        self.order.go_on(state_dict["epoch"], state_dict["seen"])
+
     def _place(self) -> tuple[int, int]:
         """Of this process: (rank, processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
@@ -174,6 +186,7 @@ class PictureData(lightning.LightningDataModule):
             batch_size=self.batch_size,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            generator=torch.Generator(),  # a loader that begins would otherwise draw from the one that dropout draws from
             pin_memory=self.pin,
             collate_fn=collate,
             worker_init_fn=_one_thread,

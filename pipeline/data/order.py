@@ -16,7 +16,7 @@ class TrainOrder(Sampler[tuple[int, int, int]]):
     repeatedly; None takes each sample once. repeat counts the draws of a sample in the epoch, so that each is augmented in its own way.
 
     The epoch travels with the index, so that a worker process needs no state: it augments what it is asked for. Lightning calls
-    `set_epoch`; `start` skips that many samples of the next pass, to go on in the middle of an epoch.
+    `set_epoch`; `go_on` skips what was seen of an epoch before an interruption.
 
     rank, processes: of this process among those that train together: each takes every processes-th sample of the one order, and all equally
     many, for which the order begins again at its end.
@@ -27,18 +27,22 @@ class TrainOrder(Sampler[tuple[int, int, int]]):
         count: int,
         *,
         seed: int,
-        start: int = 0,
         repeats: int = 1,
         classes: Sequence[int] | None = None,
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        self.count, self.seed, self.start, self.repeats, self.epoch = count, seed, start, repeats, 0
+        self.count, self.seed, self.repeats, self.epoch = count, seed, repeats, 0
+        self._resumed = (-1, 0)  # in which epoch how many samples of this process are skipped
         self.rank, self.processes = rank, processes
         self.classes = None if classes is None else np.asarray(classes)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def go_on(self, epoch: int, seen: int) -> None:
+        """Begin with `epoch`, without the first `seen` samples of this process."""
+        self.epoch, self._resumed = epoch, (epoch, seen)
 
     def __len__(self) -> int:
         return -(-self.count // self.processes)
@@ -48,7 +52,8 @@ class TrainOrder(Sampler[tuple[int, int, int]]):
         order = rng.permutation(self.count) if self.classes is None else self._balanced(rng)
         places = order.tolist()
         draws = (self.repeats * _earlier(order)).tolist()
-        own = (k * self.processes + self.rank for k in range(self.start, len(self)))
+        start = self._resumed[1] if self.epoch == self._resumed[0] else 0
+        own = (k * self.processes + self.rank for k in range(start, len(self)))
         return (
             (self.epoch, places[k // self.repeats], draws[k // self.repeats] + k % self.repeats)
             for k in (k % self.count for k in own)

@@ -1,0 +1,54 @@
+"""`refract sync RUN_DIR…`"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipeline.commands import console
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="refract sync",
+        description="Deliver to MLflow what runs could not, as its server did not answer. Ends with 1 where it still does not.",
+    )
+    parser.add_argument(
+        "folder", nargs="*", type=Path, default=[Path("runs")], help="runs, or folders of runs; runs/ without one"
+    )
+    parser.add_argument("--uri", help="the tracking server; without it the one of the run's config")
+    args = parser.parse_args(argv)
+    return console.run("sync", lambda: _sync(args.folder, args.uri))
+
+
+def _sync(folders: list[Path], uri: str | None) -> int:
+    from pipeline.config import ConfigError
+    from pipeline.runs import held, stored_config
+    from pipeline.tracking import tracking_uri
+    from pipeline.tracking.journal import JOURNAL, Journal
+    from pipeline.tracking.store import Store, first_line
+    from pipeline.tracking.tracker import deliver_one
+
+    runs = [
+        path.parent
+        for folder in folders
+        for path in (folder / JOURNAL, *sorted(folder.glob(f"*/{JOURNAL}")))
+        if path.is_file()
+    ]
+    if not runs:
+        raise ConfigError(f"no run with a {JOURNAL} in {', '.join(map(str, folders))}")
+    failed = 0
+    for run in runs:
+        with held(run):
+            journal = Journal(run)
+            count = len(journal.waiting())
+            store = Store(uri or tracking_uri(stored_config(run).tracking), run)
+            try:
+                for entry in journal.waiting():
+                    deliver_one(journal, store, entry)
+            except Exception as error:  # whatever MLflow and what lies below it raise for a server that is not there or refuses the run
+                print(f"{run}: {len(journal.waiting())} entries wait: {first_line(error)}", file=sys.stderr)
+                failed += 1
+                continue
+        if count:
+            print(f"{run}: {count} entries delivered to {store.uri}, run {journal.delivered['run_id']}")
+    return 1 if failed else 0

@@ -1,0 +1,57 @@
+"""The journal of a run: what MLflow shall know, a line of JSON each, on the disk before anything is sent."""
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import write_atomically
+
+JOURNAL, DELIVERED = "journal.jsonl", "journal.delivered.json"
+
+Entry = dict[str, Any]
+
+
+class Journal:
+    """Entries in order, and how many of them the server has. A line that a kill cut short is dropped when the journal is opened.
+
+    `delivered` is a mapping that outlives the process as well: `count` of the entries, and what the server answered (`run_id`, …).
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        """OSError where the folder cannot be read."""
+        self.path, self._mark = run_dir / JOURNAL, run_dir / DELIVERED
+        self.entries: list[Entry] = []
+        self.delivered: dict[str, Any] = {"count": 0}
+        self._lock = threading.Lock()
+        if self.path.exists():
+            data = self.path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            self.entries = [json.loads(line) for line in whole.decode().splitlines()]
+            if whole != data:
+                os.truncate(self.path, len(whole))
+        if self._mark.exists():
+            self.delivered = json.loads(self._mark.read_text("utf-8"))
+
+    def append(self, entry: Entry) -> None:
+        """Write the entry to the disk. OSError where it cannot be."""
+        with self._lock, self.path.open("ab") as file:
+            file.write(json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            self.entries.append(entry)
+
+    def waiting(self) -> list[Entry]:
+        """Those that the server does not have yet."""
+        return self.entries[self.delivered["count"] :]
+
+    def mark(self, **answers: Any) -> None:
+        """The first waiting entry is delivered; answers: to keep."""
+        self.delivered = {**self.delivered, **answers, "count": self.delivered["count"] + 1}
+        write_atomically(self._mark, json.dumps(self.delivered).encode())
+
+    def of(self, kind: str) -> Iterator[Entry]:
+        """The entries of a kind, in order."""
+        return (entry for entry in self.entries if entry["do"] == kind)

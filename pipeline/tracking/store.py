@@ -1,0 +1,118 @@
+"""From a journal's entries to MLflow. Each can be sent twice and counts once, so that a delivery that was cut short is repeated."""
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking.journal import Entry
+
+KEY = "refract.key"
+"""The tag by which a run is known again whose creation was answered to nobody."""
+
+LONGEST = 6000
+"""Characters of a parameter's value that every store of MLflow takes."""
+
+
+class Refused(RuntimeError):
+    """The server answered, and will not have the entry, now or later; the message is its own."""
+
+
+class Store:
+    """MLflow at `uri`, asked for when the first entry is delivered."""
+
+    def __init__(self, uri: str, run_dir: Path) -> None:
+        self.uri, self.run_dir = uri, run_dir
+        self._client: Any = None
+
+    def deliver(self, entry: Entry, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Send an entry; known: answers to the ones before. Returns answers to keep. Refused, or whatever else MLflow raises for a
+        server that cannot be reached or a database that is busy."""
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        if self._client is None:
+            self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        try:
+            answers: dict[str, Any] = getattr(self, f"_{entry['do']}")(entry, known) or {}
+            return answers
+        except MlflowException as error:
+            if error.error_code in _FINAL:
+                raise Refused(first_line(error)) from error
+            raise
+
+    def _start(self, entry: Entry, known: Mapping[str, Any]) -> dict[str, Any]:
+        from mlflow.entities import Param, RunTag
+
+        found = self._client.get_experiment_by_name(entry["experiment"])
+        experiment = found.experiment_id if found else self._client.create_experiment(entry["experiment"])
+        runs = self._client.search_runs([experiment], f"tags.`{KEY}` = '{entry['key']}'", max_results=1)
+        if runs:
+            run = runs[0]
+        else:
+            known_by = {**entry["tags"], KEY: entry["key"]}
+            run = self._client.create_run(
+                experiment, start_time=entry["time"], tags=known_by, run_name=entry["run_name"]
+            )
+        params = [Param(name, str(value)[:LONGEST]) for name, value in _flat(entry["params"])]
+        tags = [RunTag(name, str(value)) for name, value in entry["tags"].items()]
+        self._client.log_batch(run.info.run_id, params=params, tags=tags)
+        return {"run_id": run.info.run_id, "experiment_id": experiment, "artifacts": run.info.artifact_uri}
+
+    def _metrics(self, entry: Entry, known: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        # MLflow keeps a metric of one name, step, time and value once.
+        metrics = [Metric(name, value, entry["time"], entry["step"]) for name, value in entry["values"].items()]
+        self._client.log_batch(known["run_id"], metrics=metrics)
+
+    def _files(self, entry: Entry, known: Mapping[str, Any]) -> None:
+        for name in entry["files"]:
+            self._client.log_artifact(known["run_id"], str(self.run_dir / name))
+        self._client.log_artifacts(known["run_id"], str(self.run_dir / entry["bundle"]), "bundle")
+
+    def _register(self, entry: Entry, known: Mapping[str, Any]) -> dict[str, Any]:
+        """The run's `bundle` as a new version of the registered model, and the alias on it."""
+        from mlflow.exceptions import MlflowException
+
+        model = entry["model"]
+        try:
+            self._client.get_registered_model(model)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            self._client.create_registered_model(model)
+        made = [v for v in self._client.search_model_versions(f"name = '{model}'") if v.run_id == known["run_id"]]
+        version = (
+            made[0]
+            if made
+            else self._client.create_model_version(model, source=f"{known['artifacts']}/bundle", run_id=known["run_id"])
+        )
+        self._client.set_registered_model_alias(model, entry["alias"], version.version)
+        return {"version": str(version.version)}
+
+    def _status(self, entry: Entry, known: Mapping[str, Any]) -> None:
+        if entry["status"] == "RUNNING":
+            self._client.update_run(known["run_id"], status="RUNNING")
+        else:
+            self._client.set_terminated(known["run_id"], entry["status"], entry["time"])
+
+
+_FINAL = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED", "BAD_REQUEST")
+
+
+def now() -> int:
+    """Milliseconds since 1970, as MLflow counts."""
+    return int(time.time() * 1000)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,209 @@
+"""A training that is killed, stopped or cannot write goes on to the weights that it would have had."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+from small_data import Run, picture, write_picture
+
+from pipeline.checkpoints import newest
+from pipeline.config import Config
+from pipeline.runs import held, unfinished
+from pipeline.tracking.journal import Journal
+
+# What draws from PyTorch's generator, averages, and mixes: all that a restart could lose.
+CONFIG = """
+data: {source: pictures, image_size: 24, batch_size: 4, workers: 0}
+augment: {policy: [HorizontalFlip, {MixUp: {p: 0.5}}]}
+model: {name: cnn, args: {widths: [8, 16], dropout: 0.3}}
+optim: {name: sgd, lr: 0.02}
+trainer: {max_epochs: %d, precision: fp32, device: cpu, ema: 0.9, checkpoint_seconds: 0}
+"""
+
+
+@pytest.fixture
+def work(folder: Path, tmp_path: Path) -> Path:
+    (tmp_path / "c.yaml").write_text(CONFIG % 12)
+    return tmp_path
+
+
+@contextmanager
+def training(
+    work: Path, *arguments: str, before: Callable[[], object] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "refract", "train", *arguments]
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    with subprocess.Popen(
+        command, cwd=work, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=before
+    ) as process:
+        yield process
+
+
+def until(process: subprocess.Popen[str], beginning: str) -> str:
+    told = ""
+    for line in process.stderr or ():
+        told += line
+        if line.startswith(beginning):
+            return told
+    raise AssertionError(told)
+
+
+def hear_interrupts() -> None:
+    """A shell starts its background jobs with SIGINT ignored, and so would this one be, where the tests are such a job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def history(work: Path, name: str) -> dict[str, list[tuple[int, float]]]:
+    """Of the one run of this name in MLflow: metric → (step, value), without the times."""
+    client = MlflowClient(f"sqlite:///{work}/mlflow.db")
+    experiment = client.get_experiment_by_name("refract").experiment_id
+    (run,) = client.search_runs([experiment], f"attributes.run_name = '{name}'")
+    assert run.info.status == "FINISHED"
+    kept = [metric for metric in run.data.metrics if metric != "epoch_seconds"]
+    return {
+        metric: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
+        for metric in kept
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_killed_training_goes_on_to_the_same_weights_in_the_same_run(refract: Run, work: Path, workers: int) -> None:
+    more = ("--data.workers", str(workers), "--data.memory", "never" if workers else "auto")
+    refract("train", "c.yaml", *more, "--trainer.run_name", "calm")
+    with training(work, "c.yaml", *more, "--trainer.run_name", "killed") as process:
+        until(process, "epoch 3/")
+        process.kill()
+    for beginning in ("epoch 5/", "epoch 9/"):
+        with training(work, "--resume", "runs/killed") as process:
+            until(process, beginning)
+            process.send_signal(signal.SIGKILL)
+    refract("train", "--resume", "runs/killed")
+    calm, killed = (load_file(work / "runs" / name / "bundle" / "weights.safetensors") for name in ("calm", "killed"))
+    assert all((killed[key] == weight).all() for key, weight in calm.items())
+    assert history(work, "killed") == history(work, "calm")
+    assert sorted(path.name for path in (work / "runs" / "killed" / "checkpoints").iterdir()) == ["best.ckpt"]
+    assert "is finished already; its bundle is" in refract("train", "--resume", "runs/killed", code=2).stderr
+
+
+@pytest.mark.slow
+def test_signals_stop_with_a_checkpoint_and_a_code_of_their_own(refract: Run, work: Path) -> None:
+    (work / "c.yaml").write_text(CONFIG % 400)
+    with training(work, "c.yaml", "--trainer.run_name", "r", before=hear_interrupts) as process:
+        until(process, "epoch 2/")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 75
+        assert "Traceback" not in process.stderr.read()
+    client = MlflowClient(f"sqlite:///{work}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
+    assert run.info.status == "KILLED"
+    with training(work, "--resume", "runs/r", before=hear_interrupts) as process:
+        assert "going on from runs/r/checkpoints/resume-" in until(process, "epoch ")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert "stopped by SIGINT" in process.stderr.read()
+    # The newest unfinished run of a config is found by itself; another config begins a new one.
+    with training(work, "c.yaml", "--trainer.run_name", "r", "--resume", "auto", before=hear_interrupts) as process:
+        assert "going on from runs/r/checkpoints/resume-" in until(process, "epoch ")
+        told = refract("train", "--resume", "runs/r", code=2).stderr
+        assert "runs/r is being trained by another process" in told
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+    (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
+    assert run.info.status == "KILLED"
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(refract: Run, work: Path) -> None:
+    quiet = ("--tracking.enabled", "false", "--trainer.run_name", "full")
+    with training(work, "c.yaml", *quiet) as process:
+        until(process, "epoch 2/")
+        process.kill()
+    kept = newest(work / "runs" / "full" / "checkpoints")
+    assert kept is not None
+
+    def little_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    with training(work, "--resume", "runs/full", before=little_room) as process:
+        told = process.stderr.read()
+        assert process.wait(timeout=60) == 1
+    assert "cannot be written (File too large); those before it are whole" in told and "Traceback" not in told
+    assert newest(work / "runs" / "full" / "checkpoints") == kept
+    refract("train", "--resume", "runs/full")
+
+
+@pytest.fixture
+def stopped(work: Path) -> Path:
+    """A run that was killed after two epochs, without MLflow."""
+    with training(work, "c.yaml", "--tracking.enabled", "false", "--trainer.run_name", "r") as process:
+        until(process, "epoch 2/")
+        process.kill()
+    return work / "runs" / "r"
+
+
+@pytest.mark.slow
+def test_what_cannot_go_on_is_told(refract: Run, work: Path, stopped: Path) -> None:
+    checkpoints = stopped / "checkpoints"
+    last = newest(checkpoints)
+    assert last is not None
+    last.write_bytes(last.read_bytes()[:-100])
+    fallback = newest(checkpoints)
+    assert fallback is not None and fallback < last
+    write_picture(work / "pictures" / "red" / "new.jpg", picture("red", 77))
+    told = refract("train", "--resume", "runs/r", code=2).stderr
+    assert "the data of runs/r have changed since it began" in told
+    (work / "pictures" / "red" / "new.jpg").unlink()
+    assert "no such file or directory" in refract("train", "--resume", "runs/none", code=2).stderr.lower()
+    assert "goes on with the run's own config" in refract("train", "c.yaml", "--resume", "runs/r", code=2).stderr
+    assert "needs the config file first" in refract("train", "--resume", "auto", code=2).stderr
+    told = refract("train", "c.yaml", "--trainer.run_name", "r", code=2).stderr
+    assert "runs/r exists already" in told and "`refract train --resume runs/r` goes on with it" in told
+    # A run goes on where it was moved to.
+    shutil.move(stopped, work / "elsewhere")
+    told = refract("train", "--resume", "elsewhere").stderr
+    assert (
+        f"{last.name} is damaged; an older one is taken" in told
+        and f"going on from elsewhere/checkpoints/{fallback.name}" in told
+    )
+    assert (work / "elsewhere" / "bundle").is_dir() and not (work / "runs" / "r").exists()
+
+
+def test_a_run_is_held_by_one_and_found_by_its_config(tmp_path: Path) -> None:
+    from pipeline.config import ConfigError
+    from pipeline.runs import new_run
+
+    config = Config()
+    config.trainer.runs_dir = str(tmp_path)
+    run = new_run(config, "digits", {"fingerprint": "f", "versions": {}})
+    assert unfinished(config, "digits") == run.path and unfinished(config, "mnist") is None
+    other = Config()
+    other.trainer.runs_dir, other.optim.lr = str(tmp_path), 0.5
+    assert unfinished(other, "digits") is None
+    with held(run.path), pytest.raises(ConfigError, match="is being trained by another process"), held(run.path):
+        pass
+    run.finish()
+    assert unfinished(config, "digits") is None
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for step in range(3):
+        journal.append({"do": "metrics", "step": step, "time": 1, "values": {"loss": float("nan")}})
+    journal.mark(run_id="x")
+    with journal.path.open("ab") as file:
+        file.write(b'{"do": "metr')
+    again = Journal(tmp_path)
+    assert [entry["step"] for entry in again.waiting()] == [1, 2] and again.delivered["run_id"] == "x"
+    again.append({"do": "status", "status": "FINISHED", "time": 2})
+    assert [json.loads(line)["do"] for line in journal.path.read_text().splitlines()] == ["metrics"] * 3 + ["status"]
