@@ -1,0 +1,135 @@
+"""Tracking never stops a training: a server that stalls, refuses or dies, and what is delivered later."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from small_data import Run
+
+from pipeline.config import TrackingConfig
+from pipeline.runs import new_run
+from pipeline.tracking import Tracker, TrackingError, tracker
+from pipeline.tracking.journal import Journal
+from tests.pipeline.test_pipeline_recipe import configured
+
+
+@contextmanager
+def silent_server() -> Iterator[str]:
+    """Takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = []
+
+        def accept() -> None:
+            while True:
+                try:
+                    taken.append(server.accept())
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracker, "FIRST_ANSWER", 0.5)
+    monkeypatch.setattr(tracker, "SILENT", 1.0)
+
+
+def tracked(run_dir: Path, uri: str) -> Tracker:
+    return Tracker(TrackingConfig(uri=uri), run_dir, {"optim": {"lr": 0.1}, "long": "x" * 9000}, {"team": "a"})
+
+
+def test_a_silent_server_holds_nothing_up_and_gets_all_later(
+    tmp_path: Path, refract: Run, impatient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = tmp_path / "runs" / "r"
+    config = configured(tmp_path, ("--trainer.runs_dir", tmp_path / "runs", "--trainer.run_name", "r"))
+    new_run(config, "r", {"fingerprint": "f", "versions": {}})
+    (run_dir / "curves.png").write_bytes(b"a picture")
+    (run_dir / "bundle").mkdir()
+    (run_dir / "bundle" / "bundle.json").write_text("{}")
+    with silent_server() as uri:
+        one = tracked(run_dir, uri)
+        assert "does not answer (no answer in 0 s); training goes on" in caplog.text.replace("in 0.5 s", "in 0 s")
+        began = time.monotonic()
+        for step in range(200):
+            one.log_metrics({"loss": 1 / (step + 1), "accuracy": float("nan")}, step)
+        one.log_files([run_dir / "curves.png"], run_dir / "bundle")
+        one.register("animals", "champion")
+        assert time.monotonic() - began < 5, "the disk's time alone"
+        assert one.finish("FINISHED") == 204, "of the run, 200 steps, files, model, status nothing arrived"
+    database = f"sqlite:///{tmp_path}/later.db"
+    told = refract("sync", "runs", "--uri", database)
+    assert "204 entries delivered" in told.stdout
+    assert refract("sync", "runs", "--uri", database).stdout == "", "once"
+    client = MlflowClient(database)
+    (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
+    assert run.info.status == "FINISHED" and run.info.run_name == "r" and run.data.tags["team"] == "a"
+    assert run.data.params["optim.lr"] == "0.1" and len(run.data.params["long"]) == 6000
+    points = client.get_metric_history(run.info.run_id, "loss")
+    assert [(point.step, point.value) for point in points] == [(step, 1 / (step + 1)) for step in range(200)]
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"curves.png", "bundle"}
+    assert client.get_model_version_by_alias("animals", "champion").run_id == run.info.run_id
+
+
+def test_what_was_tracked_before_a_restart_is_not_tracked_again(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    one = tracked(tmp_path, database)
+    one.log_metrics({"loss": 0.5, "seconds": 3.0}, 1)
+    assert one.finish("KILLED") == 0
+    again = tracked(tmp_path, database)
+    again.log_metrics({"loss": 0.5, "seconds": 4.0, "new": 1.0}, 1)
+    again.log_metrics({"loss": 0.25}, 2)
+    assert again.finish("FINISHED") == 0
+    client = MlflowClient(database)
+    (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
+    found = {name: client.get_metric_history(run.info.run_id, name) for name in ("loss", "seconds", "new")}
+    assert {name: [(p.step, p.value) for p in points] for name, points in found.items()} == {
+        "loss": [(1, 0.5), (2, 0.25)], "seconds": [(1, 3.0)], "new": [(1, 1.0)],
+    }  # fmt: skip
+    assert run.info.status == "FINISHED"
+
+
+def test_a_delivery_that_was_cut_short_counts_once(tmp_path: Path) -> None:
+    """The server had the entries, but the process died before it could write that down."""
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    one = tracked(tmp_path, database)
+    one.log_metrics({"loss": 0.5}, 1)
+    assert one.finish("KILLED") == 0
+    (tmp_path / "journal.delivered.json").unlink()
+    assert tracked(tmp_path, database).finish("FINISHED") == 0
+    client = MlflowClient(database)
+    (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 1
+
+
+def test_a_server_that_refuses_the_run_is_told(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(database)
+    client.delete_experiment(client.create_experiment("refract"))
+    with pytest.raises(TrackingError, match=r"cannot be used: .*deleted.*--tracking\.enabled false"):
+        tracked(tmp_path, database)
+    assert len(Journal(tmp_path).waiting()) == 1
+
+
+@pytest.mark.slow
+def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder: Path, tmp_path: Path) -> None:
+    refract("init", folder, "-o", "pictures.yaml")
+    told = refract(
+        "train", "pictures.yaml", "--trainer.run_name", "r", "--tracking.uri", "http://127.0.0.1:9", "--trainer.max_epochs", 2
+    )  # fmt: skip
+    assert "MLflow at http://127.0.0.1:9 does not answer" in told.stderr and "hold-out: accuracy" in told.stdout
+    assert "`refract sync runs/r` delivers them" in told.stderr and "Traceback" not in told.stderr
+    assert "entries wait" in refract("sync", "runs/r", code=1).stderr
+    database = f"sqlite:///{tmp_path}/later.db"
+    refract("sync", "runs/r", "--uri", database)
+    client = MlflowClient(database)
+    (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")] == [1, 2]
+    assert client.get_model_version_by_alias("pictures", "champion").run_id == run.info.run_id
