@@ -13,6 +13,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "sync": ("pipeline.commands.sync", "deliver to MLflow what runs kept while its server did not answer"),
         "find": ("pipeline.commands.find", "find a learning rate or the largest batch for a config"),
         "evaluate": ("pipeline.commands.evaluate", "measure a bundle on labelled pictures"),
+        "compare": ("pipeline.commands.compare", "compare runs on the hold-out that they share, with a paired test"),
         "predict": ("pipeline.commands.predict", "classify pictures with a bundle"),
         "preview": ("pipeline.commands.preview", "draw a grid of pictures and their augmented variants"),
         "augment": ("pipeline.commands.augment", "write augmented copies of pictures, and plans to make them again"),

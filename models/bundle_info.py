@@ -28,7 +28,8 @@ class BundleInfo:
 
     task: one of TASKS; labels: in the order of the logits; network: name, image_size [height, width] and args;
     preprocess: plain numbers with "mean" and "std" of RGB in 0…1; temperature: > 0; thresholds: for multilabel one
-    in 0…1 a label, else empty; created: UTC, ISO 8601. BundleError names the field, its value and what was expected.
+    in 0…1 a label, else empty; abstain_below: the confidence in 0…1 below which an answer should be left to a person, None where none was
+    chosen, as in bundles from before there was one; created: UTC, ISO 8601. BundleError names the field, its value and what was expected.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -39,6 +40,7 @@ class BundleInfo:
     preprocess: dict[str, Any]
     temperature: float = 1.0
     thresholds: tuple[float, ...] = ()
+    abstain_below: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +67,7 @@ class BundleInfo:
         # The version first: a newer bundle should be told to be newer, not to have a strange field.
         _check_version(None, "schema_version", values.get("schema_version"))
         names = [f.name for f in fields(cls)]
-        if missing := [name for name in names if name not in values]:
+        if missing := [name for name in names if name not in values and name != "abstain_below"]:
             raise BundleError(f"field {missing[0]!r} is missing; expected the fields {', '.join(names)}")
         for name in values:
             if name not in names:
@@ -167,6 +169,11 @@ def _check_thresholds(info: BundleInfo, name: str, value: object) -> None:
         _fail(name, value, f"{count} numbers in 0…1 for the task {info.task} (one a label for multilabel, else none)")
 
 
+def _check_share(_: object, name: str, value: object) -> None:
+    if value is not None and not (_is_number(value) and 0 <= value <= 1):  # type: ignore[operator]
+        _fail(name, value, "a number in 0…1, or none")
+
+
 def _check_metrics(_: object, name: str, value: object) -> None:
     if not isinstance(value, dict) or not all(isinstance(k, str) and _is_number(v) for k, v in value.items()):
         _fail(name, value, "a dict from names to finite numbers")
@@ -205,6 +212,7 @@ _CHECKS: Mapping[str, Callable[[Any, str, Any], None]] = MappingProxyType(
         "preprocess": _check_preprocess,
         "temperature": _check_temperature,
         "thresholds": _check_thresholds,
+        "abstain_below": _check_share,
         "metrics": _check_metrics,
         "data": _check_plain,
         "config": _check_plain,

@@ -8,19 +8,23 @@ import numpy as np
 
 from augment import Preprocess
 from models.classifier import Classifier
+from pipeline import measures
 from pipeline.data.manifest import DataError, Sample
 from pipeline.scoring import score
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: name → value in [0, 1]; per_class: one row a label; confusion: C×C counts, rows the truth, None for multilabel;
-    probabilities: N×C float32, in the order of the samples."""
+    """metrics: name → value; intervals: of some of them, 95 %, by bootstrap; per_class: one row a label; confusion: C×C counts, rows the
+    truth, None for multilabel; probabilities: N×C float32 and truth, (N,) indices or (N, C) bool, in the order of the samples."""
 
     metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
     per_class: list[dict[str, Any]]
     confusion: np.ndarray | None
     probabilities: np.ndarray
+    truth: np.ndarray
+    samples: Sequence[Sample]
 
 
 def evaluate(
@@ -37,12 +41,25 @@ def evaluate(
 ) -> Evaluation:
     """Measure on samples whose labels index `labels`. tta: see `pipeline.scoring.views`. DataError names a picture that cannot be read.
 
-    Accuracy, top-5 accuracy (above five classes), macro and micro F1; for multilabel F1 and mean average precision, a label being given
-    from its threshold (0.5) on.
+    Accuracy, top-5 accuracy (above five classes), macro F1, negative log likelihood, expected calibration error and the area under the
+    risk-coverage curve; for multilabel F1, mean average precision and AUROC over the labels that have both kinds of pictures, likelihood
+    and calibration, a label being given from its threshold (0.5) on.
     """
+    given = probabilities_of(
+        classifier, preprocess, samples, task=task, temperature=temperature, tta=tta, progress=progress
+    )
+    if task == "multilabel":
+        return _multilabel(given, samples, labels, np.array(thresholds or [0.5] * len(labels)))
+    return _single_label(given, samples, labels)
+
+
+def probabilities_of(
+    classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sample], *, progress: bool = True, **options: Any
+) -> np.ndarray:
+    """N×C float32, as `pipeline.scoring.score` with its options. DataError names a picture that cannot be read."""
     from tqdm import tqdm
 
-    answers = score(classifier, preprocess, [s.read for s in samples], task=task, temperature=temperature, tta=tta)
+    answers = score(classifier, preprocess, [s.read for s in samples], **options)
     rows = []
     for sample, answer in zip(
         samples, tqdm(answers, "evaluating", len(samples), disable=not progress or None, leave=False), strict=True
@@ -50,43 +67,69 @@ def evaluate(
         if not isinstance(answer, np.ndarray):
             raise DataError(f"{sample.path}: cannot be read: {answer}")
         rows.append(answer)
-    given = np.stack(rows)
-    if task == "multilabel":
-        return _multilabel(given, samples, labels, np.array(thresholds or [0.5] * len(labels)))
-    return _single_label(given, np.array([sample.labels[0] for sample in samples]), labels)
+    return np.stack(rows)
 
 
-def _single_label(given: np.ndarray, truth: np.ndarray, labels: Sequence[str]) -> Evaluation:
+def truth_of(samples: Sequence[Sample], task: str, count: int) -> np.ndarray:
+    """(N,) class indices, or for multilabel (N, count) bool."""
+    if task != "multilabel":
+        return np.array([sample.labels[0] for sample in samples])
+    truth = np.zeros((len(samples), count), dtype=bool)
+    for row, sample in zip(truth, samples, strict=True):
+        row[list(sample.labels)] = True
+    return truth
+
+
+def _single_label(given: np.ndarray, samples: Sequence[Sample], labels: Sequence[str]) -> Evaluation:
     from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-    answer = given.argmax(1)
+    truth, answer = truth_of(samples, "multiclass", len(labels)), given.argmax(1)
     indices = np.arange(len(labels))
     metrics = {"accuracy": accuracy_score(truth, answer)}
     if len(labels) > 5:
         best = np.argsort(-given, axis=1, kind="stable")[:, :5]
         metrics["top5_accuracy"] = (best == truth[:, None]).any(1).mean()
     metrics["macro_f1"] = f1_score(truth, answer, labels=indices, average="macro", zero_division=0)
+    metrics["nll"] = measures.nll(given, truth, multilabel=False)
+    metrics["calibration_error"] = measures.calibration_error(given, truth, multilabel=False)
+    metrics["risk_coverage_area"] = measures.risk_coverage(given, truth).area
+    bounds = measures.intervals(truth, answer, len(labels))
     per_class = _per_class(truth[:, None] == indices, answer[:, None] == indices, labels)
-    return Evaluation(_floats(metrics), per_class, confusion_matrix(truth, answer, labels=indices), given)
+    for name in ("precision", "recall", "f1"):
+        for row, pair in zip(per_class, bounds[name], strict=True):
+            row[f"{name}_interval"] = [float(edge) for edge in pair]
+    return Evaluation(
+        _floats(metrics),
+        {name: (float(bounds[name][0]), float(bounds[name][1])) for name in ("accuracy", "macro_f1")},
+        per_class,
+        confusion_matrix(truth, answer, labels=indices),
+        given,
+        truth,
+        samples,
+    )
 
 
 def _multilabel(
     given: np.ndarray, samples: Sequence[Sample], labels: Sequence[str], thresholds: np.ndarray
 ) -> Evaluation:
-    from sklearn.metrics import average_precision_score, f1_score
+    from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
-    truth = np.zeros(given.shape, dtype=bool)
-    for row, sample in zip(truth, samples, strict=True):
-        row[list(sample.labels)] = True
+    truth = truth_of(samples, "multilabel", len(labels))
     answer = given >= thresholds
     seen = truth.any(0)  # average precision is undefined for a label without a positive
-    precision = average_precision_score(truth[:, seen], given[:, seen], average="macro") if seen.any() else 0.0
+    both = seen & ~truth.all(0)
     metrics = {
         "macro_f1": f1_score(truth, answer, average="macro", zero_division=0),
         "micro_f1": f1_score(truth, answer, average="micro", zero_division=0),
-        "mean_average_precision": precision,
+        "mean_average_precision": average_precision_score(truth[:, seen], given[:, seen], average="macro")
+        if seen.any()
+        else 0.0,
+        "nll": measures.nll(given, truth, multilabel=True),
+        "calibration_error": measures.calibration_error(given, truth, multilabel=True),
     }
-    return Evaluation(_floats(metrics), _per_class(truth, answer, labels), None, given)
+    if both.any():
+        metrics["mean_auroc"] = roc_auc_score(truth[:, both], given[:, both], average="macro")
+    return Evaluation(_floats(metrics), {}, _per_class(truth, answer, labels), None, given, truth, samples)
 
 
 def _per_class(truth: np.ndarray, answer: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:

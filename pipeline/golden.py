@@ -15,7 +15,7 @@ LARGEST = 256 * 1024
 
 
 def make_goldens(
-    classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sample], *, task: str
+    classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sample], *, task: str, temperature: float = 1.0
 ) -> list[Golden]:
     """Up to eight pictures spread over the samples. classifier: on the CPU, in eval mode, where the answers are computed.
 
@@ -24,7 +24,7 @@ def make_goldens(
     step = max(1, len(samples) // COUNT)
     kept = [_portable(sample) for sample in samples[::step][:COUNT]]
     readers = [lambda data=data: data for _, data in kept]
-    answers = score(classifier, preprocess, readers, task=task, batch_size=COUNT)
+    answers = score(classifier, preprocess, readers, task=task, temperature=temperature, batch_size=COUNT)
     return [
         Golden(f"{i:02}{suffix}", data, tuple(map(float, answer)))  # type: ignore[arg-type]
         for i, ((suffix, data), answer) in enumerate(zip(kept, answers, strict=True))

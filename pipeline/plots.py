@@ -2,11 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 def confusion_plot(confusion: np.ndarray, labels: Sequence[str], path: Path) -> None:
+    """`confusion_of` as a file."""
+    confusion_of(confusion, labels).savefig(path, dpi=110)
+
+
+def confusion_of(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
     """Rows the truth, columns the answer; the colour is the share of the row, the number the count (up to 30 classes)."""
     from matplotlib.figure import Figure
 
@@ -30,7 +39,7 @@ def confusion_plot(confusion: np.ndarray, labels: Sequence[str], path: Path) -> 
                     va="center",
                     color="white" if shares[row, column] > 0.5 else "black",
                 )
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def curves_plot(history: Sequence[Mapping[str, float]], path: Path) -> None:

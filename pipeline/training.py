@@ -5,7 +5,6 @@ import shutil
 import signal
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,8 +259,8 @@ def _make_bundle(
 ) -> dict[str, float]:
     """Train, evaluate and write all that a run leaves, its bundle last; the metrics on the hold-out. A bundle that is there is taken."""
     from models.bundle import BundleInfo, load_bundle, save_bundle
+    from pipeline.assessment import assess, write_answers
     from pipeline.data.splits import write_splits
-    from pipeline.evaluation import evaluate
     from pipeline.golden import make_goldens
     from pipeline.plots import confusion_plot, curves_plot
     from pipeline.preview import preview_grid
@@ -272,11 +271,8 @@ def _make_bundle(
     history = fit(made, config, run_dir, tracker, checkpoint)
     test = manifest.of("test")
     classifier, preprocess = module.classifier, data.preprocess
-    measure = partial(evaluate, classifier, preprocess, test, task=manifest.task, labels=manifest.labels)
-    evaluation = measure()
-    metrics = evaluation.metrics
-    if config.trainer.tta != "none":  # beside the figures without it, which `refract evaluate` and the server give
-        metrics = metrics | {f"tta_{name}": value for name, value in measure(tta=config.trainer.tta).metrics.items()}
+    found = assess(classifier, preprocess, manifest, config, name=run_dir.name)
+    metrics = found.evaluation.metrics | found.more
     classifier.to("cpu")
     info = BundleInfo(
         name=config.tracking.model_name or run_dir.name,
@@ -288,7 +284,9 @@ def _make_bundle(
             "args": config.model.args | ({} if config.model.head == "linear" else {"head": config.model.head}),
         },
         preprocess=preprocess.to_dict(),
+        temperature=found.temperature,
         thresholds=tuple([0.5] * len(manifest.labels)) if manifest.task == "multilabel" else (),
+        abstain_below=found.abstain_below,
         metrics=metrics,
         data={
             **made.identity,
@@ -301,8 +299,10 @@ def _make_bundle(
     )
     write_splits(manifest, run_dir / "splits.csv")
     curves_plot(history, run_dir / "curves.png")
-    if evaluation.confusion is not None:
-        confusion_plot(evaluation.confusion, manifest.labels, run_dir / "confusion.png")
+    if found.evaluation.confusion is not None:
+        confusion_plot(found.evaluation.confusion, manifest.labels, run_dir / "confusion.png")
+    found.report.write(run_dir)
+    write_answers(run_dir, found.evaluation, history)
     shown = data.train_set.samples[:: max(1, len(data.train_set) // 6)][:6]
     indices = range(0, len(data.train_set), max(1, len(data.train_set) // 6))
     pictures = [
@@ -311,7 +311,7 @@ def _make_bundle(
     preview_grid(pictures, data.train_set.augmenter).save(run_dir / "preview.png")
     if tracker is not None:
         tracker.log_metrics({f"test_{name}": value for name, value in metrics.items()}, step=len(history))
-    goldens = make_goldens(classifier, preprocess, test, task=manifest.task)
+    goldens = make_goldens(classifier, preprocess, test, task=manifest.task, temperature=found.temperature)
     save_bundle(run_dir / "bundle", info, classifier, goldens)
     return metrics
 

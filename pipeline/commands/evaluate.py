@@ -17,6 +17,15 @@ def main(argv: list[str]) -> int:
         "--split", choices=("train", "val", "test"), help="default: test where the data has it, else all of it"
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there too")
+    parser.add_argument(
+        "--report", metavar="DIR", type=Path, help="write report.html, with its pictures inside, and report.json there"
+    )
+    parser.add_argument(
+        "--robustness",
+        choices=("none", "quick", "full"),
+        default="none",
+        help="errors under the 19 corruptions: quick takes 50 pictures and 3 severities, full all and 5",
+    )
     args = parser.parse_args(argv)
     return console.run("evaluate", lambda: _evaluate(args))
 
@@ -26,6 +35,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from pipeline.data.manifest import DataError, load_manifest
     from pipeline.evaluation import evaluate
     from pipeline.files import write_atomically
+    from pipeline.report import make_report
+    from pipeline.robustness import measure_robustness
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
@@ -40,8 +51,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise DataError(
             f"{args.data}: no pictures in the split {split}; it has {', '.join(manifest.splits()) or 'no splits'}"
         )
+    classifier = bundle.classifier()
     result = evaluate(
-        bundle.classifier(),
+        classifier,
         preprocess_of(info),
         samples,
         task=info.task,
@@ -58,11 +70,34 @@ def _evaluate(args: argparse.Namespace) -> int:
         print(
             f"  {row['label']:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['count']:6d}"
         )
+    robustness = None
+    if args.robustness != "none":
+        if info.task == "multilabel":
+            raise DataError("--robustness is for one label a picture; the bundle is multilabel")
+        robustness = measure_robustness(classifier, preprocess_of(info), samples, quick=args.robustness == "quick")
+        print(
+            f"  corrupted: {robustness.mean_error:.4f} wrong, clean {robustness.clean:.4f}, on {robustness.pictures} pictures"
+        )
+        for severity, error in list(robustness.by_severity().items())[1:]:
+            print(f"    severity {severity}: {error:.4f} wrong")
+    if args.report:
+        facts = {
+            "bundle": bundle.digest[:16],
+            "data": f"{args.data} ({split or 'all'})",
+            "pictures": f"{len(samples):,}",
+        }
+        report = make_report(
+            f"{info.name} on {args.data}", result, info.labels, facts=facts, robustness=robustness,
+            precision=info.config.get("evaluation", {}).get("precision", 0.95), abstain_below=info.abstain_below,
+        )  # fmt: skip
+        print("wrote " + ", ".join(map(str, report.write(args.report))))
     if args.json:
         confusion = None if result.confusion is None else result.confusion.tolist()
-        report = {"bundle": bundle.digest, "pictures": len(samples), "split": split, "metrics": result.metrics}
-        report |= {"labels": list(info.labels), "per_class": result.per_class, "confusion": confusion}
-        write_atomically(args.json, json.dumps(report, indent=2, ensure_ascii=False).encode())
+        numbers = {"bundle": bundle.digest, "pictures": len(samples), "split": split, "metrics": result.metrics}
+        numbers |= {"labels": list(info.labels), "per_class": result.per_class, "confusion": confusion}
+        numbers |= {"intervals": result.intervals}
+        numbers |= {"robustness": robustness.to_dict()} if robustness is not None else {}
+        write_atomically(args.json, json.dumps(numbers, indent=2, ensure_ascii=False).encode())
         print(f"wrote {args.json}")
     return 0
 

@@ -23,7 +23,7 @@ from models.module import ClassifierModule
 from models.networks import build
 from pipeline.commands.demo import served
 from pipeline.config import Config, ConfigError, DataConfig
-from pipeline.data.manifest import DataError, Manifest
+from pipeline.data.manifest import DataError, Manifest, Sample
 from pipeline.data.module import PictureData
 from pipeline.data.order import TrainOrder
 from pipeline.evaluation import _single_label
@@ -287,7 +287,8 @@ def test_the_best_epochs_weights_are_kept_and_a_tie_goes_to_the_later(folder: Pa
 
 def test_top_five_counts_the_five_best() -> None:
     given = np.tile(np.arange(8) / 28, (3, 1))
-    result = _single_label(given, np.array([7, 6, 1]), [str(i) for i in range(8)])
+    samples = [Sample("-", (truth,)) for truth in (7, 6, 1)]
+    result = _single_label(given, samples, [str(i) for i in range(8)])
     assert result.metrics["top5_accuracy"] == pytest.approx(2 / 3) and result.metrics["accuracy"] == pytest.approx(
         1 / 3
     )

@@ -1,0 +1,90 @@
+"""Runs side by side: what differs in their configs, their figures, and whether the difference on one hold-out is more than chance."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import measures
+from pipeline.assessment import ANSWERS, HISTORY
+from pipeline.config import ConfigError
+
+
+@dataclass(frozen=True)
+class RunAnswers:
+    """A finished run as its folder tells it. right: path of a hold-out picture → whether the answer was right (multilabel: all labels)."""
+
+    name: str
+    config: dict[str, Any]
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    right: dict[str, bool]
+
+
+def read_run(path: Path) -> RunAnswers:
+    """ConfigError where the folder is no finished run."""
+    from models.bundle import load_bundle
+
+    try:
+        with np.load(path / ANSWERS, allow_pickle=False) as stored:
+            paths, truth, given = (stored[name] for name in ("paths", "truth", "probabilities"))
+        history = json.loads((path / HISTORY).read_text("utf-8"))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: is no finished run: {error}") from error
+    info = load_bundle(path / "bundle").info
+    answers = given >= np.array(info.thresholds) if truth.ndim == 2 else given.argmax(axis=1)
+    right = (answers == truth).reshape(len(truth), -1).all(axis=1)
+    return RunAnswers(
+        path.name, info.config, info.metrics, history, dict(zip(paths.tolist(), right.tolist(), strict=True))
+    )
+
+
+def differences(runs: Sequence[RunAnswers]) -> dict[str, list[Any]]:
+    """Config keys that are not the same in all runs → their values; the runs' own names and places left out."""
+    flat = [dict(_flat(run.config)) for run in runs]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    own = ("trainer.run_name", "trainer.runs_dir")
+    rows = {key: [values.get(key) for values in flat] for key in keys if key not in own}
+    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def against(one: RunAnswers, other: RunAnswers) -> tuple[measures.Difference, int]:
+    """(other's accuracy minus one's on the pictures that both held out, how many those are). ConfigError where there are none."""
+    shared = [path for path in one.right if path in other.right]
+    if not shared:
+        raise ConfigError(
+            f"{one.name} and {other.name} have no picture of their hold-outs in common: they cannot be compared"
+        )
+    pair = (np.array([run.right[path] for path in shared]) for run in (other, one))
+    return measures.paired_difference(*pair), len(shared)
+
+
+def curves(runs: Sequence[RunAnswers], path: Path) -> None:
+    """The validation figures of all runs over the epochs, as PNG."""
+    from matplotlib.figure import Figure
+
+    names = [
+        name
+        for name in ("val_loss", "val_accuracy", "val_f1")
+        if any(name in row for run in runs for row in run.history)
+    ]
+    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), place + 1, xlabel="epoch", title=name)
+        for run in runs:
+            points = [(epoch + 1, row[name]) for epoch, row in enumerate(run.history) if name in row]
+            axes.plot(*zip(*points, strict=True), marker=".", label=run.name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        rows += _flat(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
+    return rows

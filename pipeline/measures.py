@@ -1,0 +1,176 @@
+"""Figures of answers that were given: calibration, intervals, what abstaining brings. Arrays in, numbers out.
+
+probabilities: float (N, C), rows that sum to 1, for multilabel one probability a label; truth: int (N,) class indices, for multilabel bool
+(N, C).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+BINS = 15
+DRAWS = 1000
+LEVEL = 0.95
+
+
+def fit_temperature(probabilities: np.ndarray, truth: np.ndarray, *, multilabel: bool) -> float:
+    """The temperature that gives the answers the highest likelihood, between 1/20 and 20. probabilities: at temperature 1.
+
+    Source: Guo et al. 2017, arXiv:1706.04599, section 4.2.
+    """
+    from scipy.optimize import minimize_scalar
+
+    def loss(log_temperature: float) -> float:
+        return nll(
+            at_temperature(probabilities, np.exp(log_temperature), multilabel=multilabel), truth, multilabel=multilabel
+        )
+
+    bound = np.log(20)
+    return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded").x))
+
+
+def at_temperature(probabilities: np.ndarray, temperature: float, *, multilabel: bool) -> np.ndarray:
+    """The probabilities with their logits divided by the temperature."""
+    from scipy.special import expit, log_softmax, logit
+
+    safe = np.clip(probabilities.astype(np.float64), _TINY, 1 - _TINY if multilabel else 1)
+    if multilabel:
+        return expit(logit(safe) / temperature)
+    return np.exp(log_softmax(np.log(safe) / temperature, axis=1))
+
+
+def nll(probabilities: np.ndarray, truth: np.ndarray, *, multilabel: bool) -> float:
+    """Mean negative log likelihood in nats: of the true class, for multilabel of each label."""
+    from sklearn.metrics import log_loss
+
+    if multilabel:
+        return float(log_loss(truth.ravel(), np.clip(probabilities.ravel(), _TINY, 1 - _TINY), labels=[False, True]))
+    return float(-np.log(np.clip(probabilities[np.arange(len(truth)), truth], _TINY, 1)).mean())
+
+
+def calibration_error(probabilities: np.ndarray, truth: np.ndarray, *, multilabel: bool) -> float:
+    """Expected calibration error over BINS equal bins of confidence, in [0, 1]. Source: Naeini et al. 2015; Guo et al. 2017, section 2."""
+    import torch
+    from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+
+    given, right = torch.from_numpy(probabilities.astype(np.float64)), torch.from_numpy(np.asarray(truth))
+    if multilabel:
+        return float(binary_calibration_error(given.flatten(), right.flatten().long(), n_bins=BINS))
+    return float(multiclass_calibration_error(given, right, num_classes=given.shape[1], n_bins=BINS))
+
+
+def reliability(probabilities: np.ndarray, truth: np.ndarray, *, multilabel: bool) -> list[tuple[float, float, int]]:
+    """(mean confidence, share that is right, count) of each of BINS bins that holds any answer."""
+    confidence = probabilities.ravel() if multilabel else probabilities.max(axis=1)
+    right = np.asarray(truth).ravel() if multilabel else probabilities.argmax(axis=1) == truth
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    return [
+        (float(confidence[place == k].mean()), float(right[place == k].mean()), int((place == k).sum()))
+        for k in range(BINS)
+        if (place == k).any()
+    ]
+
+
+@dataclass(frozen=True)
+class RiskCoverage:
+    """The most confident answers first. coverage: the share that is answered; risk: the share of those that is wrong; confidence: of the
+    least confident of them; area: under the curve, the mean risk over all coverages (AURC: Geifman & El-Yaniv 2017, arXiv:1705.08500)."""
+
+    coverage: np.ndarray
+    risk: np.ndarray
+    confidence: np.ndarray
+    area: float
+
+
+def risk_coverage(probabilities: np.ndarray, truth: np.ndarray) -> RiskCoverage:
+    """For one label a picture."""
+    confidence = probabilities.max(axis=1)
+    order = np.argsort(-confidence, kind="stable")
+    wrong = (probabilities.argmax(axis=1) != truth)[order]
+    count = np.arange(1, len(order) + 1)
+    risk = np.cumsum(wrong) / count
+    return RiskCoverage(count / len(order), risk, confidence[order], float(risk.mean()))
+
+
+def abstain_below(probabilities: np.ndarray, truth: np.ndarray, precision: float) -> float:
+    """The confidence below which not to answer, so that of what is answered `precision` is right: of such thresholds the lowest. 1 where
+    not even the most confident answers reach it. A threshold lies between two answers, so that none is on it."""
+    curve = risk_coverage(probabilities, truth)
+    # Answers of one confidence stand or fall together.
+    ends = np.r_[curve.confidence[1:] < curve.confidence[:-1], True]
+    enough = np.flatnonzero(ends & (1 - curve.risk >= precision))
+    if not len(enough):
+        return 1.0
+    last = enough[-1]
+    return float(curve.confidence[last] + curve.confidence[last + 1]) / 2 if last + 1 < len(ends) else 0.0
+
+
+def intervals(truth: np.ndarray, answer: np.ndarray, count: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Percentile bootstrap intervals (LEVEL) over DRAWS draws of the pictures: `accuracy` (2,), `macro_f1` (2,), `precision`, `recall` and
+    `f1` (count, 2) of each class. truth, answer: (N,) class indices."""
+    cells, numbers = np.unique(truth * count + answer, return_counts=True)
+    rows, columns = cells // count, cells % count
+    rng = np.random.default_rng(seed)
+    # To draw the pictures with replacement is to draw how often each cell of the confusion matrix is seen.
+    seen = rng.multinomial(len(truth), numbers / len(truth), size=DRAWS).astype(np.float64)
+    diagonal = rows == columns
+    hits, said, present = (np.zeros((DRAWS, count)) for _ in range(3))
+    hits[:, rows[diagonal]] = seen[:, diagonal]
+    np.add.at(said.T, columns, seen.T)
+    np.add.at(present.T, rows, seen.T)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision, recall = hits / said, hits / present
+        f1 = 2 * hits / (said + present)
+    found = {
+        "accuracy": hits.sum(axis=1, keepdims=True) / len(truth),
+        "macro_f1": np.nan_to_num(f1).mean(axis=1, keepdims=True),
+        "precision": precision, "recall": recall, "f1": f1,
+    }  # fmt: skip
+    edges = [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2]
+    # A draw without a class says nothing of it; a class that no draw has, or that is never said, has 0.
+    known = {name: np.where(np.isnan(values).all(axis=0), 0.0, values) for name, values in found.items()}
+    bounds = {name: np.nanpercentile(values, edges, axis=0).T for name, values in known.items()}
+    return {name: value[0] if name in ("accuracy", "macro_f1") else value for name, value in bounds.items()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two classifiers on the same pictures: the difference of their accuracies, its bootstrap interval, and McNemar's exact p-value."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+
+
+def paired_difference(one: np.ndarray, other: np.ndarray, *, seed: int = 0) -> Difference:
+    """one, other: bool (N,), whether each was right. McNemar 1947, by the exact binomial test on the pictures that only one has right."""
+    from scipy.stats import binomtest
+
+    gains = one.astype(int) - other.astype(int)
+    better, worse = int((gains > 0).sum()), int((gains < 0).sum())
+    rng = np.random.default_rng(seed)
+    shares = np.array([better, worse, len(gains) - better - worse]) / len(gains)
+    drawn = rng.multinomial(len(gains), shares, size=DRAWS * 10)
+    low, high = np.percentile((drawn[:, 0] - drawn[:, 1]) / len(gains), [2.5, 97.5])
+    p_value = binomtest(better, better + worse).pvalue if better + worse else 1.0
+    return Difference(float(gains.mean()), float(low), float(high), float(p_value))
+
+
+def likely_label_errors(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Places of pictures whose label is likely wrong, the likeliest first: some other class is more probable than that class is for its own
+    pictures on average, and more than the label. Source: Northcutt et al. 2021, "Confident learning", arXiv:1911.00068, section 3.1.
+
+    The pictures must not have been trained on.
+    """
+    count = probabilities.shape[1]
+    own = np.array([probabilities[truth == c, c].mean() if (truth == c).any() else 2.0 for c in range(count)])
+    candidates = np.where(probabilities >= own, probabilities, -1)
+    suspect = candidates.argmax(axis=1)
+    labelled = probabilities[np.arange(len(truth)), truth]
+    margin = candidates.max(axis=1) - labelled
+    found = np.flatnonzero((candidates.max(axis=1) > 0) & (suspect != truth) & (margin > 0))
+    return found[np.argsort(-margin[found], kind="stable")]
+
+
+_TINY = 1e-12

@@ -1,0 +1,94 @@
+"""What an evaluation found, put together for people and for programs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import measures
+from pipeline.evaluation import Evaluation
+from pipeline.files import write_atomically
+from pipeline.report import figures
+from pipeline.robustness import Robustness
+
+SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Report:
+    """numbers: JSON values; figures: title → data address; galleries: title → pictures, each with `src`, `caption` and `path`."""
+
+    title: str
+    numbers: dict[str, Any]
+    figures: dict[str, str] = field(default_factory=dict)
+    galleries: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> list[Path]:
+        """`report.html` and `report.json`, in a folder. OSError as usual."""
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        env = Environment(loader=PackageLoader("pipeline.report", "."), autoescape=True, undefined=StrictUndefined)
+        html = env.get_template("report.html").render(
+            title=self.title, numbers=self.numbers, figures=self.figures, galleries=self.galleries
+        )
+        paths = {"report.html": html, "report.json": json.dumps(self.numbers, indent=1, ensure_ascii=False) + "\n"}
+        for name, text in paths.items():
+            write_atomically(folder / name, text.encode())
+        return [folder / name for name in paths]
+
+
+def make_report(
+    title: str,
+    evaluation: Evaluation,
+    labels: Sequence[str],
+    *,
+    facts: Mapping[str, Any],
+    precision: float,
+    abstain_below: float | None,
+    robustness: Robustness | None = None,
+) -> Report:
+    """facts: what it was measured on and with, for the head. precision: that `abstain_below` was chosen for."""
+    numbers: dict[str, Any] = {"facts": dict(facts), "metrics": evaluation.metrics, "per_class": evaluation.per_class}
+    numbers["intervals"] = {name: list(pair) for name, pair in evaluation.intervals.items()}
+    multilabel = evaluation.truth.ndim == 2
+    bins = measures.reliability(evaluation.probabilities, evaluation.truth, multilabel=multilabel)
+    numbers["reliability"] = [list(row) for row in bins]
+    shown = {"Reliability": figures.reliability_figure(bins)}
+    galleries: dict[str, list[dict[str, str]]] = {}
+    if not multilabel:
+        given, truth = evaluation.probabilities, evaluation.truth
+        curve = measures.risk_coverage(given, truth)
+        shown["Risk and coverage"] = figures.risk_figure(curve.coverage, curve.risk)
+        if abstain_below is not None:
+            answered = given.max(axis=1) >= abstain_below
+            numbers["abstaining"] = {
+                "wanted_precision": precision,
+                "abstain_below": abstain_below,
+                "coverage": float(answered.mean()),
+                "precision": float((given.argmax(axis=1) == truth)[answered].mean()) if answered.any() else None,
+            }
+        if evaluation.confusion is not None:
+            numbers["confusion"] = evaluation.confusion.tolist()
+            shown["Confusion matrix"] = figures.confusion_figure(evaluation.confusion, labels)
+        wrong = np.flatnonzero(given.argmax(axis=1) != truth)
+        surest = wrong[np.argsort(-given[wrong].max(axis=1), kind="stable")]
+        suspects = measures.likely_label_errors(given, truth)
+        numbers["likely_label_errors"] = [evaluation.samples[i].path for i in suspects]
+        galleries["The most confident errors"] = _pictures(evaluation, surest, labels)
+        galleries["Labels that are likely wrong"] = _pictures(evaluation, suspects, labels)
+    if robustness is not None:
+        numbers["robustness"] = robustness.to_dict()
+        shown["Robustness to corruptions"] = figures.severity_figure(robustness.by_severity())
+    return Report(title, numbers, shown, galleries)
+
+
+def _pictures(evaluation: Evaluation, places: np.ndarray, labels: Sequence[str]) -> list[dict[str, str]]:
+    rows = []
+    for i in places[:SHOWN]:
+        sample, answer = evaluation.samples[i], int(evaluation.probabilities[i].argmax())
+        said = f"{labels[answer]} {evaluation.probabilities[i, answer]:.0%}, labelled {labels[sample.labels[0]]}"
+        rows.append({"src": figures.thumbnail(sample.read()), "caption": said, "path": sample.path})
+    return rows

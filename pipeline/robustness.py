@@ -1,0 +1,80 @@
+"""How a classifier bears the 19 corruptions of Hendrycks & Dietterich 2019, arXiv:1903.12261, at severities 1 to 5."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from augment import Preprocess
+from augment.ops.corruption import CORRUPTIONS, corrupt
+from models.classifier import Classifier
+from pipeline.data.manifest import Sample
+
+QUICK_PICTURES, QUICK_SEVERITIES = 50, (1, 3, 5)
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """errors: corruption → severity → share of wrong answers; clean: on the same pictures untouched; pictures: how many."""
+
+    errors: dict[str, dict[int, float]]
+    clean: float
+    pictures: int
+
+    @property
+    def mean_error(self) -> float:
+        """Over all corruptions and severities alike: the paper's mCE without AlexNet's errors as its unit, which are for ImageNet alone."""
+        return float(np.mean([list(own.values()) for own in self.errors.values()]))
+
+    def by_severity(self) -> dict[int, float]:
+        """The mean over the corruptions, at severity 0 the clean error."""
+        severities = next(iter(self.errors.values()))
+        return {0: self.clean} | {s: float(np.mean([own[s] for own in self.errors.values()])) for s in severities}
+
+    def to_dict(self) -> dict[str, Any]:
+        errors = {name: {str(severity): value for severity, value in own.items()} for name, own in self.errors.items()}
+        return {
+            "pictures": self.pictures,
+            "clean_error": self.clean,
+            "mean_corruption_error": self.mean_error,
+            "errors": errors,
+        }
+
+
+def measure_robustness(
+    classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sample], *, quick: bool, seed: int = 0
+) -> Robustness:
+    """Corrupt the preprocessed pictures and count wrong answers; for one label a picture. quick: QUICK_PICTURES of them, spread over the
+    data, at QUICK_SEVERITIES. The corruption of a picture depends on the seed, its place and the severity alone."""
+    from tqdm import tqdm
+
+    severities = QUICK_SEVERITIES if quick else (1, 2, 3, 4, 5)
+    chosen = samples[:: max(1, len(samples) // QUICK_PICTURES)][:QUICK_PICTURES] if quick else samples
+    truth = np.array([sample.labels[0] for sample in chosen])
+    errors: dict[str, dict[int, float]] = {name: {} for name in CORRUPTIONS}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pictures = list(pool.map(lambda sample: preprocess(sample.read()), chosen))
+        clean = _error(classifier, pictures, truth)
+        cases = [(name, severity) for name in errors for severity in severities]
+        for name, severity in tqdm(cases, "corrupting", disable=None, leave=False):
+
+            def spoilt(place: int, name: str = name, severity: int = severity) -> np.ndarray:
+                return corrupt(pictures[place], name, severity, seed=(seed << 32) + place)
+
+            errors[name][severity] = _error(classifier, list(pool.map(spoilt, range(len(pictures)))), truth)
+    return Robustness(errors, clean, len(chosen))
+
+
+def _error(classifier: Classifier, pictures: Sequence[np.ndarray], truth: np.ndarray) -> float:
+    import torch
+
+    device = next(classifier.parameters()).device
+    wrong = 0
+    with torch.inference_mode():
+        for begin in range(0, len(pictures), 256):
+            batch = torch.from_numpy(np.stack(pictures[begin : begin + 256])).permute(0, 3, 1, 2).to(device)
+            wrong += int((classifier(batch).argmax(1).cpu().numpy() != truth[begin : begin + 256]).sum())
+    return wrong / len(pictures)

@@ -1,0 +1,115 @@
+"""What is measured at the end of a training and by `refract evaluate`, its report, and runs side by side."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_data import COLORS, Run, picture, write_picture
+
+from augment import Preprocess
+from models.bundle import load_bundle
+from models.classifier import Classifier
+from models.networks import build
+from pipeline.data.manifest import load_manifest
+from pipeline.robustness import measure_robustness
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pictures/ with a name that is HTML, and some pictures under a wrong label."""
+    root = tmp_path_factory.mktemp("assessed")
+    for label in COLORS:
+        for number in range(60):
+            real = label if number % 6 else "red"
+            write_picture(
+                root / "pictures" / label / f"{number:02}<b>.png", picture(real, number + 100 * len(label))[:, :24]
+            )
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> Path:
+    from pipeline.config import config_from_dict
+    from pipeline.training import train
+
+    for name, rate in (("good", 0.003), ("bad", 1e-7)):
+        values = {
+            "data": {"source": str(root / "pictures"), "image_size": 24, "workers": 0, "batch_size": 16,
+                     "val_share": 0.3, "test_share": 0.3},
+            "optim": {"lr": rate}, "trainer": {"max_epochs": 12, "run_name": name, "runs_dir": str(root / "runs"), "device": "cpu"},
+            "tracking": {"enabled": False}, "evaluation": {"precision": 0.99},
+        }  # fmt: skip
+        train(config_from_dict(values))
+    return root / "runs"
+
+
+def test_the_bundle_is_calibrated_on_validation_and_says_when_to_abstain(runs: Path) -> None:
+    info = load_bundle(runs / "good" / "bundle").info
+    numbers = json.loads((runs / "good" / "report.json").read_text())
+    assert info.temperature != 1 and f"{info.temperature:.3f}" == numbers["facts"]["temperature"]
+    assert (
+        info.abstain_below == numbers["abstaining"]["abstain_below"] > 0
+        and numbers["abstaining"]["wanted_precision"] == 0.99
+    )
+    assert {"accuracy", "macro_f1", "nll", "calibration_error", "risk_coverage_area", "corruption_error"} <= set(
+        info.metrics
+    )
+    low, high = numbers["intervals"]["accuracy"]
+    assert low < numbers["metrics"]["accuracy"] < high
+    robust = numbers["robustness"]
+    assert robust["pictures"] == 50 and len(robust["errors"]) == 19 and set(robust["errors"]["fog"]) == {"1", "3", "5"}
+    with np.load(runs / "good" / "holdout.npz") as stored:
+        assert (stored["probabilities"].argmax(1) == stored["truth"]).mean() == pytest.approx(info.metrics["accuracy"])
+
+
+def test_the_report_is_one_file_with_nothing_from_elsewhere_and_nothing_unescaped(runs: Path) -> None:
+    html = (runs / "good" / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', html)
+    assert len(sources) > 8 and all(source.startswith("data:image/") for source in sources)
+    assert "http" not in re.sub(r'"data:[^"]*"', "", html) and "<script" not in html
+    assert "&lt;b&gt;.png" in html and "<b>.png" not in html
+    assert "The most confident errors" in html and "Labels that are likely wrong" in html
+    suspects = json.loads((runs / "good" / "report.json").read_text())["likely_label_errors"]
+    assert suspects and all(int(Path(path).name[:2]) % 6 == 0 for path in suspects), "every sixth is mislabelled"
+
+
+def test_evaluate_gives_the_same_figures_and_a_report(refract: Run, root: Path, runs: Path, tmp_path: Path) -> None:
+    refract(
+        "evaluate", runs / "good" / "bundle", root / "pictures", "--json", "e.json", "--report", "rep", "--robustness", "quick"
+    )  # fmt: skip
+    wanted = load_bundle(runs / "good" / "bundle").info.metrics
+    found = json.loads((tmp_path / "e.json").read_text())
+    for name in ("accuracy", "nll", "calibration_error"):
+        assert found["metrics"][name] == pytest.approx(wanted[name], abs=1e-4)
+    assert found["robustness"]["mean_corruption_error"] == pytest.approx(wanted["corruption_error"])
+    report = json.loads((tmp_path / "rep" / "report.json").read_text())
+    assert report["metrics"] == found["metrics"] and (tmp_path / "rep" / "report.html").stat().st_size > 50_000
+
+
+def test_runs_are_compared_on_the_hold_out_that_they_share(refract: Run, runs: Path, tmp_path: Path) -> None:
+    told = refract("compare", runs / "bad", runs / "good", "--curves", "c.png").stdout
+    assert re.search(r"^optim\.lr +1e-07 +0\.003$", told, re.MULTILINE) and "run_name" not in told
+    found = re.search(
+        r"good against bad on 54 pictures: accuracy \+(\S+), 95 % interval \+(\S+) to \+(\S+), McNemar p = (\S+):", told
+    )
+    assert found and "more than chance" in told
+    value, low, high = (float(number) for number in found.groups()[:3])
+    accuracies = [load_bundle(runs / name / "bundle").info.metrics["accuracy"] for name in ("bad", "good")]
+    assert value == pytest.approx(accuracies[1] - accuracies[0], abs=1e-4) and low < value < high
+    assert (tmp_path / "c.png").stat().st_size > 5000
+    assert "within chance" in refract("compare", runs / "good", runs / "good").stdout
+    assert "is no finished run" in refract("compare", runs / "good", tmp_path, code=2).stderr
+
+
+def test_corruptions_are_seeded_and_hurt(root: Path) -> None:
+    samples = load_manifest(root / "pictures").samples
+    torch.manual_seed(0)
+    classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
+    one, again = (measure_robustness(classifier, Preprocess(32, 32), samples, quick=True) for _ in range(2))
+    assert one == again and one.by_severity()[0] == one.clean
+    assert measure_robustness(classifier, Preprocess(32, 32), samples, quick=True, seed=1) != one
+    full = measure_robustness(classifier, Preprocess(32, 32), samples[:4], quick=False)
+    assert full.pictures == 4 and list(full.by_severity()) == [0, 1, 2, 3, 4, 5]

@@ -1,0 +1,114 @@
+"""Calibration, intervals and what abstaining brings, on answers whose figures are known."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import softmax
+
+from pipeline import measures
+
+
+def drawn(temperature: float, count: int = 20_000, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Answers whose logits are `temperature` times too large, and the truth drawn from the honest ones."""
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 1.5, (count, classes))
+    honest = softmax(logits, axis=1)
+    truth = (honest.cumsum(axis=1) < rng.random((count, 1))).sum(axis=1)
+    return softmax(logits * temperature, axis=1), truth
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_is_found_and_calibrates(temperature: float) -> None:
+    probabilities, truth = drawn(temperature)
+    found = measures.fit_temperature(probabilities, truth, multilabel=False)
+    assert found == pytest.approx(temperature, rel=0.05)
+    before = measures.calibration_error(probabilities, truth, multilabel=False)
+    cooled = measures.at_temperature(probabilities, found, multilabel=False)
+    after = measures.calibration_error(cooled, truth, multilabel=False)
+    assert after < 0.02 and (temperature == 1 or before > 0.08)
+    assert (cooled.argmax(1) == probabilities.argmax(1)).all(), "no answer changes"
+    assert measures.nll(cooled, truth, multilabel=False) <= measures.nll(probabilities, truth, multilabel=False) + 1e-9
+
+
+def test_the_temperature_of_several_labels() -> None:
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 1.5, (8000, 3))
+    truth = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
+    found = measures.fit_temperature(1 / (1 + np.exp(-2.5 * logits)), truth, multilabel=True)
+    assert found == pytest.approx(2.5, rel=0.06)
+
+
+def test_the_calibration_error_by_hand() -> None:
+    # Ten answers of confidence 0.8, of which six are right: 0.2 off.
+    probabilities = np.tile([0.8, 0.2], (10, 1))
+    truth = np.array([0] * 6 + [1] * 4)
+    assert measures.calibration_error(probabilities, truth, multilabel=False) == pytest.approx(0.2)
+    assert measures.reliability(probabilities, truth, multilabel=False) == [(pytest.approx(0.8), 0.6, 10)]
+
+
+def test_risk_and_coverage_by_hand() -> None:
+    confidence = np.array([0.9, 0.8, 0.7, 0.6])
+    probabilities = np.stack([confidence, 1 - confidence], 1)
+    curve = measures.risk_coverage(probabilities, np.array([0, 1, 0, 1]))
+    np.testing.assert_allclose(curve.coverage, [0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(curve.risk, [0, 1 / 2, 1 / 3, 2 / 4])
+    assert curve.area == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
+    assert measures.abstain_below(probabilities, np.array([0, 1, 0, 1]), 1.0) == pytest.approx(0.85)
+    assert measures.abstain_below(probabilities, np.array([0, 1, 0, 1]), 0.6) == pytest.approx(0.65)
+    assert measures.abstain_below(probabilities, np.array([0, 1, 0, 1]), 0.5) == 0
+    assert measures.abstain_below(probabilities, np.array([1, 1, 1, 1]), 0.9) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 5), st.integers(1, 80), st.floats(0.3, 1.0))
+def test_what_is_answered_is_as_precise_as_wanted(seed: int, classes: int, count: int, wanted: float) -> None:
+    rng = np.random.default_rng(seed)
+    probabilities = np.round(rng.dirichlet(np.ones(classes), count), 1) + 1e-3  # with ties
+    truth = rng.integers(0, classes, count)
+    threshold = measures.abstain_below(probabilities, truth, wanted)
+    answered = probabilities.max(axis=1) >= threshold
+    right = probabilities.argmax(axis=1) == truth
+    if answered.any() and threshold < 1:
+        assert right[answered].mean() >= wanted - 1e-12
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    rng, held, count = np.random.default_rng(3), 0, 200
+    for seed in range(count):
+        truth = rng.integers(0, 3, 400)
+        answer = np.where(rng.random(400) < 0.8, truth, (truth + 1) % 3)
+        low, high = measures.intervals(truth, answer, 3, seed=seed)["accuracy"]
+        held += low <= 0.8 <= high
+    assert 0.9 < held / count < 0.99
+    bounds = measures.intervals(truth, answer, 3)
+    assert bounds["precision"].shape == (3, 2) and (bounds["recall"][:, 0] <= bounds["recall"][:, 1]).all()
+    assert not np.isnan(measures.intervals(np.array([0, 0]), np.array([0, 0]), 3)["f1"]).any(), (
+        "classes without a picture"
+    )
+
+
+def test_a_paired_difference_is_sharper_than_two_intervals() -> None:
+    rng = np.random.default_rng(4)
+    one = rng.random(2000) < 0.9
+    other = one.copy()
+    other[rng.choice(np.flatnonzero(one), 40, replace=False)] = False
+    found = measures.paired_difference(one, other)
+    assert found.value == pytest.approx(0.02) and 0.01 < found.low < found.high < 0.03 and found.p_value < 1e-9
+    same = measures.paired_difference(one, one)
+    assert (same.value, same.low, same.high, same.p_value) == (0, 0, 0, 1)
+    # McNemar by hand: 8 against 2 of ten, both tails of the fair coin: 2 · (1 + 10 + 45) / 1024.
+    one, other = np.array([True] * 8 + [False] * 2), np.array([False] * 8 + [True] * 2)
+    assert measures.paired_difference(one, other).p_value == pytest.approx(2 * 56 / 1024)
+
+
+def test_wrong_labels_are_found() -> None:
+    rng = np.random.default_rng(5)
+    truth = rng.integers(0, 4, 1000)
+    logits = rng.normal(0, 1, (1000, 4))
+    logits[np.arange(1000), truth] += 5
+    given_labels = truth.copy()
+    swapped = rng.choice(1000, 20, replace=False)
+    given_labels[swapped] = (truth[swapped] + 1) % 4
+    found = measures.likely_label_errors(softmax(logits, axis=1), given_labels)
+    assert len(set(found) & set(swapped)) >= 14 and len(set(found) - set(swapped)) <= 4
