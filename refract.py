@@ -11,6 +11,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "init": ("pipeline.commands.init", "look at a folder or manifest of pictures and write a config for it"),
         "train": ("pipeline.commands.train", "train from a config; writes a run with its bundle"),
         "sync": ("pipeline.commands.sync", "deliver to MLflow what runs kept while its server did not answer"),
+        "replay-batch": (
+            "pipeline.commands.replay_batch",
+            "run the batch again whose loss was no number, layer by layer",
+        ),
         "find": ("pipeline.commands.find", "find a learning rate or the largest batch for a config"),
         "evaluate": ("pipeline.commands.evaluate", "measure a bundle on labelled pictures"),
         "compare": ("pipeline.commands.compare", "compare runs on the hold-out that they share, with a paired test"),

@@ -187,6 +187,7 @@ def fit(
     from pipeline.averaging import WeightAverage, best_weights
     from pipeline.checkpoints import ResumeCheckpoint
     from pipeline.progress import BestCheckpoint, EpochReport, progress_bars, quiet_lightning
+    from pipeline.reproducer import Reproducer
 
     quiet_lightning()
     module, device, group = made.module, made.device, made.processes
@@ -206,7 +207,8 @@ def fit(
         module.classifier.network.compile()  # in place: the keys of the weights stay as they are
     with heard() as stop:
         resumable = ResumeCheckpoint(folder, seconds=config.trainer.checkpoint_seconds, stop=stop)
-        _run_trainer(made, config, run_dir, [*more, best, report, *bars, resumable], checkpoint)
+        bad_batch = Reproducer(run_dir, _network_facts(made, config), made.data.train_set)
+        _run_trainer(made, config, run_dir, [*more, best, report, *bars, resumable, bad_batch], checkpoint)
     if not group.first:
         return report.history
     kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
@@ -215,12 +217,28 @@ def fit(
     return report.history
 
 
+def _network_facts(made: Assembly, config: Config) -> dict[str, Any]:
+    """What builds the classifier again."""
+    preprocess = made.data.preprocess
+    network = {"name": config.model.name, "image_size": list(config.image_size()), "head": config.model.head}
+    return {
+        "network": network | {"args": config.model.args},
+        "classes": len(made.manifest.labels),
+        "task": made.manifest.task,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "normalize": preprocess.normalize,
+        "seed": config.trainer.seed,
+    }
+
+
 def _run_trainer(made: Assembly, config: Config, run_dir: Path, callbacks: list[Any], checkpoint: Path | None) -> None:
     import lightning
     from lightning.pytorch.callbacks import ProgressBar
 
     from pipeline.checkpoints import WholeFiles
     from pipeline.data.manifest import DataError
+    from pipeline.reproducer import Reproducer
 
     group, device = made.processes, made.device
     trainer = lightning.Trainer(
@@ -244,8 +262,9 @@ def _run_trainer(made: Assembly, config: Config, run_dir: Path, callbacks: list[
     try:
         trainer.fit(made.module, datamodule=made.data, ckpt_path=checkpoint, weights_only=True)
     except FloatingPointError as error:
+        told = next(callback.told for callback in callbacks if isinstance(callback, Reproducer))
         raise ConfigError(
-            f"training stopped: {error}. A lower learning rate (--optim.lr) is the usual cure."
+            f"training stopped: {error}. A lower learning rate (--optim.lr) is the usual cure. {told}".rstrip()
         ) from error
     except SystemExit as error:  # what Lightning makes of Ctrl-C, after switching it off
         signal.signal(signal.SIGINT, signal.default_int_handler)

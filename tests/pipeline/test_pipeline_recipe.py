@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_data import COLORS, picture, write_picture
+from small_data import COLORS, Run, picture, write_picture
 
 from models.bundle import load_bundle
 from models.transfer import blocks_of
@@ -195,6 +195,32 @@ def test_what_cannot_be_is_told_before_training(asked: tuple, message: str, unev
 def test_weights_that_are_lost_are_told(uneven: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the validation loss is nan after epoch 0.*lower learning rate"):
         trained(uneven, tmp_path, "--optim.lr", 1e30, "--data.batch_size", 40, "--trainer.max_epochs", 1)
+
+
+def test_a_loss_that_is_no_number_names_layer_and_batch_and_can_be_replayed(
+    refract: Run, uneven: Path, tmp_path: Path
+) -> None:
+    lost = (
+        "--optim.lr",
+        1e4,
+        "--optim.name",
+        "sgd",
+        "--model.name",
+        "cnn",
+        "--model.args",
+        "{norm: none}",
+        "--data.batch_size",
+        4,
+    )
+    with pytest.raises(
+        ConfigError, match=r"the training loss is nan in epoch 0, step \d, samples \[.*refract replay-batch"
+    ) as told:
+        trained(uneven, tmp_path, *lost)
+    assert "The weights are no numbers any more" in str(told.value) or "is not finite is network." in str(told.value)
+    shown = refract("replay-batch", tmp_path / "run" / "bad-batch.pt").stdout
+    assert "network.stages.0.0" in shown and "100.0%" in shown and ".png" in shown and '"version": 1' in shown
+    (tmp_path / "other.pt").write_bytes(b"nothing")
+    assert "is no bad-batch.pt" in refract("replay-batch", tmp_path / "other.pt", code=2).stderr
 
 
 def test_grey_pictures_do_not_blow_fastnet_up(tmp_path: Path) -> None:
