@@ -1,5 +1,6 @@
 """What is made of a trained classifier before it becomes a bundle: calibrated on validation, measured on the hold-out, reported."""
 
+import dataclasses
 import json
 import logging
 import time
@@ -15,6 +16,7 @@ from models.classifier import Classifier
 from pipeline import measures
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
+from pipeline.doctor import Doctor, Finding
 from pipeline.evaluation import Evaluation, evaluate, probabilities_of, truth_of
 from pipeline.files import write_atomically
 from pipeline.report import Report, make_report
@@ -36,13 +38,22 @@ class Assessment:
     more: dict[str, float]
     temperature: float
     abstain_below: float | None
+    findings: list[Finding]
     report: Report
 
 
 def assess(
-    classifier: Classifier, preprocess: Preprocess, manifest: Manifest, config: Config, *, name: str
+    classifier: Classifier,
+    preprocess: Preprocess,
+    manifest: Manifest,
+    config: Config,
+    *,
+    name: str,
+    doctor: Doctor,
+    history: list[dict[str, float]],
 ) -> Assessment:
-    """classifier: in eval mode, on any device. name: for the report's title. DataError names a picture that cannot be read."""
+    """classifier: in eval mode, on any device. name: for the report's title; doctor, history: of the training. DataError names a picture
+    that cannot be read."""
     test, task = manifest.of("test"), manifest.task
     temperature, threshold = _calibrated(classifier, preprocess, manifest, config.evaluation.precision)
     kinds: dict[str, Any] = {"task": task, "labels": manifest.labels, "temperature": temperature}
@@ -64,11 +75,22 @@ def assess(
         "temperature": f"{temperature:.3f}",
         "time a picture": f"{_milliseconds(classifier, config.image_size()):.2f} ms, the network alone in batches of 64",
     }
+    if task != "multilabel":
+        answers = evaluation.probabilities.argmax(axis=1)
+        doctor.record.said, doctor.record.truth = (
+            _shares(found, manifest.labels) for found in (answers, evaluation.truth)
+        )
+    findings = doctor.findings(history)
     report = make_report(
         f"Run {name}", evaluation, manifest.labels, facts=facts, precision=config.evaluation.precision,
-        abstain_below=threshold, robustness=robustness,
+        abstain_below=threshold, robustness=robustness, findings=[dataclasses.asdict(finding) for finding in findings],
     )  # fmt: skip
-    return Assessment(evaluation, more, temperature, threshold, report)
+    return Assessment(evaluation, more, temperature, threshold, findings, report)
+
+
+def _shares(indices: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
+    counts = np.bincount(indices, minlength=len(labels))
+    return dict(zip(labels, (counts / max(1, len(indices))).tolist(), strict=True))
 
 
 def write_answers(run_dir: Path, evaluation: Evaluation, history: Sequence[Mapping[str, float]]) -> None:

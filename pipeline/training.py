@@ -176,9 +176,15 @@ def prepare_data(config: Config) -> tuple[Any, dict[str, str]]:
 
 
 def fit(
-    made: Assembly, config: Config, run_dir: Path, tracker: Any, checkpoint: Path | None = None
+    made: Assembly,
+    config: Config,
+    run_dir: Path,
+    tracker: Any,
+    checkpoint: Path | None = None,
+    doctor: Any = None,
 ) -> list[dict[str, float]]:
-    """Train, leave the best epoch's weights in the module, and return the metrics of each epoch. checkpoint: to go on from.
+    """Train, leave the best epoch's weights in the module, and return the metrics of each epoch. checkpoint: to go on from; doctor: a
+    callback that watches.
 
     Stopped where SIGTERM or Ctrl-C asked for it."""
     import torch
@@ -198,7 +204,7 @@ def fit(
     best.first_epoch = 0 if swa is None else int(swa * config.trainer.max_epochs)
     report = EpochReport(module.monitor, tracker)
     bars = progress_bars() if group.first else []
-    more: list[Any] = []
+    more: list[Any] = [] if doctor is None else [doctor]
     if config.trainer.ema or swa is not None:
         more.append(WeightAverage(decay=config.trainer.ema, swa_start=swa))
     if config.trainer.patience is not None:
@@ -280,6 +286,7 @@ def _make_bundle(
     from models.bundle import BundleInfo, load_bundle, save_bundle
     from pipeline.assessment import assess, write_answers
     from pipeline.data.splits import write_splits
+    from pipeline.doctor.run import make_doctor, write_findings
     from pipeline.golden import make_goldens
     from pipeline.plots import confusion_plot, curves_plot
     from pipeline.preview import preview_grid
@@ -287,10 +294,11 @@ def _make_bundle(
     if (run_dir / "bundle").exists():
         return dict(load_bundle(run_dir / "bundle").info.metrics)
     manifest, module, data = made.manifest, made.module, made.data
-    history = fit(made, config, run_dir, tracker, checkpoint)
+    doctor = make_doctor(made, config)
+    history = fit(made, config, run_dir, tracker, checkpoint, doctor)
     test = manifest.of("test")
     classifier, preprocess = module.classifier, data.preprocess
-    found = assess(classifier, preprocess, manifest, config, name=run_dir.name)
+    found = assess(classifier, preprocess, manifest, config, name=run_dir.name, doctor=doctor, history=history)
     metrics = found.evaluation.metrics | found.more
     classifier.to("cpu")
     info = BundleInfo(
@@ -322,6 +330,9 @@ def _make_bundle(
         confusion_plot(found.evaluation.confusion, manifest.labels, run_dir / "confusion.png")
     found.report.write(run_dir)
     write_answers(run_dir, found.evaluation, history)
+    write_findings(run_dir, found.findings, doctor.record)
+    for finding in found.findings:
+        log.warning("doctor: %s", finding)
     shown = data.train_set.samples[:: max(1, len(data.train_set) // 6)][:6]
     indices = range(0, len(data.train_set), max(1, len(data.train_set) // 6))
     pictures = [
@@ -329,6 +340,7 @@ def _make_bundle(
     ]
     preview_grid(pictures, data.train_set.augmenter).save(run_dir / "preview.png")
     if tracker is not None:
+        tracker.tag({f"doctor.{finding.name}": finding.evidence for finding in found.findings})
         tracker.log_metrics({f"test_{name}": value for name, value in metrics.items()}, step=len(history))
     goldens = make_goldens(classifier, preprocess, test, task=manifest.task, temperature=found.temperature)
     save_bundle(run_dir / "bundle", info, classifier, goldens)

@@ -131,12 +131,16 @@ class PictureData(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Item]:
         return self.loader_of("val")
 
-    def loader_of(self, split: str) -> DataLoader[Item]:
+    def pictures_of(self, split: str) -> Pictures:
+        """Those of a split, preprocessed."""
         if split not in self._measured:
             samples = self.manifest.of(split)
             pixels = decoded(samples, self.preprocess, "preprocessing") if self.in_memory else None
             self._measured[split] = Pictures(samples, self.preprocess, targets_of(samples, self.manifest), pixels)
-        dataset = self._measured[split]
+        return self._measured[split]
+
+    def loader_of(self, split: str) -> DataLoader[Item]:
+        dataset = self.pictures_of(split)
         return self._loader(dataset, sampler=Share(len(dataset), *self._place()))
 
     def state_dict(self) -> dict[str, int]:

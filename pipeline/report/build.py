@@ -49,9 +49,12 @@ def make_report(
     precision: float,
     abstain_below: float | None,
     robustness: Robustness | None = None,
+    findings: Sequence[Mapping[str, str]] | None = None,
 ) -> Report:
-    """facts: what it was measured on and with, for the head. precision: that `abstain_below` was chosen for."""
+    """facts: what it was measured on and with, for the head. precision: that `abstain_below` was chosen for. findings: the doctor's, each
+    with name, evidence and cure; None where it did not watch."""
     numbers: dict[str, Any] = {"facts": dict(facts), "metrics": evaluation.metrics, "per_class": evaluation.per_class}
+    numbers["findings"] = None if findings is None else list(findings)
     numbers["intervals"] = {name: list(pair) for name, pair in evaluation.intervals.items()}
     multilabel = evaluation.truth.ndim == 2
     bins = measures.reliability(evaluation.probabilities, evaluation.truth, multilabel=multilabel)

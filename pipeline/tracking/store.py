@@ -14,6 +14,9 @@ LONGEST = 6000
 """Characters of a parameter's value that every store of MLflow takes."""
 
 
+LONGEST_TAG = 5000
+
+
 class Refused(RuntimeError):
     """The server answered, and will not have the entry, now or later; the message is its own."""
 
@@ -65,6 +68,12 @@ class Store:
         # MLflow keeps a metric of one name, step, time and value once.
         metrics = [Metric(name, value, entry["time"], entry["step"]) for name, value in entry["values"].items()]
         self._client.log_batch(known["run_id"], metrics=metrics)
+
+    def _tags(self, entry: Entry, known: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(name, value[:LONGEST_TAG]) for name, value in entry["tags"].items()]
+        self._client.log_batch(known["run_id"], tags=tags)
 
     def _files(self, entry: Entry, known: Mapping[str, Any]) -> None:
         for name in entry["files"]:

@@ -78,6 +78,11 @@ class Tracker:
         if fresh:
             self._add({"do": "metrics", "step": step, "time": now(), "values": fresh})
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Tags of the run."""
+        if tags:
+            self._add({"do": "tags", "tags": dict(tags)})
+
     def log_files(self, files: Sequence[Path], bundle: Path) -> None:
         """Files of the run's folder, and the bundle's folder as `bundle`, as artifacts."""
         if not any(self.journal.of("files")):

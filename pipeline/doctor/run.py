@@ -1,0 +1,67 @@
+"""The doctor in a run: made for a config, and what it found as a file."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from augment.ops.choice import ChoiceOp
+from pipeline.config import Config, ConfigError
+from pipeline.doctor.findings import Finding, Record
+from pipeline.doctor.watch import OVERFIT_PICTURES, Doctor
+from pipeline.files import write_atomically
+
+if TYPE_CHECKING:
+    from pipeline.training import Assembly
+
+FILE = "doctor.json"
+LOOKED_AT = 64
+
+
+def make_doctor(made: "Assembly", config: Config) -> Doctor:
+    """A doctor that has looked at some validation pictures, and tried whether a few can be learned by heart."""
+    import torch
+
+    from pipeline.data.module import collate
+
+    augmenter = made.data.train_set.augmenter
+    record = Record(
+        classes=0
+        if made.manifest.task == "multilabel" or config.loss.name not in ("auto", "cross_entropy")
+        else len(made.manifest.labels),
+        lr=config.optim.lr,
+        soft=config.loss.label_smoothing > 0 or augmenter.mixes,
+        workers=made.data.workers,
+        ops=tuple(_names(augmenter.policy.ops)),
+    )
+    doctor = Doctor(record)
+    pictures = made.data.pictures_of("val")
+    places = range(0, len(pictures), max(1, len(pictures) // LOOKED_AT))
+    if len(places) >= OVERFIT_PICTURES:
+        batch = collate([pictures[i] for i in places[:LOOKED_AT]])
+        # Of several classes, where the pictures are sorted by them.
+        order = torch.randperm(len(batch["images"]), generator=torch.Generator().manual_seed(0))
+        doctor.preflight(made.module, batch["images"][order], batch["targets"][order])
+    return doctor
+
+
+def write_findings(run_dir: Path, findings: Sequence[Finding], record: Record) -> None:
+    """`doctor.json`: the findings and what they were found from."""
+    values = {"findings": [dataclasses.asdict(finding) for finding in findings], "record": dataclasses.asdict(record)}
+    write_atomically(run_dir / FILE, json.dumps(values, indent=1).encode())
+
+
+def read_findings(run_dir: Path) -> tuple[list[Finding], dict[str, Any]]:
+    """(findings, the record). ConfigError where the run has none."""
+    try:
+        values = json.loads((run_dir / FILE).read_text("utf-8"))
+        return [Finding(**finding) for finding in values["findings"]], values["record"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{run_dir}: has no {FILE}; a run has one when it is finished ({error})") from error
+
+
+def _names(ops: Sequence[Any]) -> list[str]:
+    """Of all ops, those inside choices too."""
+    held = [op.ops if isinstance(op, ChoiceOp) else () for op in ops]
+    return [name for op, inner in zip(ops, held, strict=True) for name in (op.name, *_names(inner))]

@@ -1,0 +1,178 @@
+"""What the doctor looks at while a training runs: every loss, and once an epoch gradients and units."""
+
+import copy
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from models.losses import classification_loss
+from models.module import ClassifierModule
+from pipeline.doctor.findings import Finding, Record, early, late
+
+log = logging.getLogger(__name__)
+
+OVERFIT_PICTURES, OVERFIT_STEPS, OVERFIT_SECONDS = 8, 60, 5.0
+FLAT = 0.97
+"""A sigmoid or tanh is saturated where it has come this near to its end, as a share of its range from the middle."""
+
+
+class Doctor(Callback):
+    """Keeps a `Record`, tells early findings after the first step, and all of them by `findings`.
+
+    Costs a few clock readings a step, and once an epoch the norms of the gradients and a look at the activations of one batch. Losses stay
+    on the device until the end of the epoch.
+    """
+
+    def __init__(self, record: Record) -> None:
+        self.record, self.preflight_findings = record, list[Finding]()
+        self._losses: list[Tensor] = []
+        self._clock = time.perf_counter()
+        self._hooks: list[Any] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        self._collect()
+        return dataclasses.asdict(self.record)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.record = Record(**{**state_dict, "ops": tuple(state_dict["ops"])})
+
+    def findings(self, history: Sequence[Mapping[str, float]]) -> list[Finding]:
+        """All of them. history: metrics of each epoch."""
+        self._collect()
+        self.record.history = list(history)
+        return [*self.preflight_findings, *early(self.record), *late(self.record)]
+
+    def preflight(self, module: ClassifierModule, images: Tensor, targets: Tensor) -> None:
+        """Look at measured pictures, and try whether the network can learn a few of them by heart. images: uint8 (N, 3, H, W)."""
+        self._look_at_inputs("val", module, images)
+        found = overfits(module, images[:OVERFIT_PICTURES], targets[:OVERFIT_PICTURES])
+        if found is not None:
+            self.preflight_findings.append(found)
+            log.warning("doctor: %s", found)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._clock = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._took("waiting")
+        if batch_idx == 0:
+            self._look_at_units(pl_module.classifier)
+        if trainer.global_step == 0 and batch_idx == 0:
+            images = batch["images"]
+            self._look_at_inputs("train", pl_module, images.flatten(0, -4) if images.ndim > 4 else images)
+
+    def on_before_backward(self, trainer: lightning.Trainer, pl_module: Any, loss: Tensor) -> None:
+        self._took("forward")
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def on_after_backward(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self._took("backward")
+
+    def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
+        if len(self.record.gradients) > trainer.current_epoch:
+            return
+        ratios = {}
+        with torch.no_grad():
+            for name, parameter in pl_module.classifier.named_parameters():
+                if parameter.requires_grad and parameter.ndim > 1 and parameter.grad is not None:
+                    ratios[name] = float(parameter.grad.norm() / parameter.norm().clamp(min=1e-12))
+        self.record.gradients.append(ratios)
+        if trainer.global_step == 0:
+            named = pl_module.classifier.named_parameters()
+            self.record.unreached = [name for name, p in named if p.requires_grad and p.grad is None]
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._took("optimiser")
+        self._losses.append(outputs["loss"].detach())
+        if trainer.global_step == 1 and len(self.record.losses) + len(self._losses) == trainer.accumulate_grad_batches:
+            self._collect()
+            for finding in early(self.record):
+                log.warning("doctor: %s", finding)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self._collect()
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self._clock = time.perf_counter()  # validation is nobody's waiting
+
+    def _took(self, part: str) -> None:
+        now = time.perf_counter()
+        self.record.seconds[part] = self.record.seconds.get(part, 0.0) + now - self._clock
+        self._clock = now
+
+    def _collect(self) -> None:
+        if self._losses:
+            self.record.losses += torch.stack(self._losses).float().cpu().tolist()
+            self._losses = []
+
+    def _look_at_inputs(self, split: str, module: Any, images: Tensor) -> None:
+        with torch.no_grad():
+            normalised = module.classifier.normalise(images[:64].to(module.device))
+        self.record.inputs[split] = (float(normalised.mean()), float(normalised.std()))
+
+    def _look_at_units(self, classifier: nn.Module) -> None:
+        """By hooks in the coming forward pass."""
+        self.record.dead, self.record.saturated = {}, {}
+
+        def watch(name: str, into: dict[str, float], share: Callable[[Tensor], Tensor]) -> Any:
+            def hook(module: nn.Module, _: Any, output: Tensor) -> None:
+                if name not in into and output.ndim > 1:
+                    into[name] = float(share(output.detach()))
+
+            return hook
+
+        for name, module in classifier.named_modules():
+            if isinstance(module, nn.ReLU | nn.ReLU6):
+                self._hooks.append(module.register_forward_hook(watch(name, self.record.dead, _dead)))
+            elif isinstance(module, nn.Sigmoid | nn.Tanh):
+                flat = _flat_sigmoid if isinstance(module, nn.Sigmoid) else _flat_tanh
+                self._hooks.append(module.register_forward_hook(watch(name, self.record.saturated, flat)))
+
+
+def overfits(module: ClassifierModule, images: Tensor, targets: Tensor) -> Finding | None:
+    """None where a copy of the network learns the pictures by heart, or is too slow to say within OVERFIT_SECONDS. Draws from no shared
+    generator; the module stays as it is."""
+    began, losses = time.perf_counter(), list[float]()
+    devices = [module.device] if module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        classifier = copy.deepcopy(module.classifier).train()
+        trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=3e-3)
+        for _ in range(OVERFIT_STEPS):
+            loss = classification_loss(classifier(images), targets, task=module.task)
+            losses.append(float(loss.detach()))
+            if losses[-1] < 0.5 * losses[0] or time.perf_counter() - began > OVERFIT_SECONDS or loss.grad_fn is None:
+                return None
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return Finding(
+        "one batch is not learned",
+        f"in {OVERFIT_STEPS} steps on the same {len(images)} pictures the loss went from {losses[0]:.3f} to {losses[-1]:.3f}",
+        "look at the labels, at what is frozen (model.mode), at strong dropout: what cannot learn one batch learns no data set",
+    )
+
+
+def _dead(output: Tensor) -> Tensor:
+    """Share of the channels that are 0 for all pictures and places."""
+    units = output.transpose(0, 1).flatten(1) if output.ndim != 3 else output.flatten(0, 1).T
+    return (units <= 0).all(dim=1).float().mean()
+
+
+def _flat_sigmoid(output: Tensor) -> Tensor:
+    return ((output - 0.5).abs() > FLAT / 2).float().mean()
+
+
+def _flat_tanh(output: Tensor) -> Tensor:
+    return (output.abs() > FLAT).float().mean()

@@ -1,0 +1,198 @@
+"""Every finding of the doctor: a training that is made to have the fault gets it, and a healthy one gets none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_data import COLORS, Run, picture, write_picture
+from torch import nn
+
+from pipeline.config import config_from_dict
+from pipeline.doctor.findings import Record, late
+from pipeline.doctor.run import make_doctor, read_findings
+from pipeline.doctor.watch import Doctor
+from pipeline.training import Assembly, assemble, fit
+
+BASE: dict[str, Any] = {
+    "data": {
+        "workers": 0,
+        "batch_size": 16,
+        "image_size": 24,
+        "normalize": "data",
+        "val_share": 0.2,
+        "test_share": 0.1,
+    },
+    "model": {"name": "cnn", "args": {"widths": [8, 16]}},
+    "optim": {"lr": 0.01},
+    "trainer": {"max_epochs": 6, "precision": "fp32", "device": "cpu"},
+    "tracking": {"enabled": False},
+}
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("colours")
+    for label in COLORS:
+        for number in range(40):
+            write_picture(root / label / f"{number:02}.png", picture(label, number)[:, :24])
+    return root
+
+
+def made_with(colours: Path, *overrides: object, **sections: dict[str, Any]) -> tuple[Assembly, Any]:
+    values = {name: {**section, **sections.get(name, {})} for name, section in BASE.items()}
+    values["data"]["source"] = str(colours)
+    for name, section in sections.items():
+        values.setdefault(name, section)
+    config = config_from_dict(values, list(map(str, overrides)))
+    return assemble(config), config
+
+
+def told(made: Assembly, config: Any, tmp_path: Path, doctor: Doctor | None = None) -> set[str]:
+    doctor = doctor or make_doctor(made, config)
+    history = fit(made, config, tmp_path / "run", None, None, doctor)
+    return {finding.name for finding in doctor.findings(history)}
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet20", "lenet5", "mlp", "fastnet"])
+def test_a_healthy_training_gets_none(name: str, colours: Path, tmp_path: Path) -> None:
+    rate = {"optim": {"lr": 0.002}} if name != "fastnet" else {"optim": {"name": "sgd", "lr": 0.1}}
+    made, config = made_with(colours, model={"name": name, "args": {}}, augment={"policy": "cifar"}, **rate)
+    if name == "lenet5":
+        made, config = made_with(
+            colours, model={"name": name, "args": {}}, data={"image_size": 32}, optim={"lr": 0.002}
+        )
+    assert told(made, config, tmp_path) == set()
+
+
+def test_a_rate_that_is_too_high_or_too_low(colours: Path, tmp_path: Path) -> None:
+    tanh = {"model": {"name": "mlp", "args": {"hidden": [64, 64], "activation": "tanh"}}, "trainer": {"max_epochs": 15}}
+    made, config = made_with(colours, "--optim.name", "sgd", "--optim.lr", 10, "--optim.warmup", 0.6, **tanh)
+    assert "learning rate too high" in told(made, config, tmp_path / "a")
+    made, config = made_with(colours, "--optim.lr", 1e-7, **tanh)
+    assert {"learning rate too low", "the loss does not fall"} & told(made, config, tmp_path / "b")
+
+
+def test_the_rates_words() -> None:
+    falling = [2.3 * 0.97**step + 0.1 for step in range(200)]
+    assert not list(late(Record(10, 0.1, losses=falling)))
+    risen = falling[:60] + [0.3 * 1.04**step for step in range(60)]
+    (found,) = late(Record(10, 0.1, losses=risen))
+    assert found.name == "learning rate too high" and "× in" in found.evidence and "optim.lr 0.01" in found.cure
+    (found,) = late(Record(10, 0.1, losses=[2.3 - 0.0001 * step for step in range(200)]))
+    assert found.name == "the loss does not fall"
+    crawl = [2.3 - 0.003 * step for step in range(200)]
+    (found,) = late(Record(10, 1e-4, losses=crawl, history=[{}] * 4))
+    assert found.name == "learning rate too low" and "optim.lr 0.001" in found.cure
+
+
+def test_an_initial_loss_that_knows_too_much(colours: Path, tmp_path: Path) -> None:
+    made, config = made_with(colours, "--model.init", "large_gaussian", "--model.args", "{norm: none, widths: [8, 16]}")
+    assert "initial loss" in told(made, config, tmp_path)
+
+
+def test_parameters_that_are_not_reached(colours: Path, tmp_path: Path) -> None:
+    made, config = made_with(colours)
+    network = made.module.classifier.network
+    network.register_parameter("forgotten", nn.Parameter(torch.ones(3)))
+    assert "no gradient" in told(made, config, tmp_path)
+
+
+def test_inputs_out_of_range_and_a_policy_that_shifts_them(colours: Path, tmp_path: Path) -> None:
+    made, config = made_with(colours, data={"normalize": "fixed", "mean": [0, 0, 0], "std": [0.01, 0.01, 0.01]})
+    assert "input range" in told(made, config, tmp_path / "a")
+    made, config = made_with(colours, augment={"policy": [{"Brightness": {"factor": [3, 4]}}]})
+    assert "augmentation shifts the pictures" in told(made, config, tmp_path / "b")
+
+
+def test_a_policy_near_to_the_robustness_test(colours: Path, tmp_path: Path) -> None:
+    made, config = made_with(colours, augment={"policy": [{"OneOf": {"ops": ["GaussianBlur", "HorizontalFlip"]}}]})
+    doctor = make_doctor(made, config)
+    assert "trained on corruptions" in told(made, config, tmp_path, doctor)
+    assert doctor.record.ops == ("OneOf", "GaussianBlur", "HorizontalFlip")
+
+
+def test_gradients_that_vanish_or_explode(colours: Path, tmp_path: Path) -> None:
+    deep = {"name": "mlp", "args": {"hidden": [32] * 12, "activation": "sigmoid"}}
+    made, config = made_with(colours, "--model.init", "xavier_normal", model=deep)
+    assert "vanishing gradient" in told(made, config, tmp_path)
+    layers = [f"l{k}" for k in range(6)]
+    growing = {name: 10.0 ** (2 - 2 * k) for k, name in enumerate(layers)}
+    assert [found.name for found in late(Record(3, 0.1, gradients=[growing]))] == ["exploding gradient"]
+    assert not list(late(Record(3, 0.1, gradients=[dict.fromkeys(layers, 0.01)])))
+
+
+def test_dead_and_saturated_units(colours: Path, tmp_path: Path) -> None:
+    relu = {"name": "mlp", "args": {"hidden": [64, 64]}}
+    made, config = made_with(colours, model=relu)
+    with torch.no_grad():
+        made.module.classifier.network.layers[0].bias.fill_(-1e3)
+    assert "dead ReLUs" in told(made, config, tmp_path / "a")
+    tanh = {"name": "mlp", "args": {"hidden": [64, 64], "activation": "tanh"}}
+    made, config = made_with(colours, "--model.init", "large_gaussian", model=tanh)
+    assert "saturated units" in told(made, config, tmp_path / "b")
+
+
+def test_a_network_that_cannot_learn_one_batch(colours: Path, tmp_path: Path) -> None:
+    made, config = made_with(colours, "--model.args", "{widths: [8, 16], dropout: 0.999}")
+    assert "one batch is not learned" in told(made, config, tmp_path)
+
+
+def test_over_and_underfitting() -> None:
+    def history(train: list[float], val: list[float], losses: list[float]) -> list[dict[str, float]]:
+        rows = zip(train, val, losses, strict=True)
+        return [{"train_accuracy": t, "val_accuracy": v, "val_loss": loss} for t, v, loss in rows]
+
+    over = history([0.6, 0.8, 0.9, 0.97, 0.99], [0.6, 0.7, 0.72, 0.71, 0.7], [0.9, 0.8, 0.85, 1.0, 1.2])
+    assert [found.name for found in late(Record(3, 0.1, history=over))] == ["overfitting"]
+    under = history([0.3, 0.5, 0.55, 0.552, 0.553], [0.3, 0.5, 0.54, 0.55, 0.55], [1.5, 1.2, 1.1, 1.1, 1.1])
+    assert [found.name for found in late(Record(3, 0.1, history=under))] == ["underfitting"]
+    assert not list(late(Record(3, 0.1, soft=True, history=under))), "mixed targets are not counted right"
+    well = history([0.6, 0.8, 0.9, 0.95, 0.97], [0.6, 0.8, 0.88, 0.93, 0.94], [0.9, 0.5, 0.4, 0.3, 0.3])
+    assert not list(late(Record(3, 0.1, history=well)))
+
+
+def test_a_class_that_takes_all_and_a_loader_that_is_late() -> None:
+    (found,) = late(Record(3, 0.1, said={"cat": 0.95, "dog": 0.05}, truth={"cat": 0.5, "dog": 0.5}))
+    assert (
+        found.name == "class collapse"
+        and "95% of the hold-out's pictures are said to be cat, and 50% are" in found.evidence
+    )
+    assert not list(late(Record(3, 0.1, said={"cat": 0.95, "dog": 0.05}, truth={"cat": 0.93, "dog": 0.07})))
+    slow = {"waiting": 8.0, "forward": 3.0, "backward": 5.0, "optimiser": 1.0}
+    (found,) = late(Record(3, 0.1, seconds=slow, workers=0))
+    assert found.name == "the loader is the bottleneck" and "data.workers: 2" in found.cure
+    (found,) = late(Record(3, 0.1, seconds=slow, workers=4))
+    assert "data.memory: always" in found.cure and "with 4 worker processes" in found.evidence
+
+
+def test_watching_changes_no_weight(colours: Path, tmp_path: Path) -> None:
+    def weights(watched: bool) -> torch.Tensor:
+        made, config = made_with(colours, "--model.args", "{widths: [8, 16], dropout: 0.3}")
+        doctor = make_doctor(made, config) if watched else None
+        fit(made, config, tmp_path / str(watched), None, None, doctor)
+        return torch.cat([value.float().flatten() for value in made.module.classifier.state_dict().values()])
+
+    assert torch.equal(weights(True), weights(False))
+
+
+@pytest.mark.slow
+def test_findings_go_to_the_console_the_run_and_the_report(refract: Run, colours: Path, tmp_path: Path) -> None:
+    values = {name: dict(section) for name, section in BASE.items() if name != "tracking"}
+    values["data"]["source"] = str(colours)
+    (tmp_path / "c.yaml").write_text(json.dumps(values))
+    told = refract("train", "c.yaml", "--augment.policy", "[GaussianBlur]", "--trainer.run_name", "r").stderr
+    assert "doctor: trained on corruptions: the policy has GaussianBlur" in told
+    findings, record = read_findings(tmp_path / "runs" / "r")
+    assert [finding.name for finding in findings] == ["trained on corruptions"] and len(record["losses"]) > 20
+    shown = refract("doctor", "runs/r").stdout
+    assert "trained on corruptions\n  seen:  the policy has GaussianBlur" in shown and "time: waiting" in shown
+    html = (tmp_path / "runs" / "r" / "report.html").read_text()
+    assert "<strong>trained on corruptions</strong>" in html
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
+    assert "GaussianBlur" in run.data.tags["doctor.trained on corruptions"]
+    assert "has no doctor.json" in refract("doctor", tmp_path, code=2).stderr
