@@ -16,6 +16,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "run the batch again whose loss was no number, layer by layer",
         ),
         "doctor": ("pipeline.commands.doctor", "what was wrong with a run, by what evidence, and what to change"),
+        "tune": ("pipeline.commands.tune", "search a space of configs for the best score on validation"),
         "find": ("pipeline.commands.find", "find a learning rate or the largest batch for a config"),
         "evaluate": ("pipeline.commands.evaluate", "measure a bundle on labelled pictures"),
         "compare": ("pipeline.commands.compare", "compare runs on the hold-out that they share, with a paired test"),

@@ -33,8 +33,16 @@ def new_run(config: Config, name: str, record: dict[str, Any]) -> Run:
     """A new folder below `runs_dir` with the config and the record. ConfigError where the named one exists: a run is never overwritten."""
     path = _new_folder(config.trainer, name)
     _write_record(path, record)
-    write_atomically(path / CONFIG, _yaml(config.to_dict()).encode())
+    write_config(config, path)
     return Run(path, record, resumed=False)
+
+
+def write_config(config: Config, path: Path) -> None:
+    """`config.yaml` in a folder, which is made if need be."""
+    import yaml
+
+    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    write_atomically(path / CONFIG, text.encode())
 
 
 def stored_config(path: Path) -> Config:
@@ -126,9 +134,3 @@ def _comparable(config: Config) -> dict[str, Any]:
     values = config.to_dict()
     values["trainer"] = {k: v for k, v in values["trainer"].items() if k not in ("runs_dir", "run_name")}
     return values
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)

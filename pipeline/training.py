@@ -3,6 +3,7 @@
 import logging
 import shutil
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -111,8 +112,9 @@ class Assembly:
     processes: Processes
 
 
-def assemble(config: Config) -> Assembly:
-    """Check the data, split it, and make the classifier, its module and its batches. Raises as `train`."""
+def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None) -> Assembly:
+    """Check the data, split it, and make the classifier, its module and its batches. prepared: what `prepare_data` gave for the same data
+    and seed before. Raises as `train`."""
     import lightning
 
     from augment import Augmenter
@@ -128,7 +130,7 @@ def assemble(config: Config) -> Assembly:
     augmenter = Augmenter(config.augment.policy, config.trainer.seed, size=config.image_size())
     check_recipe(config, augmenter, precision)
     preprocess = make_preprocess(config)
-    manifest, identity = prepare_data(config)
+    manifest, identity = prepare_data(config) if prepared is None else prepared
     check_task(config, manifest.task)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
     preprocess, arrays = measured(config, preprocess, manifest)
@@ -181,10 +183,10 @@ def fit(
     run_dir: Path,
     tracker: Any,
     checkpoint: Path | None = None,
-    doctor: Any = None,
+    watchers: Sequence[Any] = (),
 ) -> list[dict[str, float]]:
-    """Train, leave the best epoch's weights in the module, and return the metrics of each epoch. checkpoint: to go on from; doctor: a
-    callback that watches.
+    """Train, leave the best epoch's weights in the module, and return the metrics of each epoch. checkpoint: to go on from; watchers:
+    further callbacks.
 
     Stopped where SIGTERM or Ctrl-C asked for it."""
     import torch
@@ -204,7 +206,7 @@ def fit(
     best.first_epoch = 0 if swa is None else int(swa * config.trainer.max_epochs)
     report = EpochReport(module.monitor, tracker)
     bars = progress_bars() if group.first else []
-    more: list[Any] = [] if doctor is None else [doctor]
+    more: list[Any] = list(watchers)
     if config.trainer.ema or swa is not None:
         more.append(WeightAverage(decay=config.trainer.ema, swa_start=swa))
     if config.trainer.patience is not None:
@@ -295,7 +297,7 @@ def _make_bundle(
         return dict(load_bundle(run_dir / "bundle").info.metrics)
     manifest, module, data = made.manifest, made.module, made.data
     doctor = make_doctor(made, config)
-    history = fit(made, config, run_dir, tracker, checkpoint, doctor)
+    history = fit(made, config, run_dir, tracker, checkpoint, [doctor])
     test = manifest.of("test")
     classifier, preprocess = module.classifier, data.preprocess
     found = assess(classifier, preprocess, manifest, config, name=run_dir.name, doctor=doctor, history=history)

@@ -51,7 +51,7 @@ def made_with(colours: Path, *overrides: object, **sections: dict[str, Any]) -> 
 
 def told(made: Assembly, config: Any, tmp_path: Path, doctor: Doctor | None = None) -> set[str]:
     doctor = doctor or make_doctor(made, config)
-    history = fit(made, config, tmp_path / "run", None, None, doctor)
+    history = fit(made, config, tmp_path / "run", None, watchers=[doctor])
     return {finding.name for finding in doctor.findings(history)}
 
 
@@ -170,8 +170,8 @@ def test_a_class_that_takes_all_and_a_loader_that_is_late() -> None:
 def test_watching_changes_no_weight(colours: Path, tmp_path: Path) -> None:
     def weights(watched: bool) -> torch.Tensor:
         made, config = made_with(colours, "--model.args", "{widths: [8, 16], dropout: 0.3}")
-        doctor = make_doctor(made, config) if watched else None
-        fit(made, config, tmp_path / str(watched), None, None, doctor)
+        watchers = [make_doctor(made, config)] if watched else []
+        fit(made, config, tmp_path / str(watched), None, watchers=watchers)
         return torch.cat([value.float().flatten() for value in made.module.classifier.state_dict().values()])
 
     assert torch.equal(weights(True), weights(False))

@@ -1,0 +1,64 @@
+"""What a search found, as files: the winning config, every trial, and figures by Optuna."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from pipeline.files import write_atomically
+
+
+def write_report(study: optuna.Study, best: Mapping[str, Any], folder: Path) -> list[Path]:
+    """best.yaml, trials.csv and report.html in the folder. OSError as usual."""
+    import yaml
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    head = f"# Trial {study.best_trial.number} of {study.study_name}: {study.best_value:.4f} on validation\n"
+    write_atomically(
+        folder / "best.yaml", (head + yaml.safe_dump(dict(best), sort_keys=False, allow_unicode=True)).encode()
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Optuna's experimental parts
+        frame = study.trials_dataframe(attrs=("number", "value", "params", "state", "duration"))
+        figures = _figures(study)
+    write_atomically(folder / "trials.csv", frame.to_csv(index=False).encode())
+    env = Environment(loader=PackageLoader("pipeline.tuning", "."), autoescape=True, undefined=StrictUndefined)
+    html = env.get_template("report.html").render(
+        name=study.study_name,
+        best=study.best_trial,
+        drawn=json.dumps(study.best_trial.user_attrs["drawn"], indent=1),
+        figures=figures,
+        trials=sorted(study.trials, key=lambda trial: -1.0 if trial.value is None else trial.value, reverse=True),
+    )
+    write_atomically(folder / "report.html", html.encode())
+    return [folder / name for name in ("best.yaml", "trials.csv", "report.html")]
+
+
+def _figures(study: optuna.Study) -> dict[str, str]:
+    """Title → data address. Those that the trials are too few for are left out."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from pipeline.report.figures import data_url
+
+    draw = optuna.visualization.matplotlib
+    found = {}
+    done = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    kinds: dict[str, Any] = {
+        "The best so far": draw.plot_optimization_history,
+        "Scores by epoch": draw.plot_intermediate_values,
+        "Slices": draw.plot_slice,
+    }
+    if len(done) >= 4 and len({trial.value for trial in done}) > 1:
+        kinds["What mattered"] = draw.plot_param_importances
+    for title, plot in kinds.items():
+        axes = plot(study)
+        first = axes.flat[0] if hasattr(axes, "flat") else axes
+        found[title] = data_url(first.figure)
+        plt.close(first.figure)
+    return found

@@ -1,0 +1,230 @@
+"""The search itself: trials drawn by Optuna, each a training on its own, pruned where it lags behind, kept in a storage."""
+
+import itertools
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import optuna
+from lightning.pytorch.callbacks import Callback
+
+from pipeline.config import Config, ConfigError, config_from_dict
+from pipeline.runs import write_config
+from pipeline.tuning.space import Dimension, applies, with_values
+
+log = logging.getLogger(__name__)
+
+SAMPLERS = ("tpe", "random", "grid", "coarse-to-fine")
+GRID = 4
+"""Values of a number in a grid."""
+FINE_FROM = 0.5
+"""Share of the trials after which coarse-to-fine narrows its ranges to those of the best."""
+BEST_SHARE, FEWEST_BEST = 0.25, 3
+EXPLODED = 3.0
+"""Times the first loss at which a trial is given up."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """trials: how many in all, of all processes and restarts; minutes: after which none is begun, None for no end; storage: of Optuna."""
+
+    name: str
+    sampler: str
+    trials: int
+    minutes: float | None
+    storage: str
+    seed: int
+
+
+def open_study(search: Search, space: Sequence[Dimension]) -> optuna.Study:
+    """The study of that name, begun or gone on with. ConfigError where the storage cannot be used, or the sampler with the space."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    try:
+        study = optuna.create_study(
+            study_name=search.name,
+            storage=_storage(search.storage),
+            pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+            direction="maximize",
+            load_if_exists=True,
+        )
+    except Exception as error:  # of the database's own libraries, in many kinds
+        raise ConfigError(f"--storage: {search.storage} cannot be used: {str(error).splitlines()[0]}") from error
+    seed = search.seed + len(study.trials)  # a search that goes on does not draw the same again
+    if search.sampler == "grid":
+        for values in grid(space):
+            study.enqueue_trial(values, skip_if_exists=True)
+    elif search.sampler == "tpe":
+        study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
+    else:
+        study.sampler = optuna.samplers.RandomSampler(seed=seed)
+    return study
+
+
+def run_trials(study: optuna.Study, search: Search, space: Sequence[Dimension], config: Config, folder: Path) -> None:
+    """Draw and train until the study has its trials or the time is over. folder: the trials' runs lie below it.
+
+    ConfigError for a trial whose config cannot be, once: the space is wrong then.
+    """
+    from pipeline.training import prepare_data
+
+    wanted = min(search.trials, len(grid(space))) if search.sampler == "grid" else search.trials
+    prepared = prepare_data(config)
+    write_config(config, folder)
+    began = time.monotonic()
+    while _done(study) < wanted and (search.minutes is None or time.monotonic() - began < 60 * search.minutes):
+        trial = study.ask()
+        drawn = _draw(trial, space, study, search)
+        told = ", ".join(
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in drawn.items()
+        )
+        try:
+            score = _train(trial, drawn, config, folder, prepared)
+        except optuna.TrialPruned as reason:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            log.info("trial %d pruned (%s): %s", trial.number, reason, told)
+        except BaseException:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            raise
+        else:
+            study.tell(trial, score)
+            log.info("trial %d scored %.4f, the best so far %.4f: %s", trial.number, score, study.best_value, told)
+
+
+def best_config(study: optuna.Study, config: Config) -> dict[str, Any]:
+    """The winning trial's config. ConfigError where no trial came to its end."""
+    try:
+        drawn = study.best_trial.user_attrs["drawn"]
+    except ValueError as error:
+        raise ConfigError(f"no trial of {study.study_name} came to its end") from error
+    return with_values(config.to_dict(), drawn)
+
+
+class Pruning(Callback):
+    """Tell Optuna the score of each epoch, and end a trial that lags behind or whose loss explodes."""
+
+    def __init__(self, trial: optuna.Trial, monitor: str) -> None:
+        self.trial, self.monitor = trial, monitor
+        self._first: float | None = None
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"].detach()
+        if self._first is None:
+            self._first = float(loss)
+        elif (batch_idx + 1) % 10 == 0 and float(loss) > EXPLODED * self._first:
+            raise optuna.TrialPruned(f"the loss {float(loss):.3g} is over {EXPLODED:g} times its first")
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.trial.report(float(trainer.callback_metrics[self.monitor]), trainer.current_epoch + 1)
+        if self.trial.should_prune():
+            raise optuna.TrialPruned("it lags behind the others")
+
+
+def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, folder: Path, prepared: Any) -> float:
+    """The best score on validation. TrialPruned."""
+    from pipeline.tracking import Tracker
+    from pipeline.training import assemble, fit
+
+    trial.set_user_attr("drawn", dict(drawn))
+    own = config_from_dict(with_values(config.to_dict(), drawn), where=f"trial {trial.number}")
+    same = own.data == config.data and own.trainer.seed == config.trainer.seed
+    made = assemble(own, prepared if same else None)
+    run_dir = folder / f"trial-{trial.number:04}"
+    write_config(own, run_dir)
+    tracker = None
+    if config.tracking.enabled:
+        parent = _parent(config, folder)
+        tags = {"mlflow.parentRunId": parent} if parent else {}
+        tracker = Tracker(own.tracking, run_dir, drawn, tags)
+    status = "FAILED"
+    try:
+        history = fit(made, own, run_dir, tracker, watchers=[Pruning(trial, made.module.monitor)])
+        status = "FINISHED"
+        return max(row[made.module.monitor] for row in history)
+    except ConfigError as error:  # a loss that is no number
+        if "training stopped" not in str(error):
+            raise
+        raise optuna.TrialPruned("its loss is no number") from error
+    except optuna.TrialPruned:
+        status = "KILLED"
+        raise
+    finally:
+        if tracker is not None:
+            tracker.finish(status)
+
+
+def _parent(config: Config, folder: Path) -> str | None:
+    """The MLflow run that holds those of the trials; made by the first process."""
+    from pipeline.tracking import Tracker
+    from pipeline.tracking.journal import Journal
+
+    if not Journal(folder).entries:
+        Tracker(config.tracking, folder, config.to_dict(), {"refract.search": folder.name}).finish("FINISHED")
+    return Journal(folder).delivered.get("run_id")
+
+
+def _draw(trial: optuna.Trial, space: Sequence[Dimension], study: optuna.Study, search: Search) -> dict[str, Any]:
+    fine = search.sampler == "coarse-to-fine" and trial.number >= FINE_FROM * search.trials
+    best = _best(study) if fine else []
+    drawn: dict[str, Any] = {}
+    for dimension in space:
+        if not applies(dimension, drawn):
+            continue
+        key = dimension.key
+        if dimension.choices:
+            drawn[key] = trial.suggest_categorical(key, dimension.choices)
+            continue
+        low, high = _narrowed(dimension, [found.params[key] for found in best if key in found.params])
+        if dimension.whole:
+            drawn[key] = trial.suggest_int(key, int(low), int(high), log=dimension.log)
+        else:
+            drawn[key] = trial.suggest_float(key, low, high, log=dimension.log)
+    return drawn
+
+
+def _best(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    done = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    done.sort(key=lambda trial: trial.value or 0.0, reverse=True)
+    return done[: max(FEWEST_BEST, round(BEST_SHARE * len(done)))]
+
+
+def _narrowed(dimension: Dimension, values: Sequence[float]) -> tuple[float, float]:
+    """From the lowest to the highest of the best values; the whole range where these are one or none."""
+    low, high = (min(values), max(values)) if values else (dimension.low, dimension.high)
+    return (low, high) if low < high else (dimension.low, dimension.high)
+
+
+def grid(space: Sequence[Dimension]) -> list[dict[str, Any]]:
+    """All combinations, of a number GRID values. ConfigError where the space has conditions."""
+    columns = []
+    for dimension in space:
+        if dimension.when:
+            raise ConfigError(f"{dimension.key}: a grid has no conditions; take another sampler")
+        spread = np.geomspace if dimension.log else np.linspace
+        values = list(dimension.choices) or spread(dimension.low, dimension.high, GRID).tolist()
+        columns.append(sorted({round(value) for value in values}) if dimension.whole else values)
+    keys = [dimension.key for dimension in space]
+    return [dict(zip(keys, row, strict=True)) for row in itertools.product(*columns)]
+
+
+def _done(study: optuna.Study) -> int:
+    """Trials that came to an end, or are under way elsewhere."""
+    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.RUNNING)
+    return len(study.get_trials(deepcopy=False, states=states))
+
+
+def _storage(url: str) -> Any:
+    if url.startswith("journal:"):
+        from optuna.storages.journal import JournalFileBackend
+
+        return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
+    # A trial whose process died counts as failed after the grace period, and is drawn anew.
+    return optuna.storages.RDBStorage(url, heartbeat_interval=30, grace_period=90)
