@@ -10,6 +10,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "init": ("pipeline.commands.init", "look at a folder or manifest of pictures and write a config for it"),
         "train": ("pipeline.commands.train", "train from a config; writes a run with its bundle"),
+        "rerun": ("pipeline.commands.rerun", "train once more as a run was trained, and compare the weights"),
         "sync": ("pipeline.commands.sync", "deliver to MLflow what runs kept while its server did not answer"),
         "replay-batch": (
             "pipeline.commands.replay_batch",

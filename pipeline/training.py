@@ -3,6 +3,7 @@
 import logging
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError
+from pipeline.files import write_atomically
 from pipeline.processes import Processes, processes
+from pipeline.provenance import code_state, flat_tags, machine, peak_memory, versions
 from pipeline.stopping import heard
 
 log = logging.getLogger(__name__)
@@ -43,11 +46,21 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
     if not made.processes.first:
         fit(made, config, resume or Path(config.trainer.runs_dir), None, checkpoint)
         return None
-    record = {"fingerprint": made.identity["fingerprint"], "versions": _versions(), "created": _now()}
+    code, diff = code_state()
+    record = {
+        "name": name,
+        "runs_dir": config.trainer.runs_dir,
+        "fingerprint": made.identity["fingerprint"],
+        "versions": versions(),
+        "code": code,
+        "machine": machine(made.device, made.precision),
+        "created": _now(),
+    }
     run = new_run(config, name, record) if resume is None else old_run(resume, record)
-    now = _versions()
+    if diff and resume is None:
+        write_atomically(run.path / "code.diff", diff.encode())
     for package, version in run.record["versions"].items():
-        if version != now.get(package):
+        if version != record["versions"].get(package):  # type: ignore[attr-defined]
             log.warning("%s was %s when the run began: the weights may not come out equal to the bit", package, version)
     with held(run.path):
         log.info("run %s on %s, %s: %s", run.path, made.device, made.precision, _described(made.manifest))
@@ -65,8 +78,14 @@ def _tracked(made: "Assembly", config: Config, run: Any, checkpoint: Path | None
     from pipeline.stopping import Stopped
     from pipeline.tracking import Tracker, TrackingError
 
+    began = time.monotonic()
+    data = {"fingerprint": made.identity["fingerprint"], "source": made.manifest.source}
+    counts = {split: len(made.manifest.of(split)) for split in made.manifest.splits()}
+    tags = flat_tags(data=data | counts, code=run.record["code"], machine=run.record["machine"])
+    if "commit" in run.record["code"]:
+        tags["mlflow.source.git.commit"] = run.record["code"]["commit"]  # which MLflow's own pages show
     try:
-        tracker = Tracker(config.tracking, run.path, config.to_dict(), {}) if config.tracking.enabled else None
+        tracker = Tracker(config.tracking, run.path, config.to_dict(), tags) if config.tracking.enabled else None
     except TrackingError:
         if not run.resumed:  # nothing was done: the name is free again
             shutil.rmtree(run.path)
@@ -75,6 +94,9 @@ def _tracked(made: "Assembly", config: Config, run: Any, checkpoint: Path | None
     try:
         metrics = _make_bundle(made, config, run.path, tracker, checkpoint)
         if tracker is not None:
+            cost = {"cost_minutes": (time.monotonic() - began) / 60, "cost_peak_memory_mib": peak_memory()}
+            tracker.log_metrics(cost, step=0)
+            tracker.tag({"rerun": f"refract rerun {tracker.journal.delivered.get('run_id', run.path)}"})
             files = [
                 file
                 for file in sorted(run.path.iterdir())
@@ -323,7 +345,7 @@ def _make_bundle(
             "counts": {s: manifest.counts(s) for s in manifest.splits()},
         },
         config=config.to_dict(),
-        versions=_versions(),
+        versions=versions(),
         created=_now(),
     )
     write_splits(manifest, run_dir / "splits.csv")
@@ -356,21 +378,3 @@ def _described(manifest: Any) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import version
-
-    names = (
-        "refract",
-        "torch",
-        "torchvision",
-        "timm",
-        "lightning",
-        "numpy",
-        "opencv-python-headless",
-        "simplejpeg",
-        "pillow",
-    )
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -412,3 +412,19 @@ def test_two_processes_train_what_one_does(refract: Run, folder: Path) -> None:
     for key, weight in one.items():
         torch.testing.assert_close(two[key], weight, rtol=1e-3, atol=1e-5)
     assert sorted(path.name for path in (folder.parent / "runs").iterdir()) == ["one", "two"]
+
+
+@pytest.mark.slow
+def test_a_run_tells_where_it_came_from_and_is_run_again(refract: Run, workplace: Path) -> None:
+    client = MlflowClient(f"sqlite:///{workplace}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
+    assert run.data.tags["data.train"] == "84" and len(run.data.tags["data.fingerprint"]) > 20
+    assert run.data.tags["machine.device"] and run.data.tags["rerun"] == f"refract rerun {run.info.run_id}"
+    assert 0 < run.data.metrics["cost_minutes"] < 10 and run.data.metrics["cost_peak_memory_mib"] > 100
+    told = refract("rerun", "runs/r1").stdout
+    assert "the same weights: yes" in told and "other than then" not in told
+    write_picture(workplace / "pictures" / "red" / "more.jpg", picture("red", 99))
+    shutil.rmtree(workplace / "runs" / "r1")
+    told = refract("rerun", run.info.run_id).stdout
+    assert "other than then: the data have changed" in told and "the same weights: no" in told
+    assert "is no folder here, and no run of MLflow" in refract("rerun", "0" * 32, code=1).stderr

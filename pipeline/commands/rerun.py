@@ -1,0 +1,80 @@
+"""`refract rerun RUN`"""
+
+import argparse
+from pathlib import Path
+
+from pipeline.commands import console
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="refract rerun",
+        description="Train once more as a run was trained, and say whether the weights came out the same. Tells where the code, the "
+        "versions or the data are others than they were.",
+    )
+    parser.add_argument("run", help="a run's folder, or the id of its run in MLflow")
+    parser.add_argument(
+        "--uri", help="the tracking server of that id; without it MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here"
+    )
+    args = parser.parse_args(argv)
+    return console.run("rerun", lambda: _rerun(args.run, args.uri))
+
+
+def _rerun(run: str, uri: str | None) -> int:
+    import json
+    import tempfile
+
+    from pipeline.config import ConfigError
+    from pipeline.provenance import code_state, versions
+    from pipeline.runs import RECORD, stored_config
+    from pipeline.training import train
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(run) if Path(run).is_dir() else _fetched(run, uri, Path(folder))
+        config = stored_config(path)
+        if not (path / RECORD).is_file():
+            raise ConfigError(f"{run}: has no {RECORD}")
+        record = json.loads((path / RECORD).read_text("utf-8"))
+        weights = path / "bundle" / "weights.safetensors"
+        before = weights.read_bytes() if weights.is_file() else None
+    code, _ = code_state()
+    differing = [
+        f"{name} was {old}, is {versions().get(name)}"
+        for name, old in record["versions"].items()
+        if versions().get(name) != old
+    ]
+    if record.get("code", {}).get("commit") != code.get("commit"):
+        differing.append(f"the code was at commit {record.get('code', {}).get('commit')}, is at {code.get('commit')}")
+    if record.get("code", {}).get("dirty") == "yes":
+        differing.append("the code had changes that were not committed: see the run's code.diff")
+    for line in differing:
+        print(f"other than then: {line}")
+    name, config.trainer.run_name, config.trainer.runs_dir = path.name, None, record["runs_dir"]
+    result = train(config, name=f"{record['name']}-rerun")
+    assert result is not None, "one process"
+    fingerprint = json.loads((result.run_dir / RECORD).read_text("utf-8"))["fingerprint"]
+    if fingerprint != record["fingerprint"]:
+        print("other than then: the data have changed")
+    after = (result.bundle / "weights.safetensors").read_bytes()
+    told = "not known, as the run has no bundle any more" if before is None else "yes" if after == before else "no"
+    print(f"{name} was run again as {result.run_dir}; the same weights: {told}")
+    return 0
+
+
+def _fetched(run_id: str, uri: str | None, folder: Path) -> Path:
+    """The run's files from MLflow. TrackingError where there is no such run."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    from pipeline.config import TrackingConfig
+    from pipeline.tracking import TrackingError, tracking_uri
+
+    server = uri or tracking_uri(TrackingConfig())
+    try:
+        client = MlflowClient(server)
+        client.get_run(run_id)
+        return Path(client.download_artifacts(run_id, "", str(folder)))
+    except (MlflowException, OSError) as error:
+        raise TrackingError(
+            f"{run_id}: is no folder here, and no run of MLflow at {server}: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,67 @@
+"""What a reviewer asks of a run beside its figures: which code, which machine, what it cost."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "refract", "torch", "torchvision", "timm", "lightning", "numpy", "opencv-python-headless", "simplejpeg", "pillow",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what decides about pixels and weights."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def code_state() -> tuple[dict[str, str], str]:
+    """(`commit` and `dirty` of the git repository that holds the working folder, what is not committed as a diff); empty outside of one."""
+    try:
+        commit = _git("rev-parse", "HEAD").strip()
+        diff = _git("diff", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return {}, ""
+    return {"commit": commit, "dirty": "yes" if diff else "no"}, diff
+
+
+def machine(device: str, precision: str) -> dict[str, str]:
+    """device, precision: as the training uses them."""
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    threads = str(torch.get_num_threads())
+    return {
+        "host": platform.node(),
+        "device": name,
+        "cores": str(os.cpu_count()),
+        "threads": threads,
+        "precision": precision,
+    }
+
+
+def peak_memory() -> float:
+    """Of this process so far, in MiB."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, errors="replace", timeout=20, check=True)
+    return done.stdout
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def flat_tags(**sections: dict[str, Any]) -> dict[str, str]:
+    """`section.key` → text, of several mappings."""
+    return {f"{name}.{key}": str(value) for name, section in sections.items() for key, value in section.items()}
