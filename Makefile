@@ -7,11 +7,12 @@ BIN := .venv/bin
 demo: install
 	$(BIN)/refract demo
 
+# A process for each core, each with whole files of tests, whose fixtures then are made once.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 lint: install
 	$(BIN)/ruff check .
