@@ -14,6 +14,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -42,20 +43,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "config.yaml").write_text(CONFIG % args.epochs)
-        began = time.perf_counter()
-        assert _train(work, "config.yaml", "--trainer.run_name", "calm") == 0
-        seconds = time.perf_counter() - began
-        kills, code = (
-            [],
-            _train(work, "config.yaml", "--trainer.run_name", "killed", kill=draw.uniform(0.2, 0.6) * seconds),
-        )
-        while code != 0:
+        seconds = _train(work, "config.yaml", "--trainer.run_name", "calm")
+        assert seconds is not None
+        kills: list[dict[str, Any]] = []
+        # Each life is as long as to spread the kills over the whole training; some end before its first new checkpoint.
+        span = 2 * seconds / (args.kills + 1)
+        alive = _train(work, "config.yaml", "--trainer.run_name", "killed", kill=draw.uniform(0, span))
+        while alive is None:
             damaged = [path.name for path in (work / "runs/killed/checkpoints").glob("*.ckpt") if not _whole(path)]
             kills.append({"at": _place(work), "damaged": damaged})
             print(f"kill {len(kills)}: {kills[-1]}", flush=True)
-            # A start takes most of the time until the kill; a kill before the first new checkpoint is a fair one too.
-            kill = draw.uniform(3, 10) if len(kills) < args.kills else None
-            code = _train(work, "--resume", "runs/killed", kill=kill)
+            kill = draw.uniform(0, span) if len(kills) < args.kills else None
+            alive = _train(work, "--resume", "runs/killed", kill=kill)
         result = {
             "kills": len(kills),
             "seconds_undisturbed": round(seconds, 1),
@@ -69,26 +68,47 @@ def main() -> int:
         )  # fmt: skip
     print(json.dumps(result, indent=1))
     if args.json:
-        write(args.json, {"environment": environment(), **result, "killed_at": [kill["at"] for kill in kills]})
+        write(
+            args.json,
+            {
+                "environment": environment("torch", "lightning", "mlflow"),
+                **result,
+                "killed_at": [kill["at"] for kill in kills],
+            },
+        )
     return 0 if result["holds"] else 1
 
 
-def _train(work: Path, *arguments: str, kill: float | None = None) -> int:
-    """The exit code of `refract train`; killed after so many seconds, if it lives so long."""
+def _train(work: Path, *arguments: str, kill: float | None = None) -> float | None:
+    """Seconds from the beginning of the training itself to the end of `refract train`; None where it was killed, `kill` seconds after that
+    beginning."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "refract", "train", *arguments]
+    told: list[str] = []
     with subprocess.Popen(
         command, cwd=work, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
+        began = threading.Event()
+
+        def listen() -> None:
+            for line in process.stderr or ():
+                told.append(line)
+                if line.startswith(("run ", "going on from")):
+                    began.set()
+            began.set()
+
+        threading.Thread(target=listen, daemon=True).start()
+        began.wait()
+        start = time.perf_counter()
         try:
-            _, told = process.communicate(timeout=kill)
+            process.wait(timeout=kill)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()
-            return -9
+            process.wait()
+            return None
     if process.returncode:
-        sys.exit(f"refract train ended with {process.returncode}:\n{told}")
-    return 0
+        sys.exit(f"refract train ended with {process.returncode}:\n{''.join(told)}")
+    return time.perf_counter() - start
 
 
 def _place(work: Path) -> str:
@@ -126,9 +146,8 @@ def _tracked(work: Path) -> dict[str, Any]:
         for metric in run.data.metrics:
             own[metric] = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
     twice = sum(len(points) - len({step for step, _ in points}) for points in history["killed"].values())
-    alike = all(
-        history["calm"][name] == history["killed"].get(name) for name in history["calm"] if name != "epoch_seconds"
-    )
+    told = [name for name in history["calm"] if name != "epoch_seconds" and not name.startswith("cost_")]
+    alike = all(history["calm"][name] == history["killed"].get(name) for name in told)
     count = len(client.search_runs([client.get_experiment_by_name("refract").experiment_id]))
     return {
         "runs": count,
