@@ -24,6 +24,9 @@ from pipeline.robustness import measure_robustness
 
 log = logging.getLogger(__name__)
 
+SOFT = 20.0
+"""The temperature at which the validation's answers are computed, so that the most confident are still told apart."""
+
 FEWEST_ERRORS = 5
 """Wrong answers on validation that a temperature is fitted from: without errors the likelihood knows no bound to confidence."""
 
@@ -112,12 +115,13 @@ def _calibrated(
     if not samples:
         return 1.0, None
     truth = truth_of(samples, manifest.task, len(manifest.labels))
-    given = probabilities_of(classifier, preprocess, samples, task=manifest.task)
+    soft = probabilities_of(classifier, preprocess, samples, task=manifest.task, temperature=SOFT)
+    given = measures.at_temperature(soft, 1 / SOFT, multilabel=multilabel)
     wrong = ((given >= 0.5) != truth).sum() if multilabel else (given.argmax(axis=1) != truth).sum()
     temperature = 1.0
     if wrong >= FEWEST_ERRORS:
-        temperature = measures.fit_temperature(given, truth, multilabel=multilabel)
-        given = measures.at_temperature(given, temperature, multilabel=multilabel)
+        temperature = measures.fit_temperature(soft, truth, multilabel=multilabel, given_at=SOFT)
+        given = measures.at_temperature(soft, temperature / SOFT, multilabel=multilabel)
     else:
         log.info("not calibrated: %d wrong answers on validation are too few to fit a temperature", wrong)
     return temperature, None if multilabel else measures.abstain_below(given, truth, precision)

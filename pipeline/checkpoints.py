@@ -51,17 +51,20 @@ class WholeFiles(TorchCheckpointIO):
 class ResumeCheckpoint(Checkpoint):
     """A checkpoint every `seconds`, between two steps or at the end of an epoch, and when the training is asked to stop.
 
-    Beside what Lightning keeps it holds the states of the random generators. The KEPT newest stay.
+    Beside what Lightning keeps it holds the states of the random generators, and whether the training had come to its end. The KEPT newest
+    stay. whole_from: the epoch from which on none is written within an epoch, as SWA then looks at its pictures at its end.
     """
 
-    def __init__(self, folder: Path, *, seconds: float, stop: Stop) -> None:
-        self.folder, self.seconds, self.stop = folder, seconds, stop
+    def __init__(self, folder: Path, *, seconds: float, stop: Stop, whole_from: int | None = None) -> None:
+        self.folder, self.seconds, self.stop, self.whole_from = folder, seconds, stop, whole_from
+        self._ended = False
         self._last = time.monotonic()
         self._random: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         state = np.random.get_state(legacy=False)
         return {
+            "ended": self._ended,
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "python": random.getstate(),
@@ -69,10 +72,11 @@ class ResumeCheckpoint(Checkpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._random = state_dict
+        self._random, self._ended = state_dict, state_dict["ended"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Put the generators where they were; what sets a training up draws from them."""
+        trainer.should_stop = trainer.should_stop or self._ended
         self.stop.listen()  # Lightning has put a handler of its own in the place of ours
         if not self._random or trainer.global_rank:
             return
@@ -90,7 +94,10 @@ class ResumeCheckpoint(Checkpoint):
         # Between two steps, as gradients are not kept; not at the last batch, whose epoch is not over before it is validated.
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if trainer.world_size == 1 or (batch_idx + 1) % TOGETHER == 0:
+        if self.whole_from is not None and trainer.current_epoch >= self.whole_from:
+            if self.stop.signal is not None and trainer.world_size == 1:
+                raise Stopped(self.stop.signal)
+        elif trainer.world_size == 1 or (batch_idx + 1) % TOGETHER == 0:
             self._save(trainer)
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
@@ -98,7 +105,8 @@ class ResumeCheckpoint(Checkpoint):
             raise Stopped(self.stop.signal)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._save(trainer, last=trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop)
+        self._ended = trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop
+        self._save(trainer, last=self._ended)
 
     def _save(self, trainer: lightning.Trainer, last: bool = False) -> None:
         due = last or self.stop.signal is not None or time.monotonic() - self._last >= self.seconds
@@ -111,6 +119,9 @@ class ResumeCheckpoint(Checkpoint):
             return
         trainer.save_checkpoint(self.folder / f"resume-{trainer.global_step:08}.ckpt")
         self._last = time.monotonic()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "clock_again"):
+                callback.clock_again()
         if trainer.is_global_zero:
             for old in _by_age(self.folder)[KEPT:]:
                 old.unlink(missing_ok=True)

@@ -64,6 +64,7 @@ def against(one: RunAnswers, other: RunAnswers) -> tuple[measures.Difference, in
 
 def curves(runs: Sequence[RunAnswers], path: Path) -> None:
     """The validation figures of all runs over the epochs, as PNG."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     names = [
@@ -78,7 +79,8 @@ def curves(runs: Sequence[RunAnswers], path: Path) -> None:
             points = [(epoch + 1, row[name]) for epoch, row in enumerate(run.history) if name in row]
             axes.plot(*zip(*points, strict=True), marker=".", label=run.name)
         axes.grid(alpha=0.3)
-        axes.legend()
+        with matplotlib.rc_context({"text.parse_math": False}):  # a run's name may have a dollar
+            axes.legend()
     figure.savefig(path, dpi=110)
 
 

@@ -13,17 +13,17 @@ DRAWS = 1000
 LEVEL = 0.95
 
 
-def fit_temperature(probabilities: np.ndarray, truth: np.ndarray, *, multilabel: bool) -> float:
-    """The temperature that gives the answers the highest likelihood, between 1/20 and 20. probabilities: at temperature 1.
+def fit_temperature(probabilities: np.ndarray, truth: np.ndarray, *, multilabel: bool, given_at: float = 1.0) -> float:
+    """The temperature that gives the answers the highest likelihood, between 1/20 and 20.
 
+    given_at: the temperature of the probabilities; at a high one float32 still tells the most confident answers apart.
     Source: Guo et al. 2017, arXiv:1706.04599, section 4.2.
     """
     from scipy.optimize import minimize_scalar
 
     def loss(log_temperature: float) -> float:
-        return nll(
-            at_temperature(probabilities, np.exp(log_temperature), multilabel=multilabel), truth, multilabel=multilabel
-        )
+        changed = at_temperature(probabilities, np.exp(log_temperature) / given_at, multilabel=multilabel)
+        return nll(changed, truth, multilabel=multilabel)
 
     bound = np.log(20)
     return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded").x))
@@ -93,8 +93,8 @@ def risk_coverage(probabilities: np.ndarray, truth: np.ndarray) -> RiskCoverage:
 
 
 def abstain_below(probabilities: np.ndarray, truth: np.ndarray, precision: float) -> float:
-    """The confidence below which not to answer, so that of what is answered `precision` is right: of such thresholds the lowest. 1 where
-    not even the most confident answers reach it. A threshold lies between two answers, so that none is on it."""
+    """The confidence below which not to answer, so that of what is answered `precision` is right: of such thresholds the lowest. 1, which
+    means that nothing is answered, where not even the most confident answers reach it. A threshold lies between two answers, on none."""
     curve = risk_coverage(probabilities, truth)
     # Answers of one confidence stand or fall together.
     ends = np.r_[curve.confidence[1:] < curve.confidence[:-1], True]
@@ -121,9 +121,10 @@ def intervals(truth: np.ndarray, answer: np.ndarray, count: int, *, seed: int = 
     with np.errstate(invalid="ignore", divide="ignore"):
         precision, recall = hits / said, hits / present
         f1 = 2 * hits / (said + present)
+    never = np.isnan(f1).all(axis=0)  # classes that nobody has and nobody says count 0, as in the figure itself
     found = {
         "accuracy": hits.sum(axis=1, keepdims=True) / len(truth),
-        "macro_f1": np.nan_to_num(f1).mean(axis=1, keepdims=True),
+        "macro_f1": np.nanmean(np.where(never, 0.0, f1), axis=1, keepdims=True),
         "precision": precision, "recall": recall, "f1": f1,
     }  # fmt: skip
     edges = [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2]

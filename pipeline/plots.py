@@ -17,6 +17,13 @@ def confusion_plot(confusion: np.ndarray, labels: Sequence[str], path: Path) -> 
 
 def confusion_of(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
     """Rows the truth, columns the answer; the colour is the share of the row, the number the count (up to 30 classes)."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):  # a label may have a dollar
+        return _confusion(confusion, labels)
+
+
+def _confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
     from matplotlib.figure import Figure
 
     count = len(labels)

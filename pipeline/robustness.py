@@ -52,7 +52,9 @@ def measure_robustness(
     from tqdm import tqdm
 
     severities = QUICK_SEVERITIES if quick else (1, 2, 3, 4, 5)
-    chosen = samples[:: max(1, len(samples) // QUICK_PICTURES)][:QUICK_PICTURES] if quick else samples
+    chosen = samples
+    if quick:
+        chosen = [samples[i] for i in np.unique(np.linspace(0, len(samples) - 1, QUICK_PICTURES).astype(int))]
     truth = np.array([sample.labels[0] for sample in chosen])
     errors: dict[str, dict[int, float]] = {name: {} for name in CORRUPTIONS}
     with ThreadPoolExecutor(os.cpu_count()) as pool:

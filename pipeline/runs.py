@@ -1,6 +1,7 @@
 """A run's folder: made for one training, known again when it is to go on, and held by one process at a time."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, TrainerConfig, config_from_dict
 from pipeline.files import write_atomically
+
+log = logging.getLogger(__name__)
 
 CONFIG, RECORD, LOCK = "config.yaml", "run.json", ".lock"
 
@@ -32,8 +35,8 @@ class Run:
 def new_run(config: Config, name: str, record: dict[str, Any]) -> Run:
     """A new folder below `runs_dir` with the config and the record. ConfigError where the named one exists: a run is never overwritten."""
     path = _new_folder(config.trainer, name)
-    _write_record(path, record)
     write_config(config, path)
+    _write_record(path, record)
     return Run(path, record, resumed=False)
 
 
@@ -77,8 +80,11 @@ def unfinished(config: Config, name: str) -> Path | None:
     root, wanted = Path(config.trainer.runs_dir), _comparable(config)
     folders = [root / config.trainer.run_name] if config.trainer.run_name else sorted(root.glob(f"{name}-*"))
     for path in sorted((p for p in folders if (p / RECORD).is_file()), key=lambda p: p.stat().st_mtime, reverse=True):
-        if not _read_record(path).get("finished") and _comparable(stored_config(path)) == wanted:
-            return path
+        try:
+            if not _read_record(path).get("finished") and _comparable(stored_config(path)) == wanted:
+                return path
+        except ConfigError as error:
+            log.warning("passed over: %s", error)
     return None
 
 

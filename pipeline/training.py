@@ -56,6 +56,8 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
         "machine": machine(made.device, made.precision),
         "created": _now(),
     }
+    if isinstance(config.augment.policy, str) and Path(config.augment.policy).is_file():
+        config.augment.policy = made.data.train_set.augmenter.policy.to_spec()  # the file may change
     run = new_run(config, name, record) if resume is None else old_run(resume, record)
     if diff and resume is None:
         write_atomically(run.path / "code.diff", diff.encode())
@@ -66,6 +68,8 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
         log.info("run %s on %s, %s: %s", run.path, made.device, made.precision, _described(made.manifest))
         if resume is not None:
             remove_fragments(resume / CHECKPOINTS)
+            for fragment in resume.glob(".bundle.*"):
+                shutil.rmtree(fragment, ignore_errors=True)
             log.info("going on from %s", checkpoint or "its beginning, as there is no checkpoint")
         result = _tracked(made, config, run, checkpoint)
         run.finish()
@@ -236,7 +240,9 @@ def fit(
     if config.trainer.compile:
         module.classifier.network.compile()  # in place: the keys of the weights stay as they are
     with heard() as stop:
-        resumable = ResumeCheckpoint(folder, seconds=config.trainer.checkpoint_seconds, stop=stop)
+        whole_from = None if swa is None else best.first_epoch
+        seconds = config.trainer.checkpoint_seconds
+        resumable = ResumeCheckpoint(folder, seconds=seconds, stop=stop, whole_from=whole_from)
         bad_batch = Reproducer(run_dir, _network_facts(made, config), made.data.train_set)
         _run_trainer(made, config, run_dir, [*more, best, report, *bars, resumable, bad_batch], checkpoint)
     if not group.first:

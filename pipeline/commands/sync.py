@@ -26,29 +26,31 @@ def _sync(folders: list[Path], uri: str | None) -> int:
     from pipeline.tracking import tracking_uri
     from pipeline.tracking.journal import JOURNAL, Journal
     from pipeline.tracking.store import Store, first_line
-    from pipeline.tracking.tracker import deliver_one
+    from pipeline.tracking.tracker import absolute, deliver_one
 
-    runs = [
-        path.parent
-        for folder in folders
-        for path in (folder / JOURNAL, *sorted(folder.glob(f"*/{JOURNAL}")))
-        if path.is_file()
-    ]
+    runs = sorted({path.parent for folder in folders for path in folder.rglob(JOURNAL)})
     if not runs:
         raise ConfigError(f"no run with a {JOURNAL} in {', '.join(map(str, folders))}")
     failed = 0
     for run in runs:
-        with held(run):
-            journal = Journal(run)
-            count = len(journal.waiting())
-            store = Store(uri or tracking_uri(stored_config(run).tracking), run)
-            try:
+        try:
+            with held(run):
+                journal = Journal(run)
+                known = journal.delivered.get("uri")
+                store = Store(absolute(uri or known or tracking_uri(stored_config(run).tracking)), run)
+                journal.for_server(store.uri)
+                count = len(journal.waiting())
                 for entry in journal.waiting():
                     deliver_one(journal, store, entry)
-            except Exception as error:  # whatever MLflow and what lies below it raise for a server that is not there or refuses the run
-                print(f"{run}: {len(journal.waiting())} entries wait: {first_line(error)}", file=sys.stderr)
-                failed += 1
-                continue
-        if count:
-            print(f"{run}: {count} entries delivered to {store.uri}, run {journal.delivered['run_id']}")
+        except ConfigError as error:  # a run that is being trained, or damaged
+            print(f"{run}: {error}", file=sys.stderr)
+            failed += 1
+        except (
+            Exception
+        ) as error:  # whatever MLflow and what lies below it raise for a server that is not there or refuses the run
+            print(f"{run}: {len(journal.waiting())} entries wait: {first_line(error)}", file=sys.stderr)
+            failed += 1
+        else:
+            if count:
+                print(f"{run}: {count} entries delivered to {store.uri}, run {journal.delivered['run_id']}")
     return 1 if failed else 0

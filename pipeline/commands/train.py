@@ -51,6 +51,7 @@ def _train(argv: list[str], resume: str | None) -> int:
     from pathlib import Path
 
     from pipeline.config import load_config
+    from pipeline.data.manifest import DataError
     from pipeline.runs import stored_config, unfinished
     from pipeline.stopping import ASKED_TO_STOP, Stopped
     from pipeline.training import train
@@ -65,7 +66,13 @@ def _train(argv: list[str], resume: str | None) -> int:
         folder = unfinished(config, name) if resume == "auto" else None
         config = config if folder is None else stored_config(folder)
     try:
-        result = train(config, name=name, resume=folder)
+        try:
+            result = train(config, name=name, resume=folder)
+        except DataError as error:
+            if resume != "auto" or folder is None:
+                raise
+            print(f"refract train: a new run is begun: {error}", file=sys.stderr)
+            result = train(load_config(argv[0], argv[1:]), name=name)
     except Stopped as stopped:
         print(f"refract train: {stopped}; `refract train --resume …` goes on from the checkpoint", file=sys.stderr)
         return ASKED_TO_STOP if stopped.signal == signal.SIGTERM else 130

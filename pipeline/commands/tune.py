@@ -46,7 +46,10 @@ def main(argv: list[str]) -> int:
 
 
 def _tune(args: argparse.Namespace, argv: list[str]) -> int:
+    import signal
+
     from pipeline.config import load_config
+    from pipeline.stopping import ASKED_TO_STOP, Stopped
     from pipeline.tuning.report import write_report
     from pipeline.tuning.space import read_space
     from pipeline.tuning.study import Search, best_config, open_study, run_trials
@@ -57,7 +60,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     storage = args.storage or f"sqlite:///{folder.resolve()}/study.db"
     search = Search(name, args.sampler, args.trials, args.minutes, storage, args.seed)
-    study = open_study(search, space)
+    study = open_study(search, space, config, folder)
     before = len(study.trials)
     if before:
         print(f"going on with {name}: {before} trials so far", file=sys.stderr)
@@ -68,9 +71,17 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> int:
     ]
     try:
         run_trials(study, search, space, config, folder)
-    finally:
-        failed = [process.returncode for process in others if process.wait()]
-    if failed:
+    except BaseException as error:
+        for process in others:
+            process.terminate()
+        for process in others:
+            process.wait()
+        if isinstance(error, Stopped):
+            print(f"refract tune: {error}; the same command goes on", file=sys.stderr)
+            return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
+        raise
+    codes = [process.wait() for process in others]
+    if any(codes):
         return 1
     best = best_config(study, config)
     written = write_report(study, best, folder)

@@ -140,7 +140,7 @@ def _rate(record: Record) -> Iterator[Finding]:
             f"the loss rose {end / smooth[lowest]:.1f} × in {len(smooth) - lowest} steps after its lowest",
             f"try optim.lr {_nice(record.lr / 10)}, or a longer optim.warmup",
         )
-    elif end > 0.97 * begin:
+    elif end > 0.97 * begin and end > (0.3 * math.log(record.classes) if record.classes > 1 else 0.2):
         yield Finding(
             "the loss does not fall",
             f"it is {end:.3f} after {len(smooth)} steps, and was {begin:.3f}",

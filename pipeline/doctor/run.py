@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from augment.ops.choice import ChoiceOp
 from pipeline.config import Config, ConfigError
 from pipeline.doctor.findings import Finding, Record
@@ -26,10 +28,10 @@ def make_doctor(made: "Assembly", config: Config) -> Doctor:
     from pipeline.data.module import collate
 
     augmenter = made.data.train_set.augmenter
+    loss = config.loss
+    plain = loss.name in ("auto", "cross_entropy") and not (loss.penalty or loss.consistency or loss.teacher)
     record = Record(
-        classes=0
-        if made.manifest.task == "multilabel" or config.loss.name not in ("auto", "cross_entropy")
-        else len(made.manifest.labels),
+        classes=len(made.manifest.labels) if plain and made.manifest.task != "multilabel" else 0,
         lr=config.optim.lr,
         soft=config.loss.label_smoothing > 0 or augmenter.mixes,
         workers=made.data.workers,
@@ -37,9 +39,9 @@ def make_doctor(made: "Assembly", config: Config) -> Doctor:
     )
     doctor = Doctor(record)
     pictures = made.data.pictures_of("val")
-    places = range(0, len(pictures), max(1, len(pictures) // LOOKED_AT))
+    places = np.unique(np.linspace(0, len(pictures) - 1, LOOKED_AT).astype(int)).tolist() if len(pictures) else []
     if len(places) >= OVERFIT_PICTURES:
-        batch = collate([pictures[i] for i in places[:LOOKED_AT]])
+        batch = collate([pictures[i] for i in places])
         # Of several classes, where the pictures are sorted by them.
         order = torch.randperm(len(batch["images"]), generator=torch.Generator().manual_seed(0))
         doctor.preflight(made.module, batch["images"][order], batch["targets"][order])

@@ -66,7 +66,7 @@ def make_report(
         curve = measures.risk_coverage(given, truth)
         shown["Risk and coverage"] = figures.risk_figure(curve.coverage, curve.risk)
         if abstain_below is not None:
-            answered = given.max(axis=1) >= abstain_below
+            answered = (given.max(axis=1) >= abstain_below) & (abstain_below < 1)  # 1: none is answered
             numbers["abstaining"] = {
                 "wanted_precision": precision,
                 "abstain_below": abstain_below,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import ConfigError
 from pipeline.files import write_atomically
 
 JOURNAL, DELIVERED = "journal.jsonl", "journal.delivered.json"
@@ -17,11 +18,12 @@ Entry = dict[str, Any]
 class Journal:
     """Entries in order, and how many of them the server has. A line that a kill cut short is dropped when the journal is opened.
 
-    `delivered` is a mapping that outlives the process as well: `count` of the entries, and what the server answered (`run_id`, …).
+    `delivered` is a mapping that outlives the process as well: `uri` of the server, `count` of the entries that it has, and what it
+    answered (`run_id`, …).
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """OSError where the folder cannot be read."""
+        """OSError where the folder cannot be read; ConfigError for a line that is no entry."""
         self.path, self._mark = run_dir / JOURNAL, run_dir / DELIVERED
         self.entries: list[Entry] = []
         self.delivered: dict[str, Any] = {"count": 0}
@@ -29,11 +31,17 @@ class Journal:
         if self.path.exists():
             data = self.path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]
-            self.entries = [json.loads(line) for line in whole.decode().splitlines()]
+            self.entries = [_entry(self.path, number, line) for number, line in enumerate(whole.splitlines(), start=1)]
             if whole != data:
                 os.truncate(self.path, len(whole))
         if self._mark.exists():
             self.delivered = json.loads(self._mark.read_text("utf-8"))
+
+    def for_server(self, uri: str) -> None:
+        """Deliver to this server from now on; one that has not had the run gets it from its beginning."""
+        if self.delivered.get("uri", uri) != uri:
+            self.delivered = {"count": 0}
+        self.delivered["uri"] = uri
 
     def append(self, entry: Entry) -> None:
         """Write the entry to the disk. OSError where it cannot be."""
@@ -55,3 +63,14 @@ class Journal:
     def of(self, kind: str) -> Iterator[Entry]:
         """The entries of a kind, in order."""
         return (entry for entry in self.entries if entry["do"] == kind)
+
+
+def _entry(path: Path, number: int, line: bytes) -> Entry:
+    try:
+        entry: Entry = json.loads(line)
+        entry["do"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path}, line {number}: is damaged ({error}); take the line out to go on without it"
+        ) from error
+    return entry

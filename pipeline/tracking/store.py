@@ -107,7 +107,7 @@ class Store:
             self._client.set_terminated(known["run_id"], entry["status"], entry["time"])
 
 
-_FINAL = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED", "BAD_REQUEST")
+_FINAL = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "PERMISSION_DENIED", "UNAUTHENTICATED", "BAD_REQUEST")
 
 
 def now() -> int:

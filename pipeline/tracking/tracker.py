@@ -39,8 +39,11 @@ class Tracker:
         self, config: TrackingConfig, run_dir: Path, params: Mapping[str, Any], tags: Mapping[str, str]
     ) -> None:
         """Open the run, or go on with it. TrackingError where the server refuses it; a warning where it does not answer."""
-        self.uri, self.run_dir = tracking_uri(config), run_dir
-        self.journal = Journal(run_dir)
+        self.run_dir, self.journal = run_dir, Journal(run_dir)
+        # A run that goes on, perhaps from another folder, stays with its server, unless another one is named.
+        named = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self.uri = absolute(named or self.journal.delivered.get("uri") or DEFAULT_URI)
+        self.journal.for_server(self.uri)
         self._store = Store(self.uri, run_dir)
         self._wake = threading.Event()
         self._asked = 0.0  # since when the server has not answered the entry in hand; 0 where none is
@@ -95,6 +98,7 @@ class Tracker:
 
     def finish(self, status: str) -> int:
         """status: FINISHED, FAILED or KILLED. Waits for the server as long as it answers; returns the entries that it does not have."""
+        self._failure = None  # the last attempt may be long ago: there is one more
         self._add({"do": "status", "status": status, "time": now()})
         while self.journal.waiting() and not self._refused:
             time.sleep(POLL)
@@ -144,6 +148,12 @@ def deliver_one(journal: Journal, store: Store, entry: Entry) -> None:
         log.warning("MLflow at %s refused %s: %s", store.uri, _told(entry), error)
         answers = {}
     journal.mark(**answers)
+
+
+def absolute(uri: str) -> str:
+    """A SQLite file's address that means the same in any folder."""
+    beginning, _, path = uri.partition("sqlite:///")
+    return f"sqlite:///{Path(path).resolve()}" if not beginning and path and not path.startswith(("/", ":")) else uri
 
 
 def tracking_uri(config: TrackingConfig) -> str:

@@ -48,12 +48,14 @@ def read_space(path: Path) -> list[Dimension]:
             f"{path}: expected keys of the config with their values, as optim.lr: {{low: 1e-4, high: 1e-1, log: true}}"
         )
     space = [_dimension(str(key), value, str(path)) for key, value in values.items()]
-    known: set[str] = set()
+    known: dict[str, tuple[Any, ...]] = {}
     for dimension in space:
-        for other, _ in dimension.when:
+        for other, value in dimension.when:
             if other not in known:
                 raise ConfigError(f"{path}: {dimension.key}: when: {other!r} is no key of the space above it")
-        known.add(dimension.key)
+            if value not in known[other]:
+                raise ConfigError(f"{path}: {dimension.key}: when: {value!r} is none of the choices of {other}")
+        known[dimension.key] = dimension.choices
     return space
 
 
@@ -66,6 +68,7 @@ def _dimension(key: str, value: Any, where: str) -> Dimension:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: {key}: {value!r} is not {accepted}")
     when = value.get("when") or {}
+    when = {name: _number(wanted) for name, wanted in when.items()} if isinstance(when, Mapping) else when
     if "choices" in value and isinstance(when, Mapping) and not set(value) - {"choices", "when"}:
         return Dimension(key, choices=_dimension(key, value["choices"], where).choices, when=tuple(when.items()))
     ends = _number(value.get("low")), _number(value.get("high"))

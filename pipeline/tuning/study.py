@@ -1,10 +1,12 @@
 """The search itself: trials drawn by Optuna, each a training on its own, pruned where it lags behind, kept in a storage."""
 
 import itertools
+import json
 import logging
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import optuna
 from lightning.pytorch.callbacks import Callback
 
 from pipeline.config import Config, ConfigError, config_from_dict
-from pipeline.runs import write_config
+from pipeline.runs import held, write_config
 from pipeline.tuning.space import Dimension, applies, with_values
 
 log = logging.getLogger(__name__)
@@ -42,8 +44,9 @@ class Search:
     seed: int
 
 
-def open_study(search: Search, space: Sequence[Dimension]) -> optuna.Study:
-    """The study of that name, begun or gone on with. ConfigError where the storage cannot be used, or the sampler with the space."""
+def open_study(search: Search, space: Sequence[Dimension], config: Config, folder: Path) -> optuna.Study:
+    """The study of that name, begun or gone on with. ConfigError where the storage cannot be used, the sampler with the space, or where the
+    study was of another space or config."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     try:
@@ -56,15 +59,52 @@ def open_study(search: Search, space: Sequence[Dimension]) -> optuna.Study:
         )
     except Exception as error:  # of the database's own libraries, in many kinds
         raise ConfigError(f"--storage: {search.storage} cannot be used: {str(error).splitlines()[0]}") from error
+    told = {"space": repr(space), "config": json.dumps(_searched(config), sort_keys=True)}
+    for what, value in told.items():
+        if study.user_attrs.setdefault(what, value) != value:
+            raise ConfigError(
+                f"the {what} of the search {search.name} is not that of its {len(study.trials)} trials; give it another --name"
+            )
+        study.set_user_attr(what, value)
+    _give_up_dead(study, folder)
     seed = search.seed + len(study.trials)  # a search that goes on does not draw the same again
     if search.sampler == "grid":
+        gone = [_values(trial) for trial in study.trials if trial.state != optuna.trial.TrialState.FAIL]
         for values in grid(space):
-            study.enqueue_trial(values, skip_if_exists=True)
+            if values not in gone:
+                study.enqueue_trial(values)
     elif search.sampler == "tpe":
         study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
     else:
         study.sampler = optuna.samplers.RandomSampler(seed=seed)
     return study
+
+
+def _give_up_dead(study: optuna.Study, folder: Path) -> None:
+    """Trials that run by the storage, but whose folder nobody holds on this machine, were killed: they count as failed."""
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        own = trial_folder(folder, trial.number)
+        if own.is_dir():
+            with suppress(ConfigError), held(own):
+                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+
+
+def _values(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    """Drawn, or waiting to be."""
+    return trial.params or trial.system_attrs.get("fixed_params", {})
+
+
+def _searched(config: Config) -> dict[str, Any]:
+    """What decides about the scores: without places and tracking."""
+    values = config.to_dict()
+    values.pop("tracking")
+    for key in ("runs_dir", "run_name"):
+        values["trainer"].pop(key)
+    return values
+
+
+def trial_folder(folder: Path, number: int) -> Path:
+    return folder / f"trial-{number:04}"
 
 
 def run_trials(study: optuna.Study, search: Search, space: Sequence[Dimension], config: Config, folder: Path) -> None:
@@ -80,12 +120,13 @@ def run_trials(study: optuna.Study, search: Search, space: Sequence[Dimension], 
     began = time.monotonic()
     while _done(study) < wanted and (search.minutes is None or time.monotonic() - began < 60 * search.minutes):
         trial = study.ask()
-        drawn = _draw(trial, space, study, search)
-        told = ", ".join(
-            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in drawn.items()
-        )
+        run_dir = trial_folder(folder, trial.number)
+        run_dir.mkdir(parents=True, exist_ok=True)
         try:
-            score = _train(trial, drawn, config, folder, prepared)
+            with held(run_dir):
+                drawn = _draw(trial, space, study, search)
+                told = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in drawn.items())
+                score = _train(trial, drawn, config, run_dir, prepared)
         except optuna.TrialPruned as reason:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             log.info("trial %d pruned (%s): %s", trial.number, reason, told)
@@ -128,7 +169,7 @@ class Pruning(Callback):
             raise optuna.TrialPruned("it lags behind the others")
 
 
-def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, folder: Path, prepared: Any) -> float:
+def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, run_dir: Path, prepared: Any) -> float:
     """The best score on validation. TrialPruned."""
     from pipeline.tracking import Tracker
     from pipeline.training import assemble, fit
@@ -137,11 +178,10 @@ def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, folder
     own = config_from_dict(with_values(config.to_dict(), drawn), where=f"trial {trial.number}")
     same = own.data == config.data and own.trainer.seed == config.trainer.seed
     made = assemble(own, prepared if same else None)
-    run_dir = folder / f"trial-{trial.number:04}"
     write_config(own, run_dir)
     tracker = None
     if config.tracking.enabled:
-        parent = _parent(config, folder)
+        parent = _parent(config, run_dir.parent)
         tags = {"mlflow.parentRunId": parent} if parent else {}
         tracker = Tracker(own.tracking, run_dir, drawn, tags)
     status = "FAILED"
@@ -226,5 +266,4 @@ def _storage(url: str) -> Any:
         from optuna.storages.journal import JournalFileBackend
 
         return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix("journal:")))
-    # A trial whose process died counts as failed after the grace period, and is drawn anew.
-    return optuna.storages.RDBStorage(url, heartbeat_interval=30, grace_period=90)
+    return optuna.storages.RDBStorage(url)

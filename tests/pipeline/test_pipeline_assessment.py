@@ -111,5 +111,16 @@ def test_corruptions_are_seeded_and_hurt(root: Path) -> None:
     one, again = (measure_robustness(classifier, Preprocess(32, 32), samples, quick=True) for _ in range(2))
     assert one == again and one.by_severity()[0] == one.clean
     assert measure_robustness(classifier, Preprocess(32, 32), samples, quick=True, seed=1) != one
+    chosen = [sample.labels[0] for sample in samples[:: len(samples) // 90][:90]]  # sorted by class
+    assert len(set(chosen)) == 3
+    seen = measure_robustness(classifier, Preprocess(32, 32), samples[:30] + samples[-60:], quick=True)
+    assert seen.pictures == 50, "spread over all of them"
     full = measure_robustness(classifier, Preprocess(32, 32), samples[:4], quick=False)
     assert full.pictures == 4 and list(full.by_severity()) == [0, 1, 2, 3, 4, 5]
+
+
+def test_labels_with_dollars_are_drawn(tmp_path: Path) -> None:
+    from pipeline.plots import confusion_plot
+
+    confusion_plot(np.eye(2), ["$5_$10", "a_$"], tmp_path / "c.png")
+    assert (tmp_path / "c.png").stat().st_size > 1000

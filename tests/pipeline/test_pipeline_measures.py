@@ -112,3 +112,24 @@ def test_wrong_labels_are_found() -> None:
     given_labels[swapped] = (truth[swapped] + 1) % 4
     found = measures.likely_label_errors(softmax(logits, axis=1), given_labels)
     assert len(set(found) & set(swapped)) >= 14 and len(set(found) - set(swapped)) <= 4
+
+
+def test_the_interval_of_a_perfect_classifier_holds_its_figure() -> None:
+    truth = np.r_[np.zeros(51, int), np.arange(1, 10)]
+    assert measures.intervals(truth, truth, 10)["macro_f1"].tolist() == [1.0, 1.0]
+
+
+def test_confident_answers_are_cooled_as_well() -> None:
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 1.5, (20_000, 10)).astype(np.float32)
+    honest = softmax(logits.astype(np.float64), axis=1)
+    truth = (honest.cumsum(axis=1) < rng.random((len(logits), 1))).sum(axis=1)
+    soft = softmax(15 * logits / 20, axis=1).astype(
+        np.float32
+    )  # what a network 15 times too sure says at temperature 20
+    found = measures.fit_temperature(soft, truth, multilabel=False, given_at=20.0)
+    assert found == pytest.approx(15, rel=0.05)
+    assert (
+        measures.calibration_error(measures.at_temperature(soft, found / 20, multilabel=False), truth, multilabel=False)
+        < 0.02
+    )

@@ -69,7 +69,7 @@ def history(work: Path, name: str) -> dict[str, list[tuple[int, float]]]:
     experiment = client.get_experiment_by_name("refract").experiment_id
     (run,) = client.search_runs([experiment], f"attributes.run_name = '{name}'")
     assert run.info.status == "FINISHED"
-    kept = [metric for metric in run.data.metrics if metric != "epoch_seconds"]
+    kept = [metric for metric in run.data.metrics if metric != "epoch_seconds" and not metric.startswith("cost_")]
     return {
         metric: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
         for metric in kept
@@ -207,3 +207,66 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     assert [entry["step"] for entry in again.waiting()] == [1, 2] and again.delivered["run_id"] == "x"
     again.append({"do": "status", "status": "FINISHED", "time": 2})
     assert [json.loads(line)["do"] for line in journal.path.read_text().splitlines()] == ["metrics"] * 3 + ["status"]
+
+
+def killed_in_evaluation(work: Path, name: str, *arguments: str) -> None:
+    """Train, and die when all epochs are done and the hold-out is to be measured."""
+    code = (
+        "import os, signal, sys, pipeline.assessment as a\n"
+        "a.assess = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import refract; refract.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "train", "c.yaml", "--trainer.run_name", name, *arguments]
+    root = str(Path(__file__).parents[2])
+    assert (
+        subprocess.run(command, cwd=work, capture_output=True, env={**os.environ, "PYTHONPATH": root}).returncode == -9
+    )
+
+
+@pytest.mark.slow
+def test_a_training_that_had_ended_trains_no_more(refract: Run, work: Path) -> None:
+    early = ("--trainer.patience", "1", "--optim.lr", "1e-9", "--trainer.max_epochs", "9")
+    refract("train", "c.yaml", *early, "--trainer.run_name", "calm")
+    killed_in_evaluation(work, "killed", *early)
+    assert "epoch " not in refract("train", "--resume", "runs/killed").stderr
+    assert history(work, "killed") == history(work, "calm")
+
+
+@pytest.mark.slow
+def test_averages_over_epochs_come_out_equal(refract: Run, work: Path) -> None:
+    swa = (
+        "--trainer.ema",
+        "0",
+        "--trainer.swa_start",
+        "0.3",
+        "--model.name",
+        "resnet20",
+        "--model.args",
+        "{}",
+        "--trainer.max_epochs",
+        "6",
+    )
+    quiet = ("--tracking.enabled", "false")
+    refract("train", "c.yaml", *swa, *quiet, "--trainer.run_name", "calm")
+    with training(work, "c.yaml", *swa, *quiet, "--trainer.run_name", "killed") as process:
+        until(process, "epoch 4/")
+        process.kill()
+    refract("train", "--resume", "runs/killed")
+    calm, killed = (load_file(work / "runs" / name / "bundle" / "weights.safetensors") for name in ("calm", "killed"))
+    assert all((killed[key] == weight).all() for key, weight in calm.items())
+
+
+@pytest.mark.slow
+def test_auto_begins_anew_where_the_data_have_changed(refract: Run, work: Path) -> None:
+    with training(work, "c.yaml", "--tracking.enabled", "false") as process:
+        until(process, "epoch 1/")
+        process.kill()
+    (broken,) = (work / "runs").iterdir()
+    shutil.copytree(broken, work / "runs" / "c-0")
+    (work / "runs" / "c-0" / "config.yaml").unlink()
+    write_picture(work / "pictures" / "red" / "new.jpg", picture("red", 77))
+    told = refract(
+        "train", "c.yaml", "--tracking.enabled", "false", "--resume", "auto", "--trainer.max_epochs", 12
+    ).stderr
+    assert "a new run is begun: --resume: the data of" in told
+    assert len([path for path in (work / "runs").iterdir() if (path / "bundle").is_dir()]) == 1

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from small_data import Run
 
 from pipeline.config import TrackingConfig
-from pipeline.runs import new_run
+from pipeline.runs import held, new_run
 from pipeline.tracking import Tracker, TrackingError, tracker
 from pipeline.tracking.journal import Journal
 from tests.pipeline.test_pipeline_recipe import configured
@@ -133,3 +133,46 @@ def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder:
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")] == [1, 2]
     assert client.get_model_version_by_alias("pictures", "champion").run_id == run.info.run_id
+
+
+def test_another_server_gets_the_run_from_its_beginning(tmp_path: Path, refract: Run) -> None:
+    run_dir = tmp_path / "runs" / "r"
+    new_run(configured(tmp_path, ("--trainer.runs_dir", tmp_path / "runs", "--trainer.run_name", "r")), "r", {})
+    one = tracked(run_dir, f"sqlite:///{tmp_path}/one.db")
+    one.log_metrics({"loss": 0.5}, 1)
+    assert one.finish("FINISHED") == 0
+    for name in ("two", "three"):
+        assert "3 entries delivered" in refract("sync", "runs", "--uri", f"sqlite:///{tmp_path}/{name}.db").stdout
+        client = MlflowClient(f"sqlite:///{tmp_path}/{name}.db")
+        (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
+        assert run.data.metrics == {"loss": 0.5} and run.info.status == "FINISHED"
+
+
+def test_a_run_stays_with_its_server_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "r"
+    run_dir.mkdir()
+    Tracker(TrackingConfig(), run_dir, {}, {}).finish("KILLED")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    again = Tracker(TrackingConfig(), run_dir, {}, {})
+    again.log_metrics({"loss": 1.0}, 1)
+    assert again.finish("FINISHED") == 0 and not (tmp_path / "other" / "mlflow.db").exists()
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
+    assert run.info.status == "FINISHED" and run.data.metrics == {"loss": 1.0}
+
+
+def test_sync_passes_over_a_run_that_is_trained_or_damaged(tmp_path: Path, refract: Run) -> None:
+    for name in ("a", "b", "c"):
+        new_run(configured(tmp_path, ("--trainer.runs_dir", tmp_path / "runs", "--trainer.run_name", name)), name, {})
+        Journal(tmp_path / "runs" / name).append(
+            {"do": "start", "key": name, "time": 1, "experiment": "e", "run_name": name, "params": {}, "tags": {}}
+        )
+    journal = tmp_path / "runs" / "b" / "journal.jsonl"
+    journal.write_text("nothing\n" + journal.read_text())
+    with held(tmp_path / "runs" / "a"):
+        told = refract("sync", "--uri", f"sqlite:///{tmp_path}/x.db", code=1)
+    assert "runs/a is being trained by another process" in told.stderr
+    assert "journal.jsonl, line 1: is damaged" in told.stderr and "runs/c: 1 entries delivered" in told.stdout

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from small_data import Run
 
-from pipeline.config import ConfigError
+from pipeline.config import Config, ConfigError
+from pipeline.runs import held
 from pipeline.tuning.space import applies, read_space, with_values
-from pipeline.tuning.study import Search, _narrowed, open_study
+from pipeline.tuning.study import Search, _narrowed, open_study, trial_folder
 
 CONFIG = """
 data: {source: pictures, image_size: 24, workers: 0, batch_size: 16}
@@ -53,6 +54,10 @@ def test_a_space_is_read_with_its_conditions(tmp_path: Path) -> None:
         ("optim.lr: {low: 0, high: 1, step: 2}", "is not a list of values, or"),
         ("data.batch_size: {low: 1.5, high: 3, whole: true}", "lies between whole ones"),
         ("optim.momentum: {low: 0, high: 1, when: {optim.name: sgd}}", "no key of the space above it"),
+        (
+            "optim.name: [sgd]\noptim.lr: {low: 1, high: 2, when: {optim.name: sdg}}",
+            "none of the choices of optim.name",
+        ),
         ("optim.lr: {low: .nan, high: 1}", "is not a list of values, or"),
     ],
 )
@@ -84,9 +89,26 @@ def test_the_fine_range_lies_in_the_coarse_one_and_holds_the_best(values: list[f
 def test_an_unusable_storage_is_told(tmp_path: Path) -> None:
     space = space_of(tmp_path, "optim.lr: [1, 2]")
     with pytest.raises(ConfigError, match="--storage: nonsense cannot be used"):
-        open_study(Search("s", "tpe", 3, None, "nonsense", 0), space)
-    journal = open_study(Search("s", "random", 3, None, f"journal:{tmp_path}/j.log", 0), space)
+        open_study(Search("s", "tpe", 3, None, "nonsense", 0), space, Config(), tmp_path)
+    search = Search("s", "random", 3, None, f"journal:{tmp_path}/j.log", 0)
+    journal = open_study(search, space, Config(), tmp_path)
     assert journal.trials == []
+    with pytest.raises(ConfigError, match="the space of the search s is not that of its 0 trials"):
+        open_study(search, space_of(tmp_path, "optim.lr: [1, 3]"), Config(), tmp_path)
+
+
+def test_a_trial_that_was_killed_is_drawn_anew(tmp_path: Path) -> None:
+    space = space_of(tmp_path, "optim.lr: [1, 2]")
+    search = Search("s", "grid", 9, None, f"sqlite:///{tmp_path}/s.db", 0)
+    study = open_study(search, space, Config(), tmp_path)
+    for _ in range(2):
+        trial = study.ask()
+        trial.suggest_categorical("optim.lr", (1, 2))
+        trial_folder(tmp_path, trial.number).mkdir()
+    with held(trial_folder(tmp_path, 0)):  # one lives, the other is gone
+        again = open_study(search, space, Config(), tmp_path)
+    assert [trial.state.name for trial in again.trials] == ["RUNNING", "FAIL", "WAITING"]
+    assert again.trials[2].system_attrs["fixed_params"] == again.trials[1].params
 
 
 @pytest.mark.slow
