@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from pipeline.provenance import processor
+
 
 def summary(values: list[float]) -> dict[str, float]:
     """Median, 95th percentile and count."""
@@ -19,7 +21,7 @@ def summary(values: list[float]) -> dict[str, float]:
 def environment(*packages: str) -> dict[str, Any]:
     """Machine, core count, commit and the versions of packages (absent ones are None)."""
     return {
-        "machine": _processor(),
+        "machine": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "commit": _commit(),
@@ -31,14 +33,6 @@ def write(path: Path, report: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"wrote {path}")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:

@@ -31,7 +31,7 @@ def machine(device: str, precision: str) -> dict[str, str]:
     """device, precision: as the training uses them."""
     import torch
 
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     threads = str(torch.get_num_threads())
     return {
         "host": platform.node(),
@@ -54,7 +54,8 @@ def _git(*arguments: str) -> str:
     return done.stdout
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
