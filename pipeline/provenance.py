@@ -18,13 +18,14 @@ def versions() -> dict[str, str]:
 
 
 def code_state() -> tuple[dict[str, str], str]:
-    """(`commit` and `dirty` of the git repository that holds the working folder, what is not committed as a diff); empty outside of one."""
+    """(`commit` and `dirty` of the git repository that holds the working folder, what is not committed as a diff); empty outside of one.
+    Files that git does not know make it dirty too."""
     try:
         commit = _git("rev-parse", "HEAD").strip()
-        diff = _git("diff", "HEAD")
+        diff, changed = _git("diff", "HEAD"), _git("status", "--porcelain")
     except (OSError, subprocess.SubprocessError):
         return {}, ""
-    return {"commit": commit, "dirty": "yes" if diff else "no"}, diff
+    return {"commit": commit, "dirty": "yes" if changed else "no"}, diff
 
 
 def machine(device: str, precision: str) -> dict[str, str]:

@@ -24,6 +24,8 @@ def _rerun(run: str, uri: str | None) -> int:
     import json
     import tempfile
 
+    import torch
+
     from pipeline.config import ConfigError
     from pipeline.provenance import code_state, versions
     from pipeline.runs import RECORD, stored_config
@@ -47,6 +49,11 @@ def _rerun(run: str, uri: str | None) -> int:
         differing.append(f"the code was at commit {record.get('code', {}).get('commit')}, is at {code.get('commit')}")
     if record.get("code", {}).get("dirty") == "yes":
         differing.append("the code had changes that were not committed: see the run's code.diff")
+    if code.get("dirty") == "yes":
+        differing.append("the code has changes now that are not committed")
+    threads = torch.get_num_threads()
+    if str(threads) != record.get("machine", {}).get("threads", str(threads)):
+        differing.append(f"PyTorch had {record['machine']['threads']} threads, has {threads}")
     for line in differing:
         print(f"other than then: {line}")
     name, config.trainer.run_name, config.trainer.runs_dir = path.name, None, record["runs_dir"]
