@@ -378,7 +378,15 @@ def test_every_field_is_checked(change: dict[str, Any], reason: str) -> None:
         BundleInfo.from_dict({**INFO.to_dict(), **change})
 
 
-@pytest.mark.parametrize("name", list(INFO.to_dict()))
+def test_a_bundle_from_before_abstaining_is_read() -> None:
+    values = INFO.to_dict()
+    del values["abstain_below"]
+    assert BundleInfo.from_dict(values).abstain_below is None
+    with pytest.raises(BundleError, match="abstain_below"):
+        BundleInfo.from_dict({**values, "abstain_below": 1.5})
+
+
+@pytest.mark.parametrize("name", [name for name in INFO.to_dict() if name != "abstain_below"])
 def test_every_field_is_needed(name: str) -> None:
     values = INFO.to_dict()
     del values[name]

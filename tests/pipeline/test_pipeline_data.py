@@ -231,7 +231,7 @@ def test_same_pixels_after_a_restart_in_the_middle_of_an_epoch(folder: Path) -> 
     expected = batches_of(module_of(folder, 0), range(2))
     per_epoch = len(expected) // 2
     restarted = module_of(folder, 2)
-    restarted.order.start = 3 * 8
+    restarted.order.go_on(1, 3 * 8)
     rest = batches_of(restarted, range(1, 2))
     assert len(rest) == per_epoch - 3
     for mine, theirs in zip(expected[per_epoch + 3 :], rest, strict=True):
