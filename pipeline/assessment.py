@@ -17,6 +17,7 @@ from pipeline import measures
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.doctor import Doctor, Finding
+from pipeline.doctor.findings import SUREST
 from pipeline.evaluation import Evaluation, evaluate, probabilities_of, truth_of
 from pipeline.files import write_atomically
 from pipeline.report import Report, make_report
@@ -83,10 +84,16 @@ def assess(
         doctor.record.said, doctor.record.truth = (
             _shares(found, manifest.labels) for found in (answers, evaluation.truth)
         )
+        surest = np.argsort(-evaluation.probabilities.max(axis=1), kind="stable")[: int(SUREST * len(test))]
+        doctor.record.surest = (len(surest), int((~evaluation.right[surest]).sum()))
+        doctor.record.wrong = float((~evaluation.right).mean())
     findings = doctor.findings(history)
+    by_path = {sample.path: sample for sample in manifest.samples}
+    held = {sample.path for sample in test}
+    near = [(by_path[path], by_path[other]) for path, other in manifest.near if path in held]
     report = make_report(
         f"Run {name}", evaluation, manifest.labels, facts=facts, precision=config.evaluation.precision,
-        abstain_below=threshold, robustness=robustness, findings=[dataclasses.asdict(finding) for finding in findings],
+        abstain_below=threshold, robustness=robustness, findings=[dataclasses.asdict(finding) for finding in findings], near=near,
     )  # fmt: skip
     return Assessment(evaluation, more, temperature, threshold, findings, report)
 

@@ -16,7 +16,8 @@ from pipeline.scoring import score
 @dataclass(frozen=True)
 class Evaluation:
     """metrics: name → value; intervals: of some of them, 95 %, by bootstrap; per_class: one row a label; confusion: C×C counts, rows the
-    truth, None for multilabel; probabilities: N×C float32 and truth, (N,) indices or (N, C) bool, in the order of the samples."""
+    truth, None for multilabel; probabilities: N×C float32, truth: (N,) indices or (N, C) bool, and right: (N,) bool, whether the answer,
+    for multilabel each of its labels, is true, in the order of the samples."""
 
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
@@ -24,6 +25,7 @@ class Evaluation:
     confusion: np.ndarray | None
     probabilities: np.ndarray
     truth: np.ndarray
+    right: np.ndarray
     samples: Sequence[Sample]
 
 
@@ -105,6 +107,7 @@ def _single_label(given: np.ndarray, samples: Sequence[Sample], labels: Sequence
         confusion_matrix(truth, answer, labels=indices),
         given,
         truth,
+        answer == truth,
         samples,
     )
 
@@ -129,7 +132,8 @@ def _multilabel(
     }
     if both.any():
         metrics["mean_auroc"] = roc_auc_score(truth[:, both], given[:, both], average="macro")
-    return Evaluation(_floats(metrics), {}, _per_class(truth, answer, labels), None, given, truth, samples)
+    right = (answer == truth).all(axis=1)
+    return Evaluation(_floats(metrics), {}, _per_class(truth, answer, labels), None, given, truth, right, samples)
 
 
 def _per_class(truth: np.ndarray, answer: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,11 +1,14 @@
 """What a reviewer asks of a run beside its figures: which code, which machine, what it cost."""
 
+import hashlib
 import os
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from pipeline.config import Config
 
 PACKAGES = (
     "refract", "torch", "torchvision", "timm", "lightning", "numpy", "opencv-python-headless", "simplejpeg", "pillow",
@@ -15,6 +18,20 @@ PACKAGES = (
 def versions() -> dict[str, str]:
     """Of Python and of what decides about pixels and weights."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def inputs(config: Config) -> dict[str, str]:
+    """config key → SHA-256 of the file or folder here that it names: what shapes the weights beside the data and the config."""
+    named = {"model.weights": config.model.weights, "loss.teacher": config.loss.teacher or ""}
+    return {key: _digest(Path(value)) for key, value in named.items() if value and Path(value).exists()}
+
+
+def _digest(path: Path) -> str:
+    total = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            total.update(f"{file.relative_to(path)}\n{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 def code_state() -> tuple[dict[str, str], str]:

@@ -1,4 +1,4 @@
-"""How a classifier bears the 19 corruptions of Hendrycks & Dietterich 2019, arXiv:1903.12261, at severities 1 to 5."""
+"""How a classifier bears the 19 corruptions of Hendrycks & Dietterich 2019, arXiv:1903.12261, at severities 1 to 5, and plain noise."""
 
 import os
 from collections.abc import Sequence
@@ -14,13 +14,17 @@ from models.classifier import Classifier
 from pipeline.data.manifest import Sample
 
 QUICK_PICTURES, QUICK_SEVERITIES = 50, (1, 3, 5)
+NOISE = (4, 8, 16, 32, 64)
+"""Standard deviations of Gaussian noise, grey levels of 0…255; the mildest corruption has 20."""
 
 
 @dataclass(frozen=True)
 class Robustness:
-    """errors: corruption → severity → share of wrong answers; clean: on the same pictures untouched; pictures: how many."""
+    """errors: corruption → severity → share of wrong answers; noise: deviation of Gaussian noise → the same; clean: on the same pictures
+    untouched; pictures: how many."""
 
     errors: dict[str, dict[int, float]]
+    noise: dict[int, float]
     clean: float
     pictures: int
 
@@ -41,6 +45,7 @@ class Robustness:
             "clean_error": self.clean,
             "mean_corruption_error": self.mean_error,
             "errors": errors,
+            "noise": {str(deviation): error for deviation, error in self.noise.items()},
         }
 
 
@@ -67,7 +72,15 @@ def measure_robustness(
                 return corrupt(pictures[place], name, severity, seed=(seed << 32) + place)
 
             errors[name][severity] = _error(classifier, list(pool.map(spoilt, range(len(pictures)))), truth)
-    return Robustness(errors, clean, len(chosen))
+        noise = {}
+        for deviation in NOISE:
+
+            def noisy(place: int, deviation: int = deviation) -> np.ndarray:
+                drawn = np.random.default_rng([seed, place, deviation]).normal(0, deviation, pictures[place].shape)
+                return np.clip(np.rint(pictures[place] + drawn), 0, 255).astype(np.uint8)
+
+            noise[deviation] = _error(classifier, list(pool.map(noisy, range(len(pictures)))), truth)
+    return Robustness(errors, noise, clean, len(chosen))
 
 
 def _error(classifier: Classifier, pictures: Sequence[np.ndarray], truth: np.ndarray) -> float:

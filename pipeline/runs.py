@@ -20,8 +20,8 @@ CONFIG, RECORD, LOCK = "config.yaml", "run.json", ".lock"
 
 @dataclass(frozen=True)
 class Run:
-    """path: the folder; record: what was written when the run began, `fingerprint` of its data and `versions` among it, and in the end
-    `finished`; resumed: whether it began before."""
+    """path: the folder; record: what was written when the run began, `fingerprint` of its data, `inputs` and `versions` among it, and in
+    the end `finished`; resumed: whether it began before."""
 
     path: Path
     record: dict[str, Any]
@@ -72,6 +72,11 @@ def old_run(path: Path, record: Mapping[str, Any]) -> Run:
         raise DataError(
             f"--resume: the data of {path} have changed since it began, so it cannot go on as if it had not stopped; train anew"
         )
+    for key, digest in stored.get("inputs", {}).items():
+        if record["inputs"].get(key) != digest:
+            raise DataError(
+                f"--resume: what {key} names has changed since {path} began, so it cannot go on as if it had not stopped; train anew"
+            )
     return Run(path, stored, resumed=True)
 
 

@@ -3,9 +3,8 @@
 import logging
 import shutil
 import signal
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from pipeline.config import Config, ConfigError
 from pipeline.files import write_atomically
 from pipeline.processes import Processes, processes
-from pipeline.provenance import code_state, flat_tags, machine, peak_memory, versions
+from pipeline.provenance import code_state, flat_tags, inputs, machine, peak_memory, versions
 from pipeline.stopping import heard
 
 log = logging.getLogger(__name__)
@@ -51,6 +50,7 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
         "name": name,
         "runs_dir": config.trainer.runs_dir,
         "fingerprint": made.identity["fingerprint"],
+        "inputs": inputs(config),
         "versions": versions(),
         "code": code,
         "machine": machine(made.device, made.precision),
@@ -79,10 +79,11 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
 
 def _tracked(made: "Assembly", config: Config, run: Any, checkpoint: Path | None) -> Result:
     """Train, write the bundle and register it, and tell MLflow, if it is wanted, how that ended."""
+    from pipeline.cost import Cost
     from pipeline.stopping import Stopped
     from pipeline.tracking import Tracker, TrackingError
 
-    began = time.monotonic()
+    cost = Cost(made.device)
     data = {"fingerprint": made.identity["fingerprint"], "source": made.manifest.source}
     counts = {split: len(made.manifest.of(split)) for split in made.manifest.splits()}
     tags = flat_tags(data=data | counts, code=run.record["code"], machine=run.record["machine"])
@@ -96,10 +97,10 @@ def _tracked(made: "Assembly", config: Config, run: Any, checkpoint: Path | None
         raise
     status = "FAILED"
     try:
-        metrics = _make_bundle(made, config, run.path, tracker, checkpoint)
+        metrics = _make_bundle(made, config, run.path, tracker, checkpoint, cost)
         if tracker is not None:
-            cost = {"cost_minutes": (time.monotonic() - began) / 60, "cost_peak_memory_mib": peak_memory()}
-            tracker.log_metrics(cost, step=0)
+            figures = {f"cost_{name}": value for name, value in cost.figures().items()}
+            tracker.log_metrics({**figures, "cost_peak_memory_mib": peak_memory()}, step=0)
             tracker.tag({"rerun": f"refract rerun {tracker.journal.delivered.get('run_id', run.path)}"})
             files = [
                 file
@@ -114,6 +115,7 @@ def _tracked(made: "Assembly", config: Config, run: Any, checkpoint: Path | None
         status = "KILLED"
         raise
     finally:
+        cost.close()
         if tracker is not None and (waiting := tracker.finish(status)):
             log.warning(
                 "MLflow at %s does not have all of the run yet (%d entries); `refract sync %s` delivers them",
@@ -181,6 +183,7 @@ def prepare_data(config: Config) -> tuple[Any, dict[str, str]]:
     what is wrong with the data."""
     from pipeline.data.check import check_classes, drop_bad, drop_contradictory, drop_shared, scan
     from pipeline.data.manifest import load_manifest
+    from pipeline.data.near import near_pairs
     from pipeline.data.splits import draw_splits
 
     manifest = load_manifest(config.data.source, config.data.task)
@@ -200,6 +203,13 @@ def prepare_data(config: Config) -> tuple[Any, dict[str, str]]:
         log.warning("data: %s", warning)
     if found.bad:
         log.warning("data: left out %d unreadable pictures", len(found.bad))
+    manifest = replace(manifest, near=near_pairs(manifest, found.looks))
+    if manifest.near:
+        log.warning(
+            "data: %d pictures of val and test look like one of train, as %s like %s: figures may be too good; the report shows them",
+            len(manifest.near),
+            *manifest.near[0],
+        )
     return manifest, {"fingerprint": found.fingerprint(manifest), "content": content}
 
 
@@ -310,9 +320,10 @@ def _run_trainer(made: Assembly, config: Config, run_dir: Path, callbacks: list[
 
 
 def _make_bundle(
-    made: Assembly, config: Config, run_dir: Path, tracker: Any, checkpoint: Path | None
+    made: Assembly, config: Config, run_dir: Path, tracker: Any, checkpoint: Path | None, cost: Any
 ) -> dict[str, float]:
-    """Train, evaluate and write all that a run leaves, its bundle last; the metrics on the hold-out. A bundle that is there is taken."""
+    """Train, evaluate and write all that a run leaves, its bundle last; the metrics on the hold-out. A bundle that is there is taken.
+    cost: the callback that counts it."""
     from models.bundle import BundleInfo, load_bundle, save_bundle
     from pipeline.assessment import assess, write_answers
     from pipeline.data.splits import write_splits
@@ -325,7 +336,7 @@ def _make_bundle(
         return dict(load_bundle(run_dir / "bundle").info.metrics)
     manifest, module, data = made.manifest, made.module, made.data
     doctor = make_doctor(made, config)
-    history = fit(made, config, run_dir, tracker, checkpoint, [doctor])
+    history = fit(made, config, run_dir, tracker, checkpoint, [doctor, cost])
     test = manifest.of("test")
     classifier, preprocess = module.classifier, data.preprocess
     found = assess(classifier, preprocess, manifest, config, name=run_dir.name, doctor=doctor, history=history)

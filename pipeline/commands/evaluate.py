@@ -37,6 +37,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from pipeline.files import write_atomically
     from pipeline.report import make_report
     from pipeline.robustness import measure_robustness
+    from pipeline.slices import slices
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
@@ -70,6 +71,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         print(
             f"  {row['label']:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['count']:6d}"
         )
+    for part in slices(samples, result.right):
+        low = f", worse than the whole ({result.right.mean():.4f})" if part.worse else ""
+        print(f"  {part.column} = {part.value}  {part.right:.4f} right of {part.count}{low}")
     robustness = None
     if args.robustness != "none":
         if info.task == "multilabel":

@@ -27,7 +27,7 @@ def _rerun(run: str, uri: str | None) -> int:
     import torch
 
     from pipeline.config import ConfigError
-    from pipeline.provenance import code_state, versions
+    from pipeline.provenance import code_state, inputs, versions
     from pipeline.runs import RECORD, stored_config
     from pipeline.training import train
 
@@ -54,6 +54,10 @@ def _rerun(run: str, uri: str | None) -> int:
     threads = torch.get_num_threads()
     if str(threads) != record.get("machine", {}).get("threads", str(threads)):
         differing.append(f"PyTorch had {record['machine']['threads']} threads, has {threads}")
+    now = inputs(config)
+    differing += [
+        f"what {key} names has changed" for key, old in record.get("inputs", {}).items() if now.get(key) != old
+    ]
     for line in differing:
         print(f"other than then: {line}")
     name, config.trainer.run_name, config.trainer.runs_dir = path.name, None, record["runs_dir"]

@@ -9,15 +9,18 @@ from dataclasses import dataclass
 
 from augment.decode import ImageError, decode
 from pipeline.data.manifest import SPLITS, DataError, Manifest, Sample
+from pipeline.data.near import look_of
 
 SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Scan:
-    """hashes: path → SHA-256 of the file, for every picture that could be decoded; bad: path → why not."""
+    """hashes: path → SHA-256 of the file, for every picture that could be decoded; looks: path → `pipeline.data.near.look_of` of it; bad:
+    path → why not."""
 
     hashes: dict[str, str]
+    looks: dict[str, bytes]
     bad: dict[str, str]
 
     def content(self, manifest: Manifest) -> str:
@@ -37,10 +40,10 @@ def scan(samples: Sequence[Sample], *, progress: bool = True) -> Scan:
     """Hash and decode every picture, on all cores (decoding releases the GIL)."""
     from tqdm import tqdm
 
-    hashes, bad = {}, {}
+    hashes, looks, bad = {}, {}, {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(_look, samples, chunksize=16)
-        for sample, (digest, problem) in zip(
+        for sample, (digest, look, problem) in zip(
             samples,
             tqdm(results, "checking pictures", len(samples), disable=not progress or None, leave=False),
             strict=True,
@@ -48,8 +51,8 @@ def scan(samples: Sequence[Sample], *, progress: bool = True) -> Scan:
             if problem:
                 bad[sample.path] = problem
             else:
-                hashes[sample.path] = digest
-    return Scan(hashes, bad)
+                hashes[sample.path], looks[sample.path] = digest, look
+    return Scan(hashes, looks, bad)
 
 
 def drop_bad(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
@@ -146,16 +149,16 @@ def check_classes(manifest: Manifest) -> list[str]:
     return warnings
 
 
-def _look(sample: Sample) -> tuple[str, str]:
-    """(SHA-256, "") or ("", why the picture cannot be used)."""
+def _look(sample: Sample) -> tuple[str, bytes, str]:
+    """(SHA-256, look, "") or ("", b"", why the picture cannot be used)."""
     try:
         data = sample.read()
-        decode(data)
+        look = look_of(decode(data))
     except OSError as error:
-        return "", error.strerror or str(error)
+        return "", b"", error.strerror or str(error)
     except ImageError as error:
-        return "", str(error)
-    return hashlib.sha256(data).hexdigest(), ""
+        return "", b"", str(error)
+    return hashlib.sha256(data).hexdigest(), look, ""
 
 
 def _listed(lines: Iterable[str]) -> str:

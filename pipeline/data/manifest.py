@@ -1,7 +1,8 @@
 """What a data set is: samples with labels and splits, from a folder, a CSV or Parquet manifest, or the embedded digits."""
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 from augment.decode import SUFFIXES
 
 SPLITS = ("train", "val", "test")
+COLUMNS = ("path", "label", "split", "text")
+"""Of a manifest; further ones are metadata."""
 
 
 class DataError(ValueError):
@@ -18,13 +21,15 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture. path: its file, or a name where `data` holds the encoded bytes; labels: indices; split: "" where not given."""
+    """One picture. path: its file, or a name where `data` holds the encoded bytes; labels: indices; split: "" where not given; metadata:
+    further columns of its manifest, column → value."""
 
     path: str
     labels: tuple[int, ...]
     split: str = ""
     text: str = ""
     data: bytes | None = field(default=None, repr=False)
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def read(self) -> bytes:
         """The encoded picture. OSError where the file cannot be read."""
@@ -43,6 +48,8 @@ class Manifest:
     """Class folders without a picture."""
     ignored: tuple[str, ...] = ()
     """Files beside the pictures that are none by their suffix."""
+    near: tuple[tuple[str, str], ...] = ()
+    """Pictures of the hold-out and those of the training that they resemble: see `pipeline.data.near`."""
 
     def of(self, split: str) -> list[Sample]:
         return [sample for sample in self.samples if sample.split == split]
@@ -134,7 +141,8 @@ def _from_folder(root: Path, task: str) -> Manifest:
 
 
 def _from_table(path: Path, task: str) -> Manifest:
-    """Columns: path (relative to the manifest's folder, or absolute), label (several as `a;b`), and perhaps split and text."""
+    """Columns: path (relative to the manifest's folder, or absolute), label (several as `a;b`), perhaps split and text, and any others as
+    metadata."""
     import pandas as pd
 
     try:
@@ -169,9 +177,11 @@ def _from_table(path: Path, task: str) -> Manifest:
         )
     labels = tuple(sorted({name for row in names for name in row}))
     index = {label: i for i, label in enumerate(labels)}
+    columns = [column for column in table.columns if column not in COLUMNS]
+    further = [dict(zip(map(str, columns), row, strict=True)) for row in table[columns].itertuples(index=False)]
     samples = [
-        Sample(str(path.parent / file), tuple(index[name] for name in row), split, text)
-        for file, row, split, text in zip(table["path"], names, splits, texts, strict=True)
+        Sample(str(path.parent / file), tuple(index[name] for name in row), split, text, metadata=more)
+        for file, row, split, text, more in zip(table["path"], names, splits, texts, further, strict=True)
     ]
     return _manifest(str(path), samples, labels, "multilabel" if several else task, (), ())
 
@@ -186,6 +196,12 @@ def _manifest(
 ) -> Manifest:
     if not samples:
         raise DataError(f"{source}: no pictures; Refract reads {', '.join(SUFFIXES)}")
+    unnamable = [sample.path for sample in samples if not _is_text(sample.path)]
+    if unnamable:
+        raise DataError(
+            f"{source}: {len(unnamable)} file names are not UTF-8, as {os.fsencode(unnamable[0])!r}, so that no manifest or report could "
+            "name them; rename them (`convmv -r -f latin1 -t utf8 --notest FOLDER` does, if they are Latin-1)"
+        )
     if task == "auto":
         task = "binary" if len(labels) == 2 else "multiclass"
     if task == "binary" and len(labels) != 2:
@@ -201,6 +217,15 @@ def _refuse_rows(path: Path, wrong, values, column: str, accepted: str) -> None:
         raise DataError(
             f"{path}, row {first + 2}: {column} {values.iloc[first]!r} is not {accepted} ({int(wrong.sum())} such rows; header: row 1)"
         )
+
+
+def _is_text(path: str) -> bool:
+    """Whether a name from the file system is text: Python gives a byte that is none as half of a surrogate pair."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _folders(root: Path) -> list[Path]:

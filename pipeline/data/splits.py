@@ -47,7 +47,7 @@ def draw_splits(
 
 
 def write_splits(manifest: Manifest, path: Path) -> None:
-    """A CSV manifest (path,label,split,text) of the data as it was split; `refract train` reads it again."""
+    """A CSV manifest (path,label,split,text and the metadata) of the data as it was split; `refract train` reads it again."""
     import pandas as pd
 
     rows = [
@@ -56,6 +56,7 @@ def write_splits(manifest: Manifest, path: Path) -> None:
             "label": ";".join(manifest.labels[i] for i in sample.labels),
             "split": sample.split,
             "text": sample.text,
+            **sample.metadata,
         }
         for sample in manifest.samples
     ]

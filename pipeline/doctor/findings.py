@@ -30,8 +30,9 @@ class Record:
     targets are smoothed or mixed; history: metrics of each epoch; gradients: layer → norm over the norm of its weights, from the input to
     the head, of one step each epoch; dead, saturated: layer → share of units, of the last look; unreached: trainable parameters without a
     gradient; seconds: of the parts of a step, summed: waiting, forward, backward, optimiser; workers: of the loader; inputs: mean and
-    deviation of normalised pictures, `train` and `val`; said: class → share of the answers on the hold-out, truth: of its labels; ops:
-    names of the policy's.
+    deviation of normalised pictures, `train` and `val`; said: class → share of the answers on the hold-out, truth: of its labels; surest:
+    the SUREST share of those answers that the network is most confident of, their number and how many of them contradict the label; wrong:
+    share of all of them that does; ops: names of the policy's.
     """
 
     classes: int
@@ -48,6 +49,8 @@ class Record:
     inputs: dict[str, tuple[float, float]] = field(default_factory=dict)
     said: dict[str, float] = field(default_factory=dict)
     truth: dict[str, float] = field(default_factory=dict)
+    surest: tuple[int, int] = (0, 0)
+    wrong: float = 0.0
     ops: tuple[str, ...] = ()
 
 
@@ -66,6 +69,7 @@ def late(record: Record) -> Iterator[Finding]:
     yield from _units(record)
     yield from _gap(record)
     yield from _collapse(record)
+    yield from _labels(record)
     yield from _time(record)
 
 
@@ -236,6 +240,27 @@ def _collapse(record: Record) -> Iterator[Finding]:
             "class collapse",
             f"{share:.0%} of the hold-out's pictures are said to be {name}, and {record.truth.get(name, 0):.0%} are",
             "lower optim.lr; for uneven classes take data.sampler: balanced or loss.class_weights: balanced",
+        )
+
+
+SUREST = 0.25
+
+
+def _labels(record: Record) -> Iterator[Finding]:
+    """Where labels are wrong by chance, confidence does not help: the surest answers contradict their labels nearly as often as all do. A
+    network that errs errs where it is unsure."""
+    from scipy.stats import binomtest
+
+    count, contradicted = record.surest
+    if not count:
+        return
+    share, learned = contradicted / count, record.wrong < 0.6 * (1 - max(record.truth.values(), default=0))
+    low = binomtest(contradicted, count).proportion_ci(method="wilson").low
+    if learned and low > 0.03 and share > 0.4 * record.wrong:
+        yield Finding(
+            "label noise",
+            f"of the surest quarter of the answers on the hold-out {share:.0%} contradict the label ({record.wrong:.0%} of all do)",
+            "look at the report's `Labels that are likely wrong` and mend the labels; until then loss.label_smoothing 0.1 helps",
         )
 
 

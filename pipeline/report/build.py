@@ -1,5 +1,6 @@
 """What an evaluation found, put together for people and for programs."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from pipeline import measures
+from pipeline.data.manifest import Sample
 from pipeline.evaluation import Evaluation
 from pipeline.files import write_atomically
 from pipeline.report import figures
 from pipeline.robustness import Robustness
+from pipeline.slices import slices
 
 SHOWN = 24
 
@@ -50,12 +53,14 @@ def make_report(
     abstain_below: float | None,
     robustness: Robustness | None = None,
     findings: Sequence[Mapping[str, str]] | None = None,
+    near: Sequence[tuple[Sample, Sample]] = (),
 ) -> Report:
     """facts: what it was measured on and with, for the head. precision: that `abstain_below` was chosen for. findings: the doctor's, each
-    with name, evidence and cure; None where it did not watch."""
+    with name, evidence and cure; None where it did not watch. near: pictures and those of the training that they resemble."""
     numbers: dict[str, Any] = {"facts": dict(facts), "metrics": evaluation.metrics, "per_class": evaluation.per_class}
     numbers["findings"] = None if findings is None else list(findings)
     numbers["intervals"] = {name: list(pair) for name, pair in evaluation.intervals.items()}
+    numbers["slices"] = [dataclasses.asdict(part) for part in slices(evaluation.samples, evaluation.right)]
     multilabel = evaluation.truth.ndim == 2
     bins = measures.reliability(evaluation.probabilities, evaluation.truth, multilabel=multilabel)
     numbers["reliability"] = [list(row) for row in bins]
@@ -76,15 +81,29 @@ def make_report(
         if evaluation.confusion is not None:
             numbers["confusion"] = evaluation.confusion.tolist()
             shown["Confusion matrix"] = figures.confusion_figure(evaluation.confusion, labels)
-        wrong = np.flatnonzero(given.argmax(axis=1) != truth)
+        wrong = np.flatnonzero(~evaluation.right)
         surest = wrong[np.argsort(-given[wrong].max(axis=1), kind="stable")]
         suspects = measures.likely_label_errors(given, truth)
         numbers["likely_label_errors"] = [evaluation.samples[i].path for i in suspects]
         galleries["The most confident errors"] = _pictures(evaluation, surest, labels)
         galleries["Labels that are likely wrong"] = _pictures(evaluation, suspects, labels)
+    else:
+        galleries["The most confident errors"] = _label_pictures(evaluation, labels)
+    if near:
+        known = {sample.path for sample, _ in near}
+        new = np.array([sample.path not in known for sample in evaluation.samples])
+        right = float(evaluation.right[new].mean()) if new.any() else None
+        pairs = [[sample.path, other.path] for sample, other in near]
+        numbers["near_duplicates"] = {"pairs": pairs, "right_without_them": right}
+        galleries["Like a picture of the training"] = [
+            {"src": figures.pair_thumbnail(a.read(), b.read()), "caption": f"{_named(a, labels)} ~ {_named(b, labels)}",
+             "path": f"{a.path} ~ {b.path}"}
+            for a, b in near[:SHOWN]
+        ]  # fmt: skip
     if robustness is not None:
         numbers["robustness"] = robustness.to_dict()
         shown["Robustness to corruptions"] = figures.severity_figure(robustness.by_severity())
+        shown["Noise on the pictures"] = figures.noise_figure({0: robustness.clean, **robustness.noise})
     return Report(title, numbers, shown, galleries)
 
 
@@ -92,6 +111,22 @@ def _pictures(evaluation: Evaluation, places: np.ndarray, labels: Sequence[str])
     rows = []
     for i in places[:SHOWN]:
         sample, answer = evaluation.samples[i], int(evaluation.probabilities[i].argmax())
-        said = f"{labels[answer]} {evaluation.probabilities[i, answer]:.0%}, labelled {labels[sample.labels[0]]}"
+        said = f"{labels[answer]} {evaluation.probabilities[i, answer]:.0%}, labelled {_named(sample, labels)}"
         rows.append({"src": figures.thumbnail(sample.read()), "caption": said, "path": sample.path})
     return rows
+
+
+def _label_pictures(evaluation: Evaluation, labels: Sequence[str]) -> list[dict[str, str]]:
+    """For several labels: the pictures with the label whose probability is furthest from the truth, each picture once."""
+    off = np.abs(evaluation.probabilities - evaluation.truth)
+    order = [i for i in np.argsort(-off.max(axis=1), kind="stable") if not evaluation.right[i]]
+    rows = []
+    for i in order[:SHOWN]:
+        sample, label = evaluation.samples[i], int(off[i].argmax())
+        said = f"{labels[label]} {evaluation.probabilities[i, label]:.0%}, labelled {_named(sample, labels)}"
+        rows.append({"src": figures.thumbnail(sample.read()), "caption": said, "path": sample.path})
+    return rows
+
+
+def _named(sample: Sample, labels: Sequence[str]) -> str:
+    return ", ".join(labels[k] for k in sample.labels) or "nothing"

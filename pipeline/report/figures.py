@@ -21,11 +21,30 @@ def data_url(figure: object) -> str:
 
 def thumbnail(data: bytes) -> str:
     """Encoded picture bytes as a JPEG of at most THUMBNAIL pixels a side; small ones are enlarged with their pixels left visible."""
+    return _address(_small(data))
+
+
+def pair_thumbnail(one: bytes, other: bytes) -> str:
+    """Two pictures beside each other."""
+    pictures = _small(one), _small(other)
+    heights = [THUMBNAIL - picture.shape[0] for picture in pictures]
+    padded = [
+        cv2.copyMakeBorder(p, 0, more, 0, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        for p, more in zip(pictures, heights, strict=True)
+    ]
+    return _address(np.hstack(padded))
+
+
+def _small(data: bytes) -> np.ndarray:
     pixels = decode(data)
     factor = THUMBNAIL / max(pixels.shape[:2])
     how = cv2.INTER_NEAREST if factor >= 2 else cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
     height, width = (max(1, round(side * factor)) for side in pixels.shape[:2])
-    coded = cv2.imencode(".jpg", cv2.resize(pixels, (width, height), interpolation=how)[:, :, ::-1])[1]
+    return cv2.resize(pixels, (width, height), interpolation=how)
+
+
+def _address(pixels: np.ndarray) -> str:
+    coded = cv2.imencode(".jpg", pixels[:, :, ::-1])[1]
     return "data:image/jpeg;base64," + base64.b64encode(coded.tobytes()).decode()
 
 
@@ -54,6 +73,14 @@ def severity_figure(curve: Mapping[int, float]) -> str:
     axes = _axes("severity of the corruption", "accuracy", (4.2, 3.6))
     axes.plot(list(curve), [1 - error for error in curve.values()], marker="o")
     axes.set(ylim=(0, 1.02), xticks=list(curve))
+    return data_url(axes.figure)
+
+
+def noise_figure(errors: Mapping[int, float]) -> str:
+    """errors: deviation of Gaussian noise in grey levels → share of wrong answers, 0 among them."""
+    axes = _axes("deviation of Gaussian noise, grey levels of 255", "accuracy", (4.2, 3.6))
+    axes.plot(list(errors), [1 - error for error in errors.values()], marker="o")
+    axes.set(ylim=(0, 1.02), xticks=list(errors))
     return data_url(axes.figure)
 
 

@@ -2,9 +2,11 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from small_data import COLORS, Run, picture, write_picture
@@ -13,8 +15,11 @@ from augment import Preprocess
 from models.bundle import load_bundle
 from models.classifier import Classifier
 from models.networks import build
-from pipeline.data.manifest import load_manifest
+from pipeline.data.manifest import Sample, load_manifest
+from pipeline.evaluation import evaluate
+from pipeline.report import make_report
 from pipeline.robustness import measure_robustness
+from pipeline.slices import slices
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +122,88 @@ def test_corruptions_are_seeded_and_hurt(root: Path) -> None:
     assert seen.pictures == 50, "spread over all of them"
     full = measure_robustness(classifier, Preprocess(32, 32), samples[:4], quick=False)
     assert full.pictures == 4 and list(full.by_severity()) == [0, 1, 2, 3, 4, 5]
+
+
+class Rough(torch.nn.Module):
+    """Says 1 where neighbouring pixels differ by more than 12 grey levels on average: under noise of deviation d they do by 2 d / √π."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        values = images.float()
+        rough = (values[..., 1:] - values[..., :-1]).abs().mean(dim=(1, 2, 3)) - 12
+        return torch.stack([-rough, rough], dim=1)
+
+
+def test_noise_has_its_deviation_in_grey_levels(tmp_path: Path) -> None:
+    for number in range(8):
+        write_picture(tmp_path / "ab"[number % 2] / f"{number}.png", np.full((32, 32, 3), 100 + number, np.uint8))
+    samples = [replace(sample, labels=(0,)) for sample in load_manifest(tmp_path).samples]
+    found = measure_robustness(Rough(), Preprocess(32, 32), samples, quick=True)  # type: ignore[arg-type]
+    assert found.clean == 0 and found.noise == {4: 0, 8: 0, 16: 1, 32: 1, 64: 1}
+
+
+@pytest.fixture(scope="module")
+def cameras(root: Path) -> Path:
+    """A manifest whose camera `b` took the mislabelled pictures, with a number a row and a few duplicates."""
+    rows = [
+        {"path": str(root / "pictures" / label / f"{number:02}<b>.png"), "label": label, "camera": "b<i>" if number % 6 == 0 else "a",
+         "hour": number, "note": f"{label} {number}", "split": "test" if number >= 30 else "val" if number >= 24 else "train"}
+        for label in COLORS for number in range(60)
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_csv(root / "cameras.csv", index=False)
+    return root / "cameras.csv"
+
+
+def test_parts_of_the_data_by_the_columns_of_the_manifest(
+    refract: Run, cameras: Path, runs: Path, tmp_path: Path
+) -> None:
+    told = refract("evaluate", runs / "good" / "bundle", cameras, "--report", "rep").stdout
+    parts = json.loads((tmp_path / "rep" / "report.json").read_text())["slices"]
+    by_name = {(part["column"], part["value"]): part for part in parts}
+    assert {part["column"] for part in parts} == {"camera", "hour"}, "a note tells single pictures apart"
+    a, b = by_name["camera", "a"], by_name["camera", "b<i>"]
+    assert (a["count"], b["count"]) == (75, 15) and b["worse"] and not a["worse"]
+    assert b["right"] == pytest.approx(1 / 3, abs=0.1) and b["low"] < b["right"] < b["high"] < a["right"]
+    hours = [part for part in parts if part["column"] == "hour"]
+    assert len(hours) == 30 and sum(part["count"] for part in hours) == 90
+    assert re.search(r"camera = b<i> +0\.\d+ right of 15", told)
+    html = (tmp_path / "rep" / "report.html").read_text()
+    assert "<td>b&lt;i&gt;</td>" in html
+
+
+def test_numbers_are_taken_by_quarters() -> None:
+    samples = [Sample(str(n), (0,), metadata={"size": f"{n / 7}", "odd": "x" if n % 2 else ""}) for n in range(100)]
+    found = slices(samples, np.arange(100) >= 25)
+    assert [(part.column, part.count, part.right) for part in found] == [
+        ("size", 25, 0.0), ("size", 25, 1.0), ("size", 25, 1.0), ("size", 25, 1.0), ("odd", 50, 0.74), ("odd", 50, 0.76),
+    ]  # fmt: skip
+    assert [part.worse for part in found] == [True, False, False, False, False, False] and found[4].value == "(empty)"
+
+
+def test_several_labels_have_a_gallery_and_the_report_shows_what_looks_like_the_training(tmp_path: Path) -> None:
+    for label in COLORS:
+        for number in range(12):
+            write_picture(tmp_path / label / f"{number:02}.png", picture(label, number))
+    samples = [
+        Sample(str(tmp_path / label / f"{number:02}.png"), (k,))
+        for k, label in enumerate(COLORS)
+        for number in range(12)
+    ]
+    torch.manual_seed(0)
+    classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
+    found = evaluate(classifier, Preprocess(32, 32), samples, task="multilabel", labels=tuple(COLORS))
+    assert found.right.tolist() == ((found.probabilities >= 0.5) == found.truth).all(axis=1).tolist()
+    near = [(samples[0], samples[1])]
+    report = make_report("r", found, tuple(COLORS), facts={}, precision=0.95, abstain_below=None, near=near)
+    errors = report.galleries["The most confident errors"]
+    off = np.abs(found.probabilities - found.truth)[~found.right].max()
+    assert (errors and f"{1 - off:.0%}" in errors[0]["caption"]) or f"{off:.0%}" in errors[0]["caption"]
+    (pair,) = report.galleries["Like a picture of the training"]
+    assert pair["caption"] == "blue ~ blue" and pair["src"].startswith("data:image/jpeg")
+    assert report.numbers["near_duplicates"]["right_without_them"] == pytest.approx(found.right[1:].mean())
 
 
 def test_labels_with_dollars_are_drawn(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Where pictures come from, how they are split, and what is refused before training."""
 
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -401,3 +402,55 @@ def test_draws_of_a_rare_class_differ() -> None:
     assert sorted(key[2] for key in order if key[1] == 97) == list(range(10))
     twice = list(TrainOrder(100, seed=0, classes=classes, repeats=2))
     assert len(set(twice)) == 100
+
+
+def test_further_columns_are_metadata_and_come_back_from_written_splits(folder: Path, tmp_path: Path) -> None:
+    rows = [(f"{label}/{n:02}.jpg", label, f"camera {n % 2}", n) for label in COLORS for n in range(6)]
+    pd.DataFrame(rows, columns=["path", "label", "camera", "hour"]).to_csv(folder / "m.csv", index=False)
+    manifest, _ = prepare_data(config_of(folder / "m.csv"))
+    assert manifest.samples[3].metadata == {"camera": "camera 1", "hour": "3"}
+    write_splits(manifest, tmp_path / "splits.csv")
+    assert load_manifest(tmp_path / "splits.csv").samples[3].metadata == {"camera": "camera 1", "hour": "3"}
+
+
+def test_a_name_that_is_no_text_is_refused(folder: Path) -> None:
+    (folder / "red" / "00.jpg").rename(os.fsdecode(os.fsencode(folder / "red") + b"/caf\xe9.jpg"))
+    with pytest.raises(DataError, match=r"1 file names are not UTF-8, as b'.*caf.xe9.jpg'.* rename them"):
+        load_manifest(folder)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train and test of pictures with some structure, in which three of test are pictures of train, saved again in other ways."""
+    root = tmp_path_factory.mktemp("scenes")
+    for number in range(60):
+        coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        pixels = cv2.resize(coarse, (96, 96), interpolation=cv2.INTER_CUBIC)
+        split = "train" if number < 40 else "test"
+        write_picture(root / split / "ab"[number % 2] / f"{number:02}.png", pixels)
+    for number, change in enumerate((0.5, 0.8, 1.3)):
+        pixels = cv2.imread(str(root / "train" / "ab"[number % 2] / f"{number:02}.png"))
+        smaller = cv2.resize(pixels, None, fx=change, fy=change, interpolation=cv2.INTER_AREA)
+        brighter = cv2.convertScaleAbs(smaller, alpha=0.9, beta=20)
+        cv2.imwrite(
+            str(root / "test" / "ab"[number % 2] / f"again{number}.jpg"), brighter, [cv2.IMWRITE_JPEG_QUALITY, 60]
+        )
+    return root
+
+
+def test_pictures_of_the_hold_out_that_resemble_one_of_the_training_are_found(
+    scenes: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest, _ = prepare_data(config_of(scenes))
+    found = {(Path(path).name, Path(other).name) for path, other in manifest.near}
+    # Validation was drawn from train, so what was copied may lie there.
+    trained = {Path(sample.path).name for sample in manifest.of("train")}
+    wanted = {(f"again{n}.jpg", f"{n:02}.png") for n in range(3) if f"{n:02}.png" in trained}
+    assert len(wanted) >= 2 and found == wanted
+    assert f"{len(wanted)} pictures of val and test look like one of train, as" in caplog.text
+
+
+def test_flat_and_different_pictures_are_not_alike(tmp_path: Path) -> None:
+    for number in range(40):
+        write_picture(tmp_path / "ab"[number % 2] / f"{number}.png", np.full((32, 32, 3), number * 5, np.uint8))
+    assert prepare_data(config_of(tmp_path))[0].near == ()

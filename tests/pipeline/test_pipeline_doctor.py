@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from small_data import COLORS, Run, picture, write_picture
@@ -165,6 +166,34 @@ def test_a_class_that_takes_all_and_a_loader_that_is_late() -> None:
     assert found.name == "the loader is the bottleneck" and "data.workers: 2" in found.cure
     (found,) = late(Record(3, 0.1, seconds=slow, workers=4))
     assert "data.memory: always" in found.cure and "with 4 worker processes" in found.evidence
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15])
+def test_labels_that_are_wrong_by_chance(share: float, tmp_path: Path) -> None:
+    """Trained for real on colours of which a share carries another colour's name."""
+    from pipeline.training import train
+
+    draw = np.random.default_rng(0)
+    for label in COLORS:
+        others = [other for other in COLORS if other != label]
+        for number in range(150):
+            given = others[draw.integers(2)] if draw.random() < share else label
+            write_picture(tmp_path / "data" / given / f"{label}{number:03}.png", picture(label, number)[:, :24])
+    values = {name: dict(section) for name, section in BASE.items()}
+    values["data"] |= {"source": str(tmp_path / "data"), "test_share": 0.4}
+    values["trainer"] |= {"runs_dir": str(tmp_path), "run_name": "r"}
+    values["evaluation"] = {"robustness": "none"}
+    train(config_from_dict(values))
+    found = {finding.name for finding in read_findings(tmp_path / "r")[0]}
+    assert ("label noise" in found) == (share > 0), found
+
+
+def test_a_network_that_errs_where_it_is_unsure_has_no_noise() -> None:
+    noisy = {"said": {"cat": 0.5, "dog": 0.5}, "truth": {"cat": 0.5, "dog": 0.5}}
+    assert [f.name for f in late(Record(2, 0.1, surest=(100, 12), wrong=0.15, **noisy))] == ["label noise"]
+    assert not list(late(Record(2, 0.1, surest=(100, 12), wrong=0.5, **noisy))), "nothing was learned"
+    assert not list(late(Record(2, 0.1, surest=(100, 5), wrong=0.2, **noisy))), "the surest are right"
+    assert not list(late(Record(2, 0.1, surest=(8, 1), wrong=0.2, **noisy))), "too few to say"
 
 
 def test_watching_changes_no_weight(colours: Path, tmp_path: Path) -> None:

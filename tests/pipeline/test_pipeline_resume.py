@@ -12,13 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 from small_data import Run, picture, write_picture
 
 from pipeline.checkpoints import newest
 from pipeline.config import Config
-from pipeline.runs import held, unfinished
+from pipeline.data.manifest import DataError
+from pipeline.provenance import inputs
+from pipeline.runs import held, new_run, old_run, unfinished
 from pipeline.tracking.journal import Journal
 
 # What draws from PyTorch's generator, averages, and mixes: all that a restart could lose.
@@ -177,6 +180,38 @@ def test_what_cannot_go_on_is_told(refract: Run, work: Path, stopped: Path) -> N
         and f"going on from elsewhere/checkpoints/{fallback.name}" in told
     )
     assert (work / "elsewhere" / "bundle").is_dir() and not (work / "runs" / "r").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_went_on_cost_the_time_of_all_its_processes(refract: Run, work: Path) -> None:
+    with training(work, "c.yaml", "--trainer.max_epochs", "3", "--trainer.run_name", "r") as process:
+        until(process, "epoch 2/")
+        process.kill()
+    last = newest(work / "runs" / "r" / "checkpoints")
+    assert last is not None
+    state = torch.load(last, weights_only=True)
+    state["callbacks"]["Cost"]["minutes"] = 90.0
+    torch.save(state, last)
+    refract("train", "--resume", "runs/r")
+    client = MlflowClient(f"sqlite:///{work}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
+    assert 90 < run.data.metrics["cost_minutes"] < 92
+
+
+def test_a_run_whose_weights_or_teacher_changed_cannot_go_on(tmp_path: Path) -> None:
+    config = Config()
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "weights.bin").write_bytes(b"1")
+    (tmp_path / "w.pt").write_bytes(b"2")
+    config.loss.teacher, config.model.weights = str(tmp_path / "teacher"), str(tmp_path / "w.pt")
+    config.trainer.runs_dir = str(tmp_path / "runs")
+    record = {"fingerprint": "f", "inputs": inputs(config)}
+    assert set(record["inputs"]) == {"model.weights", "loss.teacher"}
+    run = new_run(config, "r", record)
+    assert old_run(run.path, {"fingerprint": "f", "inputs": inputs(config)}).resumed
+    (tmp_path / "teacher" / "weights.bin").write_bytes(b"3")
+    with pytest.raises(DataError, match=r"what loss\.teacher names has changed since .*/r-.* began"):
+        old_run(run.path, {"fingerprint": "f", "inputs": inputs(config)})
 
 
 def test_a_run_is_held_by_one_and_found_by_its_config(tmp_path: Path) -> None:
