@@ -14,8 +14,8 @@ from pipeline.data.manifest import Manifest, Sample
 BITS = 7
 """Of the 128 of a look, in which two may differ: then one of its 8 parts is equal, by which pairs are found."""
 SMALLEST, FLAT, PLAIN = 16, 3.0, 40
-"""Pixels a side, grey levels of deviation, and bits that are set (photographs have about 64), below which a picture has no look: it is flat, or
-strokes on an empty ground, as digits are, and would be like too many others."""
+"""Pixels a side, grey levels of deviation, and bits that are set (photographs have about 64), below which a picture has no look: it is
+flat, or strokes on an empty ground, as digits are, and would be like too many others."""
 SIDE, ALIKE = 32, 0.97
 """Candidates are compared as grey pictures of SIDE pixels: the correlation from which on they are told."""
 CANDIDATES = 20_000
