@@ -1,5 +1,6 @@
 """What a reviewer asks of a run beside its figures: which code, which machine, what it cost."""
 
+import getpass
 import hashlib
 import os
 import platform
@@ -58,6 +59,15 @@ def machine(device: str, precision: str) -> dict[str, str]:
         "threads": threads,
         "precision": precision,
     }
+
+
+def origin(command: str) -> dict[str, str]:
+    """MLflow's own tags of who ran what."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may run as a number without a name
+        user = str(os.getuid())
+    return {"mlflow.user": user, "mlflow.source.name": command, "mlflow.source.type": "LOCAL"}
 
 
 def peak_memory() -> float:

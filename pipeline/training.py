@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config import Config, ConfigError
 from pipeline.files import write_atomically
 from pipeline.processes import Processes, processes
-from pipeline.provenance import code_state, flat_tags, inputs, machine, peak_memory, versions
+from pipeline.provenance import code_state, flat_tags, inputs, machine, origin, peak_memory, versions
 from pipeline.stopping import heard
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ def _tracked(made: "Assembly", config: Config, run: Any, checkpoint: Path | None
     data = {"fingerprint": made.identity["fingerprint"], "source": made.manifest.source}
     counts = {split: len(made.manifest.of(split)) for split in made.manifest.splits()}
     tags = flat_tags(data=data | counts, code=run.record["code"], machine=run.record["machine"])
+    tags |= origin(f"refract train {run.record['name']}")
     if "commit" in run.record["code"]:
         tags["mlflow.source.git.commit"] = run.record["code"]["commit"]  # which MLflow's own pages show
     try:
@@ -382,10 +383,25 @@ def _make_bundle(
     preview_grid(pictures, data.train_set.augmenter).save(run_dir / "preview.png")
     if tracker is not None:
         tracker.tag({f"doctor.{finding.name}": finding.evidence for finding in found.findings})
+        tracker.tag({"mlflow.note.content": _note(made, config, found)})
         tracker.log_metrics({f"test_{name}": value for name, value in metrics.items()}, step=len(history))
     goldens = make_goldens(classifier, preprocess, test, task=manifest.task, temperature=found.temperature)
     save_bundle(run_dir / "bundle", info, classifier, goldens)
     return metrics
+
+
+def _note(made: Assembly, config: Config, found: Any) -> str:
+    """What MLflow shows as the run's description, Markdown."""
+    name, value = next(iter(found.evaluation.metrics.items()))
+    bounds = found.evaluation.intervals.get(name)
+    between = "" if bounds is None else f" (95 % interval {bounds[0]:.4f} – {bounds[1]:.4f})"
+    lines = [
+        f"**{name} {value:.4f}**{between} on {len(found.evaluation.samples):,} pictures of the hold-out.",
+        f"`{config.model.name}`; {_described(made.manifest)}.",
+        *(f"- doctor: {finding}" for finding in found.findings),
+        "The report is `report.html` among the artifacts; the tag `rerun` has the command that trains it again.",
+    ]
+    return "\n\n".join(lines)
 
 
 def _described(manifest: Any) -> str:

@@ -19,10 +19,10 @@ SPACE.yaml has dotted keys of the config with the values to try; a number in a k
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="refract tune",
+        prog="refract tune", usage="%(prog)s CONFIG SPACE [options] [--section.key value …]",
         description="Search a space of configs for the best score on validation. What was tried is kept in the storage: the same "
         "command goes on after a crash, and several processes or machines share one search by sharing it.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EPILOG, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("config", type=Path)
     parser.add_argument("space", type=Path)
@@ -39,13 +39,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--name", help="of the search; default the config's")
     parser.add_argument("--workers", type=int, default=1, help="processes on this machine")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    args, overrides = parser.parse_known_args(argv)
     if args.trials < 1 or args.workers < 1:
         parser.error("--trials and --workers are at least 1")
-    return console.run("tune", lambda: _tune(args, argv))
+    return console.run("tune", lambda: _tune(args, overrides, argv))
 
 
-def _tune(args: argparse.Namespace, argv: list[str]) -> int:
+def _tune(args: argparse.Namespace, overrides: list[str], argv: list[str]) -> int:
     import signal
 
     from pipeline.config import load_config
@@ -54,7 +54,7 @@ def _tune(args: argparse.Namespace, argv: list[str]) -> int:
     from pipeline.tuning.space import read_space
     from pipeline.tuning.study import Search, best_config, open_study, run_trials
 
-    config, space = load_config(args.config), read_space(args.space)
+    config, space = load_config(args.config, overrides), read_space(args.space)
     name = args.name or args.config.stem
     folder = Path(config.trainer.runs_dir) / f"tune-{name}"
     folder.mkdir(parents=True, exist_ok=True)

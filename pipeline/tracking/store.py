@@ -1,5 +1,6 @@
 """From a journal's entries to MLflow. Each can be sent twice and counts once, so that a delivery that was cut short is repeated."""
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,7 +49,8 @@ class Store:
         from mlflow.entities import Param, RunTag
 
         found = self._client.get_experiment_by_name(entry["experiment"])
-        experiment = found.experiment_id if found else self._client.create_experiment(entry["experiment"])
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # its page then shows what is of use for training
+        experiment = found.experiment_id if found else self._client.create_experiment(entry["experiment"], tags=kind)
         runs = self._client.search_runs([experiment], f"tags.`{KEY}` = '{entry['key']}'", max_results=1)
         if runs:
             run = runs[0]
@@ -60,6 +62,8 @@ class Store:
         params = [Param(name, str(value)[:LONGEST]) for name, value in _flat(entry["params"])]
         tags = [RunTag(name, str(value)) for name, value in entry["tags"].items()]
         self._client.log_batch(run.info.run_id, params=params, tags=tags)
+        if "data.fingerprint" in entry["tags"]:
+            self._client.log_inputs(run.info.run_id, [_dataset(entry["tags"])])
         return {"run_id": run.info.run_id, "experiment_id": experiment, "artifacts": run.info.artifact_uri}
 
     def _metrics(self, entry: Entry, known: Mapping[str, Any]) -> None:
@@ -105,6 +109,17 @@ class Store:
             self._client.update_run(known["run_id"], status="RUNNING")
         else:
             self._client.set_terminated(known["run_id"], entry["status"], entry["time"])
+
+
+def _dataset(tags: Mapping[str, str]) -> Any:
+    """The data that the tags name, for MLflow's column of data sets."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = tags["data.source"]
+    named = {"name": Path(source).stem[:500] or "data", "digest": tags["data.fingerprint"][:36]}
+    counts = {key.removeprefix("data."): value for key, value in tags.items() if key.startswith("data.")}
+    dataset = Dataset(**named, source_type="local", source=source, profile=json.dumps(counts))
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 
 
 _FINAL = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "PERMISSION_DENIED", "UNAUTHENTICATED", "BAD_REQUEST")

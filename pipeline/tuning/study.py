@@ -17,6 +17,7 @@ import optuna
 from lightning.pytorch.callbacks import Callback
 
 from pipeline.config import Config, ConfigError, config_from_dict
+from pipeline.provenance import origin
 from pipeline.runs import held, write_config
 from pipeline.tuning.space import Dimension, applies, with_values
 
@@ -183,7 +184,7 @@ def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, run_di
     tracker = None
     if config.tracking.enabled:
         parent = _parent(config, run_dir.parent)
-        tags = {"mlflow.parentRunId": parent} if parent else {}
+        tags = origin("refract tune") | ({"mlflow.parentRunId": parent} if parent else {})
         tracker = Tracker(own.tracking, run_dir, drawn, tags)
     status = "FAILED"
     try:
@@ -208,7 +209,8 @@ def _parent(config: Config, folder: Path) -> str | None:
     from pipeline.tracking.journal import Journal
 
     if not Journal(folder).entries:
-        Tracker(config.tracking, folder, config.to_dict(), {"refract.search": folder.name}).finish("FINISHED")
+        tags = {"refract.search": folder.name, **origin(f"refract tune {folder.name.removeprefix('tune-')}")}
+        Tracker(config.tracking, folder, config.to_dict(), tags).finish("FINISHED")
     return Journal(folder).delivered.get("run_id")
 
 

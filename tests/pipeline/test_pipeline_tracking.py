@@ -133,6 +133,12 @@ def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder:
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")] == [1, 2]
     assert client.get_model_version_by_alias("pictures", "champion").run_id == run.info.run_id
+    # What MLflow's own pages show beside metrics and parameters.
+    (given,) = run.inputs.dataset_inputs
+    assert given.dataset.name == "pictures" and run.data.tags["data.fingerprint"].startswith(given.dataset.digest)
+    note, accuracy = run.data.tags["mlflow.note.content"], run.data.metrics["test_accuracy"]
+    assert note.startswith(f"**accuracy {accuracy:.4f}** (95 % interval")
+    assert run.data.tags["mlflow.source.name"] == "refract train pictures" and run.data.tags["mlflow.user"]
 
 
 def test_another_server_gets_the_run_from_its_beginning(tmp_path: Path, refract: Run) -> None:
