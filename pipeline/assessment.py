@@ -84,16 +84,15 @@ def assess(
         doctor.record.said, doctor.record.truth = (
             _shares(found, manifest.labels) for found in (answers, evaluation.truth)
         )
-        surest = np.argsort(-evaluation.probabilities.max(axis=1), kind="stable")[: int(SUREST * len(test))]
-        doctor.record.surest = (len(surest), int((~evaluation.right[surest]).sum()))
+        confidence = evaluation.probabilities.max(axis=1)
+        surest = confidence >= np.sort(confidence)[-max(1, int(SUREST * len(test)))]  # with all that are as sure
+        doctor.record.surest = (int(surest.sum()), int((~evaluation.right[surest]).sum()))
         doctor.record.wrong = float((~evaluation.right).mean())
     findings = doctor.findings(history)
-    by_path = {sample.path: sample for sample in manifest.samples}
-    held = {sample.path for sample in test}
-    near = [(by_path[path], by_path[other]) for path, other in manifest.near if path in held]
     report = make_report(
         f"Run {name}", evaluation, manifest.labels, facts=facts, precision=config.evaluation.precision,
-        abstain_below=threshold, robustness=robustness, findings=[dataclasses.asdict(finding) for finding in findings], near=near,
+        abstain_below=threshold, robustness=robustness, findings=[dataclasses.asdict(finding) for finding in findings],
+        near=manifest.near_of(test),
     )  # fmt: skip
     return Assessment(evaluation, more, temperature, threshold, findings, report)
 

@@ -15,13 +15,15 @@ from pipeline.config import ConfigError
 
 @dataclass(frozen=True)
 class RunAnswers:
-    """A finished run as its folder tells it. right: path of a hold-out picture → whether the answer was right (multilabel: all labels)."""
+    """A finished run as its folder tells it. right: path of a hold-out picture → whether the answer was right (multilabel: all labels);
+    labels: path → the names of its true labels."""
 
     name: str
     config: dict[str, Any]
     metrics: dict[str, float]
     history: list[dict[str, float]]
     right: dict[str, bool]
+    labels: dict[str, tuple[str, ...]]
 
 
 def read_run(path: Path) -> RunAnswers:
@@ -37,9 +39,10 @@ def read_run(path: Path) -> RunAnswers:
     info = load_bundle(path / "bundle").info
     answers = given >= np.array(info.thresholds) if truth.ndim == 2 else given.argmax(axis=1)
     right = (answers == truth).reshape(len(truth), -1).all(axis=1)
-    return RunAnswers(
-        path.name, info.config, info.metrics, history, dict(zip(paths.tolist(), right.tolist(), strict=True))
-    )
+    rows = truth if truth.ndim == 2 else truth[:, None] == np.arange(len(info.labels))
+    named = [tuple(info.labels[i] for i in np.flatnonzero(row)) for row in rows]
+    known = (dict(zip(paths.tolist(), values, strict=True)) for values in (right.tolist(), named))
+    return RunAnswers(path.name, info.config, info.metrics, history, *known)
 
 
 def differences(runs: Sequence[RunAnswers]) -> dict[str, list[Any]]:
@@ -52,11 +55,19 @@ def differences(runs: Sequence[RunAnswers]) -> dict[str, list[Any]]:
 
 
 def against(one: RunAnswers, other: RunAnswers) -> tuple[measures.Difference, int]:
-    """(other's accuracy minus one's on the pictures that both held out, how many those are). ConfigError where there are none."""
+    """(other's accuracy minus one's on the pictures that both held out, how many those are). ConfigError where there are none, or where
+    the same picture has other labels in the two."""
     shared = [path for path in one.right if path in other.right]
     if not shared:
         raise ConfigError(
             f"{one.name} and {other.name} have no picture of their hold-outs in common: they cannot be compared"
+        )
+    torn = [path for path in shared if one.labels[path] != other.labels[path]]
+    if torn:
+        labels = " and ".join(";".join(run.labels[torn[0]]) or "nothing" for run in (one, other))
+        raise ConfigError(
+            f"{one.name} and {other.name} were not measured on the same data: {len(torn)} pictures of both hold-outs have other labels, as "
+            f"{torn[0]}: {labels}"
         )
     pair = (np.array([run.right[path] for path in shared]) for run in (other, one))
     return measures.paired_difference(*pair), len(shared)

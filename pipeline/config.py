@@ -275,7 +275,9 @@ def config_from_dict(
         namespace = parser.parse_args(list(overrides), namespace=parser.parse_object(dict(values)))
         config = Config(**{item.name: parser.instantiate(namespace)[item.name] for item in fields(Config)})
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {_plain_words(str(error))}") from error
+        told = _plain_words(str(error))
+        given = any(re.match(rf"{re.escape(key)}\b", told) for key in _override_keys(overrides))
+        raise ConfigError(f"{'command line' if given else where}: {told}") from error
     _check(config, where)
     return config
 
@@ -412,6 +414,7 @@ def _plain_words(message: str) -> str:
     for pattern, words in (
         (r'Parser key "([^"]+)":', r"\1:"),
         (r"<class '(\w+)'>", r"\1"),
+        (r"Expected a (?=[aeiou])", "Expected an "),
         (r"typing\.Literal\[([^]]*)\]", r"one of \1"),
     ):
         message = re.sub(pattern, words, message)

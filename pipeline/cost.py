@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import Callback
 
 POWERCAP = Path("/sys/class/powercap")
@@ -23,15 +24,21 @@ class Cost(Callback):
         self._energy = EnergyMeter(gpus=device == "cuda")
 
     def figures(self) -> dict[str, float]:
-        """`minutes`, and `kilojoules` where any counter can be read: of the whole processors and GPUs, whoever else used them."""
+        """`minutes`, and `kilojoules` where all of them counted energy: of the whole processors and GPUs, whoever else used them."""
         own = {"minutes": (time.monotonic() - self._began) / 60}
         if (joules := self._energy.joules()) is not None:
             own["kilojoules"] = joules / 1000
-        return {name: value + self._before.get(name, 0.0) for name, value in own.items()}
+        before = self._before or dict.fromkeys(own, 0.0)
+        return {name: value + before[name] for name, value in own.items() if name in before}
 
     def close(self) -> None:
         """Read no more."""
         self._energy.close()
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Count on from what a checkpoint has, where no training loads it."""
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"].get("Cost", {})
+        self._before = state
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.figures())
@@ -44,9 +51,10 @@ class EnergyMeter:
     """The energy that the processors' (RAPL, Linux) and the GPUs' (NVML) own counters count from now on. RAPL is often root's alone."""
 
     def __init__(self, *, gpus: bool, root: Path = POWERCAP) -> None:
-        # intel-rapl:0 is a whole processor, intel-rapl:0:0 a part of it; AMD's are called so too.
+        # package-0 … are whole processors, psys is all of the machine again, others are parts; AMD's folders are called intel-rapl too.
         folders = sorted(root.glob("intel-rapl:*"))
-        self._packages = [folder for folder in folders if folder.name.count(":") == 1 and _number(folder, "energy_uj")]
+        packages = [folder for folder in folders if _text(folder, "name").startswith("package")]
+        self._packages = [folder for folder in packages if _number(folder, "energy_uj") is not None]
         self._gpus = _gpus() if gpus else []
         self._last = self._readings()
         self._joules = 0.0
@@ -62,7 +70,7 @@ class EnergyMeter:
             now = self._readings()
             for name, (value, whole) in now.items():
                 gone = value - self._last.get(name, (value, whole))[0]
-                self._joules += gone if gone >= 0 else gone + whole  # the counter began anew
+                self._joules += gone if gone >= 0 else max(0.0, gone + whole)  # the counter began anew
             self._last = now
             return self._joules
 
@@ -87,17 +95,21 @@ class EnergyMeter:
         return found
 
 
-def _number(folder: Path, name: str) -> float | None:
+def _text(folder: Path, name: str) -> str:
     try:
-        return float((folder / name).read_text())
-    except (OSError, ValueError):
-        return None
+        return (folder / name).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _number(folder: Path, name: str) -> float | None:
+    text = _text(folder, name)
+    return float(text) if text.isdigit() else None
 
 
 def _gpus() -> list[Any]:
     """NVML's handles of the GPUs that PyTorch sees and that count their energy (Volta and newer)."""
     import pynvml
-    import torch
 
     try:
         pynvml.nvmlInit()

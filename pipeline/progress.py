@@ -87,6 +87,7 @@ def quiet_lightning() -> None:
     for text in (
         ".*does not have many workers.*",
         ".*number of training batches.*",
+        ".*your dataloader is not resumable.*",  # what comes next is a function of the epoch and the place in it
         ".*Checkpoint directory.*exists.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*overridden `on_before_batch_transfer`.*",

@@ -24,7 +24,8 @@ def versions() -> dict[str, str]:
 def inputs(config: Config) -> dict[str, str]:
     """config key → SHA-256 of the file or folder here that it names: what shapes the weights beside the data and the config."""
     named = {"model.weights": config.model.weights, "loss.teacher": config.loss.teacher or ""}
-    return {key: _digest(Path(value)) for key, value in named.items() if value and Path(value).exists()}
+    words = ("", "none", "default")
+    return {key: _digest(Path(value)) for key, value in named.items() if value not in words and Path(value).exists()}
 
 
 def _digest(path: Path) -> str:
@@ -37,10 +38,12 @@ def _digest(path: Path) -> str:
 
 def code_state() -> tuple[dict[str, str], str]:
     """(`commit` and `dirty` of the git repository that holds the working folder, what is not committed as a diff); empty outside of one.
-    Files that git does not know make it dirty too."""
+    Python files that git does not know make it dirty too."""
     try:
         commit = _git("rev-parse", "HEAD").strip()
-        diff, changed = _git("diff", "HEAD"), _git("status", "--porcelain")
+        # Of what git does not know, code alone counts: a config or a picture beside it changes nothing.
+        diff, known = _git("diff", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+        changed = known or _git("ls-files", "--others", "--exclude-standard", "*.py")
     except (OSError, subprocess.SubprocessError):
         return {}, ""
     return {"commit": commit, "dirty": "yes" if changed else "no"}, diff

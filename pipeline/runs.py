@@ -55,7 +55,8 @@ def stored_config(path: Path) -> Config:
     try:
         values = yaml.safe_load((path / CONFIG).read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--resume: {path} is no run that can go on: {CONFIG} cannot be read ({error})") from error
+        why = "there is no such folder" if not path.is_dir() else f"{CONFIG} cannot be read ({error})"
+        raise ConfigError(f"{path} is no run: {why}") from error
     config = config_from_dict(values, where=str(path / CONFIG))
     config.trainer.runs_dir, config.trainer.run_name = str(path.parent), path.name
     return config
@@ -65,7 +66,7 @@ def old_run(path: Path, record: Mapping[str, Any]) -> Run:
     """A run that goes on. record: as it would be written now. ConfigError for one that is finished, DataError where its data are others."""
     from pipeline.data.manifest import DataError
 
-    stored = _read_record(path)
+    stored = read_record(path)
     if stored.get("finished"):
         raise ConfigError(f"--resume: {path} is finished already; its bundle is {path / 'bundle'}")
     if stored["fingerprint"] != record["fingerprint"]:
@@ -86,16 +87,20 @@ def unfinished(config: Config, name: str) -> Path | None:
     folders = [root / config.trainer.run_name] if config.trainer.run_name else sorted(root.glob(f"{name}-*"))
     for path in sorted((p for p in folders if (p / RECORD).is_file()), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
-            if not _read_record(path).get("finished") and _comparable(stored_config(path)) == wanted:
+            if not read_record(path).get("finished") and _comparable(stored_config(path)) == wanted:
                 return path
         except ConfigError as error:
             log.warning("passed over: %s", error)
     return None
 
 
+class Held(ConfigError):
+    """Another process trains the run."""
+
+
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold the run for this process; a process that died holds nothing. ConfigError where another one has it."""
+    """Hold the run for this process; a process that died holds nothing. Held where another one has it."""
     import fcntl
 
     handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -103,7 +108,7 @@ def held(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"{path} is being trained by another process") from error
+            raise Held(f"{path} is being trained by another process") from error
         yield
     finally:
         os.close(handle)
@@ -128,11 +133,13 @@ def _new_folder(config: TrainerConfig, name: str) -> Path:
     raise ConfigError(f"trainer.runs_dir: no free name like {wanted} in {root}")
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads((path / RECORD).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--resume: {path} is no run that can go on: {RECORD} cannot be read ({error})") from error
+        record["fingerprint"], record["versions"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = "there is no such folder" if not path.is_dir() else f"{RECORD} cannot be read ({error})"
+        raise ConfigError(f"{path} is no run that was begun: {why}") from error
     return record
 
 

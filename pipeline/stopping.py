@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
@@ -14,7 +15,9 @@ ASKED_TO_STOP = 75
 
 
 class Stopped(Exception):
-    """The training was asked to stop, and has stopped. signal: SIGTERM or SIGINT."""
+    """The training was asked to stop, and has stopped. signal: SIGTERM or SIGINT; run: its folder, once that is known."""
+
+    run: Path | None = None
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")

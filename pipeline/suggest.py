@@ -79,7 +79,8 @@ def write_config(manifest: Manifest, found: Survey) -> str:
     network, weights, why = _network(small, found)
     signs = _are_signs(manifest.labels)
     policy = "digits" if signs else "cifar" if small else "fine-tune" if weights == "default" else "imagenet"
-    size = 32 if small else 224
+    # A picture is not worth enlarging: what is not there cannot be seen, and costs by its area.
+    size = 32 if small else 224 if found.side >= 160 or weights == "default" else max(64, found.side // 32 * 32)
     resize = "squash" if small else "crop"
     gpu = found.device == "cuda"
     batch = (256 if small else 64) if gpu else (128 if small else 32)

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -22,12 +23,14 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class Result:
-    """run_dir: everything of the run; bundle: its bundle; metrics: on the hold-out; version: of the registered model, if any."""
+    """run_dir: everything of the run; bundle: its bundle; metrics: on the hold-out; version: of the registered model, if any, and before:
+    that which had its alias until then."""
 
     run_dir: Path
     bundle: Path
     metrics: dict[str, float]
     version: str | None
+    before: str | None = None
 
 
 def train(config: Config, *, name: str = "run", resume: Path | None = None) -> Result | None:
@@ -112,8 +115,10 @@ def _tracked(made: "Assembly", config: Config, run: Any, checkpoint: Path | None
             if config.tracking.model_name:
                 tracker.register(config.tracking.model_name, config.tracking.alias)
         status = "FINISHED"
-    except (KeyboardInterrupt, Stopped):
+    except (KeyboardInterrupt, Stopped) as error:
         status = "KILLED"
+        if isinstance(error, Stopped):
+            error.run = run.path
         raise
     finally:
         cost.close()
@@ -124,8 +129,8 @@ def _tracked(made: "Assembly", config: Config, run: Any, checkpoint: Path | None
                 waiting,
                 run.path,
             )
-    version = None if tracker is None else tracker.journal.delivered.get("version")
-    return Result(run.path, run.path / "bundle", metrics, version)
+    answers = {} if tracker is None else tracker.journal.delivered
+    return Result(run.path, run.path / "bundle", metrics, answers.get("version"), answers.get("version_before"))
 
 
 @dataclass(frozen=True)
@@ -206,10 +211,11 @@ def prepare_data(config: Config) -> tuple[Any, dict[str, str]]:
         log.warning("data: left out %d unreadable pictures", len(found.bad))
     manifest = replace(manifest, near=near_pairs(manifest, found.looks))
     if manifest.near:
+        split_of = {sample.path: sample.split for sample in manifest.samples}
+        counts = Counter(split_of[path] for path, _ in manifest.near)
+        told = " and ".join(f"{counts[split]} pictures of {split}" for split in ("val", "test") if counts[split])
         log.warning(
-            "data: %d pictures of val and test look like one of train, as %s like %s: figures may be too good; the report shows them",
-            len(manifest.near),
-            *manifest.near[0],
+            "data: %s look like one of train, as %s like %s: their figures may be too good", told, *manifest.near[0]
         )
     return manifest, {"fingerprint": found.fingerprint(manifest), "content": content}
 
@@ -334,6 +340,8 @@ def _make_bundle(
     from pipeline.preview import preview_grid
 
     if (run_dir / "bundle").exists():
+        if checkpoint is not None:
+            cost.go_on_from(checkpoint)
         return dict(load_bundle(run_dir / "bundle").info.metrics)
     manifest, module, data = made.manifest, made.module, made.data
     doctor = make_doctor(made, config)

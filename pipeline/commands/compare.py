@@ -24,6 +24,7 @@ def _compare(args: argparse.Namespace) -> int:
     from pipeline.comparison import against, curves, differences, read_run
 
     runs = [read_run(path) for path in args.runs]
+    found_of = [(run, *against(runs[0], run)) for run in runs[1:]]
     rows = [(key, [str(value) for value in values]) for key, values in differences(runs).items()]
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     figures = [(name, [f"{run.metrics[name]:.4f}" if name in run.metrics else "-" for run in runs]) for name in names]
@@ -41,8 +42,7 @@ def _compare(args: argparse.Namespace) -> int:
     line("", [run.name for run in runs])
     for name, values in [*rows, *figures]:
         line(name, values)
-    for run in runs[1:]:
-        found, count = against(runs[0], run)
+    for run, found, count in found_of:
         chance = "more than chance" if found.p_value < 0.05 else "within chance"
         print(
             f"\n{run.name} against {runs[0].name} on {count:,} pictures: accuracy {found.value:+.4f}, 95 % interval {found.low:+.4f} to "

@@ -1,6 +1,7 @@
 """`refract evaluate BUNDLE DATA`"""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
-    manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "auto")
+    manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass")
     if "test" not in manifest.splits():
         manifest = _held_out(info, manifest)
     samples = relabelled(manifest, info.labels)
@@ -71,7 +72,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         print(
             f"  {row['label']:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['count']:6d}"
         )
-    for part in slices(samples, result.right):
+    parts = slices(samples, result.right)
+    for part in parts:
         low = f", worse than the whole ({result.right.mean():.4f})" if part.worse else ""
         print(f"  {part.column} = {part.value}  {part.right:.4f} right of {part.count}{low}")
     robustness = None
@@ -93,13 +95,15 @@ def _evaluate(args: argparse.Namespace) -> int:
         report = make_report(
             f"{info.name} on {args.data}", result, info.labels, facts=facts, robustness=robustness,
             precision=info.config.get("evaluation", {}).get("precision", 0.95), abstain_below=info.abstain_below,
+            near=manifest.near_of(samples),
         )  # fmt: skip
         print("wrote " + ", ".join(map(str, report.write(args.report))))
     if args.json:
         confusion = None if result.confusion is None else result.confusion.tolist()
         numbers = {"bundle": bundle.digest, "pictures": len(samples), "split": split, "metrics": result.metrics}
         numbers |= {"labels": list(info.labels), "per_class": result.per_class, "confusion": confusion}
-        numbers |= {"intervals": result.intervals}
+        numbers |= {"intervals": result.intervals, "slices": [dataclasses.asdict(part) for part in parts]}
+        numbers |= {"near_duplicates": [[a.path, b.path] for a, b in manifest.near_of(samples)]}
         numbers |= {"robustness": robustness.to_dict()} if robustness is not None else {}
         write_atomically(args.json, json.dumps(numbers, indent=2, ensure_ascii=False).encode())
         print(f"wrote {args.json}")

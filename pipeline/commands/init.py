@@ -42,6 +42,11 @@ def _init(source: str, output: Path) -> int:
     )
     print(f"  smallest class: {min(counts, key=counts.__getitem__)} ({min(counts.values()):,}), "
           f"largest: {max(counts, key=counts.__getitem__)} ({max(counts.values()):,})")  # fmt: skip
+    single = [label for label, count in counts.items() if count == 1]
+    if single:
+        print(
+            f"  note: classes with one picture, as {single[0]}, cannot be learned and measured: add pictures or take them out"
+        )
     for note in found.notes:
         print(f"  {note}")
     print(f"wrote {output}")

@@ -30,8 +30,11 @@ def _predict(args: argparse.Namespace) -> int:
 
     from models.bundle import load_bundle
     from pipeline.commands.evaluate import preprocess_of
+    from pipeline.data.manifest import DataError
     from pipeline.scoring import score
 
+    if (Path(args.bundle) / "bundle").is_dir():
+        raise DataError(f"{args.bundle}: is a run; its bundle is {Path(args.bundle) / 'bundle'}")
     bundle = load_bundle(args.bundle)
     info = bundle.info
     files = picture_files(args.paths)
@@ -81,8 +84,6 @@ def picture_files(paths: list[Path]) -> list[Path]:
             if not inside:
                 raise DataError(f"{path}: no pictures in this folder; Refract reads {', '.join(SUFFIXES)}")
             files += inside
-        elif path.exists():
+        else:  # one that is not there is told when its turn comes, as one that cannot be read
             files.append(path)
-        else:
-            raise DataError(f"{path}: no such file or folder")
     return files

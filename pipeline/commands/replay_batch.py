@@ -28,16 +28,16 @@ def _replay(path: Path) -> int:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         network, weights, batch = stored["network"], stored["weights"], stored["batch"]
+        size, how = tuple(network["image_size"]), {"head": network["head"], "args": network["args"]}
+        classifier = Classifier(
+            build(network["name"], stored["classes"], image_size=size, **how),
+            mean=stored["mean"], std=stored["std"], normalize=stored["normalize"], image_size=size,
+        )  # fmt: skip
+        classifier.load_state_dict(weights)
     except OSError:
         raise
     except Exception as error:  # torch's readers stumble over other files in many ways
         raise ConfigError(f"{path}: is no bad-batch.pt of a training ({type(error).__name__}: {error})") from error
-    size = tuple(network["image_size"])
-    classifier = Classifier(
-        build(network["name"], stored["classes"], image_size=size, head=network["head"], args=network["args"]),
-        mean=stored["mean"], std=stored["std"], normalize=stored["normalize"], image_size=size,
-    )  # fmt: skip
-    classifier.load_state_dict(weights)
     print(f"epoch {stored['epoch']}, step {stored['step']}, seed {stored['seed']}: {len(batch['targets'])} pictures")
     print(f"{'layer':<40} {'kind':<20} {'lowest':>12} {'highest':>12} {'not finite':>11}")
     for name, kind, output in layers(classifier, batch["images"]):

@@ -21,22 +21,18 @@ def main(argv: list[str]) -> int:
 
 
 def _rerun(run: str, uri: str | None) -> int:
-    import json
     import tempfile
 
     import torch
 
-    from pipeline.config import ConfigError
     from pipeline.provenance import code_state, inputs, versions
-    from pipeline.runs import RECORD, stored_config
+    from pipeline.runs import read_record, stored_config
     from pipeline.training import train
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(run) if Path(run).is_dir() else _fetched(run, uri, Path(folder))
         config = stored_config(path)
-        if not (path / RECORD).is_file():
-            raise ConfigError(f"{run}: has no {RECORD}")
-        record = json.loads((path / RECORD).read_text("utf-8"))
+        record = read_record(path)
         weights = path / "bundle" / "weights.safetensors"
         before = weights.read_bytes() if weights.is_file() else None
     code, _ = code_state()
@@ -48,7 +44,8 @@ def _rerun(run: str, uri: str | None) -> int:
     if record.get("code", {}).get("commit") != code.get("commit"):
         differing.append(f"the code was at commit {record.get('code', {}).get('commit')}, is at {code.get('commit')}")
     if record.get("code", {}).get("dirty") == "yes":
-        differing.append("the code had changes that were not committed: see the run's code.diff")
+        kept = "the run's code.diff" if (path / "code.diff").is_file() else "files that git does not know"
+        differing.append(f"the code had changes that were not committed: {kept}")
     if code.get("dirty") == "yes":
         differing.append("the code has changes now that are not committed")
     threads = torch.get_num_threads()
@@ -61,9 +58,10 @@ def _rerun(run: str, uri: str | None) -> int:
     for line in differing:
         print(f"other than then: {line}")
     name, config.trainer.run_name, config.trainer.runs_dir = path.name, None, record["runs_dir"]
+    config.tracking.model_name = None  # it is for looking, not for serving
     result = train(config, name=f"{record['name']}-rerun")
     assert result is not None, "one process"
-    fingerprint = json.loads((result.run_dir / RECORD).read_text("utf-8"))["fingerprint"]
+    fingerprint = read_record(result.run_dir)["fingerprint"]
     if fingerprint != record["fingerprint"]:
         print("other than then: the data have changed")
     after = (result.bundle / "weights.safetensors").read_bytes()

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
 
 def _sync(folders: list[Path], uri: str | None) -> int:
     from pipeline.config import ConfigError
-    from pipeline.runs import held, stored_config
+    from pipeline.runs import Held, held, stored_config
     from pipeline.tracking import tracking_uri
     from pipeline.tracking.journal import JOURNAL, Journal
     from pipeline.tracking.store import Store, first_line
@@ -31,26 +31,34 @@ def _sync(folders: list[Path], uri: str | None) -> int:
     runs = sorted({path.parent for folder in folders for path in folder.rglob(JOURNAL)})
     if not runs:
         raise ConfigError(f"no run with a {JOURNAL} in {', '.join(map(str, folders))}")
-    failed = 0
+    failed = delivered = 0
     for run in runs:
+        waiting = "some"
         try:
             with held(run):
                 journal = Journal(run)
+                waiting = str(len(journal.waiting()))
                 known = journal.delivered.get("uri")
                 store = Store(absolute(uri or known or tracking_uri(stored_config(run).tracking)), run)
                 journal.for_server(store.uri)
                 count = len(journal.waiting())
                 for entry in journal.waiting():
                     deliver_one(journal, store, entry)
-        except ConfigError as error:  # a run that is being trained, or damaged
+                    waiting = str(len(journal.waiting()))
+        except Held:
+            print(f"{run}: left alone, as it is being trained: its training delivers")
+        except ConfigError as error:  # a damaged run
             print(f"{run}: {error}", file=sys.stderr)
             failed += 1
         except (
             Exception
         ) as error:  # whatever MLflow and what lies below it raise for a server that is not there or refuses the run
-            print(f"{run}: {len(journal.waiting())} entries wait: {first_line(error)}", file=sys.stderr)
+            print(f"{run}: {waiting} entries wait: {first_line(error)}", file=sys.stderr)
             failed += 1
         else:
+            delivered += count
             if count:
                 print(f"{run}: {count} entries delivered to {store.uri}, run {journal.delivered['run_id']}")
+    if not delivered and not failed:
+        print("nothing to deliver: MLflow has all of them")
     return 1 if failed else 0

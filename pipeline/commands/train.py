@@ -74,19 +74,26 @@ def _train(argv: list[str], resume: str | None) -> int:
             print(f"refract train: a new run is begun: {error}", file=sys.stderr)
             result = train(load_config(argv[0], argv[1:]), name=name)
     except Stopped as stopped:
-        print(f"refract train: {stopped}; `refract train --resume …` goes on from the checkpoint", file=sys.stderr)
+        print(
+            f"refract train: {stopped}; `refract train --resume {stopped.run}` goes on from the checkpoint",
+            file=sys.stderr,
+        )
         return ASKED_TO_STOP if stopped.signal == signal.SIGTERM else 130
     if result is None:
         return 0
     print("hold-out: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
-    print(f"run:      {result.run_dir}/ (config.yaml, splits.csv, preview.png, curves.png, checkpoints/)")
+    print(f"run:      {result.run_dir}/ (report.html, config.yaml, splits.csv, preview.png, curves.png, checkpoints/)")
     print(f"bundle:   {result.bundle}")
     if result.version:
-        print(f"registry: models:/{config.tracking.model_name}@{config.tracking.alias} is version {result.version}")
+        moved = f", and was version {result.before}" if result.before else ""
+        print(
+            f"registry: models:/{config.tracking.model_name}@{config.tracking.alias} is version {result.version} now{moved}"
+        )
     if config.tracking.enabled:
         from pipeline.tracking import tracking_uri
 
         print(f"MLflow:   {console.bin_prefix()}mlflow ui --backend-store-uri {tracking_uri(config.tracking)}")
     here = console.bin_prefix()
     print(f"next:     {here}refract predict {result.bundle} PICTURE   or   {here}refract serve {result.bundle}")
+    print(f"          {here}refract doctor {result.run_dir}   or   {here}refract compare {result.run_dir} OTHER_RUN")
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from augment.decode import ImageError, decode
+from augment.decode import decode
 from pipeline.data.manifest import SPLITS, DataError, Manifest, Sample
 from pipeline.data.near import look_of
 
@@ -156,7 +156,7 @@ def _look(sample: Sample) -> tuple[str, bytes, str]:
         look = look_of(decode(data))
     except OSError as error:
         return "", b"", error.strerror or str(error)
-    except ImageError as error:
+    except ValueError as error:  # an ImageError, or a path with a NUL in it
         return "", b"", str(error)
     return hashlib.sha256(data).hexdigest(), look, ""
 

@@ -1,14 +1,19 @@
 """What a data set is: samples with labels and splits, from a folder, a CSV or Parquet manifest, or the embedded digits."""
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from augment.decode import SUFFIXES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("path", "label", "split", "text")
@@ -64,6 +69,11 @@ class Manifest:
         counter = Counter(i for s in self.samples if split is None or s.split == split for i in s.labels)
         return {label: counter[i] for i, label in enumerate(self.labels)}
 
+    def near_of(self, samples: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
+        """Those of the samples, by path, that are in `near`, each with what it resembles."""
+        by_path, wanted = {sample.path: sample for sample in self.samples}, {sample.path for sample in samples}
+        return [(by_path[path], by_path[other]) for path, other in self.near if path in wanted]
+
     def with_samples(self, samples: Sequence[Sample]) -> "Manifest":
         return replace(self, samples=tuple(samples))
 
@@ -83,7 +93,7 @@ def load_manifest(source: str | Path, task: str = "auto") -> Manifest:
         raise DataError(
             f"{path}: expected a folder, a .csv or .parquet manifest, or `digits`, not a {path.suffix or 'plain'} file"
         )
-    raise DataError(f"{path}: no such folder or file")
+    raise DataError(f"{path}: no such folder or file, seen from {Path.cwd()}")
 
 
 def _digits() -> Manifest:
@@ -112,6 +122,7 @@ def _from_folder(root: Path, task: str) -> Manifest:
         raise DataError(
             f"{root}: holds split folders ({', '.join(f.name for f in split_folders)}) and others ({', '.join(others[:5])}); "
             "keep either CLASS/… or train|val|test/CLASS/…"
+            + "".join(f"; rename {name} to val" for name in others if name.lower() in ("valid", "validation", "dev"))
         )
     if split_folders and "train" not in {folder.name for folder in split_folders}:
         raise DataError(f"{root}: has {', '.join(f.name for f in split_folders)} but no `train` folder")
@@ -147,15 +158,23 @@ def _from_table(path: Path, task: str) -> Manifest:
 
     try:
         if path.suffix.lower() == ".csv":
-            table = pd.read_csv(path, dtype=str, keep_default_na=False)
+            with warnings.catch_warnings():  # rows longer than the header: pandas would take or drop what is too much
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
         else:
-            table = pd.read_parquet(path).astype("string").fillna("")
+            table = _texts(pd.read_parquet(path))
+    except pd.errors.ParserWarning as error:
+        raise DataError(
+            f"{path}: rows have more fields than the header; put what has a comma in it into quotes"
+        ) from error
     except Exception as error:  # pandas and pyarrow raise many kinds for a damaged file
-        raise DataError(f"{path}: cannot be read as a {path.suffix[1:].upper()} table ({error})") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: cannot be read as a {path.suffix[1:].upper()} table ({reason})") from error
     missing = [column for column in ("path", "label") if column not in table.columns]
     if missing:
+        hint = "; separate them by commas" if len(table.columns) == 1 and ";" in str(table.columns[0]) else ""
         raise DataError(
-            f"{path}: no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}; needed: path,label[,split][,text]"
+            f"{path}: no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}; needed: path,label[,split][,text]{hint}"
         )
     if table.empty:
         raise DataError(f"{path}: the manifest has no rows")
@@ -184,6 +203,12 @@ def _from_table(path: Path, task: str) -> Manifest:
         for file, row, split, text, more in zip(table["path"], names, splits, texts, further, strict=True)
     ]
     return _manifest(str(path), samples, labels, "multilabel" if several else task, (), ())
+
+
+def _texts(table: "pd.DataFrame") -> "pd.DataFrame":
+    """All columns as text, an empty one for what is missing; columns that hold bytes, as hashes and thumbnails, are left out."""
+    bytes_in = [c for c in table.columns if table[c].map(lambda value: isinstance(value, bytes)).any()]
+    return table.drop(columns=bytes_in).astype("string").fillna("")
 
 
 def _manifest(

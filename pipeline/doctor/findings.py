@@ -252,7 +252,7 @@ def _labels(record: Record) -> Iterator[Finding]:
     from scipy.stats import binomtest
 
     count, contradicted = record.surest
-    if not count:
+    if count < 30 or contradicted < 4:  # too few to tell from chance
         return
     share, learned = contradicted / count, record.wrong < 0.6 * (1 - max(record.truth.values(), default=0))
     low = binomtest(contradicted, count).proportion_ci(method="wilson").low

@@ -58,9 +58,13 @@ def read_findings(run_dir: Path) -> tuple[list[Finding], dict[str, Any]]:
     """(findings, the record). ConfigError where the run has none."""
     try:
         values = json.loads((run_dir / FILE).read_text("utf-8"))
+        values["record"]["seconds"].items()
         return [Finding(**finding) for finding in values["findings"]], values["record"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{run_dir}: has no {FILE}; a run has one when it is finished ({error})") from error
+    except FileNotFoundError as error:
+        why = f"has no {FILE}; a run has one when it is finished" if run_dir.is_dir() else "no such run"
+        raise ConfigError(f"{run_dir}: {why}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{run_dir / FILE}: cannot be read ({error})") from error
 
 
 def _names(ops: Sequence[Any]) -> list[str]:

@@ -23,7 +23,7 @@ class Journal:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """OSError where the folder cannot be read; ConfigError for a line that is no entry."""
+        """OSError where the folder cannot be read; ConfigError for a line that is no entry, or a damaged mark."""
         self.path, self._mark = run_dir / JOURNAL, run_dir / DELIVERED
         self.entries: list[Entry] = []
         self.delivered: dict[str, Any] = {"count": 0}
@@ -35,7 +35,7 @@ class Journal:
             if whole != data:
                 os.truncate(self.path, len(whole))
         if self._mark.exists():
-            self.delivered = json.loads(self._mark.read_text("utf-8"))
+            self.delivered = _mark(self._mark)
 
     def for_server(self, uri: str) -> None:
         """Deliver to this server from now on; one that has not had the run gets it from its beginning."""
@@ -63,6 +63,15 @@ class Journal:
     def of(self, kind: str) -> Iterator[Entry]:
         """The entries of a kind, in order."""
         return (entry for entry in self.entries if entry["do"] == kind)
+
+
+def _mark(path: Path) -> dict[str, Any]:
+    try:
+        delivered: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        delivered["count"] + 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: is damaged ({error}); remove it to deliver the run once more") from error
+    return delivered
 
 
 def _entry(path: Path, number: int, line: bytes) -> Entry:

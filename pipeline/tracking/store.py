@@ -101,8 +101,10 @@ class Store:
             if made
             else self._client.create_model_version(model, source=f"{known['artifacts']}/bundle", run_id=known["run_id"])
         )
+        before = self._client.get_registered_model(model).aliases.get(entry["alias"])
         self._client.set_registered_model_alias(model, entry["alias"], version.version)
-        return {"version": str(version.version)}
+        moved = {"version_before": str(before)} if before not in (None, version.version) else {}
+        return {"version": str(version.version), **moved}
 
     def _status(self, entry: Entry, known: Mapping[str, Any]) -> None:
         if entry["status"] == "RUNNING":

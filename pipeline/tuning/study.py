@@ -30,6 +30,8 @@ FINE_FROM = 0.5
 """Share of the trials after which coarse-to-fine narrows its ranges to those of the best."""
 BEST_SHARE, FEWEST_BEST = 0.25, 3
 EXPLODED = 3.0
+KNOWN = 0.7
+"""The loss of a coin's guess, about: a first loss below it is of weights that know the answers, and one batch says little of it."""
 """Times the first loss at which a trial is given up."""
 
 
@@ -161,7 +163,7 @@ class Pruning(Callback):
         loss = outputs["loss"].detach()
         # To look at it would stop a GPU: there it is done now and then.
         if self._first is None:
-            self._first = float(loss)
+            self._first = max(float(loss), KNOWN)
         elif (loss.device.type == "cpu" or batch_idx % 10 == 9) and float(loss) > EXPLODED * self._first:
             raise optuna.TrialPruned(f"the loss {float(loss):.3g} is over {EXPLODED:g} times its first")
 

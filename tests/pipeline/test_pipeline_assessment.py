@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +16,8 @@ from augment import Preprocess
 from models.bundle import load_bundle
 from models.classifier import Classifier
 from models.networks import build
+from pipeline.comparison import against, read_run
+from pipeline.config import ConfigError
 from pipeline.data.manifest import Sample, load_manifest
 from pipeline.evaluation import evaluate
 from pipeline.report import make_report
@@ -135,6 +138,57 @@ class Rough(torch.nn.Module):
         values = images.float()
         rough = (values[..., 1:] - values[..., :-1]).abs().mean(dim=(1, 2, 3)) - 12
         return torch.stack([-rough, rough], dim=1)
+
+
+@pytest.mark.parametrize("cell", ["inf", "-inf", "1e400", "NA", ""])
+def test_odd_cells_of_a_column_of_numbers_are_in_no_quarter(cell: str) -> None:
+    values = [str(n) for n in range(80)] + [cell]
+    found = slices([Sample(str(i), (0,), metadata={"hour": v}) for i, v in enumerate(values)], np.ones(81, dtype=bool))
+    assert [(part.value, part.count) for part in found] == [
+        ("0 … 19.75", 20), ("19.75 … 39.5", 20), ("39.5 … 59.25", 20), ("59.25 … 79", 20),
+    ]  # fmt: skip
+
+
+def test_many_parts_are_not_marked_by_chance() -> None:
+    rng = np.random.default_rng(0)
+    marked = 0
+    for _ in range(100):
+        samples = [Sample(str(i), (0,), metadata={"site": str(rng.integers(20))}) for i in range(600)]
+        marked += any(part.worse for part in slices(samples, rng.random(600) < 0.9))
+    assert marked <= 12
+
+
+def test_evaluate_shows_what_looks_like_the_training(refract: Run, tmp_path: Path) -> None:
+    for number in range(40):
+        coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+        pixels = cv2.resize(coarse, (64, 64), interpolation=cv2.INTER_CUBIC)
+        write_picture(tmp_path / "s" / "ab"[number % 2] / f"{number}.png", pixels)
+        if number < 20:
+            write_picture(tmp_path / "s" / "ab"[number % 2] / f"{number}.jpg", pixels)
+    (tmp_path / "c.yaml").write_text("{data: {source: s, image_size: 32, workers: 0}, tracking: {enabled: false}}")
+    told = refract(
+        "train", "c.yaml", "--model.name", "cnn", "--trainer.max_epochs", 1, "--trainer.run_name", "r"
+    ).stderr
+    refract("evaluate", "runs/r/bundle", "s", "--report", "again", "--json", "e.json")
+    reports = [json.loads((tmp_path / where / "report.json").read_text()) for where in ("runs/r", "again")]
+    one, again = (report["near_duplicates"] for report in reports)
+    assert (
+        one == again
+        and len(one["pairs"]) > 2
+        and f"{len(one['pairs'])} pictures of test look like one of train" in told
+    )
+    assert all(Path(a).stem == Path(b).stem for a, b in one["pairs"])
+    assert json.loads((tmp_path / "e.json").read_text())["near_duplicates"] == one["pairs"]
+    (tmp_path / "m.csv").write_text("path,label\ns/a/0.png,a;b\ns/b/1.png,b\n")
+    assert "does not know 1 of the labels: a;b" in refract("evaluate", "runs/r/bundle", "m.csv", code=2).stderr
+
+
+def test_runs_on_other_labels_of_the_same_pictures_are_not_compared(runs: Path, tmp_path: Path) -> None:
+    one = read_run(runs / "good")
+    path = next(iter(one.labels))
+    other = replace(one, labels={**one.labels, path: ("green" if one.labels[path] != ("green",) else "red",)})
+    with pytest.raises(ConfigError, match=r"1 pictures of both hold-outs have other labels, as "):
+        against(one, other)
 
 
 def test_noise_has_its_deviation_in_grey_levels(tmp_path: Path) -> None:

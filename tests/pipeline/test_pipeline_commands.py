@@ -421,7 +421,9 @@ def test_a_run_tells_where_it_came_from_and_is_run_again(refract: Run, workplace
     assert run.data.tags["data.train"] == "84" and len(run.data.tags["data.fingerprint"]) > 20
     assert run.data.tags["machine.device"] and run.data.tags["rerun"] == f"refract rerun {run.info.run_id}"
     assert 0 < run.data.metrics["cost_minutes"] < 10 and run.data.metrics["cost_peak_memory_mib"] > 100
+    served = client.get_model_version_by_alias("pictures", "champion").version
     told = refract("rerun", "runs/r1").stdout
+    assert client.get_model_version_by_alias("pictures", "champion").version == served, "a look back changes nothing"
     assert "the same weights: yes" in told and "other than then" not in told
     write_picture(workplace / "pictures" / "red" / "more.jpg", picture("red", 99))
     shutil.rmtree(workplace / "runs" / "r1")

@@ -9,19 +9,22 @@ from pipeline.cost import Cost, EnergyMeter
 
 @pytest.fixture
 def counters(tmp_path: Path) -> Path:
-    """Two processors as Linux shows them, one of which may not be read, and a part of the first."""
-    for name in ("intel-rapl:0", "intel-rapl:0:0", "intel-rapl:1"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "max_energy_range_uj").write_text("1000000000\n")
-    for name in ("intel-rapl:0", "intel-rapl:0:0"):
-        (tmp_path / name / "energy_uj").write_text("900000000\n")
+    """Two processors as Linux shows them, one of which may not be read, a part of the first, and all of the machine again."""
+    names = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:1": "package-1", "intel-rapl:2": "psys"}
+    for folder, name in names.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "name").write_text(f"{name}\n")
+        (tmp_path / folder / "max_energy_range_uj").write_text("1000000000\n")
+        if name != "package-1":
+            (tmp_path / folder / "energy_uj").write_text("900000000\n")
     return tmp_path
 
 
 def test_energy_is_counted_over_a_counter_that_begins_anew(counters: Path) -> None:
     meter = EnergyMeter(gpus=False, root=counters)
     assert meter.joules() == 0
-    (counters / "intel-rapl:0" / "energy_uj").write_text("950000000\n")
+    for folder in counters.glob("*/energy_uj"):
+        folder.write_text("950000000\n")
     assert meter.joules() == 50
     (counters / "intel-rapl:0" / "energy_uj").write_text("20000000\n")
     assert meter.joules() == 50 + 50 + 20
@@ -29,8 +32,21 @@ def test_energy_is_counted_over_a_counter_that_begins_anew(counters: Path) -> No
     assert EnergyMeter(gpus=False, root=counters / "none").joules() is None, "unknown is not nothing"
 
 
+def test_a_counter_at_its_beginning_counts(counters: Path) -> None:
+    (counters / "intel-rapl:0" / "energy_uj").write_text("0\n")
+    meter = EnergyMeter(gpus=False, root=counters)
+    (counters / "intel-rapl:0" / "energy_uj").write_text("3000000\n")
+    assert meter.joules() == 3
+    meter.close()
+
+
 def test_what_was_counted_before_is_counted_on() -> None:
+    before = Cost("cpu")
+    before._began -= 12 * 60
     cost = Cost("cpu")
-    cost.load_state_dict({"minutes": 12.0})
+    cost.load_state_dict(before.state_dict())
     assert 12.0 < cost.figures()["minutes"] < 12.1
-    cost.close()
+    cost.load_state_dict({"minutes": 12.0})
+    assert set(cost.figures()) == {"minutes"}, "energy that was not counted throughout is not told"
+    for counted in (before, cost):
+        counted.close()

@@ -193,7 +193,7 @@ def test_a_network_that_errs_where_it_is_unsure_has_no_noise() -> None:
     assert [f.name for f in late(Record(2, 0.1, surest=(100, 12), wrong=0.15, **noisy))] == ["label noise"]
     assert not list(late(Record(2, 0.1, surest=(100, 12), wrong=0.5, **noisy))), "nothing was learned"
     assert not list(late(Record(2, 0.1, surest=(100, 5), wrong=0.2, **noisy))), "the surest are right"
-    assert not list(late(Record(2, 0.1, surest=(8, 1), wrong=0.2, **noisy))), "too few to say"
+    assert not list(late(Record(2, 0.1, surest=(20, 3), wrong=0.2, **noisy))), "too few to say"
 
 
 def test_watching_changes_no_weight(colours: Path, tmp_path: Path) -> None:
