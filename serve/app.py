@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
 from starlette.responses import JSONResponse
@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from models.bundle import Bundle
 from serve import errors
 from serve.answer import prediction
-from serve.body import Bodies
+from serve.body import Bodies, unless_gone
 from serve.engine import Engine
 from serve.limits import Limits
 from serve.service import Service
@@ -41,6 +41,8 @@ def create_app(
     max_batch: int = 32,
     max_wait_ms: float = 2.0,
     max_queue: int = 1024,
+    max_requests: int = 256,
+    deadline_s: float = 10.0,
 ) -> FastAPI:
     """The application that answers with `served`; a bundle is served on the CPU.
 
@@ -49,6 +51,7 @@ def create_app(
     """
     engine = served if isinstance(served, Engine) else Engine(served)
     options: dict[str, Any] = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
+    options |= {"max_requests": max_requests, "deadline_s": deadline_s}
     service = Service(engine, limits=limits or Limits(), **options)
 
     @asynccontextmanager
@@ -62,7 +65,7 @@ def create_app(
         await service.stop()
 
     app = FastAPI(title="Refract", summary=f"Image classification by {engine.bundle.info.name}", lifespan=lifespan)
-    app.state.failure = None
+    app.state.failure, app.state.service = None, service
     errors.install(app)
     _add_predict(app, service)  # first: routes are tried in this order, and this is the one that is busy
     _add_health(app, service)
@@ -90,19 +93,31 @@ def _add_predict(app: FastAPI, service: Service) -> None:
     bodies = Bodies(service.limits)
     bundle, num_classes = service.engine.bundle, len(service.engine.bundle.info.labels)
     model = {"name": bundle.info.name, "digest": bundle.digest}
-    thresholds = bundle.info.thresholds if bundle.info.task == "multilabel" else None
-    description = "How many labels to answer, likeliest first"
+    info = bundle.info
+    own_thresholds = info.thresholds if info.task == "multilabel" else None
+    about_top = "How many labels to answer, likeliest first"
+    about_threshold = (
+        "Answer in `labels` those of at least this probability; for multilabel in place of the bundle's thresholds"
+    )
+    about_tta = "flip: the mean answer to the picture and its mirror image, at twice the cost"
 
     @app.post("/v1/predict", summary="Classify one or several images", openapi_extra=_PREDICT_BODY)
     async def predict(
         request: Request,
-        top: Annotated[int, Query(ge=1, le=num_classes, description=description)] = min(5, num_classes),
+        top: Annotated[int, Query(ge=1, le=num_classes, description=about_top)] = min(5, num_classes),
+        threshold: Annotated[float | None, Query(ge=0, le=1, description=about_threshold)] = None,
+        tta: Annotated[Literal["none", "flip"], Query(description=about_tta)] = "none",
     ) -> JSONResponse:
-        service.check_ready()
-        async with bodies.read(request) as body:
-            rows = await service.predict(request.headers.get("content-type", ""), body)
-        predictions = [prediction(row, bundle.info.labels, top=top, thresholds=thresholds) for row in rows]
-        return JSONResponse({"model": model, "predictions": predictions})
+        with service.admitted():
+            async with bodies.read(request) as body:
+                kind = request.headers.get("content-type", "")
+                found = await unless_gone(request, service.predict(kind, body, mirrored=tta == "flip"))
+        thresholds = own_thresholds if threshold is None else [threshold] * num_classes
+        options: dict[str, Any] = {"top": top, "thresholds": thresholds, "abstain_below": info.abstain_below}
+        predictions = [prediction(row, info.labels, **options) for row in found.probabilities]
+        timing = ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in found.seconds.items())
+        headers = {"Server-Timing": timing, "X-Model-Digest": bundle.digest[:16]}
+        return JSONResponse({"model": model, "predictions": predictions}, headers=headers)
 
 
 def _description(engine: Engine) -> dict[str, Any]:
@@ -115,6 +130,7 @@ def _description(engine: Engine) -> dict[str, Any]:
         "preprocess",
         "temperature",
         "thresholds",
+        "abstain_below",
         "metrics",
         "created",
         "versions",

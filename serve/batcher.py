@@ -5,28 +5,43 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from time import monotonic
 
 import numpy as np
 
 logger = logging.getLogger(__name__)
 
-Item = tuple[np.ndarray, "asyncio.Future[np.ndarray]", float]  # input, its answer, time of arrival
+Item = tuple[np.ndarray, "asyncio.Future[tuple[np.ndarray, float, float]]", float]
+"""Input; its answer, with when its batch began and ended; time of arrival."""
 
 
 class OverloadedError(RuntimeError):
     """Too much is waiting already; try again later."""
 
 
+class ClosedError(RuntimeError):
+    """Nothing is taken any more."""
+
+
 class BatchError(RuntimeError):
     """The engine failed on the batch that this input was in."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """outputs: N×…; queued: seconds that the last of the inputs waited; computed: seconds that its batch took."""
+
+    outputs: np.ndarray
+    queued: float
+    computed: float
 
 
 class Batcher:
     """Gathers inputs into batches for `predict` (N×… → N×…), which runs on one thread of its own.
 
-    A batch leaves as soon as `max_batch` inputs wait, or `max_wait_ms` after its first one arrived. At most
-    `max_queue` inputs wait. Belongs to one event loop: build it, `start`, `submit` and `stop` it there.
+    A batch leaves as soon as `max_batch` inputs wait, or no further ones are `coming`, or `max_wait_ms` after its first one arrived. At
+    most `max_queue` inputs wait. Belongs to one event loop: build it, `start`, `submit` and `stop` it there.
     """
 
     def __init__(
@@ -36,13 +51,14 @@ class Batcher:
         max_batch: int = 32,
         max_wait_ms: float = 2.0,
         max_queue: int = 1024,
+        coming: Callable[[], bool] = lambda: True,
     ) -> None:
         if max_batch < 1 or max_queue < 1 or not 0 <= max_wait_ms < float("inf"):
             raise ValueError(
                 f"Batcher: max_batch={max_batch} and max_queue={max_queue} must be at least 1, "
                 f"max_wait_ms={max_wait_ms} a finite number of at least 0"
             )
-        self._predict = predict
+        self._predict, self._coming = predict, coming
         self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait_ms / 1000, max_queue
         self._waiting: deque[Item] = deque()
         self._changed = threading.Condition(threading.Lock())
@@ -54,23 +70,28 @@ class Batcher:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def submit(self, inputs: np.ndarray) -> np.ndarray:
-        """N×… inputs → their N×… answers. All are taken or none: OverloadedError. BatchError if the engine failed."""
+    @property
+    def waiting(self) -> int:
+        """Inputs that wait for a batch."""
+        return len(self._waiting)
+
+    async def submit(self, inputs: np.ndarray) -> Answered:
+        """The answers to N×… inputs. All are taken or none: OverloadedError, ClosedError after `stop`. BatchError if the engine failed."""
         now = monotonic()
         futures = [self._loop.create_future() for _ in inputs]
         with self._changed:
             if self._stopping:
-                raise OverloadedError("the server is going down")
+                raise ClosedError("the server is going down")
             before = len(self._waiting)
             if before + len(futures) > self._max_queue:
                 raise OverloadedError(f"{before} images are waiting already; try again later")
             self._waiting.extend(zip(inputs, futures, [now] * len(futures), strict=True))
             # The thread sleeps until there is a first input, then until the batch is full: in between, let it sleep.
-            if before == 0 or before < self._max_batch <= len(self._waiting):
+            if before == 0 or before < self._max_batch <= len(self._waiting) or not self._coming():
                 self._changed.notify()
-        if len(futures) == 1:
-            return (await futures[0])[None]
-        return np.stack(await asyncio.gather(*futures))
+        rows = [await futures[0]] if len(futures) == 1 else await asyncio.gather(*futures)
+        outputs, began, ended = zip(*rows, strict=True)
+        return Answered(np.stack(outputs), max(began) - now, ended[-1] - began[-1])
 
     async def stop(self) -> None:
         """Take no more, answer what was taken, end the thread."""
@@ -88,7 +109,7 @@ class Batcher:
         with self._changed:
             while not self._waiting and not self._stopping:
                 self._changed.wait()
-            while 0 < len(self._waiting) < self._max_batch and not self._stopping:
+            while 0 < len(self._waiting) < self._max_batch and not self._stopping and self._coming():
                 left = self._waiting[0][2] + self._max_wait - monotonic()
                 if left <= 0:
                     break
@@ -99,6 +120,7 @@ class Batcher:
         if not items:
             return
         answers: np.ndarray | None = None
+        began = monotonic()
         try:
             answers = self._predict(np.stack([item[0] for item in items]))
             if len(answers) != len(items):
@@ -108,16 +130,16 @@ class Batcher:
             answers = None
         try:
             # Once a batch, not once a request: each call wakes the event loop through a system call.
-            self._loop.call_soon_threadsafe(_deliver, items, answers)
+            self._loop.call_soon_threadsafe(_deliver, items, answers, began, monotonic())
         except RuntimeError:
             logger.warning("the event loop closed before %d answers were delivered", len(items))
 
 
-def _deliver(items: list[Item], answers: np.ndarray | None) -> None:
+def _deliver(items: list[Item], answers: np.ndarray | None, began: float, ended: float) -> None:
     for row, (_, future, _) in enumerate(items):
         if future.done():  # cancelled while the batch was computed
             continue
         if answers is None:
             future.set_exception(BatchError("the engine failed on this batch"))
         else:
-            future.set_result(answers[row])
+            future.set_result((answers[row], began, ended))

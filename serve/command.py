@@ -101,7 +101,8 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
         engine = Engine(bundle, device)
     except ValueError as err:
         raise RefusedError(str(err)) from err
-    return create_app(engine, limits=limits, max_batch=arguments.max_batch, max_wait_ms=arguments.max_wait_ms)
+    options = {name: getattr(arguments, name) for name in ("max_batch", "max_wait_ms", "max_requests", "deadline_s")}
+    return create_app(engine, limits=limits, **options)
 
 
 def _say(message: str, code: int) -> int:
@@ -122,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
     add("--max-batch", type=_whole(1, 65536), default=32, metavar="N", help="images in one batch")
     add("--max-wait-ms", type=_number, default=2.0, metavar="MS", help="longest wait for a batch to fill")
+    add("--max-requests", type=_whole(1, 65536), default=256, metavar="N", help="requests at a time; more get 429")
+    add("--deadline-s", type=_number, default=10.0, metavar="S", help="for an answer; what takes longer is dropped")
     add("--max-body-mb", type=_number, default=20.0, metavar="MB", help="largest request body, in MiB")
     add("--max-pixels", type=_whole(1, 2**31), default=50_000_000, metavar="N", help="most pixels of one image")
     return parser

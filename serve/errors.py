@@ -1,4 +1,4 @@
-"""Every answer that is not a prediction: `{"error": {"code", "message"}}`, and nothing of our insides."""
+"""Every answer that is not a prediction: problem details as of RFC 9457, with a `code` for programs, and nothing of our insides."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from serve.batcher import BatchError, OverloadedError
+from serve.batcher import BatchError, ClosedError, OverloadedError
 
 
 class RequestError(Exception):
@@ -25,7 +25,9 @@ class NotReadyError(Exception):
 
 def answer(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The one shape of an error."""
-    return JSONResponse({"error": {"code": code, "message": message}}, status_code=status, headers=headers)
+    title = HTTPStatus(status).phrase
+    problem = {"type": "about:blank", "title": title, "status": status, "detail": message, "code": code}
+    return JSONResponse(problem, status_code=status, headers=headers, media_type="application/problem+json")
 
 
 def _refused(_: Request, error: RequestError) -> JSONResponse:
@@ -47,10 +49,10 @@ def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
 
 
 def _overloaded(_: Request, error: OverloadedError) -> JSONResponse:
-    return answer(503, "overloaded", str(error), {"Retry-After": "1"})
+    return answer(429, "overloaded", str(error), {"Retry-After": "1"})
 
 
-def _not_ready(_: Request, error: NotReadyError) -> JSONResponse:
+def _not_ready(_: Request, error: NotReadyError | ClosedError) -> JSONResponse:
     return answer(503, "not_ready", str(error), {"Retry-After": "5"})
 
 
@@ -67,6 +69,7 @@ def install(app: FastAPI) -> None:
         (RequestValidationError, _invalid),
         (OverloadedError, _overloaded),
         (NotReadyError, _not_ready),
+        (ClosedError, _not_ready),
         (BatchError, _failed),
         (Exception, _failed),
     ):

@@ -11,7 +11,8 @@ class Limits:
 
     max_body_bytes: of the HTTP body as sent (base64 and multipart framing count); max_pixels: height × width of one
     picture, read from its header; max_total_pixels: of all pictures of a request together; max_images: pictures in one
-    request; max_held_bytes: of the bodies of all requests at a time, as far as they have arrived. ValueError unless all are at least 1.
+    request; max_held_bytes: of the bodies of all requests at a time, as far as they have arrived; body_seconds: for a body to arrive.
+    ValueError unless all are at least 1.
     """
 
     max_body_bytes: int = 20 * MIB
@@ -19,6 +20,7 @@ class Limits:
     max_total_pixels: int = 100_000_000
     max_images: int = 64
     max_held_bytes: int = 512 * MIB
+    body_seconds: int = 30
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -2,22 +2,35 @@
 
 import asyncio
 import os
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
 from serve.batcher import Batcher, OverloadedError
 from serve.engine import Engine
-from serve.errors import NotReadyError
+from serve.errors import NotReadyError, RequestError
 from serve.limits import Limits
 from serve.prepare import prepare
+
+
+@dataclass(frozen=True)
+class Answers:
+    """probabilities: float32 N×C; seconds: of the stages `prepare` (a thread to be free, decoding, resizing), `queue` and `compute`."""
+
+    probabilities: np.ndarray
+    seconds: dict[str, float]
 
 
 class Service:
     """One engine, open for requests between `start` and `stop`.
 
-    max_queue bounds both waits: requests whose pictures are to be decoded, and pictures that wait for the engine.
-    Belongs to one event loop. ValueError if `max_queue` could never take a request of `limits.max_images`.
+    max_requests bounds the requests that are in the house, max_queue the pictures that wait for the engine, deadline_s the time from a
+    request's last byte to its answer. Belongs to one event loop. ValueError if `max_queue` could never take a request of
+    `limits.max_images`.
     """
 
     def __init__(
@@ -28,16 +41,34 @@ class Service:
         max_batch: int = 32,
         max_wait_ms: float = 2.0,
         max_queue: int = 1024,
+        max_requests: int = 256,
+        deadline_s: float = 10.0,
     ) -> None:
-        if max_queue < limits.max_images:
-            raise ValueError(f"max_queue={max_queue} is less than max_images={limits.max_images} of one request")
+        if max_queue < 2 * limits.max_images:
+            raise ValueError(
+                f"max_queue={max_queue} is less than twice the max_images={limits.max_images} of one request"
+            )
+        if max_requests < 1 or not deadline_s > 0:
+            raise ValueError(f"max_requests={max_requests} must be at least 1, deadline_s={deadline_s} above 0")
         self.engine = engine
         self.limits = limits
         self.ready = False
-        self._max_queue = max_queue
-        self._preparing = 0
-        self._batcher = Batcher(engine.predict, max_batch=max_batch, max_wait_ms=max_wait_ms, max_queue=max_queue)
+        self._max_requests, self._deadline = max_requests, deadline_s
+        self._inside = self._preparing = 0
+        waits = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
+        # A batch is held back only for pictures that are on their way from the decoders.
+        self._batcher = Batcher(engine.predict, coming=lambda: self._preparing > 0, **waits)  # type: ignore[arg-type]
         self._workers = ThreadPoolExecutor(_cpus(), thread_name_prefix="prepare")
+
+    @property
+    def inside(self) -> int:
+        """Requests that are in the house."""
+        return self._inside
+
+    @property
+    def waiting(self) -> int:
+        """Pictures that wait for the engine."""
+        return self._batcher.waiting
 
     async def start(self) -> None:
         """Run the self-test, then open. BundleError if the golden pictures' answers do not come again."""
@@ -52,26 +83,47 @@ class Service:
             await self._batcher.stop()
         self._workers.shutdown(wait=False)
 
-    async def predict(self, content_type: str, body: bytes) -> np.ndarray:
-        """The N×C probabilities of the N pictures in `body`. RequestError, OverloadedError or BatchError."""
-        batch = await self._prepared(content_type, body)
-        return await self._batcher.submit(batch)
-
-    async def _prepared(self, content_type: str, body: bytes) -> np.ndarray:
-        if self._preparing >= self._max_queue:
-            raise OverloadedError(f"{self._preparing} requests are waiting already; try again later")
-        self._preparing += 1
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A place in the house, before anything is read. NotReadyError outside of `start` … `stop`, OverloadedError where it is full."""
+        self.check_ready()
+        if self._inside >= self._max_requests:
+            raise OverloadedError(f"{self._inside} requests are being answered already; try again later")
+        self._inside += 1
         try:
-            # One hop a request, not one a picture: cheaper, and a request of 64 pictures cannot take every worker.
-            loop, options = asyncio.get_running_loop(), (self.engine.preprocess, self.limits)
-            return await loop.run_in_executor(self._workers, prepare, content_type, body, *options)
+            yield
         finally:
-            self._preparing -= 1
+            self._inside -= 1
+
+    async def predict(self, content_type: str, body: bytes, *, mirrored: bool = False) -> Answers:
+        """The answers to the N pictures in `body`. mirrored: the mean answer to each and its mirror image, of their logits.
+
+        RequestError, 504 beyond the deadline: what is not computed by then never is; OverloadedError, ClosedError or BatchError.
+        """
+        try:
+            async with asyncio.timeout(self._deadline):
+                return await self._predict(content_type, body, mirrored)
+        except TimeoutError as err:
+            raise RequestError(504, "deadline_exceeded", f"there was no answer within {self._deadline:g} s") from err
 
     def check_ready(self) -> None:
         """NotReadyError outside of `start` … `stop`."""
         if not self.ready:
             raise NotReadyError("the self-test has not passed yet, or the server is going down")
+
+    async def _predict(self, content_type: str, body: bytes, mirrored: bool) -> Answers:
+        began = time.monotonic()
+        self._preparing += 1
+        try:
+            # One hop a request, not one a picture: cheaper, and a request of 64 pictures cannot take every worker.
+            loop, options = asyncio.get_running_loop(), (self.engine.preprocess, self.limits)
+            batch = await loop.run_in_executor(self._workers, prepare, content_type, body, *options)
+        finally:
+            self._preparing -= 1
+        prepared = time.monotonic() - began
+        found = await self._batcher.submit(np.concatenate([batch, batch[:, :, ::-1]]) if mirrored else batch)
+        seconds = {"prepare": prepared, "queue": found.queued, "compute": found.computed}
+        return Answers(self.engine.mean(*np.split(found.outputs, 2)) if mirrored else found.outputs, seconds)
 
 
 def _cpus() -> int:

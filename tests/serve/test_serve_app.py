@@ -2,18 +2,22 @@
 
 import asyncio
 import base64
+import dataclasses
 import io
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from models.classifier import probabilities
 from serve.app import create_app
 from serve.engine import Engine
 from serve.limits import Limits
@@ -121,34 +125,134 @@ class GatedEngine(Engine):
         return super().predict(batch)
 
 
-def test_two_concurrent_requests_form_one_batch(bundle, serving, picture):
+def test_what_comes_while_the_engine_works_forms_one_batch(bundle, serving, picture):
     engine = GatedEngine(bundle)
-    # A batch of two leaves at once; a single request would wait for a minute, longer than the client's timeout.
-    with serving(create_app(engine, max_batch=2, max_wait_ms=60_000)) as client, ThreadPoolExecutor(2) as pool:
+    app = create_app(engine, max_wait_ms=60_000)  # nothing waits for that long: nothing else is on its way
+    with serving(app) as client, ThreadPoolExecutor(3) as pool:
         engine.sizes.clear()
-        answers = list(pool.map(lambda i: client.post("/v1/predict", content=picture(i)), range(2)))
-    assert [answer.status_code for answer in answers] == [200, 200]
-    assert engine.sizes == [2]
+        engine.entered.clear()
+        engine.gate.clear()
+        first = pool.submit(client.post, "/v1/predict", content=picture(0))
+        assert engine.entered.wait(10)
+        rest = [pool.submit(client.post, "/v1/predict", content=picture(i)) for i in (1, 2)]
+        wait_until(lambda: app.state.service.waiting == 2)
+        engine.gate.set()
+        assert [answer.result().status_code for answer in (first, *rest)] == [200] * 3
+    assert engine.sizes == [1, 2]
 
 
-def test_a_full_queue_answers_503_and_recovers(bundle, serving, picture):
+def test_a_full_queue_answers_429_and_recovers(bundle, serving, picture):
     engine = GatedEngine(bundle)
     files = [("f", ("x.jpg", picture(i))) for i in range(3)]
-    app = create_app(engine, limits=Limits(max_images=3), max_batch=1, max_wait_ms=0, max_queue=3)
+    app = create_app(engine, limits=Limits(max_images=3), max_batch=1, max_wait_ms=0, max_queue=6)
     with serving(app) as client, ThreadPoolExecutor(1) as pool:
         engine.entered.clear()
         engine.gate.clear()
         first = pool.submit(client.post, "/v1/predict", files=files)
-        assert engine.entered.wait(10)  # one picture at the engine, two in the queue of three
-        refused = client.post("/v1/predict", files=files[:2])
+        assert engine.entered.wait(10)  # one picture at the engine, two in the queue of six
+        refused = client.post("/v1/predict?tta=flip", files=files)
         alive = client.get("/livez")
         engine.gate.set()
         assert first.result().status_code == 200
-        assert client.post("/v1/predict", files=files).status_code == 200
-    assert refused.status_code == 503
+        assert client.post("/v1/predict?tta=flip", files=files).status_code == 200
+    assert refused.status_code == 429
     assert refused.headers["retry-after"] == "1"
-    assert refused.json()["error"]["code"] == "overloaded"
+    assert refused.json()["code"] == "overloaded"
     assert alive.status_code == 200
+
+
+def test_a_full_house_answers_429_before_it_reads(bundle, serving, picture):
+    engine = GatedEngine(bundle)
+    app = create_app(engine, max_requests=1)
+    with serving(app) as client, ThreadPoolExecutor(1) as pool:
+        engine.entered.clear()
+        engine.gate.clear()
+        first = pool.submit(client.post, "/v1/predict", content=picture(0))
+        assert engine.entered.wait(10)
+        refused = client.post("/v1/predict", content=b"not even a picture")
+        engine.gate.set()
+        assert first.result().status_code == 200
+        assert client.post("/v1/predict", content=picture(0)).status_code == 200
+    assert (refused.status_code, refused.json()["code"]) == (429, "overloaded")
+
+
+def test_what_is_not_answered_by_its_deadline_is_not_computed(bundle, serving, picture):
+    engine = GatedEngine(bundle)
+    app = create_app(engine, deadline_s=0.3, max_batch=1)
+    with serving(app) as client, ThreadPoolExecutor(1) as pool:
+        engine.sizes.clear()
+        engine.entered.clear()
+        engine.gate.clear()
+        first = pool.submit(client.post, "/v1/predict", content=picture(0))
+        assert engine.entered.wait(10)
+        late = client.post("/v1/predict", content=picture(1))
+        assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded") == (
+            first.result().status_code, first.result().json()["code"],
+        )  # fmt: skip
+        engine.gate.set()
+        assert client.post("/v1/predict", content=picture(2)).status_code == 200
+    assert engine.sizes == [1, 1], "the first was at the engine already, the second never came there"
+
+
+def test_what_nobody_waits_for_any_more_is_not_computed(bundle, serving, picture):
+    engine = GatedEngine(bundle)
+    app = create_app(engine, max_batch=1)
+    with serving(app) as client, ThreadPoolExecutor(1) as pool:
+        engine.sizes.clear()
+        engine.entered.clear()
+        engine.gate.clear()
+        first = pool.submit(client.post, "/v1/predict", content=picture(0))
+        assert engine.entered.wait(10)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/predict", content=picture(1), timeout=0.5)
+        wait_until(lambda: app.state.service.inside == 1)
+        engine.gate.set()
+        assert first.result().status_code == 200
+        assert client.post("/v1/predict", content=picture(2)).status_code == 200
+    assert engine.sizes == [1, 1]
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
+
+
+def test_the_mean_answer_to_a_picture_and_its_mirror_image(make_bundle, serving, tmp_path, picture):
+    data = picture(3)
+    for task, thresholds in (("multiclass", ()), ("multilabel", [0.5] * 10)):
+        served = make_bundle(tmp_path / task, task=task, thresholds=thresholds)
+        engine = Engine(served)
+        pixels = torch.from_numpy(engine.preprocess(data)).permute(2, 0, 1)[None]
+        with torch.inference_mode():
+            classifier = served.classifier("cpu")
+            logits = (classifier(pixels) + classifier(pixels.flip(3))) / 2
+            wanted = probabilities(logits, task=task, temperature=served.info.temperature)[0].numpy()
+        with serving(create_app(served)) as client:
+            plain = confidences(client.post("/v1/predict?top=10", content=data))
+            found = confidences(client.post("/v1/predict?top=10&tta=flip", content=data))
+            assert client.post("/v1/predict?tta=turn", content=data).status_code == 422
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+        assert np.abs(found - plain).max() > 1e-3
+
+
+def test_a_threshold_and_what_should_be_left_to_a_person(bundle, serving, picture, reference):
+    data = picture(5)
+    row = reference(bundle.classifier("cpu"), data, "multiclass")
+    for below, abstains in ((0.0, False), (float(row.max()) + 0.01, True), (1.0, True)):
+        told = dataclasses.replace(bundle, info=dataclasses.replace(bundle.info, abstain_below=below))
+        with serving(create_app(told)) as client:
+            (answer,) = client.post("/v1/predict?threshold=0.1", content=data).json()["predictions"]
+        assert answer["abstain"] is abstains
+        assert answer["labels"] == [f"class {i}" for i in range(10) if row[i] >= 0.1]
+
+
+def test_the_answer_tells_its_stages(client, picture, bundle):
+    answer = client.post("/v1/predict", content=picture(1))
+    stages = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
+    assert set(stages) == {"prepare", "queue", "compute"} and all(0 <= float(ms) < 10_000 for ms in stages.values())
+    assert bundle.digest.startswith(answer.headers["x-model-digest"])
 
 
 class BrokenEngine(Engine):
@@ -163,7 +267,9 @@ def test_a_failing_engine_is_a_500_without_insides_for_that_request_only(bundle,
         failed = client.post("/v1/predict", content=black_png(32, 32))
         assert client.post("/v1/predict", content=picture(1)).status_code == 200
     assert failed.status_code == 500
-    assert failed.json() == {"error": {"code": "internal_error", "message": "the server failed to answer this request"}}
+    problem = {"type": "about:blank", "title": "Internal Server Error", "status": 500, "code": "internal_error"}
+    assert failed.json() == {**problem, "detail": "the server failed to answer this request"}
+    assert failed.headers["content-type"] == "application/problem+json"
 
 
 def black_png(width: int, height: int) -> bytes:
@@ -184,7 +290,7 @@ def test_it_is_not_ready_before_the_self_test(bundle):
 
     ready, predict, live = asyncio.run(ask())
     assert (ready.status_code, predict.status_code, live.status_code) == (503, 503, 200)
-    assert ready.json()["error"]["code"] == "not_ready"
+    assert ready.json()["code"] == "not_ready"
 
 
 def test_serving_imports_no_training_stack():

@@ -37,14 +37,13 @@ def png_header(width: int, height: int) -> bytes:
 
 def check(answer, status: int, code: str) -> str:
     assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json"
-    assert set(answer.json()) == {"error"}
-    error = answer.json()["error"]
-    assert set(error) == {"code", "message"}
-    assert error["code"] == code
+    assert answer.headers["content-type"] == "application/problem+json"
+    error = answer.json()
+    assert set(error) == {"type", "title", "status", "detail", "code"}
+    assert (error["status"], error["code"]) == (status, code)
     for inside in ("Traceback", 'File "', "site-packages", "simplejpeg", "PIL", "pydantic", "Error", "object at 0x"):
-        assert inside not in error["message"]
-    return error["message"]
+        assert inside not in error["detail"]
+    return error["detail"]
 
 
 RAW = {
@@ -200,12 +199,21 @@ def test_half_sent_bodies_are_limited_together_and_given_back(bundle, serving) -
         held = [socket.create_connection(address, timeout=10) for _ in range(2)]
         for connection in held:
             connection.sendall(half)
-        wait_until(lambda: client.post("/v1/predict", content=b"y" * 80_000).status_code == 503)
-        message = check(client.post("/v1/predict", content=b"y" * 80_000), 503, "overloaded")
+        wait_until(lambda: client.post("/v1/predict", content=b"y" * 80_000).status_code == 429)
+        message = check(client.post("/v1/predict", content=b"y" * 80_000), 429, "overloaded")
         assert "try again" in message
         for connection in held:
             connection.close()
         wait_until(lambda: client.post("/v1/predict", content=good + b"\0" * 80_000).status_code == 200)
+
+
+def test_a_body_that_does_not_arrive_is_given_up(bundle, serving) -> None:
+    with serving(create_app(bundle, limits=Limits(body_seconds=1))) as client:
+        with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as connection:
+            connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nab")
+            answer = connection.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert client.get("/livez").status_code == 200
 
 
 def wait_until(condition, seconds: float = 10.0) -> None:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from serve.batcher import Batcher, BatchError, OverloadedError
+from serve.batcher import Batcher, BatchError, ClosedError, OverloadedError
 
 
 class Doubler:
@@ -66,7 +66,7 @@ def test_what_waits_becomes_one_batch_and_each_gets_its_own_answer():
         first = await hold(batcher, doubler)
         tasks = [await enqueue(batcher, i) for i in range(1, 6)]
         doubler.gate.set()
-        assert [task[0, 0] for task in await asyncio.gather(first, *tasks)] == [0, 2, 4, 6, 8, 10]
+        assert [task.outputs[0, 0] for task in await asyncio.gather(first, *tasks)] == [0, 2, 4, 6, 8, 10]
 
     assert run(story, max_batch=4, max_wait_ms=0).batches == [[0], [1, 2, 3, 4], [5]]
 
@@ -83,9 +83,24 @@ def test_a_full_batch_leaves_at_once_and_a_lone_input_after_the_wait():
     assert run(story, max_batch=2, max_wait_ms=300).batches == [[1, 2], [3]]
 
 
+def test_a_batch_waits_for_none_where_none_is_coming():
+    on_the_way = [1]
+
+    async def story(batcher, doubler):
+        first = await enqueue(batcher, 1)
+        assert not (await asyncio.wait({first}, timeout=0.1))[0], "another is on its way"
+        on_the_way.clear()
+        await batcher.submit(inputs(2))
+        answered = await first
+        assert 0.1 <= answered.queued < 20 and 0 <= answered.computed < 10
+        await batcher.submit(inputs(3))
+
+    assert run(story, max_wait_ms=60_000, coming=lambda: bool(on_the_way)).batches == [[1, 2], [3]]
+
+
 def test_a_large_request_is_split_and_joined_in_order():
     async def story(batcher, doubler):
-        assert (await batcher.submit(inputs(*range(10))))[:, 0].tolist() == [2.0 * i for i in range(10)]
+        assert (await batcher.submit(inputs(*range(10)))).outputs[:, 0].tolist() == [2.0 * i for i in range(10)]
 
     assert run(story, max_batch=4, max_wait_ms=0).batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
@@ -110,7 +125,7 @@ def test_an_exception_fails_its_own_batch_only():
         await first
         with pytest.raises(BatchError):
             await bad
-        assert (await good)[:, 0].tolist() == [4, 6]
+        assert (await good).outputs[:, 0].tolist() == [4, 6]
 
     run(story, max_batch=2, max_wait_ms=0)
 
@@ -144,8 +159,8 @@ def test_stop_answers_what_was_accepted_and_refuses_the_rest():
         batcher.start()
         tasks = [await enqueue(batcher, i) for i in (1, 2, 3)]  # 3 would wait for a minute
         await asyncio.wait_for(batcher.stop(), 20)
-        assert [float((await task)[0, 0]) for task in tasks] == [2, 4, 6]
-        with pytest.raises(OverloadedError, match="going down"):
+        assert [float((await task).outputs[0, 0]) for task in tasks] == [2, 4, 6]
+        with pytest.raises(ClosedError, match="going down"):
             await batcher.submit(inputs(4))
         assert not any(thread.name == "inference" for thread in threading.enumerate())
 
