@@ -1,19 +1,26 @@
 """The HTTP face of an engine: four routes. What happens behind them is the service's."""
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Query, Request
+from fastapi import Depends, FastAPI, Query, Request
 from starlette.responses import JSONResponse
 
 from models.bundle import Bundle
 from serve import errors
+from serve.access import Access
 from serve.answer import prediction
 from serve.body import Bodies, unless_gone
-from serve.engine import Engine
+from serve.engine import Engine, cuda_bytes
+from serve.keys import Keys
 from serve.limits import Limits
+from serve.metrics import Metrics
+from serve.page import add_page
 from serve.service import Service
+
+PREDICT = "/v1/predict"
 
 _FILE = {"type": "string", "format": "binary"}
 _BASE64 = {"type": "string", "format": "byte"}
@@ -43,8 +50,10 @@ def create_app(
     max_queue: int = 1024,
     max_requests: int = 256,
     deadline_s: float = 10.0,
+    keys: Keys | None = None,
+    access_log: bool = False,
 ) -> FastAPI:
-    """The application that answers with `served`; a bundle is served on the CPU.
+    """The application that answers with `served`; a bundle is served on the CPU. keys: who may ask; without them everybody.
 
     Its lifespan runs the self-test: if that fails the server does not start, and `app.state.failure` says why.
     ValueError or BundleError for a parameter or bundle that cannot work.
@@ -52,7 +61,13 @@ def create_app(
     engine = served if isinstance(served, Engine) else Engine(served)
     options: dict[str, Any] = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
     options |= {"max_requests": max_requests, "deadline_s": deadline_s}
-    service = Service(engine, limits=limits or Limits(), **options)
+    metrics = Metrics()
+    service = Service(engine, limits=limits or Limits(), metrics=metrics, **options)
+    metrics.serves(engine.bundle.info.name, engine.bundle.digest)
+    metrics.watch("requests_inside", "Requests in the house", lambda: service.inside)
+    metrics.watch("pictures_waiting", "Pictures that wait for a batch", lambda: service.waiting)
+    if engine.device.type == "cuda":
+        metrics.watch("gpu_bytes", "Of the GPU's memory that tensors hold", lambda: cuda_bytes(engine.device))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -66,13 +81,16 @@ def create_app(
 
     app = FastAPI(title="Refract", summary=f"Image classification by {engine.bundle.info.name}", lifespan=lifespan)
     app.state.failure, app.state.service = None, service
-    errors.install(app)
-    _add_predict(app, service)  # first: routes are tried in this order, and this is the one that is busy
-    _add_health(app, service)
+    errors.install(app, lambda path, code: metrics.refused(code) if path == PREDICT else None)
+    allowed = [Depends(keys.check)] if keys else []
+    _add_predict(app, service, allowed)  # first: routes are tried in this order, and this is the one that is busy
+    _add_health(app, service, allowed)
+    add_page(app)
+    app.add_middleware(Access, log=access_log)
     return app
 
 
-def _add_health(app: FastAPI, service: Service) -> None:
+def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
     info, described = service.engine.bundle.info, _description(service.engine)
 
     @app.get("/livez", summary="The process answers")
@@ -84,12 +102,16 @@ def _add_health(app: FastAPI, service: Service) -> None:
         service.check_ready()
         return JSONResponse({"status": "ready", "model": info.name})
 
-    @app.get("/v1/model", summary="What is served")
+    @app.get("/v1/model", summary="What is served", dependencies=allowed)
     async def model() -> JSONResponse:
         return JSONResponse(described)
 
+    @app.get("/v1/status", summary="What is in the house", dependencies=allowed)
+    async def status() -> JSONResponse:
+        return JSONResponse({"requests": service.inside, "pictures_waiting": service.waiting})
 
-def _add_predict(app: FastAPI, service: Service) -> None:
+
+def _add_predict(app: FastAPI, service: Service, allowed: list[Any]) -> None:
     bodies = Bodies(service.limits)
     bundle, num_classes = service.engine.bundle, len(service.engine.bundle.info.labels)
     model = {"name": bundle.info.name, "digest": bundle.digest}
@@ -101,20 +123,31 @@ def _add_predict(app: FastAPI, service: Service) -> None:
     )
     about_tta = "flip: the mean answer to the picture and its mirror image, at twice the cost"
 
-    @app.post("/v1/predict", summary="Classify one or several images", openapi_extra=_PREDICT_BODY)
+    about_explain = "With a PNG in base64, of the network's size, to lay over what it saw: where that speaks for the label (Grad-CAM)"
+
+    @app.post(PREDICT, summary="Classify one or several images", openapi_extra=_PREDICT_BODY, dependencies=allowed)
     async def predict(
         request: Request,
         top: Annotated[int, Query(ge=1, le=num_classes, description=about_top)] = min(5, num_classes),
         threshold: Annotated[float | None, Query(ge=0, le=1, description=about_threshold)] = None,
         tta: Annotated[Literal["none", "flip"], Query(description=about_tta)] = "none",
+        explain: Annotated[bool, Query(description=about_explain)] = False,
     ) -> JSONResponse:
+        began = time.monotonic()
         with service.admitted():
             async with bodies.read(request) as body:
                 kind = request.headers.get("content-type", "")
-                found = await unless_gone(request, service.predict(kind, body, mirrored=tta == "flip"))
+                work = service.predict(kind, body, mirrored=tta == "flip", explained=explain)
+                found = await unless_gone(request, work)
         thresholds = own_thresholds if threshold is None else [threshold] * num_classes
         options: dict[str, Any] = {"top": top, "thresholds": thresholds, "abstain_below": info.abstain_below}
-        predictions = [prediction(row, info.labels, **options) for row in found.probabilities]
+        maps = found.explanations or [None] * len(found.probabilities)
+        predictions = [
+            prediction(row, info.labels, explanation=heat, **options)
+            for row, heat in zip(found.probabilities, maps, strict=True)
+        ]
+        service.metrics.predicted(found.probabilities, info.labels, sum(p.get("abstain", False) for p in predictions))
+        service.metrics.answered(time.monotonic() - began, found.seconds)
         timing = ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in found.seconds.items())
         headers = {"Server-Timing": timing, "X-Model-Digest": bundle.digest[:16]}
         return JSONResponse({"model": model, "predictions": predictions}, headers=headers)
@@ -135,4 +168,6 @@ def _description(engine: Engine) -> dict[str, Any]:
         "created",
         "versions",
     )
-    return {"digest": engine.bundle.digest, "device": str(engine.device)} | {key: info[key] for key in shown}
+    counts = info["data"].get("counts", {})
+    own = {"digest": engine.bundle.digest, "device": str(engine.device), "counts": counts}
+    return own | {key: info[key] for key in shown}

@@ -11,12 +11,14 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from models.bundle import Bundle
+    from serve.keys import Keys
 
 FAILED, REFUSED = 1, 2
 
@@ -29,6 +31,8 @@ def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after a graceful end, 1 after a failure, 2 if it cannot serve that."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if arguments.access_log:
+        logging.getLogger("serve.access").setLevel(logging.INFO)
     if threading.current_thread() is threading.main_thread():
         # Both signals end a start-up as well; and uvicorn raises the signal again once it has stopped gracefully.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -101,8 +105,36 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
         engine = Engine(bundle, device)
     except ValueError as err:
         raise RefusedError(str(err)) from err
-    options = {name: getattr(arguments, name) for name in ("max_batch", "max_wait_ms", "max_requests", "deadline_s")}
-    return create_app(engine, limits=limits, **options)
+    names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log")
+    app = create_app(engine, limits=limits, keys=_keys(arguments), **{name: getattr(arguments, name) for name in names})
+    if arguments.metrics_port is not None:
+        try:
+            port = app.state.service.metrics.listen(arguments.host, arguments.metrics_port)
+        except OSError as err:
+            where = f"{arguments.host}:{arguments.metrics_port}"
+            raise RefusedError(f"--metrics-port: cannot listen on {where}: {err.strerror}") from err
+        print(f"metrics on http://{arguments.host}:{port}/metrics", flush=True)
+    return app
+
+
+def _keys(arguments: argparse.Namespace) -> "Keys | None":
+    from serve.keys import Keys
+
+    if arguments.keys is None:
+        if arguments.rate is not None:
+            raise RefusedError("--rate is for each key: it needs --keys")
+        if arguments.host not in ("127.0.0.1", "::1", "localhost"):
+            print(
+                f"refract serve: anybody who reaches {arguments.host} may ask; --keys FILE asks for a key",
+                file=sys.stderr,
+            )
+        return None
+    try:
+        return Keys(arguments.keys, rate=arguments.rate)
+    except OSError as err:
+        raise RefusedError(f"--keys: {arguments.keys}: {err.strerror}") from err
+    except ValueError as err:
+        raise RefusedError(f"--keys: {err}") from err
 
 
 def _say(message: str, code: int) -> int:
@@ -125,6 +157,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-wait-ms", type=_number, default=2.0, metavar="MS", help="longest wait for a batch to fill")
     add("--max-requests", type=_whole(1, 65536), default=256, metavar="N", help="requests at a time; more get 429")
     add("--deadline-s", type=_number, default=10.0, metavar="S", help="for an answer; what takes longer is dropped")
+    add("--keys", type=Path, metavar="FILE", help="API keys, one a line; read again when the file changes")
+    add("--rate", type=_number, metavar="N", help="requests a second of each key; more get 429")
+    add("--metrics-port", type=_whole(0, 65535), metavar="PORT", help="answer Prometheus at /metrics there")
+    add("--access-log", action="store_true", help="write a line of JSON for each request")
     add("--max-body-mb", type=_number, default=20.0, metavar="MB", help="largest request body, in MiB")
     add("--max-pixels", type=_whole(1, 2**31), default=50_000_000, metavar="N", help="most pixels of one image")
     return parser

@@ -1,5 +1,7 @@
 """A bundle at work on one device. Knows nothing of HTTP, nor of who asks."""
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -7,6 +9,7 @@ from augment.decode import ImageError
 from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleError
 from models.classifier import probabilities
+from serve.explain import Explainer
 
 # How far a golden picture's probabilities may lie from the stored ones. float32 convolutions differ by about 1e-6
 # between CPUs; TF32 on the training GPU moves them by up to about 1e-3. Wrong channels, resize or weights move them
@@ -44,6 +47,11 @@ class Engine:
         joint = np.sqrt(safe[0] * safe[1])
         return (joint / joint.sum(axis=1, keepdims=True)).astype(np.float32)
 
+    @cached_property
+    def explainer(self) -> Explainer:
+        """Made when it is first asked for, from a golden picture, so that a server which explains nothing pays nothing."""
+        return Explainer(self._classifier, self.preprocess(self.bundle.goldens[0].data))
+
     def self_test(self) -> None:
         """Ask for the golden pictures. BundleError, naming the picture, unless the stored answers come again."""
         if not self.bundle.goldens:
@@ -66,3 +74,8 @@ class Engine:
                 f"{where} is answered with {labels[answered.argmax()]!r} where {labels[stored.argmax()]!r} is stored; "
                 f"its probabilities are off by {gap:.2g}, at most {TOLERANCE} is allowed"
             )
+
+
+def cuda_bytes(device: torch.device) -> int:
+    """What tensors hold of a GPU's memory."""
+    return torch.cuda.memory_allocated(device)

@@ -1,7 +1,10 @@
 """Every answer that is not a prediction: problem details as of RFC 9457, with a `code` for programs, and nothing of our insides."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
+from types import MappingProxyType
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -23,54 +26,78 @@ class NotReadyError(Exception):
     """The self-test has not passed, or the server is going down."""
 
 
-def answer(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The one shape of an error."""
-    title = HTTPStatus(status).phrase
-    problem = {"type": "about:blank", "title": title, "status": status, "detail": message, "code": code}
-    return JSONResponse(problem, status_code=status, headers=headers, media_type="application/problem+json")
+@dataclass(frozen=True)
+class Problem:
+    """What a failure is to the client. Source of its form: RFC 9457."""
+
+    status: int
+    code: str
+    detail: str
+    headers: Mapping[str, str] | None = None
+
+    def response(self) -> JSONResponse:
+        problem = {"type": "about:blank", "title": HTTPStatus(self.status).phrase, "status": self.status}
+        content = {**problem, "detail": self.detail, "code": self.code}
+        return JSONResponse(content, self.status, self.headers, media_type="application/problem+json")
 
 
-def _refused(_: Request, error: RequestError) -> JSONResponse:
-    return answer(error.status, error.code, error.message)
+def _refused(_: Request, error: RequestError) -> Problem:
+    return Problem(
+        error.status, error.code, error.message, {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    )
 
 
-def _routing(request: Request, error: HTTPException) -> JSONResponse:
+def _routing(request: Request, error: HTTPException) -> Problem:
     """404 and 405 of the router, with the `Allow` header that it found."""
     status = HTTPStatus(error.status_code)
     message = f"{status.phrase}: {request.method} {request.url.path}"
-    return answer(error.status_code, status.name.lower(), message, error.headers)
+    return Problem(error.status_code, status.name.lower(), message, error.headers)
 
 
-def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+def _invalid(_: Request, error: RequestValidationError) -> Problem:
     """A query parameter of the wrong type or range; the offending name and rule, not pydantic's whole report."""
     first = error.errors()[0]
     where = " ".join(str(part) for part in first["loc"])
-    return answer(422, "invalid_parameter", f"{where}: {first['msg']}")
+    return Problem(422, "invalid_parameter", f"{where}: {first['msg']}")
 
 
-def _overloaded(_: Request, error: OverloadedError) -> JSONResponse:
-    return answer(429, "overloaded", str(error), {"Retry-After": "1"})
+def _overloaded(_: Request, error: OverloadedError) -> Problem:
+    return Problem(429, "overloaded", str(error), {"Retry-After": "1"})
 
 
-def _not_ready(_: Request, error: NotReadyError | ClosedError) -> JSONResponse:
-    return answer(503, "not_ready", str(error), {"Retry-After": "5"})
+def _not_ready(_: Request, error: NotReadyError | ClosedError) -> Problem:
+    return Problem(503, "not_ready", str(error), {"Retry-After": "5"})
 
 
-def _failed(_: Request, error: Exception) -> JSONResponse:
+def _failed(_: Request, error: Exception) -> Problem:
     """Our fault: the log has the traceback, the client has none of it."""
-    return answer(500, "internal_error", "the server failed to answer this request")
+    return Problem(500, "internal_error", "the server failed to answer this request")
 
 
-def install(app: FastAPI) -> None:
-    """Make `app` answer every failure as JSON."""
-    for kind, handler in (
-        (RequestError, _refused),
-        (HTTPException, _routing),
-        (RequestValidationError, _invalid),
-        (OverloadedError, _overloaded),
-        (NotReadyError, _not_ready),
-        (ClosedError, _not_ready),
-        (BatchError, _failed),
-        (Exception, _failed),
-    ):
-        app.add_exception_handler(kind, handler)  # type: ignore[arg-type]
+_HANDLERS: Mapping[type[Exception], Callable[[Request, Any], Problem]] = MappingProxyType(
+    {
+        RequestError: _refused,
+        HTTPException: _routing,
+        RequestValidationError: _invalid,
+        OverloadedError: _overloaded,
+        NotReadyError: _not_ready,
+        ClosedError: _not_ready,
+        BatchError: _failed,
+        Exception: _failed,
+    }
+)
+
+
+def install(app: FastAPI, counted: Callable[[str, str], None]) -> None:
+    """Make `app` answer every failure as a problem. counted: is told the path and the code of each."""
+
+    def answering(problem_of: Callable[[Request, Any], Problem]) -> Callable[[Request, Exception], JSONResponse]:
+        def handle(request: Request, error: Exception) -> JSONResponse:
+            problem = problem_of(request, error)
+            counted(request.url.path, problem.code)
+            return problem.response()
+
+        return handle
+
+    for kind, problem_of in _HANDLERS.items():
+        app.add_exception_handler(kind, answering(problem_of))

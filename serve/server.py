@@ -1,11 +1,16 @@
 """One application on one port: binding, the moment of readiness, and a graceful end. Knows nothing of models."""
 
+import asyncio
 import logging
 import socket
 from collections.abc import Callable
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD_S = 10
+"""For a request's head to arrive, and for a connection to begin one: who sends a byte now and then holds no connection for ever."""
 
 # Kubernetes kills after 30 s: what is in flight has this long to finish, then is dropped by us and logged.
 GRACE_S = 25
@@ -35,6 +40,34 @@ def url(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class Impatient(HttpToolsProtocol):
+    """uvicorn's protocol, which by itself waits for a request's head without end."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(HEAD_S, transport.close)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if self._timer is None:
+            self._timer = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def on_headers_complete(self) -> None:
+        self._calm()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._calm()
+        super().connection_lost(exc)
+
+    def _calm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class Server(uvicorn.Server):
     """uvicorn, on a socket that is bound already, calling `on_ready` once it accepts requests.
 
@@ -46,6 +79,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Impatient,
                 lifespan="on",
                 ws="none",
                 log_config=None,

@@ -13,16 +13,20 @@ import numpy as np
 from serve.batcher import Batcher, OverloadedError
 from serve.engine import Engine
 from serve.errors import NotReadyError, RequestError
+from serve.explain import png
 from serve.limits import Limits
+from serve.metrics import Metrics
 from serve.prepare import prepare
 
 
 @dataclass(frozen=True)
 class Answers:
-    """probabilities: float32 N×C; seconds: of the stages `prepare` (a thread to be free, decoding, resizing), `queue` and `compute`."""
+    """probabilities: float32 N×C; seconds: of the stages `prepare` (a thread to be free, decoding, resizing), `queue` and `compute`, and
+    `explain`; explanations: where they were asked for, of each picture a PNG of the network's size, or None."""
 
     probabilities: np.ndarray
     seconds: dict[str, float]
+    explanations: tuple[bytes | None, ...] = ()
 
 
 class Service:
@@ -38,6 +42,7 @@ class Service:
         engine: Engine,
         *,
         limits: Limits,
+        metrics: Metrics,
         max_batch: int = 32,
         max_wait_ms: float = 2.0,
         max_queue: int = 1024,
@@ -51,13 +56,13 @@ class Service:
         if max_requests < 1 or not deadline_s > 0:
             raise ValueError(f"max_requests={max_requests} must be at least 1, deadline_s={deadline_s} above 0")
         self.engine = engine
-        self.limits = limits
+        self.limits, self.metrics = limits, metrics
         self.ready = False
         self._max_requests, self._deadline = max_requests, deadline_s
         self._inside = self._preparing = 0
         waits = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
         # A batch is held back only for pictures that are on their way from the decoders.
-        self._batcher = Batcher(engine.predict, coming=lambda: self._preparing > 0, **waits)  # type: ignore[arg-type]
+        self._batcher = Batcher(self._compute, coming=lambda: self._preparing > 0, **waits)  # type: ignore[arg-type]
         self._workers = ThreadPoolExecutor(_cpus(), thread_name_prefix="prepare")
 
     @property
@@ -95,14 +100,17 @@ class Service:
         finally:
             self._inside -= 1
 
-    async def predict(self, content_type: str, body: bytes, *, mirrored: bool = False) -> Answers:
-        """The answers to the N pictures in `body`. mirrored: the mean answer to each and its mirror image, of their logits.
+    async def predict(
+        self, content_type: str, body: bytes, *, mirrored: bool = False, explained: bool = False
+    ) -> Answers:
+        """The answers to the N pictures in `body`. mirrored: the mean answer to each and its mirror image, of their logits; explained: with
+        heat maps of the likeliest labels.
 
         RequestError, 504 beyond the deadline: what is not computed by then never is; OverloadedError, ClosedError or BatchError.
         """
         try:
             async with asyncio.timeout(self._deadline):
-                return await self._predict(content_type, body, mirrored)
+                return await self._predict(content_type, body, mirrored, explained)
         except TimeoutError as err:
             raise RequestError(504, "deadline_exceeded", f"there was no answer within {self._deadline:g} s") from err
 
@@ -111,7 +119,11 @@ class Service:
         if not self.ready:
             raise NotReadyError("the self-test has not passed yet, or the server is going down")
 
-    async def _predict(self, content_type: str, body: bytes, mirrored: bool) -> Answers:
+    def _compute(self, batch: np.ndarray) -> np.ndarray:
+        self.metrics.computed(len(batch))
+        return self.engine.predict(batch)
+
+    async def _predict(self, content_type: str, body: bytes, mirrored: bool, explained: bool) -> Answers:
         began = time.monotonic()
         self._preparing += 1
         try:
@@ -123,7 +135,17 @@ class Service:
         prepared = time.monotonic() - began
         found = await self._batcher.submit(np.concatenate([batch, batch[:, :, ::-1]]) if mirrored else batch)
         seconds = {"prepare": prepared, "queue": found.queued, "compute": found.computed}
-        return Answers(self.engine.mean(*np.split(found.outputs, 2)) if mirrored else found.outputs, seconds)
+        rows = self.engine.mean(*np.split(found.outputs, 2)) if mirrored else found.outputs
+        if not explained:
+            return Answers(rows, seconds)
+        began = time.monotonic()
+        maps = await loop.run_in_executor(self._workers, self._explain, batch, rows)
+        return Answers(rows, {**seconds, "explain": time.monotonic() - began}, maps)
+
+    def _explain(self, batch: np.ndarray, rows: np.ndarray) -> tuple[bytes | None, ...]:
+        explainer = self.engine.explainer
+        pairs = zip(batch, rows.argmax(axis=1).tolist(), strict=True)
+        return tuple(png(explainer.heat(image, label)) if explainer.available else None for image, label in pairs)
 
 
 def _cpus() -> int:

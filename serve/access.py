@@ -1,0 +1,50 @@
+"""A line for each request, and a name by which it is found again: `X-Request-Id`, the client's own or a new one."""
+
+import json
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger("serve.access")
+
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class Access:
+    """ASGI middleware. log: whether lines are written, as JSON, to the logger `serve.access`."""
+
+    def __init__(self, app: ASGIApp, *, log: bool) -> None:
+        self._app, self._log = app, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        name = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        began, status = time.monotonic(), 0
+
+        async def named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = name
+            await send(message)
+
+        try:
+            await self._app(scope, receive, named)
+        finally:
+            if self._log:
+                seconds = round(time.monotonic() - began, 6)
+                line = {
+                    "id": name,
+                    "method": scope["method"],
+                    "path": scope["path"],
+                    "status": status,
+                    "seconds": seconds,
+                }
+                logger.info(json.dumps(line))

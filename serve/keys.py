@@ -1,0 +1,70 @@
+"""Who may ask, and how often. Knows nothing of what is asked."""
+
+import hmac
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fastapi import Request
+
+from serve.batcher import OverloadedError
+from serve.errors import RequestError
+
+LOOK_AGAIN_S = 1.0
+
+
+class Keys:
+    """The keys of a file, one a line, `#` begins a remark; read again when the file changes, so that keys are rotated without a restart.
+
+    rate: requests a second of each key, over which it gets 429; None for no limit. OSError or ValueError for a file that cannot be read
+    or holds none; later on the keys read last stay.
+    """
+
+    def __init__(self, file: Path, *, rate: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._file, self._rate, self._clock = file, rate, clock
+        self._keys, self._stamp = self._read()
+        self._looked = clock()
+        self._buckets: dict[bytes, tuple[float, float]] = {}
+
+    async def check(self, request: Request) -> None:
+        """RequestError 401 without a key of the file, as `Authorization: Bearer KEY` or `X-API-Key: KEY`; OverloadedError beyond the rate.
+
+        It waits for nothing; as a plain function FastAPI would run it on a thread."""
+        self._look_again()
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        given = (bearer if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")).strip().encode()
+        # All are compared, and each in a time that does not tell how much of it was right.
+        known = [key for key in self._keys if hmac.compare_digest(key, given)]
+        if not known:
+            raise RequestError(401, "unauthorized", "this server asks for a key: send Authorization: Bearer KEY")
+        self._take(known[0])
+
+    def _take(self, key: bytes) -> None:
+        if self._rate is None:
+            return
+        now, most = self._clock(), max(1.0, self._rate)
+        left, since = self._buckets.get(key, (most, now))
+        left = min(most, left + (now - since) * self._rate)
+        if left < 1:
+            self._buckets[key] = (left, now)
+            raise OverloadedError(f"more than {self._rate:g} requests a second with this key")
+        self._buckets[key] = (left - 1, now)
+
+    def _look_again(self) -> None:
+        if self._clock() - self._looked < LOOK_AGAIN_S:
+            return
+        self._looked = self._clock()
+        try:
+            if self._file.stat().st_mtime_ns != self._stamp:
+                self._keys, self._stamp = self._read()
+                self._buckets = {key: bucket for key, bucket in self._buckets.items() if key in self._keys}
+        except (OSError, ValueError):  # being replaced, or wrong: those that were good stay
+            return
+
+    def _read(self) -> tuple[list[bytes], int]:
+        stamp = self._file.stat().st_mtime_ns
+        lines = (line.partition("#")[0].strip() for line in self._file.read_text("utf-8").splitlines())
+        keys = [line.encode() for line in lines if line]
+        if not keys:
+            raise ValueError(f"{self._file}: holds no key")
+        return keys, stamp

@@ -1,0 +1,68 @@
+"""What a server has done, for Prometheus. Knows nothing of HTTP's details, nor of pictures."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_PICTURES = (1, 2, 4, 8, 16, 32, 64, 128)
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own.
+
+    requests by their end (`ok` or a problem's code), seconds of requests and of their stages, sizes of batches, confidences, answers by
+    label, answers to be left to a person; by `watch` what is in the house and waits.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own: dict[str, Any] = {"registry": self.registry}
+        self._requests = Counter("refract_requests", "Requests for predictions by their end", ["end"], **own)
+        self._seconds = Histogram("refract_request_seconds", "Of answered requests", buckets=_SECONDS, **own)
+        self._stages = Histogram("refract_stage_seconds", "Of their stages", ["stage"], buckets=_SECONDS, **own)
+        self._batches = Histogram("refract_batch_pictures", "Pictures in a batch", buckets=_PICTURES, **own)
+        self._confidence = Histogram("refract_confidence", "Of the likeliest label", buckets=_SHARES, **own)
+        self._labels = Counter("refract_predictions", "Pictures by their likeliest label", ["label"], **own)
+        self._abstained = Counter("refract_abstained", "Answers to be left to a person", **own)
+        self._model = Gauge("refract_model", "1 for what is served", ["name", "digest"], **own)
+
+    def answered(self, seconds: float, stages: dict[str, float]) -> None:
+        """A request was answered."""
+        self._requests.labels("ok").inc()
+        self._seconds.observe(seconds)
+        for stage, value in stages.items():
+            self._stages.labels(stage).observe(value)
+
+    def refused(self, code: str) -> None:
+        """A request ended in a problem."""
+        self._requests.labels(code).inc()
+
+    def computed(self, pictures: int) -> None:
+        """A batch went through the network."""
+        self._batches.observe(pictures)
+
+    def predicted(self, probabilities: np.ndarray, labels: Sequence[str], abstained: int) -> None:
+        """probabilities: N×C; abstained: how many of the N should be left to a person."""
+        for row in probabilities:
+            best = int(row.argmax())
+            self._labels.labels(labels[best]).inc()
+            self._confidence.observe(float(row[best]))
+        self._abstained.inc(abstained)
+
+    def serves(self, name: str, digest: str) -> None:
+        """What is served from now on."""
+        self._model.clear()
+        self._model.labels(name, digest[:16]).set(1)
+
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """A gauge `refract_NAME` that is read when it is asked for."""
+        Gauge(f"refract_{name}", text, registry=self.registry).set_function(value)
+
+    def listen(self, host: str, port: int) -> int:
+        """Answer Prometheus at `/metrics` on a port of its own, in a thread. Returns the port, for 0 a free one. OSError where taken."""
+        server, _ = start_http_server(port, host, self.registry)
+        return int(server.server_port)
