@@ -1,5 +1,6 @@
 """The HTTP face of an engine: four routes. What happens behind them is the service's."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,6 +15,7 @@ from serve.access import Access
 from serve.answer import prediction
 from serve.body import Bodies, unless_gone
 from serve.engine import Engine, cuda_bytes
+from serve.follow import Follower
 from serve.keys import Keys
 from serve.limits import Limits
 from serve.metrics import Metrics
@@ -52,8 +54,11 @@ def create_app(
     deadline_s: float = 10.0,
     keys: Keys | None = None,
     access_log: bool = False,
+    follow: str | None = None,
+    poll_s: float = 60.0,
 ) -> FastAPI:
-    """The application that answers with `served`; a bundle is served on the CPU. keys: who may ask; without them everybody.
+    """The application that answers with `served`; a bundle is served on the CPU. keys: who may ask; without them everybody, and
+    nobody may roll back. follow: the name in the registry that the bundle is from, asked for its meaning every `poll_s` seconds.
 
     Its lifespan runs the self-test: if that fails the server does not start, and `app.state.failure` says why.
     ValueError or BundleError for a parameter or bundle that cannot work.
@@ -63,11 +68,12 @@ def create_app(
     options |= {"max_requests": max_requests, "deadline_s": deadline_s}
     metrics = Metrics()
     service = Service(engine, limits=limits or Limits(), metrics=metrics, **options)
-    metrics.serves(engine.bundle.info.name, engine.bundle.digest)
     metrics.watch("requests_inside", "Requests in the house", lambda: service.inside)
     metrics.watch("pictures_waiting", "Pictures that wait for a batch", lambda: service.waiting)
     if engine.device.type == "cuda":
         metrics.watch("gpu_bytes", "Of the GPU's memory that tensors hold", lambda: cuda_bytes(engine.device))
+
+    follower = Follower(service, follow, device=str(engine.device), every_s=poll_s) if follow else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -76,7 +82,10 @@ def create_app(
         except Exception as err:
             app.state.failure = err
             raise
+        task = asyncio.create_task(follower.run()) if follower else None
         yield
+        if task:
+            task.cancel()
         await service.stop()
 
     app = FastAPI(title="Refract", summary=f"Image classification by {engine.bundle.info.name}", lifespan=lifespan)
@@ -85,14 +94,14 @@ def create_app(
     allowed = [Depends(keys.check)] if keys else []
     _add_predict(app, service, allowed)  # first: routes are tried in this order, and this is the one that is busy
     _add_health(app, service, allowed)
+    if allowed:
+        _add_admin(app, service, allowed)
     add_page(app)
     app.add_middleware(Access, log=access_log)
     return app
 
 
 def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
-    info, described = service.engine.bundle.info, _description(service.engine)
-
     @app.get("/livez", summary="The process answers")
     async def livez() -> JSONResponse:
         return JSONResponse({"status": "alive"})
@@ -100,23 +109,28 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
     @app.get("/readyz", summary="The golden pictures gave their stored answers again")
     async def readyz() -> JSONResponse:
         service.check_ready()
-        return JSONResponse({"status": "ready", "model": info.name})
+        return JSONResponse({"status": "ready", "model": service.engine.bundle.info.name})
 
     @app.get("/v1/model", summary="What is served", dependencies=allowed)
     async def model() -> JSONResponse:
-        return JSONResponse(described)
+        return JSONResponse(_description(service.engine))
 
     @app.get("/v1/status", summary="What is in the house", dependencies=allowed)
     async def status() -> JSONResponse:
         return JSONResponse({"requests": service.inside, "pictures_waiting": service.waiting})
 
 
+def _add_admin(app: FastAPI, service: Service, allowed: list[Any]) -> None:
+    @app.post("/admin/rollback", summary="Answer with the model before", dependencies=allowed)
+    async def rollback() -> JSONResponse:
+        service.check_ready()
+        await service.roll_back()
+        return JSONResponse({"model": service.engine.bundle.info.name, "digest": service.engine.bundle.digest})
+
+
 def _add_predict(app: FastAPI, service: Service, allowed: list[Any]) -> None:
     bodies = Bodies(service.limits)
-    bundle, num_classes = service.engine.bundle, len(service.engine.bundle.info.labels)
-    model = {"name": bundle.info.name, "digest": bundle.digest}
-    info = bundle.info
-    own_thresholds = info.thresholds if info.task == "multilabel" else None
+    num_classes = len(service.engine.bundle.info.labels)  # of all that it will ever serve
     about_top = "How many labels to answer, likeliest first"
     about_threshold = (
         "Answer in `labels` those of at least this probability; for multilabel in place of the bundle's thresholds"
@@ -139,7 +153,9 @@ def _add_predict(app: FastAPI, service: Service, allowed: list[Any]) -> None:
                 kind = request.headers.get("content-type", "")
                 work = service.predict(kind, body, mirrored=tta == "flip", explained=explain)
                 found = await unless_gone(request, work)
-        thresholds = own_thresholds if threshold is None else [threshold] * num_classes
+        info, digest = found.bundle.info, found.bundle.digest
+        own = info.thresholds if info.task == "multilabel" else None
+        thresholds = own if threshold is None else [threshold] * num_classes
         options: dict[str, Any] = {"top": top, "thresholds": thresholds, "abstain_below": info.abstain_below}
         maps = found.explanations or [None] * len(found.probabilities)
         predictions = [
@@ -149,8 +165,9 @@ def _add_predict(app: FastAPI, service: Service, allowed: list[Any]) -> None:
         service.metrics.predicted(found.probabilities, info.labels, sum(p.get("abstain", False) for p in predictions))
         service.metrics.answered(time.monotonic() - began, found.seconds)
         timing = ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in found.seconds.items())
-        headers = {"Server-Timing": timing, "X-Model-Digest": bundle.digest[:16]}
-        return JSONResponse({"model": model, "predictions": predictions}, headers=headers)
+        headers = {"Server-Timing": timing, "X-Model-Digest": digest[:16]}
+        content = {"model": {"name": info.name, "digest": digest}, "predictions": predictions}
+        return JSONResponse(content, headers=headers)
 
 
 def _description(engine: Engine) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Nothing heavy is imported up here: --help and a mistyped option are answered at 
 import argparse
 import logging
 import math
+import shutil
 import signal
 import socket
 import sys
@@ -86,6 +87,12 @@ def _bundle(source: str) -> "Bundle":
     try:
         return load_bundle(folder)
     except BundleError as err:
+        if source != str(folder):  # a download that was damaged since: it is fetched once more
+            shutil.rmtree(folder)
+            try:
+                return load_bundle(resolve(source))
+            except (BundleError, SourceError) as again:
+                raise RefusedError(str(again)) from again
         raise RefusedError(str(err)) from err
 
 
@@ -106,7 +113,10 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
     except ValueError as err:
         raise RefusedError(str(err)) from err
     names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log")
-    app = create_app(engine, limits=limits, keys=_keys(arguments), **{name: getattr(arguments, name) for name in names})
+    options = {name: getattr(arguments, name) for name in names}
+    if "@" in arguments.source and arguments.source.startswith("models:/") and arguments.poll_s > 0:
+        options |= {"follow": arguments.source, "poll_s": arguments.poll_s}
+    app = create_app(engine, limits=limits, keys=_keys(arguments), **options)
     if arguments.metrics_port is not None:
         try:
             port = app.state.service.metrics.listen(arguments.host, arguments.metrics_port)
@@ -155,6 +165,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
     add("--max-batch", type=_whole(1, 65536), default=32, metavar="N", help="images in one batch")
     add("--max-wait-ms", type=_number, default=2.0, metavar="MS", help="longest wait for a batch to fill")
+    add(
+        "--poll-s",
+        type=_number,
+        default=60.0,
+        metavar="S",
+        help="how often to ask what models:/NAME@ALIAS means; 0 never",
+    )
     add("--max-requests", type=_whole(1, 65536), default=256, metavar="N", help="requests at a time; more get 429")
     add("--deadline-s", type=_number, default=10.0, metavar="S", help="for an answer; what takes longer is dropped")
     add("--keys", type=Path, metavar="FILE", help="API keys, one a line; read again when the file changes")

@@ -28,6 +28,7 @@ class Metrics:
         self._confidence = Histogram("refract_confidence", "Of the likeliest label", buckets=_SHARES, **own)
         self._labels = Counter("refract_predictions", "Pictures by their likeliest label", ["label"], **own)
         self._abstained = Counter("refract_abstained", "Answers to be left to a person", **own)
+        self._swaps = Counter("refract_swaps", "Changes of the model by their end", ["end"], **own)
         self._model = Gauge("refract_model", "1 for what is served", ["name", "digest"], **own)
 
     def answered(self, seconds: float, stages: dict[str, float]) -> None:
@@ -57,6 +58,10 @@ class Metrics:
         """What is served from now on."""
         self._model.clear()
         self._model.labels(name, digest[:16]).set(1)
+
+    def swapped(self, end: str) -> None:
+        """end: `done` or `refused`."""
+        self._swaps.labels(end).inc()
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A gauge `refract_NAME` that is read when it is asked for."""

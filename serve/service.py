@@ -7,13 +7,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from serve.batcher import Batcher, OverloadedError
+from models.bundle import Bundle, BundleError
+from serve.batcher import OverloadedError
 from serve.engine import Engine
 from serve.errors import NotReadyError, RequestError
 from serve.explain import png
+from serve.lane import Lane
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.prepare import prepare
@@ -21,16 +24,17 @@ from serve.prepare import prepare
 
 @dataclass(frozen=True)
 class Answers:
-    """probabilities: float32 N×C; seconds: of the stages `prepare` (a thread to be free, decoding, resizing), `queue` and `compute`, and
-    `explain`; explanations: where they were asked for, of each picture a PNG of the network's size, or None."""
+    """bundle: that answered; probabilities: float32 N×C; seconds: of the stages `prepare` (a thread to be free, decoding, resizing),
+    `queue`, `compute` and `explain`; explanations: where they were asked for, of each picture a PNG of the network's size, or None."""
 
+    bundle: Bundle
     probabilities: np.ndarray
     seconds: dict[str, float]
     explanations: tuple[bytes | None, ...] = ()
 
 
 class Service:
-    """One engine, open for requests between `start` and `stop`.
+    """One engine at a time, open for requests between `start` and `stop`; by `swap` another one, with no request lost.
 
     max_requests bounds the requests that are in the house, max_queue the pictures that wait for the engine, deadline_s the time from a
     request's last byte to its answer. Belongs to one event loop. ValueError if `max_queue` could never take a request of
@@ -55,14 +59,17 @@ class Service:
             )
         if max_requests < 1 or not deadline_s > 0:
             raise ValueError(f"max_requests={max_requests} must be at least 1, deadline_s={deadline_s} above 0")
-        self.engine = engine
         self.limits, self.metrics = limits, metrics
         self.ready = False
         self._max_requests, self._deadline = max_requests, deadline_s
-        self._inside = self._preparing = 0
-        waits = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
-        # A batch is held back only for pictures that are on their way from the decoders.
-        self._batcher = Batcher(self._compute, coming=lambda: self._preparing > 0, **waits)  # type: ignore[arg-type]
+        self._inside = 0
+        self._waits = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
+        self._lane = self._lane_of(engine)
+        self._previous: Engine | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._swapping = asyncio.Lock()
+        self.rejected: set[Path] = set()
+        """Folders of bundles that failed, or from which a person went back."""
         self._workers = ThreadPoolExecutor(_cpus(), thread_name_prefix="prepare")
 
     @property
@@ -73,20 +80,54 @@ class Service:
     @property
     def waiting(self) -> int:
         """Pictures that wait for the engine."""
-        return self._batcher.waiting
+        return self._lane.waiting
+
+    @property
+    def engine(self) -> Engine:
+        """That of new requests."""
+        return self._lane.engine
 
     async def start(self) -> None:
         """Run the self-test, then open. BundleError if the golden pictures' answers do not come again."""
         await asyncio.get_running_loop().run_in_executor(self._workers, self.engine.self_test)
-        self._batcher.start()
+        self._lane.start()
+        self.metrics.serves(self.engine.bundle.info.name, self.engine.bundle.digest)
         self.ready = True
 
     async def stop(self) -> None:
         """Close, and answer what was accepted."""
         if self.ready:
             self.ready = False
-            await self._batcher.stop()
+            await asyncio.gather(self._lane.retire(), *self._retiring)
         self._workers.shutdown(wait=False)
+
+    async def swap(self, engine: Engine) -> None:
+        """Answer new requests with another engine, after its self-test; those that are under way end with the old one, which is kept for
+        `roll_back`. BundleError where it does not pass, or does not answer with the same labels."""
+        async with self._swapping:
+            old, new = self.engine.bundle.info, engine.bundle.info
+            if (old.task, old.labels) != (new.task, new.labels):
+                raise BundleError(
+                    f"{engine.bundle.path}: answers with other labels than {old.name}; start a server for it"
+                )
+            await asyncio.to_thread(engine.self_test)
+            self.check_ready()
+            lane, before = self._lane_of(engine), self._lane
+            lane.start()
+            self._lane, self._previous = lane, before.engine
+            self.metrics.serves(new.name, engine.bundle.digest)
+            self.metrics.swapped("done")
+            task = asyncio.create_task(before.retire())
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    async def roll_back(self) -> None:
+        """Answer with the engine before, and follow no name to the present one again. RequestError 409 where there was none."""
+        if self._previous is None:
+            raise RequestError(409, "no_model_before", "this server has served no other model before")
+        left = self.engine.bundle.path
+        await self.swap(self._previous)
+        self.rejected.add(left)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -99,6 +140,9 @@ class Service:
             yield
         finally:
             self._inside -= 1
+
+    def _lane_of(self, engine: Engine) -> Lane:
+        return Lane(engine, self.metrics, **self._waits)
 
     async def predict(
         self, content_type: str, body: bytes, *, mirrored: bool = False, explained: bool = False
@@ -119,33 +163,35 @@ class Service:
         if not self.ready:
             raise NotReadyError("the self-test has not passed yet, or the server is going down")
 
-    def _compute(self, batch: np.ndarray) -> np.ndarray:
-        self.metrics.computed(len(batch))
-        return self.engine.predict(batch)
-
     async def _predict(self, content_type: str, body: bytes, mirrored: bool, explained: bool) -> Answers:
-        began = time.monotonic()
-        self._preparing += 1
+        lane = self._lane  # whatever is served meanwhile
+        with lane.entered():
+            return await self._through(lane, content_type, body, mirrored, explained)
+
+    async def _through(self, lane: Lane, content_type: str, body: bytes, mirrored: bool, explained: bool) -> Answers:
+        began, engine = time.monotonic(), lane.engine
+        lane.preparing += 1
         try:
             # One hop a request, not one a picture: cheaper, and a request of 64 pictures cannot take every worker.
-            loop, options = asyncio.get_running_loop(), (self.engine.preprocess, self.limits)
+            loop, options = asyncio.get_running_loop(), (engine.preprocess, self.limits)
             batch = await loop.run_in_executor(self._workers, prepare, content_type, body, *options)
         finally:
-            self._preparing -= 1
+            lane.preparing -= 1
         prepared = time.monotonic() - began
-        found = await self._batcher.submit(np.concatenate([batch, batch[:, :, ::-1]]) if mirrored else batch)
+        found = await lane.submit(np.concatenate([batch, batch[:, :, ::-1]]) if mirrored else batch)
         seconds = {"prepare": prepared, "queue": found.queued, "compute": found.computed}
-        rows = self.engine.mean(*np.split(found.outputs, 2)) if mirrored else found.outputs
+        rows = engine.mean(*np.split(found.outputs, 2)) if mirrored else found.outputs
         if not explained:
-            return Answers(rows, seconds)
+            return Answers(engine.bundle, rows, seconds)
         began = time.monotonic()
-        maps = await loop.run_in_executor(self._workers, self._explain, batch, rows)
-        return Answers(rows, {**seconds, "explain": time.monotonic() - began}, maps)
+        maps = await loop.run_in_executor(self._workers, _explain, engine, batch, rows)
+        return Answers(engine.bundle, rows, {**seconds, "explain": time.monotonic() - began}, maps)
 
-    def _explain(self, batch: np.ndarray, rows: np.ndarray) -> tuple[bytes | None, ...]:
-        explainer = self.engine.explainer
-        pairs = zip(batch, rows.argmax(axis=1).tolist(), strict=True)
-        return tuple(png(explainer.heat(image, label)) if explainer.available else None for image, label in pairs)
+
+def _explain(engine: Engine, batch: np.ndarray, rows: np.ndarray) -> tuple[bytes | None, ...]:
+    explainer = engine.explainer
+    pairs = zip(batch, rows.argmax(axis=1).tolist(), strict=True)
+    return tuple(png(explainer.heat(image, label)) if explainer.available else None for image, label in pairs)
 
 
 def _cpus() -> int:

@@ -1,8 +1,11 @@
 """Where a bundle comes from: a folder, or a version in MLflow's model registry. Knows nothing of its content."""
 
 import hashlib
+import json
+import logging
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +15,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+logger = logging.getLogger(__name__)
+
 CACHE = Path("~/.cache/refract/models")
 
 _SCHEME = "models:/"
@@ -20,6 +25,10 @@ _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<vers
 
 class SourceError(ValueError):
     """The source names nothing that can be served. The message says what to do."""
+
+
+class UnreachableError(SourceError):
+    """The tracking server does not answer."""
 
 
 def resolve(source: str, *, cache: Path | None = None) -> Path:
@@ -44,7 +53,16 @@ def resolve(source: str, *, cache: Path | None = None) -> Path:
 def _download(source: str, match: re.Match[str], cache: Path) -> Path:
     tracking_uri = _tracking_uri()
     client = _client(tracking_uri)
-    version = _version(client, source, match, tracking_uri)
+    # What the source meant last, for when the server is down.
+    last = cache / f"last-{hashlib.sha256(f'{tracking_uri} {source}'.encode()).hexdigest()[:12]}"
+    try:
+        version = _version(client, source, match, tracking_uri)
+    except UnreachableError as err:
+        known = cache / last.read_text("utf-8") if last.is_file() else None
+        if known is None or not known.is_dir():
+            raise
+        logger.warning("%s; served is what it meant last: %s", err, known.name)
+        return known
     # The source names the training run, so the same name and version on another server is another folder.
     origin = hashlib.sha256(f"{tracking_uri}\n{version.source}".encode()).hexdigest()[:12]
     target = cache / f"{quote(version.name, safe='')}-{version.version}-{origin}"
@@ -52,6 +70,9 @@ def _download(source: str, match: re.Match[str], cache: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
             _move(_fetch(version, folder, tracking_uri, source), target)
+    with tempfile.NamedTemporaryFile("w", dir=cache, prefix=".last-", delete=False) as file:
+        file.write(target.name)
+    Path(file.name).replace(last)
     return target
 
 
@@ -85,7 +106,8 @@ def _version(client: "MlflowClient", source: str, match: re.Match[str], tracking
     except MlflowException as err:
         known = err.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
         problem = "no such model, version or alias" if known else "the tracking server does not answer"
-        raise SourceError(f"{source}: {problem} at {tracking_uri} ({_first_line(err)})") from err
+        kind = SourceError if known else UnreachableError
+        raise kind(f"{source}: {problem} at {tracking_uri} ({_first_line(err)})") from err
 
 
 def _fetch(version: "ModelVersion", folder: str, tracking_uri: str, source: str) -> Path:
@@ -108,3 +130,11 @@ def _move(downloaded: Path, target: Path) -> None:
 
 def _first_line(err: Exception) -> str:
     return (str(err).splitlines() or [type(err).__name__])[0]
+
+
+if __name__ == "__main__":  # for a server that follows a name: see `serve.follow`
+    try:
+        told = {"path": str(resolve(sys.argv[1]))}
+    except SourceError as error:
+        told = {"error": str(error)}
+    sys.stdout.write(json.dumps(told) + "\n")

@@ -42,8 +42,16 @@ def answer_of(classifier: Classifier, data: bytes, task: str) -> np.ndarray:
 def make_bundle() -> Callable[..., Bundle]:
     """Saves a bundle of an untrained lenet5. `wrong` is added to each golden answer."""
 
-    def make(path: Path, *, task: str = "multiclass", thresholds: Sequence[float] = (), wrong: float = 0.0) -> Bundle:
-        torch.manual_seed(0)
+    def make(
+        path: Path,
+        *,
+        task: str = "multiclass",
+        thresholds: Sequence[float] = (),
+        wrong: float = 0.0,
+        seed: int = 0,
+        word: str = "class",
+    ) -> Bundle:
+        torch.manual_seed(seed)
         network = build("lenet5", 10, image_size=(32, 32))
         classifier = Classifier(network, mean=PREPROCESS.mean, std=PREPROCESS.std).eval()
         goldens = []
@@ -53,7 +61,7 @@ def make_bundle() -> Callable[..., Bundle]:
         info = BundleInfo(
             name="shapes",
             task=task,
-            labels=tuple(f"class {i}" for i in range(10)),
+            labels=tuple(f"{word} {i}" for i in range(10)),
             network={"name": "lenet5", "image_size": [32, 32], "args": {}},
             preprocess=PREPROCESS.to_dict(),
             temperature=TEMPERATURE,

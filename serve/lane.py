@@ -1,0 +1,57 @@
+"""One model's way: its engine, its batcher, and the requests that are on it. Knows nothing of HTTP."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from serve.batcher import Answered, Batcher
+from serve.engine import Engine
+from serve.metrics import Metrics
+
+
+class Lane:
+    """Open from `start` to `retire`. preparing: requests on it whose pictures are being decoded; a batch is held back for them alone."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, **waits: Any) -> None:
+        """waits: see `Batcher`."""
+        self.engine, self.preparing = engine, 0
+        self._metrics, self._inside, self._empty = metrics, 0, asyncio.Event()
+        self._batcher = Batcher(self._compute, coming=lambda: self.preparing > 0, **waits)
+
+    @property
+    def waiting(self) -> int:
+        """Pictures that wait for a batch."""
+        return self._batcher.waiting
+
+    def start(self) -> None:
+        """On the event loop that will submit."""
+        self._batcher.start()
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """A request is on this lane: it is not taken away until the block ends."""
+        self._inside += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    async def submit(self, batch: np.ndarray) -> Answered:
+        """As `Batcher.submit`."""
+        return await self._batcher.submit(batch)
+
+    async def retire(self) -> None:
+        """Let those that are on it come to their end, then end its thread."""
+        if self._inside:
+            await self._empty.wait()
+        await self._batcher.stop()
+
+    def _compute(self, batch: np.ndarray) -> np.ndarray:
+        self._metrics.computed(len(batch))
+        return self.engine.predict(batch)
