@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Request
@@ -20,7 +21,9 @@ from serve.keys import Keys
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.page import add_page
+from serve.prepare import prepare
 from serve.service import Service
+from serve.v2 import add_v2
 
 PREDICT = "/v1/predict"
 
@@ -90,10 +93,13 @@ def create_app(
 
     app = FastAPI(title="Refract", summary=f"Image classification by {engine.bundle.info.name}", lifespan=lifespan)
     app.state.failure, app.state.service = None, service
-    errors.install(app, lambda path, code: metrics.refused(code) if path == PREDICT else None)
+    errors.install(
+        app, lambda path, code: metrics.refused(code) if path == PREDICT or path.endswith("/infer") else None
+    )
     allowed = [Depends(keys.check)] if keys else []
     _add_predict(app, service, allowed)  # first: routes are tried in this order, and this is the one that is busy
     _add_health(app, service, allowed)
+    add_v2(app, service, allowed)
     if allowed:
         _add_admin(app, service, allowed)
     add_page(app)
@@ -151,7 +157,7 @@ def _add_predict(app: FastAPI, service: Service, allowed: list[Any]) -> None:
         with service.admitted():
             async with bodies.read(request) as body:
                 kind = request.headers.get("content-type", "")
-                work = service.predict(kind, body, mirrored=tta == "flip", explained=explain)
+                work = service.predict(partial(prepare, kind, body), mirrored=tta == "flip", explained=explain)
                 found = await unless_gone(request, work)
         info, digest = found.bundle.info, found.bundle.digest
         own = info.thresholds if info.task == "multilabel" else None

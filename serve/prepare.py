@@ -18,11 +18,11 @@ def prepare(content_type: str, body: bytes, preprocess: Preprocess, limits: Limi
     """The uint8 N×H×W×3 batch of the images in `body`. RequestError 4xx, naming the image where there are several."""
     images = images_in(content_type, body, max_images=limits.max_images)
     name: Callable[[int], str] = (lambda index: f"image {index}") if len(images) > 1 else (lambda _: "the image")
-    _check_total(images, limits)
+    check_total(images, limits)
     return np.stack([pixels(data, name(i), preprocess=preprocess, limits=limits) for i, data in enumerate(images)])
 
 
-def _check_total(images: list[bytes], limits: Limits) -> None:
+def check_total(images: list[bytes], limits: Limits) -> None:
     """RequestError 413 where the headers together announce more pixels than one request may have decoded."""
     total = 0
     for data in images if len(images) > 1 else []:

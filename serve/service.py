@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleError
 from serve.batcher import OverloadedError
 from serve.engine import Engine
@@ -19,7 +20,9 @@ from serve.explain import png
 from serve.lane import Lane
 from serve.limits import Limits
 from serve.metrics import Metrics
-from serve.prepare import prepare
+
+Prepare = Callable[[Preprocess, Limits], np.ndarray]
+"""Makes the uint8 N×H×W×3 batch of a request, or raises RequestError."""
 
 
 @dataclass(frozen=True)
@@ -144,17 +147,15 @@ class Service:
     def _lane_of(self, engine: Engine) -> Lane:
         return Lane(engine, self.metrics, **self._waits)
 
-    async def predict(
-        self, content_type: str, body: bytes, *, mirrored: bool = False, explained: bool = False
-    ) -> Answers:
-        """The answers to the N pictures in `body`. mirrored: the mean answer to each and its mirror image, of their logits; explained: with
-        heat maps of the likeliest labels.
+    async def predict(self, prepare: Prepare, *, mirrored: bool = False, explained: bool = False) -> Answers:
+        """The answers to the N pictures that `prepare` makes on a worker thread. mirrored: the mean answer to each and its mirror image,
+        of their logits; explained: with heat maps of the likeliest labels.
 
         RequestError, 504 beyond the deadline: what is not computed by then never is; OverloadedError, ClosedError or BatchError.
         """
         try:
             async with asyncio.timeout(self._deadline):
-                return await self._predict(content_type, body, mirrored, explained)
+                return await self._predict(prepare, mirrored, explained)
         except TimeoutError as err:
             raise RequestError(504, "deadline_exceeded", f"there was no answer within {self._deadline:g} s") from err
 
@@ -163,18 +164,18 @@ class Service:
         if not self.ready:
             raise NotReadyError("the self-test has not passed yet, or the server is going down")
 
-    async def _predict(self, content_type: str, body: bytes, mirrored: bool, explained: bool) -> Answers:
+    async def _predict(self, prepare: Prepare, mirrored: bool, explained: bool) -> Answers:
         lane = self._lane  # whatever is served meanwhile
         with lane.entered():
-            return await self._through(lane, content_type, body, mirrored, explained)
+            return await self._through(lane, prepare, mirrored, explained)
 
-    async def _through(self, lane: Lane, content_type: str, body: bytes, mirrored: bool, explained: bool) -> Answers:
+    async def _through(self, lane: Lane, prepare: Prepare, mirrored: bool, explained: bool) -> Answers:
         began, engine = time.monotonic(), lane.engine
         lane.preparing += 1
         try:
             # One hop a request, not one a picture: cheaper, and a request of 64 pictures cannot take every worker.
             loop, options = asyncio.get_running_loop(), (engine.preprocess, self.limits)
-            batch = await loop.run_in_executor(self._workers, prepare, content_type, body, *options)
+            batch = await loop.run_in_executor(self._workers, prepare, *options)
         finally:
             lane.preparing -= 1
         prepared = time.monotonic() - began

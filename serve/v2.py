@@ -1,0 +1,190 @@
+"""The Open Inference Protocol, version 2, as KServe and Triton's clients speak it: https://github.com/kserve/open-inference-protocol.
+
+One model, two forms of input: `images`, UINT8 of shape [N, height, width, 3], pixels of any size in RGB; or `encoded`, BYTES of shape [N],
+the bytes of image files, in JSON as base64. Outputs: `probabilities`, FP32 [N, labels], and `label`, BYTES [N]. The extension for binary
+tensors in a request is understood; answers are JSON.
+"""
+
+import base64
+import json
+import math
+import struct
+import time
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse
+
+from augment.preprocess import Preprocess
+from serve.body import Bodies, unless_gone
+from serve.errors import RequestError
+from serve.limits import Limits
+from serve.prepare import check_total, pixels
+from serve.service import Service
+
+HEADER = "inference-header-content-length"
+INPUTS = (
+    {"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]},
+    {"name": "encoded", "datatype": "BYTES", "shape": [-1]},
+)
+
+
+def add_v2(app: FastAPI, service: Service, allowed: list[Any]) -> None:
+    """The routes below `/v2`; its health routes ask for no key."""
+    bodies = Bodies(service.limits)
+
+    def check_name(name: str) -> None:
+        served = service.engine.bundle.info.name
+        if name != served:
+            raise RequestError(404, "unknown_model", f"there is no model of this name; served is {served!r}")
+
+    @app.get("/v2", summary="The server", tags=["v2"])
+    async def server() -> JSONResponse:
+        return JSONResponse({"name": "refract", "version": version("refract"), "extensions": ["binary_tensor_data"]})
+
+    @app.get("/v2/health/live", summary="The process answers", tags=["v2"])
+    async def live() -> JSONResponse:
+        return JSONResponse({"live": True})
+
+    @app.get("/v2/health/ready", summary="The golden pictures gave their stored answers again", tags=["v2"])
+    async def ready() -> JSONResponse:
+        service.check_ready()
+        return JSONResponse({"ready": True})
+
+    @app.get("/v2/models/{name}/ready", summary="The same, by the model's name", tags=["v2"])
+    async def model_ready(name: str) -> JSONResponse:
+        check_name(name)
+        service.check_ready()
+        return JSONResponse({"name": name, "ready": True})
+
+    @app.get("/v2/models/{name}", summary="Inputs and outputs", tags=["v2"], dependencies=allowed)
+    async def metadata(name: str) -> JSONResponse:
+        check_name(name)
+        info, digest = service.engine.bundle.info, service.engine.bundle.digest
+        outputs = [
+            {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(info.labels)]},
+            {"name": "label", "datatype": "BYTES", "shape": [-1]},
+        ]
+        own: dict[str, Any] = {"name": name, "versions": [digest[:16]], "platform": "refract"}
+        return JSONResponse({**own, "inputs": list(INPUTS), "outputs": outputs, "labels": list(info.labels)})
+
+    @app.post(
+        "/v2/models/{name}/infer", summary="Classify tensors or encoded images", tags=["v2"], dependencies=allowed
+    )
+    async def infer(name: str, request: Request) -> JSONResponse:
+        check_name(name)
+        began = time.monotonic()
+        with service.admitted():
+            async with bodies.read(request) as body:
+                document, binary = _parts(body, request.headers.get(HEADER))
+                prepared = partial(_prepared, document, binary)
+                found = await unless_gone(request, service.predict(prepared))
+        rows, labels = found.probabilities, found.bundle.info.labels
+        best = [labels[i] for i in rows.argmax(axis=1)]
+        outputs = [
+            {"name": "probabilities", "datatype": "FP32", "shape": list(rows.shape), "data": rows.ravel().tolist()},
+            {"name": "label", "datatype": "BYTES", "shape": [len(best)], "data": best},
+        ]
+        asked = document.get("outputs")
+        wanted = [row.get("name") for row in asked if isinstance(row, dict)] if isinstance(asked, list) else []
+        answer: dict[str, Any] = {"model_name": name, "model_version": found.bundle.digest[:16]}
+        answer |= {"outputs": [output for output in outputs if not wanted or output["name"] in wanted]}
+        if isinstance(document.get("id"), str):
+            answer["id"] = document["id"]
+        service.metrics.predicted(rows, labels, 0)
+        service.metrics.answered(time.monotonic() - began, found.seconds)
+        return JSONResponse(answer)
+
+
+def _parts(body: bytes, announced: str | None) -> tuple[dict[str, Any], bytes]:
+    """(the JSON document, the binary tensors after it)"""
+    if announced is not None and (not announced.isdecimal() or int(announced) > len(body)):
+        raise RequestError(400, "invalid_request", f"{HEADER} is not the length of the JSON part of the body")
+    length = len(body) if announced is None else int(announced)
+    try:
+        document = json.loads(body[:length])
+    except (ValueError, RecursionError) as err:
+        raise RequestError(400, "invalid_json", "the body is not valid JSON") from err
+    if not isinstance(document, dict):
+        raise RequestError(422, "invalid_request", "the body must be a JSON object with `inputs`")
+    return document, body[length:]
+
+
+def _prepared(document: dict[str, Any], binary: bytes, preprocess: Preprocess, limits: Limits) -> np.ndarray:
+    """The uint8 N×H×W×3 batch. RequestError for anything but one input of INPUTS."""
+    match document.get("inputs"):
+        case [{"name": "images", "datatype": "UINT8", "shape": [*shape]} as given]:
+            images = _tensor(given, shape, binary, limits)
+            return np.stack([preprocess(image) for image in images])
+        case [{"name": "encoded", "datatype": "BYTES", "shape": [*shape]} as given]:
+            files = _files(given, binary, limits)
+            if shape != [len(files)]:
+                raise _wrong(f"encoded has shape {str(shape)[:40]} and {len(files)} elements")
+            check_total(files, limits)
+            return np.stack(
+                [pixels(data, f"image {i}", preprocess=preprocess, limits=limits) for i, data in enumerate(files)]
+            )
+    raise _wrong("`inputs` must be one tensor: `images`, UINT8 [N, height, width, 3], or `encoded`, BYTES [N]")
+
+
+def _tensor(given: dict[str, Any], shape: list[Any], binary: bytes, limits: Limits) -> np.ndarray:
+    if len(shape) != 4 or any(type(side) is not int or side < 1 for side in shape) or shape[3] != 3:
+        raise _wrong(f"images has shape {str(shape)[:40]}, not [N, height, width, 3]")
+    if shape[0] > limits.max_images:
+        raise RequestError(413, "too_many_images", f"{shape[0]} images in one request; at most {limits.max_images}")
+    if shape[1] * shape[2] > limits.max_pixels or math.prod(shape[:3]) > limits.max_total_pixels:
+        raise RequestError(413, "images_too_large", f"images of {shape[1]} × {shape[2]} pixels are too large")
+    size = _binary_size(given)
+    if size is not None:
+        values = np.frombuffer(binary[:size], np.uint8)
+    else:
+        try:
+            numbers = np.array(given.get("data")).ravel()
+        except ValueError as err:  # rows of several lengths
+            raise _wrong("the data of images are no even array") from err
+        if numbers.dtype.kind not in "iu" or (numbers.size and (numbers.min() < 0 or numbers.max() > 255)):
+            raise _wrong("the data of images are not whole numbers in 0 … 255")
+        values = numbers.astype(np.uint8)
+    if values.size != math.prod(shape):
+        raise _wrong(f"images has shape {shape} and {values.size} values")
+    return values.reshape(shape)
+
+
+def _files(given: dict[str, Any], binary: bytes, limits: Limits) -> list[bytes]:
+    size = _binary_size(given)
+    if size is None:
+        texts = given.get("data")
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise _wrong("the data of encoded are not strings of base64, at least one")
+        _check_count(len(texts), limits)
+        try:
+            return [base64.b64decode("".join(text.split()), validate=True) for text in texts]
+        except ValueError as err:
+            raise RequestError(400, "invalid_base64", "an element of encoded is not valid base64") from err
+    files, place, end = [], 0, min(size, len(binary))
+    while place + 4 <= end:  # each element after its length
+        (length,) = struct.unpack_from("<I", binary, place)
+        files.append(binary[place + 4 : place + 4 + length])
+        place += 4 + length
+        _check_count(len(files), limits)
+    if place != end or end != size or not files:
+        raise _wrong("the binary data of encoded are not elements, each after its length")
+    return files
+
+
+def _check_count(count: int, limits: Limits) -> None:
+    if count > limits.max_images:
+        raise RequestError(413, "too_many_images", f"more than {limits.max_images} images in one request")
+
+
+def _binary_size(given: dict[str, Any]) -> int | None:
+    parameters = given.get("parameters")
+    size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
+    return size if type(size) is int and size >= 0 else None
+
+
+def _wrong(message: str) -> RequestError:
+    return RequestError(422, "invalid_request", message)

@@ -1,0 +1,131 @@
+"""The Open Inference Protocol, spoken with Triton's own client and by hand."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from augment.decode import decode
+from serve.app import create_app
+from serve.limits import Limits
+
+
+@pytest.fixture(scope="module")
+def client(bundle, serving):
+    with serving(
+        create_app(bundle, limits=Limits(max_images=4, max_pixels=100_000, max_total_pixels=200_000))
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def tritons(client):
+    with triton.InferenceServerClient(f"{client.base_url.host}:{client.base_url.port}") as own:
+        yield own
+
+
+def plain(client, data: bytes) -> dict[str, float]:
+    (found,) = client.post("/v1/predict?top=10", content=data).json()["predictions"]
+    return {entry["label"]: entry["confidence"] for entry in found["top"]}
+
+
+def test_tritons_client_knows_the_server_and_its_model(tritons, bundle) -> None:
+    assert tritons.is_server_live() and tritons.is_server_ready() and tritons.is_model_ready("shapes")
+    assert tritons.get_server_metadata()["name"] == "refract"
+    model = tritons.get_model_metadata("shapes")
+    assert model["versions"] == [bundle.digest[:16]] and model["labels"] == list(bundle.info.labels)
+    assert {row["name"]: row["datatype"] for row in model["inputs"]} == {"images": "UINT8", "encoded": "BYTES"}
+    with pytest.raises(triton.InferenceServerException):
+        tritons.infer(
+            "other", [triton.InferInput("encoded", [1], "BYTES").set_data_from_numpy(np.array([b"x"], object))]
+        )
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritons_client_gets_what_http_answers(tritons, client, picture, binary: bool) -> None:
+    pictures = [picture(i, size=(50 + i, 40), form="PNG") for i in range(3)]
+    wanted = [plain(client, data) for data in pictures]
+    given = pictures if binary else [base64.b64encode(data) for data in pictures]
+    encoded = triton.InferInput("encoded", [3], "BYTES")
+    encoded.set_data_from_numpy(np.array(given, dtype=object), binary_data=binary)
+    tensor = triton.InferInput("images", [1, 40, 50, 3], "UINT8")
+    tensor.set_data_from_numpy(decode(pictures[0])[None], binary_data=binary)
+    for asked, rows in (([encoded], wanted), ([tensor], wanted[:1])):
+        found = tritons.infer("shapes", asked, request_id="7")
+        assert found.get_response()["id"] == "7"
+        for probabilities, label, row in zip(
+            found.as_numpy("probabilities"), found.as_numpy("label"), rows, strict=True
+        ):
+            assert dict(zip(sorted(row), probabilities, strict=True)) == pytest.approx(row, abs=1e-6)
+            assert max(row, key=row.__getitem__) == (label.decode() if isinstance(label, bytes) else label)
+    only = tritons.infer("shapes", [tensor], outputs=[triton.InferRequestedOutput("label")])
+    assert only.as_numpy("probabilities") is None and only.as_numpy("label").shape == (1,)
+
+
+def infer(client, inputs, *, binary: bytes = b"", announced: str | None = None):
+    body = json.dumps({"inputs": inputs}).encode()
+    headers = (
+        {} if announced is None else {"Inference-Header-Content-Length": announced.replace("LENGTH", str(len(body)))}
+    )
+    return client.post("/v2/models/shapes/infer", content=body + binary, headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "status", "says"),
+    [
+        ([], 422, "one tensor"),
+        ([{"name": "images", "datatype": "FP32", "shape": [1, 2, 2, 3], "data": [0] * 12}], 422, "one tensor"),
+        ([{"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 4], "data": [0] * 16}], 422, "not [N, height"),
+        ([{"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 3], "data": [0] * 11}], 422, "11 values"),
+        ([{"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 3], "data": [256] * 12}], 422, "0 … 255"),
+        ([{"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 3], "data": [[1], [1, 2]]}], 422, "even array"),
+        ([{"name": "images", "datatype": "UINT8", "shape": [5, 2, 2, 3], "data": []}], 413, "at most 4"),
+        ([{"name": "images", "datatype": "UINT8", "shape": [1, 10**9, 10**9, 3], "data": []}], 413, "too large"),
+        ([{"name": "encoded", "datatype": "BYTES", "shape": [2], "data": ["aaaa"]}], 422, "1 elements"),
+        ([{"name": "encoded", "datatype": "BYTES", "shape": [1], "data": ["!"]}], 400, "base64"),
+        ([{"name": "encoded", "datatype": "BYTES", "shape": [1], "data": ["aGVsbG8="]}], 400, "image 0"),
+        ([{"name": "encoded", "datatype": "BYTES", "shape": [5], "data": [""] * 5}], 413, "more than 4"),
+    ],
+)
+def test_what_cannot_be_answered_says_why(client, inputs, status: int, says: str) -> None:
+    answer = infer(client, inputs)
+    assert answer.status_code == status and says in answer.json()["detail"], answer.text
+
+
+def test_binary_parts_that_are_not_whole(client) -> None:
+    def encoded(size: int) -> list[dict]:
+        return [{"name": "encoded", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": size}}]
+
+    for size, binary in ((4, b"\xff\xff\xff\xff"), (9, b"\x01\0\0\0a"), (3, b"abc"), (0, b"")):
+        answer = infer(client, encoded(size), binary=binary, announced="LENGTH")
+        assert answer.status_code == 422, (size, binary, answer.text)
+    assert infer(client, encoded(5), binary=b"\x01\0\0\0a", announced="LENGTH").json()["detail"].startswith("image 0")
+    assert infer(client, [], announced="99999").status_code == 400
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["name", "data", "parameters"]), inner),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["images", "encoded"]),
+    kind=st.sampled_from(["UINT8", "BYTES"]),
+    shape=values,
+    data=values,
+    more=values,
+)
+def test_no_document_is_an_error_of_ours(client, name, kind, shape, data, more) -> None:
+    own = [{"name": name, "datatype": kind, "shape": shape, "data": data, "parameters": more}]
+    assert infer(client, own).status_code in (200, 400, 413, 422)
+    assert infer(client, more).status_code in (400, 413, 422)
+    good = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
+    body = json.dumps({"inputs": [good], "outputs": shape, "id": data})
+    assert client.post("/v2/models/shapes/infer", content=body).status_code == 200
