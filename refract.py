@@ -63,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault(
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"
     )  # the default waits minutes for a server that is not there
-    command = importlib.import_module(COMMANDS[arguments[0]][0])
+    module = COMMANDS[arguments[0]][0]
+    if arguments[0] == "predict" and any(argument.partition("=")[0] == "--url" for argument in arguments):
+        module = "serve.ask"  # by a server, of which the pipeline knows nothing
+    command = importlib.import_module(module)
     try:
         return command.main(arguments[1:])
     except KeyboardInterrupt:

@@ -1,0 +1,51 @@
+"""`refract predict --url URL FILE…`: classify pictures by a running server."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0, 1 where a picture was not answered, 2 for what cannot be asked."""
+    parser = argparse.ArgumentParser(prog="refract predict", description="Classify pictures by a running server.")
+    parser.add_argument("--url", required=True, help="of the server, as http://localhost:8000")
+    parser.add_argument("--key", default=os.environ.get("REFRACT_KEY"), help="where it asks for one; else REFRACT_KEY")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line and picture")
+    parser.add_argument("--top", type=int, metavar="N", help="how many labels for each picture")
+    args = parser.parse_args(argv)
+    from serve.client import Client, ServerError
+
+    failed = 0
+    with Client(args.url, key=args.key) as client:
+        for path in (file for given in args.paths for file in _files(given)):
+            try:
+                (found,) = client.predict([path], top=args.top)
+            except (OSError, ServerError) as err:
+                failed += 1
+                told = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
+                if args.json:
+                    print(json.dumps({"path": str(path), "error": told}, ensure_ascii=False))
+                else:
+                    print(f"refract predict: {path}: {told}", file=sys.stderr)
+                if isinstance(err, ServerError) and err.status in (0, 401):  # the others would fare no better
+                    return 1
+                continue
+            if args.json:
+                print(json.dumps({"path": str(path), **found}, ensure_ascii=False))
+            else:
+                unsure = "  (too unsure: leave it to a person)" if found.get("abstain") else ""
+                print(
+                    f"{path}: " + ", ".join(f"{row['label']} {row['confidence']:.1%}" for row in found["top"]) + unsure
+                )
+    return 1 if failed else 0
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)

@@ -1,0 +1,137 @@
+"""A client of the server: `Client` waits, `AsyncClient` is awaited; both try again when they are told to. Imports nothing of the server."""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+TRIES = 5
+LONGEST_WAIT_S = 30.0
+
+
+class ServerError(RuntimeError):
+    """The server refused, or did not answer. status: of HTTP, 0 for none; code: the server's word for it."""
+
+    def __init__(self, status: int, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status, self.code = status, code
+
+
+class _Common:
+    def __init__(self, url: str, *, key: str | None = None, timeout_s: float = 30.0, tries: int = TRIES) -> None:
+        """url: as http://localhost:8000; key: where the server asks for one; tries: for one question, the first among them."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._options: dict[str, Any] = {"base_url": url, "headers": headers, "timeout": timeout_s}
+        self._tries = tries
+
+    def _waits(self, attempt: int, answer: httpx.Response | Exception) -> float | None:
+        """Seconds after which to ask once more; None where that is of no use."""
+        if attempt + 1 >= self._tries:
+            return None
+        backoff = min(LONGEST_WAIT_S, 0.2 * 2**attempt) * random.uniform(0.5, 1.0)
+        if isinstance(answer, httpx.Response):
+            if answer.status_code not in (429, 503):
+                return None
+            told = answer.headers.get("retry-after", "")
+            return min(LONGEST_WAIT_S, float(told)) + backoff if told.isdecimal() else backoff
+        # A connection that was not made, or that was closed before an answer: to classify twice does no harm.
+        return (
+            backoff
+            if isinstance(answer, httpx.TransportError) and not isinstance(answer, httpx.TimeoutException)
+            else None
+        )
+
+
+def _question(images: Sequence[bytes | str | Path], options: dict[str, Any]) -> dict[str, Any]:
+    data = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in images]
+    if not data:
+        raise ValueError("no images")
+    files = [("file", (f"{i}", content)) for i, content in enumerate(data)]
+    return {
+        "url": "/v1/predict",
+        "files": files,
+        "params": {key: value for key, value in options.items() if value is not None},
+    }
+
+
+def _read(answer: httpx.Response) -> list[dict[str, Any]]:
+    if answer.status_code != 200:
+        try:
+            problem = answer.json()
+            code, detail = str(problem["code"]), str(problem["detail"])
+        except (ValueError, KeyError, TypeError):  # something between us and the server
+            code, detail = "unknown", f"HTTP {answer.status_code}"
+        raise ServerError(answer.status_code, code, detail)
+    predictions: list[dict[str, Any]] = answer.json()["predictions"]
+    return predictions
+
+
+def _unreached(error: httpx.TransportError) -> ServerError:
+    return ServerError(0, "unreachable", f"the server does not answer ({type(error).__name__}: {error})")
+
+
+class Client(_Common):
+    """`with Client("http://localhost:8000") as client: client.predict(["a.jpg"])`"""
+
+    def __enter__(self) -> Self:
+        self._http = httpx.Client(**self._options)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def predict(self, images: Sequence[bytes | str | Path], **options: Any) -> list[dict[str, Any]]:
+        """An answer for each image, bytes or a file: label, confidence, top, and what else the server says. options: top, threshold, tta,
+        explain. Waits and asks again, `tries` times, where the server is busy or not there, as long as it says in Retry-After. ServerError;
+        OSError for a file."""
+        question = _question(images, options)
+        for attempt in range(self._tries):
+            try:
+                answer = self._http.post(**question)
+            except httpx.TransportError as error:
+                wait = self._waits(attempt, error)
+                if wait is None:
+                    raise _unreached(error) from error
+            else:
+                wait = self._waits(attempt, answer)
+                if wait is None:
+                    return _read(answer)
+            time.sleep(wait)
+        raise AssertionError("the last try ends above")
+
+
+class AsyncClient(_Common):
+    """`async with AsyncClient("http://localhost:8000") as client: await client.predict(["a.jpg"])`"""
+
+    async def __aenter__(self) -> Self:
+        self._http = httpx.AsyncClient(**self._options)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    async def predict(self, images: Sequence[bytes | str | Path], **options: Any) -> list[dict[str, Any]]:
+        """As `Client.predict`."""
+        question = await asyncio.to_thread(_question, images, options)
+        for attempt in range(self._tries):
+            try:
+                answer = await self._http.post(**question)
+            except httpx.TransportError as error:
+                wait = self._waits(attempt, error)
+                if wait is None:
+                    raise _unreached(error) from error
+            else:
+                wait = self._waits(attempt, answer)
+                if wait is None:
+                    return _read(answer)
+            await asyncio.sleep(wait)
+        raise AssertionError("the last try ends above")

@@ -1,0 +1,106 @@
+"""The client against real servers, good and bad ones."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from serve.app import create_app
+from serve.client import AsyncClient, Client, ServerError
+from serve.keys import Keys
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_both_clients_get_what_the_server_answers(bundle, serving, picture, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("k\n")
+    (tmp_path / "a.jpg").write_bytes(picture(1))
+    app = create_app(bundle, keys=Keys(tmp_path / "keys"))
+    with serving(app) as http:
+        url, wanted = str(http.base_url), http.post("/v1/predict?top=2", content=picture(1), headers={"X-API-Key": "k"})
+
+        async def ask() -> list[dict]:
+            async with AsyncClient(url, key="k") as client:
+                return await client.predict([picture(1), tmp_path / "a.jpg"], top=2)
+
+        with Client(url, key="k") as client:
+            assert client.predict([str(tmp_path / "a.jpg")], top=2) == wanted.json()["predictions"]
+            assert "explanation" in client.predict([picture(1)], explain=True)[0]
+            with pytest.raises(ServerError, match="the image") as refused:
+                client.predict([b"no picture"])
+            assert (refused.value.status, refused.value.code) == (400, "invalid_image")
+            with pytest.raises(ValueError, match="no images"):
+                client.predict([])
+        for found in asyncio.run(ask()):
+            assert found["label"] == wanted.json()["predictions"][0]["label"] and len(found["top"]) == 2
+        with Client(url) as client, pytest.raises(ServerError, match="asks for a key"):
+            client.predict([picture(1)])
+
+
+class Busy(BaseHTTPRequestHandler):
+    """Answers 429 twice, then hangs up once, then answers; notes when it was asked."""
+
+    times: list[float] = []  # noqa: RUF012 — one test, one server
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        Busy.times.append(time.monotonic())
+        if len(Busy.times) == 3:
+            self.connection.close()
+            return
+        self.send_response(429 if len(Busy.times) < 3 else 200)
+        self.send_header("Retry-After", "1")
+        self.end_headers()
+        self.wfile.write(
+            json.dumps({"predictions": [{"label": "a"}], "code": "overloaded", "detail": "later"}).encode()
+        )
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_it_waits_as_long_as_it_is_told_and_asks_again() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"http://127.0.0.1:{server.server_port}") as client:
+            assert client.predict([b"x"]) == [{"label": "a"}]
+        gaps = [b - a for a, b in zip(Busy.times, Busy.times[1:], strict=False)]
+        assert len(gaps) == 3 and min(gaps[:2]) >= 1.0
+        Busy.times.clear()
+        with Client(f"http://127.0.0.1:{server.server_port}", tries=1) as client, pytest.raises(ServerError) as refused:
+            client.predict([b"x"])
+        assert (refused.value.status, refused.value.code) == (429, "overloaded")
+        server.shutdown()
+
+
+def test_a_server_that_is_not_there_is_told() -> None:
+    with Client("http://127.0.0.1:9", tries=2) as client, pytest.raises(ServerError, match="does not answer"):
+        client.predict([b"x"])
+
+
+def test_the_command_asks_a_server(bundle, serving, picture, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(picture(1))
+    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "refract", "predict", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
+        )
+
+    with serving(create_app(bundle)) as http:
+        done = run("in", "bad.jpg", "gone.jpg", f"--url={http.base_url}", "--top", "2", "--json")
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        wanted = http.post("/v1/predict?top=2", content=picture(1)).json()["predictions"][0]
+        assert done.returncode == 1 and rows[0] == {"path": "in/a.jpg", **wanted}
+        assert "the image" in rows[1]["error"] and "No such file" in rows[2]["error"]
+        assert run("in", "--url", str(http.base_url)).stdout.startswith(f"in/a.jpg: {wanted['label']} ")
+    down = run("in", "--url", "http://127.0.0.1:9")
+    assert down.returncode == 1 and "does not answer" in down.stderr and "Traceback" not in down.stderr
