@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.classifier import check_task
+from models.optim import decaying_of
 from models.parts import pick
 
 
@@ -163,8 +164,11 @@ def distillation_loss(logits: Tensor, teacher: Tensor, *, task: str, temperature
 
 
 def elastic_net(module: nn.Module, l1_ratio: float) -> Tensor:
-    """l1_ratio ‖w‖₁ + (1 − l1_ratio) ‖w‖² / 2 over the trainable matrices and kernels, a float32 scalar."""
-    found = [parameter.float() for parameter in module.parameters() if parameter.requires_grad and parameter.ndim > 1]
+    """l1_ratio ‖w‖₁ + (1 − l1_ratio) ‖w‖² / 2 over the trainable weights of layers, as of `models.optim.decaying_of`, a float32 scalar."""
+    decaying = decaying_of(module)
+    found = [
+        parameter.float() for parameter in module.parameters() if parameter.requires_grad and id(parameter) in decaying
+    ]
     total = sum(l1_ratio * w.abs().sum() + (1 - l1_ratio) / 2 * w.square().sum() for w in found)
     return torch.as_tensor(total, dtype=torch.float32)
 

@@ -255,10 +255,9 @@ class ClassifierModule(lightning.LightningModule):
 
     def _sized(self, images: Tensor) -> Tensor:
         """The pictures at the size that the epoch trains on."""
-        last = max(1, round(0.75 * (self.trainer.max_epochs or 1)))
-        share = self.start_size + (1 - self.start_size) * min(1.0, self.current_epoch / last)
-        height, width = (max(8, min(side, round(share * side / 8) * 8)) for side in images.shape[-2:])
-        if share >= 1 or (height, width) == tuple(images.shape[-2:]):
+        full = (images.shape[-2], images.shape[-1])
+        height, width = size_at(self.current_epoch, self.trainer.max_epochs or 1, self.start_size, full)
+        if (height, width) == full:
             return images
         flat = images.flatten(0, -4) if images.ndim > 4 else images
         small = F.interpolate(flat.float(), (height, width), mode="bilinear", antialias=True)
@@ -312,3 +311,14 @@ class ClassifierModule(lightning.LightningModule):
 
 def _factor(step: int, *, spec: OptimSpec, total_steps: int) -> float:
     return spec.factor(step, total_steps)
+
+
+def size_at(epoch: int, max_epochs: int, start: float, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) that an epoch, counted from 0, trains on: from `start` of `size` in the first to all of it from three quarters of the
+    epochs on, at the latest in the last; in steps of 8 pixels. A training of one epoch has the whole size."""
+    last = min(max(1, round(0.75 * max_epochs)), max_epochs - 1)
+    share = 1.0 if last < 1 else start + (1 - start) * min(1.0, epoch / last)
+    if share >= 1:
+        return size
+    height, width = (max(8, min(side, round(share * side / 8) * 8)) for side in size)
+    return height, width

@@ -11,7 +11,7 @@ from torch import nn
 
 from models.parts import pick
 from models.sam import SAM
-from models.transfer import blocks_of
+from models.transfer import NORMS, blocks_of
 
 Groups = list[dict[str, Any]]
 
@@ -79,7 +79,7 @@ def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:
     (`no_weight_decay`, as timm's have) counts too. Groups without parameters are left out. ValueError where nothing is trainable.
     Source: He et al. 2019, arXiv:1812.01187, section 3.1, "no bias decay".
     """
-    decaying = _decaying(network)
+    decaying = decaying_of(network)
     norms = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters()}
     blocks = blocks_of(network) if spec.layer_decay < 1 else [list(network.parameters())]
     groups: Groups = []
@@ -99,7 +99,7 @@ def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:
     return groups
 
 
-def _decaying(network: nn.Module) -> set[int]:
+def decaying_of(network: nn.Module) -> set[int]:
     """Ids of the matrices and kernels of layers: what is named a weight, also behind a parametrisation."""
     own_list = getattr(network, "no_weight_decay", None)
     left_out = set(own_list()) if callable(own_list) else set()
@@ -110,9 +110,6 @@ def _decaying(network: nn.Module) -> set[int]:
         and name not in left_out
         and (name.endswith("weight") or ".parametrizations." in f".{name}")
     }
-
-
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def warmup_schedule(name: str, step: int, total_steps: int, warmup_fraction: float, end: float = 0.0) -> float:

@@ -61,7 +61,9 @@ def open_sealed(path: Path) -> SealedFolder:
     try:
         manifest = file.read_bytes()
     except OSError as err:
-        raise BundleError(f"{file} cannot be read: {err.strerror}; is {path} a bundle?") from err
+        inside = path / "bundle"
+        hint = f"did you mean {inside}?" if (inside / MANIFEST).is_file() else f"is {path} a bundle?"
+        raise BundleError(f"{file} cannot be read: {err.strerror}; {hint}") from err
     try:
         files = _parse_manifest(parse_json(manifest))
     except BundleError as err:

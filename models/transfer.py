@@ -3,11 +3,11 @@
 What is trained is a function of the epoch alone, so a run that goes on after an interruption trains what it would have trained.
 """
 
-import math
-
 from torch import nn
 
 from models.head import head_of
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 MODES = ("fine-tune", "feature-extract", "gradual", "linear-then-fine-tune")
 
@@ -15,8 +15,9 @@ MODES = ("fine-tune", "feature-extract", "gradual", "linear-then-fine-tune")
 def blocks_of(network: nn.Module) -> list[list[nn.Parameter]]:
     """The parameters in blocks, in the order in which the network registers them, the head's last.
 
-    Modules that hold nearly all of the rest and plain sequences are opened, so that a block is a layer of the stem, a residual block, a
-    transformer layer. Parameters beside the modules (a class token) go with the first block. Every parameter is in one block.
+    Modules that hold nearly all of the rest and plain sequences are opened, so that a block is a layer with its norm, a residual block, a
+    transformer layer, or of some networks a whole stage. Parameters beside the modules (a class token) go with the first block. Every
+    parameter is in one block.
     """
     head = {id(parameter) for parameter in head_of(network).parameters()}
     total = sum(parameter.numel() for parameter in network.parameters() if id(parameter) not in head)
@@ -27,11 +28,13 @@ def blocks_of(network: nn.Module) -> list[list[nn.Parameter]]:
             break
         modules = opened
     taken = set(head)
-    blocks = []
+    blocks: list[list[nn.Parameter]] = []
     for module in modules:
         own = [parameter for parameter in module.parameters() if id(parameter) not in taken]
         taken |= {id(parameter) for parameter in own}
-        if own:
+        if own and blocks and isinstance(module, NORMS):
+            blocks[-1] += own  # with the layer that it follows
+        elif own:
             blocks.append(own)
     rest = [parameter for parameter in network.parameters() if id(parameter) not in taken]
     first = [rest + blocks[0]] if blocks else [rest] if rest else []
@@ -57,5 +60,5 @@ def trained_blocks(mode: str, epoch: int, unfreeze_epochs: int, count: int) -> i
     if mode == "fine-tune" or (mode != "feature-extract" and epoch >= unfreeze_epochs):
         return count
     if mode == "gradual":
-        return 1 + math.floor(epoch / unfreeze_epochs * (count - 1))
+        return 1 + epoch * (count - 1) // unfreeze_epochs
     return 1

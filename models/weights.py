@@ -4,6 +4,7 @@ Reads `.safetensors`, and `.pt`/`.pth`/`.bin` without running what a pickle may 
 """
 
 import hashlib
+import http.client
 import json
 import logging
 import re
@@ -75,7 +76,7 @@ def load_weights(network: nn.Module, head: nn.Module, path: str | Path) -> LoadR
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file on the CPU; of a checkpoint those under "state_dict" or "model". Raises the same."""
-    path = _local(str(path))
+    source, path = str(path), _local(str(path))
     if path.suffix not in SUFFIXES:
         raise ValueError(
             f"weights={str(path)!r}: expected 'none', 'default', a URL, a folder with {' or '.join(FOLDER_FILES)}, or a path that ends in "
@@ -92,6 +93,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except (
         Exception
     ) as err:  # torch's readers of old formats stumble over damage in many ways; an OSError too says what it is
+        if _is_url(source):  # a download that was cut short: the next one is tried anew
+            path.unlink(missing_ok=True)
         raise ValueError(f"weights={str(path)!r} cannot be read as plain tensors: {err}") from err
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -121,11 +124,15 @@ def folder_preprocess(source: str) -> dict[str, Any] | None:
 
 def _local(source: str) -> Path:
     """The file itself: in a folder the one of FOLDER_FILES, of a URL the copy in torch hub's cache, downloaded first if need be."""
-    if re.match(r"https?://", source):
+    if _is_url(source):
         return _downloaded(source)
     path = Path(source)
     inside = [path / name for name in FOLDER_FILES if (path / name).is_file()]
     return inside[0] if inside else path
+
+
+def _is_url(source: str) -> bool:
+    return re.match(r"https?://", source) is not None
 
 
 def _downloaded(url: str) -> Path:
@@ -139,7 +146,7 @@ def _downloaded(url: str) -> Path:
         try:
             # torch hub writes beside and renames.
             torch.hub.download_url_to_file(url, str(target), progress=False)
-        except OSError as err:
+        except (OSError, http.client.HTTPException) as err:
             raise ValueError(f"weights={url!r} cannot be downloaded: {err}") from err
     return target
 
@@ -169,6 +176,21 @@ def _clean(key: str, expected: Mapping[str, Tensor]) -> str:
     return cut
 
 
+def _bare(key: str) -> str:
+    """The key without any foreign prefix."""
+    while (prefix := next((p for p in _PREFIXES if key.startswith(p)), None)) is not None:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _expendable(key: str, below_head: str) -> bool:
+    """Of the classifier's normalisation, an auxiliary head, or a head of another kind."""
+    bare_head = _bare(below_head)
+    return key.partition(".")[0] in _EXPENDABLE or bool(
+        below_head and key.startswith((below_head, bare_head or below_head))
+    )
+
+
 def _fits(found: Mapping[str, Tensor], key: str, expected: Tensor) -> bool:
     return key in found and found[key].shape == expected.shape
 
@@ -192,11 +214,7 @@ def _check(
         if key not in {*report.loaded, *report.reinitialised} and not key.endswith("num_batches_tracked")
     ]
     strange = [
-        f"{key} unknown"
-        for key in report.left_out
-        if key not in expected
-        and not _EXPENDABLE & set(key.split("."))
-        and not (below_head and below_head in key)  # of a head of another kind
+        f"{key} unknown" for key in report.left_out if key not in expected and not _expendable(_bare(key), below_head)
     ]
     if not report.loaded:
         raise ValueError(f"weights={str(path)!r}: no key fits the network; the file begins with {list(found)[:3]}")

@@ -86,7 +86,8 @@ def assess(
         )
         confidence = evaluation.probabilities.max(axis=1)
         surest = confidence >= np.sort(confidence)[-max(1, int(SUREST * len(test)))]  # with all that are as sure
-        doctor.record.surest = (int(surest.sum()), int((~evaluation.right[surest]).sum()))
+        if surest.sum() <= 2 * SUREST * len(test):  # else confidence orders nothing
+            doctor.record.surest = (int(surest.sum()), int((~evaluation.right[surest]).sum()))
         doctor.record.wrong = float((~evaluation.right).mean())
     findings = doctor.findings(history)
     report = make_report(

@@ -107,7 +107,7 @@ class WeightAverage(Callback):
             self._average = {name: value.detach().clone() for name, value in weights.items()}
         else:
             for name, value in weights.items():
-                kept = self._average[name]
+                kept = self._average[name] = self._average[name].to(value.device)  # of a checkpoint it lies on the CPU
                 if kept.is_floating_point():
                     kept.lerp_(value.to(kept.dtype), share)
                 else:

@@ -271,14 +271,16 @@ def config_from_dict(
 
     parser = jsonargparse.ArgumentParser(prog="refract train", exit_on_error=False)
     parser.add_class_arguments(Config)
+    blamed = where
     try:
-        namespace = parser.parse_args(list(overrides), namespace=parser.parse_object(dict(values)))
+        namespace = parser.parse_object(dict(values))
+        parser.instantiate(namespace)
+        blamed = "command line"
+        namespace = parser.parse_args(list(overrides), namespace=namespace)
         config = Config(**{item.name: parser.instantiate(namespace)[item.name] for item in fields(Config)})
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        told = _plain_words(str(error))
-        given = any(re.match(rf"{re.escape(key)}\b", told) for key in _override_keys(overrides))
-        raise ConfigError(f"{'command line' if given else where}: {told}") from error
-    _check(config, where)
+        raise ConfigError(f"{blamed}: {_plain_words(str(error))}") from error
+    _check(config, where, frozenset(_override_keys(overrides)))
     return config
 
 
@@ -355,7 +357,7 @@ def _nearest(key: str) -> str:
     return f"; did you mean {best[0]!r}?" if best else f"; known sections: {', '.join(f.name for f in fields(Config))}"
 
 
-def _check(config: Config, where: str) -> None:
+def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
     """The ranges that a type cannot say."""
     data, model, trainer = config.data, config.model, config.trainer
     rules = [
@@ -397,7 +399,8 @@ def _check(config: Config, where: str) -> None:
     ]
     for key, value, holds, accepted in rules:
         if not holds:
-            raise ConfigError(f"{where}: {key}: {value!r} is not {accepted}")
+            blamed = "command line" if key in overridden else where
+            raise ConfigError(f"{blamed}: {key}: {value!r} is not {accepted}")
     if trainer.patience is not None and trainer.swa_start is not None:
         raise ConfigError(
             f"{where}: trainer.patience could end the training before trainer.swa_start's average begins; choose one"

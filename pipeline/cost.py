@@ -71,7 +71,7 @@ class EnergyMeter:
             for name, (value, whole) in now.items():
                 gone = value - self._last.get(name, (value, whole))[0]
                 self._joules += gone if gone >= 0 else max(0.0, gone + whole)  # the counter began anew
-            self._last = now
+            self._last |= now  # a reading that failed is made up for by the next
             return self._joules
 
     def close(self) -> None:

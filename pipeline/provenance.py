@@ -43,7 +43,7 @@ def code_state() -> tuple[dict[str, str], str]:
         commit = _git("rev-parse", "HEAD").strip()
         # Of what git does not know, code alone counts: a config or a picture beside it changes nothing.
         diff, known = _git("diff", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
-        changed = known or _git("ls-files", "--others", "--exclude-standard", "*.py")
+        changed = known or _git("ls-files", "--others", "--exclude-standard", ":(top)*.py")
     except (OSError, subprocess.SubprocessError):
         return {}, ""
     return {"commit": commit, "dirty": "yes" if changed else "no"}, diff

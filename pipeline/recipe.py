@@ -1,11 +1,13 @@
 """What a config asks of `augment` and `models`: the preprocessing, the classifier, its training module."""
 
 import dataclasses
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Config, ConfigError, ModelConfig
+from pipeline.config import Config, ConfigError, LossConfig, ModelConfig
 
 if TYPE_CHECKING:
     from augment import Augmenter, Preprocess
@@ -42,6 +44,17 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
         )
     if config.optim.sam and config.trainer.accumulate > 1:
         raise ConfigError("optim.sam needs the whole step's loss at once: trainer.accumulate: 1")
+    model, epochs = config.model, config.trainer.max_epochs
+    if model.mode in ("gradual", "linear-then-fine-tune") and model.unfreeze_epochs >= epochs > 1:
+        log.warning(
+            "model.unfreeze_epochs: %d of %d epochs: all of the network is never trained", model.unfreeze_epochs, epochs
+        )
+    if config.loss.teacher is None and config.loss.distill != LossConfig().distill:
+        log.warning("loss.distill has no effect without loss.teacher")
+    if config.loss.name != "focal" and config.loss.gamma != LossConfig().gamma:
+        log.warning("loss.gamma has no effect but with loss.name: focal")
+    if not config.loss.penalty and config.loss.l1_ratio:
+        log.warning("loss.l1_ratio has no effect without loss.penalty")
 
 
 def specs(config: Config) -> "tuple[OptimSpec, LossSpec]":
@@ -133,14 +146,15 @@ def make_module(
             image_size=config.image_size(),
             **arrays,
         )
+        _own_head(config, network, manifest)
         _begin(config, classifier, preprocess, manifest)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"model: {error}") from error
+    except (ValueError, OSError, TypeError, RuntimeError, MemoryError) as error:
+        raise ConfigError(f"model: {_line(error)}") from error
     classifier.frozen_norms = model.frozen_norms
     teacher = _teacher(config, manifest)
     for what, own in (("model.name: " + model.name, classifier), (f"loss.teacher: {config.loss.teacher}", teacher)):
         if own is not None:
-            _check_runs(config, own, what)
+            _check_runs(config, own, what, manifest.labels)
     if config.trainer.recompute:
         try:
             recompute_activations(classifier.network)
@@ -156,7 +170,9 @@ def make_module(
         optim=optim,
         loss=loss,
         mix=augmenter.mix if augmenter.mixes else None,
-        channels_last=True,
+        channels_last=all(
+            parameter.ndim < 5 for parameter in classifier.parameters()
+        ),  # it has no form of three dimensions
         class_weights=weights,
         mode=model.mode,
         unfreeze_epochs=model.unfreeze_epochs,
@@ -165,22 +181,28 @@ def make_module(
     )
 
 
-def _check_runs(config: Config, classifier: "Classifier", what: str) -> None:
+def _check_runs(config: Config, classifier: "Classifier", what: str, classes: Sequence[str]) -> None:
     """ConfigError where the classifier cannot take a batch of the pictures that training brings, at the size of any epoch."""
     import torch
 
+    from models.module import size_at
     from models.recompute import statistics_kept
 
-    (height, width), share = config.image_size(), config.trainer.start_size
-    first = tuple(max(8, round(share * side / 8) * 8) for side in (height, width)) if share < 1 else (height, width)
+    full, epochs, count = config.image_size(), config.trainer.max_epochs, len(classes)
+    sizes = dict.fromkeys(size_at(epoch, epochs, config.trainer.start_size, full) for epoch in range(epochs))
     with torch.no_grad(), torch.random.fork_rng(devices=[]), statistics_kept(classifier.train()):
-        for size in {first, (height, width)}:
+        for size in {**sizes, full: None}:
             try:
-                classifier(torch.zeros(min(2, config.data.batch_size), 3, *size))
-            except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+                logits = classifier(torch.zeros(min(2, config.data.batch_size), 3, *size))
+                if not isinstance(logits, torch.Tensor) or logits.shape != (min(2, config.data.batch_size), count):
+                    found = tuple(getattr(logits, "shape", ()))
+                    raise ValueError(
+                        f"it answers with shape {found} where one number for each of {count} labels is needed"
+                    )
+            except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
                 hint = ""
-                if size != (height, width):
-                    hint = " of the first epoch (trainer.start_size; it needs 1.0)"
+                if size != full:
+                    hint = " of some epochs (trainer.start_size; it needs 1.0)"
                 elif "more than 1 value per channel" in str(error):
                     hint = ": its batch norms need a data.batch_size of at least 2"
                 raise ConfigError(
@@ -190,6 +212,21 @@ def _check_runs(config: Config, classifier: "Classifier", what: str) -> None:
 
 def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _own_head(config: Config, network: Any, manifest: "Manifest") -> None:
+    """A head that a bundle's weights trained for other labels, though as many, starts afresh."""
+    from models.head import head_of
+
+    record = Path(config.model.weights) / "bundle.json"
+    if config.model.weights in ("none", "default") or not record.is_file():
+        return
+    labels = json.loads(record.read_text("utf-8")).get("labels", [])
+    if len(labels) == len(manifest.labels) and tuple(labels) != manifest.labels:
+        for module in head_of(network).modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+        log.info("the weights' head was trained for other labels (%s …); it starts afresh", ", ".join(labels[:3]))
 
 
 def _begin(config: Config, classifier: "Classifier", preprocess: "Preprocess", manifest: "Manifest") -> None:

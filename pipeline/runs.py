@@ -57,6 +57,8 @@ def stored_config(path: Path) -> Config:
     except (OSError, yaml.YAMLError) as error:
         why = "there is no such folder" if not path.is_dir() else f"{CONFIG} cannot be read ({error})"
         raise ConfigError(f"{path} is no run: {why}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is no run: {CONFIG} holds no config")
     config = config_from_dict(values, where=str(path / CONFIG))
     config.trainer.runs_dir, config.trainer.run_name = str(path.parent), path.name
     return config
@@ -136,8 +138,10 @@ def _new_folder(config: TrainerConfig, name: str) -> Path:
 def read_record(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads((path / RECORD).read_text("utf-8"))
-        record["fingerprint"], record["versions"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        dict(record["versions"].items())
+        if not all(isinstance(record[name], str) for name in ("name", "runs_dir", "fingerprint")):
+            raise ValueError("a name is missing")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = "there is no such folder" if not path.is_dir() else f"{RECORD} cannot be read ({error})"
         raise ConfigError(f"{path} is no run that was begun: {why}") from error
     return record

@@ -65,5 +65,7 @@ def _grouped(values: list[str]) -> tuple[np.ndarray, list[str]]:
         return np.array([]), []
     numbers = numbers.where(np.isfinite(numbers))  # what is infinite is in no quarter
     groups, edges = pd.qcut(numbers, QUARTERS, labels=False, retbins=True, duplicates="drop")
-    names = [f"{low:.6g} … {high:.6g}" for low, high in pairwise(edges)]
+    # As many digits as tell the edges apart; a double has 17.
+    digits = next((n for n in range(6, 17) if len({f"{edge:.{n}g}" for edge in edges}) == len(edges)), 17)
+    names = [f"{low:.{digits}g} … {high:.{digits}g}" for low, high in pairwise(edges)]
     return groups.fillna(-1).astype(int).to_numpy(), names

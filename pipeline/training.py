@@ -298,7 +298,11 @@ def _run_trainer(made: Assembly, config: Config, run_dir: Path, callbacks: list[
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=group.devices,
         num_nodes=group.nodes,
-        strategy="ddp" if group.count > 1 else "auto",
+        strategy="auto"
+        if group.count == 1
+        else "ddp"
+        if config.model.mode == "fine-tune"
+        else "ddp_find_unused_parameters_true",
         sync_batchnorm=group.count > 1 and device == "cuda",
         use_distributed_sampler=False,  # the data's own orders know their process
         precision=made.precision,  # type: ignore[arg-type]

@@ -47,6 +47,8 @@ class CNN(nn.Module):
             )
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path={drop_path!r}: expected a share in [0, 1)")
+        if not isinstance(residual, bool):
+            raise ValueError(f"residual={residual!r}: expected true or false")
         if drop_path and not (residual and depth > 1):
             raise ValueError(
                 "drop_path leaves residual branches out: residual: true and a depth of at least 2 are needed"

@@ -122,6 +122,8 @@ class LinearOnFeatures(nn.Module):
     def __init__(self, num_classes: int, *, image_size: tuple[int, int], features: str = "hog", **args: int) -> None:
         super().__init__()
         if features == "pixels":
+            if args:
+                raise ValueError(f"features='pixels' takes no arguments, but was given {', '.join(args)}")
             self.features: nn.Module = nn.Flatten()
             size = 3 * image_size[0] * image_size[1]
         else:

@@ -59,6 +59,8 @@ def _unit_variance(network: nn.Module, layers: Sequence[nn.Module], images: Tens
         with torch.no_grad():
             network(images)
             for layer in dict.fromkeys(order):
+                if hasattr(layer, "parametrizations"):
+                    continue  # a standardised weight has no length of its own to be scaled
                 hooks.append(layer.register_forward_hook(look))
                 for _ in range(10):
                     network(images)

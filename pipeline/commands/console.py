@@ -5,6 +5,10 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.stopping import Stopped
 
 
 def run(command: str, work: Callable[[], int]) -> int:
@@ -31,6 +35,20 @@ def run(command: str, work: Callable[[], int]) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
         return _failed(command, f"{where}{error.strerror or error}", 1)
+
+
+def stopped(command: str, error: "Stopped") -> int:
+    """Say how a training that was asked to stop goes on. Returns the exit code: 75 for SIGTERM, 130 for Ctrl-C."""
+    import signal
+
+    from pipeline.stopping import ASKED_TO_STOP
+
+    if error.run is not None:  # else another process of the same training says it
+        print(
+            f"refract {command}: {error}; `refract train --resume {error.run}` goes on from the checkpoint",
+            file=sys.stderr,
+        )
+    return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
 
 
 def bin_prefix() -> str:

@@ -43,7 +43,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     bundle = load_bundle(args.bundle)
     info = bundle.info
     manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass")
-    if "test" not in manifest.splits():
+    held_out = "test" not in manifest.splits()
+    if held_out:
         manifest = _held_out(info, manifest)
     samples = relabelled(manifest, info.labels)
     split = args.split or ("test" if "test" in manifest.splits() else None)
@@ -103,7 +104,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         numbers = {"bundle": bundle.digest, "pictures": len(samples), "split": split, "metrics": result.metrics}
         numbers |= {"labels": list(info.labels), "per_class": result.per_class, "confusion": confusion}
         numbers |= {"intervals": result.intervals, "slices": [dataclasses.asdict(part) for part in parts]}
-        numbers |= {"near_duplicates": [[a.path, b.path] for a, b in manifest.near_of(samples)]}
+        if held_out:  # else nobody has looked
+            numbers |= {"near_duplicates": [[a.path, b.path] for a, b in manifest.near_of(samples)]}
         numbers |= {"robustness": robustness.to_dict()} if robustness is not None else {}
         write_atomically(args.json, json.dumps(numbers, indent=2, ensure_ascii=False).encode())
         print(f"wrote {args.json}")

@@ -31,11 +31,8 @@ def _predict(args: argparse.Namespace) -> int:
 
     from models.bundle import load_bundle
     from pipeline.commands.evaluate import preprocess_of
-    from pipeline.data.manifest import DataError
     from pipeline.scoring import score
 
-    if (Path(args.bundle) / "bundle").is_dir():
-        raise DataError(f"{args.bundle}: is a run; its bundle is {Path(args.bundle) / 'bundle'}")
     bundle = load_bundle(args.bundle)
     info = bundle.info
     files = picture_files(args.paths)

@@ -27,6 +27,7 @@ def _rerun(run: str, uri: str | None) -> int:
 
     from pipeline.provenance import code_state, inputs, versions
     from pipeline.runs import read_record, stored_config
+    from pipeline.stopping import Stopped
     from pipeline.training import train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -35,38 +36,42 @@ def _rerun(run: str, uri: str | None) -> int:
         record = read_record(path)
         weights = path / "bundle" / "weights.safetensors"
         before = weights.read_bytes() if weights.is_file() else None
+        kept = "the run's code.diff" if (path / "code.diff").is_file() else "files that git does not know"
     code, _ = code_state()
     differing = [
         f"{name} was {old}, is {versions().get(name)}"
         for name, old in record["versions"].items()
         if versions().get(name) != old
     ]
-    if record.get("code", {}).get("commit") != code.get("commit"):
-        differing.append(f"the code was at commit {record.get('code', {}).get('commit')}, is at {code.get('commit')}")
-    if record.get("code", {}).get("dirty") == "yes":
-        kept = "the run's code.diff" if (path / "code.diff").is_file() else "files that git does not know"
+    then = record.get("code") or {}
+    if then.get("commit") != code.get("commit"):
+        differing.append(f"the code was at commit {then.get('commit')}, is at {code.get('commit')}")
+    if then.get("dirty") == "yes":
         differing.append(f"the code had changes that were not committed: {kept}")
     if code.get("dirty") == "yes":
         differing.append("the code has changes now that are not committed")
     threads = torch.get_num_threads()
-    if str(threads) != record.get("machine", {}).get("threads", str(threads)):
+    if str(threads) != (record.get("machine") or {}).get("threads", str(threads)):
         differing.append(f"PyTorch had {record['machine']['threads']} threads, has {threads}")
     now = inputs(config)
     differing += [
-        f"what {key} names has changed" for key, old in record.get("inputs", {}).items() if now.get(key) != old
+        f"what {key} names has changed" for key, old in (record.get("inputs") or {}).items() if now.get(key) != old
     ]
     for line in differing:
         print(f"other than then: {line}")
-    name, config.trainer.run_name, config.trainer.runs_dir = path.name, None, record["runs_dir"]
+    config.trainer.run_name, config.trainer.runs_dir = None, record["runs_dir"]
     config.tracking.model_name = None  # it is for looking, not for serving
-    result = train(config, name=f"{record['name']}-rerun")
+    try:
+        result = train(config, name=f"{record['name']}-rerun")
+    except Stopped as stopped:
+        return console.stopped("rerun", stopped)
     assert result is not None, "one process"
     fingerprint = read_record(result.run_dir)["fingerprint"]
     if fingerprint != record["fingerprint"]:
         print("other than then: the data have changed")
     after = (result.bundle / "weights.safetensors").read_bytes()
     told = "not known, as the run has no bundle any more" if before is None else "yes" if after == before else "no"
-    print(f"{name} was run again as {result.run_dir}; the same weights: {told}")
+    print(f"{run} was run again as {result.run_dir}; the same weights: {told}")
     return 0
 
 

@@ -31,7 +31,7 @@ def _sync(folders: list[Path], uri: str | None) -> int:
     runs = sorted({path.parent for folder in folders for path in folder.rglob(JOURNAL)})
     if not runs:
         raise ConfigError(f"no run with a {JOURNAL} in {', '.join(map(str, folders))}")
-    failed = delivered = 0
+    failed = delivered = alone = 0
     for run in runs:
         waiting = "some"
         try:
@@ -47,6 +47,7 @@ def _sync(folders: list[Path], uri: str | None) -> int:
                     waiting = str(len(journal.waiting()))
         except Held:
             print(f"{run}: left alone, as it is being trained: its training delivers")
+            alone += 1
         except ConfigError as error:  # a damaged run
             print(f"{run}: {error}", file=sys.stderr)
             failed += 1
@@ -59,6 +60,6 @@ def _sync(folders: list[Path], uri: str | None) -> int:
             delivered += count
             if count:
                 print(f"{run}: {count} entries delivered to {store.uri}, run {journal.delivered['run_id']}")
-    if not delivered and not failed:
+    if not delivered and not failed and not alone:
         print("nothing to deliver: MLflow has all of them")
     return 1 if failed else 0

@@ -47,13 +47,12 @@ def _taken(argv: list[str], option: str) -> tuple[list[str], str | None]:
 
 
 def _train(argv: list[str], resume: str | None) -> int:
-    import signal
     from pathlib import Path
 
     from pipeline.config import load_config
     from pipeline.data.manifest import DataError
     from pipeline.runs import stored_config, unfinished
-    from pipeline.stopping import ASKED_TO_STOP, Stopped
+    from pipeline.stopping import Stopped
     from pipeline.training import train
 
     name = Path(argv[0]).stem if argv else "run"
@@ -74,11 +73,7 @@ def _train(argv: list[str], resume: str | None) -> int:
             print(f"refract train: a new run is begun: {error}", file=sys.stderr)
             result = train(load_config(argv[0], argv[1:]), name=name)
     except Stopped as stopped:
-        print(
-            f"refract train: {stopped}; `refract train --resume {stopped.run}` goes on from the checkpoint",
-            file=sys.stderr,
-        )
-        return ASKED_TO_STOP if stopped.signal == signal.SIGTERM else 130
+        return console.stopped("train", stopped)
     if result is None:
         return 0
     print("hold-out: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))

@@ -48,7 +48,6 @@ def main(argv: list[str]) -> int:
 def _tune(args: argparse.Namespace, overrides: list[str], argv: list[str]) -> int:
     import signal
 
-    from augment import load_policy
     from pipeline.config import load_config
     from pipeline.stopping import ASKED_TO_STOP, Stopped
     from pipeline.tuning.report import write_report
@@ -56,12 +55,6 @@ def _tune(args: argparse.Namespace, overrides: list[str], argv: list[str]) -> in
     from pipeline.tuning.study import Search, best_config, open_study, run_trials
 
     config, space = load_config(args.config, overrides), read_space(args.space)
-    if isinstance(config.augment.policy, str) and any(
-        dimension.key.startswith("augment.policy.") for dimension in space
-    ):
-        config.augment.policy = load_policy(
-            config.augment.policy
-        ).to_spec()  # a preset, whose ops the space names by their places
     name = args.name or args.config.stem
     folder = Path(config.trainer.runs_dir) / f"tune-{name}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -165,14 +165,15 @@ def _from_table(path: Path, task: str) -> Manifest:
             table = _texts(pd.read_parquet(path))
     except pd.errors.ParserWarning as error:
         raise DataError(
-            f"{path}: rows have more fields than the header; put what has a comma in it into quotes"
+            f"{path}: rows have more fields than the header; take a comma from their ends, or put what has one in it into quotes"
         ) from error
     except Exception as error:  # pandas and pyarrow raise many kinds for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: cannot be read as a {path.suffix[1:].upper()} table ({reason})") from error
     missing = [column for column in ("path", "label") if column not in table.columns]
     if missing:
-        hint = "; separate them by commas" if len(table.columns) == 1 and ";" in str(table.columns[0]) else ""
+        whole = len(table.columns) == 1 and any(mark in str(table.columns[0]) for mark in (";", "\t", "|"))
+        hint = "; separate them by commas" if whole else ""
         raise DataError(
             f"{path}: no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}; needed: path,label[,split][,text]{hint}"
         )
@@ -207,7 +208,7 @@ def _from_table(path: Path, task: str) -> Manifest:
 
 def _texts(table: "pd.DataFrame") -> "pd.DataFrame":
     """All columns as text, an empty one for what is missing; columns that hold bytes, as hashes and thumbnails, are left out."""
-    bytes_in = [c for c in table.columns if table[c].map(lambda value: isinstance(value, bytes)).any()]
+    bytes_in = [c for c in table.columns if c not in COLUMNS and any(isinstance(value, bytes) for value in table[c])]
     return table.drop(columns=bytes_in).astype("string").fillna("")
 
 

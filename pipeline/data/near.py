@@ -18,8 +18,8 @@ SMALLEST, PLAIN = 16, 0.3
 one thing on an empty ground, as digits are, and would be like too many others. (Photographs have 0.07 of such places, digits 0.44.)"""
 SIDE, ALIKE = 32, 0.97
 """Candidates are compared as grey pictures of SIDE pixels: the correlation from which on they are told."""
-NEAREST = 3
-"""Candidates for a picture, and pictures of one look among them: where a whole data set looks alike, not all pairs are looked at."""
+NEAREST = 64
+"""Candidates that a picture is compared with, those of the nearest looks: where all pictures look alike, not all pairs are compared."""
 
 
 def look_of(pixels: np.ndarray) -> bytes:
@@ -41,49 +41,49 @@ def near_pairs(manifest: Manifest, looks: Mapping[str, bytes]) -> tuple[tuple[st
     trained = [sample for sample in manifest.of("train") if looks.get(sample.path)]
     held = [sample for sample in manifest.samples if sample.split in ("val", "test") and looks.get(sample.path)]
     pairs = _candidates([looks[s.path] for s in held], [looks[s.path] for s in trained])
-    wanted = {s.path: s for i, j in pairs for s in (held[i], trained[j])}
+    wanted = {s.path: s for i, others in pairs for s in (held[i], *(trained[j] for j in others))}
     with ThreadPoolExecutor() as pool:
         small = dict(zip(wanted, pool.map(_small, wanted.values()), strict=True))
-    found: dict[str, tuple[float, str]] = {}
-    for i, j in pairs:
-        path, other = held[i].path, trained[j].path
-        value = float(np.corrcoef(small[path], small[other])[0, 1])
-        if value >= ALIKE and value > found.get(path, (0.0, ""))[0]:
-            found[path] = (value, other)
-    return tuple((path, other) for path, (_, other) in found.items())
+    found = {}
+    for i, others in pairs:
+        values = np.stack([small[trained[j].path] for j in others]) @ small[held[i].path] / SIDE**2
+        if values.max() >= ALIKE:
+            found[held[i].path] = trained[others[int(values.argmax())]].path
+    return tuple(found.items())
 
 
-def _candidates(held: Sequence[bytes], trained: Sequence[bytes]) -> list[tuple[int, int]]:
-    """Places of looks that differ in at most BITS bits: the NEAREST for each of the held."""
-    first: dict[bytes, list[int]] = defaultdict(list)
+def _candidates(held: Sequence[bytes], trained: Sequence[bytes]) -> list[tuple[int, list[int]]]:
+    """For each of the held that has any, places of looks that differ from its own in at most BITS bits: the NEAREST, the nearest first."""
+    places_of: dict[bytes, list[int]] = defaultdict(list)
     for j, look in enumerate(trained):
-        if len(first[look]) < NEAREST:
-            first[look].append(j)
-    if not held or not first:
+        places_of[look].append(j)
+    if not held or not places_of:
         return []
-    ours, theirs = (np.frombuffer(b"".join(looks), np.uint16).reshape(-1, 8) for looks in (held, first))
-    kept = list(first.values())
+    ours, theirs = (np.frombuffer(b"".join(looks), np.uint16).reshape(-1, 8) for looks in (held, places_of))
+    members = list(places_of.values())
     nearest: list[dict[int, int]] = [{} for _ in held]
     for part in range(8):
-        places = defaultdict(list)
-        for j, value in enumerate(theirs[:, part].tolist()):
-            places[value].append(j)
-        rows = {value: np.array(own) for value, own in places.items()}
+        rows_of = defaultdict(list)
+        for row, value in enumerate(theirs[:, part].tolist()):
+            rows_of[value].append(row)
+        buckets = {value: np.array(rows) for value, rows in rows_of.items()}
         for i, value in enumerate(ours[:, part].tolist()):
-            if value in rows:
-                differing = np.bitwise_count(ours[i] ^ theirs[rows[value]]).sum(axis=1)
-                for place in np.argsort(differing, kind="stable")[:NEAREST]:
-                    if differing[place] <= BITS:
-                        nearest[i][int(rows[value][place])] = int(differing[place])
-    return [
-        (i, j)
+            if value in buckets:
+                differing = np.bitwise_count(ours[i] ^ theirs[buckets[value]]).sum(axis=1)
+                near = np.flatnonzero(differing <= BITS)
+                near = near[np.argsort(differing[near], kind="stable")[:NEAREST]]
+                nearest[i].update(zip(buckets[value][near].tolist(), differing[near].tolist(), strict=True))
+    found = [
+        (i, [j for row in sorted(near, key=near.__getitem__) for j in members[row]][:NEAREST])
         for i, near in enumerate(nearest)
-        for j in [j for look in sorted(near, key=near.__getitem__) for j in kept[look]][:NEAREST]
     ]
+    return [(i, others) for i, others in found if others]
 
 
 def _small(sample: Sample) -> np.ndarray:
-    return cv2.cvtColor(_shrink(sample.read()), cv2.COLOR_RGB2GRAY).ravel()
+    """Standardised, so that a product of two is their correlation."""
+    grey = cv2.cvtColor(_shrink(sample.read()), cv2.COLOR_RGB2GRAY).ravel().astype(np.float32)
+    return (grey - grey.mean()) / max(float(grey.std()), 1e-6)
 
 
 _shrink = Preprocess(SIDE, SIDE, resize="squash")

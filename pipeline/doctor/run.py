@@ -58,7 +58,7 @@ def read_findings(run_dir: Path) -> tuple[list[Finding], dict[str, Any]]:
     """(findings, the record). ConfigError where the run has none."""
     try:
         values = json.loads((run_dir / FILE).read_text("utf-8"))
-        values["record"]["seconds"].items()
+        sum(values["record"]["seconds"].values())
         return [Finding(**finding) for finding in values["findings"]], values["record"]
     except FileNotFoundError as error:
         why = f"has no {FILE}; a run has one when it is finished" if run_dir.is_dir() else "no such run"

@@ -35,7 +35,7 @@ class Journal:
             if whole != data:
                 os.truncate(self.path, len(whole))
         if self._mark.exists():
-            self.delivered = _mark(self._mark)
+            self.delivered = _mark(self._mark, len(self.entries))
 
     def for_server(self, uri: str) -> None:
         """Deliver to this server from now on; one that has not had the run gets it from its beginning."""
@@ -65,11 +65,18 @@ class Journal:
         return (entry for entry in self.entries if entry["do"] == kind)
 
 
-def _mark(path: Path) -> dict[str, Any]:
+def _mark(path: Path, entries: int) -> dict[str, Any]:
     try:
         delivered: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        delivered["count"] + 0
-    except (ValueError, KeyError, TypeError) as error:
+        count, uri = delivered["count"], delivered.get("uri", "")
+        if (
+            type(count) is not int
+            or not 0 <= count <= entries
+            or not isinstance(uri, str)
+            or (count and "run_id" not in delivered)
+        ):
+            raise ValueError(f"it says that {count!r} of {entries} entries are delivered")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: is damaged ({error}); remove it to deliver the run once more") from error
     return delivered
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from augment import load_policy
 from pipeline.config import ConfigError
 
 
@@ -102,6 +103,11 @@ def with_values(config: Mapping[str, Any], drawn: Mapping[str, Any]) -> dict[str
     """The config's values with the drawn ones in their places. ConfigError for a key whose place is not there."""
     values: dict[str, Any] = copy.deepcopy(dict(config))
     for key, value in drawn.items():
+        policy = values.get("augment", {}).get("policy")
+        if key.startswith("augment.policy.") and isinstance(
+            policy, str
+        ):  # a preset, whose ops the key names by their places
+            values["augment"]["policy"] = load_policy(policy).to_spec()
         place: Any = values
         *way, last = key.split(".")
         for part in way:

@@ -199,7 +199,10 @@ def test_lsuv_gives_every_layer_outputs_of_variance_1(norm: str) -> None:
     for layer in layers:
         layer.register_forward_hook(lambda _, __, output: deviations.append(float(output.std())))
     network.train()(images)
-    if norm != "weight_standardisation":  # whose weights have no length of their own
+    if norm == "weight_standardisation":  # whose weights have no length of their own: they stay as they were begun
+        stored = [layer.parametrizations.weight.original for layer in layers[:-1]]
+        assert all(float((weight.flatten(1) ** 2).sum(dim=1).mean()) > 0.1 for weight in stored)
+    else:
         assert deviations == pytest.approx([1] * len(layers), abs=0.02)
     with pytest.raises(ValueError, match="lsuv' needs a batch"):
         initialise(network, "lsuv")

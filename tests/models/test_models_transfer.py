@@ -283,3 +283,11 @@ def test_two_runs_with_one_seed_end_alike() -> None:
         fit(module, epochs=2)
     for key, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
+
+
+def test_a_norm_goes_with_its_layer_and_thirds_are_thirds() -> None:
+    network = build("cnn", 2, image_size=(16, 16), widths=[8, 16])
+    names = {id(p): name for name, p in network.named_parameters()}
+    blocks = [[names[id(p)].rpartition(".")[0] for p in block] for block in blocks_of(network)]
+    assert len(blocks) == 3 and all(len(set(block)) == 2 for block in blocks[:-1]), blocks
+    assert [trained_blocks("gradual", epoch, 11, 56) for epoch in (0, 3, 10, 11)] == [1, 16, 51, 56]

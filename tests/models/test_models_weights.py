@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,47 @@ def test_mean_and_deviation_come_from_a_folders_own_record(tmp_path: Path) -> No
     own = {"preprocess": {"mean": [0.7, 0.7, 0.7], "std": [0.2, 0.2, 0.2], "normalize": "channel"}}
     (tmp_path / "bundle.json").write_text(json.dumps(own))
     assert weights_preprocess("resnet20", str(tmp_path)) == {"mean": [0.7] * 3, "std": [0.2] * 3}
+
+
+def test_keys_of_another_network_are_refused_though_they_hold_the_heads_name(tmp_path) -> None:
+    network = build("timm/resnet18", 3, image_size=(32, 32))
+    weights = network.state_dict()
+    for key in ("layer1.0.se.fc.weight", "layer1.0.conv_mean.mean"):
+        path = save(tmp_path / "w.pt", {**weights, key: torch.zeros(3)})
+        with pytest.raises(ValueError, match=f"{key} unknown"):
+            load_weights(network, head_of(network), path)
+    for key in ("mean", "classifier.mean", "network.fc.extra", "fc.extra", "model.mean_image"):
+        path = save(tmp_path / "w.pt", {**weights, key: torch.zeros(3)})
+        assert load_weights(network, head_of(network), path).left_out == (key,)
+
+
+class HalfFirst(BaseHTTPRequestHandler):
+    """Sends half of a file the first time, all of it later."""
+
+    content, asked = b"", 0
+
+    def do_GET(self) -> None:
+        kind = type(self)
+        kind.asked += 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+        self.wfile.write(self.content if kind.asked > 1 else self.content[: len(self.content) // 2])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_download_that_was_cut_short_is_not_kept(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    source = build("lenet5", 3, image_size=SIZE)
+    HalfFirst.content = Path(save(tmp_path / "w.pt", source.state_dict())).read_bytes()
+    with ThreadingHTTPServer(("127.0.0.1", 0), HalfFirst) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/w.pt"
+        with pytest.raises(ValueError, match="cannot be"):
+            build("lenet5", 3, image_size=SIZE, weights=url)
+        assert same(build("lenet5", 3, image_size=SIZE, weights=url), source)
+        with pytest.raises(ValueError, match="cannot be downloaded"):
+            build("lenet5", 3, image_size=SIZE, weights=f"http://127.0.0.1:{server.server_port}/a b.pt")
+        server.shutdown()

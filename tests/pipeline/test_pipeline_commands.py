@@ -412,6 +412,11 @@ def test_two_processes_train_what_one_does(refract: Run, folder: Path) -> None:
     for key, weight in one.items():
         torch.testing.assert_close(two[key], weight, rtol=1e-3, atol=1e-5)
     assert sorted(path.name for path in (folder.parent / "runs").iterdir()) == ["one", "two"]
+    told = refract(
+        "train", *same, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.run_name", "g",
+        "--model.mode", "gradual", "--model.unfreeze_epochs", 2, "--trainer.max_epochs", 3,
+    )  # fmt: skip
+    assert told.stderr.count("epoch 3/3") == 1, "what is frozen takes no part in the gradients' exchange"
 
 
 @pytest.mark.slow

@@ -459,11 +459,29 @@ def test_pictures_of_the_hold_out_that_resemble_one_of_the_training_are_found(
 
 
 def test_a_data_set_in_which_all_look_alike_is_looked_at_in_little_time_and_memory() -> None:
-    found = _candidates([b"a" * 16] * 5_000, [b"a" * 16] * 20_000)
-    assert len(found) == 5_000 * NEAREST, "not every pair"
-    others = [bytes([n]) + b"b" * 15 for n in range(8)]
-    nearest = _candidates([b"\0" + b"b" * 15], others)
-    assert nearest == [(0, 0), (0, 1), (0, 2)], "the nearest first: no bit, one bit"
+    found = _candidates([b"a" * 16] * 1_000, [b"a" * 16] * 20_000)
+    assert len(found) == 1_000 and all(len(others) == NEAREST for _, others in found), "not every pair"
+    others = [bytes([n]) + b"b" * 15 for n in (3, 1, 0, 255)]
+    assert _candidates([b"\0" + b"b" * 15, b"c" * 16], others) == [(0, [2, 1, 0])], (
+        "the nearest first; eight bits are too many"
+    )
+
+
+def test_copies_among_pictures_of_one_look_are_found(tmp_path: Path) -> None:
+    """A fixed camera: one background, another fine detail in each."""
+    ground = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    for number in range(24):
+        fine = np.random.default_rng(number + 1).integers(-45, 46, (36, 36, 1))
+        pixels = cv2.resize(ground, (144, 144), interpolation=cv2.INTER_NEAREST).astype(int)
+        pixels = np.clip(pixels + np.kron(fine, np.ones((4, 4, 1), int)), 0, 255).astype(np.uint8)
+        write_picture(tmp_path / "train" / "ab"[number % 2] / f"{number}.png", pixels)
+        if number >= 12:
+            (tmp_path / "test" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(tmp_path / "test" / "ab"[number % 2] / f"{number}.jpg"), pixels[:, :, ::-1])
+    manifest, _ = prepare_data(config_of(tmp_path, val_share=0.05))
+    trained = {Path(sample.path).stem for sample in manifest.of("train")}
+    found = {Path(a).stem: Path(b).stem for a, b in manifest.near if "/test/" in a}
+    assert found == {str(n): str(n) for n in range(12, 24) if str(n) in trained} and len(found) >= 10
 
 
 def test_what_is_flat_or_has_little_on_empty_ground_has_no_look() -> None:
@@ -482,6 +500,10 @@ def test_columns_of_bytes_and_a_comma_too_many_do_no_harm(folder: Path) -> None:
     )
     table.to_parquet(folder / "m.parquet")
     (first, second) = load_manifest(folder / "m.parquet").samples
+    kinds = {"path": [b"red/00.jpg", b"blue/00.jpg"], "label": ["a", "b"], "split": [b"train", b"test"]}
+    pd.DataFrame({**kinds, "camera": pd.Categorical(["c", "c"])}).to_parquet(folder / "n.parquet")
+    own = load_manifest(folder / "n.parquet")
+    assert own.splits() == ["train", "test"] and own.samples[0].metadata == {"camera": "c"}
     assert first.metadata == {"n": "1.0"} and second.metadata == {"n": ""}
     (folder / "m.csv").write_text("path,label\nred/00.jpg,a,\nblue/00.jpg,b,\n")
     with pytest.raises(DataError, match="more fields than the header"):

@@ -1,10 +1,13 @@
 """Every key of the config that shapes the training does something: with it changed, the training ends in other weights."""
 
+import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_data import COLORS, Run, picture, write_picture
 
 from models.bundle import load_bundle
@@ -101,6 +104,9 @@ def test_nothing_changed_changes_nothing(uneven: Path, tmp_path: Path) -> None:
 
 
 def test_recomputing_changes_nothing(uneven: Path, tmp_path: Path) -> None:
+    spared = begun(uneven, "--trainer.recompute", "true").module.classifier.network
+    own = begun(uneven).module.classifier.network
+    assert [sum("forward" in vars(m) for m in network.modules()) > 0 for network in (spared, own)] == [True, False]
     one, _ = trained(uneven, tmp_path / "one", "--trainer.recompute", "true")
     other, _ = trained(uneven, tmp_path / "other")
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -165,7 +171,7 @@ def test_a_teacher_and_test_time_augmentation_have_their_say(uneven: Path, tmp_p
     warmer, _ = trained(uneven, tmp_path / "c", *asked, "--loss.distill", 1, "--loss.temperature", 1)
     assert not torch.equal(plain, taught) and not torch.equal(taught, warmer)
     with pytest.raises(
-        ConfigError, match=r"loss\.teacher: .* cannot train on 2 pictures of 16×16 pixels of the first epoch"
+        ConfigError, match=r"loss\.teacher: .* cannot train on 2 pictures of 16×16 pixels of some epochs"
     ):
         lenet = train(configured(uneven, (*runs, "--trainer.run_name", "l", "--model.name", "lenet5")))
         begun(uneven, "--loss.teacher", lenet.bundle, "--trainer.start_size", 0.6)
@@ -184,11 +190,19 @@ def test_a_teacher_and_test_time_augmentation_have_their_say(uneven: Path, tmp_p
         (("--model.name", "linear", "--model.args", "{features: colour_histogram, bins: 0}"), "bins=0: expected a"),
         (("--model.name", "fastnet", "--model.args", "{logit_scale: a}"), "logit_scale='a': expected a number"),
         (("--model.name", "mlp", "--model.args", "{activation: sigmoid, pretrain: rbm}", "--model.init", "lsuv"), "would undo"),
+        (("--model.name", "cnn", "--model.args", "{activation: elu, activation_args: {alpha: '0.1'}}"), "cnn cannot train on 2 pictures"),
+        (("--model.name", "linear", "--model.args", "{features: pixels, cel: 4}"), "takes no arguments, but was given cel"),
+        (("--model.name", "cnn", "--model.args", "{residual: 'no', depth: 2}"), "residual='no': expected true or false"),
+        (("--model.name", "cnn", "--model.args", "{widths: [2000000000000]}"), "model: [enforce fail at alloc_cpu"),
+        (("--model.name", "timm/vit_tiny_patch16_224", "--model.args", "{global_pool: '', depth: 1}", "--data.image_size", 32),
+         "one number for each of 3 labels is needed"),
+        (("--model.name", "timm/vit_tiny_patch16_224", "--model.args", "{dynamic_img_size: true, depth: 1}", "--data.image_size", 64,
+          "--trainer.start_size", 0.5, "--trainer.max_epochs", 6), "of 40×40 pixels of some epochs"),
         (("--trainer.patience", 2, "--trainer.swa_start", 0.5), "could end the training before trainer.swa_start"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_told_before_training(asked: tuple, message: str, uneven: Path) -> None:
-    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         begun(uneven, *asked)
 
 
@@ -232,3 +246,51 @@ def test_grey_pictures_do_not_blow_fastnet_up(tmp_path: Path) -> None:
         tmp_path / "grey", tmp_path, "--model.name", "fastnet", "--optim.name", "sgd", "--optim.lr", 0.1
     )
     assert epochs == 2 and weights.isfinite().all()
+
+
+def test_a_network_of_three_dimensions_trains(uneven: Path, tmp_path: Path) -> None:
+    weights, epochs = trained(uneven, tmp_path, "--model.name", "cnn", "--model.args", "{conv: 3d, widths: [4, 8]}")
+    assert weights.isfinite().all() and epochs > 0
+
+
+def test_a_bundles_head_for_other_labels_starts_afresh(uneven: Path, tmp_path: Path) -> None:
+    done = train(
+        configured(uneven, ("--trainer.runs_dir", tmp_path, "--trainer.run_name", "a", "--trainer.max_epochs", 1))
+    )
+    assert done is not None
+    kept = begun(uneven, "--model.weights", done.bundle).module.classifier.state_dict()
+    stored = load_file(done.bundle / "weights.safetensors")
+    assert all(torch.equal(kept[key], value) for key, value in stored.items())
+    others = tmp_path / "others"
+    for number, folder in enumerate(sorted(path for path in uneven.iterdir() if path.is_dir())):
+        shutil.copytree(folder, others / f"other {number}")
+    fresh = begun(others, "--model.weights", done.bundle).module.classifier
+    now = fresh.state_dict()
+    differing = {key for key, value in stored.items() if not torch.equal(now[key], value)} - {"mean", "std"}
+    assert differing == {"network.head.weight", "network.head.bias"}
+
+
+def test_what_has_no_effect_is_told(uneven: Path, caplog: pytest.LogCaptureFixture) -> None:
+    begun(
+        uneven,
+        "--loss.distill",
+        0.9,
+        "--loss.gamma",
+        5,
+        "--loss.l1_ratio",
+        1,
+        "--model.mode",
+        "gradual",
+        "--model.unfreeze_epochs",
+        50,
+    )
+    for told in (
+        "loss.distill has no effect",
+        "loss.gamma has no effect",
+        "loss.l1_ratio has no effect",
+        "all of the network is never trained",
+    ):
+        assert told in caplog.text
+    caplog.clear()
+    begun(uneven)
+    assert "no effect" not in caplog.text
