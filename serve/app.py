@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -59,9 +60,11 @@ def create_app(
     access_log: bool = False,
     follow: str | None = None,
     poll_s: float = 60.0,
+    backend: str = "eager",
 ) -> FastAPI:
     """The application that answers with `served`; a bundle is served on the CPU. keys: who may ask; without them everybody, and
-    nobody may roll back. follow: the name in the registry that the bundle is from, asked for its meaning every `poll_s` seconds.
+    nobody may roll back. follow: the name in the registry that the bundle is from, asked for its meaning every `poll_s` seconds,
+    and what it means then is computed by `backend`.
 
     Its lifespan runs the self-test: if that fails the server does not start, and `app.state.failure` says why.
     ValueError or BundleError for a parameter or bundle that cannot work.
@@ -76,7 +79,7 @@ def create_app(
     if engine.device.type == "cuda":
         metrics.watch("gpu_bytes", "Of the GPU's memory that tensors hold", lambda: cuda_bytes(engine.device))
 
-    follower = Follower(service, follow, device=str(engine.device), every_s=poll_s) if follow else None
+    follower = Follower(service, follow, device=str(engine.device), backend=backend, every_s=poll_s) if follow else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -192,5 +195,6 @@ def _description(engine: Engine) -> dict[str, Any]:
         "versions",
     )
     counts = info["data"].get("counts", {})
-    own = {"digest": engine.bundle.digest, "device": str(engine.device), "counts": counts}
+    chosen = {"name": "eager"} if engine.choice is None else asdict(engine.choice)
+    own = {"digest": engine.bundle.digest, "device": str(engine.device), "backend": chosen, "counts": counts}
     return own | {key: info[key] for key in shown}

@@ -109,13 +109,13 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
     device = ("cuda" if has_cuda else "cpu") if arguments.device == "auto" else arguments.device
     limits = Limits(max_body_bytes=int(arguments.max_body_mb * MIB), max_pixels=arguments.max_pixels)
     try:
-        engine = Engine(bundle, device)
+        engine = Engine(bundle, device, arguments.backend)
     except ValueError as err:
         raise RefusedError(str(err)) from err
     names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log")
     options = {name: getattr(arguments, name) for name in names}
     if "@" in arguments.source and arguments.source.startswith("models:/") and arguments.poll_s > 0:
-        options |= {"follow": arguments.source, "poll_s": arguments.poll_s}
+        options |= {"follow": arguments.source, "poll_s": arguments.poll_s, "backend": arguments.backend}
     app = create_app(engine, limits=limits, keys=_keys(arguments), **options)
     if arguments.metrics_port is not None:
         try:
@@ -163,6 +163,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=_whole(0, 65535), default=8000, help="port to listen on; 0 takes a free one")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
+    add(
+        "--backend",
+        choices=("auto", "eager", "bf16", "compiled", "openvino", "onnx"),
+        default="auto",
+        help="what computes the network; auto times what is installed and takes the fastest that agrees with float32",
+    )
     add("--max-batch", type=_whole(1, 65536), default=32, metavar="N", help="images in one batch")
     add("--max-wait-ms", type=_number, default=2.0, metavar="MS", help="longest wait for a batch to fill")
     add(

@@ -1,5 +1,6 @@
 """A bundle at work on one device. Knows nothing of HTTP, nor of who asks."""
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -7,8 +8,9 @@ import torch
 
 from augment.decode import ImageError
 from augment.preprocess import Preprocess
-from models.bundle import Bundle, BundleError
+from models.bundle import Bundle, BundleError, Golden
 from models.classifier import probabilities
+from serve.backends import AGREED, Choice, Forward, choose
 from serve.explain import Explainer
 
 # How far a golden picture's probabilities may lie from the stored ones. float32 convolutions differ by about 1e-6
@@ -20,18 +22,28 @@ TOLERANCE = 2e-3
 class Engine:
     """Turns uint8 N×H×W×3 batches into probabilities, by `bundle`'s network on `device`."""
 
-    def __init__(self, bundle: Bundle, device: str = "cpu") -> None:
+    def __init__(self, bundle: Bundle, device: str = "cpu", backend: str = "eager") -> None:
+        """backend: a name of `serve.backends.BACKENDS`, or auto for the fastest that agrees. BundleError as `choose`, or where a golden
+        picture cannot be read."""
         self.bundle = bundle
         self.device = torch.device(device)
         self.preprocess = Preprocess.from_dict(bundle.info.preprocess)
         self._classifier = bundle.classifier(self.device)
+        self._forward: Forward = self._classifier
+        self.choice: Choice | None = None
+        if backend != "eager":
+            images = np.stack([self._golden(golden) for golden in self._goldens()])
+            self._forward, self.choice = choose(bundle, self._classifier, images, wanted=backend)
 
     def predict(self, batch: np.ndarray) -> np.ndarray:
         """batch: uint8 N×H×W×3 → float32 N×C probabilities. The bundle's temperature is applied."""
+        return self._answers(self._forward, batch)
+
+    def _answers(self, forward: Forward, batch: np.ndarray) -> np.ndarray:
         info = self.bundle.info
         with torch.inference_mode():
             images = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
-            logits = self._classifier(images)
+            logits = forward(images)
             return probabilities(logits, task=info.task, temperature=info.temperature).float().cpu().numpy()
 
     def mean(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -54,25 +66,36 @@ class Engine:
 
     def self_test(self) -> None:
         """Ask for the golden pictures. BundleError, naming the picture, unless the stored answers come again."""
+        for golden in self._goldens():
+            batch, stored = self._golden(golden)[None], np.asarray(golden.probabilities, dtype=np.float32)
+            # The bundle by plain float32 first; then what computes it here, which may be coarser.
+            self._compare(self._where(golden), self._answers(self._classifier, batch)[0], stored, TOLERANCE)
+            if self.choice is not None:
+                self._compare(self._where(golden), self.predict(batch)[0], stored, AGREED + TOLERANCE)
+
+    def _goldens(self) -> Sequence[Golden]:
         if not self.bundle.goldens:
             raise BundleError(f"{self.bundle.path}: no golden pictures, so nothing shows that this model still works")
-        for golden in self.bundle.goldens:
-            where = f"{self.bundle.path}: golden picture {golden.name}"
-            try:
-                batch = self.preprocess(golden.data)[None]
-            except ImageError as err:
-                raise BundleError(f"{where} cannot be read: {err}") from err
-            self._compare(where, self.predict(batch)[0], np.asarray(golden.probabilities, dtype=np.float32))
+        return self.bundle.goldens
 
-    def _compare(self, where: str, answered: np.ndarray, stored: np.ndarray) -> None:
+    def _golden(self, golden: Golden) -> np.ndarray:
+        try:
+            return self.preprocess(golden.data)
+        except ImageError as err:
+            raise BundleError(f"{self._where(golden)} cannot be read: {err}") from err
+
+    def _where(self, golden: Golden) -> str:
+        return f"{self.bundle.path}: golden picture {golden.name}"
+
+    def _compare(self, where: str, answered: np.ndarray, stored: np.ndarray, tolerance: float) -> None:
         if answered.shape != stored.shape:
             raise BundleError(f"{where} has {stored.size} stored probabilities, the network answers {answered.size}")
         gap = float(np.abs(answered - stored).max())
-        if not gap <= TOLERANCE:  # also when gap is not a number
+        if not gap <= tolerance:  # also when gap is not a number
             labels = self.bundle.info.labels
             raise BundleError(
                 f"{where} is answered with {labels[answered.argmax()]!r} where {labels[stored.argmax()]!r} is stored; "
-                f"its probabilities are off by {gap:.2g}, at most {TOLERANCE} is allowed"
+                f"its probabilities are off by {gap:.2g}, at most {tolerance:g} is allowed"
             )
 
 

@@ -16,8 +16,10 @@ logger = logging.getLogger(__name__)
 class Follower:
     """Asks every `every_s` seconds what `source` means. A bundle that cannot answer is told and not tried again; the old one goes on."""
 
-    def __init__(self, service: Service, source: str, *, device: str, every_s: float) -> None:
-        self._service, self._source, self._device, self._every = service, source, device, every_s
+    def __init__(self, service: Service, source: str, *, device: str, backend: str, every_s: float) -> None:
+        """device, backend: see `Engine`."""
+        self._service, self._source, self._every = service, source, every_s
+        self._how = (device, backend)
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -35,7 +37,7 @@ class Follower:
         if path is None or path == service.engine.bundle.path or path in service.rejected:
             return False
         try:
-            engine = await asyncio.to_thread(lambda: Engine(load_bundle(path), self._device))
+            engine = await asyncio.to_thread(lambda: Engine(load_bundle(path), *self._how))
             await service.swap(engine)
         except (BundleError, ValueError) as err:
             service.rejected.add(path)

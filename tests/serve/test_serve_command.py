@@ -5,17 +5,20 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import httpx
 import pytest
 
+HOME = tempfile.mkdtemp(prefix="refract-home-")
 ROOT = Path(__file__).parents[2]
 
 
 def start(*arguments: str, **options) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "serve.command", *arguments]
+    options.setdefault("env", {**os.environ, "HOME": HOME})  # where the choice of a backend is kept
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **options)
 

@@ -1,0 +1,267 @@
+"""Ways to compute a network, and the choice of the fastest that agrees with the plain one on this machine. Knows nothing of HTTP."""
+
+import copy
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.bundle import Bundle, BundleError
+from models.classifier import Classifier, probabilities
+
+logger = logging.getLogger(__name__)
+
+Forward = Callable[[Tensor], Tensor]
+"""uint8 N×3×H×W on the device → float32 logits N×C."""
+
+CACHE = Path("~/.cache/refract/backends")
+
+AGREED = 0.03
+"""How far a probability of a golden picture may lie from plain float32's. bfloat16 moves them by 2e-3 on resnet18."""
+
+BATCH, ROUNDS, SECONDS = 8, 5, 2.0
+"""Pictures in a timed batch; how often it is timed, at most for so long."""
+
+
+def _eager(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
+    return classifier
+
+
+def _bf16(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
+    """bfloat16 where that is safe, the channels last in memory."""
+    own = copy.deepcopy(classifier).to(memory_format=torch.channels_last)
+
+    def forward(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return own(images).float()
+
+    return forward
+
+
+def _compiled(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
+    """The same by torch.compile. On a CPU it needs a C++ compiler, and most of a minute at its first start."""
+    run = torch.compile(copy.deepcopy(classifier).to(memory_format=torch.channels_last), dynamic=True)
+
+    def forward(images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            return run(images).float()
+
+    return forward
+
+
+def _openvino(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
+    """OpenVINO, in bfloat16 where the processor computes in it. The converted network is kept in `folder`."""
+    import openvino
+
+    core, file = openvino.Core(), folder / "kept.xml"
+    if file.is_file():
+        model = core.read_model(file)
+    else:
+        model = openvino.convert_model(classifier, example_input=example)
+        _store(folder, "xml", lambda part: openvino.save_model(model, part, compress_to_fp16=False))
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    request = core.compile_model(model, "CPU", settings).create_infer_request()
+    return lambda images: torch.from_numpy(request.infer([images.contiguous().numpy()])[0].copy())
+
+
+def _onnx(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
+    """ONNX Runtime, in float32. The exported network is kept in `folder`."""
+    import onnxruntime
+
+    file = folder / "kept.onnx"
+    if file.is_file():
+        data = file.read_bytes()
+    else:
+        shapes = ({0: torch.export.Dim("pictures")},)
+        program = torch.onnx.export(classifier, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False)
+        assert program is not None
+        data = program.model_proto.SerializeToString()
+        _store(folder, "onnx", lambda part: part.write_bytes(data))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.contiguous().numpy()})[0])
+
+
+def _store(folder: Path, suffix: str, write: Callable[[Path], object]) -> None:
+    """Have `write` make a file, and call it `kept` when it is whole. Where that cannot be, in a read-only container, the next start makes
+    it again."""
+    part = folder / f"part-{os.getpid()}.{suffix}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(part)
+        if part.with_suffix(".bin").is_file():  # what goes with OpenVINO's file, first
+            part.with_suffix(".bin").replace(folder / "kept.bin")
+        part.replace(folder / f"kept.{suffix}")
+    except (OSError, RuntimeError) as err:  # the second is OpenVINO's kind
+        logger.warning("%s is not kept: %s", folder, _first_line(err))
+        for left in (part, part.with_suffix(".bin")):
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
+
+
+BACKENDS: Mapping[str, Callable[[Classifier, Tensor, Path], Forward]] = MappingProxyType(
+    {"eager": _eager, "bf16": _bf16, "compiled": _compiled, "openvino": _openvino, "onnx": _onnx}
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """name: of the backend; threads: of a CPU that compute one batch; rates: pictures a second of each that was tried, `NAME/threads` on a
+    CPU; dropped: those that were not, with the reason."""
+
+    name: str
+    threads: int
+    rates: dict[str, float]
+    dropped: dict[str, str]
+
+
+def candidates(device: torch.device) -> tuple[str, ...]:
+    """Those that are tried by themselves: of OpenVINO and ONNX Runtime what is installed; on a GPU the compiled network."""
+    if device.type == "cuda":
+        return ("eager", "bf16", "compiled")
+    extras = (
+        name
+        for name, package in (("openvino", "openvino"), ("onnx", "onnxruntime"))
+        if importlib.util.find_spec(package)
+    )
+    return ("eager", "bf16", *extras)
+
+
+def choose(
+    bundle: Bundle, classifier: Classifier, images: np.ndarray, *, wanted: str = "auto", cache: Path | None = None
+) -> tuple[Forward, Choice]:
+    """The fastest way for this bundle on this machine that agrees with plain float32 on `images`, the golden pictures, uint8 N×H×W×3: the
+    same likeliest label, probabilities within AGREED. wanted: a name of BACKENDS is taken, if it agrees. The choice is kept in `cache`, by
+    default ~/.cache/refract/backends, for the bundle, the machine and the versions.
+
+    ValueError for a name that is none; BundleError where a wanted one cannot be had or does not agree.
+    """
+    if wanted != "auto" and wanted not in BACKENDS:
+        raise ValueError(f"backend: {wanted!r} is none of auto, {', '.join(BACKENDS)}")
+    device = next(classifier.parameters()).device
+    folder = (cache or CACHE).expanduser() / _key(bundle, device)
+    tensor = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+    trial = _Trial(bundle, classifier, tensor, folder)
+    names = candidates(device) if wanted == "auto" else (wanted,)
+    kept = _kept(folder) if wanted == "auto" else None
+    if kept is not None and kept.name in names:
+        torch.set_num_threads(kept.threads)
+        try:
+            return trial.agreeing(kept.name), kept
+        except Exception as err:  # of any kind: these are four libraries; what does not work any more is chosen anew
+            logger.warning("the backend %s, chosen before, does not work now: %s", kept.name, _first_line(err))
+    return _fastest(trial, names, device, folder, forced=wanted != "auto")
+
+
+def _fastest(
+    trial: "_Trial", names: tuple[str, ...], device: torch.device, folder: Path, *, forced: bool
+) -> tuple[Forward, Choice]:
+    most = torch.get_num_threads()
+    rates: dict[str, float] = {}
+    dropped: dict[str, str] = {}
+    best: tuple[float, str, int, Forward] | None = None
+    for name in names:
+        for threads in dict.fromkeys((most, 1)) if device.type == "cpu" else (most,):
+            torch.set_num_threads(threads)
+            try:
+                forward = trial.agreeing(name)
+                rate = trial.rate(forward)
+            except Exception as err:
+                if forced:
+                    raise BundleError(f"--backend {name}: {_first_line(err)}") from err
+                dropped[name] = _first_line(err)
+                break
+            rates[f"{name}/{threads}" if device.type == "cpu" else name] = round(rate, 1)
+            if best is None or rate > best[0]:
+                best = (rate, name, threads, forward)
+    if best is None:
+        raise BundleError(f"no backend computes this bundle: {dropped}")
+    choice = Choice(best[1], best[2], rates, dropped)
+    torch.set_num_threads(choice.threads)
+    if not forced:
+        _keep(folder, choice)
+    return best[3], choice
+
+
+class _Trial:
+    """The golden pictures, and what plain float32 says to them."""
+
+    def __init__(self, bundle: Bundle, classifier: Classifier, images: Tensor, folder: Path) -> None:
+        self._classifier, self._images, self._folder = classifier, images, folder
+        self._options: dict[str, Any] = {"task": bundle.info.task, "temperature": bundle.info.temperature}
+        with torch.inference_mode():
+            self._wanted = probabilities(classifier(images), **self._options)
+
+    def agreeing(self, name: str) -> Forward:
+        """ValueError where it answers otherwise."""
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of converters, about themselves
+            forward = BACKENDS[name](self._classifier, self._images.repeat(2, 1, 1, 1)[:2].contiguous(), self._folder)
+            found = probabilities(forward(self._images), **self._options)
+        gap = float((found - self._wanted).abs().max())
+        if not gap <= AGREED or not bool((found.argmax(1) == self._wanted.argmax(1)).all()):
+            raise ValueError(f"answers otherwise than float32 on the golden pictures, by up to {gap:.2g}")
+        return forward
+
+    def rate(self, forward: Forward) -> float:
+        """Pictures a second, in batches."""
+        batch = self._images.repeat(-(-BATCH // len(self._images)), 1, 1, 1)[:BATCH]
+        times: list[float] = []
+        with torch.inference_mode():
+            forward(batch).sum().item()
+            while len(times) < ROUNDS and sum(times) < SECONDS:
+                began = time.perf_counter()
+                forward(batch).sum().item()
+                times.append(time.perf_counter() - began)
+        return BATCH / sorted(times)[len(times) // 2]
+
+
+def _key(bundle: Bundle, device: torch.device) -> str:
+    machine = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{_processor()} {os.cpu_count()} {torch.get_num_threads()}"
+    )
+    packages = [name for name in ("torch", "openvino", "onnxruntime") if importlib.util.find_spec(name)]
+    facts = [bundle.digest, machine, *(f"{name} {version(name)}" for name in packages)]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _kept(folder: Path) -> Choice | None:
+    try:
+        return Choice(**json.loads((folder / "kept.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _keep(folder: Path, choice: Choice) -> None:
+    _store(folder, "json", lambda part: part.write_text(json.dumps(asdict(choice), indent=1), "utf-8"))
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).splitlines() or [""])[0][:200] or type(err).__name__

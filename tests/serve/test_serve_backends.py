@@ -1,0 +1,99 @@
+"""Other ways to compute the same network: they agree, or are not taken."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.bundle import BundleError
+from serve import backends
+from serve.app import create_app
+from serve.backends import BACKENDS, choose
+from serve.engine import Engine
+
+INSTALLED = [
+    name for name, package in (("openvino", "openvino"), ("onnx", "onnxruntime")) if importlib.util.find_spec(package)
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(backends, "CACHE", tmp_path / "cache")
+    threads = torch.get_num_threads()
+    yield tmp_path / "cache"
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ["eager", "bf16", *INSTALLED])
+def test_each_agrees_with_plain_float32_at_any_size_of_batch(name: str, bundle, picture) -> None:
+    plain, other = Engine(bundle), Engine(bundle, backend=name)
+    other.self_test()
+    images = np.stack([plain.preprocess(picture(i)) for i in range(7)])
+    for count in (1, 7, 2):
+        np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=backends.AGREED)
+    if name != "eager":
+        assert other.choice is not None and other.choice.name == name
+
+
+@pytest.mark.slow
+def test_the_compiled_network_agrees(bundle, picture) -> None:
+    plain, other = Engine(bundle), Engine(bundle, backend="compiled")
+    images = np.stack([plain.preprocess(picture(i)) for i in range(3)])
+    for count in (1, 3):
+        np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=backends.AGREED)
+
+
+def golden_images(engine: Engine) -> np.ndarray:
+    return np.stack([engine.preprocess(golden.data) for golden in engine.bundle.goldens])
+
+
+def asking(bundle, **options):
+    engine = Engine(bundle)
+    return choose(bundle, bundle.classifier("cpu"), golden_images(engine), **options)
+
+
+def test_the_fastest_is_taken_kept_and_told(bundle, serving, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, choice = asking(bundle)
+    assert choice.rates[f"{choice.name}/{choice.threads}"] == max(choice.rates.values()) and not choice.dropped
+    assert {name.partition("/")[0] for name in choice.rates} == {"eager", "bf16", *INSTALLED}
+    (kept,) = cache.glob("*/kept.json")
+    assert json.loads(kept.read_text())["name"] == choice.name
+    monkeypatch.setattr(backends._Trial, "rate", lambda *_: pytest.fail("it is not timed again"))
+    engine = Engine(bundle, backend="auto")
+    assert engine.choice == choice and torch.get_num_threads() == choice.threads
+    with serving(create_app(engine)) as client:
+        assert client.get("/v1/model").json()["backend"]["name"] == choice.name
+
+
+def test_one_that_answers_otherwise_or_fails_is_dropped_with_its_reason(
+    bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(classifier, example, folder):
+        return lambda images: -classifier(images)
+
+    def broken(classifier, example, folder):
+        raise RuntimeError("no such instruction\nand more")
+
+    monkeypatch.setattr(backends, "BACKENDS", {**BACKENDS, "bf16": wrong, "openvino": broken})
+    monkeypatch.setattr(backends, "candidates", lambda device: ("bf16", "openvino", "eager"))
+    _, choice = asking(bundle)
+    assert choice.name == "eager" and choice.dropped["openvino"] == "no such instruction"
+    assert "otherwise than float32 on the golden pictures" in choice.dropped["bf16"]
+    with pytest.raises(BundleError, match="--backend bf16: answers otherwise"):
+        asking(bundle, wanted="bf16")
+    with pytest.raises(ValueError, match="none of auto, eager"):
+        asking(bundle, wanted="tensorrt")
+    # What was chosen before and does not work any more is chosen anew.
+    (kept,) = cache.glob("*/kept.json")
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "name": "openvino"}))
+    assert asking(bundle)[1].name == "eager"
+
+
+def test_a_cache_that_cannot_be_written_or_read_does_no_harm(bundle, cache: Path) -> None:
+    cache.write_text("a file where the folder would be")
+    for name in INSTALLED:
+        assert asking(bundle, wanted=name)[1].name == name
+    assert asking(bundle)[1].rates
