@@ -1,0 +1,96 @@
+"""A load of HTTP requests from this process: so many connections, each sending its next picture when its last was answered.
+
+    python -m benchmarks.load URL PICTURES… --connections 16 --seconds 10
+
+Prints one line of JSON: requests a second, latencies in milliseconds, and the answers by status. Plain sockets and no HTTP library, so that
+the client costs little of the cores that it shares with the server.
+"""
+
+import argparse
+import asyncio
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url", help="of the route that takes a picture")
+    parser.add_argument("pictures", nargs="+", type=Path)
+    parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--warmup", type=float, default=2.0, help="seconds before those that count")
+    parser.add_argument(
+        "--form",
+        choices=("raw", "json", "multipart"),
+        default="raw",
+        help="json: MLflow's and LitServe's {field: base64}",
+    )
+    args = parser.parse_args()
+    print(json.dumps(asyncio.run(load(args))))
+
+
+async def load(args: argparse.Namespace) -> dict[str, object]:
+    """What `main` prints."""
+    parsed = urlparse(args.url)
+    path = parsed.path + (f"?{parsed.query}" if parsed.query else "")
+    requests = [_request(path, parsed.netloc, file.read_bytes(), args.form) for file in args.pictures]
+    begin = time.perf_counter() + args.warmup
+    end = begin + args.seconds
+    found: list[tuple[float, float, int]] = []
+
+    async def one(number: int) -> None:
+        reader, writer = await asyncio.open_connection(parsed.hostname, parsed.port)
+        place = number
+        while (sent := time.perf_counter()) < end:
+            writer.write(requests[place % len(requests)])
+            status = await _answered(reader)
+            found.append((sent, time.perf_counter(), status))
+            place += args.connections
+        writer.close()
+
+    await asyncio.gather(*(one(number) for number in range(args.connections)))
+    counted = [(until - since, status) for since, until, status in found if begin <= since and until <= end]
+    times = 1000 * np.array([seconds for seconds, status in counted if status == 200] or [np.nan])
+    return {
+        "rate": round(sum(status == 200 for _, status in counted) / args.seconds, 1),
+        "p50": round(float(np.percentile(times, 50)), 2),
+        "p99": round(float(np.percentile(times, 99)), 2),
+        "statuses": dict(Counter(str(status) for _, status in counted)),
+    }
+
+
+def _request(path: str, host: str, picture: bytes, form: str) -> bytes:
+    import base64
+
+    kind, body = "image/jpeg", picture
+    if form == "json":
+        kind, body = "application/json", json.dumps({"image": base64.b64encode(picture).decode()}).encode()
+    elif form == "multipart":
+        kind = "multipart/form-data; boundary=b"
+        body = (
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.jpg"\r\n\r\n' + picture + b"\r\n--b--\r\n"
+        )
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+async def _answered(reader: asyncio.StreamReader) -> int:
+    head = await reader.readuntil(b"\r\n\r\n")
+    status = int(head[9:12])
+    lengths = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+    if lengths:
+        await reader.readexactly(int(lengths[0].split(b":")[1]))
+    else:  # chunked
+        while (size := int(await reader.readuntil(b"\r\n"), 16)) > 0:
+            await reader.readexactly(size + 2)
+        await reader.readuntil(b"\r\n")
+    return status
+
+
+if __name__ == "__main__":
+    main()
