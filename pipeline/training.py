@@ -193,6 +193,7 @@ def prepare_data(config: Config) -> tuple[Any, dict[str, str]]:
     from pipeline.data.splits import draw_splits
 
     manifest = load_manifest(config.data.source, config.data.task)
+    log.info("checking %s pictures of %s", f"{len(manifest.samples):,}", manifest.source)
     found = scan(manifest.samples)
     manifest = drop_bad(manifest, found, config.data.on_bad_file)
     content = found.content(manifest)
@@ -351,6 +352,7 @@ def _make_bundle(
     doctor = make_doctor(made, config)
     history = fit(made, config, run_dir, tracker, checkpoint, [doctor, cost])
     test = manifest.of("test")
+    log.info("measuring on the hold-out of %s pictures", f"{len(test):,}")
     classifier, preprocess = module.classifier, data.preprocess
     found = assess(classifier, preprocess, manifest, config, name=run_dir.name, doctor=doctor, history=history)
     metrics = found.evaluation.metrics | found.more

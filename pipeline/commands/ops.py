@@ -26,7 +26,8 @@ def _ops(args: argparse.Namespace) -> int:
     from augment.policy import PolicyError, nearest
 
     if args.name is not None and args.name not in OPS:
-        raise PolicyError(f"no op is called {args.name!r}{nearest(args.name, OPS)}. Known: {', '.join(OPS)}")
+        hint = nearest(args.name, OPS) or f"; known: {', '.join(OPS)}"
+        raise PolicyError(f"no op is called {args.name!r}{hint}")
     if args.json:
         for name in [args.name] if args.name else OPS:
             print(json.dumps(described(name), ensure_ascii=False))
