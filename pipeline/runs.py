@@ -139,8 +139,8 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads((path / RECORD).read_text("utf-8"))
         dict(record["versions"].items())
-        if not all(isinstance(record[name], str) for name in ("name", "runs_dir", "fingerprint")):
-            raise ValueError("a name is missing")
+        if not isinstance(record["fingerprint"], str):
+            raise ValueError("its data have no fingerprint")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = "there is no such folder" if not path.is_dir() else f"{RECORD} cannot be read ({error})"
         raise ConfigError(f"{path} is no run that was begun: {why}") from error

@@ -75,6 +75,8 @@ def picture_files(paths: list[Path]) -> list[Path]:
     from augment.decode import SUFFIXES
     from pipeline.data.manifest import DataError
 
+    if not any(path.exists() for path in paths):
+        raise DataError(f"{paths[0]}: no such file or folder")
     files: list[Path] = []
     for path in paths:
         if path.is_dir():

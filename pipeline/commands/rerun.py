@@ -33,7 +33,7 @@ def _rerun(run: str, uri: str | None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(run) if Path(run).is_dir() else _fetched(run, uri, Path(folder))
         config = stored_config(path)
-        record = read_record(path)
+        record = {"name": path.name, "runs_dir": config.trainer.runs_dir, **read_record(path)}
         weights = path / "bundle" / "weights.safetensors"
         before = weights.read_bytes() if weights.is_file() else None
         kept = "the run's code.diff" if (path / "code.diff").is_file() else "files that git does not know"

@@ -107,6 +107,6 @@ def test_a_network_of_one_size_refuses_smaller_pictures_at_first() -> None:
         {"model": {"name": "lenet5"}, "trainer": {"start_size": 0.5}, "tracking": {"enabled": False}}
     )
     with pytest.raises(
-        ConfigError, match=r"^model\.name: lenet5 cannot train on 2 pictures of 16×16 pixels of the first epoch"
+        ConfigError, match=r"^model\.name: lenet5 cannot train on 2 pictures of 16×16 pixels of some epochs"
     ):
         train(config)

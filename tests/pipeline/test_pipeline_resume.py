@@ -167,7 +167,7 @@ def test_what_cannot_go_on_is_told(refract: Run, work: Path, stopped: Path) -> N
     told = refract("train", "--resume", "runs/r", code=2).stderr
     assert "the data of runs/r have changed since it began" in told
     (work / "pictures" / "red" / "new.jpg").unlink()
-    assert "no such file or directory" in refract("train", "--resume", "runs/none", code=2).stderr.lower()
+    assert "runs/none is no run: there is no such folder" in refract("train", "--resume", "runs/none", code=2).stderr
     assert "goes on with the run's own config" in refract("train", "c.yaml", "--resume", "runs/r", code=2).stderr
     assert "needs the config file first" in refract("train", "--resume", "auto", code=2).stderr
     told = refract("train", "c.yaml", "--trainer.run_name", "r", code=2).stderr
@@ -205,7 +205,7 @@ def test_a_run_whose_weights_or_teacher_changed_cannot_go_on(tmp_path: Path) -> 
     (tmp_path / "w.pt").write_bytes(b"2")
     config.loss.teacher, config.model.weights = str(tmp_path / "teacher"), str(tmp_path / "w.pt")
     config.trainer.runs_dir = str(tmp_path / "runs")
-    record = {"fingerprint": "f", "inputs": inputs(config)}
+    record = {"fingerprint": "f", "versions": {}, "inputs": inputs(config)}
     assert set(record["inputs"]) == {"model.weights", "loss.teacher"}
     run = new_run(config, "r", record)
     assert old_run(run.path, {"fingerprint": "f", "inputs": inputs(config)}).resumed
