@@ -1,12 +1,15 @@
 """Networks by name: every own one, and one of each kind that the catalogues hold."""
 
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
+from models.nets.features import HoG
 from models.nets.resnet import BasicBlock
 from models.networks import NETWORKS, build, head_of, weights_preprocess
 
@@ -173,3 +176,28 @@ def test_what_a_server_imports_stays_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("degrees", "wanted"),
+    [(0, {0: 1.0}), (30, {1: 0.5, 2: 0.5}), (90, {4: 0.5, 5: 0.5}), (100, {5: 1.0}), (175, {8: 0.25, 0: 0.75})],
+)
+def test_hog_votes_for_the_two_nearest_of_nine_directions(degrees: float, wanted: dict[int, float]) -> None:
+    """A ramp has one direction; a bin is 20° wide, and a vote is shared by how near its two neighbours are."""
+    down, across = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
+    turn = math.radians(degrees)
+    ramp = (across * math.cos(turn) + down * math.sin(turn)).expand(1, 3, 24, 24)
+    blocks = HoG((24, 24), cell=4)(ramp).view(1, 4, 9, 5, 5)[0, :, :, 2, 2]  # of the middle, which knows no border
+    found = blocks / blocks.sum(dim=1, keepdim=True)
+    votes = torch.zeros(9)
+    for place, share in wanted.items():
+        votes[place] = share
+    clipped = torch.nn.functional.normalize(votes.repeat(4), dim=0).clamp(max=0.2).view(4, 9)  # L2-Hys
+    torch.testing.assert_close(found, clipped / clipped.sum(dim=1, keepdim=True), atol=1e-3, rtol=0)
+
+
+def test_stochastic_depth_rises_linearly_to_the_last_branch() -> None:
+    network = build("cnn", 2, image_size=(16, 16), widths=[8, 8], depth=3, residual=True, drop_path=0.4)
+    assert [module.p for module in network.modules() if isinstance(module, StochasticDepth)] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4]
+    )
