@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serve.memory import keep_freed_memory
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
@@ -38,6 +40,7 @@ def main(argv: list[str]) -> int:
         # Both signals end a start-up as well; and uvicorn raises the signal again once it has stopped gracefully.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    keep_freed_memory()
     try:
         with _listen(arguments.host, arguments.port) as bound:
             _serve(arguments, bound)
