@@ -15,6 +15,7 @@ def a_step(network, images):
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "args"),
     [

@@ -119,6 +119,7 @@ def test_predict_tells_each_picture(refract: Run, workplace: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_predict_goes_on_past_a_bad_picture(refract: Run, workplace: Path) -> None:
     (workplace / "bad.jpg").write_text("text")
     write_picture(workplace / "good.jpg", picture("green", 902))
@@ -128,6 +129,7 @@ def test_predict_goes_on_past_a_bad_picture(refract: Run, workplace: Path) -> No
     assert "no such file" in refract("predict", "runs/r1/bundle", "nowhere.jpg", code=2).stderr
 
 
+@pytest.mark.slow
 def test_evaluate_measures_the_runs_own_hold_out(refract: Run, workplace: Path) -> None:
     done = refract("evaluate", "runs/r1/bundle", "pictures", "--json", "e.json")
     report = json.loads((workplace / "e.json").read_text())
@@ -155,6 +157,7 @@ def test_evaluate_refuses_labels_it_does_not_know(refract: Run, workplace: Path)
     assert "does not know 1 of the labels: purple" in refract("evaluate", "runs/r1/bundle", "other", code=2).stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_never_overwritten(refract: Run, workplace: Path) -> None:
     before = (workplace / "runs" / "r1" / "bundle" / "manifest.json").read_bytes()
     assert "runs/r1 exists already" in refract("train", "pictures.yaml", *QUICK, code=2).stderr
@@ -175,6 +178,7 @@ def test_preview_draws_a_grid(refract: Run, workplace: Path) -> None:
     refract("preview", "pictures/red/00.jpg", "--policy", "imagenet", "-o", "one.png")
 
 
+@pytest.mark.slow
 def test_data_errors_reach_the_user_in_words(refract: Run, workplace: Path) -> None:
     (workplace / "pictures" / "red" / "notes.jpg").write_text("text")
     assert "notes.jpg: not a picture" in refract("train", "pictures.yaml", "--trainer.run_name", "r2", code=2).stderr
@@ -189,6 +193,7 @@ def test_altered_bundle_is_refused(refract: Run, workplace: Path) -> None:
     assert "weights.safetensors" in refract("predict", "runs/r1/bundle", "pictures", code=2).stderr
 
 
+@pytest.mark.slow
 def test_http_evaluate_and_module_give_one_answer(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes through the server, through `evaluate`'s scoring, and through the network by hand."""
     import httpx

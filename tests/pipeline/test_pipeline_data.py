@@ -213,6 +213,7 @@ def batches_of(data: PictureData, epochs: range) -> list[torch.Tensor]:
     return batches
 
 
+@pytest.mark.slow
 def test_same_pixels_with_any_number_of_workers(folder: Path) -> None:
     expected = batches_of(module_of(folder, 0), range(2))
     assert not torch.equal(expected[0][:-8], expected[len(expected) // 2][:-8]), "epochs differ"

@@ -211,6 +211,7 @@ def test_weights_that_are_lost_are_told(uneven: Path, tmp_path: Path) -> None:
         trained(uneven, tmp_path, "--optim.lr", 1e30, "--data.batch_size", 40, "--trainer.max_epochs", 1)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_names_layer_and_batch_and_can_be_replayed(
     refract: Run, uneven: Path, tmp_path: Path
 ) -> None:

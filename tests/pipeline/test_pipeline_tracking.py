@@ -45,6 +45,7 @@ def tracked(run_dir: Path, uri: str) -> Tracker:
     return Tracker(TrackingConfig(uri=uri), run_dir, {"optim": {"lr": 0.1}, "long": "x" * 9000}, {"team": "a"})
 
 
+@pytest.mark.slow
 def test_a_silent_server_holds_nothing_up_and_gets_all_later(
     tmp_path: Path, refract: Run, impatient: None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -141,6 +142,7 @@ def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder:
     assert run.data.tags["mlflow.source.name"] == "refract train pictures" and run.data.tags["mlflow.user"]
 
 
+@pytest.mark.slow
 def test_another_server_gets_the_run_from_its_beginning(tmp_path: Path, refract: Run) -> None:
     run_dir = tmp_path / "runs" / "r"
     new_run(configured(tmp_path, ("--trainer.runs_dir", tmp_path / "runs", "--trainer.run_name", "r")), "r", {})
@@ -170,6 +172,7 @@ def test_a_run_stays_with_its_server_in_any_folder(tmp_path: Path, monkeypatch: 
     assert run.info.status == "FINISHED" and run.data.metrics == {"loss": 1.0}
 
 
+@pytest.mark.slow
 def test_sync_passes_over_a_run_that_is_trained_or_damaged(tmp_path: Path, refract: Run) -> None:
     for name in ("a", "b", "c"):
         new_run(configured(tmp_path, ("--trainer.runs_dir", tmp_path / "runs", "--trainer.run_name", name)), name, {})

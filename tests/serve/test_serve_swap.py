@@ -141,6 +141,7 @@ def registry(bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return promote, tmp_path
 
 
+@pytest.mark.slow
 def test_a_new_champion_answers_a_bad_one_does_not_and_a_person_is_obeyed(
     registry, bundle, other, make_bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
