@@ -6,7 +6,6 @@ Nothing heavy is imported up here: --help and a mistyped option are answered at 
 import argparse
 import logging
 import math
-import shutil
 import signal
 import socket
 import sys
@@ -79,7 +78,7 @@ def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
 
 
 def _bundle(source: str) -> "Bundle":
-    from serve.source import SourceError, resolve
+    from serve.source import SourceError, download_again, is_registered, resolve
 
     try:
         folder = resolve(source)
@@ -90,13 +89,12 @@ def _bundle(source: str) -> "Bundle":
     try:
         return load_bundle(folder)
     except BundleError as err:
-        if source != str(folder):  # a download that was damaged since: it is fetched once more
-            shutil.rmtree(folder)
-            try:
-                return load_bundle(resolve(source))
-            except (BundleError, SourceError) as again:
-                raise RefusedError(str(again)) from again
-        raise RefusedError(str(err)) from err
+        if not is_registered(source):
+            raise RefusedError(str(err)) from err
+        try:  # a download that was damaged since
+            return load_bundle(download_again(source, folder))
+        except (BundleError, SourceError) as again:
+            raise RefusedError(str(again)) from again
 
 
 def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
@@ -105,6 +103,7 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
     from serve.app import create_app
     from serve.engine import Engine
     from serve.limits import MIB, Limits
+    from serve.source import is_registered
 
     has_cuda = torch.cuda.is_available()
     if arguments.device == "cuda" and not has_cuda:
@@ -117,7 +116,7 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
         raise RefusedError(str(err)) from err
     names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log")
     options = {name: getattr(arguments, name) for name in names}
-    if "@" in arguments.source and arguments.source.startswith("models:/") and arguments.poll_s > 0:
+    if is_registered(arguments.source) and "@" in arguments.source and arguments.poll_s > 0:
         options |= {"follow": arguments.source, "poll_s": arguments.poll_s, "backend": arguments.backend}
     app = create_app(engine, limits=limits, keys=_keys(arguments), **options)
     if arguments.metrics_port is not None:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -37,7 +38,7 @@ def resolve(source: str, *, cache: Path | None = None) -> Path:
     Downloads go to `cache`, by default ~/.cache/refract/models, once a version. The tracking server is that of
     MLFLOW_TRACKING_URI, else mlflow.db of the working directory. SourceError says what is wrong with the source.
     """
-    if source.startswith(_SCHEME):
+    if is_registered(source):
         match = _REGISTERED.fullmatch(source)
         if match is None:
             raise SourceError(f"{source!r} is neither models:/NAME@ALIAS nor models:/NAME/VERSION")
@@ -50,13 +51,30 @@ def resolve(source: str, *, cache: Path | None = None) -> Path:
     return path
 
 
+def is_registered(source: str) -> bool:
+    """Whether the source is a name in the registry; else it is a folder of the user's own."""
+    return source.startswith(_SCHEME)
+
+
+def download_again(source: str, damaged: Path) -> Path:
+    """`resolve` of a registered source whose download, `damaged`, is of no use. It stays where there is no other. SourceError."""
+    aside = damaged.with_name(f".damaged-{damaged.name}-{os.getpid()}")
+    damaged.rename(aside)
+    try:
+        return resolve(source, cache=damaged.parent)
+    finally:
+        if damaged.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(damaged)
+
+
 def _download(source: str, match: re.Match[str], cache: Path) -> Path:
     tracking_uri = _tracking_uri()
-    client = _client(tracking_uri)
     # What the source meant last, for when the server is down.
     last = cache / f"last-{hashlib.sha256(f'{tracking_uri} {source}'.encode()).hexdigest()[:12]}"
     try:
-        version = _version(client, source, match, tracking_uri)
+        version = _version(source, match, tracking_uri)
     except UnreachableError as err:
         known = cache / last.read_text("utf-8") if last.is_file() else None
         if known is None or not known.is_dir():
@@ -70,10 +88,20 @@ def _download(source: str, match: re.Match[str], cache: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
             _move(_fetch(version, folder, tracking_uri, source), target)
-    with tempfile.NamedTemporaryFile("w", dir=cache, prefix=".last-", delete=False) as file:
-        file.write(target.name)
-    Path(file.name).replace(last)
+    _remember(last, target.name)
     return target
+
+
+def _remember(last: Path, name: str) -> None:
+    """A cache that was baked into an image may be read-only, and serves all the same."""
+    part = last.with_name(f".{last.name}-{os.getpid()}")
+    try:
+        part.write_text(name, "utf-8")
+        part.replace(last)
+    except OSError as err:
+        logger.warning(
+            "with the tracking server down this would not be found: %s cannot be written (%s)", last, err.strerror
+        )
 
 
 def _tracking_uri() -> str:
@@ -96,15 +124,14 @@ def _client(tracking_uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
-def _version(client: "MlflowClient", source: str, match: re.Match[str], tracking_uri: str) -> "ModelVersion":
-    from mlflow.exceptions import MlflowException
-
+def _version(source: str, match: re.Match[str], tracking_uri: str) -> "ModelVersion":
     try:
+        client = _client(tracking_uri)
         if match["alias"]:
             return client.get_model_version_by_alias(match["name"], match["alias"])
         return client.get_model_version(match["name"], match["version"])
-    except MlflowException as err:
-        known = err.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+    except Exception as err:  # MLflow's own, or SQLAlchemy's for a database that cannot be opened
+        known = getattr(err, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
         problem = "no such model, version or alias" if known else "the tracking server does not answer"
         kind = SourceError if known else UnreachableError
         raise kind(f"{source}: {problem} at {tracking_uri} ({_first_line(err)})") from err

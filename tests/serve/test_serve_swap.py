@@ -1,15 +1,26 @@
 """Another model, with no request lost and none answered in another's name."""
 
 import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
 from models.bundle import Bundle, BundleError, load_bundle
 from serve.app import create_app
+from serve.command import RefusedError, _bundle
 from serve.engine import Engine
 from serve.errors import NotReadyError
 from serve.follow import Follower
@@ -17,7 +28,7 @@ from serve.keys import Keys
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.service import Service
-from serve.source import CACHE, resolve
+from serve.source import resolve
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +176,71 @@ def test_a_new_champion_answers_a_bad_one_does_not_and_a_person_is_obeyed(
     served(Engine(load_bundle(resolve(name))), story)
 
 
-def test_with_the_server_down_it_starts_with_what_the_name_meant_last(registry, bundle, monkeypatch) -> None:
-    _, folder = registry
+def test_a_damaged_download_is_fetched_again_and_a_folder_of_ones_own_is_left_alone(
+    registry, bundle, make_bundle, tmp_path: Path
+) -> None:
     name = "models:/shapes@champion"
     path = resolve(name)
-    (folder / "mlflow.db").rename(folder / "away.db")
-    (folder / "mlflow.db").mkdir()
-    assert resolve(name) == path and load_bundle(path).digest == bundle.digest
-    assert path.parent == CACHE.expanduser()
+    (path / "weights.safetensors").write_bytes(b"damaged")
+    assert _bundle(name).digest == bundle.digest, "another one has come in its place"
+    own = make_bundle(tmp_path / "own").path
+    (own / "weights.safetensors").write_bytes(b"damaged")
+    before = sorted(own.rglob("*"))
+    for said in (str(own), f"{own}/", f"{own.parent}/./own"):
+        with pytest.raises(RefusedError, match=r"weights\.safetensors"):
+            _bundle(said)
+    assert sorted(own.rglob("*")) == before
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_has(registry, bundle, tmp_path: Path, caplog) -> None:
+    name = "models:/shapes@champion"
+    path = resolve(name)
+    (last,) = path.parent.glob("last-*")
+    last.unlink()
+    last.mkdir()  # root may write anywhere, but not a file where a folder is
+    assert resolve(name) == path and "cannot be written" in caplog.text
+
+
+@pytest.mark.slow
+def test_with_the_server_down_it_starts_with_what_the_name_meant_last(registry, bundle, tmp_path: Path) -> None:
+    """A real tracking server, which is then killed; a damaged download is not lost to that."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/mlflow.db",
+        "--port",
+        str(port),
+    ]
+    environ = {**os.environ, "MLFLOW_TRACKING_URI": address}
+    name = "models:/shapes@champion"
+
+    def located() -> dict[str, str]:
+        done = subprocess.run([sys.executable, "-m", "serve.source", name], capture_output=True, text=True, env=environ)
+        return json.loads(done.stdout)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as server:
+        try:
+            for _ in range(200):
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{address}/health", trust_env=False).status_code == 200:
+                        break
+                time.sleep(0.2)
+            path = Path(located()["path"])
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+    assert located() == {"path": str(path)} and load_bundle(path).digest == bundle.digest
+    (path / "weights.safetensors").write_bytes(b"damaged")
+    serve = [sys.executable, "-m", "serve.command", name, "--port", "0"]
+    done = subprocess.run(serve, capture_output=True, text=True, env=environ)
+    assert done.returncode == 2 and "the tracking server does not answer" in done.stderr
+    assert path.is_dir() and not list(path.parent.glob(".damaged-*")), "nothing is lost, nothing left over"
+    shutil.rmtree(path)
+    assert "the tracking server does not answer" in located()["error"]
