@@ -201,3 +201,15 @@ def test_stochastic_depth_rises_linearly_to_the_last_branch() -> None:
     assert [module.p for module in network.modules() if isinstance(module, StochasticDepth)] == pytest.approx(
         [0.1, 0.2, 0.3, 0.4]
     )
+
+
+def test_fastnets_third_convolution_is_residual() -> None:
+    network = build("fastnet", 3, image_size=(32, 32), widths=[8, 8, 8], depth=3).eval()
+    stage = network.stages[0]
+    with torch.no_grad():
+        stage.conv3.weight.zero_()
+        values = torch.randn(2, 24, 16, 16)
+        first = nn.functional.gelu(stage.norm1(nn.functional.max_pool2d(stage.conv1(values), 2)))
+        assert torch.equal(stage(values), nn.functional.gelu(first)), "what the first convolution gave goes on"
+    with pytest.raises(ValueError, match="depth=4: expected 2 or 3"):
+        build("fastnet", 3, image_size=(32, 32), depth=4)
