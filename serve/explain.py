@@ -66,9 +66,15 @@ def _tensor(classifier: Classifier, image: np.ndarray) -> Tensor:
 def _last_map(classifier: Classifier, images: Tensor) -> nn.Module | None:
     """The last leaf, in the order of execution, whose output is N×C×H×W with more than one place."""
     found: list[nn.Module] = []
+    mine = threading.get_ident()
 
     def look(module: nn.Module, _: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
+        if (
+            threading.get_ident() == mine
+            and isinstance(output, Tensor)
+            and output.ndim == 4
+            and output.shape[2] * output.shape[3] > 1
+        ):
             found.append(module)
 
     leaves = [module for module in classifier.network.modules() if not list(module.children())]

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from models.bundle import BundleError
+from models.classifier import Classifier
+from models.networks import build
 from serve import backends
 from serve.app import create_app
 from serve.backends import BACKENDS, choose
@@ -97,3 +99,24 @@ def test_a_cache_that_cannot_be_written_or_read_does_no_harm(bundle, cache: Path
     for name in INSTALLED:
         assert asking(bundle, wanted=name)[1].name == name
     assert asking(bundle)[1].rates
+
+
+def test_a_choice_of_one_thread_does_not_bind_the_next(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "THREADS", 2)
+    torch.set_num_threads(1)
+    _, choice = asking(bundle)
+    assert {"eager/1", "eager/2"} <= choice.rates.keys()
+    (kept,) = cache.glob("*/kept.json")
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "threads": "many"}))
+    assert asking(bundle)[1].threads in (1, 2), "a damaged note is written anew"
+
+
+def test_bfloat16_keeps_what_a_network_computes_in_float32() -> None:
+    classifier = Classifier(build("fastnet", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        found = BACKENDS["bf16"](classifier, images, Path())(images)
+        torch.testing.assert_close(found, classifier(images), atol=0.05, rtol=0.05)
+    assert all(parameter.dtype == torch.float32 for parameter in classifier.parameters()), (
+        "that of others is not touched"
+    )

@@ -72,6 +72,24 @@ def test_networks_can_be_explained_while_they_answer(name: str) -> None:
     assert not any(parameter.grad is not None for parameter in classifier.parameters())
 
 
+def test_the_layer_is_found_while_others_ask() -> None:
+    """Another thread's forward pass ends, in the middle of ours, in the layer before ours."""
+
+    class Asked(RedOrBlue):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            found = super().forward(images)
+            if not self.asked:
+                self.asked = True
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(lambda: self.pick(torch.zeros(1, 3, 32, 32))).result()
+            return found
+
+    network = Asked()
+    network.asked = False
+    explainer = Explainer(Classifier(network, mean=(0.0,) * 3, std=(1.0,) * 3).eval(), picture())
+    assert explainer._layer is network.relu
+
+
 def test_a_network_without_places_has_no_explanation() -> None:
     classifier = Classifier(build("mlp", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
     assert not Explainer(classifier, picture()).available
