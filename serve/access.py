@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 import time
 import uuid
 
@@ -12,6 +13,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 logger = logging.getLogger("serve.access")
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def write_lines() -> None:
+    """Have the lines written to the standard output, each a JSON object and nothing else; warnings go elsewhere."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 class Access:

@@ -33,8 +33,6 @@ def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after a graceful end, 1 after a failure, 2 if it cannot serve that."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if arguments.access_log:
-        logging.getLogger("serve.access").setLevel(logging.INFO)
     if threading.current_thread() is threading.main_thread():
         # Both signals end a start-up as well; and uvicorn raises the signal again once it has stopped gracefully.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -100,6 +98,7 @@ def _bundle(source: str) -> "Bundle":
 def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
     import torch
 
+    from serve.access import write_lines
     from serve.app import create_app
     from serve.engine import Engine
     from serve.limits import MIB, Limits
@@ -114,6 +113,8 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
         engine = Engine(bundle, device, arguments.backend)
     except ValueError as err:
         raise RefusedError(str(err)) from err
+    if arguments.access_log:
+        write_lines()
     names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log")
     options = {name: getattr(arguments, name) for name in names}
     if is_registered(arguments.source) and "@" in arguments.source and arguments.poll_s > 0:
@@ -181,12 +182,12 @@ def _parser() -> argparse.ArgumentParser:
         help="how often to ask what models:/NAME@ALIAS means; 0 never",
     )
     add("--max-requests", type=_whole(1, 65536), default=256, metavar="N", help="requests at a time; more get 429")
-    add("--deadline-s", type=_number, default=10.0, metavar="S", help="for an answer; what takes longer is dropped")
+    add("--deadline-s", type=_above_0, default=10.0, metavar="S", help="for an answer; what takes longer is dropped")
     add("--keys", type=Path, metavar="FILE", help="API keys, one a line; read again when the file changes")
-    add("--rate", type=_number, metavar="N", help="requests a second of each key; more get 429")
+    add("--rate", type=_above_0, metavar="N", help="requests a second of each key; more get 429")
     add("--metrics-port", type=_whole(0, 65535), metavar="PORT", help="answer Prometheus at /metrics there")
-    add("--access-log", action="store_true", help="write a line of JSON for each request")
-    add("--max-body-mb", type=_number, default=20.0, metavar="MB", help="largest request body, in MiB")
+    add("--access-log", action="store_true", help="write a line of JSON for each request to the standard output")
+    add("--max-body-mb", type=_above_0, default=20.0, metavar="MB", help="largest request body, in MiB")
     add("--max-pixels", type=_whole(1, 2**31), default=50_000_000, metavar="N", help="most pixels of one image")
     return parser
 
@@ -198,6 +199,13 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _above_0(text: str) -> float:
+    value = _number(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return value
 
 
 def _number(text: str) -> float:

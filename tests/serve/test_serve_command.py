@@ -1,5 +1,6 @@
 """`refract serve` as a process: what it prints, and how it ends."""
 
+import json
 import os
 import signal
 import socket
@@ -51,6 +52,19 @@ def test_help_is_answered_without_the_heavy_imports():
     assert time.monotonic() - started < 1
     assert "--max-wait-ms" in done.stdout
     assert done.stdout.endswith("0 []\n")
+
+
+def test_the_access_log_is_json_and_nothing_else(bundle, picture):
+    process = start(str(bundle.path), "--port", "0", "--device", "cpu", "--access-log")
+    address = process.stdout.readline().rpartition(" on ")[2].strip()
+    with httpx.Client(base_url=address, trust_env=False) as client:
+        client.post("/v1/predict", content=picture(1), headers={"X-Request-Id": "mine"})
+        client.get("/nothing")
+    process.terminate()
+    code, out, err = finish(process)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(line["path"], line["status"]) for line in lines] == [("/v1/predict", 200), ("/nothing", 404)]
+    assert (code, err, lines[0]["id"]) == (0, "", "mine")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -129,6 +143,9 @@ def test_cuda_where_there_is_none(bundle):
         ["--max-wait-ms", "-1"],
         ["--max-body-mb", "nan"],
         ["--max-pixels", "1e6"],
+        ["--deadline-s", "0"],
+        ["--rate", "0"],
+        ["--max-body-mb", "0"],
     ],
 )
 def test_an_option_out_of_range_is_named(options, bundle, capsys):
