@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,31 +163,22 @@ def _adapt_channels(network: nn.Module, found: dict[str, Tensor], expected: Mapp
 
 
 def _clean(key: str, expected: Mapping[str, Tensor]) -> str:
-    """The key without foreign prefixes, if the network has such a one; else as it is.
-
-    Cut only as far as needed: timm has networks whose own head is named `classifier`.
-    """
-    cut = key
-    while cut not in expected:
-        prefix = next((p for p in _PREFIXES if cut.startswith(p)), None)
-        if prefix is None:
-            return key
-        cut = cut.removeprefix(prefix)
-    return cut
+    """The key without foreign prefixes, if the network has such a one; else as it is."""
+    return next((cut for cut in _cuts(key) if cut in expected), key)
 
 
-def _bare(key: str) -> str:
-    """The key without any foreign prefix."""
+def _cuts(key: str) -> Iterator[str]:
+    """The key, and without its foreign prefixes one by one: some networks' own heads are named `classifier`."""
+    yield key
     while (prefix := next((p for p in _PREFIXES if key.startswith(p)), None)) is not None:
         key = key.removeprefix(prefix)
-    return key
+        yield key
 
 
 def _expendable(key: str, below_head: str) -> bool:
     """Of the classifier's normalisation, an auxiliary head, or a head of another kind."""
-    bare_head = _bare(below_head)
-    return key.partition(".")[0] in _EXPENDABLE or bool(
-        below_head and key.startswith((below_head, bare_head or below_head))
+    return any(
+        cut.partition(".")[0] in _EXPENDABLE or (below_head and cut.startswith(below_head)) for cut in _cuts(key)
     )
 
 
@@ -213,9 +204,7 @@ def _check(
         # Files from before PyTorch 0.4.1 have no such counter, and only a batch norm without momentum reads it.
         if key not in {*report.loaded, *report.reinitialised} and not key.endswith("num_batches_tracked")
     ]
-    strange = [
-        f"{key} unknown" for key in report.left_out if key not in expected and not _expendable(_bare(key), below_head)
-    ]
+    strange = [f"{key} unknown" for key in report.left_out if key not in expected and not _expendable(key, below_head)]
     if not report.loaded:
         raise ValueError(f"weights={str(path)!r}: no key fits the network; the file begins with {list(found)[:3]}")
     if differing := faults + strange:

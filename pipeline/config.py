@@ -274,7 +274,6 @@ def config_from_dict(
     blamed = where
     try:
         namespace = parser.parse_object(dict(values))
-        parser.instantiate(namespace)
         blamed = "command line"
         namespace = parser.parse_args(list(overrides), namespace=namespace)
         config = Config(**{item.name: parser.instantiate(namespace)[item.name] for item in fields(Config)})

@@ -221,7 +221,10 @@ def _own_head(config: Config, network: Any, manifest: "Manifest") -> None:
     record = Path(config.model.weights) / "bundle.json"
     if config.model.weights in ("none", "default") or not record.is_file():
         return
-    labels = json.loads(record.read_text("utf-8")).get("labels", [])
+    stored = json.loads(record.read_text("utf-8"))
+    labels = stored.get("labels") if isinstance(stored, dict) else None
+    if not isinstance(labels, list):
+        raise ValueError(f"weights={config.model.weights!r}: its bundle.json tells no labels")
     if len(labels) == len(manifest.labels) and tuple(labels) != manifest.labels:
         for module in head_of(network).modules():
             if hasattr(module, "reset_parameters"):

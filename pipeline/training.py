@@ -299,11 +299,7 @@ def _run_trainer(made: Assembly, config: Config, run_dir: Path, callbacks: list[
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=group.devices,
         num_nodes=group.nodes,
-        strategy="auto"
-        if group.count == 1
-        else "ddp"
-        if config.model.mode == "fine-tune"
-        else "ddp_find_unused_parameters_true",
+        strategy=_strategy(group.count, config.model.mode),
         sync_batchnorm=group.count > 1 and device == "cuda",
         use_distributed_sampler=False,  # the data's own orders know their process
         precision=made.precision,  # type: ignore[arg-type]
@@ -329,6 +325,13 @@ def _run_trainer(made: Assembly, config: Config, run_dir: Path, callbacks: list[
         raise KeyboardInterrupt from error
     except DataError as error:  # from a worker process it comes wrapped in that process's traceback
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
+
+
+def _strategy(processes: int, mode: str) -> str:
+    """Where layers are frozen, now or later, some parameters have no gradient that the processes could exchange."""
+    if processes == 1:
+        return "auto"
+    return "ddp" if mode == "fine-tune" else "ddp_find_unused_parameters_true"
 
 
 def _make_bundle(

@@ -189,12 +189,14 @@ def test_a_new_kind_of_head_goes_on_a_loaded_backbone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", ["mlp", "cosine"])
-def test_weights_with_a_head_of_another_kind_load(head: str, tmp_path: Path) -> None:
-    source = build("resnet20", 3, image_size=(16, 16), head=head)
-    torch.save({f"network.{key}": value for key, value in source.state_dict().items()}, tmp_path / "w.pt")
-    same = build("resnet20", 3, image_size=(16, 16), head=head, weights=str(tmp_path / "w.pt"))
+@pytest.mark.parametrize("name", ["resnet20", "timm/mobilenetv3_small_050"])  # the second's head is named `classifier`
+@pytest.mark.parametrize("prefix", ["network.", "classifier.network.", ""])
+def test_weights_with_a_head_of_another_kind_load(prefix: str, name: str, head: str, tmp_path: Path) -> None:
+    source = build(name, 3, image_size=(32, 32), head=head)
+    torch.save({f"{prefix}{key}": value for key, value in source.state_dict().items()}, tmp_path / "w.pt")
+    same = build(name, 3, image_size=(32, 32), head=head, weights=str(tmp_path / "w.pt"))
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in same.state_dict().items())
-    other = build("resnet20", 5, image_size=(16, 16), weights=str(tmp_path / "w.pt"))
+    other = build(name, 5, image_size=(32, 32), weights=str(tmp_path / "w.pt"))
     assert torch.equal(next(other.parameters()), next(source.parameters()))
 
 

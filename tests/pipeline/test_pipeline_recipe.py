@@ -269,6 +269,10 @@ def test_a_bundles_head_for_other_labels_starts_afresh(uneven: Path, tmp_path: P
     now = fresh.state_dict()
     differing = {key for key, value in stored.items() if not torch.equal(now[key], value)} - {"mean", "std"}
     assert differing == {"network.head.weight", "network.head.bias"}
+    for content in ("[]", "{}", '{"labels": 3}'):
+        (done.bundle / "bundle.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"bundle\.json tells no labels"):
+            begun(others, "--model.weights", done.bundle)
 
 
 def test_what_has_no_effect_is_told(uneven: Path, caplog: pytest.LogCaptureFixture) -> None:
