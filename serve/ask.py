@@ -6,8 +6,6 @@ import os
 import sys
 from pathlib import Path
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
 
 def main(argv: list[str]) -> int:
     """Returns 0, 1 where a picture was not answered, 2 for what cannot be asked."""
@@ -48,4 +46,6 @@ def main(argv: list[str]) -> int:
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
+    from augment.decode import SUFFIXES
+
     return sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)

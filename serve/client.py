@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import httpx
 
+Answer = httpx.Response | httpx.TransportError
+
 TRIES = 5
 LONGEST_WAIT_S = 30.0
 
@@ -25,26 +27,24 @@ class ServerError(RuntimeError):
 class _Common:
     def __init__(self, url: str, *, key: str | None = None, timeout_s: float = 30.0, tries: int = TRIES) -> None:
         """url: as http://localhost:8000; key: where the server asks for one; tries: for one question, the first among them."""
+        if tries < 1:
+            raise ValueError(f"tries={tries}: expected at least 1")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._options: dict[str, Any] = {"base_url": url, "headers": headers, "timeout": timeout_s}
         self._tries = tries
 
-    def _waits(self, attempt: int, answer: httpx.Response | Exception) -> float | None:
+    def _waits(self, attempt: int, answer: Answer) -> float | None:
         """Seconds after which to ask once more; None where that is of no use."""
         if attempt + 1 >= self._tries:
             return None
         backoff = min(LONGEST_WAIT_S, 0.2 * 2**attempt) * random.uniform(0.5, 1.0)
-        if isinstance(answer, httpx.Response):
-            if answer.status_code not in (429, 503):
-                return None
-            told = answer.headers.get("retry-after", "")
-            return min(LONGEST_WAIT_S, float(told)) + backoff if told.isdecimal() else backoff
-        # A connection that was not made, or that was closed before an answer: to classify twice does no harm.
-        return (
-            backoff
-            if isinstance(answer, httpx.TransportError) and not isinstance(answer, httpx.TimeoutException)
-            else None
-        )
+        if isinstance(answer, httpx.TransportError):
+            # A connection that was not made, or that was closed before an answer: to classify twice does no harm.
+            return None if isinstance(answer, httpx.TimeoutException) else backoff
+        if answer.status_code not in (429, 503):
+            return None
+        told = answer.headers.get("retry-after", "")
+        return min(LONGEST_WAIT_S, float(told)) + backoff if told.isdecimal() else backoff
 
 
 def _question(images: Sequence[bytes | str | Path], options: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +59,10 @@ def _question(images: Sequence[bytes | str | Path], options: dict[str, Any]) -> 
     }
 
 
-def _read(answer: httpx.Response) -> list[dict[str, Any]]:
+def _read(answer: Answer) -> list[dict[str, Any]]:
+    if isinstance(answer, httpx.TransportError):
+        told = f"the server does not answer ({type(answer).__name__}: {answer})"
+        raise ServerError(0, "unreachable", told) from answer
     if answer.status_code != 200:
         try:
             problem = answer.json()
@@ -69,10 +72,6 @@ def _read(answer: httpx.Response) -> list[dict[str, Any]]:
         raise ServerError(answer.status_code, code, detail)
     predictions: list[dict[str, Any]] = answer.json()["predictions"]
     return predictions
-
-
-def _unreached(error: httpx.TransportError) -> ServerError:
-    return ServerError(0, "unreachable", f"the server does not answer ({type(error).__name__}: {error})")
 
 
 class Client(_Common):
@@ -93,18 +92,17 @@ class Client(_Common):
         OSError for a file."""
         question = _question(images, options)
         for attempt in range(self._tries):
-            try:
-                answer = self._http.post(**question)
-            except httpx.TransportError as error:
-                wait = self._waits(attempt, error)
-                if wait is None:
-                    raise _unreached(error) from error
-            else:
-                wait = self._waits(attempt, answer)
-                if wait is None:
-                    return _read(answer)
+            answer = self._ask(question)
+            if (wait := self._waits(attempt, answer)) is None:
+                break
             time.sleep(wait)
-        raise AssertionError("the last try ends above")
+        return _read(answer)
+
+    def _ask(self, question: dict[str, Any]) -> Answer:
+        try:
+            return self._http.post(**question)
+        except httpx.TransportError as error:
+            return error
 
 
 class AsyncClient(_Common):
@@ -123,15 +121,14 @@ class AsyncClient(_Common):
         """As `Client.predict`."""
         question = await asyncio.to_thread(_question, images, options)
         for attempt in range(self._tries):
-            try:
-                answer = await self._http.post(**question)
-            except httpx.TransportError as error:
-                wait = self._waits(attempt, error)
-                if wait is None:
-                    raise _unreached(error) from error
-            else:
-                wait = self._waits(attempt, answer)
-                if wait is None:
-                    return _read(answer)
+            answer = await self._ask(question)
+            if (wait := self._waits(attempt, answer)) is None:
+                break
             await asyncio.sleep(wait)
-        raise AssertionError("the last try ends above")
+        return _read(answer)
+
+    async def _ask(self, question: dict[str, Any]) -> Answer:
+        try:
+            return await self._http.post(**question)
+        except httpx.TransportError as error:
+            return error

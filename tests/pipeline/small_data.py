@@ -7,6 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from pipeline.config import Config
+
 COLORS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 50)}
 
 
@@ -19,6 +21,14 @@ def picture(label: str, number: int, side: int = 24) -> np.ndarray:
 def write_picture(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), pixels[:, :, ::-1])
+
+
+def config_of(source: Path | str, **data) -> Config:
+    config = Config()
+    config.data.source = str(source)
+    for key, value in data.items():
+        setattr(config.data, key, value)
+    return config
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

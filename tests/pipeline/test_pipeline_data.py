@@ -10,28 +10,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_data import COLORS, picture, write_picture
+from small_data import COLORS, config_of, picture, write_picture
 
 from augment import Augmenter, Preprocess
 from models.classifier import Classifier
 from models.networks import build
-from pipeline.config import Config
 from pipeline.data.manifest import DataError, Sample, load_manifest
 from pipeline.data.module import PictureData, fits_memory
-from pipeline.data.near import NEAREST, _candidates, look_of
 from pipeline.data.order import Share, TrainOrder
 from pipeline.data.splits import write_splits
 from pipeline.golden import make_goldens
 from pipeline.scoring import views
 from pipeline.training import prepare_data
-
-
-def config_of(source: Path | str, **data) -> Config:
-    config = Config()
-    config.data.source = str(source)
-    for key, value in data.items():
-        setattr(config.data, key, value)
-    return config
 
 
 def test_folder_of_classes(folder: Path) -> None:
@@ -419,80 +409,6 @@ def test_a_name_that_is_no_text_is_refused(folder: Path) -> None:
     (folder / "red" / "00.jpg").rename(os.fsdecode(os.fsencode(folder / "red") + b"/caf\xe9.jpg"))
     with pytest.raises(DataError, match=r"1 file names are not UTF-8, as b'.*caf.xe9.jpg'.* rename them"):
         load_manifest(folder)
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train and test of pictures with some structure, in which three of test are pictures of train, saved again in other ways."""
-    root = tmp_path_factory.mktemp("scenes")
-    for number in range(60):
-        coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        pixels = cv2.resize(coarse, (96, 96), interpolation=cv2.INTER_CUBIC)
-        if number in (58, 59):  # laid out as another one, but with other things in it
-            like = np.random.default_rng(number - 30).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-            noise = np.random.default_rng(number).integers(-90, 90, (96, 96, 3))
-            blur = cv2.resize(like, (96, 96), interpolation=cv2.INTER_CUBIC).astype(int)
-            pixels = np.clip(
-                128 + (blur - 128) // 4 + cv2.GaussianBlur(noise.astype(np.float32), (0, 0), 2) * 3, 0, 255
-            )
-        split = "train" if number < 40 else "test"
-        write_picture(root / split / "ab"[number % 2] / f"{number:02}.png", pixels.astype(np.uint8))
-    for number, change in enumerate((0.5, 0.8, 1.3)):
-        pixels = cv2.imread(str(root / "train" / "ab"[number % 2] / f"{number:02}.png"))
-        smaller = cv2.resize(pixels, None, fx=change, fy=change, interpolation=cv2.INTER_AREA)
-        brighter = cv2.convertScaleAbs(smaller, alpha=0.9, beta=20)
-        cv2.imwrite(
-            str(root / "test" / "ab"[number % 2] / f"again{number}.jpg"), brighter, [cv2.IMWRITE_JPEG_QUALITY, 60]
-        )
-    return root
-
-
-def test_pictures_of_the_hold_out_that_resemble_one_of_the_training_are_found(
-    scenes: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    manifest, _ = prepare_data(config_of(scenes))
-    found = {(Path(path).name, Path(other).name) for path, other in manifest.near}
-    # Validation was drawn from train, so what was copied may lie there.
-    trained = {Path(sample.path).name for sample in manifest.of("train")}
-    wanted = {(f"again{n}.jpg", f"{n:02}.png") for n in range(3) if f"{n:02}.png" in trained}
-    assert len(wanted) >= 2 and found == wanted
-    assert f"{len(wanted)} pictures of test look like one of train, as" in caplog.text
-
-
-def test_a_data_set_in_which_all_look_alike_is_looked_at_in_little_time_and_memory() -> None:
-    found = _candidates([b"a" * 16] * 1_000, [b"a" * 16] * 20_000)
-    assert len(found) == 1_000 and all(len(others) == NEAREST for _, others in found), "not every pair"
-    others = [bytes([n]) + b"b" * 15 for n in (3, 1, 0, 255)]
-    assert _candidates([b"\0" + b"b" * 15, b"c" * 16], others) == [(0, [2, 1, 0])], (
-        "the nearest first; eight bits are too many"
-    )
-
-
-def test_copies_among_pictures_of_one_look_are_found(tmp_path: Path) -> None:
-    """A fixed camera: one background, another fine detail in each."""
-    ground = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
-    for number in range(24):
-        fine = np.random.default_rng(number + 1).integers(-45, 46, (36, 36, 1))
-        pixels = cv2.resize(ground, (144, 144), interpolation=cv2.INTER_NEAREST).astype(int)
-        pixels = np.clip(pixels + np.kron(fine, np.ones((4, 4, 1), int)), 0, 255).astype(np.uint8)
-        write_picture(tmp_path / "train" / "ab"[number % 2] / f"{number}.png", pixels)
-        if number >= 12:
-            (tmp_path / "test" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
-            cv2.imwrite(str(tmp_path / "test" / "ab"[number % 2] / f"{number}.jpg"), pixels[:, :, ::-1])
-    manifest, _ = prepare_data(config_of(tmp_path, val_share=0.05))
-    trained = {Path(sample.path).stem for sample in manifest.of("train")}
-    found = {Path(a).stem: Path(b).stem for a, b in manifest.near if "/test/" in a}
-    assert found == {str(n): str(n) for n in range(12, 24) if str(n) in trained} and len(found) >= 10
-
-
-def test_what_is_flat_or_has_little_on_empty_ground_has_no_look() -> None:
-    flat = np.full((32, 32, 3), 90, np.uint8)
-    strokes = flat.copy()
-    strokes[8:24, 14:18] = 255
-    assert look_of(flat) == look_of(strokes) == look_of(flat[:10]) == b""
-    falling = np.repeat(np.arange(200, 40, -5, dtype=np.uint8)[None, :, None], 32, axis=0).repeat(3, axis=2)
-    slope = np.clip(falling.astype(int) + 4 * np.arange(32)[:, None, None], 0, 255).astype(np.uint8)
-    assert len(look_of(slope)) == 16 and len(look_of(slope[::-1, ::-1])) == 16
 
 
 def test_columns_of_bytes_and_a_comma_too_many_do_no_harm(folder: Path) -> None:

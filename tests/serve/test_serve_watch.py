@@ -1,5 +1,6 @@
 """What a server tells of itself, and whom it answers."""
 
+import asyncio
 import json
 import logging
 import re
@@ -10,9 +11,12 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.requests import Request
 
 from serve import server
 from serve.app import create_app
+from serve.batcher import OverloadedError
+from serve.errors import RequestError
 from serve.keys import Keys
 
 
@@ -75,22 +79,13 @@ def test_without_a_key_nothing_is_answered_but_probes_and_the_page(bundle, servi
 
 
 def test_keys_are_rotated_without_a_restart_and_limited_each(tmp_path: Path) -> None:
-    import asyncio
-
-    from serve.batcher import OverloadedError
-    from serve.errors import RequestError
-
-    class Request:
-        def __init__(self, key: str) -> None:
-            self.headers = {"x-api-key": key}
-
     now = [0.0]
     file = tmp_path / "keys"
     file.write_text("a\nb\n")
     keys = Keys(file, rate=2, clock=lambda: now[0])
 
     def ask(key: str) -> None:
-        asyncio.run(keys.check(Request(key)))  # type: ignore[arg-type]
+        asyncio.run(keys.check(Request({"type": "http", "headers": [(b"x-api-key", key.encode())]})))
 
     ask("a"), ask("a")
     with pytest.raises(OverloadedError, match="more than 2 requests a second"):

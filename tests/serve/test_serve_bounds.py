@@ -1,0 +1,114 @@
+"""What happens while the engine is busy: one batch of all that waits, refusals, deadlines, and work that nobody wants any more."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from serve.app import create_app
+from serve.engine import Engine
+from serve.limits import Limits
+
+
+class GatedEngine(Engine):
+    """Notes the size of each batch, and once closed computes only when let."""
+
+    def __init__(self, bundle):
+        super().__init__(bundle)
+        self.sizes, self.entered, self.gate = [], threading.Event(), threading.Event()
+        self.gate.set()
+
+    def predict(self, batch):
+        self.entered.set()
+        self.gate.wait(30)
+        self.sizes.append(len(batch))
+        return super().predict(batch)
+
+
+@contextlib.contextmanager
+def busy(engine: GatedEngine, client: httpx.Client, **request) -> Iterator[Future[httpx.Response]]:
+    """A request that has come to the engine, which computes it when `gate` is set."""
+    engine.sizes.clear()
+    engine.entered.clear()
+    engine.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/v1/predict", **request)
+        try:
+            assert engine.entered.wait(10)
+            yield first
+        finally:
+            engine.gate.set()
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
+
+
+def test_what_comes_while_the_engine_works_forms_one_batch(bundle, serving, picture):
+    engine = GatedEngine(bundle)
+    app = create_app(engine, max_wait_ms=60_000)  # nothing waits for that long: nothing else is on its way
+    with serving(app) as client, ThreadPoolExecutor(2) as pool, busy(engine, client, content=picture(0)) as first:
+        rest = [pool.submit(client.post, "/v1/predict", content=picture(i)) for i in (1, 2)]
+        wait_until(lambda: app.state.service.waiting == 2)
+        engine.gate.set()
+        assert [answer.result().status_code for answer in (first, *rest)] == [200] * 3
+    assert engine.sizes == [1, 2]
+
+
+def test_a_full_queue_answers_429_and_recovers(bundle, serving, picture):
+    engine = GatedEngine(bundle)
+    files = [("f", ("x.jpg", picture(i))) for i in range(3)]
+    app = create_app(engine, limits=Limits(max_images=3), max_batch=1, max_wait_ms=0, max_queue=6)
+    with serving(app) as client, busy(engine, client, files=files) as first:
+        # One picture is at the engine, two are in the queue of six.
+        refused = client.post("/v1/predict?tta=flip", files=files)
+        alive = client.get("/livez")
+        engine.gate.set()
+        assert first.result().status_code == 200
+        assert client.post("/v1/predict?tta=flip", files=files).status_code == 200
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["code"] == "overloaded"
+    assert alive.status_code == 200
+
+
+def test_a_full_house_answers_429_before_it_reads(bundle, serving, picture):
+    engine = GatedEngine(bundle)
+    app = create_app(engine, max_requests=1)
+    with serving(app) as client, busy(engine, client, content=picture(0)) as first:
+        refused = client.post("/v1/predict", content=b"not even a picture")
+        engine.gate.set()
+        assert first.result().status_code == 200
+        assert client.post("/v1/predict", content=picture(0)).status_code == 200
+    assert (refused.status_code, refused.json()["code"]) == (429, "overloaded")
+
+
+def test_what_is_not_answered_by_its_deadline_is_not_computed(bundle, serving, picture):
+    engine = GatedEngine(bundle)
+    app = create_app(engine, deadline_s=0.3, max_batch=1)
+    with serving(app) as client, busy(engine, client, content=picture(0)) as first:
+        for late in (client.post("/v1/predict", content=picture(1)), first.result()):
+            assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
+        engine.gate.set()
+        assert client.post("/v1/predict", content=picture(2)).status_code == 200
+    assert engine.sizes == [1, 1], "the first was at the engine already, the second never came there"
+
+
+def test_what_nobody_waits_for_any_more_is_not_computed(bundle, serving, picture):
+    engine = GatedEngine(bundle)
+    app = create_app(engine, max_batch=1)
+    with serving(app) as client, busy(engine, client, content=picture(0)) as first:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/predict", content=picture(1), timeout=0.5)
+        wait_until(lambda: app.state.service.inside == 1)
+        engine.gate.set()
+        assert first.result().status_code == 200
+        assert client.post("/v1/predict", content=picture(2)).status_code == 200
+    assert engine.sizes == [1, 1]
