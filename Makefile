@@ -31,11 +31,13 @@ install: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# overrides.txt drops opencv-python, which imgaug asks for and which owns the same files as opencv-python-headless.
+# requirements-serve.lock is the part of requirements.lock that the container needs. overrides.txt drops opencv-python, which imgaug asks for and which owns the same files as opencv-python-headless.
 lock:
 	test -x $(BIN)/uv || ($(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv)
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --all-extras \
 		pyproject.toml --output-file requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --extra openvino \
+		--constraint requirements.lock pyproject.toml --output-file requirements-serve.lock
 
 clean:
 	rm -rf .venv

@@ -1,6 +1,7 @@
 """The command line: `refract COMMAND …`. Nothing heavy is imported until a command runs."""
 
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,9 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = COMMANDS[arguments[0]][0]
     if arguments[0] == "predict" and any(argument.partition("=")[0] == "--url" for argument in arguments):
         module = "serve.ask"  # by a server, of which the pipeline knows nothing
-    command = importlib.import_module(module)
     try:
-        return command.main(arguments[1:])
+        return importlib.import_module(module).main(arguments[1:])
+    except ModuleNotFoundError as err:
+        if err.name is None or importlib.util.find_spec("lightning"):
+            raise
+        told = f"{err.name} is not installed; pip install refract[train], or what the README's make does"
+        print(f"refract {arguments[0]}: {told}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nrefract: interrupted", file=sys.stderr)
         return 130

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Request
+from fastapi_offline import FastAPIOffline
 from starlette.responses import JSONResponse
 
 from models.bundle import Bundle
@@ -21,30 +22,13 @@ from serve.follow import Follower
 from serve.keys import Keys
 from serve.limits import Limits
 from serve.metrics import Metrics
+from serve.openapi import PREDICT_ANSWERS, PREDICT_BODY
 from serve.page import add_page
 from serve.prepare import prepare
 from serve.service import Service
 from serve.v2 import add_v2
 
 PREDICT = "/v1/predict"
-
-_FILE = {"type": "string", "format": "binary"}
-_BASE64 = {"type": "string", "format": "byte"}
-_JSON_FORMS = [
-    {"type": "object", "required": ["image"], "properties": {"image": _BASE64}},
-    {"type": "object", "required": ["images"], "properties": {"images": {"type": "array", "items": _BASE64}}},
-]
-_PREDICT_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "image/*": {"schema": _FILE},
-            "application/octet-stream": {"schema": _FILE},
-            "multipart/form-data": {"schema": {"type": "object", "additionalProperties": _FILE}},
-            "application/json": {"schema": {"oneOf": _JSON_FORMS}},
-        },
-    }
-}
 
 
 def create_app(
@@ -94,7 +78,9 @@ def create_app(
             task.cancel()
         await service.stop()
 
-    app = FastAPI(title="Refract", summary=f"Image classification by {engine.bundle.info.name}", lifespan=lifespan)
+    app = FastAPIOffline(
+        title="Refract", summary=f"Image classification by {engine.bundle.info.name}", lifespan=lifespan
+    )
     app.state.failure, app.state.service = None, service
     errors.install(
         app, lambda path, code: metrics.refused(code) if path == PREDICT or path.endswith("/infer") else None
@@ -148,7 +134,9 @@ def _add_predict(app: FastAPI, service: Service, allowed: list[Any]) -> None:
 
     about_explain = "With a PNG in base64, of the network's size, to lay over what it saw: where that speaks for the label (Grad-CAM)"
 
-    @app.post(PREDICT, summary="Classify one or several images", openapi_extra=_PREDICT_BODY, dependencies=allowed)
+    about: dict[str, Any] = {"summary": "Classify one or several images", "openapi_extra": PREDICT_BODY}
+
+    @app.post(PREDICT, **about, responses=PREDICT_ANSWERS, dependencies=allowed)
     async def predict(
         request: Request,
         top: Annotated[int, Query(ge=1, le=num_classes, description=about_top)] = min(5, num_classes),

@@ -440,3 +440,12 @@ def test_a_run_tells_where_it_came_from_and_is_run_again(refract: Run, workplace
     told = refract("rerun", run.info.run_id).stdout
     assert "other than then: the data have changed" in told and "the same weights: no" in told
     assert "is no folder here, and no run of MLflow" in refract("rerun", "0" * 32, code=1).stderr
+
+
+def test_training_where_only_serving_is_installed_says_what_to_install(folder: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['lightning'] = None; import refract; sys.exit(refract.main(sys.argv[1:]))"
+    config = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
+    command = [sys.executable, "-c", code, "train", config, "--data.source", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert "refract train: lightning is not installed; pip install refract[train]" in done.stderr

@@ -143,6 +143,18 @@ def test_the_answer_tells_its_stages(client, picture, bundle):
     assert bundle.digest.startswith(answer.headers["x-model-digest"])
 
 
+def test_the_descriptions_example_is_answered_as_it_tells(client):
+    told = client.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]
+    answer = client.post("/v1/predict", json=told["requestBody"]["content"]["application/json"]["example"])
+    example = told["responses"]["200"]["content"]["application/json"]["example"]
+    assert answer.status_code == 200 and answer.json().keys() == example.keys()
+    assert answer.json()["predictions"][0].keys() | {"abstain"} == example["predictions"][0].keys()
+    for status, response in told["responses"].items():
+        if status != "200":
+            problem = response["content"]["application/problem+json"]["example"]
+            assert problem.keys() == {"type", "title", "status", "detail", "code"} and problem["status"] == int(status)
+
+
 class BrokenEngine(Engine):
     def predict(self, batch):
         if batch.mean() < 1:  # a black picture

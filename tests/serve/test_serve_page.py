@@ -33,14 +33,14 @@ def upload(picture, tmp_path: Path) -> Path:
     return tmp_path / "x.jpg"
 
 
-def opened(browser, client, **options):
+def opened(browser, client, path: str = "", **options):
     """(a page that was loaded, what went wrong in it, whom it asked)"""
     page = browser.new_page(**options)
     wrong, asked = [], []
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
-    page.goto(str(client.base_url))
+    page.goto(f"{client.base_url}{path}")
     return page, wrong, asked
 
 
@@ -117,3 +117,10 @@ def test_a_key_is_asked_for(browser, bundle, serving, upload, tmp_path: Path) ->
         page.set_input_files("#file", upload)
         page.wait_for_selector("#answer li")
         page.close()
+
+
+def test_the_description_needs_no_other_server(browser, bundle, serving) -> None:
+    with serving(create_app(bundle)) as client:
+        page, wrong, asked = opened(browser, client, "/docs")
+        page.wait_for_selector("text=Classify one or several images")
+        assert not wrong and all(url.startswith((str(client.base_url), "data:")) for url in asked)
