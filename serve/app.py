@@ -18,7 +18,7 @@ from serve.access import Access
 from serve.answer import prediction
 from serve.body import Bodies, unless_gone
 from serve.engine import Engine, cuda_bytes
-from serve.follow import Follower
+from serve.follow import Build, Follower
 from serve.keys import Keys
 from serve.limits import Limits
 from serve.metrics import Metrics
@@ -44,11 +44,11 @@ def create_app(
     access_log: bool = False,
     follow: str | None = None,
     poll_s: float = 60.0,
-    backend: str = "eager",
+    build: Build = Engine,
 ) -> FastAPI:
     """The application that answers with `served`; a bundle is served on the CPU. keys: who may ask; without them everybody, and
     nobody may roll back. follow: the name in the registry that the bundle is from, asked for its meaning every `poll_s` seconds,
-    and what it means then is computed by `backend`.
+    and `build` makes an engine of what it means then.
 
     Its lifespan runs the self-test: if that fails the server does not start, and `app.state.failure` says why.
     ValueError or BundleError for a parameter or bundle that cannot work.
@@ -61,9 +61,9 @@ def create_app(
     metrics.watch("requests_inside", "Requests in the house", lambda: service.inside)
     metrics.watch("pictures_waiting", "Pictures that wait for a batch", lambda: service.waiting)
     if engine.device.type == "cuda":
-        metrics.watch("gpu_bytes", "Of the GPU's memory that tensors hold", lambda: cuda_bytes(engine.device))
+        metrics.watch("gpu_bytes", "Of the GPUs' memory that tensors hold", lambda: cuda_bytes(engine.devices))
 
-    follower = Follower(service, follow, device=str(engine.device), backend=backend, every_s=poll_s) if follow else None
+    follower = Follower(service, follow, build=build, every_s=poll_s) if follow else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -184,5 +184,5 @@ def _description(engine: Engine) -> dict[str, Any]:
     )
     counts = info["data"].get("counts", {})
     chosen = {"name": "eager"} if engine.choice is None else asdict(engine.choice)
-    own = {"digest": engine.bundle.digest, "device": str(engine.device), "backend": chosen, "counts": counts}
+    own = {"digest": engine.bundle.digest, "device": ", ".join(engine.devices), "backend": chosen, "counts": counts}
     return own | {key: info[key] for key in shown}

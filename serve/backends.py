@@ -167,18 +167,24 @@ def candidates(device: torch.device) -> tuple[str, ...]:
 
 
 def choose(
-    bundle: Bundle, classifier: Classifier, images: np.ndarray, *, wanted: str = "auto", cache: Path | None = None
+    bundle: Bundle,
+    classifier: Classifier,
+    images: np.ndarray,
+    *,
+    wanted: str = "auto",
+    threads: int = THREADS,
+    cache: Path | None = None,
 ) -> tuple[Forward, Choice]:
     """The fastest way for this bundle on this machine that agrees with plain float32 on `images`, the golden pictures, uint8 N×H×W×3: the
-    same likeliest label, probabilities within AGREED. wanted: a name of BACKENDS is taken, if it agrees. The choice is kept in `cache`, by
-    default ~/.cache/refract/backends, for the bundle, the machine and the versions.
+    same likeliest label, probabilities within AGREED. wanted: a name of BACKENDS is taken, if it agrees. threads: of a CPU, at most.
+    The choice is kept in `cache`, by default ~/.cache/refract/backends, for the bundle, the machine and the versions.
 
     ValueError for a name that is none; BundleError where a wanted one cannot be had or does not agree.
     """
     if wanted != "auto" and wanted not in BACKENDS:
         raise ValueError(f"backend: {wanted!r} is none of auto, {', '.join(BACKENDS)}")
     device = next(classifier.parameters()).device
-    folder = (cache or CACHE).expanduser() / _key(bundle, device)
+    folder = (cache or CACHE).expanduser() / _key(bundle, device, threads)
     tensor = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
     trial = _Trial(bundle, classifier, tensor, folder)
     names = candidates(device) if wanted == "auto" else (wanted,)
@@ -189,17 +195,17 @@ def choose(
             return trial.agreeing(kept.name), kept
         except Exception as err:  # of any kind: these are four libraries; what does not work any more is chosen anew
             logger.warning("the backend %s, chosen before, does not work now: %s", kept.name, _first_line(err))
-    return _fastest(trial, names, device, folder, forced=wanted != "auto")
+    return _fastest(trial, names, threads, folder, forced=wanted != "auto")
 
 
 def _fastest(
-    trial: "_Trial", names: tuple[str, ...], device: torch.device, folder: Path, *, forced: bool
+    trial: "_Trial", names: tuple[str, ...], most: int, folder: Path, *, forced: bool
 ) -> tuple[Forward, Choice]:
     rates: dict[str, float] = {}
     dropped: dict[str, str] = {}
     best: tuple[float, str, int, Forward] | None = None
     for name in names:
-        for threads in dict.fromkeys((THREADS, 1)) if device.type == "cpu" else (THREADS,):
+        for threads in dict.fromkeys((most, 1)) if trial.on_cpu else (most,):
             torch.set_num_threads(threads)
             try:
                 forward = trial.agreeing(name)
@@ -209,7 +215,7 @@ def _fastest(
                     raise BundleError(f"--backend {name}: {_first_line(err)}") from err
                 dropped[name] = _first_line(err)
                 break
-            rates[f"{name}/{threads}" if device.type == "cpu" else name] = round(rate, 1)
+            rates[f"{name}/{threads}" if trial.on_cpu else name] = round(rate, 1)
             if best is None or rate > best[0]:
                 best = (rate, name, threads, forward)
     if best is None:
@@ -226,6 +232,7 @@ class _Trial:
 
     def __init__(self, bundle: Bundle, classifier: Classifier, images: Tensor, folder: Path) -> None:
         self._classifier, self._images, self._folder = classifier, images, folder
+        self.on_cpu = images.device.type == "cpu"
         self._options: dict[str, Any] = {"task": bundle.info.task, "temperature": bundle.info.temperature}
         with torch.inference_mode():
             self._wanted = probabilities(classifier(images), **self._options)
@@ -254,9 +261,9 @@ class _Trial:
         return BATCH / sorted(times)[len(times) // 2]
 
 
-def _key(bundle: Bundle, device: torch.device) -> str:
+def _key(bundle: Bundle, device: torch.device, threads: int) -> str:
     machine = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} {os.cpu_count()} {THREADS}"
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} {os.cpu_count()} {threads}"
     )
     packages = [name for name in ("torch", "openvino", "onnxruntime") if importlib.util.find_spec(name)]
     facts = [bundle.digest, machine, *(f"{name} {version(name)}" for name in packages)]

@@ -1,7 +1,8 @@
-"""Many small requests, few large batches: one thread computes, the event loop waits. Knows nothing of HTTP."""
+"""Many small requests, few large batches: a thread for each engine computes, the event loop waits. Knows nothing of HTTP."""
 
 import asyncio
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class Answered:
 
 
 class Batcher:
-    """Gathers inputs into batches for `predict` (N×… → N×…), which runs on one thread of its own.
+    """Gathers inputs into batches for `engines` (N×… → N×…), each of which runs on a thread of its own and takes the next one when free.
 
     A batch leaves as soon as `max_batch` inputs wait, or no further ones are `coming`, or `max_wait_ms` after its first one arrived. At
     most `max_queue` inputs wait. Belongs to one event loop: build it, `start`, `submit` and `stop` it there.
@@ -46,8 +47,7 @@ class Batcher:
 
     def __init__(
         self,
-        predict: Callable[[np.ndarray], np.ndarray],
-        *,
+        *engines: Callable[[np.ndarray], np.ndarray],
         max_batch: int = 32,
         max_wait_ms: float = 2.0,
         max_queue: int = 1024,
@@ -58,17 +58,20 @@ class Batcher:
                 f"Batcher: max_batch={max_batch} and max_queue={max_queue} must be at least 1, "
                 f"max_wait_ms={max_wait_ms} a finite number of at least 0"
             )
-        self._predict, self._coming = predict, coming
+        self._coming = coming
         self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait_ms / 1000, max_queue
         self._waiting: deque[Item] = deque()
         self._changed = threading.Condition(threading.Lock())
         self._stopping = False
-        self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._work, args=(engine,), name="inference", daemon=True) for engine in engines
+        ]
 
     def start(self) -> None:
-        """Start the inference thread. Call it once, on the event loop that will submit."""
+        """Start the inference threads. Call it once, on the event loop that will submit."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
@@ -86,43 +89,47 @@ class Batcher:
             if before + len(futures) > self._max_queue:
                 raise OverloadedError(f"{before} images are waiting already; try again later")
             self._waiting.extend(zip(inputs, futures, [now] * len(futures), strict=True))
-            # The thread sleeps until there is a first input, then until the batch is full: in between, let it sleep.
+            # The threads sleep until there is a first input, then until the batch is full: in between, let them sleep.
             if before == 0 or before < self._max_batch <= len(self._waiting) or not self._coming():
-                self._changed.notify()
+                self._changed.notify_all()
         rows = [await futures[0]] if len(futures) == 1 else await asyncio.gather(*futures)
         outputs, began, ended = zip(*rows, strict=True)
         return Answered(np.stack(outputs), max(began) - now, ended[-1] - began[-1])
 
     async def stop(self) -> None:
-        """Take no more, answer what was taken, end the thread."""
+        """Take no more, answer what was taken, end the threads."""
         with self._changed:
             self._stopping = True
-            self._changed.notify()
-        await asyncio.to_thread(self._thread.join)
+            self._changed.notify_all()
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
 
-    def _work(self) -> None:
+    def _work(self, engine: Callable[[np.ndarray], np.ndarray]) -> None:
         while items := self._next():
-            self._run([item for item in items if not item[1].cancelled()])
+            self._run(engine, [item for item in items if not item[1].cancelled()])
 
     def _next(self) -> list[Item]:
         """The next batch; empty when all is done. Sleeps on the condition, for as long as the batch may still grow."""
         with self._changed:
-            while not self._waiting and not self._stopping:
-                self._changed.wait()
-            while 0 < len(self._waiting) < self._max_batch and not self._stopping and self._coming():
-                left = self._waiting[0][2] + self._max_wait - monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(left)
+            while not self._stopping and (left := self._left()) > 0:
+                self._changed.wait(None if left == math.inf else left)
             return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_batch))]
 
-    def _run(self, items: list[Item]) -> None:
+    def _left(self) -> float:
+        """Seconds until the batch that is growing leaves; without end where there is none, which another thread may have taken."""
+        if not self._waiting:
+            return math.inf
+        if len(self._waiting) >= self._max_batch or not self._coming():
+            return 0
+        return self._waiting[0][2] + self._max_wait - monotonic()
+
+    def _run(self, engine: Callable[[np.ndarray], np.ndarray], items: list[Item]) -> None:
         if not items:
             return
         answers: np.ndarray | None = None
         began = monotonic()
         try:
-            answers = self._predict(np.stack([item[0] for item in items]))
+            answers = engine(np.stack([item[0] for item in items]))
             if len(answers) != len(items):
                 raise ValueError(f"the engine gave {len(answers)} answers to {len(items)} inputs")
         except Exception:

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,21 +97,16 @@ def _bundle(source: str) -> "Bundle":
 
 
 def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
-    import torch
-
     from serve.access import write_lines
     from serve.app import create_app
-    from serve.engine import Engine
+    from serve.engine import build
     from serve.limits import MIB, Limits
     from serve.source import is_registered
 
-    has_cuda = torch.cuda.is_available()
-    if arguments.device == "cuda" and not has_cuda:
-        raise RefusedError("--device cuda: this machine offers no CUDA device to torch; use auto or cpu")
-    device = ("cuda" if has_cuda else "cpu") if arguments.device == "auto" else arguments.device
     limits = Limits(max_body_bytes=int(arguments.max_body_mb * MIB), max_pixels=arguments.max_pixels)
+    made = partial(build, devices=_devices(arguments.device), backend=arguments.backend, replicas=arguments.replicas)
     try:
-        engine = Engine(bundle, device, arguments.backend)
+        engine = made(bundle)
     except ValueError as err:
         raise RefusedError(str(err)) from err
     if arguments.access_log:
@@ -118,7 +114,7 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
     names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log")
     options = {name: getattr(arguments, name) for name in names}
     if is_registered(arguments.source) and "@" in arguments.source and arguments.poll_s > 0:
-        options |= {"follow": arguments.source, "poll_s": arguments.poll_s, "backend": arguments.backend}
+        options |= {"follow": arguments.source, "poll_s": arguments.poll_s, "build": made}
     app = create_app(engine, limits=limits, keys=_keys(arguments), **options)
     if arguments.metrics_port is not None:
         try:
@@ -128,6 +124,22 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
             raise RefusedError(f"--metrics-port: cannot listen on {where}: {err.strerror}") from err
         print(f"metrics on http://{arguments.host}:{port}/metrics", flush=True)
     return app
+
+
+def _devices(wanted: str) -> list[str]:
+    import torch
+
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if wanted == "auto":
+        return there[:1] or ["cpu"]
+    if wanted == "all" and there:
+        return there
+    devices = ["cuda:0" if name == "cuda" else name for name in wanted.split(",")]
+    for name in devices:
+        if name != "cpu" and name not in there:
+            offered = ", ".join(["cpu", *there])
+            raise RefusedError(f"--device {wanted}: this machine offers {offered} to torch, and no other device")
+    return devices
 
 
 def _keys(arguments: argparse.Namespace) -> "Keys | None":
@@ -165,7 +177,18 @@ def _parser() -> argparse.ArgumentParser:
     add("source", metavar="SOURCE", help="a bundle's folder, models:/NAME@ALIAS or models:/NAME/VERSION")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=_whole(0, 65535), default=8000, help="port to listen on; 0 takes a free one")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the network runs")
+    add(
+        "--device",
+        default="auto",
+        help="where the network runs: cpu, cuda, several as cuda:0,cuda:1, or all GPUs by all",
+    )
+    add(
+        "--replicas",
+        type=_whole(1, 256),
+        default=1,
+        metavar="N",
+        help="engines on each device; on a CPU they share its cores",
+    )
     add(
         "--backend",
         choices=("auto", "eager", "bf16", "compiled", "openvino", "onnx"),

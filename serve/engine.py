@@ -1,6 +1,6 @@
 """A bundle at work on one device. Knows nothing of HTTP, nor of who asks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -10,7 +10,7 @@ from augment.decode import ImageError
 from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleError, Golden
 from models.classifier import probabilities
-from serve.backends import AGREED, Choice, Forward, choose
+from serve.backends import AGREED, THREADS, Choice, Forward, choose
 from serve.explain import Explainer
 
 # How far a golden picture's probabilities may lie from the stored ones. float32 convolutions differ by about 1e-6
@@ -22,10 +22,18 @@ TOLERANCE = 2e-3
 class Engine:
     """Turns uint8 N×H×W×3 batches into probabilities, by `bundle`'s network on `device`."""
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", backend: str = "eager") -> None:
-        """backend: a name of `serve.backends.BACKENDS`, or auto for the fastest that agrees. BundleError as `choose`, or where a golden
-        picture cannot be read."""
-        self.bundle = bundle
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = "cpu",
+        backend: str = "eager",
+        *,
+        threads: int = THREADS,
+        others: Sequence["Engine"] = (),
+    ) -> None:
+        """backend: a name of `serve.backends.BACKENDS`, or auto for the fastest that agrees; threads: of a CPU, at most; others: that
+        compute beside it, of the same bundle. BundleError as `choose`, or where a golden picture cannot be read."""
+        self.bundle, self._others = bundle, tuple(others)
         self.device = torch.device(device)
         self.preprocess = Preprocess.from_dict(bundle.info.preprocess)
         self._classifier = bundle.classifier(self.device)
@@ -33,7 +41,17 @@ class Engine:
         self.choice: Choice | None = None
         if backend != "eager":
             images = np.stack([self._golden(golden) for golden in self._goldens()])
-            self._forward, self.choice = choose(bundle, self._classifier, images, wanted=backend)
+            self._forward, self.choice = choose(bundle, self._classifier, images, wanted=backend, threads=threads)
+
+    @property
+    def workers(self) -> tuple[Callable[[np.ndarray], np.ndarray], ...]:
+        """The `predict` of each engine, which may run at the same time."""
+        return (self.predict, *(other.predict for other in self._others))
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Of each engine."""
+        return (str(self.device), *(str(other.device) for other in self._others))
 
     def predict(self, batch: np.ndarray) -> np.ndarray:
         """batch: uint8 N×H×W×3 → float32 N×C probabilities. The bundle's temperature is applied."""
@@ -72,6 +90,8 @@ class Engine:
             self._compare(self._where(golden), self._answers(self._classifier, batch)[0], stored, TOLERANCE)
             if self.choice is not None:
                 self._compare(self._where(golden), self.predict(batch)[0], stored, AGREED + TOLERANCE)
+        for other in self._others:
+            other.self_test()
 
     def _goldens(self) -> Sequence[Golden]:
         if not self.bundle.goldens:
@@ -99,6 +119,15 @@ class Engine:
             )
 
 
-def cuda_bytes(device: torch.device) -> int:
-    """What tensors hold of a GPU's memory."""
-    return torch.cuda.memory_allocated(device)
+def build(bundle: Bundle, devices: Sequence[str], backend: str = "eager", replicas: int = 1) -> Engine:
+    """`replicas` engines on each device, as one; on a CPU they share its threads. Raises as `Engine`."""
+    threads = max(1, THREADS // replicas)
+    torch.set_num_threads(threads)
+    places = [device for device in devices for _ in range(replicas)]
+    others = [Engine(bundle, device, backend, threads=threads) for device in places[1:]]
+    return Engine(bundle, places[0], backend, threads=threads, others=others)
+
+
+def cuda_bytes(devices: Sequence[str]) -> int:
+    """What tensors hold of these GPUs' memory."""
+    return sum(torch.cuda.memory_allocated(device) for device in set(devices))

@@ -4,22 +4,24 @@ import asyncio
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from models.bundle import BundleError, load_bundle
+from models.bundle import Bundle, BundleError, load_bundle
 from serve.engine import Engine
 from serve.service import Service
 
 logger = logging.getLogger(__name__)
 
+Build = Callable[[Bundle], Engine]
+
 
 class Follower:
     """Asks every `every_s` seconds what `source` means. A bundle that cannot answer is told and not tried again; the old one goes on."""
 
-    def __init__(self, service: Service, source: str, *, device: str, backend: str, every_s: float) -> None:
-        """device, backend: see `Engine`."""
-        self._service, self._source, self._every = service, source, every_s
-        self._how = (device, backend)
+    def __init__(self, service: Service, source: str, *, build: Build, every_s: float) -> None:
+        """build: makes an engine of what the name means."""
+        self._service, self._source, self._every, self._build = service, source, every_s, build
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -37,7 +39,7 @@ class Follower:
         if path is None or path == service.engine.bundle.path or path in service.rejected:
             return False
         try:
-            engine = await asyncio.to_thread(lambda: Engine(load_bundle(path), *self._how))
+            engine = await asyncio.to_thread(lambda: self._build(load_bundle(path)))
             await service.swap(engine)
         except (BundleError, ValueError) as err:
             service.rejected.add(path)

@@ -1,8 +1,9 @@
 """One model's way: its engine, its batcher, and the requests that are on it. Knows nothing of HTTP."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ class Lane:
         """waits: see `Batcher`."""
         self.engine, self.preparing = engine, 0
         self._metrics, self._inside, self._empty = metrics, 0, asyncio.Event()
-        self._batcher = Batcher(self._compute, coming=lambda: self.preparing > 0, **waits)
+        workers = [partial(self._compute, worker) for worker in engine.workers]
+        self._batcher = Batcher(*workers, coming=lambda: self.preparing > 0, **waits)
 
     @property
     def waiting(self) -> int:
@@ -47,11 +49,11 @@ class Lane:
         return await self._batcher.submit(batch)
 
     async def retire(self) -> None:
-        """Let those that are on it come to their end, then end its thread."""
+        """Let those that are on it come to their end, then end its threads."""
         if self._inside:
             await self._empty.wait()
         await self._batcher.stop()
 
-    def _compute(self, batch: np.ndarray) -> np.ndarray:
+    def _compute(self, worker: Callable[[np.ndarray], np.ndarray], batch: np.ndarray) -> np.ndarray:
         self._metrics.computed(len(batch))
-        return self.engine.predict(batch)
+        return worker(batch)

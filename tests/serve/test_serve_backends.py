@@ -101,14 +101,13 @@ def test_a_cache_that_cannot_be_written_or_read_does_no_harm(bundle, cache: Path
     assert asking(bundle)[1].rates
 
 
-def test_a_choice_of_one_thread_does_not_bind_the_next(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "THREADS", 2)
+def test_a_choice_of_one_thread_does_not_bind_the_next(bundle, cache: Path) -> None:
     torch.set_num_threads(1)
-    _, choice = asking(bundle)
+    _, choice = asking(bundle, threads=2)
     assert {"eager/1", "eager/2"} <= choice.rates.keys()
     (kept,) = cache.glob("*/kept.json")
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "threads": "many"}))
-    assert asking(bundle)[1].threads in (1, 2), "a damaged note is written anew"
+    assert asking(bundle, threads=2)[1].threads in (1, 2), "a damaged note is written anew"
 
 
 def test_bfloat16_keeps_what_a_network_computes_in_float32() -> None:

@@ -173,3 +173,37 @@ def test_stop_answers_what_was_accepted_and_refuses_the_rest():
 def test_impossible_settings_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Batcher(lambda batch: batch, **options)
+
+
+def test_two_engines_compute_at_the_same_time_and_share_what_waits() -> None:
+    together = threading.Barrier(2, timeout=20)
+    sizes: list[int] = []
+
+    def engine(batch: np.ndarray) -> np.ndarray:
+        together.wait()
+        sizes.append(len(batch))
+        return batch + 1
+
+    async def main() -> None:
+        batcher = Batcher(engine, engine, max_batch=2, max_wait_ms=0)
+        batcher.start()
+        found = await asyncio.gather(*(batcher.submit(inputs(k)) for k in range(8)))
+        assert [float(answer.outputs[0, 0]) for answer in found] == [k + 1 for k in range(8)]
+        await batcher.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert sum(sizes) == 8 and max(sizes) <= 2
+    assert not any(thread.name == "inference" for thread in threading.enumerate())
+
+
+def test_a_batch_that_another_thread_took_ends_none() -> None:
+    """Both threads wait for the same batch to grow; one takes it, the other goes on waiting."""
+
+    async def main() -> None:
+        batcher = Batcher(lambda batch: batch, lambda batch: batch, max_batch=4, max_wait_ms=20)
+        batcher.start()
+        for k in range(20):
+            assert float((await batcher.submit(inputs(k))).outputs[0, 0]) == k
+        await batcher.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 30))

@@ -132,7 +132,9 @@ def test_a_port_that_is_taken(bundle):
 
 def test_cuda_where_there_is_none(bundle):
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    assert "--device cuda" in refused(str(bundle.path), "--port", "0", "--device", "cuda", env=environment)
+    for device in ("cuda", "all", "cpu,cuda:1", "tpu"):
+        told = refused(str(bundle.path), "--port", "0", "--device", device, env=environment)
+        assert f"--device {device}: this machine offers cpu to torch, and no other device" in told
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """An engine answers as its bundle promised, or says which golden picture it cannot answer."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 from models.bundle import BundleError, Golden
-from serve.engine import Engine
+from serve.app import create_app
+from serve.engine import Engine, build
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
@@ -61,3 +63,22 @@ def test_answers_that_are_no_numbers_fail_the_self_test(bundle):
 def test_goldens_that_prove_nothing_are_refused(bundle, goldens, message):
     with pytest.raises(BundleError, match=message):
         Engine(dataclasses.replace(bundle, goldens=goldens)).self_test()
+
+
+def test_replicas_answer_as_one_and_are_all_tried(bundle, serving, picture, monkeypatch) -> None:
+    threads = torch.get_num_threads()
+    engine = build(bundle, ["cpu", "cpu"], replicas=2)
+    assert engine.devices == ("cpu",) * 4 and len(engine.workers) == 4
+    batch = np.stack([engine.preprocess(picture(i)) for i in range(3)])
+    for worker in engine.workers:
+        np.testing.assert_array_equal(worker(batch), engine.predict(batch))
+    with serving(create_app(engine)) as client, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: client.post("/v1/predict?top=1", content=picture(i % 3)), range(40)))
+        rows = engine.predict(batch)
+        for i, answer in enumerate(answers):
+            assert answer.json()["predictions"][0]["confidence"] == pytest.approx(rows[i % 3].max(), abs=1e-5)
+        assert client.get("/v1/model").json()["device"] == "cpu, cpu, cpu, cpu"
+    monkeypatch.setattr(engine._others[2], "_answers", lambda *_: np.zeros((1, 10), np.float32))
+    with pytest.raises(BundleError, match="golden picture"):
+        engine.self_test()
+    torch.set_num_threads(threads)

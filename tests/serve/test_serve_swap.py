@@ -160,7 +160,7 @@ def test_a_new_champion_answers_a_bad_one_does_not_and_a_person_is_obeyed(
     name = "models:/shapes@champion"
 
     async def story(service: Service) -> None:
-        follower = Follower(service, name, device="cpu", backend="eager", every_s=60)
+        follower = Follower(service, name, build=Engine, every_s=60)
         assert not await follower.look(), "it means the same"
         promote(other)
         assert await follower.look() and service.engine.bundle.digest == other.digest
