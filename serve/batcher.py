@@ -11,14 +11,12 @@ from time import monotonic
 
 import numpy as np
 
+from serve.limits import OverloadedError
+
 logger = logging.getLogger(__name__)
 
 Item = tuple[np.ndarray, "asyncio.Future[tuple[np.ndarray, float, float]]", float]
 """Input; its answer, with when its batch began and ended; time of arrival."""
-
-
-class OverloadedError(RuntimeError):
-    """Too much is waiting already; try again later."""
 
 
 class ClosedError(RuntimeError):

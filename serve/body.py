@@ -7,9 +7,8 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from serve.batcher import OverloadedError
 from serve.errors import RequestError
-from serve.limits import Limits
+from serve.limits import Limits, OverloadedError
 
 Answer = TypeVar("Answer")
 

@@ -103,7 +103,12 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
     from serve.limits import MIB, Limits
     from serve.source import is_registered
 
-    limits = Limits(max_body_bytes=int(arguments.max_body_mb * MIB), max_pixels=arguments.max_pixels)
+    limits = Limits(
+        max_body_bytes=int(arguments.max_body_mb * MIB),
+        max_pixels=arguments.max_pixels,
+        max_total_pixels=max(Limits.max_total_pixels, arguments.max_pixels),
+        max_decoding_pixels=max(Limits.max_decoding_pixels, arguments.max_pixels),
+    )
     made = partial(build, devices=_devices(arguments.device), backend=arguments.backend, replicas=arguments.replicas)
     try:
         engine = made(bundle)

@@ -11,7 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from serve.batcher import BatchError, ClosedError, OverloadedError
+from serve.batcher import BatchError, ClosedError
+from serve.limits import OverloadedError
 
 
 class RequestError(Exception):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fastapi import Request
 
-from serve.batcher import OverloadedError
 from serve.errors import RequestError
+from serve.limits import OverloadedError
 
 LOOK_AGAIN_S = 1.0
 

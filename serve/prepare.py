@@ -8,18 +8,18 @@ import numpy as np
 from augment.decode import ImageError, TooManyPixelsError, image_size
 from augment.preprocess import Preprocess
 from serve.errors import RequestError
-from serve.limits import Limits
+from serve.limits import Limits, OverloadedError, Room
 from serve.uploads import images_in
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(content_type: str, body: bytes, preprocess: Preprocess, limits: Limits) -> np.ndarray:
+def prepare(content_type: str, body: bytes, preprocess: Preprocess, room: Room) -> np.ndarray:
     """The uint8 N×H×W×3 batch of the images in `body`. RequestError 4xx, naming the image where there are several."""
-    images = images_in(content_type, body, max_images=limits.max_images)
+    images = images_in(content_type, body, max_images=room.limits.max_images)
     name: Callable[[int], str] = (lambda index: f"image {index}") if len(images) > 1 else (lambda _: "the image")
-    check_total(images, limits)
-    return np.stack([pixels(data, name(i), preprocess=preprocess, limits=limits) for i, data in enumerate(images)])
+    check_total(images, room.limits)
+    return np.stack([pixels(data, name(i), preprocess=preprocess, room=room) for i, data in enumerate(images)])
 
 
 def check_total(images: list[bytes], limits: Limits) -> None:
@@ -36,17 +36,21 @@ def check_total(images: list[bytes], limits: Limits) -> None:
         raise RequestError(413, "images_too_large", message)
 
 
-def pixels(data: bytes, name: str, *, preprocess: Preprocess, limits: Limits) -> np.ndarray:
-    """One picture as uint8 H×W×3. The pixel limit is held against the header, before anything is decoded."""
+def pixels(data: bytes, name: str, *, preprocess: Preprocess, room: Room) -> np.ndarray:
+    """One picture as uint8 H×W×3. The limits are held against the header, before anything is decoded. OverloadedError where too much is
+    being decoded."""
     if not data:
         raise RequestError(400, "invalid_image", f"{name} is empty")
     try:
-        return preprocess(data, max_pixels=limits.max_pixels)
+        height, width = image_size(data)
+        largest = room.limits.max_pixels
+        with room.taken(min(height * width, largest)):  # what is larger is refused before it is decoded
+            return preprocess(data, max_pixels=largest)
     except TooManyPixelsError as err:
         raise RequestError(413, "image_too_large", f"{name}: {err}") from err
     except ImageError as err:
         raise RequestError(400, "invalid_image", f"{name}: {err}") from err
-    except MemoryError:
+    except (MemoryError, OverloadedError):
         raise
     except Exception as err:
         # A parser stumbled over hostile bytes in a way of its own. That is the picture's fault, and a line for our log.

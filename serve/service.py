@@ -13,15 +13,14 @@ import numpy as np
 
 from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleError
-from serve.batcher import OverloadedError
 from serve.engine import Engine
 from serve.errors import NotReadyError, RequestError
 from serve.explain import png
 from serve.lane import Lane
-from serve.limits import Limits
+from serve.limits import Limits, OverloadedError, Room
 from serve.metrics import Metrics
 
-Prepare = Callable[[Preprocess, Limits], np.ndarray]
+Prepare = Callable[[Preprocess, Room], np.ndarray]
 """Makes the uint8 N×H×W×3 batch of a request, or raises RequestError."""
 
 
@@ -63,6 +62,7 @@ class Service:
         if max_requests < 1 or not deadline_s > 0:
             raise ValueError(f"max_requests={max_requests} must be at least 1, deadline_s={deadline_s} above 0")
         self.limits, self.metrics = limits, metrics
+        self._room = Room(limits)
         self.ready = False
         self._max_requests, self._deadline = max_requests, deadline_s
         self._inside = 0
@@ -174,7 +174,7 @@ class Service:
         lane.preparing += 1
         try:
             # One hop a request, not one a picture: cheaper, and a request of 64 pictures cannot take every worker.
-            loop, options = asyncio.get_running_loop(), (engine.preprocess, self.limits)
+            loop, options = asyncio.get_running_loop(), (engine.preprocess, self._room)
             batch = await loop.run_in_executor(self._workers, prepare, *options)
         finally:
             lane.preparing -= 1

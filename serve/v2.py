@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse
 from augment.preprocess import Preprocess
 from serve.body import Bodies, unless_gone
 from serve.errors import RequestError
-from serve.limits import Limits
+from serve.limits import Limits, Room
 from serve.prepare import check_total, pixels
 from serve.service import Service
 
@@ -113,8 +113,9 @@ def _parts(body: bytes, announced: str | None) -> tuple[dict[str, Any], bytes]:
     return document, body[length:]
 
 
-def _prepared(document: dict[str, Any], binary: bytes, preprocess: Preprocess, limits: Limits) -> np.ndarray:
+def _prepared(document: dict[str, Any], binary: bytes, preprocess: Preprocess, room: Room) -> np.ndarray:
     """The uint8 N×H×W×3 batch. RequestError for anything but one input of INPUTS."""
+    limits = room.limits
     match document.get("inputs"):
         case [{"name": "images", "datatype": "UINT8", "shape": [*shape]} as given]:
             images = _tensor(given, shape, binary, limits)
@@ -125,7 +126,7 @@ def _prepared(document: dict[str, Any], binary: bytes, preprocess: Preprocess, l
                 raise _wrong(f"encoded has shape {str(shape)[:40]} and {len(files)} elements")
             check_total(files, limits)
             return np.stack(
-                [pixels(data, f"image {i}", preprocess=preprocess, limits=limits) for i, data in enumerate(files)]
+                [pixels(data, f"image {i}", preprocess=preprocess, room=room) for i, data in enumerate(files)]
             )
     raise _wrong("`inputs` must be one tensor: `images`, UINT8 [N, height, width, 3], or `encoded`, BYTES [N]")
 

@@ -9,9 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import httpx
 import pytest
 
+from augment.preprocess import Preprocess
 from serve.app import create_app
 from serve.engine import Engine
-from serve.limits import Limits
+from serve.errors import RequestError
+from serve.limits import Limits, OverloadedError, Room
+from serve.prepare import prepare
 
 
 class GatedEngine(Engine):
@@ -42,6 +45,33 @@ def busy(engine: GatedEngine, client: httpx.Client, **request) -> Iterator[Futur
             yield first
         finally:
             engine.gate.set()
+
+
+def test_pixels_that_are_decoded_at_a_time_are_bounded(bundle, picture) -> None:
+    """A picture of 40 × 56 is held in the decoder: another one of that size does not fit, a small one does."""
+    limits = Limits(max_pixels=3_000, max_decoding_pixels=3_000)
+    room, plain = Room(limits), Engine(bundle).preprocess
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Slow(Preprocess):
+        def __call__(self, image, **options):
+            inside.set()
+            assert go_on.wait(20)
+            return super().__call__(image, **options)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(prepare, "", picture(0), Slow(32, 32), room)
+        assert inside.wait(20)
+        with pytest.raises(OverloadedError, match="2,240 pixels are being decoded"):
+            prepare("", picture(1), plain, room)
+        assert prepare("", picture(1, size=(20, 20)), plain, room).shape == (1, 32, 32, 3)
+        go_on.set()
+        assert first.result().shape == (1, 32, 32, 3)
+    assert prepare("", picture(1), plain, room).shape == (1, 32, 32, 3), "the place is free again"
+    with pytest.raises(RequestError, match="the limit is 3,000"):
+        prepare("", picture(1, size=(80, 80)), plain, room)
+    with pytest.raises(ValueError, match="less than max_pixels"):
+        Limits(max_pixels=10, max_decoding_pixels=9)
 
 
 def wait_until(condition, seconds: float = 10.0) -> None:

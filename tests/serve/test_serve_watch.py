@@ -15,9 +15,9 @@ from starlette.requests import Request
 
 from serve import server
 from serve.app import create_app
-from serve.batcher import OverloadedError
 from serve.errors import RequestError
 from serve.keys import Keys
+from serve.limits import OverloadedError
 
 
 def numbers(text: str) -> dict[tuple[str, ...], float]:
