@@ -1,6 +1,7 @@
 """The HTTP face of an engine: four routes. What happens behind them is the service's."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,13 +13,14 @@ from fastapi import Depends, FastAPI, Query, Request
 from fastapi_offline import FastAPIOffline
 from starlette.responses import JSONResponse
 
-from models.bundle import Bundle
+from models.bundle import Bundle, BundleError
 from serve import errors
 from serve.access import Access
 from serve.answer import prediction
 from serve.body import Bodies, unless_gone
+from serve.challenge import Challenge, Challenger
 from serve.engine import Engine, cuda_bytes
-from serve.follow import Build, Follower
+from serve.follow import Build, followers
 from serve.keys import Keys
 from serve.limits import Limits
 from serve.metrics import Metrics
@@ -27,6 +29,8 @@ from serve.page import add_page
 from serve.prepare import prepare
 from serve.service import Service
 from serve.v2 import add_v2
+
+logger = logging.getLogger(__name__)
 
 PREDICT = "/v1/predict"
 
@@ -43,12 +47,13 @@ def create_app(
     keys: Keys | None = None,
     access_log: bool = False,
     follow: str | None = None,
+    challenge: Challenge | None = None,
     poll_s: float = 60.0,
     build: Build = Engine,
 ) -> FastAPI:
     """The application that answers with `served`; a bundle is served on the CPU. keys: who may ask; without them everybody, and
     nobody may roll back. follow: the name in the registry that the bundle is from, asked for its meaning every `poll_s` seconds,
-    and `build` makes an engine of what it means then.
+    and `build` makes an engine of what it means then. challenge: a second model beside it.
 
     Its lifespan runs the self-test: if that fails the server does not start, and `app.state.failure` says why.
     ValueError or BundleError for a parameter or bundle that cannot work.
@@ -63,7 +68,7 @@ def create_app(
     if engine.device.type == "cuda":
         metrics.watch("gpu_bytes", "Of the GPUs' memory that tensors hold", lambda: cuda_bytes(engine.devices))
 
-    follower = Follower(service, follow, build=build, every_s=poll_s) if follow else None
+    following = followers(service, follow, challenge, build=build, every_s=poll_s)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -72,9 +77,15 @@ def create_app(
         except Exception as err:
             app.state.failure = err
             raise
-        task = asyncio.create_task(follower.run()) if follower else None
+        if challenge and challenge.engine:
+            try:
+                await service.challenge(challenge)
+            except BundleError as err:  # the champion answers all the same
+                service.rejected.add(challenge.engine.bundle.path)
+                logger.warning("nothing challenges: %s", err)
+        tasks = [asyncio.create_task(follower.run()) for follower in following]
         yield
-        if task:
+        for task in tasks:
             task.cancel()
         await service.stop()
 
@@ -108,7 +119,7 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
 
     @app.get("/v1/model", summary="What is served", dependencies=allowed)
     async def model() -> JSONResponse:
-        return JSONResponse(_description(service.engine))
+        return JSONResponse(_description(service.engine) | {"challenger": _challenger(service.challenger)})
 
     @app.get("/v1/status", summary="What is in the house", dependencies=allowed)
     async def status() -> JSONResponse:
@@ -165,6 +176,14 @@ def _add_predict(app: FastAPI, service: Service, allowed: list[Any]) -> None:
         headers = {"Server-Timing": timing, "X-Model-Digest": digest[:16]}
         content = {"model": {"name": info.name, "digest": digest}, "predictions": predictions}
         return JSONResponse(content, headers=headers)
+
+
+def _challenger(challenger: Challenger | None) -> dict[str, Any] | None:
+    if challenger is None:
+        return None
+    bundle, challenge = challenger.lane.engine.bundle, challenger.challenge
+    own = {"name": bundle.info.name, "digest": bundle.digest}
+    return own | {"share": challenge.share, "answers": challenge.answers}
 
 
 def _description(engine: Engine) -> dict[str, Any]:

@@ -5,22 +5,22 @@ Nothing heavy is imported up here: --help and a mistyped option are answered at 
 
 import argparse
 import logging
-import math
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve.memory import keep_freed_memory
+from serve.options import parse
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from models.bundle import Bundle
+    from serve.challenge import Challenge
+    from serve.follow import Build
     from serve.keys import Keys
 
 FAILED, REFUSED = 1, 2
@@ -32,7 +32,7 @@ class RefusedError(Exception):
 
 def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after a graceful end, 1 after a failure, 2 if it cannot serve that."""
-    arguments = _parser().parse_args(argv)
+    arguments = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if threading.current_thread() is threading.main_thread():
         # Both signals end a start-up as well; and uvicorn raises the signal again once it has stopped gracefully.
@@ -101,7 +101,6 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
     from serve.app import create_app
     from serve.engine import build
     from serve.limits import MIB, Limits
-    from serve.source import is_registered
 
     limits = Limits(
         max_body_bytes=int(arguments.max_body_mb * MIB),
@@ -118,8 +117,8 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
         write_lines()
     names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log")
     options = {name: getattr(arguments, name) for name in names}
-    if is_registered(arguments.source) and "@" in arguments.source and arguments.poll_s > 0:
-        options |= {"follow": arguments.source, "poll_s": arguments.poll_s, "build": made}
+    options |= {"follow": _followed(arguments.source, arguments), "poll_s": arguments.poll_s, "build": made}
+    options["challenge"] = _challenge(arguments, made)
     app = create_app(engine, limits=limits, keys=_keys(arguments), **options)
     if arguments.metrics_port is not None:
         try:
@@ -129,6 +128,31 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
             raise RefusedError(f"--metrics-port: cannot listen on {where}: {err.strerror}") from err
         print(f"metrics on http://{arguments.host}:{port}/metrics", flush=True)
     return app
+
+
+def _followed(source: str, arguments: argparse.Namespace) -> str | None:
+    from serve.source import is_registered
+
+    return source if is_registered(source) and "@" in source and arguments.poll_s > 0 else None
+
+
+def _challenge(arguments: argparse.Namespace, build: "Build") -> "Challenge | None":
+    from serve.challenge import Challenge
+    from serve.source import is_registered
+
+    source = arguments.challenger
+    if source is None:
+        return None
+    try:
+        engine = build(_bundle(source))
+    except (RefusedError, ValueError) as err:
+        if not is_registered(source):
+            raise RefusedError(f"--challenger: {err}") from err
+        engine = None  # an alias that is not set yet, or not any more, must not keep a service from starting
+        print(f"refract serve: nothing challenges yet: {err}", file=sys.stderr)
+    answers = arguments.canary is not None
+    share = arguments.canary if answers else arguments.shadow
+    return Challenge(engine, share, answers, _followed(source, arguments))
 
 
 def _devices(wanted: str) -> list[str]:
@@ -151,8 +175,6 @@ def _keys(arguments: argparse.Namespace) -> "Keys | None":
     from serve.keys import Keys
 
     if arguments.keys is None:
-        if arguments.rate is not None:
-            raise RefusedError("--rate is for each key: it needs --keys")
         if arguments.host not in ("127.0.0.1", "::1", "localhost"):
             print(
                 f"refract serve: anybody who reaches {arguments.host} may ask; --keys FILE asks for a key",
@@ -170,80 +192,6 @@ def _keys(arguments: argparse.Namespace) -> "Keys | None":
 def _say(message: str, code: int) -> int:
     print(f"refract serve: {' '.join(message.split())}", file=sys.stderr)
     return code
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="refract serve",
-        description="Serve a bundle over HTTP: POST images to /v1/predict; see /docs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("source", metavar="SOURCE", help="a bundle's folder, models:/NAME@ALIAS or models:/NAME/VERSION")
-    add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=_whole(0, 65535), default=8000, help="port to listen on; 0 takes a free one")
-    add(
-        "--device",
-        default="auto",
-        help="where the network runs: cpu, cuda, several as cuda:0,cuda:1, or all GPUs by all",
-    )
-    add(
-        "--replicas",
-        type=_whole(1, 256),
-        default=1,
-        metavar="N",
-        help="engines on each device; on a CPU they share its cores",
-    )
-    add(
-        "--backend",
-        choices=("auto", "eager", "bf16", "compiled", "openvino", "onnx"),
-        default="auto",
-        help="what computes the network; auto times what is installed and takes the fastest that agrees with float32",
-    )
-    add("--max-batch", type=_whole(1, 65536), default=32, metavar="N", help="images in one batch")
-    add("--max-wait-ms", type=_number, default=2.0, metavar="MS", help="longest wait for a batch to fill")
-    add(
-        "--poll-s",
-        type=_number,
-        default=60.0,
-        metavar="S",
-        help="how often to ask what models:/NAME@ALIAS means; 0 never",
-    )
-    add("--max-requests", type=_whole(1, 65536), default=256, metavar="N", help="requests at a time; more get 429")
-    add("--deadline-s", type=_above_0, default=10.0, metavar="S", help="for an answer; what takes longer is dropped")
-    add("--keys", type=Path, metavar="FILE", help="API keys, one a line; read again when the file changes")
-    add("--rate", type=_above_0, metavar="N", help="requests a second of each key; more get 429")
-    add("--metrics-port", type=_whole(0, 65535), metavar="PORT", help="answer Prometheus at /metrics there")
-    add("--access-log", action="store_true", help="write a line of JSON for each request to the standard output")
-    add("--max-body-mb", type=_above_0, default=20.0, metavar="MB", help="largest request body, in MiB")
-    add("--max-pixels", type=_whole(1, 2**31), default=50_000_000, metavar="N", help="most pixels of one image")
-    return parser
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in {low} … {high}")
-        return int(text)
-
-    return parse
-
-
-def _above_0(text: str) -> float:
-    value = _number(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1e5:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number in 0 … 100000")
-    return value
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Follows a name in MLflow's registry: when it means another version, that one is loaded beside, tried, and answers from then on."""
+"""Follows a name in MLflow's registry: when it means another version, that one is loaded beside, tried, and taken."""
 
 import asyncio
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from models.bundle import Bundle, BundleError, load_bundle
+from serve.challenge import Challenge
 from serve.engine import Engine
 from serve.service import Service
 
@@ -16,12 +19,45 @@ logger = logging.getLogger(__name__)
 Build = Callable[[Bundle], Engine]
 
 
+def followers(
+    service: Service, follow: str | None, challenge: Challenge | None, *, build: Build, every_s: float
+) -> list["Follower"]:
+    """Of the champion's name and of the challenger's, where they have one."""
+    options: dict[str, Any] = {"build": build, "every_s": every_s, "rejected": service.rejected}
+    options |= {"on_refusal": lambda: service.metrics.swapped("refused")}
+    found = []
+    if follow:
+        found.append(Follower(follow, take=service.swap, serving=lambda: service.engine, **options))
+    if challenge and challenge.follow:
+
+        async def take(engine: Engine) -> None:
+            await service.challenge(replace(challenge, engine=engine))
+
+        def challenging() -> Engine | None:
+            return service.challenger.lane.engine if service.challenger else None
+
+        found.append(Follower(challenge.follow, take=take, serving=challenging, **options))
+    return found
+
+
 class Follower:
     """Asks every `every_s` seconds what `source` means. A bundle that cannot answer is told and not tried again; the old one goes on."""
 
-    def __init__(self, service: Service, source: str, *, build: Build, every_s: float) -> None:
-        """build: makes an engine of what the name means."""
-        self._service, self._source, self._every, self._build = service, source, every_s, build
+    def __init__(
+        self,
+        source: str,
+        *,
+        build: Build,
+        take: Callable[[Engine], Awaitable[None]],
+        serving: Callable[[], Engine | None],
+        rejected: set[Path],
+        on_refusal: Callable[[], None],
+        every_s: float,
+    ) -> None:
+        """build: makes an engine of what the name means; take: has it serve, or raises BundleError; serving: the one that does; rejected:
+        folders that are not tried."""
+        self._source, self._build, self._every = source, build, every_s
+        self._take, self._serving, self._rejected, self._on_refusal = take, serving, rejected, on_refusal
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -33,18 +69,17 @@ class Follower:
                 logger.exception("looking for a new version of %s failed", self._source)
 
     async def look(self) -> bool:
-        """Whether another bundle answers now."""
-        path = await _located(self._source)
-        service = self._service
-        if path is None or path == service.engine.bundle.path or path in service.rejected:
+        """Whether another bundle was taken now."""
+        path, serving = await _located(self._source), self._serving()
+        if path is None or (serving is not None and path == serving.bundle.path) or path in self._rejected:
             return False
         try:
             engine = await asyncio.to_thread(lambda: self._build(load_bundle(path)))
-            await service.swap(engine)
+            await self._take(engine)
         except (BundleError, ValueError) as err:
-            service.rejected.add(path)
-            service.metrics.swapped("refused")
-            logger.warning("%s is not served, and %s goes on: %s", path, service.engine.bundle.digest[:12], err)
+            self._rejected.add(path)
+            self._on_refusal()
+            logger.warning("%s is not served, what was served goes on: %s", path, err)
             return False
         logger.warning("%s is served now, as %s", engine.bundle.digest[:12], self._source)
         return True

@@ -15,7 +15,8 @@ class Metrics:
     """Counters of one server, in a registry of their own.
 
     requests by their end (`ok` or a problem's code), seconds of requests and of their stages, sizes of batches, confidences, answers by
-    label, answers to be left to a person; by `watch` what is in the house and waits.
+    label, answers to be left to a person; of a challenger how its answers ended or agreed, and their seconds; by `watch` what is in the
+    house and waits.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,9 @@ class Metrics:
         self._labels = Counter("refract_predictions", "Pictures by their likeliest label", ["label"], **own)
         self._abstained = Counter("refract_abstained", "Answers to be left to a person", **own)
         self._swaps = Counter("refract_swaps", "Changes of the model by their end", ["end"], **own)
+        self._challenged = Counter("refract_challenger_pictures", "Of the challenger by their end", ["end"], **own)
+        self._challenger_seconds = Histogram("refract_challenger_seconds", "Of its answers", buckets=_SECONDS, **own)
+        self._challenger = Gauge("refract_challenger", "1 for what challenges", ["name", "digest"], **own)
         self._model = Gauge("refract_model", "1 for what is served", ["name", "digest"], **own)
 
     def answered(self, seconds: float, stages: dict[str, float]) -> None:
@@ -62,6 +66,17 @@ class Metrics:
     def swapped(self, end: str) -> None:
         """end: `done` or `refused`."""
         self._swaps.labels(end).inc()
+
+    def challenges(self, name: str, digest: str) -> None:
+        """What challenges it from now on."""
+        self._challenger.clear()
+        self._challenger.labels(name, digest[:16]).set(1)
+
+    def challenged(self, end: str, pictures: int, seconds: float | None = None) -> None:
+        """end: `answered` by the challenger; `agreed` or `differed`, `failed` or `skipped`, where it was asked after the answer."""
+        self._challenged.labels(end).inc(pictures)
+        if seconds is not None:
+            self._challenger_seconds.observe(seconds)
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
         """A gauge `refract_NAME` that is read when it is asked for."""

@@ -13,6 +13,8 @@ import numpy as np
 
 from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleError
+from serve.batcher import BatchError, ClosedError
+from serve.challenge import SHADOWS, Challenge, Challenger
 from serve.engine import Engine
 from serve.errors import NotReadyError, RequestError
 from serve.explain import png
@@ -70,6 +72,8 @@ class Service:
         self._lane = self._lane_of(engine)
         self._previous: Engine | None = None
         self._retiring: set[asyncio.Task[None]] = set()
+        self._challenger: Challenger | None = None
+        self._shadows: set[asyncio.Task[None]] = set()
         self._swapping = asyncio.Lock()
         self.rejected: set[Path] = set()
         """Folders of bundles that failed, or from which a person went back."""
@@ -90,6 +94,11 @@ class Service:
         """That of new requests."""
         return self._lane.engine
 
+    @property
+    def challenger(self) -> Challenger | None:
+        """The second model, where there is one."""
+        return self._challenger
+
     async def start(self) -> None:
         """Run the self-test, then open. BundleError if the golden pictures' answers do not come again."""
         await asyncio.get_running_loop().run_in_executor(self._workers, self.engine.self_test)
@@ -101,28 +110,46 @@ class Service:
         """Close, and answer what was accepted."""
         if self.ready:
             self.ready = False
-            await asyncio.gather(self._lane.retire(), *self._retiring)
+            for shadow in self._shadows:
+                shadow.cancel()
+            lanes = [self._lane, self._challenger.lane] if self._challenger else [self._lane]
+            await asyncio.gather(*(lane.retire() for lane in lanes), *self._retiring)
         self._workers.shutdown(wait=False)
 
     async def swap(self, engine: Engine) -> None:
         """Answer new requests with another engine, after its self-test; those that are under way end with the old one, which is kept for
         `roll_back`. BundleError where it does not pass, or does not answer with the same labels."""
         async with self._swapping:
-            old, new = self.engine.bundle.info, engine.bundle.info
-            if (old.task, old.labels) != (new.task, new.labels):
-                raise BundleError(
-                    f"{engine.bundle.path}: answers with other labels than {old.name}; start a server for it"
-                )
-            await asyncio.to_thread(engine.self_test)
-            self.check_ready()
-            lane, before = self._lane_of(engine), self._lane
-            lane.start()
+            lane, before = await self._opened(engine), self._lane
             self._lane, self._previous = lane, before.engine
-            self.metrics.serves(new.name, engine.bundle.digest)
+            self.metrics.serves(engine.bundle.info.name, engine.bundle.digest)
             self.metrics.swapped("done")
-            task = asyncio.create_task(before.retire())
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+            self._retire(before)
+
+    async def challenge(self, challenge: Challenge) -> None:
+        """Have its engine challenge the one that answers, in place of the one that did. BundleError as `swap`."""
+        assert challenge.engine is not None
+        async with self._swapping:
+            lane, before = await self._opened(challenge.engine), self._challenger
+            self._challenger = Challenger(lane, challenge)
+            self.metrics.challenges(challenge.engine.bundle.info.name, challenge.engine.bundle.digest)
+            if before:
+                self._retire(before.lane)
+
+    async def _opened(self, engine: Engine) -> Lane:
+        old, new = self.engine.bundle.info, engine.bundle.info
+        if (old.task, old.labels) != (new.task, new.labels):
+            raise BundleError(f"{engine.bundle.path}: answers with other labels than {old.name}; start a server for it")
+        await asyncio.to_thread(engine.self_test)
+        self.check_ready()
+        lane = self._lane_of(engine)
+        lane.start()
+        return lane
+
+    def _retire(self, lane: Lane) -> None:
+        task = asyncio.create_task(lane.retire())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
 
     async def roll_back(self) -> None:
         """Answer with the engine before, and follow no name to the present one again. RequestError 409 where there was none."""
@@ -165,28 +192,62 @@ class Service:
             raise NotReadyError("the self-test has not passed yet, or the server is going down")
 
     async def _predict(self, prepare: Prepare, mirrored: bool, explained: bool) -> Answers:
-        lane = self._lane  # whatever is served meanwhile
-        with lane.entered():
-            return await self._through(lane, prepare, mirrored, explained)
+        challenger = self._challenger if self._challenger and self._challenger.chosen() else None
+        if challenger and challenger.challenge.answers:
+            try:
+                found = await self._on(challenger.lane, prepare, mirrored, explained)
+            except (BatchError, ClosedError):  # the one that is trusted answers
+                self.metrics.challenged("failed", 1)
+            else:
+                self.metrics.challenged("answered", len(found.probabilities), sum(found.seconds.values()))
+                return found
+        found = await self._on(self._lane, prepare, mirrored, explained)
+        if challenger and not challenger.challenge.answers:
+            self._shadow(challenger, prepare, mirrored, found)
+        return found
 
-    async def _through(self, lane: Lane, prepare: Prepare, mirrored: bool, explained: bool) -> Answers:
-        began, engine = time.monotonic(), lane.engine
+    async def _on(self, lane: Lane, prepare: Prepare, mirrored: bool, explained: bool) -> Answers:
+        with lane.entered():  # whatever is served meanwhile
+            began = time.monotonic()
+            batch = await self._prepared(lane, prepare)
+            prepared = time.monotonic() - began
+            found = await lane.submit(np.concatenate([batch, batch[:, :, ::-1]]) if mirrored else batch)
+            seconds = {"prepare": prepared, "queue": found.queued, "compute": found.computed}
+            rows = lane.engine.mean(*np.split(found.outputs, 2)) if mirrored else found.outputs
+            if not explained:
+                return Answers(lane.engine.bundle, rows, seconds)
+            began = time.monotonic()
+            maps = await asyncio.get_running_loop().run_in_executor(self._workers, _explain, lane.engine, batch, rows)
+            return Answers(lane.engine.bundle, rows, {**seconds, "explain": time.monotonic() - began}, maps)
+
+    async def _prepared(self, lane: Lane, prepare: Prepare) -> np.ndarray:
         lane.preparing += 1
         try:
             # One hop a request, not one a picture: cheaper, and a request of 64 pictures cannot take every worker.
-            loop, options = asyncio.get_running_loop(), (engine.preprocess, self._room)
-            batch = await loop.run_in_executor(self._workers, prepare, *options)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._workers, prepare, lane.engine.preprocess, self._room)
         finally:
             lane.preparing -= 1
-        prepared = time.monotonic() - began
-        found = await lane.submit(np.concatenate([batch, batch[:, :, ::-1]]) if mirrored else batch)
-        seconds = {"prepare": prepared, "queue": found.queued, "compute": found.computed}
-        rows = engine.mean(*np.split(found.outputs, 2)) if mirrored else found.outputs
-        if not explained:
-            return Answers(engine.bundle, rows, seconds)
-        began = time.monotonic()
-        maps = await loop.run_in_executor(self._workers, _explain, engine, batch, rows)
-        return Answers(engine.bundle, rows, {**seconds, "explain": time.monotonic() - began}, maps)
+
+    def _shadow(self, challenger: Challenger, prepare: Prepare, mirrored: bool, found: Answers) -> None:
+        if len(self._shadows) >= SHADOWS:
+            self.metrics.challenged("skipped", len(found.probabilities))
+            return
+        task = asyncio.create_task(self._compare(challenger, prepare, mirrored, found.probabilities))
+        self._shadows.add(task)
+        task.add_done_callback(self._shadows.discard)
+
+    async def _compare(self, challenger: Challenger, prepare: Prepare, mirrored: bool, wanted: np.ndarray) -> None:
+        try:
+            async with asyncio.timeout(self._deadline):
+                found = await self._on(challenger.lane, prepare, mirrored, explained=False)
+        except (RequestError, OverloadedError, ClosedError, BatchError, TimeoutError):
+            self.metrics.challenged("failed", len(wanted))
+            return
+        agreed = int((found.probabilities.argmax(axis=1) == wanted.argmax(axis=1)).sum())
+        seconds = sum(found.seconds.values())
+        self.metrics.challenged("agreed", agreed, seconds)
+        self.metrics.challenged("differed", len(wanted) - agreed)
 
 
 def _explain(engine: Engine, batch: np.ndarray, rows: np.ndarray) -> tuple[bytes | None, ...]:

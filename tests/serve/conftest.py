@@ -1,9 +1,10 @@
 """A small bundle, and a real server on a real port."""
 
+import asyncio
 import contextlib
 import io
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,11 @@ from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
 from models.classifier import Classifier, probabilities
 from models.networks import build
+from serve.engine import Engine
+from serve.limits import Limits
+from serve.metrics import Metrics
 from serve.server import Server, listen, url
+from serve.service import Service
 
 PREPROCESS = Preprocess(height=32, width=32)
 TEMPERATURE = 0.05  # a fresh network is unsure of everything: this spreads its answers, and shows if it is forgotten
@@ -93,6 +98,31 @@ def serving() -> Callable[[FastAPI], contextlib.AbstractContextManager[httpx.Cli
 @pytest.fixture(scope="session")
 def bundle(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_bundle(tmp_path_factory.mktemp("bundles") / "shapes")
+
+
+@pytest.fixture(scope="session")
+def other(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Of the same labels, with other weights."""
+    return make_bundle(tmp_path_factory.mktemp("other") / "shapes", seed=1)
+
+
+@pytest.fixture(scope="session")
+def served() -> Callable[[Engine, Callable[[Service], Awaitable[None]]], None]:
+    return serve_engine
+
+
+def serve_engine(engine: Engine, story: Callable[[Service], Awaitable[None]]) -> None:
+    """Run a story with an open service."""
+
+    async def main() -> None:
+        service = Service(engine, limits=Limits(), metrics=Metrics())
+        await service.start()
+        try:
+            await story(service)
+        finally:
+            await service.stop()
+
+    asyncio.run(main())
 
 
 @contextlib.contextmanager

@@ -147,6 +147,10 @@ def test_cuda_where_there_is_none(bundle):
         ["--max-pixels", "1e6"],
         ["--deadline-s", "0"],
         ["--rate", "0"],
+        ["--rate", "3"],
+        ["--challenger", "x"],
+        ["--shadow", "0.1"],
+        ["--canary", "1.5"],
         ["--max-body-mb", "0"],
     ],
 )

@@ -1,0 +1,106 @@
+"""The options of `refract serve`. Imports nothing heavy: --help and a mistyped option are answered at once."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """SystemExit 2, with the option named, for what cannot be."""
+    parser = _parser()
+    found = parser.parse_args(argv)
+    if found.rate is not None and found.keys is None:
+        parser.error("--rate is for each key: it needs --keys")
+    if (found.challenger is not None) != ((found.shadow is None) != (found.canary is None)):
+        parser.error("--challenger SOURCE goes with one of --shadow SHARE and --canary SHARE")
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="refract serve",
+        description="Serve a bundle over HTTP: POST images to /v1/predict; see /docs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a bundle's folder, models:/NAME@ALIAS or models:/NAME/VERSION")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=_whole(0, 65535), default=8000, help="port to listen on; 0 takes a free one")
+    add(
+        "--device",
+        default="auto",
+        help="where the network runs: cpu, cuda, several as cuda:0,cuda:1, or all GPUs by all",
+    )
+    add(
+        "--replicas",
+        type=_whole(1, 256),
+        default=1,
+        metavar="N",
+        help="engines on each device; on a CPU they share its cores",
+    )
+    add(
+        "--backend",
+        choices=("auto", "eager", "bf16", "compiled", "openvino", "onnx"),
+        default="auto",
+        help="what computes the network; auto times what is installed and takes the fastest that agrees with float32",
+    )
+    add("--max-batch", type=_whole(1, 65536), default=32, metavar="N", help="images in one batch")
+    add("--max-wait-ms", type=_number, default=2.0, metavar="MS", help="longest wait for a batch to fill")
+    add(
+        "--poll-s",
+        type=_number,
+        default=60.0,
+        metavar="S",
+        help="how often to ask what models:/NAME@ALIAS means; 0 never",
+    )
+    add("--challenger", metavar="SOURCE", help="a second model, as SOURCE")
+    add(
+        "--shadow",
+        type=_share,
+        metavar="SHARE",
+        help="of the requests, of which it is asked as well; its agreement is counted",
+    )
+    add("--canary", type=_share, metavar="SHARE", help="of the requests, which it answers")
+    add("--max-requests", type=_whole(1, 65536), default=256, metavar="N", help="requests at a time; more get 429")
+    add("--deadline-s", type=_above_0, default=10.0, metavar="S", help="for an answer; what takes longer is dropped")
+    add("--keys", type=Path, metavar="FILE", help="API keys, one a line; read again when the file changes")
+    add("--rate", type=_above_0, metavar="N", help="requests a second of each key; more get 429")
+    add("--metrics-port", type=_whole(0, 65535), metavar="PORT", help="answer Prometheus at /metrics there")
+    add("--access-log", action="store_true", help="write a line of JSON for each request to the standard output")
+    add("--max-body-mb", type=_above_0, default=20.0, metavar="MB", help="largest request body, in MiB")
+    add("--max-pixels", type=_whole(1, 2**31), default=50_000_000, metavar="N", help="most pixels of one image")
+    return parser
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in {low} … {high}")
+        return int(text)
+
+    return parse
+
+
+def _share(text: str) -> float:
+    value = _above_0(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share in 0 … 1")
+    return value
+
+
+def _above_0(text: str) -> float:
+    value = _number(text)
+    if not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1e5:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in 0 … 100000")
+    return value

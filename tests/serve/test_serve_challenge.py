@@ -1,0 +1,126 @@
+"""A second model beside the one that answers."""
+
+import threading
+import time
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve.app import create_app
+from serve.challenge import SHADOWS, Challenge
+from serve.engine import Engine
+
+
+def ends(app) -> dict[str, float]:
+    from prometheus_client import generate_latest
+
+    families = text_string_to_metric_families(generate_latest(app.state.service.metrics.registry).decode())
+    return {
+        sample.labels["end"]: sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == "refract_challenger_pictures_total"
+    }
+
+
+def wait_for(app, total: int) -> dict[str, float]:
+    deadline = time.monotonic() + 20
+    while sum(ends(app).values()) < total:
+        assert time.monotonic() < deadline, ends(app)
+        time.sleep(0.01)
+    return ends(app)
+
+
+def test_a_shadow_is_asked_and_its_agreement_counted(bundle, other, serving, picture) -> None:
+    first, second = Engine(bundle), Engine(other)
+    wanted = [picture(i) for i in range(12)]
+    agreed = sum(
+        first.predict(first.preprocess(data)[None]).argmax() == second.predict(second.preprocess(data)[None]).argmax()
+        for data in wanted
+    )
+    app = create_app(bundle, challenge=Challenge(Engine(other), share=1, answers=False))
+    with serving(app) as client:
+        for data in wanted:
+            answer = client.post("/v1/predict", content=data)
+            assert answer.json()["model"]["digest"] == bundle.digest, "it never answers"
+            wait_for(app, wanted.index(data) + 1)
+        told = client.get("/v1/model").json()["challenger"]
+    assert ends(app) == {"agreed": agreed, "differed": 12 - agreed}
+    assert told == {"name": "shapes", "digest": other.digest, "share": 1, "answers": False}
+
+
+def test_a_model_agrees_with_itself_on_several_pictures_and_their_mirror_images(bundle, serving, picture) -> None:
+    app = create_app(bundle, challenge=Challenge(Engine(bundle), share=1, answers=False))
+    with serving(app) as client:
+        client.post("/v1/predict?tta=flip", files=[("f", ("x.jpg", picture(i))) for i in range(3)])
+        assert wait_for(app, 3) == {"agreed": 3, "differed": 0}
+
+
+class Held(Engine):
+    """Answers when it is let."""
+
+    gate = threading.Event()
+
+    def predict(self, batch):
+        assert self.gate.wait(30)
+        return super().predict(batch)
+
+
+def test_a_slow_shadow_keeps_nobody_waiting(bundle, other, serving, picture) -> None:
+    Held.gate.set()
+    app = create_app(bundle, challenge=Challenge(Held(other), share=1, answers=False))
+    with serving(app) as client:
+        Held.gate.clear()
+        for i in range(SHADOWS + 3):
+            assert client.post("/v1/predict", content=picture(i), timeout=10).status_code == 200
+        assert ends(app) == {"skipped": 3}
+        Held.gate.set()
+        found = wait_for(app, SHADOWS + 3)
+        assert found["skipped"] == 3 and found["agreed"] + found["differed"] == SHADOWS
+
+
+class Broken(Engine):
+    broken = False
+
+    def predict(self, batch):
+        if self.broken:
+            raise RuntimeError("broken")
+        return super().predict(batch)
+
+
+def test_a_canary_answers_its_share_and_where_it_fails_the_other_does(bundle, other, serving, picture) -> None:
+    engine = Broken(other)
+    app = create_app(bundle, challenge=Challenge(engine, share=0.5, answers=True))
+    with serving(app) as client:
+
+        def digests(count: int) -> list[str]:
+            answers = [client.post("/v1/predict", content=picture(i)) for i in range(count)]
+            assert all(answer.status_code == 200 for answer in answers)
+            for answer in answers:
+                assert other.digest.startswith(answer.headers["x-model-digest"]) == (
+                    answer.json()["model"]["digest"] == other.digest
+                )
+            return [answer.json()["model"]["digest"] for answer in answers]
+
+        found = digests(60)
+        assert 10 < found.count(other.digest) < 50, "each by chance 8e-8"
+        assert ends(app) == {"answered": found.count(other.digest)}
+        engine.broken = True
+        assert set(digests(20)) == {bundle.digest} and ends(app)["failed"] > 0
+
+
+def test_a_challenger_that_cannot_answer_keeps_nobody_from_serving(
+    bundle, make_bundle, serving, picture, tmp_path, caplog
+) -> None:
+    strange = make_bundle(tmp_path / "strange", word="kind")
+    wrong = make_bundle(tmp_path / "wrong", wrong=0.3)
+    for bad, message in ((strange, "other labels"), (wrong, "golden picture")):
+        with serving(create_app(bundle, challenge=Challenge(Engine(bad), share=1, answers=True))) as client:
+            assert client.post("/v1/predict", content=picture(1)).status_code == 200
+            assert client.get("/v1/model").json()["challenger"] is None and message in caplog.text
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.1, float("nan")])
+def test_a_share_is_a_share(share: float) -> None:
+    with pytest.raises(ValueError, match="is not in"):
+        Challenge(None, share=share, answers=True)

@@ -1,0 +1,155 @@
+"""A name in a real MLflow registry: what it means is fetched, kept, tried and served."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from models.bundle import Bundle, load_bundle
+from serve.challenge import Challenge
+from serve.command import RefusedError, _bundle
+from serve.engine import Engine
+from serve.follow import followers
+from serve.service import Service
+from serve.source import resolve
+
+
+@pytest.fixture
+def registry(bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """(a function that makes a bundle the champion of a real registry, the folder of the registry)"""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db", f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.create_experiment("shapes", artifact_location=(tmp_path / "artifacts").as_uri())
+    client.create_registered_model("shapes")
+
+    def promote(made: Bundle, alias: str = "champion") -> None:
+        run = client.create_run(experiment)
+        client.log_artifacts(run.info.run_id, str(made.path), "bundle")
+        version = client.create_model_version("shapes", f"{run.info.artifact_uri}/bundle", run.info.run_id)
+        client.set_registered_model_alias("shapes", alias, version.version)
+
+    promote(bundle)
+    return promote, tmp_path
+
+
+@pytest.mark.slow
+def test_a_new_champion_answers_a_bad_one_does_not_and_a_person_is_obeyed(
+    registry, bundle, other, make_bundle, served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    promote, _ = registry
+    name = "models:/shapes@champion"
+
+    async def story(service: Service) -> None:
+        (follower,) = followers(service, name, None, build=Engine, every_s=60)
+        assert not await follower.look(), "it means the same"
+        promote(other)
+        assert await follower.look() and service.engine.bundle.digest == other.digest
+        promote(make_bundle(tmp_path / "wrong", seed=3, wrong=0.2))
+        assert not await follower.look() and service.engine.bundle.digest == other.digest
+        assert "goes on: " in caplog.text and "golden picture" in caplog.text
+        assert not await follower.look() and caplog.text.count("golden picture") == 1, "it is not tried again"
+        promote(other)
+        assert await follower.look()
+        await service.roll_back()
+        assert not await follower.look(), "a person went back from it"
+
+    served(Engine(load_bundle(resolve(name))), story)
+
+
+def test_a_damaged_download_is_fetched_again_and_a_folder_of_ones_own_is_left_alone(
+    registry, bundle, make_bundle, tmp_path: Path
+) -> None:
+    name = "models:/shapes@champion"
+    path = resolve(name)
+    (path / "weights.safetensors").write_bytes(b"damaged")
+    assert _bundle(name).digest == bundle.digest, "another one has come in its place"
+    own = make_bundle(tmp_path / "own").path
+    (own / "weights.safetensors").write_bytes(b"damaged")
+    before = sorted(own.rglob("*"))
+    for said in (str(own), f"{own}/", f"{own.parent}/./own"):
+        with pytest.raises(RefusedError, match=r"weights\.safetensors"):
+            _bundle(said)
+    assert sorted(own.rglob("*")) == before
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_has(registry, bundle, tmp_path: Path, caplog) -> None:
+    name = "models:/shapes@champion"
+    path = resolve(name)
+    (last,) = path.parent.glob("last-*")
+    last.unlink()
+    last.mkdir()  # root may write anywhere, but not a file where a folder is
+    assert resolve(name) == path and "cannot be written" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_challenger_is_followed_too(registry, bundle, other, served) -> None:
+    promote, _ = registry
+    promote(other, "challenger")
+    challenge = Challenge(None, share=1, answers=True, follow="models:/shapes@challenger")
+
+    async def story(service: Service) -> None:
+        (follower,) = followers(service, None, challenge, build=Engine, every_s=60)
+        assert await follower.look() and not await follower.look()
+        assert service.challenger.lane.engine.bundle.digest == other.digest
+        assert service.engine.bundle.digest == bundle.digest
+        promote(bundle, "challenger")
+        assert await follower.look() and service.challenger.lane.engine.bundle.digest == bundle.digest
+
+    served(Engine(bundle), story)
+
+
+@pytest.mark.slow
+def test_with_the_server_down_it_starts_with_what_the_name_meant_last(registry, bundle, tmp_path: Path) -> None:
+    """A real tracking server, which is then killed; a damaged download is not lost to that."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/mlflow.db",
+        "--port",
+        str(port),
+    ]
+    environ = {**os.environ, "MLFLOW_TRACKING_URI": address}
+    name = "models:/shapes@champion"
+
+    def located() -> dict[str, str]:
+        done = subprocess.run([sys.executable, "-m", "serve.source", name], capture_output=True, text=True, env=environ)
+        return json.loads(done.stdout)
+
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as server:
+        try:
+            for _ in range(200):
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{address}/health", trust_env=False).status_code == 200:
+                        break
+                time.sleep(0.2)
+            path = Path(located()["path"])
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+    assert located() == {"path": str(path)} and load_bundle(path).digest == bundle.digest
+    (path / "weights.safetensors").write_bytes(b"damaged")
+    serve = [sys.executable, "-m", "serve.command", name, "--port", "0"]
+    done = subprocess.run(serve, capture_output=True, text=True, env=environ)
+    assert done.returncode == 2 and "the tracking server does not answer" in done.stderr
+    assert path.is_dir() and not list(path.parent.glob(".damaged-*")), "nothing is lost, nothing left over"
+    shutil.rmtree(path)
+    assert "the tracking server does not answer" in located()["error"]
