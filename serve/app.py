@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi_offline import FastAPIOffline
@@ -28,7 +28,11 @@ from serve.openapi import PREDICT_ANSWERS, PREDICT_BODY
 from serve.page import add_page
 from serve.prepare import prepare
 from serve.service import Service
+from serve.tracing import Traced
 from serve.v2 import add_v2
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger(__name__)
 
@@ -46,14 +50,15 @@ def create_app(
     deadline_s: float = 10.0,
     keys: Keys | None = None,
     access_log: bool = False,
+    traces: "TracerProvider | None" = None,
     follow: str | None = None,
     challenge: Challenge | None = None,
     poll_s: float = 60.0,
     build: Build = Engine,
 ) -> FastAPI:
     """The application that answers with `served`; a bundle is served on the CPU. keys: who may ask; without them everybody, and
-    nobody may roll back. follow: the name in the registry that the bundle is from, asked for its meaning every `poll_s` seconds,
-    and `build` makes an engine of what it means then. challenge: a second model beside it.
+    nobody may roll back. traces: where spans go, closed at the end. follow: the name in the registry that the bundle is from, asked for
+    its meaning every `poll_s` seconds, and `build` makes an engine of what it means then. challenge: a second model beside it.
 
     Its lifespan runs the self-test: if that fails the server does not start, and `app.state.failure` says why.
     ValueError or BundleError for a parameter or bundle that cannot work.
@@ -88,6 +93,8 @@ def create_app(
         for task in tasks:
             task.cancel()
         await service.stop()
+        if traces:
+            await asyncio.to_thread(traces.shutdown)
 
     app = FastAPIOffline(
         title="Refract", summary=f"Image classification by {engine.bundle.info.name}", lifespan=lifespan
@@ -104,6 +111,8 @@ def create_app(
         _add_admin(app, service, allowed)
     add_page(app)
     app.add_middleware(Access, log=access_log)
+    if traces:
+        app.add_middleware(Traced, provider=traces)
     return app
 
 
@@ -114,7 +123,7 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
 
     @app.get("/readyz", summary="The golden pictures gave their stored answers again")
     async def readyz() -> JSONResponse:
-        service.check_ready()
+        service.check_wanted()
         return JSONResponse({"status": "ready", "model": service.engine.bundle.info.name})
 
     @app.get("/v1/model", summary="What is served", dependencies=allowed)
@@ -172,8 +181,7 @@ def _add_predict(app: FastAPI, service: Service, allowed: list[Any]) -> None:
         ]
         service.metrics.predicted(found.probabilities, info.labels, sum(p.get("abstain", False) for p in predictions))
         service.metrics.answered(time.monotonic() - began, found.seconds)
-        timing = ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in found.seconds.items())
-        headers = {"Server-Timing": timing, "X-Model-Digest": digest[:16]}
+        headers = {"Server-Timing": found.timing, "X-Model-Digest": digest[:16]}
         content = {"model": {"name": info.name, "digest": digest}, "predictions": predictions}
         return JSONResponse(content, headers=headers)
 

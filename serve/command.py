@@ -17,6 +17,7 @@ from serve.options import parse
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from opentelemetry.sdk.trace import TracerProvider
 
     from models.bundle import Bundle
     from serve.challenge import Challenge
@@ -68,7 +69,8 @@ def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
     app = _app(bundle, arguments)
     ready = f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {url(bound)}"
     try:
-        Server(app, on_ready=lambda: print(ready, flush=True)).run(sockets=[bound])
+        told = {"on_ready": lambda: print(ready, flush=True), "on_leave": app.state.service.leave}
+        Server(app, drain_s=arguments.drain_s, **told).run(sockets=[bound])
     except SystemExit as err:
         failure = app.state.failure
         if isinstance(failure, ValueError):  # a BundleError of the self-test
@@ -118,6 +120,7 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
     names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log")
     options = {name: getattr(arguments, name) for name in names}
     options |= {"follow": _followed(arguments.source, arguments), "poll_s": arguments.poll_s, "build": made}
+    options["traces"] = _traces(arguments.traces)
     options["challenge"] = _challenge(arguments, made)
     app = create_app(engine, limits=limits, keys=_keys(arguments), **options)
     if arguments.metrics_port is not None:
@@ -153,6 +156,19 @@ def _challenge(arguments: argparse.Namespace, build: "Build") -> "Challenge | No
     answers = arguments.canary is not None
     share = arguments.canary if answers else arguments.shadow
     return Challenge(engine, share, answers, _followed(source, arguments))
+
+
+def _traces(address: str | None) -> "TracerProvider | None":
+    from serve.tracing import provider
+
+    if address is None:
+        return None
+    if not address.startswith(("http://", "https://")):
+        raise RefusedError(f"--traces: {address!r} is no URL, as http://localhost:4318/v1/traces")
+    try:
+        return provider(address)
+    except ModuleNotFoundError as err:
+        raise RefusedError("--traces needs the extra tracing: opentelemetry-exporter-otlp-proto-http") from err
 
 
 def _devices(wanted: str) -> list[str]:

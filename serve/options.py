@@ -64,9 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--canary", type=_share, metavar="SHARE", help="of the requests, which it answers")
     add("--max-requests", type=_whole(1, 65536), default=256, metavar="N", help="requests at a time; more get 429")
     add("--deadline-s", type=_above_0, default=10.0, metavar="S", help="for an answer; what takes longer is dropped")
+    add(
+        "--drain-s",
+        type=_number,
+        default=0.0,
+        metavar="S",
+        help="after SIGTERM in which all is answered still, but /readyz says 503, for balancers to notice",
+    )
     add("--keys", type=Path, metavar="FILE", help="API keys, one a line; read again when the file changes")
     add("--rate", type=_above_0, metavar="N", help="requests a second of each key; more get 429")
     add("--metrics-port", type=_whole(0, 65535), metavar="PORT", help="answer Prometheus at /metrics there")
+    add("--traces", metavar="URL", help="of an OpenTelemetry collector, as http://localhost:4318/v1/traces")
     add("--access-log", action="store_true", help="write a line of JSON for each request to the standard output")
     add("--max-body-mb", type=_above_0, default=20.0, metavar="MB", help="largest request body, in MiB")
     add("--max-pixels", type=_whole(1, 2**31), default=50_000_000, metavar="N", help="most pixels of one image")

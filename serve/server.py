@@ -2,18 +2,25 @@
 
 import asyncio
 import logging
+import os
 import socket
+import threading
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+logger = logging.getLogger(__name__)
+
 HEAD_S = 10
 """For a request's head to arrive, and for a connection to begin one: who sends a byte now and then holds no connection for ever."""
 
 # Kubernetes kills after 30 s: what is in flight has this long to finish, then is dropped by us and logged.
-GRACE_S = 25
+GRACE_S = 20
+STUCK_S = 5
+"""Later than that it is ended by force: a picture in a decoder cannot be interrupted."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -71,10 +78,19 @@ class Impatient(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """uvicorn, on a socket that is bound already, calling `on_ready` once it accepts requests.
 
+    At the first signal it calls `on_leave`, goes on answering for `drain_s` seconds, in which a balancer notices, then takes no more
+    connections and ends when what is in flight is answered, after drain_s + GRACE_S + STUCK_S at the latest.
     `run(sockets=[…])` raises SystemExit if the application's start-up failed.
     """
 
-    def __init__(self, app: ASGIApp, *, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        on_ready: Callable[[], None],
+        on_leave: Callable[[], None] = lambda: None,
+        drain_s: float = 0,
+    ) -> None:
         # The port belongs to the sockets given to `run`; log_config=None leaves logging to whoever configured it.
         super().__init__(
             uvicorn.Config(
@@ -89,7 +105,8 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=GRACE_S,
             )
         )
-        self._on_ready = on_ready
+        self._on_ready, self._on_leave, self._drain = on_ready, on_leave, drain_s
+        self._leaving = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         # uvicorn logs a failed start as a traceback; the application keeps the error, and its owner says it in a line.
@@ -101,3 +118,25 @@ class Server(uvicorn.Server):
             log.disabled = False
         if not self.should_exit:
             self._on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        first, self._leaving = not self._leaving, True
+        wait = self._drain if first and self.started else 0  # a second signal ends the drain
+        self._on_leave()
+        _later(wait, lambda: super(Server, self).handle_exit(sig, frame))
+        if first:
+            _later(wait + GRACE_S + STUCK_S, _end_by_force)
+
+
+def _later(seconds: float, call: Callable[[], None]) -> None:
+    if not seconds:
+        call()
+        return
+    timer = threading.Timer(seconds, call)
+    timer.daemon = True
+    timer.start()
+
+
+def _end_by_force() -> None:
+    logger.error("not everything in flight has ended; the server ends without it")
+    os._exit(1)

@@ -36,6 +36,11 @@ class Answers:
     seconds: dict[str, float]
     explanations: tuple[bytes | None, ...] = ()
 
+    @property
+    def timing(self) -> str:
+        """The stages as a `Server-Timing` header."""
+        return ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in self.seconds.items())
+
 
 class Service:
     """One engine at a time, open for requests between `start` and `stop`; by `swap` another one, with no request lost.
@@ -65,7 +70,7 @@ class Service:
             raise ValueError(f"max_requests={max_requests} must be at least 1, deadline_s={deadline_s} above 0")
         self.limits, self.metrics = limits, metrics
         self._room = Room(limits)
-        self.ready = False
+        self.ready = self._leaving = False
         self._max_requests, self._deadline = max_requests, deadline_s
         self._inside = 0
         self._waits = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
@@ -105,6 +110,16 @@ class Service:
         self._lane.start()
         self.metrics.serves(self.engine.bundle.info.name, self.engine.bundle.digest)
         self.ready = True
+
+    def leave(self) -> None:
+        """Tell balancers to send nothing more; what comes is answered still."""
+        self._leaving = True
+
+    def check_wanted(self) -> None:
+        """NotReadyError where a balancer should send nothing."""
+        self.check_ready()
+        if self._leaving:
+            raise NotReadyError("the server is going down")
 
     async def stop(self) -> None:
         """Close, and answer what was accepted."""

@@ -51,13 +51,13 @@ def add_v2(app: FastAPI, service: Service, allowed: list[Any]) -> None:
 
     @app.get("/v2/health/ready", summary="The golden pictures gave their stored answers again", tags=["v2"])
     async def ready() -> JSONResponse:
-        service.check_ready()
+        service.check_wanted()
         return JSONResponse({"ready": True})
 
     @app.get("/v2/models/{name}/ready", summary="The same, by the model's name", tags=["v2"])
     async def model_ready(name: str) -> JSONResponse:
         check_name(name)
-        service.check_ready()
+        service.check_wanted()
         return JSONResponse({"name": name, "ready": True})
 
     @app.get("/v2/models/{name}", summary="Inputs and outputs", tags=["v2"], dependencies=allowed)
@@ -96,7 +96,7 @@ def add_v2(app: FastAPI, service: Service, allowed: list[Any]) -> None:
             answer["id"] = document["id"]
         service.metrics.predicted(rows, labels, 0)
         service.metrics.answered(time.monotonic() - began, found.seconds)
-        return JSONResponse(answer)
+        return JSONResponse(answer, headers={"Server-Timing": found.timing})
 
 
 def _parts(body: bytes, announced: str | None) -> tuple[dict[str, Any], bytes]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -87,6 +88,44 @@ def test_a_signal_ends_it_gracefully_with_what_is_in_flight_answered(served, pic
     assert b'"predictions":[' in answer
     code, out, err = finish(process)
     assert (code, out, err) == (0, "", "")
+
+
+def test_while_it_drains_it_answers_and_says_that_it_goes(bundle, picture):
+    process = start(str(bundle.path), "--port", "0", "--device", "cpu", "--drain-s", "60")
+    address = process.stdout.readline().rpartition(" on ")[2].strip()
+    with httpx.Client(base_url=address, trust_env=False) as client:
+        assert client.get("/readyz").status_code == 200
+        process.terminate()
+        deadline = time.monotonic() + 20
+        while (answer := client.get("/readyz")).status_code == 200:
+            assert time.monotonic() < deadline
+        assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
+        assert client.get("/v2/health/ready").status_code == 503
+        assert client.get("/livez").status_code == 200
+        assert client.post("/v1/predict", content=picture(1)).status_code == 200
+        process.terminate()  # the second signal does not wait
+    assert finish(process) == (0, "", "")
+
+
+def test_what_is_stuck_does_not_keep_it_from_ending(bundle, picture):
+    """A decoder that never comes back; the limits are shortened, or the test would take half a minute."""
+    code = (
+        "import sys, threading, serve.server, serve.prepare, serve.command\n"
+        "serve.server.GRACE_S = serve.server.STUCK_S = 1\n"
+        "serve.prepare.image_size = lambda data: (print('stuck', flush=True), threading.Event().wait())\n"
+        "sys.exit(serve.command.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, str(bundle.path), "--port", "0", "--device", "cpu", "--deadline-s", "100"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, env={**os.environ, "HOME": HOME}, **pipes)
+    address = process.stdout.readline().rpartition(" on ")[2].strip()
+    with httpx.Client(base_url=address, trust_env=False) as client, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.post, "/v1/predict", content=picture(1), timeout=60)
+        assert process.stdout.readline() == "stuck\n"
+        process.terminate()
+        code, _, err = finish(process)
+        assert code == 1 and "not everything in flight has ended" in err
+        assert asked.exception() is not None or asked.result().status_code >= 500
 
 
 def wait_until_refused(url: httpx.URL) -> None:
@@ -173,3 +212,29 @@ def test_a_signal_while_it_starts_ends_it_too():
             process.terminate()
             code, _, err = finish(process)
     assert (code, err) == (0, "")
+
+
+def test_nothing_is_unpickled(bundle, picture):
+    """An audit hook ends the process where a pickle asks for a class; that it would is tried first."""
+    code = (
+        "import os, pickle, sys, serve.app, serve.command, torch, pathlib\n"
+        "armed = False\n"
+        "def hook(event, details):\n"
+        "    if armed and event == 'pickle.find_class': raise RuntimeError(f'unpickled {details}')\n"
+        "sys.addaudithook(hook)\n"
+        "data = pickle.dumps(pathlib.Path('x'))\n"
+        "armed = True\n"
+        "try: pickle.loads(data)\n"
+        "except RuntimeError: print('armed', flush=True)\n"
+        "sys.exit(serve.command.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, str(bundle.path), "--port", "0", "--device", "cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, env={**os.environ, "HOME": HOME}, **pipes)
+    assert process.stdout.readline() == "armed\n"
+    address = process.stdout.readline().rpartition(" on ")[2].strip()
+    with httpx.Client(base_url=address, trust_env=False) as client:
+        for form in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"):
+            assert client.post("/v1/predict?explain=true", content=picture(1, form=form)).status_code == 200
+    process.terminate()
+    assert finish(process) == (0, "", "")

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 
 from serve import server
 from serve.app import create_app
+from serve.challenge import Challenge
+from serve.engine import Engine
 from serve.errors import RequestError
 from serve.keys import Keys
 from serve.limits import OverloadedError
@@ -118,3 +121,18 @@ def test_a_head_that_does_not_arrive_holds_no_connection(bundle, serving, monkey
         assert client.get("/livez").status_code == 200
         time.sleep(0.7)
         assert client.get("/livez").status_code == 200, "an idle connection that had its answer is no slow one"
+
+
+def test_the_dashboard_asks_for_what_there_is(bundle, serving, picture) -> None:
+    """All but the GPU's memory, which only a server on a GPU tells."""
+    text = (Path(__file__).parents[2] / "deploy" / "grafana.json").read_text()
+    queries = [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"refract_\w+", query)}
+    app = create_app(bundle, challenge=Challenge(Engine(bundle), share=1, answers=False))
+    with serving(app) as client:
+        client.post("/v1/predict", content=picture(1))
+        client.post("/v1/predict", content=b"no picture")
+        families = generate_latest(app.state.service.metrics.registry).decode()
+    there = {sample.name for family in text_string_to_metric_families(families) for sample in family.samples}
+    there |= {family.name + "_total" for family in text_string_to_metric_families(families) if family.type == "counter"}
+    assert asked - there == {"refract_gpu_bytes"} and len(asked) > 12
