@@ -24,7 +24,7 @@ from serve.follow import Build, followers
 from serve.keys import Keys
 from serve.limits import Limits
 from serve.metrics import Metrics
-from serve.openapi import PREDICT_ANSWERS, PREDICT_BODY
+from serve.openapi import PREDICT_ANSWERS, PREDICT_BODY, problems
 from serve.page import add_page
 from serve.prepare import prepare
 from serve.service import Service
@@ -121,16 +121,16 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
     async def livez() -> JSONResponse:
         return JSONResponse({"status": "alive"})
 
-    @app.get("/readyz", summary="The golden pictures gave their stored answers again")
+    @app.get("/readyz", summary="The golden pictures gave their stored answers again", responses=problems(503))
     async def readyz() -> JSONResponse:
         service.check_wanted()
         return JSONResponse({"status": "ready", "model": service.engine.bundle.info.name})
 
-    @app.get("/v1/model", summary="What is served", dependencies=allowed)
+    @app.get("/v1/model", summary="What is served", dependencies=allowed, responses=problems(401))
     async def model() -> JSONResponse:
         return JSONResponse(_description(service.engine) | {"challenger": _challenger(service.challenger)})
 
-    @app.get("/v1/status", summary="What is in the house", dependencies=allowed)
+    @app.get("/v1/status", summary="What is in the house", dependencies=allowed, responses=problems(401))
     async def status() -> JSONResponse:
         return JSONResponse({"requests": service.inside, "pictures_waiting": service.waiting})
 

@@ -1,4 +1,4 @@
-"""What `/docs` and `/openapi.json` tell of `POST /v1/predict`: its forms of bodies and its answers, each with an example."""
+"""What `/docs` and `/openapi.json` tell beside the code's own types: forms of bodies, answers and refusals, each with an example."""
 
 from typing import Any
 
@@ -37,9 +37,37 @@ _ANSWER = {
 
 
 def _problem(status: int, title: str, code: str, detail: str) -> dict[str, Any]:
-    example = {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": code}
-    schema = {"type": "object", "required": list(example), "properties": {key: {} for key in example}}
-    return {"description": title, "content": {"application/problem+json": {"schema": schema, "example": example}}}
+    return {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": code}
+
+
+def _described(problem: dict[str, Any]) -> dict[str, Any]:
+    schema = {"type": "object", "required": list(problem), "properties": {key: {} for key in problem}}
+    content = {"application/problem+json": {"schema": schema, "example": problem}}
+    return {"description": problem["title"], "content": content}
+
+
+_PROBLEMS: dict[int, dict[str, Any]] = {
+    problem["status"]: _described(problem)
+    for problem in (
+        _problem(400, "Bad Request", "invalid_image", "the image cannot be read"),
+        _problem(401, "Unauthorized", "unauthorized", "this server asks for a key: send Authorization: Bearer KEY"),
+        _problem(404, "Not Found", "unknown_model", "there is no model of this name; served is 'shapes'"),
+        _problem(408, "Request Timeout", "body_too_slow", "the body had not arrived within 30 s"),
+        _problem(413, "Content Too Large", "body_too_large", "the body is larger than 20971520 bytes"),
+        _problem(
+            415, "Unsupported Media Type", "unsupported_media_type", "Content-Type is 'text/plain'; accepted are …"
+        ),
+        _problem(422, "Unprocessable Content", "invalid_parameter", "query top: Input should be a valid integer"),
+        _problem(429, "Too Many Requests", "overloaded", "256 requests are being answered already; try again later"),
+        _problem(503, "Service Unavailable", "not_ready", "the server is going down"),
+        _problem(504, "Gateway Timeout", "deadline_exceeded", "there was no answer within 10 s"),
+    )
+}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`."""
+    return {status: _PROBLEMS[status] for status in statuses}
 
 
 PREDICT_ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -47,15 +75,5 @@ PREDICT_ANSWERS: dict[int | str, dict[str, Any]] = {
         "description": "An answer for each image, in the order sent",
         "content": {"application/json": {"example": _ANSWER}},
     },
-    400: _problem(400, "Bad Request", "invalid_image", "the image cannot be read"),
-    413: _problem(413, "Content Too Large", "body_too_large", "the body is larger than 20971520 bytes"),
-    415: _problem(
-        415, "Unsupported Media Type", "unsupported_media_type", "Content-Type is 'text/plain'; accepted are …"
-    ),
-    422: _problem(422, "Unprocessable Content", "invalid_parameter", "query top: Input should be a valid integer"),
-    429: _problem(429, "Too Many Requests", "overloaded", "256 requests are being answered already; try again later"),
-    503: _problem(
-        503, "Service Unavailable", "not_ready", "the self-test has not passed yet, or the server is going down"
-    ),
-    504: _problem(504, "Gateway Timeout", "deadline_exceeded", "there was no answer within 10 s"),
+    **problems(400, 401, 408, 413, 415, 422, 429, 503, 504),
 }

@@ -22,6 +22,7 @@ from augment.preprocess import Preprocess
 from serve.body import Bodies, unless_gone
 from serve.errors import RequestError
 from serve.limits import Limits, Room
+from serve.openapi import problems
 from serve.prepare import check_total, pixels
 from serve.service import Service
 
@@ -49,18 +50,34 @@ def add_v2(app: FastAPI, service: Service, allowed: list[Any]) -> None:
     async def live() -> JSONResponse:
         return JSONResponse({"live": True})
 
-    @app.get("/v2/health/ready", summary="The golden pictures gave their stored answers again", tags=["v2"])
+    @app.get(
+        "/v2/health/ready",
+        summary="The golden pictures gave their stored answers again",
+        tags=["v2"],
+        responses=problems(503),
+    )
     async def ready() -> JSONResponse:
         service.check_wanted()
         return JSONResponse({"ready": True})
 
-    @app.get("/v2/models/{name}/ready", summary="The same, by the model's name", tags=["v2"])
+    @app.get(
+        "/v2/models/{name}/ready",
+        summary="The same, by the model's name",
+        tags=["v2"],
+        responses=problems(404, 503),
+    )
     async def model_ready(name: str) -> JSONResponse:
         check_name(name)
         service.check_wanted()
         return JSONResponse({"name": name, "ready": True})
 
-    @app.get("/v2/models/{name}", summary="Inputs and outputs", tags=["v2"], dependencies=allowed)
+    @app.get(
+        "/v2/models/{name}",
+        summary="Inputs and outputs",
+        tags=["v2"],
+        dependencies=allowed,
+        responses=problems(401, 404),
+    )
     async def metadata(name: str) -> JSONResponse:
         check_name(name)
         info, digest = service.engine.bundle.info, service.engine.bundle.digest
@@ -72,7 +89,11 @@ def add_v2(app: FastAPI, service: Service, allowed: list[Any]) -> None:
         return JSONResponse({**own, "inputs": list(INPUTS), "outputs": outputs, "labels": list(info.labels)})
 
     @app.post(
-        "/v2/models/{name}/infer", summary="Classify tensors or encoded images", tags=["v2"], dependencies=allowed
+        "/v2/models/{name}/infer",
+        summary="Classify tensors or encoded images",
+        tags=["v2"],
+        dependencies=allowed,
+        responses=problems(400, 401, 404, 408, 413, 422, 429, 503, 504),
     )
     async def infer(name: str, request: Request) -> JSONResponse:
         check_name(name)

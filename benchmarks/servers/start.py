@@ -1,0 +1,70 @@
+"""A bundle with random weights, and a server of it as a process, for the benchmarks of serving."""
+
+import os
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def make_bundle(network: str, pictures: Sequence[bytes], path: Path, *, size: int = 224) -> Path:
+    """Random weights; the answers to the pictures are its golden ones."""
+    import numpy as np
+    import torch
+
+    from augment.preprocess import Preprocess
+    from models.bundle import BundleInfo, Golden, save_bundle
+    from models.classifier import Classifier, probabilities
+    from models.networks import build
+
+    torch.manual_seed(0)
+    preprocess, count = Preprocess(size, size), 100 if size > 64 else 10
+    network_of = build(network, count, image_size=(size, size))
+    classifier = Classifier(network_of, mean=preprocess.mean, std=preprocess.std).eval()
+    images = torch.from_numpy(np.stack([preprocess(data) for data in pictures])).permute(0, 3, 1, 2)
+    # A fresh network of few layers is unsure of everything; this spreads its answers, so that a wrong one shows.
+    temperature = 1.0 if size > 64 else 0.05
+    with torch.inference_mode():
+        answers = probabilities(classifier(images), task="multiclass", temperature=temperature).tolist()
+    goldens = [
+        Golden(f"{i:02}.img", data, tuple(row)) for i, (data, row) in enumerate(zip(pictures, answers, strict=True))
+    ]
+    info = BundleInfo(
+        name=network, task="multiclass", labels=tuple(f"class {i}" for i in range(count)), created="2026-01-01T00:00:00+00:00",
+        network={"name": network, "image_size": [size, size], "args": {}}, preprocess=preprocess.to_dict(), temperature=temperature,
+    )  # fmt: skip
+    return save_bundle(path, info, classifier, goldens)
+
+
+@contextmanager
+def serving(command: list[str], bundle: Path, health: str = "/readyz") -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """(the address, the process) of a server that answers. PORT and BUNDLE in the command are filled in; REFRACT_BENCH_BUNDLE names the
+    bundle too."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = [part.replace("PORT", str(port)).replace("BUNDLE", str(bundle)) for part in command]
+    environ = {**os.environ, "REFRACT_BENCH_BUNDLE": str(bundle)}
+    with subprocess.Popen(arguments, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            for _ in range(900):
+                try:
+                    urllib.request.urlopen(url + health, timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            else:
+                raise TimeoutError(f"{arguments} does not answer")
+            yield url, process
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def resident_mib(pid: int) -> float:
+    """What a process holds of the memory."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
