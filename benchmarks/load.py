@@ -26,9 +26,15 @@ def main() -> None:
     parser.add_argument("--warmup", type=float, default=2.0, help="seconds before those that count")
     parser.add_argument(
         "--form",
-        choices=("raw", "json", "multipart"),
+        choices=("raw", "json", "multipart", "mlflow"),
         default="raw",
-        help="json: MLflow's and LitServe's {field: base64}",
+        help="json: LitServe's {image: base64}; mlflow: {inputs: [base64]}",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=0,
+        help="requests a second, evenly, answered or not; 0: as fast as they are answered",
     )
     args = parser.parse_args()
     print(json.dumps(asyncio.run(load(args))))
@@ -45,8 +51,11 @@ async def load(args: argparse.Namespace) -> dict[str, object]:
 
     async def one(number: int) -> None:
         reader, writer = await asyncio.open_connection(parsed.hostname, parsed.port)
-        place = number
+        place, started = number, time.perf_counter()
         while (sent := time.perf_counter()) < end:
+            if args.rate:  # its latency counts from when it was due
+                sent = started + place / args.rate
+                await asyncio.sleep(max(0, sent - time.perf_counter()))
             writer.write(requests[place % len(requests)])
             status = await _answered(reader)
             found.append((sent, time.perf_counter(), status))
@@ -68,7 +77,9 @@ def _request(path: str, host: str, picture: bytes, form: str) -> bytes:
     import base64
 
     kind, body = "image/jpeg", picture
-    if form == "json":
+    if form == "mlflow":
+        kind, body = "application/json", json.dumps({"inputs": [base64.b64encode(picture).decode()]}).encode()
+    elif form == "json":
         kind, body = "application/json", json.dumps({"image": base64.b64encode(picture).decode()}).encode()
     elif form == "multipart":
         kind = "multipart/form-data; boundary=b"

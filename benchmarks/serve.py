@@ -1,7 +1,7 @@
 """The server beside its peers: the same network, the same pictures, each with the load of the same second process.
 
-Refract by its chosen backend and by plain PyTorch, a plain FastAPI handler, and LitServe (pip install litserve; left out where it is not
-there). Random weights: the answers are compared, not judged. Ends with 1 where a ratio falls short of its goal.
+Refract by its chosen backend and by plain PyTorch, a plain FastAPI handler, LitServe, and `mlflow models serve`. Random weights: the
+answers are compared, not judged. Ends with 1 where a ratio falls short of its goal.
 
     python -m benchmarks.serve --pictures PHOTOS --json benchmarks/results/serve.json
 """
@@ -14,17 +14,62 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report import environment, write
+from benchmarks.servers.start import make_bundle, serving
 
-GOALS = {"plain FastAPI": 3.0, "LitServe": 4.0}
+GOALS = {"plain FastAPI": 3.0, "LitServe": 4.0, "mlflow models serve": 5.0}
 """How many times the peer's rate at the busiest load; LitServe's against Refract's eager network."""
+
+OF_ENGINE, TAIL = 0.85, 2.5
+"""What is served as a share of the bare engine's rate; p99 at half load as a multiple of one picture's time in the engine."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """command: with PORT and BUNDLE; form: see `benchmarks.load`; needs: a package."""
+
+    command: tuple[str, ...]
+    route: str
+    form: str
+    health: str = "/readyz"
+    needs: str | None = None
+    environ: dict[str, str] = field(default_factory=dict)
+
+
+PYTHON = (sys.executable, "-m")
+OWN = (*PYTHON, "refract", "serve", "BUNDLE", "--port", "PORT")
+PLAIN = (*PYTHON, "uvicorn", "benchmarks.servers.plain:app", "--port", "PORT", "--workers", "2")
+MLFLOW = (
+    *PYTHON,
+    "mlflow",
+    "models",
+    "serve",
+    "-m",
+    "BUNDLE/../mlflow",
+    "--env-manager",
+    "local",
+    "--port",
+    "PORT",
+    "--workers",
+    "2",
+)
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# The peers have two workers of one thread each: on two cores faster than one of two threads.
+SERVERS = {
+    "Refract": Server(OWN, "/v1/predict?top=1", "raw"),
+    "Refract, eager": Server((*OWN, "--backend", "eager"), "/v1/predict?top=1", "raw"),
+    "plain FastAPI": Server(PLAIN, "/predict", "multipart", environ=ONE_THREAD),
+    "LitServe": Server(
+        (*PYTHON, "benchmarks.servers.lit", "PORT", "2"), "/predict", "json", "/health", "litserve", ONE_THREAD
+    ),
+    "mlflow models serve": Server(MLFLOW, "/invocations", "mlflow", "/ping", "mlflow", ONE_THREAD),
+}
 
 
 def main() -> int:
@@ -32,21 +77,34 @@ def main() -> int:
     parser.add_argument("--pictures", type=Path, required=True, help="a folder of JPEG photos")
     parser.add_argument("--networks", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--connections", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--quick", action="store_true", help="resnet18, 8 connections, 4 seconds")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    pictures = sorted(path for path in args.pictures.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:60]
+    if args.quick:
+        args.networks, args.connections, args.seconds = ["resnet18"], [8], 4.0
+    files = sorted(path for path in args.pictures.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:60]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
+        model = [sys.executable, "-m", "benchmarks.servers.mlflow_model", f"{folder}/mlflow"]
+        goldens = [file.read_bytes() for file in files[:8]]
         for network in args.networks:
-            bundle = make_bundle(network, pictures, Path(folder) / network)
-            found[network] = measured(bundle, pictures, args)
-    goals = [line for network, rows in found.items() for line in held(network, rows)]
+            bundle = make_bundle(network, goldens, Path(folder) / network)
+            if not Path(f"{folder}/mlflow").exists():
+                subprocess.run(
+                    model, check=True, capture_output=True, env={**os.environ, "REFRACT_BENCH_BUNDLE": str(bundle)}
+                )
+            found[network] = measured(bundle, files, args)
+        found["tiny"] = tiny(files, Path(folder) / "tiny", args.seconds)
+    goals = [line for network in args.networks for line in held(network, found[network])]
+    rate = found["tiny"]["Refract"]["rate"]
+    goals.append((f"lenet5, 16 connections: {rate:.0f} pictures a second (goal 4000)", rate >= 4000))
     for line, _ in goals:
         print(line)
     result = {
-        "environment": environment("torch", "fastapi", "uvicorn"),
+        "environment": environment("torch", "fastapi", "uvicorn", "litserve", "mlflow", "openvino", "onnxruntime"),
         "networks": found,
+        "goals": [line for line, _ in goals],
         "holds": all(good for _, good in goals),
     }
     if args.json:
@@ -54,96 +112,90 @@ def main() -> int:
     return 0 if result["holds"] else 1
 
 
-def make_bundle(network: str, pictures: list[Path], path: Path) -> Path:
-    """Random weights, whose first eight answers are its golden ones."""
-    import numpy as np
-    import torch
-
-    from augment.preprocess import Preprocess
-    from models.bundle import BundleInfo, Golden, save_bundle
-    from models.classifier import Classifier, probabilities
-    from models.networks import build
-
-    torch.manual_seed(0)
-    preprocess = Preprocess(224, 224)
-    classifier = Classifier(build(network, 100, image_size=(224, 224)), mean=preprocess.mean, std=preprocess.std).eval()
-    chosen = [picture.read_bytes() for picture in pictures[:8]]
-    images = torch.from_numpy(np.stack([preprocess(data) for data in chosen])).permute(0, 3, 1, 2)
-    with torch.inference_mode():
-        answers = probabilities(classifier(images), task="multiclass").tolist()
-    goldens = [
-        Golden(f"{i:02}.jpg", data, tuple(row)) for i, (data, row) in enumerate(zip(chosen, answers, strict=True))
-    ]
-    info = BundleInfo(
-        name=network, task="multiclass", labels=tuple(f"class {i}" for i in range(100)), created="2026-01-01T00:00:00+00:00",
-        network={"name": network, "image_size": [224, 224], "args": {}}, preprocess=preprocess.to_dict(),
-    )  # fmt: skip
-    return save_bundle(path, info, classifier, goldens)
-
-
-def measured(bundle: Path, pictures: list[Path], args: argparse.Namespace) -> dict[str, Any]:
+def measured(bundle: Path, files: list[Path], args: argparse.Namespace) -> dict[str, Any]:
     """Server → connections → what `benchmarks.load` prints, and the answers of all on the same pictures."""
-    refract = [sys.executable, "-m", "refract", "serve", str(bundle), "--port", "PORT"]
-    servers: dict[str, tuple[list[str], str, str]] = {
-        "Refract": (refract, "/v1/predict?top=1", "raw"),
-        "Refract, eager": ([*refract, "--backend", "eager"], "/v1/predict?top=1", "raw"),
-        "plain FastAPI": (
-            [sys.executable, "-m", "uvicorn", "benchmarks.servers.plain:app", "--port", "PORT"],
-            "/predict",
-            "multipart",
-        ),
-    }
-    if importlib.util.find_spec("litserve"):
-        servers["LitServe"] = ([sys.executable, "-m", "benchmarks.servers.lit", "PORT"], "/predict", "json")
     rows: dict[str, Any] = {}
-    for name, (command, route, form) in servers.items():
-        with serving(command, bundle) as url:
-            loads = {}
-            for connections in args.connections:
-                options = ["--connections", str(connections), "--seconds", str(args.seconds), "--form", form]
-                run = [sys.executable, "-m", "benchmarks.load", url + route, *map(str, pictures), *options]
-                loads[str(connections)] = json.loads(
-                    subprocess.run(run, capture_output=True, text=True, check=True).stdout
-                )
-                print(
-                    f"{bundle.name:<10} {name:<15} {connections:>3} connections  {loads[str(connections)]}", flush=True
-                )
-            labels = [answered(url + route, picture, form) for picture in pictures[:20]]
-        rows[name] = {"loads": loads, "labels": labels}
+    for name, server in SERVERS.items():
+        if server.needs and importlib.util.find_spec(server.needs) is None:
+            continue
+        with serving(list(server.command), bundle, server.health, **server.environ) as (url, _):
+            loads = {str(n): load(url + server.route, files, server.form, n, args.seconds) for n in args.connections}
+            row: dict[str, Any] = {"loads": loads}
+            if name.startswith("Refract"):
+                # A request each so many seconds, whether or not the last was answered.
+                half = max(row["rate"] for row in loads.values()) / 2
+                row["half_load"] = load(url + server.route, files, server.form, 16, args.seconds, rate=half)
+            labels = [answered(url + server.route, file, server.form) for file in files[:20]]
+        rows[name] = {**row, "labels": labels}
+        print(f"{bundle.name:<10} {name:<15} {row}", flush=True)
     wanted = rows["Refract"]["labels"]
     for row in rows.values():
         row["same_answers_of_20"] = sum(a == b for a, b in zip(row.pop("labels"), wanted, strict=True))
+    rows["bare engine"] = bare(bundle, files)
+    print(f"{bundle.name:<10} bare engine     {rows['bare engine']}", flush=True)
     return rows
 
 
-@contextmanager
-def serving(command: list[str], bundle: Path) -> Iterator[str]:
-    """The address of a server that answers."""
-    import socket
+def tiny(files: list[Path], folder: Path, seconds: float) -> dict[str, Any]:
+    """lenet5 on pictures of 32 × 32, where all but the network's time counts."""
+    from PIL import Image
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environ = {**os.environ, "REFRACT_BENCH_BUNDLE": str(bundle)}
-    arguments = [part.replace("PORT", str(port)) for part in command]
-    with subprocess.Popen(arguments, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            url = f"http://127.0.0.1:{port}"
-            for _ in range(600):
-                try:
-                    urllib.request.urlopen(url + ("/health" if "lit" in command[2] else "/readyz"), timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.2)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(60)
+    folder.mkdir()
+    for number, file in enumerate(files):
+        Image.open(file).convert("RGB").resize((32, 32)).save(folder / f"{number}.jpg", quality=90)
+    small = sorted(folder.glob("*.jpg"))
+    bundle = make_bundle("lenet5", [file.read_bytes() for file in small[:8]], folder / "lenet5", size=32)
+    rows = {}
+    for name in ("Refract", "LitServe"):
+        server = SERVERS[name]
+        if server.needs and importlib.util.find_spec(server.needs) is None:
+            continue
+        with serving(list(server.command), bundle, server.health, **server.environ) as (url, _):
+            rows[name] = load(url + server.route, small, server.form, 16, seconds)
+            print(f"lenet5     {name:<15} {rows[name]}", flush=True)
+    return rows
+
+
+def load(url: str, files: list[Path], form: str, connections: int, seconds: float, rate: float = 0) -> dict[str, Any]:
+    """What `benchmarks.load` finds, in a process of its own."""
+    options = ["--connections", str(connections), "--seconds", str(seconds), "--form", form, "--rate", str(rate)]
+    run = [sys.executable, "-m", "benchmarks.load", url, *map(str, files), *options]
+    found: dict[str, Any] = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
+    return found
+
+
+def bare(bundle: Path, files: list[Path]) -> dict[str, float]:
+    """Size of batch → pictures a second of the engine that Refract chose, in a process of its own, on pictures that are decoded already."""
+    code = (
+        "import json, sys, time, numpy as np\n"
+        "from pathlib import Path\n"
+        "from models.bundle import load_bundle\n"
+        "from serve.engine import Engine\n"
+        "from serve.memory import keep_freed_memory\n"
+        "keep_freed_memory()\n"
+        "engine = Engine(load_bundle(Path(sys.argv[1])), backend='auto')\n"
+        "rows = [engine.preprocess(Path(file).read_bytes()) for file in sys.argv[2:]]\n"
+        "found = {}\n"
+        "for size in (1, 8, 32):\n"
+        "    batch, times = np.stack((rows * size)[:size]), []\n"
+        "    while sum(times) < 3:\n"
+        "        began = time.perf_counter(); engine.predict(batch); times.append(time.perf_counter() - began)\n"
+        "    found[size] = round(size / sorted(times)[len(times) // 2], 1)\n"
+        "print(json.dumps(found))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(bundle), *map(str, files[:32])], capture_output=True, text=True, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def answered(url: str, picture: Path, form: str) -> str:
     """The label that a server gives a picture."""
     data, kind = picture.read_bytes(), "image/jpeg"
-    if form == "json":
+    if form == "mlflow":
+        data, kind = json.dumps({"inputs": [base64.b64encode(data).decode()]}).encode(), "application/json"
+    elif form == "json":
         data, kind = json.dumps({"image": base64.b64encode(data).decode()}).encode(), "application/json"
     elif form == "multipart":
         kind = "multipart/form-data; boundary=b"
@@ -157,11 +209,20 @@ def answered(url: str, picture: Path, form: str) -> str:
 def held(network: str, rows: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     """A line for each goal, and whether it is reached, at the load with the most connections."""
     busiest = max(rows["Refract"]["loads"], key=int)
+    served = rows["Refract"]["loads"][busiest]["rate"]
     for peer, goal in GOALS.items():
         if peer in rows:
-            own = rows["Refract, eager" if peer == "LitServe" else "Refract"]["loads"][busiest]["rate"]
+            own = rows["Refract, eager"]["loads"][busiest]["rate"] if peer == "LitServe" else served
             ratio = own / max(rows[peer]["loads"][busiest]["rate"], 1e-9)
-            yield f"{network}, {busiest} connections: {ratio:.2f} × {peer} (goal {goal})", ratio >= goal
+            same = rows[peer]["same_answers_of_20"]
+            yield (
+                f"{network}, {busiest} connections: {ratio:.2f} × {peer} (goal {goal}), {same} of 20 answers equal",
+                ratio >= goal,
+            )
+    share = served / max(rows["bare engine"].values())
+    yield f"{network}: {share:.2f} of the bare engine's rate (goal {OF_ENGINE})", share >= OF_ENGINE
+    tail = rows["Refract"]["half_load"]["p99"] / (1000 / rows["bare engine"]["1"])
+    yield f"{network}: p99 at half load is {tail:.1f} × one picture's time in the engine (goal {TAIL})", tail <= TAIL
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def _invalid(_: Request, error: RequestValidationError) -> Problem:
 
 
 def _overloaded(_: Request, error: OverloadedError) -> Problem:
-    return Problem(429, "overloaded", str(error), {"Retry-After": "1"})
+    return Problem(429, "overloaded", str(error), {"Retry-After": str(error.after_s)})
 
 
 def _not_ready(_: Request, error: NotReadyError | ClosedError) -> Problem:

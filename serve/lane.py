@@ -1,6 +1,7 @@
 """One model's way: its engine, its batcher, and the requests that are on it. Knows nothing of HTTP."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,13 +13,17 @@ from serve.batcher import Answered, Batcher
 from serve.engine import Engine
 from serve.metrics import Metrics
 
+RECENT = 0.2
+"""How much a batch counts in the mean of the past ones."""
+
 
 class Lane:
     """Open from `start` to `retire`. preparing: requests on it whose pictures are being decoded; a batch is held back for them alone."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, **waits: Any) -> None:
-        """waits: see `Batcher`."""
+    def __init__(self, engine: Engine, metrics: Metrics, *, pace: float, **waits: Any) -> None:
+        """pace: seconds that a picture takes the engine; measured from then on. waits: see `Batcher`."""
         self.engine, self.preparing = engine, 0
+        self._pace = pace
         self._metrics, self._inside, self._empty = metrics, 0, asyncio.Event()
         workers = [partial(self._compute, worker) for worker in engine.workers]
         self._batcher = Batcher(*workers, coming=lambda: self.preparing > 0, **waits)
@@ -27,6 +32,10 @@ class Lane:
     def waiting(self) -> int:
         """Pictures that wait for a batch."""
         return self._batcher.waiting
+
+    def expected(self, requests: int) -> float:
+        """Seconds until what waits, and as many requests of one picture, will have been computed."""
+        return max(self.waiting, requests) * self._pace / len(self.engine.workers)
 
     def start(self) -> None:
         """On the event loop that will submit."""
@@ -56,4 +65,8 @@ class Lane:
 
     def _compute(self, worker: Callable[[np.ndarray], np.ndarray], batch: np.ndarray) -> np.ndarray:
         self._metrics.computed(len(batch))
-        return worker(batch)
+        began = time.monotonic()
+        found = worker(batch)
+        # Several threads may do this at a time: that a measurement is lost then does no harm.
+        self._pace += RECENT * ((time.monotonic() - began) / len(batch) - self._pace)
+        return found

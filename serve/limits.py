@@ -39,7 +39,11 @@ class Limits:
 
 
 class OverloadedError(RuntimeError):
-    """Too much is going on already; try again later."""
+    """Too much is going on already; try again after `after_s` seconds."""
+
+    def __init__(self, message: str, after_s: int = 1) -> None:
+        super().__init__(message)
+        self.after_s = after_s
 
 
 class Room:

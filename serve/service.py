@@ -22,6 +22,9 @@ from serve.lane import Lane
 from serve.limits import Limits, OverloadedError, Room
 from serve.metrics import Metrics
 
+PATIENCE = 0.5
+"""The share of the deadline that what is taken may wait; the rest is for what a pace does not tell."""
+
 Prepare = Callable[[Preprocess, Room], np.ndarray]
 """Makes the uint8 N×H×W×3 batch of a request, or raises RequestError."""
 
@@ -74,7 +77,7 @@ class Service:
         self._max_requests, self._deadline = max_requests, deadline_s
         self._inside = 0
         self._waits = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
-        self._lane = self._lane_of(engine)
+        self._lane = self._lane_of(engine, 0)  # until its pace is known
         self._previous: Engine | None = None
         self._retiring: set[asyncio.Task[None]] = set()
         self._challenger: Challenger | None = None
@@ -106,7 +109,8 @@ class Service:
 
     async def start(self) -> None:
         """Run the self-test, then open. BundleError if the golden pictures' answers do not come again."""
-        await asyncio.get_running_loop().run_in_executor(self._workers, self.engine.self_test)
+        pace = await asyncio.get_running_loop().run_in_executor(self._workers, self.engine.self_test)
+        self._lane = self._lane_of(self.engine, pace)
         self._lane.start()
         self.metrics.serves(self.engine.bundle.info.name, self.engine.bundle.digest)
         self.ready = True
@@ -155,9 +159,9 @@ class Service:
         old, new = self.engine.bundle.info, engine.bundle.info
         if (old.task, old.labels) != (new.task, new.labels):
             raise BundleError(f"{engine.bundle.path}: answers with other labels than {old.name}; start a server for it")
-        await asyncio.to_thread(engine.self_test)
+        pace = await asyncio.to_thread(engine.self_test)
         self.check_ready()
-        lane = self._lane_of(engine)
+        lane = self._lane_of(engine, pace)
         lane.start()
         return lane
 
@@ -176,18 +180,23 @@ class Service:
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """A place in the house, before anything is read. NotReadyError outside of `start` … `stop`, OverloadedError where it is full."""
+        """A place in the house, before anything is read. NotReadyError outside of `start` … `stop`, OverloadedError where it
+        is full, or an answer would take too long."""
         self.check_ready()
         if self._inside >= self._max_requests:
             raise OverloadedError(f"{self._inside} requests are being answered already; try again later")
+        # What could not be answered by its deadline is better not begun: else all wait, and none is answered.
+        expected = self._lane.expected(self._inside)
+        if expected > PATIENCE * self._deadline:
+            raise OverloadedError(f"an answer would take {expected:.1f} s; try again later", round(expected) or 1)
         self._inside += 1
         try:
             yield
         finally:
             self._inside -= 1
 
-    def _lane_of(self, engine: Engine) -> Lane:
-        return Lane(engine, self.metrics, **self._waits)
+    def _lane_of(self, engine: Engine, pace: float) -> Lane:
+        return Lane(engine, self.metrics, pace=pace, **self._waits)
 
     async def predict(self, prepare: Prepare, *, mirrored: bool = False, explained: bool = False) -> Answers:
         """The answers to the N pictures that `prepare` makes on a worker thread. mirrored: the mean answer to each and its mirror image,

@@ -48,4 +48,5 @@ class Api(litserve.LitAPI):
 
 if __name__ == "__main__":
     api = Api(max_batch_size=16, batch_timeout=0.005)
-    litserve.LitServer(api, accelerator="cpu").run(port=int(sys.argv[1]), host="127.0.0.1", generate_client_file=False)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=int(sys.argv[2]))
+    server.run(port=int(sys.argv[1]), host="127.0.0.1", generate_client_file=False)

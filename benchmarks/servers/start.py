@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def make_bundle(network: str, pictures: Sequence[bytes], path: Path, *, size: int = 224) -> Path:
+def make_bundle(network: str, pictures: Sequence[bytes], path: Path, *, size: int = 224, seed: int = 0) -> Path:
     """Random weights; the answers to the pictures are its golden ones."""
     import numpy as np
     import torch
@@ -20,7 +21,7 @@ def make_bundle(network: str, pictures: Sequence[bytes], path: Path, *, size: in
     from models.classifier import Classifier, probabilities
     from models.networks import build
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     preprocess, count = Preprocess(size, size), 100 if size > 64 else 10
     network_of = build(network, count, image_size=(size, size))
     classifier = Classifier(network_of, mean=preprocess.mean, std=preprocess.std).eval()
@@ -40,13 +41,16 @@ def make_bundle(network: str, pictures: Sequence[bytes], path: Path, *, size: in
 
 
 @contextmanager
-def serving(command: list[str], bundle: Path, health: str = "/readyz") -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def serving(
+    command: list[str], bundle: Path, health: str = "/readyz", **more: str
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """(the address, the process) of a server that answers. PORT and BUNDLE in the command are filled in; REFRACT_BENCH_BUNDLE names the
-    bundle too."""
+    bundle too. more: of the environment."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     arguments = [part.replace("PORT", str(port)).replace("BUNDLE", str(bundle)) for part in command]
-    environ = {**os.environ, "REFRACT_BENCH_BUNDLE": str(bundle)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow looks for uvicorn there
+    environ = {**os.environ, "PATH": path, "REFRACT_BENCH_BUNDLE": str(bundle), **more}
     with subprocess.Popen(arguments, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             url = f"http://127.0.0.1:{port}"

@@ -74,6 +74,24 @@ def test_pixels_that_are_decoded_at_a_time_are_bounded(bundle, picture) -> None:
         Limits(max_pixels=10, max_decoding_pixels=9)
 
 
+class SlowEngine(Engine):
+    """A tenth of a second for each picture."""
+
+    def predict(self, batch):
+        time.sleep(0.1 * len(batch))
+        return super().predict(batch)
+
+
+def test_what_could_not_be_answered_in_time_is_refused_at_once_and_the_rest_is_answered(bundle, serving, picture):
+    with serving(create_app(SlowEngine(bundle), deadline_s=2)) as client, ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(lambda i: client.post("/v1/predict", content=picture(i)), range(40)))
+        statuses = [answer.status_code for answer in answers]
+        assert set(statuses) == {200, 429} and statuses.count(200) >= 5
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert "an answer would take" in refused.json()["detail"] and int(refused.headers["retry-after"]) >= 1
+        assert client.post("/v1/predict", content=picture(1)).status_code == 200
+
+
 def wait_until(condition, seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
     while not condition():

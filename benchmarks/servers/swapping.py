@@ -1,0 +1,39 @@
+"""A server whose model is exchanged as fast as that goes, between two bundles that are loaded anew each time; run by `benchmarks.bounds`.
+
+python -m benchmarks.servers.swapping BUNDLE OTHER PORT COUNT
+"""
+
+import asyncio
+import sys
+import threading
+from pathlib import Path
+
+from models.bundle import load_bundle
+from serve.app import create_app
+from serve.engine import Engine
+from serve.server import Server, listen
+
+
+def main() -> None:
+    """Prints `ready`, then after the exchanges how many there were."""
+    folders, port, count = [Path(arg) for arg in sys.argv[1:3]], int(sys.argv[3]), int(sys.argv[4])
+    app = create_app(load_bundle(folders[0]))
+    service = app.state.service
+
+    async def exchange() -> None:
+        while not service.ready:
+            await asyncio.sleep(0.05)
+        print("ready", flush=True)
+        for k in range(count):
+            engine = await asyncio.to_thread(lambda k=k: Engine(load_bundle(folders[(k + 1) % 2])))
+            await service.swap(engine)
+        threads = sum(thread.name == "inference" for thread in threading.enumerate())
+        print(f"{count} {threads}", flush=True)
+
+    server = Server(app, on_ready=lambda: tasks.append(asyncio.get_running_loop().create_task(exchange())))
+    tasks: list[asyncio.Task[None]] = []
+    server.run(sockets=[listen("127.0.0.1", port)])
+
+
+if __name__ == "__main__":
+    main()
