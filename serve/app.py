@@ -1,32 +1,28 @@
-"""The HTTP face of an engine: four routes. What happens behind them is the service's."""
+"""The HTTP face of an engine. What happens behind its routes is the service's."""
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from fastapi import Depends, FastAPI, Query, Request
+from fastapi import Depends, FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.responses import JSONResponse
 
 from models.bundle import Bundle, BundleError
 from serve import errors
 from serve.access import Access
-from serve.answer import prediction
-from serve.body import Bodies, unless_gone
 from serve.challenge import Challenge, Challenger
 from serve.engine import Engine, cuda_bytes
 from serve.follow import Build, followers
 from serve.keys import Keys
 from serve.limits import Limits
 from serve.metrics import Metrics
-from serve.openapi import PREDICT_ANSWERS, PREDICT_BODY, problems
+from serve.openapi import problems
 from serve.page import add_page
-from serve.prepare import prepare
+from serve.predict import PREDICT, add_predict
 from serve.service import Service
 from serve.tracing import Traced
 from serve.v2 import add_v2
@@ -35,8 +31,6 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 logger = logging.getLogger(__name__)
-
-PREDICT = "/v1/predict"
 
 
 def create_app(
@@ -104,7 +98,7 @@ def create_app(
         app, lambda path, code: metrics.refused(code) if path == PREDICT or path.endswith("/infer") else None
     )
     allowed = [Depends(keys.check)] if keys else []
-    _add_predict(app, service, allowed)  # first: routes are tried in this order, and this is the one that is busy
+    add_predict(app, service, keys)  # first: routes are tried in this order, and this is the one that is busy
     _add_health(app, service, allowed)
     add_v2(app, service, allowed)
     if allowed:
@@ -141,49 +135,6 @@ def _add_admin(app: FastAPI, service: Service, allowed: list[Any]) -> None:
         service.check_ready()
         await service.roll_back()
         return JSONResponse({"model": service.engine.bundle.info.name, "digest": service.engine.bundle.digest})
-
-
-def _add_predict(app: FastAPI, service: Service, allowed: list[Any]) -> None:
-    bodies = Bodies(service.limits)
-    num_classes = len(service.engine.bundle.info.labels)  # of all that it will ever serve
-    about_top = "How many labels to answer, likeliest first"
-    about_threshold = (
-        "Answer in `labels` those of at least this probability; for multilabel in place of the bundle's thresholds"
-    )
-    about_tta = "flip: the mean answer to the picture and its mirror image, at twice the cost"
-
-    about_explain = "With a PNG in base64, of the network's size, to lay over what it saw: where that speaks for the label (Grad-CAM)"
-
-    about: dict[str, Any] = {"summary": "Classify one or several images", "openapi_extra": PREDICT_BODY}
-
-    @app.post(PREDICT, **about, responses=PREDICT_ANSWERS, dependencies=allowed)
-    async def predict(
-        request: Request,
-        top: Annotated[int, Query(ge=1, le=num_classes, description=about_top)] = min(5, num_classes),
-        threshold: Annotated[float | None, Query(ge=0, le=1, description=about_threshold)] = None,
-        tta: Annotated[Literal["none", "flip"], Query(description=about_tta)] = "none",
-        explain: Annotated[bool, Query(description=about_explain)] = False,
-    ) -> JSONResponse:
-        began = time.monotonic()
-        with service.admitted():
-            async with bodies.read(request) as body:
-                kind = request.headers.get("content-type", "")
-                work = service.predict(partial(prepare, kind, body), mirrored=tta == "flip", explained=explain)
-                found = await unless_gone(request, work)
-        info, digest = found.bundle.info, found.bundle.digest
-        own = info.thresholds if info.task == "multilabel" else None
-        thresholds = own if threshold is None else [threshold] * num_classes
-        options: dict[str, Any] = {"top": top, "thresholds": thresholds, "abstain_below": info.abstain_below}
-        maps = found.explanations or [None] * len(found.probabilities)
-        predictions = [
-            prediction(row, info.labels, explanation=heat, **options)
-            for row, heat in zip(found.probabilities, maps, strict=True)
-        ]
-        service.metrics.predicted(found.probabilities, info.labels, sum(p.get("abstain", False) for p in predictions))
-        service.metrics.answered(time.monotonic() - began, found.seconds)
-        headers = {"Server-Timing": found.timing, "X-Model-Digest": digest[:16]}
-        content = {"model": {"name": info.name, "digest": digest}, "predictions": predictions}
-        return JSONResponse(content, headers=headers)
 
 
 def _challenger(challenger: Challenger | None) -> dict[str, Any] | None:
