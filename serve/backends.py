@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -88,6 +89,8 @@ def _compiled(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
 
 def _openvino(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
     """OpenVINO, in bfloat16 where the processor computes in it. The converted network is kept in `folder`."""
+    # Else its converter tells Google Analytics that it is used; without this package it does without.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     core, file = openvino.Core(), folder / "kept.xml"

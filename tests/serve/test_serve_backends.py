@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from serve.app import create_app
 from serve.backends import BACKENDS, choose
 from serve.engine import Engine
 
+ROOT = Path(__file__).parents[2]
 INSTALLED = [
     name for name, package in (("openvino", "openvino"), ("onnx", "onnxruntime")) if importlib.util.find_spec(package)
 ]
@@ -38,6 +42,21 @@ def test_each_agrees_with_plain_float32_at_any_size_of_batch(name: str, bundle, 
         np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=backends.AGREED)
     if name != "eager":
         assert other.choice is not None and other.choice.name == name
+
+
+@pytest.mark.skipif("openvino" not in INSTALLED, reason="openvino is not installed")
+def test_openvino_reports_to_nobody(bundle, tmp_path: Path) -> None:
+    """In a process of its own, that has not imported it; where it reports, it makes itself a name in ~/intel first."""
+    code = (
+        "import sys\nfrom models.bundle import load_bundle\nfrom serve.engine import Engine\n"
+        f"Engine(load_bundle({str(bundle.path)!r}), backend='openvino')\n"
+        "print([name for name in sys.modules if name.startswith('openvino_telemetry.')])"
+    )
+    plain = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    command, environment = [sys.executable, "-c", code], plain | {"HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert not (tmp_path / "intel").exists()
 
 
 @pytest.mark.slow
