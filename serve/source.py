@@ -85,11 +85,18 @@ def _download(source: str, match: re.Match[str], cache: Path) -> Path:
     origin = hashlib.sha256(f"{tracking_uri}\n{version.source}".encode()).hexdigest()[:12]
     target = cache / f"{quote(version.name, safe='')}-{version.version}-{origin}"
     if not target.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+        with _workplace(cache, source) as folder:
             _move(_fetch(version, folder, tracking_uri, source), target)
     _remember(last, target.name)
     return target
+
+
+def _workplace(cache: Path, source: str) -> tempfile.TemporaryDirectory[str]:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=cache, prefix=".download-")
+    except OSError as err:
+        raise SourceError(f"{source}: downloads go to {cache}, which cannot be written ({err.strerror})") from err
 
 
 def _remember(last: Path, name: str) -> None:

@@ -66,6 +66,13 @@ def test_a_registered_version_is_downloaded_once(registry, bundle, tmp_path, mon
     assert [path for path in tmp_path.iterdir() if not path.name.startswith("last-")] == [champion]
 
 
+def test_a_cache_that_cannot_be_written(registry, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    (tmp_path / "file").write_text("in the way")  # root may write to any folder
+    with pytest.raises(SourceError, match="downloads go to .*cache, which cannot be written"):
+        resolve("models:/shapes@champion", cache=tmp_path / "file" / "cache")
+
+
 @pytest.mark.parametrize("source", ["models:/circles@champion", "models:/shapes@challenger", "models:/shapes/7"])
 def test_an_unknown_model_alias_or_version(registry, tmp_path, monkeypatch, source):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
