@@ -31,13 +31,15 @@ install: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# requirements-serve.lock is the part of requirements.lock that the container needs. overrides.txt drops opencv-python, which imgaug asks for and which owns the same files as opencv-python-headless.
+# Parts of requirements.lock: requirements-serve.lock is what the container needs, requirements-build.lock what makes the project a wheel. overrides.txt drops opencv-python, which imgaug asks for and which owns the same files as opencv-python-headless.
 lock:
 	test -x $(BIN)/uv || ($(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv)
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --all-extras \
 		pyproject.toml --output-file requirements.lock
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --extra openvino \
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --extra openvino --extra tracing \
 		--constraint requirements.lock pyproject.toml --output-file requirements-serve.lock
+	echo hatchling | $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
+		--constraint requirements.lock - --output-file requirements-build.lock
 
 clean:
 	rm -rf .venv
