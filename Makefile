@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint install lock clean
+.PHONY: demo test test-fast lint image-check install lock clean
 
 demo: install
 	$(BIN)/refract demo
@@ -19,6 +19,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Builds the image for CPUs (downloads 3.2 GB), looks into it, and asks the server in it.
+image-check: install
+	$(BIN)/python deploy/image_check.py
 
 install: .venv/.installed
 
