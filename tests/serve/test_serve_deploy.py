@@ -1,0 +1,128 @@
+"""What `deploy/` and the Dockerfile say, held against the code that they start. `make image-check` builds and runs the image itself."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from serve.options import parse
+from serve.server import GRACE_S, STUCK_S
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
+COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text("utf-8"))
+OBJECTS = {
+    found["kind"]: found for found in yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text("utf-8"))
+}
+POD = OBJECTS["Deployment"]["spec"]["template"]["spec"]
+CONTAINER = POD["containers"][0]
+SERVERS = [COMPOSE["services"][name] for name in ("cpu", "gpu")]
+
+
+def words(instruction: str) -> list[str]:
+    """The last ENTRYPOINT or CMD of the Dockerfile that is not a healthcheck's."""
+    return yaml.safe_load(re.findall(rf"^{instruction} (\[.*\])$", DOCKERFILE, re.MULTILINE)[-1])
+
+
+ENTRY = words("ENTRYPOINT")
+COMMANDS = [words("CMD"), CONTAINER["args"], *([*server["command"]] for server in SERVERS)]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=["image", "kubernetes", "cpu", "gpu"])
+def test_every_command_is_one_that_refract_serve_takes(command):
+    assert ENTRY[:2] == ["refract", "serve"]
+    arguments = parse([*ENTRY[2:], *command])
+    assert (arguments.host, arguments.port) == ("0.0.0.0", 8000)
+    assert arguments.source
+    if len(command) > 1:
+        assert arguments.metrics_port == 9000
+
+
+def test_the_ports_are_those_that_are_listened_on():
+    assert "EXPOSE 8000" in DOCKERFILE and "127.0.0.1:8000/livez" in DOCKERFILE
+    assert {port["name"]: port["containerPort"] for port in CONTAINER["ports"]} == {"http": 8000, "metrics": 9000}
+    assert OBJECTS["Deployment"]["spec"]["template"]["metadata"]["annotations"]["prometheus.io/port"] == "9000"
+    assert OBJECTS["Service"]["spec"]["ports"][0]["targetPort"] == "http"
+    for server in SERVERS:
+        assert server["ports"] == ["127.0.0.1:8000:8000", "127.0.0.1:9000:9000"]
+
+
+def test_the_probes_ask_what_is_answered(bundle, serving):
+    from serve.app import create_app
+    from serve.engine import Engine
+
+    paths = {CONTAINER[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
+    asked = re.findall(r"http://127\.0\.0\.1:8000(/\w+)", DOCKERFILE + str(SERVERS))
+    with serving(create_app(Engine(bundle, "cpu", "eager"))) as client:
+        assert {path: client.get(path).status_code for path in {*paths, *asked}} == {"/livez": 200, "/readyz": 200}
+
+
+def test_the_autoscaler_goes_by_a_metric_that_there_is(bundle):
+    from prometheus_client import generate_latest
+
+    from serve.app import create_app
+    from serve.engine import Engine
+
+    app = create_app(Engine(bundle, "cpu", "eager"))
+    name = OBJECTS["HorizontalPodAutoscaler"]["spec"]["metrics"][0]["pods"]["metric"]["name"]
+    assert f"\n{name} " in generate_latest(app.state.service.metrics.registry).decode()
+
+
+def test_nobody_is_killed_before_the_server_gives_up_itself():
+    drain = parse([*ENTRY[2:], *CONTAINER["args"]]).drain_s
+    assert POD["terminationGracePeriodSeconds"] > drain + GRACE_S + STUCK_S
+    assert drain > 0
+    assert all(int(server["stop_grace_period"].removesuffix("s")) > GRACE_S + STUCK_S for server in SERVERS)
+
+
+def test_the_server_is_nobody_and_may_write_to_tmp_alone():
+    user = re.search(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)
+    assert user
+    assert POD["securityContext"]["runAsNonRoot"] is True
+    assert [POD["securityContext"][key] for key in ("runAsUser", "runAsGroup")] == [
+        int(number) for number in user.groups()
+    ]
+    security = CONTAINER["securityContext"]
+    assert security["readOnlyRootFilesystem"] is True and security["allowPrivilegeEscalation"] is False
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    assert CONTAINER["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}]
+    assert "HOME=/tmp" in DOCKERFILE
+    for server in SERVERS:
+        assert server["read_only"] is True and server["cap_drop"] == ["ALL"] and server["tmpfs"] == ["/tmp"]
+        assert server["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_selectors_find_the_pods():
+    labels = OBJECTS["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert OBJECTS["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert OBJECTS["Service"]["spec"]["selector"] == labels
+    assert OBJECTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    assert (
+        OBJECTS["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"]
+        == OBJECTS["Deployment"]["metadata"]["name"]
+    )
+
+
+def test_all_that_the_dockerfile_copies_travels_to_the_build():
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
+    copied = [
+        line.split()[1:-1] for line in DOCKERFILE.splitlines() if line.startswith("COPY ") and "--from" not in line
+    ]
+    assert {path for paths in copied for path in paths} == allowed
+    assert all((ROOT / path).exists() for path in allowed)
+
+
+def test_the_locks_of_the_image_are_parts_of_the_whole_lock():
+    def pinned(name: str) -> set[str]:
+        return set(re.findall(r"^[\w.-]+==[^\s;]+", (ROOT / name).read_text("utf-8"), re.MULTILINE))
+
+    whole = pinned("requirements.lock")
+    for part in ("requirements-serve.lock", "requirements-build.lock"):
+        assert pinned(part) and pinned(part) <= whole
+    assert not {line.partition("==")[0] for line in pinned("requirements-serve.lock")} & {
+        "lightning",
+        "pandas",
+        "mlflow",
+        "scikit-learn",
+    }
