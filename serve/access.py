@@ -2,10 +2,10 @@
 
 import json
 import logging
+import os
 import re
 import sys
 import time
-import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,7 +35,7 @@ class Access:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        name = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        name = given if _ID.fullmatch(given) else os.urandom(16).hex()
         began, status = time.monotonic(), 0
 
         async def named(message: Message) -> None:

@@ -94,11 +94,11 @@ def create_app(
         title="Refract", summary=f"Image classification by {engine.bundle.info.name}", lifespan=lifespan
     )
     app.state.failure, app.state.service = None, service
-    errors.install(
+    refused = errors.install(
         app, lambda path, code: metrics.refused(code) if path == PREDICT or path.endswith("/infer") else None
     )
     allowed = [Depends(keys.check)] if keys else []
-    add_predict(app, service, keys)  # first: routes are tried in this order, and this is the one that is busy
+    add_predict(app, service, keys, refused)
     _add_health(app, service, allowed)
     add_v2(app, service, allowed)
     if allowed:

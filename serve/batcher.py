@@ -6,8 +6,8 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import monotonic
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,8 +27,7 @@ class BatchError(RuntimeError):
     """The engine failed on the batch that this input was in."""
 
 
-@dataclass(frozen=True)
-class Answered:
+class Answered(NamedTuple):
     """outputs: N×…; queued: seconds that the last of the inputs waited; computed: seconds that its batch took."""
 
     outputs: np.ndarray
@@ -60,7 +59,8 @@ class Batcher:
         self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait_ms / 1000, max_queue
         self._waiting: deque[Item] = deque()
         self._changed = threading.Condition(threading.Lock())
-        self._stopping = False
+        self._stopping = self._waking = False
+        self._growing = False  # whether a thread waits for a batch to grow
         self._threads = [
             threading.Thread(target=self._work, args=(engine,), name="inference", daemon=True) for engine in engines
         ]
@@ -87,12 +87,22 @@ class Batcher:
             if before + len(futures) > self._max_queue:
                 raise OverloadedError(f"{before} images are waiting already; try again later")
             self._waiting.extend(zip(inputs, futures, [now] * len(futures), strict=True))
-            # The threads sleep until there is a first input, then until the batch is full: in between, let them sleep.
-            if before == 0 or before < self._max_batch <= len(self._waiting) or not self._coming():
-                self._changed.notify_all()
-        rows = [await futures[0]] if len(futures) == 1 else await asyncio.gather(*futures)
+        if not self._waking:  # once all that the loop has at hand was submitted, so that it makes one batch
+            self._waking = True
+            self._loop.call_soon(self._wake)
+        if len(futures) == 1:
+            output, start, end = await futures[0]
+            return Answered(output[None], start - now, end - start)
+        rows = await asyncio.gather(*futures)
         outputs, began, ended = zip(*rows, strict=True)
         return Answered(np.stack(outputs), max(began) - now, ended[-1] - began[-1])
+
+    def _wake(self) -> None:
+        self._waking = False
+        with self._changed:
+            # The threads sleep until there is an input, then until the batch may leave: in between, let them sleep.
+            if len(self._waiting) >= self._max_batch or not self._coming() or not self._growing:
+                self._changed.notify_all()
 
     async def stop(self) -> None:
         """Take no more, answer what was taken, end the threads."""
@@ -110,7 +120,8 @@ class Batcher:
         """The next batch; empty when all is done. Sleeps on the condition, for as long as the batch may still grow."""
         with self._changed:
             while not self._stopping and (left := self._left()) > 0:
-                self._changed.wait(None if left == math.inf else left)
+                self._growing = left < math.inf
+                self._changed.wait(left if self._growing else None)
             return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_batch))]
 
     def _left(self) -> float:

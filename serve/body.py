@@ -1,8 +1,7 @@
 """Reading requests' bodies without ever holding more than the limits, of one request and of all together."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -12,6 +11,8 @@ from serve.limits import Limits, OverloadedError
 
 Answer = TypeVar("Answer")
 
+WATCH_S = 0.05
+
 
 class Bodies:
     """The bodies that one event loop holds at a time."""
@@ -19,9 +20,8 @@ class Bodies:
     def __init__(self, limits: Limits) -> None:
         self._limits, self._held = limits, 0
 
-    @asynccontextmanager
-    async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """The whole body of `request`, counted as held until the block ends.
+    async def read(self, request: Request) -> bytes:
+        """The whole body of `request`, counted as held until it is given to `release`.
 
         RequestError 413 beyond `limits.max_body_bytes`: by Content-Length before a byte is read, and while reading, for
         chunked bodies announce no length; 408 where it has not arrived within `limits.body_seconds`; 400 for an empty body, or
@@ -31,53 +31,65 @@ class Bodies:
         announced = request.headers.get("content-length", "")
         if announced.isdigit() and int(announced) > self._limits.max_body_bytes:
             raise _too_large(self._limits)
-        held: list[int] = []
-        try:
-            yield await self._whole(request, held)
-        finally:
-            self._held -= sum(held)
-
-    async def _whole(self, request: Request, held: list[int]) -> bytes:
-        """held: takes the sizes of what has arrived, also where the rest does not."""
         chunks: list[bytes] = []
-        size = 0
         try:
             async with asyncio.timeout(self._limits.body_seconds):
-                async for chunk in request.stream():
-                    held.append(len(chunk))
-                    size += len(chunk)
-                    self._held += len(chunk)
-                    if size > self._limits.max_body_bytes:
-                        raise _too_large(self._limits)
-                    if self._held > self._limits.max_held_bytes:
-                        raise OverloadedError("too many large requests at a time; try again")
-                    chunks.append(chunk)
-        except ClientDisconnect as err:
-            raise RequestError(400, "client_disconnected", "the client went away before its body had arrived") from err
-        except TimeoutError as err:
-            limit = f"{self._limits.body_seconds:g} s"
-            raise RequestError(408, "body_too_slow", f"the body had not arrived within {limit}") from err
+                await self._gather(request, chunks)
+        except BaseException as err:  # also where it is cancelled
+            self._held -= sum(map(len, chunks))
+            if isinstance(err, ClientDisconnect):
+                message = "the client went away before its body had arrived"
+                raise RequestError(400, "client_disconnected", message) from err
+            if isinstance(err, TimeoutError):
+                limit = f"{self._limits.body_seconds:g} s"
+                raise RequestError(408, "body_too_slow", f"the body had not arrived within {limit}") from err
+            raise
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def release(self, body: bytes) -> None:
+        """It is needed no more."""
+        self._held -= len(body)
+
+    async def _gather(self, request: Request, chunks: list[bytes]) -> None:
+        """chunks: takes what has arrived, also where the rest does not."""
+        size = 0
+        async for chunk in request.stream():
+            if not chunk:
+                continue
+            chunks.append(chunk)
+            size += len(chunk)
+            self._held += len(chunk)
+            if size > self._limits.max_body_bytes:
+                raise _too_large(self._limits)
+            if self._held > self._limits.max_held_bytes:
+                raise OverloadedError("too many large requests at a time; try again")
         if size == 0:
             raise RequestError(400, "empty_body", "the request has no body; send an image")
-        return b"".join(chunks)
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
     """The result of `work`, which is cancelled where the client goes away meanwhile: RequestError then. The body was read before."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    own, watching = asyncio.current_task(), []
+    assert own is not None
+    # Most answers come sooner than a task to watch would pay for.
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(WATCH_S, lambda: watching.append(loop.create_task(_cancel_when_gone(request, own))))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise RequestError(400, "client_disconnected", "the client went away before its answer")
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if not (watching and watching[0].done()) or own.uncancel():  # cancelled by somebody else
+            raise
+        raise RequestError(400, "client_disconnected", "the client went away before its answer") from None
     finally:
-        for future in (task, gone):
-            future.cancel()
+        timer.cancel()
+        for watch in watching:
+            watch.cancel()
 
 
-async def _gone(request: Request) -> None:
+async def _cancel_when_gone(request: Request, task: asyncio.Task[Any]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    task.cancel()
 
 
 def _too_large(limits: Limits) -> RequestError:

@@ -5,6 +5,7 @@ Nothing heavy is imported up here: --help and a mistyped option are answered at 
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import sys
@@ -12,7 +13,8 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
-from serve.memory import keep_freed_memory
+from serve.cores import quota
+from serve.memory import keep_freed_memory, spared
 from serve.options import parse
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ def main(argv: list[str]) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_freed_memory()
+    if limit := quota():  # of which PyTorch, which is imported later, does not know
+        os.environ.setdefault("OMP_NUM_THREADS", str(limit))
     try:
         with _listen(arguments.host, arguments.port) as bound:
             _serve(arguments, bound)
@@ -70,7 +74,8 @@ def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
     ready = f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {url(bound)}"
     try:
         told = {"on_ready": lambda: print(ready, flush=True), "on_leave": app.state.service.leave}
-        Server(app, drain_s=arguments.drain_s, **told).run(sockets=[bound])
+        with spared():
+            Server(app, drain_s=arguments.drain_s, **told).run(sockets=[bound])
     except SystemExit as err:
         failure = app.state.failure
         if isinstance(failure, ValueError):  # a BundleError of the self-test

@@ -89,16 +89,20 @@ _HANDLERS: Mapping[type[Exception], Callable[[Request, Any], Problem]] = Mapping
 )
 
 
-def install(app: FastAPI, counted: Callable[[str, str], None]) -> None:
-    """Make `app` answer every failure as a problem. counted: is told the path and the code of each."""
+Refused = Callable[[Request, Exception], JSONResponse]
+"""The answer to a request that failed."""
 
-    def answering(problem_of: Callable[[Request, Any], Problem]) -> Callable[[Request, Exception], JSONResponse]:
-        def handle(request: Request, error: Exception) -> JSONResponse:
-            problem = problem_of(request, error)
-            counted(request.url.path, problem.code)
-            return problem.response()
 
-        return handle
+def install(app: FastAPI, counted: Callable[[str, str], None]) -> Refused:
+    """Make `app` answer every failure as a problem. counted: is told the path and the code of each. Returns what makes the answers, for
+    failures that `app` does not see."""
 
-    for kind, problem_of in _HANDLERS.items():
-        app.add_exception_handler(kind, answering(problem_of))
+    def refused(request: Request, error: Exception) -> JSONResponse:
+        problem_of = next(_HANDLERS[kind] for kind in type(error).__mro__ if kind in _HANDLERS)
+        problem = problem_of(request, error)
+        counted(request.url.path, problem.code)
+        return problem.response()
+
+    for kind in _HANDLERS:
+        app.add_exception_handler(kind, refused)
+    return refused

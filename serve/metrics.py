@@ -1,6 +1,7 @@
 """What a server has done, for Prometheus. Knows nothing of HTTP's details, nor of pictures."""
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,12 @@ class Metrics:
         self._labels = Counter("refract_predictions", "Pictures by their likeliest label", ["label"], **own)
         self._abstained = Counter("refract_abstained", "Answers to be left to a person", **own)
         self._swaps = Counter("refract_swaps", "Changes of the model by their end", ["end"], **own)
+        # To look a label up costs more than to count.
+        self._ok, self._stage, self._label = (
+            self._requests.labels("ok"),
+            cache(self._stages.labels),
+            cache(self._labels.labels),
+        )
         self._challenged = Counter("refract_challenger_pictures", "Of the challenger by their end", ["end"], **own)
         self._challenger_seconds = Histogram("refract_challenger_seconds", "Of its answers", buckets=_SECONDS, **own)
         self._challenger = Gauge("refract_challenger", "1 for what challenges", ["name", "digest"], **own)
@@ -37,10 +44,10 @@ class Metrics:
 
     def answered(self, seconds: float, stages: dict[str, float]) -> None:
         """A request was answered."""
-        self._requests.labels("ok").inc()
+        self._ok.inc()
         self._seconds.observe(seconds)
         for stage, value in stages.items():
-            self._stages.labels(stage).observe(value)
+            self._stage(stage).observe(value)
 
     def refused(self, code: str) -> None:
         """A request ended in a problem."""
@@ -54,9 +61,10 @@ class Metrics:
         """probabilities: N×C; abstained: how many of the N should be left to a person."""
         for row in probabilities:
             best = int(row.argmax())
-            self._labels.labels(labels[best]).inc()
+            self._label(labels[best]).inc()
             self._confidence.observe(float(row[best]))
-        self._abstained.inc(abstained)
+        if abstained:
+            self._abstained.inc(abstained)
 
     def serves(self, name: str, digest: str) -> None:
         """What is served from now on."""

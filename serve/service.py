@@ -1,13 +1,12 @@
 """The way from a request's bytes to probabilities: worker threads prepare, the batcher gathers, the engine answers."""
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleError
 from serve.batcher import BatchError, ClosedError
 from serve.challenge import SHADOWS, Challenge, Challenger
+from serve.cores import cores
 from serve.engine import Engine
 from serve.errors import NotReadyError, RequestError
 from serve.explain import png
@@ -29,8 +29,16 @@ Prepare = Callable[[Preprocess, Room], np.ndarray]
 """Makes the uint8 N×H×W×3 batch of a request, or raises RequestError."""
 
 
-@dataclass(frozen=True)
-class Answers:
+class Work(NamedTuple):
+    """What a request asks for; see `Service.predict`."""
+
+    prepare: Prepare
+    mirrored: bool
+    explained: bool
+    quick: bool
+
+
+class Answers(NamedTuple):
     """bundle: that answered; probabilities: float32 N×C; seconds: of the stages `prepare` (a thread to be free, decoding, resizing),
     `queue`, `compute` and `explain`; explanations: where they were asked for, of each picture a PNG of the network's size, or None."""
 
@@ -85,7 +93,7 @@ class Service:
         self._swapping = asyncio.Lock()
         self.rejected: set[Path] = set()
         """Folders of bundles that failed, or from which a person went back."""
-        self._workers = ThreadPoolExecutor(_cpus(), thread_name_prefix="prepare")
+        self._workers = ThreadPoolExecutor(cores(), thread_name_prefix="prepare")
 
     @property
     def inside(self) -> int:
@@ -198,15 +206,17 @@ class Service:
     def _lane_of(self, engine: Engine, pace: float) -> Lane:
         return Lane(engine, self.metrics, pace=pace, **self._waits)
 
-    async def predict(self, prepare: Prepare, *, mirrored: bool = False, explained: bool = False) -> Answers:
+    async def predict(
+        self, prepare: Prepare, *, mirrored: bool = False, explained: bool = False, quick: bool = False
+    ) -> Answers:
         """The answers to the N pictures that `prepare` makes on a worker thread. mirrored: the mean answer to each and its mirror image,
-        of their logits; explained: with heat maps of the likeliest labels.
+        of their logits; explained: with heat maps of the likeliest labels; quick: call `prepare` at once, on no worker thread.
 
         RequestError, 504 beyond the deadline: what is not computed by then never is; OverloadedError, ClosedError or BatchError.
         """
         try:
             async with asyncio.timeout(self._deadline):
-                return await self._predict(prepare, mirrored, explained)
+                return await self._predict(Work(prepare, mirrored, explained, quick))
         except TimeoutError as err:
             raise RequestError(504, "deadline_exceeded", f"there was no answer within {self._deadline:g} s") from err
 
@@ -215,56 +225,58 @@ class Service:
         if not self.ready:
             raise NotReadyError("the self-test has not passed yet, or the server is going down")
 
-    async def _predict(self, prepare: Prepare, mirrored: bool, explained: bool) -> Answers:
+    async def _predict(self, work: Work) -> Answers:
         challenger = self._challenger if self._challenger and self._challenger.chosen() else None
         if challenger and challenger.challenge.answers:
             try:
-                found = await self._on(challenger.lane, prepare, mirrored, explained)
+                found = await self._on(challenger.lane, work)
             except (BatchError, ClosedError):  # the one that is trusted answers
                 self.metrics.challenged("failed", 1)
             else:
                 self.metrics.challenged("answered", len(found.probabilities), sum(found.seconds.values()))
                 return found
-        found = await self._on(self._lane, prepare, mirrored, explained)
+        found = await self._on(self._lane, work)
         if challenger and not challenger.challenge.answers:
-            self._shadow(challenger, prepare, mirrored, found)
+            self._shadow(challenger, work, found)
         return found
 
-    async def _on(self, lane: Lane, prepare: Prepare, mirrored: bool, explained: bool) -> Answers:
+    async def _on(self, lane: Lane, work: Work) -> Answers:
         with lane.entered():  # whatever is served meanwhile
             began = time.monotonic()
-            batch = await self._prepared(lane, prepare)
+            batch = await self._prepared(lane, work)
             prepared = time.monotonic() - began
-            found = await lane.submit(np.concatenate([batch, batch[:, :, ::-1]]) if mirrored else batch)
+            found = await lane.submit(np.concatenate([batch, batch[:, :, ::-1]]) if work.mirrored else batch)
             seconds = {"prepare": prepared, "queue": found.queued, "compute": found.computed}
-            rows = lane.engine.mean(*np.split(found.outputs, 2)) if mirrored else found.outputs
-            if not explained:
+            rows = lane.engine.mean(*np.split(found.outputs, 2)) if work.mirrored else found.outputs
+            if not work.explained:
                 return Answers(lane.engine.bundle, rows, seconds)
             began = time.monotonic()
             maps = await asyncio.get_running_loop().run_in_executor(self._workers, _explain, lane.engine, batch, rows)
             return Answers(lane.engine.bundle, rows, {**seconds, "explain": time.monotonic() - began}, maps)
 
-    async def _prepared(self, lane: Lane, prepare: Prepare) -> np.ndarray:
+    async def _prepared(self, lane: Lane, work: Work) -> np.ndarray:
+        if work.quick:
+            return work.prepare(lane.engine.preprocess, self._room)
         lane.preparing += 1
         try:
             # One hop a request, not one a picture: cheaper, and a request of 64 pictures cannot take every worker.
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._workers, prepare, lane.engine.preprocess, self._room)
+            return await loop.run_in_executor(self._workers, work.prepare, lane.engine.preprocess, self._room)
         finally:
             lane.preparing -= 1
 
-    def _shadow(self, challenger: Challenger, prepare: Prepare, mirrored: bool, found: Answers) -> None:
+    def _shadow(self, challenger: Challenger, work: Work, found: Answers) -> None:
         if len(self._shadows) >= SHADOWS:
             self.metrics.challenged("skipped", len(found.probabilities))
             return
-        task = asyncio.create_task(self._compare(challenger, prepare, mirrored, found.probabilities))
+        task = asyncio.create_task(self._compare(challenger, work._replace(explained=False), found.probabilities))
         self._shadows.add(task)
         task.add_done_callback(self._shadows.discard)
 
-    async def _compare(self, challenger: Challenger, prepare: Prepare, mirrored: bool, wanted: np.ndarray) -> None:
+    async def _compare(self, challenger: Challenger, work: Work, wanted: np.ndarray) -> None:
         try:
             async with asyncio.timeout(self._deadline):
-                found = await self._on(challenger.lane, prepare, mirrored, explained=False)
+                found = await self._on(challenger.lane, work)
         except (RequestError, OverloadedError, ClosedError, BatchError, TimeoutError):
             self.metrics.challenged("failed", len(wanted))
             return
@@ -278,8 +290,3 @@ def _explain(engine: Engine, batch: np.ndarray, rows: np.ndarray) -> tuple[bytes
     explainer = engine.explainer
     pairs = zip(batch, rows.argmax(axis=1).tolist(), strict=True)
     return tuple(png(explainer.heat(image, label)) if explainer.available else None for image, label in pairs)
-
-
-def _cpus() -> int:
-    """CPUs that this process may use; a container may have fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -99,10 +99,13 @@ def add_v2(app: FastAPI, service: Service, allowed: list[Any]) -> None:
         check_name(name)
         began = time.monotonic()
         with service.admitted():
-            async with bodies.read(request) as body:
+            body = await bodies.read(request)
+            try:
                 document, binary = _parts(body, request.headers.get(HEADER))
                 prepared = partial(_prepared, document, binary)
                 found = await unless_gone(request, service.predict(prepared))
+            finally:
+                bodies.release(body)
         rows, labels = found.probabilities, found.bundle.info.labels
         best = [labels[i] for i in rows.argmax(axis=1)]
         outputs = [

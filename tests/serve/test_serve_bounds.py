@@ -1,6 +1,7 @@
 """What happens while the engine is busy: one batch of all that waits, refusals, deadlines, and work that nobody wants any more."""
 
 import contextlib
+import io
 import threading
 import time
 from collections.abc import Iterator
@@ -8,13 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
 import pytest
+from PIL import Image
 
 from augment.preprocess import Preprocess
 from serve.app import create_app
+from serve.cores import cores, quota
 from serve.engine import Engine
 from serve.errors import RequestError
 from serve.limits import Limits, OverloadedError, Room
-from serve.prepare import prepare
+from serve.prepare import is_quick, prepare
 
 
 class GatedEngine(Engine):
@@ -72,6 +75,26 @@ def test_pixels_that_are_decoded_at_a_time_are_bounded(bundle, picture) -> None:
         prepare("", picture(1, size=(80, 80)), plain, room)
     with pytest.raises(ValueError, match="less than max_pixels"):
         Limits(max_pixels=10, max_decoding_pixels=9)
+
+
+def test_only_what_is_small_and_plain_is_decoded_between_other_requests(picture) -> None:
+    small = picture(1)
+    assert is_quick("image/jpeg", small) and is_quick("", small)
+    assert not is_quick("multipart/form-data; boundary=b", small) and not is_quick("application/json", small)
+    assert not is_quick("image/jpeg", picture(1, size=(200, 200))) and not is_quick("image/png", picture(1, form="PNG"))
+    assert not is_quick("image/jpeg", small + bytes(20_000)) and not is_quick("image/jpeg", small[:20])
+    progressive = io.BytesIO()
+    Image.open(io.BytesIO(small)).save(progressive, "JPEG", progressive=True)
+    assert not is_quick("image/jpeg", progressive.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("50000 100000", 1), ("250000 100000", 3), ("max 100000", None), ("", None), (None, None)]
+)
+def test_a_containers_quota_counts(text: str | None, wanted: int | None, tmp_path) -> None:
+    if text is not None:
+        (tmp_path / "cpu.max").write_text(text)
+    assert quota(tmp_path) == wanted and cores() >= 1
 
 
 class SlowEngine(Engine):
