@@ -48,7 +48,7 @@ def main() -> int:
 
 def overload(files: list[Path], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """resnet18 in plain float32, asked ten times as often as it can answer."""
-    bundle = make_bundle("resnet18", [file.read_bytes() for file in files[:4]], folder / "m")
+    bundle = make_bundle("resnet18", [file.read_bytes() for file in files], folder / "m")
     with serving([*OWN, "--backend", "eager"], bundle) as (url, process):
         address = url + "/v1/predict?top=1"
         capacity = load(address, files, "raw", 16, 10)["rate"]

@@ -87,7 +87,7 @@ def main() -> int:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = [sys.executable, "-m", "benchmarks.servers.mlflow_model", f"{folder}/mlflow"]
-        goldens = [file.read_bytes() for file in files[:8]]
+        goldens = [file.read_bytes() for file in files]
         for network in args.networks:
             bundle = make_bundle(network, goldens, Path(folder) / network)
             if not Path(f"{folder}/mlflow").exists():
@@ -144,7 +144,7 @@ def tiny(files: list[Path], folder: Path, seconds: float) -> dict[str, Any]:
     for number, file in enumerate(files):
         Image.open(file).convert("RGB").resize((32, 32)).save(folder / f"{number}.jpg", quality=90)
     small = sorted(folder.glob("*.jpg"))
-    bundle = make_bundle("lenet5", [file.read_bytes() for file in small[:8]], folder / "lenet5", size=32)
+    bundle = make_bundle("lenet5", [file.read_bytes() for file in small], folder / "lenet5", size=32)
     rows = {}
     for name in ("Refract", "LitServe"):
         server = SERVERS[name]
@@ -184,7 +184,11 @@ def bare(bundle: Path, files: list[Path]) -> dict[str, float]:
         "print(json.dumps(found))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(bundle), *map(str, files[:32])], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(bundle), *map(str, files[:32])],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "HOME": str(bundle.parent)},
     )
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -38,6 +38,9 @@ AGREED = 0.03
 THREADS = torch.get_num_threads()
 """That PyTorch would use by itself; a choice may set fewer, and the next one begins from all again."""
 
+STEADY = 1.5
+"""How many times faster or slower than when it was chosen a backend may be for the choice to stand: the machine may have been busy."""
+
 BATCH, ROUNDS, SECONDS = 8, 5, 2.0
 """Pictures in a timed batch; how often it is timed, at most for so long."""
 
@@ -156,6 +159,11 @@ class Choice:
     rates: dict[str, float]
     dropped: dict[str, str]
 
+    @property
+    def rate(self) -> float:
+        """Of the chosen one."""
+        return self.rates.get(f"{self.name}/{self.threads}") or self.rates[self.name]
+
 
 def candidates(device: torch.device) -> tuple[str, ...]:
     """Those that are tried by themselves: of OpenVINO and ONNX Runtime what is installed; on a GPU the compiled network."""
@@ -195,7 +203,11 @@ def choose(
     if kept is not None and kept.name in names:
         try:
             torch.set_num_threads(kept.threads)
-            return trial.agreeing(kept.name), kept
+            forward = trial.agreeing(kept.name)
+            change = trial.rate(forward) / kept.rate
+            if 1 / STEADY < change < STEADY:
+                return forward, kept
+            logger.warning("%s computes %.1f times as many pictures now; the backend is chosen anew", kept.name, change)
         except Exception as err:  # of any kind: these are four libraries; what does not work any more is chosen anew
             logger.warning("the backend %s, chosen before, does not work now: %s", kept.name, _first_line(err))
     return _fastest(trial, names, threads, folder, forced=wanted != "auto")

@@ -82,11 +82,25 @@ def test_the_fastest_is_taken_kept_and_told(bundle, serving, cache: Path, monkey
     assert {name.partition("/")[0] for name in choice.rates} == {"eager", "bf16", *INSTALLED}
     (kept,) = cache.glob("*/kept.json")
     assert json.loads(kept.read_text())["name"] == choice.name
-    monkeypatch.setattr(backends._Trial, "rate", lambda *_: pytest.fail("it is not timed again"))
+    monkeypatch.setattr(backends._Trial, "rate", lambda *_: choice.rate * 0.8)
     engine = Engine(bundle, backend="auto")
     assert engine.choice == choice and torch.get_num_threads() == choice.threads
     with serving(create_app(engine)) as client:
         assert client.get("/v1/model").json()["backend"]["name"] == choice.name
+
+
+def test_what_was_chosen_on_a_busy_machine_is_chosen_anew(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = iter([100.0, *[1.0] * 20, 1.1, 5.0, *[7.0] * 20])
+    monkeypatch.setattr(backends, "candidates", lambda device: ("eager", "bf16"))
+    monkeypatch.setattr(backends._Trial, "rate", lambda *_: next(speeds))
+    first = asking(bundle, threads=1)[1]
+    assert (first.name, first.rate) == ("eager", 100.0)
+    speeds = iter([90.0])
+    assert asking(bundle, threads=1)[1] == first, "it is as it was"
+    speeds = iter([20.0, 20.0, 30.0])
+    assert asking(bundle, threads=1)[1].name == "bf16", "five times slower: both are timed again"
+    speeds = iter([29.0])
+    assert asking(bundle, threads=1)[1].rate == 30.0, "and this is kept"
 
 
 def test_one_that_answers_otherwise_or_fails_is_dropped_with_its_reason(
