@@ -67,7 +67,7 @@ def overload(files: list[Path], folder: Path, args: argparse.Namespace) -> dict[
             times.append(time.perf_counter() - asked)
         again = load(address, files, "raw", 16, 10)["rate"]
     recovered = next((sum(times[: k + 1]) for k, seconds in enumerate(times) if seconds < 0.2), 99.0)
-    good = set(under["statuses"]) <= {"200", "429"} and under["p99"] <= 1000 * DEADLINE_S and recovered <= 1
+    good = set(under["statuses"]) <= {"200", "429"} and under["p99_of_sent"] <= 1000 * DEADLINE_S and recovered <= 1
     return {
         "capacity": capacity,
         "offered": round(10 * capacity),

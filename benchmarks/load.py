@@ -2,7 +2,8 @@
 
     python -m benchmarks.load URL PICTURES… --connections 16 --seconds 10
 
-Prints one line of JSON: requests a second, latencies in milliseconds, and the answers by status. Plain sockets and no HTTP library, so that
+Prints one line of JSON: requests a second, latencies in milliseconds (with --rate since a request was due, whose connection may
+have been waiting still, and since it was sent), and the answers by status. Plain sockets and no HTTP library, so that
 the client costs little of the cores that it shares with the server.
 """
 
@@ -47,29 +48,33 @@ async def load(args: argparse.Namespace) -> dict[str, object]:
     requests = [_request(path, parsed.netloc, file.read_bytes(), args.form) for file in args.pictures]
     begin = time.perf_counter() + args.warmup
     end = begin + args.seconds
-    found: list[tuple[float, float, int]] = []
+    found: list[tuple[float, float, float, int]] = []
 
     async def one(number: int) -> None:
         reader, writer = await asyncio.open_connection(parsed.hostname, parsed.port)
         place, started = number, time.perf_counter()
         while (sent := time.perf_counter()) < end:
-            if args.rate:  # its latency counts from when it was due
-                sent = started + place / args.rate
-                await asyncio.sleep(max(0, sent - time.perf_counter()))
+            due = sent
+            if args.rate:
+                due = started + place / args.rate
+                await asyncio.sleep(max(0, due - time.perf_counter()))
+                sent = time.perf_counter()
             writer.write(requests[place % len(requests)])
             status = await _answered(reader)
-            found.append((sent, time.perf_counter(), status))
+            found.append((due, sent, time.perf_counter(), status))
             place += args.connections
         writer.close()
 
     await asyncio.gather(*(one(number) for number in range(args.connections)))
-    counted = [(until - since, status) for since, until, status in found if begin <= since and until <= end]
-    times = 1000 * np.array([seconds for seconds, status in counted if status == 200] or [np.nan])
+    counted = [row for row in found if begin <= row[1] and row[2] <= end]
+    times = 1000 * np.array([until - due for due, _, until, status in counted if status == 200] or [np.nan])
+    after = 1000 * np.array([until - sent for _, sent, until, status in counted if status == 200] or [np.nan])
     return {
-        "rate": round(sum(status == 200 for _, status in counted) / args.seconds, 1),
+        "rate": round(sum(row[3] == 200 for row in counted) / args.seconds, 1),
         "p50": round(float(np.percentile(times, 50)), 2),
         "p99": round(float(np.percentile(times, 99)), 2),
-        "statuses": dict(Counter(str(status) for _, status in counted)),
+        "p99_of_sent": round(float(np.percentile(after, 99)), 2),
+        "statuses": dict(Counter(str(row[3]) for row in counted)),
     }
 
 

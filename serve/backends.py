@@ -38,6 +38,9 @@ AGREED = 0.03
 THREADS = torch.get_num_threads()
 """That PyTorch would use by itself; a choice may set fewer, and the next one begins from all again."""
 
+WORTH = 1.2
+"""How many times faster more threads must be: decoding and HTTP want cores too."""
+
 STEADY = 1.5
 """How many times faster or slower than when it was chosen a backend may be for the choice to stand: the machine may have been busy."""
 
@@ -218,7 +221,7 @@ def _fastest(
 ) -> tuple[Forward, Choice]:
     rates: dict[str, float] = {}
     dropped: dict[str, str] = {}
-    best: tuple[float, str, int, Forward] | None = None
+    tries: list[tuple[float, str, int, Forward]] = []
     for name in names:
         for threads in dict.fromkeys((most, 1)) if trial.on_cpu else (most,):
             torch.set_num_threads(threads)
@@ -231,15 +234,15 @@ def _fastest(
                 dropped[name] = _first_line(err)
                 break
             rates[f"{name}/{threads}" if trial.on_cpu else name] = round(rate, 1)
-            if best is None or rate > best[0]:
-                best = (rate, name, threads, forward)
-    if best is None:
+            tries.append((rate, name, threads, forward))
+    if not tries:
         raise BundleError(f"no backend computes this bundle: {dropped}")
-    choice = Choice(best[1], best[2], rates, dropped)
-    torch.set_num_threads(choice.threads)
+    _, name, threads, forward = max(tries, key=lambda one: one[0] / (WORTH if one[2] > 1 else 1))
+    choice = Choice(name, threads, rates, dropped)
+    torch.set_num_threads(threads)
     if not forced:
         _keep(folder, choice)
-    return best[3], choice
+    return forward, choice
 
 
 class _Trial:

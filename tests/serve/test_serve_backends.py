@@ -78,7 +78,8 @@ def asking(bundle, **options):
 
 def test_the_fastest_is_taken_kept_and_told(bundle, serving, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, choice = asking(bundle)
-    assert choice.rates[f"{choice.name}/{choice.threads}"] == max(choice.rates.values()) and not choice.dropped
+    worth = {name: rate / (1 if name.endswith("/1") else backends.WORTH) for name, rate in choice.rates.items()}
+    assert worth[f"{choice.name}/{choice.threads}"] == max(worth.values()) and not choice.dropped
     assert {name.partition("/")[0] for name in choice.rates} == {"eager", "bf16", *INSTALLED}
     (kept,) = cache.glob("*/kept.json")
     assert json.loads(kept.read_text())["name"] == choice.name
@@ -89,8 +90,16 @@ def test_the_fastest_is_taken_kept_and_told(bundle, serving, cache: Path, monkey
         assert client.get("/v1/model").json()["backend"]["name"] == choice.name
 
 
+def test_two_threads_must_be_worth_a_core(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "candidates", lambda device: ("eager",))
+    for two, wanted in ((110.0, 1), (150.0, 2)):
+        speeds = iter([two, 100.0])
+        monkeypatch.setattr(backends._Trial, "rate", lambda *_, speeds=speeds: next(speeds))
+        assert asking(bundle, threads=2, cache=cache / str(two))[1].threads == wanted
+
+
 def test_what_was_chosen_on_a_busy_machine_is_chosen_anew(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    speeds = iter([100.0, *[1.0] * 20, 1.1, 5.0, *[7.0] * 20])
+    speeds = iter([100.0, 1.0])
     monkeypatch.setattr(backends, "candidates", lambda device: ("eager", "bf16"))
     monkeypatch.setattr(backends._Trial, "rate", lambda *_: next(speeds))
     first = asking(bundle, threads=1)[1]
