@@ -33,9 +33,10 @@ class Lane:
         """Pictures that wait for a batch."""
         return self._batcher.waiting
 
-    def expected(self, requests: int) -> float:
-        """Seconds until what waits, and as many requests of one picture, will have been computed."""
-        return max(self.waiting, requests) * self._pace / len(self.engine.workers)
+    @property
+    def expected(self) -> float:
+        """Seconds until what waits, and at least a picture of each request that is on it, will have been computed."""
+        return max(self.waiting, self._inside) * self._pace / len(self.engine.workers)
 
     def start(self) -> None:
         """On the event loop that will submit."""

@@ -193,15 +193,18 @@ class Service:
         self.check_ready()
         if self._inside >= self._max_requests:
             raise OverloadedError(f"{self._inside} requests are being answered already; try again later")
-        # What could not be answered by its deadline is better not begun: else all wait, and none is answered.
-        expected = self._lane.expected(self._inside)
-        if expected > PATIENCE * self._deadline:
-            raise OverloadedError(f"an answer would take {expected:.1f} s; try again later", round(expected) or 1)
+        self._check_pace()
         self._inside += 1
         try:
             yield
         finally:
             self._inside -= 1
+
+    def _check_pace(self) -> None:
+        """What could not be answered by its deadline is better not begun: else all wait, and none is answered."""
+        expected = self._lane.expected
+        if expected > PATIENCE * self._deadline:
+            raise OverloadedError(f"an answer would take {expected:.1f} s; try again later", round(expected) or 1)
 
     def _lane_of(self, engine: Engine, pace: float) -> Lane:
         return Lane(engine, self.metrics, pace=pace, **self._waits)
@@ -214,6 +217,7 @@ class Service:
 
         RequestError, 504 beyond the deadline: what is not computed by then never is; OverloadedError, ClosedError or BatchError.
         """
+        self._check_pace()  # again, as many bodies may have arrived at once
         try:
             async with asyncio.timeout(self._deadline):
                 return await self._predict(Work(prepare, mirrored, explained, quick))

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -95,6 +96,17 @@ def test_a_containers_quota_counts(text: str | None, wanted: int | None, tmp_pat
     if text is not None:
         (tmp_path / "cpu.max").write_text(text)
     assert quota(tmp_path) == wanted and cores() >= 1
+
+
+def test_bodies_that_do_not_arrive_keep_nobody_from_an_idle_engine(bundle, serving, picture):
+    with serving(create_app(SlowEngine(bundle), deadline_s=2)) as client:
+        head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n"
+        address = (client.base_url.host, client.base_url.port)
+        with contextlib.ExitStack() as slow:
+            for _ in range(30):
+                slow.enter_context(socket.create_connection(address)).sendall(head)
+            wait_until(lambda: client.get("/v1/status").json()["requests"] == 30)
+            assert client.post("/v1/predict", content=picture(1)).status_code == 200
 
 
 class SlowEngine(Engine):
