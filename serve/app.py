@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from models.bundle import Bundle, BundleError
 from serve import errors
 from serve.access import Access
+from serve.body import Bodies
 from serve.challenge import Challenge, Challenger
 from serve.engine import Engine, cuda_bytes
 from serve.follow import Build, followers
@@ -24,7 +25,7 @@ from serve.openapi import problems
 from serve.page import add_page
 from serve.predict import PREDICT, add_predict
 from serve.service import Service
-from serve.tracing import Traced
+from serve.tracing import Traced, close
 from serve.v2 import add_v2
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def create_app(
             task.cancel()
         await service.stop()
         if traces:
-            await asyncio.to_thread(traces.shutdown)
+            await close(traces)
 
     app = FastAPIOffline(
         title="Refract", summary=f"Image classification by {engine.bundle.info.name}", lifespan=lifespan
@@ -98,15 +99,16 @@ def create_app(
         app, lambda path, code: metrics.refused(code) if path == PREDICT or path.endswith("/infer") else None
     )
     allowed = [Depends(keys.check)] if keys else []
-    add_predict(app, service, keys, refused)
+    bodies = Bodies(service.limits)
+    add_predict(app, service, bodies, keys, refused)
     _add_health(app, service, allowed)
-    add_v2(app, service, allowed)
+    add_v2(app, service, bodies, allowed)
     if allowed:
         _add_admin(app, service, allowed)
     add_page(app)
     app.add_middleware(Access, log=access_log)
     if traces:
-        app.add_middleware(Traced, provider=traces)
+        app.add_middleware(Traced, provider=traces, busy=PREDICT)
     return app
 
 

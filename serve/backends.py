@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -106,8 +107,13 @@ def _openvino(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
         model = openvino.convert_model(classifier, example_input=example)
         _store(folder, "xml", lambda part: openvino.save_model(model, part, compress_to_fp16=False))
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    request = core.compile_model(model, "CPU", settings).create_infer_request()
-    return lambda images: torch.from_numpy(request.infer([images.contiguous().numpy()])[0].copy())
+    request, alone = core.compile_model(model, "CPU", settings).create_infer_request(), threading.Lock()
+
+    def forward(images: Tensor) -> Tensor:
+        with alone:  # a request holds its own answer: of two threads at a time one would get the other's
+            return torch.from_numpy(request.infer([images.contiguous().numpy()])[0].copy())
+
+    return forward
 
 
 def _onnx(classifier: Classifier, example: Tensor, folder: Path) -> Forward:

@@ -60,7 +60,7 @@ class Batcher:
         self._waiting: deque[Item] = deque()
         self._changed = threading.Condition(threading.Lock())
         self._stopping = self._waking = False
-        self._growing = False  # whether a thread waits for a batch to grow
+        self._growing = 0  # threads that wait for a batch to grow
         self._threads = [
             threading.Thread(target=self._work, args=(engine,), name="inference", daemon=True) for engine in engines
         ]
@@ -120,8 +120,10 @@ class Batcher:
         """The next batch; empty when all is done. Sleeps on the condition, for as long as the batch may still grow."""
         with self._changed:
             while not self._stopping and (left := self._left()) > 0:
-                self._growing = left < math.inf
-                self._changed.wait(left if self._growing else None)
+                growing = left < math.inf
+                self._growing += growing
+                self._changed.wait(left if growing else None)
+                self._growing -= growing
             return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_batch))]
 
     def _left(self) -> float:

@@ -13,7 +13,7 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
-from serve.cores import quota
+from serve.cores import cores, quota
 from serve.memory import keep_freed_memory, spared
 from serve.options import parse
 
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_freed_memory()
-    if limit := quota():  # of which PyTorch, which is imported later, does not know
-        os.environ.setdefault("OMP_NUM_THREADS", str(limit))
+    if quota():  # of which PyTorch, which is imported later, does not know
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     try:
         with _listen(arguments.host, arguments.port) as bound:
             _serve(arguments, bound)

@@ -16,5 +16,5 @@ def quota(control_group: Path = Path("/sys/fs/cgroup")) -> int | None:
     try:
         paid, period = (control_group / "cpu.max").read_text("ascii").split()
         return max(1, math.ceil(int(paid) / int(period)))
-    except (OSError, ValueError):  # no such file, or "max"
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or "max"
         return None

@@ -73,9 +73,8 @@ class Direct:
         await response(scope, receive, send)
 
 
-def add_predict(app: FastAPI, service: Service, keys: Keys | None, refused: Refused) -> None:
+def add_predict(app: FastAPI, service: Service, bodies: Bodies, keys: Keys | None, refused: Refused) -> None:
     """Answer `/v1/predict`. To be called before other middleware is added, so that this is behind it."""
-    bodies = Bodies(service.limits)
     asked_of = _asked(len(service.engine.bundle.info.labels))  # of all that it will ever serve
     usual = asked_of.model_validate({})
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from augment import jpeg
-from augment.decode import ImageError, TooManyPixelsError, image_size
+from augment.decode import ImageError, TooManyPixelsError, image_size, is_jpeg
 from augment.preprocess import Preprocess
 from serve.errors import RequestError
 from serve.limits import Limits, OverloadedError, Room
@@ -22,11 +22,14 @@ def is_quick(content_type: str, body: bytes) -> bool:
     """Whether to prepare it takes less time than to have another thread do it: a small JPEG of one scan, sent as it is."""
     if len(body) > QUICK_BYTES or not (content_type.startswith("image/") or not content_type):
         return False
+    if not is_jpeg(body):
+        return False
     try:
         header = jpeg.read_header(body)
     except jpeg.JpegError:
         return False
-    return header.baseline and header.height * header.width <= QUICK_PIXELS
+    # What is not of these colours is Pillow's, which may see another size.
+    return header.baseline and header.components in (1, 3) and header.height * header.width <= QUICK_PIXELS
 
 
 def prepare(content_type: str, body: bytes, preprocess: Preprocess, room: Room) -> np.ndarray:

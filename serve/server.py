@@ -5,12 +5,12 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,11 @@ def url(bound: socket.socket) -> str:
 
 
 class Impatient(HttpToolsProtocol):
-    """uvicorn's protocol, which by itself waits for a request's head without end."""
+    """uvicorn's protocol, which by itself waits for a request's head without end, and of several requests that were sent at once tells only
+    the last that its client is gone."""
 
     _timer: asyncio.TimerHandle | None = None
+    _cycles: Sequence[RequestResponseCycle] = ()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -64,9 +66,15 @@ class Impatient(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._calm()
         super().on_headers_complete()
+        self._cycles = [*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._calm()
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self.pipeline.clear()
         super().connection_lost(exc)
 
     def _calm(self) -> None:
@@ -107,6 +115,7 @@ class Server(uvicorn.Server):
         )
         self._on_ready, self._on_leave, self._drain = on_ready, on_leave, drain_s
         self._leaving = False
+        self._draining: threading.Timer | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         # uvicorn logs a failed start as a traceback; the application keeps the error, and its owner says it in a line.
@@ -120,21 +129,24 @@ class Server(uvicorn.Server):
             self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        first, self._leaving = not self._leaving, True
-        wait = self._drain if first and self.started else 0  # a second signal ends the drain
+        if self._draining is not None:  # a second signal ends the drain
+            self._draining.cancel()
+        wait = self._drain if self.started and not self._leaving else 0
         self._on_leave()
-        _later(wait, lambda: super(Server, self).handle_exit(sig, frame))
-        if first:
+        if not self._leaving:
             _later(wait + GRACE_S + STUCK_S, _end_by_force)
+        self._leaving = True
+        if wait:
+            self._draining = _later(wait, lambda: super(Server, self).handle_exit(sig, frame))
+        else:
+            super().handle_exit(sig, frame)
 
 
-def _later(seconds: float, call: Callable[[], None]) -> None:
-    if not seconds:
-        call()
-        return
+def _later(seconds: float, call: Callable[[], None]) -> threading.Timer:
     timer = threading.Timer(seconds, call)
     timer.daemon = True
     timer.start()
+    return timer
 
 
 def _end_by_force() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,12 @@ from serve.metrics import Metrics
 
 PATIENCE = 0.5
 """The share of the deadline that what is taken may wait; the rest is for what a pace does not tell."""
+
+MOST_EXPLAINED = 8
+"""Heat maps in one request: each costs several times an answer."""
+
+CANARY = 0.3
+"""The share of the deadline that a canary has, so that there is time for the champion to answer in its place."""
 
 Prepare = Callable[[Preprocess, Room], np.ndarray]
 """Makes the uint8 N×H×W×3 batch of a request, or raises RequestError."""
@@ -80,11 +86,14 @@ class Service:
         if max_requests < 1 or not deadline_s > 0:
             raise ValueError(f"max_requests={max_requests} must be at least 1, deadline_s={deadline_s} above 0")
         self.limits, self.metrics = limits, metrics
-        self._room = Room(limits)
         self.ready = self._leaving = False
         self._max_requests, self._deadline = max_requests, deadline_s
         self._inside = 0
-        self._waits = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
+        self._waits: dict[str, Any] = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
+        self._workers = ThreadPoolExecutor(cores(), thread_name_prefix="prepare")
+        # Heat maps, and a shadow's pictures, keep nobody from being decoded.
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="aside")
+        self._place: dict[str, Any] = {"decoders": self._workers, "room": Room(limits)}
         self._lane = self._lane_of(engine, 0)  # until its pace is known
         self._previous: Engine | None = None
         self._retiring: set[asyncio.Task[None]] = set()
@@ -93,7 +102,6 @@ class Service:
         self._swapping = asyncio.Lock()
         self.rejected: set[Path] = set()
         """Folders of bundles that failed, or from which a person went back."""
-        self._workers = ThreadPoolExecutor(cores(), thread_name_prefix="prepare")
 
     @property
     def inside(self) -> int:
@@ -142,34 +150,39 @@ class Service:
             lanes = [self._lane, self._challenger.lane] if self._challenger else [self._lane]
             await asyncio.gather(*(lane.retire() for lane in lanes), *self._retiring)
         self._workers.shutdown(wait=False)
+        self._aside.shutdown(wait=False, cancel_futures=True)
 
     async def swap(self, engine: Engine) -> None:
         """Answer new requests with another engine, after its self-test; those that are under way end with the old one, which is kept for
         `roll_back`. BundleError where it does not pass, or does not answer with the same labels."""
         async with self._swapping:
-            lane, before = await self._opened(engine), self._lane
-            self._lane, self._previous = lane, before.engine
-            self.metrics.serves(engine.bundle.info.name, engine.bundle.digest)
-            self.metrics.swapped("done")
-            self._retire(before)
+            await self._swap(engine)
+
+    async def _swap(self, engine: Engine) -> None:
+        lane, before = await self._opened(engine), self._lane
+        self._lane, self._previous = lane, before.engine
+        self.metrics.serves(engine.bundle.info.name, engine.bundle.digest)
+        self.metrics.swapped("done")
+        self._retire(before)
 
     async def challenge(self, challenge: Challenge) -> None:
         """Have its engine challenge the one that answers, in place of the one that did. BundleError as `swap`."""
         assert challenge.engine is not None
         async with self._swapping:
-            lane, before = await self._opened(challenge.engine), self._challenger
+            own = {} if challenge.answers else {"decoders": self._aside, "room": Room(self.limits)}
+            lane, before = await self._opened(challenge.engine, **own), self._challenger
             self._challenger = Challenger(lane, challenge)
             self.metrics.challenges(challenge.engine.bundle.info.name, challenge.engine.bundle.digest)
             if before:
                 self._retire(before.lane)
 
-    async def _opened(self, engine: Engine) -> Lane:
+    async def _opened(self, engine: Engine, **place: Any) -> Lane:
         old, new = self.engine.bundle.info, engine.bundle.info
         if (old.task, old.labels) != (new.task, new.labels):
             raise BundleError(f"{engine.bundle.path}: answers with other labels than {old.name}; start a server for it")
         pace = await asyncio.to_thread(engine.self_test)
         self.check_ready()
-        lane = self._lane_of(engine, pace)
+        lane = self._lane_of(engine, pace, **place)
         lane.start()
         return lane
 
@@ -180,11 +193,17 @@ class Service:
 
     async def roll_back(self) -> None:
         """Answer with the engine before, and follow no name to the present one again. RequestError 409 where there was none."""
-        if self._previous is None:
-            raise RequestError(409, "no_model_before", "this server has served no other model before")
-        left = self.engine.bundle.path
-        await self.swap(self._previous)
-        self.rejected.add(left)
+        async with self._swapping:
+            if self._previous is None:
+                raise RequestError(409, "no_model_before", "this server has served no other model before")
+            left = self.engine.bundle.path
+            try:
+                await self._swap(self._previous)
+            except BundleError as err:
+                raise RequestError(
+                    409, "model_before_fails", "the model before does not pass its self-test now"
+                ) from err
+            self.rejected.add(left)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -193,21 +212,22 @@ class Service:
         self.check_ready()
         if self._inside >= self._max_requests:
             raise OverloadedError(f"{self._inside} requests are being answered already; try again later")
-        self._check_pace()
+        self._check_pace(self._lane)
         self._inside += 1
         try:
             yield
         finally:
             self._inside -= 1
 
-    def _check_pace(self) -> None:
-        """What could not be answered by its deadline is better not begun: else all wait, and none is answered."""
-        expected = self._lane.expected
+    def _check_pace(self, lane: Lane, pictures: int = 0) -> None:
+        """What could not be answered by its deadline is better not begun: else all wait, and none is answered. pictures: of it, where they
+        are known."""
+        expected = lane.expected(pictures)
         if expected > PATIENCE * self._deadline:
             raise OverloadedError(f"an answer would take {expected:.1f} s; try again later", round(expected) or 1)
 
-    def _lane_of(self, engine: Engine, pace: float) -> Lane:
-        return Lane(engine, self.metrics, pace=pace, **self._waits)
+    def _lane_of(self, engine: Engine, pace: float, **place: Any) -> Lane:
+        return Lane(engine, self.metrics, pace=pace, **self._waits, **(place or self._place))
 
     async def predict(
         self, prepare: Prepare, *, mirrored: bool = False, explained: bool = False, quick: bool = False
@@ -217,7 +237,7 @@ class Service:
 
         RequestError, 504 beyond the deadline: what is not computed by then never is; OverloadedError, ClosedError or BatchError.
         """
-        self._check_pace()  # again, as many bodies may have arrived at once
+        self._check_pace(self._lane)  # again, as many bodies may have arrived at once
         try:
             async with asyncio.timeout(self._deadline):
                 return await self._predict(Work(prepare, mirrored, explained, quick))
@@ -233,8 +253,9 @@ class Service:
         challenger = self._challenger if self._challenger and self._challenger.chosen() else None
         if challenger and challenger.challenge.answers:
             try:
-                found = await self._on(challenger.lane, work)
-            except (BatchError, ClosedError):  # the one that is trusted answers
+                async with asyncio.timeout(CANARY * self._deadline):
+                    found = await self._on(challenger.lane, work)
+            except (BatchError, ClosedError, OverloadedError, TimeoutError):  # the one that is trusted answers
                 self.metrics.challenged("failed", 1)
             else:
                 self.metrics.challenged("answered", len(found.probabilities), sum(found.seconds.values()))
@@ -249,23 +270,29 @@ class Service:
             began = time.monotonic()
             batch = await self._prepared(lane, work)
             prepared = time.monotonic() - began
+            if work.explained and len(batch) > MOST_EXPLAINED:
+                raise RequestError(
+                    413, "too_many_images", f"{len(batch)} images to explain in one request; at most {MOST_EXPLAINED}"
+                )
+            if lane.waiting:
+                self._check_pace(lane, len(batch))
             found = await lane.submit(np.concatenate([batch, batch[:, :, ::-1]]) if work.mirrored else batch)
             seconds = {"prepare": prepared, "queue": found.queued, "compute": found.computed}
             rows = lane.engine.mean(*np.split(found.outputs, 2)) if work.mirrored else found.outputs
             if not work.explained:
                 return Answers(lane.engine.bundle, rows, seconds)
             began = time.monotonic()
-            maps = await asyncio.get_running_loop().run_in_executor(self._workers, _explain, lane.engine, batch, rows)
+            maps = await asyncio.get_running_loop().run_in_executor(self._aside, _explain, lane.engine, batch, rows)
             return Answers(lane.engine.bundle, rows, {**seconds, "explain": time.monotonic() - began}, maps)
 
     async def _prepared(self, lane: Lane, work: Work) -> np.ndarray:
         if work.quick:
-            return work.prepare(lane.engine.preprocess, self._room)
+            return work.prepare(lane.engine.preprocess, lane.room)
         lane.preparing += 1
         try:
             # One hop a request, not one a picture: cheaper, and a request of 64 pictures cannot take every worker.
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._workers, work.prepare, lane.engine.preprocess, self._room)
+            return await loop.run_in_executor(lane.decoders, work.prepare, lane.engine.preprocess, lane.room)
         finally:
             lane.preparing -= 1
 

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -58,15 +57,17 @@ def is_registered(source: str) -> bool:
 
 def download_again(source: str, damaged: Path) -> Path:
     """`resolve` of a registered source whose download, `damaged`, is of no use. It stays where there is no other. SourceError."""
-    aside = damaged.with_name(f".damaged-{damaged.name}-{os.getpid()}")
-    damaged.rename(aside)
-    try:
-        return resolve(source, cache=damaged.parent)
-    finally:
-        if damaged.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.rename(damaged)
+    with tempfile.TemporaryDirectory(dir=damaged.parent, prefix=".damaged-", ignore_cleanup_errors=True) as folder:
+        aside = Path(folder) / damaged.name
+        try:
+            damaged.rename(aside)
+        except FileNotFoundError:  # another server is about it
+            return resolve(source, cache=damaged.parent)
+        try:
+            return resolve(source, cache=damaged.parent)
+        finally:
+            if not damaged.exists():
+                aside.rename(damaged)
 
 
 def _download(source: str, match: re.Match[str], cache: Path) -> Path:

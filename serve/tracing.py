@@ -1,6 +1,8 @@
 """Traces for OpenTelemetry: a span for each request, below the caller's own where it sends `traceparent`, and in it one for each stage."""
 
+import asyncio
 import re
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ def provider(address: str) -> "TracerProvider":
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    made = TracerProvider(resource=Resource.create({"service.name": "refract"}))
+    made = TracerProvider(resource=Resource.create({"service.name": "refract"}), shutdown_on_exit=False)
     made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=address)))
     return made
 
@@ -29,8 +31,9 @@ def provider(address: str) -> "TracerProvider":
 class Traced:
     """ASGI middleware. The stages are those that an answer tells in `Server-Timing`, the last of which ends with it."""
 
-    def __init__(self, app: ASGIApp, *, provider: "TracerProvider") -> None:
-        self._app, self._tracer = app, provider.get_tracer("refract.serve")
+    def __init__(self, app: ASGIApp, *, provider: "TracerProvider", busy: str) -> None:
+        """busy: the path by which spans are named; those of other paths by their method alone."""
+        self._app, self._busy, self._tracer = app, busy, provider.get_tracer("refract.serve")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,9 +44,9 @@ class Traced:
 
         parent = TraceContextTextMapPropagator().extract(Headers(scope=scope))
         facts = {"http.request.method": scope["method"], "url.path": scope["path"]}
-        with self._tracer.start_as_current_span(
-            f"{scope['method']} {scope['path']}", parent, SpanKind.SERVER, facts
-        ) as span:
+        # A name for each path that strangers think of would be too many.
+        name = f"{scope['method']} {scope['path']}" if scope["path"] == self._busy else scope["method"]
+        with self._tracer.start_as_current_span(name, parent, SpanKind.SERVER, facts) as span:
 
             async def told(message: Message) -> None:
                 if message["type"] == "http.response.start":
@@ -63,3 +66,10 @@ class Traced:
         for name, length in stages:
             self._tracer.start_span(name, start_time=began).end(began + length)
             began += length
+
+
+async def close(traces: "TracerProvider") -> None:
+    """Send what is left, for two seconds at most."""
+    thread = threading.Thread(target=traces.shutdown, daemon=True)
+    thread.start()
+    await asyncio.to_thread(thread.join, 2)

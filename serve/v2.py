@@ -33,9 +33,8 @@ INPUTS = (
 )
 
 
-def add_v2(app: FastAPI, service: Service, allowed: list[Any]) -> None:
+def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any]) -> None:
     """The routes below `/v2`; its health routes ask for no key."""
-    bodies = Bodies(service.limits)
 
     def check_name(name: str) -> None:
         served = service.engine.bundle.info.name

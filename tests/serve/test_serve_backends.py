@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,16 @@ def test_bfloat16_keeps_what_a_network_computes_in_float32() -> None:
     assert all(parameter.dtype == torch.float32 for parameter in classifier.parameters()), (
         "that of others is not touched"
     )
+
+
+@pytest.mark.parametrize("name", ["eager", "bf16", *INSTALLED])
+def test_two_threads_get_their_own_answers(name: str, bundle, picture) -> None:
+    """As a self-test, or a lane that is being retired, beside the one that serves."""
+    engine = Engine(bundle, backend=name)
+    images = [engine.preprocess(picture(i))[None] for i in range(2)]
+    wanted = [engine.predict(image) for image in images]
+    with ThreadPoolExecutor(2) as pool:
+        rounds = [pool.submit(lambda k: [engine.predict(images[k]) for _ in range(200)], k) for k in (0, 1)]
+        for k, done in enumerate(rounds):
+            for row in done.result():
+                np.testing.assert_allclose(row, wanted[k], atol=1e-4)

@@ -208,3 +208,28 @@ def test_a_batch_that_another_thread_took_ends_none() -> None:
         await batcher.stop()
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_a_free_thread_takes_what_comes_while_another_computes() -> None:
+    """The first thread waited for its batch to grow, and is at it: the other must hear of the next input."""
+    first, go_on = threading.Event(), threading.Event()
+
+    def engine(batch: np.ndarray) -> np.ndarray:
+        if batch[0, 0] == 1:
+            first.set()
+            assert go_on.wait(20)
+        return batch
+
+    async def main() -> None:
+        batcher = Batcher(engine, engine, max_batch=4, max_wait_ms=50)
+        batcher.start()
+        await batcher.submit(inputs(0))  # both threads have been asleep, and one has waited for more
+        slow = asyncio.create_task(batcher.submit(inputs(1)))
+        await asyncio.to_thread(first.wait, 20)
+        for _ in range(5):
+            await asyncio.wait_for(batcher.submit(inputs(2)), 10)
+        go_on.set()
+        await slow
+        await batcher.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 30))

@@ -195,3 +195,70 @@ def test_what_nobody_waits_for_any_more_is_not_computed(bundle, serving, picture
         assert first.result().status_code == 200
         assert client.post("/v1/predict", content=picture(2)).status_code == 200
     assert engine.sizes == [1, 1]
+
+
+def test_pipelined_requests_of_a_client_that_left_are_not_computed(bundle, serving, picture, caplog):
+    engine = GatedEngine(bundle)
+    app = create_app(engine, max_batch=1)
+    data = picture(1)
+    request = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    with serving(app) as client, busy(engine, client, content=picture(0)) as first:
+        for _ in range(5):
+            with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+                connection.sendall(request * 3)
+                wait_until(lambda: app.state.service.inside == 2)
+            wait_until(lambda: app.state.service.inside == 1)
+        engine.gate.set()
+        assert first.result().status_code == 200
+        assert client.post("/v1/predict", content=picture(2)).status_code == 200
+    assert engine.sizes == [1, 1] and "Exception in ASGI" not in caplog.text
+
+
+def test_bodies_are_let_go(bundle, serving, picture):
+    pixels = {"name": "images", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": [7] * 192}
+    with serving(create_app(bundle, limits=Limits(max_held_bytes=4_000))) as client:
+        for _ in range(8):
+            assert client.post("/v1/predict", content=picture(1)).status_code == 200
+            assert client.post("/v1/predict", content=b"x" * 2_000).status_code == 400
+            assert client.post("/v2/models/shapes/infer", json={"inputs": [pixels]}).status_code == 200
+
+
+def test_the_bodies_of_all_routes_count_together(bundle, serving):
+    with serving(create_app(bundle, limits=Limits(max_held_bytes=100_000))) as client:
+        address = (client.base_url.host, client.base_url.port)
+        head = b"POST /v2/models/shapes/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\n\r\n"
+        with socket.create_connection(address) as half:
+            half.sendall(head + bytes(80_000))
+            wait_until(lambda: client.post("/v1/predict", content=bytes(50_000)).status_code == 429)
+        wait_until(lambda: client.post("/v1/predict", content=bytes(50_000)).status_code == 400)
+
+
+class Tiring(SlowEngine):
+    """Quick in its self-test, slow from the first request on."""
+
+    tired = False
+
+    def predict(self, batch):
+        return super().predict(batch) if self.tired else Engine.predict(self, batch)
+
+
+def test_the_pace_is_measured_while_it_serves(bundle, serving, picture):
+    engine = Tiring(bundle)
+    with serving(create_app(engine, deadline_s=2)) as client, ThreadPoolExecutor(40) as pool:
+        engine.tired = True
+        for _ in range(10):
+            assert client.post("/v1/predict", content=picture(0)).status_code == 200
+        answers = list(pool.map(lambda i: client.post("/v1/predict", content=picture(i)).status_code, range(60)))
+        assert set(answers) == {200, 429}
+
+
+def test_a_bitmap_that_has_a_jpegs_head_is_not_decoded_between_other_requests() -> None:
+    assert not is_quick("image/bmp", b"BM\xff\xc0\x00\x11\x08\x00\x01\x00" + bytes(200))
+
+
+def test_heat_maps_of_many_pictures_are_refused(bundle, serving, picture):
+    with serving(create_app(bundle)) as client:
+        files = [("f", ("x.jpg", picture(1)))] * 9
+        refused = client.post("/v1/predict?explain=true", files=files)
+        assert (refused.status_code, refused.json()["code"]) == (413, "too_many_images")
+        assert client.post("/v1/predict?explain=true", files=files[:8]).status_code == 200

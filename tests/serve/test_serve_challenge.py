@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -107,6 +108,19 @@ def test_a_canary_answers_its_share_and_where_it_fails_the_other_does(bundle, ot
         assert ends(app) == {"answered": found.count(other.digest)}
         engine.broken = True
         assert set(digests(20)) == {bundle.digest} and ends(app)["failed"] > 0
+
+
+def test_a_slow_canary_takes_no_client_with_it(bundle, other, serving, picture) -> None:
+    Held.gate.set()
+    app = create_app(bundle, deadline_s=2, challenge=Challenge(Held(other), share=1, answers=True))
+    with serving(app) as client, ThreadPoolExecutor(12) as pool:
+        Held.gate.clear()
+        try:
+            answers = list(pool.map(lambda i: client.post("/v1/predict", content=picture(i)), range(24)))
+        finally:
+            Held.gate.set()
+        assert {answer.status_code for answer in answers} == {200}
+        assert {answer.json()["model"]["digest"] for answer in answers} == {bundle.digest}
 
 
 def test_a_challenger_that_cannot_answer_keeps_nobody_from_serving(

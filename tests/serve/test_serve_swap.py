@@ -99,3 +99,14 @@ def test_a_person_goes_back_with_a_key(bundle, other, serving, tmp_path: Path) -
         assert client.post("/admin/rollback", headers=own).json() == {"model": "shapes", "digest": other.digest}
         assert client.get("/v1/model", headers=own).json()["digest"] == other.digest
         assert app.state.service.rejected == {bundle.path}
+
+
+def test_two_who_go_back_at_once_come_to_the_model_before_and_to_this_one_again(bundle, other, served) -> None:
+    async def story(service: Service) -> None:
+        await service.swap(Engine(other))
+        await asyncio.gather(service.roll_back(), service.roll_back())
+        assert service.engine.bundle.digest == other.digest and service._previous.bundle.digest == bundle.digest
+        await service.roll_back()
+        assert service.engine.bundle.digest == bundle.digest
+
+    served(Engine(bundle), story)
