@@ -502,18 +502,18 @@ def _queries(rng: np.random.Generator) -> Iterator[Case]:
         "explain=maybe",
         "tta=",
         "top=1&top=x",
+        "unknown=1",
+        "%00=1",
+        "a" * 5_000,
     ):
-        yield Case(f"query {query}", data, "image/png", f"{PREDICT}?{query}", statuses=(422,))
+        yield Case(f"query {query[:30]}", data, "image/png", f"{PREDICT}?{query}", statuses=(422,))
     for query in (
         "top=1",
         "threshold=0",
         "threshold=1",
         "tta=flip",
         "explain=true",
-        "unknown=1",
         "top=1&tta=flip&explain=1",
-        "%00=1",
-        "a" * 5_000,
     ):
         yield Case(f"query {query[:30]}", data, "image/png", f"{PREDICT}?{query}", statuses=(200,))
     for path in (

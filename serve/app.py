@@ -164,5 +164,11 @@ def _description(engine: Engine) -> dict[str, Any]:
     )
     counts = info["data"].get("counts", {})
     chosen = {"name": "eager"} if engine.choice is None else asdict(engine.choice)
-    own = {"digest": engine.bundle.digest, "device": ", ".join(engine.devices), "backend": chosen, "counts": counts}
+    own = {
+        "digest": engine.bundle.digest,
+        "folder": engine.bundle.path.name,
+        "device": ", ".join(engine.devices),
+        "backend": chosen,
+        "counts": counts,
+    }
     return own | {key: info[key] for key in shown}

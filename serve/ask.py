@@ -26,6 +26,8 @@ def main(argv: list[str]) -> int:
             except (OSError, ServerError) as err:
                 failed += 1
                 told = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
+                if isinstance(err, ServerError) and err.status == 401:
+                    told = "the server asks for a key that it knows: --key KEY, or the environment's REFRACT_KEY"
                 if args.json:
                     print(json.dumps({"path": str(path), "error": told}, ensure_ascii=False))
                 else:

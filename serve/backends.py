@@ -216,7 +216,8 @@ def choose(
             change = trial.rate(forward) / kept.rate
             if 1 / STEADY < change < STEADY:
                 return forward, kept
-            logger.warning("%s computes %.1f times as many pictures now; the backend is chosen anew", kept.name, change)
+            told = f"{change:.1f} times faster" if change > 1 else f"{1 / change:.1f} times slower"
+            logger.warning("%s is %s than when it was chosen; the backend is chosen anew", kept.name, told)
         except Exception as err:  # of any kind: these are four libraries; what does not work any more is chosen anew
             logger.warning("the backend %s, chosen before, does not work now: %s", kept.name, _first_line(err))
     return _fastest(trial, names, threads, folder, forced=wanted != "auto")

@@ -32,6 +32,7 @@ class _Common:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._options: dict[str, Any] = {"base_url": url, "headers": headers, "timeout": timeout_s}
         self._tries = tries
+        self._http: Any = _Unopened()
 
     def _waits(self, attempt: int, answer: Answer) -> float | None:
         """Seconds after which to ask once more; None where that is of no use."""
@@ -47,7 +48,14 @@ class _Common:
         return min(LONGEST_WAIT_S, float(told)) + backoff if told.isdecimal() else backoff
 
 
+class _Unopened:
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("use it as `with Client(url) as client:`, or `async with AsyncClient(url) as client:`")
+
+
 def _question(images: Sequence[bytes | str | Path], options: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(images, str | bytes | Path):
+        raise TypeError("images: expected a list of files or of bytes, not a single one")
     data = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in images]
     if not data:
         raise ValueError("no images")
@@ -100,7 +108,8 @@ class Client(_Common):
 
     def _ask(self, question: dict[str, Any]) -> Answer:
         try:
-            return self._http.post(**question)
+            found: httpx.Response = self._http.post(**question)
+            return found
         except httpx.TransportError as error:
             return error
 
@@ -129,6 +138,7 @@ class AsyncClient(_Common):
 
     async def _ask(self, question: dict[str, Any]) -> Answer:
         try:
-            return await self._http.post(**question)
+            found: httpx.Response = await self._http.post(**question)
+            return found
         except httpx.TransportError as error:
             return error

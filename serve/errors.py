@@ -36,9 +36,9 @@ class Problem:
     detail: str
     headers: Mapping[str, str] | None = None
 
-    def response(self) -> JSONResponse:
+    def response(self, more: dict[str, Any]) -> JSONResponse:
         problem = {"type": "about:blank", "title": HTTPStatus(self.status).phrase, "status": self.status}
-        content = {**problem, "detail": self.detail, "code": self.code}
+        content = {**problem, "detail": self.detail, "code": self.code, **more}
         return JSONResponse(content, self.status, self.headers, media_type="application/problem+json")
 
 
@@ -101,7 +101,8 @@ def install(app: FastAPI, counted: Callable[[str, str], None]) -> Refused:
         problem_of = next(_HANDLERS[kind] for kind in type(error).__mro__ if kind in _HANDLERS)
         problem = problem_of(request, error)
         counted(request.url.path, problem.code)
-        return problem.response()
+        # The Open Inference Protocol has a word of its own for what went wrong.
+        return problem.response({"error": problem.detail} if request.url.path.startswith("/v2") else {})
 
     for kind in _HANDLERS:
         app.add_exception_handler(kind, refused)

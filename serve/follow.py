@@ -81,7 +81,7 @@ class Follower:
             self._on_refusal()
             logger.warning("%s is not served, what was served goes on: %s", path, err)
             return False
-        logger.warning("%s is served now, as %s", engine.bundle.digest[:12], self._source)
+        logger.warning("%s (%s) was taken, as %s", engine.bundle.path.name, engine.bundle.digest[:12], self._source)
         return True
 
 

@@ -91,8 +91,11 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def _share(text: str) -> float:
-    value = _above_0(text)
-    if value > 1:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share in 0 … 1")
     return value
 

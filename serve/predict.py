@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -26,7 +26,9 @@ PREDICT = "/v1/predict"
 
 
 class Asked(BaseModel):
-    """What a request asks for beside its pictures; `top` as `_asked` bounds it."""
+    """What a request asks for beside its pictures; `top` as `_asked` bounds it. An unknown name is refused, as it may be misspelt."""
+
+    model_config = ConfigDict(extra="forbid")
 
     top: int
     threshold: float | None = Field(

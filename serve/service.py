@@ -1,6 +1,7 @@
 """The way from a request's bytes to probabilities: worker threads prepare, the batcher gathers, the engine answers."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,8 @@ from serve.explain import png
 from serve.lane import Lane
 from serve.limits import Limits, OverloadedError, Room
 from serve.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = 0.5
 """The share of the deadline that what is taken may wait; the rest is for what a pace does not tell."""
@@ -204,6 +207,7 @@ class Service:
                     409, "model_before_fails", "the model before does not pass its self-test now"
                 ) from err
             self.rejected.add(left)
+            logger.warning("went back to %s", self.engine.bundle.path.name)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:

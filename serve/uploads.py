@@ -56,6 +56,8 @@ def _decoded(index: int, text: Any) -> bytes:
         raise RequestError(422, "invalid_request", f"image {index} is not a string of base64")
     try:
         # Line breaks are fine: `base64` and Python's encodebytes wrap at 76 characters.
-        return base64.b64decode("".join(text.split()), validate=True)
+        # A browser's form begins with what it is.
+        content = text.partition(",")[2] if text.startswith("data:") else text
+        return base64.b64decode("".join(content.split()), validate=True)
     except ValueError as err:
         raise RequestError(400, "invalid_base64", f"image {index} is not valid base64") from err

@@ -36,10 +36,13 @@ INPUTS = (
 def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any]) -> None:
     """The routes below `/v2`; its health routes ask for no key."""
 
-    def check_name(name: str) -> None:
-        served = service.engine.bundle.info.name
-        if name != served:
-            raise RequestError(404, "unknown_model", f"there is no model of this name; served is {served!r}")
+    def check_name(request: Request, name: str) -> None:
+        served = service.engine.bundle
+        if name != served.info.name:
+            raise RequestError(404, "unknown_model", f"there is no model of this name; served is {served.info.name!r}")
+        version = request.path_params.get("model_version", served.digest[:16])
+        if version != served.digest[:16]:
+            raise RequestError(404, "unknown_model", f"this version is not served; that is {served.digest[:16]!r}")
 
     @app.get("/v2", summary="The server", tags=["v2"])
     async def server() -> JSONResponse:
@@ -59,17 +62,19 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any]) -
         service.check_wanted()
         return JSONResponse({"ready": True})
 
+    @app.get("/v2/models/{name}/versions/{model_version}/ready", include_in_schema=False)
     @app.get(
         "/v2/models/{name}/ready",
         summary="The same, by the model's name",
         tags=["v2"],
         responses=problems(404, 503),
     )
-    async def model_ready(name: str) -> JSONResponse:
-        check_name(name)
+    async def model_ready(request: Request, name: str) -> JSONResponse:
+        check_name(request, name)
         service.check_wanted()
         return JSONResponse({"name": name, "ready": True})
 
+    @app.get("/v2/models/{name}/versions/{model_version}", include_in_schema=False, dependencies=allowed)
     @app.get(
         "/v2/models/{name}",
         summary="Inputs and outputs",
@@ -77,8 +82,8 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any]) -
         dependencies=allowed,
         responses=problems(401, 404),
     )
-    async def metadata(name: str) -> JSONResponse:
-        check_name(name)
+    async def metadata(request: Request, name: str) -> JSONResponse:
+        check_name(request, name)
         info, digest = service.engine.bundle.info, service.engine.bundle.digest
         outputs = [
             {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(info.labels)]},
@@ -87,6 +92,7 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any]) -
         own: dict[str, Any] = {"name": name, "versions": [digest[:16]], "platform": "refract"}
         return JSONResponse({**own, "inputs": list(INPUTS), "outputs": outputs, "labels": list(info.labels)})
 
+    @app.post("/v2/models/{name}/versions/{model_version}/infer", include_in_schema=False, dependencies=allowed)
     @app.post(
         "/v2/models/{name}/infer",
         summary="Classify tensors or encoded images",
@@ -95,7 +101,7 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any]) -
         responses=problems(400, 401, 404, 408, 413, 422, 429, 503, 504),
     )
     async def infer(name: str, request: Request) -> JSONResponse:
-        check_name(name)
+        check_name(request, name)
         began = time.monotonic()
         with service.admitted():
             body = await bodies.read(request)
@@ -113,8 +119,10 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any]) -
         ]
         asked = document.get("outputs")
         wanted = [row.get("name") for row in asked if isinstance(row, dict)] if isinstance(asked, list) else []
+        if strange := [name for name in wanted if isinstance(name, str) and name not in ("probabilities", "label")]:
+            raise _wrong(f"there is no output {str(strange[0])[:40]!r}, but `probabilities` and `label`")
         answer: dict[str, Any] = {"model_name": name, "model_version": found.bundle.digest[:16]}
-        answer |= {"outputs": [output for output in outputs if not wanted or output["name"] in wanted]}
+        answer |= {"outputs": [output for output in outputs if not any(wanted) or output["name"] in wanted]}
         if isinstance(document.get("id"), str):
             answer["id"] = document["id"]
         service.metrics.predicted(rows, labels, 0)

@@ -11,8 +11,8 @@ from pipeline.commands import console
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract predict",
-        description="Classify pictures with a bundle; with --url URL in its place, by a running server. Exit code 1 where a picture could "
-        "not be read; the others are answered.",
+        description="Classify pictures with a bundle; with --url URL in its place, by a running server (refract predict --url URL --help "
+        "tells its options). Exit code 1 where a picture could not be read; the others are answered.",
     )
     parser.add_argument("bundle", help="a bundle's folder")
     parser.add_argument(

@@ -37,6 +37,10 @@ def test_both_clients_get_what_the_server_answers(bundle, serving, picture, tmp_
             assert (refused.value.status, refused.value.code) == (400, "invalid_image")
             with pytest.raises(ValueError, match="no images"):
                 client.predict([])
+            with pytest.raises(TypeError, match="expected a list"):
+                client.predict("a.jpg")
+        with pytest.raises(RuntimeError, match="use it as `with Client"):
+            Client(url, key="k").predict([picture(1)])
         for found in asyncio.run(ask()):
             assert found["label"] == wanted.json()["predictions"][0]["label"] and len(found["top"]) == 2
         with Client(url) as client, pytest.raises(ServerError, match="asks for a key"):

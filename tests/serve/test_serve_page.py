@@ -111,11 +111,15 @@ def test_a_key_is_asked_for(browser, bundle, serving, upload, tmp_path: Path) ->
     (tmp_path / "keys").write_text("open-sesame\n")
     with serving(create_app(bundle, keys=Keys(tmp_path / "keys"))) as client:
         page, _, _ = opened(browser, client)
-        page.fill("#secret", "open-sesame")
-        page.keyboard.press("Tab")
-        page.wait_for_selector("#card dd", state="attached")
+        page.wait_for_selector("text=This server asks for a key: type it above.")
         page.set_input_files("#file", upload)
-        page.wait_for_selector("#answer li")
+        page.fill("#secret", "wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("text=This key is not known here.")
+        page.fill("#secret", "open-sesame")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#card dd", state="attached")
+        page.wait_for_selector("#answer li")  # the picture that waited
         page.close()
 
 

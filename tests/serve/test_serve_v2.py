@@ -128,4 +128,19 @@ def test_no_document_is_an_error_of_ours(client, name, kind, shape, data, more) 
     assert infer(client, more).status_code in (400, 413, 422)
     good = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
     body = json.dumps({"inputs": [good], "outputs": shape, "id": data})
-    assert client.post("/v2/models/shapes/infer", content=body).status_code == 200
+    assert client.post("/v2/models/shapes/infer", content=body).status_code in (200, 422)
+
+
+def test_the_version_that_is_told_is_the_one_that_answers(client, bundle) -> None:
+    good = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
+    (version,) = client.get("/v2/models/shapes").json()["versions"]
+    for path in ("", f"/versions/{version}"):
+        assert client.get(f"/v2/models/shapes{path}/ready").status_code == 200
+        assert client.get(f"/v2/models/shapes{path}").json()["versions"] == [version]
+        assert client.post(f"/v2/models/shapes{path}/infer", json={"inputs": [good]}).status_code == 200
+    assert client.get("/v2/models/shapes/versions/1/ready").status_code == 404
+    body = {"inputs": [good], "outputs": [{"name": "x"}]}
+    assert client.post("/v2/models/shapes/infer", json=body).status_code == 422
+    body = {"inputs": [good], "outputs": [{"name": "label"}]}
+    outputs = client.post("/v2/models/shapes/infer", json=body).json()["outputs"]
+    assert [output["name"] for output in outputs] == ["label"]
