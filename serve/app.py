@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.responses import JSONResponse
 
@@ -98,9 +99,10 @@ def create_app(
     refused = errors.install(
         app, lambda path, code: metrics.refused(code) if path == PREDICT or path.endswith("/infer") else None
     )
-    allowed = [Depends(keys.check)] if keys else []
+    # The first is for the description, so that /docs and generated clients know of the key.
+    allowed = [Depends(HTTPBearer(auto_error=False)), Depends(keys.check)] if keys else []
     bodies = Bodies(service.limits)
-    add_predict(app, service, bodies, keys, refused)
+    add_predict(app, service, bodies, keys, refused, allowed)
     _add_health(app, service, allowed)
     add_v2(app, service, bodies, allowed)
     if allowed:

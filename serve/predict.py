@@ -75,7 +75,9 @@ class Direct:
         await response(scope, receive, send)
 
 
-def add_predict(app: FastAPI, service: Service, bodies: Bodies, keys: Keys | None, refused: Refused) -> None:
+def add_predict(
+    app: FastAPI, service: Service, bodies: Bodies, keys: Keys | None, refused: Refused, allowed: list[Any]
+) -> None:
     """Answer `/v1/predict`. To be called before other middleware is added, so that this is behind it."""
     asked_of = _asked(len(service.engine.bundle.info.labels))  # of all that it will ever serve
     usual = asked_of.model_validate({})
@@ -100,7 +102,7 @@ def add_predict(app: FastAPI, service: Service, bodies: Bodies, keys: Keys | Non
 
     predict.__annotations__["asked"] = Annotated[asked_of, Query()]  # for the description
     about: dict[str, Any] = {"summary": "Classify one or several images", "openapi_extra": PREDICT_BODY}
-    app.add_api_route(PREDICT, predict, methods=["POST"], responses=PREDICT_ANSWERS, **about)
+    app.add_api_route(PREDICT, predict, methods=["POST"], responses=PREDICT_ANSWERS, dependencies=allowed, **about)
     app.add_middleware(Direct, path=PREDICT, endpoint=predict, refused=refused)
 
 

@@ -1,6 +1,7 @@
 """Traces for OpenTelemetry: a span for each request, below the caller's own where it sends `traceparent`, and in it one for each stage."""
 
 import asyncio
+import logging
 import re
 import threading
 import time
@@ -23,6 +24,8 @@ def provider(address: str) -> "TracerProvider":
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
+    # Of a collector that is not there it says three lines at each try.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
     made = TracerProvider(resource=Resource.create({"service.name": "refract"}), shutdown_on_exit=False)
     made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=address)))
     return made

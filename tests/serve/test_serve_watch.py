@@ -76,6 +76,10 @@ def test_without_a_key_nothing_is_answered_but_probes_and_the_page(bundle, servi
             assert (refused.status_code, refused.json()["code"]) == (401, "unauthorized")
             assert refused.headers["www-authenticate"] == "Bearer"
         assert client.get("/v1/model").status_code == client.get("/v1/status").status_code == 401
+        told = client.get("/openapi.json").json()
+        assert told["components"]["securitySchemes"] == {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
+        for path, method in (("/v1/predict", "post"), ("/v1/model", "get"), ("/v2/models/{name}/infer", "post")):
+            assert told["paths"][path][method]["security"] == [{"HTTPBearer": []}]
         assert [client.get(path).status_code for path in ("/livez", "/readyz", "/")] == [200, 200, 200]
         for headers in ({"Authorization": "Bearer second-key"}, {"X-API-Key": "first-key"}):
             assert client.post("/v1/predict", content=picture(1), headers=headers).status_code == 200
