@@ -175,15 +175,13 @@ class Choice:
 
 
 def candidates(device: torch.device) -> tuple[str, ...]:
-    """Those that are tried by themselves: of OpenVINO and ONNX Runtime what is installed; on a GPU the compiled network."""
+    """Those that are tried by themselves: on a GPU the compiled network; on a CPU OpenVINO, or ONNX Runtime where that is not installed, as
+    to export a network to ONNX takes ten seconds."""
     if device.type == "cuda":
         return ("eager", "bf16", "compiled")
-    extras = (
-        name
-        for name, package in (("openvino", "openvino"), ("onnx", "onnxruntime"))
-        if importlib.util.find_spec(package)
-    )
-    return ("eager", "bf16", *extras)
+    extras = (("openvino", "openvino"), ("onnx", "onnxruntime"))
+    there = [name for name, package in extras if importlib.util.find_spec(package)]
+    return ("eager", "bf16", *there[:1])
 
 
 def choose(
@@ -217,7 +215,7 @@ def choose(
             if 1 / STEADY < change < STEADY:
                 return forward, kept
             told = f"{change:.1f} times faster" if change > 1 else f"{1 / change:.1f} times slower"
-            logger.warning("%s is %s than when it was chosen; the backend is chosen anew", kept.name, told)
+            logger.info("%s is %s than when it was chosen; the backend is chosen anew", kept.name, told)
         except Exception as err:  # of any kind: these are four libraries; what does not work any more is chosen anew
             logger.warning("the backend %s, chosen before, does not work now: %s", kept.name, _first_line(err))
     return _fastest(trial, names, threads, folder, forced=wanted != "auto")
