@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -23,15 +23,14 @@ class Lane:
     """Open from `start` to `retire`. preparing: requests on it whose pictures are being decoded; a batch is held back for them alone."""
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, *, decoders: ThreadPoolExecutor, room: Room, pace: float, **waits: Any
+        self, engine: Engine, metrics: Metrics, *, decoders: ThreadPoolExecutor, room: Room, **waits: Any
     ) -> None:
-        """decoders, room: threads for what is prepared, and what they may decode at a time; pace: seconds that a picture takes the engine,
-        measured from then on. waits: see `Batcher`."""
+        """decoders, room: threads for what is prepared, and what they may decode at a time. waits: see `Batcher`."""
         self.engine, self.preparing = engine, 0
         self.decoders, self.room = decoders, room
-        self._pace = pace
         self._metrics, self._inside, self._empty = metrics, 0, asyncio.Event()
-        workers = [partial(self._compute, worker) for worker in engine.workers]
+        self._pace, self._computing = 0.0, [0] * len(engine.workers)
+        workers = [partial(self._compute, number) for number in range(len(engine.workers))]
         self._batcher = Batcher(*workers, coming=lambda: self.preparing > 0, **waits)
 
     @property
@@ -40,11 +39,14 @@ class Lane:
         return self._batcher.waiting
 
     def expected(self, pictures: int = 0) -> float:
-        """Seconds until what waits and so many more, or a picture of each request that is on it, will have been computed."""
-        return max(self.waiting + pictures, self._inside) * self._pace / len(self.engine.workers)
+        """Seconds until so many more pictures will have been computed, after those before them; a request that is being prepared counts as
+        one."""
+        before = sum(self._computing) + self.waiting + self.preparing
+        return (before + pictures) * self._pace / len(self._computing)
 
-    def start(self) -> None:
-        """On the event loop that will submit."""
+    def start(self, pace: float) -> None:
+        """On the event loop that will submit. pace: seconds that a picture takes the engine; measured from then on."""
+        self._pace = pace
         self._batcher.start()
 
     @contextmanager
@@ -69,10 +71,14 @@ class Lane:
             await self._empty.wait()
         await self._batcher.stop()
 
-    def _compute(self, worker: Callable[[np.ndarray], np.ndarray], batch: np.ndarray) -> np.ndarray:
+    def _compute(self, number: int, batch: np.ndarray) -> np.ndarray:
         self._metrics.computed(len(batch))
+        self._computing[number] = len(batch)
         began = time.monotonic()
-        found = worker(batch)
+        try:
+            found = self.engine.workers[number](batch)
+        finally:
+            self._computing[number] = 0
         # Several threads may do this at a time: that a measurement is lost then does no harm. A large batch, which tells more of how fast
         # it goes when there is much to do, counts as so many pictures.
         share = 1 - (1 - RECENT) ** len(batch)

@@ -46,10 +46,10 @@ def _parser() -> argparse.ArgumentParser:
         help="what computes the network; auto times what is installed and takes the fastest that agrees with float32",
     )
     add("--max-batch", type=_whole(1, 65536), default=32, metavar="N", help="images in one batch")
-    add("--max-wait-ms", type=_number, default=2.0, metavar="MS", help="longest wait for a batch to fill")
+    add("--max-wait-ms", type=_number(0, 1e5), default=2.0, metavar="MS", help="longest wait for a batch to fill")
     add(
         "--poll-s",
-        type=_number,
+        type=_number(0, 1e5),
         default=60.0,
         metavar="S",
         help="how often to ask what models:/NAME@ALIAS means; 0 never",
@@ -57,26 +57,38 @@ def _parser() -> argparse.ArgumentParser:
     add("--challenger", metavar="SOURCE", help="a second model, as SOURCE")
     add(
         "--shadow",
-        type=_share,
+        type=_number(0, 1, above=True),
         metavar="SHARE",
         help="of the requests, of which it is asked as well; its agreement is counted",
     )
-    add("--canary", type=_share, metavar="SHARE", help="of the requests, which it answers")
+    add("--canary", type=_number(0, 1, above=True), metavar="SHARE", help="of the requests, which it answers")
     add("--max-requests", type=_whole(1, 65536), default=256, metavar="N", help="requests at a time; more get 429")
-    add("--deadline-s", type=_above_0, default=10.0, metavar="S", help="for an answer; what takes longer is dropped")
+    add(
+        "--deadline-s",
+        type=_number(0, 1e5, above=True),
+        default=10.0,
+        metavar="S",
+        help="for an answer; what takes longer is dropped",
+    )
     add(
         "--drain-s",
-        type=_number,
+        type=_number(0, 1e5),
         default=0.0,
         metavar="S",
         help="after SIGTERM in which all is answered still, but /readyz says 503, for balancers to notice",
     )
     add("--keys", type=Path, metavar="FILE", help="API keys, one a line; read again when the file changes")
-    add("--rate", type=_above_0, metavar="N", help="requests a second of each key; more get 429")
+    add("--rate", type=_number(0, 1e5, above=True), metavar="N", help="requests a second of each key; more get 429")
     add("--metrics-port", type=_whole(0, 65535), metavar="PORT", help="answer Prometheus at /metrics there")
     add("--traces", metavar="URL", help="of an OpenTelemetry collector, as http://localhost:4318/v1/traces")
     add("--access-log", action="store_true", help="write a line of JSON for each request to the standard output")
-    add("--max-body-mb", type=_above_0, default=20.0, metavar="MB", help="largest request body, in MiB")
+    add(
+        "--max-body-mb",
+        type=_number(0, 1e5, above=True),
+        default=20.0,
+        metavar="MB",
+        help="largest request body, in MiB",
+    )
     add("--max-pixels", type=_whole(1, 2**31), default=50_000_000, metavar="N", help="most pixels of one image")
     return parser
 
@@ -90,28 +102,18 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share in 0 … 1")
-    return value
+def _number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
+    """above: `low` itself is refused."""
 
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number {'above' if above else 'from'} {low:g} to {high:g}"
+            )
+        return value
 
-def _above_0(text: str) -> float:
-    value = _number(text)
-    if not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1e5:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number in 0 … 100000")
-    return value
+    return parse

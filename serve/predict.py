@@ -18,7 +18,7 @@ from serve.errors import Refused
 from serve.keys import Keys
 from serve.openapi import PREDICT_ANSWERS, PREDICT_BODY
 from serve.prepare import is_quick, prepare
-from serve.service import Answers, Service
+from serve.service import Answers, Service, Work
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +91,8 @@ def add_predict(
             body = await bodies.read(request)
             try:
                 kind = request.headers.get("content-type", "")
-                how = {"mirrored": asked.tta == "flip", "explained": asked.explain, "quick": is_quick(kind, body)}
-                work = service.predict(partial(prepare, kind, body), **how)
-                found = await unless_gone(request, work)
+                work = Work(partial(prepare, kind, body), asked.tta == "flip", asked.explain, is_quick(kind, body))
+                found = await unless_gone(request, service.predict(work))
             finally:
                 bodies.release(body)
         response = _answer(service, asked, found)

@@ -39,12 +39,13 @@ Prepare = Callable[[Preprocess, Room], np.ndarray]
 
 
 class Work(NamedTuple):
-    """What a request asks for; see `Service.predict`."""
+    """What a request asks for. prepare: makes its N pictures; mirrored: the mean answer to each and its mirror image, of their logits;
+    explained: with heat maps of the likeliest labels; quick: `prepare` is better called at once than on a worker thread."""
 
     prepare: Prepare
-    mirrored: bool
-    explained: bool
-    quick: bool
+    mirrored: bool = False
+    explained: bool = False
+    quick: bool = False
 
 
 class Answers(NamedTuple):
@@ -97,7 +98,7 @@ class Service:
         # Heat maps, and a shadow's pictures, keep nobody from being decoded.
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="aside")
         self._place: dict[str, Any] = {"decoders": self._workers, "room": Room(limits)}
-        self._lane = self._lane_of(engine, 0)  # until its pace is known
+        self._lane = self._lane_of(engine)
         self._previous: Engine | None = None
         self._retiring: set[asyncio.Task[None]] = set()
         self._challenger: Challenger | None = None
@@ -129,8 +130,7 @@ class Service:
     async def start(self) -> None:
         """Run the self-test, then open. BundleError if the golden pictures' answers do not come again."""
         pace = await asyncio.get_running_loop().run_in_executor(self._workers, self.engine.self_test)
-        self._lane = self._lane_of(self.engine, pace)
-        self._lane.start()
+        self._lane.start(pace)
         self.metrics.serves(self.engine.bundle.info.name, self.engine.bundle.digest)
         self.ready = True
 
@@ -185,8 +185,8 @@ class Service:
             raise BundleError(f"{engine.bundle.path}: answers with other labels than {old.name}; start a server for it")
         pace = await asyncio.to_thread(engine.self_test)
         self.check_ready()
-        lane = self._lane_of(engine, pace, **place)
-        lane.start()
+        lane = self._lane_of(engine, **place)
+        lane.start(pace)
         return lane
 
     def _retire(self, lane: Lane) -> None:
@@ -230,21 +230,16 @@ class Service:
         if expected > PATIENCE * self._deadline:
             raise OverloadedError(f"an answer would take {expected:.1f} s; try again later", round(expected) or 1)
 
-    def _lane_of(self, engine: Engine, pace: float, **place: Any) -> Lane:
-        return Lane(engine, self.metrics, pace=pace, **self._waits, **(place or self._place))
+    def _lane_of(self, engine: Engine, **place: Any) -> Lane:
+        return Lane(engine, self.metrics, **self._waits, **(place or self._place))
 
-    async def predict(
-        self, prepare: Prepare, *, mirrored: bool = False, explained: bool = False, quick: bool = False
-    ) -> Answers:
-        """The answers to the N pictures that `prepare` makes on a worker thread. mirrored: the mean answer to each and its mirror image,
-        of their logits; explained: with heat maps of the likeliest labels; quick: call `prepare` at once, on no worker thread.
-
-        RequestError, 504 beyond the deadline: what is not computed by then never is; OverloadedError, ClosedError or BatchError.
-        """
+    async def predict(self, work: Work) -> Answers:
+        """The answers. RequestError, 504 beyond the deadline: what is not computed by then never is; OverloadedError, ClosedError or
+        BatchError."""
         self._check_pace(self._lane)  # again, as many bodies may have arrived at once
         try:
             async with asyncio.timeout(self._deadline):
-                return await self._predict(Work(prepare, mirrored, explained, quick))
+                return await self._predict(work)
         except TimeoutError as err:
             raise RequestError(504, "deadline_exceeded", f"there was no answer within {self._deadline:g} s") from err
 
@@ -278,9 +273,10 @@ class Service:
                 raise RequestError(
                     413, "too_many_images", f"{len(batch)} images to explain in one request; at most {MOST_EXPLAINED}"
                 )
+            inputs = np.concatenate([batch, batch[:, :, ::-1]]) if work.mirrored else batch
             if lane.waiting:
-                self._check_pace(lane, len(batch))
-            found = await lane.submit(np.concatenate([batch, batch[:, :, ::-1]]) if work.mirrored else batch)
+                self._check_pace(lane, len(inputs))
+            found = await lane.submit(inputs)
             seconds = {"prepare": prepared, "queue": found.queued, "compute": found.computed}
             rows = lane.engine.mean(*np.split(found.outputs, 2)) if work.mirrored else found.outputs
             if not work.explained:

@@ -57,7 +57,7 @@ def is_registered(source: str) -> bool:
 
 def download_again(source: str, damaged: Path) -> Path:
     """`resolve` of a registered source whose download, `damaged`, is of no use. It stays where there is no other. SourceError."""
-    with tempfile.TemporaryDirectory(dir=damaged.parent, prefix=".damaged-", ignore_cleanup_errors=True) as folder:
+    with _workplace(damaged.parent, source) as folder:
         aside = Path(folder) / damaged.name
         try:
             damaged.rename(aside)

@@ -24,7 +24,7 @@ from serve.errors import RequestError
 from serve.limits import Limits, Room
 from serve.openapi import problems
 from serve.prepare import check_total, pixels
-from serve.service import Service
+from serve.service import Service, Work
 
 HEADER = "inference-header-content-length"
 INPUTS = (
@@ -107,8 +107,8 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any]) -
             body = await bodies.read(request)
             try:
                 document, binary = _parts(body, request.headers.get(HEADER))
-                prepared = partial(_prepared, document, binary)
-                found = await unless_gone(request, service.predict(prepared))
+                work = Work(partial(_prepared, document, binary))
+                found = await unless_gone(request, service.predict(work))
             finally:
                 bodies.release(body)
         rows, labels = found.probabilities, found.bundle.info.labels

@@ -45,7 +45,6 @@ def test_each_agrees_with_plain_float32_at_any_size_of_batch(name: str, bundle, 
         assert other.choice is not None and other.choice.name == name
 
 
-@pytest.mark.skipif("openvino" not in INSTALLED, reason="openvino is not installed")
 def test_openvino_reports_to_nobody(bundle, tmp_path: Path) -> None:
     """In a process of its own, that has not imported it; where it reports, it makes itself a name in ~/intel first."""
     code = (
