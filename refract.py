@@ -11,6 +11,12 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "init": ("pipeline.commands.init", "look at a folder or manifest of pictures and write a config for it"),
         "train": ("pipeline.commands.train", "train from a config; writes a run with its bundle"),
+        "retrain": (
+            "pipeline.commands.retrain",
+            "the nightly run: check the data, train, compare with the champion, promote",
+        ),
+        "promote": ("pipeline.commands.promote", "make a registered version champion"),
+        "rollback": ("pipeline.commands.rollback", "make the version champion again that was before"),
         "rerun": ("pipeline.commands.rerun", "train once more as a run was trained, and compare the weights"),
         "sync": ("pipeline.commands.sync", "deliver to MLflow what runs kept while its server did not answer"),
         "replay-batch": (
@@ -18,12 +24,25 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "run the batch again whose loss was no number, layer by layer",
         ),
         "doctor": ("pipeline.commands.doctor", "what was wrong with a run, by what evidence, and what to change"),
+        "schedule": (
+            "pipeline.commands.schedule",
+            "retrain by the clock on this machine; --list tells what ran and what is due",
+        ),
         "tune": ("pipeline.commands.tune", "search a space of configs for the best score on validation"),
         "find": ("pipeline.commands.find", "find a learning rate or the largest batch for a config"),
         "evaluate": ("pipeline.commands.evaluate", "measure a bundle on labelled pictures"),
+        "drift": (
+            "pipeline.commands.drift",
+            "tell whether new data are still of the kind that a bundle was measured on",
+        ),
         "compare": ("pipeline.commands.compare", "compare runs on the hold-out that they share, with a paired test"),
         "predict": ("pipeline.commands.predict", "classify pictures with a bundle"),
+        "score": ("pipeline.commands.score", "classify a folder or manifest of any size into a Parquet file"),
         "preview": ("pipeline.commands.preview", "draw a grid of pictures and their augmented variants"),
+        "paraphrase": (
+            "pipeline.commands.paraphrase",
+            "translate the captions there and back, for the op BackTranslation",
+        ),
         "augment": ("pipeline.commands.augment", "write augmented copies of pictures, and plans to make them again"),
         "explain": (
             "pipeline.commands.explain",
@@ -39,7 +58,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 1 failed, 2 the user's input cannot be used, 130 interrupted."""
+    """Run one command. Returns the exit code: 0 done, 1 failed, 2 the user's input cannot be used, 20 refused by thresholds,
+    130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
@@ -61,9 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault(
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"
-    )  # the default waits minutes for a server that is not there
+    if arguments[0] != "serve":  # the default waits minutes for a server that is not there; serving waits less still
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     module = COMMANDS[arguments[0]][0]
     if arguments[0] == "predict" and any(argument.partition("=")[0] == "--url" for argument in arguments):
         module = "serve.ask"  # by a server, of which the pipeline knows nothing

@@ -12,6 +12,7 @@ from augment import cpu, encoded
 from augment.decode import ImageError, image_size
 from augment.fuse import fuse
 from augment.ops.op import pixels
+from augment.ops.text import run as run_text
 from augment.plan import Plan, Step
 from augment.policy import Policy, PolicySpec, load_policy
 
@@ -43,6 +44,16 @@ class Augmenter:
     def mixes(self) -> bool:
         """Whether the policy mixes the samples of a batch (MixUp, CutMix)."""
         return self.policy.mixes
+
+    @property
+    def texts(self) -> bool:
+        """Whether the policy changes texts."""
+        return self.policy.texts
+
+    def text(self, text: str, *, epoch: int, index: int, repeat: int = 0) -> str:
+        """The augmented text of the sample `index` in `epoch`; drawn apart from its picture. repeat: as for a call. ValueError where an
+        augmenter of another library fails on it."""
+        return run_text(self.policy.draw_text(seed=self.seed, epoch=epoch, index=index, repeat=repeat), text)
 
     def __call__(self, image: bytes | np.ndarray, *, epoch: int, index: int, repeat: int = 0) -> np.ndarray:
         """The augmented picture, uint8 H×W×3. image: encoded bytes or a uint8 H×W×3 array, which is not changed. ImageError as `decode`.

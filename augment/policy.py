@@ -1,6 +1,5 @@
 """A policy: the ops in order, from a preset's name, a YAML file or a list. It draws plans."""
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -8,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from augment.ops import OPS, Op
-from augment.ops.choice import may_move, mixes_batch, size_after
+from augment.ops.choice import may_move, mixes_batch, of_text, size_after
 from augment.ops.guests import guest, is_guest
+from augment.ops.op import nearest
+from augment.ops.text_guests import PREFIX, text_guest
 from augment.plan import Plan, Step
 from augment.random import keyed_generator, op_word
 
@@ -39,6 +40,8 @@ class Policy:
             words.append(op_word(f"{name}#{seen.get(name, 0)}"))
             seen[name] = seen.get(name, 0) + 1
         object.__setattr__(self, "_words", tuple(words))
+        of_texts = tuple(of_text(op) for op in self.ops)
+        object.__setattr__(self, "_of_text", of_texts)
         moving = tuple(may_move(op) for op in self.ops)
         object.__setattr__(self, "_moving", moving)
         geometric = [i for i, moves in enumerate(moving) if moves]
@@ -48,6 +51,11 @@ class Policy:
     def mixes(self) -> bool:
         """Whether the policy mixes the samples of a batch (MixUp, CutMix)."""
         return any(mixes_batch(op) for op in self.ops)
+
+    @property
+    def texts(self) -> bool:
+        """Whether the policy changes texts."""
+        return any(self._of_text)  # type: ignore[attr-defined]
 
     def draw(
         self,
@@ -59,7 +67,7 @@ class Policy:
         to: tuple[int, int] | None = None,
         repeat: int = 0,
     ) -> Plan:
-        """The plan for one sample of `size` (height, width).
+        """The plan for the picture of one sample, of `size` (height, width).
 
         repeat: which of the sample's draws in this epoch (repeated augmentation). to: the size that the result shall have; a Resize
         to it follows the last geometric op, with which it fuses.
@@ -69,9 +77,12 @@ class Policy:
         words: tuple[int, ...] = self._words  # type: ignore[attr-defined]
         resize_at: int = self._resize_at  # type: ignore[attr-defined]
         moving: tuple[bool, ...] = self._moving  # type: ignore[attr-defined]
+        of_texts: tuple[bool, ...] = self._of_text  # type: ignore[attr-defined]
         for place, (op, word) in enumerate(zip(self.ops, words, strict=True)):
             if place == resize_at:
                 current = _resize(steps, current, to)
+            if of_texts[place]:
+                continue
             rng = keyed_generator(seed, epoch if op.by_epoch else 0, index, word, repeat)
             drawn = op.steps(rng, current, epoch)
             if moving[place]:
@@ -89,6 +100,17 @@ class Policy:
             if mixes_batch(op):
                 steps += op.steps(keyed_generator(seed, epoch, index, word, repeat), size, epoch)
         return Plan(size, tuple(steps), self.exact)
+
+    def draw_text(self, *, seed: int, epoch: int, index: int, repeat: int = 0) -> tuple[Step, ...]:
+        """The steps for the text of one sample, each drawn by a key of its own, whatever befalls the picture."""
+        words: tuple[int, ...] = self._words  # type: ignore[attr-defined]
+        of_texts: tuple[bool, ...] = self._of_text  # type: ignore[attr-defined]
+        steps: list[Step] = []
+        for op, word, own in zip(self.ops, words, of_texts, strict=True):
+            if own:
+                rng = keyed_generator(seed, epoch if op.by_epoch else 0, index, word, repeat)
+                steps += op.steps(rng, (0, 0), epoch)
+        return tuple(steps)
 
     def to_spec(self) -> list[Any] | dict[str, Any]:
         """What `load_policy` reads, with every parameter written out; JSON and YAML values only."""
@@ -176,7 +198,7 @@ def _op(entry: Any, where: str) -> Op:
             f"{where}: expected one op's name with its parameters, such as {{Rotate: {{degrees: 10}}}}; got {entry!r}"
         )
     ((name, parameters),) = entry.items()
-    if name not in OPS and not is_guest(name):
+    if name not in OPS and not is_guest(name) and not str(name).startswith(PREFIX):
         raise PolicyError(f"{where}: no op is called {name!r}{nearest(name, OPS)}. Known: {', '.join(OPS)}")
     parameters = {} if parameters is None else parameters
     if not isinstance(parameters, Mapping):
@@ -188,7 +210,9 @@ def _op(entry: Any, where: str) -> Op:
                 f"{where}, {name}: no parameter {parameter!r}{nearest(parameter, known)}. Known: {', '.join(known)}"
             )
     try:
-        return OPS[name](**parameters) if name in OPS else guest(name, parameters)
+        if name in OPS:
+            return OPS[name](**parameters)
+        return text_guest(name, parameters) if name.startswith(PREFIX) else guest(name, parameters)
     except (TypeError, ValueError) as error:
         message = str(error).replace(f"{name}.__init__() ", "")
         raise PolicyError(f"{where}, {name}: {message}") from error
@@ -199,12 +223,6 @@ def _resize(steps: list[Step], current: tuple[int, int], to: tuple[int, int] | N
         return current
     steps.append(Step("Resize", {"box": [0, 0, *current], "size": list(to)}))
     return to
-
-
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing where no known name is near."""
-    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
 
 
 def _spec(op: Op) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from urllib.parse import urlparse
 
 import numpy as np
 
-from benchmarks.corpus import PREDICT, Case, cases, encoded
-from benchmarks.corpus_valid import odd_but_valid
+from benchmarks.corpus import cases
+from benchmarks.corpus.case import PREDICT, Case, encoded
+from benchmarks.corpus.valid import odd_but_valid
 from benchmarks.report import environment, write
 from benchmarks.servers.start import make_bundle, resident_mib, serving
 

@@ -6,7 +6,6 @@ chroot; where no registry answers, on a base image that debootstrap makes.
 
 import ast
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -21,16 +20,13 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import torch
-from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from augment.preprocess import Preprocess  # noqa: E402
-from models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle  # noqa: E402
-from models.classifier import Classifier, probabilities  # noqa: E402
-from models.networks import build  # noqa: E402
+from benchmarks.corpus.case import encoded, picture  # noqa: E402
+from benchmarks.servers.start import make_bundle  # noqa: E402
+from models.bundle import Bundle, Golden, load_bundle  # noqa: E402
 
 IMAGE, OWN_BASE = "localhost/refract:cpu", "localhost/refract-base"
 ABSENT = ("lightning", "pandas", "mlflow", "sklearn", "matplotlib", "pyarrow", "triton", "nvidia-cublas")
@@ -59,7 +55,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="image-check-") as folder:
             Path(folder).chmod(0o755)  # the server is another user
             engine.build(Path(folder))
-            bundle = _bundle(Path(folder) / "bundle")
+            files = [encoded(picture(np.random.default_rng(seed)), "JPEG") for seed in range(8)]
+            bundle = load_bundle(make_bundle("lenet5", files, Path(folder) / "bundle", size=32))
             with engine.container() as container:
                 _look(container)
                 _ask(container, bundle)
@@ -121,34 +118,6 @@ def _compare(answer: httpx.Response, golden: Golden, labels: tuple[str, ...]) ->
     gap = max(abs(found[label] - wanted) for label, wanted in zip(labels, golden.probabilities, strict=True))
     if gap > AGREED:
         raise CheckError(f"{golden.name}: the answer differs from the bundle's by {gap:.3f}")
-
-
-def _bundle(path: Path) -> Bundle:
-    """An untrained lenet5 and three pictures of smooth colours; the temperature spreads its answers."""
-    torch.manual_seed(0)
-    preprocess = Preprocess(height=32, width=32)
-    classifier = Classifier(build("lenet5", 10, image_size=(32, 32)), mean=preprocess.mean, std=preprocess.std).eval()
-    goldens = []
-    for seed in range(3):
-        small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(small).resize((56, 40), Image.Resampling.BICUBIC).save(buffer, "JPEG")
-        images = torch.from_numpy(preprocess(buffer.getvalue())).permute(2, 0, 1)[None].contiguous()
-        with torch.inference_mode():
-            answer = probabilities(classifier(images), task="multiclass", temperature=0.05)[0]
-        goldens.append(Golden(f"{seed:02}.jpg", buffer.getvalue(), tuple(answer.tolist())))
-    info = BundleInfo(
-        name="shapes",
-        task="multiclass",
-        labels=tuple(f"class {i}" for i in range(10)),
-        network={"name": "lenet5", "image_size": [32, 32], "args": {}},
-        preprocess=preprocess.to_dict(),
-        temperature=0.05,
-        metrics={"top1": 0.1},
-        versions={"torch": torch.__version__},
-        created="2025-01-01T00:00:00+00:00",
-    )
-    return load_bundle(save_bundle(path, info, classifier, goldens))
 
 
 def _engine() -> "Docker | Buildah":

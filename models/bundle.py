@@ -1,7 +1,9 @@
 """The bundle: one folder that carries a classifier from training to serving, without pickle.
 
 `bundle.json` (what it says of itself, and the golden pictures' answers), `weights.safetensors`, `golden/NAME` (original
-bytes of pictures) and `manifest.json` (SHA-256 and size of each other file). Knows nothing of HTTP, MLflow or training.
+bytes of pictures), `text/tokenizer.json` (where a transformer reads texts), `reference.safetensors` (how pictures looked that it did
+not learn from, for drift; not in older bundles) and `manifest.json` (SHA-256 and size of each other file). Knows nothing of HTTP,
+MLflow or training.
 """
 
 import json
@@ -18,25 +20,31 @@ from torch import Tensor
 
 from models.bundle_info import BundleError, BundleInfo, parse_json
 from models.classifier import Classifier
-from models.networks import build
+from models.making import make_classifier
 from models.sealed_folder import SealedFolder, open_sealed, refuse_existing, write_sealed
 
 __all__ = ["Bundle", "BundleError", "BundleInfo", "Golden", "load_bundle", "save_bundle"]
 
 INFO = "bundle.json"
 WEIGHTS = "weights.safetensors"
+TEXT = "text/"
+TOKENIZER = ("tokenizer.json",)
+REFERENCE = "reference.safetensors"
 
 
 @dataclass(frozen=True)
 class Golden:
     """A hold-out picture and the answer that evaluation gave: a server is ready when it gives it again.
 
-    name: a plain file name; data: the original encoded bytes; probabilities: one in 0…1 a label. BundleError otherwise.
+    name: a plain file name; data: the original encoded bytes; probabilities: one in 0…1 a label; text: that goes with it; pictured: false
+    for a text alone. BundleError otherwise.
     """
 
     name: str
     data: bytes = field(repr=False)
     probabilities: tuple[float, ...]
+    text: str = ""
+    pictured: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
@@ -61,6 +69,10 @@ class Bundle:
     digest: str
     folder: SealedFolder = field(repr=False)
 
+    def reference(self) -> bytes | None:
+        """What `save_bundle` was given as such, for `pipeline.drift`; None where it was given nothing. BundleError if it was altered."""
+        return self.folder.read(REFERENCE) if REFERENCE in self.folder.files else None
+
     def classifier(self, device: str | torch.device = "cpu") -> Classifier:
         """The classifier in eval mode, float32, on `device`. Downloads nothing.
 
@@ -68,20 +80,13 @@ class Bundle:
         """
         weights = _parse_weights(self.path, self.folder.read(WEIGHTS))
         network, preprocess = self.info.network, self.info.preprocess
-        height, width = network["image_size"]
+        own = {name: preprocess[name] for name in ("mean", "std")}
+        own["normalize"] = preprocess.get("normalize", "channel")
+        files = {name: self.folder.read(TEXT + name) for name in TOKENIZER if TEXT + name in self.folder.files}
         try:
-            backbone = build(
-                network["name"], len(self.info.labels), image_size=(height, width), weights="none", **network["args"]
-            )
-        except (ValueError, TypeError) as err:
+            classifier = make_classifier(network, len(self.info.labels), text=self.info.text, files=files, **own)
+        except (ValueError, TypeError, KeyError) as err:
             raise BundleError(f"{self.path / INFO}: the network cannot be built: {err}") from err
-        classifier = Classifier(
-            backbone,
-            mean=preprocess["mean"],
-            std=preprocess["std"],
-            normalize=preprocess.get("normalize", "channel"),
-            image_size=(height, width),
-        )
         try:
             classifier.load_state_dict(weights, strict=True)
         except RuntimeError as err:
@@ -94,19 +99,30 @@ class Bundle:
         return classifier.to(device).eval()
 
 
-def save_bundle(path: str | Path, info: BundleInfo, classifier: Classifier, goldens: Sequence[Golden]) -> Path:
+def save_bundle(
+    path: str | Path,
+    info: BundleInfo,
+    classifier: Classifier,
+    goldens: Sequence[Golden],
+    *,
+    reference: bytes | None = None,
+) -> Path:
     """Write the bundle whole or not at all, read it back, and only then give it its name `path`. Returns `path`.
 
-    BundleError if `path` exists, if a golden picture's answer has not one number a label, or if `info` does not
-    describe `classifier` (another network, image size, normalisation or number of labels).
+    reference: a file of its own, whose meaning is `pipeline.drift`'s. BundleError if `path` exists, if a golden picture's answer has not
+    one number a label, or if `info` does not describe `classifier` (another network, image size, normalisation or number of labels).
     """
     path = Path(path)
     refuse_existing(path)
     _check_goldens(info, goldens)
-    answers = [{"name": golden.name, "probabilities": [float(p) for p in golden.probabilities]} for golden in goldens]
+    answers = [_answer(golden) for golden in goldens]
     record = json.dumps({**info.to_dict(), "goldens": answers}, indent=2, ensure_ascii=False, allow_nan=False)
     contents = {INFO: record.encode(), WEIGHTS: safetensors.torch.save(_plain_weights(classifier))}
     contents |= {f"golden/{golden.name}": golden.data for golden in goldens}
+    if classifier.tokens is not None:
+        contents |= {TEXT + name: data for name, data in classifier.tokens.files.items()}
+    if reference is not None:
+        contents[REFERENCE] = reference
     # Reading back costs a second and finds now what a server would find at night: arguments that build another network.
     write_sealed(path, contents, check=lambda folder: load_bundle(folder).classifier())
     return path
@@ -125,8 +141,8 @@ def load_bundle(path: str | Path) -> Bundle:
     except BundleError as err:
         raise BundleError(f"{folder.path / INFO}: {err}") from err
     goldens = tuple(
-        Golden(name, contents.get(f"golden/{name}") or folder.read(f"golden/{name}"), probabilities)
-        for name, probabilities in answers
+        Golden(data=contents.get(f"golden/{answer['name']}") or folder.read(f"golden/{answer['name']}"), **answer)
+        for answer in answers
     )
     _check_goldens(info, goldens)
     return Bundle(folder.path, info, goldens, folder.digest, folder)
@@ -136,14 +152,23 @@ def _read_all(folder: SealedFolder) -> list[tuple[str, bytes]]:
     return [(name, folder.read(name)) for name in dict.fromkeys([*folder.files, INFO, WEIGHTS])]
 
 
-def _parse_record(data: bytes) -> tuple[BundleInfo, list[tuple[str, tuple[float, ...]]]]:
+def _answer(golden: Golden) -> dict[str, Any]:
+    own = {"name": golden.name, "probabilities": [float(p) for p in golden.probabilities]}
+    return own | ({"text": golden.text} if golden.text else {}) | ({} if golden.pictured else {"pictured": False})
+
+
+def _parse_record(data: bytes) -> tuple[BundleInfo, list[dict[str, Any]]]:
     values = parse_json(data)
     answers = values.pop("goldens", None) if isinstance(values, dict) else None
     info = BundleInfo.from_dict(values)
-    form = "a list of {'name': text, 'probabilities': [numbers]}"
+    form = "a list of {'name': text, 'probabilities': [numbers]}, perhaps with a 'text' and 'pictured'"
     if not isinstance(answers, list) or not all(map(_is_answer, answers)):
         raise BundleError(f"field 'goldens': expected {form}")
-    return info, [(answer["name"], tuple(answer["probabilities"])) for answer in answers]
+    known = ("name", "text", "pictured")
+    own = [{name: answer[name] for name in known if name in answer} for answer in answers]
+    return info, [
+        {**one, "probabilities": tuple(answer["probabilities"])} for one, answer in zip(own, answers, strict=True)
+    ]
 
 
 def _is_answer(answer: Any) -> bool:
@@ -151,6 +176,8 @@ def _is_answer(answer: Any) -> bool:
         isinstance(answer, dict)
         and isinstance(answer.get("name"), str)
         and isinstance(answer.get("probabilities"), list)
+        and isinstance(answer.get("text", ""), str)
+        and isinstance(answer.get("pictured", True), bool)
     )
 
 

@@ -29,7 +29,8 @@ class BundleInfo:
     task: one of TASKS; labels: in the order of the logits; network: name, image_size [height, width] and args;
     preprocess: plain numbers with "mean" and "std" of RGB in 0…1; temperature: > 0; thresholds: for multilabel one
     in 0…1 a label, else empty; abstain_below: the confidence in 0…1 below which an answer should be left to a person, None where none was
-    chosen, as in bundles from before there was one; created: UTC, ISO 8601. BundleError names the field, its value and what was expected.
+    chosen, as in bundles from before there was one; text: what reads texts, see `models.making.text_record`, None where nothing does;
+    created: UTC, ISO 8601. BundleError names the field, its value and what was expected.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -38,6 +39,7 @@ class BundleInfo:
     labels: tuple[str, ...]
     network: dict[str, Any]
     preprocess: dict[str, Any]
+    text: dict[str, Any] | None = None
     temperature: float = 1.0
     thresholds: tuple[float, ...] = ()
     abstain_below: float | None = None
@@ -67,7 +69,7 @@ class BundleInfo:
         # The version first: a newer bundle should be told to be newer, not to have a strange field.
         _check_version(None, "schema_version", values.get("schema_version"))
         names = [f.name for f in fields(cls)]
-        if missing := [name for name in names if name not in values and name != "abstain_below"]:
+        if missing := [name for name in names if name not in values and name not in _LATER]:
             raise BundleError(f"field {missing[0]!r} is missing; expected the fields {', '.join(names)}")
         for name in values:
             if name not in names:
@@ -202,6 +204,20 @@ def _check_created(_: object, name: str, value: object) -> None:
         _fail(name, value, "a time in UTC like 2026-11-05T03:00:00+00:00")
 
 
+def _check_text_part(_: object, name: str, value: object) -> None:
+    if value is None:
+        return
+    _check_plain(None, name, value)
+    known = {"name", "max_length", "pooling", "args", "config", "fusion", "width"}
+    if not isinstance(value, dict) or set(value) != known:
+        _fail(name, value, f"a dict with exactly the keys {', '.join(sorted(known))}, or none")
+    if type(value["max_length"]) is not int or not 1 <= value["max_length"] <= 4096:
+        _fail(f"{name}.max_length", value["max_length"], "a whole number in 1…4096")
+
+
+_LATER = ("abstain_below", "text")
+"""Fields that older bundles do not have."""
+
 _CHECKS: Mapping[str, Callable[[Any, str, Any], None]] = MappingProxyType(
     {
         "schema_version": _check_version,
@@ -210,6 +226,7 @@ _CHECKS: Mapping[str, Callable[[Any, str, Any], None]] = MappingProxyType(
         "labels": _check_labels,
         "network": _check_network,
         "preprocess": _check_preprocess,
+        "text": _check_text_part,
         "temperature": _check_temperature,
         "thresholds": _check_thresholds,
         "abstain_below": _check_share,

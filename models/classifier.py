@@ -5,12 +5,14 @@ Knows nothing of files, augmentation or training loops.
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from models.fusion import Reader
+from models.texts.tokens import Tokens
 from models.transfer import blocks_of
 
 TASKS = ("binary", "multiclass", "multilabel")
@@ -25,7 +27,8 @@ class Classifier(nn.Module):
     numbers each, of RGB in 0…1, std > 0. image_size: (H, W), needed but for `channel`; mean_image: (3, H, W) in 0…1 and
     whitening: (3·H·W, 3·H·W), zeros where they are still to be loaded.
     All are buffers of the state dict: weights never travel without their normalisation. Set `frozen_norms` to keep the statistics of all
-    batch norms as they are in training.
+    batch norms as they are in training. A network that reads texts (`models.fusion.Reader`) gets them as well,
+    and whether there is a picture; tokens: what makes them of words.
     ValueError for an unknown normalize, an array of another shape, or mean and std that are not three finite numbers.
     """
 
@@ -44,6 +47,7 @@ class Classifier(nn.Module):
         image_size: tuple[int, int] | None = None,
         mean_image: Tensor | None = None,
         whitening: Tensor | None = None,
+        tokens: Tokens | None = None,
     ) -> None:
         super().__init__()
         if normalize not in NORMALIZE:
@@ -61,13 +65,33 @@ class Classifier(nn.Module):
         if not bool((self.std > 0).all()):
             raise ValueError(f"std={tuple(std)}: expected three numbers above 0, of RGB in 0…1")
         self.frozen_norms = False
+        self.tokens = tokens
         self._trainable = frozenset(name for name, parameter in network.named_parameters() if parameter.requires_grad)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images: (N, 3, H, W), any dtype, RGB in 0…255 → logits (N, num_classes). ValueError for another shape."""
-        if images.ndim != 4 or images.shape[1] != 3:
+    def forward(
+        self,
+        images: Tensor | None,
+        texts: Tensor | None = None,
+        pictured: Tensor | None = None,
+        mixed: Tensor | None = None,
+    ) -> Tensor:
+        """images: (N, 3, H, W), any dtype, RGB in 0…255, None where the network reads texts alone → logits (N, num_classes). texts: (N, L),
+        for a network that reads them, see `models.texts.tokens`; pictured: (N,) bool, none for all; mixed: see `models.fusion.Reader`.
+        ValueError for another shape."""
+        if images is not None and (images.ndim != 4 or images.shape[1] != 3):
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (N, 3, H, W), RGB in 0…255")
-        return self.network(self.normalise(images))
+        if texts is None:
+            return self.network(self.normalise(images))  # type: ignore[arg-type]
+        if pictured is None:
+            pictured = torch.full((len(texts),), images is not None, device=texts.device)
+        return self.network(None if images is None else self.normalise(images), texts, pictured, mixed)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What the network reads: pictures, texts, or both."""
+        if not isinstance(self.network, Reader):
+            return frozenset({"pictures"})
+        return frozenset({"texts"} | ({"pictures"} if self.network.pictures is not None else set()))
 
     def normalise(self, images: Tensor) -> Tensor:
         """images: (N, 3, H, W), any dtype, 0…255 → the same shape, normalised, float32."""
@@ -111,6 +135,17 @@ class Classifier(nn.Module):
             if self.frozen_norms and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.training = False
         return self
+
+
+Inputs = tuple[Tensor | None, ...]
+"""What `Classifier.forward` takes: pictures or None, and where it reads texts those and whether there is a picture."""
+
+
+def inputs_of(batch: Mapping[str, Tensor]) -> Inputs:
+    """Of a batch as training has them; the views of a picture (B, V, 3, H, W) one after the other."""
+    images = batch.get("images")
+    images = images.flatten(0, -4) if images is not None and images.ndim > 4 else images
+    return (images, batch["texts"], batch["pictured"]) if "texts" in batch else (images,)
 
 
 def probabilities(logits: Tensor, *, task: str, temperature: float = 1.0) -> Tensor:

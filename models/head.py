@@ -1,5 +1,9 @@
 """The head of a network: its final layer, the one with a row for each class, or what stands in its place."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +42,7 @@ def exchange_head(module: nn.Module, kind: str) -> nn.Module:
     make = pick("head", kind, HEADS)
     if callable(named := getattr(module, "get_classifier", None)) and isinstance(named(), list | tuple):
         raise ValueError(f"head={kind!r}: {type(module).__name__} has two heads; take head: linear")
-    name = _last_layer(module)
+    name = last_layer(module)
     old = module.get_submodule(name)
     if not isinstance(old, nn.Linear):
         raise ValueError(
@@ -52,10 +56,13 @@ def exchange_head(module: nn.Module, kind: str) -> nn.Module:
 def head_of(module: nn.Module) -> nn.Module:
     """The final layer or layers, which are trained in every mode of transfer learning.
 
-    timm's networks say it themselves (`get_classifier`; two layers where the network is distilled); for others it is
-    the last Linear or Conv2d that the module registers, which a test holds for torchvision's families.
+    A network that joins two says it itself (`joint_head`), as what joins them is new too. timm's networks say it themselves
+    (`get_classifier`; two layers where the network is distilled); for others it is the last Linear or Conv2d that the module registers,
+    which a test holds for torchvision's families.
     ValueError if there is none.
     """
+    if callable(own := getattr(module, "joint_head", None)):
+        return own()
     exchanged = [child for child in module.modules() if isinstance(child, MLPHead | CosineHead)]
     if exchanged:
         return exchanged[-1]
@@ -64,7 +71,45 @@ def head_of(module: nn.Module) -> nn.Module:
         head = nn.ModuleList(found) if isinstance(found, list | tuple) else found
         if next(head.parameters(), None) is not None:
             return head
-    return module.get_submodule(_last_layer(module))
+    return module.get_submodule(last_layer(module))
+
+
+@contextmanager
+def head_inputs(network: nn.Module) -> Iterator[list[Tensor]]:
+    """While the block lasts, what the last layers are given: for each forward pass one tensor (N, features), float32, on the CPU.
+
+    Maps and rows of tokens are averaged over their places. A network that does not call what `head_of` takes for its head, as one whose
+    layers are registered in another order than they are called, gives its output instead.
+    """
+    head = _called_head(network)
+    kept: list[Tensor] = []
+    seen: list[Tensor] = []
+
+    def before(module: nn.Module, given: tuple[Any, ...]) -> None:
+        seen.append(_averaged(given[0], channels_first=isinstance(module, nn.Conv2d)))
+
+    def after(module: nn.Module, given: object, output: Tensor) -> None:
+        kept.append((seen[-1] if seen else output).detach().float().cpu())
+        seen.clear()
+
+    hooks = [head.register_forward_pre_hook(before), network.register_forward_hook(after)]
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _called_head(network: nn.Module) -> nn.Module:
+    """Of several layers the last: a list of them is never called, and what joins two networks lies before what they have in common."""
+    head = head_of(network)
+    return head[-1] if isinstance(head, nn.ModuleList) else head
+
+
+def _averaged(values: Tensor, *, channels_first: bool) -> Tensor:
+    if values.ndim <= 2:
+        return values.reshape(len(values), -1)
+    return values.flatten(2).mean(dim=2) if channels_first else values.flatten(1, -2).mean(dim=1)
 
 
 def replace_head(module: nn.Module, num_classes: int) -> nn.Module:
@@ -73,7 +118,7 @@ def replace_head(module: nn.Module, num_classes: int) -> nn.Module:
     A ReLU after the last layer, which SqueezeNet has, becomes an identity: it would keep every logit above zero, and a
     sigmoid of it above 0.5.
     """
-    name = _last_layer(module)
+    name = last_layer(module)
     parent_name, _, child = name.rpartition(".")
     parent = module.get_submodule(parent_name)
     old = module.get_submodule(name)
@@ -86,7 +131,8 @@ def replace_head(module: nn.Module, num_classes: int) -> nn.Module:
     return module
 
 
-def _last_layer(module: nn.Module) -> str:
+def last_layer(module: nn.Module) -> str:
+    """The name of the last Linear or Conv2d that the module registers. ValueError where there is none."""
     names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)]
     if not names:
         raise ValueError(f"network {type(module).__name__}: expected a Linear or Conv2d layer to serve as its head")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelF1Score
 
-from models.classifier import Classifier, check_task, probabilities
+from models.classifier import Classifier, check_task, inputs_of, probabilities
 from models.losses import (
     LossSpec,
     check_targets,
@@ -45,7 +45,8 @@ class ClassifierModule(lightning.LightningModule):
 
     Batches are dicts: `images` uint8 (B, 3, H, W), `targets` int64 (B,) or float32 (B, num_classes) for multilabel,
     `indices` int64 (B,), the samples' places in the data set, and in training `repeats` int64 (B,), which of its draws in the epoch each is
-    (none: the first). mix(images, targets, *, epoch, indices, repeats) → (images, targets) on the device, targets soft (B, num_classes), in
+    (none: the first); of classifiers that read texts also `texts` int32 (B, L) and `pictured` bool (B,), and no `images` where they read
+    nothing else. mix(images, targets, *, epoch, indices, repeats) → (images, targets) on the device, targets soft (B, num_classes), in
     training only.
     loss.consistency: above 0, training images are (B, 3, 3, H, W), three views of each picture; the loss is then that of the first views
     plus this many times `consistency_loss`. class_weights: (num_classes,) for the training loss. mode, unfreeze_epochs: which blocks are
@@ -100,9 +101,9 @@ class ClassifierModule(lightning.LightningModule):
         """The validation figure to maximise."""
         return "val_f1" if self.task == "multilabel" else "val_accuracy"
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W), 0…255 → logits (B, num_classes)."""
-        return self.classifier(images)
+    def forward(self, images: Tensor | None, *more: Tensor) -> Tensor:
+        """As the classifier's."""
+        return self.classifier(images, *more)
 
     def on_before_batch_transfer(self, batch: Mapping[str, Tensor], dataloader_idx: int) -> Mapping[str, Tensor]:
         """Check the targets while they are on the CPU, where the check does not stop the device."""
@@ -111,17 +112,17 @@ class ClassifierModule(lightning.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The batch's loss. Reads nothing back from the device, but for the look at the losses."""
-        images, indices = self._sized(self._images(batch)), batch["indices"]
+        images, indices, mixed = self._images(batch), batch["indices"], None
+        images = None if images is None else self._sized(images)
         targets = soft_targets(batch["targets"], self.num_classes, self.task)
-        if self.mix is not None:
-            images, targets = self.mix(
-                images, targets, epoch=self.current_epoch, indices=indices, repeats=batch.get("repeats")
-            )
-        if self.loss.consistency:
+        if self.mix is not None and images is not None:
+            images, targets, mixed = self._mixed(images, targets, batch)
+        if self.loss.consistency and images is not None:
             images = images.transpose(0, 1).flatten(0, 1)
+        beside = (*inputs_of(batch)[1:], *(() if mixed is None else (mixed,)))
         second_pass = getattr(self.optimizers(use_pl_optimizer=False), "second_pass", False)
         with statistics_kept(self.classifier) if second_pass else nullcontext():
-            answers = self.classifier(images)
+            answers = self.classifier(images, *beside)
         logits = answers[: len(targets)]
         loss = self._loss_of(logits, targets)
         if self.loss.consistency:
@@ -129,7 +130,8 @@ class ClassifierModule(lightning.LightningModule):
             loss = loss + self.loss.consistency * consistency_loss(views, task=self.task)
         if (teacher := self._teacher[0]) is not None:
             with torch.no_grad():
-                wanted = teacher.to(images.device)(images[: len(targets)])
+                shown = None if images is None else images[: len(targets)]
+                wanted = teacher.to(logits.device)(shown, *beside)
             soft = distillation_loss(logits, wanted, task=self.task, temperature=self.loss.temperature)
             loss = torch.lerp(loss, soft, self.loss.distill)
         if not second_pass:
@@ -143,7 +145,7 @@ class ClassifierModule(lightning.LightningModule):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Count the batch into `val_loss` and the monitored figure."""
-        logits = self.classifier(self._images(batch))
+        logits = self.classifier(self._images(batch), *inputs_of(batch)[1:])
         loss = classification_loss(logits, batch["targets"], task=self.task)
         self.val_loss.update(loss, weight=len(logits))
         guesses = probabilities(logits, task=self.task) if self.task == "multilabel" else logits.argmax(dim=1)
@@ -151,7 +153,7 @@ class ClassifierModule(lightning.LightningModule):
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Logits (B, num_classes)."""
-        return self.classifier(self._images(batch))
+        return self.classifier(self._images(batch), *inputs_of(batch)[1:])
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -263,8 +265,23 @@ class ClassifierModule(lightning.LightningModule):
         small = F.interpolate(flat.float(), (height, width), mode="bilinear", antialias=True)
         return small.unflatten(0, images.shape[:-3]) if images.ndim > 4 else small
 
-    def _images(self, batch: Mapping[str, Tensor]) -> Tensor:
-        images = batch["images"]
+    def _mixed(
+        self, images: Tensor, targets: Tensor, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(pictures, targets, and where there are texts the share of each sample in each)."""
+        assert self.mix is not None
+        where = {"epoch": self.current_epoch, "indices": batch["indices"], "repeats": batch.get("repeats")}
+        if "texts" not in batch:
+            return *self.mix(images, targets, **where), None
+        # Samples are mixed as their targets are: what becomes of the columns of a unit matrix tells the shares.
+        units = torch.eye(len(targets), dtype=targets.dtype, device=targets.device)
+        images, both = self.mix(images, torch.cat([targets, units], dim=1), **where)
+        return images, *both.split([targets.shape[1], len(targets)], dim=1)
+
+    def _images(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        images = batch.get("images")
+        if images is None:
+            return None
         channels_last = self.channels_last and images.ndim == 4
         return images.contiguous(memory_format=torch.channels_last) if channels_last else images
 

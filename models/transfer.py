@@ -16,10 +16,24 @@ def blocks_of(network: nn.Module) -> list[list[nn.Parameter]]:
     """The parameters in blocks, in the order in which the network registers them, the head's last.
 
     Modules that hold nearly all of the rest and plain sequences are opened, so that a block is a layer with its norm, a residual block, a
-    transformer layer, or of some networks a whole stage. Parameters beside the modules (a class token) go with the first block. Every
-    parameter is in one block.
+    transformer layer, or of some networks a whole stage. Of a network that joins two (`branches`), blocks as far from the head are one.
+    Parameters beside the modules (a class token) go with the first block. Every parameter is in one block.
     """
     head = {id(parameter) for parameter in head_of(network).parameters()}
+    branches = [_trunk(branch, head) for branch in getattr(network, "branches", lambda: [network])()]
+    count = max(map(len, branches))
+    blocks = [
+        [parameter for own in branches if (k := place - count + len(own)) >= 0 for parameter in own[k]]
+        for place in range(count)
+    ]
+    taken = head | {id(parameter) for block in blocks for parameter in block}
+    rest = [parameter for parameter in network.parameters() if id(parameter) not in taken]
+    first = [rest + blocks[0]] if blocks else [rest] if rest else []
+    return [*first, *blocks[1:], [p for p in network.parameters() if id(p) in head]]
+
+
+def _trunk(network: nn.Module, head: set[int]) -> list[list[nn.Parameter]]:
+    """The blocks of what is not the head, without parameters beside the modules."""
     total = sum(parameter.numel() for parameter in network.parameters() if id(parameter) not in head)
     modules = [network]
     while True:
@@ -36,9 +50,7 @@ def blocks_of(network: nn.Module) -> list[list[nn.Parameter]]:
             blocks[-1] += own  # with the layer that it follows
         elif own:
             blocks.append(own)
-    rest = [parameter for parameter in network.parameters() if id(parameter) not in taken]
-    first = [rest + blocks[0]] if blocks else [rest] if rest else []
-    return [*first, *blocks[1:], [p for p in network.parameters() if id(p) in head]]
+    return blocks
 
 
 def _opens(module: nn.Module, total: int) -> bool:

@@ -67,7 +67,7 @@ def assess(
         again = evaluate(classifier, preprocess, test, tta=config.trainer.tta, **kinds)
         more = {f"tta_{metric}": value for metric, value in again.metrics.items()}
     robustness = None
-    if config.evaluation.robustness != "none" and task != "multilabel":
+    if config.evaluation.robustness != "none" and task != "multilabel" and "pictures" in classifier.reads:
         robustness = measure_robustness(
             classifier, preprocess, test, quick=config.evaluation.robustness == "quick", seed=config.trainer.seed
         )
@@ -104,11 +104,11 @@ def _shares(indices: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
 
 
 def write_answers(run_dir: Path, evaluation: Evaluation, history: Sequence[Mapping[str, float]]) -> None:
-    """What `refract compare` needs: each hold-out picture's path, truth and probabilities, and the metrics of each epoch."""
+    """What `refract compare` needs: each hold-out sample's path with its text, truth and probabilities, and the metrics of each epoch."""
     import io
 
     buffer = io.BytesIO()
-    paths = np.array([sample.path for sample in evaluation.samples])
+    paths = np.array([f"{sample.path} {sample.text[:200]}".rstrip() for sample in evaluation.samples])
     np.savez_compressed(buffer, paths=paths, truth=evaluation.truth, probabilities=evaluation.probabilities)
     write_atomically(run_dir / ANSWERS, buffer.getvalue())
     write_atomically(run_dir / HISTORY, json.dumps(list(history), indent=1).encode())
@@ -139,11 +139,12 @@ def _milliseconds(classifier: Classifier, size: tuple[int, int], batch: int = 64
     import torch
 
     device = next(classifier.parameters()).device
-    images = torch.zeros(batch, 3, *size, device=device)
+    images = torch.zeros(batch, 3, *size, device=device) if "pictures" in classifier.reads else None
+    texts = [] if classifier.tokens is None else [torch.ones(batch, 32, dtype=torch.int32, device=device)]
     times = []
     with torch.inference_mode():
         for _ in range(4):
             began = time.perf_counter()
-            classifier(images).sum().item()
+            classifier(images, *texts).sum().item()
             times.append(time.perf_counter() - began)
     return 1000 * min(times[1:]) / batch

@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from models.classifier import Inputs, inputs_of
+
 RENEWED = 2048
 """Pictures from which batch norms get the statistics of averaged weights."""
 
@@ -31,7 +33,7 @@ class WeightAverage(Callback):
         self._average: dict[str, Tensor] = {}
         self._count, self._last_step = 0, 0
         self._own: dict[str, Tensor] = {}
-        self._seen: deque[Tensor] = deque()
+        self._seen: deque[Inputs] = deque()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -41,8 +43,8 @@ class WeightAverage(Callback):
             self._last_step = trainer.global_step
             self._update(pl_module, 1 - min(self.decay, (1 + self._count) / (10 + self._count)))
         if self.swa_start is not None and trainer.current_epoch >= int(self.swa_start * (trainer.max_epochs or 1)):
-            self._seen.append(batch["images"])
-            while sum(map(len, self._seen)) - len(self._seen[0]) >= RENEWED:
+            self._seen.append(inputs_of(batch))
+            while sum(map(_count, self._seen)) - _count(self._seen[0]) >= RENEWED:
                 self._seen.popleft()
             if trainer.is_last_batch:
                 self._update(pl_module, 1 / (self._count + 1))
@@ -91,8 +93,8 @@ class WeightAverage(Callback):
                 norm.reset_running_stats()
                 norm.momentum = None  # the even mean over the batches
             with torch.random.fork_rng(devices=[pl_module.device] if pl_module.device.type == "cuda" else []):
-                for images in self._seen:
-                    classifier(images.flatten(0, -4) if images.ndim > 4 else images)
+                for inputs in self._seen:
+                    classifier(*inputs)
             found = pl_module.state_dict()
             self._average = {name: found[name].clone() for name in self._average}
         finally:
@@ -119,3 +121,7 @@ def best_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """The module's state dict of a checkpoint, with the average in place of the weights where there is one."""
     average = checkpoint[KEY]["weights"] if KEY in checkpoint else {}
     return {**checkpoint["state_dict"], **average}
+
+
+def _count(inputs: Inputs) -> int:
+    return next(len(own) for own in inputs if own is not None)

@@ -7,6 +7,11 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.retraining.settings import GateConfig, RetrainConfig
+
+LONGEST_TEXT = 4096
+"""Words or tokens: a server holds so many numbers for each sample that waits."""
+
 
 class ConfigError(ValueError):
     """The configuration cannot be used; the message names the key and what is accepted."""
@@ -17,7 +22,7 @@ class DataConfig:
     """The pictures and how they reach the network.
 
     Args:
-        source: a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest (path,label[,split][,text]), or `digits`.
+        source: a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest (path,label and/or text[,split]), or `digits`.
         task: auto takes multilabel where a label holds `;`, binary for two classes, else multiclass.
         image_size: the network's input, pixels: one side of a square or [height, width].
         resize: outside training; crop keeps the ratio of the sides and takes the centre, squash takes the whole picture.
@@ -69,7 +74,7 @@ class ModelConfig:
     """The network.
 
     Args:
-        name: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, or a torchvision or timm network (timm/NAME forces one).
+        name: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, one of torchvision or timm (timm/NAME forces it), or none.
         weights: none, default (the library's pretrained weights), a file, a folder with one, or a URL.
         mode: fine-tune trains all, feature-extract the head, gradual from the head down, linear-then-fine-tune first the head, then all.
         unfreeze_epochs: epochs until gradual and linear-then-fine-tune train all.
@@ -86,6 +91,33 @@ class ModelConfig:
     frozen_norms: bool = False
     head: Literal["linear", "mlp", "cosine"] = "linear"
     init: str = "default"
+    args: dict = field(default_factory=dict)
+
+
+@dataclass
+class TextConfig:
+    """The network that reads the samples' texts, beside that of the pictures or, with model.name none, alone.
+
+    Args:
+        name: none, hashing (n-grams by their hashes, no download), or a transformer of Hugging Face by folder or hub name.
+        weights: of a transformer: default, its own, or none, fresh ones.
+        max_length: of a text, in words for hashing, else in tokens; the rest is not read.
+        pooling: of a transformer's states: mean, cls, last, or auto, last for decoders, else mean.
+        fusion: how both come together: concat, gated or film.
+        width: of what comes of it.
+        drop_picture: share of the training's samples that are shown without their picture, so that texts alone are answered too.
+        drop_text: share that are shown without their text.
+        args: of hashing: buckets, width, dropout.
+    """
+
+    name: str = "none"
+    weights: Literal["default", "none"] = "default"
+    max_length: int = 64
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    fusion: Literal["concat", "gated", "film"] = "concat"
+    width: int = 256
+    drop_picture: float = 0.15
+    drop_text: float = 0.15
     args: dict = field(default_factory=dict)
 
 
@@ -233,11 +265,14 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    retrain: RetrainConfig = field(default_factory=RetrainConfig)
 
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the network's input."""
@@ -368,6 +403,15 @@ def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
         ("data.repeats", data.repeats, 1 <= data.repeats <= data.batch_size, "in 1…data.batch_size"),
         ("data.workers", data.workers, data.workers is None or data.workers >= 0, "at least 0, or null"),
         ("data.std", data.std, data.std is None or min(data.std) > 0, "positive"),
+        (
+            "text.max_length",
+            config.text.max_length,
+            1 <= config.text.max_length <= LONGEST_TEXT,
+            f"in 1…{LONGEST_TEXT}",
+        ),
+        ("text.width", config.text.width, config.text.width >= 1, "at least 1"),
+        ("text.drop_picture", config.text.drop_picture, 0 <= config.text.drop_picture <= 1, "in [0, 1]"),
+        ("text.drop_text", config.text.drop_text, 0 <= config.text.drop_text <= 1, "in [0, 1]"),
         ("model.unfreeze_epochs", model.unfreeze_epochs, model.unfreeze_epochs >= 1, "at least 1"),
         ("trainer.devices", trainer.devices, trainer.devices >= 1, "at least 1"),
         ("trainer.checkpoint_seconds", trainer.checkpoint_seconds, trainer.checkpoint_seconds >= 0, "at least 0"),
@@ -395,6 +439,8 @@ def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
             trainer.run_name is None or _is_name(trainer.run_name),
             "a plain folder name",
         ),
+        *config.gate.rules(),
+        *config.retrain.rules(),
     ]
     for key, value, holds, accepted in rules:
         if not holds:
@@ -406,6 +452,10 @@ def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
         )
     if config.model.weights != "none" and config.model.init != "default":
         raise ConfigError(f"{where}: model.weights and model.init both say how the weights begin; choose one")
+    if model.name == "none" and config.text.name == "none":
+        raise ConfigError(f"{where}: model.name and text.name are both none: nothing would be read")
+    if config.text.name != "none" and config.text.drop_picture + config.text.drop_text > 1:
+        raise ConfigError(f"{where}: text.drop_picture and text.drop_text are more than 1 together")
     if trainer.ema and trainer.swa_start is not None:
         raise ConfigError(f"{where}: trainer.ema and trainer.swa_start both average the weights; choose one")
 

@@ -10,7 +10,7 @@ from augment import Preprocess
 from models.classifier import Classifier
 from pipeline import measures
 from pipeline.data.manifest import DataError, Sample
-from pipeline.scoring import score
+from pipeline.scoring import Question, score
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def probabilities_of(
     """N×C float32, as `pipeline.scoring.score` with its options. DataError names a picture that cannot be read."""
     from tqdm import tqdm
 
-    answers = score(classifier, preprocess, [s.read for s in samples], **options)
+    answers = score(classifier, preprocess, [Question(s.read, s.text, s.pictured) for s in samples], **options)
     rows = []
     for sample, answer in zip(
         samples, tqdm(answers, "evaluating", len(samples), disable=not progress or None, leave=False), strict=True

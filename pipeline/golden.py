@@ -8,7 +8,7 @@ from augment.decode import SUFFIXES
 from models.bundle import Golden
 from models.classifier import Classifier
 from pipeline.data.manifest import Sample
-from pipeline.scoring import score
+from pipeline.scoring import Question, score
 
 COUNT = 8
 LARGEST = 256 * 1024
@@ -22,12 +22,17 @@ def make_goldens(
     A file above 256 kB is kept as a JPEG of at most 512 pixels a side instead; its answer is that of the smaller picture.
     """
     step = max(1, len(samples) // COUNT)
-    kept = [_portable(sample) for sample in samples[::step][:COUNT]]
-    readers = [lambda data=data: data for _, data in kept]
-    answers = score(classifier, preprocess, readers, task=task, temperature=temperature, batch_size=COUNT)
+    chosen = samples[::step][:COUNT]
+    kept = [_portable(sample) for sample in chosen]
+    texts = [sample.text if "texts" in classifier.reads else "" for sample in chosen]
+    questions = [
+        Question(lambda data=data: data, text, sample.pictured)  # type: ignore[misc]
+        for (_, data), text, sample in zip(kept, texts, chosen, strict=True)
+    ]
+    answers = score(classifier, preprocess, questions, task=task, temperature=temperature, batch_size=COUNT)
     return [
-        Golden(f"{i:02}{suffix}", data, tuple(map(float, answer)))  # type: ignore[arg-type]
-        for i, ((suffix, data), answer) in enumerate(zip(kept, answers, strict=True))
+        Golden(f"{i:02}{suffix}", data, tuple(map(float, answer)), text, sample.pictured)  # type: ignore[arg-type]
+        for i, ((suffix, data), answer, text, sample) in enumerate(zip(kept, answers, texts, chosen, strict=True))
     ]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -12,13 +12,20 @@ from augment import Augmenter, Plan, image_size
 if TYPE_CHECKING:
     from PIL import Image
 
-_CELL, _GAP, _LINE, _LINES = 192, 8, 13, 6
+_CELL, _GAP, _LINE, _LINES, _TEXT_LINES = 192, 8, 13, 6, 4
 
 
-def preview_grid(
-    pictures: Sequence[tuple[str, bytes, int]], augmenter: Augmenter, *, variants: int = 6
-) -> "Image.Image":
-    """pictures: (title, encoded bytes, index in the data set). Variant k is what epoch k of training draws for that index.
+class Shown(NamedTuple):
+    """data: a picture's encoded bytes; place: in the data set."""
+
+    title: str
+    data: bytes
+    place: int
+    text: str = ""
+
+
+def preview_grid(pictures: Sequence[Shown], augmenter: Augmenter, *, variants: int = 6) -> "Image.Image":
+    """Variant k is what epoch k of training draws for the picture's index, and for its text.
 
     Batch ops (MixUp, CutMix) mix within a column. Each picture is shown in a square of 192 pixels.
     """
@@ -28,31 +35,35 @@ def preview_grid(
     from augment import decode
 
     plans = [
-        [augmenter.draw(image_size(data), epoch=epoch, index=index) for _, data, index in pictures]
+        [augmenter.draw(image_size(data), epoch=epoch, index=index) for _, data, index, _ in pictures]
         for epoch in range(variants)
     ]
     columns = [
-        [augmenter.apply(plan, data) for plan, (_, data, _) in zip(column, pictures, strict=True)] for column in plans
+        [augmenter.apply(plan, data) for plan, (_, data, _, _) in zip(column, pictures, strict=True)]
+        for column in plans
     ]
     if augmenter.size is not None and augmenter.mixes:
         columns = [
-            _mixed(augmenter, column, epoch, [i for _, _, i in pictures]) for epoch, column in enumerate(columns)
+            _mixed(augmenter, column, epoch, [shown.place for shown in pictures])
+            for epoch, column in enumerate(columns)
         ]
     width = (variants + 1) * (_CELL + _GAP) + _GAP
-    row_height = _CELL + _LINES * _LINE + _GAP
+    count = _LINES + (_TEXT_LINES if any(shown.text for shown in pictures) else 0)
+    row_height = _CELL + count * _LINE + _GAP
     grid = Image.new("RGB", (width, len(pictures) * row_height + _GAP), "white")
     # Pillow's own font has no ×, −, nor most people's alphabets; matplotlib's has.
     font = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 10)
     canvas = ImageDraw.Draw(grid)
-    for row, (title, data, _) in enumerate(pictures):
+    for row, (title, data, index, text) in enumerate(pictures):
         original = decode(data)
-        cells = [(original, [title, f"{original.shape[0]}×{original.shape[1]}"])]
-        cells += [(columns[k][row], _words(plans[k][row])) for k in range(variants)]
+        texts = [augmenter.text(text, epoch=k, index=index) for k in range(variants)]
+        cells = [(original, [title, f"{original.shape[0]}×{original.shape[1]}", *([text] if text else [])])]
+        cells += [(columns[k][row], [*_words(plans[k][row]), *([own] if own else [])]) for k, own in enumerate(texts)]
         for place, (pixels, lines) in enumerate(cells):
             left, top = _GAP + place * (_CELL + _GAP), _GAP + row * row_height
             thumb = _fitted(pixels)
             grid.paste(thumb, (left + (_CELL - thumb.width) // 2, top + (_CELL - thumb.height) // 2))
-            wrapped = [piece for line in lines for piece in wrap(line, 33, subsequent_indent="  ")][:_LINES]
+            wrapped = [piece for line in lines for piece in wrap(line, 33, subsequent_indent="  ")][:count]
             canvas.multiline_text((left, top + _CELL + 2), "\n".join(wrapped), "black", font, spacing=1)
     return grid
 

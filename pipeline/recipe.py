@@ -11,13 +11,17 @@ from pipeline.config import Config, ConfigError, LossConfig, ModelConfig
 
 if TYPE_CHECKING:
     from augment import Augmenter, Preprocess
-    from models.classifier import Classifier
+    from models.classifier import Classifier, Inputs
     from models.losses import LossSpec
     from models.module import ClassifierModule
     from models.optim import OptimSpec
+    from models.texts.tokens import Tokens
     from pipeline.data.manifest import Manifest
 
 log = logging.getLogger(__name__)
+
+NO_PICTURES = "none"
+"""model.name of a network that reads texts alone."""
 
 SHOWN_TO_NETWORK = 5000
 """Training pictures that a network or an initialisation may look at before the first step."""
@@ -34,6 +38,10 @@ def check_task(config: Config, task: str) -> None:
 def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None:
     """ConfigError for settings that are out of range or do not go together."""
     specs(config)
+    if config.loss.consistency and config.text.name != "none":
+        raise ConfigError("loss.consistency compares views of pictures; it does not go with text.name")
+    if augmenter.texts and config.text.name == "none":
+        log.warning("augment.policy changes texts, which the network does not read (text.name: none)")
     if config.loss.consistency and (augmenter.mixes or not any(op.name == "AugMix" for op in augmenter.policy.ops)):
         raise ConfigError(
             "loss.consistency compares views that AugMix makes: the policy needs AugMix, and neither MixUp nor CutMix"
@@ -73,11 +81,33 @@ def specs(config: Config) -> "tuple[OptimSpec, LossSpec]":
     return optim, loss
 
 
+def reads(config: Config) -> frozenset[str]:
+    """What the network reads: pictures, texts, or both."""
+    own = {"pictures": config.model.name != NO_PICTURES, "texts": config.text.name != "none"}
+    return frozenset(name for name, there in own.items() if there)
+
+
+def check_inputs(config: Config, manifest: "Manifest") -> None:
+    """DataError for samples of which the network could read nothing."""
+    from pipeline.data.manifest import DataError
+
+    own = reads(config)
+    lacking = [
+        s for s in manifest.samples if not ((s.pictured and "pictures" in own) or (s.text.strip() and "texts" in own))
+    ]
+    if lacking:
+        what = "picture" if own == {"pictures"} else "text" if own == {"texts"} else "picture and no text"
+        hint = "; text.name: hashing reads texts" if own == {"pictures"} else ""
+        raise DataError(f"{manifest.source}: {len(lacking)} samples have no {what}, as {lacking[0].path}{hint}")
+    if "texts" in own and not any(sample.text.strip() for sample in manifest.samples):
+        raise DataError(f"{manifest.source}: text.name is {config.text.name}, but there are no texts (column `text`)")
+
+
 def make_preprocess(config: Config) -> "Preprocess":
     """What validation, evaluation and serving do. Mean and std: the config's, else the pretrained weights' own, else ImageNet's."""
     from augment.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
-    own = _weights_own(config.model)
+    own = _weights_own(config.model) if config.model.name != NO_PICTURES else {}
     height, width = config.image_size()
     return Preprocess(
         height,
@@ -124,29 +154,29 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 def make_module(
     config: Config, manifest: "Manifest", augmenter: "Augmenter", preprocess: "Preprocess", arrays: Mapping[str, Any]
-) -> "ClassifierModule":
-    """The classifier as training begins with it, and its module. ConfigError for what the network or a spec refuses."""
+) -> "tuple[ClassifierModule, dict[str, Any] | None]":
+    """(the module of the classifier as training begins with it, what a bundle says of the network that reads texts). ConfigError for what
+    a network or a spec refuses."""
     from models.classifier import Classifier
     from models.losses import balanced_weights
     from models.module import ClassifierModule
-    from models.networks import build
     from models.recompute import recompute_activations
 
     model, count = config.model, len(manifest.labels)
     optim, loss = specs(config)
     try:
-        network = build(
-            model.name, count, image_size=config.image_size(), weights=model.weights, head=model.head, args=model.args
-        )
+        network, tokens, text = _network(config, count)
         classifier = Classifier(
             network,
+            tokens=tokens,
             mean=preprocess.mean,
             std=preprocess.std,
             normalize=preprocess.normalize,
             image_size=config.image_size(),
             **arrays,
         )
-        _own_head(config, network, manifest)
+        if text is None:
+            _own_head(config, network, manifest)
         _begin(config, classifier, preprocess, manifest)
     except (ValueError, OSError, TypeError, RuntimeError, MemoryError) as error:
         raise ConfigError(f"model: {_line(error)}") from error
@@ -163,7 +193,7 @@ def make_module(
     weights = (
         balanced_weights(list(manifest.counts("train").values())) if config.loss.class_weights == "balanced" else None
     )
-    return ClassifierModule(
+    module = ClassifierModule(
         classifier,
         task=manifest.task,
         num_classes=count,
@@ -179,6 +209,32 @@ def make_module(
         teacher=teacher,
         start_size=config.trainer.start_size,
     )
+    return module, text
+
+
+def _network(config: Config, count: int) -> "tuple[Any, Tokens | None, dict[str, Any] | None]":
+    """(the network, what makes tokens for it, what a bundle says of that)."""
+    from models.fusion import Reader
+    from models.making import text_record
+    from models.networks import build
+    from models.texts.networks import make_text_part
+
+    model, text = config.model, config.text
+    how: dict[str, Any] = {"image_size": config.image_size(), "weights": model.weights, "args": model.args}
+    if text.name == "none":
+        return build(model.name, count, head=model.head, **how), None, None
+    own: dict[str, Any] = {
+        "weights": text.weights,
+        "max_length": text.max_length,
+        "pooling": text.pooling,
+        "args": text.args,
+    }
+    part, tokens, reading = make_text_part(text.name, **own)
+    pictures = None if model.name == NO_PICTURES else build(model.name, count, **how)
+    joined: dict[str, Any] = {"fusion": text.fusion, "width": text.width}
+    drops: dict[str, Any] = {"drop_picture": text.drop_picture, "drop_text": text.drop_text}
+    reader = Reader(pictures, reading, count, head=model.head, **joined, **drops)
+    return reader, tokens, text_record(part, joined)
 
 
 def _check_runs(config: Config, classifier: "Classifier", what: str, classes: Sequence[str]) -> None:
@@ -193,7 +249,7 @@ def _check_runs(config: Config, classifier: "Classifier", what: str, classes: Se
     with torch.no_grad(), torch.random.fork_rng(devices=[]), statistics_kept(classifier.train()):
         for size in {**sizes, full: None}:
             try:
-                logits = classifier(torch.zeros(min(2, config.data.batch_size), 3, *size))
+                logits = classifier(*_blank_inputs(classifier, min(2, config.data.batch_size), size))
                 if not isinstance(logits, torch.Tensor) or logits.shape != (min(2, config.data.batch_size), count):
                     found = tuple(getattr(logits, "shape", ()))
                     raise ValueError(
@@ -208,6 +264,15 @@ def _check_runs(config: Config, classifier: "Classifier", what: str, classes: Se
                 raise ConfigError(
                     f"{what} cannot train on {min(2, config.data.batch_size)} pictures of {size[0]}×{size[1]} pixels{hint} ({_line(error)})"
                 ) from error
+
+
+def _blank_inputs(classifier: "Classifier", count: int, size: tuple[int, int]) -> "Inputs":
+    import torch
+
+    images = torch.zeros(count, 3, *size) if "pictures" in classifier.reads else None
+    if "texts" not in classifier.reads:
+        return (images,)
+    return images, torch.ones(count, 4, dtype=torch.int32), torch.ones(count, dtype=torch.bool)
 
 
 def _line(error: Exception) -> str:

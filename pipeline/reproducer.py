@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from augment import image_size
+from models.classifier import Inputs, inputs_of
 from pipeline.data.module import TrainPictures
 from pipeline.files import write_atomically
 
@@ -40,7 +41,7 @@ class Reproducer(Callback):
         if not isinstance(exception, FloatingPointError) or not self._batch or not trainer.is_global_zero:
             return
         classifier: nn.Module = pl_module.classifier  # type: ignore[assignment]
-        found = first_not_finite(classifier, self._batch["images"])
+        found = first_not_finite(classifier, inputs_of(self._batch))
         buffer = io.BytesIO()
         content = {
             "batch": {name: value.cpu() for name, value in self._batch.items() if isinstance(value, Tensor)},
@@ -58,23 +59,24 @@ class Reproducer(Callback):
         for index, repeat in zip(indices, repeats, strict=True):
             sample = self.pictures.samples[index]
             plan = self.pictures.augmenter.draw(image_size(sample.read()), epoch=epoch, index=index, repeat=repeat)
-            rows.append((index, sample.path, plan.to_json()))
+            text = self.pictures.augmented((epoch, index, repeat))[:200] if self.pictures.tokens is not None else ""
+            rows.append((index, sample.path, f"{plan.to_json()} {text}".rstrip()))
         return rows
 
 
-def first_not_finite(classifier: nn.Module, images: Tensor) -> str:
+def first_not_finite(classifier: nn.Module, inputs: Inputs) -> str:
     """In words: the first weight that is not finite, else the first layer whose output is not, else that all are."""
     for name, value in classifier.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             return f"the weights are no numbers any more, first of them {name}"
-    for name, kind, output in layers(classifier, images):
+    for name, kind, output in layers(classifier, inputs):
         if not output.isfinite().all():
             return f"the first layer whose output is not finite is {name} ({kind})"
     return "every layer's output is finite: the loss itself is not"
 
 
-def layers(classifier: nn.Module, images: Tensor) -> Iterator[tuple[str, str, Tensor]]:
-    """(name, class, output) of each innermost layer, in the order in which they run on the images, in training mode."""
+def layers(classifier: nn.Module, inputs: Inputs) -> Iterator[tuple[str, str, Tensor]]:
+    """(name, class, output) of each innermost layer, in the order in which they run on the inputs, in training mode."""
     seen: list[tuple[str, str, Tensor]] = []
 
     def look(name: str) -> Any:
@@ -88,7 +90,7 @@ def layers(classifier: nn.Module, images: Tensor) -> Iterator[tuple[str, str, Te
     hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
     try:
         with torch.no_grad(), _as_it_was(classifier):
-            classifier.train()(images.flatten(0, -4) if images.ndim > 4 else images)
+            classifier.train()(*inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,6 +11,7 @@ import numpy as np
 from augment import Preprocess
 from augment.ops.corruption import CORRUPTIONS, corrupt
 from models.classifier import Classifier
+from models.texts.tokens import rows
 from pipeline.data.manifest import Sample
 
 QUICK_PICTURES, QUICK_SEVERITIES = 50, (1, 3, 5)
@@ -64,14 +65,15 @@ def measure_robustness(
     errors: dict[str, dict[int, float]] = {name: {} for name in CORRUPTIONS}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pictures = list(pool.map(lambda sample: preprocess(sample.read()), chosen))
-        clean = _error(classifier, pictures, truth)
+        texts = _texts(classifier, chosen)
+        clean = _error(classifier, pictures, truth, texts)
         cases = [(name, severity) for name in errors for severity in severities]
         for name, severity in tqdm(cases, "corrupting", disable=None, leave=False):
 
             def spoilt(place: int, name: str = name, severity: int = severity) -> np.ndarray:
                 return corrupt(pictures[place], name, severity, seed=(seed << 32) + place)
 
-            errors[name][severity] = _error(classifier, list(pool.map(spoilt, range(len(pictures)))), truth)
+            errors[name][severity] = _error(classifier, list(pool.map(spoilt, range(len(pictures)))), truth, texts)
         noise = {}
         for deviation in NOISE:
 
@@ -79,11 +81,20 @@ def measure_robustness(
                 drawn = np.random.default_rng([seed, place, deviation]).normal(0, deviation, pictures[place].shape)
                 return np.clip(np.rint(pictures[place] + drawn), 0, 255).astype(np.uint8)
 
-            noise[deviation] = _error(classifier, list(pool.map(noisy, range(len(pictures)))), truth)
+            noise[deviation] = _error(classifier, list(pool.map(noisy, range(len(pictures)))), truth, texts)
     return Robustness(errors, noise, clean, len(chosen))
 
 
-def _error(classifier: Classifier, pictures: Sequence[np.ndarray], truth: np.ndarray) -> float:
+def _texts(classifier: Classifier, samples: Sequence[Sample]) -> tuple[np.ndarray, ...]:
+    """What a classifier gets beside the pictures: texts stay as they are."""
+    if classifier.tokens is None:
+        return ()
+    return rows([classifier.tokens(s.text)[0] for s in samples]), np.array([s.pictured for s in samples])
+
+
+def _error(
+    classifier: Classifier, pictures: Sequence[np.ndarray], truth: np.ndarray, texts: tuple[np.ndarray, ...]
+) -> float:
     import torch
 
     device = next(classifier.parameters()).device
@@ -91,5 +102,6 @@ def _error(classifier: Classifier, pictures: Sequence[np.ndarray], truth: np.nda
     with torch.inference_mode():
         for begin in range(0, len(pictures), 256):
             batch = torch.from_numpy(np.stack(pictures[begin : begin + 256])).permute(0, 3, 1, 2).to(device)
-            wrong += int((classifier(batch).argmax(1).cpu().numpy() != truth[begin : begin + 256]).sum())
+            beside = [torch.from_numpy(own[begin : begin + 256]).to(device) for own in texts]
+            wrong += int((classifier(batch, *beside).argmax(1).cpu().numpy() != truth[begin : begin + 256]).sum())
     return wrong / len(pictures)

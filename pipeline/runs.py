@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError, TrainerConfig, config_from_dict
-from pipeline.files import write_atomically
+from pipeline.files import locked, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -103,17 +102,8 @@ class Held(ConfigError):
 @contextmanager
 def held(path: Path) -> Iterator[None]:
     """Hold the run for this process; a process that died holds nothing. Held where another one has it."""
-    import fcntl
-
-    handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Held(f"{path} is being trained by another process") from error
+    with locked(path / LOCK, Held(f"{path} is being trained by another process")):
         yield
-    finally:
-        os.close(handle)
 
 
 def _new_folder(config: TrainerConfig, name: str) -> Path:

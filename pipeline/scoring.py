@@ -1,49 +1,78 @@
-"""Probabilities for encoded pictures: decoding and preprocessing in threads, one batch ahead of the network."""
+"""Probabilities for encoded pictures and texts: decoding and preprocessing in threads, one batch ahead of the network."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from augment import ImageError, Preprocess
+from models.bundle_info import BundleError, BundleInfo
 from models.classifier import Classifier, probabilities
+from models.texts.tokens import rows
 
-Reader = Callable[[], bytes]
+
+class Question(NamedTuple):
+    """What is asked about. read: gives a picture's encoded bytes; pictured: whether there is a picture at all."""
+
+    read: Callable[[], bytes]
+    text: str = ""
+    pictured: bool = True
 
 
 def score(
     classifier: Classifier,
     preprocess: Preprocess,
-    readers: Iterable[Reader],
+    questions: Iterable[Question],
     *,
     task: str,
     temperature: float = 1.0,
     batch_size: int = 64,
     tta: str = "none",
+    threads: int | None = None,
 ) -> Iterator[np.ndarray | ImageError | OSError]:
-    """For each picture, in order, its probabilities as float32 (C,), or why it has none.
+    """For each question, in order, its probabilities as float32 (C,), or why it has none.
 
-    classifier: in eval mode; its device is used, in fp32. readers: each gives one picture's encoded bytes. tta: see `views`.
+    classifier: in eval mode; its device is used, in fp32; what it does not read is not looked at. tta: of pictures, see `views`.
+    threads: that decode, None for one a core.
     """
     device = next(classifier.parameters()).device
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        source = iter(readers)
-        ahead = _submit(pool, preprocess, source, batch_size)
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        source = iter(questions)
+        ahead = _submit(pool, classifier, preprocess, source, batch_size)
         while ahead:
-            current, ahead = ahead, _submit(pool, preprocess, source, batch_size)
+            current, ahead = ahead, _submit(pool, classifier, preprocess, source, batch_size)
             inputs = [future.result() for future in current]
-            pictures = [item for item in inputs if isinstance(item, np.ndarray)]
+            whole = [item for item in inputs if isinstance(item, _Prepared)]
             answers: Iterator[np.ndarray] = iter(())
-            if pictures:
-                batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(device)
+            if whole:
                 with torch.inference_mode():
-                    logits = sum(share * classifier(view) for share, view in views(batch, tta))
+                    logits = _logits(classifier, whole, tta, device)
                     answers = iter(probabilities(logits, task=task, temperature=temperature).cpu().numpy())
             for item in inputs:
-                yield next(answers) if isinstance(item, np.ndarray) else item
+                yield next(answers) if isinstance(item, _Prepared) else item
+
+
+class _Prepared(NamedTuple):
+    image: np.ndarray | None
+    text: np.ndarray | None
+    pictured: bool
+
+
+def _logits(classifier: Classifier, inputs: Sequence[_Prepared], tta: str, device: torch.device) -> torch.Tensor:
+    texts: list[torch.Tensor] = []
+    if classifier.tokens is not None:
+        numbers = rows([item.text for item in inputs if item.text is not None])
+        texts = [torch.from_numpy(numbers).to(device), torch.tensor([item.pictured for item in inputs], device=device)]
+    images = [item.image for item in inputs if item.image is not None]
+    if not images:
+        return classifier(None, *texts)
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
+    found = [share * classifier(view, *texts) for share, view in views(batch, tta)]
+    return torch.stack(found).sum(dim=0)
 
 
 def views(batch: torch.Tensor, tta: str) -> Iterator[tuple[float, torch.Tensor]]:
@@ -62,13 +91,30 @@ def views(batch: torch.Tensor, tta: str) -> Iterator[tuple[float, torch.Tensor]]
 
 
 def _submit(
-    pool: ThreadPoolExecutor, preprocess: Preprocess, source: Iterator[Reader], count: int
-) -> list[Future[np.ndarray | ImageError | OSError]]:
-    return [pool.submit(_prepare, preprocess, reader) for reader in islice(source, count)]
+    pool: ThreadPoolExecutor, classifier: Classifier, preprocess: Preprocess, source: Iterator[Question], count: int
+) -> list[Future[_Prepared | ImageError | OSError]]:
+    return [pool.submit(_prepare, classifier, preprocess, question) for question in islice(source, count)]
 
 
-def _prepare(preprocess: Preprocess, reader: Reader) -> np.ndarray | ImageError | OSError:
+def _picture(preprocess: Preprocess, question: Question) -> np.ndarray:
+    """Grey where there is none: the network does not look at it then."""
+    if not question.pictured:
+        return np.full((preprocess.height, preprocess.width, 3), 128, np.uint8)
+    return preprocess(question.read())
+
+
+def _prepare(classifier: Classifier, preprocess: Preprocess, question: Question) -> _Prepared | ImageError | OSError:
     try:
-        return preprocess(reader())
+        image = _picture(preprocess, question) if "pictures" in classifier.reads else None
+        text = classifier.tokens(question.text)[0] if classifier.tokens is not None else None
+        return _Prepared(image, text, question.pictured)
     except (ImageError, OSError) as error:
         return error
+
+
+def preprocess_of(info: BundleInfo) -> Preprocess:
+    """A bundle's own. BundleError if its numbers are none."""
+    try:
+        return Preprocess.from_dict(info.preprocess)
+    except ValueError as error:
+        raise BundleError(f"bundle {info.name}: {error}") from error

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and Ctrl-C let a training finish its step and write a checkpoint; a second Ctrl-C ends it at once."""
+"""Being asked to stop: SIGTERM and Ctrl-C let work finish its step and keep what is needed to go on; a second Ctrl-C ends it at once."""
 
 import logging
 import signal
@@ -15,7 +15,7 @@ ASKED_TO_STOP = 75
 
 
 class Stopped(Exception):
-    """The training was asked to stop, and has stopped. signal: SIGTERM or SIGINT; run: its folder, once that is known."""
+    """The work was asked to stop, and has stopped. signal: SIGTERM or SIGINT; run: a training's folder, once that is known."""
 
     run: Path | None = None
 
@@ -25,10 +25,11 @@ class Stopped(Exception):
 
 
 class Stop:
-    """signal: that asked for it, None so far."""
+    """signal: that asked for it, None so far; how: what is told then."""
 
-    def __init__(self) -> None:
+    def __init__(self, how: str) -> None:
         self.signal: int | None = None
+        self._how = how
         self._numbers: list[int] = []
 
     def listen(self) -> None:
@@ -41,13 +42,13 @@ class Stop:
             raise KeyboardInterrupt
         self.signal = number
         again = "; Ctrl-C once more ends it at once" if number == signal.SIGINT else ""
-        log.warning("stopping after this step, with a checkpoint to go on from%s", again)
+        log.warning("stopping %s%s", self._how, again)
 
 
 @contextmanager
-def heard() -> Iterator[Stop]:
+def heard(how: str = "after this step, with a checkpoint to go on from") -> Iterator[Stop]:
     """Hear SIGTERM and SIGINT as long as the block runs. Outside the main thread nothing is heard."""
-    stop = Stop()
+    stop = Stop(how)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

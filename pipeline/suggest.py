@@ -77,8 +77,13 @@ def write_config(manifest: Manifest, found: Survey) -> str:
     training = sum(sample.split in ("", "train") for sample in manifest.samples)
     small = found.side < SMALL
     network, weights, why = _network(small, found)
+    words = sum(bool(sample.text.strip()) for sample in manifest.samples)
+    if not any(sample.pictured for sample in manifest.samples):
+        network, weights, why = "none", "none", "no pictures: the texts alone"
     signs = _are_signs(manifest.labels)
     policy = "digits" if signs else "cifar" if small else "fine-tune" if weights == "default" else "imagenet"
+    if network == "none":
+        policy = "none"
     # A picture is not worth enlarging: what is not there cannot be seen, and costs by its area.
     size = 32 if small else 224 if found.side >= 160 or weights == "default" else max(64, found.side // 32 * 32)
     resize = "squash" if small else "crop"
@@ -115,7 +120,7 @@ model:
   weights: {weights}          # none, default (pretrained), or a file
   mode: fine-tune        # of all weights; feature-extract trains the new head only, gradual unfreezes from the head down
 
-optim:
+{_texts(words, len(manifest.samples))}optim:
   name: adamw
   lr: {lr:g}
   weight_decay: 0.05
@@ -133,6 +138,18 @@ trainer:
 tracking:
   experiment: refract
   model_name: {text(model_name)}   # registered in MLflow, alias champion; null registers nothing
+"""
+
+
+def _texts(words: int, count: int) -> str:
+    """The section `text`, where there are any."""
+    if not words:
+        return ""
+    return f"""\
+text:
+  name: hashing          # {words:,} of {count:,} have a text: n-grams by their hashes; or a transformer's folder or hub name; or none
+  max_length: 64         # words
+
 """
 
 

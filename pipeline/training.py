@@ -135,7 +135,8 @@ def _tracked(made: "Assembly", config: Config, run: Any, checkpoint: Path | None
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a config comes to before the first step. identity: see `prepare_data`; precision: Lightning's name."""
+    """What a config comes to before the first step. identity: see `prepare_data`; precision: Lightning's name; text: what a bundle says of
+    the network that reads texts, None where there is none."""
 
     manifest: Any
     identity: dict[str, str]
@@ -144,6 +145,7 @@ class Assembly:
     device: str
     precision: str
     processes: Processes
+    text: dict[str, Any] | None = None
 
 
 def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None) -> Assembly:
@@ -168,7 +170,7 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     check_task(config, manifest.task)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
     preprocess, arrays = measured(config, preprocess, manifest)
-    module = make_module(config, manifest, augmenter, preprocess, arrays)
+    module, text = make_module(config, manifest, augmenter, preprocess, arrays)
     data = PictureData(
         manifest,
         augmenter=augmenter,
@@ -180,8 +182,10 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
         balanced=config.data.sampler == "balanced",
         memory=config.data.memory,
         on_device=device == "cuda",
+        tokens=module.classifier.tokens,
+        pictures="pictures" in module.classifier.reads,
     )
-    return Assembly(manifest, identity, module, data, device, precision, group)
+    return Assembly(manifest, identity, module, data, device, precision, group, text)
 
 
 def prepare_data(config: Config) -> tuple[Any, dict[str, str]]:
@@ -191,16 +195,18 @@ def prepare_data(config: Config) -> tuple[Any, dict[str, str]]:
     from pipeline.data.manifest import load_manifest
     from pipeline.data.near import near_pairs
     from pipeline.data.splits import draw_splits
+    from pipeline.recipe import check_inputs, reads
 
     manifest = load_manifest(config.data.source, config.data.task)
     log.info("checking %s pictures of %s", f"{len(manifest.samples):,}", manifest.source)
-    found = scan(manifest.samples)
+    check_inputs(config, manifest)
+    found = scan(manifest.samples, reads=reads(config))
     manifest = drop_bad(manifest, found, config.data.on_bad_file)
     content = found.content(manifest)
     manifest = drop_contradictory(manifest, found, config.data.on_bad_file)
     manifest = draw_splits(
         manifest,
-        found.hashes,
+        found.groups,
         val_share=config.data.val_share,
         test_share=config.data.test_share,
         seed=config.trainer.seed,
@@ -274,9 +280,11 @@ def fit(
 def _network_facts(made: Assembly, config: Config) -> dict[str, Any]:
     """What builds the classifier again."""
     preprocess = made.data.preprocess
-    network = {"name": config.model.name, "image_size": list(config.image_size()), "head": config.model.head}
+    tokens = made.module.classifier.tokens
     return {
-        "network": network | {"args": config.model.args},
+        **_network_record(config),
+        "text": made.text,
+        "files": {} if tokens is None else dict(tokens.files),
         "classes": len(made.manifest.labels),
         "task": made.manifest.task,
         "mean": list(preprocess.mean),
@@ -284,6 +292,12 @@ def _network_facts(made: Assembly, config: Config) -> dict[str, Any]:
         "normalize": preprocess.normalize,
         "seed": config.trainer.seed,
     }
+
+
+def _network_record(config: Config) -> dict[str, Any]:
+    head = {} if config.model.head == "linear" else {"head": config.model.head}
+    size = list(config.image_size())
+    return {"network": {"name": config.model.name, "image_size": size, "args": config.model.args | head}}
 
 
 def _run_trainer(made: Assembly, config: Config, run_dir: Path, callbacks: list[Any], checkpoint: Path | None) -> None:
@@ -343,9 +357,10 @@ def _make_bundle(
     from pipeline.assessment import assess, write_answers
     from pipeline.data.splits import write_splits
     from pipeline.doctor.run import make_doctor, write_findings
+    from pipeline.drift.measure import reference_of
     from pipeline.golden import make_goldens
     from pipeline.plots import confusion_plot, curves_plot
-    from pipeline.preview import preview_grid
+    from pipeline.preview import Shown, preview_grid
 
     if (run_dir / "bundle").exists():
         if checkpoint is not None:
@@ -359,19 +374,19 @@ def _make_bundle(
     classifier, preprocess = module.classifier, data.preprocess
     found = assess(classifier, preprocess, manifest, config, name=run_dir.name, doctor=doctor, history=history)
     metrics = found.evaluation.metrics | found.more
+    thresholds = tuple([0.5] * len(manifest.labels)) if manifest.task == "multilabel" else ()
+    kinds: dict[str, Any] = {"task": manifest.task, "temperature": found.temperature, "thresholds": thresholds}
+    reference = reference_of(classifier, preprocess, manifest, **kinds).to_bytes()
     classifier.to("cpu")
     info = BundleInfo(
         name=config.tracking.model_name or run_dir.name,
         task=manifest.task,
         labels=manifest.labels,
-        network={
-            "name": config.model.name,
-            "image_size": list(config.image_size()),
-            "args": config.model.args | ({} if config.model.head == "linear" else {"head": config.model.head}),
-        },
+        **_network_record(config),
+        text=made.text,
         preprocess=preprocess.to_dict(),
         temperature=found.temperature,
-        thresholds=tuple([0.5] * len(manifest.labels)) if manifest.task == "multilabel" else (),
+        thresholds=thresholds,
         abstain_below=found.abstain_below,
         metrics=metrics,
         data={
@@ -395,7 +410,8 @@ def _make_bundle(
     shown = data.train_set.samples[:: max(1, len(data.train_set) // 6)][:6]
     indices = range(0, len(data.train_set), max(1, len(data.train_set) // 6))
     pictures = [
-        (manifest.labels[s.labels[0]] if s.labels else "-", s.read(), i) for s, i in zip(shown, indices, strict=False)
+        Shown(manifest.labels[s.labels[0]] if s.labels else "-", s.read(), i, s.text)
+        for s, i in zip(shown, indices, strict=False)
     ]
     preview_grid(pictures, data.train_set.augmenter).save(run_dir / "preview.png")
     if tracker is not None:
@@ -403,7 +419,7 @@ def _make_bundle(
         tracker.tag({"mlflow.note.content": _note(made, config, found)})
         tracker.log_metrics({f"test_{name}": value for name, value in metrics.items()}, step=len(history))
     goldens = make_goldens(classifier, preprocess, test, task=manifest.task, temperature=found.temperature)
-    save_bundle(run_dir / "bundle", info, classifier, goldens)
+    save_bundle(run_dir / "bundle", info, classifier, goldens, reference=reference)
     return metrics
 
 

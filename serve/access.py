@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from datetime import UTC, datetime
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,25 +37,31 @@ class Access:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         name = given if _ID.fullmatch(given) else os.urandom(16).hex()
-        began, status = time.monotonic(), 0
+        began, status, digest = time.monotonic(), 0, None
+        state = scope.setdefault("state", {})
 
         async def named(message: Message) -> None:
-            nonlocal status
+            nonlocal status, digest
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = name
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = name
+                digest = headers.get("X-Model-Digest")
             await send(message)
 
         try:
             await self._app(scope, receive, named)
         finally:
             if self._log:
-                seconds = round(time.monotonic() - began, 6)
                 line = {
+                    "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                     "id": name,
                     "method": scope["method"],
                     "path": scope["path"],
                     "status": status,
-                    "seconds": seconds,
+                    "code": state.get("code"),
+                    "seconds": round(time.monotonic() - began, 6),
+                    "key": state.get("key"),
+                    "model": digest,
                 }
-                logger.info(json.dumps(line))
+                logger.info(json.dumps({name: value for name, value in line.items() if value is not None}))

@@ -1,6 +1,7 @@
 """The HTTP face of an engine. What happens behind its routes is the service's."""
 
 import asyncio
+import copy
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,6 +26,7 @@ from serve.metrics import Metrics
 from serve.openapi import problems
 from serve.page import add_page
 from serve.predict import PREDICT, add_predict
+from serve.sampling import Sampling
 from serve.service import Service
 from serve.tracing import Traced, close
 from serve.v2 import add_v2
@@ -45,16 +47,19 @@ def create_app(
     max_requests: int = 256,
     deadline_s: float = 10.0,
     keys: Keys | None = None,
+    admin: Keys | None = None,
     access_log: bool = False,
     traces: "TracerProvider | None" = None,
     follow: str | None = None,
     challenge: Challenge | None = None,
     poll_s: float = 60.0,
     build: Build = Engine,
+    sampling: Sampling | None = None,
 ) -> FastAPI:
-    """The application that answers with `served`; a bundle is served on the CPU. keys: who may ask; without them everybody, and
-    nobody may roll back. traces: where spans go, closed at the end. follow: the name in the registry that the bundle is from, asked for
-    its meaning every `poll_s` seconds, and `build` makes an engine of what it means then. challenge: a second model beside it.
+    """The application that answers with `served`; a bundle is served on the CPU. keys: who may ask, without them everybody; admin:
+    who may roll back, in place of `keys`, and without either nobody. traces: where spans go, closed at the end. follow: the name in the
+    registry that the bundle is from, asked for its meaning every `poll_s` seconds, and `build` makes an engine of what it means then.
+    challenge: a second model beside it. sampling: keeps a sample of what is asked.
 
     Its lifespan runs the self-test: if that fails the server does not start, and `app.state.failure` says why.
     ValueError or BundleError for a parameter or bundle that cannot work.
@@ -63,7 +68,9 @@ def create_app(
     options: dict[str, Any] = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
     options |= {"max_requests": max_requests, "deadline_s": deadline_s}
     metrics = Metrics()
-    service = Service(engine, limits=limits or Limits(), metrics=metrics, **options)
+    if sampling:
+        sampling.count = metrics.sampled
+    service = Service(engine, limits=limits or Limits(), metrics=metrics, sampling=sampling, **options)
     metrics.watch("requests_inside", "Requests in the house", lambda: service.inside)
     metrics.watch("pictures_waiting", "Pictures that wait for a batch", lambda: service.waiting)
     if engine.device.type == "cuda":
@@ -99,14 +106,14 @@ def create_app(
     refused = errors.install(
         app, lambda path, code: metrics.refused(code) if path == PREDICT or path.endswith("/infer") else None
     )
-    # The first is for the description, so that /docs and generated clients know of the key.
-    allowed = [Depends(HTTPBearer(auto_error=False)), Depends(keys.check)] if keys else []
+    rated = _dependencies(keys) if keys else []
+    allowed = _dependencies(_unrated(keys)) if keys else []
     bodies = Bodies(service.limits)
-    add_predict(app, service, bodies, keys, refused, allowed)
+    add_predict(app, service, bodies, keys, refused, rated)
     _add_health(app, service, allowed)
-    add_v2(app, service, bodies, allowed)
-    if allowed:
-        _add_admin(app, service, allowed)
+    add_v2(app, service, bodies, allowed, rated)
+    if guards := admin or keys:
+        _add_admin(app, service, _dependencies(_unrated(guards)))
     add_page(app)
     app.add_middleware(Access, log=access_log)
     if traces:
@@ -114,9 +121,22 @@ def create_app(
     return app
 
 
+def _unrated(keys: Keys) -> Keys:
+    """The same keys, for what is no prediction: the page asks for the state every few seconds, which must not use up their rate."""
+    unrated = copy.copy(keys)
+    unrated._rate = None
+    return unrated
+
+
+def _dependencies(keys: Keys) -> list[Any]:
+    # The first is for the description, so that /docs and generated clients know of the key.
+    return [Depends(HTTPBearer(auto_error=False)), Depends(keys.check)]
+
+
 def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
-    @app.get("/livez", summary="The process answers")
+    @app.get("/livez", summary="The process answers, and its model is not lost", responses=problems(503))
     async def livez() -> JSONResponse:
+        service.check_alive()
         return JSONResponse({"status": "alive"})
 
     @app.get("/readyz", summary="The golden pictures gave their stored answers again", responses=problems(503))
@@ -169,6 +189,7 @@ def _description(engine: Engine) -> dict[str, Any]:
     own = {
         "digest": engine.bundle.digest,
         "folder": engine.bundle.path.name,
+        "reads": sorted(engine.reads),
         "device": ", ".join(engine.devices),
         "backend": chosen,
         "counts": counts,

@@ -12,36 +12,39 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="refract predict", description="Classify pictures by a running server.")
     parser.add_argument("--url", required=True, help="of the server, as http://localhost:8000")
     parser.add_argument("--key", default=os.environ.get("REFRACT_KEY"), help="where it asks for one; else REFRACT_KEY")
-    parser.add_argument("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
+    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER")
+    parser.add_argument("--text", default="", help="that goes with each picture, or alone, where the model reads texts")
     parser.add_argument("--json", action="store_true", help="one JSON object a line and picture")
     parser.add_argument("--top", type=int, metavar="N", help="how many labels for each picture")
     args = parser.parse_args(argv)
+    if not args.paths and not args.text.strip():
+        parser.error("name pictures, or give a --text")
+    from models.answer import line
     from serve.client import Client, ServerError
 
     failed = 0
     with Client(args.url, key=args.key) as client:
-        for path in (file for given in args.paths for file in _files(given)):
+        asked: list[Path | None] = [file for given in args.paths for file in _files(given)]
+        for path in asked or [None]:
             try:
-                (found,) = client.predict([path], top=args.top)
+                texts = [args.text] if args.text else None
+                (found,) = client.predict([path] if path else [], top=args.top, texts=texts)
             except (OSError, ServerError) as err:
                 failed += 1
                 told = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
                 if isinstance(err, ServerError) and err.status == 401:
                     told = "the server asks for a key that it knows: --key KEY, or the environment's REFRACT_KEY"
                 if args.json:
-                    print(json.dumps({"path": str(path), "error": told}, ensure_ascii=False))
+                    print(json.dumps({"path": str(path or "text"), "error": told}, ensure_ascii=False))
                 else:
-                    print(f"refract predict: {path}: {told}", file=sys.stderr)
+                    print(f"refract predict: {path or 'text'}: {told}", file=sys.stderr)
                 if isinstance(err, ServerError) and err.status in (0, 401):  # the others would fare no better
                     return 1
                 continue
             if args.json:
-                print(json.dumps({"path": str(path), **found}, ensure_ascii=False))
+                print(json.dumps({"path": str(path or "text"), **found}, ensure_ascii=False))
             else:
-                unsure = "  (too unsure: leave it to a person)" if found.get("abstain") else ""
-                print(
-                    f"{path}: " + ", ".join(f"{row['label']} {row['confidence']:.1%}" for row in found["top"]) + unsure
-                )
+                print(line(path or Path("text"), found))
     return 1 if failed else 0
 
 

@@ -118,6 +118,8 @@ def _openvino(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
 
 def _onnx(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
     """ONNX Runtime, in float32. The exported network is kept in `folder`."""
+    # Else from 1.29 on it keeps a name for this machine in the home, and tells Microsoft what it computes.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     file = folder / "kept.onnx"
@@ -144,14 +146,24 @@ def _store(folder: Path, suffix: str, write: Callable[[Path], object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write(part)
         if part.with_suffix(".bin").is_file():  # what goes with OpenVINO's file, first
-            part.with_suffix(".bin").replace(folder / "kept.bin")
-        part.replace(folder / f"kept.{suffix}")
+            _rename(part.with_suffix(".bin"), folder / "kept.bin")
+        _rename(part, folder / f"kept.{suffix}")
     except (OSError, RuntimeError) as err:  # the second is OpenVINO's kind
         logger.warning("%s is not kept: %s", folder, _first_line(err))
         for left in (part, part.with_suffix(".bin")):
             with suppress(OSError):
                 left.unlink(missing_ok=True)
 
+
+def _rename(part: Path, kept: Path) -> None:
+    """The bytes are on the disk before the name is: else a loss of power leaves the name with less than all bytes."""
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(kept)
+
+
+KEPT: Mapping[str, tuple[str, ...]] = MappingProxyType({"openvino": ("kept.xml", "kept.bin"), "onnx": ("kept.onnx",)})
+"""The converted networks of BACKENDS, in a folder of the cache."""
 
 BACKENDS: Mapping[str, Callable[[Classifier, Tensor, Path], Forward]] = MappingProxyType(
     {"eager": _eager, "bf16": _bf16, "compiled": _compiled, "openvino": _openvino, "onnx": _onnx}
@@ -224,6 +236,8 @@ def choose(
 def _fastest(
     trial: "_Trial", names: tuple[str, ...], most: int, folder: Path, *, forced: bool
 ) -> tuple[Forward, Choice]:
+    if not forced:
+        logger.info("timing %s; the choice is kept for the next start", ", ".join(names))
     rates: dict[str, float] = {}
     dropped: dict[str, str] = {}
     tries: list[tuple[float, str, int, Forward]] = []
@@ -246,6 +260,7 @@ def _fastest(
     choice = Choice(name, threads, rates, dropped)
     torch.set_num_threads(threads)
     if not forced:
+        logger.info("%s is taken; pictures a second: %s", name, rates)
         _keep(folder, choice)
     return forward, choice
 
@@ -261,7 +276,19 @@ class _Trial:
             self._wanted = probabilities(classifier(images), **self._options)
 
     def agreeing(self, name: str) -> Forward:
-        """ValueError where it answers otherwise."""
+        """ValueError where it answers otherwise. What fails with a network that was kept is tried with one that is converted anew."""
+        kept = [file for file in (self._folder / own for own in KEPT.get(name, ())) if file.exists()]
+        try:
+            return self._agreeing(name)
+        except Exception as err:
+            if not kept:
+                raise
+            logger.warning("%s does not work with what is kept of it, which is made anew: %s", name, _first_line(err))
+        for file in kept:
+            file.unlink(missing_ok=True)
+        return self._agreeing(name)
+
+    def _agreeing(self, name: str) -> Forward:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of converters, about themselves
             forward = BACKENDS[name](self._classifier, self._images.repeat(2, 1, 1, 1)[:2].contiguous(), self._folder)
@@ -304,7 +331,7 @@ def _processor() -> str:
 def _kept(folder: Path) -> Choice | None:
     try:
         return Choice(**json.loads((folder / "kept.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

@@ -32,5 +32,5 @@ class Challenger:
         self.lane, self.challenge = lane, challenge
 
     def chosen(self) -> bool:
-        """Whether this request is of its share."""
-        return random.random() < self.challenge.share
+        """Whether this request is of its share; none is while its engine fails its self-test."""
+        return random.random() < self.challenge.share and not self.lane.unfit

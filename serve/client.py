@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import httpx
 
+Images = Sequence[bytes | str | Path]
 Answer = httpx.Response | httpx.TransportError
 
 TRIES = 5
@@ -53,17 +54,20 @@ class _Unopened:
         raise RuntimeError("use it as `with Client(url) as client:`, or `async with AsyncClient(url) as client:`")
 
 
-def _question(images: Sequence[bytes | str | Path], options: dict[str, Any]) -> dict[str, Any]:
-    if isinstance(images, str | bytes | Path):
-        raise TypeError("images: expected a list of files or of bytes, not a single one")
+def _question(images: Images, options: dict[str, Any]) -> dict[str, Any]:
+    own = dict(options)
+    texts = own.pop("texts", None)
+    if isinstance(images, str | bytes | Path) or isinstance(texts, str):
+        raise TypeError("images, texts: expected lists, not a single one")
     data = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in images]
-    if not data:
+    if not data and not texts:
         raise ValueError("no images")
-    files = [("file", (f"{i}", content)) for i, content in enumerate(data)]
+    files: list[tuple[str, Any]] = [("file", (f"{i}", content)) for i, content in enumerate(data)]
+    files += [("text", (None, text)) for text in texts or ()]
     return {
         "url": "/v1/predict",
         "files": files,
-        "params": {key: value for key, value in options.items() if value is not None},
+        "params": {key: value for key, value in own.items() if value is not None},
     }
 
 
@@ -94,10 +98,10 @@ class Client(_Common):
     ) -> None:
         self._http.close()
 
-    def predict(self, images: Sequence[bytes | str | Path], **options: Any) -> list[dict[str, Any]]:
+    def predict(self, images: Images, **options: Any) -> list[dict[str, Any]]:
         """An answer for each image, bytes or a file: label, confidence, top, and what else the server says. options: top, threshold, tta,
-        explain. Waits and asks again, `tries` times, where the server is busy or not there, as long as it says in Retry-After. ServerError;
-        OSError for a file."""
+        explain; texts: as many, or alone with no images, for a model that reads them. Waits and asks again, `tries` times, where the server
+        is busy or not there, as long as it says in Retry-After. ServerError; OSError for a file."""
         question = _question(images, options)
         for attempt in range(self._tries):
             answer = self._ask(question)
@@ -126,7 +130,7 @@ class AsyncClient(_Common):
     ) -> None:
         await self._http.aclose()
 
-    async def predict(self, images: Sequence[bytes | str | Path], **options: Any) -> list[dict[str, Any]]:
+    async def predict(self, images: Images, **options: Any) -> list[dict[str, Any]]:
         """As `Client.predict`."""
         question = await asyncio.to_thread(_question, images, options)
         for attempt in range(self._tries):

@@ -11,6 +11,8 @@ import socket
 import sys
 import threading
 from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from serve.cores import cores, quota
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from serve.challenge import Challenge
     from serve.follow import Build
     from serve.keys import Keys
+    from serve.sampling import Sampling
 
 FAILED, REFUSED = 1, 2
 
@@ -37,23 +40,27 @@ def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after a graceful end, 1 after a failure, 2 if it cannot serve that."""
     arguments = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("serve.backends").setLevel(logging.INFO)  # to choose one takes seconds
     if threading.current_thread() is threading.main_thread():
-        # Both signals end a start-up as well; and uvicorn raises the signal again once it has stopped gracefully.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _end)
     keep_freed_memory()
     if quota():  # of which PyTorch, which is imported later, does not know
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     try:
         with _listen(arguments.host, arguments.port) as bound:
             _serve(arguments, bound)
-    except KeyboardInterrupt:
-        return 0
     except RefusedError as err:
         return _say(str(err), REFUSED)
     except Exception as err:
         return _say(f"{type(err).__name__}: {err}", FAILED)
     return 0
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Of a start. An exception would be raised wherever the start is, and is lost in a library that catches all, or in a callback from C.
+    Nothing is in flight yet, no buffer holds a line, and what is kept is written beside and then renamed."""
+    os._exit(0)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -84,10 +91,10 @@ def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
 
 
 def _bundle(source: str) -> "Bundle":
-    from serve.source import SourceError, download_again, is_registered, resolve
+    from serve.source import SourceError, is_registered, located, resolve
 
     try:
-        folder = resolve(source)
+        folder = located(source) if is_registered(source) else resolve(source)
     except SourceError as err:
         raise RefusedError(str(err)) from err
     from models.bundle import BundleError, load_bundle
@@ -98,7 +105,7 @@ def _bundle(source: str) -> "Bundle":
         if not is_registered(source):
             raise RefusedError(str(err)) from err
         try:  # a download that was damaged since
-            return load_bundle(download_again(source, folder))
+            return load_bundle(located(source, folder))
         except (BundleError, SourceError) as again:
             raise RefusedError(str(again)) from again
 
@@ -127,7 +134,13 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
     options |= {"follow": _followed(arguments.source, arguments), "poll_s": arguments.poll_s, "build": made}
     options["traces"] = _traces(arguments.traces)
     options["challenge"] = _challenge(arguments, made)
-    app = create_app(engine, limits=limits, keys=_keys(arguments), **options)
+    options["sampling"] = _sampling(arguments)
+    _warn_of_strangers(arguments)
+    options |= {
+        "keys": _keys("--keys", arguments.keys, arguments.rate),
+        "admin": _keys("--admin-keys", arguments.admin_keys),
+    }
+    app = create_app(engine, limits=limits, **options)
     if arguments.metrics_port is not None:
         try:
             port = app.state.service.metrics.listen(arguments.host, arguments.metrics_port)
@@ -176,6 +189,19 @@ def _traces(address: str | None) -> "TracerProvider | None":
         raise RefusedError("--traces needs the extra tracing: opentelemetry-exporter-otlp-proto-http") from err
 
 
+def _sampling(arguments: argparse.Namespace) -> "Sampling | None":
+    from serve.limits import MIB
+    from serve.sampling import Sampling
+
+    if arguments.sample is None:
+        return None
+    most = int(arguments.sample_mb * MIB)
+    try:
+        return Sampling(arguments.sample, share=arguments.sample_share, most_bytes=most, below=arguments.sample_below)
+    except OSError as err:
+        raise RefusedError(f"--sample: {arguments.sample}: {err.strerror}") from err
+
+
 def _devices(wanted: str) -> list[str]:
     import torch
 
@@ -192,22 +218,23 @@ def _devices(wanted: str) -> list[str]:
     return devices
 
 
-def _keys(arguments: argparse.Namespace) -> "Keys | None":
+def _warn_of_strangers(arguments: argparse.Namespace) -> None:
+    host = arguments.host
+    if arguments.keys is None and host not in ("127.0.0.1", "::1", "localhost"):
+        print(f"refract serve: anybody who reaches {host} may ask; --keys FILE asks for a key", file=sys.stderr)
+
+
+def _keys(option: str, file: Path | None, rate: float | None = None) -> "Keys | None":
     from serve.keys import Keys
 
-    if arguments.keys is None:
-        if arguments.host not in ("127.0.0.1", "::1", "localhost"):
-            print(
-                f"refract serve: anybody who reaches {arguments.host} may ask; --keys FILE asks for a key",
-                file=sys.stderr,
-            )
+    if file is None:
         return None
     try:
-        return Keys(arguments.keys, rate=arguments.rate)
+        return Keys(file, rate=rate)
     except OSError as err:
-        raise RefusedError(f"--keys: {arguments.keys}: {err.strerror}") from err
+        raise RefusedError(f"{option}: {file}: {err.strerror}") from err
     except ValueError as err:
-        raise RefusedError(f"--keys: {err}") from err
+        raise RefusedError(f"{option}: {err}") from err
 
 
 def _say(message: str, code: int) -> int:

@@ -11,8 +11,10 @@ from augment.decode import ImageError
 from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleError, Golden
 from models.classifier import probabilities
+from models.texts.tokens import Tokens
 from serve.backends import AGREED, THREADS, Choice, Forward, choose
 from serve.explain import Explainer
+from serve.samples import blank, inputs, joined
 
 # How far a golden picture's probabilities may lie from the stored ones. float32 convolutions differ by about 1e-6
 # between CPUs; TF32 on the training GPU moves them by up to about 1e-3. Wrong channels, resize or weights move them
@@ -21,7 +23,8 @@ TOLERANCE = 2e-3
 
 
 class Engine:
-    """Turns uint8 N×H×W×3 batches into probabilities, by `bundle`'s network on `device`."""
+    """Turns batches into probabilities and logits, by `bundle`'s network on `device`. A batch is uint8 N×H×W×3, or where texts are read N
+    records of `serve.samples`."""
 
     def __init__(
         self,
@@ -40,43 +43,53 @@ class Engine:
         self._classifier = bundle.classifier(self.device)
         self._forward: Forward = self._classifier
         self.choice: Choice | None = None
-        if backend != "eager":
+        if self.tokens is not None and backend not in ("auto", "eager"):
+            raise BundleError(f"--backend {backend}: computes pictures alone; for a bundle that reads texts take eager")
+        if backend != "eager" and self.tokens is None:
             images = np.stack([self._golden(golden) for golden in self._goldens()])
             self._forward, self.choice = choose(bundle, self._classifier, images, wanted=backend, threads=threads)
 
     @property
+    def reads(self) -> frozenset[str]:
+        """pictures, texts, or both."""
+        return self._classifier.reads
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """What makes numbers of texts, where texts are read."""
+        return self._classifier.tokens
+
+    @property
     def workers(self) -> tuple[Callable[[np.ndarray], np.ndarray], ...]:
-        """The `predict` of each engine, which may run at the same time."""
-        return (self.predict, *(other.predict for other in self._others))
+        """The `compute` of each engine, which may run at the same time."""
+        return (self.compute, *(other.compute for other in self._others))
 
     @property
     def devices(self) -> tuple[str, ...]:
         """Of each engine."""
         return (str(self.device), *(str(other.device) for other in self._others))
 
-    def predict(self, batch: np.ndarray) -> np.ndarray:
-        """batch: uint8 N×H×W×3 → float32 N×C probabilities. The bundle's temperature is applied."""
+    def compute(self, batch: np.ndarray) -> np.ndarray:
+        """batch → float32 N×2×C: of each picture its probabilities, the bundle's temperature applied, and its logits."""
         return self._answers(self._forward, batch)
 
+    def predict(self, batch: np.ndarray) -> np.ndarray:
+        """The probabilities of `compute` alone, float32 N×C."""
+        return self.compute(batch)[:, 0]
+
     def _answers(self, forward: Forward, batch: np.ndarray) -> np.ndarray:
-        info = self.bundle.info
         with torch.inference_mode():
-            images = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
-            logits = forward(images)
-            return probabilities(logits, task=info.task, temperature=info.temperature).float().cpu().numpy()
+            logits = forward(*inputs(batch, self.device, self.reads)).float()  # type: ignore[arg-type]
+            return torch.stack([self._probabilities(logits), logits], dim=1).cpu().numpy()
 
     def mean(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """The probabilities of the mean of two answers' logits, float32 N×C each."""
-        safe = [
-            np.clip(p.astype(np.float64), 1e-12, 1 - 1e-7 if self.bundle.info.task == "multilabel" else 1)
-            for p in (one, other)
-        ]
-        if self.bundle.info.task == "multilabel":
-            logits = sum(np.log(p / (1 - p)) for p in safe) / 2
-            return (1 / (1 + np.exp(-logits))).astype(np.float32)
-        # A softmax is known up to its logits' common shift, which the next softmax takes out again.
-        joint = np.sqrt(safe[0] * safe[1])
-        return (joint / joint.sum(axis=1, keepdims=True)).astype(np.float32)
+        """The probabilities of the mean of two answers' logits, float32 N×C each, as evaluation takes it."""
+        # Not of probabilities: where a network is sure they are 0 and 1 in float32, however sure it is.
+        return self._probabilities(torch.from_numpy((one + other) / 2)).numpy()
+
+    def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        info = self.bundle.info
+        return probabilities(logits, task=info.task, temperature=info.temperature)
 
     @cached_property
     def explainer(self) -> Explainer:
@@ -88,9 +101,9 @@ class Engine:
         one takes, the shortest of them."""
         times = []
         for golden in self._goldens():
-            batch, stored = self._golden(golden)[None], np.asarray(golden.probabilities, dtype=np.float32)
+            batch, stored = np.stack([self._golden(golden)]), np.asarray(golden.probabilities, dtype=np.float32)
             # The bundle by plain float32 first; then what computes it here, which may be coarser.
-            self._compare(self._where(golden), self._answers(self._classifier, batch)[0], stored, TOLERANCE)
+            self._compare(self._where(golden), self._answers(self._classifier, batch)[0, 0], stored, TOLERANCE)
             began = time.perf_counter()
             answered = self.predict(batch)[0]
             times.append(time.perf_counter() - began)
@@ -106,9 +119,10 @@ class Engine:
 
     def _golden(self, golden: Golden) -> np.ndarray:
         try:
-            return self.preprocess(golden.data)
+            image = self.preprocess(golden.data) if golden.pictured else blank(self.preprocess)
         except ImageError as err:
             raise BundleError(f"{self._where(golden)} cannot be read: {err}") from err
+        return image if self.tokens is None else joined(image[None], [golden.text], [golden.pictured], self.tokens)[0]
 
     def _where(self, golden: Golden) -> str:
         return f"{self.bundle.path}: golden picture {golden.name}"

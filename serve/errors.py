@@ -63,7 +63,7 @@ def _invalid(_: Request, error: RequestValidationError) -> Problem:
 
 
 def _overloaded(_: Request, error: OverloadedError) -> Problem:
-    return Problem(429, "overloaded", str(error), {"Retry-After": str(error.after_s)})
+    return Problem(429, error.code, str(error), {"Retry-After": str(error.after_s)})
 
 
 def _not_ready(_: Request, error: NotReadyError | ClosedError) -> Problem:
@@ -100,6 +100,7 @@ def install(app: FastAPI, counted: Callable[[str, str], None]) -> Refused:
     def refused(request: Request, error: Exception) -> JSONResponse:
         problem_of = next(_HANDLERS[kind] for kind in type(error).__mro__ if kind in _HANDLERS)
         problem = problem_of(request, error)
+        request.state.code = problem.code  # for the access log
         counted(request.url.path, problem.code)
         # The Open Inference Protocol has a word of its own for what went wrong.
         return problem.response({"error": problem.detail} if request.url.path.startswith("/v2") else {})

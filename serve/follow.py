@@ -1,18 +1,17 @@
 """Follows a name in MLflow's registry: when it means another version, that one is loaded beside, tried, and taken."""
 
 import asyncio
-import json
 import logging
-import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from models.bundle import Bundle, BundleError, load_bundle
 from serve.challenge import Challenge
 from serve.engine import Engine
 from serve.service import Service
+from serve.source import SourceError, answer, elsewhere, mark_used
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ def followers(
     options |= {"on_refusal": lambda: service.metrics.swapped("refused")}
     found = []
     if follow:
-        found.append(Follower(follow, take=service.swap, serving=lambda: service.engine, **options))
+        found.append(Follower(follow, take=service.swap, serving=lambda: service.engine, obeyed=service, **options))
     if challenge and challenge.follow:
 
         async def take(engine: Engine) -> None:
@@ -38,6 +37,12 @@ def followers(
 
         found.append(Follower(challenge.follow, take=take, serving=challenging, **options))
     return found
+
+
+class Obeyed(Protocol):
+    """left: the folder of the bundle that a person went back from, if any."""
+
+    left: Path | None
 
 
 class Follower:
@@ -53,11 +58,13 @@ class Follower:
         rejected: set[Path],
         on_refusal: Callable[[], None],
         every_s: float,
+        obeyed: Obeyed | None = None,
     ) -> None:
         """build: makes an engine of what the name means; take: has it serve, or raises BundleError; serving: the one that does; rejected:
-        folders that are not tried."""
+        folders that are not tried; obeyed: tells what a person went back from, which is not tried while the name goes on to mean it."""
         self._source, self._build, self._every = source, build, every_s
         self._take, self._serving, self._rejected, self._on_refusal = take, serving, rejected, on_refusal
+        self._obeyed, self._told = obeyed, None  # type: Obeyed | None, Path | None
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -71,10 +78,14 @@ class Follower:
     async def look(self) -> bool:
         """Whether another bundle was taken now."""
         path, serving = await _located(self._source), self._serving()
-        if path is None or (serving is not None and path == serving.bundle.path) or path in self._rejected:
+        if serving is not None:  # which may be another than the name means
+            mark_used(serving.bundle.path)
+        if path is None or self._left(path):
+            return False
+        if (serving is not None and path == serving.bundle.path) or path in self._rejected:
             return False
         try:
-            engine = await asyncio.to_thread(lambda: self._build(load_bundle(path)))
+            engine = await asyncio.to_thread(self._build, await self._loaded(path))
             await self._take(engine)
         except (BundleError, ValueError) as err:
             self._rejected.add(path)
@@ -84,20 +95,43 @@ class Follower:
         logger.warning("%s (%s) was taken, as %s", engine.bundle.path.name, engine.bundle.digest[:12], self._source)
         return True
 
+    def _left(self, path: Path) -> bool:
+        """Whether a person went back from what the name means, and it has meant nothing else since."""
+        if self._obeyed is None:
+            return False
+        if path != self._obeyed.left:
+            self._obeyed.left = self._told = None
+            return False
+        if self._told != path:
+            logger.warning(
+                "%s means %s still, which is not served: a person went back from it", self._source, path.name
+            )
+        self._told = path
+        return True
 
-async def _located(source: str) -> Path | None:
-    """Where the bundle lies that the source means now. In a process of its own: MLflow takes seconds and memory to import."""
-    command = [sys.executable, "-m", "serve.source", source]
+    async def _loaded(self, path: Path) -> Bundle:
+        try:
+            return await asyncio.to_thread(load_bundle, path)
+        except BundleError:  # the download may have been damaged since
+            again = await _located(self._source, path)
+            if again is None:
+                raise
+            return await asyncio.to_thread(load_bundle, again)
+
+
+async def _located(source: str, damaged: Path | None = None) -> Path | None:
+    """Where the bundle lies that the source means now; damaged: a download that is fetched again. None, told in the log, where that cannot
+    be found out."""
+    command, options = elsewhere(source, damaged)
     process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, **options
     )
     try:
         out, _ = await process.communicate()
+        return answer(source, out, process.returncode)
     except asyncio.CancelledError:
         process.kill()
         raise
-    found = json.loads(out.splitlines()[-1]) if process.returncode == 0 and out.strip() else {}
-    if "path" not in found:
-        logger.warning("%s cannot be looked up: %s", source, found.get("error", f"exit code {process.returncode}"))
+    except SourceError as err:
+        logger.warning("%s cannot be looked up: %s", source, err)
         return None
-    return Path(found["path"])

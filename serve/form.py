@@ -1,4 +1,4 @@
-"""Files of a multipart/form-data body.
+"""Files and texts of a multipart/form-data body.
 
 Not Starlette's `request.form()`: that spools every file over 1 MB to the disk, which a read-only container has not, and
 parses on the event loop. The body is in memory already, and limited.
@@ -12,10 +12,10 @@ from serve.errors import RequestError
 MAX_TEXT_FIELDS = 64
 
 
-def files_in(body: bytes, boundary: bytes, *, max_images: int) -> list[bytes]:
-    """Contents of the parts that have a file name, whatever their field; text fields are passed over.
+def parts_in(body: bytes, boundary: bytes, *, max_images: int) -> tuple[list[bytes], list[str]]:
+    """(contents of the parts that have a file name, whatever their field; those of the fields `text`). Other fields are passed over.
 
-    RequestError 413 beyond `max_images` files, 400 for a body that is not a complete form or has no file.
+    RequestError 413 beyond `max_images` of either, 400 for a body that is not a complete form, or a text that is not UTF-8.
     """
     if not boundary:
         raise RequestError(400, "invalid_form", "the Content-Type of the form has no boundary")
@@ -28,15 +28,17 @@ def files_in(body: bytes, boundary: bytes, *, max_images: int) -> list[bytes]:
         raise RequestError(400, "invalid_form", "the body is not valid multipart/form-data") from err
     if not form.complete:
         raise RequestError(400, "invalid_form", "the form ends before its closing boundary")
-    if not form.files:
-        raise RequestError(400, "no_files", "the form has no file; send each image as a part with a filename")
-    return form.files
+    try:
+        return form.files, [text.decode("utf-8") for text in form.texts]
+    except UnicodeDecodeError as err:
+        raise RequestError(400, "invalid_text", "a part `text` of the form is not UTF-8") from err
 
 
 class _Form:
     def __init__(self, max_images: int) -> None:
         self.max_images = max_images
         self.files: list[bytes] = []
+        self.texts: list[bytes] = []
         self.complete = False
         self._parts = 0
 
@@ -64,17 +66,21 @@ class _Form:
             self._disposition = self._value.decode("latin-1")
 
     def _headers_finished(self) -> None:
-        self._is_file = b"filename" in parse_options_header(self._disposition)[1]
+        options = parse_options_header(self._disposition)[1]
+        self._is_file = b"filename" in options
+        self._is_text = not self._is_file and options.get(b"name") == b"text"
         if self._is_file and len(self.files) == self.max_images:
             raise RequestError(413, "too_many_images", f"the form has more than {self.max_images} images")
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._is_file:
+        if self._is_file or self._is_text:
             self._chunks.append(data[start:end])
 
     def _part_end(self) -> None:
         if self._is_file:
             self.files.append(b"".join(self._chunks))
+        elif self._is_text:
+            self.texts.append(b"".join(self._chunks))
 
     def _end(self) -> None:
         self.complete = True

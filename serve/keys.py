@@ -1,6 +1,10 @@
 """Who may ask, and how often. Knows nothing of what is asked."""
 
+import hashlib
 import hmac
+import logging
+import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,20 +14,27 @@ from fastapi import Request
 from serve.errors import RequestError
 from serve.limits import OverloadedError
 
+logger = logging.getLogger(__name__)
+
 LOOK_AGAIN_S = 1.0
+SHORTEST = 8
+"""Characters of a key: a shorter one is sooner a mistake in the file, and can be guessed."""
+
+_REMARK = re.compile(r"(?:^|\s)#")
 
 
 class Keys:
-    """The keys of a file, one a line, `#` begins a remark; read again when the file changes, so that keys are rotated without a restart.
+    """The keys of a file, one a line, read again when the file changes, so that keys are rotated without a restart. What follows a `#`, at
+    the beginning or after white space, is the key's name in logs; else the beginning of its SHA-256 is.
 
-    rate: requests a second of each key, over which it gets 429; None for no limit. OSError or ValueError for a file that cannot be read
-    or holds none; later on the keys read last stay.
+    rate: requests a second of each key, over which it gets 429; None for no limit. OSError or ValueError for a file that cannot be read,
+    holds none, or one of less than SHORTEST characters; later on the keys read last stay, and the log tells it.
     """
 
     def __init__(self, file: Path, *, rate: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._file, self._rate, self._clock = file, rate, clock
         self._keys, self._stamp = self._read()
-        self._looked = clock()
+        self._looked, self._trouble = clock(), ""
         self._buckets: dict[bytes, tuple[float, float]] = {}
 
     async def check(self, request: Request) -> None:
@@ -37,6 +48,7 @@ class Keys:
         known = [key for key in self._keys if hmac.compare_digest(key, given)]
         if not known:
             raise RequestError(401, "unauthorized", "this server asks for a key: send Authorization: Bearer KEY")
+        request.state.key = self._keys[known[0]]
         self._take(known[0])
 
     def _take(self, key: bytes) -> None:
@@ -47,7 +59,8 @@ class Keys:
         left = min(most, left + (now - since) * self._rate)
         if left < 1:
             self._buckets[key] = (left, now)
-            raise OverloadedError(f"more than {self._rate:g} requests a second with this key")
+            told = f"more than {self._rate:g} requests a second with this key"
+            raise OverloadedError(told, math.ceil((1 - left) / self._rate), "rate_limited")
         self._buckets[key] = (left - 1, now)
 
     def _look_again(self) -> None:
@@ -58,13 +71,23 @@ class Keys:
             if self._file.stat().st_mtime_ns != self._stamp:
                 self._keys, self._stamp = self._read()
                 self._buckets = {key: bucket for key, bucket in self._buckets.items() if key in self._keys}
-        except (OSError, ValueError):  # being replaced, or wrong: those that were good stay
-            return
+        except (OSError, ValueError) as err:  # being replaced, or wrong: those that were good stay
+            if str(err) != self._trouble:
+                logger.warning("the keys stay as they were: %s", err)
+            self._trouble = str(err)
+        else:
+            self._trouble = ""
 
-    def _read(self) -> tuple[list[bytes], int]:
+    def _read(self) -> tuple[dict[bytes, str], int]:
         stamp = self._file.stat().st_mtime_ns
-        lines = (line.partition("#")[0].strip() for line in self._file.read_text("utf-8").splitlines())
-        keys = [line.encode() for line in lines if line]
+        keys: dict[bytes, str] = {}
+        for number, line in enumerate(self._file.read_text("utf-8-sig").splitlines(), 1):
+            text, *remark = (part.strip() for part in _REMARK.split(line, maxsplit=1))
+            if 0 < len(text) < SHORTEST:
+                raise ValueError(f"{self._file}: line {number}: a key has at least {SHORTEST} characters")
+            if text:
+                key = text.encode()
+                keys[key] = "".join(remark) or hashlib.sha256(key).hexdigest()[:8]
         if not keys:
             raise ValueError(f"{self._file}: holds no key")
         return keys, stamp

@@ -1,9 +1,9 @@
 """One model's way: its engine, its batcher, and the requests that are on it. Knows nothing of HTTP."""
 
 import asyncio
+import logging
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,22 +14,34 @@ from serve.batcher import Answered, Batcher
 from serve.engine import Engine
 from serve.limits import Room
 from serve.metrics import Metrics
+from serve.threads import RECENT, Threads
 
-RECENT = 0.2
-"""How much a picture counts in the mean of the past ones."""
+logger = logging.getLogger(__name__)
+
+FAILURES = 3
+"""Batches in a row that failed, after which the self-test is run again."""
+
+AGAIN_S = 1.0
+"""Until a self-test that failed is tried again: memory may have been short for a moment."""
 
 
 class Lane:
-    """Open from `start` to `retire`. preparing: requests on it whose pictures are being decoded; a batch is held back for them alone."""
+    """Open from `start` to `retire`. preparing: requests whose pictures are being read or decoded; a batch is held back for them alone.
+
+    unfit: the self-test fails since batches did; lost: it failed again.
+    """
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, *, decoders: ThreadPoolExecutor, room: Room, **waits: Any
+        self, engine: Engine, *, decoders: Callable[[float], Threads], room: Room, metrics: Metrics | None, **waits: Any
     ) -> None:
-        """decoders, room: threads for what is prepared, and what they may decode at a time. waits: see `Batcher`."""
+        """decoders, room: the threads for so many megapixels, and what they may decode at a time; metrics: count its batches, None where it
+        answers nobody. waits: see `Batcher`."""
         self.engine, self.preparing = engine, 0
         self.decoders, self.room = decoders, room
         self._metrics, self._inside, self._empty = metrics, 0, asyncio.Event()
         self._pace, self._computing = 0.0, [0] * len(engine.workers)
+        self.unfit = self.lost = False
+        self._failed, self._examining = 0, None  # type: int, asyncio.Task[None] | None
         workers = [partial(self._compute, number) for number in range(len(engine.workers))]
         self._batcher = Batcher(*workers, coming=lambda: self.preparing > 0, **waits)
 
@@ -46,8 +58,17 @@ class Lane:
 
     def start(self, pace: float) -> None:
         """On the event loop that will submit. pace: seconds that a picture takes the engine; measured from then on."""
-        self._pace = pace
+        self._pace, self._loop = pace, asyncio.get_running_loop()
         self._batcher.start()
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """A request's pictures are on their way to a batch until the block ends."""
+        self.preparing += 1
+        try:
+            yield
+        finally:
+            self.preparing -= 1
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -70,17 +91,48 @@ class Lane:
         if self._inside:
             await self._empty.wait()
         await self._batcher.stop()
+        if self._examining:
+            self._examining.cancel()
 
     def _compute(self, number: int, batch: np.ndarray) -> np.ndarray:
-        self._metrics.computed(len(batch))
+        if self._metrics:
+            self._metrics.computed(len(batch))
         self._computing[number] = len(batch)
         began = time.monotonic()
         try:
             found = self.engine.workers[number](batch)
+            if not np.isfinite(found[:, 0]).all():
+                raise ValueError("the network's answers are no numbers")
+        except Exception:
+            self._failed += 1
+            if self._failed >= FAILURES:
+                self._loop.call_soon_threadsafe(self._examine_once)
+            raise
         finally:
             self._computing[number] = 0
+        self._failed = 0
         # Several threads may do this at a time: that a measurement is lost then does no harm. A large batch, which tells more of how fast
         # it goes when there is much to do, counts as so many pictures.
         share = 1 - (1 - RECENT) ** len(batch)
         self._pace += share * ((time.monotonic() - began) / len(batch) - self._pace)
         return found
+
+    def _examine_once(self) -> None:
+        if self._examining is None:
+            self._examining = asyncio.create_task(self._examine())
+
+    async def _examine(self) -> None:
+        """Until the engine passes its self-test."""
+        while why := await self._failure():
+            self.unfit, self.lost = True, self.unfit
+            logger.error("the model in use fails its self-test: %s", why)
+            await asyncio.sleep(AGAIN_S)
+        self.unfit = self.lost = False
+        self._failed, self._examining = 0, None
+
+    async def _failure(self) -> Exception | None:
+        try:
+            await asyncio.to_thread(self.engine.self_test)
+        except Exception as err:  # of the device as well
+            return err
+        return None

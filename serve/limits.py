@@ -14,7 +14,8 @@ class Limits:
 
     max_body_bytes: of the HTTP body as sent (base64 and multipart framing count); max_pixels: height × width of one
     picture, read from its header; max_total_pixels: of all pictures of a request together; max_images: pictures in one
-    request; max_held_bytes: of the bodies of all requests at a time, as far as they have arrived; max_decoding_pixels: of all
+    request; max_held_bytes: of the bodies of all requests at a time, as far as they have arrived (those that a shadow is
+    asked for, eight at most, come to that, and what was in forms and base64); max_decoding_pixels: of all
     pictures that are being decoded at a time, by their headers; body_seconds: for a body to arrive.
     ValueError unless all are at least 1, and `max_decoding_pixels` takes a picture of `max_pixels`.
     """
@@ -39,11 +40,11 @@ class Limits:
 
 
 class OverloadedError(RuntimeError):
-    """Too much is going on already; try again after `after_s` seconds."""
+    """Too much is going on already; try again after `after_s` seconds. code: for programs."""
 
-    def __init__(self, message: str, after_s: int = 1) -> None:
+    def __init__(self, message: str, after_s: int = 1, code: str = "overloaded") -> None:
         super().__init__(message)
-        self.after_s = after_s
+        self.after_s, self.code = after_s, code
 
 
 class Room:

@@ -26,7 +26,9 @@ class Metrics:
         self._requests = Counter("refract_requests", "Requests for predictions by their end", ["end"], **own)
         self._seconds = Histogram("refract_request_seconds", "Of answered requests", buckets=_SECONDS, **own)
         self._stages = Histogram("refract_stage_seconds", "Of their stages", ["stage"], buckets=_SECONDS, **own)
-        self._batches = Histogram("refract_batch_pictures", "Pictures in a batch", buckets=_PICTURES, **own)
+        self._batches = Histogram(
+            "refract_batch_pictures", "Pictures in a batch that was to be answered", buckets=_PICTURES, **own
+        )
         self._confidence = Histogram("refract_confidence", "Of the likeliest label", buckets=_SHARES, **own)
         self._labels = Counter("refract_predictions", "Pictures by their likeliest label", ["label"], **own)
         self._abstained = Counter("refract_abstained", "Answers to be left to a person", **own)
@@ -37,6 +39,7 @@ class Metrics:
             cache(self._stages.labels),
             cache(self._labels.labels),
         )
+        self._sampled = Counter("refract_sampled", "Pictures that were drawn to be kept, by their end", ["end"], **own)
         self._challenged = Counter("refract_challenger_pictures", "Of the challenger by their end", ["end"], **own)
         self._challenger_seconds = Histogram("refract_challenger_seconds", "Of its answers", buckets=_SECONDS, **own)
         self._challenger = Gauge("refract_challenger", "1 for what challenges", ["name", "digest"], **own)
@@ -54,7 +57,7 @@ class Metrics:
         self._requests.labels(code).inc()
 
     def computed(self, pictures: int) -> None:
-        """A batch went through the network."""
+        """A batch went through the network, for answers."""
         self._batches.observe(pictures)
 
     def predicted(self, probabilities: np.ndarray, labels: Sequence[str], abstained: int) -> None:
@@ -65,6 +68,10 @@ class Metrics:
             self._confidence.observe(float(row[best]))
         if abstained:
             self._abstained.inc(abstained)
+
+    def sampled(self, end: str) -> None:
+        """end: `kept`, `dropped` where too much waited, or `failed`."""
+        self._sampled.labels(end).inc()
 
     def serves(self, name: str, digest: str) -> None:
         """What is served from now on."""

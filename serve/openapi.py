@@ -7,9 +7,13 @@ _RED = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGO8IyfHgA0wYRUd
 
 _FILE = {"type": "string", "format": "binary"}
 _BASE64 = {"type": "string", "format": "byte"}
+_TEXT = {"type": ["string", "null"]}
+_SEVERAL = {"type": "array", "items": {"type": ["string", "null"], "format": "byte"}}
 _JSON_FORMS = [
     {"type": "object", "required": ["image"], "properties": {"image": _BASE64}},
     {"type": "object", "required": ["images"], "properties": {"images": {"type": "array", "items": _BASE64}}},
+    {"type": "object", "properties": {"image": _BASE64, "text": {"type": "string"}}},
+    {"type": "object", "properties": {"images": _SEVERAL, "texts": {"type": "array", "items": _TEXT}}},
 ]
 PREDICT_BODY = {
     "requestBody": {
@@ -17,8 +21,9 @@ PREDICT_BODY = {
         "content": {
             "image/*": {"schema": _FILE},
             "application/octet-stream": {"schema": _FILE},
+            "text/plain": {"schema": {"type": "string"}},
             "multipart/form-data": {"schema": {"type": "object", "additionalProperties": _FILE}},
-            "application/json": {"schema": {"oneOf": _JSON_FORMS}, "example": {"image": _RED}},
+            "application/json": {"schema": {"anyOf": _JSON_FORMS}, "example": {"image": _RED}},
         },
     }
 }

@@ -78,9 +78,33 @@ def _parser() -> argparse.ArgumentParser:
         help="after SIGTERM in which all is answered still, but /readyz says 503, for balancers to notice",
     )
     add("--keys", type=Path, metavar="FILE", help="API keys, one a line; read again when the file changes")
+    add("--admin-keys", type=Path, metavar="FILE", help="keys for /admin/rollback, in place of those of --keys")
     add("--rate", type=_number(0, 1e5, above=True), metavar="N", help="requests a second of each key; more get 429")
     add("--metrics-port", type=_whole(0, 65535), metavar="PORT", help="answer Prometheus at /metrics there")
     add("--traces", metavar="URL", help="of an OpenTelemetry collector, as http://localhost:4318/v1/traces")
+    add(
+        "--sample",
+        type=Path,
+        metavar="DIR",
+        help="keep a sample of what is asked there, for `refract drift` and for labelling",
+    )
+    add(
+        "--sample-share",
+        type=_number(0, 1, above=True),
+        default=0.01,
+        metavar="SHARE",
+        help="of the pictures, whose numbers are kept",
+    )
+    add(
+        "--sample-mb", type=_number(1, 1e7), default=100.0, metavar="MB", help="most that is kept; the oldest gives way"
+    )
+    add(
+        "--sample-below",
+        type=_number(0, 1),
+        default=0.5,
+        metavar="CONFIDENCE",
+        help="of those drawn, under which the picture itself is kept; 0 keeps none",
+    )
     add("--access-log", action="store_true", help="write a line of JSON for each request to the standard output")
     add(
         "--max-body-mb",

@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.answer import prediction
+from models.answer import prediction
 from serve.body import Bodies, unless_gone
 from serve.errors import Refused
 from serve.keys import Keys
 from serve.openapi import PREDICT_ANSWERS, PREDICT_BODY
-from serve.prepare import is_quick, prepare
+from serve.prepare import is_quick, read
 from serve.service import Answers, Service, Work
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,8 @@ def add_predict(
             body = await bodies.read(request)
             try:
                 kind = request.headers.get("content-type", "")
-                work = Work(partial(prepare, kind, body), asked.tta == "flip", asked.explain, is_quick(kind, body))
+                reading = partial(read, kind, body, service.limits)
+                work = Work(reading, asked.tta == "flip", asked.explain, is_quick(kind, body))
                 found = await unless_gone(request, service.predict(work))
             finally:
                 bodies.release(body)
@@ -118,9 +119,10 @@ def _answer(service: Service, asked: Asked, found: Answers) -> JSONResponse:
     thresholds = own if asked.threshold is None else [asked.threshold] * len(info.labels)
     options: dict[str, Any] = {"top": asked.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
     maps = found.explanations or [None] * len(found.probabilities)
+    cut = found.cut or [False] * len(found.probabilities)
     predictions = [
-        prediction(row, info.labels, explanation=heat, **options)
-        for row, heat in zip(found.probabilities, maps, strict=True)
+        prediction(row, info.labels, explanation=heat, cut=short, **options)
+        for row, heat, short in zip(found.probabilities, maps, cut, strict=True)
     ]
     service.metrics.predicted(found.probabilities, info.labels, sum(p.get("abstain", False) for p in predictions))
     headers = {"Server-Timing": found.timing, "X-Model-Digest": digest[:16]}

@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -48,25 +50,36 @@ def url(bound: socket.socket) -> str:
 
 
 class Impatient(HttpToolsProtocol):
-    """uvicorn's protocol, which by itself waits for a request's head without end, and of several requests that were sent at once tells only
-    the last that its client is gone."""
+    """uvicorn's protocol, which by itself waits for a request's head without end, of several requests that were sent at once tells only
+    the last that its client is gone, and takes the body of who would speak another protocol (`Upgrade: h2c`) for a request."""
 
     _timer: asyncio.TimerHandle | None = None
     _cycles: Sequence[RequestResponseCycle] = ()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._timer = self.loop.call_later(HEAD_S, transport.close)
+        self._hurry()
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        if self._timer is None:
-            self._timer = self.loop.call_later(HEAD_S, self.transport.close)
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(memoryview(data))
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+        else:
+            self._hurry()
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():  # it comes again, without the header
+            return
         self._calm()
         super().on_headers_complete()
         self._cycles = [*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle]
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._calm()
@@ -77,6 +90,33 @@ class Impatient(HttpToolsProtocol):
         self.pipeline.clear()
         super().connection_lost(exc)
 
+    def _parse(self, data: memoryview) -> None:
+        """httptools takes all that follows a head with `Upgrade` for another protocol's. Nobody here speaks one, so the header is passed
+        over (RFC 9110, 7.8): the head goes without it into a parser of its own, and what follows after it."""
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                head, data = self._plain_head(), data[upgrade.args[0] :]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self.parser.feed_data(head)
+
+    def _plain_head(self) -> bytes:
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            raise httptools.HttpParserError("this is no proxy")
+        first = b"%s %s HTTP/%s" % (method, self.url, self.parser.get_http_version().encode())
+        fields = (b"%s: %s" % field for field in self.headers if field[0] != b"upgrade")
+        return b"\r\n".join((first, *fields, b"", b""))
+
+    def _hurry(self) -> None:
+        """Where nothing is being answered, a head must arrive soon. What arrives and is none does not put it off."""
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self._timer is None:
+            self._timer = self.loop.call_later(HEAD_S, self.transport.close)
+
     def _calm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
@@ -86,8 +126,9 @@ class Impatient(HttpToolsProtocol):
 class Server(uvicorn.Server):
     """uvicorn, on a socket that is bound already, calling `on_ready` once it accepts requests.
 
-    At the first signal it calls `on_leave`, goes on answering for `drain_s` seconds, in which a balancer notices, then takes no more
-    connections and ends when what is in flight is answered, after drain_s + GRACE_S + STUCK_S at the latest.
+    A signal before that ends the process, with code 0. At the first one later it calls `on_leave`, goes on answering for `drain_s` seconds,
+    in which a balancer notices, then takes no more connections and ends when what is in flight is answered, after
+    drain_s + GRACE_S + STUCK_S at the latest.
     `run(sockets=[…])` raises SystemExit if the application's start-up failed.
     """
 
@@ -129,17 +170,24 @@ class Server(uvicorn.Server):
             self._on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.started:  # nothing is in flight
+            os._exit(0)
         if self._draining is not None:  # a second signal ends the drain
             self._draining.cancel()
-        wait = self._drain if self.started and not self._leaving else 0
+        wait = 0 if self._leaving else self._drain
         self._on_leave()
         if not self._leaving:
             _later(wait + GRACE_S + STUCK_S, _end_by_force)
         self._leaving = True
         if wait:
-            self._draining = _later(wait, lambda: super(Server, self).handle_exit(sig, frame))
+            self._draining = _later(wait, lambda: self._stop(sig))
         else:
-            super().handle_exit(sig, frame)
+            self._stop(sig)
+
+    def _stop(self, sig: int) -> None:
+        """As uvicorn, which would raise the signal again when all is done; `run` returns instead."""
+        self.force_exit = self.force_exit or (self.should_exit and sig == signal.SIGINT)
+        self.should_exit = True
 
 
 def _later(seconds: float, call: Callable[[], None]) -> threading.Timer:

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleError
 from serve.batcher import BatchError, ClosedError
 from serve.challenge import SHADOWS, Challenge, Challenger
@@ -22,6 +22,10 @@ from serve.explain import png
 from serve.lane import Lane
 from serve.limits import Limits, OverloadedError, Room
 from serve.metrics import Metrics
+from serve.prepare import Pictures
+from serve.samples import cuts, joined, mirrored
+from serve.sampling import Sampling
+from serve.threads import Threads
 
 logger = logging.getLogger(__name__)
 
@@ -34,28 +38,46 @@ MOST_EXPLAINED = 8
 CANARY = 0.3
 """The share of the deadline that a canary has, so that there is time for the champion to answer in its place."""
 
-Prepare = Callable[[Preprocess, Room], np.ndarray]
-"""Makes the uint8 N×H×W×3 batch of a request, or raises RequestError."""
+READERS = 2
+"""Requests at a time whose bodies are taken apart and whose headers are read: JSON of many parts takes many times its size."""
+
+LARGE = 16.0
+"""Megapixels of a request that is decoded on threads of its own kind, half as many as cores: ordinary photos do not wait for it."""
+
+DECODING, EXPLAINING = 0.01, 0.05
+"""Seconds that a megapixel, or a heat map, takes, until it was measured."""
 
 
 class Work(NamedTuple):
-    """What a request asks for. prepare: makes its N pictures; mirrored: the mean answer to each and its mirror image, of their logits;
-    explained: with heat maps of the likeliest labels; quick: `prepare` is better called at once than on a worker thread."""
+    """What a request asks for. read: finds its pictures, or raises RequestError; mirrored: the mean answer to each and its mirror image, of
+    their logits; explained: with heat maps of the likeliest labels; quick: they are better read and decoded at once than on worker threads;
+    version: of the model that is to answer, and no other."""
 
-    prepare: Prepare
+    read: Callable[[], Pictures]
     mirrored: bool = False
     explained: bool = False
     quick: bool = False
+    version: str | None = None
+
+
+class Known(NamedTuple):
+    """A request whose pictures were read, in so many seconds."""
+
+    work: Work
+    pictures: Pictures
+    seconds: float
 
 
 class Answers(NamedTuple):
-    """bundle: that answered; probabilities: float32 N×C; seconds: of the stages `prepare` (a thread to be free, decoding, resizing),
-    `queue`, `compute` and `explain`; explanations: where they were asked for, of each picture a PNG of the network's size, or None."""
+    """bundle: that answered; probabilities: float32 N×C; seconds: of the stages `prepare` (threads to be free, reading, decoding,
+    resizing), `queue`, `compute` and `explain`; explanations: where they were asked for, of each picture a PNG of the network's size, or
+    None; cut: where texts are read, whether each was too long to be read whole."""
 
     bundle: Bundle
     probabilities: np.ndarray
     seconds: dict[str, float]
     explanations: tuple[bytes | None, ...] = ()
+    cut: tuple[bool, ...] = ()
 
     @property
     def timing(self) -> str:
@@ -82,6 +104,7 @@ class Service:
         max_queue: int = 1024,
         max_requests: int = 256,
         deadline_s: float = 10.0,
+        sampling: Sampling | None = None,
     ) -> None:
         if max_queue < 2 * limits.max_images:
             raise ValueError(
@@ -94,10 +117,14 @@ class Service:
         self._max_requests, self._deadline = max_requests, deadline_s
         self._inside = 0
         self._waits: dict[str, Any] = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
-        self._workers = ThreadPoolExecutor(cores(), thread_name_prefix="prepare")
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
+        self._decoders = Threads(cores(), "decode", pace=DECODING)
+        self._large = Threads(max(1, cores() // 2), "decode-large", pace=DECODING)
         # Heat maps, and a shadow's pictures, keep nobody from being decoded.
-        self._aside = ThreadPoolExecutor(1, thread_name_prefix="aside")
-        self._place: dict[str, Any] = {"decoders": self._workers, "room": Room(limits)}
+        self._painters = Threads(1, "explain", pace=EXPLAINING)
+        self._aside = Threads(1, "aside", pace=DECODING)
+        self._place: dict[str, Any] = {"decoders": self._decoders_of, "room": Room(limits), "metrics": metrics}
+        self._sampling = sampling
         self._lane = self._lane_of(engine)
         self._previous: Engine | None = None
         self._retiring: set[asyncio.Task[None]] = set()
@@ -105,7 +132,9 @@ class Service:
         self._shadows: set[asyncio.Task[None]] = set()
         self._swapping = asyncio.Lock()
         self.rejected: set[Path] = set()
-        """Folders of bundles that failed, or from which a person went back."""
+        """Folders of bundles that failed."""
+        self.left: Path | None = None
+        """The folder of the bundle from which a person went back, until its name has meant another."""
 
     @property
     def inside(self) -> int:
@@ -129,9 +158,11 @@ class Service:
 
     async def start(self) -> None:
         """Run the self-test, then open. BundleError if the golden pictures' answers do not come again."""
-        pace = await asyncio.get_running_loop().run_in_executor(self._workers, self.engine.self_test)
+        pace = await asyncio.to_thread(self.engine.self_test)
         self._lane.start(pace)
         self.metrics.serves(self.engine.bundle.info.name, self.engine.bundle.digest)
+        if self._sampling:
+            self._sampling.start()
         self.ready = True
 
     def leave(self) -> None:
@@ -140,9 +171,14 @@ class Service:
 
     def check_wanted(self) -> None:
         """NotReadyError where a balancer should send nothing."""
-        self.check_ready()
+        self._check_fit()
         if self._leaving:
             raise NotReadyError("the server is going down")
+
+    def check_alive(self) -> None:
+        """NotReadyError where only another start may help."""
+        if self._lane.lost:
+            raise NotReadyError("the model does not pass its self-test any more")
 
     async def stop(self) -> None:
         """Close, and answer what was accepted."""
@@ -152,8 +188,11 @@ class Service:
                 shadow.cancel()
             lanes = [self._lane, self._challenger.lane] if self._challenger else [self._lane]
             await asyncio.gather(*(lane.retire() for lane in lanes), *self._retiring)
-        self._workers.shutdown(wait=False)
-        self._aside.shutdown(wait=False, cancel_futures=True)
+            if self._sampling:
+                await asyncio.to_thread(self._sampling.stop)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._decoders, self._large, self._painters, self._aside):
+            threads.close()
 
     async def swap(self, engine: Engine) -> None:
         """Answer new requests with another engine, after its self-test; those that are under way end with the old one, which is kept for
@@ -172,7 +211,8 @@ class Service:
         """Have its engine challenge the one that answers, in place of the one that did. BundleError as `swap`."""
         assert challenge.engine is not None
         async with self._swapping:
-            own = {} if challenge.answers else {"decoders": self._aside, "room": Room(self.limits)}
+            aside = {"decoders": lambda _: self._aside, "room": Room(self.limits), "metrics": None}
+            own = {} if challenge.answers else aside
             lane, before = await self._opened(challenge.engine, **own), self._challenger
             self._challenger = Challenger(lane, challenge)
             self.metrics.challenges(challenge.engine.bundle.info.name, challenge.engine.bundle.digest)
@@ -183,6 +223,9 @@ class Service:
         old, new = self.engine.bundle.info, engine.bundle.info
         if (old.task, old.labels) != (new.task, new.labels):
             raise BundleError(f"{engine.bundle.path}: answers with other labels than {old.name}; start a server for it")
+        if self.engine.reads != engine.reads:
+            own, others = (" and ".join(sorted(one.reads)) for one in (engine, self.engine))
+            raise BundleError(f"{engine.bundle.path}: reads {own}, {old.name} {others}; start a server for it")
         pace = await asyncio.to_thread(engine.self_test)
         self.check_ready()
         lane = self._lane_of(engine, **place)
@@ -195,7 +238,8 @@ class Service:
         task.add_done_callback(self._retiring.discard)
 
     async def roll_back(self) -> None:
-        """Answer with the engine before, and follow no name to the present one again. RequestError 409 where there was none."""
+        """Answer with the engine before, and do not follow a name that goes on to mean the present one. RequestError 409 where there was
+        none."""
         async with self._swapping:
             if self._previous is None:
                 raise RequestError(409, "no_model_before", "this server has served no other model before")
@@ -206,14 +250,14 @@ class Service:
                 raise RequestError(
                     409, "model_before_fails", "the model before does not pass its self-test now"
                 ) from err
-            self.rejected.add(left)
+            self.left = left
             logger.warning("went back to %s", self.engine.bundle.path.name)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """A place in the house, before anything is read. NotReadyError outside of `start` … `stop`, OverloadedError where it
-        is full, or an answer would take too long."""
-        self.check_ready()
+        """A place in the house, before anything is read. NotReadyError outside of `start` … `stop`, or where the engine fails its
+        self-test since; OverloadedError where it is full, or an answer would take too long."""
+        self._check_fit()
         if self._inside >= self._max_requests:
             raise OverloadedError(f"{self._inside} requests are being answered already; try again later")
         self._check_pace(self._lane)
@@ -226,12 +270,17 @@ class Service:
     def _check_pace(self, lane: Lane, pictures: int = 0) -> None:
         """What could not be answered by its deadline is better not begun: else all wait, and none is answered. pictures: of it, where they
         are known."""
-        expected = lane.expected(pictures)
+        self._check_wait(lane.expected(pictures))
+
+    def _check_wait(self, expected: float) -> None:
         if expected > PATIENCE * self._deadline:
             raise OverloadedError(f"an answer would take {expected:.1f} s; try again later", round(expected) or 1)
 
+    def _decoders_of(self, megapixels: float) -> Threads:
+        return self._large if megapixels > LARGE else self._decoders
+
     def _lane_of(self, engine: Engine, **place: Any) -> Lane:
-        return Lane(engine, self.metrics, **self._waits, **(place or self._place))
+        return Lane(engine, **self._waits, **(place or self._place))
 
     async def predict(self, work: Work) -> Answers:
         """The answers. RequestError, 504 beyond the deadline: what is not computed by then never is; OverloadedError, ClosedError or
@@ -239,7 +288,11 @@ class Service:
         self._check_pace(self._lane)  # again, as many bodies may have arrived at once
         try:
             async with asyncio.timeout(self._deadline):
-                return await self._predict(work)
+                known = await self._read(work)
+                if not work.explained:
+                    return await self._predict(known)
+                with self._explaining(known.pictures.number):
+                    return await self._predict(known)
         except TimeoutError as err:
             raise RequestError(504, "deadline_exceeded", f"there was no answer within {self._deadline:g} s") from err
 
@@ -248,66 +301,105 @@ class Service:
         if not self.ready:
             raise NotReadyError("the self-test has not passed yet, or the server is going down")
 
-    async def _predict(self, work: Work) -> Answers:
+    def _check_fit(self) -> None:
+        self.check_ready()
+        if self._lane.unfit:
+            raise NotReadyError("the model does not pass its self-test now")
+
+    async def _read(self, work: Work) -> Known:
+        began = time.monotonic()
+        if work.quick:
+            return Known(work, work.read(), time.monotonic() - began)
+        with self._lane.coming():
+            pictures = await asyncio.get_running_loop().run_in_executor(self._readers, work.read)
+        return Known(work, pictures, time.monotonic() - began)
+
+    @contextmanager
+    def _explaining(self, count: int) -> Iterator[None]:
+        """A place for so many heat maps, before what they explain is computed. RequestError 413 or OverloadedError."""
+        if count > MOST_EXPLAINED:
+            message = f"{count} images to explain in one request; at most {MOST_EXPLAINED}"
+            raise RequestError(413, "too_many_images", message)
+        self._check_wait(self._painters.expected(count))
+        with self._painters.promised(count):
+            yield
+
+    async def _predict(self, known: Known) -> Answers:
+        work = known.work
         challenger = self._challenger if self._challenger and self._challenger.chosen() else None
-        if challenger and challenger.challenge.answers:
+        if work.version is None and challenger and challenger.challenge.answers:
             try:
                 async with asyncio.timeout(CANARY * self._deadline):
-                    found = await self._on(challenger.lane, work)
+                    found = await self._on(challenger.lane, known)
             except (BatchError, ClosedError, OverloadedError, TimeoutError):  # the one that is trusted answers
                 self.metrics.challenged("failed", 1)
             else:
                 self.metrics.challenged("answered", len(found.probabilities), sum(found.seconds.values()))
                 return found
-        found = await self._on(self._lane, work)
+        lane = self._lane
+        check_version(lane.engine.bundle, work.version)  # it may have changed while the body arrived
+        found = await self._on(lane, known)
         if challenger and not challenger.challenge.answers:
-            self._shadow(challenger, work, found)
+            self._shadow(challenger, known, found)
         return found
 
-    async def _on(self, lane: Lane, work: Work) -> Answers:
+    async def _on(self, lane: Lane, known: Known, *, sampled: bool = True) -> Answers:
+        """sampled: where the answer goes to whoever asked; a shadow's does not."""
+        work = known.work
         with lane.entered():  # whatever is served meanwhile
             began = time.monotonic()
-            batch = await self._prepared(lane, work)
-            prepared = time.monotonic() - began
-            if work.explained and len(batch) > MOST_EXPLAINED:
-                raise RequestError(
-                    413, "too_many_images", f"{len(batch)} images to explain in one request; at most {MOST_EXPLAINED}"
-                )
-            inputs = np.concatenate([batch, batch[:, :, ::-1]]) if work.mirrored else batch
+            batch = await self._samples(lane, known)
+            prepared = known.seconds + time.monotonic() - began
+            inputs = np.concatenate([batch, mirrored(batch)]) if work.mirrored else batch
             if lane.waiting:
                 self._check_pace(lane, len(inputs))
             found = await lane.submit(inputs)
             seconds = {"prepare": prepared, "queue": found.queued, "compute": found.computed}
-            rows = lane.engine.mean(*np.split(found.outputs, 2)) if work.mirrored else found.outputs
+            outputs = found.outputs
+            rows = lane.engine.mean(*np.split(outputs[:, 1], 2)) if work.mirrored else outputs[:, 0]
+            if self._sampling and sampled:
+                self._sampling.offer(lane.engine.bundle, known.pictures, batch, rows)
             if not work.explained:
-                return Answers(lane.engine.bundle, rows, seconds)
+                return Answers(lane.engine.bundle, rows, seconds, cut=cuts(batch))
             began = time.monotonic()
-            maps = await asyncio.get_running_loop().run_in_executor(self._aside, _explain, lane.engine, batch, rows)
-            return Answers(lane.engine.bundle, rows, {**seconds, "explain": time.monotonic() - began}, maps)
+            maps = await self._painters.run(len(batch), partial(_explain, lane.engine, batch, rows))
+            return Answers(
+                lane.engine.bundle, rows, {**seconds, "explain": time.monotonic() - began}, maps, cuts(batch)
+            )
 
-    async def _prepared(self, lane: Lane, work: Work) -> np.ndarray:
-        if work.quick:
-            return work.prepare(lane.engine.preprocess, lane.room)
-        lane.preparing += 1
-        try:
-            # One hop a request, not one a picture: cheaper, and a request of 64 pictures cannot take every worker.
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(lane.decoders, work.prepare, lane.engine.preprocess, lane.room)
-        finally:
-            lane.preparing -= 1
+    async def _samples(self, lane: Lane, known: Known) -> np.ndarray:
+        """The pictures, and with the texts where they are read. RequestError 422 for what this model does not read."""
+        pictures, tokens = known.pictures, lane.engine.tokens
+        check_read(lane.engine, pictures)
+        batch = await self._decoded(lane, known)
+        if tokens is None:
+            return batch
+        make = partial(joined, batch, pictures.texts, pictures.pictured, tokens)
+        return make() if not pictures.texts else await asyncio.get_running_loop().run_in_executor(self._readers, make)
 
-    def _shadow(self, challenger: Challenger, work: Work, found: Answers) -> None:
+    async def _decoded(self, lane: Lane, known: Known) -> np.ndarray:
+        pictures, decode = known.pictures, partial(known.pictures.decode, lane.engine.preprocess, lane.room)
+        if known.work.quick:
+            return decode()
+        decoders = lane.decoders(pictures.megapixels)
+        self._check_wait(decoders.expected(pictures.megapixels))
+        with lane.coming(), decoders.promised(pictures.megapixels):
+            # One hop a request, not one a picture: cheaper, and a request of 64 pictures cannot take every thread.
+            return await decoders.run(pictures.megapixels, decode)
+
+    def _shadow(self, challenger: Challenger, known: Known, found: Answers) -> None:
         if len(self._shadows) >= SHADOWS:
             self.metrics.challenged("skipped", len(found.probabilities))
             return
-        task = asyncio.create_task(self._compare(challenger, work._replace(explained=False), found.probabilities))
+        task = asyncio.create_task(self._compare(challenger, known, found.probabilities))
         self._shadows.add(task)
         task.add_done_callback(self._shadows.discard)
 
-    async def _compare(self, challenger: Challenger, work: Work, wanted: np.ndarray) -> None:
+    async def _compare(self, challenger: Challenger, known: Known, wanted: np.ndarray) -> None:
+        known = known._replace(work=known.work._replace(explained=False))
         try:
             async with asyncio.timeout(self._deadline):
-                found = await self._on(challenger.lane, work)
+                found = await self._on(challenger.lane, known, sampled=False)
         except (RequestError, OverloadedError, ClosedError, BatchError, TimeoutError):
             self.metrics.challenged("failed", len(wanted))
             return
@@ -317,7 +409,27 @@ class Service:
         self.metrics.challenged("differed", len(wanted) - agreed)
 
 
+def check_read(engine: Engine, pictures: Pictures) -> None:
+    """RequestError 422 where nothing was sent that the engine reads, or what it does not read."""
+    if pictures.texts and engine.tokens is None:
+        raise RequestError(422, "invalid_request", "this model reads no texts, only images")
+    missing = [not there for there in pictures.pictured]
+    if "pictures" not in engine.reads and not all(missing or [False]):
+        raise RequestError(422, "invalid_request", "this model reads no images, only texts")
+    texts = pictures.texts or [""] * len(missing)
+    if any(gone and not text.strip() for text, gone in zip(texts, missing, strict=False)):
+        raise RequestError(422, "invalid_request", "a text is empty, and there is no image")
+
+
+def check_version(bundle: Bundle, version: str | None) -> None:
+    """RequestError 404 where `version` is not that of the bundle; None is any."""
+    if version not in (None, bundle.digest[:16]):
+        raise RequestError(404, "unknown_model", f"this version is not served; that is {bundle.digest[:16]!r}")
+
+
 def _explain(engine: Engine, batch: np.ndarray, rows: np.ndarray) -> tuple[bytes | None, ...]:
+    if engine.tokens is not None:  # what speaks for an answer may stand in the text
+        return (None,) * len(batch)
     explainer = engine.explainer
     pairs = zip(batch, rows.argmax(axis=1).tolist(), strict=True)
     return tuple(png(explainer.heat(image, label)) if explainer.available else None for image, label in pairs)

@@ -1,19 +1,30 @@
-"""The three ways to send images: as the body itself, as a form, as base64 in JSON. Knows nothing of pictures."""
+"""The ways to send images and texts: as the body itself, as a form, in JSON with images in base64. Knows nothing of pictures."""
 
 import base64
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from python_multipart.multipart import parse_options_header
 
 from serve.errors import RequestError
-from serve.form import files_in
+from serve.form import parts_in
 
-ACCEPTED = "image/*, application/octet-stream, multipart/form-data or application/json"
+SPARE = 1024
+"""Parts of a JSON document beside its images, which may be answered with a better message than that they are too many."""
+
+ACCEPTED = "image/*, application/octet-stream, multipart/form-data, application/json or text/plain"
 
 
-def images_in(content_type: str, body: bytes, *, max_images: int) -> list[bytes]:
-    """The encoded images of one request, at least one, in the order sent.
+class Sent(NamedTuple):
+    """images: encoded, None for what has none; texts: as many, or none at all."""
+
+    images: Sequence[bytes | None]
+    texts: Sequence[str] = ()
+
+
+def samples_in(content_type: str, body: bytes, *, max_images: int) -> Sent:
+    """The images and texts of one request, at least one of either, in the order sent.
 
     content_type: the header as received; empty counts as application/octet-stream, as RFC 9110 §8.3 allows, because
     common clients send raw bytes without one. RequestError 415 for another type, 413 beyond `max_images`, 400 or 422
@@ -22,33 +33,74 @@ def images_in(content_type: str, body: bytes, *, max_images: int) -> list[bytes]
     kind, options = parse_options_header(content_type)
     media = kind.decode("latin-1").lower()
     if media.startswith("image/") or media in ("", "application/octet-stream"):
-        return [body]
+        return Sent([body])
     if media == "application/json":
         return _from_json(body, max_images=max_images)
     if media == "multipart/form-data":
-        return files_in(body, options.get(b"boundary", b""), max_images=max_images)
+        return _from_form(*parts_in(body, options.get(b"boundary", b""), max_images=max_images))
+    if media == "text/plain":
+        return Sent([None], [_utf8(body)])
     raise RequestError(415, "unsupported_media_type", f"Content-Type is {media[:80]!r}; accepted are {ACCEPTED}")
 
 
-def _from_json(body: bytes, *, max_images: int) -> list[bytes]:
+def parsed(text: bytes, *, objects: int, values: int) -> Any:
+    """A JSON document of at most so many objects, and so many lists and values. RequestError 413 beyond, before anything is made of it:
+    three bytes of it may become a hundred; 400 where it is none."""
+    # They may stand in strings too, but not in base64.
+    if text.count(b"{") > objects or max(text.count(b"["), text.count(b",")) > values:
+        most = f"at most {objects:,} objects, {values:,} lists and as many commas"
+        raise RequestError(413, "json_too_large", f"the JSON document has more parts than a request needs: {most}")
     try:
-        document = json.loads(body)
+        return json.loads(text)
     except (ValueError, RecursionError) as err:
         raise RequestError(400, "invalid_json", "the body is not valid JSON") from err
-    texts = _texts(document)
-    if len(texts) > max_images:
-        raise RequestError(413, "too_many_images", f"{len(texts)} images in one request; at most {max_images}")
-    return [_decoded(index, text) for index, text in enumerate(texts)]
 
 
-def _texts(document: Any) -> list[Any]:
+def _from_form(files: list[bytes], texts: list[str]) -> Sent:
+    if not files and not texts:
+        raise RequestError(400, "no_files", "the form has no file; send each image as a part with a filename")
+    if files and texts and len(files) != len(texts):
+        message = f"the form has {len(files)} files and {len(texts)} parts `text`; send none or one for each file"
+        raise RequestError(422, "invalid_request", message)
+    return Sent(files or [None] * len(texts), texts)
+
+
+def _from_json(body: bytes, *, max_images: int) -> Sent:
+    # What a browser's form puts before an image has a comma, and so have texts.
+    images, texts = _columns(parsed(body, objects=SPARE, values=2 * max_images + SPARE + len(body) // 16))
+    if max(len(images), len(texts)) > max_images:
+        raise RequestError(413, "too_many_images", f"{len(images)} images in one request; at most {max_images}")
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise RequestError(422, "invalid_request", "a text is neither a string nor null")
+    found = [None if image is None else _decoded(index, image) for index, image in enumerate(images)]
+    return Sent(found or [None] * len(texts), [text or "" for text in texts])
+
+
+def _columns(document: Any) -> tuple[list[Any], list[Any]]:
+    """(images, texts), equally many where there are both."""
     match document:
-        case {"image": str() as text} if len(document) == 1:
-            return [text]
-        case {"images": [_, *_] as texts} if len(document) == 1:
-            return texts
-    message = 'the JSON body must be {"image": base64} or {"images": [base64, …]} with at least one image'
+        case {"image": str() as image} if set(document) <= {"image", "text"}:
+            return [image], [document["text"]] if "text" in document else []
+        case {"text": str() as text} if len(document) == 1:
+            return [], [text]
+        case {"images": [_, *_] as images} if len(document) == 1:
+            return images, []
+        case {"texts": [_, *_] as texts} if len(document) == 1:
+            return [], texts
+        case {"images": [_, *_] as images, "texts": [*texts]} if len(document) == 2 and len(images) == len(texts):
+            return images, texts
+    message = (
+        'the JSON body must be {"image": base64} or {"images": [base64, …]} with at least one image; beside it, or alone, {"text": …} or '
+        '{"texts": […]}, as many'
+    )
     raise RequestError(422, "invalid_request", message)
+
+
+def _utf8(body: bytes) -> str:
+    try:
+        return body.decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise RequestError(400, "invalid_text", "the text is not UTF-8") from err
 
 
 def _decoded(index: int, text: Any) -> bytes:

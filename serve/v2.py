@@ -6,7 +6,6 @@ tensors in a request is understood; answers are JSON.
 """
 
 import base64
-import json
 import math
 import struct
 import time
@@ -18,13 +17,16 @@ import numpy as np
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse
 
-from augment.preprocess import Preprocess
 from serve.body import Bodies, unless_gone
 from serve.errors import RequestError
-from serve.limits import Limits, Room
+from serve.limits import Limits
 from serve.openapi import problems
-from serve.prepare import check_total, pixels
-from serve.service import Service, Work
+from serve.prepare import EACH, Pictures, numbered, pictures
+from serve.service import Service, Work, check_version
+from serve.uploads import SPARE, parsed
+
+RESIZING = 0.1
+"""What a pixel costs that need not be decoded, as a share of one that must."""
 
 HEADER = "inference-header-content-length"
 INPUTS = (
@@ -33,23 +35,27 @@ INPUTS = (
 )
 
 
-def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any]) -> None:
-    """The routes below `/v2`; its health routes ask for no key."""
+def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], rated: list[Any]) -> None:
+    """The routes below `/v2`; its health routes ask for no key. rated: for inference."""
 
     def check_name(request: Request, name: str) -> None:
         served = service.engine.bundle
         if name != served.info.name:
             raise RequestError(404, "unknown_model", f"there is no model of this name; served is {served.info.name!r}")
-        version = request.path_params.get("model_version", served.digest[:16])
-        if version != served.digest[:16]:
-            raise RequestError(404, "unknown_model", f"this version is not served; that is {served.digest[:16]!r}")
+        check_version(served, request.path_params.get("model_version"))
 
     @app.get("/v2", summary="The server", tags=["v2"])
     async def server() -> JSONResponse:
         return JSONResponse({"name": "refract", "version": version("refract"), "extensions": ["binary_tensor_data"]})
 
-    @app.get("/v2/health/live", summary="The process answers", tags=["v2"])
+    @app.get(
+        "/v2/health/live",
+        summary="The process answers, and its model is not lost",
+        tags=["v2"],
+        responses=problems(503),
+    )
     async def live() -> JSONResponse:
+        service.check_alive()
         return JSONResponse({"live": True})
 
     @app.get(
@@ -92,22 +98,23 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any]) -
         own: dict[str, Any] = {"name": name, "versions": [digest[:16]], "platform": "refract"}
         return JSONResponse({**own, "inputs": list(INPUTS), "outputs": outputs, "labels": list(info.labels)})
 
-    @app.post("/v2/models/{name}/versions/{model_version}/infer", include_in_schema=False, dependencies=allowed)
+    @app.post("/v2/models/{name}/versions/{model_version}/infer", include_in_schema=False, dependencies=rated)
     @app.post(
         "/v2/models/{name}/infer",
         summary="Classify tensors or encoded images",
         tags=["v2"],
-        dependencies=allowed,
+        dependencies=rated,
         responses=problems(400, 401, 404, 408, 413, 422, 429, 503, 504),
     )
     async def infer(name: str, request: Request) -> JSONResponse:
         check_name(request, name)
         began = time.monotonic()
+        document: dict[str, Any] = {}
         with service.admitted():
             body = await bodies.read(request)
             try:
-                document, binary = _parts(body, request.headers.get(HEADER))
-                work = Work(partial(_prepared, document, binary))
+                reading = partial(_read, body, request.headers.get(HEADER), service.limits, document)
+                work = Work(reading, version=request.path_params.get("model_version"))
                 found = await unless_gone(request, service.predict(work))
             finally:
                 bodies.release(body)
@@ -130,35 +137,47 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any]) -
         return JSONResponse(answer, headers={"Server-Timing": found.timing})
 
 
-def _parts(body: bytes, announced: str | None) -> tuple[dict[str, Any], bytes]:
+def _read(body: bytes, announced: str | None, limits: Limits, rest: dict[str, Any]) -> Pictures:
+    """rest: takes what the JSON document has beside its inputs, which may be large, and are not kept."""
+    document, binary = _parts(body, announced, limits)
+    found = _pictures(document.pop("inputs", None), binary, limits)
+    rest.update(document)
+    return found
+
+
+def _parts(body: bytes, announced: str | None, limits: Limits) -> tuple[dict[str, Any], bytes]:
     """(the JSON document, the binary tensors after it)"""
-    if announced is not None and (not announced.isdecimal() or int(announced) > len(body)):
+    if announced is not None and not _within(announced, len(body)):
         raise RequestError(400, "invalid_request", f"{HEADER} is not the length of the JSON part of the body")
     length = len(body) if announced is None else int(announced)
-    try:
-        document = json.loads(body[:length])
-    except (ValueError, RecursionError) as err:
-        raise RequestError(400, "invalid_json", "the body is not valid JSON") from err
+    document = parsed(body[:length], objects=SPARE, values=3 * limits.max_total_pixels + SPARE)
     if not isinstance(document, dict):
         raise RequestError(422, "invalid_request", "the body must be a JSON object with `inputs`")
     return document, body[length:]
 
 
-def _prepared(document: dict[str, Any], binary: bytes, preprocess: Preprocess, room: Room) -> np.ndarray:
-    """The uint8 N×H×W×3 batch. RequestError for anything but one input of INPUTS."""
-    limits = room.limits
-    match document.get("inputs"):
+def _within(announced: str, most: int) -> bool:
+    """Python itself refuses to read a number of thousands of digits."""
+    return announced.isdecimal() and len(announced) < 20 and int(announced) <= most
+
+
+def _pictures(inputs: Any, binary: bytes, limits: Limits) -> Pictures:
+    """RequestError for anything but one input of INPUTS."""
+    match inputs:
         case [{"name": "images", "datatype": "UINT8", "shape": [*shape]} as given]:
             images = _tensor(given, shape, binary, limits)
-            return np.stack([preprocess(image) for image in images])
+            cost = RESIZING * math.prod(shape[:3]) / 1e6 + EACH * len(images)
+            return Pictures(
+                len(images),
+                cost,
+                lambda preprocess, _: np.stack([preprocess(one) for one in images]),
+                sides=[one.shape[:2] for one in images],
+            )
         case [{"name": "encoded", "datatype": "BYTES", "shape": [*shape]} as given]:
             files = _files(given, binary, limits)
             if shape != [len(files)]:
                 raise _wrong(f"encoded has shape {str(shape)[:40]} and {len(files)} elements")
-            check_total(files, limits)
-            return np.stack(
-                [pixels(data, f"image {i}", preprocess=preprocess, room=room) for i, data in enumerate(files)]
-            )
+            return pictures(files, numbered(len(files)), limits)
     raise _wrong("`inputs` must be one tensor: `images`, UINT8 [N, height, width, 3], or `encoded`, BYTES [N]")
 
 

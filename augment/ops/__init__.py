@@ -16,6 +16,8 @@ from augment.ops.mix import MIX
 from augment.ops.noise import NOISE
 from augment.ops.op import Op
 from augment.ops.region import REGION
+from augment.ops.text import TEXT
+from augment.ops.text_guests import TEXT_GUESTS
 from augment.ops.tone import TONE
 from augment.ops.warps import WARPS
 
@@ -35,6 +37,8 @@ OPS: Mapping[str, type[Op]] = MappingProxyType(
         **AUTO,
         **CORRUPTION,
         **GUESTS,
+        **TEXT,
+        **TEXT_GUESTS,
     }
 )
 

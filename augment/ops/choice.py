@@ -17,7 +17,8 @@ from augment.plan import Step
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceOp(Op):
-    """ops: those to choose from, at least one; either all of them mix the batch (MixUp, CutMix), or none does."""
+    """ops: those to choose from, at least one; either all of them mix the batch (MixUp, CutMix), or none does;
+    and either all of them change texts, or none does."""
 
     kind: ClassVar[str] = "choice"
     ops: tuple[Op, ...]
@@ -27,14 +28,20 @@ class ChoiceOp(Op):
         self._set("ops", _read("ops", self.ops))
         if not self.ops:
             raise ValueError("ops: an empty list leaves nothing to choose from")
-        mixing = {mixes_batch(op) for op in self.ops}
-        if len(mixing) > 1:
+        if len({mixes_batch(op) for op in self.ops}) > 1:
             raise ValueError("ops: those that mix the batch (MixUp, CutMix) cannot be chosen beside those that do not")
+        if len({of_text(op) for op in self.ops}) > 1:
+            raise ValueError("ops: those that change texts cannot be chosen beside those that change pictures")
 
 
 def mixes_batch(op: Op) -> bool:
     """Whether an op, or what it holds, mixes the batch."""
     return op.kind == "batch" or (isinstance(op, ChoiceOp) and any(mixes_batch(own) for own in op.ops))
+
+
+def of_text(op: Op) -> bool:
+    """Whether an op, or what it holds, changes texts."""
+    return op.kind == "text" or (isinstance(op, ChoiceOp) and any(of_text(own) for own in op.ops))
 
 
 def may_move(op: Op) -> bool:

@@ -6,7 +6,6 @@ generator, so their calls take turns and put it back. What other code draws from
 kept out: use loader workers, whose processes do nothing else. A library is imported when a policy names one of its transforms, not before.
 """
 
-import difflib
 import inspect
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from augment.ops.op import Args, Op, Size, below
+from augment.ops.op import Args, Op, Size, below, nearest
 from augment.ops.pixel import PixelOp
 from augment.plan import Step
 
@@ -124,7 +123,7 @@ def _make(transform: str, parameters: dict[str, Any]) -> Run:
     known = _signature(kind)
     for name in parameters:
         if known and name not in known:
-            raise ValueError(f"{transform} has no parameter {name!r}{_nearest(name, known)}. Known: {', '.join(known)}")
+            raise ValueError(f"{transform} has no parameter {name!r}{nearest(name, known)}. Known: {', '.join(known)}")
     library = transform.partition(".")[0]
     if "p" in known and library != "imgaug":
         parameters = {**parameters, "p": 1.0}
@@ -143,7 +142,7 @@ def _find(transform: str) -> type:
     kind = getattr(module, name, None)
     if not inspect.isclass(kind) or not issubclass(kind, base) or kind is base:
         names = [key for key, value in vars(module).items() if inspect.isclass(value) and issubclass(value, base)]
-        raise ValueError(f"{library} has no transform {name!r}{_nearest(name, names)}")
+        raise ValueError(f"{library} has no transform {name!r}{nearest(name, names)}")
     return kind
 
 
@@ -151,11 +150,6 @@ def _signature(kind: type) -> list[str]:
     """Names of the parameters; none where any is accepted."""
     parameters = inspect.signature(kind).parameters.values()
     return [] if any(item.kind is item.VAR_KEYWORD for item in parameters) else [item.name for item in parameters]
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
 
 
 def _missing(library: str, error: ImportError) -> ValueError:

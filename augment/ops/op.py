@@ -1,6 +1,8 @@
 """What every op is: validated parameters and a draw. What a drawn op *does* is the matter of its kind (`geometric.py`, `color.py`, …)."""
 
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -125,6 +127,12 @@ def color(name: str, value: Any) -> tuple[int, int, int]:
     if len(triple) != 3 or not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 255 for v in triple):
         raise ValueError(f"{name}: {value!r} is not a grey level 0…255, nor a list of three of them (R, G, B)")
     return triple[0], triple[1], triple[2]
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing where no known name is near."""
+    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
 
 
 def _range(low: float, high: float) -> str:

@@ -1,16 +1,14 @@
 """LitServe with its batching, the same eager network; run by `benchmarks.serve`. REFRACT_BENCH_BUNDLE names the bundle."""
 
 import base64
-import io
 import os
 import sys
 from typing import Any
 
 import litserve
 import torch
-from PIL import Image
-from torchvision import transforms
 
+from benchmarks.servers.peer import pixels
 from models.bundle import load_bundle
 
 
@@ -20,16 +18,9 @@ class Api(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.bundle = load_bundle(os.environ["REFRACT_BENCH_BUNDLE"])
         self.classifier = self.bundle.classifier(device)
-        height, width = self.bundle.info.network["image_size"]
-        steps = [
-            transforms.Resize(round(height / 0.875)),
-            transforms.CenterCrop((height, width)),
-            transforms.PILToTensor(),
-        ]
-        self.transform = transforms.Compose(steps)
 
     def decode_request(self, request: dict[str, str], **_: Any) -> torch.Tensor:
-        return self.transform(Image.open(io.BytesIO(base64.b64decode(request["image"]))).convert("RGB"))
+        return pixels(base64.b64decode(request["image"]), self.bundle.info.network["image_size"])
 
     def batch(self, inputs: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(inputs)

@@ -3,22 +3,16 @@
 Takes the network from REFRACT_BENCH_BUNDLE, so that it answers as the others do; run by `benchmarks.serve`.
 """
 
-import io
 import os
 
 import torch
 from fastapi import FastAPI, File, UploadFile
-from PIL import Image
-from torchvision import transforms
 
+from benchmarks.servers.peer import pixels
 from models.bundle import load_bundle
 
 bundle = load_bundle(os.environ["REFRACT_BENCH_BUNDLE"])
 classifier = bundle.classifier()
-height, width = bundle.info.network["image_size"]
-transform = transforms.Compose(
-    [transforms.Resize(round(height / 0.875)), transforms.CenterCrop((height, width)), transforms.PILToTensor()]
-)
 app = FastAPI()
 
 
@@ -29,8 +23,8 @@ def ready() -> dict[str, str]:
 
 @app.post("/predict")
 def predict(file: UploadFile = File()) -> dict[str, object]:  # noqa: B008 — as FastAPI's own guide writes it
-    image = Image.open(io.BytesIO(file.file.read())).convert("RGB")
+    image = pixels(file.file.read(), bundle.info.network["image_size"])
     with torch.inference_mode():
-        probabilities = classifier(transform(image)[None]).softmax(dim=1)[0]
+        probabilities = classifier(image[None]).softmax(dim=1)[0]
     best = int(probabilities.argmax())
     return {"label": bundle.info.labels[best], "confidence": float(probabilities[best])}

@@ -1,13 +1,14 @@
 """A bundle with random weights, and a server of it as a process, for the benchmarks of serving."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -57,7 +58,8 @@ def serving(
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # MLflow looks for uvicorn there
     environ = {**os.environ, "PATH": path, "REFRACT_BENCH_BUNDLE": str(bundle), **more}
     environ["HOME"] = str(bundle.parent)  # a choice of backend that was kept elsewhere was made at another time
-    with subprocess.Popen(arguments, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(arguments, env=environ, start_new_session=True, **silent) as process:
         try:
             url = f"http://127.0.0.1:{port}"
             for _ in range(900):
@@ -72,6 +74,8 @@ def serving(
         finally:
             process.terminate()
             process.wait(60)
+            with suppress(ProcessLookupError):  # LitServe leaves its workers behind, which go on polling
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def resident_mib(pid: int) -> float:

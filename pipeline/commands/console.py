@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.stopping import Stopped
 
+# Named, not imported: that would load PyTorch for every command.
+INPUT_ERRORS = ("BundleError", "CacheError", "TranslationError", "PromotionError")
+SERVICE_ERRORS = ("TrackingError", "CheckpointError", "NightError", "ScheduleError", "ScoringError", "Taken")
+
 
 def run(command: str, work: Callable[[], int]) -> int:
     """Run a command's work. Returns its exit code; 2 for input that cannot be used, 1 for a service that failed, each with its reason."""
@@ -25,11 +29,11 @@ def run(command: str, work: Callable[[], int]) -> int:
     except (ConfigError, PolicyError, DataError, ImageError) as error:
         return _failed(command, error, 2)
     except ValueError as error:
-        if type(error).__name__ == "BundleError":  # named, not imported: that would load PyTorch for every command
+        if type(error).__name__ in INPUT_ERRORS:
             return _failed(command, error, 2)
         raise
     except RuntimeError as error:
-        if type(error).__name__ in ("TrackingError", "CheckpointError"):
+        if type(error).__name__ in SERVICE_ERRORS:
             return _failed(command, error, 1)
         raise
     except OSError as error:

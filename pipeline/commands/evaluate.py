@@ -38,14 +38,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     from pipeline.files import write_atomically
     from pipeline.report import make_report
     from pipeline.robustness import measure_robustness
+    from pipeline.scoring import preprocess_of
     from pipeline.slices import slices
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
     manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass")
-    held_out = "test" not in manifest.splits()
-    if held_out:
-        manifest = _held_out(info, manifest)
+    drawn = "test" not in manifest.splits()
+    if drawn:
+        manifest = held_out(info, manifest)
     samples = relabelled(manifest, info.labels)
     split = args.split or ("test" if "test" in manifest.splits() else None)
     if split is not None:
@@ -104,7 +105,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         numbers = {"bundle": bundle.digest, "pictures": len(samples), "split": split, "metrics": result.metrics}
         numbers |= {"labels": list(info.labels), "per_class": result.per_class, "confusion": confusion}
         numbers |= {"intervals": result.intervals, "slices": [dataclasses.asdict(part) for part in parts]}
-        if held_out:  # else nobody has looked
+        if drawn:  # else nobody has looked
             numbers |= {"near_duplicates": [[a.path, b.path] for a, b in manifest.near_of(samples)]}
         numbers |= {"robustness": robustness.to_dict()} if robustness is not None else {}
         write_atomically(args.json, json.dumps(numbers, indent=2, ensure_ascii=False).encode())
@@ -112,7 +113,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _held_out(info, manifest):
+def held_out(info, manifest):
     """The data as they were split for training where these are the training data: what was learned by heart must not count as known.
 
     They are known by their content. DataError where they lie where the training data lay but are others now: which of them were trained on
@@ -121,11 +122,12 @@ def _held_out(info, manifest):
     from pipeline.config import config_from_dict
     from pipeline.data.check import drop_bad, scan
     from pipeline.data.manifest import DataError
+    from pipeline.recipe import reads
     from pipeline.training import prepare_data
 
     config = config_from_dict(info.config)
     config.data.source = manifest.source
-    found = scan(manifest.samples)
+    found = scan(manifest.samples, reads=reads(config))
     readable = drop_bad(manifest, found, "skip")
     if found.content(readable) == info.data.get("content"):
         print("these are the pictures that the bundle was trained on; measuring its own hold-out")
@@ -154,14 +156,3 @@ def relabelled(manifest, labels):
         )
     place = [labels.index(label) for label in manifest.labels]
     return [replace(sample, labels=tuple(place[i] for i in sample.labels)) for sample in manifest.samples]
-
-
-def preprocess_of(info):
-    """The bundle's Preprocess; BundleError if its numbers are none."""
-    from augment import Preprocess
-    from models.bundle import BundleError
-
-    try:
-        return Preprocess.from_dict(info.preprocess)
-    except ValueError as error:
-        raise BundleError(f"bundle {info.name}: {error}") from error

@@ -26,7 +26,7 @@ def _lab(args: argparse.Namespace) -> int:
     known = experiments()
     for name in args.name:
         if name not in known:
-            from augment.policy import nearest
+            from augment.ops.op import nearest
 
             raise ConfigError(f"no experiment is called {name!r}{nearest(name, known)}. Known: {', '.join(known)}")
     failed = []

@@ -23,7 +23,8 @@ def main(argv: list[str]) -> int:
 
 def _ops(args: argparse.Namespace) -> int:
     from augment.ops import OPS
-    from augment.policy import PolicyError, nearest
+    from augment.ops.op import nearest
+    from augment.policy import PolicyError
 
     if args.name is not None and args.name not in OPS:
         hint = nearest(args.name, OPS) or f"; known: {', '.join(OPS)}"
@@ -55,7 +56,7 @@ def _ops(args: argparse.Namespace) -> int:
     return 0
 
 
-_KINDS = ("geometric", "color", "pixel", "region", "batch", "choice")
+_KINDS = ("geometric", "color", "pixel", "region", "batch", "text", "choice")
 
 
 def described(name: str) -> dict[str, Any]:

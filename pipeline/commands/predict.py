@@ -16,13 +16,18 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("bundle", help="a bundle's folder")
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER", help="pictures, or folders searched for them"
+        "paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help="pictures, or folders searched for them"
+    )
+    parser.add_argument(
+        "--text", default="", help="that goes with each picture, or alone, where the bundle reads texts"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line and picture")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="how many labels for each picture (default 5)")
     args = parser.parse_args(argv)
     if args.top < 1:
         parser.error(f"--top: {args.top} is not at least 1")
+    if not args.paths and not args.text.strip():
+        parser.error("name pictures, or give a --text")
     return console.run("predict", lambda: _predict(args))
 
 
@@ -30,21 +35,22 @@ def _predict(args: argparse.Namespace) -> int:
     import numpy as np
 
     from models.bundle import load_bundle
-    from pipeline.commands.evaluate import preprocess_of
-    from pipeline.scoring import score
+    from pipeline.scoring import Question, preprocess_of, score
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
-    files = picture_files(args.paths)
+    classifier = bundle.classifier()
+    files = _asked(args, classifier.reads)
+    questions = [Question(file.read_bytes, args.text) for file in files] or [Question(bytes, args.text, False)]
     answers = score(
-        bundle.classifier(),
+        classifier,
         preprocess_of(info),
-        [file.read_bytes for file in files],
+        questions,
         task=info.task,
         temperature=info.temperature,
     )
     failed = 0
-    for file, answer in zip(files, answers, strict=True):
+    for file, answer in zip(files or [Path("text")], answers, strict=True):
         if isinstance(answer, np.ndarray):
             _show(file, answer, info, args)
             continue
@@ -57,18 +63,23 @@ def _predict(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _asked(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
+    """The pictures. DataError for what the bundle does not read."""
+    from pipeline.data.manifest import DataError
+
+    if args.text and "texts" not in reads:
+        raise DataError(f"--text: {args.bundle} reads no texts")
+    if args.paths and "pictures" not in reads:
+        raise DataError(f"{args.bundle} reads no pictures, only --text")
+    return picture_files(args.paths) if args.paths else []
+
+
 def _show(file: Path, answer, info, args: argparse.Namespace) -> None:
-    order = (-answer).argsort(kind="stable")[: args.top]
-    top = [{"label": info.labels[i], "confidence": round(float(answer[i]), 6)} for i in order]
-    if not args.json:
-        print(f"{file}: " + ", ".join(f"{item['label']} {item['confidence']:.1%}" for item in top))
-        return
-    line = {"path": str(file), "label": top[0]["label"], "confidence": top[0]["confidence"], "top": top}
-    if info.task == "multilabel":
-        line["labels"] = [
-            name for name, p, least in zip(info.labels, answer, info.thresholds, strict=True) if p >= least
-        ]
-    print(json.dumps(line, ensure_ascii=False))
+    from models.answer import line, prediction
+
+    thresholds = info.thresholds if info.task == "multilabel" else None
+    found = prediction(answer, info.labels, top=args.top, thresholds=thresholds, abstain_below=info.abstain_below)
+    print(json.dumps({"path": str(file), **found}, ensure_ascii=False) if args.json else line(file, found))
 
 
 def picture_files(paths: list[Path]) -> list[Path]:

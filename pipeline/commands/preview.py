@@ -50,6 +50,7 @@ def _preview(args: argparse.Namespace) -> int:
 def _from_config(args: argparse.Namespace):
     from pipeline.config import load_config
     from pipeline.data.manifest import DataError, load_manifest
+    from pipeline.preview import Shown
 
     config = load_config(args.source)
     manifest = load_manifest(config.data.source, config.data.task)
@@ -59,7 +60,7 @@ def _from_config(args: argparse.Namespace):
         sample = training[index]
         try:
             title = ";".join(manifest.labels[i] for i in sample.labels) or "-"
-            pictures.append((title, sample.read(), index))
+            pictures.append(Shown(title, sample.read(), index, sample.text))
         except OSError as error:
             raise DataError(f"{sample.path}: {error.strerror}") from error
     return config.augment.policy, config.trainer.seed, config.image_size(), pictures
@@ -67,9 +68,10 @@ def _from_config(args: argparse.Namespace):
 
 def _from_pictures(args: argparse.Namespace):
     from pipeline.commands.predict import picture_files
+    from pipeline.preview import Shown
 
     files = picture_files([Path(args.source)])
-    pictures = [(files[index].stem, files[index].read_bytes(), index) for index in _spread(len(files), args.rows)]
+    pictures = [Shown(files[index].stem, files[index].read_bytes(), index) for index in _spread(len(files), args.rows)]
     return "imagenet", 0, 224, pictures
 
 

@@ -19,33 +19,30 @@ def main(argv: list[str]) -> int:
 def _replay(path: Path) -> int:
     import torch
 
-    from models.classifier import Classifier
+    from models.classifier import inputs_of
     from models.losses import classification_loss
-    from models.networks import build
+    from models.making import make_classifier
     from pipeline.config import ConfigError
     from pipeline.reproducer import first_not_finite, layers
 
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-        network, weights, batch = stored["network"], stored["weights"], stored["batch"]
-        size, how = tuple(network["image_size"]), {"head": network["head"], "args": network["args"]}
-        classifier = Classifier(
-            build(network["name"], stored["classes"], image_size=size, **how),
-            mean=stored["mean"], std=stored["std"], normalize=stored["normalize"], image_size=size,
-        )  # fmt: skip
+        weights, batch = stored["weights"], stored["batch"]
+        own = {name: stored[name] for name in ("mean", "std", "normalize", "text", "files")}
+        classifier = make_classifier(stored["network"], stored["classes"], **own)
         classifier.load_state_dict(weights)
     except OSError:
         raise
     except Exception as error:  # torch's readers stumble over other files in many ways
         raise ConfigError(f"{path}: is no bad-batch.pt of a training ({type(error).__name__}: {error})") from error
+    inputs = inputs_of(batch)
     print(f"epoch {stored['epoch']}, step {stored['step']}, seed {stored['seed']}: {len(batch['targets'])} pictures")
     print(f"{'layer':<40} {'kind':<20} {'lowest':>12} {'highest':>12} {'not finite':>11}")
-    for name, kind, output in layers(classifier, batch["images"]):
+    for name, kind, output in layers(classifier, inputs):
         lost = 1 - float(output.isfinite().float().mean())
         print(f"{name:<40} {kind:<20} {float(output.min()):>12.4g} {float(output.max()):>12.4g} {lost:>11.1%}")
-    images = batch["images"].flatten(0, -4) if batch["images"].ndim > 4 else batch["images"]
     with torch.no_grad():
-        logits = classifier.train()(images)[: len(batch["targets"])]
+        logits = classifier.train()(*inputs)[: len(batch["targets"])]
     losses = [
         float(classification_loss(logits[i : i + 1], batch["targets"][i : i + 1], task=stored["task"]))
         for i in range(len(logits))
@@ -55,5 +52,5 @@ def _replay(path: Path) -> int:
     for i in worst:
         index, picture, plan = stored["samples"][i]
         print(f"  {losses[i]:>10.4g}  sample {index}, {picture}\n              {plan}")
-    print(first_not_finite(classifier, batch["images"]))
+    print(first_not_finite(classifier, inputs))
     return 0

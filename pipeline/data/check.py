@@ -16,31 +16,36 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Scan:
-    """hashes: path → SHA-256 of the file, for every picture that could be decoded; looks: path → `pipeline.data.near.look_of` of it; bad:
-    path → why not."""
+    """hashes: a sample's key → SHA-256 of what the network reads of it, for every picture that could be decoded; groups: key → that of the
+    picture alone, where there is one; looks: path → `pipeline.data.near.look_of` of it; bad: path → why not."""
 
     hashes: dict[str, str]
+    groups: dict[str, str]
     looks: dict[str, bytes]
     bad: dict[str, str]
 
     def content(self, manifest: Manifest) -> str:
         """SHA-256 over every sample's content and labels, however it is split."""
-        lines = sorted(f"{self.hashes[s.path]} {[manifest.labels[i] for i in s.labels]}" for s in manifest.samples)
+        lines = sorted(f"{self.hashes[s.key]} {[manifest.labels[i] for i in s.labels]}" for s in manifest.samples)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def fingerprint(self, manifest: Manifest) -> str:
         """SHA-256 over every sample's content, labels and split; the same wherever the files lie, and in whatever order."""
         lines = sorted(
-            f"{self.hashes[s.path]} {[manifest.labels[i] for i in s.labels]} {s.split}" for s in manifest.samples
+            f"{self.hashes[s.key]} {[manifest.labels[i] for i in s.labels]} {s.split}" for s in manifest.samples
         )
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def scan(samples: Sequence[Sample], *, progress: bool = True) -> Scan:
-    """Hash and decode every picture, on all cores (decoding releases the GIL)."""
+PICTURES = frozenset({"pictures"})
+
+
+def scan(samples: Sequence[Sample], *, reads: frozenset[str] = PICTURES, progress: bool = True) -> Scan:
+    """Hash and decode every picture, on all cores (decoding releases the GIL). reads: `pictures`, `texts`, or both, by what the network
+    reads; texts that it does not read make no difference."""
     from tqdm import tqdm
 
-    hashes, looks, bad = {}, {}, {}
+    hashes, groups, looks, bad = {}, {}, {}, {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(_look, samples, chunksize=16)
         for sample, (digest, look, problem) in zip(
@@ -51,8 +56,14 @@ def scan(samples: Sequence[Sample], *, progress: bool = True) -> Scan:
             if problem:
                 bad[sample.path] = problem
             else:
-                hashes[sample.path], looks[sample.path] = digest, look
-    return Scan(hashes, looks, bad)
+                looks[sample.path] = look
+                text = hashlib.sha256(sample.text.strip().encode("utf-8", "replace")).hexdigest()
+                seen = digest if "pictures" in reads and sample.pictured else ""
+                groups[sample.key] = seen or text
+                hashes[sample.key] = (
+                    seen if "texts" not in reads else hashlib.sha256(f"{seen}{text}".encode()).hexdigest()
+                )
+    return Scan(hashes, groups, looks, bad)
 
 
 def drop_bad(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
@@ -70,7 +81,7 @@ def drop_shared(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
     """The manifest without training pictures that are held out as well (by content); DataError lists them under `error`."""
     splits: dict[str, dict[str, str]] = defaultdict(dict)
     for sample in manifest.samples:
-        splits[found.hashes[sample.path]].setdefault(sample.split, sample.path)
+        splits[found.groups[sample.key]].setdefault(sample.split, sample.path)
     shared = {digest: where for digest, where in splits.items() if len(where) > 1}
     if shared and on_bad_file == "error":
         raise DataError(
@@ -83,14 +94,14 @@ def drop_shared(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
         )
     # The most held-out split keeps its copy.
     kept = {digest: max(where, key=SPLITS.index) for digest, where in shared.items()}
-    return manifest.with_samples([s for s in manifest.samples if kept.get(found.hashes[s.path], s.split) == s.split])
+    return manifest.with_samples([s for s in manifest.samples if kept.get(found.groups[s.key], s.split) == s.split])
 
 
 def drop_contradictory(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
     """The manifest without pictures whose copies carry other labels; DataError lists them under `error`."""
     labels: dict[str, dict[tuple[int, ...], str]] = defaultdict(dict)
     for sample in manifest.samples:
-        labels[found.hashes[sample.path]].setdefault(tuple(sorted(sample.labels)), sample.path)
+        labels[found.hashes[sample.key]].setdefault(tuple(sorted(sample.labels)), sample.path)
     torn = {digest: where for digest, where in labels.items() if len(where) > 1}
     if torn and on_bad_file == "error":
         named = (
@@ -102,7 +113,7 @@ def drop_contradictory(manifest: Manifest, found: Scan, on_bad_file: str) -> Man
             + _listed(named)
             + "\nMend the labels, or leave these pictures out with --data.on_bad_file skip."
         )
-    return manifest.with_samples([sample for sample in manifest.samples if found.hashes[sample.path] not in torn])
+    return manifest.with_samples([sample for sample in manifest.samples if found.hashes[sample.key] not in torn])
 
 
 def check_classes(manifest: Manifest) -> list[str]:

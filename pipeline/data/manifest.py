@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,15 +27,22 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture. path: its file, or a name where `data` holds the encoded bytes; labels: indices; split: "" where not given; metadata:
-    further columns of its manifest, column → value."""
+    """One picture, with its text or without, or a text alone. path: the picture's file, or a name where `data` holds the encoded bytes;
+    labels: indices; split: "" where not given; pictured: false for a text alone, whose picture is a plain grey one; metadata: further
+    columns of its manifest, column → value."""
 
     path: str
     labels: tuple[int, ...]
     split: str = ""
     text: str = ""
     data: bytes | None = field(default=None, repr=False)
+    pictured: bool = True
     metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def key(self) -> str:
+        """What tells it from others: a picture may be there several times with other texts."""
+        return f"{self.path}\0{self.text}" if self.text else self.path
 
     def read(self) -> bytes:
         """The encoded picture. OSError where the file cannot be read."""
@@ -151,9 +159,8 @@ def _from_folder(root: Path, task: str) -> Manifest:
     return _manifest(str(root), samples, labels, task, tuple(empty), tuple(ignored))
 
 
-def _from_table(path: Path, task: str) -> Manifest:
-    """Columns: path (relative to the manifest's folder, or absolute), label (several as `a;b`), perhaps split and text, and any others as
-    metadata."""
+def read_table(path: Path) -> "pd.DataFrame":
+    """A CSV or Parquet file, all of its columns as text. DataError."""
     import pandas as pd
 
     try:
@@ -170,15 +177,26 @@ def _from_table(path: Path, task: str) -> Manifest:
     except Exception as error:  # pandas and pyarrow raise many kinds for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: cannot be read as a {path.suffix[1:].upper()} table ({reason})") from error
+    if table.empty:
+        raise DataError(f"{path}: the manifest has no rows")
+    return table
+
+
+def _from_table(path: Path, task: str) -> Manifest:
+    """Columns: path (relative to the manifest's folder, or absolute), label (several as `a;b`), perhaps split and text, and any others as
+    metadata."""
+    import pandas as pd
+
+    table = read_table(path)
+    if "path" not in table.columns and "text" in table.columns:
+        table["path"] = ""
     missing = [column for column in ("path", "label") if column not in table.columns]
     if missing:
         whole = len(table.columns) == 1 and any(mark in str(table.columns[0]) for mark in (";", "\t", "|"))
         hint = "; separate them by commas" if whole else ""
         raise DataError(
-            f"{path}: no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}; needed: path,label[,split][,text]{hint}"
+            f"{path}: no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}; needed: path,label and/or text[,split]{hint}"
         )
-    if table.empty:
-        raise DataError(f"{path}: the manifest has no rows")
     splits = table["split"].str.strip() if "split" in table.columns else pd.Series("", index=table.index)
     _refuse_rows(path, ~splits.isin([*SPLITS, ""]), splits, "split", f"one of {', '.join(SPLITS)}, or empty")
     if (splits == "").any() and (splits != "").any():
@@ -186,6 +204,13 @@ def _from_table(path: Path, task: str) -> Manifest:
     if (splits != "").all() and "train" not in set(splits):
         raise DataError(f"{path}: no row has the split `train`")
     texts = table["text"] if "text" in table.columns else pd.Series("", index=table.index)
+    _refuse_rows(
+        path,
+        (table["path"].str.strip() == "") & (texts.str.strip() == ""),
+        table["path"],
+        "path",
+        "a file, nor is there a text",
+    )
     names = [
         tuple(dict.fromkeys(part.strip() for part in label.split(";") if part.strip())) for label in table["label"]
     ]
@@ -200,9 +225,12 @@ def _from_table(path: Path, task: str) -> Manifest:
     columns = [column for column in table.columns if column not in COLUMNS]
     further = [dict(zip(map(str, columns), row, strict=True)) for row in table[columns].itertuples(index=False)]
     samples = [
-        Sample(str(path.parent / file), tuple(index[name] for name in row), split, text, metadata=more)
-        for file, row, split, text, more in zip(table["path"], names, splits, texts, further, strict=True)
-    ]
+        Sample(
+            str(path.parent / file) if file.strip() else f"{path.name}#{number}", tuple(index[name] for name in row), split, text,
+            None if file.strip() else _blank(), bool(file.strip()), metadata=more,
+        )
+        for number, (file, row, split, text, more) in enumerate(zip(table["path"], names, splits, texts, further, strict=True), start=2)
+    ]  # fmt: skip
     return _manifest(str(path), samples, labels, "multilabel" if several else task, (), ())
 
 
@@ -235,6 +263,14 @@ def _manifest(
     if len(labels) < 2 and task != "multilabel":
         raise DataError(f"{source}: only one class ({', '.join(labels)}); a classifier needs two or more")
     return Manifest(source, tuple(samples), labels, task, empty, ignored)
+
+
+@cache
+def _blank() -> bytes:
+    """What stands for the picture of a text alone wherever one is shown or decoded."""
+    import cv2
+
+    return cv2.imencode(".png", np.full((32, 32, 3), 128, np.uint8))[1].tobytes()
 
 
 def _refuse_rows(path: Path, wrong, values, column: str, accepted: str) -> None:

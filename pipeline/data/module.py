@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from augment import Augmenter, ImageError, Preprocess, decode, image_size
+from models.texts.tokens import Tokens, rows
 from pipeline.data.manifest import DataError, Manifest, Sample
 from pipeline.data.order import Share, TrainOrder
 
@@ -33,7 +34,10 @@ class TrainPictures(Dataset[Item]):
         views: bool = False,
         decoded: Sequence[np.ndarray] | None = None,
         raw: bool = False,
+        tokens: Tokens | None = None,
+        pictures: bool = True,
     ) -> None:
+        self.tokens, self.pictures = tokens, pictures
         self.samples, self.augmenter, self.targets, self.views = samples, augmenter, targets, views
         self.decoded, self.raw = decoded, raw
 
@@ -42,15 +46,26 @@ class TrainPictures(Dataset[Item]):
 
     def __getitem__(self, key: tuple[int, int, int]) -> Item:
         epoch, index, repeat = key
+        item = {"targets": self.targets[index], "indices": index, "repeats": repeat}
+        if self.tokens is not None:
+            item |= _read(self.samples[index], self.tokens, self.augmented(key))
         if self.raw:
-            return {"targets": self.targets[index], "indices": index, "repeats": repeat, "keys": key}
+            return {**item, "keys": key}
+        if not self.pictures:
+            return item
         augment = self.augmenter.views if self.views else self.augmenter
         image = _named(
             self.samples[index],
             lambda data: augment(data, epoch=epoch, index=index, repeat=repeat),
             None if self.decoded is None else self.decoded[index],
         )
-        return {"images": image, "targets": self.targets[index], "indices": index, "repeats": repeat}
+        return {"images": image, **item}
+
+    def augmented(self, key: tuple[int, int, int]) -> str:
+        """The sample's text as the policy draws it."""
+        epoch, index, repeat = key
+        text = self.samples[index].text
+        return self.augmenter.text(text, epoch=epoch, index=index, repeat=repeat) if self.augmenter.texts else text
 
 
 class Pictures(Dataset[Item]):
@@ -62,8 +77,11 @@ class Pictures(Dataset[Item]):
         preprocess: Preprocess,
         targets: np.ndarray,
         decoded: Sequence[np.ndarray] | None = None,
+        tokens: Tokens | None = None,
+        pictures: bool = True,
     ) -> None:
         self.samples, self.preprocess, self.targets, self.decoded = samples, preprocess, targets, decoded
+        self.tokens, self.pictures = tokens, pictures
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -73,12 +91,15 @@ class Pictures(Dataset[Item]):
         return _named(self.samples[index], self.preprocess) if self.decoded is None else self.decoded[index]
 
     def __getitem__(self, index: int) -> Item:
-        return {"images": self.pixels(index), "targets": self.targets[index], "indices": index}
+        item = {"targets": self.targets[index], "indices": index}
+        if self.tokens is not None:
+            item |= _read(self.samples[index], self.tokens, self.samples[index].text)
+        return {"images": self.pixels(index), **item} if self.pictures else item
 
 
 class PictureData(lightning.LightningDataModule):
     """Batches: `images` uint8 B×3×H×W, `targets` int64 (B,) or float32 B×C (multilabel), `indices` int64 (B,); in training also
-    `repeats` int64 (B,)."""
+    `repeats` int64 (B,); for networks that read texts `texts` int32 B×L and `pictured` bool (B,), see `models.texts.tokens`."""
 
     def __init__(
         self,
@@ -93,10 +114,13 @@ class PictureData(lightning.LightningDataModule):
         balanced: bool = False,
         memory: str = "never",
         on_device: bool = False,
+        tokens: Tokens | None = None,
+        pictures: bool = True,
     ) -> None:
         """repeats, balanced, views: of the training pictures, see `TrainOrder` and `TrainPictures`. memory: see `fits_memory`; "always"
         keeps them decoded, "never" does not. on_device: augment batches of pictures in memory by the batch executor, on the device.
-        workers: None takes none for pictures in memory, else one for each core, at most 8. DataError for balanced multilabel data."""
+        workers: None takes none for pictures in memory, else one for each core, at most 8. tokens: of a network that reads texts;
+        pictures: whether it reads pictures. DataError for balanced multilabel data."""
         super().__init__()
         self.manifest, self.preprocess, self.batch_size = manifest, preprocess, batch_size
         train, targets = manifest.of("train"), targets_of(manifest.of("train"), manifest)
@@ -104,16 +128,18 @@ class PictureData(lightning.LightningDataModule):
             raise DataError(
                 "data.sampler: balanced needs one label a picture; for multilabel weigh the labels by loss.class_weights"
             )
-        self.in_memory = memory == "always" or (memory == "auto" and fits_memory(manifest.samples))
+        self.tokens, self.pictures = tokens, pictures
+        self.in_memory = pictures and (memory == "always" or (memory == "auto" and fits_memory(manifest.samples)))
         if workers is None:
-            encoded = manifest.samples[0].data is not None
+            encoded = not pictures or manifest.samples[0].data is not None
             workers = 0 if self.in_memory or encoded else min(8, os.cpu_count() or 1)
         self.workers = workers
         pixels = decoded(train, decode, "decoding") if self.in_memory else None
         alike = pixels is not None and len({image.shape for image in pixels}) == 1
         self.train_set = TrainPictures(
-            train, augmenter, targets, views=views, decoded=pixels, raw=on_device and alike and not views
-        )
+            train, augmenter, targets, views=views, decoded=pixels, raw=on_device and alike and not views,
+            tokens=tokens, pictures=pictures,
+        )  # fmt: skip
         self.order = TrainOrder(
             len(train), seed=augmenter.seed, repeats=repeats, classes=targets.tolist() if balanced else None
         )
@@ -136,7 +162,10 @@ class PictureData(lightning.LightningDataModule):
         if split not in self._measured:
             samples = self.manifest.of(split)
             pixels = decoded(samples, self.preprocess, "preprocessing") if self.in_memory else None
-            self._measured[split] = Pictures(samples, self.preprocess, targets_of(samples, self.manifest), pixels)
+            targets = targets_of(samples, self.manifest)
+            self._measured[split] = Pictures(
+                samples, self.preprocess, targets, pixels, tokens=self.tokens, pictures=self.pictures
+            )
         return self._measured[split]
 
     def loader_of(self, split: str) -> DataLoader[Item]:
@@ -200,12 +229,15 @@ class PictureData(lightning.LightningDataModule):
 
 
 def collate(items: Sequence[Item]) -> Item:
-    """One batch of items: uint8 H×W×3 `images` or views of that become B×3×H×W, B×V×3×H×W; the others are stacked."""
+    """One batch of items: uint8 H×W×3 `images` or views of that become B×3×H×W, B×V×3×H×W; `texts` are filled up to the longest; the others
+    are stacked."""
     batch = {
         name: torch.from_numpy(np.stack([np.asarray(item[name]) for item in items]))
         for name in items[0]
-        if name != "images"
+        if name not in ("images", "texts")
     }
+    if "texts" in items[0]:
+        batch["texts"] = torch.from_numpy(rows([item["texts"] for item in items]))
     if "images" not in items[0]:
         return batch
     first = items[0]["images"]
@@ -248,6 +280,11 @@ def targets_of(samples: Sequence[Sample], manifest: Manifest) -> np.ndarray:
     for row, sample in zip(targets, samples, strict=True):
         row[list(sample.labels)] = 1
     return targets
+
+
+def _read(sample: Sample, tokens: Tokens, text: str) -> Item:
+    """What a network that reads texts gets beside the picture."""
+    return {"texts": tokens(text)[0], "pictured": sample.pictured}
 
 
 def _named(sample: Sample, use: Callable[[Any], np.ndarray], pixels: np.ndarray | None = None) -> np.ndarray:

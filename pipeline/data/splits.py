@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from augment.random import generator
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import Manifest, Sample
 
 
 def draw_splits(
@@ -14,7 +14,8 @@ def draw_splits(
 ) -> Manifest:
     """Give every sample a split.
 
-    hashes: path → content hash; copies of one picture go together, so that none is both trained on and measured. Data without splits
+    hashes: a sample's key → content hash; copies of one picture go together, so that none is both trained on and measured. Data without
+    splits
     gets both drawn; data with splits gets the missing ones of `val` and `test` drawn from `train`. Within each class the shares hold to
     the picture, and a class of three or more has one in each; for multilabel, within each set of labels that ten pictures or more carry,
     and within the rest together.
@@ -27,7 +28,7 @@ def draw_splits(
     for i, sample in enumerate(manifest.samples):
         if sample.split in ("", "train"):
             rare = manifest.task == "multilabel" and carried[sample.labels] < 10
-            groups[() if rare else sample.labels][hashes[sample.path]].append(i)
+            groups[() if rare else sample.labels][hashes[sample.key]].append(i)
     split_of: dict[int, str] = {}
     taken: dict[str, str] = {}
     for labels, copies in sorted(groups.items()):
@@ -46,13 +47,19 @@ def draw_splits(
     return manifest.with_samples([replace(s, split=split_of.get(i, s.split)) for i, s in enumerate(manifest.samples)])
 
 
+def _written(sample: Sample) -> str:
+    if not sample.pictured:
+        return ""
+    return sample.path if sample.data is not None else str(Path(sample.path).resolve())
+
+
 def write_splits(manifest: Manifest, path: Path) -> None:
     """A CSV manifest (path,label,split,text and the metadata) of the data as it was split; `refract train` reads it again."""
     import pandas as pd
 
     rows = [
         {
-            "path": sample.path if sample.data is not None else str(Path(sample.path).resolve()),
+            "path": _written(sample),
             "label": ";".join(manifest.labels[i] for i in sample.labels),
             "split": sample.split,
             "text": sample.text,

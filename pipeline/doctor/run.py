@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from augment.ops.choice import ChoiceOp
+from models.classifier import inputs_of
 from pipeline.config import Config, ConfigError
 from pipeline.doctor.findings import Finding, Record
 from pipeline.doctor.watch import OVERFIT_PICTURES, Doctor
@@ -43,8 +44,9 @@ def make_doctor(made: "Assembly", config: Config) -> Doctor:
     if len(places) >= OVERFIT_PICTURES:
         batch = collate([pictures[i] for i in places])
         # Of several classes, where the pictures are sorted by them.
-        order = torch.randperm(len(batch["images"]), generator=torch.Generator().manual_seed(0))
-        doctor.preflight(made.module, batch["images"][order], batch["targets"][order])
+        order = torch.randperm(len(batch["targets"]), generator=torch.Generator().manual_seed(0))
+        shuffled = {name: values[order] for name, values in batch.items()}
+        doctor.preflight(made.module, inputs_of(shuffled), shuffled["targets"])
     return doctor
 
 

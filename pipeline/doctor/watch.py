@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from models.classifier import Inputs, inputs_of
 from models.losses import classification_loss
 from models.module import ClassifierModule
 from pipeline.doctor.findings import Finding, Record, early, late
@@ -49,10 +50,11 @@ class Doctor(Callback):
         self.record.history = list(history)
         return [*self.preflight_findings, *early(self.record), *late(self.record)]
 
-    def preflight(self, module: ClassifierModule, images: Tensor, targets: Tensor) -> None:
-        """Look at measured pictures, and try whether the network can learn a few of them by heart. images: uint8 (N, 3, H, W)."""
-        self._look_at_inputs("val", module, images)
-        found = overfits(module, images[:OVERFIT_PICTURES], targets[:OVERFIT_PICTURES])
+    def preflight(self, module: ClassifierModule, inputs: Inputs, targets: Tensor) -> None:
+        """Look at measured pictures, and try whether the network can learn a few of the samples by heart. inputs: of the classifier."""
+        self._look_at_inputs("val", module, inputs[0])
+        few = tuple(None if own is None else own[:OVERFIT_PICTURES] for own in inputs)
+        found = overfits(module, few, targets[:OVERFIT_PICTURES])
         if found is not None:
             self.preflight_findings.append(found)
             log.warning("doctor: %s", found)
@@ -65,8 +67,7 @@ class Doctor(Callback):
         if batch_idx == 0:
             self._look_at_units(pl_module.classifier)
         if trainer.global_step == 0 and batch_idx == 0:
-            images = batch["images"]
-            self._look_at_inputs("train", pl_module, images.flatten(0, -4) if images.ndim > 4 else images)
+            self._look_at_inputs("train", pl_module, inputs_of(batch)[0])
 
     def on_before_backward(self, trainer: lightning.Trainer, pl_module: Any, loss: Tensor) -> None:
         self._took("forward")
@@ -120,7 +121,9 @@ class Doctor(Callback):
             self.record.losses += torch.stack(self._losses).float().cpu().tolist()
             self._losses = []
 
-    def _look_at_inputs(self, split: str, module: Any, images: Tensor) -> None:
+    def _look_at_inputs(self, split: str, module: Any, images: Tensor | None) -> None:
+        if images is None:
+            return
         with torch.no_grad():
             normalised = module.classifier.normalise(images[:64].to(module.device))
         self.record.inputs[split] = (float(normalised.mean()), float(normalised.std()))
@@ -144,8 +147,8 @@ class Doctor(Callback):
                 self._hooks.append(module.register_forward_hook(watch(name, self.record.saturated, flat)))
 
 
-def overfits(module: ClassifierModule, images: Tensor, targets: Tensor) -> Finding | None:
-    """None where a copy of the network learns the pictures by heart, or is too slow to say within OVERFIT_SECONDS. Draws from no shared
+def overfits(module: ClassifierModule, inputs: Inputs, targets: Tensor) -> Finding | None:
+    """None where a copy of the network learns the samples by heart, or is too slow to say within OVERFIT_SECONDS. Draws from no shared
     generator; the module stays as it is."""
     began, losses = time.perf_counter(), list[float]()
     devices = [module.device] if module.device.type == "cuda" else []
@@ -154,7 +157,7 @@ def overfits(module: ClassifierModule, images: Tensor, targets: Tensor) -> Findi
         trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=3e-3)
         for _ in range(OVERFIT_STEPS):
-            loss = classification_loss(classifier(images), targets, task=module.task)
+            loss = classification_loss(classifier(*inputs), targets, task=module.task)
             losses.append(float(loss.detach()))
             if losses[-1] < 0.5 * losses[0] or time.perf_counter() - began > OVERFIT_SECONDS or loss.grad_fn is None:
                 return None
@@ -165,7 +168,7 @@ def overfits(module: ClassifierModule, images: Tensor, targets: Tensor) -> Findi
         return None
     return Finding(
         "one batch is not learned",
-        f"in {OVERFIT_STEPS} steps on the same {len(images)} pictures the loss went from {losses[0]:.3f} to {losses[-1]:.3f}",
+        f"in {OVERFIT_STEPS} steps on the same {len(targets)} pictures the loss went from {losses[0]:.3f} to {losses[-1]:.3f}",
         "look at the labels, at what is frozen (model.mode), at strong dropout: what cannot learn one batch learns no data set",
     )
 

@@ -18,23 +18,27 @@ from pipeline.robustness import Robustness
 from pipeline.slices import slices
 
 SHOWN = 24
+TEXT_SHOWN = 120
+"""Characters of a sample's text."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """numbers: JSON values; figures: title → data address; galleries: title → pictures, each with `src`, `caption` and `path`."""
+    """numbers: JSON values; figures: title → data address; galleries: title → pictures, each with `src`, `caption` and `path`; template: of
+    this folder."""
 
     title: str
     numbers: dict[str, Any]
     figures: dict[str, str] = field(default_factory=dict)
     galleries: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    template: str = "report.html"
 
     def write(self, folder: Path) -> list[Path]:
         """`report.html` and `report.json`, in a folder. OSError as usual."""
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
         env = Environment(loader=PackageLoader("pipeline.report", "."), autoescape=True, undefined=StrictUndefined)
-        html = env.get_template("report.html").render(
+        html = env.get_template(self.template).render(
             title=self.title, numbers=self.numbers, figures=self.figures, galleries=self.galleries
         )
         paths = {"report.html": html, "report.json": json.dumps(self.numbers, indent=1, ensure_ascii=False) + "\n"}
@@ -112,7 +116,7 @@ def _pictures(evaluation: Evaluation, places: np.ndarray, labels: Sequence[str])
     for i in places[:SHOWN]:
         sample, answer = evaluation.samples[i], int(evaluation.probabilities[i].argmax())
         said = f"{labels[answer]} {evaluation.probabilities[i, answer]:.0%}, labelled {_named(sample, labels)}"
-        rows.append({"src": figures.thumbnail(sample.read()), "caption": said, "path": sample.path})
+        rows.append({"src": figures.thumbnail(sample.read()), "caption": said + _said(sample), "path": sample.path})
     return rows
 
 
@@ -124,8 +128,13 @@ def _label_pictures(evaluation: Evaluation, labels: Sequence[str]) -> list[dict[
     for i in order[:SHOWN]:
         sample, label = evaluation.samples[i], int(off[i].argmax())
         said = f"{labels[label]} {evaluation.probabilities[i, label]:.0%}, labelled {_named(sample, labels)}"
-        rows.append({"src": figures.thumbnail(sample.read()), "caption": said, "path": sample.path})
+        rows.append({"src": figures.thumbnail(sample.read()), "caption": said + _said(sample), "path": sample.path})
     return rows
+
+
+def _said(sample: Sample) -> str:
+    text = sample.text.strip()
+    return f": “{text[:TEXT_SHOWN]}{'…' if len(text) > TEXT_SHOWN else ''}”" if text else ""
 
 
 def _named(sample: Sample, labels: Sequence[str]) -> str:

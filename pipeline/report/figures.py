@@ -84,6 +84,33 @@ def noise_figure(errors: Mapping[int, float]) -> str:
     return data_url(axes.figure)
 
 
+def two_histograms(reference: np.ndarray, new: np.ndarray, name: str) -> str:
+    """Both as shares of their own, in bins that they have in common; what is no number is left out."""
+    reference, new = (values[np.isfinite(values)] for values in (reference, new))
+    axes = _axes(name, "share", (4.2, 3.0))
+    edges = np.histogram_bin_edges(np.concatenate([reference, new]), bins=30)
+    for values, label in ((reference, "reference"), (new, "new")):
+        axes.hist(values, bins=edges, weights=np.full(len(values), 1 / max(1, len(values))), alpha=0.55, label=label)
+    axes.legend(fontsize=8)
+    return data_url(axes.figure)
+
+
+def two_shares(reference: np.ndarray, new: np.ndarray, labels: Sequence[str], most: int) -> str:
+    """Two counts (C,) as shares, side by side, of the `most` labels that differ most."""
+    import matplotlib
+
+    shares = [counts / max(1, counts.sum()) for counts in (reference, new)]
+    places = np.sort(np.argsort(-np.abs(shares[0] - shares[1]), kind="stable")[:most])
+    axes = _axes("", "share", (max(4.2, 0.45 * len(places)), 3.4))
+    for side, values, label in ((-0.2, shares[0], "reference"), (0.2, shares[1], "new")):
+        axes.bar(np.arange(len(places)) + side, values[places], 0.4, label=label)
+    axes.set_xticks(range(len(places)))
+    axes.set_xticklabels([labels[i] for i in places], rotation=60, ha="right", fontsize=8)
+    axes.legend(fontsize=8)
+    with matplotlib.rc_context({"text.parse_math": False}):  # a label may have a dollar
+        return data_url(axes.figure)
+
+
 def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> str:
     from pipeline.plots import confusion_of
 

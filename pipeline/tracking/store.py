@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.tracking.database import make_database
 from pipeline.tracking.journal import Entry
 
 KEY = "refract.key"
@@ -36,6 +37,7 @@ class Store:
         from mlflow.exceptions import MlflowException
 
         if self._client is None:
+            make_database(self.uri)
             self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         try:
             answers: dict[str, Any] = getattr(self, f"_{entry['do']}")(entry, known) or {}

@@ -20,11 +20,12 @@ def blocks(language: str) -> list[str]:
 
 def test_the_policies_shown_can_be_read_and_run() -> None:
     policies = [load_policy(yaml.safe_load(text)) for text in blocks("yaml")]
-    assert len(policies) == 2 and policies[0].exact
+    assert len(policies) == 3 and policies[0].exact
     image = np.full((300, 400, 3), 90, np.uint8)
     for policy in policies:
         for epoch in (0, 10, 90):
             Augmenter(policy)(image, epoch=epoch, index=0)
+            Augmenter(policy).text("some words of a caption", epoch=epoch, index=0)
 
 
 def test_the_op_shown_works_as_it_stands() -> None:
@@ -40,6 +41,7 @@ def test_the_op_shown_works_as_it_stands() -> None:
 def test_every_op_is_in_the_gallery_and_every_preset_is_named() -> None:
     gallery = (DOCS / "make_gallery.py").read_text()
     assert "for name, op in OPS.items()" in gallery
-    for kind in {op.kind for op in OPS.values()}:
+    assert all(f"`{name}`" in TEXT for name, op in OPS.items() if op.kind == "text")
+    for kind in {op.kind for op in OPS.values()} - {"text"}:
         assert f"gallery/{kind}.jpg" in TEXT and (DOCS / "gallery" / f"{kind}.jpg").stat().st_size > 5000
     assert all(f"`{name}`" in TEXT for name in presets())

@@ -1,6 +1,7 @@
 """Small data sets that the tests make, and the command as a user runs it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def refract(tmp_path: Path) -> Run:
-    """Run `refract …` in tmp_path, with no tracking server but the default."""
+def refract(tmp_path: Path, new_tracking: Path) -> Run:
+    """Run `refract …` in tmp_path, with no tracking server but the default, whose database is there and empty."""
+    if not (tmp_path / "mlflow.db").exists():
+        shutil.copy(new_tracking, tmp_path / "mlflow.db")
     environment = {**os.environ, "HOME": str(tmp_path / "home")}
     environment.pop("MLFLOW_TRACKING_URI", None)
 

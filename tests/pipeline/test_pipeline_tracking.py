@@ -1,6 +1,9 @@
 """Tracking never stops a training: a server that stalls, refuses or dies, and what is delivered later."""
 
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from small_data import Run
 from pipeline.config import TrackingConfig
 from pipeline.runs import held, new_run
 from pipeline.tracking import Tracker, TrackingError, tracker
+from pipeline.tracking.database import make_database
 from pipeline.tracking.journal import Journal
 from tests.pipeline.test_pipeline_recipe import configured
 
@@ -79,8 +83,8 @@ def test_a_silent_server_holds_nothing_up_and_gets_all_later(
     assert client.get_model_version_by_alias("animals", "champion").run_id == run.info.run_id
 
 
-def test_what_was_tracked_before_a_restart_is_not_tracked_again(tmp_path: Path) -> None:
-    database = f"sqlite:///{tmp_path}/mlflow.db"
+def test_what_was_tracked_before_a_restart_is_not_tracked_again(tmp_path: Path, new_tracking: Path) -> None:
+    database = f"sqlite:///{shutil.copy(new_tracking, tmp_path)}"
     one = tracked(tmp_path, database)
     one.log_metrics({"loss": 0.5, "seconds": 3.0}, 1)
     assert one.finish("KILLED") == 0
@@ -97,9 +101,9 @@ def test_what_was_tracked_before_a_restart_is_not_tracked_again(tmp_path: Path) 
     assert run.info.status == "FINISHED"
 
 
-def test_a_delivery_that_was_cut_short_counts_once(tmp_path: Path) -> None:
+def test_a_delivery_that_was_cut_short_counts_once(tmp_path: Path, new_tracking: Path) -> None:
     """The server had the entries, but the process died before it could write that down."""
-    database = f"sqlite:///{tmp_path}/mlflow.db"
+    database = f"sqlite:///{shutil.copy(new_tracking, tmp_path)}"
     one = tracked(tmp_path, database)
     one.log_metrics({"loss": 0.5}, 1)
     assert one.finish("KILLED") == 0
@@ -110,8 +114,8 @@ def test_a_delivery_that_was_cut_short_counts_once(tmp_path: Path) -> None:
     assert len(client.get_metric_history(run.info.run_id, "loss")) == 1
 
 
-def test_a_server_that_refuses_the_run_is_told(tmp_path: Path) -> None:
-    database = f"sqlite:///{tmp_path}/mlflow.db"
+def test_a_server_that_refuses_the_run_is_told(tmp_path: Path, new_tracking: Path) -> None:
+    database = f"sqlite:///{shutil.copy(new_tracking, tmp_path)}"
     client = MlflowClient(database)
     client.delete_experiment(client.create_experiment("refract"))
     with pytest.raises(TrackingError, match=r"cannot be used: .*deleted.*--tracking\.enabled false"):
@@ -189,3 +193,22 @@ def test_sync_passes_over_a_run_that_is_trained_or_damaged(tmp_path: Path, refra
     assert "runs/a: left alone, as it is being trained" in told.stdout
     assert "journal.delivered.json: is damaged" in told.stderr
     assert "journal.jsonl, line 1: is damaged" in told.stderr and "runs/c: 1 entries delivered" in told.stdout
+
+
+@pytest.mark.slow
+def test_a_database_is_whole_or_not_there(tmp_path: Path, new_tracking: Path) -> None:
+    """A kill while MLflow makes its tables would leave a part of them, which MLflow refuses for ever after."""
+    path = tmp_path / "mlflow.db"
+    code = f"from pipeline.tracking.database import make_database; print('began', flush=True); make_database('sqlite:///{path}')"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".mlflow.db.*/mlflow.db")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+    assert not path.exists()
+    make_database(f"sqlite:///{path}")
+    assert MlflowClient(f"sqlite:///{path}").get_experiment_by_name("Default") is not None
+    kept = path.read_bytes()
+    make_database(f"sqlite:///{path}")
+    assert path.read_bytes() == kept, "one that is there is left alone"
+    make_database("http://127.0.0.1:9")

@@ -156,10 +156,10 @@ def test_the_descriptions_example_is_answered_as_it_tells(client):
 
 
 class BrokenEngine(Engine):
-    def predict(self, batch):
+    def compute(self, batch):
         if batch.mean() < 1:  # a black picture
             raise RuntimeError("a secret of the engine")
-        return super().predict(batch)
+        return super().compute(batch)
 
 
 def test_a_failing_engine_is_a_500_without_insides_for_that_request_only(bundle, serving, picture):

@@ -55,7 +55,8 @@ RAW = {
     "header bomb": (png_header(60_000, 60_000), "image/png", 413, "image_too_large"),
     "header without pixels": (png_header(32, 32), "image/png", 400, "invalid_image"),
     "too large": (b"\0" * (BODY_LIMIT + 1), "image/jpeg", 413, "body_too_large"),
-    "text": (b"hello", "text/plain", 415, "unsupported_media_type"),
+    "text": (b"hello", "text/plain", 422, "invalid_request"),
+    "html": (b"hello", "text/html", 415, "unsupported_media_type"),
     "urlencoded": (b"image=abc", "application/x-www-form-urlencoded", 415, "unsupported_media_type"),
     "strange type": (b"hello", "%$;;=\"", 415, "unsupported_media_type"),
     "no boundary": (b"hello", "multipart/form-data", 400, "invalid_form"),
@@ -69,7 +70,7 @@ RAW = {
     "not JSON": (b'{"image": ', "application/json", 400, "invalid_json"),
     "null": (b"null", "application/json", 422, "invalid_request"),
     "not UTF-8": (b'{"image": "\xff\xfe"}', "application/json", 400, "invalid_json"),
-    "deep JSON": (b"[" * 100_000, "application/json", 400, "invalid_json"),
+    "deep JSON": (b"[" * 100_000, "application/json", 413, "json_too_large"),
     "huge number": (b"1" * 10_000, "application/json", 400, "invalid_json"),
 }  # fmt: skip
 

@@ -233,3 +233,16 @@ def test_a_free_thread_takes_what_comes_while_another_computes() -> None:
         await batcher.stop()
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_the_wait_begins_with_the_first_input_however_many_come_after_it() -> None:
+    async def story(batcher, doubler):
+        tasks = [await enqueue(batcher, 0)]
+        began = time.monotonic()
+        while time.monotonic() - began < 1.5:
+            await asyncio.sleep(0.02)
+            tasks.append(await enqueue(batcher, 1))
+        assert 0.3 <= (await tasks[0]).queued < 1.0
+        await asyncio.gather(*tasks)
+
+    run(story, max_batch=1000, max_wait_ms=300)

@@ -1,5 +1,6 @@
 """What happens while the engine is busy: one batch of all that waits, refusals, deadlines, and work that nobody wants any more."""
 
+import asyncio
 import contextlib
 import io
 import socket
@@ -9,16 +10,19 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
+from starlette.requests import Request
 
 from augment.preprocess import Preprocess
 from serve.app import create_app
+from serve.body import unless_gone
 from serve.cores import cores, quota
 from serve.engine import Engine
 from serve.errors import RequestError
 from serve.limits import Limits, OverloadedError, Room
-from serve.prepare import is_quick, prepare
+from serve.prepare import is_quick, read
 
 
 class GatedEngine(Engine):
@@ -29,11 +33,11 @@ class GatedEngine(Engine):
         self.sizes, self.entered, self.gate = [], threading.Event(), threading.Event()
         self.gate.set()
 
-    def predict(self, batch):
+    def compute(self, batch):
         self.entered.set()
         self.gate.wait(30)
         self.sizes.append(len(batch))
-        return super().predict(batch)
+        return super().compute(batch)
 
 
 @contextlib.contextmanager
@@ -49,6 +53,10 @@ def busy(engine: GatedEngine, client: httpx.Client, **request) -> Iterator[Futur
             yield first
         finally:
             engine.gate.set()
+
+
+def prepare(kind: str, body: bytes, preprocess: Preprocess, room: Room) -> np.ndarray:
+    return read(kind, body, room.limits).decode(preprocess, room)
 
 
 def test_pixels_that_are_decoded_at_a_time_are_bounded(bundle, picture) -> None:
@@ -112,9 +120,9 @@ def test_bodies_that_do_not_arrive_keep_nobody_from_an_idle_engine(bundle, servi
 class SlowEngine(Engine):
     """A tenth of a second for each picture."""
 
-    def predict(self, batch):
+    def compute(self, batch):
         time.sleep(0.1 * len(batch))
-        return super().predict(batch)
+        return super().compute(batch)
 
 
 def test_what_could_not_be_answered_in_time_is_refused_at_once_and_the_rest_is_answered(bundle, serving, picture):
@@ -197,6 +205,25 @@ def test_what_nobody_waits_for_any_more_is_not_computed(bundle, serving, picture
     assert engine.sizes == [1, 1]
 
 
+def test_who_is_cancelled_by_the_server_and_left_by_its_client_stays_cancelled() -> None:
+    """Else a server that ends would wait for what it cancelled."""
+
+    async def main(also: bool) -> BaseException:
+        async def receive() -> dict[str, str]:
+            if also:
+                task.cancel()
+            return {"type": "http.disconnect"}
+
+        task = asyncio.create_task(unless_gone(Request({"type": "http"}, receive), asyncio.sleep(30)))
+        with pytest.raises((asyncio.CancelledError, RequestError)) as end:
+            await task
+        return end.value
+
+    assert isinstance(asyncio.run(main(also=True)), asyncio.CancelledError)
+    left = asyncio.run(main(also=False))
+    assert isinstance(left, RequestError) and left.code == "client_disconnected"
+
+
 def test_pipelined_requests_of_a_client_that_left_are_not_computed(bundle, serving, picture, caplog):
     engine = GatedEngine(bundle)
     app = create_app(engine, max_batch=1)
@@ -238,8 +265,8 @@ class Tiring(SlowEngine):
 
     tired = False
 
-    def predict(self, batch):
-        return super().predict(batch) if self.tired else Engine.predict(self, batch)
+    def compute(self, batch):
+        return super().compute(batch) if self.tired else Engine.compute(self, batch)
 
 
 def test_the_pace_is_measured_while_it_serves(bundle, serving, picture):

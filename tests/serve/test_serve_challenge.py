@@ -5,23 +5,22 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from serve.app import create_app
 from serve.challenge import SHADOWS, Challenge
 from serve.engine import Engine
 
 
-def ends(app) -> dict[str, float]:
-    from prometheus_client import generate_latest
-
+def samples(app, name: str) -> list[Sample]:
     families = text_string_to_metric_families(generate_latest(app.state.service.metrics.registry).decode())
-    return {
-        sample.labels["end"]: sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name == "refract_challenger_pictures_total"
-    }
+    return [sample for family in families for sample in family.samples if sample.name == name]
+
+
+def ends(app) -> dict[str, float]:
+    return {sample.labels["end"]: sample.value for sample in samples(app, "refract_challenger_pictures_total")}
 
 
 def wait_for(app, total: int) -> dict[str, float]:
@@ -47,6 +46,7 @@ def test_a_shadow_is_asked_and_its_agreement_counted(bundle, other, serving, pic
             wait_for(app, wanted.index(data) + 1)
         told = client.get("/v1/model").json()["challenger"]
     assert ends(app) == {"agreed": agreed, "differed": 12 - agreed}
+    assert samples(app, "refract_batch_pictures_sum")[0].value == 12, "its batches are none of those that are answered"
     assert told == {"name": "shapes", "digest": other.digest, "share": 1, "answers": False}
 
 
@@ -62,9 +62,9 @@ class Held(Engine):
 
     gate = threading.Event()
 
-    def predict(self, batch):
+    def compute(self, batch):
         assert self.gate.wait(30)
-        return super().predict(batch)
+        return super().compute(batch)
 
 
 def test_a_slow_shadow_keeps_nobody_waiting(bundle, other, serving, picture) -> None:
@@ -80,13 +80,26 @@ def test_a_slow_shadow_keeps_nobody_waiting(bundle, other, serving, picture) -> 
         assert found["skipped"] == 3 and found["agreed"] + found["differed"] == SHADOWS
 
 
+def test_a_shadow_that_is_slow_does_not_keep_a_server_from_ending(bundle, other, serving, picture) -> None:
+    Held.gate.set()
+    app = create_app(bundle, challenge=Challenge(Held(other), share=1, answers=False))
+    with serving(app) as client:
+        Held.gate.clear()
+        for i in range(3):
+            assert client.post("/v1/predict", content=picture(i)).status_code == 200
+        threading.Timer(1.0, Held.gate.set).start()  # what is computed already cannot be stopped
+        began = time.monotonic()
+    assert time.monotonic() - began < 5, "the deadline of the two others is 10 s"
+    assert "agreed" not in ends(app) and "differed" not in ends(app), "they were given up, not waited for"
+
+
 class Broken(Engine):
     broken = False
 
-    def predict(self, batch):
+    def compute(self, batch):
         if self.broken:
             raise RuntimeError("broken")
-        return super().predict(batch)
+        return super().compute(batch)
 
 
 def test_a_canary_answers_its_share_and_where_it_fails_the_other_does(bundle, other, serving, picture) -> None:
@@ -138,3 +151,17 @@ def test_a_challenger_that_cannot_answer_keeps_nobody_from_serving(
 def test_a_share_is_a_share(share: float) -> None:
     with pytest.raises(ValueError, match="is not in"):
         Challenge(None, share=share, answers=True)
+
+
+PIXELS = {"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}]}
+
+
+def test_a_canary_answers_no_question_for_a_version(bundle, other, serving) -> None:
+    app = create_app(bundle, challenge=Challenge(Engine(other), share=1, answers=True))
+    with serving(app) as client:
+        own, theirs = bundle.digest[:16], other.digest[:16]
+        found = client.post("/v2/models/shapes/infer", json=PIXELS).json()["model_version"]
+        pinned = client.post(f"/v2/models/shapes/versions/{own}/infer", json=PIXELS).json()["model_version"]
+        assert (found, pinned) == (theirs, own) and ends(app) == {"answered": 1}
+        refused = client.post(f"/v2/models/shapes/versions/{theirs}/infer", json=PIXELS)
+        assert (refused.status_code, refused.json()["code"]) == (404, "unknown_model")

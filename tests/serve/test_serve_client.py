@@ -16,20 +16,21 @@ from serve.client import AsyncClient, Client, ServerError
 from serve.keys import Keys
 
 ROOT = Path(__file__).parents[2]
+KEY = "open-sesame"
 
 
 def test_both_clients_get_what_the_server_answers(bundle, serving, picture, tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("k\n")
+    (tmp_path / "keys").write_text(KEY)
     (tmp_path / "a.jpg").write_bytes(picture(1))
     app = create_app(bundle, keys=Keys(tmp_path / "keys"))
     with serving(app) as http:
-        url, wanted = str(http.base_url), http.post("/v1/predict?top=2", content=picture(1), headers={"X-API-Key": "k"})
+        url, wanted = str(http.base_url), http.post("/v1/predict?top=2", content=picture(1), headers={"X-API-Key": KEY})
 
         async def ask() -> list[dict]:
-            async with AsyncClient(url, key="k") as client:
+            async with AsyncClient(url, key=KEY) as client:
                 return await client.predict([picture(1), tmp_path / "a.jpg"], top=2)
 
-        with Client(url, key="k") as client:
+        with Client(url, key=KEY) as client:
             assert client.predict([str(tmp_path / "a.jpg")], top=2) == wanted.json()["predictions"]
             assert "explanation" in client.predict([picture(1)], explain=True)[0]
             with pytest.raises(ServerError, match="the image") as refused:
@@ -37,10 +38,10 @@ def test_both_clients_get_what_the_server_answers(bundle, serving, picture, tmp_
             assert (refused.value.status, refused.value.code) == (400, "invalid_image")
             with pytest.raises(ValueError, match="no images"):
                 client.predict([])
-            with pytest.raises(TypeError, match="expected a list"):
+            with pytest.raises(TypeError, match="expected lists"):
                 client.predict("a.jpg")
         with pytest.raises(RuntimeError, match="use it as `with Client"):
-            Client(url, key="k").predict([picture(1)])
+            Client(url, key=KEY).predict([picture(1)])
         for found in asyncio.run(ask()):
             assert found["label"] == wanted.json()["predictions"][0]["label"] and len(found["top"]) == 2
         with Client(url) as client, pytest.raises(ServerError, match="asks for a key"):

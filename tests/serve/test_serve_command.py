@@ -18,8 +18,11 @@ HOME = tempfile.mkdtemp(prefix="refract-home-")
 ROOT = Path(__file__).parents[2]
 
 
-def start(*arguments: str, **options) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "serve.command", *arguments]
+def start(*arguments: str, code: str = "", backend: str = "eager", **options) -> subprocess.Popen[str]:
+    """`refract serve`, or Python code that does as much."""
+    program = ["-c", code] if code else ["-m", "serve.command"]
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    command = [sys.executable, *program, *arguments, *device, "--backend", backend]
     options.setdefault("env", {**os.environ, "HOME": HOME})  # where the choice of a backend is kept
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **options)
@@ -33,7 +36,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 @pytest.fixture
 def served(bundle):
     """A running server and its address, read from the line that says it is ready."""
-    process = start(str(bundle.path), "--port", "0", "--device", "cpu", "--max-body-mb", "0.1")
+    process = start(str(bundle.path), "--port", "0", "--max-body-mb", "0.1")
     line = process.stdout.readline()
     prefix = f"Refract serves shapes ({bundle.digest[:12]}) on "
     assert line.startswith(prefix), process.stderr.read()
@@ -56,7 +59,7 @@ def test_help_is_answered_without_the_heavy_imports():
 
 
 def test_the_access_log_is_json_and_nothing_else(bundle, picture):
-    process = start(str(bundle.path), "--port", "0", "--device", "cpu", "--access-log")
+    process = start(str(bundle.path), "--port", "0", "--access-log")
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client:
         client.post("/v1/predict", content=picture(1), headers={"X-Request-Id": "mine"})
@@ -91,7 +94,7 @@ def test_a_signal_ends_it_gracefully_with_what_is_in_flight_answered(served, pic
 
 
 def test_while_it_drains_it_answers_and_says_that_it_goes(bundle, picture):
-    process = start(str(bundle.path), "--port", "0", "--device", "cpu", "--drain-s", "60")
+    process = start(str(bundle.path), "--port", "0", "--drain-s", "60")
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client:
         assert client.get("/readyz").status_code == 200
@@ -107,6 +110,43 @@ def test_while_it_drains_it_answers_and_says_that_it_goes(bundle, picture):
     assert finish(process) == (0, "", "")
 
 
+def test_a_drain_that_was_cut_short_leaves_no_timer_behind(bundle):
+    """Its timer would fire into a server that is gone."""
+    code = (
+        "import sys, threading, serve.command\n"
+        "code = serve.command.main(sys.argv[1:])\n"
+        "left = [t for t in threading.enumerate() if isinstance(t, threading.Timer) and t.function.__name__ == '<lambda>']\n"
+        "print([t for t in left if not t.finished.is_set()])\n"
+        "sys.exit(code)"
+    )
+    process = start(str(bundle.path), "--port", "0", "--drain-s", "300", code=code)
+    assert " on http://" in process.stdout.readline()
+    process.terminate()
+    time.sleep(0.5)
+    process.terminate()
+    assert finish(process) == (0, "[]\n", "")
+
+
+@pytest.mark.slow
+def test_what_is_killed_while_it_starts_for_the_first_time_starts_again(bundle, tmp_path):
+    """At moments from the first import to the exported network; what is left over must not be taken for whole."""
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    for seconds in (1.5, 3, 4.5, 6, 8, 10):
+        process = start(str(bundle.path), "--port", "0", backend="auto", env=environment)
+        time.sleep(seconds)
+        process.kill()
+        process.communicate()
+    process = start(str(bundle.path), "--port", "0", backend="auto", env=environment)
+    address = process.stdout.readline().rpartition(" on ")[2].strip()
+    with httpx.Client(base_url=address, trust_env=False) as client:
+        told = client.get("/v1/model").json()["backend"]
+    process.terminate()
+    code, _, err = finish(process)
+    assert (
+        code == 0 and told["dropped"] == {} and set(told["rates"]) >= {"eager/1", "bf16/1", "openvino/1", "onnx/1"}
+    ), err
+
+
 def test_what_is_stuck_does_not_keep_it_from_ending(bundle, picture):
     """A decoder that never comes back; the limits are shortened, or the test would take half a minute."""
     code = (
@@ -115,9 +155,7 @@ def test_what_is_stuck_does_not_keep_it_from_ending(bundle, picture):
         "serve.prepare.image_size = lambda data: (print('stuck', flush=True), threading.Event().wait())\n"
         "sys.exit(serve.command.main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, str(bundle.path), "--port", "0", "--device", "cpu", "--deadline-s", "100"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, text=True, env={**os.environ, "HOME": HOME}, **pipes)
+    process = start(str(bundle.path), "--port", "0", "--deadline-s", "100", code=code)
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(client.post, "/v1/predict", content=picture(1), timeout=60)
@@ -208,10 +246,53 @@ def test_a_signal_while_it_starts_ends_it_too():
         registry.settimeout(60)
         environment = {**os.environ, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{registry.getsockname()[1]}"}
         process = start("models:/shapes@champion", "--port", "0", env=environment)
-        with registry.accept()[0]:
+        with registry.accept()[0] as asked:
             process.terminate()
-            code, _, err = finish(process)
-    assert (code, err) == (0, "")
+            assert process.wait(5) == 0
+            asked.settimeout(20)
+            while asked.recv(65_536):
+                pass
+            assert finish(process) == (0, "", ""), "and the process that asked has ended too"
+
+
+@pytest.mark.parametrize("place", ["serve.command._bundle", "serve.engine.Engine.self_test"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_starts_is_not_lost_in_what_catches_all(bundle, number, place: str):
+    """As an exception is in a library's callback from C; the second place is uvicorn's start."""
+    code = (
+        "import sys, time, serve.command, serve.engine\n"
+        "def deaf(*_):\n"
+        "    for _ in range(9):\n"
+        "        try: print('starting', flush=True), time.sleep(9)\n"
+        "        except BaseException: pass\n"
+        f"{place} = deaf\n"
+        "sys.exit(serve.command.main(sys.argv[1:]))"
+    )
+    process = start(str(bundle.path), "--port", "0", code=code)
+    assert process.stdout.readline() == "starting\n"
+    process.send_signal(number)
+    assert process.wait(5) == 0
+    assert finish(process) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_moment_of_a_first_start_ends_it(bundle, tmp_path):
+    """Imports, an export, a conversion, or the timing of backends."""
+
+    def ended(seconds: float) -> tuple[int, str, float]:
+        environment = {**os.environ, "HOME": str(tmp_path / str(seconds))}
+        process = start(str(bundle.path), "--port", "0", backend="auto", env=environment)
+        time.sleep(seconds)
+        process.terminate()
+        began = time.monotonic()
+        code, out, _ = finish(process)
+        return code, out, time.monotonic() - began
+
+    moments = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0]
+    with ThreadPoolExecutor(4) as pool:
+        for code, out, took in pool.map(ended, moments):
+            assert code == 0 and took < 10
+            assert out == "" or out.startswith("Refract serves shapes ")
 
 
 def test_nothing_is_unpickled(bundle, picture):
@@ -228,9 +309,7 @@ def test_nothing_is_unpickled(bundle, picture):
         "except RuntimeError: print('armed', flush=True)\n"
         "sys.exit(serve.command.main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, str(bundle.path), "--port", "0", "--device", "cpu"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, text=True, env={**os.environ, "HOME": HOME}, **pipes)
+    process = start(str(bundle.path), "--port", "0", code=code)
     assert process.stdout.readline() == "armed\n"
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client:

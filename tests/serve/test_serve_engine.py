@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from models.bundle import BundleError, Golden
+from models.classifier import probabilities
+from pipeline.scoring import Question, score
 from serve.app import create_app
 from serve.engine import Engine, build
 
@@ -65,20 +67,56 @@ def test_goldens_that_prove_nothing_are_refused(bundle, goldens, message):
         Engine(dataclasses.replace(bundle, goldens=goldens)).self_test()
 
 
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+@pytest.mark.parametrize("loud", [1, 400], ids=["unsure", "sure"])
+def test_a_mirrored_answer_is_that_of_evaluation(make_bundle, serving, picture, tmp_path, task, loud):
+    """loud: times which the logits are larger, so that their probabilities are 0 and 1 in float32."""
+    bundle = make_bundle(tmp_path / "b", task=task, thresholds=[0.5] * 10 if task == "multilabel" else ())
+    engine = Engine(bundle)
+    with torch.no_grad():
+        last = [layer for layer in engine._classifier.modules() if isinstance(layer, torch.nn.Linear)][-1]
+        last.weight.mul_(loud)
+        last.bias.mul_(loud)
+    data, info = [picture(i) for i in range(8)], bundle.info
+    questions = [Question(lambda one=one: one) for one in data]
+    options = {"task": task, "temperature": info.temperature, "tta": "flip"}
+    wanted = np.stack(list(score(engine._classifier, engine.preprocess, questions, **options)))
+    inputs = np.stack([engine.preprocess(one) for one in data])
+    straight, mirrored = (engine.compute(views)[:, 1] for views in (inputs, inputs[:, :, ::-1].copy()))
+    np.testing.assert_allclose(engine.mean(straight, mirrored), wanted, atol=1e-6)
+    app = create_app(engine)
+    app.state.service.engine.self_test = lambda: 0.01  # its golden pictures are of the quiet network
+    with serving(app) as client:
+        answer = client.post("/v1/predict?tta=flip&top=10", files=[("f", ("x.jpg", one)) for one in data])
+    for row, found in zip(wanted, answer.json()["predictions"], strict=True):
+        by_label = {entry["label"]: entry["confidence"] for entry in found["top"]}
+        np.testing.assert_allclose([by_label[label] for label in info.labels], row, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_the_mean_of_opposite_answers_is_the_surer_ones(make_bundle, tmp_path, task):
+    bundle = make_bundle(tmp_path / "b", task=task, thresholds=[0.5] * 10 if task == "multilabel" else ())
+    engine = Engine(dataclasses.replace(bundle, info=dataclasses.replace(bundle.info, temperature=1.0)))
+    one, other = np.zeros((2, 1, 10), np.float32)
+    one[0, 0], other[0, 0], other[0, 1] = 60, -40, 40
+    wanted = probabilities(torch.from_numpy((one + other) / 2), task=task).numpy()
+    np.testing.assert_array_equal(engine.mean(one, other), wanted)
+
+
 def test_replicas_answer_as_one_and_are_all_tried(bundle, serving, picture, monkeypatch) -> None:
     threads = torch.get_num_threads()
     engine = build(bundle, ["cpu", "cpu"], replicas=2)
     assert engine.devices == ("cpu",) * 4 and len(engine.workers) == 4
     batch = np.stack([engine.preprocess(picture(i)) for i in range(3)])
     for worker in engine.workers:
-        np.testing.assert_array_equal(worker(batch), engine.predict(batch))
+        np.testing.assert_array_equal(worker(batch)[:, 0], engine.predict(batch))
     with serving(create_app(engine)) as client, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda i: client.post("/v1/predict?top=1", content=picture(i % 3)), range(40)))
         rows = engine.predict(batch)
         for i, answer in enumerate(answers):
             assert answer.json()["predictions"][0]["confidence"] == pytest.approx(rows[i % 3].max(), abs=1e-5)
         assert client.get("/v1/model").json()["device"] == "cpu, cpu, cpu, cpu"
-    monkeypatch.setattr(engine._others[2], "_answers", lambda *_: np.zeros((1, 10), np.float32))
+    monkeypatch.setattr(engine._others[2], "_answers", lambda *_: np.zeros((1, 2, 10), np.float32))
     with pytest.raises(BundleError, match="golden picture"):
         engine.self_test()
     torch.set_num_threads(threads)

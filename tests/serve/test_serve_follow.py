@@ -24,8 +24,9 @@ from serve.source import resolve
 
 
 @pytest.fixture
-def registry(bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def registry(bundle, tmp_path: Path, new_tracking: Path, monkeypatch: pytest.MonkeyPatch):
     """(a function that makes a bundle the champion of a real registry, the folder of the registry)"""
+    shutil.copy(new_tracking, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("HOME", str(tmp_path))
     from mlflow import MlflowClient
@@ -63,7 +64,11 @@ def test_a_new_champion_answers_a_bad_one_does_not_and_a_person_is_obeyed(
         promote(other)
         assert await follower.look()
         await service.roll_back()
-        assert not await follower.look(), "a person went back from it"
+        os.utime(service.engine.bundle.path, (0, 0))
+        for _ in range(2):
+            assert not await follower.look(), "a person went back from it"
+        assert caplog.text.count("a person went back from it") == 1
+        assert service.engine.bundle.path.stat().st_mtime > 0, "what is served is in use, and not swept from the cache"
 
     served(Engine(load_bundle(resolve(name))), story)
 
@@ -82,6 +87,34 @@ def test_a_damaged_download_is_fetched_again_and_a_folder_of_ones_own_is_left_al
         with pytest.raises(RefusedError, match=r"weights\.safetensors"):
             _bundle(said)
     assert sorted(own.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_a_champions_download_that_is_damaged_before_it_is_taken_is_fetched_again(
+    registry, bundle, other, served
+) -> None:
+    promote, _ = registry
+    promote(other)
+    damaged = resolve("models:/shapes/2")
+    (damaged / "weights.safetensors").write_bytes(b"damaged")
+
+    async def story(service: Service) -> None:
+        (follower,) = followers(service, "models:/shapes@champion", None, build=Engine, every_s=60)
+        assert await follower.look() and service.engine.bundle.digest == other.digest
+        assert not service.rejected
+
+    served(Engine(load_bundle(resolve("models:/shapes/1"))), story)
+
+
+def test_two_servers_that_find_one_damaged_download_both_get_a_whole_one(registry, bundle) -> None:
+    name = "models:/shapes@champion"
+    path = resolve(name)
+    (path / "weights.safetensors").write_bytes(b"damaged")
+    command = [sys.executable, "-m", "serve.source", name, str(path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    found = [json.loads(process.communicate(timeout=100)[0]) for process in both]
+    assert found == [{"path": str(path)}] * 2 and load_bundle(path).digest == bundle.digest
+    assert sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("last-")) == [path.name]
 
 
 def test_a_cache_that_cannot_be_written_serves_what_it_has(registry, bundle, tmp_path: Path, caplog) -> None:
@@ -108,6 +141,41 @@ def test_a_challenger_is_followed_too(registry, bundle, other, served) -> None:
         assert await follower.look() and service.challenger.lane.engine.bundle.digest == bundle.digest
 
     served(Engine(bundle), story)
+
+
+@pytest.mark.slow
+def test_what_a_person_went_back_from_is_followed_again_once_the_name_meant_another(
+    registry, bundle, other, served, caplog
+) -> None:
+    from mlflow import MlflowClient
+
+    promote, folder = registry
+    promote(other)
+    name, client = "models:/shapes@champion", MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    challenge = Challenge(None, share=1, answers=False, follow="models:/shapes@challenger")
+
+    def means(version: int, alias: str = "champion") -> None:
+        client.set_registered_model_alias("shapes", alias, str(version))
+
+    async def story(service: Service) -> None:
+        follower, challenging = followers(service, name, challenge, build=Engine, every_s=60)
+        assert await follower.look() and service.engine.bundle.digest == other.digest
+        await service.roll_back()
+        assert not await follower.look() and "a person went back" in caplog.text
+        means(2, "challenger")
+        assert await challenging.look(), "it is no champion again, but may be tried"
+        assert not await follower.look() and service.engine.bundle.digest == bundle.digest
+        means(1)
+        assert not await follower.look(), "it is served"
+        means(2)
+        assert await follower.look() and service.engine.bundle.digest == other.digest
+        await service.roll_back()
+        await service.roll_back()
+        assert service.engine.bundle.digest == other.digest and not await follower.look(), "back where the name points"
+        means(1)
+        assert await follower.look() and service.engine.bundle.digest == bundle.digest, "it is meant anew"
+
+    served(Engine(load_bundle(resolve("models:/shapes/1"))), story)
 
 
 @pytest.mark.slow

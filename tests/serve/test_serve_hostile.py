@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.corpus import cases
-from benchmarks.corpus_valid import odd_but_valid
+from benchmarks.corpus.valid import odd_but_valid
 from benchmarks.hostile import tried
 from serve.app import create_app
 

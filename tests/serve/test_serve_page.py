@@ -107,6 +107,25 @@ def test_dropped_pasted_and_camera_pictures_and_what_is_none(browser, bundle, se
         page.close()
 
 
+def test_several_pictures_are_answered_one_after_the_other_and_listed(
+    browser, bundle, serving, picture, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{i}.jpg" for i in range(4)]
+    for i, file in enumerate(files):
+        file.write_bytes(picture(i) if i != 2 else b"no picture")
+    with serving(create_app(bundle)) as client:
+        page, wrong, _ = opened(browser, client)
+        page.set_input_files("#file", files)
+        page.wait_for_selector("#history li:nth-child(4)")
+        shown = [re.sub(r"\s+", " ", item.inner_text()) for item in page.query_selector_all("#history li")][::-1]
+        for i in (0, 1, 3):
+            best = client.post("/v1/predict", content=picture(i)).json()["predictions"][0]
+            assert shown[i] == f"{i}.jpg {best['label']} {100 * best['confidence']:.1f} %"
+        assert shown[2].startswith("2.jpg the image")
+        assert [text for text in wrong if "400" not in text] == []
+        page.close()
+
+
 def test_a_key_is_asked_for(browser, bundle, serving, upload, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("open-sesame\n")
     with serving(create_app(bundle, keys=Keys(tmp_path / "keys"))) as client:

@@ -1,13 +1,21 @@
 """Bundles by folder and by name in a real MLflow registry (SQLite)."""
 
+import contextlib
+import hashlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from models.bundle import load_bundle
+from serve import source
 from serve.source import SourceError, resolve
 
 
@@ -38,12 +46,13 @@ def test_without_a_server_or_a_database_it_says_so(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def registry(bundle, tmp_path_factory) -> str:
+def registry(bundle, tmp_path_factory, new_tracking) -> str:
     """A tracking URI whose registry holds `bundle` as version 1 of shapes, the champion; the pipeline's calls."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = os.environ["DO_NOT_TRACK"] = "true"
     from mlflow import MlflowClient
 
     folder = tmp_path_factory.mktemp("mlflow")
+    shutil.copy(new_tracking, folder / "mlflow.db")
     uri = f"sqlite:///{folder}/mlflow.db"
     client = MlflowClient(tracking_uri=uri, registry_uri=uri)
     experiment = client.create_experiment("shapes", artifact_location=(folder / "artifacts").as_uri())
@@ -79,6 +88,112 @@ def test_an_unknown_model_alias_or_version(registry, tmp_path, monkeypatch, sour
     with pytest.raises(SourceError, match="no such model, version or alias"):
         resolve(source, cache=tmp_path)
     assert [path for path in tmp_path.iterdir() if not path.name.startswith("last-")] == []
+
+
+def aged(path: Path, days: float) -> Path:
+    if not path.exists():
+        path.mkdir()
+    os.utime(path, (time.time() - days * 86_400,) * 2)
+    return path
+
+
+def test_a_download_sweeps_what_nobody_has_used_in_a_long_time(registry, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    days = {1: 50, 2: 40, 3: 90, 4: 27, 5: 28, 6: 60, 7: 29}
+    versions = {version: aged(tmp_path / f"shapes-{version}-0123456789ab", ago) for version, ago in days.items()}
+    others = [aged(tmp_path / name, 90) for name in ("a-b-1-0123456789ab", "a-b-2-0123456789ab", "mine", "shapes-7")]
+    (tmp_path / "last-0123456789ab").write_text(versions[3].name)
+    killed, going = aged(tmp_path / ".download-killed", 2), aged(tmp_path / ".download-going", 0.5)
+    (tmp_path / ".last-killed.1").write_text("")
+    half = aged(tmp_path / ".last-killed.1", 2)
+    champion = resolve("models:/shapes@champion", cache=tmp_path)
+    assert not killed.exists() and not half.exists() and going.exists()
+    assert champion.exists() and all(path.exists() for path in others), (
+        "three of a model at most, and what is no version"
+    )
+    left = {version for version, path in versions.items() if path.exists()}
+    assert left == {3, 4, 5, 7}, "used not long ago, or what a name meant last"
+
+
+def test_what_is_used_is_not_swept(registry, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
+    champion = resolve("models:/shapes/1", cache=tmp_path)
+    os.utime(champion, (0, 0))
+    assert resolve("models:/shapes@champion", cache=tmp_path) == champion
+    assert time.time() - champion.stat().st_mtime < 60
+
+
+@contextlib.contextmanager
+def dripping() -> Iterator[str]:
+    """The address of a server that sends a byte now and then."""
+    stop = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n")
+            while not stop.wait(0.2):
+                connection.sendall(b" ")
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=drip, args=(listening.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=accept, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            stop.set()
+            listening.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_one_that_is_down(registry, tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "LOOK_S", 1)
+    with dripping() as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(SourceError, match="does not answer at .*nothing has come for 1 s"):
+            resolve("models:/shapes@champion", cache=tmp_path)
+        known = tmp_path / "shapes-1-0123456789ab"
+        known.mkdir()
+        asked = hashlib.sha256(f"{uri} models:/shapes@champion".encode()).hexdigest()[:12]
+        (tmp_path / f"last-{asked}").write_text(known.name)
+        assert resolve("models:/shapes@champion", cache=tmp_path) == known
+
+
+@pytest.mark.slow
+def test_a_start_and_a_follower_give_up_a_server_that_sends_a_byte_now_and_then(tmp_path):
+    """In as long as they have in fact."""
+    with dripping() as uri:
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "HOME": str(tmp_path)}
+        follow = "import asyncio, serve.follow as f; print(asyncio.run(f._located('models:/a@b')))"
+        start = ["-m", "serve.command", "models:/a@b", "--port", "0"]
+        commands = [[sys.executable, *rest] for rest in (start, ["-c", follow])]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        both = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
+        started, followed = [(*process.communicate(timeout=120), process.returncode) for process in both]
+    told = "the tracking server does not answer at"
+    assert told in started[1] and started[2] == 2
+    assert told in followed[1] and followed[0] == "None\n"
+
+
+def test_what_makes_progress_is_waited_for_and_what_makes_none_is_given_up():
+    going, arrived, stop = threading.Event(), [0], threading.Event()
+
+    def more() -> int:
+        arrived[0] += not going.is_set()
+        return arrived[0]
+
+    threading.Timer(1, going.set).start()
+    assert source._attended(lambda: going.wait(20), 0.3, more) is True
+    try:
+        with pytest.raises(TimeoutError, match=r"nothing has come for 0\.3 s"):
+            source._attended(stop.wait, 0.3)
+    finally:
+        stop.set()
+    with pytest.raises(ZeroDivisionError):
+        source._attended(lambda: 1 // 0, 5)
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Another model, with no request lost and none answered in another's name."""
 
 import asyncio
+import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,9 +90,9 @@ def test_a_swap_while_it_goes_down_is_none(bundle, other) -> None:
 def test_a_person_goes_back_with_a_key(bundle, other, serving, tmp_path: Path) -> None:
     with serving(create_app(bundle)) as client:
         assert client.post("/admin/rollback").status_code == 404, "nobody may without keys"
-    (tmp_path / "keys").write_text("k\n")
+    (tmp_path / "keys").write_text("open-sesame\n")
     app = create_app(bundle, keys=Keys(tmp_path / "keys"))
-    own = {"Authorization": "Bearer k"}
+    own = {"Authorization": "Bearer open-sesame"}
     with serving(app) as client:
         assert client.post("/admin/rollback").status_code == 401
         first = client.post("/admin/rollback", headers=own)
@@ -98,7 +100,12 @@ def test_a_person_goes_back_with_a_key(bundle, other, serving, tmp_path: Path) -
         app.state.service._previous = Engine(other)
         assert client.post("/admin/rollback", headers=own).json() == {"model": "shapes", "digest": other.digest}
         assert client.get("/v1/model", headers=own).json()["digest"] == other.digest
-        assert app.state.service.rejected == {bundle.path}
+        assert app.state.service.left == bundle.path and not app.state.service.rejected
+    (tmp_path / "admins").write_text("root-of-all\n")
+    with serving(create_app(bundle, keys=Keys(tmp_path / "keys"), admin=Keys(tmp_path / "admins"))) as client:
+        assert client.post("/admin/rollback", headers=own).status_code == 401, "who may ask may not administer"
+        assert client.post("/admin/rollback", headers={"X-API-Key": "root-of-all"}).status_code == 409
+        assert client.get("/v1/model", headers={"X-API-Key": "root-of-all"}).status_code == 401
 
 
 def test_two_who_go_back_at_once_come_to_the_model_before_and_to_this_one_again(bundle, other, served) -> None:
@@ -110,3 +117,30 @@ def test_two_who_go_back_at_once_come_to_the_model_before_and_to_this_one_again(
         assert service.engine.bundle.digest == bundle.digest
 
     served(Engine(bundle), story)
+
+
+def test_a_version_that_is_exchanged_while_the_body_arrives_is_not_answered_by_another(bundle, other, serving) -> None:
+    app = create_app(bundle)
+    service = app.state.service
+    loops: list[asyncio.AbstractEventLoop] = []
+    start = service.start
+
+    async def started() -> None:
+        loops.append(asyncio.get_running_loop())
+        await start()
+
+    service.start = started
+    pixels = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
+    body = json.dumps({"inputs": [pixels]}).encode()
+
+    def slowly():
+        yield body[:10]
+        while not service.inside:
+            time.sleep(0.01)
+        asyncio.run_coroutine_threadsafe(service.swap(Engine(other)), loops[0]).result(30)
+        yield body[10:]
+
+    with serving(app) as client:
+        answer = client.post(f"/v2/models/shapes/versions/{bundle.digest[:16]}/infer", content=slowly())
+        assert (answer.status_code, answer.json()["code"]) == (404, "unknown_model")
+        assert client.post(f"/v2/models/shapes/versions/{other.digest[:16]}/infer", content=body).status_code == 200

@@ -104,7 +104,9 @@ def test_binary_parts_that_are_not_whole(client) -> None:
         answer = infer(client, encoded(size), binary=binary, announced="LENGTH")
         assert answer.status_code == 422, (size, binary, answer.text)
     assert infer(client, encoded(5), binary=b"\x01\0\0\0a", announced="LENGTH").json()["detail"].startswith("image 0")
-    assert infer(client, [], announced="99999").status_code == 400
+    for announced in ("99999", "-1", "1e1", "9" * 5_000, ""):
+        refused = infer(client, [], announced=announced)
+        assert (refused.status_code, refused.json()["code"]) == (400, "invalid_request")
 
 
 values = st.recursive(

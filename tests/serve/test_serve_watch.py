@@ -1,11 +1,15 @@
 """What a server tells of itself, and whom it answers."""
 
 import asyncio
+import hashlib
 import json
 import logging
+import os
 import re
 import socket
 import time
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -64,7 +68,30 @@ def test_requests_have_a_name_and_a_line(bundle, serving, picture, caplog: pytes
     assert {"method": "POST", "path": "/v1/predict", "status": 200}.items() <= first.items() and 0 < first[
         "seconds"
     ] < 60
-    assert len(lines) == 4
+    assert (
+        first["model"] == bundle.digest[:16]
+        and abs((datetime.now(UTC) - datetime.fromisoformat(first["time"])).total_seconds()) < 60
+    )
+    assert len(lines) == 4 and not {"key", "code"} & set(first)
+
+
+def test_the_line_tells_the_keys_name_and_why_it_was_refused_and_never_the_key(
+    bundle, serving, picture, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "keys").write_text("secret-1  # camera 4\nsecret-2\n")
+    caplog.set_level(logging.INFO, "serve.access")
+    with serving(create_app(bundle, keys=Keys(tmp_path / "keys", rate=1), access_log=True)) as client:
+        for key in ("secret-1", "secret-1", "secret-2", "secret-3"):
+            answer = client.post("/v1/predict", content=picture(1), headers={"X-API-Key": key})
+        assert answer.status_code == 401
+        infer = client.post("/v2/models/shapes/infer", content=b"{}", headers={"X-API-Key": "secret-2"})
+        assert infer.status_code == 429
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "serve.access"]
+    told = [(line.get("key"), line.get("code")) for line in lines]
+    second = hashlib.sha256(b"secret-2").hexdigest()[:8]
+    named, unnamed = [("camera 4", None), ("camera 4", "rate_limited")], [(second, None), (second, "rate_limited")]
+    assert told == [*named, unnamed[0], (None, "unauthorized"), unnamed[1]]
+    assert "secret" not in caplog.text
 
 
 def test_without_a_key_nothing_is_answered_but_probes_and_the_page(bundle, serving, picture, tmp_path: Path) -> None:
@@ -85,33 +112,82 @@ def test_without_a_key_nothing_is_answered_but_probes_and_the_page(bundle, servi
             assert client.post("/v1/predict", content=picture(1), headers=headers).status_code == 200
 
 
-def test_keys_are_rotated_without_a_restart_and_limited_each(tmp_path: Path) -> None:
+FIRST, SECOND, THIRD = "first-key", "second-key", "third-key"
+
+
+def asker(file: Path, rate: float | None = None) -> tuple[Callable[[str], None], list[float]]:
+    """(a function that asks with a key, the time as a list of one)"""
     now = [0.0]
-    file = tmp_path / "keys"
-    file.write_text("a\nb\n")
-    keys = Keys(file, rate=2, clock=lambda: now[0])
+    keys = Keys(file, rate=rate, clock=lambda: now[0])
 
     def ask(key: str) -> None:
         asyncio.run(keys.check(Request({"type": "http", "headers": [(b"x-api-key", key.encode())]})))
 
-    ask("a"), ask("a")
-    with pytest.raises(OverloadedError, match="more than 2 requests a second"):
-        ask("a")
-    ask("b")
-    now[0] = 0.6
-    ask("a")
-    time.sleep(0.01)
-    file.write_text("c\n")
-    ask("b")  # the file was looked at less than a second ago
+    return ask, now
+
+
+def rewrite(file: Path, text: str) -> None:
+    """With another time of change, whatever the file system's clock can tell apart."""
+    later = file.stat().st_mtime_ns + 1_000_000
+    file.write_text(text)
+    os.utime(file, ns=(later, later))
+
+
+def test_keys_are_rotated_without_a_restart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{FIRST}\n{SECOND}\n")
+    ask, now = asker(file)
+    rewrite(file, f"{THIRD}\n")
+    ask(SECOND)  # the file was looked at less than a second ago
     now[0] = 2.0
-    ask("c")
+    ask(THIRD)
     with pytest.raises(RequestError):
-        ask("a")
-    file.write_text("# none\n")
-    now[0] = 4.0
-    ask("c")
-    with pytest.raises(ValueError, match="holds no key"):
-        Keys(file)
+        ask(FIRST)
+    for wrong, told in (("# none\n", "holds no key"), (f"{FIRST}\n\nshort  # b\n", "line 3: a key has at least 8")):
+        rewrite(file, wrong)
+        for _ in range(3):
+            now[0] += 2.0
+            ask(THIRD)
+        assert caplog.text.count(told) == 1, "not silently, and not each second"
+        with pytest.raises(ValueError, match=told):
+            Keys(file)
+    assert "short" not in caplog.text
+
+
+def test_each_key_has_its_rate_of_which_nothing_is_saved_up(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(f"{FIRST}\n{SECOND}\n")
+    ask, now = asker(tmp_path / "keys", rate=2)
+    for moment, most in ((0.0, 2), (0.6, 1), (100.0, 2)):
+        now[0] = moment
+        for _ in range(most):
+            ask(FIRST)
+        with pytest.raises(OverloadedError, match="more than 2 requests a second"):
+            ask(FIRST)
+        ask(SECOND)
+
+
+def test_a_rotation_gives_no_key_its_requests_again(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{FIRST}\n")
+    ask, now = asker(file, rate=0.5)
+    ask(FIRST)
+    rewrite(file, f"{FIRST}\n{SECOND}\n")
+    now[0] = 1.1
+    with pytest.raises(OverloadedError):
+        ask(FIRST)
+    ask(SECOND)
+    now[0] = 2.1
+    ask(FIRST)
+
+
+def test_a_remark_begins_after_white_space_and_a_mark_of_the_encoding_is_no_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes("\ufeffs#kL9-first\n  # ours\nsecond-key\t#theirs\n".encode())
+    ask, _ = asker(file)
+    ask("s#kL9-first"), ask("second-key")
+    for key in ("s", "", "\ufeffs#kL9-first", "second-key\t#theirs"):
+        with pytest.raises(RequestError):
+            ask(key)
 
 
 def test_a_head_that_does_not_arrive_holds_no_connection(bundle, serving, monkeypatch: pytest.MonkeyPatch) -> None:

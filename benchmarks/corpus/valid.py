@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, ImageCms, TiffImagePlugin
 
-from benchmarks.corpus import Case, encoded, picture, saved
+from benchmarks.corpus.case import Case, encoded, picture, saved
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

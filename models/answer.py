@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ def prediction(
     thresholds: Sequence[float] | None,
     abstain_below: float | None = None,
     explanation: bytes | None = None,
+    cut: bool = False,
 ) -> dict[str, Any]:
     """One picture's answer: its `top` labels, likeliest first.
 
     row: C probabilities; thresholds: one a label: the answer gains `labels`, those that reach theirs; abstain_below: the answer gains
     `abstain`, whether its confidence lies below it: such an answer should be left to a person. At 1 every answer does; explanation: a PNG,
-    in base64 in the answer.
+    in base64 in the answer; cut: the answer gains `text_truncated`.
     """
     # Stable, so that equal probabilities come in the order of the labels, on every machine.
     order = np.argsort(-row, kind="stable")[:top]
@@ -33,4 +35,27 @@ def prediction(
         answer["abstain"] = abstain_below >= 1 or best[0]["confidence"] < abstain_below
     if explanation is not None:
         answer["explanation"] = base64.b64encode(explanation).decode()
+    if cut:
+        answer["text_truncated"] = True
     return answer
+
+
+def given_labels(probabilities: np.ndarray, task: str, thresholds: Sequence[float] = ()) -> np.ndarray:
+    """(N, C) bool: with which labels each of the rows (N, C) is answered; for several those that reach their thresholds, or 0.5."""
+    count = probabilities.shape[1]
+    if task == "multilabel":
+        return probabilities >= np.asarray(thresholds or [0.5] * count, dtype=probabilities.dtype)
+    return np.arange(count) == probabilities.argmax(axis=1)[:, None]
+
+
+def confidences(probabilities: np.ndarray, task: str) -> np.ndarray:
+    """(N,): the probability of the label that is answered; for several the mean over all labels of that in what is said of each."""
+    if task == "multilabel":
+        return np.maximum(probabilities, 1 - probabilities).mean(axis=1)
+    return probabilities.max(axis=1, initial=0)
+
+
+def line(path: Path, answer: dict[str, Any]) -> str:
+    """An answer for people."""
+    labels = ", ".join(f"{row['label']} {row['confidence']:.1%}" for row in answer["top"])
+    return f"{path}: {labels}" + ("  (too unsure: leave it to a person)" if answer.get("abstain") else "")

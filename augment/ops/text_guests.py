@@ -1,0 +1,189 @@
+"""nlpaug's augmenters inside a policy: `nlpaug.RandomWordAug: {action: swap}`, `nlpaug.ContextualWordEmbsAug: {model_path: FOLDER}`.
+
+What it would break is kept in here: it draws from three global generators, which are seeded for each sample and put back; it takes `Don't`
+apart, and is given words as they stand between spaces; it would change words that must stay; it takes two models of one folder name for
+one; and it asks for a method that tokenizers do not have any more. Its import brings PyTorch and transformers and takes seconds: it
+happens when a policy names one of its augmenters.
+"""
+
+import inspect
+import json
+import random
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from augment import words
+from augment.ops.op import Args, Size, below, nearest
+from augment.ops.text import TextOp
+from augment.plan import Step
+
+PREFIX = "nlpaug."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextGuest(TextOp):
+    """An augmenter of nlpaug, seeded for each sample. augmenter: its class, as `RandomWordAug`; parameters: its own, JSON values.
+
+    How much it changes is for its own parameters (`aug_p`) to say; `share` has no effect. A result that has lost a word that must stay
+    (`keep`) is not taken: the text stays as it was.
+    """
+
+    augmenter: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            text = json.dumps(dict(self.parameters), sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"parameters: {self.parameters!r} are not plain numbers, texts and lists ({error})"
+            ) from error
+        self._set("parameters", json.loads(text))
+        _augmenter(self.augmenter, text)
+
+    @property
+    def name(self) -> str:
+        return PREFIX + self.augmenter
+
+    def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
+        return [Step("TextGuest", self.draw(rng, size))] if rng.random() < self.p else []
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        own = {"augmenter": self.augmenter, "parameters": dict(self.parameters), "keep": list(self.keep)}
+        return {**own, "seed": below(rng, 1 << 32)}
+
+    @classmethod
+    def on_text(cls, args: Args, text: str) -> str:
+        if not text.strip():
+            return text
+        made = _augmenter(args["augmenter"], json.dumps(args["parameters"], sort_keys=True))
+        stays = words.kept(tuple(args["keep"]))
+
+        def run() -> Any:
+            made.stopwords = [token for token in text.split() if any(map(stays, words.split(token)[1::2]))]
+            return made.augment(text)
+
+        try:
+            found = _seeded(args["seed"], run)
+        except Exception as error:  # whatever another library raises for a text that it cannot work with
+            raise ValueError(f"{PREFIX}{args['augmenter']} failed: {type(error).__name__}: {error}") from error
+        changed = found[0] if isinstance(found, list) and found else found
+        if not isinstance(changed, str) or not changed.strip():
+            return text
+        changed = _respaced(changed, text)
+        return text if stays.lost(text, changed) else changed
+
+
+def text_guest(name: str, parameters: Mapping[str, Any]) -> TextGuest:
+    """The op that `nlpaug.NAME: parameters` in a policy is short for; `p` and `keep` are the op's own."""
+    own = dict(parameters)
+    ours = {key: own.pop(key) for key in ("p", "keep") if key in own}
+    return TextGuest(augmenter=name.removeprefix(PREFIX), parameters=own, **ours)
+
+
+def _respaced(changed: str, text: str) -> str:
+    """`changed` with the words of `text` that a tokenizer took apart (`Don ' t`) put together."""
+    for word in dict.fromkeys(text.split()):
+        apart = " ".join(piece for piece in words.split(word) for piece in _marks(piece))
+        if apart != word:
+            changed = changed.replace(apart, word)
+            loose = " ".join("".join(c if c.isalnum() else f" {c} " for c in word).split())
+            changed = changed.replace(loose, word)
+    return changed
+
+
+def _marks(piece: str) -> list[str]:
+    return [piece] if piece[:1].isalnum() else list(piece)
+
+
+_turn = threading.Lock()
+
+
+def _seeded(seed: int, run: Callable[[], Any]) -> Any:
+    """`run` with the three global generators at `seed`; afterwards they are as they were."""
+    import torch
+
+    with _turn:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return run()
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+
+@cache
+def _augmenter(name: str, parameters: str) -> Any:
+    """ValueError for an augmenter that there is not, refuses its parameters, or cannot change a first text."""
+    kind = _kinds().get(name)
+    if kind is None:
+        raise ValueError(f"nlpaug has no augmenter {name!r} of texts{nearest(name, _kinds())}")
+    own = json.loads(parameters)
+    known = inspect.signature(kind).parameters
+    for key in own:
+        if key not in known:
+            raise ValueError(f"{PREFIX}{name} has no parameter {key!r}{nearest(key, known)}. Known: {', '.join(known)}")
+    if name == "RandomWordAug" and own.get("action") == "insert":
+        raise ValueError(
+            "nlpaug.RandomWordAug: nlpaug has no action insert; take WordInsert or nlpaug.ContextualWordEmbsAug"
+        )
+    if name == "BackTranslationAug":
+        raise ValueError(
+            "translating takes too long for training: `refract paraphrase` does it before, and BackTranslation draws from it"
+        )
+    if "tokenizer" in known:
+        own |= {"tokenizer": str.split, "reverse_tokenizer": " ".join}
+    if "force_reload" in known:
+        own["force_reload"] = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = kind(**own)
+            _restore(made)
+            _seeded(0, lambda: made.augment("the first text of some words"))
+    except Exception as error:
+        raise ValueError(
+            f"{PREFIX}{name} refused its parameters: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    return made
+
+
+def _restore(made: Any) -> None:
+    """Give the tokenizer of a language model the two methods that transformers 5 dropped and nlpaug calls."""
+    model = getattr(made, "model", None)
+    for tokenizer in (getattr(model, "tokenizer", None), getattr(getattr(model, "model", None), "tokenizer", None)):
+        if tokenizer is not None and not hasattr(tokenizer, "_convert_id_to_token"):
+            kind = type(tokenizer)
+            kind._convert_id_to_token = lambda self, number: self.convert_ids_to_tokens(number)
+            kind._convert_token_to_id = lambda self, token: self.convert_tokens_to_ids(token)
+
+
+@cache
+def _kinds() -> Mapping[str, type]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from nlpaug.augmenter import char, word
+    except ImportError as error:
+        raise ValueError(f"nlpaug is not installed ({error}): pip install 'refract[text]'") from error
+    found = {**vars(char), **vars(word)}
+    return MappingProxyType(
+        {key: value for key, value in found.items() if inspect.isclass(value) and key.endswith("Aug")}
+    )
+
+
+TEXT_GUESTS: Mapping[str, type[TextOp]] = MappingProxyType({"TextGuest": TextGuest})

@@ -1,0 +1,130 @@
+"""Paraphrases that were made before training, kept in one SQLite file by the texts' hashes. Knows nothing of how they are made."""
+
+import hashlib
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+VERSION = 1
+
+_TABLES = f"""
+CREATE TABLE paraphrase (
+    text BLOB NOT NULL, settings BLOB NOT NULL, number INTEGER NOT NULL, paraphrase TEXT NOT NULL, dropped TEXT,
+    PRIMARY KEY (text, settings, number)
+) WITHOUT ROWID;
+PRAGMA user_version = {VERSION};
+"""
+
+
+def digest(text: str) -> bytes:
+    """16 bytes that name a text, or settings."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+class CacheError(ValueError):
+    """The file is no cache of paraphrases, or cannot be used. The message names it."""
+
+
+class Cache:
+    """To be written by one process at a time, and read by any number, also meanwhile."""
+
+    def __init__(self, file: Path) -> None:
+        """Made where there is none. CacheError."""
+        self.file = file
+        try:
+            self._connection = sqlite3.connect(file, timeout=30)
+            if not self._connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                self._connection.executescript(_TABLES)
+            _check(self._connection, file)
+        except sqlite3.Error as error:
+            raise CacheError(f"{file}: cannot be used as a cache of paraphrases ({error})") from error
+
+    def __enter__(self) -> "Cache":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def missing(self, texts: Iterable[str], settings: str) -> list[str]:
+        """Those of the texts, each once, in their order, that have not been translated with these settings."""
+        own = digest(settings)
+        rows = self._connection.execute("SELECT DISTINCT text FROM paraphrase WHERE settings = ?", (own,))
+        known = {row[0] for row in rows}
+        return [text for text in dict.fromkeys(texts) if digest(text) not in known]
+
+    def add(self, found: Sequence[tuple[str, Sequence[tuple[str, str | None]]]], settings: str) -> None:
+        """Keep, all or none, for each text its paraphrases, each with the reason for which it is not used, or None. CacheError where one
+        is there already, or the disk is full."""
+        rows = [
+            (digest(text), digest(settings), number, paraphrase, reason)
+            for text, paraphrases in found
+            for number, (paraphrase, reason) in enumerate(paraphrases)
+        ]
+        try:
+            with self._connection:
+                self._connection.executemany("INSERT INTO paraphrase VALUES (?, ?, ?, ?, ?)", rows)
+        except sqlite3.Error as error:
+            raise CacheError(f"{self.file}: cannot be written ({error})") from error
+
+    def dropped(self, texts: Iterable[str], settings: str) -> dict[str, int]:
+        """Reason → how many paraphrases of the texts are not used for it; "" counts those that are."""
+        counts: dict[str, int] = {}
+        wanted = {digest(text) for text in texts}
+        query = "SELECT text, dropped FROM paraphrase WHERE settings = ?"
+        for text, reason in self._connection.execute(query, (digest(settings),)):
+            if text in wanted:
+                counts[reason or ""] = counts.get(reason or "", 0) + 1
+        return counts
+
+
+def paraphrases(file: str, text: str) -> list[str]:
+    """Those of a text that are used, of all settings, in a fixed order; none for a text that was not translated. CacheError."""
+    query = "SELECT paraphrase FROM paraphrase WHERE text = ? AND dropped IS NULL ORDER BY settings, number"
+    try:
+        return list(dict.fromkeys(row[0] for row in _reader(file).execute(query, (digest(text),))))
+    except sqlite3.Error as error:
+        raise CacheError(f"{file}: cannot be read ({error})") from error
+
+
+def check_cache(file: str) -> None:
+    """CacheError where there is no cache to read from."""
+    if not Path(file).is_file():
+        raise CacheError(f"{file}: no such file; `refract paraphrase MANIFEST --cache {file}` makes it")
+    with _told(file), closing(_opened(file)) as connection:
+        _check(connection, Path(file))
+
+
+_thread = threading.local()
+
+
+def _reader(file: str) -> sqlite3.Connection:
+    """This thread's own, opened once; a process that was forked from one that reads opens another."""
+    open_ones: dict[tuple[int, str], sqlite3.Connection] = _thread.__dict__.setdefault("readers", {})
+    key = (os.getpid(), file)
+    if key not in open_ones:
+        with _told(file):
+            open_ones[key] = _opened(file)
+    return open_ones[key]
+
+
+def _opened(file: str) -> sqlite3.Connection:
+    return sqlite3.connect(f"{Path(file).absolute().as_uri()}?mode=ro", uri=True, timeout=30)
+
+
+@contextmanager
+def _told(file: str) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise CacheError(f"{file}: cannot be read as a cache of paraphrases ({error})") from error
+
+
+def _check(connection: sqlite3.Connection, file: Path) -> None:
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version != VERSION:
+        raise CacheError(
+            f"{file}: is no cache of paraphrases that this Refract reads (version {version}, not {VERSION})"
+        )

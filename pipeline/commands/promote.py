@@ -1,0 +1,63 @@
+"""`refract promote NAME VERSION`"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.commands import console
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="refract promote",
+        description="Make a registered version champion: one that passed the gate against the champion of now, or, with --force, any "
+        "whose bundle is whole. Servers that follow the alias take it.",
+    )
+    parser.add_argument("name", help="of the registered model")
+    parser.add_argument("version", help="its number")
+    parser.add_argument("--force", action="store_true", help="without a gate that it passed; --why says the reason")
+    parser.add_argument("--why", default="", help="kept as the version's tag promotion.why")
+    uri_option(parser)
+    args = parser.parse_args(argv)
+    if args.force and not args.why.strip():
+        print("refract promote: --force needs --why, the reason that others will read", file=sys.stderr)
+        return 2
+    return console.run("promote", lambda: _promote(args))
+
+
+def uri_option(parser: argparse.ArgumentParser) -> None:
+    """`--uri`, which names the registry."""
+    parser.add_argument("--uri", help="the tracking server; else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here")
+
+
+def _promote(args: argparse.Namespace) -> int:
+    import tempfile
+
+    from models.bundle import load_bundle
+    from pipeline.retraining.aliases import CHAMPION, PromotionError, aliases, promote
+    from pipeline.retraining.registry import download, version_tags
+
+    client = client_at(args.uri)
+    champion = aliases(client, args.name).get(CHAMPION)
+    tags = version_tags(client, args.name, args.version)
+    if not args.force and (tags.get("gate") != "passed" or tags.get("gate.against") != (champion or "none")):
+        raise PromotionError(
+            f"{args.name}: version {args.version} did not pass the gate against {champion or 'none'}, the champion of now; --force --why "
+            "REASON promotes it all the same"
+        )
+    with tempfile.TemporaryDirectory() as beside:
+        load_bundle(download(client, args.name, args.version, Path(beside)))  # BundleError for one that is damaged
+    promote(client, args.name, args.version, instead_of=champion, why=args.why)
+    print(f"models:/{args.name}@champion is version {args.version} now" + (f", and was {champion}" if champion else ""))
+    return 0
+
+
+def client_at(uri: str | None) -> Any:
+    """MLflow's client of the registry that is meant."""
+    from pipeline.config import TrackingConfig
+    from pipeline.retraining.registry import client_of
+    from pipeline.tracking import tracking_uri
+    from pipeline.tracking.tracker import absolute
+
+    return client_of(absolute(tracking_uri(TrackingConfig(uri=uri))))

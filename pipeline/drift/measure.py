@@ -1,0 +1,136 @@
+"""From a bundle and new data to their drift: what the command and a step of a flow call."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.bundle import Bundle
+from models.classifier import Classifier
+from pipeline.data.manifest import DataError, Sample
+from pipeline.drift.compare import FEWEST, Drift, compare, far_from
+from pipeline.drift.log import is_log, read_log
+from pipeline.drift.new_data import MOST, NewData, read_data
+from pipeline.drift.profile import MOST_PICTURES, Profile, Seen, profile
+from pipeline.drift.report import SHOWN, furthest_pictures, make_drift_report
+from pipeline.drift.thresholds import THRESHOLDS, Threshold
+from pipeline.report import Report
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """bad: path → why it could not be read."""
+
+    drift: Drift
+    report: Report
+    bad: Mapping[str, str]
+
+
+def reference_of(classifier: Classifier, preprocess: Any, manifest: Any, **kinds: Any) -> Profile:
+    """What goes into a bundle: the profile of at most MOST_PICTURES of the hold-out, filled up from validation.
+
+    Not of the training pictures: those a network has fitted, so that their features and confidences lie apart from those of any picture
+    that it has not seen, and data of the very same kind would drift. Validation has chosen the epoch and the temperature, which is much
+    less; the hold-out nothing. kinds: task, labels, temperature, thresholds.
+    """
+    held = NewData(manifest.of("test"), None).drawn(MOST_PICTURES).samples
+    chosen = held + NewData(manifest.of("val"), None).drawn(max(1, MOST_PICTURES - len(held))).samples
+    chosen = chosen[:MOST_PICTURES]
+    names = [[manifest.labels[i] for i in sample.labels] for sample in chosen]
+    return profile(classifier, preprocess, chosen, names, labels=manifest.labels, **kinds).profile
+
+
+def measure_drift(
+    bundle: Bundle,
+    data: str,
+    *,
+    reference: str | None = None,
+    test: str = "mmd",
+    thresholds: Mapping[str, Threshold] = THRESHOLDS,
+    pictures: int = MOST,
+    unlabelled: bool = False,
+) -> Measured:
+    """The drift of data (see `read_data`, or a server's sampled log) from the bundle's reference, or from that of other data.
+
+    reference: pictures that the bundle did not learn from; of its own training data the hold-out is taken. pictures: that are looked at,
+    0 for all. DataError, or BundleError.
+    """
+    from pipeline.scoring import preprocess_of
+
+    info = bundle.info
+    multilabel = info.task == "multilabel"
+    kinds: dict[str, Any] = {"task": info.task, "labels": info.labels, "temperature": info.temperature}
+    kinds["thresholds"] = info.thresholds
+    classifier, preprocess = bundle.classifier(), preprocess_of(info)
+    stored = bundle.reference()
+    if reference is not None:
+        known = _reference_data(info, reference, multilabel).drawn(pictures or MOST)
+        base = profile(classifier, preprocess, known.samples, known.names, **kinds).profile
+    elif stored is not None:
+        base = Profile.from_bytes(stored, info.labels, multilabel=multilabel)
+    else:
+        raise DataError(
+            f"{bundle.path}: holds no reference, as it was written by an older version or by hand; name pictures like those that it was "
+            "trained on, but held out: --reference DATA"
+        )
+    facts = {"bundle": f"{info.name} ({bundle.digest[:12]})", "reference": reference or "the bundle's own hold-out"}
+    if is_log(Path(data)):
+        new, kept, others = read_log(Path(data), info, bundle.digest)
+        if others:
+            log.warning("%s: %d rows are answers of other models, and left out", data, others)
+        shown = profile(classifier, preprocess, kept, **kinds) if kept else None
+    else:
+        asked = read_data(data, info.labels, multilabel=multilabel, unlabelled=unlabelled)
+        drawn = asked.drawn(pictures)
+        facts["new data"] = f"{len(drawn.samples):,} of {len(asked.samples):,} samples of {data}"
+        shown = profile(classifier, preprocess, drawn.samples, drawn.names, **kinds)
+        new = shown.profile
+    bad = shown.bad if shown else {}
+    if new.count < FEWEST or base.count < FEWEST:
+        why = f" ({len(bad)} cannot be read, as {next(iter(bad))}: {next(iter(bad.values()))})" if bad else ""
+        hint = "; name a larger one by --reference" if base.count < FEWEST else ""
+        raise DataError(
+            f"{data}: {new.count} new samples{why} and {base.count} of the reference; {FEWEST} of each are needed to tell anything{hint}"
+        )
+    drift = compare(base, new, test=test, thresholds=thresholds)
+    title = f"Drift of {data} from {info.name}"
+    if new.features is not None and shown is not None:
+        report = make_drift_report(
+            title, drift, base, new, facts=facts, samples=shown.samples, probabilities=shown.probabilities
+        )
+    else:
+        facts["new data"] = f"{new.count:,} sampled inputs of a server, {data}"
+        report = make_drift_report(title, drift, base, new, facts=facts, galleries=_unsure(base, shown))
+    return Measured(drift, report, bad)
+
+
+def _reference_data(info: Any, source: str, multilabel: bool) -> NewData:
+    """The data, and of those that the bundle was trained on what was held out."""
+    from pipeline.commands.evaluate import held_out
+    from pipeline.data.manifest import load_manifest
+
+    found = read_data(source, info.labels, multilabel=multilabel)
+    if found.names is None or not {name for row in found.names for name in row} <= set(info.labels) or not info.config:
+        return found
+    try:
+        manifest = load_manifest(source, info.task if info.task == "multilabel" else "multiclass")
+    except DataError:  # as of one class
+        return found
+    manifest = manifest if "test" in manifest.splits() else held_out(info, manifest)
+    samples: list[Sample] = [sample for sample in manifest.samples if sample.split in ("test", "val")]
+    if not samples:
+        return found
+    return NewData(samples, [tuple(manifest.labels[i] for i in sample.labels) for sample in samples])
+
+
+def _unsure(base: Profile, shown: Seen | None) -> dict[str, list[dict[str, str]]]:
+    """The pictures that a server kept, those that are farthest from the reference first."""
+    title = "Pictures of low confidence that the server kept"
+    if shown is None or base.features is None or shown.profile.features is None:
+        return {title: []}
+    distances, usual = far_from(base.features, shown.profile.features)
+    places = (-distances).argsort(kind="stable")[:SHOWN].tolist()
+    return {title: furthest_pictures(shown.samples, distances, usual, places, shown.probabilities, base.labels)}

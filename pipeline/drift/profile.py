@@ -1,0 +1,194 @@
+"""A profile: what drift asks about data, as a classifier sees them. A sample of it travels in the bundle."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from augment import Preprocess, image_size
+from augment.looks import Look, look
+from models.answer import confidences, given_labels
+from models.bundle_info import BundleError
+from models.classifier import Classifier
+from models.head import head_inputs
+from pipeline.data.manifest import Sample
+from pipeline.scoring import Question, score
+
+MOST_PICTURES = 1000
+"""In a bundle: with 512 features each it is a megabyte."""
+
+WIDEST = 512
+"""Features above which they are folded; see `folded`."""
+
+SIZES = ("width", "height", "aspect")
+CHARACTERS = "characters"
+STATISTICS = (*Look._fields, *SIZES, CHARACTERS)
+"""In the order in which they are told."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """count: of the samples; features: (N, D) float32, before the head, None where only numbers are known (a server's log); answered: (C,)
+    int64, how many were answered with each of the bundle's labels; confidence: (N,) float32, of the label that is answered, for several
+    labels the mean over them of that in what was said; statistics: name → (N,) float32, NaN where a sample has no picture; classes: label,
+    also one that the bundle does not know → how many carry it, None where there are no labels; multilabel: whether one may have several."""
+
+    count: int
+    labels: tuple[str, ...]
+    features: np.ndarray | None
+    answered: np.ndarray
+    confidence: np.ndarray
+    statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
+    classes: Mapping[str, int] | None = None
+    multilabel: bool = False
+
+    def to_bytes(self) -> bytes:
+        """As safetensors: features in float16, divided by their largest; of the classes the bundle's own. ValueError without features."""
+        from safetensors.numpy import save
+
+        if self.features is None:
+            raise ValueError("a profile without features does not travel in a bundle")
+        scale = float(np.abs(self.features).max(initial=0)) or 1.0
+        arrays = {
+            "features": (self.features / scale).astype(np.float16),
+            "scale": np.array([scale]),
+            "answered": self.answered.astype(np.int64),
+            "confidence": self.confidence.astype(np.float32),
+        }
+        arrays |= {f"statistics.{name}": values.astype(np.float32) for name, values in self.statistics.items()}
+        if self.classes is not None:
+            arrays["classes"] = np.array([self.classes.get(label, 0) for label in self.labels], np.int64)
+        return save(arrays)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, labels: Sequence[str], *, multilabel: bool) -> "Profile":
+        """What `to_bytes` wrote. BundleError for what is none, or is of other labels."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            arrays = load(data)
+            features = arrays["features"].astype(np.float32) * np.float32(arrays["scale"][0])
+            answered, confidence = arrays["answered"], arrays["confidence"]
+        except (SafetensorError, KeyError, IndexError, ValueError) as error:
+            raise BundleError(
+                f"the bundle's reference is no profile ({error}); train again, or name --reference"
+            ) from error
+        statistics = {n.removeprefix("statistics."): v for n, v in arrays.items() if n.startswith("statistics.")}
+        rows = [features, confidence, *statistics.values()]
+        counted = [answered, arrays.get("classes", answered)]
+        if (
+            features.ndim != 2
+            or {len(row) for row in rows} != {len(features)}
+            or {len(c) for c in counted} != {len(labels)}
+        ):
+            raise BundleError("the bundle's reference does not fit its labels; train again, or name --reference")
+        classes = dict(zip(labels, arrays["classes"].tolist(), strict=True)) if "classes" in arrays else None
+        return cls(
+            len(features), tuple(labels), features, answered, confidence, statistics, classes, multilabel
+        )  # fmt: skip
+
+
+class Seen(NamedTuple):
+    """A profile, the samples that could be read, in its order, with their probabilities (N, C), and path → why of the others."""
+
+    profile: Profile
+    samples: list[Sample]
+    probabilities: np.ndarray
+    bad: dict[str, str]
+
+
+def profile(
+    classifier: Classifier,
+    preprocess: Preprocess,
+    samples: Sequence[Sample],
+    names: Sequence[Sequence[str]] | None = None,
+    *,
+    task: str,
+    labels: Sequence[str],
+    temperature: float = 1.0,
+    thresholds: Sequence[float] = (),
+    progress: bool = True,
+) -> Seen:
+    """Ask the classifier about all samples. names: of each sample's classes, None where they have none.
+
+    Brightness, contrast and sharpness are those of the network's input, after resizing: what a network cannot see is no drift for it.
+    """
+    from tqdm import tqdm
+
+    sizes: dict[int, tuple[int, int]] = {}
+    looks: list[Look] = []
+    pictured = "pictures" in classifier.reads
+
+    def read(place: int) -> bytes:
+        data = samples[place].read()
+        sizes[place] = image_size(data)
+        return data
+
+    def see(module: Classifier, inputs: tuple[Any, ...]) -> None:
+        if pictured:
+            looks.extend(look(one) for one in inputs[0].permute(0, 2, 3, 1).contiguous().cpu().numpy())
+
+    questions = [Question(lambda i=i: read(i), s.text, s.pictured) for i, s in enumerate(samples)]  # type: ignore[misc]
+    hook = classifier.register_forward_pre_hook(see)
+    kept, rows, bad = [], [], {}
+    try:
+        with head_inputs(classifier.network) as features:
+            answers = score(classifier, preprocess, questions, task=task, temperature=temperature)
+            for place, answer in enumerate(
+                tqdm(answers, "looking", len(samples), disable=not progress or None, leave=False)
+            ):
+                if isinstance(answer, np.ndarray):
+                    kept.append(place)
+                    rows.append(answer)
+                else:
+                    bad[samples[place].path] = str(answer)
+    finally:
+        hook.remove()
+    given = np.stack(rows) if rows else np.zeros((0, len(labels)), np.float32)
+    found = [samples[place] for place in kept]
+    statistics: dict[str, np.ndarray] = {}
+    if pictured and found:
+        statistics = _looks(found, looks, [sizes.get(place, (0, 0)) for place in kept])
+    if classifier.tokens is not None:
+        statistics[CHARACTERS] = np.array([len(s.text) for s in found], np.float32)
+    classes = None
+    if names is not None:
+        classes = {**dict.fromkeys(labels, 0), **Counter(name for place in kept for name in names[place])}
+    sure, shown = confidences(given, task).astype(np.float32), given_labels(given, task, thresholds).sum(axis=0)
+    kept_features = folded(torch.cat(features).numpy()) if features else None
+    multilabel = task == "multilabel"
+    own = Profile(len(found), tuple(labels), kept_features, shown, sure, statistics, classes, multilabel)
+    return Seen(own, found, given, bad)
+
+
+def folded(features: np.ndarray) -> np.ndarray:
+    """(N, D) → (N, at most WIDEST) float32: each feature is added, with a sign, to one of WIDEST sums, both by its number alone.
+
+    Distances stay what they were in expectation. Source: Charikar et al. 2002, "Finding frequent items in data streams" (count sketch);
+    Weinberger et al. 2009, arXiv:0902.2206. Deviation: the hash is the mixer of Steele et al. 2014 (SplitMix), the same everywhere.
+    """
+    width = features.shape[1]
+    if width <= WIDEST:
+        return features.astype(np.float32)
+    from scipy.sparse import csr_matrix
+
+    number = np.arange(1, width + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    number ^= number >> np.uint64(31)
+    signs = np.where(number & np.uint64(1), 1.0, -1.0).astype(np.float32)
+    places = ((number >> np.uint64(1)) % np.uint64(WIDEST)).astype(np.int64)
+    fold = csr_matrix((signs, (np.arange(width), places)), shape=(width, WIDEST))
+    return np.asarray((fold.T @ features.T.astype(np.float32)).T)
+
+
+def _looks(samples: Sequence[Sample], looks: Sequence[Look], sizes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+    there = np.array([sample.pictured for sample in samples])
+    values = {name: np.array(column) for name, column in zip(Look._fields, zip(*looks, strict=True), strict=True)}
+    height, width = np.array(sizes, np.float64).T
+    values |= dict(zip(SIZES, (width, height, width / np.maximum(height, 1)), strict=True))
+    return {name: np.where(there, column, np.nan).astype(np.float32) for name, column in values.items()}

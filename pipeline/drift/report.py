@@ -1,0 +1,69 @@
+"""The report of a drift: what was compared, how both sides are distributed, the pictures that drifted most."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.manifest import Sample
+from pipeline.drift.compare import Drift
+from pipeline.drift.profile import Profile
+from pipeline.report import Report, figures
+
+SHOWN = 24
+CLASSES_SHOWN = 30
+
+
+def make_drift_report(
+    title: str,
+    drift: Drift,
+    reference: Profile,
+    new: Profile,
+    *,
+    facts: Mapping[str, Any],
+    samples: Sequence[Sample] = (),
+    probabilities: np.ndarray | None = None,
+    galleries: Mapping[str, list[dict[str, str]]] | None = None,
+) -> Report:
+    """samples, probabilities: of the new data, in the profile's order, where there are pictures to show. galleries: further ones."""
+    numbers = {"facts": dict(facts), **drift.to_dict()}
+    numbers["furthest"] = [
+        {"path": samples[i].path, "distance": float(drift.distances[i])}  # type: ignore[index]
+        for i in drift.furthest(SHOWN) if samples
+    ]  # fmt: skip
+    shown = {"confidence": figures.two_histograms(reference.confidence, new.confidence, "confidence")}
+    for name in (check.name for check in drift.checks if check.name in reference.statistics):
+        shown[name] = figures.two_histograms(reference.statistics[name], new.statistics[name], name)
+    if reference.classes is not None and new.classes is not None:
+        known = [*reference.classes, *(label for label in new.classes if label not in reference.classes)]
+        before, after = (np.array([own.get(label, 0) for label in known]) for own in (reference.classes, new.classes))
+        shown["labels of the data"] = figures.two_shares(before, after, known, CLASSES_SHOWN)
+    shown["answers"] = figures.two_shares(reference.answered, new.answered, reference.labels, CLASSES_SHOWN)
+    pictures: dict[str, list[dict[str, str]]] = {}
+    if samples and drift.distances is not None:
+        pictures["The pictures that drifted most"] = furthest_pictures(
+            samples, drift.distances, drift.usual or 0.0, drift.furthest(SHOWN), probabilities, reference.labels
+        )
+    return Report(title, numbers, shown, {**pictures, **(galleries or {})}, template="drift.html")
+
+
+def furthest_pictures(
+    samples: Sequence[Sample],
+    distances: np.ndarray,
+    usual: float,
+    places: Sequence[int],
+    probabilities: np.ndarray | None,
+    labels: Sequence[str],
+) -> list[dict[str, str]]:
+    """A gallery's rows; of texts alone the text."""
+    rows = []
+    for i in places:
+        far = f"{distances[i] / usual:.2f} of the usual most" if usual else f"distance {distances[i]:.3g}"
+        if probabilities is not None:
+            best = int(probabilities[i].argmax())
+            far = f"{labels[best]} {probabilities[i, best]:.0%}; {far}"
+        sample = samples[i]
+        text = f": “{sample.text.strip()[:120]}”" if sample.text.strip() else ""
+        src = figures.thumbnail(sample.read()) if sample.pictured else ""
+        rows.append({"src": src, "caption": far + text, "path": sample.path})
+    return rows

@@ -1,0 +1,112 @@
+"""The nightly run as a Metaflow flow: `refract retrain` starts it on one machine, `python -m pipeline.flow argo-workflows create` on a
+cluster. Each step is a process of its own; the steps' work is in `pipeline.retraining.night`."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from metaflow import FlowSpec, Parameter, step
+
+PARENT = "REFRACT_PARENT_PID"
+"""The environment's variable by which a process knows who began it."""
+
+
+class Retrain(FlowSpec):
+    """Snapshot, validate, train (with evaluation and bundle), register as challenger, gate, promote, announce."""
+
+    night_folder = Parameter("night", default="", help="a night that was begun; without it one of --config is")
+    config_file = Parameter("config", default="", help="the config's file")
+
+    @step
+    def start(self):
+        """Snapshot."""
+        from pipeline.retraining import night
+
+        self.folder = str(self.night_folder or _begun(str(self.config_file)))
+        _do(night.snapshot, self.folder)
+        self.next(self.validate)
+
+    @step
+    def validate(self):
+        from pipeline.retraining import night
+
+        _do(night.validate, self.folder)
+        self.next(self.train)
+
+    @step
+    def train(self):
+        from pipeline.retraining import night
+
+        _do(night.train, self.folder)
+        self.next(self.register)
+
+    @step
+    def register(self):
+        from pipeline.retraining import night
+
+        _do(night.register, self.folder)
+        self.next(self.gate)
+
+    @step
+    def gate(self):
+        from pipeline.retraining import night
+
+        _do(night.compare, self.folder)
+        self.next(self.promote)
+
+    @step
+    def promote(self):
+        from pipeline.retraining import night
+
+        _do(night.promote, self.folder)
+        self.next(self.end)
+
+    @step
+    def end(self):
+        """Announce."""
+        from pipeline.retraining import night
+
+        _do(night.announce, self.folder)
+
+
+def _begun(config_file: str) -> Path:
+    from pipeline.config import load_config
+    from pipeline.retraining.night import begin
+
+    return begin(load_config(config_file), force=False)
+
+
+def _do(work: Callable[[Path], None], folder: str) -> None:
+    """A step's work; what a user can mend is told without a traceback."""
+    from pipeline.commands import console
+    from pipeline.stopping import Stopped
+
+    def done() -> int:
+        try:
+            work(Path(folder))
+        except Stopped as stopped:
+            return console.stopped("retrain", stopped)
+        return 0
+
+    if code := console.run("retrain", done):
+        sys.exit(code)
+
+
+def _end_with_parent() -> None:
+    """A step whose flow was killed must not go on beside the one that resumes it, nor a flow without `refract retrain`. Linux alone can
+    be asked for that; whose parent died before it asked sees another one."""
+    if sys.platform == "linux" and PARENT in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(os.environ[PARENT]):
+            sys.exit("refract retrain: the process that began this one is gone")
+        os.environ[PARENT] = str(os.getpid())
+
+
+if __name__ == "__main__":
+    _end_with_parent()
+    logging.captureWarnings(True)
+    Retrain()

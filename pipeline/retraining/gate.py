@@ -1,0 +1,227 @@
+"""Whether a challenger may take the champion's place: both on one frozen hold-out, each demand with its number."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from models.bundle import Bundle, BundleError
+from pipeline import measures
+from pipeline.config import ConfigError
+from pipeline.data.manifest import Manifest, Sample
+from pipeline.retraining.settings import GateConfig
+
+
+@dataclass(frozen=True)
+class Line:
+    """One demand. value: what the challenger has, None where it is not measured; bound: what is asked; passed; told: in words."""
+
+    name: str
+    value: float | None
+    bound: float | None
+    passed: bool
+    told: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """lines: every demand; holdout: the version of what both were measured on; pictures: how many."""
+
+    lines: tuple[Line, ...]
+    holdout: str
+    pictures: int
+
+    @property
+    def passed(self) -> bool:
+        return all(line.passed for line in self.lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        lines = [asdict(line) for line in self.lines]
+        return {"passed": self.passed, "holdout": self.holdout, "samples": self.pictures, "lines": lines}
+
+    def text(self) -> str:
+        """A table for the terminal and MLflow."""
+        width = max(len(line.name) for line in self.lines)
+        return "\n".join(
+            f"{'passed' if line.passed else 'FAILED'}  {line.name:<{width}}  {line.told}" for line in self.lines
+        )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """right: (N,) bool; recall: label → (N,) bool where the sample has it, whether it was given; error: mean under corruptions."""
+
+    bundle: Bundle
+    right: np.ndarray
+    given: np.ndarray
+    calibration: float
+    error: float | None
+
+
+def gate(config: GateConfig, challenger: Bundle, champion: Bundle | None, manifest: Manifest, holdout: str) -> Verdict:
+    """Measure both on the manifest's samples, the frozen hold-out. champion: None on the first night, when what is asked beside it passes.
+
+    A label that a bundle does not know is one that it never gives. BundleError where a bundle cannot answer.
+    """
+    samples = manifest.samples
+    with_errors = (
+        config.robustness_loss is not None and manifest.task != "multilabel" and all(s.pictured for s in samples)
+    )
+    new = _measure(challenger, manifest, with_errors)
+    old = _measure(champion, manifest, with_errors) if champion is not None else None
+    lines = [_labels(challenger, champion), *_accuracy(config, new, old), *_recalls(config, manifest, new, old)]
+    lines += [
+        _calibration(config, new),
+        _robustness(config, new, old),
+        *_latency(config, challenger, champion, samples),
+    ]
+    size = sum(f.stat().st_size for f in challenger.path.glob("weights.*")) / 1e6
+    lines.append(_limit("size", size, config.size_mb, "MB of weights"))
+    return Verdict(tuple(lines), holdout, len(samples))
+
+
+def _measure(bundle: Bundle, manifest: Manifest, with_errors: bool) -> _Measured:
+    """In the manifest's labels, as far as the bundle knows them."""
+    from pipeline.evaluation import probabilities_of, truth_of
+    from pipeline.robustness import measure_robustness
+    from pipeline.scoring import preprocess_of
+
+    info, labels = bundle.info, list(manifest.labels)
+    several = manifest.task == "multilabel"
+    if several != (info.task == "multilabel"):
+        raise BundleError(f"{bundle.path}: its task is {info.task}, and the hold-out's {manifest.task}")
+    classifier, preprocess = bundle.classifier(), preprocess_of(info)
+    own = probabilities_of(classifier, preprocess, manifest.samples, task=info.task, temperature=info.temperature)
+    # One column more a label that only the bundle knows: such an answer is wrong, and must not become another one.
+    columns = labels + [label for label in info.labels if label not in labels]
+    given = np.zeros((len(own), len(columns)), np.float32)
+    given[:, [columns.index(label) for label in info.labels]] = own
+    truth = truth_of(manifest.samples, manifest.task, len(columns))
+    calibration = measures.calibration_error(given, truth, multilabel=several)
+    if several:
+        floors = dict(zip(info.labels, info.thresholds or [0.5] * len(info.labels), strict=True))
+        answers = given >= np.array([floors.get(label, 2.0) for label in columns])
+        right = (answers == truth).all(axis=1)
+    else:
+        answers = given.argmax(1)[:, None] == np.arange(len(columns))
+        right = answers[np.arange(len(truth)), truth]
+    error = None
+    if with_errors:
+        place = {label: i for i, label in enumerate(info.labels)}
+        # A label that it does not know is out of reach of every answer.
+        theirs = [replace(s, labels=tuple(place.get(labels[i], -1) for i in s.labels)) for s in manifest.samples]
+        error = measure_robustness(classifier, preprocess, theirs, quick=True).mean_error
+    return _Measured(bundle, right, answers[:, : len(labels)], calibration, error)
+
+
+def _labels(challenger: Bundle, champion: Bundle | None) -> Line:
+    lost = [label for label in (champion.info.labels if champion else ()) if label not in challenger.info.labels]
+    told = f"lacks {', '.join(lost[:10])}, which the champion knows" if lost else "knows all that the champion knows"
+    return Line("labels", float(len(lost)), 0.0, not lost, told)
+
+
+def _accuracy(config: GateConfig, new: _Measured, old: _Measured | None) -> list[Line]:
+    own = float(new.right.mean())
+    lines = [Line("accuracy", own, config.accuracy, own >= config.accuracy, f"{own:.4f}, at least {config.accuracy:g}")]
+    if old is None:
+        return [*lines, Line("margin", None, config.margin, True, "there is no champion yet")]
+    gain = measures.paired_difference(new.right, old.right)
+    told = f"{gain.value:+.4f} against the champion's {old.right.mean():.4f}, at least {config.margin:+g}"
+    lines.append(Line("margin", gain.value, config.margin, gain.value >= config.margin, told))
+    told = f"the gain's 95 % interval {gain.low:+.4f} to {gain.high:+.4f}, lower end at least {config.lowest_gain:+g}"
+    return [*lines, Line("interval", gain.low, config.lowest_gain, gain.low >= config.lowest_gain, told)]
+
+
+def _recalls(config: GateConfig, manifest: Manifest, new: _Measured, old: _Measured | None) -> list[Line]:
+    """A line a class that has a floor of its own or fails, and one for all others together."""
+    unknown = [label for label in config.recall_of if label not in manifest.labels]
+    if unknown:
+        raise ConfigError(
+            f"gate.recall_of: {unknown[0]!r} is no class of the hold-out; it has {', '.join(manifest.labels)}"
+        )
+    lines, lowest = [], None
+    for place, label in enumerate(manifest.labels):
+        has = np.array([place in sample.labels for sample in manifest.samples])
+        if not has.any():
+            lines.append(Line(f"recall {label}", None, None, False, "the hold-out has no sample of it"))
+            continue
+        floor, own = config.recall_of.get(label, config.recall), new.given[has, place]
+        recall, count = float(own.mean()), int(has.sum())
+        lowest = recall if lowest is None else min(lowest, recall)
+        told, passed = f"{recall:.4f} of {count}, at least {floor:g}", recall >= floor
+        if old is not None:
+            change = measures.paired_difference(own, old.given[has, place])
+            fell = change.value < -config.recall_loss and change.p_value < 0.05
+            passed = passed and not fell
+            told += f", the champion's {old.given[has, place].mean():.4f} (p = {change.p_value:.2g})"
+        if label in config.recall_of or not passed:
+            lines.append(Line(f"recall {label}", recall, floor, passed, told))
+    if lowest is not None:
+        told = f"{lowest:.4f} at the lowest of {len(manifest.labels)} classes"
+        lines.append(Line("recall", lowest, config.recall, lowest >= config.recall, told))
+    return lines
+
+
+def _calibration(config: GateConfig, new: _Measured) -> Line:
+    return _limit("calibration_error", new.calibration, config.calibration_error, "expected calibration error")
+
+
+def _robustness(config: GateConfig, new: _Measured, old: _Measured | None) -> Line:
+    bound = config.robustness_loss
+    if new.error is None:
+        return Line("robustness", None, bound, True, "not measured")
+    if old is None or old.error is None:
+        return Line(
+            "robustness", new.error, bound, True, f"{new.error:.4f} wrong under corruptions; there is no champion yet"
+        )
+    assert bound is not None
+    loss = new.error - old.error
+    told = f"{new.error:.4f} wrong under corruptions, the champion {old.error:.4f}; at most {bound:g} more"
+    return Line("robustness", loss, bound, loss <= bound, told)
+
+
+def _latency(config: GateConfig, challenger: Bundle, champion: Bundle | None, samples: Sequence[Sample]) -> list[Line]:
+    asks = [_asker(bundle, samples[0]) for bundle in (challenger, champion) if bundle is not None]
+    times: list[list[float]] = [[] for _ in asks]
+    for _ in range(22):
+        for own, ask in zip(times, asks, strict=True):
+            began = time.perf_counter()
+            ask()
+            own.append((time.perf_counter() - began) * 1e3)
+    took = [float(np.median(own[2:])) for own in times]  # the first two warm up
+    lines = [_limit("latency", took[0], config.latency_ms, "ms a sample")]
+    if len(took) == 1 or config.latency_ratio is None:
+        return lines
+    ratio = took[0] / took[1]
+    told = f"{ratio:.2f} × the champion's {took[1]:.2f} ms, at most {config.latency_ratio:g} ×"
+    return [*lines, Line("latency_ratio", ratio, config.latency_ratio, ratio <= config.latency_ratio, told)]
+
+
+def _asker(bundle: Bundle, sample: Sample) -> Callable[[], object]:
+    """The network, asked about one sample that is prepared already."""
+    import torch
+
+    from models.texts.tokens import rows
+    from pipeline.scoring import preprocess_of
+
+    classifier, preprocess = bundle.classifier(), preprocess_of(bundle.info)
+    image = None
+    if "pictures" in classifier.reads:
+        image = torch.from_numpy(preprocess(sample.read())).permute(2, 0, 1)[None]
+    beside = []
+    if classifier.tokens is not None:
+        beside = [torch.from_numpy(rows([classifier.tokens(sample.text)[0]])), torch.tensor([sample.pictured])]
+
+    def ask() -> object:
+        with torch.inference_mode():
+            return classifier(image, *beside)
+
+    return ask
+
+
+def _limit(name: str, value: float, bound: float | None, unit: str) -> Line:
+    if bound is None:
+        return Line(name, value, None, True, f"{value:.4g} {unit}; no limit is set")
+    return Line(name, value, bound, value <= bound, f"{value:.4g} {unit}, at most {bound:g}")

@@ -1,0 +1,279 @@
+"""The steps of a night. Each may be repeated after a kill, and then finds what it did already; what a night knows is in its record."""
+
+import logging
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from enum import IntEnum
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, ConfigError, config_from_dict
+from pipeline.retraining.place import Place, place_of, read, write
+from pipeline.retraining.registry import client_of, download
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+class Outcome(IntEnum):
+    """How a night ended; the exit codes of `refract retrain`."""
+
+    PROMOTED = 0
+    NOT_PROMOTED = 10
+    REFUSED = 20
+    FAILED = 30
+
+
+class NightError(RuntimeError):
+    """A step cannot go on; the message says why, and what to do before `refract retrain --resume`."""
+
+
+def begin(config: Config, *, force: bool) -> Path:
+    """The folder of a new night, with its config and record. force: goes on where nothing has changed."""
+    from pipeline.runs import write_config
+
+    place, now = place_of(config), datetime.now(UTC)
+    for attempt in range(100):
+        folder = place.night(f"{now:%Y%m%d-%H%M%S}-{attempt:02}")
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+    write_config(config, folder)
+    write(folder / "night.json", {"night": folder.name, "force": force, "began": now.isoformat(timespec="seconds")})
+    return folder
+
+
+def unfinished(place: Place) -> Path | None:
+    """The newest night, if it has no outcome."""
+    nights = place.nights()
+    return nights[-1] if nights and "outcome" not in read(nights[-1] / "night.json") else None
+
+
+Step = Callable[[Path, Config, Record], Record]
+
+
+def _step(work: Step) -> Callable[[Path], None]:
+    """A step knows the night's folder alone; it adds to the record what it returns. A night that has ended does nothing more."""
+
+    @wraps(work)
+    def run(folder: Path) -> None:
+        record = read(folder / "night.json")
+        if "ends" not in record or work.__name__ == "announce":
+            write(folder / "night.json", record | work(folder, _config(folder), record))
+
+    return run
+
+
+def _config(folder: Path) -> Config:
+    import yaml
+
+    path = folder / "config.yaml"
+    return config_from_dict(yaml.safe_load(path.read_text("utf-8")), where=str(path))
+
+
+@_step
+def snapshot(folder: Path, config: Config, record: Record) -> Record:
+    """Write the data down; end the night where they cannot be used, or where nothing has changed."""
+    from pipeline.data.manifest import DataError
+    from pipeline.provenance import code_state, versions
+    from pipeline.retraining.snapshot import inputs_digest, take
+
+    place = place_of(config)
+    try:
+        taken = take(config, place)
+    except DataError as error:
+        return _ends(Outcome.REFUSED, str(error))
+    code, diff = code_state()
+    inputs = inputs_digest(config, taken, code | versions(), diff)
+    found = {"snapshot": taken.record(), "snapshot_folder": str(taken.folder), "inputs": inputs}
+    last = place.last()
+    if last is not None and last["inputs"] == inputs and not record["force"]:
+        why = f"data, config and code are those of {last['night']}; --force trains all the same"
+        return found | {"unchanged": True} | _ends(Outcome.PROMOTED, why)
+    return found
+
+
+@_step
+def validate(folder: Path, config: Config, record: Record) -> Record:
+    """End the night where the data changed more than they may since the last accepted one, or where what is new has drifted too far."""
+    from pipeline.retraining.snapshot import read_snapshot
+    from pipeline.retraining.validate import drift, problems
+
+    place = place_of(config)
+    last = place.last()
+    before = read_snapshot(Path(last["snapshot_folder"]), last["snapshot"]) if last else None
+    now = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
+    if found := problems(now, before, config.retrain.largest_loss):
+        why = "\n".join(f"  {line}" for line in found)
+        return _ends(
+            Outcome.REFUSED,
+            f"the data changed more than they may since the last accepted night:\n{why}\nMend them, or raise retrain.largest_loss.",
+        )
+    if config.retrain.drift == "none":
+        return {}
+    looked = drift(config, now, place, folder)
+    log.info("drift: %s", looked["told"])
+    ends: Record = {}
+    if looked["level"] == "stop" and config.retrain.drift == "stop":
+        ends = _ends(
+            Outcome.REFUSED, f"what is new has drifted: {looked['told']}. See {folder / 'drift'}, and retrain.drift"
+        )
+    return {"drift": looked} | ends
+
+
+@_step
+def train(folder: Path, config: Config, record: Record) -> Record:
+    """Train on the snapshot, measure on the hold-out, write the bundle, and hand it to MLflow as `challenger`."""
+    from pipeline.retraining.aliases import CHALLENGER
+    from pipeline.retraining.snapshot import changed, read_snapshot
+    from pipeline.runs import RECORD, read_record, stored_config
+    from pipeline.training import train as train_run
+
+    taken = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
+    if others := changed(taken):
+        raise NightError(
+            f"{len(others)} pictures have changed since the night began, as {others[0]}: begin another one with `refract retrain`"
+        )
+    config.data.source, config.data.task = str(taken.manifest), taken.task  # type: ignore[assignment]
+    config.tracking.alias = CHALLENGER
+    config.trainer.run_name = f"{config.tracking.model_name}-{folder.name}"
+    run = Path(config.trainer.runs_dir) / config.trainer.run_name
+    if run.exists() and not (run / RECORD).exists():
+        shutil.rmtree(run)  # a kill came before its first record
+    if not run.exists():
+        train_run(config)
+    elif not read_record(run).get("finished"):
+        train_run(stored_config(run), resume=run)
+    return {"run": str(run)}
+
+
+@_step
+def register(folder: Path, config: Config, record: Record) -> Record:
+    """The version in MLflow; NightError while its server does not have it."""
+    from pipeline.tracking.journal import Journal
+    from pipeline.tracking.store import Store, first_line
+    from pipeline.tracking.tracker import absolute, deliver_one, tracking_uri
+
+    run = Path(record["run"])
+    journal = Journal(run)
+    store = Store(absolute(journal.delivered.get("uri") or tracking_uri(config.tracking)), run)
+    journal.for_server(store.uri)
+    try:
+        for entry in journal.waiting():
+            deliver_one(journal, store, entry)
+        version = journal.delivered["version"]
+        tags = {
+            "snapshot": record["snapshot"]["digest"],
+            "holdout": record["snapshot"]["holdout"],
+            "night": folder.name,
+        }
+        for key, value in tags.items():
+            client_of(store.uri).set_model_version_tag(config.tracking.model_name, version, key, value)
+    except Exception as error:  # whatever MLflow and what lies below it raise for a server that is not there
+        raise NightError(f"MLflow at {store.uri} does not have the run: {first_line(error)}") from error
+    return {"version": str(version), "mlflow": store.uri, "mlflow_run": journal.delivered["run_id"]}
+
+
+@_step
+def compare(folder: Path, config: Config, record: Record) -> Record:
+    """The gate: challenger and champion on the frozen hold-out."""
+    from models.bundle import load_bundle
+    from pipeline.data.manifest import load_manifest
+    from pipeline.retraining.aliases import CHAMPION, aliases
+    from pipeline.retraining.gate import Line, Verdict, gate
+
+    name, client, place = str(config.tracking.model_name), client_of(record["mlflow"]), place_of(config)
+    champion = aliases(client, name).get(CHAMPION)
+    table = load_manifest(Path(record["snapshot_folder"]) / "manifest.csv", record["snapshot"]["task"])
+    held = table.with_samples(table.of("test"))
+    with tempfile.TemporaryDirectory() as beside:
+        old = None if champion is None else load_bundle(download(client, name, champion, Path(beside)))
+        found = gate(config.gate, load_bundle(Path(record["run"]) / "bundle"), old, held, record["snapshot"]["holdout"])
+    seen = [_trained_on(place, record["snapshot"]["digest"], held)]
+    if champion is not None:
+        tags = client.get_model_version(name, champion).tags
+        seen.append(_trained_on(place, tags.get("snapshot"), held))
+    told = "neither was trained on any of it"
+    if None in seen:
+        told = "what the champion was trained on is not known here"
+    if any(seen):
+        told = f"{sum(filter(None, seen))} of its pictures were trained on"
+    verdict = Verdict((Line("hold-out", None, None, not any(seen), told), *found.lines), found.holdout, found.pictures)
+    write(folder / "gate.json", verdict.to_dict())
+    print(f"gate: version {record['version']} against {champion or 'no champion'}, {verdict.pictures:,} samples")
+    print(verdict.text())
+    for line in verdict.lines:
+        client.set_model_version_tag(
+            name, record["version"], f"gate.{_key(line.name)}", f"{line.passed}: {line.told}"[:4000]
+        )
+    client.set_model_version_tag(name, record["version"], "gate.against", champion or "none")
+    client.set_model_version_tag(name, record["version"], "gate", "passed" if verdict.passed else "failed")
+    client.log_text(record["mlflow_run"], verdict.text() + "\n", "gate.txt")
+    return {"champion": champion, "gate": verdict.to_dict()}
+
+
+@_step
+def promote(folder: Path, config: Config, record: Record) -> Record:
+    """Move the alias, if the gate let it pass."""
+    from pipeline.retraining.aliases import PromotionError
+    from pipeline.retraining.aliases import promote as move
+
+    if not record["gate"]["passed"]:
+        failed = [line["name"] for line in record["gate"]["lines"] if not line["passed"]]
+        return _ends(Outcome.NOT_PROMOTED, f"version {record['version']} failed at {', '.join(failed)}")
+    client = client_of(record["mlflow"])
+    try:
+        move(client, str(config.tracking.model_name), record["version"], instead_of=record["champion"])
+    except PromotionError as error:
+        return _ends(Outcome.NOT_PROMOTED, str(error))
+    return _ends(Outcome.PROMOTED, f"version {record['version']} is champion")
+
+
+@_step
+def announce(folder: Path, config: Config, record: Record) -> Record:
+    """Say how the night ended: to `retrain.tell`, and to the nights that come."""
+    outcome = record["ends"]
+    place = place_of(config)
+    if outcome in (Outcome.PROMOTED, Outcome.NOT_PROMOTED) and not record.get("unchanged"):
+        kept = ("night", "snapshot", "snapshot_folder", "inputs", "version")
+        write(place.root / "last.json", {key: record[key] for key in kept} | {"outcome": outcome})
+    if config.retrain.tell:
+        import json
+
+        told = json.dumps(record, ensure_ascii=False)
+        done = subprocess.run(config.retrain.tell, shell=True, input=told, text=True, timeout=60)
+        if done.returncode:
+            log.warning("retrain.tell: ended with %d", done.returncode)
+    return {"outcome": outcome, "ended": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+STEPS = (snapshot, validate, train, register, compare, promote, announce)
+
+
+def _ends(outcome: Outcome, why: str) -> Record:
+    return {"ends": int(outcome), "why": why}
+
+
+def _trained_on(place: Place, digest: str | None, held: Any) -> int | None:
+    """How many of the hold-out's pictures a snapshot trains on; None where the snapshot is not known."""
+    from pipeline.retraining.snapshot import FILES
+
+    if digest is None or not (place.snapshot(digest) / FILES).exists():
+        return None
+    trained = set(read(place.snapshot(digest) / FILES).values())
+    return sum(Path(sample.path).stem in trained for sample in held.samples)
+
+
+def _key(name: str) -> str:
+    """A tag's name as MLflow takes it."""
+    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)[:200]
+
+
+__all__ = ["STEPS", "ConfigError", "NightError", "Outcome", "begin", "unfinished"]

@@ -1,0 +1,51 @@
+"""MLflow's registry, as promotion and the nightly run ask it."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+
+
+def client_of(uri: str) -> Any:
+    """MLflow's client of one server, for runs and for the registry."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def registry_of(config: Config) -> tuple[Any, str, dict[str, str]]:
+    """(client, the registered model's name, its aliases, none where there is no such model yet)"""
+    from pipeline.retraining.aliases import PromotionError, aliases
+    from pipeline.tracking import tracking_uri
+    from pipeline.tracking.database import make_database
+    from pipeline.tracking.tracker import absolute
+
+    uri, name = absolute(tracking_uri(config.tracking)), str(config.tracking.model_name)
+    make_database(uri)
+    client = client_of(uri)
+    try:
+        return client, name, aliases(client, name)
+    except PromotionError:
+        return client, name, {}
+
+
+def version_tags(client: Any, name: str, version: str) -> dict[str, str]:
+    """PromotionError where there is no such version."""
+    from mlflow.exceptions import MlflowException
+
+    from pipeline.retraining.aliases import PromotionError
+
+    try:
+        return dict(client.get_model_version(name, version).tags)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise PromotionError(f"{name} has no version {version}") from error
+        raise
+
+
+def download(client: Any, name: str, version: str, folder: Path) -> Path:
+    """A registered version's bundle, below the folder."""
+    import mlflow
+
+    source = client.get_model_version_download_uri(name, version)
+    return Path(mlflow.artifacts.download_artifacts(source, dst_path=str(folder), tracking_uri=client.tracking_uri))

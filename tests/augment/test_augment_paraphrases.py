@@ -1,0 +1,74 @@
+"""The cache of paraphrases and the filter that they pass."""
+
+import multiprocessing
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from augment import Augmenter
+from augment.paraphrases import Cache, CacheError, check_cache, paraphrases
+from augment.translate import Filter
+
+
+def draws(file: str, count: int) -> list[str]:
+    augmenter = Augmenter([{"BackTranslation": {"p": 0.5, "cache": file}}], seed=1)
+    return [augmenter.text("a dog", epoch=0, index=i) for i in range(count)]
+
+
+def test_training_draws_from_what_was_kept_the_same_in_any_process(tmp_path: Path) -> None:
+    file = tmp_path / "p.db"
+    with Cache(file) as cache:
+        cache.add([("a dog", [("a hound", None), ("a cat", "unlike"), ("one dog", None)])], "via de")
+        cache.add([("a dog", [("the hound", None), ("a hound", None)]), ("none", [])], "via fr")
+        assert cache.missing(["a dog", "a cow", "a dog", "none"], "via de") == ["a cow", "none"]
+        assert cache.dropped(["a dog"], "via de") == {"": 2, "unlike": 1}
+        with pytest.raises(CacheError, match="UNIQUE"):
+            cache.add([("a cow", [("x", None)]), ("a dog", [("again", None)])], "via de")
+        assert cache.missing(["a cow"], "via de") == ["a cow"], "all or none"
+        assert sorted(paraphrases(str(file), "a dog")) == ["a hound", "one dog", "the hound"], (
+            "read while it is open to be written"
+        )
+    assert paraphrases(str(file), "a cow") == []
+    found = draws(str(file), 200)
+    assert set(found) == {"a dog", "a hound", "one dog", "the hound"} and 70 < found.count("a dog") < 130
+    for context in ("fork", "spawn"):
+        with multiprocessing.get_context(context).Pool(2) as pool:
+            assert pool.starmap(draws, [(str(file), 200)] * 2) == [found] * 2
+
+
+def test_what_is_no_cache_is_told(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("text " * 900)
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("CREATE TABLE x (y)")
+    for name in ("text", "other.db"):
+        for use in (lambda file: check_cache(str(file)), Cache):
+            with pytest.raises(CacheError, match=name):
+                use(tmp_path / name)
+    with pytest.raises(CacheError, match="unable to open"):
+        Cache(tmp_path / "no" / "folder.db")
+
+
+@pytest.mark.parametrize(
+    "text, paraphrase, reason",
+    [
+        ("The red car.", "a scarlet automobile", None),
+        ("The red car.", "the RED car!", "equal"),
+        ("The red car.", " ", "empty"),
+        ("The red car stands there today", "Car", "short"),
+        ("The red car", "the red car that stood there for so many years", "long"),
+        ("The red car", "красная машина тут", "script"),
+        ("I do not like it", "I do like it here", "lost"),
+        ("costs 3.5 euros", "costs 35 euros", "lost"),
+        ("a Canon camera", "a Nikon camera", "lost"),
+        ("日本語の本です", "日本の言葉の本です", None),
+        ("ein Hund", "one that others said", None),
+        ("", "words", None),
+    ],
+)
+def test_the_filter(text: str, paraphrase: str, reason: str | None) -> None:
+    assert Filter(("<numbers>", "<negations>", "Canon")).reason(text, paraphrase, []) == (reason if text else "script")
+
+
+def test_the_same_paraphrase_is_used_once() -> None:
+    assert Filter().reason("a dog", "the hound", ["The hound."]) == "equal"

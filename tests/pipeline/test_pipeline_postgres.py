@@ -1,0 +1,148 @@
+"""MLflow as a team runs it: its server as a process with PostgreSQL behind it; skipped where there is none."""
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from small_data import Run
+
+pytestmark = pytest.mark.slow
+
+TINY = """
+data: {source: digits, image_size: 16, batch_size: 256}
+model: {name: lenet5}
+optim: {lr: 0.01}
+trainer: {max_epochs: 1, device: cpu}
+evaluation: {robustness: none}
+gate: {robustness_loss: null}
+tracking: {experiment: nightly, model_name: digits}
+"""
+
+
+def tool(name: str) -> str | None:
+    """A program of PostgreSQL, which Debian keeps out of PATH."""
+    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[4]))
+    return shutil.which(name) or (str(found[-1]) if found else None)
+
+
+def as_server(*command: object) -> list[str]:
+    """The command as a user that PostgreSQL runs as: not root."""
+    words = [str(word) for word in command]
+    return ["runuser", "-u", "postgres", "--", *words] if os.getuid() == 0 else words
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def until(true: Callable[[], object], what: str, within: float = 120) -> None:
+    end = time.monotonic() + within
+    while not true():
+        assert time.monotonic() < end, f"not in {within} s: {what}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[str]:
+    """The address of an empty database in a cluster of its own, with a password."""
+    initdb, pg_ctl = tool("initdb"), tool("pg_ctl")
+    if initdb is None or pg_ctl is None:
+        pytest.skip("PostgreSQL is not installed here (Debian: apt-get install postgresql)")
+    folder = Path(tempfile.mkdtemp(prefix="refract-postgres-", dir="/tmp"))
+    try:
+        (folder / "password").write_text("only-here")
+        if os.getuid() == 0:
+            try:
+                user = pwd.getpwnam("postgres")
+            except KeyError:
+                pytest.skip("there is no user postgres, and PostgreSQL does not run as root")
+            for path in (folder, folder / "password"):
+                os.chown(path, user.pw_uid, user.pw_gid)
+        data, port = folder / "data", free_port()
+        rights = ["--username=mlflow", f"--pwfile={folder / 'password'}", "--auth=scram-sha-256", "--no-sync"]
+        subprocess.run(as_server(initdb, "-D", data, "-E", "UTF8", *rights), check=True, capture_output=True, cwd="/")
+        options = f"-p {port} -h 127.0.0.1 -k {folder} -c fsync=off"
+        start = as_server(pg_ctl, "-D", data, "-w", "-l", folder / "log", "-o", options, "start")
+        subprocess.run(start, check=True, stdout=subprocess.DEVNULL, cwd="/")
+        try:
+            yield f"postgresql+psycopg2://mlflow:only-here@127.0.0.1:{port}/postgres"
+        finally:
+            stop = as_server(pg_ctl, "-D", data, "-m", "immediate", "stop")
+            subprocess.run(stop, check=True, stdout=subprocess.DEVNULL, cwd="/")
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def mlflow_server(database: str, folder: Path) -> Iterator[str]:
+    """`mlflow server` as deploy/compose.yaml starts it, on a free port."""
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={port}", "--workers=1"),
+        *(f"--backend-store-uri={database}", f"--artifacts-destination={folder / 'artifacts'}"),
+    ]
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = {**os.environ, **quiet}
+    with (folder / "mlflow.log").open("a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        until(lambda: process.poll() is not None or answers(f"{url}/health"), "MLflow's server answers")
+        assert process.poll() is None, (folder / "mlflow.log").read_text()
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def test_the_nightly_run_goes_through_a_server_into_postgres(postgres: str, tmp_path: Path, refract: Run) -> None:
+    import psycopg2
+    from mlflow import MlflowClient
+
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    with mlflow_server(postgres, tmp_path) as url:
+        told = refract("retrain", "tiny.yaml", "--tracking.uri", url).stdout
+        assert "\npromoted: version 1 is champion\n" in told
+        client = MlflowClient(url, url)
+        experiment = client.get_experiment_by_name("nightly")
+        assert experiment is not None
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert run.info.status == "FINISHED" and run.data.params["model.name"] == "lenet5"
+        assert client.get_metric_history(run.info.run_id, "val_loss"), sorted(run.data.metrics)
+        champion = client.get_model_version_by_alias("digits", "champion")
+        assert champion.run_id == run.info.run_id
+        files = {Path(item.path).name for item in client.list_artifacts(run.info.run_id, "bundle")}
+        assert {"bundle.json", "weights.safetensors"} <= files
+        # The alias moves to another version and back, as a person would set it.
+        client.create_model_version("digits", champion.source, run.info.run_id)
+        for version in ("2", "1"):
+            client.set_registered_model_alias("digits", "champion", version)
+            assert str(client.get_model_version_by_alias("digits", "champion").version) == version
+    with psycopg2.connect(postgres.replace("+psycopg2", "")) as database, database.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM runs WHERE status = 'FINISHED'")
+        assert cursor.fetchone() == (1,)
+        cursor.execute("SELECT name, version FROM registered_model_aliases WHERE alias = 'champion'")
+        assert cursor.fetchall() == [("digits", 1)]
+        cursor.execute("SELECT count(*) FROM model_versions WHERE name = 'digits'")
+        assert cursor.fetchone() == (2,)
+    assert not list(tmp_path.glob("**/mlflow.db")), "nothing went into a file here"

@@ -1,0 +1,326 @@
+"""The nightly run: fourteen nights in one process, and a night killed in each of its steps."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from mlflow import MlflowClient
+from small_data import COLORS, Run, picture, write_picture
+
+from pipeline.config import Config, ConfigError, config_from_dict
+from pipeline.data.manifest import DataError, load_manifest
+from pipeline.retraining.aliases import aliases, rollback
+from pipeline.retraining.night import STEPS, NightError, Outcome, begin, unfinished
+from pipeline.retraining.place import Busy, place_of, read
+from pipeline.retraining.snapshot import take
+
+
+def paint(root: Path, numbers: range, labels: Any = COLORS) -> None:
+    for label in labels:
+        for number in numbers:
+            write_picture(root / label / f"{number:03}.png", picture(label, number, side=16))
+
+
+def values_of(root: Path) -> dict[str, Any]:
+    return {
+        "data": {"source": str(root / "pictures"), "image_size": 16, "workers": 0},
+        "augment": {"policy": "none"},
+        "model": {"name": "lenet5"},
+        "optim": {"lr": 0.01},
+        "trainer": {"max_epochs": 4, "runs_dir": str(root / "runs")},
+        "evaluation": {"robustness": "none"},
+        "tracking": {"uri": f"sqlite:///{root}/mlflow.db", "model_name": "colors"},
+        "gate": {"robustness_loss": None, "latency_ratio": None, "calibration_error": None},
+        "retrain": {"folder": str(root / "retrain")},
+    }
+
+
+@pytest.fixture
+def config(tmp_path: Path, new_tracking: Path) -> Config:
+    shutil.copy(new_tracking, tmp_path)
+    paint(tmp_path / "pictures", range(30))
+    return config_from_dict(values_of(tmp_path))
+
+
+def test_the_hold_out_is_frozen_and_never_trained_on(config: Config, tmp_path: Path) -> None:
+    place = place_of(config)
+    first = take(config, place)
+    held = load_manifest(place.holdout / "holdout.csv")
+    assert len(held.samples) == 18, "a fifth"
+    contents = {sample.read() for sample in held.samples}
+
+    paint(tmp_path / "pictures", range(30, 60))
+    copy = held.samples[0]
+    label = held.labels[copy.labels[0]]
+    shutil.copy(copy.path, tmp_path / "pictures" / label / "another_name.png")
+    second = take(config, place)
+    assert second.holdout == first.holdout
+    assert second.digest != first.digest
+    table = load_manifest(second.manifest)
+    assert {s.read() for s in table.of("test")} == contents
+    assert not contents & {s.read() for s in table.samples if s.split != "test"}
+    assert len(table.samples) == 180, "all others train or validate"
+
+    again = take(config, place)
+    assert again == second
+    write_picture(tmp_path / "pictures" / "yellow" / "0.png", np.full((16, 16, 3), (250, 240, 0), np.uint8))
+    for number in range(1, 10):
+        shade = np.full((16, 16, 3), (250, 240, number * 5), np.uint8)
+        write_picture(tmp_path / "pictures" / "yellow" / f"{number}.png", shade)
+    third = take(config, place)
+    assert third.holdout != first.holdout, "a new class gets its share"
+    assert third.counts["test"] == {"blue": 6, "green": 6, "red": 6, "yellow": 2}
+
+    shutil.rmtree(tmp_path / "pictures" / "red")
+    with pytest.raises(DataError, match="held out but never trained on"):
+        take(config, place)
+
+    Path(held.samples[3].path).write_bytes(b"other")
+    with pytest.raises(DataError, match="1 pictures of the frozen hold-out are gone or have changed"):
+        take(config, place)
+
+
+def test_a_hold_out_of_its_own_is_taken_as_it_is(config: Config, tmp_path: Path) -> None:
+    paint(tmp_path / "own", range(100, 104))
+    shutil.copy(tmp_path / "own/red/100.png", tmp_path / "pictures/red/copy.png")
+    config.gate.holdout = str(tmp_path / "own")
+    table = load_manifest(take(config, place_of(config)).manifest)
+    assert len(table.of("test")) == 12
+    assert len(table.of("train")) + len(table.of("val")) == 90, "its copy is not trained on"
+
+
+def test_what_a_night_needs_is_told(config: Config) -> None:
+    config.tracking.model_name = None
+    with pytest.raises(ConfigError, match=r"tracking\.model_name"):
+        place_of(config)
+    for section, key, value in (("gate", "recall", 1.5), ("retrain", "largest_loss", -1), ("gate", "size_mb", 0)):
+        with pytest.raises(ConfigError, match=rf"{section}\.{key}"):
+            config_from_dict({section: {key: value}})
+
+
+class Nights:
+    """Nights one after the other, as `refract retrain` has them, in this process."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.values = root, values_of(root)
+        paint(root / "pictures", range(40))
+        self.client = MlflowClient(self.values["tracking"]["uri"], self.values["tracking"]["uri"])
+        self.champions: list[str] = []
+
+    def config(self, **changes: Any) -> Config:
+        merged = {name: section | changes.get(name, {}) for name, section in self.values.items()}
+        return config_from_dict(merged)
+
+    def night(self, *, force: bool = False, **changes: Any) -> dict[str, Any]:
+        folder = begin(self.config(**changes), force=force)
+        for step in STEPS:
+            step(folder)
+        return self.ended(folder)
+
+    def ended(self, folder: Path) -> dict[str, Any]:
+        record = read(folder / "night.json")
+        champion = aliases(self.client, "colors")["champion"]
+        self.client.get_model_version("colors", champion)
+        self.champions.append(champion)
+        return record
+
+    def spoil(self, share: float) -> None:
+        """Give that share of the pictures of each class another class's folder."""
+        names = sorted(COLORS)
+        moved = []
+        for label, other in zip(names, names[1:] + names[:1], strict=True):
+            files = sorted((self.root / "pictures" / label).glob("*.png"))
+            moved += [
+                (file, self.root / "pictures" / other / f"{label}-{file.name}")
+                for file in files[: int(share * len(files))]
+            ]
+        for file, target in moved:
+            file.rename(target)
+
+
+@pytest.mark.slow
+def test_fourteen_nights(tmp_path: Path, new_tracking: Path) -> None:
+    shutil.copy(new_tracking, tmp_path)
+    nights = Nights(tmp_path)
+    pictures, backup = tmp_path / "pictures", tmp_path / "backup"
+    placed = place_of(nights.config())
+
+    first = nights.night()
+    assert (first["outcome"], first["champion"], first["version"]) == (Outcome.PROMOTED, None, "1"), first["why"]
+
+    second = nights.night()
+    assert second["unchanged"]
+    assert "version" not in second
+    assert second["outcome"] == Outcome.PROMOTED
+
+    paint(pictures, range(40, 60))
+    third = nights.night()
+    assert (third["outcome"], third["version"], third["champion"]) == (Outcome.PROMOTED, "2", "1"), third["why"]
+    assert third["drift"]["level"] != "stop"
+    assert "of 60 new pictures" in third["drift"]["told"]
+
+    shutil.copytree(pictures, backup)
+    nights.spoil(0.7)  # somebody mixed the folders up
+    fourth = nights.night()
+    assert fourth["outcome"] == Outcome.NOT_PROMOTED
+    assert {"margin", "interval"} <= {line["name"] for line in fourth["gate"]["lines"] if not line["passed"]}
+    assert nights.client.get_model_version("colors", fourth["version"]).tags["gate"] == "failed"
+    assert "failed at margin" in fourth["why"]
+
+    shutil.rmtree(pictures)
+    shutil.copytree(backup, pictures)
+    fifth = nights.night()  # mended: as on the third night, but for what was remembered since
+    assert fifth["outcome"] == Outcome.PROMOTED
+
+    (pictures / "red" / "000.png").write_bytes(b"\x89PNG damaged")
+    sixth = nights.night()
+    assert sixth["outcome"] == Outcome.REFUSED
+    assert "000.png" in sixth["why"]
+    seventh = nights.night(data={"on_bad_file": "skip"})
+    assert seventh["outcome"] == Outcome.PROMOTED, "one picture of sixty may be left out"
+
+    for number in range(40):  # somebody's lens cap
+        write_picture(pictures / "red" / f"dark{number}.png", (picture("red", number, side=16) * 0.2).astype(np.uint8))
+    drifted = nights.night(data={"on_bad_file": "skip"}, retrain={"drift": "stop"})
+    assert drifted["outcome"] == Outcome.REFUSED
+    assert "what is new has drifted: " in drifted["why"]
+    assert "brightness" in drifted["why"]
+    report = tmp_path / "retrain/colors/nights" / drifted["night"] / "drift" / "report.html"
+    assert report.stat().st_size > 1000
+    for file in pictures.glob("red/dark*.png"):
+        file.unlink()
+
+    for file in sorted((pictures / "green").glob("*.png"))[:30]:
+        file.unlink()
+    eighth = nights.night(data={"on_bad_file": "skip"})
+    assert eighth["outcome"] == Outcome.REFUSED
+    assert "green: " in eighth["why"]
+    ninth = nights.night(data={"on_bad_file": "skip"}, retrain={"largest_loss": 0.9})
+    assert ninth["outcome"] in (Outcome.PROMOTED, Outcome.NOT_PROMOTED), "who says that it may, may"
+
+    for number in range(30):
+        noise = np.random.default_rng(number).normal(0, 20, (16, 16, 3))
+        yellow = np.clip(np.array((230, 220, 30)) + noise, 0, 255).astype(np.uint8)
+        write_picture(pictures / "yellow" / f"{number}.png", yellow)
+    tenth = nights.night(data={"on_bad_file": "skip"})
+    assert tenth["outcome"] == Outcome.PROMOTED, tenth["why"]
+    assert tenth["snapshot"]["holdout"] != first["snapshot"]["holdout"], "the new class is held out, too"
+
+    before = aliases(nights.client, "colors")
+    back, left = rollback(nights.client, "colors")
+    assert (back, left) == (before["previous"], before["champion"])
+    eleventh = nights.night(force=True, data={"on_bad_file": "skip"})
+    assert eleventh["champion"] == back, "it is compared with the one that was gone back to"
+
+    shutil.rmtree(pictures / "yellow")
+    twelfth = nights.night(data={"on_bad_file": "skip"})
+    assert twelfth["outcome"] == Outcome.REFUSED
+
+    shutil.copytree(backup, pictures, dirs_exist_ok=True)
+    shutil.rmtree(placed.holdout)
+    fourteenth = nights.night(gate={"size_mb": 1e-6}, retrain={"largest_loss": 1.0})
+    assert fourteenth["outcome"] == Outcome.NOT_PROMOTED
+    assert [line["name"] for line in fourteenth["gate"]["lines"] if not line["passed"]][-1] == "size"
+    told = next(line for line in fourteenth["gate"]["lines"] if line["name"] == "hold-out")
+    assert not told["passed"], "of a hold-out that is drawn anew, the champion has seen some"
+    assert len(nights.champions) == 14
+    assert unfinished(placed) is None
+
+
+@pytest.mark.slow
+def test_a_night_goes_on_when_mlflow_is_there_again(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.tracking.store import Store
+
+    folder = begin(config, force=False)
+    with monkeypatch.context() as away:
+
+        def unreachable(*_: Any) -> dict[str, Any]:
+            raise ConnectionError("nobody is there")
+
+        away.setattr(Store, "deliver", unreachable)
+        away.setattr("pipeline.tracking.tracker.FIRST_ANSWER", 0.1)
+        for step in STEPS[:3]:
+            step(folder)
+        with pytest.raises(NightError, match="nobody is there"):
+            STEPS[3](folder)
+    place = place_of(config)
+    assert unfinished(place) == folder
+    for step in STEPS[3:]:
+        step(folder)
+    assert read(folder / "night.json")["outcome"] == Outcome.PROMOTED
+    assert unfinished(place) is None
+
+
+def test_one_night_at_a_time(config: Config) -> None:
+    place = place_of(config)
+    with place.held(), pytest.raises(Busy, match="one at a time"), place.held():
+        pass
+    with place.held():
+        pass
+
+
+def _until(started: "subprocess.Popen[str]", step: str) -> None:
+    """Read its output until the step has begun, and kill it."""
+    assert started.stdout is not None
+    told = []
+    for line in started.stdout:
+        told.append(line)
+        if f"/{step}/" in line and "Task is starting" in line:
+            os.kill(started.pid, signal.SIGKILL)  # the command alone: what it started must end by itself
+            return
+    pytest.fail(f"{step} never began: {''.join(told)}")
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Iterator[Path]:
+    paint(tmp_path / "pictures", range(20))
+    values = values_of(tmp_path)
+    values["data"]["source"] = "pictures"
+    values["retrain"]["tell"] = "cat > told.json"
+    (tmp_path / "colors.yaml").write_text(yaml.safe_dump(values))
+    yield tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_night_killed_in_each_step_ends_as_one_undisturbed(refract: Run, workplace: Path) -> None:
+    command = [sys.executable, "-m", "refract", "retrain"]
+    steps = ["start", "validate", "train", "register", "gate", "promote", "end"]
+    for number, step in enumerate(steps):
+        arguments = ["colors.yaml"] if number == 0 else ["--resume", "colors.yaml"]
+        with subprocess.Popen(
+            [*command, *arguments], cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as run:
+            _until(run, step)
+    done = refract("retrain", "--resume", "colors.yaml")
+    assert "promoted: version 1 is champion" in done.stdout
+    repeated = [line for line in done.stdout.splitlines() if "Task is starting" in line]
+    assert len(repeated) == 1 and "/end/" in repeated[0], "what had ended is not repeated"
+
+    client = MlflowClient(f"sqlite:///{workplace}/mlflow.db", f"sqlite:///{workplace}/mlflow.db")
+    assert aliases(client, "colors") == {"champion": "1", "challenger": "1"}
+    assert [v.version for v in client.search_model_versions("name = 'colors'")] in (["1"], [1])
+    nights = list((workplace / "retrain/colors/nights").iterdir())
+    assert len(nights) == 1
+    assert json.loads((workplace / "told.json").read_text())["why"] == "version 1 is champion"
+
+    assert "unchanged" in refract("retrain", "colors.yaml").stdout
+    assert "no night of" in refract("retrain", "--resume", "colors.yaml", code=2).stderr
+    undisturbed = refract("retrain", "colors.yaml", "--force")
+    assert "promoted: version 2 is champion" in undisturbed.stdout
+    runs = sorted((workplace / "runs").iterdir())
+    one, other = ((run / "bundle/weights.safetensors").read_bytes() for run in runs)
+    assert one == other, "the same result, bit for bit"
+    (workplace / "pictures/red/000.png").write_bytes(b"no picture")
+    assert "000.png" in refract("retrain", "colors.yaml", code=20).stdout

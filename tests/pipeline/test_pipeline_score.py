@@ -1,0 +1,424 @@
+"""`refract score`: every row once, whatever ends it in between."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small_data import COLORS, Run, picture, write_picture
+
+from augment import Preprocess
+from models.answer import prediction
+from models.bundle import BundleInfo, Golden, load_bundle, save_bundle
+from models.classifier import Classifier
+from models.fusion import Reader
+from models.making import text_record
+from models.networks import build
+from models.texts.networks import make_text_part
+from pipeline.batch import parts
+from pipeline.batch.answers import ABOUT, schema_of, table_of
+from pipeline.batch.listing import Listing, Row, Shard, listing_of
+from pipeline.commands.evaluate import preprocess_of
+from pipeline.data.manifest import DataError
+from pipeline.scoring import Question, score
+
+PREPROCESS = Preprocess(height=32, width=32)
+LABELS = tuple(sorted(COLORS))
+
+
+def make_bundle(folder: Path, *, seed: int = 0, reads: Sequence[str] = ("pictures",), **record) -> Path:
+    """Untrained, with answers that differ from picture to picture."""
+    torch.manual_seed(seed)
+    shown = build("lenet5", 3, image_size=(32, 32)) if "pictures" in reads else None
+    network: torch.nn.Module | None = shown
+    tokens, joined = None, {"fusion": "gated", "width": 32}
+    if "texts" in reads:
+        part, tokens, words = make_text_part(
+            "hashing", weights="none", max_length=6, pooling="auto", args={"buckets": 500}
+        )
+        network = Reader(shown, words, 3, **joined)
+        torch.nn.init.normal_(network.no_text), torch.nn.init.normal_(words.vectors.weight)
+        if shown is not None:
+            torch.nn.init.normal_(network.no_picture)
+        record["text"] = text_record(part, joined)
+    classifier = Classifier(network, mean=PREPROCESS.mean, std=PREPROCESS.std, tokens=tokens).eval()
+    own = {"task": "multiclass", "labels": LABELS, "temperature": 0.02, **record}
+    info = BundleInfo(
+        name="colours", created="2026-01-01T00:00:00+00:00", preprocess=PREPROCESS.to_dict(),
+        network={"name": "lenet5" if shown is not None else "none", "image_size": [32, 32], "args": {}}, **own,
+    )  # fmt: skip
+    return save_bundle(folder, info, classifier, [Golden("00.png", b"x", (0.2, 0.3, 0.5), "a", shown is not None)])
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("score") / "bundle", abstain_below=0.6)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 pictures in nested folders, of which three cannot be read."""
+    root = tmp_path_factory.mktemp("many") / "pictures"
+    for label in COLORS:
+        for number in range(100):
+            write_picture(root / label / f"deep{number % 3}" / f"{number:03}.png", picture(label, number))
+    (root / "red" / "deep0" / "000.png").write_bytes(b"no picture")
+    (root / "red" / "deep1" / "001.png").write_bytes(b"")
+    (root / "blue" / "gone.png").symlink_to("nowhere")
+    (root / ".hidden.png").write_bytes(b"")
+    (root / "notes.txt").write_text("no picture either")
+    return root
+
+
+def expected(bundle: Path, rows: Sequence[tuple[Path | None, str]]) -> list[np.ndarray | Exception]:
+    """As `refract predict` answers, one process and no parts."""
+    opened = load_bundle(bundle)
+    asked = [Question(path.read_bytes if path else bytes, text, path is not None) for path, text in rows]
+    answers = score(
+        opened.classifier(), preprocess_of(opened.info), asked, task=opened.info.task, temperature=opened.info.temperature
+    )  # fmt: skip
+    return list(answers)
+
+
+def check_whole(table: pd.DataFrame, bundle: Path, pictures: Path) -> None:
+    """Every picture once, in the listing's order, with `predict`'s probabilities or a reason."""
+    files = sorted(str(path) for path in pictures.rglob("*.png") if path.name != ".hidden.png")
+    assert table["path"].tolist() == files and table["row"].tolist() == list(range(len(files)))
+    answers = expected(bundle, [(Path(file), "") for file in files])
+    for answer, found, error in zip(answers, table["probabilities"], table["error"], strict=True):
+        assert isinstance(answer, np.ndarray) == pd.isna(error)
+        if isinstance(answer, np.ndarray):
+            np.testing.assert_allclose(found, answer, atol=1e-5)
+    assert table["error"].notna().sum() == 3
+
+
+def started(tmp_path: Path, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "refract", "score", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Wait for what the command does, while it runs."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "never"
+        time.sleep(0.002)
+
+
+def scorers(process: subprocess.Popen[str]) -> list[int]:
+    """The worker processes: those children that were spawned with a pipe to the command."""
+    found = []
+    for task in Path(f"/proc/{process.pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
+                found.append(int(child))
+    return found
+
+
+def test_a_folder_becomes_a_row_a_picture_as_predict_answers(
+    refract: Run, tmp_path: Path, bundle: Path, pictures: Path
+) -> None:
+    done = refract(
+        "score", bundle, pictures, "-o", "out/a.parquet", "--jobs", 2, "--shard-size", 40, "--batch-size", 16
+    )
+    table = pd.read_parquet(tmp_path / "out" / "a.parquet")
+    check_whole(table, bundle, pictures)
+    assert "301 rows" in done.stdout and "3 without an answer" in done.stderr
+    broken = table[table["error"].notna()]
+    broken.index = pd.Index([path.removeprefix(f"{pictures}/") for path in broken["path"]])
+    assert "No such file" in broken["error"]["blue/gone.png"] and "empty" in broken["error"]["red/deep1/001.png"]
+    assert broken[["label", "confidence", "probabilities", "abstain"]].isna().all(axis=None)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.parquet"]
+    told = json.loads(pq.read_schema(tmp_path / "out" / "a.parquet").metadata[ABOUT])
+    assert told["bundle"] == load_bundle(bundle).digest and told["labels"] == list(LABELS)
+
+
+@pytest.mark.slow
+def test_predict_says_the_same(refract: Run, tmp_path: Path, bundle: Path, pictures: Path) -> None:
+    folder = pictures / "green" / "deep0"
+    refract("score", bundle, folder, "-o", "a.parquet", "--jobs", 1)
+    lines = refract("predict", bundle, folder, "--json").stdout.splitlines()
+    for row, line in zip(pd.read_parquet(tmp_path / "a.parquet").itertuples(), map(json.loads, lines), strict=True):
+        assert (row.path, row.label, row.abstain) == (line["path"], line["label"], line["abstain"])
+        assert row.confidence == pytest.approx(line["confidence"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_every_row_is_there_once_after_three_kills(tmp_path: Path, bundle: Path, pictures: Path) -> None:
+    folder, out = tmp_path / ".out.parquet.parts", tmp_path / "out.parquet"
+    command = (bundle, pictures, "-o", out, "--jobs", 2, "--shard-size", 8, "--batch-size", 8)
+    kept: dict[str, int] = {}
+    for kill in range(1, 4):
+        process = started(tmp_path, *command)
+        until(partial(holds, folder, len(kept) + 2), process)
+        workers = scorers(process)
+        process.kill()
+        process.communicate()
+        until_gone(workers)
+        found = {file.name: file.stat().st_ino for file in folder.glob("0*.parquet")}
+        assert kept.items() <= found.items(), "a part that was there has been made again"
+        assert not out.exists() and kill < len(found) < 38
+        kept = found
+    process = started(tmp_path, *command)
+    assert process.wait(timeout=120) == 0, process.communicate()
+    assert "going on: " in process.communicate()[1]
+    check_whole(pd.read_parquet(out), bundle, pictures)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet"]
+
+
+def holds(folder: Path, count: int) -> bool:
+    return len(list(folder.glob("0*.parquet"))) >= count
+
+
+def until_gone(pids: list[int]) -> None:
+    """The scorers of a command that was killed end by themselves."""
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < end, "a scorer has outlived its command"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_replaced_and_told(tmp_path: Path, bundle: Path, pictures: Path) -> None:
+    out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
+    process = started(tmp_path, bundle, pictures, "-o", out, "--jobs", 2, "--shard-size", 8)
+    until(lambda: list(folder.glob("0*.parquet")), process)
+    os.kill(scorers(process)[0], signal.SIGKILL)
+    told = process.communicate(timeout=120)[1]
+    assert (
+        process.returncode == 0 and "SIGKILL, as the system does where memory runs out" in told and "Trace" not in told
+    )
+    check_whole(pd.read_parquet(out), bundle, pictures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_with_what_is_done_kept(
+    tmp_path: Path, bundle: Path, pictures: Path, number: int, code: int
+) -> None:
+    out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "refract", "score", bundle, pictures, "-o", out, "--shard-size", "4"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    until(lambda: list(folder.glob("0*.parquet")), process)
+    os.killpg(process.pid, number)  # as a terminal's Ctrl-C: to the scorers too
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == code and "the same command goes on" in told and "Traceback" not in told
+    assert list(folder.glob("0*.parquet")) and not out.exists()
+
+
+def test_what_was_begun_otherwise_is_refused_until_restart(
+    refract: Run, tmp_path: Path, bundle: Path, pictures: Path
+) -> None:
+    folder = tmp_path / ".a.parquet.parts"
+    parts.begin(mkdir(folder), {"bundle": "b", "listing": "l", "shard_size": 512, "tta": "none"}, restart=False)
+    old = folder / f"0000000-{'0' * 16}.parquet"
+    old.write_bytes(b"old")
+    told = refract("score", bundle, pictures, "-o", "a.parquet", code=2).stderr
+    assert "another bundle and other rows" in told and "--restart" in told and "--tta" not in told and old.exists()
+    refract("score", bundle, pictures, "-o", "a.parquet", "--restart", "--jobs", 1)
+    check_whole(pd.read_parquet(tmp_path / "a.parquet"), bundle, pictures)
+
+
+def test_a_file_is_replaced_where_that_is_asked_for(refract: Run, tmp_path: Path, bundle: Path, pictures: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"somebody's")
+    assert "exists already; --overwrite" in refract("score", bundle, pictures, "-o", "a.parquet", code=2).stderr
+    assert (tmp_path / "a.parquet").read_bytes() == b"somebody's"
+    assert not (tmp_path / ".a.parquet.parts").exists()
+    refract("score", bundle, pictures / "red", "-o", "a.parquet", "--overwrite", "--jobs", 1)
+    assert len(pd.read_parquet(tmp_path / "a.parquet")) == 100
+
+
+def test_a_listing_is_the_same_each_time_and_known_by_what_it_says(tmp_path: Path) -> None:
+    for name in ("b/2.png", "b/1.PNG", "a.jpg", "b/.x/3.png", "b/.4.png", "b/3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    listing = listing_of(tmp_path)
+    assert [row.path for row in listing.rows] == [f"{tmp_path}/{name}" for name in ("a.jpg", "b/1.PNG", "b/2.png")]
+    assert listing.digest() == listing_of(tmp_path).digest()
+    (tmp_path / "c.png").write_bytes(b"")
+    assert listing.digest() != listing_of(tmp_path).digest()
+
+
+@given(count=st.integers(1, 200), size=st.integers(1, 70))
+def test_shards_are_the_listing_in_pieces(count: int, size: int) -> None:
+    rows = tuple(Row(f"{i}.png") for i in range(count))
+    shards = list(Listing("s", "/", rows).shards(size))
+    assert sum((shard.rows for shard in shards), ()) == rows
+    assert [shard.start for shard in shards] == [shard.number * size for shard in shards]
+
+
+def mkdir(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.slow
+def test_one_process_at_a_time_writes_a_file(refract: Run, tmp_path: Path, bundle: Path, pictures: Path) -> None:
+    process = started(tmp_path, bundle, pictures, "-o", tmp_path / "a.parquet", "--shard-size", 4, "--jobs", 1)
+    until(lambda: list((tmp_path / ".a.parquet.parts").glob("0*.parquet")), process)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        assert "another process" in refract("score", bundle, pictures, "-o", "a.parquet", code=2).stderr
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=120) == 0
+
+
+def test_a_kill_while_tidying_up_leaves_a_file_that_counts(
+    refract: Run, tmp_path: Path, bundle: Path, pictures: Path
+) -> None:
+    refract("score", bundle, pictures, "-o", "a.parquet", "--jobs", 1)
+    before = (tmp_path / "a.parquet").read_bytes()
+    opened, listing = load_bundle(bundle), listing_of(pictures)
+    record = {"bundle": opened.digest, "listing": listing.digest(), "shard_size": 512, "tta": "none"}
+    parts.begin(mkdir(tmp_path / ".a.parquet.parts"), record, restart=False)
+    assert "301 rows (0 scored" in refract("score", bundle, pictures, "-o", "a.parquet").stdout
+    assert (tmp_path / "a.parquet").read_bytes() == before and not (tmp_path / ".a.parquet.parts").exists()
+
+
+def test_a_manifest_with_texts_and_labels_and_rows_that_lack_something(
+    refract: Run, tmp_path: Path, pictures: Path
+) -> None:
+    fused = make_bundle(tmp_path / "fused", reads=("pictures", "texts"))
+    words = make_bundle(tmp_path / "words", reads=("texts",))
+    file = pictures / "green" / "deep0" / "000.png"
+    rows = [
+        (file, "a red car", "red"),
+        ("", "a blue dog", "blue"),
+        (file, "", "green"),
+        ("", " ", ""),
+        ("none.png", "a", "mauve"),
+    ]
+    with (tmp_path / "m.csv").open("w", newline="") as target:
+        csv.writer(target).writerows([("path", "text", "label", "camera"), *rows])
+    done = refract("score", fused, "m.csv", "-o", "fused.parquet", "--jobs", 1)
+    table = pd.read_parquet(tmp_path / "fused.parquet")
+    answers = expected(fused, [(file, "a red car"), (None, "a blue dog"), (file, "")])
+    np.testing.assert_allclose(np.stack(table["probabilities"][:3]), np.stack(answers), atol=1e-5)
+    assert table["error"][3] == "neither a picture nor a text" and "No such file" in table["error"][4]
+    assert table["truth"].tolist() == ["red", "blue", "green", "", "mauve"] and pd.isna(table["path"][1])
+    assert (
+        table["text"].tolist() == [text for _, text, _ in rows]
+        and f"of 3 ({(table['label'] == table['truth']).mean() * 5 / 3:.1%})" in done.stdout
+    )
+    refract("score", words, "m.csv", "-o", "words.parquet", "--jobs", 1)
+    table = pd.read_parquet(tmp_path / "words.parquet")
+    assert table["error"].tolist()[2:4] == [
+        "no text, and the bundle reads nothing else",
+        "neither a picture nor a text",
+    ]
+    np.testing.assert_allclose(table["probabilities"][4], expected(words, [(None, "a")])[0], atol=1e-5)
+
+
+def test_where_nothing_can_be_answered_the_exit_code_says_so(refract: Run, tmp_path: Path, bundle: Path) -> None:
+    (tmp_path / "m.csv").write_text("path\nnone.png\n")
+    assert "1 × No such file" in refract("score", bundle, "m.csv", "-o", "a.parquet", code=1).stderr
+    assert pd.read_parquet(tmp_path / "a.parquet")["path"].tolist() == ["none.png"]
+
+
+def test_errors_say_what_to_do(refract: Run, tmp_path: Path, bundle: Path, pictures: Path) -> None:
+    (tmp_path / "m.csv").write_text("file\na.png\n")
+    for source, told in (
+        (tmp_path / "m.csv", "needed: path and/or text"), (mkdir(tmp_path / "empty"), "no pictures in this folder"),
+        (tmp_path / "nowhere", "no such folder"), (pictures / "green" / "deep0" / "000.png", "`refract predict` takes single"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=told):
+            listing_of(source)
+    assert "does not end in .parquet" in refract("score", bundle, pictures, "-o", "a.csv", code=2).stderr
+    assert "--jobs: 0" in refract("score", bundle, pictures, "-o", "a.parquet", "--jobs", 0, code=2).stderr
+    assert "m.csv" in refract("score", tmp_path / "m.csv", pictures, "-o", "a.parquet", code=2).stderr
+    assert not (tmp_path / "a.parquet").exists() and not (tmp_path / ".a.parquet.parts").exists()
+
+
+def test_a_name_that_is_no_text_keeps_its_row(refract: Run, tmp_path: Path, bundle: Path) -> None:
+    write_picture(tmp_path / "p" / "a.png", picture("red", 1))
+    os.rename(tmp_path / "p" / "a.png", os.fsencode(tmp_path / "p") + b"/\xff.png")  # noqa: PTH104
+    refract("score", bundle, "p", "-o", "a.parquet", "--jobs", 1)
+    table = pd.read_parquet(tmp_path / "a.parquet")
+    assert table["path"].tolist() == ["p/\\xff.png"] and table["error"].isna().all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    answers=st.lists(
+        st.one_of(st.text(min_size=1), st.lists(st.floats(0, 1, width=32), min_size=3, max_size=3)), min_size=1, max_size=20
+    ),
+    task=st.sampled_from(["multiclass", "multilabel"]), below=st.one_of(st.none(), st.floats(0, 1)),
+)  # fmt: skip
+@example(answers=[[0.0, 0.0, 1.0]], task="multiclass", below=1.0)
+def test_a_row_is_what_predict_makes_of_the_same_probabilities(answers, task: str, below: float | None) -> None:
+    thresholds = (0.2, 0.5, 0.7) if task == "multilabel" else ()
+    info = BundleInfo(
+        name="n", task=task, labels=LABELS, network={"name": "lenet5", "image_size": [32, 32], "args": {}}, thresholds=thresholds,
+        preprocess=PREPROCESS.to_dict(), abstain_below=below, created="2026-01-01T00:00:00+00:00",
+    )  # fmt: skip
+    given_ = [np.array(answer, np.float32) if isinstance(answer, list) else answer for answer in answers]
+    shard = Shard(2, 40, tuple(Row(f"{i}.png") for i in range(len(answers))))
+    table = table_of(shard, given_, info, schema_of(info, texts=False, truths=False, key="k", about={})).to_pylist()
+    assert [row["row"] for row in table] == list(range(40, 40 + len(answers)))
+    for row, answer in zip(table, given_, strict=True):
+        if isinstance(answer, str):
+            assert row["error"] == answer and row["label"] is row["probabilities"] is row["abstain"] is None
+            continue
+        told = prediction(answer, LABELS, top=1, thresholds=thresholds or None, abstain_below=below)
+        assert (row["label"], row["confidence"], row["abstain"]) == (
+            told["label"],
+            told["confidence"],
+            told.get("abstain"),
+        )
+        assert (
+            row["probabilities"] == answer.tolist() and row.get("labels") == told.get("labels") and row["error"] is None
+        )
+
+
+def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    table = pa.table({"row": [0, 1]})
+    parts.write_part(tmp_path, "k", 0, table)
+    file = parts.part_of(tmp_path, "k", 0)
+    assert parts.is_whole(file, 2) and not parts.is_whole(file, 3) and not file.exists()
+    file.write_bytes(b"PAR1 half of it")
+    assert not parts.is_whole(file, 2) and not file.exists()
+    parts.write_part(tmp_path, "k", 0, table)
+    with pytest.raises(DataError, match="other rows than it should"):
+        parts.assemble(tmp_path, [file, file], tmp_path / "out.parquet", table.schema, rows=4, look=lambda _: None)
+    assert not file.exists() and not (tmp_path / "out.parquet").exists()
+
+
+def test_without_ray_its_extra_is_named(tmp_path: Path, bundle: Path, pictures: Path) -> None:
+    code = "import sys; sys.modules['ray'] = None; import refract; sys.exit(refract.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "score", bundle, pictures, "-o", "a.parquet", "--engine", "ray"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "refract[ray]" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="the extra ray is not installed")
+def test_ray_goes_on_after_a_kill_to_the_same_rows(refract: Run, tmp_path: Path, bundle: Path, pictures: Path) -> None:
+    out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
+    command = (bundle, pictures, "-o", out, "--engine", "ray", "--jobs", 1, "--shard-size", 8)
+    process = started(tmp_path, *command)
+    until(lambda: list(folder.glob("0*.parquet")), process)
+    process.kill()
+    process.communicate()
+    done = refract("score", *command)
+    assert "going on: " in done.stderr
+    check_whole(pd.read_parquet(out), bundle, pictures)

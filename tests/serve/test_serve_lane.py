@@ -1,0 +1,120 @@
+"""What a lane expects of its engine, and what is refused for it."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+
+from serve.engine import Engine
+from serve.lane import Lane
+from serve.limits import Limits, OverloadedError, Room
+from serve.prepare import Pictures
+from serve.service import Service, Work
+from serve.threads import Threads
+
+
+class Paced(Engine):
+    """Tells a tenth of a second for each picture, and computes when let."""
+
+    def __init__(self, bundle):
+        super().__init__(bundle)
+        self.entered, self.gate = threading.Event(), threading.Event()
+
+    def self_test(self):
+        return 0.1
+
+    def compute(self, batch):
+        self.entered.set()
+        assert self.gate.wait(20)
+        return super().compute(batch)
+
+
+def batch(count: int) -> np.ndarray:
+    return np.zeros((count, 32, 32, 3), np.uint8)
+
+
+def on_lane(bundle, story) -> None:
+    async def main() -> None:
+        engine, threads = Paced(bundle), Threads(1, "test", pace=1)
+        lane = Lane(engine, decoders=lambda _: threads, room=Room(Limits()), metrics=None, max_wait_ms=0)
+        lane.start(engine.self_test())
+        try:
+            await asyncio.wait_for(story(lane, engine), 20)
+        finally:
+            engine.gate.set()
+            await lane.retire()
+
+    asyncio.run(main())
+
+
+def test_what_is_being_computed_is_before_what_comes(bundle) -> None:
+    async def story(lane: Lane, engine: Paced) -> None:
+        first = asyncio.create_task(lane.submit(batch(20)))
+        await asyncio.to_thread(engine.entered.wait, 20)
+        assert not lane.waiting and lane.expected() == pytest.approx(2.0)
+        second = asyncio.create_task(lane.submit(batch(5)))
+        await asyncio.sleep(0)
+        assert lane.expected(3) == pytest.approx(2.8)
+        engine.gate.set()
+        await asyncio.gather(first, second)
+        assert lane.expected() == 0
+
+    on_lane(bundle, story)
+
+
+def test_a_large_batch_tells_the_pace_at_once(bundle) -> None:
+    async def story(lane: Lane, engine: Paced) -> None:
+        engine.gate.set()
+        await lane.submit(batch(32))
+        assert lane.expected(1) < 0.02, "of a tenth of a second nothing is left"
+
+    on_lane(bundle, story)
+
+
+def asking(count: int, seen: list[int] | None = None) -> Work:
+    def read() -> Pictures:
+        if seen is not None:
+            seen.append(count)
+        return Pictures(count, 1, lambda *_: batch(count))
+
+    return Work(read, quick=True)
+
+
+@contextlib.asynccontextmanager
+async def busy(service: Service, engine: Paced, *counts: int) -> AsyncIterator[None]:
+    """The first of the requests is at the engine, the others wait for it; they are answered when the block ends."""
+    tasks = [asyncio.create_task(service.predict(asking(counts[0])))]
+    await asyncio.to_thread(engine.entered.wait, 20)
+    tasks += [asyncio.create_task(service.predict(asking(count))) for count in counts[1:]]
+    await asyncio.sleep(0.01)
+    try:
+        yield
+    finally:
+        engine.gate.set()
+        await asyncio.gather(*tasks)
+
+
+def test_many_pictures_that_could_not_be_computed_in_time_do_not_join_those_that_wait(bundle, served) -> None:
+    engine = Paced(bundle)
+
+    async def story(service: Service) -> None:
+        async with busy(service, engine, 1, 1):
+            with pytest.raises(OverloadedError, match=r"would take 6\.6 s"):
+                await asyncio.wait_for(service.predict(asking(64)), 2)
+
+    served(engine, story)
+
+
+def test_a_body_that_arrived_while_others_filled_the_time_is_not_read(bundle, served) -> None:
+    engine, seen = Paced(bundle), []
+
+    async def story(service: Service) -> None:
+        async with busy(service, engine, 1, 55):
+            with pytest.raises(OverloadedError, match=r"would take 5\.6 s"):
+                await asyncio.wait_for(service.predict(asking(1, seen)), 2)
+            assert not seen
+
+    served(engine, story)

@@ -1,0 +1,177 @@
+"""What is legal and dear: large pictures, heat maps, and JSON of many parts."""
+
+import asyncio
+import io
+import json
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from serve import v2
+from serve.app import create_app
+from serve.engine import Engine
+from serve.explain import Explainer
+from serve.limits import OverloadedError
+from serve.prepare import Pictures
+from serve.service import LARGE, READERS, Service, Work
+from serve.threads import Threads
+from serve.uploads import SPARE, parsed
+
+
+def test_threads_tell_how_long_what_waits_for_them_will_take() -> None:
+    async def main() -> None:
+        threads = Threads(2, "test", pace=0.5)
+        assert threads.expected(100) == 0, "what can begin at once is not refused"
+        with threads.promised(4), threads.promised(0.3):
+            assert threads.expected(0) == pytest.approx(4.3 * 0.5 / 2)
+            assert threads.expected(2) == pytest.approx(6.3 * 0.5 / 2)
+        assert threads.expected(2) == 0
+        await threads.run(50, lambda: time.sleep(0.5))
+        with threads.promised(100):
+            assert 0.45 < threads.expected(0) < 1.5, "a hundredth of a second each, by two"
+            before = threads.expected(0)
+            await threads.run(0.01, lambda: time.sleep(0.005))
+            assert threads.expected(0) < 1.5 * before, "little work tells little"
+            with pytest.raises(ZeroDivisionError):
+                await threads.run(50, lambda: 1 // 0)
+            assert threads.expected(0) > 0.8 * before, "what fails tells nothing"
+        threads.close()
+
+    asyncio.run(main())
+
+
+@pytest.fixture(scope="module")
+def flat() -> bytes:
+    """49 megapixels in 150 KB."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (7000, 7000), (3, 4, 5)).save(buffer, "PNG", compress_level=9)
+    return buffer.getvalue()
+
+
+def test_large_pictures_are_refused_in_time_and_ordinary_ones_do_not_wait_for_them(
+    bundle, serving, picture, flat
+) -> None:
+    deadline = 4
+    photo = picture(1, size=(640, 480))
+    with serving(create_app(bundle, deadline_s=deadline)) as client, ThreadPoolExecutor(44) as pool:
+        assert client.post("/v1/predict", content=flat, headers={"content-type": "image/png"}).status_code == 200
+        large = [
+            pool.submit(client.post, "/v1/predict", content=flat, headers={"content-type": "image/png"})
+            for _ in range(40)
+        ]
+        time.sleep(0.3)  # they are in the house
+        photos = []
+        for _ in range(5):
+            began = time.monotonic()
+            photos.append((client.post("/v1/predict", content=photo).status_code, time.monotonic() - began))
+        answers = [future.result() for future in large]
+    counts = Counter(answer.status_code for answer in answers)
+    assert set(counts) == {200, 429}, counts
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1 and refused.json()["code"] == "overloaded"
+    assert {status for status, _ in photos} == {200} and max(seconds for _, seconds in photos) < deadline / 2, photos
+
+
+def test_large_requests_leave_threads_to_the_others(bundle, served) -> None:
+    """As many as there are cores are held in the decoder: a small one is answered all the same."""
+    row = np.zeros((1, 32, 32, 3), np.uint8)
+    go_on = threading.Event()
+
+    def held(*_) -> np.ndarray:
+        assert go_on.wait(20)
+        return row
+
+    async def story(service: Service) -> None:
+        large = [asyncio.create_task(service.predict(Work(lambda: Pictures(1, LARGE + 1, held)))) for _ in range(64)]
+        await asyncio.sleep(0)
+        small = await asyncio.wait_for(service.predict(Work(lambda: Pictures(1, 1, lambda *_: row))), 5)
+        assert small.probabilities.shape == (1, 10)
+        go_on.set()
+        ends = await asyncio.gather(*large, return_exceptions=True)
+        assert {type(end) for end in ends} <= {type(small), OverloadedError}
+
+    served(Engine(bundle), story)
+
+
+def test_heat_maps_that_could_not_be_drawn_in_time_are_refused_before_anything_is_decoded(
+    bundle, serving, picture, monkeypatch
+) -> None:
+    heat = Explainer.heat
+    monkeypatch.setattr(Explainer, "heat", lambda *given: time.sleep(0.2) or heat(*given))
+    with serving(create_app(bundle, deadline_s=2)) as client, ThreadPoolExecutor(30) as pool:
+        assert client.post("/v1/predict?explain=true", content=picture(1)).status_code == 200
+        for _ in range(4):
+            client.post("/v1/predict?explain=true", files=[("f", ("x.jpg", picture(1)))] * 2)
+        answers = list(pool.map(lambda i: client.post("/v1/predict?explain=true", content=picture(i)), range(30)))
+        assert {answer.status_code for answer in answers} == {200, 429}
+        assert client.post("/v1/predict", content=picture(1)).status_code == 200
+
+
+def test_bodies_are_read_on_threads_and_few_at_a_time(bundle, served) -> None:
+    inside, most, names, alone = [0], [0], set(), threading.Lock()
+
+    def reading() -> Pictures:
+        with alone:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            names.add(threading.current_thread().name.partition("_")[0])
+        time.sleep(0.01)
+        with alone:
+            inside[0] -= 1
+        return Pictures(1, 0.1, lambda *_: np.zeros((1, 32, 32, 3), np.uint8))
+
+    async def story(service: Service) -> None:
+        await asyncio.gather(*(service.predict(Work(reading)) for _ in range(12)))
+        assert most == [READERS] and names == {"read"}
+
+    served(Engine(bundle), story)
+
+
+def test_the_protocols_documents_are_read_there_too(bundle, serving, monkeypatch) -> None:
+    names = []
+
+    def noted(*given, **options):
+        names.append(threading.current_thread().name.partition("_")[0])
+        return parsed(*given, **options)
+
+    monkeypatch.setattr(v2, "parsed", noted)
+    pixels = {"name": "images", "datatype": "UINT8", "shape": [1, 100, 100, 3], "data": [255] * 30_000}
+    with serving(create_app(bundle)) as client:
+        assert client.post("/v2/models/shapes/infer", json={"inputs": [pixels]}).status_code == 200
+    assert names == ["read"]
+
+
+def bomb(part: str, size: int = 8_000_000) -> bytes:
+    return ('{"x":[' + ",".join([part] * (size // (len(part) + 1))) + "]}").encode()
+
+
+@pytest.mark.parametrize("path", ["/v1/predict", "/v2/models/shapes/infer"])
+def test_documents_of_many_parts_are_refused_before_they_are_parsed(bundle, serving, path: str) -> None:
+    with serving(create_app(bundle)) as client:
+        refused = client.post(path, content=bomb("{}"), headers={"content-type": "application/json"})
+    assert (refused.status_code, refused.json()["code"]) == (413, "json_too_large")
+    assert "at most 1,024 objects" in refused.json()["detail"]
+
+
+@pytest.mark.parametrize("part", ["[]", "1", '""'])
+def test_lists_and_values_are_counted_too(part: str) -> None:
+    text = json.dumps({"images": ["," * 3] * 4}).encode()
+    assert parsed(text, objects=1, values=15)["images"]
+    with pytest.raises(Exception, match="more parts"):
+        parsed(text, objects=1, values=14)
+    with pytest.raises(Exception, match="more parts"):
+        parsed(bomb(part, 50_000), objects=1, values=SPARE)
+
+
+def test_no_picture_that_may_be_sent_as_numbers_is_refused_for_its_numbers() -> None:
+    """The most that `max_total_pixels` allows, one list a pixel."""
+    shape = (3, 7, 9, 3)
+    text = json.dumps({"inputs": [{"shape": shape, "data": np.ones(shape, int).tolist()}]}).encode()
+    assert parsed(text, objects=SPARE, values=3 * 3 * 7 * 9 + 4)["inputs"], (
+        "four that are no values: two objects, a shape"
+    )

@@ -1,0 +1,28 @@
+"""What a key's rate is for."""
+
+from pathlib import Path
+
+from serve.app import create_app
+from serve.keys import Keys
+
+PIXELS = {"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}]}
+
+
+def test_the_rate_is_for_predictions_and_the_key_for_all(bundle, serving, picture, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("some-key-1\n")
+    own = {"X-API-Key": "some-key-1"}
+    with serving(create_app(bundle, keys=Keys(tmp_path / "keys", rate=0.01))) as client:
+        infer = "/v2/models/shapes/infer"
+        for path in ("/v1/model", "/v1/status", "/v2/models/shapes"):
+            assert client.get(path).status_code == 401
+            assert [client.get(path, headers=own).status_code for _ in range(3)] == [200] * 3
+        assert client.post("/admin/rollback", headers=own).status_code == 409
+        assert client.post(infer, json=PIXELS).status_code == 401
+        assert client.post(infer, json=PIXELS, headers=own).status_code == 200
+        for refused in (
+            client.post(infer, json=PIXELS, headers=own),
+            client.post(f"/v2/models/shapes/versions/{bundle.digest[:16]}/infer", json=PIXELS, headers=own),
+            client.post("/v1/predict", content=picture(1), headers=own),
+        ):
+            assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
+        assert client.get("/v1/status", headers=own).status_code == 200

@@ -1,0 +1,202 @@
+"""Texts beside pictures, and alone, over HTTP."""
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from augment.preprocess import Preprocess
+from models.bundle import Bundle, BundleError, BundleInfo, Golden, load_bundle, save_bundle
+from models.classifier import Classifier, probabilities
+from models.fusion import Reader
+from models.making import text_record
+from models.networks import build
+from models.texts.networks import make_text_part
+from models.texts.tokens import rows
+from serve.app import create_app
+from serve.client import Client, ServerError
+from serve.engine import Engine
+from serve.service import Service
+
+PREPROCESS = Preprocess(height=32, width=32)
+LABELS = tuple(f"class {i}" for i in range(4))
+
+
+def make(folder: Path, picture, *, pictures: bool) -> Bundle:
+    """Untrained, with answers that differ."""
+    torch.manual_seed(3)
+    part, tokens, network = make_text_part(
+        "hashing", weights="none", max_length=6, pooling="auto", args={"buckets": 500}
+    )
+    shown = build("lenet5", 4, image_size=(32, 32)) if pictures else None
+    joined = {"fusion": "gated", "width": 32}
+    reader = Reader(shown, network, 4, **joined)
+    torch.nn.init.normal_(reader.no_text), torch.nn.init.normal_(network.vectors.weight)
+    if pictures:
+        torch.nn.init.normal_(reader.no_picture)
+    classifier = Classifier(reader, mean=PREPROCESS.mean, std=PREPROCESS.std, tokens=tokens).eval()
+    goldens = []
+    for i, (text, there) in enumerate(
+        [("a red car", pictures), ("a blue dog", False), ("", pictures)][: 3 if pictures else 2]
+    ):
+        answer = answer_of(classifier, picture(i) if there else None, text)
+        goldens.append(Golden(f"{i:02}.jpg", picture(i), tuple(answer.tolist()), text, there))
+    info = BundleInfo(
+        name="both", task="multiclass", labels=LABELS, temperature=0.3, created="2026-01-01T00:00:00+00:00",
+        network={"name": "lenet5" if pictures else "none", "image_size": [32, 32], "args": {}},
+        preprocess=PREPROCESS.to_dict(), text=text_record(part, joined),
+    )  # fmt: skip
+    return load_bundle(save_bundle(folder, info, classifier, goldens))
+
+
+def answer_of(classifier: Classifier, data: bytes | None, text: str) -> np.ndarray:
+    """Without any of the server's code."""
+    image = np.full((32, 32, 3), 128, np.uint8) if data is None else PREPROCESS(data)
+    images = torch.from_numpy(image).permute(2, 0, 1)[None] if "pictures" in classifier.reads else None
+    with torch.inference_mode():
+        logits = classifier(
+            images, torch.from_numpy(rows([classifier.tokens(text)[0]])), torch.tensor([data is not None])
+        )
+    return probabilities(logits, task="multiclass", temperature=0.3)[0].numpy()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, picture) -> Bundle:
+    return make(tmp_path_factory.mktemp("both") / "b", picture, pictures=True)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, picture) -> Bundle:
+    return make(tmp_path_factory.mktemp("alone") / "b", picture, pictures=False)
+
+
+def confidences(answer) -> list[dict[str, float]]:
+    assert answer.status_code == 200, answer.text
+    return [{row["label"]: row["confidence"] for row in one["top"]} for one in answer.json()["predictions"]]
+
+
+def close(found: dict[str, float], wanted: np.ndarray) -> bool:
+    return all(abs(found[label] - value) < 1e-5 for label, value in zip(LABELS, wanted, strict=True))
+
+
+def test_every_way_to_send_a_picture_with_its_text_gives_the_networks_own_answer(both, serving, picture) -> None:
+    classifier, data, text = both.classifier(), picture(5), "the blue car"
+    coded = base64.b64encode(data).decode()
+    with serving(create_app(Engine(both, backend="auto"))) as client:
+        assert client.get("/v1/model").json()["reads"] == ["pictures", "texts"]
+        told = [
+            client.post("/v1/predict", json={"image": coded, "text": text}),
+            client.post("/v1/predict", json={"images": [coded], "texts": [text]}),
+            client.post("/v1/predict", files=[("file", ("x.jpg", data)), ("text", (None, text))]),
+        ]
+        assert all(close(confidences(answer)[0], answer_of(classifier, data, text)) for answer in told)
+        for answer in (client.post("/v1/predict", content=data), client.post("/v1/predict", json={"image": coded})):
+            assert close(confidences(answer)[0], answer_of(classifier, data, "")), "the caption is missing"
+        for answer in (
+            client.post("/v1/predict", json={"text": text}),
+            client.post("/v1/predict", content=text.encode(), headers={"Content-Type": "text/plain; charset=utf-8"}),
+            client.post("/v1/predict", files=[("text", (None, text))]),
+        ):
+            assert close(confidences(answer)[0], answer_of(classifier, None, text)), "the picture is missing"
+        several = client.post("/v1/predict", json={"images": [coded, None, coded], "texts": [text, "a dog", None]})
+        wanted = [
+            answer_of(classifier, data, text),
+            answer_of(classifier, None, "a dog"),
+            answer_of(classifier, data, ""),
+        ]
+        assert all(map(close, confidences(several), wanted))
+        flipped = confidences(client.post("/v1/predict?tta=flip", json={"image": coded, "text": text}))[0]
+        assert not close(flipped, answer_of(classifier, data, text)) and abs(sum(flipped.values()) - 1) < 1e-5
+        explained = client.post("/v1/predict?explain=true", json={"image": coded, "text": text})
+        assert explained.status_code == 200 and "explanation" not in explained.json()["predictions"][0]
+
+
+def test_long_texts_are_read_as_in_training_and_the_answer_says_so(both, serving, picture) -> None:
+    with serving(create_app(both)) as client:
+        long, short = (
+            client.post("/v1/predict", json={"text": f"one two three four five six{more}"}) for more in (" seven", "")
+        )
+        assert long.json()["predictions"][0]["text_truncated"] is True
+        assert "text_truncated" not in short.json()["predictions"][0]
+        assert confidences(long) == confidences(short)
+        vast = client.post("/v1/predict", content=b"word " * 200_000, headers={"Content-Type": "text/plain"})
+        assert vast.json()["predictions"][0]["text_truncated"] is True
+
+
+@pytest.mark.parametrize("text", ["\x00\x07", "😀", "日本語", "\u202eabc", "e\u0301", "a" * 100_000, "\ud800"])
+def test_odd_texts_are_answered_or_refused_and_never_an_error(alone, serving, text: str) -> None:
+    with serving(create_app(alone)) as client:
+        for document, statuses in (({"text": f"word {text}"}, (200,)), ({"texts": ["a", text]}, (200, 422))):
+            answer = client.post(
+                "/v1/predict", content=json.dumps(document), headers={"Content-Type": "application/json"}
+            )
+            assert answer.status_code in statuses, answer.text
+
+
+def test_what_a_model_does_not_read_is_refused(both, alone, bundle, serving, picture) -> None:
+    coded = base64.b64encode(picture(1)).decode()
+    cases = [
+        (bundle, {"json": {"image": coded, "text": "a"}}, 422, "reads no texts"),
+        (bundle, {"json": {"text": "a"}}, 422, "reads no texts"),
+        (alone, {"content": picture(1)}, 422, "reads no images"),
+        (alone, {"json": {"image": coded, "text": "a"}}, 422, "reads no images"),
+        (alone, {"json": {"text": " "}}, 422, "a text is empty, and there is no image"),
+        (both, {"json": {"images": [coded, None], "texts": ["", ""]}}, 422, "a text is empty"),
+        (both, {"json": {"images": [None]}}, 422, "a text is empty"),
+        (bundle, {"json": {"images": [None]}}, 422, "a text is empty"),
+        (both, {"json": {"images": [coded], "texts": ["a", "b"]}}, 422, "as many"),
+        (both, {"json": {"images": [coded], "texts": [3]}}, 422, "a text is neither a string nor null"),
+        (both, {"json": {"images": [coded] * 65, "texts": ["a"] * 65}}, 413, "65 images"),
+        (both, {"files": [("file", ("x", picture(1))), ("text", (None, "a")), ("text", (None, "b"))]}, 422, "1 files and 2 parts `text`"),
+        (both, {"content": b"\xff\xfe", "headers": {"Content-Type": "text/plain"}}, 400, "not UTF-8"),
+        (both, {"files": [("other", (None, "a"))]}, 400, "the form has no file"),
+    ]  # fmt: skip
+    for served, question, status, says in cases:
+        with serving(create_app(served)) as client:
+            answer = client.post("/v1/predict", **question)
+            assert (answer.status_code, says in answer.json()["detail"]) == (status, True), (says, answer.text)
+
+
+def test_the_clients_send_texts(both, serving, picture, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from serve.ask import main
+
+    (tmp_path / "x.jpg").write_bytes(picture(2))
+    classifier = both.classifier()
+    with serving(create_app(both)) as http, Client(str(http.base_url)) as client:
+        found = client.predict([tmp_path / "x.jpg", picture(3)], texts=["a red dog", "a car"])
+        assert [row["label"] for row in found] == [
+            LABELS[answer_of(classifier, picture(i), text).argmax()] for i, text in ((2, "a red dog"), (3, "a car"))
+        ]
+        assert client.predict([], texts=["a car"])[0]["label"] == LABELS[answer_of(classifier, None, "a car").argmax()]
+        with pytest.raises(ServerError, match="send none or one for each"):
+            client.predict([picture(1)], texts=["a", "b"])
+        with pytest.raises(TypeError):
+            client.predict([picture(1)], texts="a")
+        assert main(["--url", str(http.base_url), "--text", "a car"]) == 0
+        assert capsys.readouterr().out.startswith(f"text: {LABELS[answer_of(classifier, None, 'a car').argmax()]} ")
+
+
+def test_a_model_that_reads_other_things_does_not_take_the_place(both, alone, served) -> None:
+    async def story(service: Service) -> None:
+        with pytest.raises(BundleError, match="reads texts, both pictures and texts; start a server for it"):
+            await service.swap(Engine(alone))
+        assert service.engine.bundle.digest == both.digest
+
+    served(Engine(both), story)
+
+
+def test_a_wrong_golden_text_and_a_backend_of_pictures_are_told(both, tmp_path: Path) -> None:
+    import dataclasses
+
+    first = both.goldens[0]
+    changed = dataclasses.replace(
+        both, goldens=(dataclasses.replace(first, text="another text entirely"), *both.goldens[1:])
+    )
+    Engine(both).self_test()
+    with pytest.raises(BundleError, match="golden picture 00.jpg"):
+        Engine(changed).self_test()
+    with pytest.raises(BundleError, match="computes pictures alone"):
+        Engine(both, backend="openvino")
