@@ -20,8 +20,8 @@ from models.losses import classification_loss
 from models.module import ClassifierModule
 from models.networks import build
 from models.optim import OptimSpec
-from pipeline.config import TrainerConfig
 from pipeline.device import choose_device, choose_precision
+from pipeline.sections import TrainerConfig
 
 CLASSES, SIDE, WARM_UP = 10, 32, 10
 

@@ -77,7 +77,7 @@ def assess(
         "hold-out": f"{len(test):,} pictures of {manifest.source}",
         "training": f"{len(manifest.of('train')):,} pictures, {config.trainer.max_epochs} epochs, seed {config.trainer.seed}",
         "temperature": f"{temperature:.3f}",
-        "time a picture": f"{_milliseconds(classifier, config.image_size()):.2f} ms, the network alone in batches of 64",
+        "time a picture": f"{_milliseconds(classifier, config.data.sides()):.2f} ms, the network alone in batches of 64",
     }
     if task != "multilabel":
         answers = evaluation.probabilities.argmax(axis=1)

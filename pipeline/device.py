@@ -1,6 +1,7 @@
 """What the machine offers: device and precision."""
 
-from pipeline.config import ConfigError, TrainerConfig
+from pipeline.config import ConfigError
+from pipeline.sections import TrainerConfig
 
 
 def choose_device(device: str) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Config, ConfigError, LossConfig, ModelConfig
+from pipeline.config import Config, ConfigError
+from pipeline.sections import LossConfig, ModelConfig
 
 if TYPE_CHECKING:
     from augment import Augmenter, Preprocess
@@ -108,7 +109,7 @@ def make_preprocess(config: Config) -> "Preprocess":
     from augment.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
     own = _weights_own(config.model) if config.model.name != NO_PICTURES else {}
-    height, width = config.image_size()
+    height, width = config.data.sides()
     return Preprocess(
         height,
         width,
@@ -172,7 +173,7 @@ def make_module(
             mean=preprocess.mean,
             std=preprocess.std,
             normalize=preprocess.normalize,
-            image_size=config.image_size(),
+            image_size=config.data.sides(),
             **arrays,
         )
         if text is None:
@@ -220,7 +221,7 @@ def _network(config: Config, count: int) -> "tuple[Any, Tokens | None, dict[str,
     from models.texts.networks import make_text_part
 
     model, text = config.model, config.text
-    how: dict[str, Any] = {"image_size": config.image_size(), "weights": model.weights, "args": model.args}
+    how: dict[str, Any] = {"image_size": config.data.sides(), "weights": model.weights, "args": model.args}
     if text.name == "none":
         return build(model.name, count, head=model.head, **how), None, None
     own: dict[str, Any] = {
@@ -244,7 +245,7 @@ def _check_runs(config: Config, classifier: "Classifier", what: str, classes: Se
     from models.module import size_at
     from models.recompute import statistics_kept
 
-    full, epochs, count = config.image_size(), config.trainer.max_epochs, len(classes)
+    full, epochs, count = config.data.sides(), config.trainer.max_epochs, len(classes)
     sizes = dict.fromkeys(size_at(epoch, epochs, config.trainer.start_size, full) for epoch in range(epochs))
     with torch.no_grad(), torch.random.fork_rng(devices=[]), statistics_kept(classifier.train()):
         for size in {**sizes, full: None}:
@@ -342,7 +343,7 @@ def _teacher(config: Config, manifest: "Manifest") -> "Classifier | None":
     except BundleError as error:
         raise ConfigError(f"loss.teacher: {error}") from error
     found = (bundle.info.task, bundle.info.labels, tuple(bundle.info.network["image_size"]))
-    wanted = (manifest.task, manifest.labels, config.image_size())
+    wanted = (manifest.task, manifest.labels, config.data.sides())
     for what, own, ours in zip(("task", "labels", "image size"), found, wanted, strict=True):
         if tuple(own) != tuple(ours):
             raise ConfigError(f"loss.teacher: {config.loss.teacher} has the {what} {own}, this training {ours}")

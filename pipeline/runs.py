@@ -9,8 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, ConfigError, TrainerConfig, config_from_dict
+from pipeline.config import Config, ConfigError, config_from_dict
 from pipeline.files import locked, write_atomically
+from pipeline.sections import TrainerConfig
 
 log = logging.getLogger(__name__)
 

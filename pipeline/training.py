@@ -163,7 +163,7 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     group = processes(config.trainer.devices, device)
     if not group.first:
         logging.getLogger("pipeline").setLevel(logging.ERROR)
-    augmenter = Augmenter(config.augment.policy, config.trainer.seed, size=config.image_size())
+    augmenter = Augmenter(config.augment.policy, config.trainer.seed, size=config.data.sides())
     check_recipe(config, augmenter, precision)
     preprocess = make_preprocess(config)
     manifest, identity = prepare_data(config) if prepared is None else prepared
@@ -296,7 +296,7 @@ def _network_facts(made: Assembly, config: Config) -> dict[str, Any]:
 
 def _network_record(config: Config) -> dict[str, Any]:
     head = {} if config.model.head == "linear" else {"head": config.model.head}
-    size = list(config.image_size())
+    size = list(config.data.sides())
     return {"network": {"name": config.model.name, "image_size": size, "args": config.model.args | head}}
 
 

@@ -63,7 +63,7 @@ def _from_config(args: argparse.Namespace):
             pictures.append(Shown(title, sample.read(), index, sample.text))
         except OSError as error:
             raise DataError(f"{sample.path}: {error.strerror}") from error
-    return config.augment.policy, config.trainer.seed, config.image_size(), pictures
+    return config.augment.policy, config.trainer.seed, config.data.sides(), pictures
 
 
 def _from_pictures(args: argparse.Namespace):

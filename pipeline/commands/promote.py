@@ -55,8 +55,8 @@ def _promote(args: argparse.Namespace) -> int:
 
 def client_at(uri: str | None) -> Any:
     """MLflow's client of the registry that is meant."""
-    from pipeline.config import TrackingConfig
     from pipeline.retraining.registry import client_of
+    from pipeline.sections import TrackingConfig
     from pipeline.tracking import tracking_uri
     from pipeline.tracking.tracker import absolute
 

@@ -80,7 +80,7 @@ def _fetched(run_id: str, uri: str | None, folder: Path) -> Path:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    from pipeline.config import TrackingConfig
+    from pipeline.sections import TrackingConfig
     from pipeline.tracking import TrackingError, tracking_uri
 
     server = uri or tracking_uri(TrackingConfig())

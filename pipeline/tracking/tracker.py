@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TrackingConfig
+from pipeline.sections import TrackingConfig
 from pipeline.tracking.journal import Entry, Journal
 from pipeline.tracking.store import Refused, Store, first_line, now
 

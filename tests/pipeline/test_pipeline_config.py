@@ -18,7 +18,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     file.write_text("optim: {lr: 1e-2, name: sgd}\ndata: {image_size: [32, 48]}\n")
     config = load_config(file, ["--optim.lr", "3e-3", "--model.name=lenet5", "--data.batch_size", "7"])
     assert (config.optim.lr, config.optim.name, config.model.name, config.data.batch_size) == (3e-3, "sgd", "lenet5", 7)
-    assert config.image_size() == (32, 48)
+    assert config.data.sides() == (32, 48)
 
 
 def test_policy_as_a_list_on_the_command_line() -> None:

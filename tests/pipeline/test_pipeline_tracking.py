@@ -14,8 +14,8 @@ import pytest
 from mlflow import MlflowClient
 from small_data import Run
 
-from pipeline.config import TrackingConfig
 from pipeline.runs import held, new_run
+from pipeline.sections import TrackingConfig
 from pipeline.tracking import Tracker, TrackingError, tracker
 from pipeline.tracking.database import make_database
 from pipeline.tracking.journal import Journal

@@ -13,13 +13,14 @@ from augment import Augmenter, Preprocess
 from models.classifier import Classifier
 from models.module import ClassifierModule
 from models.networks import build
-from pipeline.config import Config, ConfigError, DataConfig
+from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import DataError, Manifest, Sample
 from pipeline.data.module import PictureData
 from pipeline.data.order import TrainOrder
 from pipeline.evaluation import _single_label
 from pipeline.processes import Processes
 from pipeline.recipe import make_preprocess, measured
+from pipeline.sections import DataConfig
 from pipeline.training import Assembly, fit, prepare_data
 
 
