@@ -1,0 +1,45 @@
+"""What scoring in parts stands on: the listing, its shards, the files of the parts."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.batch import parts
+from pipeline.batch.listing import Listing, Row, listing_of
+from pipeline.data.manifest import DataError
+
+
+def test_a_listing_is_the_same_each_time_and_known_by_what_it_says(tmp_path: Path) -> None:
+    for name in ("b/2.png", "b/1.PNG", "a.jpg", "b/.x/3.png", "b/.4.png", "b/3.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    listing = listing_of(tmp_path)
+    assert [row.path for row in listing.rows] == [f"{tmp_path}/{name}" for name in ("a.jpg", "b/1.PNG", "b/2.png")]
+    assert listing.digest() == listing_of(tmp_path).digest()
+    (tmp_path / "c.png").write_bytes(b"")
+    assert listing.digest() != listing_of(tmp_path).digest()
+
+
+@given(count=st.integers(1, 200), size=st.integers(1, 70))
+def test_shards_are_the_listing_in_pieces(count: int, size: int) -> None:
+    rows = tuple(Row(f"{i}.png") for i in range(count))
+    shards = list(Listing("s", "/", rows).shards(size))
+    assert sum((shard.rows for shard in shards), ()) == rows
+    assert [shard.start for shard in shards] == [shard.number * size for shard in shards]
+
+
+def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    table = pa.table({"row": [0, 1]})
+    parts.write_part(tmp_path, "k", 0, table)
+    file = parts.part_of(tmp_path, "k", 0)
+    assert parts.is_whole(file, 2) and not parts.is_whole(file, 3) and not file.exists()
+    file.write_bytes(b"PAR1 half of it")
+    assert not parts.is_whole(file, 2) and not file.exists()
+    parts.write_part(tmp_path, "k", 0, table)
+    with pytest.raises(DataError, match="other rows than it should"):
+        parts.assemble(tmp_path, [file, file], tmp_path / "out.parquet", table.schema, rows=4, look=lambda _: None)
+    assert not file.exists() and not (tmp_path / "out.parquet").exists()
