@@ -3,9 +3,8 @@
 import logging
 import shutil
 import signal
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -156,6 +155,7 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     from augment import Augmenter
     from pipeline.data.module import PictureData
     from pipeline.device import choose_device, choose_precision
+    from pipeline.preparation import prepare_data
     from pipeline.recipe import check_recipe, check_task, make_module, make_preprocess, measured
 
     device = choose_device(config.trainer.device)
@@ -186,45 +186,6 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
         pictures="pictures" in module.classifier.reads,
     )
     return Assembly(manifest, identity, module, data, device, precision, group, text)
-
-
-def prepare_data(config: Config) -> tuple[Any, dict[str, str]]:
-    """(the checked and split manifest, what it is known by again: its `content` and, with the splits, its `fingerprint`). DataError lists
-    what is wrong with the data."""
-    from pipeline.data.check import check_classes, drop_bad, drop_contradictory, drop_shared, scan
-    from pipeline.data.manifest import load_manifest
-    from pipeline.data.near import near_pairs
-    from pipeline.data.splits import draw_splits
-    from pipeline.recipe import check_inputs, reads
-
-    manifest = load_manifest(config.data.source, config.data.task)
-    log.info("checking %s pictures of %s", f"{len(manifest.samples):,}", manifest.source)
-    check_inputs(config, manifest)
-    found = scan(manifest.samples, reads=reads(config))
-    manifest = drop_bad(manifest, found, config.data.on_bad_file)
-    content = found.content(manifest)
-    manifest = drop_contradictory(manifest, found, config.data.on_bad_file)
-    manifest = draw_splits(
-        manifest,
-        found.groups,
-        val_share=config.data.val_share,
-        test_share=config.data.test_share,
-        seed=config.trainer.seed,
-    )
-    manifest = drop_shared(manifest, found, config.data.on_bad_file)
-    for warning in check_classes(manifest):
-        log.warning("data: %s", warning)
-    if found.bad:
-        log.warning("data: left out %d unreadable pictures", len(found.bad))
-    manifest = replace(manifest, near=near_pairs(manifest, found.looks))
-    if manifest.near:
-        split_of = {sample.path: sample.split for sample in manifest.samples}
-        counts = Counter(split_of[path] for path, _ in manifest.near)
-        told = " and ".join(f"{counts[split]} pictures of {split}" for split in ("val", "test") if counts[split])
-        log.warning(
-            "data: %s look like one of train, as %s like %s: their figures may be too good", told, *manifest.near[0]
-        )
-    return manifest, {"fingerprint": found.fingerprint(manifest), "content": content}
 
 
 def fit(

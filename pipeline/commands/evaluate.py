@@ -36,6 +36,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from pipeline.data.manifest import DataError, load_manifest
     from pipeline.evaluation import evaluate
     from pipeline.files import write_atomically
+    from pipeline.preparation import held_out
     from pipeline.report import make_report
     from pipeline.robustness import measure_robustness
     from pipeline.scoring import preprocess_of
@@ -111,35 +112,6 @@ def _evaluate(args: argparse.Namespace) -> int:
         write_atomically(args.json, json.dumps(numbers, indent=2, ensure_ascii=False).encode())
         print(f"wrote {args.json}")
     return 0
-
-
-def held_out(info, manifest):
-    """The data as they were split for training where these are the training data: what was learned by heart must not count as known.
-
-    They are known by their content. DataError where they lie where the training data lay but are others now: which of them were trained on
-    cannot be told any more.
-    """
-    from pipeline.config import config_from_dict
-    from pipeline.data.check import drop_bad, scan
-    from pipeline.data.manifest import DataError
-    from pipeline.recipe import reads
-    from pipeline.training import prepare_data
-
-    config = config_from_dict(info.config)
-    config.data.source = manifest.source
-    found = scan(manifest.samples, reads=reads(config))
-    readable = drop_bad(manifest, found, "skip")
-    if found.content(readable) == info.data.get("content"):
-        print("these are the pictures that the bundle was trained on; measuring its own hold-out")
-        split, identity = prepare_data(config)
-        if identity["fingerprint"] == info.data.get("fingerprint"):
-            return split
-    elif Path(manifest.source).resolve() != Path(info.data.get("source", "")).resolve():
-        return manifest
-    raise DataError(
-        f"{manifest.source}: has changed since the bundle was trained on it, so its hold-out cannot be told from what was trained on. "
-        "Measure on the run's splits.csv, which remembers, or on other pictures."
-    )
 
 
 def relabelled(manifest, labels):

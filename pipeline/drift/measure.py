@@ -109,8 +109,8 @@ def measure_drift(
 
 def _reference_data(info: Any, source: str, multilabel: bool) -> NewData:
     """The data, and of those that the bundle was trained on what was held out."""
-    from pipeline.commands.evaluate import held_out
     from pipeline.data.manifest import load_manifest
+    from pipeline.preparation import held_out
 
     found = read_data(source, info.labels, multilabel=multilabel)
     if found.names is None or not {name for row in found.names for name in row} <= set(info.labels) or not info.config:

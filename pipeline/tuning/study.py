@@ -115,7 +115,7 @@ def run_trials(study: optuna.Study, search: Search, space: Sequence[Dimension], 
 
     ConfigError for a trial whose config cannot be, once: the space is wrong then.
     """
-    from pipeline.training import prepare_data
+    from pipeline.preparation import prepare_data
 
     wanted = min(search.trials, len(grid(space))) if search.sampler == "grid" else search.trials
     prepared = prepare_data(config)

@@ -20,8 +20,8 @@ from pipeline.data.module import PictureData, fits_memory
 from pipeline.data.order import Share, TrainOrder
 from pipeline.data.splits import write_splits
 from pipeline.golden import make_goldens
+from pipeline.preparation import prepare_data
 from pipeline.scoring import views
-from pipeline.training import prepare_data
 
 
 def test_folder_of_classes(folder: Path) -> None:
