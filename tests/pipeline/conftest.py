@@ -3,11 +3,12 @@
 import os
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from small_data import COLORS, Run, picture, write_picture
+from warm_process import WarmProcess
 
 
 @pytest.fixture
@@ -20,8 +21,15 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmProcess]:
+    process = WarmProcess()
+    yield process
+    process.close()
+
+
 @pytest.fixture
-def refract(tmp_path: Path, new_tracking: Path) -> Run:
+def refract(tmp_path: Path, new_tracking: Path, warm: WarmProcess) -> Run:
     """Run `refract …` in tmp_path, with no tracking server but the default, whose database is there and empty."""
     if not (tmp_path / "mlflow.db").exists():
         shutil.copy(new_tracking, tmp_path / "mlflow.db")
@@ -29,8 +37,7 @@ def refract(tmp_path: Path, new_tracking: Path) -> Run:
     environment.pop("MLFLOW_TRACKING_URI", None)
 
     def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "refract", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
+        done = warm.run([*map(str, arguments)], cwd=tmp_path, env=environment, seconds=240)
         assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr
         return done
