@@ -55,6 +55,8 @@ def _written(sample: Sample) -> str:
 
 def write_splits(manifest: Manifest, path: Path) -> None:
     """A CSV manifest (path,label,split,text and the metadata) of the data as it was split; `refract train` reads it again."""
+    import csv
+
     import pandas as pd
 
     rows = [
@@ -67,4 +69,5 @@ def write_splits(manifest: Manifest, path: Path) -> None:
         }
         for sample in manifest.samples
     ]
-    pd.DataFrame(rows).to_csv(path, index=False)
+    # All quoted: pandas would write a lone carriage return bare, and read it as the row's end.
+    pd.DataFrame(rows).to_csv(path, index=False, quoting=csv.QUOTE_ALL)

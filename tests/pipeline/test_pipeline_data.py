@@ -1,5 +1,6 @@
 """Where pictures come from, how they are split, and what is refused before training."""
 
+import csv
 import os
 import shutil
 from collections import Counter
@@ -181,6 +182,17 @@ def test_written_splits_are_read_again(folder: Path, tmp_path: Path) -> None:
     write_splits(manifest, tmp_path / "splits.csv")
     again, same = prepare_data(config_of(tmp_path / "splits.csv"))
     assert same == fingerprint and Counter(s.split for s in again.samples) == Counter(s.split for s in manifest.samples)
+
+
+def test_written_splits_hold_any_text(folder: Path, tmp_path: Path) -> None:
+    odd = ["a\rb", "\r", 'say "no"', "two\nlines", "two\r\nlines", "a, b", " \\", '"']
+    rows = [(f"{label}/{n:02}.jpg", label, odd[n]) for label in COLORS for n in range(8)]
+    pd.DataFrame(rows, columns=["path", "label", "text"]).to_csv(folder / "m.csv", index=False, quoting=csv.QUOTE_ALL)
+    manifest, _ = prepare_data(config_of(folder / "m.csv"))
+    write_splits(manifest, tmp_path / "splits.csv")
+    again = load_manifest(tmp_path / "splits.csv")
+    assert [(s.text, s.split) for s in again.samples] == [(s.text, s.split) for s in manifest.samples]
+    assert {s.text for s in manifest.samples} >= {'say "no"', "two\nlines"}
 
 
 def module_of(folder: Path, workers: int) -> PictureData:
