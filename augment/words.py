@@ -1,7 +1,9 @@
 """A text as its words and what stands between them, so that a changed text keeps the spacing and the marks of the one it came from."""
 
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -9,13 +11,17 @@ from pathlib import Path
 _LETTER = r"[\w\u0300-\u036f\u0900-\u0e7f]"
 # Chinese and Japanese write no spaces: each of their characters is a word.
 _WORD = re.compile(
-    rf"([\u3040-\u30ff\u3400-\u9fff]|(?:(?![\u3040-\u30ff\u3400-\u9fff]){_LETTER})+(?:['’.\-]{_LETTER}+)*)"
+    rf"([\u3040-\u30ff\u3400-\u9fff]|(?:(?![\u3040-\u30ff\u3400-\u9fff]){_LETTER})+(?:['’.\-\u2011]{_LETTER}+)*)"
 )
+
+# Between two words these make them one, or two of Chinese and Japanese.
+_JOINING = ("", "'", "’", ".", "-", "\u2011")
+_ALIKE = str.maketrans("’ʼ−‑", "''--")
 
 NUMBERS, NEGATIONS = "<numbers>", "<negations>"
 
 _NEGATIONS = """
-no not never none nobody nothing neither nor nowhere cannot without
+no not never none nobody no-one nothing neither nor nowhere cannot without
 nicht kein keine keinen keinem keiner keines nie niemals niemand nichts ohne
 ne pas jamais rien personne aucun aucune sans
 nunca jamás nadie nada ningún ninguna sin
@@ -35,8 +41,9 @@ def remove(pieces: list[str], place: int) -> None:
     pieces[place] = ""
     before, after = pieces[place - 1], pieces[place + 1]
     if before[-1:].isspace():
-        pieces[place - 1] = before[:-1]
-    elif after[:1].isspace() and not before:
+        if after not in _JOINING or place + 2 >= len(pieces):
+            pieces[place - 1] = before[:-1]
+    elif after[:1].isspace() and not any(pieces[:place]):
         pieces[place + 1] = after[1:]
 
 
@@ -49,39 +56,83 @@ def like(word: str, model: str) -> str:
 
 @cache
 def kept(entries: tuple[str, ...]) -> "Kept":
-    """Which words must stay. entries: words in any case, `<numbers>` for what holds a digit, `<negations>` for no, not, don't and their
-    like in seven languages, or the name of a text file with an entry a line. ValueError for a file that cannot be read."""
-    words: set[str] = set()
+    """Which words must stay. entries: words, phrases (`New York`, `C++`, `AT&T`) and signs (`€`) in any case, `<numbers>` for what holds a
+    digit and its sign, `<negations>` for no, not, don't and their like in seven languages, or the name of a text file with an entry a
+    line. ValueError for a file that cannot be read."""
+    found: set[str] = set()
     for entry in entries:
-        words.update(lines(entry, "keep") if entry.endswith(".txt") else [entry])
-    return Kept(frozenset(word.lower() for word in words))
+        found.update(lines(entry, "keep") if entry.endswith(".txt") else [entry])
+    return Kept(frozenset(" ".join(_plain(entry).split()) for entry in found))
+
+
+def _plain(piece: str) -> str:
+    return (piece if piece.isascii() else piece.translate(_ALIKE)).casefold()
+
+
+def _number(word: str) -> bool:
+    """Whether it holds a digit, or a sign such as ½ or Ⅷ; Chinese numerals are words."""
+    return not word.isalpha() and any(unicodedata.category(character)[0] == "N" for character in word)
 
 
 class Kept:
-    """A test of words."""
+    """A test of words. entries: what it was made of, the files' lines among it."""
 
     def __init__(self, entries: frozenset[str]) -> None:
+        self.entries = entries
         self.numbers, self.negations = NUMBERS in entries, NEGATIONS in entries
-        self.words = entries - {NUMBERS, NEGATIONS} | (set(_NEGATIONS.split()) if self.negations else set())
+        own = {entry: split(entry) for entry in entries - {NUMBERS, NEGATIONS, ""}}
+        self.words = {entry for entry, pieces in own.items() if pieces[1:2] == [entry]}
+        self.signs = [entry for entry, pieces in own.items() if len(pieces) == 1]
+        self.phrases = [own[entry] for entry in sorted(own.keys() - self.words - set(self.signs))]
+        self.words |= set(_NEGATIONS.split()) if self.negations else set()
 
     def __call__(self, word: str) -> bool:
-        lower = word.lower()
-        if lower in self.words or (self.numbers and any(map(str.isdigit, word))):
+        """Whether the word stays wherever it stands."""
+        plain = _plain(word)
+        if plain in self.words or (self.negations and plain.endswith("n't")) or (self.numbers and _number(plain)):
             return True
-        return self.negations and lower.endswith(("n't", "n’t"))
+        return bool(self.signs) and any(sign in plain for sign in self.signs)
+
+    def places(self, pieces: Sequence[str]) -> set[int]:
+        """Those of `split`'s words that stay: by themselves, in a phrase, or as what touches such a one and might become a part of it."""
+        found = {place for place in range(1, len(pieces), 2) if self(pieces[place])}
+        for start, phrase in self._phrases(pieces):
+            found.update(range(start, start + len(phrase) - 2, 2))
+        touching = {place - 2 for place in found if place > 1 and pieces[place - 1] in _JOINING}
+        touching |= {place + 2 for place in found if place + 2 < len(pieces) and pieces[place + 1] in _JOINING}
+        return found | touching
 
     def lost(self, before: str, after: str) -> list[str]:
-        """Words of one text that must stay and that the other does not hold as often."""
-        left = [word.lower() for word in split(after)[1::2]]
-        missing = []
-        for word in split(before)[1::2]:
-            if not self(word):
-                continue
-            if word.lower() in left:
-                left.remove(word.lower())
-            else:
-                missing.append(word)
-        return missing
+        """Words, phrases and signs of one text that must stay and that the other does not hold as often."""
+        missing = self._held(before) - self._held(after)
+        return list(missing.elements())
+
+    def _held(self, text: str) -> Counter[str]:
+        pieces = split(text)
+        signs = [pieces[place - 1][-1:].translate(_ALIKE) for place in range(1, len(pieces), 2)]
+        found = Counter(
+            (sign if sign in "+-" and _number(word) else "") + _plain(word)
+            for sign, word in zip(signs, pieces[1::2], strict=True)
+            if self(word)
+        )
+        found.update("".join(phrase) for _, phrase in self._phrases(pieces))
+        found.update({sign: _plain(text).count(sign) for sign in self.signs})
+        return found
+
+    def _phrases(self, pieces: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+        """Where a phrase begins, and which it is."""
+        if not self.phrases:
+            return
+        plain = [
+            _plain(piece) if place % 2 else " ".join(f"|{_plain(piece)}|".split())[1:-1]
+            for place, piece in enumerate(pieces)
+        ]
+        for phrase in self.phrases:
+            first, *inner, last = phrase
+            for start in range(1, len(plain) - len(inner), 2):
+                end = start + len(inner)
+                if plain[start:end] == inner and plain[start - 1].endswith(first) and plain[end].startswith(last):
+                    yield start, phrase
 
 
 @cache

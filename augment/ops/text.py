@@ -51,8 +51,8 @@ class TextOp(Op):
     def on_text(cls, args: Args, text: str) -> str:
         """The changed text. args: as drawn."""
         pieces = words.split(text)
-        stays = words.kept(tuple(args["keep"]))
-        places = [place for place in range(1, len(pieces), 2) if not stays(pieces[place])]
+        stay = words.kept(tuple(args["keep"])).places(pieces)
+        places = [place for place in range(1, len(pieces), 2) if place not in stay]
         if places and args["share"] > 0:
             cls.change(args, pieces, places, keyed_generator(args["seed"], 0, 0, 0))
         return "".join(pieces)
@@ -134,7 +134,7 @@ class WordSubstitute(TableOp):
 
 @dataclass(frozen=True, kw_only=True)
 class WordInsert(TableOp):
-    """Before words, anywhere, synonyms of others of the text are put."""
+    """Before words that may change, synonyms of others of the text are put."""
 
     @classmethod
     def change(cls, args: Args, pieces: list[str], places: Places, rng: np.random.Generator) -> None:
@@ -142,7 +142,7 @@ class WordInsert(TableOp):
         known = [place for place in places if pieces[place].lower() in table]
         groups = [table[pieces[place].lower()] for place in _some(known, args["share"], rng)] if known else []
         for others in groups:
-            where = 1 + 2 * below(rng, len(pieces) // 2)
+            where = places[below(rng, len(places))]
             pieces[where] = f"{others[below(rng, len(others))]} {pieces[where]}"
 
 

@@ -9,6 +9,7 @@ happens when a policy names one of its augmenters.
 import inspect
 import json
 import random
+import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -68,7 +69,7 @@ class TextGuest(TextOp):
         stays = words.kept(tuple(args["keep"]))
 
         def run() -> Any:
-            made.stopwords = [token for token in text.split() if any(map(stays, words.split(token)[1::2]))]
+            made.stopwords = _staying(text, stays)
             return made.augment(text)
 
         try:
@@ -87,6 +88,14 @@ def text_guest(name: str, parameters: Mapping[str, Any]) -> TextGuest:
     own = dict(parameters)
     ours = {key: own.pop(key) for key in ("p", "keep") if key in own}
     return TextGuest(augmenter=name.removeprefix(PREFIX), parameters=own, **ours)
+
+
+def _staying(text: str, stays: words.Kept) -> list[str]:
+    """What stands between spaces and holds a word that must stay."""
+    pieces = words.split(text)
+    places = stays.places(pieces)
+    marks = "".join(("x" if place in places else " ") * len(piece) for place, piece in enumerate(pieces))
+    return [token.group() for token in re.finditer(r"\S+", text) if "x" in marks[token.start() : token.end()]]
 
 
 def _respaced(changed: str, text: str) -> str:

@@ -120,6 +120,69 @@ def test_words_of_ones_own_stay(tmp_path: Path) -> None:
     assert any("not" not in own_words(run("WordDelete", share=0.9, keep=[], index=i)) for i in range(20))
 
 
+PHRASES = ["C++", "New York", "AT&T", "it’s", "no-one", "-5", "€", "Straße", "日本", ".NET"]
+
+
+@pytest.mark.parametrize("op", ["WordDelete", "WordSwap", "WordCrop", "WordInsert", "WordSplit", *CHARS])
+def test_phrases_and_signs_stay_as_they_stand(op: str, table: str) -> None:
+    text = "We buy C++ in new  york, AT&T it's red; No-one at -5, 3 € and long STRASSE 日本 of .NET buy York long"
+    more = {"table": table} if op == "WordInsert" else {}
+    drawn = {run(op, text, index=i, share=0.9, keep=PHRASES, **more) for i in range(40)}
+    assert len(drawn) > 1
+    for changed in drawn:
+        for phrase in ("C++", "new  york,", "AT&T", "it's", "No-one", "-5,", "€", "STRASSE", "日本", ".NET"):
+            assert phrase in changed, (phrase, changed)
+    assert any("buy York long" not in changed for changed in drawn), "alone it may change"
+
+
+@pytest.mark.parametrize(
+    "keep, before, after, lost",
+    [
+        ("C++", "I like C++.", "I like C.", ["c++"]),
+        ("C++", "I like C++.", "c++ is liked", []),
+        ("New York", "from New York", "from York, the new", ["new york"]),
+        ("new york", "from NEW\nYork", "New York is it", []),
+        ("AT&T", "AT&T and AT&T", "AT&T alone", ["at&t"]),
+        ("it’s", "it's here", "there it’s", []),
+        ("it's", "it’s here", "here it is", ["it's"]),
+        ("no-one", "no‑one saw", "No-one saw", []),
+        ("<negations>", "no-one saw", "one saw", ["no-one"]),
+        ("<negations>", "I don’t", "I do", ["don't"]),
+        ("<negations>", "I don’t", "don't I", []),
+        ("<numbers>", "½ a cup", "a cup", ["½"]),
+        ("<numbers>", "at -5 degrees", "at 5 degrees", ["-5"]),
+        ("<numbers>", "at −5 degrees", "it is -5", []),
+        ("<numbers>", "at +5", "at -5", ["+5"]),
+        ("<numbers>", "pages 3 - 5", "pages 3 5", []),
+        ("<numbers>", "一起走", "走", []),
+        ("€", "5 €", "5 dollars", ["€"]),
+        ("STRASSE", "die Straße", "der Weg", ["strasse"]),
+        ("日本", "日本の本", "日の本", ["日本"]),
+        (" ", "a b", "b", []),
+    ],
+)
+def test_what_a_text_has_lost(keep: str, before: str, after: str, lost: list[str]) -> None:
+    assert words.kept((keep,)).lost(before, after) == lost
+
+
+@pytest.mark.parametrize(
+    "text, place, left",
+    [
+        ("the dog, and", 3, "the, and"),
+        ("dog and", 1, "and"),
+        ("a dog", 3, "a"),
+        ("(dog) and", 1, "() and"),
+        ("x 日5", 3, "x 5"),
+        ("x 日-5", 3, "x -5"),
+        ("x日 5", 3, "x 5"),
+    ],
+)
+def test_a_word_is_taken_out_with_one_space_and_joins_no_others(text: str, place: int, left: str) -> None:
+    pieces = words.split(text)
+    words.remove(pieces, place)
+    assert "".join(pieces) == left
+
+
 def test_picture_and_text_are_drawn_apart_and_each_op_by_its_own_key() -> None:
     image = np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)
     both = Augmenter(
