@@ -10,12 +10,15 @@ from pathlib import Path
 
 VERSION = 1
 
+# One transaction: killed in between, the file is as empty as before.
 _TABLES = f"""
+BEGIN IMMEDIATE;
 CREATE TABLE paraphrase (
     text BLOB NOT NULL, settings BLOB NOT NULL, number INTEGER NOT NULL, paraphrase TEXT NOT NULL, dropped TEXT,
     PRIMARY KEY (text, settings, number)
 ) WITHOUT ROWID;
 PRAGMA user_version = {VERSION};
+COMMIT;
 """
 
 
@@ -111,7 +114,11 @@ def _reader(file: str) -> sqlite3.Connection:
 
 
 def _opened(file: str) -> sqlite3.Connection:
-    return sqlite3.connect(f"{Path(file).absolute().as_uri()}?mode=ro", uri=True, timeout=30)
+    """For reading; `rw`, because what a killed process left half written has to be taken back first. A file that only may be read is
+    opened all the same."""
+    connection = sqlite3.connect(f"{Path(file).absolute().as_uri()}?mode=rw", uri=True, timeout=30)
+    connection.execute("PRAGMA query_only = ON")
+    return connection
 
 
 @contextmanager

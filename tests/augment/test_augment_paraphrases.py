@@ -1,13 +1,16 @@
 """The cache of paraphrases and the filter that they pass."""
 
 import multiprocessing
+import signal
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from augment import Augmenter
-from augment.paraphrases import Cache, CacheError, check_cache, paraphrases
+from augment.paraphrases import Cache, CacheError, _opened, check_cache, paraphrases
 from augment.translate import Filter
 
 
@@ -35,6 +38,71 @@ def test_training_draws_from_what_was_kept_the_same_in_any_process(tmp_path: Pat
     for context in ("fork", "spawn"):
         with multiprocessing.get_context(context).Pool(2) as pool:
             assert pool.starmap(draws, [(str(file), 200)] * 2) == [found] * 2
+
+
+def killed(code: str, file: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", code, str(file)])
+    assert done.returncode == -signal.SIGKILL
+
+
+KILLED_WRITING = """
+import os, signal, sys
+from pathlib import Path
+from augment.paraphrases import Cache
+cache = Cache(Path(sys.argv[1]))
+cache.add([("a dog", [("a hound", None)])], "via de")
+cache._connection.execute("PRAGMA cache_size = 1")
+rows = ((str(n).encode(), b"s", 0, "word " * 20, None) for n in range(5000))
+cache._connection.executemany("INSERT INTO paraphrase VALUES (?, ?, ?, ?, ?)", rows)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+KILLED_MAKING = """
+import os, signal, sqlite3, sys
+from pathlib import Path
+from augment.paraphrases import Cache
+connect = sqlite3.connect
+def watched(*args, **more):
+    connection = connect(*args, **more)
+    def trace(statement):
+        if "user_version =" in statement:
+            os.kill(os.getpid(), signal.SIGKILL)
+    connection.set_trace_callback(trace)
+    return connection
+sqlite3.connect = watched
+Cache(Path(sys.argv[1]))
+"""
+
+
+def test_killed_while_it_writes_what_was_kept_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "p.db"
+    killed(KILLED_WRITING, file)
+    assert (tmp_path / "p.db-journal").stat().st_size > 0, "half a transaction is on the disk"
+    assert b"word word" in file.read_bytes()
+    check_cache(str(file))
+    assert paraphrases(str(file), "a dog") == ["a hound"]
+
+
+def test_killed_while_it_is_made_it_is_made_again(tmp_path: Path) -> None:
+    killed(KILLED_MAKING, tmp_path / "p.db")
+    with Cache(tmp_path / "p.db") as cache:
+        cache.add([("a dog", [("a hound", None)])], "via de")
+    assert paraphrases(str(tmp_path / "p.db"), "a dog") == ["a hound"]
+
+
+def test_a_reader_writes_nothing_and_needs_no_right_to(tmp_path: Path) -> None:
+    file = tmp_path / "own" / "p.db"
+    file.parent.mkdir()
+    with Cache(file) as cache:
+        cache.add([("a dog", [("a hound", None)])], "via de")
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        _opened(str(file)).execute("DELETE FROM paraphrase")
+    file.chmod(0o444), file.parent.chmod(0o555)
+    try:
+        check_cache(str(file))
+        assert paraphrases(str(file), "a dog") == ["a hound"]
+    finally:
+        file.parent.chmod(0o755)
 
 
 def test_what_is_no_cache_is_told(tmp_path: Path) -> None:
