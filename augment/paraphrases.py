@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 
 # One transaction: killed in between, the file is as empty as before.
 _TABLES = f"""
@@ -17,6 +17,7 @@ CREATE TABLE paraphrase (
     text BLOB NOT NULL, settings BLOB NOT NULL, number INTEGER NOT NULL, paraphrase TEXT NOT NULL, dropped TEXT,
     PRIMARY KEY (text, settings, number)
 ) WITHOUT ROWID;
+CREATE TABLE run (settings BLOB PRIMARY KEY, way TEXT NOT NULL, number INTEGER NOT NULL) WITHOUT ROWID;
 PRAGMA user_version = {VERSION};
 COMMIT;
 """
@@ -51,6 +52,12 @@ class Cache:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
+    def begin(self, settings: str, way: str) -> None:
+        """A run with these settings: of the texts that have paraphrases by them, those of other settings and the same way are not drawn
+        any more. way: what runs replace each other in, as the languages. CacheError."""
+        query = "INSERT OR REPLACE INTO run SELECT ?, ?, 1 + coalesce(max(number), 0) FROM run"
+        self._write([(digest(settings), way)], query)
+
     def missing(self, texts: Iterable[str], settings: str) -> list[str]:
         """Those of the texts, each once, in their order, that have not been translated with these settings."""
         own = digest(settings)
@@ -66,9 +73,12 @@ class Cache:
             for text, paraphrases in found
             for number, (paraphrase, reason) in enumerate(paraphrases)
         ]
+        self._write(rows, "INSERT INTO paraphrase VALUES (?, ?, ?, ?, ?)")
+
+    def _write(self, rows: Sequence[tuple[object, ...]], query: str) -> None:
         try:
             with self._connection:
-                self._connection.executemany("INSERT INTO paraphrase VALUES (?, ?, ?, ?, ?)", rows)
+                self._connection.executemany(query, rows)
         except sqlite3.Error as error:
             raise CacheError(f"{self.file}: cannot be written ({error})") from error
 
@@ -83,13 +93,21 @@ class Cache:
         return counts
 
 
+_NEWEST = """
+SELECT run.number, way, paraphrase, dropped FROM paraphrase JOIN run USING (settings)
+WHERE text = ? ORDER BY run.number, paraphrase.number
+"""
+
+
 def paraphrases(file: str, text: str) -> list[str]:
-    """Those of a text that are used, of all settings, in a fixed order; none for a text that was not translated. CacheError."""
-    query = "SELECT paraphrase FROM paraphrase WHERE text = ? AND dropped IS NULL ORDER BY settings, number"
+    """Those of a text that are used, in a fixed order: of each way, by the settings of the newest run that has any of the text, used or
+    not. None for a text that was not translated. CacheError."""
     try:
-        return list(dict.fromkeys(row[0] for row in _reader(file).execute(query, (digest(text),))))
+        rows = _reader(file).execute(_NEWEST, (digest(text),)).fetchall()
     except sqlite3.Error as error:
         raise CacheError(f"{file}: cannot be read ({error})") from error
+    newest = {way: run for run, way, *_ in rows}
+    return list(dict.fromkeys(found for run, way, found, dropped in rows if run == newest[way] and dropped is None))
 
 
 def check_cache(file: str) -> None:
@@ -126,12 +144,17 @@ def _told(file: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise CacheError(f"{file}: cannot be read as a cache of paraphrases ({error})") from error
+        half = Path(f"{file}-journal").exists()
+        hint = (
+            "; a process was killed while it wrote, so it has to be read once where it can be written" if half else ""
+        )
+        raise CacheError(f"{file}: cannot be read as a cache of paraphrases ({error}){hint}") from error
 
 
 def _check(connection: sqlite3.Connection, file: Path) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version != VERSION:
         raise CacheError(
-            f"{file}: is no cache of paraphrases that this Refract reads (version {version}, not {VERSION})"
+            f"{file}: is no cache of paraphrases that this Refract reads (version {version}, not {VERSION}); "
+            "`refract paraphrase` with another --cache makes a new one"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from augment.paraphrases import Cache, digest
 from augment.translate import BackTranslator, Filter, Sampling
+from augment.words import kept
 from pipeline.data.manifest import DataError
 from pipeline.files import locked
 
@@ -51,6 +52,7 @@ def paraphrase(texts: Sequence[str], plan: Plan, file: Path) -> dict[str, int]:
         counts: dict[str, int] = {}
         for via in plan.via:
             settings = _settings(plan, via)
+            cache.begin(settings, f"{plan.source} {via}")
             missing = sorted(cache.missing(texts, settings), key=len)  # texts of one length fill a batch best
             log.info("%s: %d texts to translate, %d are in %s", via, len(missing), len(set(texts)) - len(missing), file)
             if missing:
@@ -76,7 +78,7 @@ def _settings(plan: Plan, via: str) -> str:
         plan.max_length,
         plan.top_k,
         plan.temperature,
-        plan.filter.keep,
+        sorted(kept(plan.filter.keep).entries),
         plan.filter.length,
     )
     return repr((*own, plan.encoder, plan.similar if plan.encoder else None))

@@ -296,7 +296,8 @@ def _misspellings() -> dict[str, list[str]]:
 class BackTranslation(TextOp):
     """The text becomes one of its paraphrases, which `refract paraphrase` made; a text without any stays as it is. `share` has no effect.
 
-    cache: the file that it wrote. Source of the idea: Sennrich et al. 2016, arXiv:1511.06709; Xie et al. 2020, arXiv:1904.12848.
+    cache: the file that it wrote; paraphrases that have lost a word of `keep` are not taken.
+    Source of the idea: Sennrich et al. 2016, arXiv:1511.06709; Xie et al. 2020, arXiv:1904.12848.
     """
 
     p: float = 0.5
@@ -309,7 +310,8 @@ class BackTranslation(TextOp):
 
     @classmethod
     def on_text(cls, args: Args, text: str) -> str:
-        found = paraphrases(args["cache"], text)
+        stays = words.kept(tuple(args["keep"]))
+        found = [new for new in paraphrases(args["cache"], text) if not stays.lost(text, new)]
         return found[below(keyed_generator(args["seed"], 0, 0, 0), len(found))] if found else text
 
 

@@ -22,6 +22,7 @@ def draws(file: str, count: int) -> list[str]:
 def test_training_draws_from_what_was_kept_the_same_in_any_process(tmp_path: Path) -> None:
     file = tmp_path / "p.db"
     with Cache(file) as cache:
+        cache.begin("via de", "de"), cache.begin("via fr", "fr")
         cache.add([("a dog", [("a hound", None), ("a cat", "unlike"), ("one dog", None)])], "via de")
         cache.add([("a dog", [("the hound", None), ("a hound", None)]), ("none", [])], "via fr")
         assert cache.missing(["a dog", "a cow", "a dog", "none"], "via de") == ["a cow", "none"]
@@ -40,6 +41,34 @@ def test_training_draws_from_what_was_kept_the_same_in_any_process(tmp_path: Pat
             assert pool.starmap(draws, [(str(file), 200)] * 2) == [found] * 2
 
 
+def test_the_newest_settings_of_each_way_are_drawn(tmp_path: Path) -> None:
+    file = tmp_path / "p.db"
+
+    def run(settings: str, way: str, text: str = "a dog", *found: tuple[str, str | None]) -> list[str]:
+        with Cache(file) as cache:
+            cache.begin(settings, way)
+            if found:
+                cache.add([(text, found)], settings)
+        return paraphrases(str(file), "a dog")
+
+    assert run("loose", "de", "a dog", ("a cat", None), ("a hound", None)) == ["a cat", "a hound"]
+    assert run("strict", "de", "a cow", ("a calf", None)) == ["a cat", "a hound"], "not by these settings yet"
+    assert run("strict", "de", "a dog", ("a cat", "unlike"), ("one hound", None)) == ["one hound"]
+    assert run("by fr", "fr", "a dog", ("un dog", None)) == ["one hound", "un dog"]
+    assert run("stricter", "de", "a dog", ("a cat", "unlike")) == ["un dog"], "none is used, and no older one"
+    assert run("loose", "de") == ["un dog", "a cat", "a hound"], "the last run's, though nothing was translated"
+
+
+def test_paraphrases_without_a_kept_word_are_not_drawn(tmp_path: Path) -> None:
+    file = tmp_path / "p.db"
+    with Cache(file) as cache:
+        cache.begin("s", "de")
+        cache.add([("a red dog", [("a dog", None), ("the red hound", None)]), ("red", [("rouge", None)])], "s")
+    augmenter = Augmenter([{"BackTranslation": {"p": 1.0, "cache": str(file), "keep": ["red"]}}])
+    assert {augmenter.text("a red dog", epoch=0, index=i) for i in range(20)} == {"the red hound"}
+    assert augmenter.text("red", epoch=0, index=0) == "red"
+
+
 def killed(code: str, file: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(file)])
     assert done.returncode == -signal.SIGKILL
@@ -50,6 +79,7 @@ import os, signal, sys
 from pathlib import Path
 from augment.paraphrases import Cache
 cache = Cache(Path(sys.argv[1]))
+cache.begin("via de", "de")
 cache.add([("a dog", [("a hound", None)])], "via de")
 cache._connection.execute("PRAGMA cache_size = 1")
 rows = ((str(n).encode(), b"s", 0, "word " * 20, None) for n in range(5000))
@@ -86,6 +116,7 @@ def test_killed_while_it_writes_what_was_kept_is_read(tmp_path: Path) -> None:
 def test_killed_while_it_is_made_it_is_made_again(tmp_path: Path) -> None:
     killed(KILLED_MAKING, tmp_path / "p.db")
     with Cache(tmp_path / "p.db") as cache:
+        cache.begin("via de", "de")
         cache.add([("a dog", [("a hound", None)])], "via de")
     assert paraphrases(str(tmp_path / "p.db"), "a dog") == ["a hound"]
 
@@ -94,6 +125,7 @@ def test_a_reader_writes_nothing_and_needs_no_right_to(tmp_path: Path) -> None:
     file = tmp_path / "own" / "p.db"
     file.parent.mkdir()
     with Cache(file) as cache:
+        cache.begin("via de", "de")
         cache.add([("a dog", [("a hound", None)])], "via de")
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         _opened(str(file)).execute("DELETE FROM paraphrase")

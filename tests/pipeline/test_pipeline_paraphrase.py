@@ -15,8 +15,10 @@ import pytest
 
 from augment import Augmenter
 from augment.paraphrases import digest, paraphrases
-from augment.translate import BackTranslator, Sampling, TranslationError
+from augment.translate import BackTranslator, Filter, Sampling, TranslationError
+from augment.words import kept
 from benchmarks import grammar
+from pipeline.paraphrasing import Plan, _settings, paraphrase
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +105,28 @@ def test_killed_in_the_middle_it_goes_on_and_translates_nothing_twice(models: Pa
     augmenter = Augmenter([{"BackTranslation": {"p": 1.0, "cache": str(tmp_path / "p.db")}}])
     text = next(text for text in texts if len(paraphrases(str(tmp_path / "p.db"), text)) == 2)
     assert {augmenter.text(text, epoch=e, index=0) for e in range(30)} == set(paraphrases(str(tmp_path / "p.db"), text))
+
+
+def test_what_stays_is_a_setting_by_its_words_not_by_its_files_name(tmp_path: Path) -> None:
+    def settings(name: str, content: str) -> str:
+        (tmp_path / name).write_text(content, "utf-8")
+        kept.cache_clear()
+        return _settings(Plan("m", "en", ("de",), 1, Filter((str(tmp_path / name),))), "de")
+
+    first = settings("a.txt", "Canon\nC++\n")
+    assert first == settings("b.txt", "c++\nCANON\n") != settings("a.txt", "Canon\n")
+
+
+def test_stricter_settings_take_the_place_of_looser_ones(models: Path, tmp_path: Path) -> None:
+    texts = [text for _, text in held_out(6)]
+    word = texts[0].split()[-1]
+    found = []
+    for keep in ((), (word,), ()):
+        plan = Plan(f"{models}/{{from}}-{{to}}", "en", ("de",), 4, Filter(keep), device="cpu")
+        paraphrase(texts, plan, tmp_path / "p.db")
+        found.append(paraphrases(str(tmp_path / "p.db"), texts[0]))
+    assert found[0] == found[2] and any(word not in text.split() for text in found[0])
+    assert all(word in text.split() for text in found[1])
 
 
 def test_another_process_is_told(models: Path, tmp_path: Path) -> None:
