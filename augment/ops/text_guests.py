@@ -2,7 +2,8 @@
 
 What it would break is kept in here: it draws from three global generators, which are seeded for each sample and put back; it takes `Don't`
 apart, and is given words as they stand between spaces; it would change words that must stay; it takes two models of one folder name for
-one; and it asks for a method that tokenizers do not have any more. Its import brings PyTorch and transformers and takes seconds: it
+one; it asks for methods that tokenizers do not have any more; and what must stay it gives language models as unknown words, which then
+stand in the text. Its import brings PyTorch and transformers and takes seconds: it
 happens when a policy names one of its augmenters.
 """
 
@@ -33,7 +34,7 @@ class TextGuest(TextOp):
     """An augmenter of nlpaug, seeded for each sample. augmenter: its class, as `RandomWordAug`; parameters: its own, JSON values.
 
     How much it changes is for its own parameters (`aug_p`) to say; `share` has no effect. A result that has lost a word that must stay
-    (`keep`) is not taken: the text stays as it was.
+    (`keep`), or has got a language model's own sign (`[UNK]` for what it does not know), is not taken: the text stays as it was.
     """
 
     augmenter: str
@@ -63,13 +64,13 @@ class TextGuest(TextOp):
 
     @classmethod
     def on_text(cls, args: Args, text: str) -> str:
-        if not text.strip():
+        if not text.strip() or _HALVES.search(text):  # no tokenizer takes halves of surrogate pairs
             return text
         made = _augmenter(args["augmenter"], json.dumps(args["parameters"], sort_keys=True))
         stays = words.kept(tuple(args["keep"]))
 
         def run() -> Any:
-            made.stopwords = _staying(text, stays)
+            _protect(made, _staying(text, stays))
             return made.augment(text)
 
         try:
@@ -80,7 +81,9 @@ class TextGuest(TextOp):
         if not isinstance(changed, str) or not changed.strip():
             return text
         changed = _respaced(changed, text)
-        return text if stays.lost(text, changed) else changed
+        signs = getattr(_tokenizer(made), "all_special_tokens", ())
+        odd = any(changed.count(sign) > text.count(sign) for sign in signs)
+        return text if odd or stays.lost(text, changed) else changed
 
 
 def text_guest(name: str, parameters: Mapping[str, Any]) -> TextGuest:
@@ -88,6 +91,26 @@ def text_guest(name: str, parameters: Mapping[str, Any]) -> TextGuest:
     own = dict(parameters)
     ours = {key: own.pop(key) for key in ("p", "keep") if key in own}
     return TextGuest(augmenter=name.removeprefix(PREFIX), parameters=own, **ours)
+
+
+_HALVES = re.compile("[\ud800-\udfff]")
+
+
+def _tokenizer(made: Any) -> Any:
+    """A language model's; None of other augmenters."""
+    model = getattr(made, "model", None)
+    return model.get_tokenizer() if hasattr(model, "get_tokenizer") else None
+
+
+def _protect(made: Any, tokens: list[str]) -> None:
+    tokenizer = _tokenizer(made)
+    if tokenizer is None:
+        made.stopwords = tokens
+        return
+    # It would put the unknown sign in their place and lose them; as pieces of words they are only passed over.
+    made.stopword_reg = re.compile("(?!)")
+    pieces = (piece for token in tokens for form in (token, f" {token}") for piece in tokenizer.tokenize(form))
+    made.stopwords = sorted({piece.lower() for piece in pieces})
 
 
 def _staying(text: str, stays: words.Kept) -> list[str]:
@@ -102,10 +125,11 @@ def _respaced(changed: str, text: str) -> str:
     """`changed` with the words of `text` that a tokenizer took apart (`Don ' t`) put together."""
     for word in dict.fromkeys(text.split()):
         apart = " ".join(piece for piece in words.split(word) for piece in _marks(piece))
-        if apart != word:
-            changed = changed.replace(apart, word)
-            loose = " ".join("".join(c if c.isalnum() else f" {c} " for c in word).split())
-            changed = changed.replace(loose, word)
+        loose = " ".join("".join(c if c.isalnum() else f" {c} " for c in word).split())
+        for form in {apart, loose} - {word}:
+            changed = re.sub(
+                rf"(?<!\S){re.escape(form)}(?!\S)", lambda _, word=word: word, changed, flags=re.IGNORECASE
+            )
     return changed
 
 
@@ -162,7 +186,6 @@ def _augmenter(name: str, parameters: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = kind(**own)
-            _restore(made)
             _seeded(0, lambda: made.augment("the first text of some words"))
     except Exception as error:
         raise ValueError(
@@ -171,14 +194,13 @@ def _augmenter(name: str, parameters: str) -> Any:
     return made
 
 
-def _restore(made: Any) -> None:
-    """Give the tokenizer of a language model the two methods that transformers 5 dropped and nlpaug calls."""
-    model = getattr(made, "model", None)
-    for tokenizer in (getattr(model, "tokenizer", None), getattr(getattr(model, "model", None), "tokenizer", None)):
-        if tokenizer is not None and not hasattr(tokenizer, "_convert_id_to_token"):
-            kind = type(tokenizer)
-            kind._convert_id_to_token = lambda self, number: self.convert_ids_to_tokens(number)
-            kind._convert_token_to_id = lambda self, token: self.convert_tokens_to_ids(token)
+def _restore() -> None:
+    """Let nlpaug's language models ask their tokenizers by methods that transformers 5 has."""
+    from nlpaug.model import lang_models
+
+    for kind in (lang_models.Bert, lang_models.DistilBert, lang_models.Roberta):
+        kind.token2id = lambda self, token: self.tokenizer.convert_tokens_to_ids(token)
+        kind.id2token = lambda self, number: self.tokenizer.convert_ids_to_tokens(number)
 
 
 @cache
@@ -189,6 +211,7 @@ def _kinds() -> Mapping[str, type]:
             from nlpaug.augmenter import char, word
     except ImportError as error:
         raise ValueError(f"nlpaug is not installed ({error}): pip install 'refract[text]'") from error
+    _restore()
     found = {**vars(char), **vars(word)}
     return MappingProxyType(
         {key: value for key, value in found.items() if inspect.isclass(value) and key.endswith("Aug")}
