@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from augment.ops import OPS, Op
-from augment.ops.choice import may_move, mixes_batch, of_text, size_after
+from augment.ops.choice import ChoiceOp, OneOf, Ramp, SomeOf, Sometimes, may_move, mixes_batch, of_text, size_after
 from augment.ops.guests import guest, is_guest
 from augment.ops.op import nearest
+from augment.ops.text import BackTranslation
 from augment.ops.text_guests import PREFIX, text_guest
 from augment.plan import Plan, Step
 from augment.random import keyed_generator, op_word
@@ -42,6 +43,7 @@ class Policy:
         object.__setattr__(self, "_words", tuple(words))
         of_texts = tuple(of_text(op) for op in self.ops)
         object.__setattr__(self, "_of_text", of_texts)
+        _refuse_late(self.ops, None)
         moving = tuple(may_move(op) for op in self.ops)
         object.__setattr__(self, "_moving", moving)
         geometric = [i for i, moves in enumerate(moving) if moves]
@@ -116,6 +118,28 @@ class Policy:
         """What `load_policy` reads, with every parameter written out; JSON and YAML values only."""
         ops = [_spec(op) for op in self.ops]
         return {"exact": True, "ops": ops} if self.exact else ops
+
+
+def _refuse_late(ops: Sequence[Op], before: Op | None) -> Op | None:
+    """PolicyError for a BackTranslation that may come after another op of texts: the changed text has no paraphrases, so that nothing
+    would happen. before: an op that may have changed the text. Returns such a one after these."""
+    for op in ops:
+        if isinstance(op, BackTranslation) and before is not None:
+            raise PolicyError(
+                f"policy: BackTranslation comes after {before.name}, and a text that was changed has no paraphrases; put it before the "
+                "other ops of texts, or into a OneOf with them"
+            )
+        if isinstance(op, (OneOf, Ramp, Sometimes)):
+            ways = [op.ops, op.otherwise] if isinstance(op, Sometimes) else [(own,) for own in op.ops]
+            after = [_refuse_late(way, before) for way in ways]
+            before = next((own for own in after if own is not None), None)
+        elif isinstance(op, SomeOf) and not op.in_order:
+            before = _refuse_late([*op.ops, *op.ops] if len(op.ops) > 1 else op.ops, before)
+        elif isinstance(op, ChoiceOp):
+            before = _refuse_late(op.ops, before)
+        elif op.kind == "text":
+            before = before or op
+    return before
 
 
 def load_policy(spec: PolicySpec | Policy) -> Policy:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from augment import Augmenter
+from augment import Augmenter, PolicyError, load_policy
 from augment.paraphrases import Cache, CacheError, _opened, check_cache, paraphrases
 from augment.translate import Filter
 
@@ -67,6 +67,35 @@ def test_paraphrases_without_a_kept_word_are_not_drawn(tmp_path: Path) -> None:
     augmenter = Augmenter([{"BackTranslation": {"p": 1.0, "cache": str(file), "keep": ["red"]}}])
     assert {augmenter.text("a red dog", epoch=0, index=i) for i in range(20)} == {"the red hound"}
     assert augmenter.text("red", epoch=0, index=0) == "red"
+
+
+def test_paraphrases_are_of_the_text_as_it_was(tmp_path: Path) -> None:
+    Cache(tmp_path / "p.db").__exit__()
+    back = {"BackTranslation": {"cache": str(tmp_path / "p.db")}}
+    late = (
+        ["WordSwap", back],
+        [back, back],
+        ["HorizontalFlip", "WordSwap", {"OneOf": {"ops": ["CharSwap", back]}}],
+        [{"Compose": {"ops": ["WordSwap", back]}}],
+        [{"During": {"ops": ["WordSwap"]}}, back],
+        [{"Sometimes": {"ops": ["CharSwap"], "otherwise": ["WordSwap"]}}, back],
+        [{"Sometimes": {"ops": ["CharSwap"], "otherwise": ["WordSwap", back]}}],
+        [{"SomeOf": {"ops": [back, "WordSwap"], "count": 2, "in_order": False}}],
+        [{"nlpaug.KeyboardAug": {}}, back],
+    )
+    for policy in late:
+        with pytest.raises(PolicyError, match="BackTranslation comes after .*, and a text that was changed has no"):
+            load_policy(policy)
+    first = (
+        [back, "WordSwap"],
+        ["HorizontalFlip", back, "WordSwap"],
+        [{"OneOf": {"ops": ["WordSwap", back]}}],
+        [{"Sometimes": {"ops": ["WordSwap"], "otherwise": [back]}}, "CharSwap"],
+        [{"SomeOf": {"ops": [back, "WordSwap"]}}],
+        [{"SomeOf": {"ops": [back], "count": 1, "in_order": False}}],
+    )
+    for policy in first:
+        assert load_policy(policy).texts
 
 
 def killed(code: str, file: Path) -> None:
