@@ -1,7 +1,7 @@
 """Back-translation in batches, by nlpaug's `BackTranslationAug`, and the filter that its results pass.
 
 What it would break is kept in here: two pairs of models of one name would be one model; the tokenizers of models for many languages want
-to be told which; greedy search gives one and the same paraphrase as often as it is asked.
+to be told which; greedy search gives one and the same paraphrase as often as it is asked; what is too long it cuts without a word.
 """
 
 import math
@@ -64,30 +64,40 @@ class BackTranslator:
             BackTranslationAug.clear_cache()
         self._model: Any = made.model
         self._ways = (
-            _Way(made.model.src_model, made.model.src_tokenizer, source, via),
-            _Way(made.model.tgt_model, made.model.tgt_tokenizer, via, source),
+            _Way(made.model.src_model, made.model.src_tokenizer, source, via, max_length),
+            _Way(made.model.tgt_model, made.model.tgt_tokenizer, via, source, max_length),
         )
 
-    def __call__(self, texts: Sequence[str], seed: int) -> list[str]:
-        """A paraphrase of each text, drawn anew for each seed. TranslationError."""
+    def __call__(self, texts: Sequence[str], seed: int) -> list[str | None]:
+        """A paraphrase of each text, drawn anew for each seed; None of one that is too long for a model, or becomes so. TranslationError
+        where a model fails."""
         import torch
 
-        if not texts:
-            return []
-        found = list(texts)
+        found: list[str | None] = list(texts)
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
-            for way in self._ways:
-                found = way(self._model, found, self._sampling)
+            try:
+                for way in self._ways:
+                    whole = {place: text for place, text in enumerate(found) if text is not None}
+                    for place, text in zip(whole, way(self._model, list(whole.values()), self._sampling), strict=True):
+                        found[place] = text
+            except Exception as error:  # of many kinds, from the tokenizer, the model and the device
+                line = (str(error).splitlines() or [""])[0]
+                more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
+                raise TranslationError(
+                    f"{texts[0][:60]!r}{more}: cannot be translated ({type(error).__name__}: {line})"
+                ) from error
         return found
 
 
 class _Way:
     """One direction of a pair."""
 
-    def __init__(self, model: Any, tokenizer: Any, source: str, target: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, source: str, target: str, max_length: int) -> None:
         self._model, self._tokenizer, self._prefix = model, tokenizer, ""
+        positions = getattr(model.config, "max_position_embeddings", max_length)
+        self._limit = min(max_length, tokenizer.model_max_length, positions)
         self._own: dict[str, Any] = {}
         kind = model.config.model_type
         if kind == "t5":
@@ -103,15 +113,35 @@ class _Way:
             tokenizer.src_lang = source
             self._own = {"forced_bos_token_id": number}
 
-    def __call__(self, model: Any, texts: list[str], sampling: Sampling) -> list[str]:
+    def __call__(self, model: Any, texts: list[str], sampling: Sampling) -> list[str | None]:
         own = self._model.generation_config
         own.update(do_sample=sampling.top_k > 1, num_beams=1, **self._own)
         own.update(**({"top_k": sampling.top_k, "temperature": sampling.temperature} if sampling.top_k > 1 else {}))
         given = [self._prefix + text for text in texts]
-        found = model.translate_one_step_batched(given, self._tokenizer, self._model)
-        if len(found) != len(texts):
-            raise TranslationError(f"{len(found)} translations of {len(texts)} texts")
-        return [text.strip() for text in found]
+        fits = [len(tokens) <= self._limit for tokens in self._tokenizer(given).input_ids] if given else []
+        model.max_length, ends = self._limit, _Ends(self._model)
+        chosen = [text for text, fit in zip(given, fits, strict=True) if fit]
+        found = model.translate_one_step_batched(chosen, self._tokenizer, ends) if chosen else []
+        left = iter(zip(found, ends.reached, strict=True))
+        results = [next(left) if fit else ("", False) for fit in fits]
+        return [text.strip() if whole else None for text, whole in results]
+
+
+class _Ends:
+    """A model, and which of its translations came to an end by themselves."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.reached: list[bool] = []
+
+    def generate(self, *, max_length: int, **more: Any) -> Any:
+        import torch
+
+        found = self._model.generate(max_length=max_length, **more)
+        end = torch.as_tensor(self._model.generation_config.eos_token_id, device=found.device)
+        # The first token may be the same sign; as the last of all it is often forced.
+        self.reached += torch.isin(found[:, 1 : max_length - 1], end).any(dim=1).tolist()
+        return found
 
 
 @dataclass(frozen=True)

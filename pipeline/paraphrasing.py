@@ -1,13 +1,13 @@
 """From texts to a cache of their paraphrases: translated in batches, filtered, kept a batch at a time."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from augment.paraphrases import Cache, digest
-from augment.translate import BackTranslator, Filter, Sampling
+from augment.translate import BackTranslator, Filter, Sampling, TranslationError
 from augment.words import kept
 from pipeline.data.manifest import DataError
 from pipeline.files import locked
@@ -15,6 +15,11 @@ from pipeline.files import locked
 log = logging.getLogger(__name__)
 
 Similar = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+Row = tuple[str, list[tuple[str, str | None]]]
+"""A text, its paraphrases, and why each is not used."""
+
+FAILURES = 20
+"""So many texts one after the other that cannot be translated are the model's fault, or the machine's."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,9 @@ def paraphrase(texts: Sequence[str], plan: Plan, file: Path) -> dict[str, int]:
                 translator = _translator(plan, via, device)
                 similar = similar or _similar(plan, device)
                 with tqdm(total=len(missing), desc=f"{plan.source}–{via}–{plan.source}", unit=" texts") as bar:
-                    rest = iter(missing)
-                    while some := list(islice(rest, max(1, plan.batch // plan.n))):
-                        cache.add(_paraphrased(some, plan, translator, similar), settings)
-                        bar.update(len(some))
+                    for found in _found(missing, plan, translator, similar):
+                        cache.add(found, settings)
+                        bar.update(len(found))
             for reason, count in cache.dropped(texts, settings).items():
                 counts[reason] = counts.get(reason, 0) + count
     return counts
@@ -104,19 +108,59 @@ def _similar(plan: Plan, device: str) -> Similar | None:
         raise DataError(f"--encoder: {error}") from error
 
 
-def _paraphrased(
-    texts: list[str], plan: Plan, translator: BackTranslator, similar: Similar | None
-) -> list[tuple[str, list[tuple[str, str | None]]]]:
-    """Each text with its paraphrases and why they are not used."""
+def _found(
+    texts: Sequence[str], plan: Plan, translator: BackTranslator, similar: Similar | None
+) -> Iterator[list[Row]]:
+    """The rows of the texts, a batch at a time. Those that fail come with the next that does not: TranslationError where there is none, or
+    after FAILURES of them, so that what a broken model cannot do is tried again."""
+    rest, failed, some_worked = iter(texts), dict[str, TranslationError](), False
+    while some := list(islice(rest, max(1, plan.batch // plan.n))):
+        rows = _tried(some, plan, translator, similar, failed)
+        some_worked = some_worked or bool(rows)
+        if rows:
+            yield [*rows, *_failures(failed)]
+            failed.clear()
+        elif len(failed) >= FAILURES:
+            raise next(iter(failed.values()))
+    if failed and not some_worked:
+        raise next(iter(failed.values()))
+    yield _failures(failed)
+
+
+def _tried(
+    texts: list[str],
+    plan: Plan,
+    translator: BackTranslator,
+    similar: Similar | None,
+    failed: dict[str, TranslationError],
+) -> list[Row]:
+    """The rows of the texts, together or else one by one; `failed` gets those that have none."""
+    try:
+        return _paraphrased(texts, plan, translator, similar)
+    except TranslationError as error:
+        if len(texts) == 1:
+            failed[texts[0]] = error
+            return []
+    return [row for text in texts for row in _tried([text], plan, translator, similar, failed)]
+
+
+def _failures(failed: Mapping[str, TranslationError]) -> list[Row]:
+    for error in failed.values():
+        log.warning("%s", error)
+    return [(text, [("", "failed")]) for text in failed]
+
+
+def _paraphrased(texts: list[str], plan: Plan, translator: BackTranslator, similar: Similar | None) -> list[Row]:
     several = [text for text in texts for _ in range(plan.n)]
-    drawn = translator(several, plan.seed + int.from_bytes(digest(texts[0])[:4], "little"))
+    translated = translator(several, plan.seed + int.from_bytes(digest(texts[0])[:4], "little"))
+    drawn = [text or "" for text in translated]
     near = similar(several, drawn) if similar else [1.0] * len(drawn)
     found = []
     for place, text in enumerate(texts):
         used: list[str] = []
         rows: list[tuple[str, str | None]] = []
         for k in range(place * plan.n, (place + 1) * plan.n):
-            reason = plan.filter.reason(text, drawn[k], used)
+            reason = "cut" if translated[k] is None else plan.filter.reason(text, drawn[k], used)
             if reason is None and similar and near[k] < plan.similar:
                 reason = "unlike"
             if reason is None:

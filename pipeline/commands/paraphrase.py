@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         "--top-k", type=int, default=10, help="likeliest words of which each is drawn; 1 takes the likeliest"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="above 1 bolder, below 1 more careful")
-    parser.add_argument("--max-length", type=int, default=256, help="of a text, in the model's tokens")
+    parser.add_argument("--max-length", type=int, default=256, help="in the model's tokens; longer texts have none")
     parser.add_argument("--batch", type=int, default=32, help="texts at a time")
     parser.add_argument("--device", default="auto", help="auto takes a GPU where there is one")
     parser.add_argument("--seed", type=int, default=0)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from augment.paraphrases import digest, paraphrases
 from augment.translate import BackTranslator, Filter, Sampling, TranslationError
 from augment.words import kept
 from benchmarks import grammar
-from pipeline.paraphrasing import Plan, _settings, paraphrase
+from pipeline.paraphrasing import FAILURES, Plan, _settings, paraphrase
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +128,38 @@ def test_stricter_settings_take_the_place_of_looser_ones(models: Path, tmp_path:
         found.append(paraphrases(str(tmp_path / "p.db"), texts[0]))
     assert found[0] == found[2] and any(word not in text.split() for text in found[0])
     assert all(word in text.split() for text in found[1])
+
+
+def translator_of(models: Path, **more: Any) -> BackTranslator:
+    return BackTranslator(f"{models}/en-de", f"{models}/de-en", source="en", via="de", **more)
+
+
+def test_what_is_cut_is_not_used(models: Path, tmp_path: Path) -> None:
+    short, long = "the dog sees a car", "the big dog sees a small car and a happy child"
+    drawn = translator_of(models, max_length=9)([short, long, short], 0)
+    assert drawn[1] is None and all(grammar.means(text) == grammar.means(short) for text in (drawn[0], drawn[2]))
+    assert translator_of(models)([long, "dog " * 200], 0)[1] is None, "more than the models' positions"
+    endless = translator_of(models, max_length=12)
+    endless._ways[1]._model.generation_config.update(min_length=12, forced_eos_token_id=1)
+    assert endless([short], 0) == [None]
+    plan = Plan(f"{models}/{{from}}-{{to}}", "en", ("de",), 2, Filter(), max_length=9, device="cpu")
+    counts = paraphrase([short, long], plan, tmp_path / "p.db")
+    assert counts["cut"] == 2 and counts.get("", 0) > 0 and paraphrases(str(tmp_path / "p.db"), long) == []
+
+
+def test_a_text_that_cannot_be_translated_does_not_stop_the_others(
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts, odd = [text for _, text in held_out(9)], "the \ud800 dog"
+    plan = Plan(f"{models}/{{from}}-{{to}}", "en", ("de",), 1, Filter(), batch=4, device="cpu")
+    with pytest.raises(TranslationError, match="'the .ud800 dog': cannot be translated"):
+        paraphrase([odd], plan, tmp_path / "p.db")
+    with pytest.raises(TranslationError, match="0 dog.: cannot be translated"):
+        paraphrase([f"the \ud800 {i} dog" for i in range(FAILURES + 10)] + texts, plan, tmp_path / "p.db")
+    counts = paraphrase([*texts, odd], plan, tmp_path / "p.db")
+    assert sum(counts.values()) == 10 and counts["failed"] == 1 and "ud800" in caplog.text
+    assert paraphrase([*texts, odd], plan, tmp_path / "p.db") == counts
+    assert paraphrase([odd], plan, tmp_path / "p.db") == {"failed": 1}, "not tried again"
 
 
 def test_another_process_is_told(models: Path, tmp_path: Path) -> None:
