@@ -5,6 +5,7 @@ to be told which; greedy search gives one and the same paraphrase as often as it
 """
 
 import math
+import re
 import unicodedata
 import warnings
 from collections import Counter
@@ -177,8 +178,11 @@ def _plain(text: str) -> str:
     return " ".join(words.split(text.casefold())[1::2])
 
 
+_SCRIPT = re.compile(r"^(HALF|FULL)WIDTH |[ -].*")
+
+
 def _script(text: str) -> str:
     """Of most of its letters: LATIN, CYRILLIC, CJK, …; "" without letters."""
-    names = (unicodedata.name(letter, "").partition(" ")[0] for letter in text if letter.isalpha())
+    names = (_SCRIPT.sub("", unicodedata.name(letter, "")) for letter in text if letter.isalpha())
     counts = Counter("CJK" if name in ("HIRAGANA", "KATAKANA") else name for name in names)
     return counts.most_common(1)[0][0] if counts else ""

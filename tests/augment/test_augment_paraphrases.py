@@ -1,6 +1,7 @@
 """The cache of paraphrases and the filter that they pass."""
 
 import multiprocessing
+import os
 import signal
 import sqlite3
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from augment import Augmenter, PolicyError, load_policy
-from augment.paraphrases import Cache, CacheError, _opened, check_cache, paraphrases
+from augment.paraphrases import Cache, CacheError, _opened, _reader, check_cache, paraphrases
 from augment.translate import Filter
 
 
@@ -96,6 +97,17 @@ def test_paraphrases_are_of_the_text_as_it_was(tmp_path: Path) -> None:
     )
     for policy in first:
         assert load_policy(policy).texts
+
+
+def test_a_forked_process_reads_by_a_connection_of_its_own(tmp_path: Path) -> None:
+    file = str(tmp_path / "p.db")
+    Cache(Path(file)).__exit__()
+    own = _reader(file)
+    assert _reader(file) is own
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if _reader(file) is not own else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def killed(code: str, file: Path) -> None:
@@ -191,6 +203,12 @@ def test_what_is_no_cache_is_told(tmp_path: Path) -> None:
         ("costs 3.5 euros", "costs 35 euros", "lost"),
         ("a Canon camera", "a Nikon camera", "lost"),
         ("日本語の本です", "日本の言葉の本です", None),
+        ("日本", "にほん", None),
+        ("トマト", "とまと", None),
+        ("コーーー", "こー", None),
+        ("ｶﾅ", "かな", None),
+        ("ａ ｂｉｇ ｄｏｇ", "a large hound", None),
+        ("日本", "일본", "script"),
         ("ein Hund", "one that others said", None),
         ("", "words", None),
     ],

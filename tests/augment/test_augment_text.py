@@ -202,6 +202,30 @@ def test_picture_and_text_are_drawn_apart_and_each_op_by_its_own_key() -> None:
     assert both.text(TEXT, epoch=1, index=0, repeat=1) != both.text(TEXT, epoch=1, index=0)
 
 
+def test_each_op_of_texts_draws_by_a_key_of_its_own() -> None:
+    policy = load_policy([{"WordDelete": {"p": 0.5}}, {"CharSwap": {"p": 0.5}}, {"CharSwap": {"p": 0.5}}])
+    drawn = [policy.draw_text(seed=1, epoch=0, index=i) for i in range(100)]
+    assert len({tuple(step.op for step in steps) for steps in drawn}) == 6, "who acts does not hang together"
+    twice = [steps[-2:] for steps in drawn if [step.op for step in steps[-2:]] == ["CharSwap", "CharSwap"]]
+    assert twice and all(one.args["seed"] != other.args["seed"] for one, other in twice)
+
+
+def test_a_crop_is_a_stretch_that_may_be_at_either_end() -> None:
+    text = "one two three four five six"
+    left = {run("WordCrop", text, share=0.5, index=i) for i in range(60)}
+    assert left == {"four five six", "one five six", "one two six", "one two three"}
+    assert {run("WordCrop", text, share=1.0, index=i) for i in range(60)} == {"one", "six"}
+
+
+@pytest.mark.parametrize("op", ["CharInsert", "CharDelete"])
+def test_of_characters_too_each_word_but_the_kept_changes(op: str) -> None:
+    text = "He don’t not want 5D of Canon lenses"
+    for index in range(20):
+        changed = run(op, text, share=1.0, keep=[words.NUMBERS, words.NEGATIONS, "canon"], index=index).split()
+        same = {old for old, new in zip(text.split(), changed, strict=True) if old == new}
+        assert same == {"don’t", "not", "5D", "Canon"}
+
+
 def test_choices_hold_ops_of_texts_and_not_both_kinds() -> None:
     policy = Augmenter([{"OneOf": {"ops": ["CharSwap", "WordSwap"]}}])
     assert policy.texts and len({policy.text(TEXT, epoch=0, index=i) for i in range(9)}) > 5

@@ -1,10 +1,12 @@
 """nlpaug's language models in a policy, with a BERT of random weights; and what keeps its augmenters apart."""
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from augment import Augmenter, PolicyError, load_policy, words
+from augment.ops.text_guests import _seeded
 
 TEXT = "Don't buy the red dog, it's not a blue car 5D"
 
@@ -59,6 +61,19 @@ def test_two_models_of_one_folder_name_stay_two(tmp_path: Path) -> None:
     augmenter = Augmenter([{"nlpaug.ContextualWordEmbsAug": {"model_path": other, "aug_p": 0.5}}])
     found = {word for i in range(40) for word in augmenter.text("a red dog", epoch=0, index=i).split()}
     assert found & {"purple", "orange", "yellow", "white"}
+
+
+def test_one_augmenter_draws_at_a_time() -> None:
+    """They share the global generators."""
+    inside, other = threading.Event(), threading.Thread(target=lambda: _seeded(1, inside.set))
+
+    def run() -> bool:
+        other.start()
+        return inside.wait(0.3)
+
+    assert not _seeded(0, run)
+    other.join()
+    assert inside.is_set()
 
 
 def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
