@@ -98,7 +98,7 @@ _HALVES = re.compile("[\ud800-\udfff]")
 
 def _tokenizer(made: Any) -> Any:
     """A language model's; None of other augmenters."""
-    model = getattr(made, "model", None)
+    model: Any = getattr(made, "model", None)
     return model.get_tokenizer() if hasattr(model, "get_tokenizer") else None
 
 
@@ -126,9 +126,10 @@ def _respaced(changed: str, text: str) -> str:
     for word in dict.fromkeys(text.split()):
         apart = " ".join(piece for piece in words.split(word) for piece in _marks(piece))
         loose = " ".join("".join(c if c.isalnum() else f" {c} " for c in word).split())
-        for form in {apart, loose} - {word}:
-            changed = re.sub(
-                rf"(?<!\S){re.escape(form)}(?!\S)", lambda _, word=word: word, changed, flags=re.IGNORECASE
+        for form in (apart, loose):
+            pattern = rf"(?<!\S){re.escape(form)}(?!\S)"
+            changed = (
+                re.sub(pattern, word.replace("\\", r"\\"), changed, flags=re.IGNORECASE) if form != word else changed
             )
     return changed
 

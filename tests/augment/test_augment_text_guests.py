@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from augment import Augmenter, PolicyError, load_policy, words
-from augment.ops.text_guests import _seeded
+from augment.ops.text_guests import _respaced, _seeded
 
 TEXT = "Don't buy the red dog, it's not a blue car 5D"
 
@@ -52,6 +52,11 @@ def test_a_text_with_what_the_model_does_not_know_stays(tmp_path: Path) -> None:
     text = "a dog 😀 red car"
     found = [augmenter.text(text, epoch=0, index=i) for i in range(20)]
     assert text in found and all(new == text or "😀" not in new for new in found) and "[" not in "".join(found)
+
+
+def test_words_that_were_taken_apart_are_put_together() -> None:
+    text = "Don't (buy) C:\\new it. A banana"
+    assert _respaced("don ' t a banana ( buy ) c : \\ new it .", text) == "Don't a banana (buy) C:\\new it."
 
 
 def test_two_models_of_one_folder_name_stay_two(tmp_path: Path) -> None:
