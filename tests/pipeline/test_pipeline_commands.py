@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import yaml
 from mlflow import MlflowClient
 from small_data import COLORS, Run, picture, write_picture
+from warm_process import WarmProcess
 
 from augment import Preprocess
 from models.bundle import load_bundle
@@ -26,7 +28,7 @@ QUICK = ["--trainer.max_epochs", "3", "--trainer.run_name", "r1", "--data.worker
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path, warm: WarmProcess) -> Path:
     """A folder with pictures/, pictures.yaml as `refract init` wrote it, runs/r1 and mlflow.db."""
     root = tmp_path_factory.mktemp("trained")
     shutil.copy(new_tracking, root / "mlflow.db")
@@ -34,9 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path) -> Pat
         for number in range(40):
             write_picture(root / "pictures" / label / f"{number:02}.jpg", picture(label, number))
     for command in (["init", "pictures", "-o", "pictures.yaml"], ["train", "pictures.yaml", *QUICK]):
-        done = subprocess.run(
-            [sys.executable, "-m", "refract", *command], cwd=root, capture_output=True, text=True, timeout=200
-        )
+        done = warm.run(command, cwd=root, env=os.environ, seconds=200)
         assert done.returncode == 0, done.stdout + done.stderr
     return root
 
