@@ -140,7 +140,9 @@ def _milliseconds(classifier: Classifier, size: tuple[int, int], batch: int = 64
 
     device = next(classifier.parameters()).device
     images = torch.zeros(batch, 3, *size, device=device) if "pictures" in classifier.reads else None
-    texts = [] if classifier.tokens is None else [torch.ones(batch, 32, dtype=torch.int32, device=device)]
+    tokens = classifier.tokens
+    # A page of words, or as much as is read of one.
+    texts = [] if tokens is None else [torch.ones(batch, min(32, tokens.most), dtype=torch.int32, device=device)]
     times = []
     with torch.inference_mode():
         for _ in range(4):

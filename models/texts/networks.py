@@ -14,6 +14,9 @@ from models.texts.tokens import HashedNgrams, TokenizerTokens, Tokens
 HASHING = "hashing"
 POOLINGS = ("auto", "mean", "cls", "last")
 
+NOT_KEPT = ("auto_map", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Keys of a `config.json` that a bundle leaves out: its weights are float32, whatever the model was stored in."""
+
 
 class BagOfNgrams(nn.Module):
     """The mean of the n-grams' vectors, normalised, then a hidden layer (Joulin et al. 2017, arXiv:1607.01759). It needs no download."""
@@ -90,7 +93,8 @@ class TextPart:
                 "text.config: expected the values of a config.json with a model_type, and without auto_map"
             )
         try:
-            return Transformer(AutoModel.from_config(AutoConfig.for_model(kind, **plain)), self.pooling)
+            config = AutoConfig.for_model(kind, **plain)
+            return Transformer(AutoModel.from_config(config, dtype=torch.float32), self.pooling)
         except Exception as error:  # of many kinds, for values that do not go together
             raise ValueError(f"text.config: {_line(error)}") from error
 
@@ -119,30 +123,57 @@ def make_text_part(
         if weights == "default":
             own = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
         else:
-            own = AutoModel.from_config(config)
+            own = AutoModel.from_config(config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # OSError, ValueError and those of the hub
         folder = " (a folder needs config.json, model.safetensors and tokenizer.json)" if Path(name).is_dir() else ""
         raise ValueError(f"text.name: {name} cannot be loaded{folder}: {_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"text.name: {name}: its tokenizer has no form that is stored in one file (tokenizer.json)")
-    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if isinstance(most, int) and max_length > most:
-        raise ValueError(f"text.max_length: {max_length} is more than the {most} tokens that {name} reads")
-    if pooling == "auto":
-        pooling = "last" if _is_decoder(config) else "mean"
-    plain = json.loads(config.to_json_string(use_diff=False)) | {"model_type": config.model_type}
-    plain = {
-        key: value for key, value in plain.items() if key not in ("auto_map", "_name_or_path", "transformers_version")
-    }
-    part = TextPart(name, max_length, pooling, {}, plain)
     file = tokenizer.backend_tokenizer.to_str().encode()
-    return part, TokenizerTokens(file, max_length), Transformer(own, pooling)
+    tokens = TokenizerTokens(file, max_length)
+    _check_reads(name, own, tokens)
+    if pooling == "auto":
+        pooling = "last" if _is_causal(own) else "mean"
+    plain = json.loads(config.to_json_string(use_diff=False)) | {"model_type": config.model_type}
+    plain = {key: value for key, value in plain.items() if key not in NOT_KEPT}
+    return TextPart(name, max_length, pooling, {}, plain), tokens, Transformer(own, pooling)
 
 
-def _is_decoder(config: Any) -> bool:
-    kinds = " ".join(getattr(config, "architectures", None) or [])
-    return "CausalLM" in kinds or "LMHead" in kinds or bool(getattr(config, "is_decoder", False))
+def _check_reads(name: str, network: nn.Module, tokens: TokenizerTokens) -> None:
+    """ValueError for what is no network of texts, has fewer positions than a text has tokens, or knows fewer tokens than there are."""
+    most = _positions(network)
+    if most is not None and tokens.max_length > most:
+        raise ValueError(f"text.max_length: {tokens.max_length} is more than the {most} tokens that {name} reads")
+    try:
+        known = network.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        with torch.no_grad():
+            Transformer(network.eval(), "mean")(torch.ones(1, tokens.max_length, dtype=torch.int32))
+    except Exception as error:  # of any kind: it may be a network of pictures, or one that wants more than a text
+        kind = type(network).__name__
+        raise ValueError(f"text.name: {name} is a {kind}, which does not read a text alone: {_line(error)}") from error
+    if tokens.vocabulary > known:
+        raise ValueError(
+            f"text.name: {name}: its tokenizer numbers {tokens.vocabulary} tokens, its network knows {known}: take the two from one "
+            "model, or enlarge the network (resize_token_embeddings)"
+        )
+
+
+def _positions(network: nn.Module) -> int | None:
+    """The longest text, in tokens, None where nothing bounds it. As RoBERTa numbers positions, those up to the filling's are not used."""
+    config: Any = network.config
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return most if isinstance(most, int) else None
+
+
+def _is_causal(network: nn.Module) -> bool:
+    """Whether a token's state is made of those before it alone, as in decoders: what follows the first does not change its state."""
+    with torch.no_grad():
+        one, other = (network(input_ids=torch.tensor([[0, k]])).last_hidden_state[0, 0] for k in (0, 1))
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 def _line(error: Exception) -> str:

@@ -89,7 +89,7 @@ class TokenizerTokens:
     FILE = "tokenizer.json"
 
     def __init__(self, file: bytes, max_length: int = 128) -> None:
-        """ValueError for a file that is none."""
+        """ValueError for a file that is none, or a max_length that its own marks fill."""
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
@@ -98,6 +98,11 @@ class TokenizerTokens:
             self._tokenizer: Any = Tokenizer.from_str(file.decode("utf-8"))
         except Exception as error:  # of its own kind, from Rust
             raise ValueError(f"{self.FILE}: is no file of a tokenizer ({str(error)[:200]})") from error
+        own = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        if max_length <= own:
+            raise ValueError(
+                f"text.max_length: {max_length} leaves no room for a text: {own} tokens only mark its ends"
+            )
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length)
         self._max_length, self._files = max_length, {self.FILE: file}
@@ -116,6 +121,11 @@ class TokenizerTokens:
     def files(self) -> dict[str, bytes]:
         """As of `Tokens`."""
         return self._files
+
+    @property
+    def vocabulary(self) -> int:
+        """One more than the highest number of a token, as the tokenizer counts them."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def __call__(self, text: str) -> tuple[np.ndarray, bool]:
         own, cut = cleaned(text, self._max_length)

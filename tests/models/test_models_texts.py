@@ -1,5 +1,6 @@
 """Networks that read texts, alone and beside pictures."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -22,13 +23,18 @@ from models.texts.tokens import HashedNgrams, TokenizerTokens, cleaned, rows
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-def words_tokenizer(words: list[str], end: bool = False) -> bytes:
+def words_tokenizer(words: list[str], ends: bool = False) -> bytes:
+    """ends: the last word is put before and after each text."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
 
     made = Tokenizer(WordLevel({word: i for i, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]"))
     made.pre_tokenizer = WhitespaceSplit()
+    if ends:
+        mark = words[-1]
+        made.post_processor = TemplateProcessing(single=f"{mark} $A {mark}", special_tokens=[(mark, len(words))])
     return made.to_str().encode()
 
 
@@ -98,6 +104,18 @@ def test_a_tokenizers_file_is_its_tokens() -> None:
     assert len(tokens("")[0]) == 0 and tokens.files == {"tokenizer.json": words_tokenizer(["red", "car"])}
     with pytest.raises(ValueError, match=r"tokenizer\.json: is no file of a tokenizer"):
         TokenizerTokens(b"{}")
+    marked = words_tokenizer(["red", "car", "end"], ends=True)
+    assert TokenizerTokens(marked, 3)("red car")[0].tolist() == [4, 2, 4]
+    with pytest.raises(ValueError, match=r"text\.max_length: 2 leaves no room for a text: 2 tokens only mark its ends"):
+        TokenizerTokens(marked, 2)
+
+
+def test_a_tokenizer_that_fills_up_is_kept_from_it() -> None:
+    from tokenizers import Tokenizer
+
+    filling = Tokenizer.from_str(words_tokenizer(["red", "car"]).decode())
+    filling.enable_padding(length=6)
+    assert TokenizerTokens(filling.to_str().encode())("red car")[0].tolist() == [2, 3], "what fills up is no word"
 
 
 def test_a_bag_of_ngrams_is_the_mean_of_their_vectors() -> None:
@@ -129,6 +147,68 @@ def test_transformers_are_pooled_as_their_kind_wants_and_filling_up_changes_noth
     assert torch.equal(fresh(torch.from_numpy(given)), alone), "built from plain values"
     other = make_text_part(str(transformers_of[name]), weights="none", max_length=8, pooling="cls", args={})
     assert other[0].pooling == "cls" and not torch.equal(other[2](torch.from_numpy(given)), alone)
+
+
+SMALL = {"vocab_size": 9, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def kept(folder: Path, network, tokenizer: bytes | None = None) -> str:
+    """Where it lies, as Hugging Face saves it."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    network.save_pretrained(folder)
+    inner = Tokenizer.from_str((tokenizer or words_tokenizer(["a", "red", "dog"])).decode())
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("weights", ["default", "none"])
+def test_a_model_that_was_stored_in_16_bits_is_read_in_32(tmp_path: Path, weights: str) -> None:
+    from transformers import BertConfig, BertModel
+
+    where = kept(tmp_path / "b", BertModel(BertConfig(**SMALL)).to(torch.bfloat16))
+    part, tokens, network = make_text_part(where, weights=weights, max_length=8, pooling="auto", args={})
+    again = part.network().eval()
+    assert {p.dtype for made in (network, again) for p in made.parameters()} == {torch.float32}
+    assert not {"dtype", "torch_dtype"} & set(part.config)
+    old = dataclasses.replace(part, config={**part.config, "dtype": "bfloat16"}).network()
+    assert next(old.parameters()).dtype == torch.float32, "of a bundle that says so still"
+    again.load_state_dict(network.state_dict())
+    given = torch.from_numpy(rows([tokens("a red dog")[0]]))
+    assert torch.equal(again(given), network.eval()(given))
+
+
+def test_pooling_goes_by_what_a_token_sees_not_by_the_architectures_name(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertLMHeadModel, GPT2Config, GPT2Model
+
+    decoder = BertConfig(**SMALL, is_decoder=True)
+    for network, pooling in (
+        (GPT2Model(GPT2Config(vocab_size=9, n_positions=12, n_embd=16, n_layer=1, n_head=2)), "last"),
+        (BertLMHeadModel(BertConfig(**SMALL)), "mean"),
+        (BertLMHeadModel(decoder), "last"),
+    ):
+        where = kept(tmp_path / f"{type(network).__name__}{pooling}", network)
+        assert make_text_part(where, weights="default", max_length=4, pooling="auto", args={})[0].pooling == pooling
+
+
+def test_texts_that_a_network_could_not_take_are_told_before_training(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2Model, RobertaConfig, RobertaModel, ViTConfig, ViTModel
+
+    own = {"weights": "default", "pooling": "auto", "args": {}}
+    roberta = kept(tmp_path / "r", RobertaModel(RobertaConfig(**SMALL, max_position_embeddings=12, pad_token_id=1)))
+    with pytest.raises(ValueError, match=r"text\.max_length: 11 is more than the 10 tokens"):
+        make_text_part(roberta, max_length=11, **own)
+    network = make_text_part(roberta, max_length=10, **own)[2]
+    assert network(torch.full((2, 10), 4)).isfinite().all()
+    wide = kept(tmp_path / "g", GPT2Model(GPT2Config(vocab_size=3, n_positions=12, n_embd=16, n_layer=1, n_head=2)))
+    with pytest.raises(ValueError, match="its tokenizer numbers 4 tokens, its network knows 3"):
+        make_text_part(wide, max_length=8, **own)
+    pictures = {**SMALL, "image_size": 8, "patch_size": 4}
+    del pictures["vocab_size"]
+    vit = kept(tmp_path / "v", ViTModel(ViTConfig(**pictures)))
+    with pytest.raises(ValueError, match="is a ViTModel, which does not read a text alone"):
+        make_text_part(vit, max_length=8, **own)
 
 
 @pytest.mark.parametrize(

@@ -250,3 +250,23 @@ def test_what_each_epoch_reads_is_drawn_from_the_policy(tmp_path: Path) -> None:
     assert np.array_equal(batch["texts"][0][batch["texts"][0] > 0], tokens("some words of a number 0")[0]), (
         "not augmented"
     )
+
+
+def test_the_time_of_an_answer_is_taken_with_texts_that_the_network_can_read() -> None:
+    import torch
+
+    from models.classifier import Classifier
+    from models.fusion import Reader
+    from models.texts.tokens import TokenizerTokens
+    from pipeline.assessment import _milliseconds
+
+    class Positions(torch.nn.Module):
+        width = 4
+
+        def forward(self, texts: torch.Tensor) -> torch.Tensor:
+            return torch.eye(4)[torch.arange(texts.shape[1])].mean(0).expand(len(texts), 4)
+
+    file = '{"version":"1.0","added_tokens":[],"model":{"type":"WordLevel","vocab":{"a":0},"unk_token":"a"}}'
+    tokens = TokenizerTokens(file.encode(), max_length=4)
+    classifier = Classifier(Reader(None, Positions(), 2), mean=[0, 0, 0], std=[1, 1, 1], tokens=tokens)
+    assert _milliseconds(classifier, (8, 8), batch=2) > 0
