@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelF1Score
 
-from models.classifier import Classifier, check_task, inputs_of, probabilities
+from models.classifier import Classifier, Inputs, check_task, inputs_of, probabilities
 from models.losses import (
     LossSpec,
     check_targets,
@@ -50,7 +50,8 @@ class ClassifierModule(lightning.LightningModule):
     training only.
     loss.consistency: above 0, training images are (B, 3, 3, H, W), three views of each picture; the loss is then that of the first views
     plus this many times `consistency_loss`. class_weights: (num_classes,) for the training loss. mode, unfreeze_epochs: which blocks are
-    trained in which epoch, see `models.transfer`. teacher: a classifier to learn from besides, with loss.distill. start_size: share of
+    trained in which epoch, see `models.transfer`. teacher: a classifier to learn from besides, with loss.distill, that reads no more than
+    this one and makes the same tokens of texts. start_size: share of
     the pictures' sides that the first epoch sees, rising to all of them at three quarters of the epochs, in steps of 8 pixels (Howard 2018;
     Tan & Le 2021, arXiv:2104.00298, section 4).
 
@@ -129,11 +130,7 @@ class ClassifierModule(lightning.LightningModule):
             views = answers.unflatten(0, (3, len(targets)))
             loss = loss + self.loss.consistency * consistency_loss(views, task=self.task)
         if (teacher := self._teacher[0]) is not None:
-            with torch.no_grad():
-                shown = None if images is None else images[: len(targets)]
-                wanted = teacher.to(logits.device)(shown, *beside)
-            soft = distillation_loss(logits, wanted, task=self.task, temperature=self.loss.temperature)
-            loss = torch.lerp(loss, soft, self.loss.distill)
+            loss = self._taught(loss, logits, teacher, (images, *beside))
         if not second_pass:
             self._count(loss.detach(), logits.detach(), targets)
             self._pending.append((self.global_step, loss.detach(), indices))
@@ -254,6 +251,22 @@ class ClassifierModule(lightning.LightningModule):
             gamma=self.loss.gamma,
             class_weights=self.class_weights,  # type: ignore[arg-type]
         )
+
+    def _taught(self, loss: Tensor, logits: Tensor, teacher: Classifier, inputs: Inputs) -> Tensor:
+        """The loss with the teacher's answers; samples of which it reads nothing are left to their targets."""
+        images, *beside = inputs
+        shown = None if images is None or "pictures" not in teacher.reads else images[: len(logits)]
+        with torch.no_grad():
+            wanted = teacher.to(logits.device)(shown, *(beside if "texts" in teacher.reads else ()))
+        share: Tensor | float = 1.0
+        if beside and len(teacher.reads) == 1:
+            texts, pictured = beside[:2]
+            known = pictured if "pictures" in teacher.reads else texts.ne(0).any(dim=1)  # type: ignore[union-attr]
+            share = known.to(loss.dtype).mean()  # type: ignore[union-attr]
+            # The student's own answer teaches it nothing.
+            wanted = torch.where(known.unsqueeze(1), wanted, logits.detach().to(wanted.dtype))  # type: ignore[union-attr]
+        soft = distillation_loss(logits, wanted, task=self.task, temperature=self.loss.temperature)
+        return loss * (1 - self.loss.distill * share) + self.loss.distill * soft
 
     def _sized(self, images: Tensor) -> Tensor:
         """The pictures at the size that the epoch trains on."""

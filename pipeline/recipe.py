@@ -182,7 +182,7 @@ def make_module(
     except (ValueError, OSError, TypeError, RuntimeError, MemoryError) as error:
         raise ConfigError(f"model: {_line(error)}") from error
     classifier.frozen_norms = model.frozen_norms
-    teacher = _teacher(config, manifest)
+    teacher = _teacher(config, manifest, classifier)
     for what, own in (("model.name: " + model.name, classifier), (f"loss.teacher: {config.loss.teacher}", teacher)):
         if own is not None:
             _check_runs(config, own, what, manifest.labels)
@@ -331,8 +331,9 @@ def _some(preprocess: "Preprocess", manifest: "Manifest") -> Any:
     return batch
 
 
-def _teacher(config: Config, manifest: "Manifest") -> "Classifier | None":
-    """The classifier of the bundle to learn from. ConfigError where its labels, task or picture size are others."""
+def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Classifier | None":
+    """The classifier of the bundle to learn from. ConfigError where its labels, task or picture size are others, or it reads what the
+    student does not, or texts by other tokens."""
     if config.loss.teacher is None:
         return None
     from models.bundle import BundleError, load_bundle
@@ -342,11 +343,19 @@ def _teacher(config: Config, manifest: "Manifest") -> "Classifier | None":
         classifier = bundle.classifier()
     except BundleError as error:
         raise ConfigError(f"loss.teacher: {error}") from error
-    found = (bundle.info.task, bundle.info.labels, tuple(bundle.info.network["image_size"]))
-    wanted = (manifest.task, manifest.labels, config.data.sides())
-    for what, own, ours in zip(("task", "labels", "image size"), found, wanted, strict=True):
-        if tuple(own) != tuple(ours):
-            raise ConfigError(f"loss.teacher: {config.loss.teacher} has the {what} {own}, this training {ours}")
+    where = f"loss.teacher: {config.loss.teacher}"
+    if more := classifier.reads - student.reads:
+        raise ConfigError(f"{where} reads {' and '.join(sorted(more))}, which this training does not")
+    facts = [("task", bundle.info.task, manifest.task), ("labels", bundle.info.labels, manifest.labels)]
+    if "pictures" in classifier.reads:
+        facts.append(("image size", tuple(bundle.info.network["image_size"]), config.data.sides()))
+    for what, own, ours in facts:
+        if own != ours:
+            raise ConfigError(f"{where} has the {what} {own}, this training {ours}")
+    if classifier.tokens is not None and classifier.tokens != student.tokens:
+        raise ConfigError(
+            f"{where} makes other tokens of a text than this training: take its text.name, text.max_length and text.args here"
+        )
     return classifier
 
 

@@ -186,7 +186,7 @@ class LossConfig:
         consistency: weight of the divergence between three views of each picture (12 in the paper of AugMix, which the policy must have).
         penalty: weight of the elastic net on the weights.
         l1_ratio: of that, in [0, 1]: 1 is L1, 0 is L2.
-        teacher: a bundle to learn from besides, of the same labels and image size.
+        teacher: a bundle to learn from besides, of the same labels and image size; where it reads texts, by the same tokens.
         distill: weight of the teacher's answers against the labels, in [0, 1].
         temperature: of both answers in learning from a teacher.
     """

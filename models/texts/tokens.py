@@ -107,6 +107,13 @@ class TokenizerTokens:
         self._tokenizer.enable_truncation(max_length)
         self._max_length, self._files = max_length, {self.FILE: file}
 
+    def __eq__(self, other: object) -> bool:
+        """Whether it makes the same numbers of any text."""
+        own = (self._max_length, self._files)
+        return isinstance(other, TokenizerTokens) and own == (other._max_length, other._files)
+
+    __hash__ = None  # type: ignore[assignment]
+
     @property
     def max_length(self) -> int:
         """As of `Tokens`."""

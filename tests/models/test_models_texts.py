@@ -324,6 +324,29 @@ def test_where_pictures_are_mixed_the_texts_are_mixed_as_the_targets() -> None:
     assert torch.allclose(seen["text"], shares @ made.texts(batch["texts"]), atol=1e-5)
 
 
+def test_a_teacher_is_asked_of_what_it_reads_alone() -> None:
+    from models.losses import LossSpec, classification_loss, distillation_loss
+
+    images, texts = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), torch.randint(1, 21, (4, 5))
+    texts[3] = 0
+    pictured = torch.tensor([True, False, True, True])
+    student = Classifier(reader(), mean=MEAN, std=STD)
+    torch.manual_seed(5)
+    only_texts = Reader(None, BagOfNgrams(20, width=8), 3)
+    nets = {"pictures": Flat(), "texts": only_texts, "both": Reader(Flat(), BagOfNgrams(20, width=8), 3)}
+    for reads, network in nets.items():
+        teacher = Classifier(network, mean=MEAN, std=STD)
+        spec = LossSpec(distill=0.4, temperature=2.0)
+        module = ClassifierModule(student, task="multiclass", num_classes=3, teacher=teacher, loss=spec)
+        logits = student(images, texts, pictured)
+        loss = classification_loss(logits, torch.tensor([0, 1, 2, 0]), task="multiclass")
+        found = module._taught(loss, logits, teacher, (images, texts, pictured))
+        known = {"pictures": pictured, "texts": texts[:, 0] > 0, "both": torch.ones(4, dtype=torch.bool)}[reads]
+        asked = {"pictures": (images,), "texts": (None, texts), "both": (images, texts, pictured)}[reads]
+        soft = distillation_loss(logits[known], teacher(*asked)[known], task="multiclass", temperature=2.0)
+        assert torch.allclose(found, torch.lerp(loss, soft, 0.4 * known.float().mean()), atol=1e-6), reads
+
+
 def bundle_of(classifier: Classifier, part, folder: Path, network: dict, joined: dict) -> Path:
     info = BundleInfo(
         name="t", task="multiclass", labels=("a", "b", "c"), network=network,

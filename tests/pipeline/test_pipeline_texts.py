@@ -270,3 +270,54 @@ def test_the_time_of_an_answer_is_taken_with_texts_that_the_network_can_read() -
     tokens = TokenizerTokens(file.encode(), max_length=4)
     classifier = Classifier(Reader(None, Positions(), 2), mean=[0, 0, 0], std=[1, 1, 1], tokens=tokens)
     assert _milliseconds(classifier, (8, 8), batch=2) > 0
+
+
+def untrained(folder: Path, reads: str, max_length: int = 8) -> Path:
+    """A bundle of two labels that reads `pictures`, `texts` or both."""
+    from models.bundle import BundleInfo, save_bundle
+    from models.classifier import Classifier
+    from models.fusion import Reader
+    from models.making import text_record
+    from models.networks import build
+    from models.texts.networks import make_text_part
+
+    args = {"buckets": 50}
+    part, tokens, words = make_text_part("hashing", weights="none", max_length=max_length, pooling="auto", args=args)
+    own = {"fusion": "concat", "width": 8}
+    shown = build("lenet5", 2, image_size=(32, 32)) if "pictures" in reads else None
+    network = Reader(shown, words, 2, **own) if "texts" in reads else shown
+    plain = [0.5, 0.5, 0.5]
+    info = BundleInfo(
+        name="t", task="binary", labels=("a", "b"), created="2026-01-01T00:00:00+00:00",
+        network={"name": "lenet5" if shown else "none", "image_size": [32, 32], "args": {}},
+        preprocess={"height": 32, "width": 32, "resize": "squash", "crop_ratio": 1.0, "mean": plain, "std": plain},
+        text=text_record(part, own) if "texts" in reads else None,
+    )  # fmt: skip
+    made = Classifier(network, mean=plain, std=plain, tokens=tokens if "texts" in reads else None)
+    return save_bundle(folder, info, made, [])
+
+
+def test_a_teacher_reads_what_the_training_reads_or_is_refused(tmp_path: Path) -> None:
+    from pipeline.recipe import _teacher
+
+    rows = [[label, f"{label} {i}"] for label in "ab" for i in range(4)]
+    manifest = load_manifest(table(tmp_path / "m.csv", rows, ["label", "text"]))
+    bundles = {reads: untrained(tmp_path / reads, reads) for reads in ("pictures", "texts", "pictures texts")}
+    other = untrained(tmp_path / "longer", "pictures texts", max_length=9)
+    student = {reads: load_bundle(path).classifier() for reads, path in bundles.items()}
+
+    def taught(by: Path, reads: str, side: int = 32) -> frozenset[str]:
+        data = {"image_size": side}
+        return _teacher(config_from_dict({"data": data, "loss": {"teacher": str(by)}}), manifest, student[reads]).reads
+
+    for path in bundles.values():
+        assert taught(path, "pictures texts") <= {"pictures", "texts"}
+    assert taught(bundles["texts"], "pictures texts", side=48) == {"texts"}, "which has no pictures to be of a size"
+    for by, reads, side, message in (
+        (bundles["pictures texts"], "pictures", 32, "reads texts, which this training does not"),
+        (bundles["pictures"], "texts", 32, "reads pictures, which this training does not"),
+        (bundles["pictures"], "pictures texts", 48, r"has the image size \(32, 32\), this training \(48, 48\)"),
+        (other, "pictures texts", 32, "makes other tokens of a text than this training: take its text.name, text.max"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            taught(by, reads, side)
