@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.head import HEADS, last_layer
 from models.parts import pick
+from models.recompute import statistics_kept
 
 
 class Concatenated(nn.Module):
@@ -102,7 +103,7 @@ class Reader(nn.Module):
         """images: (N, 3, H, W) floats, normalised, None for a network that reads texts alone; texts: (N, L) int; pictured: (N,) bool,
         whether there is a picture; mixed: (N, N), each sample's shares of the batch's samples, where pictures were mixed: the texts'
         features are mixed alike, so that both sides speak for what the targets say. Logits (N, num_classes)."""
-        written = texts.ne(0).any(dim=1)
+        written, there = texts.ne(0).any(dim=1), pictured
         if self.training and self.pictures is not None:
             drawn = torch.rand(len(texts), device=texts.device)
             written = written & ~((drawn < self.drop_text) & pictured)
@@ -113,9 +114,24 @@ class Reader(nn.Module):
             text = mixed.to(text.dtype) @ text
         if self.pictures is None or self.fusion is None or images is None:
             return self.head(text)
-        picture = self.pictures(images)
+        picture = self._seen(self.pictures, images, there)
         picture = torch.where(pictured.unsqueeze(1), picture, self.no_picture.to(picture.dtype))
         return self.head(self.fusion(picture, text))
+
+    def _seen(self, network: nn.Module, images: Tensor, there: Tensor) -> Tensor:
+        """The features of the pictures that are there, whatever in the place of the others: batch norms that learn must not count these,
+        whose grey would move what every picture is normalised by. One picture alone is not counted either, as it has no deviation."""
+        learning = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in network.modules())
+        if not learning or bool(there.all()):
+            return network(images)
+        rows = there.nonzero().squeeze(1)
+        if len(rows) > 1:
+            found = network(images[rows])
+        else:
+            rows = there.int().argmax().view(1)
+            with statistics_kept(network):
+                found = network(images[rows.repeat(2)])[:1]
+        return found.new_zeros(len(images), found.shape[1]).index_copy(0, rows, found)
 
 
 def without_head(network: nn.Module) -> tuple[nn.Module, int]:

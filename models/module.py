@@ -283,13 +283,18 @@ class ClassifierModule(lightning.LightningModule):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(pictures, targets, and where there are texts the share of each sample in each)."""
         assert self.mix is not None
-        where = {"epoch": self.current_epoch, "indices": batch["indices"], "repeats": batch.get("repeats")}
+        draws, indices = batch.get("repeats"), batch["indices"]
         if "texts" not in batch:
-            return *self.mix(images, targets, **where), None
+            return *self.mix(images, targets, epoch=self.current_epoch, indices=indices, repeats=draws), None
+        # Pictures are mixed among themselves: a grey square in the place of one is no picture of its label.
+        rows = batch["pictured"].nonzero().squeeze(1)
         # Samples are mixed as their targets are: what becomes of the columns of a unit matrix tells the shares.
         units = torch.eye(len(targets), dtype=targets.dtype, device=targets.device)
-        images, both = self.mix(images, torch.cat([targets, units], dim=1), **where)
-        return images, *both.split([targets.shape[1], len(targets)], dim=1)
+        both = torch.cat([targets, units], dim=1)
+        where = {"indices": indices[rows], "repeats": None if draws is None else draws[rows]}
+        shown, mixed = self.mix(images[rows], both[rows], epoch=self.current_epoch, **where)
+        images = images.to(shown.dtype).index_copy(0, rows, shown)
+        return images, *both.index_copy(0, rows, mixed).split([targets.shape[1], len(targets)], dim=1)
 
     def _images(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         images = batch.get("images")

@@ -132,7 +132,7 @@ def measured(config: Config, preprocess: "Preprocess", manifest: "Manifest") -> 
 
     if config.data.normalize == "fixed":
         return preprocess, {}
-    samples = manifest.of("train")
+    samples = [sample for sample in manifest.of("train") if sample.pictured]
     pictures = Pictures(samples, preprocess, targets_of(samples, manifest))
     kind = "channel" if config.data.normalize == "data" else config.data.normalize
     try:
@@ -300,10 +300,16 @@ def _own_head(config: Config, network: Any, manifest: "Manifest") -> None:
 
 def _begin(config: Config, classifier: "Classifier", preprocess: "Preprocess", manifest: "Manifest") -> None:
     """The initialisation asked for, and what the network wants to see of the training pictures before the first step."""
+    from models.fusion import Reader
     from models.parts.initialisation import initialise
 
-    network, init = classifier.network, config.model.init
-    if config.model.weights != "none":
+    network: Any = classifier.network
+    init = config.model.init
+    if isinstance(
+        network, Reader
+    ):  # what reads texts has weights of its own (text.weights), and fresh ones begin as they are
+        network = network.pictures
+    if config.model.weights != "none" or network is None:
         return  # they hold what it saw then
     prepare = getattr(network, "prepare", None)
     pictures = _some(preprocess, manifest) if prepare is not None or init == "lsuv" else None
@@ -324,7 +330,11 @@ def _some(preprocess: "Preprocess", manifest: "Manifest") -> Any:
 
     from pipeline.data.module import Pictures, collate, targets_of
 
-    samples = manifest.of("train")
+    samples = [sample for sample in manifest.of("train") if sample.pictured]
+    if not samples:
+        raise ValueError(
+            f"{manifest.source}: the network looks at training pictures before it begins, and there are none"
+        )
     chosen = samples[:: -(-len(samples) // SHOWN_TO_NETWORK)]
     pictures = Pictures(chosen, preprocess, targets_of(chosen, manifest))
     batch: torch.Tensor = collate([pictures[i] for i in range(len(pictures))])["images"]

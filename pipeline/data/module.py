@@ -131,8 +131,9 @@ class PictureData(lightning.LightningDataModule):
         self.tokens, self.pictures = tokens, pictures
         self.in_memory = pictures and (memory == "always" or (memory == "auto" and fits_memory(manifest.samples)))
         if workers is None:
-            encoded = not pictures or manifest.samples[0].data is not None
-            workers = 0 if self.in_memory or encoded else min(8, os.cpu_count() or 1)
+            first = next((sample for sample in manifest.samples if sample.pictured), None)
+            at_hand = not pictures or first is None or first.data is not None
+            workers = 0 if self.in_memory or at_hand else min(8, os.cpu_count() or 1)
         self.workers = workers
         pixels = decoded(train, decode, "decoding") if self.in_memory else None
         alike = pixels is not None and len({image.shape for image in pixels}) == 1
@@ -259,7 +260,8 @@ a JPEG that is decoded at a reduced scale differs by some grey levels from one t
 
 def fits_memory(samples: Sequence[Sample]) -> bool:
     """Whether the pictures, decoded, take at most IN_MEMORY, and have one size, as far as 100 of them tell."""
-    sizes = {image_size(sample.read()) for sample in samples[:: max(1, len(samples) // 100)]}
+    shown = [sample for sample in samples if sample.pictured]
+    sizes = {image_size(sample.read()) for sample in shown[:: max(1, len(shown) // 100)]}
     return len(sizes) == 1 and 3 * math.prod(sizes.pop()) * len(samples) <= IN_MEMORY
 
 

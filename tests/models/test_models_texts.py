@@ -324,6 +324,64 @@ def test_where_pictures_are_mixed_the_texts_are_mixed_as_the_targets() -> None:
     assert torch.allclose(seen["text"], shares @ made.texts(batch["texts"]), atol=1e-5)
 
 
+class Normed(Flat):
+    """With a batch norm, as networks of pictures have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.norm(images))
+
+
+@pytest.mark.parametrize("count", [3, 1, 0])
+def test_what_is_no_picture_moves_no_statistics(count: int) -> None:
+    torch.manual_seed(0)
+    images, texts = torch.randn(4, 3, 8, 8) * 3 + 5, torch.randint(1, 21, (4, 5))
+    pictured = torch.arange(4) < count
+
+    def learned(number: int) -> tuple[torch.Tensor, ...]:
+        """From the first of them: the pictures' answers, their norm's gradient and its statistics."""
+        torch.manual_seed(0)
+        made = Reader(Normed(), BagOfNgrams(20, width=8, dropout=0.0), 3, drop_picture=0.0, drop_text=0.0).train()
+        answers = made(images[:number], texts[:number], pictured[:number])
+        answers[:count].square().sum().backward()
+        norm = made.pictures.norm
+        return answers[:count], norm.weight.grad, norm.running_mean, norm.running_var, norm.num_batches_tracked
+
+    *_, mean, variance, batches = found = learned(4)
+    if count > 1:
+        assert all(torch.allclose(one, own, atol=1e-5) for one, own in zip(found, learned(count), strict=True))
+    else:
+        assert not mean.any() and torch.equal(variance, torch.ones(3)) and batches == 0
+        assert bool(found[1].any()) == (count == 1), "one alone is learned from"
+
+
+def test_pictures_are_mixed_among_themselves() -> None:
+    from augment import Augmenter
+
+    augmenter = Augmenter([{"MixUp": {"p": 1.0, "alpha": 1.0}}], seed=2, size=8)
+    classifier = Classifier(reader(), mean=MEAN, std=STD)
+    module = ClassifierModule(classifier, task="multiclass", num_classes=3, mix=augmenter.mix)
+    images, targets = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.eye(3)[torch.arange(6) % 3]
+    for there in ([1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 1, 0], [0] * 6):
+        pictured = torch.tensor(there, dtype=torch.bool)
+        batch = {"indices": torch.arange(6), "texts": torch.ones(6, 2, dtype=torch.int32), "pictured": pictured}
+        shown, soft, shares = module._mixed(images, targets, batch | {"repeats": torch.arange(6)})
+        assert torch.equal(shown[~pictured], images[~pictured].to(shown.dtype))
+        assert torch.equal(shares[~pictured], torch.eye(6)[~pictured]) and torch.equal(
+            soft[~pictured], targets[~pictured]
+        )
+        assert not shares[pictured][:, ~pictured].any()
+        rows = pictured.nonzero().squeeze(1)
+        wanted = augmenter.mix(images[rows], targets[rows], epoch=0, indices=rows, repeats=rows)
+        assert torch.equal(shown[rows], wanted[0].to(shown.dtype)) and torch.equal(soft[rows], wanted[1])
+        assert (
+            len(rows) < 2 or (shares[rows].diagonal(dim1=0) < 1).any() or (shares[rows][:, rows].diagonal() < 1).any()
+        )
+
+
 def test_a_teacher_is_asked_of_what_it_reads_alone() -> None:
     from models.losses import LossSpec, classification_loss, distillation_loss
 

@@ -321,3 +321,48 @@ def test_a_teacher_reads_what_the_training_reads_or_is_refused(tmp_path: Path) -
     ):
         with pytest.raises(ConfigError, match=message):
             taught(by, reads, side)
+
+
+def test_what_has_no_picture_says_nothing_of_what_pictures_are_and_cost(tmp_path: Path) -> None:
+    import os
+
+    from augment import Augmenter, Preprocess
+    from models.texts.tokens import HashedNgrams
+    from pipeline.data.module import PictureData, fits_memory
+    from pipeline.recipe import _some, measured
+
+    captions.write_pictures(tmp_path, count=4)
+    rows = [[f"pictures/{i:05}.png" if i in (1, 3) else "", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
+    manifest = load_manifest(table(tmp_path / "m.csv", rows, ["path", "label", "split", "text"]))
+    shown = manifest.with_samples([sample for sample in manifest.samples if sample.pictured])
+    preprocess, config = Preprocess(16, 16), config_from_dict({"data": {"normalize": "data"}})
+    assert measured(config, preprocess, manifest)[0] == measured(config, preprocess, shown)[0]
+    assert len(_some(preprocess, manifest)) == 2
+    assert fits_memory(manifest.samples) and not fits_memory([s for s in manifest.samples if not s.pictured])
+    own = {"augmenter": Augmenter([], 3, size=16), "preprocess": preprocess, "batch_size": 2, "tokens": HashedNgrams()}
+    assert PictureData(manifest, **own).workers == min(8, os.cpu_count() or 1)
+    texts = manifest.with_samples([sample for sample in manifest.samples if not sample.pictured])
+    assert PictureData(texts, **own).workers == 0
+
+
+def test_an_initialisation_is_for_the_network_of_pictures(tmp_path: Path) -> None:
+    import torch
+
+    from augment import Augmenter
+    from pipeline.recipe import make_module, make_preprocess
+
+    captions.write_pictures(tmp_path, count=4)
+    rows = [[f"pictures/{i:05}.png", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
+    manifest = load_manifest(table(tmp_path / "m.csv", rows, ["path", "label", "split", "text"]))
+    text, trainer = {"name": "hashing", "args": {"buckets": 20, "width": 8}}, {"max_epochs": 1}
+    found = {}
+    for init in ("default", "zeros", "lsuv"):
+        values = {"data": {"image_size": 32}, "model": {"name": "lenet5", "init": init, "weights": "none"}}
+        config = config_from_dict({**values, "text": text, "trainer": trainer})
+        torch.manual_seed(0)
+        module, _ = make_module(config, manifest, Augmenter([], size=32), make_preprocess(config), {})
+        found[init] = module.classifier.network
+    for init in ("zeros", "lsuv"):
+        one, other = found["default"].state_dict(), found[init].state_dict()
+        changed = {name.partition(".")[0] for name in one if not torch.equal(one[name], other[name])}
+        assert changed == {"pictures"}, init
