@@ -90,17 +90,18 @@ def reads(config: Config) -> frozenset[str]:
 
 def check_inputs(config: Config, manifest: "Manifest") -> None:
     """DataError for samples of which the network could read nothing."""
+    from models.texts.tokens import trimmed
     from pipeline.data.manifest import DataError
 
     own = reads(config)
     lacking = [
-        s for s in manifest.samples if not ((s.pictured and "pictures" in own) or (s.text.strip() and "texts" in own))
+        s for s in manifest.samples if not ((s.pictured and "pictures" in own) or (trimmed(s.text) and "texts" in own))
     ]
     if lacking:
         what = "picture" if own == {"pictures"} else "text" if own == {"texts"} else "picture and no text"
         hint = "; text.name: hashing reads texts" if own == {"pictures"} else ""
         raise DataError(f"{manifest.source}: {len(lacking)} samples have no {what}, as {lacking[0].path}{hint}")
-    if "texts" in own and not any(sample.text.strip() for sample in manifest.samples):
+    if "texts" in own and not any(trimmed(sample.text) for sample in manifest.samples):
         raise DataError(f"{manifest.source}: text.name is {config.text.name}, but there are no texts (column `text`)")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from augment import ImageError, image_size
+from models.texts.tokens import trimmed
 from pipeline.data.manifest import Manifest, Sample
 
 LOOKED_AT = 300
@@ -77,7 +78,7 @@ def write_config(manifest: Manifest, found: Survey) -> str:
     training = sum(sample.split in ("", "train") for sample in manifest.samples)
     small = found.side < SMALL
     network, weights, why = _network(small, found)
-    words = sum(bool(sample.text.strip()) for sample in manifest.samples)
+    words = sum(bool(trimmed(sample.text)) for sample in manifest.samples)
     if not any(sample.pictured for sample in manifest.samples):
         network, weights, why = "none", "none", "no pictures: the texts alone"
     signs = _are_signs(manifest.labels)

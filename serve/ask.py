@@ -17,7 +17,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line and picture")
     parser.add_argument("--top", type=int, metavar="N", help="how many labels for each picture")
     args = parser.parse_args(argv)
-    if not args.paths and not args.text.strip():
+    from models.texts.tokens import trimmed
+
+    if not args.paths and not trimmed(args.text):
         parser.error("name pictures, or give a --text")
     from models.answer import line
     from serve.client import Client, ServerError

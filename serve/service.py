@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.bundle import Bundle, BundleError
+from models.texts.tokens import trimmed
 from serve.batcher import BatchError, ClosedError
 from serve.challenge import SHADOWS, Challenge, Challenger
 from serve.cores import cores
@@ -417,7 +418,7 @@ def check_read(engine: Engine, pictures: Pictures) -> None:
     if "pictures" not in engine.reads and not all(missing or [False]):
         raise RequestError(422, "invalid_request", "this model reads no images, only texts")
     texts = pictures.texts or [""] * len(missing)
-    if any(gone and not text.strip() for text, gone in zip(texts, missing, strict=False)):
+    if any(gone and not trimmed(text) for text, gone in zip(texts, missing, strict=False)):
         raise RequestError(422, "invalid_request", "a text is empty, and there is no image")
 
 

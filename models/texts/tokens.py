@@ -39,12 +39,22 @@ class Tokens(Protocol):
         """(int32 numbers, whether the text was cut)."""
 
 
+BLANKS = "".join(c for c in map(chr, range(0x3001)) if c.isspace() or unicodedata.category(c) == "Cc")
+"""Blanks, and control characters, which are read as such."""
+
+
+def trimmed(text: str) -> str:
+    """Without the blanks at its ends: nothing is left where nothing is said, and the text is then a missing one."""
+    return text.strip(BLANKS)
+
+
 def cleaned(text: str, max_length: int) -> tuple[str, bool]:
-    """(the text composed, with blanks for control characters and `�` for halves of surrogate pairs, whether it was cut)."""
-    limit = LONGEST * max_length
-    own = unicodedata.normalize("NFC", text[:limit].encode("utf-8", "replace").decode("utf-8"))
+    """(the text trimmed and composed, with blanks for control characters and `?` for halves of surrogate pairs, whether it was cut)."""
+    limit, own = LONGEST * max_length, trimmed(text)
+    cut, own = len(own) > limit, own[:limit]
+    own = unicodedata.normalize("NFC", own.encode("utf-8", "replace").decode("utf-8"))
     own = "".join(" " if unicodedata.category(c) == "Cc" else c for c in own) if not own.isprintable() else own
-    return own.strip(), len(text) > limit
+    return own.strip(), cut
 
 
 @dataclass(frozen=True)

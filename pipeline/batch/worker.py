@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from models.bundle import BundleError, load_bundle
+from models.texts.tokens import trimmed
 from pipeline.batch.answers import schema_of, table_of
 from pipeline.batch.listing import Row, Shard
 from pipeline.batch.parts import write_part
@@ -90,7 +91,7 @@ class Scorer:
 
     def _told(self, row: Row, answer: np.ndarray | Exception) -> np.ndarray | str:
         """The answer, or the reason why there is none."""
-        reads, text = self.classifier.reads, bool(row.text and row.text.strip())
+        reads, text = self.classifier.reads, bool(trimmed(row.text or ""))
         if row.path is None and not text:
             return "neither a picture nor a text"
         if row.path is None and "texts" not in reads:

@@ -26,7 +26,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.top < 1:
         parser.error(f"--top: {args.top} is not at least 1")
-    if not args.paths and not args.text.strip():
+    from models.texts.tokens import trimmed
+
+    if not args.paths and not trimmed(args.text):
         parser.error("name pictures, or give a --text")
     return console.run("predict", lambda: _predict(args))
 

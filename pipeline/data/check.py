@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from augment.decode import decode
+from models.texts.tokens import trimmed
 from pipeline.data.manifest import SPLITS, DataError, Manifest, Sample
 from pipeline.data.near import look_of
 
@@ -57,7 +58,7 @@ def scan(samples: Sequence[Sample], *, reads: frozenset[str] = PICTURES, progres
                 bad[sample.path] = problem
             else:
                 looks[sample.path] = look
-                text = hashlib.sha256(sample.text.strip().encode("utf-8", "replace")).hexdigest()
+                text = hashlib.sha256(trimmed(sample.text).encode("utf-8", "replace")).hexdigest()
                 seen = digest if "pictures" in reads and sample.pictured else ""
                 groups[sample.key] = seen or text
                 hashes[sample.key] = (

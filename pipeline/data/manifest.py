@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from augment.decode import SUFFIXES
+from models.texts.tokens import trimmed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -206,7 +207,7 @@ def _from_table(path: Path, task: str) -> Manifest:
     texts = table["text"] if "text" in table.columns else pd.Series("", index=table.index)
     _refuse_rows(
         path,
-        (table["path"].str.strip() == "") & (texts.str.strip() == ""),
+        (table["path"].str.strip() == "") & (texts.map(trimmed) == ""),
         table["path"],
         "path",
         "a file, nor is there a text",
@@ -235,7 +236,14 @@ def _from_table(path: Path, task: str) -> Manifest:
 
 
 def _texts(table: "pd.DataFrame") -> "pd.DataFrame":
-    """All columns as text, an empty one for what is missing; columns that hold bytes, as hashes and thumbnails, are left out."""
+    """All columns as text, an empty one for what is missing; columns that hold bytes, as hashes and thumbnails, are left out. ValueError
+    for lists in a column that is read."""
+    for column in table.columns.intersection(list(COLUMNS)):
+        several = table[column].map(lambda value: isinstance(value, np.ndarray | list | tuple | dict)).to_numpy()
+        if several.any():
+            raise ValueError(
+                f"column {column!r}, row {int(several.argmax()) + 2}: expected one text, found several values"
+            )
     bytes_in = [c for c in table.columns if c not in COLUMNS and any(isinstance(value, bytes) for value in table[c])]
     return table.drop(columns=bytes_in).astype("string").fillna("")
 

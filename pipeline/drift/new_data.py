@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from augment.decode import SUFFIXES
+from models.texts.tokens import trimmed
 from pipeline.data.manifest import SPLITS, DataError, Sample, load_manifest, read_table
 
 MOST = 2000
@@ -73,7 +74,7 @@ def _of_table(path: Path, multilabel: bool) -> NewData:
         )
         for row, (file, text) in enumerate(zip(paths, texts, strict=True), start=2)
     ]
-    nothing = [s.path for s in samples if not s.pictured and not s.text.strip()]
+    nothing = [s.path for s in samples if not s.pictured and not trimmed(s.text)]
     if nothing:
         raise DataError(f"{path}: {len(nothing)} rows have neither a path nor a text, as {nothing[0]}")
     if "label" not in table.columns or not any(label.strip() for label in table["label"]):

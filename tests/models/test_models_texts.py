@@ -18,7 +18,7 @@ from models.making import make_classifier, text_record
 from models.module import ClassifierModule
 from models.networks import build
 from models.texts.networks import BagOfNgrams, Transformer, make_text_part
-from models.texts.tokens import HashedNgrams, TokenizerTokens, cleaned, rows
+from models.texts.tokens import HashedNgrams, TokenizerTokens, cleaned, rows, trimmed
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -89,6 +89,20 @@ def test_any_text_is_read_within_its_bounds(text: str, length: int) -> None:
     assert len(numbers) <= length * 2 + length * 3 * 26
     whole, _ = cleaned(text, 1000)
     whole.encode()
+
+
+@pytest.mark.parametrize("tokens", [HashedNgrams(2), TokenizerTokens(words_tokenizer(["word"]), 2)])
+def test_blanks_at_the_ends_are_no_part_of_a_text(tokens) -> None:
+    """Nor do they take the place of what is looked at, or make it one that was cut."""
+    blanks = " \x00\x07\t\u2003\u3000" * 50
+    assert np.array_equal(tokens(blanks + "word")[0], tokens("word")[0])
+    assert [tokens(text)[1] for text in (blanks, blanks + "word" + blanks, "word" + blanks + "word")] == [
+        False,
+        False,
+        True,
+    ]
+    assert trimmed(blanks) == "" and trimmed(f"{blanks}a b\n") == "a b"
+    assert cleaned("x" * 64, 2) == ("x" * 64, False) and cleaned("x" * 65, 2) == ("x" * 64, True)
 
 
 def test_a_megabyte_is_cut_at_once() -> None:

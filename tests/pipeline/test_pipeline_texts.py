@@ -134,7 +134,8 @@ def test_rows_without_a_picture_and_pictures_with_several_captions(tmp_path: Pat
     check_inputs(config, manifest)
     with pytest.raises(DataError, match=r"2 samples have no picture, as m\.csv#4; text\.name: hashing reads texts"):
         check_inputs(config_from_dict({}), manifest)
-    with pytest.raises(DataError, match="1 samples have no text"):
+    manifest = load_manifest(rewritten(tmp_path / "m.csv", "n.csv", lambda i, text: "\x07 " if i == 5 else text))
+    with pytest.raises(DataError, match="2 samples have no text"):
         check_inputs(config_from_dict({"model": {"name": "none"}, "text": {"name": "hashing"}}), manifest)
 
 
@@ -142,12 +143,26 @@ def test_rows_without_a_picture_and_pictures_with_several_captions(tmp_path: Pat
     "rows, columns, message",
     [
         ([["a", ""], ["b", "x"]], ["label", "text"], "row 2: path '' is not a file, nor is there a text"),
+        ([["a", "\x07\x00"], ["b", "x"]], ["label", "text"], "row 2: path '' is not a file, nor is there a text"),
         ([["a", "x"]], ["label", "caption"], "needed: path,label and/or text"),
     ],
 )
 def test_manifests_of_texts_that_cannot_be(tmp_path: Path, rows, columns, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_manifest(table(tmp_path / "m.csv", rows, columns))
+
+
+def test_a_manifests_cell_is_one_text(tmp_path: Path) -> None:
+    import pandas as pd
+
+    file = tmp_path / "m.parquet"
+    pd.DataFrame({"label": ["a", "b"], "text": ["x", "y"], "tags": [["p", "q"], []]}).to_parquet(file)
+    assert [sample.text for sample in load_manifest(file).samples] == ["x", "y"]
+    pd.DataFrame({"label": ["a", "b"], "text": [None, ["x", "y"]]}).to_parquet(file)
+    with pytest.raises(
+        DataError, match=r"m\.parquet: cannot .* \(column 'text', row 3: expected one text, found several"
+    ):
+        load_manifest(file)
 
 
 @pytest.mark.parametrize(

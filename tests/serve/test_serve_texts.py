@@ -144,6 +144,7 @@ def test_what_a_model_does_not_read_is_refused(both, alone, bundle, serving, pic
         (alone, {"content": picture(1)}, 422, "reads no images"),
         (alone, {"json": {"image": coded, "text": "a"}}, 422, "reads no images"),
         (alone, {"json": {"text": " "}}, 422, "a text is empty, and there is no image"),
+        (alone, {"json": {"text": "\x00\x07 \n"}}, 422, "a text is empty, and there is no image"),
         (both, {"json": {"images": [coded, None], "texts": ["", ""]}}, 422, "a text is empty"),
         (both, {"json": {"images": [None]}}, 422, "a text is empty"),
         (bundle, {"json": {"images": [None]}}, 422, "a text is empty"),
