@@ -161,11 +161,21 @@ def test_documents_of_many_parts_are_refused_before_they_are_parsed(bundle, serv
 @pytest.mark.parametrize("part", ["[]", "1", '""'])
 def test_lists_and_values_are_counted_too(part: str) -> None:
     text = json.dumps({"images": ["," * 3] * 4}).encode()
-    assert parsed(text, objects=1, values=15)["images"]
+    assert parsed(text, objects=1, values=3)["images"]
     with pytest.raises(Exception, match="more parts"):
-        parsed(text, objects=1, values=14)
+        parsed(text, objects=1, values=2)
     with pytest.raises(Exception, match="more parts"):
         parsed(bomb(part, 50_000), objects=1, values=SPARE)
+
+
+def test_what_stands_in_a_text_is_no_part_of_the_document() -> None:
+    code = 'if (a[i] == "{") { f(a, b, c); } \\\\ \\" ' * 500
+    assert parsed(json.dumps({"text": code}).encode(), objects=1, values=1) == {"text": code}
+    for text in ('{"a": "\\\\", "b": [{}, {}]}', '{"a": "\\"", "b": [{}, {}]}', '{"a": 1, "b": [{}, {}]'):
+        with pytest.raises(Exception, match="more parts"):
+            parsed(text.encode(), objects=2, values=9)
+    with pytest.raises(Exception, match="more parts"):
+        parsed(bomb('"{"', 1_000_000), objects=SPARE, values=SPARE)
 
 
 def test_no_picture_that_may_be_sent_as_numbers_is_refused_for_its_numbers() -> None:

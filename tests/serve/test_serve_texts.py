@@ -98,6 +98,7 @@ def test_every_way_to_send_a_picture_with_its_text_gives_the_networks_own_answer
         for answer in (
             client.post("/v1/predict", json={"text": text}),
             client.post("/v1/predict", content=text.encode(), headers={"Content-Type": "text/plain; charset=utf-8"}),
+            client.post("/v1/predict", content=text.encode("utf-8-sig"), headers={"Content-Type": "text/plain"}),
             client.post("/v1/predict", files=[("text", (None, text))]),
         ):
             assert close(confidences(answer)[0], answer_of(classifier, None, text)), "the picture is missing"
@@ -151,6 +152,7 @@ def test_what_a_model_does_not_read_is_refused(both, alone, bundle, serving, pic
         (both, {"json": {"images": [coded], "texts": ["a", "b"]}}, 422, "as many"),
         (both, {"json": {"images": [coded], "texts": [3]}}, 422, "a text is neither a string nor null"),
         (both, {"json": {"images": [coded] * 65, "texts": ["a"] * 65}}, 413, "65 images"),
+        (both, {"json": {"texts": ["a"] * 65}}, 413, "65 texts in one request; at most 64"),
         (both, {"files": [("file", ("x", picture(1))), ("text", (None, "a")), ("text", (None, "b"))]}, 422, "1 files and 2 parts `text`"),
         (both, {"content": b"\xff\xfe", "headers": {"Content-Type": "text/plain"}}, 400, "not UTF-8"),
         (both, {"files": [("other", (None, "a"))]}, 400, "the form has no file"),
