@@ -58,4 +58,5 @@ def confidences(probabilities: np.ndarray, task: str) -> np.ndarray:
 def line(path: Path, answer: dict[str, Any]) -> str:
     """An answer for people."""
     labels = ", ".join(f"{row['label']} {row['confidence']:.1%}" for row in answer["top"])
-    return f"{path}: {labels}" + ("  (too unsure: leave it to a person)" if answer.get("abstain") else "")
+    unsure = "  (too unsure: leave it to a person)" if answer.get("abstain") else ""
+    return f"{path}: {labels}{unsure}" + ("  (the text was cut)" if answer.get("text_truncated") else "")

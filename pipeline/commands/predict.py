@@ -51,10 +51,10 @@ def _predict(args: argparse.Namespace) -> int:
         task=info.task,
         temperature=info.temperature,
     )
-    failed = 0
+    failed, cut = 0, classifier.tokens is not None and classifier.tokens(args.text)[1]
     for file, answer in zip(files or [Path("text")], answers, strict=True):
         if isinstance(answer, np.ndarray):
-            _show(file, answer, info, args)
+            _show(file, answer, info, args, cut)
             continue
         failed += 1
         reason = answer.strerror if isinstance(answer, OSError) and answer.strerror else str(answer)
@@ -76,11 +76,12 @@ def _asked(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
     return picture_files(args.paths) if args.paths else []
 
 
-def _show(file: Path, answer, info, args: argparse.Namespace) -> None:
+def _show(file: Path, answer, info, args: argparse.Namespace, cut: bool) -> None:
     from models.answer import line, prediction
 
     thresholds = info.thresholds if info.task == "multilabel" else None
-    found = prediction(answer, info.labels, top=args.top, thresholds=thresholds, abstain_below=info.abstain_below)
+    own = {"top": args.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
+    found = prediction(answer, info.labels, cut=cut, **own)
     print(json.dumps({"path": str(file), **found}, ensure_ascii=False) if args.json else line(file, found))
 
 

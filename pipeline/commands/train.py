@@ -1,8 +1,12 @@
 """`refract train CONFIG [--section.key value …]`"""
 
 import sys
+from typing import TYPE_CHECKING
 
 from pipeline.commands import console
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
 
 
 def main(argv: list[str]) -> int:
@@ -89,6 +93,16 @@ def _train(argv: list[str], resume: str | None) -> int:
 
         print(f"MLflow:   {console.bin_prefix()}mlflow ui --backend-store-uri {tracking_uri(config.tracking)}")
     here = console.bin_prefix()
-    print(f"next:     {here}refract predict {result.bundle} PICTURE   or   {here}refract serve {result.bundle}")
+    print(
+        f"next:     {here}refract predict {result.bundle} {_asked(config)}   or   {here}refract serve {result.bundle}"
+    )
     print(f"          {here}refract doctor {result.run_dir}   or   {here}refract compare {result.run_dir} OTHER_RUN")
     return 0
+
+
+def _asked(config: "Config") -> str:
+    """What `refract predict` is to be given."""
+    from pipeline.recipe import reads
+
+    words = {"pictures": "PICTURE", "texts": "--text TEXT"}
+    return " ".join(words[name] for name in sorted(reads(config)))

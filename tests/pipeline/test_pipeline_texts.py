@@ -205,6 +205,7 @@ def test_odd_texts_train_as_any_others(refract: Run, tmp_path: Path) -> None:
         "odd",
     )
     assert "hold-out: accuracy" in done.stdout
+    assert "predict runs/odd/bundle --text TEXT   or" in done.stdout
     (tmp_path / "bad.csv").write_bytes(b"label,text\nx,caf\xe9\ny,b\n")
     assert (
         "bad.csv: cannot be read" in refract("train", CONFIGS / "text.yaml", "--data.source", "bad.csv", code=2).stderr
@@ -310,6 +311,16 @@ def untrained(folder: Path, reads: str, max_length: int = 8) -> Path:
     )  # fmt: skip
     made = Classifier(network, mean=plain, std=plain, tokens=tokens if "texts" in reads else None)
     return save_bundle(folder, info, made, [])
+
+
+def test_predict_tells_of_a_text_that_was_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipeline.commands.predict import main
+
+    bundle = str(untrained(tmp_path / "b", "texts", max_length=2))
+    for text, cut in (("two words", False), ("three words here", True)):
+        assert main([bundle, "--text", text]) == 0 and main([bundle, "--text", text, "--json"]) == 0
+        plain, coded = capsys.readouterr().out.splitlines()
+        assert plain.endswith("(the text was cut)") == cut == json.loads(coded).get("text_truncated", False)
 
 
 def test_a_teacher_reads_what_the_training_reads_or_is_refused(tmp_path: Path) -> None:
