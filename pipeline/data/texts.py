@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from models.texts.tokens import trimmed
 from pipeline.data.manifest import DataError, read_table
 
 
@@ -14,7 +15,7 @@ def texts_of(file: Path, split: str) -> list[str]:
         raise DataError(f"{file}: no column 'text'; it has {', '.join(map(str, table.columns))}")
     if split != "all" and "split" in table.columns and (table["split"].str.strip() != "").any():
         table = table[table["split"].str.strip() == split]
-    texts = [text for text in table["text"] if text.strip()]
+    texts = [text for text in table["text"] if trimmed(text)]
     if not texts:
         raise DataError(f"{file}: has no texts in the split {split}")
     return texts

@@ -336,6 +336,11 @@ def test_where_pictures_are_mixed_the_texts_are_mixed_as_the_targets() -> None:
     made.fusion.register_forward_pre_hook(lambda _, given: seen.update(text=given[1]))
     classifier.eval()(mixed_images, batch["texts"], batch["pictured"], shares)
     assert torch.allclose(seen["text"], shares @ made.texts(batch["texts"]), atol=1e-5)
+    nn.init.normal_(made.no_text)
+    batch["texts"][:3] = 0
+    classifier(mixed_images, batch["texts"], batch["pictured"], shares)
+    own = torch.cat([made.no_text.expand(3, -1), made.texts(batch["texts"][3:])])
+    assert torch.allclose(seen["text"], shares @ own, atol=1e-5), "what is missing is filled in before it is mixed"
 
 
 class Normed(Flat):

@@ -421,3 +421,74 @@ def test_an_initialisation_is_for_the_network_of_pictures(tmp_path: Path) -> Non
         one, other = found["default"].state_dict(), found[init].state_dict()
         changed = {name.partition(".")[0] for name in one if not torch.equal(one[name], other[name])}
         assert changed == {"pictures"}, init
+
+
+def test_texts_of_a_split_are_those_of_no_other(tmp_path: Path) -> None:
+    from pipeline.data.texts import texts_of
+
+    rows = [
+        ["a", "train", "one"],
+        ["a", "val", "two"],
+        ["b", " train ", "three"],
+        ["b", "test", "four"],
+        ["b", "train", "\x07"],
+    ]
+    data = table(tmp_path / "m.csv", rows, ["label", "split", "text"])
+    assert texts_of(data, "train") == ["one", "three"] and texts_of(data, "val") == ["two"]
+    assert texts_of(data, "all") == ["one", "two", "three", "four"]
+    with pytest.raises(DataError, match="has no texts in the split dev"):
+        texts_of(data, "dev")
+    plain = table(tmp_path / "n.csv", [["a", "one"], ["b", "two"]], ["label", "text"])
+    assert texts_of(plain, "train") == ["one", "two"], "a manifest without splits is all for training"
+
+
+def test_goldens_and_answers_are_of_the_text_and_of_what_is_there(tmp_path: Path) -> None:
+    import torch
+
+    from augment import Preprocess
+    from models.classifier import probabilities
+    from models.texts.tokens import rows
+    from pipeline.data.module import Pictures, collate, targets_of
+    from pipeline.golden import make_goldens
+
+    captions.write_pictures(tmp_path, count=2)
+    given = [
+        ["pictures/00000.png", "a", "train", "a caption"],
+        ["", "b", "train", "words alone"],
+        ["pictures/00001.png", "a", "train", ""],
+    ]
+    manifest = load_manifest(table(tmp_path / "m.csv", given, ["path", "label", "split", "text"]))
+    classifier = load_bundle(untrained(tmp_path / "b", "pictures texts")).classifier()
+    torch.nn.init.normal_(classifier.network.no_text), torch.nn.init.normal_(classifier.network.no_picture)
+    preprocess = Preprocess(32, 32)
+    goldens = make_goldens(classifier, preprocess, manifest.samples, task="binary")
+    assert [(golden.text, golden.pictured) for golden in goldens] == [
+        ("a caption", True),
+        ("words alone", False),
+        ("", True),
+    ]
+    batch = collate(
+        [
+            Pictures(manifest.samples, preprocess, targets_of(manifest.samples, manifest), tokens=classifier.tokens)[i]
+            for i in range(3)
+        ]
+    )
+    assert batch["pictured"].tolist() == [True, False, True]
+    assert torch.equal(batch["texts"], torch.from_numpy(rows([classifier.tokens(row[3])[0] for row in given])))
+    with torch.inference_mode():
+        answers = probabilities(classifier(batch["images"], batch["texts"], batch["pictured"]), task="binary").numpy()
+        shown = probabilities(classifier(batch["images"], batch["texts"], None), task="binary").numpy()
+    assert np.allclose([golden.probabilities for golden in goldens], answers, atol=1e-6)
+    assert abs(answers - shown)[1].max() > 1e-3, "a grey square is not what a missing picture is"
+
+
+def test_views_of_pictures_do_not_go_with_texts() -> None:
+    from augment import Augmenter
+    from pipeline.recipe import check_recipe
+
+    policy = Augmenter([{"AugMix": {}}])
+    check_recipe(config_from_dict({"loss": {"consistency": 12.0}}), policy, "32-true")
+    with pytest.raises(
+        ConfigError, match=r"loss\.consistency compares views of pictures; it does not go with text\.name"
+    ):
+        check_recipe(config_from_dict({"loss": {"consistency": 12.0}, "text": {"name": "hashing"}}), policy, "32-true")
