@@ -163,6 +163,24 @@ def test_what_a_model_does_not_read_is_refused(both, alone, bundle, serving, pic
             assert (answer.status_code, says in answer.json()["detail"]) == (status, True), (says, answer.text)
 
 
+def test_the_protocol_takes_pictures_alone(both, alone, serving, picture) -> None:
+    coded = {
+        "inputs": [
+            {"name": "encoded", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(picture(4)).decode()]}
+        ]
+    }
+    with serving(create_app(both)) as client:
+        found = client.post("/v2/models/both/infer", json=coded).json()["outputs"][0]["data"]
+        assert np.allclose(found, answer_of(both.classifier(), picture(4), ""), atol=1e-5), "the text is missing"
+    with serving(create_app(alone)) as client:
+        refused = client.post("/v2/models/both/infer", json=coded)
+        assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
+        assert refused.json()["detail"] == "this model reads no images, only texts"
+        assert refused.headers["content-type"] == "application/problem+json"
+        explained = client.post("/v1/predict?explain=true", json={"text": "a car"})
+        assert explained.status_code == 200 and "explanation" not in explained.json()["predictions"][0]
+
+
 def test_the_clients_send_texts(both, serving, picture, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from serve.ask import main
 
