@@ -357,7 +357,10 @@ def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Cl
     where = f"loss.teacher: {config.loss.teacher}"
     if more := classifier.reads - student.reads:
         raise ConfigError(f"{where} reads {' and '.join(sorted(more))}, which this training does not")
-    facts = [("task", bundle.info.task, manifest.task), ("labels", bundle.info.labels, manifest.labels)]
+    facts: list[tuple[str, Any, Any]] = [
+        ("task", bundle.info.task, manifest.task),
+        ("labels", bundle.info.labels, manifest.labels),
+    ]
     if "pictures" in classifier.reads:
         facts.append(("image size", tuple(bundle.info.network["image_size"]), config.data.sides()))
     for what, own, ours in facts:

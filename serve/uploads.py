@@ -81,8 +81,8 @@ def _from_form(files: list[bytes], texts: list[str]) -> Sent:
 def _from_json(body: bytes, *, max_images: int) -> Sent:
     images, texts = _columns(parsed(body, objects=SPARE, values=2 * max_images + SPARE))
     if max(len(images), len(texts)) > max_images:
-        found = f"{len(images)} images" if images else f"{len(texts)} texts"
-        raise RequestError(413, "too_many_images", f"{found} in one request; at most {max_images}")
+        sent = f"{len(images)} images" if images else f"{len(texts)} texts"
+        raise RequestError(413, "too_many_images", f"{sent} in one request; at most {max_images}")
     if not all(text is None or isinstance(text, str) for text in texts):
         raise RequestError(422, "invalid_request", "a text is neither a string nor null")
     found = [None if image is None else _decoded(index, image) for index, image in enumerate(images)]
