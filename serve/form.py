@@ -71,6 +71,8 @@ class _Form:
         self._is_text = not self._is_file and options.get(b"name") == b"text"
         if self._is_file and len(self.files) == self.max_images:
             raise RequestError(413, "too_many_images", f"the form has more than {self.max_images} images")
+        if self._is_text and len(self.texts) == self.max_images:
+            raise RequestError(413, "too_many_images", f"the form has more than {self.max_images} texts")
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         if self._is_file or self._is_text:

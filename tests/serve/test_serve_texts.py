@@ -155,6 +155,7 @@ def test_what_a_model_does_not_read_is_refused(both, alone, bundle, serving, pic
         (both, {"json": {"texts": ["a"] * 65}}, 413, "65 texts in one request; at most 64"),
         (both, {"files": [("file", ("x", picture(1))), ("text", (None, "a")), ("text", (None, "b"))]}, 422, "1 files and 2 parts `text`"),
         (both, {"content": b"\xff\xfe", "headers": {"Content-Type": "text/plain"}}, 400, "not UTF-8"),
+        (both, {"files": [("text", (None, "a"))] * 65}, 413, "the form has more than 64 texts"),
         (both, {"files": [("other", (None, "a"))]}, 400, "the form has no file"),
     ]  # fmt: skip
     for served, question, status, says in cases:
