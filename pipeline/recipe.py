@@ -129,7 +129,7 @@ def measured(config: Config, preprocess: "Preprocess", manifest: "Manifest") -> 
     import torch
 
     from augment.statistics import measure
-    from pipeline.data.module import Pictures, targets_of
+    from pipeline.data.pictures import Pictures, targets_of
 
     if config.data.normalize == "fixed":
         return preprocess, {}
@@ -329,7 +329,7 @@ def _some(preprocess: "Preprocess", manifest: "Manifest") -> Any:
     """Up to SHOWN_TO_NETWORK training pictures, spread over the data, uint8 (N, 3, H, W)."""
     import torch
 
-    from pipeline.data.module import Pictures, collate, targets_of
+    from pipeline.data.pictures import Pictures, collate, targets_of
 
     samples = [sample for sample in manifest.of("train") if sample.pictured]
     if not samples:

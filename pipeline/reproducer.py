@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from augment import image_size
 from models.classifier import Inputs, inputs_of
-from pipeline.data.module import TrainPictures
+from pipeline.data.pictures import TrainPictures
 from pipeline.files import write_atomically
 
 FILE = "bad-batch.pt"

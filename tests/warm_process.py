@@ -1,19 +1,23 @@
 """`refract …` in processes of its own that need not import PyTorch, Lightning and MLflow first, which takes each of them nine seconds of a
-core: they are forked from one that did, and are otherwise as new. Tests of starting itself, and of kills, begin a process in the plain way.
+core: they are forked from one that did, and are otherwise as new. Tests of starting itself begin a process in the plain way.
 
-Run as a program it is that one: it reads a request a line, JSON, and answers with the command's exit code.
+Run as a program it is that one: it reads a request a line, JSON, and answers each with a line.
 """
 
 import gc
 import importlib
 import json
 import os
+import resource
 import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
+from typing import Any, TextIO
 
 IMPORTED = (
     "torch", "torchvision", "timm", "lightning.pytorch", "torchmetrics", "mlflow", "mlflow.tracking", "sklearn.metrics", "pandas",
@@ -24,34 +28,82 @@ IMPORTED = (
 QUIET = dict.fromkeys(("NO_ALBUMENTATIONS_UPDATE", "MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"), "true")
 
 
+class Started:
+    """A `refract` that runs, as `subprocess.Popen` has it. stderr: to be read while it runs."""
+
+    def __init__(self, warm: "WarmProcess", pid: int, stderr: TextIO) -> None:
+        self._warm, self.pid, self.stderr = warm, pid, stderr
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._warm.ask(do="poll", pid=self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("refract", timeout)
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
 class WarmProcess:
     """The process that forks, from the side of the tests."""
 
     def __init__(self) -> None:
-        command = [sys.executable, __file__]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | QUIET
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | QUIET
         )
+        self._numbers = count()
 
     def run(
         self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], seconds: int
     ) -> subprocess.CompletedProcess[str]:
         """`refract` with the arguments, to its end; SIGALRM ends it after so many seconds."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"arguments": list(arguments), "cwd": str(cwd), "env": dict(env), "seconds": seconds}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
         files = [cwd / name for name in (".stdout", ".stderr")]
+        pid = self._fork(arguments, cwd, env, files, seconds=seconds)
+        code = self.ask(do="wait", pid=pid)
         out, err = (file.read_text("utf-8") for file in files)
         for file in files:
             file.unlink()
         return subprocess.CompletedProcess(["refract", *arguments], code, out, err)
 
+    def start(
+        self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], largest_file: int | None = None
+    ) -> Started:
+        """`refract` with the arguments, which goes on. largest_file: bytes that it may write into one, as if the disk were full."""
+        pipe = cwd / f".stderr-{next(self._numbers)}"
+        os.mkfifo(pipe)
+        pid = self._fork(arguments, cwd, env, [Path(os.devnull), pipe], largest_file=largest_file)
+        stderr = pipe.open(encoding="utf-8")
+        pipe.unlink()
+        return Started(self, pid, stderr)
+
+    def ask(self, **request: Any) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
+
+    def _fork(
+        self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], files: Sequence[Path], **limits: int | None
+    ) -> int:
+        request = {"arguments": [*arguments], "cwd": str(cwd), "env": dict(env), "files": [*map(str, files)]}
+        pid: int = self.ask(do="fork", **request, **limits)
+        return pid
 
 
 def _forks() -> None:
@@ -59,24 +111,34 @@ def _forks() -> None:
         importlib.import_module(name)
     gc.freeze()
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            _is_refract(**json.loads(line))
+        request = json.loads(line)
+        kind = request.pop("do")
+        answer: int | None
+        if kind == "fork":
+            answer = os.fork()
+            if answer == 0:
+                _is_refract(**request)
         else:
-            _, status = os.waitpid(child, 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
+            gone, status = os.waitpid(request["pid"], os.WNOHANG if kind == "poll" else 0)
+            answer = os.waitstatus_to_exitcode(status) if gone else None
+        print(json.dumps(answer), flush=True)
 
 
-def _is_refract(arguments: list[str], cwd: str, env: dict[str, str], seconds: int) -> None:
+def _is_refract(
+    arguments: list[str], cwd: str, env: dict[str, str], files: list[str], seconds: int = 0, largest_file: int | None = None
+) -> None:  # fmt: skip
     """Be `python -m refract …`. SystemExit, with its code."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    for number, name in ((0, os.devnull), (1, ".stdout"), (2, ".stderr")):
+    for number, name in enumerate((os.devnull, *files)):
         file = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
         os.close(file)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs with SIGINT ignored
     signal.alarm(seconds)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv, sys.path[0] = ["refract", *arguments], cwd
     runpy.run_module("refract", run_name="__main__", alter_sys=True)
 

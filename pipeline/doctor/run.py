@@ -26,7 +26,7 @@ def make_doctor(made: "Assembly", config: Config) -> Doctor:
     """A doctor that has looked at some validation pictures, and tried whether a few can be learned by heart."""
     import torch
 
-    from pipeline.data.module import collate
+    from pipeline.data.pictures import collate
 
     augmenter = made.data.train_set.augmenter
     loss = config.loss

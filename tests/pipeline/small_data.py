@@ -1,7 +1,8 @@
 """Pictures that the tests make: three colours, told apart in an epoch."""
 
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import cv2
@@ -29,6 +30,23 @@ def config_of(source: Path | str, **data) -> Config:
     for key, value in data.items():
         setattr(config.data, key, value)
     return config
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that one began, and those that they began."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            found += [child, *descendants(child)]
+    return found
+
+
+def until_gone(pids: Iterable[int]) -> None:
+    """What a process that was killed had begun ends by itself."""
+    end = time.monotonic() + 20
+    while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < end, f"{left} have outlived what began them"
+        time.sleep(0.01)
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

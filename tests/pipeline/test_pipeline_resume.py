@@ -2,20 +2,20 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
-from small_data import Run, picture, write_picture
+from small_data import Run, descendants, picture, until_gone, write_picture
+from warm_process import Started, WarmProcess
 
 from pipeline.checkpoints import newest
 from pipeline.config import Config
@@ -40,30 +40,31 @@ def work(folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@contextmanager
-def training(
-    work: Path, *arguments: str, before: Callable[[], object] | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "refract", "train", *arguments]
-    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-    with subprocess.Popen(
-        command, cwd=work, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=before
-    ) as process:
-        yield process
+Training = Callable[..., AbstractContextManager[Started]]
 
 
-def until(process: subprocess.Popen[str], beginning: str) -> str:
+@pytest.fixture
+def training(work: Path, warm: WarmProcess) -> Training:
+    """`refract train …` that is under way, in `work`."""
+
+    @contextmanager
+    def begun(*arguments: str, largest_file: int | None = None) -> Iterator[Started]:
+        environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+        process = warm.start(["train", *arguments], cwd=work, env=environment, largest_file=largest_file)
+        with process.stderr:
+            yield process
+        process.wait(60)
+
+    return begun
+
+
+def until(process: Started, beginning: str) -> str:
     told = ""
-    for line in process.stderr or ():
+    for line in process.stderr:
         told += line
         if line.startswith(beginning):
             return told
     raise AssertionError(told)
-
-
-def hear_interrupts() -> None:
-    """A shell starts its background jobs with SIGINT ignored, and so would this one be, where the tests are such a job."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def history(work: Path, name: str) -> dict[str, list[tuple[int, float]]]:
@@ -80,15 +81,21 @@ def history(work: Path, name: str) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_killed_training_goes_on_to_the_same_weights_in_the_same_run(refract: Run, work: Path, workers: int) -> None:
-    more = ("--data.workers", str(workers), "--data.memory", "never" if workers else "auto")
+@pytest.mark.parametrize("workers_wanted", [0, 1])
+def test_a_killed_training_goes_on_to_the_same_weights_in_the_same_run(
+    refract: Run, work: Path, workers_wanted: int, training: Training
+) -> None:
+    memory = "never" if workers_wanted else "auto"
+    more = ("--data.workers", str(workers_wanted), "--data.memory", memory)
     refract("train", "c.yaml", *more, "--trainer.run_name", "calm")
-    with training(work, "c.yaml", *more, "--trainer.run_name", "killed") as process:
+    with training("c.yaml", *more, "--trainer.run_name", "killed") as process:
         until(process, "epoch 3/")
+        workers = descendants(process.pid)
         process.kill()
+    assert bool(workers) == bool(workers_wanted)
+    until_gone(workers)
     for beginning in ("epoch 5/", "epoch 9/"):
-        with training(work, "--resume", "runs/killed") as process:
+        with training("--resume", "runs/killed") as process:
             until(process, beginning)
             process.send_signal(signal.SIGKILL)
     refract("train", "--resume", "runs/killed")
@@ -100,9 +107,9 @@ def test_a_killed_training_goes_on_to_the_same_weights_in_the_same_run(refract: 
 
 
 @pytest.mark.slow
-def test_signals_stop_with_a_checkpoint_and_a_code_of_their_own(refract: Run, work: Path) -> None:
+def test_signals_stop_with_a_checkpoint_and_a_code_of_their_own(refract: Run, work: Path, training: Training) -> None:
     (work / "c.yaml").write_text(CONFIG % 400)
-    with training(work, "c.yaml", "--trainer.run_name", "r", before=hear_interrupts) as process:
+    with training("c.yaml", "--trainer.run_name", "r") as process:
         until(process, "epoch 2/")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 75
@@ -110,13 +117,13 @@ def test_signals_stop_with_a_checkpoint_and_a_code_of_their_own(refract: Run, wo
     client = MlflowClient(f"sqlite:///{work}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
     assert run.info.status == "KILLED"
-    with training(work, "--resume", "runs/r", before=hear_interrupts) as process:
+    with training("--resume", "runs/r") as process:
         assert "going on from runs/r/checkpoints/resume-" in until(process, "epoch ")
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
         assert "stopped by SIGINT" in process.stderr.read()
     # The newest unfinished run of a config is found by itself; another config begins a new one.
-    with training(work, "c.yaml", "--trainer.run_name", "r", "--resume", "auto", before=hear_interrupts) as process:
+    with training("c.yaml", "--trainer.run_name", "r", "--resume", "auto") as process:
         assert "going on from runs/r/checkpoints/resume-" in until(process, "epoch ")
         told = refract("train", "--resume", "runs/r", code=2).stderr
         assert "runs/r is being trained by another process" in told
@@ -127,18 +134,17 @@ def test_signals_stop_with_a_checkpoint_and_a_code_of_their_own(refract: Run, wo
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(refract: Run, work: Path) -> None:
+def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(
+    refract: Run, work: Path, training: Training
+) -> None:
     quiet = ("--tracking.enabled", "false", "--trainer.run_name", "full")
-    with training(work, "c.yaml", *quiet) as process:
+    with training("c.yaml", *quiet) as process:
         until(process, "epoch 2/")
         process.kill()
     kept = newest(work / "runs" / "full" / "checkpoints")
     assert kept is not None
 
-    def little_room() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-
-    with training(work, "--resume", "runs/full", before=little_room) as process:
+    with training("--resume", "runs/full", largest_file=10_000) as process:
         told = process.stderr.read()
         assert process.wait(timeout=60) == 1
     assert "cannot be written (File too large); those before it are whole" in told and "Traceback" not in told
@@ -147,9 +153,9 @@ def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(refract: Run,
 
 
 @pytest.fixture
-def stopped(work: Path) -> Path:
+def stopped(work: Path, training: Training) -> Path:
     """A run that was killed after two epochs, without MLflow."""
-    with training(work, "c.yaml", "--tracking.enabled", "false", "--trainer.run_name", "r") as process:
+    with training("c.yaml", "--tracking.enabled", "false", "--trainer.run_name", "r") as process:
         until(process, "epoch 2/")
         process.kill()
     return work / "runs" / "r"
@@ -183,8 +189,8 @@ def test_what_cannot_go_on_is_told(refract: Run, work: Path, stopped: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_run_that_went_on_cost_the_time_of_all_its_processes(refract: Run, work: Path) -> None:
-    with training(work, "c.yaml", "--trainer.max_epochs", "3", "--trainer.run_name", "r") as process:
+def test_a_run_that_went_on_cost_the_time_of_all_its_processes(refract: Run, work: Path, training: Training) -> None:
+    with training("c.yaml", "--trainer.max_epochs", "3", "--trainer.run_name", "r") as process:
         until(process, "epoch 2/")
         process.kill()
     last = newest(work / "runs" / "r" / "checkpoints")
@@ -268,7 +274,7 @@ def test_a_training_that_had_ended_trains_no_more(refract: Run, work: Path) -> N
 
 
 @pytest.mark.slow
-def test_averages_over_epochs_come_out_equal(refract: Run, work: Path) -> None:
+def test_averages_over_epochs_come_out_equal(refract: Run, work: Path, training: Training) -> None:
     swa = (
         "--trainer.ema",
         "0",
@@ -283,7 +289,7 @@ def test_averages_over_epochs_come_out_equal(refract: Run, work: Path) -> None:
     )
     quiet = ("--tracking.enabled", "false")
     refract("train", "c.yaml", *swa, *quiet, "--trainer.run_name", "calm")
-    with training(work, "c.yaml", *swa, *quiet, "--trainer.run_name", "killed") as process:
+    with training("c.yaml", *swa, *quiet, "--trainer.run_name", "killed") as process:
         until(process, "epoch 4/")
         process.kill()
     refract("train", "--resume", "runs/killed")
@@ -292,8 +298,8 @@ def test_averages_over_epochs_come_out_equal(refract: Run, work: Path) -> None:
 
 
 @pytest.mark.slow
-def test_auto_begins_anew_where_the_data_have_changed(refract: Run, work: Path) -> None:
-    with training(work, "c.yaml", "--tracking.enabled", "false") as process:
+def test_auto_begins_anew_where_the_data_have_changed(refract: Run, work: Path, training: Training) -> None:
+    with training("c.yaml", "--tracking.enabled", "false") as process:
         until(process, "epoch 1/")
         process.kill()
     (broken,) = (work / "runs").iterdir()

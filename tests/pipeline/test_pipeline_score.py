@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_data import COLORS, Run, picture, write_picture
+from small_data import COLORS, Run, descendants, picture, until_gone, write_picture
 
 from augment import Preprocess
 from models.answer import prediction
@@ -121,12 +121,7 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
 
 def scorers(process: subprocess.Popen[str]) -> list[int]:
     """The worker processes: those children that were spawned with a pipe to the command."""
-    found = []
-    for task in Path(f"/proc/{process.pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
-                found.append(int(child))
-    return found
+    return [child for child in descendants(process.pid) if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def test_a_folder_becomes_a_row_a_picture_as_predict_answers(
@@ -182,14 +177,6 @@ def test_every_row_is_there_once_after_three_kills(tmp_path: Path, bundle: Path,
 
 def holds(folder: Path, count: int) -> bool:
     return len(list(folder.glob("0*.parquet"))) >= count
-
-
-def until_gone(pids: list[int]) -> None:
-    """The scorers of a command that was killed end by themselves."""
-    end = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < end, "a scorer has outlived its command"
-        time.sleep(0.01)
 
 
 @pytest.mark.slow

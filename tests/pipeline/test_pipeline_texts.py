@@ -448,7 +448,7 @@ def test_goldens_and_answers_are_of_the_text_and_of_what_is_there(tmp_path: Path
     from augment import Preprocess
     from models.classifier import probabilities
     from models.texts.tokens import rows
-    from pipeline.data.module import Pictures, collate, targets_of
+    from pipeline.data.pictures import Pictures, collate, targets_of
     from pipeline.golden import make_goldens
 
     captions.write_pictures(tmp_path, count=2)
