@@ -29,10 +29,10 @@ QUIET = dict.fromkeys(("NO_ALBUMENTATIONS_UPDATE", "MLFLOW_DISABLE_TELEMETRY", "
 
 
 class Started:
-    """A `refract` that runs, as `subprocess.Popen` has it. stderr: to be read while it runs."""
+    """A `refract` that runs, as `subprocess.Popen` has it. output: both streams, to be read while it runs."""
 
-    def __init__(self, warm: "WarmProcess", pid: int, stderr: TextIO) -> None:
-        self._warm, self.pid, self.stderr = warm, pid, stderr
+    def __init__(self, warm: "WarmProcess", pid: int, output: TextIO) -> None:
+        self._warm, self.pid, self.output = warm, pid, output
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -80,12 +80,11 @@ class WarmProcess:
         self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], largest_file: int | None = None
     ) -> Started:
         """`refract` with the arguments, which goes on. largest_file: bytes that it may write into one, as if the disk were full."""
-        pipe = cwd / f".stderr-{next(self._numbers)}"
+        pipe = cwd / f".output-{next(self._numbers)}"
         os.mkfifo(pipe)
-        pid = self._fork(arguments, cwd, env, [Path(os.devnull), pipe], largest_file=largest_file)
-        stderr = pipe.open(encoding="utf-8")
-        pipe.unlink()
-        return Started(self, pid, stderr)
+        pid = self._fork(arguments, cwd, env, [pipe, pipe], largest_file=largest_file)
+        output = pipe.open(encoding="utf-8")
+        return Started(self, pid, output)
 
     def ask(self, **request: Any) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -51,7 +51,7 @@ def training(work: Path, warm: WarmProcess) -> Training:
     def begun(*arguments: str, largest_file: int | None = None) -> Iterator[Started]:
         environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
         process = warm.start(["train", *arguments], cwd=work, env=environment, largest_file=largest_file)
-        with process.stderr:
+        with process.output:
             yield process
         process.wait(60)
 
@@ -60,7 +60,7 @@ def training(work: Path, warm: WarmProcess) -> Training:
 
 def until(process: Started, beginning: str) -> str:
     told = ""
-    for line in process.stderr:
+    for line in process.output:
         told += line
         if line.startswith(beginning):
             return told
@@ -113,7 +113,7 @@ def test_signals_stop_with_a_checkpoint_and_a_code_of_their_own(refract: Run, wo
         until(process, "epoch 2/")
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 75
-        assert "Traceback" not in process.stderr.read()
+        assert "Traceback" not in process.output.read()
     client = MlflowClient(f"sqlite:///{work}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
     assert run.info.status == "KILLED"
@@ -121,7 +121,7 @@ def test_signals_stop_with_a_checkpoint_and_a_code_of_their_own(refract: Run, wo
         assert "going on from runs/r/checkpoints/resume-" in until(process, "epoch ")
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
-        assert "stopped by SIGINT" in process.stderr.read()
+        assert "stopped by SIGINT" in process.output.read()
     # The newest unfinished run of a config is found by itself; another config begins a new one.
     with training("c.yaml", "--trainer.run_name", "r", "--resume", "auto") as process:
         assert "going on from runs/r/checkpoints/resume-" in until(process, "epoch ")
@@ -145,7 +145,7 @@ def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(
     assert kept is not None
 
     with training("--resume", "runs/full", largest_file=10_000) as process:
-        told = process.stderr.read()
+        told = process.output.read()
         assert process.wait(timeout=60) == 1
     assert "cannot be written (File too large); those before it are whole" in told and "Traceback" not in told
     assert newest(work / "runs" / "full" / "checkpoints") == kept

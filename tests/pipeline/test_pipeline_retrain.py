@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,8 @@ import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
-from small_data import COLORS, Run, picture, write_picture
+from small_data import COLORS, Run, descendants, picture, until_gone, write_picture
+from warm_process import Started, WarmProcess
 
 from pipeline.config import Config, ConfigError, config_from_dict
 from pipeline.data.manifest import DataError, load_manifest
@@ -270,14 +268,16 @@ def test_one_night_at_a_time(config: Config) -> None:
         pass
 
 
-def _until(started: "subprocess.Popen[str]", step: str) -> None:
+def _until(started: Started, step: str) -> None:
     """Read its output until the step has begun, and kill it."""
-    assert started.stdout is not None
     told = []
-    for line in started.stdout:
+    for line in started.output:
         told.append(line)
         if f"/{step}/" in line and "Task is starting" in line:
-            os.kill(started.pid, signal.SIGKILL)  # the command alone: what it started must end by itself
+            begun = descendants(started.pid)
+            started.kill()  # the command alone: what it began must end by itself
+            started.wait(20)
+            until_gone(begun)
             return
     pytest.fail(f"{step} never began: {''.join(told)}")
 
@@ -294,14 +294,13 @@ def workplace(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_night_killed_in_each_step_ends_as_one_undisturbed(refract: Run, workplace: Path) -> None:
-    command = [sys.executable, "-m", "refract", "retrain"]
+def test_a_night_killed_in_each_step_ends_as_one_undisturbed(refract: Run, workplace: Path, warm: WarmProcess) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     steps = ["start", "validate", "train", "register", "gate", "promote", "end"]
     for number, step in enumerate(steps):
         arguments = ["colors.yaml"] if number == 0 else ["--resume", "colors.yaml"]
-        with subprocess.Popen(
-            [*command, *arguments], cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as run:
+        run = warm.start(["retrain", *arguments], cwd=workplace, env=environment)
+        with run.output:
             _until(run, step)
     done = refract("retrain", "--resume", "colors.yaml")
     assert "promoted: version 1 is champion" in done.stdout
