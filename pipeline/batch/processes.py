@@ -144,7 +144,7 @@ def _work(pipe: Connection, job: "Job") -> None:
             first = pipe.recv()
             for done in scorer(_at_hand(first, pipe)):
                 pipe.send(done)
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):  # of the pipe: the command has ended
         return
     except Exception as error:
         pipe.send(told(error))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from augment import Preprocess, image_size
 from augment.looks import Look, look
@@ -159,7 +158,7 @@ def profile(
     if names is not None:
         classes = {**dict.fromkeys(labels, 0), **Counter(name for place in kept for name in names[place])}
     sure, shown = confidences(given, task).astype(np.float32), given_labels(given, task, thresholds).sum(axis=0)
-    kept_features = folded(torch.cat(features).numpy()) if features else None
+    kept_features = folded(np.concatenate([part.numpy() for part in features])) if features else None
     multilabel = task == "multilabel"
     own = Profile(len(found), tuple(labels), kept_features, shown, sure, statistics, classes, multilabel)
     return Seen(own, found, given, bad)

@@ -45,9 +45,6 @@ def drift(config: Config, now: Snapshot, place: Place, folder: Path) -> dict[str
 
     New classes do not stop a night: those that vanished and those that are new are other checks' matter.
     """
-    from models.bundle import load_bundle
-    from pipeline.drift.compare import FEWEST
-    from pipeline.drift.measure import measure_drift
     from pipeline.drift.thresholds import THRESHOLDS, Threshold, parse_thresholds
     from pipeline.retraining.aliases import CHAMPION
 
@@ -64,8 +61,13 @@ def drift(config: Config, now: Snapshot, place: Place, folder: Path) -> dict[str
     seen = place.snapshot(known) / FILES if known else None
     learned = set(read(seen).values()) if seen is not None and seen.exists() else set()
     new = [path for path, digest in read(now.folder / FILES).items() if digest not in learned]
+    from pipeline.drift.compare import FEWEST
+
     if len(new) < FEWEST:
         return _unseen(f"{len(new)} pictures are new, too few to tell anything")
+    from models.bundle import load_bundle  # which brings PyTorch, for nothing on most nights
+    from pipeline.drift.measure import measure_drift
+
     table = folder / "new.csv"
     _write_rows(now.manifest, set(new), table)
     with tempfile.TemporaryDirectory() as beside:

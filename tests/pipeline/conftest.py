@@ -4,11 +4,12 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from small_data import COLORS, Run, picture, write_picture
-from warm_process import WarmProcess
+from small_data import COLORS, Run, Training, picture, write_picture
+from warm_process import Started, WarmProcess
 
 
 @pytest.fixture
@@ -43,3 +44,18 @@ def refract(tmp_path: Path, new_tracking: Path, warm: WarmProcess) -> Run:
         return done
 
     return run
+
+
+@pytest.fixture
+def training(tmp_path: Path, warm: WarmProcess) -> Training:
+    """`refract train …` that is under way, in tmp_path."""
+
+    @contextmanager
+    def begun(*arguments: object, largest_file: int | None = None) -> Iterator[Started]:
+        environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+        process = warm.start(["train", *map(str, arguments)], cwd=tmp_path, env=environment, largest_file=largest_file)
+        with process.output:
+            yield process
+        process.wait(60)
+
+    return begun

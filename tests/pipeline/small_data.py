@@ -3,10 +3,12 @@
 import subprocess
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import cv2
 import numpy as np
+from warm_process import Started
 
 from pipeline.config import Config
 
@@ -49,4 +51,15 @@ def until_gone(pids: Iterable[int]) -> None:
         time.sleep(0.01)
 
 
+def until(process: Started, beginning: str) -> str:
+    """What it prints up to the first line that begins so."""
+    told = ""
+    for line in process.output:
+        told += line
+        if line.startswith(beginning):
+            return told
+    raise AssertionError(told)
+
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
+Training = Callable[..., AbstractContextManager[Started]]

@@ -115,7 +115,9 @@ def answers(url: str) -> bool:
         return False
 
 
-def test_the_nightly_run_goes_through_a_server_into_postgres(postgres: str, tmp_path: Path, refract: Run) -> None:
+def test_the_nightly_run_goes_through_a_server_into_postgres(
+    postgres: str, tmp_path: Path, refract: Run, new_tracking: Path
+) -> None:
     import psycopg2
     from mlflow import MlflowClient
 
@@ -145,4 +147,5 @@ def test_the_nightly_run_goes_through_a_server_into_postgres(postgres: str, tmp_
         assert cursor.fetchall() == [("digits", 1)]
         cursor.execute("SELECT count(*) FROM model_versions WHERE name = 'digits'")
         assert cursor.fetchone() == (2,)
-    assert not list(tmp_path.glob("**/mlflow.db")), "nothing went into a file here"
+    (file,) = tmp_path.glob("**/mlflow.db")
+    assert file.read_bytes() == new_tracking.read_bytes(), "nothing went into a file here"

@@ -6,16 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
-from small_data import Run, descendants, picture, until_gone, write_picture
-from warm_process import Started, WarmProcess
+from small_data import Run, Training, descendants, picture, until, until_gone, write_picture
 
 from pipeline.checkpoints import newest
 from pipeline.config import Config
@@ -38,33 +35,6 @@ trainer: {max_epochs: %d, precision: fp32, device: cpu, ema: 0.9, checkpoint_sec
 def work(folder: Path, tmp_path: Path) -> Path:
     (tmp_path / "c.yaml").write_text(CONFIG % 12)
     return tmp_path
-
-
-Training = Callable[..., AbstractContextManager[Started]]
-
-
-@pytest.fixture
-def training(work: Path, warm: WarmProcess) -> Training:
-    """`refract train …` that is under way, in `work`."""
-
-    @contextmanager
-    def begun(*arguments: str, largest_file: int | None = None) -> Iterator[Started]:
-        environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-        process = warm.start(["train", *arguments], cwd=work, env=environment, largest_file=largest_file)
-        with process.output:
-            yield process
-        process.wait(60)
-
-    return begun
-
-
-def until(process: Started, beginning: str) -> str:
-    told = ""
-    for line in process.output:
-        told += line
-        if line.startswith(beginning):
-            return told
-    raise AssertionError(told)
 
 
 def history(work: Path, name: str) -> dict[str, list[tuple[int, float]]]:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import re
 import signal
 from collections.abc import Callable
@@ -11,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_data import Run
+from small_data import Run, Training, until
 
 from benchmarks import captions
 from models.bundle import load_bundle
-from pipeline.config import ConfigError, config_from_dict, load_config
+from pipeline.config import ConfigError, config_from_dict
 from pipeline.data.check import scan
 from pipeline.data.manifest import DataError, load_manifest
 from pipeline.data.splits import draw_splits
@@ -77,45 +76,28 @@ def test_both_together_know_what_neither_knows_alone_and_captions_may_be_missing
     assert (tmp_path / "runs" / "both" / "preview.png").stat().st_size > 10_000
 
 
-class StopAfter(logging.Handler):
-    """Ask this process to stop, as a shell would, once an epoch's line is told."""
-
-    def __init__(self, beginning: str) -> None:
-        super().__init__()
-        self.beginning = beginning
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.getMessage().startswith(self.beginning):
-            signal.raise_signal(signal.SIGTERM)
-
-
 @pytest.mark.slow
-def test_a_stopped_training_of_texts_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    from pipeline.commands.predict import main
-    from pipeline.stopping import Stopped
-    from pipeline.training import train
-
+def test_a_stopped_training_of_texts_goes_on_to_the_same_weights(
+    refract: Run, training: Training, tmp_path: Path
+) -> None:
     captions.write_texts(tmp_path / "texts", each=30, held_out=40)
     # More than one batch an epoch, and ops of texts, dropout and an average: all that a restart could lose.
-    more = {"--data.source": tmp_path / "texts" / "texts.csv", "--trainer.max_epochs": 3, "--data.batch_size": 16,
-            "--trainer.ema": 0.9, "--trainer.device": "cpu", "--trainer.runs_dir": tmp_path}  # fmt: skip
-    config = load_config(CONFIGS / "text.yaml", [*OFF, *(str(part) for pair in more.items() for part in pair)])
-    calm = train(config, name="calm")
-    line, asking = logging.getLogger("pipeline.progress"), StopAfter("epoch 1/3")
-    line.setLevel(logging.INFO)
-    line.addHandler(asking)
-    try:
-        with pytest.raises(Stopped) as stopped:
-            train(config, name="stopped")
-    finally:
-        line.removeHandler(asking)
-    assert list(stopped.value.run.glob("checkpoints/resume-*")) and not (stopped.value.run / "bundle").exists()
-    again = train(config, resume=stopped.value.run)
-    one, other = (load_bundle(result.bundle) for result in (calm, again))
+    own = ["--trainer.max_epochs", "3", "--data.batch_size", "16", "--trainer.ema", "0.9", "--trainer.device", "cpu"]
+    train = [CONFIGS / "text.yaml", *OFF, *own, "--trainer.run_name"]
+    refract("train", *train, "calm")
+    with training(*train, "stopped") as process:
+        until(process, "epoch 1/3")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    stopped = tmp_path / "runs" / "stopped"
+    assert list(stopped.glob("checkpoints/resume-*")) and not (stopped / "bundle").exists()
+    refract("train", "--resume", "runs/stopped")
+    one, other = (load_bundle(tmp_path / "runs" / name / "bundle") for name in ("calm", "stopped"))
     assert one.folder.files["weights.safetensors"] == other.folder.files["weights.safetensors"]
     assert one.info.text["name"] == "hashing" and one.info.network["name"] == "none"
     assert all(golden.text and not golden.pictured for golden in one.goldens)
-    assert main([str(calm.bundle), "--text", "the dog sees a car"]) == 0
+    line = json.loads(refract("predict", "runs/calm/bundle", "--text", "the dog sees a car", "--json").stdout)
+    assert line["label"] in one.info.labels
 
 
 @pytest.mark.slow
