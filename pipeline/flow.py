@@ -108,5 +108,8 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     _end_with_parent()
+    if "step" not in sys.argv:
+        # The step under way hears it too, and writes its checkpoint; Metaflow would end at once, and the step with it.
+        signal.signal(signal.SIGTERM, lambda *_: None)
     logging.captureWarnings(True)
     Retrain()

@@ -67,7 +67,12 @@ def listing_of(source: Path) -> Listing:
 
 def _folder(root: Path) -> Listing:
     found: list[str] = []
-    for folder, folders, files in os.walk(root):
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        if (own := os.path.realpath(folder)) in seen:  # a link to a folder above it, or to one that is here already
+            folders.clear()
+            continue
+        seen.add(own)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         pictures = (name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith("."))
         found += (os.path.join(folder, name) for name in pictures)  # noqa: PTH118 — a tenth of Path's time, for millions

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ class _Scorer:
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=_work, args=(other, job), daemon=True)
         # A terminal's Ctrl-C and a supervisor's SIGTERM reach all processes; this one decides for them. A child keeps what is blocked.
+        resource_tracker.ensure_running()  # which, where it begins, unblocks what is blocked
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             self.process.start()

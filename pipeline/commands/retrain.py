@@ -16,8 +16,9 @@ USAGE = """usage: refract retrain CONFIG.yaml [--section.key value …] [--force
 
 The nightly run: write the data down, check them against the last night's, train, measure, register as `challenger`, compare with
 the champion on the frozen hold-out, promote if it is better. tracking.model_name names the registered model. A night that was cut
-short goes on with --resume: steps that ended are kept, training goes on from its checkpoint; --resume-or-begin begins one where none
-was. Where data, config and code are those of the last night it ends at once; --force trains all the same.
+short goes on with --resume: steps that ended are kept, training goes on from its checkpoint. --resume-or-begin, for where nobody
+looks, begins one where none was cut, where the config is another one by now, or where the night failed three times. Where data,
+config and code are those of the last night it ends at once; --force trains all the same.
 
 Exit codes: 0 promoted, or nothing had changed; 10 trained, but not promoted; 20 data refused; 30 failed, --resume goes on;
 2 the config cannot be used, or another night of the model is under way."""
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
 
 def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: bool) -> int:
     from pipeline.config import ConfigError, load_config
-    from pipeline.retraining.night import Outcome, begin, unfinished
+    from pipeline.retraining.night import Outcome, begin, note_failure, unfinished, worth_resuming
     from pipeline.retraining.place import place_of, read
 
     config = load_config(argv[0], argv[1:])
@@ -52,13 +53,15 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
         left = unfinished(place)
         if resume and left is None:
             raise ConfigError(f"--resume: no night of {place.root} was cut short")
-        goes_on = left is not None and (resume or resume_or_begin)
+        goes_on = left is not None and (resume or (resume_or_begin and worth_resuming(left, config)))
         if left is not None and not goes_on:
             print(f"refract retrain: the night {left.name} was cut short and is left so", file=sys.stderr)
         night = left if left is not None and goes_on else begin(config, force=force)
-        code = _flow(night, place.root, resume=goes_on)
+        code, stopped = _flow(night, place.root, resume=goes_on)
         record: dict[str, Any] = read(night / "night.json")
         if "outcome" not in record:
+            if not stopped:
+                note_failure(night)
             again = f"refract retrain --resume {argv[0]}"
             print(f"refract retrain: the night {night.name} failed ({code}); `{again}` goes on", file=sys.stderr)
             return int(Outcome.FAILED)
@@ -69,8 +72,8 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
     return int(outcome)
 
 
-def _flow(night: Path, root: Path, *, resume: bool) -> int:
-    """Run the steps, those that are left. Returns the exit code of Metaflow."""
+def _flow(night: Path, root: Path, *, resume: bool) -> tuple[int, bool]:
+    """Run the steps, those that are left. Returns (the exit code of Metaflow, whether a signal asked for the end)."""
     environment = {
         "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(root.resolve()),
         "METAFLOW_DEFAULT_METADATA": "local",
@@ -85,12 +88,15 @@ def _flow(night: Path, root: Path, *, resume: bool) -> int:
     command = [sys.executable, str(FLOW), "--no-pylint", *own, "--run-id-file", str(ids)]
     child = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
 
+    asked: list[int] = []
+
     def passed_on(number: int, _: Any) -> None:
+        asked.append(number)
         os.killpg(child.pid, number)
 
     before = {number: signal.signal(number, passed_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return child.wait()
+        return child.wait(), bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

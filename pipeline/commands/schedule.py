@@ -70,7 +70,7 @@ def _keep(args: argparse.Namespace) -> int:
         raise ConfigError(f"{error.name} is not installed; pip install refract[train,retrain]") from error
     from pipeline.schedule.book import Book
 
-    config = args.config.resolve()
+    config = args.config.absolute()  # a link that is moved to the next release, as a ConfigMap's, is the same config
     if not config.is_file():
         raise ConfigError(f"{args.config}: there is no such file")
     book = Book(args.state.resolve())

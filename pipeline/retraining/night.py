@@ -19,6 +19,12 @@ log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
+TELL_SECONDS = 60
+"""What `retrain.tell` may take: a night must not hang on the telling."""
+
+FAILURES = 3
+"""How often a night may fail of which nobody is looking: what fails again and again is not mended by trying."""
+
 
 class Outcome(IntEnum):
     """How a night ended; the exit codes of `refract retrain`."""
@@ -54,6 +60,17 @@ def unfinished(place: Place) -> Path | None:
     """The newest night, if it has no outcome."""
     nights = place.nights()
     return nights[-1] if nights and "outcome" not in read(nights[-1] / "night.json") else None
+
+
+def worth_resuming(night: Path, config: Config) -> bool:
+    """Whether a night that is unfinished may come to an end by being gone on with: its config is still this one, and it has not failed
+    FAILURES times."""
+    return read(night / "night.json").get("failures", 0) < FAILURES and _config(night).to_dict() == config.to_dict()
+
+
+def note_failure(night: Path) -> None:
+    record = read(night / "night.json")
+    write(night / "night.json", record | {"failures": record.get("failures", 0) + 1})
 
 
 Step = Callable[[Path, Config, Record], Record]
@@ -138,9 +155,8 @@ def train(folder: Path, config: Config, record: Record) -> Record:
 
     taken = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
     if others := changed(taken):
-        raise NightError(
-            f"{len(others)} pictures have changed since the night began, as {others[0]}: begin another one with `refract retrain`"
-        )
+        why = f"{len(others)} pictures have changed since the night began, as {others[0]}; the next night takes them as they are"
+        return _ends(Outcome.REFUSED, why)
     config.data.source, config.data.task = str(taken.manifest), taken.task  # type: ignore[assignment]
     config.tracking.alias = CHALLENGER
     config.trainer.run_name = f"{config.tracking.model_name}-{folder.name}"
@@ -248,9 +264,12 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
         import json
 
         told = json.dumps(record, ensure_ascii=False)
-        done = subprocess.run(config.retrain.tell, shell=True, input=told, text=True, timeout=60)
-        if done.returncode:
-            log.warning("retrain.tell: ended with %d", done.returncode)
+        try:
+            done = subprocess.run(config.retrain.tell, shell=True, input=told, text=True, timeout=TELL_SECONDS)
+            if done.returncode:
+                log.warning("retrain.tell: ended with %d", done.returncode)
+        except subprocess.TimeoutExpired:
+            log.warning("retrain.tell: was ended after %d s", TELL_SECONDS)
     return {"outcome": outcome, "ended": datetime.now(UTC).isoformat(timespec="seconds")}
 
 

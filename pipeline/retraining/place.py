@@ -1,6 +1,7 @@
 """Where the nights of one model leave what they know, and the lock that one night at a time holds."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ def place_of(config: Config) -> Place:
     if not config.tracking.enabled or not config.tracking.model_name:
         raise ConfigError(
             "the nightly run needs tracking.model_name, the registered model that it is for, and tracking.enabled"
+        )
+    if re.search(r"[/:\\\0]", config.tracking.model_name) or config.tracking.model_name in (".", ".."):
+        raise ConfigError(
+            f"tracking.model_name: {config.tracking.model_name!r}: MLflow takes no / and no : in a model's name"
         )
     return Place(Path(config.retrain.folder) / config.tracking.model_name)
 

@@ -63,7 +63,7 @@ class RetrainConfig:
         largest_loss: share of its pictures that a class, or the whole, may have lost since the last accepted night.
         drift: of what is new, from the champion's reference: tell it, let it stop the night as well, or do not look.
         drift_thresholds: check → {warn: number, stop: number}, null for never; see `refract drift`.
-        tell: a command that gets the night's result as JSON on its standard input; null tells nobody.
+        tell: a command that gets the night's result as JSON on its standard input, and has a minute; null tells nobody.
     """
 
     folder: str = "retrain"

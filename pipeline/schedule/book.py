@@ -27,7 +27,7 @@ RESULTS = {
     75: "stopped",
     130: "interrupted",
 }
-"""What the exit codes of `refract retrain` mean."""
+"""What the exit codes of `refract retrain` mean, and of another --command those of a process that was asked to stop."""
 
 DECIDED = (0, 10, 20)
 """Exit codes after which there is nothing left to go on with."""

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,17 @@ from warm_process import Started, WarmProcess
 from pipeline.config import Config, ConfigError, config_from_dict
 from pipeline.data.manifest import DataError, load_manifest
 from pipeline.retraining.aliases import aliases, rollback
-from pipeline.retraining.night import STEPS, NightError, Outcome, begin, unfinished
-from pipeline.retraining.place import Busy, place_of, read
+from pipeline.retraining.night import (
+    FAILURES,
+    STEPS,
+    NightError,
+    Outcome,
+    begin,
+    note_failure,
+    unfinished,
+    worth_resuming,
+)
+from pipeline.retraining.place import Busy, place_of, read, write
 from pipeline.retraining.snapshot import take
 
 
@@ -266,6 +276,62 @@ def test_one_night_at_a_time(config: Config) -> None:
         pass
     with place.held():
         pass
+
+
+def test_a_night_is_gone_on_with_while_that_may_help(config: Config, tmp_path: Path) -> None:
+    folder = begin(config, force=False)
+    for _ in range(FAILURES):
+        assert worth_resuming(folder, config)
+        note_failure(folder)
+    assert not worth_resuming(folder, config)
+    folder = begin(config, force=False)
+    config.gate.margin = 0.1
+    assert not worth_resuming(folder, config), "the mended config is read"
+
+
+def test_data_that_change_during_the_night_are_the_next_ones(config: Config, tmp_path: Path) -> None:
+    folder = begin(config, force=False)
+    STEPS[0](folder)
+    write_picture(tmp_path / "pictures" / "red" / "003.png", picture("red", 903, side=16))
+    for step in STEPS[2:]:
+        step(folder)
+    record = read(folder / "night.json")
+    assert record["outcome"] == Outcome.REFUSED and "1 pictures have changed since the night began" in record["why"]
+    assert not list((tmp_path / "runs").glob("*")) and unfinished(place_of(config)) is None
+
+
+def test_a_name_that_mlflow_does_not_take_is_told(config: Config) -> None:
+    config.tracking.model_name = "team/colors"
+    with pytest.raises(ConfigError, match=r"tracking\.model_name: 'team/colors'"):
+        place_of(config)
+
+
+def test_whom_a_night_is_told_to_does_not_hold_it_up(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.retraining.night.TELL_SECONDS", 0.05)
+    config.retrain.tell = "sleep 5"
+    folder = begin(config, force=False)
+    write(folder / "night.json", read(folder / "night.json") | {"ends": int(Outcome.REFUSED), "why": "-"})
+    STEPS[-1](folder)
+    assert read(folder / "night.json")["outcome"] == Outcome.REFUSED and "was ended after" in caplog.text
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_a_checkpoint(workplace: Path, warm: WarmProcess) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    run = warm.start(
+        ["retrain", "colors.yaml", "--trainer.max_epochs", "300", "--trainer.checkpoint_seconds", "900"],
+        cwd=workplace, env=environment,
+    )  # fmt: skip
+    with run.output:
+        assert any("epoch 1/300" in line for line in run.output)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == Outcome.FAILED
+        assert "with a checkpoint to go on from" in run.output.read()
+    (night,) = (workplace / "retrain/colors/nights").iterdir()
+    assert "failures" not in read(night / "night.json"), "it did not fail"
+    assert list((workplace / "runs").glob("*/checkpoints/resume-*"))
 
 
 def _until(started: Started, step: str) -> None:

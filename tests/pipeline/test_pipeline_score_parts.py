@@ -22,6 +22,15 @@ def test_a_listing_is_the_same_each_time_and_known_by_what_it_says(tmp_path: Pat
     assert listing.digest() != listing_of(tmp_path).digest()
 
 
+def test_linked_folders_are_read_as_training_reads_them_and_each_once(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "red").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "red" / "a.png").write_bytes(b"")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "red").symlink_to(tmp_path / "elsewhere" / "red")
+    (tmp_path / "elsewhere" / "red" / "round").symlink_to(tmp_path / "data")
+    assert [row.path for row in listing_of(tmp_path / "data").rows] == [f"{tmp_path}/data/red/a.png"]
+
+
 @given(count=st.integers(1, 200), size=st.integers(1, 70))
 def test_shards_are_the_listing_in_pieces(count: int, size: int) -> None:
     rows = tuple(Row(f"{i}.png") for i in range(count))
