@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pipeline.config import Config
 from pipeline.data.check import Scan, check_classes, drop_bad, drop_contradictory, scan
 from pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
 from pipeline.data.splits import draw_splits, write_splits
+from pipeline.provenance import inputs
 from pipeline.recipe import check_inputs, reads
 from pipeline.retraining.holdout import HoldOut, freeze, frozen, hash_of
 from pipeline.retraining.place import Place, read, write
@@ -115,21 +117,27 @@ def _renamed(manifest: Manifest, labels: tuple[str, ...]) -> list[Sample]:
 
 
 def _written(place: Place, whole: Manifest, kept: HoldOut, found: Scan) -> Snapshot:
-    """On the disk, the record last: a folder without one is taken anew."""
+    """On the disk, whatever is there: the same content may lie elsewhere than on the night before. The record comes last."""
     trained = [sample for sample in whole.samples if sample.split != "test"]
     lines = sorted(f"{found.hashes[s.key]} {[whole.labels[i] for i in s.labels]} {s.split}" for s in trained)
     digest = hashlib.sha256("\n".join([*lines, kept.digest]).encode()).hexdigest()
     folder = place.snapshot(digest)
+    folder.mkdir(parents=True, exist_ok=True)
     columns = tuple(sorted({name for sample in whole.samples for name in sample.metadata}))
     counts = {split: whole.counts(split) for split in whole.splits()}
     made = Snapshot(folder, digest, kept.digest, whole.task, counts, columns, len(found.bad))
-    if not (folder / RECORD).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_splits(_on_disk(whole, folder), folder / TABLE)
-        files = [sample for sample in trained if sample.pictured and sample.data is None]
-        write(folder / FILES, {str(Path(s.path).resolve()): hash_of(Path(s.path)) for s in files})
-        write(folder / RECORD, made.record())
+    _write_table(_on_disk(whole, folder), folder / TABLE)
+    files = [sample for sample in trained if sample.pictured and sample.data is None]
+    write(folder / FILES, {str(Path(s.path).resolve()): hash_of(Path(s.path)) for s in files})
+    write(folder / RECORD, made.record())
     return made
+
+
+def _write_table(manifest: Manifest, path: Path) -> None:
+    """As `write_splits`, but that a night which reads the table meanwhile finds the old one or the new one, whole."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+        write_splits(manifest, Path(beside) / TABLE)
+        (Path(beside) / TABLE).replace(path)
 
 
 def changed(snapshot: Snapshot) -> list[str]:
@@ -166,7 +174,8 @@ def read_snapshot(folder: Path, record: Mapping[str, Any]) -> Snapshot:
 
 
 def inputs_digest(config: Config, snapshot: Snapshot, code: Mapping[str, str], diff: str) -> str:
-    """What a night's outcome follows from: data, config and code. The folders' places and the night's own names count for nothing."""
+    """What a night's outcome follows from: data, config, the files that it names, and code. The folders' places and the night's own names
+    count for nothing."""
     values = config.to_dict()
     for section, keys in {
         "trainer": ("run_name", "runs_dir"),
@@ -175,5 +184,12 @@ def inputs_digest(config: Config, snapshot: Snapshot, code: Mapping[str, str], d
     }.items():
         values[section] = {key: value for key, value in values[section].items() if key not in keys}
     code = {key: value for key, value in code.items() if key != "dirty"}
-    whole = json.dumps([snapshot.digest, snapshot.holdout, values, code, diff], sort_keys=True)
+    whole = json.dumps([snapshot.digest, snapshot.holdout, values, _named(config), code, diff], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def _named(config: Config) -> dict[str, str]:
+    """config key → SHA-256 of what it names here."""
+    policy = config.augment.policy
+    own = {"augment.policy": hash_of(Path(policy)) if isinstance(policy, str) else None}
+    return inputs(config) | {key: digest for key, digest in own.items() if digest is not None}
