@@ -1,38 +1,38 @@
-"""The frozen hold-out: copies of pictures and texts that no night trains on, known by their content and checked each time."""
+"""The frozen hold-out: copies of pictures and texts that no night trains on, checked each time."""
 
+import csv
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.config import Config
+from pipeline.data.check import drop_bad, drop_contradictory, scan
 from pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
 from pipeline.files import write_atomically
+from pipeline.recipe import reads
+from pipeline.retraining.place import read, write
 
-TABLE = "holdout.csv"
-CONTENT = "content_sha256"
+TABLE, SOURCE = "holdout.csv", "source.json"
 
 
 @dataclass(frozen=True)
 class HoldOut:
-    """manifest: of the copies; contents: what tells each from what is trained on (`pipeline.data.check.Scan.groups`); digest: of all of
-    it, the hold-out's version."""
+    """manifest: of the copies; digest: of all of it, the hold-out's version."""
 
     manifest: Manifest
-    contents: frozenset[str]
     digest: str
 
-    def samples(self, labels: Sequence[str]) -> list[Sample]:
-        """Its samples with the split `test` and their labels' places in `labels`, which has them all."""
-        place = [list(labels).index(label) for label in self.manifest.labels]
-        return [
-            replace(
-                sample,
-                labels=tuple(place[i] for i in sample.labels),
-                split="test",
-                metadata={key: value for key, value in sample.metadata.items() if key != CONTENT},
-            )
-            for sample in self.manifest.samples
-        ]
+
+def held_out(manifest: Manifest, labels: Sequence[str]) -> list[Sample]:
+    """Its samples with the split `test` and their labels' places in `labels`, which has them all."""
+    return [replace(sample, split="test") for sample in renamed(manifest, labels)]
+
+
+def renamed(manifest: Manifest, labels: Sequence[str]) -> list[Sample]:
+    """Its samples with their labels' places in `labels`, which has them all."""
+    place = [list(labels).index(label) for label in manifest.labels]
+    return [replace(sample, labels=tuple(place[i] for i in sample.labels)) for sample in manifest.samples]
 
 
 def frozen(folder: Path, task: str) -> HoldOut | None:
@@ -47,26 +47,44 @@ def frozen(folder: Path, task: str) -> HoldOut | None:
             f"{folder}: {len(changed)} pictures of the frozen hold-out are gone or have changed, as {changed[0]}. Put them back, or move "
             "the folder away, whereupon a new hold-out is drawn, of pictures that the champion may have been trained on"
         )
-    contents = frozenset(sample.metadata[CONTENT] for sample in manifest.samples)
-    rows = sorted(
-        f"{Path(s.path).stem if s.pictured else ''} {s.text!r} {[manifest.labels[i] for i in s.labels]}"
-        for s in manifest.samples
-    )
-    return HoldOut(manifest, contents, hashlib.sha256("\n".join(rows).encode()).hexdigest())
+    return HoldOut(manifest, _digest(manifest, [Path(s.path).stem for s in manifest.samples]))
 
 
-def freeze(folder: Path, manifest: Manifest, samples: Sequence[Sample], contents: Mapping[str, str]) -> HoldOut:
-    """Copy the samples, beside those that are there, and write down what they are; contents: a sample's key → what tells it from others.
-    Files are there before the table that names them, so that a kill leaves the old hold-out or the new one."""
+def named(config: Config, folder: Path, task: str, kept: HoldOut | None) -> Manifest | None:
+    """What `gate.holdout` names, to be frozen; None where it is `kept` already, or names nothing. DataError where another one is kept."""
+    source = config.gate.holdout
+    if source is None:
+        return None
+    record = read(folder / SOURCE) if (folder / SOURCE).exists() else {}
+    if kept is not None and record.get("source") == source and not Path(source).exists():
+        return None  # it was copied
+    own = load_manifest(source, task)
+    if kept is None:
+        seen = scan(own.samples, reads=reads(config))
+        return drop_contradictory(drop_bad(own, seen, "error"), seen, "error")
+    if record.get("digest") != _digest_of(own):
+        raise DataError(
+            f"gate.holdout: {source} is not what {folder} was made of ({record.get('source', 'a test split')}), and nights are compared on "
+            "that. Put gate.holdout back, or move the folder away: the next night freezes what gate.holdout names"
+        )
+    return None
+
+
+def freeze(
+    folder: Path, labels: Sequence[str], samples: Sequence[Sample], task: str, own: Manifest | None = None
+) -> HoldOut:
+    """Copy the samples, beside those that are there, and write down what they are. own: what `gate.holdout` names, if it is among them.
+
+    Files are there before the table that names them, so that a kill leaves the old hold-out or the new one.
+    """
     import pandas as pd
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {
             "path": _copied(sample, folder) if sample.pictured else "",
-            "label": ";".join(manifest.labels[i] for i in sample.labels),
+            "label": ";".join(labels[i] for i in sample.labels),
             "text": sample.text,
-            CONTENT: contents[sample.key],
             **sample.metadata,
         }
         for sample in samples
@@ -75,10 +93,28 @@ def freeze(folder: Path, manifest: Manifest, samples: Sequence[Sample], contents
     if (folder / TABLE).exists():
         before = pd.read_csv(folder / TABLE, dtype=str, keep_default_na=False)
         table = pd.concat([before, table], ignore_index=True).fillna("")
-    write_atomically(folder / TABLE, table.to_csv(index=False).encode())
-    made = frozen(folder, manifest.task)
+    elif own is None:
+        (folder / SOURCE).unlink(missing_ok=True)
+    if own is not None:
+        write(folder / SOURCE, {"source": own.source, "digest": _digest_of(own)})
+    # All quoted: as in `write_splits`.
+    write_atomically(folder / TABLE, table.to_csv(index=False, quoting=csv.QUOTE_ALL).encode())
+    made = frozen(folder, task)
     assert made is not None
     return made
+
+
+def _digest_of(manifest: Manifest) -> str:
+    return _digest(manifest, [hashlib.sha256(s.read()).hexdigest() if s.pictured else "" for s in manifest.samples])
+
+
+def _digest(manifest: Manifest, pictures: Sequence[str]) -> str:
+    """SHA-256 over content and labels. pictures: each one's."""
+    rows = sorted(
+        f"{picture if s.pictured else ''} {s.text!r} {[manifest.labels[i] for i in s.labels]}"
+        for s, picture in zip(manifest.samples, pictures, strict=True)
+    )
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 def _copied(sample: Sample, folder: Path) -> str:

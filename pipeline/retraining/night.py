@@ -281,13 +281,12 @@ def _ends(outcome: Outcome, why: str) -> Record:
 
 
 def _trained_on(place: Place, digest: str | None, held: Any) -> int | None:
-    """How many of the hold-out's pictures a snapshot trains on; None where the snapshot is not known."""
-    from pipeline.retraining.snapshot import FILES
+    """How many of the hold-out's samples a snapshot trains on; None where the snapshot is not known."""
+    from pipeline.retraining.copies import contents
+    from pipeline.retraining.snapshot import known_contents
 
-    if digest is None or not (place.snapshot(digest) / FILES).exists():
-        return None
-    trained = set(read(place.snapshot(digest) / FILES).values())
-    return sum(Path(sample.path).stem in trained for sample in held.samples)
+    trained = None if digest is None else known_contents(place.snapshot(digest))
+    return None if trained is None else sum(bool(trained & contents(sample)) for sample in held.samples)
 
 
 def _key(name: str) -> str:

@@ -2,27 +2,32 @@
 
 import hashlib
 import json
+import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
-from pipeline.data.check import Scan, check_classes, drop_bad, drop_contradictory, scan
+from pipeline.data.check import Scan, check_classes, drop_bad, drop_contradictory, drop_shared, scan
 from pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
 from pipeline.data.splits import draw_splits, write_splits
 from pipeline.provenance import inputs
 from pipeline.recipe import check_inputs, reads
-from pipeline.retraining.holdout import HoldOut, freeze, frozen, hash_of
+from pipeline.retraining.copies import contents, without_copies
+from pipeline.retraining.holdout import HoldOut, freeze, frozen, hash_of, held_out, named, renamed
 from pipeline.retraining.place import Place, read, write
 
-TABLE, RECORD, FILES = "manifest.csv", "snapshot.json", "files.json"
+log = logging.getLogger(__name__)
+
+TABLE, RECORD, FILES, CONTENTS = "manifest.csv", "snapshot.json", "files.json", "contents.json"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """folder: with `manifest.csv`, which trains, `files.json`, each file's SHA-256, and `snapshot.json`, this record.
+    """folder: with `manifest.csv`, which trains, `files.json`, each file's SHA-256, `contents.json`, what every sample is known by, and
+    `snapshot.json`, this record.
 
     digest: of content, labels and splits; holdout: its version; counts: split → label → samples; columns: the metadata's; left_out:
     unreadable pictures.
@@ -54,66 +59,90 @@ class Snapshot:
 def take(config: Config, place: Place) -> Snapshot:
     """Look at every picture, keep the hold-out apart, draw what validates, and write it all down. DataError for data that cannot be used.
 
-    The hold-out: `gate.holdout`, or the test split of the first night (the data's own, else drawn); of classes that it lacks, pictures are
-    drawn and added. Its copies in the data, under whatever name, are not trained on; nor are further pictures of the data's own test split.
+    The hold-out: `gate.holdout`, or the test split of the first night (the data's own, else drawn); of classes that it lacks, pictures that
+    no night has trained on are added. Its copies in the data are not trained on; nor are further pictures of the data's own test split.
     """
+    manifest, found = _looked_at(config)
+    kind = "multilabel" if manifest.task == "multilabel" else "multiclass"
+    kept = frozen(place.holdout, kind)
+    own = named(config, place.holdout, kind, kept)
+    apart = [one for one in (kept.manifest if kept else None, own) if one is not None]
+    labels = tuple(sorted({*manifest.labels, *(label for one in apart for label in one.labels)}))
+    task = "multiclass" if manifest.task == "binary" and len(labels) > 2 else manifest.task
+    data = replace(manifest, samples=tuple(renamed(manifest, labels)), labels=labels, task=task)
+    held = [sample for one in apart for sample in held_out(one, labels)]
+    added = held_out(own, labels) if own else []
+    added += _lacking(config, place, data, held, found)
+    held = [*(held_out(kept.manifest, labels) if kept else []), *added]
+    pool = without_copies([s for s in data.samples if s.split != "test"], held, found, reads(config))
+    whole = draw_splits(data.with_samples([*pool, *held]), found.groups, **_shares(config), seed=config.trainer.seed)
+    trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
+    trained = drop_shared(trained, found, config.data.on_bad_file)
+    check_classes(trained.with_samples([*trained.samples, *held]))
+    if kept is None or added:
+        kept = freeze(place.holdout, labels, added, kind, own)
+    return _written(place, trained.with_samples([*trained.samples, *held_out(kept.manifest, labels)]), kept, found)
+
+
+def _looked_at(config: Config) -> tuple[Manifest, Scan]:
     manifest = load_manifest(config.data.source, config.data.task)
     check_inputs(config, manifest)
     found = scan(manifest.samples, reads=reads(config))
     manifest = drop_bad(manifest, found, config.data.on_bad_file)
-    manifest = drop_contradictory(manifest, found, config.data.on_bad_file)
-    kept = _kept_apart(config, place, manifest, found.groups)
-    labels = tuple(sorted({*manifest.labels, *kept.manifest.labels}))
-    pool = [
-        sample
-        for sample in _renamed(manifest, labels)
-        if sample.split != "test" and found.groups[sample.key] not in kept.contents
-    ]
-    task = "multiclass" if manifest.task == "binary" and len(labels) > 2 else manifest.task
-    whole = replace(manifest, samples=(*pool, *kept.samples(labels)), labels=labels, task=task)
-    whole = draw_splits(whole, found.groups, **_shares(config), seed=config.trainer.seed)
-    check_classes(whole)
-    return _written(place, whole, kept, found)
+    return drop_contradictory(manifest, found, config.data.on_bad_file), found
 
 
-def _kept_apart(config: Config, place: Place, manifest: Manifest, groups: Mapping[str, str]) -> HoldOut:
-    """The hold-out, made or completed where need be."""
-    kind = "multilabel" if manifest.task == "multilabel" else "multiclass"
-    kept = frozen(place.holdout, kind)
-    if config.gate.holdout is not None:
-        if kept is None:
-            own = load_manifest(config.gate.holdout, kind)
-            seen = scan(own.samples, reads=reads(config))
-            own = drop_contradictory(drop_bad(own, seen, "error"), seen, "error")
-            kept = freeze(place.holdout, own, own.samples, seen.groups)
-        return kept
-    lacking = set(manifest.labels) - set(kept.manifest.labels if kept else ())
-    if kept is not None and not lacking:
-        return kept
-    drawn = manifest
-    if kept is not None or not manifest.of("test"):
-        # Of what no night has trained on: the first night's data, or classes that are new.
-        fresh = {i for i, label in enumerate(manifest.labels) if label in lacking}
-        known = kept.contents if kept else frozenset()
-        new = [s for s in manifest.samples if set(s.labels) <= fresh and groups[s.key] not in known]
-        drawn = manifest.with_samples([replace(s, split="") for s in new])
-        drawn = draw_splits(drawn, groups, **_shares(config), seed=config.trainer.seed)
-    tests = drawn.of("test")
-    if not tests:
-        what = ", ".join(sorted(lacking))
+def _lacking(config: Config, place: Place, data: Manifest, held: Sequence[Sample], found: Scan) -> list[Sample]:
+    """What the hold-out lacks: where there is none, the data's own test split; then pictures of each class that it does not have."""
+    lacking = set(range(len(data.labels))) - _carried(held)
+    if held and not lacking:
+        return []
+    known: frozenset[str] = _trained_before(place) if held else frozenset()
+    asked = [sample for sample in data.samples if not held or lacking & set(sample.labels)]
+    seen = {sample.key for sample in asked if known and known & contents(sample)}
+    fresh = without_copies([sample for sample in asked if sample.key not in seen], held, found, reads(config))
+    own = [sample for sample in fresh if sample.split == "test"]
+    lacking -= _carried(own)
+    rest = [s for s in fresh if s.split != "test" and (lacking & set(s.labels) or not (held or own))]
+    drawn = data.with_samples([replace(sample, split="") for sample in rest])
+    drawn = draw_splits(drawn, found.groups, **_shares(config), seed=config.trainer.seed)
+    added = [*own, *drawn.of("test")]
+    seldom = lacking - _carried(added)
+    learned = _carried(sample for sample in asked if sample.key in seen)
+    refused = seldom - learned if known and data.task != "multilabel" else set()
+    if refused or not (held or added) or (data.task != "multilabel" and len(_carried([*held, *added])) < 2):
+        what = ", ".join(data.labels[i] for i in sorted(refused or seldom or lacking))
         raise DataError(
-            f"{manifest.source}: too few pictures of {what} to keep a hold-out apart; add some, or raise data.test_share"
+            f"{data.source}: too few pictures of {what} to keep a hold-out apart; add some, or raise data.test_share"
         )
-    return freeze(place.holdout, manifest, tests, groups)
+    if seldom:
+        log.warning(
+            "data: the hold-out has no picture of %s: there are too few that no night has trained on; add some",
+            ", ".join(data.labels[i] for i in sorted(seldom)),
+        )
+    return added
+
+
+def _carried(samples: Iterable[Sample]) -> set[int]:
+    return {label for sample in samples for label in sample.labels}
+
+
+def _trained_before(place: Place) -> frozenset[str]:
+    """What tells the samples of all earlier nights, as `contents`."""
+    nights = [known_contents(folder) for folder in (place.root / "snapshots").glob("*")]
+    return frozenset[str]().union(*(night for night in nights if night is not None))
+
+
+def known_contents(folder: Path) -> frozenset[str] | None:
+    """What a snapshot trains and validates on, as `contents`; None where it is not there."""
+    for name in (CONTENTS, FILES):  # files alone: of an older version
+        if (folder / name).exists():
+            return frozenset(read(folder / name).values() if name == FILES else read(folder / name)["contents"])
+    return None
 
 
 def _shares(config: Config) -> dict[str, float]:
     return {"val_share": config.data.val_share, "test_share": config.data.test_share}
-
-
-def _renamed(manifest: Manifest, labels: tuple[str, ...]) -> list[Sample]:
-    place = [labels.index(label) for label in manifest.labels]
-    return [replace(sample, labels=tuple(place[i] for i in sample.labels)) for sample in manifest.samples]
 
 
 def _written(place: Place, whole: Manifest, kept: HoldOut, found: Scan) -> Snapshot:
@@ -126,8 +155,10 @@ def _written(place: Place, whole: Manifest, kept: HoldOut, found: Scan) -> Snaps
     columns = tuple(sorted({name for sample in whole.samples for name in sample.metadata}))
     counts = {split: whole.counts(split) for split in whole.splits()}
     made = Snapshot(folder, digest, kept.digest, whole.task, counts, columns, len(found.bad))
-    _write_table(_on_disk(whole, folder), folder / TABLE)
-    files = [sample for sample in trained if sample.pictured and sample.data is None]
+    write(folder / CONTENTS, {"contents": sorted({found.groups[sample.key] for sample in trained})})
+    whole = _on_disk(whole, folder)
+    _write_table(whole, folder / TABLE)
+    files = [sample for sample in whole.samples if sample.split != "test" and sample.pictured]
     write(folder / FILES, {str(Path(s.path).resolve()): hash_of(Path(s.path)) for s in files})
     write(folder / RECORD, made.record())
     return made

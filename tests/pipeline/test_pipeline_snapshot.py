@@ -1,14 +1,19 @@
 """The data of a night, as `take` writes them down: what is held out, what is known again, what counts as changed."""
 
+import csv
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 from small_data import COLORS, picture, write_picture
 
 from pipeline.config import Config, config_from_dict
-from pipeline.data.manifest import load_manifest
+from pipeline.data.manifest import DataError, Manifest, load_manifest
+from pipeline.retraining.night import _trained_on
 from pipeline.retraining.place import place_of
 from pipeline.retraining.snapshot import Snapshot, changed, inputs_digest, take
 
@@ -41,7 +46,12 @@ def test_pictures_that_moved_are_found_where_they_are(tmp_path: Path) -> None:
     assert after == before, "the content is the same"
     assert changed(after) == []
     assert all(Path(sample.path).exists() for sample in load_manifest(after.manifest).samples)
-    assert sorted(file.name for file in after.folder.iterdir()) == ["files.json", "manifest.csv", "snapshot.json"]
+    assert sorted(file.name for file in after.folder.iterdir()) == [
+        "contents.json",
+        "files.json",
+        "manifest.csv",
+        "snapshot.json",
+    ]
 
 
 @pytest.mark.parametrize("key", ["augment.policy", "model.weights", "loss.teacher"])
@@ -59,3 +69,155 @@ def test_a_file_that_the_config_names_is_an_input(tmp_path: Path, key: str) -> N
     first = digest("- HorizontalFlip: {p: 0.5}\n")
     assert digest("- HorizontalFlip: {p: 0.9}\n") != first
     assert digest("- HorizontalFlip: {p: 0.5}\n") == first
+
+
+def noisy(path: Path, number: int) -> None:
+    write_picture(path, np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+
+
+def table(root: Path, rows: list[tuple[str, str, str]]) -> None:
+    """path, label, text; pictures that are not there yet are made."""
+    for number, (path, _, _) in enumerate(rows):
+        if path and not (root / path).exists():
+            noisy(root / path, number)
+    with (root / "m.csv").open("w", newline="") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+        writer.writerows([("path", "label", "text"), *rows])
+
+
+def pictures_of(snapshot: Snapshot, *splits: str) -> set[bytes]:
+    manifest = load_manifest(snapshot.manifest, snapshot.task)
+    return {sample.read() for split in splits for sample in manifest.of(split)}
+
+
+def held(snapshot: Snapshot) -> Manifest:
+    manifest = load_manifest(snapshot.manifest, snapshot.task)
+    return manifest.with_samples(manifest.of("test"))
+
+
+@pytest.mark.parametrize("label", ["c", "a;c"])
+def test_a_label_that_comes_later_is_held_out_of_what_is_new(tmp_path: Path, label: str) -> None:
+    rows = [(f"p/{i}.png", ["a", "b", "a;b", ""][i % 4], "") for i in range(60)]
+    table(tmp_path, rows)
+    config = config_at(tmp_path, "m.csv", data={"source": str(tmp_path / "m.csv"), "task": "multilabel"})
+    first = taken(config)
+    table(tmp_path, [*rows, *((f"p/{i}.png", label, "") for i in range(60, 90))])
+    second = taken(config)
+    assert second.counts["test"]["c"] == 6
+    assert not pictures_of(first, "train", "val") & pictures_of(second, "test"), "none that a night has trained on"
+    assert taken(config) == second
+
+
+def test_a_class_of_which_nothing_is_left_to_hold_out_is_told(tmp_path: Path, caplog: Any) -> None:
+    rows = [(f"p/{i}.png", "ab"[i % 2], "") for i in range(40)]
+    table(tmp_path, [*rows, ("p/40.png", "c", ""), ("p/41.png", "c", "")])
+    config = config_at(tmp_path, "m.csv")
+    first = taken(config)
+    with caplog.at_level(logging.WARNING):
+        second = taken(config)
+    assert second == first
+    assert "the hold-out has no picture of c" in caplog.text
+    table(tmp_path, [*rows, *((f"p/{i}.png", "cd"[i > 41], "") for i in range(40, 44))])
+    with pytest.raises(DataError, match="too few pictures of d to keep a hold-out apart"):
+        taken(config)
+
+
+def test_a_picture_in_train_and_in_val_refuses_the_night(tmp_path: Path) -> None:
+    for split, numbers in (("train", range(10)), ("val", range(10, 15)), ("test", range(15, 20))):
+        paint(tmp_path / "pictures" / split, numbers)
+    shutil.copy(tmp_path / "pictures/train/red/000.png", tmp_path / "pictures/val/red/copy.png")
+    with pytest.raises(DataError, match="1 pictures are in more than one split"):
+        taken(config_at(tmp_path))
+    assert not place_of(config_at(tmp_path)).holdout.exists(), "nothing was frozen"
+    config = config_at(tmp_path)
+    config.data.on_bad_file = "skip"
+    assert taken(config).counts["train"]["red"] == 9
+
+
+def test_classes_that_the_own_test_split_lacks_are_drawn(tmp_path: Path) -> None:
+    for split, labels in (("train", COLORS), ("val", COLORS), ("test", ["red"])):
+        paint(
+            tmp_path / "pictures" / split,
+            {"train": range(10), "val": range(10, 15), "test": range(15, 20)}[split],
+            labels,
+        )
+    config = config_at(tmp_path)
+    first = taken(config)
+    assert first.counts["test"] == {"blue": 3, "green": 3, "red": 5}
+    assert not pictures_of(first, "train", "val") & pictures_of(first, "test")
+    assert taken(config) == first
+
+
+def test_data_that_are_refused_freeze_nothing(tmp_path: Path) -> None:
+    paint(tmp_path / "pictures", range(10))
+    (tmp_path / "pictures" / "empty").mkdir()
+    config = config_at(tmp_path)
+    with pytest.raises(DataError, match="hold no picture"):
+        taken(config)
+    assert not place_of(config).holdout.exists()
+
+
+def test_texts_are_held_out_as_they_are(tmp_path: Path) -> None:
+    table(tmp_path, [("", "ab"[i % 2], f"number {i}\rsecond line, {i}") for i in range(40)])
+    config = config_at(tmp_path, "m.csv", model={"name": "none"}, text={"name": "hashing"})
+    first = taken(config)
+    assert sum(first.counts["test"].values()) == 8
+    assert all("\r" in sample.text for sample in held(first).samples)
+    assert taken(config) == first
+
+
+@pytest.mark.parametrize("source", ["digits", "m.csv"])
+def test_samples_without_files_are_known_again(tmp_path: Path, source: str) -> None:
+    table(tmp_path, [("", "ab"[i % 2], f"number {i}") for i in range(40)])
+    texts = {"model": {"name": "none"}, "text": {"name": "hashing"}}
+    config = config_at(tmp_path, source, **(texts if source == "m.csv" else {"data": {"source": "digits"}}))
+    place, first = place_of(config), taken(config)
+    assert _trained_on(place, first.digest, held(first)) == 0
+    whole = load_manifest(first.manifest)
+    trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
+    assert _trained_on(place, first.digest, trained) == len(trained.samples)
+    assert _trained_on(place, "0" * 64, trained) is None
+
+
+def test_a_held_out_picture_saved_again_is_not_trained_on(tmp_path: Path, caplog: Any) -> None:
+    paint(tmp_path / "pictures", range(20))
+    config = config_at(tmp_path)
+    first = taken(config)
+    for number, sample in enumerate(held(first).samples):
+        target = tmp_path / "pictures" / sorted(COLORS)[sample.labels[0]] / f"again{number}.png"
+        cv2.imwrite(str(target), cv2.imread(sample.path), [cv2.IMWRITE_PNG_COMPRESSION, 0])
+    with caplog.at_level(logging.WARNING):
+        assert taken(config) == first
+    assert "left out 12 pictures that the hold-out has in another file" in caplog.text
+
+
+@pytest.mark.parametrize("first", ["texts", "pictures"])
+def test_the_hold_out_is_kept_apart_whatever_the_network_reads(tmp_path: Path, first: str) -> None:
+    table(tmp_path, [(f"p/{i}.png", "ab"[i % 2], f"number {i}") for i in range(40)])
+    texts = config_at(tmp_path, "m.csv", model={"name": "none"}, text={"name": "hashing"})
+    pictures = config_at(tmp_path, "m.csv")
+    for config in (texts, pictures) if first == "texts" else (pictures, texts):
+        snapshot = taken(config)
+        assert sum(snapshot.counts["test"].values()) == 8
+        assert not pictures_of(snapshot, "train", "val") & pictures_of(snapshot, "test")
+
+
+def test_a_hold_out_that_is_named_later_is_refused(tmp_path: Path) -> None:
+    paint(tmp_path / "pictures", range(20))
+    paint(tmp_path / "own", range(100, 104))
+    taken(config_at(tmp_path))
+    config = config_at(tmp_path, gate={"holdout": str(tmp_path / "own")})
+    with pytest.raises(DataError, match="is not what .* was made of .*move the folder away"):
+        taken(config)
+    shutil.rmtree(place_of(config).holdout)
+    first = taken(config)
+    assert first.counts["test"] == dict.fromkeys(COLORS, 4)
+
+    for number in range(10):
+        noisy(tmp_path / "pictures/yellow" / f"{number}.png", number)
+    assert taken(config).counts["test"] == {**dict.fromkeys(COLORS, 4), "yellow": 2}, "a class that comes later"
+    paint(tmp_path / "own", range(104, 105))
+    with pytest.raises(DataError, match=r"gate\.holdout: .*own is not what"):
+        taken(config)
+    shutil.rmtree(tmp_path / "own")
+    assert sum(taken(config).counts["test"].values()) == 14, "it was copied"
