@@ -3,13 +3,22 @@
 import csv
 import tempfile
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, ConfigError
+from pipeline.data.manifest import DataError, Sample, load_manifest
+from pipeline.retraining.copies import contents
 from pipeline.retraining.place import Place, read
 from pipeline.retraining.registry import download, registry_of
-from pipeline.retraining.snapshot import FILES, Snapshot
+from pipeline.retraining.snapshot import FILES, Snapshot, known_contents
+
+if TYPE_CHECKING:
+    from models.bundle import Bundle
+    from pipeline.drift.thresholds import Threshold
 
 
 def problems(now: Snapshot, before: Snapshot | None, largest_loss: float) -> list[str]:
@@ -43,52 +52,111 @@ def drift(config: Config, now: Snapshot, place: Place, folder: Path) -> dict[str
     """What is new since the champion's snapshot beside the champion's reference: `level` (none, warn or stop), `told` in words, `checks`.
     The report goes to the night's folder. ConfigError for thresholds that are none.
 
-    New classes do not stop a night: those that vanished and those that are new are other checks' matter.
+    It is of pictures, and of classes that the champion knows; new classes are told, and stop a night only where
+    `retrain.drift_thresholds` says so. Those that vanished are `problems`' matter.
     """
-    from pipeline.drift.thresholds import THRESHOLDS, Threshold, parse_thresholds
     from pipeline.retraining.aliases import CHAMPION
 
-    own = {**THRESHOLDS, "new classes": Threshold(0.0, None), "vanished classes": Threshold(None, None)}
-    try:
-        thresholds = parse_thresholds(config.retrain.drift_thresholds, own)
-    except ValueError as error:
-        raise ConfigError(f"retrain.drift_thresholds: {error}") from error
+    thresholds = _thresholds(config)
     client, name, aliases = registry_of(config)
     champion = aliases.get(CHAMPION)
     if champion is None:
         return _unseen("there is no champion yet")
-    known = client.get_model_version(name, champion).tags.get("snapshot")
-    seen = place.snapshot(known) / FILES if known else None
-    learned = set(read(seen).values()) if seen is not None and seen.exists() else set()
-    new = [path for path, digest in read(now.folder / FILES).items() if digest not in learned]
+    tag = client.get_model_version(name, champion).tags.get("snapshot")
+    new = new_samples(now, place.snapshot(tag) if tag else None)
     from pipeline.drift.compare import FEWEST
 
-    if len(new) < FEWEST:
-        return _unseen(f"{len(new)} pictures are new, too few to tell anything")
+    if len(new.of_pictures) < FEWEST:
+        return _unseen(f"{new.text()}, too few to tell anything")
     from models.bundle import load_bundle  # which brings PyTorch, for nothing on most nights
+
+    with tempfile.TemporaryDirectory() as beside:
+        return look(load_bundle(download(client, name, champion, Path(beside))), new, thresholds, folder)
+
+
+def _thresholds(config: Config) -> "dict[str, Threshold]":
+    from pipeline.drift.thresholds import THRESHOLDS, Threshold, parse_thresholds
+
+    own = {**THRESHOLDS, "new classes": Threshold(0.0, None), "vanished classes": Threshold(None, None)}
+    try:
+        return parse_thresholds(config.retrain.drift_thresholds, own)
+    except ValueError as error:
+        raise ConfigError(f"retrain.drift_thresholds: {error}") from error
+
+
+@dataclass(frozen=True)
+class New:
+    """of_pictures: (sample, its labels) of those with a picture; texts: how many others, which drift does not look at."""
+
+    of_pictures: list[tuple[Sample, list[str]]]
+    texts: int
+
+    def text(self) -> str:
+        others = f", and {self.texts:,} texts without one, which are not looked at" if self.texts else ""
+        return f"{len(self.of_pictures):,} new pictures{others}"
+
+
+def new_samples(now: Snapshot, before: Path | None) -> New:
+    """What the snapshot trains and validates on, but not the one in the folder `before`; all, where that is not known."""
+    learned: set[str] = set()
+    if before is not None and (before / FILES).exists():
+        learned = {*read(before / FILES).values(), *(known_contents(before) or ())}
+    manifest, files = load_manifest(now.manifest, now.task), read(now.folder / FILES)
+    own = [sample for sample in manifest.samples if sample.split != "test"]
+    pictures = [sample for sample in own if sample.pictured and files.get(sample.path) not in learned]
+    texts = [sample for sample in own if not sample.pictured and not contents(sample) & learned]
+    return New([(sample, [manifest.labels[i] for i in sample.labels]) for sample in pictures], len(texts))
+
+
+def look(bundle: "Bundle", new: New, thresholds: "Mapping[str, Threshold]", folder: Path) -> dict[str, Any]:
+    """As `drift`, of that which is new, beside the bundle's reference."""
+    from pipeline.drift.compare import FEWEST
     from pipeline.drift.measure import measure_drift
 
-    table = folder / "new.csv"
-    _write_rows(now.manifest, set(new), table)
-    with tempfile.TemporaryDirectory() as beside:
-        bundle = load_bundle(download(client, name, champion, Path(beside)))
-        if bundle.reference() is None:
-            return _unseen("the champion's bundle has no reference")
-        found = measure_drift(bundle, str(table), thresholds=thresholds)
-        found.report.write(folder / "drift")
-    told = [f"{check.name} {check.effect:.3f} ({check.level})" for check in found.drift.checks if check.level != "none"]
-    checks = {check.name: {"effect": check.effect, "level": check.level} for check in found.drift.checks}
-    words = ", ".join(told) or "none"
-    return {"level": found.drift.level, "told": f"{words}, of {len(new):,} new pictures", "checks": checks}
+    known = set(bundle.info.labels)
+    rows = [(sample, labels) for sample, labels in new.of_pictures if known.issuperset(labels)]
+    strange = sorted({label for _, labels in new.of_pictures for label in labels} - known)
+    share = 1 - len(rows) / len(new.of_pictures)
+    checks = {"new classes": {"effect": share, "level": _level(share, thresholds["new classes"])}} if strange else {}
+    if len(rows) < FEWEST:
+        return _unseen(f"{len(rows)} new pictures are of classes that the champion knows, too few", checks)
+    if bundle.reference() is None:
+        return _unseen("the champion's bundle has no reference", checks)
+    _write_rows(rows, folder / "new.csv")
+    try:
+        found = measure_drift(bundle, str(folder / "new.csv"), thresholds=thresholds)
+    except DataError as error:
+        return _unseen(str(error), checks)
+    found.report.write(folder / "drift")
+    checks = {check.name: {"effect": check.effect, "level": check.level} for check in found.drift.checks} | checks
+    without = f", without those of {', '.join(strange)}" if strange else ""
+    return {"level": _worst(checks), "told": f"{_words(checks) or 'none'}, of {new.text()}{without}", "checks": checks}
 
 
-def _unseen(why: str) -> dict[str, Any]:
-    return {"level": "none", "told": f"not looked at: {why}", "checks": {}}
+def _level(share: float, threshold: "Threshold") -> str:
+    if threshold.stop is not None and share >= threshold.stop:
+        return "stop"
+    return "warn" if threshold.warn is not None and share >= threshold.warn else "none"
 
 
-def _write_rows(manifest: Path, paths: set[str], target: Path) -> None:
-    with manifest.open(newline="", encoding="utf-8") as source, target.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(source)
-        writer = csv.DictWriter(file, ["path", "label", "text"], extrasaction="ignore", quoting=csv.QUOTE_ALL)
-        writer.writeheader()
-        writer.writerows(row for row in rows if row["path"] in paths)
+def _worst(checks: Mapping[str, Mapping[str, Any]]) -> str:
+    from pipeline.drift.compare import LEVELS
+
+    return max((check["level"] for check in checks.values()), key=LEVELS.index, default="none")
+
+
+def _words(checks: Mapping[str, Mapping[str, Any]]) -> str:
+    told = [(name, check) for name, check in checks.items() if check["level"] != "none"]
+    return ", ".join(f"{name} {check['effect']:.3f} ({check['level']})" for name, check in told)
+
+
+def _unseen(why: str, checks: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> dict[str, Any]:
+    told = "; ".join(filter(None, (_words(checks), f"not looked at: {why}")))
+    return {"level": _worst(checks) if checks else "none", "told": told, "checks": dict(checks)}
+
+
+def _write_rows(rows: Sequence[tuple[Sample, list[str]]], target: Path) -> None:
+    with target.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+        writer.writerow(["path", "label", "text"])
+        writer.writerows([sample.path, ";".join(labels), sample.text] for sample, labels in rows)

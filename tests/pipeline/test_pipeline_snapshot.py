@@ -3,19 +3,29 @@
 import csv
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from small_data import COLORS, picture, write_picture
 
+from augment import Preprocess
+from augment.decode import decode
+from models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
+from models.classifier import Classifier
+from models.networks import build
 from pipeline.config import Config, config_from_dict
 from pipeline.data.manifest import DataError, Manifest, load_manifest
+from pipeline.drift.measure import reference_of
+from pipeline.drift.thresholds import THRESHOLDS, Threshold
 from pipeline.retraining.night import _trained_on
 from pipeline.retraining.place import place_of
 from pipeline.retraining.snapshot import Snapshot, changed, inputs_digest, take
+from pipeline.retraining.validate import look, new_samples
 
 
 def paint(root: Path, numbers: range, labels: Any = COLORS) -> None:
@@ -59,7 +69,8 @@ def test_a_file_that_the_config_names_is_an_input(tmp_path: Path, key: str) -> N
     paint(tmp_path / "pictures", range(10))
     section, name = key.split(".")
     file = tmp_path / "named.yaml"
-    config = config_at(tmp_path, **{section: {name: str(file)}})
+    sections: dict[str, Any] = {section: {name: str(file)}}
+    config = config_at(tmp_path, **sections)
     snapshot = taken(config)
 
     def digest(content: str) -> str:
@@ -185,7 +196,9 @@ def test_a_held_out_picture_saved_again_is_not_trained_on(tmp_path: Path, caplog
     first = taken(config)
     for number, sample in enumerate(held(first).samples):
         target = tmp_path / "pictures" / sorted(COLORS)[sample.labels[0]] / f"again{number}.png"
-        cv2.imwrite(str(target), cv2.imread(sample.path), [cv2.IMWRITE_PNG_COMPRESSION, 0])
+        target.write_bytes(
+            cv2.imencode(".png", decode(sample.read())[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 0])[1].tobytes()
+        )
     with caplog.at_level(logging.WARNING):
         assert taken(config) == first
     assert "left out 12 pictures that the hold-out has in another file" in caplog.text
@@ -221,3 +234,67 @@ def test_a_hold_out_that_is_named_later_is_refused(tmp_path: Path) -> None:
         taken(config)
     shutil.rmtree(tmp_path / "own")
     assert sum(taken(config).counts["test"].values()) == 14, "it was copied"
+
+
+def champion(root: Path, snapshot: Snapshot) -> Bundle:
+    """A network that has learned nothing, with the snapshot's hold-out and validation as its reference."""
+    torch.manual_seed(0)
+    values: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    info = BundleInfo(
+        name="colors",
+        task="multiclass",
+        labels=tuple(COLORS),
+        network={"name": "lenet5", "image_size": [16, 16], "args": {}},
+        preprocess={"height": 16, "width": 16, "resize": "squash", **values},
+        created="2026-11-05T03:00:00+00:00",
+    )
+    classifier = Classifier(build("lenet5", 3, image_size=(16, 16)), **values).eval()
+    manifest = load_manifest(snapshot.manifest)
+    kinds: dict[str, Any] = {"task": "multiclass", "temperature": 1.0, "thresholds": ()}
+    seen = reference_of(classifier, Preprocess(16, 16, resize="squash"), manifest, **kinds)
+    goldens = [Golden("00.png", manifest.samples[0].read(), (0.2, 0.3, 0.5))]
+    return load_bundle(save_bundle(root / "bundle", info, classifier, goldens, reference=seen.to_bytes()))
+
+
+def test_new_classes_are_told_and_do_not_stop_a_night(tmp_path: Path) -> None:
+    paint(tmp_path / "pictures", range(40))
+    first = taken(config_at(tmp_path))
+    bundle = champion(tmp_path, first)
+    paint(tmp_path / "pictures", range(40, 50))
+    for number in range(40):
+        noisy(tmp_path / "pictures/yellow" / f"{number}.png", number)
+    new = new_samples(taken(config_at(tmp_path)), first.folder)
+    thresholds = {**THRESHOLDS, "new classes": Threshold(0.0, None), "vanished classes": Threshold(None, None)}
+    found = look(bundle, new, thresholds, tmp_path)
+    assert found["checks"]["features"]["level"] == "none", "the noise is not looked at"
+    assert found["checks"]["new classes"] == {"effect": pytest.approx(32 / 62), "level": "warn"}
+    assert found["level"] == "warn"
+    assert found["told"].startswith("new classes 0.516 (warn), of 62 new pictures, without those of yellow")
+    stopped = look(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path)
+    assert stopped["level"] == "stop", "who asks for it"
+
+    new = replace(new, of_pictures=[one for one in new.of_pictures if one[1] == ["yellow"]])
+    alone = look(bundle, new, thresholds, tmp_path)
+    assert alone["level"] == "warn"
+    assert "not looked at: 0 new pictures are of classes that the champion knows, too few" in alone["told"]
+
+
+def test_a_champion_with_a_small_reference_fails_no_night(tmp_path: Path) -> None:
+    paint(tmp_path / "pictures", range(12))
+    first = taken(config_at(tmp_path))
+    paint(tmp_path / "pictures", range(12, 30))
+    new = new_samples(taken(config_at(tmp_path)), first.folder)
+    found = look(champion(tmp_path, first), new, THRESHOLDS, tmp_path)
+    assert found["level"] == "none"
+    assert "not looked at: " in found["told"] and "of the reference; 20 of each are needed" in found["told"]
+
+
+def test_drift_says_that_it_does_not_look_at_texts(tmp_path: Path) -> None:
+    rows = [("", "ab"[i % 2], f"number {i}") for i in range(60)]
+    table(tmp_path, rows[:40])
+    config = config_at(tmp_path, "m.csv", model={"name": "none"}, text={"name": "hashing"})
+    first = taken(config)
+    assert new_samples(first, first.folder).text() == "0 new pictures"
+    table(tmp_path, rows)
+    told = new_samples(taken(config), first.folder).text()
+    assert told == "0 new pictures, and 20 texts without one, which are not looked at"
