@@ -2,24 +2,37 @@
 
 `previous` is set first, then `champion`: a process that dies in between leaves the old champion where it was, and the move can be repeated.
 MLflow has no exchange that only happens if nobody else made one, but refuses a second registered model of one name; a model named
-`NAME.promoting` is the lock, for as long as the move takes.
+`NAME.promoting` is the lock, for as long as the move takes. A lock can be deleted by its name alone, so who holds it is looked at again
+before the champion is set, and the champion after.
 """
 
+import logging
 import os
 import platform
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 STALE_S = 60.0
-"""A move takes two requests: a lock so old was left by a process that died."""
+"""A move takes a few requests: a lock that somebody else holds for so long, by the clock of who waits, was left by a process that died."""
+
+SETTLE_S = 1.0
+"""After a dead process's lock was removed: others who judged it so, too, may remove the new one, and have done so by then."""
+
+POLL_S = 0.5
 
 
 class PromotionError(ValueError):
     """The alias cannot be moved; the message says why, and what to do."""
+
+
+class Busy(PromotionError):
+    """Others move the aliases, one after the other, for longer than anyone waits."""
 
 
 def aliases(client: Any, name: str) -> dict[str, str]:
@@ -36,10 +49,10 @@ def aliases(client: Any, name: str) -> dict[str, str]:
 
 def promote(client: Any, name: str, version: str, *, instead_of: str | None, why: str = "") -> None:
     """Make the version champion. instead_of: the version that it was compared with, None where there was none; any other champion by now
-    raises PromotionError. why: kept as a tag of the version. Once more for a version that is champion changes nothing."""
-    with _alone(client, name):
-        now = aliases(client, name)
-        champion = now.get(CHAMPION)
+    raises PromotionError. why: kept as a tag of the version. Once more for a version that is champion changes nothing.
+    Waits for others who move the aliases; Busy where they do not come to an end."""
+    with _alone(client, name) as held:
+        champion = aliases(client, name).get(CHAMPION)
         if champion == version:
             return
         if champion != instead_of:
@@ -50,69 +63,117 @@ def promote(client: Any, name: str, version: str, *, instead_of: str | None, why
         _tag(client, name, version, {"promoted": _now(), **({"promotion.why": why} if why else {})})
         if champion is not None:
             client.set_registered_model_alias(name, PREVIOUS, champion)
-        client.set_registered_model_alias(name, CHAMPION, version)
+        _move(client, name, champion, version, held)
 
 
 def rollback(client: Any, name: str) -> tuple[str, str]:
     """(the version that is champion again, that which was). PromotionError where none is known."""
-    with _alone(client, name):
+    with _alone(client, name) as held:
         now = aliases(client, name)
         champion, previous = now.get(CHAMPION), now.get(PREVIOUS)
         if previous is None or champion is None or previous == champion:
             raise PromotionError(f"{name}: no version is known to go back to; `previous` is {_named(previous)}")
         _tag(client, name, champion, {"rolled_back": _now()})
-        client.set_registered_model_alias(name, CHAMPION, previous)
+        _move(client, name, champion, previous, held)
         client.set_registered_model_alias(name, PREVIOUS, champion)
         return previous, champion
 
 
+def _move(client: Any, name: str, champion: str | None, version: str, held: Callable[[], bool]) -> None:
+    """Set the champion. PromotionError where another process has done so meanwhile."""
+    still = held()
+    now = aliases(client, name).get(CHAMPION)
+    if still and now == champion:
+        client.set_registered_model_alias(name, CHAMPION, version)
+        now = aliases(client, name).get(CHAMPION)
+        if now == version:
+            return
+    raise PromotionError(
+        f"{name}: another process moved its aliases at the same time, and the champion is {_named(now)} by now; "
+        f"compare version {version} with it again"
+    )
+
+
 @contextmanager
-def _alone(client: Any, name: str) -> Iterator[None]:
-    """Hold the lock. PromotionError where another process has it."""
-    from mlflow.exceptions import MlflowException
-
+def _alone(client: Any, name: str) -> Iterator[Callable[[], bool]]:
+    """Hold the lock; gives what tells whether it is held still. Busy where others have it."""
     lock, own = f"{name}.promoting", f"{platform.node()} {os.getpid()} {uuid.uuid4().hex}"
-    for attempt in (1, 2):
-        try:
-            client.create_registered_model(lock, tags={"holder": own, "since": str(time.time())})
-            break
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        held = _holder(client, lock)
-        if attempt == 2 or (held is not None and not _stale(*held)):
-            raise PromotionError(f"{name}: another process moves its aliases at this moment; look what came of it")
-        _remove(client, lock)
+
+    def held() -> bool:
+        return _holder(client, lock) == own
+
+    _take(client, lock, own)
     try:
-        yield
+        yield held
     finally:
-        _remove(client, lock)
+        if held():
+            _remove(client, lock)
 
 
-def _holder(client: Any, lock: str) -> tuple[str, float] | None:
-    """(who, since when), or None where it is gone by now."""
+def _take(client: Any, lock: str, own: str) -> None:
+    """Create the lock, once it is free or was left by a dead process."""
+    began = since = time.monotonic()
+    seen, removed = None, False
+    while not _create(client, lock, own):
+        holder = _holder(client, lock)
+        if holder == own:  # the answer to its creation was lost, and the client asked again
+            break
+        if time.monotonic() - began > 2 * STALE_S + POLL_S:
+            raise Busy(f"{lock}: other processes move the aliases all the time, now {holder}; look what came of it")
+        if holder is None:
+            continue
+        if holder != seen:
+            seen, since = holder, time.monotonic()
+            log.info("%s: is held by %s, which is waited for", lock, holder)
+        if _dead(holder) or time.monotonic() - since >= STALE_S:
+            _remove(client, lock)
+            removed = True
+        else:
+            time.sleep(min(POLL_S, STALE_S))
+    if removed:
+        time.sleep(min(SETTLE_S, STALE_S))
+        if _holder(client, lock) != own:
+            _take(client, lock, own)
+
+
+def _create(client: Any, lock: str, own: str) -> bool:
+    """False where there is one."""
     from mlflow.exceptions import MlflowException
 
     try:
-        tags = client.get_registered_model(lock).tags
+        client.create_registered_model(lock, tags={"holder": own})
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return False
+    return True
+
+
+def _holder(client: Any, lock: str) -> str | None:
+    """Who has it; None where it is gone by now."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.get_registered_model(lock).tags.get("holder", ""))
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
-    return tags.get("holder", ""), float(tags.get("since", 0))
 
 
-def _stale(holder: str, since: float) -> bool:
+def _dead(holder: str) -> bool:
+    """Whether it is a process of this machine that has ended."""
     host, _, rest = holder.partition(" ")
     pid = rest.partition(" ")[0]
-    if host == platform.node() and pid.isdigit() and int(pid) != os.getpid():
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass
-    return time.time() - since > STALE_S
+    if host != platform.node() or not pid.isdigit() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def _remove(client: Any, lock: str) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mlflow import MlflowClient
 from small_data import COLORS, picture, write_picture
 
 from pipeline.config import ConfigError
-from pipeline.retraining.aliases import PromotionError, aliases, promote, rollback
+from pipeline.retraining.aliases import Busy, PromotionError, aliases, promote, rollback
 from pipeline.retraining.settings import GateConfig
 
 
@@ -73,7 +74,7 @@ def test_a_champion_is_named_at_every_instant_of_a_promotion(
     client, name = model
     monkeypatch.setattr("pipeline.retraining.aliases.STALE_S", 0.0)  # the dead one's lock
     seen = set()
-    for at in range(20):
+    for at in range(30):
         client.set_registered_model_alias(name, "champion", "1")
         client.set_registered_model_alias(name, "previous", "3")
         try:
@@ -104,14 +105,14 @@ def test_rollback_goes_back_and_forth_and_survives_its_death(
     assert aliases(client, name) == {"champion": "1", "previous": "2"}
     assert "rolled_back" in client.get_model_version(name, "2").tags
     assert rollback(client, name) == ("2", "1")
-    for at in range(20):
+    for at in range(30):
         client.set_registered_model_alias(name, "champion", "2")
         client.set_registered_model_alias(name, "previous", "1")
         try:
             rollback(Mortal(client, at, after=True), name)
         except Dies:
-            assert aliases(client, name)["champion"] in ("1", "2")
-            assert aliases(client, name)["previous"] in ("1", "2")
+            now = aliases(client, name)
+            assert now in ({"champion": champion, "previous": previous} for champion, previous in ("21", "11", "12"))
         else:
             break
 
@@ -150,29 +151,117 @@ def test_of_concurrent_promoters_one_wins(model: tuple[MlflowClient, str], regis
     winners = [version for version, words in told.items() if words == "won"]
     assert len(winners) == 1
     assert aliases(client, name) == {"champion": winners[0], "previous": "1"}
-    lost = next(words for words in told.values() if words != "won")
-    assert "another process moves" in lost or "by now" in lost
+    assert "by now" in next(words for words in told.values() if words != "won"), "it waited for its turn"
 
 
-def test_a_lock_is_kept_by_the_living_alone(model: tuple[MlflowClient, str]) -> None:
+def hold(client: MlflowClient, name: str, holder: str) -> None:
+    client.create_registered_model(f"{name}.promoting", tags={"holder": holder})
+
+
+def locks(client: MlflowClient, name: str) -> list[str]:
+    return [model.tags["holder"] for model in client.search_registered_models() if model.name == f"{name}.promoting"]
+
+
+def test_a_lock_is_kept_by_the_living_alone(model: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch) -> None:
     client, name = model
-    lock = f"{name}.promoting"
-
-    def hold(pid: int, since: float) -> None:
-        tags = {"holder": f"{platform.node()} {pid} x", "since": str(since)}
-        client.create_registered_model(lock, tags=tags)
-
-    hold(os.getppid(), time.time())
-    with pytest.raises(PromotionError, match="another process"):
-        promote(client, name, "2", instead_of="1")
-    client.delete_registered_model(lock)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    hold(dead.pid, time.time())
+    hold(client, name, f"{platform.node()} {dead.pid} x")
+    monkeypatch.setattr("pipeline.retraining.aliases.SETTLE_S", 0.0)
     promote(client, name, "2", instead_of="1")
-    hold(os.getppid(), time.time() - 3600)
+
+    monkeypatch.setattr("pipeline.retraining.aliases.STALE_S", 0.3)
+    hold(client, name, f"{platform.node()} {os.getppid()} x")
+    began = time.monotonic()
     promote(client, name, "3", instead_of="2")
-    assert not [m for m in client.search_registered_models() if m.name == lock]
+    assert time.monotonic() - began >= 0.3, "it might have lived"
+    assert not locks(client, name)
+
+
+class Between:
+    """A client that does something else just before its first call of a method."""
+
+    def __init__(self, client: MlflowClient, method: str, first: Callable[[], object]) -> None:
+        self._client, self._method, self._first = client, method, first
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._client, name)
+        if name != self._method:
+            return value
+
+        def call(*args: Any, **options: Any) -> Any:
+            self._method = ""
+            self._first()
+            return value(*args, **options)
+
+        return call
+
+
+def test_others_who_come_and_go_are_not_waited_for_for_ever(
+    model: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, name = model
+    monkeypatch.setattr("pipeline.retraining.aliases.STALE_S", 0.2)
+    monkeypatch.setattr("pipeline.retraining.aliases.POLL_S", 0.05)
+    hold(client, name, "elsewhere 1 x")
+
+    class Changing:
+        def __getattr__(self, called: str) -> Any:
+            if called == "get_registered_model":
+                client.set_registered_model_tag(f"{name}.promoting", "holder", f"elsewhere 1 {time.monotonic()}")
+            return getattr(client, called)
+
+    with pytest.raises(Busy, match="other processes move the aliases all the time, now elsewhere 1"):
+        promote(Changing(), name, "2", instead_of="1")
+    assert len(locks(client, name)) == 1, "another's lock stays"
+
+
+def test_who_lost_the_lock_on_the_way_is_told_and_leaves_the_other_one(model: tuple[MlflowClient, str]) -> None:
+    client, name = model
+
+    def taken_away() -> None:
+        client.delete_registered_model(f"{name}.promoting")
+        promote(client, name, "3", instead_of="1")
+        hold(client, name, "elsewhere 1 x")
+
+    with pytest.raises(PromotionError, match="the champion is version 3 by now; compare version 2"):
+        promote(Between(client, "set_model_version_tag", taken_away), name, "2", instead_of="1")
+    assert aliases(client, name) == {"champion": "3", "previous": "1"}
+    assert locks(client, name) == ["elsewhere 1 x"]
+
+
+def test_of_two_that_set_the_champion_at_once_the_first_is_told(model: tuple[MlflowClient, str]) -> None:
+    client, name = model
+
+    class Late:
+        def __getattr__(self, called: str) -> Any:
+            return getattr(client, called)
+
+        def set_registered_model_alias(self, model: str, alias: str, version: str) -> None:
+            client.set_registered_model_alias(model, alias, version)
+            if alias == "champion":
+                client.set_registered_model_alias(model, alias, "3")
+
+    with pytest.raises(PromotionError, match="the champion is version 3 by now"):
+        promote(Late(), name, "2", instead_of="1")
+
+
+def test_a_lock_whose_creation_was_never_answered_is_ones_own(model: tuple[MlflowClient, str]) -> None:
+    client, name = model
+
+    class AskedTwice:
+        def __getattr__(self, called: str) -> Any:
+            return getattr(client, called)
+
+        def create_registered_model(self, lock: str, tags: dict[str, str]) -> None:
+            for _ in range(2):
+                client.create_registered_model(lock, tags=tags)
+
+    began = time.monotonic()
+    promote(AskedTwice(), name, "2", instead_of="1")
+    assert time.monotonic() - began < 30
+    assert aliases(client, name)["champion"] == "2"
+    assert not locks(client, name)
 
 
 @pytest.fixture(scope="module")
