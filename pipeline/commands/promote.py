@@ -35,8 +35,8 @@ def _promote(args: argparse.Namespace) -> int:
     import tempfile
 
     from models.bundle import load_bundle
-    from pipeline.retraining.aliases import CHAMPION, PromotionError, aliases, promote
-    from pipeline.retraining.registry import download, version_tags
+    from pipeline.retraining.aliases import CHAMPION, PromotionError, aliases, promote, version_tags
+    from pipeline.retraining.registry import download
 
     client = client_at(args.uri)
     champion = aliases(client, args.name).get(CHAMPION)
@@ -48,7 +48,7 @@ def _promote(args: argparse.Namespace) -> int:
         )
     with tempfile.TemporaryDirectory() as beside:
         load_bundle(download(client, args.name, args.version, Path(beside)))  # BundleError for one that is damaged
-    promote(client, args.name, args.version, instead_of=champion, why=args.why)
+    promote(client, args.name, args.version, instead_of=champion, why=args.why, by_hand=True)
     print(f"models:/{args.name}@champion is version {args.version} now" + (f", and was {champion}" if champion else ""))
     return 0
 

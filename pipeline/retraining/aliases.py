@@ -18,8 +18,14 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
+LAST = "promoted"
+"""The registered model's tag that names its last promotion: a version's own tags go with the version when it is deleted."""
+
 STALE_S = 60.0
 """A move takes a few requests: a lock that somebody else holds for so long, by the clock of who waits, was left by a process that died."""
+
+PATIENCE_S = 2 * STALE_S
+"""So long one waits at most for others who come and go: longer than for one who has died."""
 
 SETTLE_S = 1.0
 """After a dead process's lock was removed: others who judged it so, too, may remove the new one, and have done so by then."""
@@ -35,22 +41,22 @@ class Busy(PromotionError):
     """Others move the aliases, one after the other, for longer than anyone waits."""
 
 
+class RolledBack(PromotionError):
+    """The version was champion, and a person went back to the one before."""
+
+
 def aliases(client: Any, name: str) -> dict[str, str]:
     """alias → version, as text. PromotionError where there is no such model."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise PromotionError(f"there is no registered model {name!r} at {client.tracking_uri}") from error
-        raise
+    return {alias: str(version) for alias, version in _model(client, name).aliases.items()}
 
 
-def promote(client: Any, name: str, version: str, *, instead_of: str | None, why: str = "") -> None:
+def promote(
+    client: Any, name: str, version: str, *, instead_of: str | None, why: str = "", by_hand: bool = False
+) -> None:
     """Make the version champion. instead_of: the version that it was compared with, None where there was none; any other champion by now
-    raises PromotionError. why: kept as a tag of the version. Once more for a version that is champion changes nothing.
-    Waits for others who move the aliases; Busy where they do not come to an end."""
+    raises PromotionError. why: kept as a tag of the version. by_hand: a person wants it, which counts for more than an earlier rollback.
+    Once more for a version that is champion changes nothing. Waits for others who move the aliases; Busy where they do not come to an end.
+    """
     with _alone(client, name) as held:
         champion = aliases(client, name).get(CHAMPION)
         if champion == version:
@@ -60,10 +66,13 @@ def promote(client: Any, name: str, version: str, *, instead_of: str | None, why
                 f"{name}: the champion is {_named(champion)} by now, and version {version} was compared with {_named(instead_of)}; "
                 "compare it again"
             )
+        if not by_hand:
+            _refuse_against_a_person(client, name, version, champion)
         _tag(client, name, version, {"promoted": _now(), **({"promotion.why": why} if why else {})})
         if champion is not None:
             client.set_registered_model_alias(name, PREVIOUS, champion)
         _move(client, name, champion, version, held)
+        client.set_registered_model_tag(name, LAST, version)
 
 
 def rollback(client: Any, name: str) -> tuple[str, str]:
@@ -79,6 +88,20 @@ def rollback(client: Any, name: str) -> tuple[str, str]:
         return previous, champion
 
 
+def _refuse_against_a_person(client: Any, name: str, version: str, champion: str | None) -> None:
+    """RolledBack where the version was given up; PromotionError where no champion is named though there was one."""
+    by_hand = f"`refract promote {name} {version}`"
+    if since := version_tags(client, name, version).get("rolled_back"):
+        raise RolledBack(f"{name}: version {version} was rolled back at {since}; {by_hand} makes it champion again")
+    model = _model(client, name)
+    last = model.tags.get(LAST) or model.aliases.get(PREVIOUS)
+    if champion is None and last is not None:
+        raise PromotionError(
+            f"{name}: version {last} was promoted before, and no champion is named now, as after one was deleted; "
+            f"name one by hand, as with {by_hand}"
+        )
+
+
 def _move(client: Any, name: str, champion: str | None, version: str, held: Callable[[], bool]) -> None:
     """Set the champion. PromotionError where another process has done so meanwhile."""
     still = held()
@@ -92,6 +115,17 @@ def _move(client: Any, name: str, champion: str | None, version: str, held: Call
         f"{name}: another process moved its aliases at the same time, and the champion is {_named(now)} by now; "
         f"compare version {version} with it again"
     )
+
+
+def _model(client: Any, name: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise PromotionError(f"there is no registered model {name!r} at {client.tracking_uri}") from error
+        raise
 
 
 @contextmanager
@@ -118,7 +152,7 @@ def _take(client: Any, lock: str, own: str) -> None:
         holder = _holder(client, lock)
         if holder == own:  # the answer to its creation was lost, and the client asked again
             break
-        if time.monotonic() - began > 2 * STALE_S + POLL_S:
+        if time.monotonic() - began > PATIENCE_S:
             raise Busy(f"{lock}: other processes move the aliases all the time, now {holder}; look what came of it")
         if holder is None:
             continue
@@ -193,6 +227,18 @@ def _tag(client: Any, name: str, version: str, tags: dict[str, str]) -> None:
     try:
         for key, value in tags.items():
             client.set_model_version_tag(name, version, key, value)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise PromotionError(f"{name} has no version {version}") from error
+        raise
+
+
+def version_tags(client: Any, name: str, version: str) -> dict[str, str]:
+    """PromotionError where there is no such version."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return dict(client.get_model_version(name, version).tags)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise PromotionError(f"{name} has no version {version}") from error

@@ -237,8 +237,8 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
 
 @_step
 def promote(folder: Path, config: Config, record: Record) -> Record:
-    """Move the alias, if the gate let it pass."""
-    from pipeline.retraining.aliases import PromotionError
+    """Move the alias, if the gate let it pass. undecided: it did, and the next night has to try again. NightError while others do."""
+    from pipeline.retraining.aliases import Busy, PromotionError, RolledBack
     from pipeline.retraining.aliases import promote as move
 
     if not record["gate"]["passed"]:
@@ -247,8 +247,12 @@ def promote(folder: Path, config: Config, record: Record) -> Record:
     client = client_of(record["mlflow"])
     try:
         move(client, str(config.tracking.model_name), record["version"], instead_of=record["champion"])
-    except PromotionError as error:
+    except Busy as error:
+        raise NightError(str(error)) from error
+    except RolledBack as error:
         return _ends(Outcome.NOT_PROMOTED, str(error))
+    except PromotionError as error:
+        return {"undecided": True} | _ends(Outcome.NOT_PROMOTED, f"{error}; the next night trains again")
     return _ends(Outcome.PROMOTED, f"version {record['version']} is champion")
 
 
@@ -257,7 +261,7 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
     """Say how the night ended: to `retrain.tell`, and to the nights that come."""
     outcome = record["ends"]
     place = place_of(config)
-    if outcome in (Outcome.PROMOTED, Outcome.NOT_PROMOTED) and not record.get("unchanged"):
+    if outcome in (Outcome.PROMOTED, Outcome.NOT_PROMOTED) and not (record.get("unchanged") or record.get("undecided")):
         kept = ("night", "snapshot", "snapshot_folder", "inputs", "version")
         write(place.root / "last.json", {key: record[key] for key in kept} | {"outcome": outcome})
     if config.retrain.tell:

@@ -29,20 +29,6 @@ def registry_of(config: Config) -> tuple[Any, str, dict[str, str]]:
         return client, name, {}
 
 
-def version_tags(client: Any, name: str, version: str) -> dict[str, str]:
-    """PromotionError where there is no such version."""
-    from mlflow.exceptions import MlflowException
-
-    from pipeline.retraining.aliases import PromotionError
-
-    try:
-        return dict(client.get_model_version(name, version).tags)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise PromotionError(f"{name} has no version {version}") from error
-        raise
-
-
 def download(client: Any, name: str, version: str, folder: Path) -> Path:
     """A registered version's bundle, below the folder."""
     import mlflow

@@ -1,0 +1,350 @@
+"""Aliases that always name a valid champion, on a real registry: death at every request, others at the same time; and the night's step."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.config import Config, config_from_dict
+from pipeline.retraining.aliases import Busy, PromotionError, RolledBack, aliases, promote, rollback
+from pipeline.retraining.night import NightError, Outcome, announce, begin
+from pipeline.retraining.night import promote as step
+from pipeline.retraining.place import place_of, read, write
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path) -> str:
+    return f"sqlite:///{shutil.copy(new_tracking, tmp_path_factory.mktemp('registry'))}"
+
+
+@pytest.fixture
+def model(registry: str, request: pytest.FixtureRequest) -> tuple[MlflowClient, str]:
+    """A registered model with the versions 1 to 3, of which 1 is champion."""
+    client, name = MlflowClient(registry, registry), request.node.name.replace("[", "-").replace("]", "")
+    client.create_registered_model(name)
+    for _ in range(3):
+        client.create_model_version(name, source="file:///nowhere")
+    client.set_registered_model_alias(name, "champion", "1")
+    return client, name
+
+
+class Dies(Exception):
+    pass
+
+
+class Mortal:
+    """A client whose process ends at its n-th request, before it or after it."""
+
+    def __init__(self, client: MlflowClient, at: int, *, after: bool) -> None:
+        self._client, self._left, self._after = client, at, after
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._client, name)
+        if not callable(value):
+            return value
+
+        def call(*args: Any, **options: Any) -> Any:
+            if self._left < 0:
+                raise Dies  # a dead process tidies nothing up
+            self._left -= 1
+            if self._left < 0 and not self._after:
+                raise Dies
+            found = value(*args, **options)
+            if self._left < 0:
+                raise Dies
+            return found
+
+        return call
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_champion_is_named_at_every_instant_of_a_promotion(
+    model: tuple[MlflowClient, str], after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, name = model
+    monkeypatch.setattr("pipeline.retraining.aliases.STALE_S", 0.0)  # the dead one's lock
+    seen = set()
+    for at in range(30):
+        client.set_registered_model_alias(name, "champion", "1")
+        client.set_registered_model_alias(name, "previous", "3")
+        try:
+            promote(Mortal(client, at, after=after), name, "2", instead_of="1")
+        except Dies:
+            now = aliases(client, name)
+            assert (now["champion"], now["previous"]) in {("1", "3"), ("1", "1"), ("2", "1")}
+            seen.add((now["champion"], now["previous"]))
+            promote(client, name, "2", instead_of="1")  # the resumed night
+            assert aliases(client, name)["champion"] == "2"
+            assert aliases(client, name)["previous"] == "1"
+        else:
+            break
+    else:
+        pytest.fail("it never came to its end")
+    assert seen == {("1", "3"), ("1", "1"), ("2", "1")}, "every instant was tried"
+
+
+def test_rollback_goes_back_and_forth_and_survives_its_death(
+    model: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, name = model
+    monkeypatch.setattr("pipeline.retraining.aliases.STALE_S", 0.0)
+    with pytest.raises(PromotionError, match="no version is known to go back to"):
+        rollback(client, name)
+    promote(client, name, "2", instead_of="1")
+    assert rollback(client, name) == ("1", "2")
+    assert aliases(client, name) == {"champion": "1", "previous": "2"}
+    assert "rolled_back" in client.get_model_version(name, "2").tags
+    assert rollback(client, name) == ("2", "1")
+    for at in range(30):
+        client.set_registered_model_alias(name, "champion", "2")
+        client.set_registered_model_alias(name, "previous", "1")
+        try:
+            rollback(Mortal(client, at, after=True), name)
+        except Dies:
+            now = aliases(client, name)
+            assert now in ({"champion": champion, "previous": previous} for champion, previous in ("21", "11", "12"))
+        else:
+            break
+
+
+def test_a_comparison_with_another_champion_counts_for_nothing(model: tuple[MlflowClient, str]) -> None:
+    client, name = model
+    promote(client, name, "2", instead_of="1")
+    with pytest.raises(PromotionError, match="the champion is version 2 by now"):
+        promote(client, name, "3", instead_of="1")
+    assert aliases(client, name) == {"champion": "2", "previous": "1"}
+    with pytest.raises(PromotionError, match="no version 9"):
+        promote(client, name, "9", instead_of="2")
+    with pytest.raises(PromotionError, match="no registered model"):
+        aliases(client, "unheard-of")
+
+
+def test_of_concurrent_promoters_one_wins(model: tuple[MlflowClient, str], registry: str) -> None:
+    client, name = model
+    told: dict[str, str] = {}
+    start = threading.Barrier(2)
+
+    def move(version: str) -> None:
+        own = MlflowClient(registry, registry)
+        start.wait()
+        try:
+            promote(own, name, version, instead_of="1")
+            told[version] = "won"
+        except PromotionError as error:
+            told[version] = str(error)
+
+    threads = [threading.Thread(target=move, args=(version,)) for version in ("2", "3")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [version for version, words in told.items() if words == "won"]
+    assert len(winners) == 1
+    assert aliases(client, name) == {"champion": winners[0], "previous": "1"}
+    assert "by now" in next(words for words in told.values() if words != "won"), "it waited for its turn"
+
+
+def hold(client: MlflowClient, name: str, holder: str) -> None:
+    client.create_registered_model(f"{name}.promoting", tags={"holder": holder})
+
+
+def locks(client: MlflowClient, name: str) -> list[str]:
+    return [model.tags["holder"] for model in client.search_registered_models() if model.name == f"{name}.promoting"]
+
+
+def test_a_lock_is_kept_by_the_living_alone(model: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    client, name = model
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    hold(client, name, f"{platform.node()} {dead.pid} x")
+    monkeypatch.setattr("pipeline.retraining.aliases.SETTLE_S", 0.0)
+    promote(client, name, "2", instead_of="1")
+
+    monkeypatch.setattr("pipeline.retraining.aliases.STALE_S", 0.3)
+    hold(client, name, f"{platform.node()} {os.getppid()} x")
+    began = time.monotonic()
+    promote(client, name, "3", instead_of="2")
+    assert time.monotonic() - began >= 0.3, "it might have lived"
+    assert not locks(client, name)
+
+
+class Between:
+    """A client that does something else just before its first call of a method."""
+
+    def __init__(self, client: MlflowClient, method: str, first: Callable[[], object]) -> None:
+        self._client, self._method, self._first = client, method, first
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._client, name)
+        if name != self._method:
+            return value
+
+        def call(*args: Any, **options: Any) -> Any:
+            self._method = ""
+            self._first()
+            return value(*args, **options)
+
+        return call
+
+
+def test_others_who_come_and_go_are_not_waited_for_for_ever(
+    model: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, name = model
+    monkeypatch.setattr("pipeline.retraining.aliases.STALE_S", 0.1)
+    monkeypatch.setattr("pipeline.retraining.aliases.PATIENCE_S", 0.3)
+    hold(client, name, "elsewhere 1 x")
+
+    class Changing:
+        def __getattr__(self, called: str) -> Any:
+            if called == "get_registered_model":
+                client.set_registered_model_tag(f"{name}.promoting", "holder", f"elsewhere 1 {time.monotonic()}")
+            return getattr(client, called)
+
+    with pytest.raises(Busy, match="other processes move the aliases all the time, now elsewhere 1"):
+        promote(Changing(), name, "2", instead_of="1")
+    assert len(locks(client, name)) == 1, "another's lock stays"
+
+
+def test_who_lost_the_lock_on_the_way_is_told_and_leaves_the_other_one(model: tuple[MlflowClient, str]) -> None:
+    client, name = model
+
+    def taken_away() -> None:
+        client.delete_registered_model(f"{name}.promoting")
+        promote(client, name, "3", instead_of="1")
+        hold(client, name, "elsewhere 1 x")
+
+    with pytest.raises(PromotionError, match="the champion is version 3 by now; compare version 2"):
+        promote(Between(client, "set_model_version_tag", taken_away), name, "2", instead_of="1")
+    assert aliases(client, name) == {"champion": "3", "previous": "1"}
+    assert locks(client, name) == ["elsewhere 1 x"]
+
+
+def test_of_two_that_set_the_champion_at_once_the_first_is_told(model: tuple[MlflowClient, str]) -> None:
+    client, name = model
+
+    class Late:
+        def __getattr__(self, called: str) -> Any:
+            return getattr(client, called)
+
+        def set_registered_model_alias(self, model: str, alias: str, version: str) -> None:
+            client.set_registered_model_alias(model, alias, version)
+            if alias == "champion":
+                client.set_registered_model_alias(model, alias, "3")
+
+    with pytest.raises(PromotionError, match="the champion is version 3 by now"):
+        promote(Late(), name, "2", instead_of="1")
+
+
+def test_a_lock_whose_creation_was_never_answered_is_ones_own(model: tuple[MlflowClient, str]) -> None:
+    client, name = model
+
+    class AskedTwice:
+        def __getattr__(self, called: str) -> Any:
+            return getattr(client, called)
+
+        def create_registered_model(self, lock: str, tags: dict[str, str]) -> None:
+            for _ in range(2):
+                client.create_registered_model(lock, tags=tags)
+
+    began = time.monotonic()
+    promote(AskedTwice(), name, "2", instead_of="1")
+    assert time.monotonic() - began < 30
+    assert aliases(client, name)["champion"] == "2"
+    assert not locks(client, name)
+
+
+def test_who_went_back_is_not_overruled_but_by_a_person(model: tuple[MlflowClient, str]) -> None:
+    client, name = model
+    promote(client, name, "2", instead_of="1")
+    rollback(client, name)
+    with pytest.raises(RolledBack, match="version 2 was rolled back at .*`refract promote .* 2`"):
+        promote(client, name, "2", instead_of="1")
+    assert aliases(client, name) == {"champion": "1", "previous": "2"}
+    promote(client, name, "2", instead_of="1", by_hand=True)
+    assert aliases(client, name) == {"champion": "2", "previous": "1"}
+
+
+def test_a_champion_that_was_deleted_is_not_followed_unseen(model: tuple[MlflowClient, str]) -> None:
+    client, name = model
+    client.delete_registered_model_alias(name, "champion")
+    promote(client, name, "1", instead_of=None)
+    client.delete_model_version(name, "1")
+    assert aliases(client, name) == {}
+    with pytest.raises(PromotionError, match="version 1 was promoted before, and no champion is named now"):
+        promote(client, name, "2", instead_of=None)
+    promote(client, name, "2", instead_of=None, by_hand=True)
+    assert aliases(client, name) == {"champion": "2"}
+
+
+@pytest.fixture
+def night(model: tuple[MlflowClient, str], registry: str, tmp_path: Path) -> tuple[Config, Path]:
+    """A night whose version 2 passed the gate against version 1, about to be promoted."""
+    tracking = {"uri": registry, "model_name": model[1]}
+    config = config_from_dict({"tracking": tracking, "retrain": {"folder": str(tmp_path)}})
+    folder = begin(config, force=False)
+    known = {"version": "2", "champion": "1", "mlflow": registry, "gate": {"passed": True, "lines": []}}
+    seen = {"snapshot": {}, "snapshot_folder": "", "inputs": "x"}
+    write(folder / "night.json", read(folder / "night.json") | known | seen)
+    return config, folder
+
+
+def ended(night: tuple[Config, Path]) -> tuple[dict[str, Any], bool]:
+    """(the night's record at its end, whether the next night takes it for the last one)"""
+    config, folder = night
+    step(folder)
+    announce(folder)
+    return read(folder / "night.json"), place_of(config).last() is not None
+
+
+def test_a_night_promotes_and_is_remembered(night: tuple[Config, Path]) -> None:
+    record, remembered = ended(night)
+    assert record["outcome"] == Outcome.PROMOTED
+    assert remembered
+
+
+def test_a_night_overtaken_by_another_champion_is_tried_again(
+    model: tuple[MlflowClient, str], night: tuple[Config, Path]
+) -> None:
+    promote(*model, "3", instead_of="1")
+    record, remembered = ended(night)
+    assert record["outcome"] == Outcome.NOT_PROMOTED
+    assert "the champion is version 3 by now" in record["why"]
+    assert "the next night trains again" in record["why"]
+    assert not remembered, "what passed the gate would be lost"
+
+
+def test_a_night_gone_on_with_leaves_a_rollback_as_it_is(
+    model: tuple[MlflowClient, str], night: tuple[Config, Path]
+) -> None:
+    promote(*model, "2", instead_of="1")  # killed before its record was written
+    rollback(*model)
+    record, remembered = ended(night)
+    assert record["outcome"] == Outcome.NOT_PROMOTED
+    assert "was rolled back" in record["why"]
+    assert remembered
+    assert aliases(*model)["champion"] == "1"
+
+
+def test_a_night_whose_turn_never_comes_goes_on_later(
+    model: tuple[MlflowClient, str], night: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, name = model
+    _, folder = night
+    hold(client, name, "elsewhere 1 x")
+    with monkeypatch.context() as impatient:
+        impatient.setattr("pipeline.retraining.aliases.PATIENCE_S", -1.0)
+        with pytest.raises(NightError, match="other processes move the aliases"):
+            step(folder)
+    assert "ends" not in read(folder / "night.json")
+    client.delete_registered_model(f"{name}.promoting")
+    assert ended(night)[0]["outcome"] == Outcome.PROMOTED
