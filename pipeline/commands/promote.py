@@ -32,25 +32,42 @@ def uri_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _promote(args: argparse.Namespace) -> int:
-    import tempfile
+    from pipeline.retraining.aliases import CHAMPION, PromotionError, aliases, numbered, promote, version_tags
 
-    from models.bundle import load_bundle
-    from pipeline.retraining.aliases import CHAMPION, PromotionError, aliases, promote, version_tags
-    from pipeline.retraining.registry import download
-
-    client = client_at(args.uri)
+    client, version = client_at(args.uri), numbered(args.version)
     champion = aliases(client, args.name).get(CHAMPION)
-    tags = version_tags(client, args.name, args.version)
+    tags = version_tags(client, args.name, version)
+    if version == champion:
+        promote(client, args.name, version, instead_of=champion, why=args.why, by_hand=True)
+        print(f"models:/{args.name}@champion is version {version} already")
+        return 0
     if not args.force and (tags.get("gate") != "passed" or tags.get("gate.against") != (champion or "none")):
         raise PromotionError(
-            f"{args.name}: version {args.version} did not pass the gate against {champion or 'none'}, the champion of now; --force --why "
+            f"{args.name}: version {version} did not pass the gate against {champion or 'none'}, the champion of now; --force --why "
             "REASON promotes it all the same"
         )
-    with tempfile.TemporaryDirectory() as beside:
-        load_bundle(download(client, args.name, args.version, Path(beside)))  # BundleError for one that is damaged
-    promote(client, args.name, args.version, instead_of=champion, why=args.why, by_hand=True)
-    print(f"models:/{args.name}@champion is version {args.version} now" + (f", and was {champion}" if champion else ""))
+    try_to_load(client, args.name, version)
+    promote(client, args.name, version, instead_of=champion, why=args.why, by_hand=True)
+    print(f"models:/{args.name}@champion is version {version} now" + (f", and was {champion}" if champion else ""))
     return 0
+
+
+def try_to_load(client: Any, name: str, version: str) -> None:
+    """BundleError for a version's bundle that is damaged, PromotionError for one that cannot be fetched."""
+    import tempfile
+
+    from mlflow.exceptions import MlflowException
+
+    from models.bundle import load_bundle
+    from pipeline.retraining.aliases import PromotionError
+    from pipeline.retraining.registry import download
+
+    with tempfile.TemporaryDirectory() as beside:
+        try:
+            folder = download(client, name, version, Path(beside))
+        except (MlflowException, OSError) as error:
+            raise PromotionError(f"{name}: the bundle of version {version} cannot be fetched ({error})") from error
+        load_bundle(folder)
 
 
 def client_at(uri: str | None) -> Any:

@@ -3,13 +3,14 @@
 import argparse
 
 from pipeline.commands import console
-from pipeline.commands.promote import client_at, uri_option
+from pipeline.commands.promote import client_at, try_to_load, uri_option
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract rollback",
-        description="Make the version champion again that was before: the aliases champion and previous change places.",
+        description="Make the version champion again that was before, if its bundle is whole: the aliases champion and previous "
+        "change places.",
     )
     parser.add_argument("name", help="of the registered model")
     uri_option(parser)
@@ -18,8 +19,11 @@ def main(argv: list[str]) -> int:
 
 
 def _rollback(args: argparse.Namespace) -> int:
-    from pipeline.retraining.aliases import rollback
+    from pipeline.retraining.aliases import rollback, way_back
 
-    now, before = rollback(client_at(args.uri), args.name)
+    client = client_at(args.uri)
+    expected = way_back(client, args.name)
+    try_to_load(client, args.name, expected[1])
+    now, before = rollback(client, args.name, expected=expected)
     print(f"models:/{args.name}@champion is version {now} again, and was {before}")
     return 0

@@ -21,6 +21,9 @@ CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 LAST = "promoted"
 """The registered model's tag that names its last promotion: a version's own tags go with the version when it is deleted."""
 
+WHY = 4000
+"""Characters of a reason: MLflow's servers take 5,000 to 100,000, depending on their version."""
+
 STALE_S = 60.0
 """A move takes a few requests: a lock that somebody else holds for so long, by the clock of who waits, was left by a process that died."""
 
@@ -55,11 +58,14 @@ def promote(
 ) -> None:
     """Make the version champion. instead_of: the version that it was compared with, None where there was none; any other champion by now
     raises PromotionError. why: kept as a tag of the version. by_hand: a person wants it, which counts for more than an earlier rollback.
-    Once more for a version that is champion changes nothing. Waits for others who move the aliases; Busy where they do not come to an end.
+    Once more for a version that is champion changes nothing but the reason.
+    Waits for others who move the aliases; Busy where they do not come to an end.
     """
+    version, reason = numbered(version), _reason(why)
     with _alone(client, name) as held:
         champion = aliases(client, name).get(CHAMPION)
         if champion == version:
+            _tag(client, name, version, reason)
             return
         if champion != instead_of:
             raise PromotionError(
@@ -68,20 +74,31 @@ def promote(
             )
         if not by_hand:
             _refuse_against_a_person(client, name, version, champion)
-        _tag(client, name, version, {"promoted": _now(), **({"promotion.why": why} if why else {})})
+        _tag(client, name, version, {"promoted": _now()} | reason)
         if champion is not None:
             client.set_registered_model_alias(name, PREVIOUS, champion)
         _move(client, name, champion, version, held)
         client.set_registered_model_tag(name, LAST, version)
 
 
-def rollback(client: Any, name: str) -> tuple[str, str]:
-    """(the version that is champion again, that which was). PromotionError where none is known."""
+def way_back(client: Any, name: str) -> tuple[str, str]:
+    """(the champion, the version that `rollback` goes back to). PromotionError where none is known."""
+    now = aliases(client, name)
+    champion, previous = now.get(CHAMPION), now.get(PREVIOUS)
+    if previous is None or champion is None or previous == champion:
+        raise PromotionError(f"{name}: no version is known to go back to; `previous` is {_named(previous)}")
+    return champion, previous
+
+
+def rollback(client: Any, name: str, *, expected: tuple[str, str] | None = None) -> tuple[str, str]:
+    """(the version that is champion again, that which was). expected: what `way_back` said; PromotionError where it is another by now."""
     with _alone(client, name) as held:
-        now = aliases(client, name)
-        champion, previous = now.get(CHAMPION), now.get(PREVIOUS)
-        if previous is None or champion is None or previous == champion:
-            raise PromotionError(f"{name}: no version is known to go back to; `previous` is {_named(previous)}")
+        champion, previous = way_back(client, name)
+        if expected not in (None, (champion, previous)):
+            raise PromotionError(
+                f"{name}: its aliases were moved meanwhile; the champion is {_named(champion)} by now, and {_named(previous)} was "
+                "before it; look, and roll back again"
+            )
         _tag(client, name, champion, {"rolled_back": _now()})
         _move(client, name, champion, previous, held)
         client.set_registered_model_alias(name, PREVIOUS, champion)
@@ -231,6 +248,19 @@ def _tag(client: Any, name: str, version: str, tags: dict[str, str]) -> None:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise PromotionError(f"{name} has no version {version}") from error
         raise
+
+
+def numbered(version: str) -> str:
+    """As MLflow writes it: 2 for 02. PromotionError where it is no number."""
+    if not version.strip().isdecimal():
+        raise PromotionError(f"a version is a number, as in models:/NAME/3, not {version[:40]!r}")
+    return str(int(version))
+
+
+def _reason(why: str) -> dict[str, str]:
+    if len(why) > WHY:
+        raise PromotionError(f"the reason (--why) has {len(why):,} characters, and may have {WHY:,}; shorten it")
+    return {"promotion.why": why} if why.strip() else {}
 
 
 def version_tags(client: Any, name: str, version: str) -> dict[str, str]:

@@ -103,7 +103,9 @@ def test_rollback_goes_back_and_forth_and_survives_its_death(
     assert rollback(client, name) == ("1", "2")
     assert aliases(client, name) == {"champion": "1", "previous": "2"}
     assert "rolled_back" in client.get_model_version(name, "2").tags
-    assert rollback(client, name) == ("2", "1")
+    with pytest.raises(PromotionError, match="the champion is version 1 by now, and version 2 was before it"):
+        rollback(client, name, expected=("2", "1"))
+    assert rollback(client, name, expected=("1", "2")) == ("2", "1")
     for at in range(30):
         client.set_registered_model_alias(name, "champion", "2")
         client.set_registered_model_alias(name, "previous", "1")

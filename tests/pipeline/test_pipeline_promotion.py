@@ -161,3 +161,15 @@ def test_the_commands_promote_and_roll_back(
     assert "no version 7" in told("promote", "colors", 7, "--force", "--why", "x", code=2)
     assert "a bundle?" in told("promote", "colors", 3, "--force", "--why", "x", code=2), "it is no bundle"
     assert aliases(client, "colors")["champion"] == "2"
+
+    assert "is version 2 already" in told("promote", "colors", "02", "--why", "seen again")
+    assert aliases(client, "colors") == {"champion": "2", "previous": "1"}, "02 is no other version"
+    assert client.get_model_version("colors", "2").tags["promotion.why"] == "seen again"
+    assert "a version is a number" in told("promote", "colors", "latest", code=2)
+    assert "has 5,000 characters, and may have 4,000" in told("promote", "colors", 2, "--why", "x" * 5000, code=2)
+    client.set_registered_model_alias("colors", "previous", "3")
+    assert "a bundle?" in told("rollback", "colors", code=2), "what is gone back to has to work"
+    client.create_model_version("colors", source=(trained / "nowhere").as_uri())
+    client.set_registered_model_alias("colors", "previous", "4")
+    assert "version 4 cannot be fetched" in told("rollback", "colors", code=2)
+    assert aliases(client, "colors") == {"champion": "2", "previous": "4"}
