@@ -16,8 +16,7 @@ class GateConfig:
         accuracy: at least.
         recall: of each class, at least.
         recall_of: class → its own floor.
-        recall_loss: a class's recall may fall below the champion's by so much, or by what is chance (exact one-sided McNemar, p >= 0.05, by
-            Holm for all classes together); a class of which the champion has 3 right and the challenger none has fallen in any case.
+        recall_loss: so much may a class's recall fall below the champion's, or by chance (McNemar, Holm, p >= 0.05), not from 3 right to 0.
         calibration_error: expected calibration error, at most, judged from 100 samples on; null asks nothing.
         robustness_loss: mean error under 19 corruptions above the champion's, at most; null does not measure it.
         latency_ms: of one picture through the network on this machine, median, at most; null asks nothing.
