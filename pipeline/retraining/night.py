@@ -294,8 +294,8 @@ def _trained_on(place: Place, digest: str | None, held: Any) -> int | None:
 
 
 def _key(name: str) -> str:
-    """A tag's name as MLflow takes it."""
-    return "".join(c if c.isalnum() or c in "_-. /" else "_" for c in name)[:200]
+    """A tag's name as MLflow takes it: as a path that is in its shortest form, so without slashes."""
+    return "".join(c if c.isalnum() or c in "_-. " else "_" for c in name)[:200]
 
 
 __all__ = ["STEPS", "ConfigError", "NightError", "Outcome", "begin", "unfinished"]

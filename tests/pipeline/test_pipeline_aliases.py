@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from mlflow import MlflowClient
 
 from pipeline.config import Config, config_from_dict
 from pipeline.retraining.aliases import Busy, PromotionError, RolledBack, aliases, promote, rollback
-from pipeline.retraining.night import NightError, Outcome, announce, begin
+from pipeline.retraining.night import NightError, Outcome, _key, announce, begin
 from pipeline.retraining.night import promote as step
 from pipeline.retraining.place import place_of, read, write
 
@@ -29,7 +30,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path) -> st
 @pytest.fixture
 def model(registry: str, request: pytest.FixtureRequest) -> tuple[MlflowClient, str]:
     """A registered model with the versions 1 to 3, of which 1 is champion."""
-    client, name = MlflowClient(registry, registry), request.node.name.replace("[", "-").replace("]", "")
+    client, name = MlflowClient(registry, registry), re.sub(r"[^\w-]", "_", request.node.name)[:200]
     client.create_registered_model(name)
     for _ in range(3):
         client.create_model_version(name, source="file:///nowhere")
@@ -169,7 +170,9 @@ def test_a_lock_is_kept_by_the_living_alone(model: tuple[MlflowClient, str], mon
     dead.wait()
     hold(client, name, f"{platform.node()} {dead.pid} x")
     monkeypatch.setattr("pipeline.retraining.aliases.SETTLE_S", 0.0)
+    began = time.monotonic()
     promote(client, name, "2", instead_of="1")
+    assert time.monotonic() - began < 30, "the dead are not waited for"
 
     monkeypatch.setattr("pipeline.retraining.aliases.STALE_S", 0.3)
     hold(client, name, f"{platform.node()} {os.getppid()} x")
@@ -229,6 +232,24 @@ def test_who_lost_the_lock_on_the_way_is_told_and_leaves_the_other_one(model: tu
         promote(Between(client, "set_model_version_tag", taken_away), name, "2", instead_of="1")
     assert aliases(client, name) == {"champion": "3", "previous": "1"}
     assert locks(client, name) == ["elsewhere 1 x"]
+
+
+def test_either_sign_of_another_process_is_enough(model: tuple[MlflowClient, str]) -> None:
+    client, name = model
+
+    def lock_taken_away() -> None:
+        client.set_registered_model_tag(f"{name}.promoting", "holder", "elsewhere 1 x")
+
+    with pytest.raises(PromotionError, match="another process moved its aliases"):
+        promote(Between(client, "set_model_version_tag", lock_taken_away), name, "2", instead_of="1")
+    client.delete_registered_model(f"{name}.promoting")
+
+    def moved_without_asking() -> None:
+        client.set_registered_model_alias(name, "champion", "3")
+
+    with pytest.raises(PromotionError, match="the champion is version 3 by now"):
+        promote(Between(client, "set_model_version_tag", moved_without_asking), name, "2", instead_of="1")
+    assert aliases(client, name)["champion"] == "3"
 
 
 def test_of_two_that_set_the_champion_at_once_the_first_is_told(model: tuple[MlflowClient, str]) -> None:
@@ -350,3 +371,11 @@ def test_a_night_whose_turn_never_comes_goes_on_later(
     assert "ends" not in read(folder / "night.json")
     client.delete_registered_model(f"{name}.promoting")
     assert ended(night)[0]["outcome"] == Outcome.PROMOTED
+
+
+@pytest.mark.parametrize("label", ["and/", "yes//no", "../up", "a/./b", "/", "c++ & ü²", "x" * 300])
+def test_every_label_makes_a_tag(model: tuple[MlflowClient, str], label: str) -> None:
+    client, name = model
+    key = f"gate.{_key(f'recall {label}')}"
+    client.set_model_version_tag(name, "1", key, "told")
+    assert client.get_model_version(name, "1").tags[key] == "told"
