@@ -10,7 +10,7 @@ class GateConfig:
     """What a challenger has to hold before it becomes champion, both measured on one frozen hold-out.
 
     Args:
-        holdout: a folder or manifest that is never trained on; null keeps the first night's test split. Lacking and later classes are added.
+        holdout: a folder or manifest that is never trained on; null keeps the first night's test split. Later classes are added.
         margin: gain in accuracy over the champion, at least.
         lowest_gain: the lower end of that gain's 95 % interval (paired bootstrap), at least; -1 asks nothing.
         accuracy: at least.
