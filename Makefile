@@ -8,10 +8,8 @@ demo: install
 	$(BIN)/refract demo
 
 # A process for each core, each with whole files of tests, whose fixtures then are made once.
-# Serving apart from training: a process that has run the servers' backends has ended twice when it went on with trainings.
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile --ignore=tests/pipeline
-	$(BIN)/python -m pytest -n auto --dist loadfile tests/pipeline
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-fast: install
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"

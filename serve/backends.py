@@ -14,10 +14,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from torch import Tensor, nn
 
 from models.bundle import Bundle, BundleError
 from models.classifier import Classifier, probabilities
+
+if TYPE_CHECKING:
+    import openvino
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +100,9 @@ def _compiled(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
 
 def _openvino(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
     """OpenVINO, in bfloat16 where the processor computes in it. The converted network is kept in `folder`."""
-    # Else its converter tells Google Analytics that it is used; without this package it does without.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
+    core, file = _openvino_core(), folder / "kept.xml"
+    import openvino  # after it has been kept from talking
 
-    core, file = openvino.Core(), folder / "kept.xml"
     if file.is_file():
         model = core.read_model(file)
     else:
@@ -114,6 +116,17 @@ def _openvino(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
             return torch.from_numpy(request.infer([images.contiguous().numpy()])[0].copy())
 
     return forward
+
+
+@cache
+def _openvino_core() -> "openvino.Core":
+    """One for the process. It gives the thread that makes it another stack for signals, and at its own end frees it, in whichever thread
+    that is: where the model was exchanged, the next signal would end the server."""
+    # Else its converter tells Google Analytics that it is used; without this package it does without.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino.Core()
 
 
 def _onnx(classifier: Classifier, example: Tensor, folder: Path) -> Forward:

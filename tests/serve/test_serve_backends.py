@@ -66,6 +66,22 @@ def test_backends_report_to_nobody(name: str, bundle, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", INSTALLED)
+def test_a_signal_is_heard_after_another_thread_has_dropped_the_network(name: str, bundle, tmp_path: Path) -> None:
+    """OpenVINO frees the stack on which the main thread would handle it."""
+    code = (
+        "import signal, sys, threading\nfrom pathlib import Path\nfrom models.bundle import load_bundle\n"
+        "from serve import backends\nfrom serve.engine import Engine\nbackends.CACHE = Path(sys.argv[3])\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('heard'))\n"
+        "engines = [Engine(load_bundle(sys.argv[1]), backend=sys.argv[2])]\n"
+        "thread = threading.Thread(target=engines.clear)\nthread.start()\nthread.join()\n"
+        "signal.raise_signal(signal.SIGTERM)\n"
+    )
+    command = [sys.executable, "-c", code, str(bundle.path), name, str(tmp_path / "cache")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
+
+
 @pytest.mark.slow
 def test_the_compiled_network_agrees(bundle, picture) -> None:
     plain, other = Engine(bundle), Engine(bundle, backend="compiled")
