@@ -1,6 +1,8 @@
 """Files that are either whole or not there, and those that one process holds."""
 
+import errno
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,18 @@ from typing import BinaryIO
 # Asked for once: the process's mask can only be read by setting it, which other threads would see.
 _MASK = os.umask(0o077)
 os.umask(_MASK)
+
+
+def read_file(path: str | Path) -> bytes:
+    """All of a regular file. OSError as usual, and for anything else: a pipe would be waited for, and a device has no end."""
+    with open(path, "rb", buffering=0, opener=_opened_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.readall()
+
+
+def _opened_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

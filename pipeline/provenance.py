@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,27 @@ def versions() -> dict[str, str]:
 
 
 def inputs(config: Config) -> dict[str, str]:
-    """config key → SHA-256 of the file or folder here that it names: what shapes the weights beside the data and the config."""
-    named = {"model.weights": config.model.weights, "loss.teacher": config.loss.teacher or ""}
+    """config key → SHA-256 of the file or folder here that it names: what shapes the weights beside the data and the config. ValueError for
+    a policy that is none."""
+    from augment.policy import load_policy
+
+    named = {
+        "model.weights": config.model.weights,
+        "loss.teacher": config.loss.teacher or "",
+        "text.name": config.text.name,
+    }
+    named |= {f"augment.policy: {value}": value for value in _texts(load_policy(config.augment.policy).to_spec())}
     words = ("", "none", "default")
     return {key: _digest(Path(value)) for key, value in named.items() if value not in words and Path(value).exists()}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in what YAML holds."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one)
 
 
 def _digest(path: Path) -> str:

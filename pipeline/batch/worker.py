@@ -18,6 +18,7 @@ from models.texts.tokens import trimmed
 from pipeline.batch.answers import schema_of, table_of
 from pipeline.batch.listing import Row, Shard
 from pipeline.batch.parts import write_part
+from pipeline.files import read_file
 from pipeline.scoring import Question, preprocess_of, score
 
 
@@ -105,6 +106,6 @@ class Scorer:
 
 def _bytes(path: str) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return read_file(path)
     except ValueError as error:  # a name with a zero byte
         raise OSError(str(error)) from error

@@ -13,6 +13,7 @@ import numpy as np
 
 from augment.decode import SUFFIXES
 from models.texts.tokens import trimmed
+from pipeline.files import read_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +48,7 @@ class Sample:
 
     def read(self) -> bytes:
         """The encoded picture. OSError where the file cannot be read."""
-        return Path(self.path).read_bytes() if self.data is None else self.data
+        return read_file(self.path) if self.data is None else self.data
 
 
 @dataclass(frozen=True)

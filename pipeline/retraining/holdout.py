@@ -14,6 +14,7 @@ from pipeline.recipe import reads
 from pipeline.retraining.place import read, write
 
 TABLE, SOURCE = "holdout.csv", "source.json"
+NEXT, NEXT_RECORD = "next.csv", "next.json"
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,11 @@ def renamed(manifest: Manifest, labels: Sequence[str]) -> list[Sample]:
 
 def frozen(folder: Path, task: str) -> HoldOut | None:
     """That which is there, each file checked; None where there is none. DataError where a file is not what was frozen."""
-    table = folder / TABLE
-    if not table.exists():
-        return None
-    manifest = load_manifest(table, task)
+    return _checked(folder / TABLE, task) if (folder / TABLE).exists() else None
+
+
+def _checked(table: Path, task: str) -> HoldOut:
+    manifest, folder = load_manifest(table, task), table.parent
     changed = [s.path for s in manifest.samples if s.pictured and hash_of(Path(s.path)) != Path(s.path).stem]
     if changed:
         raise DataError(
@@ -75,7 +77,7 @@ def freeze(
 ) -> HoldOut:
     """Copy the samples, beside those that are there, and write down what they are. own: what `gate.holdout` names, if it is among them.
 
-    Files are there before the table that names them, so that a kill leaves the old hold-out or the new one.
+    It is the hold-out once `accept` has made it so: classes of a night that is refused must not stay in it.
     """
     import pandas as pd
 
@@ -90,18 +92,33 @@ def freeze(
         for sample in samples
     ]
     table = pd.DataFrame(rows)
+    source: dict[str, str] | None = None
     if (folder / TABLE).exists():
         before = pd.read_csv(folder / TABLE, dtype=str, keep_default_na=False)
         table = pd.concat([before, table], ignore_index=True).fillna("")
-    elif own is None:
-        (folder / SOURCE).unlink(missing_ok=True)
+        source = read(folder / SOURCE) if (folder / SOURCE).exists() else None
     if own is not None:
-        write(folder / SOURCE, {"source": own.source, "digest": _digest_of(own)})
+        source = {"source": own.source, "digest": _digest_of(own)}
     # All quoted: as in `write_splits`.
-    write_atomically(folder / TABLE, table.to_csv(index=False, quoting=csv.QUOTE_ALL).encode())
-    made = frozen(folder, task)
-    assert made is not None
+    write_atomically(folder / NEXT, table.to_csv(index=False, quoting=csv.QUOTE_ALL).encode())
+    made = _checked(folder / NEXT, task)
+    write(folder / NEXT_RECORD, {"digest": made.digest, "source": source})
     return made
+
+
+def accept(folder: Path, digest: str) -> None:
+    """What `freeze` prepared is the hold-out from now on, if it is the version `digest`. A kill leaves the old one or the new one."""
+    if not (folder / NEXT).exists() or not (folder / NEXT_RECORD).exists():
+        return
+    record = read(folder / NEXT_RECORD)
+    if record["digest"] != digest:
+        return
+    if record["source"] is None:
+        (folder / SOURCE).unlink(missing_ok=True)
+    else:
+        write(folder / SOURCE, record["source"])
+    (folder / NEXT).replace(folder / TABLE)
+    (folder / NEXT_RECORD).unlink()
 
 
 def _digest_of(manifest: Manifest) -> str:

@@ -119,7 +119,9 @@ def snapshot(folder: Path, config: Config, record: Record) -> Record:
 
 @_step
 def validate(folder: Path, config: Config, record: Record) -> Record:
-    """End the night where the data changed more than they may since the last accepted one, or where what is new has drifted too far."""
+    """End the night where the data changed more than they may since the last accepted one, or where what is new has drifted too far.
+    Else the snapshot's hold-out is that of the nights to come."""
+    from pipeline.retraining.holdout import accept
     from pipeline.retraining.snapshot import read_snapshot
     from pipeline.retraining.validate import drift, problems
 
@@ -134,15 +136,15 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
             f"the data changed more than they may since the last accepted night:\n{why}\nMend them, or raise retrain.largest_loss.",
         )
     if config.retrain.drift == "none":
+        accept(place.holdout, now.holdout)
         return {}
     looked = drift(config, now, place, folder)
     log.info("drift: %s", looked["told"])
-    ends: Record = {}
     if looked["level"] == "stop" and config.retrain.drift == "stop":
-        ends = _ends(
-            Outcome.REFUSED, f"what is new has drifted: {looked['told']}. See {folder / 'drift'}, and retrain.drift"
-        )
-    return {"drift": looked} | ends
+        why = f"what is new has drifted: {looked['told']}. See {folder / 'drift'}, and retrain.drift"
+        return {"drift": looked} | _ends(Outcome.REFUSED, why)
+    accept(place.holdout, now.holdout)
+    return {"drift": looked}
 
 
 @_step
@@ -294,8 +296,9 @@ def _trained_on(place: Place, digest: str | None, held: Any) -> int | None:
 
 
 def _key(name: str) -> str:
-    """A tag's name as MLflow takes it: as a path that is in its shortest form, so without slashes."""
-    return "".join(c if c.isalnum() or c in "_-. " else "_" for c in name)[:200]
+    """A tag's name as MLflow takes it: as a path that is in its shortest form, so without slashes. Others stand there by their code, so
+    that two labels have two tags."""
+    return "".join(c if c.isalnum() or c in "_-. " else f"_x{ord(c):x}_" for c in name)[:200]
 
 
 __all__ = ["STEPS", "ConfigError", "NightError", "Outcome", "begin", "unfinished"]

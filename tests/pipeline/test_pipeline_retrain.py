@@ -18,6 +18,7 @@ from warm_process import Started, WarmProcess
 from pipeline.config import Config, ConfigError, config_from_dict, load_config
 from pipeline.data.manifest import DataError, load_manifest
 from pipeline.retraining.aliases import aliases, rollback
+from pipeline.retraining.holdout import accept
 from pipeline.retraining.night import (
     FAILURES,
     STEPS,
@@ -29,7 +30,7 @@ from pipeline.retraining.night import (
     worth_resuming,
 )
 from pipeline.retraining.place import Busy, place_of, read, write
-from pipeline.retraining.snapshot import take
+from pipeline.retraining.snapshot import Snapshot, take
 
 
 def paint(root: Path, numbers: range, labels: Any = COLORS) -> None:
@@ -59,9 +60,16 @@ def config(tmp_path: Path, new_tracking: Path) -> Config:
     return config_from_dict(values_of(tmp_path))
 
 
+def taken(config: Config) -> Snapshot:
+    """Of a night that is accepted."""
+    snapshot = take(config, place_of(config))
+    accept(place_of(config).holdout, snapshot.holdout)
+    return snapshot
+
+
 def test_the_hold_out_is_frozen_and_never_trained_on(config: Config, tmp_path: Path) -> None:
     place = place_of(config)
-    first = take(config, place)
+    first = taken(config)
     held = load_manifest(place.holdout / "holdout.csv")
     assert len(held.samples) == 18, "a fifth"
     contents = {sample.read() for sample in held.samples}
@@ -70,7 +78,7 @@ def test_the_hold_out_is_frozen_and_never_trained_on(config: Config, tmp_path: P
     copy = held.samples[0]
     label = held.labels[copy.labels[0]]
     shutil.copy(copy.path, tmp_path / "pictures" / label / "another_name.png")
-    second = take(config, place)
+    second = taken(config)
     assert second.holdout == first.holdout
     assert second.digest != first.digest
     table = load_manifest(second.manifest)
@@ -78,30 +86,30 @@ def test_the_hold_out_is_frozen_and_never_trained_on(config: Config, tmp_path: P
     assert not contents & {s.read() for s in table.samples if s.split != "test"}
     assert len(table.samples) == 180, "all others train or validate"
 
-    again = take(config, place)
+    again = taken(config)
     assert again == second
     write_picture(tmp_path / "pictures" / "yellow" / "0.png", np.full((16, 16, 3), (250, 240, 0), np.uint8))
     for number in range(1, 10):
         shade = np.full((16, 16, 3), (250, 240, number * 5), np.uint8)
         write_picture(tmp_path / "pictures" / "yellow" / f"{number}.png", shade)
-    third = take(config, place)
+    third = taken(config)
     assert third.holdout != first.holdout, "a new class gets its share"
     assert third.counts["test"] == {"blue": 6, "green": 6, "red": 6, "yellow": 2}
 
     shutil.rmtree(tmp_path / "pictures" / "red")
     with pytest.raises(DataError, match="held out but never trained on"):
-        take(config, place)
+        taken(config)
 
     Path(held.samples[3].path).write_bytes(b"other")
     with pytest.raises(DataError, match="1 pictures of the frozen hold-out are gone or have changed"):
-        take(config, place)
+        taken(config)
 
 
 def test_a_hold_out_of_its_own_is_taken_as_it_is(config: Config, tmp_path: Path) -> None:
     paint(tmp_path / "own", range(100, 104))
     shutil.copy(tmp_path / "own/red/100.png", tmp_path / "pictures/red/copy.png")
     config.gate.holdout = str(tmp_path / "own")
-    table = load_manifest(take(config, place_of(config)).manifest)
+    table = load_manifest(taken(config).manifest)
     assert len(table.of("test")) == 12
     assert len(table.of("train")) + len(table.of("val")) == 90, "its copy is not trained on"
 

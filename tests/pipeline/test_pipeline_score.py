@@ -105,6 +105,13 @@ def check_whole(table: pd.DataFrame, bundle: Path, pictures: Path) -> None:
     assert table["error"].notna().sum() == 3
 
 
+def test_a_pipe_that_is_called_a_picture_is_not_waited_for(refract: Run, tmp_path: Path, bundle: Path) -> None:
+    write_picture(tmp_path / "some" / "a.png", picture("red", 1, side=16))
+    os.mkfifo(tmp_path / "some" / "pipe.png")
+    refract("score", bundle, "some", "-o", "a.parquet")
+    assert pd.read_parquet(tmp_path / "a.parquet")["error"].fillna("").tolist() == ["", "not a regular file"]
+
+
 def started(tmp_path: Path, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "refract", "score", *map(str, arguments)]
     return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -199,7 +206,7 @@ def test_a_signal_ends_it_with_what_is_done_kept(
 ) -> None:
     out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
     process = subprocess.Popen(
-        [sys.executable, "-m", "refract", "score", bundle, pictures, "-o", out, "--shard-size", "4"],
+        [sys.executable, "-m", "refract", "score", bundle, pictures, "-o", out, "--shard-size", "1"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     until(lambda: list(folder.glob("0*.parquet")), process)

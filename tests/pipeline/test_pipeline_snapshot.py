@@ -22,8 +22,9 @@ from pipeline.config import Config, config_from_dict
 from pipeline.data.manifest import DataError, Manifest, load_manifest
 from pipeline.drift.measure import reference_of
 from pipeline.drift.thresholds import THRESHOLDS, Threshold
-from pipeline.retraining.night import _trained_on
-from pipeline.retraining.place import place_of
+from pipeline.retraining.holdout import accept
+from pipeline.retraining.night import Outcome, _trained_on, begin, snapshot, validate
+from pipeline.retraining.place import place_of, read, write
 from pipeline.retraining.snapshot import Snapshot, changed, inputs_digest, take
 from pipeline.retraining.validate import look, new_samples
 
@@ -45,7 +46,11 @@ def config_at(root: Path, source: str = "pictures", **sections: dict[str, Any]) 
 
 
 def taken(config: Config) -> Snapshot:
-    return take(config, place_of(config))
+    """Of a night that is accepted."""
+    place = place_of(config)
+    snapshot = take(config, place)
+    accept(place.holdout, snapshot.holdout)
+    return snapshot
 
 
 def test_pictures_that_moved_are_found_where_they_are(tmp_path: Path) -> None:
@@ -80,6 +85,21 @@ def test_a_file_that_the_config_names_is_an_input(tmp_path: Path, key: str) -> N
     first = digest("- HorizontalFlip: {p: 0.5}\n")
     assert digest("- HorizontalFlip: {p: 0.9}\n") != first
     assert digest("- HorizontalFlip: {p: 0.5}\n") == first
+
+
+def test_a_file_that_the_policy_names_is_an_input(tmp_path: Path) -> None:
+    table(tmp_path, [("", "ab"[i % 2], f"text number {i}") for i in range(40)])
+    synonyms = tmp_path / "synonyms.txt"
+    synonyms.write_text("text, words\n")
+    policy = [{"WordSubstitute": {"table": str(synonyms)}}]
+    config = config_at(
+        tmp_path, "m.csv", model={"name": "none"}, text={"name": "hashing"}, augment={"policy": policy}
+    )  # fmt: skip
+    snapshot = taken(config)
+    first = inputs_digest(config, snapshot, {}, "")
+    assert inputs_digest(config, snapshot, {}, "") == first
+    synonyms.write_text("text, lines\n")
+    assert inputs_digest(config, snapshot, {}, "") != first
 
 
 def noisy(path: Path, number: int) -> None:
@@ -131,6 +151,27 @@ def test_a_class_of_which_nothing_is_left_to_hold_out_is_told(tmp_path: Path, ca
     table(tmp_path, [*rows, *((f"p/{i}.png", "cd"[i > 41], "") for i in range(40, 44))])
     with pytest.raises(DataError, match="too few pictures of d to keep a hold-out apart"):
         taken(config)
+
+
+def test_a_class_of_a_night_that_was_refused_is_not_held_out(tmp_path: Path) -> None:
+    paint(tmp_path / "pictures", range(10))
+    config = config_at(tmp_path, retrain={"folder": str(tmp_path / "retrain"), "drift": "none"})
+    place, first = place_of(config), taken(config)
+    accepted = {"night": "first", "inputs": "", "snapshot": first.record(), "snapshot_folder": str(first.folder)}
+    write(place.root / "last.json", accepted)
+    for number in range(10):
+        noisy(tmp_path / "pictures/rubbish" / f"{number}.png", number)
+    shutil.move(tmp_path / "pictures/red", tmp_path / "red")
+    for number in range(3):
+        write_picture(tmp_path / f"pictures/red/{number}.png", picture("red", number, side=16))
+    folder = begin(config, force=False)
+    snapshot(folder)
+    validate(folder)
+    assert read(folder / "night.json")["ends"] == Outcome.REFUSED
+    shutil.rmtree(tmp_path / "pictures/rubbish")
+    shutil.rmtree(tmp_path / "pictures/red")
+    shutil.move(tmp_path / "red", tmp_path / "pictures/red")
+    assert taken(config) == first
 
 
 def test_a_picture_in_train_and_in_val_refuses_the_night(tmp_path: Path) -> None:
