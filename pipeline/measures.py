@@ -50,13 +50,8 @@ def nll(probabilities: np.ndarray, truth: np.ndarray, *, multilabel: bool) -> fl
 
 def calibration_error(probabilities: np.ndarray, truth: np.ndarray, *, multilabel: bool) -> float:
     """Expected calibration error over BINS equal bins of confidence, in [0, 1]. Source: Naeini et al. 2015; Guo et al. 2017, section 2."""
-    import torch
-    from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
-
-    given, right = torch.from_numpy(probabilities.astype(np.float64)), torch.from_numpy(np.asarray(truth))
-    if multilabel:
-        return float(binary_calibration_error(given.flatten(), right.flatten().long(), n_bins=BINS))
-    return float(multiclass_calibration_error(given, right, num_classes=given.shape[1], n_bins=BINS))
+    bins = reliability(probabilities, truth, multilabel=multilabel)
+    return sum(count * abs(confidence - right) for confidence, right, count in bins) / sum(count for *_, count in bins)
 
 
 def reliability(probabilities: np.ndarray, truth: np.ndarray, *, multilabel: bool) -> list[tuple[float, float, int]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.commands import console
 
 if TYPE_CHECKING:
-    from pipeline.drift import Drift
+    from pipeline.drift.compare import Drift
 
 STOP = 20
 
@@ -103,7 +103,7 @@ def _show(drift: "Drift") -> None:
 def _thresholds(args: argparse.Namespace) -> Any:
     """DataError names the option."""
     from pipeline.data.manifest import DataError
-    from pipeline.drift import THRESHOLDS, parse_thresholds
+    from pipeline.drift.thresholds import THRESHOLDS, parse_thresholds
 
     found = dict(THRESHOLDS)
     if args.thresholds:

@@ -8,12 +8,8 @@ import numpy as np
 
 from pipeline.drift import two_samples
 from pipeline.drift.profile import STATISTICS, Profile
-from pipeline.drift.thresholds import ALPHA, THRESHOLDS, Threshold
+from pipeline.drift.thresholds import ALPHA, FEWEST, LEVELS, THRESHOLDS, Threshold
 from pipeline.drift.two_samples import Found
-
-LEVELS = ("none", "warn", "stop")
-FEWEST = 20
-"""Samples on either side: below, not even two data sets that have nothing in common are told apart by all tests."""
 
 NEIGHBOUR = 5
 """The distance to which of the nearest is how far a picture is."""

@@ -9,12 +9,12 @@ from typing import Any
 from models.bundle import Bundle
 from models.classifier import Classifier
 from pipeline.data.manifest import DataError, Sample
-from pipeline.drift.compare import FEWEST, Drift, compare, far_from
+from pipeline.drift.compare import Drift, compare, far_from
 from pipeline.drift.log import is_log, read_log
 from pipeline.drift.new_data import MOST, NewData, read_data
 from pipeline.drift.profile import MOST_PICTURES, Profile, Seen, profile
 from pipeline.drift.report import SHOWN, furthest_pictures, make_drift_report
-from pipeline.drift.thresholds import THRESHOLDS, Threshold
+from pipeline.drift.thresholds import FEWEST, THRESHOLDS, Threshold
 from pipeline.report import Report
 
 log = logging.getLogger(__name__)

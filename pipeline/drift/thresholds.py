@@ -5,6 +5,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+LEVELS = ("none", "warn", "stop")
+FEWEST = 20
+"""Samples on either side: below, not even two data sets that have nothing in common are told apart by all tests."""
+
 
 class Threshold(NamedTuple):
     """Of a check's effect, the distance beyond what chance makes of it. None: never."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import DataError, Sample, load_manifest
+from pipeline.drift.thresholds import FEWEST, LEVELS, THRESHOLDS, Threshold, parse_thresholds
 from pipeline.retraining.copies import contents
 from pipeline.retraining.place import Place, read
 from pipeline.retraining.registry import download, registry_of
@@ -18,7 +19,6 @@ from pipeline.retraining.snapshot import FILES, Snapshot, known_contents
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
-    from pipeline.drift.thresholds import Threshold
 
 
 def problems(now: Snapshot, before: Snapshot | None, largest_loss: float) -> list[str]:
@@ -64,8 +64,6 @@ def drift(config: Config, now: Snapshot, place: Place, folder: Path) -> dict[str
         return _unseen("there is no champion yet")
     tag = client.get_model_version(name, champion).tags.get("snapshot")
     new = new_samples(now, place.snapshot(tag) if tag else None)
-    from pipeline.drift.compare import FEWEST
-
     if len(new.of_pictures) < FEWEST:
         return _unseen(f"{new.text()}, too few to tell anything")
     from models.bundle import load_bundle  # which brings PyTorch, for nothing on most nights
@@ -74,9 +72,7 @@ def drift(config: Config, now: Snapshot, place: Place, folder: Path) -> dict[str
         return look(load_bundle(download(client, name, champion, Path(beside))), new, thresholds, folder)
 
 
-def _thresholds(config: Config) -> "dict[str, Threshold]":
-    from pipeline.drift.thresholds import THRESHOLDS, Threshold, parse_thresholds
-
+def _thresholds(config: Config) -> dict[str, Threshold]:
     own = {**THRESHOLDS, "new classes": Threshold(0.0, None), "vanished classes": Threshold(None, None)}
     try:
         return parse_thresholds(config.retrain.drift_thresholds, own)
@@ -108,9 +104,8 @@ def new_samples(now: Snapshot, before: Path | None) -> New:
     return New([(sample, [manifest.labels[i] for i in sample.labels]) for sample in pictures], len(texts))
 
 
-def look(bundle: "Bundle", new: New, thresholds: "Mapping[str, Threshold]", folder: Path) -> dict[str, Any]:
+def look(bundle: "Bundle", new: New, thresholds: Mapping[str, Threshold], folder: Path) -> dict[str, Any]:
     """As `drift`, of that which is new, beside the bundle's reference."""
-    from pipeline.drift.compare import FEWEST
     from pipeline.drift.measure import measure_drift
 
     known = set(bundle.info.labels)
@@ -133,15 +128,13 @@ def look(bundle: "Bundle", new: New, thresholds: "Mapping[str, Threshold]", fold
     return {"level": _worst(checks), "told": f"{_words(checks) or 'none'}, of {new.text()}{without}", "checks": checks}
 
 
-def _level(share: float, threshold: "Threshold") -> str:
+def _level(share: float, threshold: Threshold) -> str:
     if threshold.stop is not None and share >= threshold.stop:
         return "stop"
     return "warn" if threshold.warn is not None and share >= threshold.warn else "none"
 
 
 def _worst(checks: Mapping[str, Mapping[str, Any]]) -> str:
-    from pipeline.drift.compare import LEVELS
-
     return max((check["level"] for check in checks.values()), key=LEVELS.index, default="none")
 
 

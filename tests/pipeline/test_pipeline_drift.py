@@ -22,9 +22,10 @@ from models.texts.networks import BagOfNgrams
 from models.texts.tokens import HashedNgrams
 from pipeline.commands.drift import main
 from pipeline.data.manifest import DataError, Sample
-from pipeline.drift import Profile, compare, profile
+from pipeline.drift.compare import compare
 from pipeline.drift.measure import Measured, measure_drift
 from pipeline.drift.new_data import read_data
+from pipeline.drift.profile import Profile, profile
 
 SIDE = 24
 Change = Callable[[np.ndarray], np.ndarray]

@@ -47,6 +47,21 @@ def test_the_calibration_error_by_hand() -> None:
     assert measures.reliability(probabilities, truth, multilabel=False) == [(pytest.approx(0.8), 0.6, 10)]
 
 
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_the_calibration_error_is_that_of_torchmetrics(multilabel: bool) -> None:
+    import torch
+    from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
+
+    probabilities, truth = drawn(2.0, count=500)
+    given, bins = torch.from_numpy(probabilities), measures.BINS
+    if multilabel:
+        truth = np.random.default_rng(3).random(probabilities.shape) < probabilities**2
+        expected = binary_calibration_error(given.flatten(), torch.from_numpy(truth).flatten().long(), n_bins=bins)
+    else:
+        expected = multiclass_calibration_error(given, torch.from_numpy(truth), num_classes=4, n_bins=bins)
+    assert measures.calibration_error(probabilities, truth, multilabel=multilabel) == pytest.approx(float(expected))
+
+
 def test_risk_and_coverage_by_hand() -> None:
     confidence = np.array([0.9, 0.8, 0.7, 0.6])
     probabilities = np.stack([confidence, 1 - confidence], 1)
