@@ -1,21 +1,14 @@
-"""Ways to compute a network, and the choice of the fastest that agrees with the plain one on this machine. Knows nothing of HTTP."""
+"""Ways to compute a network. Know nothing of HTTP."""
 
 import copy
-import hashlib
-import importlib.util
-import json
 import logging
 import os
-import platform
 import sys
+import tempfile
 import threading
-import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -24,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.bundle import Bundle, BundleError
-from models.classifier import Classifier, probabilities
+from models.classifier import Classifier
 
 if TYPE_CHECKING:
     import openvino
@@ -35,36 +27,19 @@ logger = logging.getLogger(__name__)
 Forward = Callable[[Tensor], Tensor]
 """uint8 N×3×H×W on the device → float32 logits N×C."""
 
-CACHE = Path("~/.cache/refract/backends")
 
-AGREED = 0.03
-"""How far a probability of a golden picture may lie from plain float32's. bfloat16 moves them by 2e-3 on resnet18."""
-
-THREADS = torch.get_num_threads()
-"""That PyTorch would use by itself; a choice may set fewer, and the next one begins from all again."""
-
-WORTH = 1.2
-"""How many times faster more threads must be: decoding and HTTP want cores too."""
-
-STEADY = 1.5
-"""How many times faster or slower than when it was chosen a backend may be for the choice to stand: the machine may have been busy."""
-
-BATCH, ROUNDS, SECONDS = 8, 5, 2.0
-"""Pictures in a timed batch; how often it is timed, at most for so long."""
-
-
-def _eager(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
+def _eager(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
     return classifier
 
 
-def _bf16(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
+def _bf16(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
     """bfloat16 where that is safe, the channels last in memory."""
     own = copy.deepcopy(classifier).to(memory_format=torch.channels_last)
-    _lower(own, example)
+    _lower(own, images[:2])
 
-    def forward(images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16):
-            return own(images).float()
+    def forward(batch: Tensor) -> Tensor:
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            return own(batch).float()
 
     return forward
 
@@ -87,18 +62,18 @@ def _lower(classifier: Classifier, example: Tensor) -> None:
         layer.to(torch.bfloat16)
 
 
-def _compiled(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
+def _compiled(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
     """The same by torch.compile. On a CPU it needs a C++ compiler, and most of a minute at its first start."""
     run = torch.compile(copy.deepcopy(classifier).to(memory_format=torch.channels_last), dynamic=True)
 
-    def forward(images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16):
-            return run(images).float()
+    def forward(batch: Tensor) -> Tensor:
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            return run(batch).float()
 
     return forward
 
 
-def _openvino(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
+def _openvino(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
     """OpenVINO, in bfloat16 where the processor computes in it. The converted network is kept in `folder`."""
     core, file = _openvino_core(), folder / "kept.xml"
     import openvino  # after it has been kept from talking
@@ -106,14 +81,14 @@ def _openvino(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
     if file.is_file():
         model = core.read_model(file)
     else:
-        model = openvino.convert_model(classifier, example_input=example)
-        _store(folder, "xml", lambda part: openvino.save_model(model, part, compress_to_fp16=False))
+        model = openvino.convert_model(classifier, example_input=images[:2])
+        store(folder, "xml", lambda part: openvino.save_model(model, part, compress_to_fp16=False))
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     request, alone = core.compile_model(model, "CPU", settings).create_infer_request(), threading.Lock()
 
-    def forward(images: Tensor) -> Tensor:
+    def forward(batch: Tensor) -> Tensor:
         with alone:  # a request holds its own answer: of two threads at a time one would get the other's
-            return torch.from_numpy(request.infer([images.contiguous().numpy()])[0].copy())
+            return torch.from_numpy(request.infer([batch.contiguous().numpy()])[0].copy())
 
     return forward
 
@@ -129,29 +104,83 @@ def _openvino_core() -> "openvino.Core":
     return openvino.Core()
 
 
-def _onnx(classifier: Classifier, example: Tensor, folder: Path) -> Forward:
+def _onnx(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
     """ONNX Runtime, in float32. The exported network is kept in `folder`."""
+    file = folder / "kept.onnx"
+    if file.is_file():
+        return _onnx_session(file.read_bytes())
+    data = _exported(classifier, images)
+    store(folder, "onnx", lambda part: part.write_bytes(data))
+    return _onnx_session(data)
+
+
+def _int8(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
+    """ONNX Runtime in integers of 8 bits, a scale for each channel of the weights and for each layer's output, whose range is that of the
+    golden pictures and of what is made of them. Source: Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018, arXiv:1806.08342."""
+    file = folder / "kept.int8.onnx"
+    if file.is_file():
+        return _onnx_session(file.read_bytes())
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as beside:
+        plain, ready, made = (Path(beside, name) for name in ("plain.onnx", "ready.onnx", "made.onnx"))
+        plain.write_bytes(_exported(classifier, images))
+        quant_pre_process(plain, ready, skip_symbolic_shape=True)
+        shown = _Shown(_varied(images))
+        quantize_static(ready, made, shown, per_channel=True, weight_type=QuantType.QInt8)
+        data = made.read_bytes()
+    store(folder, "int8.onnx", lambda part: part.write_bytes(data))
+    return _onnx_session(data)
+
+
+INPUT = "images"
+
+
+class _Shown:
+    """What ONNX Runtime asks for a batch at a time, to see the ranges."""
+
+    def __init__(self, batches: Iterator[Tensor]) -> None:
+        self._batches = batches
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {INPUT: batch.numpy()}
+
+
+def _varied(images: Tensor) -> Iterator[Tensor]:
+    """The pictures, mirrored, darker, brighter, and of less and of more contrast."""
+    yield images
+    yield images.flip(3)
+    mean = images.float().mean(dim=(1, 2, 3), keepdim=True)
+    for factor in (0.6, 1.4):
+        for middle in (torch.zeros_like(mean), mean):
+            yield ((images - middle) * factor + middle).clamp(0, 255).to(torch.uint8)
+
+
+def _exported(classifier: Classifier, images: Tensor) -> bytes:
+    shapes = ({0: torch.export.Dim("pictures")},)
+    program = torch.onnx.export(
+        classifier, (images[:2],), input_names=[INPUT], dynamo=True, dynamic_shapes=shapes, verbose=False
+    )
+    assert program is not None
+    return program.model_proto.SerializeToString()
+
+
+def _onnx_session(data: bytes) -> Forward:
     # Else from 1.29 on it keeps a name for this machine in the home, and tells Microsoft what it computes.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
-    file = folder / "kept.onnx"
-    if file.is_file():
-        data = file.read_bytes()
-    else:
-        shapes = ({0: torch.export.Dim("pictures")},)
-        program = torch.onnx.export(classifier, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False)
-        assert program is not None
-        data = program.model_proto.SerializeToString()
-        _store(folder, "onnx", lambda part: part.write_bytes(data))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.contiguous().numpy()})[0])
+    return lambda batch: torch.from_numpy(session.run(None, {name: batch.contiguous().numpy()})[0])
 
 
-def _store(folder: Path, suffix: str, write: Callable[[Path], object]) -> None:
+def store(folder: Path, suffix: str, write: Callable[[Path], object]) -> None:
     """Have `write` make a file, and call it `kept` when it is whole. Where that cannot be, in a read-only container, the next start makes
     it again."""
     part = folder / f"part-{os.getpid()}.{suffix}"
@@ -162,7 +191,7 @@ def _store(folder: Path, suffix: str, write: Callable[[Path], object]) -> None:
             _rename(part.with_suffix(".bin"), folder / "kept.bin")
         _rename(part, folder / f"kept.{suffix}")
     except (OSError, RuntimeError) as err:  # the second is OpenVINO's kind
-        logger.warning("%s is not kept: %s", folder, _first_line(err))
+        logger.warning("%s is not kept: %s", folder, first_line(err))
         for left in (part, part.with_suffix(".bin")):
             with suppress(OSError):
                 left.unlink(missing_ok=True)
@@ -175,182 +204,15 @@ def _rename(part: Path, kept: Path) -> None:
     part.replace(kept)
 
 
-KEPT: Mapping[str, tuple[str, ...]] = MappingProxyType({"openvino": ("kept.xml", "kept.bin"), "onnx": ("kept.onnx",)})
+KEPT: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"openvino": ("kept.xml", "kept.bin"), "onnx": ("kept.onnx",), "int8": ("kept.int8.onnx",)}
+)
 """The converted networks of BACKENDS, in a folder of the cache."""
 
 BACKENDS: Mapping[str, Callable[[Classifier, Tensor, Path], Forward]] = MappingProxyType(
-    {"eager": _eager, "bf16": _bf16, "compiled": _compiled, "openvino": _openvino, "onnx": _onnx}
+    {"eager": _eager, "bf16": _bf16, "compiled": _compiled, "openvino": _openvino, "onnx": _onnx, "int8": _int8}
 )
 
 
-@dataclass(frozen=True)
-class Choice:
-    """name: of the backend; threads: of a CPU that compute one batch; rates: pictures a second of each that was tried, `NAME/threads` on a
-    CPU; dropped: those that were not, with the reason."""
-
-    name: str
-    threads: int
-    rates: dict[str, float]
-    dropped: dict[str, str]
-
-    @property
-    def rate(self) -> float:
-        """Of the chosen one."""
-        return self.rates.get(f"{self.name}/{self.threads}") or self.rates[self.name]
-
-
-def candidates(device: torch.device) -> tuple[str, ...]:
-    """Those that are tried by themselves: on a GPU the compiled network; on a CPU OpenVINO and ONNX Runtime where they are installed. To
-    export to the second takes ten seconds, but a call of it costs less, which small networks feel (lenet5: 360 us of the server's time for
-    a request by OpenVINO, 270 by ONNX Runtime)."""
-    if device.type == "cuda":
-        return ("eager", "bf16", "compiled")
-    extras = (("openvino", "openvino"), ("onnx", "onnxruntime"))
-    return ("eager", "bf16", *(name for name, package in extras if importlib.util.find_spec(package)))
-
-
-def choose(
-    bundle: Bundle,
-    classifier: Classifier,
-    images: np.ndarray,
-    *,
-    wanted: str = "auto",
-    threads: int = THREADS,
-    cache: Path | None = None,
-) -> tuple[Forward, Choice]:
-    """The fastest way for this bundle on this machine that agrees with plain float32 on `images`, the golden pictures, uint8 N×H×W×3: the
-    same likeliest label, probabilities within AGREED. wanted: a name of BACKENDS is taken, if it agrees. threads: of a CPU, at most.
-    The choice is kept in `cache`, by default ~/.cache/refract/backends, for the bundle, the machine and the versions.
-
-    ValueError for a name that is none; BundleError where a wanted one cannot be had or does not agree.
-    """
-    if wanted != "auto" and wanted not in BACKENDS:
-        raise ValueError(f"backend: {wanted!r} is none of auto, {', '.join(BACKENDS)}")
-    device = next(classifier.parameters()).device
-    folder = (cache or CACHE).expanduser() / _key(bundle, device, threads)
-    tensor = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
-    trial = _Trial(bundle, classifier, tensor, folder)
-    names = candidates(device) if wanted == "auto" else (wanted,)
-    kept = _kept(folder) if wanted == "auto" else None
-    if kept is not None and kept.name in names:
-        try:
-            torch.set_num_threads(kept.threads)
-            forward = trial.agreeing(kept.name)
-            change = trial.rate(forward) / kept.rate
-            if 1 / STEADY < change < STEADY:
-                return forward, kept
-            told = f"{change:.1f} times faster" if change > 1 else f"{1 / change:.1f} times slower"
-            logger.info("%s is %s than when it was chosen; the backend is chosen anew", kept.name, told)
-        except Exception as err:  # of any kind: these are four libraries; what does not work any more is chosen anew
-            logger.warning("the backend %s, chosen before, does not work now: %s", kept.name, _first_line(err))
-    return _fastest(trial, names, threads, folder, forced=wanted != "auto")
-
-
-def _fastest(
-    trial: "_Trial", names: tuple[str, ...], most: int, folder: Path, *, forced: bool
-) -> tuple[Forward, Choice]:
-    if not forced:
-        logger.info("timing %s; the choice is kept for the next start", ", ".join(names))
-    rates: dict[str, float] = {}
-    dropped: dict[str, str] = {}
-    tries: list[tuple[float, str, int, Forward]] = []
-    for name in names:
-        for threads in dict.fromkeys((most, 1)) if trial.on_cpu else (most,):
-            torch.set_num_threads(threads)
-            try:
-                forward = trial.agreeing(name)
-                rate = trial.rate(forward)
-            except Exception as err:
-                if forced:
-                    raise BundleError(f"--backend {name}: {_first_line(err)}") from err
-                dropped[name] = _first_line(err)
-                break
-            rates[f"{name}/{threads}" if trial.on_cpu else name] = round(rate, 1)
-            tries.append((rate, name, threads, forward))
-    if not tries:
-        raise BundleError(f"no backend computes this bundle: {dropped}")
-    _, name, threads, forward = max(tries, key=lambda one: one[0] / (WORTH if one[2] > 1 else 1))
-    choice = Choice(name, threads, rates, dropped)
-    torch.set_num_threads(threads)
-    if not forced:
-        logger.info("%s is taken; pictures a second: %s", name, rates)
-        _keep(folder, choice)
-    return forward, choice
-
-
-class _Trial:
-    """The golden pictures, and what plain float32 says to them."""
-
-    def __init__(self, bundle: Bundle, classifier: Classifier, images: Tensor, folder: Path) -> None:
-        self._classifier, self._images, self._folder = classifier, images, folder
-        self.on_cpu = images.device.type == "cpu"
-        self._options: dict[str, Any] = {"task": bundle.info.task, "temperature": bundle.info.temperature}
-        with torch.inference_mode():
-            self._wanted = probabilities(classifier(images), **self._options)
-
-    def agreeing(self, name: str) -> Forward:
-        """ValueError where it answers otherwise. What fails with a network that was kept is tried with one that is converted anew."""
-        kept = [file for file in (self._folder / own for own in KEPT.get(name, ())) if file.exists()]
-        try:
-            return self._agreeing(name)
-        except Exception as err:
-            if not kept:
-                raise
-            logger.warning("%s does not work with what is kept of it, which is made anew: %s", name, _first_line(err))
-        for file in kept:
-            file.unlink(missing_ok=True)
-        return self._agreeing(name)
-
-    def _agreeing(self, name: str) -> Forward:
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of converters, about themselves
-            forward = BACKENDS[name](self._classifier, self._images.repeat(2, 1, 1, 1)[:2].contiguous(), self._folder)
-            found = probabilities(forward(self._images), **self._options)
-        gap = float((found - self._wanted).abs().max())
-        if not gap <= AGREED or not bool((found.argmax(1) == self._wanted.argmax(1)).all()):
-            raise ValueError(f"answers otherwise than float32 on the golden pictures, by up to {gap:.2g}")
-        return forward
-
-    def rate(self, forward: Forward) -> float:
-        """Pictures a second, in batches."""
-        batch = self._images.repeat(-(-BATCH // len(self._images)), 1, 1, 1)[:BATCH]
-        times: list[float] = []
-        with torch.inference_mode():
-            forward(batch).sum().item()
-            while len(times) < ROUNDS and sum(times) < SECONDS:
-                began = time.perf_counter()
-                forward(batch).sum().item()
-                times.append(time.perf_counter() - began)
-        return BATCH / sorted(times)[len(times) // 2]
-
-
-def _key(bundle: Bundle, device: torch.device, threads: int) -> str:
-    machine = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} {os.cpu_count()} {threads}"
-    )
-    packages = [name for name in ("torch", "openvino", "onnxruntime") if importlib.util.find_spec(name)]
-    facts = [bundle.digest, machine, *(f"{name} {version(name)}" for name in packages)]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _kept(folder: Path) -> Choice | None:
-    try:
-        return Choice(**json.loads((folder / "kept.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return None
-
-
-def _keep(folder: Path, choice: Choice) -> None:
-    _store(folder, "json", lambda part: part.write_text(json.dumps(asdict(choice), indent=1), "utf-8"))
-
-
-def _first_line(err: Exception) -> str:
+def first_line(err: Exception) -> str:
     return (str(err).splitlines() or [""])[0][:200] or type(err).__name__

@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after a graceful end, 1 after a failure, 2 if it cannot serve that."""
     arguments = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("serve.backends").setLevel(logging.INFO)  # to choose one takes seconds
+    logging.getLogger("serve.choice").setLevel(logging.INFO)  # to choose one takes seconds
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _end)

@@ -12,7 +12,8 @@ from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleError, Golden
 from models.classifier import probabilities
 from models.texts.tokens import Tokens
-from serve.backends import AGREED, THREADS, Choice, Forward, choose
+from serve.backends import Forward
+from serve.choice import AGREED, THREADS, Choice, choose
 from serve.explain import Explainer
 from serve.samples import blank, inputs, joined
 
@@ -107,7 +108,9 @@ class Engine:
             began = time.perf_counter()
             answered = self.predict(batch)[0]
             times.append(time.perf_counter() - began)
-            self._compare(self._where(golden), answered, stored, AGREED + TOLERANCE)
+            self._compare(
+                self._where(golden), answered, stored, (self.choice.agreed if self.choice else AGREED) + TOLERANCE
+            )
         for other in self._others:
             other.self_test()
         return min(times)

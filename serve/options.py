@@ -41,9 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--backend",
-        choices=("auto", "eager", "bf16", "compiled", "openvino", "onnx"),
+        choices=("auto", "eager", "bf16", "compiled", "openvino", "onnx", "int8"),
         default="auto",
-        help="what computes the network; auto times what is installed and takes the fastest that agrees with float32",
+        help="what computes the network; auto times what is installed, but int8, and takes the fastest that agrees with float32",
     )
     add("--max-batch", type=_whole(1, 65536), default=32, metavar="N", help="images in one batch")
     add("--max-wait-ms", type=_number(0, 1e5), default=2.0, metavar="MS", help="longest wait for a batch to fill")

@@ -25,8 +25,14 @@ def digits() -> tuple[Data, Data]:
 
 def centred(pictures: Tensor) -> Tensor:
     """Zero mean and unit variance over all values of the training digits."""
+    mean, deviation = _of_all()
+    return (pictures - mean) / deviation
+
+
+@cache
+def _of_all() -> tuple[Tensor, Tensor]:
     known = digits()[0][0]
-    return (pictures - known.mean()) / known.std()
+    return known.mean(), known.std()
 
 
 def train(

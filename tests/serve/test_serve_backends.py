@@ -16,37 +16,41 @@ import torch
 from models.bundle import BundleError
 from models.classifier import Classifier
 from models.networks import build
-from serve import backends
+from serve import choice as choosing
 from serve.app import create_app
-from serve.backends import BACKENDS, choose
+from serve.backends import BACKENDS
+from serve.choice import choose
 from serve.engine import Engine
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = {"openvino": "openvino", "onnx": "onnxruntime"}
 INSTALLED = [name for name, package in EXTRAS.items() if importlib.util.find_spec(package)]
+NAMED = [*INSTALLED, "int8"] if "onnx" in INSTALLED else INSTALLED
+"""With int8, which is not chosen by itself."""
 PACKAGES = [EXTRAS[name] for name in INSTALLED]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(backends, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(choosing, "CACHE", tmp_path / "cache")
     threads = torch.get_num_threads()
     yield tmp_path / "cache"
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ["eager", "bf16", *INSTALLED])
+@pytest.mark.parametrize("name", ["eager", "bf16", *NAMED])
 def test_each_agrees_with_plain_float32_at_any_size_of_batch(name: str, bundle, picture) -> None:
     plain, other = Engine(bundle), Engine(bundle, backend=name)
     other.self_test()
     images = np.stack([plain.preprocess(picture(i)) for i in range(7)])
     for count in (1, 7, 2):
-        np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=backends.AGREED)
+        agreed = choosing.INT8_AGREED if name == "int8" else choosing.AGREED
+        np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=agreed)
     if name != "eager":
         assert other.choice is not None and other.choice.name == name
 
 
-@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("name", NAMED)
 def test_backends_report_to_nobody(name: str, bundle, tmp_path: Path) -> None:
     """In a process of its own, that has not imported them. Where OpenVINO or ONNX Runtime report what they compute, they make themselves a
     name in the home first; both keep still where a CI runs."""
@@ -71,7 +75,7 @@ def test_a_signal_is_heard_after_another_thread_has_dropped_the_network(name: st
     """OpenVINO frees the stack on which the main thread would handle it."""
     code = (
         "import signal, sys, threading\nfrom pathlib import Path\nfrom models.bundle import load_bundle\n"
-        "from serve import backends\nfrom serve.engine import Engine\nbackends.CACHE = Path(sys.argv[3])\n"
+        "from serve import choice\nfrom serve.engine import Engine\nchoice.CACHE = Path(sys.argv[3])\n"
         "signal.signal(signal.SIGTERM, lambda *_: print('heard'))\n"
         "engines = [Engine(load_bundle(sys.argv[1]), backend=sys.argv[2])]\n"
         "thread = threading.Thread(target=engines.clear)\nthread.start()\nthread.join()\n"
@@ -87,7 +91,7 @@ def test_the_compiled_network_agrees(bundle, picture) -> None:
     plain, other = Engine(bundle), Engine(bundle, backend="compiled")
     images = np.stack([plain.preprocess(picture(i)) for i in range(3)])
     for count in (1, 3):
-        np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=backends.AGREED)
+        np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=choosing.AGREED)
 
 
 def golden_images(engine: Engine) -> np.ndarray:
@@ -101,12 +105,12 @@ def asking(bundle, **options):
 
 def test_the_fastest_is_taken_kept_and_told(bundle, serving, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, choice = asking(bundle)
-    worth = {name: rate / (1 if name.endswith("/1") else backends.WORTH) for name, rate in choice.rates.items()}
+    worth = {name: rate / (1 if name.endswith("/1") else choosing.WORTH) for name, rate in choice.rates.items()}
     assert worth[f"{choice.name}/{choice.threads}"] == max(worth.values()) and not choice.dropped
     assert {name.partition("/")[0] for name in choice.rates} == {"eager", "bf16", *INSTALLED}
     (kept,) = cache.glob("*/kept.json")
     assert json.loads(kept.read_text())["name"] == choice.name
-    monkeypatch.setattr(backends._Trial, "rate", lambda *_: choice.rate * 0.8)
+    monkeypatch.setattr(choosing._Trial, "rate", lambda *_: choice.rate * 0.8)
     engine = Engine(bundle, backend="auto")
     assert engine.choice == choice and torch.get_num_threads() == choice.threads
     with serving(create_app(engine)) as client:
@@ -114,17 +118,17 @@ def test_the_fastest_is_taken_kept_and_told(bundle, serving, cache: Path, monkey
 
 
 def test_two_threads_must_be_worth_a_core(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "candidates", lambda device: ("eager",))
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
     for two, wanted in ((110.0, 1), (150.0, 2)):
         speeds = iter([two, 100.0])
-        monkeypatch.setattr(backends._Trial, "rate", lambda *_, speeds=speeds: next(speeds))
+        monkeypatch.setattr(choosing._Trial, "rate", lambda *_, speeds=speeds: next(speeds))
         assert asking(bundle, threads=2, cache=cache / str(two))[1].threads == wanted
 
 
 def test_what_was_chosen_on_a_busy_machine_is_chosen_anew(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = iter([100.0, 1.0])
-    monkeypatch.setattr(backends, "candidates", lambda device: ("eager", "bf16"))
-    monkeypatch.setattr(backends._Trial, "rate", lambda *_: next(speeds))
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("eager", "bf16"))
+    monkeypatch.setattr(choosing._Trial, "rate", lambda *_: next(speeds))
     first = asking(bundle, threads=1)[1]
     assert (first.name, first.rate) == ("eager", 100.0)
     speeds = iter([90.0])
@@ -146,8 +150,8 @@ def test_one_that_answers_otherwise_or_fails_is_dropped_with_its_reason(
     def broken(classifier, example, folder):
         raise RuntimeError("no such instruction\nand more")
 
-    monkeypatch.setattr(backends, "BACKENDS", {**BACKENDS, "bf16": wrong, "openvino": broken})
-    monkeypatch.setattr(backends, "candidates", lambda device: ("bf16", "openvino", "eager"))
+    monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, "bf16": wrong, "openvino": broken})
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("bf16", "openvino", "eager"))
     _, choice = asking(bundle)
     assert choice.name == "eager" and choice.dropped["openvino"] == "no such instruction"
     assert "otherwise than float32 on the golden pictures" in choice.dropped["bf16"]
@@ -168,16 +172,16 @@ def test_a_cache_that_cannot_be_written_or_read_does_no_harm(bundle, cache: Path
     assert asking(bundle)[1].rates
 
 
-@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("name", NAMED)
 def test_a_kept_network_that_is_cut_is_converted_anew(
     name: str, bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a loss of power or a full disk leaves it. Its backend was left out for good, and the choice without it kept."""
-    monkeypatch.setattr(backends, "candidates", lambda device: (name,))
+    monkeypatch.setattr(choosing, "candidates", lambda device: (name,))
     assert asking(bundle)[1].name == name and "made anew" not in caplog.text
     (folder,) = cache.iterdir()
-    files = {file: file.read_bytes() for file in folder.iterdir() if file.name in backends.KEPT[name]}
-    assert len(files) == len(backends.KEPT[name])
+    files = {file: file.read_bytes() for file in folder.iterdir() if file.name in choosing.KEPT[name]}
+    assert len(files) == len(choosing.KEPT[name])
     for cut in files:
         cut.write_bytes(files[cut][:100])
         choice = asking(bundle)[1]
@@ -191,7 +195,7 @@ def test_a_kept_network_that_is_cut_is_converted_anew(
 def test_a_note_of_the_choice_that_is_of_no_use_is_written_anew(
     text: str, bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "candidates", lambda device: ("eager",))
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
     first = asking(bundle, threads=1)[1]
     (note,) = cache.glob("*/kept.json")
     note.write_text(text, "latin-1")
@@ -201,9 +205,9 @@ def test_a_note_of_the_choice_that_is_of_no_use_is_written_anew(
 def test_with_another_version_of_a_package_it_is_chosen_anew(
     bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "candidates", lambda device: ("eager",))
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
     for count, versions in ((1, {}), (1, {}), *((2 + i, {name: "99"}) for i, name in enumerate(("torch", *PACKAGES)))):
-        monkeypatch.setattr(backends, "version", lambda name, versions=versions: versions.get(name) or version(name))
+        monkeypatch.setattr(choosing, "version", lambda name, versions=versions: versions.get(name) or version(name))
         asking(bundle, threads=1)
         assert len(list(cache.iterdir())) == count
 
@@ -223,10 +227,10 @@ def test_one_with_another_likeliest_label_is_dropped_however_near(
     bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hair = 1e-3 * bundle.info.temperature
-    monkeypatch.setattr(backends, "candidates", lambda device: ("bf16", "eager"))
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("bf16", "eager"))
     images = golden_images(Engine(bundle))
     for other, dropped in ((2 * hair, set()), (-hair, {"bf16"})):
-        monkeypatch.setattr(backends, "BACKENDS", {**BACKENDS, "bf16": lambda *_, other=other: Unsure(other)})
+        monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, "bf16": lambda *_, other=other: Unsure(other)})
         _, choice = choose(bundle, Unsure(hair), images, threads=1, cache=cache / str(other))
         assert set(choice.dropped) == dropped
 
@@ -251,7 +255,7 @@ def test_bfloat16_keeps_what_a_network_computes_in_float32() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["eager", "bf16", *INSTALLED])
+@pytest.mark.parametrize("name", ["eager", "bf16", *NAMED])
 def test_two_threads_get_their_own_answers(name: str, bundle, picture) -> None:
     """As a self-test, or a lane that is being retired, beside the one that serves."""
     engine = Engine(bundle, backend=name)

@@ -1,0 +1,223 @@
+"""The choice of the fastest way to compute a bundle that agrees with the plain one on this machine."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import platform
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.bundle import Bundle, BundleError
+from models.classifier import Classifier, probabilities
+from serve.backends import BACKENDS, KEPT, Forward, first_line, store
+
+logger = logging.getLogger(__name__)
+
+CACHE = Path("~/.cache/refract/backends")
+
+AGREED = 0.03
+INT8_AGREED = 0.1
+"""How far a probability of a golden picture may lie from plain float32's. bfloat16 moves them by 2e-3 on resnet18, by 0.02 on a network for
+CIFAR-10; integers of 8 bits that one's by 0.07, which is why they are not taken unless they are asked for."""
+
+THREADS = torch.get_num_threads()
+"""That PyTorch would use by itself; a choice may set fewer, and the next one begins from all again."""
+
+WORTH = 1.2
+"""How many times faster more threads must be: decoding and HTTP want cores too."""
+
+STEADY = 1.5
+"""How many times faster or slower than when it was chosen a backend may be for the choice to stand: the machine may have been busy."""
+
+BATCH, ROUNDS, SECONDS = 8, 5, 2.0
+"""Pictures in a timed batch; how often it is timed, at most for so long."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """name: of the backend; threads: of a CPU that compute one batch; rates: pictures a second of each that was tried, `NAME/threads` on a
+    CPU; dropped: those that were not, with the reason."""
+
+    name: str
+    threads: int
+    rates: dict[str, float]
+    dropped: dict[str, str]
+
+    @property
+    def agreed(self) -> float:
+        """How far its probabilities may lie from plain float32's."""
+        return _agreed(self.name)
+
+    @property
+    def rate(self) -> float:
+        """Of the chosen one."""
+        return self.rates.get(f"{self.name}/{self.threads}") or self.rates[self.name]
+
+
+def _agreed(name: str) -> float:
+    return INT8_AGREED if name == "int8" else AGREED
+
+
+def candidates(device: torch.device) -> tuple[str, ...]:
+    """Those that are tried by themselves: on a GPU the compiled network; on a CPU OpenVINO and ONNX Runtime where they are installed. To
+    export to the second takes ten seconds, but a call of it costs less, which small networks feel (lenet5: 360 us of the server's time for
+    a request by OpenVINO, 270 by ONNX Runtime)."""
+    if device.type == "cuda":
+        return ("eager", "bf16", "compiled")
+    extras = (("openvino", "openvino"), ("onnx", "onnxruntime"))
+    return ("eager", "bf16", *(name for name, package in extras if importlib.util.find_spec(package)))
+
+
+def choose(
+    bundle: Bundle,
+    classifier: Classifier,
+    images: np.ndarray,
+    *,
+    wanted: str = "auto",
+    threads: int = THREADS,
+    cache: Path | None = None,
+) -> tuple[Forward, Choice]:
+    """The fastest way for this bundle on this machine that agrees with plain float32 on `images`, the golden pictures, uint8 N×H×W×3: the
+    same likeliest label, probabilities within AGREED. wanted: a name of BACKENDS is taken, if it agrees, int8 within INT8_AGREED.
+    threads: of a CPU, at most. The choice is kept in `cache`, by default ~/.cache/refract/backends, for the bundle, the machine and the
+    versions.
+
+    ValueError for a name that is none; BundleError where a wanted one cannot be had or does not agree.
+    """
+    if wanted != "auto" and wanted not in BACKENDS:
+        raise ValueError(f"backend: {wanted!r} is none of auto, {', '.join(BACKENDS)}")
+    device = next(classifier.parameters()).device
+    folder = (cache or CACHE).expanduser() / _key(bundle, device, threads)
+    tensor = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
+    trial = _Trial(bundle, classifier, tensor, folder)
+    names = candidates(device) if wanted == "auto" else (wanted,)
+    kept = _kept(folder) if wanted == "auto" else None
+    if kept is not None and kept.name in names:
+        try:
+            torch.set_num_threads(kept.threads)
+            forward = trial.agreeing(kept.name)
+            change = trial.rate(forward) / kept.rate
+            if 1 / STEADY < change < STEADY:
+                return forward, kept
+            told = f"{change:.1f} times faster" if change > 1 else f"{1 / change:.1f} times slower"
+            logger.info("%s is %s than when it was chosen; the backend is chosen anew", kept.name, told)
+        except Exception as err:  # of any kind: these are four libraries; what does not work any more is chosen anew
+            logger.warning("the backend %s, chosen before, does not work now: %s", kept.name, first_line(err))
+    return _fastest(trial, names, threads, folder, forced=wanted != "auto")
+
+
+def _fastest(
+    trial: "_Trial", names: tuple[str, ...], most: int, folder: Path, *, forced: bool
+) -> tuple[Forward, Choice]:
+    if not forced:
+        logger.info("timing %s; the choice is kept for the next start", ", ".join(names))
+    rates: dict[str, float] = {}
+    dropped: dict[str, str] = {}
+    tries: list[tuple[float, str, int, Forward]] = []
+    for name in names:
+        for threads in dict.fromkeys((most, 1)) if trial.on_cpu else (most,):
+            torch.set_num_threads(threads)
+            try:
+                forward = trial.agreeing(name)
+                rate = trial.rate(forward)
+            except Exception as err:
+                if forced:
+                    raise BundleError(f"--backend {name}: {first_line(err)}") from err
+                dropped[name] = first_line(err)
+                break
+            rates[f"{name}/{threads}" if trial.on_cpu else name] = round(rate, 1)
+            tries.append((rate, name, threads, forward))
+    if not tries:
+        raise BundleError(f"no backend computes this bundle: {dropped}")
+    _, name, threads, forward = max(tries, key=lambda one: one[0] / (WORTH if one[2] > 1 else 1))
+    choice = Choice(name, threads, rates, dropped)
+    torch.set_num_threads(threads)
+    if not forced:
+        logger.info("%s is taken; pictures a second: %s", name, rates)
+        _keep(folder, choice)
+    return forward, choice
+
+
+class _Trial:
+    """The golden pictures, and what plain float32 says to them."""
+
+    def __init__(self, bundle: Bundle, classifier: Classifier, images: Tensor, folder: Path) -> None:
+        self._classifier, self._images, self._folder = classifier, images, folder
+        self.on_cpu = images.device.type == "cpu"
+        self._options: dict[str, Any] = {"task": bundle.info.task, "temperature": bundle.info.temperature}
+        with torch.inference_mode():
+            self._wanted = probabilities(classifier(images), **self._options)
+
+    def agreeing(self, name: str) -> Forward:
+        """ValueError where it answers otherwise. What fails with a network that was kept is tried with one that is converted anew."""
+        kept = [file for file in (self._folder / own for own in KEPT.get(name, ())) if file.exists()]
+        try:
+            return self._agreeing(name)
+        except Exception as err:
+            if not kept:
+                raise
+            logger.warning("%s does not work with what is kept of it, which is made anew: %s", name, first_line(err))
+        for file in kept:
+            file.unlink(missing_ok=True)
+        return self._agreeing(name)
+
+    def _agreeing(self, name: str) -> Forward:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of converters, about themselves
+            images = self._images if len(self._images) > 1 else self._images.repeat(2, 1, 1, 1)
+            forward = BACKENDS[name](self._classifier, images.contiguous(), self._folder)
+            found = probabilities(forward(self._images), **self._options)
+        gap = float((found - self._wanted).abs().max())
+        if not gap <= _agreed(name) or not bool((found.argmax(1) == self._wanted.argmax(1)).all()):
+            raise ValueError(f"answers otherwise than float32 on the golden pictures, by up to {gap:.2g}")
+        return forward
+
+    def rate(self, forward: Forward) -> float:
+        """Pictures a second, in batches."""
+        batch = self._images.repeat(-(-BATCH // len(self._images)), 1, 1, 1)[:BATCH]
+        times: list[float] = []
+        with torch.inference_mode():
+            forward(batch).sum().item()
+            while len(times) < ROUNDS and sum(times) < SECONDS:
+                began = time.perf_counter()
+                forward(batch).sum().item()
+                times.append(time.perf_counter() - began)
+        return BATCH / sorted(times)[len(times) // 2]
+
+
+def _key(bundle: Bundle, device: torch.device, threads: int) -> str:
+    machine = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} {os.cpu_count()} {threads}"
+    )
+    packages = [name for name in ("torch", "openvino", "onnxruntime") if importlib.util.find_spec(name)]
+    facts = [bundle.digest, machine, *(f"{name} {version(name)}" for name in packages)]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _kept(folder: Path) -> Choice | None:
+    try:
+        return Choice(**json.loads((folder / "kept.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _keep(folder: Path, choice: Choice) -> None:
+    store(folder, "json", lambda part: part.write_text(json.dumps(asdict(choice), indent=1), "utf-8"))
