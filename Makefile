@@ -7,12 +7,14 @@ BIN := .venv/bin
 demo: install
 	$(BIN)/refract demo
 
-# A process for each core, each with whole files of tests, whose fixtures then are made once.
+# Some tests wait, so a process more than there are cores; each gets whole files, whose fixtures then are made once.
+PYTEST := $(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile --no-loadscope-reorder
+
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST)
 
 test-fast: install
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # MLflow's server on a PostgreSQL of its own, which is Debian's package postgresql; part of make test too, where it is installed.
 test-postgres: install

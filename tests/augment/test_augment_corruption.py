@@ -55,7 +55,7 @@ def test_another_seed_differs_where_something_is_drawn(name: str) -> None:
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 @given(height=st.integers(1, 40), width=st.integers(1, 40), severity=st.integers(1, 5))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_any_size(name: str, height: int, width: int, severity: int) -> None:
     image = photo(height, width)
     result = corrupt(image, name, severity, seed=0)

@@ -51,7 +51,7 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
     np.testing.assert_allclose(decode(data).astype(int), shown, atol=3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 10), st.booleans(), st.integers(0, 3), st.data())
 def test_exif_orientation_among_other_tags_and_damage(
     orientation: int, big: bool, before: int, data: st.DataObject
@@ -146,7 +146,7 @@ def test_what_is_no_picture_is_refused_with_a_reason(data: bytes, reason: str) -
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_damage_is_refused_or_decoded_never_worse(data: st.DataObject) -> None:
     original = bytearray(data.draw(st.sampled_from([JPEG, PNG])))
     for _ in range(data.draw(st.integers(1, 6))):

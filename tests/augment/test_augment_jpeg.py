@@ -49,7 +49,7 @@ def test_the_part_decoder_is_there() -> None:
 
 
 @given(boxes(), st.sampled_from(CODINGS), st.sampled_from(SCALES))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_part_equals_the_same_pixels_of_the_whole(shape, coding, scale) -> None:
     (height, width), (top, left, box_height, box_width) = shape
     scale = scale if min(height, width) >= jpeg.SMALLEST_REDUCED else 1
@@ -174,7 +174,7 @@ def test_damage_inside_a_part_is_refused() -> None:
 
 
 @given(st.floats(-60, 60), st.floats(0.2, 4.0), st.integers(0, 200), st.integers(0, 200))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_footprint_holds_every_pixel_that_is_interpolated(angle: float, scale: float, top: int, left: int) -> None:
     steps = (
         Step("RandomCrop", {"box": [top, left, 40, 50], "size": [40, 50]}),

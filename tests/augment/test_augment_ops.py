@@ -64,7 +64,7 @@ def test_p_zero_is_the_identity(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALONE)
 @given(height=st.integers(1, 70), width=st.integers(1, 70), index=st.integers(0, 2**40))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_shape_dtype_replay_and_no_mutation(name: str, height: int, width: int, index: int) -> None:
     image = picture(height, width)
     before = image.copy()
@@ -133,7 +133,7 @@ def test_flip_is_exact_and_its_own_inverse() -> None:
 
 
 @given(index=st.integers(0, 10_000), height=st.integers(1, 40), width=st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_crop_is_a_cut_of_the_padded_picture(index: int, height: int, width: int) -> None:
     image = picture(23, 31)
     augmenter = Augmenter([{"RandomCrop": {"size": [height, width], "fill": [1, 2, 3]}}])

@@ -75,7 +75,7 @@ def test_risk_and_coverage_by_hand() -> None:
     assert measures.abstain_below(probabilities, np.array([1, 1, 1, 1]), 0.9) == 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(2, 5), st.integers(1, 80), st.floats(0.3, 1.0))
 def test_what_is_answered_is_as_precise_as_wanted(seed: int, classes: int, count: int, wanted: float) -> None:
     rng = np.random.default_rng(seed)
