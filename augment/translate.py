@@ -107,12 +107,11 @@ class _Way:
                 raise TranslationError(f"T5 does not translate {unknown[0]!r}; it knows {', '.join(T5_NAMES)}")
             self._prefix = f"translate {T5_NAMES[source]} to {T5_NAMES[target]}: "
         elif hasattr(tokenizer, "src_lang"):  # of many languages
-            number = tokenizer.get_lang_id(target) if hasattr(tokenizer, "get_lang_id") else None
-            number = tokenizer.convert_tokens_to_ids(target) if number is None else number
-            if number in (None, tokenizer.unk_token_id):
-                raise TranslationError(f"the model {model.name_or_path} does not know the language {target!r}")
+            for code in (target, source):
+                if _language(tokenizer, code) in (None, tokenizer.unk_token_id):
+                    raise TranslationError(f"the model {model.name_or_path} does not know the language {code!r}")
             tokenizer.src_lang = source
-            self._own = {"forced_bos_token_id": number}
+            self._own = {"forced_bos_token_id": _language(tokenizer, target)}
 
     def __call__(self, model: Any, texts: list[str], sampling: Sampling) -> list[str | None]:
         own = self._model.generation_config
@@ -126,6 +125,16 @@ class _Way:
         left = iter(zip(found, ends.reached, strict=True))
         results = [next(left) if fit else ("", False) for fit in fits]
         return [text.strip() if whole else None for text, whole in results]
+
+
+def _language(tokenizer: Any, code: str) -> int | None:
+    """The token of a language; None, or that of unknown words, where the model does not know it."""
+    if not hasattr(tokenizer, "get_lang_id"):  # NLLB's
+        return tokenizer.convert_tokens_to_ids(code)
+    try:
+        return tokenizer.get_lang_id(code)
+    except KeyError:
+        return None
 
 
 class _Ends:

@@ -1,0 +1,116 @@
+"""Back-translation by models of each kind, with weights that know nothing: what they are told is what counts."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+transformers = pytest.importorskip("transformers", reason="the extra text is not installed")
+sentencepiece = pytest.importorskip("sentencepiece", reason="the extra text is not installed")
+
+from augment.translate import BackTranslator, TranslationError  # noqa: E402 — after the extra is known to be there
+
+TEXTS = ["the small dog", "a cat runs"]
+LINES = [
+    *TEXTS,
+    "a big cat sees der kleine Hund",
+    "translate English to German: French",
+    "numbers 1 2 3 and words",
+] * 20
+SIZES = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def pieces(folder: Path) -> dict[str, float]:
+    """Piece → score, of a SentencePiece model in the folder."""
+    prefix = str(folder / "sp")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(LINES), model_prefix=prefix, vocab_size=40, character_coverage=1.0, minloglevel=2
+    )
+    found = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    return {found.id_to_piece(i): found.get_score(i) for i in range(3, found.get_piece_size())}
+
+
+def numbered(pieces: dict[str, float]) -> dict[str, int]:
+    return {piece: number for number, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", *pieces])}
+
+
+def saved(folder: Path, model: Any, tokenizer: Any) -> str:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def m2m100(folder: Path, pieces: dict[str, float]) -> str:
+    (folder / "vocab.json").write_text(json.dumps(numbered(pieces)))
+    tokenizer = transformers.M2M100Tokenizer(str(folder / "vocab.json"), str(folder / "sp.model"))
+    model = transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(vocab_size=300, **SIZES))
+    return saved(folder / "m2m100", model, tokenizer)
+
+
+def nllb(folder: Path, pieces: dict[str, float]) -> str:
+    tokenizer = transformers.NllbTokenizer(vocab=numbered(pieces), merges=[])
+    model = transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(vocab_size=300, **SIZES))
+    return saved(folder / "nllb", model, tokenizer)
+
+
+def t5(folder: Path, pieces: dict[str, float]) -> str:
+    known = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces.items()]
+    config = transformers.T5Config(
+        vocab_size=len(known), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    return saved(
+        folder / "t5", transformers.T5ForConditionalGeneration(config), transformers.T5Tokenizer(known, extra_ids=0)
+    )
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """(what each call of a model was given for its first text, what it said)."""
+    calls: list[tuple[list[int], list[int]]] = []
+    generate = transformers.GenerationMixin.generate
+
+    def spied(self: Any, *args: Any, **more: Any) -> Any:
+        found = generate(self, *args, **more)
+        calls.append((more["input_ids"][0].tolist(), found[0].tolist()))
+        return found
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", spied)
+    yield calls
+
+
+@pytest.mark.parametrize(("make", "source", "via"), [(m2m100, "en", "de"), (nllb, "eng_Latn", "deu_Latn")])
+def test_models_of_many_languages_are_told_which(
+    make: Callable[..., str], source: str, via: str, folder: Path, pieces: dict[str, float], asked: list[Any]
+) -> None:
+    model = make(folder, pieces)
+    translator = BackTranslator(model, model, source=source, via=via, max_length=60)
+    assert len(translator(TEXTS, seed=1)) == len(TEXTS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    number = tokenizer.get_lang_id if make is m2m100 else tokenizer.convert_tokens_to_ids
+    given, said = asked[0]
+    assert number(source) in given, "the text's language"
+    assert said[1] == number(via), "the first word that is said tells the other one"
+    for codes in ({"source": source, "via": "tlh"}, {"source": "tlh", "via": via}):
+        with pytest.raises(TranslationError, match="does not know the language 'tlh'"):
+            BackTranslator(model, model, **codes)
+
+
+def test_t5_is_told_in_words(folder: Path, pieces: dict[str, float], asked: list[Any]) -> None:
+    model = t5(folder, pieces)
+    translator = BackTranslator(model, model, source="en", via="de", max_length=120)
+    assert len(translator(TEXTS, seed=1)) == len(TEXTS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    assert tokenizer.decode(asked[0][0]).startswith("translate English to German: the small dog")
+    with pytest.raises(TranslationError, match="T5 does not translate 'es'"):
+        BackTranslator(model, model, source="en", via="es")
