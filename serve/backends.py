@@ -129,7 +129,9 @@ def _int8(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
         plain.write_bytes(_exported(classifier, images))
         quant_pre_process(plain, ready, skip_symbolic_shape=True)
         shown = _Shown(_varied(images))
-        quantize_static(ready, made, shown, per_channel=True, weight_type=QuantType.QInt8)
+        # Of a processor's instructions for 8 bits, x86's multiply unsigned by signed ones: three times as fast as signed by signed.
+        types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(ready, made, shown, per_channel=True, **types)
         data = made.read_bytes()
     store(folder, "int8.onnx", lambda part: part.write_bytes(data))
     return _onnx_session(data)

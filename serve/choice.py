@@ -199,7 +199,7 @@ def _key(bundle: Bundle, device: torch.device, threads: int) -> str:
     machine = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} {os.cpu_count()} {threads}"
     )
-    packages = [name for name in ("torch", "openvino", "onnxruntime") if importlib.util.find_spec(name)]
+    packages = [name for name in ("refract", "torch", "openvino", "onnxruntime") if importlib.util.find_spec(name)]
     facts = [bundle.digest, machine, *(f"{name} {version(name)}" for name in packages)]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
 
