@@ -24,6 +24,8 @@ from pipeline.report import make_report
 from pipeline.robustness import measure_robustness
 from pipeline.slices import slices
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -84,7 +86,6 @@ def test_the_report_is_one_file_with_nothing_from_elsewhere_and_nothing_unescape
     assert suspects and all(int(Path(path).name[:2]) % 6 == 0 for path in suspects), "every sixth is mislabelled"
 
 
-@pytest.mark.slow
 def test_evaluate_gives_the_same_figures_and_a_report(refract: Run, root: Path, runs: Path, tmp_path: Path) -> None:
     refract(
         "evaluate", runs / "good" / "bundle", root / "pictures", "--json", "e.json", "--report", "rep", "--robustness", "quick"
@@ -98,7 +99,6 @@ def test_evaluate_gives_the_same_figures_and_a_report(refract: Run, root: Path, 
     assert report["metrics"] == found["metrics"] and (tmp_path / "rep" / "report.html").stat().st_size > 50_000
 
 
-@pytest.mark.slow
 def test_runs_are_compared_on_the_hold_out_that_they_share(refract: Run, runs: Path, tmp_path: Path) -> None:
     told = refract("compare", runs / "bad", runs / "good", "--curves", "c.png").stdout
     assert re.search(r"^optim\.lr +1e-07 +0\.003$", told, re.MULTILINE) and "run_name" not in told
@@ -159,7 +159,6 @@ def test_many_parts_are_not_marked_by_chance() -> None:
     assert marked <= 12
 
 
-@pytest.mark.slow
 def test_evaluate_shows_what_looks_like_the_training(refract: Run, tmp_path: Path) -> None:
     for number in range(40):
         coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
@@ -214,7 +213,6 @@ def cameras(root: Path) -> Path:
     return root / "cameras.csv"
 
 
-@pytest.mark.slow
 def test_parts_of_the_data_by_the_columns_of_the_manifest(
     refract: Run, cameras: Path, runs: Path, tmp_path: Path
 ) -> None:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 from small_data import Run
 
 from augment import Augmenter
 from augment.ops import OPS
+
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
 
 def files(folder: Path) -> dict[str, bytes]:

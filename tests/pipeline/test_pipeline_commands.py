@@ -24,6 +24,8 @@ from pipeline.commands.demo import served
 from pipeline.scoring import Question, score
 from refract import COMMANDS
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 QUICK = ["--trainer.max_epochs", "3", "--trainer.run_name", "r1", "--data.workers", "0"]
 
 
@@ -109,7 +111,6 @@ def test_predict_tells_each_picture(refract: Run, workplace: Path) -> None:
     )
 
 
-@pytest.mark.slow
 def test_predict_goes_on_past_a_bad_picture(refract: Run, workplace: Path) -> None:
     (workplace / "bad.jpg").write_text("text")
     write_picture(workplace / "good.jpg", picture("green", 902))
@@ -121,7 +122,6 @@ def test_predict_goes_on_past_a_bad_picture(refract: Run, workplace: Path) -> No
     assert "no such file" in refract("predict", "runs/r1/bundle", "nowhere.jpg", code=2).stderr
 
 
-@pytest.mark.slow
 def test_evaluate_measures_the_runs_own_hold_out(refract: Run, workplace: Path) -> None:
     done = refract("evaluate", "runs/r1/bundle", "pictures", "--json", "e.json")
     report = json.loads((workplace / "e.json").read_text())
@@ -131,7 +131,6 @@ def test_evaluate_measures_the_runs_own_hold_out(refract: Run, workplace: Path) 
     assert np.trace(report["confusion"]) / 24 == report["metrics"]["accuracy"]
 
 
-@pytest.mark.slow
 def test_evaluate_knows_the_training_pictures_by_their_content(refract: Run, workplace: Path) -> None:
     (workplace / "pictures").rename(workplace / "moved")
     assert "its own hold-out" in refract("evaluate", "runs/r1/bundle", workplace / "moved").stdout
@@ -149,7 +148,6 @@ def test_evaluate_refuses_labels_it_does_not_know(refract: Run, workplace: Path)
     assert "does not know 1 of the labels: purple" in refract("evaluate", "runs/r1/bundle", "other", code=2).stderr
 
 
-@pytest.mark.slow
 def test_a_run_is_never_overwritten(refract: Run, workplace: Path) -> None:
     before = (workplace / "runs" / "r1" / "bundle" / "manifest.json").read_bytes()
     assert "runs/r1 exists already" in refract("train", "pictures.yaml", *QUICK, code=2).stderr
@@ -170,7 +168,6 @@ def test_preview_draws_a_grid(refract: Run, workplace: Path) -> None:
     refract("preview", "pictures/red/00.jpg", "--policy", "imagenet", "-o", "one.png")
 
 
-@pytest.mark.slow
 def test_data_errors_reach_the_user_in_words(refract: Run, workplace: Path) -> None:
     (workplace / "pictures" / "red" / "notes.jpg").write_text("text")
     assert "notes.jpg: not a picture" in refract("train", "pictures.yaml", "--trainer.run_name", "r2", code=2).stderr
@@ -185,7 +182,6 @@ def test_altered_bundle_is_refused(refract: Run, workplace: Path) -> None:
     assert "weights.safetensors" in refract("predict", "runs/r1/bundle", "pictures", code=2).stderr
 
 
-@pytest.mark.slow
 def test_http_evaluate_and_module_give_one_answer(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes through the server, through `evaluate`'s scoring, and through the network by hand."""
     import httpx
@@ -208,7 +204,6 @@ def test_http_evaluate_and_module_give_one_answer(trained: Path, monkeypatch: py
             np.testing.assert_allclose([given[label] for label in bundle.info.labels], by_hand, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_two_runs_with_one_seed_end_in_the_same_weights(refract: Run, workplace: Path) -> None:
     for name in ("a", "b"):
         refract(
@@ -226,7 +221,6 @@ def test_two_runs_with_one_seed_end_in_the_same_weights(refract: Run, workplace:
     assert entry[0] == entry[1]
 
 
-@pytest.mark.slow
 def test_mixing_policy_and_frozen_backbone_train(refract: Run, workplace: Path) -> None:
     policy = '["HorizontalFlip", {"MixUp": {"p": 0.5}}, {"CutMix": {"p": 0.5}}]'
     refract("train", "pictures.yaml", "--trainer.run_name", "mixed", "--augment.policy", policy, "--model.mode", "feature-extract",
@@ -236,7 +230,6 @@ def test_mixing_policy_and_frozen_backbone_train(refract: Run, workplace: Path) 
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("normalize", ["data", "mean_image", "zca"])
 def test_normalisation_measured_on_the_training_pictures_is_served(
     refract: Run, workplace: Path, normalize: str
@@ -256,7 +249,6 @@ def test_normalisation_measured_on_the_training_pictures_is_served(
     assert "accuracy" in refract("evaluate", "runs/n/bundle", "pictures").stdout
 
 
-@pytest.mark.slow
 def test_repeated_augmentation_and_consistency_train(refract: Run, workplace: Path) -> None:
     policy = '["HorizontalFlip", {"AugMix": {"severity": 3}}]'
     refract("train", "pictures.yaml", "--trainer.run_name", "views", "--augment.policy", policy, "--loss.consistency", 12,
@@ -267,7 +259,6 @@ def test_repeated_augmentation_and_consistency_train(refract: Run, workplace: Pa
     assert "the policy needs AugMix, and neither MixUp nor CutMix" in told
 
 
-@pytest.mark.slow
 def test_multilabel_manifest_all_the_way(refract: Run, workplace: Path) -> None:
     rows = [f"pictures/{c}/{n:02}.jpg,{c};{'odd' if n % 2 else 'even'}" for c in COLORS for n in range(40)]
     (workplace / "m.csv").write_text("path,label\n" + "\n".join(rows))
@@ -278,7 +269,6 @@ def test_multilabel_manifest_all_the_way(refract: Run, workplace: Path) -> None:
     assert "mean_average_precision" in refract("evaluate", "runs/m/bundle", "m.csv").stdout
 
 
-@pytest.mark.slow
 def test_demo_reaches_its_promise(refract: Run, tmp_path: Path) -> None:
     done = refract("demo")
     (bundle,) = tmp_path.glob("runs/*/bundle")
@@ -286,7 +276,6 @@ def test_demo_reaches_its_promise(refract: Run, tmp_path: Path) -> None:
     assert "of 10 right" in done.stdout and "mlflow ui" in done.stdout and "refract serve" in done.stdout
 
 
-@pytest.mark.slow
 def test_a_run_tells_where_it_came_from_and_is_run_again(refract: Run, workplace: Path) -> None:
     client = MlflowClient(f"sqlite:///{workplace}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])

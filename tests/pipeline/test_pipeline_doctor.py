@@ -16,6 +16,8 @@ from pipeline.doctor.run import make_doctor, read_findings
 from pipeline.doctor.watch import Doctor
 from pipeline.training import Assembly, assemble, fit
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 BASE: dict[str, Any] = {
     "data": {
         "workers": 0,
@@ -206,7 +208,6 @@ def test_watching_changes_no_weight(colours: Path, tmp_path: Path) -> None:
     assert torch.equal(weights(True), weights(False))
 
 
-@pytest.mark.slow
 def test_findings_go_to_the_console_the_run_and_the_report(refract: Run, colours: Path, tmp_path: Path) -> None:
     values = {name: dict(section) for name, section in BASE.items() if name != "tracking"}
     values["data"]["source"] = str(colours)

@@ -27,6 +27,8 @@ from pipeline.drift.measure import Measured, measure_drift
 from pipeline.drift.new_data import read_data
 from pipeline.drift.profile import Profile, profile
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 SIDE = 24
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -227,7 +229,6 @@ def test_mistakes_are_told_in_words(bundle: Bundle, tmp_path: Path, capsys: pyte
     assert main([path, few, "--thresholds", str(tmp_path / "list.yaml")]) == 2
 
 
-@pytest.mark.slow
 def test_the_command_runs(refract: Run, bundle: Bundle, tmp_path: Path) -> None:
     picture("red", 0)
     told = refract("drift", bundle.path, write_scenes(tmp_path / "new", 1000)).stdout

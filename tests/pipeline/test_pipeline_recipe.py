@@ -15,6 +15,8 @@ from models.transfer import blocks_of
 from pipeline.config import Config, ConfigError, config_from_dict
 from pipeline.training import Assembly, assemble, fit, train
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 BASE = {
     "data": {"workers": 0, "batch_size": 16, "val_share": 0.2, "test_share": 0.1},
     "model": {"name": "resnet20"},
@@ -211,7 +213,6 @@ def test_weights_that_are_lost_are_told(uneven: Path, tmp_path: Path) -> None:
         trained(uneven, tmp_path, "--optim.lr", 1e30, "--data.batch_size", 40, "--trainer.max_epochs", 1)
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_no_number_names_layer_and_batch_and_can_be_replayed(
     refract: Run, uneven: Path, tmp_path: Path
 ) -> None:

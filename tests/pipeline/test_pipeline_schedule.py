@@ -20,6 +20,8 @@ from pipeline.schedule.book import Book, Schedule
 from pipeline.schedule.cron import Cron
 from pipeline.schedule.keeper import Plan, Runner
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 BERLIN = ZoneInfo("Europe/Berlin")
 
 # What is started instead of a retraining: notes that it began, with its last argument, and ends as the files beside its config say.
@@ -322,7 +324,6 @@ def test_a_damaged_file_is_told(place: Place, refract: Run) -> None:
     assert "schedule.db cannot be used" in refract("schedule", "--list", "--state", place.state, code=1).stderr
 
 
-@pytest.mark.slow
 def test_what_is_fired_is_refract_retrain(place: Place, refract: Run) -> None:
     place.config.write_text("tracking: {model_name: photos}\ndata: {source: nowhere}\n")
     place.was_due(timedelta(hours=1), cron="0 2 * * *")
@@ -336,7 +337,6 @@ def test_what_is_fired_is_refract_retrain(place: Place, refract: Run) -> None:
     assert ended(scheduler) == 0
 
 
-@pytest.mark.slow
 def test_a_cron_of_every_minute_fires_with_the_minute(place: Place, refract: Run) -> None:
     """The command itself, by the machine's clock; started again without a cron it goes on with the one that it had."""
     command = [sys.executable, "-m", "refract", "schedule", str(place.config), "--state", str(place.state)]

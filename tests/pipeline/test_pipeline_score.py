@@ -35,6 +35,8 @@ from pipeline.batch.listing import Row, Shard, listing_of
 from pipeline.data.manifest import DataError
 from pipeline.scoring import Question, preprocess_of, score
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 PREPROCESS = Preprocess(height=32, width=32)
 LABELS = tuple(sorted(COLORS))
 
@@ -149,7 +151,6 @@ def test_a_folder_becomes_a_row_a_picture_as_predict_answers(
     assert told["bundle"] == load_bundle(bundle).digest and told["labels"] == list(LABELS)
 
 
-@pytest.mark.slow
 def test_predict_says_the_same(refract: Run, tmp_path: Path, bundle: Path, pictures: Path) -> None:
     folder = pictures / "green" / "deep0"
     refract("score", bundle, folder, "-o", "a.parquet", "--jobs", 1)
@@ -159,7 +160,6 @@ def test_predict_says_the_same(refract: Run, tmp_path: Path, bundle: Path, pictu
         assert row.confidence == pytest.approx(line["confidence"], abs=1e-5)
 
 
-@pytest.mark.slow
 def test_every_row_is_there_once_after_three_kills(tmp_path: Path, bundle: Path, pictures: Path) -> None:
     folder, out = tmp_path / ".out.parquet.parts", tmp_path / "out.parquet"
     command = (bundle, pictures, "-o", out, "--jobs", 2, "--shard-size", 8, "--batch-size", 8)
@@ -186,7 +186,6 @@ def holds(folder: Path, count: int) -> bool:
     return len(list(folder.glob("0*.parquet"))) >= count
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_replaced_and_told(tmp_path: Path, bundle: Path, pictures: Path) -> None:
     out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
     process = started(tmp_path, bundle, pictures, "-o", out, "--jobs", 2, "--shard-size", 8)
@@ -199,7 +198,6 @@ def test_a_killed_process_is_replaced_and_told(tmp_path: Path, bundle: Path, pic
     check_whole(pd.read_parquet(out), bundle, pictures)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_with_what_is_done_kept(
     tmp_path: Path, bundle: Path, pictures: Path, number: int, code: int
@@ -244,7 +242,6 @@ def mkdir(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_one_process_at_a_time_writes_a_file(refract: Run, tmp_path: Path, bundle: Path, pictures: Path) -> None:
     process = started(tmp_path, bundle, pictures, "-o", tmp_path / "a.parquet", "--shard-size", 4, "--jobs", 1)
     until(lambda: list((tmp_path / ".a.parquet.parts").glob("0*.parquet")), process)
@@ -370,7 +367,6 @@ def test_without_ray_its_extra_is_named(tmp_path: Path, bundle: Path, pictures: 
     assert done.returncode == 2 and "refract[ray]" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="the extra ray is not installed")
 def test_ray_goes_on_after_a_kill_to_the_same_rows(refract: Run, tmp_path: Path, bundle: Path, pictures: Path) -> None:
     out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"

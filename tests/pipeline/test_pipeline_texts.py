@@ -20,6 +20,8 @@ from pipeline.data.manifest import DataError, load_manifest
 from pipeline.data.splits import draw_splits
 from pipeline.recipe import check_inputs
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 OFF = ["--tracking.enabled", "false", "--evaluation.robustness", "none", "--data.workers", "0"]
 
@@ -44,7 +46,6 @@ def rewritten(manifest: Path, name: str, change: Callable[[int, str], str]) -> P
     return table(manifest.with_name(name), rows, columns)
 
 
-@pytest.mark.slow
 def test_both_together_know_what_neither_knows_alone_and_captions_may_be_missing(refract: Run, tmp_path: Path) -> None:
     data = captions.write_pictures(tmp_path / "captions")
     train = ["train", CONFIGS / "image-text.yaml", *OFF, "--trainer.run_name"]
@@ -76,7 +77,6 @@ def test_both_together_know_what_neither_knows_alone_and_captions_may_be_missing
     assert (tmp_path / "runs" / "both" / "preview.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
 def test_a_stopped_training_of_texts_goes_on_to_the_same_weights(
     refract: Run, training: Training, tmp_path: Path
 ) -> None:
@@ -100,7 +100,6 @@ def test_a_stopped_training_of_texts_goes_on_to_the_same_weights(
     assert line["label"] in one.info.labels
 
 
-@pytest.mark.slow
 def test_a_real_encoder_reads_what_it_never_saw(refract: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frozen, with a new head: sentences in words that training did not have."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -229,7 +228,6 @@ def test_odd_texts_train_as_any_others(refract: Run, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
 def test_init_sees_the_texts_and_evaluate_knows_the_training_data_again(refract: Run, tmp_path: Path) -> None:
     captions.write_pictures(tmp_path / "c", count=120)
     rows = [[path, label, text] for path, label, _, text in _rows(tmp_path / "c" / "captions.csv")]

@@ -22,6 +22,8 @@ from serve.backends import BACKENDS
 from serve.choice import choose
 from serve.engine import Engine
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 ROOT = Path(__file__).parents[2]
 EXTRAS = {"openvino": "openvino", "onnx": "onnxruntime"}
 INSTALLED = [name for name, package in EXTRAS.items() if importlib.util.find_spec(package)]
@@ -86,7 +88,6 @@ def test_a_signal_is_heard_after_another_thread_has_dropped_the_network(name: st
     assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
 
 
-@pytest.mark.slow
 def test_the_compiled_network_agrees(bundle, picture) -> None:
     plain, other = Engine(bundle), Engine(bundle, backend="compiled")
     images = np.stack([plain.preprocess(picture(i)) for i in range(3)])

@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 HOME = tempfile.mkdtemp(prefix="refract-home-")
 ROOT = Path(__file__).parents[2]
 
@@ -127,7 +129,6 @@ def test_a_drain_that_was_cut_short_leaves_no_timer_behind(bundle):
     assert finish(process) == (0, "[]\n", "")
 
 
-@pytest.mark.slow
 def test_what_is_killed_while_it_starts_for_the_first_time_starts_again(bundle, tmp_path):
     """At moments from the first import to the exported network; what is left over must not be taken for whole."""
     environment = {**os.environ, "HOME": str(tmp_path)}
@@ -275,7 +276,6 @@ def test_a_signal_while_it_starts_is_not_lost_in_what_catches_all(bundle, number
     assert finish(process) == (0, "", "")
 
 
-@pytest.mark.slow
 def test_a_signal_at_any_moment_of_a_first_start_ends_it(bundle, tmp_path):
     """Imports, an export, a conversion, or the timing of backends."""
 

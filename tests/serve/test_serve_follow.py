@@ -22,6 +22,8 @@ from serve.follow import followers
 from serve.service import Service
 from serve.source import resolve
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 
 @pytest.fixture
 def registry(bundle, tmp_path: Path, new_tracking: Path, monkeypatch: pytest.MonkeyPatch):
@@ -45,7 +47,6 @@ def registry(bundle, tmp_path: Path, new_tracking: Path, monkeypatch: pytest.Mon
     return promote, tmp_path
 
 
-@pytest.mark.slow
 def test_a_new_champion_answers_a_bad_one_does_not_and_a_person_is_obeyed(
     registry, bundle, other, make_bundle, served, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -89,7 +90,6 @@ def test_a_damaged_download_is_fetched_again_and_a_folder_of_ones_own_is_left_al
     assert sorted(own.rglob("*")) == before
 
 
-@pytest.mark.slow
 def test_a_champions_download_that_is_damaged_before_it_is_taken_is_fetched_again(
     registry, bundle, other, served
 ) -> None:
@@ -126,7 +126,6 @@ def test_a_cache_that_cannot_be_written_serves_what_it_has(registry, bundle, tmp
     assert resolve(name) == path and "cannot be written" in caplog.text
 
 
-@pytest.mark.slow
 def test_a_challenger_is_followed_too(registry, bundle, other, served) -> None:
     promote, _ = registry
     promote(other, "challenger")
@@ -143,7 +142,6 @@ def test_a_challenger_is_followed_too(registry, bundle, other, served) -> None:
     served(Engine(bundle), story)
 
 
-@pytest.mark.slow
 def test_what_a_person_went_back_from_is_followed_again_once_the_name_meant_another(
     registry, bundle, other, served, caplog
 ) -> None:
@@ -178,7 +176,6 @@ def test_what_a_person_went_back_from_is_followed_again_once_the_name_meant_anot
     served(Engine(load_bundle(resolve("models:/shapes/1"))), story)
 
 
-@pytest.mark.slow
 def test_with_the_server_down_it_starts_with_what_the_name_meant_last(registry, bundle, tmp_path: Path) -> None:
     """A real tracking server, which is then killed; a damaged download is not lost to that."""
     with socket.create_server(("127.0.0.1", 0)) as free:

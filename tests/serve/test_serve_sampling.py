@@ -18,6 +18,8 @@ from serve.engine import Engine
 from serve.prepare import Pictures, read
 from serve.sampling import WAITING, Sampling, _Shelf
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 MIB = 1024 * 1024
 
 
