@@ -53,6 +53,7 @@ def flat() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 def test_large_pictures_are_refused_in_time_and_ordinary_ones_do_not_wait_for_them(
     bundle, serving, picture, flat
 ) -> None:
