@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from augment import words
@@ -50,6 +51,7 @@ class BackTranslator:
             raise TranslationError(
                 f"translation needs the extra text: pip install 'refract[text]' ({error})"
             ) from error
+        _keep_to_this_process()
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         # Two of one name would share one model, and the second would change the settings of the first.
@@ -90,6 +92,18 @@ class BackTranslator:
                     f"{texts[0][:60]!r}{more}: cannot be translated ({type(error).__name__}: {line})"
                 ) from error
         return found
+
+
+def _keep_to_this_process() -> None:
+    """nlpaug would start a process for each batch: that takes a tenth of a second, and where this process is killed the other one goes on
+    for a while, with this one's open files, and so with the lock of the cache that is filled."""
+    from nlpaug.model.lang_models import machine_translation_transformers as translation
+    from torch.utils import data
+
+    def loader(dataset: Any, *, num_workers: int, **options: Any) -> Any:
+        return data.DataLoader(dataset, **options)
+
+    translation.t_data = SimpleNamespace(TensorDataset=data.TensorDataset, DataLoader=loader)
 
 
 class _Way:

@@ -34,10 +34,10 @@ def refract(tmp_path: Path, new_tracking: Path, warm: WarmProcess) -> Run:
     """Run `refract …` in tmp_path, with no tracking server but the default, whose database is there and empty."""
     if not (tmp_path / "mlflow.db").exists():
         shutil.copy(new_tracking, tmp_path / "mlflow.db")
-    environment = {**os.environ, "HOME": str(tmp_path / "home")}
-    environment.pop("MLFLOW_TRACKING_URI", None)
 
     def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "HOME": str(tmp_path / "home")}
+        environment.pop("MLFLOW_TRACKING_URI", None)
         done = warm.run([*map(str, arguments)], cwd=tmp_path, env=environment, seconds=240)
         assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr

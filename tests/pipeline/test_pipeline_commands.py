@@ -214,7 +214,9 @@ def test_two_runs_with_one_seed_end_in_the_same_weights(refract: Run, workplace:
             "--tracking.enabled",
             "false",
             "--trainer.max_epochs",
-            2,
+            1,
+            "--model.name",
+            "lenet5",
         )
     digests = [json.loads((workplace / "runs" / name / "bundle" / "manifest.json").read_text()) for name in ("a", "b")]
     entry = [json.dumps(digest, sort_keys=True).partition("weights.safetensors")[2][:120] for digest in digests]
@@ -235,7 +237,7 @@ def test_normalisation_measured_on_the_training_pictures_is_served(
     refract: Run, workplace: Path, normalize: str
 ) -> None:
     refract("train", "pictures.yaml", "--trainer.run_name", "n", "--data.normalize", normalize, "--trainer.max_epochs", 1,
-            "--tracking.enabled", "false", "--model.name", "lenet5", "--data.workers", 0)  # fmt: skip
+            "--tracking.enabled", "false", "--model.name", "mlp", "--data.image_size", 16, "--data.workers", 0)  # fmt: skip
     bundle = load_bundle(workplace / "runs" / "n" / "bundle")
     rows = csv.DictReader((workplace / "runs" / "n" / "splits.csv").open())
     preprocess = Preprocess.from_dict(bundle.info.preprocess)

@@ -3,16 +3,15 @@
 import csv
 import os
 import re
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from small_data import Run, descendants
+from warm_process import WarmProcess
 
 from augment import Augmenter
 from augment.paraphrases import digest, paraphrases
@@ -52,9 +51,9 @@ def manifest(folder: Path, texts: list[str]) -> Path:
     return folder / "m.csv"
 
 
-def command(folder: Path, models: Path, *more: str) -> list[str]:
+def arguments(folder: Path, models: Path, *more: str) -> list[str]:
     own = [str(folder / "m.csv"), "--model", f"{models}/{{from}}-{{to}}", "--cache", str(folder / "p.db"), *more]
-    return [sys.executable, "-m", "refract", "paraphrase", *own]
+    return ["paraphrase", *own]
 
 
 def test_the_round_trip_keeps_the_meaning_and_changes_the_words(models: Path) -> None:
@@ -68,12 +67,12 @@ def test_the_round_trip_keeps_the_meaning_and_changes_the_words(models: Path) ->
     assert likeliest(["the big dog sees a car"], 1) == likeliest(["the big dog sees a car"], 2)
 
 
-def test_killed_in_the_middle_it_goes_on_and_translates_nothing_twice(models: Path, tmp_path: Path) -> None:
+def test_killed_in_the_middle_it_goes_on_and_translates_nothing_twice(
+    models: Path, tmp_path: Path, refract: Run, warm: WarmProcess
+) -> None:
     texts = [text for _, text in held_out(120)]
     manifest(tmp_path, [*texts, texts[0]])
-    process = subprocess.Popen(
-        command(tmp_path, models, "--n", "2", "--batch", "4"), start_new_session=True, stderr=subprocess.DEVNULL
-    )
+    process = warm.start(arguments(tmp_path, models, "--n", "2", "--batch", "4"), cwd=tmp_path, env=os.environ)
 
     def kept() -> int:
         if not (tmp_path / "p.db").exists():
@@ -85,12 +84,13 @@ def test_killed_in_the_middle_it_goes_on_and_translates_nothing_twice(models: Pa
     while kept() < 10:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    assert not descendants(process.pid), "they would hold the lock when it is killed"
+    process.kill()
+    process.wait(60)
+    process.output.close()
     before = kept()
     assert 10 <= before < 120
-    done = subprocess.run(command(tmp_path, models, "--n", "2"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = refract(*arguments(tmp_path, models, "--n", "2"))
     assert f"{120 - before} texts to translate, {before} are in" in done.stderr
     with sqlite3.connect(tmp_path / "p.db") as connection:
         rows = connection.execute(
@@ -99,7 +99,7 @@ def test_killed_in_the_middle_it_goes_on_and_translates_nothing_twice(models: Pa
     assert {row[0] for row in rows} == set(map(digest, texts)) and all(row[1:] == (2, 1) for row in rows)
     used = int(re.match(r"([\d,]+) paraphrases of 121 texts are used", done.stdout)[1])
     assert 150 < used <= 242
-    again = subprocess.run(command(tmp_path, models, "--n", "2"), capture_output=True, text=True)
+    again = refract(*arguments(tmp_path, models, "--n", "2"))
     assert "0 texts to translate" in again.stderr and again.stdout == done.stdout
     policy = re.search(r"- (BackTranslation: .*)", done.stdout)[1]
     assert policy == f"BackTranslation: {{p: 0.5, cache: {tmp_path / 'p.db'}}}"
@@ -162,17 +162,14 @@ def test_a_text_that_cannot_be_translated_does_not_stop_the_others(
     assert paraphrase([odd], plan, tmp_path / "p.db") == {"failed": 1}, "not tried again"
 
 
-def test_another_process_is_told(models: Path, tmp_path: Path) -> None:
+def test_another_process_is_told(models: Path, tmp_path: Path, refract: Run) -> None:
     from pipeline.data.manifest import DataError
     from pipeline.files import locked
 
     texts = [text for _, text in held_out(8)]
     manifest(tmp_path, texts)
     with locked(tmp_path / "p.db.lock", DataError("never")):
-        done = subprocess.run(command(tmp_path, models), capture_output=True, text=True)
-    assert (
-        done.returncode == 2 and "is being filled by another process" in done.stderr and "Traceback" not in done.stderr
-    )
+        assert "is being filled by another process" in refract(*arguments(tmp_path, models), code=2).stderr
 
 
 def test_a_sentence_encoder_drops_what_means_something_else(tmp_path: Path) -> None:
@@ -189,21 +186,22 @@ def test_a_sentence_encoder_drops_what_means_something_else(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "more, code, message",
+    "more, message",
     [
-        (["--via", "en"], 2, "en is the texts' own language"),
-        (["--n", "0"], 2, "--n: 0 is not at least 1"),
-        (["--via", "de fr"], 2, "are not codes of languages"),
-        (["--model", "/nowhere/{from}"], 2, "/nowhere/en and /nowhere/de cannot be loaded as models that translate"),
-        (["--encoder", "/nowhere"], 2, "--encoder: /nowhere: cannot be loaded as an encoder of sentences"),
-        (["--keep", "/nowhere.txt"], 2, "/nowhere.txt cannot be read"),
+        (["--via", "en"], "en is the texts' own language"),
+        (["--n", "0"], "--n: 0 is not at least 1"),
+        (["--via", "de fr"], "are not codes of languages"),
+        (["--model", "/nowhere/{from}"], "/nowhere/en and /nowhere/de cannot be loaded as models that translate"),
+        (["--encoder", "/nowhere"], "--encoder: /nowhere: cannot be loaded as an encoder of sentences"),
+        (["--keep", "/nowhere.txt"], "/nowhere.txt cannot be read"),
     ],
 )
-def test_what_cannot_be_is_told(models: Path, tmp_path: Path, more: list[str], code: int, message: str) -> None:
+def test_what_cannot_be_is_told(
+    models: Path, tmp_path: Path, refract: Run, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
+) -> None:
     manifest(tmp_path, ["the dog sees a car"])
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command(tmp_path, models, *more), capture_output=True, text=True, env=environment)
-    assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert message in refract(*arguments(tmp_path, models, *more), code=2).stderr
 
 
 def test_a_model_of_no_language_is_told(models: Path) -> None:

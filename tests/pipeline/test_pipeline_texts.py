@@ -56,10 +56,10 @@ def test_both_together_know_what_neither_knows_alone_and_captions_may_be_missing
         "{widths: [16, 32, 64]}",
     )  # a quarter of the config's own network's time
     refract(*train, "both", *small)
-    refract(*train, "pictures", *small, "--text.name", "none", "--trainer.max_epochs", 6)
+    refract(*train, "pictures", *small, "--text.name", "none", "--trainer.max_epochs", 5)
     # Equal texts of several labels are refused where there is nothing else; a number keeps them apart.
     numbered = rewritten(data, "numbered.csv", lambda number, text: f"{text} {number}")
-    refract(*train, "texts", "--model.name", "none", "--trainer.max_epochs", 6, "--data.source", numbered)
+    refract(*train, "texts", "--model.name", "none", "--trainer.max_epochs", 3, "--data.source", numbered)
     both, pictures = (accuracy(refract, f"runs/{name}/bundle", data) for name in ("both", "pictures"))
     texts = accuracy(refract, "runs/texts/bundle", numbered)
     half = rewritten(data, "half.csv", lambda number, text: "" if number % 2 else text)
@@ -120,7 +120,7 @@ def test_a_real_encoder_reads_what_it_never_saw(refract: Run, tmp_path: Path, mo
     rows += [[label, "test", text] for label, texts in held.items() for text in texts]
     data = table(tmp_path / "m.csv", rows, ["label", "split", "text"])
     refract("train", CONFIGS / "text.yaml", *OFF, "--data.source", data, "--text.name", folder, "--model.mode", "feature-extract",
-            "--augment.policy", "none", "--optim.lr", "0.02", "--trainer.max_epochs", 20, "--data.batch_size", 8,
+            "--augment.policy", "none", "--optim.lr", "0.05", "--trainer.max_epochs", 6, "--data.batch_size", 8,
             "--trainer.run_name", "r")  # fmt: skip
     bundle = load_bundle(tmp_path / "runs" / "r" / "bundle")
     assert bundle.info.metrics["accuracy"] == 1.0
@@ -216,7 +216,7 @@ def test_odd_texts_train_as_any_others(refract: Run, tmp_path: Path) -> None:
         "--data.source",
         data,
         "--trainer.max_epochs",
-        4,
+        1,
         "--trainer.run_name",
         "odd",
     )

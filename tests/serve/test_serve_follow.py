@@ -1,5 +1,6 @@
 """A name in a real MLflow registry: what it means is fetched, kept, tried and served."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -126,6 +127,18 @@ def test_a_cache_that_cannot_be_written_serves_what_it_has(registry, bundle, tmp
     assert resolve(name) == path and "cannot be written" in caplog.text
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name is looked up here, and not in a process of its own, which takes three seconds of a core to import MLflow."""
+
+    async def located(source: str, damaged: Path | None = None) -> Path:
+        assert damaged is None
+        return await asyncio.to_thread(resolve, source)
+
+    monkeypatch.setattr("serve.follow._located", located)
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_a_challenger_is_followed_too(registry, bundle, other, served) -> None:
     promote, _ = registry
     promote(other, "challenger")
@@ -142,6 +155,7 @@ def test_a_challenger_is_followed_too(registry, bundle, other, served) -> None:
     served(Engine(bundle), story)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_what_a_person_went_back_from_is_followed_again_once_the_name_meant_another(
     registry, bundle, other, served, caplog
 ) -> None:
