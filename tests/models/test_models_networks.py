@@ -48,6 +48,7 @@ def test_forward_shape_and_a_gradient_for_every_parameter(name: str) -> None:
     assert without == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_learns_one_batch_by_heart(name: str) -> None:
     network = made(name, 4).train()
@@ -167,6 +168,7 @@ def test_what_pretrained_weights_expect() -> None:
     assert weights_preprocess("lenet5", "default") is None
 
 
+@pytest.mark.slow
 def test_what_a_server_imports_stays_light() -> None:
     code = (
         "import sys, models.bundle, models.classifier, models.networks\n"

@@ -188,6 +188,7 @@ def test_a_new_kind_of_head_goes_on_a_loaded_backbone(tmp_path: Path) -> None:
     assert network(torch.randn(1, 3, *SIZE)).shape == (1, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["mlp", "cosine"])
 @pytest.mark.parametrize("name", ["resnet20", "timm/mobilenetv3_small_050"])  # the second's head is named `classifier`
 @pytest.mark.parametrize("prefix", ["network.", "classifier.network.", ""])

@@ -21,6 +21,8 @@ from pipeline.retraining.night import NightError, Outcome, _key, announce, begin
 from pipeline.retraining.night import promote as step
 from pipeline.retraining.place import place_of, read, write
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path) -> str:

@@ -32,6 +32,8 @@ from pipeline.retraining.night import (
 from pipeline.retraining.place import Busy, place_of, read, write
 from pipeline.retraining.snapshot import Snapshot, take
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 
 def paint(root: Path, numbers: range, labels: Any = COLORS) -> None:
     for label in labels:
@@ -163,7 +165,6 @@ class Nights:
             file.rename(target)
 
 
-@pytest.mark.slow
 def test_fourteen_nights(tmp_path: Path, new_tracking: Path) -> None:
     shutil.copy(new_tracking, tmp_path)
     nights = Nights(tmp_path)
@@ -252,7 +253,6 @@ def test_fourteen_nights(tmp_path: Path, new_tracking: Path) -> None:
     assert unfinished(placed) is None
 
 
-@pytest.mark.slow
 def test_a_night_goes_on_when_mlflow_is_there_again(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,7 +325,6 @@ def test_whom_a_night_is_told_to_does_not_hold_it_up(
     assert read(folder / "night.json")["outcome"] == Outcome.REFUSED and "was ended after" in caplog.text
 
 
-@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint(workplace: Path, warm: WarmProcess) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     run = warm.start(
@@ -366,7 +365,6 @@ def workplace(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_night_killed_in_each_step_ends_as_one_undisturbed(
     refract: Run, workplace: Path, warm: WarmProcess, monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,8 @@ from pipeline.retraining.place import place_of, read, write
 from pipeline.retraining.snapshot import Snapshot, changed, inputs_digest, take
 from pipeline.retraining.validate import look, new_samples
 
+pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
+
 
 def paint(root: Path, numbers: range, labels: Any = COLORS) -> None:
     for label in labels:

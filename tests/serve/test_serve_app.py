@@ -193,6 +193,7 @@ def test_it_is_not_ready_before_the_self_test(bundle):
     assert ready.json()["code"] == "not_ready"
 
 
+@pytest.mark.slow
 def test_serving_imports_no_training_stack():
     heavy = "('lightning', 'mlflow', 'matplotlib', 'pandas', 'torchmetrics', 'sklearn', 'pytorch_lightning')"
     code = f"import sys, serve.app, serve.source; print([m for m in {heavy} if m in sys.modules])"

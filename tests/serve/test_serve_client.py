@@ -89,6 +89,7 @@ def test_a_server_that_is_not_there_is_told() -> None:
         client.predict([b"x"])
 
 
+@pytest.mark.slow
 def test_the_command_asks_a_server(bundle, serving, picture, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(picture(1))

@@ -137,6 +137,7 @@ def test_odd_texts_are_answered_or_refused_and_never_an_error(alone, serving, te
             assert answer.status_code in statuses, answer.text
 
 
+@pytest.mark.slow
 def test_what_a_model_does_not_read_is_refused(both, alone, bundle, serving, picture) -> None:
     coded = base64.b64encode(picture(1)).decode()
     cases = [
