@@ -93,8 +93,8 @@ def score_all(bundle: Path, source: Path, out: Path, options: Options) -> Summar
             shards = list(listing.shards(record["shard_size"]))
             files = {shard.number: parts.part_of(folder, key, shard.number) for shard in shards}
             missing = [shard for shard in shards if not parts.is_whole(files[shard.number], len(shard.rows))]
-            ready = _score(missing, job, options, stop, summary, len(listing.rows)) if missing else time.perf_counter()
             schema = schema_of(opened.info, texts=listing.texts, truths=listing.truths, key=key, about=job.about)
+            ready = _score(missing, job, options, stop, summary, len(listing.rows)) if missing else time.perf_counter()
 
             def look(table: Any) -> None:
                 if stop.signal is not None:

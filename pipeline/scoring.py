@@ -14,6 +14,9 @@ from models.bundle_info import BundleError, BundleInfo
 from models.classifier import Classifier, probabilities
 from models.texts.tokens import rows
 
+TOGETHER = 4
+"""Pictures that a thread is given at once."""
+
 
 class Question(NamedTuple):
     """What is asked about. read: gives a picture's encoded bytes; pictured: whether there is a picture at all."""
@@ -45,7 +48,7 @@ def score(
         ahead = _submit(pool, classifier, preprocess, source, batch_size)
         while ahead:
             current, ahead = ahead, _submit(pool, classifier, preprocess, source, batch_size)
-            inputs = [future.result() for future in current]
+            inputs = [item for future in current for item in future.result()]
             whole = [item for item in inputs if isinstance(item, _Prepared)]
             answers: Iterator[np.ndarray] = iter(())
             if whole:
@@ -92,8 +95,17 @@ def views(batch: torch.Tensor, tta: str) -> Iterator[tuple[float, torch.Tensor]]
 
 def _submit(
     pool: ThreadPoolExecutor, classifier: Classifier, preprocess: Preprocess, source: Iterator[Question], count: int
-) -> list[Future[_Prepared | ImageError | OSError]]:
-    return [pool.submit(_prepare, classifier, preprocess, question) for question in islice(source, count)]
+) -> list[Future[list[_Prepared | ImageError | OSError]]]:
+    """The next batch, some pictures at a time: to hand over a single small one costs a tenth of decoding it."""
+    questions = list(islice(source, count))
+    some = [questions[start : start + TOGETHER] for start in range(0, count, TOGETHER)]
+    return [pool.submit(_prepare_all, classifier, preprocess, few) for few in some if few]
+
+
+def _prepare_all(
+    classifier: Classifier, preprocess: Preprocess, questions: Iterable[Question]
+) -> list[_Prepared | ImageError | OSError]:
+    return [_prepare(classifier, preprocess, question) for question in questions]
 
 
 def _picture(preprocess: Preprocess, question: Question) -> np.ndarray:

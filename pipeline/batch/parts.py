@@ -30,6 +30,9 @@ TOLD = {
 TOGETHER = 64 << 20
 """Bytes of rows in a row group of the final file, about."""
 
+REPEATED = ["label", "labels.list.element", "error", "truth"]
+"""Columns whose values come again and again. A dictionary of all the probabilities, which is Parquet's default, takes longer and more."""
+
 
 def folder_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.parts")
@@ -78,7 +81,7 @@ def write_part(folder: Path, key: str, number: int, table: pa.Table) -> None:
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    pq.write_table(table, buffer)
+    pq.write_table(table, buffer, use_dictionary=REPEATED)
     write_atomically(part_of(folder, key, number), buffer.getvalue())
 
 
@@ -110,7 +113,7 @@ def assemble(
 
     whole = folder / "whole"
     with written_atomically(whole) as target:
-        with pq.ParquetWriter(target, schema) as writer:
+        with pq.ParquetWriter(target, schema, use_dictionary=REPEATED) as writer:
             gathered: list[pa.Table] = []
             seen = 0
             for file in files:
@@ -134,8 +137,11 @@ def _part(file: Path, schema: pa.Schema, start: int) -> pa.Table:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(file, schema=schema)
-        if table["row"].to_pylist() == list(range(start, start + len(table))):
+        with pq.ParquetFile(
+            file
+        ) as opened:  # read_table would import pyarrow.dataset first, which takes longer than most files
+            table = opened.read()
+        if table.schema.equals(schema) and table["row"].to_pylist() == list(range(start, start + len(table))):
             return table.replace_schema_metadata(schema.metadata)
         reason = "has other rows than it should"
     except (pa.ArrowException, OSError) as error:

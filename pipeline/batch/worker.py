@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import torch
 
 from models.bundle import BundleError, load_bundle
@@ -62,6 +63,7 @@ class Scorer:
         self.job, self.info = job, bundle.info
         self.classifier, self.preprocess = bundle.classifier(job.device), preprocess_of(bundle.info)
         self.schema = schema_of(self.info, texts=job.texts, truths=job.truths, key=job.key, about=job.about)
+        pa.array([])  # imports pandas, where it is installed: half a second that the first part would take
 
     def __call__(self, shards: Iterable[Shard]) -> Iterator[Done]:
         """Write each shard's part. A batch goes on from one shard to the next, so that the network does not wait between them."""
