@@ -103,7 +103,7 @@ class TokenizerTokens:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise ValueError(f"texts need the extra text: pip install 'refract[text]' ({error})") from error
+            raise ValueError(f"texts need the extra encoders: pip install 'refract[encoders]' ({error})") from error
         try:
             self._tokenizer: Any = Tokenizer.from_str(file.decode("utf-8"))
         except Exception as error:  # of its own kind, from Rust
