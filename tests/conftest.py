@@ -20,6 +20,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A home of the tests' own: the server keeps downloads and the choice of a backend there."""
+    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
+
+
 @pytest.fixture(scope="session")
 def new_tracking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's database as it is when nothing was tracked: making one takes seconds, copying it nothing."""

@@ -12,6 +12,12 @@ from small_data import COLORS, Run, Training, picture, write_picture
 from warm_process import Started, WarmProcess
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow puts a new experiment's files below the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """CLASS/NN.jpg: three classes of 20 pictures."""

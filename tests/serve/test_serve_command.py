@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
-HOME = tempfile.mkdtemp(prefix="refract-home-")
 ROOT = Path(__file__).parents[2]
 
 
@@ -25,7 +23,6 @@ def start(*arguments: str, code: str = "", backend: str = "eager", **options) ->
     program = ["-c", code] if code else ["-m", "serve.command"]
     device = [] if "--device" in arguments else ["--device", "cpu"]
     command = [sys.executable, *program, *arguments, *device, "--backend", backend]
-    options.setdefault("env", {**os.environ, "HOME": HOME})  # where the choice of a backend is kept
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **options)
 
