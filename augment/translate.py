@@ -120,6 +120,10 @@ class _Way:
             if unknown:
                 raise TranslationError(f"T5 does not translate {unknown[0]!r}; it knows {', '.join(T5_NAMES)}")
             self._prefix = f"translate {T5_NAMES[source]} to {T5_NAMES[target]}: "
+        elif kind == "fsmt":
+            if [tokenizer.src_lang, tokenizer.tgt_lang] != [source, target]:
+                own = f"{tokenizer.src_lang!r} to {tokenizer.tgt_lang!r}"
+                raise TranslationError(f"the model {model.name_or_path} translates {own}, not {source!r} to {target!r}")
         elif hasattr(tokenizer, "src_lang"):  # of many languages
             for code in (target, source):
                 if _language(tokenizer, code) in (None, tokenizer.unk_token_id):

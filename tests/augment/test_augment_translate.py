@@ -74,6 +74,22 @@ def t5(folder: Path, pieces: dict[str, float]) -> str:
     )
 
 
+def fsmt(folder: Path, langs: tuple[str, str]) -> str:
+    letters = sorted({letter for line in LINES for letter in line.replace(" ", "")})
+    marks = ["<s>", "<pad>", "</s>", "<unk>"]
+    known = {piece: at for at, piece in enumerate([*marks, *letters, *[f"{letter}</w>" for letter in letters]])}
+    for side in ("src", "tgt"):
+        (folder / f"vocab-{side}.json").write_text(json.dumps(known))
+    (folder / "merges.txt").write_text("")
+    tokenizer = transformers.FSMTTokenizer(
+        langs=[*langs], src_vocab_file=str(folder / "vocab-src.json"), tgt_vocab_file=str(folder / "vocab-tgt.json"),
+        merges_file=str(folder / "merges.txt"),
+    )  # fmt: skip
+    sizes = {"src_vocab_size": len(known), "tgt_vocab_size": len(known), **SIZES}
+    model = transformers.FSMTForConditionalGeneration(transformers.FSMTConfig(langs=[*langs], **sizes))
+    return saved(folder / "-".join(("fsmt", *langs)), model, tokenizer)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[int], list[int]]]]:
     """(what each call of a model was given for its first text, what it said)."""
@@ -114,3 +130,12 @@ def test_t5_is_told_in_words(folder: Path, pieces: dict[str, float], asked: list
     assert tokenizer.decode(asked[0][0]).startswith("translate English to German: the small dog")
     with pytest.raises(TranslationError, match="T5 does not translate 'es'"):
         BackTranslator(model, model, source="en", via="es")
+
+
+def test_fsmt_translates_there_and_back(folder: Path, asked: list[Any]) -> None:
+    forth, back = fsmt(folder, ("en", "de")), fsmt(folder, ("de", "en"))
+    translator = BackTranslator(forth, back, source="en", via="de", max_length=50)
+    assert len(translator(TEXTS, seed=1)) == len(TEXTS)
+    assert transformers.AutoTokenizer.from_pretrained(forth).decode(asked[0][0], skip_special_tokens=True) == TEXTS[0]
+    with pytest.raises(TranslationError, match="translates 'de' to 'en', not 'en' to 'de'"):
+        BackTranslator(back, forth, source="en", via="de")
