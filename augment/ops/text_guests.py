@@ -70,7 +70,7 @@ class TextGuest(TextOp):
         stays = words.kept(tuple(args["keep"]))
 
         def run() -> Any:
-            _protect(made, _staying(text, stays))
+            _protect(made, [*(args["parameters"].get("stopwords") or ()), *_staying(text, stays)])
             return made.augment(text)
 
         try:

@@ -84,3 +84,11 @@ def test_one_augmenter_draws_at_a_time() -> None:
 def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="ContextualWordEmbsAug refused its parameters"):
         load_policy([{"nlpaug.ContextualWordEmbsAug": {"model_path": str(tmp_path / "bert")}}])
+
+
+def test_nlpaugs_own_stopwords_stay_too() -> None:
+    own = {"action": "delete", "aug_p": 0.9, "p": 1.0, "stopwords": ["brown"], "keep": ["fox"]}
+    augmenter = Augmenter([{"nlpaug.RandomWordAug": own}], seed=1)
+    for epoch in range(5):
+        said = augmenter.text("the quick brown fox jumps over dogs", epoch=epoch, index=0).split()
+        assert {"brown", "fox"} <= set(said) and len(said) < 7
