@@ -16,6 +16,9 @@ PACKAGES = (
     "refract", "torch", "torchvision", "timm", "lightning", "numpy", "opencv-python-headless", "simplejpeg", "pillow",
 )  # fmt: skip
 
+NAMED = ("table", "cache", "model_path", "dict_path", "from_model_name", "to_model_name")
+"""Parameters of ops, ours and nlpaug's, that name a file or a folder; `keep` may, too."""
+
 
 def versions() -> dict[str, str]:
     """Of Python and of what decides about pixels and weights."""
@@ -32,18 +35,31 @@ def inputs(config: Config) -> dict[str, str]:
         "loss.teacher": config.loss.teacher or "",
         "text.name": config.text.name,
     }
-    named |= {f"augment.policy: {value}": value for value in _texts(load_policy(config.augment.policy).to_spec())}
+    named |= {f"augment.policy: {value}": value for value in _files(load_policy(config.augment.policy).to_spec())}
     words = ("", "none", "default")
-    return {key: _digest(Path(value)) for key, value in named.items() if value not in words and Path(value).exists()}
+    return {key: _digest(Path(value)) for key, value in named.items() if value not in words and _is_there(value)}
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in what YAML holds."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(one)
+def _files(value: Any) -> Iterator[str]:
+    """What may be a file's or folder's name in a policy, as YAML holds it."""
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            if key == "keep" and isinstance(one, list):
+                yield from (entry for entry in one if str(entry).endswith(".txt"))
+            elif key in NAMED and isinstance(one, str):
+                yield one
+            else:
+                yield from _files(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _files(one)
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return Path(name).is_file() or Path(name).is_dir()
+    except (OSError, ValueError):  # longer than a name may be, or with a zero byte
+        return False
 
 
 def _digest(path: Path) -> str:

@@ -15,7 +15,7 @@ from models.classifier import Classifier, probabilities
 from models.texts.tokens import rows
 
 TOGETHER = 4
-"""Pictures that a thread is given at once."""
+"""Pictures that a thread is given at once, at most."""
 
 
 class Question(NamedTuple):
@@ -45,9 +45,10 @@ def score(
     device = next(classifier.parameters()).device
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         source = iter(questions)
-        ahead = _submit(pool, classifier, preprocess, source, batch_size)
+        together = min(TOGETHER, -(-batch_size // (threads or os.cpu_count() or 1)))
+        ahead = _submit(pool, classifier, preprocess, source, batch_size, together)
         while ahead:
-            current, ahead = ahead, _submit(pool, classifier, preprocess, source, batch_size)
+            current, ahead = ahead, _submit(pool, classifier, preprocess, source, batch_size, together)
             inputs = [item for future in current for item in future.result()]
             whole = [item for item in inputs if isinstance(item, _Prepared)]
             answers: Iterator[np.ndarray] = iter(())
@@ -94,11 +95,16 @@ def views(batch: torch.Tensor, tta: str) -> Iterator[tuple[float, torch.Tensor]]
 
 
 def _submit(
-    pool: ThreadPoolExecutor, classifier: Classifier, preprocess: Preprocess, source: Iterator[Question], count: int
+    pool: ThreadPoolExecutor,
+    classifier: Classifier,
+    preprocess: Preprocess,
+    source: Iterator[Question],
+    count: int,
+    together: int,
 ) -> list[Future[list[_Prepared | ImageError | OSError]]]:
     """The next batch, some pictures at a time: to hand over a single small one costs a tenth of decoding it."""
     questions = list(islice(source, count))
-    some = [questions[start : start + TOGETHER] for start in range(0, count, TOGETHER)]
+    some = [questions[start : start + together] for start in range(0, count, together)]
     return [pool.submit(_prepare_all, classifier, preprocess, few) for few in some if few]
 
 

@@ -95,7 +95,7 @@ def is_whole(file: Path, rows: int) -> bool:
     try:
         if pq.read_metadata(file).num_rows == rows:
             return True
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, ValueError):  # ValueError: names that are no text
         pass
     file.unlink(missing_ok=True)
     return False
@@ -143,8 +143,8 @@ def _part(file: Path, schema: pa.Schema, start: int) -> pa.Table:
             table = opened.read()
         if table.schema.equals(schema) and table["row"].to_pylist() == list(range(start, start + len(table))):
             return table.replace_schema_metadata(schema.metadata)
-        reason = "has other rows than it should"
-    except (pa.ArrowException, OSError) as error:
+        reason = "has other rows or columns than it should"
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = f"cannot be read ({(str(error).splitlines() or ['damaged'])[0]})"
     file.unlink(missing_ok=True)
     raise DataError(f"{file}: this part {reason} and was taken away; the same command again makes it anew")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from pipeline.commands import console
@@ -37,13 +38,14 @@ def _predict(args: argparse.Namespace) -> int:
     import numpy as np
 
     from models.bundle import load_bundle
+    from pipeline.files import read_file
     from pipeline.scoring import Question, preprocess_of, score
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
     classifier = bundle.classifier()
     files = _asked(args, classifier.reads)
-    questions = [Question(file.read_bytes, args.text) for file in files] or [Question(bytes, args.text, False)]
+    questions = [Question(partial(read_file, file), args.text) for file in files] or [Question(bytes, args.text, False)]
     answers = score(
         classifier,
         preprocess_of(info),

@@ -99,6 +99,7 @@ def freeze(
         source = read(folder / SOURCE) if (folder / SOURCE).exists() else None
     if own is not None:
         source = {"source": own.source, "digest": _digest_of(own)}
+    (folder / NEXT_RECORD).unlink(missing_ok=True)  # of another night
     # All quoted: as in `write_splits`.
     write_atomically(folder / NEXT, table.to_csv(index=False, quoting=csv.QUOTE_ALL).encode())
     made = _checked(folder / NEXT, task)

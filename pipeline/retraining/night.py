@@ -121,8 +121,7 @@ def snapshot(folder: Path, config: Config, record: Record) -> Record:
 def validate(folder: Path, config: Config, record: Record) -> Record:
     """End the night where the data changed more than they may since the last accepted one, or where what is new has drifted too far.
     Else the snapshot's hold-out is that of the nights to come."""
-    from pipeline.retraining.holdout import accept
-    from pipeline.retraining.snapshot import read_snapshot
+    from pipeline.retraining.snapshot import accept, read_snapshot
     from pipeline.retraining.validate import drift, problems
 
     place = place_of(config)
@@ -135,16 +134,16 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
             Outcome.REFUSED,
             f"the data changed more than they may since the last accepted night:\n{why}\nMend them, or raise retrain.largest_loss.",
         )
-    if config.retrain.drift == "none":
-        accept(place.holdout, now.holdout)
-        return {}
-    looked = drift(config, now, place, folder)
-    log.info("drift: %s", looked["told"])
-    if looked["level"] == "stop" and config.retrain.drift == "stop":
-        why = f"what is new has drifted: {looked['told']}. See {folder / 'drift'}, and retrain.drift"
-        return {"drift": looked} | _ends(Outcome.REFUSED, why)
-    accept(place.holdout, now.holdout)
-    return {"drift": looked}
+    told: Record = {}
+    if config.retrain.drift != "none":
+        looked = drift(config, now, place, folder)
+        told = {"drift": looked}
+        log.info("drift: %s", looked["told"])
+        if looked["level"] == "stop" and config.retrain.drift == "stop":
+            why = f"what is new has drifted: {looked['told']}. See {folder / 'drift'}, and retrain.drift"
+            return told | _ends(Outcome.REFUSED, why)
+    accept(place, now)
+    return told
 
 
 @_step

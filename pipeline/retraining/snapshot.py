@@ -15,6 +15,7 @@ from pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
 from pipeline.data.splits import draw_splits, write_splits
 from pipeline.provenance import inputs
 from pipeline.recipe import check_inputs, reads
+from pipeline.retraining import holdout
 from pipeline.retraining.copies import contents, without_copies
 from pipeline.retraining.holdout import HoldOut, freeze, frozen, hash_of, held_out, named, renamed
 from pipeline.retraining.place import Place, read, write
@@ -22,6 +23,8 @@ from pipeline.retraining.place import Place, read, write
 log = logging.getLogger(__name__)
 
 TABLE, RECORD, FILES, CONTENTS = "manifest.csv", "snapshot.json", "files.json", "contents.json"
+PROPOSED = "proposed"
+"""In a snapshot's folder as long as no night has been let train on it."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,16 @@ def _carried(samples: Iterable[Sample]) -> set[int]:
 
 
 def _trained_before(place: Place) -> frozenset[str]:
-    """What tells the samples of all earlier nights, as `contents`."""
-    nights = [known_contents(folder) for folder in (place.root / "snapshots").glob("*")]
+    """What tells the samples of all earlier nights that were let train, as `contents`."""
+    folders = [folder for folder in (place.root / "snapshots").glob("*") if not (folder / PROPOSED).exists()]
+    nights = [known_contents(folder) for folder in folders]
     return frozenset[str]().union(*(night for night in nights if night is not None))
+
+
+def accept(place: Place, snapshot: Snapshot) -> None:
+    """The night is let train: its hold-out is that of the nights to come, and what it trains on is held out no more."""
+    holdout.accept(place.holdout, snapshot.holdout)
+    (snapshot.folder / PROPOSED).unlink(missing_ok=True)
 
 
 def known_contents(folder: Path) -> frozenset[str] | None:
@@ -152,6 +162,8 @@ def _written(place: Place, whole: Manifest, kept: HoldOut, found: Scan) -> Snaps
     digest = hashlib.sha256("\n".join([*lines, kept.digest]).encode()).hexdigest()
     folder = place.snapshot(digest)
     folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / RECORD).exists():
+        (folder / PROPOSED).touch()
     columns = tuple(sorted({name for sample in whole.samples for name in sample.metadata}))
     counts = {split: whole.counts(split) for split in whole.splits()}
     made = Snapshot(folder, digest, kept.digest, whole.task, counts, columns, len(found.bad))

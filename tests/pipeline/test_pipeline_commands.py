@@ -114,9 +114,11 @@ def test_predict_tells_each_picture(refract: Run, workplace: Path) -> None:
 def test_predict_goes_on_past_a_bad_picture(refract: Run, workplace: Path) -> None:
     (workplace / "bad.jpg").write_text("text")
     write_picture(workplace / "good.jpg", picture("green", 902))
-    done = refract("predict", "runs/r1/bundle", "bad.jpg", "good.jpg", "--json", code=1)
-    first, second = map(json.loads, done.stdout.splitlines())
+    os.mkfifo(workplace / "pipe.jpg")
+    done = refract("predict", "runs/r1/bundle", "bad.jpg", "pipe.jpg", "good.jpg", "--json", code=1)
+    first, pipe, second = map(json.loads, done.stdout.splitlines())
     assert "looks like text" in first["error"] and second["label"] == "green"
+    assert pipe["error"] == "not a regular file"
     least = load_bundle(workplace / "runs" / "r1" / "bundle").info.abstain_below
     assert second["abstain"] == (least >= 1 or second["confidence"] < least), "as the server answers"
     assert "no such file" in refract("predict", "runs/r1/bundle", "nowhere.jpg", code=2).stderr

@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from pipeline.data.order import Share, TrainOrder
 from pipeline.data.splits import write_splits
 from pipeline.golden import make_goldens
 from pipeline.preparation import prepare_data
-from pipeline.scoring import views
+from pipeline.scoring import Question, score, views
 
 
 def test_folder_of_classes(folder: Path) -> None:
@@ -440,3 +441,18 @@ def test_columns_of_bytes_and_a_comma_too_many_do_no_harm(folder: Path) -> None:
     (folder / "m.csv").write_text("path;label\nred/00.jpg;a\n")
     with pytest.raises(DataError, match="separate them by commas"):
         load_manifest(folder / "m.csv")
+
+
+def test_a_small_batch_is_decoded_by_as_many_threads_as_it_has_pictures() -> None:
+    beside = threading.Barrier(4)
+
+    def read() -> bytes:
+        beside.wait(timeout=20)
+        return png
+
+    png = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    classifier = Classifier(build("linear", 2, image_size=(16, 16)), mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    answers = score(
+        classifier, Preprocess(height=16, width=16), [Question(read)] * 8, task="binary", batch_size=4, threads=8
+    )
+    assert all(isinstance(answer, np.ndarray) for answer in answers)

@@ -190,6 +190,25 @@ def test_a_run_whose_weights_or_teacher_changed_cannot_go_on(tmp_path: Path) -> 
         old_run(run.path, {"fingerprint": "f", "inputs": inputs(config)})
 
 
+def test_files_that_a_policy_names_are_inputs_and_its_words_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("small,little\n")
+    (tmp_path / "brands.txt").write_text("Canon\n")
+    for name in ("no", "constant"):
+        (tmp_path / name).mkdir()
+    os.mkfifo("mean")
+    config, long = Config(), "please note that " * 40
+    config.augment.policy = [
+        {"WordSubstitute": {"table": "t.csv", "keep": ["brands.txt", "no", long]}},
+        {"Rotate": {"degrees": 10, "border": "constant"}},
+        {"HideAndSeek": {"fill": "mean"}},
+    ]
+    config.text.name = long
+    assert set(inputs(config)) == {"augment.policy: t.csv", "augment.policy: brands.txt"}
+
+
 def test_a_run_is_held_by_one_and_found_by_its_config(tmp_path: Path) -> None:
     from pipeline.config import ConfigError
     from pipeline.runs import new_run

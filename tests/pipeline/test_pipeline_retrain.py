@@ -18,7 +18,6 @@ from warm_process import Started, WarmProcess
 from pipeline.config import Config, ConfigError, config_from_dict, load_config
 from pipeline.data.manifest import DataError, load_manifest
 from pipeline.retraining.aliases import aliases, rollback
-from pipeline.retraining.holdout import accept
 from pipeline.retraining.night import (
     FAILURES,
     STEPS,
@@ -30,7 +29,7 @@ from pipeline.retraining.night import (
     worth_resuming,
 )
 from pipeline.retraining.place import Busy, place_of, read, write
-from pipeline.retraining.snapshot import Snapshot, take
+from pipeline.retraining.snapshot import Snapshot, accept, take
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -65,7 +64,7 @@ def config(tmp_path: Path, new_tracking: Path) -> Config:
 def taken(config: Config) -> Snapshot:
     """Of a night that is accepted."""
     snapshot = take(config, place_of(config))
-    accept(place_of(config).holdout, snapshot.holdout)
+    accept(place_of(config), snapshot)
     return snapshot
 
 

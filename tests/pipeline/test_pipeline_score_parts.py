@@ -49,6 +49,17 @@ def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
     file.write_bytes(b"PAR1 half of it")
     assert not parts.is_whole(file, 2) and not file.exists()
     parts.write_part(tmp_path, "k", 0, table)
-    with pytest.raises(DataError, match="other rows than it should"):
+    with pytest.raises(DataError, match="other rows or columns than it should"):
         parts.assemble(tmp_path, [file, file], tmp_path / "out.parquet", table.schema, rows=4, look=lambda _: None)
     assert not file.exists() and not (tmp_path / "out.parquet").exists()
+
+
+def test_no_damage_of_a_part_is_more_than_a_part_to_be_made_again(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    parts.write_part(tmp_path, "k", 0, pa.table({"row": [0, 1], "label": ["a", "b"]}))
+    file = parts.part_of(tmp_path, "k", 0)
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :])
+        assert parts.is_whole(file, 2) == file.exists()

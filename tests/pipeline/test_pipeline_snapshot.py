@@ -22,10 +22,9 @@ from pipeline.config import Config, config_from_dict
 from pipeline.data.manifest import DataError, Manifest, load_manifest
 from pipeline.drift.measure import reference_of
 from pipeline.drift.thresholds import THRESHOLDS, Threshold
-from pipeline.retraining.holdout import accept
 from pipeline.retraining.night import Outcome, _trained_on, begin, snapshot, validate
 from pipeline.retraining.place import place_of, read, write
-from pipeline.retraining.snapshot import Snapshot, changed, inputs_digest, take
+from pipeline.retraining.snapshot import Snapshot, accept, changed, inputs_digest, take
 from pipeline.retraining.validate import look, new_samples
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
@@ -51,7 +50,7 @@ def taken(config: Config) -> Snapshot:
     """Of a night that is accepted."""
     place = place_of(config)
     snapshot = take(config, place)
-    accept(place.holdout, snapshot.holdout)
+    accept(place, snapshot)
     return snapshot
 
 
@@ -155,7 +154,8 @@ def test_a_class_of_which_nothing_is_left_to_hold_out_is_told(tmp_path: Path, ca
         taken(config)
 
 
-def test_a_class_of_a_night_that_was_refused_is_not_held_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_class_of_a_night_that_was_refused_is_held_out_if_it_stays(tmp_path: Path, kept: bool) -> None:
     paint(tmp_path / "pictures", range(10))
     config = config_at(tmp_path, retrain={"folder": str(tmp_path / "retrain"), "drift": "none"})
     place, first = place_of(config), taken(config)
@@ -170,10 +170,42 @@ def test_a_class_of_a_night_that_was_refused_is_not_held_out(tmp_path: Path) -> 
     snapshot(folder)
     validate(folder)
     assert read(folder / "night.json")["ends"] == Outcome.REFUSED
-    shutil.rmtree(tmp_path / "pictures/rubbish")
     shutil.rmtree(tmp_path / "pictures/red")
     shutil.move(tmp_path / "red", tmp_path / "pictures/red")
-    assert taken(config) == first
+    if kept:
+        folder = begin(config, force=False)
+        snapshot(folder)
+        validate(folder)
+        assert "ends" not in read(folder / "night.json")
+        held = load_manifest(place.holdout / "holdout.csv")
+        assert held.counts()["rubbish"] == 2, "nothing was trained on it: it is held out as any new class"
+    else:
+        shutil.rmtree(tmp_path / "pictures/rubbish")
+        assert taken(config) == first
+
+
+def test_what_one_night_prepared_is_never_taken_for_another_nights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A death between the two files that `freeze` writes, with the second one of an earlier night still there."""
+    paint(tmp_path / "pictures", range(10))
+    config = config_at(tmp_path)
+    place, first = place_of(config), taken(config)
+    before = (place.holdout / "holdout.csv").read_bytes()
+    write(place.holdout / "next.json", {"digest": first.holdout, "source": None})
+    for number in range(10):
+        noisy(tmp_path / "pictures/rubbish" / f"{number}.png", number)
+
+    def dies(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.retraining.holdout.write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            take(config, place)
+    assert (place.holdout / "next.csv").exists()
+    accept(place, first)
+    assert (place.holdout / "holdout.csv").read_bytes() == before
 
 
 def test_a_picture_in_train_and_in_val_refuses_the_night(tmp_path: Path) -> None:

@@ -52,12 +52,13 @@ def test_each_agrees_with_plain_float32_at_any_size_of_batch(name: str, bundle, 
         assert other.choice is not None and other.choice.name == name
 
 
-def test_backends_report_to_nobody(bundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [INSTALLED, NAMED[len(INSTALLED) :]], ids=["float", "int8"])
+def test_backends_report_to_nobody(names: list[str], bundle, tmp_path: Path) -> None:
     """In a process of its own, that has not imported them. Where OpenVINO or ONNX Runtime report what they compute, they make themselves a
     name in the home first; both keep still where a CI runs."""
     code = (
         "import sys\nfrom models.bundle import load_bundle\nfrom serve.engine import Engine\n"
-        f"for name in {NAMED}: Engine(load_bundle({str(bundle.path)!r}), backend=name)\n"
+        f"for name in {names}: Engine(load_bundle({str(bundle.path)!r}), backend=name)\n"
         "print([name for name in sys.modules if name.startswith('openvino_telemetry.')])"
     )
     still = ("CI", "TF_BUILD", "JENKINS_URL", "ORT_DISABLE_TELEMETRY", "PYTEST_CURRENT_TEST", "GITHUB_ACTIONS")
