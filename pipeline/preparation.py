@@ -21,7 +21,7 @@ def prepare_data(config: Config) -> tuple[Manifest, dict[str, str]]:
     what is wrong with the data."""
 
     manifest = load_manifest(config.data.source, config.data.task)
-    log.info("checking %s pictures of %s", f"{len(manifest.samples):,}", manifest.source)
+    log.info("checking %s samples of %s", f"{len(manifest.samples):,}", manifest.source)
     check_inputs(config, manifest)
     found = scan(manifest.samples, reads=reads(config))
     manifest = drop_bad(manifest, found, config.data.on_bad_file)

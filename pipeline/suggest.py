@@ -97,20 +97,23 @@ def write_config(manifest: Manifest, found: Survey) -> str:
     lr = 5e-4 if weights == "default" else 2e-3
     source = manifest.source if manifest.source == "digits" else str(Path(manifest.source))
     model_name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(source).stem).strip("-") or "model"
+    what = "texts" if network == "none" else f"pictures of {found.sizes} pixels"
+    shape = f"""\
+  image_size: {size}        # of the network's input, pixels
+  resize: {resize}        # outside training: crop takes the centre, squash the whole picture
+"""
     return f"""\
-# {len(manifest.samples):,} pictures of {found.sizes} pixels, {manifest.task}, {len(manifest.labels)} labels: {_comment(shown + more)}
+# {len(manifest.samples):,} {what}, {manifest.task}, {len(manifest.labels)} labels: {_comment(shown + more)}
 # Splits: {splits}. Written by `refract init`; train with `refract train THIS_FILE`.
 # Every key can be set on the command line too: --optim.lr 1e-3. `refract train --help` lists them all.
 
 data:
   source: {text(source)}
   task: {manifest.task}
-  image_size: {size}        # of the network's input, pixels
-  resize: {resize}        # outside training: crop takes the centre, squash the whole picture
-  val_share: 0.1         # drawn from the training pictures where there is no `val` split
+{"" if network == "none" else shape}  val_share: 0.1         # drawn from the training samples where there is no `val` split
   test_share: 0.2        # drawn as hold-out where there is no `test` split
   batch_size: {batch}
-  workers: null          # processes that load pictures; null chooses for this machine
+  workers: null          # processes that load samples; null chooses for this machine
   on_bad_file: error     # skip leaves unreadable files out
 
 augment:
@@ -169,6 +172,10 @@ def _network(small: bool, found: Survey) -> tuple[str, str, str]:
 def _policy_note(policy: str) -> str:
     if policy == "digits":
         return "\n                         # no flips: the labels look like signs, and a mirrored sign is another"
+    if policy == "none":
+        return (
+            "\n                         # texts are changed by [{WordSwap: {p: 0.3}}] and what else `refract ops` lists"
+        )
     return "\n                         # it mirrors pictures: take another where left and right have a meaning"
 
 

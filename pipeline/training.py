@@ -331,7 +331,7 @@ def _make_bundle(
     doctor = make_doctor(made, config)
     history = fit(made, config, run_dir, tracker, checkpoint, [doctor, cost])
     test = manifest.of("test")
-    log.info("measuring on the hold-out of %s pictures", f"{len(test):,}")
+    log.info("measuring on the hold-out of %s samples", f"{len(test):,}")
     classifier, preprocess = module.classifier, data.preprocess
     found = assess(classifier, preprocess, manifest, config, name=run_dir.name, doctor=doctor, history=history)
     metrics = found.evaluation.metrics | found.more

@@ -13,14 +13,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--url", required=True, help="of the server, as http://localhost:8000")
     parser.add_argument("--key", default=os.environ.get("REFRACT_KEY"), help="where it asks for one; else REFRACT_KEY")
     parser.add_argument("paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER")
-    parser.add_argument("--text", default="", help="that goes with each picture, or alone, where the model reads texts")
+    parser.add_argument(
+        "--text", action="append", help="that goes with each picture, or alone, where the model reads texts"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line and picture")
     parser.add_argument("--top", type=int, metavar="N", help="how many labels for each picture")
     args = parser.parse_args(argv)
     from models.texts.tokens import trimmed
 
+    texts = args.text or [""]
+    if len(texts) > 1:
+        parser.error("--text: given more than once; a question has one text")
+    args.text = texts[0]
     if not args.paths and not trimmed(args.text):
-        parser.error("name pictures, or give a --text")
+        parser.error(f"--text: {args.text!r} is an empty text" if args.text else "name pictures, or give a --text")
     from models.answer import line
     from serve.client import Client, ServerError
 

@@ -102,9 +102,10 @@ def _columns(document: Any) -> tuple[list[Any], list[Any]]:
             return [], texts
         case {"images": [_, *_] as images, "texts": [*texts]} if len(document) == 2 and len(images) == len(texts):
             return images, texts
+    given = f"has {', '.join(map(repr, document))[:100]}" if isinstance(document, dict) else "is no object"
     message = (
-        'the JSON body must be {"image": base64} or {"images": [base64, …]} with at least one image; beside it, or alone, {"text": …} or '
-        '{"texts": […]}, as many'
+        'the JSON body must be {"image": base64}, {"images": [base64, …]}, {"text": "…"} or {"texts": ["…", …]} with at least one; or an '
+        f"image with its text, or as many texts as images. This one {given}"
     )
     raise RequestError(422, "invalid_request", message)
 

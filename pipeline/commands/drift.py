@@ -97,7 +97,13 @@ def _show(drift: "Drift") -> None:
             print(f"  {name} classes: {', '.join(f'{label} ({count})' for label, count in counts.items())}")
     if drift.far is not None:
         print(f"  {drift.far:.1%} are farther from the reference than 99 % of its own")
-    print({"none": "no drift", "warn": "drift: warning", "stop": "drift: stop"}[drift.level])
+    if any(check.p is not None for check in drift.checks):
+        print(
+            "  p: of as much difference by chance, adjusted for the number of checks; effect: beyond chance, see --warn and --stop"
+        )
+    those = ", ".join(check.name for check in drift.checks if check.level == drift.level)
+    told = {"none": "no drift", "warn": "drift: warning", "stop": "drift: stop"}[drift.level]
+    print(f"{told} ({those})" if those and drift.level != "none" else told)
 
 
 def _thresholds(args: argparse.Namespace) -> Any:

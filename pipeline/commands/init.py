@@ -37,18 +37,19 @@ def _init(source: str, output: Path) -> int:
     found = survey(manifest)
     write_atomically(output, write_config(manifest, found).encode())
     counts = manifest.counts()
-    print(
-        f"{source}: {manifest.task}, {len(manifest.labels)} labels, {len(manifest.samples):,} pictures ({found.sizes})"
-    )
+    pictured = any(sample.pictured for sample in manifest.samples)
+    what = f"pictures ({found.sizes})" if pictured else "texts"
+    print(f"{source}: {manifest.task}, {len(manifest.labels)} labels, {len(manifest.samples):,} {what}")
     print(f"  smallest class: {min(counts, key=counts.__getitem__)} ({min(counts.values()):,}), "
           f"largest: {max(counts, key=counts.__getitem__)} ({max(counts.values()):,})")  # fmt: skip
     single = [label for label, count in counts.items() if count == 1]
     if single:
         print(
-            f"  note: classes with one picture, as {single[0]}, cannot be learned and measured: add pictures or take them out"
+            f"  note: classes with one sample, as {single[0]}, cannot be learned and measured: add samples or take them out"
         )
     for note in found.notes:
         print(f"  {note}")
     print(f"wrote {output}")
-    print(f"next: refract preview {output} -o grid.png   then   refract train {output}")
+    look = f"refract preview {output} -o grid.png   then   " if pictured else ""
+    print(f"next: {look}refract train {output}")
     return 0

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         "paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help="pictures, or folders searched for them"
     )
     parser.add_argument(
-        "--text", default="", help="that goes with each picture, or alone, where the bundle reads texts"
+        "--text", action="append", help="that goes with each picture, or alone, where the bundle reads texts"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line and picture")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="how many labels for each picture (default 5)")
@@ -29,8 +29,12 @@ def main(argv: list[str]) -> int:
         parser.error(f"--top: {args.top} is not at least 1")
     from models.texts.tokens import trimmed
 
+    texts = args.text or [""]
+    if len(texts) > 1:
+        parser.error("--text: given more than once; a question has one text")
+    args.text = texts[0]
     if not args.paths and not trimmed(args.text):
-        parser.error("name pictures, or give a --text")
+        parser.error(f"--text: {args.text!r} is an empty text" if args.text else "name pictures, or give a --text")
     return console.run("predict", lambda: _predict(args))
 
 

@@ -68,7 +68,8 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
     outcome = Outcome(record["outcome"])
     words = "unchanged" if record.get("unchanged") else outcome.name.lower().replace("_", " ")
     print(f"{words}: {record['why']}")
-    print(f"night:   {night}/ (night.json, gate.json, config.yaml)")
+    there = [name for name in ("night.json", "gate.json", "config.yaml", "drift") if (night / name).exists()]
+    print(f"night:   {night}/ ({', '.join(there)})")
     return int(outcome)
 
 

@@ -51,7 +51,7 @@ def scan(samples: Sequence[Sample], *, reads: frozenset[str] = PICTURES, progres
         results = pool.map(_look, samples, chunksize=16)
         for sample, (digest, look, problem) in zip(
             samples,
-            tqdm(results, "checking pictures", len(samples), disable=not progress or None, leave=False),
+            tqdm(results, "checking samples", len(samples), disable=not progress or None, leave=False),
             strict=True,
         ):
             if problem:

@@ -35,7 +35,10 @@ def problems(now: Snapshot, before: Snapshot | None, largest_loss: float) -> lis
     for label, count in [("all classes together", earlier.total()), *sorted(earlier.items())]:
         left = counts.total() if label == "all classes together" else counts[label]
         if count and (count - left) / count > largest_loss:
-            found.append(f"{label}: {left:,} samples, {count:,} in the last accepted night")
+            fewer = f"{(count - left) / count:.0%} fewer, where {largest_loss:.0%} may be"
+            found.append(
+                f"{label}: {left:,} samples beside the hold-out, {count:,} in the last accepted night ({fewer})"
+            )
     return found
 
 

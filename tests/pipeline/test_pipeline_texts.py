@@ -72,6 +72,9 @@ def test_both_together_know_what_neither_knows_alone_and_captions_may_be_missing
     assert answers["what colour is it"] in captions.COLOURS and answers["which form does it have"] in captions.SHAPES
     alone = json.loads(refract("predict", "runs/both/bundle", "--text", "which form", "--json").stdout)
     assert {row["label"] for row in alone["top"][:3]} == set(captions.SHAPES)
+    told = refract("predict", "runs/both/bundle", "--text", "which form", "--text", "what colour", code=2).stderr
+    assert "given more than once" in told
+    assert "' ' is an empty text" in refract("predict", "runs/both/bundle", "--text", " ", code=2).stderr
     assert "reads no texts" in refract("predict", "runs/pictures/bundle", "x.png", "--text", "a", code=2).stderr
     assert "reads no pictures" in refract("predict", "runs/texts/bundle", "x.png", code=2).stderr
     assert (tmp_path / "runs" / "both" / "preview.png").stat().st_size > 10_000
@@ -240,9 +243,10 @@ def test_init_sees_the_texts_and_evaluate_knows_the_training_data_again(refract:
     texts = table(
         tmp_path / "t.csv", [[label, f"{text} {i}"] for i, (_, label, text) in enumerate(rows)], ["label", "text"]
     )
-    refract("init", texts, "-o", "t.yaml")
+    told = refract("init", texts, "-o", "t.yaml").stdout
     written = (tmp_path / "t.yaml").read_text()
     assert "name: none" in written and "policy: none" in written
+    assert "120 texts" in told and "image_size" not in written and "pixels" not in written
     refract("train", "t.yaml", *OFF, "--trainer.max_epochs", 1, "--trainer.run_name", "t")
     assert "its own hold-out" in refract("evaluate", "runs/t/bundle", texts).stdout
     assert "no pictures" not in refract("compare", "runs/b", "runs/b").stdout
