@@ -1,5 +1,6 @@
-"""Pictures that the tests make: three colours, told apart in an epoch."""
+"""Data that the tests make, as pictures of three colours, told apart in an epoch; and processes that they look after."""
 
+import csv
 import subprocess
 import time
 from collections.abc import Callable, Iterable
@@ -24,6 +25,22 @@ def picture(label: str, number: int, side: int = 24) -> np.ndarray:
 def write_picture(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), pixels[:, :, ::-1])
+
+
+def table(file: Path, rows: list[list[str]], columns: list[str]) -> Path:
+    with file.open("w", newline="", encoding="utf-8") as target:
+        csv.writer(target).writerows([columns, *rows])
+    return file
+
+
+def rewritten(manifest: Path, name: str, change: Callable[[int, str], str]) -> Path:
+    """The manifest with other texts, from a row's number and text."""
+    with manifest.open(newline="") as file:
+        columns, *rows = csv.reader(file)
+    place = columns.index("text")
+    for number, row in enumerate(rows):
+        row[place] = change(number, row[place])
+    return table(manifest.with_name(name), rows, columns)
 
 
 def config_of(source: Path | str, **data) -> Config:

@@ -4,21 +4,17 @@ import csv
 import json
 import re
 import signal
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_data import Run, Training, until
+from small_data import Run, Training, rewritten, table, until
 
 from benchmarks import captions
 from models.bundle import load_bundle
 from pipeline.config import ConfigError, config_from_dict
-from pipeline.data.check import scan
-from pipeline.data.manifest import DataError, load_manifest
-from pipeline.data.splits import draw_splits
-from pipeline.recipe import check_inputs
+from pipeline.data.manifest import load_manifest
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -26,24 +22,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 OFF = ["--tracking.enabled", "false", "--evaluation.robustness", "none", "--data.workers", "0"]
 
 
-def table(file: Path, rows: list[list[str]], columns: list[str]) -> Path:
-    with file.open("w", newline="", encoding="utf-8") as target:
-        csv.writer(target).writerows([columns, *rows])
-    return file
-
-
 def accuracy(refract: Run, bundle: str, data: Path) -> float:
     return float(re.search(r"accuracy +([\d.]+)", refract("evaluate", bundle, data).stdout)[1])
-
-
-def rewritten(manifest: Path, name: str, change: Callable[[int, str], str]) -> Path:
-    """The manifest with other texts, from a row's number and text."""
-    with manifest.open(newline="") as file:
-        columns, *rows = csv.reader(file)
-    place = columns.index("text")
-    for number, row in enumerate(rows):
-        row[place] = change(number, row[place])
-    return table(manifest.with_name(name), rows, columns)
 
 
 def test_both_together_know_what_neither_knows_alone_and_captions_may_be_missing(refract: Run, tmp_path: Path) -> None:
@@ -131,73 +111,6 @@ def test_a_real_encoder_reads_what_it_never_saw(refract: Run, tmp_path: Path, mo
     assert folder_of_words["label"] == "animal"
 
 
-def test_rows_without_a_picture_and_pictures_with_several_captions(tmp_path: Path) -> None:
-    captions.write_pictures(tmp_path, count=30)
-    rows = [
-        ["pictures/00000.png", "a", "one caption"], ["pictures/00000.png", "b", "another caption"],
-        ["", "a", "words alone"], ["", "b", "other words"], ["pictures/00001.png", "a", ""], ["pictures/00002.png", "b", "more"],
-    ]  # fmt: skip
-    manifest = load_manifest(table(tmp_path / "m.csv", rows, ["path", "label", "text"]))
-    assert [sample.pictured for sample in manifest.samples] == [True, True, False, False, True, True]
-    assert len({sample.key for sample in manifest.samples}) == 6 and manifest.samples[2].path == "m.csv#4"
-    both, pictures = (scan(manifest.samples, reads=frozenset(own)) for own in ({"pictures", "texts"}, {"pictures"}))
-    assert not both.bad and len(set(both.hashes.values())) == 6
-    keys = [sample.key for sample in manifest.samples]
-    assert both.groups[keys[0]] == both.groups[keys[1]] and len(set(both.groups.values())) == 5, (
-        "by the picture, so that it is in one split"
-    )
-    assert pictures.hashes[keys[0]] == pictures.hashes[keys[1]]
-    split = draw_splits(manifest.with_samples(manifest.samples * 1), both.groups, val_share=0.2, test_share=0.2, seed=1)
-    assert split.samples[0].split == split.samples[1].split
-    config = config_from_dict({"text": {"name": "hashing"}})
-    check_inputs(config, manifest)
-    with pytest.raises(DataError, match=r"2 samples have no picture, as m\.csv#4; text\.name: hashing reads texts"):
-        check_inputs(config_from_dict({}), manifest)
-    manifest = load_manifest(rewritten(tmp_path / "m.csv", "n.csv", lambda i, text: "\x07 " if i == 5 else text))
-    with pytest.raises(DataError, match="2 samples have no text"):
-        check_inputs(config_from_dict({"model": {"name": "none"}, "text": {"name": "hashing"}}), manifest)
-
-
-@pytest.mark.parametrize(
-    "rows, columns, message",
-    [
-        ([["a", ""], ["b", "x"]], ["label", "text"], "row 2: path '' is not a file, nor is there a text"),
-        ([["a", "\x07\x00"], ["b", "x"]], ["label", "text"], "row 2: path '' is not a file, nor is there a text"),
-        ([["a", "x"]], ["label", "caption"], "needed: path,label and/or text"),
-    ],
-)
-def test_manifests_of_texts_that_cannot_be(tmp_path: Path, rows, columns, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        load_manifest(table(tmp_path / "m.csv", rows, columns))
-
-
-def test_a_manifests_cell_is_one_text(tmp_path: Path) -> None:
-    import pandas as pd
-
-    file = tmp_path / "m.parquet"
-    pd.DataFrame({"label": ["a", "b"], "text": ["x", "y"], "tags": [["p", "q"], []]}).to_parquet(file)
-    assert [sample.text for sample in load_manifest(file).samples] == ["x", "y"]
-    pd.DataFrame({"label": ["a", "b"], "text": [None, ["x", "y"]]}).to_parquet(file)
-    with pytest.raises(
-        DataError, match=r"m\.parquet: cannot .* \(column 'text', row 3: expected one text, found several"
-    ):
-        load_manifest(file)
-
-
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        ({"model": {"name": "none"}}, "model.name and text.name are both none"),
-        ({"text": {"name": "hashing", "drop_picture": 0.6, "drop_text": 0.6}}, "more than 1 together"),
-        ({"text": {"name": "hashing", "max_length": 0}}, "text.max_length: 0"),
-        ({"text": {"fusion": "sum"}}, "text.fusion"),
-    ],
-)
-def test_configs_of_texts_that_cannot_be(values, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        config_from_dict(values)
-
-
 def test_odd_texts_train_as_any_others(refract: Run, tmp_path: Path) -> None:
     """Control characters, emoji, other scripts, a megabyte, a byte that is no UTF-8."""
     odd = [
@@ -255,36 +168,6 @@ def test_init_sees_the_texts_and_evaluate_knows_the_training_data_again(refract:
 def _rows(file: Path) -> list[list[str]]:
     with file.open(newline="") as source:
         return list(csv.reader(source))[1:]
-
-
-def test_what_each_epoch_reads_is_drawn_from_the_policy(tmp_path: Path) -> None:
-    from augment import Augmenter, Preprocess
-    from models.texts.tokens import HashedNgrams
-    from pipeline.data.module import PictureData
-
-    rows = [
-        [label, split, f"some words of {label} number {i}"]
-        for split in ("train", "val", "test")
-        for label in "ab"
-        for i in range(6)
-    ]
-    manifest = load_manifest(table(tmp_path / "m.csv", rows, ["label", "split", "text"]))
-    tokens = HashedNgrams()
-    data = PictureData(
-        manifest, augmenter=Augmenter([{"WordDelete": {"p": 0.5}}], 3), preprocess=Preprocess(8, 8), batch_size=4,
-        tokens=tokens, pictures=False,
-    )  # fmt: skip
-    assert data.workers == 0
-    seen = {data.train_set.augmented((epoch, 0, 0)) for epoch in range(20)}
-    assert "some words of a number 0" in seen and len(seen) > 3
-    item = data.train_set[5, 2, 0]
-    assert set(item) == {"texts", "pictured", "targets", "indices", "repeats"}
-    assert np.array_equal(item["texts"], tokens(data.train_set.augmented((5, 2, 0)))[0])
-    batch = next(iter(data.val_dataloader()))
-    assert batch["texts"].shape[0] == 4 and not batch["pictured"].any()
-    assert np.array_equal(batch["texts"][0][batch["texts"][0] > 0], tokens("some words of a number 0")[0]), (
-        "not augmented"
-    )
 
 
 def test_the_time_of_an_answer_is_taken_with_texts_that_the_network_can_read() -> None:
@@ -368,28 +251,6 @@ def test_a_teacher_reads_what_the_training_reads_or_is_refused(tmp_path: Path) -
             taught(by, reads, side)
 
 
-def test_what_has_no_picture_says_nothing_of_what_pictures_are_and_cost(tmp_path: Path) -> None:
-    import os
-
-    from augment import Augmenter, Preprocess
-    from models.texts.tokens import HashedNgrams
-    from pipeline.data.module import PictureData, fits_memory
-    from pipeline.recipe import _some, measured
-
-    captions.write_pictures(tmp_path, count=4)
-    rows = [[f"pictures/{i:05}.png" if i in (1, 3) else "", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
-    manifest = load_manifest(table(tmp_path / "m.csv", rows, ["path", "label", "split", "text"]))
-    shown = manifest.with_samples([sample for sample in manifest.samples if sample.pictured])
-    preprocess, config = Preprocess(16, 16), config_from_dict({"data": {"normalize": "data"}})
-    assert measured(config, preprocess, manifest)[0] == measured(config, preprocess, shown)[0]
-    assert len(_some(preprocess, manifest)) == 2
-    assert fits_memory(manifest.samples) and not fits_memory([s for s in manifest.samples if not s.pictured])
-    own = {"augmenter": Augmenter([], 3, size=16), "preprocess": preprocess, "batch_size": 2, "tokens": HashedNgrams()}
-    assert PictureData(manifest, **own).workers == min(8, os.cpu_count() or 1)
-    texts = manifest.with_samples([sample for sample in manifest.samples if not sample.pictured])
-    assert PictureData(texts, **own).workers == 0
-
-
 def test_an_initialisation_is_for_the_network_of_pictures(tmp_path: Path) -> None:
     import torch
 
@@ -411,25 +272,6 @@ def test_an_initialisation_is_for_the_network_of_pictures(tmp_path: Path) -> Non
         one, other = found["default"].state_dict(), found[init].state_dict()
         changed = {name.partition(".")[0] for name in one if not torch.equal(one[name], other[name])}
         assert changed == {"pictures"}, init
-
-
-def test_texts_of_a_split_are_those_of_no_other(tmp_path: Path) -> None:
-    from pipeline.data.texts import texts_of
-
-    rows = [
-        ["a", "train", "one"],
-        ["a", "val", "two"],
-        ["b", " train ", "three"],
-        ["b", "test", "four"],
-        ["b", "train", "\x07"],
-    ]
-    data = table(tmp_path / "m.csv", rows, ["label", "split", "text"])
-    assert texts_of(data, "train") == ["one", "three"] and texts_of(data, "val") == ["two"]
-    assert texts_of(data, "all") == ["one", "two", "three", "four"]
-    with pytest.raises(DataError, match="has no texts in the split dev"):
-        texts_of(data, "dev")
-    plain = table(tmp_path / "n.csv", [["a", "one"], ["b", "two"]], ["label", "text"])
-    assert texts_of(plain, "train") == ["one", "two"], "a manifest without splits is all for training"
 
 
 def test_goldens_and_answers_are_of_the_text_and_of_what_is_there(tmp_path: Path) -> None:
@@ -470,15 +312,3 @@ def test_goldens_and_answers_are_of_the_text_and_of_what_is_there(tmp_path: Path
         shown = probabilities(classifier(batch["images"], batch["texts"], None), task="binary").numpy()
     assert np.allclose([golden.probabilities for golden in goldens], answers, atol=1e-6)
     assert abs(answers - shown)[1].max() > 1e-3, "a grey square is not what a missing picture is"
-
-
-def test_views_of_pictures_do_not_go_with_texts() -> None:
-    from augment import Augmenter
-    from pipeline.recipe import check_recipe
-
-    policy = Augmenter([{"AugMix": {}}])
-    check_recipe(config_from_dict({"loss": {"consistency": 12.0}}), policy, "32-true")
-    with pytest.raises(
-        ConfigError, match=r"loss\.consistency compares views of pictures; it does not go with text\.name"
-    ):
-        check_recipe(config_from_dict({"loss": {"consistency": 12.0}, "text": {"name": "hashing"}}), policy, "32-true")
