@@ -52,14 +52,14 @@ COPY configs /src/configs
 RUN /opt/tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels /src \
     && /opt/tools/bin/pip --python /opt/refract/bin/python3 install --no-deps --no-index /wheels/*.whl
 
-# What trains: `refract retrain`, `refract schedule`, and MLflow's server with PostgreSQL's driver. All that it writes goes to /work.
+# What trains: `refract retrain`, `refract schedule`, and MLflow's server with PostgreSQL's driver. All that it writes goes to /var/lib/refract.
 FROM ${BASE} AS train
-ENV PATH=/opt/refract/bin:$PATH PYTHONUNBUFFERED=1 HOME=/work/.home USER=refract MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
-RUN useradd --uid 10001 --home-dir /work --no-create-home refract && install -d -o 10001 -g 10001 /work /data
+ENV PATH=/opt/refract/bin:$PATH PYTHONUNBUFFERED=1 HOME=/var/lib/refract/.home USER=refract MLFLOW_DISABLE_TELEMETRY=true DO_NOT_TRACK=true
+RUN useradd --uid 10001 --home-dir /var/lib/refract --no-create-home refract && install -d -o 10001 -g 10001 /var/lib/refract /data
 COPY --from=packages-train /opt/refract /opt/refract
 COPY --from=code /opt/refract /opt/refract
 USER 10001:10001
-WORKDIR /work
+WORKDIR /var/lib/refract
 ENTRYPOINT ["refract"]
 CMD ["--help"]
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from models.classifier import Classifier, probabilities
 from models.texts.tokens import rows
 
 TOGETHER = 4
-"""Pictures that a thread is given at once, at most."""
+"""Pictures that a thread is given at once, at most: for small ones each handing over counts."""
 
 
 class Question(NamedTuple):
@@ -44,11 +45,11 @@ def score(
     """
     device = next(classifier.parameters()).device
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        source = iter(questions)
+        source, prepare = iter(questions), partial(_prepare, classifier, preprocess)
         together = min(TOGETHER, -(-batch_size // (threads or os.cpu_count() or 1)))
-        ahead = _submit(pool, classifier, preprocess, source, batch_size, together)
+        ahead = _submit(pool, prepare, list(islice(source, batch_size)), together)
         while ahead:
-            current, ahead = ahead, _submit(pool, classifier, preprocess, source, batch_size, together)
+            current, ahead = ahead, _submit(pool, prepare, list(islice(source, batch_size)), together)
             inputs = [item for future in current for item in future.result()]
             whole = [item for item in inputs if isinstance(item, _Prepared)]
             answers: Iterator[np.ndarray] = iter(())
@@ -96,22 +97,13 @@ def views(batch: torch.Tensor, tta: str) -> Iterator[tuple[float, torch.Tensor]]
 
 def _submit(
     pool: ThreadPoolExecutor,
-    classifier: Classifier,
-    preprocess: Preprocess,
-    source: Iterator[Question],
-    count: int,
+    prepare: Callable[[Question], _Prepared | ImageError | OSError],
+    batch: list[Question],
     together: int,
 ) -> list[Future[list[_Prepared | ImageError | OSError]]]:
-    """The next batch, some pictures at a time: to hand over a single small one costs a tenth of decoding it."""
-    questions = list(islice(source, count))
-    some = [questions[start : start + together] for start in range(0, count, together)]
-    return [pool.submit(_prepare_all, classifier, preprocess, few) for few in some if few]
-
-
-def _prepare_all(
-    classifier: Classifier, preprocess: Preprocess, questions: Iterable[Question]
-) -> list[_Prepared | ImageError | OSError]:
-    return [_prepare(classifier, preprocess, question) for question in questions]
+    return [
+        pool.submit(list, map(prepare, batch[start : start + together])) for start in range(0, len(batch), together)
+    ]
 
 
 def _picture(preprocess: Preprocess, question: Question) -> np.ndarray:

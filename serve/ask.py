@@ -21,12 +21,12 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     from models.texts.tokens import trimmed
 
-    texts = args.text or [""]
-    if len(texts) > 1:
+    given = args.text or []
+    if len(given) > 1:
         parser.error("--text: given more than once; a question has one text")
-    args.text = texts[0]
+    args.text = given[0] if given else ""
     if not args.paths and not trimmed(args.text):
-        parser.error(f"--text: {args.text!r} is an empty text" if args.text else "name pictures, or give a --text")
+        parser.error(f"--text: {args.text!r} is an empty text" if given else "name pictures, or give a --text")
     from models.answer import line
     from serve.client import Client, ServerError
 

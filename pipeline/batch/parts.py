@@ -137,9 +137,8 @@ def _part(file: Path, schema: pa.Schema, start: int) -> pa.Table:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(
-            file
-        ) as opened:  # read_table would import pyarrow.dataset first, which takes longer than most files
+        # `read_table` would import pyarrow.dataset first, which takes longer than most files.
+        with pq.ParquetFile(file) as opened:
             table = opened.read()
         if table.schema.equals(schema) and table["row"].to_pylist() == list(range(start, start + len(table))):
             return table.replace_schema_metadata(schema.metadata)

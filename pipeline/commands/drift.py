@@ -99,7 +99,7 @@ def _show(drift: "Drift") -> None:
         print(f"  {drift.far:.1%} are farther from the reference than 99 % of its own")
     if any(check.p is not None for check in drift.checks):
         print(
-            "  p: of as much difference by chance, adjusted for the number of checks; effect: beyond chance, see --warn and --stop"
+            "  p: of so much by chance, adjusted for the number of checks (Holm); effect: what --warn and --stop go by"
         )
     those = ", ".join(check.name for check in drift.checks if check.level == drift.level)
     told = {"none": "no drift", "warn": "drift: warning", "stop": "drift: stop"}[drift.level]
