@@ -7,8 +7,8 @@ BIN := .venv/bin
 demo: install
 	$(BIN)/refract demo
 
-# Some tests wait, so a process more than there are cores; each gets whole files, whose fixtures then are made once.
-PYTEST := $(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile --no-loadscope-reorder
+# Some tests wait, so two processes more than there are cores; each gets whole files, whose fixtures then are made once.
+PYTEST := $(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 2)) --dist loadfile --no-loadscope-reorder
 
 test: install
 	$(PYTEST)

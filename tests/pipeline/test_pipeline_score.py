@@ -121,7 +121,7 @@ def started(tmp_path: Path, *arguments: object) -> subprocess.Popen[str]:
 
 def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
     """Wait for what the command does, while it runs."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180  # Ray takes more than a minute to start where everything is busy
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "never"
