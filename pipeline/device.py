@@ -1,5 +1,8 @@
 """What the machine offers: device and precision."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from pipeline.config import ConfigError
 from pipeline.sections import TrainerConfig
 
@@ -26,7 +29,7 @@ def choose_precision(config: TrainerConfig, device: str) -> str:
         return named[config.precision]
     if device == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    capable: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     # Intel's cores without AMX take as long for a product of bf16 as of float32, and convert besides: fastnet trained 0.8 times as fast.
     paying = ["amx_bf16", "bf16"] if "Intel" in str(capable.get("cpu_name")) else ["amx_bf16", "avx512_bf16", "bf16"]
     return "bf16-mixed" if any(capable.get(name) for name in paying) else "32-true"

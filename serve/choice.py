@@ -8,6 +8,7 @@ import os
 import platform
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -74,8 +75,25 @@ def candidates(device: torch.device) -> tuple[str, ...]:
     a request by OpenVINO, 270 by ONNX Runtime)."""
     if device.type == "cuda":
         return ("eager", "bf16", "compiled")
-    extras = (("openvino", "openvino"), ("onnx", "onnxruntime"))
-    return ("eager", "bf16", *(name for name, package in extras if importlib.util.find_spec(package)))
+    needs = {
+        "eager": "torch",
+        "bf16": "torch",
+        "openvino": "openvino",
+        "openvino-bf16": "openvino",
+        "onnx": "onnxruntime",
+    }
+    able = _computes_in_bf16()
+    return tuple(
+        name
+        for name, package in needs.items()
+        if importlib.util.find_spec(package) and (able or not name.endswith("bf16"))
+    )
+
+
+def _computes_in_bf16() -> bool:
+    """Whether the processor has instructions for it; whether they are of use, the clock tells."""
+    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def choose(

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--backend",
-        choices=("auto", "eager", "bf16", "compiled", "openvino", "onnx", "int8"),
+        choices=("auto", "eager", "bf16", "compiled", "openvino", "openvino-bf16", "onnx", "int8"),
         default="auto",
         help="what computes the network; auto times what is installed, but int8, and takes the fastest that agrees with float32",
     )

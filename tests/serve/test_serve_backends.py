@@ -25,11 +25,11 @@ from serve.engine import Engine
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = {"openvino": "openvino", "onnx": "onnxruntime"}
+EXTRAS = {"openvino": "openvino", "openvino-bf16": "openvino", "onnx": "onnxruntime"}
 INSTALLED = [name for name, package in EXTRAS.items() if importlib.util.find_spec(package)]
 NAMED = [*INSTALLED, "int8"] if "onnx" in INSTALLED else INSTALLED
 """With int8, which is not chosen by itself."""
-PACKAGES = [EXTRAS[name] for name in INSTALLED]
+PACKAGES = sorted({EXTRAS[name] for name in INSTALLED})
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_each_agrees_with_plain_float32_at_any_size_of_batch(name: str, bundle, 
     other.self_test()
     images = np.stack([plain.preprocess(picture(i)) for i in range(7)])
     for count in (1, 7, 2):
-        agreed = choosing.INT8_AGREED if name == "int8" else choosing.AGREED
+        agreed = {"int8": choosing.INT8_AGREED, "openvino": 1e-5, "onnx": 1e-5}.get(name, choosing.AGREED)
         np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=agreed)
     if name != "eager":
         assert other.choice is not None and other.choice.name == name
@@ -108,7 +108,7 @@ def test_the_fastest_is_taken_kept_and_told(bundle, serving, cache: Path, monkey
     _, choice = asking(bundle)
     worth = {name: rate / (1 if name.endswith("/1") else choosing.WORTH) for name, rate in choice.rates.items()}
     assert worth[f"{choice.name}/{choice.threads}"] == max(worth.values()) and not choice.dropped
-    assert {name.partition("/")[0] for name in choice.rates} == {"eager", "bf16", *INSTALLED}
+    assert {name.partition("/")[0] for name in choice.rates} == set(choosing.candidates(torch.device("cpu")))
     (kept,) = cache.glob("*/kept.json")
     assert json.loads(kept.read_text())["name"] == choice.name
     monkeypatch.setattr(choosing._Trial, "rate", lambda *_: choice.rate * 0.8)
@@ -140,6 +140,14 @@ def test_what_was_chosen_on_a_busy_machine_is_chosen_anew(bundle, cache: Path, m
     assert asking(bundle, threads=1)[1].rate == 30.0, "and this is kept"
     speeds = iter([60.0, 80.0, 70.0])
     assert asking(bundle, threads=1)[1].name == "eager", "twice as fast: the machine was busy when it was chosen"
+
+
+def test_bfloat16_is_tried_where_the_processor_has_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for known, tried in (({}, False), ({"avx512_bf16": True, "amx_bf16": False}, True), ({"bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        names = choosing.candidates(torch.device("cpu"))
+        assert ("bf16" in names) == tried and {"eager", *INSTALLED} - {"openvino-bf16"} <= set(names)
+        assert ("openvino-bf16" in names) == (tried and "openvino" in INSTALLED)
 
 
 def test_one_that_answers_otherwise_or_fails_is_dropped_with_its_reason(

@@ -140,9 +140,7 @@ def test_what_is_killed_while_it_starts_for_the_first_time_starts_again(bundle, 
         told = client.get("/v1/model").json()["backend"]
     process.terminate()
     code, _, err = finish(process)
-    assert (
-        code == 0 and told["dropped"] == {} and set(told["rates"]) >= {"eager/1", "bf16/1", "openvino/1", "onnx/1"}
-    ), err
+    assert code == 0 and told["dropped"] == {} and set(told["rates"]) >= {"eager/1", "openvino/1", "onnx/1"}, err
 
 
 def test_what_is_stuck_does_not_keep_it_from_ending(bundle, picture):
