@@ -2,19 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Python keeps what it compiled, whatever the shell says: else each process of the suite compiles the tests and Refract anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-fast test-postgres lint image-check install lock clean
 
 demo: install
 	$(BIN)/refract demo
 
-# Some tests wait, so two processes more than there are cores; each gets whole files, whose fixtures then are made once.
-PYTEST := $(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 2)) --dist loadfile --no-loadscope-reorder
+# Each process gets whole files, whose fixtures then are made once. Tests wait, slow ones most: more processes than cores.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
 test: install
-	$(PYTEST)
+	$(PYTEST) -n $$(($(CORES) + 2))
 
 test-fast: install
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -n $$(($(CORES) + 1)) -m "not slow"
 
 # MLflow's server on a PostgreSQL of its own, which is Debian's package postgresql; part of make test too, where it is installed.
 test-postgres: install

@@ -198,6 +198,7 @@ def test_sam_steps_with_the_gradient_from_the_top_of_the_neighbourhood() -> None
     assert layer.weight.item() == pytest.approx(2 - 0.1 * 5)
 
 
+@pytest.mark.slow
 def test_sam_trains_and_counts_each_batch_once() -> None:
     module = make_module(optim=OptimSpec(lr=0.01, sam=0.05))
     trainer = fit(module, epochs=6)
@@ -221,6 +222,7 @@ def test_gradients_are_clipped(spec: dict[str, float]) -> None:
         assert float(found[0].abs().max()) == pytest.approx(1e-5, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_teacher_is_learned_from_and_is_no_part_of_the_checkpoint() -> None:
     teacher = make_module()
     fit(teacher, epochs=12)

@@ -49,6 +49,7 @@ def test_same_pixels_with_any_number_of_workers(folder: Path) -> None:
             assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(90)
 def test_workers_start_while_opencv_threads_run_here(folder: Path) -> None:
     """Workers forked from a process whose OpenCV pool had run waited for ever for its lock; training then stood still, with no error."""

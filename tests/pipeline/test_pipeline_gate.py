@@ -65,6 +65,7 @@ def test_a_rare_class_that_is_lost_fails_all_the_same() -> None:
     assert "recall c1" not in judged(held, answers(held, *range(100, 105)), answers(held, 100, 101, 102)), "of two"
 
 
+@pytest.mark.slow
 def test_equals_pass_however_many_classes_there_are() -> None:
     """As many errors at other places, 100 classes of 50 samples: without Holm 62 % of such challengers fail at some class."""
     held, rng = holdout(*[50] * 100), np.random.default_rng(0)

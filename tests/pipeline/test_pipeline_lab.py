@@ -15,6 +15,7 @@ def test_every_claim_holds_with_the_default_seed(name: str) -> None:
     assert outcome.found and not outcome.found.endswith(".")
 
 
+@pytest.mark.slow
 def test_a_claim_that_does_not_hold_ends_with_1_and_is_named(monkeypatch, capsys, tmp_path) -> None:
     wrong = Experiment(
         "Water runs uphill.", lambda seed: Outcome(False, "it ran down", {"height": [2.0, 1.0]}, "time", "height")

@@ -269,6 +269,7 @@ class Tiring(SlowEngine):
         return super().compute(batch) if self.tired else Engine.compute(self, batch)
 
 
+@pytest.mark.slow
 def test_the_pace_is_measured_while_it_serves(bundle, serving, picture):
     engine = Tiring(bundle)
     with serving(create_app(engine, deadline_s=2)) as client, ThreadPoolExecutor(40) as pool:

@@ -102,6 +102,7 @@ def test_large_requests_leave_threads_to_the_others(bundle, served) -> None:
     served(Engine(bundle), story)
 
 
+@pytest.mark.slow
 def test_heat_maps_that_could_not_be_drawn_in_time_are_refused_before_anything_is_decoded(
     bundle, serving, picture, monkeypatch
 ) -> None:

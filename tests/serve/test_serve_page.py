@@ -142,6 +142,7 @@ def test_a_key_is_asked_for(browser, bundle, serving, upload, tmp_path: Path) ->
         page.close()
 
 
+@pytest.mark.slow
 def test_the_description_needs_no_other_server(browser, bundle, serving) -> None:
     with serving(create_app(bundle)) as client:
         page, wrong, asked = opened(browser, client, "/docs")
