@@ -39,7 +39,8 @@ class Batcher:
     """Gathers inputs into batches for `engines` (N×… → N×…), each of which runs on a thread of its own and takes the next one when free.
 
     A batch leaves as soon as `max_batch` inputs wait, or no further ones are `coming`, or `max_wait_ms` after its first one arrived. At
-    most `max_queue` inputs wait. Belongs to one event loop: build it, `start`, `submit` and `stop` it there.
+    most `max_queue` inputs wait. While the engines are `brief`, the event loop computes what need not wait itself, by the first of them.
+    Belongs to one event loop: build it, `start`, `submit` and `stop` it there.
     """
 
     def __init__(
@@ -49,18 +50,19 @@ class Batcher:
         max_wait_ms: float = 2.0,
         max_queue: int = 1024,
         coming: Callable[[], bool] = lambda: True,
+        brief: Callable[[], bool] = lambda: False,
     ) -> None:
         if max_batch < 1 or max_queue < 1 or not 0 <= max_wait_ms < float("inf"):
             raise ValueError(
                 f"Batcher: max_batch={max_batch} and max_queue={max_queue} must be at least 1, "
                 f"max_wait_ms={max_wait_ms} a finite number of at least 0"
             )
-        self._coming = coming
+        self._coming, self._brief, self._first = coming, brief, engines[0]
         self._max_batch, self._max_wait, self._max_queue = max_batch, max_wait_ms / 1000, max_queue
         self._waiting: deque[Item] = deque()
         self._changed = threading.Condition(threading.Lock())
         self._stopping = self._waking = False
-        self._growing = 0  # threads that wait for a batch to grow
+        self._growing = self._busy = 0  # threads that wait for a batch to grow, and that compute one
         self._threads = [
             threading.Thread(target=self._work, args=(engine,), name="inference", daemon=True) for engine in engines
         ]
@@ -87,9 +89,7 @@ class Batcher:
             if before + len(futures) > self._max_queue:
                 raise OverloadedError(f"{before} images are waiting already; try again later")
             self._waiting.extend(zip(inputs, futures, [now] * len(futures), strict=True))
-        if not self._waking:  # once all that the loop has at hand was submitted, so that it makes one batch
-            self._waking = True
-            self._loop.call_soon(self._wake)
+        self._wake_soon()
         if len(futures) == 1:
             output, start, end = await futures[0]
             return Answered(output[None], start - now, end - start)
@@ -97,12 +97,28 @@ class Batcher:
         outputs, began, ended = zip(*rows, strict=True)
         return Answered(np.stack(outputs), max(began) - now, ended[-1] - began[-1])
 
+    def _wake_soon(self) -> None:
+        if not self._waking:  # once all that the loop has at hand was submitted, so that it makes one batch
+            self._waking = True
+            self._loop.call_soon(self._wake)
+
     def _wake(self) -> None:
         self._waking = False
+        if items := self._own():
+            _deliver(*_computed(self._first, items))
+            if self._waiting:
+                self._wake_soon()
+
+    def _own(self) -> list[Item]:
+        """What the loop is to compute itself; where that is nothing, the threads are woken."""
         with self._changed:
+            leaving = len(self._waiting) >= self._max_batch or not self._coming()
+            if leaving and not self._busy and not self._stopping and self._brief():
+                return self._taken()
             # The threads sleep until there is an input, then until the batch may leave: in between, let them sleep.
-            if len(self._waiting) >= self._max_batch or not self._coming() or not self._growing:
+            if leaving or not self._growing:
                 self._changed.notify_all()
+            return []
 
     async def stop(self) -> None:
         """Take no more, answer what was taken, end the threads."""
@@ -114,7 +130,14 @@ class Batcher:
 
     def _work(self, engine: Callable[[np.ndarray], np.ndarray]) -> None:
         while items := self._next():
-            self._run(engine, [item for item in items if not item[1].cancelled()])
+            found = _computed(engine, items)
+            with self._changed:
+                self._busy -= 1
+            try:
+                # Once a batch, not once a request: each call wakes the event loop through a system call.
+                self._loop.call_soon_threadsafe(_deliver, *found)
+            except RuntimeError:
+                logger.warning("the event loop closed before %d answers were delivered", len(items))
 
     def _next(self) -> list[Item]:
         """The next batch; empty when all is done. Sleeps on the condition, for as long as the batch may still grow."""
@@ -124,7 +147,11 @@ class Batcher:
                 self._growing += growing
                 self._changed.wait(left if growing else None)
                 self._growing -= growing
-            return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_batch))]
+            self._busy += 1
+            return self._taken()
+
+    def _taken(self) -> list[Item]:
+        return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_batch))]
 
     def _left(self) -> float:
         """Seconds until the batch that is growing leaves; without end where there is none, which another thread may have taken."""
@@ -134,23 +161,23 @@ class Batcher:
             return 0
         return self._waiting[0][2] + self._max_wait - monotonic()
 
-    def _run(self, engine: Callable[[np.ndarray], np.ndarray], items: list[Item]) -> None:
-        if not items:
-            return
-        answers: np.ndarray | None = None
-        began = monotonic()
-        try:
+
+def _computed(
+    engine: Callable[[np.ndarray], np.ndarray], items: list[Item]
+) -> tuple[list[Item], np.ndarray | None, float, float]:
+    """Of those items that were not cancelled meanwhile: themselves, the answers, None where the engine failed, when it began and ended."""
+    items = [item for item in items if not item[1].cancelled()]
+    answers: np.ndarray | None = None
+    began = monotonic()
+    try:
+        if items:
             answers = engine(np.stack([item[0] for item in items]))
             if len(answers) != len(items):
                 raise ValueError(f"the engine gave {len(answers)} answers to {len(items)} inputs")
-        except Exception:
-            logger.exception("inference failed on a batch of %d", len(items))
-            answers = None
-        try:
-            # Once a batch, not once a request: each call wakes the event loop through a system call.
-            self._loop.call_soon_threadsafe(_deliver, items, answers, began, monotonic())
-        except RuntimeError:
-            logger.warning("the event loop closed before %d answers were delivered", len(items))
+    except Exception:
+        logger.exception("inference failed on a batch of %d", len(items))
+        answers = None
+    return items, answers, began, monotonic()
 
 
 def _deliver(items: list[Item], answers: np.ndarray | None, began: float, ended: float) -> None:

@@ -25,6 +25,11 @@ AGAIN_S = 1.0
 """Until a self-test that failed is tried again: memory may have been short for a moment."""
 
 
+BRIEF_S, PROVEN = 0.001, 64
+"""The event loop computes batches itself that took a thread of their own less than so much of a core, the mean of so many or more. To hand
+them over costs more than to compute them: both threads want the interpreter. Longer ones would keep others from being read."""
+
+
 class Lane:
     """Open from `start` to `retire`. preparing: requests whose pictures are being read or decoded; a batch is held back for them alone.
 
@@ -42,8 +47,9 @@ class Lane:
         self._pace, self._computing = 0.0, [0] * len(engine.workers)
         self.unfit = self.lost = False
         self._failed, self._examining = 0, None  # type: int, asyncio.Task[None] | None
+        self._batches, self._spent = 0, 0.0  # those computed, and the mean of what each took of a core
         workers = [partial(self._compute, number) for number in range(len(engine.workers))]
-        self._batcher = Batcher(*workers, coming=lambda: self.preparing > 0, **waits)
+        self._batcher = Batcher(*workers, coming=lambda: self.preparing > 0, brief=self._brief, **waits)
 
     @property
     def waiting(self) -> int:
@@ -94,11 +100,14 @@ class Lane:
         if self._examining:
             self._examining.cancel()
 
+    def _brief(self) -> bool:
+        return self._batches >= PROVEN and self._spent < BRIEF_S and self.engine.device.type == "cpu"
+
     def _compute(self, number: int, batch: np.ndarray) -> np.ndarray:
         if self._metrics:
             self._metrics.computed(len(batch))
         self._computing[number] = len(batch)
-        began = time.monotonic()
+        began, spent = time.monotonic(), time.thread_time()
         try:
             found = self.engine.workers[number](batch)
             if not np.isfinite(found[:, 0]).all():
@@ -115,6 +124,8 @@ class Lane:
         # it goes when there is much to do, counts as so many pictures.
         share = 1 - (1 - RECENT) ** len(batch)
         self._pace += share * ((time.monotonic() - began) / len(batch) - self._pace)
+        self._batches += 1
+        self._spent += max(RECENT, 1 / self._batches) * (time.thread_time() - spent - self._spent)
         return found
 
     def _examine_once(self) -> None:

@@ -246,3 +246,60 @@ def test_the_wait_begins_with_the_first_input_however_many_come_after_it() -> No
         await asyncio.gather(*tasks)
 
     run(story, max_batch=1000, max_wait_ms=300)
+
+
+def test_what_is_brief_the_loop_computes_itself_but_while_a_thread_computes() -> None:
+    seen: list[tuple[list[float], bool]] = []
+    brief, entered, go_on = [True], threading.Event(), threading.Event()
+
+    def engine(batch: np.ndarray) -> np.ndarray:
+        own = threading.current_thread() is threading.main_thread()
+        seen.append((batch[:, 0].tolist(), own))
+        if (batch == 7).any():
+            entered.set()
+            assert go_on.wait(20)
+        if (batch < 0).any():
+            raise RuntimeError("negative")
+        return batch * 2
+
+    async def main() -> None:
+        batcher = Batcher(engine, max_batch=4, coming=lambda: False, brief=lambda: brief[0])
+        batcher.start()
+        answers = await asyncio.gather(*(batcher.submit(inputs(value)) for value in range(6)))
+        assert [float(one.outputs[0, 0]) for one in answers] == [0, 2, 4, 6, 8, 10]
+        assert seen == [([0, 1, 2, 3], True), ([4, 5], True)], "what is at hand together, in batches"
+        with pytest.raises(BatchError):
+            await batcher.submit(inputs(-1))
+        brief[0] = False
+        slow = asyncio.create_task(batcher.submit(inputs(7)))
+        await asyncio.to_thread(entered.wait, 20)
+        brief[0] = True
+        after = asyncio.create_task(batcher.submit(inputs(8)))
+        await asyncio.sleep(0.05)
+        go_on.set()
+        await asyncio.gather(slow, after)
+        assert seen[-2:] == [([7], False), ([8], False)], "an engine computes one batch at a time"
+        await batcher.submit(inputs(9))
+        assert seen[-1] == ([9], True)
+        await batcher.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_the_loop_waits_for_what_is_coming_as_a_thread_does() -> None:
+    coming = [True]
+
+    async def main() -> None:
+        doubler = Doubler()
+        batcher = Batcher(doubler, max_wait_ms=60_000, coming=lambda: coming[0], brief=lambda: True)
+        batcher.start()
+        first = await enqueue(batcher, 1)
+        await asyncio.sleep(0.05)
+        assert not doubler.batches
+        coming[0] = False
+        second = await enqueue(batcher, 2)
+        await asyncio.gather(first, second)
+        assert doubler.batches == [[1, 2]]
+        await batcher.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 30))

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
+import torch
 
 from serve.engine import Engine
 from serve.lane import Lane
@@ -71,6 +73,33 @@ def test_a_large_batch_tells_the_pace_at_once(bundle) -> None:
         await lane.submit(batch(32))
         assert lane.expected(1) < 0.02, "of a tenth of a second nothing is left"
 
+    on_lane(bundle, story)
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "device", "moves"), [(0.0, "cpu", True), (0.003, "cpu", False), (0.0, "meta", False)]
+)
+def test_what_has_been_brief_for_long_is_computed_on_the_loop(
+    bundle, monkeypatch: pytest.MonkeyPatch, busy_s: float, device: str, moves: bool
+) -> None:
+    """meta stands for a device whose time a thread's own does not tell."""
+    seen: list[bool] = []
+
+    def compute(batch: np.ndarray) -> np.ndarray:
+        end = time.thread_time() + busy_s
+        while time.thread_time() < end:
+            pass
+        seen.append(threading.current_thread() is threading.main_thread())
+        return np.zeros((len(batch), 2, 3), np.float32)
+
+    async def story(lane: Lane, engine: Paced) -> None:
+        monkeypatch.setattr(engine, "device", torch.device(device))
+        for _ in range(12):
+            await lane.submit(batch(1))
+        assert seen == [False] * 8 + [moves] * 4
+
+    monkeypatch.setattr("serve.lane.PROVEN", 8)
+    monkeypatch.setattr(Paced, "compute", lambda self, batch: compute(batch))
     on_lane(bundle, story)
 
 
