@@ -267,7 +267,7 @@ def _labels(record: Record) -> Iterator[Finding]:
 def _time(record: Record) -> Iterator[Finding]:
     total = sum(record.seconds.values())
     waiting = record.seconds.get("waiting", 0.0)
-    if total > 5 and waiting > 0.35 * total:
+    if waiting > 30 and waiting > 0.35 * total:  # less is not worth a cure: worker processes take seconds to start
         more = (
             "data.memory: always, if the decoded pictures fit"
             if record.workers

@@ -163,7 +163,8 @@ def test_a_class_that_takes_all_and_a_loader_that_is_late() -> None:
         and "95% of the hold-out's pictures are said to be cat, and 50% are" in found.evidence
     )
     assert not list(late(Record(3, 0.1, said={"cat": 0.95, "dog": 0.05}, truth={"cat": 0.93, "dog": 0.07})))
-    slow = {"waiting": 8.0, "forward": 3.0, "backward": 5.0, "optimiser": 1.0}
+    slow = {"waiting": 80.0, "forward": 30.0, "backward": 50.0, "optimiser": 10.0}
+    assert not list(late(Record(3, 0.1, seconds={part: value / 10 for part, value in slow.items()}, workers=0)))
     (found,) = late(Record(3, 0.1, seconds=slow, workers=0))
     assert found.name == "the loader is the bottleneck" and "data.workers: 2" in found.cure
     (found,) = late(Record(3, 0.1, seconds=slow, workers=4))
