@@ -130,9 +130,8 @@ def measured(bundle: Path, files: list[Path], args: argparse.Namespace) -> dict[
             labels = [answered(url + server.route, file, server.form) for file in files[:20]]
         rows[name] = {**row, "labels": labels}
         print(f"{bundle.name:<10} {name:<15} {row}", flush=True)
-        if (
-            name == "Refract"
-        ):  # before and after it: the machine's own pace changes within the minutes that the peers take
+        # Before the first server and after it: the machine's own pace changes within the minutes that the peers take.
+        if name == "Refract":
             engine.append(bare(bundle, files))
     wanted = rows["Refract, eager"]["labels"]
     for row in rows.values():

@@ -75,19 +75,12 @@ def candidates(device: torch.device) -> tuple[str, ...]:
     a request by OpenVINO, 270 by ONNX Runtime)."""
     if device.type == "cuda":
         return ("eager", "bf16", "compiled")
-    needs = {
-        "eager": "torch",
-        "bf16": "torch",
-        "openvino": "openvino",
-        "openvino-bf16": "openvino",
-        "onnx": "onnxruntime",
-    }
-    able = _computes_in_bf16()
-    return tuple(
-        name
-        for name, package in needs.items()
-        if importlib.util.find_spec(package) and (able or not name.endswith("bf16"))
-    )
+    names = ["eager", "bf16"]
+    if importlib.util.find_spec("openvino"):
+        names += ["openvino", "openvino-bf16"]
+    if importlib.util.find_spec("onnxruntime"):
+        names.append("onnx")
+    return tuple(name for name in names if not name.endswith("bf16") or _computes_in_bf16())
 
 
 def _computes_in_bf16() -> bool:

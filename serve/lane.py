@@ -25,9 +25,12 @@ AGAIN_S = 1.0
 """Until a self-test that failed is tried again: memory may have been short for a moment."""
 
 
-BRIEF_S, PROVEN = 0.001, 64
-"""The event loop computes batches itself that took a thread of their own less than so much of a core, the mean of so many or more. To hand
-them over costs more than to compute them: both threads want the interpreter. Longer ones would keep others from being read."""
+BRIEF_S = 0.001
+"""The event loop itself computes batches that take less of a core than this: to hand one to a thread costs more, as both threads want the
+interpreter. Longer ones would keep requests from being read."""
+
+PROVEN = 64
+"""Batches that must have been computed by threads before: one that hangs should hang there."""
 
 
 class Lane:
@@ -47,7 +50,7 @@ class Lane:
         self._pace, self._computing = 0.0, [0] * len(engine.workers)
         self.unfit = self.lost = False
         self._failed, self._examining = 0, None  # type: int, asyncio.Task[None] | None
-        self._batches, self._spent = 0, 0.0  # those computed, and the mean of what each took of a core
+        self._batches, self._spent = 0, 0.0  # those computed, and the seconds of a core that recent ones took
         workers = [partial(self._compute, number) for number in range(len(engine.workers))]
         self._batcher = Batcher(*workers, coming=lambda: self.preparing > 0, brief=self._brief, **waits)
 
