@@ -27,8 +27,8 @@ pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` ha
 ROOT = Path(__file__).parents[2]
 EXTRAS = {"openvino": "openvino", "openvino-bf16": "openvino", "onnx": "onnxruntime"}
 INSTALLED = [name for name, package in EXTRAS.items() if importlib.util.find_spec(package)]
-NAMED = [*INSTALLED, "int8"] if "onnx" in INSTALLED else INSTALLED
-"""With int8, which is not chosen by itself."""
+INT8 = [f"{name}-int8" for name in ("openvino", "onnx") if {name, "onnx"} <= {*INSTALLED}]
+"""Made by ONNX Runtime, and not chosen by themselves."""
 PACKAGES = sorted({EXTRAS[name] for name in INSTALLED})
 
 
@@ -40,19 +40,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", ["eager", "bf16", *NAMED])
+@pytest.mark.parametrize("name", ["eager", "bf16", *INSTALLED, *INT8])
 def test_each_agrees_with_plain_float32_at_any_size_of_batch(name: str, bundle, picture) -> None:
     plain, other = Engine(bundle), Engine(bundle, backend=name)
     other.self_test()
     images = np.stack([plain.preprocess(picture(i)) for i in range(7)])
     for count in (1, 7, 2):
-        agreed = {"int8": choosing.INT8_AGREED, "openvino": 1e-5, "onnx": 1e-5}.get(name, choosing.AGREED)
+        agreed = {"openvino": 1e-5, "onnx": 1e-5, **dict.fromkeys(INT8, choosing.INT8_AGREED)}.get(
+            name, choosing.AGREED
+        )
         np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=agreed)
     if name != "eager":
         assert other.choice is not None and other.choice.name == name
 
 
-@pytest.mark.parametrize("names", [INSTALLED, NAMED[len(INSTALLED) :]], ids=["float", "int8"])
+@pytest.mark.parametrize("names", [INSTALLED, INT8], ids=["float", "int8"])
 def test_backends_report_to_nobody(names: list[str], bundle, tmp_path: Path) -> None:
     """In a process of its own, that has not imported them. Where OpenVINO or ONNX Runtime report what they compute, they make themselves a
     name in the home first; both keep still where a CI runs."""
@@ -166,12 +168,28 @@ def test_one_that_answers_otherwise_or_fails_is_dropped_with_its_reason(
     assert "otherwise than float32 on the golden pictures" in choice.dropped["bf16"]
     with pytest.raises(BundleError, match="--backend bf16: answers otherwise"):
         asking(bundle, wanted="bf16")
-    with pytest.raises(ValueError, match="none of auto, eager"):
+    with pytest.raises(ValueError, match="none of auto, int8, eager"):
         asking(bundle, wanted="tensorrt")
     # What was chosen before and does not work any more is chosen anew.
     (kept,) = cache.glob("*/kept.json")
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "name": "openvino"}))
     assert asking(bundle)[1].name == "eager"
+
+
+@pytest.mark.skipif(len(INT8) < 2, reason="needs openvino and onnxruntime")
+def test_int8_is_the_faster_of_its_two_that_agrees(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(classifier, example, folder):
+        raise RuntimeError("no such instruction")
+
+    _, choice = asking(bundle, wanted="int8", threads=1)
+    assert choice.rates == {f"{name}/1": choice.rates[f"{name}/1"] for name in INT8}
+    assert choice.rate == max(choice.rates.values()) and choice.agreed == choosing.INT8_AGREED
+    monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, "openvino-int8": broken})
+    _, choice = asking(bundle, wanted="int8", threads=1)
+    assert choice.name == "onnx-int8" and choice.dropped == {"openvino-int8": "no such instruction"}
+    monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, **dict.fromkeys(INT8, broken)})
+    with pytest.raises(BundleError, match="--backend openvino-int8: no such.*; --backend onnx-int8: no such"):
+        asking(bundle, wanted="int8")
 
 
 def test_a_cache_that_cannot_be_written_or_read_does_no_harm(bundle, cache: Path) -> None:
@@ -181,7 +199,7 @@ def test_a_cache_that_cannot_be_written_or_read_does_no_harm(bundle, cache: Path
     assert asking(bundle)[1].rates
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", [*INSTALLED, *INT8])
 def test_a_kept_network_that_is_cut_is_converted_anew(
     name: str, bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -264,7 +282,7 @@ def test_bfloat16_keeps_what_a_network_computes_in_float32() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["eager", "bf16", *NAMED])
+@pytest.mark.parametrize("name", ["eager", "bf16", *INSTALLED, *INT8])
 def test_two_threads_get_their_own_answers(name: str, bundle, picture) -> None:
     """As a self-test, or a lane that is being retired, beside the one that serves."""
     engine = Engine(bundle, backend=name)
