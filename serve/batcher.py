@@ -62,7 +62,7 @@ class Batcher:
         self._waiting: deque[Item] = deque()
         self._changed = threading.Condition(threading.Lock())
         self._stopping = self._waking = False
-        self._growing = self._busy = 0  # threads that wait for a batch to grow, and that compute one
+        self._growing = self._computing = 0  # threads that wait for a batch to grow; inputs that threads compute
         self._threads = [
             threading.Thread(target=self._work, args=(engine,), name="inference", daemon=True) for engine in engines
         ]
@@ -113,7 +113,7 @@ class Batcher:
         """What the loop is to compute itself; where that is nothing, the threads are woken."""
         with self._changed:
             leaving = len(self._waiting) >= self._max_batch or not self._coming()
-            if leaving and not self._busy and not self._stopping and self._brief():
+            if leaving and not self._computing and not self._stopping and self._brief():
                 return self._taken()
             # The threads sleep until there is an input, then until the batch may leave: in between, let them sleep.
             if leaving or not self._growing:
@@ -132,7 +132,7 @@ class Batcher:
         while items := self._next():
             found = _computed(engine, items)
             with self._changed:
-                self._busy -= 1
+                self._computing -= len(items)
             try:
                 # Once a batch, not once a request: each call wakes the event loop through a system call.
                 self._loop.call_soon_threadsafe(_deliver, *found)
@@ -147,11 +147,14 @@ class Batcher:
                 self._growing += growing
                 self._changed.wait(left if growing else None)
                 self._growing -= growing
-            self._busy += 1
-            return self._taken()
+            items = self._taken()
+            self._computing += len(items)
+            return items
 
     def _taken(self) -> list[Item]:
-        return [self._waiting.popleft() for _ in range(min(len(self._waiting), self._max_batch))]
+        """An engine's share: one that took all that waits would keep the last ones from another that is free sooner."""
+        share = -(-(len(self._waiting) + self._computing) // len(self._threads))
+        return [self._waiting.popleft() for _ in range(min(len(self._waiting), share, self._max_batch))]
 
     def _left(self) -> float:
         """Seconds until the batch that is growing leaves; without end where there is none, which another thread may have taken."""
