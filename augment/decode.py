@@ -60,15 +60,23 @@ def decode(data: bytes, *, max_pixels: int | None = None) -> np.ndarray:
     return decode_part(data, None, max_pixels=max_pixels).pixels
 
 
-def decode_part(data: bytes, box: Box | None, *, scale: int = 1, max_pixels: int | None = None) -> Part:
+def decode_part(
+    data: bytes,
+    box: Box | None,
+    *,
+    size: tuple[int, int] | None = None,
+    scale: int = 1,
+    max_pixels: int | None = None,
+) -> Part:
     """As `decode`, but at least the pixels of `box`, and a JPEG reduced by `scale`.
 
-    box: (top, left, height, width) in pixels as shown, inside the picture; None for all of it. scale: 1, 2, 4 or 8. What is no JPEG
-    comes whole and at full scale, a very small JPEG at full scale. With a box, damage in what need not be decoded goes unnoticed.
+    size: `image_size(data)`, where it is known. box: (top, left, height, width) in pixels as shown, inside the picture; None for all of it.
+    scale: 1, 2, 4 or 8. What is no JPEG comes whole and at full scale, a very small JPEG at full scale. With a box, damage in what need not
+    be decoded goes unnoticed.
     """
     if max_pixels is not None:
         _check_scans(data)  # strangers' bytes: what calls itself baseline may have thousands of scans too
-        height, width = image_size(data)
+        height, width = size or image_size(data)
         if height * width > max_pixels:
             raise TooManyPixelsError(
                 f"the picture has {height}×{width} = {height * width:,} pixels; the limit is {max_pixels:,}"

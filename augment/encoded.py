@@ -28,7 +28,7 @@ def decode_for(
     """(the passes as they are on what was decoded, the decoded pixels). Arguments as for `run`."""
     first = passes[0] if passes else None
     if not isinstance(first, WarpPass):
-        return list(passes), decode_part(data, None, max_pixels=max_pixels).pixels
+        return list(passes), decode_part(data, None, size=size, max_pixels=max_pixels).pixels
     box = first.footprint(size) if cropped else None
-    part = decode_part(data, box, scale=min(*first.shrink(), LARGEST_SCALE), max_pixels=max_pixels)
+    part = decode_part(data, box, size=size, scale=min(*first.shrink(), LARGEST_SCALE), max_pixels=max_pixels)
     return [first.on_part(part.scale, part.top, part.left), *passes[1:]], part.pixels

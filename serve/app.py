@@ -12,6 +12,7 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp
 
 from models.bundle import Bundle, BundleError
 from serve import errors
@@ -25,7 +26,7 @@ from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.openapi import problems
 from serve.page import add_page
-from serve.predict import PREDICT, add_predict
+from serve.predict import PREDICT, Direct, add_predict
 from serve.sampling import Sampling
 from serve.service import Service
 from serve.tracing import Traced, close
@@ -100,7 +101,10 @@ def create_app(
             await close(traces)
 
     app = FastAPIOffline(
-        title="Refract", summary=f"Image classification by {engine.bundle.info.name}", lifespan=lifespan
+        title="Refract",
+        summary=f"Image classification by {engine.bundle.info.name}",
+        lifespan=lifespan,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # for ours see `serve.tracing`
     )
     app.state.failure, app.state.service = None, service
     refused = errors.install(
@@ -109,15 +113,15 @@ def create_app(
     rated = _dependencies(keys) if keys else []
     allowed = _dependencies(_unrated(keys)) if keys else []
     bodies = Bodies(service.limits)
-    add_predict(app, service, bodies, keys, refused, rated)
+    predict = add_predict(app, service, bodies, keys, refused, rated)
     _add_health(app, service, allowed)
     add_v2(app, service, bodies, allowed, rated)
     if guards := admin or keys:
         _add_admin(app, service, _dependencies(_unrated(guards)))
     add_page(app)
-    app.add_middleware(Access, log=access_log)
-    if traces:
-        app.add_middleware(Traced, provider=traces, busy=PREDICT)
+    # Around all that Starlette and FastAPI have around a route, too.
+    watched: ASGIApp = Access(Direct(app.build_middleware_stack(), PREDICT, predict), log=access_log)
+    app.middleware_stack = Traced(watched, provider=traces, busy=PREDICT) if traces else watched
     return app
 
 

@@ -37,6 +37,9 @@ THREADS = torch.get_num_threads()
 WORTH = 1.2
 """How many times faster more threads must be: decoding and HTTP want cores too."""
 
+LONG_S = 0.005
+"""What a batch must take one thread for others to help: between short ones they wait awake, and take the cores from decoding and HTTP."""
+
 STEADY = 1.5
 """How many times faster or slower than when it was chosen a backend may be for the choice to stand: the machine may have been busy."""
 
@@ -149,7 +152,9 @@ def _fastest(
             tries.append((rate, name, threads, forward))
     if not tries:
         raise BundleError("; ".join(f"--backend {name}: {why}" for name, why in dropped.items()))
-    _, name, threads, forward = max(tries, key=lambda one: one[0] / (WORTH if one[2] > 1 else 1))
+    short = any(one[2] == 1 and BATCH / one[0] < LONG_S for one in tries)
+    worth = [one for one in tries if one[2] == 1] if short else tries
+    _, name, threads, forward = max(worth, key=lambda one: one[0] / (WORTH if one[2] > 1 else 1))
     choice = Choice(name, threads, rates, dropped)
     torch.set_num_threads(threads)
     if not forced:

@@ -1,14 +1,16 @@
 """`POST /v1/predict`: the route that is busy. What happens behind it is the service's."""
 
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -23,6 +25,15 @@ from serve.service import Answers, Service, Work
 logger = logging.getLogger(__name__)
 
 PREDICT = "/v1/predict"
+
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+class _Json(JSONResponse):
+    """Starlette makes an encoder for each."""
+
+    def render(self, content: Any) -> bytes:
+        return _JSON.encode(content).encode()
 
 
 class Asked(BaseModel):
@@ -52,41 +63,39 @@ def _asked(num_classes: int) -> type[Asked]:
     return create_model("Asked", __base__=Asked, top=(int, top))
 
 
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
 class Direct:
     """ASGI middleware that answers one route itself. FastAPI describes it, but its way from a request to a function costs more than all
     else of a small picture's answer."""
 
-    def __init__(
-        self, app: ASGIApp, *, path: str, endpoint: Callable[[Request], Awaitable[Response]], refused: Refused
-    ) -> None:
-        self._app, self._path, self._endpoint, self._refused = app, path, endpoint, refused
+    def __init__(self, app: ASGIApp, path: str, endpoint: Endpoint) -> None:
+        self._app, self._path, self._endpoint = app, path, endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        request = Request(scope, receive)
-        try:
-            response = await self._endpoint(request)
-        except Exception as err:
-            response = self._refused(request, err)
-            if response.status_code == 500:
-                logger.exception("a request failed")
+        response = await self._endpoint(Request(scope, receive))
         await response(scope, receive, send)
 
 
 def add_predict(
     app: FastAPI, service: Service, bodies: Bodies, keys: Keys | None, refused: Refused, allowed: list[Any]
-) -> None:
-    """Answer `/v1/predict`. To be called before other middleware is added, so that this is behind it."""
+) -> Endpoint:
+    """Describe `/v1/predict` in `app`. Returns what answers it, and raises nothing."""
     asked_of = _asked(len(service.engine.bundle.info.labels))  # of all that it will ever serve
-    usual = asked_of.model_validate({})
+
+    @lru_cache(maxsize=64)  # the clients of a server ask for the same
+    def asked_by(query: bytes) -> Asked:
+        return _read(asked_of, query)
 
     async def predict(request: Request, asked: Any = None) -> JSONResponse:
         began = time.monotonic()
         if keys:
             await keys.check(request)
-        asked = _read(asked_of, request) if request.scope["query_string"] else usual
+        asked = asked_by(request.scope["query_string"])
         with service.admitted():
             body = await bodies.read(request)
             try:
@@ -103,12 +112,22 @@ def add_predict(
     predict.__annotations__["asked"] = Annotated[asked_of, Query()]  # for the description
     about: dict[str, Any] = {"summary": "Classify one or several images", "openapi_extra": PREDICT_BODY}
     app.add_api_route(PREDICT, predict, methods=["POST"], responses=PREDICT_ANSWERS, dependencies=allowed, **about)
-    app.add_middleware(Direct, path=PREDICT, endpoint=predict, refused=refused)
+
+    async def answered(request: Request) -> Response:
+        try:
+            return await predict(request)
+        except Exception as err:
+            response = refused(request, err)
+            if response.status_code == 500:
+                logger.exception("a request failed")
+            return response
+
+    return answered
 
 
-def _read(asked_of: type[Asked], request: Request) -> Asked:
+def _read(asked_of: type[Asked], query: bytes) -> Asked:
     try:
-        return asked_of.model_validate(dict(request.query_params))
+        return asked_of.model_validate(dict(QueryParams(query)))
     except ValidationError as err:
         raise RequestValidationError([{**row, "loc": ("query", *row["loc"])} for row in err.errors()]) from err
 
@@ -126,4 +145,4 @@ def _answer(service: Service, asked: Asked, found: Answers) -> JSONResponse:
     ]
     service.metrics.predicted(found.probabilities, info.labels, sum(p.get("abstain", False) for p in predictions))
     headers = {"Server-Timing": found.timing, "X-Model-Digest": digest[:16]}
-    return JSONResponse({"model": {"name": info.name, "digest": digest}, "predictions": predictions}, headers=headers)
+    return _Json({"model": {"name": info.name, "digest": digest}, "predictions": predictions}, headers=headers)

@@ -108,7 +108,10 @@ def asking(bundle, **options):
 
 def test_the_fastest_is_taken_kept_and_told(bundle, serving, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, choice = asking(bundle)
-    worth = {name: rate / (1 if name.endswith("/1") else choosing.WORTH) for name, rate in choice.rates.items()}
+    alone = {name: rate for name, rate in choice.rates.items() if name.endswith("/1")}
+    worth = {name: rate / choosing.WORTH for name, rate in choice.rates.items()} | alone
+    if choosing.BATCH / max(alone.values()) < choosing.LONG_S:
+        worth = alone
     assert worth[f"{choice.name}/{choice.threads}"] == max(worth.values()) and not choice.dropped
     assert {name.partition("/")[0] for name in choice.rates} == set(choosing.candidates(torch.device("cpu")))
     (kept,) = cache.glob("*/kept.json")
@@ -122,8 +125,9 @@ def test_the_fastest_is_taken_kept_and_told(bundle, serving, cache: Path, monkey
 
 def test_two_threads_must_be_worth_a_core(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
-    for two, wanted in ((110.0, 1), (150.0, 2)):
-        speeds = iter([two, 100.0])
+    short = choosing.BATCH / choosing.LONG_S
+    for one, two, wanted in ((100.0, 110.0, 1), (100.0, 150.0, 2), (1.01 * short, 2 * short, 1)):
+        speeds = iter([two, one])
         monkeypatch.setattr(choosing._Trial, "rate", lambda *_, speeds=speeds: next(speeds))
         assert asking(bundle, threads=2, cache=cache / str(two))[1].threads == wanted
 
