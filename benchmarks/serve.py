@@ -1,6 +1,7 @@
 """The server beside its peers: the same network, the same pictures, each with the load of the same second process.
 
-Refract by its chosen backend, by integers of 8 bits and by plain PyTorch, a plain FastAPI handler, LitServe, and `mlflow models serve`.
+Refract by its chosen backend as it is by itself, and with an engine a core by that, by integers of 8 bits and by plain PyTorch; a plain
+FastAPI handler, LitServe, and `mlflow models serve` with a worker a core.
 Random weights: the answers are compared, not judged. Ends with 1 where a ratio falls short of its goal.
 
     python -m benchmarks.serve --pictures PHOTOS --json benchmarks/results/serve.json
@@ -24,7 +25,8 @@ from benchmarks.report import environment, write
 from benchmarks.servers.start import make_bundle, serving
 
 GOALS = {"plain FastAPI": 3.0, "LitServe": 4.0, "mlflow models serve": 5.0}
-"""How many times the peer's rate at the busiest load: Refract's chosen backend, its eager one beside LitServe's, and its int8."""
+"""How many times the peer's rate at the busiest load, an engine a core beside a worker a core: Refract's chosen backend, its eager one
+beside LitServe's, and its int8."""
 
 OF_ENGINE, TAIL = 0.85, 2.5
 """What is served as a share of the bare engine's rate; p99 at half load as a multiple of one picture's time in the engine."""
@@ -60,11 +62,13 @@ MLFLOW = (
     "2",
 )
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+ENGINES = (*OWN, "--replicas", "2")
 # The peers have two workers of one thread each: on two cores faster than one of two threads.
 SERVERS = {
     "Refract": Server(OWN, "/v1/predict?top=1", "raw"),
-    "Refract, eager": Server((*OWN, "--backend", "eager"), "/v1/predict?top=1", "raw"),
-    "Refract, int8": Server((*OWN, "--backend", "int8"), "/v1/predict?top=1", "raw"),
+    "Refract, engines": Server(ENGINES, "/v1/predict?top=1", "raw"),
+    "Refract, eager": Server((*ENGINES, "--backend", "eager"), "/v1/predict?top=1", "raw"),
+    "Refract, int8": Server((*ENGINES, "--backend", "int8"), "/v1/predict?top=1", "raw"),
     "plain FastAPI": Server(PLAIN, "/predict", "multipart", environ=ONE_THREAD),
     "LitServe": Server(
         (*PYTHON, "benchmarks.servers.lit", "PORT", "2"), "/predict", "json", "/health", "litserve", ONE_THREAD
@@ -131,7 +135,7 @@ def measured(bundle: Path, files: list[Path], args: argparse.Namespace) -> dict[
         rows[name] = {**row, "labels": labels}
         print(f"{bundle.name:<10} {name:<15} {row}", flush=True)
         # Before the first server and after it: the machine's own pace changes within the minutes that the peers take.
-        if name == "Refract":
+        if name == "Refract, engines":
             engine.append(bare(bundle, files))
     wanted = rows["Refract, eager"]["labels"]
     for row in rows.values():
@@ -221,13 +225,13 @@ def held(network: str, rows: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     for peer, goal in GOALS.items():
         if peer not in rows:
             continue
-        for own in ("Refract, eager" if peer == "LitServe" else "Refract", "Refract, int8"):
+        for own in ("Refract, eager" if peer == "LitServe" else "Refract, engines", "Refract, int8"):
             ratio = rows[own]["loads"][busiest]["rate"] / max(rows[peer]["loads"][busiest]["rate"], 1e-9)
             same = (
                 f"{rows[own]['same_answers_of_20']} and {rows[peer]['same_answers_of_20']} of 20 answers are float32's"
             )
             yield f"{network}, {busiest} connections: {own} {ratio:.2f} × {peer} (goal {goal}), {same}", ratio >= goal
-    served = rows["Refract"]["loads"][busiest]["rate"]
+    served = rows["Refract, engines"]["loads"][busiest]["rate"]
     share = served / max(rows["bare engine"].values())
     yield f"{network}: {share:.2f} of the bare engine's rate (goal {OF_ENGINE})", share >= OF_ENGINE
     tail = rows["Refract"]["half_load"]["p99"] / (1000 / rows["bare engine"]["1"])

@@ -12,7 +12,7 @@ from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleError, Golden
 from models.classifier import probabilities
 from models.texts.tokens import Tokens
-from serve.backends import Forward
+from serve.backends import Forward, channels_last
 from serve.choice import AGREED, THREADS, Choice, choose
 from serve.explain import Explainer
 from serve.samples import blank, inputs, joined
@@ -41,7 +41,7 @@ class Engine:
         self.bundle, self._others = bundle, tuple(others)
         self.device = torch.device(device)
         self.preprocess = Preprocess.from_dict(bundle.info.preprocess)
-        self._classifier = bundle.classifier(self.device)
+        self._classifier = channels_last(bundle.classifier(self.device))
         self._forward: Forward = self._classifier
         self.choice: Choice | None = None
         if self.tokens is not None and backend not in ("auto", "eager"):

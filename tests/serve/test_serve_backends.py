@@ -297,3 +297,13 @@ def test_two_threads_get_their_own_answers(name: str, bundle, picture) -> None:
         for k, done in enumerate(rounds):
             for row in done.result():
                 np.testing.assert_allclose(row, wanted[k], atol=1e-4)
+
+
+def test_a_network_of_slices_in_depth_is_computed_in_bfloat16_too() -> None:
+    """Its weights have five dimensions, which cannot lie with the channels last of four."""
+    network = build("cnn", 3, image_size=(32, 32), widths=[4, 8], conv="3d")
+    classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        found = BACKENDS["bf16"](classifier, images, Path())(images)
+        torch.testing.assert_close(found, classifier(images), atol=0.05, rtol=0.05)
