@@ -75,6 +75,22 @@ def test_requests_have_a_name_and_a_line(bundle, serving, picture, caplog: pytes
     assert len(lines) == 4 and not {"key", "code"} & set(first)
 
 
+def test_what_fails_by_our_fault_has_a_name_and_a_line_too(bundle, serving, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "serve.access")
+    app = create_app(bundle, access_log=True)
+
+    @app.get("/broken")
+    async def broken() -> None:
+        raise RuntimeError("of our insides")
+
+    with serving(app) as client:
+        answer = client.get("/broken", headers={"X-Request-Id": "mine-2"})
+    assert answer.status_code == 500 and "insides" not in answer.text
+    assert answer.headers["x-request-id"] == "mine-2"
+    (line,) = [json.loads(record.message) for record in caplog.records if record.name == "serve.access"]
+    assert (line["id"], line["status"], line["code"]) == ("mine-2", 500, "internal_error")
+
+
 def test_the_line_tells_the_keys_name_and_why_it_was_refused_and_never_the_key(
     bundle, serving, picture, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
