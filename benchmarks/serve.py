@@ -29,7 +29,8 @@ GOALS = {"plain FastAPI": 3.0, "LitServe": 4.0, "mlflow models serve": 5.0}
 beside LitServe's, and its int8."""
 
 OF_ENGINE, TAIL = 0.85, 2.5
-"""What is served as a share of the bare engine's rate; p99 at half load as a multiple of one picture's time in the engine."""
+"""What an engine a core serves as a share of the bare rate of one engine with the threads that it chose; p99 at half load as a multiple of
+one picture's time in the engine."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def measured(bundle: Path, files: list[Path], args: argparse.Namespace) -> dict[
             labels = [answered(url + server.route, file, server.form) for file in files[:20]]
         rows[name] = {**row, "labels": labels}
         print(f"{bundle.name:<10} {name:<15} {row}", flush=True)
-        # Before the first server and after it: the machine's own pace changes within the minutes that the peers take.
+        # Before the first servers and after them: the machine's own pace changes within the minutes that the peers take.
         if name == "Refract, engines":
             engine.append(bare(bundle, files))
     wanted = rows["Refract, eager"]["labels"]
@@ -227,9 +228,7 @@ def held(network: str, rows: dict[str, Any]) -> Iterator[tuple[str, bool]]:
             continue
         for own in ("Refract, eager" if peer == "LitServe" else "Refract, engines", "Refract, int8"):
             ratio = rows[own]["loads"][busiest]["rate"] / max(rows[peer]["loads"][busiest]["rate"], 1e-9)
-            same = (
-                f"{rows[own]['same_answers_of_20']} and {rows[peer]['same_answers_of_20']} of 20 answers are float32's"
-            )
+            same = f"{rows[own]['same_answers_of_20']} and {rows[peer]['same_answers_of_20']} of 20 answers are Refract's by eager"
             yield f"{network}, {busiest} connections: {own} {ratio:.2f} × {peer} (goal {goal}), {same}", ratio >= goal
     served = rows["Refract, engines"]["loads"][busiest]["rate"]
     share = served / max(rows["bare engine"].values())

@@ -62,7 +62,8 @@ def create_app(
     registry that the bundle is from, asked for its meaning every `poll_s` seconds, and `build` makes an engine of what it means then.
     challenge: a second model beside it. sampling: keeps a sample of what is asked.
 
-    Its lifespan runs the self-test: if that fails the server does not start, and `app.state.failure` says why.
+    Its lifespan runs the self-test: if that fails the server does not start, and `app.state.failure` says why. Routes may be added to it,
+    middleware and handlers of errors not.
     ValueError or BundleError for a parameter or bundle that cannot work.
     """
     engine = served if isinstance(served, Engine) else Engine(served)

@@ -36,7 +36,7 @@ class Answered(NamedTuple):
 
 
 class Batcher:
-    """Gathers inputs into batches for `engines` (N×… → N×…), each of which runs on a thread of its own and takes the next one when free.
+    """Gathers inputs into batches for `engines` (N×… → N×…), each of which runs on a thread of its own and takes its share when free.
 
     A batch leaves as soon as `max_batch` inputs wait, or no further ones are `coming`, or `max_wait_ms` after its first one arrived. At
     most `max_queue` inputs wait. While the engines are `brief`, the event loop computes what need not wait itself, by the first of them.
@@ -63,6 +63,7 @@ class Batcher:
         self._changed = threading.Condition(threading.Lock())
         self._stopping = self._waking = False
         self._growing = self._computing = 0  # threads that wait for a batch to grow; inputs that threads compute
+        self._due = 0  # inputs of a batch that may leave, of which a thread has taken its share
         self._threads = [
             threading.Thread(target=self._work, args=(engine,), name="inference", daemon=True) for engine in engines
         ]
@@ -114,7 +115,7 @@ class Batcher:
         with self._changed:
             leaving = len(self._waiting) >= self._max_batch or not self._coming()
             if leaving and not self._computing and not self._stopping and self._brief():
-                return self._taken()
+                return self._taken(self._max_batch)
             # The threads sleep until there is an input, then until the batch may leave: in between, let them sleep.
             if leaving or not self._growing:
                 self._changed.notify_all()
@@ -147,20 +148,25 @@ class Batcher:
                 self._growing += growing
                 self._changed.wait(left if growing else None)
                 self._growing -= growing
-            items = self._taken()
+            # A share for each engine: one that took all would keep the last ones from another that is free sooner.
+            share = -(-(len(self._waiting) + self._computing) // len(self._threads))
+            self._due = self._due or min(len(self._waiting), self._max_batch)
+            items = self._taken(min(share, self._max_batch))
             self._computing += len(items)
+            if self._due:
+                self._changed.notify_all()
             return items
 
-    def _taken(self) -> list[Item]:
-        """An engine's share: one that took all that waits would keep the last ones from another that is free sooner."""
-        share = -(-(len(self._waiting) + self._computing) // len(self._threads))
-        return [self._waiting.popleft() for _ in range(min(len(self._waiting), share, self._max_batch))]
+    def _taken(self, most: int) -> list[Item]:
+        items = [self._waiting.popleft() for _ in range(min(len(self._waiting), most))]
+        self._due = max(0, self._due - len(items))
+        return items
 
     def _left(self) -> float:
         """Seconds until the batch that is growing leaves; without end where there is none, which another thread may have taken."""
         if not self._waiting:
             return math.inf
-        if len(self._waiting) >= self._max_batch or not self._coming():
+        if self._due or len(self._waiting) >= self._max_batch or not self._coming():
             return 0
         return self._waiting[0][2] + self._max_wait - monotonic()
 

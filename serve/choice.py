@@ -107,15 +107,17 @@ def choose(
     threads: of a CPU, at most. The choice is kept in `cache`, by default ~/.cache/refract/backends, for the bundle, the machine and the
     versions.
 
-    ValueError for a name that is none; BundleError where a wanted one cannot be had or does not agree.
+    ValueError for a name that is none; BundleError where a wanted one cannot be had, or not there, or does not agree.
     """
     if wanted not in ("auto", "int8", *BACKENDS):
         raise ValueError(f"backend: {wanted!r} is none of auto, int8, {', '.join(BACKENDS)}")
     device = next(classifier.parameters()).device
+    names = {"auto": candidates(device), "int8": INT8}.get(wanted, (wanted,))
+    if device.type != "cpu" and set(names) & set(KEPT):
+        raise BundleError(f"--backend {wanted} computes on CPUs; on {device} take auto, eager, bf16 or compiled")
     folder = (cache or CACHE).expanduser() / _key(bundle, device, threads)
     tensor = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
     trial = _Trial(bundle, classifier, tensor, folder)
-    names = {"auto": candidates(device), "int8": INT8}.get(wanted, (wanted,))
     kept = _kept(folder) if wanted == "auto" else None
     if kept is not None and kept.name in names:
         try:

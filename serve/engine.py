@@ -34,14 +34,17 @@ class Engine:
         backend: str = "eager",
         *,
         threads: int = THREADS,
-        others: Sequence["Engine"] = (),
     ) -> None:
-        """backend: a name of `serve.backends.BACKENDS`, or auto for the fastest that agrees; threads: of a CPU, at most; others: that
-        compute beside it, of the same bundle. BundleError as `choose`, or where a golden picture cannot be read."""
-        self.bundle, self._others = bundle, tuple(others)
+        """backend: a name of `serve.backends.BACKENDS`, or auto for the fastest that agrees; threads: of a CPU, at most.
+        BundleError as `choose`, or where a golden picture cannot be read."""
+        self.bundle = bundle
+        self.others: tuple[Engine, ...] = ()
+        """Of the same bundle, that compute beside it."""
         self.device = torch.device(device)
         self.preprocess = Preprocess.from_dict(bundle.info.preprocess)
-        self._classifier = channels_last(bundle.classifier(self.device))
+        self._classifier = bundle.classifier(self.device)
+        if self.device.type == "cpu":
+            channels_last(self._classifier)
         self._forward: Forward = self._classifier
         self.choice: Choice | None = None
         if self.tokens is not None and backend not in ("auto", "eager"):
@@ -63,12 +66,12 @@ class Engine:
     @property
     def workers(self) -> tuple[Callable[[np.ndarray], np.ndarray], ...]:
         """The `compute` of each engine, which may run at the same time."""
-        return (self.compute, *(other.compute for other in self._others))
+        return (self.compute, *(other.compute for other in self.others))
 
     @property
     def devices(self) -> tuple[str, ...]:
         """Of each engine."""
-        return (str(self.device), *(str(other.device) for other in self._others))
+        return (str(self.device), *(str(other.device) for other in self.others))
 
     def compute(self, batch: np.ndarray) -> np.ndarray:
         """batch → float32 N×2×C: of each picture its probabilities, the bundle's temperature applied, and its logits."""
@@ -111,7 +114,7 @@ class Engine:
             self._compare(
                 self._where(golden), answered, stored, (self.choice.agreed if self.choice else AGREED) + TOLERANCE
             )
-        for other in self._others:
+        for other in self.others:
             other.self_test()
         return min(times)
 
@@ -147,8 +150,11 @@ def build(bundle: Bundle, devices: Sequence[str], backend: str = "eager", replic
     threads = max(1, THREADS // replicas)
     torch.set_num_threads(threads)
     places = [device for device in devices for _ in range(replicas)]
-    others = [Engine(bundle, device, backend, threads=threads) for device in places[1:]]
-    return Engine(bundle, places[0], backend, threads=threads, others=others)
+    first = Engine(bundle, places[0], backend, threads=threads)
+    # The same way for all: else the answer to a picture would hang on which of them was free.
+    own = first.choice.name if first.choice else "eager"
+    first.others = tuple(Engine(bundle, device, own, threads=threads) for device in places[1:])
+    return first
 
 
 def cuda_bytes(devices: Sequence[str]) -> int:

@@ -21,6 +21,7 @@ from serve.app import create_app
 from serve.backends import BACKENDS
 from serve.choice import choose
 from serve.engine import Engine
+from serve.engine import build as build_engine
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -194,6 +195,22 @@ def test_int8_is_the_faster_of_its_two_that_agrees(bundle, monkeypatch: pytest.M
     monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, **dict.fromkeys(INT8, broken)})
     with pytest.raises(BundleError, match="--backend openvino-int8: no such.*; --backend onnx-int8: no such"):
         asking(bundle, wanted="int8")
+
+
+def test_what_computes_on_cpus_is_refused_elsewhere(bundle) -> None:
+    classifier, images = bundle.classifier().to("meta"), golden_images(Engine(bundle))
+    for name in ("openvino", "onnx", "int8"):
+        with pytest.raises(BundleError, match=f"--backend {name} computes on CPUs; on meta take auto, eager"):
+            choose(bundle, classifier, images, wanted=name)
+
+
+def test_all_replicas_compute_alike(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would choose for itself, and the answer to a picture hang on which of them was free."""
+    rates = iter([100.0, 90.0, *[80.0, 100.0] * 9])
+    monkeypatch.setattr(choosing._Trial, "rate", lambda *_: next(rates))
+    monkeypatch.setattr(choosing, "INT8", ("eager", "bf16"))
+    engine = build_engine(bundle, ["cpu"], "int8", 3)
+    assert [one.choice and one.choice.name for one in (engine, *engine.others)] == ["eager", None, None]
 
 
 def test_a_cache_that_cannot_be_written_or_read_does_no_harm(bundle, cache: Path) -> None:

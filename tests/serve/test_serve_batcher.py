@@ -197,6 +197,41 @@ def test_two_engines_compute_at_the_same_time_and_share_what_waits() -> None:
     assert not any(thread.name == "inference" for thread in threading.enumerate())
 
 
+def test_what_is_left_of_a_batch_that_left_is_not_kept_waiting() -> None:
+    """A full batch of which the first engine took its share: the second does not wait for its own part to grow."""
+    together = threading.Barrier(2, timeout=20)
+
+    def engine(batch: np.ndarray) -> np.ndarray:
+        together.wait()
+        return batch
+
+    async def main() -> None:
+        batcher = Batcher(engine, engine, max_batch=8, max_wait_ms=60_000)
+        batcher.start()
+        await asyncio.gather(*(batcher.submit(inputs(k)) for k in range(8)))
+        await batcher.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_the_loop_computes_all_that_waits_however_many_engines_there_are() -> None:
+    batches: list[int] = []
+
+    def engine(batch: np.ndarray) -> np.ndarray:
+        batches.append(len(batch))
+        assert threading.current_thread() is threading.main_thread()
+        return batch
+
+    async def main() -> None:
+        batcher = Batcher(engine, engine, engine, max_batch=8, brief=lambda: True, coming=lambda: False)
+        batcher.start()
+        await asyncio.gather(*(batcher.submit(inputs(k)) for k in range(12)))
+        await batcher.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert batches == [8, 4]
+
+
 def test_a_batch_that_another_thread_took_ends_none() -> None:
     """Both threads wait for the same batch to grow; one takes it, the other goes on waiting."""
 

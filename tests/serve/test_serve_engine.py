@@ -116,7 +116,7 @@ def test_replicas_answer_as_one_and_are_all_tried(bundle, serving, picture, monk
         for i, answer in enumerate(answers):
             assert answer.json()["predictions"][0]["confidence"] == pytest.approx(rows[i % 3].max(), abs=1e-5)
         assert client.get("/v1/model").json()["device"] == "cpu, cpu, cpu, cpu"
-    monkeypatch.setattr(engine._others[2], "_answers", lambda *_: np.zeros((1, 2, 10), np.float32))
+    monkeypatch.setattr(engine.others[2], "_answers", lambda *_: np.zeros((1, 2, 10), np.float32))
     with pytest.raises(BundleError, match="golden picture"):
         engine.self_test()
     torch.set_num_threads(threads)
