@@ -101,7 +101,8 @@ class ResumeCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if self.stop.signal is not None and trainer.world_size == 1:
+        # Validation is left at once where there is a checkpoint; else all would be lost that the epoch's end will keep.
+        if self.stop.signal is not None and trainer.world_size == 1 and _by_age(self.folder):
             raise Stopped(self.stop.signal)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

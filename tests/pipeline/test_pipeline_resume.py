@@ -14,11 +14,12 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 from small_data import Run, Training, descendants, picture, until, until_gone, write_picture
 
-from pipeline.checkpoints import newest
+from pipeline.checkpoints import ResumeCheckpoint, newest
 from pipeline.config import Config
 from pipeline.data.manifest import DataError
 from pipeline.provenance import inputs
 from pipeline.runs import held, new_run, old_run, unfinished
+from pipeline.stopping import Stop, Stopped
 from pipeline.tracking.journal import Journal
 
 # What draws from PyTorch's generator, averages, and mixes: all that a restart could lose.
@@ -300,3 +301,27 @@ def test_auto_begins_anew_where_the_data_have_changed(refract: Run, work: Path, 
     ).stderr
     assert "a new run is begun: --resume: the data of" in told
     assert len([path for path in (work / "runs").iterdir() if (path / "bundle").is_dir()]) == 1
+
+
+def test_a_training_that_is_stopped_in_its_first_validation_keeps_the_epoch(tmp_path: Path) -> None:
+    """All was lost where no checkpoint was yet; where there is one, validation is left at once."""
+    import lightning
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    validated: list[int] = []
+
+    class Asked(lightning.Callback):
+        def on_validation_batch_start(self, trainer: lightning.Trainer, *_: object) -> None:
+            validated.append(trainer.current_epoch)
+            stop.signal = signal.SIGTERM
+
+    for times in (1, 2):
+        stop, keeper = Stop("soon"), Asked()
+        own = ResumeCheckpoint(tmp_path, seconds=900, stop=stop)
+        options = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_model_summary": False}
+        options |= {"enable_progress_bar": False, "limit_train_batches": 2, "limit_val_batches": 4}
+        trainer = lightning.Trainer(callbacks=[own, keeper], num_sanity_val_steps=0, **options)
+        with pytest.raises(Stopped):
+            trainer.fit(BoringModel())
+        assert [path.name for path in tmp_path.glob("*.ckpt")] == ["resume-00000002.ckpt"]
+        assert validated == [0] * (4 if times == 1 else 5)
