@@ -129,6 +129,8 @@ def measured(bundle: Path, files: list[Path], args: argparse.Namespace) -> dict[
             loads = {str(n): load(url + server.route, files, server.form, n, args.seconds) for n in args.connections}
             row: dict[str, Any] = {"loads": loads}
             if name.startswith("Refract"):
+                with urllib.request.urlopen(url + "/v1/model", timeout=60) as about:
+                    row["backend"] = json.load(about)["backend"]["name"]
                 # A request each so many seconds, whether or not the last was answered.
                 half = max(row["rate"] for row in loads.values()) / 2
                 row["half_load"] = load(url + server.route, files, server.form, 16, args.seconds, rate=half)
