@@ -95,13 +95,15 @@ class ResumeCheckpoint(Checkpoint):
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if self.whole_from is not None and trainer.current_epoch >= self.whole_from:
-            if self.stop.signal is not None and trainer.world_size == 1:
-                raise Stopped(self.stop.signal)
+            self._leave(trainer)
         elif trainer.world_size == 1 or (batch_idx + 1) % TOGETHER == 0:
             self._save(trainer)
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        # Validation is left at once where there is a checkpoint; else all would be lost that the epoch's end will keep.
+        self._leave(trainer)
+
+    def _leave(self, trainer: lightning.Trainer) -> None:
+        """Where no checkpoint can be made now: end at once if there is an older one, else go on to the epoch's end, which makes one."""
         if self.stop.signal is not None and trainer.world_size == 1 and _by_age(self.folder):
             raise Stopped(self.stop.signal)
 

@@ -325,3 +325,22 @@ def test_a_training_that_is_stopped_in_its_first_validation_keeps_the_epoch(tmp_
             trainer.fit(BoringModel())
         assert [path.name for path in tmp_path.glob("*.ckpt")] == ["resume-00000002.ckpt"]
         assert validated == [0] * (4 if times == 1 else 5)
+
+
+def test_a_training_that_is_stopped_where_epochs_are_kept_whole_keeps_its_first(tmp_path: Path) -> None:
+    """As with SWA from the first epoch on, where a step makes no checkpoint."""
+    import lightning
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    stop = Stop("soon")
+
+    class Asked(lightning.Callback):
+        def on_train_batch_start(self, *_: object) -> None:
+            stop.signal = signal.SIGTERM
+
+    own = ResumeCheckpoint(tmp_path, seconds=900, stop=stop, whole_from=0)
+    options = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_model_summary": False}
+    options |= {"enable_progress_bar": False, "limit_train_batches": 3, "limit_val_batches": 2}
+    with pytest.raises(Stopped):
+        lightning.Trainer(callbacks=[own, Asked()], num_sanity_val_steps=0, **options).fit(BoringModel())
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["resume-00000003.ckpt"]
