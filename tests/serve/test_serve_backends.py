@@ -181,18 +181,35 @@ def test_one_that_answers_otherwise_or_fails_is_dropped_with_its_reason(
     assert asking(bundle)[1].name == "eager"
 
 
-@pytest.mark.skipif(len(INT8) < 2, reason="needs openvino and onnxruntime")
+def test_int8_is_tried_by_all_that_is_installed_for_it(bundle) -> None:
+    if not INT8:
+        with pytest.raises(BundleError, match="--backend openvino-int8: No module.*; --backend onnx-int8: No module"):
+            asking(bundle, wanted="int8", threads=1)
+        return
+    _, choice = asking(bundle, wanted="int8", threads=1)
+    assert choice.rates.keys() == {f"{name}/1" for name in INT8}
+    assert choice.rate == max(choice.rates.values()) and choice.agreed == choosing.INT8_AGREED
+
+
 def test_int8_is_the_faster_of_its_two_that_agrees(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain PyTorch in the place of both, whose packages need not be there."""
+
     def broken(classifier, example, folder):
         raise RuntimeError("no such instruction")
 
-    _, choice = asking(bundle, wanted="int8", threads=1)
-    assert choice.rates == {f"{name}/1": choice.rates[f"{name}/1"] for name in INT8}
-    assert choice.rate == max(choice.rates.values()) and choice.agreed == choosing.INT8_AGREED
-    monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, "openvino-int8": broken})
+    plain = dict.fromkeys(("openvino-int8", "onnx-int8"), BACKENDS["eager"])
+    monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, **plain})
+    for speeds, faster in (((90.0, 100.0), "onnx-int8"), ((100.0, 90.0), "openvino-int8")):
+        given = iter(speeds)
+        monkeypatch.setattr(choosing._Trial, "rate", lambda *_, given=given: next(given))
+        _, choice = asking(bundle, wanted="int8", threads=1)
+        assert choice.rates == {"openvino-int8/1": speeds[0], "onnx-int8/1": speeds[1]}
+        assert choice.name == faster and choice.rate == max(speeds) and choice.agreed == choosing.INT8_AGREED
+    monkeypatch.setattr(choosing._Trial, "rate", lambda *_: 1.0)
+    monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, **plain, "openvino-int8": broken})
     _, choice = asking(bundle, wanted="int8", threads=1)
     assert choice.name == "onnx-int8" and choice.dropped == {"openvino-int8": "no such instruction"}
-    monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, **dict.fromkeys(INT8, broken)})
+    monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, **dict.fromkeys(plain, broken)})
     with pytest.raises(BundleError, match="--backend openvino-int8: no such.*; --backend onnx-int8: no such"):
         asking(bundle, wanted="int8")
 
