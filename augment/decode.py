@@ -70,9 +70,9 @@ def decode_part(
 ) -> Part:
     """As `decode`, but at least the pixels of `box`, and a JPEG reduced by `scale`.
 
-    size: `image_size(data)`, where it is known. box: (top, left, height, width) in pixels as shown, inside the picture; None for all of it.
-    scale: 1, 2, 4 or 8. What is no JPEG comes whole and at full scale, a very small JPEG at full scale. With a box, damage in what need not
-    be decoded goes unnoticed.
+    size: `image_size(data)`, where it is known; trusted. box: (top, left, height, width) in pixels as shown, inside the picture; None for
+    all of it. scale: 1, 2, 4 or 8. What is no JPEG comes whole and at full scale, a very small JPEG at full scale. With a box, damage in
+    what need not be decoded goes unnoticed.
     """
     if max_pixels is not None:
         _check_scans(data)  # strangers' bytes: what calls itself baseline may have thousands of scans too

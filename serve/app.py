@@ -114,14 +114,15 @@ def create_app(
     rated = _dependencies(keys) if keys else []
     allowed = _dependencies(_unrated(keys)) if keys else []
     bodies = Bodies(service.limits)
-    predict = add_predict(app, service, bodies, keys, refused, rated)
+    predict = add_predict(app, service, bodies, keys, rated)
     _add_health(app, service, allowed)
     add_v2(app, service, bodies, allowed, rated)
     if guards := admin or keys:
         _add_admin(app, service, _dependencies(_unrated(guards)))
     add_page(app)
     # Around all that Starlette and FastAPI have around a route, too.
-    watched: ASGIApp = Access(Direct(app.build_middleware_stack(), PREDICT, predict), log=access_log)
+    routes = Direct(app.build_middleware_stack(), PREDICT, predict, refused)
+    watched: ASGIApp = Access(routes, log=access_log)
     app.middleware_stack = Traced(watched, provider=traces, busy=PREDICT) if traces else watched
     return app
 

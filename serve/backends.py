@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -34,10 +34,9 @@ def _eager(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
 
 
 def channels_last(classifier: Classifier) -> Classifier:
-    """`classifier` itself, with the weights of convolutions as pixels lie in pictures: a CPU takes 0.8 of the time for a lone one."""
-    if all(
-        parameter.dim() != 5 for parameter in classifier.parameters()
-    ):  # of three dimensions they know other ways to lie
+    """`classifier` itself, its weights in the order of a picture's bytes: a CPU need not put them in order for each. Those of networks of
+    slices in depth have a dimension more, and stay."""
+    if all(parameter.dim() != 5 for parameter in classifier.parameters()):
         classifier.to(memory_format=torch.channels_last)
     return classifier
 
@@ -156,7 +155,7 @@ def _quantised(classifier: Classifier, images: Tensor, folder: Path) -> bytes:
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as beside:
+    with tempfile.TemporaryDirectory() as beside, _told(beside):
         plain, ready, made = (Path(beside, name) for name in ("plain.onnx", "ready.onnx", "made.onnx"))
         plain.write_bytes(_exported(classifier, images))
         quant_pre_process(plain, ready, skip_symbolic_shape=True)
@@ -167,6 +166,15 @@ def _quantised(classifier: Classifier, images: Tensor, folder: Path) -> bytes:
         data = made.read_bytes()
     store(folder, "int8.onnx", lambda part: part.write_bytes(data))
     return data
+
+
+@contextmanager
+def _told(folder: str) -> Iterator[None]:
+    """OSError with the folder: that of a disk that is full does not name it."""
+    try:
+        yield
+    except OSError as err:
+        raise OSError(f"{folder}: {err.strerror}; make room there, or name another place by TMPDIR") from err
 
 
 INPUT = "images"

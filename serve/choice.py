@@ -103,11 +103,10 @@ def choose(
 ) -> tuple[Forward, Choice]:
     """The fastest way for this bundle on this machine that agrees with plain float32 on `images`, the golden pictures, uint8 N×H×W×3: the
     same likeliest label, probabilities within AGREED. wanted: a name of BACKENDS is taken, if it agrees, those of INT8 within INT8_AGREED;
-    int8 is the fastest of INT8.
-    threads: of a CPU, at most. The choice is kept in `cache`, by default ~/.cache/refract/backends, for the bundle, the machine and the
-    versions.
+    int8 is the fastest of INT8. threads: of a CPU, at most. The choice is kept in `cache`, by default ~/.cache/refract/backends, for the
+    bundle, the machine and the versions.
 
-    ValueError for a name that is none; BundleError where a wanted one cannot be had, or not there, or does not agree.
+    ValueError for a name that is none; BundleError where a wanted one is not installed, does not compute on this device, or does not agree.
     """
     if wanted not in ("auto", "int8", *BACKENDS):
         raise ValueError(f"backend: {wanted!r} is none of auto, int8, {', '.join(BACKENDS)}")

@@ -70,21 +70,25 @@ class Direct:
     """ASGI middleware that answers one route itself. FastAPI describes it, but its way from a request to a function costs more than all
     else of a small picture's answer."""
 
-    def __init__(self, app: ASGIApp, path: str, endpoint: Endpoint) -> None:
-        self._app, self._path, self._endpoint = app, path, endpoint
+    def __init__(self, app: ASGIApp, path: str, endpoint: Endpoint, refused: Refused) -> None:
+        self._app, self._path, self._endpoint, self._refused = app, path, endpoint, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] != self._path or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        response = await self._endpoint(Request(scope, receive))
+        request = Request(scope, receive)
+        try:
+            response = await self._endpoint(request)
+        except Exception as err:
+            response = self._refused(request, err)
+            if response.status_code == 500:
+                logger.exception("a request failed")
         await response(scope, receive, send)
 
 
-def add_predict(
-    app: FastAPI, service: Service, bodies: Bodies, keys: Keys | None, refused: Refused, allowed: list[Any]
-) -> Endpoint:
-    """Describe `/v1/predict` in `app`. Returns what answers it, and raises nothing."""
+def add_predict(app: FastAPI, service: Service, bodies: Bodies, keys: Keys | None, allowed: list[Any]) -> Endpoint:
+    """Describe `/v1/predict` in `app`. Returns what answers it, for `Direct`."""
     asked_of = _asked(len(service.engine.bundle.info.labels))  # of all that it will ever serve
 
     @lru_cache(maxsize=64)  # the clients of a server ask for the same
@@ -112,17 +116,7 @@ def add_predict(
     predict.__annotations__["asked"] = Annotated[asked_of, Query()]  # for the description
     about: dict[str, Any] = {"summary": "Classify one or several images", "openapi_extra": PREDICT_BODY}
     app.add_api_route(PREDICT, predict, methods=["POST"], responses=PREDICT_ANSWERS, dependencies=allowed, **about)
-
-    async def answered(request: Request) -> Response:
-        try:
-            return await predict(request)
-        except Exception as err:
-            response = refused(request, err)
-            if response.status_code == 500:
-                logger.exception("a request failed")
-            return response
-
-    return answered
+    return predict
 
 
 def _read(asked_of: type[Asked], query: bytes) -> Asked:
