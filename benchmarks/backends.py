@@ -1,0 +1,87 @@
+"""How far each of the server's backends is from plain float32 on labelled pictures, and how fast: what to look at before `--backend int8`.
+
+    python -m benchmarks.backends BUNDLE DATA --json benchmarks/results/backends.json
+
+Each computes the same pictures, in batches of 32, by one thread or by all as it was chosen to; the rate is the median of the batches.
+`right`: the share of the labels; `same`: the share that float32 gives too; `off`: how far the probability of float32's label moves.
+One that is not installed, or not taken for this bundle, is told with its reason.
+"""
+
+import argparse
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import environment, write
+
+BATCH = 32
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", help="a bundle's folder, of one label a picture")
+    parser.add_argument(
+        "data", help="a folder (CLASS/… or train|val|test/CLASS/…), or a manifest; test where it has that"
+    )
+    parser.add_argument("--pictures", type=int, default=3000, help="at most, evenly spread over the data")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    from models.bundle import BundleError, load_bundle
+    from pipeline.commands.evaluate import relabelled
+    from pipeline.data.manifest import load_manifest
+    from serve.backends import BACKENDS
+    from serve.engine import Engine
+
+    bundle = load_bundle(args.bundle)
+    if bundle.info.task == "multilabel":
+        parser.error("the bundle gives several labels a picture")
+    manifest = load_manifest(args.data, "multiclass")
+    samples = [
+        s for s in relabelled(manifest, bundle.info.labels) if s.split == "test" or "test" not in manifest.splits()
+    ]
+    samples = samples[:: -(-len(samples) // args.pictures)]
+    truth = np.array([sample.labels[0] for sample in samples])
+    plain = Engine(bundle)
+    images = np.stack([plain.preprocess(sample.read()) for sample in samples])
+
+    rows: dict[str, dict[str, Any]] = {}
+    sure, _ = _asked(plain, images)
+    label = sure.argmax(1)
+    for name in BACKENDS:
+        try:
+            given, rate = _asked(Engine(bundle, backend=name), images)
+        except BundleError as err:
+            rows[name] = {"refused": str(err)}
+        else:
+            off = np.abs(given - sure)[np.arange(len(label)), label]
+            rows[name] = {
+                "pictures_a_second": round(rate, 1),
+                "right": round(float((given.argmax(1) == truth).mean()), 4),
+                "same": round(float((given.argmax(1) == label).mean()), 4),
+                "off": {"mean": round(float(off.mean()), 5), "max": round(float(off.max()), 5)},
+            }
+        print(name, rows[name], flush=True)
+    if args.json:
+        known = environment("torch", "openvino", "onnxruntime")
+        facts = {"bundle": bundle.info.name, "digest": bundle.digest[:16], "pictures": len(samples), "batch": BATCH}
+        write(args.json, {"environment": known, **facts, "backends": rows})
+    return 0
+
+
+def _asked(engine: Any, images: np.ndarray) -> tuple[np.ndarray, float]:
+    """The probabilities, float32 N×C, and pictures a second."""
+    engine.predict(images[:BATCH])
+    parts, rates = [], []
+    for start in range(0, len(images), BATCH):
+        began = perf_counter()
+        parts.append(engine.predict(images[start : start + BATCH]))
+        rates.append(len(parts[-1]) / (perf_counter() - began))
+    return np.concatenate(parts), median(rates)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
