@@ -20,7 +20,8 @@ from serve.errors import Refused
 from serve.keys import Keys
 from serve.openapi import PREDICT_ANSWERS, PREDICT_BODY
 from serve.prepare import is_quick, read
-from serve.service import Answers, Service, Work
+from serve.service import Service
+from serve.work import Answers, Work
 
 logger = logging.getLogger(__name__)
 

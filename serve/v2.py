@@ -22,8 +22,9 @@ from serve.errors import RequestError
 from serve.limits import Limits
 from serve.openapi import problems
 from serve.prepare import EACH, Pictures, numbered, pictures
-from serve.service import Service, Work, check_version
+from serve.service import Service
 from serve.uploads import SPARE, parsed
+from serve.work import Work, check_version
 
 RESIZING = 0.1
 """What a pixel costs that need not be decoded, as a share of one that must."""

@@ -14,8 +14,9 @@ from serve.engine import Engine
 from serve.lane import Lane
 from serve.limits import Limits, OverloadedError, Room
 from serve.prepare import Pictures
-from serve.service import Service, Work
+from serve.service import Service
 from serve.threads import Threads
+from serve.work import Work
 
 
 class Paced(Engine):

@@ -18,9 +18,10 @@ from serve.engine import Engine
 from serve.explain import Explainer
 from serve.limits import OverloadedError
 from serve.prepare import Pictures
-from serve.service import LARGE, READERS, Service, Work
+from serve.service import LARGE, READERS, Service
 from serve.threads import Threads
 from serve.uploads import SPARE, parsed
+from serve.work import Work
 
 
 def test_threads_tell_how_long_what_waits_for_them_will_take() -> None:
