@@ -41,7 +41,8 @@ LONG_S = 0.005
 """What a batch must take one thread for others to help: between short ones they wait awake, and take the cores from decoding and HTTP."""
 
 STEADY = 1.5
-"""How many times faster or slower than when it was chosen a backend may be for the choice to stand: the machine may have been busy."""
+"""How many times faster than when it was chosen a backend may be for the choice to stand, as the machine was busy then; and how many
+times slower beside plain PyTorch."""
 
 BATCH, ROUNDS, SECONDS = 8, 5, 2.0
 """Pictures in a timed batch; how often it is timed, at most for so long."""
@@ -122,10 +123,10 @@ def choose(
         try:
             torch.set_num_threads(kept.threads)
             forward = trial.agreeing(kept.name)
-            change = trial.rate(forward) / kept.rate
+            change = trial.change(kept, forward)
             if 1 / STEADY < change < STEADY:
                 return forward, kept
-            told = f"{change:.1f} times faster" if change > 1 else f"{1 / change:.1f} times slower"
+            told = f"{change:.1f} times faster" if change > 1 else f"{1 / change:.1f} times slower beside plain PyTorch"
             logger.info("%s is %s than when it was chosen; the backend is chosen anew", kept.name, told)
         except Exception as err:  # of any kind: these are four libraries; what does not work any more is chosen anew
             logger.warning("the backend %s, chosen before, does not work now: %s", kept.name, first_line(err))
@@ -152,7 +153,8 @@ def _fastest(
             rates[f"{name}/{threads}" if trial.on_cpu else name] = round(rate, 1)
             tries.append((rate, name, threads, forward))
     if not tries:
-        raise BundleError("; ".join(f"--backend {name}: {why}" for name, why in dropped.items()))
+        told = "; ".join(f"--backend {name}: {why}" for name, why in dropped.items())
+        raise BundleError(f"{told}; --backend auto takes the fastest of those that work here")
     short = any(one[2] == 1 and BATCH / one[0] < LONG_S for one in tries)
     worth = [one for one in tries if one[2] == 1] if short else tries
     _, name, threads, forward = max(worth, key=lambda one: one[0] / (WORTH if one[2] > 1 else 1))
@@ -169,14 +171,15 @@ class _Trial:
 
     def __init__(self, bundle: Bundle, classifier: Classifier, images: Tensor, folder: Path) -> None:
         self._classifier, self._images, self._folder = classifier, images, folder
+        self._older = {folder / own for files in KEPT.values() for own in files if (folder / own).exists()}
         self.on_cpu = images.device.type == "cpu"
         self._options: dict[str, Any] = {"task": bundle.info.task, "temperature": bundle.info.temperature}
         with torch.inference_mode():
             self._wanted = probabilities(classifier(images), **self._options)
 
     def agreeing(self, name: str) -> Forward:
-        """ValueError where it answers otherwise. What fails with a network that was kept is tried with one that is converted anew."""
-        kept = [file for file in (self._folder / own for own in KEPT.get(name, ())) if file.exists()]
+        """ValueError where it answers otherwise. What fails with a network that an earlier start kept is tried with one converted anew."""
+        kept = self._older & {self._folder / own for own in KEPT.get(name, ())}
         try:
             return self._agreeing(name)
         except Exception as err:
@@ -185,6 +188,7 @@ class _Trial:
             logger.warning("%s does not work with what is kept of it, which is made anew: %s", name, first_line(err))
         for file in kept:
             file.unlink(missing_ok=True)
+        self._older -= kept
         return self._agreeing(name)
 
     def _agreeing(self, name: str) -> Forward:
@@ -194,9 +198,23 @@ class _Trial:
             forward = BACKENDS[name](self._classifier, images.contiguous(), self._folder)
             found = probabilities(forward(self._images), **self._options)
         gap = float((found - self._wanted).abs().max())
-        if not gap <= _agreed(name) or not bool((found.argmax(1) == self._wanted.argmax(1)).all()):
-            raise ValueError(f"answers otherwise than float32 on the golden pictures, by up to {gap:.2g}")
+        if not gap <= _agreed(name):
+            raise ValueError(
+                f"moves a probability of the golden pictures by {gap:.2g} from float32's; the limit is {_agreed(name)}"
+            )
+        if others := int((found.argmax(1) != self._wanted.argmax(1)).sum()):
+            raise ValueError(f"gives {others} of {len(found)} golden pictures another label than float32")
         return forward
+
+    def change(self, kept: Choice, forward: Forward) -> float:
+        """How many times faster than when it was kept; where it is much slower, beside plain PyTorch, which the rest of the machine slows
+        too: while others work is no time to choose."""
+        change = self.rate(forward) / kept.rate
+        if change > 1 / STEADY or kept.name == "eager":
+            return max(change, 1.0)
+        eager = "eager" if "eager" in kept.rates else f"eager/{kept.threads}"
+        plain = self.rate(BACKENDS["eager"](self._classifier, self._images, self._folder))
+        return min(1.0, change * kept.rates[eager] / plain)
 
     def rate(self, forward: Forward) -> float:
         """Pictures a second, in batches."""
