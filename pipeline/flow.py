@@ -83,13 +83,9 @@ def _begun(config_file: str) -> Path:
 def _do(work: Callable[[Path], None], folder: str) -> None:
     """A step's work; what a user can mend is told without a traceback."""
     from pipeline.commands import console
-    from pipeline.stopping import Stopped
 
     def done() -> int:
-        try:
-            work(Path(folder))
-        except Stopped as stopped:
-            return console.stopped("retrain", stopped)
+        work(Path(folder))
         return 0
 
     if code := console.run("retrain", done):

@@ -2,13 +2,12 @@
 
 import logging
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pipeline.stopping import Stopped
+from pipeline.stopping import ASKED_TO_STOP, Stopped
 
 # Named, not imported: that would load PyTorch for every command.
 INPUT_ERRORS = ("BundleError", "CacheError", "TranslationError", "PromotionError")
@@ -16,7 +15,8 @@ SERVICE_ERRORS = ("TrackingError", "CheckpointError", "NightError", "ScheduleErr
 
 
 def run(command: str, work: Callable[[], int]) -> int:
-    """Run a command's work. Returns its exit code; 2 for input that cannot be used, 1 for a service that failed, each with its reason."""
+    """Run a command's work. Returns its exit code; 2 for input that cannot be used, 1 for a service that failed, each with its reason; 75
+    after SIGTERM and 130 after Ctrl-C, with what goes on from there."""
     from augment import ImageError, PolicyError
     from pipeline.config import ConfigError
     from pipeline.data.manifest import DataError
@@ -26,6 +26,8 @@ def run(command: str, work: Callable[[], int]) -> int:
     logging.getLogger("models").setLevel(logging.INFO)
     try:
         return work()
+    except Stopped as stopped:
+        return _stopped(command, stopped)
     except (ConfigError, PolicyError, DataError, ImageError) as error:
         return _failed(command, error, 2)
     except ValueError as error:
@@ -41,12 +43,7 @@ def run(command: str, work: Callable[[], int]) -> int:
         return _failed(command, f"{where}{error.strerror or error}", 1)
 
 
-def stopped(command: str, error: "Stopped") -> int:
-    """Say how a training that was asked to stop goes on. Returns the exit code: 75 for SIGTERM, 130 for Ctrl-C."""
-    import signal
-
-    from pipeline.stopping import ASKED_TO_STOP
-
+def _stopped(command: str, error: Stopped) -> int:
     if error.run is not None:  # else another process of the same training says it
         print(
             f"refract {command}: {error}; `refract train --resume {error.run}` goes on from the checkpoint",

@@ -27,7 +27,6 @@ def _rerun(run: str, uri: str | None) -> int:
 
     from pipeline.provenance import code_state, inputs, versions
     from pipeline.runs import read_record, stored_config
-    from pipeline.stopping import Stopped
     from pipeline.training import train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -61,10 +60,7 @@ def _rerun(run: str, uri: str | None) -> int:
         print(f"other than then: {line}")
     config.trainer.run_name, config.trainer.runs_dir = None, record["runs_dir"]
     config.tracking.model_name = None  # it is for looking, not for serving
-    try:
-        result = train(config, name=f"{record['name']}-rerun")
-    except Stopped as stopped:
-        return console.stopped("rerun", stopped)
+    result = train(config, name=f"{record['name']}-rerun")
     assert result is not None, "one process"
     fingerprint = read_record(result.run_dir)["fingerprint"]
     if fingerprint != record["fingerprint"]:

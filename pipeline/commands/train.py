@@ -56,7 +56,6 @@ def _train(argv: list[str], resume: str | None) -> int:
     from pipeline.config import load_config
     from pipeline.data.manifest import DataError
     from pipeline.runs import stored_config, unfinished
-    from pipeline.stopping import Stopped
     from pipeline.training import train
 
     name = Path(argv[0]).stem if argv else "run"
@@ -69,15 +68,12 @@ def _train(argv: list[str], resume: str | None) -> int:
         folder = unfinished(config, name) if resume == "auto" else None
         config = config if folder is None else stored_config(folder)
     try:
-        try:
-            result = train(config, name=name, resume=folder)
-        except DataError as error:
-            if resume != "auto" or folder is None:
-                raise
-            print(f"refract train: a new run is begun: {error}", file=sys.stderr)
-            result = train(load_config(argv[0], argv[1:]), name=name)
-    except Stopped as stopped:
-        return console.stopped("train", stopped)
+        result = train(config, name=name, resume=folder)
+    except DataError as error:
+        if resume != "auto" or folder is None:
+            raise
+        print(f"refract train: a new run is begun: {error}", file=sys.stderr)
+        result = train(load_config(argv[0], argv[1:]), name=name)
     if result is None:
         return 0
     print("hold-out: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))

@@ -105,6 +105,18 @@ def test_signals_stop_with_a_checkpoint_and_a_code_of_their_own(refract: Run, wo
 
 
 @pytest.mark.slow
+def test_a_demo_that_is_stopped_says_how_it_goes_on(work: Path) -> None:
+    command = [sys.executable, "-u", "-m", "refract", "demo"]
+    with subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("epoch 2/") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        told = process.stdout.read()
+    assert process.returncode == 75 and "Traceback" not in told
+    assert "refract demo: stopped by SIGTERM; `refract train --resume runs/digits-" in told
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(
     refract: Run, work: Path, training: Training
 ) -> None:
