@@ -32,17 +32,21 @@ def main() -> int:
 
     from models.bundle import BundleError, load_bundle
     from pipeline.commands.evaluate import relabelled
-    from pipeline.data.manifest import load_manifest
+    from pipeline.data.manifest import DataError, load_manifest
     from serve.backends import BACKENDS
     from serve.engine import Engine
 
-    bundle = load_bundle(args.bundle)
-    if bundle.info.task == "multilabel":
-        parser.error("the bundle gives several labels a picture")
-    manifest = load_manifest(args.data, "multiclass")
-    samples = [
-        s for s in relabelled(manifest, bundle.info.labels) if s.split == "test" or "test" not in manifest.splits()
-    ]
+    if args.pictures < 1:
+        parser.error("--pictures: at least 1")
+    try:
+        bundle = load_bundle(args.bundle)
+        if bundle.info.task == "multilabel":
+            parser.error("the bundle gives several labels a picture")
+        manifest = load_manifest(args.data, "multiclass")
+        known = relabelled(manifest, bundle.info.labels)
+    except (BundleError, DataError) as err:
+        parser.error(str(err))
+    samples = [s for s in known if s.split == "test" or "test" not in manifest.splits()]
     samples = samples[:: -(-len(samples) // args.pictures)]
     truth = np.array([sample.labels[0] for sample in samples])
     plain = Engine(bundle)
@@ -66,9 +70,9 @@ def main() -> int:
             }
         print(name, rows[name], flush=True)
     if args.json:
-        known = environment("torch", "openvino", "onnxruntime")
+        machine = environment("torch", "openvino", "onnxruntime")
         facts = {"bundle": bundle.info.name, "digest": bundle.digest[:16], "pictures": len(samples), "batch": BATCH}
-        write(args.json, {"environment": known, **facts, "backends": rows})
+        write(args.json, {"environment": machine, **facts, "backends": rows})
     return 0
 
 

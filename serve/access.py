@@ -4,8 +4,9 @@ import json
 import logging
 import os
 import re
-import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
@@ -16,13 +17,76 @@ logger = logging.getLogger("serve.access")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
-def write_lines() -> None:
+MOST = 10_000
+"""Lines that wait to be written; what comes meanwhile is lost, and counted in a line of its own."""
+
+EACH_S = 0.02
+"""Lines are written together, so often."""
+
+LAST_S = 2.0
+"""For what still waits when the process ends."""
+
+
+def write_lines(descriptor: int = 1) -> None:
     """Have the lines written to the standard output, each a JSON object and nothing else; warnings go elsewhere."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
+    logger.addHandler(Written(descriptor))
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+class Written(logging.Handler):
+    """From a thread, and past Python's own buffer: a reader that stalls holds up no request, nor the end."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor, self._lost, self._broken = descriptor, 0, False
+        self._lines: deque[str] = deque()
+        self._some = threading.Event()
+        threading.Thread(target=self._write, name="access lines", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if len(self._lines) >= MOST:
+            self._lost += 1
+            return
+        self._lines.append(record.getMessage())
+        if not self._some.is_set():
+            self._some.set()
+
+    def flush(self) -> None:
+        """Which Python asks for at its end."""
+        ends = time.monotonic() + LAST_S
+        while self._some.is_set() and time.monotonic() < ends:
+            time.sleep(EACH_S / 4)
+
+    def _write(self) -> None:
+        told = 0  # of the lost
+        while self._some.wait():
+            time.sleep(EACH_S)
+            while self._lines:
+                count = len(self._lines)
+                self._pass_on("".join(f"{self._lines[i]}\n" for i in range(count)))
+                for _ in range(count):
+                    self._lines.popleft()
+            if lost := self._lost - told:
+                told += lost
+                self._pass_on(json.dumps({"time": _now(), "lost": lost}) + "\n")
+            self._some.clear()
+            if self._lines:  # came after the look, and before that
+                self._some.set()
+
+    def _pass_on(self, text: str) -> None:
+        rest = memoryview(text.encode())
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError as err:  # nobody reads any more
+            if not self._broken:
+                logging.getLogger("serve").warning("access lines cannot be written: %s", err.strerror)
+            self._broken = True
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _value(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
@@ -58,7 +122,7 @@ class Access:
         finally:
             if self._log:
                 line = {
-                    "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                    "time": _now(),
                     "id": name.decode(),
                     "method": scope["method"],
                     "path": scope["path"],

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI
@@ -20,6 +21,7 @@ from serve.access import Access
 from serve.body import Bodies
 from serve.challenge import Challenge, Challenger
 from serve.engine import Engine, cuda_bytes
+from serve.errors import RequestError
 from serve.follow import Build, followers
 from serve.keys import Keys
 from serve.limits import Limits
@@ -76,9 +78,10 @@ def create_app(
     metrics.watch("requests_inside", "Requests in the house", lambda: service.inside)
     metrics.watch("pictures_waiting", "Pictures that wait for a batch", lambda: service.waiting)
     if engine.device.type == "cuda":
-        metrics.watch("gpu_bytes", "Of the GPUs' memory that tensors hold", lambda: cuda_bytes(engine.devices))
+        metrics.watch("gpu_bytes", "Of the GPUs' memory that tensors hold", lambda: cuda_bytes(service.engine.devices))
 
     following = followers(service, follow, challenge, build=build, every_s=poll_s)
+    begun = [challenge] if challenge and challenge.engine else []
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -87,12 +90,8 @@ def create_app(
         except Exception as err:
             app.state.failure = err
             raise
-        if challenge and challenge.engine:
-            try:
-                await service.challenge(challenge)
-            except BundleError as err:  # the champion answers all the same
-                service.rejected.add(challenge.engine.bundle.path)
-                logger.warning("nothing challenges: %s", err)
+        while begun:  # and is not kept here, where it will be exchanged
+            await _challenged(service, begun.pop())
         tasks = [asyncio.create_task(follower.run()) for follower in following]
         yield
         for task in tasks:
@@ -105,26 +104,44 @@ def create_app(
         title="Refract",
         summary=f"Image classification by {engine.bundle.info.name}",
         lifespan=lifespan,
+        redirect_slashes=False,  # to where a server behind a balancer does not know how to name itself
         telemetry={"tracing": False, "metrics": False, "logs": False},  # for ours see `serve.tracing`
     )
     app.state.failure, app.state.service = None, service
-    refused = errors.install(
-        app, lambda path, code: metrics.refused(code) if path == PREDICT or path.endswith("/infer") else None
-    )
+    refused = errors.install(app, partial(_count, metrics))
     rated = _dependencies(keys) if keys else []
     allowed = _dependencies(_unrated(keys)) if keys else []
     bodies = Bodies(service.limits)
     predict = add_predict(app, service, bodies, keys, rated)
     _add_health(app, service, allowed)
     add_v2(app, service, bodies, allowed, rated)
-    if guards := admin or keys:
-        _add_admin(app, service, _dependencies(_unrated(guards)))
+    guards = admin or keys
+    _add_admin(app, service, _dependencies(_unrated(guards)) if guards else [Depends(_nobody)])
     add_page(app)
     # Around all that Starlette and FastAPI have around a route, too.
     routes = Direct(app.build_middleware_stack(), PREDICT, predict, refused)
     watched: ASGIApp = Access(routes, log=access_log)
     app.middleware_stack = Traced(watched, provider=traces, busy=PREDICT) if traces else watched
     return app
+
+
+def _count(metrics: Metrics, path: str, code: str) -> None:
+    """Of refusals, those of what asked for predictions."""
+    if (path == PREDICT or path.endswith("/infer")) and code not in ("not_found", "method_not_allowed"):
+        metrics.refused(code)
+
+
+async def _nobody() -> None:
+    raise RequestError(404, "not_found", "/admin/rollback is there with --keys or --admin-keys alone")
+
+
+async def _challenged(service: Service, challenge: Challenge) -> None:
+    try:
+        await service.challenge(challenge)
+    except BundleError as err:  # the champion answers all the same
+        assert challenge.engine is not None
+        service.rejected.add(challenge.engine.bundle.path)
+        logger.warning("nothing challenges: %s", err)
 
 
 def _unrated(keys: Keys) -> Keys:
@@ -150,6 +167,9 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
         service.check_wanted()
         return JSONResponse({"status": "ready", "model": service.engine.bundle.info.name})
 
+    for path, answer in (("/livez", livez), ("/readyz", readyz)):  # some balancers ask so
+        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
+
     @app.get("/v1/model", summary="What is served", dependencies=allowed, responses=problems(401))
     async def model() -> JSONResponse:
         return JSONResponse(_description(service.engine) | {"challenger": _challenger(service.challenger)})
@@ -160,7 +180,9 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
 
 
 def _add_admin(app: FastAPI, service: Service, allowed: list[Any]) -> None:
-    @app.post("/admin/rollback", summary="Answer with the model before", dependencies=allowed)
+    answers = problems(401, 404, 409, 503)
+
+    @app.post("/admin/rollback", summary="Answer with the model before", dependencies=allowed, responses=answers)
     async def rollback() -> JSONResponse:
         service.check_ready()
         await service.roll_back()

@@ -31,7 +31,11 @@ def main(argv: list[str]) -> int:
     from serve.client import Client, ServerError
 
     failed = 0
-    with Client(args.url, key=args.key) as client:
+    try:
+        opened = Client(args.url, key=args.key)
+    except ValueError as err:
+        parser.error(f"--{err}")
+    with opened as client:
         asked: list[Path | None] = [file for given in args.paths for file in _files(given)]
         for path in asked or [None]:
             try:
@@ -41,7 +45,7 @@ def main(argv: list[str]) -> int:
                 failed += 1
                 told = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
                 if isinstance(err, ServerError) and err.status == 401:
-                    told = "the server asks for a key that it knows: --key KEY, or the environment's REFRACT_KEY"
+                    told = f"{err}: here by --key KEY, or the environment's REFRACT_KEY"
                 if args.json:
                     print(json.dumps({"path": str(path or "text"), "error": told}, ensure_ascii=False))
                 else:
@@ -53,6 +57,8 @@ def main(argv: list[str]) -> int:
                 print(json.dumps({"path": str(path or "text"), **found}, ensure_ascii=False))
             else:
                 print(line(path or Path("text"), found))
+    if failed and len(asked) > 1:
+        print(f"refract predict: {failed} of {len(asked)} were not answered", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -128,6 +128,9 @@ class Batcher:
             self._changed.notify_all()
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
+        # Whose they are holds this: what stays in a circle is freed when Python looks for garbage, which it seldom does here.
+        self._threads.clear()
+        self._first, self._coming, self._brief = np.asarray, bool, bool
 
     def _work(self, engine: Callable[[np.ndarray], np.ndarray]) -> None:
         while items := self._next():

@@ -27,9 +27,12 @@ class ServerError(RuntimeError):
 
 class _Common:
     def __init__(self, url: str, *, key: str | None = None, timeout_s: float = 30.0, tries: int = TRIES) -> None:
-        """url: as http://localhost:8000; key: where the server asks for one; tries: for one question, the first among them."""
+        """url: as http://localhost:8000; key: where the server asks for one; tries: for one question, the first among them. ValueError for
+        what is no url, or no try."""
         if tries < 1:
             raise ValueError(f"tries={tries}: expected at least 1")
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url={url!r}: expected http:// or https:// before it, as in http://localhost:8000")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._options: dict[str, Any] = {"base_url": url, "headers": headers, "timeout": timeout_s}
         self._tries = tries

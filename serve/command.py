@@ -13,7 +13,7 @@ import threading
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serve.cores import cores, quota
 from serve.memory import keep_freed_memory, spared
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after a graceful end, 1 after a failure, 2 if it cannot serve that."""
     arguments = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("serve.choice").setLevel(logging.INFO)  # to choose one takes seconds
+    logging.getLogger("serve").setLevel(logging.INFO)
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _end)
@@ -82,7 +82,8 @@ def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
     try:
         told = {"on_ready": lambda: print(ready, flush=True), "on_leave": app.state.service.leave}
         with spared():
-            Server(app, drain_s=arguments.drain_s, **told).run(sockets=[bound])
+            times = {"drain_s": arguments.drain_s, "keep_alive_s": arguments.keep_alive_s}
+            Server(app, **times, **told).run(sockets=[bound])
     except SystemExit as err:
         failure = app.state.failure
         if isinstance(failure, ValueError):  # a BundleError of the self-test
@@ -137,8 +138,8 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
     options["sampling"] = _sampling(arguments)
     _warn_of_strangers(arguments)
     options |= {
-        "keys": _keys("--keys", arguments.keys, arguments.rate),
-        "admin": _keys("--admin-keys", arguments.admin_keys),
+        "keys": _keys("--keys", arguments.keys, rate=arguments.rate),
+        "admin": _keys("--admin-keys", arguments.admin_keys, told="the keys of --admin-keys"),
     }
     app = create_app(engine, limits=limits, **options)
     if arguments.metrics_port is not None:
@@ -147,7 +148,8 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
         except OSError as err:
             where = f"{arguments.host}:{arguments.metrics_port}"
             raise RefusedError(f"--metrics-port: cannot listen on {where}: {err.strerror}") from err
-        print(f"metrics on http://{arguments.host}:{port}/metrics", flush=True)
+        shown = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        print(f"metrics on http://{shown}:{port}/metrics", flush=True)
     return app
 
 
@@ -224,13 +226,13 @@ def _warn_of_strangers(arguments: argparse.Namespace) -> None:
         print(f"refract serve: anybody who reaches {host} may ask; --keys FILE asks for a key", file=sys.stderr)
 
 
-def _keys(option: str, file: Path | None, rate: float | None = None) -> "Keys | None":
+def _keys(option: str, file: Path | None, **own: Any) -> "Keys | None":
     from serve.keys import Keys
 
     if file is None:
         return None
     try:
-        return Keys(file, rate=rate)
+        return Keys(file, **own)
     except OSError as err:
         raise RefusedError(f"{option}: {file}: {err.strerror}") from err
     except ValueError as err:

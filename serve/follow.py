@@ -28,9 +28,10 @@ def followers(
     if follow:
         found.append(Follower(follow, take=service.swap, serving=lambda: service.engine, obeyed=service, **options))
     if challenge and challenge.follow:
+        terms = replace(challenge, engine=None)  # which is not kept here: it will be exchanged
 
         async def take(engine: Engine) -> None:
-            await service.challenge(replace(challenge, engine=engine))
+            await service.challenge(replace(terms, engine=engine))
 
         def challenging() -> Engine | None:
             return service.challenger.lane.engine if service.challenger else None
@@ -92,7 +93,7 @@ class Follower:
             self._on_refusal()
             logger.warning("%s is not served, what was served goes on: %s", path, err)
             return False
-        logger.warning("%s (%s) was taken, as %s", engine.bundle.path.name, engine.bundle.digest[:12], self._source)
+        logger.info("%s (%s) was taken, as %s", engine.bundle.path.name, engine.bundle.digest[:12], self._source)
         return True
 
     def _left(self, path: Path) -> bool:

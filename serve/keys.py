@@ -27,12 +27,20 @@ class Keys:
     """The keys of a file, one a line, read again when the file changes, so that keys are rotated without a restart. What follows a `#`, at
     the beginning or after white space, is the key's name in logs; else the beginning of its SHA-256 is.
 
-    rate: requests a second of each key, over which it gets 429; None for no limit. OSError or ValueError for a file that cannot be read,
-    holds none, or one of less than SHORTEST characters; later on the keys read last stay, and the log tells it.
+    rate: requests a second of each key, over which it gets 429; None for no limit; told: what a refusal calls them. OSError or ValueError
+    for a file that cannot be read, holds none, or one of less than SHORTEST characters or of others than ASCII, which no header carries
+    safely; later on the keys read last stay, and the log tells it.
     """
 
-    def __init__(self, file: Path, *, rate: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._file, self._rate, self._clock = file, rate, clock
+    def __init__(
+        self,
+        file: Path,
+        *,
+        rate: float | None = None,
+        told: str = "this server's keys",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._file, self._rate, self._told, self._clock = file, rate, told, clock
         self._keys, self._stamp = self._read()
         self._looked, self._trouble = clock(), ""
         self._buckets: dict[bytes, tuple[float, float]] = {}
@@ -47,7 +55,8 @@ class Keys:
         # All are compared, and each in a time that does not tell how much of it was right.
         known = [key for key in self._keys if hmac.compare_digest(key, given)]
         if not known:
-            raise RequestError(401, "unauthorized", "this server asks for a key: send Authorization: Bearer KEY")
+            told = f"the key that was sent is not one of {self._told}" if given else "this server asks for a key"
+            raise RequestError(401, "unauthorized", f"{told}: send Authorization: Bearer KEY")
         request.state.key = self._keys[known[0]]
         self._take(known[0])
 
@@ -68,7 +77,7 @@ class Keys:
             return
         self._looked = self._clock()
         try:
-            if self._file.stat().st_mtime_ns != self._stamp:
+            if _stamp(self._file) != self._stamp:
                 self._keys, self._stamp = self._read()
                 self._buckets = {key: bucket for key, bucket in self._buckets.items() if key in self._keys}
         except (OSError, ValueError) as err:  # being replaced, or wrong: those that were good stay
@@ -78,16 +87,24 @@ class Keys:
         else:
             self._trouble = ""
 
-    def _read(self) -> tuple[dict[bytes, str], int]:
-        stamp = self._file.stat().st_mtime_ns
+    def _read(self) -> tuple[dict[bytes, str], tuple[int, ...]]:
+        stamp = _stamp(self._file)
         keys: dict[bytes, str] = {}
         for number, line in enumerate(self._file.read_text("utf-8-sig").splitlines(), 1):
             text, *remark = (part.strip() for part in _REMARK.split(line, maxsplit=1))
             if 0 < len(text) < SHORTEST:
                 raise ValueError(f"{self._file}: line {number}: a key has at least {SHORTEST} characters")
+            if not text.isascii():
+                raise ValueError(f"{self._file}: line {number}: a key has letters, digits and signs of ASCII alone")
             if text:
                 key = text.encode()
                 keys[key] = "".join(remark) or hashlib.sha256(key).hexdigest()[:8]
         if not keys:
             raise ValueError(f"{self._file}: holds no key")
         return keys, stamp
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """Another where the file was written or replaced, with its times kept too."""
+    found = file.stat()
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size

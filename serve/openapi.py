@@ -1,5 +1,6 @@
 """What `/docs` and `/openapi.json` tell beside the code's own types: forms of bodies, answers and refusals, each with an example."""
 
+from http import HTTPStatus
 from typing import Any
 
 _RED = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGO8IyfHgA0wYRUdtBIA4FYBKCgCg6AAAAAASUVORK5CYII="
@@ -41,7 +42,8 @@ _ANSWER = {
 }
 
 
-def _problem(status: int, title: str, code: str, detail: str) -> dict[str, Any]:
+def _problem(status: int, code: str, detail: str) -> dict[str, Any]:
+    title = HTTPStatus(status).phrase
     return {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": code}
 
 
@@ -54,18 +56,17 @@ def _described(problem: dict[str, Any]) -> dict[str, Any]:
 _PROBLEMS: dict[int, dict[str, Any]] = {
     problem["status"]: _described(problem)
     for problem in (
-        _problem(400, "Bad Request", "invalid_image", "the image cannot be read"),
-        _problem(401, "Unauthorized", "unauthorized", "this server asks for a key: send Authorization: Bearer KEY"),
-        _problem(404, "Not Found", "unknown_model", "there is no model of this name; served is 'shapes'"),
-        _problem(408, "Request Timeout", "body_too_slow", "the body had not arrived within 30 s"),
-        _problem(413, "Content Too Large", "body_too_large", "the body is larger than 20971520 bytes"),
-        _problem(
-            415, "Unsupported Media Type", "unsupported_media_type", "Content-Type is 'text/plain'; accepted are …"
-        ),
-        _problem(422, "Unprocessable Content", "invalid_parameter", "query top: Input should be a valid integer"),
-        _problem(429, "Too Many Requests", "overloaded", "256 requests are being answered already; try again later"),
-        _problem(503, "Service Unavailable", "not_ready", "the server is going down"),
-        _problem(504, "Gateway Timeout", "deadline_exceeded", "there was no answer within 10 s"),
+        _problem(400, "invalid_image", "the image cannot be read"),
+        _problem(401, "unauthorized", "this server asks for a key: send Authorization: Bearer KEY"),
+        _problem(404, "unknown_model", "there is no model of this name; served is 'shapes'"),
+        _problem(408, "body_too_slow", "the body had not arrived within 30 s"),
+        _problem(409, "no_model_before", "this server has served no other model before"),
+        _problem(413, "body_too_large", "the body is larger than 20971520 bytes"),
+        _problem(415, "unsupported_media_type", "Content-Type is 'text/html'; accepted are …"),
+        _problem(422, "invalid_parameter", "query top: Input should be a valid integer"),
+        _problem(429, "overloaded", "256 requests are being answered already; try again later"),
+        _problem(503, "not_ready", "the server is going down"),
+        _problem(504, "deadline_exceeded", "there was no answer within 10 s"),
     )
 }
 

@@ -80,6 +80,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="after SIGTERM in which all is answered still, but /readyz says 503, for balancers to notice",
     )
+    # Of nginx and AWS, 60 s: whoever is in front is to close first, as what it sends just when we do is lost.
+    add(
+        "--keep-alive-s",
+        type=_whole(1, 86400),
+        default=75,
+        metavar="S",
+        help="that a connection is kept on which nothing is asked; more than the balancer in front of it keeps one",
+    )
     add("--keys", type=Path, metavar="FILE", help="API keys, one a line; read again when the file changes")
     add("--admin-keys", type=Path, metavar="FILE", help="keys for /admin/rollback, in place of those of --keys")
     add("--rate", type=_number(0, 1e5, above=True), metavar="N", help="requests a second of each key; more get 429")
@@ -111,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--access-log", action="store_true", help="write a line of JSON for each request to the standard output")
     add(
         "--max-body-mb",
-        type=_number(0, 1e5, above=True),
+        type=_number(0.001, 1e5),
         default=20.0,
         metavar="MB",
         help="largest request body, in MiB",

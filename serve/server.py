@@ -1,23 +1,19 @@
 """One application on one port: binding, the moment of readiness, and a graceful end. Knows nothing of models."""
 
-import asyncio
 import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import FrameType
 
-import httptools
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from serve.connection import Connection
 
 logger = logging.getLogger(__name__)
-
-HEAD_S = 10
-"""For a request's head to arrive, and for a connection to begin one: who sends a byte now and then holds no connection for ever."""
 
 # Kubernetes kills after 30 s: what is in flight has this long to finish, then is dropped by us and logged.
 GRACE_S = 20
@@ -49,86 +45,12 @@ def url(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class Impatient(HttpToolsProtocol):
-    """uvicorn's protocol, which by itself waits for a request's head without end, of several requests that were sent at once tells only
-    the last that its client is gone, and takes the body of who would speak another protocol (`Upgrade: h2c`) for a request."""
-
-    _timer: asyncio.TimerHandle | None = None
-    _cycles: Sequence[RequestResponseCycle] = ()
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._hurry()
-
-    def data_received(self, data: bytes) -> None:
-        self._unset_keepalive_if_required()
-        try:
-            self._parse(memoryview(data))
-        except httptools.HttpParserError:
-            self.logger.warning("Invalid HTTP request received.")
-            self.send_400_response("Invalid HTTP request received.")
-        else:
-            self._hurry()
-
-    def on_headers_complete(self) -> None:
-        if self.parser.should_upgrade():  # it comes again, without the header
-            return
-        self._calm()
-        super().on_headers_complete()
-        self._cycles = [*(cycle for cycle in self._cycles if not cycle.response_complete), self.cycle]
-
-    def on_message_complete(self) -> None:
-        if not self.parser.should_upgrade():
-            super().on_message_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._calm()
-        for cycle in self._cycles:
-            if not cycle.response_complete:
-                cycle.disconnected = True
-                cycle.message_event.set()
-        self.pipeline.clear()
-        super().connection_lost(exc)
-
-    def _parse(self, data: memoryview) -> None:
-        """httptools takes all that follows a head with `Upgrade` for another protocol's. Nobody here speaks one, so the header is passed
-        over (RFC 9110, 7.8): the head goes without it into a parser of its own, and what follows after it."""
-        while True:
-            try:
-                self.parser.feed_data(data)
-                return
-            except httptools.HttpParserUpgrade as upgrade:
-                head, data = self._plain_head(), data[upgrade.args[0] :]
-            self.parser = httptools.HttpRequestParser(self)
-            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
-            self.parser.feed_data(head)
-
-    def _plain_head(self) -> bytes:
-        method = self.parser.get_method()
-        if method == b"CONNECT":
-            raise httptools.HttpParserError("this is no proxy")
-        first = b"%s %s HTTP/%s" % (method, self.url, self.parser.get_http_version().encode())
-        fields = (b"%s: %s" % field for field in self.headers if field[0] != b"upgrade")
-        return b"\r\n".join((first, *fields, b"", b""))
-
-    def _hurry(self) -> None:
-        """Where nothing is being answered, a head must arrive soon. What arrives and is none does not put it off."""
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and self._timer is None:
-            self._timer = self.loop.call_later(HEAD_S, self.transport.close)
-
-    def _calm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
 class Server(uvicorn.Server):
     """uvicorn, on a socket that is bound already, calling `on_ready` once it accepts requests.
 
     A signal before that ends the process, with code 0. At the first one later it calls `on_leave`, goes on answering for `drain_s` seconds,
     in which a balancer notices, then takes no more connections and ends when what is in flight is answered, after
-    drain_s + GRACE_S + STUCK_S at the latest.
+    drain_s + GRACE_S + STUCK_S at the latest. A connection on which nothing is asked is kept for `keep_alive_s` seconds.
     `run(sockets=[…])` raises SystemExit if the application's start-up failed.
     """
 
@@ -139,12 +61,13 @@ class Server(uvicorn.Server):
         on_ready: Callable[[], None],
         on_leave: Callable[[], None] = lambda: None,
         drain_s: float = 0,
+        keep_alive_s: int = 75,
     ) -> None:
         # The port belongs to the sockets given to `run`; log_config=None leaves logging to whoever configured it.
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Impatient,
+                http=Connection,
                 lifespan="on",
                 ws="none",
                 log_config=None,
@@ -152,6 +75,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,  # nobody here asks who the client is
                 timeout_graceful_shutdown=GRACE_S,
+                timeout_keep_alive=keep_alive_s,
             )
         )
         self._on_ready, self._on_leave, self._drain = on_ready, on_leave, drain_s
@@ -180,6 +104,7 @@ class Server(uvicorn.Server):
             _later(wait + GRACE_S + STUCK_S, _end_by_force)
         self._leaving = True
         if wait:
+            logger.info("asked to end; it answers for %g s more", wait)
             self._draining = _later(wait, lambda: self._stop(sig))
         else:
             self._stop(sig)

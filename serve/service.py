@@ -214,7 +214,7 @@ class Service:
                     409, "model_before_fails", "the model before does not pass its self-test now"
                 ) from err
             self.left = left
-            logger.warning("went back to %s", self.engine.bundle.path.name)
+            logger.info("went back to %s", self.engine.bundle.path.name)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -294,8 +294,10 @@ class Service:
             try:
                 async with asyncio.timeout(CANARY * self._deadline):
                     found = await self._on(challenger.lane, known)
-            except (BatchError, ClosedError, OverloadedError, TimeoutError):  # the one that is trusted answers
-                self.metrics.challenged("failed", 1)
+            except RequestError:  # the client's mistake is the same for both
+                raise
+            except Exception as err:  # whatever it is, the one that is trusted answers
+                self._tell_failed(err, 1)
             else:
                 self.metrics.challenged("answered", len(found.probabilities), sum(found.seconds.values()))
                 return found
@@ -363,13 +365,18 @@ class Service:
         try:
             async with asyncio.timeout(self._deadline):
                 found = await self._on(challenger.lane, known, sampled=False)
-        except (RequestError, OverloadedError, ClosedError, BatchError, TimeoutError):
-            self.metrics.challenged("failed", len(wanted))
+        except Exception as err:
+            self._tell_failed(err, len(wanted))
             return
         agreed = int((found.probabilities.argmax(axis=1) == wanted.argmax(axis=1)).sum())
         seconds = sum(found.seconds.values())
         self.metrics.challenged("agreed", agreed, seconds)
         self.metrics.challenged("differed", len(wanted) - agreed)
+
+    def _tell_failed(self, err: Exception, pictures: int) -> None:
+        self.metrics.challenged("failed", pictures)
+        if not isinstance(err, (RequestError, OverloadedError, ClosedError, BatchError, TimeoutError)):
+            logger.error("the challenger failed in a way of its own", exc_info=err)
 
 
 def _explain(engine: Engine, batch: np.ndarray, rows: np.ndarray) -> tuple[bytes | None, ...]:

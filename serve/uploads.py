@@ -43,7 +43,10 @@ def samples_in(content_type: str, body: bytes, *, max_images: int) -> Sent:
         return _from_form(*parts_in(body, options.get(b"boundary", b""), max_images=max_images))
     if media == "text/plain":
         return Sent([None], [_utf8(body)])
-    raise RequestError(415, "unsupported_media_type", f"Content-Type is {media[:80]!r}; accepted are {ACCEPTED}")
+    told = f"Content-Type is {media[:80]!r}; accepted are {ACCEPTED}"
+    if media == "application/x-www-form-urlencoded":
+        told += "; curl sends this one by itself: add -H 'Content-Type: image/jpeg'"
+    raise RequestError(415, "unsupported_media_type", told)
 
 
 def parsed(text: bytes, *, objects: int, values: int) -> Any:
@@ -103,6 +106,8 @@ def _columns(document: Any) -> tuple[list[Any], list[Any]]:
         case {"images": [_, *_] as images, "texts": [*texts]} if len(document) == 2 and len(images) == len(texts):
             return images, texts
     given = f"has {', '.join(map(repr, document))[:100]}" if isinstance(document, dict) else "is no object"
+    if isinstance(document, dict) and [] in document.values():
+        given += ", and an empty list"
     message = (
         'the JSON body must be {"image": base64}, {"images": [base64, …]}, {"text": "…"} or {"texts": ["…", …]} with at least one; or an '
         f"image with its text, or as many texts as images. This one {given}"

@@ -69,12 +69,13 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
         service.check_wanted()
         return JSONResponse({"ready": True})
 
-    @app.get("/v2/models/{name}/versions/{model_version}/ready", include_in_schema=False)
+    @app.get("/v2/models/{name}/versions/{model_version}/ready", include_in_schema=False, dependencies=allowed)
     @app.get(
         "/v2/models/{name}/ready",
         summary="The same, by the model's name",
         tags=["v2"],
-        responses=problems(404, 503),
+        dependencies=allowed,
+        responses=problems(401, 404, 503),
     )
     async def model_ready(request: Request, name: str) -> JSONResponse:
         check_name(request, name)
@@ -135,7 +136,8 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
             answer["id"] = document["id"]
         service.metrics.predicted(rows, labels, 0)
         service.metrics.answered(time.monotonic() - began, found.seconds)
-        return JSONResponse(answer, headers={"Server-Timing": found.timing})
+        headers = {"Server-Timing": found.timing, "X-Model-Digest": found.bundle.digest[:16]}
+        return JSONResponse(answer, headers=headers)
 
 
 def _read(body: bytes, announced: str | None, limits: Limits, rest: dict[str, Any]) -> Pictures:

@@ -157,6 +157,22 @@ def test_top_out_of_range(client, picture, top):
     assert "top" in message
 
 
+def test_what_curl_sends_by_itself_is_told(client, picture):
+    kind = {"content-type": "application/x-www-form-urlencoded"}
+    told = check(client.post("/v1/predict", content=picture(1), headers=kind), 415, "unsupported_media_type")
+    assert "add -H 'Content-Type: image/jpeg'" in told
+    assert "an empty list" in check(client.post("/v1/predict", json={"images": []}), 422, "invalid_request")
+
+
+def test_odd_paths(client, picture):
+    assert client.post("/v1/predict%0A", content=picture(1)).status_code == 200
+    assert "/v1/predict/" in check(client.post("/v1/predict/", content=picture(1)), 404, "not_found")
+    assert "with --keys or --admin-keys alone" in check(client.post("/admin/rollback"), 404, "not_found")
+    for probe in ("/livez", "/readyz"):
+        answer = client.head(probe)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
 def test_unknown_path_and_method(client):
     told = check(client.get("/v2/nothing"), 404, "not_found")
     assert client.get("/v2/nothing").json()["error"] == told, "as the Open Inference Protocol has it"

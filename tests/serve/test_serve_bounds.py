@@ -21,6 +21,7 @@ from serve.body import unless_gone
 from serve.cores import cores, quota
 from serve.engine import Engine
 from serve.errors import RequestError
+from serve.lane import Lane
 from serve.limits import Limits, OverloadedError, Room
 from serve.prepare import is_quick, read
 
@@ -133,6 +134,13 @@ def test_what_could_not_be_answered_in_time_is_refused_at_once_and_the_rest_is_a
         refused = next(answer for answer in answers if answer.status_code == 429)
         assert "an answer would take" in refused.json()["detail"] and int(refused.headers["retry-after"]) >= 1
         assert client.post("/v1/predict", content=picture(1)).status_code == 200
+
+
+def test_who_is_refused_is_told_how_long_to_wait(bundle, serving, picture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(create_app(bundle, deadline_s=10)) as client:
+        monkeypatch.setattr(Lane, "expected", lambda self, pictures=0: 7.4)
+        answer = client.post("/v1/predict", content=picture(1))
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
 
 
 def wait_until(condition, seconds: float = 10.0) -> None:

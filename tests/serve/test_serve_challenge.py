@@ -123,6 +123,25 @@ def test_a_canary_answers_its_share_and_where_it_fails_the_other_does(bundle, ot
         assert set(digests(20)) == {bundle.digest} and ends(app)["failed"] > 0
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_challenger_that_fails_in_a_way_of_its_own_takes_nobody_with_it(
+    bundle, other, serving, picture, monkeypatch: pytest.MonkeyPatch, caplog, answers: bool
+) -> None:
+    engine = Engine(other)
+
+    def short(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    app = create_app(bundle, challenge=Challenge(engine, share=1, answers=answers))
+    with serving(app) as client:
+        monkeypatch.setattr(engine, "preprocess", short)
+        for path in ("/v1/predict", "/v1/predict?explain=true"):
+            answer = client.post(path, content=picture(1))
+            assert (answer.status_code, answer.json()["model"]["digest"]) == (200, bundle.digest)
+        assert wait_for(app, 2) == {"failed": 2}
+    assert "in a way of its own" in caplog.text
+
+
 def test_a_slow_canary_takes_no_client_with_it(bundle, other, serving, picture) -> None:
     Held.gate.set()
     app = create_app(bundle, deadline_s=2, challenge=Challenge(Held(other), share=1, answers=True))

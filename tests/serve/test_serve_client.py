@@ -107,6 +107,9 @@ def test_the_command_asks_a_server(bundle, serving, picture, tmp_path: Path) -> 
         wanted = http.post("/v1/predict?top=2", content=picture(1)).json()["predictions"][0]
         assert done.returncode == 1 and rows[0] == {"path": "in/a.jpg", **wanted}
         assert "the image" in rows[1]["error"] and "No such file" in rows[2]["error"]
+        assert done.stderr == "refract predict: 2 of 3 were not answered\n"
         assert run("in", "--url", str(http.base_url)).stdout.startswith(f"in/a.jpg: {wanted['label']} ")
     down = run("in", "--url", "http://127.0.0.1:9")
     assert down.returncode == 1 and "does not answer" in down.stderr and "Traceback" not in down.stderr
+    bare = run("in", "--url", "localhost:8000")
+    assert bare.returncode == 2 and "--url='localhost:8000': expected http:// or https:// before it" in bare.stderr

@@ -70,6 +70,18 @@ def test_the_access_log_is_json_and_nothing_else(bundle, picture):
     assert (code, err, lines[0]["id"]) == (0, "", "mine")
 
 
+def test_a_reader_of_the_access_log_that_stalls_holds_nobody_up(bundle):
+    process = start(str(bundle.path), "--port", "0", "--access-log")
+    address = process.stdout.readline().rpartition(" on ")[2].strip()
+    with httpx.Client(base_url=address, trust_env=False, timeout=10) as client:
+        for _ in range(1200):  # a pipe takes the lines of some 400
+            assert client.get("/livez").status_code == 200
+    process.terminate()
+    assert process.wait(timeout=20) == 0
+    lines = [json.loads(line) for line in process.stdout.read().splitlines()[:-1]]  # the last may be torn
+    assert 100 < len(lines) < 1200 and {line["path"] for line in lines} == {"/livez"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_gracefully_with_what_is_in_flight_answered(served, picture, number):
     process, url = served
@@ -106,7 +118,8 @@ def test_while_it_drains_it_answers_and_says_that_it_goes(bundle, picture):
         assert client.get("/livez").status_code == 200
         assert client.post("/v1/predict", content=picture(1)).status_code == 200
         process.terminate()  # the second signal does not wait
-    assert finish(process) == (0, "", "")
+    code, out, err = finish(process)
+    assert (code, out) == (0, "") and err.count("\n") == 1 and "asked to end; it answers for 60 s more" in err
 
 
 def test_a_drain_that_was_cut_short_leaves_no_timer_behind(bundle):
@@ -123,7 +136,7 @@ def test_a_drain_that_was_cut_short_leaves_no_timer_behind(bundle):
     process.terminate()
     time.sleep(0.5)
     process.terminate()
-    assert finish(process) == (0, "[]\n", "")
+    assert finish(process)[:2] == (0, "[]\n")
 
 
 def test_what_is_killed_while_it_starts_for_the_first_time_starts_again(bundle, tmp_path):

@@ -85,6 +85,9 @@ def test_one_that_passes_its_self_test_goes_on(bundle, serving, picture) -> None
         assert probes(client) == [200] * 4
 
 
+COUNTED = "refract_challenger_pictures_total"
+
+
 def test_a_canary_that_answers_no_numbers_is_asked_no_more(bundle, other, serving, picture) -> None:
     engine = Failing(other)
     app = create_app(bundle, challenge=Challenge(engine, share=1, answers=True))
@@ -98,6 +101,10 @@ def test_a_canary_that_answers_no_numbers_is_asked_no_more(bundle, other, servin
             assert time.monotonic() < end
             time.sleep(0.01)
         assert probes(client) == [200] * 4
+        failed = app.state.service.metrics.registry.get_sample_value(COUNTED, {"end": "failed"})
+        for i in range(5):
+            assert client.post("/v1/predict", content=picture(i)).status_code == 200
+        assert app.state.service.metrics.registry.get_sample_value(COUNTED, {"end": "failed"}) == failed, "not asked"
         engine.how = None
         while client.post("/v1/predict", content=picture(1)).json()["model"]["digest"] != other.digest:
             assert time.monotonic() < end

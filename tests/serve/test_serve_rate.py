@@ -13,12 +13,13 @@ def test_the_rate_is_for_predictions_and_the_key_for_all(bundle, serving, pictur
     own = {"X-API-Key": "some-key-1"}
     with serving(create_app(bundle, keys=Keys(tmp_path / "keys", rate=0.01))) as client:
         infer = "/v2/models/shapes/infer"
-        for path in ("/v1/model", "/v1/status", "/v2/models/shapes"):
+        for path in ("/v1/model", "/v1/status", "/v2/models/shapes", "/v2/models/shapes/ready"):
             assert client.get(path).status_code == 401
             assert [client.get(path, headers=own).status_code for _ in range(3)] == [200] * 3
         assert client.post("/admin/rollback", headers=own).status_code == 409
         assert client.post(infer, json=PIXELS).status_code == 401
-        assert client.post(infer, json=PIXELS, headers=own).status_code == 200
+        answered = client.post(infer, json=PIXELS, headers=own)
+        assert (answered.status_code, answered.headers["x-model-digest"]) == (200, bundle.digest[:16])
         for refused in (
             client.post(infer, json=PIXELS, headers=own),
             client.post(f"/v2/models/shapes/versions/{bundle.digest[:16]}/infer", json=PIXELS, headers=own),

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from serve import connection as connections
 from serve import server
 from serve.app import create_app
 
@@ -75,7 +76,7 @@ def test_what_begins_no_request_holds_no_connection(
     client, monkeypatch: pytest.MonkeyPatch, name: str, trickle: bytes
 ) -> None:
     """uvicorn's own limit of 5 seconds is put off by each byte."""
-    monkeypatch.setattr(server, "HEAD_S", 1.0)
+    monkeypatch.setattr(connections, "HEAD_S", 1.0)
     whole, rest = UNFINISHED[name]
     with connected(client) as connection:
         connection.sendall(whole)
@@ -100,3 +101,79 @@ def seconds_held(connection: socket.socket, trickle: bytes) -> float:
         except OSError:
             break
     return time.monotonic() - began
+
+
+def refused(client: httpx.Client, *parts: bytes) -> bytes:
+    """All that comes until the server closes the connection, while `parts` are sent."""
+    with connected(client) as connection:
+        try:
+            for part in parts:
+                connection.sendall(part)
+            return connection.makefile("rb").read()
+        except ConnectionError:  # closed before all was sent
+            return b""
+
+
+CHUNKED = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def test_a_head_is_bounded_in_fields_and_bytes(client, picture) -> None:
+    first, end = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n", b"\r\n"
+    assert refused(client, first, b"a: b\r\n" * 200, end).startswith(b"HTTP/1.1 200")
+    assert refused(client, first, b"a: " + b"b" * 60_000 + b"\r\n", end).startswith(b"HTTP/1.1 200")
+    answer = refused(client, first + b"a: b\r\n" * 300 + end)
+    assert answer.startswith(b"HTTP/1.1 431 ") and b'"code": "head_too_large"' in answer
+    for flood in (b"a: b\r\n" * 100, b"x" * 1000):
+        started = time.monotonic()
+        assert b" 200 " not in refused(client, first + b"a: ", *[flood] * 10_000)
+        assert time.monotonic() - started < 60
+    assert client.post("/v1/predict", content=picture(1)).status_code == 200
+
+
+def test_what_follows_a_chunked_body_is_bounded(client, picture) -> None:
+    data = picture(1)
+    body = CHUNKED + b"%x\r\n%s\r\n0\r\n" % (len(data), data)
+    assert answers(client, body + b"a: b\r\n" * 100 + b"\r\n") == [b"200", b"200"]
+    assert refused(client, body, *[b"a: b\r\n" * 100] * 1000) == b"", "closed, as an answer is under way"
+    assert refused(client, CHUNKED + b"1;a=", *[b"x" * 1000] * 1000) == b"", "what is said of a chunk, too"
+    halves = data[:50], data[50:]
+    small = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in halves) + b"0\r\n\r\n"
+    assert answers(client, CHUNKED + small) == [b"200", b"200"]
+
+
+def test_requests_that_were_answered_are_not_kept(client, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[connections.Connection] = []
+    begin = connections.Connection.connection_made
+    monkeypatch.setattr(
+        connections.Connection, "connection_made", lambda self, transport: (made.append(self), begin(self, transport))
+    )
+    with connected(client) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 300)
+        found = b""
+        while found.count(b"HTTP/1.1 200") < 300:
+            found += connection.recv(1 << 20)
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.recv(1000)
+        assert len(made[0]._cycles) == 1
+
+
+def test_a_body_may_take_longer_than_a_head(client, picture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_S", 0.5)
+    data = picture(1)
+    with connected(client) as connection:
+        connection.sendall(post(data, b"Connection: close\r\n") + data[:10])
+        for part in (data[10:20], data[20:]):
+            time.sleep(0.4)
+            connection.sendall(part)
+        assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.slow
+def test_a_connection_is_kept_longer_than_a_balancer_keeps_it(bundle, client) -> None:
+    """uvicorn's own 5 seconds are shorter than any balancer's, and just those of httpx."""
+    with connected(client) as connection:
+        for wait in (0.0, 6.5):
+            time.sleep(wait)
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+    assert server.Server(create_app(bundle), on_ready=print).config.timeout_keep_alive > 60

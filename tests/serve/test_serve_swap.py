@@ -1,9 +1,11 @@
 """Another model, with no request lost and none answered in another's name."""
 
 import asyncio
+import gc
 import json
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from models.bundle import BundleError
 from serve.app import create_app
+from serve.challenge import Challenge
 from serve.engine import Engine
 from serve.errors import NotReadyError
 from serve.keys import Keys
@@ -144,3 +147,29 @@ def test_a_version_that_is_exchanged_while_the_body_arrives_is_not_answered_by_a
         answer = client.post(f"/v2/models/shapes/versions/{bundle.digest[:16]}/infer", content=slowly())
         assert (answer.status_code, answer.json()["code"]) == (404, "unknown_model")
         assert client.post(f"/v2/models/shapes/versions/{other.digest[:16]}/infer", content=body).status_code == 200
+
+
+def test_an_engine_that_was_exchanged_is_freed_at_once(bundle, other, serving, picture) -> None:
+    """Python's search for garbage comes seldom in a server, and passes over what was there when it began."""
+    app = create_app(Engine(bundle), challenge=Challenge(Engine(other), share=1, answers=False))
+    service = app.state.service
+    gone: list[weakref.ref[Engine]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        with serving(app) as client:
+            loop = service._lane._loop
+            for take in (service.swap, service.swap, service.swap):
+                gone.append(weakref.ref(service.engine))
+                assert client.post("/v1/predict?explain=true", content=picture(1)).status_code == 200
+                asyncio.run_coroutine_threadsafe(take(Engine(other)), loop).result(30)
+            gone.append(weakref.ref(service.challenger.lane.engine))
+            challenge = Challenge(Engine(bundle), share=1, answers=True)
+            asyncio.run_coroutine_threadsafe(service.challenge(challenge), loop).result(30)
+            client.post("/v1/predict", content=picture(1))
+            deadline = time.monotonic() + 10
+            while service._retiring and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert [one() is None for one in gone] == [True, True, False, True], "all but the one before, and the new"
+    finally:
+        gc.enable()

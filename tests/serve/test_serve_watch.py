@@ -18,7 +18,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 
-from serve import server
+from serve import connection as connections
 from serve.app import create_app
 from serve.challenge import Challenge
 from serve.engine import Engine
@@ -42,11 +42,14 @@ def test_prometheus_is_answered_on_a_port_of_its_own(bundle, serving, picture) -
         label = client.post("/v1/predict", content=picture(1)).json()["predictions"][0]["label"]
         client.post("/v1/predict", files=[("f", ("x.jpg", picture(1)))] * 3)
         client.post("/v1/predict", content=b"no picture")
-        client.get("/nothing")
+        client.get("/nothing"), client.get("/v1/predict"), client.post("/nothing/infer")
+        client.post("/v2/models/shapes/infer", json={"inputs": []})
         assert client.get("/metrics").status_code == 404
         found = numbers(httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text)
     assert found["refract_requests_total", "ok"] == 2 and found["refract_requests_total", "invalid_image"] == 1
-    assert ("refract_requests_total", "not_found") not in found, "of predictions alone"
+    assert found["refract_requests_total", "invalid_request"] == 1
+    others = {("refract_requests_total", code) for code in ("not_found", "method_not_allowed")}
+    assert not others & set(found), "of predictions alone"
     assert found["refract_predictions_total", label] == 4 and found["refract_confidence_count",] == 4
     assert found["refract_batch_pictures_sum",] == 4
     assert found["refract_request_seconds_count",] == 2
@@ -168,6 +171,25 @@ def test_keys_are_rotated_without_a_restart(tmp_path: Path, caplog: pytest.LogCa
         with pytest.raises(ValueError, match=told):
             Keys(file)
     assert "short" not in caplog.text
+    rewrite(file, "schlüssel-eins\n")
+    with pytest.raises(ValueError, match="line 1: a key has letters, digits and signs of ASCII alone"):
+        Keys(file)
+
+
+def test_a_key_file_that_was_replaced_with_its_time_kept_is_read_again(tmp_path: Path) -> None:
+    """As `rsync -t` does."""
+    file, fresh = tmp_path / "keys", tmp_path / "fresh"
+    file.write_text(f"{FIRST}\n")
+    ask, now = asker(file)
+    fresh.write_text(SECOND + "\n")
+    os.utime(fresh, ns=(file.stat().st_mtime_ns, file.stat().st_mtime_ns))
+    fresh.replace(file)
+    now[0] = 2.0
+    ask(SECOND)
+    with pytest.raises(RequestError, match="the key that was sent is not one of this server's keys"):
+        ask(FIRST)
+    with pytest.raises(RequestError, match="this server asks for a key"):
+        ask("")
 
 
 def test_each_key_has_its_rate_of_which_nothing_is_saved_up(tmp_path: Path) -> None:
@@ -207,7 +229,7 @@ def test_a_remark_begins_after_white_space_and_a_mark_of_the_encoding_is_no_key(
 
 
 def test_a_head_that_does_not_arrive_holds_no_connection(bundle, serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HEAD_S", 0.5)
+    monkeypatch.setattr(connections, "HEAD_S", 0.5)
     with serving(create_app(bundle)) as client:
         address = (client.base_url.host, client.base_url.port)
         for begun in (b"", b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Slow: "):
