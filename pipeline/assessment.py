@@ -68,6 +68,7 @@ def assess(
         more = {f"tta_{metric}": value for metric, value in again.metrics.items()}
     robustness = None
     if config.evaluation.robustness != "none" and task != "multilabel" and "pictures" in classifier.reads:
+        log.info("measuring under the 19 corruptions (%s)", config.evaluation.robustness)
         robustness = measure_robustness(
             classifier, preprocess, test, quick=config.evaluation.robustness == "quick", seed=config.trainer.seed
         )

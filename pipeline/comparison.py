@@ -11,6 +11,7 @@ import numpy as np
 from pipeline import measures
 from pipeline.assessment import ANSWERS, HISTORY
 from pipeline.config import ConfigError
+from pipeline.plots import save
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def curves(runs: Sequence[RunAnswers], path: Path) -> None:
         axes.grid(alpha=0.3)
         with matplotlib.rc_context({"text.parse_math": False}):  # a run's name may have a dollar
             axes.legend()
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

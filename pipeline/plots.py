@@ -1,25 +1,63 @@
 """The pictures that a run leaves for its reviewer: confusion matrix and learning curves."""
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+log = logging.getLogger(__name__)
+
+FONTS = (
+    "DejaVu Sans", "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Noto Sans Arabic", "Noto Sans Hebrew",
+    "Noto Sans Devanagari", "Noto Sans Thai", "WenQuanYi Zen Hei", "Arial Unicode MS", "Hiragino Sans", "Yu Gothic", "Malgun Gothic",
+)  # fmt: skip
+"""For labels in any writing: those that are installed, the first that has a letter."""
+
+
+def save(figure: "Figure", target: Any, **options: Any) -> None:
+    """As `figure.savefig`. Letters that no font here has are boxes then, which is told in a line, once."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        figure.savefig(target, dpi=110, **options)
+    for one in told:
+        if "missing from font" in str(one.message):
+            _tell_boxes()
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
+@cache
+def _tell_boxes() -> None:
+    log.warning(
+        "charts show boxes for letters of labels that no font here has; install one, as Debian's fonts-noto-cjk"
+    )
+
+
+@cache
+def _fonts() -> list[str]:
+    from matplotlib.font_manager import fontManager
+
+    there = {font.name for font in fontManager.ttflist}
+    return [name for name in FONTS if name in there]
+
 
 def confusion_plot(confusion: np.ndarray, labels: Sequence[str], path: Path) -> None:
     """`confusion_of` as a file."""
-    confusion_of(confusion, labels).savefig(path, dpi=110)
+    save(confusion_of(confusion, labels), path)
 
 
 def confusion_of(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
     """Rows the truth, columns the answer; the colour is the share of the row, the number the count (up to 30 classes)."""
     import matplotlib
 
-    with matplotlib.rc_context({"text.parse_math": False}):  # a label may have a dollar
+    with matplotlib.rc_context({"text.parse_math": False, "font.family": _fonts()}):  # a label may have a dollar
         return _confusion(confusion, labels)
 
 
@@ -64,4 +102,4 @@ def curves_plot(history: Sequence[Mapping[str, float]], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.has_data():
             axes.legend()
-    figure.savefig(path, dpi=110)
+    save(figure, path)

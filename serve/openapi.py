@@ -29,6 +29,37 @@ PREDICT_BODY = {
     }
 }
 
+_TENSOR = {
+    "type": "object",
+    "required": ["name", "datatype", "shape"],
+    "properties": {
+        "name": {"enum": ["images", "encoded"]},
+        "datatype": {"enum": ["UINT8", "BYTES"]},
+        "shape": {"type": "array", "items": {"type": "integer"}},
+        "data": {"type": "array"},
+        "parameters": {"type": "object"},
+    },
+}
+_INFER = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "id": {"type": "string"},
+        "inputs": {"type": "array", "items": _TENSOR},
+        "outputs": {"type": "array", "items": {"type": "object", "properties": {"name": {"type": "string"}}}},
+    },
+}
+_ENCODED = {"inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [1], "data": [_RED]}]}
+INFER_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": _INFER, "example": _ENCODED},
+            "application/octet-stream": {"schema": _FILE},
+        },
+    }
+}
+
 _ANSWER = {
     "model": {"name": "shapes", "digest": "6f1c…"},
     "predictions": [

@@ -22,6 +22,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="refract serve",
+        usage="refract serve SOURCE [--option VALUE …]; --help tells them",
         description="Serve a bundle over HTTP: POST images to /v1/predict; see /docs.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -125,7 +125,7 @@ def _download(source: str, match: re.Match[str], cache: Path) -> Path:
         known = cache / last.read_text("utf-8") if last.is_file() else None
         if known is None or not known.is_dir():
             raise
-        logger.warning("%s; served is what it meant last: %s", err, known.name)
+        logger.warning("served is %s, which %s meant last: %s", known.name, source, err)
         mark_used(known)
         return known
     # The source names the training run, so the same name and version on another server is another folder.

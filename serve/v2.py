@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 from serve.body import Bodies, unless_gone
 from serve.errors import RequestError
 from serve.limits import Limits
-from serve.openapi import problems
+from serve.openapi import INFER_BODY, problems
 from serve.prepare import EACH, Pictures, numbered, pictures
 from serve.service import Service
 from serve.uploads import SPARE, parsed
@@ -30,6 +30,7 @@ RESIZING = 0.1
 """What a pixel costs that need not be decoded, as a share of one that must."""
 
 HEADER = "inference-header-content-length"
+OUTPUTS = ("probabilities", "label")
 INPUTS = (
     {"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]},
     {"name": "encoded", "datatype": "BYTES", "shape": [-1]},
@@ -106,6 +107,7 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
         summary="Classify tensors or encoded images",
         tags=["v2"],
         dependencies=rated,
+        openapi_extra=INFER_BODY,
         responses=problems(400, 401, 404, 408, 413, 422, 429, 503, 504),
     )
     async def infer(name: str, request: Request) -> JSONResponse:
@@ -126,12 +128,9 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
             {"name": "probabilities", "datatype": "FP32", "shape": list(rows.shape), "data": rows.ravel().tolist()},
             {"name": "label", "datatype": "BYTES", "shape": [len(best)], "data": best},
         ]
-        asked = document.get("outputs")
-        wanted = [row.get("name") for row in asked if isinstance(row, dict)] if isinstance(asked, list) else []
-        if strange := [name for name in wanted if isinstance(name, str) and name not in ("probabilities", "label")]:
-            raise _wrong(f"there is no output {str(strange[0])[:40]!r}, but `probabilities` and `label`")
+        wanted = document["outputs"]
         answer: dict[str, Any] = {"model_name": name, "model_version": found.bundle.digest[:16]}
-        answer |= {"outputs": [output for output in outputs if not any(wanted) or output["name"] in wanted]}
+        answer |= {"outputs": [output for output in outputs if output["name"] in wanted]}
         if isinstance(document.get("id"), str):
             answer["id"] = document["id"]
         service.metrics.predicted(rows, labels, 0)
@@ -143,9 +142,18 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
 def _read(body: bytes, announced: str | None, limits: Limits, rest: dict[str, Any]) -> Pictures:
     """rest: takes what the JSON document has beside its inputs, which may be large, and are not kept."""
     document, binary = _parts(body, announced, limits)
+    document["outputs"] = _outputs(document.get("outputs"))
     found = _pictures(document.pop("inputs", None), binary, limits)
     rest.update(document)
     return found
+
+
+def _outputs(asked: Any) -> tuple[str, ...]:
+    """The names of those that are wanted: all, where none is named."""
+    names = [row.get("name") if isinstance(row, dict) else row for row in asked] if isinstance(asked, list) else []
+    if strange := [name for name in names if name not in OUTPUTS]:
+        raise _wrong(f"there is no output {str(strange[0])[:40]!r}, but `probabilities` and `label`")
+    return tuple(own for own in OUTPUTS if own in names) or OUTPUTS
 
 
 def _parts(body: bytes, announced: str | None, limits: Limits) -> tuple[dict[str, Any], bytes]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.commands import console
 from pipeline.config import ConfigError
 from pipeline.lab import Outcome, experiments
+from pipeline.plots import save
 
 
 def main(argv: list[str]) -> int:
@@ -65,4 +66,4 @@ def _plot(path: Path, claim: str, outcome: Outcome) -> None:
     axes.set_ylabel(outcome.y)
     axes.set_title(re.sub(r"(.{60,75}) ", r"\1\n", claim), fontsize=8)
     axes.tick_params(labelsize=7)
-    figure.savefig(path, dpi=110)
+    save(figure, path)

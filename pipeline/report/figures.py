@@ -3,19 +3,24 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
 from augment import decode
+from pipeline.plots import save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 THUMBNAIL = 96
 
 
-def data_url(figure: object) -> str:
+def data_url(figure: "Figure") -> str:
     """A matplotlib figure as PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)  # type: ignore[attr-defined]
+    save(figure, buffer, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from augment import Preprocess
 from models.bundle import load_bundle
 from models.classifier import Classifier
 from models.networks import build
+from pipeline import plots
 from pipeline.comparison import against, read_run
 from pipeline.config import ConfigError
 from pipeline.data.manifest import Sample, load_manifest
@@ -267,3 +269,16 @@ def test_labels_with_dollars_are_drawn(tmp_path: Path) -> None:
 
     confusion_plot(np.eye(2), ["$5_$10", "a_$"], tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_letters_that_no_font_has_are_told_once_and_without_a_warning_of_matplotlibs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(plots, "_fonts", lambda: ["DejaVu Sans"])
+    plots._tell_boxes.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("a.png", "b.png"):
+            plots.confusion_plot(np.eye(2, dtype=int), ["四角", "丸"], tmp_path / name)
+    assert caplog.text.count("letters of labels that no font here has") == 1
+    assert (tmp_path / "b.png").stat().st_size > 1000 and "DejaVu Sans" in plots.FONTS

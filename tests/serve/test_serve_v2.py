@@ -143,6 +143,9 @@ def test_the_version_that_is_told_is_the_one_that_answers(client, bundle) -> Non
     assert client.get("/v2/models/shapes/versions/1/ready").status_code == 404
     body = {"inputs": [good], "outputs": [{"name": "x"}]}
     assert client.post("/v2/models/shapes/infer", json=body).status_code == 422
+    for odd in (5, None, ["label"]):
+        body = {"inputs": [good], "outputs": [{"name": odd}]}
+        assert client.post("/v2/models/shapes/infer", json=body).status_code == 422
     body = {"inputs": [good], "outputs": [{"name": "label"}]}
     outputs = client.post("/v2/models/shapes/infer", json=body).json()["outputs"]
     assert [output["name"] for output in outputs] == ["label"]
