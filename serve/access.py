@@ -20,8 +20,13 @@ _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 MOST = 10_000
 """Lines that wait to be written; what comes meanwhile is lost, and counted in a line of its own."""
 
+LONGEST = 500
+"""Characters of a path that are written."""
+
 EACH_S = 0.02
 """Lines are written together, so often."""
+
+TOGETHER = 256
 
 LAST_S = 2.0
 """For what still waits when the process ends."""
@@ -39,7 +44,8 @@ class Written(logging.Handler):
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
-        self._descriptor, self._lost, self._broken = descriptor, 0, False
+        self._descriptor, self._broken, self._torn = descriptor, False, False
+        self._lost = 0  # for want of a place among those that wait
         self._lines: deque[str] = deque()
         self._some = threading.Event()
         threading.Thread(target=self._write, name="access lines", daemon=True).start()
@@ -59,30 +65,37 @@ class Written(logging.Handler):
             time.sleep(EACH_S / 4)
 
     def _write(self) -> None:
-        told = 0  # of the lost
+        dropped = told = 0  # that could not be written; of all that are lost
         while self._some.wait():
             time.sleep(EACH_S)
             while self._lines:
-                count = len(self._lines)
-                self._pass_on("".join(f"{self._lines[i]}\n" for i in range(count)))
+                count = min(len(self._lines), TOGETHER)
+                dropped += self._passed_over("".join(f"{self._lines[i]}\n" for i in range(count)))
                 for _ in range(count):
                     self._lines.popleft()
-            if lost := self._lost - told:
-                told += lost
-                self._pass_on(json.dumps({"time": _now(), "lost": lost}) + "\n")
+                lost = self._lost + dropped - told
+                if lost and not self._passed_over(json.dumps({"time": _now(), "lost": lost}) + "\n"):
+                    told += lost
             self._some.clear()
             if self._lines:  # came after the look, and before that
                 self._some.set()
 
-    def _pass_on(self, text: str) -> None:
-        rest = memoryview(text.encode())
-        try:
-            while rest:
+    def _passed_over(self, text: str) -> int:
+        """How many of the lines could not be written."""
+        whole = rest = (b"\n" if self._torn else b"") + text.encode()
+        while rest:
+            try:
                 rest = rest[os.write(self._descriptor, rest) :]
-        except OSError as err:  # nobody reads any more
-            if not self._broken:
-                logging.getLogger("serve").warning("access lines cannot be written: %s", err.strerror)
-            self._broken = True
+            except BlockingIOError:  # a pipe that another process has made so
+                time.sleep(EACH_S)
+            except OSError as err:  # nobody reads any more, or there is no room
+                if not self._broken:
+                    logging.getLogger("serve").warning("access lines cannot be written: %s", err.strerror)
+                self._broken = True
+                self._torn = self._torn if rest is whole else not whole[: -len(rest)].endswith(b"\n")
+                return rest.lstrip(b"\n").count(b"\n")
+        self._broken = self._torn = False
+        return 0
 
 
 def _now() -> str:
@@ -125,7 +138,7 @@ class Access:
                     "time": _now(),
                     "id": name.decode(),
                     "method": scope["method"],
-                    "path": scope["path"],
+                    "path": scope["path"][:LONGEST],
                     "status": status,
                     "code": state.get("code"),
                     "seconds": round(time.monotonic() - began, 6),

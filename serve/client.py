@@ -31,8 +31,10 @@ class _Common:
         what is no url, or no try."""
         if tries < 1:
             raise ValueError(f"tries={tries}: expected at least 1")
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"url={url!r}: expected http:// or https:// before it, as in http://localhost:8000")
+        if not str(url).lower().startswith(("http://", "https://")):
+            raise ValueError(f"url={str(url)!r}: expected http:// or https:// before it, as in http://localhost:8000")
+        if key is not None and not key.isascii():
+            raise ValueError("key: a key has letters, digits and signs of ASCII alone")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._options: dict[str, Any] = {"base_url": url, "headers": headers, "timeout": timeout_s}
         self._tries = tries

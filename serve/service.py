@@ -297,7 +297,7 @@ class Service:
             except RequestError:  # the client's mistake is the same for both
                 raise
             except Exception as err:  # whatever it is, the one that is trusted answers
-                self._tell_failed(err, 1)
+                self._tell_failed(err, known.pictures.number)
             else:
                 self.metrics.challenged("answered", len(found.probabilities), sum(found.seconds.values()))
                 return found

@@ -150,7 +150,9 @@ def _read(body: bytes, announced: str | None, limits: Limits, rest: dict[str, An
 
 def _outputs(asked: Any) -> tuple[str, ...]:
     """The names of those that are wanted: all, where none is named."""
-    names = [row.get("name") if isinstance(row, dict) else row for row in asked] if isinstance(asked, list) else []
+    if not isinstance(asked, list | None):
+        raise _wrong("outputs is no list")
+    names = [row.get("name") if isinstance(row, dict) else row for row in asked or []]
     if strange := [name for name in names if name not in OUTPUTS]:
         raise _wrong(f"there is no output {str(strange[0])[:40]!r}, but `probabilities` and `label`")
     return tuple(own for own in OUTPUTS if own in names) or OUTPUTS

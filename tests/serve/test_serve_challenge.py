@@ -142,6 +142,14 @@ def test_a_challenger_that_fails_in_a_way_of_its_own_takes_nobody_with_it(
     assert "in a way of its own" in caplog.text
 
 
+def test_a_clients_own_mistake_is_none_of_the_challenger(bundle, other, serving) -> None:
+    app = create_app(bundle, challenge=Challenge(Engine(other), share=1, answers=True))
+    with serving(app) as client:
+        assert client.post("/v1/predict", content=b"no picture").status_code == 400
+        count = app.state.service.metrics.registry.get_sample_value
+        assert count("refract_requests_total", {"end": "invalid_image"}) == 1 and ends(app) == {}
+
+
 def test_a_slow_canary_takes_no_client_with_it(bundle, other, serving, picture) -> None:
     Held.gate.set()
     app = create_app(bundle, deadline_s=2, challenge=Challenge(Held(other), share=1, answers=True))

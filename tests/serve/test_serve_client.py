@@ -112,4 +112,6 @@ def test_the_command_asks_a_server(bundle, serving, picture, tmp_path: Path) -> 
     down = run("in", "--url", "http://127.0.0.1:9")
     assert down.returncode == 1 and "does not answer" in down.stderr and "Traceback" not in down.stderr
     bare = run("in", "--url", "localhost:8000")
+    odd = run("in", "--url", "http://localhost:9", "--key", "ключ12345")
+    assert odd.returncode == 2 and "a key has letters, digits and signs of ASCII alone" in odd.stderr
     assert bare.returncode == 2 and "--url='localhost:8000': expected http:// or https:// before it" in bare.stderr

@@ -70,6 +70,17 @@ def test_the_access_log_is_json_and_nothing_else(bundle, picture):
     assert (code, err, lines[0]["id"]) == (0, "", "mine")
 
 
+def test_a_connection_is_kept_as_long_as_is_asked(bundle):
+    process = start(str(bundle.path), "--port", "0", "--keep-alive-s", "1")
+    url = httpx.URL(process.stdout.readline().rpartition(" on ")[2].strip())
+    with socket.create_connection((url.host, url.port), timeout=10) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        assert connection.recv(1000) == b"", "closed before the 5 seconds of uvicorn's own, and the 75 of ours"
+    process.terminate()
+    assert finish(process) == (0, "", "")
+
+
 def test_a_reader_of_the_access_log_that_stalls_holds_nobody_up(bundle):
     process = start(str(bundle.path), "--port", "0", "--access-log")
     address = process.stdout.readline().rpartition(" on ")[2].strip()

@@ -1,14 +1,17 @@
 """What a server tells of itself, and whom it answers."""
 
 import asyncio
+import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
+import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 
+from serve import access
 from serve import connection as connections
 from serve.app import create_app
 from serve.challenge import Challenge
@@ -181,7 +185,7 @@ def test_a_key_file_that_was_replaced_with_its_time_kept_is_read_again(tmp_path:
     file, fresh = tmp_path / "keys", tmp_path / "fresh"
     file.write_text(f"{FIRST}\n")
     ask, now = asker(file)
-    fresh.write_text(SECOND + "\n")
+    fresh.write_text(SECOND + " " * (len(FIRST) - len(SECOND)) + "\n")
     os.utime(fresh, ns=(file.stat().st_mtime_ns, file.stat().st_mtime_ns))
     fresh.replace(file)
     now[0] = 2.0
@@ -254,3 +258,75 @@ def test_the_dashboard_asks_for_what_there_is(bundle, serving, picture) -> None:
     there = {sample.name for family in text_string_to_metric_families(families) for sample in family.samples}
     there |= {family.name + "_total" for family in text_string_to_metric_families(families) if family.type == "counter"}
     assert asked - there == {"refract_gpu_bytes"} and len(asked) > 12
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """Of one page: it takes the lines of a few requests."""
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    yield reading, writing
+    os.close(reading)
+
+
+def record(text: str) -> logging.LogRecord:
+    return logging.LogRecord("serve.access", logging.INFO, "", 0, text, None, None)
+
+
+def read_lines(descriptor: int, wanted: int) -> list[dict]:
+    """Until so many lines are told of, lost ones too."""
+    found, deadline = b"", time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if select.select([descriptor], [], [], 0.1)[0]:
+            found += os.read(descriptor, 1 << 16)
+        lines = [json.loads(line) for line in found.splitlines(keepends=True) if line.endswith(b"\n")]
+        if sum(line.get("lost", 1) for line in lines) >= wanted:
+            return lines
+    raise AssertionError(found)
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_lines_that_find_no_reader_are_counted(pipe, monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
+    monkeypatch.setattr(access, "MOST", 50)
+    os.set_blocking(pipe[1], blocking)
+    lines = access.Written(pipe[1])
+    for number in range(500):
+        lines.emit(record(json.dumps({"number": number, "more": "x" * 100})))
+    time.sleep(0.2)
+    found = read_lines(pipe[0], 500)
+    assert sum(line.get("lost", 0) for line in found) > 300
+    numbers = [line["number"] for line in found if "number" in line]
+    assert numbers == list(range(len(numbers))), "in their order, the first of them"
+
+
+def test_what_waits_is_written_before_the_end(pipe) -> None:
+    lines = access.Written(pipe[1])
+    lines.emit(record('{"number": 1}'))
+    lines.flush()
+    os.set_blocking(pipe[0], False)
+    assert os.read(pipe[0], 1000) == b'{"number": 1}\n'
+
+
+def test_a_line_that_was_torn_spoils_no_other(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """As where a disk is full, and has room again."""
+    room, written = [10], bytearray()
+
+    def write(_: int, data: bytes) -> int:
+        if not room[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count = min(room[0], len(data))
+        room[0] -= count
+        written.extend(data[:count])
+        return count
+
+    monkeypatch.setattr(access.os, "write", write)
+    lines = access.Written(99)
+    for number in range(5):
+        lines.emit(record(json.dumps({"number": number})))
+    lines.flush()
+    room[0] = 10_000
+    lines.emit(record(json.dumps({"number": 5})))
+    lines.flush()
+    first, *others = bytes(written).split(b"\n")
+    assert first == b'{"number":' and next(json.loads(line) for line in others if line) == {"number": 5}
+    assert json.loads(others[1])["lost"] == 5 and caplog.text.count("access lines cannot be written: No space") == 1
