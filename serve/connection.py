@@ -95,7 +95,7 @@ class Connection(HttpToolsProtocol):
             self.flow.pause_reading()
             if taken >= TURN:
                 self.loop.call_soon(self._take_up)
-        elif not self.pipeline and (self.cycle is None or len(self.cycle.body) <= HIGH_WATER_LIMIT):
+        elif not self.pipeline and (self._idle() or len(self.cycle.body) <= HIGH_WATER_LIMIT):
             self.flow.resume_reading()
         self._watch()
 
@@ -216,13 +216,17 @@ class Connection(HttpToolsProtocol):
     def _watch(self) -> None:
         """Where nothing is being answered, a head must arrive soon, and the rest of a body that was refused. What arrives and is neither
         does not put it off. Between requests a connection may rest."""
-        if self.cycle is not None and not self.cycle.response_complete:
+        if not self._idle():
             return
         if not self._ended:
             self._hurry()
             return
         self._calm()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _idle(self) -> bool:
+        """Nothing is being answered."""
+        return self.cycle is None or self.cycle.response_complete
 
     def _hurry(self) -> None:
         if self._timer is None:

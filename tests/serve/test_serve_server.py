@@ -1,5 +1,6 @@
 """What goes over a connection beside whole requests: heads without an end, headers of other protocols."""
 
+import asyncio
 import json
 import re
 import socket
@@ -205,6 +206,26 @@ def test_a_refused_body_that_arrives_later_makes_no_connection_suspect(client, m
         time.sleep(1)
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("size", [1000, 70_000, 300_000, 3_000_000])
+def test_a_body_that_nobody_asks_for_is_passed_over(serving, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a request which is refused after a while: what follows on the connection is answered."""
+    monkeypatch.setattr(connections, "HEAD_S", 1.0)
+
+    async def refusing(scope, receive, send) -> None:
+        if scope["type"] == "lifespan":
+            for part in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{part}.complete"})
+            return
+        await asyncio.sleep(0.1)
+        await send({"type": "http.response.start", "status": 429, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    with serving(refusing) as client:
+        body = b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size
+        assert answers(client, body, body + body) == [b"429"] * 4
 
 
 def test_who_reads_nothing_is_left(client, made, monkeypatch: pytest.MonkeyPatch) -> None:
