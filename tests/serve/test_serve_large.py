@@ -109,7 +109,7 @@ def test_heat_maps_that_could_not_be_drawn_in_time_are_refused_before_anything_i
 ) -> None:
     heat = Explainer.heat
     monkeypatch.setattr(Explainer, "heat", lambda *given: time.sleep(0.2) or heat(*given))
-    with serving(create_app(bundle, deadline_s=2)) as client, ThreadPoolExecutor(30) as pool:
+    with serving(create_app(bundle, deadline_s=5)) as client, ThreadPoolExecutor(30) as pool:
         assert client.post("/v1/predict?explain=true", content=picture(1)).status_code == 200
         for _ in range(4):
             client.post("/v1/predict?explain=true", files=[("f", ("x.jpg", picture(1)))] * 2)
