@@ -1,14 +1,14 @@
 """What arrives on one connection, bounded: in bytes, in requests and in time. Knows nothing of what is asked."""
 
 import asyncio
-import json
 from collections import deque
 from collections.abc import Callable
-from http import HTTPStatus
 
 import httptools
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER, HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from serve.errors import Problem
 
 HEAD_S = 10
 """For a request's head to arrive, and for a connection to begin one: who sends a byte now and then holds no connection for ever."""
@@ -87,9 +87,9 @@ class Connection(HttpToolsProtocol):
         except (httptools.HttpParserError, _TooLargeError) as err:
             if isinstance(err.__context__ or err, _TooLargeError):
                 told = f"a request's head has at most {HEAD_BYTES >> 10} KiB and {FIELDS} fields"
-                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "head_too_large", told)
+                self._refuse(Problem(431, "head_too_large", told))
             else:
-                self._refuse(HTTPStatus.BAD_REQUEST, "invalid_http", "this is no request of HTTP/1.1")
+                self._refuse(Problem(400, "invalid_http", "this is no request of HTTP/1.1"))
             return
         if self._rest:
             self.flow.pause_reading()
@@ -182,13 +182,12 @@ class Connection(HttpToolsProtocol):
         fields = (b"%s: %s" % field for field in self.headers if field[0] != b"upgrade")
         return b"\r\n".join((first, *fields, b"", b""))
 
-    def _refuse(self, status: HTTPStatus, code: str, detail: str) -> None:
-        """Take nothing more, and say why (RFC 9457) when what was whole has its answers."""
-        problem = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail, "code": code}
-        body = json.dumps(problem).encode()
-        head = f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/problem+json\r\n"
-        head += f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        self._refusal, self._rest = head.encode() + body, memoryview(b"")
+    def _refuse(self, problem: Problem) -> None:
+        """Take nothing more, and say why when what was whole has its answers."""
+        answer = problem.response({})
+        fields = b"".join(b"%s: %s\r\n" % field for field in (*answer.raw_headers, CLOSE_HEADER))
+        self._refusal = STATUS_LINE[problem.status] + fields + b"\r\n" + answer.body
+        self._rest = memoryview(b"")
         self.flow.pause_reading()
         broken = self.cycle
         if broken is not None and broken.more_body and not broken.response_complete:  # its body will not come

@@ -14,6 +14,8 @@ from starlette.responses import JSONResponse
 from serve.batcher import BatchError, ClosedError
 from serve.limits import OverloadedError
 
+MEDIA_TYPE = "application/problem+json"
+
 
 class RequestError(Exception):
     """The client asked for something that is refused. `message` is written for the client."""
@@ -36,10 +38,13 @@ class Problem:
     detail: str
     headers: Mapping[str, str] | None = None
 
+    @property
+    def content(self) -> dict[str, Any]:
+        title = HTTPStatus(self.status).phrase
+        return {"type": "about:blank", "title": title, "status": self.status, "detail": self.detail, "code": self.code}
+
     def response(self, more: dict[str, Any]) -> JSONResponse:
-        problem = {"type": "about:blank", "title": HTTPStatus(self.status).phrase, "status": self.status}
-        content = {**problem, "detail": self.detail, "code": self.code, **more}
-        return JSONResponse(content, self.status, self.headers, media_type="application/problem+json")
+        return JSONResponse(self.content | more, self.status, self.headers, media_type=MEDIA_TYPE)
 
 
 def _refused(_: Request, error: RequestError) -> Problem:

@@ -1,7 +1,8 @@
 """What `/docs` and `/openapi.json` tell beside the code's own types: forms of bodies, answers and refusals, each with an example."""
 
-from http import HTTPStatus
 from typing import Any
+
+from serve.errors import MEDIA_TYPE, Problem
 
 _RED = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGO8IyfHgA0wYRUdtBIA4FYBKCgCg6AAAAAASUVORK5CYII="
 """A red picture of 8 × 8 pixels, a PNG in base64."""
@@ -73,31 +74,25 @@ _ANSWER = {
 }
 
 
-def _problem(status: int, code: str, detail: str) -> dict[str, Any]:
-    title = HTTPStatus(status).phrase
-    return {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": code}
-
-
 def _described(problem: dict[str, Any]) -> dict[str, Any]:
     schema = {"type": "object", "required": list(problem), "properties": {key: {} for key in problem}}
-    content = {"application/problem+json": {"schema": schema, "example": problem}}
-    return {"description": problem["title"], "content": content}
+    return {"description": problem["title"], "content": {MEDIA_TYPE: {"schema": schema, "example": problem}}}
 
 
 _PROBLEMS: dict[int, dict[str, Any]] = {
-    problem["status"]: _described(problem)
+    problem.status: _described(problem.content)
     for problem in (
-        _problem(400, "invalid_image", "the image cannot be read"),
-        _problem(401, "unauthorized", "this server asks for a key: send Authorization: Bearer KEY"),
-        _problem(404, "unknown_model", "there is no model of this name; served is 'shapes'"),
-        _problem(408, "body_too_slow", "the body had not arrived within 30 s"),
-        _problem(409, "no_model_before", "this server has served no other model before"),
-        _problem(413, "body_too_large", "the body is larger than 20971520 bytes"),
-        _problem(415, "unsupported_media_type", "Content-Type is 'text/html'; accepted are …"),
-        _problem(422, "invalid_parameter", "query top: Input should be a valid integer"),
-        _problem(429, "overloaded", "256 requests are being answered already; try again later"),
-        _problem(503, "not_ready", "the server is going down"),
-        _problem(504, "deadline_exceeded", "there was no answer within 10 s"),
+        Problem(400, "invalid_image", "the image cannot be read"),
+        Problem(401, "unauthorized", "this server asks for a key: send Authorization: Bearer KEY"),
+        Problem(404, "unknown_model", "there is no model of this name; served is 'shapes'"),
+        Problem(408, "body_too_slow", "the body had not arrived within 30 s"),
+        Problem(409, "no_model_before", "this server has served no other model before"),
+        Problem(413, "body_too_large", "the body is larger than 20971520 bytes"),
+        Problem(415, "unsupported_media_type", "Content-Type is 'text/html'; accepted are …"),
+        Problem(422, "invalid_parameter", "query top: Input should be a valid integer"),
+        Problem(429, "overloaded", "256 requests are being answered already; try again later"),
+        Problem(503, "not_ready", "the server is going down"),
+        Problem(504, "deadline_exceeded", "there was no answer within 10 s"),
     )
 }
 

@@ -127,7 +127,7 @@ def test_a_head_is_bounded_in_fields_and_bytes(client, picture) -> None:
     assert refused(client, first, b"a: b\r\n" * 200, end).startswith(b"HTTP/1.1 200")
     assert refused(client, first, b"a: " + b"b" * 60_000 + b"\r\n", end).startswith(b"HTTP/1.1 200")
     answer = refused(client, first + b"a: b\r\n" * 300 + end)
-    assert answer.startswith(b"HTTP/1.1 431 ") and b'"code": "head_too_large"' in answer
+    assert answer.startswith(b"HTTP/1.1 431 ") and b'"code":"head_too_large"' in answer
     for flood in (b"a: b\r\n" * 50_000, b"x" * 300_000):
         with connected(client) as connection:
             connection.sendall(first + b"a: " + flood)
