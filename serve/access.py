@@ -27,6 +27,7 @@ EACH_S = 0.02
 """Lines are written together, so often."""
 
 TOGETHER = 256
+"""Lines of one write, after which it is told how many were lost."""
 
 LAST_S = 2.0
 """For what still waits when the process ends."""
@@ -34,13 +35,13 @@ LAST_S = 2.0
 
 def write_lines(descriptor: int = 1) -> None:
     """Have the lines written to the standard output, each a JSON object and nothing else; warnings go elsewhere."""
-    logger.addHandler(Written(descriptor))
+    logger.addHandler(LineWriter(descriptor))
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
 
-class Written(logging.Handler):
-    """From a thread, and past Python's own buffer: a reader that stalls holds up no request, nor the end."""
+class LineWriter(logging.Handler):
+    """Writes lines from a thread, and past Python's own buffer: a reader that stalls holds up no request, nor the end."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -70,18 +71,18 @@ class Written(logging.Handler):
             time.sleep(EACH_S)
             while self._lines:
                 count = min(len(self._lines), TOGETHER)
-                dropped += self._passed_over("".join(f"{self._lines[i]}\n" for i in range(count)))
+                dropped += self._unwritten("".join(f"{self._lines[i]}\n" for i in range(count)))
                 for _ in range(count):
                     self._lines.popleft()
                 lost = self._lost + dropped - told
-                if lost and not self._passed_over(json.dumps({"time": _now(), "lost": lost}) + "\n"):
+                if lost and not self._unwritten(json.dumps({"time": _now(), "lost": lost}) + "\n"):
                     told += lost
             self._some.clear()
             if self._lines:  # came after the look, and before that
                 self._some.set()
 
-    def _passed_over(self, text: str) -> int:
-        """How many of the lines could not be written."""
+    def _unwritten(self, text: str) -> int:
+        """Write it; how many of its lines could not be written."""
         whole = rest = (b"\n" if self._torn else b"") + text.encode()
         while rest:
             try:

@@ -289,7 +289,7 @@ def read_lines(descriptor: int, wanted: int) -> list[dict]:
 def test_lines_that_find_no_reader_are_counted(pipe, monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
     monkeypatch.setattr(access, "MOST", 50)
     os.set_blocking(pipe[1], blocking)
-    lines = access.Written(pipe[1])
+    lines = access.LineWriter(pipe[1])
     for number in range(500):
         lines.emit(record(json.dumps({"number": number, "more": "x" * 100})))
     time.sleep(0.2)
@@ -300,7 +300,7 @@ def test_lines_that_find_no_reader_are_counted(pipe, monkeypatch: pytest.MonkeyP
 
 
 def test_what_waits_is_written_before_the_end(pipe) -> None:
-    lines = access.Written(pipe[1])
+    lines = access.LineWriter(pipe[1])
     lines.emit(record('{"number": 1}'))
     lines.flush()
     os.set_blocking(pipe[0], False)
@@ -320,7 +320,7 @@ def test_a_line_that_was_torn_spoils_no_other(monkeypatch: pytest.MonkeyPatch, c
         return count
 
     monkeypatch.setattr(access.os, "write", write)
-    lines = access.Written(99)
+    lines = access.LineWriter(99)
     for number in range(5):
         lines.emit(record(json.dumps({"number": number})))
     lines.flush()
