@@ -116,7 +116,7 @@ def create_app(
     _add_health(app, service, allowed)
     add_v2(app, service, bodies, allowed, rated)
     guards = admin or keys
-    _add_admin(app, service, _dependencies(_unrated(guards)) if guards else [Depends(_nobody)])
+    _add_admin(app, service, guards)
     add_page(app)
     # Around all that Starlette and FastAPI have around a route, too.
     routes = Direct(app.build_middleware_stack(), PREDICT, predict, refused)
@@ -179,10 +179,11 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
         return JSONResponse({"requests": service.inside, "pictures_waiting": service.waiting})
 
 
-def _add_admin(app: FastAPI, service: Service, allowed: list[Any]) -> None:
-    answers = problems(401, 404, 409, 503)
+def _add_admin(app: FastAPI, service: Service, guards: Keys | None) -> None:
+    about: dict[str, Any] = {"summary": "Answer with the model before", "responses": problems(401, 409, 503)}
+    allowed = _dependencies(_unrated(guards)) if guards else [Depends(_nobody)]
 
-    @app.post("/admin/rollback", summary="Answer with the model before", dependencies=allowed, responses=answers)
+    @app.post("/admin/rollback", dependencies=allowed, include_in_schema=guards is not None, **about)
     async def rollback() -> JSONResponse:
         service.check_ready()
         await service.roll_back()
