@@ -11,7 +11,7 @@ import numpy as np
 from pipeline import measures
 from pipeline.assessment import ANSWERS, HISTORY
 from pipeline.config import ConfigError
-from pipeline.plots import save
+from pipeline.plots import own_names, save
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,6 @@ def against(one: RunAnswers, other: RunAnswers) -> tuple[measures.Difference, in
 
 def curves(runs: Sequence[RunAnswers], path: Path) -> None:
     """The validation figures of all runs over the epochs, as PNG."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     names = [
@@ -91,7 +90,7 @@ def curves(runs: Sequence[RunAnswers], path: Path) -> None:
             points = [(epoch + 1, row[name]) for epoch, row in enumerate(run.history) if name in row]
             axes.plot(*zip(*points, strict=True), marker=".", label=run.name)
         axes.grid(alpha=0.3)
-        with matplotlib.rc_context({"text.parse_math": False}):  # a run's name may have a dollar
+        with own_names():
             axes.legend()
     save(figure, path)
 

@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,10 +41,24 @@ def _tell_boxes() -> None:
     )
 
 
+@contextmanager
+def own_names() -> Iterator[None]:
+    """For text that is the user's: a dollar begins no formula, and any writing is drawn for which a font is here."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False, "font.family": _fonts()}):
+        yield
+
+
 @cache
 def _fonts() -> list[str]:
-    from matplotlib.font_manager import fontManager
+    from matplotlib.font_manager import findSystemFonts, fontManager
 
+    known = {font.fname for font in fontManager.ttflist}
+    for file in findSystemFonts():  # matplotlib keeps a list, and does not look for what was installed since
+        if file not in known:
+            with suppress(OSError, RuntimeError):  # of a kind that it cannot draw
+                fontManager.addfont(file)
     there = {font.name for font in fontManager.ttflist}
     return [name for name in FONTS if name in there]
 
@@ -55,9 +70,7 @@ def confusion_plot(confusion: np.ndarray, labels: Sequence[str], path: Path) -> 
 
 def confusion_of(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
     """Rows the truth, columns the answer; the colour is the share of the row, the number the count (up to 30 classes)."""
-    import matplotlib
-
-    with matplotlib.rc_context({"text.parse_math": False, "font.family": _fonts()}):  # a label may have a dollar
+    with own_names():
         return _confusion(confusion, labels)
 
 

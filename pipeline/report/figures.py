@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from augment import decode
-from pipeline.plots import save
+from pipeline.plots import own_names, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,17 +102,15 @@ def two_histograms(reference: np.ndarray, new: np.ndarray, name: str) -> str:
 
 def two_shares(reference: np.ndarray, new: np.ndarray, labels: Sequence[str], most: int) -> str:
     """Two counts (C,) as shares, side by side, of the `most` labels that differ most."""
-    import matplotlib
-
     shares = [counts / max(1, counts.sum()) for counts in (reference, new)]
     places = np.sort(np.argsort(-np.abs(shares[0] - shares[1]), kind="stable")[:most])
-    axes = _axes("", "share", (max(4.2, 0.45 * len(places)), 3.4))
-    for side, values, label in ((-0.2, shares[0], "reference"), (0.2, shares[1], "new")):
-        axes.bar(np.arange(len(places)) + side, values[places], 0.4, label=label)
-    axes.set_xticks(range(len(places)))
-    axes.set_xticklabels([labels[i] for i in places], rotation=60, ha="right", fontsize=8)
-    axes.legend(fontsize=8)
-    with matplotlib.rc_context({"text.parse_math": False}):  # a label may have a dollar
+    with own_names():
+        axes = _axes("", "share", (max(4.2, 0.45 * len(places)), 3.4))
+        for side, values, label in ((-0.2, shares[0], "reference"), (0.2, shares[1], "new")):
+            axes.bar(np.arange(len(places)) + side, values[places], 0.4, label=label)
+        axes.set_xticks(range(len(places)))
+        axes.set_xticklabels([labels[i] for i in places], rotation=60, ha="right", fontsize=8)
+        axes.legend(fontsize=8)
         return data_url(axes.figure)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib import font_manager
 from small_data import COLORS, Run, picture, write_picture
 
 from augment import Preprocess
@@ -282,3 +283,12 @@ def test_letters_that_no_font_has_are_told_once_and_without_a_warning_of_matplot
             plots.confusion_plot(np.eye(2, dtype=int), ["四角", "丸"], tmp_path / name)
     assert caplog.text.count("letters of labels that no font here has") == 1
     assert (tmp_path / "b.png").stat().st_size > 1000 and "DejaVu Sans" in plots.FONTS
+
+
+def test_a_font_that_was_installed_since_matplotlib_listed_them_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = font_manager.fontManager.ttflist
+    file = next(font.fname for font in listed if font.fname.endswith("DejaVuSerif.ttf"))
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [font for font in listed if font.name != "DejaVu Serif"])
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [file, __file__])
+    monkeypatch.setattr(plots, "FONTS", ("DejaVu Sans", "DejaVu Serif", "None Such"))
+    assert plots._fonts.__wrapped__() == ["DejaVu Sans", "DejaVu Serif"]
