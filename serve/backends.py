@@ -4,9 +4,11 @@ import copy
 import io
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     import openvino
 
 logger = logging.getLogger(__name__)
+
+PART, LEFT_S = "part-", 3600
+"""Folders in which files are written, and the age from which nobody writes there any more."""
 
 Forward = Callable[[Tensor], Tensor]
 """uint8 N×3×H×W on the device → float32 logits N×C."""
@@ -225,18 +230,20 @@ def _onnx_session(data: bytes) -> Forward:
 def store(folder: Path, suffix: str, write: Callable[[Path], object]) -> None:
     """Have `write` make a file, and call it `kept` when it is whole. Where that cannot be, in a read-only container, the next start makes
     it again."""
-    part = folder / f"part-{os.getpid()}.{suffix}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(part)
-        if part.with_suffix(".bin").is_file():  # what goes with OpenVINO's file, first
-            _rename(part.with_suffix(".bin"), folder / "kept.bin")
-        _rename(part, folder / f"kept.{suffix}")
+        with tempfile.TemporaryDirectory(
+            prefix=PART, dir=folder
+        ) as part:  # others may write there: containers, with one process number
+            write(Path(part, f"kept.{suffix}"))
+            for written in sorted(Path(part).iterdir()):  # of OpenVINO's two files that first, which the other needs
+                _rename(written, folder / written.name)
     except (OSError, RuntimeError) as err:  # the second is OpenVINO's kind
         logger.warning("%s is not kept: %s", folder, first_line(err))
-        for left in (part, part.with_suffix(".bin")):
-            with suppress(OSError):
-                left.unlink(missing_ok=True)
+    for left in folder.glob(f"{PART}*"):  # by a process that was killed
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > LEFT_S:
+                shutil.rmtree(left)
 
 
 def _rename(part: Path, kept: Path) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from models.classifier import Classifier
 from models.networks import build
 from serve import choice as choosing
 from serve.app import create_app
-from serve.backends import BACKENDS
+from serve.backends import BACKENDS, store
 from serve.choice import choose
 from serve.engine import Engine
 from serve.engine import build as build_engine
@@ -289,6 +290,30 @@ def test_a_kept_network_that_is_cut_is_converted_anew(
         caplog.clear()
         assert all(len(file.read_bytes()) > 1_000 for file in files)
         assert asking(bundle, wanted=name)[1].name == name and "made anew" not in caplog.text
+
+
+def test_what_is_kept_is_whole_whoever_else_writes_there(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Containers that share a cache have the same process number."""
+    left, young = cache / "part-killed", cache / "part-at-work"
+    for folder in (left, young):
+        folder.mkdir(parents=True)
+        (folder / "kept.onnx").touch()
+    os.utime(left, (0, 0))
+
+    def write(part: Path) -> None:
+        with part.open("w") as file:
+            store(cache, "onnx", lambda other: other.write_text("of another"))
+            file.write("whole")
+        assert (cache / "kept.onnx").read_text() == "of another"
+
+    store(cache, "onnx", write)
+    assert (cache / "kept.onnx").read_text() == "whole" and not caplog.text
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError("the disk is full")))
+    store(cache, "onnx", lambda part: part.write_text("other"))
+    assert "is not kept: the disk is full" in caplog.text and (cache / "kept.onnx").read_text() == "whole"
+    assert {file.name for file in cache.iterdir()} == {"kept.onnx", "part-at-work"}
 
 
 @pytest.mark.parametrize("text", ["[", "null", "[" * 100_000, '{"name": ["eager"], "threads": 1}', "\xff"])
