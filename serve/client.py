@@ -1,6 +1,7 @@
 """A client of the server: `Client` waits, `AsyncClient` is awaited; both try again when they are told to. Imports nothing of the server."""
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Sequence
@@ -13,8 +14,12 @@ import httpx
 Images = Sequence[bytes | str | Path]
 Answer = httpx.Response | httpx.TransportError
 
+logger = logging.getLogger(__name__)
+
 TRIES = 5
 LONGEST_WAIT_S = 30.0
+TOLD_WAIT_S = 1.0
+"""A wait of so long is told, as a warning."""
 
 
 class ServerError(RuntimeError):
@@ -51,7 +56,10 @@ class _Common:
         if answer.status_code not in (429, 503):
             return None
         told = answer.headers.get("retry-after", "")
-        return min(LONGEST_WAIT_S, float(told)) + backoff if told.isdecimal() else backoff
+        wait = min(LONGEST_WAIT_S, float(told)) + backoff if told.isdecimal() else backoff
+        if wait >= TOLD_WAIT_S:
+            logger.warning("the server is busy (%d): asked again in %.0f s", answer.status_code, wait)
+        return wait
 
 
 class _Unopened:

@@ -70,13 +70,16 @@ class Busy(BaseHTTPRequestHandler):
         pass
 
 
-def test_it_waits_as_long_as_it_is_told_and_asks_again() -> None:
+def test_it_waits_as_long_as_it_is_told_and_asks_again(caplog: pytest.LogCaptureFixture) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with Client(f"http://127.0.0.1:{server.server_port}") as client:
             assert client.predict([b"x"]) == [{"label": "a"}]
         gaps = [b - a for a, b in zip(Busy.times, Busy.times[1:], strict=False)]
         assert len(gaps) == 3 and min(gaps[:2]) >= 1.0
+        assert [line.getMessage() for line in caplog.records if line.name == "serve.client"] == [
+            "the server is busy (429): asked again in 1 s"
+        ] * 2
         Busy.times.clear()
         with Client(f"http://127.0.0.1:{server.server_port}", tries=1) as client, pytest.raises(ServerError) as refused:
             client.predict([b"x"])
