@@ -44,7 +44,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
-    manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass")
+    manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass", to_train=False)
     drawn = "test" not in manifest.splits()
     if drawn:
         manifest = held_out(info, manifest)
@@ -69,6 +69,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     print(f"{info.name} on {len(samples):,} pictures of {args.data} ({split or 'all'})")
     for name, value in result.metrics.items():
         print(f"  {name:<24} {value:.4f}")
+    absent = [row["label"] for row in result.per_class if not row["count"]]
+    if absent:
+        more = " …" if len(absent) > 10 else ""
+        print(f"  no pictures of {len(absent)} labels, which macro_f1 takes as 0: {', '.join(absent[:10])}{more}")
     width = max(len(row["label"]) for row in result.per_class)
     print(f"  {'label':<{width}}  precision  recall      f1   count")
     for row in result.per_class:

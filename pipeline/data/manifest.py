@@ -88,8 +88,16 @@ class Manifest:
         return replace(self, samples=tuple(samples))
 
 
-def load_manifest(source: str | Path, task: str = "auto") -> Manifest:
-    """Read a data set. source: `digits`, a folder, or a `.csv`/`.parquet` file. DataError says what is wrong with it."""
+def load_manifest(source: str | Path, task: str = "auto", *, to_train: bool = True) -> Manifest:
+    """Read a data set. source: `digits`, a folder, or a `.csv`/`.parquet` file. DataError says what is wrong with it; `to_train`, also that
+    it has splits and nothing to train on, or one class alone."""
+    manifest = _load(source, task)
+    if to_train:
+        _refuse_untrainable(manifest)
+    return manifest
+
+
+def _load(source: str | Path, task: str) -> Manifest:
     path = Path(source)
     if str(source) == "digits" and not path.exists():
         if task not in ("auto", "multiclass"):
@@ -134,8 +142,6 @@ def _from_folder(root: Path, task: str) -> Manifest:
             "keep either CLASS/… or train|val|test/CLASS/…"
             + "".join(f"; rename {name} to val" for name in others if name.lower() in ("valid", "validation", "dev"))
         )
-    if split_folders and "train" not in {folder.name for folder in split_folders}:
-        raise DataError(f"{root}: has {', '.join(f.name for f in split_folders)} but no `train` folder")
     classes = [(f.name, c) for f in split_folders for c in _folders(f)] if split_folders else [("", f) for f in folders]
     if not classes:
         raise DataError(
@@ -203,8 +209,6 @@ def _from_table(path: Path, task: str) -> Manifest:
     _refuse_rows(path, ~splits.isin([*SPLITS, ""]), splits, "split", f"one of {', '.join(SPLITS)}, or empty")
     if (splits == "").any() and (splits != "").any():
         _refuse_rows(path, splits == "", splits, "split", "filled, as in other rows")
-    if (splits != "").all() and "train" not in set(splits):
-        raise DataError(f"{path}: no row has the split `train`")
     texts = table["text"] if "text" in table.columns else pd.Series("", index=table.index)
     _refuse_rows(
         path,
@@ -269,9 +273,19 @@ def _manifest(
         task = "binary" if len(labels) == 2 else "multiclass"
     if task == "binary" and len(labels) != 2:
         raise DataError(f"{source}: data.task is binary, but there are {len(labels)} classes: {', '.join(labels[:10])}")
-    if len(labels) < 2 and task != "multilabel":
-        raise DataError(f"{source}: only one class ({', '.join(labels)}); a classifier needs two or more")
     return Manifest(source, tuple(samples), labels, task, empty, ignored)
+
+
+def _refuse_untrainable(manifest: Manifest) -> None:
+    splits = manifest.splits()
+    if splits and "train" not in splits:
+        raise DataError(
+            f"{manifest.source}: has pictures of the split {', '.join(splits)}, and none of the split train"
+        )
+    if len(manifest.labels) < 2 and manifest.task != "multilabel":
+        raise DataError(
+            f"{manifest.source}: only one class ({', '.join(manifest.labels)}); a classifier needs two or more"
+        )
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,17 @@ def test_evaluate_gives_the_same_figures_and_a_report(refract: Run, root: Path, 
     assert found["robustness"]["mean_corruption_error"] == pytest.approx(wanted["corruption_error"])
     report = json.loads((tmp_path / "rep" / "report.json").read_text())
     assert report["metrics"] == found["metrics"] and (tmp_path / "rep" / "report.html").stat().st_size > 50_000
+
+
+def test_evaluate_takes_pictures_of_one_class_and_a_hold_out_alone(refract: Run, runs: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        write_picture(tmp_path / "new" / "red" / f"{number}.png", picture("red", 900 + number))
+    shutil.copytree(tmp_path / "new", tmp_path / "split" / "test")
+    for source in ("new", "split"):
+        told = refract("evaluate", runs / "good" / "bundle", source, "--json", "e.json", "--report", "rep").stdout
+        assert "on 4 pictures of" in told and "no pictures of 2 labels, which macro_f1 takes as 0: blue, green" in told
+        found = json.loads((tmp_path / "e.json").read_text())
+        assert found["metrics"]["accuracy"] == 1 and [row["count"] for row in found["per_class"]] == [0, 0, 4]
 
 
 def test_runs_are_compared_on_the_hold_out_that_they_share(refract: Run, runs: Path, tmp_path: Path) -> None:

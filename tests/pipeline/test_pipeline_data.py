@@ -61,7 +61,7 @@ def test_manifest_with_several_labels(folder: Path, suffix: str) -> None:
         ("path,label\na.jpg,x\nb.jpg,\n", r"row 3: label '' is not a class name \(1 such rows"),
         ("path,label,split\na.jpg,x,trian\n", "row 2: split 'trian' is not one of train, val, test"),
         ("path,label,split\na.jpg,x,train\nb.jpg,y,\n", "row 3: split '' is not filled"),
-        ("path,label,split\na.jpg,x,test\nb.jpg,y,test\n", "no row has the split `train`"),
+        ("path,label,split\na.jpg,x,test\nb.jpg,y,test\n", "split test, and none of the split train"),
         ("path,label\na.jpg,x\nb.jpg,x\n", "only one class"),
         ("", "cannot be read as a CSV table"),
     ],
