@@ -22,7 +22,7 @@ from augment import planes
 from benchmarks.report import environment, summary, write
 from models.losses import classification_loss
 from pipeline.config import load_config
-from pipeline.training import Assembly, assemble
+from pipeline.fitting import Assembly, assemble
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar10.yaml"
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import Config, ConfigError
-from pipeline.training import Assembly, assemble
+from pipeline.fitting import Assembly, assemble
 
 LOWEST_LR, HIGHEST_LR = 1e-6, 10.0
 

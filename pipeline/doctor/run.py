@@ -16,7 +16,7 @@ from pipeline.doctor.watch import OVERFIT_PICTURES, Doctor
 from pipeline.files import write_atomically
 
 if TYPE_CHECKING:
-    from pipeline.training import Assembly
+    from pipeline.fitting import Assembly
 
 FILE = "doctor.json"
 LOOKED_AT = 64

@@ -175,8 +175,8 @@ class Pruning(Callback):
 
 def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, run_dir: Path, prepared: Any) -> float:
     """The best score on validation. TrialPruned."""
+    from pipeline.fitting import assemble, fit
     from pipeline.tracking import Tracker
-    from pipeline.training import assemble, fit
 
     trial.set_user_attr("drawn", dict(drawn))
     own = config_from_dict(with_values(config.to_dict(), drawn), where=f"trial {trial.number}")

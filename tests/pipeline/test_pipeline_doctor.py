@@ -14,7 +14,7 @@ from pipeline.config import config_from_dict
 from pipeline.doctor.findings import Record, late
 from pipeline.doctor.run import make_doctor, read_findings
 from pipeline.doctor.watch import Doctor
-from pipeline.training import Assembly, assemble, fit
+from pipeline.fitting import Assembly, assemble, fit
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 

@@ -13,7 +13,8 @@ from small_data import COLORS, Run, picture, write_picture
 from models.bundle import load_bundle
 from models.transfer import blocks_of
 from pipeline.config import Config, ConfigError, config_from_dict
-from pipeline.training import Assembly, assemble, fit, train
+from pipeline.fitting import Assembly, assemble, fit
+from pipeline.training import train
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 

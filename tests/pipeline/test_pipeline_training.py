@@ -18,11 +18,11 @@ from pipeline.data.manifest import DataError, Manifest, Sample
 from pipeline.data.module import PictureData
 from pipeline.data.order import TrainOrder
 from pipeline.evaluation import _single_label
+from pipeline.fitting import Assembly, fit
 from pipeline.preparation import prepare_data
 from pipeline.processes import Processes
 from pipeline.recipe import make_preprocess, measured
 from pipeline.sections import DataConfig
-from pipeline.training import Assembly, fit
 
 
 def _made(manifest: Manifest, module: ClassifierModule, data: PictureData) -> Assembly:
