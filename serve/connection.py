@@ -9,28 +9,38 @@ from uvicorn.protocols.http.flow_control import CLOSE_HEADER, HIGH_WATER_LIMIT, 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from serve.errors import Problem
+from serve.stream import Stream
 
 HEAD_S = 10
 """For a request's head to arrive, and for a connection to begin one: who sends a byte now and then holds no connection for ever."""
 
-WRITE_S = 60
-"""For a client to take something of an answer that waits for it."""
-
-LINGER_S = 2
-"""For a client that was refused to notice."""
+LEAVE_S = 15
+"""For the rest of a body, from the moment when the server is asked to end."""
 
 HEAD_BYTES, FIELDS = 64 << 10, 256
 """Of a head; of what follows the last chunk of a body, the bytes alone. A little more may pass, as it is looked at in parts."""
 
-PART, TURN = 16 << 10, 64 << 10
-"""Bytes that are taken apart at a time, and at most before the event loop turns to others."""
+PART, TURN, PIECES = 16 << 10, 64 << 10, 1000
+"""Bytes that are taken apart at a time; and at most, or parts of bodies, before the event loop turns to others."""
+
+INVALID = Problem(400, "invalid_http", "this is no request of HTTP/1.1")
 
 WAITING = 8
 """Requests of one connection that wait for the answers before theirs; what is sent beyond is not taken apart meanwhile."""
 
 
-class _TooLargeError(Exception):
-    """A head beyond HEAD_BYTES or FIELDS."""
+class _RefusedError(Exception):
+    """Nothing more is taken on this connection."""
+
+    def __init__(self, status: int, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.problem = Problem(status, code, detail)
+
+
+def _too_large() -> _RefusedError:
+    return _RefusedError(
+        431, "head_too_large", f"a request's head has at most {HEAD_BYTES >> 10} KiB and {FIELDS} fields"
+    )
 
 
 class _Flow(FlowControl):
@@ -47,53 +57,52 @@ class _Flow(FlowControl):
 
 class Connection(HttpToolsProtocol):
     """uvicorn's protocol, which by itself waits for a request's head without end, takes any number of bytes for it and of requests that
-    follow, of several that were sent at once tells only the last that its client is gone, and takes the body of who would speak another
-    protocol (`Upgrade: h2c`) for a request."""
+    follow, of several that were sent at once tells only the last that its client is gone, takes the body of who would speak another
+    protocol (`Upgrade: h2c`) for a request, and closes while a body arrives whose answer is then lost."""
 
+    transport: Stream
     _timer: asyncio.TimerHandle | None = None
-    _stalled: asyncio.TimerHandle | None = None
     _rest = memoryview(b"")
     """What was read and not taken apart."""
-    _bare = 0
-    """Bytes since a head, a body's part or a message ended."""
-    _heading = _ended = False
-    """In a head; the last that was taken apart ended a message."""
+    _bare = _pieces = 0
+    """Bytes since a head, a body's part or a message ended; parts of bodies in this turn."""
+    _heading = _bodied = _ended = False
+    """In a head; in a body; the last that was taken apart ended a message."""
     _refusal: bytes | None = None
     """The last that will be said here."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.flow = _Flow(transport, lambda: bool(self._rest) or self._refusal is not None)
+        super().connection_made(Stream(transport, self.loop, self._sending))
+        self.flow = _Flow(self.transport, lambda: bool(self._rest) or self._refusal is not None)
         self._cycles: deque[RequestResponseCycle] = deque()
         self._hurry()
 
     def data_received(self, data: bytes) -> None:
-        if self._refusal is None:
+        if self.transport.is_closing():
+            self.transport.dropped()
+        elif self._refusal is None:
             self._rest = memoryview(bytes(self._rest) + data if self._rest else data)
             self._go_on()
 
     def _go_on(self) -> None:
         """Take apart what was read: a part of it, where it is much or many requests wait."""
         self._unset_keepalive_if_required()
-        self._ended, taken = False, 0
+        self._ended, self._pieces, taken = False, 0, 0
         try:
-            while self._rest and taken < TURN and len(self.pipeline) <= WAITING:
+            while self._rest and taken < TURN and self._pieces < PIECES and len(self.pipeline) <= WAITING:
                 part, self._rest = self._rest[:PART], self._rest[PART:]
                 taken += len(part)
                 self._bare += len(part)
                 self._parse(part)
                 if self._bare > HEAD_BYTES:
-                    raise _TooLargeError
-        except (httptools.HttpParserError, _TooLargeError) as err:
-            if isinstance(err.__context__ or err, _TooLargeError):
-                told = f"a request's head has at most {HEAD_BYTES >> 10} KiB and {FIELDS} fields"
-                self._refuse(Problem(431, "head_too_large", told))
-            else:
-                self._refuse(Problem(400, "invalid_http", "this is no request of HTTP/1.1"))
+                    raise _too_large()
+        except (httptools.HttpParserError, _RefusedError) as err:
+            own = err.__context__ or err  # httptools wraps what its callbacks raise
+            self._refuse(own.problem if isinstance(own, _RefusedError) else INVALID)
             return
         if self._rest:
             self.flow.pause_reading()
-            if taken >= TURN:
+            if len(self.pipeline) <= WAITING:
                 self.loop.call_soon(self._take_up)
         elif not self.pipeline and (self._idle() or len(self.cycle.body) <= HIGH_WATER_LIMIT):
             self.flow.resume_reading()
@@ -112,53 +121,71 @@ class Connection(HttpToolsProtocol):
             return
         super().on_header(name, value)
         if len(self.headers) > FIELDS:
-            raise _TooLargeError
+            raise _too_large()
 
     def on_headers_complete(self) -> None:
         self._heading, self._bare = False, 0
         if self.parser.should_upgrade():  # it comes again, without the header
             return
+        self._check_head()
+        self._bodied = True
         self._calm()
         super().on_headers_complete()
         while self._cycles and self._cycles[0].response_complete:
             self._cycles.popleft()
         self._cycles.append(self.cycle)
 
+    def _check_head(self) -> None:
+        version = self.parser.get_http_version()
+        if version == "1.0":
+            self.expect_100_continue = False  # RFC 9110, 10.1.1
+        elif sum(name == b"host" for name, _ in self.headers) != 1:
+            raise _RefusedError(400, "invalid_http", "a request of HTTP/1.1 has one Host")  # RFC 9112, 3.2
+        if any(name == b"transfer-encoding" and value.lower() != b"chunked" for name, value in self.headers):
+            raise _RefusedError(501, "unknown_transfer_encoding", "Transfer-Encoding: chunked alone is known")
+
     def on_body(self, body: bytes) -> None:
         self._bare = 0
+        self._pieces += 1
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._bare = 0
         if not self.parser.should_upgrade():
-            self._ended = True
+            self._ended, self._bodied = True, False
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        for cycle in self._cycles:
+            if cycle.response_complete:
+                cycle.body.clear()  # that nobody asked for
         super().on_response_complete()
         if self._refusal is not None:
             self._end()
-        else:
+        elif self._rest:
             self._take_up()
+        elif not self._ended:
+            self._watch()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(WRITE_S, self.transport.abort)
+        self.transport.watch()
 
-    def resume_writing(self) -> None:
-        if self._stalled is not None:
-            self._stalled.cancel()
-        super().resume_writing()
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self._bodied:
+            self.loop.call_later(LEAVE_S, self._leave)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._calm()
-        if self._stalled is not None:
-            self._stalled.cancel()
+        self._unset_keepalive_if_required()
+        self.transport.lost()
         for cycle in self._cycles:
             if not cycle.response_complete:
                 cycle.disconnected = True
                 cycle.message_event.set()
         self.pipeline.clear()
+        self._rest = memoryview(b"")
         super().connection_lost(exc)
 
     def _parse(self, data: memoryview) -> None:
@@ -185,15 +212,16 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, problem: Problem) -> None:
         """Take nothing more, and say why when what was whole has its answers."""
         answer = problem.response({})
-        fields = b"".join(b"%s: %s\r\n" % field for field in (*answer.raw_headers, CLOSE_HEADER))
-        self._refusal = STATUS_LINE[problem.status] + fields + b"\r\n" + answer.body
+        fields = (*self.server_state.default_headers, *answer.raw_headers, CLOSE_HEADER)
+        head = b"".join(b"%s: %s\r\n" % field for field in fields)
+        self._refusal = STATUS_LINE[problem.status] + head + b"\r\n" + answer.body
         self._rest = memoryview(b"")
         self.flow.pause_reading()
         broken = self.cycle
         if broken is not None and broken.more_body and not broken.response_complete:  # its body will not come
             if broken.response_started:
                 self._refusal = b""
-            broken.disconnected = True
+            broken.disconnected, broken.waiting_for_100_continue = True, False
             broken.message_event.set()
             if self.pipeline and self.pipeline[0][0] is broken:
                 self.pipeline.popleft()
@@ -202,15 +230,16 @@ class Connection(HttpToolsProtocol):
     def _end(self) -> None:
         if not all(cycle.response_complete or cycle.disconnected for cycle in self._cycles):
             return
-        if not self._refusal or self.transport.is_closing():
-            self.transport.close()
-            return
-        self.transport.write(self._refusal)
-        # What arrives still is read and dropped for a while: where one closes before, the answers are lost on their way.
-        self.transport.write_eof()
-        self.transport.resume_reading()
-        self._calm()
-        self._timer = self.loop.call_later(LINGER_S, self.transport.abort)
+        self.transport.write(self._refusal or b"")
+        self.transport.close()
+
+    def _sending(self) -> bool:
+        return self._bodied or self._refusal is not None or bool(self._rest) or self.flow.read_paused
+
+    def _leave(self) -> None:
+        """The server waits for nothing any more."""
+        if self._bodied and not self.transport.is_closing():
+            self._refuse(Problem(503, "not_ready", "the server is going down, and the body had not arrived"))
 
     def _watch(self) -> None:
         """Where nothing is being answered, a head must arrive soon, and the rest of a body that was refused. What arrives and is neither

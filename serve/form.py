@@ -4,12 +4,18 @@ Not Starlette's `request.form()`: that spools every file over 1 MB to the disk, 
 parses on the event loop. The body is in memory already, and limited.
 """
 
+import logging
+
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from serve.errors import RequestError
 
 MAX_TEXT_FIELDS = 64
+
+logging.getLogger("python_multipart").setLevel(
+    logging.ERROR
+)  # its warnings are of what clients send, as often as they like
 
 
 def parts_in(body: bytes, boundary: bytes, *, max_images: int) -> tuple[list[bytes], list[str]]:

@@ -18,6 +18,7 @@ from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
 from models.classifier import Classifier, probabilities
 from models.networks import build
+from serve.connection import Connection
 from serve.engine import Engine
 from serve.limits import Limits
 from serve.metrics import Metrics
@@ -139,3 +140,14 @@ def serve_app(app: FastAPI) -> Iterator[httpx.Client]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Connection]:
+    """The connections, as the server sees them."""
+    found: list[Connection] = []
+    begin = Connection.connection_made
+    monkeypatch.setattr(
+        Connection, "connection_made", lambda self, transport: (found.append(self), begin(self, transport))
+    )
+    return found
