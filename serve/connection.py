@@ -86,8 +86,7 @@ class Connection(HttpToolsProtocol):
 
     def _go_on(self) -> None:
         """Take apart what was read: a part of it, where it is much or many requests wait."""
-        self._unset_keepalive_if_required()
-        self._ended, self._pieces, taken = False, 0, 0
+        self._pieces = taken = 0
         try:
             while self._rest and taken < TURN and self._pieces < PIECES and len(self.pipeline) <= WAITING:
                 part, self._rest = self._rest[:PART], self._rest[PART:]
@@ -113,13 +112,14 @@ class Connection(HttpToolsProtocol):
             self._go_on()
 
     def on_message_begin(self) -> None:
+        self._unset_keepalive_if_required()
         self._heading, self._ended = True, False
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._heading:  # what follows a body is passed over (RFC 9110, 6.5.1)
             return
-        super().on_header(name, value)
+        super().on_header(name, value.strip(b" \t"))  # RFC 9110, 5.5
         if len(self.headers) > FIELDS:
             raise _too_large()
 
@@ -165,13 +165,18 @@ class Connection(HttpToolsProtocol):
         elif self._rest:
             self._take_up()
         elif not self._ended:
+            self._unset_keepalive_if_required()
             self._watch()
+
+    def eof_received(self) -> None:
+        self.transport.watch()  # it is closed when all was taken
 
     def pause_writing(self) -> None:
         super().pause_writing()
         self.transport.watch()
 
     def shutdown(self) -> None:
+        self.transport.end_soon()
         super().shutdown()
         if self._bodied:
             self.loop.call_later(LEAVE_S, self._leave)
@@ -243,14 +248,16 @@ class Connection(HttpToolsProtocol):
 
     def _watch(self) -> None:
         """Where nothing is being answered, a head must arrive soon, and the rest of a body that was refused. What arrives and is neither
-        does not put it off. Between requests a connection may rest."""
+        does not put it off, nor do empty lines. Between requests a connection may rest."""
         if not self._idle():
             return
         if not self._ended:
             self._hurry()
             return
         self._calm()
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        if self.timeout_keep_alive_task is None:
+            wait = self.timeout_keep_alive
+            self.timeout_keep_alive_task = self.loop.call_later(wait, self.timeout_keep_alive_handler)
 
     def _idle(self) -> bool:
         """Nothing is being answered."""

@@ -23,7 +23,7 @@ class Stream(asyncio.Transport):
         """sending: whether the client may be in the midst of sending."""
         super().__init__()
         self._transport, self._loop, self._sending = transport, loop, sending
-        self._ending = self._lingering = False
+        self._ending = self._lingering = self._hurried = False
         self._written = self._taken = 0
         self._taken_at = self._arrived_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -72,6 +72,10 @@ class Stream(asyncio.Transport):
             self._taken, self._taken_at = self._written - self._transport.get_write_buffer_size(), self._loop.time()
             self._timer = self._loop.call_later(LOOK_S, self._look)
 
+    def end_soon(self) -> None:
+        """Listen to nobody for long who still sends after the end."""
+        self._hurried = True
+
     def lost(self) -> None:
         """There is nobody to watch."""
         if self._timer is not None:
@@ -85,7 +89,7 @@ class Stream(asyncio.Transport):
         if waiting:
             over = taken_s >= WRITE_S
         elif self._lingering:
-            over = min(quiet_s, taken_s) >= LINGER_S or taken_s >= LONGEST_LINGER_S
+            over = min(quiet_s, taken_s) >= LINGER_S or taken_s >= (LINGER_S if self._hurried else LONGEST_LINGER_S)
         else:
             self._timer = None
             return

@@ -69,7 +69,7 @@ def test_this_is_no_proxy(client) -> None:
 
 UNFINISHED = {
     "nothing": (b"", b""),
-    "an empty line after an answer": (b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n"),
+    "an empty line": (b"", b"\r\n"),
     "a second head": (b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /livez HTTP/1.1\r\nX-Slow: "),
     "half a head with a request": (b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\nGET /li", b""),
     "the body of what was refused": (b"POST /none HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", b"b"),
@@ -90,6 +90,16 @@ def test_what_begins_no_request_holds_no_connection(
         connection.sendall(rest)
         assert seconds_held(connection, trickle if rest != b"\r\n" else rest) < 3
     assert client.get("/livez").status_code == 200
+
+
+def test_empty_lines_neither_shorten_nor_prolong_a_rest(bundle, serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RFC 9112, 2.2."""
+    monkeypatch.setattr(connections, "HEAD_S", 0.3)
+    monkeypatch.setitem(server.Server.__init__.__kwdefaults__, "keep_alive_s", 2)
+    with serving(create_app(bundle)) as client, connected(client) as connection:
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        assert 1.5 < seconds_held(connection, b"\r\n") < 4
 
 
 def seconds_held(connection: socket.socket, trickle: bytes) -> float:
@@ -128,6 +138,10 @@ def test_heads_of_requests_that_are_none_are_refused(client) -> None:
         (get + b"Host:\r\n" + close, b"200"),
         (b"GET /livez HTTP/1.0\r\n\r\n", b"200"),
         (CHUNKED.replace(b"chunked", b"gzip, chunked"), b"501"),  # 6.1
+        (
+            CHUNKED.replace(b"chunked", b"Chunked ").replace(b"Host", b"Connection: close\r\nHost") + b"0\r\n\r\n",
+            b"400",
+        ),
     ):
         answer = refused(client, head)
         assert re.findall(rb"HTTP/1\.1 (\d+)", answer) == [status] and b"\r\ndate: " in answer

@@ -76,6 +76,16 @@ def test_who_reads_nothing_is_left(client, made, monkeypatch: pytest.MonkeyPatch
     assert client.get("/livez").status_code == 200
 
 
+def test_who_reads_nothing_and_will_not_ask_more_is_left(client, made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio closes by itself then, when all was taken."""
+    monkeypatch.setattr(stream, "WRITE_S", 1.0)
+    with connected(client, made) as connection:
+        connection.sendall(ASKED % b"")
+        wait_for(lambda: made[0].cycle is not None and made[0].cycle.response_complete)
+        connection.shutdown(socket.SHUT_WR)
+        wait_for(lambda: made[0].parser is None)
+
+
 def test_who_reads_slowly_has_all(client, made, monkeypatch: pytest.MonkeyPatch) -> None:
     """uvicorn was told of room only when nearly all was taken."""
     monkeypatch.setattr(stream, "WRITE_S", 1.0)
@@ -100,6 +110,17 @@ def test_who_only_sends_is_left(client, made, monkeypatch: pytest.MonkeyPatch) -
                 time.sleep(0.05)
                 connection.sendall(b"x")
     wait_for(lambda: made[0].parser is None)
+
+
+def test_the_end_of_the_server_waits_for_nobody_who_only_sends(client, made) -> None:
+    with connected(client) as connection:
+        connection.sendall(b"POST /none HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 3000000\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 404 ")
+        made[0].loop.call_soon_threadsafe(made[0].shutdown)
+        with pytest.raises(ConnectionError):
+            for _ in range(200):
+                time.sleep(0.05)
+                connection.sendall(b"x")
 
 
 def test_of_a_connection_that_was_reset_nothing_is_kept(client, made) -> None:
