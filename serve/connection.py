@@ -64,8 +64,8 @@ class Connection(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _rest = memoryview(b"")
     """What was read and not taken apart."""
-    _bare = _pieces = 0
-    """Bytes since a head, a body's part or a message ended; parts of bodies in this turn."""
+    _bare = _pieces = _hosts = 0
+    """Bytes since a head, a body's part or a message ended; parts of bodies in this turn; of a head, fields of this name."""
     _heading = _bodied = _ended = False
     """In a head; in a body; the last that was taken apart ended a message."""
     _refusal: bytes | None = None
@@ -113,13 +113,20 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._unset_keepalive_if_required()
-        self._heading, self._ended = True, False
+        self._heading, self._ended, self._hosts = True, False, 0
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._heading:  # what follows a body is passed over (RFC 9110, 6.5.1)
             return
-        super().on_header(name, value.strip(b" \t"))  # RFC 9110, 5.5
+        name, value = name.lower(), value.strip(b" \t")  # RFC 9110, 5.5
+        if name == b"host":
+            self._hosts += 1
+        elif name == b"expect":
+            self.expect_100_continue = value.lower() == b"100-continue"
+        elif name == b"transfer-encoding" and value.lower() != b"chunked":
+            raise _RefusedError(501, "unknown_transfer_encoding", "Transfer-Encoding: chunked alone is known")
+        self.headers.append((name, value))
         if len(self.headers) > FIELDS:
             raise _too_large()
 
@@ -127,22 +134,14 @@ class Connection(HttpToolsProtocol):
         self._heading, self._bare = False, 0
         if self.parser.should_upgrade():  # it comes again, without the header
             return
-        self._check_head()
+        if self.parser.get_http_version() == "1.0":
+            self.expect_100_continue = False  # RFC 9110, 10.1.1
+        elif self._hosts != 1:
+            raise _RefusedError(400, "invalid_http", "a request of HTTP/1.1 has one Host")  # RFC 9112, 3.2
         self._bodied = True
         self._calm()
         super().on_headers_complete()
-        while self._cycles and self._cycles[0].response_complete:
-            self._cycles.popleft()
         self._cycles.append(self.cycle)
-
-    def _check_head(self) -> None:
-        version = self.parser.get_http_version()
-        if version == "1.0":
-            self.expect_100_continue = False  # RFC 9110, 10.1.1
-        elif sum(name == b"host" for name, _ in self.headers) != 1:
-            raise _RefusedError(400, "invalid_http", "a request of HTTP/1.1 has one Host")  # RFC 9112, 3.2
-        if any(name == b"transfer-encoding" and value.lower() != b"chunked" for name, value in self.headers):
-            raise _RefusedError(501, "unknown_transfer_encoding", "Transfer-Encoding: chunked alone is known")
 
     def on_body(self, body: bytes) -> None:
         self._bare = 0
@@ -156,9 +155,8 @@ class Connection(HttpToolsProtocol):
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        for cycle in self._cycles:
-            if cycle.response_complete:
-                cycle.body.clear()  # that nobody asked for
+        while self._cycles and self._cycles[0].response_complete:
+            self._cycles.popleft().body.clear()  # what of it nobody asked for
         super().on_response_complete()
         if self._refusal is not None:
             self._end()
