@@ -45,10 +45,6 @@ class Stream(asyncio.Transport):
             self._transport.close()
         self.watch()
 
-    def abort(self) -> None:
-        self._ending = True
-        self._transport.abort()
-
     def is_closing(self) -> bool:
         return self._ending or self._transport.is_closing()
 
