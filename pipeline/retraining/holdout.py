@@ -42,7 +42,7 @@ def frozen(folder: Path, task: str) -> HoldOut | None:
 
 
 def _checked(table: Path, task: str) -> HoldOut:
-    manifest, folder = load_manifest(table, task), table.parent
+    manifest, folder = load_manifest(table, task, to_train=False), table.parent
     changed = [s.path for s in manifest.samples if s.pictured and hash_of(Path(s.path)) != Path(s.path).stem]
     if changed:
         raise DataError(
@@ -60,7 +60,7 @@ def named(config: Config, folder: Path, task: str, kept: HoldOut | None) -> Mani
     record = read(folder / SOURCE) if (folder / SOURCE).exists() else {}
     if kept is not None and record.get("source") == source and not Path(source).exists():
         return None  # it was copied
-    own = load_manifest(source, task)
+    own = load_manifest(source, task, to_train=False)
     if kept is None:
         seen = scan(own.samples, reads=reads(config))
         return drop_contradictory(drop_bad(own, seen, "error"), seen, "error")

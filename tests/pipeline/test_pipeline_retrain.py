@@ -106,9 +106,11 @@ def test_the_hold_out_is_frozen_and_never_trained_on(config: Config, tmp_path: P
         taken(config)
 
 
-def test_a_hold_out_of_its_own_is_taken_as_it_is(config: Config, tmp_path: Path) -> None:
-    paint(tmp_path / "own", range(100, 104))
-    shutil.copy(tmp_path / "own/red/100.png", tmp_path / "pictures/red/copy.png")
+@pytest.mark.parametrize("folder", ["own", "own/test"])
+def test_a_hold_out_of_its_own_is_taken_as_it_is(config: Config, tmp_path: Path, folder: str) -> None:
+    """It may be the test part of a data set alone."""
+    paint(tmp_path / folder, range(100, 104))
+    shutil.copy(tmp_path / folder / "red/100.png", tmp_path / "pictures/red/copy.png")
     config.gate.holdout = str(tmp_path / "own")
     table = load_manifest(taken(config).manifest)
     assert len(table.of("test")) == 12
