@@ -13,9 +13,8 @@ from serve.errors import RequestError
 
 MAX_TEXT_FIELDS = 64
 
-logging.getLogger("python_multipart").setLevel(
-    logging.ERROR
-)  # its warnings are of what clients send, as often as they like
+# Its warnings are of what clients send, as often as they like.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 def parts_in(body: bytes, boundary: bytes, *, max_images: int) -> tuple[list[bytes], list[str]]:

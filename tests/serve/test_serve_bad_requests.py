@@ -76,9 +76,10 @@ RAW = {
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_bad_body(client, name):
+def test_bad_body(client, name, caplog):
     body, media_type, status, code = RAW[name]
     check(client.post("/v1/predict", content=body, headers={"content-type": media_type}), status, code)
+    assert not [record for record in caplog.records if record.levelname != "INFO"], "clients write no log"
 
 
 JSON = {
