@@ -180,10 +180,15 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
 
 
 def _add_admin(app: FastAPI, service: Service, guards: Keys | None) -> None:
-    about: dict[str, Any] = {"summary": "Answer with the model before", "responses": problems(401, 409, 503)}
     allowed = _dependencies(_unrated(guards)) if guards else [Depends(_nobody)]
 
-    @app.post("/admin/rollback", dependencies=allowed, include_in_schema=guards is not None, **about)
+    @app.post(
+        "/admin/rollback",
+        summary="Answer with the model before",
+        dependencies=allowed,
+        responses=problems(401, 409, 503),
+        include_in_schema=guards is not None,
+    )
     async def rollback() -> JSONResponse:
         service.check_ready()
         await service.roll_back()

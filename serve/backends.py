@@ -232,9 +232,8 @@ def store(folder: Path, suffix: str, write: Callable[[Path], object]) -> None:
     it again."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=PART, dir=folder
-        ) as part:  # others may write there: containers, with one process number
+        # A folder of its own: others may write there, as containers do, which share one process number.
+        with tempfile.TemporaryDirectory(prefix=PART, dir=folder) as part:
             write(Path(part, f"kept.{suffix}"))
             for written in sorted(Path(part).iterdir()):  # of OpenVINO's two files that first, which the other needs
                 _rename(written, folder / written.name)

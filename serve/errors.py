@@ -40,6 +40,7 @@ class Problem:
 
     @property
     def content(self) -> dict[str, Any]:
+        """Its members (RFC 9457, 3.1)."""
         title = HTTPStatus(self.status).phrase
         return {"type": "about:blank", "title": title, "status": self.status, "detail": self.detail, "code": self.code}
 

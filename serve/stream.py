@@ -11,6 +11,7 @@ LINGER_S, LONGEST_LINGER_S = 2, 30
 """For a client that still sends to notice its answer: since it sent something, and in all."""
 
 LOOK_S = 0.5
+"""Between two looks at whether that is so."""
 
 
 class Stream(asyncio.Transport):
