@@ -45,8 +45,10 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         Path(name).chmod(0o666 & ~_MASK)  # mkstemp's own mode hides the file from everybody else
         Path(name).replace(path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # writing to what is open does not say where
+            error.filename = str(path)
         raise
 
 

@@ -1,0 +1,22 @@
+"""Files that are whole or not there."""
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from pipeline.files import write_atomically
+
+
+def test_where_there_is_no_room_the_old_file_stays_and_the_error_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    write_atomically(path, b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="report.json") as told:
+            write_atomically(path, b"x" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert told.value.filename == str(path)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
