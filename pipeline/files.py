@@ -47,7 +47,8 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
         Path(name).replace(path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # writing to what is open does not say where
+        # The system does not say where a write to an open file failed. Errors without its number have a text of their own.
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
 

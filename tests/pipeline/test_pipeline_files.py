@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import write_atomically
+from pipeline.files import write_atomically, written_atomically
 
 
 def test_where_there_is_no_room_the_old_file_stays_and_the_error_names_it(tmp_path: Path) -> None:
@@ -20,3 +20,10 @@ def test_where_there_is_no_room_the_old_file_stays_and_the_error_names_it(tmp_pa
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert told.value.filename == str(path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_that_tells_its_cause_itself_keeps_its_text(tmp_path: Path) -> None:
+    """As Pillow's and Arrow's OSErrors do."""
+    with pytest.raises(OSError, match="^Corrupt snappy data$"), written_atomically(tmp_path / "out"):
+        raise OSError("Corrupt snappy data")
+    assert not list(tmp_path.iterdir())
