@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 CACHE = Path("~/.cache/refract/backends")
 
+PROCESSOR = Path("/proc/cpuinfo")
+
 AGREED = 0.03
 INT8_AGREED = 0.1
 """How far a probability of a golden picture may lie from plain float32's. bfloat16 moves them by 2e-3 on resnet18, by 0.02 on a network for
@@ -240,10 +242,12 @@ def _key(bundle: Bundle, device: torch.device, threads: int) -> str:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = PROCESSOR.read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    # Its flags too: of a virtual machine's processor the name may be that of a family.
+    told = [next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags")]
+    return " ".join(told).strip() or platform.machine()
 
 
 def _kept(folder: Path) -> Choice | None:

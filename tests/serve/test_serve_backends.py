@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from models.bundle import BundleError
 from models.classifier import Classifier
@@ -337,6 +338,18 @@ def test_with_another_version_of_a_package_it_is_chosen_anew(
         assert len(list(cache.iterdir())) == count
 
 
+def test_another_processor_of_the_same_name_chooses_for_itself(
+    bundle, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home that two machines share: the name of a virtual machine's processor may be that of a family."""
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
+    monkeypatch.setattr(choosing, "PROCESSOR", tmp_path / "cpuinfo")
+    for flags, count in (("avx2", 1), ("avx2", 1), ("avx2 avx512_vnni", 2)):
+        choosing.PROCESSOR.write_text(f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n")
+        asking(bundle, threads=1)
+        assert len(list(cache.iterdir())) == count
+
+
 class Unsure(torch.nn.Module):
     """Two labels that are as likely but for a hair."""
 
@@ -401,3 +414,19 @@ def test_a_network_of_slices_in_depth_is_computed_in_bfloat16_too() -> None:
     with torch.inference_mode():
         found = BACKENDS["bf16"](classifier, images, Path())(images)
         torch.testing.assert_close(found, classifier(images), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.skipif(not INT8, reason="ONNX Runtime makes the network, and is not installed")
+@pytest.mark.parametrize("name", INT8)
+def test_int8_is_near_to_float32_where_products_add_up_to_most(name: str, tmp_path: Path) -> None:
+    """White pictures by the largest weights: the products that a processor which adds them in 16 bits cuts."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 2))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(0.01)
+    classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3).eval()
+    images = torch.cat([torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 255)]).to(torch.uint8)
+    with torch.inference_mode():
+        wanted = classifier(images)
+        found = BACKENDS[name](classifier, images, tmp_path)(images)
+    torch.testing.assert_close(found, wanted, rtol=0.03, atol=0.01)
