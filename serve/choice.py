@@ -20,18 +20,16 @@ from torch import Tensor
 
 from models.bundle import Bundle, BundleError
 from models.classifier import Classifier, probabilities
-from serve.backends import BACKENDS, INT8, KEPT, Forward, first_line, store
+from serve.backends import BACKENDS, INT8, KEPT, Forward, first_line, store, weight_bits
 
 logger = logging.getLogger(__name__)
 
 CACHE = Path("~/.cache/refract/backends")
 
-PROCESSOR = Path("/proc/cpuinfo")
-
 AGREED = 0.03
 INT8_AGREED = 0.1
 """How far a probability of a golden picture may lie from plain float32's. bfloat16 moves them by 2e-3 on resnet18, by 0.02 on a network for
-CIFAR-10; integers of 8 bits that one's by 0.07, which is why they are not taken unless they are asked for."""
+CIFAR-10; integers of 8 bits that one's by 0.07, a like one's by 0.12 where weights have 7: they are not taken unless they are asked for."""
 
 THREADS = torch.get_num_threads()
 """That PyTorch would use by itself; a choice may set fewer, and the next one begins from all again."""
@@ -236,18 +234,16 @@ def _key(bundle: Bundle, device: torch.device, threads: int) -> str:
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()} {os.cpu_count()} {threads}"
     )
     packages = [name for name in ("refract", "torch", "openvino", "onnxruntime") if importlib.util.find_spec(name)]
-    facts = [bundle.digest, machine, *(f"{name} {version(name)}" for name in packages)]
+    facts = [bundle.digest, machine, f"int8 of {weight_bits()} bits", *(f"{name} {version(name)}" for name in packages)]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
 
 
 def _processor() -> str:
     try:
-        lines = PROCESSOR.read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    # Its flags too: of a virtual machine's processor the name may be that of a family.
-    told = [next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags")]
-    return " ".join(told).strip() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _kept(folder: Path) -> Choice | None:

@@ -338,14 +338,14 @@ def test_with_another_version_of_a_package_it_is_chosen_anew(
         assert len(list(cache.iterdir())) == count
 
 
-def test_another_processor_of_the_same_name_chooses_for_itself(
-    bundle, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_where_weights_have_other_bits_none_is_taken_from_the_other_machine(
+    bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A home that two machines share: the name of a virtual machine's processor may be that of a family."""
+    """A home that two machines share, whose processors may have one name: that of a virtual machine's may be a family's."""
     monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
-    monkeypatch.setattr(choosing, "PROCESSOR", tmp_path / "cpuinfo")
-    for flags, count in (("avx2", 1), ("avx2", 1), ("avx2 avx512_vnni", 2)):
-        choosing.PROCESSOR.write_text(f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for known, count in (({}, 1), ({"avx2": True}, 1), ({"avx2": True, "avx512_vnni": True}, 2)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
         asking(bundle, threads=1)
         assert len(list(cache.iterdir())) == count
 
@@ -414,6 +414,31 @@ def test_a_network_of_slices_in_depth_is_computed_in_bfloat16_too() -> None:
     with torch.inference_mode():
         found = BACKENDS["bf16"](classifier, images, Path())(images)
         torch.testing.assert_close(found, classifier(images), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.skipif(not INT8, reason="ONNX Runtime makes the network, and is not installed")
+@pytest.mark.parametrize(
+    ("machine", "known", "most"),
+    [
+        ("x86_64", {"avx2": True}, 64),
+        ("AMD64", {"avx512_f": True, "avx512_vnni": False}, 64),
+        ("x86_64", {"avx512_vnni": True}, 127),
+        ("x86_64", {"avx_vnni": True}, 127),
+        ("aarch64", {}, 127),
+    ],
+)
+def test_weights_have_seven_bits_where_products_are_added_in_sixteen(
+    machine: str, known: dict[str, bool], most: int, bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx
+
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    BACKENDS["onnx-int8"](bundle.classifier(torch.device("cpu")), images, tmp_path)
+    network = onnx.load(tmp_path / "kept.int8.onnx").graph
+    weights = [onnx.numpy_helper.to_array(one) for one in network.initializer if one.data_type == onnx.TensorProto.INT8]
+    assert max(int(np.abs(one.astype(int)).max()) for one in weights if one.ndim > 1) == most
 
 
 @pytest.mark.skipif(not INT8, reason="ONNX Runtime makes the network, and is not installed")
