@@ -77,10 +77,13 @@ def load_weights(network: nn.Module, head: nn.Module, path: str | Path) -> LoadR
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file on the CPU; of a checkpoint those under "state_dict" or "model". Raises the same."""
     source, path = str(path), _local(str(path))
+    if any((path / "bundle" / name).is_file() for name in FOLDER_FILES):
+        raise ValueError(f"weights={source!r}: is a run; did you mean {str(path / 'bundle')!r}?")
     if path.suffix not in SUFFIXES:
+        lost = "" if path.exists() else "there is no such file or folder; "
         raise ValueError(
-            f"weights={str(path)!r}: expected 'none', 'default', a URL, a folder with {' or '.join(FOLDER_FILES)}, or a path that ends in "
-            f"{', '.join(SUFFIXES)}"
+            f"weights={str(path)!r}: {lost}expected 'none', 'default', a URL, a folder with {' or '.join(FOLDER_FILES)}, or a path that "
+            f"ends in {', '.join(SUFFIXES)}"
         )
     if not path.is_file():
         raise FileNotFoundError(f"weights={str(path)!r}: there is no such file")
@@ -106,7 +109,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def folder_preprocess(source: str) -> dict[str, Any] | None:
     """{"mean", "std"} that the weights in a folder were trained with: of a bundle's `bundle.json` or Hugging Face's
-    `preprocessor_config.json`. None where there is no such record, or it has no numbers for each channel."""
+    `preprocessor_config.json`; and {"normalize"} of a bundle where that is not by channel. None where there is no such record, or it has
+    no numbers for each channel."""
     for name, section, mean, std in (
         ("bundle.json", "preprocess", "mean", "std"),
         ("preprocessor_config.json", None, "image_mean", "image_std"),
@@ -117,8 +121,9 @@ def folder_preprocess(source: str) -> dict[str, Any] | None:
             numbers = {"mean": [float(v) for v in found[mean]], "std": [float(v) for v in found[std]]}
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if all(len(values) == 3 for values in numbers.values()) and found.get("normalize", "channel") == "channel":
-            return numbers
+        if all(len(values) == 3 for values in numbers.values()):
+            kind = found.get("normalize", "channel")
+            return numbers if kind == "channel" else {**numbers, "normalize": kind}
     return None
 
 
@@ -206,9 +211,20 @@ def _check(
     ]
     strange = [f"{key} unknown" for key in report.left_out if key not in expected and not _expendable(key, below_head)]
     if not report.loaded:
-        raise ValueError(f"weights={str(path)!r}: no key fits the network; the file begins with {list(found)[:3]}")
+        raise ValueError(
+            f"weights={str(path)!r}: no key fits the network; the file begins with {list(found)[:3]}{_own_network(path)}"
+        )
     if differing := faults + strange:
         shown = ", ".join(differing[:5])
         raise ValueError(
-            f"weights={str(path)!r} is of another network: {len(differing)} keys besides the head differ: {shown}"
+            f"weights={str(path)!r} is of another network: {len(differing)} keys besides the head differ: {shown}{_own_network(path)}"
         )
+
+
+def _own_network(path: str | Path) -> str:
+    """What to take for a bundle's weights, to end a message with."""
+    try:
+        own = json.loads((Path(path) / "bundle.json").read_text("utf-8"))["network"]
+        return f"; the bundle's network is model.name: {own['name']}, model.args: {json.dumps(own['args'])}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

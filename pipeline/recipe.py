@@ -58,6 +58,10 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
         log.warning(
             "model.unfreeze_epochs: %d of %d epochs: all of the network is never trained", model.unfreeze_epochs, epochs
         )
+    if model.mode == "feature-extract" and model.weights == "none" and reads(config) == {"pictures"}:
+        log.warning(
+            "model.mode: feature-extract trains the head alone, and model.weights is none: what is under it stays random"
+        )
     if config.loss.teacher is None and config.loss.distill != LossConfig().distill:
         log.warning("loss.distill has no effect without loss.teacher")
     if config.loss.name != "focal" and config.loss.gamma != LossConfig().gamma:
@@ -110,6 +114,8 @@ def make_preprocess(config: Config) -> "Preprocess":
     from augment.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
     own = _weights_own(config.model) if config.model.name != NO_PICTURES else {}
+    if own and config.data.normalize == "fixed" and not (config.data.mean and config.data.std):
+        log.info("pictures are normalised by the weights' own %s", own.get("normalize", "mean and standard deviation"))
     height, width = config.data.sides()
     return Preprocess(
         height,
@@ -118,21 +124,30 @@ def make_preprocess(config: Config) -> "Preprocess":
         crop_ratio=config.data.crop_ratio,
         mean=config.data.mean or tuple(own.get("mean", IMAGENET_MEAN)),
         std=config.data.std or tuple(own.get("std", IMAGENET_STD)),
+        normalize="channel" if config.data.mean else own.get("normalize", "channel"),
     )
 
 
 def measured(config: Config, preprocess: "Preprocess", manifest: "Manifest") -> tuple["Preprocess", dict[str, Any]]:
     """(preprocess with the normalisation that the config asks for, the arrays of the classifier's first layer for it).
 
-    Measured on the training pictures as the network sees them without augmentation, in one pass. ConfigError for whitening of large ones.
+    Those of a bundle that training begins from are its own; else they are measured on the training pictures as the network sees them
+    without augmentation, in one pass. ConfigError for whitening of large ones.
     """
     import torch
 
     from augment.statistics import measure
+    from models.weights import read_weights
     from pipeline.data.pictures import Pictures, targets_of
 
     if config.data.normalize == "fixed":
-        return preprocess, {}
+        if preprocess.normalize == "channel":
+            return preprocess, {}
+        try:
+            given = read_weights(config.model.weights)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"model: {_line(error)}") from error
+        return preprocess, {name: given[name] for name in ("mean_image", "whitening") if name in given}
     samples = [sample for sample in manifest.of("train") if sample.pictured]
     pictures = Pictures(samples, preprocess, targets_of(samples, manifest))
     kind = "channel" if config.data.normalize == "data" else config.data.normalize

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.networks import build, head_of, weights_preprocess
-from models.weights import FOLDER_FILES, load_weights
+from models.weights import FOLDER_FILES, load_weights, read_weights
 
 SIZE = (32, 32)
 
@@ -213,6 +213,32 @@ def test_mean_and_deviation_come_from_a_folders_own_record(tmp_path: Path) -> No
     own = {"preprocess": {"mean": [0.7, 0.7, 0.7], "std": [0.2, 0.2, 0.2], "normalize": "channel"}}
     (tmp_path / "bundle.json").write_text(json.dumps(own))
     assert weights_preprocess("resnet20", str(tmp_path)) == {"mean": [0.7] * 3, "std": [0.2] * 3}
+    own["preprocess"]["normalize"] = "pca"
+    (tmp_path / "bundle.json").write_text(json.dumps(own))
+    found = weights_preprocess("resnet20", str(tmp_path))
+    assert found == {"mean": [0.7] * 3, "std": [0.2] * 3, "normalize": "pca"}
+
+
+def test_what_is_no_folder_of_weights_is_told(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "bundle").mkdir(parents=True)
+    save(run / "bundle" / "weights.safetensors", {})
+    with pytest.raises(ValueError, match="there is no such file or folder; expected 'none'"):
+        read_weights(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"is a run; did you mean '.*run/bundle'"):
+        read_weights(run)
+
+
+def test_a_bundle_of_another_network_tells_its_own(tmp_path: Path) -> None:
+    given, own = (
+        build("cnn", 3, image_size=(32, 32), widths=[8, 8]),
+        build("cnn", 3, image_size=(32, 32), widths=[8, 4]),
+    )
+    safetensors.torch.save_file(given.state_dict(), tmp_path / "weights.safetensors")
+    (tmp_path / "bundle.json").write_text('{"network": {"name": "cnn", "args": {"widths": [8, 8]}}}')
+    for network in (own, build("lenet5", 3, image_size=(32, 32))):
+        with pytest.raises(ValueError, match=r'model.name: cnn, model.args: \{"widths": \[8, 8\]\}$'):
+            load_weights(network, head_of(network), tmp_path)
 
 
 def test_keys_of_another_network_are_refused_though_they_hold_the_heads_name(tmp_path) -> None:

@@ -277,6 +277,35 @@ def test_a_bundles_head_for_other_labels_starts_afresh(uneven: Path, tmp_path: P
             begun(others, "--model.weights", done.bundle)
 
 
+@pytest.mark.parametrize("kind", ["mean_image", "zca"])
+def test_a_bundles_own_normalisation_is_taken_over(kind: str, uneven: Path, tmp_path: Path) -> None:
+    own = ("--data.image_size", 24, "--data.normalize", kind)
+    runs = ("--trainer.runs_dir", tmp_path, "--trainer.max_epochs", 1)
+    base = train(configured(uneven, (*own, *runs, "--trainer.run_name", "base")))
+    assert base is not None
+    few = tmp_path / "few"
+    for label in list(COLORS)[:2]:
+        shutil.copytree(uneven / label, few / label)
+    tuned = ("--data.image_size", 24, "--model.weights", base.bundle)
+    pixels = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+    wanted = load_bundle(base.bundle).classifier().normalise(pixels)
+    found = begun(few, *tuned)
+    assert found.module.classifier.normalize == kind
+    torch.testing.assert_close(found.module.classifier.normalise(pixels), wanted)
+    done = train(configured(few, (*tuned, *runs, "--trainer.run_name", "tuned")))
+    assert done is not None
+    torch.testing.assert_close(load_bundle(done.bundle).classifier().normalise(pixels), wanted)
+    plain = begun(few, *tuned, "--data.mean", "[0.1, 0.2, 0.3]", "--data.std", "[0.4, 0.5, 0.6]")
+    assert plain.module.classifier.normalize == "channel", "the config's own go first"
+    with pytest.raises(ConfigError, match="mean_image"):
+        begun(few, "--data.image_size", 16, "--model.weights", base.bundle)
+
+
+def test_a_frozen_network_of_no_weights_is_told(uneven: Path, caplog: pytest.LogCaptureFixture) -> None:
+    begun(uneven, "--model.mode", "feature-extract")
+    assert "model.weights is none: what is under it stays random" in caplog.text
+
+
 def test_what_has_no_effect_is_told(uneven: Path, caplog: pytest.LogCaptureFixture) -> None:
     begun(
         uneven,
