@@ -25,8 +25,9 @@ def prepare_data(config: Config) -> tuple[Manifest, dict[str, str]]:
     check_inputs(config, manifest)
     found = scan(manifest.samples, reads=reads(config))
     manifest = drop_bad(manifest, found, config.data.on_bad_file)
-    content = found.content(manifest)
+    content, whole = found.content(manifest), manifest
     manifest = drop_contradictory(manifest, found, config.data.on_bad_file)
+    _tell_left_out("whose copies carry other labels", whole, manifest)
     manifest = draw_splits(
         manifest,
         found.groups,
@@ -34,7 +35,9 @@ def prepare_data(config: Config) -> tuple[Manifest, dict[str, str]]:
         test_share=config.data.test_share,
         seed=config.trainer.seed,
     )
+    whole = manifest
     manifest = drop_shared(manifest, found, config.data.on_bad_file)
+    _tell_left_out("whose copies are in another split", whole, manifest)
     for warning in check_classes(manifest):
         log.warning("data: %s", warning)
     if found.bad:
@@ -48,6 +51,13 @@ def prepare_data(config: Config) -> tuple[Manifest, dict[str, str]]:
             "data: %s look like one of train, as %s like %s: their figures may be too good", told, *manifest.near[0]
         )
     return manifest, {"fingerprint": found.fingerprint(manifest), "content": content}
+
+
+def _tell_left_out(which: str, before: Manifest, after: Manifest) -> None:
+    kept = {sample.key for sample in after.samples}
+    gone = [sample.path for sample in before.samples if sample.key not in kept]
+    if gone:
+        log.warning("data: left out %d pictures %s, as %s", len(gone), which, gone[0])
 
 
 def held_out(info: BundleInfo, manifest: Manifest) -> Manifest:

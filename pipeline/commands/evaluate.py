@@ -44,6 +44,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
+    if args.robustness != "none" and info.task == "multilabel":
+        raise DataError("--robustness is for one label a picture; the bundle is multilabel")
     manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass", to_train=False)
     drawn = "test" not in manifest.splits()
     if drawn:
@@ -85,8 +87,6 @@ def _evaluate(args: argparse.Namespace) -> int:
         print(f"  {part.column} = {part.value}  {part.right:.4f} right of {part.count}{low}")
     robustness = None
     if args.robustness != "none":
-        if info.task == "multilabel":
-            raise DataError("--robustness is for one label a picture; the bundle is multilabel")
         robustness = measure_robustness(classifier, preprocess_of(info), samples, quick=args.robustness == "quick")
         print(
             f"  corrupted: {robustness.mean_error:.4f} wrong, clean {robustness.clean:.4f}, on {robustness.pictures} pictures"

@@ -29,7 +29,7 @@ def _lab(args: argparse.Namespace) -> int:
         if name not in known:
             from augment.ops.op import nearest
 
-            raise ConfigError(f"no experiment is called {name!r}{nearest(name, known)}. Known: {', '.join(known)}")
+            raise ConfigError(f"no experiment is called {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     failed = []
     for name in args.name or known:
         started = time.perf_counter()

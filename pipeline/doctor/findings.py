@@ -196,7 +196,7 @@ def _units(record: Record) -> Iterator[Finding]:
             "dead ReLUs",
             f"{share:.0%} of the units of {name} answer 0 to every picture of a batch; {len(dead)} of {len(record.dead)} layers have "
             "more than half of such",
-            f"try optim.lr {_nice(record.lr / 10)}, or activation: leaky_relu",
+            f"try optim.lr {_nice(record.lr / 10)}, or activation: leaky_relu in model.args, where the network takes it",
         )
     saturated = {name: share for name, share in record.saturated.items() if share > 0.6}
     if saturated:

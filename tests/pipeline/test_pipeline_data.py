@@ -206,7 +206,7 @@ def test_multilabel_targets(folder: Path) -> None:
     np.testing.assert_array_equal(targets.numpy(), [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]])
 
 
-def test_copies_with_other_labels_are_refused_or_left_out(folder: Path) -> None:
+def test_copies_with_other_labels_are_refused_or_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copy(folder / "red" / "03.jpg", folder / "blue" / "copy.jpg")
     with pytest.raises(
         DataError, match=r"1 pictures have copies with other labels.*\n.*\((blue|red)\) = .*\((blue|red)\)"
@@ -214,6 +214,7 @@ def test_copies_with_other_labels_are_refused_or_left_out(folder: Path) -> None:
         prepare_data(config_of(folder))
     manifest, _ = prepare_data(config_of(folder, on_bad_file="skip"))
     assert manifest.counts() == {"blue": 20, "green": 20, "red": 19}
+    assert "left out 2 pictures whose copies carry other labels, as " in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a;b", " blank"])
