@@ -78,7 +78,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file on the CPU; of a checkpoint those under "state_dict" or "model". Raises the same."""
     source, path = str(path), _local(str(path))
     if any((path / "bundle" / name).is_file() for name in FOLDER_FILES):
-        raise ValueError(f"weights={source!r}: is a run; did you mean {str(path / 'bundle')!r}?")
+        raise ValueError(f"weights={source!r} is a run; did you mean {str(path / 'bundle')!r}?")
     if path.suffix not in SUFFIXES:
         lost = "" if path.exists() else "there is no such file or folder; "
         raise ValueError(
@@ -225,6 +225,7 @@ def _own_network(path: str | Path) -> str:
     """What to take for a bundle's weights, to end a message with."""
     try:
         own = json.loads((Path(path) / "bundle.json").read_text("utf-8"))["network"]
-        return f"; the bundle's network is model.name: {own['name']}, model.args: {json.dumps(own['args'])}"
+        args, size = json.dumps(own["args"]), json.dumps(own["image_size"])
+        return f"; the bundle's network is model.name: {own['name']}, model.args: {args}, data.image_size: {size}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

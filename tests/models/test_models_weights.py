@@ -235,9 +235,13 @@ def test_a_bundle_of_another_network_tells_its_own(tmp_path: Path) -> None:
         build("cnn", 3, image_size=(32, 32), widths=[8, 4]),
     )
     safetensors.torch.save_file(given.state_dict(), tmp_path / "weights.safetensors")
-    (tmp_path / "bundle.json").write_text('{"network": {"name": "cnn", "args": {"widths": [8, 8]}}}')
+    (tmp_path / "bundle.json").write_text(
+        '{"network": {"name": "cnn", "args": {"widths": [8, 8]}, "image_size": [32, 32]}}'
+    )
     for network in (own, build("lenet5", 3, image_size=(32, 32))):
-        with pytest.raises(ValueError, match=r'model.name: cnn, model.args: \{"widths": \[8, 8\]\}$'):
+        with pytest.raises(
+            ValueError, match=r'model.name: cnn, model.args: \{"widths": \[8, 8\]\}, data.image_size: \[32, 32\]$'
+        ):
             load_weights(network, head_of(network), tmp_path)
 
 
