@@ -18,6 +18,7 @@ from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
 from models.classifier import Classifier, probabilities
 from models.networks import build
+from serve import choice as choosing
 from serve.connection import Connection
 from serve.engine import Engine
 from serve.limits import Limits
@@ -105,6 +106,15 @@ def bundle(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPath
 def other(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Of the same labels, with other weights."""
     return make_bundle(tmp_path_factory.mktemp("other") / "shapes", seed=1)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place of this test's own for the choices of a backend; the threads that one takes are given back."""
+    monkeypatch.setattr(choosing, "CACHE", tmp_path / "cache")
+    threads = torch.get_num_threads()
+    yield tmp_path / "cache"
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,307 @@
+"""Of the ways to compute a network the fastest that agrees is taken, and the choice is kept."""
+
+import json
+import os
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from installed_backends import INSTALLED, INT8, PACKAGES
+
+from models.bundle import BundleError
+from serve import choice as choosing
+from serve.app import create_app
+from serve.backends import BACKENDS, store
+from serve.choice import choose
+from serve.engine import Engine
+from serve.engine import build as build_engine
+
+pytestmark = [
+    pytest.mark.slow,  # together they take minutes: `make test-fast` has two
+    pytest.mark.usefixtures("cache"),
+]
+
+
+def golden_images(engine: Engine) -> np.ndarray:
+    return np.stack([engine.preprocess(golden.data) for golden in engine.bundle.goldens])
+
+
+def asking(bundle, **options):
+    engine = Engine(bundle)
+    return choose(bundle, bundle.classifier("cpu"), golden_images(engine), **options)
+
+
+def test_the_fastest_is_taken_kept_and_told(bundle, serving, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, choice = asking(bundle)
+    alone = {name: rate for name, rate in choice.rates.items() if name.endswith("/1")}
+    worth = {name: rate / choosing.WORTH for name, rate in choice.rates.items()} | alone
+    if choosing.BATCH / max(alone.values()) < choosing.LONG_S:
+        worth = alone
+    assert worth[f"{choice.name}/{choice.threads}"] == max(worth.values()) and not choice.dropped
+    assert {name.partition("/")[0] for name in choice.rates} == set(choosing.candidates(torch.device("cpu")))
+    (kept,) = cache.glob("*/kept.json")
+    assert json.loads(kept.read_text())["name"] == choice.name
+    monkeypatch.setattr(choosing._Trial, "rate", lambda *_: choice.rate * 0.8)
+    engine = Engine(bundle, backend="auto")
+    assert engine.choice == choice and torch.get_num_threads() == choice.threads
+    with serving(create_app(engine)) as client:
+        assert client.get("/v1/model").json()["backend"]["name"] == choice.name
+
+
+def test_two_threads_must_be_worth_a_core(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
+    short = choosing.BATCH / choosing.LONG_S
+    for one, two, wanted in ((100.0, 110.0, 1), (100.0, 150.0, 2), (1.01 * short, 2 * short, 1)):
+        speeds = iter([two, one])
+        monkeypatch.setattr(choosing._Trial, "rate", lambda *_, speeds=speeds: next(speeds))
+        assert asking(bundle, threads=2, cache=cache / str(two))[1].threads == wanted
+
+
+def test_what_was_chosen_on_a_busy_machine_is_chosen_anew(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = iter([100.0, 1.0])
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("eager", "bf16"))
+    monkeypatch.setattr(choosing._Trial, "rate", lambda *_: next(speeds))
+    first = asking(bundle, threads=1)[1]
+    assert (first.name, first.rate) == ("eager", 100.0)
+    for now in (90.0, 20.0):
+        speeds = iter([now])
+        assert asking(bundle, threads=1)[1] == first, "it is as it was, or others work here now"
+    speeds = iter([160.0, 180.0, 200.0])
+    second = asking(bundle, threads=1)[1]
+    assert (second.name, second.rate) == ("bf16", 200.0), (
+        "faster: the machine was busy when it was chosen, both are timed again"
+    )
+    speeds = iter([20.0, 18.0])
+    assert asking(bundle, threads=1)[1] == second, "ten times slower, as plain PyTorch is: others work here now"
+    speeds = iter([50.0, 150.0, 150.0, 50.0])
+    assert asking(bundle, threads=1)[1].name == "eager", "four times slower, and plain PyTorch is not"
+
+
+def test_bfloat16_is_tried_where_the_processor_has_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for known, tried in (({}, False), ({"avx512_bf16": True, "amx_bf16": False}, True), ({"bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        names = choosing.candidates(torch.device("cpu"))
+        assert ("bf16" in names) == tried and {"eager", *INSTALLED} - {"openvino-bf16"} <= set(names)
+        assert ("openvino-bf16" in names) == (tried and "openvino" in INSTALLED)
+
+
+def test_one_that_answers_otherwise_or_fails_is_dropped_with_its_reason(
+    bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(classifier, example, folder):
+        return lambda images: -classifier(images)
+
+    def broken(classifier, example, folder):
+        raise RuntimeError("no such instruction\nand more")
+
+    monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, "bf16": wrong, "openvino": broken})
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("bf16", "openvino", "eager"))
+    _, choice = asking(bundle)
+    assert choice.name == "eager" and choice.dropped["openvino"] == "no such instruction"
+    assert "moves a probability of the golden pictures by" in choice.dropped["bf16"]
+    with pytest.raises(BundleError, match="--backend bf16: moves .* from float32's; the limit is 0.03"):
+        asking(bundle, wanted="bf16")
+    monkeypatch.setattr(choosing, "AGREED", 1.0)
+    with pytest.raises(
+        BundleError, match=r"--backend bf16: gives \d+ of \d+ golden pictures another label than float32"
+    ):
+        asking(bundle, wanted="bf16")
+    monkeypatch.setattr(choosing, "AGREED", 0.03)
+    with pytest.raises(ValueError, match="none of auto, int8, eager"):
+        asking(bundle, wanted="tensorrt")
+    # What was chosen before and does not work any more is chosen anew.
+    (kept,) = cache.glob("*/kept.json")
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "name": "openvino"}))
+    assert asking(bundle)[1].name == "eager"
+
+
+def test_int8_is_tried_by_all_that_is_installed_for_it(bundle) -> None:
+    if not INT8:
+        with pytest.raises(BundleError, match="--backend openvino-int8: No module.*; --backend onnx-int8: No module"):
+            asking(bundle, wanted="int8", threads=1)
+        return
+    _, choice = asking(bundle, wanted="int8", threads=1)
+    assert choice.rates.keys() == {f"{name}/1" for name in INT8}
+    assert choice.rate == max(choice.rates.values()) and choice.agreed == choosing.INT8_AGREED
+
+
+def test_int8_is_the_faster_of_its_two_that_agrees(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain PyTorch in the place of both, whose packages need not be there."""
+
+    def broken(classifier, example, folder):
+        raise RuntimeError("no such instruction")
+
+    plain = dict.fromkeys(("openvino-int8", "onnx-int8"), BACKENDS["eager"])
+    monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, **plain})
+    for speeds, faster in (((90.0, 100.0), "onnx-int8"), ((100.0, 90.0), "openvino-int8")):
+        given = iter(speeds)
+        monkeypatch.setattr(choosing._Trial, "rate", lambda *_, given=given: next(given))
+        _, choice = asking(bundle, wanted="int8", threads=1)
+        assert choice.rates == {"openvino-int8/1": speeds[0], "onnx-int8/1": speeds[1]}
+        assert choice.name == faster and choice.rate == max(speeds) and choice.agreed == choosing.INT8_AGREED
+    monkeypatch.setattr(choosing._Trial, "rate", lambda *_: 1.0)
+    monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, **plain, "openvino-int8": broken})
+    _, choice = asking(bundle, wanted="int8", threads=1)
+    assert choice.name == "onnx-int8" and choice.dropped == {"openvino-int8": "no such instruction"}
+    monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, **dict.fromkeys(plain, broken)})
+    with pytest.raises(
+        BundleError, match="--backend openvino-int8: no such.*; --backend onnx-int8: no such.*; --backend auto takes"
+    ):
+        asking(bundle, wanted="int8")
+
+
+def test_what_this_start_has_converted_is_not_converted_again(
+    bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only what an earlier start left may be damaged, or of another network."""
+    made: list[str] = []
+
+    def wrong(classifier, example, folder, name):
+        if not (folder / "kept.int8.onnx").exists():
+            made.append(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "kept.int8.onnx").touch()
+        return lambda images: -classifier(images)
+
+    fakes = {name: partial(wrong, name=name) for name in choosing.INT8}
+    monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, **fakes})
+    for wanted in (["openvino-int8"], ["openvino-int8"] * 2):  # the second finds one, and makes it anew once for both
+        with pytest.raises(BundleError, match="--backend openvino-int8: moves"):
+            asking(bundle, wanted="int8")
+        assert made == wanted
+    assert caplog.text.count("which is made anew") == 1
+
+
+def test_what_computes_on_cpus_is_refused_elsewhere(bundle) -> None:
+    classifier, images = bundle.classifier().to("meta"), golden_images(Engine(bundle))
+    for name in ("openvino", "onnx", "int8"):
+        with pytest.raises(BundleError, match=f"--backend {name} computes on CPUs; on meta take auto, eager"):
+            choose(bundle, classifier, images, wanted=name)
+
+
+def test_all_replicas_compute_alike(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would choose for itself, and the answer to a picture hang on which of them was free."""
+    rates = iter([100.0, 90.0, *[80.0, 100.0] * 9])
+    monkeypatch.setattr(choosing._Trial, "rate", lambda *_: next(rates))
+    monkeypatch.setattr(choosing, "INT8", ("eager", "bf16"))
+    engine = build_engine(bundle, ["cpu"], "int8", 3)
+    assert [one.choice and one.choice.name for one in (engine, *engine.others)] == ["eager", None, None]
+
+
+def test_a_cache_that_cannot_be_written_or_read_does_no_harm(bundle, cache: Path) -> None:
+    cache.write_text("a file where the folder would be")
+    for name in INSTALLED:
+        assert asking(bundle, wanted=name)[1].name == name
+    assert asking(bundle)[1].rates
+
+
+@pytest.mark.parametrize("name", [*INSTALLED, *INT8])
+def test_a_kept_network_that_is_cut_is_converted_anew(
+    name: str, bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a loss of power or a full disk leaves it. Its backend was left out for good, and the choice without it kept."""
+    monkeypatch.setattr(choosing, "candidates", lambda device: (name,))
+    assert asking(bundle)[1].name == name and "made anew" not in caplog.text
+    (folder,) = cache.iterdir()
+    files = {file: file.read_bytes() for file in folder.iterdir() if file.name in choosing.KEPT[name]}
+    assert len(files) == len(choosing.KEPT[name])
+    for cut in files:
+        cut.write_bytes(files[cut][:100])
+        choice = asking(bundle)[1]
+        assert choice.name == name and not choice.dropped and "made anew" in caplog.text
+        caplog.clear()
+        assert all(len(file.read_bytes()) > 1_000 for file in files)
+        assert asking(bundle, wanted=name)[1].name == name and "made anew" not in caplog.text
+
+
+def test_what_is_kept_is_whole_whoever_else_writes_there(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Containers that share a cache have the same process number."""
+    left, young = cache / "part-killed", cache / "part-at-work"
+    for folder in (left, young):
+        folder.mkdir(parents=True)
+        (folder / "kept.onnx").touch()
+    os.utime(left, (0, 0))
+
+    def write(part: Path) -> None:
+        with part.open("w") as file:
+            store(cache, "onnx", lambda other: other.write_text("of another"))
+            file.write("whole")
+        assert (cache / "kept.onnx").read_text() == "of another"
+
+    store(cache, "onnx", write)
+    assert (cache / "kept.onnx").read_text() == "whole" and not caplog.text
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError("the disk is full")))
+    store(cache, "onnx", lambda part: part.write_text("other"))
+    assert "is not kept: the disk is full" in caplog.text and (cache / "kept.onnx").read_text() == "whole"
+    assert {file.name for file in cache.iterdir()} == {"kept.onnx", "part-at-work"}
+
+
+@pytest.mark.parametrize("text", ["[", "null", "[" * 100_000, '{"name": ["eager"], "threads": 1}', "\xff"])
+def test_a_note_of_the_choice_that_is_of_no_use_is_written_anew(
+    text: str, bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
+    first = asking(bundle, threads=1)[1]
+    (note,) = cache.glob("*/kept.json")
+    note.write_text(text, "latin-1")
+    assert asking(bundle, threads=1)[1].name == first.name and json.loads(note.read_text())["name"] == "eager"
+
+
+def test_with_another_version_of_a_package_it_is_chosen_anew(
+    bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
+    for count, versions in ((1, {}), (1, {}), *((2 + i, {name: "99"}) for i, name in enumerate(("torch", *PACKAGES)))):
+        monkeypatch.setattr(choosing, "version", lambda name, versions=versions: versions.get(name) or version(name))
+        asking(bundle, threads=1)
+        assert len(list(cache.iterdir())) == count
+
+
+def test_where_weights_have_other_bits_none_is_taken_from_the_other_machine(
+    bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home that two machines share, whose processors may have one name: that of a virtual machine's may be a family's."""
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for known, count in (({}, 1), ({"avx2": True}, 1), ({"avx2": True, "avx512_vnni": True}, 2)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        asking(bundle, threads=1)
+        assert len(list(cache.iterdir())) == count
+
+
+class Unsure(torch.nn.Module):
+    """Two labels that are as likely but for a hair."""
+
+    def __init__(self, hair: float) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor([hair, 0.0]))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits.repeat(len(images), 1)
+
+
+def test_one_with_another_likeliest_label_is_dropped_however_near(
+    bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hair = 1e-3 * bundle.info.temperature
+    monkeypatch.setattr(choosing, "candidates", lambda device: ("bf16", "eager"))
+    images = golden_images(Engine(bundle))
+    for other, dropped in ((2 * hair, set()), (-hair, {"bf16"})):
+        monkeypatch.setattr(choosing, "BACKENDS", {**BACKENDS, "bf16": lambda *_, other=other: Unsure(other)})
+        _, choice = choose(bundle, Unsure(hair), images, threads=1, cache=cache / str(other))
+        assert set(choice.dropped) == dropped
+
+
+def test_a_choice_of_one_thread_does_not_bind_the_next(bundle, cache: Path) -> None:
+    torch.set_num_threads(1)
+    _, choice = asking(bundle, threads=2)
+    assert {"eager/1", "eager/2"} <= choice.rates.keys()
+    (kept,) = cache.glob("*/kept.json")
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "threads": "many"}))
+    assert asking(bundle, threads=2)[1].threads in (1, 2), "a damaged note is written anew"
