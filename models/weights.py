@@ -123,7 +123,7 @@ def folder_preprocess(source: str) -> dict[str, Any] | None:
             continue
         if all(len(values) == 3 for values in numbers.values()):
             kind = found.get("normalize", "channel")
-            return numbers if kind == "channel" else {**numbers, "normalize": kind}
+            return {**numbers, "normalize": kind} if kind in ("mean_image", "pca", "zca") else numbers
     return None
 
 

@@ -147,7 +147,12 @@ def measured(config: Config, preprocess: "Preprocess", manifest: "Manifest") -> 
             given = read_weights(config.model.weights)
         except (ValueError, OSError) as error:
             raise ConfigError(f"model: {_line(error)}") from error
-        return preprocess, {name: given[name] for name in ("mean_image", "whitening") if name in given}
+        needed = ("mean_image",) if preprocess.normalize == "mean_image" else ("mean_image", "whitening")
+        if lost := [name for name in needed if name not in given]:
+            raise ConfigError(
+                f"model: weights={config.model.weights!r}: bundle.json says {preprocess.normalize}, but there is no {lost[0]}"
+            )
+        return preprocess, {name: given[name] for name in needed}
     samples = [sample for sample in manifest.of("train") if sample.pictured]
     pictures = Pictures(samples, preprocess, targets_of(samples, manifest))
     kind = "channel" if config.data.normalize == "data" else config.data.normalize

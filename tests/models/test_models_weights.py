@@ -217,6 +217,10 @@ def test_mean_and_deviation_come_from_a_folders_own_record(tmp_path: Path) -> No
     (tmp_path / "bundle.json").write_text(json.dumps(own))
     found = weights_preprocess("resnet20", str(tmp_path))
     assert found == {"mean": [0.7] * 3, "std": [0.2] * 3, "normalize": "pca"}
+    (tmp_path / "bundle.json").unlink()
+    record = '{"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "normalize": true}'
+    (tmp_path / "preprocessor_config.json").write_text(record)
+    assert weights_preprocess("resnet20", str(tmp_path)) == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
 
 
 def test_what_is_no_folder_of_weights_is_told(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_data import COLORS, Run, picture, write_picture
 
 from models.bundle import load_bundle
@@ -299,6 +299,10 @@ def test_a_bundles_own_normalisation_is_taken_over(kind: str, uneven: Path, tmp_
     assert plain.module.classifier.normalize == "channel", "the config's own go first"
     with pytest.raises(ConfigError, match="mean_image"):
         begun(few, "--data.image_size", 16, "--model.weights", base.bundle)
+    arrays = load_file(base.bundle / "weights.safetensors")
+    save_file({key: arrays[key] for key in arrays if key != "mean_image"}, base.bundle / "weights.safetensors")
+    with pytest.raises(ConfigError, match=f"says {kind}, but there is no mean_image"):
+        begun(few, *tuned)
 
 
 def test_a_frozen_network_of_no_weights_is_told(uneven: Path, caplog: pytest.LogCaptureFixture) -> None:
