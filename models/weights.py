@@ -127,6 +127,15 @@ def folder_preprocess(source: str) -> dict[str, Any] | None:
     return None
 
 
+def folder_arrays(source: str, normalize: str) -> dict[str, Tensor]:
+    """What a bundle's weights hold for `normalize`, that is `mean_image`, `pca` or `zca`: see `models.classifier`. ValueError where they do
+    not, or cannot be read."""
+    given, needed = read_weights(source), ("mean_image",) if normalize == "mean_image" else ("mean_image", "whitening")
+    if lost := [name for name in needed if name not in given]:
+        raise ValueError(f"weights={source!r}: bundle.json says {normalize}, but there is no {lost[0]}")
+    return {name: given[name] for name in needed}
+
+
 def _local(source: str) -> Path:
     """The file itself: in a folder the one of FOLDER_FILES, of a URL the copy in torch hub's cache, downloaded first if need be."""
     if _is_url(source):

@@ -137,22 +137,16 @@ def measured(config: Config, preprocess: "Preprocess", manifest: "Manifest") -> 
     import torch
 
     from augment.statistics import measure
-    from models.weights import read_weights
+    from models.weights import folder_arrays
     from pipeline.data.pictures import Pictures, targets_of
 
     if config.data.normalize == "fixed":
         if preprocess.normalize == "channel":
             return preprocess, {}
         try:
-            given = read_weights(config.model.weights)
+            return preprocess, folder_arrays(config.model.weights, preprocess.normalize)
         except (ValueError, OSError) as error:
             raise ConfigError(f"model: {_line(error)}") from error
-        needed = ("mean_image",) if preprocess.normalize == "mean_image" else ("mean_image", "whitening")
-        if lost := [name for name in needed if name not in given]:
-            raise ConfigError(
-                f"model: weights={config.model.weights!r}: bundle.json says {preprocess.normalize}, but there is no {lost[0]}"
-            )
-        return preprocess, {name: given[name] for name in needed}
     samples = [sample for sample in manifest.of("train") if sample.pictured]
     pictures = Pictures(samples, preprocess, targets_of(samples, manifest))
     kind = "channel" if config.data.normalize == "data" else config.data.normalize
