@@ -48,6 +48,10 @@ def survey(manifest: Manifest) -> Survey:
         notes.append(
             f"note: {len(manifest.empty)} class folders are empty, as {manifest.empty[0]}; training will refuse them"
         )
+    if manifest.loose:
+        notes.append(
+            f"note: {len(manifest.loose)} pictures lie in no class's folder, as {manifest.loose[0]}; training will leave them out"
+        )
     heights, widths = [h for h, _ in sizes], [w for _, w in sizes]
     same = len(set(sizes)) == 1
     text = f"{heights[0]}×{widths[0]}" if same else f"{min(heights)}×{min(widths)} to {max(heights)}×{max(widths)}"

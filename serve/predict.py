@@ -59,8 +59,8 @@ class Asked(BaseModel):
 
 
 def _asked(num_classes: int) -> type[Asked]:
-    about = "How many labels to answer, likeliest first"
-    top = Field(min(5, num_classes), ge=1, le=num_classes, description=about)
+    about = f"How many labels to answer, likeliest first; all {num_classes} where it is more"
+    top = Field(min(5, num_classes), ge=1, description=about)
     return create_model("Asked", __base__=Asked, top=(int, top))
 
 

@@ -158,6 +158,10 @@ def check_classes(manifest: Manifest) -> list[str]:
         warnings.append(
             f"{len(manifest.ignored)} files that are no pictures by their suffix were left out, as {manifest.ignored[0]}"
         )
+    if manifest.loose:
+        warnings.append(
+            f"{len(manifest.loose)} pictures lie in no class's folder and were left out, as {manifest.loose[0]}"
+        )
     return warnings
 
 

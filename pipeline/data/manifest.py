@@ -1,9 +1,10 @@
 """What a data set is: samples with labels and splits, from a folder, a CSV or Parquet manifest, or the embedded digits."""
 
 import os
+import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -63,6 +64,8 @@ class Manifest:
     """Class folders without a picture."""
     ignored: tuple[str, ...] = ()
     """Files beside the pictures that are none by their suffix."""
+    loose: tuple[str, ...] = ()
+    """Pictures beside the class folders, which are of no class."""
     near: tuple[tuple[str, str], ...] = ()
     """Pictures of the hold-out and those of the training that they resemble: see `pipeline.data.near`."""
 
@@ -157,14 +160,16 @@ def _from_folder(root: Path, task: str) -> Manifest:
         )
     index = {label: i for i, label in enumerate(labels)}
     samples, empty, ignored = [], [], []
+    loose = [str(path) for place in (root, *split_folders) for path in _files(place.iterdir()) if _is_picture(path)]
     for split, folder in classes:
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-        pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
-        ignored += [str(path) for path in files if path.suffix.lower() not in SUFFIXES]
+        files = _files(folder.rglob("*"))
+        pictures = [path for path in files if _is_picture(path)]
+        ignored += [str(path) for path in files if not _is_picture(path)]
         samples += [Sample(str(path), (index[folder.name],), split) for path in pictures]
         if not pictures:
             empty.append(str(folder))
-    return _manifest(str(root), samples, labels, task, tuple(empty), tuple(ignored))
+    manifest = _manifest(str(root), samples, labels, task)
+    return replace(manifest, empty=tuple(empty), ignored=tuple(ignored), loose=tuple(loose))
 
 
 def read_table(path: Path) -> "pd.DataFrame":
@@ -173,21 +178,36 @@ def read_table(path: Path) -> "pd.DataFrame":
 
     try:
         if path.suffix.lower() == ".csv":
+            _refuse_other_separators(path)
             with warnings.catch_warnings():  # rows longer than the header: pandas would take or drop what is too much
                 warnings.simplefilter("error", pd.errors.ParserWarning)
                 table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
         else:
             table = _texts(pd.read_parquet(path))
-    except pd.errors.ParserWarning as error:
-        raise DataError(
-            f"{path}: rows have more fields than the header; take a comma from their ends, or put what has one in it into quotes"
-        ) from error
+    except DataError:
+        raise
     except Exception as error:  # pandas and pyarrow raise many kinds for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        counted = re.search(r"Expected \d+ fields in line (\d+)", reason)
+        if counted or isinstance(error, pd.errors.ParserWarning):
+            where = f"line {counted[1]} has" if counted else "rows have"
+            raise DataError(
+                f"{path}: {where} more fields than the header; take a comma from the end, or put what has one in it into quotes"
+            ) from error
         raise DataError(f"{path}: cannot be read as a {path.suffix[1:].upper()} table ({reason})") from error
     if table.empty:
         raise DataError(f"{path}: the manifest has no rows")
     return table
+
+
+def _refuse_other_separators(path: Path) -> None:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        header = file.readline()
+    mark = next((mark for mark in ";\t|" if mark in header), "")
+    if mark and "," not in header:
+        raise DataError(
+            f"{path}: its columns are separated by {mark!r} ({header.strip()[:80]}); separate them by commas"
+        )
 
 
 def _from_table(path: Path, task: str) -> Manifest:
@@ -200,10 +220,8 @@ def _from_table(path: Path, task: str) -> Manifest:
         table["path"] = ""
     missing = [column for column in ("path", "label") if column not in table.columns]
     if missing:
-        whole = len(table.columns) == 1 and any(mark in str(table.columns[0]) for mark in (";", "\t", "|"))
-        hint = "; separate them by commas" if whole else ""
         raise DataError(
-            f"{path}: no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}; needed: path,label and/or text[,split]{hint}"
+            f"{path}: no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}; needed: path,label and/or text[,split]"
         )
     splits = table["split"].str.strip() if "split" in table.columns else pd.Series("", index=table.index)
     _refuse_rows(path, ~splits.isin([*SPLITS, ""]), splits, "split", f"one of {', '.join(SPLITS)}, or empty")
@@ -237,7 +255,7 @@ def _from_table(path: Path, task: str) -> Manifest:
         )
         for number, (file, row, split, text, more) in enumerate(zip(table["path"], names, splits, texts, further, strict=True), start=2)
     ]  # fmt: skip
-    return _manifest(str(path), samples, labels, "multilabel" if several else task, (), ())
+    return _manifest(str(path), samples, labels, "multilabel" if several else task)
 
 
 def _texts(table: "pd.DataFrame") -> "pd.DataFrame":
@@ -253,14 +271,7 @@ def _texts(table: "pd.DataFrame") -> "pd.DataFrame":
     return table.drop(columns=bytes_in).astype("string").fillna("")
 
 
-def _manifest(
-    source: str,
-    samples: list[Sample],
-    labels: tuple[str, ...],
-    task: str,
-    empty: tuple[str, ...],
-    ignored: tuple[str, ...],
-) -> Manifest:
+def _manifest(source: str, samples: list[Sample], labels: tuple[str, ...], task: str) -> Manifest:
     if not samples:
         raise DataError(f"{source}: no pictures; Refract reads {', '.join(SUFFIXES)}")
     unnamable = [sample.path for sample in samples if not _is_text(sample.path)]
@@ -273,7 +284,7 @@ def _manifest(
         task = "binary" if len(labels) == 2 else "multiclass"
     if task == "binary" and len(labels) != 2:
         raise DataError(f"{source}: data.task is binary, but there are {len(labels)} classes: {', '.join(labels[:10])}")
-    return Manifest(source, tuple(samples), labels, task, empty, ignored)
+    return Manifest(source, tuple(samples), labels, task)
 
 
 def _refuse_untrainable(manifest: Manifest) -> None:
@@ -311,6 +322,14 @@ def _is_text(path: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    return sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
 
 
 def _folders(root: Path) -> list[Path]:

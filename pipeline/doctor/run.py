@@ -64,6 +64,8 @@ def read_findings(run_dir: Path) -> tuple[list[Finding], dict[str, Any]]:
         return [Finding(**finding) for finding in values["findings"]], values["record"]
     except FileNotFoundError as error:
         why = f"has no {FILE}; a run has one when it is finished" if run_dir.is_dir() else "no such run"
+        if run_dir.is_dir() and (run_dir.parent / FILE).is_file():
+            why = f"is a part of a run; give the run's folder, {run_dir.parent}"
         raise ConfigError(f"{run_dir}: {why}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{run_dir / FILE}: cannot be read ({error})") from error

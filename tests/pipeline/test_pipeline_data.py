@@ -20,6 +20,7 @@ from pipeline.data.module import PictureData
 from pipeline.data.splits import write_splits
 from pipeline.golden import make_goldens
 from pipeline.preparation import prepare_data
+from pipeline.suggest import survey
 
 
 def test_folder_of_classes(folder: Path) -> None:
@@ -118,7 +119,25 @@ def test_class_of_one_is_refused(folder: Path) -> None:
         prepare_data(config_of(folder))
 
 
-def test_same_picture_in_two_splits_is_refused_or_left_out_of_training(folder: Path, tmp_path: Path) -> None:
+def test_pictures_beside_the_class_folders_are_told(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(folder / "red" / "00.jpg", folder / "lost.JPG")
+    (folder / "notes.txt").write_text("x")
+    manifest, _ = prepare_data(config_of(folder))
+    assert len(manifest.samples) == 60
+    assert f"1 pictures lie in no class's folder and were left out, as {folder}/lost.JPG" in caplog.text
+    assert "1 pictures lie in no class's folder" in "".join(survey(manifest).notes)
+    (folder / "lost.JPG").unlink()
+    (tmp_path / "split").mkdir()
+    folder.rename(tmp_path / "split" / "train")
+    (tmp_path / "split" / "train" / "lost.png").write_bytes(b"")
+    assert load_manifest(tmp_path / "split").loose == (str(tmp_path / "split" / "train" / "lost.png"),)
+
+
+def test_same_picture_in_two_splits_is_refused_or_left_out_of_training(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = tmp_path / "split"
     shutil.copytree(folder, root / "train")
     for label in COLORS:
@@ -131,6 +150,7 @@ def test_same_picture_in_two_splits_is_refused_or_left_out_of_training(folder: P
     manifest, _ = prepare_data(config_of(root, on_bad_file="skip"))
     paths = {Path(sample.path).name: sample.split for sample in manifest.samples if "red" in sample.path}
     assert paths["copy.jpg"] == "test" and "03.jpg" not in paths
+    assert f"left out 1 pictures whose copies are in another split, as {root}/train/red/03.jpg" in caplog.text
 
 
 def test_class_held_out_but_not_trained_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -282,6 +302,14 @@ def test_columns_of_bytes_and_a_comma_too_many_do_no_harm(folder: Path) -> None:
     (folder / "m.csv").write_text("path,label\nred/00.jpg,a,\nblue/00.jpg,b,\n")
     with pytest.raises(DataError, match="more fields than the header"):
         load_manifest(folder / "m.csv")
-    (folder / "m.csv").write_text("path;label\nred/00.jpg;a\n")
-    with pytest.raises(DataError, match="separate them by commas"):
+    (folder / "m.csv").write_text("path,label\nred/00.jpg,a\nred,01.jpg,b\n")
+    with pytest.raises(DataError, match="line 3 has more fields than the header"):
         load_manifest(folder / "m.csv")
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+@pytest.mark.parametrize("name", ["00.jpg", "a, b.jpg", "a, b, c.jpg"])
+def test_columns_that_are_separated_otherwise_are_refused(tmp_path: Path, mark: str, name: str) -> None:
+    (tmp_path / "m.csv").write_text(f"path{mark}label\nx.jpg{mark}a\n{name}{mark}b\n")
+    with pytest.raises(DataError, match=r"columns are separated by .* \(path.label\); separate them by commas"):
+        load_manifest(tmp_path / "m.csv")

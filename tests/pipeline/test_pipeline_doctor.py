@@ -227,3 +227,4 @@ def test_findings_go_to_the_console_the_run_and_the_report(refract: Run, colours
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
     assert "GaussianBlur" in run.data.tags["doctor.trained on corruptions"]
     assert "has no doctor.json" in refract("doctor", tmp_path, code=2).stderr
+    assert "give the run's folder, runs/r" in refract("doctor", "runs/r/bundle", code=2).stderr

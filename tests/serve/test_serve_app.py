@@ -82,6 +82,7 @@ def test_the_answer_names_model_and_top_labels(client, bundle, picture):
     assert prediction["top"][0] == {"label": prediction["label"], "confidence": prediction["confidence"]}
     assert sorted(prediction["top"], key=lambda entry: -entry["confidence"]) == prediction["top"]
     assert len(client.post("/v1/predict", content=picture(1)).json()["predictions"][0]["top"]) == 5
+    assert len(client.post("/v1/predict?top=99", content=picture(1)).json()["predictions"][0]["top"]) == 10, "all"
 
 
 def test_multilabel_answers_the_labels_over_their_thresholds(make_bundle, serving, tmp_path, picture, reference):

@@ -152,7 +152,7 @@ def test_an_announced_body_is_refused_before_it_is_sent(client):
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
-@pytest.mark.parametrize("top", ["0", "11", "-1", "x", "", "1.5"])
+@pytest.mark.parametrize("top", ["0", "-1", "x", "", "1.5"])
 def test_top_out_of_range(client, picture, top):
     message = check(client.post(f"/v1/predict?top={top}", content=picture(1)), 422, "invalid_parameter")
     assert "top" in message
