@@ -4,9 +4,10 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.retraining.settings import GateConfig, RetrainConfig
 from pipeline.sections import (
@@ -20,6 +21,9 @@ from pipeline.sections import (
     TrackingConfig,
     TrainerConfig,
 )
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 class ConfigError(ValueError):
@@ -67,18 +71,26 @@ def config_from_dict(
             raise ConfigError(f"command line: no option --{key}{_nearest(key)}")
     import jsonargparse
 
-    parser = jsonargparse.ArgumentParser(prog="refract train", exit_on_error=False)
-    parser.add_class_arguments(Config)
-    blamed = where
+    parser, blamed = _parser(), where
     try:
         namespace = parser.parse_object(dict(values))
         blamed = "command line"
         namespace = parser.parse_args(list(overrides), namespace=namespace)
-        config = Config(**{item.name: parser.instantiate(namespace)[item.name] for item in fields(Config)})
+        made = parser.instantiate(namespace)
+        config = Config(**{item.name: made[item.name] for item in fields(Config)})
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"{blamed}: {_plain_words(str(error))}") from error
     _check(config, where, frozenset(_override_keys(overrides)))
     return config
+
+
+@cache
+def _parser() -> "ArgumentParser":
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(prog="refract train", exit_on_error=False)
+    parser.add_class_arguments(Config)
+    return parser
 
 
 def help_text() -> str:
