@@ -63,12 +63,18 @@ class ResumeCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         state = np.random.get_state(legacy=False)
-        return {
+        version, inner, gauss = random.getstate()
+        return {  # tensors, as of lists each number is pickled for itself
             "ended": self._ended,
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "python": random.getstate(),
-            "numpy": (state["state"]["key"].tolist(), state["state"]["pos"], state["has_gauss"], state["gauss"]),
+            "python": (version, torch.tensor(inner), gauss),
+            "numpy": (
+                torch.from_numpy(state["state"]["key"]),
+                state["state"]["pos"],
+                state["has_gauss"],
+                state["gauss"],
+            ),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -84,9 +90,9 @@ class ResumeCheckpoint(Checkpoint):
         for device, state in enumerate(self._random["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state, device)
         version, inner, gauss = self._random["python"]
-        random.setstate((version, tuple(inner), gauss))
+        random.setstate((version, tuple(map(int, inner)), gauss))
         key, place, has_gauss, number = self._random["numpy"]
-        np.random.set_state(("MT19937", np.array(key, np.uint32), place, has_gauss, number))
+        np.random.set_state(("MT19937", np.asarray(key, np.uint32), place, has_gauss, number))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
