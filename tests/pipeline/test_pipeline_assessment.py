@@ -53,7 +53,8 @@ def runs(root: Path) -> Path:
         values = {
             "data": {"source": str(root / "pictures"), "image_size": 24, "workers": 0, "batch_size": 16,
                      "val_share": 0.3, "test_share": 0.3},
-            "optim": {"lr": rate}, "trainer": {"max_epochs": 12, "run_name": name, "runs_dir": str(root / "runs"), "device": "cpu"},
+            "model": {"name": "cnn", "args": {"widths": [8, 16]}}, "optim": {"lr": rate},
+            "trainer": {"max_epochs": 12, "run_name": name, "runs_dir": str(root / "runs"), "device": "cpu"},
             "tracking": {"enabled": False}, "evaluation": {"precision": 0.99},
         }  # fmt: skip
         train(config_from_dict(values))

@@ -31,6 +31,7 @@ BASE: dict[str, Any] = {
     "optim": {"lr": 0.01},
     "trainer": {"max_epochs": 6, "precision": "fp32", "device": "cpu"},
     "tracking": {"enabled": False},
+    "evaluation": {"robustness": "none"},
 }
 
 
@@ -185,7 +186,6 @@ def test_labels_that_are_wrong_by_chance(share: float, tmp_path: Path) -> None:
     values = {name: dict(section) for name, section in BASE.items()}
     values["data"] |= {"source": str(tmp_path / "data"), "test_share": 0.4}
     values["trainer"] |= {"runs_dir": str(tmp_path), "run_name": "r"}
-    values["evaluation"] = {"robustness": "none"}
     train(config_from_dict(values))
     found = {finding.name for finding in read_findings(tmp_path / "r")[0]}
     assert ("label noise" in found) == (share > 0), found

@@ -29,12 +29,13 @@ augment: {policy: [HorizontalFlip, {MixUp: {p: 0.5}}]}
 model: {name: cnn, args: {widths: [8, 16], dropout: 0.3}}
 optim: {name: sgd, lr: 0.02}
 trainer: {max_epochs: %d, precision: fp32, device: cpu, ema: 0.9, checkpoint_seconds: 0}
+evaluation: {robustness: none}
 """
 
 
 @pytest.fixture
 def work(folder: Path, tmp_path: Path) -> Path:
-    (tmp_path / "c.yaml").write_text(CONFIG % 12)
+    (tmp_path / "c.yaml").write_text(CONFIG % 7)
     return tmp_path
 
 
@@ -60,12 +61,12 @@ def test_a_killed_training_goes_on_to_the_same_weights_in_the_same_run(
     more = ("--data.workers", str(workers_wanted), "--data.memory", memory)
     refract("train", "c.yaml", *more, "--trainer.run_name", "calm")
     with training("c.yaml", *more, "--trainer.run_name", "killed") as process:
-        until(process, "epoch 3/")
+        until(process, "epoch 2/")
         workers = descendants(process.pid)
         process.kill()
     assert bool(workers) == bool(workers_wanted)
     until_gone(workers)
-    for beginning in ("epoch 5/", "epoch 9/"):
+    for beginning in ("epoch 4/", "epoch 6/"):
         with training("--resume", "runs/killed") as process:
             until(process, beginning)
             process.send_signal(signal.SIGKILL)
@@ -268,7 +269,7 @@ def killed_in_evaluation(work: Path, name: str, *arguments: str) -> None:
 
 @pytest.mark.slow
 def test_a_training_that_had_ended_trains_no_more(refract: Run, work: Path) -> None:
-    early = ("--trainer.patience", "1", "--optim.lr", "1e-9", "--trainer.max_epochs", "9")
+    early = ("--trainer.patience", "1", "--optim.lr", "1e-9")
     refract("train", "c.yaml", *early, "--trainer.run_name", "calm")
     killed_in_evaluation(work, "killed", *early)
     assert "epoch " not in refract("train", "--resume", "runs/killed").stderr
@@ -309,7 +310,7 @@ def test_auto_begins_anew_where_the_data_have_changed(refract: Run, work: Path, 
     (work / "runs" / "c-0" / "config.yaml").unlink()
     write_picture(work / "pictures" / "red" / "new.jpg", picture("red", 77))
     told = refract(
-        "train", "c.yaml", "--tracking.enabled", "false", "--resume", "auto", "--trainer.max_epochs", 12
+        "train", "c.yaml", "--tracking.enabled", "false", "--resume", "auto", "--trainer.max_epochs", 7
     ).stderr
     assert "a new run is begun: --resume: the data of" in told
     assert len([path for path in (work / "runs").iterdir() if (path / "bundle").is_dir()]) == 1

@@ -67,7 +67,7 @@ def test_a_silent_server_holds_nothing_up_and_gets_all_later(
             one.log_metrics({"loss": 1 / (step + 1), "accuracy": float("nan")}, step)
         one.log_files([run_dir / "curves.png"], run_dir / "bundle")
         one.register("animals", "champion")
-        assert time.monotonic() - began < 5, "the disk's time alone"
+        assert time.monotonic() - began < 30, "the disk's time alone: 200 waits of half a second are 100"
         assert one.finish("FINISHED") == 204, "of the run, 200 steps, files, model, status nothing arrived"
     database = f"sqlite:///{tmp_path}/later.db"
     told = refract("sync", "runs", "--uri", database)

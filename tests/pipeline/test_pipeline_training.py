@@ -113,6 +113,7 @@ def test_find_suggests_a_rate_and_a_batch_and_writes_nothing(refract: Run, folde
 def test_the_recipes_options_train_and_a_bundle_teaches_another(refract: Run, folder: Path) -> None:
     refract("init", folder, "-o", "pictures.yaml")
     many = {
+        "model.name": "cnn", "evaluation.robustness": "none",
         "trainer.ema": 0.9, "trainer.patience": 1, "trainer.start_size": 0.5, "trainer.accumulate": 2, "trainer.tta": "flip",
         "data.sampler": "balanced", "loss.class_weights": "balanced", "loss.name": "focal", "optim.name": "lion",
         "optim.clip_norm": 1, "model.head": "cosine", "model.init": "lsuv", "trainer.run_name": "many", "trainer.max_epochs": 3,
@@ -121,7 +122,7 @@ def test_the_recipes_options_train_and_a_bundle_teaches_another(refract: Run, fo
     told = refract(
         "train", "pictures.yaml", "--loss.teacher", "runs/many/bundle", "--model.name", "cnn", "--optim.sam", 0.05,
         "--trainer.swa_start", 0.5, "--trainer.max_epochs", 4, "--trainer.run_name", "pupil", "--loss.penalty", 1e-4,
-        "--trainer.recompute", "true",
+        "--trainer.recompute", "true", "--evaluation.robustness", "none",
     )  # fmt: skip
     assert "epoch 4/4" in told.stderr
     answer = refract("predict", "runs/pupil/bundle", folder / "red" / "00.jpg", "--json").stdout
@@ -140,6 +141,7 @@ def test_two_processes_train_what_one_does(refract: Run, folder: Path) -> None:
     same = (
         "pictures.yaml", "--model.name", "mlp", "--model.args", "{norm: none}", "--augment.policy", "none", "--trainer.precision", "fp32",
         "--trainer.device", "cpu", "--data.workers", 0, "--data.val_share", 0.2, "--trainer.max_epochs", 2, "--data.memory", "never",
+        "--evaluation.robustness", "none",
     )  # fmt: skip
     refract("train", *same, "--data.batch_size", 8, "--trainer.run_name", "one")
     told = refract("train", *same, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.run_name", "two")

@@ -22,6 +22,7 @@ model: {name: mlp, args: {hidden: [16]}}
 augment: {policy: [{Affine: {degrees: 10}}, HorizontalFlip]}
 trainer: {max_epochs: 2, device: cpu, precision: fp32}
 tracking: {model_name: null}
+evaluation: {robustness: none}
 """
 SPACE = """
 optim.name: [adamw, sgd]

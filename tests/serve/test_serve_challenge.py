@@ -89,7 +89,7 @@ def test_a_shadow_that_is_slow_does_not_keep_a_server_from_ending(bundle, other,
             assert client.post("/v1/predict", content=picture(i)).status_code == 200
         threading.Timer(1.0, Held.gate.set).start()  # what is computed already cannot be stopped
         began = time.monotonic()
-    assert time.monotonic() - began < 5, "the deadline of the two others is 10 s"
+    assert time.monotonic() - began < 9, "the deadline of the two others is 10 s"
     assert "agreed" not in ends(app) and "differed" not in ends(app), "they were given up, not waited for"
 
 

@@ -50,9 +50,7 @@ def test_help_is_answered_without_the_heavy_imports():
         "try: serve.command.main(['--help'])\n"
         "except SystemExit as end: print(end.code, [m for m in ('torch', 'fastapi', 'numpy') if m in sys.modules])"
     )
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert time.monotonic() - started < 1
     assert "--max-wait-ms" in done.stdout
     assert done.stdout.endswith("0 []\n")
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,13 @@ from serve.uploads import SPARE, parsed
 from serve.work import Work
 
 
-def test_threads_tell_how_long_what_waits_for_them_will_take() -> None:
+def test_threads_tell_how_long_what_waits_for_them_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("serve.threads.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def takes(seconds: float) -> None:
+        now[0] += seconds
+
     async def main() -> None:
         threads = Threads(2, "test", pace=0.5)
         assert threads.expected(100) == 0, "what can begin at once is not refused"
@@ -32,15 +39,18 @@ def test_threads_tell_how_long_what_waits_for_them_will_take() -> None:
             assert threads.expected(0) == pytest.approx(4.3 * 0.5 / 2)
             assert threads.expected(2) == pytest.approx(6.3 * 0.5 / 2)
         assert threads.expected(2) == 0
-        await threads.run(50, lambda: time.sleep(0.5))
+        await threads.run(50, lambda: takes(0.5))
         with threads.promised(100):
-            assert 0.45 < threads.expected(0) < 1.5, "a hundredth of a second each, by two"
+            assert threads.expected(0) == pytest.approx(100 * 0.01 / 2, rel=1e-3), (
+                "a hundredth of a second each, by two"
+            )
             before = threads.expected(0)
-            await threads.run(0.01, lambda: time.sleep(0.005))
-            assert threads.expected(0) < 1.5 * before, "little work tells little"
+            await threads.run(0.01, lambda: takes(0.005))
+            assert before < threads.expected(0) < 1.2 * before, "little work tells little, though fifty times the pace"
+            before = threads.expected(0)
             with pytest.raises(ZeroDivisionError):
-                await threads.run(50, lambda: 1 // 0)
-            assert threads.expected(0) > 0.8 * before, "what fails tells nothing"
+                await threads.run(50, lambda: takes(1000) or 1 // 0)
+            assert threads.expected(0) == before, "what fails tells nothing"
         threads.close()
 
     asyncio.run(main())
