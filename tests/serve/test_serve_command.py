@@ -275,7 +275,7 @@ def test_a_signal_while_it_starts_ends_it_too():
         process = start("models:/shapes@champion", "--port", "0", env=environment)
         with registry.accept()[0] as asked:
             process.terminate()
-            assert process.wait(5) == 0
+            assert process.wait(30) == 0
             asked.settimeout(20)
             while asked.recv(65_536):
                 pass
@@ -298,7 +298,7 @@ def test_a_signal_while_it_starts_is_not_lost_in_what_catches_all(bundle, number
     process = start(str(bundle.path), "--port", "0", code=code)
     assert process.stdout.readline() == "starting\n"
     process.send_signal(number)
-    assert process.wait(5) == 0
+    assert process.wait(30) == 0
     assert finish(process) == (0, "", "")
 
 
