@@ -141,6 +141,9 @@ def _unknown_keys(values: Mapping[str, Any], kind: type, prefix: str) -> Iterato
                 yield from _unknown_keys(value, section, f"{prefix}{key}.")
             elif value is None:
                 raise ConfigError(f"{prefix}{key}: the section is empty; leave its line out for the defaults")
+            else:
+                some = ", ".join(item.name for item in fields(section)[:3])
+                raise ConfigError(f"{prefix}{key}: expected a section of keys, as {some}, not {value!r}")
 
 
 def _override_keys(overrides: Sequence[str]) -> list[str]:

@@ -59,7 +59,7 @@ class Asked(BaseModel):
 
 
 def _asked(num_classes: int) -> type[Asked]:
-    about = f"How many labels to answer, likeliest first; all {num_classes} where it is more"
+    about = f"How many labels to answer, likeliest first; all {num_classes} if more are asked for"
     top = Field(min(5, num_classes), ge=1, description=about)
     return create_model("Asked", __base__=Asked, top=(int, top))
 

@@ -1,5 +1,6 @@
 """What a data set is: samples with labels and splits, from a folder, a CSV or Parquet manifest, or the embedded digits."""
 
+import csv
 import os
 import re
 import warnings
@@ -188,9 +189,9 @@ def read_table(path: Path) -> "pd.DataFrame":
         raise
     except Exception as error:  # pandas and pyarrow raise many kinds for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        counted = re.search(r"Expected \d+ fields in line (\d+)", reason)
-        if counted or isinstance(error, pd.errors.ParserWarning):
-            where = f"line {counted[1]} has" if counted else "rows have"
+        if isinstance(error, pd.errors.ParserWarning) or "Expected" in reason:
+            number = _longer_than_header(path)
+            where = f"line {number} has" if number else "rows have"
             raise DataError(
                 f"{path}: {where} more fields than the header; take a comma from the end, or put what has one in it into quotes"
             ) from error
@@ -201,13 +202,29 @@ def read_table(path: Path) -> "pd.DataFrame":
 
 
 def _refuse_other_separators(path: Path) -> None:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        header = file.readline()
-    mark = next((mark for mark in ";\t|" if mark in header), "")
-    if mark and "," not in header:
-        raise DataError(
-            f"{path}: its columns are separated by {mark!r} ({header.strip()[:80]}); separate them by commas"
-        )
+    """DataError where the first line has no comma between columns, but what else separates them. What is no text is the table reader's to
+    tell."""
+    with path.open("rb") as file:
+        first = next((line for line in iter(lambda: file.readline(1 << 16), b"") if line.strip()), b"")
+    try:
+        header = first.decode("utf-8-sig").strip("\r\n")
+    except UnicodeDecodeError:
+        return
+    unquoted = re.sub(r'"[^"]*("|$)', "", header)
+    mark = next((mark for mark in ";\t|" if mark in unquoted), "")
+    if mark and "," not in unquoted and header.replace("\t", "").isprintable():
+        raise DataError(f"{path}: the columns of {header[:80]!r} are separated by {mark!r}; separate them by commas")
+
+
+def _longer_than_header(path: Path) -> int:
+    """The first line that ends a row of more fields than the header has, counted from 1; 0 where none is found."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file)
+            width = len(next((row for row in rows if row), []))
+            return next((rows.line_num for row in rows if len(row) > width), 0)
+    except (csv.Error, UnicodeDecodeError):  # of a field that the module finds too long
+        return 0
 
 
 def _from_table(path: Path, task: str) -> Manifest:

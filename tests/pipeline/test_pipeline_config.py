@@ -110,3 +110,9 @@ def test_a_network_of_one_size_refuses_smaller_pictures_at_first() -> None:
         ConfigError, match=r"^model\.name: lenet5 cannot train on 2 pictures of 16×16 pixels of some epochs"
     ):
         train(config)
+
+
+def test_a_section_that_is_none_is_named() -> None:
+    for value in (3, "x", [1], True):
+        with pytest.raises(ConfigError, match="optim: expected a section of keys, as name, lr, "):
+            config_from_dict({"optim": value})

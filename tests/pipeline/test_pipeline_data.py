@@ -1,6 +1,7 @@
 """Where pictures come from, how they are split, and what is refused before training."""
 
 import csv
+import gzip
 import os
 import shutil
 from collections import Counter
@@ -310,6 +311,49 @@ def test_columns_of_bytes_and_a_comma_too_many_do_no_harm(folder: Path) -> None:
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
 @pytest.mark.parametrize("name", ["00.jpg", "a, b.jpg", "a, b, c.jpg"])
 def test_columns_that_are_separated_otherwise_are_refused(tmp_path: Path, mark: str, name: str) -> None:
-    (tmp_path / "m.csv").write_text(f"path{mark}label\nx.jpg{mark}a\n{name}{mark}b\n")
-    with pytest.raises(DataError, match=r"columns are separated by .* \(path.label\); separate them by commas"):
+    (tmp_path / "m.csv").write_text(f"path{mark}label\nx.jpg{mark}a\n{name}{mark}b\n", "utf-8-sig")
+    with pytest.raises(DataError, match=r"'path(;|\\t|\|)label' are separated by .*; separate them by commas"):
+        load_manifest(tmp_path / "m.csv")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        gzip.compress(b"path;label", mtime=0),
+        b"PK\x03\x04|[Content_Types].xml|" + bytes(range(128, 200)),
+        "path;label\nx;a".encode("utf-16"),
+        "pfad;größe\nx;a".encode("latin-1"),
+        b"path;\x1b[2J;label\nx;a;b",
+    ],
+    ids=["gzip", "zip", "utf-16", "latin-1", "escape"],
+)
+def test_what_is_no_table_is_not_blamed_on_separators(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "m.csv").write_bytes(data)
+    with pytest.raises(DataError) as told:
+        load_manifest(tmp_path / "m.csv")
+    assert "separated by" not in str(told.value)
+
+
+def test_marks_in_quotes_separate_nothing(folder: Path) -> None:
+    (folder / "m.csv").write_text('"note;\nmore",path,label\nx,red/00.jpg,a\ny,blue/00.jpg,b\n')
+    assert [dict(s.metadata) for s in load_manifest(folder / "m.csv").samples] == [
+        {"note;\nmore": "x"},
+        {"note;\nmore": "y"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ("a,b,c\nd,e\n", 2),
+        ("a,b\nd,e,f,g\n", 3),
+        ("a,b,c\nd,e,f,g\n", 2),
+        ('"a\nq",b\nd,e,f\n', 4),
+        ("\na,b\n\nd,e,f\n", 5),
+        ("a,b,\nd,e,\n", 2),
+    ],
+)
+def test_the_line_of_a_row_that_is_too_long_is_named(tmp_path: Path, rows: str, line: int) -> None:
+    (tmp_path / "m.csv").write_text(f"path,label\n{rows}")
+    with pytest.raises(DataError, match=f"line {line} has more fields than the header"):
         load_manifest(tmp_path / "m.csv")

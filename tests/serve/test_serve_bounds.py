@@ -191,7 +191,7 @@ def test_a_full_house_answers_429_before_it_reads(bundle, serving, picture):
 
 def test_what_is_not_answered_by_its_deadline_is_not_computed(bundle, serving, picture):
     engine = GatedEngine(bundle)
-    app = create_app(engine, deadline_s=0.3, max_batch=1)
+    app = create_app(engine, deadline_s=1, max_batch=1)
     with serving(app) as client, busy(engine, client, content=picture(0)) as first:
         for late in (client.post("/v1/predict", content=picture(1)), first.result()):
             assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
