@@ -189,11 +189,10 @@ def read_table(path: Path) -> "pd.DataFrame":
         raise
     except Exception as error:  # pandas and pyarrow raise many kinds for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, pd.errors.ParserWarning) or "Expected" in reason:
-            number = _longer_than_header(path)
-            where = f"line {number} has" if number else "rows have"
+        rows = isinstance(error, pd.errors.ParserError | pd.errors.ParserWarning)
+        if rows and (number := _longer_than_header(path)):
             raise DataError(
-                f"{path}: {where} more fields than the header; take a comma from the end, or put what has one in it into quotes"
+                f"{path}: line {number} has more fields than the header; take a comma from the end, or put what has one in it into quotes"
             ) from error
         raise DataError(f"{path}: cannot be read as a {path.suffix[1:].upper()} table ({reason})") from error
     if table.empty:
