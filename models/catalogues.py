@@ -27,6 +27,9 @@ class Catalogue(Protocol):
     ) -> nn.Module:
         """(N, 3, H, W) → logits (N, num_classes). ValueError if the network rejects an argument or a download fails."""
 
+    def loads_head(self, name: str, num_classes: int) -> bool:
+        """Whether the pretrained weights fill the head of a network with `num_classes` outputs."""
+
     def preprocess(self, name: str) -> dict[str, Any] | None:
         """What the pretrained weights expect: {"mean", "std", "image_size", "crop_ratio"}; None if there are none."""
 
@@ -55,6 +58,10 @@ class Torchvision:
 
         network = _create(f"torchvision/{name}", args, lambda: create("DEFAULT" if pretrained else None))
         return replace_head(network, num_classes)
+
+    def loads_head(self, name: str, num_classes: int) -> bool:
+        """Never: `build` always gives a new head."""
+        return False
 
     def preprocess(self, name: str) -> dict[str, Any] | None:
         """From the weights' own transforms."""
@@ -93,6 +100,13 @@ class Timm:
             return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **{**sized, **args})
 
         return _create(f"timm/{name}", args, lambda: create(pretrained))
+
+    def loads_head(self, name: str, num_classes: int) -> bool:
+        """Whether the weights were trained for as many classes: timm keeps their head then."""
+        import timm
+
+        cfg = timm.get_pretrained_cfg(name)
+        return cfg is not None and cfg.num_classes == num_classes
 
     def preprocess(self, name: str) -> dict[str, Any] | None:
         """From the weights' pretrained_cfg."""

@@ -53,6 +53,25 @@ def exchange_head(module: nn.Module, kind: str) -> nn.Module:
     return module
 
 
+def neutralise_head(network: nn.Module) -> nn.Module:
+    """Make the head of `network` give every class the same logit, in place. Returns the network.
+
+    The first loss is then log(num_classes), for multi-label log(2) a label, and the first gradients come from the images rather than from
+    random weights. The last Linear or Conv2d gets zeros; the layers below it keep their random weights, so that they learn. A cosine head,
+    which cannot have zeros, gets one direction for all classes. Source: Goyal et al. 2017, arXiv:1706.02677, section 5.1, has N(0, 0.01²).
+    """
+    head = head_of(network)
+    for part in head if isinstance(head, nn.ModuleList) else [head]:
+        cosine = [module for module in part.modules() if isinstance(module, CosineHead)]
+        if cosine:
+            with torch.no_grad():
+                cosine[-1].weight.copy_(cosine[-1].weight[:1].expand_as(cosine[-1].weight))
+        elif layers := [module for module in part.modules() if isinstance(module, nn.Linear | nn.Conv2d)]:
+            for parameter in layers[-1].parameters():
+                nn.init.zeros_(parameter)
+    return network
+
+
 def head_of(module: nn.Module) -> nn.Module:
     """The final layer or layers, which are trained in every mode of transfer learning.
 

@@ -28,7 +28,7 @@ from models.losses import (
 )
 from models.optim import OptimSpec
 from models.recompute import statistics_kept
-from models.transfer import blocks_of, trained_blocks
+from models.transfer import blocks_of, head_epochs, trained_blocks
 
 Mix = Callable[..., tuple[Tensor, Tensor]]
 
@@ -176,7 +176,7 @@ class ClassifierModule(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Freeze and unfreeze for the epoch; remember the learning rate that it begins with."""
         self.train_blocks_of(self.current_epoch)
-        self._epoch_lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+        self._epoch_lr = max(float(group["lr"]) for group in self.trainer.optimizers[0].param_groups)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what has been counted of the epoch. FloatingPointError for a loss that is not finite, before it is stored."""
@@ -223,7 +223,9 @@ class ClassifierModule(lightning.LightningModule):
             raise ValueError(
                 f"schedule={self.optim.schedule!r} needs the number of steps: give the trainer max_epochs or max_steps"
             )
-        factor = partial(_factor, spec=self.optim, total_steps=max(1, int(total)))
+        total, epochs = max(1, int(total)), self.trainer.max_epochs or 1
+        head_steps = round(total * min(1.0, head_epochs(self.mode, self.unfreeze_epochs) / epochs))
+        factor = partial(self.optim.factor, total_steps=total, head_steps=head_steps)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -342,10 +344,6 @@ class ClassifierModule(lightning.LightningModule):
             f"the training loss is {float(loss)} in epoch {self.current_epoch}, step {step}, "
             f"samples {indices[:8].tolist()}…: try a lower lr or a longer warmup, or look at these samples"
         )
-
-
-def _factor(step: int, *, spec: OptimSpec, total_steps: int) -> float:
-    return spec.factor(step, total_steps)
 
 
 def size_at(epoch: int, max_epochs: int, start: float, size: tuple[int, int]) -> tuple[int, int]:

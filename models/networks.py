@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from models.catalogues import CATALOGUES
-from models.head import exchange_head, head_of
+from models.head import exchange_head, head_of, neutralise_head
 from models.nets.cnn import CNN
 from models.nets.fast import FastNet
 from models.nets.features import LinearOnFeatures
@@ -39,7 +39,8 @@ def build(
     name: one of NETWORKS, a torchvision classification model, or a timm model; `torchvision/NAME` and `timm/NAME` force
     one. image_size: (height, width) in pixels. weights: "none"; "default", the pretrained ones of torchvision or timm,
     by their own download; or a file, folder or URL, see `models.weights`. head: linear, the network's own; or of `models.head.HEADS`, in
-    the place of the last layer. args: the network's; they can be given by name as well.
+    the place of the last layer. args: the network's; they can be given by name as well. A head that the loaded weights do not fill gives
+    every class the same logit, see `models.head.neutralise_head`.
     ValueError for an unknown name (with the nearest ones), arguments that the network rejects or that are reserved,
     weights that do not fit or cannot be had; FileNotFoundError if the file of weights is missing.
     """
@@ -55,21 +56,28 @@ def build(
         network = _build_own(name, num_classes, image_size, args)
     if head != "linear":
         exchange_head(network, head)
+    fresh = (
+        source is not None
+        and pretrained
+        and (head != "linear" or not CATALOGUES[source].loads_head(plain, num_classes))
+    )
     if weights not in ("none", "default"):
-        load_weights(network, head_of(network), weights)
-    return network
+        fresh = bool(load_weights(network, head_of(network), weights).reinitialised)
+    return neutralise_head(network) if fresh else network
 
 
 def weights_preprocess(name: str, weights: str) -> dict[str, Any] | None:
     """What the pretrained weights were trained on: {"mean", "std", "image_size": [h, w], "crop_ratio"}, plain numbers.
 
-    From torchvision's or timm's own metadata, for weights="default"; from a folder's record of them, see `models.weights`; else None.
+    From the record beside the weights, see `models.weights.folder_preprocess`; else from torchvision's or timm's metadata of the network,
+    as files of its weights are nearly always those. None for weights="none", and where nothing is known.
     ValueError for an unknown name.
     """
     source, plain = _locate(name)
-    if weights not in ("none", "default"):
-        return folder_preprocess(weights)
-    return CATALOGUES[source].preprocess(plain) if source is not None and weights == "default" else None
+    if weights == "none":
+        return None
+    recorded = None if weights == "default" else folder_preprocess(weights)
+    return recorded or (None if source is None else CATALOGUES[source].preprocess(plain))
 
 
 def _locate(name: str) -> tuple[str | None, str]:

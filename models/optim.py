@@ -20,7 +20,8 @@ Groups = list[dict[str, Any]]
 class OptimSpec:
     """How the weights move. ValueError for an unknown name or a number out of range.
 
-    name: of OPTIMIZERS. lr: the peak learning rate, above 0. weight_decay: at least 0, on matrices and kernels alone; decoupled for adamw,
+    name: of OPTIMIZERS. lr: the peak learning rate, above 0; head_lr: the peak while only the head is trained and the rest follows later,
+    above 0; None for lr. weight_decay: at least 0, on matrices and kernels alone; decoupled for adamw,
     lion and muon, else an L2 term in the gradient, as PyTorch has them. momentum: in [0, 1), of sgd, rmsprop and muon; nesterov: of sgd.
     schedule: of SCHEDULES; warmup: share of all steps in which the rate rises linearly, in [0, 1]; lr_end: the lowest rate after it, as a
     share of the peak, in [0, 1]: where linear, cosine and one_cycle end. norm_lr: times the rate for what norms learn, above 0.
@@ -31,6 +32,7 @@ class OptimSpec:
 
     name: str = "adamw"
     lr: float = 1e-3
+    head_lr: float | None = None
     weight_decay: float = 0.05
     momentum: float = 0.9
     nesterov: bool = True
@@ -48,6 +50,11 @@ class OptimSpec:
         check_schedule(self.schedule, self.warmup)
         rules = [
             ("lr", math.isfinite(self.lr) and self.lr > 0, "a number above 0"),
+            (
+                "head_lr",
+                self.head_lr is None or (math.isfinite(self.head_lr) and self.head_lr > 0),
+                "a number above 0, or none",
+            ),
             ("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0"),
             ("momentum", 0 <= self.momentum < 1, "a number in 0…1, without 1"),
             ("lr_end", 0 <= self.lr_end <= 1, "a share in 0…1"),
@@ -67,9 +74,17 @@ class OptimSpec:
         make = OPTIMIZERS[self.name]
         return SAM(groups, lambda own: make(own, self), rho=self.sam) if self.sam else make(groups, self)
 
-    def factor(self, step: int, total_steps: int) -> float:
-        """The factor on the learning rate at `step`, counted from 0, of `total_steps`: see `warmup_schedule`."""
-        return warmup_schedule(self.schedule, step, total_steps, self.warmup, self.lr_end)
+    def factor(self, step: int, total_steps: int, head_steps: int = 0) -> float:
+        """The factor on `lr` at `step`, counted from 0, of `total_steps`: see `warmup_schedule`.
+
+        head_steps: how many steps train only the head before the rest follows. They have a schedule of their own, with its warm-up, that
+        peaks at head_lr; the other steps have the second (Howard & Gugger 2020, fastai's fine_tune, schedules both phases in this way).
+        """
+        if step < head_steps:
+            peak = 1.0 if self.head_lr is None else self.head_lr / self.lr
+            return peak * warmup_schedule(self.schedule, step, head_steps, self.warmup, self.lr_end)
+        rest = max(1, total_steps - head_steps)
+        return warmup_schedule(self.schedule, step - head_steps, rest, self.warmup, self.lr_end)
 
 
 def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:

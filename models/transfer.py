@@ -74,3 +74,8 @@ def trained_blocks(mode: str, epoch: int, unfreeze_epochs: int, count: int) -> i
     if mode == "gradual":
         return 1 + epoch * (count - 1) // unfreeze_epochs
     return 1
+
+
+def head_epochs(mode: str, unfreeze_epochs: int) -> int:
+    """How many epochs train only the head before more blocks follow: none where nothing or all is ever unfrozen."""
+    return {"gradual": 1, "linear-then-fine-tune": unfreeze_epochs}.get(mode, 0)

@@ -108,15 +108,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def folder_preprocess(source: str) -> dict[str, Any] | None:
-    """{"mean", "std"} that the weights in a folder were trained with: of a bundle's `bundle.json` or Hugging Face's
+    """{"mean", "std"} that the weights in a folder, or a file in it, were trained with: of a bundle's `bundle.json` or Hugging Face's
     `preprocessor_config.json`; and {"normalize"} of a bundle where that is not by channel. None where there is no such record, or it has
     no numbers for each channel."""
+    folder = Path(source).parent if Path(source).suffix in SUFFIXES else Path(source)
     for name, section, mean, std in (
         ("bundle.json", "preprocess", "mean", "std"),
         ("preprocessor_config.json", None, "image_mean", "image_std"),
     ):
         try:
-            record: Any = json.loads((Path(source) / name).read_text("utf-8"))
+            record: Any = json.loads((folder / name).read_text("utf-8"))
             found = record if section is None else record[section]
             numbers = {"mean": [float(v) for v in found[mean]], "std": [float(v) for v in found[std]]}
         except (OSError, ValueError, KeyError, TypeError):

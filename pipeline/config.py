@@ -182,8 +182,10 @@ def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
         raise ConfigError(
             f"{where}: trainer.patience could end the training before trainer.swa_start's average begins; choose one"
         )
-    if model.weights != "none" and model.init != "default":
-        raise ConfigError(f"{where}: model.weights and model.init both say how the weights begin; choose one")
+    if model.weights != "none" and model.init == "lsuv":
+        raise ConfigError(
+            f"{where}: model.init: lsuv scales every layer, and model.weights loads them; take init: default, or another for the head"
+        )
     if model.name == "none" and config.text.name == "none":
         raise ConfigError(f"{where}: model.name and text.name are both none: nothing would be read")
     if config.text.name != "none" and config.text.drop_picture + config.text.drop_text > 1:

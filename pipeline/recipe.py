@@ -1,13 +1,12 @@
 """What a config asks of `augment` and `models`: the preprocessing, the classifier, its training module."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, ConfigError
+from pipeline.initial_weights import loads_weights, restart_head, start_weights
 from pipeline.sections import LossConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -23,9 +22,6 @@ log = logging.getLogger(__name__)
 
 NO_PICTURES = "none"
 """model.name of a network that reads texts alone."""
-
-SHOWN_TO_NETWORK = 5000
-"""Training pictures that a network or an initialisation may look at before the first step."""
 
 
 def check_task(config: Config, task: str) -> None:
@@ -192,8 +188,8 @@ def make_module(
             **arrays,
         )
         if text is None:
-            _own_head(config, network, manifest)
-        _begin(config, classifier, preprocess, manifest)
+            restart_head(config, network, manifest)
+        start_weights(config, classifier, preprocess, manifest)
     except (ValueError, OSError, TypeError, RuntimeError, MemoryError) as error:
         raise ConfigError(f"model: {_line(error)}") from error
     classifier.frozen_norms = model.frozen_norms
@@ -231,6 +227,7 @@ def make_module(
 def _network(config: Config, count: int) -> "tuple[Any, Tokens | None, dict[str, Any] | None]":
     """(the network, what makes tokens for it, what a bundle says of that)."""
     from models.fusion import Reader
+    from models.head import neutralise_head
     from models.making import text_record
     from models.networks import build
     from models.texts.networks import make_text_part
@@ -250,6 +247,8 @@ def _network(config: Config, count: int) -> "tuple[Any, Tokens | None, dict[str,
     joined: dict[str, Any] = {"fusion": text.fusion, "width": text.width}
     drops: dict[str, Any] = {"drop_picture": text.drop_picture, "drop_text": text.drop_text}
     reader = Reader(pictures, reading, count, head=model.head, **joined, **drops)
+    if loads_weights(config):
+        neutralise_head(reader)
     return reader, tokens, text_record(part, joined)
 
 
@@ -293,67 +292,6 @@ def _blank_inputs(classifier: "Classifier", count: int, size: tuple[int, int]) -
 
 def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _own_head(config: Config, network: Any, manifest: "Manifest") -> None:
-    """A head that a bundle's weights trained for other labels, though as many, starts afresh."""
-    from models.head import head_of
-
-    record = Path(config.model.weights) / "bundle.json"
-    if config.model.weights in ("none", "default") or not record.is_file():
-        return
-    stored = json.loads(record.read_text("utf-8"))
-    labels = stored.get("labels") if isinstance(stored, dict) else None
-    if not isinstance(labels, list):
-        raise ValueError(f"weights={config.model.weights!r}: its bundle.json tells no labels")
-    if len(labels) == len(manifest.labels) and tuple(labels) != manifest.labels:
-        for module in head_of(network).modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()  # type: ignore[operator]
-        log.info("the weights' head was trained for other labels (%s …); it starts afresh", ", ".join(labels[:3]))
-
-
-def _begin(config: Config, classifier: "Classifier", preprocess: "Preprocess", manifest: "Manifest") -> None:
-    """The initialisation asked for, and what the network wants to see of the training pictures before the first step."""
-    from models.fusion import Reader
-    from models.parts.initialisation import initialise
-
-    network: Any = classifier.network
-    init = config.model.init
-    if isinstance(
-        network, Reader
-    ):  # what reads texts has weights of its own (text.weights), and fresh ones begin as they are
-        network = network.pictures
-    if config.model.weights != "none" or network is None:
-        return  # they hold what it saw then
-    prepare = getattr(network, "prepare", None)
-    pictures = _some(preprocess, manifest) if prepare is not None or init == "lsuv" else None
-    normalised = None if pictures is None else classifier.normalise(pictures)
-    if init == "lsuv" and getattr(network, "pretrain", "none") != "none":
-        raise ValueError("init='lsuv' would undo the pre-training; take another init")
-    if init not in ("default", "lsuv"):
-        initialise(network, init)
-    if prepare is not None:
-        prepare(normalised)
-    if init == "lsuv" and normalised is not None:
-        initialise(network, init, normalised[:256])
-
-
-def _some(preprocess: "Preprocess", manifest: "Manifest") -> Any:
-    """Up to SHOWN_TO_NETWORK training pictures, spread over the data, uint8 (N, 3, H, W)."""
-    import torch
-
-    from pipeline.data.pictures import Pictures, collate, targets_of
-
-    samples = [sample for sample in manifest.of("train") if sample.pictured]
-    if not samples:
-        raise ValueError(
-            f"{manifest.source}: the network looks at training pictures before it begins, and there are none"
-        )
-    chosen = samples[:: -(-len(samples) // SHOWN_TO_NETWORK)]
-    pictures = Pictures(chosen, preprocess, targets_of(chosen, manifest))
-    batch: torch.Tensor = collate([pictures[i] for i in range(len(pictures))])["images"]
-    return batch
 
 
 def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Classifier | None":

@@ -89,7 +89,7 @@ class ModelConfig:
         unfreeze_epochs: epochs until gradual and linear-then-fine-tune train all.
         frozen_norms: keep the statistics of batch norms as the weights have them.
         head: the last layer: linear, mlp (one hidden layer) or cosine (of the angle to each class).
-        init: default is the network's own; else how linear and convolutional layers begin, as he_normal, orthogonal or lsuv.
+        init: default is the network's own; else how linear and convolutional layers start, as he_normal; with weights, those of the head.
         args: further arguments of the network.
     """
 
@@ -145,7 +145,8 @@ class OptimConfig:
 
     Args:
         name: the optimiser: sgd, adagrad, adadelta, rmsprop, adam, adamw, lion or muon.
-        lr: peak learning rate.
+        lr: peak learning rate; null chooses by optimiser and model.mode.
+        head_lr: peak learning rate while gradual and linear-then-fine-tune train only the head; null chooses by optimiser.
         weight_decay: decoupled for adamw, lion and muon; never on norms and biases.
         momentum: of sgd, rmsprop and muon.
         nesterov: whether sgd looks ahead.
@@ -160,7 +161,8 @@ class OptimConfig:
     """
 
     name: Literal["sgd", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "lion", "muon"] = "adamw"
-    lr: float = 2e-3
+    lr: float | None = None
+    head_lr: float | None = None
     weight_decay: float = 0.05
     momentum: float = 0.9
     nesterov: bool = True

@@ -33,7 +33,7 @@ def make_doctor(made: "Assembly", config: Config) -> Doctor:
     plain = loss.name in ("auto", "cross_entropy") and not (loss.penalty or loss.consistency or loss.teacher)
     record = Record(
         classes=len(made.manifest.labels) if plain and made.manifest.task != "multilabel" else 0,
-        lr=config.optim.lr,
+        lr=made.module.optim.lr,
         soft=config.loss.label_smoothing > 0 or augmenter.mixes,
         workers=made.data.workers,
         ops=tuple(_names(augmenter.policy.ops)),

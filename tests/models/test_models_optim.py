@@ -152,3 +152,14 @@ def test_no_schedule_goes_below_lr_end(name: str) -> None:
         assert factors[-1] == pytest.approx(0.05)
     if name == "step":
         assert factors[20 + 100] == pytest.approx(0.1), "as in the paper"
+
+
+def test_the_steps_of_the_head_have_a_schedule_of_their_own() -> None:
+    spec = OptimSpec(lr=1e-3, head_lr=4e-3, warmup=0.2)
+    factors = [spec.factor(step, 30, head_steps=10) for step in range(30)]
+    assert factors[:2] == [2.0, 4.0] and factors[:10] == [4 * spec.factor(step, 10) for step in range(10)]
+    assert factors[10:] == [spec.factor(step, 20) for step in range(20)]
+    assert [spec.factor(step, 10, head_steps=10) for step in range(12)][10:] == [1.0, 0.0]
+    assert OptimSpec(lr=1e-3).factor(0, 30, head_steps=10) == 1.0
+    with pytest.raises(ValueError, match=r"head_lr=0\.0: expected a number above 0"):
+        OptimSpec(head_lr=0.0)

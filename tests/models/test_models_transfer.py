@@ -86,6 +86,23 @@ def test_each_mode_moves_what_it_says(mode: str) -> None:
         assert statistics <= trained
 
 
+@pytest.mark.parametrize(("mode", "head"), [("linear-then-fine-tune", 2), ("gradual", 1), ("fine-tune", 0)])
+def test_the_head_trains_at_its_own_learning_rate_before_the_rest(mode: str, head: int) -> None:
+    class Rates(lightning.Callback):
+        def __init__(self) -> None:
+            self.rates: list[list[float]] = [[] for _ in range(4)]
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            self.rates[trainer.current_epoch].append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    seen = Rates()
+    optim = OptimSpec(lr=0.01, head_lr=0.05, schedule="linear", warmup=0.0)
+    fit(make_module(mode=mode, unfreeze_epochs=2, optim=optim), seen, epochs=4)
+    peaks = [max(rates) for rates in seen.rates]
+    assert peaks.index(pytest.approx(0.01)) == head
+    assert all(rate <= 0.01 for rate in peaks[head:]) and (not head or peaks[0] == pytest.approx(0.05))
+
+
 def test_frozen_norms_keep_their_statistics_while_all_else_learns() -> None:
     watch, module = Watch(), make_module(frozen_norms=True)
     fit(module, watch, epochs=1)

@@ -12,7 +12,8 @@ from small_data import COLORS, Run, picture, write_picture
 
 from models.bundle import load_bundle
 from models.transfer import blocks_of
-from pipeline.config import Config, ConfigError, config_from_dict
+from pipeline import rates
+from pipeline.config import Config, ConfigError, config_from_dict, load_config
 from pipeline.fitting import Assembly, assemble, fit
 from pipeline.training import train
 
@@ -72,6 +73,7 @@ MIX = ("--augment.policy", "[MixUp]")
 AUGMIX = ("--augment.policy", "[AugMix]")
 FOCAL = ("--loss.name", "focal")
 SGD = ("--optim.name", "sgd")
+HEAD_FIRST = ("--model.mode", "linear-then-fine-tune")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +88,7 @@ SGD = ("--optim.name", "sgd")
         ((*AUGMIX, "--loss.consistency", 12), (*AUGMIX, "--loss.consistency", 1e-6)),
         (("--model.frozen_norms", "true"), ()),
         (("--optim.lr", 0.03), ()),
+        ((*HEAD_FIRST, "--optim.head_lr", 0.03), HEAD_FIRST),
         (("--optim.weight_decay", 0.5), ()),
         ((*SGD, "--optim.momentum", 0.5), SGD),
         ((*SGD, "--optim.nesterov", "false"), SGD),
@@ -164,8 +167,32 @@ def test_weights_from_a_file_are_what_training_begins_with(uneven: Path, tmp_pat
         torch.save(changed, tmp_path / f"{name}.pt")
         after = begun(uneven, *asked, "--model.weights", tmp_path / f"{name}.pt").module.classifier.network
         assert all(torch.equal(value, changed[key]) for key, value in after.state_dict().items()), name
-    with pytest.raises(ConfigError, match=r"model\.weights and model\.init both say"):
+    again = begun(uneven, *asked, "--model.weights", tmp_path / f"{name}.pt", "--model.init", "constant")
+    state = again.module.classifier.network.state_dict()
+    drawn_again = {key for key, value in state.items() if not torch.equal(value, changed[key])}
+    head = {key for key in state if key.startswith("head.")}
+    assert drawn_again == head and (again.module.classifier.network.head.weight == 0.1).all()
+    with pytest.raises(ConfigError, match=r"model\.init: lsuv scales every layer, and model\.weights loads them"):
         configured(uneven, ("--model.weights", "x.pt", "--model.init", "lsuv"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "lr", "head_lr"),
+    [
+        ({}, rates.FROM_SCRATCH, rates.HEAD),
+        ({"model.weights": "default"}, rates.FINE_TUNE, rates.HEAD),
+        ({"model.weights": "default", "model.mode": "linear-then-fine-tune"}, rates.FINE_TUNE, rates.HEAD),
+        ({"model.weights": "default", "model.mode": "feature-extract"}, rates.HEAD, rates.HEAD),
+        ({"model.name": "none", "text.name": "hashing"}, rates.FROM_SCRATCH, rates.HEAD),
+        ({"model.name": "none", "text.name": "encoder"}, rates.FINE_TUNE, rates.HEAD),
+        ({"optim.name": "sgd"}, 25 * rates.FROM_SCRATCH, 25 * rates.HEAD),
+        ({"optim.lr": 0.7, "optim.head_lr": 0.2}, 0.7, 0.2),
+    ],
+)
+def test_a_learning_rate_that_is_left_open_fits_what_is_trained(asked: dict, lr: float, head_lr: float) -> None:
+    config = load_config(None, [f"--{key}={value}" for key, value in asked.items()])
+    rates.fill_learning_rates(config)
+    assert (config.optim.lr, config.optim.head_lr) == (lr, head_lr)
 
 
 def test_pictures_are_kept_in_memory_where_asked(uneven: Path) -> None:
