@@ -104,9 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare_to_compute() -> None:
-    """Set how the process keeps memory, before it starts threads. The server has settings of its own."""
+    """Set how the process waits and keeps memory, before PyTorch is imported. The server has settings of its own."""
     from models.allocator import keep_freed_memory
+    from models.openmp import let_waiting_threads_sleep
 
+    let_waiting_threads_sleep()
     keep_freed_memory()
 
 
