@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     if arguments[0] != "serve":  # the default waits minutes for a server that is not there; serving waits less still
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        prepare_to_compute()
     module = COMMANDS[arguments[0]][0]
     if arguments[0] == "predict" and any(argument.partition("=")[0] == "--url" for argument in arguments):
         module = "serve.ask"  # by a server, of which the pipeline knows nothing
@@ -100,6 +101,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `refract predict … | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 — the interpreter flushes it on exit
         return 0
+
+
+def prepare_to_compute() -> None:
+    """Set how the process waits and keeps memory, before PyTorch is imported. The server has settings of its own."""
+    from models.allocator import keep_freed_memory
+    from models.openmp import let_waiting_threads_sleep
+
+    let_waiting_threads_sleep()
+    keep_freed_memory()
 
 
 def _help() -> str:

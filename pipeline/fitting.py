@@ -150,6 +150,7 @@ def _run_trainer(made: Assembly, config: Config, run_dir: Path, callbacks: list[
     import lightning
     from lightning.pytorch.callbacks import ProgressBar
 
+    from models.allocator import release_freed_memory
     from pipeline.checkpoints import WholeFiles
     from pipeline.data.manifest import DataError
     from pipeline.reproducer import Reproducer
@@ -185,6 +186,8 @@ def _run_trainer(made: Assembly, config: Config, run_dir: Path, callbacks: list[
         raise KeyboardInterrupt from error
     except DataError as error:  # from a worker process it comes wrapped in that process's traceback
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
+    finally:
+        release_freed_memory()  # evaluation needs less
 
 
 def _strategy(processes: int, mode: str) -> str:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from metaflow import FlowSpec, Parameter, step
 
+from models.allocator import keep_freed_memory
+from models.openmp import let_waiting_threads_sleep
+
 PARENT = "REFRACT_PARENT_PID"
 """The environment's variable by which a process knows who began it."""
 
@@ -104,6 +107,8 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     _end_with_parent()
+    let_waiting_threads_sleep()
+    keep_freed_memory()
     if "step" not in sys.argv:
         # The step under way hears it too, and writes its checkpoint; Metaflow would end at once, and the step with it.
         signal.signal(signal.SIGTERM, lambda *_: None)

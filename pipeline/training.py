@@ -34,9 +34,11 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
     Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError or BundleError for what a user can mend; Stopped where it was
     asked to stop, and can go on.
     """
+    from models.allocator import keep_freed_memory
     from pipeline.checkpoints import newest, remove_fragments, remove_resume_checkpoints
     from pipeline.runs import held, new_run, old_run
 
+    keep_freed_memory()
     made = assemble(config)
     checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
     if not made.processes.first:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from models.allocator import keep_freed_memory
 from models.bundle import BundleError, load_bundle
 from models.texts.tokens import trimmed
 from pipeline.batch.answers import schema_of, table_of
@@ -53,6 +54,7 @@ class Done(NamedTuple):
 class Scorer:
     def __init__(self, job: Job) -> None:
         """BundleError where the bundle is not the one that the scoring began with."""
+        keep_freed_memory()
         torch.set_num_threads(job.threads)
         cv2.setNumThreads(1)  # pictures are decoded beside each other
         bundle = load_bundle(job.bundle)

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from augment import Augmenter, ImageError, Preprocess
+from models.allocator import keep_freed_memory
 from models.texts.tokens import Tokens, rows
 from pipeline.data.manifest import DataError, Manifest, Sample
 
@@ -145,10 +146,15 @@ def named(sample: Sample, use: Callable[[Any], np.ndarray], pixels: np.ndarray |
         raise DataError(f"{sample.path}: the augmentation failed on it: {error}") from error
 
 
+KEPT = 128 << 20
+"""Bytes of freed memory that a worker keeps for the next image."""
+
+
 def begin_worker(_: int) -> None:
     """A worker's first step. It is one process of many: OpenCV's own threads would only fight over the cores. And it ends with the process
     that trains: PyTorch looks after the server that workers are forked from, which lives as long as one of them does."""
     cv2.setNumThreads(1)
+    keep_freed_memory(at_most=KEPT)
     threading.Thread(target=_ends_with, args=[parent_process()], daemon=True).start()
 
 

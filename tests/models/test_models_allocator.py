@@ -1,0 +1,150 @@
+"""Freed memory is reused, in each kind of process that computes. Page faults are counted, which a busy machine does not change."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.allocator import available_memory, configured_by_user
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc"), reason="of glibc"
+)
+ROOT = Path(__file__).parents[2]
+FEW, ROUNDS = 2_000, 3  # a page has 4 KiB at least: a round of 96 MiB faults 24,576 times where nothing is kept
+
+PROBE = f"""
+import json, resource, sys
+def faults(block):
+    "Page faults of allocating and freeing 96 MiB in blocks of so many MiB, {ROUNDS} times, a round, after the first."
+    for round in range({ROUNDS} + 1):
+        if round == 1:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [bytearray(block << 20) for _ in range(96 // block)]
+        del blocks
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // {ROUNDS}
+def attempt(work):
+    try: work()
+    except (SystemExit, Exception) as error: print(repr(error), file=sys.stderr)
+"""
+
+
+def run(code: str, **more: str) -> subprocess.CompletedProcess[str]:
+    unset = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_WAIT_POLICY", "GOMP_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(unset)}
+    command = [sys.executable, "-c", PROBE + code]
+    return subprocess.run(command, cwd=ROOT, env=environment | more, capture_output=True, text=True, check=True)
+
+
+def faults_after(code: str, block: int = 48, **more: str) -> int:
+    return int(run(f"{code}\nprint(faults({block}))", **more).stdout.splitlines()[-1])
+
+
+KEEP = "from models.allocator import keep_freed_memory; keep_freed_memory()"
+
+
+def test_large_blocks_are_faulted_in_once() -> None:
+    assert faults_after("") > 10 * FEW
+    assert faults_after(KEEP) < FEW
+
+
+@pytest.mark.parametrize(
+    "own", [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}], ids=str
+)
+def test_a_users_setting_wins(own: dict[str, str]) -> None:
+    assert faults_after(KEEP, **own) > 10 * FEW
+
+
+def test_freed_memory_can_be_released() -> None:
+    code = f"{KEEP}\nblock = bytearray(256 << 20); del block\nfrom models.allocator import release_freed_memory\n"
+    resident = "int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() >> 20"
+    done = run(f"{code}print({resident}); release_freed_memory(); print({resident})")
+    kept, released = map(int, done.stdout.split())
+    assert kept > 256 > 128 > released
+
+
+def test_a_bound_is_kept() -> None:
+    bounded = "from models.allocator import keep_freed_memory; keep_freed_memory(at_most=128 << 20)"
+    assert faults_after(bounded, block=16) < FEW
+    freed = "blocks = [bytearray(16 << 20) for _ in range(32)]; del blocks"
+    resident = "int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() >> 20"
+    assert int(run(f"{bounded}\n{freed}\nprint({resident})").stdout) < 256
+
+
+def test_commands_and_steps_of_the_flow_keep_it() -> None:
+    assert faults_after("import refract\nrefract.main(['ops'])") < FEW
+    step = "import runpy\nsys.argv = ['flow.py', '--help']\nattempt(lambda: runpy.run_path('pipeline/flow.py', run_name='__main__'))"
+    assert faults_after(step) < FEW
+
+
+@pytest.fixture(scope="module")
+def forked() -> dict[str, int]:
+    """Faults a round in processes that are forked from one that has imported what they need; each begins its work, which then fails as
+    there is no data."""
+    code = """
+import multiprocessing, pathlib, serve.command
+from pipeline.batch.worker import Job, Scorer
+from pipeline.config import load_config
+from pipeline.data.pictures import begin_worker
+from pipeline.training import train
+none = pathlib.Path("none")
+def job(): Scorer(Job(none, "", none, "", {}, "", False, False, 1, "none", "cpu", 1))
+def training(): train(load_config("configs/digits.yaml", ["--data.source", "none"]))
+kinds = {
+    "nothing": (lambda: None, 48), "scoring": (job, 48), "train()": (training, 48),
+    "nothing, small blocks": (lambda: None, 16), "loading": (lambda: begin_worker(0), 16),
+    "server": (lambda: serve.command.main(["none"]), 16),
+}
+def probe(name, queue):
+    attempt(kinds[name][0])
+    queue.put((name, faults(kinds[name][1])))
+context = multiprocessing.get_context("fork")
+queue, found = context.Queue(), {}
+for name in kinds:
+    process = context.Process(target=probe, args=(name, queue))
+    process.start()
+    found |= [queue.get(timeout=120)]
+    process.join()
+print(json.dumps(found))
+"""
+    return json.loads(run(code).stdout.splitlines()[-1])
+
+
+def test_without_it_they_fault(forked: dict[str, int]) -> None:
+    assert forked["nothing"] > 10 * FEW and forked["nothing, small blocks"] > 4 * FEW
+
+
+@pytest.mark.parametrize("kind", ["scoring", "train()", "loading", "server"])
+def test_processes_that_compute_keep_it(forked: dict[str, int], kind: str) -> None:
+    assert forked[kind] < FEW
+
+
+def test_what_counts_as_configured() -> None:
+    assert configured_by_user({"MALLOC_ARENA_MAX": "2"})
+    assert configured_by_user({"LD_PRELOAD": "/usr/lib/libjemalloc.so.2"})
+    assert not configured_by_user({"MALLOC_PERTURB_": "7", "LD_PRELOAD": "libfaketime.so"})
+    assert not configured_by_user({"GLIBC_TUNABLES": "glibc.pthread.rseq=0"})
+
+
+@pytest.mark.parametrize(
+    ("groups", "file"),
+    [
+        ("0::/\n", "sys/fs/cgroup/memory.max"),  # version 2, in a container
+        ("0::/system.slice/a.service\n", "sys/fs/cgroup/system.slice/memory.max"),  # of the parent
+        ("9:cpu,memory:/docker/1\n", "sys/fs/cgroup/memory/docker/1/memory.limit_in_bytes"),
+        ("9:memory:/docker/1\n", "sys/fs/cgroup/memory/memory.limit_in_bytes"),  # version 1, in a container
+    ],
+)
+def test_available_memory_is_bounded_by_control_groups(tmp_path: Path, groups: str, file: str) -> None:
+    meminfo = "MemTotal: 9 kB\nMemAvailable:    4096 kB\n"
+    for name, text in {"proc/meminfo": meminfo, "proc/self/cgroup": groups}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_memory(tmp_path) == 4096 << 10
+    (tmp_path / file).parent.mkdir(parents=True)
+    for text, expected in {"max": 4096 << 10, "9223372036854771712": 4096 << 10, "1048576": 1 << 20}.items():
+        (tmp_path / file).write_text(f"{text}\n")
+        assert available_memory(tmp_path) == expected

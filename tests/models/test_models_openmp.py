@@ -1,0 +1,23 @@
+"""How OpenMP's threads wait, as GNU OpenMP itself reports it when PyTorch loads it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch brings GNU OpenMP on Linux")
+@pytest.mark.parametrize(
+    ("own", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+    ids=["default", "spins", "policy"],
+)
+def test_a_command_lets_waiting_threads_sleep_unless_the_user_says_otherwise(own: dict[str, str], spins: str) -> None:
+    plain = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", "import refract; refract.main(['ops']); import torch"],
+        cwd=Path(__file__).parents[2], env=plain | {"OMP_DISPLAY_ENV": "verbose"} | own, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
