@@ -20,8 +20,8 @@ Groups = list[dict[str, Any]]
 class OptimSpec:
     """How the weights move. ValueError for an unknown name or a number out of range.
 
-    name: of OPTIMIZERS. lr: the peak learning rate, above 0; head_lr: the peak while only the head is trained and the rest follows later,
-    above 0; None for lr. weight_decay: at least 0, on matrices and kernels alone; decoupled for adamw,
+    name: of OPTIMIZERS. lr: the peak learning rate, above 0; head_lr: that of the head, above 0; None for lr.
+    weight_decay: at least 0, on matrices and kernels alone; decoupled for adamw,
     lion and muon, else an L2 term in the gradient, as PyTorch has them. momentum: in [0, 1), of sgd, rmsprop and muon; nesterov: of sgd.
     schedule: of SCHEDULES; warmup: share of all steps in which the rate rises linearly, in [0, 1]; lr_end: the lowest rate after it, as a
     share of the peak, in [0, 1]: where linear, cosine and one_cycle end. norm_lr: times the rate for what norms learn, above 0.
@@ -77,12 +77,11 @@ class OptimSpec:
     def factor(self, step: int, total_steps: int, head_steps: int = 0) -> float:
         """The factor on `lr` at `step`, counted from 0, of `total_steps`: see `warmup_schedule`.
 
-        head_steps: how many steps train only the head before the rest follows. They have a schedule of their own, with its warm-up, that
-        peaks at head_lr; the other steps have the second (Howard & Gugger 2020, fastai's fine_tune, schedules both phases in this way).
+        head_steps: how many steps train only the head before the rest follows. These steps and the later ones have a warm-up and a schedule
+        each (Howard & Gugger 2020, arXiv:2002.04688, section 2, fastai's `fine_tune`).
         """
         if step < head_steps:
-            peak = 1.0 if self.head_lr is None else self.head_lr / self.lr
-            return peak * warmup_schedule(self.schedule, step, head_steps, self.warmup, self.lr_end)
+            return warmup_schedule(self.schedule, step, head_steps, self.warmup, self.lr_end)
         rest = max(1, total_steps - head_steps)
         return warmup_schedule(self.schedule, step - head_steps, rest, self.warmup, self.lr_end)
 
@@ -96,10 +95,13 @@ def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:
     """
     decaying = decaying_of(network)
     norms = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters()}
-    blocks = blocks_of(network) if spec.layer_decay < 1 else [list(network.parameters())]
+    by_block = spec.layer_decay < 1 or spec.head_lr is not None
+    blocks = blocks_of(network) if by_block else [list(network.parameters())]
     groups: Groups = []
-    for place, block in enumerate(blocks):
-        scale = spec.lr * spec.layer_decay ** (len(blocks) - 1 - place)
+    for distance, block in zip(reversed(range(len(blocks))), blocks, strict=True):
+        scale = spec.lr * spec.layer_decay**distance
+        if by_block and not distance and spec.head_lr is not None:
+            scale = spec.head_lr
         own = [parameter for parameter in block if parameter.requires_grad]
         groups += [
             {"params": [p for p in own if id(p) in decaying], "weight_decay": spec.weight_decay, "lr": scale},

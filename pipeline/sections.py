@@ -146,7 +146,7 @@ class OptimConfig:
     Args:
         name: the optimiser: sgd, adagrad, adadelta, rmsprop, adam, adamw, lion or muon.
         lr: peak learning rate; null chooses by optimiser and model.mode.
-        head_lr: peak learning rate while gradual and linear-then-fine-tune train only the head; null chooses by optimiser.
+        head_lr: that of the head; null takes 10 × lr with loaded weights, else lr.
         weight_decay: decoupled for adamw, lion and muon; never on norms and biases.
         momentum: of sgd, rmsprop and muon.
         nesterov: whether sgd looks ahead.

@@ -18,7 +18,6 @@ def main(argv: list[str]) -> int:
 
 
 def _find(what: str, path: str, overrides: list[str]) -> int:
-    from models.transfer import head_epochs
     from pipeline.config import load_config
     from pipeline.finders import find_batch_size, find_lr
 
@@ -28,9 +27,8 @@ def _find(what: str, path: str, overrides: list[str]) -> int:
         print(f"the largest batch that fits: {size}; --data.batch_size {size}")
         return 0
     found = find_lr(config)
-    key = "optim.head_lr" if head_epochs(config.model.mode, config.model.unfreeze_epochs) else "optim.lr"
     print("learning rate    loss, smoothed", file=sys.stderr)
     for lr, loss in list(zip(found.lrs, found.losses, strict=True))[:: max(1, len(found.lrs) // 12)]:
         print(f"{lr:13.2e}    {loss:.4f}", file=sys.stderr)
-    print(f"the loss falls fastest at a learning rate of {found.suggestion:.2g}; try --{key} {found.suggestion:.2g}")
+    print(f"the loss falls fastest at a learning rate of {found.suggestion:.2g}; try --optim.lr {found.suggestion:.2g}")
     return 0

@@ -155,11 +155,20 @@ def test_no_schedule_goes_below_lr_end(name: str) -> None:
 
 
 def test_the_steps_of_the_head_have_a_schedule_of_their_own() -> None:
-    spec = OptimSpec(lr=1e-3, head_lr=4e-3, warmup=0.2)
+    spec = OptimSpec(lr=1e-3, warmup=0.2)
     factors = [spec.factor(step, 30, head_steps=10) for step in range(30)]
-    assert factors[:2] == [2.0, 4.0] and factors[:10] == [4 * spec.factor(step, 10) for step in range(10)]
+    assert factors[:2] == [0.5, 1.0] and factors[:10] == [spec.factor(step, 10) for step in range(10)]
     assert factors[10:] == [spec.factor(step, 20) for step in range(20)]
     assert [spec.factor(step, 10, head_steps=10) for step in range(12)][10:] == [1.0, 0.0]
-    assert OptimSpec(lr=1e-3).factor(0, 30, head_steps=10) == 1.0
+
+
+def test_the_head_has_its_own_learning_rate() -> None:
+    network = build("resnet20", 3, image_size=(32, 32))
+    groups = parameter_groups(network, OptimSpec(lr=1e-3, head_lr=4e-3))
+    head = {id(network.head.weight), id(network.head.bias)}
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert {rate for key, rate in rates.items() if key in head} == {4e-3}
+    assert {rate for key, rate in rates.items() if key not in head} == {1e-3}
+    assert len(rates) == len(list(network.parameters()))
     with pytest.raises(ValueError, match=r"head_lr=0\.0: expected a number above 0"):
         OptimSpec(head_lr=0.0)

@@ -73,7 +73,6 @@ MIX = ("--augment.policy", "[MixUp]")
 AUGMIX = ("--augment.policy", "[AugMix]")
 FOCAL = ("--loss.name", "focal")
 SGD = ("--optim.name", "sgd")
-HEAD_FIRST = ("--model.mode", "linear-then-fine-tune")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,7 @@ HEAD_FIRST = ("--model.mode", "linear-then-fine-tune")
         ((*AUGMIX, "--loss.consistency", 12), (*AUGMIX, "--loss.consistency", 1e-6)),
         (("--model.frozen_norms", "true"), ()),
         (("--optim.lr", 0.03), ()),
-        ((*HEAD_FIRST, "--optim.head_lr", 0.03), HEAD_FIRST),
+        (("--optim.head_lr", 0.03), ()),
         (("--optim.weight_decay", 0.5), ()),
         ((*SGD, "--optim.momentum", 0.5), SGD),
         ((*SGD, "--optim.nesterov", "false"), SGD),
@@ -179,20 +178,21 @@ def test_weights_from_a_file_are_what_training_begins_with(uneven: Path, tmp_pat
 @pytest.mark.parametrize(
     ("asked", "lr", "head_lr"),
     [
-        ({}, rates.FROM_SCRATCH, rates.HEAD),
+        ({}, rates.FROM_SCRATCH, None),
         ({"model.weights": "default"}, rates.FINE_TUNE, rates.HEAD),
         ({"model.weights": "default", "model.mode": "linear-then-fine-tune"}, rates.FINE_TUNE, rates.HEAD),
-        ({"model.weights": "default", "model.mode": "feature-extract"}, rates.HEAD, rates.HEAD),
-        ({"model.name": "none", "text.name": "hashing"}, rates.FROM_SCRATCH, rates.HEAD),
+        ({"model.weights": "default", "model.mode": "feature-extract"}, rates.HEAD, None),
+        ({"model.name": "none", "text.name": "hashing"}, rates.FROM_SCRATCH, None),
         ({"model.name": "none", "text.name": "encoder"}, rates.FINE_TUNE, rates.HEAD),
-        ({"optim.name": "sgd"}, 25 * rates.FROM_SCRATCH, 25 * rates.HEAD),
+        ({"optim.name": "sgd"}, 25 * rates.FROM_SCRATCH, None),
+        ({"model.weights": "default", "optim.lr": 0.01}, 0.01, 0.1),
         ({"optim.lr": 0.7, "optim.head_lr": 0.2}, 0.7, 0.2),
     ],
 )
-def test_a_learning_rate_that_is_left_open_fits_what_is_trained(asked: dict, lr: float, head_lr: float) -> None:
+def test_a_learning_rate_that_is_left_open_fits_what_is_trained(asked: dict, lr: float, head_lr: float | None) -> None:
     config = load_config(None, [f"--{key}={value}" for key, value in asked.items()])
     rates.fill_learning_rates(config)
-    assert (config.optim.lr, config.optim.head_lr) == (lr, head_lr)
+    assert (config.optim.lr, config.optim.head_lr) == (lr, head_lr and pytest.approx(head_lr))
 
 
 def test_pictures_are_kept_in_memory_where_asked(uneven: Path) -> None:
