@@ -149,7 +149,6 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
 @_step
 def train(folder: Path, config: Config, record: Record) -> Record:
     """Train on the snapshot, measure on the hold-out, write the bundle, and hand it to MLflow as `challenger`."""
-    from pipeline.retraining.aliases import CHALLENGER
     from pipeline.retraining.snapshot import changed, read_snapshot
     from pipeline.runs import RECORD, read_record, stored_config
     from pipeline.training import train as train_run
@@ -159,7 +158,7 @@ def train(folder: Path, config: Config, record: Record) -> Record:
         why = f"{len(others)} pictures have changed since the night began, as {others[0]}; the next night takes them as they are"
         return _ends(Outcome.REFUSED, why)
     config.data.source, config.data.task = str(taken.manifest), taken.task  # type: ignore[assignment]
-    config.tracking.alias = CHALLENGER
+    config.tracking.alias = "challenger"  # a first version as well: the gate decides
     config.trainer.run_name = f"{config.tracking.model_name}-{folder.name}"
     run = Path(config.trainer.runs_dir) / config.trainer.run_name
     if run.exists() and not (run / RECORD).exists():
