@@ -242,8 +242,7 @@ def promote(folder: Path, config: Config, record: Record) -> Record:
     from pipeline.retraining.aliases import promote as move
 
     if not record["gate"]["passed"]:
-        failed = [line["name"] for line in record["gate"]["lines"] if not line["passed"]]
-        return _ends(Outcome.NOT_PROMOTED, f"version {record['version']} failed at {', '.join(failed)}")
+        return _ends(Outcome.NOT_PROMOTED, f"version {record['version']} {_failed(record['gate'])}")
     client = client_of(record["mlflow"])
     try:
         move(client, str(config.tracking.model_name), record["version"], instead_of=record["champion"])
@@ -282,6 +281,18 @@ STEPS = (snapshot, validate, train, register, compare, promote, announce)
 
 def _ends(outcome: Outcome, why: str) -> Record:
     return {"ends": int(outcome), "why": why}
+
+
+def _failed(verdict: Record) -> str:
+    """What the version failed at, and the holdout size that would decide all lines that this one cannot."""
+    from pipeline.retraining.power import rounded
+
+    failed = [line for line in verdict["lines"] if not line["passed"]]
+    needed = [line["needed"] for line in failed if line.get("needed")]
+    size = (
+        f"; {verdict['samples']:,} samples cannot decide that, about {rounded(max(needed)):,} would" if needed else ""
+    )
+    return f"failed at {', '.join(line['name'] for line in failed)}{size}"
 
 
 def _trained_on(place: Place, digest: str | None, held: Any) -> int | None:
