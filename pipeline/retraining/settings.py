@@ -64,6 +64,10 @@ class RetrainConfig:
         largest_loss: share of its pictures that a class, or the whole, may have lost since the last accepted night.
         drift: of what is new, from the champion's reference: tell it, let it stop the night as well, or do not look.
         drift_thresholds: check → {warn: number, stop: number}, null for never; see `refract drift`.
+        relabelled_warn: logs a warning from this fraction of known samples on whose label changed since the last accepted run; null never.
+        relabelled_stop: stops the run from this fraction on; null never.
+        disagreement_warn: logs a warning from this fraction of new labels on that the champion contradicts beyond its errors; null never.
+        disagreement_stop: stops the run from this fraction on; null never.
         tell: a command that gets the night's result as JSON on its standard input, and has a minute; null tells nobody.
     """
 
@@ -71,8 +75,15 @@ class RetrainConfig:
     largest_loss: float = 0.2
     drift: Literal["tell", "stop", "none"] = "tell"
     drift_thresholds: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    relabelled_warn: float | None = 0.01
+    relabelled_stop: float | None = 0.1
+    disagreement_warn: float | None = 0.05
+    disagreement_stop: float | None = 0.25
     tell: str | None = None
 
     def rules(self) -> Iterator[tuple[str, object, bool, str]]:
         """As GateConfig.rules."""
         yield "retrain.largest_loss", self.largest_loss, 0 <= self.largest_loss <= 1, "in [0, 1]"
+        for name in ("relabelled_warn", "relabelled_stop", "disagreement_warn", "disagreement_stop"):
+            value = getattr(self, name)
+            yield f"retrain.{name}", value, value is None or 0 < value <= 1, "in (0, 1], or null"
