@@ -284,14 +284,14 @@ class TrackingConfig:
         uri: the tracking server; null takes MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.
         experiment: the experiment's name.
         model_name: the registered model that gets the bundle as a new version; null registers nothing.
-        alias: the alias that moves to the new version.
+        alias: of the model's first version; challenger leaves the champion to `refract promote`. Later versions are challenger anyway.
     """
 
     enabled: bool = True
     uri: str | None = None
     experiment: str = "refract"
     model_name: str | None = None
-    alias: str = "champion"
+    alias: Literal["champion", "challenger"] = "champion"
 
 
 def _is_name(name: str) -> bool:

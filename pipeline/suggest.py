@@ -145,7 +145,7 @@ trainer:
 
 tracking:
   experiment: refract
-  model_name: {text(model_name)}   # registered in MLflow, alias champion; null registers nothing
+  model_name: {text(model_name)}   # registered in MLflow: version 1 is champion, later ones challenger; null registers nothing
 """
 
 

@@ -17,14 +17,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """run_dir: everything of the run; bundle: its bundle; metrics: on the hold-out; version: of the registered model, if any, and before:
-    that which had its alias until then."""
+    """run_dir: everything of the run; bundle: its bundle; metrics: on the hold-out; version: of the registered model, if any; alias: of
+    that version, and champion: the model's champion, as of the registration."""
 
     run_dir: Path
     bundle: Path
     metrics: dict[str, float]
     version: str | None
-    before: str | None = None
+    alias: str | None = None
+    champion: str | None = None
 
 
 def train(config: Config, *, name: str = "run", resume: Path | None = None) -> Result | None:
@@ -126,7 +127,8 @@ def _tracked(made: Assembly, config: Config, run: Any, checkpoint: Path | None) 
                 run.path,
             )
     answers = {} if tracker is None else tracker.journal.delivered
-    return Result(run.path, run.path / "bundle", metrics, answers.get("version"), answers.get("version_before"))
+    registered = {key: answers.get(key) for key in ("version", "alias", "champion")}
+    return Result(run.path, run.path / "bundle", metrics, **registered)
 
 
 def _make_bundle(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.commands import console
+from pipeline.commands.promote import by_hand
 
 SHOWN = 10
 
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract demo",
         description="Train on scikit-learn's handwritten digits, track and register in MLflow, serve, and ask the server. "
-        "Writes runs/ and mlflow.db (with mlruns/) into the current folder.",
+        "Writes runs/ and mlflow.db (with mlruns/) into the current folder. A repeated demo registers and serves its own version.",
     )
     parser.parse_args(argv)
     return console.run("demo", _demo)
@@ -36,8 +37,9 @@ def _demo() -> int:
     result = train(config, name="digits")
     assert result is not None, "the demo trains in one process"
     accuracy = result.metrics["accuracy"]
-    uri = f"models:/{config.tracking.model_name}@{config.tracking.alias}"
-    print(f"   hold-out accuracy {accuracy:.2%}; bundle {result.bundle}; registered as {uri}, version {result.version}")
+    # Its own version: a server of the champion would answer with an earlier demo's.
+    uri = f"models:/{config.tracking.model_name}/{result.version}" if result.version else str(result.bundle)
+    print(f"   hold-out accuracy {accuracy:.2%}; bundle {result.bundle}; registered as {uri}, alias {result.alias}")
     print("2. Serve it")
     with served(uri) as url:
         print(f"   {url}")
@@ -48,6 +50,9 @@ def _demo() -> int:
     print("Next:")
     print(f"   see the run          {here}mlflow ui --backend-store-uri {tracking_uri(config.tracking)}")
     print(f"   serve it             {here}refract serve {uri}")
+    if result.version and result.alias != "champion":
+        command = by_hand(str(config.tracking.model_name), str(result.version), config.tracking.uri)
+        print(f"   make it champion     {here}{command}   (version {result.champion} is)")
     print(f"   your own pictures    {here}refract init FOLDER -o mine.yaml && {here}refract train mine.yaml")
     return 0
 

@@ -1,6 +1,7 @@
 """`refract promote NAME VERSION`"""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,20 @@ def main(argv: list[str]) -> int:
 def uri_option(parser: argparse.ArgumentParser) -> None:
     """`--uri`, which names the registry."""
     parser.add_argument("--uri", help="the tracking server; else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here")
+
+
+def named(name: str, version: str, alias: str | None, champion: str | None) -> str:
+    """Describe what a training registered. alias: of the version; champion: the model's."""
+    if alias == "champion":
+        return f"models:/{name}@champion is version {version}, the model's first"
+    other = f"version {champion} stays champion" if champion else "no version is champion"
+    return f"version {version} of {name} is {alias or 'registered without an alias'}; {other}"
+
+
+def by_hand(name: str, version: str, uri: str | None) -> str:
+    """The command that makes a version champion that no gate has judged. uri: the tracking server, where the config names one."""
+    server = f" --uri {shlex.quote(uri)}" if uri else ""
+    return f"refract promote {shlex.quote(name)} {version}{server} --force --why REASON"
 
 
 def _promote(args: argparse.Namespace) -> int:

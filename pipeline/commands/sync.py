@@ -2,9 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.commands import console
+
+if TYPE_CHECKING:
+    from pipeline.tracking.journal import Journal
 
 
 def main(argv: list[str]) -> int:
@@ -60,6 +65,21 @@ def _sync(folders: list[Path], uri: str | None) -> int:
             delivered += count
             if count:
                 print(f"{run}: {count} entries delivered to {store.uri}, run {journal.delivered['run_id']}")
+                for line in _registered(journal, store.uri):
+                    print(line)
     if not delivered and not failed and not alone:
         print("nothing to deliver: MLflow has all of them")
     return 1 if failed else 0
+
+
+def _registered(journal: "Journal", uri: str) -> Iterator[str]:
+    """Describe the version that the run became, and how to make it champion."""
+    from pipeline.commands.promote import by_hand, named
+
+    answers = journal.delivered
+    for entry in journal.of("register"):
+        if version := answers.get("version"):
+            alias, champion = answers.get("alias"), answers.get("champion")
+            yield f"  {named(entry['model'], version, alias, champion)}"
+            if alias != "champion":
+                yield f"  {console.bin_prefix()}{by_hand(entry['model'], version, uri)} makes it champion"

@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from pipeline.commands import console
+from pipeline.commands.promote import by_hand, named
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -80,10 +81,11 @@ def _train(argv: list[str], resume: str | None) -> int:
     print(f"run:      {result.run_dir}/ (report.html, config.yaml, splits.csv, preview.png, curves.png, checkpoints/)")
     print(f"bundle:   {result.bundle}")
     if result.version:
-        moved = f", and was version {result.before}" if result.before else ""
-        print(
-            f"registry: models:/{config.tracking.model_name}@{config.tracking.alias} is version {result.version} now{moved}"
-        )
+        registered = named(str(config.tracking.model_name), result.version, result.alias, result.champion)
+        print(f"registry: {registered}")
+        if result.alias != "champion":
+            command = by_hand(str(config.tracking.model_name), result.version, config.tracking.uri)
+            print(f"          {console.bin_prefix()}{command} makes it champion")
     if config.tracking.enabled:
         from pipeline.tracking import tracking_uri
 

@@ -22,11 +22,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measured:
-    """bad: path → why it could not be read."""
+    """bad: path → why it could not be read; seen: the new samples with their predictions, None where they are rows of a log."""
 
     drift: Drift
     report: Report
     bad: Mapping[str, str]
+    seen: Seen | None = None
 
 
 def reference_of(classifier: Classifier, preprocess: Any, manifest: Any, **kinds: Any) -> Profile:
@@ -104,7 +105,7 @@ def measure_drift(
     else:
         facts["new data"] = f"{new.count:,} sampled inputs of a server, {data}"
         report = make_drift_report(title, drift, base, new, facts=facts, galleries=_unsure(base, shown))
-    return Measured(drift, report, bad)
+    return Measured(drift, report, bad, None if is_log(Path(data)) else shown)
 
 
 def _reference_data(info: Any, source: str, multilabel: bool) -> NewData:

@@ -81,6 +81,38 @@ def promote(
         client.set_registered_model_tag(name, LAST, version)
 
 
+def name_version(client: Any, name: str, version: str, *, first: str) -> dict[str, str]:
+    """Give a version that a training registered its alias. Repeating the call changes nothing.
+
+    first: the alias of the model's first version. `champion` names it unless a champion is or was named; every other version becomes
+    `challenger`, unless a newer one is. Returns `alias`, what the version is named now, and `champion`, the champion's version, where
+    there are such. Busy as `promote`.
+    """
+    lost = False
+    if first == CHAMPION and aliases(client, name).get(CHAMPION) is None and version == _lowest(client, name):
+        try:
+            promote(client, name, version, instead_of=None, why="the model's first version")
+        except Busy:
+            raise
+        except PromotionError as error:
+            log.info("%s", error)
+            lost = True
+    now = aliases(client, name)
+    champion, challenger = now.get(CHAMPION), now.get(CHALLENGER)
+    promoted = not lost and "promoted" in version_tags(client, name, version)
+    replaceable = challenger in (None, champion) or int(str(challenger)) < int(version)
+    if version != champion and not promoted and replaceable:
+        client.set_registered_model_alias(name, CHALLENGER, version)
+        challenger = version
+    alias = CHAMPION if champion == version else CHALLENGER if challenger == version else None
+    return {key: value for key, value in (("alias", alias), ("champion", champion)) if value is not None}
+
+
+def _lowest(client: Any, name: str) -> str:
+    """The oldest version that the model has."""
+    return str(min(int(found.version) for found in client.search_model_versions(f"name = '{name}'")))
+
+
 def way_back(client: Any, name: str) -> tuple[str, str]:
     """(the champion, the version that `rollback` goes back to). PromotionError where none is known."""
     now = aliases(client, name)

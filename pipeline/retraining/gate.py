@@ -12,6 +12,7 @@ from models.bundle import Bundle, BundleError
 from pipeline import measures
 from pipeline.config import ConfigError
 from pipeline.data.manifest import Manifest, Sample
+from pipeline.retraining.power import lowest_gain, rounded, samples_to_decide
 from pipeline.retraining.settings import GateConfig
 
 CALIBRATED = 100
@@ -27,13 +28,15 @@ TRIES = 50
 
 @dataclass(frozen=True)
 class Line:
-    """One demand. value: what the challenger has, None where it is not measured; bound: what is asked; passed; told: in words."""
+    """One demand. value: what the challenger has, None where it is not measured; bound: what is asked; passed; told: in words; needed: the
+    holdout size that would decide, None where this one does or none can."""
 
     name: str
     value: float | None
     bound: float | None
     passed: bool
     told: str
+    needed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,11 +143,29 @@ def _accuracy(config: GateConfig, new: Measured, old: Measured | None) -> list[L
     lines = [Line("accuracy", own, config.accuracy, own >= config.accuracy, f"{own:.4f}, at least {config.accuracy:g}")]
     if old is None:
         return [*lines, Line("margin", None, config.margin, True, "there is no champion yet")]
-    gain = measures.paired_difference(new.right, old.right)
+    gain, count = measures.paired_difference(new.right, old.right), len(new.right)
     told = f"{gain.value:+.4f} against the champion's {old.right.mean():.4f}, at least {config.margin:+g}"
-    lines.append(Line("margin", gain.value, config.margin, gain.value >= config.margin, told))
-    told = f"the gain's 95 % interval {gain.low:+.4f} to {gain.high:+.4f}, lower end at least {config.lowest_gain:+g}"
-    return [*lines, Line("interval", gain.low, config.lowest_gain, gain.low >= config.lowest_gain, told)]
+    lines.append(_sized(Line("margin", gain.value, config.margin, gain.value >= config.margin, told), new, old, gain))
+    lowest = lowest_gain(count) if config.lowest_gain is None else config.lowest_gain
+    told = f"the gain's 95 % interval {gain.low:+.4f} to {gain.high:+.4f}, lower end at least {lowest:+.3g}"
+    if config.lowest_gain is None:
+        told += f", from {count:,} samples"
+    return [*lines, _sized(Line("interval", gain.low, lowest, gain.low >= lowest, told), new, old, gain)]
+
+
+def _sized(line: Line, new: Measured, old: Measured, gain: measures.Difference) -> Line:
+    """The line with the holdout size that would decide it, where the gain's interval contains the bound."""
+    bound, count = float(line.bound or 0.0), len(new.right)
+    if not gain.low < bound < gain.high:
+        return line
+    better, worse = int((new.right & ~old.right).sum()), int((old.right & ~new.right).sum())
+    needed = samples_to_decide(better, worse, count, bound)
+    if needed is None:
+        return replace(line, told=f"{line.told}; {count:,} samples cannot decide it")
+    needed = max(needed, count + 1)
+    return replace(
+        line, needed=needed, told=f"{line.told}; {count:,} samples cannot decide it, about {rounded(needed):,} would"
+    )
 
 
 def _recalls(config: GateConfig, manifest: Manifest, new: Measured, old: Measured | None) -> list[Line]:

@@ -119,29 +119,43 @@ def snapshot(folder: Path, config: Config, record: Record) -> Record:
 
 @_step
 def validate(folder: Path, config: Config, record: Record) -> Record:
-    """End the night where the data changed more than they may since the last accepted one, or where what is new has drifted too far.
-    Else the snapshot's hold-out is that of the nights to come."""
+    """End the night where the data changed more than they may since the last accepted one, where what is new has drifted too far, or where
+    the labels cannot be trusted. Else the snapshot's hold-out is that of the nights to come."""
     from pipeline.retraining.snapshot import accept, read_snapshot
-    from pipeline.retraining.validate import drift, problems
+    from pipeline.retraining.validate import beside_champion, changed_labels, problems
 
     place = place_of(config)
     last = place.last()
     before = read_snapshot(Path(last["snapshot_folder"]), last["snapshot"]) if last else None
     now = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
-    if found := problems(now, before, config.retrain.largest_loss):
+    told: Record = {"labels": {}}
+    found = problems(now, before, config.retrain.largest_loss)
+    remedies = ["raise retrain.largest_loss"] if found else []
+    if before is not None:
+        changes = told["labels"]["changed"] = changed_labels(config, now, before)
+        _log("labels", changes)
+        if changes["level"] == "stop":
+            found.append(changes["told"])
+            remedies.append("accept the new labels by --retrain.relabelled_stop null")
+    if found:
         why = "\n".join(f"  {line}" for line in found)
-        return _ends(
+        return told | _ends(
             Outcome.REFUSED,
-            f"the data changed more than they may since the last accepted night:\n{why}\nMend them, or raise retrain.largest_loss.",
+            f"the data changed more than they may since the last accepted night:\n{why}\nMend them, or {', and '.join(remedies)}.",
         )
-    told: Record = {}
-    if config.retrain.drift != "none":
-        looked = drift(config, now, place, folder)
-        told = {"drift": looked}
-        log.info("drift: %s", looked["told"])
-        if looked["level"] == "stop" and config.retrain.drift == "stop":
-            why = f"what is new has drifted: {looked['told']}. See {folder / 'drift'}, and retrain.drift"
+    drift, labels = beside_champion(config, now, place, folder)
+    if drift is not None:
+        told["drift"] = drift
+        log.info("drift: %s", drift["told"])
+        if drift["level"] == "stop" and config.retrain.drift == "stop":
+            why = f"what is new has drifted: {drift['told']}. See {folder / 'drift'}, and retrain.drift"
             return told | _ends(Outcome.REFUSED, why)
+    if labels is not None:
+        told["labels"]["disagreement"] = labels
+        _log("labels", labels)
+        if labels["level"] == "stop":
+            remedy = "Mend the labels, or accept them by --retrain.disagreement_stop null"
+            return told | _ends(Outcome.REFUSED, f"the new labels cannot be trusted: {labels['told']}. {remedy}.")
     accept(place, now)
     return told
 
@@ -149,7 +163,6 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
 @_step
 def train(folder: Path, config: Config, record: Record) -> Record:
     """Train on the snapshot, measure on the hold-out, write the bundle, and hand it to MLflow as `challenger`."""
-    from pipeline.retraining.aliases import CHALLENGER
     from pipeline.retraining.snapshot import changed, read_snapshot
     from pipeline.runs import RECORD, read_record, stored_config
     from pipeline.training import train as train_run
@@ -159,7 +172,7 @@ def train(folder: Path, config: Config, record: Record) -> Record:
         why = f"{len(others)} pictures have changed since the night began, as {others[0]}; the next night takes them as they are"
         return _ends(Outcome.REFUSED, why)
     config.data.source, config.data.task = str(taken.manifest), taken.task  # type: ignore[assignment]
-    config.tracking.alias = CHALLENGER
+    config.tracking.alias = "challenger"  # a first version as well: the gate decides
     config.trainer.run_name = f"{config.tracking.model_name}-{folder.name}"
     run = Path(config.trainer.runs_dir) / config.trainer.run_name
     if run.exists() and not (run / RECORD).exists():
@@ -175,7 +188,7 @@ def train(folder: Path, config: Config, record: Record) -> Record:
 def register(folder: Path, config: Config, record: Record) -> Record:
     """The version in MLflow; NightError while its server does not have it."""
     from pipeline.tracking.journal import Journal
-    from pipeline.tracking.store import Store, first_line
+    from pipeline.tracking.store import LONGEST_TAG, Store, first_line
     from pipeline.tracking.tracker import absolute, deliver_one, tracking_uri
 
     run = Path(record["run"])
@@ -191,6 +204,7 @@ def register(folder: Path, config: Config, record: Record) -> Record:
             "holdout": record["snapshot"]["holdout"],
             "night": folder.name,
         }
+        tags |= {f"labels.{kind}": found["told"][:LONGEST_TAG] for kind, found in record.get("labels", {}).items()}
         for key, value in tags.items():
             client_of(store.uri).set_model_version_tag(config.tracking.model_name, version, key, value)
     except Exception as error:  # whatever MLflow and what lies below it raise for a server that is not there
@@ -243,8 +257,7 @@ def promote(folder: Path, config: Config, record: Record) -> Record:
     from pipeline.retraining.aliases import promote as move
 
     if not record["gate"]["passed"]:
-        failed = [line["name"] for line in record["gate"]["lines"] if not line["passed"]]
-        return _ends(Outcome.NOT_PROMOTED, f"version {record['version']} failed at {', '.join(failed)}")
+        return _ends(Outcome.NOT_PROMOTED, f"version {record['version']} {_failed(record['gate'])}")
     client = client_of(record["mlflow"])
     try:
         move(client, str(config.tracking.model_name), record["version"], instead_of=record["champion"])
@@ -281,8 +294,24 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
 STEPS = (snapshot, validate, train, register, compare, promote, announce)
 
 
+def _log(about: str, found: Record) -> None:
+    log.log(logging.INFO if found["level"] == "none" else logging.WARNING, "%s: %s", about, found["told"])
+
+
 def _ends(outcome: Outcome, why: str) -> Record:
     return {"ends": int(outcome), "why": why}
+
+
+def _failed(verdict: Record) -> str:
+    """What the version failed at, and the holdout size that would decide all lines that this one cannot."""
+    from pipeline.retraining.power import rounded
+
+    failed = [line for line in verdict["lines"] if not line["passed"]]
+    needed = [line["needed"] for line in failed if line.get("needed")]
+    size = (
+        f"; {verdict['samples']:,} samples cannot decide that, about {rounded(max(needed)):,} would" if needed else ""
+    )
+    return f"failed at {', '.join(line['name'] for line in failed)}{size}"
 
 
 def _trained_on(place: Place, digest: str | None, held: Any) -> int | None:

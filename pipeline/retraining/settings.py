@@ -11,8 +11,9 @@ class GateConfig:
 
     Args:
         holdout: a folder or manifest that is never trained on; null keeps the first night's test split. Later classes are added.
-        margin: gain in accuracy over the champion, at least.
-        lowest_gain: the lower end of that gain's 95 % interval (paired bootstrap), at least; -1 asks nothing.
+        margin: gain in accuracy over the champion, at least. At 0 the champion's accuracy on the holdout never falls.
+        lowest_gain: the lower end of that gain's 95 % interval (paired bootstrap), at least; null: what the holdout's size resolves,
+            -0.05 to -0.01; -1 asks nothing.
         accuracy: at least.
         recall: of each class, at least.
         recall_of: class → its own floor.
@@ -26,7 +27,7 @@ class GateConfig:
 
     holdout: str | None = None
     margin: float = 0.0
-    lowest_gain: float = -0.03
+    lowest_gain: float | None = None
     accuracy: float = 0.0
     recall: float = 0.0
     recall_of: dict[str, float] = field(default_factory=dict)
@@ -39,9 +40,9 @@ class GateConfig:
 
     def rules(self) -> Iterator[tuple[str, object, bool, str]]:
         """(key, value, whether it can be, what could be) of each value that has a range."""
-        for name in ("margin", "lowest_gain"):
-            value = getattr(self, name)
-            yield f"gate.{name}", value, -1 <= value <= 1, "in [-1, 1]"
+        yield "gate.margin", self.margin, -1 <= self.margin <= 1, "in [-1, 1]"
+        lowest = self.lowest_gain
+        yield "gate.lowest_gain", lowest, lowest is None or -1 <= lowest <= 1, "in [-1, 1], or null"
         for name in ("accuracy", "recall", "recall_loss"):
             value = getattr(self, name)
             yield f"gate.{name}", value, 0 <= value <= 1, "in [0, 1]"
@@ -63,6 +64,10 @@ class RetrainConfig:
         largest_loss: share of its pictures that a class, or the whole, may have lost since the last accepted night.
         drift: of what is new, from the champion's reference: tell it, let it stop the night as well, or do not look.
         drift_thresholds: check → {warn: number, stop: number}, null for never; see `refract drift`.
+        relabelled_warn: logs a warning from this fraction of known samples on whose label changed since the last accepted run; null never.
+        relabelled_stop: stops the run from this fraction on; null never.
+        disagreement_warn: logs a warning from this fraction of new labels on that the champion contradicts beyond its errors; null never.
+        disagreement_stop: stops the run from this fraction on; null never.
         tell: a command that gets the night's result as JSON on its standard input, and has a minute; null tells nobody.
     """
 
@@ -70,8 +75,15 @@ class RetrainConfig:
     largest_loss: float = 0.2
     drift: Literal["tell", "stop", "none"] = "tell"
     drift_thresholds: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    relabelled_warn: float | None = 0.01
+    relabelled_stop: float | None = 0.1
+    disagreement_warn: float | None = 0.05
+    disagreement_stop: float | None = 0.25
     tell: str | None = None
 
     def rules(self) -> Iterator[tuple[str, object, bool, str]]:
         """As GateConfig.rules."""
         yield "retrain.largest_loss", self.largest_loss, 0 <= self.largest_loss <= 1, "in [0, 1]"
+        for name in ("relabelled_warn", "relabelled_stop", "disagreement_warn", "disagreement_stop"):
+            value = getattr(self, name)
+            yield f"retrain.{name}", value, value is None or 0 < value <= 1, "in (0, 1], or null"

@@ -222,7 +222,8 @@ def inputs_digest(config: Config, snapshot: Snapshot, code: Mapping[str, str], d
     values = config.to_dict()
     for section, keys in {
         "trainer": ("run_name", "runs_dir"),
-        "retrain": ("folder", "tell"),
+        # The thresholds of labels end a run or do nothing: one that was accepted on purpose is not repeated without them.
+        "retrain": ("folder", "tell", "relabelled_warn", "relabelled_stop", "disagreement_warn", "disagreement_stop"),
         "data": ("source",),
     }.items():
         values[section] = {key: value for key, value in values[section].items() if key not in keys}

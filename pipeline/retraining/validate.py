@@ -7,18 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import DataError, Sample, load_manifest
 from pipeline.drift.thresholds import FEWEST, LEVELS, THRESHOLDS, Threshold, parse_thresholds
+from pipeline.recipe import reads
 from pipeline.retraining.copies import contents
+from pipeline.retraining.labels import label_changes, level_of
 from pipeline.retraining.place import Place, read
 from pipeline.retraining.registry import download, registry_of
 from pipeline.retraining.snapshot import FILES, Snapshot, known_contents
 
 if TYPE_CHECKING:
     from models.bundle import Bundle
+    from pipeline.drift.profile import Seen
 
 
 def problems(now: Snapshot, before: Snapshot | None, largest_loss: float) -> list[str]:
@@ -51,28 +54,72 @@ def _totals(snapshot: Snapshot) -> Counter[str]:
     return total
 
 
-def drift(config: Config, now: Snapshot, place: Place, folder: Path) -> dict[str, Any]:
-    """What is new since the champion's snapshot beside the champion's reference: `level` (none, warn or stop), `told` in words, `checks`.
-    The report goes to the night's folder. ConfigError for thresholds that are none.
+def changed_labels(config: Config, now: Snapshot, before: Snapshot) -> dict[str, Any]:
+    """Known content whose label changed since the last accepted night: `level` (none, warn or stop), `told` in words, and the numbers."""
+    wanted = config.retrain
+    return label_changes(now, before, reads(config)).record(Threshold(wanted.relabelled_warn, wanted.relabelled_stop))
 
-    It is of pictures, and of classes that the champion knows; new classes are told, and stop a night only where
+
+def beside_champion(
+    config: Config, now: Snapshot, place: Place, folder: Path
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """What is new since the champion's snapshot: (its drift from the champion's reference, the champion's disagreement with its labels).
+
+    Each has `level` (none, warn or stop), `told` in words, and its numbers; None where the config does not ask for it. The drift report
+    goes to the night's folder. ConfigError for thresholds that are none.
+
+    Both are of pictures, and of classes that the champion knows; new classes are told by drift, and stop a night only where
     `retrain.drift_thresholds` says so. Those that vanished are `problems`' matter.
     """
     from pipeline.retraining.aliases import CHAMPION
 
-    thresholds = _thresholds(config)
+    thresholds, by_label = _thresholds(config), _by_label(config)
+    asked = config.retrain.drift != "none", by_label != (None, None)
     client, name, aliases = registry_of(config)
     champion = aliases.get(CHAMPION)
     if champion is None:
-        return _unseen("there is no champion yet")
+        return _neither(asked, "there is no champion yet")
     tag = client.get_model_version(name, champion).tags.get("snapshot")
     new = new_samples(now, place.snapshot(tag) if tag else None)
     if len(new.of_pictures) < FEWEST:
-        return _unseen(f"{new.text()}, too few to tell anything")
+        return _neither(asked, f"{new.text()}, too few to tell anything")
+    if not any(asked):
+        return None, None
     from models.bundle import load_bundle  # which brings PyTorch, for nothing on most nights
 
     with tempfile.TemporaryDirectory() as beside:
-        return look(load_bundle(download(client, name, champion, Path(beside))), new, thresholds, folder)
+        bundle = load_bundle(download(client, name, champion, Path(beside)))
+        looked = look(bundle, new, thresholds, folder) if asked[0] else Looked(None, None)
+        return looked.drift, disagreed(bundle, now, new, looked.seen, by_label) if asked[1] else None
+
+
+def _neither(asked: tuple[bool, bool], why: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    drift, labels = asked
+    return _unseen(why) if drift else None, _not_compared(why) if labels else None
+
+
+def _by_label(config: Config) -> Threshold:
+    return Threshold(config.retrain.disagreement_warn, config.retrain.disagreement_stop)
+
+
+def disagreed(bundle: "Bundle", now: Snapshot, new: "New", seen: "Seen | None", threshold: Threshold) -> dict[str, Any]:
+    """The champion's disagreement with the new labels, as in `beside_champion`. seen: its predictions, where drift has made them."""
+    from pipeline.drift.new_data import MOST
+    from pipeline.retraining.labels import disagreement
+
+    known = set(bundle.info.labels)
+    rows = [(sample, labels) for sample, labels in new.of_pictures if known.issuperset(labels)]
+    try:
+        found = disagreement(bundle, now, rows, seen, MOST)
+    except DataError as error:
+        return _not_compared(str(error))
+    if found is None:
+        return _not_compared(f"fewer than {FEWEST} are of classes that the champion knows")
+    return found.record(threshold)
+
+
+def _not_compared(why: str) -> dict[str, Any]:
+    return {"level": "none", "told": f"new labels not compared with the champion: {why}"}
 
 
 def _thresholds(config: Config) -> dict[str, Threshold]:
@@ -107,34 +154,38 @@ def new_samples(now: Snapshot, before: Path | None) -> New:
     return New([(sample, [manifest.labels[i] for i in sample.labels]) for sample in pictures], len(texts))
 
 
-def look(bundle: "Bundle", new: New, thresholds: Mapping[str, Threshold], folder: Path) -> dict[str, Any]:
-    """As `drift`, of that which is new, beside the bundle's reference."""
+class Looked(NamedTuple):
+    """drift: as in `beside_champion`; seen: the new samples with the bundle's predictions, None where it made none."""
+
+    drift: dict[str, Any] | None
+    seen: "Seen | None"
+
+
+def look(bundle: "Bundle", new: New, thresholds: Mapping[str, Threshold], folder: Path) -> Looked:
+    """The drift of that which is new from the bundle's reference."""
     from pipeline.drift.measure import measure_drift
 
     known = set(bundle.info.labels)
     rows = [(sample, labels) for sample, labels in new.of_pictures if known.issuperset(labels)]
     strange = sorted({label for _, labels in new.of_pictures for label in labels} - known)
     share = 1 - len(rows) / len(new.of_pictures)
-    checks = {"new classes": {"effect": share, "level": _level(share, thresholds["new classes"])}} if strange else {}
+    checks = {"new classes": {"effect": share, "level": level_of(share, thresholds["new classes"])}} if strange else {}
     if len(rows) < FEWEST:
-        return _unseen(f"{len(rows)} new pictures are of classes that the champion knows, too few", checks)
+        return Looked(
+            _unseen(f"{len(rows)} new pictures are of classes that the champion knows, too few", checks), None
+        )
     if bundle.reference() is None:
-        return _unseen("the champion's bundle has no reference", checks)
+        return Looked(_unseen("the champion's bundle has no reference", checks), None)
     _write_rows(rows, folder / "new.csv")
     try:
         found = measure_drift(bundle, str(folder / "new.csv"), thresholds=thresholds)
     except DataError as error:
-        return _unseen(str(error), checks)
+        return Looked(_unseen(str(error), checks), None)
     found.report.write(folder / "drift")
     checks = {check.name: {"effect": check.effect, "level": check.level} for check in found.drift.checks} | checks
     without = f", without those of {', '.join(strange)}" if strange else ""
-    return {"level": _worst(checks), "told": f"{_words(checks) or 'none'}, of {new.text()}{without}", "checks": checks}
-
-
-def _level(share: float, threshold: Threshold) -> str:
-    if threshold.stop is not None and share >= threshold.stop:
-        return "stop"
-    return "warn" if threshold.warn is not None and share >= threshold.warn else "none"
+    told = f"{_words(checks) or 'none'}, of {new.text()}{without}"
+    return Looked({"level": _worst(checks), "told": told, "checks": checks}, found.seen)
 
 
 def _worst(checks: Mapping[str, Mapping[str, Any]]) -> str:

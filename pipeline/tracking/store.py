@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.retraining.aliases import name_version
 from pipeline.tracking.database import make_database
 from pipeline.tracking.journal import Entry
 
@@ -87,26 +88,33 @@ class Store:
         self._client.log_artifacts(known["run_id"], str(self.run_dir / entry["bundle"]), "bundle")
 
     def _register(self, entry: Entry, known: Mapping[str, Any]) -> dict[str, Any]:
-        """The run's `bundle` as a new version of the registered model, and the alias on it."""
+        """Register the run's `bundle` as a version of the model, and name it.
+
+        A repeated delivery finds the version by its run. Returns `version`, and what `name_version` returns.
+        """
+        model, run_id = entry["model"], known["run_id"]
+        self._create_model(model)
+        registered = [v for v in self._client.search_model_versions(f"name = '{model}'") if v.run_id == run_id]
+        if not registered:
+            source = f"{known['artifacts']}/bundle"
+            registered = [self._client.create_model_version(model, source=source, run_id=run_id)]
+        version = str(registered[0].version)
+        return {"version": version} | name_version(self._client, model, version, first=entry["alias"])
+
+    def _create_model(self, model: str) -> None:
+        """Create the registered model where it is missing. Another training may create it at the same time."""
         from mlflow.exceptions import MlflowException
 
-        model = entry["model"]
         try:
             self._client.get_registered_model(model)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            self._client.create_registered_model(model)
-        made = [v for v in self._client.search_model_versions(f"name = '{model}'") if v.run_id == known["run_id"]]
-        version = (
-            made[0]
-            if made
-            else self._client.create_model_version(model, source=f"{known['artifacts']}/bundle", run_id=known["run_id"])
-        )
-        before = self._client.get_registered_model(model).aliases.get(entry["alias"])
-        self._client.set_registered_model_alias(model, entry["alias"], version.version)
-        moved = {"version_before": str(before)} if before not in (None, version.version) else {}
-        return {"version": str(version.version), **moved}
+            try:
+                self._client.create_registered_model(model)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
 
     def _status(self, entry: Entry, known: Mapping[str, Any]) -> None:
         if entry["status"] == "RUNNING":

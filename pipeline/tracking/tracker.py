@@ -92,7 +92,7 @@ class Tracker:
             self._add({"do": "files", "files": [path.name for path in files], "bundle": bundle.name})
 
     def register(self, model: str, alias: str) -> None:
-        """Make the run's bundle a new version of the registered model, and move the alias to it."""
+        """Make the run's bundle a version of the registered model. alias: of the model's first version; later ones are `challenger`."""
         if not any(self.journal.of("register")):
             self._add({"do": "register", "model": model, "alias": alias})
 

@@ -229,10 +229,14 @@ def test_two_runs_with_one_seed_end_in_the_same_weights(refract: Run, workplace:
     assert entry[0] == entry[1]
 
 
-def test_mixing_policy_and_frozen_backbone_train(refract: Run, workplace: Path) -> None:
+def test_mixing_policy_and_frozen_backbone_train_a_challenger(refract: Run, workplace: Path) -> None:
     policy = '["HorizontalFlip", {"MixUp": {"p": 0.5}}, {"CutMix": {"p": 0.5}}]'
-    refract("train", "pictures.yaml", "--trainer.run_name", "mixed", "--augment.policy", policy, "--model.mode", "feature-extract",
-            "--trainer.max_epochs", 1, "--tracking.enabled", "false")  # fmt: skip
+    told = refract("train", "pictures.yaml", "--trainer.run_name", "mixed", "--augment.policy", policy, "--model.mode", "feature-extract",
+                   "--trainer.max_epochs", 1).stdout  # fmt: skip
+    assert "registry: version 2 of pictures is challenger; version 1 stays champion\n" in told
+    assert "refract promote pictures 2 --force --why REASON makes it champion\n" in told
+    aliases = MlflowClient(f"sqlite:///{workplace}/mlflow.db").get_registered_model("pictures").aliases
+    assert {alias: str(version) for alias, version in aliases.items()} == {"champion": "1", "challenger": "2"}
     assert load_bundle(workplace / "runs" / "mixed" / "bundle").info.config["augment"]["policy"][1] == {
         "MixUp": {"p": 0.5}
     }

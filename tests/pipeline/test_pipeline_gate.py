@@ -4,9 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from pipeline.data.manifest import Manifest, Sample
 from pipeline.retraining.gate import Line, Measured, _latency, judge
+from pipeline.retraining.power import LARGEST, SMALLEST, Z, lowest_gain, rounded, samples_to_decide
 from pipeline.retraining.settings import GateConfig
 
 
@@ -44,6 +47,55 @@ def test_the_interval_is_judged_by_its_lower_end() -> None:
     assert line.value < -0.03
     assert not line.passed, "equal on these samples, and perhaps worse"
     assert judged(held, new, old, lowest_gain=-0.1)["interval"].passed
+
+
+def test_a_better_challenger_on_a_small_holdout_passes_by_default_and_the_size_is_reported() -> None:
+    """Of 120 images 8 only the challenger has right, 6 only the champion: the interval reaches below -3 %."""
+    held = holdout(60, 60)
+    new, old = answers(held, *range(6)), answers(held, *range(60, 68))
+    line = judged(held, new, old)["interval"]
+    assert line.passed and line.bound == -0.05 and "lower end at least -0.05, from 120 samples" in line.told
+    line = judged(held, new, old, lowest_gain=-0.03)["interval"]
+    assert not line.passed and line.bound == -0.03, "a value of the config counts"
+    line = judged(held, new, old, lowest_gain=0.0)["interval"]
+    assert not line.passed
+    assert line.needed == samples_to_decide(8, 6, 120, 0.0)
+    assert f"120 samples cannot decide it, about {rounded(line.needed):,} would" in line.told
+
+
+def test_a_decided_line_names_no_size() -> None:
+    held = holdout(200, 200)
+    new, old = answers(held, *range(60)), answers(held)
+    lines = judged(held, new, old)
+    assert not lines["margin"].passed and lines["margin"].needed is None and "decide" not in lines["margin"].told
+    assert not lines["interval"].passed and lines["interval"].needed is None
+    equal = judged(held, answers(held, 0, 1), answers(held, 2, 3))["margin"]
+    assert equal.passed and equal.needed is None and "400 samples cannot decide it" in equal.told, "no size does"
+
+
+@given(st.integers(1, 10**7), st.integers(1, 10**7))
+def test_the_default_bound_is_stricter_on_larger_holdouts(one: int, other: int) -> None:
+    small, large = sorted((one, other))
+    assert -LARGEST <= lowest_gain(small) <= lowest_gain(large) <= -SMALLEST
+
+
+@given(st.integers(0, 300), st.integers(0, 300), st.integers(600, 5000), st.floats(-0.05, 0.05))
+def test_the_reported_size_is_the_first_whose_interval_excludes_the_bound(
+    better: int, worse: int, count: int, bound: float
+) -> None:
+    gain = (better - worse) / count
+    assume(abs(gain - bound) > 1e-6 and better + worse > 0)
+    variance = (better + worse) / count - gain**2
+    needed = samples_to_decide(better, worse, count, bound)
+    assert needed is not None
+    assert Z * np.sqrt(variance / needed) <= abs(gain - bound) * (1 + 1e-9)
+    assert needed == 1 or Z * np.sqrt(variance / (needed - 1)) > abs(gain - bound) * (1 - 1e-9)
+    assert needed <= rounded(needed) <= 1.1 * needed
+
+
+def test_a_gain_at_the_bound_is_decided_by_no_size() -> None:
+    assert samples_to_decide(3, 3, 100, 0.0) is None
+    assert samples_to_decide(3, 2, 100, 0.01) is None
 
 
 @pytest.mark.parametrize(("lost", "passes"), [(5, True), (6, False)])

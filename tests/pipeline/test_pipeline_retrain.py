@@ -1,4 +1,4 @@
-"""The nightly run: fourteen nights in one process, and a night killed in each of its steps."""
+"""The nightly run: fifteen nights in one process, and a night killed in each of its steps."""
 
 import json
 import os
@@ -166,7 +166,7 @@ class Nights:
             file.rename(target)
 
 
-def test_fourteen_nights(tmp_path: Path, new_tracking: Path) -> None:
+def test_fifteen_nights(tmp_path: Path, new_tracking: Path) -> None:
     shutil.copy(new_tracking, tmp_path)
     nights = Nights(tmp_path)
     pictures, backup = tmp_path / "pictures", tmp_path / "backup"
@@ -188,7 +188,11 @@ def test_fourteen_nights(tmp_path: Path, new_tracking: Path) -> None:
 
     shutil.copytree(pictures, backup)
     nights.spoil(0.7)  # somebody mixed the folders up
-    fourth = nights.night()
+    refused = nights.night()
+    assert refused["outcome"] == Outcome.REFUSED
+    assert "known samples changed label: " in refused["why"] and "blue → green " in refused["why"]
+    on_purpose = {"relabelled_stop": None}
+    fourth = nights.night(retrain=on_purpose)
     assert fourth["outcome"] == Outcome.NOT_PROMOTED
     assert {"margin", "interval"} <= {line["name"] for line in fourth["gate"]["lines"] if not line["passed"]}
     assert nights.client.get_model_version("colors", fourth["version"]).tags["gate"] == "failed"
@@ -196,7 +200,7 @@ def test_fourteen_nights(tmp_path: Path, new_tracking: Path) -> None:
 
     shutil.rmtree(pictures)
     shutil.copytree(backup, pictures)
-    fifth = nights.night()  # mended: as on the third night, but for what was remembered since
+    fifth = nights.night(retrain=on_purpose)  # mended: as on the third night, but for what was remembered since
     assert fifth["outcome"] == Outcome.PROMOTED
 
     (pictures / "red" / "000.png").write_bytes(b"\x89PNG damaged")
@@ -250,7 +254,7 @@ def test_fourteen_nights(tmp_path: Path, new_tracking: Path) -> None:
     assert [line["name"] for line in fourteenth["gate"]["lines"] if not line["passed"]][-1] == "size"
     told = next(line for line in fourteenth["gate"]["lines"] if line["name"] == "hold-out")
     assert not told["passed"], "of a hold-out that is drawn anew, the champion has seen some"
-    assert len(nights.champions) == 14
+    assert len(nights.champions) == 15
     assert unfinished(placed) is None
 
 

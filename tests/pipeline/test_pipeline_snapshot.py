@@ -340,16 +340,16 @@ def test_new_classes_are_told_and_do_not_stop_a_night(tmp_path: Path) -> None:
         noisy(tmp_path / "pictures/yellow" / f"{number}.png", number)
     new = new_samples(taken(config_at(tmp_path)), first.folder)
     thresholds = {**THRESHOLDS, "new classes": Threshold(0.0, None), "vanished classes": Threshold(None, None)}
-    found = look(bundle, new, thresholds, tmp_path)
+    found = look(bundle, new, thresholds, tmp_path).drift
     assert found["checks"]["features"]["level"] == "none", "the noise is not looked at"
     assert found["checks"]["new classes"] == {"effect": pytest.approx(32 / 62), "level": "warn"}
     assert found["level"] == "warn"
     assert found["told"].startswith("new classes 0.516 (warn), of 62 new pictures, without those of yellow")
-    stopped = look(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path)
+    stopped = look(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path).drift
     assert stopped["level"] == "stop", "who asks for it"
 
     new = replace(new, of_pictures=[one for one in new.of_pictures if one[1] == ["yellow"]])
-    alone = look(bundle, new, thresholds, tmp_path)
+    alone = look(bundle, new, thresholds, tmp_path).drift
     assert alone["level"] == "warn"
     assert "not looked at: 0 new pictures are of classes that the champion knows, too few" in alone["told"]
 
@@ -359,7 +359,7 @@ def test_a_champion_with_a_small_reference_fails_no_night(tmp_path: Path) -> Non
     first = taken(config_at(tmp_path))
     paint(tmp_path / "pictures", range(12, 30))
     new = new_samples(taken(config_at(tmp_path)), first.folder)
-    found = look(champion(tmp_path, first), new, THRESHOLDS, tmp_path)
+    found = look(champion(tmp_path, first), new, THRESHOLDS, tmp_path).drift
     assert found["level"] == "none"
     assert "not looked at: " in found["told"] and "of the reference; 20 of each are needed" in found["told"]
 

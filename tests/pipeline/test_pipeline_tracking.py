@@ -72,6 +72,7 @@ def test_a_silent_server_holds_nothing_up_and_gets_all_later(
     database = f"sqlite:///{tmp_path}/later.db"
     told = refract("sync", "runs", "--uri", database)
     assert "204 entries delivered" in told.stdout
+    assert "models:/animals@champion is version 1, the model's first" in told.stdout
     assert refract("sync", "runs", "--uri", database).stdout.startswith("nothing to deliver"), "once"
     client = MlflowClient(database)
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
