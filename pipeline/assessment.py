@@ -1,6 +1,5 @@
 """What is made of a trained classifier before it becomes a bundle: calibrated on validation, measured on the hold-out, reported."""
 
-import dataclasses
 import json
 import logging
 import time
@@ -17,9 +16,9 @@ from pipeline import measures
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
 from pipeline.doctor import Doctor, Finding
-from pipeline.doctor.findings import SUREST
 from pipeline.evaluation import Evaluation, evaluate, probabilities_of, truth_of
 from pipeline.files import write_atomically
+from pipeline.label_noise import noise_evidence
 from pipeline.report import Report, make_report
 from pipeline.robustness import measure_robustness
 
@@ -85,15 +84,13 @@ def assess(
         doctor.record.said, doctor.record.truth = (
             _shares(found, manifest.labels) for found in (answers, evaluation.truth)
         )
-        confidence = evaluation.probabilities.max(axis=1)
-        surest = confidence >= np.sort(confidence)[-max(1, int(SUREST * len(test)))]  # with all that are as sure
-        if surest.sum() <= 2 * SUREST * len(test):  # else confidence orders nothing
-            doctor.record.surest = (int(surest.sum()), int((~evaluation.right[surest]).sum()))
+        doctor.record.noise = noise_evidence(evaluation.probabilities, evaluation.truth)
+        doctor.record.answered = len(evaluation.truth)
         doctor.record.wrong = float((~evaluation.right).mean())
     findings = doctor.findings(history)
     report = make_report(
         f"Run {name}", evaluation, manifest.labels, facts=facts, precision=config.evaluation.precision,
-        abstain_below=threshold, robustness=robustness, findings=[dataclasses.asdict(finding) for finding in findings],
+        abstain_below=threshold, robustness=robustness, findings=[finding.to_dict() for finding in findings],
         near=manifest.near_of(test),
     )  # fmt: skip
     return Assessment(evaluation, more, temperature, threshold, findings, report)

@@ -12,6 +12,8 @@ from augment import Augmenter, Plan, image_size
 if TYPE_CHECKING:
     from PIL import Image
 
+    from pipeline.data.manifest import Manifest
+
 _CELL, _GAP, _LINE, _LINES, _TEXT_LINES = 192, 8, 13, 6, 4
 
 
@@ -22,6 +24,28 @@ class Shown(NamedTuple):
     data: bytes
     place: int
     text: str = ""
+
+
+def shown_samples(manifest: "Manifest", count: int) -> list[Shown]:
+    """Up to `count` training samples, evenly over the data. DataError names a file that cannot be opened."""
+    from pipeline.data.manifest import DataError
+
+    training = [sample for sample in manifest.samples if sample.split in ("", "train")]
+    rows = []
+    for index in spread(len(training), count):
+        sample = training[index]
+        try:
+            title = ";".join(manifest.labels[i] for i in sample.labels) or "-"
+            rows.append(Shown(title, sample.read(), index, sample.text))
+        except OSError as error:
+            raise DataError(f"{sample.path}: {error.strerror}") from error
+    return rows
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` indices, evenly over the data: its first images are often all of one class."""
+    shown = min(count, wanted)
+    return [i * count // shown for i in range(shown)]
 
 
 def preview_grid(pictures: Sequence[Shown], augmenter: Augmenter, *, variants: int = 6) -> "Image.Image":

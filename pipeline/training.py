@@ -188,8 +188,7 @@ def _make_bundle(
     found.report.write(run_dir)
     write_answers(run_dir, found.evaluation, history)
     write_findings(run_dir, found.findings, doctor.record)
-    for finding in found.findings:
-        log.warning("doctor: %s", finding)
+    doctor.report(found.findings)
     shown = data.train_set.samples[:: max(1, len(data.train_set) // 6)][:6]
     indices = range(0, len(data.train_set), max(1, len(data.train_set) // 6))
     pictures = [

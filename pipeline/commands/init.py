@@ -3,14 +3,22 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.commands import console
+
+if TYPE_CHECKING:
+    from pipeline.data.manifest import Manifest
+    from pipeline.suggest import Proposal
+
+ROWS, VARIANTS = 4, 5
+"""Of the preview grid."""
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract init",
-        description="Look at the pictures and write a commented config that trains on them as it is.",
+        description="Look at the images and write a commented config that trains on them as it is.",
     )
     parser.add_argument(
         "source", help="a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest, or `digits`"
@@ -31,25 +39,55 @@ def main(argv: list[str]) -> int:
 def _init(source: str, output: Path) -> int:
     from pipeline.data.manifest import load_manifest
     from pipeline.files import write_atomically
-    from pipeline.suggest import survey, write_config
+    from pipeline.suggest import choice_table, config_text, propose, take_survey
 
     manifest = load_manifest(source)
-    found = survey(manifest)
-    write_atomically(output, write_config(manifest, found).encode())
-    counts = manifest.counts()
-    pictured = any(sample.pictured for sample in manifest.samples)
-    what = f"pictures ({found.sizes})" if pictured else "texts"
-    print(f"{source}: {manifest.task}, {len(manifest.labels)} labels, {len(manifest.samples):,} {what}")
-    print(f"  smallest class: {min(counts, key=counts.__getitem__)} ({min(counts.values()):,}), "
-          f"largest: {max(counts, key=counts.__getitem__)} ({max(counts.values()):,})")  # fmt: skip
-    single = [label for label, count in counts.items() if count == 1]
-    if single:
-        print(
-            f"  note: classes with one sample, as {single[0]}, cannot be learned and measured: add samples or take them out"
-        )
-    for note in found.notes:
+    survey = take_survey(manifest)
+    proposal = propose(survey)
+    write_atomically(output, config_text(proposal, survey).encode())
+    what = f"images ({survey.sizes} pixels)" if survey.images else "texts"
+    counts = survey.counts
+    smallest, largest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    print(f"{source}: {survey.task}, {len(survey.labels)} labels, {survey.samples:,} {what}")
+    print(f"  smallest class: {smallest} ({counts[smallest]:,}), largest: {largest} ({counts[largest]:,})")
+    print(choice_table(proposal.from_data()))
+    for note in proposal.notes:
         print(f"  {note}")
     print(f"wrote {output}")
-    look = f"refract preview {output} -o grid.png   then   " if pictured else ""
-    print(f"next: {look}refract train {output}")
+    if survey.images and (grid := _preview(manifest, proposal, output)):
+        print(f"wrote {grid}: what training will see; look at it first")
+    print(f"next: refract train {output}")
     return 0
+
+
+def _preview(manifest: "Manifest", proposal: "Proposal", output: Path) -> Path | None:
+    """Draw the preview grid beside the config, NAME.preview.png. None where too few of the images can be read."""
+    import io
+
+    from augment import Augmenter
+    from pipeline.data.manifest import DataError
+    from pipeline.files import write_atomically
+    from pipeline.preview import preview_grid, shown_samples, spread
+
+    try:
+        rows = [shown for shown in shown_samples(manifest, 3 * ROWS) if _decodes(shown.data)]
+    except DataError:
+        return None
+    if not rows:
+        return None
+    augmenter = Augmenter(proposal.value("augment.policy"), 0, size=proposal.value("data.image_size"))
+    buffer = io.BytesIO()
+    preview_grid([rows[i] for i in spread(len(rows), ROWS)], augmenter, variants=VARIANTS).save(buffer, "PNG")
+    grid = output.with_suffix(".preview.png")
+    write_atomically(grid, buffer.getvalue())
+    return grid
+
+
+def _decodes(data: bytes) -> bool:
+    from augment import ImageError, decode
+
+    try:
+        decode(data)
+    except ImageError:
+        return False
+    return True

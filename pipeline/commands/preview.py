@@ -49,33 +49,18 @@ def _preview(args: argparse.Namespace) -> int:
 
 def _from_config(args: argparse.Namespace):
     from pipeline.config import load_config
-    from pipeline.data.manifest import DataError, load_manifest
-    from pipeline.preview import Shown
+    from pipeline.data.manifest import load_manifest
+    from pipeline.preview import shown_samples
 
     config = load_config(args.source)
     manifest = load_manifest(config.data.source, config.data.task)
-    training = [sample for sample in manifest.samples if sample.split in ("", "train")]
-    pictures = []
-    for index in _spread(len(training), args.rows):
-        sample = training[index]
-        try:
-            title = ";".join(manifest.labels[i] for i in sample.labels) or "-"
-            pictures.append(Shown(title, sample.read(), index, sample.text))
-        except OSError as error:
-            raise DataError(f"{sample.path}: {error.strerror}") from error
-    return config.augment.policy, config.trainer.seed, config.data.sides(), pictures
+    return config.augment.policy, config.trainer.seed, config.data.sides(), shown_samples(manifest, args.rows)
 
 
 def _from_pictures(args: argparse.Namespace):
     from pipeline.commands.predict import picture_files
-    from pipeline.preview import Shown
+    from pipeline.preview import Shown, spread
 
     files = picture_files([Path(args.source)])
-    pictures = [Shown(files[index].stem, files[index].read_bytes(), index) for index in _spread(len(files), args.rows)]
+    pictures = [Shown(files[index].stem, files[index].read_bytes(), index) for index in spread(len(files), args.rows)]
     return "imagenet", 0, 224, pictures
-
-
-def _spread(count: int, wanted: int) -> list[int]:
-    """Up to `wanted` indices, evenly over the data: its first pictures are often all of one class."""
-    shown = min(count, wanted)
-    return [i * count // shown for i in range(shown)]

@@ -4,73 +4,36 @@ Thresholds are set so that the configs that come with Refract, and the runs of t
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from pipeline.doctor.finding import Cure, Finding, cure
+from pipeline.doctor.record import Record
+from pipeline.doctor.transfer import normalisation, nothing_learned, suited_lr
 
-@dataclass(frozen=True)
-class Finding:
-    """name: short, for a tag; evidence: the numbers; cure: what to change."""
+WITH_ACTIVATION = ("cnn", "mlp")
+"""Networks whose arguments name the activation."""
 
-    name: str
-    evidence: str
-    cure: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.evidence}; {self.cure}"
-
-
-@dataclass
-class Record:
-    """What a training showed.
-
-    classes: how many, 0 for multilabel and other losses than cross-entropy; lr: the peak; losses: of each step, as optimised; soft: whether
-    targets are smoothed or mixed; history: metrics of each epoch; gradients: layer → norm over the norm of its weights, from the input to
-    the head, of one step each epoch; dead, saturated: layer → share of units, of the last look; unreached: trainable parameters without a
-    gradient; seconds: of the parts of a step, summed: waiting, forward, backward, optimiser; workers: of the loader; inputs: mean and
-    deviation of normalised pictures, `train` and `val`; said: class → share of the answers on the hold-out, truth: of its labels; surest:
-    the SUREST share of those answers that the network is most confident of, their number and how many of them contradict the label; wrong:
-    share of all of them that does; ops: names of the policy's.
-    """
-
-    classes: int
-    lr: float
-    losses: list[float] = field(default_factory=list)
-    soft: bool = False
-    history: list[Mapping[str, float]] = field(default_factory=list)
-    gradients: list[dict[str, float]] = field(default_factory=list)
-    dead: dict[str, float] = field(default_factory=dict)
-    saturated: dict[str, float] = field(default_factory=dict)
-    unreached: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    workers: int = 0
-    inputs: dict[str, tuple[float, float]] = field(default_factory=dict)
-    said: dict[str, float] = field(default_factory=dict)
-    truth: dict[str, float] = field(default_factory=dict)
-    surest: tuple[int, int] = (0, 0)
-    wrong: float = 0.0
-    ops: tuple[str, ...] = ()
+EXPLAINED = ("class collapse", "underfitting", "the loss does not fall", "learning rate too low")
+"""Findings that say less than that a transfer learned nothing."""
 
 
 def early(record: Record) -> Iterator[Finding]:
-    """What the first steps tell already."""
+    """Findings of the first steps."""
     yield from _first_loss(record)
     yield from _unreached(record)
     yield from _inputs(record)
+    yield from normalisation(record)
     yield from _corruptions(record)
 
 
 def late(record: Record) -> Iterator[Finding]:
-    """What a whole training tells."""
-    yield from _rate(record)
-    yield from _gradients(record)
-    yield from _units(record)
-    yield from _gap(record)
-    yield from _collapse(record)
-    yield from _labels(record)
-    yield from _time(record)
+    """Findings of a whole training."""
+    transfer = list(nothing_learned(record))
+    yield from transfer
+    for check in (_rate, _gradients, _units, _gap, _collapse, _labels, _time):
+        yield from (finding for finding in check(record) if not (transfer and finding.name in EXPLAINED))
 
 
 def _first_loss(record: Record) -> Iterator[Finding]:
@@ -82,8 +45,19 @@ def _first_loss(record: Record) -> Iterator[Finding]:
         yield Finding(
             "initial loss",
             f"the first loss is {first:.2f}, and log({record.classes}) = {wanted:.2f} would be knowing nothing",
-            "the head begins with too large weights: try another model.init, or model.mode: linear-then-fine-tune for pretrained ones",
+            "the head begins with too large weights",
+            tuple(_first_loss_cures(record)),
         )
+
+
+def _first_loss_cures(record: Record) -> Iterator[Cure]:
+    """`model.init` is for networks without weights: loaded ones say how they begin."""
+    if not record.pretrained:
+        yield from (cure("model.init", init) for init in ("default", "xavier_normal"))
+        return
+    if record.mode == "fine-tune":
+        yield cure("model.mode", "linear-then-fine-tune")
+    yield cure("optim.lr", min(suited_lr(record), _nice(record.lr / 10)))
 
 
 def _unreached(record: Record) -> Iterator[Finding]:
@@ -101,7 +75,8 @@ def _inputs(record: Record) -> Iterator[Finding]:
             yield Finding(
                 "input range",
                 f"normalised {split} pictures have mean {mean:.2f} and deviation {deviation:.2f}, where 0 and 1 are learned from best",
-                "take data.normalize: data, or set data.mean and data.std",
+                "or give data.mean and data.std of these images",
+                (cure("data.normalize", "data"),),
             )
             return
     if {"train", "val"} <= set(record.inputs):
@@ -142,19 +117,22 @@ def _rate(record: Record) -> Iterator[Finding]:
         yield Finding(
             "learning rate too high",
             f"the loss rose {end / smooth[lowest]:.1f} × in {len(smooth) - lowest} steps after its lowest",
-            f"try optim.lr {_nice(record.lr / 10)}, or a longer optim.warmup",
+            "a longer optim.warmup helps too",
+            (cure("optim.lr", _nice(record.lr / 10)), cure("optim.clip_norm", 1.0)),
         )
     elif end > 0.97 * begin and end > (0.3 * math.log(record.classes) if record.classes > 1 else 0.2):
         yield Finding(
             "the loss does not fall",
             f"it is {end:.3f} after {len(smooth)} steps, and was {begin:.3f}",
-            f"`refract find lr` looks for a rate; try optim.lr {_nice(record.lr * 10)} or {_nice(record.lr / 10)}, and look at the labels",
+            "`refract find lr` measures a learning rate; look at the labels",
+            tuple(cure("optim.lr", _nice(lr)) for lr in (record.lr * 10, record.lr / 10)),
         )
     elif len(record.history) >= 3 and _steady(smooth) and end > 0.6 * begin:
         yield Finding(
             "learning rate too low",
             f"the loss falls evenly, but in {len(smooth)} steps only from {begin:.3f} to {end:.3f}",
-            f"try optim.lr {_nice(record.lr * 10)}",
+            "`refract find lr` measures one",
+            (cure("optim.lr", _nice(record.lr * 10)),),
         )
 
 
@@ -178,13 +156,15 @@ def _gradients(record: Record) -> Iterator[Finding]:
         yield Finding(
             "vanishing gradient",
             f"the first layers' gradient over their weights is {first:.1e}, the last one's {last:.1e}",
-            "take ReLU or GELU in place of sigmoid and tanh, a norm, residual connections, or model.init: he_normal",
+            "take ReLU or GELU in place of sigmoid and tanh, a norm, or residual connections",
+            () if record.pretrained else (cure("model.init", "he_normal"),),
         )
     elif first > 1e4 * last > 0:
         yield Finding(
             "exploding gradient",
             f"the first layers' gradient over their weights is {first:.1e}, the last one's {last:.1e}",
-            "set optim.clip_norm, take a norm, or a smaller initialisation",
+            "take a norm, or a smaller initialisation",
+            (cure("optim.clip_norm", 1.0),),
         )
 
 
@@ -196,7 +176,8 @@ def _units(record: Record) -> Iterator[Finding]:
             "dead ReLUs",
             f"{share:.0%} of the units of {name} answer 0 to every picture of a batch; {len(dead)} of {len(record.dead)} layers have "
             "more than half of such",
-            f"try optim.lr {_nice(record.lr / 10)}, or activation: leaky_relu in model.args, where the network takes it",
+            "a high learning rate early in training is the usual cause",
+            (cure("optim.lr", _nice(record.lr / 10)), *_activation(record, "leaky_relu")),
         )
     saturated = {name: share for name, share in record.saturated.items() if share > 0.6}
     if saturated:
@@ -204,8 +185,21 @@ def _units(record: Record) -> Iterator[Finding]:
         yield Finding(
             "saturated units",
             f"{share:.0%} of the answers of {name} lie in the flat ends of its activation",
-            "begin with smaller weights (model.init: xavier_normal), lower optim.lr, or take ReLU",
+            "begin with smaller weights",
+            (
+                *(() if record.pretrained else (cure("model.init", "xavier_normal"),)),
+                cure("optim.lr", _nice(record.lr / 10)),
+                *_activation(record, "relu"),
+            ),
         )
+
+
+def _activation(record: Record, name: str) -> tuple[Cure, ...]:
+    """Another activation, where the network's arguments name one."""
+    if record.network not in WITH_ACTIVATION:
+        return ()
+    kept = {key: value for key, value in record.args.items() if key != "activation_args"}
+    return (cure("model.args", {**kept, "activation": name}),)
 
 
 def _gap(record: Record) -> Iterator[Finding]:
@@ -220,14 +214,16 @@ def _gap(record: Record) -> Iterator[Finding]:
             "overfitting",
             f"training accuracy is {gap:.1%} above validation, whose loss rose from {min(losses):.3f} in epoch "
             f"{losses.index(min(losses)) + 1} to {losses[-1]:.3f}",
-            "augment more, raise optim.weight_decay, set trainer.patience, or take a smaller network or pretrained weights",
+            "augment more, raise optim.weight_decay, or take a smaller network or pretrained weights",
+            (cure("trainer.patience", 3), *((cure("model.mode", "feature-extract"),) if record.pretrained else ())),
         )
     last = [row["train_accuracy"] for row in rows[-max(2, len(rows) // 3) :]]
     if not record.soft and abs(gap) < 0.03 and max(last) - min(last) < 0.01 and last[-1] < 0.8:
         yield Finding(
             "underfitting",
             f"training accuracy stays at {last[-1]:.1%}, with no gap to validation",
-            "take a larger network, a weaker policy, less weight decay, or train longer",
+            "take a larger network, a weaker policy, or less weight decay",
+            (cure("trainer.max_epochs", 2 * len(record.history)),),
         )
 
 
@@ -239,28 +235,25 @@ def _collapse(record: Record) -> Iterator[Finding]:
         yield Finding(
             "class collapse",
             f"{share:.0%} of the hold-out's pictures are said to be {name}, and {record.truth.get(name, 0):.0%} are",
-            "lower optim.lr; for uneven classes take data.sampler: balanced or loss.class_weights: balanced",
+            "the latter two are for uneven classes",
+            (
+                cure("optim.lr", _nice(record.lr / 10)),
+                cure("data.sampler", "balanced"),
+                cure("loss.class_weights", "balanced"),
+            ),
         )
 
 
-SUREST = 0.25
-
-
 def _labels(record: Record) -> Iterator[Finding]:
-    """Where labels are wrong by chance, confidence does not help: the surest answers contradict their labels nearly as often as all do. A
-    network that errs errs where it is unsure."""
-    from scipy.stats import binomtest
-
-    count, contradicted = record.surest
-    if count < 30 or contradicted < 4:  # too few to tell from chance
-        return
-    share, learned = contradicted / count, record.wrong < 0.6 * (1 - max(record.truth.values(), default=0))
-    low = binomtest(contradicted, count).proportion_ci(method="wilson").low
-    if learned and low > 0.03 and share > 0.4 * record.wrong:
+    """More labels contradict confident predictions than the network's own errors explain: see `pipeline.label_noise`."""
+    noise = record.noise
+    if noise is not None and noise.is_noise:
         yield Finding(
             "label noise",
-            f"of the surest quarter of the answers on the hold-out {share:.0%} contradict the label ({record.wrong:.0%} of all do)",
-            "look at the report's `Labels that are likely wrong` and mend the labels; until then loss.label_smoothing 0.1 helps",
+            f"of the surest quarter of the predictions on the test set {noise.contradicted / noise.sure:.0%} contradict the label "
+            f"({noise.wrong:.0%} of all do)",
+            "look at the report's `Labels that are likely wrong` and correct the labels",
+            (cure("loss.label_smoothing", 0.1),),
         )
 
 
@@ -268,15 +261,12 @@ def _time(record: Record) -> Iterator[Finding]:
     total = sum(record.seconds.values())
     waiting = record.seconds.get("waiting", 0.0)
     if waiting > 30 and waiting > 0.35 * total:  # less is not worth a cure: worker processes take seconds to start
-        more = (
-            "data.memory: always, if the decoded pictures fit"
-            if record.workers
-            else "data.workers: 2 or more, or data.memory: always"
-        )
+        workers = () if record.workers else (cure("data.workers", 2),)
         yield Finding(
             "the loader is the bottleneck",
-            f"{waiting / total:.0%} of the time went to waiting for pictures, with {record.workers} worker processes",
-            f"try {more}; smaller files or a cheaper policy help too (`refract explain` times it)",
+            f"{waiting / total:.0%} of the time went to waiting for images, with {record.workers} worker processes",
+            "data.memory needs room for all decoded images; smaller files or a cheaper policy help too (`refract explain` times it)",
+            (*workers, cure("data.memory", "always")),
         )
 
 
@@ -287,5 +277,5 @@ def _smoothed(losses: Sequence[float]) -> np.ndarray:
     return (sums[width:] - sums[:-width]) / width
 
 
-def _nice(value: float) -> str:
-    return f"{value:.1g}"
+def _nice(value: float) -> float:
+    return float(f"{value:.1g}")

@@ -11,7 +11,8 @@ import numpy as np
 from augment.ops.choice import ChoiceOp
 from models.classifier import inputs_of
 from pipeline.config import Config, ConfigError
-from pipeline.doctor.findings import Finding, Record
+from pipeline.doctor.finding import Finding
+from pipeline.doctor.record import Normalisation, Record
 from pipeline.doctor.watch import OVERFIT_PICTURES, Doctor
 from pipeline.files import write_atomically
 
@@ -34,11 +35,18 @@ def make_doctor(made: "Assembly", config: Config) -> Doctor:
     record = Record(
         classes=len(made.manifest.labels) if plain and made.manifest.task != "multilabel" else 0,
         lr=made.module.optim.lr,
+        optimizer=config.optim.name,
+        network=config.model.name,
+        args=dict(config.model.args),
+        weights=config.model.weights,
+        mode=config.model.mode,
         soft=config.loss.label_smoothing > 0 or augmenter.mixes,
         workers=made.data.workers,
         ops=tuple(_names(augmenter.policy.ops)),
     )
-    doctor = Doctor(record)
+    if config.data.normalize == "fixed" and record.pretrained:
+        record.normalisation, record.weights_normalisation = _normalisations(made, config)
+    doctor = Doctor(record, config)
     pictures = made.data.pictures_of("val")
     places = np.unique(np.linspace(0, len(pictures) - 1, LOOKED_AT).astype(int)).tolist() if len(pictures) else []
     if len(places) >= OVERFIT_PICTURES:
@@ -52,7 +60,7 @@ def make_doctor(made: "Assembly", config: Config) -> Doctor:
 
 def write_findings(run_dir: Path, findings: Sequence[Finding], record: Record) -> None:
     """`doctor.json`: the findings and what they were found from."""
-    values = {"findings": [dataclasses.asdict(finding) for finding in findings], "record": dataclasses.asdict(record)}
+    values = {"findings": [finding.to_dict() for finding in findings], "record": dataclasses.asdict(record)}
     write_atomically(run_dir / FILE, json.dumps(values, indent=1).encode())
 
 
@@ -61,7 +69,7 @@ def read_findings(run_dir: Path) -> tuple[list[Finding], dict[str, Any]]:
     try:
         values = json.loads((run_dir / FILE).read_text("utf-8"))
         sum(values["record"]["seconds"].values())
-        return [Finding(**finding) for finding in values["findings"]], values["record"]
+        return [Finding.from_dict(finding) for finding in values["findings"]], values["record"]
     except FileNotFoundError as error:
         why = f"has no {FILE}; a run has one when it is finished" if run_dir.is_dir() else "no such run"
         if run_dir.is_dir() and (run_dir.parent / FILE).is_file():
@@ -69,6 +77,15 @@ def read_findings(run_dir: Path) -> tuple[list[Finding], dict[str, Any]]:
         raise ConfigError(f"{run_dir}: {why}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{run_dir / FILE}: cannot be read ({error})") from error
+
+
+def _normalisations(made: "Assembly", config: Config) -> tuple[Normalisation, Normalisation | None]:
+    """(mean and std of the run, those that its weights were trained with or None where no record says so)"""
+    from models.networks import weights_preprocess
+
+    own = (weights_preprocess(config.model.name, config.model.weights) or {}) if config.model.name != "none" else {}
+    known = (tuple(own["mean"]), tuple(own["std"])) if "mean" in own and "std" in own else None
+    return (tuple(made.data.preprocess.mean), tuple(made.data.preprocess.std)), known
 
 
 def _names(ops: Sequence[Any]) -> list[str]:

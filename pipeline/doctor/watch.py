@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from models.classifier import Inputs, inputs_of
 from models.losses import classification_loss
 from models.module import ClassifierModule
-from pipeline.doctor.findings import Finding, Record, early, late
+from pipeline.config import Config
+from pipeline.doctor.finding import Finding, cure, treatable
+from pipeline.doctor.findings import early, late
+from pipeline.doctor.record import Record
 
 log = logging.getLogger(__name__)
 
@@ -25,30 +28,44 @@ FLAT = 0.97
 
 
 class Doctor(Callback):
-    """Keeps a `Record`, tells early findings after the first step, and all of them by `findings`.
+    """Keeps a `Record`, reports early findings after the first step, and gives all of them by `findings`.
 
     Costs a few clock readings a step, and once an epoch the norms of the gradients and a look at the activations of one batch. Losses stay
     on the device until the end of the epoch.
     """
 
-    def __init__(self, record: Record) -> None:
-        self.record, self.preflight_findings = record, list[Finding]()
+    def __init__(self, record: Record, config: Config) -> None:
+        """config: of the run; cures that it does not accept are left out."""
+        self.record, self.config, self.preflight_findings = record, config, list[Finding]()
+        self.reported: set[str] = set()
         self._losses: list[Tensor] = []
         self._clock = time.perf_counter()
         self._hooks: list[Any] = []
 
     def state_dict(self) -> dict[str, Any]:
         self._collect()
-        return dataclasses.asdict(self.record)
+        return {**dataclasses.asdict(self.record), "reported": sorted(self.reported)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.record = Record(**{**state_dict, "ops": tuple(state_dict["ops"])})
+        self.reported |= set(state_dict["reported"])
+        values = {name: value for name, value in state_dict.items() if name != "reported"}
+        self.record = Record(**{**values, "ops": tuple(state_dict["ops"])})
 
     def findings(self, history: Sequence[Mapping[str, float]]) -> list[Finding]:
-        """All of them. history: metrics of each epoch."""
+        """All findings, each name once, with cures that the config accepts. history: metrics of each epoch."""
         self._collect()
         self.record.history = list(history)
-        return [*self.preflight_findings, *early(self.record), *late(self.record)]
+        first: dict[str, Finding] = {}
+        for finding in [*self.preflight_findings, *early(self.record), *late(self.record)]:
+            first.setdefault(finding.name, finding)
+        return [treatable(finding, self.config) for finding in first.values()]
+
+    def report(self, findings: Iterable[Finding]) -> None:
+        """Log those that this training has not logged before."""
+        for finding in findings:
+            if finding.name not in self.reported:
+                self.reported.add(finding.name)
+                log.warning("doctor: %s", treatable(finding, self.config))
 
     def preflight(self, module: ClassifierModule, inputs: Inputs, targets: Tensor) -> None:
         """Look at measured pictures, and try whether the network can learn a few of the samples by heart. inputs: of the classifier."""
@@ -57,7 +74,7 @@ class Doctor(Callback):
         found = overfits(module, few, targets[:OVERFIT_PICTURES])
         if found is not None:
             self.preflight_findings.append(found)
-            log.warning("doctor: %s", found)
+            self.report([found])
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._clock = time.perf_counter()
@@ -98,8 +115,7 @@ class Doctor(Callback):
         self._losses.append(outputs["loss"].detach())
         if trainer.global_step == 1 and len(self.record.losses) + len(self._losses) == trainer.accumulate_grad_batches:
             self._collect()
-            for finding in early(self.record):
-                log.warning("doctor: %s", finding)
+            self.report(early(self.record))
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._collect()
@@ -169,7 +185,8 @@ def overfits(module: ClassifierModule, inputs: Inputs, targets: Tensor) -> Findi
     return Finding(
         "one batch is not learned",
         f"in {OVERFIT_STEPS} steps on the same {len(targets)} pictures the loss went from {losses[0]:.3f} to {losses[-1]:.3f}",
-        "look at the labels, at what is frozen (model.mode), at strong dropout: what cannot learn one batch learns no data set",
+        "look at the labels, at what is frozen (model.mode), and at strong dropout: no data set is learned without one batch",
+        (cure("model.mode", "fine-tune"),),
     )
 
 

@@ -13,6 +13,7 @@ from pipeline import measures
 from pipeline.data.manifest import Sample
 from pipeline.evaluation import Evaluation
 from pipeline.files import write_atomically
+from pipeline.label_noise import likely_label_errors
 from pipeline.report import figures
 from pipeline.robustness import Robustness
 from pipeline.slices import slices
@@ -87,7 +88,7 @@ def make_report(
             shown["Confusion matrix"] = figures.confusion_figure(evaluation.confusion, labels)
         wrong = np.flatnonzero(~evaluation.right)
         surest = wrong[np.argsort(-given[wrong].max(axis=1), kind="stable")]
-        suspects = measures.likely_label_errors(given, truth)
+        suspects = likely_label_errors(given, truth)
         numbers["likely_label_errors"] = [evaluation.samples[i].path for i in suspects]
         galleries["The most confident errors"] = _pictures(evaluation, surest, labels)
         galleries["Labels that are likely wrong"] = _pictures(evaluation, suspects, labels)

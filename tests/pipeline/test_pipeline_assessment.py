@@ -87,8 +87,11 @@ def test_the_report_is_one_file_with_nothing_from_elsewhere_and_nothing_unescape
     assert "http" not in re.sub(r'"data:[^"]*"', "", html) and "<script" not in html
     assert "&lt;b&gt;.png" in html and "<b>.png" not in html
     assert "The most confident errors" in html and "Labels that are likely wrong" in html
-    suspects = json.loads((runs / "good" / "report.json").read_text())["likely_label_errors"]
-    assert suspects and all(int(Path(path).name[:2]) % 6 == 0 for path in suspects), "every sixth is mislabelled"
+    good, bad = (
+        json.loads((runs / name / "report.json").read_text())["likely_label_errors"] for name in ("good", "bad")
+    )
+    assert all(int(Path(path).name[:2]) % 6 == 0 for path in good), "every sixth is mislabelled"
+    assert not bad, "a network that learned nothing judges no label"
 
 
 def test_evaluate_gives_the_same_figures_and_a_report(refract: Run, root: Path, runs: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pipeline.data.module import PictureData
 from pipeline.data.splits import write_splits
 from pipeline.golden import make_goldens
 from pipeline.preparation import prepare_data
-from pipeline.suggest import survey
+from pipeline.suggest import take_survey
 
 
 def test_folder_of_classes(folder: Path) -> None:
@@ -128,7 +128,7 @@ def test_pictures_beside_the_class_folders_are_told(
     manifest, _ = prepare_data(config_of(folder))
     assert len(manifest.samples) == 60
     assert f"1 pictures lie in no class's folder and were left out, as {folder}/lost.JPG" in caplog.text
-    assert "1 pictures lie in no class's folder" in "".join(survey(manifest).notes)
+    assert "1 images lie in no class's folder" in "".join(take_survey(manifest).notes)
     (folder / "lost.JPG").unlink()
     (tmp_path / "split").mkdir()
     folder.rename(tmp_path / "split" / "train")

@@ -1,0 +1,7 @@
+"""What `refract init` proposes: `take_survey` looks at the data, `propose` chooses, `config_text` writes the choices as YAML."""
+
+from pipeline.suggest.config_text import choice_table, config_text
+from pipeline.suggest.proposal import Choice, Proposal, propose
+from pipeline.suggest.survey import Survey, take_survey
+
+__all__ = ["Choice", "Proposal", "Survey", "choice_table", "config_text", "propose", "take_survey"]

@@ -1,0 +1,168 @@
+"""What `refract init` proposes for each kind of folder, from images that the tests draw."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from small_data import Run, write_picture
+
+from augment import ImageError, load_policy
+from pipeline.config import load_config
+from pipeline.data.manifest import load_manifest
+from pipeline.suggest import Proposal, Survey, config_text, propose, take_survey
+from pipeline.suggest import survey as survey_module
+from pipeline.suggest.content import content_of, is_glyph, is_grey, thumbnail
+from pipeline.suggest.label_names import are_signs, exchanged_by_flip
+
+Draw = Callable[[np.random.Generator, str], np.ndarray]
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests ask no server; those of pretrained weights set `hub`."""
+    monkeypatch.setattr(survey_module, "hub_answers", lambda: False)
+
+
+def folder_of(root: Path, labels: str, draw: Draw, count: int = 12, suffix: str = "png") -> Path:
+    random = np.random.default_rng(0)
+    for label in labels.split():
+        for number in range(count):
+            write_picture(root / label / f"{number:02}.{suffix}", draw(random, label))
+    return root
+
+
+def photo(random: np.random.Generator, label: str, side: int = 160) -> np.ndarray:
+    """Coloured blobs."""
+    coarse = random.integers(0, 256, (5, 6, 3)).astype(np.uint8)
+    return cv2.resize(coarse, (side + 20, side), interpolation=cv2.INTER_CUBIC)
+
+
+def scan(random: np.random.Generator, label: str, side: int = 160) -> np.ndarray:
+    """Grey blobs, stored as RGB."""
+    return np.repeat(photo(random, label, side)[:, :, :1], 3, axis=2)
+
+
+def glyph(random: np.random.Generator, label: str) -> np.ndarray:
+    """A white character on black."""
+    image = np.zeros((28, 28, 3), np.uint8)
+    place = (int(random.integers(5, 10)), int(random.integers(20, 25)))
+    cv2.putText(image, label, place, cv2.FONT_HERSHEY_SIMPLEX, 0.7, (255, 255, 255), 2)
+    return image
+
+
+def arrow(random: np.random.Generator, label: str) -> np.ndarray:
+    """A coloured wedge that points to one side."""
+    image = np.full((24, 24, 3), random.integers(0, 120, 3), np.uint8)
+    image[:, : 8 + int(random.integers(0, 3))] = random.integers(160, 256, 3)
+    return image if label == "one" else np.ascontiguousarray(image[:, ::-1])
+
+
+def proposed(root: Path) -> tuple[Survey, Proposal]:
+    survey = take_survey(load_manifest(root))
+    return survey, propose(survey)
+
+
+def reason(proposal: Proposal, key: str) -> str:
+    return next(choice.reason for choice in proposal.choices if choice.key == key)
+
+
+def test_photos_in_folders_named_by_letters_are_photos(tmp_path: Path) -> None:
+    survey, proposal = proposed(folder_of(tmp_path / "photos", "a b", photo, suffix="jpg"))
+    assert are_signs(survey.labels) and not survey.content.grey
+    assert proposal.value("augment.policy") == "fine-tune" and proposal.value("data.resize") == "crop"
+    assert "model.weights: FILE" in proposal.notes[0], "the hub does not answer"
+
+
+def test_no_proposed_policy_for_photos_changes_the_hue(tmp_path: Path) -> None:
+    (jitter,) = (op for op in load_policy("fine-tune").ops if op.name == "ColorJitter")
+    assert not np.any(jitter.hue), "bees stay yellow"
+
+
+def test_large_grey_images_get_no_colour_flips_or_crops(tmp_path: Path) -> None:
+    survey, proposal = proposed(folder_of(tmp_path / "scans", "healthy lesion", scan, suffix="jpg"))
+    assert survey.content.grey, "JPEG of equal channels"
+    assert proposal.value("augment.policy") == "medical-safe" and proposal.value("data.resize") == "squash"
+
+
+def test_signs_are_small_glyphs_with_names_of_signs(tmp_path: Path) -> None:
+    survey, proposal = proposed(folder_of(tmp_path / "signs", "3 4 E R", glyph))
+    assert survey.content.glyphs and proposal.value("augment.policy") == "digits"
+    assert proposal.value("model.name") == "resnet20" and proposal.value("data.image_size") == 32
+    _, things = proposed(folder_of(tmp_path / "things", "3 4", lambda r, c: photo(r, c, 32)))
+    assert things.value("augment.policy") == "cifar", "small colour images named by digits are no digits"
+    _, clothes = proposed(folder_of(tmp_path / "clothes", "coat boot", lambda r, c: glyph(r, c[0])))
+    assert clothes.value("augment.policy") == "cifar", "their names are not of signs"
+
+
+def test_classes_that_a_flip_exchanges_get_no_flip(tmp_path: Path) -> None:
+    survey, proposal = proposed(folder_of(tmp_path / "arrows", "one other", arrow))
+    assert survey.content.swapped == ("one", "other")
+    ops = [next(iter(op)) for op in proposal.value("augment.policy")]
+    assert ops == ["PadAndCrop", "Cutout"] and "look like" in reason(proposal, "augment.policy")
+    _, named = proposed(folder_of(tmp_path / "eyes", "left-eye right-eye", photo))
+    assert "HorizontalFlip" not in str(named.value("augment.policy"))
+    assert "left-eye and right-eye" in reason(named, "augment.policy")
+
+
+def test_names_that_differ_by_a_side() -> None:
+    assert exchanged_by_flip(["turn left", "turn right", "ahead"]) == ("turn left", "turn right")
+    assert exchanged_by_flip(["EyeLeft", "EyeRight"]) == ("EyeLeft", "EyeRight")
+    assert exchanged_by_flip(["hand_l", "hand_r"]) == ("hand_l", "hand_r")
+    assert exchanged_by_flip(["left", "up"]) is None and exchanged_by_flip(["bright", "cleft"]) is None
+
+
+def test_content_is_judged_within_jpeg_noise() -> None:
+    random = np.random.default_rng(0)
+    grey = scan(random, "")
+    assert is_grey(grey) and is_grey(cv2.imdecode(cv2.imencode(".jpg", grey)[1], cv2.IMREAD_COLOR))
+    assert not is_grey(photo(random, "")) and not is_glyph(photo(random, "").mean(axis=2))
+    black_on_white = thumbnail(255 - glyph(random, "R"))
+    assert is_glyph(black_on_white.mean(axis=2)) and not is_glyph(np.full((32, 32), 128.0))
+    same = [thumbnail(photo(random, "")) for _ in range(40)]
+    assert content_of(same, ["a", "b"] * 20).swapped is None, "classes that nothing tells apart"
+    assert content_of([], []).decoded == 0
+
+
+def test_pretrained_weights_change_the_choices(tmp_path: Path) -> None:
+    survey = replace(take_survey(load_manifest(folder_of(tmp_path / "photos", "bee wasp", photo))), hub=True)
+    few = propose(survey)
+    assert few.value("model.weights") == "default" and few.value("data.image_size") == 224
+    assert few.value("model.mode") == "linear-then-fine-tune" and few.value("model.unfreeze_epochs") > 1
+    assert few.value("optim.lr") is None, "left to the default of the mode"
+    many = propose(replace(survey, samples=4000, training=2800, counts={"bee": 2000, "wasp": 2000}))
+    assert many.value("model.mode") == "fine-tune" and many.value("data.batch_size") == 32
+    assert many.value("trainer.max_epochs") < few.value("trainer.max_epochs")
+    text = config_text(few, survey)
+    assert "\n  # lr is left to its default: " in text and "\n  lr:" not in text
+
+
+def test_unreadable_files_are_reported(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "photos", "a b", photo, suffix="jpg")
+    whole = (root / "a" / "03.jpg").read_bytes()
+    (root / "a" / "03.jpg").write_bytes(whole[: len(whole) // 2])
+    survey, _ = proposed(root)
+    assert "1 of the 24 images looked at cannot be read, such as " in survey.notes[0] and "a/03.jpg" in survey.notes[0]
+    for file in root.rglob("*.jpg"):
+        file.write_bytes(b"no image")
+    with pytest.raises(ImageError, match="none of the 24 images looked at can be read"):
+        take_survey(load_manifest(root))
+
+
+def test_init_prints_its_reasons_writes_them_and_draws_a_preview(refract: Run, tmp_path: Path) -> None:
+    folder_of(tmp_path / "arrows", "left right", arrow)
+    (tmp_path / "arrows" / "left" / "00.png").write_bytes(b"")
+    told = refract("init", "arrows", "-o", "mine.yaml").stdout
+    text = (tmp_path / "mine.yaml").read_text()
+    lines = [line for line in told.splitlines() if line.startswith("  augment.policy ")]
+    assert len(lines) == 1 and "PadAndCrop, Cutout" in lines[0] and "left and right" in lines[0]
+    starts = {line.index("resnet20") for line in told.splitlines() if "resnet20" in line}
+    assert starts == {lines[0].index("PadAndCrop")}, "the columns are aligned"
+    assert "differ by left and right" in text and "1 of the 24 images" in told
+    config = load_config(tmp_path / "mine.yaml")
+    assert config.model.name == "resnet20" and config.augment.policy[1] == {"Cutout": {"length": 0.25, "p": 0.5}}
+    assert "wrote mine.preview.png" in told
+    grid = cv2.imread(str(tmp_path / "mine.preview.png"))
+    assert grid is not None and grid.std() > 10
