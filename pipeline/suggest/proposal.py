@@ -96,7 +96,11 @@ def propose(survey: Survey) -> Proposal:
         Choice("trainer.seed", 0, "of splits, weights, order and augmentation", from_data=False),
         Choice("trainer.precision", "auto", "bf16 or fp16 where the device computes faster in it", from_data=False),
         Choice("tracking.experiment", "refract", "of MLflow", from_data=False),
-        Choice("tracking.model_name", _model_name(survey.source), "registered in MLflow: version 1 becomes champion, later ones challenger; null registers nothing", from_data=False),
+        Choice(
+            "tracking.model_name", _model_name(survey.source),
+            "the first version becomes champion, later ones challenger; null registers none",
+            from_data=False,
+        ),
     ]  # fmt: skip
     return Proposal(tuple(choices), tuple(notes))
 
