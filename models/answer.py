@@ -15,14 +15,16 @@ def prediction(
     top: int,
     thresholds: Sequence[float] | None,
     abstain_below: float | None = None,
+    confidence: float | None = None,
     explanation: bytes | None = None,
     cut: bool = False,
 ) -> dict[str, Any]:
     """One picture's answer: its `top` labels, likeliest first.
 
     row: C probabilities; thresholds: one a label: the answer gains `labels`, those that reach theirs; abstain_below: the answer gains
-    `abstain`, whether its confidence lies below it: such an answer should be left to a person. At 1 every answer does; explanation: a PNG,
-    in base64 in the answer; cut: the answer gains `text_truncated`.
+    `abstain`, whether its confidence lies below it: such an answer should be left to a person. At 1 every answer does; confidence: the
+    answer's own, see `confidences`; None takes that of the likeliest label; explanation: a PNG, in base64 in the answer; cut: the answer
+    gains `text_truncated`.
     """
     # Stable, so that equal probabilities come in the order of the labels, on every machine.
     order = np.argsort(-row, kind="stable")[:top]
@@ -32,7 +34,8 @@ def prediction(
         reached = np.flatnonzero(row >= np.asarray(thresholds, dtype=row.dtype))
         answer["labels"] = [labels[i] for i in reached.tolist()]
     if abstain_below is not None:
-        answer["abstain"] = abstain_below >= 1 or best[0]["confidence"] < abstain_below
+        sure = best[0]["confidence"] if confidence is None else confidence
+        answer["abstain"] = abstain_below >= 1 or sure < abstain_below
     if explanation is not None:
         answer["explanation"] = base64.b64encode(explanation).decode()
     if cut:
@@ -44,14 +47,16 @@ def given_labels(probabilities: np.ndarray, task: str, thresholds: Sequence[floa
     """(N, C) bool: with which labels each of the rows (N, C) is answered; for several those that reach their thresholds, or 0.5."""
     count = probabilities.shape[1]
     if task == "multilabel":
-        return probabilities >= np.asarray(thresholds or [0.5] * count, dtype=probabilities.dtype)
+        return probabilities >= np.asarray(thresholds if len(thresholds) else [0.5] * count, dtype=probabilities.dtype)
     return np.arange(count) == probabilities.argmax(axis=1)[:, None]
 
 
-def confidences(probabilities: np.ndarray, task: str) -> np.ndarray:
-    """(N,): the probability of the label that is answered; for several the mean over all labels of that in what is said of each."""
+def confidences(probabilities: np.ndarray, task: str, thresholds: Sequence[float] = ()) -> np.ndarray:
+    """(N,): how sure each answer is. For one label its probability; for multi-label the mean over all labels of the probability that
+    the label is rightly given, or rightly not given."""
     if task == "multilabel":
-        return np.maximum(probabilities, 1 - probabilities).mean(axis=1)
+        given = given_labels(probabilities, task, thresholds)
+        return np.where(given, probabilities, 1 - probabilities).mean(axis=1, dtype=np.float64)
     return probabilities.max(axis=1, initial=0)
 
 

@@ -44,7 +44,8 @@ class Options:
 @dataclass
 class Summary:
     """rows, errors: in the file; scored: rows in this go; seconds: from when the processes were ready, in the mean, until the file was
-    there; start_seconds: before; labelled, right: rows with a truth and an answer, and those whose label it is."""
+    there; start_seconds: before; labelled, right: rows with a truth and an answer, and those whose label it is, for multi-label all
+    labels; overlap: for multi-label the sum over these rows of the F1 of the given labels, None for one label a row."""
 
     rows: int = 0
     errors: int = 0
@@ -53,6 +54,7 @@ class Summary:
     start_seconds: float = 0.0
     labelled: int = 0
     right: int = 0
+    overlap: float | None = None
     reasons: dict[str, int] = field(default_factory=dict)
 
     def look(self, table: Any) -> None:
@@ -61,11 +63,22 @@ class Summary:
         for reason in table["error"].drop_null().to_pylist():
             self.errors += 1
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        if "truth" in table.column_names:
-            for label, truth in zip(table["label"].to_pylist(), table["truth"].to_pylist(), strict=True):
-                if label is not None and truth and truth.strip():
-                    self.labelled += 1
-                    self.right += label == truth.strip()
+        if "truth" not in table.column_names:
+            return
+        several = "labels" in table.column_names
+        given = table["labels" if several else "label"].to_pylist()
+        for answer, truth in zip(given, table["truth"].to_pylist(), strict=True):
+            if answer is not None and truth and truth.strip():
+                self.labelled += 1
+                if several:
+                    self._compare(set(answer), {part.strip() for part in truth.split(";") if part.strip()})
+                else:
+                    self.right += answer == truth.strip()
+
+    def _compare(self, given: set[str], truth: set[str]) -> None:
+        self.right += given == truth
+        both = len(given) + len(truth)
+        self.overlap = (self.overlap or 0.0) + (2 * len(given & truth) / both if both else 1.0)
 
 
 def score_all(bundle: Path, source: Path, out: Path, options: Options) -> Summary:

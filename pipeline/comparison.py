@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from models.answer import given_labels
 from pipeline import measures
 from pipeline.assessment import ANSWERS, HISTORY
 from pipeline.config import ConfigError
@@ -38,9 +39,8 @@ def read_run(path: Path) -> RunAnswers:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path}: is no finished run: {error}") from error
     info = load_bundle(path / "bundle").info
-    answers = given >= np.array(info.thresholds) if truth.ndim == 2 else given.argmax(axis=1)
-    right = (answers == truth).reshape(len(truth), -1).all(axis=1)
     rows = truth if truth.ndim == 2 else truth[:, None] == np.arange(len(info.labels))
+    right = (given_labels(given, info.task, info.thresholds) == rows).all(axis=1)
     named = [tuple(info.labels[i] for i in np.flatnonzero(row)) for row in rows]
     known = (dict(zip(paths.tolist(), values, strict=True)) for values in (right.tolist(), named))
     return RunAnswers(path.name, info.config, info.metrics, history, *known)

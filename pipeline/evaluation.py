@@ -1,23 +1,25 @@
 """How good a classifier is on labelled pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from augment import Preprocess
+from models.answer import confidences, given_labels
 from models.classifier import Classifier
 from pipeline import measures
 from pipeline.data.manifest import DataError, Sample
+from pipeline.label_sets import label_calibration_errors, label_rates, set_errors, set_intervals
 from pipeline.scoring import Question, score
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: name → value; intervals: of some of them, 95 %, by bootstrap; per_class: one row a label; confusion: C×C counts, rows the
-    truth, None for multilabel; probabilities: N×C float32, truth: (N,) indices or (N, C) bool, and right: (N,) bool, whether the answer,
-    for multilabel each of its labels, is true, in the order of the samples."""
+    """metrics: name → value; intervals: of some of them, 95 %; per_class: one row a label; confusion: C×C counts, rows the truth, None for
+    multilabel; probabilities: N×C float32, truth: (N,) indices or (N, C) bool, and right: (N,) bool, whether the answer, for multilabel
+    each of its labels, is true, in the order of the samples; thresholds: one a label for multilabel, else empty."""
 
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
@@ -27,6 +29,26 @@ class Evaluation:
     truth: np.ndarray
     right: np.ndarray
     samples: Sequence[Sample]
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def task(self) -> str:
+        return "multilabel" if self.truth.ndim == 2 else "multiclass"
+
+    @property
+    def answers(self) -> np.ndarray:
+        """(N, C) bool: the labels that each sample is given."""
+        return given_labels(self.probabilities, self.task, self.thresholds)
+
+    @property
+    def errors(self) -> np.ndarray:
+        """(N,) in 0…1: how wrong each answer is: 0 or 1, for multilabel one minus the F1 of the sample's labels."""
+        return set_errors(self.answers, self.truth) if self.task == "multilabel" else (~self.right).astype(float)
+
+    @property
+    def confidences(self) -> np.ndarray:
+        """(N,) in 0…1, see `models.answer.confidences`."""
+        return confidences(self.probabilities, self.task, self.thresholds)
 
 
 def evaluate(
@@ -44,14 +66,14 @@ def evaluate(
     """Measure on samples whose labels index `labels`. tta: see `pipeline.scoring.views`. DataError names a picture that cannot be read.
 
     Accuracy, top-5 accuracy (above five classes), macro F1, negative log likelihood, expected calibration error and the area under the
-    risk-coverage curve; for multilabel F1, mean average precision and AUROC over the labels that have both kinds of pictures, likelihood
-    and calibration, a label being given from its threshold (0.5) on.
+    risk-coverage curve; for multilabel macro, micro and sample F1, subset accuracy, mean average precision and AUROC over the labels that
+    have both kinds of images, likelihood and calibration, a label being given from its threshold (0.5 without thresholds) on.
     """
     given = probabilities_of(
         classifier, preprocess, samples, task=task, temperature=temperature, tta=tta, progress=progress
     )
     if task == "multilabel":
-        return _multilabel(given, samples, labels, np.array(thresholds or [0.5] * len(labels)))
+        return _multilabel(given, samples, labels, tuple(thresholds) or (0.5,) * len(labels))
     return _single_label(given, samples, labels)
 
 
@@ -97,9 +119,7 @@ def _single_label(given: np.ndarray, samples: Sequence[Sample], labels: Sequence
     metrics["risk_coverage_area"] = measures.risk_coverage(given, truth).area
     bounds = measures.intervals(truth, answer, len(labels))
     per_class = _per_class(truth[:, None] == indices, answer[:, None] == indices, labels)
-    for name in ("precision", "recall", "f1"):
-        for row, pair in zip(per_class, bounds[name], strict=True):
-            row[f"{name}_interval"] = [float(edge) for edge in pair]
+    _add_intervals(per_class, bounds)
     return Evaluation(
         _floats(metrics),
         {name: (float(bounds[name][0]), float(bounds[name][1])) for name in ("accuracy", "macro_f1")},
@@ -113,33 +133,50 @@ def _single_label(given: np.ndarray, samples: Sequence[Sample], labels: Sequence
 
 
 def _multilabel(
-    given: np.ndarray, samples: Sequence[Sample], labels: Sequence[str], thresholds: np.ndarray
+    given: np.ndarray, samples: Sequence[Sample], labels: Sequence[str], thresholds: tuple[float, ...]
 ) -> Evaluation:
-    from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+    from sklearn.metrics import average_precision_score, roc_auc_score
 
     truth = truth_of(samples, "multilabel", len(labels))
-    answer = given >= thresholds
+    answer = given_labels(given, "multilabel", thresholds)
+    errors, right = set_errors(answer, truth), (answer == truth).all(axis=1)
     seen = truth.any(0)  # average precision is undefined for a label without a positive
     both = seen & ~truth.all(0)
+    of_labels, rates = label_calibration_errors(given, truth), label_rates(answer, truth)
     metrics = {
-        "macro_f1": f1_score(truth, answer, average="macro", zero_division=0),
-        "micro_f1": f1_score(truth, answer, average="micro", zero_division=0),
+        "macro_f1": rates["f1"].mean(),
+        "micro_f1": rates["micro_f1"],
+        "sample_f1": 1 - errors.mean(),
+        "subset_accuracy": right.mean(),
         "mean_average_precision": average_precision_score(truth[:, seen], given[:, seen], average="macro")
         if seen.any()
         else 0.0,
         "nll": measures.nll(given, truth, multilabel=True),
         "calibration_error": measures.calibration_error(given, truth, multilabel=True),
+        "label_calibration_error": of_labels.mean(),
+        "risk_coverage_area": measures.risk_curve(confidences(given, "multilabel", thresholds), errors).area,
     }
     if both.any():
         metrics["mean_auroc"] = roc_auc_score(truth[:, both], given[:, both], average="macro")
-    right = (answer == truth).all(axis=1)
-    return Evaluation(_floats(metrics), {}, _per_class(truth, answer, labels), None, given, truth, right, samples)
+    bounds = set_intervals(answer, truth)
+    intervals = {name: (float(bounds[name][0]), float(bounds[name][1])) for name in ("macro_f1", "micro_f1")}
+    intervals |= {"sample_f1": measures.mean_interval(1 - errors), "subset_accuracy": measures.mean_interval(right)}
+    per_class = _per_class(truth, answer, labels)
+    _add_intervals(per_class, bounds)
+    for row, threshold, calibration in zip(per_class, thresholds, of_labels, strict=True):
+        row |= {"threshold": threshold, "calibration_error": float(calibration)}
+    return Evaluation(_floats(metrics), intervals, per_class, None, given, truth, right, samples, thresholds)
+
+
+def _add_intervals(per_class: list[dict[str, Any]], bounds: Mapping[str, np.ndarray]) -> None:
+    for name in ("precision", "recall", "f1"):
+        for row, pair in zip(per_class, bounds[name], strict=True):
+            row[f"{name}_interval"] = [float(edge) for edge in pair]
 
 
 def _per_class(truth: np.ndarray, answer: np.ndarray, labels: Sequence[str]) -> list[dict[str, Any]]:
-    from sklearn.metrics import precision_recall_fscore_support
-
-    columns = precision_recall_fscore_support(truth, answer, average=None, zero_division=0)
+    rates = label_rates(answer, truth)
+    columns = (rates["precision"], rates["recall"], rates["f1"], truth.sum(axis=0))
     return [
         {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "count": int(n)}
         for label, p, r, f, n in zip(labels, *columns, strict=True)

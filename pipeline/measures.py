@@ -78,19 +78,26 @@ class RiskCoverage:
 
 
 def risk_coverage(probabilities: np.ndarray, truth: np.ndarray) -> RiskCoverage:
-    """For one label a picture."""
-    confidence = probabilities.max(axis=1)
+    """Of single-label predictions."""
+    return risk_curve(probabilities.max(axis=1), probabilities.argmax(axis=1) != truth)
+
+
+def risk_curve(confidence: np.ndarray, errors: np.ndarray) -> RiskCoverage:
+    """confidence: (N,) of each prediction; errors: (N,) in 0…1 or bool, how wrong each one is."""
     order = np.argsort(-confidence, kind="stable")
-    wrong = (probabilities.argmax(axis=1) != truth)[order]
     count = np.arange(1, len(order) + 1)
-    risk = np.cumsum(wrong) / count
+    risk = np.cumsum(errors[order]) / count
     return RiskCoverage(count / len(order), risk, confidence[order], float(risk.mean()))
 
 
 def abstain_below(probabilities: np.ndarray, truth: np.ndarray, precision: float) -> float:
+    """The `lowest_confidence` of single-label predictions."""
+    return lowest_confidence(risk_coverage(probabilities, truth), precision)
+
+
+def lowest_confidence(curve: RiskCoverage, precision: float) -> float:
     """The confidence below which not to answer, so that of what is answered `precision` is right: of such thresholds the lowest. 1, which
     means that nothing is answered, where not even the most confident answers reach it. A threshold lies between two answers, on none."""
-    curve = risk_coverage(probabilities, truth)
     # Answers of one confidence stand or fall together.
     ends = np.r_[curve.confidence[1:] < curve.confidence[:-1], True]
     enough = np.flatnonzero(ends & (1 - curve.risk >= precision))
@@ -100,9 +107,26 @@ def abstain_below(probabilities: np.ndarray, truth: np.ndarray, precision: float
     return float(curve.confidence[last] + curve.confidence[last + 1]) / 2 if last + 1 < len(ends) else 0.0
 
 
+def mean_interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """The LEVEL interval of the mean of `values` (N,) in 0…1, one an image: Wilson's where all are 0 or 1, else by percentile bootstrap.
+
+    The bootstrap of values that are all equal has no width, however few they are. Source: Wilson 1927.
+    """
+    from scipy.stats import binomtest
+
+    values = np.asarray(values, np.float64)
+    if np.isin(values, (0, 1)).all():
+        bounds = binomtest(int(values.sum()), len(values)).proportion_ci(LEVEL, method="wilson")
+        return float(bounds.low), float(bounds.high)
+    distinct, numbers = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(values), numbers / len(values), size=DRAWS) @ distinct
+    low, high = np.percentile(drawn / len(values), [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
 def intervals(truth: np.ndarray, answer: np.ndarray, count: int, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """Percentile bootstrap intervals (LEVEL) over DRAWS draws of the pictures: `accuracy` (2,), `macro_f1` (2,), `precision`, `recall` and
-    `f1` (count, 2) of each class. truth, answer: (N,) class indices."""
+    """Intervals (LEVEL): `accuracy` (2,) by Wilson; `macro_f1` (2,), and `precision`, `recall` and `f1` (count, 2) of each class, by
+    percentile bootstrap over DRAWS draws of the images. truth, answer: (N,) class indices."""
     cells, numbers = np.unique(truth * count + answer, return_counts=True)
     rows, columns = cells // count, cells % count
     rng = np.random.default_rng(seed)
@@ -118,7 +142,6 @@ def intervals(truth: np.ndarray, answer: np.ndarray, count: int, *, seed: int = 
         f1 = 2 * hits / (said + present)
     never = np.isnan(f1).all(axis=0)  # classes that nobody has and nobody says count 0, as in the figure itself
     found = {
-        "accuracy": hits.sum(axis=1, keepdims=True) / len(truth),
         "macro_f1": np.nanmean(np.where(never, 0.0, f1), axis=1, keepdims=True),
         "precision": precision, "recall": recall, "f1": f1,
     }  # fmt: skip
@@ -126,7 +149,8 @@ def intervals(truth: np.ndarray, answer: np.ndarray, count: int, *, seed: int = 
     # A draw without a class says nothing of it; a class that no draw has, or that is never said, has 0.
     known = {name: np.where(np.isnan(values).all(axis=0), 0.0, values) for name, values in found.items()}
     bounds = {name: np.nanpercentile(values, edges, axis=0).T for name, values in known.items()}
-    return {name: value[0] if name in ("accuracy", "macro_f1") else value for name, value in bounds.items()}
+    bounds["macro_f1"] = bounds["macro_f1"][0]
+    return {"accuracy": np.array(mean_interval(truth == answer)), **bounds}
 
 
 @dataclass(frozen=True)
@@ -159,6 +183,11 @@ def likely_label_errors(probabilities: np.ndarray, truth: np.ndarray) -> np.ndar
 
     The pictures must not have been trained on.
     """
+    return suspects(probabilities, truth)[0]
+
+
+def suspects(probabilities: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(indices as `likely_label_errors`, by how much the other class is more probable than the label)"""
     count = probabilities.shape[1]
     own = np.array([probabilities[truth == c, c].mean() if (truth == c).any() else 2.0 for c in range(count)])
     candidates = np.where(probabilities >= own, probabilities, -1)
@@ -166,7 +195,8 @@ def likely_label_errors(probabilities: np.ndarray, truth: np.ndarray) -> np.ndar
     labelled = probabilities[np.arange(len(truth)), truth]
     margin = candidates.max(axis=1) - labelled
     found = np.flatnonzero((candidates.max(axis=1) > 0) & (suspect != truth) & (margin > 0))
-    return found[np.argsort(-margin[found], kind="stable")]
+    found = found[np.argsort(-margin[found], kind="stable")]
+    return found, margin[found]
 
 
 _TINY = 1e-12

@@ -265,14 +265,20 @@ class EvaluationConfig:
 
     Args:
         precision: wanted of the answers that are given; sets the confidence below which the bundle says to leave an answer to a person.
-        robustness: share of errors under the 19 corruptions of ImageNet-C: quick takes 50 pictures and 3 severities, full all and 5.
+        threshold: of multi-label labels: f1 (best F1 on validation), precision or recall (reach threshold_target, best other), fixed (0.5).
+        threshold_target: precision or recall wanted of each label on validation.
+        robustness: to corruptions: auto (up to 1/3 of training's cost), none, quick (50 images, 3 severities), full (all images, 5).
     """
 
     precision: float = 0.95
-    robustness: Literal["none", "quick", "full"] = "quick"
+    threshold: Literal["f1", "precision", "recall", "fixed"] = "f1"
+    threshold_target: float = 0.9
+    robustness: Literal["auto", "none", "quick", "full"] = "auto"
 
     def rules(self) -> Rules:
         yield "evaluation.precision", self.precision, 0 < self.precision <= 1, "in (0, 1]"
+        target = self.threshold_target
+        yield "evaluation.threshold_target", target, 0 < target <= 1, "in (0, 1]"
 
 
 @dataclass

@@ -157,8 +157,10 @@ def _make_bundle(
     classifier, preprocess = module.classifier, data.preprocess
     found = assess(classifier, preprocess, manifest, config, name=run_dir.name, doctor=doctor, history=history)
     metrics = found.evaluation.metrics | found.more
-    thresholds = tuple([0.5] * len(manifest.labels)) if manifest.task == "multilabel" else ()
-    kinds: dict[str, Any] = {"task": manifest.task, "temperature": found.temperature, "thresholds": thresholds}
+    decision = found.decision
+    kinds: dict[str, Any] = {
+        "task": manifest.task, "temperature": decision.temperature, "thresholds": decision.thresholds
+    }  # fmt: skip
     reference = reference_of(classifier, preprocess, manifest, **kinds).to_bytes()
     classifier.to("cpu")
     info = BundleInfo(
@@ -168,9 +170,9 @@ def _make_bundle(
         **network_record(config),
         text=made.text,
         preprocess=preprocess.to_dict(),
-        temperature=found.temperature,
-        thresholds=thresholds,
-        abstain_below=found.abstain_below,
+        temperature=decision.temperature,
+        thresholds=decision.thresholds,
+        abstain_below=decision.abstain_below,
         metrics=metrics,
         data={
             **made.identity,
@@ -200,7 +202,7 @@ def _make_bundle(
         tracker.tag({f"doctor.{finding.name}": finding.evidence for finding in found.findings})
         tracker.tag({"mlflow.note.content": _note(made, config, found)})
         tracker.log_metrics({f"test_{name}": value for name, value in metrics.items()}, step=len(history))
-    goldens = make_goldens(classifier, preprocess, test, task=manifest.task, temperature=found.temperature)
+    goldens = make_goldens(classifier, preprocess, test, task=manifest.task, temperature=decision.temperature)
     save_bundle(run_dir / "bundle", info, classifier, goldens, reference=reference)
     return metrics
 
@@ -213,6 +215,7 @@ def _note(made: Assembly, config: Config, found: Any) -> str:
     lines = [
         f"**{name} {value:.4f}**{between} on {len(found.evaluation.samples):,} pictures of the hold-out.",
         f"`{config.model.name}`; {_described(made.manifest)}.",
+        *found.report.numbers["notes"],
         *(f"- doctor: {finding}" for finding in found.findings),
         "The report is `report.html` among the artifacts; the tag `rerun` has the command that trains it again.",
     ]

@@ -14,7 +14,7 @@ from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from models.answer import prediction
+from models.answer import confidences, prediction
 from serve.body import Bodies, unless_gone
 from serve.errors import Refused
 from serve.keys import Keys
@@ -135,9 +135,12 @@ def _answer(service: Service, asked: Asked, found: Answers) -> JSONResponse:
     options: dict[str, Any] = {"top": asked.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
     maps = found.explanations or [None] * len(found.probabilities)
     cut = found.cut or [False] * len(found.probabilities)
+    sure: list[Any] = [None] * len(found.probabilities)  # of one label, that of the likeliest
+    if info.task == "multilabel":
+        sure = confidences(found.probabilities, info.task, info.thresholds).tolist()
     predictions = [
-        prediction(row, info.labels, explanation=heat, cut=short, **options)
-        for row, heat, short in zip(found.probabilities, maps, cut, strict=True)
+        prediction(row, info.labels, confidence=own_sure, explanation=heat, cut=short, **options)
+        for row, own_sure, heat, short in zip(found.probabilities, sure, maps, cut, strict=True)
     ]
     service.metrics.predicted(found.probabilities, info.labels, sum(p.get("abstain", False) for p in predictions))
     headers = {"Server-Timing": found.timing, "X-Model-Digest": digest[:16]}

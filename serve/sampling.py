@@ -97,7 +97,7 @@ class Sampling:
             statistics = {"width": width, "height": height, "aspect": width / height}
         if pictures.texts:
             statistics["characters"] = len(pictures.texts[place])
-        confidence = float(confidences(row, info.task)[0])
+        confidence = float(confidences(row, info.task, info.thresholds)[0])
         answered = np.flatnonzero(given_labels(row, info.task, info.thresholds)[0])
         found = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from models.answer import confidences, given_labels
 from pipeline.batch.listing import Shard
 
 if TYPE_CHECKING:
@@ -54,14 +55,14 @@ def table_of(shard: Shard, answers: Sequence[np.ndarray | str], info: BundleInfo
         "truth": [row.truth for row in shard.rows],
     }
     if info.task == "multilabel":
-        reached = found >= np.asarray(info.thresholds or [0.5] * len(info.labels), found.dtype)
+        reached = given_labels(found, info.task, info.thresholds)
         names = [[info.labels[i] for i in np.flatnonzero(row)] for row in reached]
         columns["labels"] = [names[at] if ok else None for at, ok in zip(place, whole, strict=True)]
     below = info.abstain_below
     if below is None:
         columns["abstain"] = [None] * len(answers)
     else:  # in double precision, as `models.answer.prediction`
-        unsure = (confidence.astype(float) < below) | (below >= 1)
+        unsure = (confidences(found, info.task, info.thresholds).astype(float) < below) | (below >= 1)
         columns["abstain"] = pa.array(unsure[place], mask=~whole)
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 

@@ -42,10 +42,11 @@ def _compare(args: argparse.Namespace) -> int:
     line("", [run.name for run in runs])
     for name, values in [*rows, *figures]:
         line(name, values)
+    metric = "subset accuracy" if "subset_accuracy" in runs[0].metrics else "accuracy"
     for run, found, count in found_of:
         chance = "more than chance" if found.p_value < 0.05 else "within chance"
         print(
-            f"\n{run.name} against {runs[0].name} on {count:,} pictures: accuracy {found.value:+.4f}, 95 % interval {found.low:+.4f} to "
+            f"\n{run.name} against {runs[0].name} on {count:,} pictures: {metric} {found.value:+.4f}, 95 % interval {found.low:+.4f} to "
             f"{found.high:+.4f}, McNemar p = {found.p_value:.3g}: {chance}"
         )
     if args.curves:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from pipeline.commands import console
 
@@ -25,7 +26,8 @@ def main(argv: list[str]) -> int:
         "--robustness",
         choices=("none", "quick", "full"),
         default="none",
-        help="errors under the 19 corruptions: quick takes 50 pictures and 3 severities, full all and 5",
+        help="error under 19 corruptions, with its interval: none (the default) does not measure it, quick takes 50 images and 3 "
+        "severities, full all images and 5",
     )
     args = parser.parse_args(argv)
     return console.run("evaluate", lambda: _evaluate(args))
@@ -33,19 +35,18 @@ def main(argv: list[str]) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from models.bundle import load_bundle
+    from pipeline.advice import notes_on
     from pipeline.data.manifest import DataError, load_manifest
     from pipeline.evaluation import evaluate
     from pipeline.files import write_atomically
     from pipeline.preparation import held_out
     from pipeline.report import make_report
-    from pipeline.robustness import measure_robustness
+    from pipeline.robustness import EFFORTS, measure_robustness
     from pipeline.scoring import preprocess_of
     from pipeline.slices import slices
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
-    if args.robustness != "none" and info.task == "multilabel":
-        raise DataError("--robustness is for one label a picture; the bundle is multilabel")
     manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass", to_train=False)
     drawn = "test" not in manifest.splits()
     if drawn:
@@ -59,27 +60,34 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"{args.data}: no pictures in the split {split}; it has {', '.join(manifest.splits()) or 'no splits'}"
         )
     classifier = bundle.classifier()
-    result = evaluate(
-        classifier,
-        preprocess_of(info),
-        samples,
-        task=info.task,
-        labels=info.labels,
-        temperature=info.temperature,
-        thresholds=info.thresholds,
-    )
+    if args.robustness != "none" and "pictures" not in classifier.reads:
+        raise DataError(
+            f"--robustness: {args.bundle} reads no images, so that none can be corrupted; leave the option out"
+        )
+    answering: dict[str, Any] = {
+        "task": info.task, "temperature": info.temperature, "thresholds": info.thresholds
+    }  # fmt: skip
+    result = evaluate(classifier, preprocess_of(info), samples, labels=info.labels, **answering)
+    notes = notes_on(result, drawn=False)
     print(f"{info.name} on {len(samples):,} pictures of {args.data} ({split or 'all'})")
     for name, value in result.metrics.items():
-        print(f"  {name:<24} {value:.4f}")
+        bounds = result.intervals.get(name)
+        print(
+            f"  {name:<24} {value:.4f}"
+            + ("" if bounds is None else "  (95 % interval {:.4f} to {:.4f})".format(*bounds))
+        )
+    for note in notes:
+        print(f"  note: {note}")
     absent = [row["label"] for row in result.per_class if not row["count"]]
     if absent:
         more = " …" if len(absent) > 10 else ""
         print(f"  no pictures of {len(absent)} labels, which macro_f1 takes as 0: {', '.join(absent[:10])}{more}")
     width = max(len(row["label"]) for row in result.per_class)
-    print(f"  {'label':<{width}}  precision  recall      f1   count")
+    print(f"  {'label':<{width}}  precision  recall      f1   count{'  threshold' if result.thresholds else ''}")
     for row in result.per_class:
+        threshold = f"  {row['threshold']:9.4f}" if result.thresholds else ""
         print(
-            f"  {row['label']:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['count']:6d}"
+            f"  {row['label']:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['count']:6d}{threshold}"
         )
     parts = slices(samples, result.right)
     for part in parts:
@@ -87,12 +95,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         print(f"  {part.column} = {part.value}  {part.right:.4f} right of {part.count}{low}")
     robustness = None
     if args.robustness != "none":
-        robustness = measure_robustness(classifier, preprocess_of(info), samples, quick=args.robustness == "quick")
-        print(
-            f"  corrupted: {robustness.mean_error:.4f} wrong, clean {robustness.clean:.4f}, on {robustness.pictures} pictures"
+        seed = info.config.get("trainer", {}).get("seed", 0)  # as the training did
+        robustness = measure_robustness(
+            classifier, preprocess_of(info), samples, EFFORTS[args.robustness], seed=seed, **answering
         )
+        print(f"  {robustness.text()}")
         for severity, error in list(robustness.by_severity().items())[1:]:
-            print(f"    severity {severity}: {error:.4f} wrong")
+            print(f"    severity {severity}: error {error:.4f}")
     if args.report:
         facts = {
             "bundle": bundle.digest[:16],
@@ -102,14 +111,18 @@ def _evaluate(args: argparse.Namespace) -> int:
         report = make_report(
             f"{info.name} on {args.data}", result, info.labels, facts=facts, robustness=robustness,
             precision=info.config.get("evaluation", {}).get("precision", 0.95), abstain_below=info.abstain_below,
-            near=manifest.near_of(samples),
+            near=manifest.near_of(samples), notes=notes,
         )  # fmt: skip
         print("wrote " + ", ".join(map(str, report.write(args.report))))
     if args.json:
         confusion = None if result.confusion is None else result.confusion.tolist()
         numbers = {"bundle": bundle.digest, "pictures": len(samples), "split": split, "metrics": result.metrics}
         numbers |= {"labels": list(info.labels), "per_class": result.per_class, "confusion": confusion}
-        numbers |= {"intervals": result.intervals, "slices": [dataclasses.asdict(part) for part in parts]}
+        numbers |= {
+            "notes": notes,
+            "intervals": result.intervals,
+            "slices": [dataclasses.asdict(part) for part in parts],
+        }
         if drawn:  # else nobody has looked
             numbers |= {"near_duplicates": [[a.path, b.path] for a, b in manifest.near_of(samples)]}
         numbers |= {"robustness": robustness.to_dict()} if robustness is not None else {}

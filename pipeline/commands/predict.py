@@ -83,11 +83,12 @@ def _asked(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
 
 
 def _show(file: Path, answer, info, args: argparse.Namespace, cut: bool) -> None:
-    from models.answer import line, prediction
+    from models.answer import confidences, line, prediction
 
     thresholds = info.thresholds if info.task == "multilabel" else None
     own = {"top": args.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
-    found = prediction(answer, info.labels, cut=cut, **own)
+    sure = float(confidences(answer[None], info.task, info.thresholds)[0])
+    found = prediction(answer, info.labels, confidence=sure, cut=cut, **own)
     print(json.dumps({"path": str(file), **found}, ensure_ascii=False) if args.json else line(file, found))
 
 

@@ -88,7 +88,13 @@ def _tell(args: argparse.Namespace, summary: "Summary") -> None:
     print(f"wrote {args.output}: {summary.rows:,} rows ({summary.scored:,} scored in {summary.seconds:.1f} s{rate})")
     if summary.labelled:
         share = summary.right / summary.labelled
-        print(f"  label is the manifest's own in {summary.right:,} of {summary.labelled:,} ({share:.1%})")
+        if summary.overlap is None:
+            print(f"  label is the manifest's own in {summary.right:,} of {summary.labelled:,} ({share:.1%})")
+        else:
+            print(
+                f"  labels are exactly the manifest's in {summary.right:,} of {summary.labelled:,} ({share:.1%}), "
+                f"mean F1 of a row's labels {summary.overlap / summary.labelled:.4f}"
+            )
     if summary.errors:
         print(f"  {summary.errors:,} without an answer, as their column `error` tells:", file=sys.stderr)
         for reason, count in sorted(summary.reasons.items(), key=lambda item: -item[1])[:5]:

@@ -54,6 +54,7 @@ def _taken(argv: list[str], option: str) -> tuple[list[str], str | None]:
 def _train(argv: list[str], resume: str | None) -> int:
     from pathlib import Path
 
+    from pipeline.advice import closing_notes
     from pipeline.config import load_config
     from pipeline.data.manifest import DataError
     from pipeline.runs import stored_config, unfinished
@@ -80,6 +81,9 @@ def _train(argv: list[str], resume: str | None) -> int:
     print("hold-out: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
     print(f"run:      {result.run_dir}/ (report.html, config.yaml, splits.csv, preview.png, curves.png, checkpoints/)")
     print(f"bundle:   {result.bundle}")
+    here = console.bin_prefix()
+    for topic, note in closing_notes(result.run_dir, config, here):
+        print(f"{topic + ':':<9} {note}")
     if result.version:
         registered = named(str(config.tracking.model_name), result.version, result.alias, result.champion)
         print(f"registry: {registered}")
@@ -90,7 +94,6 @@ def _train(argv: list[str], resume: str | None) -> int:
         from pipeline.tracking import tracking_uri
 
         print(f"MLflow:   {console.bin_prefix()}mlflow ui --backend-store-uri {tracking_uri(config.tracking)}")
-    here = console.bin_prefix()
     print(
         f"next:     {here}refract predict {result.bundle} {_asked(config)}   or   {here}refract serve {result.bundle}"
     )

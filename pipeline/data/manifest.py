@@ -69,6 +69,8 @@ class Manifest:
     """Pictures beside the class folders, which are of no class."""
     near: tuple[tuple[str, str], ...] = ()
     """Pictures of the hold-out and those of the training that they resemble: see `pipeline.data.near`."""
+    drawn: tuple[str, ...] = ()
+    """Splits that the data does not have, and that were drawn from the seed."""
 
     def of(self, split: str) -> list[Sample]:
         return [sample for sample in self.samples if sample.split == split]

@@ -44,7 +44,8 @@ def draw_splits(
         for key, indices in copies.items():
             for i in indices:
                 split_of[i] = taken.setdefault(key, "train")
-    return manifest.with_samples([replace(s, split=split_of.get(i, s.split)) for i, s in enumerate(manifest.samples)])
+    samples = tuple(replace(s, split=split_of.get(i, s.split)) for i, s in enumerate(manifest.samples))
+    return replace(manifest, samples=samples, drawn=tuple(wanted))
 
 
 def _written(sample: Sample) -> str:

@@ -157,7 +157,8 @@ def profile(
     classes = None
     if names is not None:
         classes = {**dict.fromkeys(labels, 0), **Counter(name for place in kept for name in names[place])}
-    sure, shown = confidences(given, task).astype(np.float32), given_labels(given, task, thresholds).sum(axis=0)
+    sure = confidences(given, task, thresholds).astype(np.float32)
+    shown = given_labels(given, task, thresholds).sum(axis=0)
     kept_features = folded(np.concatenate([part.numpy() for part in features])) if features else None
     multilabel = task == "multilabel"
     own = Profile(len(found), tuple(labels), kept_features, shown, sure, statistics, classes, multilabel)

@@ -14,6 +14,7 @@ from pipeline.data.manifest import Sample
 from pipeline.evaluation import Evaluation
 from pipeline.files import write_atomically
 from pipeline.label_noise import likely_label_errors
+from pipeline.label_sets import WrongLabel, likely_wrong_labels
 from pipeline.report import figures
 from pipeline.robustness import Robustness
 from pipeline.slices import slices
@@ -59,10 +60,13 @@ def make_report(
     robustness: Robustness | None = None,
     findings: Sequence[Mapping[str, str]] | None = None,
     near: Sequence[tuple[Sample, Sample]] = (),
+    notes: Sequence[str] = (),
 ) -> Report:
     """facts: what it was measured on and with, for the head. precision: that `abstain_below` was chosen for. findings: the doctor's, each
-    with name, evidence and cure; None where it did not watch. near: pictures and those of the training that they resemble."""
+    with name, evidence and cure; None where it did not watch. near: pictures and those of the training that they resemble. notes: see
+    `pipeline.advice`."""
     numbers: dict[str, Any] = {"facts": dict(facts), "metrics": evaluation.metrics, "per_class": evaluation.per_class}
+    numbers["notes"] = list(notes)
     numbers["findings"] = None if findings is None else list(findings)
     numbers["intervals"] = {name: list(pair) for name, pair in evaluation.intervals.items()}
     numbers["slices"] = [dataclasses.asdict(part) for part in slices(evaluation.samples, evaluation.right)]
@@ -71,29 +75,27 @@ def make_report(
     numbers["reliability"] = [list(row) for row in bins]
     shown = {"Reliability": figures.reliability_figure(bins)}
     galleries: dict[str, list[dict[str, str]]] = {}
-    if not multilabel:
+    curve = measures.risk_curve(evaluation.confidences, evaluation.errors)
+    shown["Risk and coverage"] = figures.risk_figure(curve.coverage, curve.risk)
+    if abstain_below is not None:
+        numbers["abstaining"] = _abstaining(evaluation, precision, abstain_below)
+    if evaluation.confusion is not None:
+        numbers["confusion"] = evaluation.confusion.tolist()
+        shown["Confusion matrix"] = figures.confusion_figure(evaluation.confusion, labels)
+    if multilabel:
+        wrong_labels = likely_wrong_labels(evaluation.probabilities, evaluation.truth)
+        numbers["likely_wrong_labels"] = [_wrong_label(evaluation, wrong, labels) for wrong in wrong_labels]
+        numbers["likely_label_errors"] = list(dict.fromkeys(row["path"] for row in numbers["likely_wrong_labels"]))
+        galleries["The most confident errors"] = _label_pictures(evaluation, labels)
+        galleries["Labels that are likely wrong"] = _wrong_label_pictures(evaluation, wrong_labels, labels)
+    else:
         given, truth = evaluation.probabilities, evaluation.truth
-        curve = measures.risk_coverage(given, truth)
-        shown["Risk and coverage"] = figures.risk_figure(curve.coverage, curve.risk)
-        if abstain_below is not None:
-            answered = (given.max(axis=1) >= abstain_below) & (abstain_below < 1)  # 1: none is answered
-            numbers["abstaining"] = {
-                "wanted_precision": precision,
-                "abstain_below": abstain_below,
-                "coverage": float(answered.mean()),
-                "precision": float((given.argmax(axis=1) == truth)[answered].mean()) if answered.any() else None,
-            }
-        if evaluation.confusion is not None:
-            numbers["confusion"] = evaluation.confusion.tolist()
-            shown["Confusion matrix"] = figures.confusion_figure(evaluation.confusion, labels)
         wrong = np.flatnonzero(~evaluation.right)
         surest = wrong[np.argsort(-given[wrong].max(axis=1), kind="stable")]
         suspects = likely_label_errors(given, truth)
         numbers["likely_label_errors"] = [evaluation.samples[i].path for i in suspects]
         galleries["The most confident errors"] = _pictures(evaluation, surest, labels)
         galleries["Labels that are likely wrong"] = _pictures(evaluation, suspects, labels)
-    else:
-        galleries["The most confident errors"] = _label_pictures(evaluation, labels)
     if near:
         known = {sample.path for sample, _ in near}
         new = np.array([sample.path not in known for sample in evaluation.samples])
@@ -121,16 +123,47 @@ def _pictures(evaluation: Evaluation, places: np.ndarray, labels: Sequence[str])
     return rows
 
 
+def _abstaining(evaluation: Evaluation, precision: float, abstain_below: float) -> dict[str, Any]:
+    answered = (evaluation.confidences >= abstain_below) & (abstain_below < 1)  # 1: none is answered
+    return {
+        "wanted_precision": precision,
+        "abstain_below": abstain_below,
+        "coverage": float(answered.mean()),
+        "precision": float(1 - evaluation.errors[answered].mean()) if answered.any() else None,
+    }
+
+
 def _label_pictures(evaluation: Evaluation, labels: Sequence[str]) -> list[dict[str, str]]:
-    """For several labels: the pictures with the label whose probability is furthest from the truth, each picture once."""
-    off = np.abs(evaluation.probabilities - evaluation.truth)
-    order = [i for i in np.argsort(-off.max(axis=1), kind="stable") if not evaluation.right[i]]
+    """For multi-label: the images with a wrong label, that whose probability is furthest from the truth first, each image once."""
+    off = np.abs(evaluation.probabilities - evaluation.truth) * (evaluation.answers != evaluation.truth)
+    order = [i for i in np.argsort(-off.max(axis=1), kind="stable").tolist() if not evaluation.right[i]]
     rows = []
     for i in order[:SHOWN]:
-        sample, label = evaluation.samples[i], int(off[i].argmax())
-        said = f"{labels[label]} {evaluation.probabilities[i, label]:.0%}, labelled {_named(sample, labels)}"
-        rows.append({"src": figures.thumbnail(sample.read()), "caption": said + _said(sample), "path": sample.path})
+        label = int(off[i].argmax())
+        how = "missed" if evaluation.truth[i, label] else "predicted"
+        rows.append(_label_picture(evaluation, i, label, how, labels))
     return rows
+
+
+def _wrong_label_pictures(
+    evaluation: Evaluation, wrong: Sequence[WrongLabel], labels: Sequence[str]
+) -> list[dict[str, str]]:
+    return [_label_picture(evaluation, w.image, w.label, f"likely {w.kind}:", labels) for w in wrong[:SHOWN]]
+
+
+def _label_picture(evaluation: Evaluation, place: int, label: int, how: str, labels: Sequence[str]) -> dict[str, str]:
+    sample = evaluation.samples[place]
+    said = f"{how} {labels[label]} {evaluation.probabilities[place, label]:.0%}, labelled {_named(sample, labels)}"
+    return {"src": figures.thumbnail(sample.read()), "caption": said + _said(sample), "path": sample.path}
+
+
+def _wrong_label(evaluation: Evaluation, wrong: WrongLabel, labels: Sequence[str]) -> dict[str, Any]:
+    return {
+        "path": evaluation.samples[wrong.image].path,
+        "label": labels[wrong.label],
+        "kind": wrong.kind,
+        "probability": wrong.probability,
+    }
 
 
 def _said(sample: Sample) -> str:

@@ -80,9 +80,7 @@ def gate(config: GateConfig, challenger: Bundle, champion: Bundle | None, manife
     A label that a bundle does not know is one that it never gives. BundleError where a bundle cannot answer.
     """
     samples = manifest.samples
-    with_errors = (
-        config.robustness_loss is not None and manifest.task != "multilabel" and all(s.pictured for s in samples)
-    )
+    with_errors = config.robustness_loss is not None and all(s.pictured for s in samples)
     new = _measure(challenger, manifest, with_errors)
     old = _measure(champion, manifest, with_errors) if champion is not None else None
     lines = [_labels(challenger, champion), *judge(config, manifest, new, old)]
@@ -101,7 +99,7 @@ def judge(config: GateConfig, manifest: Manifest, new: Measured, old: Measured |
 def _measure(bundle: Bundle, manifest: Manifest, with_errors: bool) -> Measured:
     """In the manifest's labels, as far as the bundle knows them."""
     from pipeline.evaluation import probabilities_of, truth_of
-    from pipeline.robustness import measure_robustness
+    from pipeline.robustness import QUICK, measure_robustness
     from pipeline.scoring import preprocess_of
 
     info, labels = bundle.info, list(manifest.labels)
@@ -128,7 +126,8 @@ def _measure(bundle: Bundle, manifest: Manifest, with_errors: bool) -> Measured:
         place = {label: i for i, label in enumerate(info.labels)}
         # A label that it does not know is out of reach of every answer.
         theirs = [replace(s, labels=tuple(place.get(labels[i], -1) for i in s.labels)) for s in manifest.samples]
-        error = measure_robustness(classifier, preprocess, theirs, quick=True).mean_error
+        answering: dict[str, Any] = {"task": info.task, "temperature": info.temperature, "thresholds": info.thresholds}
+        error = measure_robustness(classifier, preprocess, theirs, QUICK, **answering).mean_error
     return Measured(right, answers[:, : len(labels)], calibration, error)
 
 

@@ -25,7 +25,7 @@ from pipeline.config import ConfigError
 from pipeline.data.manifest import Sample, load_manifest
 from pipeline.evaluation import evaluate
 from pipeline.report import make_report
-from pipeline.robustness import measure_robustness
+from pipeline.robustness import FULL, QUICK, measure_robustness
 from pipeline.slices import slices
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
@@ -55,7 +55,7 @@ def runs(root: Path) -> Path:
                      "val_share": 0.3, "test_share": 0.3},
             "model": {"name": "cnn", "args": {"widths": [8, 16]}}, "optim": {"lr": rate},
             "trainer": {"max_epochs": 12, "run_name": name, "runs_dir": str(root / "runs"), "device": "cpu"},
-            "tracking": {"enabled": False}, "evaluation": {"precision": 0.99},
+            "tracking": {"enabled": False}, "evaluation": {"precision": 0.99, "robustness": "quick"},
         }  # fmt: skip
         train(config_from_dict(values))
     return root / "runs"
@@ -137,14 +137,15 @@ def test_corruptions_are_seeded_and_hurt(root: Path) -> None:
     samples = load_manifest(root / "pictures").samples
     torch.manual_seed(0)
     classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
-    one, again = (measure_robustness(classifier, Preprocess(32, 32), samples, quick=True) for _ in range(2))
+    one, again = (measure_robustness(classifier, Preprocess(32, 32), samples, QUICK) for _ in range(2))
     assert one == again and one.by_severity()[0] == one.clean
-    assert measure_robustness(classifier, Preprocess(32, 32), samples, quick=True, seed=1) != one
+    assert one.interval[0] < one.mean_error < one.interval[1] and one.clean_interval[0] < one.clean_interval[1]
+    assert measure_robustness(classifier, Preprocess(32, 32), samples, QUICK, seed=1) != one
     chosen = [sample.labels[0] for sample in samples[:: len(samples) // 90][:90]]  # sorted by class
     assert len(set(chosen)) == 3
-    seen = measure_robustness(classifier, Preprocess(32, 32), samples[:30] + samples[-60:], quick=True)
+    seen = measure_robustness(classifier, Preprocess(32, 32), samples[:30] + samples[-60:], QUICK)
     assert seen.pictures == 50, "spread over all of them"
-    full = measure_robustness(classifier, Preprocess(32, 32), samples[:4], quick=False)
+    full = measure_robustness(classifier, Preprocess(32, 32), samples[:4], FULL)
     assert full.pictures == 4 and list(full.by_severity()) == [0, 1, 2, 3, 4, 5]
 
 
@@ -216,7 +217,7 @@ def test_noise_has_its_deviation_in_grey_levels(tmp_path: Path) -> None:
         write_picture(tmp_path / "ab"[number % 2] / f"{number}.png", np.full((32, 32, 3), 100 + number, np.uint8))
     samples = [replace(sample, labels=(0,)) for sample in load_manifest(tmp_path).samples]
     classifier = Classifier(Rough(), mean=(0.0,) * 3, std=(1.0,) * 3)
-    found = measure_robustness(classifier, Preprocess(32, 32), samples, quick=True)
+    found = measure_robustness(classifier, Preprocess(32, 32), samples, QUICK)
     assert found.clean == 0 and found.noise == {4: 0, 8: 0, 16: 1, 32: 1, 64: 1}
 
 
@@ -274,8 +275,8 @@ def test_several_labels_have_a_gallery_and_the_report_shows_what_looks_like_the_
     near = [(samples[0], samples[1])]
     report = make_report("r", found, tuple(COLORS), facts={}, precision=0.95, abstain_below=None, near=near)
     errors = report.galleries["The most confident errors"]
-    off = np.abs(found.probabilities - found.truth)[~found.right].max()
-    assert (errors and f"{1 - off:.0%}" in errors[0]["caption"]) or f"{off:.0%}" in errors[0]["caption"]
+    off = np.abs(found.probabilities - found.truth)[found.answers != found.truth].max()
+    assert f"missed {1 - off:.0%}" in errors[0]["caption"] or f"{off:.0%}, labelled" in errors[0]["caption"]
     (pair,) = report.galleries["Like a picture of the training"]
     assert pair["caption"] == "blue ~ blue" and pair["src"].startswith("data:image/jpeg")
     assert report.numbers["near_duplicates"]["right_without_them"] == pytest.approx(found.right[1:].mean())

@@ -279,8 +279,6 @@ def test_multilabel_manifest_all_the_way(refract: Run, workplace: Path) -> None:
     line = json.loads(refract("predict", "runs/m/bundle", "pictures/red/00.jpg", "--json").stdout)
     assert set(line["labels"]) <= {"blue", "even", "green", "odd", "red"}
     assert "mean_average_precision" in refract("evaluate", "runs/m/bundle", "m.csv").stdout
-    refused = refract("evaluate", "runs/m/bundle", "m.csv", "--robustness", "quick", code=2)
-    assert "--robustness is for one label a picture" in refused.stderr and not refused.stdout, "before the work"
 
 
 def test_demo_reaches_its_promise(refract: Run, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from small_data import COLORS, Run, descendants, picture, until_gone, write_picture
 
 from augment import Preprocess
-from models.answer import prediction
+from models.answer import confidences, prediction
 from models.bundle import BundleInfo, Golden, load_bundle, save_bundle
 from models.classifier import Classifier
 from models.fusion import Reader
@@ -349,7 +349,8 @@ def test_a_row_is_what_predict_makes_of_the_same_probabilities(answers, task: st
         if isinstance(answer, str):
             assert row["error"] == answer and row["label"] is row["probabilities"] is row["abstain"] is None
             continue
-        told = prediction(answer, LABELS, top=1, thresholds=thresholds or None, abstain_below=below)
+        sure = float(confidences(answer[None], task, thresholds)[0])
+        told = prediction(answer, LABELS, top=1, thresholds=thresholds or None, abstain_below=below, confidence=sure)
         assert (row["label"], row["confidence"], row["abstain"]) == (
             told["label"],
             told["confidence"],

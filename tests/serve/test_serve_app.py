@@ -94,6 +94,12 @@ def test_multilabel_answers_the_labels_over_their_thresholds(make_bundle, servin
     with serving(create_app(served)) as client:
         (prediction,) = client.post("/v1/predict", content=data).json()["predictions"]
     assert prediction["labels"] == [f"class {i}" for i in range(10) if i % 2]
+    # The confidence of all that is said, of what is given and of what is not.
+    sure = float(np.where(np.arange(10) % 2, expected, 1 - expected).mean())
+    for below, abstains in ((sure - 0.01, False), (sure + 0.01, True)):
+        told = dataclasses.replace(served, info=dataclasses.replace(served.info, abstain_below=below))
+        with serving(create_app(told)) as client:
+            assert client.post("/v1/predict", content=data).json()["predictions"][0]["abstain"] is abstains
 
 
 def test_health_and_description(client, bundle):

@@ -1,0 +1,91 @@
+"""How much of robustness a training can pay for, and what its end says of it and of small test sets."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.advice import closing_notes, notes_on
+from pipeline.config import Config
+from pipeline.data.manifest import Sample
+from pipeline.evaluation import Evaluation
+from pipeline.measures import mean_interval
+from pipeline.robustness import FULL, QUICK, drawn
+from pipeline.robustness_cost import CORRUPTING, FEWEST, FLOPS, LOADING, MOST, affordable, flops_of
+
+
+def test_passes_of_an_effort() -> None:
+    assert (QUICK.passes, FULL.passes) == (1 + 19 * 3 + 5, 1 + 19 * 5 + 5)
+
+
+@given(seen=st.integers(0, 10**7), available=st.integers(1, 10**5), side=st.integers(8, 512), flops=st.floats(0, 1e11))
+def test_it_costs_at_most_a_third_and_is_not_a_handful_of_images(
+    seen: int, available: int, side: int, flops: float
+) -> None:
+    effort = affordable(seen=seen, available=available, pixels=side * side, flops=flops)
+    if effort is None:
+        return
+    assert effort.images is not None and min(FEWEST, available) <= effort.images <= min(MOST, available)
+    training, measuring = (flops / FLOPS + a + b * side * side / 1000 for a, b in (LOADING, CORRUPTING))
+    assert effort.images * effort.passes * measuring <= seen * training / 3
+
+
+def test_a_short_training_pays_for_nothing_and_a_long_one_for_many_images() -> None:
+    sizes = {"available": 400, "pixels": 224 * 224, "flops": 3.6e9}
+    assert affordable(seen=200 * 10, **sizes) is None
+    middle = affordable(seen=1000 * 10, **sizes)
+    assert middle is not None and middle.severities == (1, 3, 5) and middle.images is not None
+    assert FEWEST <= middle.images < MOST
+    assert affordable(seen=10**6, **sizes) == affordable(seen=10**7, **sizes)
+    heavier = affordable(seen=10_000, available=400, pixels=224 * 224, flops=1e11)
+    assert heavier is not None and heavier.images is not None and heavier.images > middle.images
+
+
+def test_the_operations_of_a_network_are_counted() -> None:
+    import torch
+
+    layer = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    assert flops_of(lambda: layer(torch.zeros(1, 3, 10, 10))) == 2 * 3 * 8 * 9 * 100
+
+
+def test_images_are_drawn_from_the_seed_over_all_of_the_data() -> None:
+    samples = [Sample(str(place), (place // 100,)) for place in range(400)]
+    chosen = drawn(samples, 40, seed=1)
+    assert chosen == drawn(samples, 40, seed=1) != drawn(samples, 40, seed=2)
+    assert [sum(sample.labels == (label,) for sample in chosen) for label in range(4)] == [10] * 4
+    assert len({sample.path for sample in chosen}) == 40 and drawn(samples, None, seed=0) == samples
+    assert drawn(samples[:3], 50, seed=0) == samples[:3]
+
+
+def evaluation(count: int, right: int) -> Evaluation:
+    rights = np.arange(count) < right
+    return Evaluation(
+        {"accuracy": right / count}, {"accuracy": mean_interval(rights)}, [], None, np.zeros((count, 2), np.float32),
+        np.zeros(count, int), rights, [Sample(str(i), (0,)) for i in range(count)],
+    )  # fmt: skip
+
+
+def test_a_small_test_set_is_said_to_decide_nothing() -> None:
+    (note,) = notes_on(evaluation(49, 24), drawn=True)
+    assert note.startswith("49 test images leave accuracy between 0.36 and 0.63 (95 % interval): too wide")
+    assert "--trainer.seed 1, 2, 3" in note
+    (note,) = notes_on(evaluation(10, 10), drawn=False)
+    assert "between 0.72 and 1.00" in note and "--trainer.seed" not in note and "more labelled images" in note
+    assert not notes_on(evaluation(1000, 900), drawn=True)
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_end_of_a_training_names_the_command_that_measures_all(measured: bool, tmp_path: Path) -> None:
+    config = Config()
+    config.data.source = "my pictures"
+    numbers = {"notes": ["a note"], **({"robustness": {"summary": "0.4 on 30 images"}} if measured else {})}
+    (tmp_path / "report.json").write_text(json.dumps(numbers))
+    note, robust = closing_notes(tmp_path, config, "bin/")
+    assert note == ("note", "a note")
+    assert f"bin/refract evaluate {tmp_path}/bundle 'my pictures' --robustness full" in robust[1]
+    assert ("0.4 on 30 images" in robust[1]) == measured == ("not measured" not in robust[1])
+    config.evaluation.robustness = "none"
+    assert measured or closing_notes(tmp_path, config, "") == [("note", "a note")]
