@@ -3,9 +3,26 @@
 import base64
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class Explanation(NamedTuple):
+    """Where the network found evidence for the label. png: the heat map; method: how it was computed. Where there is no map, png is None,
+    and code (for programs) and detail (for people) say why."""
+
+    png: bytes | None = None
+    method: str = ""
+    code: str = ""
+    detail: str = ""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The answer's fields."""
+        if self.png is None:
+            return {"explanation_problem": {"code": self.code, "detail": self.detail}}
+        return {"explanation": base64.b64encode(self.png).decode(), "explanation_method": self.method}
 
 
 def prediction(
@@ -16,14 +33,14 @@ def prediction(
     thresholds: Sequence[float] | None,
     abstain_below: float | None = None,
     confidence: float | None = None,
-    explanation: bytes | None = None,
+    explanation: Explanation | None = None,
     cut: bool = False,
 ) -> dict[str, Any]:
     """One picture's answer: its `top` labels, likeliest first.
 
     row: C probabilities; thresholds: one a label: the answer gains `labels`, those that reach theirs; abstain_below: the answer gains
     `abstain`, whether its confidence lies below it: such an answer should be left to a person. At 1 every answer does; confidence: the
-    answer's own, see `confidences`; None takes that of the likeliest label; explanation: a PNG, in base64 in the answer; cut: the answer
+    answer's own, see `confidences`; None takes that of the likeliest label; explanation: the answer gains its `fields`; cut: the answer
     gains `text_truncated`.
     """
     # Stable, so that equal probabilities come in the order of the labels, on every machine.
@@ -37,7 +54,7 @@ def prediction(
         sure = best[0]["confidence"] if confidence is None else confidence
         answer["abstain"] = abstain_below >= 1 or sure < abstain_below
     if explanation is not None:
-        answer["explanation"] = base64.b64encode(explanation).decode()
+        answer |= explanation.fields
     if cut:
         answer["text_truncated"] = True
     return answer

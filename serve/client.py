@@ -113,7 +113,8 @@ class Client(_Common):
 
     def predict(self, images: Images, **options: Any) -> list[dict[str, Any]]:
         """An answer for each image, bytes or a file: label, confidence, top, and what else the server says. options: top, threshold, tta,
-        explain; texts: as many, or alone with no images, for a model that reads them. Waits and asks again, `tries` times, where the server
+        explain (adds `explanation`, a PNG in base64, and `explanation_method`; where there is no map, `explanation_problem` with code and
+        detail); texts: as many, or alone with no images, for a model that reads them. Waits and asks again, `tries` times, where the server
         is busy or not there, as long as it says in Retry-After. ServerError; OSError for a file."""
         question = _question(images, options)
         for attempt in range(self._tries):

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,10 +10,10 @@ from augment.decode import ImageError
 from augment.preprocess import Preprocess
 from models.bundle import Bundle, BundleError, Golden
 from models.classifier import probabilities
+from models.occlusion import Occlusion
 from models.texts.tokens import Tokens
 from serve.backends import Forward, channels_last
 from serve.choice import AGREED, THREADS, Choice, choose
-from serve.explain import Explainer
 from serve.samples import blank, inputs, joined
 
 # How far a golden picture's probabilities may lie from the stored ones. float32 convolutions differ by about 1e-6
@@ -95,10 +94,11 @@ class Engine:
         info = self.bundle.info
         return probabilities(logits, task=info.task, temperature=info.temperature)
 
-    @cached_property
-    def explainer(self) -> Explainer:
-        """Made when it is first asked for, from a golden picture, so that a server which explains nothing pays nothing."""
-        return Explainer(self._classifier, self.preprocess(self.bundle.goldens[0].data))
+    @property
+    def occlusion(self) -> Occlusion:
+        """Heat maps of the backend that answers. For bundles that read images alone."""
+        info = self.bundle.info
+        return Occlusion(self._forward, multilabel=info.task == "multilabel", temperature=info.temperature)
 
     def self_test(self) -> float:
         """Ask for the golden pictures. BundleError, naming the picture, unless the stored answers come again. Returns the seconds that

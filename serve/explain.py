@@ -1,88 +1,86 @@
-"""Where a network looked: the places of its last feature map that speak for a label. Knows nothing of HTTP."""
+"""Heat maps for requests: computed in steps on a thread of their own, priced, and given up before the deadline. Knows nothing of HTTP."""
 
-import threading
-from typing import Any
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.classifier import Classifier
+from models.answer import Explanation
+from models.occlusion import BATCH, PASSES
+from serve.engine import Engine
+from serve.threads import Threads
+
+PACE = 0.002
+"""Seconds that one image takes to pass through the network, until it was measured."""
+
+METHOD = "occlusion"
+READS_TEXTS = Explanation(code="reads_texts", detail="this model reads texts; heat maps need a model of images alone")
+LATE = Explanation(code="deadline_exceeded", detail="the heat map would exceed the deadline of the request")
+NO_EVIDENCE = Explanation(code="no_evidence", detail="no single part of the image speaks for this label")
 
 
-class Explainer:
-    """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391, section 3) on the last layer whose output has more than one place.
+class Explanations:
+    """Explains one request at a time, in the order in which they come. Belongs to one event loop."""
 
-    `available` is False for a network without such a layer: a perceptron, a transformer of tokens.
-    """
+    def __init__(self) -> None:
+        self._thread = Threads(1, "explain", pace=PACE)
+        self._turn = asyncio.Lock()
 
-    def __init__(self, classifier: Classifier, image: np.ndarray) -> None:
-        """image: any uint8 H×W×3 of the network's size, to find the layer by."""
-        self._classifier = classifier
-        self._layer = _last_map(classifier, _tensor(classifier, image))
+    def expected(self, count: int) -> float:
+        """Seconds until `count` more heat maps are there, after those that were promised; 0 where none was."""
+        return self._thread.expected(count * PASSES)
 
-    @property
-    def available(self) -> bool:
-        return self._layer is not None
+    @contextmanager
+    def promised(self, count: int) -> Iterator[None]:
+        """Count `count` heat maps as waiting until the block ends."""
+        with self._thread.promised(count * PASSES):
+            yield
 
-    def heat(self, image: np.ndarray, label: int) -> np.ndarray:
-        """uint8 H×W×3 → float32 H×W in 0…1, 1 where it speaks most for the label; all 0 where nothing does. Any thread may call it."""
-        assert self._layer is not None, "not available"
-        seen: list[Tensor] = []
-        mine = threading.get_ident()
+    def close(self) -> None:
+        """Start no further step."""
+        self._thread.close()
 
-        def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-            if threading.get_ident() != mine:  # the inference thread computes with the same network
-                return None
-            seen.append(output.detach().requires_grad_())
-            return seen[-1].clone()  # what follows may change it in place
+    async def of(self, engine: Engine, batch: np.ndarray, rows: np.ndarray, due: float) -> tuple[Explanation, ...]:
+        """Explain the likeliest label of each image.
 
-        hook = self._layer.register_forward_hook(keep)
+        batch: N images as `Engine.compute` takes them; rows: (N, C) probabilities; due: a time of the event loop. A map that would not be
+        there by then is given up between two steps. Cancelling this call ends the work after the step that runs.
+        """
+        if engine.tokens is not None:
+            return (READS_TEXTS,) * len(batch)
         try:
-            with torch.enable_grad():
-                logit = self._classifier(_tensor(self._classifier, image))[0, label]
-                (gradient,) = torch.autograd.grad(logit, seen[-1])
+            async with asyncio.timeout_at(due):
+                await self._turn.acquire()
+        except TimeoutError:
+            return (LATE,) * len(batch)
+        try:
+            pairs = zip(batch, rows.argmax(axis=1).tolist(), strict=True)
+            return tuple([await self._one(engine, image, label, due) for image, label in pairs])
         finally:
-            hook.remove()
-        weights = gradient.mean(dim=(2, 3), keepdim=True)
-        found = (weights * seen[-1]).sum(dim=1)[0].clamp(min=0).detach().float().cpu().numpy()
-        heat = cv2.resize(found, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_LINEAR)
-        return heat / max(float(heat.max()), 1e-12)
+            self._turn.release()
+
+    async def _one(self, engine: Engine, image: np.ndarray, label: int, due: float) -> Explanation:
+        loop = asyncio.get_running_loop()
+        began, done = loop.time(), 0
+        steps = engine.occlusion.steps(torch.from_numpy(image).to(engine.device).permute(2, 0, 1), label)
+        while (heat := await self._thread.run(BATCH, lambda: next(steps))) is None:
+            done += BATCH
+            # By the pace of this very map: one that an earlier, slower moment left behind would refuse for ever.
+            if loop.time() + (loop.time() - began) * (PASSES - done) / done > due:
+                return LATE
+        return _drawn(heat)
+
+
+def _drawn(heat: Tensor) -> Explanation:
+    return Explanation(png(heat.numpy()), METHOD) if heat.any() else NO_EVIDENCE
 
 
 def png(heat: np.ndarray) -> bytes:
-    """A heat map as a picture to lay over another: red where it is hot, transparent where it is not."""
+    """Draw a heat map (H, W) in 0…1 as an image to lay over another: red where it is hot, transparent where it is not."""
     colours = cv2.applyColorMap((heat * 255).astype(np.uint8), cv2.COLORMAP_JET)
     layer = np.dstack([colours, (heat * 180).astype(np.uint8)])
     return bytes(cv2.imencode(".png", layer)[1])
-
-
-def _tensor(classifier: Classifier, image: np.ndarray) -> Tensor:
-    device = next(classifier.parameters()).device
-    return torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None]
-
-
-def _last_map(classifier: Classifier, images: Tensor) -> nn.Module | None:
-    """The last leaf, in the order of execution, whose output is N×C×H×W with more than one place."""
-    found: list[nn.Module] = []
-    mine = threading.get_ident()
-
-    def look(module: nn.Module, _: Any, output: Any) -> None:
-        if (
-            threading.get_ident() == mine
-            and isinstance(output, Tensor)
-            and output.ndim == 4
-            and output.shape[2] * output.shape[3] > 1
-        ):
-            found.append(module)
-
-    leaves = [module for module in classifier.network.modules() if not list(module.children())]
-    hooks = [leaf.register_forward_hook(look) for leaf in leaves]
-    try:
-        with torch.inference_mode():
-            classifier(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found[-1] if found else None

@@ -69,6 +69,8 @@ _ANSWER = {
             "confidence": 0.93,
             "top": [{"label": "circle", "confidence": 0.93}, {"label": "square", "confidence": 0.05}],
             "abstain": False,
+            "explanation": _RED,
+            "explanation_method": "occlusion",
         }
     ],
 }

@@ -54,7 +54,8 @@ class Asked(BaseModel):
     )
     explain: bool = Field(
         False,
-        description="With a PNG in base64, of the network's size, to lay over what it saw: where that speaks for the label (Grad-CAM)",
+        description="Add `explanation`, a heat map of where the image speaks for the label: a PNG in base64 of the network's size, to lay "
+        "over what the network saw. `explanation_method` names the method. Where there is no map, `explanation_problem` says why",
     )
 
 

@@ -18,7 +18,7 @@ from serve.challenge import SHADOWS, Challenge, Challenger
 from serve.cores import cores
 from serve.engine import Engine
 from serve.errors import NotReadyError, RequestError
-from serve.explain import png
+from serve.explain import Explanations
 from serve.lane import Lane
 from serve.limits import Limits, OverloadedError, Room
 from serve.metrics import Metrics
@@ -44,8 +44,11 @@ READERS = 2
 LARGE = 16.0
 """Megapixels of a request that is decoded on threads of its own kind, half as many as cores: ordinary photos do not wait for it."""
 
-DECODING, EXPLAINING = 0.01, 0.05
-"""Seconds that a megapixel, or a heat map, takes, until it was measured."""
+DECODING = 0.01
+"""Seconds that a megapixel takes, until it was measured."""
+
+EXPLAINED = 0.9
+"""The fraction of the deadline by which heat maps must be there, so that the answer leaves in time without them."""
 
 
 class Service:
@@ -84,7 +87,7 @@ class Service:
         self._decoders = Threads(cores(), "decode", pace=DECODING)
         self._large = Threads(max(1, cores() // 2), "decode-large", pace=DECODING)
         # Heat maps, and a shadow's pictures, keep nobody from being decoded.
-        self._painters = Threads(1, "explain", pace=EXPLAINING)
+        self._explanations = Explanations()
         self._aside = Threads(1, "aside", pace=DECODING)
         self._place: dict[str, Any] = {"decoders": self._decoders_of, "room": Room(limits), "metrics": metrics}
         self._sampling = sampling
@@ -154,8 +157,9 @@ class Service:
             if self._sampling:
                 await asyncio.to_thread(self._sampling.stop)
         self._readers.shutdown(wait=False, cancel_futures=True)
-        for threads in (self._decoders, self._large, self._painters, self._aside):
+        for threads in (self._decoders, self._large, self._aside):
             threads.close()
+        self._explanations.close()
 
     async def swap(self, engine: Engine) -> None:
         """Answer new requests with another engine, after its self-test; those that are under way end with the old one, which is kept for
@@ -251,7 +255,8 @@ class Service:
         self._check_pace(self._lane)  # again, as many bodies may have arrived at once
         try:
             async with asyncio.timeout(self._deadline):
-                known = await self._read(work)
+                due = asyncio.get_running_loop().time() + EXPLAINED * self._deadline
+                known = (await self._read(work))._replace(due=due)
                 if not work.explained:
                     return await self._predict(known)
                 with self._explaining(known.pictures.number):
@@ -283,8 +288,8 @@ class Service:
         if count > MOST_EXPLAINED:
             message = f"{count} images to explain in one request; at most {MOST_EXPLAINED}"
             raise RequestError(413, "too_many_images", message)
-        self._check_wait(self._painters.expected(count))
-        with self._painters.promised(count):
+        self._check_wait(self._explanations.expected(count))
+        with self._explanations.promised(count):
             yield
 
     async def _predict(self, known: Known) -> Answers:
@@ -293,7 +298,8 @@ class Service:
         if work.version is None and challenger and challenger.challenge.answers:
             try:
                 async with asyncio.timeout(CANARY * self._deadline):
-                    found = await self._on(challenger.lane, known)
+                    due = asyncio.get_running_loop().time() + EXPLAINED * CANARY * self._deadline
+                    found = await self._on(challenger.lane, known._replace(due=due))
             except RequestError:  # the client's mistake is the same for both
                 raise
             except Exception as err:  # whatever it is, the one that is trusted answers
@@ -327,7 +333,7 @@ class Service:
             if not work.explained:
                 return Answers(lane.engine.bundle, rows, seconds, cut=cuts(batch))
             began = time.monotonic()
-            maps = await self._painters.run(len(batch), partial(_explain, lane.engine, batch, rows))
+            maps = await self._explanations.of(lane.engine, batch, rows, known.due)
             return Answers(
                 lane.engine.bundle, rows, {**seconds, "explain": time.monotonic() - began}, maps, cuts(batch)
             )
@@ -377,11 +383,3 @@ class Service:
         self.metrics.challenged("failed", pictures)
         if not isinstance(err, (RequestError, OverloadedError, ClosedError, BatchError, TimeoutError)):
             logger.error("the challenger failed in a way of its own", exc_info=err)
-
-
-def _explain(engine: Engine, batch: np.ndarray, rows: np.ndarray) -> tuple[bytes | None, ...]:
-    if engine.tokens is not None:  # what speaks for an answer may stand in the text
-        return (None,) * len(batch)
-    explainer = engine.explainer
-    pairs = zip(batch, rows.argmax(axis=1).tolist(), strict=True)
-    return tuple(png(explainer.heat(image, label)) if explainer.available else None for image, label in pairs)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from models.answer import Explanation
 from models.bundle import Bundle
 from models.texts.tokens import trimmed
 from serve.engine import Engine
@@ -25,22 +26,23 @@ class Work(NamedTuple):
 
 
 class Known(NamedTuple):
-    """A request whose pictures were read, in so many seconds."""
+    """A request whose pictures were read, in so many seconds. due: the event loop's time by which its heat maps must be there."""
 
     work: Work
     pictures: Pictures
     seconds: float
+    due: float = float("inf")
 
 
 class Answers(NamedTuple):
     """bundle: that answered; probabilities: float32 N×C; seconds: of the stages `prepare` (threads to be free, reading, decoding,
-    resizing), `queue`, `compute` and `explain`; explanations: where they were asked for, of each picture a PNG of the network's size, or
-    None; cut: where texts are read, whether each was too long to be read whole."""
+    resizing), `queue`, `compute` and `explain`; explanations: where they were asked for, of each picture;
+    cut: where texts are read, whether each was too long to be read whole."""
 
     bundle: Bundle
     probabilities: np.ndarray
     seconds: dict[str, float]
-    explanations: tuple[bytes | None, ...] = ()
+    explanations: tuple[Explanation, ...] = ()
     cut: tuple[bool, ...] = ()
 
     @property

@@ -32,7 +32,7 @@ def test_both_clients_get_what_the_server_answers(bundle, serving, picture, tmp_
 
         with Client(url, key=KEY) as client:
             assert client.predict([str(tmp_path / "a.jpg")], top=2) == wanted.json()["predictions"]
-            assert "explanation" in client.predict([picture(1)], explain=True)[0]
+            assert client.predict([picture(4)], explain=True)[0]["explanation_method"] == "occlusion"
             with pytest.raises(ServerError, match="the image") as refused:
                 client.predict([b"no picture"])
             assert (refused.value.status, refused.value.code) == (400, "invalid_image")

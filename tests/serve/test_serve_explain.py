@@ -1,107 +1,121 @@
-"""Where a network looked, on networks whose reasons are known."""
+"""Heat maps of answers: fields, deadline, order, and the request that is cancelled."""
 
+import asyncio
 import base64
 import io
-from concurrent.futures import ThreadPoolExecutor
+import threading
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
-from models.classifier import Classifier
-from models.networks import build
+from augment.preprocess import Preprocess
+from models.occlusion import BATCH, PASSES
 from serve.app import create_app
-from serve.explain import Explainer, png
+from serve.engine import Engine
+from serve.explain import Explanations, png
 
 
-class RedOrBlue(nn.Module):
-    """Logits: how much red and how much blue there is; its last map is the two colours, halved in size, after an in-place ReLU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pick = nn.Conv2d(3, 2, 2, stride=2, bias=False)
-        self.relu = nn.ReLU(inplace=True)
-        with torch.no_grad():
-            self.pick.weight.zero_()
-            self.pick.weight[0, 0] = self.pick.weight[1, 2] = 1.0
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.relu(self.pick(images)).mean(dim=(2, 3))
+@pytest.fixture(scope="module")
+def image(bundle, picture) -> np.ndarray:
+    """The network's input, a part of which speaks for the label."""
+    return Preprocess.from_dict(bundle.info.preprocess)(picture(4))
 
 
-def picture() -> np.ndarray:
-    """Red above left, blue below right, black elsewhere."""
-    pixels = np.zeros((32, 32, 3), np.uint8)
-    pixels[2:10, 2:10, 0] = 255
-    pixels[20:30, 20:30, 2] = 255
-    return pixels
+@pytest.fixture(scope="module")
+def row(bundle, image) -> np.ndarray:
+    return Engine(bundle).predict(image[None])
 
 
-def test_the_heat_lies_where_the_label_is() -> None:
-    classifier = Classifier(RedOrBlue(), mean=(0.0,) * 3, std=(1.0,) * 3).eval()
-    explainer = Explainer(classifier, picture())
-    assert explainer.available
-    red, blue = (explainer.heat(picture(), label) for label in (0, 1))
-    assert red.shape == (32, 32) and red.max() == blue.max() == 1 and red.min() >= 0
-    assert red[3:9, 3:9].min() > 0.9 and red[12:].max() == 0
-    assert blue[21:29, 21:29].min() > 0.9 and blue[:18].max() == 0
-    assert not explainer.heat(np.zeros((32, 32, 3), np.uint8), 0).any(), "nothing speaks for it"
-    layer = np.asarray(Image.open(io.BytesIO(png(red))))
+class Counting(Engine):
+    """An engine that counts the images of its heat maps; each pass waits for `gate`."""
+
+    def __init__(self, bundle) -> None:
+        super().__init__(bundle)
+        self.passed, self.gate, self.began = 0, threading.Event(), threading.Event()
+        self.gate.set()
+        forward = self._forward
+
+        def counted(images: torch.Tensor) -> torch.Tensor:
+            if threading.current_thread().name.startswith("explain"):
+                self.began.set()
+                assert self.gate.wait(20)
+                self.passed += len(images)
+            return forward(images)
+
+        self._forward = counted
+
+
+def test_the_drawing_is_red_where_it_is_hot_and_transparent_elsewhere() -> None:
+    heat = np.zeros((32, 32), np.float32)
+    heat[4:8, 4:8] = 1
+    layer = np.asarray(Image.open(io.BytesIO(png(heat))))
     assert layer.shape == (32, 32, 4) and layer[5, 5, 3] > 150 and layer[25, 25, 3] == 0
-    assert layer[5, 5, 0] > layer[5, 5, 2], "hot is red"
+    assert layer[5, 5, 0] > layer[5, 5, 2]
 
 
-@pytest.mark.parametrize("name", ["lenet5", "resnet20", "fastnet", "torchvision/mobilenet_v3_small"])
-def test_networks_can_be_explained_while_they_answer(name: str) -> None:
-    torch.manual_seed(0)
-    classifier = Classifier(build(name, 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
-    explainer, images = Explainer(classifier, picture()), torch.rand(4, 3, 32, 32) * 255
-    with torch.inference_mode():
-        alone = classifier(images)
-    heat = explainer.heat(picture(), 1)
-
-    def answer(_: int) -> bool:
-        with torch.inference_mode():
-            return torch.allclose(classifier(images), alone, atol=1e-5)
-
-    with ThreadPoolExecutor(2) as pool:
-        answers, heats = pool.map(answer, range(20)), pool.map(lambda _: explainer.heat(picture(), 1), range(20))
-        assert all(answers) and all(np.allclose(again, heat, atol=1e-4) for again in heats)
-    assert not any(parameter.grad is not None for parameter in classifier.parameters())
-
-
-def test_the_layer_is_found_while_others_ask() -> None:
-    """Another thread's forward pass ends, in the middle of ours, in the layer before ours."""
-
-    class Asked(RedOrBlue):
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            found = super().forward(images)
-            if not self.asked:
-                self.asked = True
-                with ThreadPoolExecutor(1) as pool:
-                    pool.submit(lambda: self.pick(torch.zeros(1, 3, 32, 32))).result()
-            return found
-
-    network = Asked()
-    network.asked = False
-    explainer = Explainer(Classifier(network, mean=(0.0,) * 3, std=(1.0,) * 3).eval(), picture())
-    assert explainer._layer is network.relu
-
-
-def test_a_network_without_places_has_no_explanation() -> None:
-    classifier = Classifier(build("mlp", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
-    assert not Explainer(classifier, picture()).available
-
-
-def test_the_answer_carries_a_picture_of_the_networks_size(bundle, serving) -> None:
-    data = io.BytesIO()
-    Image.fromarray(picture()).save(data, "PNG")
+def test_the_answer_carries_an_image_of_the_networks_size_and_the_method(bundle, serving, picture) -> None:
     with serving(create_app(bundle)) as client:
-        answer = client.post("/v1/predict?explain=true", content=data.getvalue())
+        answer = client.post("/v1/predict?explain=true", content=picture(4))
         (found,) = answer.json()["predictions"]
         assert Image.open(io.BytesIO(base64.b64decode(found["explanation"]))).size == (32, 32)
+        assert found["explanation_method"] == "occlusion" and "explanation_problem" not in found
         assert "explain;dur=" in answer.headers["server-timing"]
-        plain = client.post("/v1/predict", content=data.getvalue()).json()["predictions"][0]
-        assert "explanation" not in plain and plain["top"] == found["top"]
+        plain = client.post("/v1/predict", content=picture(4)).json()["predictions"][0]
+        assert not any(key.startswith("explanation") for key in plain) and plain["top"] == found["top"]
+
+
+def test_an_image_without_evidence_has_no_heat_map(bundle, serving) -> None:
+    """Each window of a grey image is covered with the same grey."""
+    data = io.BytesIO()
+    Image.new("RGB", (32, 32), (90, 90, 90)).save(data, "PNG")
+    with serving(create_app(bundle)) as client:
+        (found,) = client.post("/v1/predict?explain=true", content=data.getvalue()).json()["predictions"]
+        assert found["explanation_problem"]["code"] == "no_evidence" and "explanation" not in found
+
+
+def test_a_map_that_would_come_too_late_is_given_up_after_one_step(bundle, image, row) -> None:
+    async def story() -> None:
+        engine, explanations = Counting(bundle), Explanations()
+        due = asyncio.get_running_loop().time() + 1e-9
+        late = await explanations.of(engine, image[None], row, due)
+        (in_time,) = await explanations.of(engine, image[None], row, float("inf"))
+        explanations.close()
+        assert late[0].code == "deadline_exceeded" and late[0].png is None
+        assert in_time.png is not None and engine.passed <= BATCH + PASSES
+
+    asyncio.run(story())
+
+
+def test_a_request_that_waits_for_its_turn_gives_up_at_its_deadline(bundle, image, row) -> None:
+    async def story() -> None:
+        engine, explanations = Counting(bundle), Explanations()
+        engine.gate.clear()
+        first = asyncio.create_task(explanations.of(engine, image[None], row, float("inf")))
+        await asyncio.to_thread(engine.began.wait, 20)
+        due = asyncio.get_running_loop().time() + 0.01
+        second = await explanations.of(engine, np.stack([image] * 2), row.repeat(2, axis=0), due)
+        assert [one.code for one in second] == ["deadline_exceeded"] * 2
+        engine.gate.set()
+        assert (await first)[0].png is not None
+        explanations.close()
+
+    asyncio.run(story())
+
+
+def test_a_cancelled_request_ends_after_the_step_that_runs(bundle, image, row) -> None:
+    async def story() -> None:
+        engine, explanations = Counting(bundle), Explanations()
+        engine.gate.clear()
+        gone = asyncio.create_task(explanations.of(engine, image[None], row, float("inf")))
+        await asyncio.to_thread(engine.began.wait, 20)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        engine.gate.set()
+        (after,) = await explanations.of(engine, image[None], row, float("inf"))  # the thread is free again
+        explanations.close()
+        assert after.png is not None and engine.passed == BATCH + PASSES
+
+    asyncio.run(story())

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.occlusion import Occlusion
 from serve import v2
 from serve.app import create_app
 from serve.engine import Engine
-from serve.explain import Explainer
 from serve.limits import OverloadedError
 from serve.prepare import Pictures
 from serve.service import LARGE, READERS, Service
@@ -117,8 +117,14 @@ def test_large_requests_leave_threads_to_the_others(bundle, served) -> None:
 def test_heat_maps_that_could_not_be_drawn_in_time_are_refused_before_anything_is_decoded(
     bundle, serving, picture, monkeypatch
 ) -> None:
-    heat = Explainer.heat
-    monkeypatch.setattr(Explainer, "heat", lambda *given: time.sleep(0.2) or heat(*given))
+    steps = Occlusion.steps
+
+    def slow(*given):
+        for step in steps(*given):
+            time.sleep(0.03)
+            yield step
+
+    monkeypatch.setattr(Occlusion, "steps", slow)
     with serving(create_app(bundle, deadline_s=5)) as client, ThreadPoolExecutor(30) as pool:
         assert client.post("/v1/predict?explain=true", content=picture(1)).status_code == 200
         for _ in range(4):

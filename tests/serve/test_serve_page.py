@@ -55,6 +55,7 @@ def test_a_picture_is_answered_as_over_http_with_its_heat_map(browser, bundle, s
         shown = [re.sub(r"\s+", " ", item.inner_text()) for item in page.query_selector_all("#answer .name")]
         assert shown == [f"{row['label']} {100 * row['confidence']:.1f} %" for row in wanted]
         assert page.is_visible("#heat") and page.evaluate("document.getElementById('heat').naturalWidth") == 32
+        assert "Heat map: occlusion" in page.inner_text("#answer")
         # The network sees the centre of 0.875 of the shorter side.
         picture, heat = (page.query_selector(name).bounding_box() for name in ("#picture", "#heat"))
         side = 0.875 * min(picture["width"], picture["height"])
