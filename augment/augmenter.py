@@ -1,6 +1,7 @@
-"""`Augmenter`: a policy and a seed, applied to pictures."""
+"""`Augmenter`: a policy and a seed, applied to images, masks and boxes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from operator import index as index_of
 from typing import TYPE_CHECKING
@@ -9,12 +10,14 @@ import cv2
 import numpy as np
 
 from augment import cpu, encoded
-from augment.decode import ImageError, image_size
 from augment.fuse import fuse
+from augment.inputs import ImageInput, input_size, read_image
 from augment.ops.op import pixels
 from augment.ops.text import run as run_text
+from augment.output import Numbers, OutputFormat
 from augment.plan import Plan, Step
 from augment.policy import Policy, PolicySpec, load_policy
+from augment.targets import move_boxes, move_mask
 
 if TYPE_CHECKING:
     import torch
@@ -25,20 +28,33 @@ _ATTEMPTS = 1000
 class Augmenter:
     """Draw a plan for a sample and apply it.
 
-    The result is a pure function of (policy, seed, epoch, index, picture): the same in any process, thread, order or batch.
+    The result is a pure function of (policy, seed, epoch, index, image): the same in any process, thread, order or batch.
     """
 
     def __init__(
-        self, policy: Policy | PolicySpec, seed: int = 0, *, size: int | tuple[int, int] | None = None
+        self,
+        policy: Policy | PolicySpec,
+        seed: int = 0,
+        *,
+        size: int | tuple[int, int] | None = None,
+        output: str = "uint8",
+        channels: int = 3,
+        mean: Numbers | None = None,
+        std: Numbers | None = None,
     ) -> None:
         """policy: see `load_policy`. size: pixels, (height, width) or one side of a square, that every result shall have; None leaves
-        it to the policy. ValueError (PolicyError) for a policy that cannot be read."""
+        it to the policy. ValueError (PolicyError) for a policy that cannot be read.
+
+        output: the form of the result: `uint8` (H×W×3), `uint8_chw` (3×H×W), or `float32` (3×H×W, normalised: (x / 255 − mean) / std).
+        channels: 1 gives luma in place of RGB. mean, std: for `float32`, of each channel in 0…1; None takes ImageNet's.
+        """
         self.policy = load_policy(policy)
         try:
             self.seed = index_of(seed)
         except TypeError as error:
             raise ValueError(f"seed: {seed!r} is not a whole number") from error
         self.size = None if size is None else pixels("size", size)
+        self.output = OutputFormat(output, channels, mean, std)
 
     @property
     def mixes(self) -> bool:
@@ -55,24 +71,31 @@ class Augmenter:
         augmenter of another library fails on it."""
         return run_text(self.policy.draw_text(seed=self.seed, epoch=epoch, index=index, repeat=repeat), text)
 
-    def __call__(self, image: bytes | np.ndarray, *, epoch: int, index: int, repeat: int = 0) -> np.ndarray:
-        """The augmented picture, uint8 H×W×3. image: encoded bytes or a uint8 H×W×3 array, which is not changed. ImageError as `decode`.
+    def __call__(
+        self, image: ImageInput, *, epoch: int, index: int, repeat: int = 0, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """The augmented image in the form of `output`, by default uint8 H×W×3. The input is not changed. ImageError as `decode`.
 
+        image: encoded bytes, a Pillow image, or a uint8 array H×W×3; grey (H×W, H×W×1) and RGBA (H×W×4) are converted as by `decode`.
         repeat: which of the sample's draws in this epoch, for repeated augmentation (Hoffer et al. 2020, arXiv:1901.09335).
+        out: an array to write the result into, such as `batch[i]`.
         """
-        size = _size_of(image)
-        return _applied(self.draw(size, epoch=epoch, index=index, repeat=repeat), image, size)
+        data = read_image(image)
+        size = input_size(data)
+        return self.output(_applied(self.draw(size, epoch=epoch, index=index, repeat=repeat), data, size), out)
 
     def draw(self, size: tuple[int, int], *, epoch: int, index: int, repeat: int = 0) -> Plan:
         """The plan for the sample `index` in `epoch`, a picture of `size` (height, width). repeat: as for a call."""
         return self.policy.draw(size, seed=self.seed, epoch=epoch, index=index, to=self.size, repeat=repeat)
 
-    def views(self, image: bytes | np.ndarray, *, epoch: int, index: int, repeat: int = 0) -> np.ndarray:
-        """Three views of one picture for a consistency loss, uint8 3×H×W×3: without the policy's AugMix, and with two draws of it.
+    def views(self, image: ImageInput, *, epoch: int, index: int, repeat: int = 0) -> np.ndarray:
+        """Three views of one image for a consistency loss, stacked, uint8 3×H×W×3 by default.
 
-        All other ops are drawn once and are the same in the three. Source: Hendrycks et al. 2020, arXiv:1912.02781, section 3.
+        The first is without the policy's AugMix, the others are with two draws of it. All other ops are drawn once and are the same in the
+        three. Source: Hendrycks et al. 2020, arXiv:1912.02781, section 3.
         """
-        size = _size_of(image)
+        data = read_image(image)
+        size = input_size(data)
         plan = self.draw(size, epoch=epoch, index=index, repeat=repeat)
         count = sum(step.op == "AugMix" for step in plan.steps)
         again: list[Step] = []
@@ -84,27 +107,36 @@ class Augmenter:
         drawn = iter(again)
         clean = tuple(step for step in plan.steps if step.op != "AugMix")
         second = tuple(next(drawn, step) if step.op == "AugMix" else step for step in plan.steps)
-        return np.stack([_applied(replace(plan, steps=own), image, size) for own in (clean, plan.steps, second)])
+        plans = (replace(plan, steps=own) for own in (clean, plan.steps, second))
+        return np.stack([self.output(_applied(own, data, size)) for own in plans])
 
-    def apply(self, plan: Plan, image: bytes | np.ndarray) -> np.ndarray:
-        """Apply a plan to the picture it was drawn for. ValueError if the picture has another size.
+    def apply(self, plan: Plan, image: ImageInput, *, out: np.ndarray | None = None) -> np.ndarray:
+        """Apply a plan to the image it was drawn for. ValueError if the image has another size. image, out: as for a call.
 
         From JPEG bytes only the part that the plan reads is decoded, at the smallest of the scales 1, 1/2, 1/4 and 1/8 that feeds
         it: at the full scale the result is that of the decoded array within one grey level, at another single values may differ by 20
         where there is fine detail, the mean by less than one on photos. ValueError too for a plan whose numbers do not fit its
         ops. Steps that mix a batch are not applied: see `mix`.
         """
-        size = _size_of(image)
+        data = read_image(image)
+        size = input_size(data)
         if size != plan.size:
             raise ValueError(
-                f"the plan was drawn for {plan.size[0]}×{plan.size[1]} pixels, the picture has {size[0]}×{size[1]}"
+                f"the plan was drawn for {plan.size[0]}×{plan.size[1]} pixels, the image has {size[0]}×{size[1]}"
             )
-        try:
-            return _applied(plan, image, size)
-        except (LookupError, TypeError, ArithmeticError, RecursionError, MemoryError, cv2.error) as error:
-            raise ValueError(
-                f"the plan cannot be applied, its numbers do not fit its ops ({error!r}): {plan.to_json()[:200]}"
-            ) from error
+        with _fitting(plan):
+            result = _applied(plan, data, size)
+        return self.output(result, out)
+
+    def apply_mask(self, plan: Plan, mask: np.ndarray, *, fill: int = 0) -> np.ndarray:
+        """Apply a plan's geometric part to the mask of its image: see `augment.targets.move_mask`."""
+        with _fitting(plan):
+            return move_mask(plan, mask, fill=fill)
+
+    def apply_boxes(self, plan: Plan, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Apply a plan's geometric part to the boxes of its image: see `augment.targets.move_boxes`."""
+        with _fitting(plan):
+            return move_boxes(plan, boxes)
 
     def mix(
         self,
@@ -143,14 +175,12 @@ def _applied(plan: Plan, image: bytes | np.ndarray, size: tuple[int, int]) -> np
     return cpu.run(passes, image) if isinstance(image, np.ndarray) else encoded.run(passes, image, size)
 
 
-def _size_of(image: bytes | np.ndarray) -> tuple[int, int]:
-    if isinstance(image, bytes):
-        return image_size(image)
-    if not isinstance(image, np.ndarray):
-        raise ImageError(
-            f"expected encoded bytes or a uint8 array H×W×3, got {type(image).__name__}; np.asarray(image.convert('RGB')) is that of a "
-            "Pillow image, bytes(data) that of a buffer"
-        )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ImageError(f"expected a uint8 array H×W×3, got {image.dtype} {'×'.join(map(str, image.shape))}")
-    return image.shape[0], image.shape[1]
+@contextmanager
+def _fitting(plan: Plan) -> Iterator[None]:
+    """Turn what a plan raises whose numbers do not fit its ops into a ValueError that shows it."""
+    try:
+        yield
+    except (LookupError, TypeError, ArithmeticError, RecursionError, MemoryError, cv2.error) as error:
+        raise ValueError(
+            f"the plan cannot be applied, its numbers do not fit its ops ({error!r}): {plan.to_json()[:200]}"
+        ) from error

@@ -174,13 +174,24 @@ def _open(data: bytes) -> "Image.Image":
 
 def _decode_with_pillow(data: bytes) -> np.ndarray:
     with _open(data) as image:
-        orientation = _orientation_of(image)
         try:
             image.seek(0)
-            image.load()
-        except Exception as error:  # as above
+        except Exception as error:  # as in `_open`
             raise ImageError(f"damaged or truncated {image.format}") from error
-        pixels = _to_rgb(image)
+        return from_pillow(image)
+
+
+def from_pillow(image: "Image.Image") -> np.ndarray:
+    """The image as `decode` gives it from its file: uint8 H×W×3 RGB, EXIF orientation applied, transparency over white.
+
+    ImageError for a file, opened lazily, that is damaged, and for 32-bit floating-point pixels.
+    """
+    orientation = _orientation_of(image)
+    try:
+        image.load()
+    except Exception as error:  # as in `_open`
+        raise ImageError(f"damaged or truncated {image.format or 'image'}") from error
+    pixels = _to_rgb(image)
     transposed, rows, columns = _TURNS[orientation]
     pixels = pixels.transpose(1, 0, 2) if transposed else pixels
     return np.ascontiguousarray(pixels[:: -1 if rows else 1, :: -1 if columns else 1])
@@ -196,7 +207,7 @@ def _to_rgb(image: "Image.Image") -> np.ndarray:
     ):  # one channel of 16 bit; Pillow clips these to white where it is asked to convert them
         grey = (np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8)
         return cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return np.array(image.convert("RGB"))

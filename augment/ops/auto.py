@@ -372,6 +372,12 @@ class AugMix(PixelOp):
             total += np.float32((1 - args["share"]) * weight) * result
         return np.clip(np.rint(total), 0, 255).astype(np.uint8)
 
+    @staticmethod
+    def moves_pixels(args: Args) -> bool:
+        from augment.ops import OPS
+
+        return any(OPS[step["op"]].kind == "geometric" for chain in args["chains"] for step in chain)
+
 
 # Without the ops that the corruptions of robustness tests are made of, as the paper.
 _MIX = (

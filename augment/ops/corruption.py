@@ -291,6 +291,10 @@ class Corruption(PixelOp):
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
         return corrupt(image, args["name"], args["severity"], seed=args["seed"])
 
+    @staticmethod
+    def moves_pixels(args: Args) -> bool:
+        return args["name"] == "elastic_transform"
+
 
 def corrupt(image: np.ndarray, name: str, severity: int, *, seed: int) -> np.ndarray:
     """A new uint8 H×W×3 array. name: of `CORRUPTIONS`; severity: 1…5; the same seed gives the same pixels. ValueError for others."""

@@ -80,6 +80,13 @@ class Guest(PixelOp):
             )
         return result
 
+    @staticmethod
+    def moves_pixels(args: Args) -> bool:
+        kind = _find(args["transform"])
+        if args["transform"].startswith("albumentations."):
+            return not issubclass(kind, _albumentations()[0].ImageOnlyTransform)
+        return kind.__module__.rpartition(".")[2] not in _STILL
+
 
 @cache
 def _try(transform: str, parameters: str) -> None:
@@ -90,6 +97,12 @@ def _try(transform: str, parameters: str) -> None:
 
 
 _TRIALS = 16
+
+_STILL = (
+    "_augment", "_color", "_misc",  # of torchvision
+    "arithmetic", "artistic", "blur", "color", "contrast", "convolutional", "edges", "weather",  # of imgaug
+)  # fmt: skip
+"""Modules of other libraries whose transforms leave every pixel in its place."""
 
 
 def guest(name: str, parameters: Mapping[str, Any]) -> Guest:

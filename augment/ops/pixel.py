@@ -24,6 +24,11 @@ class PixelOp(Op):
         """A new uint8 H×W×3 array; `image` is not changed."""
         raise NotImplementedError
 
+    @staticmethod
+    def moves_pixels(args: Args) -> bool:
+        """Whether the drawn op moves pixels in a way that masks and boxes cannot follow."""
+        return False
+
     @classmethod
     def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
         """A new uint8 N×3×H×W tensor, sample i with args[i]; `images` is not changed. This one goes through the CPU, picture by picture."""

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+from augment import SampleKey
+from augment.epochs import epoch_order
 from augment.random import generator
 
 
-class TrainOrder(Sampler[tuple[int, int, int]]):
+class TrainOrder(Sampler[SampleKey]):
     """(epoch, index, repeat) in the epoch's own order.
 
     repeats: draws of each sample beside each other; an epoch keeps its length and so takes 1/repeats of the samples (repeated
@@ -47,15 +49,17 @@ class TrainOrder(Sampler[tuple[int, int, int]]):
     def __len__(self) -> int:
         return -(-self.count // self.processes)
 
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        rng = generator(self.seed, self.epoch, 0, "order")
-        order = rng.permutation(self.count) if self.classes is None else self._balanced(rng)
+    def __iter__(self) -> Iterator[SampleKey]:
+        if self.classes is None:
+            order = epoch_order(self.count, seed=self.seed, epoch=self.epoch)
+        else:
+            order = self._balanced(generator(self.seed, self.epoch, 0, "order"))
         places = order.tolist()
         draws = (self.repeats * _earlier(order)).tolist()
         start = self._resumed[1] if self.epoch == self._resumed[0] else 0
         own = (k * self.processes + self.rank for k in range(start, len(self)))
         return (
-            (self.epoch, places[k // self.repeats], draws[k // self.repeats] + k % self.repeats)
+            SampleKey(self.epoch, places[k // self.repeats], draws[k // self.repeats] + k % self.repeats)
             for k in (k % self.count for k in own)
         )
 

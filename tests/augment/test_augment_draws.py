@@ -107,7 +107,7 @@ def test_plan_reader_refuses_or_reads_anything(text: str) -> None:
 def test_plan_for_another_size_is_refused() -> None:
     augmenter = Augmenter("imagenet")
     plan = augmenter.draw((60, 81), epoch=0, index=0)
-    with pytest.raises(ValueError, match="drawn for 60×81 pixels, the picture has 60×80"):
+    with pytest.raises(ValueError, match="drawn for 60×81 pixels, the image has 60×80"):
         augmenter.apply(plan, PHOTO)
 
 
@@ -149,7 +149,7 @@ def test_a_plan_whose_numbers_do_not_fit_is_refused(step: dict) -> None:
 
 @pytest.mark.parametrize("image", ["photo.jpg", None, bytearray(b"x")])
 def test_what_is_neither_bytes_nor_an_array_is_refused(image) -> None:
-    with pytest.raises(ImageError, match="expected encoded bytes or a uint8 array"):
+    with pytest.raises(ImageError, match="expected encoded bytes, a Pillow image, or a uint8 array"):
         Augmenter("none")(image, epoch=0, index=0)
 
 

@@ -1,0 +1,58 @@
+"""The images that an `Augmenter` accepts, converted to what the executors take: encoded bytes or uint8 H×W×3 RGB."""
+
+import sys
+from typing import TYPE_CHECKING, TypeAlias
+
+import cv2
+import numpy as np
+
+from augment.decode import ImageError, from_pillow, image_size
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ImageInput: TypeAlias = "bytes | np.ndarray | Image"
+
+_ACCEPTED = "encoded bytes, a Pillow image, or a uint8 array H×W or H×W×1 (grey), H×W×3 (RGB) or H×W×4 (RGBA)"
+
+
+def read_image(image: ImageInput) -> bytes | np.ndarray:
+    """Encoded bytes as they are; every other accepted image as a uint8 H×W×3 array, an RGB array itself.
+
+    Grey is repeated for the three channels and transparency is laid over white, as `augment.decode` does; of a Pillow image the
+    EXIF orientation is applied. ImageError names what is accepted.
+    """
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, np.ndarray):
+        pillow = sys.modules.get("PIL.Image")  # a Pillow image exists only where Pillow is imported
+        if pillow is not None and isinstance(image, pillow.Image):
+            return from_pillow(image)
+        hint = "read a file by Path(path).read_bytes()" if isinstance(image, str) else "convert a buffer by bytes(data)"
+        raise ImageError(f"expected {_ACCEPTED}, got {type(image).__name__}; {hint}")
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
+        raise _refused(image)
+    channels = image.shape[2] if image.ndim == 3 else 1
+    if channels == 3:
+        return image
+    if channels == 1:
+        return cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_GRAY2RGB)
+    if channels == 4:
+        from PIL import Image
+
+        return from_pillow(Image.fromarray(np.ascontiguousarray(image), "RGBA"))
+    raise _refused(image)
+
+
+def input_size(image: bytes | np.ndarray) -> tuple[int, int]:
+    """(height, width) in pixels of what `read_image` gave; of encoded bytes from their header. ImageError as `decode`."""
+    return image_size(image) if isinstance(image, bytes) else (image.shape[0], image.shape[1])
+
+
+def _refused(image: np.ndarray) -> ImageError:
+    hint = ""
+    if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[2] not in (1, 3, 4):
+        hint = "; channels come last: image.transpose(1, 2, 0)"
+    elif image.dtype != np.uint8:
+        hint = "; scale to 0…255 and convert by image.astype(np.uint8)"
+    return ImageError(f"expected {_ACCEPTED}, got {image.dtype} {'×'.join(map(str, image.shape))}{hint}")

@@ -1,0 +1,204 @@
+"""Masks and boxes follow their image through a plan."""
+
+from typing import Any
+
+import albumentations
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as tv
+
+from augment import Augmenter, Plan, Step
+from augment.ops import OPS
+
+HEIGHT, WIDTH = 60, 84
+MASK = np.random.default_rng(0).integers(0, 5, (HEIGHT, WIDTH), dtype=np.uint8)
+GEOMETRIC: list[dict[str, dict[str, Any]]] = [
+    {"Rotate": {"degrees": [20, 160]}},
+    {"Rotate": {"degrees": 45, "border": "reflect"}},
+    {"Affine": {"degrees": 30, "translate": 0.2, "scale": [0.6, 1.6], "shear": 20, "border": "edge"}},
+    {"Shear": {"x": 25, "y": 10}},
+    {"Perspective": {"distortion": 0.5}},
+    {"RandomResizedCrop": {"size": [50, 70], "scale": [0.3, 1.0]}},
+    {"RandomCrop": {"size": [80, 40]}},
+    {"PadAndCrop": {"padding": 9, "border": "reflect"}},
+    {"Rot90": {"turns": 1}},
+    {"Rot90": {"turns": 3}},
+    {"Transpose": {}},
+    {"RandomScale": {"scale": [1.5, 2.5]}},
+    {"ElasticDeform": {"alpha": 3.0}},
+    {"GridDistortion": {}},
+]
+
+
+def certain(entry: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {**parameters, "p": 1.0} for name, parameters in entry.items()}
+
+
+def plan_of(*entries: Any, epoch: int = 0, exact: bool = False, size: tuple[int, int] = (HEIGHT, WIDTH)) -> Plan:
+    policy = {"exact": exact, "ops": [certain(entry) if isinstance(entry, dict) else entry for entry in entries]}
+    return Augmenter(policy, seed=1).draw(size, epoch=epoch, index=0)
+
+
+NONE = Augmenter("none")
+
+
+def test_flips_turns_and_crops_are_exact_as_numpys() -> None:
+    flipped = Plan((HEIGHT, WIDTH), (Step("HorizontalFlip"), Step("VerticalFlip")))
+    np.testing.assert_array_equal(NONE.apply_mask(flipped, MASK), MASK[::-1, ::-1])
+    turned = Plan((HEIGHT, WIDTH), (Step("Rot90", {"turns": 1}),))
+    np.testing.assert_array_equal(NONE.apply_mask(turned, MASK), np.rot90(MASK))
+    box = Plan((HEIGHT, WIDTH), (Step("RandomCrop", {"box": [10, -5, 30, 40], "size": [30, 40]}),))
+    expected = np.full((30, 40), 255, np.uint8)
+    expected[:, 5:] = MASK[10:40, :35]
+    np.testing.assert_array_equal(NONE.apply_mask(box, MASK, fill=255), expected)
+
+
+def test_masks_and_boxes_agree_with_torchvision_and_albumentations() -> None:
+    crop = Plan(
+        (HEIGHT, WIDTH), (Step("HorizontalFlip"), Step("RandomCrop", {"box": [7, 9, 40, 50], "size": [40, 50]}))
+    )
+    boxes = np.array([[20.0, 20, 20, 30], [0, 0, 12, 30]])
+    theirs = tv.crop(tv.horizontal_flip(tv_tensors.Mask(torch.from_numpy(MASK))), 7, 9, 40, 50)
+    np.testing.assert_array_equal(NONE.apply_mask(crop, MASK), theirs.numpy())
+    transform = albumentations.Compose([albumentations.HorizontalFlip(p=1), albumentations.Crop(9, 7, 59, 47)])
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    np.testing.assert_array_equal(NONE.apply_mask(crop, MASK), transform(image=image, mask=MASK)["mask"])
+    xyxy = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 1] + boxes[:, 3], boxes[:, 0] + boxes[:, 2]], 1)
+    moved = tv_tensors.BoundingBoxes(torch.from_numpy(xyxy), format="XYXY", canvas_size=(HEIGHT, WIDTH))
+    left, top, right, bottom = tv.crop(tv.horizontal_flip(moved), 7, 9, 40, 50).numpy().T
+    np.testing.assert_allclose(NONE.apply_boxes(crop, boxes)[0], np.stack([top, left, bottom - top, right - left], 1))
+
+    turn = Plan((64, 64), (Step("Rotate", {"angle": 30.0}),))
+    square = np.zeros((64, 64), np.uint8)
+    square[20:40, 10:50] = 1
+    theirs = tv.rotate(tv_tensors.Mask(torch.from_numpy(square)), 30.0)
+    assert (NONE.apply_mask(turn, square) != theirs.numpy()).mean() < 0.01  # theirs rounds pixel centres in float32
+
+
+@pytest.mark.parametrize("entry", GEOMETRIC, ids=str)
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_mask_of_an_images_own_colours_follows_the_image(entry, exact: bool) -> None:
+    """Away from the regions' edges, where the image blends two colours."""
+    mask = np.add.outer(np.arange(HEIGHT) // 15, np.arange(WIDTH) // 21).astype(np.int32) % 3 + 1
+    colours = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
+    for epoch in range(3):
+        plan = plan_of(entry, {"HorizontalFlip": {}}, epoch=epoch, exact=exact)
+        moved = NONE.apply_mask(plan, mask)
+        shown = NONE.apply(plan, colours[mask])
+        assert moved.dtype == np.int32 and moved.shape == shown.shape[:2]
+        pure = (shown == 255).sum(-1) + (shown == 0).sum(-1) == 3
+        assert pure.mean() > 0.6
+        assert (colours[moved[pure]] != shown[pure]).any(-1).mean() < 0.002
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(GEOMETRIC),
+    st.sampled_from(GEOMETRIC),
+    st.integers(0, 1000),
+    st.tuples(st.integers(0, 40), st.integers(0, 60), st.integers(8, 20), st.integers(8, 24)),
+)
+def test_a_moved_box_encloses_the_moved_rectangle_tightly(first, second, epoch: int, box) -> None:
+    top, left, height, width = box
+    if any(entry.get("border") == "reflect" for op in (first, second) for entry in op.values()):
+        first = second = {"Transpose": {}}  # mirrored copies of the rectangle have no box
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[top : top + height, left : left + width] = True
+    plan = plan_of(first, second, epoch=epoch)
+    if any(step.args.get("border") in ("reflect", "edge") for step in plan.steps):
+        return
+    moved = NONE.apply_mask(plan, mask)
+    (result,), (visible,) = NONE.apply_boxes(plan, [box])
+    rows, columns = np.flatnonzero(moved.any(1)), np.flatnonzero(moved.any(0))
+    if not rows.size:
+        assert visible < 0.1
+        return
+    edges = np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1])
+    found = np.array([result[0], result[1], result[0] + result[2], result[1] + result[3]])
+    outwards = np.array([1, 1, -1, -1]) * (edges - found)
+    assert visible > 0 and (outwards > -0.51).all(), "a centre inside the box lies half a pixel inside its own edges"
+    deforms = any(OPS[step.op].kind == "pixel" for step in plan.steps)
+    assert deforms or (outwards < 4).all(), "the sharp corner of a thin part may show no pixel's centre"
+
+
+def test_the_visible_fraction_is_that_of_the_area() -> None:
+    crop = Plan((100, 100), (Step("RandomCrop", {"box": [0, 0, 50, 50], "size": [50, 50]}),))
+    boxes, visible = NONE.apply_boxes(crop, [[40, 0, 20, 20], [60, 60, 10, 10], [0, -10, 10, 20], [5, 5, 0, 5]])
+    np.testing.assert_allclose(visible, [0.5, 0, 1, 0])
+    np.testing.assert_allclose(boxes, [[40, 0, 10, 20], [0, 0, 0, 0], [0, 0, 10, 10], [0, 0, 0, 0]])
+    assert boxes.dtype == visible.dtype == np.float32
+    empty, none = NONE.apply_boxes(crop, np.empty((0, 4)))
+    assert empty.shape == (0, 4) and none.shape == (0,)
+    turn = Plan((100, 100), (Step("Rotate", {"angle": 45.0}),))
+    _, (visible,) = NONE.apply_boxes(turn, [[0, 0, 100, 100]])
+    assert visible == pytest.approx(2 * np.sqrt(2) - 2, abs=1e-6), (
+        "the square and its copy turned by 45° share an octagon"
+    )
+
+
+def test_inputs_are_left_alone_and_results_are_new() -> None:
+    before = MASK.copy()
+    same = NONE.apply_mask(Plan((HEIGHT, WIDTH), ()), MASK)
+    assert not np.shares_memory(same, MASK)
+    np.testing.assert_array_equal(same, before)
+    NONE.apply_mask(plan_of({"Rotate": {"degrees": [20, 30]}}), MASK, fill=9)
+    np.testing.assert_array_equal(MASK, before)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.int64, np.float32, np.uint16])
+def test_any_dtype_and_further_axes(dtype) -> None:
+    mask = np.stack([MASK, MASK + 1], -1).astype(dtype)
+    plan = plan_of({"Rotate": {"degrees": [20, 30]}}, {"Resize": {"size": [30, 31]}})
+    moved = NONE.apply_mask(plan, mask, fill=1)
+    assert moved.shape == (30, 31, 2) and moved.dtype == dtype
+    np.testing.assert_array_equal(moved[..., 0], NONE.apply_mask(plan, MASK.astype(dtype), fill=1))
+
+
+def test_what_recolours_or_erases_leaves_masks_and_boxes() -> None:
+    plan = plan_of(
+        {"ColorJitter": {"brightness": 0.4}},
+        {"RandomErasing": {}},
+        {"GaussianNoise": {}},
+        {"albumentations.RandomFog": {}},
+    )
+    assert len(plan.steps) == 4
+    np.testing.assert_array_equal(NONE.apply_mask(plan, MASK), MASK)
+    np.testing.assert_array_equal(NONE.apply_boxes(plan, [[1, 2, 3, 4]])[0], [[1, 2, 3, 4]])
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        ({"AugMix": {"severity": 10, "depth": 3}}, "AugMix"),
+        ({"Corruption": {"names": "elastic_transform"}}, "elastic_transform"),
+        ({"albumentations.GridDistortion": {}}, "albumentations.GridDistortion"),
+        ({"torchvision.RandomRotation": {"degrees": 20}}, "torchvision.RandomRotation"),
+        ({"imgaug.Affine": {"rotate": 20}}, "imgaug.Affine"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_by_name(entry, name: str) -> None:
+    plan = plan_of(entry)
+    for apply in (lambda: NONE.apply_mask(plan, MASK), lambda: NONE.apply_boxes(plan, [[0, 0, 5, 5]])):
+        with pytest.raises(
+            ValueError, match=f"masks and boxes cannot follow {name}, which moves pixels in its own way"
+        ):
+            apply()
+
+
+def test_mistakes_are_named() -> None:
+    plan = plan_of({"Rotate": {}})
+    with pytest.raises(ValueError, match="mask: the plan was drawn for 60×84 pixels, the mask has 84×60"):
+        NONE.apply_mask(plan, MASK.T)
+    with pytest.raises(ValueError, match="fill: 300 is not a value of the mask's dtype uint8"):
+        NONE.apply_mask(plan, MASK, fill=300)
+    for boxes, shown in (
+        ([[1, 2, 3]], "got an array 1×3"),
+        ([[0, 0, -1, 2]], r"got \[\[0, 0, -1, 2\]\]"),
+        ([1, 2, 3, 4], "array 4"),
+    ):
+        with pytest.raises(ValueError, match=f"expected N×4 finite numbers .*{shown}"):
+            NONE.apply_boxes(plan, boxes)
