@@ -3,6 +3,7 @@
 Knows nothing of data sets, of trackers or of augmentation: `mix` comes from outside.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy, MultilabelF1Score
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision
+from torchmetrics.utilities import dim_zero_cat
 
 from models.classifier import Classifier, Inputs, check_task, inputs_of, probabilities
 from models.losses import (
@@ -38,6 +40,24 @@ CHECK_EVERY = 50
 
 COUNTED = "counted_of_the_epoch"
 """Where a checkpoint in the middle of an epoch holds what the module has counted of it."""
+
+
+class MeanAveragePrecision(MultilabelAveragePrecision):
+    """The mean over the labels of their average precision: multi-label accuracy without a threshold.
+
+    Labels without a positive sample do not count; 0 where no label has one.
+    """
+
+    def __init__(self, num_labels: int) -> None:
+        super().__init__(num_labels, average=None, validate_args=False)
+
+    def compute(self) -> Tensor:  # type: ignore[override]  # torchmetrics overrides it alike
+        """A scalar in 0…1."""
+        positive = dim_zero_cat(self.target).gt(0).any(dim=0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "No positive samples")
+            values = super().compute()
+        return values[positive].mean() if positive.any() else values.new_zeros(())
 
 
 class ClassifierModule(lightning.LightningModule):
@@ -89,7 +109,7 @@ class ClassifierModule(lightning.LightningModule):
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.train_loss, self.train_accuracy, self.val_loss = MeanMetric(), MeanMetric(), MeanMetric()
         self.val_score: Metric = (
-            MultilabelF1Score(num_classes, average="macro", validate_args=False)
+            MeanAveragePrecision(num_classes)
             if task == "multilabel"
             else MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         )
@@ -99,8 +119,8 @@ class ClassifierModule(lightning.LightningModule):
 
     @property
     def monitor(self) -> str:
-        """The validation figure to maximise."""
-        return "val_f1" if self.task == "multilabel" else "val_accuracy"
+        """The validation metric to maximise. For multi-label it needs no threshold, as thresholds are chosen after the training."""
+        return "val_map" if self.task == "multilabel" else "val_accuracy"
 
     def forward(self, images: Tensor | None, *more: Tensor) -> Tensor:
         """As the classifier's."""

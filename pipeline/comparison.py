@@ -80,7 +80,7 @@ def curves(runs: Sequence[RunAnswers], path: Path) -> None:
 
     names = [
         name
-        for name in ("val_loss", "val_accuracy", "val_f1")
+        for name in ("val_loss", "val_accuracy", "val_map")
         if any(name in row for run in runs for row in run.history)
     ]
     figure = Figure(figsize=(5 * len(names), 4), layout="constrained")

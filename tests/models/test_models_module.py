@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from models.classifier import Classifier
-from models.module import ClassifierModule
+from models.module import ClassifierModule, MeanAveragePrecision
 from models.networks import build
 from models.optim import OptimSpec
 
@@ -84,7 +84,7 @@ def test_it_learns_and_logs_what_a_callback_sees(task: str, optimizer: str) -> N
     module = make_module(task, name=optimizer)
     history = fit(module, pictures=Pictures(multilabel=task == "multilabel"))
     first, last = history.epochs[0], history.epochs[-1]
-    assert module.monitor == ("val_f1" if task == "multilabel" else "val_accuracy")
+    assert module.monitor == ("val_map" if task == "multilabel" else "val_accuracy")
     assert set(last) == {"lr", "train_loss", "train_accuracy", "val_loss", module.monitor}
     assert last["train_loss"] < 0.6 * first["train_loss"]
     assert last["train_accuracy"] > 0.9
@@ -228,3 +228,15 @@ def test_bad_options_are_named_at_construction() -> None:
 def test_a_schedule_without_end_is_refused() -> None:
     with pytest.raises(ValueError, match="give the trainer max_epochs or max_steps"):
         fit(make_module(), epochs=-1)
+
+
+def test_mean_average_precision_skips_labels_without_positives() -> None:
+    metric = MeanAveragePrecision(3)
+    probabilities = torch.tensor([[0.9, 0.1, 0.5], [0.6, 0.8, 0.5], [0.3, 0.7, 0.5]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metric.update(probabilities, torch.tensor([[1, 0, 0], [0, 1, 0], [1, 0, 0]]))
+        assert metric.compute().item() == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
+        nothing = MeanAveragePrecision(3)
+        nothing.update(probabilities, torch.zeros(3, 3, dtype=torch.int64))
+        assert nothing.compute().item() == 0
