@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError
+from pipeline.defaults import fill_defaults
 from pipeline.processes import Processes, processes
-from pipeline.rates import fill_learning_rates
 from pipeline.stopping import heard
 
 CHECKPOINTS = "checkpoints"
@@ -32,7 +32,7 @@ class Assembly:
 
 def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None) -> Assembly:
     """Check the data, split it, and make the classifier, its module and its batches. prepared: what `prepare_data` gave for the same data
-    and seed before. The config gets the learning rates that it leaves open. Raises as `train`."""
+    and seed before. The config gets the values that it leaves open. Raises as `train`."""
     import lightning
 
     from augment import Augmenter
@@ -41,7 +41,7 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     from pipeline.preparation import prepare_data
     from pipeline.recipe import check_recipe, check_task, make_module, make_preprocess, measured
 
-    fill_learning_rates(config)
+    fill_defaults(config)
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
     group = processes(config.trainer.devices, device)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, ConfigError
+from pipeline.defaults import learning_rates
 from pipeline.initial_weights import loads_weights, restart_head, start_weights
 from pipeline.sections import LossConfig, ModelConfig
 
@@ -74,7 +75,8 @@ def specs(config: Config) -> "tuple[OptimSpec, LossSpec]":
     names = {item.name for item in dataclasses.fields(LossSpec)}
     section = "optim"
     try:
-        optim = OptimSpec(**dataclasses.asdict(config.optim))
+        lr, head_lr = learning_rates(config)
+        optim = OptimSpec(**dataclasses.asdict(config.optim) | {"lr": lr, "head_lr": head_lr})
         section = "loss"
         loss = LossSpec(**{name: value for name, value in dataclasses.asdict(config.loss).items() if name in names})
     except ValueError as error:
@@ -192,7 +194,7 @@ def make_module(
         start_weights(config, classifier, preprocess, manifest)
     except (ValueError, OSError, TypeError, RuntimeError, MemoryError) as error:
         raise ConfigError(f"model: {_line(error)}") from error
-    classifier.frozen_norms = model.frozen_norms
+    classifier.frozen_norms = bool(model.frozen_norms)
     teacher = _teacher(config, manifest, classifier)
     for what, own in (("model.name: " + model.name, classifier), (f"loss.teacher: {config.loss.teacher}", teacher)):
         if own is not None:

@@ -12,7 +12,7 @@ from small_data import COLORS, Run, picture, write_picture
 
 from models.bundle import load_bundle
 from models.transfer import blocks_of
-from pipeline import rates
+from pipeline import defaults
 from pipeline.config import Config, ConfigError, config_from_dict, load_config
 from pipeline.fitting import Assembly, assemble, fit
 from pipeline.training import train
@@ -178,21 +178,22 @@ def test_weights_from_a_file_are_what_training_begins_with(uneven: Path, tmp_pat
 @pytest.mark.parametrize(
     ("asked", "lr", "head_lr"),
     [
-        ({}, rates.FROM_SCRATCH, None),
-        ({"model.weights": "default"}, rates.FINE_TUNE, rates.HEAD),
-        ({"model.weights": "default", "model.mode": "linear-then-fine-tune"}, rates.FINE_TUNE, rates.HEAD),
-        ({"model.weights": "default", "model.mode": "feature-extract"}, rates.HEAD, None),
-        ({"model.name": "none", "text.name": "hashing"}, rates.FROM_SCRATCH, None),
-        ({"model.name": "none", "text.name": "encoder"}, rates.FINE_TUNE, rates.HEAD),
-        ({"optim.name": "sgd"}, 25 * rates.FROM_SCRATCH, None),
+        ({}, defaults.FROM_SCRATCH, None),
+        ({"model.weights": "default"}, defaults.FINE_TUNE, defaults.HEAD),
+        ({"model.weights": "default", "model.mode": "linear-then-fine-tune"}, defaults.FINE_TUNE, defaults.HEAD),
+        ({"model.weights": "default", "model.mode": "feature-extract"}, defaults.HEAD, None),
+        ({"model.name": "none", "text.name": "hashing"}, defaults.FROM_SCRATCH, None),
+        ({"model.name": "none", "text.name": "encoder"}, defaults.FINE_TUNE, defaults.HEAD),
+        ({"optim.name": "sgd"}, 25 * defaults.FROM_SCRATCH, None),
         ({"model.weights": "default", "optim.lr": 0.01}, 0.01, 0.1),
         ({"optim.lr": 0.7, "optim.head_lr": 0.2}, 0.7, 0.2),
     ],
 )
 def test_a_learning_rate_that_is_left_open_fits_what_is_trained(asked: dict, lr: float, head_lr: float | None) -> None:
     config = load_config(None, [f"--{key}={value}" for key, value in asked.items()])
-    rates.fill_learning_rates(config)
+    defaults.fill_defaults(config)
     assert (config.optim.lr, config.optim.head_lr) == (lr, head_lr and pytest.approx(head_lr))
+    assert config.model.frozen_norms is (config.model.weights != "none")
 
 
 def test_pictures_are_kept_in_memory_where_asked(uneven: Path) -> None:
@@ -315,7 +316,7 @@ def test_a_bundles_head_for_other_labels_starts_afresh(uneven: Path, tmp_path: P
     assert differing == {"network.head.weight", "network.head.bias"}
     for content in ("[]", "{}", '{"labels": 3}'):
         (done.bundle / "bundle.json").write_text(content)
-        with pytest.raises(ConfigError, match=r"bundle\.json tells no labels"):
+        with pytest.raises(ConfigError, match=r"bundle\.json has no list of labels"):
             begun(others, "--model.weights", done.bundle)
 
 

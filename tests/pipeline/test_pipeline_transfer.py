@@ -13,7 +13,7 @@ from benchmarks.pretrained import NAME, lite0_weights
 from models.bundle import load_bundle
 from models.networks import build
 from pipeline.config import load_config
-from pipeline.rates import HEAD
+from pipeline.defaults import HEAD
 from pipeline.training import Result, train
 
 pytestmark = pytest.mark.slow
