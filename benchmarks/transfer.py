@@ -5,7 +5,7 @@ part. Each training is a process of its own, whose processor time is measured. D
 (three tenths are drawn). fastai runs where it can be imported; it may lie in a folder of its own that PYTHONPATH names.
 
     python -m benchmarks.transfer --data DATA --json benchmarks/results/transfer.json
-    python -m benchmarks.transfer --data DATA --rates 1e-4 3e-4 1e-3 3e-3     # Refract alone, by optim.lr
+    python -m benchmarks.transfer --data DATA --settings optim.lr=1e-4 optim.lr=3e-4 model.frozen_norms=false     # Refract alone
 """
 
 import argparse
@@ -67,7 +67,7 @@ def write_manifest(data: Path, seed: int, target: Path) -> Path:
 
 def run(contender: str, task: Task) -> Outcome:
     """One training in a process of its own. RuntimeError with the end of its output where it fails."""
-    module = CONTENDERS[contender.partition(" at ")[0]][0]
+    module = CONTENDERS[contender.partition(" with ")[0]][0]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", f"benchmarks.finetuners.{module}", task.to_json()],
@@ -119,9 +119,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="of the network's input, pixels")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
-    parser.add_argument("--rates", nargs="+", default=[], help="values of optim.lr to try through Refract alone")
+    parser.add_argument(
+        "--settings", nargs="+", default=[], help="KEY=VALUE of the config, each tried through Refract alone"
+    )
     args = parser.parse_args()
-    contenders = ["refract"] if args.rates else args.contenders
+    contenders = ["refract"] if args.settings else args.contenders
     if "fastai" in contenders and importlib.util.find_spec("fastai") is None:
         print("fastai is not installed: it is left out")
         contenders = [name for name in contenders if name != "fastai"]
@@ -135,11 +137,11 @@ def main() -> None:
             )
             for mode in args.modes:
                 for contender in (name for name in contenders if mode in CONTENDERS[name][1]):
-                    if not args.rates:
+                    if not args.settings:
                         outcomes.append(run(contender, replace(task, mode=mode)))
-                    for rate in args.rates:
-                        setting = (f"optim.lr={rate}",)
-                        outcomes.append(run(f"{contender} at {rate}", replace(task, mode=mode, settings=setting)))
+                    for setting in args.settings:
+                        own = replace(task, mode=mode, settings=(setting,))
+                        outcomes.append(run(f"{contender} with {setting}", own))
     rows = summarise(outcomes)
     show(rows)
     if args.json is not None:

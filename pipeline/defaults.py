@@ -9,8 +9,8 @@ from pipeline.initial_weights import loads_weights
 FROM_SCRATCH = 2e-3
 FINE_TUNE = 3e-4
 HEAD = 3e-3
-"""Peak learning rates of AdamW for random weights, for loaded weights, and for a new head. `benchmarks/transfer.py --rates` measured the
-last two."""
+"""Peak learning rates of AdamW for random weights, for loaded weights, and for a new head. `benchmarks/transfer.py --settings`
+compares others."""
 
 TIMES_ADAMW: Mapping[str, float] = MappingProxyType(
     {
