@@ -29,7 +29,7 @@ def browser() -> Iterator:
 
 @pytest.fixture
 def upload(picture, tmp_path: Path) -> Path:
-    (tmp_path / "x.jpg").write_bytes(picture(5, size=(120, 90)))
+    (tmp_path / "x.jpg").write_bytes(picture(4, size=(120, 90)))  # a part of it speaks for the label
     return tmp_path / "x.jpg"
 
 
@@ -68,6 +68,17 @@ def test_a_picture_is_answered_as_over_http_with_its_heat_map(browser, bundle, s
         page.wait_for_function("document.getElementById('queue').textContent.includes('requests')")
         origin = str(client.base_url).rstrip("/")
         assert not wrong and all(url.startswith((origin, "blob:" + origin, "data:")) for url in asked)
+        page.close()
+
+
+def test_the_page_says_why_there_is_no_heat_map(browser, bundle, serving, picture, tmp_path: Path) -> None:
+    (tmp_path / "plain.jpg").write_bytes(picture(5, size=(120, 90)))
+    with serving(create_app(bundle)) as client:
+        page, wrong, _ = opened(browser, client)
+        page.set_input_files("#file", tmp_path / "plain.jpg")
+        page.wait_for_selector("#answer li")
+        assert "No heat map: no single part of the image speaks for this label." in page.inner_text("#answer")
+        assert not page.is_visible("#heat") and not page.is_visible("#overlay") and not wrong
         page.close()
 
 
