@@ -142,12 +142,12 @@ def main() -> None:
                     for setting in args.settings:
                         own = replace(task, mode=mode, settings=(setting,))
                         outcomes.append(run(f"{contender} with {setting}", own))
-    rows = summarise(outcomes)
-    show(rows)
-    if args.json is not None:
-        setting = {"epochs": args.epochs, "size": args.size, "network": NAME, "data": args.data.name}
-        packages = environment("refract", "torch", "timm", "lightning", "fastai", "scikit-learn")
-        write(args.json, {**setting, "rows": rows, "runs": [vars(o) for o in outcomes], "environment": packages})
+            if args.json is not None:  # after each seed, so that what an interruption leaves can be read
+                setting = {"epochs": args.epochs, "size": args.size, "network": NAME, "data": args.data.name}
+                packages = environment("refract", "torch", "timm", "lightning", "fastai", "scikit-learn")
+                found = {"rows": summarise(outcomes), "runs": [vars(outcome) for outcome in outcomes]}
+                write(args.json, {**setting, **found, "environment": packages})
+    show(summarise(outcomes))
 
 
 if __name__ == "__main__":
