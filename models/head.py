@@ -57,11 +57,11 @@ def neutralise_head(network: nn.Module) -> nn.Module:
     """Make the head of `network` give every class the same logit, in place. Returns the network.
 
     The first loss is then log(num_classes), for multi-label log(2) a label, and the first gradients come from the images rather than from
-    random weights. The last Linear or Conv2d gets zeros; the layers below it keep their random weights, so that they learn. A cosine head,
-    which cannot have zeros, gets one direction for all classes. Source: Goyal et al. 2017, arXiv:1706.02677, section 5.1, has N(0, 0.01²).
+    random weights. The last Linear or Conv2d of each output gets zeros; the layers below keep their random weights, so that they learn. A
+    cosine head, which cannot have zeros, gets one direction for all classes. Source: zero weights are the limit of the small ones of
+    Goyal et al. 2017, arXiv:1706.02677, section 5.1.
     """
-    head = head_of(network)
-    for part in head if isinstance(head, nn.ModuleList) else [head]:
+    for part in _outputs(network):
         cosine = [module for module in part.modules() if isinstance(module, CosineHead)]
         if cosine:
             with torch.no_grad():
@@ -70,6 +70,18 @@ def neutralise_head(network: nn.Module) -> nn.Module:
             for parameter in layers[-1].parameters():
                 nn.init.zeros_(parameter)
     return network
+
+
+def _outputs(network: nn.Module) -> list[nn.Module]:
+    """The modules whose outputs are logits: of a network that joins two the last one, of timm's networks all that their metadata names."""
+    head = head_of(network)
+    if callable(getattr(network, "joint_head", None)):
+        return [head[-1] if isinstance(head, nn.ModuleList) else head]
+    named = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
+    names = [named] if isinstance(named, str) else list(named)
+    known = dict(network.named_modules())
+    parts = list(head) if isinstance(head, nn.ModuleList) else [head]
+    return [*parts, *(known[name] for name in names if name in known)]
 
 
 def head_of(module: nn.Module) -> nn.Module:

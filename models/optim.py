@@ -95,7 +95,7 @@ def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:
     """
     decaying = decaying_of(network)
     norms = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters()}
-    by_block = spec.layer_decay < 1 or spec.head_lr is not None
+    by_block = spec.layer_decay < 1 or spec.head_lr not in (None, spec.lr)
     blocks = blocks_of(network) if by_block else [list(network.parameters())]
     groups: Groups = []
     for distance, block in zip(reversed(range(len(blocks))), blocks, strict=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, ConfigError, config_from_dict
+from pipeline.defaults import filled
 from pipeline.files import locked, write_atomically
 from pipeline.sections import TrainerConfig
 
@@ -59,6 +60,8 @@ def stored_config(path: Path) -> Config:
         raise ConfigError(f"{path} is no run: {why}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is no run: {CONFIG} holds no config")
+    if isinstance(optim := values.get("optim"), dict) and "lr" in optim:
+        optim.setdefault("head_lr", optim["lr"])  # runs from before that key trained all at one learning rate
     config = config_from_dict(values, where=str(path / CONFIG))
     config.trainer.runs_dir, config.trainer.run_name = str(path.parent), path.name
     return config
@@ -144,6 +147,6 @@ def _write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 def _comparable(config: Config) -> dict[str, Any]:
     """What makes two configs the same training."""
-    values = config.to_dict()
+    values = filled(config).to_dict()
     values["trainer"] = {k: v for k, v in values["trainer"].items() if k not in ("runs_dir", "run_name")}
     return values

@@ -87,7 +87,7 @@ class ModelConfig:
         weights: none, default (the library's pretrained weights), a file, a folder with one, or a URL.
         mode: fine-tune trains all, feature-extract the head, gradual from the head down, linear-then-fine-tune first the head, then all.
         unfreeze_epochs: epochs until gradual and linear-then-fine-tune train all.
-        frozen_norms: keep the statistics of batch norms as the weights have them; null does so with loaded weights.
+        frozen_norms: keep the statistics of batch norms as the weights have them; null does so with loaded weights but a bundle's.
         head: the last layer: linear, mlp (one hidden layer) or cosine (of the angle to each class).
         init: default is the network's own; else how linear and convolutional layers start, as he_normal; with weights, those of the head.
         args: further arguments of the network.

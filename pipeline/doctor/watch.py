@@ -47,9 +47,11 @@ class Doctor(Callback):
         return {**dataclasses.asdict(self.record), "reported": sorted(self.reported)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.reported |= set(state_dict["reported"])
-        values = {name: value for name, value in state_dict.items() if name != "reported"}
-        self.record = Record(**{**values, "ops": tuple(state_dict["ops"])})
+        """Take over a checkpoint's record. It may come from another version of Refract: unknown fields are dropped."""
+        self.reported |= set(state_dict.get("reported", ()))
+        known = {item.name for item in dataclasses.fields(Record)} & set(state_dict)
+        values = {name: state_dict[name] for name in known}
+        self.record = dataclasses.replace(self.record, **{**values, "ops": tuple(state_dict["ops"])})
 
     def findings(self, history: Sequence[Mapping[str, float]]) -> list[Finding]:
         """All findings, each name once, with cures that the config accepts. history: metrics of each epoch."""

@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.data.check import Scan, check_classes, drop_bad, drop_contradictory, drop_shared, scan
 from pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
 from pipeline.data.splits import draw_splits, write_splits
+from pipeline.defaults import filled
 from pipeline.provenance import inputs
 from pipeline.recipe import check_inputs, reads
 from pipeline.retraining import holdout
@@ -219,7 +220,7 @@ def read_snapshot(folder: Path, record: Mapping[str, Any]) -> Snapshot:
 def inputs_digest(config: Config, snapshot: Snapshot, code: Mapping[str, str], diff: str) -> str:
     """What a night's outcome follows from: data, config, the files that it names, and code. The folders' places and the night's own names
     count for nothing."""
-    values = config.to_dict()
+    values = filled(config).to_dict()
     for section, keys in {
         "trainer": ("run_name", "runs_dir"),
         # The thresholds of labels end a run or do nothing: one that was accepted on purpose is not repeated without them.

@@ -90,7 +90,8 @@ def beside_champion(
     with tempfile.TemporaryDirectory() as beside:
         bundle = load_bundle(download(client, name, champion, Path(beside)))
         looked = look(bundle, new, thresholds, folder) if asked[0] else Looked(None, None)
-        return looked.drift, disagreed(bundle, now, new, looked.seen, by_label) if asked[1] else None
+        found = disagreed(bundle, now, new, looked.seen, by_label) if asked[1] else None
+        return looked.drift, found and excused(found, looked.drift)
 
 
 def _neither(asked: tuple[bool, bool], why: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -116,6 +117,15 @@ def disagreed(bundle: "Bundle", now: Snapshot, new: "New", seen: "Seen | None", 
     if found is None:
         return _not_compared(f"fewer than {FEWEST} are of classes that the champion knows")
     return found.record(threshold)
+
+
+def excused(disagreement: dict[str, Any], drift: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The disagreement as a warning where the features of the images drifted: on unfamiliar images the champion is no judge of labels."""
+    features = (drift or {}).get("checks", {}).get("features", {"level": "none"})
+    if disagreement["level"] != "stop" or features["level"] == "none":
+        return disagreement
+    reason = "; a warning only, as the images themselves drifted"
+    return {**disagreement, "level": "warn", "told": disagreement["told"] + reason}
 
 
 def _not_compared(why: str) -> dict[str, Any]:

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from models.fusion import Reader
 from models.head import CosineHead, head_of, neutralise_head
 from models.losses import classification_loss
 from models.networks import build
+from models.texts.networks import BagOfNgrams
 from models.weights import load_weights
 
 FAMILIES = (
@@ -67,6 +69,30 @@ def test_other_heads_start_alike_and_can_learn(head: str, tmp_path: Path) -> Non
         loss.backward()
         optimizer.step()
     assert losses[0] == pytest.approx(math.log(3), abs=1e-5) and losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(("name", "size"), [("timm/repvit_m0_9", 64), ("timm/volo_d1_224", 224)])
+def test_all_outputs_of_a_network_with_two_heads_start_alike(name: str, size: int) -> None:
+    network = neutralise_head(build(name, 3, image_size=(size, size))).eval()
+    with torch.inference_mode():
+        assert not network(torch.randn(2, 3, size, size)).any()
+
+
+@pytest.mark.parametrize("fusion", ["concat", "gated", "film"])
+def test_what_joins_images_and_texts_learns_above_a_neutral_head(fusion: str) -> None:
+    torch.manual_seed(0)
+    images, texts = build("lenet5", 3, image_size=(32, 32)), BagOfNgrams(buckets=20, width=8)
+    reader = neutralise_head(Reader(images, texts, 3, fusion=fusion, width=16, drop_picture=0.0, drop_text=0.0))
+    inputs = torch.randn(6, 3, 32, 32), torch.randint(1, 20, (6, 4)), torch.ones(6, dtype=torch.bool)
+    targets = torch.arange(6) % 3
+    assert not reader(*inputs).any()
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=0.01)
+    for _ in range(2):  # the first step moves the head, which then passes gradients on
+        optimizer.zero_grad()
+        classification_loss(reader(*inputs), targets, task="multiclass").backward()
+        optimizer.step()
+    still = [name for name, p in reader.fusion.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not still and any(p.grad.any() for p in reader.texts.parameters())
 
 
 def test_a_head_that_the_weights_fill_is_theirs(tmp_path: Path) -> None:

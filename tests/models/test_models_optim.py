@@ -170,5 +170,8 @@ def test_the_head_has_its_own_learning_rate() -> None:
     assert {rate for key, rate in rates.items() if key in head} == {4e-3}
     assert {rate for key, rate in rates.items() if key not in head} == {1e-3}
     assert len(rates) == len(list(network.parameters()))
+    assert len(parameter_groups(network, OptimSpec(lr=1e-3, head_lr=1e-3))) == len(
+        parameter_groups(network, OptimSpec())
+    )
     with pytest.raises(ValueError, match=r"head_lr=0\.0: expected a number above 0"):
         OptimSpec(head_lr=0.0)

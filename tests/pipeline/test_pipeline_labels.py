@@ -23,7 +23,7 @@ from pipeline.retraining.labels import LabelChanges, _more_errors, label_changes
 from pipeline.retraining.night import Outcome, begin, snapshot, validate
 from pipeline.retraining.place import place_of, read, write
 from pipeline.retraining.snapshot import Snapshot, accept, read_snapshot, take
-from pipeline.retraining.validate import disagreed, new_samples
+from pipeline.retraining.validate import disagreed, excused, new_samples
 
 PICTURES, TEXTS = frozenset({"pictures"}), frozenset({"texts"})
 NAMES = tuple(sorted(COLORS))
@@ -230,3 +230,11 @@ def test_a_run_stops_at_labels_and_accepts_them_on_purpose(tmp_path: Path, new_t
 def test_thresholds_have_a_range() -> None:
     with pytest.raises(ConfigError, match=r"retrain\.relabelled_stop"):
         config_from_dict({"retrain": {"relabelled_stop": 1.5}})
+
+
+@pytest.mark.parametrize(("features", "level"), [("none", "stop"), ("warn", "warn"), ("stop", "warn")])
+def test_the_champion_does_not_judge_labels_of_images_that_drifted(features: str, level: str) -> None:
+    found = excused({"level": "stop", "told": "the champion disagrees"}, {"checks": {"features": {"level": features}}})
+    assert found["level"] == level and ("drifted" in found["told"]) == (level == "warn")
+    assert excused({"level": "stop", "told": "…"}, None)["level"] == "stop"
+    assert excused({"level": "none", "told": "…"}, {"checks": {"features": {"level": "stop"}}})["level"] == "none"

@@ -196,6 +196,13 @@ def test_a_learning_rate_that_is_left_open_fits_what_is_trained(asked: dict, lr:
     assert config.model.frozen_norms is (config.model.weights != "none")
 
 
+def test_the_batch_norms_of_a_bundle_are_trained(tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_text("{}")
+    config = load_config(None, [f"--model.weights={tmp_path}"])
+    defaults.fill_defaults(config)
+    assert config.model.frozen_norms is False
+
+
 def test_pictures_are_kept_in_memory_where_asked(uneven: Path) -> None:
     assert begun(uneven).data.in_memory and not begun(uneven, "--data.memory", "never").data.in_memory
 

@@ -20,8 +20,9 @@ from small_data import Run, Training, descendants, picture, until, until_gone, w
 from pipeline.checkpoints import ResumeCheckpoint, newest
 from pipeline.config import Config
 from pipeline.data.manifest import DataError
+from pipeline.defaults import filled
 from pipeline.provenance import inputs
-from pipeline.runs import held, new_run, old_run, unfinished
+from pipeline.runs import held, new_run, old_run, stored_config, unfinished
 from pipeline.stopping import Stop, Stopped
 from pipeline.tracking.journal import Journal
 
@@ -256,7 +257,7 @@ def test_a_run_is_held_by_one_and_found_by_its_config(tmp_path: Path) -> None:
 
     config = Config()
     config.trainer.runs_dir = str(tmp_path)
-    run = new_run(config, "digits", {"fingerprint": "f", "versions": {}})
+    run = new_run(filled(config), "digits", {"fingerprint": "f", "versions": {}})  # as `assemble` fills the config
     assert unfinished(config, "digits") == run.path and unfinished(config, "mnist") is None
     other = Config()
     other.trainer.runs_dir, other.optim.lr = str(tmp_path), 0.5
@@ -265,6 +266,13 @@ def test_a_run_is_held_by_one_and_found_by_its_config(tmp_path: Path) -> None:
         pass
     run.finish()
     assert unfinished(config, "digits") is None
+
+
+def test_a_run_from_before_head_lr_keeps_its_one_learning_rate(tmp_path: Path) -> None:
+    text = "model: {weights: default, frozen_norms: false}\noptim: {lr: 0.002}\n"
+    (tmp_path / "config.yaml").write_text(text)
+    config = filled(stored_config(tmp_path))
+    assert (config.optim.lr, config.optim.head_lr, config.model.frozen_norms) == (0.002, 0.002, False)
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:

@@ -155,7 +155,9 @@ def test_the_descriptions_example_is_answered_as_it_tells(client):
     answer = client.post("/v1/predict", json=told["requestBody"]["content"]["application/json"]["example"])
     example = told["responses"]["200"]["content"]["application/json"]["example"]
     assert answer.status_code == 200 and answer.json().keys() == example.keys()
-    assert answer.json()["predictions"][0].keys() | {"abstain"} == example["predictions"][0].keys()
+    assert answer.json()["predictions"][0].keys() | {"abstain", "explanation", "explanation_method"} == (
+        example["predictions"][0].keys()
+    )
     for status, response in told["responses"].items():
         if status != "200":
             problem = response["content"]["application/problem+json"]["example"]
