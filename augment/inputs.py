@@ -1,5 +1,6 @@
 """The images that an `Augmenter` accepts, converted to what the executors take: encoded bytes or uint8 H×W×3 RGB."""
 
+import os
 import sys
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -28,7 +29,11 @@ def read_image(image: ImageInput) -> bytes | np.ndarray:
         pillow = sys.modules.get("PIL.Image")  # a Pillow image exists only where Pillow is imported
         if pillow is not None and isinstance(image, pillow.Image):
             return from_pillow(image)
-        hint = "read a file by Path(path).read_bytes()" if isinstance(image, str) else "convert a buffer by bytes(data)"
+        hint = (
+            "read a file by Path(path).read_bytes()"
+            if isinstance(image, str | os.PathLike)
+            else "convert a buffer by bytes(data)"
+        )
         raise ImageError(f"expected {_ACCEPTED}, got {type(image).__name__}; {hint}")
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
         raise _refused(image)

@@ -78,7 +78,9 @@ def confidences(probabilities: np.ndarray, task: str, thresholds: Sequence[float
 
 
 def line(path: Path, answer: dict[str, Any]) -> str:
-    """An answer for people."""
+    """An answer for people; of a multi-label bundle first the labels that reach their thresholds."""
     labels = ", ".join(f"{row['label']} {row['confidence']:.1%}" for row in answer["top"])
+    if "labels" in answer:
+        labels = f"{', '.join(answer['labels']) or 'no label'}  ({labels})"
     unsure = "  (too unsure: leave it to a person)" if answer.get("abstain") else ""
     return f"{path}: {labels}{unsure}" + ("  (the text was cut)" if answer.get("text_truncated") else "")

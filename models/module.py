@@ -196,7 +196,8 @@ class ClassifierModule(lightning.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Freeze and unfreeze for the epoch; remember the learning rate that it begins with."""
         self.train_blocks_of(self.current_epoch)
-        self._epoch_lr = max(float(group["lr"]) for group in self.trainer.optimizers[0].param_groups)
+        group = self.trainer.optimizers[0].param_groups[0]
+        self._epoch_lr = self.optim.lr * float(group["lr"]) / float(group["initial_lr"])  # without a group's own factor
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what has been counted of the epoch. FloatingPointError for a loss that is not finite, before it is stored."""

@@ -20,7 +20,7 @@ Groups = list[dict[str, Any]]
 class OptimSpec:
     """How the weights move. ValueError for an unknown name or a number out of range.
 
-    name: of OPTIMIZERS. lr: the peak learning rate, above 0; head_lr: that of the head, above 0; None for lr.
+    name: of OPTIMIZERS. lr: the peak learning rate, above 0; head_lr: times the rate for the head, above 0.
     weight_decay: at least 0, on matrices and kernels alone; decoupled for adamw,
     lion and muon, else an L2 term in the gradient, as PyTorch has them. momentum: in [0, 1), of sgd, rmsprop and muon; nesterov: of sgd.
     schedule: of SCHEDULES; warmup: share of all steps in which the rate rises linearly, in [0, 1]; lr_end: the lowest rate after it, as a
@@ -32,7 +32,7 @@ class OptimSpec:
 
     name: str = "adamw"
     lr: float = 1e-3
-    head_lr: float | None = None
+    head_lr: float = 1.0
     weight_decay: float = 0.05
     momentum: float = 0.9
     nesterov: bool = True
@@ -50,11 +50,7 @@ class OptimSpec:
         check_schedule(self.schedule, self.warmup)
         rules = [
             ("lr", math.isfinite(self.lr) and self.lr > 0, "a number above 0"),
-            (
-                "head_lr",
-                self.head_lr is None or (math.isfinite(self.head_lr) and self.head_lr > 0),
-                "a number above 0, or none",
-            ),
+            ("head_lr", 0 < self.head_lr < math.inf, "a number above 0"),
             ("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0"),
             ("momentum", 0 <= self.momentum < 1, "a number in 0…1, without 1"),
             ("lr_end", 0 <= self.lr_end <= 1, "a share in 0…1"),
@@ -95,13 +91,13 @@ def parameter_groups(network: nn.Module, spec: OptimSpec) -> Groups:
     """
     decaying = decaying_of(network)
     norms = {id(p) for m in network.modules() if isinstance(m, NORMS) for p in m.parameters()}
-    by_block = spec.layer_decay < 1 or spec.head_lr not in (None, spec.lr)
+    by_block = spec.layer_decay < 1 or spec.head_lr != 1
     blocks = blocks_of(network) if by_block else [list(network.parameters())]
     groups: Groups = []
     for distance, block in zip(reversed(range(len(blocks))), blocks, strict=True):
         scale = spec.lr * spec.layer_decay**distance
-        if by_block and not distance and spec.head_lr is not None:
-            scale = spec.head_lr
+        if not distance:  # the head, or all where both factors are 1
+            scale *= spec.head_lr
         own = [parameter for parameter in block if parameter.requires_grad]
         groups += [
             {"params": [p for p in own if id(p) in decaying], "weight_decay": spec.weight_decay, "lr": scale},

@@ -8,11 +8,13 @@ from types import MappingProxyType
 from pipeline.config import Config
 from pipeline.initial_weights import loads_weights
 
-FROM_SCRATCH = 2e-3
-FINE_TUNE = 3e-4
-HEAD = 3e-3
-"""Peak learning rates of AdamW for random weights, for loaded weights, and for a new head. `benchmarks/transfer.py --settings`
-compares others."""
+FROM_SCRATCH, FINE_TUNE, HEAD_ALONE = 2e-3, 3e-4, 3e-3
+"""Peak learning rates of AdamW for random weights, for loaded weights, and for a new head on frozen ones. To compare others:
+`python -m benchmarks.transfer --settings`."""
+
+NEW_HEAD = 10.0
+"""Times the learning rate for the new head of loaded weights (discriminative learning rates: Howard & Ruder 2018, arXiv:1801.06146,
+section 3.2)."""
 
 TIMES_ADAMW: Mapping[str, float] = MappingProxyType(
     {
@@ -33,12 +35,12 @@ def fill_defaults(config: Config) -> None:
     """Replace optim.lr, optim.head_lr and model.frozen_norms that are None, in place, so that a run stores what it used.
 
     Loaded batch norms keep their statistics: those of small, augmented batches cost 4 points on 196 photos (EfficientNet-Lite0, 4 epochs).
-    Those of a bundle may come from a short training, and are trained on.
+    The weights of a bundle continue a training: its head is not new, and its batch norms may be those of a short training.
     """
-    model = config.model
-    config.optim.lr, config.optim.head_lr = learning_rates(config)
+    model, (lr, head_lr) = config.model, learning_rates(config)
+    config.optim.lr, config.optim.head_lr = lr, head_lr
     if model.frozen_norms is None:
-        model.frozen_norms = model.weights != "none" and not (Path(model.weights) / "bundle.json").is_file()
+        model.frozen_norms = model.weights != "none" and not _is_bundle(model.weights)
 
 
 def filled(config: Config) -> Config:
@@ -48,14 +50,16 @@ def filled(config: Config) -> Config:
     return own
 
 
-def learning_rates(config: Config) -> tuple[float, float | None]:
-    """(optim.lr, optim.head_lr), chosen where the config leaves them open.
-
-    The head of loaded weights is new, so it moves as many times faster as HEAD is above FINE_TUNE (discriminative learning rates: Howard &
-    Ruder 2018, arXiv:1801.06146, section 3.2). Random weights need no second learning rate: head_lr stays None.
-    """
-    optim, mode = config.optim, config.model.mode
-    transfer = loads_weights(config) and mode != "feature-extract"
-    adamw = HEAD if mode == "feature-extract" else FINE_TUNE if transfer else FROM_SCRATCH
+def learning_rates(config: Config) -> tuple[float, float]:
+    """(optim.lr, optim.head_lr), chosen where the config leaves them open."""
+    optim, model = config.optim, config.model
+    alone, loaded = model.mode == "feature-extract", loads_weights(config)
+    adamw = HEAD_ALONE if alone else FINE_TUNE if loaded else FROM_SCRATCH
+    new_head = loaded and not alone and not _is_bundle(model.weights)
     lr = TIMES_ADAMW[optim.name] * adamw if optim.lr is None else optim.lr
-    return lr, lr * HEAD / FINE_TUNE if optim.head_lr is None and transfer else optim.head_lr
+    head_lr = (NEW_HEAD if new_head else 1.0) if optim.head_lr is None else optim.head_lr
+    return lr, head_lr
+
+
+def _is_bundle(weights: str) -> bool:
+    return (Path(weights) / "bundle.json").is_file()

@@ -60,8 +60,8 @@ def stored_config(path: Path) -> Config:
         raise ConfigError(f"{path} is no run: {why}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is no run: {CONFIG} holds no config")
-    if isinstance(optim := values.get("optim"), dict) and "lr" in optim:
-        optim.setdefault("head_lr", optim["lr"])  # runs from before that key trained all at one learning rate
+    if isinstance(optim := values.get("optim"), dict):
+        optim.setdefault("head_lr", 1.0)  # runs from before that key trained all at one learning rate
     config = config_from_dict(values, where=str(path / CONFIG))
     config.trainer.runs_dir, config.trainer.run_name = str(path.parent), path.name
     return config

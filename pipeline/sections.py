@@ -146,7 +146,7 @@ class OptimConfig:
     Args:
         name: the optimiser: sgd, adagrad, adadelta, rmsprop, adam, adamw, lion or muon.
         lr: peak learning rate; null chooses by optimiser and model.mode.
-        head_lr: that of the head; null takes 10 × lr with loaded weights, else lr.
+        head_lr: times the rate for the head; null takes 10 for the new head of loaded weights, else 1.
         weight_decay: decoupled for adamw, lion and muon; never on norms and biases.
         momentum: of sgd, rmsprop and muon.
         nesterov: whether sgd looks ahead.

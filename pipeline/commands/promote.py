@@ -57,10 +57,12 @@ def _promote(args: argparse.Namespace) -> int:
         print(f"models:/{args.name}@champion is version {version} already")
         return 0
     if not args.force and (tags.get("gate") != "passed" or tags.get("gate.against") != (champion or "none")):
-        raise PromotionError(
-            f"{args.name}: version {version} did not pass the gate against {champion or 'none'}, the champion of now; --force --why "
-            "REASON promotes it all the same"
+        judged = (
+            f"did not pass the gate against {champion or 'none'}, the champion"
+            if "gate" in tags
+            else "was judged by no gate"
         )
+        raise PromotionError(f"{args.name}: version {version} {judged}; --force --why REASON promotes it all the same")
     try_to_load(client, args.name, version)
     promote(client, args.name, version, instead_of=champion, why=args.why, by_hand=True)
     print(f"models:/{args.name}@champion is version {version} now" + (f", and was {champion}" if champion else ""))

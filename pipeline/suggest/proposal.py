@@ -74,7 +74,7 @@ def propose(survey: Survey) -> Proposal:
     batch, batch_reason = _batch_size(survey, network.size, gpu=gpu)
     epochs, epochs_reason = _epochs(survey, network, batch, gpu=gpu)
     notes = list(survey.notes)
-    if survey.images and not network.pretrained and not survey.hub and not (survey.small and survey.content.glyphs):
+    if survey.images and not network.pretrained and not survey.hub and not survey.small:
         notes.append(
             "note: training starts from scratch, as no pretrained weights are within reach; to start from a file, set "
             "model.weights: FILE (.safetensors or .pth of the network)"
@@ -201,11 +201,8 @@ def _text(survey: Survey) -> list[Choice]:
 
 
 def _optim(network: _Network) -> list[Choice]:
-    rate = (
-        Choice("optim.lr", None, "chosen for model.mode; pretrained weights need a low one")
-        if network.pretrained
-        else Choice("optim.lr", 2e-3, "AdamW from scratch")
-    )
+    reason = "pretrained weights need a low one" if network.pretrained else "2e-3 for AdamW from scratch"
+    rate = Choice("optim.lr", None, f"null chooses by optimiser, mode and weights: {reason}")
     return [
         Choice("optim.name", "adamw", "", from_data=False),
         rate,
@@ -219,9 +216,8 @@ def _batch_size(survey: Survey, size: int, *, gpu: bool) -> tuple[int, str]:
     most = (256 if size < SMALL_BATCH else 64) if gpu else (128 if size < SMALL_BATCH else 32)
     few = survey.training // 8
     if few < most:
-        return max(
-            8, 1 << max(0, few.bit_length() - 1)
-        ), f"{survey.training:,} training samples: eight steps an epoch or more"
+        batch = max(8, 1 << max(0, few.bit_length() - 1))
+        return batch, f"about {survey.training:,} training samples: {max(1, survey.training // batch)} steps an epoch"
     return most, "usual for a GPU" if gpu else "usual for a CPU"
 
 

@@ -1,6 +1,7 @@
 """What an `Augmenter` accepts besides RGB arrays gives the same as the file that holds it."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +57,7 @@ def test_grey_and_transparent_arrays_are_converted_as_decode_converts_files() ->
         (np.zeros((5, 6, 2), np.uint8), r"a Pillow image, or a uint8 array .*H×W×4 \(RGBA\), got uint8 5×6×2$"),
         (np.zeros((3, 8, 9), np.uint8), r"got uint8 3×8×9; channels come last: image.transpose\(1, 2, 0\)"),
         (np.zeros((0, 4, 3), np.uint8), "got uint8 0×4×3"),
+        (Path("a.jpg"), r"read a file by Path\(path\)\.read_bytes\(\)"),
         (bytearray(b"x"), r"got bytearray; convert a buffer by bytes\(data\)"),
         (Image.fromarray(np.zeros((4, 4), np.float32)), "32-bit floating-point pixels have no known range"),
     ],

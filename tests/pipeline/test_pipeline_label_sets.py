@@ -1,12 +1,14 @@
 """Multi-label predictions as sets of labels: errors, intervals, labels that are likely wrong."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from models.answer import confidences
+from models.answer import confidences, line, prediction
 from pipeline import measures
 from pipeline.label_sets import label_calibration_errors, label_rates, likely_wrong_labels, set_errors, set_intervals
 
@@ -89,3 +91,10 @@ def test_confidence_is_that_of_what_is_said() -> None:
     probabilities = np.array([[0.3, 0.1]], np.float32)
     assert confidences(probabilities, "multilabel", (0.2, 0.5))[0] == pytest.approx((0.3 + 0.9) / 2)
     assert confidences(probabilities, "multilabel", ())[0] == pytest.approx((0.7 + 0.9) / 2)
+
+
+def test_the_line_of_a_multi_label_answer_starts_with_its_labels() -> None:
+    row, labels = np.array([0.65, 0.5, 0.35]), ("red", "green", "blue")
+    answer = prediction(row, labels, top=3, thresholds=(0.6, 0.45, 0.4))
+    assert line(Path("a.png"), answer) == "a.png: red, green  (red 65.0%, green 50.0%, blue 35.0%)"
+    assert line(Path("a.png"), prediction(row, labels, top=1, thresholds=(0.9,) * 3)) == "a.png: no label  (red 65.0%)"

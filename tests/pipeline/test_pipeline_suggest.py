@@ -139,6 +139,11 @@ def test_pretrained_weights_change_the_choices(tmp_path: Path) -> None:
     assert "\n  # lr is left to its default: " in text and "\n  lr:" not in text
 
 
+def test_the_learning_rate_stays_open_so_that_weights_given_later_get_theirs(tmp_path: Path) -> None:
+    _, proposal = proposed(folder_of(tmp_path / "photos", "cat dog", photo, suffix="jpg"))
+    assert proposal.value("model.weights") == "none" and proposal.value("optim.lr") is None
+
+
 def test_unreadable_files_are_reported(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "photos", "a b", photo, suffix="jpg")
     whole = (root / "a" / "03.jpg").read_bytes()

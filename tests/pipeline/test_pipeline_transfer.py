@@ -13,7 +13,7 @@ from benchmarks.pretrained import NAME, lite0_weights
 from models.bundle import load_bundle
 from models.networks import build
 from pipeline.config import load_config
-from pipeline.defaults import HEAD
+from pipeline.defaults import HEAD_ALONE
 from pipeline.training import Result, train
 
 pytestmark = pytest.mark.slow
@@ -64,7 +64,7 @@ def test_a_head_on_real_features_learns_and_the_run_stores_what_was_chosen(
     info = load_bundle(result.bundle).info
     assert result.metrics["accuracy"] >= 0.9
     assert info.preprocess["mean"] == [0.5] * 3 and info.preprocess["std"] == [0.5] * 3, "timm's, for that network"
-    assert info.config["optim"]["lr"] == HEAD
+    assert info.config["optim"]["lr"] == HEAD_ALONE
 
 
 def test_the_first_loss_on_real_weights_is_that_of_a_guess(lite0: Path) -> None:
