@@ -85,8 +85,8 @@ def name_version(client: Any, name: str, version: str, *, first: str) -> dict[st
     """Give a version that a training registered its alias. Repeating the call changes nothing.
 
     first: the alias of the model's first version. `champion` names it unless a champion is or was named; every other version becomes
-    `challenger`, unless a newer version that is not champion is. Returns `alias`, what the version is named now, and `champion`, the champion's version, where
-    there are such. Busy as `promote`.
+    `challenger`, unless a newer version that is not champion is. Returns `alias`, what the version is named now, and `champion`, the
+    champion's version, where there are such. Busy as `promote`.
     """
     lost = False
     if first == CHAMPION and aliases(client, name).get(CHAMPION) is None and version == _lowest(client, name):
