@@ -146,7 +146,7 @@ def test_the_commands_promote_and_roll_back(
         return found.out + found.err
 
     assert "--why" in told("promote", "colors", 1, "--force", code=2)
-    assert "did not pass the gate" in told("promote", "colors", 1, code=2)
+    assert "was judged by no gate" in told("promote", "colors", 1, code=2)
     assert "is version 1 now" in told("promote", "colors", 1, "--force", "--why", "the first one")
     told("promote", "colors", 2, "--force", "--why", "seen by hand")
     assert client.get_model_version("colors", "2").tags["promotion.why"] == "seen by hand"

@@ -117,7 +117,8 @@ def test_what_has_no_picture_says_nothing_of_what_pictures_are_and_cost(tmp_path
     from augment import Augmenter, Preprocess
     from models.texts.tokens import HashedNgrams
     from pipeline.data.module import PictureData, fits_memory
-    from pipeline.recipe import _some, measured
+    from pipeline.initial_weights import _some
+    from pipeline.recipe import measured
 
     captions.write_pictures(tmp_path, count=4)
     rows = [[f"pictures/{i:05}.png" if i in (1, 3) else "", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
