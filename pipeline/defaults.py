@@ -34,7 +34,8 @@ TIMES_ADAMW: Mapping[str, float] = MappingProxyType(
 def fill_defaults(config: Config) -> None:
     """Replace optim.lr, optim.head_lr and model.frozen_norms that are None, in place, so that a run stores what it used.
 
-    Loaded batch norms keep their statistics: those of small, augmented batches cost 4 points on 196 photos (EfficientNet-Lite0, 4 epochs).
+    Loaded batch norms keep their statistics. With those of small, augmented batches, fine-tuning EfficientNet-Lite0 on 245 photos at 128
+    pixels ended 4 points lower (one seed, 4 epochs, 153 validation images); at 224 pixels linear-then-fine-tune differed by 1.
     The weights of a bundle continue a training: its head is not new, and its batch norms may be those of a short training.
     """
     model, (lr, head_lr) = config.model, learning_rates(config)

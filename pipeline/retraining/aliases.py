@@ -102,10 +102,23 @@ def name_version(client: Any, name: str, version: str, *, first: str) -> dict[st
     promoted = not lost and "promoted" in version_tags(client, name, version)
     replaceable = challenger in (None, champion) or int(str(challenger)) < int(version)
     if version != champion and not promoted and replaceable:
-        client.set_registered_model_alias(name, CHALLENGER, version)
+        _set_challenger(client, name, version)
         challenger = version
     alias = CHAMPION if champion == version else CHALLENGER if challenger == version else None
     return {key: value for key, value in (("alias", alias), ("champion", champion)) if value is not None}
+
+
+def _set_challenger(client: Any, name: str, version: str) -> None:
+    """Set the alias. Of two processes that set a new alias at once, the database rejects one, whose second try replaces it."""
+    from mlflow.exceptions import MlflowException
+
+    for attempt in range(5):
+        try:
+            client.set_registered_model_alias(name, CHALLENGER, version)
+            return
+        except MlflowException:
+            if attempt == 4:
+                raise
 
 
 def _lowest(client: Any, name: str) -> str:

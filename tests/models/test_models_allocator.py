@@ -11,7 +11,8 @@ import pytest
 from models.allocator import available_memory, configured_by_user
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc"), reason="of glibc"
+    sys.platform != "linux" or not (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc"),
+    reason="the settings are glibc's",
 )
 ROOT = Path(__file__).parents[2]
 FEW, ROUNDS = 2_000, 3  # a page has 4 KiB at least: a round of 96 MiB faults 24,576 times where nothing is kept
