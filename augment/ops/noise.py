@@ -21,16 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _SigmaNoise(PixelOp):
-    """sigma: share of the full range (0.1 is 25.5 grey levels), in [0, 1], drawn uniformly from the pair."""
+    """sigma: share of the full range (0.1 is 25.5 grey levels), in [0, 1], drawn uniformly from the pair.
+
+    per_channel: whether red, green and blue have noise of their own; if false, they share it, so that a grey image stays grey.
+    """
 
     sigma: float | tuple[float, float] = (0.0, 0.1)
+    per_channel: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("sigma", interval("sigma", self.sigma, 0, 1))
+        if not isinstance(self.per_channel, bool):
+            raise ValueError(f"per_channel: {self.per_channel!r} is neither true nor false")
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"sigma": between(rng, self.sigma), "offset": below(rng, TABLE_SIZE)}
+        args = {"sigma": between(rng, self.sigma), "offset": below(rng, TABLE_SIZE)}
+        return args if self.per_channel else {**args, "per_channel": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +45,12 @@ class GaussianNoise(_SigmaNoise):
     """Add independent normal noise to every value.
 
     sigma: standard deviation as a share of the full range (0.1 is 25.5 grey levels), in [0, 1], drawn uniformly from the pair.
+    per_channel: whether each channel has noise of its own; if false, a grey image stays grey.
     """
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
-        return _added(image, normal_table(), args["offset"], 255 * args["sigma"])
+        return _added(image, _noise(normal_table(), args, image), args["sigma"])
 
     @classmethod
     def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
@@ -56,11 +64,12 @@ class LaplaceNoise(_SigmaNoise):
     """Add independent Laplace noise to every value: as strong as normal noise of this sigma, with more large values.
 
     sigma: standard deviation (√2 times the distribution's scale) as a share of the full range, in [0, 1], drawn uniformly.
+    per_channel: whether each channel has noise of its own; if false, a grey image stays grey.
     """
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
-        return _added(image, laplace_table(), args["offset"], 255 * args["sigma"])
+        return _added(image, _noise(laplace_table(), args, image), args["sigma"])
 
     @classmethod
     def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
@@ -74,11 +83,12 @@ class SpeckleNoise(_SigmaNoise):
     """Multiply every value by 1 + normal noise: nothing in the dark, most in the light.
 
     sigma: standard deviation of the factor, in [0, 1], drawn uniformly.
+    per_channel: whether each channel has noise of its own; if false, a grey image stays grey.
     """
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
-        noise = stretch(normal_table(), args["offset"], image.size).reshape(image.shape)
+        noise = _noise(normal_table(), args, image)
         product = cv2.multiply(image, noise, scale=args["sigma"], dtype=cv2.CV_32F)
         return cv2.add(image, product, dtype=cv2.CV_8U)
 
@@ -108,7 +118,7 @@ class PoissonNoise(PixelOp):
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
-        noise = stretch(normal_table(), args["offset"], image.size).reshape(image.shape)
+        noise = _noise(normal_table(), args, image)
         deviation = cv2.LUT(image, np.sqrt(np.arange(256, dtype=np.float32) * np.float32(255 / args["photons"])))
         return cv2.add(image, cv2.multiply(deviation, noise), dtype=cv2.CV_8U)
 
@@ -182,16 +192,30 @@ class PixelDropout(PixelOp):
         return torch.where(dropped, fill, images)
 
 
-def _added(image: np.ndarray, table: np.ndarray, offset: int, amount: float) -> np.ndarray:
-    noise = stretch(table, offset, image.size).reshape(image.shape)
-    return cv2.addWeighted(image, 1.0, noise, amount, 0.0, dtype=cv2.CV_8U)
+def _added(image: np.ndarray, noise: np.ndarray, sigma: float) -> np.ndarray:
+    return cv2.addWeighted(image, 1.0, noise, 255 * sigma, 0.0, dtype=cv2.CV_8U)
+
+
+def _noise(table: np.ndarray, args: Args, image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) numbers of the table."""
+    if args.get("per_channel", True):
+        return stretch(table, args["offset"], image.size).reshape(image.shape)
+    height, width, channels = image.shape
+    return cv2.merge([stretch(table, args["offset"], height * width).reshape(height, width)] * channels)
 
 
 def _batch_noise(table: np.ndarray, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
-    """(N, 3, H, W) numbers of the table, in the order of the cpu executor's H×W×3."""
+    """(N, 3, H, W) numbers of the table, as the cpu executor's `_noise`."""
+    import torch
+
     count, channels, height, width = images.shape
     noise = batch_stretch(table, [a["offset"] for a in args], images, channels * height * width)
-    return noise.view(count, height, width, channels).permute(0, 3, 1, 2)
+    result = noise.view(count, height, width, channels).permute(0, 3, 1, 2)
+    separate = [a.get("per_channel", True) for a in args]
+    if all(separate):
+        return result
+    shared = noise[:, : height * width].view(count, 1, height, width)
+    return torch.where(torch.tensor(separate, device=images.device).view(-1, 1, 1, 1), result, shared)
 
 
 def _pixel_draws(offset: int, image: np.ndarray) -> np.ndarray:

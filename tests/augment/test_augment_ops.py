@@ -267,6 +267,29 @@ def test_noise_has_the_asked_spread_and_no_two_samples_share_it() -> None:
     assert all(abs(np.corrcoef(noises[0].ravel(), other.ravel())[0, 1]) < 0.02 for other in noises[1:])
 
 
+@pytest.mark.parametrize("name", ["GaussianNoise", "LaplaceNoise", "SpeckleNoise"])
+def test_shared_noise_keeps_a_grey_image_grey_in_both_executors(name: str) -> None:
+    grey = np.repeat(picture(40, 48)[..., :1], 3, axis=2)
+    shared, separate = (Augmenter([{name: {"sigma": [0.1, 0.2], "per_channel": per}}]) for per in (False, True))
+    plans = [augmenter.draw((40, 48), epoch=0, index=1) for augmenter in (shared, separate)]
+    alone = np.stack([shared.apply(plans[0], grey), separate.apply(plans[1], grey)])
+    assert (alone[0] == alone[0][..., :1]).all() and (alone[0] != grey).mean() > 0.5
+    assert (alone[1] != alone[1][..., :1]).any()
+    images = torch.from_numpy(np.stack([grey, grey])).permute(0, 3, 1, 2)
+    together = batch.run(plans, images).permute(0, 2, 3, 1).numpy()
+    assert np.abs(together.astype(int) - alone).max() <= 1
+    with pytest.raises(ValueError, match="per_channel: 1 is neither true nor false"):
+        Augmenter([{name: {"per_channel": 1}}])
+
+
+def test_the_medical_preset_keeps_a_grey_image_grey() -> None:
+    grey = np.repeat(picture(64, 64)[..., :1], 3, axis=2)
+    augmenter = Augmenter("medical-safe")
+    for index in range(30):
+        result = augmenter(grey, epoch=0, index=index)
+        assert (result == result[..., :1]).all()
+
+
 def test_cutout_zeros_squares_cut_at_the_edge() -> None:
     image = np.full((32, 32, 3), 200, np.uint8)
     areas = []

@@ -120,9 +120,10 @@ def test_a_moved_box_encloses_the_moved_rectangle_tightly(first, second, epoch: 
     edges = np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1])
     found = np.array([result[0], result[1], result[0] + result[2], result[1] + result[3]])
     outwards = np.array([1, 1, -1, -1]) * (edges - found)
-    assert visible > 0 and (outwards > -0.51).all(), "a centre inside the box lies half a pixel inside its own edges"
     deforms = any(OPS[step.op].kind == "pixel" for step in plan.steps)
-    assert deforms or (outwards < 4).all(), "the sharp corner of a thin part may show no pixel's centre"
+    # A pixel's centre lies half a pixel inside its edges. A deformation moves the mask's whole pixels, which end half a pixel later.
+    assert visible > 0 and (outwards > (-1.01 if deforms else -0.51)).all()
+    assert deforms or (outwards < 8).all(), "the sharp corner of a thin part may show no pixel's centre"
 
 
 def test_the_visible_fraction_is_that_of_the_area() -> None:
