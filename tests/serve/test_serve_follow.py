@@ -204,24 +204,33 @@ def test_with_the_server_down_it_starts_with_what_the_name_meant_last(registry, 
         f"sqlite:///{tmp_path}/mlflow.db",
         "--port",
         str(port),
+        "--workers=1",
     ]
-    environ = {**os.environ, "MLFLOW_TRACKING_URI": address}
+    environ = {**os.environ, "MLFLOW_TRACKING_URI": address, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     name = "models:/shapes@champion"
 
     def located() -> dict[str, str]:
         done = subprocess.run([sys.executable, "-m", "serve.source", name], capture_output=True, text=True, env=environ)
         return json.loads(done.stdout)
 
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as server:
+    def answers() -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"{address}/health", trust_env=False).status_code == 200
+        return False
+
+    log = tmp_path / "mlflow.log"
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=environ) as server,
+    ):
         try:
-            for _ in range(200):
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"{address}/health", trust_env=False).status_code == 200:
-                        break
+            deadline = time.monotonic() + 180
+            while not answers():
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
-            path = Path(located()["path"])
+            answer = located()
+            assert "path" in answer, (answer, log.read_text())
+            path = Path(answer["path"])
         finally:
             os.killpg(server.pid, signal.SIGKILL)
     assert located() == {"path": str(path)} and load_bundle(path).digest == bundle.digest
