@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.measures import DRAWS, LEVEL, calibration_error, suspects
+from pipeline.intervals import DRAWS, LEVEL, class_intervals, macro_interval, wilson
+from pipeline.measures import calibration_error, suspects
 
 CHUNK = 100
 """Bootstrap draws at a time, which bounds the memory."""
@@ -37,25 +38,33 @@ def label_rates(answers: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]
 
 
 def set_intervals(answers: np.ndarray, truth: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """Percentile bootstrap intervals (LEVEL) over DRAWS draws of the images: `macro_f1` and `micro_f1` (2,), and `precision`, `recall` and
-    `f1` (C, 2) of each label. A draw without the label, or in which it is not predicted, says nothing of it."""
-    count = truth.shape[1]
+    """Intervals (LEVEL): `macro_f1` and `micro_f1` (2,), and `precision`, `recall` and `f1` (C, 2) of each label, see `pipeline.intervals`.
+
+    `micro_f1` is by percentile bootstrap; where every image is right, that has no width, and Wilson's interval of "all N are right" stands.
+    """
+    counts = tuple(array.sum(axis=0) for array in (answers & truth, answers, truth))
+    bounds = class_intervals(*counts)
+    hits, both = _drawn_counts(answers, truth, seed)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        of_labels, of_all = 2 * hits / both, 2 * hits.sum(axis=1) / both.sum(axis=1)
+    edges = [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2]
+    micro = np.percentile(of_all[~np.isnan(of_all)], edges) if not np.isnan(of_all).all() else np.array([0.0, 1.0])
+    if (answers == truth).all():
+        micro = wilson(np.array([len(truth)]), np.array([len(truth)]))[0]
+    rates = label_rates(answers, truth)
+    return {"macro_f1": macro_interval(of_labels, rates["f1"], bounds["f1"]), "micro_f1": micro, **bounds}
+
+
+def _drawn_counts(answers: np.ndarray, truth: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(hits, predictions plus true labels), (DRAWS, C) each, of each label in bootstrap draws of the images."""
     # Images with the same two sets are interchangeable: a draw says how often each such kind of image is seen.
     kinds, numbers = np.unique(np.concatenate([answers, truth], axis=1), axis=0, return_counts=True)
-    said, present = kinds[:, :count], kinds[:, count:]
-    columns = np.concatenate([said & present, said, present], axis=1).astype(np.float64)
-    rng, parts = np.random.default_rng(seed), []
-    for _ in range(0, DRAWS, CHUNK):
-        parts.append(rng.multinomial(len(truth), numbers / len(truth), size=CHUNK) @ columns)
-    hits, given, real = np.split(np.concatenate(parts), 3, axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = {"precision": hits / given, "recall": hits / real, "f1": 2 * hits / (given + real)}
-        found["micro_f1"] = 2 * hits.sum(axis=1) / (given.sum(axis=1) + real.sum(axis=1))
-    never = np.isnan(found["f1"]).all(axis=0)
-    found["macro_f1"] = np.nanmean(np.where(never, 0.0, found["f1"]), axis=1)
-    edges = [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2]
-    known = {name: np.where(np.isnan(values).all(axis=0), 0.0, values) for name, values in found.items()}
-    return {name: np.nanpercentile(values, edges, axis=0).T for name, values in known.items()}
+    said, present = np.split(kinds, 2, axis=1)
+    columns = np.concatenate([said & present, said.astype(int) + present], axis=1).astype(np.float64)
+    rng, shares = np.random.default_rng(seed), numbers / len(truth)
+    parts = [rng.multinomial(len(truth), shares, size=CHUNK) @ columns for _ in range(0, DRAWS, CHUNK)]
+    hits, both = np.split(np.concatenate(parts), 2, axis=1)
+    return hits, both
 
 
 def label_calibration_errors(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.intervals import DRAWS, LEVEL, class_intervals, macro_interval, wilson
+
 BINS = 15
-DRAWS = 1000
-LEVEL = 0.95
 
 
 def fit_temperature(probabilities: np.ndarray, truth: np.ndarray, *, multilabel: bool, given_at: float = 1.0) -> float:
@@ -108,16 +108,11 @@ def lowest_confidence(curve: RiskCoverage, precision: float) -> float:
 
 
 def mean_interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """The LEVEL interval of the mean of `values` (N,) in 0…1, one an image: Wilson's where all are 0 or 1, else by percentile bootstrap.
-
-    The bootstrap of values that are all equal has no width, however few they are. Source: Wilson 1927.
-    """
-    from scipy.stats import binomtest
-
+    """The LEVEL interval of the mean of `values` (N,) in 0…1, one an image: Wilson's where all are 0 or 1, else by percentile bootstrap."""
     values = np.asarray(values, np.float64)
     if np.isin(values, (0, 1)).all():
-        bounds = binomtest(int(values.sum()), len(values)).proportion_ci(LEVEL, method="wilson")
-        return float(bounds.low), float(bounds.high)
+        low, high = wilson(np.array([values.sum()]), np.array([len(values)]))[0]
+        return float(low), float(high)
     distinct, numbers = np.unique(values, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(values), numbers / len(values), size=DRAWS) @ distinct
     low, high = np.percentile(drawn / len(values), [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2])
@@ -125,32 +120,29 @@ def mean_interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
 
 
 def intervals(truth: np.ndarray, answer: np.ndarray, count: int, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """Intervals (LEVEL): `accuracy` (2,) by Wilson; `macro_f1` (2,), and `precision`, `recall` and `f1` (count, 2) of each class, by
-    percentile bootstrap over DRAWS draws of the images. truth, answer: (N,) class indices."""
+    """Intervals (LEVEL): `accuracy` and `macro_f1` (2,), and `precision`, `recall` and `f1` (count, 2) of each class, see
+    `pipeline.intervals`. truth, answer: (N,) class indices."""
+    hits = np.bincount(truth[truth == answer], minlength=count)
+    given, real = (np.bincount(indices, minlength=count) for indices in (answer, truth))
+    bounds = class_intervals(hits, given, real)
+    values = 2 * hits / np.maximum(given + real, 1)
+    macro = macro_interval(_drawn_f1(truth, answer, count, seed), values, bounds["f1"])
+    return {"accuracy": np.array(mean_interval(truth == answer)), "macro_f1": macro, **bounds}
+
+
+def _drawn_f1(truth: np.ndarray, answer: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """(DRAWS, count): each class's F1 in bootstrap draws of the images, NaN where a draw neither holds nor predicts it."""
+    # To draw images with replacement is to draw how often each cell of the confusion matrix is seen.
     cells, numbers = np.unique(truth * count + answer, return_counts=True)
     rows, columns = cells // count, cells % count
-    rng = np.random.default_rng(seed)
-    # To draw the pictures with replacement is to draw how often each cell of the confusion matrix is seen.
-    seen = rng.multinomial(len(truth), numbers / len(truth), size=DRAWS).astype(np.float64)
+    seen = np.random.default_rng(seed).multinomial(len(truth), numbers / len(truth), size=DRAWS).astype(np.float64)
+    hits, both = np.zeros((DRAWS, count)), np.zeros((DRAWS, count))
     diagonal = rows == columns
-    hits, said, present = (np.zeros((DRAWS, count)) for _ in range(3))
     hits[:, rows[diagonal]] = seen[:, diagonal]
-    np.add.at(said.T, columns, seen.T)
-    np.add.at(present.T, rows, seen.T)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        precision, recall = hits / said, hits / present
-        f1 = 2 * hits / (said + present)
-    never = np.isnan(f1).all(axis=0)  # classes that nobody has and nobody says count 0, as in the figure itself
-    found = {
-        "macro_f1": np.nanmean(np.where(never, 0.0, f1), axis=1, keepdims=True),
-        "precision": precision, "recall": recall, "f1": f1,
-    }  # fmt: skip
-    edges = [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2]
-    # A draw without a class says nothing of it; a class that no draw has, or that is never said, has 0.
-    known = {name: np.where(np.isnan(values).all(axis=0), 0.0, values) for name, values in found.items()}
-    bounds = {name: np.nanpercentile(values, edges, axis=0).T for name, values in known.items()}
-    bounds["macro_f1"] = bounds["macro_f1"][0]
-    return {"accuracy": np.array(mean_interval(truth == answer)), **bounds}
+    for indices in (rows, columns):
+        np.add.at(both.T, indices, seen.T)
+    with np.errstate(invalid="ignore"):
+        return 2 * hits / both
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ def test_intervals_hold_the_metric_and_narrow_with_more_images() -> None:
     assert widths[1] < widths[0] / 2
     never = set_intervals(np.zeros((4, 2), bool), np.zeros((4, 2), bool))
     assert not any(np.isnan(values).any() for values in never.values())
+    right = set_intervals(truth[:20], truth[:20])
+    assert all(right[name][0] < 1 == right[name][1] for name in ("micro_f1", "macro_f1"))
 
 
 def test_the_interval_of_a_mean_has_a_width_where_all_values_are_equal() -> None:
