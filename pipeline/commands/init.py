@@ -25,6 +25,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("-o", "--output", type=Path, help="the config to write (default: NAME.yaml)")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument("--model.name", dest="name", metavar="NETWORK", help="the network, as `refract train` takes it")
+    parser.add_argument(
+        "--model.weights", dest="weights", metavar="WEIGHTS",
+        help="its pretrained weights: a .safetensors or .pth file, a bundle's folder, or `default`",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     output = args.output or Path(f"{Path(args.source).stem or 'refract'}.yaml")
     if output.exists() and not args.force:
@@ -33,23 +38,27 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    return console.run("init", lambda: _init(args.source, output))
+    return console.run("init", lambda: _init(args.source, output, args.name, args.weights))
 
 
-def _init(source: str, output: Path) -> int:
+def _init(source: str, output: Path, name: str | None, weights: str | None) -> int:
     from pipeline.data.manifest import load_manifest
     from pipeline.files import write_atomically
-    from pipeline.suggest import choice_table, config_text, propose, take_survey
+    from pipeline.suggest import check_start, choice_table, config_text, propose, take_survey
 
     manifest = load_manifest(source)
+    start = check_start(name, weights, len(manifest.labels))
     survey = take_survey(manifest)
-    proposal = propose(survey)
+    proposal = propose(survey, start)
     write_atomically(output, config_text(proposal, survey).encode())
     what = f"images ({survey.sizes} pixels)" if survey.images else "texts"
     counts = survey.counts
     smallest, largest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     print(f"{source}: {survey.task}, {len(survey.labels)} labels, {survey.samples:,} {what}")
-    print(f"  smallest class: {smallest} ({counts[smallest]:,}), largest: {largest} ({counts[largest]:,})")
+    if counts[smallest] == counts[largest]:
+        print(f"  {counts[smallest]:,} samples in each class")
+    else:
+        print(f"  smallest class: {smallest} ({counts[smallest]:,}), largest: {largest} ({counts[largest]:,})")
     print(choice_table(proposal.from_data()))
     for note in proposal.notes:
         print(f"  {note}")

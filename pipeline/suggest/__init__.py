@@ -2,6 +2,17 @@
 
 from pipeline.suggest.config_text import choice_table, config_text
 from pipeline.suggest.proposal import Choice, Proposal, propose
+from pipeline.suggest.start import Start, check_start
 from pipeline.suggest.survey import Survey, take_survey
 
-__all__ = ["Choice", "Proposal", "Survey", "choice_table", "config_text", "propose", "take_survey"]
+__all__ = [
+    "Choice",
+    "Proposal",
+    "Start",
+    "Survey",
+    "check_start",
+    "choice_table",
+    "config_text",
+    "propose",
+    "take_survey",
+]

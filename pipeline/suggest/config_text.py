@@ -63,7 +63,7 @@ def _yaml(value: Any) -> str:
 def choice_table(choices: Sequence[Choice]) -> str:
     """The choices as aligned columns: key, value, reason."""
     keys = max(len(choice.key) for choice in choices)
-    values = min(max(len(choice.shown) for choice in choices), 24)
+    values = min(max(len(choice.shown) for choice in choices), 32)
     return "\n".join(
         f"  {choice.key.ljust(keys)}  {choice.shown.ljust(values)}  {choice.reason}".rstrip() for choice in choices
     )

@@ -1,15 +1,20 @@
 """The choices of a first config, each with its reason, as data."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import ConfigError
 from pipeline.suggest.policy import choose_policy
+from pipeline.suggest.start import Start
 from pipeline.suggest.survey import Survey
 
 FEW = 50
 """Training images of a class below which the head is trained alone first."""
+
+ENLARGED = 128
+"""Pixels to which small images are enlarged for a pretrained network."""
 
 FEW_SMALL = 5_000
 """Training images up to which small images are enlarged for a pretrained network."""
@@ -53,7 +58,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class _Network:
-    """size: of its input, pixels; sized: why."""
+    """size: of its input, pixels; sized: why; args, head: as `model.args` and `model.head`."""
 
     name: str
     reason: str
@@ -61,23 +66,29 @@ class _Network:
     weights_reason: str
     size: int
     sized: str
+    args: dict[str, Any] = field(default_factory=dict)
+    head: str = "linear"
 
     @property
     def pretrained(self) -> bool:
         return self.weights != "none"
 
 
-def propose(survey: Survey) -> Proposal:
-    """A config for the data: a network and its start, an augmentation, and a training of a length that one waits for."""
-    network = _network(survey)
+def propose(survey: Survey, start: Start | None = None) -> Proposal:
+    """A config for the data: a network and its start, an augmentation, and a training of a length that one waits for.
+
+    start: the network and weights that the user names; None chooses them. ConfigError where they cannot read the data.
+    """
+    network = _network(survey) if start is None else _named_network(survey, start)
     gpu = survey.device == "cuda"
     batch, batch_reason = _batch_size(survey, network.size, gpu=gpu)
     epochs, epochs_reason = _epochs(survey, network, batch, gpu=gpu)
     notes = list(survey.notes)
-    if survey.images and not network.pretrained and not survey.hub and not survey.small:
+    if survey.images and not network.pretrained and not survey.hub and _gains_from_weights(survey):
         notes.append(
-            "note: training starts from scratch, as no pretrained weights are within reach; to start from a file, set "
-            "model.weights: FILE (.safetensors or .pth of the network)"
+            "note: training starts from scratch, as the hub of pretrained weights does not answer; "
+            f"{survey.training:,} images train better from pretrained weights: "
+            f"refract init {survey.source} --model.name resnet18 --model.weights FILE (.safetensors or .pth)"
         )
     single = [label for label, count in survey.counts.items() if count == 1]
     if single:
@@ -105,36 +116,65 @@ def propose(survey: Survey) -> Proposal:
     return Proposal(tuple(choices), tuple(notes))
 
 
+def _gains_from_weights(survey: Survey) -> bool:
+    """Whether pretrained weights of ImageNet are expected to help."""
+    return not survey.content.glyphs and (not survey.small or survey.training <= FEW_SMALL)
+
+
+def _named_network(survey: Survey, start: Start) -> _Network:
+    if not survey.images:
+        raise ConfigError(
+            f"{survey.source}: there are no images, so --model.name {start.name} has nothing to read; leave it out"
+        )
+    pretrained = start.weights != "none"
+    size = start.size if pretrained and start.size else _scratch_size(survey)
+    if pretrained and not start.fixed and survey.side < size // 2:
+        size = max(min(size, ENLARGED), survey.side // 32 * 32)
+    return _Network(
+        start.name, "named by --model.name" if not start.args else "the network of the weights", start.weights,
+        "named by --model.weights" if pretrained else "no weights are named",
+        size, _sized(survey, size, trained_at=start.size if pretrained else 0), start.args, start.head,
+    )  # fmt: skip
+
+
+def _scratch_size(survey: Survey) -> int:
+    """Pixels of the input of a network that starts from random weights."""
+    if survey.small:
+        return 32 if survey.side <= 40 else 48
+    return 128 if survey.side >= 128 else max(64, survey.side // 32 * 32)
+
+
 def _network(survey: Survey) -> _Network:
     if not survey.images:
         return _Network("none", "no images: the texts alone", "none", "", 0, "")
     if survey.small and not (survey.hub and survey.training <= FEW_SMALL):
-        size = 32 if survey.side <= 40 else 48
+        size = _scratch_size(survey)
         return _Network(
             "resnet20", f"a residual network for images of about {size} px",
             "none", "a network this small is trained from scratch", size, _sized(survey, size),
         )  # fmt: skip
     if survey.hub:
-        size = 224 if survey.side >= 112 else 128
+        size = 224 if survey.side >= 112 else ENLARGED
         return _Network(
             "resnet18", "pretrained on ImageNet and fast; resnet50 is better and slower",
-            "default", "pretrained weights are within reach", size, _sized(survey, size),
+            "default", "pretrained weights are within reach", size, _sized(survey, size, trained_at=224),
         )  # fmt: skip
-    size = 128 if survey.side >= 128 else max(64, survey.side // 32 * 32)
+    size = _scratch_size(survey)
     return _Network(
         "resnet18", "the smallest residual network for images of this size",
         "none", "the hub of pretrained weights does not answer; a file trains better", size, _sized(survey, size),
     )  # fmt: skip
 
 
-def _sized(survey: Survey, size: int) -> str:
+def _sized(survey: Survey, size: int, *, trained_at: int = 0) -> str:
+    """Why the network's input has `size` pixels. trained_at: pixels of the images that its weights were trained on, 0 without weights."""
     median = f"median shorter side {survey.side} px"
-    if size == 224:
+    if size == trained_at:
         return f"{median}; the size that the weights were trained at"
-    if size == 128 and survey.hub:
+    if trained_at and survey.side < size:
         return f"{median}; pretrained networks read small images better enlarged"
     if survey.side >= 2 * size:
-        return f"{median}; from scratch, {size} px train {(survey.side / size) ** 2:.0f} times faster"
+        return f"{median}, reduced for speed: {(survey.side / size) ** 2:.0f} times fewer pixels"
     return median
 
 
@@ -174,6 +214,10 @@ def _model(survey: Survey, network: _Network, epochs: int) -> list[Choice]:
     if not survey.images:
         return choices
     choices.append(Choice("model.weights", network.weights, network.weights_reason))
+    if network.args:
+        choices.append(Choice("model.args", network.args, "of the bundle's network"))
+    if network.head != "linear":
+        choices.append(Choice("model.head", network.head, "of the bundle's network"))
     if network.pretrained and survey.per_class < FEW:
         head = max(1, epochs // 5)
         return [
@@ -237,4 +281,28 @@ def _epochs(survey: Survey, network: _Network, batch: int, *, gpu: bool) -> tupl
 
 
 def _model_name(source: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(source).stem).strip("-") or "model"
+    """From the name of the folder or file; of its parent where the name says nothing of the data."""
+    path = Path(source)
+    stem = path.stem
+    if stem.lower() in GENERIC:
+        stem = path.absolute().parent.name
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-") or "model"
+
+
+GENERIC = frozenset(
+    [
+        "all",
+        "annotations",
+        "data",
+        "dataset",
+        "images",
+        "index",
+        "labels",
+        "manifest",
+        "metadata",
+        "samples",
+        "train",
+        "training",
+    ]
+)
+"""Names of data sets that say nothing of what the data shows."""

@@ -29,6 +29,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lite0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageNet weights of timm/tf_efficientnet_lite0."""
+    from benchmarks.pretrained import lite0_weights
+
+    return lite0_weights(tmp_path_factory.mktemp("weights") / "lite0.safetensors")
+
+
+@pytest.fixture(scope="session")
 def warm() -> Iterator[WarmProcess]:
     process = WarmProcess()
     yield process

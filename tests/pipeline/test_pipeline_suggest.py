@@ -1,5 +1,6 @@
 """What `refract init` proposes for each kind of folder, from images that the tests draw."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +8,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 from small_data import Run, write_picture
 
 from augment import ImageError, load_policy
-from pipeline.config import load_config
+from models.networks import build
+from pipeline.config import ConfigError, load_config
 from pipeline.data.manifest import load_manifest
-from pipeline.suggest import Proposal, Survey, config_text, propose, take_survey
+from pipeline.suggest import Proposal, Start, Survey, check_start, config_text, propose, take_survey
 from pipeline.suggest import survey as survey_module
 from pipeline.suggest.content import content_of, is_glyph, is_grey, thumbnail
 from pipeline.suggest.label_names import are_signs, exchanged_by_flip
@@ -73,7 +76,7 @@ def test_photos_in_folders_named_by_letters_are_photos(tmp_path: Path) -> None:
     survey, proposal = proposed(folder_of(tmp_path / "photos", "a b", photo, suffix="jpg"))
     assert are_signs(survey.labels) and not survey.content.grey
     assert proposal.value("augment.policy") == "fine-tune" and proposal.value("data.resize") == "crop"
-    assert "model.weights: FILE" in proposal.notes[0], "the hub does not answer"
+    assert "--model.weights FILE" in proposal.notes[0], "the hub does not answer"
 
 
 def test_no_proposed_policy_for_photos_changes_the_hue(tmp_path: Path) -> None:
@@ -171,3 +174,64 @@ def test_init_prints_its_reasons_writes_them_and_draws_a_preview(refract: Run, t
     assert "wrote mine.preview.png" in told
     grid = cv2.imread(str(tmp_path / "mine.preview.png"))
     assert grid is not None and grid.std() > 10
+
+
+def test_a_named_network_with_weights_is_trained_at_their_size(refract: Run, tmp_path: Path, lite0: Path) -> None:
+    folder_of(tmp_path / "insects", "ant bee", photo, suffix="jpg")
+    options = ("--model.name", "timm/tf_efficientnet_lite0", "--model.weights", str(lite0))
+    told = refract("init", "insects", *options, "-o", "mine.yaml").stdout
+    config = load_config(tmp_path / "mine.yaml")
+    assert (config.model.name, config.model.weights) == ("timm/tf_efficientnet_lite0", str(lite0))
+    assert config.data.image_size == 224 and config.model.mode == "linear-then-fine-tune"
+    assert config.augment.policy == "fine-tune" and "the size that the weights were trained at" in told
+    assert "12 samples in each class" in told and "from scratch" not in told
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--model.weights", "lost.pth"), "add --model.name"),
+        (("--model.name", "resnet20", "--model.weights", "lost.pth"), "lost.pth"),
+        (("--model.name", "resnet0"), "network 'resnet0' is unknown"),
+        (("--model.name", "resnet20", "--model.weights", "default"), "resnet20 has no pretrained weights"),
+    ],
+)
+def test_a_start_that_cannot_be_trained_is_refused_before_anything_is_written(
+    refract: Run, tmp_path: Path, options: tuple[str, ...], expected: str
+) -> None:
+    folder_of(tmp_path / "insects", "ant bee", photo, suffix="jpg")
+    done = refract("init", "insects", *options, code=2)
+    assert expected in done.stderr.splitlines()[0]
+    assert not (tmp_path / "insects.yaml").exists()
+
+
+def test_a_bundle_names_its_own_network(tmp_path: Path) -> None:
+    network = {"name": "lenet5", "image_size": [40, 40], "args": {"head": "cosine"}}
+    (tmp_path / "bundle").mkdir()
+    trained = build("lenet5", 2, image_size=(40, 40), head="cosine")
+    save_file(trained.state_dict(), tmp_path / "bundle" / "weights.safetensors")
+    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps({"network": network}))
+    start = check_start(None, str(tmp_path / "bundle"), 2)
+    assert start == Start("lenet5", str(tmp_path / "bundle"), 40, True, {}, "cosine")
+    survey = take_survey(load_manifest(folder_of(tmp_path / "photos", "a b", photo)))
+    proposal = propose(survey, start)
+    assert proposal.value("data.image_size") == 40 and proposal.value("model.head") == "cosine"
+    network["image_size"] = [40, 50]
+    (tmp_path / "bundle" / "bundle.json").write_text(json.dumps({"network": network}))
+    with pytest.raises(ConfigError, match="40×50 pixels"):
+        check_start(None, str(tmp_path / "bundle"), 2)
+
+
+def test_small_images_without_a_hub_are_told_of_pretrained_weights(tmp_path: Path) -> None:
+    survey, proposal = proposed(folder_of(tmp_path / "things", "car cat", lambda r, c: photo(r, c, 32)))
+    assert (
+        proposal.value("model.name") == "resnet20" and "--model.name resnet18 --model.weights FILE" in proposal.notes[0]
+    )
+    start = Start("resnet18", "resnet18.pth", 224)
+    assert propose(survey, start).value("data.image_size") == 128
+    assert propose(survey, replace(start, fixed=True)).value("data.image_size") == 224
+
+
+def test_a_file_with_a_generic_name_gives_the_model_the_name_of_its_folder(tmp_path: Path) -> None:
+    survey, _ = proposed(folder_of(tmp_path / "insects" / "train", "a b", photo))
+    assert propose(survey).value("tracking.model_name") == "insects"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_data import write_picture
 
-from benchmarks.pretrained import NAME, lite0_weights
+from benchmarks.pretrained import NAME
 from models.bundle import load_bundle
 from models.networks import build
 from pipeline.config import load_config
@@ -17,11 +17,6 @@ from pipeline.defaults import HEAD_ALONE
 from pipeline.training import Result, train
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def lite0(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lite0_weights(tmp_path_factory.mktemp("weights") / "lite0.safetensors")
 
 
 def shape(label: str, number: int) -> np.ndarray:

@@ -1,0 +1,88 @@
+"""The network and weights that a user names for `refract init`."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Start:
+    """name, weights, args, head: as `model.name`, `model.weights`, `model.args` and `model.head` take them; size: side in pixels of the
+    images that the weights were trained on, 0 where it is unknown; fixed: whether the network reads no other size."""
+
+    name: str
+    weights: str
+    size: int = 0
+    fixed: bool = False
+    args: dict[str, Any] = field(default_factory=dict)
+    head: str = "linear"
+
+
+def check_start(name: str | None, weights: str | None, classes: int) -> Start | None:
+    """The start that the user names, None where they name none. A bundle's folder names its own network.
+
+    ConfigError where a file of weights comes without its network's name, the network is unknown, or the weights do not fit it.
+    """
+    if name is None and weights in (None, "none"):
+        return None
+    record = _bundle_network(weights)
+    if record is not None and name in (None, record["name"]):
+        height, width = record["image_size"]
+        if height != width:
+            raise ConfigError(
+                f"--model.weights {weights}: the bundle's network reads {height}×{width} pixels, and init proposes square inputs; "
+                "write the config by hand, with the bundle's data.image_size"
+            )
+        args = dict(record["args"])
+        start = Start(record["name"], str(weights), height, True, args, args.pop("head", "linear"))
+    elif name is None:
+        raise ConfigError(
+            f"--model.weights {weights}: the name of the weights' network is missing; add --model.name, such as --model.name resnet18"
+        )
+    else:
+        start = _named(name, weights or "none")
+    return _checked(start, classes)
+
+
+def _named(name: str, weights: str) -> Start:
+    from models.networks import weights_preprocess
+
+    try:
+        trained = weights_preprocess(name, weights) or {}
+    except ValueError as error:
+        raise ConfigError(f"--model.name: {error}") from error
+    if weights == "default" and not trained:
+        raise ConfigError(
+            f"--model.weights default: {name} has no pretrained weights to download; name a file of weights"
+        )
+    return Start(name, weights, min(trained.get("image_size", [0])))
+
+
+def _checked(start: Start, classes: int) -> Start:
+    """The start, with `fixed`, after a trial in which the network takes the weights. Those of `default` are the training's to download."""
+    from models.networks import build
+
+    side, weights = start.size or 224, "none" if start.weights == "default" else start.weights
+    try:
+        network = build(start.name, classes, image_size=(side, side), weights=weights, head=start.head, args=start.args)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"--model.name {start.name} --model.weights {start.weights}: {error}") from error
+    positions = ("pos_embed", "pos_embedding", "relative_position_bias_table")
+    return replace(start, fixed=start.fixed or any(key.endswith(positions) for key, _ in network.named_parameters()))
+
+
+def _bundle_network(weights: str | None) -> dict[str, Any] | None:
+    """The record of a bundle's network: name, image_size and args. None where `weights` is not a bundle's folder."""
+    record = Path(weights or "") / "bundle.json"
+    if not weights or not record.is_file():
+        return None
+    try:
+        network = json.loads(record.read_text("utf-8"))["network"]
+        return {key: network[key] for key in ("name", "image_size", "args")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--model.weights {weights}: its bundle.json does not describe a network of images"
+        ) from error
