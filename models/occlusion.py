@@ -16,11 +16,14 @@ FINE = 4
 BATCH = 8
 """Images in one forward pass."""
 
-PASSES = 1 + GRID**2 + FINE**2
-"""Images that pass through the network for one heat map, at most."""
+PASSES = 2 + GRID**2 + FINE**2
+"""Images that pass through the network for one heat map, at most: the image, the wholly covered one, and one for each window."""
 
 EVIDENCE = math.log(1.25)
 """The smallest fall of the log-odds that counts as evidence: the odds of the label fall by a fifth."""
+
+CLEAR = 2.0
+"""How many times the furthest rise the furthest fall must be where the network answers the label for the wholly covered image too."""
 
 
 class Window(NamedTuple):
@@ -40,8 +43,9 @@ class Occlusion:
     window's edge, less the median fall. The fine heat, scaled to 0…1, raises it up to twofold.
 
     Source: Zeiler & Fergus 2014, arXiv:1311.2901, section 4.2. Deviations: log-odds in place of the probability, overlapping weighted
-    windows, two scales, and no heat at all where no coarse window lowers the score by EVIDENCE. Grad-CAM, which costs less, is hottest
-    outside the evidence for many networks: see `benchmarks.explanations`.
+    windows, two scales, and no heat at all where no coarse window lowers the score by EVIDENCE. A network has a label that it answers
+    for the wholly covered image too. Covering the evidence of that label changes little, so the furthest fall must be CLEAR as well.
+    Grad-CAM, which costs less, is hottest outside the evidence for many networks: see `benchmarks.explanations`.
     """
 
     def __init__(
@@ -60,18 +64,19 @@ class Occlusion:
         """Compute the heat map of `label`, and yield after each forward pass of BATCH images, so that the caller can stop there.
 
         image: (3, H, W) uint8, on the network's device. Yields None but for the last value, the heat: float32 (H, W) in 0…1 on the CPU,
-        1 at the hottest place, all 0 where no window holds evidence for the label.
+        1 at the hottest place, all 0 where no window holds evidence for the label, or a logit is not finite.
         """
         height, width = image.shape[-2:]
         windows = _grid(height, width)
-        batches = _batches([None, *windows])
+        batches = _batches([None, Window(0, 0, height, width), *windows])
         scores: list[float] = []
         for batch in batches[:-1]:
             scores += self._scores(image, batch, label)
             yield None
         scores += self._scores(image, batches[-1], label)
-        falls = [scores[0] - covered for covered in scores[1:]]
-        if not all(map(math.isfinite, falls)) or max(falls) < EVIDENCE:
+        whole, blank, *covered = scores
+        falls = [whole - score for score in covered]
+        if not _evident(falls, blank):
             yield torch.zeros(height, width)
             return
         yield None
@@ -79,7 +84,7 @@ class Occlusion:
         windows = _around(int(coarse.argmax()), height, width)
         batches, falls = _batches(windows), []
         for batch in batches:
-            falls += [scores[0] - covered for covered in self._scores(image, batch, label)]
+            falls += [whole - score for score in self._scores(image, batch, label)]
             if batch is not batches[-1]:
                 yield None
         fine = _scaled(_spread(falls, windows, height, width))
@@ -100,6 +105,13 @@ class Occlusion:
         others = logits.clone()
         others[:, label] = -torch.inf
         return (logits[:, label] - others.logsumexp(dim=1)).tolist()
+
+
+def _evident(falls: Sequence[float], blank: float) -> bool:
+    """Whether some window holds evidence for the label. blank: the log-odds of the label for the wholly covered image."""
+    if not all(map(math.isfinite, [blank, *falls])) or max(falls) < EVIDENCE:
+        return False
+    return blank <= 0 or max(falls) >= CLEAR * max(0.0, -min(falls))
 
 
 def _batches(windows: Sequence[Window | None]) -> list[Sequence[Window | None]]:
