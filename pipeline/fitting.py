@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from pipeline.config import Config, ConfigError
 from pipeline.defaults import fill_defaults
 from pipeline.processes import Processes, processes
 from pipeline.stopping import heard
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 
@@ -80,8 +82,9 @@ def fit(
     checkpoint: Path | None = None,
     watchers: Sequence[Any] = (),
 ) -> list[dict[str, float]]:
-    """Train, leave the best epoch's weights in the module, and return the metrics of each epoch. checkpoint: to go on from; watchers:
-    further callbacks.
+    """Train, leave the weights of the epoch that `BestCheckpoint` keeps in the module, and return the metrics of each epoch.
+
+    checkpoint: to resume from; watchers: further callbacks.
 
     Stopped where SIGTERM or Ctrl-C asked for it."""
     import torch
@@ -96,9 +99,9 @@ def fit(
     module, device, group = made.module, made.device, made.processes
     swa = config.trainer.swa_start
     folder = run_dir.resolve() / CHECKPOINTS
-    best = BestCheckpoint(folder, "best", monitor=module.monitor, mode="max", enable_version_counter=False)
     # Before it there is no average to keep.
-    best.first_epoch = 0 if swa is None else int(swa * config.trainer.max_epochs)
+    first = 0 if swa is None else int(swa * config.trainer.max_epochs)
+    best = BestCheckpoint(folder, module.monitor, samples=len(made.manifest.of("val")), first_epoch=first)
     report = EpochReport(module.monitor, tracker)
     bars = progress_bars() if group.first else []
     more: list[Any] = list(watchers)
@@ -109,7 +112,7 @@ def fit(
     if config.trainer.compile:
         module.classifier.network.compile()  # in place: the keys of the weights stay as they are
     with heard() as stop:
-        whole_from = None if swa is None else best.first_epoch
+        whole_from = None if swa is None else first
         seconds = config.trainer.checkpoint_seconds
         resumable = ResumeCheckpoint(folder, seconds=seconds, stop=stop, whole_from=whole_from)
         bad_batch = Reproducer(run_dir, _network_facts(made, config), made.data.train_set)
@@ -118,8 +121,18 @@ def fit(
         return report.history
     kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(best_weights(kept))
+    _report_kept(kept["epoch"], report.history, module.monitor)
     module.to("cuda" if device == "cuda" else "cpu").eval()
     return report.history
+
+
+def _report_kept(epoch: int, history: Sequence[Mapping[str, float]], monitor: str) -> None:
+    scores = [row[monitor] for row in history]
+    highest = max(scores)
+    shown = f"{monitor} {scores[epoch]:.4f}"
+    if scores[epoch] < highest:
+        shown += f", within one standard error of {highest:.4f} in epoch {scores.index(highest) + 1}"
+    log.info("keeping the weights of epoch %d/%d: %s", epoch + 1, len(history), shown)
 
 
 def _network_facts(made: Assembly, config: Config) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What training shows: one line an epoch, and a bar where a person watches."""
 
 import logging
+import math
 import sys
 import time
 import warnings
@@ -17,22 +18,40 @@ log = logging.getLogger(__name__)
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """As Lightning's, but a tie goes to the later epoch: small validation sets tie often, and a falling learning rate favours it.
+    """Keep the latest epoch whose score lies within one standard error of the highest score.
 
-    first_epoch: those before it are not kept."""
+    On few validation images chance decides which epoch has the highest score, and the falling learning rate favours the later one.
+    Source of the rule: Breiman et al. 1984, "Classification and regression trees", section 3.4.3, for sizes of a tree.
+    """
 
-    first_epoch = 0
+    def __init__(self, folder: Path, monitor: str, *, samples: int, first_epoch: int = 0) -> None:
+        """samples: validation images, from which the standard error follows; first_epoch: epochs before it are not kept."""
+        super().__init__(folder, "best", monitor=monitor, mode="max", enable_version_counter=False)
+        self.samples, self.first_epoch, self.highest = samples, first_epoch, -math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), HIGHEST: self.highest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(moved(state_dict, Path(str(self.dirpath))))
+        state = moved(state_dict, Path(str(self.dirpath)))
+        score = state["best_model_score"]  # all that checkpoints of earlier versions have
+        self.highest = state.pop(HIGHEST, -math.inf if score is None else float(score))
+        super().load_state_dict(state)
 
     def check_monitor_top_k(self, trainer: lightning.Trainer, current: torch.Tensor | None = None) -> bool:
-        if trainer.current_epoch < self.first_epoch:
+        if current is None or trainer.current_epoch < self.first_epoch:
             return False
-        best = self.best_model_score
-        return super().check_monitor_top_k(trainer, current) or bool(
-            current is not None and best is not None and current == best
-        )
+        self.highest = max(self.highest, float(current))
+        return float(current) >= self.highest - standard_error(self.highest, self.samples)
+
+
+HIGHEST = "refract_highest"
+
+
+def standard_error(score: float, samples: int) -> float:
+    """The standard error of a fraction of `samples`, with one success and one failure added, so that 0 and 1 have one too."""
+    smoothed = (score * samples + 1) / (samples + 2)
+    return math.sqrt(smoothed * (1 - smoothed) / (samples + 2))
 
 
 class EpochReport(Callback):

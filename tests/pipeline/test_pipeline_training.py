@@ -29,8 +29,15 @@ def _made(manifest: Manifest, module: ClassifierModule, data: PictureData) -> As
     return Assembly(manifest, {}, module, data, "cpu", "32-true", Processes(0, 1, 1))
 
 
-def test_the_best_epochs_weights_are_kept_and_a_tie_goes_to_the_later(folder: Path, tmp_path: Path) -> None:
-    scores, weights = [0.2, 0.9, 0.9, 0.5], []
+@pytest.mark.parametrize(
+    ("scores", "kept_epoch"),
+    [([0.2, 0.9, 0.9, 0.5], 2), ([0.2, 0.9, 0.8, 0.6], 2), ([0.2, 0.9, 0.8, 0.7], 2), ([0.9, 0.2, 0.5, 0.6], 0)],
+)
+def test_the_latest_epoch_within_a_standard_error_of_the_best_is_kept(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, scores: list[float], kept_epoch: int
+) -> None:
+    """Six validation images: the standard error of 0.9 is 0.14, measured from the highest score and not from the kept one."""
+    weights = []
 
     class Told(ClassifierModule):
         def on_validation_epoch_end(self) -> None:
@@ -45,11 +52,15 @@ def test_the_best_epochs_weights_are_kept_and_a_tie_goes_to_the_later(folder: Pa
     data = PictureData(
         manifest, augmenter=Augmenter("none", size=32), preprocess=Preprocess(32, 32), batch_size=16, workers=0
     )
-    history = fit(_made(manifest, module, data), config, tmp_path / "run", None)
+    assert len(manifest.of("val")) == 6
+    with caplog.at_level("INFO", "pipeline"):
+        history = fit(_made(manifest, module, data), config, tmp_path / "run", None)
     assert [round(row["val_accuracy"], 3) for row in history] == scores
     kept = module.classifier.state_dict()
-    assert all(torch.equal(kept[key], value) for key, value in weights[2].items())
-    assert not all(torch.equal(kept[key], value) for key, value in weights[3].items())
+    same = [all(torch.equal(kept[key], value) for key, value in state.items()) for state in weights]
+    assert same == [epoch == kept_epoch for epoch in range(4)]
+    assert f"keeping the weights of epoch {kept_epoch + 1}/4: val_accuracy {scores[kept_epoch]:.4f}" in caplog.text
+    assert ("within one standard error of 0.9000 in epoch 2" in caplog.text) == (scores[kept_epoch] < 0.9)
 
 
 def test_top_five_counts_the_five_best() -> None:
