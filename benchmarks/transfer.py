@@ -68,19 +68,24 @@ def write_manifest(data: Path, seed: int, target: Path) -> Path:
 def run(contender: str, task: Task) -> Outcome:
     """One training in a process of its own. RuntimeError with the end of its output where it fails."""
     module = CONTENDERS[contender.partition(" with ")[0]][0]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = processor_seconds()
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", f"benchmarks.finetuners.{module}", task.to_json()],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = processor_seconds() - before
     if done.returncode:
         raise RuntimeError(f"{contender} {task.mode} failed:\n{done.stderr[-2000:]}")
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     accuracy = json.loads(done.stdout.splitlines()[-1])["accuracy"]
     outcome = Outcome(contender, task.mode, task.seed, round(accuracy, 4), round(seconds, 1))
     print(f"{contender:<22}{task.mode:<24}seed {task.seed}  {accuracy:.3f}  {seconds:6.1f} s", flush=True)
     return outcome
+
+
+def processor_seconds() -> float:
+    """Of all child processes that ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def summarise(outcomes: list[Outcome]) -> list[dict[str, Any]]:

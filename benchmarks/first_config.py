@@ -1,0 +1,116 @@
+"""`refract init` and `refract train` without edits, compared with the script of a careful engineer, on three kinds of folders.
+
+The kinds: photos with ImageNet's weights of EfficientNet-Lite0, small colour images without weights, and large grey images without weights.
+Both sides have the same training, validation and test images, network, input size, batch size and number of epochs, which are those that
+`init` proposes; all else is each side's own. Each training is a process of its own, whose processor time is measured.
+
+    python -m benchmarks.first_config --photos DIR --small DIR --grey DIR --json benchmarks/results/first_config.json
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+
+from benchmarks.finetuners.task import Task
+from benchmarks.pretrained import NAME, lite0_weights
+from benchmarks.report import environment, write
+from benchmarks.transfer import processor_seconds
+
+KINDS = ("photos", "small", "grey")
+
+
+def through_refract(data: Path, seed: int, folder: Path, start: list[str]) -> tuple[dict[str, Any], float, Path]:
+    """(the config that init wrote, accuracy on the test set, the run's folder)"""
+    _command(["init", str(data), *start, "-o", "first.yaml"], folder)
+    config = yaml.safe_load((folder / "first.yaml").read_text("utf-8"))
+    _command(
+        ["train", "first.yaml", "--trainer.seed", str(seed), "--tracking.enabled", "false", "--name", "run"], folder
+    )
+    record = json.loads((folder / "runs" / "run" / "bundle" / "bundle.json").read_text("utf-8"))
+    return config, record["metrics"]["accuracy"], folder / "runs" / "run"
+
+
+def _command(arguments: list[str], folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "refract", *arguments],
+        cwd=folder, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"refract {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+
+
+def expert_task(kind: str, config: dict[str, Any], run: Path, seed: int, weights: Path) -> Task:
+    """The expert's task on the images of Refract's run, from the splits that it wrote."""
+    mode = "linear-then-fine-tune" if kind == "photos" else kind
+    return Task(
+        manifest=str(run / "splits.csv"),
+        weights=str(weights) if kind == "photos" else "",
+        network=config["model"]["name"].removeprefix("timm/"),
+        mode=mode,
+        seed=seed,
+        epochs=config["trainer"]["max_epochs"],
+        size=config["data"]["image_size"],
+        batch_size=config["data"]["batch_size"],
+    )
+
+
+def through_expert(kind: str, task: Task) -> float:
+    """The accuracy on the test set."""
+    module = "plain_timm" if kind == "photos" else "from_scratch"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", f"benchmarks.finetuners.{module}", task.to_json()],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"the expert's {kind} failed:\n{done.stderr[-2000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["accuracy"])
+
+
+def measured(kind: str, data: Path, seed: int) -> dict[str, Any]:
+    """Accuracies and processor seconds of both sides."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        weights = lite0_weights(folder / "lite0.safetensors")
+        start = ["--model.name", NAME, "--model.weights", str(weights)] if kind == "photos" else []
+        before = processor_seconds()
+        config, accuracy, run = through_refract(data.resolve(), seed, folder, start)
+        between = processor_seconds()
+        expert = through_expert(kind, expert_task(kind, config, run, seed, weights))
+        after = processor_seconds()
+    row = {
+        "seed": seed, "epochs": config["trainer"]["max_epochs"], "network": config["model"]["name"],
+        "refract": round(accuracy, 4), "expert": round(expert, 4),
+        "refract_processor_seconds": round(between - before, 1), "expert_processor_seconds": round(after - between, 1),
+    }  # fmt: skip
+    print(f"{kind:8} {row}", flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for kind in KINDS:
+        parser.add_argument(f"--{kind}", type=Path, help="folder of images, by class")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    found: dict[str, Any] = {}
+    for seed in range(args.seeds):
+        for kind in KINDS:
+            if (data := getattr(args, kind)) is not None:
+                found.setdefault(kind, []).append(measured(kind, data, seed))
+                if args.json:  # after each training, as they take long
+                    write(args.json, {"kinds": found, "environment": environment("refract", "torch", "timm")})
+    for kind, rows in found.items():
+        print(f"{kind:8} refract {mean(r['refract'] for r in rows):.3f}  expert {mean(r['expert'] for r in rows):.3f}")
+
+
+if __name__ == "__main__":
+    main()
