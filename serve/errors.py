@@ -18,11 +18,11 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class RequestError(Exception):
-    """The client asked for something that is refused. `message` is written for the client."""
+    """The client asked for something that is refused. `message` is written for the client; headers: sent with it."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+        self.status, self.code, self.message, self.headers = status, code, message, headers
 
 
 class NotReadyError(Exception):
@@ -49,9 +49,8 @@ class Problem:
 
 
 def _refused(_: Request, error: RequestError) -> Problem:
-    return Problem(
-        error.status, error.code, error.message, {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-    )
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else error.headers
+    return Problem(error.status, error.code, error.message, headers)
 
 
 def _routing(request: Request, error: HTTPException) -> Problem:

@@ -5,7 +5,6 @@ the bytes of image files, in JSON as base64. Outputs: `probabilities`, FP32 [N, 
 tensors in a request is understood; answers are JSON.
 """
 
-import base64
 import math
 import struct
 import time
@@ -23,7 +22,7 @@ from serve.limits import Limits
 from serve.openapi import INFER_BODY, problems
 from serve.prepare import EACH, Pictures, numbered, pictures
 from serve.service import Service
-from serve.uploads import SPARE, parsed
+from serve.uploads import SPARE, from_base64, parsed
 from serve.work import Work, check_version
 
 RESIZING = 0.1
@@ -108,7 +107,7 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
         tags=["v2"],
         dependencies=rated,
         openapi_extra=INFER_BODY,
-        responses=problems(400, 401, 404, 408, 413, 422, 429, 503, 504),
+        responses=problems(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
     )
     async def infer(name: str, request: Request) -> JSONResponse:
         check_name(request, name)
@@ -225,7 +224,7 @@ def _files(given: dict[str, Any], binary: bytes, limits: Limits) -> list[bytes]:
             raise _wrong("the data of encoded are not strings of base64, at least one")
         _check_count(len(texts), limits)
         try:
-            return [base64.b64decode("".join(text.split()), validate=True) for text in texts]
+            return [from_base64(text) for text in texts]
         except ValueError as err:
             raise RequestError(400, "invalid_base64", "an element of encoded is not valid base64") from err
     files, place, end = [], 0, min(size, len(binary))
