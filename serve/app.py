@@ -25,6 +25,7 @@ from serve.errors import RequestError
 from serve.follow import Build, followers
 from serve.keys import Keys
 from serve.limits import Limits
+from serve.methods import Methods
 from serve.metrics import Metrics
 from serve.openapi import problems
 from serve.page import add_page
@@ -119,7 +120,7 @@ def create_app(
     _add_admin(app, service, guards)
     add_page(app)
     # Around all that Starlette and FastAPI have around a route, too.
-    routes = Direct(app.build_middleware_stack(), PREDICT, predict, refused)
+    routes = Direct(Methods(app.build_middleware_stack(), lambda: app.routes), PREDICT, predict, refused)
     watched: ASGIApp = Access(routes, log=access_log)
     app.middleware_stack = Traced(watched, provider=traces, busy=PREDICT) if traces else watched
     return app
@@ -166,9 +167,6 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
     async def readyz() -> JSONResponse:
         service.check_wanted()
         return JSONResponse({"status": "ready", "model": service.engine.bundle.info.name})
-
-    for path, answer in (("/livez", livez), ("/readyz", readyz)):  # some balancers ask so
-        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
 
     @app.get("/v1/model", summary="What is served", dependencies=allowed, responses=problems(401))
     async def model() -> JSONResponse:

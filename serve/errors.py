@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 
 from serve.batcher import BatchError, ClosedError
 from serve.limits import OverloadedError
+from serve.methods import allowed
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -54,10 +55,13 @@ def _refused(_: Request, error: RequestError) -> Problem:
 
 
 def _routing(request: Request, error: HTTPException) -> Problem:
-    """404 and 405 of the router, with the `Allow` header that it found."""
+    """404 and 405 of the router, which knows in `Allow` the methods of one route alone."""
     status = HTTPStatus(error.status_code)
-    message = f"{status.phrase}: {request.method} {request.url.path}"
-    return Problem(error.status_code, status.name.lower(), message, error.headers)
+    message, headers = f"{status.phrase}: {request.method} {request.url.path}", error.headers
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        methods = ", ".join(allowed(request.app.routes, request.scope))
+        message, headers = f"{message}; allowed are {methods}", {"Allow": methods}
+    return Problem(error.status_code, status.name.lower(), message, headers)
 
 
 def _invalid(_: Request, error: RequestValidationError) -> Problem:
