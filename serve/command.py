@@ -135,9 +135,10 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
         raise RefusedError(str(err)) from err
     if arguments.access_log:
         write_lines()
-    names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log")
+    names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log", "root_path")
     options = {name: getattr(arguments, name) for name in names}
     options |= {"follow": _followed(arguments.source, arguments), "poll_s": arguments.poll_s, "build": made}
+    options["cors_origins"] = arguments.cors_origin
     options["traces"] = _traces(arguments.traces)
     options["challenge"] = _challenge(arguments, made)
     options["sampling"] = _sampling(arguments)

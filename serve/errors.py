@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from serve.batcher import BatchError, ClosedError
 from serve.limits import OverloadedError
 from serve.methods import allowed
+from serve.rooted import route_path
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -110,9 +111,10 @@ def install(app: FastAPI, counted: Callable[[str, str], None]) -> Refused:
         problem_of = next(_HANDLERS[kind] for kind in type(error).__mro__ if kind in _HANDLERS)
         problem = problem_of(request, error)
         request.state.code = problem.code  # for the access log
-        counted(request.url.path, problem.code)
+        path = route_path(request.scope)
+        counted(path, problem.code)
         # The Open Inference Protocol has a word of its own for what went wrong.
-        return problem.response({"error": problem.detail} if request.url.path.startswith("/v2") else {})
+        return problem.response({"error": problem.detail} if path.startswith("/v2") else {})
 
     for kind in _HANDLERS:
         app.add_exception_handler(kind, refused)
