@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.allocator import keep_freed_memory
 from serve.cores import cores, quota
+from serve.home import ensure_home
 from serve.memory import spared
 from serve.options import parse
 
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("serve").setLevel(logging.INFO)
+    ensure_home()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _end)
