@@ -33,7 +33,8 @@ class Bodies:
         digits = announced.lstrip("0")[:20] or "0"  # Python reads 4,300 at most
         if announced.isdigit() and int(digits) > self._limits.max_body_bytes:
             raise _too_large(self._limits)
-        decoding = Decoding(request.headers.getlist("content-encoding"), self._limits.max_body_bytes)
+        sent = [value.decode("latin-1") for name, value in request.scope["headers"] if name == b"content-encoding"]
+        decoding = Decoding(sent, self._limits.max_body_bytes)
         chunks: list[bytes] = []
         try:
             async with asyncio.timeout(self._limits.body_seconds):
