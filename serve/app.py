@@ -3,7 +3,7 @@
 import asyncio
 import copy
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from functools import partial
@@ -20,15 +20,18 @@ from serve import errors
 from serve.access import Access
 from serve.body import Bodies
 from serve.challenge import Challenge, Challenger
+from serve.cors import Cors
 from serve.engine import Engine, cuda_bytes
 from serve.errors import RequestError
 from serve.follow import Build, followers
 from serve.keys import Keys
 from serve.limits import Limits
+from serve.methods import Methods
 from serve.metrics import Metrics
 from serve.openapi import problems
 from serve.page import add_page
 from serve.predict import PREDICT, Direct, add_predict
+from serve.rooted import Rooted
 from serve.sampling import Sampling
 from serve.service import Service
 from serve.tracing import Traced, close
@@ -58,11 +61,14 @@ def create_app(
     poll_s: float = 60.0,
     build: Build = Engine,
     sampling: Sampling | None = None,
+    cors_origins: Sequence[str] = (),
+    root_path: str = "",
 ) -> FastAPI:
     """The application that answers with `served`; a bundle is served on the CPU. keys: who may ask, without them everybody; admin:
     who may roll back, in place of `keys`, and without either nobody. traces: where spans go, closed at the end. follow: the name in the
     registry that the bundle is from, asked for its meaning every `poll_s` seconds, and `build` makes an engine of what it means then.
-    challenge: a second model beside it. sampling: keeps a sample of what is asked.
+    challenge: a second model beside it. sampling: keeps a sample of what is asked. cors_origins: whose pages may
+    read answers, `*` for all. root_path: the path of a reverse proxy below which the server is.
 
     Its lifespan runs the self-test: if that fails the server does not start, and `app.state.failure` says why. Routes may be added to it,
     middleware and handlers of errors not.
@@ -119,9 +125,12 @@ def create_app(
     _add_admin(app, service, guards)
     add_page(app)
     # Around all that Starlette and FastAPI have around a route, too.
-    routes = Direct(app.build_middleware_stack(), PREDICT, predict, refused)
-    watched: ASGIApp = Access(routes, log=access_log)
-    app.middleware_stack = Traced(watched, provider=traces, busy=PREDICT) if traces else watched
+    routes = Direct(Methods(app.build_middleware_stack(), lambda: app.routes), PREDICT, predict, refused)
+    shared: ASGIApp = Cors(routes, cors_origins) if cors_origins else routes
+    rooted = Rooted(shared, root_path) if root_path else shared
+    watched: ASGIApp = Access(rooted, log=access_log)
+    busy = {PREDICT, root_path + PREDICT}
+    app.middleware_stack = Traced(watched, provider=traces, busy=busy) if traces else watched
     return app
 
 
@@ -166,9 +175,6 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
     async def readyz() -> JSONResponse:
         service.check_wanted()
         return JSONResponse({"status": "ready", "model": service.engine.bundle.info.name})
-
-    for path, answer in (("/livez", livez), ("/readyz", readyz)):  # some balancers ask so
-        app.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
 
     @app.get("/v1/model", summary="What is served", dependencies=allowed, responses=problems(401))
     async def model() -> JSONResponse:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
+from serve.coding import STEP, Decoding
 from serve.errors import RequestError
 from serve.limits import Limits, OverloadedError
 
@@ -21,21 +22,23 @@ class Bodies:
         self._limits, self._held = limits, 0
 
     async def read(self, request: Request) -> bytes:
-        """The whole body of `request`, counted as held until it is given to `release`.
+        """The whole body of `request`, decoded by its Content-Encoding, counted as held until it is given to `release`.
 
-        RequestError 413 beyond `limits.max_body_bytes`: by Content-Length before a byte is read, and while reading, for
-        chunked bodies announce no length; 408 where it has not arrived within `limits.body_seconds`; 400 for an empty body, or
-        a client that went away. OverloadedError where all bodies together, half-sent ones too, would exceed
-        `limits.max_held_bytes`.
+        RequestError 413 beyond `limits.max_body_bytes`, as sent or decoded: by Content-Length before a byte is read, and
+        while reading, for chunked bodies announce no length; 415 for a coding that is not accepted; 408 where it has not
+        arrived within `limits.body_seconds`; 400 for an empty body, one that its coding cannot decode, or a client that
+        went away. OverloadedError where all bodies together, half-sent ones too, would exceed `limits.max_held_bytes`.
         """
         announced = request.headers.get("content-length", "")
         digits = announced.lstrip("0")[:20] or "0"  # Python reads 4,300 at most
         if announced.isdigit() and int(digits) > self._limits.max_body_bytes:
             raise _too_large(self._limits)
+        sent = [value.decode("latin-1") for name, value in request.scope["headers"] if name == b"content-encoding"]
+        decoding = Decoding(sent, self._limits.max_body_bytes)
         chunks: list[bytes] = []
         try:
             async with asyncio.timeout(self._limits.body_seconds):
-                await self._gather(request, chunks)
+                await self._gather(request, decoding, chunks)
         except BaseException as err:  # also where it is cancelled
             self._held -= sum(map(len, chunks))
             if isinstance(err, ClientDisconnect):
@@ -51,19 +54,24 @@ class Bodies:
         """It is needed no more."""
         self._held -= len(body)
 
-    async def _gather(self, request: Request, chunks: list[bytes]) -> None:
-        """chunks: takes what has arrived, also where the rest does not."""
-        size = 0
+    async def _gather(self, request: Request, decoding: Decoding, chunks: list[bytes]) -> None:
+        """chunks: takes what has arrived and was decoded, also where the rest does not."""
+        sent = size = 0
         async for chunk in request.stream():
-            if not chunk:
-                continue
-            chunks.append(chunk)
-            size += len(chunk)
-            self._held += len(chunk)
-            if size > self._limits.max_body_bytes:
+            sent += len(chunk)
+            if sent > self._limits.max_body_bytes:
                 raise _too_large(self._limits)
-            if self._held > self._limits.max_held_bytes:
-                raise OverloadedError("too many large requests at a time; try again")
+            for piece in decoding.pieces(chunk):
+                if piece:
+                    chunks.append(piece)
+                    size += len(piece)
+                    self._held += len(piece)
+                if self._held > self._limits.max_held_bytes:
+                    raise OverloadedError("too many large requests at a time; try again")
+                if len(piece) == STEP:
+                    await asyncio.sleep(0)
+        if sent:
+            decoding.finish()
         if size == 0:
             raise RequestError(400, "empty_body", "the request has no body; send an image")
 

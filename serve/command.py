@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.allocator import keep_freed_memory
 from serve.cores import cores, quota
+from serve.home import ensure_home
 from serve.memory import spared
 from serve.options import parse
 
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("serve").setLevel(logging.INFO)
+    ensure_home()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _end)
@@ -135,9 +137,10 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
         raise RefusedError(str(err)) from err
     if arguments.access_log:
         write_lines()
-    names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log")
+    names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log", "root_path")
     options = {name: getattr(arguments, name) for name in names}
     options |= {"follow": _followed(arguments.source, arguments), "poll_s": arguments.poll_s, "build": made}
+    options["cors_origins"] = arguments.cors_origin
     options["traces"] = _traces(arguments.traces)
     options["challenge"] = _challenge(arguments, made)
     options["sampling"] = _sampling(arguments)

@@ -1,6 +1,7 @@
 """What arrives on one connection, bounded: in bytes, in requests and in time. Knows nothing of what is asked."""
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ from uvicorn.protocols.http.flow_control import CLOSE_HEADER, HIGH_WATER_LIMIT, 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from serve.errors import Problem
+from serve.head import host_is_valid, line_problem, unknown_method
 from serve.stream import Stream
 
 HEAD_S = 10
@@ -18,29 +20,36 @@ LEAVE_S = 15
 """For the rest of a body, from the moment when the server is asked to end."""
 
 HEAD_BYTES, FIELDS = 64 << 10, 256
-"""Of a head; of what follows the last chunk of a body, the bytes alone. A little more may pass, as it is looked at in parts."""
+"""Of a head, from the request line to the empty line after its fields, both included. The bytes also bound what stands between the chunks
+of a body, and follows the last; there a little more may pass, as it is looked at in parts."""
 
 PART, TURN, PIECES = 16 << 10, 64 << 10, 1000
 """Bytes that are taken apart at a time; and at most, or parts of bodies, before the event loop turns to others."""
 
-INVALID = Problem(400, "invalid_http", "this is no request of HTTP/1.1")
+INVALID = Problem(400, "invalid_http", "this is not a request of HTTP/1.1")
 
 WAITING = 8
 """Requests of one connection that wait for the answers before theirs; what is sent beyond is not taken apart meanwhile."""
 
 
+_AUTHORITY = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
+
+
 class _RefusedError(Exception):
     """Nothing more is taken on this connection."""
 
-    def __init__(self, status: int, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.problem = Problem(status, code, detail)
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.detail)
+        self.problem = problem
+
+
+def _invalid(detail: str) -> _RefusedError:
+    return _RefusedError(Problem(400, "invalid_http", detail))
 
 
 def _too_large() -> _RefusedError:
-    return _RefusedError(
-        431, "head_too_large", f"a request's head has at most {HEAD_BYTES >> 10} KiB and {FIELDS} fields"
-    )
+    message = f"a request's head has at most {HEAD_BYTES >> 10} KiB and {FIELDS} fields"
+    return _RefusedError(Problem(431, "head_too_large", message))
 
 
 class _Flow(FlowControl):
@@ -65,7 +74,13 @@ class Connection(HttpToolsProtocol):
     _rest = memoryview(b"")
     """What was read and not taken apart."""
     _bare = _pieces = _hosts = 0
-    """Bytes since a head, a body's part or a message ended; parts of bodies in this turn; of a head, fields of this name."""
+    """Bytes since a head began or ended, or a body's part or a message ended; parts of bodies in this turn; Host fields of a head."""
+    _line: bytes | None = b""
+    """The bytes of a request line that have arrived; None from its end to the end of its message."""
+    _last = b""
+    """The last three bytes of a head, or of a chunked body, that were taken apart."""
+    _left: int | None = None
+    """Bytes that a body of known length still has."""
     _heading = _bodied = _ended = False
     """In a head; in a body; the last that was taken apart ended a message."""
     _refusal: bytes | None = None
@@ -89,15 +104,17 @@ class Connection(HttpToolsProtocol):
         self._pieces = taken = 0
         try:
             while self._rest and taken < TURN and self._pieces < PIECES and len(self.pipeline) <= WAITING:
-                part, self._rest = self._rest[:PART], self._rest[PART:]
+                part = self._portion()
+                self._rest = self._rest[len(part) :]
                 taken += len(part)
                 self._bare += len(part)
+                if self._bare > HEAD_BYTES and not self._bodied:
+                    raise _too_large()
                 self._parse(part)
                 if self._bare > HEAD_BYTES:
                     raise _too_large()
         except (httptools.HttpParserError, _RefusedError) as err:
-            own = err.__context__ or err  # httptools wraps what its callbacks raise
-            self._refuse(own.problem if isinstance(own, _RefusedError) else INVALID)
+            self._refuse(self._problem(err))
             return
         if self._rest:
             self.flow.pause_reading()
@@ -111,9 +128,44 @@ class Connection(HttpToolsProtocol):
         if self._rest and not self.transport.is_closing():
             self._go_on()
 
+    def _portion(self) -> memoryview:
+        """The next bytes to take apart: no more than PART, and none beyond the end of a head or of a message, so that heads are measured
+        exactly and each request line is read."""
+        part = self._rest[:PART]
+        if self._line == b"":
+            if blank := len(part) - len(bytes(part).lstrip(b"\r\n")):  # RFC 9112, 2.2
+                return part[:blank]
+            self._bare = 0
+        if self._left:
+            return part[: self._left]
+        known = self._last + part
+        if end := known.find(b"\r\n\r\n") + 1:
+            part, self._last = part[: end + 3 - len(self._last)], b""
+        else:
+            self._last = known[-3:]
+        if self._line is not None:
+            self._read_line(bytes(part))
+        return part
+
+    def _read_line(self, part: bytes) -> None:
+        line, ending, _ = ((self._line or b"") + part).partition(b"\n")
+        self._line = None if ending else line
+        if ending and (problem := line_problem(line + ending)):
+            raise _RefusedError(problem)
+
+    def _problem(self, err: Exception) -> Problem:
+        own = err.__context__ or err  # httptools wraps what its callbacks raise
+        if isinstance(own, _RefusedError):
+            return own.problem
+        if isinstance(err, httptools.HttpParserInvalidMethodError):
+            return unknown_method(self._line or b"") or INVALID
+        return INVALID
+
     def on_message_begin(self) -> None:
+        if self._line == b"":  # a request that `_portion` does not know of
+            raise _RefusedError(INVALID)
         self._unset_keepalive_if_required()
-        self._heading, self._ended, self._hosts = True, False, 0
+        self._heading, self._ended, self._hosts, self._left = True, False, 0, None
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -122,10 +174,15 @@ class Connection(HttpToolsProtocol):
         name, value = name.lower(), value.strip(b" \t")  # RFC 9110, 5.5
         if name == b"host":
             self._hosts += 1
+            if not host_is_valid(value):
+                raise _invalid("the Host header field is not a host, or a host and a port")
+        elif name == b"content-length" and value.isdigit():
+            self._left = int(value.lstrip(b"0")[:20] or b"0")  # the parser refuses more digits than fit
         elif name == b"expect":
             self.expect_100_continue = value.lower() == b"100-continue"
         elif name == b"transfer-encoding" and value.lower() != b"chunked":
-            raise _RefusedError(501, "unknown_transfer_encoding", "Transfer-Encoding: chunked alone is known")
+            problem = Problem(501, "unknown_transfer_encoding", "Transfer-Encoding: chunked alone is known")
+            raise _RefusedError(problem)
         self.headers.append((name, value))
         if len(self.headers) > FIELDS:
             raise _too_large()
@@ -136,14 +193,32 @@ class Connection(HttpToolsProtocol):
             return
         if self.parser.get_http_version() == "1.0":
             self.expect_100_continue = False  # RFC 9110, 10.1.1
-        elif self._hosts != 1:
-            raise _RefusedError(400, "invalid_http", "a request of HTTP/1.1 has one Host")  # RFC 9112, 3.2
+        elif self._hosts == 0:
+            raise _invalid("a request of HTTP/1.1 has a Host header field")  # RFC 9112, 3.2
+        if self._hosts > 1:
+            raise _invalid("a request has one Host header field at most")
+        self.url = self._target()
         self._bodied = True
         self._calm()
         super().on_headers_complete()
         self._cycles.append(self.cycle)
 
+    def _target(self) -> bytes:
+        """In the forms that uvicorn takes apart: of a URL what follows its host (RFC 9112, 3.2.2), and `*`."""
+        if self.url.startswith(b"/"):
+            return self.url
+        if self.url == b"*":
+            if self.parser.get_method() != b"OPTIONS":
+                raise _invalid("the target * goes with OPTIONS alone")  # RFC 9112, 3.2.4
+            return self.url
+        if (match := _AUTHORITY.match(self.url)) is None:
+            raise _invalid("the target of the request is not a path, which begins with /")
+        rest = self.url[match.end() :]
+        return rest if rest.startswith(b"/") else b"/" + rest
+
     def on_body(self, body: bytes) -> None:
+        if self._left is not None:
+            self._left -= len(body)
         self._bare = 0
         self._pieces += 1
         super().on_body(body)
@@ -151,7 +226,7 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._bare = 0
         if not self.parser.should_upgrade():
-            self._ended, self._bodied = True, False
+            self._ended, self._bodied, self._left, self._line = True, False, None, b""
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -207,7 +282,7 @@ class Connection(HttpToolsProtocol):
     def _plain_head(self) -> bytes:
         method = self.parser.get_method()
         if method == b"CONNECT":
-            raise httptools.HttpParserError("this is no proxy")
+            raise httptools.HttpParserError("this server is not a proxy")
         first = b"%s %s HTTP/%s" % (method, self.url, self.parser.get_http_version().encode())
         fields = (b"%s: %s" % field for field in self.headers if field[0] != b"upgrade")
         return b"\r\n".join((first, *fields, b"", b""))

@@ -13,16 +13,18 @@ from starlette.responses import JSONResponse
 
 from serve.batcher import BatchError, ClosedError
 from serve.limits import OverloadedError
+from serve.methods import allowed
+from serve.rooted import route_path
 
 MEDIA_TYPE = "application/problem+json"
 
 
 class RequestError(Exception):
-    """The client asked for something that is refused. `message` is written for the client."""
+    """The client asked for something that is refused. `message` is written for the client; headers: sent with it."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+        self.status, self.code, self.message, self.headers = status, code, message, headers
 
 
 class NotReadyError(Exception):
@@ -49,16 +51,18 @@ class Problem:
 
 
 def _refused(_: Request, error: RequestError) -> Problem:
-    return Problem(
-        error.status, error.code, error.message, {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-    )
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else error.headers
+    return Problem(error.status, error.code, error.message, headers)
 
 
 def _routing(request: Request, error: HTTPException) -> Problem:
-    """404 and 405 of the router, with the `Allow` header that it found."""
+    """404 and 405 of the router, which knows in `Allow` the methods of one route alone."""
     status = HTTPStatus(error.status_code)
-    message = f"{status.phrase}: {request.method} {request.url.path}"
-    return Problem(error.status_code, status.name.lower(), message, error.headers)
+    message, headers = f"{status.phrase}: {request.method} {request.url.path}", error.headers
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        methods = ", ".join(allowed(request.app.routes, request.scope))
+        message, headers = f"{message}; allowed are {methods}", {"Allow": methods}
+    return Problem(error.status_code, status.name.lower(), message, headers)
 
 
 def _invalid(_: Request, error: RequestValidationError) -> Problem:
@@ -107,9 +111,10 @@ def install(app: FastAPI, counted: Callable[[str, str], None]) -> Refused:
         problem_of = next(_HANDLERS[kind] for kind in type(error).__mro__ if kind in _HANDLERS)
         problem = problem_of(request, error)
         request.state.code = problem.code  # for the access log
-        counted(request.url.path, problem.code)
+        path = route_path(request.scope)
+        counted(path, problem.code)
         # The Open Inference Protocol has a word of its own for what went wrong.
-        return problem.response({"error": problem.detail} if request.url.path.startswith("/v2") else {})
+        return problem.response({"error": problem.detail} if path.startswith("/v2") else {})
 
     for kind in _HANDLERS:
         app.add_exception_handler(kind, refused)

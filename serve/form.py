@@ -5,13 +5,18 @@ parses on the event loop. The body is in memory already, and limited.
 """
 
 import logging
+import re
+from urllib.parse import unquote_to_bytes
 
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import MultipartParser
 
 from serve.errors import RequestError
 
 MAX_TEXT_FIELDS = 64
+
+_PARAMETER = re.compile(r';\s*([^\s;=*]+)(?:\*([0-9]+))?(\*)?\s*=\s*("(?:\\.|[^"\\])*"|[^;]*)', re.DOTALL)
+"""A parameter of Content-Disposition: name, number of a continuation, whether percent-encoded, value."""
 
 # Its warnings are of what clients send, as often as they like.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
@@ -71,9 +76,9 @@ class _Form:
             self._disposition = self._value.decode("latin-1")
 
     def _headers_finished(self) -> None:
-        options = parse_options_header(self._disposition)[1]
-        self._is_file = b"filename" in options
-        self._is_text = not self._is_file and options.get(b"name") == b"text"
+        options = parameters(self._disposition)
+        self._is_file = "filename" in options
+        self._is_text = not self._is_file and options.get("name") == b"text"
         if self._is_file and len(self.files) == self.max_images:
             raise RequestError(413, "too_many_images", f"the form has more than {self.max_images} images")
         if self._is_text and len(self.texts) == self.max_images:
@@ -91,3 +96,24 @@ class _Form:
 
     def _end(self) -> None:
         self.complete = True
+
+
+def parameters(disposition: str) -> dict[str, bytes]:
+    """The parameters of a Content-Disposition header by their names in lower case: plain, in RFC 8187's form, which older clients send
+    alone (`filename*=UTF-8''%e2%82%ac.png`), or in RFC 2231's continuations (`filename*0=`). An extended value replaces a plain one."""
+    plain: dict[str, bytes] = {}
+    extended: dict[str, dict[int, bytes]] = {}
+    for match in _PARAMETER.finditer(disposition):
+        name, number, encoded, text = match[1].lower(), match[2], match[3], match[4].strip()
+        if text.startswith('"'):
+            text = re.sub(r"\\(.)", r"\1", text[1:-1], flags=re.DOTALL)
+        value = text.encode("latin-1")
+        if encoded:
+            if not number or not int(number[:9]):  # the first alone names a character set and a language
+                value = value.rpartition(b"'")[2]
+            value = unquote_to_bytes(value)
+        if number or encoded:
+            extended.setdefault(name, {})[int((number or "0")[:9])] = value
+        else:
+            plain.setdefault(name, value)
+    return plain | {name: b"".join(values[i] for i in sorted(values)) for name, values in extended.items()}

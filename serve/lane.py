@@ -14,6 +14,7 @@ from serve.batcher import Answered, Batcher
 from serve.engine import Engine
 from serve.limits import Room
 from serve.metrics import Metrics
+from serve.statistics import Statistics
 from serve.threads import RECENT, Threads
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Lane:
     ) -> None:
         """decoders, room: the threads for so many megapixels, and what they may decode at a time; metrics: count its batches, None where it
         answers nobody. waits: see `Batcher`."""
-        self.engine, self.preparing = engine, 0
+        self.engine, self.preparing, self.statistics = engine, 0, Statistics()
         self.decoders, self.room = decoders, room
         self._metrics, self._inside, self._empty = metrics, 0, asyncio.Event()
         self._pace, self._computing = 0.0, [0] * len(engine.workers)
@@ -125,8 +126,9 @@ class Lane:
         self._failed = 0
         # Several threads may do this at a time: that a measurement is lost then does no harm. A large batch, which tells more of how fast
         # it goes when there is much to do, counts as so many pictures.
-        share = 1 - (1 - RECENT) ** len(batch)
-        self._pace += share * ((time.monotonic() - began) / len(batch) - self._pace)
+        share, seconds = 1 - (1 - RECENT) ** len(batch), time.monotonic() - began
+        self.statistics.computed(len(batch), seconds)
+        self._pace += share * (seconds / len(batch) - self._pace)
         self._batches += 1
         self._spent += max(RECENT, 1 / self._batches) * (time.thread_time() - spent - self._spent)
         return found

@@ -1,11 +1,14 @@
 """What a server has done, for Prometheus. Knows nothing of HTTP's details, nor of pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app, start_http_server
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _PICTURES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -100,4 +103,21 @@ class Metrics:
     def listen(self, host: str, port: int) -> int:
         """Answer Prometheus at `/metrics` on a port of its own, in a thread. Returns the port, for 0 a free one. OSError where taken."""
         server, _ = start_http_server(port, host, self.registry)
+        server.set_app(_with_head(make_wsgi_app(self.registry)))
         return int(server.server_port)
+
+
+def _with_head(app: "WSGIApplication") -> "WSGIApplication":
+    """Answer HEAD as GET, without the body: Prometheus' own application refuses it."""
+
+    def answer(environ: dict[str, Any], start_response: "StartResponse") -> Iterable[bytes]:
+        started: list[tuple[str, list[tuple[str, str]]]] = []
+        head = environ["REQUEST_METHOD"] == "HEAD"
+        given = {**environ, "REQUEST_METHOD": "GET"} if head else environ
+        body = b"".join(app(given, lambda status, headers, *_: started.append((status, headers))))  # type: ignore[arg-type]
+        ((status, headers),) = started
+        headers = [(name, "GET, HEAD, OPTIONS" if name == "Allow" else value) for name, value in headers]
+        start_response(status, [*headers, ("Content-Length", str(len(body)))])
+        return [] if head else [body]
+
+    return answer

@@ -17,9 +17,11 @@ _JSON_FORMS = [
     {"type": "object", "properties": {"image": _BASE64, "text": {"type": "string"}}},
     {"type": "object", "properties": {"images": _SEVERAL, "texts": {"type": "array", "items": _TEXT}}},
 ]
+_ENCODINGS = "It may be compressed: `Content-Encoding: gzip` or `deflate`."
 PREDICT_BODY = {
     "requestBody": {
         "required": True,
+        "description": f"An image, a form whose parts with a `filename` are images, or JSON with images in base64. {_ENCODINGS}",
         "content": {
             "image/*": {"schema": _FILE},
             "application/octet-stream": {"schema": _FILE},
@@ -54,6 +56,7 @@ _ENCODED = {"inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [1], "d
 INFER_BODY = {
     "requestBody": {
         "required": True,
+        "description": f"The JSON document, and after it the binary tensors, if any. {_ENCODINGS}",
         "content": {
             "application/json": {"schema": _INFER, "example": _ENCODED},
             "application/octet-stream": {"schema": _FILE},

@@ -92,6 +92,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--keys", type=Path, metavar="FILE", help="API keys, one a line; read again when the file changes")
     add("--admin-keys", type=Path, metavar="FILE", help="keys for /admin/rollback, in place of those of --keys")
     add("--rate", type=_number(0, 1e5, above=True), metavar="N", help="requests a second of each key; more get 429")
+    add(
+        "--cors-origin",
+        type=_origin,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ORIGIN",
+        help="origins whose pages may read answers, as https://app.example; * for all",
+    )
+    add(
+        "--root-path",
+        type=_prefix,
+        default="",
+        metavar="PREFIX",
+        help="path of a reverse proxy below which the server is, as /models; the proxy may keep or remove it",
+    )
     add("--metrics-port", type=_whole(0, 65535), metavar="PORT", help="answer Prometheus at /metrics there")
     add("--traces", metavar="URL", help="of an OpenTelemetry collector, as http://localhost:4318/v1/traces")
     add(
@@ -136,6 +152,24 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _origin(text: str) -> str:
+    from serve.cors import is_origin
+
+    if not is_origin(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an origin as https://app.example or http://localhost:3000, in lower case and without a path, nor *"
+        )
+    return text
+
+
+def _prefix(text: str) -> str:
+    from serve.rooted import prefix_problem
+
+    if text and (problem := prefix_problem(text)):
+        raise argparse.ArgumentTypeError(problem)
+    return text
 
 
 def _number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:

@@ -20,6 +20,7 @@ from serve.errors import Refused
 from serve.keys import Keys
 from serve.openapi import PREDICT_ANSWERS, PREDICT_BODY
 from serve.prepare import is_quick, read
+from serve.rooted import route_path
 from serve.service import Service
 from serve.work import Answers, Work
 
@@ -77,7 +78,7 @@ class Direct:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Starlette's routes match a path with a line feed at its end, too.
-        if scope["type"] != "http" or scope["path"].rstrip("\n") != self._path or scope["method"] != "POST":
+        if scope["type"] != "http" or route_path(scope).rstrip("\n") != self._path or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         request = Request(scope, receive)

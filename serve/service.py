@@ -24,6 +24,7 @@ from serve.limits import Limits, OverloadedError, Room
 from serve.metrics import Metrics
 from serve.samples import cuts, joined, mirrored
 from serve.sampling import Sampling
+from serve.statistics import Statistics
 from serve.threads import Threads
 from serve.work import Answers, Known, Work, check_read, check_version
 
@@ -116,6 +117,11 @@ class Service:
     def engine(self) -> Engine:
         """That of new requests."""
         return self._lane.engine
+
+    @property
+    def statistics(self) -> Statistics:
+        """What that engine has done since it was opened."""
+        return self._lane.statistics
 
     @property
     def challenger(self) -> Challenger | None:
@@ -275,11 +281,15 @@ class Service:
             raise NotReadyError("the model does not pass its self-test now")
 
     async def _read(self, work: Work) -> Known:
-        began = time.monotonic()
-        if work.quick:
-            return Known(work, work.read(), time.monotonic() - began)
-        with self._lane.coming():
-            pictures = await asyncio.get_running_loop().run_in_executor(self._readers, work.read)
+        began, lane = time.monotonic(), self._lane
+        try:
+            if work.quick:
+                return Known(work, work.read(), time.monotonic() - began)
+            with lane.coming():
+                pictures = await asyncio.get_running_loop().run_in_executor(self._readers, work.read)
+        except BaseException:
+            lane.statistics.failed(time.monotonic() - began)
+            raise
         return Known(work, pictures, time.monotonic() - began)
 
     @contextmanager
@@ -316,6 +326,18 @@ class Service:
 
     async def _on(self, lane: Lane, known: Known, *, sampled: bool = True) -> Answers:
         """sampled: where the answer goes to whoever asked; a shadow's does not."""
+        began, found = time.monotonic(), None
+        try:
+            found = await self._answers(lane, known, sampled=sampled)
+            return found
+        finally:
+            seconds = known.seconds + time.monotonic() - began
+            if sampled and found:
+                lane.statistics.succeeded(known.pictures.number, seconds, found.seconds)
+            elif sampled:
+                lane.statistics.failed(seconds)
+
+    async def _answers(self, lane: Lane, known: Known, *, sampled: bool) -> Answers:
         work = known.work
         with lane.entered():  # whatever is served meanwhile
             began = time.monotonic()

@@ -5,6 +5,7 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
@@ -34,8 +35,8 @@ def provider(address: str) -> "TracerProvider":
 class Traced:
     """ASGI middleware. The stages are those that an answer tells in `Server-Timing`, the last of which ends with it."""
 
-    def __init__(self, app: ASGIApp, *, provider: "TracerProvider", busy: str) -> None:
-        """busy: the path by which spans are named; those of other paths by their method alone."""
+    def __init__(self, app: ASGIApp, *, provider: "TracerProvider", busy: Collection[str]) -> None:
+        """busy: the paths by which spans are named; those of other paths by their method alone."""
         self._app, self._busy, self._tracer = app, busy, provider.get_tracer("refract.serve")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +49,7 @@ class Traced:
         parent = TraceContextTextMapPropagator().extract(Headers(scope=scope))
         facts = {"http.request.method": scope["method"], "url.path": scope["path"]}
         # A name for each path that strangers think of would be too many.
-        name = f"{scope['method']} {scope['path']}" if scope["path"] == self._busy else scope["method"]
+        name = f"{scope['method']} {scope['path']}" if scope["path"] in self._busy else scope["method"]
         with self._tracer.start_as_current_span(name, parent, SpanKind.SERVER, facts) as span:
 
             async def told(message: Message) -> None:

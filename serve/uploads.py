@@ -4,6 +4,7 @@ import base64
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from urllib.parse import unquote_to_bytes
 
 from python_multipart.multipart import parse_options_header
 
@@ -126,9 +127,29 @@ def _decoded(index: int, text: Any) -> bytes:
     if not isinstance(text, str):
         raise RequestError(422, "invalid_request", f"image {index} is not a string of base64")
     try:
-        # Line breaks are fine: `base64` and Python's encodebytes wrap at 76 characters.
-        # A browser's form begins with what it is.
-        content = text.partition(",")[2] if text.startswith("data:") else text
-        return base64.b64decode("".join(content.split()), validate=True)
+        return from_base64(text)
     except ValueError as err:
         raise RequestError(400, "invalid_base64", f"image {index} is not valid base64") from err
+
+
+def from_base64(text: str) -> bytes:
+    """The bytes of base64 (RFC 4648) in either alphabet, with or without padding and line breaks, or of a `data:` URI (RFC 2397).
+
+    Padding that is there must be right. ValueError for anything else."""
+    if text[:5].lower() == "data:":
+        kind, comma, text = text.partition(",")
+        if not comma:
+            raise ValueError("a data: URI has a comma")
+        if "%" in text:
+            content = unquote_to_bytes(text)
+            if not kind.rstrip().lower().endswith(";base64"):
+                return content
+            text = content.decode("ascii")
+    text = "".join(text.split()).translate(_STANDARD)  # `base64` and Python's encodebytes wrap at 76 characters
+    if not text.endswith("="):
+        text += "=" * (-len(text) % 4)
+    return base64.b64decode(text, validate=True)
+
+
+_STANDARD = str.maketrans("-_", "+/")
+"""The URL-safe alphabet (RFC 4648, 5) to the standard one."""

@@ -5,12 +5,12 @@ the bytes of image files, in JSON as base64. Outputs: `probabilities`, FP32 [N, 
 tensors in a request is understood; answers are JSON.
 """
 
-import base64
 import math
 import struct
 import time
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,14 @@ from serve.limits import Limits
 from serve.openapi import INFER_BODY, problems
 from serve.prepare import EACH, Pictures, numbered, pictures
 from serve.service import Service
-from serve.uploads import SPARE, parsed
+from serve.uploads import SPARE, from_base64, parsed
 from serve.work import Work, check_version
 
 RESIZING = 0.1
 """What a pixel costs that need not be decoded, as a share of one that must."""
 
 HEADER = "inference-header-content-length"
+EXTENSIONS = ["binary_tensor_data", "statistics"]
 OUTPUTS = ("probabilities", "label")
 INPUTS = (
     {"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]},
@@ -48,7 +49,7 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
 
     @app.get("/v2", summary="The server", tags=["v2"])
     async def server() -> JSONResponse:
-        return JSONResponse({"name": "refract", "version": version("refract"), "extensions": ["binary_tensor_data"]})
+        return JSONResponse({"name": "refract", "version": version("refract"), "extensions": EXTENSIONS})
 
     @app.get(
         "/v2/health/live",
@@ -83,6 +84,20 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
         service.check_wanted()
         return JSONResponse({"name": name, "ready": True})
 
+    @app.get("/v2/models/stats", include_in_schema=False, dependencies=allowed)
+    @app.get("/v2/models/{name}/versions/{model_version}/stats", include_in_schema=False, dependencies=allowed)
+    @app.get(
+        "/v2/models/{name}/stats",
+        summary="Requests and batches, and the time that they took, since this version is served",
+        tags=["v2"],
+        dependencies=allowed,
+        responses=problems(401, 404),
+    )
+    async def statistics(request: Request) -> JSONResponse:
+        served = service.engine.bundle
+        check_name(request, request.path_params.get("name", served.info.name))
+        return JSONResponse({"model_stats": [service.statistics.to_dict(served.info.name, served.digest[:16])]})
+
     @app.get("/v2/models/{name}/versions/{model_version}", include_in_schema=False, dependencies=allowed)
     @app.get(
         "/v2/models/{name}",
@@ -108,7 +123,7 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
         tags=["v2"],
         dependencies=rated,
         openapi_extra=INFER_BODY,
-        responses=problems(400, 401, 404, 408, 413, 422, 429, 503, 504),
+        responses=problems(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
     )
     async def infer(name: str, request: Request) -> JSONResponse:
         check_name(request, name)
@@ -201,31 +216,33 @@ def _tensor(given: dict[str, Any], shape: list[Any], binary: bytes, limits: Limi
         raise RequestError(413, "too_many_images", f"{shape[0]} images in one request; at most {limits.max_images}")
     if shape[1] * shape[2] > limits.max_pixels or math.prod(shape[:3]) > limits.max_total_pixels:
         raise RequestError(413, "images_too_large", f"images of {shape[1]} × {shape[2]} pixels are too large")
-    size = _binary_size(given)
+    size = _binary_size(given, binary)
     if size is not None:
         values = np.frombuffer(binary[:size], np.uint8)
     else:
         try:
-            numbers = np.array(given.get("data")).ravel()
+            numbers = np.array(given.get("data"))
         except ValueError as err:  # rows of several lengths
             raise _wrong("the data of images are no even array") from err
+        if _has_booleans(given.get("data"), numbers):
+            raise RequestError(400, "invalid_request", "the data of images have booleans, not whole numbers in 0 … 255")
         if numbers.dtype.kind not in "iu" or (numbers.size and (numbers.min() < 0 or numbers.max() > 255)):
             raise _wrong("the data of images are not whole numbers in 0 … 255")
-        values = numbers.astype(np.uint8)
+        values = numbers.ravel().astype(np.uint8)
     if values.size != math.prod(shape):
         raise _wrong(f"images has shape {shape} and {values.size} values")
     return values.reshape(shape)
 
 
 def _files(given: dict[str, Any], binary: bytes, limits: Limits) -> list[bytes]:
-    size = _binary_size(given)
+    size = _binary_size(given, binary)
     if size is None:
         texts = given.get("data")
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise _wrong("the data of encoded are not strings of base64, at least one")
         _check_count(len(texts), limits)
         try:
-            return [base64.b64decode("".join(text.split()), validate=True) for text in texts]
+            return [from_base64(text) for text in texts]
         except ValueError as err:
             raise RequestError(400, "invalid_base64", "an element of encoded is not valid base64") from err
     files, place, end = [], 0, min(size, len(binary))
@@ -244,10 +261,25 @@ def _check_count(count: int, limits: Limits) -> None:
         raise RequestError(413, "too_many_images", f"more than {limits.max_images} images in one request")
 
 
-def _binary_size(given: dict[str, Any]) -> int | None:
+def _has_booleans(data: Any, numbers: np.ndarray) -> bool:
+    """Whether nested lists of equal lengths, which became `numbers`, hold true or false: NumPy takes them for 1 and 0 beside numbers."""
+    if numbers.dtype.kind not in "biuf":
+        return False
+    for _ in range(numbers.ndim - 1):
+        data = chain.from_iterable(data)
+    return numbers.ndim > 0 and bool in set(map(type, data))
+
+
+def _binary_size(given: dict[str, Any], binary: bytes) -> int | None:
+    """The bytes of the input in `binary`, which holds nothing else; None where its data are in the JSON document."""
     parameters = given.get("parameters")
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
-    return size if type(size) is int and size >= 0 else None
+    if size is not None and (type(size) is not int or size < 0):
+        raise RequestError(400, "invalid_request", "binary_data_size is not a whole number of bytes")
+    if len(binary) > (size or 0):
+        message = f"{len(binary)} bytes follow the JSON document, and binary_data_size is {size or 0}"
+        raise RequestError(400, "invalid_request", message)
+    return size
 
 
 def _wrong(message: str) -> RequestError:

@@ -1,6 +1,7 @@
 """Damaged and hostile requests: JSON, forms, content types, the Open Inference Protocol, queries and paths."""
 
 import base64
+import gzip
 import json
 import struct
 from collections.abc import Iterator
@@ -142,8 +143,20 @@ def _kinds(rng: np.random.Generator) -> Iterator[Case]:
         "image/svg+xml",
     ):
         yield Case(f"a png as {kind}", data, kind, statuses=(200,))
-    for encoding in ("gzip", "br", "deflate", "nonsense"):
-        yield Case(f"content encoding {encoding}", data, "image/png", headers={"Content-Encoding": encoding})
+    bomb = gzip.compress(bytes(64 << 20))
+    for encoding, body, status in (
+        ("gzip", data, 400),
+        ("deflate", data, 400),
+        ("br", data, 415),
+        ("nonsense", data, 415),
+        ("gzip", bomb, 413),
+        ("gzip, gzip", gzip.compress(bomb), 413),
+        ("deflate", gzip.compress(data), 400),
+        ("gzip", gzip.compress(data), 200),
+        ("gzip", gzip.compress(data)[:-3], 400),
+    ):
+        headers = {"Content-Encoding": encoding}
+        yield Case(f"content encoding {encoding} {status}", body, "image/png", headers=headers, statuses=(status,))
     for name, value in (
         ("Expect", "200-ok"),
         ("X-Request-Id", "a" * 5_000),

@@ -19,6 +19,7 @@ from models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
 from models.classifier import Classifier, probabilities
 from models.networks import build
 from serve import choice as choosing
+from serve.app import create_app
 from serve.connection import Connection
 from serve.engine import Engine
 from serve.limits import Limits
@@ -100,6 +101,14 @@ def serving() -> Callable[[FastAPI], contextlib.AbstractContextManager[httpx.Cli
 @pytest.fixture(scope="session")
 def bundle(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_bundle(tmp_path_factory.mktemp("bundles") / "shapes")
+
+
+@pytest.fixture(scope="session")
+def running(bundle: Bundle) -> Iterator[httpx.Client]:
+    """A server with small limits, for the tests that leave it as it was."""
+    limits = Limits(max_body_bytes=1_000_000, max_images=4)
+    with serve_app(create_app(bundle, limits=limits)) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -179,7 +179,7 @@ def test_unknown_path_and_method(client):
     assert client.get("/v2/nothing").json()["error"] == told, "as the Open Inference Protocol has it"
     answer = client.get("/v1/predict")
     check(answer, 405, "method_not_allowed")
-    assert answer.headers["allow"] == "POST"
+    assert answer.headers["allow"] == "OPTIONS, POST"
     check(client.post("/livez"), 405, "method_not_allowed")
 
 

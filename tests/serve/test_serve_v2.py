@@ -109,6 +109,70 @@ def test_binary_parts_that_are_not_whole(client) -> None:
         assert (refused.status_code, refused.json()["code"]) == (400, "invalid_request")
 
 
+@pytest.mark.parametrize(
+    ("inputs", "binary", "says"),
+    [
+        ({"name": "encoded", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": 5}}, b"\1\0\0\0ab", "6 bytes"),
+        ({"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "parameters": {"binary_data_size": 3}}, b"abcd", "4 bytes"),
+        ({"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}, b"a", "1 bytes"),
+        ({"name": "encoded", "datatype": "BYTES", "shape": [1], "data": ["aaaa"]}, b"a", "1 bytes"),
+        ({"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "parameters": {"binary_data_size": -3}}, b"abc", "whole number"),
+        ({"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "parameters": {"binary_data_size": "3"}}, b"abc", "whole number"),
+        ({"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [True, False, True]}, b"", "booleans"),
+        ({"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, True]}, b"", "booleans"),
+        ({"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [[[[1, False, 3]]]]}, b"", "booleans"),
+    ],
+)  # fmt: skip
+def test_bytes_that_belong_to_no_tensor_and_booleans_are_refused(client, inputs, binary: bytes, says: str) -> None:
+    answer = infer(client, [inputs], binary=binary, announced="LENGTH")
+    assert (
+        answer.status_code == 400 and answer.json()["code"] == "invalid_request" and says in answer.json()["detail"]
+    ), answer.text
+
+
+def test_statistics_count_what_was_answered(bundle, serving, picture) -> None:
+    def image(count: int) -> list[triton.InferInput]:
+        return [
+            triton.InferInput("images", [count, 8, 8, 3], "UINT8").set_data_from_numpy(
+                np.zeros((count, 8, 8, 3), np.uint8)
+            )
+        ]
+
+    with (
+        serving(create_app(bundle)) as client,
+        triton.InferenceServerClient(f"{client.base_url.host}:{client.base_url.port}") as tritons,
+    ):
+        version = bundle.digest[:16]
+        (fresh,) = tritons.get_inference_statistics("shapes", version)["model_stats"]
+        assert (
+            fresh["inference_count"] == fresh["execution_count"] == fresh["last_inference"] == 0
+            and fresh["batch_stats"] == []
+        )
+        for count in (1, 1, 3):
+            tritons.infer("shapes", image(count))
+        client.post("/v1/predict?tta=flip", content=picture(1))
+        for bad in (b"not an image", b"\xff\xd8\xff\xe0" + b"x" * 20_000):
+            assert client.post("/v1/predict", content=bad).status_code == 400
+        (found,) = tritons.get_inference_statistics()["model_stats"]
+        assert (
+            client.get("/v2/models/other/stats").status_code
+            == client.get("/v2/models/shapes/versions/1/stats").status_code
+            == 404
+        )
+        assert "statistics" in tritons.get_server_metadata()["extensions"]
+    assert (found["name"], found["version"]) == ("shapes", version)
+    assert found["inference_count"] == 6 and found["execution_count"] == 4 and found["last_inference"] > 1.7e12
+    stats = found["inference_stats"]
+    assert stats["success"]["count"] == 4 and stats["fail"]["count"] == 2 and stats["fail"]["ns"] > 0
+    parts = [stats[name] for name in ("compute_input", "queue", "compute_infer", "compute_output")]
+    assert [part["count"] for part in parts] == [4] * 4
+    assert sum(part["ns"] for part in parts) == pytest.approx(stats["success"]["ns"], rel=1e-6)
+    batches = {batch["batch_size"]: batch["compute_infer"] for batch in found["batch_stats"]}
+    assert {size: own["count"] for size, own in batches.items()} == {1: 2, 2: 1, 3: 1} and all(
+        own["ns"] for own in batches.values()
+    )
+
+
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["name", "data", "parameters"]), inner),

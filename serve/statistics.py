@@ -1,0 +1,81 @@
+"""What one engine has done since it was opened, for the statistics extension of the Open Inference Protocol. Knows nothing of HTTP."""
+
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Total:
+    """How often something happened, and how many seconds it took together."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.count, self.seconds = self.count + 1, self.seconds + seconds
+
+    def to_dict(self) -> dict[str, int]:
+        return {"count": self.count, "ns": round(self.seconds * 1e9)}
+
+
+class Statistics:
+    """Counts requests on the event loop, and batches on the threads that compute them."""
+
+    def __init__(self) -> None:
+        self._totals: defaultdict[str, Total] = defaultdict(Total)
+        self._batches: defaultdict[int, Total] = defaultdict(Total)
+        self._inferences, self._last = 0, 0.0
+        self._lock = threading.Lock()
+
+    def succeeded(self, images: int, seconds: float, stages: dict[str, float]) -> None:
+        """A request for `images` predictions was answered in `seconds`, of which `stages` has those of `prepare`, `queue` and `compute`."""
+        self._last, self._inferences = time.time(), self._inferences + images
+        self._totals["success"].add(seconds)
+        named = {"compute_input": stages["prepare"], "queue": stages["queue"], "compute_infer": stages["compute"]}
+        for name, own in named.items():
+            self._totals[name].add(own)
+        self._totals["compute_output"].add(max(0.0, seconds - sum(named.values())))
+
+    def failed(self, seconds: float) -> None:
+        """A request that was read ended without an answer after `seconds`."""
+        self._last = time.time()
+        self._totals["fail"].add(seconds)
+
+    def computed(self, size: int, seconds: float) -> None:
+        """The engine computed a batch of `size` inputs in `seconds`."""
+        with self._lock:
+            self._batches[size].add(seconds)
+
+    def to_dict(self, name: str, version: str) -> dict[str, Any]:
+        """A `$model_stat` of the extension: https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_statistics.md.
+
+        Deviation: a batch's inputs come prepared and its outputs leave as they are, so only `compute_infer` of `batch_stats` counts."""
+        none = Total().to_dict()
+        with self._lock:
+            executions = sum(own.count for own in self._batches.values())
+            batches = [
+                {"batch_size": size, "compute_input": none, "compute_infer": own.to_dict(), "compute_output": none}
+                for size, own in sorted(self._batches.items())
+            ]
+        names = (
+            "success",
+            "fail",
+            "queue",
+            "compute_input",
+            "compute_infer",
+            "compute_output",
+            "cache_hit",
+            "cache_miss",
+        )
+        return {
+            "name": name,
+            "version": version,
+            "last_inference": round(self._last * 1000),
+            "inference_count": self._inferences,
+            "execution_count": executions,
+            "inference_stats": {own: self._totals[own].to_dict() for own in names},
+            "batch_stats": batches,
+        }

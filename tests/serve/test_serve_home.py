@@ -1,0 +1,99 @@
+"""A user without a home directory or a name, as `docker run --user 12345` has."""
+
+import getpass
+import os
+import pwd
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from serve.home import NOWHERE, ensure_home
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No HOME, no name, no entry in the users' database; the temporary directory."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")  # so that what is set meanwhile is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_who_has_no_home_gets_a_private_one_that_stays(nobody: Path, caplog) -> None:
+    ensure_home()
+    home = Path(os.environ["HOME"])
+    assert home == Path.home() == nobody / f"refract-home-{os.getuid()}"
+    assert home.stat().st_mode & 0o777 == 0o700 and getpass.getuser() == str(os.getuid())
+    assert str(home) in caplog.text and "set HOME" in caplog.text
+    caplog.clear()
+    ensure_home()
+    assert Path.home() == home and not caplog.text
+    del os.environ["HOME"]
+    ensure_home()
+    assert Path.home() == home, "the same at the next start"
+
+
+def test_a_home_below_which_nothing_can_be_kept_is_replaced(nobody: Path, monkeypatch, caplog) -> None:
+    (nobody / "file").touch()
+    monkeypatch.setenv("HOME", str(nobody / "file"))
+    ensure_home()
+    assert Path.home().parent == nobody and f"below {nobody / 'file'}" in caplog.text
+
+
+@pytest.mark.parametrize("home", ["", "home", "home/not/there/yet"])
+def test_a_home_that_can_be_used_stays(nobody: Path, monkeypatch, caplog, home: str) -> None:
+    monkeypatch.setenv("HOME", str(nobody / home))
+    ensure_home()
+    assert os.environ["HOME"] == str(nobody / home) and not caplog.text
+
+
+def test_a_name_that_somebody_else_has_taken_is_not_used(nobody: Path) -> None:
+    (nobody / "elsewhere").mkdir(mode=0o700)
+    taken = nobody / f"refract-home-{os.getuid()}"
+    for take in (
+        lambda: taken.symlink_to(nobody / "elsewhere"),
+        taken.touch,
+        lambda: taken.mkdir(mode=0o777) or taken.chmod(0o777),
+    ):
+        take()
+        ensure_home()
+        home = Path(os.environ.pop("HOME"))
+        assert home != taken and home.parent == nobody and home.stat().st_mode & 0o777 == 0o700
+        taken.rmdir() if taken.is_dir() and not taken.is_symlink() else taken.unlink()
+
+
+def test_without_a_temporary_directory_there_are_no_caches(nobody: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(nobody / "none"))
+    ensure_home()
+    assert os.environ["HOME"] == NOWHERE and "runs without caches" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_server_starts_without_a_home_and_keeps_its_choice(bundle, tmp_path: Path) -> None:
+    code = (
+        "import pwd, sys\n"
+        "def unknown(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = unknown\n"
+        "import serve.command\n"
+        "sys.exit(serve.command.main(sys.argv[1:]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")}
+    command = [sys.executable, "-c", code, str(bundle.path), "--port", "0", "--device", "cpu", "--backend", "onnx"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment | {"TMPDIR": str(tmp_path)}, **pipes) as process:
+        ready = process.stdout.readline()
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    assert ready.startswith("Refract serves shapes") and process.returncode == 0, err
+    assert "caches are kept in" in err and list(tmp_path.glob("refract-home-*/.cache/refract/backends/*/kept.onnx"))
