@@ -31,6 +31,11 @@ def split_of(name: str) -> str:
     return _WORDS[match[1]] if match else ""
 
 
+def trimmed_name(name: str) -> str:
+    """A label, path or column without blanks, and without the invisible characters that programs leave, at its ends."""
+    return name.strip().strip(" \t\r\n\f\v\u00a0\u200b\u200c\u200d\u2060\ufeff")
+
+
 def label_of(name: str) -> str:
     """The label that a name means: in Unicode's form NFC, so that a composed and a decomposed `é` are one label."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
@@ -218,7 +223,7 @@ def _no_classes(root: str, top: Level, splits: Sequence[tuple[str, str]]) -> str
 
 
 def _refuse_odd_labels(root: str, classes: Sequence[ClassFolder]) -> None:
-    odd = sorted({one.label for one in classes if ";" in one.label or one.label != one.label.strip()})
+    odd = sorted({one.label for one in classes if ";" in one.label or one.label != trimmed_name(one.label)})
     if odd:
         raise DataError(
             f"{root}: the class folder {odd[0]!r} cannot be a label: `;` separates labels in manifests, and blanks at the ends are lost "

@@ -13,7 +13,7 @@ from augment.decode import SUFFIXES
 from augment.image_files import Skipped
 from models.texts.tokens import trimmed
 from pipeline.data.errors import DataError
-from pipeline.data.folders import SPLITS, inner_hint, letter_case_twins, read_folder
+from pipeline.data.folders import SPLITS, inner_hint, letter_case_twins, read_folder, trimmed_name
 from pipeline.data.tables import COLUMNS, Table, is_table, read_table
 from pipeline.files import read_file
 
@@ -165,7 +165,7 @@ def _from_table(path: Path, task: str) -> Manifest:
     several = task == "multilabel" or (task == "auto" and any(";" in label for label in table.texts("label")))
     if several:
         names = [
-            tuple(dict.fromkeys(part.strip() for part in label.split(";") if part.strip()))
+            tuple(dict.fromkeys(part for part in map(trimmed_name, label.split(";")) if part))
             for label in table.texts("label")
         ]
     else:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from pipeline.data.errors import DataError
-from pipeline.data.folders import label_of, split_of
+from pipeline.data.folders import label_of, split_of, trimmed_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,8 +37,6 @@ SYNONYMS: Mapping[str, frozenset[str]] = {
 """Names of columns that other tools write; one is taken where it is the only candidate, a path's where its first file is there."""
 
 _SEPARATORS = ",;\t|"
-_ENDS = " \t\r\n\f\v\u00a0\u200b\ufeff"
-"""Blanks, and the invisible characters that programs leave at a value's ends."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,8 @@ def _texts(table: "pd.DataFrame") -> tuple["pd.DataFrame", frozenset[str]]:
 
 def _text_table(path: Path) -> Table:
     csv.field_size_limit(sys.maxsize)  # a text may be long
-    text = _decoded(path)
-    first = text.lstrip(_ENDS).partition("\n")[0].strip("\r")
+    text = _decoded(path).rstrip("\x1a")  # the end of a file in DOS
+    first = trimmed_name(text[:1000]).partition("\n")[0].strip("\r")
     told = re.fullmatch(r'"?sep=([^\w\s]|\t)"?', first, re.IGNORECASE)  # a line that Excel reads
     separator = told[1] if told else _separator(path, text)
     rows = _rows(path, text, separator, skipped=1 if told else 0)
@@ -140,7 +138,9 @@ def _text_table(path: Path) -> Table:
     if header is None:
         raise DataError(f"{path}: cannot be read as a CSV table (it is empty); its first line names the columns")
     names, lines, values = header[1], list[int](), list[list[str]]()
-    twice = [name for name, count in Counter(map(_trimmed, names)).items() if count > 1 and name.casefold() in COLUMNS]
+    twice = [
+        name for name, count in Counter(map(trimmed_name, names)).items() if count > 1 and name.casefold() in COLUMNS
+    ]
     if twice:
         raise DataError(f"{path}, line {header[0]}: the column {twice[0]!r} is there twice; rename or remove one")
     for line, row in rows:
@@ -150,7 +150,7 @@ def _text_table(path: Path) -> Table:
             raise DataError(f"{path}, line {line}: repeats the header, as joined files do; remove the line")
         lines.append(line)
         values.append(row)
-    while values and not any(value.strip(_ENDS) for value in values[-1]):  # what spreadsheets leave below their cells
+    while values and not any(trimmed_name(value) for value in values[-1]):  # what spreadsheets leave below their cells
         values.pop(), lines.pop()
     columns = zip(*values, strict=True) if values else [()] * len(names)
     return Table(path, dict(zip(_distinct(names), map(list, columns), strict=True)), lines)
@@ -158,11 +158,19 @@ def _text_table(path: Path) -> Table:
 
 def _fit(path: Path, line: int, row: list[str], names: list[str]) -> None:
     """Fill a short row where only texts and metadata are missing. DataError for other lengths."""
+    if not any(map(_is_known, names)):
+        raise DataError(
+            f"{path}: the first line names no column that Refract reads; it has {', '.join(map(repr, names))[:200]}"
+        )
     if len(row) > len(names):
         raise DataError(
             f"{path}: line {line} has more fields than the header; take a comma from the end, or put what has one in it into quotes"
         )
-    missing = [name.strip(_ENDS) for name in names[len(row) :]]
+    if "\0" in row[-1]:
+        raise DataError(
+            f"{path}, line {line}: holds zero bytes, as files that were not written to their end; write it again"
+        )
+    missing = [trimmed_name(name) for name in names[len(row) :]]
     if lost := [name for name in missing if name.casefold() in COLUMNS[:3]]:
         raise DataError(f"{path}, line {line}: has {len(row)} of {len(names)} fields; column {lost[0]!r} is missing")
     row += [""] * len(missing)
@@ -172,7 +180,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
     """Names of columns, blanks trimmed; those without a name and those that are there twice are numbered."""
     seen: Counter[str] = Counter()
     distinct = []
-    for name in (_trimmed(name) or f"Unnamed: {place}" for place, name in enumerate(names)):
+    for name in (trimmed_name(name) or f"Unnamed: {place}" for place, name in enumerate(names)):
         distinct.append(f"{name}.{seen[name]}" if seen[name] else name)
         seen[name] += 1
     return distinct
@@ -185,7 +193,7 @@ def _rows(path: Path, text: str, separator: str, skipped: int) -> Iterator[tuple
     try:
         for number, row in enumerate(reader):
             line, before = before + 1, reader.line_num
-            if number >= skipped and (len(row) > 1 or (row and row[0].strip(_ENDS))):
+            if number >= skipped and (len(row) > 1 or (row and trimmed_name(row[0]))):
                 yield line, row
     except csv.Error as error:
         if "unexpected end" in str(error):
@@ -201,7 +209,7 @@ def _separator(path: Path, text: str) -> str:
     known = {}
     for mark in _SEPARATORS:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
-        names = next((row for row in reader if any(value.strip(_ENDS) for value in row)), [])
+        names = next((row for row in reader if any(trimmed_name(value) for value in row)), [])
         if len(names) > 1:
             known[mark] = sum(_is_known(name) for name in names), len(names)
     best = max(known, key=lambda mark: known[mark], default=",")
@@ -253,23 +261,19 @@ def _not_utf8(path: Path, data: bytes, error: UnicodeDecodeError) -> DataError:
     reader = csv.reader(before, delimiter=_separator(path, data.decode("latin-1")), skipinitialspace=True)
     rows = [row for row in reader if row]
     place = len(rows[-1]) - 1
-    column = f", column {_trimmed(rows[0][place])!r}" if len(rows) > 1 and place < len(rows[0]) else ""
+    column = f", column {trimmed_name(rows[0][place])!r}" if len(rows) > 1 and place < len(rows[0]) else ""
     return DataError(
         f"{path}, line {reader.line_num}{column}: cannot be read as a CSV table (byte 0x{data[error.start]:02X} is not UTF-8). Save it as "
         f"UTF-8; `iconv -f CP1252 -t UTF-8 {path.name} > utf8.csv` does, if it was written on Windows"
     )
 
 
-def _trimmed(value: str) -> str:
-    return value.strip().strip(_ENDS)
-
-
 def _folded(name: str) -> str:
-    return _trimmed(name).casefold()
+    return trimmed_name(name).casefold()
 
 
 def _is_synonym(name: str, column: str) -> bool:
-    return _folded(name) in SYNONYMS.get(column, ())
+    return re.sub("[ -]", "_", _folded(name)) in SYNONYMS.get(column, ())
 
 
 def _is_known(name: str) -> bool:
@@ -299,7 +303,7 @@ def _renamed(table: Table) -> Table:
 
 def _holds(table: Table, name: str, column: str) -> bool:
     """Whether a column's values fit what its synonym says: files that are there, names of splits."""
-    values = [value for value in table.columns[name] if _trimmed(value)]
+    values = [value for value in table.columns[name] if trimmed_name(value)]
     if column == "path":
         return bool(values) and os.path.lexists(table.file(_path_meant(table.path.parent, values[0])))
     return column != "split" or all(split_of(value) for value in values)
@@ -317,9 +321,9 @@ def _meant(table: Table) -> Table:
     if "path" in columns:
         columns["path"] = [_path_at(table, row, value) for row, value in enumerate(columns["path"])]
     if "label" in columns:
-        columns["label"] = [label_of(_trimmed(value)) for value in columns["label"]]
+        columns["label"] = [label_of(trimmed_name(value)) for value in columns["label"]]
     if "split" in columns:
-        columns["split"] = [split_of(value) or _trimmed(value) for value in columns["split"]]
+        columns["split"] = [split_of(value) or trimmed_name(value) for value in columns["split"]]
     return replace(table, columns=columns)
 
 
@@ -342,8 +346,8 @@ def _path_at(table: Table, row: int, value: str) -> str:
 def _path_meant(folder: Path, value: str) -> str:
     """The first reading of a path that is there: as written, without blanks and quotes at its ends, of a `file://` address, with `/` for
     `\\`, in another Unicode form. Where none is there, the last but for the form."""
-    plain = _trimmed(value)
-    unquoted = _trimmed(plain[1:-1]) if len(plain) > 1 and plain[0] == plain[-1] and plain[0] in "\"'" else plain
+    plain = trimmed_name(value)
+    unquoted = trimmed_name(plain[1:-1]) if len(plain) > 1 and plain[0] == plain[-1] and plain[0] in "\"'" else plain
     address = urlsplit(unquoted) if unquoted.lower().startswith("file:/") else None
     local = unquote(address.path) if address is not None and address.netloc in ("", "localhost") else unquoted
     slashes = local.replace("\\", "/")

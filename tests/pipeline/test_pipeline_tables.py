@@ -72,6 +72,9 @@ EXPECTED = [("img/0.png", "a"), ("img/1.png", "b")]
         "path,label\n'img/0.png',a\n'img/1.png',b\n",
         "path,label\nimg/0.png,\ufeffa\u200b\n\ufeffimg/1.png,b\u00a0\n",
         "filename,class\nimg/0.png,a\nimg/1.png,b\n",
+        "Image Path,Class-Name\nimg/0.png,a\nimg/1.png,b\n",
+        "path,label\r\nimg/0.png,a\r\nimg/1.png,b\r\n\x1a",
+        "path,label,,\nimg/0.png,a,,\nimg/1.png,b,,\n,,,\n",
         "image;category\nimg/0.png;a\nimg/1.png;b\n",
         "\n\npath,label\nimg/0.png,a\nimg/1.png,b",
     ],
@@ -140,6 +143,8 @@ def test_a_column_that_is_not_certain_stays_metadata(write: Write) -> None:
         (b"PK\x03\x04rest", "it is a ZIP archive, as .xlsx files are"),
         ("path,label\n".encode("utf-16") + b"\x00", "is not valid UTF-16"),
         ("path,label\n\n,\n", "no rows"),
+        ("path,label\nimg/0.png,a\n\0\0\0", "line 3: holds zero bytes, as files that were not written to their end"),
+        ("# by me\npath,label\nimg/0.png,a\n", "the first line names no column that Refract reads; it has '# by me'"),
     ],
 )  # fmt: skip
 def test_what_is_not_certain_is_refused_with_its_place_and_a_cure(
