@@ -15,6 +15,7 @@ from pipeline.batch import parts
 from pipeline.batch.answers import schema_of
 from pipeline.batch.listing import Listing, Shard, listing_of
 from pipeline.batch.worker import Done, Job
+from pipeline.data.folders import label_of
 from pipeline.data.manifest import DataError
 from pipeline.files import locked
 from pipeline.stopping import Stop, Stopped, heard
@@ -71,9 +72,11 @@ class Summary:
             if answer is not None and truth and truth.strip():
                 self.labelled += 1
                 if several:
-                    self._compare(set(answer), {part.strip() for part in truth.split(";") if part.strip()})
+                    self._compare(
+                        set(map(label_of, answer)), {part.strip() for part in truth.split(";") if part.strip()}
+                    )
                 else:
-                    self.right += answer == truth.strip()
+                    self.right += label_of(answer) == truth.strip()
 
     def _compare(self, given: set[str], truth: set[str]) -> None:
         self.right += given == truth

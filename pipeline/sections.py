@@ -17,7 +17,7 @@ class DataConfig:
     """The pictures and how they reach the network.
 
     Args:
-        source: a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest (path,label and/or text[,split]), or `digits`.
+        source: a folder (CLASS/… or train|val|test/CLASS/…), a CSV, TSV or Parquet manifest (path,label and/or text[,split]), or `digits`.
         task: auto takes multilabel where a label holds `;`, binary for two classes, else multiclass.
         image_size: the network's input, pixels: one side of a square or [height, width].
         resize: outside training; crop keeps the ratio of the sides and takes the centre, squash takes the whole picture.

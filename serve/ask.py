@@ -65,6 +65,6 @@ def main(argv: list[str]) -> int:
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    from augment.decode import SUFFIXES
+    from augment.image_files import image_files
 
-    return sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    return [Path(file) for file in image_files(path)]

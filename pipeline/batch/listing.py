@@ -2,14 +2,16 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from augment.decode import SUFFIXES
-from pipeline.data.manifest import DataError, read_table
+from augment.image_files import image_files
+from pipeline.data.errors import DataError
+from pipeline.data.folders import unreadable
+from pipeline.data.tables import is_table, read_table
 
 
 class Row(NamedTuple):
@@ -51,44 +53,36 @@ class Listing:
 
 
 def listing_of(source: Path) -> Listing:
-    """A folder, at any depth, or a `.csv`/`.parquet` manifest with the columns path and/or text, perhaps label. DataError says what is
-    wrong with it."""
+    """A folder, at any depth, or a `.csv`, `.tsv` or `.parquet` manifest with the columns path and/or text, perhaps label. DataError says
+    what is wrong with it."""
     if source.is_dir():
         return _folder(source)
-    if source.is_file() and source.suffix.lower() in (".csv", ".parquet"):
+    if is_table(source):
         return _table(source)
     if source.is_file():
         raise DataError(
-            f"{source}: expected a folder of pictures, or a .csv or .parquet manifest, not a {source.suffix or 'plain'} file; "
+            f"{source}: expected a folder of pictures, or a .csv, .tsv or .parquet manifest, not a {source.suffix or 'plain'} file; "
             "`refract predict` takes single pictures"
         )
     raise DataError(f"{source}: no such folder or file, seen from {Path.cwd()}")
 
 
 def _folder(root: Path) -> Listing:
-    found: list[str] = []
-    seen: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        if (own := os.path.realpath(folder)) in seen:  # a link to a folder above it, or to one that is here already
-            folders.clear()
-            continue
-        seen.add(own)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        pictures = (name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith("."))
-        found += (os.path.join(folder, name) for name in pictures)  # noqa: PTH118 — a tenth of Path's time, for millions
-    if not found:
+    try:
+        files = image_files(root)
+    except OSError as error:
+        raise unreadable(error, root) from error
+    if not files:
         raise DataError(f"{root}: no pictures in this folder; Refract reads {', '.join(SUFFIXES)}")
-    return Listing(str(root), str(Path.cwd()), tuple(Row(path) for path in sorted(found)))
+    return Listing(str(root), str(Path.cwd()), tuple(Row(path) for path in sorted(files)))
 
 
 def _table(path: Path) -> Listing:
     table = read_table(path)
-    if "path" not in table.columns and "text" not in table.columns:
-        raise DataError(
-            f"{path}: no column 'path' and no column 'text'; it has {', '.join(map(str, table.columns))}; needed: path and/or text[,label]"
-        )
+    if not {"path", "text"} & {*table.columns}:
+        raise table.lacks("path", "text", needed="path and/or text[,label]")
     nothing = [None] * len(table)
-    paths, texts, truths = (table[name] if name in table.columns else nothing for name in ("path", "text", "label"))
+    paths, texts, truths = (table.columns.get(name, nothing) for name in ("path", "text", "label"))
     rows = tuple(
         Row(file if file and file.strip() else None, text, truth)
         for file, text, truth in zip(paths, texts, truths, strict=True)

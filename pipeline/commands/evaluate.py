@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     from models.bundle import load_bundle
     from pipeline.advice import notes_on
+    from pipeline.data.folders import skipped_lines
     from pipeline.data.manifest import DataError, load_manifest
     from pipeline.evaluation import evaluate
     from pipeline.files import write_atomically
@@ -48,6 +50,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     bundle = load_bundle(args.bundle)
     info = bundle.info
     manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass", to_train=False)
+    for line in skipped_lines(manifest.skipped):
+        print(f"refract evaluate: {args.data}: {line}", file=sys.stderr)
     drawn = "test" not in manifest.splits()
     if drawn:
         manifest = held_out(info, manifest)
@@ -135,13 +139,16 @@ def relabelled(manifest, labels):
     """The samples with their labels' places in the bundle. DataError names labels that the bundle does not know."""
     from dataclasses import replace
 
+    from pipeline.data.folders import inner_hint, label_of
     from pipeline.data.manifest import DataError
 
-    unknown = [label for label in manifest.labels if label not in labels]
+    known = {label_of(label): place for place, label in enumerate(labels)}
+    unknown = [label for label in manifest.labels if label not in known]
     if unknown:
+        hint = inner_hint(manifest.source) if Path(manifest.source).is_dir() else ""
         raise DataError(
             f"{manifest.source}: the bundle does not know {len(unknown)} of the labels: {', '.join(unknown[:20])}; it knows "
-            f"{', '.join(labels[:20])}{' …' if len(labels) > 20 else ''}"
+            f"{', '.join(labels[:20])}{' …' if len(labels) > 20 else ''}{hint}"
         )
-    place = [labels.index(label) for label in manifest.labels]
+    place = [known[label] for label in manifest.labels]
     return [replace(sample, labels=tuple(place[i] for i in sample.labels)) for sample in manifest.samples]

@@ -94,6 +94,7 @@ def _show(file: Path, answer, info, args: argparse.Namespace, cut: bool) -> None
 
 def picture_files(paths: list[Path]) -> list[Path]:
     from augment.decode import SUFFIXES
+    from augment.image_files import walk
     from pipeline.data.manifest import DataError
 
     if not any(path.exists() for path in paths):
@@ -101,7 +102,7 @@ def picture_files(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside = [Path(file) for file in walk(path).images]
             if not inside:
                 raise DataError(f"{path}: no pictures in this folder; Refract reads {', '.join(SUFFIXES)}")
             files += inside

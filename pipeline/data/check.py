@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from augment.decode import decode
 from models.texts.tokens import trimmed
+from pipeline.data.folders import skipped_lines
 from pipeline.data.manifest import SPLITS, DataError, Manifest, Sample
 from pipeline.data.near import look_of
 
@@ -154,10 +155,7 @@ def check_classes(manifest: Manifest) -> list[str]:
         absent = [label for label, count in manifest.counts(split).items() if count == 0]
         if absent:
             warnings.append(f"{split}: no picture of {', '.join(absent[:SHOWN])}; its score says nothing about them")
-    if manifest.ignored:
-        warnings.append(
-            f"{len(manifest.ignored)} files that are no pictures by their suffix were left out, as {manifest.ignored[0]}"
-        )
+    warnings += [*manifest.notes, *(f"{line}; training skips them" for line in skipped_lines(manifest.skipped))]
     if manifest.loose:
         warnings.append(
             f"{len(manifest.loose)} pictures lie in no class's folder and were left out, as {manifest.loose[0]}"

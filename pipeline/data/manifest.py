@@ -1,32 +1,21 @@
 """What a data set is: samples with labels and splits, from a folder, a CSV or Parquet manifest, or the embedded digits."""
 
-import csv
 import os
-import re
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from augment.decode import SUFFIXES
+from augment.image_files import Skipped
 from models.texts.tokens import trimmed
+from pipeline.data.errors import DataError
+from pipeline.data.folders import SPLITS, inner_hint, letter_case_twins, read_folder, trimmed_name
+from pipeline.data.tables import COLUMNS, Table, is_table, read_table
 from pipeline.files import read_file
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-SPLITS = ("train", "val", "test")
-COLUMNS = ("path", "label", "split", "text")
-"""Of a manifest; further ones are metadata."""
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message lists what is wrong, where, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +52,12 @@ class Manifest:
     task: str
     empty: tuple[str, ...] = ()
     """Class folders without a picture."""
-    ignored: tuple[str, ...] = ()
-    """Files beside the pictures that are none by their suffix."""
     loose: tuple[str, ...] = ()
     """Pictures beside the class folders, which are of no class."""
+    skipped: Skipped = field(default_factory=Skipped, hash=False)
+    """Entries of a folder that are not read."""
+    notes: tuple[str, ...] = ()
+    """What a user should look at, a line each."""
     near: tuple[tuple[str, str], ...] = ()
     """Pictures of the hold-out and those of the training that they resemble: see `pipeline.data.near`."""
     drawn: tuple[str, ...] = ()
@@ -95,8 +86,8 @@ class Manifest:
 
 
 def load_manifest(source: str | Path, task: str = "auto", *, to_train: bool = True) -> Manifest:
-    """Read a data set. source: `digits`, a folder, or a `.csv`/`.parquet` file. DataError says what is wrong with it; `to_train`, also that
-    it has splits and nothing to train on, or one class alone."""
+    """Read a data set. source: `digits`, a folder, or a `.csv`, `.tsv` or `.parquet` file. DataError says what is wrong with it;
+    `to_train`, also that it has splits and nothing to train on, or one class alone."""
     manifest = _load(source, task)
     if to_train:
         _refuse_untrainable(manifest)
@@ -111,11 +102,11 @@ def _load(source: str | Path, task: str) -> Manifest:
         return _digits()
     if path.is_dir():
         return _from_folder(path, task)
-    if path.is_file() and path.suffix.lower() in (".csv", ".parquet"):
+    if is_table(path):
         return _from_table(path, task)
     if path.is_file():
         raise DataError(
-            f"{path}: expected a folder, a .csv or .parquet manifest, or `digits`, not a {path.suffix or 'plain'} file"
+            f"{path}: expected a folder, a .csv, .tsv or .parquet manifest, or `digits`, not a {path.suffix or 'plain'} file"
         )
     raise DataError(f"{path}: no such folder or file, seen from {Path.cwd()}")
 
@@ -139,154 +130,69 @@ def _from_folder(root: Path, task: str) -> Manifest:
         raise DataError(
             f"{root}: a folder gives each picture one class; use a manifest with labels such as `cat;dog` for multilabel"
         )
-    folders = _folders(root)
-    split_folders = [folder for folder in folders if folder.name in SPLITS]
-    if split_folders and len(split_folders) < len(folders):
-        others = [folder.name for folder in folders if folder.name not in SPLITS]
-        raise DataError(
-            f"{root}: holds split folders ({', '.join(f.name for f in split_folders)}) and others ({', '.join(others[:5])}); "
-            "keep either CLASS/… or train|val|test/CLASS/…"
-            + "".join(f"; rename {name} to val" for name in others if name.lower() in ("valid", "validation", "dev"))
-        )
-    classes = [(f.name, c) for f in split_folders for c in _folders(f)] if split_folders else [("", f) for f in folders]
-    if not classes:
-        raise DataError(
-            f"{root}: no class folders. Put the pictures of each class into a folder named after it ({root}/CLASS/*.jpg), or write a "
-            "manifest (CSV with the columns path,label)."
-        )
-    labels = tuple(sorted({folder.name for _, folder in classes}))
-    odd = [label for label in labels if ";" in label or label != label.strip()]
-    if odd:
-        raise DataError(
-            f"{root}: the class folder {odd[0]!r} cannot be a label: `;` separates labels in manifests, and blanks at the ends are lost "
-            "there; rename it"
-        )
+    folder = read_folder(root)
+    labels = tuple(sorted({one.label for one in folder.classes}))
     index = {label: i for i, label in enumerate(labels)}
-    samples, empty, ignored = [], [], []
-    loose = [str(path) for place in (root, *split_folders) for path in _files(place.iterdir()) if _is_picture(path)]
-    for split, folder in classes:
-        files = _files(folder.rglob("*"))
-        pictures = [path for path in files if _is_picture(path)]
-        ignored += [str(path) for path in files if not _is_picture(path)]
-        samples += [Sample(str(path), (index[folder.name],), split) for path in pictures]
-        if not pictures:
-            empty.append(str(folder))
+    samples = [
+        Sample(path.removeprefix("./"), (index[one.label],), one.split) for one in folder.classes for path in one.images
+    ]
     manifest = _manifest(str(root), samples, labels, task)
-    return replace(manifest, empty=tuple(empty), ignored=tuple(ignored), loose=tuple(loose))
-
-
-def read_table(path: Path) -> "pd.DataFrame":
-    """A CSV or Parquet file, all of its columns as text. DataError."""
-    import pandas as pd
-
-    try:
-        if path.suffix.lower() == ".csv":
-            _refuse_other_separators(path)
-            with warnings.catch_warnings():  # rows longer than the header: pandas would take or drop what is too much
-                warnings.simplefilter("error", pd.errors.ParserWarning)
-                table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-        else:
-            table = _texts(pd.read_parquet(path))
-    except DataError:
-        raise
-    except Exception as error:  # pandas and pyarrow raise many kinds for a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        rows = isinstance(error, pd.errors.ParserError | pd.errors.ParserWarning)
-        if rows and (number := _longer_than_header(path)):
-            raise DataError(
-                f"{path}: line {number} has more fields than the header; take a comma from the end, or put what has one in it into quotes"
-            ) from error
-        raise DataError(f"{path}: cannot be read as a {path.suffix[1:].upper()} table ({reason})") from error
-    if table.empty:
-        raise DataError(f"{path}: the manifest has no rows")
-    return table
-
-
-def _refuse_other_separators(path: Path) -> None:
-    """DataError where the first line has no comma between columns, but what else separates them. What is no text is the table reader's to
-    tell."""
-    with path.open("rb") as file:
-        first = next((line for line in iter(lambda: file.readline(1 << 16), b"") if line.strip()), b"")
-    try:
-        header = first.decode("utf-8-sig").strip("\r\n")
-    except UnicodeDecodeError:
-        return
-    unquoted = re.sub(r'"[^"]*("|$)', "", header)
-    mark = next((mark for mark in ";\t|" if mark in unquoted), "")
-    if mark and "," not in unquoted and header.replace("\t", "").isprintable():
-        raise DataError(f"{path}: the columns of {header[:80]!r} are separated by {mark!r}; separate them by commas")
-
-
-def _longer_than_header(path: Path) -> int:
-    """The first line that ends a row of more fields than the header has, counted from 1; 0 where none is found."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.reader(file)
-            width = len(next((row for row in rows if row), []))
-            return next((rows.line_num for row in rows if len(row) > width), 0)
-    except (csv.Error, UnicodeDecodeError):  # of a field that the module finds too long
-        return 0
+    return replace(
+        manifest,
+        empty=tuple(one.path for one in folder.classes if not one.images),
+        loose=tuple(folder.loose),
+        skipped=folder.skipped,
+        notes=(*folder.notes, *manifest.notes),
+    )
 
 
 def _from_table(path: Path, task: str) -> Manifest:
     """Columns: path (relative to the manifest's folder, or absolute), label (several as `a;b`), perhaps split and text, and any others as
     metadata."""
-    import pandas as pd
-
     table = read_table(path)
-    if "path" not in table.columns and "text" in table.columns:
-        table["path"] = ""
     missing = [column for column in ("path", "label") if column not in table.columns]
-    if missing:
+    if missing and not ("text" in table.columns and missing == ["path"]):
+        raise table.lacks(missing[0], needed="path,label and/or text[,split]")
+    paths, splits, texts = table.texts("path"), table.texts("split"), table.texts("text")
+    _refuse_rows(table, "split", lambda split: split not in (*SPLITS, ""), f"one of {', '.join(SPLITS)}, or empty")
+    if any(splits):
+        _refuse_rows(table, "split", lambda split: split == "", "filled, as in other rows")
+    nothing = [row for row, file in enumerate(paths) if not file.strip() and trimmed(texts[row]) == ""]
+    if nothing:
         raise DataError(
-            f"{path}: no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}; needed: path,label and/or text[,split]"
+            f"{table.where(nothing[0])}: path {paths[nothing[0]]!r} is not a file, nor is there a text ({len(nothing)} such rows)"
         )
-    splits = table["split"].str.strip() if "split" in table.columns else pd.Series("", index=table.index)
-    _refuse_rows(path, ~splits.isin([*SPLITS, ""]), splits, "split", f"one of {', '.join(SPLITS)}, or empty")
-    if (splits == "").any() and (splits != "").any():
-        _refuse_rows(path, splits == "", splits, "split", "filled, as in other rows")
-    texts = table["text"] if "text" in table.columns else pd.Series("", index=table.index)
-    _refuse_rows(
-        path,
-        (table["path"].str.strip() == "") & (texts.map(trimmed) == ""),
-        table["path"],
-        "path",
-        "a file, nor is there a text",
-    )
-    names = [
-        tuple(dict.fromkeys(part.strip() for part in label.split(";") if part.strip())) for label in table["label"]
-    ]
-    several = task == "multilabel" or (task == "auto" and any(";" in label for label in table["label"]))
-    if not several:
-        names = [(label.strip(),) if label.strip() else () for label in table["label"]]
-        _refuse_rows(
-            path, pd.Series([not n for n in names], index=table.index), table["label"], "label", "a class name"
-        )
+    several = task == "multilabel" or (task == "auto" and any(";" in label for label in table.texts("label")))
+    if several:
+        names = [
+            tuple(dict.fromkeys(part for part in map(trimmed_name, label.split(";")) if part))
+            for label in table.texts("label")
+        ]
+    else:
+        names = [(label,) for label in table.texts("label")]
+        _refuse_rows(table, "label", lambda label: label == "", "a class name")
     labels = tuple(sorted({name for row in names for name in row}))
     index = {label: i for i, label in enumerate(labels)}
     columns = [column for column in table.columns if column not in COLUMNS]
-    further = [dict(zip(map(str, columns), row, strict=True)) for row in table[columns].itertuples(index=False)]
+    further = list(zip(*(table.columns[column] for column in columns), strict=True)) or [()] * len(table)
     samples = [
         Sample(
-            str(path.parent / file) if file.strip() else f"{path.name}#{number}", tuple(index[name] for name in row), split, text,
-            None if file.strip() else _blank(), bool(file.strip()), metadata=more,
+            table.file(file) if file.strip() else f"{path.name}#{number}", tuple(index[name] for name in row), split, text,
+            None if file.strip() else _blank(), bool(file.strip()), metadata=dict(zip(columns, more, strict=True)),
         )
-        for number, (file, row, split, text, more) in enumerate(zip(table["path"], names, splits, texts, further, strict=True), start=2)
+        for number, (file, row, split, text, more) in enumerate(zip(paths, names, splits, texts, further, strict=True), start=2)
     ]  # fmt: skip
-    return _manifest(str(path), samples, labels, "multilabel" if several else task)
+    manifest = _manifest(str(path), samples, labels, "multilabel" if several else task)
+    return replace(manifest, notes=(*table.notes, *_unlabelled(table, names), *manifest.notes))
 
 
-def _texts(table: "pd.DataFrame") -> "pd.DataFrame":
-    """All columns as text, an empty one for what is missing; columns that hold bytes, as hashes and thumbnails, are left out. ValueError
-    for lists in a column that is read."""
-    for column in table.columns.intersection(list(COLUMNS)):
-        several = table[column].map(lambda value: isinstance(value, np.ndarray | list | tuple | dict)).to_numpy()
-        if several.any():
-            raise ValueError(
-                f"column {column!r}, row {int(several.argmax()) + 2}: expected one text, found several values"
-            )
-    bytes_in = [c for c in table.columns if c not in COLUMNS and any(isinstance(value, bytes) for value in table[c])]
-    return table.drop(columns=bytes_in).astype("string").fillna("")
+def _unlabelled(table: Table, names: Sequence[tuple[str, ...]]) -> list[str]:
+    rows = [row for row, own in enumerate(names) if not own]
+    return (
+        [f"{len(rows)} rows have no label, such as {table.where(rows[0])}; they train as samples of no label"]
+        if rows
+        else []
+    )
 
 
 def _manifest(source: str, samples: list[Sample], labels: tuple[str, ...], task: str) -> Manifest:
@@ -302,7 +208,9 @@ def _manifest(source: str, samples: list[Sample], labels: tuple[str, ...], task:
         task = "binary" if len(labels) == 2 else "multiclass"
     if task == "binary" and len(labels) != 2:
         raise DataError(f"{source}: data.task is binary, but there are {len(labels)} classes: {', '.join(labels[:10])}")
-    return Manifest(source, tuple(samples), labels, task)
+    twins = [" and ".join(group) for group in letter_case_twins(labels)]
+    notes = [f"{twins[0]} are two classes and differ in letter case only ({len(twins)} such names)"] if twins else []
+    return Manifest(source, tuple(samples), labels, task, notes=tuple(notes))
 
 
 def _refuse_untrainable(manifest: Manifest) -> None:
@@ -311,9 +219,12 @@ def _refuse_untrainable(manifest: Manifest) -> None:
         raise DataError(
             f"{manifest.source}: has pictures of the split {', '.join(splits)}, and none of the split train"
         )
-    if len(manifest.labels) < 2 and manifest.task != "multilabel":
+    filled = [label for label, count in manifest.counts().items() if count]
+    if len(filled) < 2 and manifest.task != "multilabel":
+        empty = f", and {len(manifest.empty)} empty class folders such as {manifest.empty[0]}" if manifest.empty else ""
+        hint = inner_hint(manifest.source) if Path(manifest.source).is_dir() else ""
         raise DataError(
-            f"{manifest.source}: only one class ({', '.join(manifest.labels)}); a classifier needs two or more"
+            f"{manifest.source}: only one class ({', '.join(filled)}){empty}; a classifier needs two or more{hint}"
         )
 
 
@@ -325,11 +236,11 @@ def _blank() -> bytes:
     return cv2.imencode(".png", np.full((32, 32, 3), 128, np.uint8))[1].tobytes()
 
 
-def _refuse_rows(path: Path, wrong, values, column: str, accepted: str) -> None:
-    if wrong.any():
-        first = int(wrong.to_numpy().argmax())
+def _refuse_rows(table: Table, column: str, wrong: Callable[[str], bool], accepted: str) -> None:
+    rows = [row for row, value in enumerate(table.texts(column)) if wrong(value)]
+    if rows:
         raise DataError(
-            f"{path}, row {first + 2}: {column} {values.iloc[first]!r} is not {accepted} ({int(wrong.sum())} such rows; header: row 1)"
+            f"{table.where(rows[0])}: {column} {table.texts(column)[rows[0]]!r} is not {accepted} ({len(rows)} such rows)"
         )
 
 
@@ -340,15 +251,3 @@ def _is_text(path: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _files(paths: Iterable[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.is_file() and not path.name.startswith("."))
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES
-
-
-def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

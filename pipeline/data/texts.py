@@ -3,19 +3,24 @@
 from pathlib import Path
 
 from models.texts.tokens import trimmed
-from pipeline.data.manifest import DataError, read_table
+from pipeline.data.errors import DataError
+from pipeline.data.tables import is_table, read_table
 
 
 def texts_of(file: Path, split: str) -> list[str]:
     """Those that are not blank, in the manifest's order. split: `train`, of a manifest without splits all, or `all`. DataError."""
-    if file.suffix.lower() not in (".csv", ".parquet") or not file.is_file():
-        raise DataError(f"{file}: expected a CSV or Parquet file with a column text")
+    if not is_table(file):
+        raise DataError(f"{file}: expected a CSV, TSV or Parquet file with a column text")
     table = read_table(file)
     if "text" not in table.columns:
-        raise DataError(f"{file}: no column 'text'; it has {', '.join(map(str, table.columns))}")
-    if split != "all" and "split" in table.columns and (table["split"].str.strip() != "").any():
-        table = table[table["split"].str.strip() == split]
-    texts = [text for text in table["text"] if trimmed(text)]
+        raise table.lacks("text", needed="text")
+    splits = table.texts("split")
+    wanted = split if split != "all" and any(splits) else ""
+    texts = [
+        text
+        for text, own in zip(table.texts("text"), splits, strict=True)
+        if trimmed(text) and (not wanted or own == wanted)
+    ]
     if not texts:
         raise DataError(f"{file}: has no texts in the split {split}")
     return texts

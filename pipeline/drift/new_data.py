@@ -7,8 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from augment.decode import SUFFIXES
+from augment.image_files import walk
 from models.texts.tokens import trimmed
-from pipeline.data.manifest import SPLITS, DataError, Sample, load_manifest, read_table
+from pipeline.data.errors import DataError
+from pipeline.data.folders import label_of, split_of, unreadable
+from pipeline.data.manifest import Sample, load_manifest
+from pipeline.data.tables import is_table, read_table
 
 MOST = 2000
 """Pictures that are looked at, drawn from all: enough to tell small drift, and a night's data cost no more than a minute's."""
@@ -37,7 +41,7 @@ def read_data(source: str, labels: Sequence[str], *, multilabel: bool, unlabelle
     path = Path(source)
     if path.is_dir():
         found = _of_folder(path, labels, unlabelled or multilabel)
-    elif path.is_file() and path.suffix.lower() in (".csv", ".parquet"):
+    elif is_table(path):
         found = _of_table(path, multilabel)
     else:
         manifest = load_manifest(source)  # digits, or says what is wrong
@@ -46,38 +50,44 @@ def read_data(source: str, labels: Sequence[str], *, multilabel: bool, unlabelle
 
 
 def _of_folder(root: Path, labels: Sequence[str], unlabelled: bool) -> NewData:
-    files = sorted(
-        p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")
-    )
+    try:
+        files = walk(root).images
+    except OSError as error:
+        raise unreadable(error, root) from error
     if not files:
         raise DataError(f"{root}: no pictures in this folder; Refract reads {', '.join(SUFFIXES)}")
-    samples = [Sample(str(file), ()) for file in files]
-    parts = [file.relative_to(root).parts[:-1] for file in files]
-    depth = 1 if all(part and part[0] in SPLITS for part in parts) else 0
-    if unlabelled or any(len(part) <= depth for part in parts) or not {part[depth] for part in parts} & set(labels):
+    samples = [Sample(str(Path(file)), ()) for file in files]
+    parts = [Path(file).relative_to(root).parts[:-1] for file in files]
+    depth = 1 if all(part and split_of(part[0]) for part in parts) else 0
+    known = {label_of(label): label for label in labels}
+    if (
+        unlabelled
+        or any(len(part) <= depth for part in parts)
+        or not {label_of(part[depth]) for part in parts} & {*known}
+    ):
         return NewData(samples, None)
-    return NewData(samples, [(part[depth],) for part in parts])
+    names = (label_of(part[depth]) for part in parts)
+    return NewData(samples, [(known.get(name, name),) for name in names])
 
 
 def _of_table(path: Path, multilabel: bool) -> NewData:
     table = read_table(path)
-    if not {"path", "text"} & set(table.columns):
-        raise DataError(f"{path}: no column 'path' or 'text'; it has {', '.join(map(str, table.columns))}")
-    empty = [""] * len(table)
-    paths, texts = (list(table[column]) if column in table.columns else empty for column in ("path", "text"))
+    if not {"path", "text"} & {*table.columns}:
+        raise table.lacks("path", "text", needed="path and/or text[,label]")
     samples = [
         Sample(
-            str(path.parent / file) if file.strip() else f"{path.name}#{row}",
+            table.file(file) if file.strip() else f"{path.name}#{row}",
             (),
             text=text,
             pictured=bool(file.strip()),
         )
-        for row, (file, text) in enumerate(zip(paths, texts, strict=True), start=2)
+        for row, (file, text) in enumerate(zip(table.texts("path"), table.texts("text"), strict=True), start=2)
     ]
-    nothing = [s.path for s in samples if not s.pictured and not trimmed(s.text)]
+    nothing = [row for row, sample in enumerate(samples) if not sample.pictured and not trimmed(sample.text)]
     if nothing:
-        raise DataError(f"{path}: {len(nothing)} rows have neither a path nor a text, as {nothing[0]}")
-    if "label" not in table.columns or not any(label.strip() for label in table["label"]):
+        raise DataError(f"{table.where(nothing[0])}: neither a path nor a text ({len(nothing)} such rows)")
+    truths = table.texts("label")
+    if not any(label.strip() for label in truths):
         return NewData(samples, None)
-    rows = [label.split(";") if multilabel else [label] for label in table["label"]]
+    rows = [label.split(";") if multilabel else [label] for label in truths]
     return NewData(samples, [tuple(name.strip() for name in row if name.strip()) for row in rows])

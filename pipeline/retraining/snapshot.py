@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.data.check import Scan, check_classes, drop_bad, drop_contradictory, drop_shared, scan
+from pipeline.data.folders import skipped_lines
 from pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
 from pipeline.data.splits import draw_splits, write_splits
 from pipeline.defaults import filled
@@ -90,6 +91,8 @@ def take(config: Config, place: Place) -> Snapshot:
 
 def _looked_at(config: Config) -> tuple[Manifest, Scan]:
     manifest = load_manifest(config.data.source, config.data.task)
+    for line in (*manifest.notes, *skipped_lines(manifest.skipped)):
+        log.warning("data: %s", line)
     check_inputs(config, manifest)
     found = scan(manifest.samples, reads=reads(config))
     manifest = drop_bad(manifest, found, config.data.on_bad_file)

@@ -13,6 +13,7 @@ from augment import ImageError, image_size
 from augment.decode import decode_part
 from augment.jpeg import SCALES
 from models.texts.tokens import trimmed
+from pipeline.data.folders import hidden_lines, skipped_lines
 from pipeline.data.manifest import Manifest, Sample
 from pipeline.suggest.content import SIDE, Content, content_of, thumbnail
 
@@ -175,7 +176,12 @@ def _folder_notes(manifest: Manifest) -> list[str]:
         notes.append(
             f"note: {len(manifest.loose)} images lie in no class's folder, such as {manifest.loose[0]}; training skips them"
         )
-    return notes
+    skipped = [*skipped_lines(manifest.skipped), *hidden_lines(manifest.skipped)]
+    return [
+        *notes,
+        *(f"note: {line}" for line in manifest.notes),
+        *(f"note: {line}; training skips them" for line in skipped),
+    ]
 
 
 def hub_answers() -> bool:

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -60,9 +61,9 @@ def test_manifest_with_several_labels(folder: Path, suffix: str) -> None:
     [
         ("file,label\na.jpg,x\n", "no column 'path'"),
         ("path,label\n", "no rows"),
-        ("path,label\na.jpg,x\nb.jpg,\n", r"row 3: label '' is not a class name \(1 such rows"),
-        ("path,label,split\na.jpg,x,trian\n", "row 2: split 'trian' is not one of train, val, test"),
-        ("path,label,split\na.jpg,x,train\nb.jpg,y,\n", "row 3: split '' is not filled"),
+        ("path,label\na.jpg,x\nb.jpg,\n", r"line 3: label '' is not a class name \(1 such rows"),
+        ("path,label,split\na.jpg,x,trian\n", "line 2: split 'trian' is not one of train, val, test"),
+        ("path,label,split\na.jpg,x,train\nb.jpg,y,\n", "line 3: split '' is not filled"),
         ("path,label,split\na.jpg,x,test\nb.jpg,y,test\n", "split test, and none of the split train"),
         ("path,label\na.jpg,x\nb.jpg,x\n", "only one class"),
         ("", "cannot be read as a CSV table"),
@@ -238,10 +239,10 @@ def test_copies_with_other_labels_are_refused_or_left_out(folder: Path, caplog: 
     assert "left out 2 pictures whose copies carry other labels, as " in caplog.text
 
 
-@pytest.mark.parametrize("name", ["a;b", " blank"])
+@pytest.mark.parametrize("name", ["a;b", " blank", "cat\u200b"])
 def test_a_class_folder_that_no_manifest_could_name_is_refused(folder: Path, name: str) -> None:
     (folder / "red").rename(folder / name)
-    with pytest.raises(DataError, match=f"class folder '{name}' cannot be a label"):
+    with pytest.raises(DataError, match=re.escape(f"class folder {name!r} cannot be a label")):
         load_manifest(folder)
 
 
@@ -306,14 +307,6 @@ def test_columns_of_bytes_and_a_comma_too_many_do_no_harm(folder: Path) -> None:
     (folder / "m.csv").write_text("path,label\nred/00.jpg,a\nred,01.jpg,b\n")
     with pytest.raises(DataError, match="line 3 has more fields than the header"):
         load_manifest(folder / "m.csv")
-
-
-@pytest.mark.parametrize("mark", [";", "\t", "|"])
-@pytest.mark.parametrize("name", ["00.jpg", "a, b.jpg", "a, b, c.jpg"])
-def test_columns_that_are_separated_otherwise_are_refused(tmp_path: Path, mark: str, name: str) -> None:
-    (tmp_path / "m.csv").write_text(f"path{mark}label\nx.jpg{mark}a\n{name}{mark}b\n", "utf-8-sig")
-    with pytest.raises(DataError, match=r"'path(;|\\t|\|)label' are separated by .*; separate them by commas"):
-        load_manifest(tmp_path / "m.csv")
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def test_rows_without_a_picture_and_pictures_with_several_captions(tmp_path: Pat
 @pytest.mark.parametrize(
     "rows, columns, message",
     [
-        ([["a", ""], ["b", "x"]], ["label", "text"], "row 2: path '' is not a file, nor is there a text"),
-        ([["a", "\x07\x00"], ["b", "x"]], ["label", "text"], "row 2: path '' is not a file, nor is there a text"),
+        ([["a", ""], ["b", "x"]], ["label", "text"], "line 2: path '' is not a file, nor is there a text"),
+        ([["a", "\x07\x00"], ["b", "x"]], ["label", "text"], "line 2: path '' is not a file, nor is there a text"),
         ([["a", "x"]], ["label", "caption"], "needed: path,label and/or text"),
     ],
 )
@@ -62,7 +62,7 @@ def test_a_manifests_cell_is_one_text(tmp_path: Path) -> None:
     assert [sample.text for sample in load_manifest(file).samples] == ["x", "y"]
     pd.DataFrame({"label": ["a", "b"], "text": [None, ["x", "y"]]}).to_parquet(file)
     with pytest.raises(
-        DataError, match=r"m\.parquet: cannot .* \(column 'text', row 3: expected one text, found several"
+        DataError, match=r"m\.parquet: cannot .* \(column 'text', row 2: expected one text, found several"
     ):
         load_manifest(file)
 
