@@ -154,9 +154,8 @@ def _decode_repaired(data: bytes, header: jpeg.JpegHeader, scale: int, error: Jp
     data, remarks = jpeg_repair.tidied(data) or (data, [])
     for _ in range(jpeg_repair.TRIES):
         try:
-            if remarks:
-                pixels = jpeg.decode_whole(data, header, scale)
-                return Part(pixels, scale, remarks=(f"repaired JPEG: {' and '.join(remarks)}",))
+            pixels = jpeg.decode_whole(data, header, scale)
+            return Part(pixels, scale, remarks=(f"repaired JPEG: {' and '.join(remarks)}",) if remarks else ())
         except JpegError as next_error:
             error = next_error
         mended = jpeg_repair.without_extraneous(data, str(error))
@@ -302,16 +301,9 @@ def _decode_whole(data: bytes, limit: int | None, *, convert: bool) -> Part:
 
 def _decode_cmyk_jpeg(data: bytes, *, convert: bool) -> Part:
     """By Pillow, which knows Adobe's inverted CMYK."""
-    remarks: tuple[str, ...] = ()
-    try:
-        image = _open(data, "JPEG")
-    except ImageError:
-        tidied = jpeg_repair.tidied(data)
-        if tidied is None:
-            raise
-        data, remarks = tidied[0], (f"repaired JPEG: {' and '.join(tidied[1])}",)
-        image = _open(data, "JPEG")
-    with image:
+    data, mended = jpeg_repair.tidied(data, strict=False) or (data, [])
+    remarks = (f"repaired JPEG: {' and '.join(mended)}",) if mended else ()
+    with _open(data, "JPEG") as image:
         orientation = jpeg.orientation(data, jpeg.read_header(data))
         profile = image.info.get("icc_profile") or b"" if convert else b""
         return Part(_shown(_loaded(image, profile), orientation), remarks=remarks)

@@ -14,8 +14,11 @@ TRIES = 4
 _SOI, _EOI, _SOS = b"\xff\xd8", b"\xff\xd9", 0xDA
 
 
-def tidied(data: bytes) -> tuple[bytes, list[str]] | None:
-    """(the file with its segments alone, what was mended); None where nothing could be. data: starts with SOI."""
+def tidied(data: bytes, *, strict: bool = True) -> tuple[bytes, list[str]] | None:
+    """(the file with its segments alone, what was mended); None where nothing could be. data: starts with SOI.
+
+    strict: whether the decoder refuses data that are cut, so that a missing EOI can be added.
+    """
     parts, remarks, place, scans = [_SOI], list[str](), 2, 0
     while place < len(data):
         marker = data.find(b"\xff", place)
@@ -45,7 +48,7 @@ def tidied(data: bytes) -> tuple[bytes, list[str]] | None:
         parts.append(data[marker:end])
         place = end
     if parts[-1] != _EOI:
-        if scans != 1 or _progressive(data, parts):  # a later scan may be missing as well
+        if not strict or scans != 1 or _progressive(parts):  # a later scan may be missing as well
             return None
         remarks.append("no end marker")
         parts.append(_EOI)
@@ -63,7 +66,7 @@ def without_extraneous(data: bytes, message: str) -> bytes | None:
     return data[: place - count] + data[place:] if place - count > start else None
 
 
-def _progressive(data: bytes, parts: list[bytes]) -> bool:
+def _progressive(parts: list[bytes]) -> bool:
     """Whether one scan may not be all: a progressive frame, or a scan of some components."""
     frame = next((part for part in parts if part[1:2] in (b"\xc0", b"\xc1", b"\xc2", b"\xc3")), b"")
     scan = next((part for part in parts if part[1:2] == b"\xda"), b"")
