@@ -260,13 +260,15 @@ def _open(data: bytes, name: str, otherwise: str | None = None) -> "Image.Image"
                 io.BytesIO(data), formats=("HEIF" if name == "HEIC" else name, *(("MPO",) if name == "JPEG" else ()))
             )
     except UnidentifiedImageError as error:
-        raise ImageError(otherwise or f"damaged {name}: its header cannot be read") from error
+        raise ImageError(
+            otherwise or f"damaged {name}: its header cannot be read; save the image again, as JPEG"
+        ) from error
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(f"the image has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from error
     except (
         Exception
     ) as error:  # Pillow's parsers raise all sorts (struct.error, SyntaxError, OSError…) on hostile bytes
-        raise ImageError(f"damaged {name}: its header cannot be read") from error
+        raise ImageError(f"damaged {name}: its header cannot be read; save the image again, as JPEG") from error
 
 
 def _heif_opener() -> bool:

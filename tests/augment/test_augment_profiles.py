@@ -130,6 +130,38 @@ def test_a_cmyk_jpeg_whose_profile_is_for_rgb_is_still_read() -> None:
     np.testing.assert_array_equal(decode(data, color_profile="convert"), decode(data))
 
 
+def cmyk_profile() -> bytes:
+    """A printer's profile with tables (lut8): no ink is white, and black ink alone is L* 20."""
+    corners = np.zeros((2, 2, 2, 2, 3), np.uint8)
+    corners[...] = (51, 128, 128)  # L* 20, neutral
+    corners[0, 0, 0, 0] = (255, 128, 128)
+    identity = bytes(range(256))
+    matrix = fixed((1, 0, 0, 0, 1, 0, 0, 0, 1))
+    table = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + matrix + identity * 4 + corners.tobytes() + identity * 3
+    table += bytes(-len(table) % 4)
+    name = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(79)
+    white = b"XYZ \0\0\0\0" + fixed(D50)
+    tags, body = b"", b""
+    for key, data in ((b"desc", name), (b"wtpt", white), (b"A2B0", table)):
+        tags += key + struct.pack(">II", 132 + 36 + len(body), len(data))
+        body += data
+    size = 132 + 36 + len(body)
+    head = struct.pack(">I4xI", size, 0x02100000) + b"prtrCMYKLab " + bytes(12) + b"acsp" + bytes(28) + fixed(D50)
+    return head.ljust(128, b"\0") + struct.pack(">I", 3) + tags + body
+
+
+def test_cmyk_profiles() -> None:
+    inks = np.zeros((40, 60, 4), np.uint8)
+    inks[:, 30:, 3] = 160
+    buffer = io.BytesIO()
+    Image.fromarray(inks, "CMYK").save(buffer, "JPEG", quality=100, icc_profile=cmyk_profile())
+    plain, converted = decode(buffer.getvalue()), decode(buffer.getvalue(), color_profile="convert")
+    assert plain[5, 5].tolist() == [255] * 3 and abs(int(plain[5, 50, 0]) - 95) <= 2
+    assert converted[5, 5].min() >= 254
+    # L* 49.8 has the luminance 0.182; the black point, 0.030, becomes black: 0.157, which is 110 in sRGB.
+    np.testing.assert_allclose(converted[5, 50].astype(int), [110] * 3, atol=3)
+
+
 def test_training_and_preprocessing_convert_alike() -> None:
     data = encoded(np.kron(COLOURS, np.ones((4, 4, 1), np.uint8)), "JPEG", icc_profile=icc())
     expected = decode(data, color_profile="convert")

@@ -94,7 +94,7 @@ def test_text_renamed_to_jpg_is_listed(folder: Path) -> None:
     message = str(told.value)
     assert "2 of 62 pictures cannot be read" in message
     assert (
-        "notes.jpg: not a picture that can be read (it looks like text)" in message
+        "notes.jpg: not an image: it looks like text" in message
         and "cut.jpg: damaged or truncated JPEG" in message
     )
     manifest, _ = prepare_data(config_of(folder, on_bad_file="skip"))
