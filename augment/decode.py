@@ -5,10 +5,7 @@ Whatever a decoder raises leaves this module as an `ImageError`, so that one bad
 
 import io
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -51,7 +48,7 @@ _TURNS = {
 
 def image_size(data: bytes) -> tuple[int, int]:
     """(height, width) in pixels as shown (EXIF orientation applied), from the header alone. ImageError if it cannot be read."""
-    with _boundary():
+    with _BOUNDARY:
         header = _plain_jpeg(data)
         if header is not None:
             turned = _TURNS[jpeg.orientation(data, header)][0]
@@ -85,36 +82,48 @@ def decode_part(
     all of it. scale: 1, 2, 4 or 8. Other formats are decoded whole and at full scale, a very small JPEG at full scale. With a box, damage
     in what need not be decoded goes unnoticed. MemoryError only with max_pixels, where the limit has allowed the size.
     """
-    with _boundary(limited=max_pixels is not None):
+    with _BOUNDARY if max_pixels is None else _LIMITED:
         if max_pixels is not None:
             if is_jpeg(data):  # untrusted input: a file that calls itself baseline may have thousands of scans too
                 jpeg.check_scans(data)
             _check_pixels(*(size or image_size(data)), max_pixels)
         header = _plain_jpeg(data)
         if header is None:
-            part = _decode_whole(data, max_pixels, convert=color_profile == "convert")
-        else:
-            part = _decode_jpeg(data, header, box, scale, convert=color_profile == "convert")
-        return part
+            return _decode_whole(data, max_pixels, convert=color_profile == "convert")
+        return _decode_jpeg(data, header, box, scale, convert=color_profile == "convert")
 
 
-@contextmanager
-def _boundary(*, limited: bool = False) -> Iterator[None]:
-    """Turn all that decoders raise into ImageError. limited: let MemoryError pass, which is then the machine's and not the file's."""
-    try:
-        yield
-    except ImageError:
-        raise
-    except JpegError as error:
-        raise ImageError(str(error)) from error
-    except MemoryError as error:
-        if limited:
-            raise
-        raise ImageError("decoding needs more memory than there is; the header may be damaged") from error
-    except (
-        Exception
-    ) as error:  # struct.error, zlib.error, cv2.error, OverflowError, SyntaxError, OSError… by library and version
-        raise ImageError(f"damaged image ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from error
+class _Boundary:
+    """Turn all that decoders raise into ImageError. limited: let MemoryError pass, which is then the machine's and not the file's.
+
+    A class, as contextlib's generators take a microsecond, and small images are decoded in twenty.
+    """
+
+    __slots__ = ("limited",)
+
+    def __init__(self, *, limited: bool) -> None:
+        self.limited = limited
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, ImageError) or not isinstance(error, Exception):
+            return
+        if not (isinstance(error, MemoryError) and self.limited):
+            raise _as_image_error(error) from error
+
+
+_BOUNDARY, _LIMITED = _Boundary(limited=False), _Boundary(limited=True)
+
+
+def _as_image_error(error: Exception) -> ImageError:
+    if isinstance(error, JpegError):
+        return ImageError(str(error))
+    if isinstance(error, MemoryError):
+        return ImageError("decoding needs more memory than there is; the header may be damaged")
+    # struct.error, zlib.error, cv2.error, OverflowError, SyntaxError, OSError… by library and version
+    return ImageError(f"damaged image ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
 
 
 def _check_pixels(height: int, width: int, limit: int) -> None:
@@ -145,7 +154,7 @@ def _decode_jpeg(data: bytes, header: jpeg.JpegHeader, box: Box | None, scale: i
     except JpegError as error:
         part = _decode_repaired(data, header, scale, error)
     if convert and header.profile and (profile := jpeg.profile_of(data, header)):
-        part = replace(part, pixels=_converted(part.pixels, profile, grey=header.components == 1))
+        part = part._replace(pixels=_converted(part.pixels, profile, grey=header.components == 1))
     return _turned(part, orientation, header)
 
 
@@ -199,8 +208,7 @@ def _turned(part: Part, orientation: int, header: jpeg.JpegHeader) -> Part:
     return Part(np.ascontiguousarray(pixels), part.scale, top, left, part.remarks)
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(NamedTuple):
     """An opened file of another format than JPEG. size: (height, width) as stored. layout: of a TIFF that Pillow does not read right;
     image: of everything else, not yet decoded; chunks: of a PNG."""
 
@@ -323,7 +331,7 @@ def from_pillow(image: "Image.Image", *, color_profile: str = "ignore") -> np.nd
 
     ImageError for a file, opened lazily, that is damaged, and for pixels without a known range (modes F, and I beyond 16 bits).
     """
-    with _boundary():
+    with _BOUNDARY:
         profile = image.info.get("icc_profile") if color_profile == "convert" else None
         pixels = _loaded(image, profile if isinstance(profile, bytes) else b"")
         return _shown(pixels, _orientation_of(image))

@@ -8,8 +8,8 @@ not read, rows above and columns beside it are only run through the entropy deco
 import ctypes
 import importlib.util
 import threading
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -31,8 +31,7 @@ class JpegError(ValueError):
     """The bytes are no JPEG that libjpeg-turbo decodes; the message says why."""
 
 
-@dataclass(frozen=True)
-class JpegHeader:
+class JpegHeader(NamedTuple):
     """height, width: pixels as stored. components: 1 grey, 3 colour, 4 CMYK. baseline: one scan, in order, is the rule.
 
     exif, xmp, profile: (start, end) of the data of these segments; a profile may have several. precision: bits a sample.
@@ -48,8 +47,7 @@ class JpegHeader:
     precision: int = 8
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A decoded part of a picture. pixels: uint8 H×W×3.
 
     scale: 1, 2, 4 or 8, by which both sides were reduced. top, left: where the part begins in the reduced picture, in its pixels.

@@ -1,15 +1,14 @@
 """PNG: the chunks that decide how its pixels are shown, wherever they are. Source: PNG, third edition (W3C 2025), 5 and 11."""
 
 import zlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _XMP = b"XML:com.adobe.xmp\x00"
 _LARGEST = 1 << 24  # bytes of metadata that are decompressed
 
 
-@dataclass(frozen=True)
-class Chunks:
+class Chunks(NamedTuple):
     """size: (height, width) as stored. depth: bits a sample. exif: a TIFF structure. transparent: whether there is a tRNS chunk."""
 
     size: tuple[int, int]

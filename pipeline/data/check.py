@@ -171,10 +171,14 @@ def check_classes(manifest: Manifest) -> list[str]:
 
 def remark_lines(remarks: Mapping[str, str]) -> list[str]:
     """One line for each kind of remark on decoded images: how many, and one of them. remarks: path → remark, `KIND: details`."""
-    kinds: dict[str, list[str]] = defaultdict(list)
+    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for path, remark in remarks.items():
-        kinds[remark.partition(":")[0]].append(path)
-    return [f"{kind}: {len(paths)} images, such as {paths[0]}: {remarks[paths[0]]}" for kind, paths in kinds.items()]
+        kind, _, details = remark.partition(": ")
+        kinds[kind].append((path, details))
+    return [
+        f"{kind}: {len(shown)} image{'s' * (len(shown) > 1)}, such as {shown[0][0]} ({shown[0][1]})"
+        for kind, shown in kinds.items()
+    ]
 
 
 def _look(sample: Sample) -> tuple[str, bytes, str, str]:
