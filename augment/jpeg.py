@@ -158,7 +158,11 @@ def decode_part(data: bytes, header: JpegHeader, box: tuple[int, int, int, int],
     box: (top, left, height, width) in pixels of the picture as stored, inside it. Damage below the box is not noticed.
     """
     decoder = _decoder()
-    part = decoder.decode(data, box, scale) if decoder is not None else None
+    try:
+        part = decoder.decode(data, box, scale) if decoder is not None else None
+    except JpegError:
+        del _thread.decoder  # TurboJPEG would report this file's damage for every later file
+        raise
     return Part(decode_whole(data, header, scale), scale) if part is None else part
 
 

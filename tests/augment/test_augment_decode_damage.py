@@ -188,6 +188,15 @@ def test_a_jpeg_with_a_damaged_structure_is_repaired(name: str) -> None:
     assert reduced.pixels.shape[:2] == (30, 45)
 
 
+def test_a_damaged_jpeg_leaves_the_part_decoder_intact() -> None:
+    """TurboJPEG's decompressor reported the damage of one file for every later file of the thread."""
+    pytest.importorskip("turbojpeg", reason="the package has no wheel for this platform")
+    intact = jpeg(photo(200, 300))
+    for data, _ in DAMAGED.values():
+        decode_part(data, (0, 0, 20, 20))
+        assert decode_part(intact, (150, 200, 20, 20)).pixels.shape[0] < 50
+
+
 def test_an_intact_jpeg_has_no_remark() -> None:
     for data in (PLAIN, PLAIN + b"trailing bytes", jpeg(progressive=True), PLAIN[:2] + b"\xff\xff" + PLAIN[2:]):
         assert decode_part(data, None).remarks == ()
