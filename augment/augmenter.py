@@ -17,6 +17,7 @@ from augment.ops.text import run as run_text
 from augment.output import Numbers, OutputFormat
 from augment.plan import Plan, Step
 from augment.policy import Policy, PolicySpec, load_policy
+from augment.profiles import check_color_profile
 from augment.targets import move_boxes, move_mask
 
 if TYPE_CHECKING:
@@ -41,12 +42,14 @@ class Augmenter:
         channels: int = 3,
         mean: Numbers | None = None,
         std: Numbers | None = None,
+        color_profile: str = "ignore",
     ) -> None:
         """policy: see `load_policy`. size: pixels, (height, width) or one side of a square, that every result shall have; None leaves
         it to the policy. ValueError (PolicyError) for a policy that cannot be read.
 
         output: the form of the result: `uint8` (H×W×3), `uint8_chw` (3×H×W), or `float32` (3×H×W, normalised: (x / 255 − mean) / std).
         channels: 1 gives luma in place of RGB. mean, std: for `float32`, of each channel in 0…1; None takes ImageNet's.
+        color_profile: convert takes encoded and Pillow images to sRGB by their embedded profile, ignore does not.
         """
         self.policy = load_policy(policy)
         try:
@@ -55,6 +58,8 @@ class Augmenter:
             raise ValueError(f"seed: {seed!r} is not a whole number") from error
         self.size = None if size is None else pixels("size", size)
         self.output = OutputFormat(output, channels, mean, std)
+        check_color_profile(color_profile)
+        self.color_profile = color_profile
 
     @property
     def mixes(self) -> bool:
@@ -80,9 +85,9 @@ class Augmenter:
         repeat: which of the sample's draws in this epoch, for repeated augmentation (Hoffer et al. 2020, arXiv:1901.09335).
         out: an array to write the result into, such as `batch[i]`.
         """
-        data = read_image(image)
+        data = read_image(image, color_profile=self.color_profile)
         size = input_size(data)
-        return self.output(_applied(self.draw(size, epoch=epoch, index=index, repeat=repeat), data, size), out)
+        return self.output(self._applied(self.draw(size, epoch=epoch, index=index, repeat=repeat), data, size), out)
 
     def draw(self, size: tuple[int, int], *, epoch: int, index: int, repeat: int = 0) -> Plan:
         """The plan for the sample `index` in `epoch`, a picture of `size` (height, width). repeat: as for a call."""
@@ -94,7 +99,7 @@ class Augmenter:
         The first is without the policy's AugMix, the others are with two draws of it. All other ops are drawn once and are the same in the
         three. Source: Hendrycks et al. 2020, arXiv:1912.02781, section 3.
         """
-        data = read_image(image)
+        data = read_image(image, color_profile=self.color_profile)
         size = input_size(data)
         plan = self.draw(size, epoch=epoch, index=index, repeat=repeat)
         count = sum(step.op == "AugMix" for step in plan.steps)
@@ -108,7 +113,7 @@ class Augmenter:
         clean = tuple(step for step in plan.steps if step.op != "AugMix")
         second = tuple(next(drawn, step) if step.op == "AugMix" else step for step in plan.steps)
         plans = (replace(plan, steps=own) for own in (clean, plan.steps, second))
-        return np.stack([self.output(_applied(own, data, size)) for own in plans])
+        return np.stack([self.output(self._applied(own, data, size)) for own in plans])
 
     def apply(self, plan: Plan, image: ImageInput, *, out: np.ndarray | None = None) -> np.ndarray:
         """Apply a plan to the image it was drawn for. ValueError if the image has another size. image, out: as for a call.
@@ -118,14 +123,14 @@ class Augmenter:
         where there is fine detail, the mean by less than one on photos. ValueError too for a plan whose numbers do not fit its
         ops. Steps that mix a batch are not applied: see `mix`.
         """
-        data = read_image(image)
+        data = read_image(image, color_profile=self.color_profile)
         size = input_size(data)
         if size != plan.size:
             raise ValueError(
                 f"the plan was drawn for {plan.size[0]}×{plan.size[1]} pixels, the image has {size[0]}×{size[1]}"
             )
         with _fitting(plan):
-            result = _applied(plan, data, size)
+            result = self._applied(plan, data, size)
         return self.output(result, out)
 
     def apply_mask(self, plan: Plan, mask: np.ndarray, *, fill: int = 0) -> np.ndarray:
@@ -169,10 +174,11 @@ class Augmenter:
         ]
         return batch.mix(plans, images, targets)
 
-
-def _applied(plan: Plan, image: bytes | np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    passes = fuse(plan)
-    return cpu.run(passes, image) if isinstance(image, np.ndarray) else encoded.run(passes, image, size)
+    def _applied(self, plan: Plan, image: bytes | np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        passes = fuse(plan)
+        if isinstance(image, np.ndarray):
+            return cpu.run(passes, image)
+        return encoded.run(passes, image, size, color_profile=self.color_profile)
 
 
 @contextmanager

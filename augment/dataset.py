@@ -77,7 +77,7 @@ class AugmentedDataset:
         if self.mask is None:
             result = self.augmenter(image, epoch=epoch, index=index, repeat=repeat)
         else:
-            data = read_image(image)
+            data = read_image(image, color_profile=self.augmenter.color_profile)
             plan = self.augmenter.draw(input_size(data), epoch=epoch, index=index, repeat=repeat)
             result = self.augmenter.apply(plan, data)
             mask = np.asarray(self._part(item, self.mask, "mask"))

@@ -17,18 +17,18 @@ ImageInput: TypeAlias = "bytes | np.ndarray | Image"
 _ACCEPTED = "encoded bytes, a Pillow image, or a uint8 array H×W or H×W×1 (grey), H×W×3 (RGB) or H×W×4 (RGBA)"
 
 
-def read_image(image: ImageInput) -> bytes | np.ndarray:
+def read_image(image: ImageInput, *, color_profile: str = "ignore") -> bytes | np.ndarray:
     """Encoded bytes as they are; every other accepted image as a uint8 H×W×3 array, an RGB array itself.
 
     Grey is repeated for the three channels and transparency is laid over white, as `augment.decode` does; of a Pillow image the
-    EXIF orientation is applied. ImageError names what is accepted.
+    EXIF orientation is applied and, by color_profile, its ICC profile. ImageError names what is accepted.
     """
     if isinstance(image, bytes):
         return image
     if not isinstance(image, np.ndarray):
         pillow = sys.modules.get("PIL.Image")  # a Pillow image exists only where Pillow is imported
         if pillow is not None and isinstance(image, pillow.Image):
-            return from_pillow(image)
+            return from_pillow(image, color_profile=color_profile)
         hint = (
             "read a file by Path(path).read_bytes()"
             if isinstance(image, str | os.PathLike)

@@ -2,18 +2,19 @@
 
 A part is decoded through the TurboJPEG 3 library that the package `turbojpeg` carries, with its cropping region: rows below the part are
 not read, rows above and columns beside it are only run through the entropy decoder. Where that package has no wheel for the machine,
-`simplejpeg` decodes the whole picture, to the same pixels. Nothing here knows EXIF orientations: see `augment.decode`.
+`simplejpeg` decodes the whole image, to the same pixels. Nothing here knows EXIF orientations: see `augment.decode`.
 """
 
 import ctypes
 import importlib.util
-import struct
 import threading
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
+
+from augment.exif import orientation as exif_orientation
 
 SCALES = (1, 2, 4, 8)
 """By how much a side may be reduced in decoding: those for which libjpeg-turbo has SIMD code."""
@@ -30,44 +31,62 @@ class JpegError(ValueError):
     """The bytes are no JPEG that libjpeg-turbo decodes; the message says why."""
 
 
-@dataclass(frozen=True)
-class JpegHeader:
-    """height, width: pixels as stored. components: 1 grey, 3 colour, 4 CMYK. exif: where `Exif` data start, −1 for none. baseline: one
-    scan, in order, is the rule."""
+class JpegHeader(NamedTuple):
+    """height, width: pixels as stored. components: 1 grey, 3 colour, 4 CMYK. baseline: one scan, in order, is the rule.
+
+    exif, xmp, profile: (start, end) of the data of these segments; a profile may have several. precision: bits a sample.
+    """
 
     height: int
     width: int
     components: int
-    exif: int
     baseline: bool
+    exif: tuple[int, int] | None = None
+    xmp: tuple[int, int] | None = None
+    profile: tuple[tuple[int, int], ...] = ()
+    precision: int = 8
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A decoded part of a picture. pixels: uint8 H×W×3.
 
     scale: 1, 2, 4 or 8, by which both sides were reduced. top, left: where the part begins in the reduced picture, in its pixels.
+    remarks: what the owner of the file should know, such as what was repaired.
     """
 
     pixels: np.ndarray
     scale: int = 1
     top: float = 0
     left: float = 0
+    remarks: tuple[str, ...] = ()
 
 
 def is_jpeg(data: bytes) -> bool:
     return data[:3] == b"\xff\xd8\xff"
 
 
+_EXIF, _XMP, _PROFILE = b"Exif\x00\x00", b"http://ns.adobe.com/xap/1.0/\x00", b"ICC_PROFILE\x00"
+
+
 def read_header(data: bytes) -> JpegHeader:
-    """Read the markers up to the frame's. JpegError where they end before it or make no sense. (ITU-T T.81, annex B.)"""
-    place, exif, end = 2, -1, len(data)
-    while place + 4 <= end and data[place] == 0xFF:
+    """Read the markers up to the frame's. JpegError where they end before it or make no sense. (ITU-T T.81, annex B.)
+
+    Bytes between segments that belong to none are skipped, as libjpeg does.
+    """
+    place, end = 2, len(data)
+    exif = xmp = None
+    profile: list[tuple[int, int]] = []
+    while place + 4 <= end:
+        if data[place] != 0xFF:
+            place = data.find(b"\xff", place)
+            if place < 0:
+                break
+            continue
         marker = data[place + 1]
         if marker == 0xFF:  # any number of these may fill the space before a marker
             place += 1
             continue
-        if marker == 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a segment
+        if marker <= 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a segment, and a byte that belongs to none
             place += 2
             continue
         length = data[place + 2] << 8 | data[place + 3]
@@ -78,39 +97,38 @@ def read_header(data: bytes) -> JpegHeader:
             height, width = frame[1] << 8 | frame[2], frame[3] << 8 | frame[4]
             if not height or not width:
                 raise JpegError("damaged or truncated JPEG header (a side of 0 pixels)")
-            return JpegHeader(height, width, frame[5], exif, marker in (0xC0, 0xC1))
-        if marker in (0xD9, 0xDA) or length < 2:  # the picture's end or its data, and no frame before
+            baseline = marker in (0xC0, 0xC1)
+            return JpegHeader(height, width, frame[5], baseline, exif, xmp, tuple(profile), frame[0])
+        if marker in (0xD9, 0xDA) or length < 2:  # the image's end or its data, and no frame before
             break
-        if marker == 0xE1 and exif < 0 and data[place + 4 : place + 10] == b"Exif\x00\x00":
-            exif = place + 4
+        body = place + 4
+        if marker == 0xE1 and exif is None and data.startswith(_EXIF, body):
+            exif = (body, place + 2 + length)
+        elif marker == 0xE1 and xmp is None and data.startswith(_XMP, body):
+            xmp = (body + len(_XMP), place + 2 + length)
+        elif marker == 0xE2 and data.startswith(_PROFILE, body):
+            profile.append((body + len(_PROFILE), place + 2 + length))
         place += 2 + length
     raise JpegError("damaged or truncated JPEG header (no frame found)")
 
 
 def orientation(data: bytes, header: JpegHeader) -> int:
-    """The EXIF orientation, 1…8; 1 where there is none or it cannot be read. (Exif 2.32, 4.6.4; the TIFF structure of 4.5.)
+    """The orientation, 1…8, by EXIF or else XMP; 1 where there is none or it cannot be read."""
+    if header.exif is None and header.xmp is None:
+        return 1
+    exif, xmp = (b"" if at is None else data[at[0] : at[1]] for at in (header.exif, header.xmp))
+    return exif_orientation(exif, xmp)
 
-    Pillow's parser, which knows all of EXIF, takes 20 times as long, and every photo of a phone has EXIF.
-    """
-    if header.exif < 0:
-        return 1
-    length = int.from_bytes(data[header.exif - 2 : header.exif])
-    tiff = data[header.exif + 6 : header.exif - 2 + length]
-    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(tiff[:4])
-    if order is None:
-        return 1
-    try:
-        (place,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, place)
-        for entry in range(place + 2, place + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", tiff, entry)
-            if tag == 0x0112:
-                form = {1: "B", 3: "H", 4: "I"}.get(kind)  # SHORT by the standard, but some write another
-                value = struct.unpack_from(order + form, tiff, entry + 8)[0] if form else 1
-                return value if 1 <= value <= 8 else 1
-    except struct.error:  # it points beyond the data: the pixels are good without it
-        pass
-    return 1
+
+def profile_of(data: bytes, header: JpegHeader) -> bytes:
+    """The embedded ICC profile, empty where there is none or a part of it is missing. (ICC.1:2022, B.4.)"""
+    parts = sorted(
+        (data[start], data[start + 2 : end]) for start, end in header.profile if start + 2 <= min(end, len(data))
+    )
+    counts = {data[start + 1] for start, end in header.profile if start + 2 <= min(end, len(data))}
+    if [number for number, _ in parts] != list(range(1, len(parts) + 1)) or counts != {len(parts)}:
+        return b""
+    return b"".join(part for _, part in parts)
 
 
 def check_scans(data: bytes) -> None:
@@ -130,7 +148,7 @@ def decode_whole(data: bytes, header: JpegHeader, scale: int = 1) -> np.ndarray:
         options = {"min_height": -(-header.height // scale), "min_width": -(-header.width // scale), "min_factor": 2}
     try:
         return simplejpeg.decode_jpeg(data, "RGB", **options)
-    except ValueError as error:
+    except (ValueError, OverflowError, SystemError) as error:
         raise JpegError(f"damaged or truncated JPEG ({str(error).rstrip('.')})") from error
 
 
@@ -140,7 +158,11 @@ def decode_part(data: bytes, header: JpegHeader, box: tuple[int, int, int, int],
     box: (top, left, height, width) in pixels of the picture as stored, inside it. Damage below the box is not noticed.
     """
     decoder = _decoder()
-    part = decoder.decode(data, box, scale) if decoder is not None else None
+    try:
+        part = decoder.decode(data, box, scale) if decoder is not None else None
+    except JpegError:
+        del _thread.decoder  # TurboJPEG would report this file's damage for every later file
+        raise
     return Part(decode_whole(data, header, scale), scale) if part is None else part
 
 

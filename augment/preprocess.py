@@ -10,6 +10,7 @@ from augment import cpu, encoded
 from augment.decode import image_size
 from augment.fuse import WarpPass
 from augment.ops.geometric import matrix
+from augment.profiles import check_color_profile
 from augment.statistics import KINDS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -22,8 +23,9 @@ class Preprocess:
 
     height, width: of the result, pixels. resize: `crop` takes the centre of the right shape, `crop_ratio` of the shorter side;
     `squash` takes the whole picture and does not keep the ratio of its sides. mean, std: of RGB in 0…1, and
-    normalize, of `augment.statistics.KINDS`: they belong to the network's first layer and are not applied here. ValueError names a
-    field that is out of range.
+    normalize, of `augment.statistics.KINDS`: they belong to the network's first layer and are not applied here. color_profile: convert
+    takes the pixels of encoded images to sRGB by their embedded profile, ignore does not; bundles without the field ignore profiles.
+    ValueError names a field that is out of range.
     """
 
     height: int
@@ -33,6 +35,7 @@ class Preprocess:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     normalize: str = "channel"
+    color_profile: str = "ignore"
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -43,6 +46,7 @@ class Preprocess:
             raise ValueError(f"crop_ratio: {self.crop_ratio} is not in (0, 1]")
         if self.normalize not in KINDS:
             raise ValueError(f"normalize: {self.normalize!r} is not one of {', '.join(KINDS)}")
+        check_color_profile(self.color_profile)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean, std: {self.mean}, {self.std} are not three numbers each, std positive")
 
@@ -52,7 +56,14 @@ class Preprocess:
             return cpu.run([self._warp(image.shape[:2])], image)
         size = image_size(image)
         # Whole: simplejpeg, which a server trusts with strangers' bytes, does not crop.
-        return encoded.run([self._warp(size)], image, size, cropped=False, max_pixels=max_pixels)
+        return encoded.run(
+            [self._warp(size)],
+            image,
+            size,
+            cropped=False,
+            max_pixels=max_pixels,
+            color_profile=self.color_profile,
+        )
 
     def _warp(self, size: tuple[int, ...]) -> WarpPass:
         height, width = size

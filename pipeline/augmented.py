@@ -96,13 +96,14 @@ def write_copies(entries: Sequence[Copy], source: Path, target: Path, *, jobs: i
     cv2.setNumThreads(1)
     folder = source.parent if source.is_file() else source
     broken = []
+    augmenter = Augmenter("none", color_profile="convert")  # the files that are written have no profile
 
     def work(entry: Copy) -> str | None:
         try:
             data = (folder / entry.source).read_bytes()
             if hashlib.sha256(data).hexdigest() != entry.digest:
                 return f"{source / entry.source}: is not the picture that the plan was drawn for (its SHA-256 differs)"
-            write_atomically(target / entry.output, _encoded(Augmenter("none").apply(entry.plan, data), entry.output))
+            write_atomically(target / entry.output, _encoded(augmenter.apply(entry.plan, data), entry.output))
         except ImageError as error:
             return f"{source / entry.source}: {error}"
         except ValueError as error:  # a plan that somebody changed

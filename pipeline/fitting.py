@@ -49,7 +49,12 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     group = processes(config.trainer.devices, device)
     if not group.first:
         logging.getLogger("pipeline").setLevel(logging.ERROR)
-    augmenter = Augmenter(config.augment.policy, config.trainer.seed, size=config.data.sides())
+    augmenter = Augmenter(
+        config.augment.policy,
+        config.trainer.seed,
+        size=config.data.sides(),
+        color_profile=config.data.color_profile,
+    )
     check_recipe(config, augmenter, precision)
     preprocess = make_preprocess(config)
     manifest, identity = prepare_data(config) if prepared is None else prepared

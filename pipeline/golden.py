@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from augment import Preprocess, decode
-from augment.decode import SUFFIXES
+from augment.formats import SUFFIXES, format_of
 from models.bundle import Golden
 from models.classifier import Classifier
 from pipeline.data.manifest import Sample
@@ -19,11 +19,12 @@ def make_goldens(
 ) -> list[Golden]:
     """Up to eight pictures spread over the samples. classifier: on the CPU, in eval mode, where the answers are computed.
 
-    A file above 256 kB is kept as a JPEG of at most 512 pixels a side instead; its answer is that of the smaller picture.
+    A file above 256 kB is kept as a JPEG of at most 512 pixels a side instead; its answer is that of the smaller image. So is a HEIC file,
+    which a server may be unable to read.
     """
     step = max(1, len(samples) // COUNT)
     chosen = samples[::step][:COUNT]
-    kept = [_portable(sample) for sample in chosen]
+    kept = [_portable(sample, preprocess.color_profile) for sample in chosen]
     texts = [sample.text if "texts" in classifier.reads else "" for sample in chosen]
     questions = [
         Question(lambda data=data: data, text, sample.pictured)  # type: ignore[misc]
@@ -36,14 +37,14 @@ def make_goldens(
     ]
 
 
-def _portable(sample: Sample) -> tuple[str, bytes]:
+def _portable(sample: Sample, color_profile: str) -> tuple[str, bytes]:
     import cv2
 
     data = sample.read()
-    if len(data) <= LARGEST:
+    if len(data) <= LARGEST and format_of(data) != "HEIC":
         suffix = Path(sample.path).suffix.lower()
         return suffix if suffix in SUFFIXES else ".img", data
-    pixels = decode(data)
+    pixels = decode(data, color_profile=color_profile)
     factor = min(1.0, 512 / max(pixels.shape[:2]))
     small = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
     return ".jpg", cv2.imencode(".jpg", small[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1].tobytes()

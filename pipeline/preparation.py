@@ -7,7 +7,7 @@ from pathlib import Path
 
 from models.bundle_info import BundleInfo
 from pipeline.config import Config, config_from_dict
-from pipeline.data.check import check_classes, drop_bad, drop_contradictory, drop_shared, scan
+from pipeline.data.check import check_classes, drop_bad, drop_contradictory, drop_shared, remark_lines, scan
 from pipeline.data.manifest import DataError, Manifest, load_manifest
 from pipeline.data.near import near_pairs
 from pipeline.data.splits import draw_splits
@@ -42,6 +42,8 @@ def prepare_data(config: Config) -> tuple[Manifest, dict[str, str]]:
         log.warning("data: %s", warning)
     if found.bad:
         log.warning("data: left out %d unreadable pictures", len(found.bad))
+    for line in remark_lines(found.remarks):
+        log.warning("data: %s", line)
     manifest = replace(manifest, near=near_pairs(manifest, found.looks))
     if manifest.near:
         split_of = {sample.path: sample.split for sample in manifest.samples}

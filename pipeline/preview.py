@@ -79,7 +79,7 @@ def preview_grid(pictures: Sequence[Shown], augmenter: Augmenter, *, variants: i
     font = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 10)
     canvas = ImageDraw.Draw(grid)
     for row, (title, data, index, text) in enumerate(pictures):
-        original = decode(data)
+        original = decode(data, color_profile=augmenter.color_profile)
         texts = [augmenter.text(text, epoch=k, index=index) for k in range(variants)]
         cells = [(original, [title, f"{original.shape[0]}×{original.shape[1]}", *([text] if text else [])])]
         cells += [(columns[k][row], [*_words(plans[k][row]), *([own] if own else [])]) for k, own in enumerate(texts)]

@@ -123,6 +123,7 @@ def make_preprocess(config: Config) -> "Preprocess":
         mean=config.data.mean or tuple(own.get("mean", IMAGENET_MEAN)),
         std=config.data.std or tuple(own.get("std", IMAGENET_STD)),
         normalize="channel" if config.data.mean else own.get("normalize", "channel"),
+        color_profile=config.data.color_profile,
     )
 
 

@@ -22,6 +22,7 @@ class DataConfig:
         image_size: the network's input, pixels: one side of a square or [height, width].
         resize: outside training; crop keeps the ratio of the sides and takes the centre, squash takes the whole picture.
         crop_ratio: share of the shorter side that the centre crop takes, in (0, 1].
+        color_profile: convert takes images to sRGB by their embedded ICC profile (Display P3, Adobe RGB, CMYK); ignore does not.
         normalize: zero-centring by fixed mean and std, those of the data, its mean_image, or pca or zca whitening (small pictures).
         mean: of R, G, B in 0…1, for fixed; null takes the pretrained weights' own, else ImageNet's.
         std: as mean.
@@ -40,6 +41,7 @@ class DataConfig:
     image_size: int | tuple[int, int] = 32
     resize: Literal["crop", "squash"] = "crop"
     crop_ratio: float = 0.875
+    color_profile: Literal["convert", "ignore"] = "convert"
     normalize: Literal["fixed", "data", "mean_image", "pca", "zca"] = "fixed"
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None

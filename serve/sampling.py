@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from augment.formats import format_of
 from augment.looks import look
 from models.answer import confidences, given_labels
 from models.bundle import Bundle
@@ -224,14 +226,11 @@ def _name() -> str:
 
 def _suffix(data: bytes) -> str:
     """By the first bytes, as the client's own name is not known."""
-    kinds = {
-        b"\xff\xd8": ".jpg",
-        b"\x89PNG": ".png",
-        b"GIF8": ".gif",
-        b"BM": ".bmp",
-        b"II*\0": ".tif",
-        b"MM\0*": ".tif",
+    return _SUFFIXES.get(format_of(data) or "", ".img")
+
+
+_SUFFIXES = MappingProxyType(
+    {
+        "JPEG": ".jpg", "PNG": ".png", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif", "WEBP": ".webp", "AVIF": ".avif", "HEIC": ".heic",
     }
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return ".webp"
-    return next((suffix for start, suffix in kinds.items() if data.startswith(start)), ".img")
+)  # fmt: skip

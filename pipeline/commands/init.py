@@ -84,7 +84,9 @@ def _preview(manifest: "Manifest", proposal: "Proposal", output: Path) -> Path |
         return None
     if not rows:
         return None
-    augmenter = Augmenter(proposal.value("augment.policy"), 0, size=proposal.value("data.image_size"))
+    augmenter = Augmenter(
+        proposal.value("augment.policy"), 0, size=proposal.value("data.image_size"), color_profile="convert"
+    )
     buffer = io.BytesIO()
     preview_grid([rows[i] for i in spread(len(rows), ROWS)], augmenter, variants=VARIANTS).save(buffer, "PNG")
     grid = output.with_suffix(".preview.png")

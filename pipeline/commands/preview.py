@@ -35,10 +35,15 @@ def _preview(args: argparse.Namespace) -> int:
     from pipeline.files import write_atomically
     from pipeline.preview import preview_grid
 
-    policy, seed, size, pictures = (
+    policy, seed, size, color_profile, pictures = (
         _from_config(args) if args.source.endswith((".yaml", ".yml")) else _from_pictures(args)
     )
-    augmenter = Augmenter(args.policy or policy, seed if args.seed is None else args.seed, size=args.size or size)
+    augmenter = Augmenter(
+        args.policy or policy,
+        seed if args.seed is None else args.seed,
+        size=args.size or size,
+        color_profile=color_profile,
+    )
     grid = preview_grid(pictures, augmenter, variants=args.variants)
     buffer = io.BytesIO()
     grid.save(buffer, "PNG")
@@ -54,7 +59,14 @@ def _from_config(args: argparse.Namespace):
 
     config = load_config(args.source)
     manifest = load_manifest(config.data.source, config.data.task)
-    return config.augment.policy, config.trainer.seed, config.data.sides(), shown_samples(manifest, args.rows)
+    data = config.data
+    return (
+        config.augment.policy,
+        config.trainer.seed,
+        data.sides(),
+        data.color_profile,
+        shown_samples(manifest, args.rows),
+    )
 
 
 def _from_pictures(args: argparse.Namespace):
@@ -63,4 +75,4 @@ def _from_pictures(args: argparse.Namespace):
 
     files = picture_files([Path(args.source)])
     pictures = [Shown(files[index].stem, files[index].read_bytes(), index) for index in spread(len(files), args.rows)]
-    return "imagenet", 0, 224, pictures
+    return "imagenet", 0, 224, "convert", pictures

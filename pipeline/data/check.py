@@ -3,11 +3,11 @@
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from augment.decode import decode
+from augment.decode import decode_part
 from models.texts.tokens import trimmed
 from pipeline.data.folders import skipped_lines
 from pipeline.data.manifest import SPLITS, DataError, Manifest, Sample
@@ -19,12 +19,14 @@ SHOWN = 20
 @dataclass(frozen=True)
 class Scan:
     """hashes: a sample's key → SHA-256 of what the network reads of it, for every picture that could be decoded; groups: key → that of the
-    picture alone, where there is one; looks: path → `pipeline.data.near.look_of` of it; bad: path → why not."""
+    picture alone, where there is one; looks: path → `pipeline.data.near.look_of` of it; bad: path → why not; remarks: path → what its
+    owner should know of an image that was decoded, such as what was repaired."""
 
     hashes: dict[str, str]
     groups: dict[str, str]
     looks: dict[str, bytes]
     bad: dict[str, str]
+    remarks: dict[str, str] = field(default_factory=dict)
 
     def content(self, manifest: Manifest) -> str:
         """SHA-256 over every sample's content and labels, however it is split."""
@@ -47,10 +49,10 @@ def scan(samples: Sequence[Sample], *, reads: frozenset[str] = PICTURES, progres
     reads; texts that it does not read make no difference."""
     from tqdm import tqdm
 
-    hashes, groups, looks, bad = {}, {}, {}, {}
+    hashes, groups, looks, bad, remarks = {}, {}, {}, {}, {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(_look, samples, chunksize=16)
-        for sample, (digest, look, problem) in zip(
+        for sample, (digest, look, problem, remark) in zip(
             samples,
             tqdm(results, "checking samples", len(samples), disable=not progress or None, leave=False),
             strict=True,
@@ -59,13 +61,15 @@ def scan(samples: Sequence[Sample], *, reads: frozenset[str] = PICTURES, progres
                 bad[sample.path] = problem
             else:
                 looks[sample.path] = look
+                if remark:
+                    remarks[sample.path] = remark
                 text = hashlib.sha256(trimmed(sample.text).encode("utf-8", "replace")).hexdigest()
                 seen = digest if "pictures" in reads and sample.pictured else ""
                 groups[sample.key] = seen or text
                 hashes[sample.key] = (
                     seen if "texts" not in reads else hashlib.sha256(f"{seen}{text}".encode()).hexdigest()
                 )
-    return Scan(hashes, groups, looks, bad)
+    return Scan(hashes, groups, looks, bad, remarks)
 
 
 def drop_bad(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
@@ -163,16 +167,29 @@ def check_classes(manifest: Manifest) -> list[str]:
     return warnings
 
 
-def _look(sample: Sample) -> tuple[str, bytes, str]:
-    """(SHA-256, look, "") or ("", b"", why the picture cannot be used)."""
+def remark_lines(remarks: Mapping[str, str]) -> list[str]:
+    """One line for each kind of remark on decoded images: how many, and one of them. remarks: path → remark, `KIND: details`."""
+    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for path, remark in remarks.items():
+        kind, _, details = remark.partition(": ")
+        kinds[kind].append((path, details))
+    return [
+        f"{kind}: {len(shown)} image{'s' * (len(shown) > 1)}, such as {shown[0][0]} ({shown[0][1]})"
+        for kind, shown in kinds.items()
+    ]
+
+
+def _look(sample: Sample) -> tuple[str, bytes, str, str]:
+    """(SHA-256, look, "", remark or "") or ("", b"", why the image cannot be used, "")."""
     try:
         data = sample.read()
-        look = look_of(decode(data))
+        part = decode_part(data, None)
+        look = look_of(part.pixels)
     except OSError as error:
-        return "", b"", error.strerror or str(error)
+        return "", b"", error.strerror or str(error), ""
     except ValueError as error:  # an ImageError, or a path with a NUL in it
-        return "", b"", str(error)
-    return hashlib.sha256(data).hexdigest(), look, ""
+        return "", b"", str(error), ""
+    return hashlib.sha256(data).hexdigest(), look, "", "; ".join(part.remarks)
 
 
 def _listed(lines: Iterable[str]) -> str:

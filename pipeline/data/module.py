@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import lightning
@@ -57,7 +58,8 @@ class PictureData(lightning.LightningDataModule):
             at_hand = not pictures or first is None or first.data is not None
             workers = 0 if self.in_memory or at_hand else min(8, os.cpu_count() or 1)
         self.workers = workers
-        pixels = decoded(train, decode, "decoding") if self.in_memory else None
+        whole = partial(decode, color_profile=augmenter.color_profile)
+        pixels = decoded(train, whole, "decoding") if self.in_memory else None
         alike = pixels is not None and len({image.shape for image in pixels}) == 1
         self.train_set = TrainPictures(
             train, augmenter, targets, views=views, decoded=pixels, raw=on_device and alike and not views,

@@ -41,7 +41,7 @@ def pair_thumbnail(one: bytes, other: bytes) -> str:
 
 
 def _small(data: bytes) -> np.ndarray:
-    pixels = decode(data)
+    pixels = decode(data, color_profile="convert")  # the page is shown in sRGB
     factor = THUMBNAIL / max(pixels.shape[:2])
     how = cv2.INTER_NEAREST if factor >= 2 else cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
     height, width = (max(1, round(side * factor)) for side in pixels.shape[:2])

@@ -11,8 +11,9 @@ import numpy as np
 
 from augment import ImageError, image_size
 from augment.decode import decode_part
-from augment.jpeg import SCALES
+from augment.jpeg import SCALES, Part
 from models.texts.tokens import trimmed
+from pipeline.data.check import remark_lines
 from pipeline.data.folders import hidden_lines, skipped_lines
 from pipeline.data.manifest import Manifest, Sample
 from pipeline.suggest.content import SIDE, Content, content_of, thumbnail
@@ -107,13 +108,17 @@ def _look(manifest: Manifest, samples: list[Sample]) -> tuple[list[tuple[int, in
     end = time.monotonic() + SECONDS
     sizes: list[tuple[int, int]] = []
     thumbnails, labels, bad = list[np.ndarray](), list[str](), list[tuple[str, str]]()
+    remarks: dict[str, str] = {}
     for place in order.tolist():
         sample = samples[place]
         try:
             if len(thumbnails) < (DECODED if time.monotonic() < end else FEWEST):
                 data = sample.read()
                 size = image_size(data)
-                thumbnails.append(_thumbnail(data, size))
+                part = _reduced(data, size)
+                thumbnails.append(thumbnail(part.pixels))
+                if part.remarks:
+                    remarks[sample.path] = "; ".join(part.remarks)
                 labels.append(manifest.labels[sample.labels[0]] if len(sample.labels) == 1 else "")
             else:
                 size = image_size(_header(sample))
@@ -125,13 +130,14 @@ def _look(manifest: Manifest, samples: list[Sample]) -> tuple[list[tuple[int, in
         raise ImageError(
             f"{manifest.source}: none of the {len(bad)} images looked at can be read, such as {path}: {why}"
         )
-    return sizes, content_of(thumbnails, labels), _unreadable_notes(bad, len(order))
+    notes = [*_unreadable_notes(bad, len(order)), *(f"note: {line}" for line in remark_lines(remarks))]
+    return sizes, content_of(thumbnails, labels), notes
 
 
-def _thumbnail(data: bytes, size: tuple[int, int]) -> np.ndarray:
+def _reduced(data: bytes, size: tuple[int, int]) -> Part:
     """A JPEG is decoded at the smallest scale that still has two pixels for each of the thumbnail's."""
     scale = max(scale for scale in SCALES if scale == 1 or min(size) >= 2 * SIDE * scale)
-    return thumbnail(decode_part(data, None, size=size, scale=scale).pixels)
+    return decode_part(data, None, size=size, scale=scale)
 
 
 def _header(sample: Sample) -> bytes:

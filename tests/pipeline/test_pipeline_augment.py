@@ -46,7 +46,7 @@ def test_augment_overwrites_nothing_and_tells_what_is_wrong(folder: Path, refrac
     assert files(tmp_path / "mine") == {"notes.txt": b"keep me"}
     assert "MixUp and CutMix" in refract("augment", "imagenet-a1", folder, "out", code=2).stderr
     (folder / "red" / "broken.jpg").write_bytes(b"no picture")
-    assert "red/broken.jpg: not a picture" in refract("augment", "cifar", folder, "out", code=2).stderr
+    assert "red/broken.jpg: not an image" in refract("augment", "cifar", folder, "out", code=2).stderr
     assert not (tmp_path / "out").exists()
     assert "IN_DIR OUT_DIR" in refract("augment", folder, "out", code=2).stderr
 

@@ -176,7 +176,7 @@ def test_preview_draws_a_grid(refract: Run, workplace: Path) -> None:
 
 def test_data_errors_reach_the_user_in_words(refract: Run, workplace: Path) -> None:
     (workplace / "pictures" / "red" / "notes.jpg").write_text("text")
-    assert "notes.jpg: not a picture" in refract("train", "pictures.yaml", "--trainer.run_name", "r2", code=2).stderr
+    assert "notes.jpg: not an image" in refract("train", "pictures.yaml", "--trainer.run_name", "r2", code=2).stderr
     assert not (workplace / "runs" / "r2").exists()
 
 

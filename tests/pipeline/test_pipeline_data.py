@@ -87,6 +87,16 @@ def test_folder_mistakes(tmp_path: Path, folder: Path) -> None:
         load_manifest(tmp_path / "nowhere")
 
 
+def test_repaired_files_are_trained_on_and_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = (folder / "red" / "00.jpg").read_bytes()
+    (folder / "red" / "00.jpg").write_bytes(b"\xff\xd8" + plain)
+    with caplog.at_level("WARNING"):
+        manifest, _ = prepare_data(config_of(folder))
+    assert "data: repaired JPEG: 1 image, such as" in caplog.text
+    assert "00.jpg (a second start marker)" in caplog.text
+    assert any(sample.path.endswith("red/00.jpg") for sample in manifest.samples)
+
+
 def test_text_renamed_to_jpg_is_listed(folder: Path) -> None:
     (folder / "red" / "notes.jpg").write_text("shopping list")
     (folder / "blue" / "cut.jpg").write_bytes((folder / "blue" / "00.jpg").read_bytes()[:-100])
@@ -94,10 +104,7 @@ def test_text_renamed_to_jpg_is_listed(folder: Path) -> None:
         prepare_data(config_of(folder))
     message = str(told.value)
     assert "2 of 62 pictures cannot be read" in message
-    assert (
-        "notes.jpg: not a picture that can be read (it looks like text)" in message
-        and "cut.jpg: damaged or truncated JPEG" in message
-    )
+    assert "notes.jpg: not an image: it looks like text" in message and "cut.jpg: damaged or truncated JPEG" in message
     manifest, _ = prepare_data(config_of(folder, on_bad_file="skip"))
     assert len(manifest.samples) == 60
 

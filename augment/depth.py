@@ -1,0 +1,26 @@
+"""Samples of any depth to 8 bits, by the range that the file declares and never by the values of one image.
+
+The rule, the same in training, scoring and serving: the declared range is mapped linearly to 0…255 and rounded to the nearest level. It is
+0…2^bits − 1 for unsigned samples, unless the file declares another by SMinSampleValue and SMaxSampleValue (TIFF 6.0, tags 340 and 341).
+Signed and floating-point samples have no customary range: without these tags they are refused.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+
+
+def to_eight_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """uint8 of the same shape: low becomes 0, high 255, what is outside is clipped, NaN becomes 0. ValueError if high ≤ low."""
+    if not high > low:
+        raise ValueError(f"sample range {low}…{high} is empty")
+    if values.dtype == np.uint16:
+        return _table(float(low), float(high))[values]
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+    return np.clip(np.nan_to_num(np.rint(scaled), nan=0.0, posinf=255.0, neginf=0.0), 0, 255).astype(np.uint8)
+
+
+@lru_cache(maxsize=4)
+def _table(low: float, high: float) -> np.ndarray:
+    return to_eight_bits(np.arange(65536, dtype=np.float64), low, high)

@@ -1,0 +1,131 @@
+"""What encoded bytes are, by their first bytes: the formats that Refract reads, and the names of those that it refuses."""
+
+from types import MappingProxyType
+
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif",
+)  # fmt: skip
+"""File names that folder scans take for images, in lower case."""
+
+READ = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIC")
+"""Formats that are decoded, as messages name them. HEIC needs the extra `heif`."""
+
+_STARTS = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"II*\x00\x10\x00\x00\x00CR", "camera raw (Canon CR2)"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"II+\x00", "TIFF"),
+    (b"MM\x00+", "TIFF"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\x00\x00\x00\x0cJXL \r\n\x87\n", "JPEG XL"),
+    (b"\x00\x00\x00\x0cjP  \r\n\x87\n", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"II\xbc\x01", "JPEG XR"),
+    (b"%PDF", "PDF"),
+    (b"%!PS", "PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "PostScript"),
+    (b"8BPS", "Photoshop (PSD)"),
+    (b"gimp xcf", "GIMP (XCF)"),
+    (b"FUJIFILMCCD-RAW", "camera raw (Fujifilm)"),
+    (b"IIRO", "camera raw (Olympus)"),
+    (b"IIRS", "camera raw (Olympus)"),
+    (b"MMOR", "camera raw (Olympus)"),
+    (b"IIU\x00", "camera raw (Panasonic)"),
+    (b"FOVb", "camera raw (Sigma)"),
+    (b"\x00MRM", "camera raw (Minolta)"),
+    (b"\x76\x2f\x31\x01", "OpenEXR"),
+    (b"#?RADIANCE", "Radiance HDR"),
+    (b"#?RGBE", "Radiance HDR"),
+    (b"\x00\x00\x01\x00", "Windows icon (ICO)"),
+    (b"icns", "Apple icon (ICNS)"),
+    (b"DDS ", "DirectDraw surface (DDS)"),
+    (b"qoif", "QOI"),
+    (b"BPG\xfb", "BPG"),
+    (b"FLIF", "FLIF"),
+    (b"SIMPLE  =", "FITS"),
+    (b"\x93NUMPY", "NumPy array"),
+    (b"\xd7\xcd\xc6\x9a", "Windows metafile"),
+    (b"PK\x03\x04", "ZIP archive"),
+    (b"\x1f\x8b", "gzip archive"),
+    (b"version https://git-lfs", "Git LFS pointer"),
+)
+# Major and compatible brands of the ISO base media file format (ISO/IEC 14496-12, 4.3), in the order in which they decide.
+_BRANDS = (
+    ({b"avif", b"avis"}, "AVIF"),
+    ({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs"}, "HEIC"),
+    ({b"crx "}, "camera raw (Canon CR3)"),
+    ({b"jxl "}, "JPEG XL"),
+    ({b"jp2 ", b"jpx ", b"jph "}, "JPEG 2000"),
+    ({b"mif1", b"msf1", b"mif2"}, "HEIC"),
+)
+_CURES = MappingProxyType(
+    {
+        "SVG": "render it to PNG",
+        "PDF": "render each page to PNG",
+        "PostScript": "render it to PNG",
+        "Git LFS pointer": "fetch the file with git lfs pull",
+        "ZIP archive": "unpack it",
+        "gzip archive": "unpack it",
+        "video": "save its frames as JPEG or PNG",
+        "text": "remove the file, or replace it by an image",
+        "HTML page": "download the image itself",
+    }
+)
+
+
+def format_of(data: bytes) -> str | None:
+    """The format's name, one of `READ` or another; None where the first bytes are unknown."""
+    for start, name in _STARTS:
+        if data.startswith(start):
+            return name
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in (12, 16, 40, 52, 56, 64, 108, 124):
+        return "BMP"
+    if data[4:8] == b"ftyp":
+        return _media(data)
+    if data[:1] == b"P" and data[1:2] in b"1234567fF" and data[2:3].isspace():
+        return "netpbm (PGM, PPM)"
+    if data[128:132] == b"DICM":
+        return "DICOM"
+    return _text(data[:4096])
+
+
+def refusal(data: bytes, name: str | None) -> str:
+    """Why bytes of this format are not decoded, and what the owner of the file can do."""
+    accepted = ", ".join(READ)
+    if name is None:
+        return f"unknown image format (it starts with the bytes {data[:4].hex(' ')}); accepted: {accepted}"
+    if name == "HEIC":
+        return "HEIC needs refract[heif]: pip install pillow-heif, or save the image as JPEG"
+    if name == "text":
+        return f"not an image: it looks like text; accepted: {accepted}"
+    return f"{name} is not read; {_CURES.get(name, 'save the image as JPEG or PNG')}; accepted: {accepted}"
+
+
+def _media(data: bytes) -> str:
+    length = min(max(int.from_bytes(data[:4]), 16), 256)
+    brands = {data[8:12]} | {data[place : place + 4] for place in range(16, length, 4)}
+    for names, name in _BRANDS:
+        if brands & names:
+            return name
+    return "video"
+
+
+def _text(start: bytes) -> str | None:
+    try:
+        text = start.decode("utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8", "strict")
+    except UnicodeDecodeError as error:
+        if len(start) < 4096 or error.start < 4090:  # a character that the cut at 4096 bytes divides is no damage
+            return None
+        text = start[: error.start].decode("utf-8")
+    if not text or "\x00" in text:
+        return None
+    lower = text.lower()
+    if "<svg" in lower:
+        return "SVG"
+    return "HTML page" if "<html" in lower or "<!doctype html" in lower else "text"
