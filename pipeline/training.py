@@ -32,11 +32,12 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
     """Train as the config says. name: of the run, where the config gives none; resume: the folder of a run to go on with, whose config this
     is. None in all but the first of several processes.
 
-    Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError or BundleError for what a user can mend; Stopped where it was
-    asked to stop, and can go on.
+    Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError, LoaderError or BundleError for what a user can mend; Stopped
+    where it was asked to stop, and can go on.
     """
     from models.allocator import keep_freed_memory
     from pipeline.checkpoints import newest, remove_fragments, remove_resume_checkpoints
+    from pipeline.data.loading import LoaderError
     from pipeline.runs import held, new_run, old_run
 
     keep_freed_memory()
@@ -71,7 +72,10 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
             for fragment in resume.glob(".bundle.*"):
                 shutil.rmtree(fragment, ignore_errors=True)
             log.info("going on from %s", checkpoint or "its beginning, as there is no checkpoint")
-        result = _tracked(made, config, run, checkpoint)
+        try:
+            result = _tracked(made, config, run, checkpoint)
+        except LoaderError as error:
+            raise LoaderError(f"{error}; then `refract train --resume {run.path}` resumes the run") from error
         run.finish()
         remove_resume_checkpoints(run.path / CHECKPOINTS)
     return result

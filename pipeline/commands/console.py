@@ -11,7 +11,9 @@ from pipeline.stopping import ASKED_TO_STOP, Stopped
 
 # Named, not imported: that would load PyTorch for every command.
 INPUT_ERRORS = ("BundleError", "CacheError", "TranslationError", "PromotionError")
-SERVICE_ERRORS = ("TrackingError", "CheckpointError", "NightError", "ScheduleError", "ScoringError", "Taken")
+SERVICE_ERRORS = (
+    "TrackingError", "CheckpointError", "LoaderError", "NightError", "ScheduleError", "ScoringError", "Taken",
+)  # fmt: skip
 
 
 def run(command: str, work: Callable[[], int]) -> int:
