@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from models.credentials import masked
 from pipeline.stopping import ASKED_TO_STOP, Stopped
 
 # Named, not imported: that would load PyTorch for every command.
@@ -63,5 +64,5 @@ def bin_prefix() -> str:
 
 
 def _failed(command: str, error: object, code: int) -> int:
-    print(f"refract {command}: {error}", file=sys.stderr)
+    print(masked(f"refract {command}: {error}"), file=sys.stderr)
     return code
