@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from models.credentials import hide_credentials
+
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "init": ("pipeline.commands.init", "look at a folder or manifest of pictures and write a config for it"),
@@ -58,8 +60,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 1 failed, 2 the user's input cannot be used, 20 refused by thresholds,
-    130 interrupted."""
+    """Run one command. Returns the exit code: 0 done, 1 failed, 2 the user's input cannot be used, 3 trained but not registered, 20 refused
+    by thresholds, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
@@ -84,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] != "serve":  # the default waits minutes for a server that is not there; serving waits less still
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         prepare_to_compute()
+    hide_credentials()
     module = COMMANDS[arguments[0]][0]
     if arguments[0] == "predict" and any(argument.partition("=")[0] == "--url" for argument in arguments):
         module = "serve.ask"  # by a server, of which the pipeline knows nothing

@@ -56,7 +56,9 @@ class Torchvision:
         def create(weights: str | None) -> nn.Module:
             return models.get_model(name, weights=weights, **{**_torchvision_args(name, image_size), **args})
 
-        network = _create(f"torchvision/{name}", args, lambda: create("DEFAULT" if pretrained else None))
+        network = _create(
+            f"torchvision/{name}", args, lambda: create("DEFAULT" if pretrained else None), pretrained=pretrained
+        )
         return replace_head(network, num_classes)
 
     def loads_head(self, name: str, num_classes: int) -> bool:
@@ -99,7 +101,7 @@ class Timm:
         def create(pretrained: bool) -> nn.Module:
             return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **{**sized, **args})
 
-        return _create(f"timm/{name}", args, lambda: create(pretrained))
+        return _create(f"timm/{name}", args, lambda: create(pretrained), pretrained=pretrained)
 
     def loads_head(self, name: str, num_classes: int) -> bool:
         """Whether the weights were trained for as many classes: timm keeps their head then."""
@@ -123,13 +125,15 @@ def _preprocess(mean: Any, std: Any, image_size: tuple[int, int], crop_ratio: fl
     return {"mean": list(mean), "std": list(std), "image_size": list(image_size), "crop_ratio": float(crop_ratio)}
 
 
-def _create(name: str, args: Mapping[str, Any], create: Callable[[], Any]) -> Any:
-    """Call `create`; ValueError that says whether the arguments or the weights were the fault."""
+def _create(name: str, args: Mapping[str, Any], create: Callable[[], Any], *, pretrained: bool = False) -> Any:
+    """Call `create`; ValueError that says whether the arguments or, of a pretrained network, the weights were the fault."""
     try:
         return create()
-    except (TypeError, ValueError, AssertionError, KeyError) as err:
-        raise ValueError(f"network {name!r} rejects its arguments {dict(args)}: {err}") from err
-    except Exception as err:  # the hubs raise their own HTTP clients' exceptions, which differ from release to release
+    except Exception as err:
+        if not pretrained or isinstance(err, (TypeError, ValueError, AssertionError, KeyError)):
+            why = (str(err).splitlines() or [type(err).__name__])[0]
+            raise ValueError(f"network {name!r} rejects its arguments {dict(args)}: {why}") from err
+        # The hubs raise their own HTTP clients' exceptions, which differ from release to release.
         raise ValueError(
             f"network {name!r}: no weights or no connection: {type(err).__name__}: {err}; "
             "give weights=PATH of a .safetensors or .pth file, or weights='none'"

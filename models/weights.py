@@ -19,6 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from models.credentials import masked
+
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "weights.safetensors")
@@ -154,15 +156,17 @@ def _downloaded(url: str) -> Path:
     """ValueError where it cannot be had. The name in the cache tells the URL, so that two files of one name do not meet."""
     name = Path(urllib.parse.urlparse(url).path).name
     if Path(name).suffix not in SUFFIXES:
-        raise ValueError(f"weights={url!r}: expected the URL of a file that ends in {', '.join(SUFFIXES)}")
-    target = Path(torch.hub.get_dir()) / "checkpoints" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
+        raise ValueError(f"weights={masked(url)!r}: expected the URL of a file that ends in {', '.join(SUFFIXES)}")
+    target = (
+        Path(torch.hub.get_dir()) / "checkpoints" / f"{hashlib.sha256(masked(url).encode()).hexdigest()[:12]}-{name}"
+    )
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             # torch hub writes beside and renames.
             torch.hub.download_url_to_file(url, str(target), progress=False)
         except (OSError, http.client.HTTPException) as err:
-            raise ValueError(f"weights={url!r} cannot be downloaded: {err}") from err
+            raise ValueError(f"weights={masked(url)!r} cannot be downloaded: {err}") from err
     return target
 
 

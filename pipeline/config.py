@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.credentials import masked_values
 from pipeline.retraining.settings import GateConfig, RetrainConfig
 from pipeline.sections import (
     AugmentConfig,
@@ -46,9 +47,10 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON and YAML values."""
-        return _plain(asdict(self))
+    def to_dict(self, *, credentials: bool = False) -> dict[str, Any]:
+        """Plain JSON and YAML values, masked as `models.credentials` says. credentials: leave them in, for a config that nobody keeps."""
+        values: dict[str, Any] = _plain(asdict(self))
+        return values if credentials else masked_values(values)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -172,7 +174,9 @@ def _nearest(key: str) -> str:
 def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
     """The ranges that a type cannot say, and what does not go together."""
     model, trainer = config.model, config.trainer
-    sections = (config.data, model, config.text, trainer, config.evaluation, config.gate, config.retrain)
+    sections = (
+        config.data, model, config.text, trainer, config.evaluation, config.tracking, config.gate, config.retrain,
+    )  # fmt: skip
     rules = chain.from_iterable(section.rules() for section in sections)
     for key, value, holds, accepted in rules:
         if not holds:

@@ -41,6 +41,13 @@ class Evaluation:
         return given_labels(self.probabilities, self.task, self.thresholds)
 
     @property
+    def macro_classes(self) -> int:
+        """Over how many classes `macro_f1` is the mean: those that are the truth or the prediction of a sample; for multilabel all."""
+        if self.task == "multilabel":
+            return self.truth.shape[1]
+        return len(np.union1d(self.truth, self.probabilities.argmax(axis=1)))
+
+    @property
     def errors(self) -> np.ndarray:
         """(N,) in 0…1: how wrong each answer is: 0 or 1, for multilabel one minus the F1 of the sample's labels."""
         return set_errors(self.answers, self.truth) if self.task == "multilabel" else (~self.right).astype(float)
@@ -65,7 +72,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure on samples whose labels index `labels`. tta: see `pipeline.scoring.views`. DataError names a picture that cannot be read.
 
-    Accuracy, top-5 accuracy (above five classes), macro F1, negative log likelihood, expected calibration error and the area under the
+    Accuracy, top-5 accuracy (above five classes), macro F1 (over the classes that are the truth or the prediction of a sample, as
+    scikit-learn), negative log likelihood, expected calibration error and the area under the
     risk-coverage curve; for multilabel macro, micro and sample F1, subset accuracy, mean average precision and AUROC over the labels that
     have both kinds of images, likelihood and calibration, a label being given from its threshold (0.5 without thresholds) on.
     """
@@ -113,7 +121,7 @@ def _single_label(given: np.ndarray, samples: Sequence[Sample], labels: Sequence
     if len(labels) > 5:
         best = np.argsort(-given, axis=1, kind="stable")[:, :5]
         metrics["top5_accuracy"] = (best == truth[:, None]).any(1).mean()
-    metrics["macro_f1"] = f1_score(truth, answer, labels=indices, average="macro", zero_division=0)
+    metrics["macro_f1"] = f1_score(truth, answer, average="macro", zero_division=0)
     metrics["nll"] = measures.nll(given, truth, multilabel=False)
     metrics["calibration_error"] = measures.calibration_error(given, truth, multilabel=False)
     metrics["risk_coverage_area"] = measures.risk_coverage(given, truth).area

@@ -12,6 +12,7 @@ from pathlib import Path
 from metaflow import FlowSpec, Parameter, step
 
 from models.allocator import keep_freed_memory
+from models.credentials import hide_credentials
 from models.openmp import let_waiting_threads_sleep
 
 PARENT = "REFRACT_PARENT_PID"
@@ -107,6 +108,7 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     _end_with_parent()
+    hide_credentials()
     let_waiting_threads_sleep()
     keep_freed_memory()
     if "step" not in sys.argv:

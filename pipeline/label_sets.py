@@ -51,8 +51,10 @@ def set_intervals(answers: np.ndarray, truth: np.ndarray, *, seed: int = 0) -> d
     micro = np.percentile(of_all[~np.isnan(of_all)], edges) if not np.isnan(of_all).all() else np.array([0.0, 1.0])
     if (answers == truth).all():
         micro = wilson(np.array([len(truth)]), np.array([len(truth)]))[0]
-    rates = label_rates(answers, truth)
-    return {"macro_f1": macro_interval(of_labels, rates["f1"], bounds["f1"]), "micro_f1": micro, **bounds}
+    never = counts[1] + counts[2] == 0  # such a label counts 0 in the metric
+    of_labels, f1_bounds = np.where(never, 0.0, of_labels), np.where(never[:, None], 0.0, bounds["f1"])
+    macro = macro_interval(of_labels, label_rates(answers, truth)["f1"], f1_bounds)
+    return {"macro_f1": macro, "micro_f1": micro, **bounds}
 
 
 def _drawn_counts(answers: np.ndarray, truth: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

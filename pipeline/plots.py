@@ -41,6 +41,18 @@ def _tell_boxes() -> None:
     )
 
 
+LONGEST_LABEL = 28
+"""Characters of a label in a chart: longer ones would take the chart's own place."""
+
+
+def short(label: str) -> str:
+    """The label as charts show it: its beginning and its end where it is long, so that labels with one beginning differ."""
+    if len(label) <= LONGEST_LABEL:
+        return label
+    half = (LONGEST_LABEL - 1) // 2
+    return f"{label[:half]}…{label[-half:]}"
+
+
 @contextmanager
 def own_names() -> Iterator[None]:
     """For text that is the user's: a dollar begins no formula, and any writing is drawn for which a font is here."""
@@ -78,14 +90,15 @@ def _confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
     from matplotlib.figure import Figure
 
     count = len(labels)
-    side = min(14.0, 3 + 0.45 * count)
+    side = min(14.0, 3 + 0.45 * count + 0.05 * max((len(short(label)) for label in labels), default=0))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot(xlabel="answer", ylabel="truth")
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if count <= 60:
-        axes.set_xticks(range(count), labels, rotation=90)
-        axes.set_yticks(range(count), labels)
+        shown = [short(label) for label in labels]
+        axes.set_xticks(range(count), shown, rotation=90)
+        axes.set_yticks(range(count), shown)
     if count <= 30:
         for (row, column), number in np.ndenumerate(confusion):
             if number:

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 NO_PICTURES = "none"
 """model.name of a network that reads texts alone."""
 
+FROM_ARGS = (LookupError, ArithmeticError, AttributeError)
+"""What else a library's network raises for a wrong value in `model.args`."""
+
 
 def check_task(config: Config, task: str) -> None:
     """ConfigError for a loss that the task does not have."""
@@ -193,7 +196,7 @@ def make_module(
         if text is None:
             restart_head(config, network, manifest)
         start_weights(config, classifier, preprocess, manifest)
-    except (ValueError, OSError, TypeError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, TypeError, RuntimeError, MemoryError, *FROM_ARGS) as error:
         raise ConfigError(f"model: {_line(error)}") from error
     classifier.frozen_norms = bool(model.frozen_norms)
     teacher = _teacher(config, manifest, classifier)
@@ -273,7 +276,7 @@ def _check_runs(config: Config, classifier: "Classifier", what: str, classes: Se
                     raise ValueError(
                         f"it answers with shape {found} where one number for each of {count} labels is needed"
                     )
-            except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
+            except (RuntimeError, AssertionError, ValueError, TypeError, *FROM_ARGS) as error:
                 hint = ""
                 if size != full:
                     hint = " of some epochs (trainer.start_size; it needs 1.0)"

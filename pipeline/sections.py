@@ -291,7 +291,7 @@ class TrackingConfig:
         enabled: false trains without MLflow.
         uri: the tracking server; null takes MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.
         experiment: the experiment's name.
-        model_name: the registered model that gets the bundle as a new version; null registers nothing.
+        model_name: the registered model that gets the bundle as a new version; null registers nothing. No / : @ or backslash in it.
         alias: of the model's first version; challenger leaves the champion to `refract promote`. Later versions are challenger anyway.
     """
 
@@ -300,6 +300,29 @@ class TrackingConfig:
     experiment: str = "refract"
     model_name: str | None = None
     alias: Literal["champion", "challenger"] = "champion"
+
+    def rules(self) -> Rules:
+        name, experiment = self.model_name, self.experiment
+        yield "tracking.model_name", name, name is None or _is_model_name(name), MODEL_NAME
+        shown = bool(experiment.strip()) and experiment.isprintable() and len(experiment) <= 250
+        yield "tracking.experiment", experiment, shown, "a name of 1 to 250 printable characters"
+
+
+MODEL_NAME = (
+    "a name that MLflow, folders and models:/NAME@ALIAS take: 1 to 200 bytes, printable, without / : @ and \\, "
+    "without blanks at its ends, not with both ' and \""
+)
+
+
+def _is_model_name(name: str) -> bool:
+    return (
+        _is_name(name)
+        and len(name.encode()) <= 200
+        and name.isprintable()
+        and name == name.strip()
+        and not set(name) & set("/:@\\")
+        and not {"'", '"'} <= set(name)
+    )
 
 
 def _is_name(name: str) -> bool:

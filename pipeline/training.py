@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.files import write_atomically
 from pipeline.fitting import CHECKPOINTS, Assembly, assemble, fit, network_record
 from pipeline.provenance import code_state, flat_tags, inputs, machine, origin, peak_memory, versions
+from pipeline.tracking.address import check_address, tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Result:
     """run_dir: everything of the run; bundle: its bundle; metrics: on the hold-out; version: of the registered model, if any; alias: of
-    that version, and champion: the model's champion, as of the registration."""
+    that version, and champion: the model's champion, as of the registration. waiting: entries that MLflow does not have yet; refused: why
+    it refused the registration."""
 
     run_dir: Path
     bundle: Path
@@ -26,20 +28,25 @@ class Result:
     version: str | None
     alias: str | None = None
     champion: str | None = None
+    waiting: int = 0
+    refused: str | None = None
 
 
 def train(config: Config, *, name: str = "run", resume: Path | None = None) -> Result | None:
     """Train as the config says. name: of the run, where the config gives none; resume: the folder of a run to go on with, whose config this
     is. None in all but the first of several processes.
 
-    Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError or BundleError for what a user can mend; Stopped where it was
-    asked to stop, and can go on.
+    Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError, LoaderError or BundleError for what a user can mend; Stopped
+    where it was asked to stop, and can go on.
     """
     from models.allocator import keep_freed_memory
     from pipeline.checkpoints import newest, remove_fragments, remove_resume_checkpoints
+    from pipeline.data.loading import LoaderError
     from pipeline.runs import held, new_run, old_run
 
     keep_freed_memory()
+    if config.tracking.enabled:
+        check_address(tracking_uri(config.tracking))
     made = assemble(config)
     checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
     if not made.processes.first:
@@ -71,7 +78,10 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
             for fragment in resume.glob(".bundle.*"):
                 shutil.rmtree(fragment, ignore_errors=True)
             log.info("going on from %s", checkpoint or "its beginning, as there is no checkpoint")
-        result = _tracked(made, config, run, checkpoint)
+        try:
+            result = _tracked(made, config, run, checkpoint)
+        except LoaderError as error:
+            raise LoaderError(f"{error}; then `refract train --resume {run.path}` resumes the run") from error
         run.finish()
         remove_resume_checkpoints(run.path / CHECKPOINTS)
     return result
@@ -92,11 +102,11 @@ def _tracked(made: Assembly, config: Config, run: Any, checkpoint: Path | None) 
         tags["mlflow.source.git.commit"] = run.record["code"]["commit"]  # which MLflow's own pages show
     try:
         tracker = Tracker(config.tracking, run.path, config.to_dict(), tags) if config.tracking.enabled else None
-    except TrackingError:
+    except (TrackingError, ConfigError):
         if not run.resumed:  # nothing was done: the name is free again
             shutil.rmtree(run.path)
         raise
-    status = "FAILED"
+    status, waiting = "FAILED", 0
     try:
         metrics = _make_bundle(made, config, run.path, tracker, checkpoint, cost)
         if tracker is not None:
@@ -122,13 +132,13 @@ def _tracked(made: Assembly, config: Config, run: Any, checkpoint: Path | None) 
         if tracker is not None and (waiting := tracker.finish(status)):
             log.warning(
                 "MLflow at %s does not have all of the run yet (%d entries); `refract sync %s` delivers them",
-                tracker.uri,
+                tracker.address,
                 waiting,
                 run.path,
             )
     answers = {} if tracker is None else tracker.journal.delivered
-    registered = {key: answers.get(key) for key in ("version", "alias", "champion")}
-    return Result(run.path, run.path / "bundle", metrics, **registered)
+    registered = {key: answers.get(key) for key in ("version", "alias", "champion", "refused")}
+    return Result(run.path, run.path / "bundle", metrics, waiting=waiting, **registered)
 
 
 def _make_bundle(

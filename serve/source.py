@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
+from models.credentials import masked
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
@@ -220,7 +222,7 @@ def _version(source: str, match: re.Match[str], tracking_uri: str) -> "ModelVers
         known = getattr(err, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
         problem = "no such model, version or alias" if known else "the tracking server does not answer"
         kind = SourceError if known else UnreachableError
-        raise kind(f"{source}: {problem} at {tracking_uri} ({_first_line(err)})") from err
+        raise kind(f"{source}: {problem} at {masked(tracking_uri)} ({_first_line(err)})") from err
 
 
 def _fetch(version: "ModelVersion", folder: str, tracking_uri: str, source: str) -> Path:
@@ -232,7 +234,7 @@ def _fetch(version: "ModelVersion", folder: str, tracking_uri: str, source: str)
     try:
         return _attended(download, STALL_S, lambda: _size(folder))
     except Exception as err:  # each artifact store raises its own: MlflowException, OSError, botocore's, …
-        raise SourceError(f"{source}: {version.source} cannot be downloaded ({_first_line(err)})") from err
+        raise SourceError(f"{source}: {masked(str(version.source))} cannot be downloaded ({_first_line(err)})") from err
 
 
 def _attended(call: Callable[[], _T], seconds: float, progress: Callable[[], int] = lambda: 0) -> _T:
@@ -274,7 +276,7 @@ def _move(downloaded: Path, target: Path) -> None:
 
 
 def _first_line(err: Exception) -> str:
-    return (str(err).splitlines() or [type(err).__name__])[0]
+    return masked((str(err).splitlines() or [type(err).__name__])[0])
 
 
 def _end_with(parent: int) -> None:

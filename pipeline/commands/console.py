@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from models.credentials import masked
 from pipeline.stopping import ASKED_TO_STOP, Stopped
 
 # Named, not imported: that would load PyTorch for every command.
 INPUT_ERRORS = ("BundleError", "CacheError", "TranslationError", "PromotionError")
-SERVICE_ERRORS = ("TrackingError", "CheckpointError", "NightError", "ScheduleError", "ScoringError", "Taken")
+SERVICE_ERRORS = (
+    "TrackingError", "CheckpointError", "LoaderError", "NightError", "ScheduleError", "ScoringError", "Taken",
+)  # fmt: skip
 
 
 def run(command: str, work: Callable[[], int]) -> int:
@@ -61,5 +64,5 @@ def bin_prefix() -> str:
 
 
 def _failed(command: str, error: object, code: int) -> int:
-    print(f"refract {command}: {error}", file=sys.stderr)
+    print(masked(f"refract {command}: {error}"), file=sys.stderr)
     return code

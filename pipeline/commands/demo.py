@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.commands import console
 from pipeline.commands.promote import by_hand
+from pipeline.commands.train import seen_at
 
 SHOWN = 10
 
@@ -29,7 +30,6 @@ def main(argv: list[str]) -> int:
 def _demo() -> int:
     from models.bundle import load_bundle
     from pipeline.config import load_config
-    from pipeline.tracking import tracking_uri
     from pipeline.training import train
 
     config = load_config(example("digits.yaml"))
@@ -48,7 +48,7 @@ def _demo() -> int:
     print(f"   {right} of {SHOWN} right\n")
     here = console.bin_prefix()
     print("Next:")
-    print(f"   see the run          {here}mlflow ui --backend-store-uri {tracking_uri(config.tracking)}")
+    print(f"   see the run          {seen_at(config)}")
     print(f"   serve it             {here}refract serve {uri}")
     if result.version and result.alias != "champion":
         command = by_hand(str(config.tracking.model_name), str(result.version), config.tracking.uri)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from models.credentials import masked
 from pipeline.commands import console
 
 
@@ -41,8 +42,9 @@ def named(name: str, version: str, alias: str | None, champion: str | None) -> s
 
 
 def by_hand(name: str, version: str, uri: str | None) -> str:
-    """The command that makes a version champion that no gate has judged. uri: the tracking server, where the config names one."""
-    server = f" --uri {shlex.quote(uri)}" if uri else ""
+    """The command that makes a version champion that no gate has judged. uri: the tracking server, where the config names one; one with
+    credentials is left to MLFLOW_TRACKING_URI."""
+    server = f" --uri {shlex.quote(masked(uri))}" if uri and masked(uri) == uri else ""
     return f"refract promote {shlex.quote(name)} {version}{server} --force --why REASON"
 
 
@@ -83,7 +85,9 @@ def try_to_load(client: Any, name: str, version: str) -> None:
         try:
             folder = download(client, name, version, Path(beside))
         except (MlflowException, OSError) as error:
-            raise PromotionError(f"{name}: the bundle of version {version} cannot be fetched ({error})") from error
+            raise PromotionError(
+                f"{name}: the bundle of version {version} cannot be fetched ({masked(str(error))})"
+            ) from error
         load_bundle(folder)
 
 
@@ -92,6 +96,6 @@ def client_at(uri: str | None) -> Any:
     from pipeline.retraining.registry import client_of
     from pipeline.sections import TrackingConfig
     from pipeline.tracking import tracking_uri
-    from pipeline.tracking.tracker import absolute
+    from pipeline.tracking.address import absolute
 
     return client_of(absolute(tracking_uri(TrackingConfig(uri=uri))))

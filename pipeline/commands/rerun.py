@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from models.credentials import masked
 from pipeline.commands import console
 
 
@@ -86,5 +87,5 @@ def _fetched(run_id: str, uri: str | None, folder: Path) -> Path:
         return Path(client.download_artifacts(run_id, "", str(folder)))
     except (MlflowException, OSError) as error:
         raise TrackingError(
-            f"{run_id}: is no folder here, and no run of MLflow at {server}: {str(error).splitlines()[0]}"
+            f"{run_id}: is no folder here, and no run of MLflow at {masked(server)}: {masked(str(error).splitlines()[0])}"
         ) from error

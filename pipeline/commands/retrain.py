@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from models.credentials import masked
 from pipeline.commands import console
 
 FLOW = Path(__file__).parent.parent / "flow.py"
@@ -46,9 +47,11 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
     from pipeline.config import ConfigError, load_config
     from pipeline.retraining.night import Outcome, begin, note_failure, unfinished, worth_resuming
     from pipeline.retraining.place import place_of, read
+    from pipeline.tracking.address import check_address, tracking_uri
 
     config = load_config(argv[0], argv[1:])
     place = place_of(config)
+    check_address(tracking_uri(config.tracking))
     with place.held():
         left = unfinished(place)
         if resume and left is None:
@@ -57,7 +60,7 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
         if left is not None and not goes_on:
             print(f"refract retrain: the night {left.name} was cut short and is left so", file=sys.stderr)
         night = left if left is not None and goes_on else begin(config, force=force)
-        code, stopped = _flow(night, place.root, resume=goes_on)
+        code, stopped = _flow(night, place.root, tracking_uri(config.tracking), resume=goes_on)
         record: dict[str, Any] = read(night / "night.json")
         if "outcome" not in record:
             if not stopped:
@@ -73,8 +76,10 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
     return int(outcome)
 
 
-def _flow(night: Path, root: Path, *, resume: bool) -> tuple[int, bool]:
-    """Run the steps, those that are left. Returns (the exit code of Metaflow, whether a signal asked for the end)."""
+def _flow(night: Path, root: Path, uri: str, *, resume: bool) -> tuple[int, bool]:
+    """Run the steps, those that are left. uri: of the tracking server, whose credentials the night's own config lacks.
+
+    Returns (the exit code of Metaflow, whether a signal asked for the end)."""
     environment = {
         "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(root.resolve()),
         "METAFLOW_DEFAULT_METADATA": "local",
@@ -83,6 +88,8 @@ def _flow(night: Path, root: Path, *, resume: bool) -> tuple[int, bool]:
         "REFRACT_PARENT_PID": str(os.getpid()),
         "PYTHONSAFEPATH": "1",  # the flow's folder is no place to import from
     }
+    if masked(uri) != uri:
+        environment["MLFLOW_TRACKING_URI"] = uri
     ids = night / "metaflow-run"
     begun = ids.read_text().strip() if resume and ids.exists() else None
     own = ["resume", "--origin-run-id", begun] if begun else ["run", "--night", str(night)]

@@ -10,6 +10,7 @@ from pipeline.commands import console
 
 if TYPE_CHECKING:
     from pipeline.tracking.journal import Journal
+    from pipeline.tracking.store import Store
 
 
 def main(argv: list[str]) -> int:
@@ -29,9 +30,10 @@ def _sync(folders: list[Path], uri: str | None) -> int:
     from pipeline.config import ConfigError
     from pipeline.runs import Held, held, stored_config
     from pipeline.tracking import tracking_uri
+    from pipeline.tracking.address import absolute
     from pipeline.tracking.journal import JOURNAL, Journal
     from pipeline.tracking.store import Store, first_line
-    from pipeline.tracking.tracker import absolute, deliver_one
+    from pipeline.tracking.tracker import deliver_one
 
     runs = sorted({path.parent for folder in folders for path in folder.rglob(JOURNAL)})
     if not runs:
@@ -50,6 +52,7 @@ def _sync(folders: list[Path], uri: str | None) -> int:
                 for entry in journal.waiting():
                     deliver_one(journal, store, entry)
                     waiting = str(len(journal.waiting()))
+                count += _register_again(journal, store)
         except Held:
             print(f"{run}: left alone, as it is being trained: its training delivers")
             alone += 1
@@ -64,12 +67,21 @@ def _sync(folders: list[Path], uri: str | None) -> int:
         else:
             delivered += count
             if count:
-                print(f"{run}: {count} entries delivered to {store.uri}, run {journal.delivered['run_id']}")
-                for line in _registered(journal, store.uri):
+                print(f"{run}: {count} entries delivered to {store.address}, run {journal.delivered['run_id']}")
+                for line in _registered(journal, store.address):
                     print(line)
     if not delivered and not failed and not alone:
         print("nothing to deliver: MLflow has all of them")
     return 1 if failed else 0
+
+
+def _register_again(journal: "Journal", store: "Store") -> int:
+    """Send a registration once more that the server refused. Refused where it still does. Returns how many are delivered."""
+    if not journal.delivered.get("refused") or journal.delivered.get("version"):
+        return 0
+    for entry in journal.of("register"):
+        journal.keep(**store.deliver(entry, journal.delivered), refused=None)
+    return 1
 
 
 def _registered(journal: "Journal", uri: str) -> Iterator[str]:

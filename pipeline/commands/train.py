@@ -1,13 +1,19 @@
 """`refract train CONFIG [--section.key value …]`"""
 
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
+from models.credentials import masked
 from pipeline.commands import console
 from pipeline.commands.promote import by_hand, named
 
 if TYPE_CHECKING:
     from pipeline.config import Config
+    from pipeline.training import Result
+
+NOT_REGISTERED = 3
+"""The exit code of a training that succeeded while the registration that its config asks for did not."""
 
 
 def main(argv: list[str]) -> int:
@@ -21,8 +27,9 @@ def main(argv: list[str]) -> int:
         print("the bundle to RUNS_DIR/NAME/bundle/. --resume goes on with a run that was interrupted, from its newest")
         print("checkpoint, to the weights that it would have had; auto takes the newest unfinished run of this config,")
         print(
-            "or begins one. Exit codes: 0 done, 1 failed, 2 the input cannot be used, 75 stopped by SIGTERM and 130 by"
+            "or begins one. Exit codes: 0 done, 1 failed, 2 the input cannot be used, 3 trained, but the model is not"
         )
+        print("registered yet (refract sync RUN_DIR registers it), 75 stopped by SIGTERM and 130 by")
         print("Ctrl-C, both after a checkpoint (Ctrl-C twice: at once). Keys, with their defaults:\n")
         print(help_text())
         return 0 if argv else 2
@@ -91,14 +98,35 @@ def _train(argv: list[str], resume: str | None) -> int:
             command = by_hand(str(config.tracking.model_name), result.version, config.tracking.uri)
             print(f"          {console.bin_prefix()}{command} makes it champion")
     if config.tracking.enabled:
-        from pipeline.tracking import tracking_uri
-
-        print(f"MLflow:   {console.bin_prefix()}mlflow ui --backend-store-uri {tracking_uri(config.tracking)}")
+        print(f"MLflow:   {seen_at(config)}")
     print(
         f"next:     {here}refract predict {result.bundle} {_asked(config)}   or   {here}refract serve {result.bundle}"
     )
     print(f"          {here}refract doctor {result.run_dir}   or   {here}refract compare {result.run_dir} OTHER_RUN")
-    return 0
+    return _undelivered(result, config)
+
+
+def seen_at(config: "Config") -> str:
+    """Where the run can be looked at: the server's address, or the command that shows a database."""
+    from pipeline.tracking import tracking_uri
+
+    uri = masked(tracking_uri(config.tracking))
+    return uri if uri.startswith("http") else f"{console.bin_prefix()}mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def _undelivered(result: "Result", config: "Config") -> int:
+    """The exit code, after the last lines have said what MLflow lacks."""
+    name = config.tracking.model_name if config.tracking.enabled else None
+    unregistered = name is not None and result.version is None
+    sync = f"{console.bin_prefix()}refract sync {shlex.quote(str(result.run_dir))}"
+    if unregistered:
+        why = f"MLflow refused it ({result.refused})" if result.refused else "MLflow did not answer"
+        print(f"NOT REGISTERED: no version of {name} has this bundle, as {why}", file=sys.stderr)
+    elif result.waiting:
+        print(f"NOT TRACKED: MLflow does not have {result.waiting} entries of this run", file=sys.stderr)
+    if unregistered or result.waiting:
+        print(f"                {sync} delivers it", file=sys.stderr)
+    return NOT_REGISTERED if unregistered else 0
 
 
 def _asked(config: "Config") -> str:

@@ -50,6 +50,7 @@ def _tune(args: argparse.Namespace, overrides: list[str], argv: list[str]) -> in
 
     from pipeline.config import load_config
     from pipeline.stopping import ASKED_TO_STOP, Stopped
+    from pipeline.tracking.address import sqlite_uri
     from pipeline.tuning.report import write_report
     from pipeline.tuning.space import read_space
     from pipeline.tuning.study import Search, best_config, open_study, run_trials
@@ -58,7 +59,7 @@ def _tune(args: argparse.Namespace, overrides: list[str], argv: list[str]) -> in
     name = args.name or args.config.stem
     folder = Path(config.trainer.runs_dir) / f"tune-{name}"
     folder.mkdir(parents=True, exist_ok=True)
-    storage = args.storage or f"sqlite:///{folder.resolve()}/study.db"
+    storage = args.storage or sqlite_uri(folder.resolve() / "study.db")
     search = Search(name, args.sampler, args.trials, args.minutes, storage, args.seed)
     study = open_study(search, space, config, folder)
     before = len(study.trials)

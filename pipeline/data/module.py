@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from augment import Augmenter, Preprocess, decode, image_size
 from models.texts.tokens import Tokens
+from pipeline.data.loading import Loader, hand_over, shared_memory_free
 from pipeline.data.manifest import DataError, Manifest, Sample
 from pipeline.data.order import Share, TrainOrder
-from pipeline.data.pictures import Item, Pictures, TrainPictures, begin_worker, collate, named, targets_of
+from pipeline.data.pictures import Item, Pictures, TrainPictures, begin_worker, named, targets_of
 
 
 class PictureData(lightning.LightningDataModule):
@@ -57,7 +58,7 @@ class PictureData(lightning.LightningDataModule):
             first = next((sample for sample in manifest.samples if sample.pictured), None)
             at_hand = not pictures or first is None or first.data is not None
             workers = 0 if self.in_memory or at_hand else min(8, os.cpu_count() or 1)
-        self.workers = workers
+        self.workers, self.shared = hand_over(workers, self._batch_bytes(augmenter, views), shared_memory_free())
         whole = partial(decode, color_profile=augmenter.color_profile)
         pixels = decoded(train, whole, "decoding") if self.in_memory else None
         alike = pixels is not None and len({image.shape for image in pixels}) == 1
@@ -109,6 +110,13 @@ class PictureData(lightning.LightningDataModule):
         """Go on from there."""
         self.order.go_on(state_dict["epoch"], state_dict["seen"])
 
+    def _batch_bytes(self, augmenter: Augmenter, views: bool) -> int:
+        """Of the largest batch that workers hand over; texts and labels are a small part of it."""
+        height, width = augmenter.size or (self.preprocess.height, self.preprocess.width)
+        trained = height * width * (3 if views else 1)
+        pixels = max(trained, self.preprocess.height * self.preprocess.width) if self.pictures else 0
+        return self.batch_size * (3 * pixels + 4096)
+
     def _place(self) -> tuple[int, int]:
         """Of this process: (rank, processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
@@ -139,14 +147,14 @@ class PictureData(lightning.LightningDataModule):
         return self._pixels
 
     def _loader(self, dataset: Dataset[Item], **options: Any) -> DataLoader[Item]:
-        return DataLoader(
+        return Loader(
             dataset,
             batch_size=self.batch_size,
-            num_workers=self.workers,
+            workers=self.workers,
+            shared=self.shared,
             persistent_workers=self.workers > 0,
             generator=torch.Generator(),  # a loader that begins would otherwise draw from the one that dropout draws from
             pin_memory=self.pin,
-            collate_fn=collate,
             worker_init_fn=begin_worker,
             multiprocessing_context=_workers_context() if self.workers else None,
             **options,

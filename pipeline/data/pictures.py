@@ -2,10 +2,12 @@
 Lightning, whose import takes three times as long as that of all that is needed here."""
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
+from multiprocessing.queues import Queue
 from typing import Any
 
 import cv2
@@ -150,12 +152,26 @@ KEPT = 128 << 20
 """Bytes of freed memory that a worker keeps for the next image."""
 
 
+NOT_SENT = 74
+"""The exit code of a worker that cannot send a batch (sysexits.h: input or output failed)."""
+
+
 def begin_worker(_: int) -> None:
     """A worker's first step. It is one process of many: OpenCV's own threads would only fight over the cores. And it ends with the process
-    that trains: PyTorch looks after the server that workers are forked from, which lives as long as one of them does."""
+    that trains: PyTorch looks after the server that workers are forked from, which lives as long as one of them does.
+
+    Signals to the whole process group are for the process that trains: it still needs batches to finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # By default the queue prints a traceback, loses the batch, and training waits for it forever.
+    Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # type: ignore[attr-defined]
     cv2.setNumThreads(1)
     keep_freed_memory(at_most=KEPT)
     threading.Thread(target=_ends_with, args=[parent_process()], daemon=True).start()
+
+
+def _end_unsent(*_: Any) -> None:
+    os._exit(NOT_SENT)
 
 
 def _ends_with(parent: Any) -> None:

@@ -66,7 +66,8 @@ def make_report(
     with name, evidence and cure; None where it did not watch. near: pictures and those of the training that they resemble. notes: see
     `pipeline.advice`."""
     numbers: dict[str, Any] = {"facts": dict(facts), "metrics": evaluation.metrics, "per_class": evaluation.per_class}
-    numbers["notes"] = list(notes)
+    numbers["macro_f1_classes"] = evaluation.macro_classes
+    numbers["notes"] = [*notes, *_absent_classes(evaluation, len(labels))]
     numbers["findings"] = None if findings is None else list(findings)
     numbers["intervals"] = {name: list(pair) for name, pair in evaluation.intervals.items()}
     numbers["slices"] = [dataclasses.asdict(part) for part in slices(evaluation.samples, evaluation.right)]
@@ -112,6 +113,16 @@ def make_report(
         shown["Robustness to corruptions"] = figures.severity_figure(robustness.by_severity())
         shown["Noise on the pictures"] = figures.noise_figure({0: robustness.clean, **robustness.noise})
     return Report(title, numbers, shown, galleries)
+
+
+def _absent_classes(evaluation: Evaluation, count: int) -> list[str]:
+    """A note where classes have neither samples nor predictions here."""
+    if evaluation.macro_classes == count:
+        return []
+    return [
+        f"macro_f1 is the mean over {evaluation.macro_classes} of {count} classes; "
+        "the others have no sample here and are never predicted."
+    ]
 
 
 def _pictures(evaluation: Evaluation, places: np.ndarray, labels: Sequence[str]) -> list[dict[str, str]]:

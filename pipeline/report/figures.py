@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from augment import decode
-from pipeline.plots import own_names, save
+from pipeline.plots import own_names, save, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def two_shares(reference: np.ndarray, new: np.ndarray, labels: Sequence[str], mo
         for side, values, label in ((-0.2, shares[0], "reference"), (0.2, shares[1], "new")):
             axes.bar(np.arange(len(places)) + side, values[places], 0.4, label=label)
         axes.set_xticks(range(len(places)))
-        axes.set_xticklabels([labels[i] for i in places], rotation=60, ha="right", fontsize=8)
+        axes.set_xticklabels([short(labels[i]) for i in places], rotation=60, ha="right", fontsize=8)
         axes.legend(fontsize=8)
         return data_url(axes.figure)
 

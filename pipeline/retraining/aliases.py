@@ -15,11 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from models.credentials import masked
+
 log = logging.getLogger(__name__)
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 LAST = "promoted"
 """The registered model's tag that names its last promotion: a version's own tags go with the version when it is deleted."""
+
+FIRST = "refract.first"
+"""The version's tag with the alias that its training wants for a first version."""
 
 WHY = 4000
 """Characters of a reason: MLflow's servers take 5,000 to 100,000, depending on their version."""
@@ -84,19 +89,20 @@ def promote(
 def name_version(client: Any, name: str, version: str, *, first: str) -> dict[str, str]:
     """Give a version that a training registered its alias. Repeating the call changes nothing.
 
-    first: the alias of the model's first version. `champion` names it unless a champion is or was named; every other version becomes
-    `challenger`, unless a newer version that is not champion is. Returns `alias`, what the version is named now, and `champion`, the
-    champion's version, where there are such. Busy as `promote`.
+    first: the alias of the model's first version. `champion` names it unless a champion is or was named, also where the first version is
+    another one, whose process died before it could name it. Every other version becomes `challenger`, unless a newer version that is not
+    champion is. Returns `alias`, what the version is named now, and `champion`, the champion's version, where there are such. Busy as
+    `promote`.
     """
     lost = False
-    if first == CHAMPION and aliases(client, name).get(CHAMPION) is None and version == _lowest(client, name):
+    if first == CHAMPION and (unnamed := _first_without_name(client, name, version)) is not None:
         try:
-            promote(client, name, version, instead_of=None, why="the model's first version")
+            promote(client, name, unnamed, instead_of=None, why="the model's first version")
         except Busy:
             raise
         except PromotionError as error:
             log.info("%s", error)
-            lost = True
+            lost = unnamed == version
     now = aliases(client, name)
     champion, challenger = now.get(CHAMPION), now.get(CHALLENGER)
     promoted = not lost and "promoted" in version_tags(client, name, version)
@@ -106,6 +112,20 @@ def name_version(client: Any, name: str, version: str, *, first: str) -> dict[st
         challenger = version
     alias = CHAMPION if champion == version else CHALLENGER if challenger == version else None
     return {key: value for key, value in (("alias", alias), ("champion", champion)) if value is not None}
+
+
+def _first_without_name(client: Any, name: str, version: str) -> str | None:
+    """The model's first version, where it is to be champion: it is `version`, or its own process died before it could name it."""
+    model = _model(client, name)
+    if CHAMPION in model.aliases:
+        return None
+    lowest = _lowest(client, name)
+    if lowest == version:
+        return lowest
+    wanted = version_tags(client, name, lowest).get(FIRST)
+    if wanted is None and not {CHALLENGER, PREVIOUS} & model.aliases.keys() and LAST not in model.tags:
+        wanted = CHAMPION  # from before the tag
+    return lowest if wanted == CHAMPION else None
 
 
 def _set_challenger(client: Any, name: str, version: str) -> None:
@@ -123,7 +143,13 @@ def _set_challenger(client: Any, name: str, version: str) -> None:
 
 def _lowest(client: Any, name: str) -> str:
     """The oldest version that the model has."""
-    return str(min(int(found.version) for found in client.search_model_versions(f"name = '{name}'")))
+    return str(min(int(found.version) for found in client.search_model_versions(of_model(name))))
+
+
+def of_model(name: str) -> str:
+    """MLflow's filter for the versions of a model: it takes either quote, and has no escape."""
+    quote = '"' if "'" in name else "'"
+    return f"name = {quote}{name}{quote}"
 
 
 def way_back(client: Any, name: str) -> tuple[str, str]:
@@ -186,7 +212,7 @@ def _model(client: Any, name: str) -> Any:
         return client.get_registered_model(name)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise PromotionError(f"there is no registered model {name!r} at {client.tracking_uri}") from error
+            raise PromotionError(f"there is no registered model {name!r} at {masked(client.tracking_uri)}") from error
         raise
 
 

@@ -187,9 +187,10 @@ def train(folder: Path, config: Config, record: Record) -> Record:
 @_step
 def register(folder: Path, config: Config, record: Record) -> Record:
     """The version in MLflow; NightError while its server does not have it."""
+    from pipeline.tracking.address import absolute, tracking_uri
     from pipeline.tracking.journal import Journal
     from pipeline.tracking.store import LONGEST_TAG, Store, first_line
-    from pipeline.tracking.tracker import absolute, deliver_one, tracking_uri
+    from pipeline.tracking.tracker import deliver_one
 
     run = Path(record["run"])
     journal = Journal(run)
@@ -208,8 +209,8 @@ def register(folder: Path, config: Config, record: Record) -> Record:
         for key, value in tags.items():
             client_of(store.uri).set_model_version_tag(config.tracking.model_name, version, key, value)
     except Exception as error:  # whatever MLflow and what lies below it raise for a server that is not there
-        raise NightError(f"MLflow at {store.uri} does not have the run: {first_line(error)}") from error
-    return {"version": str(version), "mlflow": store.uri, "mlflow_run": journal.delivered["run_id"]}
+        raise NightError(f"MLflow at {store.address} does not have the run: {first_line(error)}") from error
+    return {"version": str(version), "mlflow": store.address, "mlflow_run": journal.delivered["run_id"]}
 
 
 @_step

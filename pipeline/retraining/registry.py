@@ -4,21 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.tracking.address import absolute, tracking_uri, with_credentials
 
 
 def client_of(uri: str) -> Any:
     """MLflow's client of one server, for runs and for the registry."""
     from mlflow import MlflowClient
 
+    uri = with_credentials(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def registry_of(config: Config) -> tuple[Any, str, dict[str, str]]:
     """(client, the registered model's name, its aliases, none where there is no such model yet)"""
     from pipeline.retraining.aliases import PromotionError, aliases
-    from pipeline.tracking import tracking_uri
     from pipeline.tracking.database import make_database
-    from pipeline.tracking.tracker import absolute
 
     uri, name = absolute(tracking_uri(config.tracking)), str(config.tracking.model_name)
     make_database(uri)

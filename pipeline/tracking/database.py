@@ -5,19 +5,20 @@ import os
 import tempfile
 from pathlib import Path
 
-SCHEME = "sqlite:///"
+from pipeline.tracking.address import sqlite_path, sqlite_uri
 
 
 def make_database(uri: str) -> None:
     """Make the file that the URI names, if it is SQLite's and there is none. OSError where it cannot be."""
-    path = Path(uri.removeprefix(SCHEME))
-    if not uri.startswith(SCHEME) or path.exists() or not path.parent.is_dir():
+    path = sqlite_path(uri)
+    if path is None or path.exists() or not path.parent.is_dir():
         return
     from mlflow import MlflowClient
 
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as beside:
         made = Path(beside) / path.name
-        MlflowClient(f"{SCHEME}{made}", f"{SCHEME}{made}").search_experiments(max_results=1)
+        new = sqlite_uri(made.resolve())
+        MlflowClient(new, new).search_experiments(max_results=1)
         try:
             os.link(made, path)
         except FileExistsError:

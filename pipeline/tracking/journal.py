@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from models.credentials import masked
 from pipeline.config import ConfigError
 from pipeline.files import write_atomically
 
@@ -38,7 +39,8 @@ class Journal:
             self.delivered = _mark(self._mark, len(self.entries))
 
     def for_server(self, uri: str) -> None:
-        """Deliver to this server from now on; one that has not had the run gets it from its beginning."""
+        """Deliver to this server from now on; one that has not had the run gets it from its beginning. The address is kept `masked`."""
+        uri = masked(uri)
         if self.delivered.get("uri", uri) != uri:
             self.delivered = {"count": 0}
         self.delivered["uri"] = uri
@@ -58,6 +60,11 @@ class Journal:
     def mark(self, **answers: Any) -> None:
         """The first waiting entry is delivered; answers: to keep."""
         self.delivered = {**self.delivered, **answers, "count": self.delivered["count"] + 1}
+        write_atomically(self._mark, json.dumps(self.delivered).encode())
+
+    def keep(self, **answers: Any) -> None:
+        """Keep answers to an entry that was marked before."""
+        self.delivered = {**self.delivered, **answers}
         write_atomically(self._mark, json.dumps(self.delivered).encode())
 
     def of(self, kind: str) -> Iterator[Entry]:

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.retraining.aliases import name_version
+from models.credentials import masked
+from pipeline.retraining.aliases import FIRST, name_version, of_model
+from pipeline.tracking.address import artifact_folder, check_address, with_credentials
 from pipeline.tracking.database import make_database
 from pipeline.tracking.journal import Entry
 
@@ -28,8 +30,15 @@ class Store:
     """MLflow at `uri`, asked for when the first entry is delivered."""
 
     def __init__(self, uri: str, run_dir: Path) -> None:
-        self.uri, self.run_dir = uri, run_dir
+        """ConfigError for an address that MLflow cannot use, or that lacks its credentials."""
+        self.uri, self.run_dir = with_credentials(uri), run_dir
+        check_address(self.uri)
         self._client: Any = None
+
+    @property
+    def address(self) -> str:
+        """The address for a reader, without credentials."""
+        return masked(self.uri)
 
     def deliver(self, entry: Entry, known: Mapping[str, Any]) -> dict[str, Any]:
         """Send an entry; known: answers to the ones before. Returns answers to keep. Refused, or whatever else MLflow raises for a
@@ -44,7 +53,7 @@ class Store:
             answers: dict[str, Any] = getattr(self, f"_{entry['do']}")(entry, known) or {}
             return answers
         except MlflowException as error:
-            if error.error_code in _FINAL:
+            if error.error_code in _FINAL or type(error).__name__.startswith("Unsupported"):
                 raise Refused(first_line(error)) from error
             raise
 
@@ -53,7 +62,7 @@ class Store:
 
         found = self._client.get_experiment_by_name(entry["experiment"])
         kind = {"mlflow.experimentKind": "custom_model_development"}  # its page then shows what is of use for training
-        experiment = found.experiment_id if found else self._client.create_experiment(entry["experiment"], tags=kind)
+        experiment = found.experiment_id if found else self._create_experiment(entry["experiment"], kind)
         runs = self._client.search_runs([experiment], f"tags.`{KEY}` = '{entry['key']}'", max_results=1)
         if runs:
             run = runs[0]
@@ -68,6 +77,20 @@ class Store:
         if "data.fingerprint" in entry["tags"]:
             self._client.log_inputs(run.info.run_id, [_dataset(entry["tags"])])
         return {"run_id": run.info.run_id, "experiment_id": experiment, "artifacts": run.info.artifact_uri}
+
+    def _create_experiment(self, name: str, tags: Mapping[str, str]) -> str:
+        """Create the experiment. Another training may create it at the same time."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            location = artifact_folder(self.uri, name)
+            return str(self._client.create_experiment(name, artifact_location=location, tags=dict(tags)))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or not (
+                found := self._client.get_experiment_by_name(name)
+            ):
+                raise
+            return str(found.experiment_id)
 
     def _metrics(self, entry: Entry, known: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric
@@ -94,10 +117,12 @@ class Store:
         """
         model, run_id = entry["model"], known["run_id"]
         self._create_model(model)
-        registered = [v for v in self._client.search_model_versions(f"name = '{model}'") if v.run_id == run_id]
+        registered = [v for v in self._client.search_model_versions(of_model(model)) if v.run_id == run_id]
         if not registered:
             source = f"{known['artifacts']}/bundle"
-            registered = [self._client.create_model_version(model, source=source, run_id=run_id)]
+            registered = [
+                self._client.create_model_version(model, source=source, run_id=run_id, tags={FIRST: entry["alias"]})
+            ]
         version = str(registered[0].version)
         return {"version": version} | name_version(self._client, model, version, first=entry["alias"])
 
@@ -143,7 +168,8 @@ def now() -> int:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    """What an error says, in one line, without credentials."""
+    return masked((str(error).splitlines() or [type(error).__name__])[0])[:300]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

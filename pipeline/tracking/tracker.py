@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.sections import TrackingConfig
+from pipeline.tracking.address import DEFAULT_URI, absolute, is_local
 from pipeline.tracking.journal import Entry, Journal
 from pipeline.tracking.store import Refused, Store, first_line, now
 
 log = logging.getLogger(__name__)
 
-DEFAULT_URI = "sqlite:///mlflow.db"
 FIRST_ANSWER = 15.0
 """Seconds that a training waits for the server to take its run, before it goes on without."""
 SILENT = 30.0
 """Seconds without an answer after which the end of a training waits no longer; for files, UPLOAD."""
 UPLOAD = 600.0
+LOCAL = 300.0
+"""The same for a store on this machine: a busy one takes long for the tables of a new database, and for a locked one."""
 LONGEST_PAUSE = 30.0
 POLL = 0.02
 
@@ -42,9 +44,9 @@ class Tracker:
         self.run_dir, self.journal = run_dir, Journal(run_dir)
         # A run that goes on, perhaps from another folder, stays with its server, unless another one is named.
         named = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
-        self.uri = absolute(named or self.journal.delivered.get("uri") or DEFAULT_URI)
-        self.journal.for_server(self.uri)
-        self._store = Store(self.uri, run_dir)
+        self._store = Store(absolute(named or self.journal.delivered.get("uri") or DEFAULT_URI), run_dir)
+        self.address = self._store.address
+        self.journal.for_server(self._store.uri)
         self._wake = threading.Event()
         self._asked = 0.0  # since when the server has not answered the entry in hand; 0 where none is
         self._failure: BaseException | None = None
@@ -60,19 +62,39 @@ class Tracker:
             }
             self._add({"do": "start", "key": uuid.uuid4().hex, "time": now(), **start})
         threading.Thread(target=self._deliver, name="tracking", daemon=True).start()
-        began = time.monotonic()
-        while self.journal.waiting() and not self._refused and time.monotonic() - began < FIRST_ANSWER:
-            time.sleep(POLL)
+        self._wait_for_first_answer()
         if self._refused:
             raise TrackingError(
-                f"MLflow at {self.uri} cannot be used: {self._refused}. Set tracking.uri or MLFLOW_TRACKING_URI, or train with "
+                f"MLflow at {self.address} cannot be used: {self._refused}. Set tracking.uri or MLFLOW_TRACKING_URI, or train with "
                 "--tracking.enabled false."
             )
         if self.journal.waiting():
-            why = first_line(self._failure) if self._failure else f"no answer in {FIRST_ANSWER:.0f} s"
+            why = first_line(self._failure) if self._failure else f"no answer in {self._patience(FIRST_ANSWER):.0f} s"
             log.warning(
-                "MLflow at %s does not answer (%s); training goes on, and what is to be tracked is kept", self.uri, why
+                "MLflow at %s does not answer (%s); training goes on, and what is to be tracked is kept",
+                self.address,
+                why,
             )
+
+    def _wait_for_first_answer(self) -> None:
+        """Wait until the server has the run or refused it. A local store that has not failed is slow, not away: it creates its tables."""
+        began, reported = time.monotonic(), False
+        while self.journal.waiting() and not self._refused:
+            waited = time.monotonic() - began
+            if waited > (self._patience(FIRST_ANSWER) if self._may_answer() else FIRST_ANSWER):
+                return
+            if waited > FIRST_ANSWER and not reported:
+                log.info("waiting for MLflow at %s, which is slow", self.address)
+                reported = True
+            time.sleep(POLL)
+
+    def _may_answer(self) -> bool:
+        """Whether the last attempt is under way, or found a local database that another process holds for now."""
+        failure = self._failure
+        return failure is None or (is_local(self._store.uri) and "database is locked" in str(failure))
+
+    def _patience(self, seconds: float) -> float:
+        return max(seconds, LOCAL) if is_local(self._store.uri) else seconds
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Metrics of a step, those that it has not had yet."""
@@ -100,11 +122,13 @@ class Tracker:
         """status: FINISHED, FAILED or KILLED. Waits for the server as long as it answers; returns the entries that it does not have."""
         self._failure = None  # the last attempt may be long ago: there is one more
         self._add({"do": "status", "status": status, "time": now()})
+        began = time.monotonic()
         while self.journal.waiting() and not self._refused:
             time.sleep(POLL)
+            locked = time.monotonic() - began if self._failure is not None else 0.0
             silent = time.monotonic() - self._asked if self._asked else 0.0
             uploading = next(iter(self.journal.waiting()), {}).get("do") == "files"
-            if self._failure is not None or silent > (UPLOAD if uploading else SILENT):
+            if not self._may_answer() or locked > LOCAL or silent > (UPLOAD if uploading else self._patience(SILENT)):
                 break
         return len(self.journal.waiting())
 
@@ -145,19 +169,9 @@ def deliver_one(journal: Journal, store: Store, entry: Entry) -> None:
     except Refused as error:
         if entry["do"] == "start":
             raise
-        log.warning("MLflow at %s refused %s: %s", store.uri, _told(entry), error)
-        answers = {}
+        log.warning("MLflow at %s refused %s: %s", store.address, _told(entry), error)
+        answers = {"refused": str(error)} if entry["do"] == "register" else {}
     journal.mark(**answers)
-
-
-def absolute(uri: str) -> str:
-    """A SQLite file's address that means the same in any folder."""
-    beginning, _, path = uri.partition("sqlite:///")
-    return f"sqlite:///{Path(path).resolve()}" if not beginning and path and not path.startswith(("/", ":")) else uri
-
-
-def tracking_uri(config: TrackingConfig) -> str:
-    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
 def _told(entry: Entry) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import optuna
 from lightning.pytorch.callbacks import Callback
 
+from models.credentials import masked
 from pipeline.config import Config, ConfigError, config_from_dict
 from pipeline.provenance import origin
 from pipeline.runs import held, write_config
@@ -61,7 +62,9 @@ def open_study(search: Search, space: Sequence[Dimension], config: Config, folde
             load_if_exists=True,
         )
     except Exception as error:  # of the database's own libraries, in many kinds
-        raise ConfigError(f"--storage: {search.storage} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ConfigError(
+            masked(f"--storage: {search.storage} cannot be used: {str(error).splitlines()[0]}")
+        ) from error
     told = {"space": repr(space), "config": json.dumps(_searched(config), sort_keys=True)}
     for what, value in told.items():
         if study.user_attrs.setdefault(what, value) != value:
@@ -179,7 +182,7 @@ def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, run_di
     from pipeline.tracking import Tracker
 
     trial.set_user_attr("drawn", dict(drawn))
-    own = config_from_dict(with_values(config.to_dict(), drawn), where=f"trial {trial.number}")
+    own = config_from_dict(with_values(config.to_dict(credentials=True), drawn), where=f"trial {trial.number}")
     same = own.data == config.data and own.trainer.seed == config.trainer.seed
     made = assemble(own, prepared if same else None)
     write_config(own, run_dir)

@@ -55,6 +55,9 @@ def test_intervals_hold_the_metric_and_narrow_with_more_images() -> None:
     assert widths[1] < widths[0] / 2
     never = set_intervals(np.zeros((4, 2), bool), np.zeros((4, 2), bool))
     assert not any(np.isnan(values).any() for values in never.values())
+    absent = np.zeros((len(truth), 1), bool)  # a label that no image has counts 0 in the metric
+    low, high = set_intervals(np.hstack([answers, absent]), np.hstack([truth, absent]))["macro_f1"]
+    assert low < label_rates(answers, truth)["f1"].sum() / 4 < high < 0.75
     right = set_intervals(truth[:20], truth[:20])
     assert all(right[name][0] < 1 == right[name][1] for name in ("micro_f1", "macro_f1"))
 

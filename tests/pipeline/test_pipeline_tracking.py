@@ -2,6 +2,7 @@
 
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -126,13 +127,24 @@ def test_a_server_that_refuses_the_run_is_told(tmp_path: Path, new_tracking: Pat
 
 @pytest.mark.slow
 def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder: Path, tmp_path: Path) -> None:
+    """Nor does the password in the server's address show anywhere."""
     refract("init", folder, "-o", "pictures.yaml")
+    uri = "http://alice:s3cretpw@127.0.0.1:9"
     told = refract(
-        "train", "pictures.yaml", "--trainer.run_name", "r", "--tracking.uri", "http://127.0.0.1:9", "--trainer.max_epochs", 2
+        "train", "pictures.yaml", "--trainer.run_name", "r", "--tracking.uri", uri, "--trainer.max_epochs", 2, code=3
     )  # fmt: skip
-    assert "MLflow at http://127.0.0.1:9 does not answer" in told.stderr and "hold-out: accuracy" in told.stdout
+    assert "MLflow at http://***@127.0.0.1:9 does not answer" in told.stderr and "hold-out: accuracy" in told.stdout
     assert "`refract sync runs/r` delivers them" in told.stderr and "Traceback" not in told.stderr
-    assert "entries wait" in refract("sync", "runs/r", code=1).stderr
+    assert "NOT REGISTERED: no version of pictures has this bundle" in told.stderr
+    assert "refract sync runs/r delivers it" in told.stderr
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert len(files) > 10 and not [path for path in files if b"s3cretpw" in path.read_bytes()]
+    assert "s3cretpw" not in told.stdout + told.stderr
+    assert (
+        "http://***@127.0.0.1:9 has no credentials here; set MLFLOW_TRACKING_URI"
+        in refract("sync", "runs/r", code=1).stderr
+    )
+    assert "entries wait" in refract("sync", "runs/r", "--uri", "http://127.0.0.1:9", code=1).stderr
     database = f"sqlite:///{tmp_path}/later.db"
     refract("sync", "runs/r", "--uri", database)
     client = MlflowClient(database)
@@ -145,6 +157,25 @@ def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder:
     note, accuracy = run.data.tags["mlflow.note.content"], run.data.metrics["test_accuracy"]
     assert note.startswith(f"**accuracy {accuracy:.4f}** (95 % interval")
     assert run.data.tags["mlflow.source.name"] == "refract train pictures" and run.data.tags["mlflow.user"]
+
+
+def test_a_registration_that_the_server_refused_is_kept_and_sent_again_by_sync(
+    tmp_path: Path, new_tracking: Path, refract: Run
+) -> None:
+    run_dir = tmp_path / "runs" / "r"
+    new_run(configured(tmp_path, ("--trainer.runs_dir", tmp_path / "runs", "--trainer.run_name", "r")), "r", {})
+    (run_dir / "bundle").mkdir()
+    (run_dir / "bundle" / "bundle.json").write_text("{}")
+    one = tracked(run_dir, f"sqlite:///{shutil.copy(new_tracking, tmp_path / 'mlflow.db')}")
+    one.log_files([], run_dir / "bundle")
+    one.register("a/b", "champion")
+    assert one.finish("FINISHED") == 0 and "'a/b'" in one.journal.delivered["refused"]
+    assert "Invalid model name 'a/b'" in refract("sync", "runs/r", code=1).stderr
+    journal = run_dir / "journal.jsonl"
+    journal.write_text(journal.read_text().replace("a/b", "ab"))
+    told = refract("sync", "runs/r").stdout
+    assert "1 entries delivered" in told and "models:/ab@champion is version 1" in told
+    assert refract("sync", "runs/r").stdout.startswith("nothing to deliver")
 
 
 @pytest.mark.slow
@@ -213,3 +244,19 @@ def test_a_database_is_whole_or_not_there(tmp_path: Path, new_tracking: Path) ->
     make_database(f"sqlite:///{path}")
     assert path.read_bytes() == kept, "one that is there is left alone"
     make_database("http://127.0.0.1:9")
+
+
+def test_a_local_database_that_is_locked_for_a_while_gets_all(
+    tmp_path: Path, new_tracking: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another training writes: SQLite gives up after some seconds, the tracker does not."""
+    monkeypatch.setattr(tracker, "FIRST_ANSWER", 0.1)
+    path = shutil.copy(new_tracking, tmp_path)
+    with sqlite3.connect(path, isolation_level=None, check_same_thread=False) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        release = threading.Timer(2.0, other.rollback)
+        release.start()
+        one = tracked(tmp_path, f"sqlite:///{path}?timeout=0.2")
+        assert one.finish("FINISHED") == 0 and one.journal.delivered["run_id"]
+        release.join()
+    other.close()

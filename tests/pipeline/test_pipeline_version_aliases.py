@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from test_pipeline_aliases import Dies, Mortal
 
-from pipeline.retraining.aliases import aliases, name_version, promote
+from pipeline.retraining.aliases import FIRST, aliases, name_version, promote
 from pipeline.tracking.store import Store
 
 pytestmark = pytest.mark.slow
@@ -66,15 +66,25 @@ def test_a_retraining_run_names_no_champion(trainings: Trainings) -> None:
     assert trainings.named() == {"challenger": "2"}
 
 
-def test_a_first_version_that_is_named_late_leaves_the_champion_alone(trainings: Trainings) -> None:
-    """A training was killed between its version and its alias; meanwhile another version became champion."""
+@pytest.mark.parametrize("tags", [{FIRST: "champion"}, {}])
+def test_the_next_training_names_a_first_version_whose_process_died(trainings: Trainings, tags: dict[str, str]) -> None:
+    """It was killed between its version and its alias. tags: of the version, none from before they were written."""
     run = trainings.start("a")
     trainings.client.create_registered_model(trainings.name)
-    trainings.client.create_model_version(trainings.name, source="file:///nowhere", run_id=run["run_id"])
-    assert trainings.register("b")["alias"] == "challenger"
-    promote(trainings.client, trainings.name, "2", instead_of=None)
-    assert trainings.register("a") == {"version": "1", "alias": "challenger", "champion": "2"}
-    assert trainings.named() == {"champion": "2", "challenger": "1"}
+    trainings.client.create_model_version(trainings.name, "file:///nowhere", run_id=run["run_id"], tags=tags)
+    assert trainings.register("b") == {"version": "2", "alias": "challenger", "champion": "1"}
+    assert trainings.named() == {"champion": "1", "challenger": "2"}
+    assert trainings.register("a") == {"version": "1", "alias": "champion", "champion": "1"}, "resumed or synced later"
+    promote(trainings.client, trainings.name, "2", instead_of="1")
+    assert trainings.register("a") == {"version": "1", "champion": "2"}, "named late, it leaves the champion alone"
+
+
+def test_a_first_version_that_waits_for_the_gate_is_not_named(trainings: Trainings) -> None:
+    run = trainings.start("a")
+    trainings.client.create_registered_model(trainings.name)
+    tags = {FIRST: "challenger"}
+    trainings.client.create_model_version(trainings.name, "file:///nowhere", run_id=run["run_id"], tags=tags)
+    assert trainings.register("b") == {"version": "2", "alias": "challenger"}
 
 
 def test_a_training_names_no_champion_after_the_champion_was_deleted(trainings: Trainings) -> None:

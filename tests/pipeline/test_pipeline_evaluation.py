@@ -1,0 +1,49 @@
+"""Metrics over classes that the data do not have, and charts of labels with long names."""
+
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score
+
+from pipeline.data.manifest import Sample
+from pipeline.evaluation import Evaluation, _single_label
+from pipeline.plots import confusion_plot, short
+from pipeline.report import make_report
+
+LABELS = ("a", "b", "c", "d")
+PNG = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+
+
+def evaluation(truth: list[int], answers: list[int]) -> Evaluation:
+    given = np.full((len(truth), len(LABELS)), 0.1, np.float32)
+    given[np.arange(len(truth)), answers] = 0.7
+    samples = [Sample(f"{i}.png", (label,), "test", data=PNG) for i, label in enumerate(truth)]
+    return _single_label(given, samples, LABELS)
+
+
+def test_macro_f1_is_over_the_classes_that_occur_as_in_scikit_learn() -> None:
+    truth, answers = [0, 0, 1, 1], [0, 0, 1, 2]
+    found = evaluation(truth, answers)
+    assert found.metrics["macro_f1"] == pytest.approx(f1_score(truth, answers, average="macro", zero_division=0))
+    assert found.metrics["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3), "d neither occurs nor is predicted"
+    assert found.macro_classes == 3 and len(found.per_class) == 4
+
+
+def test_the_report_says_over_how_many_classes() -> None:
+    facts = {"facts": {}, "precision": 0.95, "abstain_below": None}
+    numbers = make_report("r", evaluation([0, 1], [0, 2]), LABELS, **facts).numbers
+    assert numbers["macro_f1_classes"] == 3 and "mean over 3 of 4 classes" in numbers["notes"][0]
+    assert make_report("r", evaluation([0, 1, 2, 3], [0] * 4), LABELS, **facts).numbers["notes"] == []
+
+
+def test_long_labels_are_shortened_in_charts_without_a_warning(tmp_path: Path) -> None:
+    labels = [f"{'a very long name of a class ' * 12}{i}" for i in range(5)]
+    assert len({short(label) for label in labels}) == 5 and all(len(short(label)) <= 28 for label in labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        confusion_plot(np.eye(5, dtype=int), labels, tmp_path / "c.png")
+        confusion_plot(np.eye(2, dtype=int), labels[:2], tmp_path / "d.png")
+    assert (tmp_path / "c.png").stat().st_size > 1000

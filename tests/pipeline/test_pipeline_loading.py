@@ -1,0 +1,161 @@
+"""Loader workers that die, and shared memory that is too small: training ends with one sentence, or goes a slower way to equal batches."""
+
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_data import Training, descendants, until
+
+from augment import Augmenter, Preprocess
+from pipeline.data import loading
+from pipeline.data.loading import Loader, LoaderError, death, hand_over
+from pipeline.data.module import PictureData
+from pipeline.preparation import prepare_data
+from tests.pipeline.small_data import config_of
+
+MANY = "data: {source: pictures, image_size: 24, batch_size: 4, workers: 2, memory: never}\nmodel: {name: linear}\n"
+MANY += (
+    "trainer: {max_epochs: 500, checkpoint_seconds: 0}\ntracking: {enabled: false}\nevaluation: {robustness: none}\n"
+)
+
+
+class Numbered(torch.utils.data.Dataset):
+    """Items whose number says what the worker does with them."""
+
+    def __init__(self, side: int = 4, dies: int | None = None, signal: int = signal.SIGKILL) -> None:
+        self.side, self.dies, self.signal = side, dies, signal
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        import numpy as np
+
+        if index == self.dies:
+            os.kill(os.getpid(), self.signal)
+        return {"images": np.full((self.side, self.side, 3), index, np.uint8), "indices": index}
+
+
+def loader_of(dataset: Numbered, **options: bool) -> Loader:
+    from pipeline.data.module import _workers_context
+    from pipeline.data.pictures import begin_worker
+
+    return Loader(
+        dataset, workers=2, batch_size=4, persistent_workers=True, worker_init_fn=begin_worker,
+        multiprocessing_context=_workers_context(), **options,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_worker_that_dies_ends_the_epoch_with_a_sentence(number: int) -> None:
+    loader = loader_of(Numbered(dies=40, signal=number))
+    with pytest.raises(LoaderError, match=rf"a loader worker (was killed|crashed) \({signal.Signals(number).name}\)"):
+        list(loader)
+    workers = loader._iterator._workers
+    for worker in workers:
+        worker.join(10)
+    assert not any(worker.is_alive() for worker in workers), "the other workers ended, too"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_a_worker_that_dies_between_epochs_or_within_a_message_holds_nothing_up() -> None:
+    loader = loader_of(Numbered(side=600), shared=False)  # 4 MiB through a pipe that holds 64 KiB
+    assert [int(batch["indices"][0]) for batch in loader] == list(range(0, 64, 4))
+    os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(LoaderError, match="fewer --data.workers \\(now 2\\)"):
+        list(loader)
+
+
+@pytest.mark.slow
+def test_batches_are_equal_with_and_without_shared_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, _ = prepare_data(config_of(folder))
+
+    def batches(free: int | None) -> list[dict[str, torch.Tensor]]:
+        monkeypatch.setattr("pipeline.data.module.shared_memory_free", lambda: free)
+        data = PictureData(
+            manifest, augmenter=Augmenter("imagenet", seed=11, size=16), preprocess=Preprocess(16, 16), batch_size=8, workers=2
+        )  # fmt: skip
+        assert (data.workers, data.shared) == ((0, True) if free == 0 else (2, free is None))
+        return list(data.train_dataloader())
+
+    expected = batches(None)
+    for free in (200_000, 0):
+        for mine, other in zip(batches(free), expected, strict=True):
+            assert (
+                all(torch.equal(mine[name], tensor) for name, tensor in other.items()) and mine.keys() == other.keys()
+            )
+            assert mine["images"].dtype == torch.uint8 and mine["images"].is_contiguous()
+
+
+def test_the_check_before_the_first_epoch_names_what_it_changes(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    mib = 1 << 20
+    assert hand_over(4, 9 * mib, 24 << 30) == hand_over(4, 9 * mib, None) == (4, True) and not caplog.text
+    assert hand_over(0, 9 * mib, 0) == (0, True) and not caplog.text
+    assert hand_over(4, 9 * mib, 64 * mib) == (4, False)
+    assert "64 MiB free, 4 workers need 90 MiB; batches go through pipes" in caplog.text
+    assert "docker run --shm-size 1g" in caplog.text
+    assert hand_over(4, 9 * mib, 4096) == (0, True) and "4 KiB free; the training process loads" in caplog.text
+
+
+def test_each_death_has_its_cure() -> None:
+    assert "SIGBUS, as where /dev/shm is full" in death(-signal.SIGBUS, 2) and "--shm-size 2g" in death(-7, 2)
+    assert "ulimit -n" in death(loading.NOT_SENT, 2) and "exit code 3" in death(3, 2)
+
+
+@pytest.mark.slow
+def test_a_training_whose_worker_is_killed_ends_and_can_be_resumed(
+    folder: Path, tmp_path: Path, training: Training
+) -> None:
+    (tmp_path / "c.yaml").write_text(MANY)
+    with training("c.yaml", "--trainer.run_name", "r") as process:
+        until(process, "epoch 2/")
+        workers = [
+            pid for pid in descendants(process.pid) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        os.kill(workers[-1], signal.SIGKILL)
+        process.send_signal(signal.SIGTERM)  # which waits for a step that may never come
+        told = process.output.read()
+        code = process.wait(60)
+    if code != 75:  # the step had its batch, and its checkpoint was written
+        assert code == 1 and "Traceback" not in told
+        assert re.search(
+            r"^refract train: a loader worker was killed .*`refract train --resume runs/r` resumes", told, re.M
+        )
+    assert list((tmp_path / "runs" / "r" / "checkpoints").glob("resume-*.ckpt"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() != 0
+    or shutil.which("unshare") is None
+    or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
+    reason="needs to mount a small /dev/shm, as root",
+)
+def test_shared_memory_that_fills_up_in_mid_epoch_costs_nothing_but_time() -> None:
+    """The free space was enough at the check, and another program took it since."""
+    code = (
+        "from tests.pipeline.test_pipeline_loading import Numbered, loader_of\n"
+        "if __name__ == '__main__':\n"
+        "    batches = list(loader_of(Numbered(side=300)))\n"
+        "    assert [int(b['images'][0, 0, 0, 0]) for b in batches] == list(range(0, 64, 4))\n"
+        "    print('all', len(batches), flush=True)\n"
+    )
+    root = Path(__file__).parents[2]
+    script = 'mount -t tmpfs -o size=1m none /dev/shm && exec "$0" -c "$1"'
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", script, sys.executable, code],
+        capture_output=True, text=True, timeout=120, cwd=root,
+        env=os.environ | {"PYTHONPATH": f"{root}:{root}/tests:{root}/tests/pipeline"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "all 16" in done.stdout and "Traceback" not in done.stderr, done.stderr
