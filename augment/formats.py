@@ -51,6 +51,15 @@ _STARTS = (
     (b"\xd7\xcd\xc6\x9a", "Windows metafile"),
     (b"PK\x03\x04", "ZIP archive"),
     (b"\x1f\x8b", "gzip archive"),
+    (b"7z\xbc\xaf\x27\x1c", "7z archive"),
+    (b"Rar!\x1a\x07", "RAR archive"),
+    (b"\x1a\x45\xdf\xa3", "video"),
+    (b"FLV\x01", "video"),
+    (b"OggS", "video"),
+    (b"CWS", "Flash (SWF)"),
+    (b"FWS", "Flash (SWF)"),
+    (b"ZWS", "Flash (SWF)"),
+    (b"\x89HDF\r\n\x1a\n", "HDF5"),
     (b"version https://git-lfs", "Git LFS pointer"),
 )
 # Major and compatible brands of the ISO base media file format (ISO/IEC 14496-12, 4.3), in the order in which they decide.
@@ -70,6 +79,8 @@ _CURES = MappingProxyType(
         "Git LFS pointer": "fetch the file with git lfs pull",
         "ZIP archive": "unpack it",
         "gzip archive": "unpack it",
+        "7z archive": "unpack it",
+        "RAR archive": "unpack it",
         "video": "save its frames as JPEG or PNG",
         "text": "remove the file, or replace it by an image",
         "HTML page": "download the image itself",
@@ -84,6 +95,8 @@ def format_of(data: bytes) -> str | None:
             return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
+    if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
+        return "video"
     if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in (12, 16, 40, 52, 56, 64, 108, 124):
         return "BMP"
     if data[4:8] == b"ftyp":
