@@ -87,7 +87,7 @@ def propose(survey: Survey, start: Start | None = None) -> Proposal:
     if survey.images and not network.pretrained and not survey.hub and _gains_from_weights(survey):
         notes.append(
             "note: training starts from scratch, as the hub of pretrained weights does not answer; "
-            f"{survey.training:,} images train better from pretrained weights: "
+            f"{survey.training:,} training images learn better from pretrained weights: "
             f"refract init {survey.source} --model.name resnet18 --model.weights FILE (.safetensors or .pth)"
         )
     single = [label for label, count in survey.counts.items() if count == 1]
