@@ -13,7 +13,8 @@ from augment.ops.mix import MIX
 from augment.ops.pixel import to_uint8
 from augment.plan import Plan
 
-_PADDING = {"constant": "zeros", "edge": "border", "reflect": "reflection"}
+# `_mirrored` brings the points of `reflect101` inside, which grid_sample knows only for corners that are aligned.
+_PADDING = {"constant": "zeros", "edge": "border", "reflect": "reflection", "reflect101": "border"}
 
 
 def run(plans: Sequence[Plan], images: torch.Tensor) -> torch.Tensor:
@@ -137,12 +138,22 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
         bounds = torch.tensor(limits, dtype=torch.float32, device=images.device)
         lowest, highest = bounds[:, None, None, :2], bounds[:, None, None, 2:]
         grid = torch.minimum(torch.maximum(grid, lowest), highest)
+    if first.border == "reflect101":
+        grid = torch.stack([_mirrored(grid[..., 0], width), _mirrored(grid[..., 1], height)], -1)
     # Zeros beyond the edge become the fill where the fill is the zero.
     fill = torch.tensor([item.fill for item in passes], dtype=torch.float32, device=images.device).view(-1, 3, 1, 1)
     sampled = F.grid_sample(
         pixels - fill, grid, mode="bilinear", padding_mode=_PADDING[first.border], align_corners=False
     )
     return to_uint8(sampled + fill)
+
+
+def _mirrored(at: torch.Tensor, length: int) -> torch.Tensor:
+    """Coordinates of grid_sample, mirrored about the centres of the first and the last of `length` pixels."""
+    if length == 1:
+        return torch.zeros_like(at)
+    folded = ((at + 1) * (length / 2) - 0.5).remainder(2 * (length - 1))
+    return (2 * torch.minimum(folded, 2 * (length - 1) - folded) + 1) / length - 1
 
 
 def _bounds(item: WarpPass, size: tuple[int, int], shrunk: tuple[int, int]) -> tuple[float, float, float, float]:

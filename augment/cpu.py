@@ -10,7 +10,12 @@ from augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPas
 from augment.ops.geometric import Matrix, product
 from augment.ops.geometric import matrix as matrix_of
 
-_BORDERS = {"constant": cv2.BORDER_CONSTANT, "edge": cv2.BORDER_REPLICATE, "reflect": cv2.BORDER_REFLECT}
+_BORDERS = {
+    "constant": cv2.BORDER_CONSTANT,
+    "edge": cv2.BORDER_REPLICATE,
+    "reflect": cv2.BORDER_REFLECT,
+    "reflect101": cv2.BORDER_REFLECT_101,
+}
 _HOW = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
 _TO_CENTRES, _TO_EDGES = matrix_of(1, 0, -0.5, 0, 1, -0.5), matrix_of(1, 0, 0.5, 0, 1, 0.5)
 _LEVELS = np.arange(256, dtype=np.uint8)

@@ -83,7 +83,7 @@ class WarpPass:
     def footprint(self, size: Size) -> tuple[int, int, int, int]:
         """The box (top, left, height, width) of an input of `size` that the pass reads, inside it and not empty."""
         height, width = size
-        if self.border == "reflect":
+        if self.border in ("reflect", "reflect101"):
             return 0, 0, height, width
         a, b, c, d, e, f, g, h, i = self.matrix
         columns, rows = [], []

@@ -5,7 +5,8 @@ Because a chain is resampled once, from the source picture, a later op sees past
 fills its corners with the picture around the crop where there is one, and with `fill` only beyond the source's edge.
 
 Parameters that several ops share: `fill`, grey level or RGB in 0…255, the colour beyond the picture; `border`: `constant` (that fill),
-`edge` (the last pixel again) or `reflect` (the picture mirrored, last pixel included). In a chain, the last op that has them decides.
+`edge` (the last pixel again), `reflect` (the image mirrored, last pixel included; torchvision's `symmetric`) or `reflect101` (mirrored
+about the centre of the last pixel, which is not repeated; torchvision's `reflect`). In a chain, the last op that has them decides.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import numpy as np
 from augment.ops.op import Args, Op, Size, below, choice, color
 from augment.plan import Step
 
-BORDERS = ("constant", "edge", "reflect")
+BORDERS = ("constant", "edge", "reflect", "reflect101")
 
 Matrix = tuple[float, float, float, float, float, float, float, float, float]
 """3×3, row by row, in plain floats: for nine numbers an array costs more than the arithmetic."""

@@ -115,6 +115,37 @@ def test_perspective() -> None:
     assert both.mean() <= 1
 
 
+TORCHVISIONS = {"constant": "constant", "edge": "edge", "reflect": "symmetric", "reflect101": "reflect"}
+
+
+@pytest.mark.parametrize("border", TORCHVISIONS)
+def test_borders_are_torchvisions_of_another_name(border: str) -> None:
+    height, width = IMAGE.shape[:2]
+    padded = tensor(tv.pad(TENSOR, [20, 20, 20, 20], padding_mode=TORCHVISIONS[border]))
+    for top, left in ((-20, -20), (20, 20), (-7, 13), (3, -20)):
+        args = {"box": [top, left, height, width], "size": [height, width], "border": border}
+        expected = padded[20 + top :, 20 + left :][:height, :width]
+        np.testing.assert_array_equal(ours("PadAndCrop", **args), expected)
+        np.testing.assert_array_equal(in_batch("PadAndCrop", **args), expected)
+        plan = Plan((height, width), (Step("PadAndCrop", args),))
+        np.testing.assert_array_equal(Augmenter("none").apply_mask(plan, IMAGE), expected)
+
+
+@pytest.mark.parametrize("border", ["reflect", "reflect101"])
+def test_a_warp_shows_the_mirrored_image_beyond_its_edges(border: str) -> None:
+    """As the same warp of an image that was padded with that border first, in both executors."""
+    height, width = IMAGE.shape[:2]
+    around = 90
+    mode = {"reflect": "symmetric", "reflect101": "reflect"}[border]
+    padded = np.pad(IMAGE, ((around, around), (around, around), (0, 0)), mode=mode)  # type: ignore[call-overload]
+    size = padded.shape[:2]
+    args = {"angle": 33.0, "scale": 0.8, "shear": 8.0}
+    wide = Augmenter("none").apply(Plan(size, (Step("Affine", args),)), padded)
+    expected = wide[around : around + height, around : around + width].astype(int)
+    assert np.abs(ours("Affine", **args, border=border) - expected).max() <= 1
+    assert np.abs(in_batch("Affine", **args, border=border) - expected).max() <= 2
+
+
 def test_hue_turned_in_hsv_when_exact() -> None:
     for turns in (0.08, -0.3, 0.5):
         plan = Plan(IMAGE.shape[:2], (Step("Hue", {"turns": turns}),), exact=True)

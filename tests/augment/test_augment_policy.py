@@ -21,7 +21,7 @@ from augment.policy import presets
         ([{"RandomCrop": {}}], r"RandomCrop: .*size"),
         ([{"Resize": {"size": 0}}], "size: 0 is not a positive whole number"),
         ([{"Cutout": {"fill": 300}}], "fill: 300 is not a grey level"),
-        ([{"PadAndCrop": {"border": "mirror"}}], "border: 'mirror' is not one of constant, edge, reflect"),
+        ([{"PadAndCrop": {"border": "mirror"}}], "border: 'mirror' is not one of constant, edge, reflect, reflect101"),
         ([{"GaussianNoise": {"sigma": float("nan")}}], "sigma: nan is not a number"),
         ([{"MixUp": {"alpha": 0}}], "alpha: 0 is not positive"),
         ([{"ColorJitter": {"brightness": float("inf")}}], "brightness: inf is not a number"),
