@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from augment import cpu
 from augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass, batch_steps, fuse
 from augment.ops.mix import MIX
 from augment.ops.pixel import to_uint8
@@ -90,7 +91,8 @@ def _first(left: list[list[Pass]]) -> int:
 def _alike(one: Pass, other: Pass) -> bool:
     """Whether two passes can run together."""
     if isinstance(one, WarpPass) and isinstance(other, WarpPass):
-        return one.size == other.size and one.border == other.border and one.shrink() == other.shrink()
+        same = one.size == other.size and one.border == other.border and one.interpolation == other.interpolation
+        return same and one.shrink() == other.shrink()
     if isinstance(one, OpPass) and isinstance(other, OpPass):
         return one.op is other.op
     return type(one) is type(other)
@@ -99,7 +101,8 @@ def _alike(one: Pass, other: Pass) -> bool:
 def _run_pass(passes: Sequence[Pass], images: torch.Tensor) -> torch.Tensor:
     first = passes[0]
     if isinstance(first, WarpPass):
-        return _warp([item for item in passes if isinstance(item, WarpPass)], images)
+        warps = [item for item in passes if isinstance(item, WarpPass)]
+        return _warp(warps, images) if first.interpolation == "bilinear" else _warp_on_cpu(warps, images)
     if isinstance(first, ColorPass):
         return _recolor([item for item in passes if isinstance(item, ColorPass)], images)
     if isinstance(first, TablePass):
@@ -146,6 +149,13 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
         pixels - fill, grid, mode="bilinear", padding_mode=_PADDING[first.border], align_corners=False
     )
     return to_uint8(sampled + fill)
+
+
+def _warp_on_cpu(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
+    """Bicubic warps, image by image: grid_sample cannot repeat a crop's last pixels within the reach of a cubic."""
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+    results = [cpu.run([item], array) for item, array in zip(passes, arrays, strict=True)]
+    return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).to(images.device)
 
 
 def _mirrored(at: torch.Tensor, length: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "CenterCrop": {"size": [20, 24]},
     "Pad": {"size": [50, 60]},
     "ShortestSide": {"size": 20},
-    "LongestSide": {"size": 20},
+    "LongestSide": {"size": 20, "interpolation": "bicubic"},
     "Guest": {"transform": "albumentations.RandomGamma"},
     **{
         name: {"ops": ["VerticalFlip", {"Brightness": {"factor": 0.5}}]}

@@ -21,6 +21,7 @@ from augment.policy import presets
         ([{"RandomCrop": {}}], r"RandomCrop: .*size"),
         ([{"Resize": {"size": 0}}], "size: 0 is not a positive whole number"),
         ([{"Cutout": {"fill": 300}}], "fill: 300 is not a grey level"),
+        ([{"Rotate": {"interpolation": "nearest"}}], "interpolation: 'nearest' is not one of bilinear, bicubic"),
         ([{"PadAndCrop": {"border": "mirror"}}], "border: 'mirror' is not one of constant, edge, reflect, reflect101"),
         ([{"GaussianNoise": {"sigma": float("nan")}}], "sigma: nan is not a number"),
         ([{"MixUp": {"alpha": 0}}], "alpha: 0 is not positive"),
