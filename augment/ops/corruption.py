@@ -116,12 +116,12 @@ def _ice(size: Size, rng: np.random.Generator, unit: float) -> np.ndarray:
     """A frosted pane, float32 H×W×3 in 0…1: needles on clouds, as bright and as rich in contrast as a photo of frost."""
     color, contrast = _PANES[int(rng.integers(len(_PANES)))]
     brightness = 0.03 * rng.standard_normal()
-    # Needles: thin ridges where noise that is long in one direction crosses its middle.
+    # Needles: ridges where noise that is long in one direction crosses its middle. Their widths give the spectrum of the photos.
     ridges = np.zeros(size, np.float32)
     for _ in range(4):
         noise = rng.standard_normal(size, np.float32)
-        kernel = motion_kernel(max(3.0, 20 * unit), rng.uniform(-180, 180))
-        smooth = cv2.filter2D(_blurred(noise, 0.7 * unit), -1, kernel, borderType=cv2.BORDER_REFLECT_101)
+        kernel = motion_kernel(max(3.0, 40 * unit), rng.uniform(-180, 180))
+        smooth = cv2.filter2D(_blurred(noise, 1.6 * unit), -1, kernel, borderType=cv2.BORDER_REFLECT_101)
         ridges = np.maximum(ridges, 1 - np.abs(smooth) / (0.6 * smooth.std() + 1e-6))
     texture = _standardized(0.7 * _standardized(ridges) + 0.7 * _standardized(_plasma(size, 1.6, rng, unit)))
     return np.clip(np.array(color, np.float32) + np.float32(brightness) + contrast * texture[..., None], 0, 1)
