@@ -8,12 +8,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from augment import cpu
 from augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass, batch_steps, fuse
 from augment.ops.mix import MIX
 from augment.ops.pixel import to_uint8
 from augment.plan import Plan
 
-_PADDING = {"constant": "zeros", "edge": "border", "reflect": "reflection"}
+# `_mirrored` brings the points of `reflect101` inside, which grid_sample knows only for corners that are aligned.
+_PADDING = {"constant": "zeros", "edge": "border", "reflect": "reflection", "reflect101": "border"}
 
 
 def run(plans: Sequence[Plan], images: torch.Tensor) -> torch.Tensor:
@@ -89,7 +91,8 @@ def _first(left: list[list[Pass]]) -> int:
 def _alike(one: Pass, other: Pass) -> bool:
     """Whether two passes can run together."""
     if isinstance(one, WarpPass) and isinstance(other, WarpPass):
-        return one.size == other.size and one.border == other.border and one.shrink() == other.shrink()
+        same = one.size == other.size and one.border == other.border and one.interpolation == other.interpolation
+        return same and one.shrink() == other.shrink()
     if isinstance(one, OpPass) and isinstance(other, OpPass):
         return one.op is other.op
     return type(one) is type(other)
@@ -98,7 +101,8 @@ def _alike(one: Pass, other: Pass) -> bool:
 def _run_pass(passes: Sequence[Pass], images: torch.Tensor) -> torch.Tensor:
     first = passes[0]
     if isinstance(first, WarpPass):
-        return _warp([item for item in passes if isinstance(item, WarpPass)], images)
+        warps = [item for item in passes if isinstance(item, WarpPass)]
+        return _warp(warps, images) if first.interpolation == "bilinear" else _warp_on_cpu(warps, images)
     if isinstance(first, ColorPass):
         return _recolor([item for item in passes if isinstance(item, ColorPass)], images)
     if isinstance(first, TablePass):
@@ -137,12 +141,29 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
         bounds = torch.tensor(limits, dtype=torch.float32, device=images.device)
         lowest, highest = bounds[:, None, None, :2], bounds[:, None, None, 2:]
         grid = torch.minimum(torch.maximum(grid, lowest), highest)
+    if first.border == "reflect101":
+        grid = torch.stack([_mirrored(grid[..., 0], width), _mirrored(grid[..., 1], height)], -1)
     # Zeros beyond the edge become the fill where the fill is the zero.
     fill = torch.tensor([item.fill for item in passes], dtype=torch.float32, device=images.device).view(-1, 3, 1, 1)
     sampled = F.grid_sample(
         pixels - fill, grid, mode="bilinear", padding_mode=_PADDING[first.border], align_corners=False
     )
     return to_uint8(sampled + fill)
+
+
+def _warp_on_cpu(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
+    """Bicubic warps, image by image: grid_sample cannot repeat a crop's last pixels within the reach of a cubic."""
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+    results = [cpu.run([item], array) for item, array in zip(passes, arrays, strict=True)]
+    return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).to(images.device)
+
+
+def _mirrored(at: torch.Tensor, length: int) -> torch.Tensor:
+    """Coordinates of grid_sample, mirrored about the centres of the first and the last of `length` pixels."""
+    if length == 1:
+        return torch.zeros_like(at)
+    folded = ((at + 1) * (length / 2) - 0.5).remainder(2 * (length - 1))
+    return (2 * torch.minimum(folded, 2 * (length - 1) - folded) + 1) / length - 1
 
 
 def _bounds(item: WarpPass, size: tuple[int, int], shrunk: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -1,6 +1,7 @@
 """The cpu executor: passes on one uint8 H×W×3 array, by OpenCV. Nothing here changes its input."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -10,8 +11,14 @@ from augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPas
 from augment.ops.geometric import Matrix, product
 from augment.ops.geometric import matrix as matrix_of
 
-_BORDERS = {"constant": cv2.BORDER_CONSTANT, "edge": cv2.BORDER_REPLICATE, "reflect": cv2.BORDER_REFLECT}
-_HOW = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+_BORDERS = {
+    "constant": cv2.BORDER_CONSTANT,
+    "edge": cv2.BORDER_REPLICATE,
+    "reflect": cv2.BORDER_REFLECT,
+    "reflect101": cv2.BORDER_REFLECT_101,
+}
+_FILTERS = {"bilinear": (cv2.INTER_LINEAR, 1), "bicubic": (cv2.INTER_CUBIC, 2)}
+"""OpenCV's name of each interpolation, and how many pixels it looks beyond a point."""
 _TO_CENTRES, _TO_EDGES = matrix_of(1, 0, -0.5, 0, 1, -0.5), matrix_of(1, 0, 0.5, 0, 1, 0.5)
 _LEVELS = np.arange(256, dtype=np.uint8)
 _NO_MEAN, _NO_HISTOGRAM = np.zeros(3), np.zeros((3, 256), np.int64)
@@ -87,24 +94,23 @@ def _translated(values: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
-    """One resampling: bilinear, after a box filter where it reduces by 2 or more."""
+    """One resampling, after a box filter where it reduces by 2 or more."""
     a, b, c, d, e, f = item.matrix[:6]
     height, width = item.size
     box = item.shows()
     if box is not None and abs(a) < _CLOSE and abs(e) < _CLOSE:
-        return warp(
-            WarpPass((d, e, f, a, b, c, 0.0, 0.0, 1.0), item.size, item.border, item.fill), cv2.transpose(image)
-        )
+        return warp(replace(item, matrix=(d, e, f, a, b, c, 0.0, 0.0, 1.0)), cv2.transpose(image))
     if box is not None:
         top, bottom, left, right = box
         if (bottom - top, right - left) == item.size:
             return _flip(_cut(image, box, item), a < 0, e < 0)
     vertical, horizontal = item.shrink()
+    how, reach = _FILTERS[item.interpolation]
     if box is not None:
         inside = top >= 0 and bottom <= image.shape[0] and left >= 0 and right <= image.shape[1]
         if inside and vertical == horizontal == 1:
             region = image[top:bottom, left:right]
-            return _flip(cv2.resize(region, (width, height), interpolation=cv2.INTER_LINEAR), a < 0, e < 0)
+            return _flip(cv2.resize(region, (width, height), interpolation=how), a < 0, e < 0)
     matrix, border = item.matrix, item.border
     within = item.inside(image.shape[:2])
     if vertical > 1 or horizontal > 1:
@@ -112,14 +118,15 @@ def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
     if all(within):
         border = "edge"
     elif any(within):  # the border shows at two edges; the outermost pixels are repeated at the other two
-        down, across = within
-        image = cv2.copyMakeBorder(image, int(down), int(down), int(across), int(across), cv2.BORDER_REPLICATE)
-        matrix = product((1.0, 0.0, float(across), 0.0, 1.0, float(down), 0.0, 0.0, 1.0), matrix)
+        rows, columns = (reach * shown for shown in within)
+        image = cv2.copyMakeBorder(image, rows, rows, columns, columns, cv2.BORDER_REPLICATE)
+        matrix = product((1.0, 0.0, float(columns), 0.0, 1.0, float(rows), 0.0, 0.0, 1.0), matrix)
     # OpenCV counts from pixel centres, the plan from pixel edges.
     numbers = np.array(product(_TO_CENTRES, product(matrix, _TO_EDGES))).reshape(3, 3)
+    how |= cv2.WARP_INVERSE_MAP
     if item.is_perspective:
-        return cv2.warpPerspective(image, numbers, (width, height), None, _HOW, _BORDERS[border], item.fill)
-    return cv2.warpAffine(image, numbers[:2], (width, height), None, _HOW, _BORDERS[border], item.fill)
+        return cv2.warpPerspective(image, numbers, (width, height), None, how, _BORDERS[border], item.fill)
+    return cv2.warpAffine(image, numbers[:2], (width, height), None, how, _BORDERS[border], item.fill)
 
 
 def _cut(image: np.ndarray, box: tuple[int, int, int, int], item: WarpPass) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ class WarpPass:
     size: tuple[int, int]
     border: str = "constant"
     fill: tuple[int, int, int] = (0, 0, 0)
+    interpolation: str = "bilinear"
 
     @property
     def is_perspective(self) -> bool:
@@ -83,7 +84,7 @@ class WarpPass:
     def footprint(self, size: Size) -> tuple[int, int, int, int]:
         """The box (top, left, height, width) of an input of `size` that the pass reads, inside it and not empty."""
         height, width = size
-        if self.border == "reflect":
+        if self.border in ("reflect", "reflect101"):
             return 0, 0, height, width
         a, b, c, d, e, f, g, h, i = self.matrix
         columns, rows = [], []
@@ -94,7 +95,7 @@ class WarpPass:
             columns.append((a * x + b * y + c) / depth)
             rows.append((d * x + e * y + f) / depth)
         vertical, horizontal = self.shrink()
-        # Two pixels of what the filters leave: bilinear resampling looks one pixel beyond.
+        # Two pixels of what the filters leave: bilinear resampling looks one pixel beyond, bicubic two.
         top, bottom = min(rows) - 2 * vertical, max(rows) + 2 * vertical
         left, right = min(columns) - 2 * horizontal, max(columns) + 2 * horizontal
         first_row, first_column = min(max(0, math.floor(top)), height - 1), min(max(0, math.floor(left)), width - 1)
@@ -106,7 +107,7 @@ class WarpPass:
         if scale == 1 and top == left == 0:
             return self
         into = (1 / scale, 0.0, -left, 0.0, 1 / scale, -top, 0.0, 0.0, 1.0)
-        return WarpPass(product(into, self.matrix), self.size, self.border, self.fill)
+        return replace(self, matrix=product(into, self.matrix))
 
 
 @dataclass(frozen=True)
@@ -177,12 +178,14 @@ def fuse_with_steps(plan: Plan) -> list[tuple[Pass, tuple[Step, ...]]]:
         if issubclass(op, GeometricOp):
             matrix, size = op.geometry(args, size)
             border, fill = args.get("border", "constant"), tuple(args.get("fill", (0, 0, 0)))
+            how = args.get("interpolation", "bilinear")
             if isinstance(last, WarpPass) and not plan.exact:
                 matrix = product(last.matrix, matrix)
                 border, fill = args.get("border", last.border), tuple(args.get("fill", last.fill))
-                passes[-1] = WarpPass(matrix, size, border, fill), (*done, step)
+                how = args.get("interpolation", last.interpolation)
+                passes[-1] = WarpPass(matrix, size, border, fill, how), (*done, step)
             else:
-                passes.append((WarpPass(matrix, size, border, fill), (step,)))
+                passes.append((WarpPass(matrix, size, border, fill, how), (step,)))
         elif issubclass(op, ColorOp):
             if plan.exact:
                 passes += [(item, (step,)) for item in _exact_color(op, args)]

@@ -23,8 +23,8 @@ def move_mask(plan: Plan, mask: np.ndarray, *, fill: int = 0) -> np.ndarray:
     """Move a mask as the plan moves its image: each output pixel takes the value of the input pixel that its centre falls in.
 
     mask: H×W or H×W×C of any dtype, of the size that the plan was drawn for; it is not changed.
-    fill: the value beyond an image whose border is `constant`, such as a loss's ignore index. The borders `edge` and `reflect` repeat the
-    mask as they repeat the image.
+    fill: the value beyond an image whose border is `constant`, such as a loss's ignore index. The other borders repeat the mask as they
+    repeat the image.
     Returns a new array of the mask's dtype. ValueError for another size, a `fill` that the dtype cannot hold, or a plan that cannot be
     followed.
     """
@@ -120,11 +120,19 @@ def _taken(mask: np.ndarray, v: np.ndarray, u: np.ndarray, border: str, fill: in
             np.minimum(at % (2 * n), 2 * n - 1 - at % (2 * n)) for at, n in ((rows, height), (columns, width))
         )
         return mask[rows, columns]
+    if border == "reflect101":
+        return mask[_reflected_101(rows, height), _reflected_101(columns, width)]
     beyond = (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
     result = mask[rows.clip(0, height - 1), columns.clip(0, width - 1)]
     if border == "constant":
         result[beyond] = fill
     return result
+
+
+def _reflected_101(at: np.ndarray, length: int) -> np.ndarray:
+    """Whole positions, mirrored about the first and the last of 0 … length − 1."""
+    period = max(1, 2 * (length - 1))
+    return np.minimum(at % period, period - at % period) if length > 1 else np.zeros_like(at)
 
 
 def _corners(top: float, left: float, height: float, width: float) -> np.ndarray:

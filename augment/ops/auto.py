@@ -1,8 +1,8 @@
 """Published policies as ops: each draws ops from a table of its paper and adds them to the plan.
 
-Their strengths follow the papers' scales, as torchvision's classes of the same names. Deviations for all: shears are about the
-picture's centre, not its top left corner; neighbouring geometric and colour ops fuse to one pass; nothing is filled with black where
-the picture goes on beyond a crop before it.
+Their strengths follow the papers' scales, as torchvision's classes of the same names; AugMix's follow its authors' code. Deviations
+for all: shears are about the image's centre, not its top left corner; neighbouring geometric and colour ops fuse to one pass; nothing
+is filled with black where the image goes on beyond a crop before it.
 """
 
 import math
@@ -27,7 +27,7 @@ def _shear(axis: str) -> Make:
 def _shift(axis: int) -> Make:
     def make(level: float, size: Size) -> tuple[str, Args]:
         shift = [0.0, 0.0]
-        shift[axis] = level / size[axis]
+        shift[axis] = math.trunc(level) / size[axis]  # whole pixels, as torchvision and the papers' code
         return "Translate", {"shift": shift}
 
     return make
@@ -47,7 +47,7 @@ _MAKE: Mapping[str, Make] = MappingProxyType(
         "Contrast": lambda level, size: ("Contrast", {"factor": max(0.0, 1 + level)}),
         "Sharpness": lambda level, size: ("Sharpen", {"factor": max(0.0, 1 + level)}),
         "Posterize": lambda level, size: ("Posterize", {"bits": round(level)}),
-        "Solarize": lambda level, size: ("Solarize", {"threshold": round(level)}),
+        "Solarize": lambda level, size: ("Solarize", {"threshold": math.ceil(level)}),
         "AutoContrast": lambda level, size: ("AutoContrast", {}),
         "Equalize": lambda level, size: ("Equalize", {}),
         "Invert": lambda level, size: ("Invert", {}),
@@ -57,8 +57,14 @@ _SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness
 _GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 
 
-def _strength(low: float, high: float, share: float) -> float:
-    return low + (high - low) * share
+Scale = Mapping[str, tuple[float, float]]
+"""The weakest and the strongest of each op."""
+
+
+def _strength(scale: Scale, name: str, level: float, highest: int) -> float:
+    """The strength at `level` of 0 … `highest`."""
+    low, high = scale.get(name, (0, 0))
+    return low + (high - low) * level / highest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +99,7 @@ class TrivialAugmentWide(AutoOp):
         if rng.random() >= self.p:
             return []
         name = list(_TRIVIAL)[below(rng, len(_TRIVIAL))]
-        low, high = _TRIVIAL[name]
-        return self._step(name, _strength(low, high, below(rng, 31) / 30), rng, size)
+        return self._step(name, _strength(_TRIVIAL, name, below(rng, 31), 30), rng, size)
 
 
 _TRIVIAL = {
@@ -141,9 +146,8 @@ class RandAugment(AutoOp):
         for _ in range(self.ops):
             name = list(_RAND)[below(rng, len(_RAND))]
             noise = self.jitter * float(rng.standard_normal()) if self.jitter else 0.0
-            steps += self._step(
-                name, _rand_strength(name, min(max(self.magnitude + noise, 0.0), 30.0) / 30, size), rng, size
-            )
+            magnitude = min(max(self.magnitude + noise, 0.0), 30.0)
+            steps += self._step(name, _rand_strength(name, magnitude, 30, size), rng, size)
         return steps
 
 
@@ -165,11 +169,8 @@ _RAND = {
 }
 
 
-def _rand_strength(name: str, share: float, size: Size) -> float:
-    if name == "Posterize":
-        return float(8 - round(4 * share))
-    low, high = _RAND.get(name, (0, 0))
-    strength = _strength(low, high, share)
+def _rand_strength(name: str, level: float, highest: int, size: Size) -> float:
+    strength = _strength(_RAND, name, level, highest)
     return strength * size[1 if name == "TranslateX" else 0] if name.startswith("Translate") else strength
 
 
@@ -194,7 +195,7 @@ class AutoAugment(AutoOp):
         steps: list[Step] = []
         for name, probability, level in pairs[below(rng, len(pairs))]:
             if rng.random() < probability:
-                steps += self._step(name, _rand_strength(name, level / 9, size), rng, size)
+                steps += self._step(name, _rand_strength(name, level, 9, size), rng, size)
         return steps
 
 
@@ -351,14 +352,7 @@ class AugMix(PixelOp):
     def _one(self, rng: np.random.Generator, size: Size) -> list[Step]:
         name = _MIX[below(rng, len(_MIX))]
         share = between(rng, (0.1, max(self.severity, 0.1))) / 10
-        if name.startswith("Translate"):
-            level = size[1 if name == "TranslateX" else 0] / 3 * share
-        else:
-            level = {"Rotate": 30 * share, "Posterize": 4 - 4 * share, "Solarize": 256 - 256 * share}.get(
-                name, 0.3 * share
-            )
-        level = max(level, 1.0) if name == "Posterize" else level
-        return AutoOp(fill=self.fill)._step(name, level, rng, size)
+        return AutoOp(fill=self.fill)._step(name, _mix_strength(name, share, size), rng, size)
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
@@ -377,6 +371,17 @@ class AugMix(PixelOp):
         from augment.ops import OPS
 
         return any(OPS[step["op"]].kind == "geometric" for chain in args["chains"] for step in chain)
+
+
+def _mix_strength(name: str, share: float, size: Size) -> float:
+    """The strength at a share of the highest severity, cut down to whole degrees, bits, grey levels and pixels as in the authors' code."""
+    if name.startswith("Shear"):
+        return 0.3 * share
+    if name.startswith("Translate"):
+        return int(size[1 if name == "TranslateX" else 0] / 3 * share)
+    # Pillow keeps no fewer bits than one.
+    whole = {"Rotate": int(30 * share), "Posterize": max(1, 4 - int(4 * share)), "Solarize": 256 - int(256 * share)}
+    return whole.get(name, 0)
 
 
 # Without the ops that the corruptions of robustness tests are made of, as the paper.

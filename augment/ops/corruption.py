@@ -3,7 +3,8 @@
 Source: Hendrycks & Dietterich 2019, "Benchmarking neural network robustness to common corruptions and perturbations", arXiv:1903.12261,
 section 4 and its published constants, which are meant for 224 × 224. Deviations: lengths in pixels are scaled with the shorter side, so
 that other sizes are as hard to see through; glass blur gathers from random neighbours instead of swapping them one by one; frost is
-drawn (ridges of smooth noise) where the authors overlay photos of frost. `tests/augment/test_augment_corruption.py` holds what each does.
+drawn (ridges of smooth noise) as bright and as rich in contrast as the photos of frost that the authors overlay; fog repeats beyond a
+square of 256/224 of the shorter side. `tests/augment/test_augment_corruption.py` states what each does.
 """
 
 import math
@@ -98,28 +99,38 @@ def _snow(pixels: np.ndarray, level: int, rng: np.random.Generator, unit: float)
 
 def _frost(pixels: np.ndarray, level: int, rng: np.random.Generator, unit: float) -> np.ndarray:
     keep, amount = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[level]
-    height, width = pixels.shape[:2]
-    # Needles: thin ridges where noise that is long in one direction crosses its middle, thicker towards the edge of the pane.
-    ridges = np.zeros((height, width), np.float32)
-    for _ in range(6):
-        noise = rng.standard_normal((height, width), np.float32)
+    return keep * pixels + amount * _ice(pixels.shape[:2], rng, unit)
+
+
+# Mean colour and contrast (standard deviation inside a crop of 224 × 224) of the five photos of frost that the authors overlay.
+_PANES = (
+    ((0.305, 0.585, 0.650), 0.062),
+    ((0.787, 0.805, 0.841), 0.080),
+    ((0.787, 0.805, 0.841), 0.080),
+    ((0.540, 0.599, 0.648), 0.104),
+    ((0.441, 0.484, 0.528), 0.140),
+)
+
+
+def _ice(size: Size, rng: np.random.Generator, unit: float) -> np.ndarray:
+    """A frosted pane, float32 H×W×3 in 0…1: needles on clouds, as bright and as rich in contrast as a photo of frost."""
+    color, contrast = _PANES[int(rng.integers(len(_PANES)))]
+    brightness = 0.03 * rng.standard_normal()
+    # Needles: ridges where noise that is long in one direction crosses its middle. Their widths give the spectrum of the photos.
+    ridges = np.zeros(size, np.float32)
+    for _ in range(4):
+        noise = rng.standard_normal(size, np.float32)
         kernel = motion_kernel(max(3.0, 40 * unit), rng.uniform(-180, 180))
-        smooth = cv2.filter2D(_blurred(noise, 1.2 * unit), -1, kernel, borderType=cv2.BORDER_REFLECT_101)
+        smooth = cv2.filter2D(_blurred(noise, 1.6 * unit), -1, kernel, borderType=cv2.BORDER_REFLECT_101)
         ridges = np.maximum(ridges, 1 - np.abs(smooth) / (0.6 * smooth.std() + 1e-6))
-    y, x = (
-        np.abs(np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j])
-        if min(height, width) > 1
-        else np.ones((2, height, width))
-    )
-    pane = np.clip(0.25 + 0.75 * np.maximum(x, y) ** 2 + 0.5 * (_plasma((height, width), 2.0, rng) - 0.5), 0, 1)
-    ice = (np.clip(ridges, 0, 1) * pane)[..., None] * np.array([0.85, 0.93, 1.0], np.float32)
-    return keep * pixels + amount * ice
+    texture = _standardized(0.7 * _standardized(ridges) + 0.7 * _standardized(_plasma(size, 1.6, rng, unit)))
+    return np.clip(np.array(color, np.float32) + np.float32(brightness) + contrast * texture[..., None], 0, 1)
 
 
 def _fog(pixels: np.ndarray, level: int, rng: np.random.Generator, unit: float) -> np.ndarray:
     amount, decay = ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4))[level]
     high = float(pixels.max())
-    return (pixels + amount * _plasma(pixels.shape[:2], decay, rng)[..., None]) * high / (high + amount)
+    return (pixels + amount * _plasma(pixels.shape[:2], decay, rng, unit)[..., None]) * high / (high + amount)
 
 
 def _brightness(pixels: np.ndarray, level: int, rng: np.random.Generator, unit: float) -> np.ndarray:
@@ -223,15 +234,49 @@ def _zoomed(pixels: np.ndarray, factor: float) -> np.ndarray:
     return cv2.warpAffine(pixels, matrix, (width, height), None, how, cv2.BORDER_REPLICATE)
 
 
-def _plasma(size: Size, decay: float, rng: np.random.Generator) -> np.ndarray:
-    """float32 of `size` in 0…1: noise at halving scales, each weaker than the coarser one by `decay` (a plasma fractal)."""
-    steps = max(1, math.ceil(math.log2(max(2, *size))))
-    total = np.zeros(size, np.float32)
-    for step in range(steps + 1):
-        knots = rng.uniform(-1, 1, (min(2**step + 1, size[0] + 1), min(2**step + 1, size[1] + 1))).astype(np.float32)
-        total += cv2.resize(knots, size[::-1], interpolation=cv2.INTER_LINEAR) * np.float32(decay**-step)
-    total -= total.min()
-    return total / max(float(total.max()), 1e-6)
+_PLASMA_SIDE = 256
+
+
+def _plasma(size: Size, decay: float, rng: np.random.Generator, unit: float) -> np.ndarray:
+    """A plasma fractal, float32 of `size`, scaled so that its map of 256 × 256 fills 0…1.
+
+    Midpoint displacement on a torus: each round halves the spacing of the known points and gives each new point the mean of its four
+    neighbours plus uniform noise. The noise shrinks by decay² a round, as in the authors' code. The map covers 256 pixels of a
+    side of 224; further pixels repeat it without a seam. Source: Fournier, Fussell & Carpenter 1982, "Computer rendering of stochastic
+    models", section 3.
+    """
+    points: np.ndarray = np.zeros((1, 1), np.float32)
+    amplitude = 1.0
+    while len(points) < _PLASMA_SIDE:
+        points = _displaced(points, amplitude, rng)
+        amplitude /= decay**2
+    points -= points.min()
+    points /= max(float(points.max()), 1e-6)
+    side = max(1, round(_PLASMA_SIDE * unit))
+    if side != _PLASMA_SIDE:
+        how = cv2.INTER_AREA if side < _PLASMA_SIDE else cv2.INTER_LINEAR
+        points = cv2.resize(points, (side, side), interpolation=how)
+    return points[np.arange(size[0])[:, None] % side, np.arange(size[1]) % side]
+
+
+def _displaced(points: np.ndarray, amplitude: float, rng: np.random.Generator) -> np.ndarray:
+    """Heights at half the spacing: (N, N) to (2N, 2N), both periodic."""
+
+    def noise() -> np.ndarray:
+        return rng.uniform(-amplitude, amplitude, points.shape).astype(np.float32)
+
+    down, across = points + np.roll(points, -1, 0), points + np.roll(points, -1, 1)
+    centres = (down + np.roll(down, -1, 1)) / 4 + noise()
+    result = np.empty((2 * len(points), 2 * len(points)), np.float32)
+    result[::2, ::2], result[1::2, 1::2] = points, centres
+    result[::2, 1::2] = (across + centres + np.roll(centres, 1, 0)) / 4 + noise()
+    result[1::2, ::2] = (down + centres + np.roll(centres, 1, 1)) / 4 + noise()
+    return result
+
+
+def _standardized(values: np.ndarray) -> np.ndarray:
+    """The values with mean 0 and standard deviation 1; zeros where all are alike."""
+    return (values - values.mean()) / max(float(values.std()), 1e-6)
 
 
 CORRUPTIONS: Mapping[str, Corrupt] = MappingProxyType(

@@ -7,7 +7,16 @@ from types import MappingProxyType
 
 import numpy as np
 
-from augment.ops.geometric import GeometricOp, Matrix, check_border, matrix, outside, place
+from augment.ops.geometric import (
+    GeometricOp,
+    Matrix,
+    check_border,
+    check_interpolation,
+    matrix,
+    outside,
+    place,
+    sampling,
+)
 from augment.ops.op import Args, Size, below, between, interval, pixels, whole
 
 
@@ -68,16 +77,21 @@ class PadAndCrop(_Crop):
 
 @dataclass(frozen=True, kw_only=True)
 class Resize(_Crop):
-    """Resample to `size` (pixels, or [height, width]); the ratio of the sides is not kept."""
+    """Resample to `size` (pixels, or [height, width]); the ratio of the sides is not kept.
+
+    interpolation: `bilinear` or `bicubic`.
+    """
 
     size: int | tuple[int, int]
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("size", pixels("size", self.size))
+        check_interpolation(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"box": [0, 0, *size], "size": list(self.size)}  # type: ignore[arg-type]
+        return {"box": [0, 0, *size], "size": list(self.size), **sampling(self)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +100,20 @@ class RandomResizedCrop(_Crop):
 
     scale: share of the picture's area, in (0, 1]; drawn uniformly. ratio: width / height; drawn uniformly in its logarithm.
     Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6. As torchvision's, after ten draws that do not fit the
-    largest centred box of a permitted ratio is taken.
+    largest centred box of a permitted ratio is taken. interpolation: `bilinear` or `bicubic`.
     """
 
     size: int | tuple[int, int] = 224
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("size", pixels("size", self.size))
         self._set("scale", interval("scale", self.scale, 1e-4, 1))
         self._set("ratio", interval("ratio", self.ratio, 1e-2, 1e2))
+        check_interpolation(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         height, width = size
@@ -114,7 +130,7 @@ class RandomResizedCrop(_Crop):
             box_height = min(height, max(1, round(width / ratio)))
             box_width = min(width, max(1, round(height * ratio)))
             box = [(height - box_height) // 2, (width - box_width) // 2, box_height, box_width]
-        return {"box": box, "size": list(self.size)}  # type: ignore[arg-type]
+        return {"box": box, "size": list(self.size), **sampling(self)}  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +138,16 @@ class RandomScale(_Crop):
     """Resample both sides by one factor drawn uniformly from `scale`, each in [0.05, 20]; the output's size follows."""
 
     scale: tuple[float, float] = (0.8, 1.25)
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("scale", interval("scale", self.scale, 0.05, 20))
+        check_interpolation(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         factor = between(rng, self.scale)
-        return {"box": [0, 0, *size], "size": [max(1, round(side * factor)) for side in size]}
+        return {"box": [0, 0, *size], "size": [max(1, round(side * factor)) for side in size], **sampling(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,14 +195,16 @@ class ShortestSide(_Crop):
     """Resample so that the shorter side has `size` pixels; the ratio of the sides is kept, within rounding."""
 
     size: int
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("size", pixels("size", whole("size", self.size, 1))[0])
+        check_interpolation(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         factor = self.size / min(size)
-        return {"box": [0, 0, *size], "size": [max(1, round(side * factor)) for side in size]}
+        return {"box": [0, 0, *size], "size": [max(1, round(side * factor)) for side in size], **sampling(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,14 +212,16 @@ class LongestSide(_Crop):
     """Resample so that the longer side has `size` pixels; the ratio of the sides is kept, within rounding."""
 
     size: int
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("size", pixels("size", whole("size", self.size, 1))[0])
+        check_interpolation(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         factor = self.size / max(size)
-        return {"box": [0, 0, *size], "size": [max(1, round(side * factor)) for side in size]}
+        return {"box": [0, 0, *size], "size": [max(1, round(side * factor)) for side in size], **sampling(self)}
 
 
 CROPS: Mapping[str, type[GeometricOp]] = MappingProxyType(

@@ -5,7 +5,9 @@ Because a chain is resampled once, from the source picture, a later op sees past
 fills its corners with the picture around the crop where there is one, and with `fill` only beyond the source's edge.
 
 Parameters that several ops share: `fill`, grey level or RGB in 0…255, the colour beyond the picture; `border`: `constant` (that fill),
-`edge` (the last pixel again) or `reflect` (the picture mirrored, last pixel included). In a chain, the last op that has them decides.
+`edge` (the last pixel again), `reflect` (the image mirrored, last pixel included; torchvision's `symmetric`) or `reflect101` (mirrored
+about the centre of the last pixel, which is not repeated; torchvision's `reflect`). In a chain, the last op that has them decides.
+`interpolation`: `bilinear` or `bicubic` (Keys 1981, with a = −0.75, as OpenCV and PyTorch). A chain is bicubic where one of its ops is.
 """
 
 from collections.abc import Mapping
@@ -18,7 +20,8 @@ import numpy as np
 from augment.ops.op import Args, Op, Size, below, choice, color
 from augment.plan import Step
 
-BORDERS = ("constant", "edge", "reflect")
+BORDERS = ("constant", "edge", "reflect", "reflect101")
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 Matrix = tuple[float, float, float, float, float, float, float, float, float]
 """3×3, row by row, in plain floats: for nine numbers an array costs more than the arithmetic."""
@@ -160,6 +163,15 @@ def place(rng: np.random.Generator, room: int) -> int:
 def check_border(op: Any) -> None:
     op._set("fill", color("fill", op.fill))
     op._set("border", choice("border", op.border, BORDERS))
+
+
+def check_interpolation(op: Any) -> None:
+    op._set("interpolation", choice("interpolation", op.interpolation, INTERPOLATIONS))
+
+
+def sampling(op: Any) -> Args:
+    """The interpolation as an argument of a step; nothing for bilinear, which is the default of a plan."""
+    return {} if op.interpolation == "bilinear" else {"interpolation": op.interpolation}
 
 
 def outside(op: Any) -> Args:

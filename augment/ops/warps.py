@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from augment.ops.geometric import GeometricOp, Matrix, check_border, matrix, outside
+from augment.ops.geometric import GeometricOp, Matrix, check_border, check_interpolation, matrix, outside, sampling
 from augment.ops.op import Args, Size, around, between, interval, number
 
 
@@ -35,19 +35,24 @@ class _CentredWarp(GeometricOp):
 
 @dataclass(frozen=True, kw_only=True)
 class Rotate(_CentredWarp):
-    """Turn about the centre by an angle drawn uniformly from `degrees` (counter-clockwise; one number a means [−a, a])."""
+    """Turn about the centre by an angle drawn uniformly from `degrees` (counter-clockwise; one number a means [−a, a]).
+
+    border: `constant` (the fill), `edge`, `reflect` or `reflect101`. interpolation: `bilinear` or `bicubic`.
+    """
 
     degrees: float | tuple[float, float] = 15.0
     fill: int | tuple[int, int, int] = 0
     border: str = "constant"
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("degrees", around("degrees", self.degrees, -360, 360, 0))
         check_border(self)
+        check_interpolation(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"angle": between(rng, self.degrees), **outside(self)}
+        return {"angle": between(rng, self.degrees), **outside(self), **sampling(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,7 @@ class Affine(_CentredWarp):
 
     degrees: counter-clockwise; shear: degrees along x, in (−80, 80); both as for `Rotate`. translate: [vertical, horizontal] largest
     shift as a share of the side, in [0, 1]; one number means both. scale: factor, in [0.05, 20].
+    border and interpolation: as for `Rotate`.
     """
 
     degrees: float | tuple[float, float] = 0.0
@@ -64,6 +70,7 @@ class Affine(_CentredWarp):
     shear: float | tuple[float, float] = 0.0
     fill: int | tuple[int, int, int] = 0
     border: str = "constant"
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +79,7 @@ class Affine(_CentredWarp):
         self._set("scale", interval("scale", self.scale, 0.05, 20))
         self._set("shear", around("shear", self.shear, -80, 80, 0))
         check_border(self)
+        check_interpolation(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         return {
@@ -80,6 +88,7 @@ class Affine(_CentredWarp):
             "scale": between(rng, self.scale),
             "shear": between(rng, self.shear),
             **outside(self),
+            **sampling(self),
         }
 
 
@@ -138,15 +147,17 @@ class Perspective(GeometricOp):
     distortion: float = 0.3
     fill: int | tuple[int, int, int] = 0
     border: str = "constant"
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if number("distortion", self.distortion, 0, 1) == 1:
             raise ValueError("distortion: 1 lets two corners meet; it must be below 1")
         check_border(self)
+        check_interpolation(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"corners": (self.distortion / 2 * rng.random((4, 2))).tolist(), **outside(self)}
+        return {"corners": (self.distortion / 2 * rng.random((4, 2))).tolist(), **outside(self), **sampling(self)}
 
     @staticmethod
     def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:

@@ -115,6 +115,76 @@ def test_perspective() -> None:
     assert both.mean() <= 1
 
 
+TORCHVISIONS = {"constant": "constant", "edge": "edge", "reflect": "symmetric", "reflect101": "reflect"}
+
+
+@pytest.mark.parametrize("border", TORCHVISIONS)
+def test_borders_are_torchvisions_of_another_name(border: str) -> None:
+    height, width = IMAGE.shape[:2]
+    padded = tensor(tv.pad(TENSOR, [20, 20, 20, 20], padding_mode=TORCHVISIONS[border]))
+    for top, left in ((-20, -20), (20, 20), (-7, 13), (3, -20)):
+        args = {"box": [top, left, height, width], "size": [height, width], "border": border}
+        expected = padded[20 + top :, 20 + left :][:height, :width]
+        np.testing.assert_array_equal(ours("PadAndCrop", **args), expected)
+        np.testing.assert_array_equal(in_batch("PadAndCrop", **args), expected)
+        plan = Plan((height, width), (Step("PadAndCrop", args),))
+        np.testing.assert_array_equal(Augmenter("none").apply_mask(plan, IMAGE), expected)
+
+
+@pytest.mark.parametrize("border", ["reflect", "reflect101"])
+def test_a_warp_shows_the_mirrored_image_beyond_its_edges(border: str) -> None:
+    """As the same warp of an image that was padded with that border first, in both executors."""
+    height, width = IMAGE.shape[:2]
+    around = 90
+    mode = {"reflect": "symmetric", "reflect101": "reflect"}[border]
+    padded = np.pad(IMAGE, ((around, around), (around, around), (0, 0)), mode=mode)  # type: ignore[call-overload]
+    size = padded.shape[:2]
+    args = {"angle": 33.0, "scale": 0.8, "shear": 8.0}
+    wide = Augmenter("none").apply(Plan(size, (Step("Affine", args),)), padded)
+    expected = wide[around : around + height, around : around + width].astype(int)
+    assert np.abs(ours("Affine", **args, border=border) - expected).max() <= 1
+    assert np.abs(in_batch("Affine", **args, border=border) - expected).max() <= 2
+
+
+def keys_cubic(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """PyTorch's bicubic samples of an image at pixel centres (x, y), the last pixels repeated beyond the edge."""
+    height, width = image.shape[:2]
+    grid = torch.from_numpy(np.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1))[None]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].double()
+    sampled = torch.nn.functional.grid_sample(pixels, grid, mode="bicubic", padding_mode="border", align_corners=False)
+    return sampled[0].permute(1, 2, 0).clamp(0, 255).numpy()
+
+
+@pytest.mark.parametrize("size", [(90, 140), (50, 70), (45, 140)])
+def test_a_bicubic_resize_is_pytorchs(size: tuple[int, int]) -> None:
+    args = {"box": [5, 7, 50, 70], "size": list(size), "interpolation": "bicubic"}
+    crop = TENSOR[None, :, 5:55, 7:77].double()
+    theirs = torch.nn.functional.interpolate(crop, size=size, mode="bicubic", align_corners=False)[0].clamp(0, 255)
+    for result in (ours("RandomResizedCrop", **args), in_batch("RandomResizedCrop", **args)):
+        assert np.abs(result - tensor(theirs).astype(float)).max() <= 1.01
+    bilinear = ours("RandomResizedCrop", **{**args, "interpolation": "bilinear"})
+    assert size == (50, 70) or np.abs(bilinear - tensor(theirs)).max() > 4
+
+
+def test_a_chain_is_bicubic_where_one_of_its_ops_is() -> None:
+    height, width = 61, 83
+    noise = np.random.default_rng(0).integers(60, 200, (height, width, 3), dtype=np.uint8)
+    cos, sin = np.cos(np.radians(20)), np.sin(np.radians(20))
+    x, y = np.meshgrid(np.arange(width) + 0.5 - width / 2, np.arange(height) + 0.5 - height / 2)
+    x, y = x[:, ::-1], y[:, ::-1]  # the flip that follows the rotation
+    expected = keys_cubic(noise, cos * x - sin * y + width / 2 - 0.5, sin * x + cos * y + height / 2 - 0.5)
+    rotate = Step("Rotate", {"angle": 20.0, "border": "edge", "interpolation": "bicubic"})
+    plan = Plan((height, width), (rotate, Step("HorizontalFlip")))
+    bilinear = Plan((height, width), (Step("Rotate", {"angle": 20.0, "border": "edge"}), Step("HorizontalFlip")))
+    # OpenCV counts positions between pixels in steps of 1/32.
+    assert np.abs(Augmenter("none").apply(plan, noise) - expected).mean() < 1.5
+    assert np.abs(Augmenter("none").apply(bilinear, noise) - expected).mean() > 6
+    images = torch.from_numpy(np.stack([noise, noise])).permute(0, 3, 1, 2)
+    both = batch.run([plan, bilinear], images).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(both[0], Augmenter("none").apply(plan, noise))
+    assert np.abs(both[1].astype(int) - Augmenter("none").apply(bilinear, noise)).mean() <= 1
+
+
 def test_hue_turned_in_hsv_when_exact() -> None:
     for turns in (0.08, -0.3, 0.5):
         plan = Plan(IMAGE.shape[:2], (Step("Hue", {"turns": turns}),), exact=True)

@@ -87,6 +87,8 @@ POLICIES = {
     "rotation": [{"RandomCrop": {"size": 90}}, {"Rotate": {"degrees": 40}}],
     "edge": [{"PadAndCrop": {"padding": 30, "border": "edge"}}, {"Affine": {"degrees": 30, "translate": 0.4, "border": "edge"}}],
     "reflect": [{"Affine": {"degrees": 30, "translate": 0.4, "border": "reflect"}}],
+    "reflect101": [{"Affine": {"degrees": 30, "translate": 0.4, "border": "reflect101"}}],
+    "bicubic": [{"RandomResizedCrop": {"size": 90, "interpolation": "bicubic"}}, {"Rotate": {"degrees": 20, "interpolation": "bicubic"}}],
     "outside": [{"Affine": {"translate": 1.0, "fill": 77}}, {"RandomCrop": {"size": 20}}],
     "colour first": [{"ColorJitter": {"brightness": 0.4}}, {"RandomCrop": {"size": 60}}],
 }  # fmt: skip

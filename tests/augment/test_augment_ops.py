@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from augment import Augmenter, Plan, Policy, batch
+from augment import Augmenter, Plan, Policy, Step, batch
 from augment.ops import OPS
 
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -22,7 +22,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "CenterCrop": {"size": [20, 24]},
     "Pad": {"size": [50, 60]},
     "ShortestSide": {"size": 20},
-    "LongestSide": {"size": 20},
+    "LongestSide": {"size": 20, "interpolation": "bicubic"},
     "Guest": {"transform": "albumentations.RandomGamma"},
     **{
         name: {"ops": ["VerticalFlip", {"Brightness": {"factor": 0.5}}]}
@@ -183,6 +183,22 @@ def test_shear_moves_rows_sideways() -> None:
     sheared = Augmenter([{"Affine": {"shear": [45, 45]}}])(image, epoch=0, index=0)
     columns = sheared[..., 0].argmax(1)
     assert columns[20] == 20 and columns[10] == 10 and columns[30] == 30  # one pixel a row at 45°
+
+
+def test_signs_are_those_of_the_documented_table() -> None:
+    """docs/augment.md, "Conventions of other libraries"."""
+    image = picture(61, 61)
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    how = {"translate": [0, 0], "scale": 1.0, "interpolation": tv.InterpolationMode.BILINEAR}
+    cases = {
+        "Rotate": ({"angle": 20.0}, tv.rotate(tensor, 20.0, tv.InterpolationMode.BILINEAR)),
+        "Affine": ({"angle": 20.0}, tv.affine(tensor, angle=-20.0, shear=[0.0, 0.0], **how)),
+        "Affine x": ({"shear": 20.0}, tv.affine(tensor, angle=0.0, shear=[-20.0, 0.0], **how)),
+        "Shear y": ({"shear_y": 20.0}, tv.affine(tensor, angle=0.0, shear=[0.0, -20.0], **how)),
+    }
+    for name, (args, theirs) in cases.items():
+        ours = Augmenter("none").apply(Plan((61, 61), (Step(name.split()[0], args),)), image)
+        assert np.abs(ours.astype(int) - theirs.permute(1, 2, 0).numpy()).mean() < 1.5, name
 
 
 def test_shift_is_a_share_of_the_side() -> None:

@@ -25,6 +25,8 @@ GEOMETRIC: list[dict[str, dict[str, Any]]] = [
     {"RandomResizedCrop": {"size": [50, 70], "scale": [0.3, 1.0]}},
     {"RandomCrop": {"size": [80, 40]}},
     {"PadAndCrop": {"padding": 9, "border": "reflect"}},
+    {"PadAndCrop": {"padding": 70, "border": "reflect101"}},
+    {"Rotate": {"degrees": 45, "border": "reflect101"}},
     {"Rot90": {"turns": 1}},
     {"Rot90": {"turns": 3}},
     {"Transpose": {}},
@@ -104,12 +106,12 @@ def test_a_mask_of_an_images_own_colours_follows_the_image(entry, exact: bool) -
 )
 def test_a_moved_box_encloses_the_moved_rectangle_tightly(first, second, epoch: int, box) -> None:
     top, left, height, width = box
-    if any(entry.get("border") == "reflect" for op in (first, second) for entry in op.values()):
+    if any(entry.get("border") in ("reflect", "reflect101") for op in (first, second) for entry in op.values()):
         first = second = {"Transpose": {}}  # mirrored copies of the rectangle have no box
     mask = np.zeros((HEIGHT, WIDTH), bool)
     mask[top : top + height, left : left + width] = True
     plan = plan_of(first, second, epoch=epoch)
-    if any(step.args.get("border") in ("reflect", "edge") for step in plan.steps):
+    if any(step.args.get("border") in ("reflect", "reflect101", "edge") for step in plan.steps):
         return
     moved = NONE.apply_mask(plan, mask)
     (result,), (visible,) = NONE.apply_boxes(plan, [box])
