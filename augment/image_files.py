@@ -104,8 +104,11 @@ def walk(root: str | Path) -> Tree:
                 continue
             seen.add(identity(folder))
         level = level_of(folder)
-        seen.update(map(identity, level.folders))
-        folders += level.folders
+        below = {subfolder: identity(subfolder) for subfolder in level.folders}
+        folders += [
+            subfolder for subfolder, own in below.items() if own not in seen
+        ]  # those of a linked folder may be known
+        seen.update(below.values())
         linked += level.linked
         tree.images += level.images
         tree.skipped.add(level.skipped)

@@ -12,47 +12,51 @@ from urllib.parse import unquote, urlsplit
 
 MASK = "***"
 
-SECRETS = (
-    "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN",
-    "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_CONNECTION_STRING", "PGPASSWORD", "HF_TOKEN",
+TOKENS = (
+    "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCESS_KEY",
+    "AZURE_STORAGE_CONNECTION_STRING", "HF_TOKEN",
 )  # fmt: skip
-"""Environment variables whose values are secret wherever they stand."""
+"""Environment variables whose values are random, and secret wherever they stand."""
+
+PASSWORDS = ("MLFLOW_TRACKING_PASSWORD", "PGPASSWORD")
+"""Environment variables whose values are secret, and may be ordinary words."""
 
 SHORTEST = 6
 """Characters of a secret that is searched for by its value: shorter ones are parts of ordinary words."""
 
 _ADDRESS = re.compile(
-    r"""\b(?P<scheme>[a-z][a-z0-9+.-]*://)
-    (?:(?P<both>[^/\s'"<>?\#:@]*:[^/\s'"<>]*)@      # user:password
-      |(?P<token>[^/\s'"<>?\#@]+)@)""",
-    re.IGNORECASE | re.VERBOSE,
+    r"""(?<![a-z0-9+.-])(?P<scheme>[a-z][a-z0-9+.-]{0,30}://)(?P<user>[^/?\#\s"<>]+)@""", re.IGNORECASE
 )
-# SQLAlchemy takes a slash in a password.
+# SQLAlchemy takes a slash in a password, and an @ in a user name.
 _DATABASE = re.compile(
-    r"\b(?P<scheme>(?:postgres|mysql|mariadb|mssql|oracle)[a-z0-9+]*://)[^/\s'\"<>:@]*:[^\s'\"<>]*@", re.IGNORECASE
+    r"""(?P<scheme>(?:postgres|mysql|mariadb|mssql|oracle)[a-z0-9+]{0,30}://)[^:/\s"<>]*:[^?\s"<>]*@""", re.IGNORECASE
 )
 _PARAMETER = re.compile(
-    r"""(?P<name>(?:^|(?<=[?&;\s'"]))
-    (?:[\w.-]*(?:token|passw\w*|passphrase|pwd|secret(?:[_-]?key)?|signature|credentials?|api[_-]?key|access[_-]?key|account[_-]?key)
-      |auth|sig|key|odbc_connect)=)
+    r"""(?P<name>[?&][\w.-]{0,40}(?:token|passw\w{0,9}|passphrase|pwd|secret(?:[_-]?key)?|signature|credentials?|key|auth|sig|odbc_connect)=)
     (?P<value>[^&\s'"<>;]+)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_NAMED = re.compile(
+    r"""(?P<name>(?:password|passwd|passphrase|secret|secret[_-]?key|api[_-]?key|access[_-]?key|account[_-]?key|access[_-]?token)
+      ['"]?\s?[=:]\s?['"]?
+      |\bauthorization['"]?\s?[=:]\s?['"]?(?:bearer|basic|token)\s)
+    (?P<value>[^\s'"&,;)}\]]+)""",
     re.IGNORECASE | re.VERBOSE,
 )
 
 
 def masked(text: str) -> str:
-    """The text with `***` for each password, token and key: in the user part of addresses, in query parameters such as `token=`, and
-    wherever the value of an environment variable of SECRETS stands. Masked text stays as it is."""
-    for secret in _known_secrets():
-        text = text.replace(secret, MASK)
-    text = _DATABASE.sub(rf"\g<scheme>{MASK}@", text)
-    return _PARAMETER.sub(rf"\g<name>{MASK}", _ADDRESS.sub(_without_user, text))
+    """The text with `***` for each password, token and key: in the user part of addresses, in query parameters such as `token=`, after
+    names such as `password=`, and wherever the value of an environment variable of TOKENS and PASSWORDS stands, or the password of
+    MLFLOW_TRACKING_URI. Masked text stays as it is."""
+    return _by_pattern(_without(text, _tokens() | _passwords()))
 
 
 def masked_values(value: Any) -> Any:
-    """`masked` for every text in mappings and lists."""
+    """Mask every text in mappings and lists, as `masked`, but leave passwords that may be ordinary words in texts without an address: a
+    stored config must name the same folder as before."""
     if isinstance(value, str):
-        return masked(value)
+        return masked(value) if "://" in value else _by_pattern(_without(value, _tokens()))
     if isinstance(value, Mapping):
         return {key: masked_values(item) for key, item in value.items()}
     return [masked_values(item) for item in value] if isinstance(value, list | tuple) else value
@@ -89,20 +93,41 @@ def _print_masked(kind: Any, error: Any, trace: Any) -> None:
         sys.stderr.write(masked("".join(traceback.format_exception(kind, error, trace))))
 
 
+def _by_pattern(text: str) -> str:
+    if "://" in text:
+        text = _DATABASE.sub(rf"\g<scheme>{MASK}@", text)
+        text = _ADDRESS.sub(_without_user, text)
+    return _NAMED.sub(rf"\g<name>{MASK}", _PARAMETER.sub(rf"\g<name>{MASK}", text))
+
+
 def _without_user(match: re.Match[str]) -> str:
-    scheme, user = match["scheme"], match["token"]
     # A database's user alone is no secret, as with a password in PGPASSWORD; of a server it may be a token.
-    if user is not None and not scheme.lower().startswith("http"):
+    if ":" not in match["user"] and not match["scheme"].lower().startswith("http"):
         return match[0]
-    return f"{scheme}{MASK}@"
+    return f"{match['scheme']}{MASK}@"
 
 
-def _known_secrets() -> list[str]:
-    """The longest first, as one may hold another."""
-    found = {os.environ.get(name, "") for name in SECRETS}
+def _without(text: str, secrets: set[str]) -> str:
+    """The longest secret first, as one may hold another."""
+    for secret in sorted(
+        (secret for secret in secrets if len(secret) >= SHORTEST and secret != MASK), key=len, reverse=True
+    ):
+        text = text.replace(secret, MASK)
+    return text
+
+
+def _tokens() -> set[str]:
+    return {os.environ.get(name, "") for name in TOKENS}
+
+
+def _passwords() -> set[str]:
+    """A password that is also the user's or the database's name is left to the patterns: messages are full of such a word."""
+    address = os.environ.get("MLFLOW_TRACKING_URI", "")
     try:
-        password = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).password or ""
+        parts = urlsplit(address)
+        password = parts.password or ""
     except ValueError:  # brackets that hold no address
-        password = ""
-    found |= {password, unquote(password)}
-    return sorted((secret for secret in found if len(secret) >= SHORTEST and secret != MASK), key=len, reverse=True)
+        return {os.environ.get(name, "") for name in PASSWORDS}
+    rest = address.replace(f":{password}@", ":@", 1)
+    found = set() if password in rest else {password, unquote(password)}
+    return found | {os.environ.get(name, "") for name in PASSWORDS}

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import logging
+import os
 import re
 import urllib.parse
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models.credentials import masked
+from models.credentials import MASK, masked
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -153,13 +154,18 @@ def _is_url(source: str) -> bool:
 
 
 def _downloaded(url: str) -> Path:
-    """ValueError where it cannot be had. The name in the cache tells the URL, so that two files of one name do not meet."""
+    """ValueError where it cannot be had. The name in the cache tells the URL, so that two files of one name do not meet.
+
+    A URL with credentials is stored masked. The masked URL finds the file that was downloaded last for it, so that a run can resume.
+    """
     name = Path(urllib.parse.urlparse(url).path).name
     if Path(name).suffix not in SUFFIXES:
         raise ValueError(f"weights={masked(url)!r}: expected the URL of a file that ends in {', '.join(SUFFIXES)}")
-    target = (
-        Path(torch.hub.get_dir()) / "checkpoints" / f"{hashlib.sha256(masked(url).encode()).hexdigest()[:12]}-{name}"
-    )
+    target, known = _cached(url, name), _cached(masked(url), name)
+    if MASK in url and not target.is_file():
+        raise ValueError(
+            f"weights={url!r}: its credentials were not stored, and the download cache has no copy; download the file"
+        )
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -167,7 +173,16 @@ def _downloaded(url: str) -> Path:
             torch.hub.download_url_to_file(url, str(target), progress=False)
         except (OSError, http.client.HTTPException) as err:
             raise ValueError(f"weights={masked(url)!r} cannot be downloaded: {err}") from err
+    if known != target:
+        link = known.with_name(f".{known.name}.{os.getpid()}")
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        link.replace(known)
     return target
+
+
+def _cached(url: str, name: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
 
 
 def _adapt_channels(network: nn.Module, found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -126,17 +126,18 @@ def fit(
         return report.history
     kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(best_weights(kept))
-    _report_kept(kept["epoch"], report.history, module.monitor)
+    _report_kept(kept["epoch"], report.history, module.monitor, first)
     module.to("cuda" if device == "cuda" else "cpu").eval()
     return report.history
 
 
-def _report_kept(epoch: int, history: Sequence[Mapping[str, float]], monitor: str) -> None:
+def _report_kept(epoch: int, history: Sequence[Mapping[str, float]], monitor: str, first: int) -> None:
+    """first: the epoch before which none is kept."""
     scores = [row[monitor] for row in history]
-    highest = max(scores)
+    highest = max(scores[first:])
     shown = f"{monitor} {scores[epoch]:.4f}"
     if scores[epoch] < highest:
-        shown += f", within one standard error of {highest:.4f} in epoch {scores.index(highest) + 1}"
+        shown += f", within one standard error of {highest:.4f} in epoch {scores.index(highest, first) + 1}"
     log.info("keeping the weights of epoch %d/%d: %s", epoch + 1, len(history), shown)
 
 

@@ -62,6 +62,8 @@ def stored_config(path: Path) -> Config:
         raise ConfigError(f"{path} is no run: {CONFIG} holds no config")
     if isinstance(optim := values.get("optim"), dict):
         optim.setdefault("head_lr", 1.0)  # runs from before that key trained all at one learning rate
+    if isinstance(data := values.get("data"), dict):
+        data.setdefault("color_profile", "ignore")  # runs from before that key ignored colour profiles
     config = config_from_dict(values, where=str(path / CONFIG))
     config.trainer.runs_dir, config.trainer.run_name = str(path.parent), path.name
     return config

@@ -180,12 +180,12 @@ def death(code: int | None, workers: int) -> str:
 
 
 def shared_memory_free() -> int | None:
-    """Bytes of shared memory that are free, None where the system has no folder for it."""
+    """Bytes of shared memory that are free for each of this machine's training processes, None where the system has no folder for it."""
     try:
         state = os.statvfs(SHARED)
     except OSError:
         return None
-    return state.f_bavail * state.f_frsize
+    return state.f_bavail * state.f_frsize // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's
 
 
 def hand_over(workers: int, batch_bytes: int, free: int | None) -> tuple[int, bool]:

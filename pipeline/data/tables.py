@@ -348,7 +348,10 @@ def _path_meant(folder: Path, value: str) -> str:
     `\\`, in another Unicode form. Where none is there, the last but for the form."""
     plain = trimmed_name(value)
     unquoted = trimmed_name(plain[1:-1]) if len(plain) > 1 and plain[0] == plain[-1] and plain[0] in "\"'" else plain
-    address = urlsplit(unquoted) if unquoted.lower().startswith("file:/") else None
+    try:
+        address = urlsplit(unquoted) if unquoted.lower().startswith("file:/") else None
+    except ValueError:  # a host in brackets that is not an address; the path is reported as missing
+        address = None
     local = unquote(address.path) if address is not None and address.netloc in ("", "localhost") else unquoted
     slashes = local.replace("\\", "/")
     forms = [unicodedata.normalize(form, slashes) for form in ("NFC", "NFD")] if not slashes.isascii() else []

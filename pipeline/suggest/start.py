@@ -36,7 +36,7 @@ def check_start(name: str | None, weights: str | None, classes: int) -> Start | 
                 f"--model.weights {weights}: the bundle's network reads {height}×{width} pixels, and init proposes square inputs; "
                 "write the config by hand, with the bundle's data.image_size"
             )
-        args = dict(record["args"])
+        args = record["args"]
         start = Start(record["name"], str(weights), height, True, args, args.pop("head", "linear"))
     elif name is None:
         raise ConfigError(
@@ -81,7 +81,8 @@ def _bundle_network(weights: str | None) -> dict[str, Any] | None:
         return None
     try:
         network = json.loads(record.read_text("utf-8"))["network"]
-        return {key: network[key] for key in ("name", "image_size", "args")}
+        height, width = map(int, network["image_size"])
+        return {"name": str(network["name"]), "image_size": (height, width), "args": dict(network["args"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--model.weights {weights}: its bundle.json does not describe a network of images"

@@ -22,6 +22,13 @@ from models.credentials import hide_credentials, masked, masked_values
         ("https://h/?accessToken=x&client_secret=y", "https://h/?accessToken=***&client_secret=***"),
         ("connection failed: host=db password=geheim user=m", "connection failed: host=db password=*** user=m"),
         ("http://***@127.0.0.1:9?token=***", "http://***@127.0.0.1:9?token=***"),
+        ("postgresql://user@server:S3cretPass@db.example:5432/x", "postgresql://***@db.example:5432/x"),
+        ("https://me@corp.com:pw@host/", "https://***@host/"),
+        ("https://u:pa'ss1@h/", "https://***@h/"),
+        ("login(user='m', password='geheim', port=1)", "login(user='m', password='***', port=1)"),
+        ("{'password': 'geheim', 'user': 'm'}", "{'password': '***', 'user': 'm'}"),
+        ("DB_PASSWORD: geheim", "DB_PASSWORD: ***"),
+        ("Authorization: Bearer abc.def", "Authorization: Bearer ***"),
     ],
 )  # fmt: skip
 def test_credentials_are_masked(text: str, shown: str) -> None:
@@ -33,6 +40,7 @@ def test_credentials_are_masked(text: str, shown: str) -> None:
     [
         "http://127.0.0.1:5000/api?run=1", "postgresql://mlflow@database:5432/mlflow", "sqlite:////a/b@c/mlflow.db",
         "models:/cats@champion",        "me@example.com", "12:30: a@b", "tokens=64", "http://host:5000/models@x", "max_length=3",
+        "sorted(rows, key=len)[0]", "augment key=3", "data.token=images", "pwd=/home/me", "a" + "-a" * 20_000,
     ],
 )  # fmt: skip
 def test_what_is_no_credential_stays(text: str) -> None:
@@ -42,8 +50,15 @@ def test_what_is_no_credential_stays(text: str) -> None:
 def test_secrets_of_the_environment_are_masked_by_their_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abcdefgh1")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:pa%40ssword@h")
-    values = {"a": ["key abcdefgh1", 3, ("pa@ssword",)], "b": {"c": "pa%40ssword"}}
-    assert masked_values(values) == {"a": ["key ***", 3, ["***"]], "b": {"c": "***"}}
+    values = {"a": ["key abcdefgh1", 3, ("http://h/pa@ssword",)], "b": {"c": "/data/pa@ssword"}}
+    stored = {"a": ["key ***", 3, ["http://h/***"]], "b": {"c": "/data/pa@ssword"}}
+    assert masked_values(values) == stored, "a stored path must name the same folder"
+    assert masked("no pa@ssword, no pa%40ssword") == "no ***, no ***"
+
+
+def test_a_password_that_is_an_ordinary_word_leaves_messages_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://mlflow:mlflow@db/mlflow")
+    assert masked("mlflow at postgresql://mlflow:mlflow@db/mlflow") == "mlflow at postgresql://***@db/mlflow"
 
 
 def test_every_library_logs_without_credentials(caplog: pytest.LogCaptureFixture) -> None:

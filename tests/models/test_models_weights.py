@@ -162,6 +162,13 @@ def test_a_url_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         for _ in range(2):
             assert same(build("lenet5", 4, image_size=SIZE, weights=url), source)
         assert len(asked) == 1
+        # Two keys may name two files. A stored run has the masked address, which finds the copy again.
+        for key in ("exp1", "exp2"):
+            assert same(build("lenet5", 4, image_size=SIZE, weights=f"{url}?key={key}"), source)
+        assert len(asked) == 3
+        assert same(build("lenet5", 4, image_size=SIZE, weights=f"{url}?key=***"), source) and len(asked) == 3
+        with pytest.raises(ValueError, match="its credentials were not stored"):
+            build("lenet5", 4, image_size=SIZE, weights=f"{url}?other=1&key=***")
         with pytest.raises(ValueError, match=r"other.safetensors' cannot be downloaded: .*404"):
             build("lenet5", 4, image_size=SIZE, weights=url.replace("/w.", "/other."))
         server.shutdown()

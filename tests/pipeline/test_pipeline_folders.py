@@ -157,6 +157,15 @@ def test_links_are_followed_each_folder_once_and_broken_ones_are_reported(files:
     assert f"{root}/dog/gone.png" in listed and len(listed) == 8, "a row each, errors too"
 
 
+def test_a_folder_below_two_links_is_read_once(files: Files, tmp_path: Path) -> None:
+    root = files("2*cat")
+    (tmp_path / "more" / "deep").mkdir(parents=True)
+    (tmp_path / "more" / "deep" / "b.png").touch()
+    linked(root, "cat/a", tmp_path / "more" / "deep")
+    linked(root, "cat/b", tmp_path / "more")
+    assert [*map(Path, walk(root / "cat").images)][2:] == [root / "cat/a/b.png"]
+
+
 def test_a_class_may_be_a_link_and_a_loop_through_it_ends(files: Files, tmp_path: Path) -> None:
     root = files("2*dog")
     (tmp_path / "cats").mkdir()

@@ -220,6 +220,10 @@ def test_a_bundle_names_its_own_network(tmp_path: Path) -> None:
     (tmp_path / "bundle" / "bundle.json").write_text(json.dumps({"network": network}))
     with pytest.raises(ConfigError, match="40×50 pixels"):
         check_start(None, str(tmp_path / "bundle"), 2)
+    for damage in ({"image_size": 32}, {"args": [1]}, {"image_size": None}):
+        (tmp_path / "bundle" / "bundle.json").write_text(json.dumps({"network": network | damage}))
+        with pytest.raises(ConfigError, match=r"its bundle\.json does not describe a network"):
+            check_start(None, str(tmp_path / "bundle"), 2)
 
 
 def test_small_images_without_a_hub_are_told_of_pretrained_weights(tmp_path: Path) -> None:
