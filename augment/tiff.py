@@ -10,7 +10,6 @@ import struct
 import zlib
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -264,14 +263,15 @@ def _samples(data: bytes, layout: Layout) -> np.ndarray:
     (height, width), (rows, columns) = layout.size, layout.block
     planes, each = (len(layout.bits), 1) if layout.planar else (1, len(layout.bits))
     down, across = -(-height // rows), -(-width // columns)
-    blocks = list(product(range(planes), range(down), range(across)))
-    if len(layout.offsets) < len(blocks) or (layout.lengths and len(layout.lengths) < len(blocks)):
-        raise ImageError(f"damaged or truncated TIFF: it has {len(layout.offsets)} of {len(blocks)} strips or tiles")
+    blocks = planes * down * across
+    if len(layout.offsets) < blocks or (layout.lengths and len(layout.lengths) < blocks):
+        raise ImageError(f"damaged or truncated TIFF: it has {len(layout.offsets)} of {blocks} strips or tiles")
     if height * width * each * planes * layout.bits[0] // 8 > max(1 << 26, 4096 * len(data)):
         raise ImageError("damaged or truncated TIFF: its data are too few for its pixels")
     tiled = columns != width or rows > height
     pixels: np.ndarray | None = None
-    for number, (plane, y, x) in enumerate(blocks):
+    for number in range(blocks):
+        plane, (y, x) = number // (down * across), divmod(number % (down * across), across)
         own = rows if tiled or (y + 1) * rows <= height else height - y * rows
         packed = _bytes(data, layout, number, own, columns * each)
         values = _unpacked(packed, layout, own, columns, each)

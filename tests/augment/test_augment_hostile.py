@@ -1,0 +1,41 @@
+"""A hostile or unusual file costs memory in proportion to its size and pixels, and fails alone."""
+
+import io
+import struct
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from augment import ImageError, decode, image_size
+
+MEGABYTE = 1 << 20
+
+
+def allocated(call: Callable[[], object]) -> int:
+    """Return the most bytes that `call` had allocated at once; ImageError is an accepted outcome."""
+    tracemalloc.start()
+    try:
+        call()
+    except ImageError:
+        pass
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    return peak
+
+
+def tiff_of(entries: list[tuple[int, int, int, int]], rest: bytes = b"") -> bytes:
+    """Return a TIFF of one directory. entries: (tag, type, count, value or offset); rest: bytes behind the directory."""
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + rest
+
+
+def test_a_tiff_of_more_strips_than_offsets() -> None:
+    fields = {256: 1, 257: 3_000_000, 258: 16, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1}
+    data = tiff_of([(tag, 4, 1, value) for tag, value in fields.items()])
+    with pytest.raises(ImageError, match=r"it has 1 of 3000000 strips"):
+        decode(data)
+    assert allocated(lambda: decode(data)) < MEGABYTE
