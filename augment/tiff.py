@@ -38,6 +38,11 @@ _NAMES = {
     32844: "LogL",
     32845: "LogLuv",
 }
+_USED = frozenset({
+    _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIPS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR,
+    _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _SUB_DIRECTORIES, _EXTRA, _FORMAT, _LOW, _HIGH, _PROFILE, _DNG,
+})  # fmt: skip
+_MOST_VALUES = 1 << 20  # of one tag: the strips or tiles of the largest images
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 _KINDS = {_UNSIGNED: "u", _SIGNED: "i", _FLOAT: "f"}
 _DEFLATE = (8, 32946)
@@ -136,7 +141,10 @@ def _first_directory(data: bytes) -> tuple[str, dict[int, tuple[Any, ...]], Any]
 
 
 def _directory(data: bytes, order: str, big: bool, place: int) -> dict[int, tuple[Any, ...]]:
-    """Tag → values, of the tags with a plain type."""
+    """Return tag → values, of the tags that `_layout` and `_refuse_raw` use; the first of several with the same tag.
+
+    ValueError where the tags together have more bytes than the file, since Pillow copies the value of every tag.
+    """
     head, word, step = ("Q", "Q", 20) if big else ("H", "I", 12)
     (count,) = struct.unpack_from(order + head, data, place)
     if not 0 < count <= 4096:
@@ -144,6 +152,7 @@ def _directory(data: bytes, order: str, big: bool, place: int) -> dict[int, tupl
     start = place + struct.calcsize(order + head)
     inline = struct.calcsize(order + word)
     tags: dict[int, tuple[Any, ...]] = {}
+    announced = 0
     for entry in range(start, start + count * step, step):
         tag, kind, length = struct.unpack_from(order + "HH" + word, data, entry)
         form = _TYPES.get(kind, "_")
@@ -151,9 +160,16 @@ def _directory(data: bytes, order: str, big: bool, place: int) -> dict[int, tupl
             continue
         if length > len(data):
             raise ValueError(f"tag {tag} has {length} values")
-        value_at = entry + 4 + inline
-        if length * struct.calcsize(order + form) > inline:
+        value_at, size = entry + 4 + inline, length * struct.calcsize(order + form)
+        if size > inline:
             (value_at,) = struct.unpack_from(order + word, data, value_at)
+            announced += size
+            if announced > 2 * len(data):  # twice: some programs let two tags share a value
+                raise ValueError("its tags share their values")
+        if tag not in _USED or tag in tags or (tag == _PROFILE and kind not in (1, 2, 7)):
+            continue
+        if length > _MOST_VALUES and tag != _PROFILE:
+            raise ValueError(f"tag {tag} has {length} values")
         if kind in (1, 2, 7):
             if value_at + length > len(data):
                 raise ValueError(f"tag {tag} ends behind the file")
@@ -168,7 +184,7 @@ def _refuse_raw(tags: dict[int, tuple[Any, ...]], read: Any) -> None:
     for place in tags.get(_SUB_DIRECTORIES, ())[:8]:
         try:
             directories.append(read(place))
-        except (struct.error, ValueError):
+        except (struct.error, TypeError, ValueError):
             continue
     if _DNG in tags or any(own.get(_PHOTOMETRIC, (0,))[:1] in ((_RAW[0],), (_RAW[1],)) for own in directories):
         raise ImageError("camera raw is not read; develop it and save it as JPEG or 16-bit TIFF")

@@ -1,13 +1,10 @@
 """A hostile or unusual file costs memory in proportion to its size and pixels, and fails alone."""
 
-import io
 import struct
 import tracemalloc
 from collections.abc import Callable
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from augment import ImageError, decode, image_size
 
@@ -39,3 +36,16 @@ def test_a_tiff_of_more_strips_than_offsets() -> None:
     with pytest.raises(ImageError, match=r"it has 1 of 3000000 strips"):
         decode(data)
     assert allocated(lambda: decode(data)) < MEGABYTE
+
+
+def test_tags_that_share_one_value() -> None:
+    pixel = [(256, 4, 1, 1), (257, 4, 1, 1), (258, 4, 1, 8), (259, 4, 1, 1), (262, 4, 1, 1), (273, 4, 1, 8)]
+    pixel += [(277, 4, 1, 1), (278, 4, 1, 1), (279, 4, 1, 1)]
+    for kind, count in ((1, 100_000), (3, 50_000)):
+        shared = [(tag, kind, count, 8 + 2 + 12 * 409 + 4) for tag in range(40_000, 40_400)]
+        data = tiff_of(pixel + shared, bytes(100_000))
+        with pytest.raises(ImageError, match="its directory cannot be read"):
+            image_size(data)
+        assert allocated(lambda data=data: image_size(data)) < MEGABYTE
+    two = tiff_of([*pixel, (282, 5, 1, 8 + 2 + 12 * 11 + 4), (283, 5, 1, 8 + 2 + 12 * 11 + 4)], bytes(8))
+    assert decode(two).tolist() == [[[two[8]] * 3]]
