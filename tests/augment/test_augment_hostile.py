@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from augment import ImageError, decode, image_size
+from augment import ImageError, decode, exif, image_size
 
 MEGABYTE = 1 << 20
 
@@ -49,3 +49,9 @@ def test_tags_that_share_one_value() -> None:
         assert allocated(lambda data=data: image_size(data)) < MEGABYTE
     two = tiff_of([*pixel, (282, 5, 1, 8 + 2 + 12 * 11 + 4), (283, 5, 1, 8 + 2 + 12 * 11 + 4)], bytes(8))
     assert decode(two).tolist() == [[[two[8]] * 3]]
+
+
+def test_repeated_exif_headers() -> None:
+    turned = b"II*\0" + struct.pack("<IHHHII", 8, 1, 0x0112, 3, 1, 6)
+    assert [exif.orientation(exif.HEADER * count + turned) for count in (0, 1, 4)] == [6, 6, 6]
+    assert exif.orientation(exif.HEADER * 1_000_000 + turned) == 1
