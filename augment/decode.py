@@ -233,15 +233,15 @@ def _source(data: bytes) -> _Source:
         # Pillow turns a TIFF itself.
         image = _open(data, "TIFF", f"a {layout} is not read; save it as 8-bit or 16-bit grey or RGB")
         return _Source((image.height, image.width), 1, layout=layout, image=image)
-    image = _open(data, name)
     chunks = png.read_chunks(data) if name == "PNG" else None
+    image = _open(data, name)
     return _Source((image.height, image.width), _orientation_of(image, chunks), image=image, chunks=chunks)
 
 
 def _orientation_of(image: "Image.Image", chunks: png.Chunks | None = None) -> int:
     """The orientation, 1…8, of an opened image, without decoding it."""
-    if chunks is not None and (chunks.exif or chunks.xmp):
-        return exif.orientation(chunks.exif, chunks.xmp)
+    if chunks is not None and (chunks.exif or chunks.text):
+        return exif.orientation(chunks.exif, chunks.xmp())
     info = image.info
     if "exif" in info or "xmp" in info:
         return exif.orientation(info.get("exif") or b"", info.get("xmp") or b"")
@@ -322,7 +322,7 @@ def _decode_cmyk_jpeg(data: bytes, *, convert: bool) -> Part:
 def _profile_of(image: "Image.Image", source: _Source) -> bytes:
     if source.layout is not None:
         return source.layout.profile
-    profile = source.chunks.profile if source.chunks is not None else image.info.get("icc_profile")
+    profile = source.chunks.profile() if source.chunks is not None else image.info.get("icc_profile")
     return profile if isinstance(profile, bytes) else b""
 
 

@@ -1,12 +1,15 @@
 """A hostile or unusual file costs memory in proportion to its size and pixels, and fails alone."""
 
+import io
 import struct
 import tracemalloc
+import zlib
 from collections.abc import Callable
 
 import pytest
+from PIL import Image
 
-from augment import ImageError, decode, exif, image_size
+from augment import ImageError, decode, exif, image_size, png
 
 MEGABYTE = 1 << 20
 
@@ -55,3 +58,25 @@ def test_repeated_exif_headers() -> None:
     turned = b"II*\0" + struct.pack("<IHHHII", 8, 1, 0x0112, 3, 1, 6)
     assert [exif.orientation(exif.HEADER * count + turned) for count in (0, 1, 4)] == [6, 6, 6]
     assert exif.orientation(exif.HEADER * 1_000_000 + turned) == 1
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def test_repeated_compressed_chunks_of_a_png() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 6)).save(buffer, "PNG")
+    plain, text = buffer.getvalue(), b"XML:com.adobe.xmp\0\1\0\0\0"
+    bomb = zlib.compress(bytes(24 * MEGABYTE))
+    turned = chunk(b"iTXt", text + zlib.compress(b'<x tiff:Orientation="6"/>'))
+    data = plain[:-12] + turned + chunk(b"iTXt", text + bomb) * 3 + chunk(b"iCCP", b"x\0\0" + bomb) * 20 + plain[-12:]
+    found = png.read_chunks(data)
+    assert found.profile() == b""  # behind the pixels
+    assert image_size(data) == (4, 6)  # the first text counts
+    assert allocated(lambda: image_size(data)) < 2 * MEGABYTE
+    for count in (1, 20):
+        data = plain[:33] + chunk(b"iCCP", b"x\0\0" + bomb) * count + plain[33:]
+        assert allocated(lambda data=data: decode(data, color_profile="convert")) < 14 * MEGABYTE
+    with pytest.raises(ImageError, match="more than 8 colour profiles"):
+        image_size(data)
