@@ -10,6 +10,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ _USED = frozenset({
     _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIPS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR,
     _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _SUB_DIRECTORIES, _EXTRA, _FORMAT, _LOW, _HIGH, _PROFILE, _DNG,
 })  # fmt: skip
+_BLOCK = 1 << 16  # samples that are unpacked at once
 _MOST_VALUES = 1 << 20  # of one tag: the strips or tiles of the largest images
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 _KINDS = {_UNSIGNED: "u", _SIGNED: "i", _FLOAT: "f"}
@@ -340,9 +342,8 @@ def _unpacked(packed: bytes, layout: Layout, rows: int, columns: int, each: int)
     """rows×columns×each samples in this machine's byte order, the predictor undone."""
     bits = layout.bits[0]
     if bits not in (8, 16, 32, 64):
-        flat = np.unpackbits(np.frombuffer(packed, np.uint8).reshape(rows, -1), axis=1)[:, : columns * each * bits]
-        weights = (1 << np.arange(bits - 1, -1, -1)).astype(np.uint32)
-        return (flat.reshape(rows, columns, each, bits) * weights).sum(axis=-1, dtype=np.uint32)
+        stored = np.frombuffer(packed, np.uint8).reshape(rows, -1)
+        return _unpacked_bits(stored, bits, columns * each).reshape(rows, columns, each)
     if layout.predictor == 3:
         raw = np.frombuffer(packed, np.uint8).reshape(rows, -1, each)
         summed = np.add.accumulate(raw, axis=1, dtype=np.uint8).reshape(rows, bits // 8, -1)
@@ -353,4 +354,24 @@ def _unpacked(packed: bytes, layout: Layout, rows: int, columns: int, each: int)
     if layout.predictor == 2:
         plain = values.view(f"=u{bits // 8}")  # differences wrap around, of signed and floating-point samples too
         values = np.add.accumulate(plain, axis=1, dtype=plain.dtype).view(values.dtype)
+    return values
+
+
+def _unpacked_bits(stored: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Return rows×count samples of `bits` bits in the smallest type. stored: uint8 rows×bytes, each row padded to whole bytes.
+
+    One block of samples at a time, since its bits take one byte each.
+    """
+    rows = len(stored)
+    values = np.zeros((rows, count), np.uint8 if bits < 8 else np.uint16 if bits < 16 else np.uint32)
+    wide = min(count, _BLOCK)
+    tall = max(1, _BLOCK // wide)
+    for top, left in product(range(0, rows, tall), range(0, count, wide)):
+        part = values[top : top + tall, left : left + wide]
+        first = left * bits // 8  # whole, as a block has a multiple of 8 samples
+        held = stored[top : top + tall, first : first + -(-part.shape[1] * bits // 8)]
+        single = np.unpackbits(held, axis=1)[:, : part.shape[1] * bits].reshape(*part.shape, bits)
+        for bit in range(bits):
+            part <<= 1
+            part |= single[..., bit]
     return values

@@ -6,10 +6,11 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from augment import ImageError, decode, exif, image_size, png
+from augment import ImageError, decode, exif, image_size, png, tiff
 
 MEGABYTE = 1 << 20
 
@@ -80,3 +81,13 @@ def test_repeated_compressed_chunks_of_a_png() -> None:
         assert allocated(lambda data=data: decode(data, color_profile="convert")) < 14 * MEGABYTE
     with pytest.raises(ImageError, match="more than 8 colour profiles"):
         image_size(data)
+
+
+@pytest.mark.parametrize("bits", [1, 6, 12, 24])
+def test_packed_bits_are_unpacked_in_blocks(bits: int) -> None:
+    stored = np.random.default_rng(0).integers(0, 256, (3, 70_001 * bits // 8 + 1), np.uint8)
+    flat = np.unpackbits(stored, axis=1)[:, : 70_001 * bits].reshape(3, 70_001, bits).astype(np.int64)
+    values = tiff._unpacked_bits(stored, bits, 70_001)
+    np.testing.assert_array_equal(values, flat @ (1 << np.arange(bits - 1, -1, -1)))
+    large = np.zeros((2000, 1000 * bits // 8), np.uint8)
+    assert allocated(lambda: tiff._unpacked_bits(large, bits, 1000)) < 2_000_000 * values.itemsize + 4 * MEGABYTE
