@@ -6,7 +6,7 @@ are never touched: a file that is cut inside them, or whose bits are wrong, stay
 
 import re
 
-_NEXT = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # a marker that ends entropy-coded data
+_NEXT = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # a marker that ends entropy-coded data
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
 TRIES = 4
 """Decodes of one damaged file, at most."""

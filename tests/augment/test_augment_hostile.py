@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from augment import ImageError, decode, exif, image_size, png, tiff
+from augment.jpeg import JpegError, check_scans
 
 MEGABYTE = 1 << 20
 
@@ -91,3 +92,27 @@ def test_packed_bits_are_unpacked_in_blocks(bits: int) -> None:
     np.testing.assert_array_equal(values, flat @ (1 << np.arange(bits - 1, -1, -1)))
     large = np.zeros((2000, 1000 * bits // 8), np.uint8)
     assert allocated(lambda: tiff._unpacked_bits(large, bits, 1000)) < 2_000_000 * values.itemsize + 4 * MEGABYTE
+
+
+def encoded(seed: int, **options: object) -> bytes:
+    buffer, pixels = io.BytesIO(), np.random.default_rng(seed).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_scan_markers_outside_the_image_do_not_count(progressive: bool) -> None:
+    plain = encoded(0, progressive=progressive)
+    metadata = b"\xff\xe5" + struct.pack(">H", 402) + b"\xff\xda" * 200
+    for data in (plain + b"\xff\xda" * 200, plain[:2] + metadata + plain[2:]):
+        np.testing.assert_array_equal(decode(data, max_pixels=10_000), decode(plain))
+
+
+@pytest.mark.parametrize(
+    "cover", [b"", b"\xff\x02\xff\xff", b"\xff\x01", b"\xff\xd3", b"\xff\xff\x00", b"\xff\xf2\xff\xff"]
+)
+def test_scan_markers_behind_entropy_coded_data_count(cover: bytes) -> None:
+    plain = encoded(0, progressive=True)
+    bomb = plain[:-2] + cover + plain[plain.rindex(b"\xff\xda") : -2] * 200 + plain[-2:]
+    with pytest.raises(JpegError, match=r"JPEG of 21\d scans"):
+        check_scans(bomb)
