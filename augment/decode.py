@@ -161,17 +161,31 @@ def _decode_jpeg(data: bytes, header: jpeg.JpegHeader, box: Box | None, scale: i
 def _decode_repaired(data: bytes, header: jpeg.JpegHeader, scale: int, error: JpegError) -> Part:
     """Decode a JPEG whose structure is damaged and whose data are complete. JpegError where they are not."""
     data, remarks = jpeg_repair.tidied(data) or (data, [])
-    for _ in range(jpeg_repair.TRIES):
-        try:
-            pixels = jpeg.decode_whole(data, header, scale)
-            return Part(pixels, scale, remarks=(f"repaired JPEG: {' and '.join(remarks)}",) if remarks else ())
-        except JpegError as next_error:
-            error = next_error
-        mended = jpeg_repair.without_extraneous(data, str(error))
-        if mended is None:
+    tries, found = jpeg_repair.TRIES - 1, _pixels_or_error(data, header, scale)
+    while isinstance(found, JpegError) and (places := jpeg_repair.extraneous(data, str(found))):
+        # A cut in front of the right one takes data away, which gives another message; one behind it changes nothing in front of it.
+        low, high, best = 0, len(places), None
+        while low < high and tries and not isinstance(found, np.ndarray):
+            middle, tries = (low + high) // 2, tries - 1
+            mended = data[: places[middle][0]] + data[places[middle][1] :]
+            found = _pixels_or_error(mended, header, scale)
+            if isinstance(found, JpegError) and not jpeg_repair.reports_extraneous(str(found)):
+                low = middle + 1
+            else:
+                high, best = middle, (mended, found)
+        if best is None or (low < high and isinstance(best[1], JpegError)):
             break
-        data, remarks = mended, list(dict.fromkeys([*remarks, "bytes behind its data"]))
-    raise error
+        (data, found), remarks = best, list(dict.fromkeys([*remarks, "bytes behind its data"]))
+    if isinstance(found, JpegError):
+        raise error
+    return Part(found, scale, remarks=(f"repaired JPEG: {' and '.join(remarks)}",) if remarks else ())
+
+
+def _pixels_or_error(data: bytes, header: jpeg.JpegHeader, scale: int) -> np.ndarray | JpegError:
+    try:
+        return jpeg.decode_whole(data, header, scale)
+    except JpegError as error:
+        return error
 
 
 def _converted(pixels: np.ndarray, profile: bytes, *, grey: bool = False) -> np.ndarray:
