@@ -378,7 +378,8 @@ def _loaded(image: "Image.Image", profile: bytes, *, wide_png: bytes = b"") -> n
         image = image.convert("LA")
     if image.has_transparency_data:
         rgba = np.asarray(image.convert("RGBA"))
-        return _flattened(tiff.Raster(rgba[..., :3], rgba[..., 3], False), profile)
+        channels = 1 if image.mode in ("L", "LA") and profile[16:20] == b"GRAY" else 3
+        return _flattened(tiff.Raster(rgba[..., :channels], rgba[..., 3], False), profile)
     if not profile or image.mode == "1":
         return np.array(image.convert("RGB"))
     plain = np.asarray(image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB"))
