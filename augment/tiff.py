@@ -43,6 +43,7 @@ _USED = frozenset({
     _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIPS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR,
     _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _SUB_DIRECTORIES, _EXTRA, _FORMAT, _LOW, _HIGH, _PROFILE, _DNG,
 })  # fmt: skip
+_LARGEST_BLOCK = 1 << 24  # pixels of a tile that may be larger than the image
 _BLOCK = 1 << 16  # samples that are unpacked at once
 _MOST_VALUES = 1 << 20  # of one tag: the strips or tiles of the largest images
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
@@ -76,7 +77,9 @@ class Layout:
     @property
     def for_pillow(self) -> bool:
         """Whether Pillow reads this layout to the right pixels."""
-        if self.low or self.high or self.form != _UNSIGNED or not set(self.bits) <= {1, 2, 4, 8}:
+        if self.form != _UNSIGNED or not set(self.bits) <= {1, 2, 4, 8}:
+            return False
+        if set(self.low) - {0.0} or set(self.high) - {2.0 ** self.bits[0] - 1}:
             return False
         readable = self.compression == 1 or self.compression in _DEFLATE + _BY_PILLOW
         if self.planar and readable and self.photometric in _COLOURS:
@@ -214,6 +217,7 @@ def _layout(order: str, tags: dict[int, tuple[Any, ...]]) -> Layout:
     bits = several(_BITS) or (1,)
     forms = set(several(_FORMAT)) or {_UNSIGNED}
     profile = tags.get(_PROFILE, (b"",))[0]
+    without_range = bits == (1,) * len(bits) or one(_PHOTOMETRIC, 1) in (3, 6)  # palette, YCbCr: samples are not levels
     return Layout(
         order=order,
         size=(height, width),
@@ -225,8 +229,8 @@ def _layout(order: str, tags: dict[int, tuple[Any, ...]]) -> Layout:
         planar=one(_PLANAR, 1) == 2 and samples > 1,
         extra=tuple(map(int, several(_EXTRA))),
         orientation=one(_ORIENTATION, 1),
-        low=tuple(map(float, several(_LOW))),
-        high=tuple(map(float, several(_HIGH))),
+        low=() if without_range else tuple(map(float, several(_LOW))),
+        high=() if without_range else tuple(map(float, several(_HIGH))),
         profile=profile if isinstance(profile, bytes) else b"",
         block=block,
         offsets=several(_TILES if tiled else _STRIPS),
@@ -286,6 +290,8 @@ def _samples(data: bytes, layout: Layout) -> np.ndarray:
         raise ImageError(f"damaged or truncated TIFF: it has {len(layout.offsets)} of {blocks} strips or tiles")
     if height * width * each * planes * layout.bits[0] // 8 > max(1 << 26, 4096 * len(data)):
         raise ImageError("damaged or truncated TIFF: its data are too few for its pixels")
+    if rows * columns > max(_LARGEST_BLOCK, 4 * height * width):
+        raise ImageError(f"damaged TIFF: tiles of {rows}×{columns} for an image of {height}×{width}")
     tiled = columns != width or rows > height
     pixels: np.ndarray | None = None
     for number in range(blocks):
@@ -324,6 +330,7 @@ def _bytes(data: bytes, layout: Layout, number: int, rows: int, samples: int) ->
 def _by_pillow(stored: bytes, compression: int, rows: int, across: int) -> bytes:
     """Decompress by libtiff: the bytes are laid out as a grey image of 8 bits."""
     from PIL import Image
+    from PIL.TiffImagePlugin import TiffImageFile
 
     fields = {
         _WIDTH: across, _HEIGHT: rows, _BITS: 8, _COMPRESSION: compression, _PHOTOMETRIC: 1,
@@ -332,7 +339,9 @@ def _by_pillow(stored: bytes, compression: int, rows: int, across: int) -> bytes
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
     made = b"II*\x00" + struct.pack("<IH", 8, len(fields)) + entries + struct.pack("<I", 0) + stored
     try:
-        with Image.open(io.BytesIO(made), formats=("TIFF",)) as image:
+        with TiffImageFile(io.BytesIO(made)) as image:
+            # Memory of our own bypasses Pillow's pixel limit: `_samples` has checked the size.
+            image.im = Image.new("L", image.size).im
             return image.tobytes()
     except Exception as error:  # libtiff's errors arrive in many types
         raise ImageError("damaged or truncated TIFF (its data cannot be decompressed)") from error
