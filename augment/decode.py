@@ -164,7 +164,8 @@ def _decode_repaired(data: bytes, header: jpeg.JpegHeader, scale: int, error: Jp
     tries, found = jpeg_repair.TRIES - 1, _pixels_or_error(data, header, scale)
     while isinstance(found, JpegError) and (places := jpeg_repair.extraneous(data, str(found))):
         # A cut in front of the right one takes data away, which gives another message; one behind it changes nothing in front of it.
-        low, high, best = 0, len(places), None
+        low, high = 0, len(places)
+        best: tuple[bytes, np.ndarray | JpegError] | None = None
         while low < high and tries and not isinstance(found, np.ndarray):
             middle, tries = (low + high) // 2, tries - 1
             mended = data[: places[middle][0]] + data[places[middle][1] :]
