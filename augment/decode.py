@@ -161,17 +161,32 @@ def _decode_jpeg(data: bytes, header: jpeg.JpegHeader, box: Box | None, scale: i
 def _decode_repaired(data: bytes, header: jpeg.JpegHeader, scale: int, error: JpegError) -> Part:
     """Decode a JPEG whose structure is damaged and whose data are complete. JpegError where they are not."""
     data, remarks = jpeg_repair.tidied(data) or (data, [])
-    for _ in range(jpeg_repair.TRIES):
-        try:
-            pixels = jpeg.decode_whole(data, header, scale)
-            return Part(pixels, scale, remarks=(f"repaired JPEG: {' and '.join(remarks)}",) if remarks else ())
-        except JpegError as next_error:
-            error = next_error
-        mended = jpeg_repair.without_extraneous(data, str(error))
-        if mended is None:
+    tries, found = jpeg_repair.TRIES - 1, _pixels_or_error(data, header, scale)
+    while isinstance(found, JpegError) and (places := jpeg_repair.extraneous(data, str(found))):
+        # A cut in front of the right one takes data away, which gives another message; one behind it changes nothing in front of it.
+        low, high = 0, len(places)
+        best: tuple[bytes, np.ndarray | JpegError] | None = None
+        while low < high and tries and not isinstance(found, np.ndarray):
+            middle, tries = (low + high) // 2, tries - 1
+            mended = data[: places[middle][0]] + data[places[middle][1] :]
+            found = _pixels_or_error(mended, header, scale)
+            if isinstance(found, JpegError) and not jpeg_repair.reports_extraneous(str(found)):
+                low = middle + 1
+            else:
+                high, best = middle, (mended, found)
+        if best is None or (low < high and isinstance(best[1], JpegError)):
             break
-        data, remarks = mended, list(dict.fromkeys([*remarks, "bytes behind its data"]))
-    raise error
+        (data, found), remarks = best, list(dict.fromkeys([*remarks, "bytes behind its data"]))
+    if isinstance(found, JpegError):
+        raise error
+    return Part(found, scale, remarks=(f"repaired JPEG: {' and '.join(remarks)}",) if remarks else ())
+
+
+def _pixels_or_error(data: bytes, header: jpeg.JpegHeader, scale: int) -> np.ndarray | JpegError:
+    try:
+        return jpeg.decode_whole(data, header, scale)
+    except JpegError as error:
+        return error
 
 
 def _converted(pixels: np.ndarray, profile: bytes, *, grey: bool = False) -> np.ndarray:
@@ -233,15 +248,15 @@ def _source(data: bytes) -> _Source:
         # Pillow turns a TIFF itself.
         image = _open(data, "TIFF", f"a {layout} is not read; save it as 8-bit or 16-bit grey or RGB")
         return _Source((image.height, image.width), 1, layout=layout, image=image)
-    image = _open(data, name)
     chunks = png.read_chunks(data) if name == "PNG" else None
+    image = _open(data, name)
     return _Source((image.height, image.width), _orientation_of(image, chunks), image=image, chunks=chunks)
 
 
 def _orientation_of(image: "Image.Image", chunks: png.Chunks | None = None) -> int:
     """The orientation, 1…8, of an opened image, without decoding it."""
-    if chunks is not None and (chunks.exif or chunks.xmp):
-        return exif.orientation(chunks.exif, chunks.xmp)
+    if chunks is not None and (chunks.exif or chunks.text):
+        return exif.orientation(chunks.exif, chunks.xmp())
     info = image.info
     if "exif" in info or "xmp" in info:
         return exif.orientation(info.get("exif") or b"", info.get("xmp") or b"")
@@ -322,7 +337,7 @@ def _decode_cmyk_jpeg(data: bytes, *, convert: bool) -> Part:
 def _profile_of(image: "Image.Image", source: _Source) -> bytes:
     if source.layout is not None:
         return source.layout.profile
-    profile = source.chunks.profile if source.chunks is not None else image.info.get("icc_profile")
+    profile = source.chunks.profile() if source.chunks is not None else image.info.get("icc_profile")
     return profile if isinstance(profile, bytes) else b""
 
 
@@ -364,7 +379,8 @@ def _loaded(image: "Image.Image", profile: bytes, *, wide_png: bytes = b"") -> n
         image = image.convert("LA")
     if image.has_transparency_data:
         rgba = np.asarray(image.convert("RGBA"))
-        return _flattened(tiff.Raster(rgba[..., :3], rgba[..., 3], False), profile)
+        channels = 1 if image.mode in ("L", "LA") and profile[16:20] == b"GRAY" else 3
+        return _flattened(tiff.Raster(rgba[..., :channels], rgba[..., 3], False), profile)
     if not profile or image.mode == "1":
         return np.array(image.convert("RGB"))
     plain = np.asarray(image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB"))

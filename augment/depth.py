@@ -14,7 +14,7 @@ def to_eight_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """uint8 of the same shape: low becomes 0, high 255, what is outside is clipped, NaN becomes 0. ValueError if high ≤ low."""
     if not high > low:
         raise ValueError(f"sample range {low}…{high} is empty")
-    if values.dtype == np.uint16:
+    if values.dtype in (np.uint8, np.uint16):
         return _table(float(low), float(high))[values]
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = (values.astype(np.float64) - low) * (255 / (high - low))

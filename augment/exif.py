@@ -8,12 +8,13 @@ import struct
 
 _XMP = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|\s*>\s*)([1-8])\b""")
 HEADER = b"Exif\x00\x00"
+_MOST_HEADERS = 4
 
 
 def orientation(exif: bytes = b"", xmp: bytes = b"") -> int:
     """The orientation, 1…8, of an image; 1 where none can be read. (Exif 2.32, tag 0x0112; XMP, tiff:Orientation.)
 
-    exif: a TIFF structure, which some programs put behind one `Exif` header or several. It wins over xmp.
+    exif: a TIFF structure, which some programs put behind one to four `Exif` headers. It wins over xmp.
     """
     value = _from_exif(exif) if exif else None
     if value is None and xmp:
@@ -23,8 +24,10 @@ def orientation(exif: bytes = b"", xmp: bytes = b"") -> int:
 
 
 def _from_exif(exif: bytes) -> int | None:
-    while exif.startswith(HEADER):
-        exif = exif[len(HEADER) :]
+    start = 0
+    while start < _MOST_HEADERS * len(HEADER) and exif.startswith(HEADER, start):
+        start += len(HEADER)
+    exif = exif[start:]
     order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(exif[:4])
     if order is None:
         return None

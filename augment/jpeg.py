@@ -7,7 +7,9 @@ not read, rows above and columns beside it are only run through the entropy deco
 
 import ctypes
 import importlib.util
+import re
 import threading
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -65,6 +67,8 @@ def is_jpeg(data: bytes) -> bool:
     return data[:3] == b"\xff\xd8\xff"
 
 
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # a marker that ends entropy-coded data
+_WITH_SEGMENT = frozenset(range(0xC0, 0x100)) - set(range(0xD0, 0xDA)) - {0xC8, *range(0xF0, 0xFE)}
 _EXIF, _XMP, _PROFILE = b"Exif\x00\x00", b"http://ns.adobe.com/xap/1.0/\x00", b"ICC_PROFILE\x00"
 
 
@@ -131,9 +135,28 @@ def profile_of(data: bytes, header: JpegHeader) -> bytes:
     return b"".join(part for _, part in parts)
 
 
+def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield (code, start, end) of each segment up to the end marker, whose end is the last; data: starts with SOI.
+
+    start: of the marker. end: behind the segment, and in front of the entropy-coded data that follow SOS. (ITU-T T.81, annex B.)
+    """
+    place = 2
+    while found := _MARKER.search(data, place):
+        start, code = found.start(), data[found.start() + 1]
+        if code == 0xD9:
+            yield code, start, start + 2
+            return
+        place = start + 2
+        if code in _WITH_SEGMENT:  # not behind another code, whose length libjpeg does not skip
+            place += max(2, int.from_bytes(data[place : place + 2]))
+            yield code, start, place
+
+
 def check_scans(data: bytes) -> None:
     """JpegError for a JPEG of more than `MOST_SCANS` scans, counted by their markers, before libjpeg works through them."""
-    scans = data.count(b"\xff\xda")
+    if data.count(b"\xff\xda") <= MOST_SCANS:
+        return
+    scans = sum(code == 0xDA for code, _, _ in segments(data))  # not those in metadata, nor behind the image
     if scans > MOST_SCANS:
         raise JpegError(f"a JPEG of {scans:,} scans; at most {MOST_SCANS} are decoded")
 

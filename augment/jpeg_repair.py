@@ -5,10 +5,13 @@ are never touched: a file that is cut inside them, or whose bits are wrong, stay
 """
 
 import re
+from itertools import pairwise
 
-_NEXT = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # a marker that ends entropy-coded data
+from augment.jpeg import segments
+
+_NEXT = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # a marker that ends entropy-coded data
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
-TRIES = 4
+TRIES = 8
 """Decodes of one damaged file, at most."""
 
 _SOI, _EOI, _SOS = b"\xff\xd8", b"\xff\xd9", 0xDA
@@ -55,15 +58,24 @@ def tidied(data: bytes, *, strict: bool = True) -> tuple[bytes, list[str]] | Non
     return (b"".join(parts), list(dict.fromkeys(remarks))) if remarks else None
 
 
-def without_extraneous(data: bytes, message: str) -> bytes | None:
-    """The file without the bytes behind complete entropy-coded data that libjpeg-turbo's message counts; None for another message."""
+def reports_extraneous(message: str) -> bool:
+    """Return whether libjpeg-turbo's message counts bytes behind complete entropy-coded data."""
     match = _EXTRANEOUS.search(message)
-    if match is None or 0xD0 <= int(match[2], 16) <= 0xD7:  # in front of a restart marker it is damage of the data
-        return None
-    count, marker = int(match[1]), bytes((0xFF, int(match[2], 16)))
-    start = data.find(b"\xff\xda")
-    place = data.find(marker, start + 2) if start >= 0 else -1
-    return data[: place - count] + data[place:] if place - count > start else None
+    return match is not None and not 0xD0 <= int(match[2], 16) <= 0xD7  # before a restart marker the data are damaged
+
+
+def extraneous(data: bytes, message: str) -> list[tuple[int, int]]:
+    """Return (start, end) of every place, in file order, where the bytes that the message counts may be.
+
+    They stand in front of the marker that the message names, behind the entropy-coded data of a scan.
+    """
+    match = _EXTRANEOUS.search(message)
+    if match is None or not reports_extraneous(message):
+        return []
+    count, code = int(match[1]), int(match[2], 16)
+    pairs = pairwise(segments(data))
+    places = ((scan[2], marker[1]) for scan, marker in pairs if scan[0] == _SOS and marker[0] == code)
+    return [(end - count, end) for start, end in places if end - count > start]
 
 
 def _progressive(parts: list[bytes]) -> bool:

@@ -39,6 +39,13 @@ _NAMES = {
     32844: "LogL",
     32845: "LogLuv",
 }
+_USED = frozenset({
+    _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIPS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR,
+    _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _SUB_DIRECTORIES, _EXTRA, _FORMAT, _LOW, _HIGH, _PROFILE, _DNG,
+})  # fmt: skip
+_LARGEST_BLOCK = 1 << 24  # pixels of a tile that may be larger than the image
+_BLOCK = 1 << 16  # samples that are unpacked at once
+_MOST_VALUES = 1 << 20  # of one tag: the strips or tiles of the largest images
 _UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
 _KINDS = {_UNSIGNED: "u", _SIGNED: "i", _FLOAT: "f"}
 _DEFLATE = (8, 32946)
@@ -70,7 +77,9 @@ class Layout:
     @property
     def for_pillow(self) -> bool:
         """Whether Pillow reads this layout to the right pixels."""
-        if self.low or self.high or self.form != _UNSIGNED or not set(self.bits) <= {1, 2, 4, 8}:
+        if self.form != _UNSIGNED or not set(self.bits) <= {1, 2, 4, 8}:
+            return False
+        if set(self.low) - {0.0} or set(self.high) - {2.0 ** self.bits[0] - 1}:
             return False
         readable = self.compression == 1 or self.compression in _DEFLATE + _BY_PILLOW
         if self.planar and readable and self.photometric in _COLOURS:
@@ -137,7 +146,10 @@ def _first_directory(data: bytes) -> tuple[str, dict[int, tuple[Any, ...]], Any]
 
 
 def _directory(data: bytes, order: str, big: bool, place: int) -> dict[int, tuple[Any, ...]]:
-    """Tag → values, of the tags with a plain type."""
+    """Return tag → values, of the tags that `_layout` and `_refuse_raw` use; the first of several with the same tag.
+
+    ValueError where the tags together have more bytes than the file, since Pillow copies the value of every tag.
+    """
     head, word, step = ("Q", "Q", 20) if big else ("H", "I", 12)
     (count,) = struct.unpack_from(order + head, data, place)
     if not 0 < count <= 4096:
@@ -145,6 +157,7 @@ def _directory(data: bytes, order: str, big: bool, place: int) -> dict[int, tupl
     start = place + struct.calcsize(order + head)
     inline = struct.calcsize(order + word)
     tags: dict[int, tuple[Any, ...]] = {}
+    announced = 0
     for entry in range(start, start + count * step, step):
         tag, kind, length = struct.unpack_from(order + "HH" + word, data, entry)
         form = _TYPES.get(kind, "_")
@@ -152,9 +165,16 @@ def _directory(data: bytes, order: str, big: bool, place: int) -> dict[int, tupl
             continue
         if length > len(data):
             raise ValueError(f"tag {tag} has {length} values")
-        value_at = entry + 4 + inline
-        if length * struct.calcsize(order + form) > inline:
+        value_at, size = entry + 4 + inline, length * struct.calcsize(order + form)
+        if size > inline:
             (value_at,) = struct.unpack_from(order + word, data, value_at)
+            announced += size
+            if announced > 2 * len(data):  # twice: some programs let two tags share a value
+                raise ValueError("its tags share their values")
+        if tag not in _USED or tag in tags or (tag == _PROFILE and kind not in (1, 2, 7)):
+            continue
+        if length > _MOST_VALUES and tag != _PROFILE:
+            raise ValueError(f"tag {tag} has {length} values")
         if kind in (1, 2, 7):
             if value_at + length > len(data):
                 raise ValueError(f"tag {tag} ends behind the file")
@@ -169,7 +189,7 @@ def _refuse_raw(tags: dict[int, tuple[Any, ...]], read: Any) -> None:
     for place in tags.get(_SUB_DIRECTORIES, ())[:8]:
         try:
             directories.append(read(place))
-        except (struct.error, ValueError):
+        except (struct.error, TypeError, ValueError):
             continue
     if _DNG in tags or any(own.get(_PHOTOMETRIC, (0,))[:1] in ((_RAW[0],), (_RAW[1],)) for own in directories):
         raise ImageError("camera raw is not read; develop it and save it as JPEG or 16-bit TIFF")
@@ -197,6 +217,7 @@ def _layout(order: str, tags: dict[int, tuple[Any, ...]]) -> Layout:
     bits = several(_BITS) or (1,)
     forms = set(several(_FORMAT)) or {_UNSIGNED}
     profile = tags.get(_PROFILE, (b"",))[0]
+    without_range = bits == (1,) * len(bits) or one(_PHOTOMETRIC, 1) in (3, 6)  # palette, YCbCr: samples are not levels
     return Layout(
         order=order,
         size=(height, width),
@@ -208,8 +229,8 @@ def _layout(order: str, tags: dict[int, tuple[Any, ...]]) -> Layout:
         planar=one(_PLANAR, 1) == 2 and samples > 1,
         extra=tuple(map(int, several(_EXTRA))),
         orientation=one(_ORIENTATION, 1),
-        low=tuple(map(float, several(_LOW))),
-        high=tuple(map(float, several(_HIGH))),
+        low=() if without_range else tuple(map(float, several(_LOW))),
+        high=() if without_range else tuple(map(float, several(_HIGH))),
         profile=profile if isinstance(profile, bytes) else b"",
         block=block,
         offsets=several(_TILES if tiled else _STRIPS),
@@ -264,14 +285,17 @@ def _samples(data: bytes, layout: Layout) -> np.ndarray:
     (height, width), (rows, columns) = layout.size, layout.block
     planes, each = (len(layout.bits), 1) if layout.planar else (1, len(layout.bits))
     down, across = -(-height // rows), -(-width // columns)
-    blocks = list(product(range(planes), range(down), range(across)))
-    if len(layout.offsets) < len(blocks) or (layout.lengths and len(layout.lengths) < len(blocks)):
-        raise ImageError(f"damaged or truncated TIFF: it has {len(layout.offsets)} of {len(blocks)} strips or tiles")
+    blocks = planes * down * across
+    if len(layout.offsets) < blocks or (layout.lengths and len(layout.lengths) < blocks):
+        raise ImageError(f"damaged or truncated TIFF: it has {len(layout.offsets)} of {blocks} strips or tiles")
     if height * width * each * planes * layout.bits[0] // 8 > max(1 << 26, 4096 * len(data)):
         raise ImageError("damaged or truncated TIFF: its data are too few for its pixels")
+    if rows * columns > max(_LARGEST_BLOCK, 4 * height * width):
+        raise ImageError(f"damaged TIFF: tiles of {rows}×{columns} for an image of {height}×{width}")
     tiled = columns != width or rows > height
     pixels: np.ndarray | None = None
-    for number, (plane, y, x) in enumerate(blocks):
+    for number in range(blocks):
+        plane, (y, x) = number // (down * across), divmod(number % (down * across), across)
         own = rows if tiled or (y + 1) * rows <= height else height - y * rows
         packed = _bytes(data, layout, number, own, columns * each)
         values = _unpacked(packed, layout, own, columns, each)
@@ -306,6 +330,7 @@ def _bytes(data: bytes, layout: Layout, number: int, rows: int, samples: int) ->
 def _by_pillow(stored: bytes, compression: int, rows: int, across: int) -> bytes:
     """Decompress by libtiff: the bytes are laid out as a grey image of 8 bits."""
     from PIL import Image
+    from PIL.TiffImagePlugin import TiffImageFile
 
     fields = {
         _WIDTH: across, _HEIGHT: rows, _BITS: 8, _COMPRESSION: compression, _PHOTOMETRIC: 1,
@@ -314,7 +339,9 @@ def _by_pillow(stored: bytes, compression: int, rows: int, across: int) -> bytes
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
     made = b"II*\x00" + struct.pack("<IH", 8, len(fields)) + entries + struct.pack("<I", 0) + stored
     try:
-        with Image.open(io.BytesIO(made), formats=("TIFF",)) as image:
+        with TiffImageFile(io.BytesIO(made)) as image:
+            # Memory of our own bypasses Pillow's pixel limit: `_samples` has checked the size.
+            image.im = Image.new("L", image.size).im
             return image.tobytes()
     except Exception as error:  # libtiff's errors arrive in many types
         raise ImageError("damaged or truncated TIFF (its data cannot be decompressed)") from error
@@ -324,9 +351,8 @@ def _unpacked(packed: bytes, layout: Layout, rows: int, columns: int, each: int)
     """rows×columns×each samples in this machine's byte order, the predictor undone."""
     bits = layout.bits[0]
     if bits not in (8, 16, 32, 64):
-        flat = np.unpackbits(np.frombuffer(packed, np.uint8).reshape(rows, -1), axis=1)[:, : columns * each * bits]
-        weights = (1 << np.arange(bits - 1, -1, -1)).astype(np.uint32)
-        return (flat.reshape(rows, columns, each, bits) * weights).sum(axis=-1, dtype=np.uint32)
+        stored = np.frombuffer(packed, np.uint8).reshape(rows, -1)
+        return _unpacked_bits(stored, bits, columns * each).reshape(rows, columns, each)
     if layout.predictor == 3:
         raw = np.frombuffer(packed, np.uint8).reshape(rows, -1, each)
         summed = np.add.accumulate(raw, axis=1, dtype=np.uint8).reshape(rows, bits // 8, -1)
@@ -337,4 +363,24 @@ def _unpacked(packed: bytes, layout: Layout, rows: int, columns: int, each: int)
     if layout.predictor == 2:
         plain = values.view(f"=u{bits // 8}")  # differences wrap around, of signed and floating-point samples too
         values = np.add.accumulate(plain, axis=1, dtype=plain.dtype).view(values.dtype)
+    return values
+
+
+def _unpacked_bits(stored: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Return rows×count samples of `bits` bits in the smallest type. stored: uint8 rows×bytes, each row padded to whole bytes.
+
+    One block of samples at a time, since its bits take one byte each.
+    """
+    rows = len(stored)
+    values = np.zeros((rows, count), np.uint8 if bits < 8 else np.uint16 if bits < 16 else np.uint32)
+    wide = min(count, _BLOCK)
+    tall = max(1, _BLOCK // wide)
+    for top, left in product(range(0, rows, tall), range(0, count, wide)):
+        part = values[top : top + tall, left : left + wide]
+        first = left * bits // 8  # whole, as a block has a multiple of 8 samples
+        held = stored[top : top + tall, first : first + -(-part.shape[1] * bits // 8)]
+        single = np.unpackbits(held, axis=1)[:, : part.shape[1] * bits].reshape(*part.shape, bits)
+        for bit in range(bits):
+            part <<= 1
+            part |= single[..., bit]
     return values

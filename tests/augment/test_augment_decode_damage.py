@@ -160,7 +160,17 @@ def between(data: bytes, marker: bytes, junk: bytes) -> bytes:
     return data[:place] + junk + data[place:]
 
 
+def between_scans(data: bytes, marker: bytes, number: int, junk: bytes) -> bytes:
+    """Put junk in front of the marker with this index."""
+    parts = data.split(marker)
+    number %= len(parts) - 1
+    return marker.join(parts[: number + 1]) + junk + marker + marker.join(parts[number + 1 :])
+
+
 PLAIN = jpeg()
+PROGRESSIVE = jpeg(progressive=True)
+THUMBNAIL = b"Exif\0\0" + jpeg(photo(16, 16))
+WITH_THUMBNAIL = PLAIN[:2] + b"\xff\xe1" + struct.pack(">H", len(THUMBNAIL) + 2) + THUMBNAIL + PLAIN[2:]
 DAMAGED = {
     "junk before the tables": (between(PLAIN, b"\xff\xdb", b"junk\x00\x12"), "bytes between its markers"),
     "junk before the frame": (between(PLAIN, b"\xff\xc0", bytes(900)), "bytes between its markers"),
@@ -170,6 +180,21 @@ DAMAGED = {
     "no end": (PLAIN[:-2], "no end marker"),
     "half an end": (PLAIN[:-1], "no end marker"),
     "bytes before the end": (PLAIN[:-2] + bytes(37) + PLAIN[-2:], "bytes behind its data"),
+    "bytes before the end, behind a thumbnail": (
+        WITH_THUMBNAIL[:-2] + bytes(37) + WITH_THUMBNAIL[-2:],
+        "bytes behind its data",
+    ),
+    **{
+        f"bytes before the Huffman table {number} of a progressive file": (
+            between_scans(PROGRESSIVE, b"\xff\xc4", number, bytes(37)),
+            "bytes behind its data",
+        )
+        for number in (2, 4, -1)
+    },
+    "bytes before two Huffman tables of a progressive file": (
+        between_scans(between_scans(PROGRESSIVE, b"\xff\xc4", 3, bytes(37)), b"\xff\xc4", -1, bytes(37)),
+        "bytes behind its data",
+    ),
     "two kinds": (
         between(b"\xff\xd8" + PLAIN, b"\xff\xc0", b"x"),
         "a second start marker and bytes between its markers",

@@ -107,6 +107,15 @@ def test_transparent_sixteen_bit_and_grey_images_have_profiles_too() -> None:
         encoded(grey, "PNG", icc_profile=icc(gamma=1.0, space=b"GRAY")),
     ):
         assert abs(int(decode(data, color_profile="convert")[5, 5, 0]) - 168) <= 1  # linear 100/255 is 168 in sRGB
+    profile = icc(gamma=1.0, space=b"GRAY")
+    half = np.dstack([grey, np.tile(np.where(np.arange(20) < 10, 255, 128), (20, 1)).astype(np.uint8)])
+    for data in (encoded(half, "PNG", icc_profile=profile), encoded(half, "TIFF", icc_profile=profile)):
+        row = decode(data, color_profile="convert")[5].astype(int)
+        np.testing.assert_allclose(row[[0, 15]], [[168] * 3, [round(168 * 128 / 255 + 127)] * 3], atol=1)
+        assert decode(data)[5, 5].tolist() == [100] * 3
+    spot = np.where(np.arange(20) < 10, 100, 7).astype(np.uint8)[None].repeat(20, axis=0)
+    spots = decode(encoded(spot, "PNG", icc_profile=profile, transparency=7), color_profile="convert")
+    np.testing.assert_allclose(spots[5, [0, 15]], [[168] * 3, [255] * 3], atol=1)
     wide = encoded(grey.astype(np.uint16) * 257, "PNG", icc_profile=icc(gamma=1.0, space=b"GRAY"))
     assert abs(int(decode(wide, color_profile="convert")[5, 5, 0]) - 168) <= 1
 

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from augment import ImageError, decode, image_size
 from augment.decode import decode_part
@@ -129,6 +129,48 @@ def test_twelve_bits_in_sixteen() -> None:
     assert "nearly black: its samples reach 4095 of 16 bits; set SMaxSampleValue" in undeclared.remarks[0]
 
 
+def with_range(image: Image.Image, low: int | None, high: int, **options) -> bytes:
+    """Return a TIFF by Pillow that declares the range of its samples."""
+    buffer, tags = io.BytesIO(), TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in ((340, low), (341, high)):
+        if value is not None:
+            tags.tagtype[tag], tags[tag] = 3, value
+    image.save(buffer, "TIFF", tiffinfo=tags, **options)
+    data = bytearray(buffer.getvalue())
+    for tag, value in ((340, low), (341, high)):
+        entry = data.find(struct.pack("<HHI", tag, 1, 3))
+        if entry > 0:  # libtiff writes one byte for each sample, and Pillow gives it zeros
+            data[entry + 8 : entry + 11] = bytes([value or 0] * 3)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("mode", "low", "high", "options"),
+    [
+        ("RGB", 0, 255, {"compression": "jpeg"}),
+        ("RGB", None, 255, {"compression": "tiff_lzw"}),
+        ("YCbCr", 16, 235, {}),
+        ("P", 0, 13, {}),
+        ("1", 0, 1, {"compression": "group4"}),
+        ("1", 0, 255, {}),
+        ("L", 0, 255, {}),
+    ],
+)
+def test_a_declared_full_range_changes_nothing(mode: str, low: int | None, high: int, options: dict) -> None:
+    image = Image.fromarray(ramp("uint8", 3)).convert(mode)
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF", **options)
+    declared = with_range(image, low, high, **options)
+    assert 341 in Image.open(io.BytesIO(declared)).tag_v2
+    np.testing.assert_array_equal(decode(declared), decode(buffer.getvalue()))
+
+
+def test_a_narrower_range_of_eight_bits_still_counts() -> None:
+    pixels = ramp("uint8", 1, bits=7)
+    data = with_range(Image.fromarray(pixels[..., 0]), 0, 127)
+    np.testing.assert_array_equal(decode(data)[..., 0], eight_bits(pixels, 0, 127)[..., 0])
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 6, 10, 12, 14, 24])
 @pytest.mark.parametrize("photometric", [0, 1])
 def test_packed_bits(bits: int, photometric: int) -> None:
@@ -168,6 +210,20 @@ def test_compressions_that_libtiff_undoes(compression: str, code: int) -> None:
     np.testing.assert_array_equal(decode(data), eight_bits(pixels, 0, 65535))
     with pytest.raises(ImageError, match="damaged or truncated TIFF"):
         decode(data[:-9])
+
+
+def test_pillows_pixel_limit_does_not_reach_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.arange(HEIGHT * WIDTH, dtype="<u2").reshape(HEIGHT, WIDTH, 1) * 300
+    packed = b"".join(bytes([len(row) - 1]) + row for row in (line.tobytes() for line in pixels))  # PackBits, literal
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    found = decode(hand_written(packed, [(258, 16), (262, 1)], 32773))
+    np.testing.assert_array_equal(found[..., 0], eight_bits(pixels, 0, 65535)[..., 0])
+
+
+def test_tiles_far_larger_than_their_image_are_refused() -> None:
+    tags = [(258, 16), (262, 1), (322, 1 << 16), (323, 1 << 16), (324, 8), (325, 99)]
+    with pytest.raises(ImageError, match="tiles of 65536×65536 for an image of 11×19"):
+        decode(hand_written(bytes(99), tags, 5))
 
 
 @pytest.mark.parametrize("extra", ["unassalpha", "assocalpha"])
