@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 CACHE = Path("~/.cache/refract/models")
 
-LOOK_S, STALL_S = 60, 600
-"""For the tracking server to tell what a name means; for more of a download to arrive."""
+LOOK_S, LOCAL_S, STALL_S = 60, 300, 600
+"""For the tracking server to tell what a name means; for a database file, which needs no network, on a busy machine; for more of a download
+to arrive."""
 
 LAST_USED, UNUSED_S, ABANDONED_S = 3, 30 * 86_400, 86_400
 """Versions of a model that stay in the cache, and how long others do; how long what a process works at does."""
@@ -197,19 +198,25 @@ def _tracking_uri() -> str:
     return "sqlite:///mlflow.db"
 
 
-def _client(tracking_uri: str) -> "MlflowClient":
-    """MLflow, imported here and nowhere else in this room: it takes seconds, and a server does without."""
+def _import_mlflow() -> None:
+    """MLflow, imported here and nowhere else in this package: it takes seconds, and a server does without."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["DO_NOT_TRACK"] = "true"
     # By default a server that is down is asked 8 times, and each time for two minutes, in silence.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    import mlflow  # noqa: F401
+
+
+def _client(tracking_uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
 def _version(source: str, match: re.Match[str], tracking_uri: str) -> "ModelVersion":
+    _import_mlflow()  # which takes tens of seconds on a busy machine, and no server's time
+
     def ask() -> "ModelVersion":
         client = _client(tracking_uri)
         if match["alias"]:
@@ -217,7 +224,7 @@ def _version(source: str, match: re.Match[str], tracking_uri: str) -> "ModelVers
         return client.get_model_version(match["name"], match["version"])
 
     try:
-        return _attended(ask, LOOK_S)
+        return _attended(ask, LOCAL_S if tracking_uri.startswith("sqlite:") else LOOK_S)
     except Exception as err:  # MLflow's own, or SQLAlchemy's for a database that cannot be opened
         known = getattr(err, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
         problem = "no such model, version or alias" if known else "the tracking server does not answer"

@@ -140,7 +140,8 @@ def test_odd_texts_train_as_any_others(refract: Run, tmp_path: Path) -> None:
     assert "predict runs/odd/bundle --text TEXT   or" in done.stdout
     (tmp_path / "bad.csv").write_bytes(b"label,text\nx,caf\xe9\ny,b\n")
     assert (
-        "bad.csv: cannot be read" in refract("train", CONFIGS / "text.yaml", "--data.source", "bad.csv", code=2).stderr
+        "bad.csv, line 2, column 'text': cannot be read"
+        in refract("train", CONFIGS / "text.yaml", "--data.source", "bad.csv", code=2).stderr
     )
 
 
