@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Python keeps what it compiled, whatever the shell says: else each process of the suite compiles the tests and Refract anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-fast test-postgres lint image-check install lock clean
+.PHONY: demo test test-fast test-postgres lint image-check gpu-wheels gpu-check install lock clean
 
 demo: install
 	$(BIN)/refract demo
@@ -33,6 +33,17 @@ lint: install
 # Builds the image for CPUs (downloads 3.2 GB), looks into it, and asks the server in it.
 image-check: install
 	$(BIN)/python deploy/image_check.py
+
+# What docs/gpu.md says: packages for a GPU machine that has PyTorch and no network, and the program that measures Refract there.
+gpu-wheels: install
+	$(BIN)/python -m benchmarks.gpu.wheels gpu-wheels
+
+GPU_JSON ?= benchmarks/results/gpu/latest.json
+GPU_OPTIONS ?=
+
+gpu-check:
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-compile --upgrade --target gpu-site gpu-wheels/*.whl
+	PYTHONPATH="$(CURDIR):$(CURDIR)/gpu-site" $(PYTHON) -m benchmarks.gpu --json $(GPU_JSON) $(GPU_OPTIONS)
 
 install: .venv/.installed
 

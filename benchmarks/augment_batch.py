@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import kornia.augmentation as K
 import torch
 
 from augment import Augmenter, batch
@@ -49,6 +48,8 @@ def refract(images: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def kornia(images: torch.Tensor) -> Callable[[], torch.Tensor]:
+    import kornia.augmentation as K
+
     transform = K.AugmentationSequential(
         K.RandomHorizontalFlip(p=0.5),
         K.RandomResizedCrop((SIDE, SIDE), scale=(0.5, 1.0)),

@@ -67,6 +67,8 @@ def serving(
                     urllib.request.urlopen(url + health, timeout=5).close()
                     break
                 except OSError:
+                    if process.poll() is not None:
+                        raise RuntimeError(f"{arguments} ended with exit code {process.returncode}") from None
                     time.sleep(0.2)
             else:
                 raise TimeoutError(f"{arguments} does not answer")

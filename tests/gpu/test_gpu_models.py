@@ -1,0 +1,70 @@
+"""What a trained classifier is asked on a GPU: explanations, features for drift, and batch scoring."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gpu_data import COLOURS, SIDE, TEMPERATURE, encoded, write_bundle, write_folder
+
+from augment.preprocess import Preprocess
+from models.bundle import Bundle, load_bundle
+from models.occlusion import Occlusion
+from pipeline.batch_scoring import Options, score_all
+from pipeline.data.manifest import load_manifest
+from pipeline.drift.profile import profile
+from pipeline.scoring import Question, score
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    golden = [encoded(label, number) for number in range(2) for label in COLOURS]
+    return load_bundle(write_bundle(tmp_path_factory.mktemp("bundle") / "b", golden))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("data") / "images", 8)
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions of a GPU in float32 rather than TF32, so that the results are close to the processor's."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def test_a_heat_map_is_that_of_the_processor(bundle: Bundle, device: str) -> None:
+    image = torch.from_numpy(Preprocess(SIDE, SIDE)(encoded("red", 3))).permute(2, 0, 1)
+    expected = Occlusion(bundle.classifier("cpu"), temperature=TEMPERATURE).heat(image, 2)
+    found = Occlusion(bundle.classifier(torch.device(device)), temperature=TEMPERATURE).heat(image.to(device), 2)
+    assert found.shape == (SIDE, SIDE) and found.device.type == "cpu"
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+
+
+def test_features_for_drift_are_those_of_the_processor(bundle: Bundle, images: Path, device: str) -> None:
+    manifest = load_manifest(images)
+    asked = {"task": "multiclass", "labels": manifest.labels, "temperature": TEMPERATURE, "progress": False}
+    preprocess = Preprocess(SIDE, SIDE)
+    expected = profile(bundle.classifier("cpu"), preprocess, manifest.samples, **asked).profile
+    found = profile(bundle.classifier(torch.device(device)), preprocess, manifest.samples, **asked).profile
+    np.testing.assert_allclose(found.features, expected.features, atol=2e-3)
+    np.testing.assert_array_equal(found.answered, expected.answered)
+    assert found.statistics.keys() == expected.statistics.keys()
+
+
+def test_score_writes_the_answers_of_the_processor(bundle: Bundle, images: Path, device: str, tmp_path: Path) -> None:
+    import pandas as pd
+
+    out = tmp_path / "scores.parquet"
+    summary = score_all(bundle.path, images, out, Options(device=device, jobs=1, batch_size=5))
+    table = pd.read_parquet(out)
+    files = sorted(images.rglob("*.jpg"))
+    assert summary.rows == len(files) and table["path"].tolist() == [str(file) for file in files]
+    questions = [Question(file.read_bytes) for file in files]
+    expected = score(
+        bundle.classifier("cpu"), Preprocess(SIDE, SIDE), questions, task="multiclass", temperature=TEMPERATURE
+    )
+    for found, answer in zip(table["probabilities"], expected, strict=True):
+        np.testing.assert_allclose(found, answer, atol=0.02)

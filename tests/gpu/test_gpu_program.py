@@ -1,0 +1,63 @@
+"""`python -m benchmarks.gpu` runs from end to end without a GPU, and survives stages that fail or hang."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu.plan import Measure
+from benchmarks.gpu.processes import run_limited
+from benchmarks.gpu.record import Record, read_record
+from benchmarks.gpu.table import lines
+from benchmarks.gpu.wheels import PACKAGES, ROOT, entries
+
+
+def test_a_command_that_hangs_is_killed_with_what_it_started(tmp_path: Path) -> None:
+    code = "import subprocess, sys; p = subprocess.Popen(['sleep', '600'], start_new_session=True); print(p.pid, flush=True); p.wait()"
+    ending = run_limited([sys.executable, "-c", code], log=tmp_path / "log", limit=3)
+    assert ending.code is None
+    stat, end = Path(f"/proc/{int(ending.tail)}/stat"), time.monotonic() + 20
+    while stat.exists() and stat.read_text().split()[2] != "Z":  # a zombie where nobody asks for orphans
+        assert time.monotonic() < end, "the child outlives its parent"
+
+
+def test_a_command_that_fails_leaves_its_code_and_the_end_of_its_output(tmp_path: Path) -> None:
+    ending = run_limited([sys.executable, "-c", "raise SystemExit('no such card')"], log=tmp_path / "log", limit=60)
+    assert (ending.code, ending.tail) == (1, "no such card\n")
+
+
+def test_the_table_says_which_goals_are_reached_and_why_numbers_are_missing(tmp_path: Path) -> None:
+    record = Record(tmp_path / "augment.json", "augment")
+    record.measure("Refract / kornia", 21.0)
+    record.measure("Refract / copy bandwidth", 0.1)
+    record.skip("torchvision v2", "it is not installed")
+    stage = {**read_record(tmp_path / "augment.json"), "ending": "stopped at its limit of 20 s"}
+    text = {line[13:65].strip(): line for line in lines({"augment": stage}, judged=True)}
+    assert "21" in text["Refract / kornia"] and text["Refract / kornia"].endswith("goal ≥ 20    reached")
+    assert text["Refract / copy bandwidth"].endswith("MISSED")
+    assert text["torchvision v2"].endswith("not measured (it is not installed)")
+    assert text["kornia"].endswith("not measured (stopped at its limit of 20 s)")
+    assert text["tests passed"].endswith("not measured (the stage was not asked for)")
+    assert "MISSED" not in "\n".join(lines({"augment": stage}, judged=False))
+
+
+def test_a_number_without_a_place_in_the_plan_is_refused(tmp_path: Path) -> None:
+    record = Record(tmp_path / "augment.json", "augment")
+    with pytest.raises(KeyError, match="'speed' is not in the plan"):
+        record.measure("speed", 1.0)
+    with pytest.raises(ValueError, match="not finite"):
+        record.measure("kornia", float("inf"))
+
+
+def test_goals_are_bounds_from_above_or_below() -> None:
+    assert Measure("a", goal=0.5).met(0.5) and not Measure("a", goal=0.5).met(0.49)
+    assert Measure("a", goal=1.1, at_most=True).met(1.1) and not Measure("a", goal=1.1, at_most=True).met(1.2)
+    assert Measure("a").met(3) is None
+
+
+def test_every_package_for_a_gpu_machine_is_locked_with_hashes() -> None:
+    found = list(entries((ROOT / "requirements.lock").read_text(), PACKAGES))
+    assert len(found) == len(PACKAGES) and all("--hash=sha256:" in entry for entry in found)
+    with pytest.raises(KeyError, match="no-such-package"):
+        list(entries("kornia==1 \\\n    --hash=sha256:0\n", ["no-such-package"]))

@@ -1,0 +1,116 @@
+"""Serving on a GPU: backends, hot swaps under load, replicas."""
+
+import asyncio
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gpu_data import COLOURS, encoded, write_bundle
+
+from models.bundle import Bundle, BundleError, load_bundle
+from serve.backends import KEPT
+from serve.choice import candidates
+from serve.engine import Engine, build
+from serve.limits import Limits
+from serve.metrics import Metrics
+from serve.service import Service
+
+pytestmark = pytest.mark.gpu
+
+GOLDEN = [encoded(label, number) for number in range(3) for label in COLOURS]
+CHEAP = ("eager", "bf16")
+"""Backends that the processor tests: the others convert for a long time."""
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
+    root = tmp_path_factory.mktemp("bundles")
+    one, other = (load_bundle(write_bundle(root / str(seed), GOLDEN, seed=seed)) for seed in (0, 1))
+    return one, other
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve import choice
+
+    monkeypatch.setattr(choice, "CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["eager", "bf16", "compiled"])
+def test_a_backend_agrees_with_float32_on_the_golden_samples(
+    name: str, bundles: tuple[Bundle, Bundle], device: str
+) -> None:
+    if name not in (CHEAP if device == "cpu" else candidates(torch.device(device))):
+        pytest.skip(f"{name} is not tested on {device}")
+    engine = Engine(bundles[0], device, name)
+    assert engine.self_test() > 0
+    assert engine.predict(_batch(engine)).shape == (len(GOLDEN), len(COLOURS))
+
+
+@pytest.mark.parametrize("name", sorted(KEPT))
+def test_a_backend_of_the_processor_is_refused_by_name(name: str, bundles: tuple[Bundle, Bundle], device: str) -> None:
+    if device == "cpu":
+        pytest.skip("these backends compute on the processor")
+    with pytest.raises(BundleError, match=f"--backend {name}"):
+        Engine(bundles[0], device, name)
+
+
+def test_auto_chooses_a_backend_that_agrees(bundles: tuple[Bundle, Bundle], device: str) -> None:
+    if device == "cpu":
+        pytest.skip("tests/serve tests the choice on the processor")
+    engine = Engine(bundles[0], device, "auto")
+    assert engine.choice is not None and engine.choice.name in candidates(torch.device(device))
+    assert engine.self_test() > 0
+
+
+def test_two_replicas_give_the_same_answers(bundles: tuple[Bundle, Bundle], device: str) -> None:
+    threads = torch.get_num_threads()
+    engine = build(bundles[0], [device], replicas=2)
+    torch.set_num_threads(threads)
+    one, other = (worker(_batch(engine)) for worker in engine.workers)
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    assert engine.devices[0] == engine.devices[1]
+
+
+def test_hot_swaps_under_load_answer_everything_and_free_the_memory(
+    bundles: tuple[Bundle, Bundle], device: str
+) -> None:
+    swaps = 30 if device == "cuda" else 6
+    memory: list[int] = []
+
+    async def story() -> None:
+        service = Service(Engine(bundles[0], device), limits=Limits(), metrics=Metrics())
+        await service.start()
+        batch, stop, answered = _batch(service.engine), asyncio.Event(), 0
+
+        async def load() -> None:
+            nonlocal answered
+            while not stop.is_set():
+                lane = service._lane
+                with lane.entered():
+                    found = await lane.submit(batch)
+                assert np.isfinite(found.outputs).all()
+                answered += 1
+                await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(load()) for _ in range(4)]
+        for number in range(swaps):
+            await service.swap(Engine(bundles[(number + 1) % 2], device))
+            gc.collect()
+            memory.append(torch.cuda.memory_allocated() if device == "cuda" else 0)
+        stop.set()
+        await asyncio.gather(*tasks)
+        assert answered > swaps
+        await service.stop()
+
+    asyncio.run(story())
+    half = len(memory) // 2
+    size = sum(value.nbytes for value in bundles[0].classifier("cpu").state_dict().values())
+    growth = max(memory[half:]) - max(memory[:half])
+    assert growth <= 5 * size, "an engine that is not freed would add its size at each of the swaps"
+
+
+def _batch(engine: Engine) -> np.ndarray:
+    return np.stack([engine.preprocess(data) for data in GOLDEN])
