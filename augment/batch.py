@@ -14,7 +14,7 @@ from augment.ops.mix import MIX
 from augment.ops.pixel import to_uint8
 from augment.plan import Plan
 
-# `_mirrored` brings the points of `reflect101` inside, which grid_sample knows only for corners that are aligned.
+# `_reflected` brings the points of `reflect101` inside, which grid_sample knows only for corners that are aligned.
 _PADDING = {"constant": "zeros", "edge": "border", "reflect": "reflection", "reflect101": "border"}
 
 
@@ -142,7 +142,7 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
         lowest, highest = bounds[:, None, None, :2], bounds[:, None, None, 2:]
         grid = torch.minimum(torch.maximum(grid, lowest), highest)
     if first.border == "reflect101":
-        grid = torch.stack([_mirrored(grid[..., 0], width), _mirrored(grid[..., 1], height)], -1)
+        grid = torch.stack([_reflected(grid[..., 0], width), _reflected(grid[..., 1], height)], -1)
     # Zeros beyond the edge become the fill where the fill is the zero.
     fill = torch.tensor([item.fill for item in passes], dtype=torch.float32, device=images.device).view(-1, 3, 1, 1)
     sampled = F.grid_sample(
@@ -158,8 +158,8 @@ def _warp_on_cpu(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tens
     return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).to(images.device)
 
 
-def _mirrored(at: torch.Tensor, length: int) -> torch.Tensor:
-    """Coordinates of grid_sample, mirrored about the centres of the first and the last of `length` pixels."""
+def _reflected(at: torch.Tensor, length: int) -> torch.Tensor:
+    """Coordinates of grid_sample, reflected about the centres of the first and the last of `length` pixels."""
     if length == 1:
         return torch.zeros_like(at)
     folded = ((at + 1) * (length / 2) - 0.5).remainder(2 * (length - 1))

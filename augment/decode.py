@@ -132,7 +132,7 @@ def _check_pixels(height: int, width: int, limit: int) -> None:
 
 
 def _plain_jpeg(data: bytes) -> jpeg.JpegHeader | None:
-    """The header of a JPEG whose colours libjpeg-turbo turns to RGB; None for CMYK and other formats."""
+    """The header of a JPEG whose colours libjpeg-turbo converts to RGB; None for CMYK and other formats."""
     if not is_jpeg(data):
         return None
     header = jpeg.read_header(data)
@@ -245,7 +245,7 @@ def _source(data: bytes) -> _Source:
         orientation = layout.orientation if layout.orientation in _TURNS else 1
         if not layout.for_pillow:
             return _Source(layout.size, orientation, layout=layout)
-        # Pillow turns a TIFF itself.
+        # Pillow rotates a TIFF itself.
         image = _open(data, "TIFF", f"a {layout} is not read; save it as 8-bit or 16-bit grey or RGB")
         return _Source((image.height, image.width), 1, layout=layout, image=image)
     chunks = png.read_chunks(data) if name == "PNG" else None
@@ -260,7 +260,7 @@ def _orientation_of(image: "Image.Image", chunks: png.Chunks | None = None) -> i
     info = image.info
     if "exif" in info or "xmp" in info:
         return exif.orientation(info.get("exif") or b"", info.get("xmp") or b"")
-    # Pillow turns a TIFF itself, and decodes a whole PNG to look for EXIF behind its pixels, which `chunks` has read.
+    # Pillow rotates a TIFF itself, and decodes a whole PNG to look for EXIF behind its pixels, which `chunks` has read.
     if image.format == "TIFF" or (image.format == "PNG" and "Raw profile type exif" not in info):
         return 1
     try:

@@ -95,7 +95,7 @@ class WarpPass:
             columns.append((a * x + b * y + c) / depth)
             rows.append((d * x + e * y + f) / depth)
         vertical, horizontal = self.shrink()
-        # Two pixels of what the filters leave: bilinear resampling looks one pixel beyond, bicubic two.
+        # Two pixels of what the filters leave: bilinear resampling reads one pixel beyond, bicubic two.
         top, bottom = min(rows) - 2 * vertical, max(rows) + 2 * vertical
         left, right = min(columns) - 2 * horizontal, max(columns) + 2 * horizontal
         first_row, first_column = min(max(0, math.floor(top)), height - 1), min(max(0, math.floor(left)), width - 1)

@@ -13,7 +13,7 @@ SYSTEM_NAMES = frozenset({
     "@eadir", "@tmp", "#recycle", "#snapshot", "~snapshot", "@recycle", "@recently-snapshot",  # Synology, NetApp, QNAP
     "__pycache__",
 })  # fmt: skip
-"""Names, in lower case, of what systems and tools write beside a user's files. Names that begin with a dot need no entry."""
+"""Names, in lower case, of what systems and tools write next to a user's files. Names that begin with a dot need no entry."""
 
 
 def is_hidden(name: str) -> bool:

@@ -37,7 +37,7 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
     is. None in all but the first of several processes.
 
     Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError, LoaderError or BundleError for what a user can mend; Stopped
-    where it was asked to stop, and can go on.
+    where it was asked to stop, and can resume.
     """
     from models.allocator import keep_freed_memory
     from pipeline.checkpoints import newest, remove_fragments, remove_resume_checkpoints

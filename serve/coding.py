@@ -90,7 +90,7 @@ class _Stage:
         if len(data) < 2:
             self._head, self._members = data, 0
             return b""
-        # RFC 1950, 2.2. A bare stream that looks so would have to begin with a stored block and padding that is not zero.
+        # RFC 1950, 2.2. A bare stream with these two bytes would have to start with a stored block and padding that is not zero.
         wrapped = data[0] & 0x8F == 0x08 and int.from_bytes(data[:2]) % 31 == 0
         self._decoder = zlib.decompressobj(zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS)
         return data

@@ -12,7 +12,7 @@ ASKED = "Authorization, Content-Encoding, Content-Type, Inference-Header-Content
 """Header fields that a page may send."""
 
 ANSWERED = "Retry-After, Server-Timing, X-Model-Digest, X-Request-Id"
-"""Header fields of an answer that a page may read beside those that are always readable."""
+"""Header fields of a response that a page may read, in addition to those that are always readable."""
 
 MAX_AGE_S = 600
 """For a browser to remember a preflight."""

@@ -1,4 +1,4 @@
-"""The head of a request, checked before anything is made of it (RFC 9112, 2.3 and 3). Knows nothing of connections."""
+"""The head of a request, checked before it is parsed (RFC 9112, 2.3 and 3). Knows nothing of connections."""
 
 import ipaddress
 import re

@@ -23,14 +23,14 @@ def ensure_home() -> None:
     home = os.path.expanduser("~")  # noqa: PTH111 - Path.home raises where there is none
     if home != "~" and _can_keep(Path(home, ".cache")):
         return
-    told = "the user has no home directory" if home == "~" else f"no cache can be kept below {home}"
+    cause = "the user has no home directory" if home == "~" else f"no cache can be kept below {home}"
     try:
         os.environ["HOME"] = own = _private()
-        logger.warning("%s; caches are kept in %s; set HOME to keep them elsewhere", told, own)
+        logger.warning("%s; caches are kept in %s; set HOME to keep them elsewhere", cause, own)
     except OSError as err:
         os.environ["HOME"] = NOWHERE
         logger.warning(
-            "%s, nor in a temporary directory (%s); the server runs without caches; set HOME", told, err.strerror
+            "%s, nor in a temporary directory (%s); the server runs without caches; set HOME", cause, err.strerror
         )
 
 

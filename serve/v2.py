@@ -262,7 +262,7 @@ def _check_count(count: int, limits: Limits) -> None:
 
 
 def _has_booleans(data: Any, numbers: np.ndarray) -> bool:
-    """Whether nested lists of equal lengths, which became `numbers`, hold true or false: NumPy takes them for 1 and 0 beside numbers."""
+    """Whether nested lists of equal lengths, which became `numbers`, hold true or false: NumPy converts them to 1 and 0 among numbers."""
     if numbers.dtype.kind not in "biuf":
         return False
     for _ in range(numbers.ndim - 1):

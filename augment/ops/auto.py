@@ -2,7 +2,7 @@
 
 Their strengths follow the papers' scales, as torchvision's classes of the same names; AugMix's follow its authors' code. Deviations
 for all: shears are about the image's centre, not its top left corner; neighbouring geometric and colour ops fuse to one pass; nothing
-is filled with black where the image goes on beyond a crop before it.
+is filled with black where the image continues beyond a crop before it.
 """
 
 import math
@@ -155,7 +155,7 @@ _RAND = {
     "Identity": (0, 0),
     "ShearX": (0, 0.3),
     "ShearY": (0, 0.3),
-    "TranslateX": (0, 150 / 331),  # a share of the side
+    "TranslateX": (0, 150 / 331),  # a fraction of the side
     "TranslateY": (0, 150 / 331),
     "Rotate": (0, 30),
     "Brightness": (0, 0.9),
@@ -374,7 +374,7 @@ class AugMix(PixelOp):
 
 
 def _mix_strength(name: str, share: float, size: Size) -> float:
-    """The strength at a share of the highest severity, cut down to whole degrees, bits, grey levels and pixels as in the authors' code."""
+    """The strength at a fraction of the highest severity, cut down to whole degrees, bits, grey levels and pixels as in the authors' code."""
     if name.startswith("Shear"):
         return 0.3 * share
     if name.startswith("Translate"):

@@ -172,7 +172,7 @@ def _elastic_transform(pixels: np.ndarray, level: int, rng: np.random.Generator,
         level
     ]
     height, width = pixels.shape[:2]
-    side = 244 * unit  # the authors' constants are shares of 244
+    side = 244 * unit  # the authors' constants are fractions of 244
     centre, third = np.array([width, height], np.float32) / 2, min(height, width) / 3
     points = centre + third * np.array([[1, 1], [1, -1], [-1, -1]], np.float32)
     moved = points + rng.uniform(-bend * side, bend * side, (3, 2)).astype(np.float32)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class _SigmaNoise(PixelOp):
-    """sigma: share of the full range (0.1 is 25.5 grey levels), in [0, 1], drawn uniformly from the pair.
+    """sigma: fraction of the full range (0.1 is 25.5 grey levels), in [0, 1], drawn uniformly from the pair.
 
     per_channel: whether red, green and blue have noise of their own; if false, they share it, so that a grey image stays grey.
     """
@@ -44,7 +44,7 @@ class _SigmaNoise(PixelOp):
 class GaussianNoise(_SigmaNoise):
     """Add independent normal noise to every value.
 
-    sigma: standard deviation as a share of the full range (0.1 is 25.5 grey levels), in [0, 1], drawn uniformly from the pair.
+    sigma: standard deviation as a fraction of the full range (0.1 is 25.5 grey levels), in [0, 1], drawn uniformly from the pair.
     per_channel: whether each channel has noise of its own; if false, a grey image stays grey.
     """
 
@@ -63,7 +63,7 @@ class GaussianNoise(_SigmaNoise):
 class LaplaceNoise(_SigmaNoise):
     """Add independent Laplace noise to every value: as strong as normal noise of this sigma, with more large values.
 
-    sigma: standard deviation (√2 times the distribution's scale) as a share of the full range, in [0, 1], drawn uniformly.
+    sigma: standard deviation (√2 times the distribution's scale) as a fraction of the full range, in [0, 1], drawn uniformly.
     per_channel: whether each channel has noise of its own; if false, a grey image stays grey.
     """
 

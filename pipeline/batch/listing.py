@@ -61,7 +61,7 @@ def listing_of(source: Path) -> Listing:
         return _table(source)
     if source.is_file():
         raise DataError(
-            f"{source}: expected a folder of pictures, or a .csv, .tsv or .parquet manifest, not a {source.suffix or 'plain'} file; "
+            f"{source}: expected a folder of images, or a .csv, .tsv or .parquet manifest, not a {source.suffix or 'plain'} file; "
             "`refract predict` takes single pictures"
         )
     raise DataError(f"{source}: no such folder or file, seen from {Path.cwd()}")

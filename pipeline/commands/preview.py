@@ -12,7 +12,7 @@ def main(argv: list[str]) -> int:
         prog="refract preview",
         description="Draw one row a picture: the original and its augmented variants, with what was drawn under each.",
     )
-    parser.add_argument("source", help="a config (.yaml), or a picture or a folder of pictures")
+    parser.add_argument("source", help="a config (.yaml), or an image or a folder of images")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("preview.png"), help="the PNG to write (default preview.png)"
     )

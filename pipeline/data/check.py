@@ -18,8 +18,8 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Scan:
-    """hashes: a sample's key → SHA-256 of what the network reads of it, for every picture that could be decoded; groups: key → that of the
-    picture alone, where there is one; looks: path → `pipeline.data.near.look_of` of it; bad: path → why not; remarks: path → what its
+    """hashes: a sample's key → SHA-256 of what the network reads of it, for every image that could be decoded; groups: key → that of the
+    image alone, where there is one; looks: path → `pipeline.data.near.look_of` of it; bad: path → why not; remarks: path → what its
     owner should know of an image that was decoded, such as what was repaired."""
 
     hashes: dict[str, str]

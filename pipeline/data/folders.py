@@ -88,7 +88,7 @@ def _read(root: str) -> ImageFolder:
     skipped, loose, classes = Skipped(), list[str](), list[ClassFolder]()
     for level in [top, *(level for _, level in parts if level is not top)]:
         loose += level.images
-        skipped.add(replace(level.skipped, others=[]))  # readmes and tables beside the classes
+        skipped.add(replace(level.skipped, others=[]))  # readmes and tables next to the classes
     for split, level in parts:
         for folder in level.folders:
             tree = walk(folder)

@@ -130,7 +130,7 @@ class _Watched(_MultiProcessingDataLoaderIter):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Raise LoaderError for whatever the death of a worker made of a read."""
+        """Raise LoaderError in place of the error that a worker's death causes in a read."""
         try:
             yield
         except (RuntimeError, OSError, EOFError) as error:

@@ -109,7 +109,7 @@ def _parquet(path: Path) -> Table:
 
 def _texts(table: "pd.DataFrame") -> tuple["pd.DataFrame", frozenset[str]]:
     """(all columns as text, an empty one for what is missing; the names of those that hold lists). Columns that hold bytes, as hashes and
-    thumbnails, are left out. ValueError for lists in a column that is read."""
+    thumbnails, are skipped. ValueError for lists in a column that is read."""
     import numpy as np
     import pandas as pd
 
@@ -131,9 +131,9 @@ def _text_table(path: Path) -> Table:
     csv.field_size_limit(sys.maxsize)  # a text may be long
     text = _decoded(path).rstrip("\x1a")  # the end of a file in DOS
     first = trimmed_name(text[:1000]).partition("\n")[0].strip("\r")
-    told = re.fullmatch(r'"?sep=([^\w\s]|\t)"?', first, re.IGNORECASE)  # a line that Excel reads
-    separator = told[1] if told else _separator(path, text)
-    rows = _rows(path, text, separator, skipped=1 if told else 0)
+    declared = re.fullmatch(r'"?sep=([^\w\s]|\t)"?', first, re.IGNORECASE)  # a line that Excel reads
+    separator = declared[1] if declared else _separator(path, text)
+    rows = _rows(path, text, separator, skipped=1 if declared else 0)
     header = next(rows, None)
     if header is None:
         raise DataError(f"{path}: cannot be read as a CSV table (it is empty); its first line names the columns")

@@ -34,7 +34,7 @@ class NewData(NamedTuple):
 
 
 def read_data(source: str, labels: Sequence[str], *, multilabel: bool, unlabelled: bool = False) -> NewData:
-    """`digits`, a folder of pictures, one with CLASS/… or SPLIT/CLASS/…, or a CSV or Parquet table with `path` or `text`, perhaps `label`.
+    """`digits`, a folder of images, one with CLASS/… or SPLIT/CLASS/…, or a CSV or Parquet table with `path` or `text`, perhaps `label`.
 
     The folders of a folder are classes where at least one is named as one of `labels`. unlabelled: never. DataError.
     """

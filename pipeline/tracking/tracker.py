@@ -71,7 +71,7 @@ class Tracker:
         if self.journal.waiting():
             why = first_line(self._failure) if self._failure else f"no answer in {self._patience(FIRST_ANSWER):.0f} s"
             log.warning(
-                "MLflow at %s does not answer (%s); training goes on, and what is to be tracked is kept",
+                "MLflow at %s does not answer (%s); training continues, and what is to be tracked is kept",
                 self.address,
                 why,
             )

@@ -198,8 +198,8 @@ def test_each_grey_level_becomes_torchvisions_at_every_strength(op: str, scale, 
 
 def test_shifts_are_whole_pixels_cut_down_as_torchvisions() -> None:
     for level in (0.9, -31.99, 27.2):
-        _, args = _MAKE["TranslateX"](level, (40, 60))  # type: ignore[misc]
-        assert args["shift"] == [0.0, int(level) / 60]
+        step = _MAKE["TranslateX"](level, (40, 60))
+        assert step is not None and step[1]["shift"] == [0.0, int(level) / 60]
 
 
 @pytest.mark.parametrize(

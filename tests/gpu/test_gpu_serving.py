@@ -43,7 +43,11 @@ def test_a_backend_agrees_with_float32_on_the_golden_samples(
     name: str, bundles: tuple[Bundle, Bundle], device: str
 ) -> None:
     if name not in (CHEAP if device == "cpu" else candidates(torch.device(device))):
-        pytest.skip(f"{name} is not tested on {device}")
+        pytest.skip(
+            "tests/serve tests this backend on the processor"
+            if device == "cpu"
+            else f"the server does not offer {name} on {device}"
+        )
     engine = Engine(bundles[0], device, name)
     assert engine.self_test() > 0
     assert engine.predict(_batch(engine)).shape == (len(GOLDEN), len(COLOURS))
@@ -52,14 +56,14 @@ def test_a_backend_agrees_with_float32_on_the_golden_samples(
 @pytest.mark.parametrize("name", sorted(KEPT))
 def test_a_backend_of_the_processor_is_refused_by_name(name: str, bundles: tuple[Bundle, Bundle], device: str) -> None:
     if device == "cpu":
-        pytest.skip("these backends compute on the processor")
+        pytest.skip("the processor is the device that these backends compute on, so none is refused")
     with pytest.raises(BundleError, match=f"--backend {name}"):
         Engine(bundles[0], device, name)
 
 
 def test_auto_chooses_a_backend_that_agrees(bundles: tuple[Bundle, Bundle], device: str) -> None:
     if device == "cpu":
-        pytest.skip("tests/serve tests the choice on the processor")
+        pytest.skip("tests/serve/test_serve_choice.py tests the choice on the processor")
     engine = Engine(bundles[0], device, "auto")
     assert engine.choice is not None and engine.choice.name in candidates(torch.device(device))
     assert engine.self_test() > 0

@@ -95,7 +95,7 @@ def assert_equal(one: Result, other: Result) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_each_precision_learns_the_colours(precision: str, options: list[str], device: str) -> None:
     if precision == "fp16" and device == "cpu":
-        pytest.skip("fp16 trains on a GPU alone")
+        pytest.skip("trainer.precision fp16 is refused without a GPU, see tests/pipeline/test_pipeline_device.py")
     more = ("--optim.lr", "0.1", "--augment.policy", "[HorizontalFlip]", "--trainer.max_epochs", "5")
     result = trained(options, precision, "--trainer.precision", precision, *more)
     assert result.metrics["accuracy"] >= 0.8
@@ -146,7 +146,7 @@ def _steps(run: Path) -> list[int]:
 )
 def test_an_option_of_the_recipe_trains(more: tuple[str, ...], options: list[str], device: str) -> None:
     if "--trainer.compile" in more and device == "cpu":
-        pytest.skip("compiles on a GPU alone: it takes a minute of a processor")
+        pytest.skip("tests/pipeline/test_pipeline_recipe.py compiles on the processor, which takes a minute")
     result = trained(options, "option", "--trainer.max_epochs", "2", *more)
     assert result.metrics["accuracy"] > 0 and (result.bundle / "manifest.json").exists()
 
