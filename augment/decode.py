@@ -1,21 +1,19 @@
-"""Encoded images to uint8 RGB: JPEG by libjpeg-turbo, reduced and cropped where that is enough; all else by Pillow and `augment.tiff`.
+"""Encoded images to uint8 RGB: JPEG by libjpeg-turbo, reduced and cropped where that is enough; all else by `augment.whole`.
 
 Whatever a decoder raises leaves this module as an `ImageError`, so that one bad file costs its caller one image.
 """
 
-import io
-import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 
-from augment import exif, jpeg, jpeg_repair, png, tiff
-from augment.depth import to_eight_bits
-from augment.formats import READ, SUFFIXES, format_of, refusal
-from augment.image_error import ImageError, TooManyPixelsError
+from augment import jpeg, jpeg_repair
+from augment.exif import ORIENTATIONS
+from augment.formats import SUFFIXES
+from augment.image_error import ImageError, TooManyPixelsError, check_pixels
 from augment.jpeg import SMALLEST_REDUCED, JpegError, Part, is_jpeg
 from augment.profiles import to_srgb
+from augment.whole import decode_whole, loaded, open_source, orientation_of, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,29 +31,17 @@ __all__ = [
 
 Box = tuple[int, int, int, int]
 
-# How a stored image is shown, by its EXIF orientation (JEITA CP-3451, tag 0x0112): transpose, then flip rows, then flip columns.
-_TURNS = {
-    1: (False, False, False),
-    2: (False, False, True),
-    3: (False, True, True),
-    4: (False, True, False),
-    5: (True, False, False),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (True, True, False),
-}
-
 
 def image_size(data: bytes) -> tuple[int, int]:
     """(height, width) in pixels as shown (EXIF orientation applied), from the header alone. ImageError if it cannot be read."""
     with _BOUNDARY:
         header = _plain_jpeg(data)
         if header is not None:
-            turned = _TURNS[jpeg.orientation(data, header)][0]
+            turned = ORIENTATIONS[jpeg.orientation(data, header)][0]
             return (header.width, header.height) if turned else (header.height, header.width)
-        source = _source(data)
+        source = open_source(data)
         height, width = source.size
-        return (width, height) if _TURNS[source.orientation][0] else (height, width)
+        return (width, height) if ORIENTATIONS[source.orientation][0] else (height, width)
 
 
 def decode(data: bytes, *, max_pixels: int | None = None, color_profile: str = "ignore") -> np.ndarray:
@@ -86,10 +72,10 @@ def decode_part(
         if max_pixels is not None:
             if is_jpeg(data):  # untrusted input: a file that calls itself baseline may have thousands of scans too
                 jpeg.check_scans(data)
-            _check_pixels(*(size or image_size(data)), max_pixels)
+            check_pixels(*(size or image_size(data)), max_pixels)
         header = _plain_jpeg(data)
         if header is None:
-            return _decode_whole(data, max_pixels, convert=color_profile == "convert")
+            return decode_whole(data, max_pixels, convert=color_profile == "convert")
         return _decode_jpeg(data, header, box, scale, convert=color_profile == "convert")
 
 
@@ -124,11 +110,6 @@ def _as_image_error(error: Exception) -> ImageError:
         return ImageError("decoding needs more memory than there is; the header may be damaged")
     # struct.error, zlib.error, cv2.error, OverflowError, SyntaxError, OSError… by library and version
     return ImageError(f"damaged image ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
-
-
-def _check_pixels(height: int, width: int, limit: int) -> None:
-    if height * width > limit:
-        raise TooManyPixelsError(f"the image has {height}×{width} = {height * width:,} pixels; the limit is {limit:,}")
 
 
 def _plain_jpeg(data: bytes) -> jpeg.JpegHeader | None:
@@ -199,7 +180,7 @@ def _converted(pixels: np.ndarray, profile: bytes, *, grey: bool = False) -> np.
 
 def _stored(box: Box, orientation: int, header: jpeg.JpegHeader) -> Box:
     """A box of the image as shown, in the image as stored."""
-    transposed, rows, columns = _TURNS[orientation]
+    transposed, rows, columns = ORIENTATIONS[orientation]
     shown_height, shown_width = (header.width, header.height) if transposed else (header.height, header.width)
     top, left, height, width = box
     top = shown_height - top - height if rows else top
@@ -211,7 +192,7 @@ def _turned(part: Part, orientation: int, header: jpeg.JpegHeader) -> Part:
     """A part of the image as stored, as the part of the image as shown."""
     if orientation == 1:
         return part
-    transposed, rows, columns = _TURNS[orientation]
+    transposed, rows, columns = ORIENTATIONS[orientation]
     pixels, top, left = part.pixels, part.top, part.left
     height, width = header.height / part.scale, header.width / part.scale
     if transposed:
@@ -223,124 +204,6 @@ def _turned(part: Part, orientation: int, header: jpeg.JpegHeader) -> Part:
     return Part(np.ascontiguousarray(pixels), part.scale, top, left, part.remarks)
 
 
-class _Source(NamedTuple):
-    """An opened file of another format than JPEG. size: (height, width) as stored. layout: of a TIFF that Pillow does not read right;
-    image: of everything else, not yet decoded; chunks: of a PNG."""
-
-    size: tuple[int, int]
-    orientation: int
-    layout: tiff.Layout | None = None
-    image: "Image.Image | None" = None
-    chunks: png.Chunks | None = None
-
-
-def _source(data: bytes) -> _Source:
-    if not data:
-        raise ImageError("no bytes: the file is empty")
-    name = format_of(data)
-    if name not in READ:
-        raise ImageError(refusal(data, name))
-    if name == "TIFF":
-        layout = tiff.read_layout(data)
-        orientation = layout.orientation if layout.orientation in _TURNS else 1
-        if not layout.for_pillow:
-            return _Source(layout.size, orientation, layout=layout)
-        # Pillow rotates a TIFF itself.
-        image = _open(data, "TIFF", f"a {layout} is not read; save it as 8-bit or 16-bit grey or RGB")
-        return _Source((image.height, image.width), 1, layout=layout, image=image)
-    chunks = png.read_chunks(data) if name == "PNG" else None
-    image = _open(data, name)
-    return _Source((image.height, image.width), _orientation_of(image, chunks), image=image, chunks=chunks)
-
-
-def _orientation_of(image: "Image.Image", chunks: png.Chunks | None = None) -> int:
-    """The orientation, 1…8, of an opened image, without decoding it."""
-    if chunks is not None and (chunks.exif or chunks.text):
-        return exif.orientation(chunks.exif, chunks.xmp())
-    info = image.info
-    if "exif" in info or "xmp" in info:
-        return exif.orientation(info.get("exif") or b"", info.get("xmp") or b"")
-    # Pillow rotates a TIFF itself, and decodes a whole PNG to look for EXIF behind its pixels, which `chunks` has read.
-    if image.format == "TIFF" or (image.format == "PNG" and "Raw profile type exif" not in info):
-        return 1
-    try:
-        value = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged EXIF, in all the ways in which Pillow's parsers fail: the pixels are good without it
-        return 1
-    return value if value in _TURNS else 1
-
-
-def _open(data: bytes, name: str, otherwise: str | None = None) -> "Image.Image":
-    """The image, not yet decoded. otherwise: the message where Pillow has no reader for this kind of the format."""
-    from PIL import Image, UnidentifiedImageError
-
-    if name == "HEIC" and not _heif_opener():
-        raise ImageError(refusal(data, name))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bomb warning: the limit is the caller's
-            return Image.open(
-                io.BytesIO(data), formats=("HEIF" if name == "HEIC" else name, *(("MPO",) if name == "JPEG" else ()))
-            )
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            otherwise or f"damaged {name}: its header cannot be read; save the image again, as JPEG"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise TooManyPixelsError(f"the image has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from error
-    except (
-        Exception
-    ) as error:  # Pillow's parsers raise all sorts (struct.error, SyntaxError, OSError…) on hostile bytes
-        raise ImageError(f"damaged {name}: its header cannot be read; save the image again, as JPEG") from error
-
-
-def _heif_opener() -> bool:
-    """Whether Pillow reads HEIC: by the package `pillow-heif`, of the extra `heif`."""
-    from PIL import Image
-
-    if "HEIF" not in Image.OPEN:
-        try:
-            from pillow_heif import register_heif_opener
-        except ImportError:
-            return False
-        register_heif_opener()
-    return True
-
-
-def _decode_whole(data: bytes, limit: int | None, *, convert: bool) -> Part:
-    if is_jpeg(data):  # CMYK
-        return _decode_cmyk_jpeg(data, convert=convert)
-    source = _source(data)
-    if limit is not None:
-        _check_pixels(*source.size, limit)
-    if source.image is None:
-        assert source.layout is not None
-        raster = tiff.read_raster(data, source.layout)
-        pixels = _flattened(raster, source.layout.profile if convert else b"")
-        return Part(_shown(pixels, source.orientation), remarks=_depth_remarks(source.layout, raster))
-    with source.image as image:
-        profile = _profile_of(image, source) if convert else b""
-        pixels = _loaded(image, profile, wide_png=data if source.chunks and source.chunks.depth == 16 else b"")
-    return Part(_shown(pixels, source.orientation))
-
-
-def _decode_cmyk_jpeg(data: bytes, *, convert: bool) -> Part:
-    """By Pillow, which knows Adobe's inverted CMYK."""
-    data, mended = jpeg_repair.tidied(data, strict=False) or (data, [])
-    remarks = (f"repaired JPEG: {' and '.join(mended)}",) if mended else ()
-    with _open(data, "JPEG") as image:
-        orientation = jpeg.orientation(data, jpeg.read_header(data))
-        profile = image.info.get("icc_profile") or b"" if convert else b""
-        return Part(_shown(_loaded(image, profile), orientation), remarks=remarks)
-
-
-def _profile_of(image: "Image.Image", source: _Source) -> bytes:
-    if source.layout is not None:
-        return source.layout.profile
-    profile = source.chunks.profile() if source.chunks is not None else image.info.get("icc_profile")
-    return profile if isinstance(profile, bytes) else b""
-
-
 def from_pillow(image: "Image.Image", *, color_profile: str = "ignore") -> np.ndarray:
     """The image as `decode` gives it from its file: uint8 H×W×3 RGB, EXIF orientation applied, transparency over white.
 
@@ -348,81 +211,5 @@ def from_pillow(image: "Image.Image", *, color_profile: str = "ignore") -> np.nd
     """
     with _BOUNDARY:
         profile = image.info.get("icc_profile") if color_profile == "convert" else None
-        pixels = _loaded(image, profile if isinstance(profile, bytes) else b"")
-        return _shown(pixels, _orientation_of(image))
-
-
-def _shown(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    transposed, rows, columns = _TURNS[orientation]
-    pixels = pixels.transpose(1, 0, 2) if transposed else pixels
-    return np.ascontiguousarray(pixels[:: -1 if rows else 1, :: -1 if columns else 1])
-
-
-def _loaded(image: "Image.Image", profile: bytes, *, wide_png: bytes = b"") -> np.ndarray:
-    """uint8 H×W×3. wide_png: the bytes of a PNG of 16 bits a sample, of which Pillow keeps 8 where it has colours."""
-    try:
-        image.load()
-    except MemoryError:
-        raise
-    except Exception as error:  # as in `_open`
-        raise ImageError(f"damaged or truncated {image.format or 'image'}") from error
-    if image.mode in ("F", "LAB"):
-        name = "32-bit floating-point pixels have no known range" if image.mode == "F" else "CIELab pixels are not read"
-        raise ImageError(f"{name}; save the image as 8-bit or 16-bit grey or RGB")
-    if image.mode.startswith("I"):
-        return _grey_of_sixteen_bits(image, profile)
-    if wide_png and isinstance(image.info.get("transparency"), tuple):
-        samples = np.asarray(cv2.imdecode(np.frombuffer(wide_png, np.uint8), cv2.IMREAD_UNCHANGED))
-        levels = to_eight_bits(samples, 0, 65535)
-        return _flattened(tiff.Raster(levels[..., 2::-1], levels[..., 3], False), profile)
-    if image.mode == "La":
-        image = image.convert("LA")
-    if image.has_transparency_data:
-        rgba = np.asarray(image.convert("RGBA"))
-        channels = 1 if image.mode in ("L", "LA") and profile[16:20] == b"GRAY" else 3
-        return _flattened(tiff.Raster(rgba[..., :channels], rgba[..., 3], False), profile)
-    if not profile or image.mode == "1":
-        return np.array(image.convert("RGB"))
-    plain = np.asarray(image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB"))
-    return _flattened(tiff.Raster(plain if plain.ndim == 3 else plain[..., None], None, False), profile)
-
-
-def _grey_of_sixteen_bits(image: "Image.Image", profile: bytes) -> np.ndarray:
-    values = np.asarray(image)
-    if values.size and image.mode == "I" and (values.min() < 0 or values.max() > 65535):
-        raise ImageError(
-            f"32-bit pixels of {values.min()} to {values.max()} have no known range; save the image with 8 or 16 bits"
-        )
-    values, transparent = values.astype(np.uint16), image.info.get("transparency")
-    alpha = np.where(values == transparent, 0, 255).astype(np.uint8) if isinstance(transparent, int) else None
-    return _flattened(tiff.Raster(to_eight_bits(values, 0, 65535)[..., None], alpha, False), profile)
-
-
-def _flattened(raster: tiff.Raster, profile: bytes) -> np.ndarray:
-    """A raster as uint8 H×W×3 in sRGB, transparency over white."""
-    from PIL import Image
-
-    colour, alpha = raster.colour, raster.alpha
-    if raster.premultiplied and alpha is not None:
-        opacity = np.maximum(alpha, 1)[..., None].astype(np.uint32)
-        colour = np.minimum((colour * np.uint32(255) + opacity // 2) // opacity, 255).astype(np.uint8)
-    if profile:
-        colour = to_srgb(colour, profile)
-    if colour.shape[2] == 4:
-        colour = np.asarray(Image.fromarray(np.ascontiguousarray(colour), "CMYK").convert("RGB"))
-    if colour.shape[2] == 1:
-        colour = cv2.cvtColor(np.ascontiguousarray(colour), cv2.COLOR_GRAY2RGB)
-    if alpha is None:
-        return np.ascontiguousarray(colour)
-    rgba = Image.fromarray(np.dstack([colour, alpha]), "RGBA")
-    return np.array(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
-
-
-def _depth_remarks(layout: tiff.Layout, raster: tiff.Raster) -> tuple[str, ...]:
-    """A remark on data of fewer bits than their type, which the rule of `augment.depth` makes nearly black."""
-    if layout.high or not 0 < raster.largest <= 0.25:
-        return ()
-    used = raster.largest * (2.0 ** layout.bits[0] - 1)
-    return (
-        f"nearly black: its samples reach {used:.0f} of {layout.bits[0]} bits; set SMaxSampleValue if they have fewer bits",
-    )
+        pixels = loaded(image, profile if isinstance(profile, bytes) else b"")
+        return shown(pixels, orientation_of(image))

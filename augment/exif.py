@@ -7,6 +7,18 @@ import re
 import struct
 
 _XMP = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|\s*>\s*)([1-8])\b""")
+# How a stored image is shown, by its EXIF orientation (JEITA CP-3451, tag 0x0112): transpose, then flip rows, then flip columns.
+ORIENTATIONS = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+
 HEADER = b"Exif\x00\x00"
 _MOST_HEADERS = 4
 

@@ -14,12 +14,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
+from benchmarks.gpu.timing import wait
+from benchmarks.plain_loop import seconds_a_step
 from benchmarks.report import environment, summary, write
 from models.classifier import Classifier
-from models.losses import classification_loss
 from models.module import ClassifierModule
 from models.networks import build
-from models.optim import OptimSpec
 from pipeline.device import choose_device, choose_precision
 from pipeline.sections import TrainerConfig
 
@@ -33,31 +33,9 @@ def fresh(name: str) -> Classifier:
 
 def plain(name: str, batches: DataLoader, device: str, precision: str) -> float:
     """Milliseconds a step of the loop that people write by hand."""
-    classifier = fresh(name).to(device, memory_format=torch.channels_last).train()
-    spec = OptimSpec()
-    optimizer = spec.make(classifier.network)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, len(batches)))
+    classifier = fresh(name).to(device, memory_format=torch.channels_last)
     mixed = precision.startswith("bf16")
-    started, losses, right = 0.0, torch.zeros((), device=device), torch.zeros((), device=device)
-    for step, batch in enumerate(batches):
-        if step == WARM_UP:
-            _wait(device)
-            started = time.perf_counter()
-        images = batch["images"].to(device, memory_format=torch.channels_last)
-        targets = batch["targets"].to(device)
-        with torch.autocast(device, torch.bfloat16, enabled=mixed):
-            logits = classifier(images)
-            loss = classification_loss(logits, targets, task="multiclass")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses += loss.detach()
-        right += (logits.detach().argmax(1) == targets).sum()
-    if not torch.isfinite(losses):
-        raise FloatingPointError("the loss is not finite")
-    _wait(device)
-    return 1000 * (time.perf_counter() - started) / (len(batches) - WARM_UP)
+    return 1000 * seconds_a_step(classifier, batches, len(batches), device, warm_up=WARM_UP, mixed=mixed)
 
 
 class Clock(Callback):
@@ -68,7 +46,7 @@ class Clock(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
         if batch_idx in (WARM_UP - 1, self.last):
-            _wait(self.device)
+            wait(self.device)
             self.elapsed = time.perf_counter() - self.started
             self.started = time.perf_counter()
 
@@ -125,11 +103,6 @@ def main() -> None:
         "environment": environment("refract", "torch", "lightning"),
     }  # fmt: skip
     write(args.json, report)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

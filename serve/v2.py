@@ -8,6 +8,7 @@ tensors in a request is understood; answers are JSON.
 import math
 import struct
 import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
@@ -36,6 +37,9 @@ INPUTS = (
     {"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]},
     {"name": "encoded", "datatype": "BYTES", "shape": [-1]},
 )
+
+
+Handler = Callable[..., Awaitable[JSONResponse]]
 
 
 def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], rated: list[Any]) -> None:
@@ -71,41 +75,31 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
         service.check_wanted()
         return JSONResponse({"ready": True})
 
-    @app.get("/v2/models/{name}/versions/{model_version}/ready", include_in_schema=False, dependencies=allowed)
-    @app.get(
-        "/v2/models/{name}/ready",
-        summary="The same, by the model's name",
-        tags=["v2"],
-        dependencies=allowed,
-        responses=problems(401, 404, 503),
-    )
+    def of_a_model(suffix: str, summary: str, *codes: int) -> Callable[[Handler], Handler]:
+        """Serve GET of a model, with and without its version. codes: of the refusals."""
+
+        def served(handler: Handler) -> Handler:
+            path, refusals = f"/v2/models/{{name}}{suffix}", problems(*codes)
+            app.get(path, summary=summary, tags=["v2"], dependencies=allowed, responses=refusals)(handler)
+            versioned = f"/v2/models/{{name}}/versions/{{model_version}}{suffix}"
+            return app.get(versioned, include_in_schema=False, dependencies=allowed)(handler)
+
+        return served
+
+    @of_a_model("/ready", "The same, by the model's name", 401, 404, 503)
     async def model_ready(request: Request, name: str) -> JSONResponse:
         check_name(request, name)
         service.check_wanted()
         return JSONResponse({"name": name, "ready": True})
 
     @app.get("/v2/models/stats", include_in_schema=False, dependencies=allowed)
-    @app.get("/v2/models/{name}/versions/{model_version}/stats", include_in_schema=False, dependencies=allowed)
-    @app.get(
-        "/v2/models/{name}/stats",
-        summary="Requests and batches, and the time that they took, since this version is served",
-        tags=["v2"],
-        dependencies=allowed,
-        responses=problems(401, 404),
-    )
+    @of_a_model("/stats", "Requests and batches, and the time that they took, since this version is served", 401, 404)
     async def statistics(request: Request) -> JSONResponse:
         served = service.engine.bundle
         check_name(request, request.path_params.get("name", served.info.name))
         return JSONResponse({"model_stats": [service.statistics.to_dict(served.info.name, served.digest[:16])]})
 
-    @app.get("/v2/models/{name}/versions/{model_version}", include_in_schema=False, dependencies=allowed)
-    @app.get(
-        "/v2/models/{name}",
-        summary="Inputs and outputs",
-        tags=["v2"],
-        dependencies=allowed,
-        responses=problems(401, 404),
-    )
+    @of_a_model("", "Inputs and outputs", 401, 404)
     async def metadata(request: Request, name: str) -> JSONResponse:
         check_name(request, name)
         info, digest = service.engine.bundle.info, service.engine.bundle.digest

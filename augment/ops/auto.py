@@ -374,7 +374,7 @@ class AugMix(PixelOp):
 
 
 def _mix_strength(name: str, share: float, size: Size) -> float:
-    """The strength at a fraction of the highest severity, cut down to whole degrees, bits, grey levels and pixels as in the authors' code."""
+    """The strength at a fraction of the highest severity, cut down to whole degrees, bits, grey levels and pixels as the authors do."""
     if name.startswith("Shear"):
         return 0.3 * share
     if name.startswith("Translate"):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from benchmarks.finetuners.loop import accuracy, train_epoch
 from benchmarks.finetuners.task import Task, answer, given
 
 
@@ -58,13 +59,6 @@ def optimizer_of(task: Task, model: nn.Module) -> tuple[torch.optim.Optimizer, f
     return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05), 1e-3
 
 
-def accuracy(model: nn.Module, loader: DataLoader) -> float:
-    model.eval()
-    with torch.inference_mode():
-        right = sum(int((model(images).argmax(1) == targets).sum()) for images, targets in loader)
-    return right / len(loader.dataset)  # type: ignore[arg-type]
-
-
 def main() -> None:
     task = given()
     torch.manual_seed(task.seed)
@@ -82,12 +76,7 @@ def main() -> None:
     best, kept = -1.0, model.state_dict()
     for _ in range(task.epochs):
         model.train()
-        for images, targets in loaders["train"]:
-            loss = loss_of(model(images), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        train_epoch(model, loaders["train"], loss_of, optimizer, schedule)
         if (score := accuracy(model, loaders["val"])) >= best:
             best, kept = score, copy.deepcopy(model.state_dict())
     model.load_state_dict(kept)

@@ -11,6 +11,7 @@ from timm.data import create_transform
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.finetuners.loop import accuracy, train_epoch
 from benchmarks.finetuners.task import Task, answer, given, state
 
 LR, HEAD_LR, WEIGHT_DECAY, WARMUP = 3e-4, 3e-3, 0.05, 0.1
@@ -42,13 +43,6 @@ def phases(task: Task) -> Iterator[tuple[bool, int, float]]:
         yield True, task.epochs, LR
 
 
-def accuracy(model: nn.Module, loader: DataLoader) -> float:
-    model.eval()
-    with torch.inference_mode():
-        right = sum(int((model(images).argmax(1) == targets).sum()) for images, targets in loader)
-    return right / len(loader.dataset)  # type: ignore[arg-type]
-
-
 def main() -> None:
     task = given()
     torch.manual_seed(task.seed)
@@ -77,12 +71,7 @@ def main() -> None:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         for _ in range(epochs):
             model.train(whole)
-            for images, targets in loaders["train"]:
-                loss = nn.functional.cross_entropy(model(images), targets)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+            train_epoch(model, loaders["train"], nn.functional.cross_entropy, optimizer, schedule)
             if (score := accuracy(model, loaders["val"])) >= best:
                 best, kept = score, copy.deepcopy(model.state_dict())
     model.load_state_dict(kept)

@@ -92,32 +92,10 @@ def _compare(
 
 def plain(classifier: "Classifier", batch: dict[str, Any], device: str, *, steps: int) -> float:
     """Seconds a step of the loop that people write by hand."""
-    import torch
+    from benchmarks.plain_loop import seconds_a_step
 
-    from models.losses import classification_loss
-    from models.optim import OptimSpec
-
-    classifier.to(device).train()
-    spec, total = OptimSpec(), steps + WARM_UP
-    optimizer = spec.make(classifier.network)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, total))
-    losses, right, started = torch.zeros((), device=device), torch.zeros((), device=device), 0.0
-    for step in range(total):
-        if step == WARM_UP:
-            wait(device)
-            started = time.perf_counter()
-        images, targets = batch["images"], batch["targets"].to(device, non_blocking=True)
-        with torch.autocast(device, torch.bfloat16):
-            logits = classifier(images)
-            loss = classification_loss(logits, targets, task="multiclass")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses += loss.detach()
-        right += (logits.detach().argmax(1) == targets).sum()
-    wait(device)
-    return (time.perf_counter() - started) / steps
+    total = steps + WARM_UP
+    return seconds_a_step(classifier.to(device), [batch] * total, total, device, warm_up=WARM_UP, mixed=True)
 
 
 def through_lightning(classifier: "Classifier", batch: dict[str, Any], device: str, *, steps: int) -> float:

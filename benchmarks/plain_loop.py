@@ -1,0 +1,46 @@
+"""The training loop that people write by hand, which Refract's is compared with."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.timing import wait
+from models.classifier import Classifier
+from models.losses import classification_loss
+from models.optim import OptimSpec
+
+
+def seconds_a_step(
+    classifier: Classifier, batches: Iterable[dict[str, Any]], total: int, device: str, *, warm_up: int, mixed: bool
+) -> float:
+    """Train on `total` batches, and return the mean of the steps after `warm_up` of them.
+
+    batches: `images` (B, 3, H, W) uint8 and `targets` (B,); mixed: in bf16 autocast. FloatingPointError where a loss is not finite.
+    """
+    classifier.train()
+    spec = OptimSpec()
+    optimizer = spec.make(classifier.network)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, total))
+    started, losses, right = 0.0, torch.zeros((), device=device), torch.zeros((), device=device)
+    for step, batch in enumerate(batches):
+        if step == warm_up:
+            wait(device)
+            started = time.perf_counter()
+        images = batch["images"].to(device, memory_format=torch.channels_last)
+        targets = batch["targets"].to(device, non_blocking=True)
+        with torch.autocast(device, torch.bfloat16, enabled=mixed):
+            logits = classifier(images)
+            loss = classification_loss(logits, targets, task="multiclass")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses += loss.detach()
+        right += (logits.detach().argmax(1) == targets).sum()
+    wait(device)
+    seconds = (time.perf_counter() - started) / (total - warm_up)
+    if not torch.isfinite(losses):
+        raise FloatingPointError("the loss is not finite")
+    return seconds
