@@ -287,7 +287,7 @@ def test_a_manifest_with_texts_and_labels_and_rows_that_lack_something(
     assert table["error"][3] == "neither a picture nor a text" and "No such file" in table["error"][4]
     assert table["truth"].tolist() == ["red", "blue", "green", "", "mauve"] and pd.isna(table["path"][1])
     assert (
-        table["text"].tolist() == [text for _, text, _ in rows]
+        table["text"].tolist() == [text.lstrip() for _, text, _ in rows]  # blanks after a separator are skipped
         and f"of 3 ({(table['label'] == table['truth']).mean() * 5 / 3:.1%})" in done.stdout
     )
     refract("score", words, "m.csv", "-o", "words.parquet", "--jobs", 1)

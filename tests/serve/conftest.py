@@ -46,6 +46,13 @@ def answer_of(classifier: Classifier, data: bytes, task: str) -> np.ndarray:
         return probabilities(classifier(images), task=task, temperature=TEMPERATURE)[0].numpy()
 
 
+@pytest.fixture
+def inference_threads() -> Callable[[], list[threading.Thread]]:
+    """The threads of engines that were started since the test began and still run."""
+    before = set(threading.enumerate())
+    return lambda: [thread for thread in threading.enumerate() if thread.name == "inference" and thread not in before]
+
+
 @pytest.fixture(scope="session")
 def make_bundle() -> Callable[..., Bundle]:
     """Saves a bundle of an untrained lenet5. `wrong` is added to each golden answer."""

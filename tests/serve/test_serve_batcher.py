@@ -157,7 +157,7 @@ def test_cancelled_requests_are_skipped():
     assert run(story, max_wait_ms=0).batches == [[0], [2]]
 
 
-def test_stop_answers_what_was_accepted_and_refuses_the_rest():
+def test_stop_answers_what_was_accepted_and_refuses_the_rest(inference_threads):
     async def main():
         doubler = Doubler()
         batcher = Batcher(doubler, max_batch=2, max_wait_ms=60_000)
@@ -167,7 +167,7 @@ def test_stop_answers_what_was_accepted_and_refuses_the_rest():
         assert [float((await task).outputs[0, 0]) for task in tasks] == [2, 4, 6]
         with pytest.raises(ClosedError, match="going down"):
             await batcher.submit(inputs(4))
-        assert not any(thread.name == "inference" for thread in threading.enumerate())
+        assert not inference_threads()
 
     asyncio.run(main())
 
@@ -180,7 +180,7 @@ def test_impossible_settings_are_refused(options):
         Batcher(lambda batch: batch, **options)
 
 
-def test_two_engines_compute_at_the_same_time_and_share_what_waits() -> None:
+def test_two_engines_compute_at_the_same_time_and_share_what_waits(inference_threads) -> None:
     together = threading.Barrier(2, timeout=20)
     sizes: list[int] = []
 
@@ -198,7 +198,7 @@ def test_two_engines_compute_at_the_same_time_and_share_what_waits() -> None:
 
     asyncio.run(asyncio.wait_for(main(), 30))
     assert sizes == [4, 4]
-    assert not any(thread.name == "inference" for thread in threading.enumerate())
+    assert not inference_threads()
 
 
 def test_what_is_left_of_a_batch_that_left_is_not_kept_waiting() -> None:

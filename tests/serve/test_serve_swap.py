@@ -28,7 +28,9 @@ def row_of(answer) -> np.ndarray:
     return np.array([by_label[f"class {i}"] for i in range(10)], dtype=np.float32)
 
 
-def test_swaps_under_load_lose_nothing_and_mix_nothing(bundle, other, serving, picture, reference) -> None:
+def test_swaps_under_load_lose_nothing_and_mix_nothing(
+    bundle, other, serving, picture, reference, inference_threads
+) -> None:
     data = picture(5)
     wanted = {b.digest: reference(b.classifier("cpu"), data, "multiclass") for b in (bundle, other)}
     app, stop = create_app(bundle), threading.Event()
@@ -61,7 +63,7 @@ def test_swaps_under_load_lose_nothing_and_mix_nothing(bundle, other, serving, p
         stop.set()
         assert sum(future.result() for future in asking) > 30
         assert client.get("/v1/model").json()["digest"] == bundle.digest
-    assert not any(thread.name == "inference" for thread in threading.enumerate()), "the old lanes' threads have ended"
+    assert not inference_threads(), "the old lanes' threads have ended"
 
 
 def test_what_cannot_answer_is_refused_and_the_old_one_goes_on(bundle, make_bundle, served, tmp_path: Path) -> None:
@@ -78,7 +80,7 @@ def test_what_cannot_answer_is_refused_and_the_old_one_goes_on(bundle, make_bund
     served(Engine(bundle), story)
 
 
-def test_a_swap_while_it_goes_down_is_none(bundle, other) -> None:
+def test_a_swap_while_it_goes_down_is_none(bundle, other, inference_threads) -> None:
     async def main() -> None:
         service = Service(Engine(bundle), limits=Limits(), metrics=Metrics())
         await service.start()
@@ -87,7 +89,7 @@ def test_a_swap_while_it_goes_down_is_none(bundle, other) -> None:
             await service.swap(Engine(other))
 
     asyncio.run(main())
-    assert not any(thread.name == "inference" for thread in threading.enumerate())
+    assert not inference_threads()
 
 
 def test_a_person_goes_back_with_a_key(bundle, other, serving, tmp_path: Path) -> None:
