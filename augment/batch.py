@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from augment import cpu
 from augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass, batch_steps, fuse
+from augment.on_device import on_device
 from augment.ops.mix import MIX
 from augment.ops.pixel import to_uint8
 from augment.plan import Plan
@@ -73,9 +74,9 @@ def mix(plans: Sequence[Plan], images: torch.Tensor, targets: torch.Tensor) -> t
             drawn = {i: own[place].args for i, own in enumerate(steps) if len(own) > place and own[place].op == name}
             if not drawn:
                 continue
-            rows = torch.tensor(list(drawn), device=images.device)
+            rows = on_device(list(drawn), images.device)
             others = [(i + 1 + int(args["partner"] * (count - 1))) % count for i, args in drawn.items()]
-            partners = torch.tensor(others, device=images.device)
+            partners = on_device(others, images.device)
             mixed, kept = op.on_batch([dict(args) for args in drawn.values()], before[rows], before[partners])
             soft = torch.lerp(labels[partners], labels[rows], kept.to(labels.dtype).unsqueeze(1))
             images = images.to(mixed.dtype) if mixed.is_floating_point() else images
@@ -124,7 +125,7 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
     height, width = pixels.shape[2:]
     # grid_sample counts from −1 at the left edge to 1 at the right edge.
     matrices = np.array([[2 / width, 0, -1], [0, 2 / height, -1], [0, 0, 1]]) @ matrices
-    matrix = torch.tensor(matrices, dtype=torch.float32, device=images.device)
+    matrix = on_device(matrices, images.device, torch.float32)
     y = torch.arange(first.size[0], device=images.device, dtype=torch.float32) + 0.5
     x = torch.arange(first.size[1], device=images.device, dtype=torch.float32) + 0.5
     rows = 3 if any(item.is_perspective for item in passes) else 2
@@ -138,13 +139,13 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
     size = (images.shape[2], images.shape[3])
     limits = [_bounds(item, size, (height, width)) for item in passes]
     if any(math.isfinite(limit) for own in limits for limit in own):
-        bounds = torch.tensor(limits, dtype=torch.float32, device=images.device)
+        bounds = on_device(limits, images.device, torch.float32)
         lowest, highest = bounds[:, None, None, :2], bounds[:, None, None, 2:]
         grid = torch.minimum(torch.maximum(grid, lowest), highest)
     if first.border == "reflect101":
         grid = torch.stack([_reflected(grid[..., 0], width), _reflected(grid[..., 1], height)], -1)
     # Zeros beyond the edge become the fill where the fill is the zero.
-    fill = torch.tensor([item.fill for item in passes], dtype=torch.float32, device=images.device).view(-1, 3, 1, 1)
+    fill = on_device([item.fill for item in passes], images.device, torch.float32).view(-1, 3, 1, 1)
     sampled = F.grid_sample(
         pixels - fill, grid, mode="bilinear", padding_mode=_PADDING[first.border], align_corners=False
     )
@@ -188,10 +189,23 @@ def _bounds(item: WarpPass, size: tuple[int, int], shrunk: tuple[int, int]) -> t
 
 def _recolor(passes: Sequence[ColorPass], images: torch.Tensor) -> torch.Tensor:
     pixels = images.float()
-    means = pixels.mean((2, 3)).double().cpu().numpy()
-    matrices = np.stack([item.matrix(mean) for item, mean in zip(passes, means, strict=True)])
-    matrix = torch.tensor(matrices, dtype=torch.float32, device=images.device)
-    return to_uint8(torch.einsum("nij,njhw->nihw", matrix[:, :, :3], pixels) + matrix[:, :, 3, None, None])
+    parts = on_device(np.stack([_by_mean(item) for item in passes]), images.device)
+    means = pixels.mean((2, 3)).double()
+    offsets = parts[:, :, 3] + (parts[:, :, 4:] @ means.unsqueeze(2)).squeeze(2)
+    matrix, offset = parts[:, :, :3].float(), offsets.float()[:, :, None, None]
+    return to_uint8(torch.einsum("nij,njhw->nihw", matrix, pixels) + offset)
+
+
+def _by_mean(item: ColorPass) -> np.ndarray:
+    """3×7 float64: the matrix of the pass, its offset for a mean of 0, and what each channel's mean adds to that offset.
+
+    The means stay on the device: reading them would make the processor wait for it. Contrast's offset is linear in them.
+    """
+    fixed = item.matrix(np.zeros(3))
+    slopes = np.zeros((3, 3))
+    if item.needs_mean:
+        slopes = np.stack([item.matrix(unit)[:, 3] - fixed[:, 3] for unit in np.eye(3)], axis=1)
+    return np.concatenate([fixed, slopes], axis=1)
 
 
 def _look_up(passes: Sequence[TablePass], images: torch.Tensor) -> torch.Tensor:
@@ -203,7 +217,7 @@ def _look_up(passes: Sequence[TablePass], images: torch.Tensor) -> torch.Tensor:
         counts = torch.zeros(count, 3, 256, dtype=torch.int64, device=images.device).scatter_add_(2, flat, ones)
         histograms = counts.cpu().numpy()
     tables = np.stack([item.table(own) for item, own in zip(passes, histograms, strict=True)])
-    return torch.from_numpy(tables).to(images.device).gather(2, flat).view(images.shape)
+    return on_device(tables, images.device).gather(2, flat).view(images.shape)
 
 
 def _turn_hue(passes: Sequence[HsvHuePass], images: torch.Tensor) -> torch.Tensor:
@@ -217,7 +231,7 @@ def _turn_hue(passes: Sequence[HsvHuePass], images: torch.Tensor) -> torch.Tenso
         (green - blue) / safe,
         torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    turns = torch.tensor([item.turns for item in passes], dtype=torch.float32, device=images.device).view(-1, 1, 1)
+    turns = on_device([item.turns for item in passes], images.device, torch.float32).view(-1, 1, 1)
     sector = (sector + 6 * turns) % 6
     # Each channel is the value minus the spread times how far the hue is from it (Smith 1978, in the form without cases).
     away = torch.stack([(sector + shift) % 6 for shift in (5, 3, 1)], 1)

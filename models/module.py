@@ -314,7 +314,8 @@ class ClassifierModule(lightning.LightningModule):
         # Samples are mixed as their targets are: what becomes of the columns of a unit matrix tells the shares.
         units = torch.eye(len(targets), dtype=targets.dtype, device=targets.device)
         both = torch.cat([targets, units], dim=1)
-        where = {"indices": indices[rows], "repeats": None if draws is None else draws[rows]}
+        places = rows.to(indices.device)
+        where = {"indices": indices[places], "repeats": None if draws is None else draws[places]}
         shown, mixed = self.mix(images[rows], both[rows], epoch=self.current_epoch, **where)
         images = images.to(shown.dtype).index_copy(0, rows, shown)
         return images, *both.index_copy(0, rows, mixed).split([targets.shape[1], len(targets)], dim=1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from augment.on_device import on_device
 from augment.ops.op import Args, Size, below, between, interval, number, whole
 from augment.ops.pixel import PixelOp, to_uint8
 from augment.random import TABLE_SIZE, normal_table, stretch
@@ -36,7 +37,7 @@ class DeformOp(PixelOp):
         height, width = images.shape[-2:]
         maps = np.stack([np.stack(cls.maps(drawn, (height, width)), -1) for drawn in args])
         # grid_sample counts from −1 at the left edge to 1 at the right edge.
-        grid = torch.tensor((2 * maps + 1) / (width, height) - 1, dtype=torch.float32, device=images.device)
+        grid = on_device((2 * maps + 1) / (width, height) - 1, images.device, torch.float32)
         sampled = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         return to_uint8(sampled)
 

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from augment.on_device import on_device
 from augment.ops.op import Args, Size, around, below, between, interval, whole
 from augment.ops.pixel import PixelOp, to_uint8
 
@@ -220,15 +221,12 @@ def _gauss(steps: np.ndarray, sigma: float) -> np.ndarray:
 
 def _convolved(pixels: "torch.Tensor", kernels: np.ndarray) -> "torch.Tensor":
     """Each sample with its own kernel. pixels: float N×3×H×W; kernels: (N, h, w), both odd."""
-    import torch
     import torch.nn.functional as F
 
     count, channels, height, width = pixels.shape
     down, across = kernels.shape[1] // 2, kernels.shape[2] // 2
     pixels = pixels[:, :, _mirrored(height, down)][:, :, :, _mirrored(width, across)]
-    weights = (
-        torch.tensor(kernels, dtype=pixels.dtype, device=pixels.device).repeat_interleave(channels, 0).unsqueeze(1)
-    )
+    weights = on_device(kernels, pixels.device, pixels.dtype).repeat_interleave(channels, 0).unsqueeze(1)
     flat = pixels.reshape(1, count * channels, *pixels.shape[2:])
     return F.conv2d(flat, weights, groups=count * channels).view(count, channels, height, width)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from augment.on_device import on_device
 from augment.ops.op import Args, Op, Size, number
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class MixUp(MixOp):
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
         import torch
 
-        lam = images.new_tensor([a["lam"] for a in args], dtype=torch.float32)
+        lam = on_device([a["lam"] for a in args], images.device, torch.float32)
         return partners.float().lerp(images.float(), lam.view(-1, 1, 1, 1)), lam
 
 
@@ -75,7 +76,7 @@ class CutMix(MixOp):
         import torch
 
         height, width = images.shape[-2:]
-        boxes = images.new_tensor([_paste_box(a, height, width) for a in args], dtype=torch.int64)
+        boxes = on_device([_paste_box(a, height, width) for a in args], images.device, torch.int64)
         top, left, bottom, right = boxes.view(-1, 4, 1, 1).unbind(1)
         rows = torch.arange(height, device=images.device).view(1, -1, 1)
         columns = torch.arange(width, device=images.device).view(1, 1, -1)

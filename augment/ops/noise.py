@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from augment.on_device import on_device
 from augment.ops.op import Args, Size, below, between, color, interval
 from augment.ops.pixel import PixelOp, batch_stretch, column, to_uint8
 from augment.random import TABLE_SIZE, laplace_table, normal_table, stretch, uniform_table
@@ -188,7 +189,7 @@ class PixelDropout(PixelOp):
         import torch
 
         dropped = _batch_pixel_draws(args, images) < column(images, [round(256 * a["amount"]) for a in args])
-        fill = torch.tensor([a["fill"] for a in args], dtype=images.dtype, device=images.device).view(-1, 3, 1, 1)
+        fill = on_device([a["fill"] for a in args], images.device, images.dtype).view(-1, 3, 1, 1)
         return torch.where(dropped, fill, images)
 
 
@@ -215,7 +216,7 @@ def _batch_noise(table: np.ndarray, args: Sequence[Args], images: "torch.Tensor"
     if all(separate):
         return result
     shared = noise[:, : height * width].view(count, 1, height, width)
-    return torch.where(torch.tensor(separate, device=images.device).view(-1, 1, 1, 1), result, shared)
+    return torch.where(on_device(separate, images.device).view(-1, 1, 1, 1), result, shared)
 
 
 def _pixel_draws(offset: int, image: np.ndarray) -> np.ndarray:

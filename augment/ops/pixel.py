@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from augment.on_device import on_device
 from augment.ops.op import Args, Op
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def column(images: "torch.Tensor", values: Sequence[float]) -> "torch.Tensor":
     """One float32 number a sample, N×1×1×1 on the device of `images`."""
     import torch
 
-    return torch.tensor(values, dtype=torch.float32, device=images.device).view(-1, 1, 1, 1)
+    return on_device(values, images.device, torch.float32).view(-1, 1, 1, 1)
 
 
 def batch_stretch(table: np.ndarray, offsets: Sequence[int], like: "torch.Tensor", count: int) -> "torch.Tensor":
@@ -65,7 +66,7 @@ def batch_stretch(table: np.ndarray, offsets: Sequence[int], like: "torch.Tensor
 
     source = _table_on(table, like.device)
     steps = torch.arange(count, device=like.device)
-    starts = torch.tensor(offsets, device=like.device).view(-1, 1)
+    starts = on_device(offsets, like.device).view(-1, 1)
     return source[(starts + steps) % table.size]
 
 
@@ -74,9 +75,8 @@ _tables: dict[tuple[int, str], "torch.Tensor"] = {}
 
 def _table_on(table: np.ndarray, device: "torch.device") -> "torch.Tensor":
     """The table on the device, copied there once."""
-    import torch
 
     key = (id(table), str(device))
     if key not in _tables:
-        _tables[key] = torch.tensor(table, device=device)
+        _tables[key] = on_device(table, device)
     return _tables[key]

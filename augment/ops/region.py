@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import cv2
 import numpy as np
 
+from augment.on_device import on_device
 from augment.ops.op import Args, Op, Size, below, between, color, interval, number, whole
 from augment.ops.pixel import batch_stretch
 from augment.random import TABLE_SIZE, stretch, uniform_table
@@ -46,18 +47,21 @@ class RegionOp(Op):
 
         inside = _inside([a["boxes"] for a in args], images)
         fills = [(0, 0, 0) if isinstance(a.get("fill", "random"), str) else a["fill"] for a in args]
-        paint = torch.tensor(fills, dtype=images.dtype, device=images.device).view(-1, 3, 1, 1)
+        paint = on_device(fills, images.device, images.dtype).view(-1, 3, 1, 1)
         random = [i for i, a in enumerate(args) if "offset" in a]
         mean = [i for i, a in enumerate(args) if a.get("fill") == "mean"]
         if mean:
-            paint[mean] = images[mean].float().mean((2, 3), keepdim=True).round_().to(images.dtype)
+            rows = on_device(mean, images.device)
+            means = images[rows].float().mean((2, 3), keepdim=True).round_().to(images.dtype)
+            paint = paint.index_copy(0, rows, means)
         if random:
             _, channels, height, width = images.shape
             pixels = batch_stretch(
                 uniform_table(), [args[i]["offset"] for i in random], images, channels * height * width
             )
             paint = paint.expand(images.shape).clone()
-            paint[random] = pixels.view(-1, height, width, channels).permute(0, 3, 1, 2)
+            painted = pixels.view(-1, height, width, channels).permute(0, 3, 1, 2)
+            paint.index_copy_(0, on_device(random, images.device), painted)
         return torch.where(inside, paint, images)
 
 
@@ -66,7 +70,7 @@ def _inside(boxes: Sequence[Sequence[Sequence[int]]], images: "torch.Tensor") ->
     import torch
 
     most = max(1, *(len(own) for own in boxes))
-    edges = torch.tensor([[*own, *[[0, 0, 0, 0]] * (most - len(own))] for own in boxes], device=images.device)
+    edges = on_device([[*own, *[[0, 0, 0, 0]] * (most - len(own))] for own in boxes], images.device)
     top, left, height, width = edges.unsqueeze(-1).unbind(2)
     rows = torch.arange(images.shape[2], device=images.device)
     columns = torch.arange(images.shape[3], device=images.device)

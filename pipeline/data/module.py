@@ -20,6 +20,9 @@ from pipeline.data.manifest import DataError, Manifest, Sample
 from pipeline.data.order import Share, TrainOrder
 from pipeline.data.pictures import Item, Pictures, TrainPictures, begin_worker, named, targets_of
 
+HOST = ("keys", "indices", "repeats")
+"""Parts of a batch that stay in the host's memory: which samples these are, and which of their draws."""
+
 
 class PictureData(lightning.LightningDataModule):
     """Batches: `images` uint8 B×3×H×W, `targets` int64 (B,) or float32 B×C (multilabel), `indices` int64 (B,); in training also
@@ -121,6 +124,12 @@ class PictureData(lightning.LightningDataModule):
         """Of this process: (rank, processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
+    def transfer_batch_to_device(self, batch: Item, device: torch.device, dataloader_idx: int) -> Item:
+        """Copy a batch to the device, but for what draws are made of: to read that back would make the processor wait for the device."""
+        kept = {name: batch[name] for name in HOST if name in batch}
+        moved = {name: value for name, value in batch.items() if name not in HOST}
+        return {**super().transfer_batch_to_device(moved, device, dataloader_idx), **kept}
+
     def on_after_batch_transfer(self, batch: Item, dataloader_idx: int) -> Item:
         """Take the pictures that the batch names and augment them, on the device that it is on now."""
         keys = batch.pop("keys", None)
@@ -128,9 +137,10 @@ class PictureData(lightning.LightningDataModule):
             return batch
         from augment import batch as executor
 
-        indices = batch["indices"]
-        pixels = self._resident(indices.device)
-        images = pixels[indices.to(pixels.device)].to(indices.device)
+        device = batch["targets"].device
+        pixels = self._resident(device)
+        indices = batch["indices"].to(pixels.device, non_blocking=True)
+        images = pixels[indices].to(device, non_blocking=True)
         size = (images.shape[-2], images.shape[-1])
         plans = [
             self.train_set.augmenter.draw(size, epoch=epoch, index=index, repeat=repeat)

@@ -13,9 +13,13 @@ import pytest
 import torch
 import yaml
 from gpu_data import write_folder
+from lightning import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 
 from augment import Augmenter, Preprocess
+from models.classifier import Classifier
+from models.module import ClassifierModule
+from models.networks import build
 from pipeline.config import Config, config_from_dict
 from pipeline.data.module import PictureData
 from pipeline.preparation import prepare_data
@@ -171,9 +175,61 @@ def test_images_on_the_device_are_augmented_as_those_of_the_processor(images: Pa
     plain = PictureData(manifest, augmenter=augmenter, **same)
     resident = PictureData(manifest, augmenter=augmenter, on_device=True, **same)
     for expected, batch in zip(plain.train_dataloader(), resident.train_dataloader(), strict=True):
-        moved = {name: value.to(device) for name, value in batch.items()}
-        found = resident.on_after_batch_transfer(moved, 0)
+        found = resident.on_after_batch_transfer(resident.transfer_batch_to_device(batch, torch.device(device), 0), 0)
         assert found["images"].device.type == device and "keys" not in found
         assert torch.equal(found["targets"].cpu(), expected["targets"])
         difference = (found["images"].cpu().int() - expected["images"].int()).abs().float()
         assert difference.mean() <= 1.0
+
+
+class Watched(Callback):
+    """Lets no step but the first two wait for the device."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: object, batch_idx: int) -> None:
+        if batch_idx > 1:
+            _forbid_waiting(True)
+            self.steps += 1
+
+    def on_train_batch_end(self, *_: object) -> None:
+        _forbid_waiting(False)
+
+
+def _forbid_waiting(forbidden: bool) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_no_step_waits_for_the_device(precision: str, images: Path, device: str) -> None:
+    """Neither the copy of a batch, nor its augmentation on the device, nor the step."""
+    source = Config()
+    source.data.source = str(images)
+    manifest, _ = prepare_data(source)
+    policy = [
+        "HorizontalFlip", {"RandomResizedCrop": {"scale": [0.5, 1]}}, {"Rotate": {"degrees": 15}},
+        {"ColorJitter": {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2}}, {"Cutout": {"length": 8}},
+        {"RandomErasing": {"value": "mean"}}, {"OneOf": {"ops": ["MixUp", "CutMix"]}},
+    ]  # fmt: skip
+    augmenter = Augmenter(policy, seed=1, size=32)
+    data = PictureData(
+        manifest, augmenter=augmenter, preprocess=Preprocess(32, 32), batch_size=4, memory="always", workers=0, on_device=True,
+    )  # fmt: skip
+    network = build("cnn", 3, image_size=(32, 32), widths=[8, 16])
+    classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3)
+    module = ClassifierModule(classifier, task="multiclass", num_classes=3, mix=augmenter.mix)
+    watched = Watched()
+    trainer = Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu", devices=1, precision=precision, max_epochs=2, callbacks=[watched],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    assert watched.steps > 10
+    for number, batch in enumerate(data.train_dataloader()):
+        _forbid_waiting(number > 1)
+        try:
+            data.on_after_batch_transfer(data.transfer_batch_to_device(batch, torch.device(device), 0), 0)
+        finally:
+            _forbid_waiting(False)
