@@ -21,9 +21,10 @@ from serve.access import Access
 from serve.body import Bodies
 from serve.challenge import Challenge, Challenger
 from serve.cors import Cors
-from serve.engine import Engine, cuda_bytes
+from serve.engine import Engine
 from serve.errors import RequestError
 from serve.follow import Build, followers
+from serve.gpus import describe
 from serve.keys import Keys
 from serve.limits import Limits
 from serve.methods import Methods
@@ -83,8 +84,8 @@ def create_app(
     service = Service(engine, limits=limits or Limits(), metrics=metrics, sampling=sampling, **options)
     metrics.watch("requests_inside", "Requests in the house", lambda: service.inside)
     metrics.watch("pictures_waiting", "Pictures that wait for a batch", lambda: service.waiting)
-    if engine.device.type == "cuda":
-        metrics.watch("gpu_bytes", "Of the GPUs' memory that tensors hold", lambda: cuda_bytes(service.engine.devices))
+    for gpu in describe(engine.devices):
+        metrics.watch_gpu(gpu.device, gpu.name, gpu.driver, partial(describe, [gpu.device]))
 
     following = followers(service, follow, challenge, build=build, every_s=poll_s)
     begun = [challenge] if challenge and challenge.engine else []
@@ -231,6 +232,7 @@ def _description(engine: Engine) -> dict[str, Any]:
         "folder": engine.bundle.path.name,
         "reads": sorted(engine.reads),
         "device": ", ".join(engine.devices),
+        "gpus": [gpu._asdict() for gpu in describe(engine.devices)],
         "backend": chosen,
         "counts": counts,
     }

@@ -1,4 +1,4 @@
-"""The choice of the fastest way to compute a bundle that agrees with the plain one on this machine."""
+"""The choice of the fastest backend that agrees with plain float32 on this machine."""
 
 import hashlib
 import importlib.util
@@ -8,7 +8,6 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,16 +19,14 @@ from torch import Tensor
 
 from models.bundle import Bundle, BundleError
 from models.classifier import Classifier, probabilities
-from serve.backends import BACKENDS, INT8, KEPT, Forward, first_line, store, weight_bits
+from serve.backends import BACKENDS, INT8
+from serve.backends.base import Forward, first_line
+from serve.backends.kept import store
+from serve.backends.quantised import weight_bits
 
 logger = logging.getLogger(__name__)
 
 CACHE = Path("~/.cache/refract/backends")
-
-AGREED = 0.03
-INT8_AGREED = 0.1
-"""How far a probability of a golden picture may lie from plain float32's. bfloat16 moves them by 2e-3 on resnet18, by 0.02 on a network for
-CIFAR-10; integers of 8 bits that one's by 0.07, a like one's by 0.12 where weights have 7: they are not taken unless they are asked for."""
 
 THREADS = torch.get_num_threads()
 """That PyTorch would use by itself; a choice may set fewer, and the next one begins from all again."""
@@ -60,8 +57,8 @@ class Choice:
 
     @property
     def agreed(self) -> float:
-        """How far its probabilities may lie from plain float32's."""
-        return _agreed(self.name)
+        """Largest difference of its probabilities from plain float32's."""
+        return BACKENDS[self.name].agreed
 
     @property
     def rate(self) -> float:
@@ -69,28 +66,9 @@ class Choice:
         return self.rates.get(f"{self.name}/{self.threads}") or self.rates[self.name]
 
 
-def _agreed(name: str) -> float:
-    return INT8_AGREED if name in INT8 else AGREED
-
-
 def candidates(device: torch.device) -> tuple[str, ...]:
-    """Those that are tried by themselves: on a GPU the compiled network; on a CPU OpenVINO and ONNX Runtime where they are installed. To
-    export to the second takes ten seconds, but a call of it costs less, which small networks feel (lenet5: 360 us of the server's time for
-    a request by OpenVINO, 270 by ONNX Runtime)."""
-    if device.type == "cuda":
-        return ("eager", "bf16", "compiled")
-    names = ["eager", "bf16"]
-    if importlib.util.find_spec("openvino"):
-        names += ["openvino", "openvino-bf16"]
-    if importlib.util.find_spec("onnxruntime"):
-        names.append("onnx")
-    return tuple(name for name in names if not name.endswith("bf16") or _computes_in_bf16())
-
-
-def _computes_in_bf16() -> bool:
-    """Whether the processor has instructions for it; whether they are of use, the clock tells."""
-    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    """Names of the backends that `auto` times on this device."""
+    return tuple(backend.name for backend in BACKENDS.values() if backend.offered(device))
 
 
 def choose(
@@ -113,8 +91,8 @@ def choose(
         raise ValueError(f"backend: {wanted!r} is none of auto, int8, {', '.join(BACKENDS)}")
     device = next(classifier.parameters()).device
     names = {"auto": candidates(device), "int8": INT8}.get(wanted, (wanted,))
-    if device.type != "cpu" and set(names) & set(KEPT):
-        raise BundleError(f"--backend {wanted} computes on CPUs; on {device} take auto, eager, bf16 or compiled")
+    if wanted != "auto":
+        _check_wanted(wanted, names, device)
     folder = (cache or CACHE).expanduser() / _key(bundle, device, threads)
     tensor = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
     trial = _Trial(bundle, classifier, tensor, folder)
@@ -131,6 +109,18 @@ def choose(
         except Exception as err:  # of any kind: these are four libraries; what does not work any more is chosen anew
             logger.warning("the backend %s, chosen before, does not work now: %s", kept.name, first_line(err))
     return _fastest(trial, names, threads, folder, forced=wanted != "auto")
+
+
+def _check_wanted(wanted: str, names: tuple[str, ...], device: torch.device) -> None:
+    """BundleError where none of `names` computes on the device of this machine."""
+    if not any(device.type in BACKENDS[name].devices for name in names):
+        there = ", ".join(["auto", *(name for name, backend in BACKENDS.items() if device.type in backend.devices)])
+        devices = " and ".join(BACKENDS[names[0]].devices)
+        raise BundleError(f"--backend {wanted} computes on {devices}, not on {device}; take one of {there}")
+    reasons = [(name, BACKENDS[name].missing(device)) for name in names]
+    if all(reason for _, reason in reasons):
+        named = "; ".join(f"--backend {name} {reason}" for name, reason in reasons)
+        raise BundleError(f"{named}; or take --backend auto")
 
 
 def _fastest(
@@ -171,7 +161,9 @@ class _Trial:
 
     def __init__(self, bundle: Bundle, classifier: Classifier, images: Tensor, folder: Path) -> None:
         self._classifier, self._images, self._folder = classifier, images, folder
-        self._older = {folder / own for files in KEPT.values() for own in files if (folder / own).exists()}
+        self._older = {
+            folder / file for backend in BACKENDS.values() for file in backend.files if (folder / file).exists()
+        }
         self.on_cpu = images.device.type == "cpu"
         self._options: dict[str, Any] = {"task": bundle.info.task, "temperature": bundle.info.temperature}
         with torch.inference_mode():
@@ -179,7 +171,7 @@ class _Trial:
 
     def agreeing(self, name: str) -> Forward:
         """ValueError where it answers otherwise. What fails with a network that an earlier start kept is tried with one converted anew."""
-        kept = self._older & {self._folder / own for own in KEPT.get(name, ())}
+        kept = self._older & {self._folder / file for file in BACKENDS[name].files}
         try:
             return self._agreeing(name)
         except Exception as err:
@@ -195,15 +187,15 @@ class _Trial:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of converters, about themselves
             images = self._images if len(self._images) > 1 else self._images.repeat(2, 1, 1, 1)
-            forward = BACKENDS[name](self._classifier, images.contiguous(), self._folder)
+            forward = BACKENDS[name].build(self._classifier, images.contiguous(), self._folder)
             found = probabilities(forward(self._images), **self._options)
         gap = float((found - self._wanted).abs().max())
-        if not gap <= _agreed(name):
+        if not gap <= (limit := BACKENDS[name].agreed):
             raise ValueError(
-                f"moves a probability of the golden pictures by {gap:.2g} from float32's; the limit is {_agreed(name)}"
+                f"moves a probability of the golden samples by {gap:.2g} from float32's; the limit is {limit}"
             )
         if others := int((found.argmax(1) != self._wanted.argmax(1)).sum()):
-            raise ValueError(f"gives {others} of {len(found)} golden pictures another label than float32")
+            raise ValueError(f"gives {others} of {len(found)} golden samples another label than float32")
         return forward
 
     def change(self, kept: Choice, forward: Forward) -> float:
@@ -213,7 +205,7 @@ class _Trial:
         if change > 1 / STEADY or kept.name == "eager":
             return max(change, 1.0)
         eager = "eager" if "eager" in kept.rates else f"eager/{kept.threads}"
-        plain = self.rate(BACKENDS["eager"](self._classifier, self._images, self._folder))
+        plain = self.rate(BACKENDS["eager"].build(self._classifier, self._images, self._folder))
         return min(1.0, change * kept.rates[eager] / plain)
 
     def rate(self, forward: Forward) -> float:

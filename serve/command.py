@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from serve.keys import Keys
     from serve.sampling import Sampling
 
+logger = logging.getLogger(__name__)
+
 FAILED, REFUSED = 1, 2
 
 KEPT = 1 << 30
@@ -130,7 +132,13 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
         max_total_pixels=max(Limits.max_total_pixels, arguments.max_pixels),
         max_decoding_pixels=max(Limits.max_decoding_pixels, arguments.max_pixels),
     )
-    made = partial(build, devices=_devices(arguments.device), backend=arguments.backend, replicas=arguments.replicas)
+    made = partial(
+        build,
+        devices=_devices(arguments.device),
+        backend=arguments.backend,
+        replicas=arguments.replicas,
+        largest=arguments.max_batch,
+    )
     try:
         engine = made(bundle)
     except ValueError as err:
@@ -215,8 +223,13 @@ def _sampling(arguments: argparse.Namespace) -> "Sampling | None":
 def _devices(wanted: str) -> list[str]:
     import torch
 
+    from serve.gpus import unseen
+
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    why = unseen()
     if wanted == "auto":
+        if why:
+            logger.warning("the server computes on the CPU, as PyTorch sees no GPU: %s", why)
         return there[:1] or ["cpu"]
     if wanted == "all" and there:
         return there
@@ -224,7 +237,8 @@ def _devices(wanted: str) -> list[str]:
     for name in devices:
         if name != "cpu" and name not in there:
             offered = ", ".join(["cpu", *there])
-            raise RefusedError(f"--device {wanted}: this machine offers {offered} to torch, and no other device")
+            hint = f": {why}" if why else ""
+            raise RefusedError(f"--device {wanted}: this machine offers {offered} to torch, and no other device{hint}")
     return devices
 
 

@@ -1,7 +1,11 @@
 """A bundle at work on one device. Knows nothing of HTTP, nor of who asks."""
 
+import logging
+import math
+import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,9 +16,16 @@ from models.bundle import Bundle, BundleError, Golden
 from models.classifier import probabilities
 from models.occlusion import Occlusion
 from models.texts.tokens import Tokens
-from serve.backends import Forward, channels_last
-from serve.choice import AGREED, THREADS, Choice, choose
+from serve.backends.base import AGREED, Forward
+from serve.backends.torch_backends import channels_last
+from serve.choice import THREADS, Choice, choose
+from serve.gpus import is_out_of_memory, naming_memory
 from serve.samples import blank, inputs, joined
+from serve.staging import Staging
+
+logger = logging.getLogger(__name__)
+
+Compute = Callable[[np.ndarray], np.ndarray]
 
 # How far a golden picture's probabilities may lie from the stored ones. float32 convolutions differ by about 1e-6
 # between CPUs; TF32 on the training GPU moves them by up to about 1e-3. Wrong channels, resize or weights move them
@@ -22,9 +33,16 @@ from serve.samples import blank, inputs, joined
 TOLERANCE = 2e-3
 
 
+BUFFERS = 2
+"""Worker threads of an engine on a GPU: one copies and waits while the other's batch is computed."""
+
+RETRY_S = 60.0
+"""Time after which larger batches are tried again, when the device's memory was too small for one."""
+
+
 class Engine:
     """Turns batches into probabilities and logits, by `bundle`'s network on `device`. A batch is uint8 N×H×W×3, or where texts are read N
-    records of `serve.samples`."""
+    records of `serve.samples`. A batch that does not fit into the device's memory is computed in smaller parts."""
 
     def __init__(
         self,
@@ -35,13 +53,14 @@ class Engine:
         threads: int = THREADS,
     ) -> None:
         """backend: a name of `serve.backends.BACKENDS`, or auto for the fastest that agrees; threads: of a CPU, at most.
-        BundleError as `choose`, or where a golden picture cannot be read."""
+        BundleError as `choose`, where a golden sample cannot be read, or where the device's memory is too small."""
         self.bundle = bundle
         self.others: tuple[Engine, ...] = ()
         """Of the same bundle, that compute beside it."""
         self.device = torch.device(device)
         self.preprocess = Preprocess.from_dict(bundle.info.preprocess)
-        self._classifier = bundle.classifier(self.device)
+        with naming_memory(self.device, "this network"):
+            self._classifier = bundle.classifier(self.device)
         if self.device.type == "cpu":
             channels_last(self._classifier)
         self._forward: Forward = self._classifier
@@ -50,7 +69,12 @@ class Engine:
             raise BundleError(f"--backend {backend}: computes pictures alone; for a bundle that reads texts take eager")
         if backend != "eager" and self.tokens is None:
             images = np.stack([self._golden(golden) for golden in self._goldens()])
-            self._forward, self.choice = choose(bundle, self._classifier, images, wanted=backend, threads=threads)
+            with naming_memory(self.device, "timing the backends"):
+                self._forward, self.choice = choose(bundle, self._classifier, images, wanted=backend, threads=threads)
+        self._alone = threading.Lock()  # kernels of a batch and the copy of its answers are queued together
+        self._largest, self._retry_at = math.inf, 0.0
+        overlaps = self.device.type == "cuda" and self.tokens is None
+        self._staging = tuple(Staging(self.device) for _ in range(BUFFERS if overlaps else 0))
 
     @property
     def reads(self) -> frozenset[str]:
@@ -63,9 +87,10 @@ class Engine:
         return self._classifier.tokens
 
     @property
-    def workers(self) -> tuple[Callable[[np.ndarray], np.ndarray], ...]:
-        """The `compute` of each engine, which may run at the same time."""
-        return (self.compute, *(other.compute for other in self.others))
+    def workers(self) -> tuple[Compute, ...]:
+        """The functions of this engine and of the others, each for a thread of its own."""
+        own = tuple(partial(self.overlapped, staging) for staging in self._staging) or (self.compute,)
+        return (*own, *(worker for other in self.others for worker in other.workers))
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -74,7 +99,54 @@ class Engine:
 
     def compute(self, batch: np.ndarray) -> np.ndarray:
         """batch → float32 N×2×C: of each picture its probabilities, the bundle's temperature applied, and its logits."""
-        return self._answers(self._forward, batch)
+        return self._fitted(partial(self._answers, self._forward), batch)
+
+    def overlapped(self, staging: Staging, batch: np.ndarray) -> np.ndarray:
+        """Like `compute`, through the buffers of one thread, while another thread's batch is computed."""
+        return self._fitted(partial(self._overlapped, staging), batch)
+
+    def warm_up(self, largest: int) -> None:
+        """Compute batches of 1, 2, 4 … `largest` samples: kernels are chosen and CUDA graphs recorded before the first request.
+        BundleError where one sample does not fit into the device's memory; smaller batches are logged."""
+        sample = self._golden(self._goldens()[0])
+        with naming_memory(self.device, "one sample"):
+            for size in {min(1 << power, largest): None for power in range(largest.bit_length() + 1)}:
+                self.compute(np.repeat(sample[None], size, axis=0))
+
+    def _fitted(self, compute: Compute, batch: np.ndarray) -> np.ndarray:
+        """The answers, computed in parts that fit into the device's memory."""
+        if time.monotonic() > self._retry_at:
+            self._largest = math.inf
+        done: list[np.ndarray] = []
+        start = 0
+        while start < len(batch):
+            part = batch[start : start + int(min(self._largest, len(batch)))]
+            try:
+                done.append(compute(part))
+            except RuntimeError as err:
+                if len(part) == 1 or not is_out_of_memory(err):
+                    raise
+                self._shrink(len(part))
+            else:
+                start += len(part)
+        return done[0] if len(done) == 1 else np.concatenate(done)
+
+    def _shrink(self, count: int) -> None:
+        self._largest, self._retry_at = count // 2, time.monotonic() + RETRY_S
+        logger.warning(
+            "%s has too little memory for a batch of %d; batches of %d for the next %g s; --max-batch sets less for good",
+            self.device, count, self._largest, RETRY_S,
+        )  # fmt: skip
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _overlapped(self, staging: Staging, batch: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            images = staging.load(batch)
+            with self._alone:
+                logits = self._forward(images).float()
+                answers = staging.unload(torch.stack([self._probabilities(logits), logits], dim=1))
+            return answers()
 
     def predict(self, batch: np.ndarray) -> np.ndarray:
         """The probabilities of `compute` alone, float32 N×C."""
@@ -145,18 +217,19 @@ class Engine:
             )
 
 
-def build(bundle: Bundle, devices: Sequence[str], backend: str = "eager", replicas: int = 1) -> Engine:
-    """`replicas` engines on each device, as one; on a CPU they share its threads. Raises as `Engine`."""
+def build(
+    bundle: Bundle, devices: Sequence[str], backend: str = "eager", replicas: int = 1, largest: int = 32
+) -> Engine:
+    """`replicas` engines on each device, as one; on a CPU they share its threads. largest: samples of the largest batch, which a GPU
+    computes once now. Raises as `Engine`."""
     threads = max(1, THREADS // replicas)
     torch.set_num_threads(threads)
     places = [device for device in devices for _ in range(replicas)]
     first = Engine(bundle, places[0], backend, threads=threads)
-    # The same way for all: else the answer to a picture would hang on which of them was free.
+    # The same backend for all: else the answer to a request would depend on which of them was free.
     own = first.choice.name if first.choice else "eager"
     first.others = tuple(Engine(bundle, device, own, threads=threads) for device in places[1:])
+    for engine in (first, *first.others):
+        if engine.device.type == "cuda":
+            engine.warm_up(largest)
     return first
-
-
-def cuda_bytes(devices: Sequence[str]) -> int:
-    """What tensors hold of these GPUs' memory."""
-    return sum(torch.cuda.memory_allocated(device) for device in set(devices))

@@ -1,7 +1,7 @@
 """What a server has done, for Prometheus. Knows nothing of HTTP's details, nor of pictures."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication
+
+    from serve.gpus import Gpu
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _PICTURES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -46,6 +48,10 @@ class Metrics:
         self._challenged = Counter("refract_challenger_pictures", "Of the challenger by their end", ["end"], **own)
         self._challenger_seconds = Histogram("refract_challenger_seconds", "Of its answers", buckets=_SECONDS, **own)
         self._challenger = Gauge("refract_challenger", "1 for what challenges", ["name", "digest"], **own)
+        self._gpu = Gauge("refract_gpu", "1 for each GPU that computes", ["device", "name", "driver"], **own)
+        self._gpu_bytes = Gauge(
+            "refract_gpu_bytes", "Memory of a GPU; tensors hold `allocated`", ["device", "kind"], **own
+        )
         self._model = Gauge("refract_model", "1 for what is served", ["name", "digest"], **own)
 
     def answered(self, seconds: float, stages: dict[str, float]) -> None:
@@ -100,11 +106,21 @@ class Metrics:
         """A gauge `refract_NAME` that is read when it is asked for."""
         Gauge(f"refract_{name}", text, registry=self.registry).set_function(value)
 
+    def watch_gpu(self, device: str, name: str, driver: str | None, look: "Callable[[], Sequence[Gpu]]") -> None:
+        """Gauges of one GPU's memory, which `look` reads when they are asked for."""
+        self._gpu.labels(device, name, driver or "").set(1)
+        for kind in ("total", "free", "allocated"):
+            self._gpu_bytes.labels(device, kind).set_function(partial(_of_first, look, kind))
+
     def listen(self, host: str, port: int) -> int:
         """Answer Prometheus at `/metrics` on a port of its own, in a thread. Returns the port, for 0 a free one. OSError where taken."""
         server, _ = start_http_server(port, host, self.registry)
         server.set_app(_with_head(make_wsgi_app(self.registry)))
         return int(server.server_port)
+
+
+def _of_first(look: "Callable[[], Sequence[Gpu]]", kind: str) -> float:
+    return float(getattr(look()[0], kind))
 
 
 def _with_head(app: "WSGIApplication") -> "WSGIApplication":

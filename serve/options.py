@@ -5,7 +5,10 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-_OF_CPUS = ("openvino", "openvino-bf16", "openvino-int8", "onnx", "onnx-int8", "int8")
+BACKENDS = (
+    "auto", "eager", "bf16", "fp16", "compiled", "cuda-graphs", "tensorrt",
+    "openvino", "openvino-bf16", "openvino-int8", "onnx", "onnx-int8", "int8",
+)  # fmt: skip
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -44,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--backend",
-        choices=("auto", "eager", "bf16", "compiled", *_OF_CPUS),
+        choices=BACKENDS,
         default="auto",
         help="what computes the network; auto times what is installed, but in 8 bits, and takes the fastest that agrees with float32; "
         "int8 takes the faster of those in 8 bits",

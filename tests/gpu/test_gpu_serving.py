@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,13 @@ import torch
 from gpu_data import COLOURS, encoded, write_bundle
 
 from models.bundle import Bundle, BundleError, load_bundle
-from serve.backends import KEPT
+from serve.backends import BACKENDS
 from serve.choice import candidates
-from serve.engine import Engine, build
+from serve.engine import Compute, Engine, build
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.service import Service
+from serve.staging import Staging
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +41,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "CACHE", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("name", ["eager", "bf16", "compiled"])
+@pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if "cuda" in backend.devices])
 def test_a_backend_agrees_with_float32_on_the_golden_samples(
     name: str, bundles: tuple[Bundle, Bundle], device: str
 ) -> None:
@@ -53,7 +56,7 @@ def test_a_backend_agrees_with_float32_on_the_golden_samples(
     assert engine.predict(_batch(engine)).shape == (len(GOLDEN), len(COLOURS))
 
 
-@pytest.mark.parametrize("name", sorted(KEPT))
+@pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if "cuda" not in backend.devices])
 def test_a_backend_of_the_processor_is_refused_by_name(name: str, bundles: tuple[Bundle, Bundle], device: str) -> None:
     if device == "cpu":
         pytest.skip("the processor is the device that these backends compute on, so none is refused")
@@ -73,9 +76,51 @@ def test_two_replicas_give_the_same_answers(bundles: tuple[Bundle, Bundle], devi
     threads = torch.get_num_threads()
     engine = build(bundles[0], [device], replicas=2)
     torch.set_num_threads(threads)
-    one, other = (worker(_batch(engine)) for worker in engine.workers)
-    np.testing.assert_allclose(one, other, atol=1e-5)
+    assert len(engine.workers) == (4 if device == "cuda" else 2), (
+        "on a GPU each copies one batch while it computes another"
+    )
+    one, *others = (worker(_batch(engine)) for worker in engine.workers)
+    for other in others:
+        np.testing.assert_allclose(one, other, atol=1e-5)
     assert engine.devices[0] == engine.devices[1]
+
+
+@pytest.mark.parametrize("name", ["eager", "cuda-graphs"])
+def test_two_threads_that_share_a_gpu_get_their_own_answers(
+    name: str, bundles: tuple[Bundle, Bundle], device: str
+) -> None:
+    if device == "cpu" and name == "cuda-graphs":
+        pytest.skip("the processor records no CUDA graphs")
+    engine = Engine(bundles[0], device, name)
+    rows = _batch(engine)
+    expected = engine.predict(rows)
+
+    def ask(worker: Compute, start: int) -> None:
+        for count in (1, 2, 3, len(rows)) * 25:
+            chosen = [(start + place) % len(rows) for place in range(count)]
+            np.testing.assert_allclose(worker(rows[chosen])[:, 0], expected[chosen], atol=0.02)
+
+    workers = [partial(engine.overlapped, Staging(engine.device)) for _ in range(2)]
+    with ThreadPoolExecutor(len(workers)) as pool:
+        for done in [pool.submit(ask, worker, start) for start, worker in enumerate(workers)]:
+            done.result()
+
+
+def test_a_batch_that_does_not_fit_is_computed_in_parts(
+    bundles: tuple[Bundle, Bundle], device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if device == "cpu":
+        pytest.skip("tests/serve/test_serve_gpu.py tests this on the processor")
+    engine = Engine(bundles[0], device)
+    sample = _batch(engine)[:1]
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(2e9 / torch.cuda.get_device_properties(device).total_memory)
+    try:
+        answers = engine.workers[0](np.repeat(sample, 60_000, axis=0))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(answers) == 60_000 and "has too little memory for a batch of 60000" in caplog.text
+    np.testing.assert_allclose(answers[-1], engine.compute(sample)[0], atol=1e-3)
 
 
 def test_hot_swaps_under_load_answer_everything_and_free_the_memory(

@@ -14,8 +14,8 @@ from torch import nn
 
 from models.classifier import Classifier
 from models.networks import build
-from serve import choice as choosing
 from serve.backends import BACKENDS
+from serve.backends.base import AGREED, INT8_AGREED
 from serve.engine import Engine
 
 pytestmark = [
@@ -32,9 +32,7 @@ def test_each_agrees_with_plain_float32_at_any_size_of_batch(name: str, bundle, 
     other.self_test()
     images = np.stack([plain.preprocess(picture(i)) for i in range(7)])
     for count in (1, 7, 2):
-        agreed = {"openvino": 1e-5, "onnx": 1e-5, **dict.fromkeys(INT8, choosing.INT8_AGREED)}.get(
-            name, choosing.AGREED
-        )
+        agreed = {"openvino": 1e-5, "onnx": 1e-5, **dict.fromkeys(INT8, INT8_AGREED)}.get(name, AGREED)
         np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=agreed)
     if name != "eager":
         assert other.choice is not None and other.choice.name == name
@@ -80,14 +78,14 @@ def test_the_compiled_network_agrees(bundle, picture) -> None:
     plain, other = Engine(bundle), Engine(bundle, backend="compiled")
     images = np.stack([plain.preprocess(picture(i)) for i in range(3)])
     for count in (1, 3):
-        np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=choosing.AGREED)
+        np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=AGREED)
 
 
 def test_bfloat16_keeps_what_a_network_computes_in_float32() -> None:
     classifier = Classifier(build("fastnet", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
-        found = BACKENDS["bf16"](classifier, images, Path())(images)
+        found = BACKENDS["bf16"].build(classifier, images, Path())(images)
         torch.testing.assert_close(found, classifier(images), atol=0.05, rtol=0.05)
     assert all(parameter.dtype == torch.float32 for parameter in classifier.parameters()), (
         "that of others is not touched"
@@ -113,7 +111,7 @@ def test_a_network_of_slices_in_depth_is_computed_in_bfloat16_too() -> None:
     classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
-        found = BACKENDS["bf16"](classifier, images, Path())(images)
+        found = BACKENDS["bf16"].build(classifier, images, Path())(images)
         torch.testing.assert_close(found, classifier(images), atol=0.05, rtol=0.05)
 
 
@@ -135,7 +133,7 @@ def test_weights_have_seven_bits_where_products_are_added_in_sixteen(
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    BACKENDS["onnx-int8"](bundle.classifier(torch.device("cpu")), images, tmp_path)
+    BACKENDS["onnx-int8"].build(bundle.classifier(torch.device("cpu")), images, tmp_path)
     network = onnx.load(tmp_path / "kept.int8.onnx").graph
     weights = [onnx.numpy_helper.to_array(one) for one in network.initializer if one.data_type == onnx.TensorProto.INT8]
     assert max(int(np.abs(one.astype(int)).max()) for one in weights if one.ndim > 1) == most
@@ -152,5 +150,5 @@ def test_int8_is_near_to_float32_where_products_add_up_to_most(name: str, tmp_pa
     images = torch.cat([torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 255)]).to(torch.uint8)
     with torch.inference_mode():
         wanted = classifier(images)
-        found = BACKENDS[name](classifier, images, tmp_path)(images)
+        found = BACKENDS[name].build(classifier, images, tmp_path)(images)
     torch.testing.assert_close(found, wanted, rtol=0.03, atol=0.01)
