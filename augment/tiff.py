@@ -8,6 +8,7 @@ Source: TIFF 6.0; TIFF Technical Note 3 (floating-point predictor); BigTIFF.
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -263,21 +264,26 @@ def _checked(layout: Layout) -> int:
 def _ranges(layout: Layout) -> list[tuple[float, float]]:
     count, bits = len(layout.bits), layout.bits[0]
     low, high = (values * count if len(values) == 1 else values for values in (layout.low, layout.high))
+    whole = ((0.0,) * count, (2.0**bits - 1,) * count)
     if layout.form == _UNSIGNED:
-        low, high = low or (0.0,) * count, high or (2.0**bits - 1,) * count
+        low, high = low or whole[0], high or whole[1]
+        if not _usable(low, high, count):  # as 0 to 0, which some writers leave there
+            low, high = whole
     if not low or not high:
         raise ImageError(
             f"a {layout} has no known range; save it as unsigned 8 or 16 bits, or set SMinSampleValue and SMaxSampleValue"
         )
-    if (
-        len(low) < count
-        or len(high) < count
-        or not all(-1e300 < a < b < 1e300 for a, b in zip(low, high, strict=False))
-    ):
+    if not _usable(low, high, count):
         raise ImageError(
             f"a {layout} declares the unusable range {low[:4]} to {high[:4]} (SMinSampleValue, SMaxSampleValue)"
         )
     return list(zip(low, high, strict=False))
+
+
+def _usable(low: Sequence[float], high: Sequence[float], count: int) -> bool:
+    if min(len(low), len(high)) < count:
+        return False
+    return all(-1e300 < a < b < 1e300 for a, b in zip(low, high, strict=False))
 
 
 def _samples(data: bytes, layout: Layout) -> np.ndarray:

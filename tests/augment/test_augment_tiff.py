@@ -129,6 +129,15 @@ def test_twelve_bits_in_sixteen() -> None:
     assert "nearly black: its samples reach 4095 of 16 bits; set SMaxSampleValue" in undeclared.remarks[0]
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_an_unusable_range_of_unsigned_samples_is_ignored(dtype: str) -> None:
+    """As 0 to 0, which some writers leave in the file."""
+    pixels = ramp(dtype, 3)
+    tags = [(code, "H", 3, (0, 0, 0), False) for code in (340, 341)]
+    found = decode(written(pixels, "rgb", "<", extratags=tags))
+    np.testing.assert_array_equal(found, decode(written(pixels, "rgb", "<")))
+
+
 def with_range(image: Image.Image, low: int | None, high: int, **options) -> bytes:
     """Return a TIFF by Pillow that declares the range of its samples."""
     buffer, tags = io.BytesIO(), TiffImagePlugin.ImageFileDirectory_v2()
