@@ -86,6 +86,10 @@ FROM cpu AS cpu-with-model
 COPY --from=model . /model
 
 FROM server AS cuda
+# Triton, which compiles kernels for the backend `compiled`, builds their launchers in C.
+USER root
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 COPY --from=packages-cuda /opt/refract /opt/refract
 COPY --from=code /opt/refract /opt/refract
 

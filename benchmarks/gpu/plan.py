@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-BACKENDS = ("eager", "bf16", "compiled")
+BACKENDS = ("eager", "bf16", "fp16", "cuda-graphs", "compiled")
 BATCHES = (1, 8, 32, 128)
 SERVED = ("resnet50", "vit_b_16")
 
