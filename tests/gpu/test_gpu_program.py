@@ -1,16 +1,49 @@
 """`python -m benchmarks.gpu` runs from end to end without a GPU, and survives stages that fail or hang."""
 
+import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.plan import Measure
+from benchmarks.gpu.plan import STAGES, Measure
 from benchmarks.gpu.processes import run_limited
 from benchmarks.gpu.record import Record, read_record
-from benchmarks.gpu.table import lines
+from benchmarks.gpu.table import lines, rows
 from benchmarks.gpu.wheels import PACKAGES, ROOT, entries
+
+ONLY_ON_A_GPU = ("compil", "model FLOPs", "batch JPEG decoding", "fp16", "cuda-graphs")
+LEFT_OUT = ("vit_b_16", "batch decoding", "kornia")
+"""Of the quick form, to be quick."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # its stages are processes that import PyTorch, beside other tests
+def test_the_quick_form_measures_every_stage_on_the_processor(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--device",
+        "cpu",
+        "--quick",
+        "--seconds",
+        "800",
+        "--json",
+        str(out),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = json.loads(out.read_text())["stages"]
+    assert {name: stage["code"] for name, stage in stages.items()} == dict.fromkeys(STAGES, 0)
+    missing = [
+        f"{name}: {measure.name} {why}" for name, measure, value, why in rows(stages, judged=False) if value is None
+    ]
+    assert [line for line in missing if not any(part in line for part in (*ONLY_ON_A_GPU, *LEFT_OUT))] == []
+    assert stages["correctness"]["values"]["tests passed"] > 50
 
 
 def test_a_command_that_hangs_is_killed_with_what_it_started(tmp_path: Path) -> None:
