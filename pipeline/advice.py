@@ -36,7 +36,7 @@ def closing_notes(run_dir: Path, config: Config, prefix: str) -> list[tuple[str,
     except FileNotFoundError:
         return []
     notes = [("note", note) for note in numbers.get("notes", [])]
-    full = f"{prefix}refract evaluate {run_dir / 'bundle'} {shlex.quote(config.data.source)} --robustness full"
+    full = f"{prefix}refract evaluate {shlex.quote(str(run_dir / 'bundle'))} {shlex.quote(config.data.source)} --robustness full"
     if (found := numbers.get("robustness")) is not None:
         more = "" if config.evaluation.robustness == "full" else f"; all images: {full}"
         return [*notes, ("robust", found["summary"] + more)]

@@ -17,7 +17,8 @@ from pipeline import measures
 from pipeline.advice import notes_on
 from pipeline.config import Config
 from pipeline.data.manifest import Manifest
-from pipeline.doctor import Doctor, Finding
+from pipeline.doctor.finding import Finding
+from pipeline.doctor.watch import Doctor
 from pipeline.evaluation import Evaluation, evaluate, probabilities_of, truth_of
 from pipeline.files import write_atomically
 from pipeline.label_noise import noise_evidence

@@ -149,7 +149,8 @@ def _make_bundle(
     from models.bundle import BundleInfo, load_bundle, save_bundle
     from pipeline.assessment import assess, write_answers
     from pipeline.data.splits import write_splits
-    from pipeline.doctor.run import make_doctor, write_findings
+    from pipeline.doctor.run import make_doctor
+    from pipeline.doctor.stored import write_findings
     from pipeline.drift.measure import reference_of
     from pipeline.golden import make_goldens
     from pipeline.plots import confusion_plot, curves_plot

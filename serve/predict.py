@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache, partial
 from typing import Annotated, Any, Literal
 
@@ -127,7 +127,13 @@ def _read(asked_of: type[Asked], query: bytes) -> Asked:
     try:
         return asked_of.model_validate(dict(QueryParams(query)))
     except ValidationError as err:
-        raise RequestValidationError([{**row, "loc": ("query", *row["loc"])} for row in err.errors()]) from err
+        raise RequestValidationError([_problem(row, asked_of) for row in err.errors()]) from err
+
+
+def _problem(row: Mapping[str, Any], asked_of: type[Asked]) -> dict[str, Any]:
+    unknown = row["type"] == "extra_forbidden"
+    message = f"no such parameter; known: {', '.join(asked_of.model_fields)}" if unknown else row["msg"]
+    return {**row, "msg": message, "loc": ("query", *row["loc"])}
 
 
 def _answer(service: Service, asked: Asked, found: Answers) -> JSONResponse:

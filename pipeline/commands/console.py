@@ -1,6 +1,7 @@
 """What the commands share: logging to the terminal, and a user's mistake as one line instead of a traceback."""
 
 import logging
+import shlex
 import shutil
 import signal
 import sys
@@ -41,6 +42,8 @@ def run(command: str, work: Callable[[], int]) -> int:
         if type(error).__name__ in SERVICE_ERRORS:
             return _failed(command, error, 1)
         raise
+    except BrokenPipeError:  # as `refract predict … | head`; the command line ends quietly
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
         return _failed(command, f"{where}{error.strerror or error}", 1)
@@ -49,7 +52,7 @@ def run(command: str, work: Callable[[], int]) -> int:
 def _stopped(command: str, error: Stopped) -> int:
     if error.run is not None:  # else another process of the same training says it
         print(
-            f"refract {command}: {error}; `refract train --resume {error.run}` goes on from the checkpoint",
+            f"refract {command}: {error}; `refract train --resume {shlex.quote(str(error.run))}` resumes from the checkpoint",
             file=sys.stderr,
         )
     return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130

@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
 
 
 def _doctor(run: Path) -> int:
-    from pipeline.doctor.run import read_findings
+    from pipeline.doctor.stored import read_findings
 
     findings, record = read_findings(run)
     for finding in findings:

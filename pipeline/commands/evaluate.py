@@ -50,11 +50,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     bundle = load_bundle(args.bundle)
     info = bundle.info
     manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass", to_train=False)
-    for line in skipped_lines(manifest.skipped):
-        print(f"refract evaluate: {args.data}: {line}", file=sys.stderr)
     drawn = "test" not in manifest.splits()
     if drawn:
-        manifest = held_out(info, manifest)
+        manifest = held_out(info, manifest)  # which reports what it skips
+    for line in () if drawn else skipped_lines(manifest.skipped):
+        print(f"refract evaluate: {args.data}: {line}", file=sys.stderr)
     samples = relabelled(manifest, info.labels)
     split = args.split or ("test" if "test" in manifest.splits() else None)
     if split is not None:

@@ -1,6 +1,7 @@
 """`refract init FOLDER -o photos.yaml`"""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,7 +66,7 @@ def _init(source: str, output: Path, name: str | None, weights: str | None) -> i
     print(f"wrote {output}")
     if survey.images and (grid := _preview(manifest, proposal, output)):
         print(f"wrote {grid}: what training will see; look at it first")
-    print(f"next: refract train {output}")
+    print(f"next: refract train {shlex.quote(str(output))}")
     return 0
 
 

@@ -99,10 +99,9 @@ def _train(argv: list[str], resume: str | None) -> int:
             print(f"          {console.bin_prefix()}{command} makes it champion")
     if config.tracking.enabled:
         print(f"MLflow:   {seen_at(config)}")
-    print(
-        f"next:     {here}refract predict {result.bundle} {_asked(config)}   or   {here}refract serve {result.bundle}"
-    )
-    print(f"          {here}refract doctor {result.run_dir}   or   {here}refract compare {result.run_dir} OTHER_RUN")
+    run, bundle = (shlex.quote(str(path)) for path in (result.run_dir, result.bundle))
+    print(f"next:     {here}refract predict {bundle} {_asked(config)}   or   {here}refract serve {bundle}")
+    print(f"          {here}refract doctor {run}   or   {here}refract compare {run} OTHER_RUN")
     return _undelivered(result, config)
 
 

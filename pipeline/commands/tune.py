@@ -1,6 +1,7 @@
 """`refract tune CONFIG SPACE`"""
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -90,5 +91,5 @@ def _tune(args: argparse.Namespace, overrides: list[str], argv: list[str]) -> in
     for key, value in study.best_trial.user_attrs["drawn"].items():
         print(f"  {key}: {value}")
     print("wrote " + ", ".join(map(str, written)))
-    print(f"next: {console.bin_prefix()}refract train {folder / 'best.yaml'}")
+    print(f"next: {console.bin_prefix()}refract train {shlex.quote(str(folder / 'best.yaml'))}")
     return 0

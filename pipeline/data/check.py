@@ -159,7 +159,7 @@ def check_classes(manifest: Manifest) -> list[str]:
         absent = [label for label, count in manifest.counts(split).items() if count == 0]
         if absent:
             warnings.append(f"{split}: no picture of {', '.join(absent[:SHOWN])}; its score says nothing about them")
-    warnings += [*manifest.notes, *(f"{line}; training skips them" for line in skipped_lines(manifest.skipped))]
+    warnings += [*manifest.notes, *(f"{line}; they are skipped" for line in skipped_lines(manifest.skipped))]
     if manifest.loose:
         warnings.append(
             f"{len(manifest.loose)} pictures lie in no class's folder and were left out, as {manifest.loose[0]}"

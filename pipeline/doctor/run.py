@@ -1,25 +1,19 @@
-"""The doctor in a run: made for a config, and what it found as a file."""
+"""The doctor of a run, built from its config."""
 
-import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from augment.ops.choice import ChoiceOp
 from models.classifier import inputs_of
-from pipeline.config import Config, ConfigError
-from pipeline.doctor.finding import Finding
+from pipeline.config import Config
 from pipeline.doctor.record import Normalisation, Record
 from pipeline.doctor.watch import OVERFIT_PICTURES, Doctor
-from pipeline.files import write_atomically
 
 if TYPE_CHECKING:
     from pipeline.fitting import Assembly
 
-FILE = "doctor.json"
 LOOKED_AT = 64
 
 
@@ -56,27 +50,6 @@ def make_doctor(made: "Assembly", config: Config) -> Doctor:
         shuffled = {name: values[order] for name, values in batch.items()}
         doctor.preflight(made.module, inputs_of(shuffled), shuffled["targets"])
     return doctor
-
-
-def write_findings(run_dir: Path, findings: Sequence[Finding], record: Record) -> None:
-    """`doctor.json`: the findings and what they were found from."""
-    values = {"findings": [finding.to_dict() for finding in findings], "record": dataclasses.asdict(record)}
-    write_atomically(run_dir / FILE, json.dumps(values, indent=1).encode())
-
-
-def read_findings(run_dir: Path) -> tuple[list[Finding], dict[str, Any]]:
-    """(findings, the record). ConfigError where the run has none."""
-    try:
-        values = json.loads((run_dir / FILE).read_text("utf-8"))
-        sum(values["record"]["seconds"].values())
-        return [Finding.from_dict(finding) for finding in values["findings"]], values["record"]
-    except FileNotFoundError as error:
-        why = f"has no {FILE}; a run has one when it is finished" if run_dir.is_dir() else "no such run"
-        if run_dir.is_dir() and (run_dir.parent / FILE).is_file():
-            why = f"is a part of a run; give the run's folder, {run_dir.parent}"
-        raise ConfigError(f"{run_dir}: {why}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{run_dir / FILE}: cannot be read ({error})") from error
 
 
 def _normalisations(made: "Assembly", config: Config) -> tuple[Normalisation, Normalisation | None]:

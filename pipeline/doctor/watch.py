@@ -100,10 +100,13 @@ class Doctor(Callback):
     def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
         if len(self.record.gradients) > trainer.current_epoch:
             return
-        ratios = {}
+        known, ratios = self.record.gradients[:1], {}
         with torch.no_grad():
             for name, parameter in pl_module.classifier.named_parameters():
-                if parameter.requires_grad and parameter.ndim > 1 and parameter.grad is not None:
+                if not parameter.requires_grad or parameter.ndim < 2 or parameter.grad is None:
+                    continue
+                # A fresh head starts at zero weights: no ratio to them says anything of the network.
+                if name in known[0] if known else parameter.any():
                     ratios[name] = float(parameter.grad.norm() / parameter.norm().clamp(min=1e-12))
         self.record.gradients.append(ratios)
         if trainer.global_step == 0:

@@ -13,7 +13,8 @@ from torch import nn
 from pipeline.config import config_from_dict
 from pipeline.doctor.findings import late
 from pipeline.doctor.record import Record
-from pipeline.doctor.run import make_doctor, read_findings
+from pipeline.doctor.run import make_doctor
+from pipeline.doctor.stored import read_findings
 from pipeline.doctor.watch import Doctor
 from pipeline.fitting import Assembly, assemble, fit
 
@@ -126,6 +127,15 @@ def test_gradients_that_vanish_or_explode(colours: Path, tmp_path: Path) -> None
     growing = {name: 10.0 ** (2 - 2 * k) for k, name in enumerate(layers)}
     assert [found.name for found in late(Record(3, 0.1, gradients=[growing]))] == ["exploding gradient"]
     assert not list(late(Record(3, 0.1, gradients=[dict.fromkeys(layers, 0.01)])))
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_head_that_starts_at_zero_is_no_vanishing_gradient(epochs: int, colours: Path, tmp_path: Path) -> None:
+    """As next to loaded weights."""
+    made, config = made_with(colours, model={"args": {"widths": [8, 16, 16, 16]}}, trainer={"max_epochs": epochs})
+    head = [module for module in made.module.classifier.network.modules() if isinstance(module, torch.nn.Linear)][-1]
+    torch.nn.init.zeros_(head.weight)
+    assert not {"vanishing gradient", "exploding gradient"} & told(made, config, tmp_path)
 
 
 def test_dead_and_saturated_units(colours: Path, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_pipes_and_other_files_are_skipped_and_reported(files: Files) -> None:
 def test_broken_links_are_reported_by_a_training_too(files: Files) -> None:
     root = files("2*train/cat", "2*train/dog", "2*val/cat", "2*val/dog", "2*test/cat", "2*test/dog")
     linked(root, "train/cat/gone.png", "nowhere")
-    assert f"1 links lead nowhere, such as {root}/train/cat/gone.png; training skips them" in check_classes(
+    assert f"1 links lead nowhere, such as {root}/train/cat/gone.png; they are skipped" in check_classes(
         load_manifest(root)
     )
 

@@ -154,6 +154,8 @@ def test_an_announced_body_is_refused_before_it_is_sent(client):
 
 @pytest.mark.parametrize("top", ["0", "-1", "x", "", "1.5"])
 def test_top_out_of_range(client, picture, top):
+    misspelt = check(client.post("/v1/predict?topk=3", content=picture(1)), 422, "invalid_parameter")
+    assert misspelt.startswith("query topk: no such parameter; known: ") and "top" in misspelt.split("known: ")[1]
     message = check(client.post(f"/v1/predict?top={top}", content=picture(1)), 422, "invalid_parameter")
     assert "top" in message
 

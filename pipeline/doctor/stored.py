@@ -1,0 +1,35 @@
+"""Findings as a file of a run. Imports nothing that trains, so that `refract doctor` answers at once."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import ConfigError
+from pipeline.doctor.finding import Finding
+from pipeline.doctor.record import Record
+from pipeline.files import write_atomically
+
+FILE = "doctor.json"
+
+
+def write_findings(run_dir: Path, findings: Sequence[Finding], record: Record) -> None:
+    """`doctor.json`: the findings and what they were found from."""
+    values = {"findings": [finding.to_dict() for finding in findings], "record": dataclasses.asdict(record)}
+    write_atomically(run_dir / FILE, json.dumps(values, indent=1).encode())
+
+
+def read_findings(run_dir: Path) -> tuple[list[Finding], dict[str, Any]]:
+    """(findings, the record). ConfigError where the run has none."""
+    try:
+        values = json.loads((run_dir / FILE).read_text("utf-8"))
+        sum(values["record"]["seconds"].values())
+        return [Finding.from_dict(finding) for finding in values["findings"]], values["record"]
+    except FileNotFoundError as error:
+        why = f"has no {FILE}; a run has one when it is finished" if run_dir.is_dir() else "no such run"
+        if run_dir.is_dir() and (run_dir.parent / FILE).is_file():
+            why = f"is a part of a run; give the run's folder, {run_dir.parent}"
+        raise ConfigError(f"{run_dir}: {why}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{run_dir / FILE}: cannot be read ({error})") from error
