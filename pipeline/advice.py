@@ -1,4 +1,4 @@
-"""What a user should know when a training or an evaluation ends: test sets that are too small, robustness that was not measured."""
+"""What a user should know when a training or an evaluation ends: small test sets, bundles that always abstain, robustness not measured."""
 
 import json
 import shlex
@@ -36,6 +36,12 @@ def closing_notes(run_dir: Path, config: Config, prefix: str) -> list[tuple[str,
     except FileNotFoundError:
         return []
     notes = [("note", note) for note in numbers.get("notes", [])]
+    if numbers.get("abstaining", {}).get("abstain_below", 0) >= 1:
+        wanted = config.evaluation.precision
+        notes.append(
+            ("note", f"The bundle leaves every answer to a person: on validation no confidence reaches {wanted:.0%} precision. "
+             "Add validation images, or lower --evaluation.precision.")
+        )  # fmt: skip
     full = f"{prefix}refract evaluate {shlex.quote(str(run_dir / 'bundle'))} {shlex.quote(config.data.source)} --robustness full"
     if (found := numbers.get("robustness")) is not None:
         more = "" if config.evaluation.robustness == "full" else f"; all images: {full}"

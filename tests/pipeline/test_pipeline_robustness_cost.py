@@ -89,3 +89,17 @@ def test_the_end_of_a_training_names_the_command_that_measures_all(measured: boo
     assert ("0.4 on 30 images" in robust[1]) == measured == ("not measured" not in robust[1])
     config.evaluation.robustness = "none"
     assert measured or closing_notes(tmp_path, config, "") == [("note", "a note")]
+
+
+@pytest.mark.parametrize(("threshold", "reported"), [(1.0, True), (0.98, False)])
+def test_a_bundle_that_leaves_every_answer_to_a_person_is_reported(
+    threshold: float, reported: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "report.json").write_text(
+        json.dumps({"abstaining": {"abstain_below": threshold}, "robustness": {"summary": "x"}})
+    )
+    notes = [note for topic, note in closing_notes(tmp_path, Config(), "") if topic == "note"]
+    assert bool(notes) == reported
+    assert all(
+        "no confidence reaches 95% precision" in note and "lower --evaluation.precision" in note for note in notes
+    )
