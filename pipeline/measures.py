@@ -108,9 +108,10 @@ def lowest_confidence(curve: RiskCoverage, precision: float) -> float:
 
 
 def mean_interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
-    """The LEVEL interval of the mean of `values` (N,) in 0…1, one an image: Wilson's where all are 0 or 1, else by percentile bootstrap."""
+    """The LEVEL interval of the mean of `values` (N,) in 0…1, one an image: Wilson's where all are 0 or 1, or all are equal (a bootstrap
+    would have no width), else by percentile bootstrap."""
     values = np.asarray(values, np.float64)
-    if np.isin(values, (0, 1)).all():
+    if np.isin(values, (0, 1)).all() or np.ptp(values) == 0:
         low, high = wilson(np.array([values.sum()]), np.array([len(values)]))[0]
         return float(low), float(high)
     distinct, numbers = np.unique(values, return_counts=True)

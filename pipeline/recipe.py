@@ -56,7 +56,9 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
     model, epochs = config.model, config.trainer.max_epochs
     if model.mode in ("gradual", "linear-then-fine-tune") and model.unfreeze_epochs >= epochs > 1:
         log.warning(
-            "model.unfreeze_epochs: %d of %d epochs: all of the network is never trained", model.unfreeze_epochs, epochs
+            "only the head is trained: model.unfreeze_epochs (%d) reaches trainer.max_epochs (%d)",
+            model.unfreeze_epochs,
+            epochs,
         )
     if model.mode == "feature-extract" and model.weights == "none" and reads(config) == {"pictures"}:
         log.warning(

@@ -378,7 +378,7 @@ def test_what_has_no_effect_is_told(uneven: Path, caplog: pytest.LogCaptureFixtu
         "loss.distill has no effect",
         "loss.gamma has no effect",
         "loss.l1_ratio has no effect",
-        "all of the network is never trained",
+        "only the head is trained: model.unfreeze_epochs",
     ):
         assert told in caplog.text
     caplog.clear()
