@@ -49,7 +49,18 @@ def open_source(data: bytes) -> Source:
         return Source((image.height, image.width), 1, layout=layout, image=image)
     chunks = png.read_chunks(data) if name == "PNG" else None
     image = _open(data, name)
+    if chunks is not None:
+        _scale_transparent_level(image, chunks.depth)
     return Source((image.height, image.width), orientation_of(image, chunks), image=image, chunks=chunks)
+
+
+def _scale_transparent_level(image: "Image.Image", depth: int) -> None:
+    """Bring the transparent level of a PNG to the 8 bits of the pixels, which Pillow scales without it. Bits above `depth` do not count."""
+    level, largest = image.info.get("transparency"), 2**depth - 1
+    if image.mode == "L" and isinstance(level, int) and depth <= 8:
+        image.info["transparency"] = (level & largest) * 255 // largest
+    elif image.mode == "RGB" and isinstance(level, tuple) and depth == 8:
+        image.info["transparency"] = tuple(part & 255 for part in level)
 
 
 def orientation_of(image: "Image.Image", chunks: png.Chunks | None = None) -> int:
