@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+class _UnknownKindError(ImageError):
+    """Pillow does not know this kind of a format that it reads."""
+
+
 class Source(NamedTuple):
     """An opened file of another format than JPEG. size: (height, width) as stored. layout: of a TIFF that Pillow does not read right;
     image: of everything else, not yet decoded; chunks: of a PNG."""
@@ -45,7 +49,10 @@ def open_source(data: bytes) -> Source:
         if not layout.for_pillow:
             return Source(layout.size, orientation, layout=layout)
         # Pillow rotates a TIFF itself.
-        image = _open(data, "TIFF", f"a {layout} is not read; save it as 8-bit or 16-bit grey or RGB")
+        try:
+            image = _open(data, "TIFF")
+        except _UnknownKindError:  # a kind that Pillow does not know, as CMYK with transparency
+            return Source(layout.size, orientation, layout=layout)
         return Source((image.height, image.width), 1, layout=layout, image=image)
     chunks = png.read_chunks(data) if name == "PNG" else None
     image = _open(data, name)
@@ -80,8 +87,8 @@ def orientation_of(image: "Image.Image", chunks: png.Chunks | None = None) -> in
     return value if value in ORIENTATIONS else 1
 
 
-def _open(data: bytes, name: str, otherwise: str | None = None) -> "Image.Image":
-    """The image, not yet decoded. otherwise: the message where Pillow has no reader for this kind of the format."""
+def _open(data: bytes, name: str) -> "Image.Image":
+    """The image, not yet decoded. _UnknownKindError where Pillow has no reader for this kind of the format."""
     from PIL import Image, UnidentifiedImageError
 
     if name == "HEIC" and not _heif_opener():
@@ -93,9 +100,7 @@ def _open(data: bytes, name: str, otherwise: str | None = None) -> "Image.Image"
                 io.BytesIO(data), formats=("HEIF" if name == "HEIC" else name, *(("MPO",) if name == "JPEG" else ()))
             )
     except UnidentifiedImageError as error:
-        raise ImageError(
-            otherwise or f"damaged {name}: its header cannot be read; save the image again, as JPEG"
-        ) from error
+        raise _UnknownKindError(f"damaged {name}: its header cannot be read; save the image again, as JPEG") from error
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(f"the image has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from error
     except (
