@@ -116,7 +116,7 @@ def read_layout(data: bytes) -> Layout:
         order, tags, read = _first_directory(data)
         _refuse_raw(tags, read)
         layout = _layout(order, tags)
-        _refuse_subsampled(layout, tags)
+        _refuse_unread_ycbcr(layout, tags)
         return layout
     except (struct.error, LookupError, ValueError, OverflowError) as error:
         if isinstance(error, ImageError):
@@ -201,8 +201,8 @@ def _refuse_raw(tags: dict[int, tuple[Any, ...]], read: Any) -> None:
         raise ImageError("camera raw is not read; develop it and save it as JPEG or 16-bit TIFF")
 
 
-def _refuse_subsampled(layout: Layout, tags: dict[int, tuple[Any, ...]]) -> None:
-    """ImageError for uncompressed YCbCr with fewer colour samples than pixels, which libtiff alone reads and only if it is compressed.
+def _refuse_unread_ycbcr(layout: Layout, tags: dict[int, tuple[Any, ...]]) -> None:
+    """ImageError for uncompressed YCbCr with fewer colour samples than pixels, or in planes, which Pillow reads wrongly.
 
     Files without the tag are subsampled by TIFF's default; those with a colour sample for each pixel are read as what they hold.
     """
@@ -210,11 +210,11 @@ def _refuse_subsampled(layout: Layout, tags: dict[int, tuple[Any, ...]]) -> None
         return
     factors = tags.get(_SUBSAMPLING)
     full = 3 * layout.size[0] * layout.size[1]
-    if factors != (1, 1) and (factors or sum(layout.lengths) < full):
+    subsampled = factors != (1, 1) and (factors or sum(layout.lengths) < full)
+    if subsampled or layout.planar:
         across, down = (factors or (2, 2))[:2]
-        raise ImageError(
-            f"an uncompressed {layout} with {across}×{down} colour subsampling is not read; save it as 8-bit RGB"
-        )
+        what = f"{across}×{down} colour subsampling" if subsampled else "planes"
+        raise ImageError(f"an uncompressed {layout} with {what} is not read; save it as 8-bit RGB")
 
 
 def _layout(order: str, tags: dict[int, tuple[Any, ...]]) -> Layout:

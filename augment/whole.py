@@ -53,12 +53,23 @@ def open_source(data: bytes) -> Source:
             image = _open(data, "TIFF")
         except _UnknownKindError:  # a kind that Pillow does not know, as CMYK with transparency
             return Source(layout.size, orientation, layout=layout)
+        _widen_palette(image)
         return Source((image.height, image.width), 1, layout=layout, image=image)
     chunks = png.read_chunks(data) if name == "PNG" else None
     image = _open(data, name)
     if chunks is not None:
         _scale_transparent_level(image, chunks.depth)
     return Source((image.height, image.width), orientation_of(image, chunks), image=image, chunks=chunks)
+
+
+def _widen_palette(image: "Image.Image") -> None:
+    """Read the colours of a TIFF's palette as 8 bits where none needs more, as some writers store them; Pillow keeps the upper 8 of 16."""
+    from PIL import ImagePalette
+    from PIL.TiffImagePlugin import TiffImageFile
+
+    colours = image.tag_v2.get(320, ()) if isinstance(image, TiffImageFile) and image.mode in ("P", "PA") else ()
+    if colours and max(colours) < 256:
+        image.palette = ImagePalette.raw("RGB;L", bytes(colours))
 
 
 def _scale_transparent_level(image: "Image.Image", depth: int) -> None:

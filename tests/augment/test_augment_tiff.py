@@ -180,7 +180,9 @@ def test_subsampled_ycbcr() -> None:
         assert (decode(ycbcr(full, subsampling=subsampling)) == 90).all()
     for subsampling in (2, None):
         with pytest.raises(ImageError, match="YCbCr channels of 8 bits with 2×2 colour subsampling is not read; save"):
-            decode(ycbcr(halved, subsampling=subsampling))
+            decode(ycbcr(halved, subsampling=subsampling) + full)  # Pillow would read on behind the strip
+    with pytest.raises(ImageError, match="an uncompressed TIFF of 3 YCbCr channels of 8 bits with planes is not read"):
+        decode(hand_written(full, [(258, 8), (262, 6), (284, 2)], samples=3))
     packed = ycbcr(zlib.compress(halved), subsampling=2, compression=8)
     np.testing.assert_allclose(decode(packed), 90, atol=1)
 
@@ -323,6 +325,13 @@ def test_cmyk_with_transparency(dtype: str, planar: str) -> None:
     opaque = np.asarray(Image.fromarray(ink, "CMYK").convert("RGB"))
     data = written(pixels, "separated", "<", planarconfig=planar, extrasamples=["unassalpha"])
     np.testing.assert_allclose(decode(data), opaque * alpha + 255 * (1 - alpha), atol=1)
+
+
+@pytest.mark.parametrize("largest", [65535, 255])
+def test_a_palette_of_eight_or_sixteen_bits(largest: int) -> None:
+    colours = np.linspace([0, 40, 255], [255, 3, 0], 256).round().astype(int)
+    image = written(ramp("uint8", 1), "palette", "<", colormap=(colours * (largest // 255)).astype(np.uint16).T)
+    np.testing.assert_array_equal(decode(image), colours[ramp("uint8", 1)[..., 0]])
 
 
 def test_bigtiff() -> None:
