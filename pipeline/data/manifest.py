@@ -1,7 +1,7 @@
 """What a data set is: samples with labels and splits, from a folder, a CSV or Parquet manifest, or the embedded digits."""
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,7 +13,7 @@ from augment.decode import SUFFIXES
 from augment.image_files import Skipped
 from models.texts.tokens import trimmed
 from pipeline.data.errors import DataError
-from pipeline.data.folders import SPLITS, inner_hint, letter_case_twins, read_folder, trimmed_name
+from pipeline.data.folders import SPLITS, inner_hint, read_folder, shown_twin, trimmed_name, twins
 from pipeline.data.tables import COLUMNS, Table, is_table, read_table
 from pipeline.files import read_file
 
@@ -208,9 +208,18 @@ def _manifest(source: str, samples: list[Sample], labels: tuple[str, ...], task:
         task = "binary" if len(labels) == 2 else "multiclass"
     if task == "binary" and len(labels) != 2:
         raise DataError(f"{source}: data.task is binary, but there are {len(labels)} classes: {', '.join(labels[:10])}")
-    twins = [" and ".join(group) for group in letter_case_twins(labels)]
-    notes = [f"{twins[0]} are two classes and differ in letter case only ({len(twins)} such names)"] if twins else []
-    return Manifest(source, tuple(samples), labels, task, notes=tuple(notes))
+    return Manifest(source, tuple(samples), labels, task, notes=tuple(_twin_notes(labels)))
+
+
+def _twin_notes(labels: Sequence[str]) -> list[str]:
+    groups: dict[str, list[list[str]]] = defaultdict(list)
+    for difference, group in twins(labels):
+        groups[difference].append(group)
+    return [
+        f"{' and '.join(map(shown_twin, alike[0]))} are {len(alike[0])} classes and differ in {difference} only "
+        f"({len(alike)} such names)"
+        for difference, alike in groups.items()
+    ]
 
 
 def _refuse_untrainable(manifest: Manifest) -> None:
