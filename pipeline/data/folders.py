@@ -132,7 +132,8 @@ def inner_hint(root: str | Path) -> str:
     inner = [_name(path) for path in filled]
     if folder == os.fspath(root) or len(inner) < 2:
         return ""
-    return f". If its folders ({_some(inner)}) are the classes, give {folder} in place of {root}"
+    meant = "splits" if all(map(split_of, inner)) else "classes"
+    return f". If its folders ({_some(inner)}) are the {meant}, give {folder} in place of {root}"
 
 
 def _level(folder: str) -> Level:

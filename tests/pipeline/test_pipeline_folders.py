@@ -79,7 +79,7 @@ def test_other_names_are_not_splits(name: str) -> None:
         (["Train", "Test"], "no class folders; Test, Train hold none"),
         (["train/train/a", "test/test/a"], "holds one more split folder, test, in place of class folders"),
         (["set/cat", "set/dog"], r"only one class \(set\).*its folders \(cat, dog\) are the classes, give .*data/set in"),
-        (["x/set/train/a", "x/set/test/a"], r"only one class \(x\).*folders \(test, train\) are the classes, give .*x/set"),
+        (["x/set/train/a", "x/set/test/a"], r"only one class \(x\).*folders \(test, train\) are the splits, give .*x/set"),
         (["set/cat", "set/dog", "docs/readme.txt"], r"only one class \(set\), and 1 empty.*give .*data/set in place"),
         (["train/Cat", "train/dog", "val/cat", "val/dog"], "train/Cat, .*val/cat differ in letter case only; rename"),
         (["train/cat", "train/dog", "val/ca\u200bt", "val/dog"], r"train/cat.*ca\\u200bt' differ in invisible characters"),
