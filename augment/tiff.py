@@ -24,7 +24,7 @@ MAGIC = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258, 259, 262, 266
 _STRIPS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR = 273, 274, 277, 278, 279, 284
 _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _SUB_DIRECTORIES = 317, 322, 323, 324, 325, 330
-_EXTRA, _FORMAT, _LOW, _HIGH, _PROFILE, _DNG = 338, 339, 340, 341, 34675, 50706
+_EXTRA, _FORMAT, _LOW, _HIGH, _SUBSAMPLING, _PROFILE, _DNG = 338, 339, 340, 341, 530, 34675, 50706
 _RAW = (32803, 34892)  # photometric: colour filter array, linear raw
 _TYPES = dict(zip((1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 16, 17, 18), "BcHI_bBhi_fdIQqQ", strict=True))
 _COLOURS = {0: 1, 1: 1, 2: 3, 5: 4}  # photometric → channels that carry colour
@@ -42,21 +42,24 @@ _NAMES = {
 }
 _USED = frozenset({
     _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _STRIPS, _ORIENTATION, _SAMPLES, _ROWS, _STRIP_BYTES, _PLANAR,
-    _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _SUB_DIRECTORIES, _EXTRA, _FORMAT, _LOW, _HIGH, _PROFILE, _DNG,
+    _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_BYTES, _SUB_DIRECTORIES, _EXTRA, _FORMAT, _LOW, _HIGH, _SUBSAMPLING,
+    _PROFILE, _DNG,
 })  # fmt: skip
 _LARGEST_BLOCK = 1 << 24  # pixels of a tile that may be larger than the image
 _BLOCK = 1 << 16  # samples that are unpacked at once
 _MOST_VALUES = 1 << 20  # of one tag: the strips or tiles of the largest images
-_UNSIGNED, _SIGNED, _FLOAT = 1, 2, 3
+_UNSIGNED, _SIGNED, _FLOAT, _UNDEFINED = 1, 2, 3, 4
 _KINDS = {_UNSIGNED: "u", _SIGNED: "i", _FLOAT: "f"}
+Range = tuple[float, ...]
 _DEFLATE = (8, 32946)
 _BY_PILLOW = (5, 34925, 32773, 50000)  # LZW, LZMA, PackBits, Zstandard: libtiff decompresses them to bytes
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the first directory says. size: (height, width) as stored. bits: of each sample. form: 1 unsigned, 2 signed, 3 floating point.
-    low, high: the declared range of each sample, empty where the file declares none. block: (height, width) of a strip or tile."""
+    """What the first directory says. size: (height, width) as stored. bits: of each sample. form: 1 unsigned or undefined, 2 signed, 3
+    floating point. low, high: the declared range of each sample, empty where the file declares none. block: (height, width) of a strip or
+    tile."""
 
     order: str
     size: tuple[int, int]
@@ -112,7 +115,9 @@ def read_layout(data: bytes) -> Layout:
     try:
         order, tags, read = _first_directory(data)
         _refuse_raw(tags, read)
-        return _layout(order, tags)
+        layout = _layout(order, tags)
+        _refuse_unread_ycbcr(layout, tags)
+        return layout
     except (struct.error, LookupError, ValueError, OverflowError) as error:
         if isinstance(error, ImageError):
             raise
@@ -196,6 +201,22 @@ def _refuse_raw(tags: dict[int, tuple[Any, ...]], read: Any) -> None:
         raise ImageError("camera raw is not read; develop it and save it as JPEG or 16-bit TIFF")
 
 
+def _refuse_unread_ycbcr(layout: Layout, tags: dict[int, tuple[Any, ...]]) -> None:
+    """ImageError for uncompressed YCbCr with fewer colour samples than pixels, or in planes, which Pillow reads wrongly.
+
+    Files without the tag are subsampled by TIFF's default; those with a colour sample for each pixel are read as what they hold.
+    """
+    if layout.photometric != 6 or layout.compression != 1:
+        return
+    factors = tags.get(_SUBSAMPLING)
+    full = 3 * layout.size[0] * layout.size[1]
+    subsampled = factors != (1, 1) and (factors or sum(layout.lengths) < full)
+    if subsampled or layout.planar:
+        across, down = (factors or (2, 2))[:2]
+        what = f"{across}×{down} colour subsampling" if subsampled else "planes"
+        raise ImageError(f"an uncompressed {layout} with {what} is not read; save it as 8-bit RGB")
+
+
 def _layout(order: str, tags: dict[int, tuple[Any, ...]]) -> Layout:
     def one(tag: int, default: int | None = None) -> int:
         values = tags.get(tag) or (default,)
@@ -216,22 +237,30 @@ def _layout(order: str, tags: dict[int, tuple[Any, ...]]) -> Layout:
     if min(block) < 1 or max(block) > 1 << 24:
         raise ValueError(f"blocks of {block}")
     bits = several(_BITS) or (1,)
-    forms = set(several(_FORMAT)) or {_UNSIGNED}
+    bits = tuple(map(int, bits * samples if len(bits) == 1 else bits[:samples]))
+    forms = {_UNSIGNED if form == _UNDEFINED else form for form in several(_FORMAT)} or {_UNSIGNED}
+    form = int(next(iter(forms))) if len(forms) == 1 else 0
     profile = tags.get(_PROFILE, (b"",))[0]
-    without_range = bits == (1,) * len(bits) or one(_PHOTOMETRIC, 1) in (3, 6)  # palette, YCbCr: samples are not levels
+    low, high = (tuple(map(float, several(tag))) for tag in (_LOW, _HIGH))
+    no_levels = bits == (1,) * len(bits) or one(_PHOTOMETRIC, 1) in (3, 6)  # palette, YCbCr
+    unusable = form == _UNSIGNED and not _usable(
+        *_filled(low, high, bits), len(bits)
+    )  # as 0 to 0, which some writers leave
+    if no_levels or unusable:
+        low = high = ()
     return Layout(
         order=order,
         size=(height, width),
-        bits=tuple(map(int, bits * samples if len(bits) == 1 else bits[:samples])),
-        form=int(next(iter(forms))) if len(forms) == 1 else 0,
+        bits=bits,
+        form=form,
         photometric=one(_PHOTOMETRIC, 1),
         compression=one(_COMPRESSION, 1) * (-1 if one(_FILL_ORDER, 1) == 2 else 1),
         predictor=one(_PREDICTOR, 1),
         planar=one(_PLANAR, 1) == 2 and samples > 1,
         extra=tuple(map(int, several(_EXTRA))),
         orientation=one(_ORIENTATION, 1),
-        low=() if without_range else tuple(map(float, several(_LOW))),
-        high=() if without_range else tuple(map(float, several(_HIGH))),
+        low=low,
+        high=high,
         profile=profile if isinstance(profile, bytes) else b"",
         block=block,
         offsets=several(_TILES if tiled else _STRIPS),
@@ -262,22 +291,26 @@ def _checked(layout: Layout) -> int:
 
 
 def _ranges(layout: Layout) -> list[tuple[float, float]]:
-    count, bits = len(layout.bits), layout.bits[0]
-    low, high = (values * count if len(values) == 1 else values for values in (layout.low, layout.high))
-    whole = ((0.0,) * count, (2.0**bits - 1,) * count)
+    count, low, high = len(layout.bits), layout.low, layout.high
     if layout.form == _UNSIGNED:
-        low, high = low or whole[0], high or whole[1]
-        if not _usable(low, high, count):  # as 0 to 0, which some writers leave there
-            low, high = whole
-    if not low or not high:
+        low, high = _filled(low, high, layout.bits)
+    elif not low or not high:
         raise ImageError(
             f"a {layout} has no known range; save it as unsigned 8 or 16 bits, or set SMinSampleValue and SMaxSampleValue"
         )
+    low, high = (values * count if len(values) == 1 else values for values in (low, high))
     if not _usable(low, high, count):
         raise ImageError(
             f"a {layout} declares the unusable range {low[:4]} to {high[:4]} (SMinSampleValue, SMaxSampleValue)"
         )
     return list(zip(low, high, strict=False))
+
+
+def _filled(low: Range, high: Range, bits: Sequence[int]) -> tuple[Range, Range]:
+    """(low, high) of unsigned samples, a value for each; what is not declared is the whole range of the bits."""
+    count = len(bits)
+    low, high = (values * count if len(values) == 1 else values for values in (low, high))
+    return low or (0.0,) * count, high or tuple(2.0**each - 1 for each in bits)
 
 
 def _usable(low: Sequence[float], high: Sequence[float], count: int) -> bool:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+class _UnknownKindError(ImageError):
+    """Pillow does not know this kind of a format that it reads."""
+
+
 class Source(NamedTuple):
     """An opened file of another format than JPEG. size: (height, width) as stored. layout: of a TIFF that Pillow does not read right;
     image: of everything else, not yet decoded; chunks: of a PNG."""
@@ -45,11 +49,36 @@ def open_source(data: bytes) -> Source:
         if not layout.for_pillow:
             return Source(layout.size, orientation, layout=layout)
         # Pillow rotates a TIFF itself.
-        image = _open(data, "TIFF", f"a {layout} is not read; save it as 8-bit or 16-bit grey or RGB")
+        try:
+            image = _open(data, "TIFF")
+        except _UnknownKindError:  # a kind that Pillow does not know, as CMYK with transparency
+            return Source(layout.size, orientation, layout=layout)
+        _widen_palette(image)
         return Source((image.height, image.width), 1, layout=layout, image=image)
     chunks = png.read_chunks(data) if name == "PNG" else None
     image = _open(data, name)
+    if chunks is not None:
+        _scale_transparent_level(image, chunks.depth)
     return Source((image.height, image.width), orientation_of(image, chunks), image=image, chunks=chunks)
+
+
+def _widen_palette(image: "Image.Image") -> None:
+    """Read the colours of a TIFF's palette as 8 bits where none needs more, as some writers store them; Pillow keeps the upper 8 of 16."""
+    from PIL import ImagePalette
+    from PIL.TiffImagePlugin import TiffImageFile
+
+    colours = image.tag_v2.get(320, ()) if isinstance(image, TiffImageFile) and image.mode in ("P", "PA") else ()
+    if colours and max(colours) < 256:
+        image.palette = ImagePalette.raw("RGB;L", bytes(colours))
+
+
+def _scale_transparent_level(image: "Image.Image", depth: int) -> None:
+    """Bring the transparent level of a PNG to the 8 bits of the pixels, which Pillow scales without it. Bits above `depth` do not count."""
+    level, largest = image.info.get("transparency"), 2**depth - 1
+    if image.mode == "L" and isinstance(level, int) and depth <= 8:
+        image.info["transparency"] = (level & largest) * 255 // largest
+    elif image.mode == "RGB" and isinstance(level, tuple) and depth == 8:
+        image.info["transparency"] = tuple(part & 255 for part in level)
 
 
 def orientation_of(image: "Image.Image", chunks: png.Chunks | None = None) -> int:
@@ -69,8 +98,8 @@ def orientation_of(image: "Image.Image", chunks: png.Chunks | None = None) -> in
     return value if value in ORIENTATIONS else 1
 
 
-def _open(data: bytes, name: str, otherwise: str | None = None) -> "Image.Image":
-    """The image, not yet decoded. otherwise: the message where Pillow has no reader for this kind of the format."""
+def _open(data: bytes, name: str) -> "Image.Image":
+    """The image, not yet decoded. _UnknownKindError where Pillow has no reader for this kind of the format."""
     from PIL import Image, UnidentifiedImageError
 
     if name == "HEIC" and not _heif_opener():
@@ -82,9 +111,7 @@ def _open(data: bytes, name: str, otherwise: str | None = None) -> "Image.Image"
                 io.BytesIO(data), formats=("HEIF" if name == "HEIC" else name, *(("MPO",) if name == "JPEG" else ()))
             )
     except UnidentifiedImageError as error:
-        raise ImageError(
-            otherwise or f"damaged {name}: its header cannot be read; save the image again, as JPEG"
-        ) from error
+        raise _UnknownKindError(f"damaged {name}: its header cannot be read; save the image again, as JPEG") from error
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(f"the image has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from error
     except (

@@ -10,7 +10,7 @@ from pipeline.commands import console
 
 if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
-    from pipeline.suggest import Proposal
+    from pipeline.suggest import Proposal, Survey
 
 ROWS, VARIANTS = 4, 5
 """Of the preview grid."""
@@ -66,8 +66,17 @@ def _init(source: str, output: Path, name: str | None, weights: str | None) -> i
     print(f"wrote {output}")
     if survey.images and (grid := _preview(manifest, proposal, output)):
         print(f"wrote {grid}: what training will see; look at it first")
-    print(f"next: refract train {shlex.quote(str(output))}")
+    print(f"next: {_next_step(survey, output)}")
     return 0
+
+
+def _next_step(survey: "Survey", output: Path) -> str:
+    command = f"refract train {shlex.quote(str(output))}"
+    if survey.refused:
+        return f"mend the data as noted above, then {command}"
+    if survey.unreadable:
+        return f"mend the unreadable images, or skip them: {command} --data.on_bad_file skip"
+    return command
 
 
 def _preview(manifest: "Manifest", proposal: "Proposal", output: Path) -> Path | None:

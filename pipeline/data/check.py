@@ -146,7 +146,7 @@ def check_classes(manifest: Manifest) -> list[str]:
         raise DataError(
             f"{manifest.source}: {len(unlearned)} classes are held out but never trained on:\n"
             + _listed(unlearned)
-            + "\nThe label sets of the splits differ: add training pictures or remove these classes."
+            + "\nThe label sets of the splits differ: add training images, remove these classes, or move images without a label away."
         )
     missing = [split for split in SPLITS if not manifest.of(split)]
     if missing:

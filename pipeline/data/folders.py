@@ -4,9 +4,10 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from augment.image_files import Level, Skipped, identities_above, identity, level_of, walk
 from pipeline.data.errors import DataError
@@ -131,7 +132,8 @@ def inner_hint(root: str | Path) -> str:
     inner = [_name(path) for path in filled]
     if folder == os.fspath(root) or len(inner) < 2:
         return ""
-    return f". If its folders ({_some(inner)}) are the classes, give {folder} in place of {root}"
+    meant = "splits" if all(map(split_of, inner)) else "classes"
+    return f". If its folders ({_some(inner)}) are the {meant}, give {folder} in place of {root}"
 
 
 def _level(folder: str) -> Level:
@@ -232,16 +234,16 @@ def _refuse_odd_labels(root: str, classes: Sequence[ClassFolder]) -> None:
 
 
 def _same_names(root: str, classes: Sequence[ClassFolder]) -> list[str]:
-    """Notes about class folders that are one class; DataError where a class seems to have another letter case in each split."""
+    """Notes about class folders that are one class; DataError where a class seems to have another name in each split."""
     spelled: dict[str, set[str]] = defaultdict(set)
     in_split: dict[str, set[str]] = defaultdict(set)
     for one in classes:
         spelled[one.label].add(_name(one.path))
         in_split[one.split].add(one.label)
-    for twins in letter_case_twins(spelled):
-        if all(len(labels & {*twins}) < 2 for labels in in_split.values()):
-            where = [one.path for label in twins for one in classes if one.label == label]
-            raise DataError(f"{root}: {_some(where)} differ in letter case only; rename them to one name")
+    for difference, group in twins(spelled):
+        if all(len(labels & {*group}) < 2 for labels in in_split.values()):
+            where = [shown_twin(one.path) for label in group for one in classes if one.label == label]
+            raise DataError(f"{root}: {_some(where)} differ in {difference} only; rename them to one name")
     merged = sorted(label for label, names in spelled.items() if len(names) > 1)
     return (
         [f"{len(merged)} classes have folders in two Unicode forms, such as {merged[0]}; each is one class"]
@@ -250,12 +252,33 @@ def _same_names(root: str, classes: Sequence[ClassFolder]) -> list[str]:
     )
 
 
-def letter_case_twins(labels: Iterable[str]) -> list[list[str]]:
-    """Labels that differ in letter case only, each group sorted."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for label in sorted(labels):
-        groups[label.casefold()].append(label)
-    return [group for group in groups.values() if len(group) > 1]
+def _visible(label: str) -> str:
+    """The label without characters that nobody sees, and with one blank for any blanks."""
+    return " ".join("".join(c for c in label if unicodedata.category(c) != "Cf").split())
+
+
+_DIFFERENCES: Mapping[str, Callable[[str], str]] = MappingProxyType({
+    "letter case": str.lower,
+    "invisible characters or blanks": _visible,
+    "quotes at the ends": lambda label: label.strip("'\""),
+})  # fmt: skip
+"""In what labels may differ that are probably one class, and what is left of a label without it."""
+
+
+def twins(labels: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """(difference, labels that differ in it only, sorted) of labels that are probably one class, as `Cat` and `cat`."""
+    ordered, groups = sorted(labels), list[tuple[str, list[str]]]()
+    for difference, key in _DIFFERENCES.items():
+        same: dict[str, list[str]] = defaultdict(list)
+        for label in ordered:
+            same[key(label)].append(label)
+        groups += [(difference, group) for group in same.values() if len(group) > 1]
+    return groups
+
+
+def shown_twin(label: str) -> str:
+    """A label for a message about `twins`: its code points where it has invisible characters."""
+    return label if label.isprintable() and label == _visible(label) else ascii(label)
 
 
 def _split_note(splits: Sequence[tuple[str, str]]) -> list[str]:

@@ -1,7 +1,7 @@
 """What a data set is: samples with labels and splits, from a folder, a CSV or Parquet manifest, or the embedded digits."""
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,7 +13,7 @@ from augment.decode import SUFFIXES
 from augment.image_files import Skipped
 from models.texts.tokens import trimmed
 from pipeline.data.errors import DataError
-from pipeline.data.folders import SPLITS, inner_hint, letter_case_twins, read_folder, trimmed_name
+from pipeline.data.folders import SPLITS, inner_hint, read_folder, shown_twin, trimmed_name, twins
 from pipeline.data.tables import COLUMNS, Table, is_table, read_table
 from pipeline.files import read_file
 
@@ -170,7 +170,10 @@ def _from_table(path: Path, task: str) -> Manifest:
         ]
     else:
         names = [(label,) for label in table.texts("label")]
-        _refuse_rows(table, "label", lambda label: label == "", "a class name")
+        _refuse_rows(
+            table, "label", lambda label: label == "", "a class name",
+            "for images with several labels or none, write them as `a;b` and set data.task: multilabel",
+        )  # fmt: skip
     labels = tuple(sorted({name for row in names for name in row}))
     index = {label: i for i, label in enumerate(labels)}
     columns = [column for column in table.columns if column not in COLUMNS]
@@ -183,7 +186,26 @@ def _from_table(path: Path, task: str) -> Manifest:
         for number, (file, row, split, text, more) in enumerate(zip(paths, names, splits, texts, further, strict=True), start=2)
     ]  # fmt: skip
     manifest = _manifest(str(path), samples, labels, "multilabel" if several else task)
-    return replace(manifest, notes=(*table.notes, *_unlabelled(table, names), *manifest.notes))
+    joined = _joined_note(labels, "" if several else " and set data.task: multilabel")
+    return replace(manifest, notes=(*table.notes, *_unlabelled(table, names), *joined, *manifest.notes))
+
+
+def _joined_note(labels: Sequence[str], task: str) -> list[str]:
+    """A note on labels such as `circle,square`, whose parts are labels too, or recur in other labels. task: what to do further."""
+    for mark in (",", "|", "/", " "):
+        parts = {label: [*map(trimmed_name, label.split(mark))] for label in labels}
+        seen = Counter(part for own in parts.values() for part in {*own})
+        joined = [
+            label
+            for label, own in parts.items()
+            if len({*own}) > 1 and all(part and (part in parts or (mark in ",|" and seen[part] > 1)) for part in own)
+        ]
+        if joined:
+            return [
+                f"{joined[0]} looks like several labels of one image ({len(joined)} such labels); if so, write "
+                f"{';'.join(parts[joined[0]])}{task}"
+            ]
+    return []
 
 
 def _unlabelled(table: Table, names: Sequence[tuple[str, ...]]) -> list[str]:
@@ -208,9 +230,18 @@ def _manifest(source: str, samples: list[Sample], labels: tuple[str, ...], task:
         task = "binary" if len(labels) == 2 else "multiclass"
     if task == "binary" and len(labels) != 2:
         raise DataError(f"{source}: data.task is binary, but there are {len(labels)} classes: {', '.join(labels[:10])}")
-    twins = [" and ".join(group) for group in letter_case_twins(labels)]
-    notes = [f"{twins[0]} are two classes and differ in letter case only ({len(twins)} such names)"] if twins else []
-    return Manifest(source, tuple(samples), labels, task, notes=tuple(notes))
+    return Manifest(source, tuple(samples), labels, task, notes=tuple(_twin_notes(labels)))
+
+
+def _twin_notes(labels: Sequence[str]) -> list[str]:
+    groups: dict[str, list[list[str]]] = defaultdict(list)
+    for difference, group in twins(labels):
+        groups[difference].append(group)
+    return [
+        f"{' and '.join(map(shown_twin, alike[0]))} are {len(alike[0])} classes and differ in {difference} only "
+        f"({len(alike)} such names)"
+        for difference, alike in groups.items()
+    ]
 
 
 def _refuse_untrainable(manifest: Manifest) -> None:
@@ -236,11 +267,12 @@ def _blank() -> bytes:
     return cv2.imencode(".png", np.full((32, 32, 3), 128, np.uint8))[1].tobytes()
 
 
-def _refuse_rows(table: Table, column: str, wrong: Callable[[str], bool], accepted: str) -> None:
+def _refuse_rows(table: Table, column: str, wrong: Callable[[str], bool], accepted: str, cure: str = "") -> None:
     rows = [row for row, value in enumerate(table.texts(column)) if wrong(value)]
     if rows:
         raise DataError(
             f"{table.where(rows[0])}: {column} {table.texts(column)[rows[0]]!r} is not {accepted} ({len(rows)} such rows)"
+            + (f"; {cure}" if cure else "")
         )
 
 

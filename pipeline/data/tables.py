@@ -144,14 +144,14 @@ def _text_table(path: Path) -> Table:
     if twice:
         raise DataError(f"{path}, line {header[0]}: the column {twice[0]!r} is there twice; rename or remove one")
     for line, row in rows:
+        if not any(map(trimmed_name, row)):  # what spreadsheets leave between their cells and below them
+            continue
         if len(row) != len(names):
             _fit(path, line, row, names)
         if row == names:
             raise DataError(f"{path}, line {line}: repeats the header, as joined files do; remove the line")
         lines.append(line)
         values.append(row)
-    while values and not any(trimmed_name(value) for value in values[-1]):  # what spreadsheets leave below their cells
-        values.pop(), lines.pop()
     columns = zip(*values, strict=True) if values else [()] * len(names)
     return Table(path, dict(zip(_distinct(names), map(list, columns), strict=True)), lines)
 
@@ -321,10 +321,17 @@ def _meant(table: Table) -> Table:
     if "path" in columns:
         columns["path"] = [_path_at(table, row, value) for row, value in enumerate(columns["path"])]
     if "label" in columns:
-        columns["label"] = [label_of(trimmed_name(value)) for value in columns["label"]]
+        columns["label"] = [label_of(value) for value in _unquoted([*map(trimmed_name, columns["label"])])]
     if "split" in columns:
-        columns["split"] = [split_of(value) or trimmed_name(value) for value in columns["split"]]
+        columns["split"] = [split_of(value) or value for value in _unquoted([*map(trimmed_name, columns["split"])])]
     return replace(table, columns=columns)
+
+
+def _unquoted(values: list[str]) -> list[str]:
+    """The values without single quotes at their ends, where all that are not empty have them: their writer quotes so, unlike CSV."""
+    if not all(len(value) > 1 and value[0] == value[-1] == "'" for value in values if value):
+        return values
+    return [trimmed_name(value[1:-1].replace("';'", ";")) for value in values]
 
 
 def _path_at(table: Table, row: int, value: str) -> str:

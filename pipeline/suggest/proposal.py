@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.config import ConfigError
 from pipeline.suggest.policy import choose_policy
 from pipeline.suggest.start import Start
-from pipeline.suggest.survey import Survey
+from pipeline.suggest.survey import TEST_SHARE, VAL_SHARE, Survey
 
 FEW = 50
 """Training images of a class below which the head is trained alone first."""
@@ -90,9 +90,6 @@ def propose(survey: Survey, start: Start | None = None) -> Proposal:
             f"{survey.training:,} training images learn better from pretrained weights: "
             f"refract init {survey.source} --model.name resnet18 --model.weights FILE (.safetensors or .pth)"
         )
-    single = [label for label, count in survey.counts.items() if count == 1]
-    if single:
-        notes.append(f"note: classes with one sample, such as {single[0]}, cannot be trained and measured; add samples")
     choices = [
         *_data(survey, network),
         Choice("data.batch_size", batch, batch_reason),
@@ -192,8 +189,13 @@ def _data(survey: Survey, network: _Network) -> list[Choice]:
             Choice("data.resize", resize, reason if whole else "photos: the centre, with the ratio of its sides"),
         ]
     choices += [
-        Choice("data.val_share", 0.1, "drawn from the training samples where there is no `val` split", from_data=False),
-        Choice("data.test_share", 0.2, "drawn as test set where there is no `test` split", from_data=False),
+        Choice(
+            "data.val_share",
+            VAL_SHARE,
+            "drawn from the training samples where there is no `val` split",
+            from_data=False,
+        ),
+        Choice("data.test_share", TEST_SHARE, "drawn as test set where there is no `test` split", from_data=False),
     ]
     return choices
 

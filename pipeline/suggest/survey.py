@@ -21,6 +21,9 @@ from pipeline.suggest.content import SIDE, Content, content_of, thumbnail
 HEADERS, DECODED, FEWEST, SECONDS = 300, 200, 24, 2.0
 """How many images' headers are read; how many images are decoded at most, and at least, however long it takes; the time for that."""
 
+VAL_SHARE, TEST_SHARE = 0.1, 0.2
+"""Fractions that the proposed config draws for the splits that the data does not have."""
+
 SMALL = 64
 """Sides of images, in pixels, below which networks for small images are proposed."""
 
@@ -35,7 +38,8 @@ class Survey:
     source, task, labels: the manifest's; counts: samples of each label; splits: samples of each split, empty where none are given;
     training: samples that are left to train on, about; images, texts: samples with one; side: median of the shorter sides, pixels, 0
     without images; sizes: range of the sizes, in words; content: see `content_of`; device: cpu or cuda; hub: whether pretrained weights can
-    be had; notes: for the user.
+    be had; unreadable: images looked at that cannot be read; refused: whether training refuses the data until the user mends it; notes: for
+    the user.
     """
 
     source: str
@@ -52,6 +56,8 @@ class Survey:
     content: Content
     device: str
     hub: bool
+    unreadable: int = 0
+    refused: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -74,7 +80,8 @@ def take_survey(manifest: Manifest) -> Survey:
     import torch
 
     pictured = [sample for sample in manifest.samples if sample.pictured]
-    sizes, content, notes = _look(manifest, pictured) if pictured else ([], content_of([], []), [])
+    sizes, content, bad, notes = _look(manifest, pictured) if pictured else ([], content_of([], []), 0, [])
+    refusals = _refusal_notes(manifest)
     side = int(median(min(size) for size in sizes)) if sizes else 0
     splits = {split: len(manifest.of(split)) for split in manifest.splits()}
     return Survey(
@@ -92,18 +99,20 @@ def take_survey(manifest: Manifest) -> Survey:
         content=content,
         device="cuda" if torch.cuda.is_available() else "cpu",
         hub=side >= LEAST_ENLARGED and not content.glyphs and hub_answers(),
-        notes=(*notes, *_folder_notes(manifest)),
+        unreadable=bad,
+        refused=bool(refusals),
+        notes=(*notes, *refusals, *_split_notes(manifest), *_folder_notes(manifest)),
     )
 
 
 def _training(samples: int, splits: dict[str, int]) -> int:
     """Samples left to train on: `data.val_share` and `data.test_share` are drawn where the data has no such split."""
-    left = splits.get("train", samples) * (1.0 if "val" in splits else 0.9)
-    return round(left if "test" in splits else left * 0.8)
+    drawn = (0.0 if "val" in splits else VAL_SHARE) + (0.0 if "test" in splits else TEST_SHARE)
+    return round(splits.get("train", samples) * (1 - drawn))
 
 
-def _look(manifest: Manifest, samples: list[Sample]) -> tuple[list[tuple[int, int]], Content, list[str]]:
-    """(sizes, content, notes) of images in a fixed random order, so that every class is among the first."""
+def _look(manifest: Manifest, samples: list[Sample]) -> tuple[list[tuple[int, int]], Content, int, list[str]]:
+    """(sizes, content, how many cannot be read, notes) of images in a fixed random order, so that every class is among the first."""
     order = np.random.default_rng(0).permutation(len(samples))[:HEADERS]
     end = time.monotonic() + SECONDS
     sizes: list[tuple[int, int]] = []
@@ -131,7 +140,7 @@ def _look(manifest: Manifest, samples: list[Sample]) -> tuple[list[tuple[int, in
             f"{manifest.source}: none of the {len(bad)} images looked at can be read, such as {path}: {why}"
         )
     notes = [*_unreadable_notes(bad, len(order)), *(f"note: {line}" for line in remark_lines(remarks))]
-    return sizes, content_of(thumbnails, labels), notes
+    return sizes, content_of(thumbnails, labels), len(bad), notes
 
 
 def _reduced(data: bytes, size: tuple[int, int]) -> Part:
@@ -172,12 +181,42 @@ def _unreadable_notes(bad: list[tuple[str, str]], looked_at: int) -> list[str]:
     ]
 
 
-def _folder_notes(manifest: Manifest) -> list[str]:
+def _refusal_notes(manifest: Manifest) -> list[str]:
+    """What `pipeline.data.check.check_classes` will refuse, as far as it is known without decoding every image."""
     notes = []
     if manifest.empty:
         notes.append(
             f"note: {len(manifest.empty)} class folders are empty, such as {manifest.empty[0]}; training refuses them"
         )
+    trained = manifest.counts("train") if "train" in manifest.splits() else manifest.counts()
+    untrained = {place for place, label in enumerate(manifest.labels) if not trained[label]}
+    held_out = [sample for sample in manifest.samples if untrained.intersection(sample.labels)]
+    if held_out:
+        count = len({place for sample in held_out for place in sample.labels} & untrained)
+        notes.append(
+            f"note: {count} classes have no training sample, such as that of {held_out[0].path}; training refuses them; "
+            "add training samples, or move images without a label away"
+        )
+    single = [label for label, number in manifest.counts().items() if number == 1]
+    if single:
+        notes.append(f"note: classes with one sample, such as {single[0]}, cannot be trained and measured; add samples")
+    return notes
+
+
+def _split_notes(manifest: Manifest) -> list[str]:
+    """Which splits training will draw from the split train, where the data gives others."""
+    present = manifest.splits()
+    left, notes = len(manifest.of("train")), []
+    for split, fraction in (("test", TEST_SHARE), ("val", VAL_SHARE)):
+        if present and split not in present:
+            notes.append(
+                f"note: no split {split}: training draws about {round(fraction * left):,} of the training samples for it"
+            )
+    return notes
+
+
+def _folder_notes(manifest: Manifest) -> list[str]:
+    notes = []
     if manifest.loose:
         notes.append(
             f"note: {len(manifest.loose)} images lie in no class's folder, such as {manifest.loose[0]}; training skips them"

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -103,6 +104,41 @@ def test_transparency_over_white() -> None:
     palette = Image.fromarray(RGB).quantize(4)
     palette.info["transparency"] = palette.getpixel((0, 0))
     assert decode(encoded(palette, "PNG", transparency=palette.getpixel((0, 0))))[0, 0].tolist() == [255, 255, 255]
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_row(depth: int, colours: int, row: list[int], transparent: list[int]) -> bytes:
+    """A PNG of one row of samples, grey or RGB, with the colour that its tRNS chunk makes transparent."""
+    bits = "".join(f"{value:0{depth}b}" for value in row)
+    bits += "0" * (-len(bits) % 8)
+    head = struct.pack(">IIBBBBB", len(row) // colours, 1, depth, colours - 1, 0, 0, 0)
+    body = b"\0" + int(bits, 2).to_bytes(len(bits) // 8)
+    parts = {
+        b"IHDR": head,
+        b"tRNS": struct.pack(f">{colours}H", *transparent),
+        b"IDAT": zlib.compress(body),
+        b"IEND": b"",
+    }
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, part) for kind, part in parts.items())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_every_transparent_level_of_a_grey_png(depth: int) -> None:
+    largest = 2**depth - 1
+    levels = sorted({0, 1, largest // 3, largest - 1, largest})
+    for transparent in levels:
+        expected = [255 if level == transparent else round(level * 255 / largest) for level in levels]
+        image = decode(png_row(depth, 1, levels, [transparent]))
+        assert image[0, :, 0].tolist() == expected, f"{depth} bits, tRNS {transparent}"
+
+
+def test_bits_above_the_depth_of_a_transparent_level_do_not_count() -> None:
+    assert decode(png_row(4, 1, [5, 3], [0x35]))[0, :, 0].tolist() == [255, 51]
+    assert decode(png_row(8, 1, [5, 3], [0x105]))[0, :, 0].tolist() == [255, 3]
+    assert decode(png_row(8, 3, [1, 2, 3, 4, 5, 6], [0x101, 2, 3]))[0].tolist() == [[255] * 3, [4, 5, 6]]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])

@@ -65,7 +65,7 @@ LAYOUTS = [
     for dtype, (photometric, extra), planar, compression in itertools.product(
         ("uint8", "uint16", "uint32"),
         (("minisblack", None), ("miniswhite", None), ("rgb", None), ("rgb", "unassalpha"), ("minisblack", "unassalpha"),
-         ("rgb", "unspecified")),
+         ("miniswhite", "unassalpha"), ("rgb", "unspecified")),
         ("contig", "separate"),
         (None, "zlib", "predictor", "tile"),
     )
@@ -136,6 +136,55 @@ def test_an_unusable_range_of_unsigned_samples_is_ignored(dtype: str) -> None:
     tags = [(code, "H", 3, (0, 0, 0), False) for code in (340, 341)]
     found = decode(written(pixels, "rgb", "<", extratags=tags))
     np.testing.assert_array_equal(found, decode(written(pixels, "rgb", "<")))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("options", [{"compression": "jpeg"}, {"compression": "tiff_lzw"}, {}])
+@pytest.mark.parametrize(("low", "high"), [(0, 0), (None, 0), (255, 255), (9, 3)])
+def test_an_unusable_range_leaves_eight_bits_to_pillow(mode: str, options: dict, low: int | None, high: int) -> None:
+    image, buffer = Image.fromarray(ramp("uint8", 3)).convert(mode), io.BytesIO()
+    image.save(buffer, "TIFF", **options)
+    np.testing.assert_array_equal(decode(with_range(image, low, high, **options)), decode(buffer.getvalue()))
+
+
+def test_an_unusable_range_with_reversed_bits() -> None:
+    pixels = ramp("uint8", 1)
+    reversed_bits = bytes(int(f"{value:08b}"[::-1], 2) for value in pixels.tobytes())
+    found = decode(hand_written(reversed_bits, [(258, 8), (262, 1), (266, 2), (340, 0), (341, 0)]))
+    np.testing.assert_array_equal(found[..., :1], pixels)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize(("photometric", "samples"), [(0, 1), (1, 1), (2, 3)])
+def test_undefined_samples_are_read_as_unsigned(dtype: str, photometric: int, samples: int) -> None:
+    strip = ramp(dtype, samples).tobytes()
+    tags = [(258, 8 * np.dtype(dtype).itemsize), (262, photometric)]
+    plain = decode(hand_written(strip, tags, samples=samples))
+    np.testing.assert_array_equal(decode(hand_written(strip, [*tags, (339, 4)], samples=samples)), plain)
+
+
+def ycbcr(strip: bytes, *, subsampling: int | None, compression: int = 1) -> bytes:
+    """A TIFF of YCbCr samples. subsampling: the factor in both directions; None writes no tag."""
+    data = bytearray(hand_written(strip, [(258, 8), (262, 6), *([(530, 0)] if subsampling else [])], compression, 3))
+    if subsampling:
+        entry = data.find(struct.pack("<HH", 530, 4))
+        struct.pack_into("<HHIHH", data, entry, 530, 3, 2, subsampling, subsampling)
+    return bytes(data)
+
+
+def test_subsampled_ycbcr() -> None:
+    """TIFF's default is 2×2; a colour sample for each pixel without the tag is what some writers leave."""
+    full = np.full((HEIGHT, WIDTH, 3), (90, 128, 128), np.uint8).tobytes()
+    halved = bytes([90, 90, 90, 90, 128, 128]) * (-(-HEIGHT // 2) * -(-WIDTH // 2))
+    for subsampling in (1, None):
+        assert (decode(ycbcr(full, subsampling=subsampling)) == 90).all()
+    for subsampling in (2, None):
+        with pytest.raises(ImageError, match="YCbCr channels of 8 bits with 2×2 colour subsampling is not read; save"):
+            decode(ycbcr(halved, subsampling=subsampling) + full)  # Pillow would read on behind the strip
+    with pytest.raises(ImageError, match="an uncompressed TIFF of 3 YCbCr channels of 8 bits with planes is not read"):
+        decode(hand_written(full, [(258, 8), (262, 6), (284, 2)], samples=3))
+    packed = ycbcr(zlib.compress(halved), subsampling=2, compression=8)
+    np.testing.assert_allclose(decode(packed), 90, atol=1)
 
 
 def with_range(image: Image.Image, low: int | None, high: int, **options) -> bytes:
@@ -265,6 +314,24 @@ def test_sixteen_bit_cmyk() -> None:
     np.testing.assert_array_equal(
         decode(written(pixels, "separated", "<", planarconfig="contig")), np.asarray(narrow.convert("RGB"))
     )
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_cmyk_with_transparency(dtype: str, planar: str) -> None:
+    pixels = ramp(dtype, 5)
+    levels = eight_bits(pixels, 0, np.iinfo(dtype).max)
+    ink, alpha = levels[..., :4].astype(np.uint8), levels[..., 4:] / 255
+    opaque = np.asarray(Image.fromarray(ink, "CMYK").convert("RGB"))
+    data = written(pixels, "separated", "<", planarconfig=planar, extrasamples=["unassalpha"])
+    np.testing.assert_allclose(decode(data), opaque * alpha + 255 * (1 - alpha), atol=1)
+
+
+@pytest.mark.parametrize("largest", [65535, 255])
+def test_a_palette_of_eight_or_sixteen_bits(largest: int) -> None:
+    colours = np.linspace([0, 40, 255], [255, 3, 0], 256).round().astype(int)
+    image = written(ramp("uint8", 1), "palette", "<", colormap=(colours * (largest // 255)).astype(np.uint16).T)
+    np.testing.assert_array_equal(decode(image), colours[ramp("uint8", 1)[..., 0]])
 
 
 def test_bigtiff() -> None:

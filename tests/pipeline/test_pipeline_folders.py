@@ -79,9 +79,10 @@ def test_other_names_are_not_splits(name: str) -> None:
         (["Train", "Test"], "no class folders; Test, Train hold none"),
         (["train/train/a", "test/test/a"], "holds one more split folder, test, in place of class folders"),
         (["set/cat", "set/dog"], r"only one class \(set\).*its folders \(cat, dog\) are the classes, give .*data/set in"),
-        (["x/set/train/a", "x/set/test/a"], r"only one class \(x\).*folders \(test, train\) are the classes, give .*x/set"),
+        (["x/set/train/a", "x/set/test/a"], r"only one class \(x\).*folders \(test, train\) are the splits, give .*x/set"),
         (["set/cat", "set/dog", "docs/readme.txt"], r"only one class \(set\), and 1 empty.*give .*data/set in place"),
         (["train/Cat", "train/dog", "val/cat", "val/dog"], "train/Cat, .*val/cat differ in letter case only; rename"),
+        (["train/cat", "train/dog", "val/ca\u200bt", "val/dog"], r"train/cat.*ca\\u200bt' differ in invisible characters"),
     ],
 )  # fmt: skip
 def test_folders_of_uncertain_meaning_are_refused_with_a_cure(files: Files, names: list[str], message: str) -> None:
@@ -203,10 +204,22 @@ def test_one_name_in_two_unicode_forms_is_one_class(files: Files, places: tuple[
     assert known is not None and {*known} == {(forms[1],), ("dog",)}, "a bundle keeps its labels' form"
 
 
-def test_names_that_differ_in_letter_case_only_are_noted(files: Files) -> None:
-    manifest = load_manifest(files("2*Cat", "2*cat", "2*dog"))
-    assert manifest.labels == ("Cat", "cat", "dog")
-    assert "Cat and cat are two classes and differ in letter case only" in "".join(_folder_notes(manifest))
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        (("Cat", "cat"), "Cat and cat are 2 classes and differ in letter case only"),
+        (("ca\u200bt", "cat"), r"cat and 'ca\u200bt' are 2 classes and differ in invisible characters or blanks only"),
+        (("big\u00a0cat", "big cat"), r"big cat and 'big\xa0cat' are 2 classes and differ in invisible characters"),
+        (("'cat'", "cat"), "'cat' and cat are 2 classes and differ in quotes at the ends only"),
+        (("straße", "strasse"), ""),
+        (("ﬁsh", "fish"), ""),
+    ],
+)
+def test_names_that_are_probably_one_class_are_noted(files: Files, names: tuple[str, str], note: str) -> None:
+    manifest = load_manifest(files(*(f"2*{name}" for name in names), "2*dog"))
+    assert manifest.labels == tuple(sorted((*names, "dog")))
+    notes = "".join(_folder_notes(manifest))
+    assert note in notes and bool(note) == ("differ" in notes)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root opens every folder")

@@ -13,6 +13,7 @@ from small_data import Run, write_picture
 
 from augment import ImageError, load_policy
 from models.networks import build
+from pipeline.commands import init
 from pipeline.config import ConfigError, load_config
 from pipeline.data.manifest import load_manifest
 from pipeline.suggest import Proposal, Start, Survey, check_start, config_text, propose, take_survey
@@ -157,6 +158,48 @@ def test_unreadable_files_are_reported(tmp_path: Path) -> None:
         file.write_bytes(b"no image")
     with pytest.raises(ImageError, match="none of the 24 images looked at can be read"):
         take_survey(load_manifest(root))
+
+
+@pytest.mark.parametrize(
+    ("folders", "refused", "notes"),
+    [
+        ("cat dog", False, []),
+        ("train/cat train/dog val/cat val/dog test/cat test/dog", False, []),
+        ("train/cat train/dog valid/cat valid/dog", False, ["no split test: training draws about 5 of the training"]),
+        ("train/cat train/dog test/cat test/dog", False, ["no split val: training draws about 2 of the training samples"]),
+        ("train/cat train/dog", False, ["no split test: ", "no split val: "]),
+        (
+            "train/cat train/dog val/cat val/dog test/images", True,
+            ["1 classes have no training sample, such as that of ", "test/images/00.png; training refuses them; add"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_training_will_draw_or_refuse_is_noted(
+    tmp_path: Path, folders: str, refused: bool, notes: list[str]
+) -> None:
+    survey, _ = proposed(folder_of(tmp_path / "photos", folders, photo))
+    assert survey.refused == refused
+    joined = "\n".join(survey.notes)
+    assert all(note in joined for note in notes) and ("no split" in joined) == ("no split" in "".join(notes))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "folders", "step"),
+    [
+        ("", "a b", "next: refract train photos.yaml"),
+        ("a/03.png", "a b", "next: mend the unreadable images, or skip them: refract train photos.yaml --data.on_bad_file skip"),
+        ("", "train/a train/b test/c", "next: mend the data as noted above, then refract train photos.yaml"),
+    ],
+)  # fmt: skip
+def test_the_next_step_is_one_that_training_accepts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, damaged: str, folders: str, step: str
+) -> None:
+    root = folder_of(tmp_path / "photos", folders, photo)
+    if damaged:
+        (root / damaged).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert init.main(["photos"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == step
 
 
 def test_init_prints_its_reasons_writes_them_and_draws_a_preview(refract: Run, tmp_path: Path) -> None:

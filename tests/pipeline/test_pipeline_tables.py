@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,8 @@ EXPECTED = [("img/0.png", "a"), ("img/1.png", "b")]
         '"path", "label"\n"img/0.png", "a"\n"img/1.png", "b"\n',
         "path,label\nimg/0.png,a\n\n   \nimg/1.png,b\n,\n\n",
         "path,label\n'img/0.png',a\n'img/1.png',b\n",
+        "path,label\n'img/0.png','a'\n'img/1.png', 'b' \n",
+        "path,label,camera\nimg/0.png,a,x\n,,\n , ,\t\n,\nimg/1.png,b,y\n",
         "path,label\nimg/0.png,\ufeffa\u200b\n\ufeffimg/1.png,b\u00a0\n",
         "filename,class\nimg/0.png,a\nimg/1.png,b\n",
         "Image Path,Class-Name\nimg/0.png,a\nimg/1.png,b\n",
@@ -162,9 +165,47 @@ def test_a_short_row_lacks_only_texts_and_metadata(write: Write) -> None:
     assert (first.text, second.text, second.metadata) == ("", "hello", {"camera": ""})
 
 
+def test_an_empty_label_of_a_class_is_refused_with_the_way_to_several_labels(write: Write) -> None:
+    with pytest.raises(
+        DataError, match=r"line 3: label '' is not a class name .1 such rows.; .*`a;b` and set data.task"
+    ):
+        load_manifest(write("path,label\nimg/0.png,a\nimg/1.png,\n"))
+
+
 def test_rows_without_a_label_are_counted(write: Write) -> None:
     manifest = load_manifest(write("path,label\nimg/0.png,a;b\nimg/1.png,\n"))
     assert "1 rows have no label, such as" in manifest.notes[0] and "m.csv, line 3" in manifest.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["'a'", "'b'", "''"], [("a",), ("b",), ()]),
+        (["'a;b'", "'b';'a'"], [("a", "b"), ("b", "a")]),
+        (["'a';'b'", "b;a'"], [("'a'", "'b'"), ("b", "a'")]),
+    ],
+)
+def test_single_quotes_around_all_labels_are_removed(write: Write, labels: list[str], expected: list[tuple]) -> None:
+    manifest = load_manifest(write("path,label\n" + "".join(f"img/0.png,{one}\n" for one in labels)), "multilabel")
+    assert [tuple(manifest.labels[i] for i in sample.labels) for sample in manifest.samples] == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        (["circle", "square", "circle,square"], "circle,square looks like .* write circle;square and set data.task"),
+        (["a, b", "b, c", "a, c"], "a, b looks like several labels of one image .3 such labels.; if so, write a;b and"),
+        (["a|b", "b|c", "c"], "write b;c"),
+        (["red", "blue", "red blue"], "write red;blue"),
+        (["red car", "blue car", "red bus", "blue bus"], ""),
+        (["Paris, France", "Lyon, France", "Rome, Italy"], ""),
+        (["a;b", "a,b", "a"], "write a;b$"),
+    ],
+)
+def test_labels_that_look_like_several_are_noted(write: Write, labels: list[str], note: str) -> None:
+    manifest = load_manifest(write("path\tlabel\n" + "".join(f"img/0.png\t{one}\n" for one in labels)))
+    notes = " ".join(one for one in manifest.notes if "looks like" in one)
+    assert bool(note) == bool(notes) and re.search(note, notes)
 
 
 def test_parquet_tables_are_read_by_the_same_names(write: Write, tmp_path: Path) -> None:
@@ -199,6 +240,8 @@ def test_any_texts_come_back_whatever_the_separator_and_the_encoding(
     table, texts = read_table(file), [name.strip().lower() for name in header]
     assert table.texts("text") == [row[texts.index("text")] for row in rows]
     labels = [unicodedata.normalize("NFC", row[texts.index("label")].strip().strip(" \t\u200b")) for row in rows]
+    if all(len(label) > 1 and label[0] == label[-1] == "'" for label in labels):
+        labels = [label[1:-1].replace("';'", ";").strip().strip(" \t\u200b") for label in labels]
     assert table.texts("label") == labels and table.where(0) == f"{file}, line 2"
 
 
