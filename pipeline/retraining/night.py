@@ -132,10 +132,10 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
     found = problems(now, before, config.retrain.largest_loss)
     remedies = ["raise retrain.largest_loss"] if found else []
     if before is not None:
-        changes = told["labels"]["changed"] = changed_labels(config, now, before)
+        changes = told["labels"]["changed"] = changed_labels(config, now, before, folder)
         _log("labels", changes)
         if changes["level"] == "stop":
-            found.append(changes["told"])
+            found.append(f"{changes['told']}. {changes['file']} lists them all")
             remedies.append("accept the new labels by --retrain.relabelled_stop null")
     if found:
         why = "\n".join(f"  {line}" for line in found)
@@ -296,7 +296,8 @@ STEPS = (snapshot, validate, train, register, compare, promote, announce)
 
 
 def _log(about: str, found: Record) -> None:
-    log.log(logging.INFO if found["level"] == "none" else logging.WARNING, "%s: %s", about, found["told"])
+    listed = f"; see {found['file']}" if "file" in found else ""
+    log.log(logging.INFO if found["level"] == "none" else logging.WARNING, "%s: %s%s", about, found["told"], listed)
 
 
 def _ends(outcome: Outcome, why: str) -> Record:

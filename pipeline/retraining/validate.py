@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from models.bundle import Bundle
     from pipeline.drift.profile import Seen
 
+RELABELLED = "relabelled.csv"
+"""In a run's folder: the known samples whose label changed."""
+
 
 def problems(now: Snapshot, before: Snapshot | None, largest_loss: float) -> list[str]:
     """In words, why not; empty where they may. largest_loss: share of its pictures that a class, or the whole, may have lost."""
@@ -54,10 +57,18 @@ def _totals(snapshot: Snapshot) -> Counter[str]:
     return total
 
 
-def changed_labels(config: Config, now: Snapshot, before: Snapshot) -> dict[str, Any]:
-    """Known content whose label changed since the last accepted night: `level` (none, warn or stop), `told` in words, and the numbers."""
+def changed_labels(config: Config, now: Snapshot, before: Snapshot, folder: Path) -> dict[str, Any]:
+    """Known content whose label changed since the last accepted night: `level` (none, warn or stop), `told` in words, and the numbers.
+
+    From level warn on, `folder` gets `relabelled.csv`, the list of all such samples, and the record names it as `file`.
+    """
     wanted = config.retrain
-    return label_changes(now, before, reads(config)).record(Threshold(wanted.relabelled_warn, wanted.relabelled_stop))
+    changes = label_changes(now, before, reads(config))
+    record = changes.record(Threshold(wanted.relabelled_warn, wanted.relabelled_stop))
+    if record["level"] == "none":
+        return record
+    changes.write(folder / RELABELLED)
+    return record | {"file": str(folder / RELABELLED)}
 
 
 def beside_champion(
