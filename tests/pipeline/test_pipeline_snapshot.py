@@ -27,7 +27,7 @@ from pipeline.retraining.night import Outcome, begin, snapshot, validate
 from pipeline.retraining.overlap import trained_on
 from pipeline.retraining.place import place_of, read, write
 from pipeline.retraining.snapshot import Snapshot, accept, changed, inputs_digest, read_snapshot, take
-from pipeline.retraining.validate import look, new_samples
+from pipeline.retraining.validate import beside_champion, look, new_samples
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -348,7 +348,9 @@ def test_new_classes_are_told_and_do_not_stop_a_night(tmp_path: Path) -> None:
     assert found["level"] == "warn"
     assert found["told"].startswith("new classes 0.516 (warn), of 62 new pictures, without those of yellow")
     stopped = look(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path).drift
-    assert stopped["level"] == "stop", "who asks for it"
+    assert stopped["level"] == "stop" and "new classes 0.516 (stop)" in stopped["told"], "who asks for it"
+    told = look(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path, stops=False).drift["told"]
+    assert told.startswith("new classes 0.516 (large, reported only), of 62 new pictures"), "nothing stops"
 
     new = replace(new, of_pictures=[one for one in new.of_pictures if one[1] == ["yellow"]])
     alone = look(bundle, new, thresholds, tmp_path).drift
@@ -407,6 +409,9 @@ def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: P
     snapshot(folder)
     record = read(folder / "night.json")
     first = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
+    checked, labels = beside_champion(config, first, place, folder)
+    assert "0 new pictures, too few" in checked["told"] and "0 new pictures, too few" in labels["told"]
+    assert new_samples(first, None).text().startswith("90 new pictures (those that the champion was trained on are ")
     held = load_manifest(first.manifest).of("test")
     tested = [sample for sample in samples if sample.split == "test"]
     assert {sample.read() for sample in held} == {sample.read() for sample in tested}
