@@ -71,7 +71,11 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
     outcome = Outcome(record["outcome"])
     words = "unchanged" if record.get("unchanged") else outcome.name.lower().replace("_", " ")
     print(f"{words}: {record['why']}")
-    there = [name for name in ("night.json", "gate.json", "config.yaml", "drift") if (night / name).exists()]
+    there = [
+        name
+        for name in ("night.json", "gate.json", "config.yaml", "drift", "relabelled.csv")
+        if (night / name).exists()
+    ]
     print(f"night:   {night}/ ({', '.join(there)})")
     return int(outcome)
 

@@ -28,13 +28,14 @@ TRIES = 50
 
 @dataclass(frozen=True)
 class Line:
-    """One demand. value: what the challenger has, None where it is not measured; bound: what is asked; passed; told: in words; needed: the
+    """One demand. value: what the challenger has, None where it is not measured; bound: what is asked; passed: None where it is
+    unknown, which does not fail; told: in words; needed: the
     holdout size that would decide, None where this one does or none can."""
 
     name: str
     value: float | None
     bound: float | None
-    passed: bool
+    passed: bool | None
     told: str
     needed: int | None = None
 
@@ -49,7 +50,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        return all(line.passed for line in self.lines)
+        return all(line.passed is not False for line in self.lines)
 
     def to_dict(self) -> dict[str, Any]:
         lines = [asdict(line) for line in self.lines]
@@ -58,8 +59,11 @@ class Verdict:
     def text(self) -> str:
         """A table for the terminal and MLflow."""
         width = max(len(line.name) for line in self.lines)
+        words = ["unknown" if line.passed is None else "passed" if line.passed else "FAILED" for line in self.lines]
+        longest = max(map(len, words))
         return "\n".join(
-            f"{'passed' if line.passed else 'FAILED'}  {line.name:<{width}}  {line.told}" for line in self.lines
+            f"{word:<{longest}}  {line.name:<{width}}  {line.told}"
+            for word, line in zip(words, self.lines, strict=True)
         )
 
 

@@ -1,9 +1,12 @@
 """Whether a retraining run's labels can be trusted: against the last accepted snapshot, and against the champion's predictions."""
 
+import csv
 import hashlib
+import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from models.texts.tokens import trimmed
 from pipeline.data.manifest import Manifest, Sample, load_manifest
 from pipeline.drift.new_data import NewData
 from pipeline.drift.thresholds import ALPHA, FEWEST, Threshold
+from pipeline.files import write_atomically
 from pipeline.retraining.place import read
 from pipeline.retraining.snapshot import FILES, Snapshot
 
@@ -29,11 +33,12 @@ Names = frozenset[str]
 @dataclass(frozen=True)
 class LabelChanges:
     """Samples of known content whose label changed. known: samples that both snapshots have; changed: of these; kinds: change → how many,
-    `cat → dog`, or, for multi-label, `+cat` and `-dog` for each label."""
+    `cat → dog`, or, for multi-label, `+cat` and `-dog` for each label; rows: each of them, (sample, its labels before, its labels now)."""
 
     known: int
     changed: int
     kinds: Mapping[str, int]
+    rows: Sequence[tuple[Sample, Names, Names]] = ()
 
     @property
     def fraction(self) -> float:
@@ -49,6 +54,17 @@ class LabelChanges:
         """For the run's record: `level`, `told` in words, and the numbers."""
         numbers = {"known": self.known, "changed": self.changed, "kinds": dict(Counter(self.kinds).most_common(100))}
         return {"level": level_of(self.fraction, threshold), "told": self.text(), **numbers}
+
+    def write(self, file: Path) -> None:
+        """Write each changed sample as a CSV row `path,was,is`, and `text` where a sample has one. OSError as usual."""
+        with_texts = any(sample.text for sample, _, _ in self.rows)
+        table = io.StringIO(newline="")
+        writer = csv.writer(table, quoting=csv.QUOTE_ALL)
+        writer.writerow(["path", "was", "is", *(["text"] if with_texts else [])])
+        for sample, old, new in sorted(self.rows, key=lambda row: row[0].key):
+            path = sample.path if sample.pictured else ""
+            writer.writerow([path, _listed(old), _listed(new), *([sample.text] if with_texts else [])])
+        write_atomically(file, table.getvalue().encode("utf-8", "replace"))
 
 
 @dataclass(frozen=True)
@@ -113,25 +129,25 @@ def label_changes(now: Snapshot, before: Snapshot, reads: frozenset[str]) -> Lab
     """
     earlier = _labels_of(before, reads)
     several = "multilabel" in (now.task, before.task)
-    known, changed, kinds = 0, 0, Counter[str]()
-    for content, names in _labels_of(now, reads).items():
-        old = earlier.get(content)
+    known, rows, kinds = 0, [], Counter[str]()
+    for content, (sample, names) in _labels_of(now, reads).items():
+        old = earlier[content][1] if content in earlier else None
         known += old is not None
         if old is not None and old != names:
-            changed += 1
+            rows.append((sample, old, names))
             kinds.update(_kinds(old, names) if several else [f"{_joined(old)} → {_joined(names)}"])
-    return LabelChanges(known, changed, kinds)
+    return LabelChanges(known, len(rows), kinds, rows)
 
 
-def _labels_of(snapshot: Snapshot, reads: frozenset[str]) -> dict[str, Names]:
-    """Content → its labels. The frozensets are shared: one for each combination."""
+def _labels_of(snapshot: Snapshot, reads: frozenset[str]) -> dict[str, tuple[Sample, Names]]:
+    """Content → (sample, its labels). The frozensets are shared: one for each combination."""
     manifest, files = load_manifest(snapshot.manifest, snapshot.task, to_train=False), read(snapshot.folder / FILES)
     shared: dict[tuple[int, ...], Names] = {}
     found = {}
     for sample in manifest.samples:
         if sample.split != "test":
             names = shared.setdefault(sample.labels, frozenset(manifest.labels[i] for i in sample.labels))
-            found[_content(sample, files, reads)] = names
+            found[_content(sample, files, reads)] = sample, names
     return found
 
 
@@ -222,4 +238,9 @@ def _kinds(old: Names, new: Names) -> Iterable[str]:
 
 
 def _joined(names: Names) -> str:
-    return ";".join(sorted(names)) or "no label"
+    return _listed(names) or "no label"
+
+
+def _listed(names: Names) -> str:
+    """As a manifest's column `label`."""
+    return ";".join(sorted(names))

@@ -100,11 +100,12 @@ def snapshot(folder: Path, config: Config, record: Record) -> Record:
     """Write the data down; end the night where they cannot be used, or where nothing has changed."""
     from pipeline.data.manifest import DataError
     from pipeline.provenance import code_state, versions
+    from pipeline.retraining.champion_data import data_of_first_champion
     from pipeline.retraining.snapshot import inputs_digest, take
 
     place = place_of(config)
     try:
-        taken = take(config, place)
+        taken = take(config, place, data_of_first_champion(config, place))
     except DataError as error:
         return _ends(Outcome.REFUSED, str(error))
     code, diff = code_state()
@@ -132,10 +133,10 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
     found = problems(now, before, config.retrain.largest_loss)
     remedies = ["raise retrain.largest_loss"] if found else []
     if before is not None:
-        changes = told["labels"]["changed"] = changed_labels(config, now, before)
+        changes = told["labels"]["changed"] = changed_labels(config, now, before, folder)
         _log("labels", changes)
         if changes["level"] == "stop":
-            found.append(changes["told"])
+            found.append(f"{changes['told']}. {changes['file']} lists them all")
             remedies.append("accept the new labels by --retrain.relabelled_stop null")
     if found:
         why = "\n".join(f"  {line}" for line in found)
@@ -219,7 +220,8 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
     from models.bundle import load_bundle
     from pipeline.data.manifest import load_manifest
     from pipeline.retraining.aliases import CHAMPION, aliases
-    from pipeline.retraining.gate import Line, Verdict, gate
+    from pipeline.retraining.gate import Verdict, gate
+    from pipeline.retraining.overlap import holdout_line
 
     name, client, place = str(config.tracking.model_name), client_of(record["mlflow"]), place_of(config)
     champion = aliases(client, name).get(CHAMPION)
@@ -228,22 +230,17 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
     with tempfile.TemporaryDirectory() as beside:
         old = None if champion is None else load_bundle(download(client, name, champion, Path(beside)))
         found = gate(config.gate, load_bundle(Path(record["run"]) / "bundle"), old, held, record["snapshot"]["holdout"])
-    seen = [_trained_on(place, record["snapshot"]["digest"], held)]
-    if champion is not None:
-        tags = client.get_model_version(name, champion).tags
-        seen.append(_trained_on(place, tags.get("snapshot"), held))
-    told = "neither was trained on any of it"
-    if None in seen:
-        told = "what the champion was trained on is not known here"
-    if any(seen):
-        told = f"{sum(filter(None, seen))} of its pictures were trained on"
-    verdict = Verdict((Line("hold-out", None, None, not any(seen), told), *found.lines), found.holdout, found.pictures)
+    apart = holdout_line(config, place, record["snapshot"]["digest"], held.samples, client, champion)
+    verdict = Verdict((apart, *found.lines), found.holdout, found.pictures)
     write(folder / "gate.json", verdict.to_dict())
     print(f"gate: version {record['version']} against {champion or 'no champion'}, {verdict.pictures:,} samples")
     print(verdict.text())
     for line in verdict.lines:
         client.set_model_version_tag(
-            name, record["version"], f"gate.{_key(line.name)}", f"{line.passed}: {line.told}"[:4000]
+            name,
+            record["version"],
+            f"gate.{_key(line.name)}",
+            f"{'unknown' if line.passed is None else line.passed}: {line.told}"[:4000],
         )
     client.set_model_version_tag(name, record["version"], "gate.against", champion or "none")
     client.set_model_version_tag(name, record["version"], "gate", "passed" if verdict.passed else "failed")
@@ -296,7 +293,8 @@ STEPS = (snapshot, validate, train, register, compare, promote, announce)
 
 
 def _log(about: str, found: Record) -> None:
-    log.log(logging.INFO if found["level"] == "none" else logging.WARNING, "%s: %s", about, found["told"])
+    listed = f"; see {found['file']}" if "file" in found else ""
+    log.log(logging.INFO if found["level"] == "none" else logging.WARNING, "%s: %s%s", about, found["told"], listed)
 
 
 def _ends(outcome: Outcome, why: str) -> Record:
@@ -307,21 +305,12 @@ def _failed(verdict: Record) -> str:
     """What the version failed at, and the holdout size that would decide all lines that this one cannot."""
     from pipeline.retraining.power import rounded
 
-    failed = [line for line in verdict["lines"] if not line["passed"]]
+    failed = [line for line in verdict["lines"] if line["passed"] is False]
     needed = [line["needed"] for line in failed if line.get("needed")]
     size = (
         f"; {verdict['samples']:,} samples cannot decide that, about {rounded(max(needed)):,} would" if needed else ""
     )
     return f"failed at {', '.join(line['name'] for line in failed)}{size}"
-
-
-def _trained_on(place: Place, digest: str | None, held: Any) -> int | None:
-    """How many of the hold-out's samples a snapshot trains on; None where the snapshot is not known."""
-    from pipeline.retraining.copies import contents
-    from pipeline.retraining.snapshot import known_contents
-
-    trained = None if digest is None else known_contents(place.snapshot(digest))
-    return None if trained is None else sum(bool(trained & contents(sample)) for sample in held.samples)
 
 
 def _key(name: str) -> str:

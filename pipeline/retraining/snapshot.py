@@ -18,6 +18,7 @@ from pipeline.defaults import filled
 from pipeline.provenance import inputs
 from pipeline.recipe import check_inputs, reads
 from pipeline.retraining import holdout
+from pipeline.retraining.champion_data import ChampionData
 from pipeline.retraining.copies import contents, without_copies
 from pipeline.retraining.holdout import HoldOut, freeze, frozen, hash_of, held_out, named, renamed
 from pipeline.retraining.place import Place, read, write
@@ -61,11 +62,13 @@ class Snapshot:
         }
 
 
-def take(config: Config, place: Place) -> Snapshot:
+def take(config: Config, place: Place, champion: ChampionData | None = None) -> Snapshot:
     """Look at every picture, keep the hold-out apart, draw what validates, and write it all down. DataError for data that cannot be used.
 
     The hold-out: `gate.holdout`, or the test split of the first night (the data's own, else drawn); of classes that it lacks, pictures that
     no night has trained on are added. Its copies in the data are not trained on; nor are further pictures of the data's own test split.
+
+    champion: what the first hold-out has to respect. Its test split is then held out, and nothing that it was trained on.
     """
     manifest, found = _looked_at(config)
     kind = "multilabel" if manifest.task == "multilabel" else "multiclass"
@@ -77,7 +80,7 @@ def take(config: Config, place: Place) -> Snapshot:
     data = replace(manifest, samples=tuple(renamed(manifest, labels)), labels=labels, task=task)
     held = [sample for one in apart for sample in held_out(one, labels)]
     added = held_out(own, labels) if own else []
-    added += _lacking(config, place, data, held, found)
+    added += _lacking(config, place, data, held, found, champion)
     held = [*(held_out(kept.manifest, labels) if kept else []), *added]
     pool = without_copies([s for s in data.samples if s.split != "test"], held, found, reads(config))
     whole = draw_splits(data.with_samples([*pool, *held]), found.groups, **_shares(config), seed=config.trainer.seed)
@@ -99,25 +102,38 @@ def _looked_at(config: Config) -> tuple[Manifest, Scan]:
     return drop_contradictory(manifest, found, config.data.on_bad_file), found
 
 
-def _lacking(config: Config, place: Place, data: Manifest, held: Sequence[Sample], found: Scan) -> list[Sample]:
+def _lacking(
+    config: Config,
+    place: Place,
+    data: Manifest,
+    held: Sequence[Sample],
+    found: Scan,
+    champion: ChampionData | None,
+) -> list[Sample]:
     """What the hold-out lacks: where there is none, the data's own test split; then pictures of each class that it does not have."""
     lacking = set(range(len(data.labels))) - _carried(held)
     if held and not lacking:
         return []
-    known: frozenset[str] = _trained_before(place) if held else frozenset()
+    known: frozenset[str] = _trained_before(place) if held else champion.trained if champion else frozenset()
     asked = [sample for sample in data.samples if not held or lacking & set(sample.labels)]
     seen = {sample.key for sample in asked if known and known & contents(sample)}
     fresh = without_copies([sample for sample in asked if sample.key not in seen], held, found, reads(config))
+    drawing = not held and "test" not in data.splits()
+    if drawing and champion:
+        fresh = [replace(s, split="test") if found.groups[s.key] in champion.tested else s for s in fresh]
     own = [sample for sample in fresh if sample.split == "test"]
     lacking -= _carried(own)
-    rest = [s for s in fresh if s.split != "test" and (lacking & set(s.labels) or not (held or own))]
+    rest = [s for s in fresh if s.split != "test" and (drawing or lacking & set(s.labels))]
     drawn = data.with_samples([replace(sample, split="") for sample in rest])
     drawn = draw_splits(drawn, found.groups, **_shares(config), seed=config.trainer.seed)
     added = [*own, *drawn.of("test")]
     seldom = lacking - _carried(added)
     learned = _carried(sample for sample in asked if sample.key in seen)
-    refused = seldom - learned if known and data.task != "multilabel" else set()
+    refused = seldom - learned if held and known and data.task != "multilabel" else set()
     if refused or not (held or added) or (data.task != "multilabel" and len(_carried([*held, *added])) < 2):
+        if champion:
+            log.warning("data: the champion was trained on too many images to hold out others; the gate counts them")
+            return _lacking(config, place, data, held, found, None)
         what = ", ".join(data.labels[i] for i in sorted(refused or seldom or lacking))
         raise DataError(
             f"{data.source}: too few pictures of {what} to keep a hold-out apart; add some, or raise data.test_share"

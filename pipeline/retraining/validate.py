@@ -13,6 +13,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.data.manifest import DataError, Sample, load_manifest
 from pipeline.drift.thresholds import FEWEST, LEVELS, THRESHOLDS, Threshold, parse_thresholds
 from pipeline.recipe import reads
+from pipeline.retraining.champion_data import ChampionData, champion_data
 from pipeline.retraining.copies import contents
 from pipeline.retraining.labels import label_changes, level_of
 from pipeline.retraining.place import Place, read
@@ -22,6 +23,9 @@ from pipeline.retraining.snapshot import FILES, Snapshot, known_contents
 if TYPE_CHECKING:
     from models.bundle import Bundle
     from pipeline.drift.profile import Seen
+
+RELABELLED = "relabelled.csv"
+"""In a run's folder: the known samples whose label changed."""
 
 
 def problems(now: Snapshot, before: Snapshot | None, largest_loss: float) -> list[str]:
@@ -54,10 +58,18 @@ def _totals(snapshot: Snapshot) -> Counter[str]:
     return total
 
 
-def changed_labels(config: Config, now: Snapshot, before: Snapshot) -> dict[str, Any]:
-    """Known content whose label changed since the last accepted night: `level` (none, warn or stop), `told` in words, and the numbers."""
+def changed_labels(config: Config, now: Snapshot, before: Snapshot, folder: Path) -> dict[str, Any]:
+    """Known content whose label changed since the last accepted night: `level` (none, warn or stop), `told` in words, and the numbers.
+
+    From level warn on, `folder` gets `relabelled.csv`, the list of all such samples, and the record names it as `file`.
+    """
     wanted = config.retrain
-    return label_changes(now, before, reads(config)).record(Threshold(wanted.relabelled_warn, wanted.relabelled_stop))
+    changes = label_changes(now, before, reads(config))
+    record = changes.record(Threshold(wanted.relabelled_warn, wanted.relabelled_stop))
+    if record["level"] == "none":
+        return record
+    changes.write(folder / RELABELLED)
+    return record | {"file": str(folder / RELABELLED)}
 
 
 def beside_champion(
@@ -80,7 +92,9 @@ def beside_champion(
     if champion is None:
         return _neither(asked, "there is no champion yet")
     tag = client.get_model_version(name, champion).tags.get("snapshot")
-    new = new_samples(now, place.snapshot(tag) if tag else None)
+    before = place.snapshot(tag) if tag else None
+    listed = None if before is not None and (before / FILES).exists() else champion_data(config, client, champion)
+    new = new_samples(now, before, listed)
     if len(new.of_pictures) < FEWEST:
         return _neither(asked, f"{new.text()}, too few to tell anything")
     if not any(asked):
@@ -89,7 +103,11 @@ def beside_champion(
 
     with tempfile.TemporaryDirectory() as beside:
         bundle = load_bundle(download(client, name, champion, Path(beside)))
-        looked = look(bundle, new, thresholds, folder) if asked[0] else Looked(None, None)
+        looked = (
+            look(bundle, new, thresholds, folder, stops=config.retrain.drift == "stop")
+            if asked[0]
+            else Looked(None, None)
+        )
         found = disagreed(bundle, now, new, looked.seen, by_label) if asked[1] else None
         return looked.drift, found and excused(found, looked.drift)
 
@@ -142,26 +160,32 @@ def _thresholds(config: Config) -> dict[str, Threshold]:
 
 @dataclass(frozen=True)
 class New:
-    """of_pictures: (sample, its labels) of those with a picture; texts: how many others, which drift does not look at."""
+    """of_pictures: (sample, its labels) of those with a picture; texts: how many others, which drift does not look at; doubt: why some may
+    not be new, or empty."""
 
     of_pictures: list[tuple[Sample, list[str]]]
     texts: int
+    doubt: str = ""
 
     def text(self) -> str:
         others = f", and {self.texts:,} texts without one, which are not looked at" if self.texts else ""
-        return f"{len(self.of_pictures):,} new pictures{others}"
+        return f"{len(self.of_pictures):,} new pictures{others}{self.doubt and f' ({self.doubt})'}"
 
 
-def new_samples(now: Snapshot, before: Path | None) -> New:
-    """What the snapshot trains and validates on, but not the one in the folder `before`; all, where that is not known."""
-    learned: set[str] = set()
+def new_samples(now: Snapshot, before: Path | None, champion: ChampionData | None = None) -> New:
+    """What the snapshot trains and validates on, but not what the champion knows: by its snapshot's folder `before`, or by `champion`, the
+    list of its run. All, where neither is there."""
+    learned, doubt = set[str](), "those that the champion was trained on are unknown"
     if before is not None and (before / FILES).exists():
-        learned = {*read(before / FILES).values(), *(known_contents(before) or ())}
+        learned, doubt = {*read(before / FILES).values(), *(known_contents(before) or ())}, ""
+    elif champion is not None:
+        learned = {*champion.trained, *champion.tested}
+        doubt = f"{champion.missing:,} files that the champion was trained on are gone" if champion.missing else ""
     manifest, files = load_manifest(now.manifest, now.task), read(now.folder / FILES)
     own = [sample for sample in manifest.samples if sample.split != "test"]
     pictures = [sample for sample in own if sample.pictured and files.get(sample.path) not in learned]
     texts = [sample for sample in own if not sample.pictured and not contents(sample) & learned]
-    return New([(sample, [manifest.labels[i] for i in sample.labels]) for sample in pictures], len(texts))
+    return New([(sample, [manifest.labels[i] for i in sample.labels]) for sample in pictures], len(texts), doubt)
 
 
 class Looked(NamedTuple):
@@ -171,8 +195,10 @@ class Looked(NamedTuple):
     seen: "Seen | None"
 
 
-def look(bundle: "Bundle", new: New, thresholds: Mapping[str, Threshold], folder: Path) -> Looked:
-    """The drift of that which is new from the bundle's reference."""
+def look(
+    bundle: "Bundle", new: New, thresholds: Mapping[str, Threshold], folder: Path, *, stops: bool = True
+) -> Looked:
+    """The drift of that which is new from the bundle's reference. stops: whether the level stop ends the run, as the words then say."""
     from pipeline.drift.measure import measure_drift
 
     known = set(bundle.info.labels)
@@ -182,19 +208,20 @@ def look(bundle: "Bundle", new: New, thresholds: Mapping[str, Threshold], folder
     checks = {"new classes": {"effect": share, "level": level_of(share, thresholds["new classes"])}} if strange else {}
     if len(rows) < FEWEST:
         return Looked(
-            _unseen(f"{len(rows)} new pictures are of classes that the champion knows, too few", checks), None
+            _unseen(f"{len(rows)} new pictures are of classes that the champion knows, too few", checks, stops=stops),
+            None,
         )
     if bundle.reference() is None:
-        return Looked(_unseen("the champion's bundle has no reference", checks), None)
+        return Looked(_unseen("the champion's bundle has no reference", checks, stops=stops), None)
     _write_rows(rows, folder / "new.csv")
     try:
         found = measure_drift(bundle, str(folder / "new.csv"), thresholds=thresholds)
     except DataError as error:
-        return Looked(_unseen(str(error), checks), None)
+        return Looked(_unseen(str(error), checks, stops=stops), None)
     found.report.write(folder / "drift")
     checks = {check.name: {"effect": check.effect, "level": check.level} for check in found.drift.checks} | checks
     without = f", without those of {', '.join(strange)}" if strange else ""
-    told = f"{_words(checks) or 'none'}, of {new.text()}{without}"
+    told = f"{_words(checks, stops) or 'none'}, of {new.text()}{without}"
     return Looked({"level": _worst(checks), "told": told, "checks": checks}, found.seen)
 
 
@@ -202,13 +229,16 @@ def _worst(checks: Mapping[str, Mapping[str, Any]]) -> str:
     return max((check["level"] for check in checks.values()), key=LEVELS.index, default="none")
 
 
-def _words(checks: Mapping[str, Mapping[str, Any]]) -> str:
+def _words(checks: Mapping[str, Mapping[str, Any]], stops: bool) -> str:
+    words = {"warn": "warn", "stop": "stop" if stops else "large, reported only"}
     told = [(name, check) for name, check in checks.items() if check["level"] != "none"]
-    return ", ".join(f"{name} {check['effect']:.3f} ({check['level']})" for name, check in told)
+    return ", ".join(f"{name} {check['effect']:.3f} ({words[check['level']]})" for name, check in told)
 
 
-def _unseen(why: str, checks: Mapping[str, Mapping[str, Any]] = MappingProxyType({})) -> dict[str, Any]:
-    told = "; ".join(filter(None, (_words(checks), f"not looked at: {why}")))
+def _unseen(
+    why: str, checks: Mapping[str, Mapping[str, Any]] = MappingProxyType({}), *, stops: bool = True
+) -> dict[str, Any]:
+    told = "; ".join(filter(None, (_words(checks, stops), f"not looked at: {why}")))
     return {"level": _worst(checks) if checks else "none", "told": told, "checks": dict(checks)}
 
 

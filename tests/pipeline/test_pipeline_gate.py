@@ -1,5 +1,6 @@
 """What the gate asks of two sets of answers, each demand on both its sides: what passes, and what just does not."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from pipeline.data.manifest import Manifest, Sample
-from pipeline.retraining.gate import Line, Measured, _latency, judge
+from pipeline.retraining.gate import Line, Measured, Verdict, _latency, judge
 from pipeline.retraining.power import LARGEST, SMALLEST, Z, lowest_gain, rounded, samples_to_decide
 from pipeline.retraining.settings import GateConfig
 
@@ -145,3 +146,10 @@ def test_calibration_is_judged_from_a_hundred_samples_on(count: int, passes: boo
     assert line.passed == passes
     assert ("not judged on 99 samples" in line.told) == passes
     assert judged(held, answers(held, calibration=0.14), None)["calibration_error"].passed
+
+
+def test_an_unknown_line_fails_nothing_and_is_not_printed_as_passed() -> None:
+    unknown, passed = Line("hold-out", None, None, None, "?"), Line("labels", None, None, True, "all")
+    verdict = Verdict((unknown, passed), "h", 9)
+    assert verdict.passed and verdict.text() == "unknown  hold-out  ?\npassed   labels    all"
+    assert not Verdict((unknown, replace(passed, passed=False)), "h", 9).passed

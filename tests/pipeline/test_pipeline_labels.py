@@ -219,9 +219,14 @@ def test_a_run_stops_at_labels_and_accepts_them_on_purpose(tmp_path: Path, new_t
     for label, other in (("red", "blue"), ("blue", "red")):
         for file in sorted((tmp_path / "pictures" / label).glob(f"{label}*.png"))[:12]:
             file.rename(tmp_path / "pictures" / other / file.name)
-    _, record = checked(config)
+    folder, record = checked(config)
     assert record["ends"] == Outcome.REFUSED and "known samples changed label: " in record["why"]
     assert "blue → red " in record["why"] and record["why"].endswith("by --retrain.relabelled_stop null.")
+    assert f"{folder / 'relabelled.csv'} lists them all" in record["why"]
+    rows = [*csv.DictReader((folder / "relabelled.csv").open(newline="", encoding="utf-8"))]
+    assert len(rows) == record["labels"]["changed"]["changed"] and {*rows[0]} == {"path", "was", "is"}
+    assert all(Path(row["path"]).parent.name == row["is"] for row in rows), "the files as they lie now"
+    assert {(row["was"], row["is"]) for row in rows} == {("red", "blue"), ("blue", "red")}
     config.retrain.relabelled_stop = None
     _, record = checked(config)
     assert "ends" not in record and record["labels"]["changed"]["level"] == "warn"

@@ -20,12 +20,14 @@ from models.classifier import Classifier
 from models.networks import build
 from pipeline.config import Config, config_from_dict
 from pipeline.data.manifest import DataError, Manifest, load_manifest
+from pipeline.data.splits import write_splits
 from pipeline.drift.measure import reference_of
 from pipeline.drift.thresholds import THRESHOLDS, Threshold
-from pipeline.retraining.night import Outcome, _trained_on, begin, snapshot, validate
+from pipeline.retraining.night import Outcome, begin, snapshot, validate
+from pipeline.retraining.overlap import trained_on
 from pipeline.retraining.place import place_of, read, write
-from pipeline.retraining.snapshot import Snapshot, accept, changed, inputs_digest, take
-from pipeline.retraining.validate import look, new_samples
+from pipeline.retraining.snapshot import Snapshot, accept, changed, inputs_digest, read_snapshot, take
+from pipeline.retraining.validate import beside_champion, look, new_samples
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -258,11 +260,11 @@ def test_samples_without_files_are_known_again(tmp_path: Path, source: str) -> N
     texts = {"model": {"name": "none"}, "text": {"name": "hashing"}}
     config = config_at(tmp_path, source, **(texts if source == "m.csv" else {"data": {"source": "digits"}}))
     place, first = place_of(config), taken(config)
-    assert _trained_on(place, first.digest, held(first)) == 0
+    assert trained_on(place, first.digest, held(first).samples) == 0
     whole = load_manifest(first.manifest)
     trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
-    assert _trained_on(place, first.digest, trained) == len(trained.samples)
-    assert _trained_on(place, "0" * 64, trained) is None
+    assert trained_on(place, first.digest, trained.samples) == len(trained.samples)
+    assert trained_on(place, "0" * 64, trained.samples) is None
 
 
 def test_a_held_out_picture_saved_again_is_not_trained_on(tmp_path: Path, caplog: Any) -> None:
@@ -346,7 +348,9 @@ def test_new_classes_are_told_and_do_not_stop_a_night(tmp_path: Path) -> None:
     assert found["level"] == "warn"
     assert found["told"].startswith("new classes 0.516 (warn), of 62 new pictures, without those of yellow")
     stopped = look(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path).drift
-    assert stopped["level"] == "stop", "who asks for it"
+    assert stopped["level"] == "stop" and "new classes 0.516 (stop)" in stopped["told"], "who asks for it"
+    told = look(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path, stops=False).drift["told"]
+    assert told.startswith("new classes 0.516 (large, reported only), of 62 new pictures"), "nothing stops"
 
     new = replace(new, of_pictures=[one for one in new.of_pictures if one[1] == ["yellow"]])
     alone = look(bundle, new, thresholds, tmp_path).drift
@@ -373,3 +377,57 @@ def test_drift_says_that_it_does_not_look_at_texts(tmp_path: Path) -> None:
     table(tmp_path, rows)
     told = new_samples(taken(config), first.folder).text()
     assert told == "0 new pictures, and 20 texts without one, which are not looked at"
+
+
+def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: Path, new_tracking: Path) -> None:
+    """`splits.csv` as `refract train` leaves it in MLflow, with other splits than a run would draw."""
+    from mlflow import MlflowClient
+
+    from pipeline.retraining.aliases import CHAMPION
+    from pipeline.retraining.champion_data import data_of_first_champion
+    from pipeline.retraining.overlap import holdout_line
+
+    shutil.copy(new_tracking, tmp_path / "mlflow.db")
+    paint(tmp_path / "pictures", range(40))
+    config = config_at(tmp_path, tracking={"model_name": "colors", "uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    place, client = place_of(config), MlflowClient(config.tracking.uri, config.tracking.uri)
+    whole = load_manifest(tmp_path / "pictures")
+    splits = ["test", "val", "train", "train"]
+    samples = [replace(sample, split=splits[i % 4]) for i, sample in enumerate(whole.samples)]
+    write_splits(whole.with_samples(samples), tmp_path / "splits.csv")
+    run = client.create_run(client.create_experiment("e", artifact_location=f"file://{tmp_path}/mlruns")).info.run_id
+    client.create_registered_model("colors")
+    version = client.create_model_version("colors", source="file:///nowhere", run_id=run).version
+    client.set_registered_model_alias("colors", CHAMPION, version)
+    assert data_of_first_champion(config, place) is None, "no splits.csv yet"
+    drawn = take(config, place)
+    line = holdout_line(config, place, drawn.digest, load_manifest(drawn.manifest).of("test"), client, version)
+    assert line.passed is None and "unknown" in line.told and "gate.holdout" in line.told
+
+    client.log_artifact(run, str(tmp_path / "splits.csv"))
+    folder = begin(config, force=False)
+    snapshot(folder)
+    record = read(folder / "night.json")
+    first = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
+    checked, labels = beside_champion(config, first, place, folder)
+    assert "0 new pictures, too few" in checked["told"] and "0 new pictures, too few" in labels["told"]
+    assert new_samples(first, None).text().startswith("90 new pictures (those that the champion was trained on are ")
+    held = load_manifest(first.manifest).of("test")
+    tested = [sample for sample in samples if sample.split == "test"]
+    assert {sample.read() for sample in held} == {sample.read() for sample in tested}
+    assert holdout_line(config, place, first.digest, held, client, version).passed
+    (tmp_path / "pictures/red/001.png").unlink()
+    assert holdout_line(config, place, first.digest, held, client, version).passed, "its own test split, still"
+    assert holdout_line(config, place, first.digest, whole.samples[8:9], client, version).passed
+    noisy(tmp_path / "strange.png", 0)
+    strange = replace(held[0], path=str(tmp_path / "strange.png"))
+    assert holdout_line(config, place, first.digest, [strange], client, version).passed is None, "001.png, perhaps"
+    line = holdout_line(config, place, drawn.digest, load_manifest(drawn.manifest).of("test"), client, version)
+    assert line.passed is False and "of its pictures were trained on; if" in line.told
+
+    for sample in tested:
+        Path(sample.path).unlink()
+    again = take(config, place, data_of_first_champion(config, place))
+    assert sum(again.counts["test"].values()) == 18, "a fifth of each class, as all else was trained on"
+    accept(place, again)
+    assert data_of_first_champion(config, place) is None, "the holdout is frozen"

@@ -1,0 +1,118 @@
+"""The samples that a champion of `refract train` was trained and tested on, as its run's `splits.csv` in MLflow lists them."""
+
+import hashlib
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from models.texts.tokens import trimmed
+from pipeline.config import Config
+from pipeline.data.manifest import DataError, Sample, load_manifest
+from pipeline.recipe import reads
+from pipeline.retraining.copies import contents
+from pipeline.retraining.holdout import TABLE
+from pipeline.retraining.place import Place
+from pipeline.retraining.registry import registry_of
+from pipeline.tracking.address import absolute, sqlite_path, tracking_uri
+
+SPLITS = "splits.csv"
+
+
+@dataclass(frozen=True)
+class ChampionData:
+    """Samples by content, as `Scan.groups`. trained: includes validation; missing: how many trained files cannot be read any more, so that
+    their content is unknown."""
+
+    trained: frozenset[str]
+    tested: frozenset[str]
+    missing: int
+
+    def trained_on(self, samples: Iterable[Sample]) -> int | None:
+        """Count the samples that the champion was trained on; None where missing files leave that open. OSError."""
+        known = [contents(sample) for sample in samples]
+        overlap = sum(bool(self.trained & own) for own in known)
+        if not overlap and self.missing and not all(self.tested & own for own in known):
+            return None
+        return overlap
+
+
+def champion_data(config: Config, client: Any, version: str) -> ChampionData | None:
+    """Read what the run of a registered version lists; None where MLflow holds no such list."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_model_version(str(config.tracking.model_name), version).run_id
+        if not run or SPLITS not in {artifact.path for artifact in client.list_artifacts(run)}:
+            return None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return _known(config, _rows(client, run))
+
+
+def data_of_first_champion(config: Config, place: Place) -> ChampionData | None:
+    """The champion's data where the first holdout must respect them: none is frozen or named, and `refract train` made the champion."""
+    from pipeline.retraining.aliases import CHAMPION
+
+    database = sqlite_path(absolute(tracking_uri(config.tracking)))
+    if config.gate.holdout is not None or (place.holdout / TABLE).exists() or (database and not database.exists()):
+        return None
+    client, name, aliases = registry_of(config)
+    champion = aliases.get(CHAMPION)
+    if champion is None or "snapshot" in client.get_model_version(name, champion).tags:
+        return None
+    return champion_data(config, client, champion)
+
+
+class _Row(NamedTuple):
+    path: str
+    text: str
+    split: str
+
+
+def _rows(client: Any, run: str) -> list[_Row]:
+    import pandas as pd
+    from mlflow.artifacts import download_artifacts
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = download_artifacts(run_id=run, artifact_path=SPLITS, dst_path=folder, tracking_uri=client.tracking_uri)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    return [_Row(*row) for row in zip(table["path"], table["text"], table["split"], strict=True)]
+
+
+def _known(config: Config, rows: Sequence[_Row]) -> ChampionData:
+    embedded, pictures = _embedded(config, rows), "pictures" in reads(config)
+    samples = [embedded.get(row.path) or Sample(row.path, (), text=row.text, pictured=bool(row.path)) for row in rows]
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(partial(_digest, pictures=pictures), samples))
+    of_split: dict[bool, set[str | None]] = {True: set(), False: set()}
+    for row, digest in zip(rows, digests, strict=True):
+        of_split[row.split == "test"].add(digest)
+    trained, tested = (frozenset(filter(None, of_split[test])) for test in (False, True))
+    missing = sum(digest is None and row.split != "test" for row, digest in zip(rows, digests, strict=True))
+    return ChampionData(trained, tested - trained, missing)
+
+
+def _embedded(config: Config, rows: Sequence[_Row]) -> Mapping[str, Sample]:
+    """Name → sample of data without files, as the digits: `splits.csv` has absolute paths of files, and names of other images."""
+    if all(not row.path or Path(row.path).is_absolute() for row in rows):
+        return {}
+    try:
+        own = load_manifest(config.data.source, config.data.task, to_train=False)
+    except DataError:
+        return {}
+    return {sample.path: sample for sample in own.samples if sample.pictured and sample.data is not None}
+
+
+def _digest(sample: Sample, *, pictures: bool) -> str | None:
+    """The sample's `Scan.groups`; None where its file cannot be read. pictures: whether the network reads images."""
+    try:
+        data = sample.read() if pictures and sample.pictured else trimmed(sample.text).encode("utf-8", "replace")
+    except OSError:
+        return None
+    return hashlib.sha256(data).hexdigest()
