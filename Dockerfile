@@ -43,7 +43,8 @@ FROM tools AS code
 COPY requirements-build.lock /src/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     /opt/tools/bin/pip install --require-hashes --no-deps -r /src/requirements-build.lock
-COPY pyproject.toml README.md LICENSE refract.py /src/
+COPY pyproject.toml README.md LICENSE /src/
+COPY refract /src/refract
 COPY augment /src/augment
 COPY models /src/models
 COPY pipeline /src/pipeline

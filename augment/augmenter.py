@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from augment import cpu, encoded
-from augment.fuse import fuse
-from augment.inputs import ImageInput, input_size, read_image
-from augment.ops.op import pixels
-from augment.ops.text import run as run_text
-from augment.output import Numbers, OutputFormat
-from augment.plan import Plan, Step
-from augment.policy import Policy, PolicySpec, load_policy
-from augment.profiles import check_color_profile
-from augment.targets import move_boxes, move_mask
+from refract.augment import cpu, encoded
+from refract.augment.fuse import fuse
+from refract.augment.inputs import ImageInput, input_size, read_image
+from refract.augment.ops.op import pixels
+from refract.augment.ops.text import run as run_text
+from refract.augment.output import Numbers, OutputFormat
+from refract.augment.plan import Plan, Step
+from refract.augment.policy import Policy, PolicySpec, load_policy
+from refract.augment.profiles import check_color_profile
+from refract.augment.targets import move_boxes, move_mask
 
 if TYPE_CHECKING:
     import torch
@@ -134,12 +134,12 @@ class Augmenter:
         return self.output(result, out)
 
     def apply_mask(self, plan: Plan, mask: np.ndarray, *, fill: int = 0) -> np.ndarray:
-        """Apply a plan's geometric part to the mask of its image: see `augment.targets.move_mask`."""
+        """Apply a plan's geometric part to the mask of its image: see `refract.augment.targets.move_mask`."""
         with _fitting(plan):
             return move_mask(plan, mask, fill=fill)
 
     def apply_boxes(self, plan: Plan, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Apply a plan's geometric part to the boxes of its image: see `augment.targets.move_boxes`."""
+        """Apply a plan's geometric part to the boxes of its image: see `refract.augment.targets.move_boxes`."""
         with _fitting(plan):
             return move_boxes(plan, boxes)
 
@@ -158,7 +158,7 @@ class Augmenter:
         which of its draws each is, None for the first. Returns both, new where mixed; images become float32 where MixUp blended them.
         Neither input is changed. ValueError where their lengths differ.
         """
-        from augment import batch
+        from refract.augment import batch
 
         size = (images.shape[-2], images.shape[-1])
         # A tensor is read back at once: item by item a GPU would be waited for each time.

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from augment import cpu
-from augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass, batch_steps, fuse
-from augment.on_device import on_device
-from augment.ops.mix import MIX
-from augment.ops.pixel import to_uint8
-from augment.plan import Plan
+from refract.augment import cpu
+from refract.augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass, batch_steps, fuse
+from refract.augment.on_device import on_device
+from refract.augment.ops.mix import MIX
+from refract.augment.ops.pixel import to_uint8
+from refract.augment.plan import Plan
 
 # `_reflected` brings the points of `reflect101` inside, which grid_sample knows only for corners that are aligned.
 _PADDING = {"constant": "zeros", "edge": "border", "reflect": "reflection", "reflect101": "border"}

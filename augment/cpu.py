@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 import stringzilla
 
-from augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass
-from augment.ops.geometric import Matrix, product
-from augment.ops.geometric import matrix as matrix_of
+from refract.augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass
+from refract.augment.ops.geometric import Matrix, product
+from refract.augment.ops.geometric import matrix as matrix_of
 
 _BORDERS = {
     "constant": cv2.BORDER_CONSTANT,

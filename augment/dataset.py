@@ -1,4 +1,4 @@
-"""A map-style dataset whose images are augmented by key: see `augment.epochs` for how the epoch reaches it."""
+"""A map-style dataset whose images are augmented by key: see `refract.augment.epochs` for how the epoch reaches it."""
 
 import warnings
 from collections.abc import Mapping
@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from augment.augmenter import Augmenter
-from augment.decode import ImageError
-from augment.epochs import SampleKey
-from augment.inputs import input_size, read_image
+from refract.augment.augmenter import Augmenter
+from refract.augment.decode import ImageError
+from refract.augment.epochs import SampleKey
+from refract.augment.inputs import input_size, read_image
 
 
 class MapDataset(Protocol):

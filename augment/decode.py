@@ -1,4 +1,4 @@
-"""Encoded images to uint8 RGB: JPEG by libjpeg-turbo, reduced and cropped where that is enough; all else by `augment.whole`.
+"""Encoded images to uint8 RGB: JPEG by libjpeg-turbo, reduced and cropped where that is enough; all else by `refract.augment.whole`.
 
 Whatever a decoder raises leaves this module as an `ImageError`, so that one bad file costs its caller one image.
 """
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from augment import jpeg, jpeg_repair
-from augment.exif import ORIENTATIONS
-from augment.formats import SUFFIXES
-from augment.image_error import ImageError, TooManyPixelsError, check_pixels
-from augment.jpeg import SMALLEST_REDUCED, JpegError, Part, is_jpeg
-from augment.profiles import to_srgb
-from augment.whole import decode_whole, loaded, open_source, orientation_of, shown
+from refract.augment import jpeg, jpeg_repair
+from refract.augment.exif import ORIENTATIONS
+from refract.augment.formats import SUFFIXES
+from refract.augment.image_error import ImageError, TooManyPixelsError, check_pixels
+from refract.augment.jpeg import SMALLEST_REDUCED, JpegError, Part, is_jpeg
+from refract.augment.profiles import to_srgb
+from refract.augment.whole import decode_whole, loaded, open_source, orientation_of, shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,8 +47,8 @@ def image_size(data: bytes) -> tuple[int, int]:
 def decode(data: bytes, *, max_pixels: int | None = None, color_profile: str = "ignore") -> np.ndarray:
     """Decode to a uint8 H×W×3 RGB array, EXIF orientation applied, transparency over white, other depths and CMYK reduced to RGB.
 
-    max_pixels: refuse a header that announces more, before decoding. color_profile: of `augment.profiles.COLOR_PROFILES`. The first frame
-    of several. Raises ImageError for bytes that are truncated, damaged or not an image, TooManyPixelsError over the limit.
+    max_pixels: refuse a header that announces more, before decoding. color_profile: of `refract.augment.profiles.COLOR_PROFILES`. The
+    first frame of several. Raises ImageError for bytes that are truncated, damaged or not an image, TooManyPixelsError over the limit.
     """
     return decode_part(data, None, max_pixels=max_pixels, color_profile=color_profile).pixels
 

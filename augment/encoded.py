@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from augment import cpu
-from augment.decode import decode_part
-from augment.fuse import Pass, WarpPass
+from refract.augment import cpu
+from refract.augment.decode import decode_part
+from refract.augment.fuse import Pass, WarpPass
 
 LARGEST_SCALE = 8
 

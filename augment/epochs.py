@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from augment.random import generator
+from refract.augment.random import generator
 
 
 class SampleKey(NamedTuple):

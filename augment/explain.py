@@ -7,11 +7,11 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from augment import cpu
-from augment.decode import decode, image_size
-from augment.encoded import decode_for
-from augment.fuse import ColorPass, OpPass, Pass, TablePass, WarpPass, fuse_with_steps
-from augment.plan import Plan, Step
+from refract.augment import cpu
+from refract.augment.decode import decode, image_size
+from refract.augment.encoded import decode_for
+from refract.augment.fuse import ColorPass, OpPass, Pass, TablePass, WarpPass, fuse_with_steps
+from refract.augment.plan import Plan, Step
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from augment.ops import OPS
-from augment.ops.color import ColorJitter, ColorOp, Hue
-from augment.ops.geometric import GeometricOp, Matrix, product
-from augment.ops.op import Args, Size
-from augment.ops.pixel import PixelOp
-from augment.ops.region import RegionOp
-from augment.ops.tone import ToneOp, chain
-from augment.plan import Plan, Step
+from refract.augment.ops import OPS
+from refract.augment.ops.color import ColorJitter, ColorOp, Hue
+from refract.augment.ops.geometric import GeometricOp, Matrix, product
+from refract.augment.ops.op import Args, Size
+from refract.augment.ops.pixel import PixelOp
+from refract.augment.ops.region import RegionOp
+from refract.augment.ops.tone import ToneOp, chain
+from refract.augment.plan import Plan, Step
 
 
 @dataclass(frozen=True)
 class WarpPass:
-    """One resampling. matrix: from output to input points (see `augment.ops.geometric`); size: (height, width) of the output."""
+    """One resampling. matrix: from output to input points (see `refract.augment.ops.geometric`); size: (height, width) of the output."""
 
     matrix: Matrix
     size: tuple[int, int]

@@ -2,7 +2,7 @@
 
 A part is decoded through the TurboJPEG 3 library that the package `turbojpeg` carries, with its cropping region: rows below the part are
 not read, rows above and columns beside it are only run through the entropy decoder. Where that package has no wheel for the machine,
-`simplejpeg` decodes the whole image, to the same pixels. Nothing here knows EXIF orientations: see `augment.decode`.
+`simplejpeg` decodes the whole image, to the same pixels. Nothing here knows EXIF orientations: see `refract.augment.decode`.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 
-from augment.exif import orientation as exif_orientation
+from refract.augment.exif import orientation as exif_orientation
 
 SCALES = (1, 2, 4, 8)
 """By how much a side may be reduced in decoding: those for which libjpeg-turbo has SIMD code."""

@@ -7,7 +7,7 @@ are never touched: a file that is cut inside them, or whose bits are wrong, stay
 import re
 from itertools import pairwise
 
-from augment.jpeg import segments
+from refract.augment.jpeg import segments
 
 _NEXT = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # a marker that ends entropy-coded data
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")

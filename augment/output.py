@@ -7,9 +7,9 @@ from types import MappingProxyType
 import cv2
 import numpy as np
 
-from augment import cpu
-from augment.ops.op import nearest
-from augment.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from refract.augment import cpu
+from refract.augment.ops.op import nearest
+from refract.augment.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 Numbers = float | Sequence[float]
 

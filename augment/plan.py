@@ -43,7 +43,7 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         """Read what `to_json` wrote. ValueError says what is wrong with other input."""
-        from augment.ops import OPS  # an op's module needs this one
+        from refract.augment.ops import OPS  # an op's module needs this one
 
         try:
             data = json.loads(text)

@@ -3,7 +3,7 @@
 import zlib
 from typing import NamedTuple
 
-from augment.image_error import ImageError
+from refract.augment.image_error import ImageError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _XMP = b"XML:com.adobe.xmp\x00"

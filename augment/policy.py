@@ -6,14 +6,24 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from augment.ops import OPS, Op
-from augment.ops.choice import ChoiceOp, OneOf, Ramp, SomeOf, Sometimes, may_move, mixes_batch, of_text, size_after
-from augment.ops.guests import guest, is_guest
-from augment.ops.op import nearest
-from augment.ops.text import BackTranslation
-from augment.ops.text_guests import PREFIX, text_guest
-from augment.plan import Plan, Step
-from augment.random import keyed_generator, op_word
+from refract.augment.ops import OPS, Op
+from refract.augment.ops.choice import (
+    ChoiceOp,
+    OneOf,
+    Ramp,
+    SomeOf,
+    Sometimes,
+    may_move,
+    mixes_batch,
+    of_text,
+    size_after,
+)
+from refract.augment.ops.guests import guest, is_guest
+from refract.augment.ops.op import nearest
+from refract.augment.ops.text import BackTranslation
+from refract.augment.ops.text_guests import PREFIX, text_guest
+from refract.augment.plan import Plan, Step
+from refract.augment.random import keyed_generator, op_word
 
 PolicySpec = str | Path | Sequence[Mapping[str, Mapping[str, Any] | None] | str] | Mapping[str, Any]
 
@@ -158,19 +168,19 @@ def load_policy(spec: PolicySpec | Policy) -> Policy:
 
 def presets() -> list[str]:
     """The names of the policies that come with Refract."""
-    files = resources.files("augment").joinpath("presets").iterdir()
+    files = resources.files("refract.augment").joinpath("presets").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 def _from_name_or_file(name: str) -> Policy:
     import yaml
 
-    from augment.yaml_text import read_yaml
+    from refract.augment.yaml_text import read_yaml
 
     if name in presets():
         where, text = (
             f"preset {name}",
-            resources.files("augment").joinpath("presets", f"{name}.yaml").read_text("utf-8"),
+            resources.files("refract.augment").joinpath("presets", f"{name}.yaml").read_text("utf-8"),
         )
     else:
         path = Path(name)

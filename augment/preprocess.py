@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from augment import cpu, encoded
-from augment.decode import image_size
-from augment.fuse import WarpPass
-from augment.ops.geometric import matrix
-from augment.profiles import check_color_profile
-from augment.statistics import KINDS
+from refract.augment import cpu, encoded
+from refract.augment.decode import image_size
+from refract.augment.fuse import WarpPass
+from refract.augment.ops.geometric import matrix
+from refract.augment.profiles import check_color_profile
+from refract.augment.statistics import KINDS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,7 +23,8 @@ class Preprocess:
 
     height, width: of the result, pixels. resize: `crop` takes the centre of the right shape, `crop_ratio` of the shorter side;
     `squash` takes the whole picture and does not keep the ratio of its sides. mean, std: of RGB in 0…1, and
-    normalize, of `augment.statistics.KINDS`: they belong to the network's first layer and are not applied here. color_profile: convert
+    normalize, of `refract.augment.statistics.KINDS`: they belong to the network's first layer and are not applied here. color_profile:
+    convert
     takes the pixels of encoded images to sRGB by their embedded profile, ignore does not; bundles without the field ignore profiles.
     ValueError names a field that is out of range.
     """

@@ -1,6 +1,6 @@
 """Statistics of training pictures for zero-centring them: channel means and deviations, the mean picture, whitening. One pass, streaming.
 
-For the classifier's first layer (`models.classifier`); knows nothing of networks.
+For the classifier's first layer (`refract.models.classifier`); knows nothing of networks.
 """
 
 from collections.abc import Iterable

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from augment.fuse import OpPass, WarpPass, fuse
-from augment.ops.deform import DeformOp
-from augment.ops.op import Size
-from augment.ops.pixel import PixelOp
-from augment.plan import Plan
+from refract.augment.fuse import OpPass, WarpPass, fuse
+from refract.augment.ops.deform import DeformOp
+from refract.augment.ops.op import Size
+from refract.augment.ops.pixel import PixelOp
+from refract.augment.plan import Plan
 
 _TIE = 1e-6
 """Pixels by which a centre on the edge of two pixels counts to the later one, whatever the rounding."""

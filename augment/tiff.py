@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from augment.depth import to_eight_bits
-from augment.image_error import ImageError
+from refract.augment.depth import to_eight_bits
+from refract.augment.image_error import ImageError
 
 MAGIC = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 
@@ -125,7 +125,7 @@ def read_layout(data: bytes) -> Layout:
 
 
 def read_raster(data: bytes, layout: Layout) -> Raster:
-    """All pixels as stored, mapped to 8 bits by the rule of `augment.depth`. ImageError names a layout that has no reader."""
+    """All pixels as stored, mapped to 8 bits by the rule of `refract.augment.depth`. ImageError names a layout that has no reader."""
     colours = _checked(layout)
     ranges = _ranges(layout)
     samples = _samples(data, layout)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from augment import words
+from refract.augment import words
 
 T5_NAMES = {"en": "English", "de": "German", "fr": "French", "ro": "Romanian"}
 """The languages that T5 was trained to translate, by the names that its prompts use (Raffel et al. 2020, arXiv:1910.10683, appendix D)."""
@@ -174,8 +174,8 @@ class _Ends:
 
 @dataclass(frozen=True)
 class Filter:
-    """Which paraphrases are used. keep: words that must stay, see `augment.words.kept`; length: a paraphrase has at least so many times
-    the words of the text, and at most that the other way."""
+    """Which paraphrases are used. keep: words that must stay, see `refract.augment.words.kept`; length: a paraphrase has at least so many
+    times the words of the text, and at most that the other way."""
 
     keep: tuple[str, ...] = (words.NUMBERS, words.NEGATIONS)
     length: float = 0.5

@@ -1,6 +1,6 @@
-"""Files that are decoded whole: every format but ordinary JPEG, by Pillow and `augment.tiff`, to uint8 RGB.
+"""Files that are decoded whole: every format but ordinary JPEG, by Pillow and `refract.augment.tiff`, to uint8 RGB.
 
-What a decoder raises leaves these functions as it is; `augment.decode` makes one kind of error of it.
+What a decoder raises leaves these functions as it is; `refract.augment.decode` makes one kind of error of it.
 """
 
 import io
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import cv2
 import numpy as np
 
-from augment import exif, jpeg, jpeg_repair, png, tiff
-from augment.depth import to_eight_bits
-from augment.exif import ORIENTATIONS
-from augment.formats import READ, format_of, refusal
-from augment.image_error import ImageError, TooManyPixelsError, check_pixels
-from augment.jpeg import Part, is_jpeg
-from augment.profiles import to_srgb
+from refract.augment import exif, jpeg, jpeg_repair, png, tiff
+from refract.augment.depth import to_eight_bits
+from refract.augment.exif import ORIENTATIONS
+from refract.augment.formats import READ, format_of, refusal
+from refract.augment.image_error import ImageError, TooManyPixelsError, check_pixels
+from refract.augment.jpeg import Part, is_jpeg
+from refract.augment.profiles import to_srgb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -234,7 +234,7 @@ def _flattened(raster: tiff.Raster, profile: bytes) -> np.ndarray:
 
 
 def _depth_remarks(layout: tiff.Layout, raster: tiff.Raster) -> tuple[str, ...]:
-    """A remark on data of fewer bits than their type, which the rule of `augment.depth` makes nearly black."""
+    """A remark on data of fewer bits than their type, which the rule of `refract.augment.depth` makes nearly black."""
     if layout.high or not 0 < raster.largest <= 0.25:
         return ()
     used = raster.largest * (2.0 ** layout.bits[0] - 1)

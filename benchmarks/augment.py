@@ -31,9 +31,9 @@ from timm.data import create_transform
 from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 
-from augment import Augmenter
-from augment.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.report import environment, summary, write
+from refract.augment import Augmenter
+from refract.augment.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE, SCALE, RATIO = 224, (0.08, 1.0), (3 / 4, 4 / 3)
 JITTER = (0.4, 0.4, 0.4, 0.1)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from augment import Augmenter, batch
 from benchmarks.report import environment, summary, write
+from refract.augment import Augmenter, batch
 
 warnings.simplefilter("ignore")
 

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from augment import Augmenter
 from benchmarks.report import environment, write
+from refract.augment import Augmenter
 
 MARKS = (2_000, 20_000)
 

@@ -28,9 +28,9 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torchvision.transforms import v2
 
-from augment import Augmenter
-from augment.ops.guests import _imgaug
 from benchmarks.report import environment, write
+from refract.augment import Augmenter
+from refract.augment.ops.guests import _imgaug
 
 iaa: Any = _imgaug()[0]
 RNG = np.random.default_rng(0)

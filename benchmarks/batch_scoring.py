@@ -88,10 +88,10 @@ def make_bundle(path: Path, name: str) -> None:
     """Untrained: its speed is that of a trained one."""
     import torch
 
-    from augment import Preprocess
-    from models.bundle import BundleInfo, save_bundle
-    from models.classifier import Classifier
-    from models.networks import build
+    from refract.augment import Preprocess
+    from refract.models.bundle import BundleInfo, save_bundle
+    from refract.models.classifier import Classifier
+    from refract.models.networks import build
 
     torch.manual_seed(0)
     preprocess = Preprocess(height=32, width=32)
@@ -120,8 +120,8 @@ def bare(bundle: Path, files: list[Path], processes: int) -> float:
 def loop(bundle: Path, files: list[Path], ready: Any) -> None:
     import torch
 
-    from augment import Preprocess
-    from models.bundle import load_bundle
+    from refract.augment import Preprocess
+    from refract.models.bundle import load_bundle
 
     torch.set_num_threads(1)
     opened = load_bundle(bundle)
@@ -135,7 +135,7 @@ def plain(classifier: Any, preprocess: Any, files: list[Path]) -> None:
     import numpy as np
     import torch
 
-    from models.classifier import probabilities
+    from refract.models.classifier import probabilities
 
     with torch.inference_mode():
         for start in range(0, len(files), BATCH):
@@ -146,10 +146,10 @@ def plain(classifier: Any, preprocess: Any, files: list[Path]) -> None:
 
 def in_turns(work: Path) -> float:
     """Processor time of the plain loop in that of a scorer with its part files, in one process; the median of shards."""
-    from models.bundle import load_bundle
-    from pipeline.batch.listing import listing_of
-    from pipeline.batch.worker import Scorer
-    from pipeline.batch_scoring import Options, job_of
+    from refract.models.bundle import load_bundle
+    from refract.pipeline.batch.listing import listing_of
+    from refract.pipeline.batch.worker import Scorer
+    from refract.pipeline.batch_scoring import Options, job_of
 
     (work / "turns").mkdir()
     opened, listing = load_bundle(work / "bundle"), listing_of(work / "pictures")

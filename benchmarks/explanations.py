@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from benchmarks.planted import NUM_CLASSES, Planted, learn, plant
 from benchmarks.report import environment, write
-from models.classifier import Classifier
-from models.networks import build
-from models.occlusion import PASSES, Occlusion
+from refract.models.classifier import Classifier
+from refract.models.networks import build
+from refract.models.occlusion import PASSES, Occlusion
 
 
 class Family(NamedTuple):

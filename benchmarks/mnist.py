@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.report import environment, write
-from pipeline.config import load_config
-from pipeline.training import train
+from refract.pipeline.config import load_config
+from refract.pipeline.training import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "mnist.yaml"
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.timing import wait
-from models.classifier import Classifier
-from models.losses import classification_loss
-from models.optim import OptimSpec
+from refract.models.classifier import Classifier
+from refract.models.losses import classification_loss
+from refract.models.optim import OptimSpec
 
 
 def seconds_a_step(

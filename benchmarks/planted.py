@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.classifier import Classifier
+from refract.models.classifier import Classifier
 
 SIDE = 0.28
 """A square's side over the image's: the square is 7.8 % of the image."""

@@ -181,9 +181,9 @@ def bare(bundle: Path, files: list[Path]) -> dict[str, float]:
     code = (
         "import json, sys, time, numpy as np\n"
         "from pathlib import Path\n"
-        "from models.bundle import load_bundle\n"
-        "from serve.engine import Engine\n"
-        "from models.allocator import keep_freed_memory\n"
+        "from refract.models.bundle import load_bundle\n"
+        "from refract.serve.engine import Engine\n"
+        "from refract.models.allocator import keep_freed_memory\n"
         "keep_freed_memory(at_most=1 << 30)\n"
         "engine = Engine(load_bundle(Path(sys.argv[1])), backend='auto')\n"
         "rows = [engine.preprocess(Path(file).read_bytes()) for file in sys.argv[2:]]\n"

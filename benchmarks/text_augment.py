@@ -86,11 +86,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def errors(folder: Path, seed: int, epochs: int) -> dict[str, float]:
     """Policy → share of the hold-out that is answered wrongly."""
-    from augment.translate import Filter
-    from pipeline.config import config_from_dict
-    from pipeline.data.texts import texts_of
-    from pipeline.paraphrasing import Plan, paraphrase
-    from pipeline.training import train
+    from refract.augment.translate import Filter
+    from refract.pipeline.config import config_from_dict
+    from refract.pipeline.data.texts import texts_of
+    from refract.pipeline.paraphrasing import Plan, paraphrase
+    from refract.pipeline.training import train
 
     manifest = captions.write_texts(folder / f"texts{seed}", seed=seed)
     cache = folder / f"texts{seed}" / "p.db"
@@ -116,7 +116,7 @@ def errors(folder: Path, seed: int, epochs: int) -> dict[str, float]:
 
 def throughput(models: Path, count: int = 256, alone: int = 16) -> dict[str, float]:
     """Texts a second, translated there and back by the same models."""
-    from augment.translate import BackTranslator
+    from refract.augment.translate import BackTranslator
 
     rng = np.random.default_rng(5)
     texts = [grammar.english(grammar.meaning(rng), rng) for _ in range(count)]
@@ -134,7 +134,7 @@ def throughput(models: Path, count: int = 256, alone: int = 16) -> dict[str, flo
 
 def op_costs(rounds: int = 5, texts: int = 300) -> dict[str, dict[str, float]]:
     """Microseconds a text of 20 words, with drawing: the median of the rounds."""
-    from augment import Augmenter
+    from refract.augment import Augmenter
 
     def cost(policy: list) -> float:
         augmenter, times = Augmenter(policy), []

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.fitting import Assembly
+    from refract.pipeline.fitting import Assembly
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar10.yaml"
 GOAL = 0.82
@@ -36,8 +36,8 @@ def plain(assembly: "Assembly") -> dict[str, float]:
     import numpy as np
     import torch
 
-    from augment import planes
-    from models.losses import classification_loss
+    from refract.augment import planes
+    from refract.models.losses import classification_loss
 
     module, data, dataset = assembly.module, assembly.data, assembly.data.train_set
     classifier = module.classifier.train()
@@ -107,12 +107,12 @@ def meter() -> Callable[[], dict[str, float]]:
 def one_side(side: str, data: Path, overrides: list[str]) -> dict[str, Any]:
     """Train one epoch in this process, which has not imported PyTorch yet."""
     if side == "refract":
-        import refract
+        import refract.cli
 
-        refract.prepare_to_compute()
-    from pipeline.config import load_config
-    from pipeline.fitting import assemble
-    from pipeline.progress import quiet_lightning
+        refract.cli.prepare_to_compute()
+    from refract.pipeline.config import load_config
+    from refract.pipeline.fitting import assemble
+    from refract.pipeline.progress import quiet_lightning
 
     quiet_lightning()
     warnings.filterwarnings("ignore")
@@ -159,7 +159,7 @@ def _in_a_process(side: str, data: Path, overrides: list[str]) -> dict[str, Any]
 
 def _report(runs: dict[str, list[dict[str, Any]]], file: Path, overrides: list[str]) -> None:
     from benchmarks.report import environment, summary, write
-    from models.allocator import configured_by_user
+    from refract.models.allocator import configured_by_user
 
     weights = {run["weights"] for side in SIDES for run in runs[side]}
     if len(weights) > 1:

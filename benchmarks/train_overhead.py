@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 from benchmarks.gpu.timing import wait
 from benchmarks.plain_loop import seconds_a_step
 from benchmarks.report import environment, summary, write
-from models.classifier import Classifier
-from models.module import ClassifierModule
-from models.networks import build
-from pipeline.device import choose_device, choose_precision
-from pipeline.sections import TrainerConfig
+from refract.models.classifier import Classifier
+from refract.models.module import ClassifierModule
+from refract.models.networks import build
+from refract.pipeline.device import choose_device, choose_precision
+from refract.pipeline.sections import TrainerConfig
 
 CLASSES, SIDE, WARM_UP = 10, 32, 10
 

@@ -48,7 +48,7 @@ def write_manifest(data: Path, seed: int, target: Path) -> Path:
     import pandas as pd
     from sklearn.model_selection import train_test_split
 
-    from pipeline.data.manifest import load_manifest
+    from refract.pipeline.data.manifest import load_manifest
 
     manifest = load_manifest(str(data))
     rows = [(sample.path, sample.labels[0], sample.split) for sample in manifest.samples]

@@ -10,9 +10,9 @@ from make_preview import boat, house
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
-from augment import Augmenter
-from augment.ops import OPS
-from augment.ops.corruption import CORRUPTIONS
+from refract.augment import Augmenter
+from refract.augment.ops import OPS
+from refract.augment.ops.corruption import CORRUPTIONS
 
 TILE, GAP, LINE, VARIANTS, COLUMNS = 120, 6, 15, 3, 3
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from augment import Augmenter
-from pipeline.preview import preview_grid
+from refract.augment import Augmenter
+from refract.pipeline.preview import preview_grid
 
 
 def house() -> Image.Image:

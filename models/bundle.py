@@ -18,10 +18,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from models.bundle_info import BundleError, BundleInfo, parse_json
-from models.classifier import Classifier
-from models.making import make_classifier
-from models.sealed_folder import SealedFolder, open_sealed, refuse_existing, write_sealed
+from refract.models.bundle_info import BundleError, BundleInfo, parse_json
+from refract.models.classifier import Classifier
+from refract.models.making import make_classifier
+from refract.models.sealed_folder import SealedFolder, open_sealed, refuse_existing, write_sealed
 
 __all__ = ["Bundle", "BundleError", "BundleInfo", "Golden", "load_bundle", "save_bundle"]
 
@@ -70,7 +70,8 @@ class Bundle:
     folder: SealedFolder = field(repr=False)
 
     def reference(self) -> bytes | None:
-        """What `save_bundle` was given as such, for `pipeline.drift`; None where it was given nothing. BundleError if it was altered."""
+        """What `save_bundle` was given as such, for `refract.pipeline.drift`; None where it was given nothing. BundleError if it was
+        altered."""
         return self.folder.read(REFERENCE) if REFERENCE in self.folder.files else None
 
     def classifier(self, device: str | torch.device = "cpu") -> Classifier:
@@ -109,7 +110,8 @@ def save_bundle(
 ) -> Path:
     """Write the bundle whole or not at all, read it back, and only then give it its name `path`. Returns `path`.
 
-    reference: a file of its own, whose meaning is `pipeline.drift`'s. BundleError if `path` exists, if a golden picture's answer has not
+    reference: a file of its own, whose meaning is `refract.pipeline.drift`'s. BundleError if `path` exists, if a golden picture's answer
+    has not
     one number a label, or if `info` does not describe `classifier` (another network, image size, normalisation or number of labels).
     """
     path = Path(path)

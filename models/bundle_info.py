@@ -10,7 +10,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
-from models.classifier import NORMALIZE, TASKS
+from refract.models.classifier import NORMALIZE, TASKS
 
 SCHEMA_VERSION = 1
 
@@ -29,8 +29,8 @@ class BundleInfo:
     task: one of TASKS; labels: in the order of the logits; network: name, image_size [height, width] and args;
     preprocess: plain numbers with "mean" and "std" of RGB in 0…1; temperature: > 0; thresholds: for multilabel one
     in 0…1 a label, else empty; abstain_below: the confidence in 0…1 below which an answer should be left to a person, None where none was
-    chosen, as in bundles from before there was one; text: what reads texts, see `models.making.text_record`, None where nothing does;
-    created: UTC, ISO 8601. BundleError names the field, its value and what was expected.
+    chosen, as in bundles from before there was one; text: what reads texts, see `refract.models.making.text_record`, None where nothing
+    does; created: UTC, ISO 8601. BundleError names the field, its value and what was expected.
     """
 
     schema_version: int = SCHEMA_VERSION

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from models.head import replace_head
+from refract.models.head import replace_head
 
 
 class Catalogue(Protocol):

@@ -6,9 +6,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from models.head import HEADS, last_layer
-from models.parts import pick
-from models.recompute import statistics_kept
+from refract.models.head import HEADS, last_layer
+from refract.models.parts import pick
+from refract.models.recompute import statistics_kept
 
 
 class Concatenated(nn.Module):
@@ -57,9 +57,10 @@ FUSIONS: Mapping[str, Callable[[int, int, int], nn.Module]] = MappingProxyType(
 class Reader(nn.Module):
     """Pictures, texts, or both → logits. Its `forward` takes both; what the network does not read is not looked at.
 
-    pictures: a network of pictures, whose last layer is taken away, or None; texts: one of `models.texts.networks`, or None, not both.
+    pictures: a network of pictures, whose last layer is taken away, or None; texts: one of `refract.models.texts.networks`, or None, not
+    both.
     fusion: of FUSIONS; width: of what it gives. drop_picture, drop_text: share of the training's samples that are shown without it, never
-    without both (modality dropout: Neverova et al. 2016, arXiv:1501.00102, section 4); head: linear, or of `models.head.HEADS`.
+    without both (modality dropout: Neverova et al. 2016, arXiv:1501.00102, section 4); head: linear, or of `refract.models.head.HEADS`.
     A picture or text that is missing has a learned vector in the place of its features. ValueError.
     """
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.parts import pick
+from refract.models.parts import pick
 
 
 class MLPHead(nn.Sequential):

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.classifier import check_task
-from models.optim import decaying_of
-from models.parts import pick
+from refract.models.classifier import check_task
+from refract.models.optim import decaying_of
+from refract.models.parts import pick
 
 
 def check_targets(targets: Tensor, num_classes: int, task: str) -> None:
@@ -164,7 +164,8 @@ def distillation_loss(logits: Tensor, teacher: Tensor, *, task: str, temperature
 
 
 def elastic_net(module: nn.Module, l1_ratio: float) -> Tensor:
-    """l1_ratio ‖w‖₁ + (1 − l1_ratio) ‖w‖² / 2 over the trainable weights of layers, as of `models.optim.decaying_of`, a float32 scalar."""
+    """l1_ratio ‖w‖₁ + (1 − l1_ratio) ‖w‖² / 2 over the trainable weights of layers, as of `refract.models.optim.decaying_of`, a float32
+    scalar."""
     decaying = decaying_of(module)
     found = [
         parameter.float() for parameter in module.parameters() if parameter.requires_grad and id(parameter) in decaying

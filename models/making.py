@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from models.classifier import Classifier
-from models.fusion import Reader
-from models.networks import build
-from models.texts.networks import TextPart
+from refract.models.classifier import Classifier
+from refract.models.fusion import Reader
+from refract.models.networks import build
+from refract.models.texts.networks import TextPart
 
 NO_PICTURES = "none"
 """The name of the network of pictures where there is none."""
@@ -41,7 +41,7 @@ def make_classifier(
 
 
 def text_record(part: TextPart, reading: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values of what reads texts. reading: `fusion` and `width`, of `models.fusion.Reader`."""
+    """Plain values of what reads texts. reading: `fusion` and `width`, of `refract.models.fusion.Reader`."""
     return {item.name: _plain(getattr(part, item.name)) for item in fields(TextPart)} | dict(reading)
 
 

@@ -18,8 +18,8 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision
 from torchmetrics.utilities import dim_zero_cat
 
-from models.classifier import Classifier, Inputs, check_task, inputs_of, probabilities
-from models.losses import (
+from refract.models.classifier import Classifier, Inputs, check_task, inputs_of, probabilities
+from refract.models.losses import (
     LossSpec,
     check_targets,
     classification_loss,
@@ -28,9 +28,9 @@ from models.losses import (
     elastic_net,
     soft_targets,
 )
-from models.optim import OptimSpec
-from models.recompute import statistics_kept
-from models.transfer import blocks_of, head_epochs, trained_blocks
+from refract.models.optim import OptimSpec
+from refract.models.recompute import statistics_kept
+from refract.models.transfer import blocks_of, head_epochs, trained_blocks
 
 Mix = Callable[..., tuple[Tensor, Tensor]]
 
@@ -70,8 +70,8 @@ class ClassifierModule(lightning.LightningModule):
     training only.
     loss.consistency: above 0, training images are (B, 3, 3, H, W), three views of each picture; the loss is then that of the first views
     plus this many times `consistency_loss`. class_weights: (num_classes,) for the training loss. mode, unfreeze_epochs: which blocks are
-    trained in which epoch, see `models.transfer`. teacher: a classifier to learn from besides, with loss.distill, that reads no more than
-    this one and makes the same tokens of texts. start_size: share of
+    trained in which epoch, see `refract.models.transfer`. teacher: a classifier to learn from besides, with loss.distill, that reads no
+    more than this one and makes the same tokens of texts. start_size: share of
     the pictures' sides that the first epoch sees, rising to all of them at three quarters of the epochs, in steps of 8 pixels (Howard 2018;
     Tan & Le 2021, arXiv:2104.00298, section 4).
 

@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from models.catalogues import CATALOGUES
-from models.head import exchange_head, head_of, neutralise_head
-from models.nets.cnn import CNN
-from models.nets.fast import FastNet
-from models.nets.features import LinearOnFeatures
-from models.nets.lenet import LeNet5
-from models.nets.mlp import MLP, Perceptron
-from models.nets.rbf import RBFNetwork
-from models.nets.resnet import ResNet20
-from models.weights import folder_preprocess, load_weights
+from refract.models.catalogues import CATALOGUES
+from refract.models.head import exchange_head, head_of, neutralise_head
+from refract.models.nets.cnn import CNN
+from refract.models.nets.fast import FastNet
+from refract.models.nets.features import LinearOnFeatures
+from refract.models.nets.lenet import LeNet5
+from refract.models.nets.mlp import MLP, Perceptron
+from refract.models.nets.rbf import RBFNetwork
+from refract.models.nets.resnet import ResNet20
+from refract.models.weights import folder_preprocess, load_weights
 
 __all__ = ["NETWORKS", "build", "head_of", "weights_preprocess"]
 
@@ -38,9 +38,10 @@ def build(
 
     name: one of NETWORKS, a torchvision classification model, or a timm model; `torchvision/NAME` and `timm/NAME` force
     one. image_size: (height, width) in pixels. weights: "none"; "default", the pretrained ones of torchvision or timm,
-    by their own download; or a file, folder or URL, see `models.weights`. head: linear, the network's own; or of `models.head.HEADS`, in
+    by their own download; or a file, folder or URL, see `refract.models.weights`. head: linear, the network's own; or of
+    `refract.models.head.HEADS`, in
     the place of the last layer. args: the network's; they can be given by name as well. A head that the loaded weights do not fill gives
-    every class the same logit, see `models.head.neutralise_head`.
+    every class the same logit, see `refract.models.head.neutralise_head`.
     ValueError for an unknown name (with the nearest ones), arguments that the network rejects or that are reserved,
     weights that do not fit or cannot be had; FileNotFoundError if the file of weights is missing.
     """
@@ -69,8 +70,8 @@ def build(
 def weights_preprocess(name: str, weights: str) -> dict[str, Any] | None:
     """What the pretrained weights were trained on: {"mean", "std", "image_size": [h, w], "crop_ratio"}, plain numbers.
 
-    From the record beside the weights, see `models.weights.folder_preprocess`; else from torchvision's or timm's metadata of the network,
-    as files of its weights are nearly always those. None for weights="none", and where nothing is known.
+    From the record beside the weights, see `refract.models.weights.folder_preprocess`; else from torchvision's or timm's metadata of the
+    network, as files of its weights are nearly always those. None for weights="none", and where nothing is known.
     ValueError for an unknown name.
     """
     source, plain = _locate(name)

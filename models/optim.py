@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.parts import pick
-from models.sam import SAM
-from models.transfer import NORMS, blocks_of
+from refract.models.parts import pick
+from refract.models.sam import SAM
+from refract.models.transfer import NORMS, blocks_of
 
 Groups = list[dict[str, Any]]
 

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from models.bundle_info import BundleError, parse_json
+from refract.models.bundle_info import BundleError, parse_json
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1

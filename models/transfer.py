@@ -5,7 +5,7 @@ What is trained is a function of the epoch alone, so a run that goes on after an
 
 from torch import nn
 
-from models.head import head_of
+from refract.models.head import head_of
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models.credentials import MASK, masked
+from refract.models.credentials import MASK, masked
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -132,8 +132,8 @@ def folder_preprocess(source: str) -> dict[str, Any] | None:
 
 
 def folder_arrays(source: str, normalize: str) -> dict[str, Tensor]:
-    """What a bundle's weights hold for `normalize`, that is `mean_image`, `pca` or `zca`: see `models.classifier`. ValueError where they do
-    not, or cannot be read."""
+    """What a bundle's weights hold for `normalize`, that is `mean_image`, `pca` or `zca`: see `refract.models.classifier`. ValueError
+    where they do not, or cannot be read."""
     given, needed = read_weights(source), ("mean_image",) if normalize == "mean_image" else ("mean_image", "whitening")
     if lost := [name for name in needed if name not in given]:
         raise ValueError(f"weights={source!r}: bundle.json says {normalize}, but there is no {lost[0]}")

@@ -4,8 +4,8 @@ import json
 import shlex
 from pathlib import Path
 
-from pipeline.config import Config
-from pipeline.evaluation import Evaluation
+from refract.pipeline.config import Config
+from refract.pipeline.evaluation import Evaluation
 
 WIDE = 0.15
 """Width of a 95 % interval from which it decides nothing: two usual models differ by less."""

@@ -10,24 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from augment import Preprocess
-from models.answer import confidences, given_labels
-from models.classifier import Classifier
-from pipeline import measures
-from pipeline.advice import notes_on
-from pipeline.config import Config
-from pipeline.data.manifest import Manifest
-from pipeline.doctor.finding import Finding
-from pipeline.doctor.watch import Doctor
-from pipeline.evaluation import Evaluation, evaluate, probabilities_of, truth_of
-from pipeline.files import write_atomically
-from pipeline.label_noise import noise_evidence
-from pipeline.label_sets import set_errors
-from pipeline.report import Report, make_report
-from pipeline.robustness import EFFORTS, Effort, measure_robustness
-from pipeline.robustness_cost import affordable, flops_of
-from pipeline.sections import EvaluationConfig
-from pipeline.thresholds import choose_thresholds
+from refract.augment import Preprocess
+from refract.models.answer import confidences, given_labels
+from refract.models.classifier import Classifier
+from refract.pipeline import measures
+from refract.pipeline.advice import notes_on
+from refract.pipeline.config import Config
+from refract.pipeline.data.manifest import Manifest
+from refract.pipeline.doctor.finding import Finding
+from refract.pipeline.doctor.watch import Doctor
+from refract.pipeline.evaluation import Evaluation, evaluate, probabilities_of, truth_of
+from refract.pipeline.files import write_atomically
+from refract.pipeline.label_noise import noise_evidence
+from refract.pipeline.label_sets import set_errors
+from refract.pipeline.report import Report, make_report
+from refract.pipeline.robustness import EFFORTS, Effort, measure_robustness
+from refract.pipeline.robustness_cost import affordable, flops_of
+from refract.pipeline.sections import EvaluationConfig
+from refract.pipeline.thresholds import choose_thresholds
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Assessment:
 @dataclass(frozen=True)
 class Decision:
     """How logits become an answer, all of it chosen on validation. thresholds: one a label for multilabel, else empty; abstain_below: the
-    confidence (`models.answer.confidences`) below which an answer is left to a person, None without validation images."""
+    confidence (`refract.models.answer.confidences`) below which an answer is left to a person, None without validation images."""
 
     temperature: float
     thresholds: tuple[float, ...]
@@ -119,7 +119,7 @@ def assess(
 
 
 def _effort(classifier: Classifier, config: Config, *, seen: int, available: int) -> Effort | None:
-    """What of robustness is measured. seen, available: see `pipeline.robustness_cost.affordable`."""
+    """What of robustness is measured. seen, available: see `refract.pipeline.robustness_cost.affordable`."""
     wanted, (height, width) = config.evaluation.robustness, config.data.sides()
     if wanted == "none" or "pictures" not in classifier.reads:
         return None

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import cv2
 
-from augment import Augmenter, ImageError, Plan, image_size
-from pipeline.data.manifest import DataError
-from pipeline.files import write_atomically
+from refract.augment import Augmenter, ImageError, Plan, image_size
+from refract.pipeline.data.manifest import DataError
+from refract.pipeline.files import write_atomically
 
 PLANS = "plans.jsonl"
 _QUALITY = 95
@@ -38,8 +38,8 @@ def draw_plans(policy: str, source: Path, *, copies: int, seed: int, size: int |
 
     kind: `jpg` or `png`. DataError lists the pictures that cannot be read; PolicyError for a policy that mixes a batch.
     """
-    from augment import PolicyError
-    from pipeline.commands.predict import picture_files
+    from refract.augment import PolicyError
+    from refract.pipeline.commands.predict import picture_files
 
     augmenter = Augmenter(policy, seed, size=size)
     if augmenter.mixes:

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from models.classifier import Inputs, inputs_of
+from refract.models.classifier import Inputs, inputs_of
 
 RENEWED = 2048
 """Pictures from which batch norms get the statistics of averaged weights."""

@@ -10,15 +10,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from models.bundle import Bundle, load_bundle
-from pipeline.batch import parts
-from pipeline.batch.answers import schema_of
-from pipeline.batch.listing import Listing, Shard, listing_of
-from pipeline.batch.worker import Done, Job
-from pipeline.data.folders import label_of
-from pipeline.data.manifest import DataError
-from pipeline.files import locked
-from pipeline.stopping import Stop, Stopped, heard
+from refract.models.bundle import Bundle, load_bundle
+from refract.pipeline.batch import parts
+from refract.pipeline.batch.answers import schema_of
+from refract.pipeline.batch.listing import Listing, Shard, listing_of
+from refract.pipeline.batch.worker import Done, Job
+from refract.pipeline.data.folders import label_of
+from refract.pipeline.data.manifest import DataError
+from refract.pipeline.files import locked
+from refract.pipeline.stopping import Stop, Stopped, heard
 
 log = logging.getLogger(__name__)
 
@@ -175,10 +175,10 @@ def _score(missing: list[Shard], job: Job, options: Options, stop: Stop, summary
 
 def _engine(missing: list[Shard], job: Job, options: Options, stop: Stop) -> Iterator[Done | None]:
     if options.engine == "ray":
-        from pipeline.batch.on_ray import score_on_ray
+        from refract.pipeline.batch.on_ray import score_on_ray
 
         return score_on_ray(missing, job, options.jobs, options.device, stop)
-    from pipeline.batch.processes import score_in_processes
+    from refract.pipeline.batch.processes import score_in_processes
 
     devices = choose_devices(options.device, options.jobs, len(missing))
     threads = max(1, cores() // len(devices))

@@ -17,8 +17,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from pipeline.files import write_atomically
-from pipeline.stopping import Stop, Stopped
+from refract.pipeline.files import write_atomically
+from refract.pipeline.stopping import Stop, Stopped
 
 log = logging.getLogger(__name__)
 

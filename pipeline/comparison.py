@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from models.answer import given_labels
-from pipeline import measures
-from pipeline.assessment import ANSWERS, HISTORY
-from pipeline.config import ConfigError
-from pipeline.plots import own_names, save
+from refract.models.answer import given_labels
+from refract.pipeline import measures
+from refract.pipeline.assessment import ANSWERS, HISTORY
+from refract.pipeline.config import ConfigError
+from refract.pipeline.plots import own_names, save
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class RunAnswers:
 
 def read_run(path: Path) -> RunAnswers:
     """ConfigError where the folder is no finished run."""
-    from models.bundle import load_bundle
+    from refract.models.bundle import load_bundle
 
     try:
         with np.load(path / ANSWERS, allow_pickle=False) as stored:

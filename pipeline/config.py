@@ -9,9 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.credentials import masked_values
-from pipeline.retraining.settings import GateConfig, RetrainConfig
-from pipeline.sections import (
+from refract.models.credentials import masked_values
+from refract.pipeline.retraining.settings import GateConfig, RetrainConfig
+from refract.pipeline.sections import (
     AugmentConfig,
     DataConfig,
     EvaluationConfig,
@@ -48,7 +48,8 @@ class Config:
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
 
     def to_dict(self, *, credentials: bool = False) -> dict[str, Any]:
-        """Plain JSON and YAML values, masked as `models.credentials` says. credentials: leave them in, for a config that nobody keeps."""
+        """Plain JSON and YAML values, masked as `refract.models.credentials` says. credentials: leave them in, for a config that nobody
+        keeps."""
         values: dict[str, Any] = _plain(asdict(self))
         return values if credentials else masked_values(values)
 
@@ -112,7 +113,7 @@ def help_text() -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
-    from augment.yaml_text import read_yaml
+    from refract.augment.yaml_text import read_yaml
 
     try:
         values = read_yaml(path.read_text("utf-8"))

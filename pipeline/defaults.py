@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from pipeline.config import Config
-from pipeline.initial_weights import loads_weights
+from refract.pipeline.config import Config
+from refract.pipeline.initial_weights import loads_weights
 
 FROM_SCRATCH, FINE_TUNE, HEAD_ALONE = 2e-3, 3e-4, 3e-3
 """Peak learning rates of AdamW for random weights, for loaded weights, and for a new head on frozen ones. To compare others:

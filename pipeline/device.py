@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config import ConfigError
-from pipeline.sections import TrainerConfig
+from refract.pipeline.config import ConfigError
+from refract.pipeline.sections import TrainerConfig
 
 
 def choose_device(device: str) -> str:

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from augment import Preprocess
-from models.answer import confidences, given_labels
-from models.classifier import Classifier
-from pipeline import measures
-from pipeline.data.manifest import DataError, Sample
-from pipeline.label_sets import label_calibration_errors, label_rates, set_errors, set_intervals
-from pipeline.scoring import Question, score
+from refract.augment import Preprocess
+from refract.models.answer import confidences, given_labels
+from refract.models.classifier import Classifier
+from refract.pipeline import measures
+from refract.pipeline.data.manifest import DataError, Sample
+from refract.pipeline.label_sets import label_calibration_errors, label_rates, set_errors, set_intervals
+from refract.pipeline.scoring import Question, score
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Evaluation:
 
     @property
     def confidences(self) -> np.ndarray:
-        """(N,) in 0…1, see `models.answer.confidences`."""
+        """(N,) in 0…1, see `refract.models.answer.confidences`."""
         return confidences(self.probabilities, self.task, self.thresholds)
 
 
@@ -70,7 +70,8 @@ def evaluate(
     progress: bool = True,
     tta: str = "none",
 ) -> Evaluation:
-    """Measure on samples whose labels index `labels`. tta: see `pipeline.scoring.views`. DataError names a picture that cannot be read.
+    """Measure on samples whose labels index `labels`. tta: see `refract.pipeline.scoring.views`. DataError names a picture that cannot be
+    read.
 
     Accuracy, top-5 accuracy (above five classes), macro F1 (over the classes that are the truth or the prediction of a sample, as
     scikit-learn), negative log likelihood, expected calibration error and the area under the
@@ -88,7 +89,7 @@ def evaluate(
 def probabilities_of(
     classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sample], *, progress: bool = True, **options: Any
 ) -> np.ndarray:
-    """N×C float32, as `pipeline.scoring.score` with its options. DataError names a picture that cannot be read."""
+    """N×C float32, as `refract.pipeline.scoring.score` with its options. DataError names a picture that cannot be read."""
     from tqdm import tqdm
 
     answers = score(classifier, preprocess, [Question(s.read, s.text, s.pictured) for s in samples], **options)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import Config, ConfigError
-from pipeline.fitting import Assembly, assemble
+from refract.pipeline.config import Config, ConfigError
+from refract.pipeline.fitting import Assembly, assemble
 
 LOWEST_LR, HIGHEST_LR = 1e-6, 10.0
 
@@ -90,7 +90,7 @@ def find_batch_size(config: Config) -> int:
 def _trainer(made: Assembly, folder: str, accumulate: int = 1, **more: Any) -> Any:
     import lightning
 
-    from pipeline.progress import quiet_lightning
+    from refract.pipeline.progress import quiet_lightning
 
     quiet_lightning()
     return lightning.Trainer(

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, ConfigError
-from pipeline.defaults import fill_defaults
-from pipeline.processes import Processes, processes
-from pipeline.stopping import heard
+from refract.pipeline.config import Config, ConfigError
+from refract.pipeline.defaults import fill_defaults
+from refract.pipeline.processes import Processes, processes
+from refract.pipeline.stopping import heard
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +37,18 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     and seed before. The config gets the values that it leaves open. Raises as `train`."""
     import lightning
 
-    from augment import Augmenter
-    from pipeline.data.module import PictureData
-    from pipeline.device import choose_device, choose_precision
-    from pipeline.preparation import prepare_data
-    from pipeline.recipe import check_recipe, check_task, make_module, make_preprocess, measured
+    from refract.augment import Augmenter
+    from refract.pipeline.data.module import PictureData
+    from refract.pipeline.device import choose_device, choose_precision
+    from refract.pipeline.preparation import prepare_data
+    from refract.pipeline.recipe import check_recipe, check_task, make_module, make_preprocess, measured
 
     fill_defaults(config)
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
     group = processes(config.trainer.devices, device)
     if not group.first:
-        logging.getLogger("pipeline").setLevel(logging.ERROR)
+        logging.getLogger("refract.pipeline").setLevel(logging.ERROR)
     augmenter = Augmenter(
         config.augment.policy,
         config.trainer.seed,
@@ -95,10 +95,10 @@ def fit(
     import torch
     from lightning.pytorch.callbacks import EarlyStopping
 
-    from pipeline.averaging import WeightAverage, best_weights
-    from pipeline.checkpoints import ResumeCheckpoint
-    from pipeline.progress import BestCheckpoint, EpochReport, progress_bars, quiet_lightning
-    from pipeline.reproducer import Reproducer
+    from refract.pipeline.averaging import WeightAverage, best_weights
+    from refract.pipeline.checkpoints import ResumeCheckpoint
+    from refract.pipeline.progress import BestCheckpoint, EpochReport, progress_bars, quiet_lightning
+    from refract.pipeline.reproducer import Reproducer
 
     quiet_lightning()
     module, device, group = made.module, made.device, made.processes
@@ -169,10 +169,10 @@ def _run_trainer(made: Assembly, config: Config, run_dir: Path, callbacks: list[
     import lightning
     from lightning.pytorch.callbacks import ProgressBar
 
-    from models.allocator import release_freed_memory
-    from pipeline.checkpoints import WholeFiles
-    from pipeline.data.manifest import DataError
-    from pipeline.reproducer import Reproducer
+    from refract.models.allocator import release_freed_memory
+    from refract.pipeline.checkpoints import WholeFiles
+    from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.reproducer import Reproducer
 
     group, device = made.processes, made.device
     trainer = lightning.Trainer(

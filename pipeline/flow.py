@@ -1,5 +1,5 @@
-"""The nightly run as a Metaflow flow: `refract retrain` starts it on one machine, `python -m pipeline.flow argo-workflows create` on a
-cluster. Each step is a process of its own; the steps' work is in `pipeline.retraining.night`."""
+"""The nightly run as a Metaflow flow: `refract retrain` starts it on one machine, `python -m refract.pipeline.flow argo-workflows create`
+on a cluster. Each step is a process of its own; the steps' work is in `refract.pipeline.retraining.night`."""
 
 import ctypes
 import logging
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from metaflow import FlowSpec, Parameter, step
 
-from models.allocator import keep_freed_memory
-from models.credentials import hide_credentials
-from models.openmp import let_waiting_threads_sleep
+from refract.models.allocator import keep_freed_memory
+from refract.models.credentials import hide_credentials
+from refract.models.openmp import let_waiting_threads_sleep
 
 PARENT = "REFRACT_PARENT_PID"
 """The environment's variable by which a process knows who began it."""
@@ -28,7 +28,7 @@ class Retrain(FlowSpec):
     @step
     def start(self):
         """Snapshot."""
-        from pipeline.retraining import night
+        from refract.pipeline.retraining import night
 
         self.folder = str(self.night_folder or _begun(str(self.config_file)))
         _do(night.snapshot, self.folder)
@@ -36,35 +36,35 @@ class Retrain(FlowSpec):
 
     @step
     def validate(self):
-        from pipeline.retraining import night
+        from refract.pipeline.retraining import night
 
         _do(night.validate, self.folder)
         self.next(self.train)
 
     @step
     def train(self):
-        from pipeline.retraining import night
+        from refract.pipeline.retraining import night
 
         _do(night.train, self.folder)
         self.next(self.register)
 
     @step
     def register(self):
-        from pipeline.retraining import night
+        from refract.pipeline.retraining import night
 
         _do(night.register, self.folder)
         self.next(self.gate)
 
     @step
     def gate(self):
-        from pipeline.retraining import night
+        from refract.pipeline.retraining import night
 
         _do(night.compare, self.folder)
         self.next(self.promote)
 
     @step
     def promote(self):
-        from pipeline.retraining import night
+        from refract.pipeline.retraining import night
 
         _do(night.promote, self.folder)
         self.next(self.end)
@@ -72,21 +72,21 @@ class Retrain(FlowSpec):
     @step
     def end(self):
         """Announce."""
-        from pipeline.retraining import night
+        from refract.pipeline.retraining import night
 
         _do(night.announce, self.folder)
 
 
 def _begun(config_file: str) -> Path:
-    from pipeline.config import load_config
-    from pipeline.retraining.night import begin
+    from refract.pipeline.config import load_config
+    from refract.pipeline.retraining.night import begin
 
     return begin(load_config(config_file), force=False)
 
 
 def _do(work: Callable[[Path], None], folder: str) -> None:
     """A step's work; what a user can mend is told without a traceback."""
-    from pipeline.commands import console
+    from refract.pipeline.commands import console
 
     def done() -> int:
         work(Path(folder))

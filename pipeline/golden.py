@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from augment import Preprocess, decode
-from augment.formats import SUFFIXES, format_of
-from models.bundle import Golden
-from models.classifier import Classifier
-from pipeline.data.manifest import Sample
-from pipeline.scoring import Question, score
+from refract.augment import Preprocess, decode
+from refract.augment.formats import SUFFIXES, format_of
+from refract.models.bundle import Golden
+from refract.models.classifier import Classifier
+from refract.pipeline.data.manifest import Sample
+from refract.pipeline.scoring import Question, score
 
 COUNT = 8
 LARGEST = 256 * 1024

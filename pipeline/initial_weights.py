@@ -5,12 +5,12 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Config
+from refract.pipeline.config import Config
 
 if TYPE_CHECKING:
-    from augment import Preprocess
-    from models.classifier import Classifier
-    from pipeline.data.manifest import Manifest
+    from refract.augment import Preprocess
+    from refract.models.classifier import Classifier
+    from refract.pipeline.data.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ SHOWN_TO_NETWORK = 5000
 
 def loads_weights(config: Config) -> bool:
     """Whether training starts from loaded weights, of images or of texts."""
-    from models.texts.networks import HASHING
+    from refract.models.texts.networks import HASHING
 
     text = config.text
     return config.model.weights != "none" or (text.name not in ("none", HASHING) and text.weights != "none")
@@ -28,7 +28,7 @@ def loads_weights(config: Config) -> bool:
 
 def restart_head(config: Config, network: Any, manifest: "Manifest") -> None:
     """Start the head afresh where the bundle that the weights come from has other labels, though as many."""
-    from models.head import head_of, neutralise_head
+    from refract.models.head import head_of, neutralise_head
 
     record = Path(config.model.weights) / "bundle.json"
     if config.model.weights in ("none", "default") or not record.is_file():
@@ -50,9 +50,9 @@ def start_weights(config: Config, classifier: "Classifier", preprocess: "Preproc
 
     With loaded weights, model.init applies to the head alone, and the network has seen its images already.
     """
-    from models.fusion import Reader
-    from models.head import head_of
-    from models.parts.initialisation import initialise
+    from refract.models.fusion import Reader
+    from refract.models.head import head_of
+    from refract.models.parts.initialisation import initialise
 
     network: Any = classifier.network
     init = config.model.init
@@ -79,7 +79,7 @@ def _some(preprocess: "Preprocess", manifest: "Manifest") -> Any:
     """Up to SHOWN_TO_NETWORK training images, spread over the data, uint8 (N, 3, H, W)."""
     import torch
 
-    from pipeline.data.pictures import Pictures, collate, targets_of
+    from refract.pipeline.data.pictures import Pictures, collate, targets_of
 
     samples = [sample for sample in manifest.of("train") if sample.pictured]
     if not samples:

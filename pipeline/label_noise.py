@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline import measures
+from refract.pipeline import measures
 
 SUREST = 0.25
 """Fraction of the predictions, the most confident ones, whose contradictions are counted."""

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.intervals import DRAWS, LEVEL, class_intervals, macro_interval, wilson
-from pipeline.measures import calibration_error, suspects
+from refract.pipeline.intervals import DRAWS, LEVEL, class_intervals, macro_interval, wilson
+from refract.pipeline.measures import calibration_error, suspects
 
 CHUNK = 100
 """Bootstrap draws at a time, which bounds the memory."""
@@ -38,7 +38,8 @@ def label_rates(answers: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]
 
 
 def set_intervals(answers: np.ndarray, truth: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """Intervals (LEVEL): `macro_f1` and `micro_f1` (2,), and `precision`, `recall` and `f1` (C, 2) of each label, see `pipeline.intervals`.
+    """Intervals (LEVEL): `macro_f1` and `micro_f1` (2,), and `precision`, `recall` and `f1` (C, 2) of each label, see
+    `refract.pipeline.intervals`.
 
     `micro_f1` is by percentile bootstrap; where every image is right, that has no width, and Wilson's interval of "all N are right" stands.
     """

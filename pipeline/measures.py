@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.intervals import DRAWS, LEVEL, class_intervals, macro_interval, wilson
+from refract.pipeline.intervals import DRAWS, LEVEL, class_intervals, macro_interval, wilson
 
 BINS = 15
 
@@ -122,7 +122,7 @@ def mean_interval(values: np.ndarray, *, seed: int = 0) -> tuple[float, float]:
 
 def intervals(truth: np.ndarray, answer: np.ndarray, count: int, *, seed: int = 0) -> dict[str, np.ndarray]:
     """Intervals (LEVEL): `accuracy` and `macro_f1` (2,), and `precision`, `recall` and `f1` (count, 2) of each class, see
-    `pipeline.intervals`. truth, answer: (N,) class indices."""
+    `refract.pipeline.intervals`. truth, answer: (N,) class indices."""
     hits = np.bincount(truth[truth == answer], minlength=count)
     given, real = (np.bincount(indices, minlength=count) for indices in (answer, truth))
     bounds = class_intervals(hits, given, real)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from augment.paraphrases import Cache, digest
-from augment.translate import BackTranslator, Filter, Sampling, TranslationError
-from augment.words import kept
-from pipeline.data.manifest import DataError
-from pipeline.files import locked
+from refract.augment.paraphrases import Cache, digest
+from refract.augment.translate import BackTranslator, Filter, Sampling, TranslationError
+from refract.augment.words import kept
+from refract.pipeline.data.manifest import DataError
+from refract.pipeline.files import locked
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def _translator(plan: Plan, via: str, device: str) -> BackTranslator:
 def _similar(plan: Plan, device: str) -> Similar | None:
     if plan.encoder is None:
         return None
-    from models.texts.sentences import SentenceEncoder
+    from refract.models.texts.sentences import SentenceEncoder
 
     try:
         return SentenceEncoder(plan.encoder, device).cosine

@@ -5,13 +5,13 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from models.bundle_info import BundleInfo
-from pipeline.config import Config, config_from_dict
-from pipeline.data.check import check_classes, drop_bad, drop_contradictory, drop_shared, remark_lines, scan
-from pipeline.data.manifest import DataError, Manifest, load_manifest
-from pipeline.data.near import near_pairs
-from pipeline.data.splits import draw_splits
-from pipeline.recipe import check_inputs, reads
+from refract.models.bundle_info import BundleInfo
+from refract.pipeline.config import Config, config_from_dict
+from refract.pipeline.data.check import check_classes, drop_bad, drop_contradictory, drop_shared, remark_lines, scan
+from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
+from refract.pipeline.data.near import near_pairs
+from refract.pipeline.data.splits import draw_splits
+from refract.pipeline.recipe import check_inputs, reads
 
 log = logging.getLogger(__name__)
 

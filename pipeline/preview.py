@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from augment import Augmenter, Plan, image_size
+from refract.augment import Augmenter, Plan, image_size
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from pipeline.data.manifest import Manifest
+    from refract.pipeline.data.manifest import Manifest
 
 _CELL, _GAP, _LINE, _LINES, _TEXT_LINES = 192, 8, 13, 6, 4
 
@@ -28,7 +28,7 @@ class Shown(NamedTuple):
 
 def shown_samples(manifest: "Manifest", count: int) -> list[Shown]:
     """Up to `count` training samples, evenly over the data. DataError names a file that cannot be opened."""
-    from pipeline.data.manifest import DataError
+    from refract.pipeline.data.manifest import DataError
 
     training = [sample for sample in manifest.samples if sample.split in ("", "train")]
     rows = []
@@ -56,7 +56,7 @@ def preview_grid(pictures: Sequence[Shown], augmenter: Augmenter, *, variants: i
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
-    from augment import decode
+    from refract.augment import decode
 
     plans = [
         [augmenter.draw(image_size(data), epoch=epoch, index=index) for _, data, index, _ in pictures]

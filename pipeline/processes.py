@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from pipeline.config import ConfigError
+from refract.pipeline.config import ConfigError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 
-from pipeline.checkpoints import moved
+from refract.pipeline.checkpoints import moved
 
 log = logging.getLogger(__name__)
 

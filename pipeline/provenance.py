@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from refract.pipeline.config import Config
 
 PACKAGES = (
     "refract", "torch", "torchvision", "timm", "lightning", "numpy", "opencv-python-headless", "simplejpeg", "pillow",
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 def inputs(config: Config) -> dict[str, str]:
     """config key → SHA-256 of the file or folder here that it names: what shapes the weights beside the data and the config. ValueError for
     a policy that is none."""
-    from augment.policy import load_policy
+    from refract.augment.policy import load_policy
 
     named = {
         "model.weights": config.model.weights,

@@ -5,19 +5,19 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Config, ConfigError
-from pipeline.defaults import learning_rates
-from pipeline.initial_weights import loads_weights, restart_head, start_weights
-from pipeline.sections import LossConfig, ModelConfig
+from refract.pipeline.config import Config, ConfigError
+from refract.pipeline.defaults import learning_rates
+from refract.pipeline.initial_weights import loads_weights, restart_head, start_weights
+from refract.pipeline.sections import LossConfig, ModelConfig
 
 if TYPE_CHECKING:
-    from augment import Augmenter, Preprocess
-    from models.classifier import Classifier, Inputs
-    from models.losses import LossSpec
-    from models.module import ClassifierModule
-    from models.optim import OptimSpec
-    from models.texts.tokens import Tokens
-    from pipeline.data.manifest import Manifest
+    from refract.augment import Augmenter, Preprocess
+    from refract.models.classifier import Classifier, Inputs
+    from refract.models.losses import LossSpec
+    from refract.models.module import ClassifierModule
+    from refract.models.optim import OptimSpec
+    from refract.models.texts.tokens import Tokens
+    from refract.pipeline.data.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,8 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
 
 def specs(config: Config) -> "tuple[OptimSpec, LossSpec]":
     """What the sections optim and loss say. ConfigError names a key that is out of range."""
-    from models.losses import LossSpec
-    from models.optim import OptimSpec
+    from refract.models.losses import LossSpec
+    from refract.models.optim import OptimSpec
 
     names = {item.name for item in dataclasses.fields(LossSpec)}
     section = "optim"
@@ -97,8 +97,8 @@ def reads(config: Config) -> frozenset[str]:
 
 def check_inputs(config: Config, manifest: "Manifest") -> None:
     """DataError for samples of which the network could read nothing."""
-    from models.texts.tokens import trimmed
-    from pipeline.data.manifest import DataError
+    from refract.models.texts.tokens import trimmed
+    from refract.pipeline.data.manifest import DataError
 
     own = reads(config)
     lacking = [
@@ -114,7 +114,7 @@ def check_inputs(config: Config, manifest: "Manifest") -> None:
 
 def make_preprocess(config: Config) -> "Preprocess":
     """What validation, evaluation and serving do. Mean and std: the config's, else the pretrained weights' own, else ImageNet's."""
-    from augment.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+    from refract.augment.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
     own = _weights_own(config.model) if config.model.name != NO_PICTURES else {}
     if own and config.data.normalize == "fixed" and not (config.data.mean and config.data.std):
@@ -140,9 +140,9 @@ def measured(config: Config, preprocess: "Preprocess", manifest: "Manifest") -> 
     """
     import torch
 
-    from augment.statistics import measure
-    from models.weights import folder_arrays
-    from pipeline.data.pictures import Pictures, targets_of
+    from refract.augment.statistics import measure
+    from refract.models.weights import folder_arrays
+    from refract.pipeline.data.pictures import Pictures, targets_of
 
     if config.data.normalize == "fixed":
         if preprocess.normalize == "channel":
@@ -177,10 +177,10 @@ def make_module(
 ) -> "tuple[ClassifierModule, dict[str, Any] | None]":
     """(the module of the classifier as training begins with it, what a bundle says of the network that reads texts). ConfigError for what
     a network or a spec refuses."""
-    from models.classifier import Classifier
-    from models.losses import balanced_weights
-    from models.module import ClassifierModule
-    from models.recompute import recompute_activations
+    from refract.models.classifier import Classifier
+    from refract.models.losses import balanced_weights
+    from refract.models.module import ClassifierModule
+    from refract.models.recompute import recompute_activations
 
     model, count = config.model, len(manifest.labels)
     optim, loss = specs(config)
@@ -234,11 +234,11 @@ def make_module(
 
 def _network(config: Config, count: int) -> "tuple[Any, Tokens | None, dict[str, Any] | None]":
     """(the network, what makes tokens for it, what a bundle says of that)."""
-    from models.fusion import Reader
-    from models.head import neutralise_head
-    from models.making import text_record
-    from models.networks import build
-    from models.texts.networks import make_text_part
+    from refract.models.fusion import Reader
+    from refract.models.head import neutralise_head
+    from refract.models.making import text_record
+    from refract.models.networks import build
+    from refract.models.texts.networks import make_text_part
 
     model, text = config.model, config.text
     how: dict[str, Any] = {"image_size": config.data.sides(), "weights": model.weights, "args": model.args}
@@ -264,8 +264,8 @@ def _check_runs(config: Config, classifier: "Classifier", what: str, classes: Se
     """ConfigError where the classifier cannot take a batch of the pictures that training brings, at the size of any epoch."""
     import torch
 
-    from models.module import size_at
-    from models.recompute import statistics_kept
+    from refract.models.module import size_at
+    from refract.models.recompute import statistics_kept
 
     full, epochs, count = config.data.sides(), config.trainer.max_epochs, len(classes)
     sizes = dict.fromkeys(size_at(epoch, epochs, config.trainer.start_size, full) for epoch in range(epochs))
@@ -307,7 +307,7 @@ def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Cl
     student does not, or texts by other tokens."""
     if config.loss.teacher is None:
         return None
-    from models.bundle import BundleError, load_bundle
+    from refract.models.bundle import BundleError, load_bundle
 
     try:
         bundle = load_bundle(config.loss.teacher)
@@ -334,7 +334,7 @@ def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Cl
 
 
 def _weights_own(model: ModelConfig) -> Mapping[str, Any]:
-    from models.networks import weights_preprocess
+    from refract.models.networks import weights_preprocess
 
     try:
         return weights_preprocess(model.name, model.weights) or {}

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from augment import image_size
-from models.classifier import Inputs, inputs_of
-from pipeline.data.pictures import TrainPictures
-from pipeline.files import write_atomically
+from refract.augment import image_size
+from refract.models.classifier import Inputs, inputs_of
+from refract.pipeline.data.pictures import TrainPictures
+from refract.pipeline.files import write_atomically
 
 FILE = "bad-batch.pt"
 

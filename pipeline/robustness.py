@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from augment import Preprocess
-from augment.ops.corruption import CORRUPTIONS, corrupt
-from augment.random import generator
-from models.answer import given_labels
-from models.classifier import Classifier, probabilities
-from models.texts.tokens import rows
-from pipeline.data.manifest import Sample
-from pipeline.label_sets import set_errors
-from pipeline.measures import mean_interval
+from refract.augment import Preprocess
+from refract.augment.ops.corruption import CORRUPTIONS, corrupt
+from refract.augment.random import generator
+from refract.models.answer import given_labels
+from refract.models.classifier import Classifier, probabilities
+from refract.models.texts.tokens import rows
+from refract.pipeline.data.manifest import Sample
+from refract.pipeline.label_sets import set_errors
+from refract.pipeline.measures import mean_interval
 
 NOISE = (4, 8, 16, 32, 64)
 """Standard deviations of Gaussian noise, grey levels of 0…255; the mildest corruption has 20."""

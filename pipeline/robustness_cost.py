@@ -1,13 +1,13 @@
 """Choose how many images of the test set robustness is measured on, so that it costs at most a third of the training.
 
 The choice is a function of sizes, not of a clock: two equal runs measure the same. The constants are processor milliseconds of one core,
-measured with `augment.ops.corruption` and the presets at 32², 64² and 224² on an AMD EPYC; they only have to hold in proportion.
+measured with `refract.augment.ops.corruption` and the presets at 32², 64² and 224² on an AMD EPYC; they only have to hold in proportion.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
-from pipeline.robustness import QUICK, Effort
+from refract.pipeline.robustness import QUICK, Effort
 
 SHARE = 1 / 3
 FEWEST, MOST = 20, 200

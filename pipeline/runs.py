@@ -9,10 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, ConfigError, config_from_dict
-from pipeline.defaults import filled
-from pipeline.files import locked, write_atomically
-from pipeline.sections import TrainerConfig
+from refract.pipeline.config import Config, ConfigError, config_from_dict
+from refract.pipeline.defaults import filled
+from refract.pipeline.files import locked, write_atomically
+from refract.pipeline.sections import TrainerConfig
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def stored_config(path: Path) -> Config:
 
 def old_run(path: Path, record: Mapping[str, Any]) -> Run:
     """A run that goes on. record: as it would be written now. ConfigError for one that is finished, DataError where its data are others."""
-    from pipeline.data.manifest import DataError
+    from refract.pipeline.data.manifest import DataError
 
     stored = read_record(path)
     if stored.get("finished"):

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from augment import ImageError, Preprocess
-from models.bundle_info import BundleError, BundleInfo
-from models.classifier import Classifier, probabilities
-from models.texts.tokens import rows
+from refract.augment import ImageError, Preprocess
+from refract.models.bundle_info import BundleError, BundleInfo
+from refract.models.classifier import Classifier, probabilities
+from refract.models.texts.tokens import rows
 
 TOGETHER = 4
 """Pictures that a thread is given at once, at most: for small ones each handing over counts."""

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from pipeline.data.manifest import Sample
+from refract.pipeline.data.manifest import Sample
 
 MOST_VALUES = 30
 QUARTERS = 4

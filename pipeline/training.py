@@ -7,11 +7,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, ConfigError
-from pipeline.files import write_atomically
-from pipeline.fitting import CHECKPOINTS, Assembly, assemble, fit, network_record
-from pipeline.provenance import code_state, flat_tags, inputs, machine, origin, peak_memory, versions
-from pipeline.tracking.address import check_address, tracking_uri
+from refract.pipeline.config import Config, ConfigError
+from refract.pipeline.files import write_atomically
+from refract.pipeline.fitting import CHECKPOINTS, Assembly, assemble, fit, network_record
+from refract.pipeline.provenance import code_state, flat_tags, inputs, machine, origin, peak_memory, versions
+from refract.pipeline.tracking.address import check_address, tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
     Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError, LoaderError or BundleError for what a user can mend; Stopped
     where it was asked to stop, and can resume.
     """
-    from models.allocator import keep_freed_memory
-    from pipeline.checkpoints import newest, remove_fragments, remove_resume_checkpoints
-    from pipeline.data.loading import LoaderError
-    from pipeline.runs import held, new_run, old_run
+    from refract.models.allocator import keep_freed_memory
+    from refract.pipeline.checkpoints import newest, remove_fragments, remove_resume_checkpoints
+    from refract.pipeline.data.loading import LoaderError
+    from refract.pipeline.runs import held, new_run, old_run
 
     keep_freed_memory()
     if config.tracking.enabled:
@@ -89,9 +89,9 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
 
 def _tracked(made: Assembly, config: Config, run: Any, checkpoint: Path | None) -> Result:
     """Train, write the bundle and register it, and tell MLflow, if it is wanted, how that ended."""
-    from pipeline.cost import Cost
-    from pipeline.stopping import Stopped
-    from pipeline.tracking import Tracker, TrackingError
+    from refract.pipeline.cost import Cost
+    from refract.pipeline.stopping import Stopped
+    from refract.pipeline.tracking import Tracker, TrackingError
 
     cost = Cost(made.device)
     data = {"fingerprint": made.identity["fingerprint"], "source": made.manifest.source}
@@ -146,15 +146,15 @@ def _make_bundle(
 ) -> dict[str, float]:
     """Train, evaluate and write all that a run leaves, its bundle last; the metrics on the hold-out. A bundle that is there is taken.
     cost: the callback that counts it."""
-    from models.bundle import BundleInfo, load_bundle, save_bundle
-    from pipeline.assessment import assess, write_answers
-    from pipeline.data.splits import write_splits
-    from pipeline.doctor.run import make_doctor
-    from pipeline.doctor.stored import write_findings
-    from pipeline.drift.measure import reference_of
-    from pipeline.golden import make_goldens
-    from pipeline.plots import confusion_plot, curves_plot
-    from pipeline.preview import Shown, preview_grid
+    from refract.models.bundle import BundleInfo, load_bundle, save_bundle
+    from refract.pipeline.assessment import assess, write_answers
+    from refract.pipeline.data.splits import write_splits
+    from refract.pipeline.doctor.run import make_doctor
+    from refract.pipeline.doctor.stored import write_findings
+    from refract.pipeline.drift.measure import reference_of
+    from refract.pipeline.golden import make_goldens
+    from refract.pipeline.plots import confusion_plot, curves_plot
+    from refract.pipeline.preview import Shown, preview_grid
 
     if (run_dir / "bundle").exists():
         if checkpoint is not None:

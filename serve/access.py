@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-logger = logging.getLogger("serve.access")
+logger = logging.getLogger("refract.serve.access")
 
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -91,7 +91,7 @@ class LineWriter(logging.Handler):
                 time.sleep(EACH_S)
             except OSError as err:  # nobody reads any more, or there is no room
                 if not self._broken:
-                    logging.getLogger("serve").warning("access lines cannot be written: %s", err.strerror)
+                    logging.getLogger("refract.serve").warning("access lines cannot be written: %s", err.strerror)
                 self._broken = True
                 self._torn = self._torn if rest is whole else not whole[: -len(rest)].endswith(b"\n")
                 return rest.lstrip(b"\n").count(b"\n")
@@ -109,7 +109,7 @@ def _value(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
 
 
 class Access:
-    """ASGI middleware. log: whether lines are written, as JSON, to the logger `serve.access`."""
+    """ASGI middleware. log: whether lines are written, as JSON, to the logger `refract.serve.access`."""
 
     def __init__(self, app: ASGIApp, *, log: bool) -> None:
         self._app, self._log = app, log

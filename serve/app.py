@@ -15,28 +15,28 @@ from fastapi_offline import FastAPIOffline
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 
-from models.bundle import Bundle, BundleError
-from serve import errors
-from serve.access import Access
-from serve.body import Bodies
-from serve.challenge import Challenge, Challenger
-from serve.cors import Cors
-from serve.engine import Engine
-from serve.errors import RequestError
-from serve.follow import Build, followers
-from serve.gpus import describe
-from serve.keys import Keys
-from serve.limits import Limits
-from serve.methods import Methods
-from serve.metrics import Metrics
-from serve.openapi import problems
-from serve.page import add_page
-from serve.predict import PREDICT, Direct, add_predict
-from serve.rooted import Rooted
-from serve.sampling import Sampling
-from serve.service import Service
-from serve.tracing import Traced, close
-from serve.v2 import add_v2
+from refract.models.bundle import Bundle, BundleError
+from refract.serve import errors
+from refract.serve.access import Access
+from refract.serve.body import Bodies
+from refract.serve.challenge import Challenge, Challenger
+from refract.serve.cors import Cors
+from refract.serve.engine import Engine
+from refract.serve.errors import RequestError
+from refract.serve.follow import Build, followers
+from refract.serve.gpus import describe
+from refract.serve.keys import Keys
+from refract.serve.limits import Limits
+from refract.serve.methods import Methods
+from refract.serve.metrics import Metrics
+from refract.serve.openapi import problems
+from refract.serve.page import add_page
+from refract.serve.predict import PREDICT, Direct, add_predict
+from refract.serve.rooted import Rooted
+from refract.serve.sampling import Sampling
+from refract.serve.service import Service
+from refract.serve.tracing import Traced, close
+from refract.serve.v2 import add_v2
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -112,7 +112,7 @@ def create_app(
         summary=f"Image classification by {engine.bundle.info.name}",
         lifespan=lifespan,
         redirect_slashes=False,  # to where a server behind a balancer does not know how to name itself
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # for ours see `serve.tracing`
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # for ours see `refract.serve.tracing`
     )
     app.state.failure, app.state.service = None, service
     refused = errors.install(app, partial(_count, metrics))

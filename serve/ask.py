@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object a line and picture")
     parser.add_argument("--top", type=int, metavar="N", help="how many labels for each picture")
     args = parser.parse_args(argv)
-    from models.texts.tokens import trimmed
+    from refract.models.texts.tokens import trimmed
 
     given = args.text or []
     if len(given) > 1:
@@ -27,8 +27,8 @@ def main(argv: list[str]) -> int:
     args.text = given[0] if given else ""
     if not args.paths and not trimmed(args.text):
         parser.error(f"--text: {args.text!r} is an empty text" if given else "name pictures, or give a --text")
-    from models.answer import line
-    from serve.client import Client, ServerError
+    from refract.models.answer import line
+    from refract.serve.client import Client, ServerError
 
     failed = 0
     try:
@@ -65,6 +65,6 @@ def main(argv: list[str]) -> int:
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    from augment.image_files import image_files
+    from refract.augment.image_files import image_files
 
     return [Path(file) for file in image_files(path)]

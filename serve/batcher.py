@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from serve.limits import OverloadedError
+from refract.serve.limits import OverloadedError
 
 logger = logging.getLogger(__name__)
 

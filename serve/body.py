@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
-from serve.coding import STEP, Decoding
-from serve.errors import RequestError
-from serve.limits import Limits, OverloadedError
+from refract.serve.coding import STEP, Decoding
+from refract.serve.errors import RequestError
+from refract.serve.limits import Limits, OverloadedError
 
 Answer = TypeVar("Answer")
 

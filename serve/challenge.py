@@ -3,8 +3,8 @@
 import random
 from dataclasses import dataclass
 
-from serve.engine import Engine
-from serve.lane import Lane
+from refract.serve.engine import Engine
+from refract.serve.lane import Lane
 
 SHADOWS = 8
 """Requests that are asked after at a time; what comes meanwhile is not."""

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.bundle import Bundle, BundleError
-from models.classifier import Classifier, probabilities
-from serve.backends import BACKENDS, INT8
-from serve.backends.base import Forward, first_line
-from serve.backends.kept import store
-from serve.backends.quantised import weight_bits
+from refract.models.bundle import Bundle, BundleError
+from refract.models.classifier import Classifier, probabilities
+from refract.serve.backends import BACKENDS, INT8
+from refract.serve.backends.base import Forward, first_line
+from refract.serve.backends.kept import store
+from refract.serve.backends.quantised import weight_bits
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Iterable, Iterator
 
-from serve.errors import RequestError
+from refract.serve.errors import RequestError
 
 STEP = 256 << 10
 """Bytes of the largest decoded piece, after which the event loop may turn to other requests."""

@@ -15,21 +15,21 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from models.allocator import keep_freed_memory
-from serve.cores import cores, quota
-from serve.home import ensure_home
-from serve.memory import spared
-from serve.options import parse
+from refract.models.allocator import keep_freed_memory
+from refract.serve.cores import cores, quota
+from refract.serve.home import ensure_home
+from refract.serve.memory import spared
+from refract.serve.options import parse
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from opentelemetry.sdk.trace import TracerProvider
 
-    from models.bundle import Bundle
-    from serve.challenge import Challenge
-    from serve.follow import Build
-    from serve.keys import Keys
-    from serve.sampling import Sampling
+    from refract.models.bundle import Bundle
+    from refract.serve.challenge import Challenge
+    from refract.serve.follow import Build
+    from refract.serve.keys import Keys
+    from refract.serve.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after a graceful end, 1 after a failure, 2 if it cannot serve that."""
     arguments = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("serve").setLevel(logging.INFO)
+    logging.getLogger("refract.serve").setLevel(logging.INFO)
     ensure_home()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -74,7 +74,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Bound before the model is loaded: that takes seconds, and a port that is taken should be said at once."""
-    from serve.server import listen
+    from refract.serve.server import listen
 
     try:
         return listen(host, port)
@@ -83,7 +83,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
-    from serve.server import Server, url
+    from refract.serve.server import Server, url
 
     bundle = _bundle(arguments.source)
     app = _app(bundle, arguments)
@@ -101,13 +101,13 @@ def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
 
 
 def _bundle(source: str) -> "Bundle":
-    from serve.source import SourceError, is_registered, located, resolve
+    from refract.serve.source import SourceError, is_registered, located, resolve
 
     try:
         folder = located(source) if is_registered(source) else resolve(source)
     except SourceError as err:
         raise RefusedError(str(err)) from err
-    from models.bundle import BundleError, load_bundle
+    from refract.models.bundle import BundleError, load_bundle
 
     try:
         return load_bundle(folder)
@@ -121,10 +121,10 @@ def _bundle(source: str) -> "Bundle":
 
 
 def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
-    from serve.access import write_lines
-    from serve.app import create_app
-    from serve.engine import build
-    from serve.limits import MIB, Limits
+    from refract.serve.access import write_lines
+    from refract.serve.app import create_app
+    from refract.serve.engine import build
+    from refract.serve.limits import MIB, Limits
 
     limits = Limits(
         max_body_bytes=int(arguments.max_body_mb * MIB),
@@ -170,14 +170,14 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
 
 
 def _followed(source: str, arguments: argparse.Namespace) -> str | None:
-    from serve.source import is_registered
+    from refract.serve.source import is_registered
 
     return source if is_registered(source) and "@" in source and arguments.poll_s > 0 else None
 
 
 def _challenge(arguments: argparse.Namespace, build: "Build") -> "Challenge | None":
-    from serve.challenge import Challenge
-    from serve.source import is_registered
+    from refract.serve.challenge import Challenge
+    from refract.serve.source import is_registered
 
     source = arguments.challenger
     if source is None:
@@ -195,7 +195,7 @@ def _challenge(arguments: argparse.Namespace, build: "Build") -> "Challenge | No
 
 
 def _traces(address: str | None) -> "TracerProvider | None":
-    from serve.tracing import provider
+    from refract.serve.tracing import provider
 
     if address is None:
         return None
@@ -208,8 +208,8 @@ def _traces(address: str | None) -> "TracerProvider | None":
 
 
 def _sampling(arguments: argparse.Namespace) -> "Sampling | None":
-    from serve.limits import MIB
-    from serve.sampling import Sampling
+    from refract.serve.limits import MIB
+    from refract.serve.sampling import Sampling
 
     if arguments.sample is None:
         return None
@@ -223,7 +223,7 @@ def _sampling(arguments: argparse.Namespace) -> "Sampling | None":
 def _devices(wanted: str) -> list[str]:
     import torch
 
-    from serve.gpus import unseen
+    from refract.serve.gpus import unseen
 
     there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     why = unseen()
@@ -249,7 +249,7 @@ def _warn_of_strangers(arguments: argparse.Namespace) -> None:
 
 
 def _keys(option: str, file: Path | None, **own: Any) -> "Keys | None":
-    from serve.keys import Keys
+    from refract.serve.keys import Keys
 
     if file is None:
         return None

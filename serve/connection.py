@@ -9,9 +9,9 @@ import httptools
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER, HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from serve.errors import Problem
-from serve.head import host_is_valid, line_problem, unknown_method
-from serve.stream import Stream
+from refract.serve.errors import Problem
+from refract.serve.head import host_is_valid, line_problem, unknown_method
+from refract.serve.stream import Stream
 
 HEAD_S = 10
 """For a request's head to arrive, and for a connection to begin one: who sends a byte now and then holds no connection for ever."""

@@ -10,18 +10,18 @@ from functools import partial
 import numpy as np
 import torch
 
-from augment.decode import ImageError
-from augment.preprocess import Preprocess
-from models.bundle import Bundle, BundleError, Golden
-from models.classifier import probabilities
-from models.occlusion import Occlusion
-from models.texts.tokens import Tokens
-from serve.backends.base import AGREED, Forward
-from serve.backends.torch_backends import channels_last
-from serve.choice import THREADS, Choice, choose
-from serve.gpus import is_out_of_memory, naming_memory
-from serve.samples import blank, inputs, joined
-from serve.staging import Staging
+from refract.augment.decode import ImageError
+from refract.augment.preprocess import Preprocess
+from refract.models.bundle import Bundle, BundleError, Golden
+from refract.models.classifier import probabilities
+from refract.models.occlusion import Occlusion
+from refract.models.texts.tokens import Tokens
+from refract.serve.backends.base import AGREED, Forward
+from refract.serve.backends.torch_backends import channels_last
+from refract.serve.choice import THREADS, Choice, choose
+from refract.serve.gpus import is_out_of_memory, naming_memory
+from refract.serve.samples import blank, inputs, joined
+from refract.serve.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ RETRY_S = 60.0
 
 class Engine:
     """Turns batches into probabilities and logits, by `bundle`'s network on `device`. A batch is uint8 N×H×W×3, or where texts are read N
-    records of `serve.samples`. A batch that does not fit into the device's memory is computed in smaller parts."""
+    records of `refract.serve.samples`. A batch that does not fit into the device's memory is computed in smaller parts."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Engine:
         *,
         threads: int = THREADS,
     ) -> None:
-        """backend: a name of `serve.backends.BACKENDS`, or auto for the fastest that agrees; threads: of a CPU, at most.
+        """backend: a name of `refract.serve.backends.BACKENDS`, or auto for the fastest that agrees; threads: of a CPU, at most.
         BundleError as `choose`, where a golden sample cannot be read, or where the device's memory is too small."""
         self.bundle = bundle
         self.others: tuple[Engine, ...] = ()

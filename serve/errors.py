@@ -11,10 +11,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from serve.batcher import BatchError, ClosedError
-from serve.limits import OverloadedError
-from serve.methods import allowed
-from serve.rooted import route_path
+from refract.serve.batcher import BatchError, ClosedError
+from refract.serve.limits import OverloadedError
+from refract.serve.methods import allowed
+from refract.serve.rooted import route_path
 
 MEDIA_TYPE = "application/problem+json"
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.answer import Explanation
-from models.occlusion import BATCH, PASSES
-from serve.engine import Engine
-from serve.threads import Threads
+from refract.models.answer import Explanation
+from refract.models.occlusion import BATCH, PASSES
+from refract.serve.engine import Engine
+from refract.serve.threads import Threads
 
 PACE = 0.002
 """Seconds that one image takes to pass through the network, until it was measured."""

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from models.bundle import Bundle, BundleError, load_bundle
-from serve.challenge import Challenge
-from serve.engine import Engine
-from serve.service import Service
-from serve.source import SourceError, answer, elsewhere, mark_used
+from refract.models.bundle import Bundle, BundleError, load_bundle
+from refract.serve.challenge import Challenge
+from refract.serve.engine import Engine
+from refract.serve.service import Service
+from refract.serve.source import SourceError, answer, elsewhere, mark_used
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from urllib.parse import unquote_to_bytes
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
 
-from serve.errors import RequestError
+from refract.serve.errors import RequestError
 
 MAX_TEXT_FIELDS = 64
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from models.bundle import BundleError
+from refract.models.bundle import BundleError
 
 DRIVER = Path("/proc/driver/nvidia/version")
 GIB = 1 << 30

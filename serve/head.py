@@ -3,7 +3,7 @@
 import ipaddress
 import re
 
-from serve.errors import Problem
+from refract.serve.errors import Problem
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
 """The methods that HTTP itself defines (RFC 9110, 9; RFC 5789); another is unknown to this server."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from fastapi import Request
 
-from serve.errors import RequestError
-from serve.limits import OverloadedError
+from refract.serve.errors import RequestError
+from refract.serve.limits import OverloadedError
 
 logger = logging.getLogger(__name__)
 

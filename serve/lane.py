@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from serve.batcher import Answered, Batcher
-from serve.engine import Engine
-from serve.limits import Room
-from serve.metrics import Metrics
-from serve.statistics import Statistics
-from serve.threads import RECENT, Threads
+from refract.serve.batcher import Answered, Batcher
+from refract.serve.engine import Engine
+from refract.serve.limits import Room
+from refract.serve.metrics import Metrics
+from refract.serve.statistics import Statistics
+from refract.serve.threads import RECENT, Threads
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication
 
-    from serve.gpus import Gpu
+    from refract.serve.gpus import Gpu
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _PICTURES = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from serve.errors import MEDIA_TYPE, Problem
+from refract.serve.errors import MEDIA_TYPE, Problem
 
 _RED = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGO8IyfHgA0wYRUdtBIA4FYBKCgCg6AAAAAASUVORK5CYII="
 """A red picture of 8 × 8 pixels, a PNG in base64."""

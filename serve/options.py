@@ -158,7 +158,7 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def _origin(text: str) -> str:
-    from serve.cors import is_origin
+    from refract.serve.cors import is_origin
 
     if not is_origin(text):
         raise argparse.ArgumentTypeError(
@@ -168,7 +168,7 @@ def _origin(text: str) -> str:
 
 
 def _prefix(text: str) -> str:
-    from serve.rooted import prefix_problem
+    from refract.serve.rooted import prefix_problem
 
     if text and (problem := prefix_problem(text)):
         raise argparse.ArgumentTypeError(problem)

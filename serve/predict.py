@@ -14,15 +14,15 @@ from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from models.answer import confidences, prediction
-from serve.body import Bodies, unless_gone
-from serve.errors import Refused
-from serve.keys import Keys
-from serve.openapi import PREDICT_ANSWERS, PREDICT_BODY
-from serve.prepare import is_quick, read
-from serve.rooted import route_path
-from serve.service import Service
-from serve.work import Answers, Work
+from refract.models.answer import confidences, prediction
+from refract.serve.body import Bodies, unless_gone
+from refract.serve.errors import Refused
+from refract.serve.keys import Keys
+from refract.serve.openapi import PREDICT_ANSWERS, PREDICT_BODY
+from refract.serve.prepare import is_quick, read
+from refract.serve.rooted import route_path
+from refract.serve.service import Service
+from refract.serve.work import Answers, Work
 
 logger = logging.getLogger(__name__)
 

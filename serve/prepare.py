@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from augment import jpeg
-from augment.decode import ImageError, TooManyPixelsError, image_size, is_jpeg
-from augment.preprocess import Preprocess
-from serve.errors import RequestError
-from serve.limits import Limits, OverloadedError, Room
-from serve.samples import blank
-from serve.uploads import samples_in
+from refract.augment import jpeg
+from refract.augment.decode import ImageError, TooManyPixelsError, image_size, is_jpeg
+from refract.augment.preprocess import Preprocess
+from refract.serve.errors import RequestError
+from refract.serve.limits import Limits, OverloadedError, Room
+from refract.serve.samples import blank
+from refract.serve.uploads import samples_in
 
 logger = logging.getLogger(__name__)
 

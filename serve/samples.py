@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from augment.preprocess import Preprocess
-from models.texts.tokens import Tokens
+from refract.augment.preprocess import Preprocess
+from refract.models.texts.tokens import Tokens
 
 BLANK = 128
 """The grey of a picture that is not there; the network does not look at it."""
@@ -47,7 +47,7 @@ def blank(preprocess: Preprocess) -> np.ndarray:
 
 
 def inputs(batch: np.ndarray, device: torch.device, reads: frozenset[str]) -> tuple[Tensor | None, ...]:
-    """What `models.classifier.Classifier` takes; copies, as a record's parts lie where no tensor can."""
+    """What `refract.models.classifier.Classifier` takes; copies, as a record's parts lie where no tensor can."""
     if batch.dtype.fields is None:
         return (torch.from_numpy(batch).to(device).permute(0, 3, 1, 2),)
     images = None

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from augment.formats import format_of
-from augment.looks import look
-from models.answer import confidences, given_labels
-from models.bundle import Bundle
-from serve.prepare import Pictures
+from refract.augment.formats import format_of
+from refract.augment.looks import look
+from refract.models.answer import confidences, given_labels
+from refract.models.bundle import Bundle
+from refract.serve.prepare import Pictures
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,8 @@ class Sampling:
             self._thread.join(seconds)
 
     def offer(self, bundle: Bundle, pictures: Pictures, batch: np.ndarray, probabilities: np.ndarray) -> None:
-        """Draw from what was answered. batch: the network's inputs, see `serve.samples`. Called on the event loop; raises nothing."""
+        """Draw from what was answered. batch: the network's inputs, see `refract.serve.samples`. Called on the event loop; raises
+        nothing."""
         chosen = [i for i in range(len(probabilities)) if random.random() < self._share]
         if not chosen:
             return

@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from serve.connection import Connection
+from refract.serve.connection import Connection
 
 logger = logging.getLogger(__name__)
 

@@ -12,21 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from models.bundle import BundleError
-from serve.batcher import BatchError, ClosedError
-from serve.challenge import SHADOWS, Challenge, Challenger
-from serve.cores import cores
-from serve.engine import Engine
-from serve.errors import NotReadyError, RequestError
-from serve.explain import Explanations
-from serve.lane import Lane
-from serve.limits import Limits, OverloadedError, Room
-from serve.metrics import Metrics
-from serve.samples import cuts, joined, mirrored
-from serve.sampling import Sampling
-from serve.statistics import Statistics
-from serve.threads import Threads
-from serve.work import Answers, Known, Work, check_read, check_version
+from refract.models.bundle import BundleError
+from refract.serve.batcher import BatchError, ClosedError
+from refract.serve.challenge import SHADOWS, Challenge, Challenger
+from refract.serve.cores import cores
+from refract.serve.engine import Engine
+from refract.serve.errors import NotReadyError, RequestError
+from refract.serve.explain import Explanations
+from refract.serve.lane import Lane
+from refract.serve.limits import Limits, OverloadedError, Room
+from refract.serve.metrics import Metrics
+from refract.serve.samples import cuts, joined, mirrored
+from refract.serve.sampling import Sampling
+from refract.serve.statistics import Statistics
+from refract.serve.threads import Threads
+from refract.serve.work import Answers, Known, Work, check_read, check_version
 
 logger = logging.getLogger(__name__)
 

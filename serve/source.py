@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
-from models.credentials import masked
+from refract.models.credentials import masked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -84,8 +84,8 @@ def located(source: str, damaged: Path | None = None) -> Path:
 def elsewhere(source: str, damaged: Path | None) -> tuple[list[str], dict[str, Any]]:
     """(the command of `located`, options for who starts the process). It runs this code, whatever the working directory holds, hears no
     Ctrl-C and ends when this process has."""
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-P", "-m", "serve.source", source, *([str(damaged)] if damaged else [])]
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-P", "-m", "refract.serve.source", source, *([str(damaged)] if damaged else [])]
     return command, {"env": os.environ | {"PYTHONPATH": path}, "start_new_session": True}
 
 

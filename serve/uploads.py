@@ -8,8 +8,8 @@ from urllib.parse import unquote_to_bytes
 
 from python_multipart.multipart import parse_options_header
 
-from serve.errors import RequestError
-from serve.form import parts_in
+from refract.serve.errors import RequestError
+from refract.serve.form import parts_in
 
 SPARE = 1024
 """Parts of a JSON document beside its images, which may be answered with a better message than that they are too many."""

@@ -18,14 +18,14 @@ import numpy as np
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse
 
-from serve.body import Bodies, unless_gone
-from serve.errors import RequestError
-from serve.limits import Limits
-from serve.openapi import INFER_BODY, problems
-from serve.prepare import EACH, Pictures, numbered, pictures
-from serve.service import Service
-from serve.uploads import SPARE, from_base64, parsed
-from serve.work import Work, check_version
+from refract.serve.body import Bodies, unless_gone
+from refract.serve.errors import RequestError
+from refract.serve.limits import Limits
+from refract.serve.openapi import INFER_BODY, problems
+from refract.serve.prepare import EACH, Pictures, numbered, pictures
+from refract.serve.service import Service
+from refract.serve.uploads import SPARE, from_base64, parsed
+from refract.serve.work import Work, check_version
 
 RESIZING = 0.1
 """What a pixel costs that need not be decoded, as a share of one that must."""

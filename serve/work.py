@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from models.answer import Explanation
-from models.bundle import Bundle
-from models.texts.tokens import trimmed
-from serve.engine import Engine
-from serve.errors import RequestError
-from serve.prepare import Pictures
+from refract.models.answer import Explanation
+from refract.models.bundle import Bundle
+from refract.models.texts.tokens import trimmed
+from refract.serve.engine import Engine
+from refract.serve.errors import RequestError
+from refract.serve.prepare import Pictures
 
 
 class Work(NamedTuple):

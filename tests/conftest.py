@@ -29,7 +29,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def new_tracking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's database as it is when nothing was tracked: making one takes seconds, copying it nothing."""
-    from pipeline.tracking.database import make_database
+    from refract.pipeline.tracking.database import make_database
 
     path = tmp_path_factory.mktemp("tracking") / "mlflow.db"
     make_database(f"sqlite:///{path}")

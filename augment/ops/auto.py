@@ -13,9 +13,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from augment.ops.op import Args, Op, Size, below, between, choice, color, number, whole
-from augment.ops.pixel import PixelOp
-from augment.plan import Plan, Step
+from refract.augment.ops.op import Args, Op, Size, below, between, choice, color, number, whole
+from refract.augment.ops.pixel import PixelOp
+from refract.augment.plan import Plan, Step
 
 Make = Callable[[float, Size], tuple[str, Args] | None]
 
@@ -356,8 +356,8 @@ class AugMix(PixelOp):
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
-        from augment import cpu  # which needs the ops
-        from augment.fuse import fuse
+        from refract.augment import cpu  # which needs the ops
+        from refract.augment.fuse import fuse
 
         total = image.astype(np.float32) * args["share"]
         for weight, chain in zip(args["weights"], args["chains"], strict=True):
@@ -368,7 +368,7 @@ class AugMix(PixelOp):
 
     @staticmethod
     def moves_pixels(args: Args) -> bool:
-        from augment.ops import OPS
+        from refract.augment.ops import OPS
 
         return any(OPS[step["op"]].kind == "geometric" for chain in args["chains"] for step in chain)
 

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from augment.ops.geometric import GeometricOp
-from augment.ops.op import Op, Size, below, number, whole
-from augment.plan import Step
+from refract.augment.ops.geometric import GeometricOp
+from refract.augment.ops.op import Op, Size, below, number, whole
+from refract.augment.plan import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def may_move(op: Op) -> bool:
 
 
 def _read(name: str, entries: Any) -> tuple[Op, ...]:
-    from augment.policy import read_ops  # the policy's reader knows every op, these here too
+    from refract.augment.policy import read_ops  # the policy's reader knows every op, these here too
 
     return tuple(read_ops(entries, name))
 
@@ -67,7 +67,7 @@ def draw_in_turn(ops: Sequence[Op], rng: np.random.Generator, size: Size, epoch:
 
 def size_after(steps: Sequence[Step], size: Size) -> Size:
     """(height, width) of a picture of `size` after the steps."""
-    from augment.ops import OPS
+    from refract.augment.ops import OPS
 
     for step in steps:
         op = OPS[step.op]

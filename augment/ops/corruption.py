@@ -17,10 +17,10 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from augment.ops.color import LUMA
-from augment.ops.filters import motion_kernel
-from augment.ops.op import Args, Op, Size, interval, whole
-from augment.ops.pixel import PixelOp
+from refract.augment.ops.color import LUMA
+from refract.augment.ops.filters import motion_kernel
+from refract.augment.ops.op import Args, Op, Size, interval, whole
+from refract.augment.ops.pixel import PixelOp
 
 # pixels: float32 H×W×3 in 0…1; level: 0…4; unit: shorter side / 224. Returns the same form; values may lie outside, they are clipped.
 Corrupt = Callable[[np.ndarray, int, np.random.Generator, float], np.ndarray]
@@ -309,7 +309,7 @@ class Corruption(PixelOp):
     """One of the 19 corruptions of ImageNet-C, for robustness tests rather than training.
 
     names: those to draw from, each equally likely; `all`, one name or a list. severity: in [1, 5], drawn uniformly among the whole numbers.
-    Source: Hendrycks & Dietterich 2019, arXiv:1903.12261; deviations in `augment.ops.corruption`.
+    Source: Hendrycks & Dietterich 2019, arXiv:1903.12261; deviations in `refract.augment.ops.corruption`.
     """
 
     names: str | tuple[str, ...] = "all"

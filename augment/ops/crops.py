@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from augment.ops.geometric import (
+from refract.augment.ops.geometric import (
     GeometricOp,
     Matrix,
     check_border,
@@ -17,7 +17,7 @@ from augment.ops.geometric import (
     place,
     sampling,
 )
-from augment.ops.op import Args, Size, below, between, interval, pixels, whole
+from refract.augment.ops.op import Args, Size, below, between, interval, pixels, whole
 
 
 @dataclass(frozen=True, kw_only=True)

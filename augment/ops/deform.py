@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from augment.on_device import on_device
-from augment.ops.op import Args, Size, below, between, interval, number, whole
-from augment.ops.pixel import PixelOp, to_uint8
-from augment.random import TABLE_SIZE, normal_table, stretch
+from refract.augment.on_device import on_device
+from refract.augment.ops.op import Args, Size, below, between, interval, number, whole
+from refract.augment.ops.pixel import PixelOp, to_uint8
+from refract.augment.random import TABLE_SIZE, normal_table, stretch
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from augment.on_device import on_device
-from augment.ops.op import Args, Size, around, below, between, interval, whole
-from augment.ops.pixel import PixelOp, to_uint8
+from refract.augment.on_device import on_device
+from refract.augment.ops.op import Args, Size, around, below, between, interval, whole
+from refract.augment.ops.pixel import PixelOp, to_uint8
 
 if TYPE_CHECKING:
     import torch

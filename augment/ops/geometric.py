@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from augment.ops.op import Args, Op, Size, below, choice, color
-from augment.plan import Step
+from refract.augment.ops.op import Args, Op, Size, below, choice, color
+from refract.augment.plan import Step
 
 BORDERS = ("constant", "edge", "reflect", "reflect101")
 INTERPOLATIONS = ("bilinear", "bicubic")

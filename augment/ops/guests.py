@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from augment.ops.op import Args, Op, Size, below, nearest
-from augment.ops.pixel import PixelOp
-from augment.plan import Step
+from refract.augment.ops.op import Args, Op, Size, below, nearest
+from refract.augment.ops.pixel import PixelOp
+from refract.augment.plan import Step
 
 Run = Callable[[int, np.ndarray], np.ndarray]
 

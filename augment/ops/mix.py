@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from augment.on_device import on_device
-from augment.ops.op import Args, Op, Size, number
+from refract.augment.on_device import on_device
+from refract.augment.ops.op import Args, Op, Size, number
 
 if TYPE_CHECKING:
     import torch

@@ -1,6 +1,6 @@
 """Noise: every pixel changed by random numbers of its own.
 
-The numbers are a stretch of one fixed table from a drawn offset (`augment.random`), so that both executors see the same noise.
+The numbers are a stretch of one fixed table from a drawn offset (`refract.augment.random`), so that both executors see the same noise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from augment.on_device import on_device
-from augment.ops.op import Args, Size, below, between, color, interval
-from augment.ops.pixel import PixelOp, batch_stretch, column, to_uint8
-from augment.random import TABLE_SIZE, laplace_table, normal_table, stretch, uniform_table
+from refract.augment.on_device import on_device
+from refract.augment.ops.op import Args, Size, below, between, color, interval
+from refract.augment.ops.pixel import PixelOp, batch_stretch, column, to_uint8
+from refract.augment.random import TABLE_SIZE, laplace_table, normal_table, stretch, uniform_table
 
 if TYPE_CHECKING:
     import torch

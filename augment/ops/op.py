@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from augment.plan import Step
+from refract.augment.plan import Step
 
 LARGEST = 1e9
 """What a number in a policy may be where its own meaning sets no bound: more would leave what floating point tells apart."""

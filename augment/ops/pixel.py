@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from augment.on_device import on_device
-from augment.ops.op import Args, Op
+from refract.augment.on_device import on_device
+from refract.augment.ops.op import Args, Op
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def column(images: "torch.Tensor", values: Sequence[float]) -> "torch.Tensor":
 
 
 def batch_stretch(table: np.ndarray, offsets: Sequence[int], like: "torch.Tensor", count: int) -> "torch.Tensor":
-    """`augment.random.stretch` for each offset: (N, count) on the device of `like`, which supplies the device only."""
+    """`refract.augment.random.stretch` for each offset: (N, count) on the device of `like`, which supplies the device only."""
     import torch
 
     source = _table_on(table, like.device)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import cv2
 import numpy as np
 
-from augment.on_device import on_device
-from augment.ops.op import Args, Op, Size, below, between, color, interval, number, whole
-from augment.ops.pixel import batch_stretch
-from augment.random import TABLE_SIZE, stretch, uniform_table
+from refract.augment.on_device import on_device
+from refract.augment.ops.op import Args, Op, Size, below, between, color, interval, number, whole
+from refract.augment.ops.pixel import batch_stretch
+from refract.augment.random import TABLE_SIZE, stretch, uniform_table
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,5 @@
-"""Ops on a sample's text: words and characters deleted, swapped, inserted and replaced. They read and write `augment.words`' pieces.
+"""Ops on a sample's text: words and characters deleted, swapped, inserted and replaced. They read and write `refract.augment.words`'
+pieces.
 
 The four of words follow Wei & Zou 2019, arXiv:1901.11196 ("EDA"), section 2, with the deviations that are said.
 """
@@ -13,10 +14,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from augment import words
-from augment.ops.op import Args, Op, Size, below, number
-from augment.paraphrases import check_cache, paraphrases
-from augment.random import keyed_generator
+from refract.augment import words
+from refract.augment.ops.op import Args, Op, Size, below, number
+from refract.augment.paraphrases import check_cache, paraphrases
+from refract.augment.random import keyed_generator
 
 Places = list[int]
 
@@ -26,7 +27,7 @@ class TextOp(Op):
     """Works on the text of a sample; drawn by a key of its own, whatever befalls the picture.
 
     share: of the words that are changed, in [0, 1]; of a text of few words at least one is. keep: words that stay as they are, see
-    `augment.words.kept`; by default what holds a digit, and negations.
+    `refract.augment.words.kept`; by default what holds a digit, and negations.
     """
 
     kind: ClassVar[str] = "text"
@@ -109,7 +110,7 @@ class WordCrop(TextOp):
 
 @dataclass(frozen=True, kw_only=True)
 class TableOp(TextOp):
-    """table: a file of synonyms, see `augment.words.synonyms`."""
+    """table: a file of synonyms, see `refract.augment.words.synonyms`."""
 
     table: str
 
@@ -317,7 +318,7 @@ class BackTranslation(TextOp):
 
 def run(steps: Any, text: str) -> str:
     """The text after the steps, as a policy drew them for it."""
-    from augment.ops import OPS
+    from refract.augment.ops import OPS
 
     for step in steps:
         op = OPS[step.op]

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from augment import words
-from augment.ops.op import Args, Size, below, nearest
-from augment.ops.text import TextOp
-from augment.plan import Step
+from refract.augment import words
+from refract.augment.ops.op import Args, Size, below, nearest
+from refract.augment.ops.text import TextOp
+from refract.augment.plan import Step
 
 PREFIX = "nlpaug."
 

@@ -8,8 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from augment.ops.geometric import GeometricOp, Matrix, check_border, check_interpolation, matrix, outside, sampling
-from augment.ops.op import Args, Size, around, between, interval, number
+from refract.augment.ops.geometric import (
+    GeometricOp,
+    Matrix,
+    check_border,
+    check_interpolation,
+    matrix,
+    outside,
+    sampling,
+)
+from refract.augment.ops.op import Args, Size, around, between, interval, number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from benchmarks.finetuners.task import answer, given
 
 
 def main() -> None:
-    from pipeline.config import load_config
-    from pipeline.training import train
+    from refract.pipeline.config import load_config
+    from refract.pipeline.training import train
 
     task = given()
     logging.basicConfig(level=logging.ERROR)

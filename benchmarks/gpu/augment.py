@@ -70,8 +70,8 @@ def torchvision_v2(images: "torch.Tensor") -> Callable[[], "torch.Tensor"]:
 
 def _plans(count: int, options: Options) -> float:
     """Seconds in which the processor draws the plans of a batch: the part of a run that no GPU makes faster."""
-    from augment import Augmenter
     from benchmarks.augment_batch import POLICY, SIDE
+    from refract.augment import Augmenter
 
     augmenter = Augmenter(POLICY, seed=0)
     return timed(

@@ -19,9 +19,9 @@ from benchmarks.gpu.timing import device_facts, wait
 if TYPE_CHECKING:
     import torch
 
-    from models.classifier import Classifier
-    from pipeline.config import Config
-    from pipeline.fitting import Assembly
+    from refract.models.classifier import Classifier
+    from refract.pipeline.config import Config
+    from refract.pipeline.fitting import Assembly
 
 CONFIG = Path(__file__).parents[2] / "configs" / "cifar10-94.yaml"
 QUICK = (
@@ -31,13 +31,13 @@ QUICK = (
 
 def run(options: Options, record: Record, clock: Clock) -> None:
     """Measure the stage `cifar`."""
-    import refract
+    import refract.cli
 
-    refract.prepare_to_compute()
-    from models.allocator import keep_freed_memory
-    from pipeline.config import load_config
-    from pipeline.fitting import assemble
-    from pipeline.progress import quiet_lightning
+    refract.cli.prepare_to_compute()
+    from refract.models.allocator import keep_freed_memory
+    from refract.pipeline.config import load_config
+    from refract.pipeline.fitting import assemble
+    from refract.pipeline.progress import quiet_lightning
 
     device = options.device
     if options.cifar is None and not options.quick:
@@ -78,7 +78,7 @@ def train_plainly(
     import torch
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-    from models.losses import classification_loss
+    from refract.models.losses import classification_loss
 
     module, order = assembly.module, assembly.data.order
     classifier.to(device, memory_format=torch.channels_last).train()
@@ -148,9 +148,9 @@ def _refract_side(assembly: "Assembly", config: "Config", record: Record, option
     """Train as `refract train` does, and measure."""
     from lightning.pytorch.callbacks import Callback
 
-    from pipeline.cost import Cost
-    from pipeline.doctor.run import make_doctor
-    from pipeline.fitting import fit
+    from refract.pipeline.cost import Cost
+    from refract.pipeline.doctor.run import make_doctor
+    from refract.pipeline.fitting import fit
 
     device, keys = options.device, []
     for epoch in range(config.trainer.max_epochs):
@@ -189,7 +189,7 @@ def _refract_side(assembly: "Assembly", config: "Config", record: Record, option
 
 def _accuracy(classifier: "Classifier", assembly: "Assembly", tta: Any) -> float:
     """On the test set."""
-    from pipeline.evaluation import evaluate
+    from refract.pipeline.evaluation import evaluate
 
     manifest = assembly.manifest
     found = evaluate(

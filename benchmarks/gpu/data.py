@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.data.manifest import Manifest
+    from refract.pipeline.data.manifest import Manifest
 
 SPLITS = ("train", "val", "test")
 
@@ -39,7 +39,7 @@ def write_jpegs(folder: Path, images: list[bytes]) -> list[Path]:
 
 def cifar(tar: Path, *, val_share: float, seed: int) -> "Manifest":
     """The images of a tar of train|test/CLASS/NAME.jpg, in memory, with a validation split drawn. ValueError for another layout."""
-    from pipeline.data.manifest import Manifest, Sample
+    from refract.pipeline.data.manifest import Manifest, Sample
 
     members: list[tuple[str, str, str, bytes]] = []
     with tarfile.open(tar) as archive:
@@ -64,7 +64,7 @@ def colours(*, val_share: float, seed: int, train: int = 60, test: int = 30) -> 
     import numpy as np
     import simplejpeg
 
-    from pipeline.data.manifest import Manifest, Sample
+    from refract.pipeline.data.manifest import Manifest, Sample
 
     labels, samples = ("blue", "green", "red"), []
     for number in range(train + test):
@@ -77,7 +77,7 @@ def colours(*, val_share: float, seed: int, train: int = 60, test: int = 30) -> 
 
 
 def _split(manifest: "Manifest", val_share: float, seed: int) -> "Manifest":
-    from pipeline.data.splits import draw_splits
+    from refract.pipeline.data.splits import draw_splits
 
     hashes = {sample.key: hashlib.sha256(sample.read()).hexdigest() for sample in manifest.samples}
     split = draw_splits(manifest, hashes, val_share=val_share, test_share=0.2, seed=seed)

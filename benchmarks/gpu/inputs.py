@@ -17,7 +17,7 @@ from benchmarks.gpu.timing import device_facts, timed, wait
 if TYPE_CHECKING:
     import torch
 
-    from models.classifier import Classifier
+    from refract.models.classifier import Classifier
 
 POLICY = [{"RandomResizedCrop": {"size": 224, "scale": [0.35, 1.0]}}, "HorizontalFlip"]
 HEIGHT, WIDTH = 375, 500
@@ -60,8 +60,8 @@ def trainer_of(device: str, side: int, *, quick: bool) -> tuple["Classifier", Ca
     """A ResNet-50 (quick: a small network) and the training step of a plain loop, bf16, channels_last, not compiled."""
     import torch
 
-    from models.classifier import Classifier
-    from models.networks import build
+    from refract.models.classifier import Classifier
+    from refract.models.networks import build
 
     network = build("cnn" if quick else "resnet50", 100, image_size=(side, side), args={"widths": [8]} if quick else {})
     classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3).to(device, memory_format=torch.channels_last)
@@ -89,9 +89,9 @@ def _loaded(files: list[Path], size: int, side: int, device: str, workers: int) 
     """Batches by `refract train`'s loader, epoch after epoch."""
     import torch
 
-    from augment import Augmenter, Preprocess
-    from pipeline.data.manifest import Manifest, Sample
-    from pipeline.data.module import PictureData
+    from refract.augment import Augmenter, Preprocess
+    from refract.pipeline.data.manifest import Manifest, Sample
+    from refract.pipeline.data.module import PictureData
 
     repeats = 1 + 16 * size // len(files)
     samples = tuple(Sample(str(file), (number % 2,), "train") for number, file in enumerate(files * repeats))
@@ -113,7 +113,7 @@ def _decoded(files: list[Path], size: int, side: int, device: str, workers: int)
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    from augment import Augmenter, batch
+    from refract.augment import Augmenter, batch
 
     encoded = [torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in files]
     augmenter, place = Augmenter(POLICY, seed=0, size=(side, side)), 0

@@ -15,7 +15,7 @@ from benchmarks.gpu.record import Record
 from benchmarks.gpu.timing import device_facts, timed, wait
 
 if TYPE_CHECKING:
-    from models.classifier import Classifier
+    from refract.models.classifier import Classifier
 
 PEAK_TFLOPS = (
     ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H200", 989), ("A100", 312), ("L40S", 362), ("L4", 121), ("A10", 125),
@@ -29,9 +29,9 @@ def run(options: Options, record: Record, clock: Clock) -> None:
     """Measure the stage `resnet`."""
     import torch
 
-    from models.classifier import Classifier
-    from models.networks import build
-    from pipeline.progress import quiet_lightning
+    from refract.models.classifier import Classifier
+    from refract.models.networks import build
+    from refract.pipeline.progress import quiet_lightning
 
     quiet_lightning()
     warnings.filterwarnings("ignore")
@@ -104,7 +104,7 @@ def through_lightning(classifier: "Classifier", batch: dict[str, Any], device: s
     from lightning.pytorch.callbacks import Callback
     from torch.utils.data import DataLoader
 
-    from models.module import ClassifierModule
+    from refract.models.module import ClassifierModule
 
     class Meter(Callback):
         started = seconds = 0.0

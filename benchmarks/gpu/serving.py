@@ -17,8 +17,8 @@ from benchmarks.gpu.timing import device_facts, timed
 if TYPE_CHECKING:
     import numpy as np
 
-    from models.bundle import Bundle
-    from serve.engine import Engine
+    from refract.models.bundle import Bundle
+    from refract.serve.engine import Engine
 
 CONNECTIONS, HALF_CONNECTIONS = 64, 32
 MAX_WAIT_MS = 2.0
@@ -31,9 +31,9 @@ COMPILING_S = 40.0
 
 def run(options: Options, record: Record, clock: Clock) -> None:
     """Measure the stage `serving`."""
-    import refract
+    import refract.cli
 
-    refract.prepare_to_compute()
+    refract.cli.prepare_to_compute()
     quick, side = options.quick, 32 if options.quick else 224
     record.fact(
         **device_facts(options.device), side=side, image=[375, 500], connections=CONNECTIONS, max_wait_ms=MAX_WAIT_MS
@@ -66,7 +66,7 @@ def _network(
 ) -> "Bundle":
     """Measure all but the compiled backend."""
     from benchmarks.servers.start import make_bundle
-    from models.bundle import load_bundle
+    from refract.models.bundle import load_bundle
 
     quick = options.quick
     path = make_bundle("lenet5" if quick else name, images[:8], options.work / name, size=32 if quick else 224)
@@ -88,8 +88,8 @@ def _backend(
     """Batch size → images a second, the copies to and from the device included; empty where the backend refuses the bundle."""
     import numpy as np
 
-    from models.bundle import BundleError
-    from serve.engine import Engine
+    from refract.models.bundle import BundleError
+    from refract.serve.engine import Engine
 
     found: dict[int, float] = {}
     try:
@@ -112,7 +112,7 @@ def _predict(engine: "Engine", batch: "np.ndarray", options: Options, seconds: f
 
 def _decoding(bundle: "Bundle", images: list[bytes], *, seconds: float) -> float:
     """Images a second that the processor decodes and resizes, on all cores."""
-    from augment.preprocess import Preprocess
+    from refract.augment.preprocess import Preprocess
 
     preprocess, count = Preprocess.from_dict(bundle.info.preprocess), len(images)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -9,7 +9,7 @@ import litserve
 import torch
 
 from benchmarks.servers.peer import pixels
-from models.bundle import load_bundle
+from refract.models.bundle import load_bundle
 
 
 class Api(litserve.LitAPI):

@@ -8,10 +8,10 @@ import sys
 import threading
 from pathlib import Path
 
-from models.bundle import load_bundle
-from serve.app import create_app
-from serve.engine import Engine
-from serve.server import Server, listen
+from refract.models.bundle import load_bundle
+from refract.serve.app import create_app
+from refract.serve.engine import Engine
+from refract.serve.server import Server, listen
 
 
 def main() -> None:

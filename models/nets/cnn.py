@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from models.nets.mlp import warn_of_dropout
-from models.parts.activations import make_activation, pieces_of
-from models.parts.convs import make_conv
-from models.parts.norms import make_norm, standardise_weights
-from models.parts.pooling import make_global_pool, make_pool
+from refract.models.nets.mlp import warn_of_dropout
+from refract.models.parts.activations import make_activation, pieces_of
+from refract.models.parts.convs import make_conv
+from refract.models.parts.norms import make_norm, standardise_weights
+from refract.models.parts.pooling import make_global_pool, make_pool
 
 
 class CNN(nn.Module):
     """Stages of convolution, norm and activation, each ended by pooling; global pooling; dropout; a linear head.
 
-    widths: channels of each stage; depth: convolutions of a stage; conv, norm, activation, pool, global_pool: see `models.parts`;
+    widths: channels of each stage; depth: convolutions of a stage; conv, norm, activation, pool, global_pool: see `refract.models.parts`;
     activation_args: of the activation; kernel: in pixels, odd. residual: add the input of every convolution after a stage's first to its
     output; drop_path: share of these left out in training, rising linearly from the first to the last (stochastic depth: Huang et al.
     2016, arXiv:1603.09382); dropout: before the head. With conv `3d` the three channels are a stack of slices.

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.nets.rbf import clustered
-from models.parts import pick
+from refract.models.nets.rbf import clustered
+from refract.models.parts import pick
 
 
 class ColourHistogram(nn.Module):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.parts.activations import make_activation, pieces_of
-from models.parts.norms import make_norm, standardise_weights
+from refract.models.parts.activations import make_activation, pieces_of
+from refract.models.parts.norms import make_norm, standardise_weights
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ class Perceptron(nn.Module):
 class MLP(nn.Module):
     """Hidden layers of linear, norm, activation and dropout on the flattened pixels, then a linear head.
 
-    hidden: units of each layer; activation, norm: see `models.parts`; activation_args: of the activation, as {slope: 2.0}; dropout: share
+    hidden: units of each layer; activation, norm: see `refract.models.parts`; activation_args: of the activation, as {slope: 2.0};
+    dropout: share
     of the units set to 0 in training, in [0, 1) (Srivastava et al. 2014); pretrain: `rbm` trains the hidden layers one by one on the
     pictures that `prepare` gets, epochs of it in pretrain_epochs; sigmoid units then.
     """

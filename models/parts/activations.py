@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from models.parts import pick
+from refract.models.parts import pick
 
 
 class _StepFunction(torch.autograd.Function):

@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from torch import Tensor, nn
 
-from models.parts import pick
+from refract.models.parts import pick
 
 GROUPS = 4
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from models.parts import pick
+from refract.models.parts import pick
 
 SMALL, LARGE = 0.01, 1.0
 """Standard deviations of the two Gaussians that courses warn of."""

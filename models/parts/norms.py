@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from models.parts import pick
+from refract.models.parts import pick
 
 GROUPS = 8
 """Channels of a group norm are cut into this many groups, or into one where they are no multiple of it."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.parts import pick
+from refract.models.parts import pick
 
 
 class StochasticPool(nn.Module):

@@ -1,4 +1,4 @@
-"""Networks that read texts, each int rows (N, L) of `models.texts.tokens` → features (N, width). Knows nothing of pictures."""
+"""Networks that read texts, each int rows (N, L) of `refract.models.texts.tokens` → features (N, width). Knows nothing of pictures."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.texts.tokens import HashedNgrams, TokenizerTokens, Tokens
+from refract.models.texts.tokens import HashedNgrams, TokenizerTokens, Tokens
 
 HASHING = "hashing"
 POOLINGS = ("auto", "mean", "cls", "last")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.answer import confidences, given_labels
-from pipeline.batch.listing import Shard
+from refract.models.answer import confidences, given_labels
+from refract.pipeline.batch.listing import Shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from models.bundle import BundleInfo
+    from refract.models.bundle import BundleInfo
 
 KEY, ABOUT = b"refract.key", b"refract"
 """In a file's metadata: what its rows depend on, as one digest; what is told of them, as JSON."""
@@ -40,7 +40,7 @@ def table_of(shard: Shard, answers: Sequence[np.ndarray | str], info: BundleInfo
 
     whole = np.array([isinstance(answer, np.ndarray) for answer in answers])
     found = np.stack([answer for answer in answers if isinstance(answer, np.ndarray)] or [_none(info)])
-    # The first of equal probabilities, as in `models.answer.prediction`.
+    # The first of equal probabilities, as in `refract.models.answer.prediction`.
     best = found.argmax(1)
     confidence = found[np.arange(len(found)), best]
     place = np.maximum(whole.cumsum() - 1, 0)  # of a row's answer in `found`
@@ -61,7 +61,7 @@ def table_of(shard: Shard, answers: Sequence[np.ndarray | str], info: BundleInfo
     below = info.abstain_below
     if below is None:
         columns["abstain"] = [None] * len(answers)
-    else:  # in double precision, as `models.answer.prediction`
+    else:  # in double precision, as `refract.models.answer.prediction`
         unsure = (confidences(found, info.task, info.thresholds).astype(float) < below) | (below >= 1)
         columns["abstain"] = pa.array(unsure[place], mask=~whole)
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)

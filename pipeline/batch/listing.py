@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from augment.decode import SUFFIXES
-from augment.image_files import image_files
-from pipeline.data.errors import DataError
-from pipeline.data.folders import unreadable
-from pipeline.data.tables import is_table, read_table
+from refract.augment.decode import SUFFIXES
+from refract.augment.image_files import image_files
+from refract.pipeline.data.errors import DataError
+from refract.pipeline.data.folders import unreadable
+from refract.pipeline.data.tables import is_table, read_table
 
 
 class Row(NamedTuple):

@@ -13,11 +13,11 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-from pipeline.batch.listing import Row, Shard
-from pipeline.batch.processes import ScoringError, told
-from pipeline.batch.worker import Done, Job, Scorer
-from pipeline.data.manifest import DataError
-from pipeline.stopping import Stop, Stopped
+from refract.pipeline.batch.listing import Row, Shard
+from refract.pipeline.batch.processes import ScoringError, told
+from refract.pipeline.batch.worker import Done, Job, Scorer
+from refract.pipeline.data.manifest import DataError
+from refract.pipeline.stopping import Stop, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,8 @@ class _Actor:
 
 
 def score_on_ray(shards: Sequence[Shard], job: Job, jobs: int | None, device: str, stop: Stop) -> Iterator[Done | None]:
-    """As `pipeline.batch.processes.score_in_processes`; jobs: actors, None for one a GPU or core of the cluster. DataError where Ray is not
-    installed; ScoringError where it fails."""
+    """As `refract.pipeline.batch.processes.score_in_processes`; jobs: actors, None for one a GPU or core of the cluster. DataError where
+    Ray is not installed; ScoringError where it fails."""
     if find_spec("ray") is None:
         raise DataError("--engine ray: Ray is not installed; pip install refract[ray], or leave the option out")
     os.environ.update(QUIET)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.batch.answers import KEY
-from pipeline.data.manifest import DataError
-from pipeline.files import write_atomically, written_atomically
+from refract.pipeline.batch.answers import KEY
+from refract.pipeline.data.manifest import DataError
+from refract.pipeline.files import write_atomically, written_atomically
 
 if TYPE_CHECKING:
     import pyarrow as pa

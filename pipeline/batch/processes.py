@@ -13,11 +13,11 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
-from pipeline.batch.listing import Shard
-from pipeline.stopping import Stop, Stopped
+from refract.pipeline.batch.listing import Shard
+from refract.pipeline.stopping import Stop, Stopped
 
 if TYPE_CHECKING:
-    from pipeline.batch.worker import Done, Job
+    from refract.pipeline.batch.worker import Done, Job
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def _work(pipe: Connection, job: "Job") -> None:
     """The process. It sends None when it is ready, Done for each part that is written, and a text where it cannot go on."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        from pipeline.batch.worker import Scorer
+        from refract.pipeline.batch.worker import Scorer
 
         scorer = Scorer(job)
         pipe.send(None)

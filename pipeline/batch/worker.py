@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from models.allocator import keep_freed_memory
-from models.bundle import BundleError, load_bundle
-from models.texts.tokens import trimmed
-from pipeline.batch.answers import schema_of, table_of
-from pipeline.batch.listing import Row, Shard
-from pipeline.batch.parts import write_part
-from pipeline.files import read_file
-from pipeline.scoring import Question, preprocess_of, score
+from refract.models.allocator import keep_freed_memory
+from refract.models.bundle import BundleError, load_bundle
+from refract.models.texts.tokens import trimmed
+from refract.pipeline.batch.answers import schema_of, table_of
+from refract.pipeline.batch.listing import Row, Shard
+from refract.pipeline.batch.parts import write_part
+from refract.pipeline.files import read_file
+from refract.pipeline.scoring import Question, preprocess_of, score
 
 
 @dataclass(frozen=True)

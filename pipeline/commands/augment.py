@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
 
 def _augment(args: argparse.Namespace) -> int:
-    from pipeline.augmented import PLANS, draw_plans, read_plans, write_copies
+    from refract.pipeline.augmented import PLANS, draw_plans, read_plans, write_copies
 
     source, target = (Path(path) for path in args.paths[-2:])
     if args.replay:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from pipeline.comparison import against, curves, differences, read_run
+    from refract.pipeline.comparison import against, curves, differences, read_run
 
     runs = [read_run(path) for path in args.runs]
     found_of = [(run, *against(runs[0], run)) for run in runs[1:]]

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from models.credentials import masked
-from pipeline.stopping import ASKED_TO_STOP, Stopped
+from refract.models.credentials import masked
+from refract.pipeline.stopping import ASKED_TO_STOP, Stopped
 
 # Named, not imported: that would load PyTorch for every command.
 INPUT_ERRORS = ("BundleError", "CacheError", "TranslationError", "PromotionError")
@@ -21,13 +21,13 @@ SERVICE_ERRORS = (
 def run(command: str, work: Callable[[], int]) -> int:
     """Run a command's work. Returns its exit code; 2 for input that cannot be used, 1 for a service that failed, each with its reason; 75
     after SIGTERM and 130 after Ctrl-C, with what goes on from there."""
-    from augment import ImageError, PolicyError
-    from pipeline.config import ConfigError
-    from pipeline.data.manifest import DataError
+    from refract.augment import ImageError, PolicyError
+    from refract.pipeline.config import ConfigError
+    from refract.pipeline.data.manifest import DataError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pipeline").setLevel(logging.INFO)
-    logging.getLogger("models").setLevel(logging.INFO)
+    logging.getLogger("refract.pipeline").setLevel(logging.INFO)
+    logging.getLogger("refract.models").setLevel(logging.INFO)
     try:
         return work()
     except Stopped as stopped:

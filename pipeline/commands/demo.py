@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.commands import console
-from pipeline.commands.promote import by_hand
-from pipeline.commands.train import seen_at
+from refract.pipeline.commands import console
+from refract.pipeline.commands.promote import by_hand
+from refract.pipeline.commands.train import seen_at
 
 SHOWN = 10
 
@@ -28,9 +28,9 @@ def main(argv: list[str]) -> int:
 
 
 def _demo() -> int:
-    from models.bundle import load_bundle
-    from pipeline.config import load_config
-    from pipeline.training import train
+    from refract.models.bundle import load_bundle
+    from refract.pipeline.config import load_config
+    from refract.pipeline.training import train
 
     config = load_config(example("digits.yaml"))
     print("1. Train on scikit-learn's handwritten digits, with augmentation, tracked in MLflow")
@@ -58,9 +58,9 @@ def _demo() -> int:
 
 
 def example(name: str) -> Path:
-    """A config that comes with Refract: beside the packages in a checkout, inside `pipeline` where it was installed."""
+    """A config that comes with Refract: at the top of a checkout, inside `refract/pipeline` where it was installed."""
     here = Path(__file__).parents[1]
-    for folder in (here / "configs", here.parent / "configs"):
+    for folder in (here / "configs", here.parents[1] / "configs"):
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(2, "the example config is missing from this installation", name)
@@ -84,7 +84,7 @@ def _ask(url: str, splits: Path, labels: tuple[str, ...]) -> int:
     """Send held-out pictures, print the answers, return how many are right."""
     import pandas as pd
 
-    from pipeline.data.manifest import load_manifest
+    from refract.pipeline.data.manifest import load_manifest
 
     held_out = set(pd.read_csv(splits, dtype=str).query("split == 'test'")["path"])
     samples = [sample for sample in load_manifest("digits").samples if sample.path in held_out]

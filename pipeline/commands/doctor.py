@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 
 def main(argv: list[str]) -> int:
@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
 
 
 def _doctor(run: Path) -> int:
-    from pipeline.doctor.stored import read_findings
+    from refract.pipeline.doctor.stored import read_findings
 
     findings, record = read_findings(run)
     for finding in findings:

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 if TYPE_CHECKING:
-    from pipeline.drift.compare import Drift
+    from refract.pipeline.drift.compare import Drift
 
 STOP = 20
 
@@ -60,9 +60,9 @@ def main(argv: list[str]) -> int:
 
 
 def _drift(args: argparse.Namespace) -> int:
-    from models.bundle import load_bundle
-    from pipeline.drift.measure import measure_drift
-    from pipeline.files import write_atomically
+    from refract.models.bundle import load_bundle
+    from refract.pipeline.drift.measure import measure_drift
+    from refract.pipeline.files import write_atomically
 
     thresholds = _thresholds(args)
     found = measure_drift(
@@ -108,8 +108,8 @@ def _show(drift: "Drift") -> None:
 
 def _thresholds(args: argparse.Namespace) -> Any:
     """DataError names the option."""
-    from pipeline.data.manifest import DataError
-    from pipeline.drift.thresholds import THRESHOLDS, parse_thresholds
+    from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.drift.thresholds import THRESHOLDS, parse_thresholds
 
     found = dict(THRESHOLDS)
     if args.thresholds:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 
 def main(argv: list[str]) -> int:
@@ -35,17 +35,17 @@ def main(argv: list[str]) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from models.bundle import load_bundle
-    from pipeline.advice import notes_on
-    from pipeline.data.folders import skipped_lines
-    from pipeline.data.manifest import DataError, load_manifest
-    from pipeline.evaluation import evaluate
-    from pipeline.files import write_atomically
-    from pipeline.preparation import held_out
-    from pipeline.report import make_report
-    from pipeline.robustness import EFFORTS, measure_robustness
-    from pipeline.scoring import preprocess_of
-    from pipeline.slices import slices
+    from refract.models.bundle import load_bundle
+    from refract.pipeline.advice import notes_on
+    from refract.pipeline.data.folders import skipped_lines
+    from refract.pipeline.data.manifest import DataError, load_manifest
+    from refract.pipeline.evaluation import evaluate
+    from refract.pipeline.files import write_atomically
+    from refract.pipeline.preparation import held_out
+    from refract.pipeline.report import make_report
+    from refract.pipeline.robustness import EFFORTS, measure_robustness
+    from refract.pipeline.scoring import preprocess_of
+    from refract.pipeline.slices import slices
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
@@ -139,8 +139,8 @@ def relabelled(manifest, labels):
     """The samples with their labels' places in the bundle. DataError names labels that the bundle does not know."""
     from dataclasses import replace
 
-    from pipeline.data.folders import inner_hint, label_of
-    from pipeline.data.manifest import DataError
+    from refract.pipeline.data.folders import inner_hint, label_of
+    from refract.pipeline.data.manifest import DataError
 
     known = {label_of(label): place for place, label in enumerate(labels)}
     unknown = [label for label in manifest.labels if label not in known]

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 
 def main(argv: list[str]) -> int:
@@ -31,8 +31,8 @@ def _explain(args: argparse.Namespace) -> int:
 
     import cv2
 
-    from augment import Augmenter, image_size
-    from augment.explain import explain
+    from refract.augment import Augmenter, image_size
+    from refract.augment.explain import explain
 
     cv2.setNumThreads(1)
     data = args.image.read_bytes()

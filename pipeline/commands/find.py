@@ -2,7 +2,7 @@
 
 import sys
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 
 def main(argv: list[str]) -> int:
@@ -18,8 +18,8 @@ def main(argv: list[str]) -> int:
 
 
 def _find(what: str, path: str, overrides: list[str]) -> int:
-    from pipeline.config import load_config
-    from pipeline.finders import find_batch_size, find_lr
+    from refract.pipeline.config import load_config
+    from refract.pipeline.finders import find_batch_size, find_lr
 
     config = load_config(path, overrides)
     if what == "batch-size":

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 if TYPE_CHECKING:
-    from pipeline.data.manifest import Manifest
-    from pipeline.suggest import Proposal, Survey
+    from refract.pipeline.data.manifest import Manifest
+    from refract.pipeline.suggest import Proposal, Survey
 
 ROWS, VARIANTS = 4, 5
 """Of the preview grid."""
@@ -43,9 +43,9 @@ def main(argv: list[str]) -> int:
 
 
 def _init(source: str, output: Path, name: str | None, weights: str | None) -> int:
-    from pipeline.data.manifest import load_manifest
-    from pipeline.files import write_atomically
-    from pipeline.suggest import check_start, choice_table, config_text, propose, take_survey
+    from refract.pipeline.data.manifest import load_manifest
+    from refract.pipeline.files import write_atomically
+    from refract.pipeline.suggest import check_start, choice_table, config_text, propose, take_survey
 
     manifest = load_manifest(source)
     start = check_start(name, weights, len(manifest.labels))
@@ -83,10 +83,10 @@ def _preview(manifest: "Manifest", proposal: "Proposal", output: Path) -> Path |
     """Draw the preview grid beside the config, NAME.preview.png. None where too few of the images can be read."""
     import io
 
-    from augment import Augmenter
-    from pipeline.data.manifest import DataError
-    from pipeline.files import write_atomically
-    from pipeline.preview import preview_grid, shown_samples, spread
+    from refract.augment import Augmenter
+    from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.files import write_atomically
+    from refract.pipeline.preview import preview_grid, shown_samples, spread
 
     try:
         rows = [shown for shown in shown_samples(manifest, 3 * ROWS) if _decodes(shown.data)]
@@ -105,7 +105,7 @@ def _preview(manifest: "Manifest", proposal: "Proposal", output: Path) -> Path |
 
 
 def _decodes(data: bytes) -> bool:
-    from augment import ImageError, decode
+    from refract.augment import ImageError, decode
 
     try:
         decode(data)

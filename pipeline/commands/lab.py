@@ -5,10 +5,10 @@ import re
 import time
 from pathlib import Path
 
-from pipeline.commands import console
-from pipeline.config import ConfigError
-from pipeline.lab import Outcome, experiments
-from pipeline.plots import save
+from refract.pipeline.commands import console
+from refract.pipeline.config import ConfigError
+from refract.pipeline.lab import Outcome, experiments
+from refract.pipeline.plots import save
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +27,7 @@ def _lab(args: argparse.Namespace) -> int:
     known = experiments()
     for name in args.name:
         if name not in known:
-            from augment.ops.op import nearest
+            from refract.augment.ops.op import nearest
 
             raise ConfigError(f"no experiment is called {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     failed = []

@@ -7,7 +7,7 @@ import json
 import textwrap
 from typing import Any
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 
 def main(argv: list[str]) -> int:
@@ -22,9 +22,9 @@ def main(argv: list[str]) -> int:
 
 
 def _ops(args: argparse.Namespace) -> int:
-    from augment.ops import OPS
-    from augment.ops.op import nearest
-    from augment.policy import PolicyError
+    from refract.augment.ops import OPS
+    from refract.augment.ops.op import nearest
+    from refract.augment.policy import PolicyError
 
     if args.name is not None and args.name not in OPS:
         hint = nearest(args.name, OPS) or f"; known: {', '.join(OPS)}"
@@ -61,8 +61,8 @@ _KINDS = ("geometric", "color", "pixel", "region", "batch", "text", "choice")
 
 def described(name: str) -> dict[str, Any]:
     """An op as plain values: name, kind, parameters with their defaults (`required` for those without), help, doc, cpu_only."""
-    from augment.ops import OPS
-    from augment.ops.pixel import cpu_only
+    from refract.augment.ops import OPS
+    from refract.augment.ops.pixel import cpu_only
 
     op = OPS[name]
     doc = inspect.cleandoc(op.__doc__ or "")

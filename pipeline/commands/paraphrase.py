@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 HUB = "Helsinki-NLP/opus-mt-{from}-{to}"
 
@@ -63,11 +63,11 @@ def main(argv: list[str]) -> int:
 
 
 def _paraphrase(args: argparse.Namespace) -> int:
-    from augment.translate import Filter
-    from augment.words import NEGATIONS, NUMBERS
-    from pipeline.data.manifest import DataError
-    from pipeline.data.texts import texts_of
-    from pipeline.paraphrasing import Plan, paraphrase
+    from refract.augment.translate import Filter
+    from refract.augment.words import NEGATIONS, NUMBERS
+    from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.data.texts import texts_of
+    from refract.pipeline.paraphrasing import Plan, paraphrase
 
     keep = [word for word in args.keep.split(",") if word]
     try:

@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.top < 1:
         parser.error(f"--top: {args.top} is not at least 1")
-    from models.texts.tokens import trimmed
+    from refract.models.texts.tokens import trimmed
 
     given = args.text or []
     if len(given) > 1:
@@ -41,9 +41,9 @@ def main(argv: list[str]) -> int:
 def _predict(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from models.bundle import load_bundle
-    from pipeline.files import read_file
-    from pipeline.scoring import Question, preprocess_of, score
+    from refract.models.bundle import load_bundle
+    from refract.pipeline.files import read_file
+    from refract.pipeline.scoring import Question, preprocess_of, score
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
@@ -73,7 +73,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
     """The pictures. DataError for what the bundle does not read."""
-    from pipeline.data.manifest import DataError
+    from refract.pipeline.data.manifest import DataError
 
     if args.text and "texts" not in reads:
         raise DataError(f"--text: {args.bundle} reads no texts")
@@ -83,7 +83,7 @@ def _asked(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
 
 
 def _show(file: Path, answer, info, args: argparse.Namespace, cut: bool) -> None:
-    from models.answer import confidences, line, prediction
+    from refract.models.answer import confidences, line, prediction
 
     thresholds = info.thresholds if info.task == "multilabel" else None
     own = {"top": args.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
@@ -93,9 +93,9 @@ def _show(file: Path, answer, info, args: argparse.Namespace, cut: bool) -> None
 
 
 def picture_files(paths: list[Path]) -> list[Path]:
-    from augment.decode import SUFFIXES
-    from augment.image_files import walk
-    from pipeline.data.manifest import DataError
+    from refract.augment.decode import SUFFIXES
+    from refract.augment.image_files import walk
+    from refract.pipeline.data.manifest import DataError
 
     if not any(path.exists() for path in paths):
         raise DataError(f"{paths[0]}: no such file or folder")

@@ -4,7 +4,7 @@ import argparse
 import io
 from pathlib import Path
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 
 def main(argv: list[str]) -> int:
@@ -31,9 +31,9 @@ def main(argv: list[str]) -> int:
 
 
 def _preview(args: argparse.Namespace) -> int:
-    from augment import Augmenter
-    from pipeline.files import write_atomically
-    from pipeline.preview import preview_grid
+    from refract.augment import Augmenter
+    from refract.pipeline.files import write_atomically
+    from refract.pipeline.preview import preview_grid
 
     policy, seed, size, color_profile, pictures = (
         _from_config(args) if args.source.endswith((".yaml", ".yml")) else _from_pictures(args)
@@ -53,9 +53,9 @@ def _preview(args: argparse.Namespace) -> int:
 
 
 def _from_config(args: argparse.Namespace):
-    from pipeline.config import load_config
-    from pipeline.data.manifest import load_manifest
-    from pipeline.preview import shown_samples
+    from refract.pipeline.config import load_config
+    from refract.pipeline.data.manifest import load_manifest
+    from refract.pipeline.preview import shown_samples
 
     config = load_config(args.source)
     manifest = load_manifest(config.data.source, config.data.task)
@@ -70,8 +70,8 @@ def _from_config(args: argparse.Namespace):
 
 
 def _from_pictures(args: argparse.Namespace):
-    from pipeline.commands.predict import picture_files
-    from pipeline.preview import Shown, spread
+    from refract.pipeline.commands.predict import picture_files
+    from refract.pipeline.preview import Shown, spread
 
     files = picture_files([Path(args.source)])
     pictures = [Shown(files[index].stem, files[index].read_bytes(), index) for index in spread(len(files), args.rows)]

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from models.credentials import masked
-from pipeline.commands import console
+from refract.models.credentials import masked
+from refract.pipeline.commands import console
 
 
 def main(argv: list[str]) -> int:
@@ -49,7 +49,7 @@ def by_hand(name: str, version: str, uri: str | None) -> str:
 
 
 def _promote(args: argparse.Namespace) -> int:
-    from pipeline.retraining.aliases import CHAMPION, PromotionError, aliases, numbered, promote, version_tags
+    from refract.pipeline.retraining.aliases import CHAMPION, PromotionError, aliases, numbered, promote, version_tags
 
     client, version = client_at(args.uri), numbered(args.version)
     champion = aliases(client, args.name).get(CHAMPION)
@@ -77,9 +77,9 @@ def try_to_load(client: Any, name: str, version: str) -> None:
 
     from mlflow.exceptions import MlflowException
 
-    from models.bundle import load_bundle
-    from pipeline.retraining.aliases import PromotionError
-    from pipeline.retraining.registry import download
+    from refract.models.bundle import load_bundle
+    from refract.pipeline.retraining.aliases import PromotionError
+    from refract.pipeline.retraining.registry import download
 
     with tempfile.TemporaryDirectory() as beside:
         try:
@@ -93,9 +93,9 @@ def try_to_load(client: Any, name: str, version: str) -> None:
 
 def client_at(uri: str | None) -> Any:
     """MLflow's client of the registry that is meant."""
-    from pipeline.retraining.registry import client_of
-    from pipeline.sections import TrackingConfig
-    from pipeline.tracking import tracking_uri
-    from pipeline.tracking.address import absolute
+    from refract.pipeline.retraining.registry import client_of
+    from refract.pipeline.sections import TrackingConfig
+    from refract.pipeline.tracking import tracking_uri
+    from refract.pipeline.tracking.address import absolute
 
     return client_of(absolute(tracking_uri(TrackingConfig(uri=uri))))

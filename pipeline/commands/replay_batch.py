@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 
 def main(argv: list[str]) -> int:
@@ -19,11 +19,11 @@ def main(argv: list[str]) -> int:
 def _replay(path: Path) -> int:
     import torch
 
-    from models.classifier import inputs_of
-    from models.losses import classification_loss
-    from models.making import make_classifier
-    from pipeline.config import ConfigError
-    from pipeline.reproducer import first_not_finite, layers
+    from refract.models.classifier import inputs_of
+    from refract.models.losses import classification_loss
+    from refract.models.making import make_classifier
+    from refract.pipeline.config import ConfigError
+    from refract.pipeline.reproducer import first_not_finite, layers
 
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from models.credentials import masked
-from pipeline.commands import console
+from refract.models.credentials import masked
+from refract.pipeline.commands import console
 
 
 def main(argv: list[str]) -> int:
@@ -26,9 +26,9 @@ def _rerun(run: str, uri: str | None) -> int:
 
     import torch
 
-    from pipeline.provenance import code_state, inputs, versions
-    from pipeline.runs import read_record, stored_config
-    from pipeline.training import train
+    from refract.pipeline.provenance import code_state, inputs, versions
+    from refract.pipeline.runs import read_record, stored_config
+    from refract.pipeline.training import train
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(run) if Path(run).is_dir() else _fetched(run, uri, Path(folder))
@@ -77,8 +77,8 @@ def _fetched(run_id: str, uri: str | None, folder: Path) -> Path:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    from pipeline.sections import TrackingConfig
-    from pipeline.tracking import TrackingError, tracking_uri
+    from refract.pipeline.sections import TrackingConfig
+    from refract.pipeline.tracking import TrackingError, tracking_uri
 
     server = uri or tracking_uri(TrackingConfig())
     try:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from models.credentials import masked
-from pipeline.commands import console
+from refract.models.credentials import masked
+from refract.pipeline.commands import console
 
 FLOW = Path(__file__).parent.parent / "flow.py"
 
@@ -44,10 +44,10 @@ def main(argv: list[str]) -> int:
 
 
 def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: bool) -> int:
-    from pipeline.config import ConfigError, load_config
-    from pipeline.retraining.night import Outcome, begin, note_failure, unfinished, worth_resuming
-    from pipeline.retraining.place import place_of, read
-    from pipeline.tracking.address import check_address, tracking_uri
+    from refract.pipeline.config import ConfigError, load_config
+    from refract.pipeline.retraining.night import Outcome, begin, note_failure, unfinished, worth_resuming
+    from refract.pipeline.retraining.place import place_of, read
+    from refract.pipeline.tracking.address import check_address, tracking_uri
 
     config = load_config(argv[0], argv[1:])
     place = place_of(config)

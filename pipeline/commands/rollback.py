@@ -2,8 +2,8 @@
 
 import argparse
 
-from pipeline.commands import console
-from pipeline.commands.promote import client_at, try_to_load, uri_option
+from refract.pipeline.commands import console
+from refract.pipeline.commands.promote import client_at, try_to_load, uri_option
 
 
 def main(argv: list[str]) -> int:
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
 
 
 def _rollback(args: argparse.Namespace) -> int:
-    from pipeline.retraining.aliases import rollback, way_back
+    from refract.pipeline.retraining.aliases import rollback, way_back
 
     client = client_at(args.uri)
     expected = way_back(client, args.name)

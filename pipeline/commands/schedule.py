@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 if TYPE_CHECKING:
-    from pipeline.schedule.book import Book, Schedule
+    from refract.pipeline.schedule.book import Book, Schedule
 
 STATE = Path("runs/schedule")
 SHOWN = 5
@@ -61,14 +61,14 @@ def main(argv: list[str]) -> int:
 
 
 def _keep(args: argparse.Namespace) -> int:
-    from pipeline.config import ConfigError
+    from refract.pipeline.config import ConfigError
 
     try:
-        from pipeline.schedule.cron import Cron, zone_named
-        from pipeline.schedule.keeper import RETRAIN, Plan, keep_schedule
+        from refract.pipeline.schedule.cron import Cron, zone_named
+        from refract.pipeline.schedule.keeper import RETRAIN, Plan, keep_schedule
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed; pip install refract[train,retrain]") from error
-    from pipeline.schedule.book import Book
+    from refract.pipeline.schedule.book import Book
 
     config = args.config.absolute()  # a link that is moved to the next release, as a ConfigMap's, is the same config
     if not config.is_file():
@@ -88,8 +88,8 @@ def _keep(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise ConfigError(f"--command: {args.command!r}: {error}") from error
     if command is RETRAIN:
-        from pipeline.config import load_config
-        from pipeline.retraining.place import place_of
+        from refract.pipeline.config import load_config
+        from refract.pipeline.retraining.place import place_of
 
         place_of(load_config(config, []))  # what it would refuse at night, it refuses now
     plan = Plan(config, cron.text, zone, cron, command, args.grace_s, args.keep, not args.no_resume)
@@ -97,8 +97,8 @@ def _keep(args: argparse.Namespace) -> int:
 
 
 def _forget(config: Path, state: Path) -> int:
-    from pipeline.config import ConfigError
-    from pipeline.schedule.book import Book
+    from refract.pipeline.config import ConfigError
+    from refract.pipeline.schedule.book import Book
 
     book = Book(state.resolve())
     known = _known(book, config.resolve())
@@ -111,7 +111,7 @@ def _forget(config: Path, state: Path) -> int:
 
 
 def _list(state: Path) -> int:
-    from pipeline.schedule.book import FILE, Book
+    from refract.pipeline.schedule.book import FILE, Book
 
     schedules = Book(state.resolve()).schedules() if (state / FILE).is_file() else []
     if not schedules:
@@ -124,7 +124,7 @@ def _list(state: Path) -> int:
 def _told(book: "Book", schedule: "Schedule") -> Sequence[str]:
     from zoneinfo import ZoneInfo
 
-    from pipeline.schedule.book import LOCAL
+    from refract.pipeline.schedule.book import LOCAL
 
     zone = ZoneInfo(schedule.zone) if schedule.zone != LOCAL else None
     alive, now = book.alive(schedule.config, "scheduler"), datetime.now(UTC)

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 if TYPE_CHECKING:
-    from pipeline.batch_scoring import Summary
+    from refract.pipeline.batch_scoring import Summary
 
 
 def main(argv: list[str]) -> int:
@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
 def _score(args: argparse.Namespace) -> int:
     import signal
 
-    from pipeline.batch_scoring import Options, score_all
-    from pipeline.stopping import ASKED_TO_STOP, Stopped
+    from refract.pipeline.batch_scoring import Options, score_all
+    from refract.pipeline.stopping import ASKED_TO_STOP, Stopped
 
     options = Options(
         jobs=args.jobs, batch_size=args.batch_size, shard_size=args.shard_size, tta=args.tta, device=args.device, engine=args.engine,

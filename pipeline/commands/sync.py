@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 if TYPE_CHECKING:
-    from pipeline.tracking.journal import Journal
-    from pipeline.tracking.store import Store
+    from refract.pipeline.tracking.journal import Journal
+    from refract.pipeline.tracking.store import Store
 
 
 def main(argv: list[str]) -> int:
@@ -27,13 +27,13 @@ def main(argv: list[str]) -> int:
 
 
 def _sync(folders: list[Path], uri: str | None) -> int:
-    from pipeline.config import ConfigError
-    from pipeline.runs import Held, held, stored_config
-    from pipeline.tracking import tracking_uri
-    from pipeline.tracking.address import absolute
-    from pipeline.tracking.journal import JOURNAL, Journal
-    from pipeline.tracking.store import Store, first_line
-    from pipeline.tracking.tracker import deliver_one
+    from refract.pipeline.config import ConfigError
+    from refract.pipeline.runs import Held, held, stored_config
+    from refract.pipeline.tracking import tracking_uri
+    from refract.pipeline.tracking.address import absolute
+    from refract.pipeline.tracking.journal import JOURNAL, Journal
+    from refract.pipeline.tracking.store import Store, first_line
+    from refract.pipeline.tracking.tracker import deliver_one
 
     runs = sorted({path.parent for folder in folders for path in folder.rglob(JOURNAL)})
     if not runs:
@@ -86,7 +86,7 @@ def _register_again(journal: "Journal", store: "Store") -> int:
 
 def _registered(journal: "Journal", uri: str) -> Iterator[str]:
     """Describe the version that the run became, and how to make it champion."""
-    from pipeline.commands.promote import by_hand, named
+    from refract.pipeline.commands.promote import by_hand, named
 
     answers = journal.delivered
     for entry in journal.of("register"):

@@ -4,20 +4,20 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from models.credentials import masked
-from pipeline.commands import console
-from pipeline.commands.promote import by_hand, named
+from refract.models.credentials import masked
+from refract.pipeline.commands import console
+from refract.pipeline.commands.promote import by_hand, named
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
-    from pipeline.training import Result
+    from refract.pipeline.config import Config
+    from refract.pipeline.training import Result
 
 NOT_REGISTERED = 3
 """The exit code of a training that succeeded while the registration that its config asks for did not."""
 
 
 def main(argv: list[str]) -> int:
-    from pipeline.config import help_text
+    from refract.pipeline.config import help_text
 
     argv, resume = _taken(argv, "--resume")
     if not (argv or resume) or (argv and argv[0] in ("-h", "--help")):
@@ -61,11 +61,11 @@ def _taken(argv: list[str], option: str) -> tuple[list[str], str | None]:
 def _train(argv: list[str], resume: str | None) -> int:
     from pathlib import Path
 
-    from pipeline.advice import closing_notes
-    from pipeline.config import load_config
-    from pipeline.data.manifest import DataError
-    from pipeline.runs import stored_config, unfinished
-    from pipeline.training import train
+    from refract.pipeline.advice import closing_notes
+    from refract.pipeline.config import load_config
+    from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.runs import stored_config, unfinished
+    from refract.pipeline.training import train
 
     name = Path(argv[0]).stem if argv else "run"
     folder: Path | None
@@ -107,7 +107,7 @@ def _train(argv: list[str], resume: str | None) -> int:
 
 def seen_at(config: "Config") -> str:
     """Where the run can be looked at: the server's address, or the command that shows a database."""
-    from pipeline.tracking import tracking_uri
+    from refract.pipeline.tracking import tracking_uri
 
     uri = masked(tracking_uri(config.tracking))
     return uri if uri.startswith("http") else f"{console.bin_prefix()}mlflow ui --backend-store-uri {shlex.quote(uri)}"
@@ -130,7 +130,7 @@ def _undelivered(result: "Result", config: "Config") -> int:
 
 def _asked(config: "Config") -> str:
     """What `refract predict` is to be given."""
-    from pipeline.recipe import reads
+    from refract.pipeline.recipe import reads
 
     words = {"pictures": "PICTURE", "texts": "--text TEXT"}
     return " ".join(words[name] for name in sorted(reads(config)))

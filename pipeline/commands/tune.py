@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.commands import console
+from refract.pipeline.commands import console
 
 EPILOG = """
 SPACE.yaml has dotted keys of the config with the values to try; a number in a key is a place in a list:
@@ -49,12 +49,12 @@ def main(argv: list[str]) -> int:
 def _tune(args: argparse.Namespace, overrides: list[str], argv: list[str]) -> int:
     import signal
 
-    from pipeline.config import load_config
-    from pipeline.stopping import ASKED_TO_STOP, Stopped
-    from pipeline.tracking.address import sqlite_uri
-    from pipeline.tuning.report import write_report
-    from pipeline.tuning.space import read_space
-    from pipeline.tuning.study import Search, best_config, open_study, run_trials
+    from refract.pipeline.config import load_config
+    from refract.pipeline.stopping import ASKED_TO_STOP, Stopped
+    from refract.pipeline.tracking.address import sqlite_uri
+    from refract.pipeline.tuning.report import write_report
+    from refract.pipeline.tuning.space import read_space
+    from refract.pipeline.tuning.study import Search, best_config, open_study, run_trials
 
     config, space = load_config(args.config, overrides), read_space(args.space)
     name = args.name or args.config.stem

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from augment.decode import decode_part
-from models.texts.tokens import trimmed
-from pipeline.data.folders import skipped_lines
-from pipeline.data.manifest import SPLITS, DataError, Manifest, Sample
-from pipeline.data.near import look_of
+from refract.augment.decode import decode_part
+from refract.models.texts.tokens import trimmed
+from refract.pipeline.data.folders import skipped_lines
+from refract.pipeline.data.manifest import SPLITS, DataError, Manifest, Sample
+from refract.pipeline.data.near import look_of
 
 SHOWN = 20
 
@@ -19,7 +19,7 @@ SHOWN = 20
 @dataclass(frozen=True)
 class Scan:
     """hashes: a sample's key → SHA-256 of what the network reads of it, for every image that could be decoded; groups: key → that of the
-    image alone, where there is one; looks: path → `pipeline.data.near.look_of` of it; bad: path → why not; remarks: path → what its
+    image alone, where there is one; looks: path → `refract.pipeline.data.near.look_of` of it; bad: path → why not; remarks: path → what its
     owner should know of an image that was decoded, such as what was repaired."""
 
     hashes: dict[str, str]

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from augment.image_files import Level, Skipped, identities_above, identity, level_of, walk
-from pipeline.data.errors import DataError
+from refract.augment.image_files import Level, Skipped, identities_above, identity, level_of, walk
+from refract.pipeline.data.errors import DataError
 
 SPLITS = ("train", "val", "test")
 

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
-from pipeline.data.pictures import NOT_SENT, Item, collate
+from refract.pipeline.data.pictures import NOT_SENT, Item, collate
 
 log = logging.getLogger(__name__)
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from augment import Augmenter, Preprocess, decode, image_size
-from models.texts.tokens import Tokens
-from pipeline.data.loading import Loader, hand_over, shared_memory_free
-from pipeline.data.manifest import DataError, Manifest, Sample
-from pipeline.data.order import Share, TrainOrder
-from pipeline.data.pictures import Item, Pictures, TrainPictures, begin_worker, named, targets_of
+from refract.augment import Augmenter, Preprocess, decode, image_size
+from refract.models.texts.tokens import Tokens
+from refract.pipeline.data.loading import Loader, hand_over, shared_memory_free
+from refract.pipeline.data.manifest import DataError, Manifest, Sample
+from refract.pipeline.data.order import Share, TrainOrder
+from refract.pipeline.data.pictures import Item, Pictures, TrainPictures, begin_worker, named, targets_of
 
 HOST = ("keys", "indices", "repeats")
 """Parts of a batch that stay in the host's memory: which samples these are, and which of their draws."""
@@ -26,7 +26,7 @@ HOST = ("keys", "indices", "repeats")
 
 class PictureData(lightning.LightningDataModule):
     """Batches: `images` uint8 B×3×H×W, `targets` int64 (B,) or float32 B×C (multilabel), `indices` int64 (B,); in training also
-    `repeats` int64 (B,); for networks that read texts `texts` int32 B×L and `pictured` bool (B,), see `models.texts.tokens`."""
+    `repeats` int64 (B,); for networks that read texts `texts` int32 B×L and `pictured` bool (B,), see `refract.models.texts.tokens`."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class PictureData(lightning.LightningDataModule):
         keys = batch.pop("keys", None)
         if keys is None:
             return batch
-        from augment import batch as executor
+        from refract.augment import batch as executor
 
         device = batch["targets"].device
         pixels = self._resident(device)

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 
-from augment import Preprocess
-from pipeline.data.manifest import Manifest, Sample
+from refract.augment import Preprocess
+from refract.pipeline.data.manifest import Manifest, Sample
 
 BITS = 7
 """Of the 128 of a look, in which two may differ: then one of its 8 parts is equal, by which pairs are found."""

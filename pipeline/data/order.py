@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from augment import SampleKey
-from augment.epochs import epoch_order
-from augment.random import generator
+from refract.augment import SampleKey
+from refract.augment.epochs import epoch_order
+from refract.augment.random import generator
 
 
 class TrainOrder(Sampler[SampleKey]):

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from augment import Augmenter, ImageError, Preprocess
-from models.allocator import keep_freed_memory
-from models.texts.tokens import Tokens, rows
-from pipeline.data.manifest import DataError, Manifest, Sample
+from refract.augment import Augmenter, ImageError, Preprocess
+from refract.models.allocator import keep_freed_memory
+from refract.models.texts.tokens import Tokens, rows
+from refract.pipeline.data.manifest import DataError, Manifest, Sample
 
 Item = dict[str, Any]
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from augment.random import generator
-from pipeline.data.manifest import Manifest, Sample
+from refract.augment.random import generator
+from refract.pipeline.data.manifest import Manifest, Sample
 
 
 def draw_splits(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from pipeline.data.errors import DataError
-from pipeline.data.folders import label_of, split_of, trimmed_name
+from refract.pipeline.data.errors import DataError
+from refract.pipeline.data.folders import label_of, split_of, trimmed_name
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from pipeline.doctor.finding import Cure, Finding, cure
-from pipeline.doctor.record import Record
-from pipeline.doctor.transfer import normalisation, nothing_learned, suited_lr
+from refract.pipeline.doctor.finding import Cure, Finding, cure
+from refract.pipeline.doctor.record import Record
+from refract.pipeline.doctor.transfer import normalisation, nothing_learned, suited_lr
 
 WITH_ACTIVATION = ("cnn", "mlp")
 """Networks whose arguments name the activation."""
@@ -245,7 +245,7 @@ def _collapse(record: Record) -> Iterator[Finding]:
 
 
 def _labels(record: Record) -> Iterator[Finding]:
-    """More labels contradict confident predictions than the network's own errors explain: see `pipeline.label_noise`."""
+    """More labels contradict confident predictions than the network's own errors explain: see `refract.pipeline.label_noise`."""
     noise = record.noise
     if noise is not None and noise.is_noise:
         yield Finding(

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError
-from pipeline.doctor.finding import Finding
-from pipeline.doctor.record import Record
-from pipeline.files import write_atomically
+from refract.pipeline.config import ConfigError
+from refract.pipeline.doctor.finding import Finding
+from refract.pipeline.doctor.record import Record
+from refract.pipeline.files import write_atomically
 
 FILE = "doctor.json"
 

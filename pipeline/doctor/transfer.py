@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from pipeline.doctor.finding import Cure, Finding, Setting, cure
-from pipeline.doctor.record import Record
+from refract.pipeline.doctor.finding import Cure, Finding, Setting, cure
+from refract.pipeline.doctor.record import Record
 
 SUITED_LR = {("head", "sgd"): 0.1, ("head", "adaptive"): 3e-3, ("all", "sgd"): 1e-2, ("all", "adaptive"): 3e-4}
 """Learning rates that are usual for a new head on frozen weights, and for all of a pretrained network."""

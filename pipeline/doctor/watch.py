@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from models.classifier import Inputs, inputs_of
-from models.losses import classification_loss
-from models.module import ClassifierModule
-from pipeline.config import Config
-from pipeline.doctor.finding import Finding, cure, treatable
-from pipeline.doctor.findings import early, late
-from pipeline.doctor.record import Record
+from refract.models.classifier import Inputs, inputs_of
+from refract.models.losses import classification_loss
+from refract.models.module import ClassifierModule
+from refract.pipeline.config import Config
+from refract.pipeline.doctor.finding import Finding, cure, treatable
+from refract.pipeline.doctor.findings import early, late
+from refract.pipeline.doctor.record import Record
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.drift import two_samples
-from pipeline.drift.profile import STATISTICS, Profile
-from pipeline.drift.thresholds import ALPHA, FEWEST, LEVELS, THRESHOLDS, Threshold
-from pipeline.drift.two_samples import Found
+from refract.pipeline.drift import two_samples
+from refract.pipeline.drift.profile import STATISTICS, Profile
+from refract.pipeline.drift.thresholds import ALPHA, FEWEST, LEVELS, THRESHOLDS, Threshold
+from refract.pipeline.drift.two_samples import Found
 
 NEIGHBOUR = 5
 """The distance to which of the nearest is how far a picture is."""

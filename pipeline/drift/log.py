@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from models.bundle_info import BundleInfo
-from pipeline.data.manifest import DataError, Sample
-from pipeline.drift.profile import STATISTICS, Profile
+from refract.models.bundle_info import BundleInfo
+from refract.pipeline.data.manifest import DataError, Sample
+from refract.pipeline.drift.profile import STATISTICS, Profile
 
 ROWS = "inputs-*.jsonl"
 

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from augment import Preprocess, image_size
-from augment.looks import Look, look
-from models.answer import confidences, given_labels
-from models.bundle_info import BundleError
-from models.classifier import Classifier
-from models.head import head_inputs
-from pipeline.data.manifest import Sample
-from pipeline.scoring import Question, score
+from refract.augment import Preprocess, image_size
+from refract.augment.looks import Look, look
+from refract.models.answer import confidences, given_labels
+from refract.models.bundle_info import BundleError
+from refract.models.classifier import Classifier
+from refract.models.head import head_inputs
+from refract.pipeline.data.manifest import Sample
+from refract.pipeline.scoring import Question, score
 
 MOST_PICTURES = 1000
 """In a bundle: with 512 features each it is a megabyte."""

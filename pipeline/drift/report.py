@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.manifest import Sample
-from pipeline.drift.compare import Drift
-from pipeline.drift.profile import Profile
-from pipeline.report import Report, figures
+from refract.pipeline.data.manifest import Sample
+from refract.pipeline.drift.compare import Drift
+from refract.pipeline.drift.profile import Profile
+from refract.pipeline.report import Report, figures
 
 SHOWN = 24
 CLASSES_SHOWN = 30

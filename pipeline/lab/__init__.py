@@ -28,7 +28,7 @@ class Experiment:
 
 def experiments() -> Mapping[str, Experiment]:
     """By name, in the order in which they are told."""
-    from pipeline.lab.learning import LEARNING
-    from pipeline.lab.signals import SIGNALS
+    from refract.pipeline.lab.learning import LEARNING
+    from refract.pipeline.lab.signals import SIGNALS
 
     return MappingProxyType({**SIGNALS, **LEARNING})

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from augment import Augmenter, batch
-from models.networks import build
-from pipeline.lab import Experiment, Outcome
-from pipeline.lab.small import accuracy, centred, digits, train
+from refract.augment import Augmenter, batch
+from refract.models.networks import build
+from refract.pipeline.lab import Experiment, Outcome
+from refract.pipeline.lab.small import accuracy, centred, digits, train
 
 FEW, TRIALS = 500, 3
 

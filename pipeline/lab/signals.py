@@ -6,11 +6,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from models.losses import classification_loss
-from models.networks import build
-from models.parts.initialisation import initialise
-from pipeline.lab import Experiment, Outcome
-from pipeline.lab.small import accuracy, centred, digits, train
+from refract.models.losses import classification_loss
+from refract.models.networks import build
+from refract.models.parts.initialisation import initialise
+from refract.pipeline.lab import Experiment, Outcome
+from refract.pipeline.lab.small import accuracy, centred, digits, train
 
 GATES = {"and": [0, 0, 0, 1], "or": [0, 1, 1, 1], "xor": [0, 1, 1, 0]}
 DEPTH, WIDTH = 10, 64

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import measures
-from pipeline.data.manifest import Sample
-from pipeline.evaluation import Evaluation
-from pipeline.files import write_atomically
-from pipeline.label_noise import likely_label_errors
-from pipeline.label_sets import WrongLabel, likely_wrong_labels
-from pipeline.report import figures
-from pipeline.robustness import Robustness
-from pipeline.slices import slices
+from refract.pipeline import measures
+from refract.pipeline.data.manifest import Sample
+from refract.pipeline.evaluation import Evaluation
+from refract.pipeline.files import write_atomically
+from refract.pipeline.label_noise import likely_label_errors
+from refract.pipeline.label_sets import WrongLabel, likely_wrong_labels
+from refract.pipeline.report import figures
+from refract.pipeline.robustness import Robustness
+from refract.pipeline.slices import slices
 
 SHOWN = 24
 TEXT_SHOWN = 120
@@ -39,7 +39,9 @@ class Report:
         """`report.html` and `report.json`, in a folder. OSError as usual."""
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
-        env = Environment(loader=PackageLoader("pipeline.report", "."), autoescape=True, undefined=StrictUndefined)
+        env = Environment(
+            loader=PackageLoader("refract.pipeline.report", "."), autoescape=True, undefined=StrictUndefined
+        )
         html = env.get_template(self.template).render(
             title=self.title, numbers=self.numbers, figures=self.figures, galleries=self.galleries
         )
@@ -64,7 +66,7 @@ def make_report(
 ) -> Report:
     """facts: what it was measured on and with, for the head. precision: that `abstain_below` was chosen for. findings: the doctor's, each
     with name, evidence and cure; None where it did not watch. near: pictures and those of the training that they resemble. notes: see
-    `pipeline.advice`."""
+    `refract.pipeline.advice`."""
     numbers: dict[str, Any] = {"facts": dict(facts), "metrics": evaluation.metrics, "per_class": evaluation.per_class}
     numbers["macro_f1_classes"] = evaluation.macro_classes
     numbers["notes"] = [*notes, *_absent_classes(evaluation, len(labels))]

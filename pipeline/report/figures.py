@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from augment import decode
-from pipeline.plots import own_names, save, short
+from refract.augment import decode
+from refract.pipeline.plots import own_names, save, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def _address(pixels: np.ndarray) -> str:
 
 
 def reliability_figure(bins: Sequence[tuple[float, float, int]]) -> str:
-    """bins: see `pipeline.measures.reliability`."""
+    """bins: see `refract.pipeline.measures.reliability`."""
     axes = _axes("confidence", "share that is right", (4.2, 3.6))
     axes.plot([0, 1], [0, 1], color="0.7", linestyle="--")
     confidence, right, counts = zip(*bins, strict=True)
@@ -115,7 +115,7 @@ def two_shares(reference: np.ndarray, new: np.ndarray, labels: Sequence[str], mo
 
 
 def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> str:
-    from pipeline.plots import confusion_of
+    from refract.pipeline.plots import confusion_of
 
     return data_url(confusion_of(confusion, labels))
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from models.credentials import masked
+from refract.models.credentials import masked
 
 log = logging.getLogger(__name__)
 

@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from models.texts.tokens import trimmed
-from pipeline.config import Config
-from pipeline.data.manifest import DataError, Sample, load_manifest
-from pipeline.recipe import reads
-from pipeline.retraining.copies import contents
-from pipeline.retraining.holdout import TABLE
-from pipeline.retraining.place import Place
-from pipeline.retraining.registry import registry_of
-from pipeline.tracking.address import absolute, sqlite_path, tracking_uri
+from refract.models.texts.tokens import trimmed
+from refract.pipeline.config import Config
+from refract.pipeline.data.manifest import DataError, Sample, load_manifest
+from refract.pipeline.recipe import reads
+from refract.pipeline.retraining.copies import contents
+from refract.pipeline.retraining.holdout import TABLE
+from refract.pipeline.retraining.place import Place
+from refract.pipeline.retraining.registry import registry_of
+from refract.pipeline.tracking.address import absolute, sqlite_path, tracking_uri
 
 SPLITS = "splits.csv"
 
@@ -57,7 +57,7 @@ def champion_data(config: Config, client: Any, version: str) -> ChampionData | N
 
 def data_of_first_champion(config: Config, place: Place) -> ChampionData | None:
     """The champion's data where the first holdout must respect them: none is frozen or named, and `refract train` made the champion."""
-    from pipeline.retraining.aliases import CHAMPION
+    from refract.pipeline.retraining.aliases import CHAMPION
 
     database = sqlite_path(absolute(tracking_uri(config.tracking)))
     if config.gate.holdout is not None or (place.holdout / TABLE).exists() or (database and not database.exists()):

@@ -5,11 +5,11 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from augment.decode import decode
-from models.texts.tokens import trimmed
-from pipeline.data.check import Scan
-from pipeline.data.manifest import Sample
-from pipeline.data.near import look_of
+from refract.augment.decode import decode
+from refract.models.texts.tokens import trimmed
+from refract.pipeline.data.check import Scan
+from refract.pipeline.data.manifest import Sample
+from refract.pipeline.data.near import look_of
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from models.bundle import Bundle, BundleError
-from pipeline import measures
-from pipeline.config import ConfigError
-from pipeline.data.manifest import Manifest, Sample
-from pipeline.retraining.power import lowest_gain, rounded, samples_to_decide
-from pipeline.retraining.settings import GateConfig
+from refract.models.bundle import Bundle, BundleError
+from refract.pipeline import measures
+from refract.pipeline.config import ConfigError
+from refract.pipeline.data.manifest import Manifest, Sample
+from refract.pipeline.retraining.power import lowest_gain, rounded, samples_to_decide
+from refract.pipeline.retraining.settings import GateConfig
 
 CALIBRATED = 100
 """Samples from which `calibration_error` is judged: on fewer, chance alone puts a perfectly calibrated network above 0.15, on 30 in 7 of
@@ -102,9 +102,9 @@ def judge(config: GateConfig, manifest: Manifest, new: Measured, old: Measured |
 
 def _measure(bundle: Bundle, manifest: Manifest, with_errors: bool) -> Measured:
     """In the manifest's labels, as far as the bundle knows them."""
-    from pipeline.evaluation import probabilities_of, truth_of
-    from pipeline.robustness import QUICK, measure_robustness
-    from pipeline.scoring import preprocess_of
+    from refract.pipeline.evaluation import probabilities_of, truth_of
+    from refract.pipeline.robustness import QUICK, measure_robustness
+    from refract.pipeline.scoring import preprocess_of
 
     info, labels = bundle.info, list(manifest.labels)
     several = manifest.task == "multilabel"
@@ -210,7 +210,7 @@ def _chance_of_falling(members: Sequence[np.ndarray], new: Measured, old: Measur
     only one answers; by Holm for all classes together. McNemar 1947, Holm 1979."""
     from scipy.stats import binomtest
 
-    from pipeline.drift.two_samples import holm
+    from refract.pipeline.drift.two_samples import holm
 
     values = {}
     for place, has in enumerate(members):
@@ -270,8 +270,8 @@ def _asker(bundle: Bundle, sample: Sample) -> Callable[[], object]:
     """The network, asked about one sample that is prepared already."""
     import torch
 
-    from models.texts.tokens import rows
-    from pipeline.scoring import preprocess_of
+    from refract.models.texts.tokens import rows
+    from refract.pipeline.scoring import preprocess_of
 
     classifier, preprocess = bundle.classifier(), preprocess_of(bundle.info)
     image = None

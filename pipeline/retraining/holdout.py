@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.config import Config
-from pipeline.data.check import drop_bad, drop_contradictory, scan
-from pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
-from pipeline.files import write_atomically
-from pipeline.recipe import reads
-from pipeline.retraining.place import read, write
+from refract.pipeline.config import Config
+from refract.pipeline.data.check import drop_bad, drop_contradictory, scan
+from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
+from refract.pipeline.files import write_atomically
+from refract.pipeline.recipe import reads
+from refract.pipeline.retraining.place import read, write
 
 TABLE, SOURCE = "holdout.csv", "source.json"
 NEXT, NEXT_RECORD = "next.csv", "next.json"

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from models.answer import given_labels
-from models.texts.tokens import trimmed
-from pipeline.data.manifest import Manifest, Sample, load_manifest
-from pipeline.drift.new_data import NewData
-from pipeline.drift.thresholds import ALPHA, FEWEST, Threshold
-from pipeline.files import write_atomically
-from pipeline.retraining.place import read
-from pipeline.retraining.snapshot import FILES, Snapshot
+from refract.models.answer import given_labels
+from refract.models.texts.tokens import trimmed
+from refract.pipeline.data.manifest import Manifest, Sample, load_manifest
+from refract.pipeline.drift.new_data import NewData
+from refract.pipeline.drift.thresholds import ALPHA, FEWEST, Threshold
+from refract.pipeline.files import write_atomically
+from refract.pipeline.retraining.place import read
+from refract.pipeline.retraining.snapshot import FILES, Snapshot
 
 if TYPE_CHECKING:
-    from models.bundle import Bundle
-    from pipeline.drift.profile import Seen
+    from refract.models.bundle import Bundle
+    from refract.pipeline.drift.profile import Seen
 
 SHOWN = 10
 """Pairs of labels that a message names, the most frequent first."""
@@ -195,8 +195,8 @@ def _known(table: Manifest, labels: set[str], most: int) -> list[tuple[Sample, N
 
 def _predicted(bundle: "Bundle", samples: Sequence[Sample]) -> np.ndarray:
     """(N, C) float32 probabilities."""
-    from pipeline.evaluation import probabilities_of
-    from pipeline.scoring import preprocess_of
+    from refract.pipeline.evaluation import probabilities_of
+    from refract.pipeline.scoring import preprocess_of
 
     info = bundle.info
     if not samples:

@@ -11,9 +11,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, ConfigError, config_from_dict
-from pipeline.retraining.place import Place, place_of, read, write
-from pipeline.retraining.registry import client_of, download
+from refract.pipeline.config import Config, ConfigError, config_from_dict
+from refract.pipeline.retraining.place import Place, place_of, read, write
+from refract.pipeline.retraining.registry import client_of, download
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class NightError(RuntimeError):
 
 def begin(config: Config, *, force: bool) -> Path:
     """The folder of a new night, with its config and record. force: goes on where nothing has changed."""
-    from pipeline.runs import write_config
+    from refract.pipeline.runs import write_config
 
     place, now = place_of(config), datetime.now(UTC)
     for attempt in range(100):
@@ -98,10 +98,10 @@ def _config(folder: Path) -> Config:
 @_step
 def snapshot(folder: Path, config: Config, record: Record) -> Record:
     """Write the data down; end the night where they cannot be used, or where nothing has changed."""
-    from pipeline.data.manifest import DataError
-    from pipeline.provenance import code_state, versions
-    from pipeline.retraining.champion_data import data_of_first_champion
-    from pipeline.retraining.snapshot import inputs_digest, take
+    from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.provenance import code_state, versions
+    from refract.pipeline.retraining.champion_data import data_of_first_champion
+    from refract.pipeline.retraining.snapshot import inputs_digest, take
 
     place = place_of(config)
     try:
@@ -122,8 +122,8 @@ def snapshot(folder: Path, config: Config, record: Record) -> Record:
 def validate(folder: Path, config: Config, record: Record) -> Record:
     """End the night where the data changed more than they may since the last accepted one, where what is new has drifted too far, or where
     the labels cannot be trusted. Else the snapshot's hold-out is that of the nights to come."""
-    from pipeline.retraining.snapshot import accept, read_snapshot
-    from pipeline.retraining.validate import beside_champion, changed_labels, problems
+    from refract.pipeline.retraining.snapshot import accept, read_snapshot
+    from refract.pipeline.retraining.validate import beside_champion, changed_labels, problems
 
     place = place_of(config)
     last = place.last()
@@ -164,9 +164,9 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
 @_step
 def train(folder: Path, config: Config, record: Record) -> Record:
     """Train on the snapshot, measure on the hold-out, write the bundle, and hand it to MLflow as `challenger`."""
-    from pipeline.retraining.snapshot import changed, read_snapshot
-    from pipeline.runs import RECORD, read_record, stored_config
-    from pipeline.training import train as train_run
+    from refract.pipeline.retraining.snapshot import changed, read_snapshot
+    from refract.pipeline.runs import RECORD, read_record, stored_config
+    from refract.pipeline.training import train as train_run
 
     taken = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
     if others := changed(taken):
@@ -188,10 +188,10 @@ def train(folder: Path, config: Config, record: Record) -> Record:
 @_step
 def register(folder: Path, config: Config, record: Record) -> Record:
     """The version in MLflow; NightError while its server does not have it."""
-    from pipeline.tracking.address import absolute, tracking_uri
-    from pipeline.tracking.journal import Journal
-    from pipeline.tracking.store import LONGEST_TAG, Store, first_line
-    from pipeline.tracking.tracker import deliver_one
+    from refract.pipeline.tracking.address import absolute, tracking_uri
+    from refract.pipeline.tracking.journal import Journal
+    from refract.pipeline.tracking.store import LONGEST_TAG, Store, first_line
+    from refract.pipeline.tracking.tracker import deliver_one
 
     run = Path(record["run"])
     journal = Journal(run)
@@ -217,11 +217,11 @@ def register(folder: Path, config: Config, record: Record) -> Record:
 @_step
 def compare(folder: Path, config: Config, record: Record) -> Record:
     """The gate: challenger and champion on the frozen hold-out."""
-    from models.bundle import load_bundle
-    from pipeline.data.manifest import load_manifest
-    from pipeline.retraining.aliases import CHAMPION, aliases
-    from pipeline.retraining.gate import Verdict, gate
-    from pipeline.retraining.overlap import holdout_line
+    from refract.models.bundle import load_bundle
+    from refract.pipeline.data.manifest import load_manifest
+    from refract.pipeline.retraining.aliases import CHAMPION, aliases
+    from refract.pipeline.retraining.gate import Verdict, gate
+    from refract.pipeline.retraining.overlap import holdout_line
 
     name, client, place = str(config.tracking.model_name), client_of(record["mlflow"]), place_of(config)
     champion = aliases(client, name).get(CHAMPION)
@@ -251,8 +251,8 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
 @_step
 def promote(folder: Path, config: Config, record: Record) -> Record:
     """Move the alias, if the gate let it pass. undecided: it did, and the next night has to try again. NightError while others do."""
-    from pipeline.retraining.aliases import Busy, PromotionError, RolledBack
-    from pipeline.retraining.aliases import promote as move
+    from refract.pipeline.retraining.aliases import Busy, PromotionError, RolledBack
+    from refract.pipeline.retraining.aliases import promote as move
 
     if not record["gate"]["passed"]:
         return _ends(Outcome.NOT_PROMOTED, f"version {record['version']} {_failed(record['gate'])}")
@@ -303,7 +303,7 @@ def _ends(outcome: Outcome, why: str) -> Record:
 
 def _failed(verdict: Record) -> str:
     """What the version failed at, and the holdout size that would decide all lines that this one cannot."""
-    from pipeline.retraining.power import rounded
+    from refract.pipeline.retraining.power import rounded
 
     failed = [line for line in verdict["lines"] if line["passed"] is False]
     needed = [line["needed"] for line in failed if line.get("needed")]

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.data.manifest import Sample
-from pipeline.retraining.champion_data import champion_data
-from pipeline.retraining.copies import contents
-from pipeline.retraining.gate import Line
-from pipeline.retraining.place import Place
-from pipeline.retraining.snapshot import known_contents
+from refract.pipeline.config import Config
+from refract.pipeline.data.manifest import Sample
+from refract.pipeline.retraining.champion_data import champion_data
+from refract.pipeline.retraining.copies import contents
+from refract.pipeline.retraining.gate import Line
+from refract.pipeline.retraining.place import Place
+from refract.pipeline.retraining.snapshot import known_contents
 
 
 def holdout_line(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, ConfigError
-from pipeline.files import locked, write_atomically
+from refract.pipeline.config import Config, ConfigError
+from refract.pipeline.files import locked, write_atomically
 
 
 class Busy(ConfigError):

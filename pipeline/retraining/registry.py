@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.tracking.address import absolute, tracking_uri, with_credentials
+from refract.pipeline.config import Config
+from refract.pipeline.tracking.address import absolute, tracking_uri, with_credentials
 
 
 def client_of(uri: str) -> Any:
@@ -17,8 +17,8 @@ def client_of(uri: str) -> Any:
 
 def registry_of(config: Config) -> tuple[Any, str, dict[str, str]]:
     """(client, the registered model's name, its aliases, none where there is no such model yet)"""
-    from pipeline.retraining.aliases import PromotionError, aliases
-    from pipeline.tracking.database import make_database
+    from refract.pipeline.retraining.aliases import PromotionError, aliases
+    from refract.pipeline.tracking.database import make_database
 
     uri, name = absolute(tracking_uri(config.tracking)), str(config.tracking.model_name)
     make_database(uri)

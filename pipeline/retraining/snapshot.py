@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.data.check import Scan, check_classes, drop_bad, drop_contradictory, drop_shared, scan
-from pipeline.data.folders import skipped_lines
-from pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
-from pipeline.data.splits import draw_splits, write_splits
-from pipeline.defaults import filled
-from pipeline.provenance import inputs
-from pipeline.recipe import check_inputs, reads
-from pipeline.retraining import holdout
-from pipeline.retraining.champion_data import ChampionData
-from pipeline.retraining.copies import contents, without_copies
-from pipeline.retraining.holdout import HoldOut, freeze, frozen, hash_of, held_out, named, renamed
-from pipeline.retraining.place import Place, read, write
+from refract.pipeline.config import Config
+from refract.pipeline.data.check import Scan, check_classes, drop_bad, drop_contradictory, drop_shared, scan
+from refract.pipeline.data.folders import skipped_lines
+from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
+from refract.pipeline.data.splits import draw_splits, write_splits
+from refract.pipeline.defaults import filled
+from refract.pipeline.provenance import inputs
+from refract.pipeline.recipe import check_inputs, reads
+from refract.pipeline.retraining import holdout
+from refract.pipeline.retraining.champion_data import ChampionData
+from refract.pipeline.retraining.copies import contents, without_copies
+from refract.pipeline.retraining.holdout import HoldOut, freeze, frozen, hash_of, held_out, named, renamed
+from refract.pipeline.retraining.place import Place, read, write
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def changed(snapshot: Snapshot) -> list[str]:
 
 def _on_disk(manifest: Manifest, folder: Path) -> Manifest:
     """Pictures that are no files, as the embedded digits, become some."""
-    from pipeline.files import write_atomically
+    from refract.pipeline.files import write_atomically
 
     samples = []
     for sample in manifest.samples:

@@ -9,20 +9,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.config import Config, ConfigError
-from pipeline.data.manifest import DataError, Sample, load_manifest
-from pipeline.drift.thresholds import FEWEST, LEVELS, THRESHOLDS, Threshold, parse_thresholds
-from pipeline.recipe import reads
-from pipeline.retraining.champion_data import ChampionData, champion_data
-from pipeline.retraining.copies import contents
-from pipeline.retraining.labels import label_changes, level_of
-from pipeline.retraining.place import Place, read
-from pipeline.retraining.registry import download, registry_of
-from pipeline.retraining.snapshot import FILES, Snapshot, known_contents
+from refract.pipeline.config import Config, ConfigError
+from refract.pipeline.data.manifest import DataError, Sample, load_manifest
+from refract.pipeline.drift.thresholds import FEWEST, LEVELS, THRESHOLDS, Threshold, parse_thresholds
+from refract.pipeline.recipe import reads
+from refract.pipeline.retraining.champion_data import ChampionData, champion_data
+from refract.pipeline.retraining.copies import contents
+from refract.pipeline.retraining.labels import label_changes, level_of
+from refract.pipeline.retraining.place import Place, read
+from refract.pipeline.retraining.registry import download, registry_of
+from refract.pipeline.retraining.snapshot import FILES, Snapshot, known_contents
 
 if TYPE_CHECKING:
-    from models.bundle import Bundle
-    from pipeline.drift.profile import Seen
+    from refract.models.bundle import Bundle
+    from refract.pipeline.drift.profile import Seen
 
 RELABELLED = "relabelled.csv"
 """In a run's folder: the known samples whose label changed."""
@@ -83,7 +83,7 @@ def beside_champion(
     Both are of pictures, and of classes that the champion knows; new classes are told by drift, and stop a night only where
     `retrain.drift_thresholds` says so. Those that vanished are `problems`' matter.
     """
-    from pipeline.retraining.aliases import CHAMPION
+    from refract.pipeline.retraining.aliases import CHAMPION
 
     thresholds, by_label = _thresholds(config), _by_label(config)
     asked = config.retrain.drift != "none", by_label != (None, None)
@@ -99,7 +99,7 @@ def beside_champion(
         return _neither(asked, f"{new.text()}, too few to tell anything")
     if not any(asked):
         return None, None
-    from models.bundle import load_bundle  # which brings PyTorch, for nothing on most nights
+    from refract.models.bundle import load_bundle  # which brings PyTorch, for nothing on most nights
 
     with tempfile.TemporaryDirectory() as beside:
         bundle = load_bundle(download(client, name, champion, Path(beside)))
@@ -123,8 +123,8 @@ def _by_label(config: Config) -> Threshold:
 
 def disagreed(bundle: "Bundle", now: Snapshot, new: "New", seen: "Seen | None", threshold: Threshold) -> dict[str, Any]:
     """The champion's disagreement with the new labels, as in `beside_champion`. seen: its predictions, where drift has made them."""
-    from pipeline.drift.new_data import MOST
-    from pipeline.retraining.labels import disagreement
+    from refract.pipeline.drift.new_data import MOST
+    from refract.pipeline.retraining.labels import disagreement
 
     known = set(bundle.info.labels)
     rows = [(sample, labels) for sample, labels in new.of_pictures if known.issuperset(labels)]
@@ -199,7 +199,7 @@ def look(
     bundle: "Bundle", new: New, thresholds: Mapping[str, Threshold], folder: Path, *, stops: bool = True
 ) -> Looked:
     """The drift of that which is new from the bundle's reference. stops: whether the level stop ends the run, as the words then say."""
-    from pipeline.drift.measure import measure_drift
+    from refract.pipeline.drift.measure import measure_drift
 
     known = set(bundle.info.labels)
     rows = [(sample, labels) for sample, labels in new.of_pictures if known.issuperset(labels)]

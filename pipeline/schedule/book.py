@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.files import locked
+from refract.pipeline.files import locked
 
 FILE = "schedule.db"
 LOCAL = "local"

@@ -19,8 +19,8 @@ from zoneinfo import ZoneInfo
 
 from apscheduler.triggers.base import BaseTrigger
 
-from pipeline.files import locked
-from pipeline.schedule.book import DECIDED, Book, Run, Schedule, ScheduleError, Taken
+from refract.pipeline.files import locked
+from refract.pipeline.schedule.book import DECIDED, Book, Run, Schedule, ScheduleError, Taken
 
 log = logging.getLogger(__name__)
 

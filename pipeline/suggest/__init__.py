@@ -1,9 +1,9 @@
 """What `refract init` proposes: `take_survey` looks at the data, `propose` chooses, `config_text` writes the choices as YAML."""
 
-from pipeline.suggest.config_text import choice_table, config_text
-from pipeline.suggest.proposal import Choice, Proposal, propose
-from pipeline.suggest.start import Start, check_start
-from pipeline.suggest.survey import Survey, take_survey
+from refract.pipeline.suggest.config_text import choice_table, config_text
+from refract.pipeline.suggest.proposal import Choice, Proposal, propose
+from refract.pipeline.suggest.start import Start, check_start
+from refract.pipeline.suggest.survey import Survey, take_survey
 
 __all__ = [
     "Choice",

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.suggest.proposal import Choice, Proposal
-from pipeline.suggest.survey import Survey
+from refract.pipeline.suggest.proposal import Choice, Proposal
+from refract.pipeline.suggest.survey import Survey
 
 COMMENT_AT = 32
 """Column of the comments, where a value is not longer."""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.suggest.label_names import are_signs, exchanged_by_flip
-from pipeline.suggest.survey import Survey
+from refract.pipeline.suggest.label_names import are_signs, exchanged_by_flip
+from refract.pipeline.suggest.survey import Survey
 
 MANY = 50_000
 """Training images from which training from scratch needs the stronger crops and colours of the preset `imagenet`."""
@@ -60,7 +60,7 @@ def _why_no_flips(survey: Survey) -> str:
 def _without_flips(preset: str) -> list[Any]:
     from importlib import resources
 
-    from augment.yaml_text import read_yaml
+    from refract.augment.yaml_text import read_yaml
 
-    text = resources.files("augment").joinpath("presets", f"{preset}.yaml").read_text("utf-8")
+    text = resources.files("refract.augment").joinpath("presets", f"{preset}.yaml").read_text("utf-8")
     return [op for op in read_yaml(text) if "HorizontalFlip" not in op]

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError
-from pipeline.suggest.policy import choose_policy
-from pipeline.suggest.start import Start
-from pipeline.suggest.survey import TEST_SHARE, VAL_SHARE, Survey
+from refract.pipeline.config import ConfigError
+from refract.pipeline.suggest.policy import choose_policy
+from refract.pipeline.suggest.start import Start
+from refract.pipeline.suggest.survey import TEST_SHARE, VAL_SHARE, Survey
 
 FEW = 50
 """Training images of a class below which the head is trained alone first."""

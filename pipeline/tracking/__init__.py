@@ -1,6 +1,6 @@
 """MLflow: one run a training. What is to be tracked goes into a journal in the run's folder, and from there to the server."""
 
-from pipeline.tracking.address import DEFAULT_URI, tracking_uri
-from pipeline.tracking.tracker import Tracker, TrackingError
+from refract.pipeline.tracking.address import DEFAULT_URI, tracking_uri
+from refract.pipeline.tracking.tracker import Tracker, TrackingError
 
 __all__ = ["DEFAULT_URI", "Tracker", "TrackingError", "tracking_uri"]

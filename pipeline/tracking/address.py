@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from models.credentials import MASK, masked
-from pipeline.config import ConfigError
-from pipeline.sections import TrackingConfig
+from refract.models.credentials import MASK, masked
+from refract.pipeline.config import ConfigError
+from refract.pipeline.sections import TrackingConfig
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 SQLITE = ("sqlite:///", "sqlite+pysqlite:///")

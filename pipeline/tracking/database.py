@@ -5,7 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from pipeline.tracking.address import sqlite_path, sqlite_uri
+from refract.pipeline.tracking.address import sqlite_path, sqlite_uri
 
 
 def make_database(uri: str) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from models.credentials import masked
-from pipeline.config import ConfigError
-from pipeline.files import write_atomically
+from refract.models.credentials import masked
+from refract.pipeline.config import ConfigError
+from refract.pipeline.files import write_atomically
 
 JOURNAL, DELIVERED = "journal.jsonl", "journal.delivered.json"
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from models.credentials import masked
-from pipeline.retraining.aliases import FIRST, name_version, of_model
-from pipeline.tracking.address import artifact_folder, check_address, with_credentials
-from pipeline.tracking.database import make_database
-from pipeline.tracking.journal import Entry
+from refract.models.credentials import masked
+from refract.pipeline.retraining.aliases import FIRST, name_version, of_model
+from refract.pipeline.tracking.address import artifact_folder, check_address, with_credentials
+from refract.pipeline.tracking.database import make_database
+from refract.pipeline.tracking.journal import Entry
 
 KEY = "refract.key"
 """The tag by which a run is known again whose creation was answered to nobody."""

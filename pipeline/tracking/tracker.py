@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.sections import TrackingConfig
-from pipeline.tracking.address import DEFAULT_URI, absolute, is_local
-from pipeline.tracking.journal import Entry, Journal
-from pipeline.tracking.store import Refused, Store, first_line, now
+from refract.pipeline.sections import TrackingConfig
+from refract.pipeline.tracking.address import DEFAULT_URI, absolute, is_local
+from refract.pipeline.tracking.journal import Entry, Journal
+from refract.pipeline.tracking.store import Refused, Store, first_line, now
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 
-from pipeline.files import write_atomically
+from refract.pipeline.files import write_atomically
 
 
 def write_report(study: optuna.Study, best: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -25,7 +25,7 @@ def write_report(study: optuna.Study, best: Mapping[str, Any], folder: Path) -> 
         frame = study.trials_dataframe(attrs=("number", "value", "params", "state", "duration"))
         figures = _figures(study)
     write_atomically(folder / "trials.csv", frame.to_csv(index=False).encode())
-    env = Environment(loader=PackageLoader("pipeline.tuning", "."), autoescape=True, undefined=StrictUndefined)
+    env = Environment(loader=PackageLoader("refract.pipeline.tuning", "."), autoescape=True, undefined=StrictUndefined)
     html = env.get_template("report.html").render(
         name=study.study_name,
         best=study.best_trial,
@@ -44,7 +44,7 @@ def _figures(study: optuna.Study) -> dict[str, str]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from pipeline.report.figures import data_url
+    from refract.pipeline.report.figures import data_url
 
     draw = optuna.visualization.matplotlib
     found = {}

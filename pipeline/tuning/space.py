@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from augment import load_policy
-from pipeline.config import ConfigError
+from refract.augment import load_policy
+from refract.pipeline.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def read_space(path: Path) -> list[Dimension]:
     """ConfigError names what is wrong, and the key."""
     import yaml
 
-    from augment.yaml_text import read_yaml
+    from refract.augment.yaml_text import read_yaml
 
     try:
         values = read_yaml(path.read_text("utf-8"))

@@ -16,11 +16,11 @@ import numpy as np
 import optuna
 from lightning.pytorch.callbacks import Callback
 
-from models.credentials import masked
-from pipeline.config import Config, ConfigError, config_from_dict
-from pipeline.provenance import origin
-from pipeline.runs import held, write_config
-from pipeline.tuning.space import Dimension, applies, with_values
+from refract.models.credentials import masked
+from refract.pipeline.config import Config, ConfigError, config_from_dict
+from refract.pipeline.provenance import origin
+from refract.pipeline.runs import held, write_config
+from refract.pipeline.tuning.space import Dimension, applies, with_values
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def run_trials(study: optuna.Study, search: Search, space: Sequence[Dimension], 
 
     ConfigError for a trial whose config cannot be, once: the space is wrong then.
     """
-    from pipeline.preparation import prepare_data
+    from refract.pipeline.preparation import prepare_data
 
     wanted = min(search.trials, len(grid(space))) if search.sampler == "grid" else search.trials
     prepared = prepare_data(config)
@@ -178,8 +178,8 @@ class Pruning(Callback):
 
 def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, run_dir: Path, prepared: Any) -> float:
     """The best score on validation. TrialPruned."""
-    from pipeline.fitting import assemble, fit
-    from pipeline.tracking import Tracker
+    from refract.pipeline.fitting import assemble, fit
+    from refract.pipeline.tracking import Tracker
 
     trial.set_user_attr("drawn", dict(drawn))
     own = config_from_dict(with_values(config.to_dict(credentials=True), drawn), where=f"trial {trial.number}")
@@ -210,8 +210,8 @@ def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, run_di
 
 def _parent(config: Config, folder: Path) -> str | None:
     """The MLflow run that holds those of the trials; made by the first process."""
-    from pipeline.tracking import Tracker
-    from pipeline.tracking.journal import Journal
+    from refract.pipeline.tracking import Tracker
+    from refract.pipeline.tracking.journal import Journal
 
     if not Journal(folder).entries:
         tags = {"refract.search": folder.name, **origin(f"refract tune {folder.name.removeprefix('tune-')}")}

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from serve.backends import cuda_graphs, onnx, openvino, tensorrt, torch_backends
-from serve.backends.base import Backend
+from refract.serve.backends import cuda_graphs, onnx, openvino, tensorrt, torch_backends
+from refract.serve.backends.base import Backend
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.classifier import Classifier
+from refract.models.classifier import Classifier
 
 Forward = Callable[[Tensor], Tensor]
 """uint8 N×3×H×W on the device → float32 logits N×C."""

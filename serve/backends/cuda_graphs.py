@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.classifier import Classifier
-from serve.backends.base import Backend, Forward
-from serve.backends.torch_backends import half
+from refract.models.classifier import Classifier
+from refract.serve.backends.base import Backend, Forward
+from refract.serve.backends.torch_backends import half
 
 LARGEST = 256
 """Images of the largest batch that is recorded; larger ones are computed without a graph."""

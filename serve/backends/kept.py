@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from serve.backends.base import first_line
+from refract.serve.backends.base import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.classifier import Classifier
-from serve.backends.base import INT8_AGREED, Backend, Forward, needs
-from serve.backends.kept import store
-from serve.backends.quantised import FILE as QUANTISED
-from serve.backends.quantised import exported, quantised
+from refract.models.classifier import Classifier
+from refract.serve.backends.base import INT8_AGREED, Backend, Forward, needs
+from refract.serve.backends.kept import store
+from refract.serve.backends.quantised import FILE as QUANTISED
+from refract.serve.backends.quantised import exported, quantised
 
 
 def _build(classifier: Classifier, images: Tensor, folder: Path) -> Forward:

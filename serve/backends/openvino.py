@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from models.classifier import Classifier
-from serve.backends.base import INT8_AGREED, Backend, Forward, needs
-from serve.backends.kept import store
-from serve.backends.quantised import FILE as QUANTISED
-from serve.backends.quantised import quantised
-from serve.backends.torch_backends import BACKENDS as OF_TORCH
+from refract.models.classifier import Classifier
+from refract.serve.backends.base import INT8_AGREED, Backend, Forward, needs
+from refract.serve.backends.kept import store
+from refract.serve.backends.quantised import FILE as QUANTISED
+from refract.serve.backends.quantised import quantised
+from refract.serve.backends.torch_backends import BACKENDS as OF_TORCH
 
 if TYPE_CHECKING:
     import openvino

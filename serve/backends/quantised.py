@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.classifier import Classifier
-from serve.backends.base import capabilities
-from serve.backends.kept import store
+from refract.models.classifier import Classifier
+from refract.serve.backends.base import capabilities
+from refract.serve.backends.kept import store
 
 INPUT = "images"
 FILE = "kept.int8.onnx"

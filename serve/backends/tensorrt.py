@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.classifier import Classifier
-from serve.backends.base import Backend, Forward, needs
+from refract.models.classifier import Classifier
+from refract.serve.backends.base import Backend, Forward, needs
 
 TYPICAL, LARGEST = 8, 256
 """Images of the batch that TensorRT optimises for, and of the largest batch that its engine takes."""

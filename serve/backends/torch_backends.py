@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.classifier import Classifier
-from serve.backends.base import Backend, Forward, capabilities
+from refract.models.classifier import Classifier
+from refract.serve.backends.base import Backend, Forward, capabilities
 
 
 def channels_last(classifier: Classifier) -> Classifier:

@@ -10,8 +10,8 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageEnhance, ImageOps
 
-from augment import Augmenter, batch
-from augment.plan import Plan, Step
+from refract.augment import Augmenter, batch
+from refract.augment.plan import Plan, Step
 
 
 def picture(height: int = 61, width: int = 83) -> np.ndarray:
@@ -261,7 +261,7 @@ def test_motion_blur_smears_along_its_direction() -> None:
 
 
 def test_elastic_moves_by_alpha_and_smoothly() -> None:
-    from augment.ops.deform import ElasticDeform
+    from refract.augment.ops.deform import ElasticDeform
 
     moves = []
     for offset in range(0, 200_000, 997):
@@ -273,7 +273,7 @@ def test_elastic_moves_by_alpha_and_smoothly() -> None:
 
 
 def test_grid_distortion_keeps_the_frame() -> None:
-    from augment.ops.deform import GridDistortion
+    from refract.augment.ops.deform import GridDistortion
 
     x, y = GridDistortion.maps({"rows": [1, 1.5, 0.5], "columns": [0.7, 1.3]}, (60, 90))
     assert x.min() >= -0.5 and x.max() <= 89.5 and (np.diff(x, axis=1) > 0).all() and (np.diff(y, axis=0) > 0).all()

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augment import Augmenter
-from augment.ops.corruption import CORRUPTIONS, corrupt
+from refract.augment import Augmenter
+from refract.augment.ops.corruption import CORRUPTIONS, corrupt
 
 
 def photo(height: int = 224, width: int = 224) -> np.ndarray:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from augment import ImageError, decode, image_size
-from augment.decode import decode_part, from_pillow
+from refract.augment import ImageError, decode, image_size
+from refract.augment.decode import decode_part, from_pillow
 
 MODES = (
     "1",

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from augment import Augmenter, load_policy, presets
-from augment.ops import OPS, color
-from augment.ops.op import Args, Size, between, interval
+from refract.augment import Augmenter, load_policy, presets
+from refract.augment.ops import OPS, color
+from refract.augment.ops.op import Args, Size, between, interval
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "augment.md").read_text("utf-8")

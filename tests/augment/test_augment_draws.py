@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from augment import Augmenter, ImageError, Plan, load_policy
-from augment.policy import presets
-from augment.random import generator
+from refract.augment import Augmenter, ImageError, Plan, load_policy
+from refract.augment.policy import presets
+from refract.augment.random import generator
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 KEYS = [(epoch, index) for epoch in range(3) for index in range(8)]
@@ -38,7 +38,7 @@ def test_threads_share_an_augmenter_safely() -> None:
 
 def test_another_process_draws_the_same() -> None:
     code = (
-        "from augment import Augmenter\n"
+        "from refract.augment import Augmenter\n"
         "aug = Augmenter('imagenet', seed=7)\n"
         "print(*(aug.draw((60, 80), epoch=e, index=i).to_json() for e in range(3) for i in range(8)), sep='\\n')"
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from augment import Augmenter, Plan, PolicyError, load_policy
+from refract.augment import Augmenter, Plan, PolicyError, load_policy
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 GUESTS = {
@@ -88,7 +88,7 @@ def test_mistakes_are_told(spec, message: str) -> None:
 
 def test_no_guest_is_imported_before_it_is_named() -> None:
     code = (
-        "import sys; from augment import Augmenter; Augmenter('imagenet').draw((9, 9), epoch=0, index=0); "
+        "import sys; from refract.augment import Augmenter; Augmenter('imagenet').draw((9, 9), epoch=0, index=0); "
         "print([name for name in ('albumentations', 'imgaug', 'torchvision') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from augment import ImageError, decode, exif, image_size, png, tiff
-from augment.jpeg import JpegError, check_scans
+from refract.augment import ImageError, decode, exif, image_size, png, tiff
+from refract.augment.jpeg import JpegError, check_scans
 
 MEGABYTE = 1 << 20
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from augment import Augmenter, ImageError, decode
+from refract.augment import Augmenter, ImageError, decode
 
 RGBA = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
 AUGMENTER = Augmenter("cifar", seed=3)

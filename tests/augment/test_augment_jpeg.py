@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from augment import Augmenter, ImageError, Plan, Step, decode, image_size, jpeg
-from augment.decode import decode_part
-from augment.fuse import fuse
-from augment.jpeg import SCALES, JpegError, decode_whole, read_header
+from refract.augment import Augmenter, ImageError, Plan, Step, decode, image_size, jpeg
+from refract.augment.decode import decode_part
+from refract.augment.fuse import fuse
+from refract.augment.jpeg import SCALES, JpegError, decode_whole, read_header
 
 CODINGS = [("RGB", subsampling, progressive) for subsampling in (0, 1, 2) for progressive in (False, True)]
 CODINGS += [("L", -1, False), ("L", -1, True)]

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from augment.looks import look
+from refract.augment.looks import look
 
 
 def test_a_look_is_of_the_grey_levels() -> None:

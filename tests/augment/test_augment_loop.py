@@ -23,8 +23,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from augment import AugmentedDataset, Augmenter, EpochSampler, ImageError, SampleKey, ShuffleSampler
-from augment.epochs import epoch_order
+from refract.augment import AugmentedDataset, Augmenter, EpochSampler, ImageError, SampleKey, ShuffleSampler
+from refract.augment.epochs import epoch_order
 
 COUNT = 12
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (COUNT, 24, 32, 3), dtype=np.uint8))
@@ -226,7 +226,7 @@ def warned(action) -> list[str]:
 def test_a_second_epoch_of_plain_indices_warns_once(workers: int, persistent: bool) -> None:
     """Also where each epoch has new workers, none of which sees an index twice."""
     code = (
-        "import numpy as np\nfrom torch.utils.data import DataLoader\nfrom augment import AugmentedDataset, Augmenter\n"
+        "import numpy as np\nfrom torch.utils.data import DataLoader\nfrom refract.augment import AugmentedDataset, Augmenter\n"
         "images = [np.zeros((8, 8, 3), np.uint8)] * 60\n"
         "dataset = AugmentedDataset(images, Augmenter('cifar', size=8))\n"
         f"loader = DataLoader(dataset, batch_size=4, shuffle=True, num_workers={workers}, persistent_workers={persistent})\n"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from augment import Augmenter, batch
+from refract.augment import Augmenter, batch
 
 COUNT = 64
 LEVELS = torch.arange(COUNT, dtype=torch.uint8) * 4

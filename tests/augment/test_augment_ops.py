@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from augment import Augmenter, Plan, Policy, Step, batch
-from augment.ops import OPS
+from refract.augment import Augmenter, Plan, Policy, Step, batch
+from refract.augment.ops import OPS
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "RandomCrop": {"size": [20, 24]},

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from augment import Augmenter
-from augment.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from refract.augment import Augmenter
+from refract.augment.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8)
 

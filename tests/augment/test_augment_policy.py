@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from augment import Augmenter, PolicyError, load_policy
-from augment.ops import OPS
-from augment.policy import presets
+from refract.augment import Augmenter, PolicyError, load_policy
+from refract.augment.ops import OPS
+from refract.augment.policy import presets
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from augment import Augmenter, ImageError, Preprocess, decode, image_size, profiles
-from augment.decode import SUFFIXES, decode_part, from_pillow
+from refract.augment import Augmenter, ImageError, Preprocess, decode, image_size, profiles
+from refract.augment.decode import SUFFIXES, decode_part, from_pillow
 
 D50 = (0.9642, 1.0, 0.8249)
 P3 = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))

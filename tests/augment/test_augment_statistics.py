@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from augment.statistics import EPSILON, measure
+from refract.augment.statistics import EPSILON, measure
 
 RNG = np.random.default_rng(0)
 BASE = RNG.normal(0, 40, (500, 4, 5, 1)) + RNG.normal(0, 15, (500, 4, 5, 3)) + [100, 120, 140]

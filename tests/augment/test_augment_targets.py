@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tv
 
-from augment import Augmenter, Plan, Step
-from augment.ops import OPS
+from refract.augment import Augmenter, Plan, Step
+from refract.augment.ops import OPS
 
 HEIGHT, WIDTH = 60, 84
 MASK = np.random.default_rng(0).integers(0, 5, (HEIGHT, WIDTH), dtype=np.uint8)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from augment import Augmenter, PolicyError, load_policy, words
-from augment.ops import OPS
-from augment.ops.text import TextOp
+from refract.augment import Augmenter, PolicyError, load_policy, words
+from refract.augment.ops import OPS
+from refract.augment.ops.text import TextOp
 
 TEXT = "Don't buy the red Canon EOS 5D: it's not  working,\n3.5 stars! A long description of the product follows here."
 CHARS = ["CharInsert", "CharSubstitute", "CharSwap", "CharDelete", "Keyboard", "OCR"]
@@ -307,7 +307,7 @@ def test_nlpaugs_augmenters_are_seeded_keep_words_and_leave_the_generators_alone
 
 def test_augment_imports_no_language_model_without_being_asked() -> None:
     code = (
-        "import sys\nfrom augment import Augmenter\n"
+        "import sys\nfrom refract.augment import Augmenter\n"
         "a = Augmenter(['WordSwap', 'Keyboard', 'Spelling', 'HorizontalFlip'])\na.text('some words here', epoch=0, index=0)\n"
         "print([m for m in ('transformers', 'nlpaug', 'torch', 'tokenizers') if m in sys.modules])"
     )

@@ -10,8 +10,8 @@ import pytest
 import tifffile
 from PIL import Image, TiffImagePlugin
 
-from augment import ImageError, decode, image_size
-from augment.decode import decode_part
+from refract.augment import ImageError, decode, image_size
+from refract.augment.decode import decode_part
 
 HEIGHT, WIDTH = 11, 19
 ORDERS = ("<", ">")

@@ -34,10 +34,10 @@ def write_folder(root: Path, count: int = 16) -> Path:
 
 def write_bundle(path: Path, images: Sequence[bytes], *, seed: int = 0) -> Path:
     """A bundle of an untrained lenet5 whose golden samples are the images, with the answers of the processor."""
-    from augment.preprocess import Preprocess
-    from models.bundle import BundleInfo, Golden, save_bundle
-    from models.classifier import Classifier, probabilities
-    from models.networks import build
+    from refract.augment.preprocess import Preprocess
+    from refract.models.bundle import BundleInfo, Golden, save_bundle
+    from refract.models.classifier import Classifier, probabilities
+    from refract.models.networks import build
 
     torch.manual_seed(seed)
     preprocess = Preprocess(SIDE, SIDE)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_augment_ops import ALONE, make, picture
 
-from augment import Augmenter, batch
-from augment.ops import OPS
+from refract.augment import Augmenter, batch
+from refract.augment.ops import OPS
 
 pytestmark = pytest.mark.gpu
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from gpu_data import COLOURS, SIDE, TEMPERATURE, encoded, write_bundle, write_folder
 
-from augment.preprocess import Preprocess
-from models.bundle import Bundle, load_bundle
-from models.occlusion import Occlusion
-from pipeline.batch_scoring import Options, score_all
-from pipeline.data.manifest import load_manifest
-from pipeline.drift.profile import profile
-from pipeline.scoring import Question, score
+from refract.augment.preprocess import Preprocess
+from refract.models.bundle import Bundle, load_bundle
+from refract.models.occlusion import Occlusion
+from refract.pipeline.batch_scoring import Options, score_all
+from refract.pipeline.data.manifest import load_manifest
+from refract.pipeline.drift.profile import profile
+from refract.pipeline.scoring import Question, score
 
 pytestmark = pytest.mark.gpu
 

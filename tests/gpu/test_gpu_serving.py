@@ -11,14 +11,14 @@ import pytest
 import torch
 from gpu_data import COLOURS, encoded, write_bundle
 
-from models.bundle import Bundle, BundleError, load_bundle
-from serve.backends import BACKENDS
-from serve.choice import candidates
-from serve.engine import Compute, Engine, build
-from serve.limits import Limits
-from serve.metrics import Metrics
-from serve.service import Service
-from serve.staging import Staging
+from refract.models.bundle import Bundle, BundleError, load_bundle
+from refract.serve.backends import BACKENDS
+from refract.serve.choice import candidates
+from refract.serve.engine import Compute, Engine, build
+from refract.serve.limits import Limits
+from refract.serve.metrics import Metrics
+from refract.serve.service import Service
+from refract.serve.staging import Staging
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +36,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from serve import choice
+    from refract.serve import choice
 
     monkeypatch.setattr(choice, "CACHE", tmp_path / "cache")
 

@@ -16,15 +16,15 @@ from gpu_data import write_folder
 from lightning import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 
-from augment import Augmenter, Preprocess
-from models.classifier import Classifier
-from models.module import ClassifierModule
-from models.networks import build
-from pipeline.config import Config, config_from_dict
-from pipeline.data.module import PictureData
-from pipeline.preparation import prepare_data
-from pipeline.runs import stored_config
-from pipeline.training import Result, train
+from refract.augment import Augmenter, Preprocess
+from refract.models.classifier import Classifier
+from refract.models.module import ClassifierModule
+from refract.models.networks import build
+from refract.pipeline.config import Config, config_from_dict
+from refract.pipeline.data.module import PictureData
+from refract.pipeline.preparation import prepare_data
+from refract.pipeline.runs import stored_config
+from refract.pipeline.training import Result, train
 
 pytestmark = pytest.mark.gpu
 
@@ -40,9 +40,7 @@ CONFIG = {
     "tracking": {"enabled": False},
 }
 
-DRIVER = (
-    "import torch; torch.use_deterministic_algorithms(True); import refract, sys; sys.exit(refract.main(sys.argv[1:]))"
-)
+DRIVER = "import torch; torch.use_deterministic_algorithms(True); import refract.cli, sys; sys.exit(refract.cli.main(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from models.allocator import available_memory, configured_by_user
+from refract.models.allocator import available_memory, configured_by_user
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc"),
@@ -44,7 +44,7 @@ def faults_after(code: str, block: int = 48, **more: str) -> int:
     return int(run(f"{code}\nprint(faults({block}))", **more).stdout.splitlines()[-1])
 
 
-KEEP = "from models.allocator import keep_freed_memory; keep_freed_memory()"
+KEEP = "from refract.models.allocator import keep_freed_memory; keep_freed_memory()"
 
 
 def test_large_blocks_are_faulted_in_once() -> None:
@@ -60,7 +60,9 @@ def test_a_users_setting_wins(own: dict[str, str]) -> None:
 
 
 def test_freed_memory_can_be_released() -> None:
-    code = f"{KEEP}\nblock = bytearray(256 << 20); del block\nfrom models.allocator import release_freed_memory\n"
+    code = (
+        f"{KEEP}\nblock = bytearray(256 << 20); del block\nfrom refract.models.allocator import release_freed_memory\n"
+    )
     resident = "int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() >> 20"
     done = run(f"{code}print({resident}); release_freed_memory(); print({resident})")
     kept, released = map(int, done.stdout.split())
@@ -68,7 +70,7 @@ def test_freed_memory_can_be_released() -> None:
 
 
 def test_a_bound_is_kept() -> None:
-    bounded = "from models.allocator import keep_freed_memory; keep_freed_memory(at_most=128 << 20)"
+    bounded = "from refract.models.allocator import keep_freed_memory; keep_freed_memory(at_most=128 << 20)"
     assert faults_after(bounded, block=16) < FEW
     freed = "blocks = [bytearray(16 << 20) for _ in range(32)]; del blocks"
     resident = "int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize() >> 20"
@@ -76,7 +78,7 @@ def test_a_bound_is_kept() -> None:
 
 
 def test_commands_and_steps_of_the_flow_keep_it() -> None:
-    assert faults_after("import refract\nrefract.main(['ops'])") < FEW
+    assert faults_after("import refract.cli\nrefract.cli.main(['ops'])") < FEW
     step = "import runpy\nsys.argv = ['flow.py', '--help']\nattempt(lambda: runpy.run_path('pipeline/flow.py', run_name='__main__'))"
     assert faults_after(step) < FEW
 
@@ -86,18 +88,18 @@ def forked() -> dict[str, int]:
     """Faults a round in processes that are forked from one that has imported what they need; each begins its work, which then fails as
     there is no data."""
     code = """
-import multiprocessing, pathlib, serve.command
-from pipeline.batch.worker import Job, Scorer
-from pipeline.config import load_config
-from pipeline.data.pictures import begin_worker
-from pipeline.training import train
+import multiprocessing, pathlib, refract.serve.command
+from refract.pipeline.batch.worker import Job, Scorer
+from refract.pipeline.config import load_config
+from refract.pipeline.data.pictures import begin_worker
+from refract.pipeline.training import train
 none = pathlib.Path("none")
 def job(): Scorer(Job(none, "", none, "", {}, "", False, False, 1, "none", "cpu", 1))
 def training(): train(load_config("configs/digits.yaml", ["--data.source", "none"]))
 kinds = {
     "nothing": (lambda: None, 48), "scoring": (job, 48), "train()": (training, 48),
     "nothing, small blocks": (lambda: None, 16), "loading": (lambda: begin_worker(0), 16),
-    "server": (lambda: serve.command.main(["none"]), 16),
+    "server": (lambda: refract.serve.command.main(["none"]), 16),
 }
 def probe(name, queue):
     attempt(kinds[name][0])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from models.credentials import hide_credentials, masked, masked_values
+from refract.models.credentials import hide_credentials, masked, masked_values
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_every_library_logs_without_credentials(caplog: pytest.LogCaptureFixture
 
 def test_an_error_that_nothing_catches_is_printed_without_credentials() -> None:
     code = (
-        "import threading; from models.credentials import hide_credentials; hide_credentials(); u = 'http://u:hid' + 'den@h'\n"
+        "import threading; from refract.models.credentials import hide_credentials; hide_credentials(); u = 'http://u:hid' + 'den@h'\n"
         "def f(): raise OSError(u)\nt = threading.Thread(target=f); t.start(); t.join(); f()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from models.classifier import Classifier, probabilities
-from models.fusion import FUSIONS, FiLM, Gated, Reader
-from models.module import ClassifierModule
-from models.networks import build
-from models.texts.networks import BagOfNgrams
-from models.texts.tokens import HashedNgrams
+from refract.models.classifier import Classifier, probabilities
+from refract.models.fusion import FUSIONS, FiLM, Gated, Reader
+from refract.models.module import ClassifierModule
+from refract.models.networks import build
+from refract.models.texts.networks import BagOfNgrams
+from refract.models.texts.tokens import HashedNgrams
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -76,7 +76,7 @@ def test_modality_dropout_drops_the_shares_and_never_both() -> None:
 
 
 def test_where_pictures_are_mixed_the_texts_are_mixed_as_the_targets() -> None:
-    from augment import Augmenter
+    from refract.augment import Augmenter
 
     made = reader()
     classifier = Classifier(made, mean=MEAN, std=STD, tokens=HashedNgrams(buckets=20))
@@ -140,7 +140,7 @@ def test_what_is_no_picture_moves_no_statistics(count: int) -> None:
 
 
 def test_pictures_are_mixed_among_themselves() -> None:
-    from augment import Augmenter
+    from refract.augment import Augmenter
 
     augmenter = Augmenter([{"MixUp": {"p": 1.0, "alpha": 1.0}}], seed=2, size=8)
     classifier = Classifier(reader(), mean=MEAN, std=STD)
@@ -164,7 +164,7 @@ def test_pictures_are_mixed_among_themselves() -> None:
 
 
 def test_a_teacher_is_asked_of_what_it_reads_alone() -> None:
-    from models.losses import LossSpec, classification_loss, distillation_loss
+    from refract.models.losses import LossSpec, classification_loss, distillation_loss
 
     images, texts = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), torch.randint(1, 21, (4, 5))
     texts[3] = 0
@@ -187,7 +187,7 @@ def test_a_teacher_is_asked_of_what_it_reads_alone() -> None:
 
 
 def test_blocks_are_frozen_and_decayed_as_of_pictures() -> None:
-    from models.transfer import blocks_of
+    from refract.models.transfer import blocks_of
 
     made = reader()
     classifier = Classifier(made, mean=MEAN, std=STD)

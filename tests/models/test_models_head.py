@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from models.fusion import Reader
-from models.head import CosineHead, head_of, neutralise_head
-from models.losses import classification_loss
-from models.networks import build
-from models.texts.networks import BagOfNgrams
-from models.weights import load_weights
+from refract.models.fusion import Reader
+from refract.models.head import CosineHead, head_of, neutralise_head
+from refract.models.losses import classification_loss
+from refract.models.networks import build
+from refract.models.texts.networks import BagOfNgrams
+from refract.models.weights import load_weights
 
 FAMILIES = (
     ("resnet20", 32),

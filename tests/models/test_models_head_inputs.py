@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from models.fusion import Reader
-from models.head import head_inputs
-from models.networks import build
-from models.texts.networks import BagOfNgrams
+from refract.models.fusion import Reader
+from refract.models.head import head_inputs
+from refract.models.networks import build
+from refract.models.texts.networks import BagOfNgrams
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.losses import (
+from refract.models.losses import (
     LOSSES,
     LossSpec,
     balanced_weights,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from models.classifier import Classifier
-from models.module import ClassifierModule, MeanAveragePrecision
-from models.networks import build
-from models.optim import OptimSpec
+from refract.models.classifier import Classifier
+from refract.models.module import ClassifierModule, MeanAveragePrecision
+from refract.models.networks import build
+from refract.models.optim import OptimSpec
 
 
 class Pictures(Dataset):

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from models.nets.features import HoG
-from models.nets.resnet import BasicBlock
-from models.networks import NETWORKS, build, head_of, weights_preprocess
+from refract.models.nets.features import HoG
+from refract.models.nets.resnet import BasicBlock
+from refract.models.networks import NETWORKS, build, head_of, weights_preprocess
 
 SOME = [*NETWORKS, "resnet18", "timm/resnet10t", "timm/mobilenetv3_small_050"]
 # One of each family whose head sits in another place, or whose input or output needs care.
@@ -172,7 +172,7 @@ def test_what_pretrained_weights_expect() -> None:
 def test_what_a_server_imports_stays_light() -> None:
     code = (
         "import sys, models.bundle, models.classifier, models.networks\n"
-        "models.networks.build('resnet20', 2, image_size=(32, 32))\n"
+        "refract.models.networks.build('resnet20', 2, image_size=(32, 32))\n"
         "heavy = {'lightning', 'torchmetrics', 'mlflow', 'torchvision', 'timm', 'augment', 'pipeline', 'serve'}\n"
         "print(*sorted(heavy & set(sys.modules)))"
     )

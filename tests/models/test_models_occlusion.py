@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from benchmarks.explanations import FAMILIES, correct, inside
 from benchmarks.planted import learn, plant
-from models.classifier import Classifier
-from models.networks import build
-from models.occlusion import BATCH, PASSES, Occlusion
+from refract.models.classifier import Classifier
+from refract.models.networks import build
+from refract.models.occlusion import BATCH, PASSES, Occlusion
 
 
 def red_or_blue(images: Tensor) -> Tensor:

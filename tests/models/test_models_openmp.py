@@ -17,7 +17,7 @@ import pytest
 def test_a_command_lets_waiting_threads_sleep_unless_the_user_says_otherwise(own: dict[str, str], spins: str) -> None:
     plain = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     done = subprocess.run(
-        [sys.executable, "-c", "import refract; refract.main(['ops']); import torch"],
+        [sys.executable, "-c", "import refract.cli; refract.cli.main(['ops']); import torch"],
         cwd=Path(__file__).parents[2], env=plain | {"OMP_DISPLAY_ENV": "verbose"} | own, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import networks
-from models.recompute import recompute_activations
+from refract.models import networks
+from refract.models.recompute import recompute_activations
 
 
 def a_step(network, images):

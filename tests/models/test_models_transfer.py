@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from models.classifier import Classifier
-from models.head import CosineHead, MLPHead, exchange_head, head_of
-from models.losses import LossSpec
-from models.module import ClassifierModule
-from models.networks import build
-from models.optim import OptimSpec, parameter_groups
-from models.transfer import MODES, blocks_of, trained_blocks
-from pipeline.averaging import KEY, WeightAverage, best_weights
+from refract.models.classifier import Classifier
+from refract.models.head import CosineHead, MLPHead, exchange_head, head_of
+from refract.models.losses import LossSpec
+from refract.models.module import ClassifierModule
+from refract.models.networks import build
+from refract.models.optim import OptimSpec, parameter_groups
+from refract.models.transfer import MODES, blocks_of, trained_blocks
+from refract.pipeline.averaging import KEY, WeightAverage, best_weights
 from tests.models.test_models_module import Pictures
 
 

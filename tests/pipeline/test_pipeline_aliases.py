@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.config import Config, config_from_dict
-from pipeline.retraining.aliases import Busy, PromotionError, RolledBack, aliases, promote, rollback
-from pipeline.retraining.night import NightError, Outcome, _key, announce, begin
-from pipeline.retraining.night import promote as step
-from pipeline.retraining.place import place_of, read, write
+from refract.pipeline.config import Config, config_from_dict
+from refract.pipeline.retraining.aliases import Busy, PromotionError, RolledBack, aliases, promote, rollback
+from refract.pipeline.retraining.night import NightError, Outcome, _key, announce, begin
+from refract.pipeline.retraining.night import promote as step
+from refract.pipeline.retraining.place import place_of, read, write
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -74,7 +74,7 @@ def test_a_champion_is_named_at_every_instant_of_a_promotion(
     model: tuple[MlflowClient, str], after: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, name = model
-    monkeypatch.setattr("pipeline.retraining.aliases.STALE_S", 0.0)  # the dead one's lock
+    monkeypatch.setattr("refract.pipeline.retraining.aliases.STALE_S", 0.0)  # the dead one's lock
     seen = set()
     for at in range(30):
         client.set_registered_model_alias(name, "champion", "1")
@@ -99,7 +99,7 @@ def test_rollback_goes_back_and_forth_and_survives_its_death(
     model: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, name = model
-    monkeypatch.setattr("pipeline.retraining.aliases.STALE_S", 0.0)
+    monkeypatch.setattr("refract.pipeline.retraining.aliases.STALE_S", 0.0)
     with pytest.raises(PromotionError, match="no version is known to go back to"):
         rollback(client, name)
     promote(client, name, "2", instead_of="1")
@@ -171,12 +171,12 @@ def test_a_lock_is_kept_by_the_living_alone(model: tuple[MlflowClient, str], mon
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     hold(client, name, f"{platform.node()} {dead.pid} x")
-    monkeypatch.setattr("pipeline.retraining.aliases.SETTLE_S", 0.0)
+    monkeypatch.setattr("refract.pipeline.retraining.aliases.SETTLE_S", 0.0)
     began = time.monotonic()
     promote(client, name, "2", instead_of="1")
     assert time.monotonic() - began < 30, "the dead are not waited for"
 
-    monkeypatch.setattr("pipeline.retraining.aliases.STALE_S", 0.3)
+    monkeypatch.setattr("refract.pipeline.retraining.aliases.STALE_S", 0.3)
     hold(client, name, f"{platform.node()} {os.getppid()} x")
     began = time.monotonic()
     promote(client, name, "3", instead_of="2")
@@ -207,8 +207,8 @@ def test_others_who_come_and_go_are_not_waited_for_for_ever(
     model: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, name = model
-    monkeypatch.setattr("pipeline.retraining.aliases.STALE_S", 0.1)
-    monkeypatch.setattr("pipeline.retraining.aliases.PATIENCE_S", 0.3)
+    monkeypatch.setattr("refract.pipeline.retraining.aliases.STALE_S", 0.1)
+    monkeypatch.setattr("refract.pipeline.retraining.aliases.PATIENCE_S", 0.3)
     hold(client, name, "elsewhere 1 x")
 
     class Changing:
@@ -367,7 +367,7 @@ def test_a_night_whose_turn_never_comes_goes_on_later(
     _, folder = night
     hold(client, name, "elsewhere 1 x")
     with monkeypatch.context() as impatient:
-        impatient.setattr("pipeline.retraining.aliases.PATIENCE_S", -1.0)
+        impatient.setattr("refract.pipeline.retraining.aliases.PATIENCE_S", -1.0)
         with pytest.raises(NightError, match="other processes move the aliases"):
             step(folder)
     assert "ends" not in read(folder / "night.json")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from small_data import Run
 
-from augment import Augmenter
-from augment.ops import OPS
+from refract.augment import Augmenter
+from refract.augment.ops import OPS
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from small_data import COLORS, config_of, picture, write_picture
 
-from augment import Augmenter, Preprocess
-from models.classifier import Classifier
-from models.networks import build
-from pipeline.data.manifest import load_manifest
-from pipeline.data.module import PictureData, fits_memory
-from pipeline.data.order import Share, TrainOrder
-from pipeline.preparation import prepare_data
-from pipeline.scoring import Question, score, views
+from refract.augment import Augmenter, Preprocess
+from refract.models.classifier import Classifier
+from refract.models.networks import build
+from refract.pipeline.data.manifest import load_manifest
+from refract.pipeline.data.module import PictureData, fits_memory
+from refract.pipeline.data.order import Share, TrainOrder
+from refract.pipeline.preparation import prepare_data
+from refract.pipeline.scoring import Question, score, views
 
 
 def module_of(folder: Path, workers: int) -> PictureData:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cost import Cost, EnergyMeter
+from refract.pipeline.cost import Cost, EnergyMeter
 
 
 @pytest.fixture

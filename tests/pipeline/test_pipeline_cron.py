@@ -5,8 +5,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from pipeline.config import ConfigError
-from pipeline.schedule.cron import Cron, zone_named
+from refract.pipeline.config import ConfigError
+from refract.pipeline.schedule.cron import Cron, zone_named
 
 
 def fires(text: str, zone: str, begin: str, count: int) -> list[str]:

@@ -14,15 +14,15 @@ import pytest
 import torch
 from small_data import COLORS, config_of, picture, write_picture
 
-from augment import Augmenter, Preprocess
-from models.classifier import Classifier
-from models.networks import build
-from pipeline.data.manifest import DataError, Sample, load_manifest
-from pipeline.data.module import PictureData
-from pipeline.data.splits import write_splits
-from pipeline.golden import make_goldens
-from pipeline.preparation import prepare_data
-from pipeline.suggest import take_survey
+from refract.augment import Augmenter, Preprocess
+from refract.models.classifier import Classifier
+from refract.models.networks import build
+from refract.pipeline.data.manifest import DataError, Sample, load_manifest
+from refract.pipeline.data.module import PictureData
+from refract.pipeline.data.splits import write_splits
+from refract.pipeline.golden import make_goldens
+from refract.pipeline.preparation import prepare_data
+from refract.pipeline.suggest import take_survey
 
 
 def test_folder_of_classes(folder: Path) -> None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pipeline.config import ConfigError
-from pipeline.device import choose_device, choose_precision
-from pipeline.sections import TrainerConfig
+from refract.pipeline.config import ConfigError
+from refract.pipeline.device import choose_device, choose_precision
+from refract.pipeline.sections import TrainerConfig
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,19 @@ import pytest
 import torch
 from small_data import COLORS, Run, picture, write_picture
 
-from augment import Preprocess
-from models.bundle import Bundle, load_bundle
-from models.classifier import Classifier
-from models.fusion import Reader
-from models.networks import build
-from models.texts.networks import BagOfNgrams
-from models.texts.tokens import HashedNgrams
-from pipeline.commands.drift import main
-from pipeline.data.manifest import DataError, Sample
-from pipeline.drift.compare import compare
-from pipeline.drift.measure import Measured, measure_drift
-from pipeline.drift.new_data import read_data
-from pipeline.drift.profile import Profile, profile
+from refract.augment import Preprocess
+from refract.models.bundle import Bundle, load_bundle
+from refract.models.classifier import Classifier
+from refract.models.fusion import Reader
+from refract.models.networks import build
+from refract.models.texts.networks import BagOfNgrams
+from refract.models.texts.tokens import HashedNgrams
+from refract.pipeline.commands.drift import main
+from refract.pipeline.data.manifest import DataError, Sample
+from refract.pipeline.drift.compare import compare
+from refract.pipeline.drift.measure import Measured, measure_drift
+from refract.pipeline.drift.new_data import read_data
+from refract.pipeline.drift.profile import Profile, profile
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -52,8 +52,8 @@ def write_scenes(
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    from pipeline.config import config_from_dict
-    from pipeline.training import train
+    from refract.pipeline.config import config_from_dict
+    from refract.pipeline.training import train
 
     root = tmp_path_factory.mktemp("drift")
     values = {

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from pipeline.drift.compare import compare, far_from
-from pipeline.drift.profile import WIDEST, Profile, folded
-from pipeline.drift.thresholds import THRESHOLDS, Threshold, parse_thresholds
-from pipeline.drift.two_samples import MOST, SMOOTHING, at_most, classifier, counts, holm, kolmogorov, mmd, psi
+from refract.pipeline.drift.compare import compare, far_from
+from refract.pipeline.drift.profile import WIDEST, Profile, folded
+from refract.pipeline.drift.thresholds import THRESHOLDS, Threshold, parse_thresholds
+from refract.pipeline.drift.two_samples import MOST, SMOOTHING, at_most, classifier, counts, holm, kolmogorov, mmd, psi
 
 LABELS = ("a", "b", "c")
 

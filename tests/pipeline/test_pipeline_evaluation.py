@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from pipeline.data.manifest import Sample
-from pipeline.evaluation import Evaluation, _single_label
-from pipeline.plots import confusion_plot, short
-from pipeline.report import make_report
+from refract.pipeline.data.manifest import Sample
+from refract.pipeline.evaluation import Evaluation, _single_label
+from refract.pipeline.plots import confusion_plot, short
+from refract.pipeline.report import make_report
 
 LABELS = ("a", "b", "c", "d")
 PNG = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()

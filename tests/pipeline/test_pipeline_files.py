@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import write_atomically, written_atomically
+from refract.pipeline.files import write_atomically, written_atomically
 
 
 def test_where_there_is_no_room_the_old_file_stays_and_the_error_names_it(tmp_path: Path) -> None:

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augment.image_files import image_files, level_of, walk
-from pipeline.batch.listing import listing_of
-from pipeline.commands.predict import picture_files
-from pipeline.data.check import check_classes
-from pipeline.data.folders import split_of
-from pipeline.data.manifest import DataError, load_manifest
-from pipeline.drift.new_data import read_data
-from pipeline.suggest.survey import _folder_notes
+from refract.augment.image_files import image_files, level_of, walk
+from refract.pipeline.batch.listing import listing_of
+from refract.pipeline.commands.predict import picture_files
+from refract.pipeline.data.check import check_classes
+from refract.pipeline.data.folders import split_of
+from refract.pipeline.data.manifest import DataError, load_manifest
+from refract.pipeline.drift.new_data import read_data
+from refract.pipeline.suggest.survey import _folder_notes
 
 Files = Callable[..., Path]
 

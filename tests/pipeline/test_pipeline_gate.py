@@ -8,10 +8,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pipeline.data.manifest import Manifest, Sample
-from pipeline.retraining.gate import Line, Measured, Verdict, _latency, judge
-from pipeline.retraining.power import LARGEST, SMALLEST, Z, lowest_gain, rounded, samples_to_decide
-from pipeline.retraining.settings import GateConfig
+from refract.pipeline.data.manifest import Manifest, Sample
+from refract.pipeline.retraining.gate import Line, Measured, Verdict, _latency, judge
+from refract.pipeline.retraining.power import LARGEST, SMALLEST, Z, lowest_gain, rounded, samples_to_decide
+from refract.pipeline.retraining.settings import GateConfig
 
 
 def holdout(*counts: int) -> Manifest:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pipeline.commands import lab
-from pipeline.lab import Experiment, Outcome, experiments
+from refract.pipeline.commands import lab
+from refract.pipeline.lab import Experiment, Outcome, experiments
 
 LONG = ("overfitting", "activations", "zero-centred", "noise", "batch-norm")
 

@@ -8,9 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from models.answer import confidences, line, prediction
-from pipeline import measures
-from pipeline.label_sets import label_calibration_errors, label_rates, likely_wrong_labels, set_errors, set_intervals
+from refract.models.answer import confidences, line, prediction
+from refract.pipeline import measures
+from refract.pipeline.label_sets import (
+    label_calibration_errors,
+    label_rates,
+    likely_wrong_labels,
+    set_errors,
+    set_intervals,
+)
 
 
 def test_the_error_of_a_set_by_hand() -> None:

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import COLORS, picture, write_picture
 
-from models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
-from models.classifier import Classifier
-from models.networks import build
-from pipeline.config import Config, ConfigError, config_from_dict
-from pipeline.data.manifest import load_manifest
-from pipeline.drift.thresholds import Threshold
-from pipeline.retraining.labels import LabelChanges, _more_errors, label_changes, listed
-from pipeline.retraining.night import Outcome, begin, snapshot, validate
-from pipeline.retraining.place import place_of, read, write
-from pipeline.retraining.snapshot import Snapshot, accept, read_snapshot, take
-from pipeline.retraining.validate import disagreed, excused, new_samples
+from refract.models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.classifier import Classifier
+from refract.models.networks import build
+from refract.pipeline.config import Config, ConfigError, config_from_dict
+from refract.pipeline.data.manifest import load_manifest
+from refract.pipeline.drift.thresholds import Threshold
+from refract.pipeline.retraining.labels import LabelChanges, _more_errors, label_changes, listed
+from refract.pipeline.retraining.night import Outcome, begin, snapshot, validate
+from refract.pipeline.retraining.place import place_of, read, write
+from refract.pipeline.retraining.snapshot import Snapshot, accept, read_snapshot, take
+from refract.pipeline.retraining.validate import disagreed, excused, new_samples
 
 PICTURES, TEXTS = frozenset({"pictures"}), frozenset({"texts"})
 NAMES = tuple(sorted(COLORS))

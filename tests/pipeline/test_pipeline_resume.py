@@ -18,14 +18,14 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 from small_data import Run, Training, descendants, picture, until, until_gone, write_picture
 
-from pipeline.checkpoints import ResumeCheckpoint, newest
-from pipeline.config import Config
-from pipeline.data.manifest import DataError
-from pipeline.defaults import filled
-from pipeline.provenance import inputs
-from pipeline.runs import held, new_run, old_run, stored_config, unfinished
-from pipeline.stopping import Stop, Stopped
-from pipeline.tracking.journal import Journal
+from refract.pipeline.checkpoints import ResumeCheckpoint, newest
+from refract.pipeline.config import Config
+from refract.pipeline.data.manifest import DataError
+from refract.pipeline.defaults import filled
+from refract.pipeline.provenance import inputs
+from refract.pipeline.runs import held, new_run, old_run, stored_config, unfinished
+from refract.pipeline.stopping import Stop, Stopped
+from refract.pipeline.tracking.journal import Journal
 
 # What draws from PyTorch's generator, averages, and mixes: all that a restart could lose.
 CONFIG = """
@@ -253,8 +253,8 @@ def test_files_that_a_policy_names_are_inputs_and_its_words_are_none(
 
 
 def test_a_run_is_held_by_one_and_found_by_its_config(tmp_path: Path) -> None:
-    from pipeline.config import ConfigError
-    from pipeline.runs import new_run
+    from refract.pipeline.config import ConfigError
+    from refract.pipeline.runs import new_run
 
     config = Config()
     config.trainer.runs_dir = str(tmp_path)
@@ -294,7 +294,7 @@ def killed_in_evaluation(work: Path, name: str, *arguments: str) -> None:
     code = (
         "import os, signal, sys, pipeline.assessment as a\n"
         "a.assess = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "import refract; refract.main(sys.argv[1:])"
+        "import refract.cli; refract.cli.main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "train", "c.yaml", "--trainer.run_name", name, *arguments]
     root = str(Path(__file__).parents[2])

@@ -15,10 +15,10 @@ from mlflow import MlflowClient
 from small_data import COLORS, Run, descendants, picture, until_gone, write_picture
 from warm_process import Started, WarmProcess
 
-from pipeline.config import Config, ConfigError, config_from_dict, load_config
-from pipeline.data.manifest import DataError, load_manifest
-from pipeline.retraining.aliases import aliases, rollback
-from pipeline.retraining.night import (
+from refract.pipeline.config import Config, ConfigError, config_from_dict, load_config
+from refract.pipeline.data.manifest import DataError, load_manifest
+from refract.pipeline.retraining.aliases import aliases, rollback
+from refract.pipeline.retraining.night import (
     FAILURES,
     STEPS,
     NightError,
@@ -28,8 +28,8 @@ from pipeline.retraining.night import (
     unfinished,
     worth_resuming,
 )
-from pipeline.retraining.place import Busy, place_of, read, write
-from pipeline.retraining.snapshot import Snapshot, accept, take
+from refract.pipeline.retraining.place import Busy, place_of, read, write
+from refract.pipeline.retraining.snapshot import Snapshot, accept, take
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -261,7 +261,7 @@ def test_fifteen_nights(tmp_path: Path, new_tracking: Path) -> None:
 def test_a_night_goes_on_when_mlflow_is_there_again(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.tracking.store import Store
+    from refract.pipeline.tracking.store import Store
 
     folder = begin(config, force=False)
     with monkeypatch.context() as away:
@@ -270,7 +270,7 @@ def test_a_night_goes_on_when_mlflow_is_there_again(
             raise ConnectionError("nobody is there")
 
         away.setattr(Store, "deliver", unreachable)
-        away.setattr("pipeline.tracking.tracker.FIRST_ANSWER", 0.1)
+        away.setattr("refract.pipeline.tracking.tracker.FIRST_ANSWER", 0.1)
         for step in STEPS[:3]:
             step(folder)
         with pytest.raises(NightError, match="nobody is there"):
@@ -322,7 +322,7 @@ def test_a_name_that_mlflow_does_not_take_is_told(config: Config) -> None:
 def test_whom_a_night_is_told_to_does_not_hold_it_up(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipeline.retraining.night.TELL_SECONDS", 0.05)
+    monkeypatch.setattr("refract.pipeline.retraining.night.TELL_SECONDS", 0.05)
     config.retrain.tell = "sleep 5"
     folder = begin(config, force=False)
     write(folder / "night.json", read(folder / "night.json") | {"ends": int(Outcome.REFUSED), "why": "-"})

@@ -21,19 +21,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_data import COLORS, Run, descendants, picture, until_gone, write_picture
 
-from augment import Preprocess
-from models.answer import confidences, prediction
-from models.bundle import BundleInfo, Golden, load_bundle, save_bundle
-from models.classifier import Classifier
-from models.fusion import Reader
-from models.making import text_record
-from models.networks import build
-from models.texts.networks import make_text_part
-from pipeline.batch import parts
-from pipeline.batch.answers import ABOUT, schema_of, table_of
-from pipeline.batch.listing import Row, Shard, listing_of
-from pipeline.data.manifest import DataError
-from pipeline.scoring import Question, preprocess_of, score
+from refract.augment import Preprocess
+from refract.models.answer import confidences, prediction
+from refract.models.bundle import BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.classifier import Classifier
+from refract.models.fusion import Reader
+from refract.models.making import text_record
+from refract.models.networks import build
+from refract.models.texts.networks import make_text_part
+from refract.pipeline.batch import parts
+from refract.pipeline.batch.answers import ABOUT, schema_of, table_of
+from refract.pipeline.batch.listing import Row, Shard, listing_of
+from refract.pipeline.data.manifest import DataError
+from refract.pipeline.scoring import Question, preprocess_of, score
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -362,7 +362,7 @@ def test_a_row_is_what_predict_makes_of_the_same_probabilities(answers, task: st
 
 
 def test_without_ray_its_extra_is_named(tmp_path: Path, bundle: Path, pictures: Path) -> None:
-    code = "import sys; sys.modules['ray'] = None; import refract; sys.exit(refract.main(sys.argv[1:]))"
+    code = "import sys; sys.modules['ray'] = None; import refract.cli; sys.exit(refract.cli.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "score", bundle, pictures, "-o", "a.parquet", "--engine", "ray"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "refract[ray]" in done.stderr and "Traceback" not in done.stderr

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.batch import parts
-from pipeline.batch.listing import Listing, Row, listing_of
-from pipeline.data.manifest import DataError
+from refract.pipeline.batch import parts
+from refract.pipeline.batch.listing import Listing, Row, listing_of
+from refract.pipeline.data.manifest import DataError
 
 
 def test_a_listing_is_the_same_each_time_and_known_by_what_it_says(tmp_path: Path) -> None:

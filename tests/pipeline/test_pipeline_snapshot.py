@@ -13,21 +13,21 @@ import pytest
 import torch
 from small_data import COLORS, picture, write_picture
 
-from augment import Preprocess
-from augment.decode import decode
-from models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
-from models.classifier import Classifier
-from models.networks import build
-from pipeline.config import Config, config_from_dict
-from pipeline.data.manifest import DataError, Manifest, load_manifest
-from pipeline.data.splits import write_splits
-from pipeline.drift.measure import reference_of
-from pipeline.drift.thresholds import THRESHOLDS, Threshold
-from pipeline.retraining.night import Outcome, begin, snapshot, validate
-from pipeline.retraining.overlap import trained_on
-from pipeline.retraining.place import place_of, read, write
-from pipeline.retraining.snapshot import Snapshot, accept, changed, inputs_digest, read_snapshot, take
-from pipeline.retraining.validate import beside_champion, look, new_samples
+from refract.augment import Preprocess
+from refract.augment.decode import decode
+from refract.models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.classifier import Classifier
+from refract.models.networks import build
+from refract.pipeline.config import Config, config_from_dict
+from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
+from refract.pipeline.data.splits import write_splits
+from refract.pipeline.drift.measure import reference_of
+from refract.pipeline.drift.thresholds import THRESHOLDS, Threshold
+from refract.pipeline.retraining.night import Outcome, begin, snapshot, validate
+from refract.pipeline.retraining.overlap import trained_on
+from refract.pipeline.retraining.place import place_of, read, write
+from refract.pipeline.retraining.snapshot import Snapshot, accept, changed, inputs_digest, read_snapshot, take
+from refract.pipeline.retraining.validate import beside_champion, look, new_samples
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -202,7 +202,7 @@ def test_what_one_night_prepared_is_never_taken_for_another_nights(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.retraining.holdout.write", dies)
+        patched.setattr("refract.pipeline.retraining.holdout.write", dies)
         with pytest.raises(KeyboardInterrupt):
             take(config, place)
     assert (place.holdout / "next.csv").exists()
@@ -383,9 +383,9 @@ def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: P
     """`splits.csv` as `refract train` leaves it in MLflow, with other splits than a run would draw."""
     from mlflow import MlflowClient
 
-    from pipeline.retraining.aliases import CHAMPION
-    from pipeline.retraining.champion_data import data_of_first_champion
-    from pipeline.retraining.overlap import holdout_line
+    from refract.pipeline.retraining.aliases import CHAMPION
+    from refract.pipeline.retraining.champion_data import data_of_first_champion
+    from refract.pipeline.retraining.overlap import holdout_line
 
     shutil.copy(new_tracking, tmp_path / "mlflow.db")
     paint(tmp_path / "pictures", range(40))

@@ -11,15 +11,15 @@ import pytest
 from safetensors.torch import save_file
 from small_data import Run, write_picture
 
-from augment import ImageError, load_policy
-from models.networks import build
-from pipeline.commands import init
-from pipeline.config import ConfigError, load_config
-from pipeline.data.manifest import load_manifest
-from pipeline.suggest import Proposal, Start, Survey, check_start, config_text, propose, take_survey
-from pipeline.suggest import survey as survey_module
-from pipeline.suggest.content import content_of, is_glyph, is_grey, thumbnail
-from pipeline.suggest.label_names import are_signs, exchanged_by_flip
+from refract.augment import ImageError, load_policy
+from refract.models.networks import build
+from refract.pipeline.commands import init
+from refract.pipeline.config import ConfigError, load_config
+from refract.pipeline.data.manifest import load_manifest
+from refract.pipeline.suggest import Proposal, Start, Survey, check_start, config_text, propose, take_survey
+from refract.pipeline.suggest import survey as survey_module
+from refract.pipeline.suggest.content import content_of, is_glyph, is_grey, thumbnail
+from refract.pipeline.suggest.label_names import are_signs, exchanged_by_flip
 
 Draw = Callable[[np.random.Generator, str], np.ndarray]
 

@@ -15,11 +15,11 @@ import pytest
 from mlflow import MlflowClient
 from small_data import Run
 
-from pipeline.runs import held, new_run
-from pipeline.sections import TrackingConfig
-from pipeline.tracking import Tracker, TrackingError, tracker
-from pipeline.tracking.database import make_database
-from pipeline.tracking.journal import Journal
+from refract.pipeline.runs import held, new_run
+from refract.pipeline.sections import TrackingConfig
+from refract.pipeline.tracking import Tracker, TrackingError, tracker
+from refract.pipeline.tracking.database import make_database
+from refract.pipeline.tracking.journal import Journal
 from tests.pipeline.test_pipeline_recipe import configured
 
 
@@ -231,7 +231,7 @@ def test_sync_passes_over_a_run_that_is_trained_or_damaged(tmp_path: Path, refra
 def test_a_database_is_whole_or_not_there(tmp_path: Path, new_tracking: Path) -> None:
     """A kill while MLflow makes its tables would leave a part of them, which MLflow refuses for ever after."""
     path = tmp_path / "mlflow.db"
-    code = f"from pipeline.tracking.database import make_database; print('began', flush=True); make_database('sqlite:///{path}')"
+    code = f"from refract.pipeline.tracking.database import make_database; print('began', flush=True); make_database('sqlite:///{path}')"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".mlflow.db.*/mlflow.db")) and time.monotonic() < deadline:

@@ -7,11 +7,11 @@ import pytest
 from mlflow import MlflowClient
 from small_data import Run
 
-from pipeline.config import ConfigError, config_from_dict
-from pipeline.sections import TrackingConfig
-from pipeline.tracking import Tracker, tracking_uri
-from pipeline.tracking.address import absolute, check_address, sqlite_path, sqlite_uri, with_credentials
-from pipeline.tracking.journal import Journal
+from refract.pipeline.config import ConfigError, config_from_dict
+from refract.pipeline.sections import TrackingConfig
+from refract.pipeline.tracking import Tracker, tracking_uri
+from refract.pipeline.tracking.address import absolute, check_address, sqlite_path, sqlite_uri, with_credentials
+from refract.pipeline.tracking.journal import Journal
 
 
 @pytest.mark.parametrize("name", ["team/cats", "cats:v2", "a@b", "a\\b", " cats", "", "..", "é" * 101, "a\nb", "'\""])

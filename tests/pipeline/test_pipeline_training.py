@@ -10,20 +10,20 @@ import torch
 from safetensors.torch import load_file
 from small_data import Run
 
-from augment import Augmenter, Preprocess
-from models.classifier import Classifier
-from models.module import ClassifierModule
-from models.networks import build
-from pipeline.config import Config, ConfigError
-from pipeline.data.manifest import DataError, Manifest, Sample
-from pipeline.data.module import PictureData
-from pipeline.data.order import TrainOrder
-from pipeline.evaluation import _single_label
-from pipeline.fitting import Assembly, fit
-from pipeline.preparation import prepare_data
-from pipeline.processes import Processes
-from pipeline.recipe import make_preprocess, measured
-from pipeline.sections import DataConfig
+from refract.augment import Augmenter, Preprocess
+from refract.models.classifier import Classifier
+from refract.models.module import ClassifierModule
+from refract.models.networks import build
+from refract.pipeline.config import Config, ConfigError
+from refract.pipeline.data.manifest import DataError, Manifest, Sample
+from refract.pipeline.data.module import PictureData
+from refract.pipeline.data.order import TrainOrder
+from refract.pipeline.evaluation import _single_label
+from refract.pipeline.fitting import Assembly, fit
+from refract.pipeline.preparation import prepare_data
+from refract.pipeline.processes import Processes
+from refract.pipeline.recipe import make_preprocess, measured
+from refract.pipeline.sections import DataConfig
 
 
 def _made(manifest: Manifest, module: ClassifierModule, data: PictureData) -> Assembly:

@@ -14,18 +14,18 @@ import torch
 from fastapi import FastAPI
 from PIL import Image
 
-from augment.preprocess import Preprocess
-from models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
-from models.classifier import Classifier, probabilities
-from models.networks import build
-from serve import choice as choosing
-from serve.app import create_app
-from serve.connection import Connection
-from serve.engine import Engine
-from serve.limits import Limits
-from serve.metrics import Metrics
-from serve.server import Server, listen, url
-from serve.service import Service
+from refract.augment.preprocess import Preprocess
+from refract.models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.classifier import Classifier, probabilities
+from refract.models.networks import build
+from refract.serve import choice as choosing
+from refract.serve.app import create_app
+from refract.serve.connection import Connection
+from refract.serve.engine import Engine
+from refract.serve.limits import Limits
+from refract.serve.metrics import Metrics
+from refract.serve.server import Server, listen, url
+from refract.serve.service import Service
 
 PREPROCESS = Preprocess(height=32, width=32)
 TEMPERATURE = 0.05  # a fresh network is unsure of everything: this spreads its answers, and shows if it is forgotten

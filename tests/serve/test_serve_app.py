@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from models.classifier import probabilities
-from serve.app import create_app
-from serve.engine import Engine
-from serve.limits import Limits
+from refract.models.classifier import probabilities
+from refract.serve.app import create_app
+from refract.serve.engine import Engine
+from refract.serve.limits import Limits
 
 ROOT = Path(__file__).parents[2]
 

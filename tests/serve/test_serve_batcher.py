@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from serve.batcher import Batcher, BatchError, ClosedError
-from serve.limits import OverloadedError
+from refract.serve.batcher import Batcher, BatchError, ClosedError
+from refract.serve.limits import OverloadedError
 
 
 class Doubler:

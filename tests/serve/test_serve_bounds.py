@@ -15,15 +15,15 @@ import pytest
 from PIL import Image
 from starlette.requests import Request
 
-from augment.preprocess import Preprocess
-from serve.app import create_app
-from serve.body import unless_gone
-from serve.cores import cores, quota
-from serve.engine import Engine
-from serve.errors import RequestError
-from serve.lane import Lane
-from serve.limits import Limits, OverloadedError, Room
-from serve.prepare import is_quick, read
+from refract.augment.preprocess import Preprocess
+from refract.serve.app import create_app
+from refract.serve.body import unless_gone
+from refract.serve.cores import cores, quota
+from refract.serve.engine import Engine
+from refract.serve.errors import RequestError
+from refract.serve.lane import Lane
+from refract.serve.limits import Limits, OverloadedError, Room
+from refract.serve.prepare import is_quick, read
 
 
 class GatedEngine(Engine):

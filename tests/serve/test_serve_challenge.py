@@ -9,9 +9,9 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from serve.app import create_app
-from serve.challenge import SHADOWS, Challenge
-from serve.engine import Engine
+from refract.serve.app import create_app
+from refract.serve.challenge import SHADOWS, Challenge
+from refract.serve.engine import Engine
 
 
 def samples(app, name: str) -> list[Sample]:

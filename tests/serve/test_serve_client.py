@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from serve.app import create_app
-from serve.client import AsyncClient, Client, ServerError
-from serve.keys import Keys
+from refract.serve.app import create_app
+from refract.serve.client import AsyncClient, Client, ServerError
+from refract.serve.keys import Keys
 
 ROOT = Path(__file__).parents[2]
 KEY = "open-sesame"
@@ -77,7 +77,7 @@ def test_it_waits_as_long_as_it_is_told_and_asks_again(caplog: pytest.LogCapture
             assert client.predict([b"x"]) == [{"label": "a"}]
         gaps = [b - a for a, b in zip(Busy.times, Busy.times[1:], strict=False)]
         assert len(gaps) == 3 and min(gaps[:2]) >= 1.0
-        assert [line.getMessage() for line in caplog.records if line.name == "serve.client"] == [
+        assert [line.getMessage() for line in caplog.records if line.name == "refract.serve.client"] == [
             "the server is busy (429): asked again in 1 s"
         ] * 2
         Busy.times.clear()

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from augment.preprocess import Preprocess
-from models.occlusion import BATCH, PASSES
-from serve.app import create_app
-from serve.engine import Engine
-from serve.explain import Explanations, png
+from refract.augment.preprocess import Preprocess
+from refract.models.occlusion import BATCH, PASSES
+from refract.serve.app import create_app
+from refract.serve.engine import Engine
+from refract.serve.explain import Explanations, png
 
 
 @pytest.fixture(scope="module")

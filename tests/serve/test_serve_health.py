@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 
-from serve.app import create_app
-from serve.challenge import Challenge
-from serve.engine import Engine
-from serve.lane import FAILURES
+from refract.serve.app import create_app
+from refract.serve.challenge import Challenge
+from refract.serve.engine import Engine
+from refract.serve.lane import FAILURES
 
 
 class Failing(Engine):

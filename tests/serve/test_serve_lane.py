@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from serve.engine import Engine
-from serve.lane import Lane
-from serve.limits import Limits, OverloadedError, Room
-from serve.prepare import Pictures
-from serve.service import Service
-from serve.threads import Threads
-from serve.work import Work
+from refract.serve.engine import Engine
+from refract.serve.lane import Lane
+from refract.serve.limits import Limits, OverloadedError, Room
+from refract.serve.prepare import Pictures
+from refract.serve.service import Service
+from refract.serve.threads import Threads
+from refract.serve.work import Work
 
 
 class Paced(Engine):
@@ -99,7 +99,7 @@ def test_what_has_been_brief_for_long_is_computed_on_the_loop(
             await lane.submit(batch(1))
         assert seen == [False] * 8 + [moves] * 4
 
-    monkeypatch.setattr("serve.lane.PROVEN", 8)
+    monkeypatch.setattr("refract.serve.lane.PROVEN", 8)
     monkeypatch.setattr(Paced, "compute", lambda self, batch: compute(batch))
     on_lane(bundle, story)
 

@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.occlusion import Occlusion
-from serve import v2
-from serve.app import create_app
-from serve.engine import Engine
-from serve.limits import OverloadedError
-from serve.prepare import Pictures
-from serve.service import LARGE, READERS, Service
-from serve.threads import Threads
-from serve.uploads import SPARE, parsed
-from serve.work import Work
+from refract.models.occlusion import Occlusion
+from refract.serve import v2
+from refract.serve.app import create_app
+from refract.serve.engine import Engine
+from refract.serve.limits import OverloadedError
+from refract.serve.prepare import Pictures
+from refract.serve.service import LARGE, READERS, Service
+from refract.serve.threads import Threads
+from refract.serve.uploads import SPARE, parsed
+from refract.serve.work import Work
 
 
 def test_threads_tell_how_long_what_waits_for_them_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("serve.threads.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("refract.serve.threads.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def takes(seconds: float) -> None:
         now[0] += seconds

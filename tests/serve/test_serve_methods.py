@@ -7,8 +7,8 @@ import subprocess
 import httpx
 import pytest
 
-from serve.connection import HEAD_BYTES
-from serve.metrics import Metrics
+from refract.serve.connection import HEAD_BYTES
+from refract.serve.metrics import Metrics
 
 GET = [
     "/", "/livez", "/readyz", "/v1/model", "/v1/status", "/docs", "/redoc", "/openapi.json", "/static-offline-docs/favicon.png",

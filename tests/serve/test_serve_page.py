@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.app import create_app
-from serve.keys import Keys
+from refract.serve.app import create_app
+from refract.serve.keys import Keys
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update",

@@ -2,12 +2,12 @@
 
 import pytest
 
-from serve.app import create_app
-from serve.client import Client
-from serve.cors import is_origin
-from serve.keys import Keys
-from serve.options import parse
-from serve.rooted import prefix_problem
+from refract.serve.app import create_app
+from refract.serve.client import Client
+from refract.serve.cors import is_origin
+from refract.serve.keys import Keys
+from refract.serve.options import parse
+from refract.serve.rooted import prefix_problem
 
 ORIGIN = "https://app.example"
 PREFLIGHT = {

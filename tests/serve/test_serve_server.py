@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve import connection as connections
-from serve import server
-from serve.app import create_app
-from serve.keys import Keys
+from refract.serve import connection as connections
+from refract.serve import server
+from refract.serve.app import create_app
+from refract.serve.keys import Keys
 
 HOST = b"Host: x\r\n"
 UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"

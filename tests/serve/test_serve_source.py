@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from models.bundle import load_bundle
-from serve import source
-from serve.source import SourceError, resolve
+from refract.models.bundle import load_bundle
+from refract.serve import source
+from refract.serve.source import SourceError, resolve
 
 
 def test_a_folder_is_itself(tmp_path):
@@ -168,7 +168,7 @@ def test_a_start_and_a_follower_give_up_a_server_that_sends_a_byte_now_and_then(
     with dripping() as uri:
         environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "HOME": str(tmp_path)}
         follow = "import asyncio, serve.follow as f; print(asyncio.run(f._located('models:/a@b')))"
-        start = ["-m", "serve.command", "models:/a@b", "--port", "0"]
+        start = ["-m", "refract.serve.command", "models:/a@b", "--port", "0"]
         commands = [[sys.executable, *rest] for rest in (start, ["-c", follow])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         both = [subprocess.Popen(command, env=environment, **pipes) for command in commands]

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from serve import connection as connections
-from serve import stream
-from serve.app import create_app
-from serve.connection import Connection
+from refract.serve import connection as connections
+from refract.serve import stream
+from refract.serve.app import create_app
+from refract.serve.connection import Connection
 
 ASKED = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n%s\r\n"
 

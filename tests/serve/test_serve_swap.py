@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.bundle import BundleError
-from serve.app import create_app
-from serve.challenge import Challenge
-from serve.engine import Engine
-from serve.errors import NotReadyError
-from serve.keys import Keys
-from serve.limits import Limits
-from serve.metrics import Metrics
-from serve.service import Service
+from refract.models.bundle import BundleError
+from refract.serve.app import create_app
+from refract.serve.challenge import Challenge
+from refract.serve.engine import Engine
+from refract.serve.errors import NotReadyError
+from refract.serve.keys import Keys
+from refract.serve.limits import Limits
+from refract.serve.metrics import Metrics
+from refract.serve.service import Service
 
 
 def row_of(answer) -> np.ndarray:

@@ -13,7 +13,7 @@ import uvicorn
 from uvicorn.protocols.http import flow_control, httptools_impl
 from uvicorn.server import ServerState
 
-from serve.connection import Connection
+from refract.serve.connection import Connection
 
 PROTOCOL, CYCLE, FLOW = httptools_impl.HttpToolsProtocol, httptools_impl.RequestResponseCycle, flow_control.FlowControl
 

@@ -9,9 +9,9 @@ import tritonclient.http as triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from augment.decode import decode
-from serve.app import create_app
-from serve.limits import Limits
+from refract.augment.decode import decode
+from refract.serve.app import create_app
+from refract.serve.limits import Limits
 
 
 @pytest.fixture(scope="module")

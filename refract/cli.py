@@ -7,53 +7,68 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from models.credentials import hide_credentials
+from refract.models.credentials import hide_credentials
 
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "init": ("pipeline.commands.init", "look at a folder or manifest of pictures and write a config for it"),
-        "train": ("pipeline.commands.train", "train from a config; writes a run with its bundle"),
+        "init": (
+            "refract.pipeline.commands.init",
+            "look at a folder or manifest of pictures and write a config for it",
+        ),
+        "train": ("refract.pipeline.commands.train", "train from a config; writes a run with its bundle"),
         "retrain": (
-            "pipeline.commands.retrain",
+            "refract.pipeline.commands.retrain",
             "the nightly run: check the data, train, compare with the champion, promote",
         ),
-        "promote": ("pipeline.commands.promote", "make a registered version champion"),
-        "rollback": ("pipeline.commands.rollback", "make the version champion again that was before"),
-        "rerun": ("pipeline.commands.rerun", "train once more as a run was trained, and compare the weights"),
-        "sync": ("pipeline.commands.sync", "deliver to MLflow what runs kept while its server did not answer"),
+        "promote": ("refract.pipeline.commands.promote", "make a registered version champion"),
+        "rollback": ("refract.pipeline.commands.rollback", "make the version champion again that was before"),
+        "rerun": ("refract.pipeline.commands.rerun", "train once more as a run was trained, and compare the weights"),
+        "sync": ("refract.pipeline.commands.sync", "deliver to MLflow what runs kept while its server did not answer"),
         "replay-batch": (
-            "pipeline.commands.replay_batch",
+            "refract.pipeline.commands.replay_batch",
             "run the batch again whose loss was no number, layer by layer",
         ),
-        "doctor": ("pipeline.commands.doctor", "what was wrong with a run, by what evidence, and what to change"),
+        "doctor": (
+            "refract.pipeline.commands.doctor",
+            "what was wrong with a run, by what evidence, and what to change",
+        ),
         "schedule": (
-            "pipeline.commands.schedule",
+            "refract.pipeline.commands.schedule",
             "retrain by the clock on this machine; --list tells what ran and what is due",
         ),
-        "tune": ("pipeline.commands.tune", "search a space of configs for the best score on validation"),
-        "find": ("pipeline.commands.find", "find a learning rate or the largest batch for a config"),
-        "evaluate": ("pipeline.commands.evaluate", "measure a bundle on labelled pictures"),
+        "tune": ("refract.pipeline.commands.tune", "search a space of configs for the best score on validation"),
+        "find": ("refract.pipeline.commands.find", "find a learning rate or the largest batch for a config"),
+        "evaluate": ("refract.pipeline.commands.evaluate", "measure a bundle on labelled pictures"),
         "drift": (
-            "pipeline.commands.drift",
+            "refract.pipeline.commands.drift",
             "tell whether new data are still of the kind that a bundle was measured on",
         ),
-        "compare": ("pipeline.commands.compare", "compare runs on the hold-out that they share, with a paired test"),
-        "predict": ("pipeline.commands.predict", "classify pictures with a bundle"),
-        "score": ("pipeline.commands.score", "classify a folder or manifest of any size into a Parquet file"),
-        "preview": ("pipeline.commands.preview", "draw a grid of pictures and their augmented variants"),
+        "compare": (
+            "refract.pipeline.commands.compare",
+            "compare runs on the hold-out that they share, with a paired test",
+        ),
+        "predict": ("refract.pipeline.commands.predict", "classify pictures with a bundle"),
+        "score": ("refract.pipeline.commands.score", "classify a folder or manifest of any size into a Parquet file"),
+        "preview": ("refract.pipeline.commands.preview", "draw a grid of pictures and their augmented variants"),
         "paraphrase": (
-            "pipeline.commands.paraphrase",
+            "refract.pipeline.commands.paraphrase",
             "translate the captions there and back, for the op BackTranslation",
         ),
-        "augment": ("pipeline.commands.augment", "write augmented copies of pictures, and plans to make them again"),
+        "augment": (
+            "refract.pipeline.commands.augment",
+            "write augmented copies of pictures, and plans to make them again",
+        ),
         "explain": (
-            "pipeline.commands.explain",
+            "refract.pipeline.commands.explain",
             "show what a policy does to one picture, and how long each pass takes",
         ),
-        "ops": ("pipeline.commands.ops", "list the augmentation ops, or show one"),
-        "serve": ("serve.command", "answer over HTTP with a bundle"),
-        "lab": ("pipeline.commands.lab", "try the claims of the courses by small experiments"),
-        "demo": ("pipeline.commands.demo", "the whole way on the embedded digits: train, track, register, serve, ask"),
+        "ops": ("refract.pipeline.commands.ops", "list the augmentation ops, or show one"),
+        "serve": ("refract.serve.command", "answer over HTTP with a bundle"),
+        "lab": ("refract.pipeline.commands.lab", "try the claims of the courses by small experiments"),
+        "demo": (
+            "refract.pipeline.commands.demo",
+            "the whole way on the embedded digits: train, track, register, serve, ask",
+        ),
     }
 )
 """Command → (the module whose `main(argv) -> int` runs it, one line of help)."""
@@ -89,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hide_credentials()
     module = COMMANDS[arguments[0]][0]
     if arguments[0] == "predict" and any(argument.partition("=")[0] == "--url" for argument in arguments):
-        module = "serve.ask"  # by a server, of which the pipeline knows nothing
+        module = "refract.serve.ask"  # by a server, of which the pipeline knows nothing
     try:
         return importlib.import_module(module).main(arguments[1:])
     except ModuleNotFoundError as err:
@@ -108,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare_to_compute() -> None:
     """Set how the process waits and keeps memory, before PyTorch is imported. The server has settings of its own."""
-    from models.allocator import keep_freed_memory
-    from models.openmp import let_waiting_threads_sleep
+    from refract.models.allocator import keep_freed_memory
+    from refract.models.openmp import let_waiting_threads_sleep
 
     let_waiting_threads_sleep()
     keep_freed_memory()
@@ -129,7 +144,3 @@ def _help() -> str:
             "refract COMMAND --help tells a command's options.",
         ]
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

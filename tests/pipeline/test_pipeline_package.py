@@ -1,0 +1,92 @@
+"""One package: no other top-level name is installed, and folders of the user's with such names do no harm."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from small_data import COLORS, picture, write_picture
+
+from refract.models.bundle import load_bundle
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images, and with modules that are named as the four packages."""
+    folder = tmp_path_factory.mktemp("crowded")
+    (folder / "models").mkdir()
+    (folder / "models" / "__init__.py").write_text("raise RuntimeError('the models of the user')\n")
+    for name in ("serve", "augment", "pipeline"):
+        (folder / f"{name}.py").write_text(f"raise RuntimeError('the {name} of the user')\n")
+    for label in COLORS:
+        for number in range(20):
+            write_picture(folder / "images" / label / f"{number:02}.png", picture(label, number))
+    return folder
+
+
+def run(*command: str | Path, cwd: Path, path: Path = ROOT) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_torchrun_trains_in_a_folder_with_modules_of_the_same_names(crowded: Path) -> None:
+    (crowded / "c.yaml").write_text(
+        "data: {source: images, image_size: 16, batch_size: 8, workers: 2, memory: never}\nmodel: {name: linear}\n"
+        "trainer: {max_epochs: 1, device: cpu, devices: 2, run_name: r}\ntracking: {enabled: false}\nevaluation: {robustness: none}\n"
+    )
+    run("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "refract", "train", "c.yaml", cwd=crowded)
+    assert (crowded / "runs" / "r" / "bundle" / "manifest.json").exists()
+
+
+def test_a_script_uses_the_public_names_in_such_a_folder(crowded: Path) -> None:
+    (crowded / "script.py").write_text(
+        "import sys\nimport refract\nassert 'torch' not in sys.modules\n"
+        "from refract import Augmenter, Client, load_bundle, load_policy\nimport numpy as np\n"
+        "image = Augmenter('imagenet', seed=1, size=16)(np.zeros((20, 20, 3), np.uint8), epoch=0, index=0)\n"
+        "print(image.shape, load_policy('digits') is not None, Client.__name__, load_bundle.__name__)\n"
+    )
+    assert run("script.py", cwd=crowded) == "(16, 16, 3) True Client load_bundle\n"
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_refract_alone_and_works_by_itself(crowded: Path, tmp_path: Path) -> None:
+    """Built from the repository, and from the source distribution, which must be complete."""
+    run("-m", "hatchling", "build", "-d", tmp_path / "one", cwd=ROOT)
+    (wheel,) = (tmp_path / "one").glob("*.whl")
+    (source,) = (tmp_path / "one").glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        archive.extractall(tmp_path / "source", filter="data")
+    (unpacked,) = (tmp_path / "source").iterdir()
+    run("-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "two", cwd=unpacked)
+    (again,) = (tmp_path / "two").glob("*.whl")
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as two:
+        assert sorted(one.namelist()) == sorted(two.namelist())
+        assert {name.partition("/")[0].partition("-")[0] for name in one.namelist()} == {"refract"}
+        one.extractall(tmp_path / "site")
+    place = run("-c", "import refract; print(refract.__file__)", cwd=crowded, path=tmp_path / "site")
+    assert place.startswith(str(tmp_path / "site")), "not the checkout"
+    out = run("-m", "refract", "demo", cwd=crowded, path=tmp_path / "site")
+    assert "of 10 right" in out and "mlflow ui" in out and "refract serve" in out
+    (bundle,) = crowded.glob("runs/digits*/bundle")
+    assert load_bundle(bundle).info.metrics["accuracy"] >= 0.98
+
+
+def test_nothing_imports_a_package_by_its_former_name() -> None:
+    code = (
+        "import sys, refract.cli, refract.serve.app, refract.pipeline.training\n"
+        "print({'augment', 'models', 'pipeline', 'serve'} & set(sys.modules))"
+    )
+    assert run("-c", code, cwd=ROOT) == "set()\n"
