@@ -1,4 +1,4 @@
-"""What the engine costs beside time: memory after 2,000 and after 20,000 photos, and the time of `import augment`.
+"""What the engine costs beside time: memory after 2,000 and after 20,000 photos, and the time of `import refract.augment`.
 
 python -m benchmarks.augment_memory --images DIR --json benchmarks/results/augment_memory.json
 """
@@ -46,8 +46,8 @@ def main() -> None:
         if number in MARKS:
             megabytes[number] = round(resident(), 1)
             print(f"after {number:6,} photos: {megabytes[number]:.1f} MB resident")
-    seconds = round(import_seconds("import augment"), 3)
-    print(f"import augment: {seconds:.3f} s")
+    seconds = round(import_seconds("import refract.augment"), 3)
+    print(f"import refract.augment: {seconds:.3f} s")
     write(
         args.json, {"environment": environment("refract"), "resident_megabytes": megabytes, "import_seconds": seconds}
     )

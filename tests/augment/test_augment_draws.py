@@ -118,7 +118,7 @@ def test_p_is_a_probability() -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, augment; print(sorted({'torch', 'albumentations', 'imgaug', 'lightning', 'mlflow'} & set(sys.modules)))"
+    code = "import sys, refract.augment; print(sorted({'torch', 'albumentations', 'imgaug', 'lightning', 'mlflow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -125,7 +125,7 @@ def test_transparent_sixteen_bit_and_grey_images_have_profiles_too() -> None:
 )
 def test_a_broken_profile_is_ignored_with_one_warning(profile: bytes, caplog: pytest.LogCaptureFixture) -> None:
     profiles._warned.clear()
-    with caplog.at_level(logging.WARNING, "augment"):
+    with caplog.at_level(logging.WARNING, "refract.augment"):
         for kind in ("JPEG", "PNG"):
             data = encoded(COLOURS, kind, icc_profile=profile)
             np.testing.assert_array_equal(decode(data, color_profile="convert"), decode(data))

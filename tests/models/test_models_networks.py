@@ -171,9 +171,9 @@ def test_what_pretrained_weights_expect() -> None:
 @pytest.mark.slow
 def test_what_a_server_imports_stays_light() -> None:
     code = (
-        "import sys, models.bundle, models.classifier, models.networks\n"
+        "import sys, refract.models.bundle, refract.models.classifier, refract.models.networks\n"
         "refract.models.networks.build('resnet20', 2, image_size=(32, 32))\n"
-        "heavy = {'lightning', 'torchmetrics', 'mlflow', 'torchvision', 'timm', 'augment', 'pipeline', 'serve'}\n"
+        "heavy = {'lightning', 'torchmetrics', 'mlflow', 'torchvision', 'timm', 'refract.augment', 'refract.pipeline', 'refract.serve'}\n"
         "print(*sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -59,7 +59,7 @@ def workplace(trained: Path, tmp_path: Path) -> Path:
 )
 def test_help_imports_nothing_heavy(command: list[str]) -> None:
     code = (
-        "import sys, refract\n"
+        "import sys, refract.cli\n"
         "try: exit_code = refract.cli.main(sys.argv[1:])\n"
         "except SystemExit as exit: exit_code = exit.code\n"
         "heavy = {'torch', 'lightning', 'mlflow', 'pandas', 'sklearn', 'cv2', 'matplotlib', 'fastapi'} & set(sys.modules)\n"

@@ -292,7 +292,7 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
 def killed_in_evaluation(work: Path, name: str, *arguments: str) -> None:
     """Train, and die when all epochs are done and the hold-out is to be measured."""
     code = (
-        "import os, signal, sys, pipeline.assessment as a\n"
+        "import os, signal, sys, refract.pipeline.assessment as a\n"
         "a.assess = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "import refract.cli; refract.cli.main(sys.argv[1:])"
     )

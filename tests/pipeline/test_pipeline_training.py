@@ -54,7 +54,7 @@ def test_the_latest_epoch_within_a_standard_error_of_the_best_is_kept(
         manifest, augmenter=Augmenter("none", size=32), preprocess=Preprocess(32, 32), batch_size=16, workers=0
     )
     assert len(manifest.of("val")) == 6
-    with caplog.at_level("INFO", "pipeline"):
+    with caplog.at_level("INFO", "refract.pipeline"):
         history = fit(_made(manifest, module, data), config, tmp_path / "run", None)
     assert [round(row["val_accuracy"], 3) for row in history] == scores
     kept = module.classifier.state_dict()

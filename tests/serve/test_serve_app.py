@@ -205,6 +205,6 @@ def test_it_is_not_ready_before_the_self_test(bundle):
 @pytest.mark.slow
 def test_serving_imports_no_training_stack():
     heavy = "('lightning', 'mlflow', 'matplotlib', 'pandas', 'torchmetrics', 'sklearn', 'pytorch_lightning')"
-    code = f"import sys, serve.app, serve.source; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, refract.serve.app, refract.serve.source; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -167,7 +167,7 @@ def test_a_start_and_a_follower_give_up_a_server_that_sends_a_byte_now_and_then(
     """In as long as they have in fact."""
     with dripping() as uri:
         environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "HOME": str(tmp_path)}
-        follow = "import asyncio, serve.follow as f; print(asyncio.run(f._located('models:/a@b')))"
+        follow = "import asyncio, refract.serve.follow as f; print(asyncio.run(f._located('models:/a@b')))"
         start = ["-m", "refract.serve.command", "models:/a@b", "--port", "0"]
         commands = [[sys.executable, *rest] for rest in (start, ["-c", follow])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -202,7 +202,9 @@ def test_a_server_that_is_down(tmp_path):
     with socket.socket() as taken:  # bound and not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        code = "import sys, serve.source as s\ntry: s.resolve('models:/a@b')\nexcept s.SourceError as e: print(e)"
+        code = (
+            "import sys, refract.serve.source as s\ntry: s.resolve('models:/a@b')\nexcept s.SourceError as e: print(e)"
+        )
         environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert f"the tracking server does not answer at {uri}" in done.stdout, done.stderr
