@@ -41,7 +41,7 @@ def test_a_space_is_read_with_its_conditions(tmp_path: Path) -> None:
     name, rate, momentum, degrees = space_of(tmp_path, SPACE)
     assert name.choices == ("adamw", "sgd") and (rate.low, rate.high, rate.log) == (1e-5, 0.1, True)
     assert applies(momentum, {"optim.name": "sgd"}) and not applies(momentum, {"optim.name": "adamw"})
-    assert degrees.whole and degrees.key == "refract.augment.policy.0.Affine.degrees"
+    assert degrees.whole and degrees.key == "augment.policy.0.Affine.degrees"
 
 
 @pytest.mark.parametrize(
@@ -71,11 +71,11 @@ def test_values_go_into_lists_and_ops_and_leave_the_config_alone() -> None:
     config = {"augment": {"policy": [{"Affine": None}, "HorizontalFlip"]}, "optim": {"lr": 1}}
     made = with_values(
         config,
-        {"refract.augment.policy.0.Affine.degrees": 7, "refract.augment.policy.1": "VerticalFlip", "optim.lr": 2},
+        {"augment.policy.0.Affine.degrees": 7, "augment.policy.1": "VerticalFlip", "optim.lr": 2},
     )
     assert made == {"augment": {"policy": [{"Affine": {"degrees": 7}}, "VerticalFlip"]}, "optim": {"lr": 2}}
     assert config == {"augment": {"policy": [{"Affine": None}, "HorizontalFlip"]}, "optim": {"lr": 1}}
-    for key in ("refract.augment.policy.5", "augment.policies.0", "optim.lr.x", "refract.augment.policy.1.p"):
+    for key in ("augment.policy.5", "augment.policies.0", "optim.lr.x", "augment.policy.1.p"):
         with pytest.raises(ConfigError, match="the config has"):
             with_values(config, {key: 1})
 
@@ -126,7 +126,7 @@ def test_a_search_goes_on_and_its_best_config_trains(refract: Run, folder: Path,
     drawn = study.best_trial.user_attrs["drawn"]
     best = yaml.safe_load((tmp_path / "runs" / "tune-c" / "best.yaml").read_text())
     assert best["optim"]["lr"] == drawn["optim.lr"]
-    assert best["augment"]["policy"][0]["Affine"]["degrees"] == drawn["refract.augment.policy.0.Affine.degrees"]
+    assert best["augment"]["policy"][0]["Affine"]["degrees"] == drawn["augment.policy.0.Affine.degrees"]
     assert all(("optim.momentum" in t.params) == (t.params["optim.name"] == "sgd") for t in study.trials)
     html = (tmp_path / "runs" / "tune-c" / "report.html").read_text()
     assert "What mattered" in html or len({t.value for t in study.trials}) < 4
