@@ -275,7 +275,7 @@ def test_a_manifest_with_texts_and_labels_and_rows_that_lack_something(
         (file, "a red car", "red"),
         ("", "a blue dog", "blue"),
         (file, "", "green"),
-        ("", " ", ""),
+        ("", " ", "", "left"),  # a row that is wholly blank would be skipped
         ("none.png", "a", "mauve"),
     ]
     with (tmp_path / "m.csv").open("w", newline="") as target:
@@ -287,7 +287,7 @@ def test_a_manifest_with_texts_and_labels_and_rows_that_lack_something(
     assert table["error"][3] == "neither a picture nor a text" and "No such file" in table["error"][4]
     assert table["truth"].tolist() == ["red", "blue", "green", "", "mauve"] and pd.isna(table["path"][1])
     assert (
-        table["text"].tolist() == [text.lstrip() for _, text, _ in rows]  # blanks after a separator are skipped
+        table["text"].tolist() == [row[1].lstrip() for row in rows]  # blanks after a separator are skipped
         and f"of 3 ({(table['label'] == table['truth']).mean() * 5 / 3:.1%})" in done.stdout
     )
     refract("score", words, "m.csv", "-o", "words.parquet", "--jobs", 1)
