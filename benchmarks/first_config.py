@@ -32,7 +32,17 @@ def through_refract(data: Path, seed: int, folder: Path, start: list[str]) -> tu
     _command(["init", str(data), *start, "-o", "first.yaml"], folder)
     config = yaml.safe_load((folder / "first.yaml").read_text("utf-8"))
     _command(
-        ["train", "first.yaml", "--trainer.seed", str(seed), "--tracking.enabled", "false", "--name", "run"], folder
+        [
+            "train",
+            "first.yaml",
+            "--trainer.seed",
+            str(seed),
+            "--tracking.enabled",
+            "false",
+            "--trainer.run_name",
+            "run",
+        ],
+        folder,
     )
     record = json.loads((folder / "runs" / "run" / "bundle" / "bundle.json").read_text("utf-8"))
     return config, record["metrics"]["accuracy"], folder / "runs" / "run"
