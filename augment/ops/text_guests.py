@@ -1,6 +1,6 @@
 """nlpaug's augmenters inside a policy: `nlpaug.RandomWordAug: {action: swap}`, `nlpaug.ContextualWordEmbsAug: {model_path: FOLDER}`.
 
-What it would break is kept in here: it draws from three global generators, which are seeded for each sample and put back; it takes `Don't`
+What it would break is kept in here: it draws from three global generators, and gets its own, seeded for each sample; it takes `Don't`
 apart, and is given words as they stand between spaces; it would change words that must stay; it takes two models of one folder name for
 one; it asks for methods that tokenizers do not have any more; and what must stay it gives language models as unknown words, which then
 stand in the text. Its import brings PyTorch and transformers and takes seconds: it
@@ -15,9 +15,9 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from types import MappingProxyType
-from typing import Any
+from functools import cache, partial
+from types import MappingProxyType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from refract.augment import words
 from refract.augment.ops.op import Args, Size, below, nearest
 from refract.augment.ops.text import TextOp
 from refract.augment.plan import Step
+
+if TYPE_CHECKING:
+    import torch
 
 PREFIX = "nlpaug."
 
@@ -141,23 +144,33 @@ def _marks(piece: str) -> list[str]:
 _turn = threading.Lock()
 
 
-def _seeded(seed: int, run: Callable[[], Any]) -> Any:
-    """`run` with the three global generators at `seed`; afterwards they are as they were."""
+@cache
+def _generators() -> tuple[random.Random, np.random.RandomState, "torch.Generator"]:
+    """The generators that nlpaug draws from in place of the global ones, where another thread's draws would change a text."""
     import torch
+    from nlpaug import base_augmenter
+    from nlpaug.model import base_model
+    from nlpaug.model.lang_models import language_models
+    from nlpaug.model.word_stats import word_statistics
 
-    with _turn:
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return run()
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
+    generators = random.Random(), np.random.RandomState(), torch.Generator()
+    base_augmenter.random = generators[0]
+    for module in (base_augmenter, base_model, word_statistics):
+        module.np = SimpleNamespace(**{**vars(np), "random": generators[1]})
+    multinomial = partial(torch.multinomial, generator=generators[2])
+    language_models.torch = SimpleNamespace(**{**vars(torch), "multinomial": multinomial})
+    return generators
+
+
+def _seeded(seed: int, run: Callable[[], Any]) -> Any:
+    """`run` with nlpaug's generators at `seed`, while no other thread draws from them."""
+    with _turn, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        numbers, arrays, tensors = _generators()
+        numbers.seed(seed)
+        arrays.seed(seed)
+        tensors.manual_seed(seed)
+        return run()
 
 
 @cache

@@ -1,5 +1,6 @@
 """Ops on texts: what they change, what they leave, and that a draw is a function of its key."""
 
+import random
 import subprocess
 import sys
 import threading
@@ -281,8 +282,6 @@ GUESTS = [
 
 @pytest.mark.parametrize("guest", GUESTS, ids=lambda guest: str(*guest))
 def test_nlpaugs_augmenters_are_seeded_keep_words_and_leave_the_generators_alone(guest) -> None:
-    import random
-
     import torch
 
     augmenter = Augmenter([guest], seed=5)
@@ -303,6 +302,27 @@ def test_nlpaugs_augmenters_are_seeded_keep_words_and_leave_the_generators_alone
     threads = [threading.Thread(target=draw, args=(into,)) for into in several]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert several == [found] * 3
+
+
+def test_draws_of_other_threads_change_no_text_of_nlpaug() -> None:
+    """A tracking client waits between its tries for a time that it draws from the global generator, in a thread of its own."""
+    augmenter = Augmenter(GUESTS, seed=5)
+    alone = [augmenter.text(TEXT, epoch=0, index=i) for i in range(200)]
+    ended, interval = threading.Event(), sys.getswitchinterval()
+
+    def draw() -> None:
+        while not ended.is_set():
+            random.random(), np.random.random()
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    sys.setswitchinterval(1e-5)
+    try:
+        assert [augmenter.text(TEXT, epoch=0, index=i) for i in range(200)] == alone
+    finally:
+        sys.setswitchinterval(interval)
+        ended.set()
+        thread.join()
 
 
 def test_augment_imports_no_language_model_without_being_asked() -> None:

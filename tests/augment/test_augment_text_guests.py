@@ -69,7 +69,7 @@ def test_two_models_of_one_folder_name_stay_two(tmp_path: Path) -> None:
 
 
 def test_one_augmenter_draws_at_a_time() -> None:
-    """They share the global generators."""
+    """They share nlpaug's generators."""
     inside, other = threading.Event(), threading.Thread(target=lambda: _seeded(1, inside.set))
 
     def run() -> bool:
