@@ -1,16 +1,16 @@
 """Seeded, serialisable image augmentation: draw a plan, fuse it, execute it.
 
-Knows nothing of training, tracking or serving. PyTorch is imported by the batch executor only (`refract.augment.batch`).
+Knows nothing of training, tracking or serving. PyTorch is imported by the batch executor only (`refract.augment.executors.torch_batch`).
 """
 
 from refract.augment.augmenter import Augmenter
-from refract.augment.cpu import planes
 from refract.augment.dataset import AugmentedDataset
-from refract.augment.decode import ImageError, decode, image_size
-from refract.augment.epochs import EpochSampler, SampleKey, ShuffleSampler
+from refract.augment.decoding.decode import ImageError, decode, image_size
+from refract.augment.executors.cpu import planes
 from refract.augment.plan import Plan, Step
 from refract.augment.policy import Policy, PolicyError, load_policy, presets
 from refract.augment.preprocess import Preprocess
+from refract.augment.samplers import EpochSampler, SampleKey, ShuffleSampler
 
 __all__ = [
     "AugmentedDataset",

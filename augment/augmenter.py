@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from refract.augment import cpu, encoded
+from refract.augment.decoding.color_profiles import check_color_profile
+from refract.augment.executors import cpu, encoded
 from refract.augment.fuse import fuse
 from refract.augment.inputs import ImageInput, input_size, read_image
-from refract.augment.ops.op import pixels
-from refract.augment.ops.text import run as run_text
+from refract.augment.ops.base import pixels
 from refract.augment.output import Numbers, OutputFormat
 from refract.augment.plan import Plan, Step
 from refract.augment.policy import Policy, PolicySpec, load_policy
-from refract.augment.profiles import check_color_profile
 from refract.augment.targets import move_boxes, move_mask
+from refract.augment.text.ops import run as run_text
 
 if TYPE_CHECKING:
     import torch
@@ -158,7 +158,7 @@ class Augmenter:
         which of its draws each is, None for the first. Returns both, new where mixed; images become float32 where MixUp blended them.
         Neither input is changed. ValueError where their lengths differ.
         """
-        from refract.augment import batch
+        from refract.augment.executors import torch_batch
 
         size = (images.shape[-2], images.shape[-1])
         # A tensor is read back at once: item by item a GPU would be waited for each time.
@@ -172,7 +172,7 @@ class Augmenter:
             self.policy.draw_mixing(size, seed=self.seed, epoch=epoch, index=int(i), repeat=int(k))
             for i, k in zip(numbers, draws, strict=True)
         ]
-        return batch.mix(plans, images, targets)
+        return torch_batch.mix(plans, images, targets)
 
     def _applied(self, plan: Plan, image: bytes | np.ndarray, size: tuple[int, int]) -> np.ndarray:
         passes = fuse(plan)

@@ -1,4 +1,4 @@
-"""A map-style dataset whose images are augmented by key: see `refract.augment.epochs` for how the epoch reaches it."""
+"""A map-style dataset whose images are augmented by key: see `refract.augment.samplers` for how the epoch reaches it."""
 
 import warnings
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from refract.augment.augmenter import Augmenter
-from refract.augment.decode import ImageError
-from refract.augment.epochs import SampleKey
+from refract.augment.decoding.decode import ImageError
 from refract.augment.inputs import input_size, read_image
+from refract.augment.samplers import SampleKey
 
 
 class MapDataset(Protocol):

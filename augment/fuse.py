@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from refract.augment.ops import OPS
+from refract.augment.ops.base import Args, Size
 from refract.augment.ops.color import ColorJitter, ColorOp, Hue
+from refract.augment.ops.erasing import RegionOp
 from refract.augment.ops.geometric import GeometricOp, Matrix, product
-from refract.augment.ops.op import Args, Size
 from refract.augment.ops.pixel import PixelOp
-from refract.augment.ops.region import RegionOp
 from refract.augment.ops.tone import ToneOp, chain
 from refract.augment.plan import Plan, Step
 

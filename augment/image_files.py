@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
-from refract.augment.decode import SUFFIXES
+from refract.augment.decoding.decode import SUFFIXES
 
 SYSTEM_NAMES = frozenset({
     "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "lost+found",  # Windows, ext4

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import cv2
 import numpy as np
 
-from refract.augment.decode import ImageError, from_pillow, image_size
+from refract.augment.decoding.decode import ImageError, from_pillow, image_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,8 +20,8 @@ _ACCEPTED = "encoded bytes, a Pillow image, or a uint8 array H×W or H×W×1 (gr
 def read_image(image: ImageInput, *, color_profile: str = "ignore") -> bytes | np.ndarray:
     """Encoded bytes as they are; every other accepted image as a uint8 H×W×3 array, an RGB array itself.
 
-    Grey is repeated for the three channels and transparency is laid over white, as `refract.augment.decode` does; of a Pillow image the
-    EXIF orientation is applied and, by color_profile, its ICC profile. ImageError names what is accepted.
+    Grey is repeated for the three channels and transparency is laid over white, as `refract.augment.decoding.decode`
+    does; of a Pillow image the EXIF orientation is applied and, by color_profile, its ICC profile. ImageError names what is accepted.
     """
     if isinstance(image, bytes):
         return image

@@ -7,8 +7,8 @@ from types import MappingProxyType
 import cv2
 import numpy as np
 
-from refract.augment import cpu
-from refract.augment.ops.op import nearest
+from refract.augment.executors import cpu
+from refract.augment.ops.base import nearest
 from refract.augment.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 Numbers = float | Sequence[float]

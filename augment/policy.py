@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from refract.augment.ops import OPS, Op
-from refract.augment.ops.choice import (
+from refract.augment.ops.base import nearest
+from refract.augment.ops.composition import (
     ChoiceOp,
     OneOf,
     Ramp,
@@ -18,12 +19,11 @@ from refract.augment.ops.choice import (
     of_text,
     size_after,
 )
-from refract.augment.ops.guests import guest, is_guest
-from refract.augment.ops.op import nearest
-from refract.augment.ops.text import BackTranslation
-from refract.augment.ops.text_guests import PREFIX, text_guest
+from refract.augment.ops.external import guest, is_guest
 from refract.augment.plan import Plan, Step
 from refract.augment.random import keyed_generator, op_word
+from refract.augment.text.external import PREFIX, text_guest
+from refract.augment.text.ops import BackTranslation
 
 PolicySpec = str | Path | Sequence[Mapping[str, Mapping[str, Any] | None] | str] | Mapping[str, Any]
 

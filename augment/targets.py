@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from refract.augment.fuse import OpPass, WarpPass, fuse
+from refract.augment.ops.base import Size
 from refract.augment.ops.deform import DeformOp
-from refract.augment.ops.op import Size
 from refract.augment.ops.pixel import PixelOp
 from refract.augment.plan import Plan
 

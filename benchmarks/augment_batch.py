@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import environment, summary, write
-from refract.augment import Augmenter, batch
+from refract.augment import Augmenter
+from refract.augment.executors import torch_batch
 
 warnings.simplefilter("ignore")
 
@@ -42,7 +43,7 @@ def refract(images: torch.Tensor) -> Callable[[], torch.Tensor]:
 
     def run() -> torch.Tensor:
         epoch = next(count)
-        return batch.run([augmenter.draw((SIDE, SIDE), epoch=epoch, index=i) for i in range(len(images))], images)
+        return torch_batch.run([augmenter.draw((SIDE, SIDE), epoch=epoch, index=i) for i in range(len(images))], images)
 
     return run
 

@@ -30,7 +30,7 @@ from torchvision.transforms import v2
 
 from benchmarks.report import environment, write
 from refract.augment import Augmenter
-from refract.augment.ops.guests import _imgaug
+from refract.augment.ops.external import _imgaug
 
 iaa: Any = _imgaug()[0]
 RNG = np.random.default_rng(0)

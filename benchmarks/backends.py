@@ -30,11 +30,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    from refract.models.bundle import BundleError, load_bundle
-    from refract.pipeline.commands.evaluate import relabelled
+    from refract.models.bundle.bundle import BundleError, load_bundle
+    from refract.pipeline.cli.evaluate import relabelled
     from refract.pipeline.data.manifest import DataError, load_manifest
-    from refract.serve.backends import BACKENDS
-    from refract.serve.engine import Engine
+    from refract.serve.runtime.backends import BACKENDS
+    from refract.serve.runtime.engine import Engine
 
     if args.pictures < 1:
         parser.error("--pictures: at least 1")

@@ -89,9 +89,9 @@ def make_bundle(path: Path, name: str) -> None:
     import torch
 
     from refract.augment import Preprocess
-    from refract.models.bundle import BundleInfo, save_bundle
+    from refract.models.bundle.bundle import BundleInfo, save_bundle
     from refract.models.classifier import Classifier
-    from refract.models.networks import build
+    from refract.models.registry import build
 
     torch.manual_seed(0)
     preprocess = Preprocess(height=32, width=32)
@@ -121,7 +121,7 @@ def loop(bundle: Path, files: list[Path], ready: Any) -> None:
     import torch
 
     from refract.augment import Preprocess
-    from refract.models.bundle import load_bundle
+    from refract.models.bundle.bundle import load_bundle
 
     torch.set_num_threads(1)
     opened = load_bundle(bundle)
@@ -146,10 +146,10 @@ def plain(classifier: Any, preprocess: Any, files: list[Path]) -> None:
 
 def in_turns(work: Path) -> float:
     """Processor time of the plain loop in that of a scorer with its part files, in one process; the median of shards."""
-    from refract.models.bundle import load_bundle
-    from refract.pipeline.batch.listing import listing_of
-    from refract.pipeline.batch.worker import Scorer
-    from refract.pipeline.batch_scoring import Options, job_of
+    from refract.models.bundle.bundle import load_bundle
+    from refract.pipeline.inference.batch.listing import listing_of
+    from refract.pipeline.inference.batch.worker import Scorer
+    from refract.pipeline.inference.batch_scoring import Options, job_of
 
     (work / "turns").mkdir()
     opened, listing = load_bundle(work / "bundle"), listing_of(work / "pictures")

@@ -81,8 +81,8 @@ def overload(files: list[Path], folder: Path, args: argparse.Namespace) -> dict[
 
 def swaps(files: list[Path], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """lenet5 under the load of four connections; every answer is compared with what the model that it names answers."""
-    from refract.models.bundle import load_bundle
-    from refract.serve.engine import Engine
+    from refract.models.bundle.bundle import load_bundle
+    from refract.serve.runtime.engine import Engine
 
     data = [file.read_bytes() for file in files[:8]]
     one_bundle = make_bundle("lenet5", data, folder / "a", size=32)

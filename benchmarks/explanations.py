@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from benchmarks.planted import NUM_CLASSES, Planted, learn, plant
 from benchmarks.report import environment, write
 from refract.models.classifier import Classifier
-from refract.models.networks import build
 from refract.models.occlusion import PASSES, Occlusion
+from refract.models.registry import build
 
 
 class Family(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import environment, write
-from refract.pipeline.retraining.power import Z, lowest_gain
+from refract.pipeline.retraining.holdout_size import Z, lowest_gain
 
 SIZES = (100, 120, 200, 500, 1000, 2000, 5000, 10000)
 DIFFERENCES = (-0.02, -0.01, -0.005, 0.0, 0.005, 0.01, 0.02)

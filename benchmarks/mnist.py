@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.report import environment, write
-from refract.pipeline.config import load_config
-from refract.pipeline.training import train
+from refract.pipeline.config.config import load_config
+from refract.pipeline.training.run import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "mnist.yaml"
 

@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.gpu.timing import wait
 from refract.models.classifier import Classifier
-from refract.models.losses import classification_loss
-from refract.models.optim import OptimSpec
+from refract.models.training.losses import classification_loss
+from refract.models.training.optimizers import OptimSpec
 
 
 def seconds_a_step(

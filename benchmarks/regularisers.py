@@ -17,8 +17,8 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.report import environment, write
-from refract.pipeline.config import config_from_dict
-from refract.pipeline.training import train
+from refract.pipeline.config.config import config_from_dict
+from refract.pipeline.training.run import train
 
 BASE: list[Any] = ["HorizontalFlip", {"PadAndCrop": {"padding": 4}}]
 POLICIES: dict[str, list[Any]] = {

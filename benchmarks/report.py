@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from refract.pipeline.provenance import processor
+from refract.pipeline.training.provenance import processor
 
 
 def summary(values: list[float]) -> dict[str, float]:

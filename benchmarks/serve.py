@@ -181,8 +181,8 @@ def bare(bundle: Path, files: list[Path]) -> dict[str, float]:
     code = (
         "import json, sys, time, numpy as np\n"
         "from pathlib import Path\n"
-        "from refract.models.bundle import load_bundle\n"
-        "from refract.serve.engine import Engine\n"
+        "from refract.models.bundle.bundle import load_bundle\n"
+        "from refract.serve.runtime.engine import Engine\n"
         "from refract.models.allocator import keep_freed_memory\n"
         "keep_freed_memory(at_most=1 << 30)\n"
         "engine = Engine(load_bundle(Path(sys.argv[1])), backend='auto')\n"

@@ -86,11 +86,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def errors(folder: Path, seed: int, epochs: int) -> dict[str, float]:
     """Policy → share of the hold-out that is answered wrongly."""
-    from refract.augment.translate import Filter
-    from refract.pipeline.config import config_from_dict
+    from refract.augment.text.translation import Filter
+    from refract.pipeline.config.config import config_from_dict
+    from refract.pipeline.data.paraphrasing import Plan, paraphrase
     from refract.pipeline.data.texts import texts_of
-    from refract.pipeline.paraphrasing import Plan, paraphrase
-    from refract.pipeline.training import train
+    from refract.pipeline.training.run import train
 
     manifest = captions.write_texts(folder / f"texts{seed}", seed=seed)
     cache = folder / f"texts{seed}" / "p.db"
@@ -116,7 +116,7 @@ def errors(folder: Path, seed: int, epochs: int) -> dict[str, float]:
 
 def throughput(models: Path, count: int = 256, alone: int = 16) -> dict[str, float]:
     """Texts a second, translated there and back by the same models."""
-    from refract.augment.translate import BackTranslator
+    from refract.augment.text.translation import BackTranslator
 
     rng = np.random.default_rng(5)
     texts = [grammar.english(grammar.meaning(rng), rng) for _ in range(count)]

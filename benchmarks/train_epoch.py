@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refract.pipeline.fitting import Assembly
+    from refract.pipeline.training.fit import Assembly
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar10.yaml"
 GOAL = 0.82
@@ -37,7 +37,7 @@ def plain(assembly: "Assembly") -> dict[str, float]:
     import torch
 
     from refract.augment import planes
-    from refract.models.losses import classification_loss
+    from refract.models.training.losses import classification_loss
 
     module, data, dataset = assembly.module, assembly.data, assembly.data.train_set
     classifier = module.classifier.train()
@@ -110,9 +110,9 @@ def one_side(side: str, data: Path, overrides: list[str]) -> dict[str, Any]:
         import refract.cli
 
         refract.cli.prepare_to_compute()
-    from refract.pipeline.config import load_config
-    from refract.pipeline.fitting import assemble
-    from refract.pipeline.progress import quiet_lightning
+    from refract.pipeline.config.config import load_config
+    from refract.pipeline.training.callbacks.progress import quiet_lightning
+    from refract.pipeline.training.fit import assemble
 
     quiet_lightning()
     warnings.filterwarnings("ignore")

@@ -18,10 +18,10 @@ from benchmarks.gpu.timing import wait
 from benchmarks.plain_loop import seconds_a_step
 from benchmarks.report import environment, summary, write
 from refract.models.classifier import Classifier
-from refract.models.module import ClassifierModule
-from refract.models.networks import build
-from refract.pipeline.device import choose_device, choose_precision
-from refract.pipeline.sections import TrainerConfig
+from refract.models.registry import build
+from refract.models.training.lightning_module import ClassifierModule
+from refract.pipeline.config.sections import TrainerConfig
+from refract.pipeline.training.device import choose_device, choose_precision
 
 CLASSES, SIDE, WARM_UP = 10, 32, 10
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.corpus.case import encoded, picture  # noqa: E402
 from benchmarks.servers.start import make_bundle  # noqa: E402
-from refract.models.bundle import Bundle, Golden, load_bundle  # noqa: E402
+from refract.models.bundle.bundle import Bundle, Golden, load_bundle  # noqa: E402
 
 IMAGE, OWN_BASE = "localhost/refract:cpu", "localhost/refract-base"
 ABSENT = ("lightning", "pandas", "mlflow", "sklearn", "matplotlib", "pyarrow", "triton", "nvidia-cublas")

@@ -11,9 +11,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from refract.models.fusion import Reader
-from refract.models.texts.tokens import Tokens
-from refract.models.transfer import blocks_of
+from refract.models.multimodal.fusion import Reader
+from refract.models.multimodal.tokens import Tokens
+from refract.models.training.freezing import blocks_of
 
 TASKS = ("binary", "multiclass", "multilabel")
 NORMALIZE = ("channel", "mean_image", "pca", "zca")
@@ -27,7 +27,7 @@ class Classifier(nn.Module):
     numbers each, of RGB in 0…1, std > 0. image_size: (H, W), needed but for `channel`; mean_image: (3, H, W) in 0…1 and
     whitening: (3·H·W, 3·H·W), zeros where they are still to be loaded.
     All are buffers of the state dict: weights never travel without their normalisation. Set `frozen_norms` to keep the statistics of all
-    batch norms as they are in training. A network that reads texts (`refract.models.fusion.Reader`) gets them as well,
+    batch norms as they are in training. A network that reads texts (`refract.models.multimodal.fusion.Reader`) gets them as well,
     and whether there is a picture; tokens: what makes them of words.
     ValueError for an unknown normalize, an array of another shape, or mean and std that are not three finite numbers.
     """
@@ -76,8 +76,8 @@ class Classifier(nn.Module):
         mixed: Tensor | None = None,
     ) -> Tensor:
         """images: (N, 3, H, W), any dtype, RGB in 0…255, None where the network reads texts alone → logits (N, num_classes). texts: (N, L),
-        for a network that reads them, see `refract.models.texts.tokens`; pictured: (N,) bool, none for all; mixed: see
-        `refract.models.fusion.Reader`. ValueError for another shape."""
+        for a network that reads them, see `refract.models.multimodal.tokens`; pictured: (N,) bool, none for all; mixed: see
+        `refract.models.multimodal.fusion.Reader`. ValueError for another shape."""
         if images is not None and (images.ndim != 4 or images.shape[1] != 3):
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (N, 3, H, W), RGB in 0…255")
         if texts is None:

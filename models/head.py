@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from refract.models.parts import pick
+from refract.models.layers import pick
 
 
 class MLPHead(nn.Sequential):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from refract.augment import Augmenter, load_policy
-    from refract.models.bundle import load_bundle
+    from refract.models.bundle.bundle import load_bundle
     from refract.serve.client import Client
 
 __all__ = ["Augmenter", "Client", "load_bundle", "load_policy"]
@@ -15,7 +15,7 @@ __all__ = ["Augmenter", "Client", "load_bundle", "load_policy"]
 _MODULES = {
     "Augmenter": "refract.augment",
     "load_policy": "refract.augment",
-    "load_bundle": "refract.models.bundle",
+    "load_bundle": "refract.models.bundle.bundle",
     "Client": "refract.serve.client",
 }
 

@@ -12,61 +12,61 @@ from refract.models.credentials import hide_credentials
 COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "init": (
-            "refract.pipeline.commands.init",
+            "refract.pipeline.cli.init",
             "look at a folder or manifest of pictures and write a config for it",
         ),
-        "train": ("refract.pipeline.commands.train", "train from a config; writes a run with its bundle"),
+        "train": ("refract.pipeline.cli.train", "train from a config; writes a run with its bundle"),
         "retrain": (
-            "refract.pipeline.commands.retrain",
+            "refract.pipeline.cli.retrain",
             "the nightly run: check the data, train, compare with the champion, promote",
         ),
-        "promote": ("refract.pipeline.commands.promote", "make a registered version champion"),
-        "rollback": ("refract.pipeline.commands.rollback", "make the version champion again that was before"),
-        "rerun": ("refract.pipeline.commands.rerun", "train once more as a run was trained, and compare the weights"),
-        "sync": ("refract.pipeline.commands.sync", "deliver to MLflow what runs kept while its server did not answer"),
+        "promote": ("refract.pipeline.cli.promote", "make a registered version champion"),
+        "rollback": ("refract.pipeline.cli.rollback", "make the version champion again that was before"),
+        "rerun": ("refract.pipeline.cli.rerun", "train once more as a run was trained, and compare the weights"),
+        "sync": ("refract.pipeline.cli.sync", "deliver to MLflow what runs kept while its server did not answer"),
         "replay-batch": (
-            "refract.pipeline.commands.replay_batch",
+            "refract.pipeline.cli.replay_batch",
             "run the batch again whose loss was no number, layer by layer",
         ),
         "doctor": (
-            "refract.pipeline.commands.doctor",
+            "refract.pipeline.cli.doctor",
             "what was wrong with a run, by what evidence, and what to change",
         ),
         "schedule": (
-            "refract.pipeline.commands.schedule",
+            "refract.pipeline.cli.schedule",
             "retrain by the clock on this machine; --list tells what ran and what is due",
         ),
-        "tune": ("refract.pipeline.commands.tune", "search a space of configs for the best score on validation"),
-        "find": ("refract.pipeline.commands.find", "find a learning rate or the largest batch for a config"),
-        "evaluate": ("refract.pipeline.commands.evaluate", "measure a bundle on labelled pictures"),
+        "tune": ("refract.pipeline.cli.tune", "search a space of configs for the best score on validation"),
+        "find": ("refract.pipeline.cli.find", "find a learning rate or the largest batch for a config"),
+        "evaluate": ("refract.pipeline.cli.evaluate", "measure a bundle on labelled pictures"),
         "drift": (
-            "refract.pipeline.commands.drift",
+            "refract.pipeline.cli.drift",
             "tell whether new data are still of the kind that a bundle was measured on",
         ),
         "compare": (
-            "refract.pipeline.commands.compare",
+            "refract.pipeline.cli.compare",
             "compare runs on the hold-out that they share, with a paired test",
         ),
-        "predict": ("refract.pipeline.commands.predict", "classify pictures with a bundle"),
-        "score": ("refract.pipeline.commands.score", "classify a folder or manifest of any size into a Parquet file"),
-        "preview": ("refract.pipeline.commands.preview", "draw a grid of pictures and their augmented variants"),
+        "predict": ("refract.pipeline.cli.predict", "classify pictures with a bundle"),
+        "score": ("refract.pipeline.cli.score", "classify a folder or manifest of any size into a Parquet file"),
+        "preview": ("refract.pipeline.cli.preview", "draw a grid of pictures and their augmented variants"),
         "paraphrase": (
-            "refract.pipeline.commands.paraphrase",
+            "refract.pipeline.cli.paraphrase",
             "translate the captions there and back, for the op BackTranslation",
         ),
         "augment": (
-            "refract.pipeline.commands.augment",
+            "refract.pipeline.cli.augment",
             "write augmented copies of pictures, and plans to make them again",
         ),
         "explain": (
-            "refract.pipeline.commands.explain",
+            "refract.pipeline.cli.explain",
             "show what a policy does to one picture, and how long each pass takes",
         ),
-        "ops": ("refract.pipeline.commands.ops", "list the augmentation ops, or show one"),
-        "serve": ("refract.serve.command", "answer over HTTP with a bundle"),
-        "lab": ("refract.pipeline.commands.lab", "try the claims of the courses by small experiments"),
+        "ops": ("refract.pipeline.cli.ops", "list the augmentation ops, or show one"),
+        "serve": ("refract.serve.cli.command", "answer over HTTP with a bundle"),
+        "lab": ("refract.pipeline.cli.lab", "try the claims of the courses by small experiments"),
         "demo": (
-            "refract.pipeline.commands.demo",
+            "refract.pipeline.cli.demo",
             "the whole way on the embedded digits: train, track, register, serve, ask",
         ),
     }
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     hide_credentials()
     module = COMMANDS[arguments[0]][0]
     if arguments[0] == "predict" and any(argument.partition("=")[0] == "--url" for argument in arguments):
-        module = "refract.serve.ask"  # by a server, of which the pipeline knows nothing
+        module = "refract.serve.cli.predict"  # by a server, of which the pipeline knows nothing
     try:
         return importlib.import_module(module).main(arguments[1:])
     except ModuleNotFoundError as err:

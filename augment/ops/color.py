@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from refract.augment.ops.op import Args, Op, Size, around, below, between, interval, number
+from refract.augment.ops.base import Args, Op, Size, around, below, between, interval, number
 
 LUMA = np.array([0.299, 0.587, 0.114])
 """The grey of an RGB colour: ITU-R BT.601."""

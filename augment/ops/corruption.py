@@ -17,9 +17,9 @@ import cv2
 import numpy as np
 import simplejpeg
 
+from refract.augment.ops.base import Args, Op, Size, interval, whole
 from refract.augment.ops.color import LUMA
 from refract.augment.ops.filters import motion_kernel
-from refract.augment.ops.op import Args, Op, Size, interval, whole
 from refract.augment.ops.pixel import PixelOp
 
 # pixels: float32 H×W×3 in 0…1; level: 0…4; unit: shorter side / 224. Returns the same form; values may lie outside, they are clipped.

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from refract.augment.ops.base import Args, Size, below, between, interval, pixels, whole
 from refract.augment.ops.geometric import (
     GeometricOp,
     Matrix,
@@ -17,7 +18,6 @@ from refract.augment.ops.geometric import (
     place,
     sampling,
 )
-from refract.augment.ops.op import Args, Size, below, between, interval, pixels, whole
 
 
 @dataclass(frozen=True, kw_only=True)

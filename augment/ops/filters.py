@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from refract.augment.on_device import on_device
-from refract.augment.ops.op import Args, Size, around, below, between, interval, whole
+from refract.augment.executors.on_device import on_device
+from refract.augment.ops.base import Args, Size, around, below, between, interval, whole
 from refract.augment.ops.pixel import PixelOp, to_uint8
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from refract.augment.ops.op import Args, Op, Size, below, choice, color
+from refract.augment.ops.base import Args, Op, Size, below, choice, color
 from refract.augment.plan import Step
 
 BORDERS = ("constant", "edge", "reflect", "reflect101")

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from refract.augment.on_device import on_device
-from refract.augment.ops.op import Args, Op
+from refract.augment.executors.on_device import on_device
+from refract.augment.ops.base import Args, Op
 
 if TYPE_CHECKING:
     import torch

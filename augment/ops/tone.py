@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from refract.augment.ops.op import Args, Op, Size, below, interval, whole
+from refract.augment.ops.base import Args, Op, Size, below, interval, whole
 
 LEVELS = np.arange(256)
 _SHARES = LEVELS / 255

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from refract.augment.ops.base import Args, Size, around, between, interval, number
 from refract.augment.ops.geometric import (
     GeometricOp,
     Matrix,
@@ -17,7 +18,6 @@ from refract.augment.ops.geometric import (
     outside,
     sampling,
 )
-from refract.augment.ops.op import Args, Size, around, between, interval, number
 
 
 @dataclass(frozen=True, kw_only=True)

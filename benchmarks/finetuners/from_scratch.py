@@ -46,7 +46,7 @@ class Images(Dataset):
 
 
 def model_of(task: Task) -> nn.Module:
-    from refract.models.networks import build
+    from refract.models.registry import build
 
     return build(task.network, len(task.labels()), image_size=(task.size, task.size))
 

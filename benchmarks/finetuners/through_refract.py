@@ -7,8 +7,8 @@ from benchmarks.finetuners.task import answer, given
 
 
 def main() -> None:
-    from refract.pipeline.config import load_config
-    from refract.pipeline.training import train
+    from refract.pipeline.config.config import load_config
+    from refract.pipeline.training.run import train
 
     task = given()
     logging.basicConfig(level=logging.ERROR)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from refract.models.classifier import Classifier
-    from refract.pipeline.config import Config
-    from refract.pipeline.fitting import Assembly
+    from refract.pipeline.config.config import Config
+    from refract.pipeline.training.fit import Assembly
 
 CONFIG = Path(__file__).parents[2] / "configs" / "cifar10-94.yaml"
 QUICK = (
@@ -35,9 +35,9 @@ def run(options: Options, record: Record, clock: Clock) -> None:
 
     refract.cli.prepare_to_compute()
     from refract.models.allocator import keep_freed_memory
-    from refract.pipeline.config import load_config
-    from refract.pipeline.fitting import assemble
-    from refract.pipeline.progress import quiet_lightning
+    from refract.pipeline.config.config import load_config
+    from refract.pipeline.training.callbacks.progress import quiet_lightning
+    from refract.pipeline.training.fit import assemble
 
     device = options.device
     if options.cifar is None and not options.quick:
@@ -78,7 +78,7 @@ def train_plainly(
     import torch
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-    from refract.models.losses import classification_loss
+    from refract.models.training.losses import classification_loss
 
     module, order = assembly.module, assembly.data.order
     classifier.to(device, memory_format=torch.channels_last).train()
@@ -148,9 +148,9 @@ def _refract_side(assembly: "Assembly", config: "Config", record: Record, option
     """Train as `refract train` does, and measure."""
     from lightning.pytorch.callbacks import Callback
 
-    from refract.pipeline.cost import Cost
     from refract.pipeline.doctor.run import make_doctor
-    from refract.pipeline.fitting import fit
+    from refract.pipeline.training.cost import Cost
+    from refract.pipeline.training.fit import fit
 
     device, keys = options.device, []
     for epoch in range(config.trainer.max_epochs):
@@ -189,7 +189,7 @@ def _refract_side(assembly: "Assembly", config: "Config", record: Record, option
 
 def _accuracy(classifier: "Classifier", assembly: "Assembly", tta: Any) -> float:
     """On the test set."""
-    from refract.pipeline.evaluation import evaluate
+    from refract.pipeline.evaluation.evaluate import evaluate
 
     manifest = assembly.manifest
     found = evaluate(

@@ -61,7 +61,7 @@ def trainer_of(device: str, side: int, *, quick: bool) -> tuple["Classifier", Ca
     import torch
 
     from refract.models.classifier import Classifier
-    from refract.models.networks import build
+    from refract.models.registry import build
 
     network = build("cnn" if quick else "resnet50", 100, image_size=(side, side), args={"widths": [8]} if quick else {})
     classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3).to(device, memory_format=torch.channels_last)
@@ -90,8 +90,8 @@ def _loaded(files: list[Path], size: int, side: int, device: str, workers: int) 
     import torch
 
     from refract.augment import Augmenter, Preprocess
+    from refract.pipeline.data.datamodule import PictureData
     from refract.pipeline.data.manifest import Manifest, Sample
-    from refract.pipeline.data.module import PictureData
 
     repeats = 1 + 16 * size // len(files)
     samples = tuple(Sample(str(file), (number % 2,), "train") for number, file in enumerate(files * repeats))
@@ -102,9 +102,9 @@ def _loaded(files: list[Path], size: int, side: int, device: str, workers: int) 
     )
     loader = data.train_dataloader()
     while True:
-        for batch in loader:
-            if len(batch["images"]) == size:
-                images = batch["images"].to(device, non_blocking=True)
+        for torch_batch in loader:
+            if len(torch_batch["images"]) == size:
+                images = torch_batch["images"].to(device, non_blocking=True)
                 yield images.contiguous(memory_format=torch.channels_last)
 
 
@@ -113,7 +113,8 @@ def _decoded(files: list[Path], size: int, side: int, device: str, workers: int)
     import torch
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    from refract.augment import Augmenter, batch
+    from refract.augment import Augmenter
+    from refract.augment.executors import torch_batch
 
     encoded = [torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in files]
     augmenter, place = Augmenter(POLICY, seed=0, size=(side, side)), 0
@@ -122,7 +123,7 @@ def _decoded(files: list[Path], size: int, side: int, device: str, workers: int)
         images = torch.stack(decode_jpeg([encoded[i] for i in indices], ImageReadMode.RGB, device=device))
         epoch, place = place // len(encoded), place + size
         plans = [augmenter.draw((HEIGHT, WIDTH), epoch=epoch, index=index) for index in indices]
-        yield batch.run(plans, images).contiguous(memory_format=torch.channels_last)
+        yield torch_batch.run(plans, images).contiguous(memory_format=torch.channels_last)
 
 
 def _rate(batches: Batches, classifier: "Classifier", size: int, device: str, *, seconds: float, most: int) -> float:

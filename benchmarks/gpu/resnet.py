@@ -30,8 +30,8 @@ def run(options: Options, record: Record, clock: Clock) -> None:
     import torch
 
     from refract.models.classifier import Classifier
-    from refract.models.networks import build
-    from refract.pipeline.progress import quiet_lightning
+    from refract.models.registry import build
+    from refract.pipeline.training.callbacks.progress import quiet_lightning
 
     quiet_lightning()
     warnings.filterwarnings("ignore")
@@ -104,7 +104,7 @@ def through_lightning(classifier: "Classifier", batch: dict[str, Any], device: s
     from lightning.pytorch.callbacks import Callback
     from torch.utils.data import DataLoader
 
-    from refract.models.module import ClassifierModule
+    from refract.models.training.lightning_module import ClassifierModule
 
     class Meter(Callback):
         started = seconds = 0.0

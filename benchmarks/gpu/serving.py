@@ -17,8 +17,8 @@ from benchmarks.gpu.timing import device_facts, timed
 if TYPE_CHECKING:
     import numpy as np
 
-    from refract.models.bundle import Bundle
-    from refract.serve.engine import Engine
+    from refract.models.bundle.bundle import Bundle
+    from refract.serve.runtime.engine import Engine
 
 CONNECTIONS, HALF_CONNECTIONS = 64, 32
 MAX_WAIT_MS = 2.0
@@ -66,7 +66,7 @@ def _network(
 ) -> "Bundle":
     """Measure all but the compiled backend."""
     from benchmarks.servers.start import make_bundle
-    from refract.models.bundle import load_bundle
+    from refract.models.bundle.bundle import load_bundle
 
     quick = options.quick
     path = make_bundle("lenet5" if quick else name, images[:8], options.work / name, size=32 if quick else 224)
@@ -88,8 +88,8 @@ def _backend(
     """Batch size → images a second, the copies to and from the device included; empty where the backend refuses the bundle."""
     import numpy as np
 
-    from refract.models.bundle import BundleError
-    from refract.serve.engine import Engine
+    from refract.models.bundle.bundle import BundleError
+    from refract.serve.runtime.engine import Engine
 
     found: dict[int, float] = {}
     try:

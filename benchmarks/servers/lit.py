@@ -9,7 +9,7 @@ import litserve
 import torch
 
 from benchmarks.servers.peer import pixels
-from refract.models.bundle import load_bundle
+from refract.models.bundle.bundle import load_bundle
 
 
 class Api(litserve.LitAPI):

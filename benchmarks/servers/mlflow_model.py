@@ -14,7 +14,7 @@ import mlflow
 import torch
 
 from benchmarks.servers.peer import pixels
-from refract.models.bundle import load_bundle
+from refract.models.bundle.bundle import load_bundle
 
 
 class Model(mlflow.pyfunc.PythonModel):

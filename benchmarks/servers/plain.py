@@ -9,7 +9,7 @@ import torch
 from fastapi import FastAPI, File, UploadFile
 
 from benchmarks.servers.peer import pixels
-from refract.models.bundle import load_bundle
+from refract.models.bundle.bundle import load_bundle
 
 bundle = load_bundle(os.environ["REFRACT_BENCH_BUNDLE"])
 classifier = bundle.classifier()

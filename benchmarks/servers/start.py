@@ -19,9 +19,9 @@ def make_bundle(network: str, pictures: Sequence[bytes], path: Path, *, size: in
     import torch
 
     from refract.augment.preprocess import Preprocess
-    from refract.models.bundle import BundleInfo, Golden, save_bundle
+    from refract.models.bundle.bundle import BundleInfo, Golden, save_bundle
     from refract.models.classifier import Classifier, probabilities
-    from refract.models.networks import build
+    from refract.models.registry import build
 
     torch.manual_seed(seed)
     preprocess, count = Preprocess(size, size), 100 if size > 64 else 10

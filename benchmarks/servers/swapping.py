@@ -8,10 +8,10 @@ import sys
 import threading
 from pathlib import Path
 
-from refract.models.bundle import load_bundle
-from refract.serve.app import create_app
-from refract.serve.engine import Engine
-from refract.serve.server import Server, listen
+from refract.models.bundle.bundle import load_bundle
+from refract.serve.http.app import create_app
+from refract.serve.http.transport.server import Server, listen
+from refract.serve.runtime.engine import Engine
 
 
 def main() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from refract.augment.decode import SUFFIXES
+from refract.augment.decoding.decode import SUFFIXES
 from refract.augment.image_files import Skipped
-from refract.models.texts.tokens import trimmed
+from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.errors import DataError
-from refract.pipeline.data.folders import SPLITS, inner_hint, read_folder, shown_twin, trimmed_name, twins
-from refract.pipeline.data.tables import COLUMNS, Table, is_table, read_table
+from refract.pipeline.data.sources.folders import SPLITS, inner_hint, read_folder, shown_twin, trimmed_name, twins
+from refract.pipeline.data.sources.tables import COLUMNS, Table, is_table, read_table
 from refract.pipeline.files import read_file
 
 
@@ -59,7 +59,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     """What a user should look at, a line each."""
     near: tuple[tuple[str, str], ...] = ()
-    """Pictures of the hold-out and those of the training that they resemble: see `refract.pipeline.data.near`."""
+    """Pictures of the hold-out and those of the training that they resemble: see `refract.pipeline.data.near_duplicates`."""
     drawn: tuple[str, ...] = ()
     """Splits that the data does not have, and that were drawn from the seed."""
 

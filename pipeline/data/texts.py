@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from refract.models.texts.tokens import trimmed
+from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.errors import DataError
-from refract.pipeline.data.tables import is_table, read_table
+from refract.pipeline.data.sources.tables import is_table, read_table
 
 
 def texts_of(file: Path, split: str) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from refract.pipeline.config import Config, ConfigError, config_from_dict
+from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def treatable(finding: Finding, config: Config) -> Finding:
 
 
 def _accepted(cures: tuple[Cure, ...], config: Config) -> Iterator[Cure]:
-    from refract.pipeline.recipe import specs
+    from refract.pipeline.training.build import specs
 
     seen: list[Cure] = []
     for settings in cures:

@@ -245,7 +245,8 @@ def _collapse(record: Record) -> Iterator[Finding]:
 
 
 def _labels(record: Record) -> Iterator[Finding]:
-    """More labels contradict confident predictions than the network's own errors explain: see `refract.pipeline.label_noise`."""
+    """More labels contradict confident predictions than the network's own errors explain: see
+    `refract.pipeline.evaluation.label_errors`."""
     noise = record.noise
     if noise is not None and noise.is_noise:
         yield Finding(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from refract.pipeline.label_noise import NoiseEvidence
+from refract.pipeline.evaluation.label_errors import NoiseEvidence
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 """(mean, std) of R, G, B in 0…1."""
@@ -21,7 +21,7 @@ class Record:
     backward, optimiser; workers: of the loader; inputs: mean and deviation of normalised images, `train` and `val`; normalisation: of the
     run, and weights_normalisation: that the weights were trained with, where both are known; said: class → fraction of the predictions on
     the test set, truth: of its labels; answered: samples of the test set; wrong: fraction of them that is predicted wrong; noise: see
-    `refract.pipeline.label_noise`; ops: names of the policy's.
+    `refract.pipeline.evaluation.label_errors`; ops: names of the policy's.
     """
 
     classes: int

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refract.augment.ops.choice import ChoiceOp
+from refract.augment.ops.composition import ChoiceOp
 from refract.models.classifier import inputs_of
-from refract.pipeline.config import Config
+from refract.pipeline.config.config import Config
 from refract.pipeline.doctor.record import Normalisation, Record
 from refract.pipeline.doctor.watch import OVERFIT_PICTURES, Doctor
 
 if TYPE_CHECKING:
-    from refract.pipeline.fitting import Assembly
+    from refract.pipeline.training.fit import Assembly
 
 LOOKED_AT = 64
 
@@ -21,7 +21,7 @@ def make_doctor(made: "Assembly", config: Config) -> Doctor:
     """A doctor that has looked at some validation pictures, and tried whether a few can be learned by heart."""
     import torch
 
-    from refract.pipeline.data.pictures import collate
+    from refract.pipeline.data.datasets import collate
 
     augmenter = made.data.train_set.augmenter
     loss = config.loss
@@ -54,7 +54,7 @@ def make_doctor(made: "Assembly", config: Config) -> Doctor:
 
 def _normalisations(made: "Assembly", config: Config) -> tuple[Normalisation, Normalisation | None]:
     """(mean and std of the run, those that its weights were trained with or None where no record says so)"""
-    from refract.models.networks import weights_preprocess
+    from refract.models.registry import weights_preprocess
 
     own = (weights_preprocess(config.model.name, config.model.weights) or {}) if config.model.name != "none" else {}
     known = (tuple(own["mean"]), tuple(own["std"])) if "mean" in own and "std" in own else None

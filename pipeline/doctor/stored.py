@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refract.pipeline.config import ConfigError
+from refract.pipeline.config.config import ConfigError
 from refract.pipeline.doctor.finding import Finding
 from refract.pipeline.doctor.record import Record
 from refract.pipeline.files import write_atomically

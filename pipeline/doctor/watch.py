@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from refract.models.classifier import Inputs, inputs_of
-from refract.models.losses import classification_loss
-from refract.models.module import ClassifierModule
-from refract.pipeline.config import Config
+from refract.models.training.lightning_module import ClassifierModule
+from refract.models.training.losses import classification_loss
+from refract.pipeline.config.config import Config
 from refract.pipeline.doctor.finding import Finding, cure, treatable
 from refract.pipeline.doctor.findings import early, late
 from refract.pipeline.doctor.record import Record

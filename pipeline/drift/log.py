@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from refract.models.bundle_info import BundleInfo
+from refract.models.bundle.info import BundleInfo
 from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.drift.profile import STATISTICS, Profile
 

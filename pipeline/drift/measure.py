@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refract.models.bundle import Bundle
+from refract.models.bundle.bundle import Bundle
 from refract.models.classifier import Classifier
 from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.drift.compare import Drift, compare, far_from
@@ -15,7 +15,7 @@ from refract.pipeline.drift.new_data import MOST, NewData, read_data
 from refract.pipeline.drift.profile import MOST_PICTURES, Profile, Seen, profile
 from refract.pipeline.drift.report import SHOWN, furthest_pictures, make_drift_report
 from refract.pipeline.drift.thresholds import FEWEST, THRESHOLDS, Threshold
-from refract.pipeline.report import Report
+from refract.pipeline.evaluation.report import Report
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def measure_drift(
     reference: pictures that the bundle did not learn from; of its own training data the hold-out is taken. pictures: that are looked at,
     0 for all. DataError, or BundleError.
     """
-    from refract.pipeline.scoring import preprocess_of
+    from refract.pipeline.inference.scoring import preprocess_of
 
     info = bundle.info
     multilabel = info.task == "multilabel"
@@ -111,7 +111,7 @@ def measure_drift(
 def _reference_data(info: Any, source: str, multilabel: bool) -> NewData:
     """The data, and of those that the bundle was trained on what was held out."""
     from refract.pipeline.data.manifest import load_manifest
-    from refract.pipeline.preparation import held_out
+    from refract.pipeline.data.prepare import held_out
 
     found = read_data(source, info.labels, multilabel=multilabel)
     if found.names is None or not {name for row in found.names for name in row} <= set(info.labels) or not info.config:

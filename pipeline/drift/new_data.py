@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from refract.augment.decode import SUFFIXES
+from refract.augment.decoding.decode import SUFFIXES
 from refract.augment.image_files import walk
-from refract.models.texts.tokens import trimmed
+from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.errors import DataError
-from refract.pipeline.data.folders import label_of, split_of, unreadable
 from refract.pipeline.data.manifest import Sample, load_manifest
-from refract.pipeline.data.tables import is_table, read_table
+from refract.pipeline.data.sources.folders import label_of, split_of, unreadable
+from refract.pipeline.data.sources.tables import is_table, read_table
 
 MOST = 2000
 """Pictures that are looked at, drawn from all: enough to tell small drift, and a night's data cost no more than a minute's."""

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refract.augment import Preprocess, image_size
-from refract.augment.looks import Look, look
-from refract.models.answer import confidences, given_labels
-from refract.models.bundle_info import BundleError
+from refract.augment.image_statistics import Look, look
+from refract.models.bundle.info import BundleError
 from refract.models.classifier import Classifier
 from refract.models.head import head_inputs
+from refract.models.prediction import confidences, given_labels
 from refract.pipeline.data.manifest import Sample
-from refract.pipeline.scoring import Question, score
+from refract.pipeline.inference.scoring import Question, score
 
 MOST_PICTURES = 1000
 """In a bundle: with 512 features each it is a megabyte."""

@@ -8,7 +8,7 @@ import numpy as np
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.drift.compare import Drift
 from refract.pipeline.drift.profile import Profile
-from refract.pipeline.report import Report, figures
+from refract.pipeline.evaluation.report import Report, figures
 
 SHOWN = 24
 CLASSES_SHOWN = 30

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from refract.augment import Augmenter, batch
-from refract.models.networks import build
+from refract.augment import Augmenter
+from refract.augment.executors import torch_batch
+from refract.models.registry import build
 from refract.pipeline.lab import Experiment, Outcome
 from refract.pipeline.lab.small import accuracy, centred, digits, train
 
@@ -87,7 +88,7 @@ def overfitting(seed: int) -> Outcome:
 
     def augmented(images: Tensor) -> Tensor:
         plans = [augmenter.draw((8, 8), epoch=next(counter), index=0) for _ in images]
-        return centred(batch.run(plans, (images * 255).round().to(torch.uint8)).float() / 255)
+        return centred(torch_batch.run(plans, (images * 255).round().to(torch.uint8)).float() / 255)
 
     ways: dict[str, tuple[dict[str, Any], float, Callable[[Tensor], Tensor]]] = {
         "nothing": ({}, 0.0, centred),

@@ -6,9 +6,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from refract.models.losses import classification_loss
-from refract.models.networks import build
-from refract.models.parts.initialisation import initialise
+from refract.models.layers.initialisation import initialise
+from refract.models.registry import build
+from refract.models.training.losses import classification_loss
 from refract.pipeline.lab import Experiment, Outcome
 from refract.pipeline.lab.small import accuracy, centred, digits, train
 

@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from refract.models.texts.tokens import trimmed
-from refract.pipeline.config import Config
+from refract.models.multimodal.tokens import trimmed
+from refract.pipeline.config.config import Config
 from refract.pipeline.data.manifest import DataError, Sample, load_manifest
-from refract.pipeline.recipe import reads
-from refract.pipeline.retraining.copies import contents
+from refract.pipeline.retraining.exact_duplicates import contents
 from refract.pipeline.retraining.holdout import TABLE
-from refract.pipeline.retraining.place import Place
 from refract.pipeline.retraining.registry import registry_of
+from refract.pipeline.retraining.workspace import Place
 from refract.pipeline.tracking.address import absolute, sqlite_path, tracking_uri
+from refract.pipeline.training.build import reads
 
 SPLITS = "splits.csv"
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from refract.models.bundle import Bundle, BundleError
-from refract.pipeline import measures
-from refract.pipeline.config import ConfigError
+from refract.models.bundle.bundle import Bundle, BundleError
+from refract.pipeline.config.config import ConfigError
 from refract.pipeline.data.manifest import Manifest, Sample
-from refract.pipeline.retraining.power import lowest_gain, rounded, samples_to_decide
+from refract.pipeline.evaluation import measures
+from refract.pipeline.retraining.holdout_size import lowest_gain, rounded, samples_to_decide
 from refract.pipeline.retraining.settings import GateConfig
 
 CALIBRATED = 100
@@ -102,9 +102,9 @@ def judge(config: GateConfig, manifest: Manifest, new: Measured, old: Measured |
 
 def _measure(bundle: Bundle, manifest: Manifest, with_errors: bool) -> Measured:
     """In the manifest's labels, as far as the bundle knows them."""
-    from refract.pipeline.evaluation import probabilities_of, truth_of
-    from refract.pipeline.robustness import QUICK, measure_robustness
-    from refract.pipeline.scoring import preprocess_of
+    from refract.pipeline.evaluation.evaluate import probabilities_of, truth_of
+    from refract.pipeline.evaluation.robustness import QUICK, measure_robustness
+    from refract.pipeline.inference.scoring import preprocess_of
 
     info, labels = bundle.info, list(manifest.labels)
     several = manifest.task == "multilabel"
@@ -270,8 +270,8 @@ def _asker(bundle: Bundle, sample: Sample) -> Callable[[], object]:
     """The network, asked about one sample that is prepared already."""
     import torch
 
-    from refract.models.texts.tokens import rows
-    from refract.pipeline.scoring import preprocess_of
+    from refract.models.multimodal.tokens import rows
+    from refract.pipeline.inference.scoring import preprocess_of
 
     classifier, preprocess = bundle.classifier(), preprocess_of(bundle.info)
     image = None

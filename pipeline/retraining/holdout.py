@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from refract.pipeline.config import Config
-from refract.pipeline.data.check import drop_bad, drop_contradictory, scan
+from refract.pipeline.config.config import Config
 from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
+from refract.pipeline.data.validation import drop_bad, drop_contradictory, scan
 from refract.pipeline.files import write_atomically
-from refract.pipeline.recipe import reads
-from refract.pipeline.retraining.place import read, write
+from refract.pipeline.retraining.workspace import read, write
+from refract.pipeline.training.build import reads
 
 TABLE, SOURCE = "holdout.csv", "source.json"
 NEXT, NEXT_RECORD = "next.csv", "next.json"

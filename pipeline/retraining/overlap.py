@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from refract.pipeline.config import Config
+from refract.pipeline.config.config import Config
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.retraining.champion_data import champion_data
-from refract.pipeline.retraining.copies import contents
+from refract.pipeline.retraining.exact_duplicates import contents
 from refract.pipeline.retraining.gate import Line
-from refract.pipeline.retraining.place import Place
 from refract.pipeline.retraining.snapshot import known_contents
+from refract.pipeline.retraining.workspace import Place
 
 
 def holdout_line(

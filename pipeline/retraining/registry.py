@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from refract.pipeline.config import Config
+from refract.pipeline.config.config import Config
 from refract.pipeline.tracking.address import absolute, tracking_uri, with_credentials
 
 

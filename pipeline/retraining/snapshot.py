@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from refract.pipeline.config import Config
-from refract.pipeline.data.check import Scan, check_classes, drop_bad, drop_contradictory, drop_shared, scan
-from refract.pipeline.data.folders import skipped_lines
+from refract.pipeline.config.config import Config
+from refract.pipeline.config.defaults import filled
 from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
+from refract.pipeline.data.sources.folders import skipped_lines
 from refract.pipeline.data.splits import draw_splits, write_splits
-from refract.pipeline.defaults import filled
-from refract.pipeline.provenance import inputs
-from refract.pipeline.recipe import check_inputs, reads
+from refract.pipeline.data.validation import Scan, check_classes, drop_bad, drop_contradictory, drop_shared, scan
 from refract.pipeline.retraining import holdout
 from refract.pipeline.retraining.champion_data import ChampionData
-from refract.pipeline.retraining.copies import contents, without_copies
+from refract.pipeline.retraining.exact_duplicates import contents, without_copies
 from refract.pipeline.retraining.holdout import HoldOut, freeze, frozen, hash_of, held_out, named, renamed
-from refract.pipeline.retraining.place import Place, read, write
+from refract.pipeline.retraining.workspace import Place, read, write
+from refract.pipeline.training.build import check_inputs, reads
+from refract.pipeline.training.provenance import inputs
 
 log = logging.getLogger(__name__)
 

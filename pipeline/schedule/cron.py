@@ -8,8 +8,8 @@ from apscheduler.triggers.base import BaseTrigger
 from apscheduler.triggers.cron import CronTrigger
 from tzlocal import get_localzone
 
-from refract.pipeline.config import ConfigError
-from refract.pipeline.schedule.book import LOCAL
+from refract.pipeline.config.config import ConfigError
+from refract.pipeline.schedule.store import LOCAL
 
 FIELDS = ("minute", "hour", "day", "month", "day_of_week")
 INSTANT = timedelta(microseconds=1)

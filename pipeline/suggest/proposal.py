@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from refract.pipeline.config import ConfigError
+from refract.pipeline.config.config import ConfigError
 from refract.pipeline.suggest.policy import choose_policy
 from refract.pipeline.suggest.start import Start
 from refract.pipeline.suggest.survey import TEST_SHARE, VAL_SHARE, Survey

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from refract.pipeline.config import ConfigError
+from refract.pipeline.config.config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def check_start(name: str | None, weights: str | None, classes: int) -> Start | 
 
 
 def _named(name: str, weights: str) -> Start:
-    from refract.models.networks import weights_preprocess
+    from refract.models.registry import weights_preprocess
 
     try:
         trained = weights_preprocess(name, weights) or {}
@@ -63,7 +63,7 @@ def _named(name: str, weights: str) -> Start:
 
 def _checked(start: Start, classes: int) -> Start:
     """The start, with `fixed`, after a trial in which the network takes the weights. Those of `default` are the training's to download."""
-    from refract.models.networks import build
+    from refract.models.registry import build
 
     side, weights = start.size or 224, "none" if start.weights == "default" else start.weights
     try:

@@ -10,12 +10,12 @@ from statistics import median
 import numpy as np
 
 from refract.augment import ImageError, image_size
-from refract.augment.decode import decode_part
-from refract.augment.jpeg import SCALES, Part
-from refract.models.texts.tokens import trimmed
-from refract.pipeline.data.check import remark_lines
-from refract.pipeline.data.folders import hidden_lines, skipped_lines
+from refract.augment.decoding.decode import decode_part
+from refract.augment.decoding.jpeg import SCALES, Part
+from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.manifest import Manifest, Sample
+from refract.pipeline.data.sources.folders import hidden_lines, skipped_lines
+from refract.pipeline.data.validation import remark_lines
 from refract.pipeline.suggest.content import SIDE, Content, content_of, thumbnail
 
 HEADERS, DECODED, FEWEST, SECONDS = 300, 200, 24, 2.0
@@ -182,7 +182,7 @@ def _unreadable_notes(bad: list[tuple[str, str]], looked_at: int) -> list[str]:
 
 
 def _refusal_notes(manifest: Manifest) -> list[str]:
-    """What `refract.pipeline.data.check.check_classes` will refuse, as far as it is known without decoding every image."""
+    """What `refract.pipeline.data.validation.check_classes` will refuse, as far as it is known without decoding every image."""
     notes = []
     if manifest.empty:
         notes.append(

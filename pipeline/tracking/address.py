@@ -5,8 +5,8 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from refract.models.credentials import MASK, masked
-from refract.pipeline.config import ConfigError
-from refract.pipeline.sections import TrackingConfig
+from refract.pipeline.config.config import ConfigError
+from refract.pipeline.config.sections import TrackingConfig
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 SQLITE = ("sqlite:///", "sqlite+pysqlite:///")

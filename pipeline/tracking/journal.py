@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refract.models.credentials import masked
-from refract.pipeline.config import ConfigError
+from refract.pipeline.config.config import ConfigError
 from refract.pipeline.files import write_atomically
 
 JOURNAL, DELIVERED = "journal.jsonl", "journal.delivered.json"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refract.pipeline.sections import TrackingConfig
+from refract.pipeline.config.sections import TrackingConfig
 from refract.pipeline.tracking.address import DEFAULT_URI, absolute, is_local
 from refract.pipeline.tracking.journal import Entry, Journal
 from refract.pipeline.tracking.store import Refused, Store, first_line, now

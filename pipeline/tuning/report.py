@@ -44,7 +44,7 @@ def _figures(study: optuna.Study) -> dict[str, str]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from refract.pipeline.report.figures import data_url
+    from refract.pipeline.evaluation.report.figures import data_url
 
     draw = optuna.visualization.matplotlib
     found = {}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from refract.augment import load_policy
-from refract.pipeline.config import ConfigError
+from refract.pipeline.config.config import ConfigError
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import optuna
 from lightning.pytorch.callbacks import Callback
 
 from refract.models.credentials import masked
-from refract.pipeline.config import Config, ConfigError, config_from_dict
-from refract.pipeline.provenance import origin
-from refract.pipeline.runs import held, write_config
+from refract.pipeline.config.config import Config, ConfigError, config_from_dict
+from refract.pipeline.training.provenance import origin
+from refract.pipeline.training.run_directory import held, write_config
 from refract.pipeline.tuning.space import Dimension, applies, with_values
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def run_trials(study: optuna.Study, search: Search, space: Sequence[Dimension], 
 
     ConfigError for a trial whose config cannot be, once: the space is wrong then.
     """
-    from refract.pipeline.preparation import prepare_data
+    from refract.pipeline.data.prepare import prepare_data
 
     wanted = min(search.trials, len(grid(space))) if search.sampler == "grid" else search.trials
     prepared = prepare_data(config)
@@ -178,8 +178,8 @@ class Pruning(Callback):
 
 def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, run_dir: Path, prepared: Any) -> float:
     """The best score on validation. TrialPruned."""
-    from refract.pipeline.fitting import assemble, fit
     from refract.pipeline.tracking import Tracker
+    from refract.pipeline.training.fit import assemble, fit
 
     trial.set_user_attr("drawn", dict(drawn))
     own = config_from_dict(with_values(config.to_dict(credentials=True), drawn), where=f"trial {trial.number}")

@@ -10,7 +10,8 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageEnhance, ImageOps
 
-from refract.augment import Augmenter, batch
+from refract.augment import Augmenter
+from refract.augment.executors import torch_batch
 from refract.augment.plan import Plan, Step
 
 
@@ -30,7 +31,7 @@ def ours(name: str, **args: Any) -> np.ndarray:
 
 
 def in_batch(name: str, **args: Any) -> np.ndarray:
-    return batch.run([Plan(IMAGE.shape[:2], (Step(name, args),))], TENSOR[None])[0].permute(1, 2, 0).numpy()
+    return torch_batch.run([Plan(IMAGE.shape[:2], (Step(name, args),))], TENSOR[None])[0].permute(1, 2, 0).numpy()
 
 
 EXACT = {
@@ -180,7 +181,7 @@ def test_a_chain_is_bicubic_where_one_of_its_ops_is() -> None:
     assert np.abs(Augmenter("none").apply(plan, noise) - expected).mean() < 1.5
     assert np.abs(Augmenter("none").apply(bilinear, noise) - expected).mean() > 6
     images = torch.from_numpy(np.stack([noise, noise])).permute(0, 3, 1, 2)
-    both = batch.run([plan, bilinear], images).permute(0, 2, 3, 1).numpy()
+    both = torch_batch.run([plan, bilinear], images).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(both[0], Augmenter("none").apply(plan, noise))
     assert np.abs(both[1].astype(int) - Augmenter("none").apply(bilinear, noise)).mean() <= 1
 
@@ -190,7 +191,7 @@ def test_hue_turned_in_hsv_when_exact() -> None:
         plan = Plan(IMAGE.shape[:2], (Step("Hue", {"turns": turns}),), exact=True)
         theirs = tensor(tv.adjust_hue(TENSOR, turns))
         assert np.abs(Augmenter("none").apply(plan, IMAGE).astype(int) - theirs).max() <= 2
-        mine = batch.run([plan], TENSOR[None])[0].permute(1, 2, 0).numpy()
+        mine = torch_batch.run([plan], TENSOR[None])[0].permute(1, 2, 0).numpy()
         assert np.abs(mine.astype(int) - theirs).max() <= 2
 
 
@@ -335,7 +336,7 @@ def test_nothing_beyond_the_picture_is_blended_into_its_edges(size, policy, to) 
         plan = augmenter.draw(size, epoch=0, index=index)
         assert augmenter.apply(plan, white).min() == 255, plan
         assert augmenter.apply(plan, data).min() == 255, plan
-        assert batch.run([plan], torch.from_numpy(white).permute(2, 0, 1)[None]).min() == 255, plan
+        assert torch_batch.run([plan], torch.from_numpy(white).permute(2, 0, 1)[None]).min() == 255, plan
 
 
 def test_a_border_shows_where_it_was_asked_for_and_only_there() -> None:
@@ -344,6 +345,6 @@ def test_a_border_shows_where_it_was_asked_for_and_only_there() -> None:
     plan = Augmenter(policy).draw((20, 20), epoch=0, index=0)
     for result in (
         Augmenter("none").apply(plan, white),
-        batch.run([plan], torch.from_numpy(white).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy(),
+        torch_batch.run([plan], torch.from_numpy(white).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy(),
     ):
         assert (result[:, 33:87] == 255).all() and (result[:, :27] == 0).all() and (result[:, 93:] == 0).all()

@@ -9,7 +9,15 @@ import torchvision.transforms.v2 as v2
 
 from refract.augment import Augmenter, PolicyError, load_policy
 from refract.augment.ops import OPS
-from refract.augment.ops.auto import _AUTO, _MAKE, _RAND, _TRIVIAL, _mix_strength, _rand_strength, _strength
+from refract.augment.ops.published_policies import (
+    _AUTO,
+    _MAKE,
+    _RAND,
+    _TRIVIAL,
+    _mix_strength,
+    _rand_strength,
+    _strength,
+)
 from refract.augment.plan import Plan, Step
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)

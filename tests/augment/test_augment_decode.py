@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from refract.augment import Augmenter, ImageError, Preprocess, decode, image_size
-from refract.augment.decode import TooManyPixelsError
+from refract.augment.decoding.decode import TooManyPixelsError
 
 RGB = np.zeros((12, 20, 3), np.uint8)
 RGB[:6] = [250, 20, 30]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from refract.augment import ImageError, decode, image_size
-from refract.augment.decode import decode_part, from_pillow
+from refract.augment.decoding.decode import decode_part, from_pillow
 
 MODES = (
     "1",

@@ -8,7 +8,7 @@ import yaml
 
 from refract.augment import Augmenter, load_policy, presets
 from refract.augment.ops import OPS, color
-from refract.augment.ops.op import Args, Size, between, interval
+from refract.augment.ops.base import Args, Size, between, interval
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "augment.md").read_text("utf-8")

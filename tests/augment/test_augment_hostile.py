@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refract.augment import ImageError, decode, exif, image_size, png, tiff
-from refract.augment.jpeg import JpegError, check_scans
+from refract.augment import ImageError, decode, image_size
+from refract.augment.decoding import exif, png, tiff
+from refract.augment.decoding.jpeg import JpegError, check_scans
 
 MEGABYTE = 1 << 20
 

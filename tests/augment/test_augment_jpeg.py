@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from refract.augment import Augmenter, ImageError, Plan, Step, decode, image_size, jpeg
-from refract.augment.decode import decode_part
+from refract.augment import Augmenter, ImageError, Plan, Step, decode, image_size
+from refract.augment.decoding import jpeg
+from refract.augment.decoding.decode import decode_part
+from refract.augment.decoding.jpeg import SCALES, JpegError, decode_whole, read_header
 from refract.augment.fuse import fuse
-from refract.augment.jpeg import SCALES, JpegError, decode_whole, read_header
 
 CODINGS = [("RGB", subsampling, progressive) for subsampling in (0, 1, 2) for progressive in (False, True)]
 CODINGS += [("L", -1, False), ("L", -1, True)]

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from refract.augment.looks import look
+from refract.augment.image_statistics import look
 
 
 def test_a_look_is_of_the_grey_levels() -> None:

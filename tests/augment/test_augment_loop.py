@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from refract.augment import AugmentedDataset, Augmenter, EpochSampler, ImageError, SampleKey, ShuffleSampler
-from refract.augment.epochs import epoch_order
+from refract.augment.samplers import epoch_order
 
 COUNT = 12
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (COUNT, 24, 32, 3), dtype=np.uint8))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from refract.augment import Augmenter, batch
+from refract.augment import Augmenter
+from refract.augment.executors import torch_batch
 
 COUNT = 64
 LEVELS = torch.arange(COUNT, dtype=torch.uint8) * 4
@@ -84,7 +85,7 @@ def test_class_indices_are_refused_by_name() -> None:
 def test_batch_of_plans_for_another_size_is_refused() -> None:
     plan = Augmenter("none").draw((8, 8), epoch=0, index=0)
     with pytest.raises(ValueError, match=r"plan 0 was drawn for \(8, 8\)"):
-        batch.run([plan] * COUNT, IMAGES)
+        torch_batch.run([plan] * COUNT, IMAGES)
 
 
 def test_each_draw_of_a_sample_is_mixed_in_its_own_way() -> None:

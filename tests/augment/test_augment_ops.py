@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from refract.augment import Augmenter, Plan, Policy, Step, batch
+from refract.augment import Augmenter, Plan, Policy, Step
+from refract.augment.executors import torch_batch
 from refract.augment.ops import OPS
 
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -86,7 +87,7 @@ def test_both_executors_draw_the_same_picture(name: str) -> None:
     single = np.stack([augmenter.apply(plan, image) for plan, image in zip(plans, images, strict=True)])
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     before = stacked.clone()
-    together = batch.run(plans, stacked).permute(0, 2, 3, 1).numpy()
+    together = torch_batch.run(plans, stacked).permute(0, 2, 3, 1).numpy()
     assert torch.equal(stacked, before)
     assert np.abs(single.astype(int) - together).mean((1, 2, 3)).max() <= 1.0
 
@@ -100,10 +101,12 @@ def test_both_executors_enlarge_alike(policy: list) -> None:
     images = [np.random.default_rng(i).integers(0, 256, (30, 40, 3), dtype=np.uint8) for i in range(40)]
     plans = [augmenter.draw((30, 40), epoch=0, index=i) for i in range(40)]
     single = np.stack([augmenter.apply(plan, image) for plan, image in zip(plans, images, strict=True)])
-    together = batch.run(plans, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    together = (
+        torch_batch.run(plans, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    )
     assert np.abs(single.astype(int) - together).max() <= 2
     white = torch.full((1, 3, 30, 40), 255, dtype=torch.uint8)
-    assert batch.run(plans[:1], white).min() == 255
+    assert torch_batch.run(plans[:1], white).min() == 255
 
 
 def test_batch_executor_handles_samples_that_drew_different_ops() -> None:
@@ -117,10 +120,12 @@ def test_batch_executor_handles_samples_that_drew_different_ops() -> None:
     images = [picture(32, 32, i) for i in range(16)]
     plans = [augmenter.draw((32, 32), epoch=0, index=i) for i in range(16)]
     assert len({tuple(step.op for step in plan.steps) for plan in plans}) > 4
-    together = batch.run(plans, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    together = (
+        torch_batch.run(plans, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).numpy()
+    )
     for i, (plan, image) in enumerate(zip(plans, images, strict=True)):
         assert np.abs(augmenter.apply(plan, image).astype(int) - together[i]).mean() <= 1.0
-        alone = batch.run([plan], torch.from_numpy(image).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
+        alone = torch_batch.run([plan], torch.from_numpy(image).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
         assert np.abs(alone.astype(int) - together[i]).max() <= 1  # float32 rounding differs by batch shape
 
 
@@ -292,7 +297,7 @@ def test_shared_noise_keeps_a_grey_image_grey_in_both_executors(name: str) -> No
     assert (alone[0] == alone[0][..., :1]).all() and (alone[0] != grey).mean() > 0.5
     assert (alone[1] != alone[1][..., :1]).any()
     images = torch.from_numpy(np.stack([grey, grey])).permute(0, 3, 1, 2)
-    together = batch.run(plans, images).permute(0, 2, 3, 1).numpy()
+    together = torch_batch.run(plans, images).permute(0, 2, 3, 1).numpy()
     assert np.abs(together.astype(int) - alone).max() <= 1
     with pytest.raises(ValueError, match="per_channel: 1 is neither true nor false"):
         Augmenter([{name: {"per_channel": 1}}])

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from refract.augment import Augmenter, PolicyError, load_policy
-from refract.augment.paraphrases import Cache, CacheError, _opened, _reader, check_cache, paraphrases
-from refract.augment.translate import Filter
+from refract.augment.text.paraphrases import Cache, CacheError, _opened, _reader, check_cache, paraphrases
+from refract.augment.text.translation import Filter
 
 
 def draws(file: str, count: int) -> list[str]:
@@ -118,7 +118,7 @@ def killed(code: str, file: Path) -> None:
 KILLED_WRITING = """
 import os, signal, sys
 from pathlib import Path
-from refract.augment.paraphrases import Cache
+from refract.augment.text.paraphrases import Cache
 cache = Cache(Path(sys.argv[1]))
 cache.begin("via de", "de")
 cache.add([("a dog", [("a hound", None)])], "via de")
@@ -131,7 +131,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 KILLED_MAKING = """
 import os, signal, sqlite3, sys
 from pathlib import Path
-from refract.augment.paraphrases import Cache
+from refract.augment.text.paraphrases import Cache
 connect = sqlite3.connect
 def watched(*args, **more):
     connection = connect(*args, **more)

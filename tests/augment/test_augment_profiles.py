@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from refract.augment import Augmenter, ImageError, Preprocess, decode, image_size, profiles
-from refract.augment.decode import SUFFIXES, decode_part, from_pillow
+from refract.augment import Augmenter, ImageError, Preprocess, decode, image_size
+from refract.augment.decoding import color_profiles
+from refract.augment.decoding.decode import SUFFIXES, decode_part, from_pillow
 
 D50 = (0.9642, 1.0, 0.8249)
 P3 = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))
@@ -124,7 +125,7 @@ def test_transparent_sixteen_bit_and_grey_images_have_profiles_too() -> None:
     "profile", [b"no profile at all", icc()[:200], icc()[:128] + bytes(300), icc(space=b"CMYK"), bytes(5000)]
 )
 def test_a_broken_profile_is_ignored_with_one_warning(profile: bytes, caplog: pytest.LogCaptureFixture) -> None:
-    profiles._warned.clear()
+    color_profiles._warned.clear()
     with caplog.at_level(logging.WARNING, "refract.augment"):
         for kind in ("JPEG", "PNG"):
             data = encoded(COLOURS, kind, icc_profile=profile)

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refract.augment import Augmenter, PolicyError, load_policy, words
+from refract.augment import Augmenter, PolicyError, load_policy
 from refract.augment.ops import OPS
-from refract.augment.ops.text import TextOp
+from refract.augment.text import words
+from refract.augment.text.ops import TextOp
 
 TEXT = "Don't buy the red Canon EOS 5D: it's not  working,\n3.5 stars! A long description of the product follows here."
 CHARS = ["CharInsert", "CharSubstitute", "CharSwap", "CharDelete", "Keyboard", "OCR"]

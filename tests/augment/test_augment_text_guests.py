@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from refract.augment import Augmenter, PolicyError, load_policy, words
-from refract.augment.ops.text_guests import _respaced, _seeded
+from refract.augment import Augmenter, PolicyError, load_policy
+from refract.augment.text import words
+from refract.augment.text.external import _respaced, _seeded
 
 TEXT = "Don't buy the red dog, it's not a blue car 5D"
 

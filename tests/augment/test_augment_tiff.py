@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image, TiffImagePlugin
 
 from refract.augment import ImageError, decode, image_size
-from refract.augment.decode import decode_part
+from refract.augment.decoding.decode import decode_part
 
 HEIGHT, WIDTH = 11, 19
 ORDERS = ("<", ">")

@@ -10,7 +10,7 @@ import pytest
 transformers = pytest.importorskip("transformers", reason="the extra text is not installed")
 sentencepiece = pytest.importorskip("sentencepiece", reason="the extra text is not installed")
 
-from refract.augment.translate import BackTranslator, TranslationError  # noqa: E402 — after the extra is known to be there
+from refract.augment.text.translation import BackTranslator, TranslationError  # noqa: E402 — after the extra is known to be there
 
 TEXTS = ["the small dog", "a cat runs"]
 LINES = [

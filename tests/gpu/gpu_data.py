@@ -35,9 +35,9 @@ def write_folder(root: Path, count: int = 16) -> Path:
 def write_bundle(path: Path, images: Sequence[bytes], *, seed: int = 0) -> Path:
     """A bundle of an untrained lenet5 whose golden samples are the images, with the answers of the processor."""
     from refract.augment.preprocess import Preprocess
-    from refract.models.bundle import BundleInfo, Golden, save_bundle
+    from refract.models.bundle.bundle import BundleInfo, Golden, save_bundle
     from refract.models.classifier import Classifier, probabilities
-    from refract.models.networks import build
+    from refract.models.registry import build
 
     torch.manual_seed(seed)
     preprocess = Preprocess(SIDE, SIDE)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from test_augment_ops import ALONE, make, picture
 
-from refract.augment import Augmenter, batch
+from refract.augment import Augmenter
+from refract.augment.executors import torch_batch
 from refract.augment.ops import OPS
 
 pytestmark = pytest.mark.gpu
@@ -25,7 +26,7 @@ def test_an_op_gives_the_images_of_the_cpu_executor(name: str, device: str) -> N
     expected = np.stack([augmenter.apply(plan, image) for plan, image in zip(plans, images, strict=True)])
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
     before = stacked.clone()
-    result = batch.run(plans, stacked)
+    result = torch_batch.run(plans, stacked)
     assert result.device == stacked.device and result.dtype == torch.uint8
     assert torch.equal(stacked, before), "the input is not changed"
     difference = np.abs(expected.astype(int) - result.permute(0, 2, 3, 1).cpu().numpy()).mean((1, 2, 3))
@@ -43,7 +44,7 @@ def test_samples_with_different_ops_share_a_batch(device: str) -> None:
     augmenter = Augmenter(policy, seed=2)
     images = [picture(96, 80, number) for number in range(24)]
     plans = [augmenter.draw((96, 80), epoch=0, index=number) for number in range(24)]
-    result = batch.run(plans, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device))
+    result = torch_batch.run(plans, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device))
     for plan, image, found in zip(plans, images, result.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
         assert np.abs(augmenter.apply(plan, image).astype(int) - found).mean() <= 1.0
 

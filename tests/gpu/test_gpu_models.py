@@ -8,12 +8,12 @@ import torch
 from gpu_data import COLOURS, SIDE, TEMPERATURE, encoded, write_bundle, write_folder
 
 from refract.augment.preprocess import Preprocess
-from refract.models.bundle import Bundle, load_bundle
+from refract.models.bundle.bundle import Bundle, load_bundle
 from refract.models.occlusion import Occlusion
-from refract.pipeline.batch_scoring import Options, score_all
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.drift.profile import profile
-from refract.pipeline.scoring import Question, score
+from refract.pipeline.inference.batch_scoring import Options, score_all
+from refract.pipeline.inference.scoring import Question, score
 
 pytestmark = pytest.mark.gpu
 

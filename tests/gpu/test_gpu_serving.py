@@ -11,14 +11,14 @@ import pytest
 import torch
 from gpu_data import COLOURS, encoded, write_bundle
 
-from refract.models.bundle import Bundle, BundleError, load_bundle
-from refract.serve.backends import BACKENDS
-from refract.serve.choice import candidates
-from refract.serve.engine import Compute, Engine, build
-from refract.serve.limits import Limits
-from refract.serve.metrics import Metrics
-from refract.serve.service import Service
-from refract.serve.staging import Staging
+from refract.models.bundle.bundle import Bundle, BundleError, load_bundle
+from refract.serve.http.metrics import Metrics
+from refract.serve.requests.limits import Limits
+from refract.serve.runtime.backends import BACKENDS
+from refract.serve.runtime.engine import Compute, Engine, build
+from refract.serve.runtime.selection import candidates
+from refract.serve.runtime.service import Service
+from refract.serve.runtime.staging import Staging
 
 pytestmark = pytest.mark.gpu
 
@@ -36,9 +36,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from refract.serve import choice
+    from refract.serve.runtime import selection
 
-    monkeypatch.setattr(choice, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(selection, "CACHE", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if "cuda" in backend.devices])

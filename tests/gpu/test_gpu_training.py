@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 
 from refract.augment import Augmenter, Preprocess
 from refract.models.classifier import Classifier
-from refract.models.module import ClassifierModule
-from refract.models.networks import build
-from refract.pipeline.config import Config, config_from_dict
-from refract.pipeline.data.module import PictureData
-from refract.pipeline.preparation import prepare_data
-from refract.pipeline.runs import stored_config
-from refract.pipeline.training import Result, train
+from refract.models.registry import build
+from refract.models.training.lightning_module import ClassifierModule
+from refract.pipeline.config.config import Config, config_from_dict
+from refract.pipeline.data.datamodule import PictureData
+from refract.pipeline.data.prepare import prepare_data
+from refract.pipeline.training.run import Result, train
+from refract.pipeline.training.run_directory import stored_config
 
 pytestmark = pytest.mark.gpu
 

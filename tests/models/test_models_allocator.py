@@ -79,7 +79,8 @@ def test_a_bound_is_kept() -> None:
 
 def test_commands_and_steps_of_the_flow_keep_it() -> None:
     assert faults_after("import refract.cli\nrefract.cli.main(['ops'])") < FEW
-    step = "import runpy\nsys.argv = ['flow.py', '--help']\nattempt(lambda: runpy.run_path('pipeline/flow.py', run_name='__main__'))"
+    flow = "runpy.run_path('pipeline/retraining/flow.py', run_name='__main__')"
+    step = f"import runpy\nsys.argv = ['flow.py', '--help']\nattempt(lambda: {flow})"
     assert faults_after(step) < FEW
 
 
@@ -88,18 +89,18 @@ def forked() -> dict[str, int]:
     """Faults a round in processes that are forked from one that has imported what they need; each begins its work, which then fails as
     there is no data."""
     code = """
-import multiprocessing, pathlib, refract.serve.command
-from refract.pipeline.batch.worker import Job, Scorer
-from refract.pipeline.config import load_config
-from refract.pipeline.data.pictures import begin_worker
-from refract.pipeline.training import train
+import multiprocessing, pathlib, refract.serve.cli.command
+from refract.pipeline.inference.batch.worker import Job, Scorer
+from refract.pipeline.config.config import load_config
+from refract.pipeline.data.datasets import begin_worker
+from refract.pipeline.training.run import train
 none = pathlib.Path("none")
 def job(): Scorer(Job(none, "", none, "", {}, "", False, False, 1, "none", "cpu", 1))
 def training(): train(load_config("configs/digits.yaml", ["--data.source", "none"]))
 kinds = {
     "nothing": (lambda: None, 48), "scoring": (job, 48), "train()": (training, 48),
     "nothing, small blocks": (lambda: None, 16), "loading": (lambda: begin_worker(0), 16),
-    "server": (lambda: refract.serve.command.main(["none"]), 16),
+    "server": (lambda: refract.serve.cli.command.main(["none"]), 16),
 }
 def probe(name, queue):
     attempt(kinds[name][0])

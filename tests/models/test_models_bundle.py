@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from refract.models.bundle import Bundle, BundleError, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.bundle.bundle import Bundle, BundleError, BundleInfo, Golden, load_bundle, save_bundle
 from refract.models.classifier import Classifier
-from refract.models.networks import NETWORKS, build
+from refract.models.registry import NETWORKS, build
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 INFO = BundleInfo(

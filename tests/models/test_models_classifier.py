@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from refract.models.classifier import TASKS, Classifier, probabilities
-from refract.models.networks import build
+from refract.models.registry import build
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from refract.models.classifier import Classifier, probabilities
-from refract.models.fusion import FUSIONS, FiLM, Gated, Reader
-from refract.models.module import ClassifierModule
-from refract.models.networks import build
-from refract.models.texts.networks import BagOfNgrams
-from refract.models.texts.tokens import HashedNgrams
+from refract.models.multimodal.fusion import FUSIONS, FiLM, Gated, Reader
+from refract.models.multimodal.text_networks import BagOfNgrams
+from refract.models.multimodal.tokens import HashedNgrams
+from refract.models.registry import build
+from refract.models.training.lightning_module import ClassifierModule
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -164,7 +164,7 @@ def test_pictures_are_mixed_among_themselves() -> None:
 
 
 def test_a_teacher_is_asked_of_what_it_reads_alone() -> None:
-    from refract.models.losses import LossSpec, classification_loss, distillation_loss
+    from refract.models.training.losses import LossSpec, classification_loss, distillation_loss
 
     images, texts = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), torch.randint(1, 21, (4, 5))
     texts[3] = 0
@@ -187,7 +187,7 @@ def test_a_teacher_is_asked_of_what_it_reads_alone() -> None:
 
 
 def test_blocks_are_frozen_and_decayed_as_of_pictures() -> None:
-    from refract.models.transfer import blocks_of
+    from refract.models.training.freezing import blocks_of
 
     made = reader()
     classifier = Classifier(made, mean=MEAN, std=STD)

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from refract.models.fusion import Reader
 from refract.models.head import CosineHead, head_of, neutralise_head
-from refract.models.losses import classification_loss
-from refract.models.networks import build
-from refract.models.texts.networks import BagOfNgrams
-from refract.models.weights import load_weights
+from refract.models.multimodal.fusion import Reader
+from refract.models.multimodal.text_networks import BagOfNgrams
+from refract.models.pretrained.weights import load_weights
+from refract.models.registry import build
+from refract.models.training.losses import classification_loss
 
 FAMILIES = (
     ("resnet20", 32),

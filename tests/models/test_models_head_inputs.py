@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from refract.models.fusion import Reader
 from refract.models.head import head_inputs
-from refract.models.networks import build
-from refract.models.texts.networks import BagOfNgrams
+from refract.models.multimodal.fusion import Reader
+from refract.models.multimodal.text_networks import BagOfNgrams
+from refract.models.registry import build
 
 
 @pytest.mark.parametrize(

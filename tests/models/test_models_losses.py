@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from refract.models.losses import (
+from refract.models.training.losses import (
     LOSSES,
     LossSpec,
     balanced_weights,

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from refract.models.classifier import Classifier
-from refract.models.module import ClassifierModule, MeanAveragePrecision
-from refract.models.networks import build
-from refract.models.optim import OptimSpec
+from refract.models.registry import build
+from refract.models.training.lightning_module import ClassifierModule, MeanAveragePrecision
+from refract.models.training.optimizers import OptimSpec
 
 
 class Pictures(Dataset):

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torchvision.ops import StochasticDepth
 
-from refract.models.nets.features import HoG
-from refract.models.nets.resnet import BasicBlock
-from refract.models.networks import NETWORKS, build, head_of, weights_preprocess
+from refract.models.architectures.handcrafted_features import HoG
+from refract.models.architectures.resnet import BasicBlock
+from refract.models.registry import NETWORKS, build, head_of, weights_preprocess
 
 SOME = [*NETWORKS, "resnet18", "timm/resnet10t", "timm/mobilenetv3_small_050"]
 # One of each family whose head sits in another place, or whose input or output needs care.
@@ -171,8 +171,8 @@ def test_what_pretrained_weights_expect() -> None:
 @pytest.mark.slow
 def test_what_a_server_imports_stays_light() -> None:
     code = (
-        "import sys, refract.models.bundle, refract.models.classifier, refract.models.networks\n"
-        "refract.models.networks.build('resnet20', 2, image_size=(32, 32))\n"
+        "import sys, refract.models.bundle.bundle, refract.models.classifier, refract.models.registry\n"
+        "refract.models.registry.build('resnet20', 2, image_size=(32, 32))\n"
         "heavy = {'lightning', 'torchmetrics', 'mlflow', 'torchvision', 'timm', 'refract.augment', 'refract.pipeline', 'refract.serve'}\n"
         "print(*sorted(heavy & set(sys.modules)))"
     )

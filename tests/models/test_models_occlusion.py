@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from benchmarks.explanations import FAMILIES, correct, inside
 from benchmarks.planted import learn, plant
 from refract.models.classifier import Classifier
-from refract.models.networks import build
 from refract.models.occlusion import BATCH, PASSES, Occlusion
+from refract.models.registry import build
 
 
 def red_or_blue(images: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from refract.models.networks import build
-from refract.models.optim import OPTIMIZERS, SCHEDULES, OptimSpec, parameter_groups, warmup_schedule
+from refract.models.registry import build
+from refract.models.training.optimizers import OPTIMIZERS, SCHEDULES, OptimSpec, parameter_groups, warmup_schedule
 
 
 def test_norms_and_biases_do_not_decay() -> None:

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from refract.models.nets import mlp as mlp_module
-from refract.models.nets.cnn import CNN
-from refract.models.nets.mlp import MLP, contrastive_divergence
-from refract.models.networks import build
-from refract.models.parts.activations import ACTIVATIONS, Maxout, make_activation
-from refract.models.parts.convs import CONVS, ChannelShuffle, make_conv
-from refract.models.parts.initialisation import INITIALISATIONS, initialise
-from refract.models.parts.norms import NORMS, make_norm, standardise_weights
-from refract.models.parts.pooling import GLOBAL_POOLS, POOLS, GeneralisedMean, StochasticPool, make_pool
+from refract.models.architectures import mlp as mlp_module
+from refract.models.architectures.cnn import CNN
+from refract.models.architectures.mlp import MLP, contrastive_divergence
+from refract.models.layers.activations import ACTIVATIONS, Maxout, make_activation
+from refract.models.layers.convolutions import CONVS, ChannelShuffle, make_conv
+from refract.models.layers.initialisation import INITIALISATIONS, initialise
+from refract.models.layers.norms import NORMS, make_norm, standardise_weights
+from refract.models.layers.pooling import GLOBAL_POOLS, POOLS, GeneralisedMean, StochasticPool, make_pool
+from refract.models.registry import build
 
 X = np.array([-2.0, -0.5, 0.0, 0.5, 2.0])
 

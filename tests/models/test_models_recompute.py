@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from refract.models import networks
-from refract.models.recompute import recompute_activations
+from refract.models import registry
+from refract.models.training.activation_checkpointing import recompute_activations
 
 
 def a_step(network, images):
@@ -28,7 +28,7 @@ def a_step(network, images):
 )
 def test_gradients_keys_and_statistics_stay_as_they_are(name, args):
     torch.manual_seed(0)
-    plain = networks.build(name, 3, image_size=(32, 32), **args)
+    plain = registry.build(name, 3, image_size=(32, 32), **args)
     spared = copy.deepcopy(plain)
     assert recompute_activations(spared) > 1
     images = torch.rand(4, 3, 32, 32)
@@ -54,7 +54,7 @@ def test_less_is_kept_for_the_backward_pass():
             network.train()(torch.rand(8, 3, 32, 32))
         return sum(sizes.values())
 
-    network = networks.build("resnet20", 10, image_size=(32, 32))
+    network = registry.build("resnet20", 10, image_size=(32, 32))
     before = kept(network)
     recompute_activations(network)
     assert kept(network) < before / 2

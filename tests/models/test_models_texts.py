@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refract.models.bundle import BundleError, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.bundle.bundle import BundleError, BundleInfo, Golden, load_bundle, save_bundle
 from refract.models.classifier import Classifier
-from refract.models.fusion import Reader
-from refract.models.making import make_classifier, text_record
-from refract.models.networks import build
-from refract.models.texts.networks import BagOfNgrams, Transformer, make_text_part
-from refract.models.texts.tokens import HashedNgrams, TokenizerTokens, cleaned, rows, trimmed
+from refract.models.factory import make_classifier, text_record
+from refract.models.multimodal.fusion import Reader
+from refract.models.multimodal.text_networks import BagOfNgrams, Transformer, make_text_part
+from refract.models.multimodal.tokens import HashedNgrams, TokenizerTokens, cleaned, rows, trimmed
+from refract.models.registry import build
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 

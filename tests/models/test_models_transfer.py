@@ -10,12 +10,12 @@ from torch.utils.data import DataLoader
 
 from refract.models.classifier import Classifier
 from refract.models.head import CosineHead, MLPHead, exchange_head, head_of
-from refract.models.losses import LossSpec
-from refract.models.module import ClassifierModule
-from refract.models.networks import build
-from refract.models.optim import OptimSpec, parameter_groups
-from refract.models.transfer import MODES, blocks_of, trained_blocks
-from refract.pipeline.averaging import KEY, WeightAverage, best_weights
+from refract.models.registry import build
+from refract.models.training.freezing import MODES, blocks_of, trained_blocks
+from refract.models.training.lightning_module import ClassifierModule
+from refract.models.training.losses import LossSpec
+from refract.models.training.optimizers import OptimSpec, parameter_groups
+from refract.pipeline.training.callbacks.averaging import KEY, WeightAverage, best_weights
 from tests.models.test_models_module import Pictures
 
 

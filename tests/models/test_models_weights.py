@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from refract.models.networks import build, head_of, weights_preprocess
-from refract.models.weights import FOLDER_FILES, load_weights, read_weights
+from refract.models.pretrained.weights import FOLDER_FILES, load_weights, read_weights
+from refract.models.registry import build, head_of, weights_preprocess
 
 SIZE = (32, 32)
 
@@ -46,7 +46,7 @@ def test_another_head_starts_afresh_and_says_so(
 ) -> None:
     source = build(name, 4, image_size=SIZE)
     path = save(tmp_path / "w.safetensors", source.state_dict())
-    with caplog.at_level(logging.INFO, logger="refract.models.weights"):
+    with caplog.at_level(logging.INFO, logger="refract.models.pretrained.weights"):
         network = build(name, 6, image_size=SIZE, weights=path)
     keys = (f"{head}.weight", f"{head}.bias")
     assert same(network, source, but=keys)

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from warm_process import Started
 
-from refract.pipeline.config import Config
+from refract.pipeline.config.config import Config
 
 COLORS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 50)}
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from refract.pipeline.config import Config, config_from_dict
+from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.retraining.aliases import Busy, PromotionError, RolledBack, aliases, promote, rollback
-from refract.pipeline.retraining.night import NightError, Outcome, _key, announce, begin
-from refract.pipeline.retraining.night import promote as step
-from refract.pipeline.retraining.place import place_of, read, write
+from refract.pipeline.retraining.steps import NightError, Outcome, _key, announce, begin
+from refract.pipeline.retraining.steps import promote as step
+from refract.pipeline.retraining.workspace import place_of, read, write
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 

@@ -16,17 +16,17 @@ from matplotlib import font_manager
 from small_data import COLORS, Run, picture, write_picture
 
 from refract.augment import Preprocess
-from refract.models.bundle import load_bundle
+from refract.models.bundle.bundle import load_bundle
 from refract.models.classifier import Classifier
-from refract.models.networks import build
-from refract.pipeline import plots
-from refract.pipeline.comparison import against, read_run
-from refract.pipeline.config import ConfigError
+from refract.models.registry import build
+from refract.pipeline.config.config import ConfigError
 from refract.pipeline.data.manifest import Sample, load_manifest
-from refract.pipeline.evaluation import evaluate
-from refract.pipeline.report import make_report
-from refract.pipeline.robustness import FULL, QUICK, measure_robustness
-from refract.pipeline.slices import slices
+from refract.pipeline.evaluation import plots
+from refract.pipeline.evaluation.compare import against, read_run
+from refract.pipeline.evaluation.evaluate import evaluate
+from refract.pipeline.evaluation.report import make_report
+from refract.pipeline.evaluation.robustness import FULL, QUICK, measure_robustness
+from refract.pipeline.evaluation.slices import slices
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -46,8 +46,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(root: Path) -> Path:
-    from refract.pipeline.config import config_from_dict
-    from refract.pipeline.training import train
+    from refract.pipeline.config.config import config_from_dict
+    from refract.pipeline.training.run import train
 
     for name, rate in (("good", 0.003), ("bad", 1e-7)):
         values = {
@@ -283,7 +283,7 @@ def test_several_labels_have_a_gallery_and_the_report_shows_what_looks_like_the_
 
 
 def test_labels_with_dollars_are_drawn(tmp_path: Path) -> None:
-    from refract.pipeline.plots import confusion_plot
+    from refract.pipeline.evaluation.plots import confusion_plot
 
     confusion_plot(np.eye(2), ["$5_$10", "a_$"], tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 1000

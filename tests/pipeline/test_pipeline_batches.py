@@ -12,12 +12,12 @@ from small_data import COLORS, config_of, picture, write_picture
 
 from refract.augment import Augmenter, Preprocess
 from refract.models.classifier import Classifier
-from refract.models.networks import build
+from refract.models.registry import build
+from refract.pipeline.data.datamodule import PictureData, fits_memory
 from refract.pipeline.data.manifest import load_manifest
-from refract.pipeline.data.module import PictureData, fits_memory
-from refract.pipeline.data.order import Share, TrainOrder
-from refract.pipeline.preparation import prepare_data
-from refract.pipeline.scoring import Question, score, views
+from refract.pipeline.data.prepare import prepare_data
+from refract.pipeline.data.train_order import Share, TrainOrder
+from refract.pipeline.inference.scoring import Question, score, views
 
 
 def module_of(folder: Path, workers: int) -> PictureData:

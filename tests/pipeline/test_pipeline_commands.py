@@ -19,10 +19,10 @@ from warm_process import WarmProcess
 
 from refract.augment import Preprocess
 from refract.cli import COMMANDS
-from refract.models.bundle import load_bundle
+from refract.models.bundle.bundle import load_bundle
 from refract.models.classifier import probabilities
-from refract.pipeline.commands.demo import served
-from refract.pipeline.scoring import Question, score
+from refract.pipeline.cli.demo import served
+from refract.pipeline.inference.scoring import Question, score
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 

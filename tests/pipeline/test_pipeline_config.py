@@ -7,8 +7,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refract.pipeline.config import Config, ConfigError, config_from_dict, help_text, load_config
-from refract.pipeline.training import train
+from refract.pipeline.config.config import Config, ConfigError, config_from_dict, help_text, load_config
+from refract.pipeline.training.run import train
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from refract.pipeline.cost import Cost, EnergyMeter
+from refract.pipeline.training.cost import Cost, EnergyMeter
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from refract.pipeline.config import ConfigError
+from refract.pipeline.config.config import ConfigError
 from refract.pipeline.schedule.cron import Cron, zone_named
 
 

@@ -16,12 +16,12 @@ from small_data import COLORS, config_of, picture, write_picture
 
 from refract.augment import Augmenter, Preprocess
 from refract.models.classifier import Classifier
-from refract.models.networks import build
+from refract.models.registry import build
+from refract.pipeline.data.datamodule import PictureData
 from refract.pipeline.data.manifest import DataError, Sample, load_manifest
-from refract.pipeline.data.module import PictureData
+from refract.pipeline.data.prepare import prepare_data
 from refract.pipeline.data.splits import write_splits
-from refract.pipeline.golden import make_goldens
-from refract.pipeline.preparation import prepare_data
+from refract.pipeline.evaluation.golden_samples import make_goldens
 from refract.pipeline.suggest import take_survey
 
 

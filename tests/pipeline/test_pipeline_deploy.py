@@ -99,7 +99,7 @@ def test_every_command_is_one_that_refract_takes(capsys: pytest.CaptureFixture[s
 
 
 def test_a_config_of_the_manifest_is_a_config() -> None:
-    from refract.pipeline.config import config_from_dict
+    from refract.pipeline.config.config import config_from_dict
 
     (text,) = RETRAIN["ConfigMap"]["data"].values()
     config = config_from_dict(yaml.safe_load(text))

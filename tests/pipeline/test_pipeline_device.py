@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from refract.pipeline.config import ConfigError
-from refract.pipeline.device import choose_device, choose_precision
-from refract.pipeline.sections import TrainerConfig
+from refract.pipeline.config.config import ConfigError
+from refract.pipeline.config.sections import TrainerConfig
+from refract.pipeline.training.device import choose_device, choose_precision
 
 
 @pytest.mark.parametrize(

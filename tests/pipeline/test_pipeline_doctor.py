@@ -10,13 +10,13 @@ import torch
 from small_data import COLORS, Run, picture, write_picture
 from torch import nn
 
-from refract.pipeline.config import config_from_dict
+from refract.pipeline.config.config import config_from_dict
 from refract.pipeline.doctor.findings import late
 from refract.pipeline.doctor.record import Record
 from refract.pipeline.doctor.run import make_doctor
 from refract.pipeline.doctor.stored import read_findings
 from refract.pipeline.doctor.watch import Doctor
-from refract.pipeline.fitting import Assembly, assemble, fit
+from refract.pipeline.training.fit import Assembly, assemble, fit
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -186,7 +186,7 @@ def test_a_class_that_takes_all_and_a_loader_that_is_late() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.15])
 def test_labels_that_are_wrong_by_chance(share: float, tmp_path: Path) -> None:
     """Trained for real on colours of which a share carries another colour's name."""
-    from refract.pipeline.training import train
+    from refract.pipeline.training.run import train
 
     draw = np.random.default_rng(0)
     for label in COLORS:
@@ -204,7 +204,7 @@ def test_labels_that_are_wrong_by_chance(share: float, tmp_path: Path) -> None:
 
 def test_a_transfer_that_learned_nothing_and_its_cure(colours: Path, tmp_path: Path) -> None:
     """The weights of one training, ruined by the learning rate of the next; the finding's first cure mends it."""
-    from refract.pipeline.training import train
+    from refract.pipeline.training.run import train
 
     values = {name: dict(section) for name, section in BASE.items()}
     values["data"] |= {"source": str(colours), "test_share": 0.4}

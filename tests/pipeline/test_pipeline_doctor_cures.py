@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from refract.pipeline.config import config_from_dict
+from refract.pipeline.config.config import config_from_dict
 from refract.pipeline.doctor.finding import Finding, Setting, cure, treatable
 from refract.pipeline.doctor.findings import early, late
 from refract.pipeline.doctor.record import Record
 from refract.pipeline.doctor.watch import Doctor
-from refract.pipeline.label_noise import NoiseEvidence
+from refract.pipeline.evaluation.label_errors import NoiseEvidence
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "scratch": {"model": {"name": "cnn", "args": {"widths": [8, 16]}}},

@@ -14,13 +14,13 @@ import torch
 from small_data import COLORS, Run, picture, write_picture
 
 from refract.augment import Preprocess
-from refract.models.bundle import Bundle, load_bundle
+from refract.models.bundle.bundle import Bundle, load_bundle
 from refract.models.classifier import Classifier
-from refract.models.fusion import Reader
-from refract.models.networks import build
-from refract.models.texts.networks import BagOfNgrams
-from refract.models.texts.tokens import HashedNgrams
-from refract.pipeline.commands.drift import main
+from refract.models.multimodal.fusion import Reader
+from refract.models.multimodal.text_networks import BagOfNgrams
+from refract.models.multimodal.tokens import HashedNgrams
+from refract.models.registry import build
+from refract.pipeline.cli.drift import main
 from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.drift.compare import compare
 from refract.pipeline.drift.measure import Measured, measure_drift
@@ -52,8 +52,8 @@ def write_scenes(
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    from refract.pipeline.config import config_from_dict
-    from refract.pipeline.training import train
+    from refract.pipeline.config.config import config_from_dict
+    from refract.pipeline.training.run import train
 
     root = tmp_path_factory.mktemp("drift")
     values = {

@@ -9,9 +9,9 @@ import pytest
 from sklearn.metrics import f1_score
 
 from refract.pipeline.data.manifest import Sample
-from refract.pipeline.evaluation import Evaluation, _single_label
-from refract.pipeline.plots import confusion_plot, short
-from refract.pipeline.report import make_report
+from refract.pipeline.evaluation.evaluate import Evaluation, _single_label
+from refract.pipeline.evaluation.plots import confusion_plot, short
+from refract.pipeline.evaluation.report import make_report
 
 LABELS = ("a", "b", "c", "d")
 PNG = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refract.augment.image_files import image_files, level_of, walk
-from refract.pipeline.batch.listing import listing_of
-from refract.pipeline.commands.predict import picture_files
-from refract.pipeline.data.check import check_classes
-from refract.pipeline.data.folders import split_of
+from refract.pipeline.cli.predict import picture_files
 from refract.pipeline.data.manifest import DataError, load_manifest
+from refract.pipeline.data.sources.folders import split_of
+from refract.pipeline.data.validation import check_classes
 from refract.pipeline.drift.new_data import read_data
+from refract.pipeline.inference.batch.listing import listing_of
 from refract.pipeline.suggest.survey import _folder_notes
 
 Files = Callable[..., Path]

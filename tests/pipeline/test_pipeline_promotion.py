@@ -10,7 +10,7 @@ import torch
 from mlflow import MlflowClient
 from small_data import COLORS, picture, write_picture
 
-from refract.pipeline.config import ConfigError
+from refract.pipeline.config.config import ConfigError
 from refract.pipeline.retraining.aliases import aliases
 from refract.pipeline.retraining.settings import GateConfig
 
@@ -23,8 +23,8 @@ def registry(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path) -> st
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with pictures/ and the bundle of a network that knows their three colours."""
-    from refract.pipeline.config import config_from_dict
-    from refract.pipeline.training import train
+    from refract.pipeline.config.config import config_from_dict
+    from refract.pipeline.training.run import train
 
     root = tmp_path_factory.mktemp("gate")
     for label in COLORS:
@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def altered(trained: Path, tmp_path: Path, **changes: Any) -> Any:
     """A bundle as the trained one, but for its info, or, with `deaf`, a class that it never gives."""
-    from refract.models.bundle import load_bundle, save_bundle
+    from refract.models.bundle.bundle import load_bundle, save_bundle
 
     bundle = load_bundle(trained / "runs/r/bundle")
     classifier = bundle.classifier()
@@ -72,7 +72,7 @@ def verdict(trained: Path, challenger: Any, champion: Any, **config: Any) -> dic
 
 
 def test_the_gate_lets_an_equal_pass_and_tells_its_numbers(trained: Path, tmp_path: Path) -> None:
-    from refract.models.bundle import load_bundle
+    from refract.models.bundle.bundle import load_bundle
 
     champion = load_bundle(trained / "runs/r/bundle")
     found = verdict(trained, altered(trained, tmp_path), champion, robustness_loss=0.1, latency_ratio=50.0)
@@ -88,7 +88,7 @@ def test_the_gate_lets_an_equal_pass_and_tells_its_numbers(trained: Path, tmp_pa
 
 
 def test_a_class_that_is_never_given_fails_where_it_should(trained: Path, tmp_path: Path) -> None:
-    from refract.models.bundle import load_bundle
+    from refract.models.bundle.bundle import load_bundle
 
     champion = load_bundle(trained / "runs/r/bundle")
     worse = altered(trained, tmp_path, deaf="red")
@@ -108,7 +108,7 @@ def test_a_class_that_is_never_given_fails_where_it_should(trained: Path, tmp_pa
 
 
 def test_limits_of_calibration_size_latency_and_labels(trained: Path, tmp_path: Path) -> None:
-    from refract.models.bundle import load_bundle
+    from refract.models.bundle.bundle import load_bundle
 
     champion = load_bundle(trained / "runs/r/bundle")
     vague = altered(trained, tmp_path, temperature=champion.info.temperature * 200)

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_data import COLORS, Run, picture, write_picture
 
-from refract.models.bundle import load_bundle
-from refract.models.transfer import blocks_of
-from refract.pipeline import defaults
-from refract.pipeline.config import Config, ConfigError, config_from_dict, load_config
-from refract.pipeline.fitting import Assembly, assemble, fit
-from refract.pipeline.training import train
+from refract.models.bundle.bundle import load_bundle
+from refract.models.training.freezing import blocks_of
+from refract.pipeline.config import defaults
+from refract.pipeline.config.config import Config, ConfigError, config_from_dict, load_config
+from refract.pipeline.training.fit import Assembly, assemble, fit
+from refract.pipeline.training.run import train
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 

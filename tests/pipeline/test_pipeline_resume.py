@@ -18,14 +18,14 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 from small_data import Run, Training, descendants, picture, until, until_gone, write_picture
 
-from refract.pipeline.checkpoints import ResumeCheckpoint, newest
-from refract.pipeline.config import Config
+from refract.pipeline.config.config import Config
+from refract.pipeline.config.defaults import filled
 from refract.pipeline.data.manifest import DataError
-from refract.pipeline.defaults import filled
-from refract.pipeline.provenance import inputs
-from refract.pipeline.runs import held, new_run, old_run, stored_config, unfinished
-from refract.pipeline.stopping import Stop, Stopped
 from refract.pipeline.tracking.journal import Journal
+from refract.pipeline.training.callbacks.checkpoints import ResumeCheckpoint, newest
+from refract.pipeline.training.callbacks.stopping import Stop, Stopped
+from refract.pipeline.training.provenance import inputs
+from refract.pipeline.training.run_directory import held, new_run, old_run, stored_config, unfinished
 
 # What draws from PyTorch's generator, averages, and mixes: all that a restart could lose.
 CONFIG = """
@@ -253,8 +253,8 @@ def test_files_that_a_policy_names_are_inputs_and_its_words_are_none(
 
 
 def test_a_run_is_held_by_one_and_found_by_its_config(tmp_path: Path) -> None:
-    from refract.pipeline.config import ConfigError
-    from refract.pipeline.runs import new_run
+    from refract.pipeline.config.config import ConfigError
+    from refract.pipeline.training.run_directory import new_run
 
     config = Config()
     config.trainer.runs_dir = str(tmp_path)
@@ -292,7 +292,7 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
 def killed_in_evaluation(work: Path, name: str, *arguments: str) -> None:
     """Train, and die when all epochs are done and the hold-out is to be measured."""
     code = (
-        "import os, signal, sys, refract.pipeline.assessment as a\n"
+        "import os, signal, sys, refract.pipeline.evaluation.assess as a\n"
         "a.assess = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "import refract.cli; refract.cli.main(sys.argv[1:])"
     )

@@ -15,10 +15,11 @@ from mlflow import MlflowClient
 from small_data import COLORS, Run, descendants, picture, until_gone, write_picture
 from warm_process import Started, WarmProcess
 
-from refract.pipeline.config import Config, ConfigError, config_from_dict, load_config
+from refract.pipeline.config.config import Config, ConfigError, config_from_dict, load_config
 from refract.pipeline.data.manifest import DataError, load_manifest
 from refract.pipeline.retraining.aliases import aliases, rollback
-from refract.pipeline.retraining.night import (
+from refract.pipeline.retraining.snapshot import Snapshot, accept, take
+from refract.pipeline.retraining.steps import (
     FAILURES,
     STEPS,
     NightError,
@@ -28,8 +29,7 @@ from refract.pipeline.retraining.night import (
     unfinished,
     worth_resuming,
 )
-from refract.pipeline.retraining.place import Busy, place_of, read, write
-from refract.pipeline.retraining.snapshot import Snapshot, accept, take
+from refract.pipeline.retraining.workspace import Busy, place_of, read, write
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -322,7 +322,7 @@ def test_a_name_that_mlflow_does_not_take_is_told(config: Config) -> None:
 def test_whom_a_night_is_told_to_does_not_hold_it_up(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("refract.pipeline.retraining.night.TELL_SECONDS", 0.05)
+    monkeypatch.setattr("refract.pipeline.retraining.steps.TELL_SECONDS", 0.05)
     config.retrain.tell = "sleep 5"
     folder = begin(config, force=False)
     write(folder / "night.json", read(folder / "night.json") | {"ends": int(Outcome.REFUSED), "why": "-"})

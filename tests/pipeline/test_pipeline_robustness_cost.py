@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refract.pipeline.advice import closing_notes, notes_on
-from refract.pipeline.config import Config
+from refract.pipeline.config.config import Config
 from refract.pipeline.data.manifest import Sample
-from refract.pipeline.evaluation import Evaluation
-from refract.pipeline.measures import mean_interval
-from refract.pipeline.robustness import FULL, QUICK, drawn
-from refract.pipeline.robustness_cost import CORRUPTING, FEWEST, FLOPS, LOADING, MOST, affordable, flops_of
+from refract.pipeline.evaluation.advice import closing_notes, notes_on
+from refract.pipeline.evaluation.evaluate import Evaluation
+from refract.pipeline.evaluation.measures import mean_interval
+from refract.pipeline.evaluation.robustness import FULL, QUICK, drawn
+from refract.pipeline.evaluation.robustness_cost import CORRUPTING, FEWEST, FLOPS, LOADING, MOST, affordable, flops_of
 
 
 def test_passes_of_an_effort() -> None:

@@ -16,9 +16,9 @@ import pytest
 from small_data import Run
 
 from refract.pipeline.files import locked
-from refract.pipeline.schedule.book import Book, Schedule
 from refract.pipeline.schedule.cron import Cron
-from refract.pipeline.schedule.keeper import Plan, Runner
+from refract.pipeline.schedule.scheduler import Plan, Runner
+from refract.pipeline.schedule.store import Book, Schedule
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -49,8 +49,8 @@ from datetime import UTC
 from pathlib import Path
 from zoneinfo import ZoneInfo
 from apscheduler.triggers.interval import IntervalTrigger
-from refract.pipeline.schedule.book import Book
-from refract.pipeline.schedule.keeper import Plan, keep_schedule
+from refract.pipeline.schedule.store import Book
+from refract.pipeline.schedule.scheduler import Plan, keep_schedule
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 config, state, stub, seconds, grace = sys.argv[1:]
 trigger = IntervalTrigger(seconds=float(seconds), timezone=UTC)

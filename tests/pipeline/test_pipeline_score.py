@@ -22,18 +22,18 @@ from hypothesis import strategies as st
 from small_data import COLORS, Run, descendants, picture, until_gone, write_picture
 
 from refract.augment import Preprocess
-from refract.models.answer import confidences, prediction
-from refract.models.bundle import BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.bundle.bundle import BundleInfo, Golden, load_bundle, save_bundle
 from refract.models.classifier import Classifier
-from refract.models.fusion import Reader
-from refract.models.making import text_record
-from refract.models.networks import build
-from refract.models.texts.networks import make_text_part
-from refract.pipeline.batch import parts
-from refract.pipeline.batch.answers import ABOUT, schema_of, table_of
-from refract.pipeline.batch.listing import Row, Shard, listing_of
+from refract.models.factory import text_record
+from refract.models.multimodal.fusion import Reader
+from refract.models.multimodal.text_networks import make_text_part
+from refract.models.prediction import confidences, prediction
+from refract.models.registry import build
 from refract.pipeline.data.manifest import DataError
-from refract.pipeline.scoring import Question, preprocess_of, score
+from refract.pipeline.inference.batch import part_files
+from refract.pipeline.inference.batch.listing import Row, Shard, listing_of
+from refract.pipeline.inference.batch.rows import ABOUT, schema_of, table_of
+from refract.pipeline.inference.scoring import Question, preprocess_of, score
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -219,7 +219,7 @@ def test_what_was_begun_otherwise_is_refused_until_restart(
     refract: Run, tmp_path: Path, bundle: Path, pictures: Path
 ) -> None:
     folder = tmp_path / ".a.parquet.parts"
-    parts.begin(mkdir(folder), {"bundle": "b", "listing": "l", "shard_size": 512, "tta": "none"}, restart=False)
+    part_files.begin(mkdir(folder), {"bundle": "b", "listing": "l", "shard_size": 512, "tta": "none"}, restart=False)
     old = folder / f"0000000-{'0' * 16}.parquet"
     old.write_bytes(b"old")
     told = refract("score", bundle, pictures, "-o", "a.parquet", code=2).stderr
@@ -260,7 +260,7 @@ def test_a_kill_while_tidying_up_leaves_a_file_that_counts(
     before = (tmp_path / "a.parquet").read_bytes()
     opened, listing = load_bundle(bundle), listing_of(pictures)
     record = {"bundle": opened.digest, "listing": listing.digest(), "shard_size": 512, "tta": "none"}
-    parts.begin(mkdir(tmp_path / ".a.parquet.parts"), record, restart=False)
+    part_files.begin(mkdir(tmp_path / ".a.parquet.parts"), record, restart=False)
     assert "301 rows (0 scored" in refract("score", bundle, pictures, "-o", "a.parquet").stdout
     assert (tmp_path / "a.parquet").read_bytes() == before and not (tmp_path / ".a.parquet.parts").exists()
 

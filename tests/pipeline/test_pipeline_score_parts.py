@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refract.pipeline.batch import parts
-from refract.pipeline.batch.listing import Listing, Row, listing_of
 from refract.pipeline.data.manifest import DataError
+from refract.pipeline.inference.batch import part_files
+from refract.pipeline.inference.batch.listing import Listing, Row, listing_of
 
 
 def test_a_listing_is_the_same_each_time_and_known_by_what_it_says(tmp_path: Path) -> None:
@@ -43,23 +43,23 @@ def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
     import pyarrow as pa
 
     table = pa.table({"row": [0, 1]})
-    parts.write_part(tmp_path, "k", 0, table)
-    file = parts.part_of(tmp_path, "k", 0)
-    assert parts.is_whole(file, 2) and not parts.is_whole(file, 3) and not file.exists()
+    part_files.write_part(tmp_path, "k", 0, table)
+    file = part_files.part_of(tmp_path, "k", 0)
+    assert part_files.is_whole(file, 2) and not part_files.is_whole(file, 3) and not file.exists()
     file.write_bytes(b"PAR1 half of it")
-    assert not parts.is_whole(file, 2) and not file.exists()
-    parts.write_part(tmp_path, "k", 0, table)
+    assert not part_files.is_whole(file, 2) and not file.exists()
+    part_files.write_part(tmp_path, "k", 0, table)
     with pytest.raises(DataError, match="other rows or columns than it should"):
-        parts.assemble(tmp_path, [file, file], tmp_path / "out.parquet", table.schema, rows=4, look=lambda _: None)
+        part_files.assemble(tmp_path, [file, file], tmp_path / "out.parquet", table.schema, rows=4, look=lambda _: None)
     assert not file.exists() and not (tmp_path / "out.parquet").exists()
 
 
 def test_no_damage_of_a_part_is_more_than_a_part_to_be_made_again(tmp_path: Path) -> None:
     import pyarrow as pa
 
-    parts.write_part(tmp_path, "k", 0, pa.table({"row": [0, 1], "label": ["a", "b"]}))
-    file = parts.part_of(tmp_path, "k", 0)
+    part_files.write_part(tmp_path, "k", 0, pa.table({"row": [0, 1], "label": ["a", "b"]}))
+    file = part_files.part_of(tmp_path, "k", 0)
     whole = file.read_bytes()
     for place in range(len(whole)):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 0x80]) + whole[place + 1 :])
-        assert parts.is_whole(file, 2) == file.exists()
+        assert part_files.is_whole(file, 2) == file.exists()

@@ -14,20 +14,20 @@ import torch
 from small_data import COLORS, picture, write_picture
 
 from refract.augment import Preprocess
-from refract.augment.decode import decode
-from refract.models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
+from refract.augment.decoding.decode import decode
+from refract.models.bundle.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
 from refract.models.classifier import Classifier
-from refract.models.networks import build
-from refract.pipeline.config import Config, config_from_dict
+from refract.models.registry import build
+from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
 from refract.pipeline.data.splits import write_splits
 from refract.pipeline.drift.measure import reference_of
 from refract.pipeline.drift.thresholds import THRESHOLDS, Threshold
-from refract.pipeline.retraining.night import Outcome, begin, snapshot, validate
+from refract.pipeline.retraining.data_checks import beside_champion, look, new_samples
 from refract.pipeline.retraining.overlap import trained_on
-from refract.pipeline.retraining.place import place_of, read, write
 from refract.pipeline.retraining.snapshot import Snapshot, accept, changed, inputs_digest, read_snapshot, take
-from refract.pipeline.retraining.validate import beside_champion, look, new_samples
+from refract.pipeline.retraining.steps import Outcome, begin, snapshot, validate
+from refract.pipeline.retraining.workspace import place_of, read, write
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 

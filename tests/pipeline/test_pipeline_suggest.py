@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from small_data import Run, write_picture
 
 from refract.augment import ImageError, load_policy
-from refract.models.networks import build
-from refract.pipeline.commands import init
-from refract.pipeline.config import ConfigError, load_config
+from refract.models.registry import build
+from refract.pipeline.cli import init
+from refract.pipeline.config.config import ConfigError, load_config
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.suggest import Proposal, Start, Survey, check_start, config_text, propose, take_survey
 from refract.pipeline.suggest import survey as survey_module

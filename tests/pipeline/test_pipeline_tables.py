@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refract.pipeline.batch.listing import listing_of
 from refract.pipeline.data.manifest import DataError, load_manifest
-from refract.pipeline.data.tables import read_table
+from refract.pipeline.data.sources.tables import read_table
 from refract.pipeline.data.texts import texts_of
 from refract.pipeline.drift.new_data import read_data
+from refract.pipeline.inference.batch.listing import listing_of
 
 Write = Callable[..., Path]
 IMAGES = ("img/0.png", "img/1.png", "img/ä b.png", "img/a, b.png")

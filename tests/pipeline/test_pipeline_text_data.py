@@ -7,11 +7,11 @@ import pytest
 from small_data import rewritten, table
 
 from benchmarks import captions
-from refract.pipeline.config import ConfigError, config_from_dict
-from refract.pipeline.data.check import scan
+from refract.pipeline.config.config import ConfigError, config_from_dict
 from refract.pipeline.data.manifest import DataError, load_manifest
 from refract.pipeline.data.splits import draw_splits
-from refract.pipeline.recipe import check_inputs
+from refract.pipeline.data.validation import scan
+from refract.pipeline.training.build import check_inputs
 
 
 def test_rows_without_a_picture_and_pictures_with_several_captions(tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_configs_of_texts_that_cannot_be(values, message: str) -> None:
 
 def test_what_each_epoch_reads_is_drawn_from_the_policy(tmp_path: Path) -> None:
     from refract.augment import Augmenter, Preprocess
-    from refract.models.texts.tokens import HashedNgrams
-    from refract.pipeline.data.module import PictureData
+    from refract.models.multimodal.tokens import HashedNgrams
+    from refract.pipeline.data.datamodule import PictureData
 
     rows = [
         [label, split, f"some words of {label} number {i}"]
@@ -115,10 +115,10 @@ def test_what_has_no_picture_says_nothing_of_what_pictures_are_and_cost(tmp_path
     import os
 
     from refract.augment import Augmenter, Preprocess
-    from refract.models.texts.tokens import HashedNgrams
-    from refract.pipeline.data.module import PictureData, fits_memory
-    from refract.pipeline.initial_weights import _some
-    from refract.pipeline.recipe import measured
+    from refract.models.multimodal.tokens import HashedNgrams
+    from refract.pipeline.data.datamodule import PictureData, fits_memory
+    from refract.pipeline.training.build import measured
+    from refract.pipeline.training.initial_weights import _some
 
     captions.write_pictures(tmp_path, count=4)
     rows = [[f"pictures/{i:05}.png" if i in (1, 3) else "", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
@@ -155,7 +155,7 @@ def test_texts_of_a_split_are_those_of_no_other(tmp_path: Path) -> None:
 
 def test_views_of_pictures_do_not_go_with_texts() -> None:
     from refract.augment import Augmenter
-    from refract.pipeline.recipe import check_recipe
+    from refract.pipeline.training.build import check_recipe
 
     policy = Augmenter([{"AugMix": {}}])
     check_recipe(config_from_dict({"loss": {"consistency": 12.0}}), policy, "32-true")

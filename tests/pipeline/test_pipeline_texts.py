@@ -12,8 +12,8 @@ import pytest
 from small_data import Run, Training, rewritten, table, until
 
 from benchmarks import captions
-from refract.models.bundle import load_bundle
-from refract.pipeline.config import ConfigError, config_from_dict
+from refract.models.bundle.bundle import load_bundle
+from refract.pipeline.config.config import ConfigError, config_from_dict
 from refract.pipeline.data.manifest import load_manifest
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
@@ -175,9 +175,9 @@ def test_the_time_of_an_answer_is_taken_with_texts_that_the_network_can_read() -
     import torch
 
     from refract.models.classifier import Classifier
-    from refract.models.fusion import Reader
-    from refract.models.texts.tokens import TokenizerTokens
-    from refract.pipeline.assessment import _milliseconds
+    from refract.models.multimodal.fusion import Reader
+    from refract.models.multimodal.tokens import TokenizerTokens
+    from refract.pipeline.evaluation.assess import _milliseconds
 
     class Positions(torch.nn.Module):
         width = 4
@@ -193,12 +193,12 @@ def test_the_time_of_an_answer_is_taken_with_texts_that_the_network_can_read() -
 
 def untrained(folder: Path, reads: str, max_length: int = 8) -> Path:
     """A bundle of two labels that reads `pictures`, `texts` or both."""
-    from refract.models.bundle import BundleInfo, save_bundle
+    from refract.models.bundle.bundle import BundleInfo, save_bundle
     from refract.models.classifier import Classifier
-    from refract.models.fusion import Reader
-    from refract.models.making import text_record
-    from refract.models.networks import build
-    from refract.models.texts.networks import make_text_part
+    from refract.models.factory import text_record
+    from refract.models.multimodal.fusion import Reader
+    from refract.models.multimodal.text_networks import make_text_part
+    from refract.models.registry import build
 
     args = {"buckets": 50}
     part, tokens, words = make_text_part("hashing", weights="none", max_length=max_length, pooling="auto", args=args)
@@ -217,7 +217,7 @@ def untrained(folder: Path, reads: str, max_length: int = 8) -> Path:
 
 
 def test_predict_tells_of_a_text_that_was_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from refract.pipeline.commands.predict import main
+    from refract.pipeline.cli.predict import main
 
     bundle = str(untrained(tmp_path / "b", "texts", max_length=2))
     for text, cut in (("two words", False), ("three words here", True)):
@@ -227,7 +227,7 @@ def test_predict_tells_of_a_text_that_was_cut(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_teacher_reads_what_the_training_reads_or_is_refused(tmp_path: Path) -> None:
-    from refract.pipeline.recipe import _teacher
+    from refract.pipeline.training.build import _teacher
 
     rows = [[label, f"{label} {i}"] for label in "ab" for i in range(4)]
     manifest = load_manifest(table(tmp_path / "m.csv", rows, ["label", "text"]))
@@ -256,7 +256,7 @@ def test_an_initialisation_is_for_the_network_of_pictures(tmp_path: Path) -> Non
     import torch
 
     from refract.augment import Augmenter
-    from refract.pipeline.recipe import make_module, make_preprocess
+    from refract.pipeline.training.build import make_module, make_preprocess
 
     captions.write_pictures(tmp_path, count=4)
     rows = [[f"pictures/{i:05}.png", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
@@ -280,9 +280,9 @@ def test_goldens_and_answers_are_of_the_text_and_of_what_is_there(tmp_path: Path
 
     from refract.augment import Preprocess
     from refract.models.classifier import probabilities
-    from refract.models.texts.tokens import rows
-    from refract.pipeline.data.pictures import Pictures, collate, targets_of
-    from refract.pipeline.golden import make_goldens
+    from refract.models.multimodal.tokens import rows
+    from refract.pipeline.data.datasets import Pictures, collate, targets_of
+    from refract.pipeline.evaluation.golden_samples import make_goldens
 
     captions.write_pictures(tmp_path, count=2)
     given = [

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from refract.pipeline.thresholds import HIGHEST, LOWEST, choose_thresholds
+from refract.pipeline.evaluation.thresholds import HIGHEST, LOWEST, choose_thresholds
 
 Validation = tuple[np.ndarray, np.ndarray]
 

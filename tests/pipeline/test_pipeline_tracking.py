@@ -15,11 +15,11 @@ import pytest
 from mlflow import MlflowClient
 from small_data import Run
 
-from refract.pipeline.runs import held, new_run
-from refract.pipeline.sections import TrackingConfig
+from refract.pipeline.config.sections import TrackingConfig
 from refract.pipeline.tracking import Tracker, TrackingError, tracker
 from refract.pipeline.tracking.database import make_database
 from refract.pipeline.tracking.journal import Journal
+from refract.pipeline.training.run_directory import held, new_run
 from tests.pipeline.test_pipeline_recipe import configured
 
 

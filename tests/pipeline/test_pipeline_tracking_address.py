@@ -7,8 +7,8 @@ import pytest
 from mlflow import MlflowClient
 from small_data import Run
 
-from refract.pipeline.config import ConfigError, config_from_dict
-from refract.pipeline.sections import TrackingConfig
+from refract.pipeline.config.config import ConfigError, config_from_dict
+from refract.pipeline.config.sections import TrackingConfig
 from refract.pipeline.tracking import Tracker, tracking_uri
 from refract.pipeline.tracking.address import absolute, check_address, sqlite_path, sqlite_uri, with_credentials
 from refract.pipeline.tracking.journal import Journal

@@ -12,18 +12,18 @@ from small_data import Run
 
 from refract.augment import Augmenter, Preprocess
 from refract.models.classifier import Classifier
-from refract.models.module import ClassifierModule
-from refract.models.networks import build
-from refract.pipeline.config import Config, ConfigError
+from refract.models.registry import build
+from refract.models.training.lightning_module import ClassifierModule
+from refract.pipeline.config.config import Config, ConfigError
+from refract.pipeline.config.sections import DataConfig
+from refract.pipeline.data.datamodule import PictureData
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
-from refract.pipeline.data.module import PictureData
-from refract.pipeline.data.order import TrainOrder
-from refract.pipeline.evaluation import _single_label
-from refract.pipeline.fitting import Assembly, fit
-from refract.pipeline.preparation import prepare_data
-from refract.pipeline.processes import Processes
-from refract.pipeline.recipe import make_preprocess, measured
-from refract.pipeline.sections import DataConfig
+from refract.pipeline.data.prepare import prepare_data
+from refract.pipeline.data.train_order import TrainOrder
+from refract.pipeline.evaluation.evaluate import _single_label
+from refract.pipeline.training.build import make_preprocess, measured
+from refract.pipeline.training.fit import Assembly, fit
+from refract.pipeline.training.ranks import Processes
 
 
 def _made(manifest: Manifest, module: ClassifierModule, data: PictureData) -> Assembly:

@@ -10,11 +10,11 @@ import torch
 from small_data import write_picture
 
 from benchmarks.pretrained import NAME
-from refract.models.bundle import load_bundle
-from refract.models.networks import build
-from refract.pipeline.config import load_config
-from refract.pipeline.defaults import HEAD_ALONE
-from refract.pipeline.training import Result, train
+from refract.models.bundle.bundle import load_bundle
+from refract.models.registry import build
+from refract.pipeline.config.config import load_config
+from refract.pipeline.config.defaults import HEAD_ALONE
+from refract.pipeline.training.run import Result, train
 
 pytestmark = pytest.mark.slow
 

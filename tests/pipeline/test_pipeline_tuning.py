@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from small_data import Run
 
-from refract.pipeline.config import Config, ConfigError
-from refract.pipeline.runs import held
+from refract.pipeline.config.config import Config, ConfigError
+from refract.pipeline.training.run_directory import held
 from refract.pipeline.tuning.space import applies, read_space, with_values
 from refract.pipeline.tuning.study import Search, _narrowed, open_study, trial_folder
 

@@ -15,17 +15,17 @@ from fastapi import FastAPI
 from PIL import Image
 
 from refract.augment.preprocess import Preprocess
-from refract.models.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.bundle.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
 from refract.models.classifier import Classifier, probabilities
-from refract.models.networks import build
-from refract.serve import choice as choosing
-from refract.serve.app import create_app
-from refract.serve.connection import Connection
-from refract.serve.engine import Engine
-from refract.serve.limits import Limits
-from refract.serve.metrics import Metrics
-from refract.serve.server import Server, listen, url
-from refract.serve.service import Service
+from refract.models.registry import build
+from refract.serve.http.app import create_app
+from refract.serve.http.metrics import Metrics
+from refract.serve.http.transport.connection import Connection
+from refract.serve.http.transport.server import Server, listen, url
+from refract.serve.requests.limits import Limits
+from refract.serve.runtime import selection as choosing
+from refract.serve.runtime.engine import Engine
+from refract.serve.runtime.service import Service
 
 PREPROCESS = Preprocess(height=32, width=32)
 TEMPERATURE = 0.05  # a fresh network is unsure of everything: this spreads its answers, and shows if it is forgotten

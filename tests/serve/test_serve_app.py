@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from refract.models.classifier import probabilities
-from refract.serve.app import create_app
-from refract.serve.engine import Engine
-from refract.serve.limits import Limits
+from refract.serve.http.app import create_app
+from refract.serve.requests.limits import Limits
+from refract.serve.runtime.engine import Engine
 
 ROOT = Path(__file__).parents[2]
 
@@ -205,6 +205,6 @@ def test_it_is_not_ready_before_the_self_test(bundle):
 @pytest.mark.slow
 def test_serving_imports_no_training_stack():
     heavy = "('lightning', 'mlflow', 'matplotlib', 'pandas', 'torchmetrics', 'sklearn', 'pytorch_lightning')"
-    code = f"import sys, refract.serve.app, refract.serve.source; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, refract.serve.http.app, refract.serve.rollout.model_source; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

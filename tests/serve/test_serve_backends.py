@@ -13,10 +13,10 @@ from installed_backends import INSTALLED, INT8
 from torch import nn
 
 from refract.models.classifier import Classifier
-from refract.models.networks import build
-from refract.serve.backends import BACKENDS
-from refract.serve.backends.base import AGREED, INT8_AGREED
-from refract.serve.engine import Engine
+from refract.models.registry import build
+from refract.serve.runtime.backends import BACKENDS
+from refract.serve.runtime.backends.base import AGREED, INT8_AGREED
+from refract.serve.runtime.engine import Engine
 
 pytestmark = [
     pytest.mark.slow,  # together they take minutes: `make test-fast` has two
@@ -43,7 +43,7 @@ def test_backends_report_to_nobody(names: list[str], bundle, tmp_path: Path) -> 
     """In a process of its own, that has not imported them. Where OpenVINO or ONNX Runtime report what they compute, they make themselves a
     name in the home first; both keep still where a CI runs."""
     code = (
-        "import sys\nfrom refract.models.bundle import load_bundle\nfrom refract.serve.engine import Engine\n"
+        "import sys\nfrom refract.models.bundle.bundle import load_bundle\nfrom refract.serve.runtime.engine import Engine\n"
         f"for name in {names}: Engine(load_bundle({str(bundle.path)!r}), backend=name)\n"
         "print([name for name in sys.modules if name.startswith('openvino_telemetry.')])"
     )
@@ -61,8 +61,8 @@ def test_backends_report_to_nobody(names: list[str], bundle, tmp_path: Path) -> 
 def test_a_signal_is_heard_after_another_thread_has_dropped_the_network(bundle, tmp_path: Path) -> None:
     """OpenVINO frees the stack on which the main thread would handle it."""
     code = (
-        "import signal, sys, threading\nfrom pathlib import Path\nfrom refract.models.bundle import load_bundle\n"
-        "from refract.serve import choice\nfrom refract.serve.engine import Engine\nchoice.CACHE = Path(sys.argv[2])\n"
+        "import signal, sys, threading\nfrom pathlib import Path\nfrom refract.models.bundle.bundle import load_bundle\n"
+        "from refract.serve import choice\nfrom refract.serve.runtime.engine import Engine\nchoice.CACHE = Path(sys.argv[2])\n"
         "signal.signal(signal.SIGTERM, lambda *_: print('heard'))\n"
         "for name in sys.argv[3:]:\n"
         "    engines = [Engine(load_bundle(sys.argv[1]), backend=name)]\n"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from refract.serve.app import create_app
-from refract.serve.limits import Limits
+from refract.serve.http.app import create_app
+from refract.serve.requests.limits import Limits
 
 BODY_LIMIT = 200_000
 

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from refract.serve.batcher import Batcher, BatchError, ClosedError
-from refract.serve.limits import OverloadedError
+from refract.serve.requests.limits import OverloadedError
+from refract.serve.runtime.batcher import Batcher, BatchError, ClosedError
 
 
 class Doubler:

@@ -16,14 +16,14 @@ from PIL import Image
 from starlette.requests import Request
 
 from refract.augment.preprocess import Preprocess
-from refract.serve.app import create_app
-from refract.serve.body import unless_gone
-from refract.serve.cores import cores, quota
-from refract.serve.engine import Engine
-from refract.serve.errors import RequestError
-from refract.serve.lane import Lane
-from refract.serve.limits import Limits, OverloadedError, Room
-from refract.serve.prepare import is_quick, read
+from refract.serve.http.app import create_app
+from refract.serve.http.errors import RequestError
+from refract.serve.requests.body import unless_gone
+from refract.serve.requests.decoding import is_quick, read
+from refract.serve.requests.limits import Limits, OverloadedError, Room
+from refract.serve.runtime.cores import cores, quota
+from refract.serve.runtime.engine import Engine
+from refract.serve.runtime.model_worker import Lane
 
 
 class GatedEngine(Engine):

@@ -9,9 +9,9 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from refract.serve.app import create_app
-from refract.serve.challenge import SHADOWS, Challenge
-from refract.serve.engine import Engine
+from refract.serve.http.app import create_app
+from refract.serve.rollout.canary import SHADOWS, Challenge
+from refract.serve.runtime.engine import Engine
 
 
 def samples(app, name: str) -> list[Sample]:

@@ -14,15 +14,15 @@ import pytest
 import torch
 from installed_backends import INSTALLED, INT8, PACKAGES
 
-from refract.models.bundle import BundleError
-from refract.serve import choice as choosing
-from refract.serve.app import create_app
-from refract.serve.backends import BACKENDS
-from refract.serve.backends.base import INT8_AGREED, Backend
-from refract.serve.backends.kept import store
-from refract.serve.choice import choose
-from refract.serve.engine import Engine
-from refract.serve.engine import build as build_engine
+from refract.models.bundle.bundle import BundleError
+from refract.serve.http.app import create_app
+from refract.serve.runtime import selection as choosing
+from refract.serve.runtime.backends import BACKENDS
+from refract.serve.runtime.backends.base import INT8_AGREED, Backend
+from refract.serve.runtime.backends.kept import store
+from refract.serve.runtime.engine import Engine
+from refract.serve.runtime.engine import build as build_engine
+from refract.serve.runtime.selection import choose
 
 pytestmark = [
     pytest.mark.slow,  # together they take minutes: `make test-fast` has two

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from refract.serve.app import create_app
 from refract.serve.client import AsyncClient, Client, ServerError
-from refract.serve.keys import Keys
+from refract.serve.http.app import create_app
+from refract.serve.http.auth import Keys
 
 ROOT = Path(__file__).parents[2]
 KEY = "open-sesame"

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 def start(*arguments: str, code: str = "", backend: str = "eager", **options) -> subprocess.Popen[str]:
     """`refract serve`, or Python code that does as much."""
-    program = ["-c", code] if code else ["-m", "refract.serve.command"]
+    program = ["-c", code] if code else ["-m", "refract.serve.cli.command"]
     device = [] if "--device" in arguments else ["--device", "cpu"]
     command = [sys.executable, *program, *arguments, *device, "--backend", backend]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -47,8 +47,8 @@ def served(bundle):
 
 def test_help_is_answered_without_the_heavy_imports():
     code = (
-        "import sys, refract.serve.command\n"
-        "try: refract.serve.command.main(['--help'])\n"
+        "import sys, refract.serve.cli.command\n"
+        "try: refract.serve.cli.command.main(['--help'])\n"
         "except SystemExit as end: print(end.code, [m for m in ('torch', 'fastapi', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -137,8 +137,8 @@ def test_while_it_drains_it_answers_and_says_that_it_goes(bundle, picture):
 def test_a_drain_that_was_cut_short_leaves_no_timer_behind(bundle):
     """Its timer would fire into a server that is gone."""
     code = (
-        "import sys, threading, refract.serve.command\n"
-        "code = refract.serve.command.main(sys.argv[1:])\n"
+        "import sys, threading, refract.serve.cli.command\n"
+        "code = refract.serve.cli.command.main(sys.argv[1:])\n"
         "left = [t for t in threading.enumerate() if isinstance(t, threading.Timer) and t.function.__name__ == '<lambda>']\n"
         "print([t for t in left if not t.finished.is_set()])\n"
         "sys.exit(code)"
@@ -173,10 +173,10 @@ def test_what_is_killed_while_it_starts_for_the_first_time_starts_again(bundle, 
 def test_what_is_stuck_does_not_keep_it_from_ending(bundle, picture):
     """A decoder that never comes back; the limits are shortened, or the test would take half a minute."""
     code = (
-        "import sys, threading, refract.serve.server, refract.serve.prepare, refract.serve.command\n"
-        "refract.serve.server.GRACE_S = refract.serve.server.STUCK_S = 1\n"
-        "refract.serve.prepare.image_size = lambda data: (print('stuck', flush=True), threading.Event().wait())\n"
-        "sys.exit(refract.serve.command.main(sys.argv[1:]))"
+        "import sys, threading, refract.serve.http.transport.server, refract.serve.requests.decoding, refract.serve.cli.command\n"
+        "refract.serve.http.transport.server.GRACE_S = refract.serve.http.transport.server.STUCK_S = 1\n"
+        "refract.serve.requests.decoding.image_size = lambda data: (print('stuck', flush=True), threading.Event().wait())\n"
+        "sys.exit(refract.serve.cli.command.main(sys.argv[1:]))"
     )
     process = start(str(bundle.path), "--port", "0", "--deadline-s", "100", code=code)
     address = process.stdout.readline().rpartition(" on ")[2].strip()
@@ -233,9 +233,9 @@ def test_a_port_that_is_taken(bundle):
 def test_cuda_where_there_is_none(bundle):
     devices = ("cuda", "all", "cpu,cuda:1", "tpu")
     code = (
-        "import sys, refract.serve.command\n"
+        "import sys, refract.serve.cli.command\n"
         f"for device in {devices}:\n"
-        "    print(refract.serve.command.main([*sys.argv[1:4], '--device', device]))"
+        "    print(refract.serve.cli.command.main([*sys.argv[1:4], '--device', device]))"
     )
     process = start(str(bundle.path), "--port", "0", code=code, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     _, out, err = finish(process)
@@ -262,7 +262,7 @@ def test_cuda_where_there_is_none(bundle):
     ],
 )
 def test_an_option_out_of_range_is_named(options, bundle, capsys):
-    from refract.serve.command import main
+    from refract.serve.cli.command import main
 
     with pytest.raises(SystemExit) as end:
         main([str(bundle.path), *options])
@@ -285,18 +285,20 @@ def test_a_signal_while_it_starts_ends_it_too():
             assert finish(process) == (0, "", ""), "and the process that asked has ended too"
 
 
-@pytest.mark.parametrize("place", ["refract.serve.command._bundle", "refract.serve.engine.Engine.self_test"])
+@pytest.mark.parametrize(
+    "place", ["refract.serve.cli.command._bundle", "refract.serve.runtime.engine.Engine.self_test"]
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_it_starts_is_not_lost_in_what_catches_all(bundle, number, place: str):
     """As an exception is in a library's callback from C; the second place is uvicorn's start."""
     code = (
-        "import sys, time, refract.serve.command, refract.serve.engine\n"
+        "import sys, time, refract.serve.cli.command, refract.serve.runtime.engine\n"
         "def deaf(*_):\n"
         "    for _ in range(9):\n"
         "        try: print('starting', flush=True), time.sleep(9)\n"
         "        except BaseException: pass\n"
         f"{place} = deaf\n"
-        "sys.exit(refract.serve.command.main(sys.argv[1:]))"
+        "sys.exit(refract.serve.cli.command.main(sys.argv[1:]))"
     )
     process = start(str(bundle.path), "--port", "0", code=code)
     assert process.stdout.readline() == "starting\n"
@@ -335,7 +337,7 @@ def test_a_signal_at_any_moment_of_a_first_start_ends_it(bundle, tmp_path):
 def test_nothing_is_unpickled(bundle, picture):
     """An audit hook ends the process where a pickle asks for a class; that it would is tried first."""
     code = (
-        "import os, pickle, sys, refract.serve.app, refract.serve.command, torch, pathlib\n"
+        "import os, pickle, sys, refract.serve.http.app, refract.serve.cli.command, torch, pathlib\n"
         "armed = False\n"
         "def hook(event, details):\n"
         "    if armed and event == 'pickle.find_class': raise RuntimeError(f'unpickled {details}')\n"
@@ -344,7 +346,7 @@ def test_nothing_is_unpickled(bundle, picture):
         "armed = True\n"
         "try: pickle.loads(data)\n"
         "except RuntimeError: print('armed', flush=True)\n"
-        "sys.exit(refract.serve.command.main(sys.argv[1:]))"
+        "sys.exit(refract.serve.cli.command.main(sys.argv[1:]))"
     )
     process = start(str(bundle.path), "--port", "0", code=code)
     assert process.stdout.readline() == "armed\n"

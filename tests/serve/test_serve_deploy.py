@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from refract.serve.options import parse
-from refract.serve.server import GRACE_S, STUCK_S
+from refract.serve.cli.options import parse
+from refract.serve.http.transport.server import GRACE_S, STUCK_S
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
@@ -49,8 +49,8 @@ def test_the_ports_are_those_that_are_listened_on():
 
 
 def test_the_probes_ask_what_is_answered(bundle, serving):
-    from refract.serve.app import create_app
-    from refract.serve.engine import Engine
+    from refract.serve.http.app import create_app
+    from refract.serve.runtime.engine import Engine
 
     paths = {CONTAINER[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "readiness", "liveness")}
     asked = re.findall(r"http://127\.0\.0\.1:8000(/\w+)", DOCKERFILE + str(SERVERS))
@@ -61,8 +61,8 @@ def test_the_probes_ask_what_is_answered(bundle, serving):
 def test_the_autoscaler_goes_by_a_metric_that_there_is(bundle):
     from prometheus_client import generate_latest
 
-    from refract.serve.app import create_app
-    from refract.serve.engine import Engine
+    from refract.serve.http.app import create_app
+    from refract.serve.runtime.engine import Engine
 
     app = create_app(Engine(bundle, "cpu", "eager"))
     name = OBJECTS["HorizontalPodAutoscaler"]["spec"]["metrics"][0]["pods"]["metric"]["name"]

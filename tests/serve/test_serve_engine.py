@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from refract.models.bundle import BundleError, Golden
+from refract.models.bundle.bundle import BundleError, Golden
 from refract.models.classifier import probabilities
-from refract.pipeline.scoring import Question, score
-from refract.serve.app import create_app
-from refract.serve.engine import Engine, build
+from refract.pipeline.inference.scoring import Question, score
+from refract.serve.http.app import create_app
+from refract.serve.runtime.engine import Engine, build
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])

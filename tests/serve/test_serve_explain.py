@@ -12,9 +12,9 @@ from PIL import Image
 
 from refract.augment.preprocess import Preprocess
 from refract.models.occlusion import BATCH, PASSES
-from refract.serve.app import create_app
-from refract.serve.engine import Engine
-from refract.serve.explain import Explanations, png
+from refract.serve.http.app import create_app
+from refract.serve.runtime.engine import Engine
+from refract.serve.runtime.explanation import Explanations, png
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from refract.models.bundle import Bundle, load_bundle
-from refract.serve.challenge import Challenge
-from refract.serve.command import RefusedError, _bundle
-from refract.serve.engine import Engine
-from refract.serve.follow import followers
-from refract.serve.service import Service
-from refract.serve.source import resolve
+from refract.models.bundle.bundle import Bundle, load_bundle
+from refract.serve.cli.command import RefusedError, _bundle
+from refract.serve.rollout.canary import Challenge
+from refract.serve.rollout.model_source import resolve
+from refract.serve.rollout.registry_watcher import followers
+from refract.serve.runtime.engine import Engine
+from refract.serve.runtime.service import Service
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -111,7 +111,7 @@ def test_two_servers_that_find_one_damaged_download_both_get_a_whole_one(registr
     name = "models:/shapes@champion"
     path = resolve(name)
     (path / "weights.safetensors").write_bytes(b"damaged")
-    command = [sys.executable, "-m", "refract.serve.source", name, str(path)]
+    command = [sys.executable, "-m", "refract.serve.rollout.model_source", name, str(path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     found = [json.loads(process.communicate(timeout=100)[0]) for process in both]
     assert found == [{"path": str(path)}] * 2 and load_bundle(path).digest == bundle.digest
@@ -135,7 +135,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert damaged is None
         return await asyncio.to_thread(resolve, source)
 
-    monkeypatch.setattr("refract.serve.follow._located", located)
+    monkeypatch.setattr("refract.serve.rollout.registry_watcher._located", located)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -211,7 +211,10 @@ def test_with_the_server_down_it_starts_with_what_the_name_meant_last(registry, 
 
     def located() -> dict[str, str]:
         done = subprocess.run(
-            [sys.executable, "-m", "refract.serve.source", name], capture_output=True, text=True, env=environ
+            [sys.executable, "-m", "refract.serve.rollout.model_source", name],
+            capture_output=True,
+            text=True,
+            env=environ,
         )
         return json.loads(done.stdout)
 
@@ -237,7 +240,7 @@ def test_with_the_server_down_it_starts_with_what_the_name_meant_last(registry, 
             os.killpg(server.pid, signal.SIGKILL)
     assert located() == {"path": str(path)} and load_bundle(path).digest == bundle.digest
     (path / "weights.safetensors").write_bytes(b"damaged")
-    serve = [sys.executable, "-m", "refract.serve.command", name, "--port", "0"]
+    serve = [sys.executable, "-m", "refract.serve.cli.command", name, "--port", "0"]
     done = subprocess.run(serve, capture_output=True, text=True, env=environ)
     assert done.returncode == 2 and "the tracking server does not answer" in done.stderr
     assert path.is_dir() and not list(path.parent.glob(".damaged-*")), "nothing is lost, nothing left over"

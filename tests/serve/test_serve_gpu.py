@@ -10,15 +10,16 @@ import pytest
 import torch
 from prometheus_client import generate_latest
 
-from refract.models.bundle import BundleError
-from refract.serve import command, gpus
-from refract.serve import engine as engines
-from refract.serve.app import create_app
-from refract.serve.backends import BACKENDS
-from refract.serve.backends.cuda_graphs import padded
-from refract.serve.engine import Engine
-from refract.serve.options import BACKENDS as OFFERED
-from refract.serve.staging import Staging
+from refract.models.bundle.bundle import BundleError
+from refract.serve.cli import command
+from refract.serve.cli.options import BACKENDS as OFFERED
+from refract.serve.http.app import create_app
+from refract.serve.runtime import engine as engines
+from refract.serve.runtime import gpus
+from refract.serve.runtime.backends import BACKENDS
+from refract.serve.runtime.backends.cuda_graphs import padded
+from refract.serve.runtime.engine import Engine
+from refract.serve.runtime.staging import Staging
 
 GPU = gpus.Gpu("cuda:0", "NVIDIA H100 80GB HBM3", "580.82.07", 80 << 30, 70 << 30, 5 << 30)
 
@@ -128,7 +129,7 @@ def test_a_backend_that_is_not_installed_is_refused_with_its_package(bundle, mon
 
 
 def test_gpus_are_reported_with_driver_and_memory(bundle, serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("refract.serve.app.describe", lambda devices: [GPU])
+    monkeypatch.setattr("refract.serve.http.app.describe", lambda devices: [GPU])
     app = create_app(bundle)
     with serving(app) as client:
         assert client.get("/v1/model").json()["gpus"] == [GPU._asdict()]

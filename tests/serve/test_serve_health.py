@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 
-from refract.serve.app import create_app
-from refract.serve.challenge import Challenge
-from refract.serve.engine import Engine
-from refract.serve.lane import FAILURES
+from refract.serve.http.app import create_app
+from refract.serve.rollout.canary import Challenge
+from refract.serve.runtime.engine import Engine
+from refract.serve.runtime.model_worker import FAILURES
 
 
 class Failing(Engine):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from refract.serve.home import NOWHERE, ensure_home
+from refract.serve.cli.home import NOWHERE, ensure_home
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,8 +85,8 @@ def test_the_server_starts_without_a_home_and_keeps_its_choice(bundle, tmp_path:
         "import pwd, sys\n"
         "def unknown(uid): raise KeyError(uid)\n"
         "pwd.getpwuid = unknown\n"
-        "import refract.serve.command\n"
-        "sys.exit(refract.serve.command.main(sys.argv[1:]))"
+        "import refract.serve.cli.command\n"
+        "sys.exit(refract.serve.cli.command.main(sys.argv[1:]))"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")}
     command = [sys.executable, "-c", code, str(bundle.path), "--port", "0", "--device", "cpu", "--backend", "onnx"]

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.corpus import cases
 from benchmarks.corpus.valid import odd_but_valid
 from benchmarks.hostile import tried
-from refract.serve.app import create_app
+from refract.serve.http.app import create_app
 
 DEADLINE_S = 30
 """Above the server's 10, in which a machine that runs other tests may not come to decode 40 megapixels."""

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from refract.serve.engine import Engine
-from refract.serve.lane import Lane
-from refract.serve.limits import Limits, OverloadedError, Room
-from refract.serve.prepare import Pictures
-from refract.serve.service import Service
-from refract.serve.threads import Threads
-from refract.serve.work import Work
+from refract.serve.requests.decoding import Pictures
+from refract.serve.requests.limits import Limits, OverloadedError, Room
+from refract.serve.runtime.engine import Engine
+from refract.serve.runtime.model_worker import Lane
+from refract.serve.runtime.pools import Threads
+from refract.serve.runtime.service import Service
+from refract.serve.runtime.work import Work
 
 
 class Paced(Engine):
@@ -99,7 +99,7 @@ def test_what_has_been_brief_for_long_is_computed_on_the_loop(
             await lane.submit(batch(1))
         assert seen == [False] * 8 + [moves] * 4
 
-    monkeypatch.setattr("refract.serve.lane.PROVEN", 8)
+    monkeypatch.setattr("refract.serve.runtime.model_worker.PROVEN", 8)
     monkeypatch.setattr(Paced, "compute", lambda self, batch: compute(batch))
     on_lane(bundle, story)
 

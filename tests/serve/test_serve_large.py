@@ -14,20 +14,20 @@ import pytest
 from PIL import Image
 
 from refract.models.occlusion import Occlusion
-from refract.serve import v2
-from refract.serve.app import create_app
-from refract.serve.engine import Engine
-from refract.serve.limits import OverloadedError
-from refract.serve.prepare import Pictures
-from refract.serve.service import LARGE, READERS, Service
-from refract.serve.threads import Threads
-from refract.serve.uploads import SPARE, parsed
-from refract.serve.work import Work
+from refract.serve.http.app import create_app
+from refract.serve.http.routes import v2
+from refract.serve.requests.decoding import Pictures
+from refract.serve.requests.limits import OverloadedError
+from refract.serve.requests.parsing import SPARE, parsed
+from refract.serve.runtime.engine import Engine
+from refract.serve.runtime.pools import Threads
+from refract.serve.runtime.service import LARGE, READERS, Service
+from refract.serve.runtime.work import Work
 
 
 def test_threads_tell_how_long_what_waits_for_them_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("refract.serve.threads.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("refract.serve.runtime.pools.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def takes(seconds: float) -> None:
         now[0] += seconds

@@ -7,8 +7,8 @@ import subprocess
 import httpx
 import pytest
 
-from refract.serve.connection import HEAD_BYTES
-from refract.serve.metrics import Metrics
+from refract.serve.http.metrics import Metrics
+from refract.serve.http.transport.connection import HEAD_BYTES
 
 GET = [
     "/", "/livez", "/readyz", "/v1/model", "/v1/status", "/docs", "/redoc", "/openapi.json", "/static-offline-docs/favicon.png",

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from refract.serve.app import create_app
-from refract.serve.keys import Keys
+from refract.serve.http.app import create_app
+from refract.serve.http.auth import Keys
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update",

@@ -2,12 +2,12 @@
 
 import pytest
 
-from refract.serve.app import create_app
+from refract.serve.cli.options import parse
 from refract.serve.client import Client
-from refract.serve.cors import is_origin
-from refract.serve.keys import Keys
-from refract.serve.options import parse
-from refract.serve.rooted import prefix_problem
+from refract.serve.http.app import create_app
+from refract.serve.http.auth import Keys
+from refract.serve.http.base_path import prefix_problem
+from refract.serve.http.cors import is_origin
 
 ORIGIN = "https://app.example"
 PREFLIGHT = {

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from refract.serve.app import create_app
-from refract.serve.keys import Keys
+from refract.serve.http.app import create_app
+from refract.serve.http.auth import Keys
 
 PIXELS = {"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}]}
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refract.augment.looks import look
-from refract.serve.app import create_app
-from refract.serve.engine import Engine
-from refract.serve.prepare import Pictures, read
-from refract.serve.sampling import WAITING, Sampling, _Shelf
+from refract.augment.image_statistics import look
+from refract.serve.http.app import create_app
+from refract.serve.requests.decoding import Pictures, read
+from refract.serve.rollout.data_capture import WAITING, Sampling, _Shelf
+from refract.serve.runtime.engine import Engine
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -30,7 +30,7 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 def asked(data: bytes) -> Pictures:
-    from refract.serve.limits import Limits
+    from refract.serve.requests.limits import Limits
 
     return read("image/jpeg", data, Limits())
 
@@ -59,7 +59,7 @@ def test_what_is_asked_is_kept_with_the_numbers_that_the_answer_had(bundle, serv
 
 
 def test_about_the_share_is_drawn_and_a_shadow_is_not(bundle, other, picture, tmp_path, serving):
-    from refract.serve.challenge import Challenge
+    from refract.serve.rollout.canary import Challenge
 
     sampling = Sampling(tmp_path / "log", share=0.3, most_bytes=MIB, below=0)
     challenge = Challenge(Engine(other), 1.0, False)

@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from refract.serve import connection as connections
-from refract.serve import server
-from refract.serve.app import create_app
-from refract.serve.keys import Keys
+from refract.serve.http.app import create_app
+from refract.serve.http.auth import Keys
+from refract.serve.http.transport import connection as connections
+from refract.serve.http.transport import server
 
 HOST = b"Host: x\r\n"
 UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"

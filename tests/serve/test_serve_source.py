@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from refract.models.bundle import load_bundle
-from refract.serve import source
-from refract.serve.source import SourceError, resolve
+from refract.models.bundle.bundle import load_bundle
+from refract.serve.rollout import model_source
+from refract.serve.rollout.model_source import SourceError, resolve
 
 
 def test_a_folder_is_itself(tmp_path):
@@ -34,7 +34,7 @@ def test_a_folder_is_itself(tmp_path):
 )
 def test_a_source_that_names_nothing(source, message):
     with pytest.raises(SourceError, match=message):
-        resolve(source)
+        resolve(model_source)
 
 
 def test_without_a_server_or_a_database_it_says_so(tmp_path, monkeypatch):
@@ -59,8 +59,8 @@ def registry(bundle, tmp_path_factory, new_tracking) -> str:
     run = client.create_run(experiment)
     client.log_artifacts(run.info.run_id, str(bundle.path), "bundle")
     client.create_registered_model("shapes")
-    source = f"{run.info.artifact_uri}/bundle"
-    version = client.create_model_version("shapes", source=source, run_id=run.info.run_id)
+    model_source = f"{run.info.artifact_uri}/bundle"
+    version = client.create_model_version("shapes", source=model_source, run_id=run.info.run_id)
     client.set_registered_model_alias("shapes", "champion", version.version)
     return uri
 
@@ -86,7 +86,7 @@ def test_a_cache_that_cannot_be_written(registry, tmp_path, monkeypatch):
 def test_an_unknown_model_alias_or_version(registry, tmp_path, monkeypatch, source):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
     with pytest.raises(SourceError, match="no such model, version or alias"):
-        resolve(source, cache=tmp_path)
+        resolve(model_source, cache=tmp_path)
     assert [path for path in tmp_path.iterdir() if not path.name.startswith("last-")] == []
 
 
@@ -150,7 +150,7 @@ def dripping() -> Iterator[str]:
 
 
 def test_a_server_that_sends_a_byte_now_and_then_is_one_that_is_down(registry, tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "LOOK_S", 1)
+    monkeypatch.setattr(model_source, "LOOK_S", 1)
     with dripping() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with pytest.raises(SourceError, match="does not answer at .*nothing has come for 1 s"):
@@ -167,8 +167,10 @@ def test_a_start_and_a_follower_give_up_a_server_that_sends_a_byte_now_and_then(
     """In as long as they have in fact."""
     with dripping() as uri:
         environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "HOME": str(tmp_path)}
-        follow = "import asyncio, refract.serve.follow as f; print(asyncio.run(f._located('models:/a@b')))"
-        start = ["-m", "refract.serve.command", "models:/a@b", "--port", "0"]
+        follow = (
+            "import asyncio, refract.serve.rollout.registry_watcher as f; print(asyncio.run(f._located('models:/a@b')))"
+        )
+        start = ["-m", "refract.serve.cli.command", "models:/a@b", "--port", "0"]
         commands = [[sys.executable, *rest] for rest in (start, ["-c", follow])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         both = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
@@ -186,14 +188,14 @@ def test_what_makes_progress_is_waited_for_and_what_makes_none_is_given_up():
         return arrived[0]
 
     threading.Timer(1, going.set).start()
-    assert source._attended(lambda: going.wait(20), 0.3, more) is True
+    assert model_source._attended(lambda: going.wait(20), 0.3, more) is True
     try:
         with pytest.raises(TimeoutError, match=r"nothing has come for 0\.3 s"):
-            source._attended(stop.wait, 0.3)
+            model_source._attended(stop.wait, 0.3)
     finally:
         stop.set()
     with pytest.raises(ZeroDivisionError):
-        source._attended(lambda: 1 // 0, 5)
+        model_source._attended(lambda: 1 // 0, 5)
 
 
 @pytest.mark.slow
@@ -202,9 +204,7 @@ def test_a_server_that_is_down(tmp_path):
     with socket.socket() as taken:  # bound and not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
-        code = (
-            "import sys, refract.serve.source as s\ntry: s.resolve('models:/a@b')\nexcept s.SourceError as e: print(e)"
-        )
+        code = "import sys, refract.serve.rollout.model_source as s\ntry: s.resolve('models:/a@b')\nexcept s.SourceError as e: print(e)"
         environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert f"the tracking server does not answer at {uri}" in done.stdout, done.stderr

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from refract.serve import connection as connections
-from refract.serve import stream
-from refract.serve.app import create_app
-from refract.serve.connection import Connection
+from refract.serve.http.app import create_app
+from refract.serve.http.transport import closing
+from refract.serve.http.transport import connection as connections
+from refract.serve.http.transport.connection import Connection
 
 ASKED = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n%s\r\n"
 
@@ -69,7 +69,7 @@ def test_who_sends_slowly_has_the_refusal(client, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("count", [1, 1000])
 def test_who_reads_nothing_is_left(client, made, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Of one answer there waits less than what has asyncio speak of a pause."""
-    monkeypatch.setattr(stream, "WRITE_S", 1.0)
+    monkeypatch.setattr(closing, "WRITE_S", 1.0)
     with connected(client, made) as connection:
         connection.sendall(ASKED % b"" * (count - 1) + ASKED % b"Connection: close\r\n")
         wait_for(lambda: made[0].parser is None)
@@ -78,7 +78,7 @@ def test_who_reads_nothing_is_left(client, made, monkeypatch: pytest.MonkeyPatch
 
 def test_who_reads_nothing_and_will_not_ask_more_is_left(client, made, monkeypatch: pytest.MonkeyPatch) -> None:
     """asyncio closes by itself then, when all was taken."""
-    monkeypatch.setattr(stream, "WRITE_S", 1.0)
+    monkeypatch.setattr(closing, "WRITE_S", 1.0)
     with connected(client, made) as connection:
         connection.sendall(ASKED % b"")
         wait_for(lambda: made[0].cycle is not None and made[0].cycle.response_complete)
@@ -88,7 +88,7 @@ def test_who_reads_nothing_and_will_not_ask_more_is_left(client, made, monkeypat
 
 def test_who_reads_slowly_has_all(client, made, monkeypatch: pytest.MonkeyPatch) -> None:
     """uvicorn was told of room only when nearly all was taken."""
-    monkeypatch.setattr(stream, "WRITE_S", 1.0)
+    monkeypatch.setattr(closing, "WRITE_S", 1.0)
     whole, got = client.get("/openapi.json").content, b""
     made.clear()
     with connected(client, made) as connection:
@@ -102,7 +102,7 @@ def test_who_reads_slowly_has_all(client, made, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_who_only_sends_is_left(client, made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "LONGEST_LINGER_S", 2.0)
+    monkeypatch.setattr(closing, "LONGEST_LINGER_S", 2.0)
     with connected(client) as connection:
         connection.sendall(b"POST /none HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 3000000\r\n\r\n")
         with pytest.raises(ConnectionError):

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refract.models.bundle import BundleError
-from refract.serve.app import create_app
-from refract.serve.challenge import Challenge
-from refract.serve.engine import Engine
-from refract.serve.errors import NotReadyError
-from refract.serve.keys import Keys
-from refract.serve.limits import Limits
-from refract.serve.metrics import Metrics
-from refract.serve.service import Service
+from refract.models.bundle.bundle import BundleError
+from refract.serve.http.app import create_app
+from refract.serve.http.auth import Keys
+from refract.serve.http.errors import NotReadyError
+from refract.serve.http.metrics import Metrics
+from refract.serve.requests.limits import Limits
+from refract.serve.rollout.canary import Challenge
+from refract.serve.runtime.engine import Engine
+from refract.serve.runtime.service import Service
 
 
 def row_of(answer) -> np.ndarray:

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from refract.augment.preprocess import Preprocess
-from refract.models.bundle import Bundle, BundleError, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.bundle.bundle import Bundle, BundleError, BundleInfo, Golden, load_bundle, save_bundle
 from refract.models.classifier import Classifier, probabilities
-from refract.models.fusion import Reader
-from refract.models.making import text_record
-from refract.models.networks import build
-from refract.models.texts.networks import make_text_part
-from refract.models.texts.tokens import rows
-from refract.serve.app import create_app
+from refract.models.factory import text_record
+from refract.models.multimodal.fusion import Reader
+from refract.models.multimodal.text_networks import make_text_part
+from refract.models.multimodal.tokens import rows
+from refract.models.registry import build
 from refract.serve.client import Client, ServerError
-from refract.serve.engine import Engine
-from refract.serve.service import Service
+from refract.serve.http.app import create_app
+from refract.serve.runtime.engine import Engine
+from refract.serve.runtime.service import Service
 
 PREPROCESS = Preprocess(height=32, width=32)
 LABELS = tuple(f"class {i}" for i in range(4))
@@ -184,7 +184,7 @@ def test_the_protocol_takes_pictures_alone(both, alone, serving, picture) -> Non
 
 
 def test_the_clients_send_texts(both, serving, picture, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from refract.serve.ask import main
+    from refract.serve.cli.predict import main
 
     (tmp_path / "x.jpg").write_bytes(picture(2))
     classifier = both.classifier()

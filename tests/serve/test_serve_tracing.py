@@ -6,8 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from refract.serve.app import create_app
-from refract.serve.tracing import provider
+from refract.serve.http.app import create_app
+from refract.serve.http.tracing import provider
 
 PARENT = "0af7651916cd43dd8448eb211c80319c"
 

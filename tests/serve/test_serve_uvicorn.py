@@ -1,4 +1,5 @@
-"""What `serve/connection.py` and `serve/server.py` rely on inside of uvicorn and httptools, which a new version may change silently."""
+"""What `serve/http/transport/connection.py` and `serve/http/transport/server.py` rely on inside of uvicorn and
+httptools, which a new version may change silently."""
 
 import asyncio
 import inspect
@@ -13,13 +14,13 @@ import uvicorn
 from uvicorn.protocols.http import flow_control, httptools_impl
 from uvicorn.server import ServerState
 
-from refract.serve.connection import Connection
+from refract.serve.http.transport.connection import Connection
 
 PROTOCOL, CYCLE, FLOW = httptools_impl.HttpToolsProtocol, httptools_impl.RequestResponseCycle, flow_control.FlowControl
 
 TODO = (
     "uvicorn {version} has changed: {what}. Compare uvicorn/protocols/http/httptools_impl.py with the version before, mend "
-    "serve/connection.py or serve/server.py, run tests/serve/test_serve_server.py, test_serve_methods.py and test_serve_stream.py, "
+    "connection.py or server.py in serve/http/transport/, run test_serve_server.py, test_serve_methods.py and test_serve_stream.py, "
     "then set the upper bound of uvicorn in pyproject.toml"
 )
 
@@ -103,7 +104,10 @@ def test_attributes_that_are_read_or_set(protocol) -> None:
 def test_names_of_our_own_are_not_uvicorns(protocol) -> None:
     used = set(re.findall(r"self\.(_\w+)", inspect.getsource(Connection))) - {name for _, name in METHODS}
     taken = used & {*dir(PROTOCOL), *vars(protocol)}
-    check(not taken, f"HttpToolsProtocol now has {sorted(taken)}, which serve/connection.py uses for something else")
+    check(
+        not taken,
+        f"HttpToolsProtocol now has {sorted(taken)}, which serve/http/transport/connection.py uses for something else",
+    )
 
 
 def test_constants_and_the_servers_own(bundle) -> None:

@@ -9,9 +9,9 @@ import tritonclient.http as triton
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from refract.augment.decode import decode
-from refract.serve.app import create_app
-from refract.serve.limits import Limits
+from refract.augment.decoding.decode import decode
+from refract.serve.http.app import create_app
+from refract.serve.requests.limits import Limits
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,14 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 
-from refract.serve import access
-from refract.serve import connection as connections
-from refract.serve.app import create_app
-from refract.serve.challenge import Challenge
-from refract.serve.engine import Engine
-from refract.serve.errors import RequestError
-from refract.serve.keys import Keys
-from refract.serve.limits import OverloadedError
+from refract.serve.http import access_log
+from refract.serve.http.app import create_app
+from refract.serve.http.auth import Keys
+from refract.serve.http.errors import RequestError
+from refract.serve.http.transport import connection as connections
+from refract.serve.requests.limits import OverloadedError
+from refract.serve.rollout.canary import Challenge
+from refract.serve.runtime.engine import Engine
 
 
 def numbers(text: str) -> dict[tuple[str, ...], float]:
@@ -63,14 +63,14 @@ def test_prometheus_is_answered_on_a_port_of_its_own(bundle, serving, picture) -
 
 
 def test_requests_have_a_name_and_a_line(bundle, serving, picture, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "refract.serve.access")
+    caplog.set_level(logging.INFO, "refract.serve.http.access_log")
     with serving(create_app(bundle, access_log=True)) as client:
         given = client.post("/v1/predict", content=picture(1), headers={"X-Request-Id": "mine-1"})
         assert given.headers["x-request-id"] == "mine-1"
         for odd in ("a b", "x" * 65, 'say "hi"'):
             answer = client.get("/livez", headers={"X-Request-Id": odd})
             assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
-    lines = [json.loads(record.message) for record in caplog.records if record.name == "refract.serve.access"]
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "refract.serve.http.access_log"]
     first = next(line for line in lines if line["id"] == "mine-1")
     assert {"method": "POST", "path": "/v1/predict", "status": 200}.items() <= first.items() and 0 < first[
         "seconds"
@@ -83,7 +83,7 @@ def test_requests_have_a_name_and_a_line(bundle, serving, picture, caplog: pytes
 
 
 def test_what_fails_by_our_fault_has_a_name_and_a_line_too(bundle, serving, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "refract.serve.access")
+    caplog.set_level(logging.INFO, "refract.serve.http.access_log")
     app = create_app(bundle, access_log=True)
 
     @app.get("/broken")
@@ -94,7 +94,9 @@ def test_what_fails_by_our_fault_has_a_name_and_a_line_too(bundle, serving, capl
         answer = client.get("/broken", headers={"X-Request-Id": "mine-2"})
     assert answer.status_code == 500 and "insides" not in answer.text
     assert answer.headers["x-request-id"] == "mine-2"
-    (line,) = [json.loads(record.message) for record in caplog.records if record.name == "refract.serve.access"]
+    (line,) = [
+        json.loads(record.message) for record in caplog.records if record.name == "refract.serve.http.access_log"
+    ]
     assert (line["id"], line["status"], line["code"]) == ("mine-2", 500, "internal_error")
 
 
@@ -102,14 +104,14 @@ def test_the_line_tells_the_keys_name_and_why_it_was_refused_and_never_the_key(
     bundle, serving, picture, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "keys").write_text("secret-1  # camera 4\nsecret-2\n")
-    caplog.set_level(logging.INFO, "refract.serve.access")
+    caplog.set_level(logging.INFO, "refract.serve.http.access_log")
     with serving(create_app(bundle, keys=Keys(tmp_path / "keys", rate=1), access_log=True)) as client:
         for key in ("secret-1", "secret-1", "secret-2", "secret-3"):
             answer = client.post("/v1/predict", content=picture(1), headers={"X-API-Key": key})
         assert answer.status_code == 401
         infer = client.post("/v2/models/shapes/infer", content=b"{}", headers={"X-API-Key": "secret-2"})
         assert infer.status_code == 429
-    lines = [json.loads(record.message) for record in caplog.records if record.name == "refract.serve.access"]
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "refract.serve.http.access_log"]
     told = [(line.get("key"), line.get("code")) for line in lines]
     second = hashlib.sha256(b"secret-2").hexdigest()[:8]
     named, unnamed = [("camera 4", None), ("camera 4", "rate_limited")], [(second, None), (second, "rate_limited")]
@@ -270,7 +272,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def record(text: str) -> logging.LogRecord:
-    return logging.LogRecord("refract.serve.access", logging.INFO, "", 0, text, None, None)
+    return logging.LogRecord("refract.serve.http.access_log", logging.INFO, "", 0, text, None, None)
 
 
 def read_lines(descriptor: int, wanted: int) -> list[dict]:
@@ -287,9 +289,9 @@ def read_lines(descriptor: int, wanted: int) -> list[dict]:
 
 @pytest.mark.parametrize("blocking", [True, False])
 def test_lines_that_find_no_reader_are_counted(pipe, monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
-    monkeypatch.setattr(access, "MOST", 50)
+    monkeypatch.setattr(access_log, "MOST", 50)
     os.set_blocking(pipe[1], blocking)
-    lines = access.LineWriter(pipe[1])
+    lines = access_log.LineWriter(pipe[1])
     for number in range(500):
         lines.emit(record(json.dumps({"number": number, "more": "x" * 100})))
     time.sleep(0.2)
@@ -300,7 +302,7 @@ def test_lines_that_find_no_reader_are_counted(pipe, monkeypatch: pytest.MonkeyP
 
 
 def test_what_waits_is_written_before_the_end(pipe) -> None:
-    lines = access.LineWriter(pipe[1])
+    lines = access_log.LineWriter(pipe[1])
     lines.emit(record('{"number": 1}'))
     lines.flush()
     os.set_blocking(pipe[0], False)
@@ -319,8 +321,8 @@ def test_a_line_that_was_torn_spoils_no_other(monkeypatch: pytest.MonkeyPatch, c
         written.extend(data[:count])
         return count
 
-    monkeypatch.setattr(access.os, "write", write)
-    lines = access.LineWriter(99)
+    monkeypatch.setattr(access_log.os, "write", write)
+    lines = access_log.LineWriter(99)
     for number in range(5):
         lines.emit(record(json.dumps({"number": number})))
     lines.flush()

@@ -1,0 +1,239 @@
+"""The batch executor: plans on a uint8 N×3×H×W tensor on any device, each sample its own. Same plan, same picture as the cpu executor,
+within rounding. The only module of `augment` that needs PyTorch."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from refract.augment.executors import cpu
+from refract.augment.executors.on_device import on_device
+from refract.augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass, batch_steps, fuse
+from refract.augment.ops.mixing import MIX
+from refract.augment.ops.pixel import to_uint8
+from refract.augment.plan import Plan
+
+# `_reflected` brings the points of `reflect101` inside, which grid_sample knows only for corners that are aligned.
+_PADDING = {"constant": "zeros", "edge": "border", "reflect": "reflection", "reflect101": "border"}
+
+
+def run(plans: Sequence[Plan], images: torch.Tensor) -> torch.Tensor:
+    """Apply plans[i] to images[i]; batch ops (MixUp, CutMix) are left to `mix`.
+
+    images: uint8 N×3×H×W, not changed. Returns a new uint8 tensor N×3×H'×W' on the same device. ValueError where the plans were
+    drawn for another size, or end in several sizes.
+    """
+    size = tuple(images.shape[-2:])
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(plans) != images.shape[0]:
+        raise ValueError(f"expected {len(plans)} pictures as uint8 N×3×H×W, got {images.dtype} {tuple(images.shape)}")
+    wrong = [i for i, plan in enumerate(plans) if plan.size != size]
+    if wrong:
+        raise ValueError(f"plan {wrong[0]} was drawn for {plans[wrong[0]].size}, the pictures have {size}")
+    if not plans:
+        return images.clone()
+    left = [fuse(plan) for plan in plans]
+    # Samples differ in which ops they drew, so each round runs one pass of every sample that comes to the same kind next.
+    parts: list[torch.Tensor] = list(images.unbind(0))
+    while any(left):
+        first = next(passes[0] for passes in left if passes)
+        chosen = [
+            i
+            for i, passes in enumerate(left)
+            if passes and _alike(passes[0], first) and parts[i].shape == parts[_first(left)].shape
+        ]
+        results = _run_pass([left[i].pop(0) for i in chosen], torch.stack([parts[i] for i in chosen]))
+        for i, result in zip(chosen, results, strict=True):
+            parts[i] = result
+    sizes = {tuple(part.shape[1:]) for part in parts}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the plans end in pictures of several sizes {sorted(sizes)}; end the policy in one, or give Augmenter a size"
+        )
+    return torch.stack(parts)
+
+
+def mix(plans: Sequence[Plan], images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply the plans' batch ops, in the policy's order, to pictures (any dtype in 0…255) and float targets N×C alike.
+
+    A batch of one has no partner and comes back as it is. Inputs are not changed. ValueError for targets that are not float N×C.
+    """
+    count = images.shape[0]
+    if targets.ndim != 2 or targets.shape[0] != count or not targets.is_floating_point():
+        raise ValueError(
+            f"targets: expected float N×C for {count} pictures, got {targets.dtype} {tuple(targets.shape)}"
+        )
+    steps = batch_steps(plans)
+    if count < 2:
+        return images, targets
+    for place in range(max(map(len, steps))):
+        # Every sample's step of this round sees the pictures as the round before left them.
+        before, labels = images, targets
+        for name, op in MIX.items():
+            drawn = {i: own[place].args for i, own in enumerate(steps) if len(own) > place and own[place].op == name}
+            if not drawn:
+                continue
+            rows = on_device(list(drawn), images.device)
+            others = [(i + 1 + int(args["partner"] * (count - 1))) % count for i, args in drawn.items()]
+            partners = on_device(others, images.device)
+            mixed, kept = op.on_batch([dict(args) for args in drawn.values()], before[rows], before[partners])
+            soft = torch.lerp(labels[partners], labels[rows], kept.to(labels.dtype).unsqueeze(1))
+            images = images.to(mixed.dtype) if mixed.is_floating_point() else images
+            images = images.index_copy(0, rows, mixed.to(images.dtype))
+            targets = targets.index_copy(0, rows, soft)
+    return images, targets
+
+
+def _first(left: list[list[Pass]]) -> int:
+    return next(i for i, passes in enumerate(left) if passes)
+
+
+def _alike(one: Pass, other: Pass) -> bool:
+    """Whether two passes can run together."""
+    if isinstance(one, WarpPass) and isinstance(other, WarpPass):
+        same = one.size == other.size and one.border == other.border and one.interpolation == other.interpolation
+        return same and one.shrink() == other.shrink()
+    if isinstance(one, OpPass) and isinstance(other, OpPass):
+        return one.op is other.op
+    return type(one) is type(other)
+
+
+def _run_pass(passes: Sequence[Pass], images: torch.Tensor) -> torch.Tensor:
+    first = passes[0]
+    if isinstance(first, WarpPass):
+        warps = [item for item in passes if isinstance(item, WarpPass)]
+        return _warp(warps, images) if first.interpolation == "bilinear" else _warp_on_cpu(warps, images)
+    if isinstance(first, ColorPass):
+        return _recolor([item for item in passes if isinstance(item, ColorPass)], images)
+    if isinstance(first, TablePass):
+        return _look_up([item for item in passes if isinstance(item, TablePass)], images)
+    if isinstance(first, HsvHuePass):
+        return _turn_hue([item for item in passes if isinstance(item, HsvHuePass)], images)
+    return first.op.on_batch([item.args for item in passes if isinstance(item, OpPass)], images)
+
+
+def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
+    first = passes[0]
+    vertical, horizontal = first.shrink()
+    pixels = images.float()
+    matrices = np.array([item.matrix for item in passes]).reshape(-1, 3, 3)
+    if vertical > 1 or horizontal > 1:
+        below, beside = -pixels.shape[2] % vertical, -pixels.shape[3] % horizontal
+        pixels = F.avg_pool2d(F.pad(pixels, (0, beside, 0, below), mode="replicate"), (vertical, horizontal))
+        matrices = np.diag([1 / horizontal, 1 / vertical, 1.0]) @ matrices
+    height, width = pixels.shape[2:]
+    # grid_sample counts from −1 at the left edge to 1 at the right edge.
+    matrices = np.array([[2 / width, 0, -1], [0, 2 / height, -1], [0, 0, 1]]) @ matrices
+    matrix = on_device(matrices, images.device, torch.float32)
+    y = torch.arange(first.size[0], device=images.device, dtype=torch.float32) + 0.5
+    x = torch.arange(first.size[1], device=images.device, dtype=torch.float32) + 0.5
+    rows = 3 if any(item.is_perspective for item in passes) else 2
+    grid = (
+        matrix[:, None, None, :rows, 0] * x[None, None, :, None]
+        + matrix[:, None, None, :rows, 1] * y[None, :, None, None]
+        + matrix[:, None, None, :rows, 2]
+    )
+    if rows == 3:
+        grid = grid[..., :2] / grid[..., 2:]
+    size = (images.shape[2], images.shape[3])
+    limits = [_bounds(item, size, (height, width)) for item in passes]
+    if any(math.isfinite(limit) for own in limits for limit in own):
+        bounds = on_device(limits, images.device, torch.float32)
+        lowest, highest = bounds[:, None, None, :2], bounds[:, None, None, 2:]
+        grid = torch.minimum(torch.maximum(grid, lowest), highest)
+    if first.border == "reflect101":
+        grid = torch.stack([_reflected(grid[..., 0], width), _reflected(grid[..., 1], height)], -1)
+    # Zeros beyond the edge become the fill where the fill is the zero.
+    fill = on_device([item.fill for item in passes], images.device, torch.float32).view(-1, 3, 1, 1)
+    sampled = F.grid_sample(
+        pixels - fill, grid, mode="bilinear", padding_mode=_PADDING[first.border], align_corners=False
+    )
+    return to_uint8(sampled + fill)
+
+
+def _warp_on_cpu(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
+    """Bicubic warps, image by image: grid_sample cannot repeat a crop's last pixels within the reach of a cubic."""
+    arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+    results = [cpu.run([item], array) for item, array in zip(passes, arrays, strict=True)]
+    return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).to(images.device)
+
+
+def _reflected(at: torch.Tensor, length: int) -> torch.Tensor:
+    """Coordinates of grid_sample, reflected about the centres of the first and the last of `length` pixels."""
+    if length == 1:
+        return torch.zeros_like(at)
+    folded = ((at + 1) * (length / 2) - 0.5).remainder(2 * (length - 1))
+    return (2 * torch.minimum(folded, 2 * (length - 1) - folded) + 1) / length - 1
+
+
+def _bounds(item: WarpPass, size: tuple[int, int], shrunk: tuple[int, int]) -> tuple[float, float, float, float]:
+    """(lowest x, lowest y, highest x, highest y) that the pass samples, in grid_sample's −1 … 1: the centres of the outermost pixels of the
+    box that it shows, where that is a crop inside the picture that was resized; else of the picture, where nothing beyond an edge is shown.
+    size: (height, width) of the picture; shrunk: after the box filter."""
+    height, width = shrunk
+    down, across = item.inside(size)
+    if not down and not across:
+        return -math.inf, -math.inf, math.inf, math.inf
+    box = item.shows()
+    if box is None or shrunk != size or not (down and across):
+        box = (0, height, 0, width)
+    top, bottom, left, right = box
+    return (
+        (2 * left + 1) / width - 1 if across else -math.inf,
+        (2 * top + 1) / height - 1 if down else -math.inf,
+        (2 * right - 1) / width - 1 if across else math.inf,
+        (2 * bottom - 1) / height - 1 if down else math.inf,
+    )
+
+
+def _recolor(passes: Sequence[ColorPass], images: torch.Tensor) -> torch.Tensor:
+    pixels = images.float()
+    parts = on_device(np.stack([_by_mean(item) for item in passes]), images.device)
+    means = pixels.mean((2, 3)).double()
+    offsets = parts[:, :, 3] + (parts[:, :, 4:] @ means.unsqueeze(2)).squeeze(2)
+    matrix, offset = parts[:, :, :3].float(), offsets.float()[:, :, None, None]
+    return to_uint8(torch.einsum("nij,njhw->nihw", matrix, pixels) + offset)
+
+
+def _by_mean(item: ColorPass) -> np.ndarray:
+    """3×7 float64: the matrix of the pass, its offset for a mean of 0, and what each channel's mean adds to that offset.
+
+    The means stay on the device: reading them would make the processor wait for it. Contrast's offset is linear in them.
+    """
+    fixed = item.matrix(np.zeros(3))
+    slopes = np.zeros((3, 3))
+    if item.needs_mean:
+        slopes = np.stack([item.matrix(unit)[:, 3] - fixed[:, 3] for unit in np.eye(3)], axis=1)
+    return np.concatenate([fixed, slopes], axis=1)
+
+
+def _look_up(passes: Sequence[TablePass], images: torch.Tensor) -> torch.Tensor:
+    count = images.shape[0]
+    flat = images.reshape(count, 3, -1).long()
+    histograms = np.zeros((count, 3, 256), np.int64)
+    if any(item.needs_histogram for item in passes):
+        ones = torch.ones((), dtype=torch.int64, device=images.device).expand(flat.shape)
+        counts = torch.zeros(count, 3, 256, dtype=torch.int64, device=images.device).scatter_add_(2, flat, ones)
+        histograms = counts.cpu().numpy()
+    tables = np.stack([item.table(own) for item, own in zip(passes, histograms, strict=True)])
+    return on_device(tables, images.device).gather(2, flat).view(images.shape)
+
+
+def _turn_hue(passes: Sequence[HsvHuePass], images: torch.Tensor) -> torch.Tensor:
+    pixels = images.float()
+    high, low = pixels.amax(1), pixels.amin(1)
+    spread = high - low
+    red, green, blue = pixels.unbind(1)
+    safe = spread.clamp(min=1e-6)
+    sector = torch.where(
+        high == red,
+        (green - blue) / safe,
+        torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    turns = on_device([item.turns for item in passes], images.device, torch.float32).view(-1, 1, 1)
+    sector = (sector + 6 * turns) % 6
+    # Each channel is the value minus the spread times how far the hue is from it (Smith 1978, in the form without cases).
+    away = torch.stack([(sector + shift) % 6 for shift in (5, 3, 1)], 1)
+    part = torch.minimum(away, 4 - away).clamp(0, 1)
+    return to_uint8(high.unsqueeze(1) - spread.unsqueeze(1) * part)

@@ -1,0 +1,272 @@
+"""Ops that paint over boxes of the picture: (top, left, height, width) in pixels, inside the picture."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import cv2
+import numpy as np
+
+from refract.augment.executors.on_device import on_device
+from refract.augment.ops.base import Args, Op, Size, below, between, color, interval, number, whole
+from refract.augment.ops.pixel import batch_stretch
+from refract.augment.random import TABLE_SIZE, stretch, uniform_table
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionOp(Op):
+    """Drawn as `boxes` and either `fill` (RGB, or `mean` for the picture's own) or `offset` (of the table of random pixels)."""
+
+    kind: ClassVar[str] = "region"
+
+    @staticmethod
+    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
+        """A new uint8 H×W×3 array; `image` is not changed."""
+        result = image.copy()
+        if "offset" in args:
+            paint = stretch(uniform_table(), args["offset"], image.size).reshape(image.shape)
+            for top, left, height, width in args["boxes"]:
+                box = slice(top, top + height), slice(left, left + width)
+                result[box] = paint[box]
+            return result
+        fill = [round(value) for value in cv2.mean(image)[:3]] if args["fill"] == "mean" else args["fill"]
+        for top, left, height, width in args["boxes"]:
+            # Painting is a thirtieth of NumPy's assignment of a colour to a slice.
+            cv2.rectangle(result, (left, top, width, height), fill, cv2.FILLED)
+        return result
+
+    @staticmethod
+    def on_batch(args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
+        """A new uint8 N×3×H×W tensor, sample i with args[i]; `images` is not changed."""
+        import torch
+
+        inside = _inside([a["boxes"] for a in args], images)
+        fills = [(0, 0, 0) if isinstance(a.get("fill", "random"), str) else a["fill"] for a in args]
+        paint = on_device(fills, images.device, images.dtype).view(-1, 3, 1, 1)
+        random = [i for i, a in enumerate(args) if "offset" in a]
+        mean = [i for i, a in enumerate(args) if a.get("fill") == "mean"]
+        if mean:
+            rows = on_device(mean, images.device)
+            means = images[rows].float().mean((2, 3), keepdim=True).round_().to(images.dtype)
+            paint = paint.index_copy(0, rows, means)
+        if random:
+            _, channels, height, width = images.shape
+            pixels = batch_stretch(
+                uniform_table(), [args[i]["offset"] for i in random], images, channels * height * width
+            )
+            paint = paint.expand(images.shape).clone()
+            painted = pixels.view(-1, height, width, channels).permute(0, 3, 1, 2)
+            paint.index_copy_(0, on_device(random, images.device), painted)
+        return torch.where(inside, paint, images)
+
+
+def _inside(boxes: Sequence[Sequence[Sequence[int]]], images: "torch.Tensor") -> "torch.Tensor":
+    """(N, 1, H, W) bool: which pixels lie in any of the sample's boxes."""
+    import torch
+
+    most = max(1, *(len(own) for own in boxes))
+    edges = on_device([[*own, *[[0, 0, 0, 0]] * (most - len(own))] for own in boxes], images.device)
+    top, left, height, width = edges.unsqueeze(-1).unbind(2)
+    rows = torch.arange(images.shape[2], device=images.device)
+    columns = torch.arange(images.shape[3], device=images.device)
+    down = ((rows >= top) & (rows < top + height)).float()
+    across = ((columns >= left) & (columns < left + width)).float()
+    # A pixel's count of boxes is a sum over boxes of row × column: one product of matrices.
+    return (down.transpose(1, 2) @ across > 0.5).unsqueeze(1)
+
+
+def paint(name: str, value: Any) -> str | tuple[int, int, int]:
+    """`random` (each pixel its own uniform colour), `mean` (the picture's own), a grey level or RGB in 0…255."""
+    if isinstance(value, str):
+        if value not in ("random", "mean"):
+            raise ValueError(
+                f"{name}: {value!r} is neither random nor mean, nor a grey level 0…255, nor a list of three of them"
+            )
+        return value
+    return color(name, value)
+
+
+def _painted(rng: np.random.Generator, value: Any) -> Args:
+    """What of a drawn op says the paint; the offset is drawn last."""
+    if value == "random":
+        return {"offset": below(rng, TABLE_SIZE)}
+    return {"fill": value if isinstance(value, str) else list(value)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutout(RegionOp):
+    """Paint squares over, each centred on a uniform pixel, so that they may reach over the edge and are cut there.
+
+    length: the square's side, in pixels where a whole number, as a share of the shorter side where a fraction in (0, 1).
+    holes: how many squares. fill: grey level or RGB in 0…255.
+    Source: DeVries & Taylor 2017, arXiv:1708.04552, section 3.
+    """
+
+    length: int | float = 16
+    holes: int = 1
+    fill: int | tuple[int, int, int] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.length, float) and self.length < 1:
+            number("length", self.length, 0, 1)
+        else:
+            whole("length", self.length, 1)
+        self._set("holes", whole("holes", self.holes, 1))
+        self._set("fill", color("fill", self.fill))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        height, width = size
+        side = self.length if isinstance(self.length, int) else max(1, round(self.length * min(size)))
+        boxes = []
+        for _ in range(self.holes):
+            top, left = below(rng, height) - side // 2, below(rng, width) - side // 2
+            bottom, right = min(top + side, height), min(left + side, width)
+            top, left = max(top, 0), max(left, 0)
+            if bottom > top and right > left:
+                boxes.append([top, left, bottom - top, right - left])
+        return {"boxes": boxes, "fill": list(self.fill)}  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomErasing(RegionOp):
+    """Paint one box of a random share of the area and a random ratio over, inside the picture.
+
+    scale: share of the area, in (0, 1]; ratio: height / width, drawn uniformly in its logarithm; value: `random` (each pixel its own
+    uniform colour), `mean` (the picture's), a grey level or RGB in 0…255. After 100 draws that do not fit, nothing is erased.
+    Source: Zhong et al. 2020, arXiv:1708.04896, algorithm 1. Deviation: the paper draws the ratio uniformly, this (as torchvision)
+    uniformly in its logarithm, so that tall and wide are equally likely.
+    """
+
+    p: float = 0.5
+    scale: tuple[float, float] = (0.02, 0.33)
+    ratio: tuple[float, float] = (0.3, 3.3)
+    value: str | int | tuple[int, int, int] = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("scale", interval("scale", self.scale, 1e-4, 1))
+        self._set("ratio", interval("ratio", self.ratio, 1e-2, 1e2))
+        self._set("value", paint("value", self.value))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args | None:
+        height, width = size
+        low, high = (math.log(edge) for edge in self.ratio)
+        for _ in range(100):
+            area = height * width * between(rng, self.scale)
+            ratio = math.exp(between(rng, (low, high)))
+            box_height, box_width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < box_height <= height and 0 < box_width <= width:
+                top, left = below(rng, height - box_height + 1), below(rng, width - box_width + 1)
+                return {"boxes": [[top, left, box_height, box_width]], **_painted(rng, self.value)}
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoarseDropout(RegionOp):
+    """Paint a drawn number of boxes over, at uniform places inside the picture.
+
+    holes: how many, at least 1, drawn uniformly among the whole numbers. size: each box's height and width, drawn apart, as shares of the
+    picture's, in (0, 1]. fill: `random`, `mean`, a grey level or RGB in 0…255.
+    """
+
+    holes: int | tuple[int, int] = (1, 8)
+    size: float | tuple[float, float] = (0.05, 0.15)
+    fill: str | int | tuple[int, int, int] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = interval("holes", self.holes, 1, 10_000)
+        self._set("holes", (whole("holes", low, 1), whole("holes", high, 1)))
+        self._set("size", interval("size", self.size, 1e-4, 1))
+        self._set("fill", paint("fill", self.fill))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        boxes = []
+        fewest, most = self.holes  # type: ignore[misc]
+        for _ in range(fewest + below(rng, most - fewest + 1)):
+            height, width = (max(1, round(side * between(rng, self.size))) for side in size)
+            boxes.append([below(rng, size[0] - height + 1), below(rng, size[1] - width + 1), height, width])
+        return {"boxes": boxes, **_painted(rng, self.fill)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridMask(RegionOp):
+    """Paint the squares of a regular grid over, whose spacing and place are drawn.
+
+    spacing: from one square to the next, as a share of the shorter side, in (0, 1], drawn uniformly. ratio: a square's side as a share of
+    the spacing, in (0, 1). fill: as for `CoarseDropout`.
+    Source: Chen et al. 2020, arXiv:2001.04086, section 3. Deviations: the grid is not turned; `ratio` is the covered share of a side, where
+    the paper's r is the kept one.
+    """
+
+    spacing: float | tuple[float, float] = (0.2, 0.5)
+    ratio: float = 0.5
+    fill: str | int | tuple[int, int, int] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("spacing", interval("spacing", self.spacing, 1e-3, 1))
+        self._set("ratio", number("ratio", self.ratio, 0, 1))
+        self._set("fill", paint("fill", self.fill))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        step = max(2, round(min(size) * between(rng, self.spacing)))
+        side = min(max(1, round(step * self.ratio)), step - 1)
+        starts = [range(-below(rng, step), length, step) for length in size]
+        boxes = [
+            [
+                max(0, top),
+                max(0, left),
+                min(top + side, size[0]) - max(0, top),
+                min(left + side, size[1]) - max(0, left),
+            ]
+            for top in starts[0]
+            for left in starts[1]
+            if top + side > 0 and left + side > 0
+        ]
+        return {"boxes": boxes, **_painted(rng, self.fill)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HideAndSeek(RegionOp):
+    """Cut the picture into cells × cells boxes and paint each over with one probability.
+
+    cells: along each side, at least 1. hide: probability in [0, 1]. fill: as for `CoarseDropout`; the paper's is the mean colour.
+    Source: Singh & Lee 2017, arXiv:1704.04232, section 3.1.
+    """
+
+    cells: int = 4
+    hide: float = 0.5
+    fill: str | int | tuple[int, int, int] = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("cells", whole("cells", self.cells, 1))
+        self._set("hide", number("hide", self.hide, 0, 1))
+        self._set("fill", paint("fill", self.fill))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        rows, columns = (np.linspace(0, side, self.cells + 1).round().astype(int).tolist() for side in size)
+        hidden = rng.random((self.cells, self.cells)) < self.hide
+        boxes = [
+            [rows[i], columns[j], rows[i + 1] - rows[i], columns[j + 1] - columns[j]]
+            for i, j in np.argwhere(hidden).tolist()
+        ]
+        return {"boxes": boxes, **_painted(rng, self.fill)}
+
+
+REGION: Mapping[str, type[RegionOp]] = MappingProxyType(
+    {
+        "Cutout": Cutout,
+        "RandomErasing": RandomErasing,
+        "CoarseDropout": CoarseDropout,
+        "GridMask": GridMask,
+        "HideAndSeek": HideAndSeek,
+    }
+)

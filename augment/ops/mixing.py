@@ -1,0 +1,101 @@
+"""Ops that mix each sample with another of its batch, pictures and targets alike; run by the batch executor only.
+
+A sample's own draw decides its share `lam` and its partner: `partner` in [0, 1) picks among the *other* samples of the batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from refract.augment.executors.on_device import on_device
+from refract.augment.ops.base import Args, Op, Size, number
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixOp(Op):
+    """alpha: both parameters of the Beta distribution that `lam`, the share of the sample itself, is drawn from; positive."""
+
+    kind: ClassVar[str] = "batch"
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if number("alpha", self.alpha, 0, 1e6) == 0:
+            raise ValueError("alpha: 0 is not positive; leave the op out (or p: 0) to mix nothing")
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {"lam": float(rng.beta(self.alpha, self.alpha)), "partner": float(rng.random())}
+
+    @staticmethod
+    def on_batch(
+        args: Sequence[Args], images: "torch.Tensor", partners: "torch.Tensor"
+    ) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """(new images, (N,) float32 share of each sample itself). partners: images in the order of each sample's partner."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixUp(MixOp):
+    """Blend each picture with its partner: lam · x + (1 − lam) · partner; float32 in 0…255 comes back, not rounded.
+
+    Source: Zhang et al. 2018, arXiv:1710.09412, section 2. Deviation: its own lam and partner for each sample, not one a batch.
+    """
+
+    alpha: float = 0.2
+
+    @staticmethod
+    def on_batch(
+        args: Sequence[Args], images: "torch.Tensor", partners: "torch.Tensor"
+    ) -> tuple["torch.Tensor", "torch.Tensor"]:
+        import torch
+
+        lam = on_device([a["lam"] for a in args], images.device, torch.float32)
+        return partners.float().lerp(images.float(), lam.view(-1, 1, 1, 1)), lam
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutMix(MixOp):
+    """Paste a box of the partner, of share 1 − lam of the area, at a uniform centre; lam then becomes the share really kept.
+
+    Source: Yun et al. 2019, arXiv:1905.04899, section 3. Deviation: its own box and partner for each sample, not one a batch.
+    """
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        return {**super().draw(rng, size), "centre": [float(rng.random()), float(rng.random())]}
+
+    @staticmethod
+    def on_batch(
+        args: Sequence[Args], images: "torch.Tensor", partners: "torch.Tensor"
+    ) -> tuple["torch.Tensor", "torch.Tensor"]:
+        import torch
+
+        height, width = images.shape[-2:]
+        boxes = on_device([_paste_box(a, height, width) for a in args], images.device, torch.int64)
+        top, left, bottom, right = boxes.view(-1, 4, 1, 1).unbind(1)
+        rows = torch.arange(height, device=images.device).view(1, -1, 1)
+        columns = torch.arange(width, device=images.device).view(1, 1, -1)
+        inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+        kept = 1 - inside.float().mean((1, 2))
+        return torch.where(inside.unsqueeze(1), partners, images), kept
+
+
+def _paste_box(args: Args, height: int, width: int) -> list[int]:
+    """[top, left, bottom, right), cut at the picture's edge."""
+    side = (1 - args["lam"]) ** 0.5
+    middle_y, middle_x = int(args["centre"][0] * height), int(args["centre"][1] * width)
+    half_y, half_x = int(height * side) // 2, int(width * side) // 2
+    return [
+        max(middle_y - half_y, 0),
+        max(middle_x - half_x, 0),
+        min(middle_y + half_y, height),
+        min(middle_x + half_x, width),
+    ]
+
+
+MIX: Mapping[str, type[MixOp]] = MappingProxyType({"MixUp": MixUp, "CutMix": CutMix})

@@ -1,0 +1,400 @@
+"""Published policies as ops: each draws ops from a table of its paper and adds them to the plan.
+
+Their strengths follow the papers' scales, as torchvision's classes of the same names; AugMix's follow its authors' code. Deviations
+for all: shears are about the image's centre, not its top left corner; neighbouring geometric and colour ops fuse to one pass; nothing
+is filled with black where the image continues beyond a crop before it.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
+
+import numpy as np
+
+from refract.augment.ops.base import Args, Op, Size, below, between, choice, color, number, whole
+from refract.augment.ops.pixel import PixelOp
+from refract.augment.plan import Plan, Step
+
+Make = Callable[[float, Size], tuple[str, Args] | None]
+
+
+def _shear(axis: str) -> Make:
+    return lambda level, size: ("Shear", {axis: math.degrees(math.atan(level))})
+
+
+def _shift(axis: int) -> Make:
+    def make(level: float, size: Size) -> tuple[str, Args]:
+        shift = [0.0, 0.0]
+        shift[axis] = math.trunc(level) / size[axis]  # whole pixels, as torchvision and the papers' code
+        return "Translate", {"shift": shift}
+
+    return make
+
+
+# From a signed strength, in the unit of the paper's scale, to a step.
+_MAKE: Mapping[str, Make] = MappingProxyType(
+    {
+        "Identity": lambda level, size: None,
+        "ShearX": _shear("shear"),
+        "ShearY": _shear("shear_y"),
+        "TranslateX": _shift(1),
+        "TranslateY": _shift(0),
+        "Rotate": lambda level, size: ("Rotate", {"angle": level}),
+        "Brightness": lambda level, size: ("Brightness", {"factor": max(0.0, 1 + level)}),
+        "Color": lambda level, size: ("Saturation", {"factor": max(0.0, 1 + level)}),
+        "Contrast": lambda level, size: ("Contrast", {"factor": max(0.0, 1 + level)}),
+        "Sharpness": lambda level, size: ("Sharpen", {"factor": max(0.0, 1 + level)}),
+        "Posterize": lambda level, size: ("Posterize", {"bits": round(level)}),
+        "Solarize": lambda level, size: ("Solarize", {"threshold": math.ceil(level)}),
+        "AutoContrast": lambda level, size: ("AutoContrast", {}),
+        "Equalize": lambda level, size: ("Equalize", {}),
+        "Invert": lambda level, size: ("Invert", {}),
+    }
+)
+_SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness")
+_GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+
+
+Scale = Mapping[str, tuple[float, float]]
+"""The weakest and the strongest of each op."""
+
+
+def _strength(scale: Scale, name: str, level: float, highest: int) -> float:
+    """The strength at `level` of 0 … `highest`."""
+    low, high = scale.get(name, (0, 0))
+    return low + (high - low) * level / highest
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoOp(Op):
+    """fill: grey level or RGB in 0…255, beyond the picture's edge."""
+
+    kind: ClassVar[str] = "choice"
+    fill: int | tuple[int, int, int] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("fill", color("fill", self.fill))
+
+    def _step(self, name: str, level: float, rng: np.random.Generator, size: Size) -> list[Step]:
+        signed = -level if name in _SIGNED and rng.random() < 0.5 else level
+        made = _MAKE[name](signed, size)
+        if made is None:
+            return []
+        op, args = made
+        outside = {"border": "constant", "fill": list(self.fill)} if name in _GEOMETRIC else {}  # type: ignore[arg-type]
+        return [Step(op, {**args, **outside})]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrivialAugmentWide(AutoOp):
+    """One op of fourteen or none, at one of 31 strengths, all equally likely.
+
+    Source: Müller & Hutter 2021, "TrivialAugment: tuning-free yet state-of-the-art data augmentation", arXiv:2103.10158, table 5 (wide).
+    """
+
+    def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
+        if rng.random() >= self.p:
+            return []
+        name = list(_TRIVIAL)[below(rng, len(_TRIVIAL))]
+        return self._step(name, _strength(_TRIVIAL, name, below(rng, 31), 30), rng, size)
+
+
+_TRIVIAL = {
+    "Identity": (0, 0),
+    "ShearX": (0, 0.99),
+    "ShearY": (0, 0.99),
+    "TranslateX": (0, 32),
+    "TranslateY": (0, 32),
+    "Rotate": (0, 135),
+    "Brightness": (0, 0.99),
+    "Color": (0, 0.99),
+    "Contrast": (0, 0.99),
+    "Sharpness": (0, 0.99),
+    "Posterize": (8, 2),
+    "Solarize": (255, 0),
+    "AutoContrast": (0, 0),
+    "Equalize": (0, 0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandAugment(AutoOp):
+    """`ops` ops of fourteen, drawn with repetition, all at one strength.
+
+    ops: how many, at least 1. magnitude: strength in [0, 30]. jitter: standard deviation of normal noise on the magnitude, at least 0
+    (timm's `mstd`; 0 in the paper).
+    Source: Cubuk et al. 2020, "RandAugment: practical automated data augmentation", arXiv:1909.13719, section 3.
+    """
+
+    ops: int = 2
+    magnitude: float = 9.0
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("ops", whole("ops", self.ops, 1))
+        self._set("magnitude", number("magnitude", self.magnitude, 0, 30))
+        self._set("jitter", number("jitter", self.jitter, 0, 30))
+
+    def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
+        if rng.random() >= self.p:
+            return []
+        steps: list[Step] = []
+        for _ in range(self.ops):
+            name = list(_RAND)[below(rng, len(_RAND))]
+            noise = self.jitter * float(rng.standard_normal()) if self.jitter else 0.0
+            magnitude = min(max(self.magnitude + noise, 0.0), 30.0)
+            steps += self._step(name, _rand_strength(name, magnitude, 30, size), rng, size)
+        return steps
+
+
+_RAND = {
+    "Identity": (0, 0),
+    "ShearX": (0, 0.3),
+    "ShearY": (0, 0.3),
+    "TranslateX": (0, 150 / 331),  # a fraction of the side
+    "TranslateY": (0, 150 / 331),
+    "Rotate": (0, 30),
+    "Brightness": (0, 0.9),
+    "Color": (0, 0.9),
+    "Contrast": (0, 0.9),
+    "Sharpness": (0, 0.9),
+    "Posterize": (8, 4),
+    "Solarize": (255, 0),
+    "AutoContrast": (0, 0),
+    "Equalize": (0, 0),
+}
+
+
+def _rand_strength(name: str, level: float, highest: int, size: Size) -> float:
+    strength = _strength(_RAND, name, level, highest)
+    return strength * size[1 if name == "TranslateX" else 0] if name.startswith("Translate") else strength
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAugment(AutoOp):
+    """One of 25 pairs of ops that were searched for on a data set, each op with its own probability and strength.
+
+    policy: `imagenet`, `cifar10` or `svhn`, the data set of the search.
+    Source: Cubuk et al. 2019, "AutoAugment: learning augmentation policies from data", arXiv:1805.09501, tables 7 to 9 of the appendix.
+    """
+
+    policy: str = "imagenet"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("policy", choice("policy", self.policy, tuple(_AUTO)))
+
+    def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
+        if rng.random() >= self.p:
+            return []
+        pairs = _AUTO[self.policy]
+        steps: list[Step] = []
+        for name, probability, level in pairs[below(rng, len(pairs))]:
+            if rng.random() < probability:
+                steps += self._step(name, _rand_strength(name, level, 9, size), rng, size)
+        return steps
+
+
+def _pairs(text: str) -> tuple[tuple[tuple[str, float, int], ...], ...]:
+    """Read `Op probability·10 level, Op probability·10 level` lines."""
+    rows = []
+    for line in text.strip().splitlines():
+        ops = [entry.split() for entry in line.split(",")]
+        rows.append(tuple((name, int(tenths) / 10, int(level)) for name, tenths, level in ops))
+    return tuple(rows)
+
+
+_AUTO: Mapping[str, Sequence[Sequence[tuple[str, float, int]]]] = MappingProxyType(
+    {
+        "imagenet": _pairs("""
+            Posterize 4 8, Rotate 6 9
+            Solarize 6 5, AutoContrast 6 0
+            Equalize 8 0, Equalize 6 0
+            Posterize 6 7, Posterize 6 6
+            Equalize 4 0, Solarize 2 4
+            Equalize 4 0, Rotate 8 8
+            Solarize 6 3, Equalize 6 0
+            Posterize 8 5, Equalize 10 0
+            Rotate 2 3, Solarize 6 8
+            Equalize 6 0, Posterize 4 6
+            Rotate 8 8, Color 4 0
+            Rotate 4 9, Equalize 6 0
+            Equalize 0 0, Equalize 8 0
+            Invert 6 0, Equalize 10 0
+            Color 6 4, Contrast 10 8
+            Rotate 8 8, Color 10 2
+            Color 8 8, Solarize 8 7
+            Sharpness 4 7, Invert 6 0
+            ShearX 6 5, Equalize 10 0
+            Color 4 0, Equalize 6 0
+            Equalize 4 0, Solarize 2 4
+            Solarize 6 5, AutoContrast 6 0
+            Invert 6 0, Equalize 10 0
+            Color 6 4, Contrast 10 8
+            Equalize 8 0, Equalize 6 0
+        """),
+        "cifar10": _pairs("""
+            Invert 1 0, Contrast 2 6
+            Rotate 7 2, TranslateX 3 9
+            Sharpness 8 1, Sharpness 9 3
+            ShearY 5 8, TranslateY 7 9
+            AutoContrast 5 0, Equalize 9 0
+            ShearY 2 7, Posterize 3 7
+            Color 4 3, Brightness 6 7
+            Sharpness 3 9, Brightness 7 9
+            Equalize 6 0, Equalize 5 0
+            Contrast 6 7, Sharpness 6 5
+            Color 7 7, TranslateX 5 8
+            Equalize 3 0, AutoContrast 4 0
+            TranslateY 4 3, Sharpness 2 6
+            Brightness 9 6, Color 2 8
+            Solarize 5 2, Invert 0 0
+            Equalize 2 0, AutoContrast 6 0
+            Equalize 2 0, Equalize 6 0
+            Color 9 9, Equalize 6 0
+            AutoContrast 8 0, Solarize 2 8
+            Brightness 1 3, Color 7 0
+            Solarize 4 5, AutoContrast 9 0
+            TranslateY 9 9, TranslateY 7 9
+            AutoContrast 9 0, Solarize 8 3
+            Equalize 8 0, Invert 1 0
+            TranslateY 7 9, AutoContrast 9 0
+        """),
+        "svhn": _pairs("""
+            ShearX 9 4, Invert 2 0
+            ShearY 9 8, Invert 7 0
+            Equalize 6 0, Solarize 6 6
+            Invert 9 0, Equalize 6 0
+            Equalize 6 0, Rotate 9 3
+            ShearX 9 4, AutoContrast 8 0
+            ShearY 9 8, Invert 4 0
+            ShearY 9 5, Solarize 2 6
+            Invert 9 0, AutoContrast 8 0
+            Equalize 6 0, Rotate 9 3
+            ShearX 9 4, Solarize 3 3
+            ShearY 8 8, Invert 7 0
+            Equalize 9 0, TranslateY 6 6
+            Invert 9 0, Equalize 6 0
+            Contrast 3 3, Rotate 8 4
+            Invert 8 0, TranslateY 0 2
+            ShearY 7 6, Solarize 4 8
+            Invert 6 0, Rotate 8 4
+            ShearY 3 7, TranslateX 9 3
+            ShearX 1 6, Invert 6 0
+            Solarize 7 2, TranslateY 6 7
+            ShearY 8 4, Invert 8 0
+            ShearX 7 9, TranslateY 8 3
+            ShearY 8 5, AutoContrast 7 0
+            ShearX 7 2, Invert 1 0
+        """),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreeAugment(Op):
+    """One of Grayscale, Solarize and GaussianBlur, equally likely.
+
+    Source: Touvron et al. 2022, "DeiT III: revenge of the ViT", arXiv:2204.07118, section 3.2;
+    used there with a flip and a ColorJitter of 0.3.
+    """
+
+    kind: ClassVar[str] = "choice"
+
+    def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
+        if rng.random() >= self.p:
+            return []
+        drawn = below(rng, 3)
+        if drawn == 2:
+            return [Step("GaussianBlur", {"sigma": between(rng, (0.1, 2.0))})]
+        return [Step("Grayscale", {}) if drawn == 0 else Step("Solarize", {"threshold": 128})]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugMix(PixelOp):
+    """Blend the picture with a weighted sum of chains of ops: m · picture + (1 − m) · Σ wᵢ · chainᵢ(picture).
+
+    severity: strength in [0, 10], at which each op draws its own from [0.1, severity]. width: how many chains. depth: ops in a chain, or 0
+    for 1 to 3 drawn. alpha: of the Dirichlet and Beta distributions that the weights w and m are drawn from, positive.
+    Source: Hendrycks et al. 2020, "AugMix", arXiv:1912.02781, algorithm 1. Deviation: blended as grey levels, before
+    normalisation, which is linear anyway.
+    """
+
+    severity: float = 3.0
+    width: int = 3
+    depth: int = 0
+    alpha: float = 1.0
+    fill: int | tuple[int, int, int] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("severity", number("severity", self.severity, 0, 10))
+        self._set("width", whole("width", self.width, 1))
+        self._set("depth", whole("depth", self.depth, 0))
+        if number("alpha", self.alpha, 0, 1e6) == 0:
+            raise ValueError("alpha: 0 is not positive")
+        self._set("fill", color("fill", self.fill))
+
+    def draw(self, rng: np.random.Generator, size: Size) -> Args:
+        weights = rng.dirichlet([self.alpha] * self.width).tolist()
+        share = float(rng.beta(self.alpha, self.alpha))
+        chains = []
+        for _ in range(self.width):
+            length = self.depth or 1 + below(rng, 3)
+            steps = [step for _ in range(length) for step in self._one(rng, size)]
+            chains.append([{"op": step.op, **step.args} for step in steps])
+        return {"share": share, "weights": weights, "chains": chains}
+
+    def _one(self, rng: np.random.Generator, size: Size) -> list[Step]:
+        name = _MIX[below(rng, len(_MIX))]
+        share = between(rng, (0.1, max(self.severity, 0.1))) / 10
+        return AutoOp(fill=self.fill)._step(name, _mix_strength(name, share, size), rng, size)
+
+    @staticmethod
+    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
+        from refract.augment.executors import cpu  # which needs the ops
+        from refract.augment.fuse import fuse
+
+        total = image.astype(np.float32) * args["share"]
+        for weight, chain in zip(args["weights"], args["chains"], strict=True):
+            steps = tuple(Step(own["op"], {k: v for k, v in own.items() if k != "op"}) for own in chain)
+            result = cpu.run(fuse(Plan(image.shape[:2], steps)), image)
+            total += np.float32((1 - args["share"]) * weight) * result
+        return np.clip(np.rint(total), 0, 255).astype(np.uint8)
+
+    @staticmethod
+    def moves_pixels(args: Args) -> bool:
+        from refract.augment.ops import OPS
+
+        return any(OPS[step["op"]].kind == "geometric" for chain in args["chains"] for step in chain)
+
+
+def _mix_strength(name: str, share: float, size: Size) -> float:
+    """The strength at a fraction of the highest severity, cut down to whole degrees, bits, grey levels and pixels as the authors do."""
+    if name.startswith("Shear"):
+        return 0.3 * share
+    if name.startswith("Translate"):
+        return int(size[1 if name == "TranslateX" else 0] / 3 * share)
+    # Pillow keeps no fewer bits than one.
+    whole = {"Rotate": int(30 * share), "Posterize": max(1, 4 - int(4 * share)), "Solarize": 256 - int(256 * share)}
+    return whole.get(name, 0)
+
+
+# Without the ops that the corruptions of robustness tests are made of, as the paper.
+_MIX = (
+    "AutoContrast", "Equalize", "Posterize", "Rotate", "Solarize", "ShearX", "ShearY", "TranslateX", "TranslateY",
+)  # fmt: skip
+
+AUTO: Mapping[str, type[Op]] = MappingProxyType(
+    {
+        "AutoAugment": AutoAugment,
+        "RandAugment": RandAugment,
+        "TrivialAugmentWide": TrivialAugmentWide,
+        "ThreeAugment": ThreeAugment,
+        "AugMix": AugMix,
+    }
+)

@@ -1,0 +1,1 @@
+"""Augmentation of a sample's text."""

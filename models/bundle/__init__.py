@@ -1,0 +1,1 @@
+"""The bundle: the folder that carries a classifier from training to serving."""

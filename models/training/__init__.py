@@ -1,0 +1,1 @@
+"""How a classifier is trained: losses, optimisers, and the Lightning module."""

@@ -1,0 +1,71 @@
+"""What the commands share: logging to the terminal, and a user's mistake as one line instead of a traceback."""
+
+import logging
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from refract.models.credentials import masked
+from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped
+
+# Named, not imported: that would load PyTorch for every command.
+INPUT_ERRORS = ("BundleError", "CacheError", "TranslationError", "PromotionError")
+SERVICE_ERRORS = (
+    "TrackingError", "CheckpointError", "LoaderError", "NightError", "ScheduleError", "ScoringError", "Taken",
+)  # fmt: skip
+
+
+def run(command: str, work: Callable[[], int]) -> int:
+    """Run a command's work. Returns its exit code; 2 for input that cannot be used, 1 for a service that failed, each with its reason; 75
+    after SIGTERM and 130 after Ctrl-C, with what goes on from there."""
+    from refract.augment import ImageError, PolicyError
+    from refract.pipeline.config.config import ConfigError
+    from refract.pipeline.data.manifest import DataError
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("refract.pipeline").setLevel(logging.INFO)
+    logging.getLogger("refract.models").setLevel(logging.INFO)
+    try:
+        return work()
+    except Stopped as stopped:
+        return _stopped(command, stopped)
+    except (ConfigError, PolicyError, DataError, ImageError) as error:
+        return _failed(command, error, 2)
+    except ValueError as error:
+        if type(error).__name__ in INPUT_ERRORS:
+            return _failed(command, error, 2)
+        raise
+    except RuntimeError as error:
+        if type(error).__name__ in SERVICE_ERRORS:
+            return _failed(command, error, 1)
+        raise
+    except BrokenPipeError:  # as `refract predict … | head`; the command line ends quietly
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return _failed(command, f"{where}{error.strerror or error}", 1)
+
+
+def _stopped(command: str, error: Stopped) -> int:
+    if error.run is not None:  # else another process of the same training says it
+        print(
+            f"refract {command}: {error}; `refract train --resume {shlex.quote(str(error.run))}` resumes from the checkpoint",
+            file=sys.stderr,
+        )
+    return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
+
+
+def bin_prefix() -> str:
+    """What to write before `refract` and `mlflow` so that a shell finds them: nothing where the environment is active."""
+    if shutil.which("refract"):
+        return ""
+    scripts = Path(sys.executable).parent
+    return f"{scripts.relative_to(Path.cwd()) if scripts.is_relative_to(Path.cwd()) else scripts}/"
+
+
+def _failed(command: str, error: object, code: int) -> int:
+    print(masked(f"refract {command}: {error}"), file=sys.stderr)
+    return code

@@ -1,0 +1,32 @@
+"""`refract doctor RUN`"""
+
+import argparse
+from pathlib import Path
+
+from refract.pipeline.cli import console
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="refract doctor", description="What was wrong with a finished run, by what evidence, and what to change."
+    )
+    parser.add_argument("run", type=Path, help="a run's folder")
+    args = parser.parse_args(argv)
+    return console.run("doctor", lambda: _doctor(args.run))
+
+
+def _doctor(run: Path) -> int:
+    from refract.pipeline.doctor.stored import read_findings
+
+    findings, record = read_findings(run)
+    for finding in findings:
+        print(f"{finding.name}\n  seen:  {finding.evidence}\n  try:   {finding.cure}")
+    if not findings:
+        print("nothing found")
+    total = sum(record["seconds"].values()) or 1.0
+    print(
+        "time: "
+        + ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in record["seconds"].items())
+        + f" of {total:.1f} s"
+    )
+    return 0

@@ -1,0 +1,57 @@
+"""`refract explain POLICY IMAGE`"""
+
+import argparse
+from pathlib import Path
+
+from refract.pipeline.cli import console
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="refract explain",
+        description="Show what a policy draws for one picture, what is fused with what, and the time of each pass.",
+    )
+    parser.add_argument("policy", help="a preset's name or a YAML file")
+    parser.add_argument("image", type=Path, help="a picture")
+    parser.add_argument("--size", type=int, help="pixels of the result's side (default: as the policy leaves it)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epoch", type=int, default=0)
+    parser.add_argument(
+        "--index", type=int, default=0, help="of the picture in its data set: another one draws another plan"
+    )
+    parser.add_argument("--repeats", type=int, default=30, help="over which the median time is taken (default 30)")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats: {args.repeats} is not at least 1")
+    return console.run("explain", lambda: _explain(args))
+
+
+def _explain(args: argparse.Namespace) -> int:
+    import dataclasses
+
+    import cv2
+
+    from refract.augment import Augmenter, image_size
+    from refract.augment.executors.explain import explain
+
+    cv2.setNumThreads(1)
+    data = args.image.read_bytes()
+    augmenter = Augmenter(args.policy, args.seed, size=args.size)
+    plan = augmenter.draw(image_size(data), epoch=args.epoch, index=args.index)
+    print(f"{args.image}: {plan.size[0]}×{plan.size[1]}, seed {args.seed}, epoch {args.epoch}, index {args.index}\n")
+    print("drawn")
+    for step in plan.steps:
+        print(f"  {step}")
+    stages = explain(plan, data, repeats=args.repeats)
+    print("\ndone, with one thread")
+    for stage in stages:
+        done = " + ".join(step.op for step in stage.steps)
+        print(f"  {1e6 * stage.seconds:8.0f} µs  {stage.name}: {', '.join(filter(None, (done, stage.detail)))}")
+    total = sum(stage.seconds for stage in stages)
+    print(f"  {1e6 * total:8.0f} µs  in all")
+    if not plan.exact and len(stages) - 1 < len(plan.steps):
+        each = explain(dataclasses.replace(plan, exact=True), data, repeats=args.repeats)
+        print(f"  {1e6 * sum(stage.seconds for stage in each):8.0f} µs  with each op by itself (exact: true)")
+    if augmenter.mixes:
+        print("\nMixUp and CutMix act on the batch, not on one picture: they are not timed here.")
+    return 0

@@ -1,0 +1,114 @@
+"""`refract init FOLDER -o photos.yaml`"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refract.pipeline.cli import console
+
+if TYPE_CHECKING:
+    from refract.pipeline.data.manifest import Manifest
+    from refract.pipeline.suggest import Proposal, Survey
+
+ROWS, VARIANTS = 4, 5
+"""Of the preview grid."""
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="refract init",
+        description="Look at the images and write a commented config that trains on them as it is.",
+    )
+    parser.add_argument(
+        "source", help="a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest, or `digits`"
+    )
+    parser.add_argument("-o", "--output", type=Path, help="the config to write (default: NAME.yaml)")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument("--model.name", dest="name", metavar="NETWORK", help="the network, as `refract train` takes it")
+    parser.add_argument(
+        "--model.weights", dest="weights", metavar="WEIGHTS",
+        help="its pretrained weights: a .safetensors or .pth file, a bundle's folder, or `default`",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    output = args.output or Path(f"{Path(args.source).stem or 'refract'}.yaml")
+    if output.exists() and not args.force:
+        print(
+            f"refract init: {output} exists already; give another name with -o, or --force to replace it",
+            file=sys.stderr,
+        )
+        return 2
+    return console.run("init", lambda: _init(args.source, output, args.name, args.weights))
+
+
+def _init(source: str, output: Path, name: str | None, weights: str | None) -> int:
+    from refract.pipeline.data.manifest import load_manifest
+    from refract.pipeline.files import write_atomically
+    from refract.pipeline.suggest import check_start, choice_table, config_text, propose, take_survey
+
+    manifest = load_manifest(source)
+    start = check_start(name, weights, len(manifest.labels))
+    survey = take_survey(manifest)
+    proposal = propose(survey, start)
+    write_atomically(output, config_text(proposal, survey).encode())
+    what = f"images ({survey.sizes} pixels)" if survey.images else "texts"
+    counts = survey.counts
+    smallest, largest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    print(f"{source}: {survey.task}, {len(survey.labels)} labels, {survey.samples:,} {what}")
+    if counts[smallest] == counts[largest]:
+        print(f"  {counts[smallest]:,} samples in each class")
+    else:
+        print(f"  smallest class: {smallest} ({counts[smallest]:,}), largest: {largest} ({counts[largest]:,})")
+    print(choice_table(proposal.from_data()))
+    for note in proposal.notes:
+        print(f"  {note}")
+    print(f"wrote {output}")
+    if survey.images and (grid := _preview(manifest, proposal, output)):
+        print(f"wrote {grid}: what training will see; look at it first")
+    print(f"next: {_next_step(survey, output)}")
+    return 0
+
+
+def _next_step(survey: "Survey", output: Path) -> str:
+    command = f"refract train {shlex.quote(str(output))}"
+    if survey.refused:
+        return f"mend the data as noted above, then {command}"
+    if survey.unreadable:
+        return f"mend the unreadable images, or skip them: {command} --data.on_bad_file skip"
+    return command
+
+
+def _preview(manifest: "Manifest", proposal: "Proposal", output: Path) -> Path | None:
+    """Draw the preview grid beside the config, NAME.preview.png. None where too few of the images can be read."""
+    import io
+
+    from refract.augment import Augmenter
+    from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.files import write_atomically
+    from refract.pipeline.preview import preview_grid, shown_samples, spread
+
+    try:
+        rows = [shown for shown in shown_samples(manifest, 3 * ROWS) if _decodes(shown.data)]
+    except DataError:
+        return None
+    if not rows:
+        return None
+    augmenter = Augmenter(
+        proposal.value("augment.policy"), 0, size=proposal.value("data.image_size"), color_profile="convert"
+    )
+    buffer = io.BytesIO()
+    preview_grid([rows[i] for i in spread(len(rows), ROWS)], augmenter, variants=VARIANTS).save(buffer, "PNG")
+    grid = output.with_suffix(".preview.png")
+    write_atomically(grid, buffer.getvalue())
+    return grid
+
+
+def _decodes(data: bytes) -> bool:
+    from refract.augment import ImageError, decode
+
+    try:
+        decode(data)
+    except ImageError:
+        return False
+    return True

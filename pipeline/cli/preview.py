@@ -1,0 +1,78 @@
+"""`refract preview CONFIG_OR_FOLDER -o grid.png`"""
+
+import argparse
+import io
+from pathlib import Path
+
+from refract.pipeline.cli import console
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="refract preview",
+        description="Draw one row a picture: the original and its augmented variants, with what was drawn under each.",
+    )
+    parser.add_argument("source", help="a config (.yaml), or an image or a folder of images")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("preview.png"), help="the PNG to write (default preview.png)"
+    )
+    parser.add_argument(
+        "--policy", help="a preset's name or YAML file, in place of the config's (default imagenet for pictures)"
+    )
+    parser.add_argument("--size", type=int, help="pixels of the result's side, in place of the config's (default 224)")
+    parser.add_argument("--rows", type=int, default=6, help="how many pictures (default 6)")
+    parser.add_argument("--variants", type=int, default=6, help="how many variants of each (default 6)")
+    parser.add_argument("--seed", type=int, help="in place of the config's")
+    args = parser.parse_args(argv)
+    for name in ("rows", "variants"):
+        if not 1 <= getattr(args, name) <= 100:
+            parser.error(f"--{name}: {getattr(args, name)} is not in 1…100")
+    return console.run("preview", lambda: _preview(args))
+
+
+def _preview(args: argparse.Namespace) -> int:
+    from refract.augment import Augmenter
+    from refract.pipeline.files import write_atomically
+    from refract.pipeline.preview import preview_grid
+
+    policy, seed, size, color_profile, pictures = (
+        _from_config(args) if args.source.endswith((".yaml", ".yml")) else _from_pictures(args)
+    )
+    augmenter = Augmenter(
+        args.policy or policy,
+        seed if args.seed is None else args.seed,
+        size=args.size or size,
+        color_profile=color_profile,
+    )
+    grid = preview_grid(pictures, augmenter, variants=args.variants)
+    buffer = io.BytesIO()
+    grid.save(buffer, "PNG")
+    write_atomically(args.output, buffer.getvalue())
+    print(f"wrote {args.output}: {len(pictures)} pictures × {args.variants} variants")
+    return 0
+
+
+def _from_config(args: argparse.Namespace):
+    from refract.pipeline.config.config import load_config
+    from refract.pipeline.data.manifest import load_manifest
+    from refract.pipeline.preview import shown_samples
+
+    config = load_config(args.source)
+    manifest = load_manifest(config.data.source, config.data.task)
+    data = config.data
+    return (
+        config.augment.policy,
+        config.trainer.seed,
+        data.sides(),
+        data.color_profile,
+        shown_samples(manifest, args.rows),
+    )
+
+
+def _from_pictures(args: argparse.Namespace):
+    from refract.pipeline.cli.predict import picture_files
+    from refract.pipeline.preview import Shown, spread
+
+    files = picture_files([Path(args.source)])
+    pictures = [Shown(files[index].stem, files[index].read_bytes(), index) for index in spread(len(files), args.rows)]
+    return "imagenet", 0, 224, "convert", pictures

@@ -1,0 +1,56 @@
+"""`refract replay-batch FILE`"""
+
+import argparse
+from pathlib import Path
+
+from refract.pipeline.cli import console
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="refract replay-batch",
+        description="Run the batch on which a training's loss was no number once more, with the weights of that moment, layer by layer.",
+    )
+    parser.add_argument("file", type=Path, help="the bad-batch.pt that the training wrote")
+    args = parser.parse_args(argv)
+    return console.run("replay-batch", lambda: _replay(args.file))
+
+
+def _replay(path: Path) -> int:
+    import torch
+
+    from refract.models.classifier import inputs_of
+    from refract.models.factory import make_classifier
+    from refract.models.training.losses import classification_loss
+    from refract.pipeline.config.config import ConfigError
+    from refract.pipeline.training.failing_batch import first_not_finite, layers
+
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        weights, batch = stored["weights"], stored["batch"]
+        own = {name: stored[name] for name in ("mean", "std", "normalize", "text", "files")}
+        classifier = make_classifier(stored["network"], stored["classes"], **own)
+        classifier.load_state_dict(weights)
+    except OSError:
+        raise
+    except Exception as error:  # torch's readers stumble over other files in many ways
+        raise ConfigError(f"{path}: is no bad-batch.pt of a training ({type(error).__name__}: {error})") from error
+    inputs = inputs_of(batch)
+    print(f"epoch {stored['epoch']}, step {stored['step']}, seed {stored['seed']}: {len(batch['targets'])} pictures")
+    print(f"{'layer':<40} {'kind':<20} {'lowest':>12} {'highest':>12} {'not finite':>11}")
+    for name, kind, output in layers(classifier, inputs):
+        lost = 1 - float(output.isfinite().float().mean())
+        print(f"{name:<40} {kind:<20} {float(output.min()):>12.4g} {float(output.max()):>12.4g} {lost:>11.1%}")
+    with torch.no_grad():
+        logits = classifier.train()(*inputs)[: len(batch["targets"])]
+    losses = [
+        float(classification_loss(logits[i : i + 1], batch["targets"][i : i + 1], task=stored["task"]))
+        for i in range(len(logits))
+    ]
+    worst = sorted(range(len(losses)), key=lambda i: (losses[i] == losses[i], -losses[i]))[:8]
+    print("the largest losses, of pictures that are not mixed or smoothed:")
+    for i in worst:
+        index, picture, plan = stored["samples"][i]
+        print(f"  {losses[i]:>10.4g}  sample {index}, {picture}\n              {plan}")
+    print(first_not_finite(classifier, inputs))
+    return 0

@@ -1,0 +1,101 @@
+"""`refract score BUNDLE FOLDER_OR_MANIFEST -o out.parquet`"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refract.pipeline.cli import console
+
+if TYPE_CHECKING:
+    from refract.pipeline.inference.batch_scoring import Summary
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="refract score",
+        description="Classify all pictures of a folder, or the rows of a manifest, into one Parquet file with a row for each. Whatever "
+        "ends it, the same command goes on. What cannot be read is a row with the reason. Exit code 1 where nothing could be answered.",
+    )
+    parser.add_argument("bundle", type=Path, help="a bundle's folder")
+    parser.add_argument(
+        "source", type=Path, metavar="FOLDER_OR_MANIFEST",
+        help="pictures at any depth, or a CSV or Parquet file with the columns path and/or text; a label is carried along",
+    )  # fmt: skip
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the Parquet file to write")
+    parser.add_argument("--engine", choices=("processes", "ray"), default="processes", help="ray: on a cluster")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes (default: one a GPU, or one a core, which share the machine's cores)",
+    )
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="rows at a time (default 64)")
+    parser.add_argument(
+        "--shard-size",
+        type=int,
+        metavar="N",
+        help="rows of a part: at most so many of each process are done twice after a kill (default 512)",
+    )
+    parser.add_argument(
+        "--tta",
+        choices=("none", "flip", "flip-shift"),
+        default="none",
+        help="the mean of a picture and its mirror image, or shifts too",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes GPUs where there are any"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a FILE that is there, when the new one is whole"
+    )
+    parser.add_argument("--restart", action="store_true", help="throw away what an interrupted scoring left")
+    args = parser.parse_args(argv)
+    for name in ("jobs", "batch_size", "shard_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: {value} is not at least 1")
+    if args.output.suffix != ".parquet":
+        parser.error(f"-o: {args.output} does not end in .parquet")
+    return console.run("score", lambda: _score(args))
+
+
+def _score(args: argparse.Namespace) -> int:
+    import signal
+
+    from refract.pipeline.inference.batch_scoring import Options, score_all
+    from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped
+
+    options = Options(
+        jobs=args.jobs, batch_size=args.batch_size, shard_size=args.shard_size, tta=args.tta, device=args.device, engine=args.engine,
+        overwrite=args.overwrite, restart=args.restart,
+    )  # fmt: skip
+    try:
+        summary = score_all(args.bundle, args.source, args.output, options)
+    except Stopped as error:
+        print(f"refract score: {error}; the same command goes on{_without(args)}", file=sys.stderr)
+        return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
+    _tell(args, summary)
+    return 1 if summary.errors == summary.rows else 0
+
+
+def _without(args: argparse.Namespace) -> str:
+    return ", without --restart" if args.restart else ""
+
+
+def _tell(args: argparse.Namespace, summary: "Summary") -> None:
+    rate = f", {summary.scored / summary.seconds:,.0f} rows a second" if summary.scored else ""
+    print(f"wrote {args.output}: {summary.rows:,} rows ({summary.scored:,} scored in {summary.seconds:.1f} s{rate})")
+    if summary.labelled:
+        share = summary.right / summary.labelled
+        if summary.overlap is None:
+            print(f"  label is the manifest's own in {summary.right:,} of {summary.labelled:,} ({share:.1%})")
+        else:
+            print(
+                f"  labels are exactly the manifest's in {summary.right:,} of {summary.labelled:,} ({share:.1%}), "
+                f"mean F1 of a row's labels {summary.overlap / summary.labelled:.4f}"
+            )
+    if summary.errors:
+        print(f"  {summary.errors:,} without an answer, as their column `error` tells:", file=sys.stderr)
+        for reason, count in sorted(summary.reasons.items(), key=lambda item: -item[1])[:5]:
+            print(f"    {count:,} × {reason}", file=sys.stderr)

@@ -1,0 +1,95 @@
+"""`refract tune CONFIG SPACE`"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from refract.pipeline.cli import console
+
+EPILOG = """
+SPACE.yaml has dotted keys of the config with the values to try; a number in a key is a place in a list:
+
+  optim.lr: {low: 1e-4, high: 1e-1, log: true}
+  optim.name: [adamw, sgd]
+  optim.momentum: {low: 0.8, high: 0.99, when: {optim.name: sgd}}
+  augment.policy.0.RandAugment.magnitude: {low: 1, high: 10, whole: true}
+"""
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="refract tune", usage="%(prog)s CONFIG SPACE [options] [--section.key value …]",
+        description="Search a space of configs for the best score on validation. What was tried is kept in the storage: the same "
+        "command goes on after a crash, and several processes or machines share one search by sharing it.",
+        epilog=EPILOG, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("config", type=Path)
+    parser.add_argument("space", type=Path)
+    parser.add_argument("--trials", type=int, default=50, help="in all, of all processes and restarts (50)")
+    parser.add_argument("--minutes", type=float, help="begin no trial after so many")
+    parser.add_argument(
+        "--sampler", default="tpe", choices=("tpe", "random", "grid", "coarse-to-fine"),
+        help="coarse-to-fine draws half of the trials at random and the others within the range of the best; default tpe",
+    )  # fmt: skip
+    parser.add_argument(
+        "--storage",
+        help="Optuna's: sqlite:///FILE, another database, or journal:FILE (default: in the search's folder)",
+    )
+    parser.add_argument("--name", help="of the search; default the config's")
+    parser.add_argument("--workers", type=int, default=1, help="processes on this machine")
+    parser.add_argument("--seed", type=int, default=0)
+    args, overrides = parser.parse_known_args(argv)
+    if args.trials < 1 or args.workers < 1:
+        parser.error("--trials and --workers are at least 1")
+    return console.run("tune", lambda: _tune(args, overrides, argv))
+
+
+def _tune(args: argparse.Namespace, overrides: list[str], argv: list[str]) -> int:
+    import signal
+
+    from refract.pipeline.config.config import load_config
+    from refract.pipeline.tracking.address import sqlite_uri
+    from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped
+    from refract.pipeline.tuning.report import write_report
+    from refract.pipeline.tuning.space import read_space
+    from refract.pipeline.tuning.study import Search, best_config, open_study, run_trials
+
+    config, space = load_config(args.config, overrides), read_space(args.space)
+    name = args.name or args.config.stem
+    folder = Path(config.trainer.runs_dir) / f"tune-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = args.storage or sqlite_uri(folder.resolve() / "study.db")
+    search = Search(name, args.sampler, args.trials, args.minutes, storage, args.seed)
+    study = open_study(search, space, config, folder)
+    before = len(study.trials)
+    if before:
+        print(f"going on with {name}: {before} trials so far", file=sys.stderr)
+    # The first process has made the storage; the others only join.
+    again = [sys.executable, "-m", "refract", "tune", *argv, "--workers", "1", "--seed"]
+    others = [
+        subprocess.Popen([*again, str(args.seed + 1000 * k)], stdout=subprocess.DEVNULL) for k in range(1, args.workers)
+    ]
+    try:
+        run_trials(study, search, space, config, folder)
+    except BaseException as error:
+        for process in others:
+            process.terminate()
+        for process in others:
+            process.wait()
+        if isinstance(error, Stopped):
+            print(f"refract tune: {error}; the same command goes on", file=sys.stderr)
+            return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
+        raise
+    codes = [process.wait() for process in others]
+    if any(codes):
+        return 1
+    best = best_config(study, config)
+    written = write_report(study, best, folder)
+    print(f"best: trial {study.best_trial.number}, {study.best_value:.4f} on validation")
+    for key, value in study.best_trial.user_attrs["drawn"].items():
+        print(f"  {key}: {value}")
+    print("wrote " + ", ".join(map(str, written)))
+    print(f"next: {console.bin_prefix()}refract train {shlex.quote(str(folder / 'best.yaml'))}")
+    return 0

@@ -1,0 +1,1 @@
+"""The config: typed sections, read from YAML and the command line."""

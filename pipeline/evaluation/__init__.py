@@ -1,0 +1,1 @@
+"""Metrics of a trained classifier, and the report that shows them."""

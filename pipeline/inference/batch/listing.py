@@ -1,0 +1,92 @@
+"""What is to be scored, in an order that is the same each time: the pictures of a folder, or the rows of a manifest."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from refract.augment.decoding.decode import SUFFIXES
+from refract.augment.image_files import image_files
+from refract.pipeline.data.errors import DataError
+from refract.pipeline.data.sources.folders import unreadable
+from refract.pipeline.data.sources.tables import is_table, read_table
+
+
+class Row(NamedTuple):
+    """path: of the picture as it was named, None for a text alone; truth: the manifest's own label."""
+
+    path: str | None
+    text: str | None = None
+    truth: str | None = None
+
+
+class Shard(NamedTuple):
+    """Neighbouring rows, whose answers make one part file. start: the place of the first one in the listing."""
+
+    number: int
+    start: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """source: as the user named it; root: what the rows' paths are relative to."""
+
+    source: str
+    root: str
+    rows: tuple[Row, ...]
+    texts: bool = False
+    truths: bool = False
+
+    def digest(self) -> str:
+        """SHA-256 over all that the rows say, in hexadecimal; the pictures themselves are not looked at."""
+        found = hashlib.sha256(self.root.encode("utf-8", "surrogateescape"))
+        for row in self.rows:
+            found.update(json.dumps(row).encode() + b"\n")
+        return found.hexdigest()
+
+    def shards(self, size: int) -> Iterator[Shard]:
+        for number, start in enumerate(range(0, len(self.rows), size)):
+            yield Shard(number, start, self.rows[start : start + size])
+
+
+def listing_of(source: Path) -> Listing:
+    """A folder, at any depth, or a `.csv`, `.tsv` or `.parquet` manifest with the columns path and/or text, perhaps label. DataError says
+    what is wrong with it."""
+    if source.is_dir():
+        return _folder(source)
+    if is_table(source):
+        return _table(source)
+    if source.is_file():
+        raise DataError(
+            f"{source}: expected a folder of images, or a .csv, .tsv or .parquet manifest, not a {source.suffix or 'plain'} file; "
+            "`refract predict` takes single pictures"
+        )
+    raise DataError(f"{source}: no such folder or file, seen from {Path.cwd()}")
+
+
+def _folder(root: Path) -> Listing:
+    try:
+        files = image_files(root)
+    except OSError as error:
+        raise unreadable(error, root) from error
+    if not files:
+        raise DataError(f"{root}: no pictures in this folder; Refract reads {', '.join(SUFFIXES)}")
+    return Listing(str(root), str(Path.cwd()), tuple(Row(path) for path in sorted(files)))
+
+
+def _table(path: Path) -> Listing:
+    table = read_table(path)
+    if not {"path", "text"} & {*table.columns}:
+        raise table.lacks("path", "text", needed="path and/or text[,label]")
+    nothing = [None] * len(table)
+    paths, texts, truths = (table.columns.get(name, nothing) for name in ("path", "text", "label"))
+    rows = tuple(
+        Row(file if file and file.strip() else None, text, truth)
+        for file, text, truth in zip(paths, texts, truths, strict=True)
+    )
+    return Listing(
+        str(path), str(path.parent.resolve()), rows, texts="text" in table.columns, truths="label" in table.columns
+    )

@@ -1,5 +1,0 @@
-"""The report of an evaluation: one HTML file with its pictures inside, and the same numbers as JSON."""
-
-from refract.pipeline.report.build import Report, make_report
-
-__all__ = ["Report", "make_report"]

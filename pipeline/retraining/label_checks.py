@@ -1,0 +1,246 @@
+"""Whether a retraining run's labels can be trusted: against the last accepted snapshot, and against the champion's predictions."""
+
+import csv
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from refract.models.multimodal.tokens import trimmed
+from refract.models.prediction import given_labels
+from refract.pipeline.data.manifest import Manifest, Sample, load_manifest
+from refract.pipeline.drift.new_data import NewData
+from refract.pipeline.drift.thresholds import ALPHA, FEWEST, Threshold
+from refract.pipeline.files import write_atomically
+from refract.pipeline.retraining.snapshot import FILES, Snapshot
+from refract.pipeline.retraining.workspace import read
+
+if TYPE_CHECKING:
+    from refract.models.bundle.bundle import Bundle
+    from refract.pipeline.drift.profile import Seen
+
+SHOWN = 10
+"""Pairs of labels that a message names, the most frequent first."""
+
+Names = frozenset[str]
+
+
+@dataclass(frozen=True)
+class LabelChanges:
+    """Samples of known content whose label changed. known: samples that both snapshots have; changed: of these; kinds: change → how many,
+    `cat → dog`, or, for multi-label, `+cat` and `-dog` for each label; rows: each of them, (sample, its labels before, its labels now)."""
+
+    known: int
+    changed: int
+    kinds: Mapping[str, int]
+    rows: Sequence[tuple[Sample, Names, Names]] = ()
+
+    @property
+    def fraction(self) -> float:
+        """Of the known samples, in [0, 1]."""
+        return self.changed / self.known if self.known else 0.0
+
+    def text(self) -> str:
+        if not self.changed:
+            return f"none of {self.known:,} known samples changed label"
+        return f"{self.changed:,} of {self.known:,} known samples changed label: {listed(self.kinds)}"
+
+    def record(self, threshold: Threshold) -> dict[str, Any]:
+        """For the run's record: `level`, `told` in words, and the numbers."""
+        numbers = {"known": self.known, "changed": self.changed, "kinds": dict(Counter(self.kinds).most_common(100))}
+        return {"level": level_of(self.fraction, threshold), "told": self.text(), **numbers}
+
+    def write(self, file: Path) -> None:
+        """Write each changed sample as a CSV row `path,was,is`, and `text` where a sample has one. OSError as usual."""
+        with_texts = any(sample.text for sample, _, _ in self.rows)
+        table = io.StringIO(newline="")
+        writer = csv.writer(table, quoting=csv.QUOTE_ALL)
+        writer.writerow(["path", "was", "is", *(["text"] if with_texts else [])])
+        for sample, old, new in sorted(self.rows, key=lambda row: row[0].key):
+            path = sample.path if sample.pictured else ""
+            writer.writerow([path, _listed(old), _listed(new), *([sample.text] if with_texts else [])])
+        write_atomically(file, table.getvalue().encode("utf-8", "replace"))
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """The champion's predictions against the labels of new samples. wrong: of `count` new samples; held_wrong: of `held` samples of the
+    holdout; doubt: the error rate that the champion's own confidence admits on the new samples; p: the one-sided p-value (Fisher's exact
+    test) of so many more errors than on the holdout; kinds: `cat, predicted dog` → how many."""
+
+    count: int
+    wrong: int
+    held: int
+    held_wrong: int
+    doubt: float
+    p: float
+    kinds: Mapping[str, int]
+
+    @property
+    def expected(self) -> float:
+        """The error rate on the holdout, or the one that the confidence admits, whichever is larger: hard images are no label errors."""
+        return max(self.held_wrong / self.held, self.doubt)
+
+    @property
+    def excess(self) -> float:
+        """The error rate on the new samples above the expected one."""
+        return self.wrong / self.count - self.expected
+
+    def text(self) -> str:
+        numbers = (
+            f"{self.wrong:,} of {self.count:,} new labels ({self.wrong / self.count:.0%}, {self.expected:.0%} expected)"
+        )
+        kinds = f": {listed(self.kinds)}" if self.wrong else ""
+        return f"the champion disagrees with {numbers}{kinds}"
+
+    def record(self, threshold: Threshold) -> dict[str, Any]:
+        """As `LabelChanges.record`. Only an excess that is improbable as well as large has a level."""
+        level = level_of(self.excess, threshold) if self.p <= ALPHA else "none"
+        numbers = {"count": self.count, "wrong": self.wrong, "held": self.held, "held_wrong": self.held_wrong}
+        kinds = dict(Counter(self.kinds).most_common(100))
+        return {"level": level, "told": self.text(), **numbers, "doubt": self.doubt, "p": self.p, "kinds": kinds}
+
+
+def level_of(effect: float, threshold: Threshold) -> str:
+    """`none`, `warn` or `stop`."""
+    if threshold.stop is not None and effect >= threshold.stop:
+        return "stop"
+    return "warn" if threshold.warn is not None and effect >= threshold.warn else "none"
+
+
+def listed(kinds: Mapping[str, int]) -> str:
+    """The most frequent first: `cat → dog 130, dog → cat 90, and 12 others`."""
+    ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    rest = sum(count for _, count in ordered[SHOWN:])
+    return ", ".join(
+        [f"{kind} {count:,}" for kind, count in ordered[:SHOWN]] + ([f"and {rest:,} others"] if rest else [])
+    )
+
+
+def label_changes(now: Snapshot, before: Snapshot, reads: frozenset[str]) -> LabelChanges:
+    """Compare the labels of all content that both snapshots train or validate on.
+
+    reads: `pictures`, `texts` or both: what the network reads, by which content is known.
+    """
+    earlier = _labels_of(before, reads)
+    several = "multilabel" in (now.task, before.task)
+    known, rows, kinds = 0, [], Counter[str]()
+    for content, (sample, names) in _labels_of(now, reads).items():
+        old = earlier[content][1] if content in earlier else None
+        known += old is not None
+        if old is not None and old != names:
+            rows.append((sample, old, names))
+            kinds.update(_kinds(old, names) if several else [f"{_joined(old)} → {_joined(names)}"])
+    return LabelChanges(known, len(rows), kinds, rows)
+
+
+def _labels_of(snapshot: Snapshot, reads: frozenset[str]) -> dict[str, tuple[Sample, Names]]:
+    """Content → (sample, its labels). The frozensets are shared: one for each combination."""
+    manifest, files = load_manifest(snapshot.manifest, snapshot.task, to_train=False), read(snapshot.folder / FILES)
+    shared: dict[tuple[int, ...], Names] = {}
+    found = {}
+    for sample in manifest.samples:
+        if sample.split != "test":
+            names = shared.setdefault(sample.labels, frozenset(manifest.labels[i] for i in sample.labels))
+            found[_content(sample, files, reads)] = sample, names
+    return found
+
+
+def _content(sample: Sample, files: Mapping[str, str], reads: frozenset[str]) -> str:
+    """What the network reads of a sample, as a digest."""
+    picture = files.get(sample.path, sample.path) if sample.pictured and "pictures" in reads else ""
+    if "texts" not in reads and picture:
+        return picture
+    return hashlib.sha256(f"{picture}\0{trimmed(sample.text)}".encode("utf-8", "replace")).hexdigest()
+
+
+def disagreement(
+    bundle: "Bundle", now: Snapshot, rows: Sequence[tuple[Sample, list[str]]], seen: "Seen | None", most: int
+) -> Disagreement | None:
+    """Compare the champion's predictions with the labels of new samples, against its errors on the holdout. None below FEWEST new
+    samples, and without a holdout.
+
+    rows: new samples, with labels that the champion knows; seen: its predictions for them where there are such, else at most `most`,
+    drawn at random, are predicted; so are samples of the holdout. DataError where an image cannot be read.
+    """
+    info = bundle.info
+    if seen is None:
+        drawn = NewData([s for s, _ in rows], [tuple(n) for _, n in rows]).drawn(most)
+        samples, probabilities = drawn.samples, _predicted(bundle, drawn.samples)
+    else:
+        samples, probabilities = seen.samples, seen.probabilities
+    names = {sample.key: frozenset(own) for sample, own in rows}
+    table = load_manifest(now.manifest, now.task)
+    held = _known(table, set(info.labels), most)
+    if len(samples) < FEWEST or not held:
+        return None
+    kinds, wrong = _errors(bundle, probabilities, [names[sample.key] for sample in samples])
+    _, held_wrong = _errors(bundle, _predicted(bundle, [s for s, _ in held]), [labels for _, labels in held])
+    p = _more_errors(wrong, len(samples), held_wrong, len(held))
+    return Disagreement(len(samples), wrong, len(held), held_wrong, _doubt(bundle, probabilities), p, kinds)
+
+
+def _known(table: Manifest, labels: set[str], most: int) -> list[tuple[Sample, Names]]:
+    """At most so many samples of the holdout, of labels that the champion knows."""
+    rows = [(s, frozenset(table.labels[i] for i in s.labels)) for s in table.of("test")]
+    rows = [row for row in rows if labels.issuperset(row[1])]
+    places = np.random.default_rng(0).permutation(len(rows))[:most]
+    return [rows[i] for i in places.tolist()]
+
+
+def _predicted(bundle: "Bundle", samples: Sequence[Sample]) -> np.ndarray:
+    """(N, C) float32 probabilities."""
+    from refract.pipeline.evaluation.evaluate import probabilities_of
+    from refract.pipeline.inference.scoring import preprocess_of
+
+    info = bundle.info
+    if not samples:
+        return np.zeros((0, len(info.labels)), np.float32)
+    return probabilities_of(
+        bundle.classifier(), preprocess_of(info), samples, task=info.task, temperature=info.temperature
+    )
+
+
+def _errors(bundle: "Bundle", probabilities: np.ndarray, truth: Sequence[Names]) -> tuple[Counter[str], int]:
+    """(kinds of errors → how many, samples with an error)"""
+    info, kinds, wrong = bundle.info, Counter[str](), 0
+    for row, names in zip(given_labels(probabilities, info.task, info.thresholds), truth, strict=True):
+        predicted = frozenset(info.labels[i] for i in np.flatnonzero(row).tolist())
+        if predicted != names:
+            wrong += 1
+            several = info.task == "multilabel"
+            kinds.update(_kinds(names, predicted) if several else [f"{_joined(names)}, predicted {_joined(predicted)}"])
+    return kinds, wrong
+
+
+def _doubt(bundle: "Bundle", probabilities: np.ndarray) -> float:
+    """The error rate that the calibrated probabilities themselves admit; for multi-label, of any label, as if they erred independently."""
+    given = given_labels(probabilities, bundle.info.task, bundle.info.thresholds)
+    if bundle.info.task != "multilabel":
+        return float(1 - probabilities[given].mean())
+    return float(1 - np.where(given, probabilities, 1 - probabilities).prod(axis=1).mean())
+
+
+def _more_errors(wrong: int, count: int, held_wrong: int, held: int) -> float:
+    """The one-sided p-value of Fisher's exact test: so many more errors among the new samples by chance alone. Fisher 1922."""
+    from scipy.stats import hypergeom
+
+    return float(hypergeom.sf(wrong - 1, count + held, wrong + held_wrong, count))
+
+
+def _kinds(old: Names, new: Names) -> Iterable[str]:
+    return [*(f"+{name}" for name in sorted(new - old)), *(f"-{name}" for name in sorted(old - new))]
+
+
+def _joined(names: Names) -> str:
+    return _listed(names) or "no label"
+
+
+def _listed(names: Names) -> str:
+    """As a manifest's column `label`."""
+    return ";".join(sorted(names))

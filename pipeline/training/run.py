@@ -1,0 +1,242 @@
+"""From a config to a bundle: train, evaluate on the hold-out, write the bundle, register it."""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from refract.pipeline.config.config import Config, ConfigError
+from refract.pipeline.files import write_atomically
+from refract.pipeline.tracking.address import check_address, tracking_uri
+from refract.pipeline.training.fit import CHECKPOINTS, Assembly, assemble, fit, network_record
+from refract.pipeline.training.provenance import code_state, flat_tags, inputs, machine, origin, peak_memory, versions
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """run_dir: everything of the run; bundle: its bundle; metrics: on the hold-out; version: of the registered model, if any; alias: of
+    that version, and champion: the model's champion, as of the registration. waiting: entries that MLflow does not have yet; refused: why
+    it refused the registration."""
+
+    run_dir: Path
+    bundle: Path
+    metrics: dict[str, float]
+    version: str | None
+    alias: str | None = None
+    champion: str | None = None
+    waiting: int = 0
+    refused: str | None = None
+
+
+def train(config: Config, *, name: str = "run", resume: Path | None = None) -> Result | None:
+    """Train as the config says. name: of the run, where the config gives none; resume: the folder of a run to go on with, whose config this
+    is. None in all but the first of several processes.
+
+    Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError, LoaderError or BundleError for what a user can mend; Stopped
+    where it was asked to stop, and can resume.
+    """
+    from refract.models.allocator import keep_freed_memory
+    from refract.pipeline.data.loader import LoaderError
+    from refract.pipeline.training.callbacks.checkpoints import newest, remove_fragments, remove_resume_checkpoints
+    from refract.pipeline.training.run_directory import held, new_run, old_run
+
+    keep_freed_memory()
+    if config.tracking.enabled:
+        check_address(tracking_uri(config.tracking))
+    made = assemble(config)
+    checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
+    if not made.processes.first:
+        fit(made, config, resume or Path(config.trainer.runs_dir), None, checkpoint)
+        return None
+    code, diff = code_state()
+    record = {
+        "name": name,
+        "runs_dir": config.trainer.runs_dir,
+        "fingerprint": made.identity["fingerprint"],
+        "inputs": inputs(config),
+        "versions": versions(),
+        "code": code,
+        "machine": machine(made.device, made.precision),
+        "created": _now(),
+    }
+    if isinstance(config.augment.policy, str) and Path(config.augment.policy).is_file():
+        config.augment.policy = made.data.train_set.augmenter.policy.to_spec()  # the file may change
+    run = new_run(config, name, record) if resume is None else old_run(resume, record)
+    if diff and resume is None:
+        write_atomically(run.path / "code.diff", diff.encode())
+    for package, version in run.record["versions"].items():
+        if version != record["versions"].get(package):  # type: ignore[attr-defined]
+            log.warning("%s was %s when the run began: the weights may not come out equal to the bit", package, version)
+    with held(run.path):
+        log.info("run %s on %s, %s: %s", run.path, made.device, made.precision, _described(made.manifest))
+        if resume is not None:
+            remove_fragments(resume / CHECKPOINTS)
+            for fragment in resume.glob(".bundle.*"):
+                shutil.rmtree(fragment, ignore_errors=True)
+            log.info("going on from %s", checkpoint or "its beginning, as there is no checkpoint")
+        try:
+            result = _tracked(made, config, run, checkpoint)
+        except LoaderError as error:
+            raise LoaderError(f"{error}; then `refract train --resume {run.path}` resumes the run") from error
+        run.finish()
+        remove_resume_checkpoints(run.path / CHECKPOINTS)
+    return result
+
+
+def _tracked(made: Assembly, config: Config, run: Any, checkpoint: Path | None) -> Result:
+    """Train, write the bundle and register it, and tell MLflow, if it is wanted, how that ended."""
+    from refract.pipeline.tracking import Tracker, TrackingError
+    from refract.pipeline.training.callbacks.stopping import Stopped
+    from refract.pipeline.training.cost import Cost
+
+    cost = Cost(made.device)
+    data = {"fingerprint": made.identity["fingerprint"], "source": made.manifest.source}
+    counts = {split: len(made.manifest.of(split)) for split in made.manifest.splits()}
+    tags = flat_tags(data=data | counts, code=run.record["code"], machine=run.record["machine"])
+    tags |= origin(f"refract train {run.record['name']}")
+    if "commit" in run.record["code"]:
+        tags["mlflow.source.git.commit"] = run.record["code"]["commit"]  # which MLflow's own pages show
+    try:
+        tracker = Tracker(config.tracking, run.path, config.to_dict(), tags) if config.tracking.enabled else None
+    except (TrackingError, ConfigError):
+        if not run.resumed:  # nothing was done: the name is free again
+            shutil.rmtree(run.path)
+        raise
+    status, waiting = "FAILED", 0
+    try:
+        metrics = _make_bundle(made, config, run.path, tracker, checkpoint, cost)
+        if tracker is not None:
+            figures = {f"cost_{name}": value for name, value in cost.figures().items()}
+            tracker.log_metrics({**figures, "cost_peak_memory_mib": peak_memory()}, step=0)
+            tracker.tag({"rerun": f"refract rerun {tracker.journal.delivered.get('run_id', run.path)}"})
+            files = [
+                file
+                for file in sorted(run.path.iterdir())
+                if file.is_file() and not file.name.startswith((".", "journal"))
+            ]
+            tracker.log_files(files, run.path / "bundle")
+            if config.tracking.model_name:
+                tracker.register(config.tracking.model_name, config.tracking.alias)
+        status = "FINISHED"
+    except (KeyboardInterrupt, Stopped) as error:
+        status = "KILLED"
+        if isinstance(error, Stopped):
+            error.run = run.path
+        raise
+    finally:
+        cost.close()
+        if tracker is not None and (waiting := tracker.finish(status)):
+            log.warning(
+                "MLflow at %s does not have all of the run yet (%d entries); `refract sync %s` delivers them",
+                tracker.address,
+                waiting,
+                run.path,
+            )
+    answers = {} if tracker is None else tracker.journal.delivered
+    registered = {key: answers.get(key) for key in ("version", "alias", "champion", "refused")}
+    return Result(run.path, run.path / "bundle", metrics, waiting=waiting, **registered)
+
+
+def _make_bundle(
+    made: Assembly, config: Config, run_dir: Path, tracker: Any, checkpoint: Path | None, cost: Any
+) -> dict[str, float]:
+    """Train, evaluate and write all that a run leaves, its bundle last; the metrics on the hold-out. A bundle that is there is taken.
+    cost: the callback that counts it."""
+    from refract.models.bundle.bundle import BundleInfo, load_bundle, save_bundle
+    from refract.pipeline.data.splits import write_splits
+    from refract.pipeline.doctor.run import make_doctor
+    from refract.pipeline.doctor.stored import write_findings
+    from refract.pipeline.drift.measure import reference_of
+    from refract.pipeline.evaluation.assess import assess, write_answers
+    from refract.pipeline.evaluation.golden_samples import make_goldens
+    from refract.pipeline.evaluation.plots import confusion_plot, curves_plot
+    from refract.pipeline.preview import Shown, preview_grid
+
+    if (run_dir / "bundle").exists():
+        if checkpoint is not None:
+            cost.go_on_from(checkpoint)
+        return dict(load_bundle(run_dir / "bundle").info.metrics)
+    manifest, module, data = made.manifest, made.module, made.data
+    doctor = make_doctor(made, config)
+    history = fit(made, config, run_dir, tracker, checkpoint, [doctor, cost])
+    test = manifest.of("test")
+    log.info("measuring on the hold-out of %s samples", f"{len(test):,}")
+    classifier, preprocess = module.classifier, data.preprocess
+    found = assess(classifier, preprocess, manifest, config, name=run_dir.name, doctor=doctor, history=history)
+    metrics = found.evaluation.metrics | found.more
+    decision = found.decision
+    kinds: dict[str, Any] = {
+        "task": manifest.task, "temperature": decision.temperature, "thresholds": decision.thresholds
+    }  # fmt: skip
+    reference = reference_of(classifier, preprocess, manifest, **kinds).to_bytes()
+    classifier.to("cpu")
+    info = BundleInfo(
+        name=config.tracking.model_name or run_dir.name,
+        task=manifest.task,
+        labels=manifest.labels,
+        **network_record(config),
+        text=made.text,
+        preprocess=preprocess.to_dict(),
+        temperature=decision.temperature,
+        thresholds=decision.thresholds,
+        abstain_below=decision.abstain_below,
+        metrics=metrics,
+        data={
+            **made.identity,
+            "source": manifest.source,
+            "counts": {s: manifest.counts(s) for s in manifest.splits()},
+        },
+        config=config.to_dict(),
+        versions=versions(),
+        created=_now(),
+    )
+    write_splits(manifest, run_dir / "splits.csv")
+    curves_plot(history, run_dir / "curves.png")
+    if found.evaluation.confusion is not None:
+        confusion_plot(found.evaluation.confusion, manifest.labels, run_dir / "confusion.png")
+    found.report.write(run_dir)
+    write_answers(run_dir, found.evaluation, history)
+    write_findings(run_dir, found.findings, doctor.record)
+    doctor.report(found.findings)
+    shown = data.train_set.samples[:: max(1, len(data.train_set) // 6)][:6]
+    indices = range(0, len(data.train_set), max(1, len(data.train_set) // 6))
+    pictures = [
+        Shown(manifest.labels[s.labels[0]] if s.labels else "-", s.read(), i, s.text)
+        for s, i in zip(shown, indices, strict=False)
+    ]
+    preview_grid(pictures, data.train_set.augmenter).save(run_dir / "preview.png")
+    if tracker is not None:
+        tracker.tag({f"doctor.{finding.name}": finding.evidence for finding in found.findings})
+        tracker.tag({"mlflow.note.content": _note(made, config, found)})
+        tracker.log_metrics({f"test_{name}": value for name, value in metrics.items()}, step=len(history))
+    goldens = make_goldens(classifier, preprocess, test, task=manifest.task, temperature=decision.temperature)
+    save_bundle(run_dir / "bundle", info, classifier, goldens, reference=reference)
+    return metrics
+
+
+def _note(made: Assembly, config: Config, found: Any) -> str:
+    """What MLflow shows as the run's description, Markdown."""
+    name, value = next(iter(found.evaluation.metrics.items()))
+    bounds = found.evaluation.intervals.get(name)
+    between = "" if bounds is None else f" (95 % interval {bounds[0]:.4f} – {bounds[1]:.4f})"
+    lines = [
+        f"**{name} {value:.4f}**{between} on {len(found.evaluation.samples):,} pictures of the hold-out.",
+        f"`{config.model.name}`; {_described(made.manifest)}.",
+        *found.report.numbers["notes"],
+        *(f"- doctor: {finding}" for finding in found.findings),
+        "The report is `report.html` among the artifacts; the tag `rerun` has the command that trains it again.",
+    ]
+    return "\n\n".join(lines)
+
+
+def _described(manifest: Any) -> str:
+    counts = ", ".join(f"{len(manifest.of(split)):,} {split}" for split in manifest.splits())
+    return f"{manifest.task}, {len(manifest.labels)} labels, {counts}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,1 @@
+"""`refract serve` and `refract predict --url`."""

@@ -1,0 +1,116 @@
+"""What `/docs` and `/openapi.json` tell beside the code's own types: forms of bodies, answers and refusals, each with an example."""
+
+from typing import Any
+
+from refract.serve.http.errors import MEDIA_TYPE, Problem
+
+_RED = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGO8IyfHgA0wYRUdtBIA4FYBKCgCg6AAAAAASUVORK5CYII="
+"""A red picture of 8 × 8 pixels, a PNG in base64."""
+
+_FILE = {"type": "string", "format": "binary"}
+_BASE64 = {"type": "string", "format": "byte"}
+_TEXT = {"type": ["string", "null"]}
+_SEVERAL = {"type": "array", "items": {"type": ["string", "null"], "format": "byte"}}
+_JSON_FORMS = [
+    {"type": "object", "required": ["image"], "properties": {"image": _BASE64}},
+    {"type": "object", "required": ["images"], "properties": {"images": {"type": "array", "items": _BASE64}}},
+    {"type": "object", "properties": {"image": _BASE64, "text": {"type": "string"}}},
+    {"type": "object", "properties": {"images": _SEVERAL, "texts": {"type": "array", "items": _TEXT}}},
+]
+_ENCODINGS = "It may be compressed: `Content-Encoding: gzip` or `deflate`."
+PREDICT_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": f"An image, a form whose parts with a `filename` are images, or JSON with images in base64. {_ENCODINGS}",
+        "content": {
+            "image/*": {"schema": _FILE},
+            "application/octet-stream": {"schema": _FILE},
+            "text/plain": {"schema": {"type": "string"}},
+            "multipart/form-data": {"schema": {"type": "object", "additionalProperties": _FILE}},
+            "application/json": {"schema": {"anyOf": _JSON_FORMS}, "example": {"image": _RED}},
+        },
+    }
+}
+
+_TENSOR = {
+    "type": "object",
+    "required": ["name", "datatype", "shape"],
+    "properties": {
+        "name": {"enum": ["images", "encoded"]},
+        "datatype": {"enum": ["UINT8", "BYTES"]},
+        "shape": {"type": "array", "items": {"type": "integer"}},
+        "data": {"type": "array"},
+        "parameters": {"type": "object"},
+    },
+}
+_INFER = {
+    "type": "object",
+    "required": ["inputs"],
+    "properties": {
+        "id": {"type": "string"},
+        "inputs": {"type": "array", "items": _TENSOR},
+        "outputs": {"type": "array", "items": {"type": "object", "properties": {"name": {"type": "string"}}}},
+    },
+}
+_ENCODED = {"inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [1], "data": [_RED]}]}
+INFER_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": f"The JSON document, and after it the binary tensors, if any. {_ENCODINGS}",
+        "content": {
+            "application/json": {"schema": _INFER, "example": _ENCODED},
+            "application/octet-stream": {"schema": _FILE},
+        },
+    }
+}
+
+_ANSWER = {
+    "model": {"name": "shapes", "digest": "6f1c…"},
+    "predictions": [
+        {
+            "label": "circle",
+            "confidence": 0.93,
+            "top": [{"label": "circle", "confidence": 0.93}, {"label": "square", "confidence": 0.05}],
+            "abstain": False,
+            "explanation": _RED,
+            "explanation_method": "occlusion",
+        }
+    ],
+}
+
+
+def _described(problem: dict[str, Any]) -> dict[str, Any]:
+    schema = {"type": "object", "required": list(problem), "properties": {key: {} for key in problem}}
+    return {"description": problem["title"], "content": {MEDIA_TYPE: {"schema": schema, "example": problem}}}
+
+
+_PROBLEMS: dict[int, dict[str, Any]] = {
+    problem.status: _described(problem.content)
+    for problem in (
+        Problem(400, "invalid_image", "the image cannot be read"),
+        Problem(401, "unauthorized", "this server asks for a key: send Authorization: Bearer KEY"),
+        Problem(404, "unknown_model", "there is no model of this name; served is 'shapes'"),
+        Problem(408, "body_too_slow", "the body had not arrived within 30 s"),
+        Problem(409, "no_model_before", "this server has served no other model before"),
+        Problem(413, "body_too_large", "the body is larger than 20971520 bytes"),
+        Problem(415, "unsupported_media_type", "Content-Type is 'text/html'; accepted are …"),
+        Problem(422, "invalid_parameter", "query top: Input should be a valid integer"),
+        Problem(429, "overloaded", "256 requests are being answered already; try again later"),
+        Problem(503, "not_ready", "the server is going down"),
+        Problem(504, "deadline_exceeded", "there was no answer within 10 s"),
+    )
+}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`."""
+    return {status: _PROBLEMS[status] for status in statuses}
+
+
+PREDICT_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "An answer for each image, in the order sent",
+        "content": {"application/json": {"example": _ANSWER}},
+    },
+    **problems(400, 401, 408, 413, 415, 422, 429, 503, 504),
+}

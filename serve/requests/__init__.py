@@ -1,0 +1,1 @@
+"""The content of a request: bounded, parsed and decoded."""

@@ -1,0 +1,83 @@
+"""CUDA graphs: the kernels of a batch are recorded once for each of a few batch sizes, and started by one call.
+
+A small batch on a fast GPU is bound by the time that Python and the driver take to start each kernel.
+"""
+
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from refract.models.classifier import Classifier
+from refract.serve.runtime.backends.base import Backend, Forward
+from refract.serve.runtime.backends.torch_backends import half
+
+LARGEST = 256
+"""Images of the largest batch that is recorded; larger ones are computed without a graph."""
+
+WARM_UPS = 3
+"""Calls before a recording, in which libraries choose their algorithms."""
+
+
+class Recorded(NamedTuple):
+    """A graph with the memory that it reads and writes."""
+
+    graph: "torch.cuda.CUDAGraph"
+    inputs: Tensor
+    outputs: Tensor
+
+
+class Graphs:
+    """A `Forward` that pads a batch to the next power of two and starts the graph of that size, which it records at its first use."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward = forward
+        self._recorded: dict[int, Recorded] = {}
+        self._alone = threading.Lock()  # a graph has one memory for its inputs
+        self._pool = torch.cuda.graph_pool_handle()  # graphs do not run at the same time and share their memory
+        self._done: torch.cuda.Event | None = None
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        """Logits of the batch, in memory of their own."""
+        count, size = len(batch), padded(len(batch))
+        if size > LARGEST:
+            return self._forward(batch)
+        with self._alone, torch.cuda.device(batch.device):
+            stream = torch.cuda.current_stream()
+            if self._done is not None:
+                stream.wait_event(self._done)  # another thread's stream may still compute
+            recorded = self._recorded.get(size) or self._record(size, batch)
+            recorded.inputs[:count].copy_(batch, non_blocking=True)
+            recorded.graph.replay()
+            logits = recorded.outputs[:count].clone()
+            self._done = stream.record_event()
+        return logits
+
+    def _record(self, size: int, like: Tensor) -> Recorded:
+        inputs = torch.zeros((size, *like.shape[1:]), dtype=like.dtype, device=like.device)
+        side, stream = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(stream)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                self._forward(inputs)
+        stream.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads go on with their own work on the GPU, as while a new model is loaded.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            outputs = self._forward(inputs)
+        self._recorded[size] = Recorded(graph, inputs, outputs)
+        return self._recorded[size]
+
+
+def padded(count: int) -> int:
+    """The smallest power of two that is at least `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+def _build(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
+    return Graphs(half(classifier, images, torch.bfloat16))
+
+
+BACKENDS = (Backend("cuda-graphs", _build, ("cuda",)),)

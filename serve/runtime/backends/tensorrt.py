@@ -1,0 +1,67 @@
+"""NVIDIA's TensorRT, through Torch-TensorRT, where both are installed: the network in float16, the normalisation in float32 by PyTorch."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from refract.models.classifier import Classifier
+from refract.serve.runtime.backends.base import Backend, Forward, needs
+
+TYPICAL, LARGEST = 8, 256
+"""Images of the batch that TensorRT optimises for, and of the largest batch that its engine takes."""
+
+
+class _Half(nn.Module):
+    """The network in float16, from normalised float32 images to float32 logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).half()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.half()).float()
+
+
+def _build(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
+    """Build the engine, or read it from `folder`, where an earlier start kept it."""
+    import torch_tensorrt
+
+    example = classifier.normalise(images[:2])
+    shape = tuple(example.shape[1:])
+    program = torch.export.export(
+        _Half(classifier.network).eval(),
+        (example,),
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=LARGEST)},),
+    )
+    batches = torch_tensorrt.Input(
+        min_shape=(1, *shape), opt_shape=(TYPICAL, *shape), max_shape=(LARGEST, *shape), dtype=torch.float32
+    )
+    engines = folder / "tensorrt"
+    run = torch_tensorrt.dynamo.compile(
+        program,
+        arg_inputs=[batches],
+        device=images.device,
+        cache_built_engines=True,
+        reuse_cached_engines=True,
+        engine_cache_dir=str(engines),
+        timing_cache_path=str(engines / "timing_cache.bin"),
+    )
+
+    def forward(batch: Tensor) -> Tensor:
+        parts = [run(classifier.normalise(part)) for part in batch.split(LARGEST)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return forward
+
+
+BACKENDS = (
+    Backend(
+        "tensorrt",
+        _build,
+        ("cuda",),
+        missing=needs("torch_tensorrt", "pip install torch-tensorrt, in the version of the installed torch"),
+        automatic=lambda device: False,  # an engine takes minutes to build
+    ),
+)

@@ -1,0 +1,99 @@
+"""PyTorch itself: in float32, in 16 bits, compiled."""
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from refract.models.classifier import Classifier
+from refract.serve.runtime.backends.base import Backend, Forward, capabilities
+
+
+def channels_last(classifier: Classifier) -> Classifier:
+    """Return `classifier` itself with its weights in the memory order of an image's bytes, so that a CPU does not reorder each image.
+
+    Networks with 3-D convolutions have weights of five dimensions and stay as they are.
+    """
+    if all(parameter.dim() != 5 for parameter in classifier.parameters()):
+        classifier.to(memory_format=torch.channels_last)
+    return classifier
+
+
+def _eager(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
+    return classifier
+
+
+def half(classifier: Classifier, images: Tensor, dtype: torch.dtype) -> Forward:
+    """A copy of the classifier that computes in `dtype` by autocast, channels last in memory."""
+    copied = channels_last(copy.deepcopy(classifier))
+    _lower(copied, images[:2], dtype)
+
+    def forward(batch: Tensor) -> Tensor:
+        # The cache of converted weights would not outlive a CUDA graph's capture.
+        with torch.autocast(batch.device.type, dtype, cache_enabled=False):
+            return copied(batch).float()
+
+    return forward
+
+
+def _lower(classifier: Classifier, example: Tensor, dtype: torch.dtype) -> None:
+    """Store the weights in `dtype` that autocast would convert at each call: a fifth of resnet18's time for one image."""
+    lowered: list[nn.Module] = []
+
+    def look(module: nn.Module, _: Any) -> None:
+        if torch.is_autocast_enabled(example.device.type):  # not where a network switches it off
+            lowered.append(module)
+
+    layers = [module for module in classifier.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    with torch.autocast(example.device.type, dtype):
+        classifier(example)
+    for hook in hooks:
+        hook.remove()
+    for layer in lowered:
+        layer.to(dtype)
+
+
+def _in(dtype: torch.dtype) -> Callable[[Classifier, Tensor, Path], Forward]:
+    return lambda classifier, images, folder: half(classifier, images, dtype)
+
+
+def _compiled(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
+    """bfloat16 by torch.compile. Compiled kernels are kept beside the folder, so that the next start compiles nothing.
+
+    On a CPU it needs a C++ compiler, on a GPU a C compiler, and most of a minute at the first start.
+    """
+    _keep_kernels(folder.parent / "inductor")
+    run = torch.compile(channels_last(copy.deepcopy(classifier)), dynamic=True)
+
+    def forward(batch: Tensor) -> Tensor:
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            return run(batch).float()
+
+    return forward
+
+
+def _keep_kernels(folder: Path) -> None:
+    """Have torch.compile keep its kernels in `folder`. Where that cannot be written, they go to the temporary folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def _bf16_is_fast(device: torch.device) -> bool:
+    """Whether a processor has instructions for bfloat16; timing tells whether they help."""
+    return device.type != "cpu" or any(capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+BACKENDS = (
+    Backend("eager", _eager, ("cpu", "cuda")),
+    Backend("bf16", _in(torch.bfloat16), ("cpu", "cuda"), automatic=_bf16_is_fast),
+    Backend("fp16", _in(torch.float16), ("cuda",)),
+    Backend("compiled", _compiled, ("cpu", "cuda"), automatic=lambda device: device.type == "cuda"),
+)
