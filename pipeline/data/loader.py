@@ -1,6 +1,6 @@
 """The loader whose worker processes may die: training then ends with one sentence within seconds, where PyTorch's own can wait forever.
 
-It relies on PyTorch's private iterator. `tests/pipeline/test_pipeline_loading.py` kills workers, so a release that changes it is noticed.
+It relies on PyTorch's private iterator. `tests/pipeline/test_pipeline_loader.py` kills workers, so a release that changes it is noticed.
 """
 
 import errno

@@ -66,7 +66,7 @@ def test_a_backend_of_the_processor_is_refused_by_name(name: str, bundles: tuple
 
 def test_auto_chooses_a_backend_that_agrees(bundles: tuple[Bundle, Bundle], device: str) -> None:
     if device == "cpu":
-        pytest.skip("tests/serve/test_serve_choice.py tests the choice on the processor")
+        pytest.skip("tests/serve/test_serve_selection.py tests the choice on the processor")
     engine = Engine(bundles[0], device, "auto")
     assert engine.choice is not None and engine.choice.name in candidates(torch.device(device))
     assert engine.self_test() > 0

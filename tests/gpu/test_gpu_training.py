@@ -148,7 +148,7 @@ def _steps(run: Path) -> list[int]:
 )
 def test_an_option_of_the_recipe_trains(more: tuple[str, ...], options: list[str], device: str) -> None:
     if "--trainer.compile" in more and device == "cpu":
-        pytest.skip("tests/pipeline/test_pipeline_recipe.py compiles on the processor, which takes a minute")
+        pytest.skip("tests/pipeline/test_pipeline_build.py compiles on the processor, which takes a minute")
     result = trained(options, "option", "--trainer.max_epochs", "2", *more)
     assert result.metrics["accuracy"] > 0 and (result.bundle / "manifest.json").exists()
 

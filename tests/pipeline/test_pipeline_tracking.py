@@ -20,7 +20,7 @@ from refract.pipeline.tracking import Tracker, TrackingError, tracker
 from refract.pipeline.tracking.database import make_database
 from refract.pipeline.tracking.journal import Journal
 from refract.pipeline.training.run_directory import held, new_run
-from tests.pipeline.test_pipeline_recipe import configured
+from tests.pipeline.test_pipeline_build import configured
 
 
 @contextmanager

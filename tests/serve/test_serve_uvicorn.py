@@ -20,7 +20,7 @@ PROTOCOL, CYCLE, FLOW = httptools_impl.HttpToolsProtocol, httptools_impl.Request
 
 TODO = (
     "uvicorn {version} has changed: {what}. Compare uvicorn/protocols/http/httptools_impl.py with the version before, mend "
-    "connection.py or server.py in serve/http/transport/, run test_serve_server.py, test_serve_methods.py and test_serve_stream.py, "
+    "connection.py or server.py in serve/http/transport/, run test_serve_server.py, test_serve_methods.py and test_serve_closing.py, "
     "then set the upper bound of uvicorn in pyproject.toml"
 )
 

@@ -16,7 +16,7 @@ from refract.models.training.lightning_module import ClassifierModule
 from refract.models.training.losses import LossSpec
 from refract.models.training.optimizers import OptimSpec, parameter_groups
 from refract.pipeline.training.callbacks.averaging import KEY, WeightAverage, best_weights
-from tests.models.test_models_module import Pictures
+from tests.models.test_models_lightning_module import Pictures
 
 
 @pytest.mark.parametrize("name", ["resnet20", "lenet5", "perceptron", "resnet18", "timm/vit_tiny_patch16_224"])

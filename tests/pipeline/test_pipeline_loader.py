@@ -145,7 +145,7 @@ def test_a_training_whose_worker_is_killed_ends_and_can_be_resumed(
 def test_shared_memory_that_fills_up_in_mid_epoch_costs_nothing_but_time() -> None:
     """The free space was enough at the check, and another program took it since."""
     code = (
-        "from tests.pipeline.test_pipeline_loading import Numbered, loader_of\n"
+        "from tests.pipeline.test_pipeline_loader import Numbered, loader_of\n"
         "if __name__ == '__main__':\n"
         "    batches = list(loader_of(Numbered(side=300)))\n"
         "    assert [int(b['images'][0, 0, 0, 0]) for b in batches] == list(range(0, 64, 4))\n"
