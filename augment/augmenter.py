@@ -72,7 +72,7 @@ class Augmenter:
         return self.policy.texts
 
     def text(self, text: str, *, epoch: int, index: int, repeat: int = 0) -> str:
-        """The augmented text of the sample `index` in `epoch`; drawn apart from its picture. repeat: as for a call. ValueError where an
+        """The augmented text of the sample `index` in `epoch`; drawn apart from its image. repeat: as for a call. ValueError where an
         augmenter of another library fails on it."""
         return run_text(self.policy.draw_text(seed=self.seed, epoch=epoch, index=index, repeat=repeat), text)
 
@@ -90,7 +90,7 @@ class Augmenter:
         return self.output(self._applied(self.draw(size, epoch=epoch, index=index, repeat=repeat), data, size), out)
 
     def draw(self, size: tuple[int, int], *, epoch: int, index: int, repeat: int = 0) -> Plan:
-        """The plan for the sample `index` in `epoch`, a picture of `size` (height, width). repeat: as for a call."""
+        """The plan for the sample `index` in `epoch`, an image of `size` (height, width). repeat: as for a call."""
         return self.policy.draw(size, seed=self.seed, epoch=epoch, index=index, to=self.size, repeat=repeat)
 
     def views(self, image: ImageInput, *, epoch: int, index: int, repeat: int = 0) -> np.ndarray:
@@ -167,7 +167,7 @@ class Augmenter:
             [0] * len(numbers) if repeats is None else repeats if isinstance(repeats, Sequence) else repeats.tolist()
         )
         if not len(numbers) == len(draws) == len(images):
-            raise ValueError(f"{len(images)} pictures, but {len(numbers)} indices and {len(draws)} repeats")
+            raise ValueError(f"{len(images)} images, but {len(numbers)} indices and {len(draws)} repeats")
         plans = [
             self.policy.draw_mixing(size, seed=self.seed, epoch=epoch, index=int(i), repeat=int(k))
             for i, k in zip(numbers, draws, strict=True)

@@ -9,7 +9,7 @@ import numpy as np
 from refract.augment.ops import OPS
 from refract.augment.ops.base import Args, Size
 from refract.augment.ops.color import ColorJitter, ColorOp, Hue
-from refract.augment.ops.erasing import RegionOp
+from refract.augment.ops.erasing import ErasingOp
 from refract.augment.ops.geometric import GeometricOp, Matrix, product
 from refract.augment.ops.pixel import PixelOp
 from refract.augment.ops.tone import ToneOp, chain
@@ -90,7 +90,7 @@ class WarpPass:
         columns, rows = [], []
         for x, y in ((0, 0), (self.size[1], 0), (0, self.size[0]), (self.size[1], self.size[0])):
             depth = g * x + h * y + i
-            if depth <= 0:  # the horizon is in the picture
+            if depth <= 0:  # the horizon is in the image
                 return 0, 0, height, width
             columns.append((a * x + b * y + c) / depth)
             rows.append((d * x + e * y + f) / depth)
@@ -112,7 +112,7 @@ class WarpPass:
 
 @dataclass(frozen=True)
 class ColorPass:
-    """One 3×4 matrix on each colour. Contrast needs the picture's mean, so the matrix is made when the pass runs."""
+    """One 3×4 matrix on each colour. Contrast needs the image's mean, so the matrix is made when the pass runs."""
 
     steps: tuple[tuple[type[ColorOp], Args], ...]
 
@@ -155,7 +155,7 @@ class TablePass:
 class OpPass:
     """A pixel or region op, by itself."""
 
-    op: type[PixelOp] | type[RegionOp]
+    op: type[PixelOp] | type[ErasingOp]
     args: Args
 
 
@@ -163,7 +163,7 @@ Pass = WarpPass | ColorPass | HsvHuePass | TablePass | OpPass
 
 
 def fuse(plan: Plan) -> list[Pass]:
-    """The passes of a plan for one picture, in order; of an exact plan, one for each step. Steps that mix a batch are left out: see
+    """The passes of a plan for one image, in order; of an exact plan, one for each step. Steps that mix a batch are left out: see
     `batch_steps`."""
     return [item for item, _ in fuse_with_steps(plan)]
 
@@ -199,7 +199,7 @@ def fuse_with_steps(plan: Plan) -> list[tuple[Pass, tuple[Step, ...]]]:
                 passes[-1] = TablePass((*last.steps, (op, args))), (*done, step)
             else:
                 passes.append((TablePass(((op, args),)), (step,)))
-        elif issubclass(op, (PixelOp, RegionOp)):
+        elif issubclass(op, (PixelOp, ErasingOp)):
             passes.append((OpPass(op, args), (step,)))
     return passes
 

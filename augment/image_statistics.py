@@ -1,4 +1,4 @@
-"""How a picture looks, in three plain numbers: how bright, how rich in contrast, how sharp. Knows nothing of networks or files."""
+"""How an image looks, in three plain numbers: how bright, how rich in contrast, how sharp. Knows nothing of networks or files."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 
 
-class Look(NamedTuple):
-    """Of a picture's grey levels in 0…1. brightness: their mean; contrast: their standard deviation; sharpness: the standard deviation of
+class ImageStatistics(NamedTuple):
+    """Of an image's grey levels in 0…1. brightness: their mean; contrast: their standard deviation; sharpness: the standard deviation of
     their Laplacian, which falls with blur and rises with noise."""
 
     brightness: float
@@ -15,8 +15,8 @@ class Look(NamedTuple):
     sharpness: float
 
 
-def look(pixels: np.ndarray) -> Look:
-    """Of uint8 H×W×3, RGB, of one size for all pictures that are to be compared: sharpness depends on it. ValueError for another array.
+def look(pixels: np.ndarray) -> ImageStatistics:
+    """Of uint8 H×W×3, RGB, of one size for all images that are to be compared: sharpness depends on it. ValueError for another array.
 
     Source of the sharpness: Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy", which takes the variance.
     """
@@ -25,4 +25,4 @@ def look(pixels: np.ndarray) -> Look:
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     mean, deviation = cv2.meanStdDev(grey)
     _, rough = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))
-    return Look(*(float(value[0, 0]) / 255 for value in (mean, deviation, rough)))
+    return ImageStatistics(*(float(value[0, 0]) / 255 for value in (mean, deviation, rough)))

@@ -26,7 +26,7 @@ class Step:
 class Plan:
     """The steps for one sample, in order.
 
-    size: (height, width) in pixels of the picture that the plan was drawn for. exact: whether each step is executed by itself, rounded
+    size: (height, width) in pixels of the image that the plan was drawn for. exact: whether each step is executed by itself, rounded
     and clipped before the next, in place of fused with its neighbours.
     """
 

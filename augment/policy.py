@@ -9,7 +9,7 @@ from typing import Any
 from refract.augment.ops import OPS, Op
 from refract.augment.ops.base import nearest
 from refract.augment.ops.composition import (
-    ChoiceOp,
+    CompositionOp,
     OneOf,
     Ramp,
     SomeOf,
@@ -19,10 +19,10 @@ from refract.augment.ops.composition import (
     of_text,
     size_after,
 )
-from refract.augment.ops.external import guest, is_guest
+from refract.augment.ops.external import guest, is_external
 from refract.augment.plan import Plan, Step
 from refract.augment.random import keyed_generator, op_word
-from refract.augment.text.external import PREFIX, text_guest
+from refract.augment.text.external import PREFIX, external_text_transform
 from refract.augment.text.ops import BackTranslation
 
 PolicySpec = str | Path | Sequence[Mapping[str, Mapping[str, Any] | None] | str] | Mapping[str, Any]
@@ -79,7 +79,7 @@ class Policy:
         to: tuple[int, int] | None = None,
         repeat: int = 0,
     ) -> Plan:
-        """The plan for the picture of one sample, of `size` (height, width).
+        """The plan for the image of one sample, of `size` (height, width).
 
         repeat: which of the sample's draws in this epoch (repeated augmentation). to: the size that the result shall have; a Resize
         to it follows the last geometric op, with which it fuses.
@@ -105,7 +105,7 @@ class Policy:
         return Plan(size, tuple(steps), self.exact)
 
     def draw_mixing(self, size: tuple[int, int], *, seed: int, epoch: int, index: int, repeat: int = 0) -> Plan:
-        """The part of `draw`'s plan that mixes the batch. size: of the pictures that are mixed."""
+        """The part of `draw`'s plan that mixes the batch. size: of the images that are mixed."""
         words: tuple[int, ...] = self._words  # type: ignore[attr-defined]
         steps: list[Step] = []
         for op, word in zip(self.ops, words, strict=True):
@@ -114,7 +114,7 @@ class Policy:
         return Plan(size, tuple(steps), self.exact)
 
     def draw_text(self, *, seed: int, epoch: int, index: int, repeat: int = 0) -> tuple[Step, ...]:
-        """The steps for the text of one sample, each drawn by a key of its own, whatever befalls the picture."""
+        """The steps for the text of one sample, each drawn by a key of its own, whatever befalls the image."""
         words: tuple[int, ...] = self._words  # type: ignore[attr-defined]
         of_texts: tuple[bool, ...] = self._of_text  # type: ignore[attr-defined]
         steps: list[Step] = []
@@ -145,7 +145,7 @@ def _refuse_late(ops: Sequence[Op], before: Op | None) -> Op | None:
             before = next((own for own in after if own is not None), None)
         elif isinstance(op, SomeOf) and not op.in_order:
             before = _refuse_late([*op.ops, *op.ops] if len(op.ops) > 1 else op.ops, before)
-        elif isinstance(op, ChoiceOp):
+        elif isinstance(op, CompositionOp):
             before = _refuse_late(op.ops, before)
         elif op.kind == "text":
             before = before or op
@@ -232,7 +232,7 @@ def _op(entry: Any, where: str) -> Op:
             f"{where}: expected one op's name with its parameters, such as {{Rotate: {{degrees: 10}}}}; got {entry!r}"
         )
     ((name, parameters),) = entry.items()
-    if name not in OPS and not is_guest(name) and not str(name).startswith(PREFIX):
+    if name not in OPS and not is_external(name) and not str(name).startswith(PREFIX):
         raise PolicyError(f"{where}: no op is called {name!r}{nearest(name, OPS)}. Known: {', '.join(OPS)}")
     parameters = {} if parameters is None else parameters
     if not isinstance(parameters, Mapping):
@@ -246,7 +246,7 @@ def _op(entry: Any, where: str) -> Op:
     try:
         if name in OPS:
             return OPS[name](**parameters)
-        return text_guest(name, parameters) if name.startswith(PREFIX) else guest(name, parameters)
+        return external_text_transform(name, parameters) if name.startswith(PREFIX) else guest(name, parameters)
     except (TypeError, ValueError) as error:
         message = str(error).replace(f"{name}.__init__() ", "")
         raise PolicyError(f"{where}, {name}: {message}") from error

@@ -1,4 +1,4 @@
-"""What evaluation and serving do to a picture before the network, as plain numbers: one function from bytes to uint8."""
+"""What evaluation and serving do to an image before the network, as plain numbers: one function from bytes to uint8."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,10 +19,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From a picture of any size to the network's input; the same numbers in training's validation, evaluation and serving.
+    """From an image of any size to the network's input; the same numbers in training's validation, evaluation and serving.
 
     height, width: of the result, pixels. resize: `crop` takes the centre of the right shape, `crop_ratio` of the shorter side;
-    `squash` takes the whole picture and does not keep the ratio of its sides. mean, std: of RGB in 0…1, and
+    `squash` takes the whole image and does not keep the ratio of its sides. mean, std: of RGB in 0…1, and
     normalize, of `refract.augment.statistics.KINDS`: they belong to the network's first layer and are not applied here. color_profile:
     convert
     takes the pixels of encoded images to sRGB by their embedded profile, ignore does not; bundles without the field ignore profiles.

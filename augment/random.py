@@ -56,7 +56,7 @@ def normal_table() -> np.ndarray:
     """2**20 standard normal float32 values, the same on every machine.
 
     A sample's noise is a stretch of this table from a drawn offset, so that both executors see the same noise and a sample costs an
-    addition, not a generator. Pictures of more than 2**20 values repeat it.
+    addition, not a generator. Images of more than 2**20 values repeat it.
     """
     table = np.random.Generator(np.random.Philox(key=0x4E6F726D)).standard_normal(TABLE_SIZE, dtype=np.float32)
     table.setflags(write=False)

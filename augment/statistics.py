@@ -1,4 +1,4 @@
-"""Statistics of training pictures for zero-centring them: channel means and deviations, the mean picture, whitening. One pass, streaming.
+"""Statistics of training images for zero-centring them: channel means and deviations, the mean image, whitening. One pass, streaming.
 
 For the classifier's first layer (`refract.models.classifier`); knows nothing of networks.
 """
@@ -13,7 +13,7 @@ Kind = Literal["channel", "mean_image", "pca", "zca"]
 KINDS: tuple[Kind, ...] = ("channel", "mean_image", "pca", "zca")
 
 LARGEST_WHITENED = 4096
-"""Values of a picture (height · width · 3) up to which it is whitened: the matrix has the square of that."""
+"""Values of an image (height · width · 3) up to which it is whitened: the matrix has the square of that."""
 
 EPSILON = 1e-2
 """Added to each variance in whitening, of values in 0…1: without it the faintest directions, which are noise, would be blown up."""
@@ -22,7 +22,7 @@ EPSILON = 1e-2
 @dataclass(frozen=True)
 class Statistics:
     """mean, std: (3,) float64 of RGB in 0…1. mean_image: (3, H, W) float32 in 0…1, but for `channel`. whitening: (D, D) float32 for `pca`
-    and `zca`, D = 3·H·W in that order: whitened = whitening @ (picture − mean_image)."""
+    and `zca`, D = 3·H·W in that order: whitened = whitening @ (image − mean_image)."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -31,9 +31,9 @@ class Statistics:
 
 
 def measure(images: Iterable[np.ndarray], kind: Kind, *, chunk: int = 256) -> Statistics:
-    """Statistics of uint8 H×W×3 pictures of one size, kept as sums only. ValueError for none, for several sizes, or too large to whiten.
+    """Statistics of uint8 H×W×3 images of one size, kept as sums only. ValueError for none, for several sizes, or too large to whiten.
 
-    pca: rotates to the principal components and divides each by its deviation; zca: and rotates back, so that a picture stays one.
+    pca: rotates to the principal components and divides each by its deviation; zca: and rotates back, so that an image stays one.
     Source: Krizhevsky 2009, "Learning multiple layers of features from tiny images", appendix A (ZCA); a constant channel's std is 1.
     """
     count, shape = 0, None
@@ -46,31 +46,31 @@ def measure(images: Iterable[np.ndarray], kind: Kind, *, chunk: int = 256) -> St
             if kind in ("pca", "zca"):
                 if pixels.shape[1] > LARGEST_WHITENED:
                     raise ValueError(
-                        f"{kind} whitening is for small pictures: {shape[0]}×{shape[1]}×3 = {pixels.shape[1]} values, "
+                        f"{kind} whitening is for small images: {shape[0]}×{shape[1]}×3 = {pixels.shape[1]} values, "
                         f"at most {LARGEST_WHITENED}"
                     )
                 products = np.zeros((pixels.shape[1],) * 2)
         if batch.shape[1:3] != shape:
-            raise ValueError(f"pictures of several sizes: {shape[0]}×{shape[1]} and {batch.shape[1]}×{batch.shape[2]}")
+            raise ValueError(f"images of several sizes: {shape[0]}×{shape[1]} and {batch.shape[1]}×{batch.shape[2]}")
         count += len(pixels)
         total += pixels.sum(0)
         squares += (pixels**2).sum(0)
         if products is not None:
             products += pixels.T @ pixels
     if count == 0 or shape is None or total is None or squares is None:
-        raise ValueError("no pictures to take statistics of")
+        raise ValueError("no images to take statistics of")
     centre = total / count
     mean = centre.reshape(3, -1).mean(1)
     variance = (squares / count).reshape(3, -1).mean(1) - mean**2
     std = np.sqrt(np.maximum(variance, 0))
     std[std < 1e-6] = 1.0
-    picture = None if kind == "channel" else centre.reshape(3, *shape).astype(np.float32)
+    image = None if kind == "channel" else centre.reshape(3, *shape).astype(np.float32)
     whitening = None
     if products is not None:
         values, vectors = np.linalg.eigh(products / count - np.outer(centre, centre))
         scaled = (vectors / np.sqrt(np.maximum(values, 0) + EPSILON)).T
         whitening = (scaled if kind == "pca" else vectors @ scaled).astype(np.float32)
-    return Statistics(mean, std, picture, whitening)
+    return Statistics(mean, std, image, whitening)
 
 
 def _chunks(images: Iterable[np.ndarray], size: int) -> Iterable[np.ndarray]:

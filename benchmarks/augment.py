@@ -121,7 +121,7 @@ def main() -> None:
     torch.set_num_threads(1)
     files = [path.read_bytes() for path in sorted(args.images.iterdir()) if path.suffix.lower() in (".jpg", ".jpeg")]
     arrays = [cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) for data in files]
-    pictures = [Image.fromarray(array) for array in arrays]
+    images = [Image.fromarray(array) for array in arrays]
     tensors_of = [torch.from_numpy(array).permute(2, 0, 1).contiguous() for array in arrays]
     pixels = np.mean([array.shape[0] * array.shape[1] for array in arrays])
     print(
@@ -136,8 +136,8 @@ def main() -> None:
             "refract": refract(lambda i: arrays[i], args.form),
             "albumentations": albumentations_peer(lambda i: arrays[i], args.form),
             "torchvision v2 (tensor)": torchvision_peer(lambda i: tensors_of[i], args.form, pil=False),
-            "torchvision v2 (PIL)": torchvision_peer(lambda i: pictures[i], args.form, pil=True),
-            "timm create_transform": timm_peer(lambda i: pictures[i], args.form),
+            "torchvision v2 (PIL)": torchvision_peer(lambda i: images[i], args.form, pil=True),
+            "timm create_transform": timm_peer(lambda i: images[i], args.form),
         },
     }
     counts = {name: len(large) if "12" in name else len(files) for name in cases}

@@ -1,4 +1,4 @@
-"""The batch executor on one CPU core beside kornia: flip, crop, affine, colour and erase on 64 pictures of 224², each sample its own draw.
+"""The batch executor on one CPU core beside kornia: flip, crop, affine, colour and erase on 64 images of 224², each sample its own draw.
 
 Ours takes and gives uint8; kornia takes and gives float32 in 0…1, the form that it works in, so that no conversion is counted for either.
 The drawing of the plans is counted: kornia draws inside its call too.
@@ -31,8 +31,8 @@ POLICY = [
 ]
 
 
-def pictures(count: int) -> torch.Tensor:
-    """Smooth random pictures, uint8 (count, 3, SIDE, SIDE)."""
+def random_images(count: int) -> torch.Tensor:
+    """Smooth random images, uint8 (count, 3, SIDE, SIDE)."""
     small = torch.rand(count, 3, 14, 14, generator=torch.Generator().manual_seed(0))
     large = torch.nn.functional.interpolate(small, size=(SIDE, SIDE), mode="bicubic")
     return (255 * large).clamp(0, 255).to(torch.uint8)
@@ -71,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    images = pictures(args.batch)
+    images = random_images(args.batch)
     calls = {"refract": refract(images), "kornia": kornia(images)}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(args.rounds + 1):

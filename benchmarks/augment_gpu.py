@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.augment_batch import SIDE, kornia, pictures, refract
+from benchmarks.augment_batch import SIDE, kornia, random_images, refract
 from benchmarks.report import environment, summary, write
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = {}
     for count in args.batches:
-        images = pictures(count).to(args.device)
+        images = random_images(count).to(args.device)
         calls = {"refract": refract(images), "kornia": kornia(images), "copy": images.clone}
         times: dict[str, list[float]] = {name: [] for name in calls}
         for number in range(args.rounds + 3):

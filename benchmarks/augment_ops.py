@@ -218,10 +218,10 @@ def callers(peer: str, transform: Any, image: np.ndarray) -> dict[str, Callable[
     if peer == "imgaug":
         return {peer: lambda: transform(image=image)}
     if peer == "pillow":
-        picture = Image.fromarray(image)
+        pillow_image = Image.fromarray(image)
         return {
             peer: lambda: np.array(transform(Image.fromarray(image))),
-            peer + OWN: lambda: transform(picture),
+            peer + OWN: lambda: transform(pillow_image),
         }
     planes = torch.from_numpy(image).permute(2, 0, 1).contiguous()
     if peer == "torchvision":
@@ -278,7 +278,7 @@ def measure(side: int, image: np.ndarray, rounds: int) -> dict[str, Any]:
     """Microseconds, the median over rounds in which the peers take turns."""
     results: dict[str, Any] = {}
     print(
-        f"\n{side}×{side}: microseconds a picture; Refract's speed over the fastest peer, array to array and own form to own form"
+        f"\n{side}×{side}: microseconds an image; Refract's speed over the fastest peer, array to array and own form to own form"
     )
     for name, entries in rows(side).items():
         calls: dict[str, Callable[[], Any]] = {}

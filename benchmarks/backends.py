@@ -1,8 +1,8 @@
-"""How far each of the server's backends is from plain float32 on labelled pictures, and how fast: what to look at before `--backend int8`.
+"""How far each of the server's backends is from plain float32 on labelled images, and how fast: what to look at before `--backend int8`.
 
     python -m benchmarks.backends BUNDLE DATA --json benchmarks/results/backends.json
 
-Each computes the same pictures, in batches of 32, by one thread or by all as it was chosen to; the rate is the median of the batches.
+Each computes the same images, in batches of 32, by one thread or by all as it was chosen to; the rate is the median of the batches.
 `right`: the share of the labels; `same`: the share that float32 gives too; `off`: how far the probability of float32's label moves.
 One that is not installed, or not taken for this bundle, is told with its reason.
 """
@@ -22,11 +22,11 @@ BATCH = 32
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", help="a bundle's folder, of one label a picture")
+    parser.add_argument("bundle", help="a bundle's folder, of one label an image")
     parser.add_argument(
         "data", help="a folder (CLASS/… or train|val|test/CLASS/…), or a manifest; test where it has that"
     )
-    parser.add_argument("--pictures", type=int, default=3000, help="at most, evenly spread over the data")
+    parser.add_argument("--images", type=int, default=3000, help="at most, evenly spread over the data")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
@@ -36,18 +36,18 @@ def main() -> int:
     from refract.serve.runtime.backends import BACKENDS
     from refract.serve.runtime.engine import Engine
 
-    if args.pictures < 1:
-        parser.error("--pictures: at least 1")
+    if args.images < 1:
+        parser.error("--images: at least 1")
     try:
         bundle = load_bundle(args.bundle)
         if bundle.info.task == "multilabel":
-            parser.error("the bundle gives several labels a picture")
+            parser.error("the bundle gives several labels an image")
         manifest = load_manifest(args.data, "multiclass")
         known = relabelled(manifest, bundle.info.labels)
     except (BundleError, DataError) as err:
         parser.error(str(err))
     samples = [s for s in known if s.split == "test" or "test" not in manifest.splits()]
-    samples = samples[:: -(-len(samples) // args.pictures)]
+    samples = samples[:: -(-len(samples) // args.images)]
     truth = np.array([sample.labels[0] for sample in samples])
     plain = Engine(bundle)
     images = np.stack([plain.preprocess(sample.read()) for sample in samples])
@@ -63,7 +63,7 @@ def main() -> int:
         else:
             off = np.abs(given - sure)[np.arange(len(label)), label]
             rows[name] = {
-                "pictures_a_second": round(rate, 1),
+                "images_a_second": round(rate, 1),
                 "right": round(float((given.argmax(1) == truth).mean()), 4),
                 "same": round(float((given.argmax(1) == label).mean()), 4),
                 "off": {"mean": round(float(off.mean()), 5), "max": round(float(off.max()), 5)},
@@ -71,13 +71,13 @@ def main() -> int:
         print(name, rows[name], flush=True)
     if args.json:
         machine = environment("torch", "openvino", "onnxruntime")
-        facts = {"bundle": bundle.info.name, "digest": bundle.digest[:16], "pictures": len(samples), "batch": BATCH}
+        facts = {"bundle": bundle.info.name, "digest": bundle.digest[:16], "images": len(samples), "batch": BATCH}
         write(args.json, {"environment": machine, **facts, "backends": rows})
     return 0
 
 
 def _asked(engine: Any, images: np.ndarray) -> tuple[np.ndarray, float]:
-    """The probabilities, float32 N×C, and pictures a second."""
+    """The probabilities, float32 N×C, and images a second."""
     engine.predict(images[:BATCH])
     parts, rates = [], []
     for start in range(0, len(images), BATCH):

@@ -1,4 +1,4 @@
-"""`refract score` on 10,000 small pictures: how near it comes to the bare engine, and whether three kills cost a row.
+"""`refract score` on 10,000 small images: how near it comes to the bare engine, and whether three kills cost a row.
 
 The bare engine is a plain loop over batches (read, preprocess, network, probabilities, nothing kept) in a process a core. It and `refract
 score` take turns, each timed from when its networks are loaded; the score's time includes its part files and the final one. As other work
@@ -29,7 +29,7 @@ BATCH, GOAL = 64, 0.9
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--network", default="resnet20")
     parser.add_argument("--engine", choices=("processes", "ray"), default="processes")
@@ -39,7 +39,7 @@ def main() -> int:
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        files = make_pictures(work / "pictures", args.pictures)
+        files = make_images(work / "images", args.images)
         make_bundle(work / "bundle", args.network)
         rates: dict[str, list[float]] = {"bare": [], "refract score": []}
         for _ in range(args.rounds):
@@ -49,7 +49,7 @@ def main() -> int:
         processor = in_turns(work)
         kills = killed(work, args.kills, args.engine)
         result = {
-            "pictures": args.pictures,
+            "images": args.images,
             "network": args.network,
             "engine": args.engine,
             "processes": cores,
@@ -69,7 +69,7 @@ def main() -> int:
     return 0 if result["holds"] else 1
 
 
-def make_pictures(root: Path, count: int) -> list[Path]:
+def make_images(root: Path, count: int) -> list[Path]:
     """JPEGs of 64×64 smooth pixels, a thousand a folder."""
     import cv2
     import numpy as np
@@ -104,7 +104,7 @@ def make_bundle(path: Path, name: str) -> None:
 
 
 def bare(bundle: Path, files: list[Path], processes: int) -> float:
-    """Pictures a second of plain loops that begin together, until the last one ends."""
+    """Images a second of plain loops that begin together, until the last one ends."""
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(processes + 1)
     own = [context.Process(target=loop, args=(bundle, files[place::processes], ready)) for place in range(processes)]
@@ -152,7 +152,7 @@ def in_turns(work: Path) -> float:
     from refract.pipeline.inference.batch_scoring import Options, job_of
 
     (work / "turns").mkdir()
-    opened, listing = load_bundle(work / "bundle"), listing_of(work / "pictures")
+    opened, listing = load_bundle(work / "bundle"), listing_of(work / "images")
     scorer = Scorer(job_of(opened, listing, Options(batch_size=BATCH), work / "turns", "key"))
     ratios = []
     for shard in listing.shards(512):
@@ -166,7 +166,7 @@ def in_turns(work: Path) -> float:
 
 
 def command(work: Path, out: str, engine: str) -> list[str]:
-    own = ["score", str(work / "bundle"), str(work / "pictures"), "-o", str(work / out)]
+    own = ["score", str(work / "bundle"), str(work / "images"), "-o", str(work / out)]
     return [sys.executable, "-m", "refract", *own, "--overwrite", "--batch-size", str(BATCH), "--engine", engine]
 
 

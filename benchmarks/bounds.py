@@ -1,8 +1,8 @@
-"""What a server must bear: ten times its capacity, a thousand exchanges of its model, an hour of pictures. Ends with 1 where it does not.
+"""What a server must bear: ten times its capacity, a thousand exchanges of its model, an hour of images. Ends with 1 where it does not.
 
-python -m benchmarks.bounds overload --pictures PHOTOS --json benchmarks/results/overload.json
-python -m benchmarks.bounds swaps    --pictures PHOTOS --json benchmarks/results/swaps.json
-python -m benchmarks.bounds soak     --pictures PHOTOS --json benchmarks/results/soak.json
+python -m benchmarks.bounds overload --images PHOTOS --json benchmarks/results/overload.json
+python -m benchmarks.bounds swaps    --images PHOTOS --json benchmarks/results/swaps.json
+python -m benchmarks.bounds soak     --images PHOTOS --json benchmarks/results/soak.json
 """
 
 import argparse
@@ -31,12 +31,12 @@ DEADLINE_S = 10.0
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trial", choices=TRIALS)
-    parser.add_argument("--pictures", type=Path, required=True, help="a folder of JPEG photos")
+    parser.add_argument("--images", type=Path, required=True, help="a folder of JPEG photos")
     parser.add_argument("--seconds", type=float, help="default: 60 of overload, 3600 of soak")
     parser.add_argument("--count", type=int, default=1000, help="of exchanges")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    files = sorted(path for path in args.pictures.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:60]
+    files = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:60]
     with tempfile.TemporaryDirectory() as folder:
         found = TRIALS[args.trial](files, Path(folder), args)
     result = {"environment": environment("torch", "fastapi", "uvicorn"), **found}
@@ -144,7 +144,7 @@ def swaps(files: list[Path], folder: Path, args: argparse.Namespace) -> dict[str
 
 
 def soak(files: list[Path], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """lenet5, 40 pictures a second, every tenth of them damaged: the memory from a tenth of the time on."""
+    """lenet5, 40 images a second, every tenth of them damaged: the memory from a tenth of the time on."""
     bundle = make_bundle("lenet5", [file.read_bytes() for file in files[:4]], folder / "m", size=32)
     damaged = folder / "damaged"
     damaged.mkdir()

@@ -1,7 +1,7 @@
-"""Pictures with captions of which neither alone suffices: `python -m benchmarks.captions FOLDER` writes the pictures and a manifest.
+"""Images with captions of which neither alone suffices: `python -m benchmarks.captions FOLDER` writes the images and a manifest.
 
-A picture shows a shape in a colour; the caption asks for one of the two, in words that vary: "which form is that?" or "tell me the colour".
-The label is the answer. The picture alone does not know what is asked, the caption alone does not know what is shown. `--kind texts` writes
+An image shows a shape in a colour; the caption asks for one of the two, in words that vary: "which form is that?" or "tell me the colour".
+The label is the answer. The image alone does not know what is asked, the caption alone does not know what is shown. `--kind texts` writes
 texts alone: the shape and its colour told in many words, labelled by what happens in them.
 """
 
@@ -35,7 +35,7 @@ ASKS = {
 }
 
 
-def picture(rng: np.random.Generator, shape: str, colour: str, size: int = 32) -> np.ndarray:
+def draw_image(rng: np.random.Generator, shape: str, colour: str, size: int = 32) -> np.ndarray:
     """uint8 size × size × 3: the shape somewhere on a noisy grey."""
     image = rng.normal(128, 14, (size, size, 3)).clip(0, 255).astype(np.uint8)
     radius = int(rng.integers(size // 6, size // 3))
@@ -51,18 +51,18 @@ def picture(rng: np.random.Generator, shape: str, colour: str, size: int = 32) -
     return image
 
 
-def write_pictures(folder: Path, count: int = 1200, seed: int = 0) -> Path:
-    """The manifest; each picture is there once, with one question."""
+def write_images(folder: Path, count: int = 1200, seed: int = 0) -> Path:
+    """The manifest; each image is there once, with one question."""
     rng = np.random.default_rng(seed)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(count):
         shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
         asked = str(rng.choice(list(ASKS)))
-        file = folder / "pictures" / f"{number:05}.png"
-        cv2.imwrite(str(file), picture(rng, shape, colour)[:, :, ::-1])
+        file = folder / "images" / f"{number:05}.png"
+        cv2.imwrite(str(file), draw_image(rng, shape, colour)[:, :, ::-1])
         label = colour if asked == "colour" else shape
-        rows.append([f"pictures/{file.name}", label, _split(number, count), str(rng.choice(ASKS[asked]))])
+        rows.append([f"images/{file.name}", label, _split(number, count), str(rng.choice(ASKS[asked]))])
     return _write(folder / "captions.csv", rows, ["path", "label", "split", "text"])
 
 
@@ -102,12 +102,12 @@ def _write(file: Path, rows: list[list[str]], columns: list[str]) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write pictures with captions, or texts, to train on.")
+    parser = argparse.ArgumentParser(description="Write images with captions, or texts, to train on.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kind", choices=("pictures", "texts"), default="pictures")
+    parser.add_argument("--kind", choices=("images", "texts"), default="images")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    write = write_pictures if args.kind == "pictures" else write_texts
+    write = write_images if args.kind == "images" else write_texts
     print(write(args.folder, seed=args.seed))
     return 0
 

@@ -1,4 +1,4 @@
-"""A server under everything that strangers send: no answer of 500 or above, none later than its deadline, no growth, and valid odd pictures
+"""A server under everything that strangers send: no answer of 500 or above, none later than its deadline, no growth, and valid odd images
 answered rightly. Then requests made from its own OpenAPI description (schemathesis). Ends with 1 where one of these does not hold.
 
     python -m benchmarks.hostile --json benchmarks/results/hostile.json
@@ -109,7 +109,7 @@ def compared(url: str, case: Case, answer: bytes) -> str:
         found["confidence"] - next((row["confidence"] for row in wanted["top"] if row["label"] == found["label"]), 0)
     )
     if gap > case.gap or wanted["confidence"] - found["confidence"] > case.gap:
-        return f"answered {found['label']} {found['confidence']:.3f}, the plain picture {wanted['label']} {wanted['confidence']:.3f}"
+        return f"answered {found['label']} {found['confidence']:.3f}, the plain image {wanted['label']} {wanted['confidence']:.3f}"
     return ""
 
 

@@ -1,6 +1,6 @@
-"""A load of HTTP requests from this process: so many connections, each sending its next picture when its last was answered.
+"""A load of HTTP requests from this process: so many connections, each sending its next image when its last was answered.
 
-    python -m benchmarks.load URL PICTURES… --connections 16 --seconds 10
+    python -m benchmarks.load URL IMAGES… --connections 16 --seconds 10
 
 Prints one line of JSON: requests a second, latencies in milliseconds (with --rate since a request was due, whose connection may
 have been waiting still, and since it was sent), and the answers by status. Plain sockets and no HTTP library, so that
@@ -20,8 +20,8 @@ import numpy as np
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url", help="of the route that takes a picture")
-    parser.add_argument("pictures", nargs="+", type=Path)
+    parser.add_argument("url", help="of the route that takes an image")
+    parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--warmup", type=float, default=2.0, help="seconds before those that count")
@@ -45,7 +45,7 @@ async def load(args: argparse.Namespace) -> dict[str, object]:
     """What `main` prints."""
     parsed = urlparse(args.url)
     path = parsed.path + (f"?{parsed.query}" if parsed.query else "")
-    requests = [_request(path, parsed.netloc, file.read_bytes(), args.form) for file in args.pictures]
+    requests = [_request(path, parsed.netloc, file.read_bytes(), args.form) for file in args.images]
     begin = time.perf_counter() + args.warmup
     end = begin + args.seconds
     found: list[tuple[float, float, float, int]] = []
@@ -78,18 +78,18 @@ async def load(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _request(path: str, host: str, picture: bytes, form: str) -> bytes:
+def _request(path: str, host: str, image: bytes, form: str) -> bytes:
     import base64
 
-    kind, body = "image/jpeg", picture
+    kind, body = "image/jpeg", image
     if form == "mlflow":
-        kind, body = "application/json", json.dumps({"inputs": [base64.b64encode(picture).decode()]}).encode()
+        kind, body = "application/json", json.dumps({"inputs": [base64.b64encode(image).decode()]}).encode()
     elif form == "json":
-        kind, body = "application/json", json.dumps({"image": base64.b64encode(picture).decode()}).encode()
+        kind, body = "application/json", json.dumps({"image": base64.b64encode(image).decode()}).encode()
     elif form == "multipart":
         kind = "multipart/form-data; boundary=b"
         body = (
-            b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.jpg"\r\n\r\n' + picture + b"\r\n--b--\r\n"
+            b'--b\r\nContent-Disposition: form-data; name="file"; filename="x.jpg"\r\n\r\n' + image + b"\r\n--b--\r\n"
         )
     head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body

@@ -30,9 +30,9 @@ def write_manifest(images: Path, labels: Path, folder: Path) -> Path:
     pixels = np.frombuffer(gzip.decompress(images.read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
     numbers = np.frombuffer(gzip.decompress(labels.read_bytes()), np.uint8, offset=8)
     rows = []
-    for i, (picture, number) in enumerate(zip(pixels, numbers, strict=True)):
+    for i, (image, number) in enumerate(zip(pixels, numbers, strict=True)):
         path = folder / f"{i:05}.png"
-        cv2.imwrite(str(path), picture)
+        cv2.imwrite(str(path), image)
         rows.append({"path": str(path), "label": int(number)})
     manifest = folder / "mnist.csv"
     pd.DataFrame(rows).to_csv(manifest, index=False)
@@ -41,7 +41,7 @@ def write_manifest(images: Path, labels: Path, folder: Path) -> Path:
 
 def run(manifest: Path, seed: int, policy: str | None, runs: Path) -> dict[str, float]:
     # Of the 9,000 that are not held out, 2 % choose the epoch.
-    options = ["--data.source", str(manifest), "--data.test_share", "0.1", "--data.val_share", "0.02"]
+    options = ["--data.source", str(manifest), "--data.test_fraction", "0.1", "--data.val_fraction", "0.02"]
     options += ["--trainer.seed", str(seed), "--trainer.runs_dir", str(runs), "--tracking.enabled", "false"]
     config = load_config(CONFIG, options + ([] if policy is None else ["--augment.policy", policy]))
     started = time.perf_counter()

@@ -1,9 +1,9 @@
 """What Cutout, Random Erasing, MixUp and CutMix each bring to a small residual network, on top of flips and shifts, at one budget.
 
-Trains `resnet20` on a part of a data set of small pictures (CIFAR-10 as TRAIN|test/CLASS/*.jpg) through the same function as
-`refract train`, several seeds each; every policy sees the same pictures in the same order. The hold-out is the whole `test` folder.
+Trains `resnet20` on a part of a data set of small images (CIFAR-10 as TRAIN|test/CLASS/*.jpg) through the same function as
+`refract train`, several seeds each; every policy sees the same images in the same order. The hold-out is the whole `test` folder.
 
-    python -m benchmarks.regularisers --data CIFAR --pictures 10000 --epochs 20 --seeds 3 --json benchmarks/results/regularisers.json
+    python -m benchmarks.regularisers --data CIFAR --images 10000 --epochs 20 --seeds 3 --json benchmarks/results/regularisers.json
 """
 
 import argparse
@@ -33,14 +33,14 @@ POLICIES: dict[str, list[Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, default=10_000, help="training pictures, the same number of each class")
+    parser.add_argument("--images", type=int, default=10_000, help="training images, the same number of each class")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
-        manifest = _manifest(args.data, args.pictures, Path(folder))
+        manifest = _manifest(args.data, args.images, Path(folder))
         runs: dict[str, list[float]] = {name: [] for name in POLICIES}
         for seed in range(args.seeds):
             for name, policy in POLICIES.items():
@@ -62,16 +62,16 @@ def main() -> None:
     }
     for name, row in table.items():
         print(f"{name:<18} {row['mean']:.4f} ± {row['deviation']}  {row['against_base']:+.4f}")
-    budget = {"pictures": args.pictures, "epochs": args.epochs, "seeds": args.seeds, "network": "resnet20"}
+    budget = {"images": args.images, "epochs": args.epochs, "seeds": args.seeds, "network": "resnet20"}
     write(args.json, {"environment": environment("torch", "lightning"), "budget": budget, "policies": table})
 
 
-def _manifest(data: Path, pictures: int, folder: Path) -> Path:
+def _manifest(data: Path, images: int, folder: Path) -> Path:
     rows = []
     for split in ("train", "test"):
         for label in sorted(path for path in (data / split).iterdir() if path.is_dir()):
             files = sorted(label.iterdir())
-            chosen = files[: pictures // 10] if split == "train" else files
+            chosen = files[: images // 10] if split == "train" else files
             rows += [{"path": str(file.resolve()), "label": label.name, "split": split} for file in chosen]
     path = folder / "part.csv"
     pd.DataFrame(rows).to_csv(path, index=False)
@@ -84,7 +84,7 @@ def _error(manifest: Path, policy: list[Any], seed: int, epochs: int, folder: Pa
             {
                 "data": {
                     "source": str(manifest), "image_size": 32, "resize": "squash", "normalize": "data", "batch_size": 128,
-                    "val_share": 0.02, "memory": "always",
+                    "val_fraction": 0.02, "memory": "always",
                 },
                 "augment": {"policy": policy},
                 "model": {"name": "resnet20"},

@@ -1,10 +1,10 @@
-"""The server beside its peers: the same network, the same pictures, each with the load of the same second process.
+"""The server beside its peers: the same network, the same images, each with the load of the same second process.
 
 Refract by its chosen backend as it is by itself, and with an engine a core by that, by integers of 8 bits and by plain PyTorch; a plain
 FastAPI handler, LitServe, and `mlflow models serve` with a worker a core.
 Random weights: the answers are compared, not judged. Ends with 1 where a ratio falls short of its goal.
 
-    python -m benchmarks.serve --pictures PHOTOS --json benchmarks/results/serve.json
+    python -m benchmarks.serve --images PHOTOS --json benchmarks/results/serve.json
 """
 
 import argparse
@@ -30,7 +30,7 @@ beside LitServe's, and its int8."""
 
 OF_ENGINE, TAIL = 0.85, 2.5
 """What an engine a core serves as a share of the bare rate of one engine with the threads that it chose; p99 at half load as a multiple of
-one picture's time in the engine."""
+one image's time in the engine."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ SERVERS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=Path, required=True, help="a folder of JPEG photos")
+    parser.add_argument("--images", type=Path, required=True, help="a folder of JPEG photos")
     parser.add_argument("--networks", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--connections", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--seconds", type=float, default=10.0)
@@ -89,13 +89,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.quick:
         args.networks, args.connections, args.seconds = ["resnet18"], [8], 4.0
-    files = sorted(path for path in args.pictures.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:60]
+    files = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:60]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = [sys.executable, "-m", "benchmarks.servers.mlflow_model", f"{folder}/mlflow"]
-        goldens = [file.read_bytes() for file in files]
+        golden_samples = [file.read_bytes() for file in files]
         for network in args.networks:
-            bundle = make_bundle(network, goldens, Path(folder) / network)
+            bundle = make_bundle(network, golden_samples, Path(folder) / network)
             if not Path(f"{folder}/mlflow").exists():
                 subprocess.run(
                     model, check=True, capture_output=True, env={**os.environ, "REFRACT_BENCH_BUNDLE": str(bundle)}
@@ -104,7 +104,7 @@ def main() -> int:
         found["tiny"] = tiny(files, Path(folder) / "tiny", args.seconds)
     goals = [line for network in args.networks for line in held(network, found[network])]
     rate = found["tiny"]["Refract"]["rate"]
-    goals.append((f"lenet5, 16 connections: {rate:.0f} pictures a second (goal 4000)", rate >= 4000))
+    goals.append((f"lenet5, 16 connections: {rate:.0f} images a second (goal 4000)", rate >= 4000))
     for line, _ in goals:
         print(line)
     result = {
@@ -119,7 +119,7 @@ def main() -> int:
 
 
 def measured(bundle: Path, files: list[Path], args: argparse.Namespace) -> dict[str, Any]:
-    """Server → connections → what `benchmarks.load` prints, and the answers of all on the same pictures."""
+    """Server → connections → what `benchmarks.load` prints, and the answers of all on the same images."""
     rows: dict[str, Any] = {}
     engine = [bare(bundle, files)]
     for name, server in SERVERS.items():
@@ -149,7 +149,7 @@ def measured(bundle: Path, files: list[Path], args: argparse.Namespace) -> dict[
 
 
 def tiny(files: list[Path], folder: Path, seconds: float) -> dict[str, Any]:
-    """lenet5 on pictures of 32 × 32, where all but the network's time counts."""
+    """lenet5 on images of 32 × 32, where all but the network's time counts."""
     from PIL import Image
 
     folder.mkdir()
@@ -177,7 +177,7 @@ def load(url: str, files: list[Path], form: str, connections: int, seconds: floa
 
 
 def bare(bundle: Path, files: list[Path]) -> dict[str, float]:
-    """Size of batch → pictures a second of the engine that Refract chose, in a process of its own, on pictures that are decoded already."""
+    """Size of batch → images a second of the engine that Refract chose, in a process of its own, on images that are decoded already."""
     code = (
         "import json, sys, time, numpy as np\n"
         "from pathlib import Path\n"
@@ -206,9 +206,9 @@ def bare(bundle: Path, files: list[Path]) -> dict[str, float]:
     return found
 
 
-def answered(url: str, picture: Path, form: str) -> str:
-    """The label that a server gives a picture."""
-    data, kind = picture.read_bytes(), "image/jpeg"
+def answered(url: str, image: Path, form: str) -> str:
+    """The label that a server gives an image."""
+    data, kind = image.read_bytes(), "image/jpeg"
     if form == "mlflow":
         data, kind = json.dumps({"inputs": [base64.b64encode(data).decode()]}).encode(), "application/json"
     elif form == "json":
@@ -236,7 +236,7 @@ def held(network: str, rows: dict[str, Any]) -> Iterator[tuple[str, bool]]:
     share = served / max(rows["bare engine"].values())
     yield f"{network}: {share:.2f} of the bare engine's rate (goal {OF_ENGINE})", share >= OF_ENGINE
     tail = rows["Refract"]["half_load"]["p99"] / (1000 / rows["bare engine"]["1"])
-    yield f"{network}: p99 at half load is {tail:.1f} × one picture's time in the engine (goal {TAIL})", tail <= TAIL
+    yield f"{network}: p99 at half load is {tail:.1f} × one image's time in the engine (goal {TAIL})", tail <= TAIL
 
 
 if __name__ == "__main__":

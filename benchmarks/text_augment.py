@@ -37,7 +37,7 @@ SINGLE = [
     "OCR",
     "Spelling",
 ]
-GUESTS = [
+EXTERNAL = [
     {"nlpaug.RandomWordAug": {"action": "delete"}}, {"nlpaug.RandomWordAug": {"action": "swap"}}, {"nlpaug.SplitAug": {}},
     {"nlpaug.RandomCharAug": {"action": "insert"}}, {"nlpaug.KeyboardAug": {}}, {"nlpaug.OcrAug": {}}, {"nlpaug.SpellingAug": {}},
 ]  # fmt: skip
@@ -150,7 +150,7 @@ def op_costs(rounds: int = 5, texts: int = 300) -> dict[str, dict[str, float]]:
     return {
         "own": {name: cost([name]) for name in SINGLE},
         "nlpaug": {
-            f"{next(iter(guest))} {list(next(iter(guest.values())).values())}": cost([guest]) for guest in GUESTS
+            f"{next(iter(guest))} {list(next(iter(guest.values())).values())}": cost([guest]) for guest in EXTERNAL
         },
     }
 

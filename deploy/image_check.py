@@ -24,9 +24,9 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.corpus.case import encoded, picture  # noqa: E402
+from benchmarks.corpus.case import encoded, image  # noqa: E402
 from benchmarks.servers.start import make_bundle  # noqa: E402
-from refract.models.bundle.bundle import Bundle, Golden, load_bundle  # noqa: E402
+from refract.models.bundle.bundle import Bundle, GoldenSample, load_bundle  # noqa: E402
 
 IMAGE, OWN_BASE = "localhost/refract:cpu", "localhost/refract-base"
 ABSENT = ("lightning", "pandas", "mlflow", "sklearn", "matplotlib", "pyarrow", "triton", "nvidia-cublas")
@@ -55,7 +55,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="image-check-") as folder:
             Path(folder).chmod(0o755)  # the server is another user
             engine.build(Path(folder))
-            files = [encoded(picture(np.random.default_rng(seed)), "JPEG") for seed in range(8)]
+            files = [encoded(image(np.random.default_rng(seed)), "JPEG") for seed in range(8)]
             bundle = load_bundle(make_bundle("lenet5", files, Path(folder) / "bundle", size=32))
             with engine.container() as container:
                 _look(container)
@@ -94,10 +94,10 @@ def _ask(container: "Docker | Chroot", bundle: Bundle) -> None:
                 raise CheckError(f"the server is not ready after {READY_S} s")
             time.sleep(0.2)
         print(f"ready after {time.monotonic() - began:.1f} s, by {client.get('/v1/model').json().get('backend')}")
-        for golden in bundle.goldens:
+        for golden in bundle.golden_samples:
             answer = client.post("/v1/predict?top=10", content=golden.data, headers={"Content-Type": "image/jpeg"})
             _compare(answer, golden, bundle.info.labels)
-        print(f"{len(bundle.goldens)} pictures were answered as in the bundle")
+        print(f"{len(bundle.golden_samples)} images were answered as in the bundle")
         code = server.stop()
         if code:
             raise CheckError(f"SIGTERM ended the server with exit code {code}")
@@ -111,7 +111,7 @@ def _ready(client: httpx.Client) -> bool:
         return False
 
 
-def _compare(answer: httpx.Response, golden: Golden, labels: tuple[str, ...]) -> None:
+def _compare(answer: httpx.Response, golden: GoldenSample, labels: tuple[str, ...]) -> None:
     if answer.status_code != 200:
         raise CheckError(f"{golden.name}: {answer.status_code} {answer.text}")
     found = {row["label"]: row["confidence"] for row in answer.json()["predictions"][0]["top"]}

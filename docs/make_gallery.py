@@ -1,4 +1,4 @@
-"""Draws docs/gallery/KIND.jpg, each op on a picture that the script paints itself: python docs/make_gallery.py"""
+"""Draws docs/gallery/KIND.jpg, each op on an image that the script paints itself: python docs/make_gallery.py"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,7 +57,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 
 
 def variants(name: str, parameters: Mapping[str, Any], image: np.ndarray, other: np.ndarray) -> list[np.ndarray]:
-    """What an op makes of the picture in epochs 0, 1 and 2."""
+    """What an op makes of the image in epochs 0, 1 and 2."""
     augmenter = Augmenter([{name: {**parameters, "p": 1.0}}], seed=11)
     if not augmenter.mixes:
         return [augmenter(image, epoch=epoch, index=2) for epoch in range(VARIANTS)]
@@ -67,17 +67,17 @@ def variants(name: str, parameters: Mapping[str, Any], image: np.ndarray, other:
 
 
 def sheet(rows: Mapping[str, list[np.ndarray]]) -> Image.Image:
-    """Each name with its pictures, three of them in a line."""
+    """Each name with its images, three of them in a line."""
     font = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 11)
     width = VARIANTS * (TILE + 2) + 2 * GAP
     height = TILE * 3 // 4 + LINE + GAP
     lines = -(-len(rows) // COLUMNS)
     canvas = Image.new("RGB", (min(COLUMNS, len(rows)) * width + GAP, lines * height + GAP), "white")
     draw = ImageDraw.Draw(canvas)
-    for place, (name, pictures) in enumerate(rows.items()):
+    for place, (name, images) in enumerate(rows.items()):
         left, top = GAP + place % COLUMNS * width, GAP + place // COLUMNS * height
         draw.text((left, top), name, "black", font)
-        for number, pixels in enumerate(pictures):
+        for number, pixels in enumerate(images):
             thumb = Image.fromarray(pixels)
             thumb.thumbnail((TILE, TILE * 3 // 4))
             canvas.paste(thumb, (left + number * (TILE + 2), top + LINE))

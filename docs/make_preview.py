@@ -1,4 +1,4 @@
-"""Draws the README's preview grid from three pictures that it paints itself: python docs/make_preview.py"""
+"""Draws the README's preview grid from three images that it paints itself: python docs/make_preview.py"""
 
 import io
 from pathlib import Path
@@ -47,11 +47,11 @@ def fruit() -> Image.Image:
 
 
 def main() -> None:
-    pictures = []
+    images = []
     for index, paint in enumerate((house, boat, fruit)):
         buffer = io.BytesIO()
         paint().save(buffer, "JPEG", quality=92)
-        pictures.append((paint.__name__, buffer.getvalue(), index))
+        images.append((paint.__name__, buffer.getvalue(), index))
     policy = [
         {"RandomResizedCrop": {"size": 224, "scale": [0.3, 1.0]}},
         {"Rotate": {"degrees": 20, "p": 0.5}},
@@ -60,7 +60,7 @@ def main() -> None:
         {"GaussianNoise": {"sigma": [0.0, 0.1], "p": 0.3}},
         {"RandomErasing": {"p": 0.3}},
     ]
-    grid = preview_grid(pictures, Augmenter(policy, seed=11), variants=5)
+    grid = preview_grid(images, Augmenter(policy, seed=11), variants=5)
     grid.quantize(192).save(Path(__file__).parent / "preview.png", optimize=True)
 
 

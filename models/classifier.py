@@ -20,7 +20,7 @@ NORMALIZE = ("channel", "mean_image", "pca", "zca")
 
 
 class Classifier(nn.Module):
-    """Pictures in, logits out: 0…255 → 0…1 → zero-centred → `network`.
+    """Images in, logits out: 0…255 → 0…1 → zero-centred → `network`.
 
     network: maps (N, 3, H, W) floats to (N, num_classes) logits. normalize: `channel`, (x - mean) / std; `mean_image`,
     (x - mean_image) / std; `pca` or `zca`, whitening @ (x - mean_image), flattened in the order 3, H, W. mean, std: three
@@ -28,7 +28,7 @@ class Classifier(nn.Module):
     whitening: (3·H·W, 3·H·W), zeros where they are still to be loaded.
     All are buffers of the state dict: weights never travel without their normalisation. Set `frozen_norms` to keep the statistics of all
     batch norms as they are in training. A network that reads texts (`refract.models.multimodal.fusion.Reader`) gets them as well,
-    and whether there is a picture; tokens: what makes them of words.
+    and whether there is an image; tokens: what makes them of words.
     ValueError for an unknown normalize, an array of another shape, or mean and std that are not three finite numbers.
     """
 
@@ -72,26 +72,26 @@ class Classifier(nn.Module):
         self,
         images: Tensor | None,
         texts: Tensor | None = None,
-        pictured: Tensor | None = None,
+        has_image: Tensor | None = None,
         mixed: Tensor | None = None,
     ) -> Tensor:
         """images: (N, 3, H, W), any dtype, RGB in 0…255, None where the network reads texts alone → logits (N, num_classes). texts: (N, L),
-        for a network that reads them, see `refract.models.multimodal.tokens`; pictured: (N,) bool, none for all; mixed: see
+        for a network that reads them, see `refract.models.multimodal.tokens`; has_image: (N,) bool, none for all; mixed: see
         `refract.models.multimodal.fusion.Reader`. ValueError for another shape."""
         if images is not None and (images.ndim != 4 or images.shape[1] != 3):
             raise ValueError(f"images of shape {tuple(images.shape)}: expected (N, 3, H, W), RGB in 0…255")
         if texts is None:
             return self.network(self.normalise(images))  # type: ignore[arg-type]
-        if pictured is None:
-            pictured = torch.full((len(texts),), images is not None, device=texts.device)
-        return self.network(None if images is None else self.normalise(images), texts, pictured, mixed)
+        if has_image is None:
+            has_image = torch.full((len(texts),), images is not None, device=texts.device)
+        return self.network(None if images is None else self.normalise(images), texts, has_image, mixed)
 
     @property
     def reads(self) -> frozenset[str]:
-        """What the network reads: pictures, texts, or both."""
+        """What the network reads: images, texts, or both."""
         if not isinstance(self.network, Reader):
-            return frozenset({"pictures"})
-        return frozenset({"texts"} | ({"pictures"} if self.network.pictures is not None else set()))
+            return frozenset({"images"})
+        return frozenset({"texts"} | ({"images"} if self.network.pictures is not None else set()))
 
     def normalise(self, images: Tensor) -> Tensor:
         """images: (N, 3, H, W), any dtype, 0…255 → the same shape, normalised, float32."""
@@ -112,7 +112,7 @@ class Classifier(nn.Module):
         """Leave only the last `count` of `blocks_of(network)` trainable, at least the head; None for all. Returns self.
 
         What the network itself keeps fixed stays so. Modules that are wholly frozen stay in eval mode even after `train()`: a frozen batch
-        norm that still averaged the new pictures would change the backbone without any gradient.
+        norm that still averaged the new images would change the backbone without any gradient.
         """
         blocks = blocks_of(self.network)
         chosen = blocks if count is None else blocks[-max(1, count) :]
@@ -138,14 +138,14 @@ class Classifier(nn.Module):
 
 
 Inputs = tuple[Tensor | None, ...]
-"""What `Classifier.forward` takes: pictures or None, and where it reads texts those and whether there is a picture."""
+"""What `Classifier.forward` takes: images or None, and where it reads texts those and whether there is an image."""
 
 
 def inputs_of(batch: Mapping[str, Tensor]) -> Inputs:
-    """Of a batch as training has them; the views of a picture (B, V, 3, H, W) one after the other."""
+    """Of a batch as training has them; the views of an image (B, V, 3, H, W) one after the other."""
     images = batch.get("images")
     images = images.flatten(0, -4) if images is not None and images.ndim > 4 else images
-    return (images, batch["texts"], batch["pictured"]) if "texts" in batch else (images,)
+    return (images, batch["texts"], batch["has_image"]) if "texts" in batch else (images,)
 
 
 def probabilities(logits: Tensor, *, task: str, temperature: float = 1.0) -> Tensor:

@@ -9,8 +9,8 @@ from refract.models.multimodal.fusion import Reader
 from refract.models.multimodal.text_networks import TextPart
 from refract.models.registry import build
 
-NO_PICTURES = "none"
-"""The name of the network of pictures where there is none."""
+NO_IMAGES = "none"
+"""The name of the network of images where there is none."""
 
 
 def make_classifier(
@@ -33,10 +33,10 @@ def make_classifier(
     plain = dict(text)
     part = TextPart(**{item.name: plain.pop(item.name) for item in fields(TextPart)})
     head = args.pop("head", "linear")
-    pictures = None
-    if network["name"] != NO_PICTURES:
-        pictures = build(network["name"], num_classes, image_size=size, weights="none", **args)
-    reader = Reader(pictures, part.network(), num_classes, head=head, **plain)
+    images = None
+    if network["name"] != NO_IMAGES:
+        images = build(network["name"], num_classes, image_size=size, weights="none", **args)
+    reader = Reader(images, part.network(), num_classes, head=head, **plain)
     return Classifier(reader, tokens=part.tokens(files or {}), **own)
 
 

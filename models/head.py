@@ -37,7 +37,7 @@ class CosineHead(nn.Module):
 HEADS = {"mlp": MLPHead, "cosine": CosineHead}
 
 
-def exchange_head(module: nn.Module, kind: str) -> nn.Module:
+def swap_head(module: nn.Module, kind: str) -> nn.Module:
     """Put a new head of `kind`, of HEADS, in the place of the last layer. Returns the module. ValueError where that is no Linear."""
     make = pick("head", kind, HEADS)
     if callable(named := getattr(module, "get_classifier", None)) and isinstance(named(), list | tuple):

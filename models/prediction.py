@@ -36,7 +36,7 @@ def prediction(
     explanation: Explanation | None = None,
     cut: bool = False,
 ) -> dict[str, Any]:
-    """One picture's answer: its `top` labels, likeliest first.
+    """One image's answer: its `top` labels, likeliest first.
 
     row: C probabilities; thresholds: one a label: the answer gains `labels`, those that reach theirs; abstain_below: the answer gains
     `abstain`, whether its confidence lies below it: such an answer should be left to a person. At 1 every answer does; confidence: the

@@ -17,7 +17,7 @@ from refract.models.architectures.lenet import LeNet5
 from refract.models.architectures.mlp import MLP, Perceptron
 from refract.models.architectures.rbf import RBFNetwork
 from refract.models.architectures.resnet import ResNet20
-from refract.models.head import exchange_head, head_of, neutralise_head
+from refract.models.head import head_of, neutralise_head, swap_head
 from refract.models.pretrained.catalogues import CATALOGUES
 from refract.models.pretrained.weights import folder_preprocess, load_weights
 
@@ -56,7 +56,7 @@ def build(
     else:
         network = _build_own(name, num_classes, image_size, args)
     if head != "linear":
-        exchange_head(network, head)
+        swap_head(network, head)
     fresh = (
         source is not None
         and pretrained

@@ -1,4 +1,4 @@
-"""A picture of an augmentation: one row a sample, the original and its variants, what was drawn under each."""
+"""An image of an augmentation: one row a sample, the original and its variants, what was drawn under each."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ _CELL, _GAP, _LINE, _LINES, _TEXT_LINES = 192, 8, 13, 6, 4
 
 
 class Shown(NamedTuple):
-    """data: a picture's encoded bytes; place: in the data set."""
+    """data: an image's encoded bytes; place: in the data set."""
 
     title: str
     data: bytes
@@ -48,10 +48,10 @@ def spread(count: int, wanted: int) -> list[int]:
     return [i * count // shown for i in range(shown)]
 
 
-def preview_grid(pictures: Sequence[Shown], augmenter: Augmenter, *, variants: int = 6) -> "Image.Image":
-    """Variant k is what epoch k of training draws for the picture's index, and for its text.
+def preview_grid(images: Sequence[Shown], augmenter: Augmenter, *, variants: int = 6) -> "Image.Image":
+    """Variant k is what epoch k of training draws for the image's index, and for its text.
 
-    Batch ops (MixUp, CutMix) mix within a column. Each picture is shown in a square of 192 pixels.
+    Batch ops (MixUp, CutMix) mix within a column. Each image is shown in a square of 192 pixels.
     """
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
@@ -59,26 +59,24 @@ def preview_grid(pictures: Sequence[Shown], augmenter: Augmenter, *, variants: i
     from refract.augment import decode
 
     plans = [
-        [augmenter.draw(image_size(data), epoch=epoch, index=index) for _, data, index, _ in pictures]
+        [augmenter.draw(image_size(data), epoch=epoch, index=index) for _, data, index, _ in images]
         for epoch in range(variants)
     ]
     columns = [
-        [augmenter.apply(plan, data) for plan, (_, data, _, _) in zip(column, pictures, strict=True)]
-        for column in plans
+        [augmenter.apply(plan, data) for plan, (_, data, _, _) in zip(column, images, strict=True)] for column in plans
     ]
     if augmenter.size is not None and augmenter.mixes:
         columns = [
-            _mixed(augmenter, column, epoch, [shown.place for shown in pictures])
-            for epoch, column in enumerate(columns)
+            _mixed(augmenter, column, epoch, [shown.place for shown in images]) for epoch, column in enumerate(columns)
         ]
     width = (variants + 1) * (_CELL + _GAP) + _GAP
-    count = _LINES + (_TEXT_LINES if any(shown.text for shown in pictures) else 0)
+    count = _LINES + (_TEXT_LINES if any(shown.text for shown in images) else 0)
     row_height = _CELL + count * _LINE + _GAP
-    grid = Image.new("RGB", (width, len(pictures) * row_height + _GAP), "white")
+    grid = Image.new("RGB", (width, len(images) * row_height + _GAP), "white")
     # Pillow's own font has no ×, −, nor most people's alphabets; matplotlib's has.
     font = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 10)
     canvas = ImageDraw.Draw(grid)
-    for row, (title, data, index, text) in enumerate(pictures):
+    for row, (title, data, index, text) in enumerate(images):
         original = decode(data, color_profile=augmenter.color_profile)
         texts = [augmenter.text(text, epoch=k, index=index) for k in range(variants)]
         cells = [(original, [title, f"{original.shape[0]}×{original.shape[1]}", *([text] if text else [])])]
@@ -111,7 +109,7 @@ def _words(plan: Plan) -> list[str]:
     return text or ["(nothing drawn)"]
 
 
-# Numbers that a person can make nothing of beside the picture, or that the picture shows.
+# Numbers that a person can make nothing of beside the image, or that the image shows.
 _LONG = frozenset({"offset", "seed", "box", "boxes", "size", "fill", "border", "transform", "partner", "centre"})
 
 
@@ -128,7 +126,7 @@ def _short(value: Any) -> str:
 
 
 def _fitted(pixels: np.ndarray) -> "Image.Image":
-    """As large as fits the cell; small pictures are enlarged without smoothing, so that their pixels can be seen."""
+    """As large as fits the cell; small images are enlarged without smoothing, so that their pixels can be seen."""
     from PIL import Image
 
     image = Image.fromarray(pixels)

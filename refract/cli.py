@@ -13,7 +13,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "init": (
             "refract.pipeline.cli.init",
-            "look at a folder or manifest of pictures and write a config for it",
+            "look at a folder or manifest of images and write a config for it",
         ),
         "train": ("refract.pipeline.cli.train", "train from a config; writes a run with its bundle"),
         "retrain": (
@@ -38,7 +38,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         ),
         "tune": ("refract.pipeline.cli.tune", "search a space of configs for the best score on validation"),
         "find": ("refract.pipeline.cli.find", "find a learning rate or the largest batch for a config"),
-        "evaluate": ("refract.pipeline.cli.evaluate", "measure a bundle on labelled pictures"),
+        "evaluate": ("refract.pipeline.cli.evaluate", "measure a bundle on labelled images"),
         "drift": (
             "refract.pipeline.cli.drift",
             "tell whether new data are still of the kind that a bundle was measured on",
@@ -47,20 +47,20 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "refract.pipeline.cli.compare",
             "compare runs on the hold-out that they share, with a paired test",
         ),
-        "predict": ("refract.pipeline.cli.predict", "classify pictures with a bundle"),
+        "predict": ("refract.pipeline.cli.predict", "classify images with a bundle"),
         "score": ("refract.pipeline.cli.score", "classify a folder or manifest of any size into a Parquet file"),
-        "preview": ("refract.pipeline.cli.preview", "draw a grid of pictures and their augmented variants"),
+        "preview": ("refract.pipeline.cli.preview", "draw a grid of images and their augmented variants"),
         "paraphrase": (
             "refract.pipeline.cli.paraphrase",
             "translate the captions there and back, for the op BackTranslation",
         ),
         "augment": (
             "refract.pipeline.cli.augment",
-            "write augmented copies of pictures, and plans to make them again",
+            "write augmented copies of images, and plans to make them again",
         ),
         "explain": (
             "refract.pipeline.cli.explain",
-            "show what a policy does to one picture, and how long each pass takes",
+            "show what a policy does to one image, and how long each pass takes",
         ),
         "ops": ("refract.pipeline.cli.ops", "list the augmentation ops, or show one"),
         "serve": ("refract.serve.cli.command", "answer over HTTP with a bundle"),

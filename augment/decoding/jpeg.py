@@ -22,7 +22,7 @@ SCALES = (1, 2, 4, 8)
 """By how much a side may be reduced in decoding: those for which libjpeg-turbo has SIMD code."""
 
 SMALLEST_REDUCED = 16
-"""Pixels of the shorter side below which a picture is not reduced: simplejpeg is asked for a size, which there fits several scales."""
+"""Pixels of the shorter side below which an image is not reduced: simplejpeg is asked for a size, which there fits several scales."""
 
 
 MOST_SCANS = 100
@@ -50,9 +50,9 @@ class JpegHeader(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A decoded part of a picture. pixels: uint8 H×W×3.
+    """A decoded part of an image. pixels: uint8 H×W×3.
 
-    scale: 1, 2, 4 or 8, by which both sides were reduced. top, left: where the part begins in the reduced picture, in its pixels.
+    scale: 1, 2, 4 or 8, by which both sides were reduced. top, left: where the part begins in the reduced image, in its pixels.
     remarks: what the owner of the file should know, such as what was repaired.
     """
 
@@ -178,7 +178,7 @@ def decode_whole(data: bytes, header: JpegHeader, scale: int = 1) -> np.ndarray:
 def decode_part(data: bytes, header: JpegHeader, box: tuple[int, int, int, int], scale: int = 1) -> Part:
     """At least the pixels of `box`, the same as `decode_whole` gives.
 
-    box: (top, left, height, width) in pixels of the picture as stored, inside it. Damage below the box is not noticed.
+    box: (top, left, height, width) in pixels of the image as stored, inside it. Damage below the box is not noticed.
     """
     decoder = _decoder()
     try:

@@ -56,7 +56,7 @@ def planes(image: np.ndarray) -> np.ndarray:
 
 
 def recolor(item: ColorPass, image: np.ndarray) -> np.ndarray:
-    """One colour matrix over the picture."""
+    """One colour matrix over the image."""
     mean = np.array(cv2.mean(image)[:3]) if item.needs_mean else _NO_MEAN
     matrix = item.matrix(mean)
     (r, r_g, r_b, r_1), (g_r, g, g_b, g_1), (b_r, b_g, b, b_1) = matrix.tolist()
@@ -130,7 +130,7 @@ def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
 
 
 def _cut(image: np.ndarray, box: tuple[int, int, int, int], item: WarpPass) -> np.ndarray:
-    """The box of the picture, with the border where it reaches beyond."""
+    """The box of the image, with the border where it reaches beyond."""
     top, bottom, left, right = box
     height, width = image.shape[:2]
     around = (max(0, -top), max(0, bottom - height), max(0, -left), max(0, right - width))
@@ -156,7 +156,7 @@ def _shrink(image: np.ndarray, vertical: int, horizontal: int) -> np.ndarray:
     below, beside = -height % vertical, -width % horizontal
     if below or beside:
         image = cv2.copyMakeBorder(image, 0, below, 0, beside, cv2.BORDER_REPLICATE)
-    # Halving is where OpenCV is fast: 4×4 takes 0.17 ms of a 900² picture in two halvings, 0.55 ms by INTER_AREA at once, and a
+    # Halving is where OpenCV is fast: 4×4 takes 0.17 ms of a 900² image in two halvings, 0.55 ms by INTER_AREA at once, and a
     # bilinear resampling to exactly the half takes the mean of two pixels in a quarter of the time of INTER_AREA.
     while vertical > 1 or horizontal > 1:
         down, across = min(vertical, 2), min(horizontal, 2)
@@ -167,7 +167,7 @@ def _shrink(image: np.ndarray, vertical: int, horizontal: int) -> np.ndarray:
 
 
 def _shrunk_region(image: np.ndarray, item: WarpPass, vertical: int, horizontal: int) -> tuple[np.ndarray, Matrix]:
-    """The box-filtered part of the picture that the warp reads, and the matrix into it."""
+    """The box-filtered part of the image that the warp reads, and the matrix into it."""
     height, width = image.shape[:2]
     top, left, rows, columns = item.footprint((height, width))
     right, bottom = left + columns, top + rows

@@ -1,4 +1,4 @@
-"""What happens to one picture under a plan: what was fused with what, and how long each pass takes."""
+"""What happens to one image under a plan: what was fused with what, and how long each pass takes."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The batch executor: plans on a uint8 N×3×H×W tensor on any device, each sample its own. Same plan, same picture as the cpu executor,
+"""The batch executor: plans on a uint8 N×3×H×W tensor on any device, each sample its own. Same plan, same image as the cpu executor,
 within rounding. The only module of `augment` that needs PyTorch."""
 
 import math
@@ -27,10 +27,10 @@ def run(plans: Sequence[Plan], images: torch.Tensor) -> torch.Tensor:
     """
     size = tuple(images.shape[-2:])
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(plans) != images.shape[0]:
-        raise ValueError(f"expected {len(plans)} pictures as uint8 N×3×H×W, got {images.dtype} {tuple(images.shape)}")
+        raise ValueError(f"expected {len(plans)} images as uint8 N×3×H×W, got {images.dtype} {tuple(images.shape)}")
     wrong = [i for i, plan in enumerate(plans) if plan.size != size]
     if wrong:
-        raise ValueError(f"plan {wrong[0]} was drawn for {plans[wrong[0]].size}, the pictures have {size}")
+        raise ValueError(f"plan {wrong[0]} was drawn for {plans[wrong[0]].size}, the images have {size}")
     if not plans:
         return images.clone()
     left = [fuse(plan) for plan in plans]
@@ -49,26 +49,24 @@ def run(plans: Sequence[Plan], images: torch.Tensor) -> torch.Tensor:
     sizes = {tuple(part.shape[1:]) for part in parts}
     if len(sizes) > 1:
         raise ValueError(
-            f"the plans end in pictures of several sizes {sorted(sizes)}; end the policy in one, or give Augmenter a size"
+            f"the plans end in images of several sizes {sorted(sizes)}; end the policy in one, or give Augmenter a size"
         )
     return torch.stack(parts)
 
 
 def mix(plans: Sequence[Plan], images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply the plans' batch ops, in the policy's order, to pictures (any dtype in 0…255) and float targets N×C alike.
+    """Apply the plans' batch ops, in the policy's order, to images (any dtype in 0…255) and float targets N×C alike.
 
     A batch of one has no partner and comes back as it is. Inputs are not changed. ValueError for targets that are not float N×C.
     """
     count = images.shape[0]
     if targets.ndim != 2 or targets.shape[0] != count or not targets.is_floating_point():
-        raise ValueError(
-            f"targets: expected float N×C for {count} pictures, got {targets.dtype} {tuple(targets.shape)}"
-        )
+        raise ValueError(f"targets: expected float N×C for {count} images, got {targets.dtype} {tuple(targets.shape)}")
     steps = batch_steps(plans)
     if count < 2:
         return images, targets
     for place in range(max(map(len, steps))):
-        # Every sample's step of this round sees the pictures as the round before left them.
+        # Every sample's step of this round sees the images as the round before left them.
         before, labels = images, targets
         for name, op in MIX.items():
             drawn = {i: own[place].args for i, own in enumerate(steps) if len(own) > place and own[place].op == name}
@@ -169,8 +167,8 @@ def _reflected(at: torch.Tensor, length: int) -> torch.Tensor:
 
 def _bounds(item: WarpPass, size: tuple[int, int], shrunk: tuple[int, int]) -> tuple[float, float, float, float]:
     """(lowest x, lowest y, highest x, highest y) that the pass samples, in grid_sample's −1 … 1: the centres of the outermost pixels of the
-    box that it shows, where that is a crop inside the picture that was resized; else of the picture, where nothing beyond an edge is shown.
-    size: (height, width) of the picture; shrunk: after the box filter."""
+    box that it shows, where that is a crop inside the image that was resized; else of the image, where nothing beyond an edge is shown.
+    size: (height, width) of the image; shrunk: after the box filter."""
     height, width = shrunk
     down, across = item.inside(size)
     if not down and not across:

@@ -10,7 +10,7 @@ from refract.augment.ops.corruption import CORRUPTION
 from refract.augment.ops.crops import CROPS
 from refract.augment.ops.deform import DEFORM
 from refract.augment.ops.erasing import REGION
-from refract.augment.ops.external import GUESTS
+from refract.augment.ops.external import EXTERNAL
 from refract.augment.ops.filters import FILTERS
 from refract.augment.ops.geometric import TURNS
 from refract.augment.ops.mixing import MIX
@@ -18,7 +18,7 @@ from refract.augment.ops.noise import NOISE
 from refract.augment.ops.published_policies import AUTO
 from refract.augment.ops.tone import TONE
 from refract.augment.ops.warps import WARPS
-from refract.augment.text.external import TEXT_GUESTS
+from refract.augment.text.external import EXTERNAL_TEXT
 from refract.augment.text.ops import TEXT
 
 OPS: Mapping[str, type[Op]] = MappingProxyType(
@@ -36,9 +36,9 @@ OPS: Mapping[str, type[Op]] = MappingProxyType(
         **CHOICE,
         **AUTO,
         **CORRUPTION,
-        **GUESTS,
+        **EXTERNAL,
         **TEXT,
-        **TEXT_GUESTS,
+        **EXTERNAL_TEXT,
     }
 )
 

@@ -1,4 +1,4 @@
-"""Ops that map each pixel's colour by a matrix, so that neighbours fuse to one pass over the picture."""
+"""Ops that map each pixel's colour by a matrix, so that neighbours fuse to one pass over the image."""
 
 import math
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ class Brightness(_Factor):
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast(_Factor):
-    """Move all values away from the picture's mean grey, or towards it, by a factor drawn uniformly. As torchvision's and Pillow's.
+    """Move all values away from the image's mean grey, or towards it, by a factor drawn uniformly. As torchvision's and Pillow's.
 
     factor: one number a means [max(0, 1 − a), 1 + a]; 1 changes nothing, 0 leaves the mean grey.
     """
@@ -78,7 +78,7 @@ class Contrast(_Factor):
 class Saturation(_Factor):
     """Move each colour away from its own grey, or towards it, by a factor drawn uniformly.
 
-    factor: one number a means [max(0, 1 − a), 1 + a]; 1 changes nothing, 0 leaves a grey picture.
+    factor: one number a means [max(0, 1 − a), 1 + a]; 1 changes nothing, 0 leaves a grey image.
     """
 
     @staticmethod
@@ -129,7 +129,7 @@ class ColorJitter(ColorOp):
     """Change brightness, contrast, saturation and hue, in a drawn order.
 
     brightness, contrast, saturation: factors; one number a means [max(0, 1 − a), 1 + a]. hue: turns of the colour circle, in
-    [−0.5, 0.5]; one number a means [−a, a]. All drawn uniformly. Contrast is about the picture's mean grey, as torchvision's.
+    [−0.5, 0.5]; one number a means [−a, a]. All drawn uniformly. Contrast is about the image's mean grey, as torchvision's.
     Source: Krizhevsky et al. 2012 (the idea); torchvision's ColorJitter (the parameters). Deviations: one matrix, so nothing is
     clipped between the four; hue as in `Hue`.
     """
@@ -253,7 +253,7 @@ class PCALighting(ColorOp):
 
 @dataclass(frozen=True, kw_only=True)
 class ColorTemperature(ColorOp):
-    """Show the picture as if its light, taken to be of 6500 K, had another colour temperature; the brightness of white is kept.
+    """Show the image as if its light, taken to be of 6500 K, had another colour temperature; the brightness of white is kept.
 
     kelvin: in [2000, 20000], drawn uniformly in its reciprocal, which is nearer to even steps for the eye; low is orange, high is blue.
     Source: the black body's chromaticity after Kang et al. 2002, "Design of advanced color temperature control system for HDTV

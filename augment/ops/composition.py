@@ -16,7 +16,7 @@ from refract.augment.plan import Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChoiceOp(Op):
+class CompositionOp(Op):
     """ops: those to choose from, at least one; either all of them mix the batch (MixUp, CutMix), or none does;
     and either all of them change texts, or none does."""
 
@@ -31,22 +31,22 @@ class ChoiceOp(Op):
         if len({mixes_batch(op) for op in self.ops}) > 1:
             raise ValueError("ops: those that mix the batch (MixUp, CutMix) cannot be chosen beside those that do not")
         if len({of_text(op) for op in self.ops}) > 1:
-            raise ValueError("ops: those that change texts cannot be chosen beside those that change pictures")
+            raise ValueError("ops: those that change texts cannot be chosen beside those that change images")
 
 
 def mixes_batch(op: Op) -> bool:
     """Whether an op, or what it holds, mixes the batch."""
-    return op.kind == "batch" or (isinstance(op, ChoiceOp) and any(mixes_batch(own) for own in op.ops))
+    return op.kind == "batch" or (isinstance(op, CompositionOp) and any(mixes_batch(own) for own in op.ops))
 
 
 def of_text(op: Op) -> bool:
     """Whether an op, or what it holds, changes texts."""
-    return op.kind == "text" or (isinstance(op, ChoiceOp) and any(of_text(own) for own in op.ops))
+    return op.kind == "text" or (isinstance(op, CompositionOp) and any(of_text(own) for own in op.ops))
 
 
 def may_move(op: Op) -> bool:
     """Whether an op, or what it holds, is geometric."""
-    return isinstance(op, GeometricOp) or (isinstance(op, ChoiceOp) and any(may_move(own) for own in op.ops))
+    return isinstance(op, GeometricOp) or (isinstance(op, CompositionOp) and any(may_move(own) for own in op.ops))
 
 
 def _read(name: str, entries: Any) -> tuple[Op, ...]:
@@ -66,7 +66,7 @@ def draw_in_turn(ops: Sequence[Op], rng: np.random.Generator, size: Size, epoch:
 
 
 def size_after(steps: Sequence[Step], size: Size) -> Size:
-    """(height, width) of a picture of `size` after the steps."""
+    """(height, width) of an image of `size` after the steps."""
     from refract.augment.ops import OPS
 
     for step in steps:
@@ -77,7 +77,7 @@ def size_after(steps: Sequence[Step], size: Size) -> Size:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compose(ChoiceOp):
+class Compose(CompositionOp):
     """All of the ops in their order, together with probability `p` or none of them."""
 
     def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
@@ -85,7 +85,7 @@ class Compose(ChoiceOp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sometimes(ChoiceOp):
+class Sometimes(CompositionOp):
     """With probability `p` the ops, otherwise those of `otherwise`, each list in its order."""
 
     p: float = 0.5
@@ -100,7 +100,7 @@ class Sometimes(ChoiceOp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneOf(ChoiceOp):
+class OneOf(CompositionOp):
     """One of the ops; the chosen op's own p then decides whether it acts.
 
     weights: how likely each is, positive, in any unit; none means equally.
@@ -121,7 +121,7 @@ class OneOf(ChoiceOp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SomeOf(ChoiceOp):
+class SomeOf(CompositionOp):
     """A drawn number of the ops, none twice, in the policy's order.
 
     count: how many, one number or [low, high], drawn uniformly among the whole numbers; in_order: false puts them in a drawn order.
@@ -151,7 +151,7 @@ class SomeOf(ChoiceOp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class During(ChoiceOp):
+class During(CompositionOp):
     """The ops in their order, in some epochs only.
 
     epochs: [first, last], counted from 0, both included; a last of null means to the end.
@@ -176,7 +176,7 @@ class During(ChoiceOp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ramp(ChoiceOp):
+class Ramp(CompositionOp):
     """One op whose parameters go from those of its first form to those of its second over the epochs, in equal steps.
 
     ops: two entries of the same op, as it is at the first and at the last of `epochs`; every number that differs between them is
@@ -187,7 +187,7 @@ class Ramp(ChoiceOp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.ops) != 2 or type(self.ops[0]) is not type(self.ops[1]) or isinstance(self.ops[0], ChoiceOp):
+        if len(self.ops) != 2 or type(self.ops[0]) is not type(self.ops[1]) or isinstance(self.ops[0], CompositionOp):
             raise ValueError("ops: expected two entries of one simple op, its first and its last form")
         if not isinstance(self.epochs, (list, tuple)) or len(self.epochs) != 2:
             raise ValueError(f"epochs: {self.epochs!r} is not a pair [first, last]")

@@ -208,7 +208,7 @@ def _saturate(pixels: np.ndarray, level: int, rng: np.random.Generator, unit: fl
 def _blurred(pixels: np.ndarray, sigma: float) -> np.ndarray:
     if sigma < 0.05:
         return pixels
-    # Above this sigma the kernel is wider than any picture of the size that it was scaled for.
+    # Above this sigma the kernel is wider than any image of the size that it was scaled for.
     side = 2 * math.ceil(3 * sigma) + 1
     return cv2.GaussianBlur(pixels, (side, side), sigma, borderType=cv2.BORDER_REFLECT)
 

@@ -37,7 +37,7 @@ class _Crop(GeometricOp):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomCrop(_Crop):
-    """Cut `size` (pixels, or [height, width]) at a uniform place; a smaller picture is placed uniformly on `fill`. Exact."""
+    """Cut `size` (pixels, or [height, width]) at a uniform place; a smaller image is placed uniformly on `fill`. Exact."""
 
     size: int | tuple[int, int]
     fill: int | tuple[int, int, int] = 0
@@ -56,7 +56,7 @@ class RandomCrop(_Crop):
 
 @dataclass(frozen=True, kw_only=True)
 class PadAndCrop(_Crop):
-    """Pad by `padding` pixels on every side, then cut the picture's own size at a uniform place: the classic CIFAR shift. Exact.
+    """Pad by `padding` pixels on every side, then cut the image's own size at a uniform place: the classic CIFAR shift. Exact.
 
     Source: He et al. 2016, "Deep residual learning", section 4.2 (padding 4).
     """
@@ -98,7 +98,7 @@ class Resize(_Crop):
 class RandomResizedCrop(_Crop):
     """Cut a box of a random share of the area and a random ratio of the sides, and resample it to `size`.
 
-    scale: share of the picture's area, in (0, 1]; drawn uniformly. ratio: width / height; drawn uniformly in its logarithm.
+    scale: share of the image's area, in (0, 1]; drawn uniformly. ratio: width / height; drawn uniformly in its logarithm.
     Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6. As torchvision's, after ten draws that do not fit the
     largest centred box of a permitted ratio is taken. interpolation: `bilinear` or `bicubic`.
     """
@@ -152,7 +152,7 @@ class RandomScale(_Crop):
 
 @dataclass(frozen=True, kw_only=True)
 class CenterCrop(_Crop):
-    """Cut `size` (pixels, or [height, width]) from the middle; a smaller picture is placed in the middle of `fill`. Exact."""
+    """Cut `size` (pixels, or [height, width]) from the middle; a smaller image is placed in the middle of `fill`. Exact."""
 
     size: int | tuple[int, int]
     fill: int | tuple[int, int, int] = 0
@@ -171,7 +171,7 @@ class CenterCrop(_Crop):
 
 @dataclass(frozen=True, kw_only=True)
 class Pad(_Crop):
-    """Pad each side that is shorter than `size` (pixels, or [height, width]) to it, the picture in the middle. Exact."""
+    """Pad each side that is shorter than `size` (pixels, or [height, width]) to it, the image in the middle. Exact."""
 
     size: int | tuple[int, int]
     fill: int | tuple[int, int, int] = 0

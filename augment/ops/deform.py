@@ -1,4 +1,4 @@
-"""Warps that are no matrix: each pixel of the result has its own place in the input. Bilinear; the picture is mirrored at its edge."""
+"""Warps that are no matrix: each pixel of the result has its own place in the input. Bilinear; the image is mirrored at its edge."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ _CUBIC_GAIN = 0.857
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticDeform(DeformOp):
-    """Move each pixel by a smooth random field, as if the picture were drawn on rubber.
+    """Move each pixel by a smooth random field, as if the image were drawn on rubber.
 
     alpha: standard deviation of the movement in pixels, at least 0, drawn uniformly. sigma: over how many pixels the
     field changes, at least 1.

@@ -1,4 +1,4 @@
-"""Ops that paint over boxes of the picture: (top, left, height, width) in pixels, inside the picture."""
+"""Ops that paint over boxes of the image: (top, left, height, width) in pixels, inside the image."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegionOp(Op):
-    """Drawn as `boxes` and either `fill` (RGB, or `mean` for the picture's own) or `offset` (of the table of random pixels)."""
+class ErasingOp(Op):
+    """Drawn as `boxes` and either `fill` (RGB, or `mean` for the image's own) or `offset` (of the table of random pixels)."""
 
     kind: ClassVar[str] = "region"
 
@@ -81,7 +81,7 @@ def _inside(boxes: Sequence[Sequence[Sequence[int]]], images: "torch.Tensor") ->
 
 
 def paint(name: str, value: Any) -> str | tuple[int, int, int]:
-    """`random` (each pixel its own uniform colour), `mean` (the picture's own), a grey level or RGB in 0…255."""
+    """`random` (each pixel its own uniform colour), `mean` (the image's own), a grey level or RGB in 0…255."""
     if isinstance(value, str):
         if value not in ("random", "mean"):
             raise ValueError(
@@ -99,7 +99,7 @@ def _painted(rng: np.random.Generator, value: Any) -> Args:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cutout(RegionOp):
+class Cutout(ErasingOp):
     """Paint squares over, each centred on a uniform pixel, so that they may reach over the edge and are cut there.
 
     length: the square's side, in pixels where a whole number, as a share of the shorter side where a fraction in (0, 1).
@@ -134,11 +134,11 @@ class Cutout(RegionOp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomErasing(RegionOp):
-    """Paint one box of a random share of the area and a random ratio over, inside the picture.
+class RandomErasing(ErasingOp):
+    """Paint one box of a random share of the area and a random ratio over, inside the image.
 
     scale: share of the area, in (0, 1]; ratio: height / width, drawn uniformly in its logarithm; value: `random` (each pixel its own
-    uniform colour), `mean` (the picture's), a grey level or RGB in 0…255. After 100 draws that do not fit, nothing is erased.
+    uniform colour), `mean` (the image's), a grey level or RGB in 0…255. After 100 draws that do not fit, nothing is erased.
     Source: Zhong et al. 2020, arXiv:1708.04896, algorithm 1. Deviation: the paper draws the ratio uniformly, this (as torchvision)
     uniformly in its logarithm, so that tall and wide are equally likely.
     """
@@ -168,11 +168,11 @@ class RandomErasing(RegionOp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoarseDropout(RegionOp):
-    """Paint a drawn number of boxes over, at uniform places inside the picture.
+class CoarseDropout(ErasingOp):
+    """Paint a drawn number of boxes over, at uniform places inside the image.
 
     holes: how many, at least 1, drawn uniformly among the whole numbers. size: each box's height and width, drawn apart, as shares of the
-    picture's, in (0, 1]. fill: `random`, `mean`, a grey level or RGB in 0…255.
+    image's, in (0, 1]. fill: `random`, `mean`, a grey level or RGB in 0…255.
     """
 
     holes: int | tuple[int, int] = (1, 8)
@@ -196,7 +196,7 @@ class CoarseDropout(RegionOp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridMask(RegionOp):
+class GridMask(ErasingOp):
     """Paint the squares of a regular grid over, whose spacing and place are drawn.
 
     spacing: from one square to the next, as a share of the shorter side, in (0, 1], drawn uniformly. ratio: a square's side as a share of
@@ -234,8 +234,8 @@ class GridMask(RegionOp):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HideAndSeek(RegionOp):
-    """Cut the picture into cells × cells boxes and paint each over with one probability.
+class HideAndSeek(ErasingOp):
+    """Cut the image into cells × cells boxes and paint each over with one probability.
 
     cells: along each side, at least 1. hide: probability in [0, 1]. fill: as for `CoarseDropout`; the paper's is the mean colour.
     Source: Singh & Lee 2017, arXiv:1704.04232, section 3.1.
@@ -261,7 +261,7 @@ class HideAndSeek(RegionOp):
         return {"boxes": boxes, **_painted(rng, self.fill)}
 
 
-REGION: Mapping[str, type[RegionOp]] = MappingProxyType(
+REGION: Mapping[str, type[ErasingOp]] = MappingProxyType(
     {
         "Cutout": Cutout,
         "RandomErasing": RandomErasing,

@@ -32,8 +32,8 @@ class Guest(PixelOp):
 
     transform: its library and class, such as `albumentations.RandomFog`. parameters: its own, JSON values; its own `p` becomes 1, as this
     op's decides. In a policy `albumentations.RandomFog: {p: 0.2, alpha_coef: 0.1}` is short for it; in that form the `p` of an imgaug
-    transform that has one (Dropout's share, say) is that one. It must leave a picture's size as it is, and is tried when the policy is
-    read, on a picture that is not square.
+    transform that has one (Dropout's share, say) is that one. It must leave an image's size as it is, and is tried when the policy is
+    read, on an image that is not square.
     """
 
     transform: str
@@ -114,7 +114,7 @@ def guest(name: str, parameters: Mapping[str, Any]) -> Guest:
     return Guest(transform=name, parameters=own, p=p)
 
 
-def is_guest(name: Any) -> bool:
+def is_external(name: Any) -> bool:
     return isinstance(name, str) and name.partition(".")[0] in LIBRARIES and "." in name
 
 
@@ -256,4 +256,4 @@ LIBRARIES: Mapping[str, tuple[Callable[[], tuple[Any, type]], Callable[[Any], Ru
     }
 )
 
-GUESTS: Mapping[str, type[Op]] = MappingProxyType({"Guest": Guest})
+EXTERNAL: Mapping[str, type[Op]] = MappingProxyType({"Guest": Guest})

@@ -1,4 +1,4 @@
-"""Filters: each pixel from its neighbourhood. Beyond the edge the picture is mirrored about its last pixels."""
+"""Filters: each pixel from its neighbourhood. Beyond the edge the image is mirrored about its last pixels."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -232,7 +232,7 @@ def _convolved(pixels: "torch.Tensor", kernels: np.ndarray) -> "torch.Tensor":
 
 
 def _mirrored(side: int, margin: int) -> np.ndarray:
-    """Indices −margin … side + margin − 1, mirrored into the picture about its first and last pixel, as often as it takes."""
+    """Indices −margin … side + margin − 1, mirrored into the image about its first and last pixel, as often as it takes."""
     if side == 1:
         return np.zeros(1 + 2 * margin, np.int64)
     places = np.abs(np.arange(-margin, side + margin)) % (2 * side - 2)

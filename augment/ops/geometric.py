@@ -1,10 +1,10 @@
 """Ops that move pixels: each gives a 3×3 matrix and an output size, so that neighbours fuse to one resampling.
 
 A matrix maps points of the op's output to points of its input, in continuous coordinates (x right, y down; pixel i covers [i, i+1)).
-Because a chain is resampled once, from the source picture, a later op sees past an earlier op's edge: a crop followed by a rotation
-fills its corners with the picture around the crop where there is one, and with `fill` only beyond the source's edge.
+Because a chain is resampled once, from the source image, a later op sees past an earlier op's edge: a crop followed by a rotation
+fills its corners with the image around the crop where there is one, and with `fill` only beyond the source's edge.
 
-Parameters that several ops share: `fill`, grey level or RGB in 0…255, the colour beyond the picture; `border`: `constant` (that fill),
+Parameters that several ops share: `fill`, grey level or RGB in 0…255, the colour beyond the image; `border`: `constant` (that fill),
 `edge` (the last pixel again), `reflect` (the image mirrored, last pixel included; torchvision's `symmetric`) or `reflect101` (mirrored
 about the centre of the last pixel, which is not repeated; torchvision's `reflect`). In a chain, the last op that has them decides.
 `interpolation`: `bilinear` or `bicubic` (Keys 1981, with a = −0.75, as OpenCV and PyTorch). A chain is bicubic where one of its ops is.
@@ -58,9 +58,9 @@ class HorizontalFlip(GeometricOp):
 
 @dataclass(frozen=True, kw_only=True)
 class AlternatingFlip(HorizontalFlip):
-    """Mirror left and right in every second epoch: half of the pictures in the even ones, the other half in the odd ones. Exact.
+    """Mirror left and right in every second epoch: half of the images in the even ones, the other half in the odd ones. Exact.
 
-    So two epochs in a row show both sides of each picture. p: share of the pictures that it is for. Within a choice op a plain
+    So two epochs in a row show both sides of each image. p: share of the images that it is for. Within a choice op a plain
     `HorizontalFlip`. Source: Jordan 2024, arXiv:2404.00498, section 3.6.
     """
 

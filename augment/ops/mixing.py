@@ -1,4 +1,4 @@
-"""Ops that mix each sample with another of its batch, pictures and targets alike; run by the batch executor only.
+"""Ops that mix each sample with another of its batch, images and targets alike; run by the batch executor only.
 
 A sample's own draw decides its share `lam` and its partner: `partner` in [0, 1) picks among the *other* samples of the batch.
 """
@@ -42,7 +42,7 @@ class MixOp(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class MixUp(MixOp):
-    """Blend each picture with its partner: lam · x + (1 − lam) · partner; float32 in 0…255 comes back, not rounded.
+    """Blend each image with its partner: lam · x + (1 − lam) · partner; float32 in 0…255 comes back, not rounded.
 
     Source: Zhang et al. 2018, arXiv:1710.09412, section 2. Deviation: its own lam and partner for each sample, not one a batch.
     """
@@ -86,7 +86,7 @@ class CutMix(MixOp):
 
 
 def _paste_box(args: Args, height: int, width: int) -> list[int]:
-    """[top, left, bottom, right), cut at the picture's edge."""
+    """[top, left, bottom, right), cut at the image's edge."""
     side = (1 - args["lam"]) ** 0.5
     middle_y, middle_x = int(args["centre"][0] * height), int(args["centre"][1] * width)
     half_y, half_x = int(height * side) // 2, int(width * side) // 2

@@ -1,4 +1,4 @@
-"""What pixel ops share: ops on the picture as a whole that are neither a movement nor a colour map. They bring their own execution.
+"""What pixel ops share: ops on the image as a whole that are neither a movement nor a colour map. They bring their own execution.
 
 The batch halves take `images`, a uint8 tensor N×3×H×W on any device, and use its methods only: these files do not import torch at the top.
 """
@@ -32,18 +32,16 @@ class PixelOp(Op):
 
     @classmethod
     def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
-        """A new uint8 N×3×H×W tensor, sample i with args[i]; `images` is not changed. This one goes through the CPU, picture by picture."""
+        """A new uint8 N×3×H×W tensor, sample i with args[i]; `images` is not changed. This one goes through the CPU, image by image."""
         import torch
 
-        pictures = images.permute(0, 2, 3, 1).cpu().numpy()
-        results = [
-            cls.on_image(drawn, np.ascontiguousarray(picture)) for drawn, picture in zip(args, pictures, strict=True)
-        ]
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        results = [cls.on_image(drawn, np.ascontiguousarray(image)) for drawn, image in zip(args, arrays, strict=True)]
         return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).to(images.device)
 
 
 def cpu_only(op: type[Op]) -> bool:
-    """Whether the batch executor sends an op's pictures through the CPU."""
+    """Whether the batch executor sends an op's images through the CPU."""
     return issubclass(op, PixelOp) and op.on_batch.__func__ is PixelOp.on_batch.__func__  # type: ignore[attr-defined]
 
 

@@ -69,7 +69,7 @@ def _strength(scale: Scale, name: str, level: float, highest: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoOp(Op):
-    """fill: grey level or RGB in 0…255, beyond the picture's edge."""
+    """fill: grey level or RGB in 0…255, beyond the image's edge."""
 
     kind: ClassVar[str] = "choice"
     fill: int | tuple[int, int, int] = 0
@@ -316,7 +316,7 @@ class ThreeAugment(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class AugMix(PixelOp):
-    """Blend the picture with a weighted sum of chains of ops: m · picture + (1 − m) · Σ wᵢ · chainᵢ(picture).
+    """Blend the image with a weighted sum of chains of ops: m · image + (1 − m) · Σ wᵢ · chainᵢ(image).
 
     severity: strength in [0, 10], at which each op draws its own from [0.1, severity]. width: how many chains. depth: ops in a chain, or 0
     for 1 to 3 drawn. alpha: of the Dirichlet and Beta distributions that the weights w and m are drawn from, positive.

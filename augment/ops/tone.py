@@ -1,7 +1,7 @@
 """Ops that map each channel's values by a table of 256 entries, so that neighbours fuse to one look-up.
 
-A table maps uint8 to uint8, so a fused chain gives exactly what its ops give in turn. Where a table depends on the picture, it is made
-from the picture's histogram, and the histogram after a table follows from the one before: the pixels are counted once.
+A table maps uint8 to uint8, so a fused chain gives exactly what its ops give in turn. Where a table depends on the image, it is made
+from the image's histogram, and the histogram after a table follows from the one before: the pixels are counted once.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Geometric ops that turn, shift, slant and tilt the picture; its size stays."""
+"""Geometric ops that turn, shift, slant and tilt the image; its size stays."""
 
 import math
 from collections.abc import Mapping
@@ -138,7 +138,7 @@ class Shear(_CentredWarp):
         self._set("y", around("y", self.y, -80, 80, 0))
         both = math.tan(math.radians(max(map(abs, self.x)))) * math.tan(math.radians(max(map(abs, self.y))))  # type: ignore[arg-type]
         if both >= 1:
-            raise ValueError(f"x, y: {self.x} and {self.y} together can lay the picture flat; make one of them smaller")
+            raise ValueError(f"x, y: {self.x} and {self.y} together can lay the image flat; make one of them smaller")
         check_border(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
@@ -147,7 +147,7 @@ class Shear(_CentredWarp):
 
 @dataclass(frozen=True, kw_only=True)
 class Perspective(GeometricOp):
-    """Move each corner inwards by a uniform share of half the side, and the picture with them, as seen from another place.
+    """Move each corner inwards by a uniform share of half the side, and the image with them, as seen from another place.
 
     distortion: the largest share, in [0, 1). As torchvision's RandomPerspective.
     """
@@ -183,7 +183,7 @@ class Perspective(GeometricOp):
         g, h = (sx * by - sy * bx) / cross, (ax * sy - ay * sx) / cross
         a, b, c = x1 - x0 + g * x1, x3 - x0 + h * x3, x0
         d, e, f = y1 - y0 + g * y1, y3 - y0 + h * y3, y0
-        # … and back, by the adjugate, to the picture.
+        # … and back, by the adjugate, to the image.
         last = a * e - b * d
         u, v = width / last, height / last
         inverse = (

@@ -89,7 +89,7 @@ class TextGuest(TextOp):
         return text if odd or stays.lost(text, changed) else changed
 
 
-def text_guest(name: str, parameters: Mapping[str, Any]) -> TextGuest:
+def external_text_transform(name: str, parameters: Mapping[str, Any]) -> TextGuest:
     """The op that `nlpaug.NAME: parameters` in a policy is short for; `p` and `keep` are the op's own."""
     own = dict(parameters)
     ours = {key: own.pop(key) for key in ("p", "keep") if key in own}
@@ -232,4 +232,4 @@ def _kinds() -> Mapping[str, type]:
     )
 
 
-TEXT_GUESTS: Mapping[str, type[TextOp]] = MappingProxyType({"TextGuest": TextGuest})
+EXTERNAL_TEXT: Mapping[str, type[TextOp]] = MappingProxyType({"TextGuest": TextGuest})

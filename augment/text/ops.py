@@ -24,7 +24,7 @@ Places = list[int]
 
 @dataclass(frozen=True, kw_only=True)
 class TextOp(Op):
-    """Works on the text of a sample; drawn by a key of its own, whatever befalls the picture.
+    """Works on the text of a sample; drawn by a key of its own, whatever befalls the image.
 
     share: of the words that are changed, in [0, 1]; of a text of few words at least one is. keep: words that stay as they are, see
     `refract.augment.text.words.kept`; by default what holds a digit, and negations.

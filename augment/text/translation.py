@@ -25,7 +25,7 @@ class TranslationError(ValueError):
 
 
 @dataclass(frozen=True)
-class Sampling:
+class DataCapture:
     """How variants come to differ. top_k: the likeliest words of which each is drawn, 1 takes the likeliest; temperature: > 0, higher is
     bolder."""
 
@@ -39,7 +39,7 @@ class BackTranslator:
 
     def __init__(
         self, forth: str, back: str, *, source: str, via: str, device: str = "cpu", batch: int = 32, max_length: int = 256,
-        sampling: Sampling = Sampling(),
+        sampling: DataCapture = DataCapture(),
     ) -> None:  # fmt: skip
         """TranslationError where a model cannot be loaded or does not know a language."""
         self.name = f"{forth} {back} {source} {via} {max_length} {sampling}"
@@ -131,7 +131,7 @@ class _Way:
             tokenizer.src_lang = source
             self._own = {"forced_bos_token_id": _language(tokenizer, target)}
 
-    def __call__(self, model: Any, texts: list[str], sampling: Sampling) -> list[str | None]:
+    def __call__(self, model: Any, texts: list[str], sampling: DataCapture) -> list[str | None]:
         own = self._model.generation_config
         own.update(do_sample=sampling.top_k > 1, num_beams=1, **self._own)
         own.update(**({"top_k": sampling.top_k, "temperature": sampling.temperature} if sampling.top_k > 1 else {}))

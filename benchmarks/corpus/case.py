@@ -1,4 +1,4 @@
-"""What the corpus's makers share: a case, and pictures as files."""
+"""What the corpus's makers share: a case, and images as files."""
 
 import io
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ PREDICT = "/v1/predict"
 
 @dataclass(frozen=True)
 class Case:
-    """A request, and what may come of it. statuses: of HTTP; None for anything below 500. label_of: a picture (uint8 H×W×3) whose likeliest
-    label it must get; gap: how far its probability may lie from that picture's."""
+    """A request, and what may come of it. statuses: of HTTP; None for anything below 500. label_of: an image (uint8 H×W×3) whose likeliest
+    label it must get; gap: how far its probability may lie from that image's."""
 
     name: str
     body: bytes
@@ -24,7 +24,7 @@ class Case:
     gap: float = 0.02
 
 
-def picture(rng: np.random.Generator, height: int = 60, width: int = 90) -> np.ndarray:
+def random_image(rng: np.random.Generator, height: int = 60, width: int = 90) -> np.ndarray:
     """Smooth colours, so that JPEG changes little."""
     coarse = Image.fromarray(rng.integers(20, 236, (4, 5, 3), dtype=np.uint8))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))

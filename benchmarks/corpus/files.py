@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from benchmarks.corpus.case import Case, encoded, part, picture, saved
+from benchmarks.corpus.case import Case, encoded, part, random_image, saved
 
 
 def cases(rng: np.random.Generator) -> Iterator[Case]:
@@ -16,7 +16,7 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def _files(rng: np.random.Generator) -> dict[str, bytes]:
-    pixels = picture(rng)
+    pixels = random_image(rng)
     return {
         "jpeg": encoded(pixels, "JPEG", quality=90),
         "progressive": encoded(pixels, "JPEG", progressive=True),
@@ -113,14 +113,14 @@ def _bombs(rng: np.random.Generator) -> Iterator[Case]:
     yield Case("a column of 4 × 10,000,000", _flat_png(4, 10_000_000))
     frames = [Image.new("P", (8, 8), k % 256) for k in range(400)]
     yield Case("gif of 400 frames", saved(frames[0], "GIF", save_all=True, append_images=frames[1:]))
-    data = encoded(picture(rng), "JPEG", progressive=True)
+    data = encoded(random_image(rng), "JPEG", progressive=True)
     scan = data[data.index(b"\xff\xda") : data.rindex(b"\xff\xd9")]
     for count in (10, 100, 1_000):
         yield Case(f"jpeg of {count} times its scans", data[:-2] + scan * count + b"\xff\xd9")
     yield Case("jpeg with 3 MB of comments", data[:2] + (b"\xff\xfe\xff\xff" + bytes(65_533)) * 48 + data[2:])
     text = PngImagePlugin.PngInfo()
     text.add_text("a", "x" * 5_000_000, zip=True)
-    yield Case("png with an inflating text", encoded(picture(rng), "PNG", pnginfo=text))
+    yield Case("png with an inflating text", encoded(random_image(rng), "PNG", pnginfo=text))
     yield Case("png whose icc profile inflates", _with_chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(30_000_000), 9)))
     for count in (65, 500):
         form = b"".join(part(f"f{i}", b"x") for i in range(count)) + b"--b--\r\n"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from benchmarks.corpus.case import PREDICT, Case, changed, encoded, part, picture
+from benchmarks.corpus.case import PREDICT, Case, changed, encoded, part, random_image
 
 
 def cases(rng: np.random.Generator) -> Iterator[Case]:
@@ -17,7 +17,7 @@ def cases(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def _json(rng: np.random.Generator) -> Iterator[Case]:
-    good = base64.b64encode(encoded(picture(rng), "JPEG")).decode()
+    good = base64.b64encode(encoded(random_image(rng), "JPEG")).decode()
     values: list[object] = [
         None,
         True,
@@ -84,7 +84,7 @@ def _json(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def _forms(rng: np.random.Generator) -> Iterator[Case]:
-    data, kind = encoded(picture(rng), "JPEG"), "multipart/form-data; boundary=b"
+    data, kind = encoded(random_image(rng), "JPEG"), "multipart/form-data; boundary=b"
     good = part("file", data) + b"--b--\r\n"
     nested = part("file", good, "Content-Type: multipart/mixed; boundary=c\r\n") + b"--b--\r\n"
     bodies = {
@@ -118,7 +118,7 @@ def _forms(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def _kinds(rng: np.random.Generator) -> Iterator[Case]:
-    data = encoded(picture(rng), "PNG")
+    data = encoded(random_image(rng), "PNG")
     for kind in (
         "text/plain",
         "text/html",
@@ -170,7 +170,7 @@ def _kinds(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def _v2(rng: np.random.Generator) -> Iterator[Case]:
-    path, pixels = "/v2/models/MODEL/infer", picture(rng, 8, 8)
+    path, pixels = "/v2/models/MODEL/infer", random_image(rng, 8, 8)
     good = {"name": "images", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": pixels.ravel().tolist()}
     yield Case("v2 tensor", json.dumps({"inputs": [good]}).encode(), "application/json", path, statuses=(200,))
     changes: list[dict[str, object]] = [
@@ -271,7 +271,7 @@ def _v2(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def _queries(rng: np.random.Generator) -> Iterator[Case]:
-    data = encoded(picture(rng), "PNG")
+    data = encoded(random_image(rng), "PNG")
     for query in (
         "top=0",
         "top=-1",

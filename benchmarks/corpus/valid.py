@@ -1,11 +1,11 @@
-"""Pictures that any viewer shows, in unusual files."""
+"""Images that any viewer shows, in unusual files."""
 
 from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageCms, TiffImagePlugin
 
-from benchmarks.corpus.case import Case, encoded, picture, saved
+from benchmarks.corpus.case import Case, encoded, random_image, saved
 
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -16,12 +16,12 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's orientation → how the stored picture is turned to be shown."""
+"""EXIF's orientation → how the stored image is turned to be shown."""
 
 
 def odd_but_valid(rng: np.random.Generator) -> Iterator[Case]:
     """Each is to be answered as the same pixels in a plain PNG."""
-    pixels = picture(rng)
+    pixels = random_image(rng)
     image = Image.fromarray(pixels)
 
     def case(name: str, data: bytes, shown: np.ndarray = pixels, gap: float = 0.02, kind: str = "image/*") -> Case:
@@ -48,7 +48,7 @@ def odd_but_valid(rng: np.random.Generator) -> Iterator[Case]:
     half.putalpha(128)
     over_white = np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "white"), half).convert("RGB"))
     yield case("half transparent, over white", saved(half, "PNG"), over_white)
-    other = Image.fromarray(picture(rng))
+    other = Image.fromarray(random_image(rng))
     for form in ("GIF", "WEBP", "PNG"):
         first = palette if form == "GIF" else image
         moving = saved(
@@ -87,7 +87,7 @@ def odd_but_valid(rng: np.random.Generator) -> Iterator[Case]:
     yield case("bmp", saved(image, "BMP"))
     yield case("png called jpeg", saved(image, "PNG"), kind="image/jpeg")
     yield case("jpeg called webp", saved(image, "JPEG", quality=97), kind="image/webp")
-    yield case("picture without a type", saved(image, "PNG"), kind="")
+    yield case("image without a type", saved(image, "PNG"), kind="")
     yield case("jpeg with a zip behind it", saved(image, "JPEG", quality=97) + b"PK\x03\x04" + rng.bytes(500))
     yield case(
         "jpeg with comments",
@@ -95,7 +95,7 @@ def odd_but_valid(rng: np.random.Generator) -> Iterator[Case]:
     )
     for height, width in ((1, 1), (1, 300), (300, 1), (2, 2), (7, 3), (2_000, 3), (1_500, 2_000)):
         small = (
-            picture(rng, height, width)
+            random_image(rng, height, width)
             if min(height, width) > 3
             else np.full((height, width, 3), rng.integers(0, 256, 3), np.uint8)
         )

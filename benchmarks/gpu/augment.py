@@ -19,11 +19,11 @@ def run(options: Options, record: Record, clock: Clock) -> None:
     """Measure the stage `augment`."""
     import torch
 
-    from benchmarks.augment_batch import POLICY, SIDE, kornia, pictures, refract
+    from benchmarks.augment_batch import POLICY, SIDE, kornia, random_images, refract
 
     device, count = options.device, 4 if options.quick else 256
     record.fact(**device_facts(device), batch=count, side=SIDE, policy=[next(iter(op)) for op in POLICY])
-    images = pictures(count).to(device)
+    images = random_images(count).to(device)
     moved = 2 * images.nbytes / 1e9
 
     def measure(call: Callable[[], object], name: str, fraction: float) -> float:

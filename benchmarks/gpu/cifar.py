@@ -49,7 +49,7 @@ def run(options: Options, record: Record, clock: Clock) -> None:
     config = load_config(CONFIG, ["--trainer.device", device, "--tracking.enabled", "false", *more])
     record.fact(**device_facts(device), config=CONFIG.name, overrides=list(more))
     started = time.perf_counter()
-    split = {"val_share": config.data.val_share, "seed": config.trainer.seed}
+    split = {"val_fraction": config.data.val_fraction, "seed": config.trainer.seed}
     manifest = data.colours(**split) if options.quick or options.cifar is None else data.cifar(options.cifar, **split)
     assembly = assemble(config, (manifest, {"fingerprint": "benchmark", "content": "benchmark"}))
     record.measure("preparation", time.perf_counter() - started)

@@ -37,7 +37,7 @@ def write_jpegs(folder: Path, images: list[bytes]) -> list[Path]:
     return files
 
 
-def cifar(tar: Path, *, val_share: float, seed: int) -> "Manifest":
+def cifar(tar: Path, *, val_fraction: float, seed: int) -> "Manifest":
     """The images of a tar of train|test/CLASS/NAME.jpg, in memory, with a validation split drawn. ValueError for another layout."""
     from refract.pipeline.data.manifest import Manifest, Sample
 
@@ -56,10 +56,10 @@ def cifar(tar: Path, *, val_share: float, seed: int) -> "Manifest":
     samples = tuple(
         Sample(name, (labels.index(label),), split, data=data) for split, label, name, data in sorted(members)
     )
-    return _split(Manifest(str(tar), samples, labels, "multiclass"), val_share, seed)
+    return _split(Manifest(str(tar), samples, labels, "multiclass"), val_fraction, seed)
 
 
-def colours(*, val_share: float, seed: int, train: int = 60, test: int = 30) -> "Manifest":
+def colours(*, val_fraction: float, seed: int, train: int = 60, test: int = 30) -> "Manifest":
     """Images of three colours in place of CIFAR-10, to test the program."""
     import numpy as np
     import simplejpeg
@@ -73,13 +73,13 @@ def colours(*, val_share: float, seed: int, train: int = 60, test: int = 30) -> 
         pixels[..., 2 - label] += 120
         data = simplejpeg.encode_jpeg(pixels, 90, "RGB", "444")
         samples.append(Sample(f"{number}.jpg", (label,), "train" if number < train else "test", data=data))
-    return _split(Manifest("generated colours", tuple(samples), labels, "multiclass"), val_share, seed)
+    return _split(Manifest("generated colours", tuple(samples), labels, "multiclass"), val_fraction, seed)
 
 
-def _split(manifest: "Manifest", val_share: float, seed: int) -> "Manifest":
+def _split(manifest: "Manifest", val_fraction: float, seed: int) -> "Manifest":
     from refract.pipeline.data.splits import draw_splits
 
     hashes = {sample.key: hashlib.sha256(sample.read()).hexdigest() for sample in manifest.samples}
-    split = draw_splits(manifest, hashes, val_share=val_share, test_share=0.2, seed=seed)
+    split = draw_splits(manifest, hashes, val_fraction=val_fraction, test_fraction=0.2, seed=seed)
     order = {name: place for place, name in enumerate(SPLITS)}
     return replace(split, samples=tuple(sorted(split.samples, key=lambda sample: order[sample.split])))

@@ -90,14 +90,14 @@ def _loaded(files: list[Path], size: int, side: int, device: str, workers: int) 
     import torch
 
     from refract.augment import Augmenter, Preprocess
-    from refract.pipeline.data.datamodule import PictureData
+    from refract.pipeline.data.datamodule import ImageDataModule
     from refract.pipeline.data.manifest import Manifest, Sample
 
     repeats = 1 + 16 * size // len(files)
     samples = tuple(Sample(str(file), (number % 2,), "train") for number, file in enumerate(files * repeats))
     manifest = Manifest("generated", samples, ("a", "b"), "binary")
     augmenter = Augmenter(POLICY, seed=0, size=(side, side))
-    data = PictureData(
+    data = ImageDataModule(
         manifest, augmenter=augmenter, preprocess=Preprocess(side, side), batch_size=size, workers=workers
     )
     loader = data.train_dataloader()

@@ -1,4 +1,4 @@
-"""The network as an MLflow model with base64 pictures for its input, for `mlflow models serve`; run by `benchmarks.serve`.
+"""The network as an MLflow model with base64 images for its input, for `mlflow models serve`; run by `benchmarks.serve`.
 
     python -m benchmarks.servers.mlflow_model FOLDER
 

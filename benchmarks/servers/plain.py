@@ -1,4 +1,4 @@
-"""A server as people write it themselves: FastAPI, Pillow, torchvision's transforms, PyTorch in float32, one picture at a time.
+"""A server as people write it themselves: FastAPI, Pillow, torchvision's transforms, PyTorch in float32, one image at a time.
 
 Takes the network from REFRACT_BENCH_BUNDLE, so that it answers as the others do; run by `benchmarks.serve`.
 """

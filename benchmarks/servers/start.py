@@ -12,14 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def make_bundle(network: str, pictures: Sequence[bytes], path: Path, *, size: int = 224, seed: int = 0) -> Path:
-    """Random weights, with batch norms that know the pictures, so that values stay of an ordinary size; the answers to the eight pictures
+def make_bundle(network: str, encoded: Sequence[bytes], path: Path, *, size: int = 224, seed: int = 0) -> Path:
+    """Random weights, with batch norms that know the images, so that values stay of an ordinary size; the answers to the eight images
     of which it is the surest are its golden ones."""
     import numpy as np
     import torch
 
     from refract.augment.preprocess import Preprocess
-    from refract.models.bundle.bundle import BundleInfo, Golden, save_bundle
+    from refract.models.bundle.bundle import BundleInfo, GoldenSample, save_bundle
     from refract.models.classifier import Classifier, probabilities
     from refract.models.registry import build
 
@@ -27,7 +27,7 @@ def make_bundle(network: str, pictures: Sequence[bytes], path: Path, *, size: in
     preprocess, count = Preprocess(size, size), 100 if size > 64 else 10
     network_of = build(network, count, image_size=(size, size))
     classifier = Classifier(network_of, mean=preprocess.mean, std=preprocess.std).eval()
-    images = torch.from_numpy(np.stack([preprocess(data) for data in pictures])).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.stack([preprocess(data) for data in encoded])).permute(0, 3, 1, 2)
     with torch.inference_mode():
         for _ in range(20):
             classifier.network.train()(classifier.normalise(images))
@@ -38,12 +38,12 @@ def make_bundle(network: str, pictures: Sequence[bytes], path: Path, *, size: in
         answers = probabilities(classifier(images), task="multiclass", temperature=temperature)
     leads = answers.topk(2).values.diff(dim=1)[:, 0]
     surest = leads.argsort()[:8].tolist()  # the differences are negative
-    goldens = [Golden(f"{i:02}.img", pictures[i], tuple(answers[i].tolist())) for i in surest]
+    golden_samples = [GoldenSample(f"{i:02}.img", encoded[i], tuple(answers[i].tolist())) for i in surest]
     info = BundleInfo(
         name=network, task="multiclass", labels=tuple(f"class {i}" for i in range(count)), created="2026-01-01T00:00:00+00:00",
         network={"name": network, "image_size": [size, size], "args": {}}, preprocess=preprocess.to_dict(), temperature=temperature,
     )  # fmt: skip
-    return save_bundle(path, info, classifier, goldens)
+    return save_bundle(path, info, classifier, golden_samples)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A small network for pictures of about 32×32 that reaches in ten epochs what others need a hundred for."""
+"""A small network for images of about 32×32 that reaches in ten epochs what others need a hundred for."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class FastNet(nn.Module):
     """A whitening convolution, three stages of `depth` 3×3 convolutions, and a linear head.
 
-    The first layer looks at 2×2 patches along the eigenvectors of the training pictures' patches, each scaled to variance 1, and along
+    The first layer looks at 2×2 patches along the eigenvectors of the training images' patches, each scaled to variance 1, and along
     their negatives; `prepare` sets these filters, of which only the bias is trained. The 3×3 convolutions begin as far as they can as
     identities. GELU; batch norms without a learned scale; logits are scaled by `logit_scale`. widths: channels of the three stages;
     depth: 2, or 3 with a residual connection over the last two.
@@ -54,11 +54,11 @@ class FastNet(nn.Module):
         return self.head(values.amax(dim=(2, 3))) * self.logit_scale
 
     def prepare(self, images: Tensor) -> None:
-        """Set the first layer from normalised training pictures (N, 3, H, W), some thousand of them."""
+        """Set the first layer from normalised training images (N, 3, H, W), some thousand of them."""
         patches = F.unfold(images.float(), 2).transpose(1, 2).reshape(-1, 12)
         patches = patches - patches.mean(dim=0)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-        # Flat pictures have directions without variance: these are not blown up beyond a thousandth of the largest.
+        # Flat images have directions without variance: these are not blown up beyond a thousandth of the largest.
         filters = (vectors / values.clamp(min=1e-3 * float(values[-1]) + 1e-8).sqrt()).T.view(12, 3, 2, 2)
         with torch.no_grad():
             self.whiten.weight.copy_(torch.cat([filters, -filters]))
@@ -90,7 +90,7 @@ def _conv(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
-    # Not the source's eps of 1e-12: what never varies, as the colours of grey pictures, would be blown up by 1e6.
+    # Not the source's eps of 1e-12: what never varies, as the colours of grey images, would be blown up by 1e6.
     norm = nn.BatchNorm2d(channels, eps=1e-5, momentum=0.4)
     norm.weight.requires_grad_(False)
     return norm

@@ -31,7 +31,7 @@ class ColourHistogram(nn.Module):
 class HoG(nn.Module):
     """Histograms of oriented gradients: 9 directions without sign in cells of `cell`² pixels, normalised over blocks of 2×2 cells.
 
-    (N, 3, H, W) → (N, 36 · blocks). The gradient is that of the grey picture; L2-Hys, clipped at 0.2.
+    (N, 3, H, W) → (N, 36 · blocks). The gradient is that of the grey image; L2-Hys, clipped at 0.2.
     Source: Dalal & Triggs 2005, section 6.
     """
 
@@ -63,7 +63,7 @@ class HoG(nn.Module):
 
 
 class VisualWords(nn.Module):
-    """A bag of visual words: which of `words` patches is nearest, counted in the four quarters of the picture.
+    """A bag of visual words: which of `words` patches is nearest, counted in the four quarters of the image.
 
     (N, 3, H, W) → (N, 4 · words). `prepare` clusters patches of `patch`² pixels, each with its own mean and contrast removed.
     Source: Csurka et al. 2004; on raw patches and in quarters, Coates et al. 2011, "An analysis of single-layer networks".
@@ -90,10 +90,10 @@ class VisualWords(nn.Module):
         return F.adaptive_avg_pool2d(maps, 2).sqrt().flatten(1)
 
     def prepare(self, images: Tensor) -> None:
-        """Cluster patches of normalised training pictures (N, 3, H, W)."""
+        """Cluster patches of normalised training images (N, 3, H, W)."""
         views = images.float().unfold(2, self.patch, 1).unfold(3, self.patch, 1)  # of the pixels, not yet copies
-        pictures, _, rows, columns = views.shape[:4]
-        places = [torch.randint(count, (_SEEN_PATCHES,)) for count in (pictures, rows, columns)]
+        number, _, rows, columns = views.shape[:4]
+        places = [torch.randint(count, (_SEEN_PATCHES,)) for count in (number, rows, columns)]
         chosen = views[places[0], :, places[1], places[2]].flatten(1)
         self.vocabulary.copy_(clustered(_contrasted(chosen), len(self.vocabulary)))
 
@@ -136,7 +136,7 @@ class LinearOnFeatures(nn.Module):
         return self.head(self.features(images))
 
     def prepare(self, images: Tensor) -> None:
-        """Hand normalised training pictures (N, 3, H, W) on to the features."""
+        """Hand normalised training images (N, 3, H, W) on to the features."""
         if hasattr(self.features, "prepare"):
             self.features.prepare(images)  # type: ignore[operator]
 

@@ -9,7 +9,7 @@ class LeNet5(nn.Module):
     Source: LeCun et al. 1998, "Gradient-based learning applied to document recognition", figure 2.
     Deviations: three input channels; ReLU for the scaled tanh; max pooling for the trainable subsampling; full
     connections in the second convolution; a plain linear output for the RBF units. The first linear layer takes what
-    the pooling leaves of `image_size`: 400 numbers for the paper's 32×32, more for larger pictures.
+    the pooling leaves of `image_size`: 400 numbers for the paper's 32×32, more for larger images.
     """
 
     def __init__(self, num_classes: int, *, image_size: tuple[int, int]) -> None:

@@ -36,7 +36,7 @@ class MLP(nn.Module):
     hidden: units of each layer; activation, norm: see `refract.models.layers`; activation_args: of the activation, as {slope: 2.0};
     dropout: share
     of the units set to 0 in training, in [0, 1) (Srivastava et al. 2014); pretrain: `rbm` trains the hidden layers one by one on the
-    pictures that `prepare` gets, epochs of it in pretrain_epochs; sigmoid units then.
+    images that `prepare` gets, epochs of it in pretrain_epochs; sigmoid units then.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class MLP(nn.Module):
             for layer in layers:
                 contrastive_divergence(layer, values, epochs=self.pretrain_epochs)
                 values = torch.sigmoid(F.linear(values, layer.weight, layer.bias))
-            # The first layer takes over the scaling, as the network gets the pictures without it.
+            # The first layer takes over the scaling, as the network gets the images without it.
             first = layers[0]
             first.weight.div_(spread)
             first.bias.sub_(first.weight.sum(dim=1) * low)

@@ -1,4 +1,4 @@
-"""A network of radial basis functions: how near a picture is to each of a few centres."""
+"""A network of radial basis functions: how near an image is to each of a few centres."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class RBFNetwork(nn.Module):
     """φ_k(x) = exp(−‖x − c_k‖² / (2 σ²)) on the flattened pixels, then a linear head.
 
-    centres: how many, at most as there are pictures. `prepare` puts them where k-means finds clusters, and σ = d / √(2 K), d the largest
+    centres: how many, at most as there are images. `prepare` puts them where k-means finds clusters, and σ = d / √(2 K), d the largest
     distance between centres; both stay fixed unless `train_centres`.
     Source: Broomhead & Lowe 1988; the width by Haykin 1999, "Neural Networks", section 5.13.
     """
@@ -32,10 +32,10 @@ class RBFNetwork(nn.Module):
         return self.head(torch.exp(-squares / (2 * torch.exp(2 * self.log_width))).to(self.head.weight.dtype))
 
     def prepare(self, images: Tensor) -> None:
-        """Find the centres among normalised training pictures (N, 3, H, W). ValueError for fewer pictures than centres."""
+        """Find the centres among normalised training images (N, 3, H, W). ValueError for fewer images than centres."""
         count = len(self.centres)
         if len(images) < count:
-            raise ValueError(f"centres={count}: there are only {len(images)} training pictures to cluster")
+            raise ValueError(f"centres={count}: there are only {len(images)} training images to cluster")
         with torch.no_grad():
             self.centres.copy_(clustered(images.flatten(1), count))
             largest = float(torch.cdist(self.centres, self.centres).max())

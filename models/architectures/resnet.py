@@ -1,4 +1,4 @@
-"""ResNet-20, the residual network for small pictures."""
+"""ResNet-20, the residual network for small images."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,7 @@
 """The bundle: one folder that carries a classifier from training to serving, without pickle.
 
-`bundle.json` (what it says of itself, and the golden pictures' answers), `weights.safetensors`, `golden/NAME` (original
-bytes of pictures), `text/tokenizer.json` (where a transformer reads texts), `reference.safetensors` (how pictures looked that it did
+`bundle.json` (what it says of itself, and the golden images' answers), `weights.safetensors`, `golden/NAME` (original
+bytes of images), `text/tokenizer.json` (where a transformer reads texts), `reference.safetensors` (how images looked that it did
 not learn from, for drift; not in older bundles) and `manifest.json` (SHA-256 and size of each other file). Knows nothing of HTTP,
 MLflow or training.
 """
@@ -19,11 +19,16 @@ import torch
 from torch import Tensor
 
 from refract.models.bundle.info import BundleError, BundleInfo, parse_json
-from refract.models.bundle.verified_directory import SealedFolder, open_sealed, refuse_existing, write_sealed
+from refract.models.bundle.verified_directory import (
+    VerifiedDirectory,
+    open_verified_directory,
+    refuse_existing,
+    write_verified_directory,
+)
 from refract.models.classifier import Classifier
 from refract.models.factory import make_classifier
 
-__all__ = ["Bundle", "BundleError", "BundleInfo", "Golden", "load_bundle", "save_bundle"]
+__all__ = ["Bundle", "BundleError", "BundleInfo", "GoldenSample", "load_bundle", "save_bundle"]
 
 INFO = "bundle.json"
 WEIGHTS = "weights.safetensors"
@@ -33,10 +38,10 @@ REFERENCE = "reference.safetensors"
 
 
 @dataclass(frozen=True)
-class Golden:
-    """A hold-out picture and the answer that evaluation gave: a server is ready when it gives it again.
+class GoldenSample:
+    """A hold-out image and the answer that evaluation gave: a server is ready when it gives it again.
 
-    name: a plain file name; data: the original encoded bytes; probabilities: one in 0…1 a label; text: that goes with it; pictured: false
+    name: a plain file name; data: the original encoded bytes; probabilities: one in 0…1 a label; text: that goes with it; has_image: false
     for a text alone. BundleError otherwise.
     """
 
@@ -44,18 +49,18 @@ class Golden:
     data: bytes = field(repr=False)
     probabilities: tuple[float, ...]
     text: str = ""
-    pictured: bool = True
+    has_image: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise BundleError(
-                f"golden picture's name {self.name!r}: expected letters, digits, '.', '_', '-', as in 00.jpg"
+                f"golden image's name {self.name!r}: expected letters, digits, '.', '_', '-', as in 00.jpg"
             )
         if not self.data:
-            raise BundleError(f"golden picture {self.name!r} has no bytes")
+            raise BundleError(f"golden image {self.name!r} has no bytes")
         if not all(isinstance(p, float | int) and 0 <= p <= 1 for p in self.probabilities):
             raise BundleError(
-                f"golden picture {self.name!r}: probabilities {self.probabilities}: expected numbers in 0…1"
+                f"golden image {self.name!r}: probabilities {self.probabilities}: expected numbers in 0…1"
             )
 
 
@@ -65,9 +70,9 @@ class Bundle:
 
     path: Path
     info: BundleInfo
-    goldens: tuple[Golden, ...]
+    golden_samples: tuple[GoldenSample, ...]
     digest: str
-    folder: SealedFolder = field(repr=False)
+    folder: VerifiedDirectory = field(repr=False)
 
     def reference(self) -> bytes | None:
         """What `save_bundle` was given as such, for `refract.pipeline.drift`; None where it was given nothing. BundleError if it was
@@ -104,29 +109,29 @@ def save_bundle(
     path: str | Path,
     info: BundleInfo,
     classifier: Classifier,
-    goldens: Sequence[Golden],
+    golden_samples: Sequence[GoldenSample],
     *,
     reference: bytes | None = None,
 ) -> Path:
     """Write the bundle whole or not at all, read it back, and only then give it its name `path`. Returns `path`.
 
-    reference: a file of its own, whose meaning is `refract.pipeline.drift`'s. BundleError if `path` exists, if a golden picture's answer
+    reference: a file of its own, whose meaning is `refract.pipeline.drift`'s. BundleError if `path` exists, if a golden image's answer
     has not
     one number a label, or if `info` does not describe `classifier` (another network, image size, normalisation or number of labels).
     """
     path = Path(path)
     refuse_existing(path)
-    _check_goldens(info, goldens)
-    answers = [_answer(golden) for golden in goldens]
+    _check_golden_samples(info, golden_samples)
+    answers = [_answer(golden) for golden in golden_samples]
     record = json.dumps({**info.to_dict(), "goldens": answers}, indent=2, ensure_ascii=False, allow_nan=False)
     contents = {INFO: record.encode(), WEIGHTS: safetensors.torch.save(_plain_weights(classifier))}
-    contents |= {f"golden/{golden.name}": golden.data for golden in goldens}
+    contents |= {f"golden/{golden.name}": golden.data for golden in golden_samples}
     if classifier.tokens is not None:
         contents |= {TEXT + name: data for name, data in classifier.tokens.files.items()}
     if reference is not None:
         contents[REFERENCE] = reference
     # Reading back costs a second and finds now what a server would find at night: arguments that build another network.
-    write_sealed(path, contents, check=lambda folder: load_bundle(folder).classifier())
+    write_verified_directory(path, contents, check=lambda folder: load_bundle(folder).classifier())
     return path
 
 
@@ -135,42 +140,47 @@ def load_bundle(path: str | Path) -> Bundle:
 
     BundleError names the file that is missing, altered, unlisted or outside the folder, and what to do.
     """
-    folder = open_sealed(Path(path))
+    folder = open_verified_directory(Path(path))
     # The weights are checked but not kept: `classifier` reads them when they are wanted, and checks again.
     contents = {name: b"" if name == WEIGHTS else data for name, data in _read_all(folder)}
     try:
         info, answers = _parse_record(contents[INFO])
     except BundleError as err:
         raise BundleError(f"{folder.path / INFO}: {err}") from err
-    goldens = tuple(
-        Golden(data=contents.get(f"golden/{answer['name']}") or folder.read(f"golden/{answer['name']}"), **answer)
+    golden_samples = tuple(
+        GoldenSample(data=contents.get(f"golden/{answer['name']}") or folder.read(f"golden/{answer['name']}"), **answer)
         for answer in answers
     )
-    _check_goldens(info, goldens)
-    return Bundle(folder.path, info, goldens, folder.digest, folder)
+    _check_golden_samples(info, golden_samples)
+    return Bundle(folder.path, info, golden_samples, folder.digest, folder)
 
 
-def _read_all(folder: SealedFolder) -> list[tuple[str, bytes]]:
+def _read_all(folder: VerifiedDirectory) -> list[tuple[str, bytes]]:
     return [(name, folder.read(name)) for name in dict.fromkeys([*folder.files, INFO, WEIGHTS])]
 
 
-def _answer(golden: Golden) -> dict[str, Any]:
+def _answer(golden: GoldenSample) -> dict[str, Any]:
     own = {"name": golden.name, "probabilities": [float(p) for p in golden.probabilities]}
-    return own | ({"text": golden.text} if golden.text else {}) | ({} if golden.pictured else {"pictured": False})
+    return own | ({"text": golden.text} if golden.text else {}) | ({} if golden.has_image else {"has_image": False})
 
 
 def _parse_record(data: bytes) -> tuple[BundleInfo, list[dict[str, Any]]]:
     values = parse_json(data)
     answers = values.pop("goldens", None) if isinstance(values, dict) else None
     info = BundleInfo.from_dict(values)
-    form = "a list of {'name': text, 'probabilities': [numbers]}, perhaps with a 'text' and 'pictured'"
+    form = "a list of {'name': text, 'probabilities': [numbers]}, perhaps with a 'text' and 'has_image'"
     if not isinstance(answers, list) or not all(map(_is_answer, answers)):
         raise BundleError(f"field 'goldens': expected {form}")
-    known = ("name", "text", "pictured")
-    own = [{name: answer[name] for name in known if name in answer} for answer in answers]
+    known = ("name", "text", "has_image")
+    own = [{name: answer[name] for name in known if name in answer} for answer in map(_renamed, answers)]
     return info, [
         {**one, "probabilities": tuple(answer["probabilities"])} for one, answer in zip(own, answers, strict=True)
     ]
+
+
+def _renamed(answer: dict[str, Any]) -> dict[str, Any]:
+    """A golden sample's record under its present keys: bundles of earlier versions say `pictured`."""
+    return {"has_image" if key == "pictured" else key: value for key, value in answer.items()}
 
 
 def _is_answer(answer: Any) -> bool:
@@ -179,7 +189,7 @@ def _is_answer(answer: Any) -> bool:
         and isinstance(answer.get("name"), str)
         and isinstance(answer.get("probabilities"), list)
         and isinstance(answer.get("text", ""), str)
-        and isinstance(answer.get("pictured", True), bool)
+        and isinstance(_renamed(answer).get("has_image", True), bool)
     )
 
 
@@ -214,13 +224,13 @@ def _check_normalisation(info: BundleInfo, classifier: Classifier) -> None:
             )
 
 
-def _check_goldens(info: BundleInfo, goldens: Sequence[Golden]) -> None:
-    names = [golden.name for golden in goldens]
+def _check_golden_samples(info: BundleInfo, golden_samples: Sequence[GoldenSample]) -> None:
+    names = [golden.name for golden in golden_samples]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise BundleError(f"golden pictures: the name {twice[0]!r} comes twice")
-    for golden in goldens:
+        raise BundleError(f"golden images: the name {twice[0]!r} comes twice")
+    for golden in golden_samples:
         if len(golden.probabilities) != len(info.labels):
             raise BundleError(
-                f"golden picture {golden.name!r} has {len(golden.probabilities)} probabilities: "
+                f"golden image {golden.name!r} has {len(golden.probabilities)} probabilities: "
                 f"expected {len(info.labels)}, one a label"
             )

@@ -24,7 +24,7 @@ _AGAIN = "copy or download the bundle again"
 
 
 @dataclass(frozen=True)
-class SealedFolder:
+class VerifiedDirectory:
     """path: the folder; files: name → {"sha256", "size"}; digest: SHA-256 of the manifest, in hexadecimal."""
 
     path: Path
@@ -55,7 +55,7 @@ class SealedFolder:
         return data
 
 
-def open_sealed(path: Path) -> SealedFolder:
+def open_verified_directory(path: Path) -> VerifiedDirectory:
     """The folder by its manifest, whose form is checked; its files are checked as they are read. BundleError."""
     file = path / MANIFEST
     try:
@@ -68,10 +68,10 @@ def open_sealed(path: Path) -> SealedFolder:
         files = _parse_manifest(parse_json(manifest))
     except BundleError as err:
         raise BundleError(f"{file}: {err}; {_AGAIN}") from err
-    return SealedFolder(path, files, hashlib.sha256(manifest).hexdigest())
+    return VerifiedDirectory(path, files, hashlib.sha256(manifest).hexdigest())
 
 
-def write_sealed(path: Path, contents: Mapping[str, bytes], *, check: Callable[[Path], object]) -> None:
+def write_verified_directory(path: Path, contents: Mapping[str, bytes], *, check: Callable[[Path], object]) -> None:
     """Write `contents` (name → bytes) and a manifest beside `path`, `check` that folder, move it there in one rename.
 
     Whatever fails, nothing of it is left. BundleError if `path` exists; what `check` raises is passed on.

@@ -35,7 +35,7 @@ def initialise(network: nn.Module, name: str, images: Tensor | None = None) -> n
                 nn.init.zeros_(layer.bias)
     if name == "lsuv":
         if images is None:
-            raise ValueError("init='lsuv' needs a batch of pictures")
+            raise ValueError("init='lsuv' needs a batch of images")
         _unit_variance(network, layers, images)
     return network
 

@@ -51,7 +51,7 @@ def make_norm(name: str, channels: int, *, dims: int = 2) -> nn.Module:
     name, or one that has no meaning for vectors."""
     make = pick("norm", name, NORMS)
     if dims == 0 and name in ("instance", "local_response"):
-        raise ValueError(f"norm={name!r} needs pictures: a vector has no neighbours")
+        raise ValueError(f"norm={name!r} needs images: a vector has no neighbours")
     return make(channels, dims)
 
 

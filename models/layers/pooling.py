@@ -36,7 +36,7 @@ class StochasticPool(nn.Module):
 
 
 class GeneralisedMean(nn.Module):
-    """(mean of x^p over the picture)^(1/p), p learned, x cut to at least 1e-6: p = 1 is the average, p → ∞ the maximum.
+    """(mean of x^p over the image)^(1/p), p learned, x cut to at least 1e-6: p = 1 is the average, p → ∞ the maximum.
 
     (N, C, H, W) → (N, C). Source: Radenović et al. 2018, arXiv:1711.02512, equation 3.
     """

@@ -1,4 +1,4 @@
-"""Pictures and texts in one network: each read by a network of its own, their features brought together, one head."""
+"""Images and texts in one network: each read by a network of its own, their features brought together, one head."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -14,39 +14,39 @@ from refract.models.training.activation_checkpointing import statistics_kept
 class Concatenated(nn.Module):
     """Both, one after the other."""
 
-    def __init__(self, pictures: int, texts: int, width: int) -> None:
+    def __init__(self, images: int, texts: int, width: int) -> None:
         super().__init__()
-        self.joined = nn.Sequential(nn.Linear(pictures + texts, width), nn.GELU())
+        self.joined = nn.Sequential(nn.Linear(images + texts, width), nn.GELU())
 
-    def forward(self, picture: Tensor, text: Tensor) -> Tensor:
-        found: Tensor = self.joined(torch.cat([picture, text], dim=1))
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        found: Tensor = self.joined(torch.cat([image, text], dim=1))
         return found
 
 
 class Gated(nn.Module):
-    """z · tanh(picture) + (1 − z) · tanh(text), z a sigmoid of both: Arevalo et al. 2017, arXiv:1702.01992, section 3.1."""
+    """z · tanh(image) + (1 − z) · tanh(text), z a sigmoid of both: Arevalo et al. 2017, arXiv:1702.01992, section 3.1."""
 
-    def __init__(self, pictures: int, texts: int, width: int) -> None:
+    def __init__(self, images: int, texts: int, width: int) -> None:
         super().__init__()
-        self.of_picture, self.of_text = nn.Linear(pictures, width), nn.Linear(texts, width)
-        self.gate = nn.Linear(pictures + texts, width)
+        self.of_image, self.of_text = nn.Linear(images, width), nn.Linear(texts, width)
+        self.gate = nn.Linear(images + texts, width)
 
-    def forward(self, picture: Tensor, text: Tensor) -> Tensor:
-        share = torch.sigmoid(self.gate(torch.cat([picture, text], dim=1)))
-        return torch.lerp(torch.tanh(self.of_text(text)), torch.tanh(self.of_picture(picture)), share)
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        share = torch.sigmoid(self.gate(torch.cat([image, text], dim=1)))
+        return torch.lerp(torch.tanh(self.of_text(text)), torch.tanh(self.of_image(image)), share)
 
 
 class FiLM(nn.Module):
-    """(1 + γ) · picture + β, both linear in the text: Perez et al. 2018, arXiv:1709.07871, section 2. Deviation: of the features after
+    """(1 + γ) · image + β, both linear in the text: Perez et al. 2018, arXiv:1709.07871, section 2. Deviation: of the features after
     pooling, which any backbone has, not of its maps; and with the text itself beside, so that it can speak alone."""
 
-    def __init__(self, pictures: int, texts: int, width: int) -> None:
+    def __init__(self, images: int, texts: int, width: int) -> None:
         super().__init__()
-        self.of_picture, self.of_text = nn.Linear(pictures, width), nn.Linear(texts, 3 * width)
+        self.of_image, self.of_text = nn.Linear(images, width), nn.Linear(texts, 3 * width)
 
-    def forward(self, picture: Tensor, text: Tensor) -> Tensor:
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
         scale, shift, own = self.of_text(text).chunk(3, dim=1)
-        return torch.relu((1 + scale) * self.of_picture(picture) + shift) + torch.relu(own)
+        return torch.relu((1 + scale) * self.of_image(image) + shift) + torch.relu(own)
 
 
 FUSIONS: Mapping[str, Callable[[int, int, int], nn.Module]] = MappingProxyType(
@@ -55,13 +55,13 @@ FUSIONS: Mapping[str, Callable[[int, int, int], nn.Module]] = MappingProxyType(
 
 
 class Reader(nn.Module):
-    """Pictures, texts, or both → logits. Its `forward` takes both; what the network does not read is not looked at.
+    """Images, texts, or both → logits. Its `forward` takes both; what the network does not read is not looked at.
 
-    pictures: a network of pictures, whose last layer is taken away, or None; texts: one of
+    images: a network of images, whose last layer is taken away, or None; texts: one of
     `refract.models.multimodal.text_networks`, or None, not both.
-    fusion: of FUSIONS; width: of what it gives. drop_picture, drop_text: share of the training's samples that are shown without it, never
+    fusion: of FUSIONS; width: of what it gives. drop_image, drop_text: share of the training's samples that are shown without it, never
     without both (modality dropout: Neverova et al. 2016, arXiv:1501.00102, section 4); head: linear, or of `refract.models.head.HEADS`.
-    A picture or text that is missing has a learned vector in the place of its features. ValueError.
+    An image or text that is missing has a learned vector in the place of its features. ValueError.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class Reader(nn.Module):
         *,
         fusion: str = "concat",
         width: int = 256,
-        drop_picture: float = 0.15,
+        drop_image: float = 0.15,
         drop_text: float = 0.15,
         head: str = "linear",
     ) -> None:
         super().__init__()
-        self.drop_picture, self.drop_text = drop_picture, drop_text
+        self.drop_image, self.drop_text = drop_image, drop_text
         self.texts = texts
         features = int(texts.width)  # type: ignore[arg-type]
         self.no_text = nn.Parameter(torch.zeros(features))
@@ -100,28 +100,28 @@ class Reader(nn.Module):
         """What is trained in every mode: what joins the two, and the last layer."""
         return self.head if self.fusion is None else nn.ModuleList([self.fusion, self.head])
 
-    def forward(self, images: Tensor | None, texts: Tensor, pictured: Tensor, mixed: Tensor | None = None) -> Tensor:
-        """images: (N, 3, H, W) floats, normalised, None for a network that reads texts alone; texts: (N, L) int; pictured: (N,) bool,
-        whether there is a picture; mixed: (N, N), each sample's shares of the batch's samples, where pictures were mixed: the texts'
+    def forward(self, images: Tensor | None, texts: Tensor, has_image: Tensor, mixed: Tensor | None = None) -> Tensor:
+        """images: (N, 3, H, W) floats, normalised, None for a network that reads texts alone; texts: (N, L) int; has_image: (N,) bool,
+        whether there is an image; mixed: (N, N), each sample's shares of the batch's samples, where images were mixed: the texts'
         features are mixed alike, so that both sides speak for what the targets say. Logits (N, num_classes)."""
-        written, there = texts.ne(0).any(dim=1), pictured
+        written, there = texts.ne(0).any(dim=1), has_image
         if self.training and self.pictures is not None:
             drawn = torch.rand(len(texts), device=texts.device)
-            written = written & ~((drawn < self.drop_text) & pictured)
-            pictured = pictured & ~((drawn > 1 - self.drop_picture) & written)
+            written = written & ~((drawn < self.drop_text) & has_image)
+            has_image = has_image & ~((drawn > 1 - self.drop_image) & written)
         text = self.texts(texts)
         text = torch.where(written.unsqueeze(1), text, self.no_text.to(text.dtype))
         if mixed is not None:
             text = mixed.to(text.dtype) @ text
         if self.pictures is None or self.fusion is None or images is None:
             return self.head(text)
-        picture = self._seen(self.pictures, images, there)
-        picture = torch.where(pictured.unsqueeze(1), picture, self.no_picture.to(picture.dtype))
-        return self.head(self.fusion(picture, text))
+        image = self._seen(self.pictures, images, there)
+        image = torch.where(has_image.unsqueeze(1), image, self.no_picture.to(image.dtype))
+        return self.head(self.fusion(image, text))
 
     def _seen(self, network: nn.Module, images: Tensor, there: Tensor) -> Tensor:
-        """The features of the pictures that are there, whatever in the place of the others: batch norms that learn must not count these,
-        whose grey would move what every picture is normalised by. One picture alone is not counted either, as it has no deviation."""
+        """The features of the images that are there, whatever in the place of the others: batch norms that learn must not count these,
+        whose grey would move what every image is normalised by. One image alone is not counted either, as it has no deviation."""
         learning = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in network.modules())
         if not learning or bool(there.all()):
             return network(images)

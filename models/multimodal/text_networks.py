@@ -1,4 +1,4 @@
-"""Networks that read texts, each int rows (N, L) of `refract.models.multimodal.tokens` → features (N, width). Knows nothing of pictures."""
+"""Networks that read texts, each int rows (N, L) of `refract.models.multimodal.tokens` → features (N, width). Knows nothing of images."""
 
 import json
 from collections.abc import Mapping
@@ -149,7 +149,7 @@ def _check_reads(name: str, network: nn.Module, tokens: TokenizerTokens) -> None
         known = network.get_input_embeddings().num_embeddings  # type: ignore[operator]
         with torch.no_grad():
             Transformer(network.eval(), "mean")(torch.ones(1, tokens.max_length, dtype=torch.int32))
-    except Exception as error:  # of any kind: it may be a network of pictures, or one that wants more than a text
+    except Exception as error:  # of any kind: it may be a network of images, or one that wants more than a text
         kind = type(network).__name__
         raise ValueError(f"text.name: {name} is a {kind}, which does not read a text alone: {_line(error)}") from error
     if tokens.vocabulary > known:

@@ -50,7 +50,7 @@ class Torchvision:
     def build(
         self, name: str, num_classes: int, image_size: tuple[int, int], pretrained: bool, args: dict
     ) -> nn.Module:
-        """The network with a new head. Its stem is left as it is, also for small pictures."""
+        """The network with a new head. Its stem is left as it is, also for small images."""
         from torchvision import models
 
         def create(weights: str | None) -> nn.Module:

@@ -65,14 +65,14 @@ class ClassifierModule(lightning.LightningModule):
 
     Batches are dicts: `images` uint8 (B, 3, H, W), `targets` int64 (B,) or float32 (B, num_classes) for multilabel,
     `indices` int64 (B,), the samples' places in the data set, and in training `repeats` int64 (B,), which of its draws in the epoch each is
-    (none: the first); of classifiers that read texts also `texts` int32 (B, L) and `pictured` bool (B,), and no `images` where they read
+    (none: the first); of classifiers that read texts also `texts` int32 (B, L) and `has_image` bool (B,), and no `images` where they read
     nothing else. mix(images, targets, *, epoch, indices, repeats) → (images, targets) on the device, targets soft (B, num_classes), in
     training only.
-    loss.consistency: above 0, training images are (B, 3, 3, H, W), three views of each picture; the loss is then that of the first views
+    loss.consistency: above 0, training images are (B, 3, 3, H, W), three views of each image; the loss is then that of the first views
     plus this many times `consistency_loss`. class_weights: (num_classes,) for the training loss. mode, unfreeze_epochs: which blocks are
     trained in which epoch, see `refract.models.training.freezing`. teacher: a classifier to learn from besides, with
     loss.distill, that reads no more than this one and makes the same tokens of texts. start_size: share of
-    the pictures' sides that the first epoch sees, rising to all of them at three quarters of the epochs, in steps of 8 pixels (Howard 2018;
+    the images' sides that the first epoch sees, rising to all of them at three quarters of the epochs, in steps of 8 pixels (Howard 2018;
     Tan & Le 2021, arXiv:2104.00298, section 4).
 
     Logs `lr`, `train_loss`, `train_accuracy`, `val_loss` and `monitor` once an epoch. Training figures are of the mixed, smoothed batches
@@ -278,13 +278,13 @@ class ClassifierModule(lightning.LightningModule):
     def _taught(self, loss: Tensor, logits: Tensor, teacher: Classifier, inputs: Inputs) -> Tensor:
         """The loss with the teacher's answers; samples of which it reads nothing are left to their targets."""
         images, *beside = inputs
-        shown = None if images is None or "pictures" not in teacher.reads else images[: len(logits)]
+        shown = None if images is None or "images" not in teacher.reads else images[: len(logits)]
         with torch.no_grad():
             wanted = teacher.to(logits.device)(shown, *(beside if "texts" in teacher.reads else ()))
         share: Tensor | float = 1.0
         if beside and len(teacher.reads) == 1:
-            texts, pictured = beside[:2]
-            known = pictured if "pictures" in teacher.reads else texts.ne(0).any(dim=1)  # type: ignore[union-attr]
+            texts, has_image = beside[:2]
+            known = has_image if "images" in teacher.reads else texts.ne(0).any(dim=1)  # type: ignore[union-attr]
             share = known.to(loss.dtype).mean()  # type: ignore[union-attr]
             # The student's own answer teaches it nothing.
             wanted = torch.where(known.unsqueeze(1), wanted, logits.detach().to(wanted.dtype))  # type: ignore[union-attr]
@@ -292,7 +292,7 @@ class ClassifierModule(lightning.LightningModule):
         return loss * (1 - self.loss.distill * share) + self.loss.distill * soft
 
     def _sized(self, images: Tensor) -> Tensor:
-        """The pictures at the size that the epoch trains on."""
+        """The images at the size that the epoch trains on."""
         full = (images.shape[-2], images.shape[-1])
         height, width = size_at(self.current_epoch, self.trainer.max_epochs or 1, self.start_size, full)
         if (height, width) == full:
@@ -304,13 +304,13 @@ class ClassifierModule(lightning.LightningModule):
     def _mixed(
         self, images: Tensor, targets: Tensor, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(pictures, targets, and where there are texts the share of each sample in each)."""
+        """(images, targets, and where there are texts the share of each sample in each)."""
         assert self.mix is not None
         draws, indices = batch.get("repeats"), batch["indices"]
         if "texts" not in batch:
             return *self.mix(images, targets, epoch=self.current_epoch, indices=indices, repeats=draws), None
-        # Pictures are mixed among themselves: a grey square in the place of one is no picture of its label.
-        rows = batch["pictured"].nonzero().squeeze(1)
+        # Images are mixed among themselves: a grey square in the place of one is no image of its label.
+        rows = batch["has_image"].nonzero().squeeze(1)
         # Samples are mixed as their targets are: what becomes of the columns of a unit matrix tells the shares.
         units = torch.eye(len(targets), dtype=targets.dtype, device=targets.device)
         both = torch.cat([targets, units], dim=1)

@@ -55,7 +55,7 @@ def soft_targets(targets: Tensor, num_classes: int, task: str) -> Tensor:
 
 
 def consistency_loss(logits: Tensor, *, task: str) -> Tensor:
-    """The mean Jensen-Shannon divergence of the answers to three views of each picture, in nats, a float32 scalar.
+    """The mean Jensen-Shannon divergence of the answers to three views of each image, in nats, a float32 scalar.
 
     logits: (3, N, C), the views first. JS = (KL(p₁‖m) + KL(p₂‖m) + KL(p₃‖m)) / 3 with m = (p₁ + p₂ + p₃) / 3; for multilabel each
     label is a distribution over yes and no, and the labels' divergences are averaged. Between 0 and ln 3.
@@ -134,7 +134,7 @@ def classification_loss(
     multilabel = task == "multilabel"
     name = ("bce" if multilabel else "cross_entropy") if name == "auto" else name
     if multilabel and name in ("cross_entropy", "perceptron"):
-        raise ValueError(f"loss={name!r} is for one label a picture; for multilabel take bce, focal or mse")
+        raise ValueError(f"loss={name!r} is for one label an image; for multilabel take bce, focal or mse")
     share = label_smoothing / (2 if multilabel else num_classes)
     smooth = hard * (1 - label_smoothing) + share if label_smoothing else hard
     losses = pick("loss", name, LOSSES)(logits, smooth, multilabel, gamma)  # (N, C), to be summed or averaged over C

@@ -10,7 +10,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract compare",
         description="Compare finished runs: what differs in their configs, their figures on the hold-out, and for each against the first "
-        "the difference in accuracy, with a bootstrap interval and McNemar's test, on the pictures that both held out.",
+        "the difference in accuracy, with a bootstrap interval and McNemar's test, on the images that both held out.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, two or more")
     parser.add_argument("--curves", metavar="FILE", type=Path, help="draw their learning curves there, as PNG")
@@ -46,7 +46,7 @@ def _compare(args: argparse.Namespace) -> int:
     for run, found, count in found_of:
         chance = "more than chance" if found.p_value < 0.05 else "within chance"
         print(
-            f"\n{run.name} against {runs[0].name} on {count:,} pictures: {metric} {found.value:+.4f}, 95 % interval {found.low:+.4f} to "
+            f"\n{run.name} against {runs[0].name} on {count:,} images: {metric} {found.value:+.4f}, 95 % interval {found.low:+.4f} to "
             f"{found.high:+.4f}, McNemar p = {found.p_value:.3g}: {chance}"
         )
     if args.curves:

@@ -14,7 +14,7 @@ from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped
 # Named, not imported: that would load PyTorch for every command.
 INPUT_ERRORS = ("BundleError", "CacheError", "TranslationError", "PromotionError")
 SERVICE_ERRORS = (
-    "TrackingError", "CheckpointError", "LoaderError", "NightError", "ScheduleError", "ScoringError", "Taken",
+    "TrackingError", "CheckpointError", "LoaderError", "RetrainingError", "ScheduleError", "ScoringError", "Taken",
 )  # fmt: skip
 
 

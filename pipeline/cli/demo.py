@@ -43,7 +43,7 @@ def _demo() -> int:
     print("2. Serve it")
     with served(uri) as url:
         print(f"   {url}")
-        print(f"3. Ask for {SHOWN} pictures that it never saw, as PNG over HTTP")
+        print(f"3. Ask for {SHOWN} images that it never saw, as PNG over HTTP")
         right = _ask(url, result.run_dir / "splits.csv", load_bundle(result.bundle).info.labels)
     print(f"   {right} of {SHOWN} right\n")
     here = console.bin_prefix()
@@ -53,7 +53,7 @@ def _demo() -> int:
     if result.version and result.alias != "champion":
         command = by_hand(str(config.tracking.model_name), str(result.version), config.tracking.uri)
         print(f"   make it champion     {here}{command}   (version {result.champion} is)")
-    print(f"   your own pictures    {here}refract init FOLDER -o mine.yaml && {here}refract train mine.yaml")
+    print(f"   your own images    {here}refract init FOLDER -o mine.yaml && {here}refract train mine.yaml")
     return 0
 
 
@@ -81,14 +81,14 @@ def served(source: str) -> Iterator[str]:
 
 
 def _ask(url: str, splits: Path, labels: tuple[str, ...]) -> int:
-    """Send held-out pictures, print the answers, return how many are right."""
+    """Send held-out images, print the answers, return how many are right."""
     import pandas as pd
 
     from refract.pipeline.data.manifest import load_manifest
 
     held_out = set(pd.read_csv(splits, dtype=str).query("split == 'test'")["path"])
     samples = [sample for sample in load_manifest("digits").samples if sample.path in held_out]
-    print("   picture          truth  answer  confidence")
+    print("   image          truth  answer  confidence")
     right = 0
     for sample in samples[:: len(samples) // SHOWN][:SHOWN]:
         request = urllib.request.Request(f"{url}/v1/predict?top=1", sample.read(), {"Content-Type": "image/png"})

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("bundle", help="a bundle's folder")
     parser.add_argument(
         "data",
-        help="pictures in a folder, in CLASS/… folders, a CSV or Parquet table (path or text, perhaps label), `digits`, or what a server "
+        help="images in a folder, in CLASS/… folders, a CSV or Parquet table (path or text, perhaps label), `digits`, or what a server "
         "sampled (refract serve --sample)",
     )
     parser.add_argument(
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         help="of the features: maximum mean discrepancy (default), or how well a classifier tells both apart",
     )  # fmt: skip
     parser.add_argument(
-        "--pictures",
+        "--images",
         metavar="N",
         type=int,
         default=2000,
@@ -54,8 +54,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--report", metavar="DIR", type=Path, help="write report.html and report.json there")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there")
     args = parser.parse_args(argv)
-    if args.pictures < 0:
-        parser.error(f"--pictures: {args.pictures} is below 0")
+    if args.images < 0:
+        parser.error(f"--images: {args.images} is below 0")
     return console.run("drift", lambda: _drift(args))
 
 
@@ -67,7 +67,7 @@ def _drift(args: argparse.Namespace) -> int:
     thresholds = _thresholds(args)
     found = measure_drift(
         load_bundle(args.bundle), args.data, reference=args.reference, test=args.test, thresholds=thresholds,
-        pictures=args.pictures, unlabelled=args.unlabelled,
+        images=args.images, unlabelled=args.unlabelled,
     )  # fmt: skip
     for path, why in list(found.bad.items())[:5]:
         print(f"refract drift: {path}: left out: {why}", file=sys.stderr)

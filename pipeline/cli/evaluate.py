@@ -11,7 +11,7 @@ from refract.pipeline.cli import console
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="refract evaluate", description="Measure a bundle on labelled pictures.")
+    parser = argparse.ArgumentParser(prog="refract evaluate", description="Measure a bundle on labelled images.")
     parser.add_argument("bundle", help="a bundle's folder")
     parser.add_argument(
         "data", help="a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest, or `digits`"
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there too")
     parser.add_argument(
-        "--report", metavar="DIR", type=Path, help="write report.html, with its pictures inside, and report.json there"
+        "--report", metavar="DIR", type=Path, help="write report.html, with its images inside, and report.json there"
     )
     parser.add_argument(
         "--robustness",
@@ -61,10 +61,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         samples = [sample for sample in samples if sample.split == split]
     if not samples:
         raise DataError(
-            f"{args.data}: no pictures in the split {split}; it has {', '.join(manifest.splits()) or 'no splits'}"
+            f"{args.data}: no images in the split {split}; it has {', '.join(manifest.splits()) or 'no splits'}"
         )
     classifier = bundle.classifier()
-    if args.robustness != "none" and "pictures" not in classifier.reads:
+    if args.robustness != "none" and "images" not in classifier.reads:
         raise DataError(
             f"--robustness: {args.bundle} reads no images, so that none can be corrupted; leave the option out"
         )
@@ -73,7 +73,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     }  # fmt: skip
     result = evaluate(classifier, preprocess_of(info), samples, labels=info.labels, **answering)
     notes = notes_on(result, drawn=False)
-    print(f"{info.name} on {len(samples):,} pictures of {args.data} ({split or 'all'})")
+    print(f"{info.name} on {len(samples):,} images of {args.data} ({split or 'all'})")
     for name, value in result.metrics.items():
         bounds = result.intervals.get(name)
         print(
@@ -85,7 +85,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     absent = [row["label"] for row in result.per_class if not row["count"]]
     if absent:
         more = " …" if len(absent) > 10 else ""
-        print(f"  no pictures of {len(absent)} labels, which macro_f1 takes as 0: {', '.join(absent[:10])}{more}")
+        print(f"  no images of {len(absent)} labels, which macro_f1 takes as 0: {', '.join(absent[:10])}{more}")
     width = max(len(row["label"]) for row in result.per_class)
     print(f"  {'label':<{width}}  precision  recall      f1   count{'  threshold' if result.thresholds else ''}")
     for row in result.per_class:
@@ -110,7 +110,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         facts = {
             "bundle": bundle.digest[:16],
             "data": f"{args.data} ({split or 'all'})",
-            "pictures": f"{len(samples):,}",
+            "images": f"{len(samples):,}",
         }
         report = make_report(
             f"{info.name} on {args.data}", result, info.labels, facts=facts, robustness=robustness,
@@ -120,7 +120,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         print("wrote " + ", ".join(map(str, report.write(args.report))))
     if args.json:
         confusion = None if result.confusion is None else result.confusion.tolist()
-        numbers = {"bundle": bundle.digest, "pictures": len(samples), "split": split, "metrics": result.metrics}
+        numbers = {"bundle": bundle.digest, "images": len(samples), "split": split, "metrics": result.metrics}
         numbers |= {"labels": list(info.labels), "per_class": result.per_class, "confusion": confusion}
         numbers |= {
             "notes": notes,

@@ -9,15 +9,15 @@ from refract.pipeline.cli import console
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract explain",
-        description="Show what a policy draws for one picture, what is fused with what, and the time of each pass.",
+        description="Show what a policy draws for one image, what is fused with what, and the time of each pass.",
     )
     parser.add_argument("policy", help="a preset's name or a YAML file")
-    parser.add_argument("image", type=Path, help="a picture")
+    parser.add_argument("image", type=Path, help="an image")
     parser.add_argument("--size", type=int, help="pixels of the result's side (default: as the policy leaves it)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epoch", type=int, default=0)
     parser.add_argument(
-        "--index", type=int, default=0, help="of the picture in its data set: another one draws another plan"
+        "--index", type=int, default=0, help="of the image in its data set: another one draws another plan"
     )
     parser.add_argument("--repeats", type=int, default=30, help="over which the median time is taken (default 30)")
     args = parser.parse_args(argv)
@@ -53,5 +53,5 @@ def _explain(args: argparse.Namespace) -> int:
         each = explain(dataclasses.replace(plan, exact=True), data, repeats=args.repeats)
         print(f"  {1e6 * sum(stage.seconds for stage in each):8.0f} µs  with each op by itself (exact: true)")
     if augmenter.mixes:
-        print("\nMixUp and CutMix act on the batch, not on one picture: they are not timed here.")
+        print("\nMixUp and CutMix act on the batch, not on one image: they are not timed here.")
     return 0

@@ -51,7 +51,7 @@ def _ops(args: argparse.Namespace) -> int:
                 )
             )
         print(
-            "\n[cpu]: the batch executor sends its pictures through the CPU. refract ops NAME shows one with its units and ranges."
+            "\n[cpu]: the batch executor sends its images through the CPU. refract ops NAME shows one with its units and ranges."
         )
     return 0
 

@@ -12,18 +12,18 @@ from refract.pipeline.cli import console
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract predict",
-        description="Classify pictures with a bundle; with --url URL in its place, by a running server (refract predict --url URL --help "
-        "tells its options). Exit code 1 where a picture could not be read; the others are answered.",
+        description="Classify images with a bundle; with --url URL in its place, by a running server (refract predict --url URL --help "
+        "tells its options). Exit code 1 where an image could not be read; the others are answered.",
     )
     parser.add_argument("bundle", help="a bundle's folder")
     parser.add_argument(
-        "paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help="pictures, or folders searched for them"
+        "paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help="images, or folders searched for them"
     )
     parser.add_argument(
-        "--text", action="append", help="that goes with each picture, or alone, where the bundle reads texts"
+        "--text", action="append", help="that goes with each image, or alone, where the bundle reads texts"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line and picture")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="how many labels for each picture (default 5)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line and image")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="how many labels for each image (default 5)")
     args = parser.parse_args(argv)
     if args.top < 1:
         parser.error(f"--top: {args.top} is not at least 1")
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         parser.error("--text: given more than once; a question has one text")
     args.text = given[0] if given else ""
     if not args.paths and not trimmed(args.text):
-        parser.error(f"--text: {args.text!r} is an empty text" if given else "name pictures, or give a --text")
+        parser.error(f"--text: {args.text!r} is an empty text" if given else "name images, or give a --text")
     return console.run("predict", lambda: _predict(args))
 
 
@@ -43,13 +43,15 @@ def _predict(args: argparse.Namespace) -> int:
 
     from refract.models.bundle.bundle import load_bundle
     from refract.pipeline.files import read_file
-    from refract.pipeline.inference.scoring import Question, preprocess_of, score
+    from refract.pipeline.inference.scoring import SampleInput, preprocess_of, score
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
     classifier = bundle.classifier()
     files = _asked(args, classifier.reads)
-    questions = [Question(partial(read_file, file), args.text) for file in files] or [Question(bytes, args.text, False)]
+    questions = [SampleInput(partial(read_file, file), args.text) for file in files] or [
+        SampleInput(bytes, args.text, False)
+    ]
     answers = score(
         classifier,
         preprocess_of(info),
@@ -72,14 +74,14 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _asked(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
-    """The pictures. DataError for what the bundle does not read."""
+    """The images. DataError for what the bundle does not read."""
     from refract.pipeline.data.manifest import DataError
 
     if args.text and "texts" not in reads:
         raise DataError(f"--text: {args.bundle} reads no texts")
-    if args.paths and "pictures" not in reads:
-        raise DataError(f"{args.bundle} reads no pictures, only --text")
-    return picture_files(args.paths) if args.paths else []
+    if args.paths and "images" not in reads:
+        raise DataError(f"{args.bundle} reads no images, only --text")
+    return listed_images(args.paths) if args.paths else []
 
 
 def _show(file: Path, answer, info, args: argparse.Namespace, cut: bool) -> None:
@@ -92,7 +94,7 @@ def _show(file: Path, answer, info, args: argparse.Namespace, cut: bool) -> None
     print(json.dumps({"path": str(file), **found}, ensure_ascii=False) if args.json else line(file, found))
 
 
-def picture_files(paths: list[Path]) -> list[Path]:
+def listed_images(paths: list[Path]) -> list[Path]:
     from refract.augment.decoding.decode import SUFFIXES
     from refract.augment.image_files import walk
     from refract.pipeline.data.manifest import DataError
@@ -104,7 +106,7 @@ def picture_files(paths: list[Path]) -> list[Path]:
         if path.is_dir():
             inside = [Path(file) for file in walk(path).images]
             if not inside:
-                raise DataError(f"{path}: no pictures in this folder; Refract reads {', '.join(SUFFIXES)}")
+                raise DataError(f"{path}: no images in this folder; Refract reads {', '.join(SUFFIXES)}")
             files += inside
         else:  # one that is not there is told when its turn comes, as one that cannot be read
             files.append(path)

@@ -10,17 +10,17 @@ from refract.pipeline.cli import console
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract preview",
-        description="Draw one row a picture: the original and its augmented variants, with what was drawn under each.",
+        description="Draw one row an image: the original and its augmented variants, with what was drawn under each.",
     )
     parser.add_argument("source", help="a config (.yaml), or an image or a folder of images")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("preview.png"), help="the PNG to write (default preview.png)"
     )
     parser.add_argument(
-        "--policy", help="a preset's name or YAML file, in place of the config's (default imagenet for pictures)"
+        "--policy", help="a preset's name or YAML file, in place of the config's (default imagenet for images)"
     )
     parser.add_argument("--size", type=int, help="pixels of the result's side, in place of the config's (default 224)")
-    parser.add_argument("--rows", type=int, default=6, help="how many pictures (default 6)")
+    parser.add_argument("--rows", type=int, default=6, help="how many images (default 6)")
     parser.add_argument("--variants", type=int, default=6, help="how many variants of each (default 6)")
     parser.add_argument("--seed", type=int, help="in place of the config's")
     args = parser.parse_args(argv)
@@ -35,8 +35,8 @@ def _preview(args: argparse.Namespace) -> int:
     from refract.pipeline.files import write_atomically
     from refract.pipeline.preview import preview_grid
 
-    policy, seed, size, color_profile, pictures = (
-        _from_config(args) if args.source.endswith((".yaml", ".yml")) else _from_pictures(args)
+    policy, seed, size, color_profile, images = (
+        _from_config(args) if args.source.endswith((".yaml", ".yml")) else _from_images(args)
     )
     augmenter = Augmenter(
         args.policy or policy,
@@ -44,11 +44,11 @@ def _preview(args: argparse.Namespace) -> int:
         size=args.size or size,
         color_profile=color_profile,
     )
-    grid = preview_grid(pictures, augmenter, variants=args.variants)
+    grid = preview_grid(images, augmenter, variants=args.variants)
     buffer = io.BytesIO()
     grid.save(buffer, "PNG")
     write_atomically(args.output, buffer.getvalue())
-    print(f"wrote {args.output}: {len(pictures)} pictures × {args.variants} variants")
+    print(f"wrote {args.output}: {len(images)} images × {args.variants} variants")
     return 0
 
 
@@ -69,10 +69,10 @@ def _from_config(args: argparse.Namespace):
     )
 
 
-def _from_pictures(args: argparse.Namespace):
-    from refract.pipeline.cli.predict import picture_files
+def _from_images(args: argparse.Namespace):
+    from refract.pipeline.cli.predict import listed_images
     from refract.pipeline.preview import Shown, spread
 
-    files = picture_files([Path(args.source)])
-    pictures = [Shown(files[index].stem, files[index].read_bytes(), index) for index in spread(len(files), args.rows)]
-    return "imagenet", 0, 224, "convert", pictures
+    files = listed_images([Path(args.source)])
+    images = [Shown(files[index].stem, files[index].read_bytes(), index) for index in spread(len(files), args.rows)]
+    return "imagenet", 0, 224, "convert", images

@@ -36,7 +36,7 @@ def _replay(path: Path) -> int:
     except Exception as error:  # torch's readers stumble over other files in many ways
         raise ConfigError(f"{path}: is no bad-batch.pt of a training ({type(error).__name__}: {error})") from error
     inputs = inputs_of(batch)
-    print(f"epoch {stored['epoch']}, step {stored['step']}, seed {stored['seed']}: {len(batch['targets'])} pictures")
+    print(f"epoch {stored['epoch']}, step {stored['step']}, seed {stored['seed']}: {len(batch['targets'])} images")
     print(f"{'layer':<40} {'kind':<20} {'lowest':>12} {'highest':>12} {'not finite':>11}")
     for name, kind, output in layers(classifier, inputs):
         lost = 1 - float(output.isfinite().float().mean())
@@ -48,9 +48,9 @@ def _replay(path: Path) -> int:
         for i in range(len(logits))
     ]
     worst = sorted(range(len(losses)), key=lambda i: (losses[i] == losses[i], -losses[i]))[:8]
-    print("the largest losses, of pictures that are not mixed or smoothed:")
+    print("the largest losses, of images that are not mixed or smoothed:")
     for i in worst:
-        index, picture, plan = stored["samples"][i]
-        print(f"  {losses[i]:>10.4g}  sample {index}, {picture}\n              {plan}")
+        index, image, plan = stored["samples"][i]
+        print(f"  {losses[i]:>10.4g}  sample {index}, {image}\n              {plan}")
     print(first_not_finite(classifier, inputs))
     return 0

@@ -46,11 +46,11 @@ def main(argv: list[str]) -> int:
 def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: bool) -> int:
     from refract.pipeline.config.config import ConfigError, load_config
     from refract.pipeline.retraining.steps import Outcome, begin, note_failure, unfinished, worth_resuming
-    from refract.pipeline.retraining.workspace import place_of, read
+    from refract.pipeline.retraining.workspace import read, workspace_of
     from refract.pipeline.tracking.address import check_address, tracking_uri
 
     config = load_config(argv[0], argv[1:])
-    place = place_of(config)
+    place = workspace_of(config)
     check_address(tracking_uri(config.tracking))
     with place.held():
         left = unfinished(place)

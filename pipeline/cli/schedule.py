@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from refract.pipeline.cli import console
 
 if TYPE_CHECKING:
-    from refract.pipeline.schedule.store import Book, Schedule
+    from refract.pipeline.schedule.store import Schedule, ScheduleStore
 
 STATE = Path("runs/schedule")
 SHOWN = 5
@@ -65,15 +65,15 @@ def _keep(args: argparse.Namespace) -> int:
 
     try:
         from refract.pipeline.schedule.cron import Cron, zone_named
-        from refract.pipeline.schedule.scheduler import RETRAIN, Plan, keep_schedule
+        from refract.pipeline.schedule.scheduler import RETRAIN, Plan, run_scheduler
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed; pip install refract[train,retrain]") from error
-    from refract.pipeline.schedule.store import Book
+    from refract.pipeline.schedule.store import ScheduleStore
 
     config = args.config.absolute()  # a link that is moved to the next release, as a ConfigMap's, is the same config
     if not config.is_file():
         raise ConfigError(f"{args.config}: there is no such file")
-    book = Book(args.state.resolve())
+    book = ScheduleStore(args.state.resolve())
     known = _known(book, config)
     if args.cron is not None:
         asked = (args.cron, args.timezone, args.command)
@@ -89,18 +89,18 @@ def _keep(args: argparse.Namespace) -> int:
         raise ConfigError(f"--command: {args.command!r}: {error}") from error
     if command is RETRAIN:
         from refract.pipeline.config.config import load_config
-        from refract.pipeline.retraining.workspace import place_of
+        from refract.pipeline.retraining.workspace import workspace_of
 
-        place_of(load_config(config, []))  # what it would refuse at night, it refuses now
+        workspace_of(load_config(config, []))  # what it would refuse at night, it refuses now
     plan = Plan(config, cron.text, zone, cron, command, args.grace_s, args.keep, not args.no_resume)
-    return keep_schedule(plan, book)
+    return run_scheduler(plan, book)
 
 
 def _forget(config: Path, state: Path) -> int:
     from refract.pipeline.config.config import ConfigError
-    from refract.pipeline.schedule.store import Book
+    from refract.pipeline.schedule.store import ScheduleStore
 
-    book = Book(state.resolve())
+    book = ScheduleStore(state.resolve())
     known = _known(book, config.resolve())
     if known is None:
         raise ConfigError(f"{config} is not scheduled here")
@@ -111,17 +111,17 @@ def _forget(config: Path, state: Path) -> int:
 
 
 def _list(state: Path) -> int:
-    from refract.pipeline.schedule.store import FILE, Book
+    from refract.pipeline.schedule.store import FILE, ScheduleStore
 
-    schedules = Book(state.resolve()).schedules() if (state / FILE).is_file() else []
+    schedules = ScheduleStore(state.resolve()).schedules() if (state / FILE).is_file() else []
     if not schedules:
         print(f"no schedule in {state}")
     for schedule in schedules:
-        print("\n".join(_told(Book(state.resolve()), schedule)))
+        print("\n".join(_told(ScheduleStore(state.resolve()), schedule)))
     return 0
 
 
-def _told(book: "Book", schedule: "Schedule") -> Sequence[str]:
+def _told(book: "ScheduleStore", schedule: "Schedule") -> Sequence[str]:
     from zoneinfo import ZoneInfo
 
     from refract.pipeline.schedule.store import LOCAL
@@ -159,5 +159,5 @@ def _long(span: timedelta) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
-def _known(book: "Book", config: Path) -> "Schedule | None":
+def _known(book: "ScheduleStore", config: Path) -> "Schedule | None":
     return next((one for one in book.schedules() if one.config == str(config)), None)

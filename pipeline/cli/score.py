@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract score",
-        description="Classify all pictures of a folder, or the rows of a manifest, into one Parquet file with a row for each. Whatever "
+        description="Classify all images of a folder, or the rows of a manifest, into one Parquet file with a row for each. Whatever "
         "ends it, the same command goes on. What cannot be read is a row with the reason. Exit code 1 where nothing could be answered.",
     )
     parser.add_argument("bundle", type=Path, help="a bundle's folder")
     parser.add_argument(
         "source", type=Path, metavar="FOLDER_OR_MANIFEST",
-        help="pictures at any depth, or a CSV or Parquet file with the columns path and/or text; a label is carried along",
+        help="images at any depth, or a CSV or Parquet file with the columns path and/or text; a label is carried along",
     )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the Parquet file to write")
     parser.add_argument("--engine", choices=("processes", "ray"), default="processes", help="ray: on a cluster")
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         "--tta",
         choices=("none", "flip", "flip-shift"),
         default="none",
-        help="the mean of a picture and its mirror image, or shifts too",
+        help="the mean of an image and its mirror image, or shifts too",
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes GPUs where there are any"

@@ -132,5 +132,5 @@ def _asked(config: "Config") -> str:
     """What `refract predict` is to be given."""
     from refract.pipeline.training.build import reads
 
-    words = {"pictures": "PICTURE", "texts": "--text TEXT"}
+    words = {"images": "IMAGE", "texts": "--text TEXT"}
     return " ".join(words[name] for name in sorted(reads(config)))

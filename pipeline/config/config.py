@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refract.models.credentials import masked_values
+from refract.pipeline.config.renamed import with_new_keys, with_new_options
 from refract.pipeline.config.sections import (
     AugmentConfig,
     DataConfig,
@@ -66,7 +67,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 def config_from_dict(
     values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "the stored config"
 ) -> Config:
-    """`load_config` for values at hand, such as those that a bundle stores."""
+    """`load_config` for values at hand, such as those that a bundle stores. Keys of earlier versions are accepted."""
+    try:
+        values, overrides = with_new_keys(values, where), with_new_options(overrides)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     for key in _unknown_keys(values, Config, ""):
         raise ConfigError(f"{where}: no key {key!r}{_nearest(key)}")
     for key in _override_keys(overrides):
@@ -193,8 +198,8 @@ def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
         )
     if model.name == "none" and config.text.name == "none":
         raise ConfigError(f"{where}: model.name and text.name are both none: nothing would be read")
-    if config.text.name != "none" and config.text.drop_picture + config.text.drop_text > 1:
-        raise ConfigError(f"{where}: text.drop_picture and text.drop_text are more than 1 together")
+    if config.text.name != "none" and config.text.drop_image + config.text.drop_text > 1:
+        raise ConfigError(f"{where}: text.drop_image and text.drop_text are more than 1 together")
     if trainer.ema and trainer.swa_start is not None:
         raise ConfigError(f"{where}: trainer.ema and trainer.swa_start both average the weights; choose one")
 

@@ -14,26 +14,26 @@ Rules = Iterator[tuple[str, object, bool, str]]
 
 @dataclass
 class DataConfig:
-    """The pictures and how they reach the network.
+    """The images and how they reach the network.
 
     Args:
         source: a folder (CLASS/… or train|val|test/CLASS/…), a CSV, TSV or Parquet manifest (path,label and/or text[,split]), or `digits`.
         task: auto takes multilabel where a label holds `;`, binary for two classes, else multiclass.
         image_size: the network's input, pixels: one side of a square or [height, width].
-        resize: outside training; crop keeps the ratio of the sides and takes the centre, squash takes the whole picture.
+        resize: outside training; crop keeps the ratio of the sides and takes the centre, squash takes the whole image.
         crop_ratio: share of the shorter side that the centre crop takes, in (0, 1].
         color_profile: convert takes images to sRGB by their embedded ICC profile (Display P3, Adobe RGB, CMYK); ignore does not.
-        normalize: zero-centring by fixed mean and std, those of the data, its mean_image, or pca or zca whitening (small pictures).
+        normalize: zero-centring by fixed mean and std, those of the data, its mean_image, or pca or zca whitening (small images).
         mean: of R, G, B in 0…1, for fixed; null takes the pretrained weights' own, else ImageNet's.
         std: as mean.
-        val_share: share of the training pictures drawn for validation where the data has no `val` split.
-        test_share: share drawn for the hold-out where the data has no `test` split.
-        batch_size: pictures a step; of the whole training set, one step an epoch.
-        repeats: draws of each training picture beside each other in a batch; an epoch then takes 1/repeats of the pictures.
-        sampler: shuffle takes each picture once an epoch; balanced draws each class equally often, pictures of small ones repeatedly.
-        memory: keep the pictures decoded; auto does so where they have one size and take at most 1 GiB together.
-        workers: processes that load pictures; null chooses for this machine, none for pictures in memory.
-        on_bad_file: error stops before training; skip leaves unreadable files, and training pictures that are in val or test too, out.
+        val_fraction: share of the training images drawn for validation where the data has no `val` split.
+        test_fraction: share drawn for the hold-out where the data has no `test` split.
+        batch_size: images a step; of the whole training set, one step an epoch.
+        repeats: draws of each training image beside each other in a batch; an epoch then takes 1/repeats of the images.
+        sampler: shuffle takes each image once an epoch; balanced draws each class equally often, images of small ones repeatedly.
+        memory: keep the images decoded; auto does so where they have one size and take at most 1 GiB together.
+        workers: processes that load images; null chooses for this machine, none for images in memory.
+        on_bad_file: error stops before training; skip leaves unreadable files, and training images that are in val or test too, out.
     """
 
     source: str = "digits"
@@ -45,8 +45,8 @@ class DataConfig:
     normalize: Literal["fixed", "data", "mean_image", "pca", "zca"] = "fixed"
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
-    val_share: float = 0.1
-    test_share: float = 0.2
+    val_fraction: float = 0.1
+    test_fraction: float = 0.2
     batch_size: int = 64
     repeats: int = 1
     sampler: Literal["shuffle", "balanced"] = "shuffle"
@@ -61,8 +61,8 @@ class DataConfig:
     def rules(self) -> Rules:
         yield "data.image_size", self.image_size, min(self.sides()) >= 8, "at least 8 pixels"
         yield "data.crop_ratio", self.crop_ratio, 0 < self.crop_ratio <= 1, "in (0, 1]"
-        yield "data.val_share", self.val_share, 0 < self.val_share < 1, "in (0, 1)"
-        yield "data.test_share", self.test_share, 0 < self.test_share < 1, "in (0, 1)"
+        yield "data.val_fraction", self.val_fraction, 0 < self.val_fraction < 1, "in (0, 1)"
+        yield "data.test_fraction", self.test_fraction, 0 < self.test_fraction < 1, "in (0, 1)"
         yield "data.batch_size", self.batch_size, self.batch_size >= 1, "at least 1"
         yield "data.repeats", self.repeats, 1 <= self.repeats <= self.batch_size, "in 1…data.batch_size"
         yield "data.workers", self.workers, self.workers is None or self.workers >= 0, "at least 0, or null"
@@ -71,7 +71,7 @@ class DataConfig:
 
 @dataclass
 class AugmentConfig:
-    """What happens to the training pictures.
+    """What happens to the training images.
 
     Args:
         policy: a preset's name, a YAML file, a list of ops such as [{HorizontalFlip: {p: 0.5}}], or {exact: true, ops: […]}.
@@ -110,7 +110,7 @@ class ModelConfig:
 
 @dataclass
 class TextConfig:
-    """The network that reads the samples' texts, beside that of the pictures or, with model.name none, alone.
+    """The network that reads the samples' texts, beside that of the images or, with model.name none, alone.
 
     Args:
         name: none, hashing (n-grams by their hashes, no download), or a transformer of Hugging Face by folder or hub name.
@@ -119,7 +119,7 @@ class TextConfig:
         pooling: of a transformer's states: mean, cls, last, or auto, last for decoders, else mean.
         fusion: how both come together: concat, gated or film.
         width: of what comes of it.
-        drop_picture: share of the training's samples that are shown without their picture, so that texts alone are answered too.
+        drop_image: share of the training's samples that are shown without their image, so that texts alone are answered too.
         drop_text: share that are shown without their text.
         args: of hashing: buckets, width, dropout.
     """
@@ -130,14 +130,14 @@ class TextConfig:
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     fusion: Literal["concat", "gated", "film"] = "concat"
     width: int = 256
-    drop_picture: float = 0.15
+    drop_image: float = 0.15
     drop_text: float = 0.15
     args: dict = field(default_factory=dict)
 
     def rules(self) -> Rules:
         yield "text.max_length", self.max_length, 1 <= self.max_length <= LONGEST_TEXT, f"in 1…{LONGEST_TEXT}"
         yield "text.width", self.width, self.width >= 1, "at least 1"
-        yield "text.drop_picture", self.drop_picture, 0 <= self.drop_picture <= 1, "in [0, 1]"
+        yield "text.drop_image", self.drop_image, 0 <= self.drop_image <= 1, "in [0, 1]"
         yield "text.drop_text", self.drop_text, 0 <= self.drop_text <= 1, "in [0, 1]"
 
 
@@ -186,8 +186,8 @@ class LossConfig:
         name: auto takes cross_entropy, for multilabel bce; else cross_entropy, bce, focal, mse or perceptron.
         label_smoothing: in [0, 1).
         gamma: of focal.
-        class_weights: balanced weighs each class by one over its number of training pictures.
-        consistency: weight of the divergence between three views of each picture (12 in the paper of AugMix, which the policy must have).
+        class_weights: balanced weighs each class by one over its number of training images.
+        consistency: weight of the divergence between three views of each image (12 in the paper of AugMix, which the policy must have).
         penalty: weight of the elastic net on the weights.
         l1_ratio: of that, in [0, 1]: 1 is L1, 0 is L2.
         teacher: a bundle to learn from besides, of the same labels and image size; where it reads texts, by the same tokens.
@@ -212,7 +212,7 @@ class TrainerConfig:
     """The training loop.
 
     Args:
-        max_epochs: passes over the training pictures.
+        max_epochs: passes over the training images.
         seed: of the split, the weights, the order and every augmentation.
         device: auto takes a GPU where there is one.
         devices: processes that train together, each on a device of its own with batches of data.batch_size; torchrun says it instead.
@@ -223,9 +223,9 @@ class TrainerConfig:
         patience: epochs without a better validation figure after which training stops; null for never.
         checkpoint_seconds: between checkpoints to go on from after an interruption, within an epoch too.
         compile: compile the network; pays on a GPU and in long runs.
-        recompute: keep only what enters each block of the network and compute the rest again going back: less memory, a third more time.
-        start_size: share of the pictures' sides that the first epoch sees, rising to all of them at three quarters of the epochs.
-        tta: further figures of the hold-out, tta_…, of the mean answer to the picture and its mirror image, or also shifts by a pixel.
+        gradient_checkpointing: keep only the inputs of each block and compute the rest again in the backward pass: a third more time.
+        start_size: share of the images' sides that the first epoch sees, rising to all of them at three quarters of the epochs.
+        tta: further figures of the hold-out, tta_…, of the mean answer to the image and its mirror image, or also shifts by a pixel.
         runs_dir: folder that holds the runs.
         run_name: the run's folder; null names it after the config and the time.
     """
@@ -241,7 +241,7 @@ class TrainerConfig:
     patience: int | None = None
     checkpoint_seconds: float = 120.0
     compile: bool = False
-    recompute: bool = False
+    gradient_checkpointing: bool = False
     start_size: float = 1.0
     tta: Literal["none", "flip", "flip-shift"] = "none"
     runs_dir: str = "runs"

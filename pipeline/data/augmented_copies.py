@@ -1,4 +1,4 @@
-"""Augmented copies of a folder's pictures as files, and the plans that make the same files again."""
+"""Augmented copies of a folder's images as files, and the plans that make the same files again."""
 
 import hashlib
 import io
@@ -34,20 +34,20 @@ class Copy:
 
 
 def draw_plans(policy: str, source: Path, *, copies: int, seed: int, size: int | None, kind: str) -> list[Copy]:
-    """What a policy draws for each picture below `source`: copy k of picture i is that of epoch k and index i.
+    """What a policy draws for each image below `source`: copy k of image i is that of epoch k and index i.
 
-    kind: `jpg` or `png`. DataError lists the pictures that cannot be read; PolicyError for a policy that mixes a batch.
+    kind: `jpg` or `png`. DataError lists the images that cannot be read; PolicyError for a policy that mixes a batch.
     """
     from refract.augment import PolicyError
-    from refract.pipeline.cli.predict import picture_files
+    from refract.pipeline.cli.predict import listed_images
 
     augmenter = Augmenter(policy, seed, size=size)
     if augmenter.mixes:
         raise PolicyError(
-            f"{policy}: MixUp and CutMix mix pictures and their labels, which files have none of; take them out"
+            f"{policy}: MixUp and CutMix mix images and their labels, which files have none of; take them out"
         )
     entries, broken = [], []
-    for index, file in enumerate(picture_files([source])):
+    for index, file in enumerate(listed_images([source])):
         data = file.read_bytes()
         name = str(file.relative_to(source)) if file != source else file.name
         try:
@@ -86,7 +86,7 @@ def read_plans(path: Path) -> list[Copy]:
 def write_copies(entries: Sequence[Copy], source: Path, target: Path, *, jobs: int) -> int:
     """Write the files and `plans.jsonl` into `target`, a new or empty folder; shows a progress bar on a terminal. Returns how many.
 
-    DataError lists the pictures that are missing, changed or damaged; what could be written is there.
+    DataError lists the images that are missing, changed or damaged; what could be written is there.
     """
     from tqdm import tqdm
 
@@ -102,7 +102,7 @@ def write_copies(entries: Sequence[Copy], source: Path, target: Path, *, jobs: i
         try:
             data = (folder / entry.source).read_bytes()
             if hashlib.sha256(data).hexdigest() != entry.digest:
-                return f"{source / entry.source}: is not the picture that the plan was drawn for (its SHA-256 differs)"
+                return f"{source / entry.source}: is not the image that the plan was drawn for (its SHA-256 differs)"
             write_atomically(target / entry.output, _encoded(augmenter.apply(entry.plan, data), entry.output))
         except ImageError as error:
             return f"{source / entry.source}: {error}"
@@ -114,7 +114,7 @@ def write_copies(entries: Sequence[Copy], source: Path, target: Path, *, jobs: i
 
     with ThreadPoolExecutor(jobs) as pool:
         results = pool.map(work, entries)
-        broken = [problem for problem in tqdm(results, total=len(entries), unit="picture", disable=None) if problem]
+        broken = [problem for problem in tqdm(results, total=len(entries), unit="image", disable=None) if problem]
     if broken:
         raise DataError(_listed("could not be written", broken))
     return len(entries)
@@ -139,4 +139,4 @@ def _encoded(pixels, output: str) -> bytes:
 
 def _listed(what: str, problems: Sequence[str]) -> str:
     more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-    return f"{len(problems)} pictures {what}:\n  " + "\n  ".join(problems[:20]) + more
+    return f"{len(problems)} images {what}:\n  " + "\n  ".join(problems[:20]) + more

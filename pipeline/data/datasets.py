@@ -1,4 +1,4 @@
-"""What a process that loads pictures does: samples by their number, augmented or preprocessed, and batches of them. Knows nothing of
+"""What a process that loads images does: samples by their number, augmented or preprocessed, and batches of them. Knows nothing of
 Lightning, whose import takes three times as long as that of all that is needed here."""
 
 import os
@@ -23,9 +23,9 @@ from refract.pipeline.data.manifest import DataError, Manifest, Sample
 Item = dict[str, Any]
 
 
-class TrainPictures(Dataset[Item]):
-    """Augmented training pictures, by (epoch, index, repeat). views: three of each, 3×3×H×W, as `Augmenter.views`. decoded: the pictures
-    as `decoded` gives them, None to read them anew each time; raw: without the pictures, but with what the batch executor draws by."""
+class TrainDataset(Dataset[Item]):
+    """Augmented training images, by (epoch, index, repeat). views: three of each, 3×3×H×W, as `Augmenter.views`. decoded: the images
+    as `decoded` gives them, None to read them anew each time; raw: without the images, but with what the batch executor draws by."""
 
     def __init__(
         self,
@@ -37,9 +37,9 @@ class TrainPictures(Dataset[Item]):
         decoded: Sequence[np.ndarray] | None = None,
         raw: bool = False,
         tokens: Tokens | None = None,
-        pictures: bool = True,
+        reads_images: bool = True,
     ) -> None:
-        self.tokens, self.pictures = tokens, pictures
+        self.tokens, self.reads_images = tokens, reads_images
         self.samples, self.augmenter, self.targets, self.views = samples, augmenter, targets, views
         self.decoded, self.raw = decoded, raw
 
@@ -53,7 +53,7 @@ class TrainPictures(Dataset[Item]):
             item |= _read(self.samples[index], self.tokens, self.augmented(key))
         if self.raw:
             return {**item, "keys": key}
-        if not self.pictures:
+        if not self.reads_images:
             return item
         augment = self.augmenter.views if self.views else self.augmenter
         image = named(
@@ -70,8 +70,8 @@ class TrainPictures(Dataset[Item]):
         return self.augmenter.text(text, epoch=epoch, index=index, repeat=repeat) if self.augmenter.texts else text
 
 
-class Pictures(Dataset[Item]):
-    """Preprocessed pictures, by index. decoded: as they are after preprocessing, or None."""
+class ImageDataset(Dataset[Item]):
+    """Preprocessed images, by index. decoded: as they are after preprocessing, or None."""
 
     def __init__(
         self,
@@ -80,10 +80,10 @@ class Pictures(Dataset[Item]):
         targets: np.ndarray,
         decoded: Sequence[np.ndarray] | None = None,
         tokens: Tokens | None = None,
-        pictures: bool = True,
+        reads_images: bool = True,
     ) -> None:
         self.samples, self.preprocess, self.targets, self.decoded = samples, preprocess, targets, decoded
-        self.tokens, self.pictures = tokens, pictures
+        self.tokens, self.reads_images = tokens, reads_images
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -96,7 +96,7 @@ class Pictures(Dataset[Item]):
         item = {"targets": self.targets[index], "indices": index}
         if self.tokens is not None:
             item |= _read(self.samples[index], self.tokens, self.samples[index].text)
-        return {"images": self.pixels(index), **item} if self.pictures else item
+        return {"images": self.pixels(index), **item} if self.reads_images else item
 
 
 def collate(items: Sequence[Item]) -> Item:
@@ -114,7 +114,7 @@ def collate(items: Sequence[Item]) -> Item:
     first = items[0]["images"]
     odd = next((item for item in items if item["images"].shape != first.shape), None)
     if odd is not None:
-        raise ValueError(f"pictures of {first.shape} and {odd['images'].shape} in one batch: give Augmenter a size")
+        raise ValueError(f"images of {first.shape} and {odd['images'].shape} in one batch: give Augmenter a size")
     views = first.shape[:-3]
     images = np.empty((len(items), *views, 3, *first.shape[-3:-1]), np.uint8)
     for place, item in zip(images, items, strict=True):
@@ -134,8 +134,8 @@ def targets_of(samples: Sequence[Sample], manifest: Manifest) -> np.ndarray:
 
 
 def _read(sample: Sample, tokens: Tokens, text: str) -> Item:
-    """What a network that reads texts gets beside the picture."""
-    return {"texts": tokens(text)[0], "pictured": sample.pictured}
+    """What a network that reads texts gets beside the image."""
+    return {"texts": tokens(text)[0], "has_image": sample.has_image}
 
 
 def named(sample: Sample, use: Callable[[Any], np.ndarray], pixels: np.ndarray | None = None) -> np.ndarray:
@@ -144,7 +144,7 @@ def named(sample: Sample, use: Callable[[Any], np.ndarray], pixels: np.ndarray |
         return use(sample.read() if pixels is None else pixels)
     except (ImageError, OSError) as error:
         raise DataError(f"{sample.path}: was readable when the data was checked, but not now: {error}") from error
-    except ValueError as error:  # a guest of the policy that cannot work with this picture
+    except ValueError as error:  # a guest of the policy that cannot work with this image
         raise DataError(f"{sample.path}: the augmentation failed on it: {error}") from error
 
 

@@ -20,8 +20,8 @@ from refract.pipeline.files import read_file
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture, with its text or without, or a text alone. path: the picture's file, or a name where `data` holds the encoded bytes;
-    labels: indices; split: "" where not given; pictured: false for a text alone, whose picture is a plain grey one; metadata: further
+    """One image, with its text or without, or a text alone. path: the image's file, or a name where `data` holds the encoded bytes;
+    labels: indices; split: "" where not given; has_image: false for a text alone, whose image is a plain grey one; metadata: further
     columns of its manifest, column → value."""
 
     path: str
@@ -29,16 +29,16 @@ class Sample:
     split: str = ""
     text: str = ""
     data: bytes | None = field(default=None, repr=False)
-    pictured: bool = True
+    has_image: bool = True
     metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def key(self) -> str:
-        """What tells it from others: a picture may be there several times with other texts."""
+        """What tells it from others: an image may be there several times with other texts."""
         return f"{self.path}\0{self.text}" if self.text else self.path
 
     def read(self) -> bytes:
-        """The encoded picture. OSError where the file cannot be read."""
+        """The encoded image. OSError where the file cannot be read."""
         return read_file(self.path) if self.data is None else self.data
 
 
@@ -51,15 +51,15 @@ class Manifest:
     labels: tuple[str, ...]
     task: str
     empty: tuple[str, ...] = ()
-    """Class folders without a picture."""
+    """Class folders without an image."""
     loose: tuple[str, ...] = ()
-    """Pictures beside the class folders, which are of no class."""
+    """Images beside the class folders, which are of no class."""
     skipped: Skipped = field(default_factory=Skipped, hash=False)
     """Entries of a folder that are not read."""
     notes: tuple[str, ...] = ()
     """What a user should look at, a line each."""
     near: tuple[tuple[str, str], ...] = ()
-    """Pictures of the hold-out and those of the training that they resemble: see `refract.pipeline.data.near_duplicates`."""
+    """Images of the hold-out and those of the training that they resemble: see `refract.pipeline.data.near_duplicates`."""
     drawn: tuple[str, ...] = ()
     """Splits that the data does not have, and that were drawn from the seed."""
 
@@ -98,7 +98,7 @@ def _load(source: str | Path, task: str) -> Manifest:
     path = Path(source)
     if str(source) == "digits" and not path.exists():
         if task not in ("auto", "multiclass"):
-            raise DataError(f"data.task: {task}, but the digits have ten classes and one of them a picture")
+            raise DataError(f"data.task: {task}, but the digits have ten classes and one of them an image")
         return _digits()
     if path.is_dir():
         return _from_folder(path, task)
@@ -128,7 +128,7 @@ def _digits() -> Manifest:
 def _from_folder(root: Path, task: str) -> Manifest:
     if task == "multilabel":
         raise DataError(
-            f"{root}: a folder gives each picture one class; use a manifest with labels such as `cat;dog` for multilabel"
+            f"{root}: a folder gives each image one class; use a manifest with labels such as `cat;dog` for multilabel"
         )
     folder = read_folder(root)
     labels = tuple(sorted({one.label for one in folder.classes}))
@@ -219,7 +219,7 @@ def _unlabelled(table: Table, names: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _manifest(source: str, samples: list[Sample], labels: tuple[str, ...], task: str) -> Manifest:
     if not samples:
-        raise DataError(f"{source}: no pictures; Refract reads {', '.join(SUFFIXES)}")
+        raise DataError(f"{source}: no images; Refract reads {', '.join(SUFFIXES)}")
     unnamable = [sample.path for sample in samples if not _is_text(sample.path)]
     if unnamable:
         raise DataError(
@@ -247,9 +247,7 @@ def _twin_notes(labels: Sequence[str]) -> list[str]:
 def _refuse_untrainable(manifest: Manifest) -> None:
     splits = manifest.splits()
     if splits and "train" not in splits:
-        raise DataError(
-            f"{manifest.source}: has pictures of the split {', '.join(splits)}, and none of the split train"
-        )
+        raise DataError(f"{manifest.source}: has images of the split {', '.join(splits)}, and none of the split train")
     filled = [label for label, count in manifest.counts().items() if count]
     if len(filled) < 2 and manifest.task != "multilabel":
         empty = f", and {len(manifest.empty)} empty class folders such as {manifest.empty[0]}" if manifest.empty else ""
@@ -261,7 +259,7 @@ def _refuse_untrainable(manifest: Manifest) -> None:
 
 @cache
 def _blank() -> bytes:
-    """What stands for the picture of a text alone wherever one is shown or decoded."""
+    """What stands for the image of a text alone wherever one is shown or decoded."""
     import cv2
 
     return cv2.imencode(".png", np.full((32, 32, 3), 128, np.uint8))[1].tobytes()

@@ -1,4 +1,4 @@
-"""Pictures that look alike though their files differ: saved again, of another size, a little brighter. Finds those of the hold-out that
+"""Images that look alike though their files differ: saved again, of another size, a little brighter. Finds those of the hold-out that
 resemble one that was trained on."""
 
 from collections import defaultdict
@@ -14,12 +14,12 @@ from refract.pipeline.data.manifest import Manifest, Sample
 BITS = 7
 """Of the 128 of a look, in which two may differ: then one of its 8 parts is equal, by which pairs are found."""
 SMALLEST, PLAIN = 16, 0.3
-"""Pixels a side below which, and share of neighbouring places of one grey from which on, a picture has no look: it is flat, or strokes or
+"""Pixels a side below which, and share of neighbouring places of one grey from which on, an image has no look: it is flat, or strokes or
 one thing on an empty ground, as digits are, and would be like too many others. (Photographs have 0.07 of such places, digits 0.44.)"""
 SIDE, ALIKE = 32, 0.97
-"""Candidates are compared as grey pictures of SIDE pixels: the correlation from which on they are told."""
+"""Candidates are compared as grey images of SIDE pixels: the correlation from which on they are told."""
 NEAREST = 64
-"""Candidates that a picture is compared with, those of the nearest looks: where all pictures look alike, not all pairs are compared."""
+"""Candidates that an image is compared with, those of the nearest looks: where all images look alike, not all pairs are compared."""
 
 
 def look_of(pixels: np.ndarray) -> bytes:
@@ -34,9 +34,9 @@ def look_of(pixels: np.ndarray) -> bytes:
 
 
 def near_pairs(manifest: Manifest, looks: Mapping[str, bytes]) -> tuple[tuple[str, str], ...]:
-    """(path of a picture of `val` or `test`, path of one of `train` that it resembles), one for each such picture of the hold-out.
+    """(path of an image of `val` or `test`, path of one of `train` that it resembles), one for each such image of the hold-out.
 
-    looks: path → `look_of` of it. OSError where a picture cannot be read any more.
+    looks: path → `look_of` of it. OSError where an image cannot be read any more.
     """
     trained = [sample for sample in manifest.of("train") if looks.get(sample.path)]
     held = [sample for sample in manifest.samples if sample.split in ("val", "test") and looks.get(sample.path)]

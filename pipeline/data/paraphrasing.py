@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from refract.augment.text.paraphrases import Cache, digest
-from refract.augment.text.translation import BackTranslator, Filter, Sampling, TranslationError
+from refract.augment.text.translation import BackTranslator, DataCapture, Filter, TranslationError
 from refract.augment.text.words import kept
 from refract.pipeline.data.manifest import DataError
 from refract.pipeline.files import locked
@@ -91,7 +91,7 @@ def _settings(plan: Plan, via: str) -> str:
 def _translator(plan: Plan, via: str, device: str) -> BackTranslator:
     forth = plan.model.replace("{from}", plan.source).replace("{to}", via)
     back = plan.model.replace("{from}", via).replace("{to}", plan.source)
-    sampling = Sampling(plan.top_k, plan.temperature)
+    sampling = DataCapture(plan.top_k, plan.temperature)
     return BackTranslator(
         forth, back, source=plan.source, via=via, device=device, batch=plan.batch, max_length=plan.max_length, sampling=sampling
     )  # fmt: skip

@@ -38,8 +38,8 @@ def prepare_data(config: Config) -> tuple[Manifest, dict[str, str]]:
     manifest = draw_splits(
         manifest,
         found.groups,
-        val_share=config.data.val_share,
-        test_share=config.data.test_share,
+        val_fraction=config.data.val_fraction,
+        test_fraction=config.data.test_fraction,
         seed=config.trainer.seed,
     )
     whole = manifest
@@ -48,14 +48,14 @@ def prepare_data(config: Config) -> tuple[Manifest, dict[str, str]]:
     for warning in check_classes(manifest):
         log.warning("data: %s", warning)
     if found.bad:
-        log.warning("data: left out %d unreadable pictures", len(found.bad))
+        log.warning("data: left out %d unreadable images", len(found.bad))
     for line in remark_lines(found.remarks):
         log.warning("data: %s", line)
     manifest = replace(manifest, near=near_pairs(manifest, found.looks))
     if manifest.near:
         split_of = {sample.path: sample.split for sample in manifest.samples}
         counts = Counter(split_of[path] for path, _ in manifest.near)
-        told = " and ".join(f"{counts[split]} pictures of {split}" for split in ("val", "test") if counts[split])
+        told = " and ".join(f"{counts[split]} images of {split}" for split in ("val", "test") if counts[split])
         log.warning(
             "data: %s look like one of train, as %s like %s: their figures may be too good", told, *manifest.near[0]
         )
@@ -66,7 +66,7 @@ def _tell_left_out(which: str, before: Manifest, after: Manifest) -> None:
     kept = {sample.key for sample in after.samples}
     gone = [sample.path for sample in before.samples if sample.key not in kept]
     if gone:
-        log.warning("data: left out %d pictures %s, as %s", len(gone), which, gone[0])
+        log.warning("data: left out %d images %s, as %s", len(gone), which, gone[0])
 
 
 def held_out(info: BundleInfo, manifest: Manifest) -> Manifest:
@@ -80,7 +80,7 @@ def held_out(info: BundleInfo, manifest: Manifest) -> Manifest:
     found = scan(manifest.samples, reads=reads(config))
     readable = drop_bad(manifest, found, "skip")
     if found.content(readable) == info.data.get("content"):
-        print("these are the pictures that the bundle was trained on; measuring its own hold-out")
+        print("these are the images that the bundle was trained on; measuring its own hold-out")
         split, identity = prepare_data(config)
         if identity["fingerprint"] == info.data.get("fingerprint"):
             return split
@@ -88,5 +88,5 @@ def held_out(info: BundleInfo, manifest: Manifest) -> Manifest:
         return manifest
     raise DataError(
         f"{manifest.source}: has changed since the bundle was trained on it, so its hold-out cannot be told from what was trained on. "
-        "Measure on the run's splits.csv, which remembers, or on other pictures."
+        "Measure on the run's splits.csv, which remembers, or on other images."
     )

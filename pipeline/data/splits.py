@@ -1,4 +1,4 @@
-"""Which pictures train, validate and test. What the data does not say is drawn, stratified, from the seed."""
+"""Which images train, validate and test. What the data does not say is drawn, stratified, from the seed."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -10,18 +10,18 @@ from refract.pipeline.data.manifest import Manifest, Sample
 
 
 def draw_splits(
-    manifest: Manifest, hashes: Mapping[str, str], *, val_share: float, test_share: float, seed: int
+    manifest: Manifest, hashes: Mapping[str, str], *, val_fraction: float, test_fraction: float, seed: int
 ) -> Manifest:
     """Give every sample a split.
 
-    hashes: a sample's key → content hash; copies of one picture go together, so that none is both trained on and measured. Data without
+    hashes: a sample's key → content hash; copies of one image go together, so that none is both trained on and measured. Data without
     splits
     gets both drawn; data with splits gets the missing ones of `val` and `test` drawn from `train`. Within each class the shares hold to
-    the picture, and a class of three or more has one in each; for multilabel, within each set of labels that ten pictures or more carry,
+    the image, and a class of three or more has one in each; for multilabel, within each set of labels that ten images or more carry,
     and within the rest together.
     """
     present = manifest.splits()
-    shares = {"test": test_share, "val": val_share}
+    shares = {"test": test_fraction, "val": val_fraction}
     wanted = {split: share for split, share in shares.items() if split not in present}
     groups: dict[tuple[int, ...], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     carried = Counter(sample.labels for sample in manifest.samples)
@@ -49,7 +49,7 @@ def draw_splits(
 
 
 def _written(sample: Sample) -> str:
-    if not sample.pictured:
+    if not sample.has_image:
         return ""
     return sample.path if sample.data is not None else str(Path(sample.path).resolve())
 

@@ -1,4 +1,4 @@
-"""The texts of a manifest, for what needs neither pictures nor labels."""
+"""The texts of a manifest, for what needs neither images nor labels."""
 
 from pathlib import Path
 

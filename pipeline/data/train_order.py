@@ -18,7 +18,7 @@ class TrainOrder(Sampler[SampleKey]):
     repeatedly; None takes each sample once. repeat counts the draws of a sample in the epoch, so that each is augmented in its own way.
 
     The epoch travels with the index, so that a worker process needs no state: it augments what it is asked for. Lightning calls
-    `set_epoch`; `go_on` skips what was seen of an epoch before an interruption.
+    `set_epoch`; `resume` skips what was seen of an epoch before an interruption.
 
     rank, processes: of this process among those that train together: each takes every processes-th sample of the one order, and all equally
     many, for which the order begins again at its end.
@@ -42,7 +42,7 @@ class TrainOrder(Sampler[SampleKey]):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def go_on(self, epoch: int, seen: int) -> None:
+    def resume(self, epoch: int, seen: int) -> None:
         """Begin with `epoch`, without the first `seen` samples of this process."""
         self.epoch, self._resumed = epoch, (epoch, seen)
 

@@ -1,4 +1,4 @@
-"""The look at every picture before training: what cannot be read, what is in two splits, which classes cannot be learned."""
+"""The look at every image before training: what cannot be read, what is in two splits, which classes cannot be learned."""
 
 import hashlib
 import os
@@ -41,11 +41,11 @@ class Scan:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-PICTURES = frozenset({"pictures"})
+IMAGES = frozenset({"images"})
 
 
-def scan(samples: Sequence[Sample], *, reads: frozenset[str] = PICTURES, progress: bool = True) -> Scan:
-    """Hash and decode every picture, on all cores (decoding releases the GIL). reads: `pictures`, `texts`, or both, by what the network
+def scan(samples: Sequence[Sample], *, reads: frozenset[str] = IMAGES, progress: bool = True) -> Scan:
+    """Hash and decode every image, on all cores (decoding releases the GIL). reads: `images`, `texts`, or both, by what the network
     reads; texts that it does not read make no difference."""
     from tqdm import tqdm
 
@@ -64,7 +64,7 @@ def scan(samples: Sequence[Sample], *, reads: frozenset[str] = PICTURES, progres
                 if remark:
                     remarks[sample.path] = remark
                 text = hashlib.sha256(trimmed(sample.text).encode("utf-8", "replace")).hexdigest()
-                seen = digest if "pictures" in reads and sample.pictured else ""
+                seen = digest if "images" in reads and sample.has_image else ""
                 groups[sample.key] = seen or text
                 hashes[sample.key] = (
                     seen if "texts" not in reads else hashlib.sha256(f"{seen}{text}".encode()).hexdigest()
@@ -73,10 +73,10 @@ def scan(samples: Sequence[Sample], *, reads: frozenset[str] = PICTURES, progres
 
 
 def drop_bad(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
-    """The manifest without unreadable pictures; DataError lists them where `on_bad_file` is `error`."""
+    """The manifest without unreadable images; DataError lists them where `on_bad_file` is `error`."""
     if found.bad and on_bad_file == "error":
         raise DataError(
-            f"{manifest.source}: {len(found.bad)} of {len(manifest.samples)} pictures cannot be read:\n"
+            f"{manifest.source}: {len(found.bad)} of {len(manifest.samples)} images cannot be read:\n"
             + _listed(f"{path}: {why}" for path, why in found.bad.items())
             + "\nMend or remove them, or leave them out with --data.on_bad_file skip."
         )
@@ -84,14 +84,14 @@ def drop_bad(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
 
 
 def drop_shared(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
-    """The manifest without training pictures that are held out as well (by content); DataError lists them under `error`."""
+    """The manifest without training images that are held out as well (by content); DataError lists them under `error`."""
     splits: dict[str, dict[str, str]] = defaultdict(dict)
     for sample in manifest.samples:
         splits[found.groups[sample.key]].setdefault(sample.split, sample.path)
     shared = {digest: where for digest, where in splits.items() if len(where) > 1}
     if shared and on_bad_file == "error":
         raise DataError(
-            f"{manifest.source}: {len(shared)} pictures are in more than one split, so the hold-out would not be one:\n"
+            f"{manifest.source}: {len(shared)} images are in more than one split, so the hold-out would not be one:\n"
             + _listed(
                 " = ".join(f"{where[split]} ({split})" for split in SPLITS if split in where)
                 for where in shared.values()
@@ -104,7 +104,7 @@ def drop_shared(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
 
 
 def drop_contradictory(manifest: Manifest, found: Scan, on_bad_file: str) -> Manifest:
-    """The manifest without pictures whose copies carry other labels; DataError lists them under `error`."""
+    """The manifest without images whose copies carry other labels; DataError lists them under `error`."""
     labels: dict[str, dict[tuple[int, ...], str]] = defaultdict(dict)
     for sample in manifest.samples:
         labels[found.hashes[sample.key]].setdefault(tuple(sorted(sample.labels)), sample.path)
@@ -115,9 +115,9 @@ def drop_contradictory(manifest: Manifest, found: Scan, on_bad_file: str) -> Man
             for where in torn.values()
         )
         raise DataError(
-            f"{manifest.source}: {len(torn)} pictures have copies with other labels, and cannot be both:\n"
+            f"{manifest.source}: {len(torn)} images have copies with other labels, and cannot be both:\n"
             + _listed(named)
-            + "\nMend the labels, or leave these pictures out with --data.on_bad_file skip."
+            + "\nMend the labels, or leave these images out with --data.on_bad_file skip."
         )
     return manifest.with_samples([sample for sample in manifest.samples if found.hashes[sample.key] not in torn])
 
@@ -127,19 +127,19 @@ def check_classes(manifest: Manifest) -> list[str]:
     counts, trained = manifest.counts(), manifest.counts("train")
     if manifest.empty:
         raise DataError(
-            f"{manifest.source}: {len(manifest.empty)} class folders hold no picture:\n"
+            f"{manifest.source}: {len(manifest.empty)} class folders hold no image:\n"
             + _listed(manifest.empty)
-            + "\nAdd pictures or remove the folders."
+            + "\nAdd images or remove the folders."
         )
     gone = [label for label, count in counts.items() if count == 0]
     if gone:
-        raise DataError(f"{manifest.source}: no readable picture is left of {len(gone)} classes:\n{_listed(gone)}")
+        raise DataError(f"{manifest.source}: no readable image is left of {len(gone)} classes:\n{_listed(gone)}")
     single = [label for label, count in counts.items() if count == 1]
     if single:
         raise DataError(
-            f"{manifest.source}: {len(single)} classes have one picture, which cannot both be learned and be measured:\n"
+            f"{manifest.source}: {len(single)} classes have one image, which cannot both be learned and be measured:\n"
             + _listed(single)
-            + "\nAdd pictures or leave these classes out."
+            + "\nAdd images or leave these classes out."
         )
     unlearned = [label for label, count in trained.items() if count == 0]
     if unlearned:
@@ -151,18 +151,18 @@ def check_classes(manifest: Manifest) -> list[str]:
     missing = [split for split in SPLITS if not manifest.of(split)]
     if missing:
         raise DataError(
-            f"{manifest.source}: {len(manifest.samples)} pictures are too few to draw the split {missing[0]} from; add pictures, or raise "
-            "data.val_share and data.test_share"
+            f"{manifest.source}: {len(manifest.samples)} images are too few to draw the split {missing[0]} from; add images, or raise "
+            "data.val_fraction and data.test_fraction"
         )
     warnings = []
     for split in manifest.splits():
         absent = [label for label, count in manifest.counts(split).items() if count == 0]
         if absent:
-            warnings.append(f"{split}: no picture of {', '.join(absent[:SHOWN])}; its score says nothing about them")
+            warnings.append(f"{split}: no image of {', '.join(absent[:SHOWN])}; its score says nothing about them")
     warnings += [*manifest.notes, *(f"{line}; they are skipped" for line in skipped_lines(manifest.skipped))]
     if manifest.loose:
         warnings.append(
-            f"{len(manifest.loose)} pictures lie in no class's folder and were left out, as {manifest.loose[0]}"
+            f"{len(manifest.loose)} images lie in no class's folder and were left out, as {manifest.loose[0]}"
         )
     return warnings
 

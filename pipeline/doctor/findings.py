@@ -74,7 +74,7 @@ def _inputs(record: Record) -> Iterator[Finding]:
         if abs(mean) > 2 or not 0.1 < deviation < 5:
             yield Finding(
                 "input range",
-                f"normalised {split} pictures have mean {mean:.2f} and deviation {deviation:.2f}, where 0 and 1 are learned from best",
+                f"normalised {split} images have mean {mean:.2f} and deviation {deviation:.2f}, where 0 and 1 are learned from best",
                 "or give data.mean and data.std of these images",
                 (cure("data.normalize", "data"),),
             )
@@ -83,9 +83,9 @@ def _inputs(record: Record) -> Iterator[Finding]:
         (mean, deviation), (other, spread) = record.inputs["train"], record.inputs["val"]
         if abs(mean - other) > 0.75 * max(spread, 1e-6) or not 0.4 < deviation / max(spread, 1e-6) < 2.5:
             yield Finding(
-                "augmentation shifts the pictures",
-                f"augmented pictures have mean {mean:.2f} and deviation {deviation:.2f}, measured ones {other:.2f} and {spread:.2f}",
-                "weaken the policy's colour and erasing ops: the network is measured on pictures that it hardly saw",
+                "augmentation shifts the images",
+                f"augmented images have mean {mean:.2f} and deviation {deviation:.2f}, measured ones {other:.2f} and {spread:.2f}",
+                "weaken the policy's colour and erasing ops: the network is measured on images that it hardly saw",
             )
 
 
@@ -174,7 +174,7 @@ def _units(record: Record) -> Iterator[Finding]:
         name, share = max(dead.items(), key=lambda item: item[1])
         yield Finding(
             "dead ReLUs",
-            f"{share:.0%} of the units of {name} answer 0 to every picture of a batch; {len(dead)} of {len(record.dead)} layers have "
+            f"{share:.0%} of the units of {name} answer 0 to every image of a batch; {len(dead)} of {len(record.dead)} layers have "
             "more than half of such",
             "a high learning rate early in training is the usual cause",
             (cure("optim.lr", _nice(record.lr / 10)), *_activation(record, "leaky_relu")),
@@ -234,7 +234,7 @@ def _collapse(record: Record) -> Iterator[Finding]:
     if share > 0.9 and record.truth.get(name, 0) < 0.75 * share:
         yield Finding(
             "class collapse",
-            f"{share:.0%} of the hold-out's pictures are said to be {name}, and {record.truth.get(name, 0):.0%} are",
+            f"{share:.0%} of the hold-out's images are said to be {name}, and {record.truth.get(name, 0):.0%} are",
             "the latter two are for uneven classes",
             (
                 cure("optim.lr", _nice(record.lr / 10)),

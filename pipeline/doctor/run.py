@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refract.augment.ops.composition import ChoiceOp
+from refract.augment.ops.composition import CompositionOp
 from refract.models.classifier import inputs_of
 from refract.pipeline.config.config import Config
 from refract.pipeline.doctor.record import Normalisation, Record
-from refract.pipeline.doctor.watch import OVERFIT_PICTURES, Doctor
+from refract.pipeline.doctor.watch import OVERFIT_IMAGES, Doctor
 
 if TYPE_CHECKING:
     from refract.pipeline.training.fit import Assembly
@@ -18,7 +18,7 @@ LOOKED_AT = 64
 
 
 def make_doctor(made: "Assembly", config: Config) -> Doctor:
-    """A doctor that has looked at some validation pictures, and tried whether a few can be learned by heart."""
+    """A doctor that has looked at some validation images, and tried whether a few can be learned by heart."""
     import torch
 
     from refract.pipeline.data.datasets import collate
@@ -41,11 +41,11 @@ def make_doctor(made: "Assembly", config: Config) -> Doctor:
     if config.data.normalize == "fixed" and record.pretrained:
         record.normalisation, record.weights_normalisation = _normalisations(made, config)
     doctor = Doctor(record, config)
-    pictures = made.data.pictures_of("val")
-    places = np.unique(np.linspace(0, len(pictures) - 1, LOOKED_AT).astype(int)).tolist() if len(pictures) else []
-    if len(places) >= OVERFIT_PICTURES:
-        batch = collate([pictures[i] for i in places])
-        # Of several classes, where the pictures are sorted by them.
+    images = made.data.images_of("val")
+    places = np.unique(np.linspace(0, len(images) - 1, LOOKED_AT).astype(int)).tolist() if len(images) else []
+    if len(places) >= OVERFIT_IMAGES:
+        batch = collate([images[i] for i in places])
+        # Of several classes, where the images are sorted by them.
         order = torch.randperm(len(batch["targets"]), generator=torch.Generator().manual_seed(0))
         shuffled = {name: values[order] for name, values in batch.items()}
         doctor.preflight(made.module, inputs_of(shuffled), shuffled["targets"])
@@ -63,5 +63,5 @@ def _normalisations(made: "Assembly", config: Config) -> tuple[Normalisation, No
 
 def _names(ops: Sequence[Any]) -> list[str]:
     """Of all ops, those inside choices too."""
-    held = [op.ops if isinstance(op, ChoiceOp) else () for op in ops]
+    held = [op.ops if isinstance(op, CompositionOp) else () for op in ops]
     return [name for op, inner in zip(ops, held, strict=True) for name in (op.name, *_names(inner))]

@@ -22,7 +22,7 @@ from refract.pipeline.doctor.record import Record
 
 log = logging.getLogger(__name__)
 
-OVERFIT_PICTURES, OVERFIT_STEPS, OVERFIT_SECONDS = 8, 60, 5.0
+OVERFIT_IMAGES, OVERFIT_STEPS, OVERFIT_SECONDS = 8, 60, 5.0
 FLAT = 0.97
 """A sigmoid or tanh is saturated where it has come this near to its end, as a share of its range from the middle."""
 
@@ -70,10 +70,10 @@ class Doctor(Callback):
                 log.warning("doctor: %s", treatable(finding, self.config))
 
     def preflight(self, module: ClassifierModule, inputs: Inputs, targets: Tensor) -> None:
-        """Look at measured pictures, and try whether the network can learn a few of the samples by heart. inputs: of the classifier."""
+        """Look at measured images, and try whether the network can learn a few of the samples by heart. inputs: of the classifier."""
         self._look_at_inputs("val", module, inputs[0])
-        few = tuple(None if own is None else own[:OVERFIT_PICTURES] for own in inputs)
-        found = overfits(module, few, targets[:OVERFIT_PICTURES])
+        few = tuple(None if own is None else own[:OVERFIT_IMAGES] for own in inputs)
+        found = overfits(module, few, targets[:OVERFIT_IMAGES])
         if found is not None:
             self.preflight_findings.append(found)
             self.report([found])
@@ -129,7 +129,7 @@ class Doctor(Callback):
         self.clock_again()
 
     def clock_again(self) -> None:
-        """What went by, a validation or a checkpoint, was not waiting for pictures."""
+        """What went by, a validation or a checkpoint, was not waiting for images."""
         self._clock = time.perf_counter()
 
     def _took(self, part: str) -> None:
@@ -189,14 +189,14 @@ def overfits(module: ClassifierModule, inputs: Inputs, targets: Tensor) -> Findi
         return None
     return Finding(
         "one batch is not learned",
-        f"in {OVERFIT_STEPS} steps on the same {len(targets)} pictures the loss went from {losses[0]:.3f} to {losses[-1]:.3f}",
+        f"in {OVERFIT_STEPS} steps on the same {len(targets)} images the loss went from {losses[0]:.3f} to {losses[-1]:.3f}",
         "look at the labels, at what is frozen (model.mode), and at strong dropout: no data set is learned without one batch",
         (cure("model.mode", "fine-tune"),),
     )
 
 
 def _dead(output: Tensor) -> Tensor:
-    """Share of the channels that are 0 for all pictures and places."""
+    """Share of the channels that are 0 for all images and places."""
     units = output.transpose(0, 1).flatten(1) if output.ndim != 3 else output.flatten(0, 1).T
     return (units <= 0).all(dim=1).float().mean()
 

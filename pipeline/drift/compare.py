@@ -12,7 +12,7 @@ from refract.pipeline.drift.thresholds import ALPHA, FEWEST, LEVELS, THRESHOLDS,
 from refract.pipeline.drift.two_samples import Found
 
 NEIGHBOUR = 5
-"""The distance to which of the nearest is how far a picture is."""
+"""The distance to which of the nearest is how far an image is."""
 
 TESTS = {"mmd": ("features", "MMD²"), "classifier": ("classifier", "told apart")}
 
@@ -38,7 +38,7 @@ class Check:
 @dataclass(frozen=True)
 class Drift:
     """checks: in a fixed order; new_classes: label that the reference lacks → count; vanished: label that the new data lack → count in the
-    reference; distances: (N,) of each new picture to the reference, None without features; usual: the distance that one of a hundred of
+    reference; distances: (N,) of each new image to the reference, None without features; usual: the distance that one of a hundred of
     the reference's own exceeds."""
 
     checks: tuple[Check, ...]
@@ -56,18 +56,18 @@ class Drift:
 
     @property
     def far(self) -> float | None:
-        """The share of the new pictures that are farther than `usual`; where nothing drifted, about 1 %."""
+        """The share of the new images that are farther than `usual`; where nothing drifted, about 1 %."""
         return None if self.distances is None else float((self.distances > self.usual).mean())
 
     def furthest(self, count: int) -> list[int]:
-        """The places of the new pictures that are farthest from the reference."""
+        """The places of the new images that are farthest from the reference."""
         return [] if self.distances is None else np.argsort(-self.distances, kind="stable")[:count].tolist()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, but for the distances."""
         checks = [{**asdict(c), "threshold": c.threshold._asdict(), "effect": c.effect} for c in self.checks]
         own: dict[str, Any] = {"level": self.level, "alpha": ALPHA}
-        own |= {"reference": self.reference_count, "pictures": self.count, "checks": checks}
+        own |= {"reference": self.reference_count, "images": self.count, "checks": checks}
         return own | {"new_classes": dict(self.new_classes), "vanished": dict(self.vanished), "far": self.far}
 
 

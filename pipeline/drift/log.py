@@ -1,7 +1,7 @@
 """What a server sampled of its inputs (`refract serve --sample DIR`), read as a profile. The server writes it, and knows nothing of drift.
 
-`inputs-*.jsonl` has a row for each sampled picture: time, model (16 digits of the bundle's digest), answered (labels), confidence,
-statistics (name → number), picture (a file below the folder, kept where confidence was low) or null.
+`inputs-*.jsonl` has a row for each sampled image: time, model (16 digits of the bundle's digest), answered (labels), confidence,
+statistics (name → number), image (a file below the folder, kept where confidence was low) or null.
 """
 
 import json
@@ -23,9 +23,9 @@ def is_log(folder: Path) -> bool:
 
 
 def read_log(folder: Path, info: BundleInfo, digest: str) -> tuple[Profile, list[Sample], int]:
-    """(the profile of what this bundle answered, the pictures that were kept of it, how many rows are another model's).
+    """(the profile of what this bundle answered, the images that were kept of it, how many rows are another model's).
 
-    A line that a crash cut short is passed over. Pictures of low confidence are no fair sample, so the profile has no features. DataError.
+    A line that a crash cut short is passed over. Images of low confidence are no fair sample, so the profile has no features. DataError.
     """
     rows = [row for file in sorted(folder.glob(ROWS)) for row in _rows(file)]
     own = [row for row in rows if row["model"] == digest[:16]]
@@ -44,7 +44,7 @@ def read_log(folder: Path, info: BundleInfo, digest: str) -> tuple[Profile, list
         for name in STATISTICS if any(name in row["statistics"] for row in own)
     }  # fmt: skip
     confidence = np.array([row["confidence"] for row in own], np.float32)
-    kept = [folder / row["picture"] for row in own if row["picture"]]
+    kept = [folder / row["image"] for row in own if row["image"]]
     root = folder.resolve()
     samples = [Sample(str(file), ()) for file in kept if file.is_file() and file.resolve().is_relative_to(root)]
     found = Profile(
@@ -60,7 +60,8 @@ def _rows(file: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             confidence, answered, statistics = float(row["confidence"]), list(row["answered"]), dict(row["statistics"])
             numbers = {str(name): float(value) for name, value in statistics.items()}
-            whole = {"model": str(row["model"]), "picture": row["picture"] and str(row["picture"])}
+            image = row["image"] if "image" in row else row["picture"]  # the key of earlier versions
+            whole = {"model": str(row["model"]), "image": image and str(image)}
         except (ValueError, TypeError, KeyError):
             continue
         found.append({**whole, "confidence": confidence, "answered": answered, "statistics": numbers})

@@ -12,8 +12,8 @@ from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.drift.compare import Drift, compare, far_from
 from refract.pipeline.drift.log import is_log, read_log
 from refract.pipeline.drift.new_data import MOST, NewData, read_data
-from refract.pipeline.drift.profile import MOST_PICTURES, Profile, Seen, profile
-from refract.pipeline.drift.report import SHOWN, furthest_pictures, make_drift_report
+from refract.pipeline.drift.profile import MOST_IMAGES, Profile, Seen, profile
+from refract.pipeline.drift.report import SHOWN, furthest_images, make_drift_report
 from refract.pipeline.drift.thresholds import FEWEST, THRESHOLDS, Threshold
 from refract.pipeline.evaluation.report import Report
 
@@ -31,15 +31,15 @@ class Measured:
 
 
 def reference_of(classifier: Classifier, preprocess: Any, manifest: Any, **kinds: Any) -> Profile:
-    """What goes into a bundle: the profile of at most MOST_PICTURES of the hold-out, filled up from validation.
+    """What goes into a bundle: the profile of at most MOST_IMAGES of the hold-out, filled up from validation.
 
-    Not of the training pictures: those a network has fitted, so that their features and confidences lie apart from those of any picture
+    Not of the training images: those a network has fitted, so that their features and confidences lie apart from those of any image
     that it has not seen, and data of the very same kind would drift. Validation has chosen the epoch and the temperature, which is much
     less; the hold-out nothing. kinds: task, labels, temperature, thresholds.
     """
-    held = NewData(manifest.of("test"), None).drawn(MOST_PICTURES).samples
-    chosen = held + NewData(manifest.of("val"), None).drawn(max(1, MOST_PICTURES - len(held))).samples
-    chosen = chosen[:MOST_PICTURES]
+    held = NewData(manifest.of("test"), None).drawn(MOST_IMAGES).samples
+    chosen = held + NewData(manifest.of("val"), None).drawn(max(1, MOST_IMAGES - len(held))).samples
+    chosen = chosen[:MOST_IMAGES]
     names = [[manifest.labels[i] for i in sample.labels] for sample in chosen]
     return profile(classifier, preprocess, chosen, names, labels=manifest.labels, **kinds).profile
 
@@ -51,12 +51,12 @@ def measure_drift(
     reference: str | None = None,
     test: str = "mmd",
     thresholds: Mapping[str, Threshold] = THRESHOLDS,
-    pictures: int = MOST,
+    images: int = MOST,
     unlabelled: bool = False,
 ) -> Measured:
     """The drift of data (see `read_data`, or a server's sampled log) from the bundle's reference, or from that of other data.
 
-    reference: pictures that the bundle did not learn from; of its own training data the hold-out is taken. pictures: that are looked at,
+    reference: images that the bundle did not learn from; of its own training data the hold-out is taken. images: that are looked at,
     0 for all. DataError, or BundleError.
     """
     from refract.pipeline.inference.scoring import preprocess_of
@@ -68,13 +68,13 @@ def measure_drift(
     classifier, preprocess = bundle.classifier(), preprocess_of(info)
     stored = bundle.reference()
     if reference is not None:
-        known = _reference_data(info, reference, multilabel).drawn(pictures or MOST)
+        known = _reference_data(info, reference, multilabel).drawn(images or MOST)
         base = profile(classifier, preprocess, known.samples, known.names, **kinds).profile
     elif stored is not None:
         base = Profile.from_bytes(stored, info.labels, multilabel=multilabel)
     else:
         raise DataError(
-            f"{bundle.path}: holds no reference, as it was written by an older version or by hand; name pictures like those that it was "
+            f"{bundle.path}: holds no reference, as it was written by an older version or by hand; name images like those that it was "
             "trained on, but held out: --reference DATA"
         )
     facts = {"bundle": f"{info.name} ({bundle.digest[:12]})", "reference": reference or "the bundle's own hold-out"}
@@ -85,7 +85,7 @@ def measure_drift(
         shown = profile(classifier, preprocess, kept, **kinds) if kept else None
     else:
         asked = read_data(data, info.labels, multilabel=multilabel, unlabelled=unlabelled)
-        drawn = asked.drawn(pictures)
+        drawn = asked.drawn(images)
         facts["new data"] = f"{len(drawn.samples):,} of {len(asked.samples):,} samples of {data}"
         shown = profile(classifier, preprocess, drawn.samples, drawn.names, **kinds)
         new = shown.profile
@@ -128,10 +128,10 @@ def _reference_data(info: Any, source: str, multilabel: bool) -> NewData:
 
 
 def _unsure(base: Profile, shown: Seen | None) -> dict[str, list[dict[str, str]]]:
-    """The pictures that a server kept, those that are farthest from the reference first."""
-    title = "Pictures of low confidence that the server kept"
+    """The images that a server kept, those that are farthest from the reference first."""
+    title = "Images of low confidence that the server kept"
     if shown is None or base.features is None or shown.profile.features is None:
         return {title: []}
     distances, usual = far_from(base.features, shown.profile.features)
     places = (-distances).argsort(kind="stable")[:SHOWN].tolist()
-    return {title: furthest_pictures(shown.samples, distances, usual, places, shown.probabilities, base.labels)}
+    return {title: furthest_images(shown.samples, distances, usual, places, shown.probabilities, base.labels)}

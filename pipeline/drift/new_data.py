@@ -1,4 +1,4 @@
-"""What is to be compared: pictures with labels or without, of any classes, as a data set that is to be trained on could not be."""
+"""What is to be compared: images with labels or without, of any classes, as a data set that is to be trained on could not be."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from refract.pipeline.data.sources.folders import label_of, split_of, unreadable
 from refract.pipeline.data.sources.tables import is_table, read_table
 
 MOST = 2000
-"""Pictures that are looked at, drawn from all: enough to tell small drift, and a night's data cost no more than a minute's."""
+"""Images that are looked at, drawn from all: enough to tell small drift, and a night's data cost no more than a minute's."""
 
 
 class NewData(NamedTuple):
@@ -55,7 +55,7 @@ def _of_folder(root: Path, labels: Sequence[str], unlabelled: bool) -> NewData:
     except OSError as error:
         raise unreadable(error, root) from error
     if not files:
-        raise DataError(f"{root}: no pictures in this folder; Refract reads {', '.join(SUFFIXES)}")
+        raise DataError(f"{root}: no images in this folder; Refract reads {', '.join(SUFFIXES)}")
     samples = [Sample(str(Path(file)), ()) for file in files]
     parts = [Path(file).relative_to(root).parts[:-1] for file in files]
     depth = 1 if all(part and split_of(part[0]) for part in parts) else 0
@@ -79,11 +79,11 @@ def _of_table(path: Path, multilabel: bool) -> NewData:
             table.file(file) if file.strip() else f"{path.name}#{row}",
             (),
             text=text,
-            pictured=bool(file.strip()),
+            has_image=bool(file.strip()),
         )
         for row, (file, text) in enumerate(zip(table.texts("path"), table.texts("text"), strict=True), start=2)
     ]
-    nothing = [row for row, sample in enumerate(samples) if not sample.pictured and not trimmed(sample.text)]
+    nothing = [row for row, sample in enumerate(samples) if not sample.has_image and not trimmed(sample.text)]
     if nothing:
         raise DataError(f"{table.where(nothing[0])}: neither a path nor a text ({len(nothing)} such rows)")
     truths = table.texts("label")

@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refract.augment import Preprocess, image_size
-from refract.augment.image_statistics import Look, look
+from refract.augment.image_statistics import ImageStatistics, look
 from refract.models.bundle.info import BundleError
 from refract.models.classifier import Classifier
 from refract.models.head import head_inputs
 from refract.models.prediction import confidences, given_labels
 from refract.pipeline.data.manifest import Sample
-from refract.pipeline.inference.scoring import Question, score
+from refract.pipeline.inference.scoring import SampleInput, score
 
-MOST_PICTURES = 1000
+MOST_IMAGES = 1000
 """In a bundle: with 512 features each it is a megabyte."""
 
 WIDEST = 512
@@ -24,7 +24,7 @@ WIDEST = 512
 
 SIZES = ("width", "height", "aspect")
 CHARACTERS = "characters"
-STATISTICS = (*Look._fields, *SIZES, CHARACTERS)
+STATISTICS = (*ImageStatistics._fields, *SIZES, CHARACTERS)
 """In the order in which they are told."""
 
 
@@ -32,7 +32,7 @@ STATISTICS = (*Look._fields, *SIZES, CHARACTERS)
 class Profile:
     """count: of the samples; features: (N, D) float32, before the head, None where only numbers are known (a server's log); answered: (C,)
     int64, how many were answered with each of the bundle's labels; confidence: (N,) float32, of the label that is answered, for several
-    labels the mean over them of that in what was said; statistics: name → (N,) float32, NaN where a sample has no picture; classes: label,
+    labels the mean over them of that in what was said; statistics: name → (N,) float32, NaN where a sample has no image; classes: label,
     also one that the bundle does not know → how many carry it, None where there are no labels; multilabel: whether one may have several."""
 
     count: int
@@ -119,8 +119,8 @@ def profile(
     from tqdm import tqdm
 
     sizes: dict[int, tuple[int, int]] = {}
-    looks: list[Look] = []
-    pictured = "pictures" in classifier.reads
+    looks: list[ImageStatistics] = []
+    has_image = "images" in classifier.reads
 
     def read(place: int) -> bytes:
         data = samples[place].read()
@@ -128,10 +128,10 @@ def profile(
         return data
 
     def see(module: Classifier, inputs: tuple[Any, ...]) -> None:
-        if pictured:
+        if has_image:
             looks.extend(look(one) for one in inputs[0].permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
-    questions = [Question(lambda i=i: read(i), s.text, s.pictured) for i, s in enumerate(samples)]  # type: ignore[misc]
+    questions = [SampleInput(lambda i=i: read(i), s.text, s.has_image) for i, s in enumerate(samples)]  # type: ignore[misc]
     hook = classifier.register_forward_pre_hook(see)
     kept, rows, bad = [], [], {}
     try:
@@ -150,7 +150,7 @@ def profile(
     given = np.stack(rows) if rows else np.zeros((0, len(labels)), np.float32)
     found = [samples[place] for place in kept]
     statistics: dict[str, np.ndarray] = {}
-    if pictured and found:
+    if has_image and found:
         statistics = _looks(found, looks, [sizes.get(place, (0, 0)) for place in kept])
     if classifier.tokens is not None:
         statistics[CHARACTERS] = np.array([len(s.text) for s in found], np.float32)
@@ -186,9 +186,13 @@ def folded(features: np.ndarray) -> np.ndarray:
     return np.asarray((fold.T @ features.T.astype(np.float32)).T)
 
 
-def _looks(samples: Sequence[Sample], looks: Sequence[Look], sizes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
-    there = np.array([sample.pictured for sample in samples])
-    values = {name: np.array(column) for name, column in zip(Look._fields, zip(*looks, strict=True), strict=True)}
+def _looks(
+    samples: Sequence[Sample], looks: Sequence[ImageStatistics], sizes: Sequence[tuple[int, int]]
+) -> dict[str, np.ndarray]:
+    there = np.array([sample.has_image for sample in samples])
+    values = {
+        name: np.array(column) for name, column in zip(ImageStatistics._fields, zip(*looks, strict=True), strict=True)
+    }
     height, width = np.array(sizes, np.float64).T
     values |= dict(zip(SIZES, (width, height, width / np.maximum(height, 1)), strict=True))
     return {name: np.where(there, column, np.nan).astype(np.float32) for name, column in values.items()}

@@ -1,4 +1,4 @@
-"""The report of a drift: what was compared, how both sides are distributed, the pictures that drifted most."""
+"""The report of a drift: what was compared, how both sides are distributed, the images that drifted most."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def make_drift_report(
     probabilities: np.ndarray | None = None,
     galleries: Mapping[str, list[dict[str, str]]] | None = None,
 ) -> Report:
-    """samples, probabilities: of the new data, in the profile's order, where there are pictures to show. galleries: further ones."""
+    """samples, probabilities: of the new data, in the profile's order, where there are images to show. galleries: further ones."""
     numbers = {"facts": dict(facts), **drift.to_dict()}
     numbers["furthest"] = [
         {"path": samples[i].path, "distance": float(drift.distances[i])}  # type: ignore[index]
@@ -37,17 +37,17 @@ def make_drift_report(
     if reference.classes is not None and new.classes is not None:
         known = [*reference.classes, *(label for label in new.classes if label not in reference.classes)]
         before, after = (np.array([own.get(label, 0) for label in known]) for own in (reference.classes, new.classes))
-        shown["labels of the data"] = figures.two_shares(before, after, known, CLASSES_SHOWN)
-    shown["answers"] = figures.two_shares(reference.answered, new.answered, reference.labels, CLASSES_SHOWN)
-    pictures: dict[str, list[dict[str, str]]] = {}
+        shown["labels of the data"] = figures.two_fractions(before, after, known, CLASSES_SHOWN)
+    shown["answers"] = figures.two_fractions(reference.answered, new.answered, reference.labels, CLASSES_SHOWN)
+    images: dict[str, list[dict[str, str]]] = {}
     if samples and drift.distances is not None:
-        pictures["The pictures that drifted most"] = furthest_pictures(
+        images["The images that drifted most"] = furthest_images(
             samples, drift.distances, drift.usual or 0.0, drift.furthest(SHOWN), probabilities, reference.labels
         )
-    return Report(title, numbers, shown, {**pictures, **(galleries or {})}, template="drift.html")
+    return Report(title, numbers, shown, {**images, **(galleries or {})}, template="drift.html")
 
 
-def furthest_pictures(
+def furthest_images(
     samples: Sequence[Sample],
     distances: np.ndarray,
     usual: float,
@@ -64,6 +64,6 @@ def furthest_pictures(
             far = f"{labels[best]} {probabilities[i, best]:.0%}; {far}"
         sample = samples[i]
         text = f": “{sample.text.strip()[:120]}”" if sample.text.strip() else ""
-        src = figures.thumbnail(sample.read()) if sample.pictured else ""
+        src = figures.thumbnail(sample.read()) if sample.has_image else ""
         rows.append({"src": src, "caption": far + text, "path": sample.path})
     return rows

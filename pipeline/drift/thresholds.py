@@ -31,7 +31,7 @@ THRESHOLDS: Mapping[str, Threshold] = MappingProxyType(
         "brightness": Threshold(0.1, 0.5),
         "contrast": Threshold(0.1, 0.5),
         "sharpness": Threshold(0.1, 0.5),
-        # Another camera's pictures are all of another size: that alone says nothing against them.
+        # Another camera's images are all of another size: that alone says nothing against them.
         "width": Threshold(0.1, None),
         "height": Threshold(0.1, None),
         "aspect": Threshold(0.1, None),
@@ -42,7 +42,7 @@ THRESHOLDS: Mapping[str, Threshold] = MappingProxyType(
     }
 )
 """features: MMD²; classifier: the share that is told apart, less the half; answers, classes: the stability index; new classes: their share
-of the new pictures; vanished classes: their share of the reference; the others: Kolmogorov and Smirnov's distance."""
+of the new images; vanished classes: their share of the reference; the others: Kolmogorov and Smirnov's distance."""
 
 
 def parse_thresholds(given: Mapping[str, Any], base: Mapping[str, Threshold] = THRESHOLDS) -> dict[str, Threshold]:

@@ -1,4 +1,4 @@
-"""Tests of whether two samples are of one kind, and how far they are apart. Arrays in, numbers out; knows nothing of pictures.
+"""Tests of whether two samples are of one kind, and how far they are apart. Arrays in, numbers out; knows nothing of images.
 
 Each gives a `Found`: a distance that has a meaning of its own, what chance alone makes of it where nothing differs, and a p-value.
 """
@@ -14,7 +14,7 @@ MOST = 1000
 """Rows of each sample in `mmd` and `classifier`: a kernel of 2,000² numbers takes a second."""
 
 SMOOTHING = 0.5
-"""Added to each count in `psi`: an empty bin would make it infinite. Half a picture: Jeffreys' prior of a multinomial."""
+"""Added to each count in `psi`: an empty bin would make it infinite. Half an image: Jeffreys' prior of a multinomial."""
 
 EXPECTED = 5.0
 """The expected count below which the χ² distribution is not trusted for a table (Cochran 1954), and tables are drawn instead."""

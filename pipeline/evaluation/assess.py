@@ -71,7 +71,7 @@ def assess(
     doctor: Doctor,
     history: list[dict[str, float]],
 ) -> Assessment:
-    """classifier: in eval mode, on any device. name: for the report's title; doctor, history: of the training. DataError names a picture
+    """classifier: in eval mode, on any device. name: for the report's title; doctor, history: of the training. DataError names an image
     that cannot be read."""
     test, task = manifest.of("test"), manifest.task
     decision = _decided(classifier, preprocess, manifest, config.evaluation)
@@ -95,10 +95,10 @@ def assess(
         more["corruption_error"] = robustness.mean_error
     facts = {
         "network": config.model.name,
-        "hold-out": f"{len(test):,} pictures of {manifest.source}",
-        "training": f"{len(manifest.of('train')):,} pictures, {config.trainer.max_epochs} epochs, seed {config.trainer.seed}",
+        "hold-out": f"{len(test):,} images of {manifest.source}",
+        "training": f"{len(manifest.of('train')):,} images, {config.trainer.max_epochs} epochs, seed {config.trainer.seed}",
         "temperature": f"{decision.temperature:.3f}",
-        "time a picture": f"{_milliseconds(classifier, config.data.sides()):.2f} ms, the network alone in batches of 64",
+        "time an image": f"{_milliseconds(classifier, config.data.sides()):.2f} ms, the network alone in batches of 64",
     }
     if task != "multilabel":
         answers = evaluation.probabilities.argmax(axis=1)
@@ -121,7 +121,7 @@ def assess(
 def _effort(classifier: Classifier, config: Config, *, seen: int, available: int) -> Effort | None:
     """What of robustness is measured. seen, available: see `refract.pipeline.evaluation.robustness_cost.affordable`."""
     wanted, (height, width) = config.evaluation.robustness, config.data.sides()
-    if wanted == "none" or "pictures" not in classifier.reads:
+    if wanted == "none" or "images" not in classifier.reads:
         return None
     if wanted != "auto":
         return EFFORTS[wanted]
@@ -135,7 +135,7 @@ def _shares(indices: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
     return dict(zip(labels, (counts / max(1, len(indices))).tolist(), strict=True))
 
 
-def write_answers(run_dir: Path, evaluation: Evaluation, history: Sequence[Mapping[str, float]]) -> None:
+def write_predictions(run_dir: Path, evaluation: Evaluation, history: Sequence[Mapping[str, float]]) -> None:
     """What `refract compare` needs: each hold-out sample's path with its text, truth and probabilities, and the metrics of each epoch."""
     import io
 
@@ -192,7 +192,7 @@ def _blank_inputs(classifier: Classifier, size: tuple[int, int], batch: int) -> 
     import torch
 
     device = next(classifier.parameters()).device
-    images = torch.zeros(batch, 3, *size, device=device) if "pictures" in classifier.reads else None
+    images = torch.zeros(batch, 3, *size, device=device) if "images" in classifier.reads else None
     tokens = classifier.tokens
     if tokens is None:
         return (images,)
@@ -200,7 +200,7 @@ def _blank_inputs(classifier: Classifier, size: tuple[int, int], batch: int) -> 
 
 
 def _milliseconds(classifier: Classifier, size: tuple[int, int], batch: int = 64) -> float:
-    """For one picture, the best of three batches after one to warm up."""
+    """For one image, the best of three batches after one to warm up."""
     import torch
 
     inputs, times = _blank_inputs(classifier, size, batch), []

@@ -16,8 +16,8 @@ from refract.pipeline.evaluation.plots import own_names, save
 
 
 @dataclass(frozen=True)
-class RunAnswers:
-    """A finished run as its folder tells it. right: path of a hold-out picture → whether the answer was right (multilabel: all labels);
+class RunPredictions:
+    """A finished run as its folder tells it. right: path of a hold-out image → whether the answer was right (multilabel: all labels);
     labels: path → the names of its true labels."""
 
     name: str
@@ -28,7 +28,7 @@ class RunAnswers:
     labels: dict[str, tuple[str, ...]]
 
 
-def read_run(path: Path) -> RunAnswers:
+def read_run(path: Path) -> RunPredictions:
     """ConfigError where the folder is no finished run."""
     from refract.models.bundle.bundle import load_bundle
 
@@ -43,10 +43,10 @@ def read_run(path: Path) -> RunAnswers:
     right = (given_labels(given, info.task, info.thresholds) == rows).all(axis=1)
     named = [tuple(info.labels[i] for i in np.flatnonzero(row)) for row in rows]
     known = (dict(zip(paths.tolist(), values, strict=True)) for values in (right.tolist(), named))
-    return RunAnswers(path.name, info.config, info.metrics, history, *known)
+    return RunPredictions(path.name, info.config, info.metrics, history, *known)
 
 
-def differences(runs: Sequence[RunAnswers]) -> dict[str, list[Any]]:
+def differences(runs: Sequence[RunPredictions]) -> dict[str, list[Any]]:
     """Config keys that are not the same in all runs → their values; the runs' own names and places left out."""
     flat = [dict(_flat(run.config)) for run in runs]
     keys = dict.fromkeys(key for values in flat for key in values)
@@ -55,26 +55,26 @@ def differences(runs: Sequence[RunAnswers]) -> dict[str, list[Any]]:
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
 
 
-def against(one: RunAnswers, other: RunAnswers) -> tuple[measures.Difference, int]:
-    """(other's accuracy minus one's on the pictures that both held out, how many those are). ConfigError where there are none, or where
-    the same picture has other labels in the two."""
+def against(one: RunPredictions, other: RunPredictions) -> tuple[measures.Difference, int]:
+    """(other's accuracy minus one's on the images that both held out, how many those are). ConfigError where there are none, or where
+    the same image has other labels in the two."""
     shared = [path for path in one.right if path in other.right]
     if not shared:
         raise ConfigError(
-            f"{one.name} and {other.name} have no picture of their hold-outs in common: they cannot be compared"
+            f"{one.name} and {other.name} have no image of their hold-outs in common: they cannot be compared"
         )
     torn = [path for path in shared if one.labels[path] != other.labels[path]]
     if torn:
         labels = " and ".join(";".join(run.labels[torn[0]]) or "nothing" for run in (one, other))
         raise ConfigError(
-            f"{one.name} and {other.name} were not measured on the same data: {len(torn)} pictures of both hold-outs have other labels, as "
+            f"{one.name} and {other.name} were not measured on the same data: {len(torn)} images of both hold-outs have other labels, as "
             f"{torn[0]}: {labels}"
         )
     pair = (np.array([run.right[path] for path in shared]) for run in (other, one))
     return measures.paired_difference(*pair), len(shared)
 
 
-def curves(runs: Sequence[RunAnswers], path: Path) -> None:
+def curves(runs: Sequence[RunPredictions], path: Path) -> None:
     """The validation figures of all runs over the epochs, as PNG."""
     from matplotlib.figure import Figure
 

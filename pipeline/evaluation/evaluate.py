@@ -1,4 +1,4 @@
-"""How good a classifier is on labelled pictures."""
+"""How good a classifier is on labelled images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from refract.models.prediction import confidences, given_labels
 from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.evaluation import measures
 from refract.pipeline.evaluation.multilabel import label_calibration_errors, label_rates, set_errors, set_intervals
-from refract.pipeline.inference.scoring import Question, score
+from refract.pipeline.inference.scoring import SampleInput, score
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def evaluate(
     tta: str = "none",
 ) -> Evaluation:
     """Measure on samples whose labels index `labels`. tta: see `refract.pipeline.inference.scoring.views`. DataError
-    names a picture that cannot be read.
+    names an image that cannot be read.
 
     Accuracy, top-5 accuracy (above five classes), macro F1 (over the classes that are the truth or the prediction of a sample, as
     scikit-learn), negative log likelihood, expected calibration error and the area under the
@@ -89,10 +89,10 @@ def evaluate(
 def probabilities_of(
     classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sample], *, progress: bool = True, **options: Any
 ) -> np.ndarray:
-    """N×C float32, as `refract.pipeline.inference.scoring.score` with its options. DataError names a picture that cannot be read."""
+    """N×C float32, as `refract.pipeline.inference.scoring.score` with its options. DataError names an image that cannot be read."""
     from tqdm import tqdm
 
-    answers = score(classifier, preprocess, [Question(s.read, s.text, s.pictured) for s in samples], **options)
+    answers = score(classifier, preprocess, [SampleInput(s.read, s.text, s.has_image) for s in samples], **options)
     rows = []
     for sample, answer in zip(
         samples, tqdm(answers, "evaluating", len(samples), disable=not progress or None, leave=False), strict=True

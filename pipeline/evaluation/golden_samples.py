@@ -1,23 +1,23 @@
-"""The golden pictures of a bundle: a few of the hold-out with the answers that a server must give again."""
+"""The golden images of a bundle: a few of the hold-out with the answers that a server must give again."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from refract.augment import Preprocess, decode
 from refract.augment.decoding.formats import SUFFIXES, format_of
-from refract.models.bundle.bundle import Golden
+from refract.models.bundle.bundle import GoldenSample
 from refract.models.classifier import Classifier
 from refract.pipeline.data.manifest import Sample
-from refract.pipeline.inference.scoring import Question, score
+from refract.pipeline.inference.scoring import SampleInput, score
 
 COUNT = 8
 LARGEST = 256 * 1024
 
 
-def make_goldens(
+def make_golden_samples(
     classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sample], *, task: str, temperature: float = 1.0
-) -> list[Golden]:
-    """Up to eight pictures spread over the samples. classifier: on the CPU, in eval mode, where the answers are computed.
+) -> list[GoldenSample]:
+    """Up to eight images spread over the samples. classifier: on the CPU, in eval mode, where the answers are computed.
 
     A file above 256 kB is kept as a JPEG of at most 512 pixels a side instead; its answer is that of the smaller image. So is a HEIC file,
     which a server may be unable to read.
@@ -27,12 +27,12 @@ def make_goldens(
     kept = [_portable(sample, preprocess.color_profile) for sample in chosen]
     texts = [sample.text if "texts" in classifier.reads else "" for sample in chosen]
     questions = [
-        Question(lambda data=data: data, text, sample.pictured)  # type: ignore[misc]
+        SampleInput(lambda data=data: data, text, sample.has_image)  # type: ignore[misc]
         for (_, data), text, sample in zip(kept, texts, chosen, strict=True)
     ]
     answers = score(classifier, preprocess, questions, task=task, temperature=temperature, batch_size=COUNT)
     return [
-        Golden(f"{i:02}{suffix}", data, tuple(map(float, answer)), text, sample.pictured)  # type: ignore[arg-type]
+        GoldenSample(f"{i:02}{suffix}", data, tuple(map(float, answer)), text, sample.has_image)  # type: ignore[arg-type]
         for i, ((suffix, data), answer, text, sample) in enumerate(zip(kept, answers, texts, chosen, strict=True))
     ]
 

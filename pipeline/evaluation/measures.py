@@ -148,7 +148,7 @@ def _drawn_f1(truth: np.ndarray, answer: np.ndarray, count: int, seed: int) -> n
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two classifiers on the same pictures: the difference of their accuracies, its bootstrap interval, and McNemar's exact p-value."""
+    """Of two classifiers on the same images: the difference of their accuracies, its bootstrap interval, and McNemar's exact p-value."""
 
     value: float
     low: float
@@ -157,7 +157,7 @@ class Difference:
 
 
 def paired_difference(one: np.ndarray, other: np.ndarray, *, seed: int = 0) -> Difference:
-    """one, other: bool (N,), whether each was right. McNemar 1947, by the exact binomial test on the pictures that only one has right."""
+    """one, other: bool (N,), whether each was right. McNemar 1947, by the exact binomial test on the images that only one has right."""
     from scipy.stats import binomtest
 
     gains = one.astype(int) - other.astype(int)
@@ -171,10 +171,10 @@ def paired_difference(one: np.ndarray, other: np.ndarray, *, seed: int = 0) -> D
 
 
 def likely_label_errors(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Places of pictures whose label is likely wrong, the likeliest first: some other class is more probable than that class is for its own
-    pictures on average, and more than the label. Source: Northcutt et al. 2021, "Confident learning", arXiv:1911.00068, section 3.1.
+    """Places of images whose label is likely wrong, the likeliest first: some other class is more probable than that class is for its own
+    images on average, and more than the label. Source: Northcutt et al. 2021, "Confident learning", arXiv:1911.00068, section 3.1.
 
-    The pictures must not have been trained on.
+    The images must not have been trained on.
     """
     return suspects(probabilities, truth)[0]
 

@@ -1,4 +1,4 @@
-"""The pictures that a run leaves for its reviewer: confusion matrix and learning curves."""
+"""The images that a run leaves for its reviewer: confusion matrix and learning curves."""
 
 import logging
 import warnings

@@ -45,13 +45,13 @@ EFFORTS = MappingProxyType({"quick": QUICK, "full": FULL})
 @dataclass(frozen=True)
 class Robustness:
     """errors: corruption → severity → share of wrong answers, for multi-label one minus the mean F1 of the images' labels; noise: deviation
-    of Gaussian noise → the same; clean: on the same pictures untouched; pictures: how many; interval: 95 %, of `mean_error`, over the
+    of Gaussian noise → the same; clean: on the same images untouched; images: how many; interval: 95 %, of `mean_error`, over the
     images; clean_interval: of `clean`."""
 
     errors: dict[str, dict[int, float]]
     noise: dict[int, float]
     clean: float
-    pictures: int
+    images: int
     interval: tuple[float, float]
     clean_interval: tuple[float, float]
 
@@ -70,14 +70,14 @@ class Robustness:
         (low, high), (clean_low, clean_high) = self.interval, self.clean_interval
         return (
             f"error under corruptions {self.mean_error:.4f} (95 % interval {low:.4f} to {high:.4f}), "
-            f"clean {self.clean:.4f} ({clean_low:.4f} to {clean_high:.4f}), on {self.pictures:,} images"
+            f"clean {self.clean:.4f} ({clean_low:.4f} to {clean_high:.4f}), on {self.images:,} images"
         )
 
     def to_dict(self) -> dict[str, Any]:
         errors = {name: {str(severity): value for severity, value in own.items()} for name, own in self.errors.items()}
         return {
             "summary": self.text(),
-            "pictures": self.pictures,
+            "images": self.images,
             "clean_error": self.clean,
             "clean_interval": list(self.clean_interval),
             "mean_corruption_error": self.mean_error,
@@ -108,32 +108,32 @@ def measure_robustness(
     chosen = drawn(samples, effort.images, seed)
     errors: dict[str, dict[int, float]] = {name: {} for name in CORRUPTIONS}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pictures = list(pool.map(lambda sample: preprocess(sample.read()), chosen))
+        preprocessed = list(pool.map(lambda sample: preprocess(sample.read()), chosen))
         texts = _texts(classifier, chosen)
 
         def measured(images: Sequence[np.ndarray]) -> np.ndarray:
             given = _given(classifier, images, texts, task=task, thresholds=thresholds, temperature=temperature)
             return _errors(given, chosen)
 
-        clean = measured(pictures)
+        clean = measured(preprocessed)
         cases = [(name, severity) for name in errors for severity in effort.severities]
         under = np.zeros(len(chosen))
         for name, severity in tqdm(cases, "corrupting", disable=None, leave=False):
 
             def spoilt(place: int, name: str = name, severity: int = severity) -> np.ndarray:
-                return corrupt(pictures[place], name, severity, seed=(seed << 32) + place)
+                return corrupt(preprocessed[place], name, severity, seed=(seed << 32) + place)
 
-            own = measured(list(pool.map(spoilt, range(len(pictures)))))
+            own = measured(list(pool.map(spoilt, range(len(preprocessed)))))
             errors[name][severity] = float(own.mean())
             under += own / len(cases)
         noise = {}
         for deviation in NOISE:
 
             def noisy(place: int, deviation: int = deviation) -> np.ndarray:
-                added = np.random.default_rng([seed, place, deviation]).normal(0, deviation, pictures[place].shape)
-                return np.clip(np.rint(pictures[place] + added), 0, 255).astype(np.uint8)
+                added = np.random.default_rng([seed, place, deviation]).normal(0, deviation, preprocessed[place].shape)
+                return np.clip(np.rint(preprocessed[place] + added), 0, 255).astype(np.uint8)
 
-            noise[deviation] = float(measured(list(pool.map(noisy, range(len(pictures))))).mean())
+            noise[deviation] = float(measured(list(pool.map(noisy, range(len(preprocessed))))).mean())
     intervals = mean_interval(np.clip(under, 0, 1)), mean_interval(clean)
     return Robustness(errors, noise, float(clean.mean()), len(chosen), *intervals)
 
@@ -149,15 +149,15 @@ def drawn(samples: Sequence[Sample], count: int | None, seed: int) -> list[Sampl
 
 
 def _texts(classifier: Classifier, samples: Sequence[Sample]) -> tuple[np.ndarray, ...]:
-    """What a classifier gets beside the pictures: texts stay as they are."""
+    """What a classifier gets beside the images: texts stay as they are."""
     if classifier.tokens is None:
         return ()
-    return rows([classifier.tokens(s.text)[0] for s in samples]), np.array([s.pictured for s in samples])
+    return rows([classifier.tokens(s.text)[0] for s in samples]), np.array([s.has_image for s in samples])
 
 
 def _given(
     classifier: Classifier,
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     texts: tuple[np.ndarray, ...],
     *,
     task: str,
@@ -170,8 +170,8 @@ def _given(
     device = next(classifier.parameters()).device
     found = []
     with torch.inference_mode():
-        for begin in range(0, len(pictures), 256):
-            batch = torch.from_numpy(np.stack(pictures[begin : begin + 256])).permute(0, 3, 1, 2).to(device)
+        for begin in range(0, len(images), 256):
+            batch = torch.from_numpy(np.stack(images[begin : begin + 256])).permute(0, 3, 1, 2).to(device)
             beside = [torch.from_numpy(own[begin : begin + 256]).to(device) for own in texts]
             logits = classifier(batch, *beside)
             # The largest logit, not the largest probability: float32 does not tell the most confident apart.

@@ -31,7 +31,7 @@ class Slice:
 
 def slices(samples: Sequence[Sample], right: np.ndarray) -> list[Slice]:
     """right: (N,) bool. A column of 2 to MOST_VALUES values is taken as it is; one of more, where all are finite numbers, by its quarters;
-    others tell single pictures apart and are left out, as are the row numbers that pandas writes."""
+    others tell single images apart and are left out, as are the row numbers that pandas writes."""
     from scipy.stats import binomtest
 
     columns = list(dict.fromkeys(name for sample in samples for name in sample.metadata))

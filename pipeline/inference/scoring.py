@@ -1,4 +1,4 @@
-"""Probabilities for encoded pictures and texts: decoding and preprocessing in threads, one batch ahead of the network."""
+"""Probabilities for encoded images and texts: decoding and preprocessing in threads, one batch ahead of the network."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,21 +16,21 @@ from refract.models.classifier import Classifier, probabilities
 from refract.models.multimodal.tokens import rows
 
 TOGETHER = 4
-"""Pictures that a thread is given at once, at most: for small ones each handing over counts."""
+"""Images that a thread is given at once, at most: for small ones each handing over counts."""
 
 
-class Question(NamedTuple):
-    """What is asked about. read: gives a picture's encoded bytes; pictured: whether there is a picture at all."""
+class SampleInput(NamedTuple):
+    """What is asked about. read: gives an image's encoded bytes; has_image: whether there is an image at all."""
 
     read: Callable[[], bytes]
     text: str = ""
-    pictured: bool = True
+    has_image: bool = True
 
 
 def score(
     classifier: Classifier,
     preprocess: Preprocess,
-    questions: Iterable[Question],
+    questions: Iterable[SampleInput],
     *,
     task: str,
     temperature: float = 1.0,
@@ -40,7 +40,7 @@ def score(
 ) -> Iterator[np.ndarray | ImageError | OSError]:
     """For each question, in order, its probabilities as float32 (C,), or why it has none.
 
-    classifier: in eval mode; its device is used, in fp32; what it does not read is not looked at. tta: of pictures, see `views`.
+    classifier: in eval mode; its device is used, in fp32; what it does not read is not looked at. tta: of images, see `views`.
     threads: that decode, None for one a core.
     """
     device = next(classifier.parameters()).device
@@ -64,14 +64,14 @@ def score(
 class _Prepared(NamedTuple):
     image: np.ndarray | None
     text: np.ndarray | None
-    pictured: bool
+    has_image: bool
 
 
 def _logits(classifier: Classifier, inputs: Sequence[_Prepared], tta: str, device: torch.device) -> torch.Tensor:
     texts: list[torch.Tensor] = []
     if classifier.tokens is not None:
         numbers = rows([item.text for item in inputs if item.text is not None])
-        texts = [torch.from_numpy(numbers).to(device), torch.tensor([item.pictured for item in inputs], device=device)]
+        texts = [torch.from_numpy(numbers).to(device), torch.tensor([item.has_image for item in inputs], device=device)]
     images = [item.image for item in inputs if item.image is not None]
     if not images:
         return classifier(None, *texts)
@@ -81,7 +81,7 @@ def _logits(classifier: Classifier, inputs: Sequence[_Prepared], tta: str, devic
 
 
 def views(batch: torch.Tensor, tta: str) -> Iterator[tuple[float, torch.Tensor]]:
-    """(share, pictures) to average a picture's logits over: none, flip (it and its mirror image), or flip-shift (both also moved by a pixel
+    """(share, images) to average an image's logits over: none, flip (it and its mirror image), or flip-shift (both also moved by a pixel
     along the diagonal, each way, which count half as much). batch: (N, 3, H, W)."""
     if tta == "none":
         yield 1.0, batch
@@ -90,15 +90,15 @@ def views(batch: torch.Tensor, tta: str) -> Iterator[tuple[float, torch.Tensor]]
     if tta == "flip-shift":
         padded = torch.nn.functional.pad(batch.float(), (1, 1, 1, 1), mode="reflect")
         moved = [(0.5, batch), (0.25, padded[..., :-2, :-2]), (0.25, padded[..., 2:, 2:])]
-    for share, pictures in moved:
-        yield share / 2, pictures
-        yield share / 2, pictures.flip(-1)
+    for share, images in moved:
+        yield share / 2, images
+        yield share / 2, images.flip(-1)
 
 
 def _submit(
     pool: ThreadPoolExecutor,
-    prepare: Callable[[Question], _Prepared | ImageError | OSError],
-    batch: list[Question],
+    prepare: Callable[[SampleInput], _Prepared | ImageError | OSError],
+    batch: list[SampleInput],
     together: int,
 ) -> list[Future[list[_Prepared | ImageError | OSError]]]:
     return [
@@ -106,18 +106,18 @@ def _submit(
     ]
 
 
-def _picture(preprocess: Preprocess, question: Question) -> np.ndarray:
+def _image(preprocess: Preprocess, question: SampleInput) -> np.ndarray:
     """Grey where there is none: the network does not look at it then."""
-    if not question.pictured:
+    if not question.has_image:
         return np.full((preprocess.height, preprocess.width, 3), 128, np.uint8)
     return preprocess(question.read())
 
 
-def _prepare(classifier: Classifier, preprocess: Preprocess, question: Question) -> _Prepared | ImageError | OSError:
+def _prepare(classifier: Classifier, preprocess: Preprocess, question: SampleInput) -> _Prepared | ImageError | OSError:
     try:
-        image = _picture(preprocess, question) if "pictures" in classifier.reads else None
+        image = _image(preprocess, question) if "images" in classifier.reads else None
         text = classifier.tokens(question.text)[0] if classifier.tokens is not None else None
-        return _Prepared(image, text, question.pictured)
+        return _Prepared(image, text, question.has_image)
     except (ImageError, OSError) as error:
         return error
 

@@ -40,11 +40,11 @@ def activations(seed: int) -> Outcome:
     )  # fmt: skip
 
 
-def zero_centred(seed: int) -> Outcome:
-    """Steps to a loss of 0.2 from pictures of variance 1 on a bright ground, three deviations above 0, and from centred ones; each at the
+def mean_subtraction(seed: int) -> Outcome:
+    """Steps to a loss of 0.2 from images of variance 1 on a bright ground, three deviations above 0, and from centred ones; each at the
     best of five learning rates."""
-    pictures, targets = digits()[0]
-    forms = {"offset": pictures / pictures.std() + 3, "centred": centred(pictures)}
+    images, targets = digits()[0]
+    forms = {"offset": images / images.std() + 3, "centred": centred(images)}
     steps, curves = {}, {}
     for form, inputs in forms.items():
         best: list[float] = []
@@ -82,7 +82,7 @@ def learning_rates(seed: int) -> Outcome:
 
 def overfitting(seed: int) -> Outcome:
     """FEW training digits; the gap between the accuracy on them and on those held out, the mean of TRIALS trials, other digits in each."""
-    (pictures, targets), held = digits()
+    (images, targets), held = digits()
     augmenter = Augmenter([{"Affine": {"degrees": 12, "translate": 0.1, "scale": [0.9, 1.1], "shear": 8}}], seed=seed)
     counter = iter(range(10**9))
 
@@ -98,8 +98,8 @@ def overfitting(seed: int) -> Outcome:
     }
     seen, scores = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
     for trial in range(TRIALS):
-        chosen = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(TRIALS * seed + trial))[:FEW]
-        few = pictures[chosen], targets[chosen]
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(TRIALS * seed + trial))[:FEW]
+        few = images[chosen], targets[chosen]
         for way, (args, decay, change) in ways.items():
             torch.manual_seed(TRIALS * seed + trial)
             network = build("mlp", 10, image_size=(8, 8), hidden=[256, 256], args=args)
@@ -117,7 +117,7 @@ def overfitting(seed: int) -> Outcome:
 
 
 def noise(seed: int) -> Outcome:
-    (pictures, targets), (held, truth) = digits()
+    (images, targets), (held, truth) = digits()
     levels = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
     curves: dict[str, list[float]] = {}
     for way, spread in (("trained on clean digits", 0.0), ("trained with noise", 0.3)):
@@ -127,7 +127,7 @@ def noise(seed: int) -> Outcome:
         def noisy(images: Tensor, spread: float = spread) -> Tensor:
             return centred(images + spread * torch.rand(len(images), 1, 1, 1) * torch.randn_like(images[:, :1]))
 
-        train(network, (pictures, targets), torch.optim.AdamW(network.parameters(), lr=3e-3), steps=300, change=noisy)
+        train(network, (images, targets), torch.optim.AdamW(network.parameters(), lr=3e-3), steps=300, change=noisy)
         generator = torch.Generator().manual_seed(7)
         disturbance = torch.randn(held[:, :1].shape, generator=generator)
         curves[way] = [accuracy(network, (centred(held + level * disturbance), truth)) for level in levels]
@@ -146,15 +146,16 @@ LEARNING: Mapping[str, Experiment] = MappingProxyType(
             "ReLU and tanh, which is zero-centred, both reach a given loss sooner than sigmoid.", activations
         ),
         "zero-centred": Experiment(
-            "Zero-centred inputs are learned from faster than inputs with an offset of three deviations.", zero_centred
+            "Zero-centred inputs are learned from faster than inputs with an offset of three deviations.",
+            mean_subtraction,
         ),
         "learning-rate": Experiment(
             "Too low a learning rate crawls, the right one learns, too high a one does not.", learning_rates
         ),
         "overfitting": Experiment(
-            f"On {FEW} pictures, augmentation narrows the gap between training and hold-out, and raises the hold-out.",
+            f"On {FEW} images, augmentation narrows the gap between training and hold-out, and raises the hold-out.",
             overfitting,
         ),
-        "noise": Experiment("Training with noise keeps the accuracy on noisy pictures.", noise),
+        "noise": Experiment("Training with noise keeps the accuracy on noisy images.", noise),
     }
 )

@@ -19,7 +19,7 @@ KILLING = 0.5
 
 
 def gate(name: str) -> tuple[Tensor, Tensor]:
-    """The four inputs of a logic gate as pictures (4, 3, 1, 2), and its answers."""
+    """The four inputs of a logic gate as images (4, 3, 1, 2), and its answers."""
     inputs = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     return inputs.view(4, 1, 1, 2).expand(4, 3, 1, 2).contiguous(), torch.tensor(GATES[name])
 
@@ -60,8 +60,8 @@ def vanishing(seed: int) -> Outcome:
     for activation, init in (("sigmoid", "xavier_normal"), ("relu", "he_normal")):
         torch.manual_seed(seed)
         network = initialise(build("mlp", 10, image_size=(8, 8), hidden=[WIDTH] * DEPTH, activation=activation), init)
-        pictures, targets = digits()[0]
-        classification_loss(network(centred(pictures[:256])), targets[:256], task="multiclass").backward()
+        images, targets = digits()[0]
+        classification_loss(network(centred(images[:256])), targets[:256], task="multiclass").backward()
         norms[activation] = [float(m.weight.grad.norm()) for m in network.layers if isinstance(m, nn.Linear)]  # type: ignore
     sigmoid, relu = (norms[name][0] / norms[name][-1] for name in ("sigmoid", "relu"))
     return Outcome(

@@ -13,20 +13,20 @@ Data = tuple[Tensor, Tensor]
 
 @cache
 def digits() -> tuple[Data, Data]:
-    """((pictures, labels) to train on, (pictures, labels) held out): 1,297 and 500 digits, float 0…1, (N, 3, 8, 8), in a fixed order."""
+    """((images, labels) to train on, (images, labels) held out): 1,297 and 500 digits, float 0…1, (N, 3, 8, 8), in a fixed order."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    pictures = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8).expand(-1, 3, -1, -1).div(16).contiguous()
-    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
-    pictures, targets = pictures[order], torch.tensor(labels)[order]
-    return (pictures[:-500], targets[:-500]), (pictures[-500:], targets[-500:])
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8).expand(-1, 3, -1, -1).div(16).contiguous()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, targets = images[order], torch.tensor(labels)[order]
+    return (images[:-500], targets[:-500]), (images[-500:], targets[-500:])
 
 
-def centred(pictures: Tensor) -> Tensor:
+def centred(images: Tensor) -> Tensor:
     """Zero mean and unit variance over all values of the training digits."""
     mean, deviation = _of_all()
-    return (pictures - mean) / deviation
+    return (images - mean) / deviation
 
 
 @cache
@@ -43,17 +43,17 @@ def train(
     steps: int,
     batch: int = 64,
     loss: str = "auto",
-    change: Callable[[Tensor], Tensor] = lambda pictures: pictures,
+    change: Callable[[Tensor], Tensor] = lambda images: images,
     until: float = 0.0,
 ) -> list[float]:
-    """Losses, one a step. change: what happens to each batch's pictures. until: stop when the mean of ten losses is below it."""
-    pictures, targets = data
+    """Losses, one a step. change: what happens to each batch's images. until: stop when the mean of ten losses is below it."""
+    images, targets = data
     generator = torch.Generator().manual_seed(1)
     losses: list[float] = []
     network.train()
     while len(losses) < steps:
-        for rows in torch.randperm(len(pictures), generator=generator).split(batch):
-            value = classification_loss(network(change(pictures[rows])), targets[rows], task="multiclass", name=loss)
+        for rows in torch.randperm(len(images), generator=generator).split(batch):
+            value = classification_loss(network(change(images[rows])), targets[rows], task="multiclass", name=loss)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

@@ -15,7 +15,7 @@ from refract.pipeline.data.manifest import DataError, Sample, load_manifest
 from refract.pipeline.retraining.exact_duplicates import contents
 from refract.pipeline.retraining.holdout import TABLE
 from refract.pipeline.retraining.registry import registry_of
-from refract.pipeline.retraining.workspace import Place
+from refract.pipeline.retraining.workspace import Workspace
 from refract.pipeline.tracking.address import absolute, sqlite_path, tracking_uri
 from refract.pipeline.training.build import reads
 
@@ -55,7 +55,7 @@ def champion_data(config: Config, client: Any, version: str) -> ChampionData | N
     return _known(config, _rows(client, run))
 
 
-def data_of_first_champion(config: Config, place: Place) -> ChampionData | None:
+def data_of_first_champion(config: Config, place: Workspace) -> ChampionData | None:
     """The champion's data where the first holdout must respect them: none is frozen or named, and `refract train` made the champion."""
     from refract.pipeline.retraining.aliases import CHAMPION
 
@@ -86,10 +86,10 @@ def _rows(client: Any, run: str) -> list[_Row]:
 
 
 def _known(config: Config, rows: Sequence[_Row]) -> ChampionData:
-    embedded, pictures = _embedded(config, rows), "pictures" in reads(config)
-    samples = [embedded.get(row.path) or Sample(row.path, (), text=row.text, pictured=bool(row.path)) for row in rows]
+    embedded, images = _embedded(config, rows), "images" in reads(config)
+    samples = [embedded.get(row.path) or Sample(row.path, (), text=row.text, has_image=bool(row.path)) for row in rows]
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(partial(_digest, pictures=pictures), samples))
+        digests = list(pool.map(partial(_digest, images=images), samples))
     of_split: dict[bool, set[str | None]] = {True: set(), False: set()}
     for row, digest in zip(rows, digests, strict=True):
         of_split[row.split == "test"].add(digest)
@@ -106,13 +106,13 @@ def _embedded(config: Config, rows: Sequence[_Row]) -> Mapping[str, Sample]:
         own = load_manifest(config.data.source, config.data.task, to_train=False)
     except DataError:
         return {}
-    return {sample.path: sample for sample in own.samples if sample.pictured and sample.data is not None}
+    return {sample.path: sample for sample in own.samples if sample.has_image and sample.data is not None}
 
 
-def _digest(sample: Sample, *, pictures: bool) -> str | None:
-    """The sample's `Scan.groups`; None where its file cannot be read. pictures: whether the network reads images."""
+def _digest(sample: Sample, *, images: bool) -> str | None:
+    """The sample's `Scan.groups`; None where its file cannot be read. images: whether the network reads images."""
     try:
-        data = sample.read() if pictures and sample.pictured else trimmed(sample.text).encode("utf-8", "replace")
+        data = sample.read() if images and sample.has_image else trimmed(sample.text).encode("utf-8", "replace")
     except OSError:
         return None
     return hashlib.sha256(data).hexdigest()

@@ -17,7 +17,7 @@ from refract.pipeline.retraining.exact_duplicates import contents
 from refract.pipeline.retraining.label_checks import label_changes, level_of
 from refract.pipeline.retraining.registry import download, registry_of
 from refract.pipeline.retraining.snapshot import FILES, Snapshot, known_contents
-from refract.pipeline.retraining.workspace import Place, read
+from refract.pipeline.retraining.workspace import Workspace, read
 from refract.pipeline.training.build import reads
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ RELABELLED = "relabelled.csv"
 
 
 def problems(now: Snapshot, before: Snapshot | None, largest_loss: float) -> list[str]:
-    """In words, why not; empty where they may. largest_loss: share of its pictures that a class, or the whole, may have lost."""
+    """In words, why not; empty where they may. largest_loss: share of its images that a class, or the whole, may have lost."""
     if before is None:
         return []
     found = []
@@ -72,15 +72,15 @@ def changed_labels(config: Config, now: Snapshot, before: Snapshot, folder: Path
     return record | {"file": str(folder / RELABELLED)}
 
 
-def beside_champion(
-    config: Config, now: Snapshot, place: Place, folder: Path
+def compared_with_champion(
+    config: Config, now: Snapshot, place: Workspace, folder: Path
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """What is new since the champion's snapshot: (its drift from the champion's reference, the champion's disagreement with its labels).
 
     Each has `level` (none, warn or stop), `told` in words, and its numbers; None where the config does not ask for it. The drift report
     goes to the night's folder. ConfigError for thresholds that are none.
 
-    Both are of pictures, and of classes that the champion knows; new classes are told by drift, and stop a night only where
+    Both are of images, and of classes that the champion knows; new classes are told by drift, and stop a night only where
     `retrain.drift_thresholds` says so. Those that vanished are `problems`' matter.
     """
     from refract.pipeline.retraining.aliases import CHAMPION
@@ -95,11 +95,11 @@ def beside_champion(
     before = place.snapshot(tag) if tag else None
     listed = None if before is not None and (before / FILES).exists() else champion_data(config, client, champion)
     new = new_samples(now, before, listed)
-    if len(new.of_pictures) < FEWEST:
+    if len(new.of_images) < FEWEST:
         return _neither(asked, f"{new.text()}, too few to tell anything")
     if not any(asked):
         return None, None
-    from refract.models.bundle.bundle import load_bundle  # which brings PyTorch, for nothing on most nights
+    from refract.models.bundle.bundle import load_bundle  # which brings PyTorch, for nothing on most runs
 
     with tempfile.TemporaryDirectory() as beside:
         bundle = load_bundle(download(client, name, champion, Path(beside)))
@@ -122,12 +122,12 @@ def _by_label(config: Config) -> Threshold:
 
 
 def disagreed(bundle: "Bundle", now: Snapshot, new: "New", seen: "Seen | None", threshold: Threshold) -> dict[str, Any]:
-    """The champion's disagreement with the new labels, as in `beside_champion`. seen: its predictions, where drift has made them."""
+    """The champion's disagreement with the new labels, as in `compared_with_champion`. seen: its predictions, where drift has made them."""
     from refract.pipeline.drift.new_data import MOST
     from refract.pipeline.retraining.label_checks import disagreement
 
     known = set(bundle.info.labels)
-    rows = [(sample, labels) for sample, labels in new.of_pictures if known.issuperset(labels)]
+    rows = [(sample, labels) for sample, labels in new.of_images if known.issuperset(labels)]
     try:
         found = disagreement(bundle, now, rows, seen, MOST)
     except DataError as error:
@@ -160,16 +160,16 @@ def _thresholds(config: Config) -> dict[str, Threshold]:
 
 @dataclass(frozen=True)
 class New:
-    """of_pictures: (sample, its labels) of those with a picture; texts: how many others, which drift does not look at; doubt: why some may
+    """of_images: (sample, its labels) of those with an image; texts: how many others, which drift does not look at; doubt: why some may
     not be new, or empty."""
 
-    of_pictures: list[tuple[Sample, list[str]]]
+    of_images: list[tuple[Sample, list[str]]]
     texts: int
     doubt: str = ""
 
     def text(self) -> str:
         others = f", and {self.texts:,} texts without one, which are not looked at" if self.texts else ""
-        return f"{len(self.of_pictures):,} new pictures{others}{self.doubt and f' ({self.doubt})'}"
+        return f"{len(self.of_images):,} new images{others}{self.doubt and f' ({self.doubt})'}"
 
 
 def new_samples(now: Snapshot, before: Path | None, champion: ChampionData | None = None) -> New:
@@ -183,13 +183,13 @@ def new_samples(now: Snapshot, before: Path | None, champion: ChampionData | Non
         doubt = f"{champion.missing:,} files that the champion was trained on are gone" if champion.missing else ""
     manifest, files = load_manifest(now.manifest, now.task), read(now.folder / FILES)
     own = [sample for sample in manifest.samples if sample.split != "test"]
-    pictures = [sample for sample in own if sample.pictured and files.get(sample.path) not in learned]
-    texts = [sample for sample in own if not sample.pictured and not contents(sample) & learned]
-    return New([(sample, [manifest.labels[i] for i in sample.labels]) for sample in pictures], len(texts), doubt)
+    images = [sample for sample in own if sample.has_image and files.get(sample.path) not in learned]
+    texts = [sample for sample in own if not sample.has_image and not contents(sample) & learned]
+    return New([(sample, [manifest.labels[i] for i in sample.labels]) for sample in images], len(texts), doubt)
 
 
 class Looked(NamedTuple):
-    """drift: as in `beside_champion`; seen: the new samples with the bundle's predictions, None where it made none."""
+    """drift: as in `compared_with_champion`; seen: the new samples with the bundle's predictions, None where it made none."""
 
     drift: dict[str, Any] | None
     seen: "Seen | None"
@@ -202,13 +202,13 @@ def look(
     from refract.pipeline.drift.measure import measure_drift
 
     known = set(bundle.info.labels)
-    rows = [(sample, labels) for sample, labels in new.of_pictures if known.issuperset(labels)]
-    strange = sorted({label for _, labels in new.of_pictures for label in labels} - known)
-    share = 1 - len(rows) / len(new.of_pictures)
+    rows = [(sample, labels) for sample, labels in new.of_images if known.issuperset(labels)]
+    strange = sorted({label for _, labels in new.of_images for label in labels} - known)
+    share = 1 - len(rows) / len(new.of_images)
     checks = {"new classes": {"effect": share, "level": level_of(share, thresholds["new classes"])}} if strange else {}
     if len(rows) < FEWEST:
         return Looked(
-            _unseen(f"{len(rows)} new pictures are of classes that the champion knows, too few", checks, stops=stops),
+            _unseen(f"{len(rows)} new images are of classes that the champion knows, too few", checks, stops=stops),
             None,
         )
     if bundle.reference() is None:

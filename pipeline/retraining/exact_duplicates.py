@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 
 
 def contents(sample: Sample) -> frozenset[str]:
-    """SHA-256 of its picture and of its text, as far as it has them: one of them is its `Scan.groups`. OSError."""
-    found = [sample.read()] if sample.pictured else []
+    """SHA-256 of its image and of its text, as far as it has them: one of them is its `Scan.groups`. OSError."""
+    found = [sample.read()] if sample.has_image else []
     if text := trimmed(sample.text):
         found.append(text.encode("utf-8", "replace"))
     return frozenset(hashlib.sha256(data).hexdigest() for data in found)
@@ -32,12 +32,12 @@ def without_copies(
     with ThreadPoolExecutor() as pool:
         known = frozenset[str]().union(*pool.map(contents, held))
     rest = [sample for sample in samples if found.groups[sample.key] not in known]
-    if "pictures" not in reads:
+    if "images" not in reads:
         return rest
     again = _saved_again(rest, held, found)
     if again:
         log.warning(
-            "data: left out %d pictures that the hold-out has in another file, as %s", len(again), next(iter(again))
+            "data: left out %d images that the hold-out has in another file, as %s", len(again), next(iter(again))
         )
     return [sample for sample in rest if sample.path not in again]
 
@@ -45,9 +45,9 @@ def without_copies(
 def _saved_again(samples: Sequence[Sample], held: Sequence[Sample], found: Scan) -> dict[str, None]:
     """Paths of samples that have the pixels of one that is held out. Decoded again are those alone that look as it does."""
     with ThreadPoolExecutor() as pool:
-        pixels = set(pool.map(_pixels, [sample for sample in held if sample.pictured]))
+        pixels = set(pool.map(_pixels, [sample for sample in held if sample.has_image]))
         looks = {look for look, _ in pixels}
-        alike = [sample for sample in samples if sample.pictured and found.looks[sample.path] in looks]
+        alike = [sample for sample in samples if sample.has_image and found.looks[sample.path] in looks]
         return {sample.path: None for sample, own in zip(alike, pool.map(_pixels, alike), strict=True) if own in pixels}
 
 

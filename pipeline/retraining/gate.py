@@ -42,11 +42,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Verdict:
-    """lines: every demand; holdout: the version of what both were measured on; pictures: how many."""
+    """lines: every demand; holdout: the version of what both were measured on; images: how many."""
 
     lines: tuple[Line, ...]
     holdout: str
-    pictures: int
+    images: int
 
     @property
     def passed(self) -> bool:
@@ -54,7 +54,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         lines = [asdict(line) for line in self.lines]
-        return {"passed": self.passed, "holdout": self.holdout, "samples": self.pictures, "lines": lines}
+        return {"passed": self.passed, "holdout": self.holdout, "samples": self.images, "lines": lines}
 
     def text(self) -> str:
         """A table for the terminal and MLflow."""
@@ -84,7 +84,7 @@ def gate(config: GateConfig, challenger: Bundle, champion: Bundle | None, manife
     A label that a bundle does not know is one that it never gives. BundleError where a bundle cannot answer.
     """
     samples = manifest.samples
-    with_errors = config.robustness_loss is not None and all(s.pictured for s in samples)
+    with_errors = config.robustness_loss is not None and all(s.has_image for s in samples)
     new = _measure(challenger, manifest, with_errors)
     old = _measure(champion, manifest, with_errors) if champion is not None else None
     lines = [_labels(challenger, champion), *judge(config, manifest, new, old)]
@@ -275,11 +275,11 @@ def _asker(bundle: Bundle, sample: Sample) -> Callable[[], object]:
 
     classifier, preprocess = bundle.classifier(), preprocess_of(bundle.info)
     image = None
-    if "pictures" in classifier.reads:
+    if "images" in classifier.reads:
         image = torch.from_numpy(preprocess(sample.read())).permute(2, 0, 1)[None]
     beside = []
     if classifier.tokens is not None:
-        beside = [torch.from_numpy(rows([classifier.tokens(sample.text)[0]])), torch.tensor([sample.pictured])]
+        beside = [torch.from_numpy(rows([classifier.tokens(sample.text)[0]])), torch.tensor([sample.has_image])]
 
     def ask() -> object:
         with torch.inference_mode():

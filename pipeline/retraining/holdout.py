@@ -1,4 +1,4 @@
-"""The frozen hold-out: copies of pictures and texts that no night trains on, checked each time."""
+"""The frozen hold-out: copies of images and texts that no night trains on, checked each time."""
 
 import csv
 import hashlib
@@ -18,7 +18,7 @@ NEXT, NEXT_RECORD = "next.csv", "next.json"
 
 
 @dataclass(frozen=True)
-class HoldOut:
+class Holdout:
     """manifest: of the copies; digest: of all of it, the hold-out's version."""
 
     manifest: Manifest
@@ -36,23 +36,23 @@ def renamed(manifest: Manifest, labels: Sequence[str]) -> list[Sample]:
     return [replace(sample, labels=tuple(place[i] for i in sample.labels)) for sample in manifest.samples]
 
 
-def frozen(folder: Path, task: str) -> HoldOut | None:
+def frozen(folder: Path, task: str) -> Holdout | None:
     """That which is there, each file checked; None where there is none. DataError where a file is not what was frozen."""
     return _checked(folder / TABLE, task) if (folder / TABLE).exists() else None
 
 
-def _checked(table: Path, task: str) -> HoldOut:
+def _checked(table: Path, task: str) -> Holdout:
     manifest, folder = load_manifest(table, task, to_train=False), table.parent
-    changed = [s.path for s in manifest.samples if s.pictured and hash_of(Path(s.path)) != Path(s.path).stem]
+    changed = [s.path for s in manifest.samples if s.has_image and hash_of(Path(s.path)) != Path(s.path).stem]
     if changed:
         raise DataError(
-            f"{folder}: {len(changed)} pictures of the frozen hold-out are gone or have changed, as {changed[0]}. Put them back, or move "
-            "the folder away, whereupon a new hold-out is drawn, of pictures that the champion may have been trained on"
+            f"{folder}: {len(changed)} images of the frozen hold-out are gone or have changed, as {changed[0]}. Put them back, or move "
+            "the folder away, whereupon a new hold-out is drawn, of images that the champion may have been trained on"
         )
-    return HoldOut(manifest, _digest(manifest, [Path(s.path).stem for s in manifest.samples]))
+    return Holdout(manifest, _digest(manifest, [Path(s.path).stem for s in manifest.samples]))
 
 
-def named(config: Config, folder: Path, task: str, kept: HoldOut | None) -> Manifest | None:
+def named(config: Config, folder: Path, task: str, kept: Holdout | None) -> Manifest | None:
     """What `gate.holdout` names, to be frozen; None where it is `kept` already, or names nothing. DataError where another one is kept."""
     source = config.gate.holdout
     if source is None:
@@ -66,7 +66,7 @@ def named(config: Config, folder: Path, task: str, kept: HoldOut | None) -> Mani
         return drop_contradictory(drop_bad(own, seen, "error"), seen, "error")
     if record.get("digest") != _digest_of(own):
         raise DataError(
-            f"gate.holdout: {source} is not what {folder} was made of ({record.get('source', 'a test split')}), and nights are compared on "
+            f"gate.holdout: {source} is not what {folder} was made of ({record.get('source', 'a test split')}), and runs are compared on "
             "that. Put gate.holdout back, or move the folder away: the next night freezes what gate.holdout names"
         )
     return None
@@ -74,7 +74,7 @@ def named(config: Config, folder: Path, task: str, kept: HoldOut | None) -> Mani
 
 def freeze(
     folder: Path, labels: Sequence[str], samples: Sequence[Sample], task: str, own: Manifest | None = None
-) -> HoldOut:
+) -> Holdout:
     """Copy the samples, beside those that are there, and write down what they are. own: what `gate.holdout` names, if it is among them.
 
     It is the hold-out once `accept` has made it so: classes of a night that is refused must not stay in it.
@@ -84,7 +84,7 @@ def freeze(
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {
-            "path": _copied(sample, folder) if sample.pictured else "",
+            "path": _copied(sample, folder) if sample.has_image else "",
             "label": ";".join(labels[i] for i in sample.labels),
             "text": sample.text,
             **sample.metadata,
@@ -123,20 +123,20 @@ def accept(folder: Path, digest: str) -> None:
 
 
 def _digest_of(manifest: Manifest) -> str:
-    return _digest(manifest, [hashlib.sha256(s.read()).hexdigest() if s.pictured else "" for s in manifest.samples])
+    return _digest(manifest, [hashlib.sha256(s.read()).hexdigest() if s.has_image else "" for s in manifest.samples])
 
 
-def _digest(manifest: Manifest, pictures: Sequence[str]) -> str:
-    """SHA-256 over content and labels. pictures: each one's."""
+def _digest(manifest: Manifest, images: Sequence[str]) -> str:
+    """SHA-256 over content and labels. images: each one's."""
     rows = sorted(
-        f"{picture if s.pictured else ''} {s.text!r} {[manifest.labels[i] for i in s.labels]}"
-        for s, picture in zip(manifest.samples, pictures, strict=True)
+        f"{image if s.has_image else ''} {s.text!r} {[manifest.labels[i] for i in s.labels]}"
+        for s, image in zip(manifest.samples, images, strict=True)
     )
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
 def _copied(sample: Sample, folder: Path) -> str:
-    """The copy's path below the folder, named by its content. DataError where the picture changes meanwhile."""
+    """The copy's path below the folder, named by its content. DataError where the image changes meanwhile."""
     data = sample.read()
     digest = hashlib.sha256(data).hexdigest()
     name = f"files/{digest[:2]}/{digest}{Path(sample.path).suffix.lower()}"

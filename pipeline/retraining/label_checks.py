@@ -62,7 +62,7 @@ class LabelChanges:
         writer = csv.writer(table, quoting=csv.QUOTE_ALL)
         writer.writerow(["path", "was", "is", *(["text"] if with_texts else [])])
         for sample, old, new in sorted(self.rows, key=lambda row: row[0].key):
-            path = sample.path if sample.pictured else ""
+            path = sample.path if sample.has_image else ""
             writer.writerow([path, _listed(old), _listed(new), *([sample.text] if with_texts else [])])
         write_atomically(file, table.getvalue().encode("utf-8", "replace"))
 
@@ -125,7 +125,7 @@ def listed(kinds: Mapping[str, int]) -> str:
 def label_changes(now: Snapshot, before: Snapshot, reads: frozenset[str]) -> LabelChanges:
     """Compare the labels of all content that both snapshots train or validate on.
 
-    reads: `pictures`, `texts` or both: what the network reads, by which content is known.
+    reads: `images`, `texts` or both: what the network reads, by which content is known.
     """
     earlier = _labels_of(before, reads)
     several = "multilabel" in (now.task, before.task)
@@ -153,10 +153,10 @@ def _labels_of(snapshot: Snapshot, reads: frozenset[str]) -> dict[str, tuple[Sam
 
 def _content(sample: Sample, files: Mapping[str, str], reads: frozenset[str]) -> str:
     """What the network reads of a sample, as a digest."""
-    picture = files.get(sample.path, sample.path) if sample.pictured and "pictures" in reads else ""
-    if "texts" not in reads and picture:
-        return picture
-    return hashlib.sha256(f"{picture}\0{trimmed(sample.text)}".encode("utf-8", "replace")).hexdigest()
+    image = files.get(sample.path, sample.path) if sample.has_image and "images" in reads else ""
+    if "texts" not in reads and image:
+        return image
+    return hashlib.sha256(f"{image}\0{trimmed(sample.text)}".encode("utf-8", "replace")).hexdigest()
 
 
 def disagreement(

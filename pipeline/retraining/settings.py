@@ -20,7 +20,7 @@ class GateConfig:
         recall_loss: so much may a class's recall fall below the champion's, or by chance (McNemar, Holm, p >= 0.05), not from 3 right to 0.
         calibration_error: expected calibration error, at most, judged from 100 samples on; null asks nothing.
         robustness_loss: mean error under 19 corruptions above the champion's, at most; null does not measure it.
-        latency_ms: of one picture through the network on this machine, median, at most; null asks nothing.
+        latency_ms: of one image through the network on this machine, median, at most; null asks nothing.
         latency_ratio: that latency over the champion's, at most; null asks nothing.
         size_mb: of the weights, at most; null asks nothing.
     """
@@ -61,14 +61,14 @@ class RetrainConfig:
 
     Args:
         folder: below it lies, by the model's name, what a night leaves: hold-out, snapshots, records.
-        largest_loss: share of its pictures that a class, or the whole, may have lost since the last accepted night.
+        largest_loss: share of its images that a class, or the whole, may have lost since the last accepted night.
         drift: of what is new, from the champion's reference: tell it, let it stop the night as well, or do not look.
         drift_thresholds: check → {warn: number, stop: number}, null for never; see `refract drift`.
         relabelled_warn: logs a warning from this fraction of known samples on whose label changed since the last accepted run; null never.
         relabelled_stop: stops the run from this fraction on; null never.
         disagreement_warn: logs a warning from this fraction of new labels on that the champion contradicts beyond its errors; null never.
         disagreement_stop: stops the run from this fraction on; null never.
-        tell: a command that gets the night's result as JSON on its standard input, and has a minute; null tells nobody.
+        notify: a command that gets the night's result as JSON on its standard input, and has a minute; null tells nobody.
     """
 
     folder: str = "retrain"
@@ -79,7 +79,7 @@ class RetrainConfig:
     relabelled_stop: float | None = 0.1
     disagreement_warn: float | None = 0.05
     disagreement_stop: float | None = 0.25
-    tell: str | None = None
+    notify: str | None = None
 
     def rules(self) -> Iterator[tuple[str, object, bool, str]]:
         """As GateConfig.rules."""

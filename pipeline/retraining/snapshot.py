@@ -18,8 +18,8 @@ from refract.pipeline.data.validation import Scan, check_classes, drop_bad, drop
 from refract.pipeline.retraining import holdout
 from refract.pipeline.retraining.champion_data import ChampionData
 from refract.pipeline.retraining.exact_duplicates import contents, without_copies
-from refract.pipeline.retraining.holdout import HoldOut, freeze, frozen, hash_of, held_out, named, renamed
-from refract.pipeline.retraining.workspace import Place, read, write
+from refract.pipeline.retraining.holdout import Holdout, freeze, frozen, hash_of, held_out, named, renamed
+from refract.pipeline.retraining.workspace import Workspace, read, write
 from refract.pipeline.training.build import check_inputs, reads
 from refract.pipeline.training.provenance import inputs
 
@@ -36,7 +36,7 @@ class Snapshot:
     `snapshot.json`, this record.
 
     digest: of content, labels and splits; holdout: its version; counts: split → label → samples; columns: the metadata's; left_out:
-    unreadable pictures.
+    unreadable images.
     """
 
     folder: Path
@@ -62,11 +62,11 @@ class Snapshot:
         }
 
 
-def take(config: Config, place: Place, champion: ChampionData | None = None) -> Snapshot:
-    """Look at every picture, keep the hold-out apart, draw what validates, and write it all down. DataError for data that cannot be used.
+def take(config: Config, place: Workspace, champion: ChampionData | None = None) -> Snapshot:
+    """Look at every image, keep the hold-out apart, draw what validates, and write it all down. DataError for data that cannot be used.
 
-    The hold-out: `gate.holdout`, or the test split of the first night (the data's own, else drawn); of classes that it lacks, pictures that
-    no night has trained on are added. Its copies in the data are not trained on; nor are further pictures of the data's own test split.
+    The hold-out: `gate.holdout`, or the test split of the first night (the data's own, else drawn); of classes that it lacks, images that
+    no night has trained on are added. Its copies in the data are not trained on; nor are further images of the data's own test split.
 
     champion: what the first hold-out has to respect. Its test split is then held out, and nothing that it was trained on.
     """
@@ -104,13 +104,13 @@ def _looked_at(config: Config) -> tuple[Manifest, Scan]:
 
 def _lacking(
     config: Config,
-    place: Place,
+    place: Workspace,
     data: Manifest,
     held: Sequence[Sample],
     found: Scan,
     champion: ChampionData | None,
 ) -> list[Sample]:
-    """What the hold-out lacks: where there is none, the data's own test split; then pictures of each class that it does not have."""
+    """What the hold-out lacks: where there is none, the data's own test split; then images of each class that it does not have."""
     lacking = set(range(len(data.labels))) - _carried(held)
     if held and not lacking:
         return []
@@ -136,11 +136,11 @@ def _lacking(
             return _lacking(config, place, data, held, found, None)
         what = ", ".join(data.labels[i] for i in sorted(refused or seldom or lacking))
         raise DataError(
-            f"{data.source}: too few pictures of {what} to keep a hold-out apart; add some, or raise data.test_share"
+            f"{data.source}: too few images of {what} to keep a hold-out apart; add some, or raise data.test_fraction"
         )
     if seldom:
         log.warning(
-            "data: the hold-out has no picture of %s: there are too few that no night has trained on; add some",
+            "data: the hold-out has no image of %s: there are too few that no night has trained on; add some",
             ", ".join(data.labels[i] for i in sorted(seldom)),
         )
     return added
@@ -150,15 +150,15 @@ def _carried(samples: Iterable[Sample]) -> set[int]:
     return {label for sample in samples for label in sample.labels}
 
 
-def _trained_before(place: Place) -> frozenset[str]:
-    """What tells the samples of all earlier nights that were let train, as `contents`."""
+def _trained_before(place: Workspace) -> frozenset[str]:
+    """What tells the samples of all earlier runs that were let train, as `contents`."""
     folders = [folder for folder in (place.root / "snapshots").glob("*") if not (folder / PROPOSED).exists()]
-    nights = [known_contents(folder) for folder in folders]
-    return frozenset[str]().union(*(night for night in nights if night is not None))
+    runs = [known_contents(folder) for folder in folders]
+    return frozenset[str]().union(*(night for night in runs if night is not None))
 
 
-def accept(place: Place, snapshot: Snapshot) -> None:
-    """The night is let train: its hold-out is that of the nights to come, and what it trains on is held out no more."""
+def accept(place: Workspace, snapshot: Snapshot) -> None:
+    """The night is let train: its hold-out is that of the runs to come, and what it trains on is held out no more."""
     holdout.accept(place.holdout, snapshot.holdout)
     (snapshot.folder / PROPOSED).unlink(missing_ok=True)
 
@@ -172,10 +172,10 @@ def known_contents(folder: Path) -> frozenset[str] | None:
 
 
 def _shares(config: Config) -> dict[str, float]:
-    return {"val_share": config.data.val_share, "test_share": config.data.test_share}
+    return {"val_fraction": config.data.val_fraction, "test_fraction": config.data.test_fraction}
 
 
-def _written(place: Place, whole: Manifest, kept: HoldOut, found: Scan) -> Snapshot:
+def _written(place: Workspace, whole: Manifest, kept: Holdout, found: Scan) -> Snapshot:
     """On the disk, whatever is there: the same content may lie elsewhere than on the night before. The record comes last."""
     trained = [sample for sample in whole.samples if sample.split != "test"]
     lines = sorted(f"{found.hashes[s.key]} {[whole.labels[i] for i in s.labels]} {s.split}" for s in trained)
@@ -190,7 +190,7 @@ def _written(place: Place, whole: Manifest, kept: HoldOut, found: Scan) -> Snaps
     write(folder / CONTENTS, {"contents": sorted({found.groups[sample.key] for sample in trained})})
     whole = _on_disk(whole, folder)
     _write_table(whole, folder / TABLE)
-    files = [sample for sample in whole.samples if sample.split != "test" and sample.pictured]
+    files = [sample for sample in whole.samples if sample.split != "test" and sample.has_image]
     write(folder / FILES, {str(Path(s.path).resolve()): hash_of(Path(s.path)) for s in files})
     write(folder / RECORD, made.record())
     return made
@@ -209,12 +209,12 @@ def changed(snapshot: Snapshot) -> list[str]:
 
 
 def _on_disk(manifest: Manifest, folder: Path) -> Manifest:
-    """Pictures that are no files, as the embedded digits, become some."""
+    """Images that are no files, as the embedded digits, become some."""
     from refract.pipeline.files import write_atomically
 
     samples = []
     for sample in manifest.samples:
-        if sample.pictured and sample.data is not None:
+        if sample.has_image and sample.data is not None:
             path = folder / "files" / sample.path
             if not path.exists():
                 write_atomically(path, sample.data)

@@ -13,14 +13,14 @@ from typing import Any
 
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 from refract.pipeline.retraining.registry import client_of, download
-from refract.pipeline.retraining.workspace import Place, place_of, read, write
+from refract.pipeline.retraining.workspace import Workspace, read, workspace_of, write
 
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
 TELL_SECONDS = 60
-"""What `retrain.tell` may take: a night must not hang on the telling."""
+"""What `retrain.notify` may take: a night must not hang on the telling."""
 
 FAILURES = 3
 """How often a night may fail of which nobody is looking: what fails again and again is not mended by trying."""
@@ -35,7 +35,7 @@ class Outcome(IntEnum):
     FAILED = 30
 
 
-class NightError(RuntimeError):
+class RetrainingError(RuntimeError):
     """A step cannot go on; the message says why, and what to do before `refract retrain --resume`."""
 
 
@@ -43,7 +43,7 @@ def begin(config: Config, *, force: bool) -> Path:
     """The folder of a new night, with its config and record. force: goes on where nothing has changed."""
     from refract.pipeline.training.run_directory import write_config
 
-    place, now = place_of(config), datetime.now(UTC)
+    place, now = workspace_of(config), datetime.now(UTC)
     for attempt in range(100):
         folder = place.night(f"{now:%Y%m%d-%H%M%S}-{attempt:02}")
         try:
@@ -56,10 +56,10 @@ def begin(config: Config, *, force: bool) -> Path:
     return folder
 
 
-def unfinished(place: Place) -> Path | None:
+def unfinished(place: Workspace) -> Path | None:
     """The newest night, if it has no outcome."""
-    nights = place.nights()
-    return nights[-1] if nights and "outcome" not in read(nights[-1] / "night.json") else None
+    runs = place.runs()
+    return runs[-1] if runs and "outcome" not in read(runs[-1] / "night.json") else None
 
 
 def worth_resuming(night: Path, config: Config) -> bool:
@@ -103,7 +103,7 @@ def snapshot(folder: Path, config: Config, record: Record) -> Record:
     from refract.pipeline.retraining.snapshot import inputs_digest, take
     from refract.pipeline.training.provenance import code_state, versions
 
-    place = place_of(config)
+    place = workspace_of(config)
     try:
         taken = take(config, place, data_of_first_champion(config, place))
     except DataError as error:
@@ -121,11 +121,11 @@ def snapshot(folder: Path, config: Config, record: Record) -> Record:
 @_step
 def validate(folder: Path, config: Config, record: Record) -> Record:
     """End the night where the data changed more than they may since the last accepted one, where what is new has drifted too far, or where
-    the labels cannot be trusted. Else the snapshot's hold-out is that of the nights to come."""
-    from refract.pipeline.retraining.data_checks import beside_champion, changed_labels, problems
+    the labels cannot be trusted. Else the snapshot's hold-out is that of the runs to come."""
+    from refract.pipeline.retraining.data_checks import changed_labels, compared_with_champion, problems
     from refract.pipeline.retraining.snapshot import accept, read_snapshot
 
-    place = place_of(config)
+    place = workspace_of(config)
     last = place.last()
     before = read_snapshot(Path(last["snapshot_folder"]), last["snapshot"]) if last else None
     now = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
@@ -144,7 +144,7 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
             Outcome.REFUSED,
             f"the data changed more than they may since the last accepted night:\n{why}\nMend them, or {', and '.join(remedies)}.",
         )
-    drift, labels = beside_champion(config, now, place, folder)
+    drift, labels = compared_with_champion(config, now, place, folder)
     if drift is not None:
         told["drift"] = drift
         log.info("drift: %s", drift["told"])
@@ -170,7 +170,7 @@ def train(folder: Path, config: Config, record: Record) -> Record:
 
     taken = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
     if others := changed(taken):
-        why = f"{len(others)} pictures have changed since the night began, as {others[0]}; the next night takes them as they are"
+        why = f"{len(others)} images have changed since the night began, as {others[0]}; the next night takes them as they are"
         return _ends(Outcome.REFUSED, why)
     config.data.source, config.data.task = str(taken.manifest), taken.task  # type: ignore[assignment]
     config.tracking.alias = "challenger"  # a first version as well: the gate decides
@@ -187,7 +187,7 @@ def train(folder: Path, config: Config, record: Record) -> Record:
 
 @_step
 def register(folder: Path, config: Config, record: Record) -> Record:
-    """The version in MLflow; NightError while its server does not have it."""
+    """The version in MLflow; RetrainingError while its server does not have it."""
     from refract.pipeline.tracking.address import absolute, tracking_uri
     from refract.pipeline.tracking.journal import Journal
     from refract.pipeline.tracking.store import LONGEST_TAG, Store, first_line
@@ -210,7 +210,7 @@ def register(folder: Path, config: Config, record: Record) -> Record:
         for key, value in tags.items():
             client_of(store.uri).set_model_version_tag(config.tracking.model_name, version, key, value)
     except Exception as error:  # whatever MLflow and what lies below it raise for a server that is not there
-        raise NightError(f"MLflow at {store.address} does not have the run: {first_line(error)}") from error
+        raise RetrainingError(f"MLflow at {store.address} does not have the run: {first_line(error)}") from error
     return {"version": str(version), "mlflow": store.address, "mlflow_run": journal.delivered["run_id"]}
 
 
@@ -223,7 +223,7 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
     from refract.pipeline.retraining.gate import Verdict, gate
     from refract.pipeline.retraining.overlap import holdout_line
 
-    name, client, place = str(config.tracking.model_name), client_of(record["mlflow"]), place_of(config)
+    name, client, place = str(config.tracking.model_name), client_of(record["mlflow"]), workspace_of(config)
     champion = aliases(client, name).get(CHAMPION)
     table = load_manifest(Path(record["snapshot_folder"]) / "manifest.csv", record["snapshot"]["task"])
     held = table.with_samples(table.of("test"))
@@ -231,9 +231,9 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
         old = None if champion is None else load_bundle(download(client, name, champion, Path(beside)))
         found = gate(config.gate, load_bundle(Path(record["run"]) / "bundle"), old, held, record["snapshot"]["holdout"])
     apart = holdout_line(config, place, record["snapshot"]["digest"], held.samples, client, champion)
-    verdict = Verdict((apart, *found.lines), found.holdout, found.pictures)
+    verdict = Verdict((apart, *found.lines), found.holdout, found.images)
     write(folder / "gate.json", verdict.to_dict())
-    print(f"gate: version {record['version']} against {champion or 'no champion'}, {verdict.pictures:,} samples")
+    print(f"gate: version {record['version']} against {champion or 'no champion'}, {verdict.images:,} samples")
     print(verdict.text())
     for line in verdict.lines:
         client.set_model_version_tag(
@@ -250,7 +250,7 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
 
 @_step
 def promote(folder: Path, config: Config, record: Record) -> Record:
-    """Move the alias, if the gate let it pass. undecided: it did, and the next night has to try again. NightError while others do."""
+    """Move the alias, if the gate let it pass. undecided: it did, and the next night has to try again. RetrainingError while others do."""
     from refract.pipeline.retraining.aliases import Busy, PromotionError, RolledBack
     from refract.pipeline.retraining.aliases import promote as move
 
@@ -260,7 +260,7 @@ def promote(folder: Path, config: Config, record: Record) -> Record:
     try:
         move(client, str(config.tracking.model_name), record["version"], instead_of=record["champion"])
     except Busy as error:
-        raise NightError(str(error)) from error
+        raise RetrainingError(str(error)) from error
     except RolledBack as error:
         return _ends(Outcome.NOT_PROMOTED, str(error))
     except PromotionError as error:
@@ -270,22 +270,22 @@ def promote(folder: Path, config: Config, record: Record) -> Record:
 
 @_step
 def announce(folder: Path, config: Config, record: Record) -> Record:
-    """Say how the night ended: to `retrain.tell`, and to the nights that come."""
+    """Say how the night ended: to `retrain.notify`, and to the runs that come."""
     outcome = record["ends"]
-    place = place_of(config)
+    place = workspace_of(config)
     if outcome in (Outcome.PROMOTED, Outcome.NOT_PROMOTED) and not (record.get("unchanged") or record.get("undecided")):
         kept = ("night", "snapshot", "snapshot_folder", "inputs", "version")
         write(place.root / "last.json", {key: record[key] for key in kept} | {"outcome": outcome})
-    if config.retrain.tell:
+    if config.retrain.notify:
         import json
 
         told = json.dumps(record, ensure_ascii=False)
         try:
-            done = subprocess.run(config.retrain.tell, shell=True, input=told, text=True, timeout=TELL_SECONDS)
+            done = subprocess.run(config.retrain.notify, shell=True, input=told, text=True, timeout=TELL_SECONDS)
             if done.returncode:
-                log.warning("retrain.tell: ended with %d", done.returncode)
+                log.warning("retrain.notify: ended with %d", done.returncode)
         except subprocess.TimeoutExpired:
-            log.warning("retrain.tell: was ended after %d s", TELL_SECONDS)
+            log.warning("retrain.notify: was ended after %d s", TELL_SECONDS)
     return {"outcome": outcome, "ended": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
@@ -319,4 +319,4 @@ def _key(name: str) -> str:
     return "".join(c if c.isalnum() or c in "_-. " else f"_x{ord(c):x}_" for c in name)[:200]
 
 
-__all__ = ["STEPS", "ConfigError", "NightError", "Outcome", "begin", "unfinished"]
+__all__ = ["STEPS", "ConfigError", "Outcome", "RetrainingError", "begin", "unfinished"]

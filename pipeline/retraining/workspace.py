@@ -1,4 +1,4 @@
-"""Where the nights of one model leave what they know, and the lock that one night at a time holds."""
+"""Where the runs of one model leave what they know, and the lock that one night at a time holds."""
 
 import json
 import re
@@ -17,8 +17,8 @@ class Busy(ConfigError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """The folder of one model. holdout/: frozen pictures; snapshots/DIGEST/: the data of a night; nights/ID/: a night's record; last.json:
+class Workspace:
+    """The folder of one model. holdout/: frozen images; snapshots/DIGEST/: the data of a night; runs/ID/: a night's record; last.json:
     the last night whose data were accepted."""
 
     root: Path
@@ -31,11 +31,11 @@ class Place:
         return self.root / "snapshots" / digest[:16]
 
     def night(self, name: str) -> Path:
-        return self.root / "nights" / name
+        return self.root / "runs" / name
 
-    def nights(self) -> list[Path]:
+    def runs(self) -> list[Path]:
         """Oldest first."""
-        return sorted(path for path in (self.root / "nights").glob("*") if (path / "night.json").is_file())
+        return sorted(path for path in (self.root / "runs").glob("*") if (path / "night.json").is_file())
 
     def last(self) -> dict[str, Any] | None:
         path = self.root / "last.json"
@@ -49,7 +49,7 @@ class Place:
             yield
 
 
-def place_of(config: Config) -> Place:
+def workspace_of(config: Config) -> Workspace:
     """ConfigError where nothing names the registered model, or MLflow is switched off."""
     if not config.tracking.enabled or not config.tracking.model_name:
         raise ConfigError(
@@ -59,7 +59,7 @@ def place_of(config: Config) -> Place:
         raise ConfigError(
             f"tracking.model_name: {config.tracking.model_name!r}: MLflow takes no / and no : in a model's name"
         )
-    return Place(Path(config.retrain.folder) / config.tracking.model_name)
+    return Workspace(Path(config.retrain.folder) / config.tracking.model_name)
 
 
 def read(path: Path) -> dict[str, Any]:

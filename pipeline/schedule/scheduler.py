@@ -20,7 +20,7 @@ from zoneinfo import ZoneInfo
 from apscheduler.triggers.base import BaseTrigger
 
 from refract.pipeline.files import locked
-from refract.pipeline.schedule.store import DECIDED, Book, Run, Schedule, ScheduleError, Taken
+from refract.pipeline.schedule.store import DECIDED, Run, Schedule, ScheduleError, ScheduleStore, Taken
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Plan:
     resume: bool = True
 
 
-def keep_schedule(plan: Plan, book: Book) -> int:
+def run_scheduler(plan: Plan, book: ScheduleStore) -> int:
     """Fire until SIGTERM or Ctrl-C, which are passed to the run under way, whose end is waited for. Returns 0, after Ctrl-C 130.
 
     ScheduleError where the config's schedule is kept by another process already. To be called in the main thread.
@@ -88,7 +88,7 @@ def keep_schedule(plan: Plan, book: Book) -> int:
 class Runner:
     """Runs the command, once at a time, and passes signals to it."""
 
-    def __init__(self, plan: Plan, book: Book) -> None:
+    def __init__(self, plan: Plan, book: ScheduleStore) -> None:
         self.plan, self.book = plan, book
         self.config = str(plan.config)
         self._lock = threading.Lock()
@@ -187,7 +187,7 @@ class Runner:
         return f"{datetime.now(self.plan.zone):%Y-%m-%d %H:%M:%S}"
 
 
-def _scheduler(plan: Plan, book: Book, runner: Runner) -> Any:
+def _scheduler(plan: Plan, book: ScheduleStore, runner: Runner) -> Any:
     """APScheduler with the one job, due when the book says, or at once where a run is to go on."""
     from apscheduler.events import EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, EVENT_JOB_SUBMITTED
     from apscheduler.schedulers.background import BackgroundScheduler
@@ -226,7 +226,7 @@ def _scheduler(plan: Plan, book: Book, runner: Runner) -> Any:
     return scheduler
 
 
-def _due(plan: Plan, book: Book, runner: Runner) -> datetime | None:
+def _due(plan: Plan, book: ScheduleStore, runner: Runner) -> datetime | None:
     """When the first run is due: at once where one was cut, at the time that the book has where that is of this cron, else as cron says."""
     now = datetime.now(UTC)
     known = next((one for one in book.schedules() if one.config == str(plan.config)), None)
@@ -251,7 +251,7 @@ def _due(plan: Plan, book: Book, runner: Runner) -> datetime | None:
 
 
 @contextmanager
-def _alone(plan: Plan, book: Book) -> Iterator[None]:
+def _alone(plan: Plan, book: ScheduleStore) -> Iterator[None]:
     path = book.lock(str(plan.config), "scheduler")
     other = [one.process for one in book.schedules() if one.config == str(plan.config)]
     taken = Taken(

@@ -84,7 +84,7 @@ class Run:
         return f"{known} (exit code {self.code})" if known else f"exit code {self.code}"
 
 
-class Book:
+class ScheduleStore:
     """The file in `folder`, which is made. Each call is a transaction of its own: several schedulers may write."""
 
     def __init__(self, folder: Path) -> None:

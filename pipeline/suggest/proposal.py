@@ -190,12 +190,12 @@ def _data(survey: Survey, network: _Network) -> list[Choice]:
         ]
     choices += [
         Choice(
-            "data.val_share",
+            "data.val_fraction",
             VAL_SHARE,
             "drawn from the training samples where there is no `val` split",
             from_data=False,
         ),
-        Choice("data.test_share", TEST_SHARE, "drawn as test set where there is no `test` split", from_data=False),
+        Choice("data.test_fraction", TEST_SHARE, "drawn as test set where there is no `test` split", from_data=False),
     ]
     return choices
 

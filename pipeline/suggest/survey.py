@@ -79,8 +79,8 @@ def take_survey(manifest: Manifest) -> Survey:
     """
     import torch
 
-    pictured = [sample for sample in manifest.samples if sample.pictured]
-    sizes, content, bad, notes = _look(manifest, pictured) if pictured else ([], content_of([], []), 0, [])
+    has_image = [sample for sample in manifest.samples if sample.has_image]
+    sizes, content, bad, notes = _look(manifest, has_image) if has_image else ([], content_of([], []), 0, [])
     refusals = _refusal_notes(manifest)
     side = int(median(min(size) for size in sizes)) if sizes else 0
     splits = {split: len(manifest.of(split)) for split in manifest.splits()}
@@ -92,7 +92,7 @@ def take_survey(manifest: Manifest) -> Survey:
         splits=splits,
         samples=len(manifest.samples),
         training=_training(len(manifest.samples), splits),
-        images=len(pictured),
+        images=len(has_image),
         texts=sum(bool(trimmed(sample.text)) for sample in manifest.samples),
         side=side,
         sizes=_in_words(sizes),
@@ -106,7 +106,7 @@ def take_survey(manifest: Manifest) -> Survey:
 
 
 def _training(samples: int, splits: dict[str, int]) -> int:
-    """Samples left to train on: `data.val_share` and `data.test_share` are drawn where the data has no such split."""
+    """Samples left to train on: `data.val_fraction` and `data.test_fraction` are drawn where the data has no such split."""
     drawn = (0.0 if "val" in splits else VAL_SHARE) + (0.0 if "test" in splits else TEST_SHARE)
     return round(splits.get("train", samples) * (1 - drawn))
 

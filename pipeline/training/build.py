@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NO_PICTURES = "none"
+NO_IMAGES = "none"
 """model.name of a network that reads texts alone."""
 
 FROM_ARGS = (LookupError, ArithmeticError, AttributeError)
@@ -32,7 +32,7 @@ def check_task(config: Config, task: str) -> None:
     """ConfigError for a loss that the task does not have."""
     if task == "multilabel" and config.loss.name in ("cross_entropy", "perceptron"):
         raise ConfigError(
-            f"loss.name: {config.loss.name} is for one label a picture; the data are multilabel: take auto, bce, focal or mse"
+            f"loss.name: {config.loss.name} is for one label an image; the data are multilabel: take auto, bce, focal or mse"
         )
 
 
@@ -40,7 +40,7 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
     """ConfigError for settings that are out of range or do not go together."""
     specs(config)
     if config.loss.consistency and config.text.name != "none":
-        raise ConfigError("loss.consistency compares views of pictures; it does not go with text.name")
+        raise ConfigError("loss.consistency compares views of images; it does not go with text.name")
     if augmenter.texts and config.text.name == "none":
         log.warning("augment.policy changes texts, which the network does not read (text.name: none)")
     if config.loss.consistency and (augmenter.mixes or not any(op.name == "AugMix" for op in augmenter.policy.ops)):
@@ -60,7 +60,7 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
             model.unfreeze_epochs,
             epochs,
         )
-    if model.mode == "feature-extract" and model.weights == "none" and reads(config) == {"pictures"}:
+    if model.mode == "feature-extract" and model.weights == "none" and reads(config) == {"images"}:
         log.warning(
             "model.mode: feature-extract trains the head alone, and model.weights is none: what is under it stays random"
         )
@@ -90,8 +90,8 @@ def specs(config: Config) -> "tuple[OptimSpec, LossSpec]":
 
 
 def reads(config: Config) -> frozenset[str]:
-    """What the network reads: pictures, texts, or both."""
-    own = {"pictures": config.model.name != NO_PICTURES, "texts": config.text.name != "none"}
+    """What the network reads: images, texts, or both."""
+    own = {"images": config.model.name != NO_IMAGES, "texts": config.text.name != "none"}
     return frozenset(name for name, there in own.items() if there)
 
 
@@ -102,11 +102,11 @@ def check_inputs(config: Config, manifest: "Manifest") -> None:
 
     own = reads(config)
     lacking = [
-        s for s in manifest.samples if not ((s.pictured and "pictures" in own) or (trimmed(s.text) and "texts" in own))
+        s for s in manifest.samples if not ((s.has_image and "images" in own) or (trimmed(s.text) and "texts" in own))
     ]
     if lacking:
-        what = "picture" if own == {"pictures"} else "text" if own == {"texts"} else "picture and no text"
-        hint = "; text.name: hashing reads texts" if own == {"pictures"} else ""
+        what = "image" if own == {"images"} else "text" if own == {"texts"} else "image and no text"
+        hint = "; text.name: hashing reads texts" if own == {"images"} else ""
         raise DataError(f"{manifest.source}: {len(lacking)} samples have no {what}, as {lacking[0].path}{hint}")
     if "texts" in own and not any(trimmed(sample.text) for sample in manifest.samples):
         raise DataError(f"{manifest.source}: text.name is {config.text.name}, but there are no texts (column `text`)")
@@ -116,9 +116,9 @@ def make_preprocess(config: Config) -> "Preprocess":
     """What validation, evaluation and serving do. Mean and std: the config's, else the pretrained weights' own, else ImageNet's."""
     from refract.augment.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
-    own = _weights_own(config.model) if config.model.name != NO_PICTURES else {}
+    own = _weights_own(config.model) if config.model.name != NO_IMAGES else {}
     if own and config.data.normalize == "fixed" and not (config.data.mean and config.data.std):
-        log.info("pictures are normalised by the weights' own %s", own.get("normalize", "mean and standard deviation"))
+        log.info("images are normalised by the weights' own %s", own.get("normalize", "mean and standard deviation"))
     height, width = config.data.sides()
     return Preprocess(
         height,
@@ -135,14 +135,14 @@ def make_preprocess(config: Config) -> "Preprocess":
 def measured(config: Config, preprocess: "Preprocess", manifest: "Manifest") -> tuple["Preprocess", dict[str, Any]]:
     """(preprocess with the normalisation that the config asks for, the arrays of the classifier's first layer for it).
 
-    Those of a bundle that training begins from are its own; else they are measured on the training pictures as the network sees them
+    Those of a bundle that training begins from are its own; else they are measured on the training images as the network sees them
     without augmentation, in one pass. ConfigError for whitening of large ones.
     """
     import torch
 
     from refract.augment.statistics import measure
     from refract.models.pretrained.weights import folder_arrays
-    from refract.pipeline.data.datasets import Pictures, targets_of
+    from refract.pipeline.data.datasets import ImageDataset, targets_of
 
     if config.data.normalize == "fixed":
         if preprocess.normalize == "channel":
@@ -151,16 +151,16 @@ def measured(config: Config, preprocess: "Preprocess", manifest: "Manifest") -> 
             return preprocess, folder_arrays(config.model.weights, preprocess.normalize)
         except (ValueError, OSError) as error:
             raise ConfigError(f"model: {_line(error)}") from error
-    samples = [sample for sample in manifest.of("train") if sample.pictured]
-    pictures = Pictures(samples, preprocess, targets_of(samples, manifest))
+    samples = [sample for sample in manifest.of("train") if sample.has_image]
+    images = ImageDataset(samples, preprocess, targets_of(samples, manifest))
     kind = "channel" if config.data.normalize == "data" else config.data.normalize
     try:
-        found = measure((pictures.pixels(i) for i in range(len(pictures))), kind)
+        found = measure((images.pixels(i) for i in range(len(images))), kind)
     except ValueError as error:
         raise ConfigError(f"data.normalize: {error}") from error
     arrays = {"mean_image": found.mean_image, "whitening": found.whitening}
     mean, std = _three(found.mean), _three(found.std)
-    log.info("measured on %d training pictures: mean %s, std %s", len(samples), mean, std)
+    log.info("measured on %d training images: mean %s, std %s", len(samples), mean, std)
     return (
         dataclasses.replace(preprocess, mean=mean, std=std, normalize=kind),
         {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None},
@@ -205,11 +205,11 @@ def make_module(
     for what, own in (("model.name: " + model.name, classifier), (f"loss.teacher: {config.loss.teacher}", teacher)):
         if own is not None:
             _check_runs(config, own, what, manifest.labels)
-    if config.trainer.recompute:
+    if config.trainer.gradient_checkpointing:
         try:
             recompute_activations(classifier.network)
         except ValueError as error:
-            raise ConfigError(f"trainer.recompute: {error}") from error
+            raise ConfigError(f"trainer.gradient_checkpointing: {error}") from error
     weights = (
         balanced_weights(list(manifest.counts("train").values())) if config.loss.class_weights == "balanced" else None
     )
@@ -251,17 +251,17 @@ def _network(config: Config, count: int) -> "tuple[Any, Tokens | None, dict[str,
         "args": text.args,
     }
     part, tokens, reading = make_text_part(text.name, **own)
-    pictures = None if model.name == NO_PICTURES else build(model.name, count, **how)
+    images = None if model.name == NO_IMAGES else build(model.name, count, **how)
     joined: dict[str, Any] = {"fusion": text.fusion, "width": text.width}
-    drops: dict[str, Any] = {"drop_picture": text.drop_picture, "drop_text": text.drop_text}
-    reader = Reader(pictures, reading, count, head=model.head, **joined, **drops)
+    drops: dict[str, Any] = {"drop_image": text.drop_image, "drop_text": text.drop_text}
+    reader = Reader(images, reading, count, head=model.head, **joined, **drops)
     if loads_weights(config):
         neutralise_head(reader)
     return reader, tokens, text_record(part, joined)
 
 
 def _check_runs(config: Config, classifier: "Classifier", what: str, classes: Sequence[str]) -> None:
-    """ConfigError where the classifier cannot take a batch of the pictures that training brings, at the size of any epoch."""
+    """ConfigError where the classifier cannot take a batch of the images that training brings, at the size of any epoch."""
     import torch
 
     from refract.models.training.activation_checkpointing import statistics_kept
@@ -285,14 +285,14 @@ def _check_runs(config: Config, classifier: "Classifier", what: str, classes: Se
                 elif "more than 1 value per channel" in str(error):
                     hint = ": its batch norms need a data.batch_size of at least 2"
                 raise ConfigError(
-                    f"{what} cannot train on {min(2, config.data.batch_size)} pictures of {size[0]}×{size[1]} pixels{hint} ({_line(error)})"
+                    f"{what} cannot train on {min(2, config.data.batch_size)} images of {size[0]}×{size[1]} pixels{hint} ({_line(error)})"
                 ) from error
 
 
 def _blank_inputs(classifier: "Classifier", count: int, size: tuple[int, int]) -> "Inputs":
     import torch
 
-    images = torch.zeros(count, 3, *size) if "pictures" in classifier.reads else None
+    images = torch.zeros(count, 3, *size) if "images" in classifier.reads else None
     if "texts" not in classifier.reads:
         return (images,)
     return images, torch.ones(count, 4, dtype=torch.int32), torch.ones(count, dtype=torch.bool)
@@ -303,7 +303,7 @@ def _line(error: Exception) -> str:
 
 
 def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Classifier | None":
-    """The classifier of the bundle to learn from. ConfigError where its labels, task or picture size are others, or it reads what the
+    """The classifier of the bundle to learn from. ConfigError where its labels, task or image size are others, or it reads what the
     student does not, or texts by other tokens."""
     if config.loss.teacher is None:
         return None
@@ -321,7 +321,7 @@ def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Cl
         ("task", bundle.info.task, manifest.task),
         ("labels", bundle.info.labels, manifest.labels),
     ]
-    if "pictures" in classifier.reads:
+    if "images" in classifier.reads:
         facts.append(("image size", tuple(bundle.info.network["image_size"]), config.data.sides()))
     for what, own, ours in facts:
         if own != ours:

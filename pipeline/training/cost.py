@@ -35,7 +35,7 @@ class Cost(Callback):
         """Read no more."""
         self._energy.close()
 
-    def go_on_from(self, checkpoint: Path) -> None:
+    def resume_from(self, checkpoint: Path) -> None:
         """Count on from what a checkpoint has, where no training loads it."""
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"].get("Cost", {})
         self._before = state

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from refract.augment import image_size
 from refract.models.classifier import Inputs, inputs_of
-from refract.pipeline.data.datasets import TrainPictures
+from refract.pipeline.data.datasets import TrainDataset
 from refract.pipeline.files import write_atomically
 
 FILE = "bad-batch.pt"
@@ -22,12 +22,12 @@ FILE = "bad-batch.pt"
 class Reproducer(Callback):
     """Keep the batch in hand, and where its loss is no number write it to `run_dir`/FILE, with the weights, its samples and their plans.
 
-    facts: what else the file shall hold, plain values; pictures: what the batches are of. `told`, once that happened: a sentence on the
+    facts: what else the file shall hold, plain values; images: what the batches are of. `told`, once that happened: a sentence on the
     layer and the file. On a GPU losses are looked at some steps late, and the batch is the one that was in hand then.
     """
 
-    def __init__(self, run_dir: Path, facts: Mapping[str, Any], pictures: TrainPictures) -> None:
-        self.path, self.facts, self.pictures, self.told = run_dir / FILE, dict(facts), pictures, ""
+    def __init__(self, run_dir: Path, facts: Mapping[str, Any], images: TrainDataset) -> None:
+        self.path, self.facts, self.images, self.told = run_dir / FILE, dict(facts), images, ""
         self._batch: dict[str, Tensor] = {}
 
     def on_train_batch_start(
@@ -57,9 +57,9 @@ class Reproducer(Callback):
         rows = []
         indices, repeats = (self._batch[name].tolist() for name in ("indices", "repeats"))
         for index, repeat in zip(indices, repeats, strict=True):
-            sample = self.pictures.samples[index]
-            plan = self.pictures.augmenter.draw(image_size(sample.read()), epoch=epoch, index=index, repeat=repeat)
-            text = self.pictures.augmented((epoch, index, repeat))[:200] if self.pictures.tokens is not None else ""
+            sample = self.images.samples[index]
+            plan = self.images.augmenter.draw(image_size(sample.read()), epoch=epoch, index=index, repeat=repeat)
+            text = self.images.augmented((epoch, index, repeat))[:200] if self.images.tokens is not None else ""
             rows.append((index, sample.path, f"{plan.to_json()} {text}".rstrip()))
         return rows
 

@@ -10,7 +10,7 @@ from typing import Any
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.config.defaults import fill_defaults
 from refract.pipeline.training.callbacks.stopping import heard
-from refract.pipeline.training.ranks import Processes, processes
+from refract.pipeline.training.ranks import Ranks, processes
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Assembly:
     data: Any
     device: str
     precision: str
-    processes: Processes
+    processes: Ranks
     text: dict[str, Any] | None = None
 
 
@@ -38,7 +38,7 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     import lightning
 
     from refract.augment import Augmenter
-    from refract.pipeline.data.datamodule import PictureData
+    from refract.pipeline.data.datamodule import ImageDataModule
     from refract.pipeline.data.prepare import prepare_data
     from refract.pipeline.training.build import check_recipe, check_task, make_module, make_preprocess, measured
     from refract.pipeline.training.device import choose_device, choose_precision
@@ -62,7 +62,7 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
     preprocess, arrays = measured(config, preprocess, manifest)
     module, text = make_module(config, manifest, augmenter, preprocess, arrays)
-    data = PictureData(
+    data = ImageDataModule(
         manifest,
         augmenter=augmenter,
         preprocess=preprocess,
@@ -74,7 +74,7 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
         memory=config.data.memory,
         on_device=device == "cuda",
         tokens=module.classifier.tokens,
-        pictures="pictures" in module.classifier.reads,
+        reads_images="images" in module.classifier.reads,
     )
     return Assembly(manifest, identity, module, data, device, precision, group, text)
 
@@ -159,7 +159,7 @@ def _network_facts(made: Assembly, config: Config) -> dict[str, Any]:
 
 
 def network_record(config: Config) -> dict[str, Any]:
-    """What a bundle says of the network that pictures go through."""
+    """What a bundle says of the network that images go through."""
     head = {} if config.model.head == "linear" else {"head": config.model.head}
     size = list(config.data.sides())
     return {"network": {"name": config.model.name, "image_size": size, "args": config.model.args | head}}

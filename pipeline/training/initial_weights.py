@@ -63,8 +63,8 @@ def start_weights(config: Config, classifier: "Classifier", preprocess: "Preproc
     if config.model.weights != "none" or network is None:
         return
     prepare = getattr(network, "prepare", None)
-    pictures = _some(preprocess, manifest) if prepare is not None or init == "lsuv" else None
-    normalised = None if pictures is None else classifier.normalise(pictures)
+    images = _some(preprocess, manifest) if prepare is not None or init == "lsuv" else None
+    normalised = None if images is None else classifier.normalise(images)
     if init == "lsuv" and getattr(network, "pretrain", "none") != "none":
         raise ValueError("init='lsuv' would undo the pre-training; take another init")
     if init not in ("default", "lsuv"):
@@ -79,14 +79,14 @@ def _some(preprocess: "Preprocess", manifest: "Manifest") -> Any:
     """Up to SHOWN_TO_NETWORK training images, spread over the data, uint8 (N, 3, H, W)."""
     import torch
 
-    from refract.pipeline.data.datasets import Pictures, collate, targets_of
+    from refract.pipeline.data.datasets import ImageDataset, collate, targets_of
 
-    samples = [sample for sample in manifest.of("train") if sample.pictured]
+    samples = [sample for sample in manifest.of("train") if sample.has_image]
     if not samples:
         raise ValueError(
             f"{manifest.source}: the network needs training images before the first step, and there are none"
         )
     chosen = samples[:: -(-len(samples) // SHOWN_TO_NETWORK)]
-    pictures = Pictures(chosen, preprocess, targets_of(chosen, manifest))
-    batch: torch.Tensor = collate([pictures[i] for i in range(len(pictures))])["images"]
+    images = ImageDataset(chosen, preprocess, targets_of(chosen, manifest))
+    batch: torch.Tensor = collate([images[i] for i in range(len(images))])["images"]
     return batch

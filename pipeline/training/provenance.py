@@ -75,7 +75,7 @@ def code_state() -> tuple[dict[str, str], str]:
     Python files that git does not know make it dirty too."""
     try:
         commit = _git("rev-parse", "HEAD").strip()
-        # Of what git does not know, code alone counts: a config or a picture beside it changes nothing.
+        # Of what git does not know, code alone counts: a config or an image beside it changes nothing.
         diff, known = _git("diff", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
         changed = known or _git("ls-files", "--others", "--exclude-standard", ":(top)*.py")
     except (OSError, subprocess.SubprocessError):

@@ -7,7 +7,7 @@ from refract.pipeline.config.config import ConfigError
 
 
 @dataclass(frozen=True)
-class Processes:
+class Ranks:
     """rank: of this process among all; devices: processes a machine; nodes: machines."""
 
     rank: int
@@ -24,13 +24,13 @@ class Processes:
         return self.devices * self.nodes
 
 
-def processes(devices: int, device: str) -> Processes:
+def processes(devices: int, device: str) -> Ranks:
     """What torchrun's environment says, or Lightning's for a process that the first one started, else this one as the first of `devices`.
 
     device: `cpu` or `cuda`. ConfigError for more than there are GPUs, or where torchrun started another number than asked for.
     """
     if "LOCAL_WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        found = Processes(
+        found = Ranks(
             rank=int(os.environ["RANK"]),
             devices=int(os.environ["LOCAL_WORLD_SIZE"]),
             nodes=int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"]),
@@ -40,7 +40,7 @@ def processes(devices: int, device: str) -> Processes:
                 f"trainer.devices: {devices}, but torchrun started {found.devices} processes on this machine"
             )
     else:
-        found = Processes(rank=int(os.environ.get("LOCAL_RANK", 0)), devices=devices, nodes=1)
+        found = Ranks(rank=int(os.environ.get("LOCAL_RANK", 0)), devices=devices, nodes=1)
     if device == "cuda":
         import torch
 

@@ -151,14 +151,14 @@ def _make_bundle(
     from refract.pipeline.doctor.run import make_doctor
     from refract.pipeline.doctor.stored import write_findings
     from refract.pipeline.drift.measure import reference_of
-    from refract.pipeline.evaluation.assess import assess, write_answers
-    from refract.pipeline.evaluation.golden_samples import make_goldens
+    from refract.pipeline.evaluation.assess import assess, write_predictions
+    from refract.pipeline.evaluation.golden_samples import make_golden_samples
     from refract.pipeline.evaluation.plots import confusion_plot, curves_plot
     from refract.pipeline.preview import Shown, preview_grid
 
     if (run_dir / "bundle").exists():
         if checkpoint is not None:
-            cost.go_on_from(checkpoint)
+            cost.resume_from(checkpoint)
         return dict(load_bundle(run_dir / "bundle").info.metrics)
     manifest, module, data = made.manifest, made.module, made.data
     doctor = make_doctor(made, config)
@@ -199,22 +199,24 @@ def _make_bundle(
     if found.evaluation.confusion is not None:
         confusion_plot(found.evaluation.confusion, manifest.labels, run_dir / "confusion.png")
     found.report.write(run_dir)
-    write_answers(run_dir, found.evaluation, history)
+    write_predictions(run_dir, found.evaluation, history)
     write_findings(run_dir, found.findings, doctor.record)
     doctor.report(found.findings)
     shown = data.train_set.samples[:: max(1, len(data.train_set) // 6)][:6]
     indices = range(0, len(data.train_set), max(1, len(data.train_set) // 6))
-    pictures = [
+    images = [
         Shown(manifest.labels[s.labels[0]] if s.labels else "-", s.read(), i, s.text)
         for s, i in zip(shown, indices, strict=False)
     ]
-    preview_grid(pictures, data.train_set.augmenter).save(run_dir / "preview.png")
+    preview_grid(images, data.train_set.augmenter).save(run_dir / "preview.png")
     if tracker is not None:
         tracker.tag({f"doctor.{finding.name}": finding.evidence for finding in found.findings})
         tracker.tag({"mlflow.note.content": _note(made, config, found)})
         tracker.log_metrics({f"test_{name}": value for name, value in metrics.items()}, step=len(history))
-    goldens = make_goldens(classifier, preprocess, test, task=manifest.task, temperature=decision.temperature)
-    save_bundle(run_dir / "bundle", info, classifier, goldens, reference=reference)
+    golden_samples = make_golden_samples(
+        classifier, preprocess, test, task=manifest.task, temperature=decision.temperature
+    )
+    save_bundle(run_dir / "bundle", info, classifier, golden_samples, reference=reference)
     return metrics
 
 
@@ -224,7 +226,7 @@ def _note(made: Assembly, config: Config, found: Any) -> str:
     bounds = found.evaluation.intervals.get(name)
     between = "" if bounds is None else f" (95 % interval {bounds[0]:.4f} – {bounds[1]:.4f})"
     lines = [
-        f"**{name} {value:.4f}**{between} on {len(found.evaluation.samples):,} pictures of the hold-out.",
+        f"**{name} {value:.4f}**{between} on {len(found.evaluation.samples):,} images of the hold-out.",
         f"`{config.model.name}`; {_described(made.manifest)}.",
         *found.report.numbers["notes"],
         *(f"- doctor: {finding}" for finding in found.findings),

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
     from refract.models.bundle.bundle import Bundle
-    from refract.serve.http.auth import Keys
+    from refract.serve.http.auth import ApiKeys
     from refract.serve.rollout.canary import Challenge
-    from refract.serve.rollout.data_capture import Sampling
+    from refract.serve.rollout.data_capture import DataCapture
     from refract.serve.rollout.registry_watcher import Build
 
 logger = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
     options["traces"] = _traces(arguments.traces)
     options["challenge"] = _challenge(arguments, made)
     options["sampling"] = _sampling(arguments)
-    _warn_of_strangers(arguments)
+    _warn_of_open_access(arguments)
     options |= {
         "keys": _keys("--keys", arguments.keys, rate=arguments.rate),
         "admin": _keys("--admin-keys", arguments.admin_keys, told="the keys of --admin-keys"),
@@ -207,15 +207,17 @@ def _traces(address: str | None) -> "TracerProvider | None":
         raise RefusedError("--traces needs the extra tracing: opentelemetry-exporter-otlp-proto-http") from err
 
 
-def _sampling(arguments: argparse.Namespace) -> "Sampling | None":
+def _sampling(arguments: argparse.Namespace) -> "DataCapture | None":
     from refract.serve.requests.limits import MIB
-    from refract.serve.rollout.data_capture import Sampling
+    from refract.serve.rollout.data_capture import DataCapture
 
     if arguments.sample is None:
         return None
     most = int(arguments.sample_mb * MIB)
     try:
-        return Sampling(arguments.sample, share=arguments.sample_share, most_bytes=most, below=arguments.sample_below)
+        return DataCapture(
+            arguments.sample, share=arguments.sample_share, most_bytes=most, below=arguments.sample_below
+        )
     except OSError as err:
         raise RefusedError(f"--sample: {arguments.sample}: {err.strerror}") from err
 
@@ -242,19 +244,19 @@ def _devices(wanted: str) -> list[str]:
     return devices
 
 
-def _warn_of_strangers(arguments: argparse.Namespace) -> None:
+def _warn_of_open_access(arguments: argparse.Namespace) -> None:
     host = arguments.host
     if arguments.keys is None and host not in ("127.0.0.1", "::1", "localhost"):
         print(f"refract serve: anybody who reaches {host} may ask; --keys FILE asks for a key", file=sys.stderr)
 
 
-def _keys(option: str, file: Path | None, **own: Any) -> "Keys | None":
-    from refract.serve.http.auth import Keys
+def _keys(option: str, file: Path | None, **own: Any) -> "ApiKeys | None":
+    from refract.serve.http.auth import ApiKeys
 
     if file is None:
         return None
     try:
-        return Keys(file, **own)
+        return ApiKeys(file, **own)
     except OSError as err:
         raise RefusedError(f"{option}: {file}: {err.strerror}") from err
     except ValueError as err:

@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_number(0, 1, above=True),
         default=0.01,
         metavar="SHARE",
-        help="of the pictures, whose numbers are kept",
+        help="of the images, whose numbers are kept",
     )
     add(
         "--sample-mb", type=_number(1, 1e7), default=100.0, metavar="MB", help="most that is kept; the oldest gives way"
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_number(0, 1),
         default=0.5,
         metavar="CONFIDENCE",
-        help="of those drawn, under which the picture itself is kept; 0 keeps none",
+        help="of those drawn, under which the image itself is kept; 0 keeps none",
     )
     add("--access-log", action="store_true", help="write a line of JSON for each request to the standard output")
     add(

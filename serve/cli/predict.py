@@ -1,4 +1,4 @@
-"""`refract predict --url URL FILE…`: classify pictures by a running server."""
+"""`refract predict --url URL FILE…`: classify images by a running server."""
 
 import argparse
 import json
@@ -8,16 +8,16 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, 1 where a picture was not answered, 2 for what cannot be asked."""
-    parser = argparse.ArgumentParser(prog="refract predict", description="Classify pictures by a running server.")
+    """Returns 0, 1 where an image was not answered, 2 for what cannot be asked."""
+    parser = argparse.ArgumentParser(prog="refract predict", description="Classify images by a running server.")
     parser.add_argument("--url", required=True, help="of the server, as http://localhost:8000")
     parser.add_argument("--key", default=os.environ.get("REFRACT_KEY"), help="where it asks for one; else REFRACT_KEY")
     parser.add_argument("paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER")
     parser.add_argument(
-        "--text", action="append", help="that goes with each picture, or alone, where the model reads texts"
+        "--text", action="append", help="that goes with each image, or alone, where the model reads texts"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line and picture")
-    parser.add_argument("--top", type=int, metavar="N", help="how many labels for each picture")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line and image")
+    parser.add_argument("--top", type=int, metavar="N", help="how many labels for each image")
     args = parser.parse_args(argv)
     from refract.models.multimodal.tokens import trimmed
 
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         parser.error("--text: given more than once; a question has one text")
     args.text = given[0] if given else ""
     if not args.paths and not trimmed(args.text):
-        parser.error(f"--text: {args.text!r} is an empty text" if given else "name pictures, or give a --text")
+        parser.error(f"--text: {args.text!r} is an empty text" if given else "name images, or give a --text")
     from refract.models.prediction import line
     from refract.serve.client import Client, ServerError
 

@@ -35,12 +35,12 @@ LAST_S = 2.0
 
 def write_lines(descriptor: int = 1) -> None:
     """Have the lines written to the standard output, each a JSON object and nothing else; warnings go elsewhere."""
-    logger.addHandler(LineWriter(descriptor))
+    logger.addHandler(AccessLogWriter(descriptor))
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
 
-class LineWriter(logging.Handler):
+class AccessLogWriter(logging.Handler):
     """Writes lines from a thread, and past Python's own buffer: a reader that stalls holds up no request, nor the end."""
 
     def __init__(self, descriptor: int) -> None:
@@ -108,7 +108,7 @@ def _value(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     return next((value for own, value in headers if own == name), b"")
 
 
-class Access:
+class AccessLog:
     """ASGI middleware. log: whether lines are written, as JSON, to the logger `refract.serve.http.access_log`."""
 
     def __init__(self, app: ASGIApp, *, log: bool) -> None:

@@ -17,9 +17,9 @@ from starlette.types import ASGIApp
 
 from refract.models.bundle.bundle import Bundle, BundleError
 from refract.serve.http import errors
-from refract.serve.http.access_log import Access
-from refract.serve.http.auth import Keys
-from refract.serve.http.base_path import Rooted
+from refract.serve.http.access_log import AccessLog
+from refract.serve.http.auth import ApiKeys
+from refract.serve.http.base_path import BasePath
 from refract.serve.http.cors import Cors
 from refract.serve.http.errors import RequestError
 from refract.serve.http.methods import Methods
@@ -32,7 +32,7 @@ from refract.serve.http.ui import add_page
 from refract.serve.requests.body import Bodies
 from refract.serve.requests.limits import Limits
 from refract.serve.rollout.canary import Challenge, Challenger
-from refract.serve.rollout.data_capture import Sampling
+from refract.serve.rollout.data_capture import DataCapture
 from refract.serve.rollout.registry_watcher import Build, followers
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.gpus import describe
@@ -53,15 +53,15 @@ def create_app(
     max_queue: int = 1024,
     max_requests: int = 256,
     deadline_s: float = 10.0,
-    keys: Keys | None = None,
-    admin: Keys | None = None,
+    keys: ApiKeys | None = None,
+    admin: ApiKeys | None = None,
     access_log: bool = False,
     traces: "TracerProvider | None" = None,
     follow: str | None = None,
     challenge: Challenge | None = None,
     poll_s: float = 60.0,
     build: Build = Engine,
-    sampling: Sampling | None = None,
+    sampling: DataCapture | None = None,
     cors_origins: Sequence[str] = (),
     root_path: str = "",
 ) -> FastAPI:
@@ -83,7 +83,7 @@ def create_app(
         sampling.count = metrics.sampled
     service = Service(engine, limits=limits or Limits(), metrics=metrics, sampling=sampling, **options)
     metrics.watch("requests_inside", "Requests in the house", lambda: service.inside)
-    metrics.watch("pictures_waiting", "Pictures that wait for a batch", lambda: service.waiting)
+    metrics.watch("images_waiting", "Images that wait for a batch", lambda: service.waiting)
     for gpu in describe(engine.devices):
         metrics.watch_gpu(gpu.device, gpu.name, gpu.driver, partial(describe, [gpu.device]))
 
@@ -128,8 +128,8 @@ def create_app(
     # Around all that Starlette and FastAPI have around a route, too.
     routes = Direct(Methods(app.build_middleware_stack(), lambda: app.routes), PREDICT, predict, refused)
     shared: ASGIApp = Cors(routes, cors_origins) if cors_origins else routes
-    rooted = Rooted(shared, root_path) if root_path else shared
-    watched: ASGIApp = Access(rooted, log=access_log)
+    rooted = BasePath(shared, root_path) if root_path else shared
+    watched: ASGIApp = AccessLog(rooted, log=access_log)
     busy = {PREDICT, root_path + PREDICT}
     app.middleware_stack = Traced(watched, provider=traces, busy=busy) if traces else watched
     return app
@@ -154,14 +154,14 @@ async def _challenged(service: Service, challenge: Challenge) -> None:
         logger.warning("nothing challenges: %s", err)
 
 
-def _unrated(keys: Keys) -> Keys:
+def _unrated(keys: ApiKeys) -> ApiKeys:
     """The same keys, for what is no prediction: the page asks for the state every few seconds, which must not use up their rate."""
     unrated = copy.copy(keys)
     unrated._rate = None
     return unrated
 
 
-def _dependencies(keys: Keys) -> list[Any]:
+def _dependencies(keys: ApiKeys) -> list[Any]:
     # The first is for the description, so that /docs and generated clients know of the key.
     return [Depends(HTTPBearer(auto_error=False)), Depends(keys.check)]
 
@@ -172,7 +172,7 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
         service.check_alive()
         return JSONResponse({"status": "alive"})
 
-    @app.get("/readyz", summary="The golden pictures gave their stored answers again", responses=problems(503))
+    @app.get("/readyz", summary="The golden images gave their stored answers again", responses=problems(503))
     async def readyz() -> JSONResponse:
         service.check_wanted()
         return JSONResponse({"status": "ready", "model": service.engine.bundle.info.name})
@@ -183,10 +183,10 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
 
     @app.get("/v1/status", summary="What is in the house", dependencies=allowed, responses=problems(401))
     async def status() -> JSONResponse:
-        return JSONResponse({"requests": service.inside, "pictures_waiting": service.waiting})
+        return JSONResponse({"requests": service.inside, "images_waiting": service.waiting})
 
 
-def _add_admin(app: FastAPI, service: Service, guards: Keys | None) -> None:
+def _add_admin(app: FastAPI, service: Service, guards: ApiKeys | None) -> None:
     allowed = _dependencies(_unrated(guards)) if guards else [Depends(_nobody)]
 
     @app.post(

@@ -23,7 +23,7 @@ SHORTEST = 8
 _REMARK = re.compile(r"(?:^|\s)#")
 
 
-class Keys:
+class ApiKeys:
     """The keys of a file, one a line, read again when the file changes, so that keys are rotated without a restart. What follows a `#`, at
     the beginning or after white space, is the key's name in logs; else the beginning of its SHA-256 is.
 

@@ -20,7 +20,7 @@ def prefix_problem(prefix: str) -> str | None:
     return None
 
 
-class Rooted:
+class BasePath:
     """ASGI middleware: answers below `prefix` what the application answers at `/`, whether the proxy keeps the prefix or removes it."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:

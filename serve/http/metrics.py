@@ -1,4 +1,4 @@
-"""What a server has done, for Prometheus. Knows nothing of HTTP's details, nor of pictures."""
+"""What a server has done, for Prometheus. Knows nothing of HTTP's details, nor of images."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from refract.serve.runtime.gpus import Gpu
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_PICTURES = (1, 2, 4, 8, 16, 32, 64, 128)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
@@ -32,10 +32,10 @@ class Metrics:
         self._seconds = Histogram("refract_request_seconds", "Of answered requests", buckets=_SECONDS, **own)
         self._stages = Histogram("refract_stage_seconds", "Of their stages", ["stage"], buckets=_SECONDS, **own)
         self._batches = Histogram(
-            "refract_batch_pictures", "Pictures in a batch that was to be answered", buckets=_PICTURES, **own
+            "refract_batch_images", "Images in a batch that was to be answered", buckets=_IMAGES, **own
         )
         self._confidence = Histogram("refract_confidence", "Of the likeliest label", buckets=_SHARES, **own)
-        self._labels = Counter("refract_predictions", "Pictures by their likeliest label", ["label"], **own)
+        self._labels = Counter("refract_predictions", "Images by their likeliest label", ["label"], **own)
         self._abstained = Counter("refract_abstained", "Answers to be left to a person", **own)
         self._swaps = Counter("refract_swaps", "Changes of the model by their end", ["end"], **own)
         # To look a label up costs more than to count.
@@ -44,8 +44,8 @@ class Metrics:
             cache(self._stages.labels),
             cache(self._labels.labels),
         )
-        self._sampled = Counter("refract_sampled", "Pictures that were drawn to be kept, by their end", ["end"], **own)
-        self._challenged = Counter("refract_challenger_pictures", "Of the challenger by their end", ["end"], **own)
+        self._sampled = Counter("refract_sampled", "Images that were drawn to be kept, by their end", ["end"], **own)
+        self._challenged = Counter("refract_challenger_images", "Of the challenger by their end", ["end"], **own)
         self._challenger_seconds = Histogram("refract_challenger_seconds", "Of its answers", buckets=_SECONDS, **own)
         self._challenger = Gauge("refract_challenger", "1 for what challenges", ["name", "digest"], **own)
         self._gpu = Gauge("refract_gpu", "1 for each GPU that computes", ["device", "name", "driver"], **own)
@@ -65,9 +65,9 @@ class Metrics:
         """A request ended in a problem."""
         self._requests.labels(code).inc()
 
-    def computed(self, pictures: int) -> None:
+    def computed(self, images: int) -> None:
         """A batch went through the network, for answers."""
-        self._batches.observe(pictures)
+        self._batches.observe(images)
 
     def predicted(self, probabilities: np.ndarray, labels: Sequence[str], abstained: int) -> None:
         """probabilities: N×C; abstained: how many of the N should be left to a person."""
@@ -96,9 +96,9 @@ class Metrics:
         self._challenger.clear()
         self._challenger.labels(name, digest[:16]).set(1)
 
-    def challenged(self, end: str, pictures: int, seconds: float | None = None) -> None:
+    def challenged(self, end: str, images: int, seconds: float | None = None) -> None:
         """end: `answered` by the challenger; `agreed` or `differed`, `failed` or `skipped`, where it was asked after the answer."""
-        self._challenged.labels(end).inc(pictures)
+        self._challenged.labels(end).inc(images)
         if seconds is not None:
             self._challenger_seconds.observe(seconds)
 

@@ -5,7 +5,7 @@ from typing import Any
 from refract.serve.http.errors import MEDIA_TYPE, Problem
 
 _RED = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGO8IyfHgA0wYRUdtBIA4FYBKCgCg6AAAAAASUVORK5CYII="
-"""A red picture of 8 × 8 pixels, a PNG in base64."""
+"""A red image of 8 × 8 pixels, a PNG in base64."""
 
 _FILE = {"type": "string", "format": "binary"}
 _BASE64 = {"type": "string", "format": "byte"}

@@ -13,11 +13,11 @@ class Limits:
     """The largest request that is answered; anything larger is refused before it costs memory.
 
     max_body_bytes: of the HTTP body as sent (base64 and multipart framing count); max_pixels: height × width of one
-    picture, read from its header; max_total_pixels: of all pictures of a request together; max_images: pictures in one
+    image, read from its header; max_total_pixels: of all images of a request together; max_images: images in one
     request; max_held_bytes: of the bodies of all requests at a time, as far as they have arrived (those that a shadow is
     asked for, eight at most, come to that, and what was in forms and base64); max_decoding_pixels: of all
-    pictures that are being decoded at a time, by their headers; body_seconds: for a body to arrive.
-    ValueError unless all are at least 1, and `max_decoding_pixels` takes a picture of `max_pixels`.
+    images that are being decoded at a time, by their headers; body_seconds: for a body to arrive.
+    ValueError unless all are at least 1, and `max_decoding_pixels` takes an image of `max_pixels`.
     """
 
     max_body_bytes: int = 20 * MIB
@@ -35,7 +35,7 @@ class Limits:
                 raise ValueError(f"Limits.{field.name} is {value!r}; it must be an integer of at least 1")
         if self.max_decoding_pixels < self.max_pixels:
             raise ValueError(
-                f"Limits.max_decoding_pixels is {self.max_decoding_pixels}, less than max_pixels={self.max_pixels} of one picture"
+                f"Limits.max_decoding_pixels is {self.max_decoding_pixels}, less than max_pixels={self.max_pixels} of one image"
             )
 
 
@@ -47,7 +47,7 @@ class OverloadedError(RuntimeError):
         self.after_s, self.code = after_s, code
 
 
-class Room:
+class Budget:
     """What is being decoded now, on all threads, in pixels."""
 
     def __init__(self, limits: Limits) -> None:
@@ -56,10 +56,10 @@ class Room:
 
     @contextmanager
     def taken(self, pixels: int) -> Iterator[None]:
-        """Place for a picture of so many pixels until the block ends. OverloadedError where there is none."""
+        """Place for an image of so many pixels until the block ends. OverloadedError where there is none."""
         with self._lock:
             if self._held + pixels > self.limits.max_decoding_pixels:
-                raise OverloadedError(f"pictures of {self._held:,} pixels are being decoded; try again later")
+                raise OverloadedError(f"images of {self._held:,} pixels are being decoded; try again later")
             self._held += pixels
         try:
             yield

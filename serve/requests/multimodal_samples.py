@@ -1,4 +1,4 @@
-"""What a network that reads texts gets for each sample, as one array: picture, text's numbers, what is there. Knows nothing of HTTP."""
+"""What a network that reads texts gets for each sample, as one array: image, text's numbers, what is there. Knows nothing of HTTP."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from refract.augment.preprocess import Preprocess
 from refract.models.multimodal.tokens import Tokens
 
 BLANK = 128
-"""The grey of a picture that is not there; the network does not look at it."""
+"""The grey of an image that is not there; the network does not look at it."""
 
 
-def joined(images: np.ndarray, texts: Sequence[str], pictured: Sequence[bool], tokens: Tokens) -> np.ndarray:
-    """images: uint8 N×H×W×3; texts: N, or none; pictured: N, or none where all have a picture. A structured array of N."""
+def joined(images: np.ndarray, texts: Sequence[str], has_image: Sequence[bool], tokens: Tokens) -> np.ndarray:
+    """images: uint8 N×H×W×3; texts: N, or none; has_image: N, or none where all have an image. A structured array of N."""
     found = np.zeros(len(images), dtype=_record(images.shape[1:], tokens))
-    found["images"], found["pictured"] = images, list(pictured) or True
+    found["images"], found["has_image"] = images, list(has_image) or True
     for row, text in zip(found, texts, strict=False):
         numbers, cut = tokens(text)
         row["texts"][: len(numbers)], row["cut"] = numbers, cut
@@ -24,11 +24,11 @@ def joined(images: np.ndarray, texts: Sequence[str], pictured: Sequence[bool], t
 
 
 def _record(shape: tuple[int, ...], tokens: Tokens) -> np.dtype:
-    return np.dtype([("images", "u1", shape), ("texts", "i4", (tokens.most,)), ("pictured", "?"), ("cut", "?")])
+    return np.dtype([("images", "u1", shape), ("texts", "i4", (tokens.most,)), ("has_image", "?"), ("cut", "?")])
 
 
 def mirrored(batch: np.ndarray) -> np.ndarray:
-    """Each picture's mirror image, with the text that it has."""
+    """Each image's mirror image, with the text that it has."""
     if batch.dtype.fields is None:
         return batch[:, :, ::-1]
     found = batch.copy()
@@ -51,9 +51,9 @@ def inputs(batch: np.ndarray, device: torch.device, reads: frozenset[str]) -> tu
     if batch.dtype.fields is None:
         return (torch.from_numpy(batch).to(device).permute(0, 3, 1, 2),)
     images = None
-    if "pictures" in reads:
+    if "images" in reads:
         images = torch.from_numpy(batch["images"].copy()).to(device).permute(0, 3, 1, 2)
     used = np.flatnonzero(batch["texts"].any(axis=0))
     length = int(used[-1]) + 1 if len(used) else 1
     texts = torch.from_numpy(batch["texts"][:, :length].copy()).to(device)
-    return images, texts, torch.from_numpy(batch["pictured"].copy()).to(device)
+    return images, texts, torch.from_numpy(batch["has_image"].copy()).to(device)

@@ -1,4 +1,4 @@
-"""The ways to send images and texts: as the body itself, as a form, in JSON with images in base64. Knows nothing of pictures."""
+"""The ways to send images and texts: as the body itself, as a form, in JSON with images in base64. Knows nothing of images."""
 
 import base64
 import json

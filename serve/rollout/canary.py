@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 
 from refract.serve.runtime.engine import Engine
-from refract.serve.runtime.model_worker import Lane
+from refract.serve.runtime.model_worker import ModelWorker
 
 SHADOWS = 8
 """Requests that are asked after at a time; what comes meanwhile is not."""
@@ -28,7 +28,7 @@ class Challenge:
 class Challenger:
     """A challenger at work on a lane of its own, which is open."""
 
-    def __init__(self, lane: Lane, challenge: Challenge) -> None:
+    def __init__(self, lane: ModelWorker, challenge: Challenge) -> None:
         self.lane, self.challenge = lane, challenge
 
     def chosen(self) -> bool:

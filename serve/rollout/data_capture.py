@@ -1,6 +1,6 @@
 """A sample of what is asked, kept for those who look for drift or label what was unsure. Off unless asked for. Knows nothing of HTTP.
 
-A folder of `inputs-TIME-NAME.jsonl`, a row for each sampled picture with its numbers, and `pictures/`, the files of those whose answer was
+A folder of `inputs-TIME-NAME.jsonl`, a row for each sampled image with its numbers, and `images/`, the files of those whose answer was
 of low confidence. Whatever happens here, answers neither wait nor fail: what the writing thread cannot take is dropped, and counted.
 """
 
@@ -24,7 +24,7 @@ from refract.augment.decoding.formats import format_of
 from refract.augment.image_statistics import look
 from refract.models.bundle.bundle import Bundle
 from refract.models.prediction import confidences, given_labels
-from refract.serve.requests.decoding import Pictures
+from refract.serve.requests.decoding import RequestImages
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ WAITING, WAITING_BYTES = 256, 32 * 1024 * 1024
 """Samples, and their bytes, that may wait for the thread; more are dropped."""
 
 ROWS_SHARE = 0.25
-"""Of the megabytes, for rows; the rest is for pictures."""
+"""Of the megabytes, for rows; the rest is for images."""
 
 STEP = 0.1
 """The share of a shelf that is written between two looks at what lies there: it is never fuller than whole."""
@@ -51,8 +51,8 @@ class _Sample(NamedTuple):
         return (0 if self.pixels is None else self.pixels.nbytes) + len(self.encoded or b"")
 
 
-class Sampling:
-    """share: of the pictures, in (0, 1]; most_bytes: of all that lies in `folder`; below: the confidence under which a picture's file is
+class DataCapture:
+    """share: of the images, in (0, 1]; most_bytes: of all that lies in `folder`; below: the confidence under which an image's file is
     kept, 0 for none. count: is told `kept`, `dropped` or `failed` for each. OSError where the folder cannot be written to."""
 
     def __init__(
@@ -60,8 +60,8 @@ class Sampling:
     ) -> None:
         self._share, self._below = share, below
         self.count: Callable[[str], None] = count or (lambda end: None)
-        self._rows = _Rows(_Shelf(folder, "inputs-*.jsonl", int(ROWS_SHARE * most_bytes)))
-        self._pictures = _Shelf(folder / "pictures", "[!.]*", most_bytes - int(ROWS_SHARE * most_bytes))
+        self._rows = _Rows(_DiskQuota(folder, "inputs-*.jsonl", int(ROWS_SHARE * most_bytes)))
+        self._images = _DiskQuota(folder / "images", "[!.]*", most_bytes - int(ROWS_SHARE * most_bytes))
         self._waiting: queue.Queue[_Sample | None] = queue.Queue(WAITING)
         self._held, self._lock, self._told = 0, threading.Lock(), -QUIET_S
         self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
@@ -78,7 +78,7 @@ class Sampling:
                 return
             self._thread.join(seconds)
 
-    def offer(self, bundle: Bundle, pictures: Pictures, batch: np.ndarray, probabilities: np.ndarray) -> None:
+    def offer(self, bundle: Bundle, images: RequestImages, batch: np.ndarray, probabilities: np.ndarray) -> None:
         """Draw from what was answered. batch: the network's inputs, see `refract.serve.requests.multimodal_samples`.
         Called on the event loop; raises nothing."""
         chosen = [i for i in range(len(probabilities)) if random.random() < self._share]
@@ -86,20 +86,20 @@ class Sampling:
             return
         try:
             for i in chosen:
-                self._put(self._sample(bundle, pictures, batch[i], probabilities[i : i + 1], i))
+                self._put(self._sample(bundle, images, batch[i], probabilities[i : i + 1], i))
         except Exception:
             logger.exception("a sample was lost")
             self.count("failed")
 
-    def _sample(self, bundle: Bundle, pictures: Pictures, given: np.ndarray, row: np.ndarray, place: int) -> _Sample:
+    def _sample(self, bundle: Bundle, images: RequestImages, given: np.ndarray, row: np.ndarray, place: int) -> _Sample:
         info = bundle.info
         pixels = given if given.dtype.fields is None else given["images"]
         statistics: dict[str, float] = {}
-        if pictures.sides and pictures.sides[place] != (0, 0):
-            height, width = pictures.sides[place]
+        if images.sides and images.sides[place] != (0, 0):
+            height, width = images.sides[place]
             statistics = {"width": width, "height": height, "aspect": width / height}
-        if pictures.texts:
-            statistics["characters"] = len(pictures.texts[place])
+        if images.texts:
+            statistics["characters"] = len(images.texts[place])
         confidence = float(confidences(row, info.task, info.thresholds)[0])
         answered = np.flatnonzero(given_labels(row, info.task, info.thresholds)[0])
         found = {
@@ -108,12 +108,12 @@ class Sampling:
             "answered": [info.labels[i] for i in answered.tolist()],
             "confidence": round(confidence, 6),
             "statistics": statistics,
-            "picture": None,
+            "image": None,
         }
-        there = not pictures.pictured or pictures.pictured[place]
-        unsure = confidence < self._below and pictures.encoded
-        # A copy, else one picture would keep its whole batch.
-        return _Sample(found, pixels.copy() if there else None, pictures.encoded[place] if unsure else None)
+        there = not images.has_image or images.has_image[place]
+        unsure = confidence < self._below and images.encoded
+        # A copy, else one image would keep its whole batch.
+        return _Sample(found, pixels.copy() if there else None, images.encoded[place] if unsure else None)
 
     def _put(self, sample: _Sample) -> None:
         with self._lock:
@@ -148,16 +148,16 @@ class Sampling:
         row = sample.row
         if sample.pixels is not None:
             row["statistics"] |= {name: round(value, 6) for name, value in look(sample.pixels)._asdict().items()}
-        if sample.encoded and (name := self._pictures.keep(_name() + _suffix(sample.encoded), sample.encoded)):
-            row["picture"] = f"pictures/{name}"
+        if sample.encoded and (name := self._images.keep(_name() + _suffix(sample.encoded), sample.encoded)):
+            row["image"] = f"images/{name}"
         self._rows.add((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 class _Rows:
     """Lines, appended to a file of their own until it is a tenth of the shelf."""
 
-    def __init__(self, shelf: "_Shelf") -> None:
-        self._shelf, self._file, self._size = shelf, None, 0  # type: _Shelf, Path | None, int
+    def __init__(self, shelf: "_DiskQuota") -> None:
+        self._shelf, self._file, self._size = shelf, None, 0  # type: _DiskQuota, Path | None, int
 
     def add(self, line: bytes) -> None:
         self._shelf.make_room(len(line))
@@ -172,7 +172,7 @@ class _Rows:
         self._size += len(line)
 
 
-class _Shelf:
+class _DiskQuota:
     """The files of a folder that match, at most so many bytes of them: the oldest, by their names, give way. It is its owner's alone."""
 
     def __init__(self, folder: Path, pattern: str, most: int) -> None:

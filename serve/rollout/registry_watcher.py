@@ -20,13 +20,15 @@ Build = Callable[[Bundle], Engine]
 
 def followers(
     service: Service, follow: str | None, challenge: Challenge | None, *, build: Build, every_s: float
-) -> list["Follower"]:
+) -> list["RegistryWatcher"]:
     """Of the champion's name and of the challenger's, where they have one."""
     options: dict[str, Any] = {"build": build, "every_s": every_s, "rejected": service.rejected}
     options |= {"on_refusal": lambda: service.metrics.swapped("refused")}
     found = []
     if follow:
-        found.append(Follower(follow, take=service.swap, serving=lambda: service.engine, obeyed=service, **options))
+        found.append(
+            RegistryWatcher(follow, take=service.swap, serving=lambda: service.engine, obeyed=service, **options)
+        )
     if challenge and challenge.follow:
         terms = replace(challenge, engine=None)  # which is not kept here: it will be exchanged
 
@@ -36,7 +38,7 @@ def followers(
         def challenging() -> Engine | None:
             return service.challenger.lane.engine if service.challenger else None
 
-        found.append(Follower(challenge.follow, take=take, serving=challenging, **options))
+        found.append(RegistryWatcher(challenge.follow, take=take, serving=challenging, **options))
     return found
 
 
@@ -46,7 +48,7 @@ class Obeyed(Protocol):
     left: Path | None
 
 
-class Follower:
+class RegistryWatcher:
     """Asks every `every_s` seconds what `source` means. A bundle that cannot answer is told and not tried again; the old one goes on."""
 
     def __init__(

@@ -12,7 +12,7 @@ import torch
 
 from refract.augment.decoding.decode import ImageError
 from refract.augment.preprocess import Preprocess
-from refract.models.bundle.bundle import Bundle, BundleError, Golden
+from refract.models.bundle.bundle import Bundle, BundleError, GoldenSample
 from refract.models.classifier import probabilities
 from refract.models.multimodal.tokens import Tokens
 from refract.models.occlusion import Occlusion
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Compute = Callable[[np.ndarray], np.ndarray]
 
-# How far a golden picture's probabilities may lie from the stored ones. float32 convolutions differ by about 1e-6
+# How far a golden image's probabilities may lie from the stored ones. float32 convolutions differ by about 1e-6
 # between CPUs; TF32 on the training GPU moves them by up to about 1e-3. Wrong channels, resize or weights move them
 # by far more. Where the stored lead is over twice this, the same top-1 follows.
 TOLERANCE = 2e-3
@@ -67,7 +67,7 @@ class Engine:
         self._forward: Forward = self._classifier
         self.choice: Choice | None = None
         if self.tokens is not None and backend not in ("auto", "eager"):
-            raise BundleError(f"--backend {backend}: computes pictures alone; for a bundle that reads texts take eager")
+            raise BundleError(f"--backend {backend}: computes images alone; for a bundle that reads texts take eager")
         if backend != "eager" and self.tokens is None:
             images = np.stack([self._golden(golden) for golden in self._goldens()])
             with naming_memory(self.device, "timing the backends"):
@@ -79,7 +79,7 @@ class Engine:
 
     @property
     def reads(self) -> frozenset[str]:
-        """pictures, texts, or both."""
+        """images, texts, or both."""
         return self._classifier.reads
 
     @property
@@ -99,7 +99,7 @@ class Engine:
         return (str(self.device), *(str(other.device) for other in self.others))
 
     def compute(self, batch: np.ndarray) -> np.ndarray:
-        """batch → float32 N×2×C: of each picture its probabilities, the bundle's temperature applied, and its logits."""
+        """batch → float32 N×2×C: of each image its probabilities, the bundle's temperature applied, and its logits."""
         return self._fitted(partial(self._answers, self._forward), batch)
 
     def overlapped(self, staging: Staging, batch: np.ndarray) -> np.ndarray:
@@ -174,7 +174,7 @@ class Engine:
         return Occlusion(self._forward, multilabel=info.task == "multilabel", temperature=info.temperature)
 
     def self_test(self) -> float:
-        """Ask for the golden pictures. BundleError, naming the picture, unless the stored answers come again. Returns the seconds that
+        """Ask for the golden images. BundleError, naming the image, unless the stored answers come again. Returns the seconds that
         one takes, the shortest of them."""
         times = []
         for golden in self._goldens():
@@ -191,20 +191,20 @@ class Engine:
             other.self_test()
         return min(times)
 
-    def _goldens(self) -> Sequence[Golden]:
-        if not self.bundle.goldens:
-            raise BundleError(f"{self.bundle.path}: no golden pictures, so nothing shows that this model still works")
-        return self.bundle.goldens
+    def _goldens(self) -> Sequence[GoldenSample]:
+        if not self.bundle.golden_samples:
+            raise BundleError(f"{self.bundle.path}: no golden images, so nothing shows that this model still works")
+        return self.bundle.golden_samples
 
-    def _golden(self, golden: Golden) -> np.ndarray:
+    def _golden(self, golden: GoldenSample) -> np.ndarray:
         try:
-            image = self.preprocess(golden.data) if golden.pictured else blank(self.preprocess)
+            image = self.preprocess(golden.data) if golden.has_image else blank(self.preprocess)
         except ImageError as err:
             raise BundleError(f"{self._where(golden)} cannot be read: {err}") from err
-        return image if self.tokens is None else joined(image[None], [golden.text], [golden.pictured], self.tokens)[0]
+        return image if self.tokens is None else joined(image[None], [golden.text], [golden.has_image], self.tokens)[0]
 
-    def _where(self, golden: Golden) -> str:
-        return f"{self.bundle.path}: golden picture {golden.name}"
+    def _where(self, golden: GoldenSample) -> str:
+        return f"{self.bundle.path}: golden image {golden.name}"
 
     def _compare(self, where: str, answered: np.ndarray, stored: np.ndarray, tolerance: float) -> None:
         if answered.shape != stored.shape:

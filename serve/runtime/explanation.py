@@ -12,7 +12,7 @@ from torch import Tensor
 from refract.models.occlusion import BATCH, PASSES
 from refract.models.prediction import Explanation
 from refract.serve.runtime.engine import Engine
-from refract.serve.runtime.pools import Threads
+from refract.serve.runtime.pools import PricedPool
 
 PACE = 0.002
 """Seconds that one image takes to pass through the network, until it was measured."""
@@ -27,7 +27,7 @@ class Explanations:
     """Explains one request at a time, in the order in which they come. Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._thread = Threads(1, "explain", pace=PACE)
+        self._thread = PricedPool(1, "explain", pace=PACE)
         self._turn = asyncio.Lock()
 
     def expected(self, count: int) -> float:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 def spared() -> Iterator[None]:
     """Keep Python's search for garbage from what was made until now, and have it search less often. For when all is loaded.
 
-    Of a small picture's answer it took a twentieth of the time, as there are two hundred thousand objects of PyTorch's to look through.
+    Of a small image's answer it took a twentieth of the time, as there are two hundred thousand objects of PyTorch's to look through.
     """
     before = gc.get_threshold()
     gc.collect()

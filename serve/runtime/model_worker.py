@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from refract.serve.http.metrics import Metrics
-from refract.serve.requests.limits import Room
+from refract.serve.requests.limits import Budget
 from refract.serve.runtime.batcher import Answered, Batcher
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.engine_statistics import Statistics
-from refract.serve.runtime.pools import RECENT, Threads
+from refract.serve.runtime.pools import RECENT, PricedPool
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +34,20 @@ PROVEN = 64
 """Batches that must have been computed by threads before: one that hangs should hang there."""
 
 
-class Lane:
-    """Open from `start` to `retire`. preparing: requests whose pictures are being read or decoded; a batch is held back for them alone.
+class ModelWorker:
+    """Open from `start` to `retire`. preparing: requests whose images are being read or decoded; a batch is held back for them alone.
 
     unfit: the self-test fails since batches did; lost: it failed again.
     """
 
     def __init__(
-        self, engine: Engine, *, decoders: Callable[[float], Threads], room: Room, metrics: Metrics | None, **waits: Any
+        self,
+        engine: Engine,
+        *,
+        decoders: Callable[[float], PricedPool],
+        room: Budget,
+        metrics: Metrics | None,
+        **waits: Any,
     ) -> None:
         """decoders, room: the threads for so many megapixels, and what they may decode at a time; metrics: count its batches, None where it
         answers nobody. waits: see `Batcher`."""
@@ -57,23 +63,23 @@ class Lane:
 
     @property
     def waiting(self) -> int:
-        """Pictures that wait for a batch."""
+        """Images that wait for a batch."""
         return self._batcher.waiting
 
-    def expected(self, pictures: int = 0) -> float:
-        """Seconds until so many more pictures will have been computed, after those before them; a request that is being prepared counts as
+    def expected(self, images: int = 0) -> float:
+        """Seconds until so many more images will have been computed, after those before them; a request that is being prepared counts as
         one."""
         before = sum(self._computing) + self.waiting + self.preparing
-        return (before + pictures) * self._pace / len(self._computing)
+        return (before + images) * self._pace / len(self._computing)
 
     def start(self, pace: float) -> None:
-        """On the event loop that will submit. pace: seconds that a picture takes the engine; measured from then on."""
+        """On the event loop that will submit. pace: seconds that an image takes the engine; measured from then on."""
         self._pace, self._loop = pace, asyncio.get_running_loop()
         self._batcher.start()
 
     @contextmanager
     def coming(self) -> Iterator[None]:
-        """A request's pictures are on their way to a batch until the block ends."""
+        """A request's images are on their way to a batch until the block ends."""
         self.preparing += 1
         try:
             yield
@@ -125,7 +131,7 @@ class Lane:
             self._computing[number] = 0
         self._failed = 0
         # Several threads may do this at a time: that a measurement is lost then does no harm. A large batch, which tells more of how fast
-        # it goes when there is much to do, counts as so many pictures.
+        # it goes when there is much to do, counts as so many images.
         share, seconds = 1 - (1 - RECENT) ** len(batch), time.monotonic() - began
         self.statistics.computed(len(batch), seconds)
         self._pace += share * (seconds / len(batch) - self._pace)

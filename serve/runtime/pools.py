@@ -1,4 +1,4 @@
-"""Threads whose work has a price: how long what waits for them will take. Knows nothing of pictures."""
+"""Threads whose work has a price: how long what waits for them will take. Knows nothing of images."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ RECENT = 0.2
 """How much a unit of work counts in the mean of the past ones."""
 
 
-class Threads:
+class PricedPool:
     """`count` threads, and the seconds that a unit of their work takes: `pace` at first, then as measured. Belongs to one event loop."""
 
     def __init__(self, count: int, name: str, *, pace: float) -> None:

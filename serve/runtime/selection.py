@@ -42,12 +42,12 @@ STEADY = 1.5
 times slower beside plain PyTorch."""
 
 BATCH, ROUNDS, SECONDS = 8, 5, 2.0
-"""Pictures in a timed batch; how often it is timed, at most for so long."""
+"""Images in a timed batch; how often it is timed, at most for so long."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """name: of the backend; threads: of a CPU that compute one batch; rates: pictures a second of each that was tried, `NAME/threads` on a
+    """name: of the backend; threads: of a CPU that compute one batch; rates: images a second of each that was tried, `NAME/threads` on a
     CPU; dropped: those that were not, with the reason."""
 
     name: str
@@ -80,7 +80,7 @@ def choose(
     threads: int = THREADS,
     cache: Path | None = None,
 ) -> tuple[Forward, Choice]:
-    """The fastest way for this bundle on this machine that agrees with plain float32 on `images`, the golden pictures, uint8 N×H×W×3: the
+    """The fastest way for this bundle on this machine that agrees with plain float32 on `images`, the golden images, uint8 N×H×W×3: the
     same likeliest label, probabilities within AGREED. wanted: a name of BACKENDS is taken, if it agrees, those of INT8 within INT8_AGREED;
     int8 is the fastest of INT8. threads: of a CPU, at most. The choice is kept in `cache`, by default ~/.cache/refract/backends, for the
     bundle, the machine and the versions.
@@ -151,13 +151,13 @@ def _fastest(
     choice = Choice(name, threads, rates, dropped)
     torch.set_num_threads(threads)
     if not forced:
-        logger.info("%s is taken; pictures a second: %s", name, rates)
+        logger.info("%s is taken; images a second: %s", name, rates)
         _keep(folder, choice)
     return forward, choice
 
 
 class _Trial:
-    """The golden pictures, and what plain float32 says to them."""
+    """The golden images, and what plain float32 says to them."""
 
     def __init__(self, bundle: Bundle, classifier: Classifier, images: Tensor, folder: Path) -> None:
         self._classifier, self._images, self._folder = classifier, images, folder
@@ -209,7 +209,7 @@ class _Trial:
         return min(1.0, change * kept.rates[eager] / plain)
 
     def rate(self, forward: Forward) -> float:
-        """Pictures a second, in batches."""
+        """Images a second, in batches."""
         batch = self._images.repeat(-(-BATCH // len(self._images)), 1, 1, 1)[:BATCH]
         times: list[float] = []
         with torch.inference_mode():

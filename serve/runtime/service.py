@@ -15,18 +15,18 @@ import numpy as np
 from refract.models.bundle.bundle import BundleError
 from refract.serve.http.errors import NotReadyError, RequestError
 from refract.serve.http.metrics import Metrics
-from refract.serve.requests.limits import Limits, OverloadedError, Room
+from refract.serve.requests.limits import Budget, Limits, OverloadedError
 from refract.serve.requests.multimodal_samples import cuts, joined, mirrored
 from refract.serve.rollout.canary import SHADOWS, Challenge, Challenger
-from refract.serve.rollout.data_capture import Sampling
+from refract.serve.rollout.data_capture import DataCapture
 from refract.serve.runtime.batcher import BatchError, ClosedError
 from refract.serve.runtime.cores import cores
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.engine_statistics import Statistics
 from refract.serve.runtime.explanation import Explanations
-from refract.serve.runtime.model_worker import Lane
-from refract.serve.runtime.pools import Threads
-from refract.serve.runtime.work import Answers, Known, Work, check_read, check_version
+from refract.serve.runtime.model_worker import ModelWorker
+from refract.serve.runtime.pools import PricedPool
+from refract.serve.runtime.work import Predictions, ReadWork, Work, check_read, check_version
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ EXPLAINED = 0.9
 class Service:
     """One engine at a time, open for requests between `start` and `stop`; by `swap` another one, with no request lost.
 
-    max_requests bounds the requests that are in the house, max_queue the pictures that wait for the engine, deadline_s the time from a
+    max_requests bounds the requests that are in the house, max_queue the images that wait for the engine, deadline_s the time from a
     request's last byte to its answer. Belongs to one event loop. ValueError if `max_queue` could never take a request of
     `limits.max_images`.
     """
@@ -71,7 +71,7 @@ class Service:
         max_queue: int = 1024,
         max_requests: int = 256,
         deadline_s: float = 10.0,
-        sampling: Sampling | None = None,
+        sampling: DataCapture | None = None,
     ) -> None:
         if max_queue < 2 * limits.max_images:
             raise ValueError(
@@ -85,12 +85,12 @@ class Service:
         self._inside = 0
         self._waits: dict[str, Any] = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
-        self._decoders = Threads(cores(), "decode", pace=DECODING)
-        self._large = Threads(max(1, cores() // 2), "decode-large", pace=DECODING)
-        # Heat maps, and a shadow's pictures, keep nobody from being decoded.
+        self._decoders = PricedPool(cores(), "decode", pace=DECODING)
+        self._large = PricedPool(max(1, cores() // 2), "decode-large", pace=DECODING)
+        # Heat maps, and a shadow's images, keep nobody from being decoded.
         self._explanations = Explanations()
-        self._aside = Threads(1, "aside", pace=DECODING)
-        self._place: dict[str, Any] = {"decoders": self._decoders_of, "room": Room(limits), "metrics": metrics}
+        self._aside = PricedPool(1, "aside", pace=DECODING)
+        self._place: dict[str, Any] = {"decoders": self._decoders_of, "room": Budget(limits), "metrics": metrics}
         self._sampling = sampling
         self._lane = self._lane_of(engine)
         self._previous: Engine | None = None
@@ -110,7 +110,7 @@ class Service:
 
     @property
     def waiting(self) -> int:
-        """Pictures that wait for the engine."""
+        """Images that wait for the engine."""
         return self._lane.waiting
 
     @property
@@ -129,7 +129,7 @@ class Service:
         return self._challenger
 
     async def start(self) -> None:
-        """Run the self-test, then open. BundleError if the golden pictures' answers do not come again."""
+        """Run the self-test, then open. BundleError if the golden images' answers do not come again."""
         pace = await asyncio.to_thread(self.engine.self_test)
         self._lane.start(pace)
         self.metrics.serves(self.engine.bundle.info.name, self.engine.bundle.digest)
@@ -184,7 +184,7 @@ class Service:
         """Have its engine challenge the one that answers, in place of the one that did. BundleError as `swap`."""
         assert challenge.engine is not None
         async with self._swapping:
-            aside = {"decoders": lambda _: self._aside, "room": Room(self.limits), "metrics": None}
+            aside = {"decoders": lambda _: self._aside, "room": Budget(self.limits), "metrics": None}
             own = {} if challenge.answers else aside
             lane, before = await self._opened(challenge.engine, **own), self._challenger
             self._challenger = Challenger(lane, challenge)
@@ -192,7 +192,7 @@ class Service:
             if before:
                 self._retire(before.lane)
 
-    async def _opened(self, engine: Engine, **place: Any) -> Lane:
+    async def _opened(self, engine: Engine, **place: Any) -> ModelWorker:
         old, new = self.engine.bundle.info, engine.bundle.info
         if (old.task, old.labels) != (new.task, new.labels):
             raise BundleError(f"{engine.bundle.path}: answers with other labels than {old.name}; start a server for it")
@@ -205,7 +205,7 @@ class Service:
         lane.start(pace)
         return lane
 
-    def _retire(self, lane: Lane) -> None:
+    def _retire(self, lane: ModelWorker) -> None:
         task = asyncio.create_task(lane.retire())
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
@@ -240,22 +240,22 @@ class Service:
         finally:
             self._inside -= 1
 
-    def _check_pace(self, lane: Lane, pictures: int = 0) -> None:
-        """What could not be answered by its deadline is better not begun: else all wait, and none is answered. pictures: of it, where they
+    def _check_pace(self, lane: ModelWorker, images: int = 0) -> None:
+        """What could not be answered by its deadline is better not begun: else all wait, and none is answered. images: of it, where they
         are known."""
-        self._check_wait(lane.expected(pictures))
+        self._check_wait(lane.expected(images))
 
     def _check_wait(self, expected: float) -> None:
         if expected > PATIENCE * self._deadline:
             raise OverloadedError(f"an answer would take {expected:.1f} s; try again later", round(expected) or 1)
 
-    def _decoders_of(self, megapixels: float) -> Threads:
+    def _decoders_of(self, megapixels: float) -> PricedPool:
         return self._large if megapixels > LARGE else self._decoders
 
-    def _lane_of(self, engine: Engine, **place: Any) -> Lane:
-        return Lane(engine, **self._waits, **(place or self._place))
+    def _lane_of(self, engine: Engine, **place: Any) -> ModelWorker:
+        return ModelWorker(engine, **self._waits, **(place or self._place))
 
-    async def predict(self, work: Work) -> Answers:
+    async def predict(self, work: Work) -> Predictions:
         """The answers. RequestError, 504 beyond the deadline: what is not computed by then never is; OverloadedError, ClosedError or
         BatchError."""
         self._check_pace(self._lane)  # again, as many bodies may have arrived at once
@@ -265,7 +265,7 @@ class Service:
                 known = (await self._read(work))._replace(due=due)
                 if not work.explained:
                     return await self._predict(known)
-                with self._explaining(known.pictures.number):
+                with self._explaining(known.images.number):
                     return await self._predict(known)
         except TimeoutError as err:
             raise RequestError(504, "deadline_exceeded", f"there was no answer within {self._deadline:g} s") from err
@@ -280,17 +280,17 @@ class Service:
         if self._lane.unfit:
             raise NotReadyError("the model does not pass its self-test now")
 
-    async def _read(self, work: Work) -> Known:
+    async def _read(self, work: Work) -> ReadWork:
         began, lane = time.monotonic(), self._lane
         try:
             if work.quick:
-                return Known(work, work.read(), time.monotonic() - began)
+                return ReadWork(work, work.read(), time.monotonic() - began)
             with lane.coming():
-                pictures = await asyncio.get_running_loop().run_in_executor(self._readers, work.read)
+                images = await asyncio.get_running_loop().run_in_executor(self._readers, work.read)
         except BaseException:
             lane.statistics.failed(time.monotonic() - began)
             raise
-        return Known(work, pictures, time.monotonic() - began)
+        return ReadWork(work, images, time.monotonic() - began)
 
     @contextmanager
     def _explaining(self, count: int) -> Iterator[None]:
@@ -302,7 +302,7 @@ class Service:
         with self._explanations.promised(count):
             yield
 
-    async def _predict(self, known: Known) -> Answers:
+    async def _predict(self, known: ReadWork) -> Predictions:
         work = known.work
         challenger = self._challenger if self._challenger and self._challenger.chosen() else None
         if work.version is None and challenger and challenger.challenge.answers:
@@ -313,7 +313,7 @@ class Service:
             except RequestError:  # the client's mistake is the same for both
                 raise
             except Exception as err:  # whatever it is, the one that is trusted answers
-                self._tell_failed(err, known.pictures.number)
+                self._tell_failed(err, known.images.number)
             else:
                 self.metrics.challenged("answered", len(found.probabilities), sum(found.seconds.values()))
                 return found
@@ -324,7 +324,7 @@ class Service:
             self._shadow(challenger, known, found)
         return found
 
-    async def _on(self, lane: Lane, known: Known, *, sampled: bool = True) -> Answers:
+    async def _on(self, lane: ModelWorker, known: ReadWork, *, sampled: bool = True) -> Predictions:
         """sampled: where the answer goes to whoever asked; a shadow's does not."""
         began, found = time.monotonic(), None
         try:
@@ -333,11 +333,11 @@ class Service:
         finally:
             seconds = known.seconds + time.monotonic() - began
             if sampled and found:
-                lane.statistics.succeeded(known.pictures.number, seconds, found.seconds)
+                lane.statistics.succeeded(known.images.number, seconds, found.seconds)
             elif sampled:
                 lane.statistics.failed(seconds)
 
-    async def _answers(self, lane: Lane, known: Known, *, sampled: bool) -> Answers:
+    async def _answers(self, lane: ModelWorker, known: ReadWork, *, sampled: bool) -> Predictions:
         work = known.work
         with lane.entered():  # whatever is served meanwhile
             began = time.monotonic()
@@ -351,36 +351,36 @@ class Service:
             outputs = found.outputs
             rows = lane.engine.mean(*np.split(outputs[:, 1], 2)) if work.mirrored else outputs[:, 0]
             if self._sampling and sampled:
-                self._sampling.offer(lane.engine.bundle, known.pictures, batch, rows)
+                self._sampling.offer(lane.engine.bundle, known.images, batch, rows)
             if not work.explained:
-                return Answers(lane.engine.bundle, rows, seconds, cut=cuts(batch))
+                return Predictions(lane.engine.bundle, rows, seconds, cut=cuts(batch))
             began = time.monotonic()
             maps = await self._explanations.of(lane.engine, batch, rows, known.due)
-            return Answers(
+            return Predictions(
                 lane.engine.bundle, rows, {**seconds, "explain": time.monotonic() - began}, maps, cuts(batch)
             )
 
-    async def _samples(self, lane: Lane, known: Known) -> np.ndarray:
-        """The pictures, and with the texts where they are read. RequestError 422 for what this model does not read."""
-        pictures, tokens = known.pictures, lane.engine.tokens
-        check_read(lane.engine, pictures)
+    async def _samples(self, lane: ModelWorker, known: ReadWork) -> np.ndarray:
+        """The images, and with the texts where they are read. RequestError 422 for what this model does not read."""
+        images, tokens = known.images, lane.engine.tokens
+        check_read(lane.engine, images)
         batch = await self._decoded(lane, known)
         if tokens is None:
             return batch
-        make = partial(joined, batch, pictures.texts, pictures.pictured, tokens)
-        return make() if not pictures.texts else await asyncio.get_running_loop().run_in_executor(self._readers, make)
+        make = partial(joined, batch, images.texts, images.has_image, tokens)
+        return make() if not images.texts else await asyncio.get_running_loop().run_in_executor(self._readers, make)
 
-    async def _decoded(self, lane: Lane, known: Known) -> np.ndarray:
-        pictures, decode = known.pictures, partial(known.pictures.decode, lane.engine.preprocess, lane.room)
+    async def _decoded(self, lane: ModelWorker, known: ReadWork) -> np.ndarray:
+        images, decode = known.images, partial(known.images.decode, lane.engine.preprocess, lane.room)
         if known.work.quick:
             return decode()
-        decoders = lane.decoders(pictures.megapixels)
-        self._check_wait(decoders.expected(pictures.megapixels))
-        with lane.coming(), decoders.promised(pictures.megapixels):
-            # One hop a request, not one a picture: cheaper, and a request of 64 pictures cannot take every thread.
-            return await decoders.run(pictures.megapixels, decode)
+        decoders = lane.decoders(images.megapixels)
+        self._check_wait(decoders.expected(images.megapixels))
+        with lane.coming(), decoders.promised(images.megapixels):
+            # One hop a request, not one an image: cheaper, and a request of 64 images cannot take every thread.
+            return await decoders.run(images.megapixels, decode)
 
-    def _shadow(self, challenger: Challenger, known: Known, found: Answers) -> None:
+    def _shadow(self, challenger: Challenger, known: ReadWork, found: Predictions) -> None:
         if len(self._shadows) >= SHADOWS:
             self.metrics.challenged("skipped", len(found.probabilities))
             return
@@ -388,7 +388,7 @@ class Service:
         self._shadows.add(task)
         task.add_done_callback(self._shadows.discard)
 
-    async def _compare(self, challenger: Challenger, known: Known, wanted: np.ndarray) -> None:
+    async def _compare(self, challenger: Challenger, known: ReadWork, wanted: np.ndarray) -> None:
         known = known._replace(work=known.work._replace(explained=False))
         try:
             async with asyncio.timeout(self._deadline):
@@ -401,7 +401,7 @@ class Service:
         self.metrics.challenged("agreed", agreed, seconds)
         self.metrics.challenged("differed", len(wanted) - agreed)
 
-    def _tell_failed(self, err: Exception, pictures: int) -> None:
-        self.metrics.challenged("failed", pictures)
+    def _tell_failed(self, err: Exception, images: int) -> None:
+        self.metrics.challenged("failed", images)
         if not isinstance(err, (RequestError, OverloadedError, ClosedError, BatchError, TimeoutError)):
             logger.error("the challenger failed in a way of its own", exc_info=err)

@@ -15,13 +15,13 @@ from refract.augment.executors import torch_batch
 from refract.augment.plan import Plan, Step
 
 
-def picture(height: int = 61, width: int = 83) -> np.ndarray:
+def make_image(height: int = 61, width: int = 83) -> np.ndarray:
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / (5 + c)) + np.cos(y / (7 + c)) + (x > width / 2) for c in range(3)]
     return np.uint8(200 * (np.stack(waves, -1) + 2) / 5.001 + 20)
 
 
-IMAGE = picture()
+IMAGE = make_image()
 PIL_IMAGE = Image.fromarray(IMAGE)
 TENSOR = torch.from_numpy(IMAGE).permute(2, 0, 1)
 
@@ -308,7 +308,7 @@ def test_hide_and_seek_paints_the_mean() -> None:
 
 def test_fused_stays_within_the_documented_bound_of_the_sequence() -> None:
     """docs/augment.md: with the imagenet preset, 4 grey levels on average over the samples."""
-    image = np.ascontiguousarray(np.kron(picture(), np.ones((4, 4, 1), np.uint8)))
+    image = np.ascontiguousarray(np.kron(make_image(), np.ones((4, 4, 1), np.uint8)))
     augmenter = Augmenter("imagenet", seed=0)
     differences = []
     for index in range(60):
@@ -328,7 +328,7 @@ def test_fused_stays_within_the_documented_bound_of_the_sequence() -> None:
         ((31, 57), [{"Resize": {"size": [64, 20]}}, {"RandomCrop": {"size": [40, 15]}}, "Transpose"], None),
     ],
 )
-def test_nothing_beyond_the_picture_is_blended_into_its_edges(size, policy, to) -> None:
+def test_nothing_beyond_the_image_is_blended_into_its_edges(size, policy, to) -> None:
     white = np.full((*size, 3), 255, np.uint8)
     data = simplejpeg.encode_jpeg(white, 95, "RGB", "444")
     augmenter = Augmenter(policy, seed=2, size=to)
@@ -340,7 +340,7 @@ def test_nothing_beyond_the_picture_is_blended_into_its_edges(size, policy, to) 
 
 
 def test_a_border_shows_where_it_was_asked_for_and_only_there() -> None:
-    policy = [{"Pad": {"size": [20, 40]}}, {"Resize": {"size": [60, 120]}}]  # beside the picture, not above it
+    policy = [{"Pad": {"size": [20, 40]}}, {"Resize": {"size": [60, 120]}}]  # beside the image, not above it
     white = np.full((20, 20, 3), 255, np.uint8)
     plan = Augmenter(policy).draw((20, 20), epoch=0, index=0)
     for result in (

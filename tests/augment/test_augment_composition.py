@@ -124,7 +124,7 @@ def test_draw_and_draw_mixing_agree() -> None:
         ([{"During": {"ops": ["Invert"], "epochs": [3, 2]}}], "ends before it begins"),
         ([{"Ramp": {"ops": ["Invert", "Rotate"]}}], "two entries of one simple op"),
         ([{"Ramp": {"ops": [{"GridMask": {"fill": 3}}, {"GridMask": {"fill": "mean"}}]}}], "only numbers have something in between"),
-        ([{"Shear": {"x": 60, "y": 60}}], "lay the picture flat"),
+        ([{"Shear": {"x": 60, "y": 60}}], "lay the image flat"),
         ([{"Rot90": {"turns": [4]}}], "turns: "),
         ([{"AutoAugment": {"policy": "mnist"}}], "policy: 'mnist' is not one of imagenet, cifar10, svhn"),
         ({"exact": "yes", "ops": []}, "exact: 'yes' is neither true nor false"),

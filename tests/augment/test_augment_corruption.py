@@ -24,7 +24,7 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def hidden(one: np.ndarray, other: np.ndarray) -> float:
-    """How little of a picture is left to be seen, whatever its brightness."""
+    """How little of an image is left to be seen, whatever its brightness."""
     return 100 * (1 - np.corrcoef(one.ravel(), other.ravel())[0, 1])
 
 
@@ -76,7 +76,7 @@ def test_what_the_simple_ones_do() -> None:
     image = photo()
     flat = np.full((64, 64, 3), 100, np.uint8)
     for name in ("gaussian_blur", "glass_blur", "defocus_blur", "motion_blur", "zoom_blur", "pixelate"):
-        assert distance(corrupt(flat, name, 5, seed=0), flat) <= 1, "a flat picture stays"
+        assert distance(corrupt(flat, name, 5, seed=0), flat) <= 1, "a flat image stays"
         assert (
             np.diff(corrupt(image, name, 5, seed=0).astype(int), axis=1).std()
             < np.diff(image.astype(int), axis=1).std()
@@ -89,7 +89,7 @@ def test_what_the_simple_ones_do() -> None:
     dark = np.full((224, 224, 3), 60, np.uint8)
     dark[0, 0] = 255  # fog is scaled by the brightest value
     for name in ("snow", "fog", "frost"):
-        assert corrupt(dark, name, 2, seed=0).mean() > 70, "white falls on a dark picture"
+        assert corrupt(dark, name, 2, seed=0).mean() > 70, "white falls on a dark image"
 
 
 def test_as_an_op_every_name_and_severity_is_drawn() -> None:
@@ -114,9 +114,9 @@ def test_a_severity_that_there_is_not_is_refused(severity) -> None:
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_any_layout_of_the_array_does(name: str) -> None:
-    picture = np.random.default_rng(3).integers(0, 256, (40, 48, 3), dtype=np.uint8)
-    turned = np.asfortranarray(picture)
-    np.testing.assert_array_equal(corrupt(turned, name, 3, seed=4), corrupt(picture, name, 3, seed=4))
+    image = np.random.default_rng(3).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    turned = np.asfortranarray(image)
+    np.testing.assert_array_equal(corrupt(turned, name, 3, seed=4), corrupt(image, name, 3, seed=4))
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:

@@ -190,7 +190,7 @@ PNG = encoded(Image.fromarray(RGB), "PNG")
         ("ein Text mit Umlaut: ü".encode("utf-16"), "looks like text"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_a_reason(data: bytes, reason: str) -> None:
+def test_what_is_no_image_is_refused_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=reason):
         decode(data)
 

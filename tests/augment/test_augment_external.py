@@ -12,22 +12,22 @@ import torch
 from refract.augment import Augmenter, Plan, PolicyError, load_policy
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
-GUESTS = {
+EXTERNAL = {
     "albumentations": [{"albumentations.GaussNoise": {"std_range": [0.1, 0.3], "p": 0.9}}, "albumentations.RandomFog"],
     "imgaug": [{"imgaug.AdditiveGaussianNoise": {"scale": [5, 30]}}, {"imgaug.Dropout": {"p": 0.1}}],
     "torchvision": [{"torchvision.RandomPosterize": {"bits": 3}}, {"torchvision.ColorJitter": {"brightness": 0.5}}],
 }
 
 
-@pytest.mark.parametrize("library", GUESTS)
+@pytest.mark.parametrize("library", EXTERNAL)
 def test_same_key_same_pixels_in_any_order_and_thread(library: str) -> None:
-    augmenter = Augmenter(GUESTS[library], seed=5)
+    augmenter = Augmenter(EXTERNAL[library], seed=5)
     forward = [augmenter(IMAGE, epoch=0, index=i) for i in range(12)]
     assert len({image.tobytes() for image in forward}) >= 11, "each sample its own draw"
     np.random.seed(1)
     torch.manual_seed(1)
     for i in reversed(range(12)):
-        np.testing.assert_array_equal(Augmenter(GUESTS[library], seed=5)(IMAGE, epoch=0, index=i), forward[i])
+        np.testing.assert_array_equal(Augmenter(EXTERNAL[library], seed=5)(IMAGE, epoch=0, index=i), forward[i])
     with ThreadPoolExecutor(4) as pool:
         threads = list(pool.map(lambda i: augmenter(IMAGE, epoch=0, index=i % 12), range(96)))
     for i, image in enumerate(threads):
@@ -35,7 +35,7 @@ def test_same_key_same_pixels_in_any_order_and_thread(library: str) -> None:
 
 
 def test_the_global_generators_are_left_alone() -> None:
-    augmenter = Augmenter([entry for entries in GUESTS.values() for entry in entries], seed=5)
+    augmenter = Augmenter([entry for entries in EXTERNAL.values() for entry in entries], seed=5)
     np.random.seed(3)
     torch.manual_seed(3)
     expected = np.random.random(), torch.rand(()).item()
@@ -45,9 +45,9 @@ def test_the_global_generators_are_left_alone() -> None:
     assert (np.random.random(), torch.rand(()).item()) == expected
 
 
-@pytest.mark.parametrize("library", GUESTS)
+@pytest.mark.parametrize("library", EXTERNAL)
 def test_a_plan_replays_from_json(library: str) -> None:
-    augmenter = Augmenter(GUESTS[library], seed=5)
+    augmenter = Augmenter(EXTERNAL[library], seed=5)
     plan = augmenter.draw(IMAGE.shape[:2], epoch=2, index=7)
     again = Augmenter("none").apply(Plan.from_json(plan.to_json()), IMAGE)
     np.testing.assert_array_equal(again, augmenter(IMAGE, epoch=2, index=7))

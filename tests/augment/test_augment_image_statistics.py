@@ -1,4 +1,4 @@
-"""How a picture looks, in numbers."""
+"""How an image looks, in numbers."""
 
 import cv2
 import numpy as np

@@ -67,7 +67,7 @@ def test_a_part_equals_the_same_pixels_of_the_whole(shape, coding, scale) -> Non
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_part_of_a_turned_picture(orientation: int) -> None:
+def test_a_part_of_a_turned_image(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(photo(120, 200), exif=exif)
@@ -76,7 +76,7 @@ def test_a_part_of_a_turned_picture(orientation: int) -> None:
     part = decode_part(data, (10, 20, 40, 30))
     top, left = 10 - int(part.top), 20 - int(part.left)
     np.testing.assert_array_equal(part.pixels[top : top + 40, left : left + 30], shown[10:50, 20:50])
-    # Odd sides: the reduced picture is rounded up on the side that the turn may bring to the front.
+    # Odd sides: the reduced image is rounded up on the side that the turn may bring to the front.
     odd = encoded(cv2.GaussianBlur(photo(121, 203), None, 3), exif=exif)
     policy = Augmenter([{"Resize": {"size": [30, 30]}}])
     from_bytes, from_array = policy(odd, epoch=0, index=0), policy(decode(odd), epoch=0, index=0)

@@ -1,4 +1,4 @@
-"""MixUp and CutMix: pictures and targets are mixed by the same share, each sample with its own."""
+"""MixUp and CutMix: images and targets are mixed by the same share, each sample with its own."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ COUNT = 64
 LEVELS = torch.arange(COUNT, dtype=torch.uint8) * 4
 IMAGES = (
     LEVELS.view(-1, 1, 1, 1).expand(-1, 3, 16, 16).contiguous()
-)  # picture i is 4·i everywhere: a pixel tells whose it is
+)  # image i is 4·i everywhere: a pixel tells whose it is
 ONE_HOT = torch.eye(COUNT)
 
 
@@ -21,7 +21,7 @@ def mixed(policy: list, **more) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def test_mixup_blends_pictures_and_targets_alike() -> None:
+def test_mixup_blends_images_and_targets_alike() -> None:
     images, targets = mixed([{"MixUp": {"alpha": 1.0}}])
     expected = (targets * LEVELS.float()).sum(1)
     torch.testing.assert_close(images, expected.view(-1, 1, 1, 1).expand_as(images), atol=1e-3, rtol=0)
@@ -95,5 +95,5 @@ def test_each_draw_of_a_sample_is_mixed_in_its_own_way() -> None:
     assert torch.equal(one[0], other[0]) and not torch.equal(one[1:], other[1:])
     assert len({round(float(share), 4) for share in targets.diagonal()}) > COUNT // 2
     for numbers in ([1], range(COUNT + 1)):
-        with pytest.raises(ValueError, match=f"{COUNT} pictures, but {len(numbers)} indices"):
+        with pytest.raises(ValueError, match=f"{COUNT} images, but {len(numbers)} indices"):
             augmenter.mix(IMAGES, ONE_HOT, epoch=0, indices=numbers)

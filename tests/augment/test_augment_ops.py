@@ -40,24 +40,24 @@ STRONG: dict[str, dict[str, Any]] = {
     "GaussianNoise": {"sigma": [0.05, 0.2]},
     "RandomErasing": {"p": 1.0},
 }
-PICTURES = [name for name, op in OPS.items() if op.kind != "text"]
-ALONE = [name for name in PICTURES if OPS[name].kind != "batch"]
+IMAGES = [name for name, op in OPS.items() if op.kind != "text"]
+ALONE = [name for name in IMAGES if OPS[name].kind != "batch"]
 
 
 def make(name: str, **more: Any) -> Policy:
     return Policy((OPS[name](**{**REQUIRED.get(name, {}), **STRONG.get(name, {}), "p": 1.0, **more}),))
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def make_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Smooth colours with edges: noise would hide a wrong resampling."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / (5 + c) + seed) + np.cos(y / (7 + c)) + (x > width / 2) for c in range(3)]
     return np.uint8(255 * (np.stack(waves, -1) + 2) / 5.001)
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", IMAGES)
 def test_p_zero_is_the_identity(name: str) -> None:
-    image = picture(40, 48)
+    image = make_image(40, 48)
     plan = Augmenter(make(name, p=0.0)).draw((40, 48), epoch=0, index=0)
     assert plan.steps == ()
     np.testing.assert_array_equal(Augmenter("none").apply(plan, image), image)
@@ -67,7 +67,7 @@ def test_p_zero_is_the_identity(name: str) -> None:
 @given(height=st.integers(1, 70), width=st.integers(1, 70), index=st.integers(0, 2**40))
 @settings(max_examples=30)
 def test_shape_dtype_replay_and_no_mutation(name: str, height: int, width: int, index: int) -> None:
-    image = picture(height, width)
+    image = make_image(height, width)
     before = image.copy()
     augmenter = Augmenter(make(name), seed=5, size=(16, 20))
     plan = augmenter.draw((height, width), epoch=1, index=index)
@@ -79,10 +79,10 @@ def test_shape_dtype_replay_and_no_mutation(name: str, height: int, width: int, 
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_both_executors_draw_the_same_picture(name: str) -> None:
+def test_both_executors_draw_the_same_image(name: str) -> None:
     """The stated bound: a mean difference of at most 1 grey level, also where the reduction is over 2×."""
     augmenter = Augmenter(make(name), seed=9, size=(24, 28) if OPS[name].kind in ("geometric", "choice") else None)
-    images = [picture(90, 70, i) for i in range(6)]
+    images = [make_image(90, 70, i) for i in range(6)]
     plans = [augmenter.draw((90, 70), epoch=0, index=i) for i in range(6)]
     single = np.stack([augmenter.apply(plan, image) for plan, image in zip(plans, images, strict=True)])
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
@@ -117,7 +117,7 @@ def test_batch_executor_handles_samples_that_drew_different_ops() -> None:
         {"RandomErasing": {}},
     ]
     augmenter = Augmenter(policy, seed=2)
-    images = [picture(32, 32, i) for i in range(16)]
+    images = [make_image(32, 32, i) for i in range(16)]
     plans = [augmenter.draw((32, 32), epoch=0, index=i) for i in range(16)]
     assert len({tuple(step.op for step in plan.steps) for plan in plans}) > 4
     together = (
@@ -130,7 +130,7 @@ def test_batch_executor_handles_samples_that_drew_different_ops() -> None:
 
 
 def test_flip_is_exact_and_its_own_inverse() -> None:
-    image = picture(33, 47)
+    image = make_image(33, 47)
     once = Augmenter([{"HorizontalFlip": {"p": 1.0}}])(image, epoch=0, index=0)
     np.testing.assert_array_equal(once, image[:, ::-1])
     twice = Augmenter([{"HorizontalFlip": {"p": 1.0}}, {"HorizontalFlip": {"p": 1.0}}])(image, epoch=0, index=0)
@@ -139,8 +139,8 @@ def test_flip_is_exact_and_its_own_inverse() -> None:
 
 @given(index=st.integers(0, 10_000), height=st.integers(1, 40), width=st.integers(1, 40))
 @settings(max_examples=60)
-def test_crop_is_a_cut_of_the_padded_picture(index: int, height: int, width: int) -> None:
-    image = picture(23, 31)
+def test_crop_is_a_cut_of_the_padded_image(index: int, height: int, width: int) -> None:
+    image = make_image(23, 31)
     augmenter = Augmenter([{"RandomCrop": {"size": [height, width], "fill": [1, 2, 3]}}])
     plan = augmenter.draw((23, 31), epoch=0, index=index)
     top, left = plan.steps[0].args["box"][:2]
@@ -158,14 +158,14 @@ def test_every_crop_place_is_drawn() -> None:
 
 
 def test_quarter_turn_is_counter_clockwise() -> None:
-    image = picture(32, 32)
+    image = make_image(32, 32)
     turned = Augmenter([{"Rotate": {"degrees": [90, 90]}}])(image, epoch=0, index=0)
     assert np.abs(turned.astype(int) - np.rot90(image)).max() <= 1
 
 
 @pytest.mark.parametrize(("angle", "scale", "shear"), [(30.0, 1.0, 0.0), (-75.0, 1.3, 0.0), (0.0, 0.7, 0.0)])
 def test_affine_agrees_with_torchvision(angle: float, scale: float, shear: float) -> None:
-    image = picture(61, 83)
+    image = make_image(61, 83)
     policy = [{"Affine": {"degrees": [angle, angle], "scale": [scale, scale], "shear": [shear, shear]}}]
     ours = Augmenter(policy)(image, epoch=0, index=0)
     theirs = tv.affine(
@@ -177,9 +177,7 @@ def test_affine_agrees_with_torchvision(angle: float, scale: float, shear: float
         interpolation=tv.InterpolationMode.BILINEAR,
     )
     difference = np.abs(ours.astype(int) - theirs.permute(1, 2, 0).numpy())
-    assert (
-        difference.mean() < 1.0
-    )  # theirs blends the border by another rule: a pixel's width around the picture differs
+    assert difference.mean() < 1.0  # theirs blends the border by another rule: a pixel's width around the image differs
 
 
 def test_shear_moves_rows_sideways() -> None:
@@ -192,7 +190,7 @@ def test_shear_moves_rows_sideways() -> None:
 
 def test_signs_are_those_of_the_documented_table() -> None:
     """docs/augment.md, "Conventions of other libraries"."""
-    image = picture(61, 61)
+    image = make_image(61, 61)
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     how = {"translate": [0, 0], "scale": 1.0, "interpolation": tv.InterpolationMode.BILINEAR}
     cases = {
@@ -207,7 +205,7 @@ def test_signs_are_those_of_the_documented_table() -> None:
 
 
 def test_shift_is_a_share_of_the_side() -> None:
-    image = picture(40, 60)
+    image = make_image(40, 60)
     plan = Plan.from_json(
         '{"version": 1, "size": [40, 60], "steps": [{"op": "Affine", "angle": 0, "shift": [0.25, -0.5], "scale": 1, "shear": 0}]}'
     )
@@ -226,7 +224,7 @@ def test_shift_is_a_share_of_the_side() -> None:
     ],
 )
 def test_colour_agrees_with_torchvision(name: str, amount: float, reference: Any, bound: float) -> None:
-    image = picture(50, 50) // 2 + 60
+    image = make_image(50, 50) // 2 + 60
     ours = Augmenter([{"ColorJitter": {name: [amount, amount]}}])(image, epoch=0, index=0)
     theirs = reference(torch.from_numpy(image).permute(2, 0, 1), amount).permute(1, 2, 0).numpy()
     difference = np.abs(ours.astype(int) - theirs).mean()
@@ -243,12 +241,12 @@ def test_a_third_of_the_circle_turns_red_to_green() -> None:
 
 
 def test_neutral_colour_draws_change_nothing() -> None:
-    image = picture(20, 20)
+    image = make_image(20, 20)
     np.testing.assert_array_equal(Augmenter(["ColorJitter"])(image, epoch=0, index=0), image)
 
 
 def test_two_colour_steps_fuse_to_what_they_do_in_turn() -> None:
-    image = picture(50, 50) // 2 + 60  # far from the ends, so that nothing is clipped in between
+    image = make_image(50, 50) // 2 + 60  # far from the ends, so that nothing is clipped in between
     first, second = (
         {"ColorJitter": {"contrast": [0.8, 0.8]}},
         {"ColorJitter": {"saturation": [0.5, 0.5], "contrast": [1.1, 1.1]}},
@@ -261,7 +259,7 @@ def test_two_colour_steps_fuse_to_what_they_do_in_turn() -> None:
 
 
 def test_geometric_steps_fuse_to_one_sharper_resampling() -> None:
-    image = picture(64, 64)
+    image = make_image(64, 64)
     there_and_back = [{"Rotate": {"degrees": [17, 17]}}, {"Rotate": {"degrees": [-17, -17]}}]
     np.testing.assert_allclose(Augmenter(there_and_back)(image, epoch=0, index=0).astype(int), image, atol=1)
 
@@ -290,7 +288,7 @@ def test_noise_has_the_asked_spread_and_no_two_samples_share_it() -> None:
 
 @pytest.mark.parametrize("name", ["GaussianNoise", "LaplaceNoise", "SpeckleNoise"])
 def test_shared_noise_keeps_a_grey_image_grey_in_both_executors(name: str) -> None:
-    grey = np.repeat(picture(40, 48)[..., :1], 3, axis=2)
+    grey = np.repeat(make_image(40, 48)[..., :1], 3, axis=2)
     shared, separate = (Augmenter([{name: {"sigma": [0.1, 0.2], "per_channel": per}}]) for per in (False, True))
     plans = [augmenter.draw((40, 48), epoch=0, index=1) for augmenter in (shared, separate)]
     alone = np.stack([shared.apply(plans[0], grey), separate.apply(plans[1], grey)])
@@ -304,7 +302,7 @@ def test_shared_noise_keeps_a_grey_image_grey_in_both_executors(name: str) -> No
 
 
 def test_the_medical_preset_keeps_a_grey_image_grey() -> None:
-    grey = np.repeat(picture(64, 64)[..., :1], 3, axis=2)
+    grey = np.repeat(make_image(64, 64)[..., :1], 3, axis=2)
     augmenter = Augmenter("medical-safe")
     for index in range(30):
         result = augmenter(grey, epoch=0, index=index)
@@ -342,8 +340,8 @@ def test_random_resized_crop_respects_its_shares() -> None:
 
 
 def test_from_jpeg_bytes_as_from_the_array() -> None:
-    """A reduced decode must not move the picture: at most 2 grey levels on average from the full decode."""
-    image = cv2.resize(picture(75, 100), (800, 600), interpolation=cv2.INTER_CUBIC)
+    """A reduced decode must not move the image: at most 2 grey levels on average from the full decode."""
+    image = cv2.resize(make_image(75, 100), (800, 600), interpolation=cv2.INTER_CUBIC)
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0)
     decoded = np.array(Image.open(buffer))

@@ -1,4 +1,4 @@
-"""Statistics of training pictures are those of the pictures all at once, and whitening whitens."""
+"""Statistics of training images are those of the images all at once, and whitening whitens."""
 
 import numpy as np
 import pytest
@@ -7,26 +7,26 @@ from refract.augment.statistics import EPSILON, measure
 
 RNG = np.random.default_rng(0)
 BASE = RNG.normal(0, 40, (500, 4, 5, 1)) + RNG.normal(0, 15, (500, 4, 5, 3)) + [100, 120, 140]
-PICTURES = np.clip(BASE, 0, 255).astype(np.uint8)
-FLAT = PICTURES.transpose(0, 3, 1, 2).reshape(500, -1) / 255
+IMAGES = np.clip(BASE, 0, 255).astype(np.uint8)
+FLAT = IMAGES.transpose(0, 3, 1, 2).reshape(500, -1) / 255
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 500, 1000])
 def test_channel_statistics_in_one_pass(chunk: int) -> None:
-    found = measure(iter(PICTURES), "channel", chunk=chunk)
-    np.testing.assert_allclose(found.mean, (PICTURES / 255).mean((0, 1, 2)), atol=1e-12)
-    np.testing.assert_allclose(found.std, (PICTURES / 255).std((0, 1, 2)), atol=1e-9)
+    found = measure(iter(IMAGES), "channel", chunk=chunk)
+    np.testing.assert_allclose(found.mean, (IMAGES / 255).mean((0, 1, 2)), atol=1e-12)
+    np.testing.assert_allclose(found.std, (IMAGES / 255).std((0, 1, 2)), atol=1e-9)
     assert found.mean_image is None and found.whitening is None
 
 
 def test_mean_image_is_channels_first() -> None:
-    found = measure(PICTURES, "mean_image")
-    np.testing.assert_allclose(found.mean_image, (PICTURES / 255).mean(0).transpose(2, 0, 1), atol=1e-7)
+    found = measure(IMAGES, "mean_image")
+    np.testing.assert_allclose(found.mean_image, (IMAGES / 255).mean(0).transpose(2, 0, 1), atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["pca", "zca"])
-def test_whitened_pictures_are_uncorrelated(kind: str) -> None:
-    found = measure(PICTURES, kind, chunk=64)
+def test_whitened_images_are_uncorrelated(kind: str) -> None:
+    found = measure(IMAGES, kind, chunk=64)
     white = (FLAT - found.mean_image.reshape(-1)) @ found.whitening.T
     covariance = white.T @ white / len(white)
     variances = np.linalg.eigvalsh(np.cov(FLAT.T, bias=True))
@@ -43,9 +43,9 @@ def test_a_constant_channel_is_not_divided_by_nothing() -> None:
 
 
 def test_what_cannot_be_measured_is_told() -> None:
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         measure([], "channel")
     with pytest.raises(ValueError, match=r"several sizes: 4×5 and 3×5"):
-        measure([PICTURES[0], PICTURES[0][:3]], "channel")
+        measure([IMAGES[0], IMAGES[0][:3]], "channel")
     with pytest.raises(ValueError, match="64×64×3 = 12288 values, at most 4096"):
         measure([np.zeros((64, 64, 3), np.uint8)], "zca")

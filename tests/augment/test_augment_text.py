@@ -185,20 +185,20 @@ def test_a_word_is_taken_out_with_one_space_and_joins_no_others(text: str, place
     assert "".join(pieces) == left
 
 
-def test_picture_and_text_are_drawn_apart_and_each_op_by_its_own_key() -> None:
+def test_image_and_text_are_drawn_apart_and_each_op_by_its_own_key() -> None:
     image = np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)
     both = Augmenter(
         ["HorizontalFlip", {"Rotate": {"degrees": 20}}, {"WordDelete": {"p": 0.5}}, {"CharSwap": {}}], seed=1
     )
-    pictures = Augmenter(["HorizontalFlip", {"Rotate": {"degrees": 20}}], seed=1)
+    images = Augmenter(["HorizontalFlip", {"Rotate": {"degrees": 20}}], seed=1)
     texts = Augmenter([{"CharSwap": {}}], seed=1)
-    assert both.texts and texts.texts and not pictures.texts
+    assert both.texts and texts.texts and not images.texts
     seen = set()
     for index in range(20):
-        assert np.array_equal(both(image, epoch=1, index=index), pictures(image, epoch=1, index=index))
+        assert np.array_equal(both(image, epoch=1, index=index), images(image, epoch=1, index=index))
         text = both.text(TEXT, epoch=1, index=index)
         seen.add(text == texts.text(TEXT, epoch=1, index=index))
-        assert pictures.text(TEXT, epoch=1, index=index) == TEXT
+        assert images.text(TEXT, epoch=1, index=index) == TEXT
     assert seen == {True, False}, "the other op's draw does not depend on the first, which half of the samples get"
     assert both.text(TEXT, epoch=1, index=0) != both.text(TEXT, epoch=2, index=0)
     assert both.text(TEXT, epoch=1, index=0, repeat=1) != both.text(TEXT, epoch=1, index=0)
@@ -231,7 +231,7 @@ def test_of_characters_too_each_word_but_the_kept_changes(op: str) -> None:
 def test_choices_hold_ops_of_texts_and_not_both_kinds() -> None:
     policy = Augmenter([{"OneOf": {"ops": ["CharSwap", "WordSwap"]}}])
     assert policy.texts and len({policy.text(TEXT, epoch=0, index=i) for i in range(9)}) > 5
-    with pytest.raises(PolicyError, match="those that change texts cannot be chosen beside those that change pictures"):
+    with pytest.raises(PolicyError, match="those that change texts cannot be chosen beside those that change images"):
         load_policy([{"OneOf": {"ops": ["CharSwap", "HorizontalFlip"]}}])
 
 
@@ -272,7 +272,7 @@ def test_policies_of_texts_travel_as_plain_values(table: str) -> None:
             )
 
 
-GUESTS = [
+EXTERNAL = [
     {"nlpaug.RandomWordAug": {"action": "swap"}},
     {"nlpaug.RandomWordAug": {"action": "delete"}},
     {"nlpaug.KeyboardAug": {}},
@@ -281,7 +281,7 @@ GUESTS = [
 ]
 
 
-@pytest.mark.parametrize("guest", GUESTS, ids=lambda guest: str(*guest))
+@pytest.mark.parametrize("guest", EXTERNAL, ids=lambda guest: str(*guest))
 def test_nlpaugs_augmenters_are_seeded_keep_words_and_leave_the_generators_alone(guest) -> None:
     import torch
 
@@ -307,7 +307,7 @@ def test_nlpaugs_augmenters_are_seeded_keep_words_and_leave_the_generators_alone
 
 def test_draws_of_other_threads_change_no_text_of_nlpaug() -> None:
     """A tracking client waits between its tries for a time that it draws from the global generator, in a thread of its own."""
-    augmenter = Augmenter(GUESTS, seed=5)
+    augmenter = Augmenter(EXTERNAL, seed=5)
     alone = [augmenter.text(TEXT, epoch=0, index=i) for i in range(200)]
     ended, interval = threading.Event(), sys.getswitchinterval()
 

@@ -35,7 +35,7 @@ def write_folder(root: Path, count: int = 16) -> Path:
 def write_bundle(path: Path, images: Sequence[bytes], *, seed: int = 0) -> Path:
     """A bundle of an untrained lenet5 whose golden samples are the images, with the answers of the processor."""
     from refract.augment.preprocess import Preprocess
-    from refract.models.bundle.bundle import BundleInfo, Golden, save_bundle
+    from refract.models.bundle.bundle import BundleInfo, GoldenSample, save_bundle
     from refract.models.classifier import Classifier, probabilities
     from refract.models.registry import build
 
@@ -51,8 +51,8 @@ def write_bundle(path: Path, images: Sequence[bytes], *, seed: int = 0) -> Path:
         network={"name": "lenet5", "image_size": [SIDE, SIDE], "args": {}}, preprocess=preprocess.to_dict(),
         temperature=TEMPERATURE,
     )  # fmt: skip
-    goldens = [
-        Golden(f"{i:02}.jpg", data, tuple(answer.tolist()))
+    golden_samples = [
+        GoldenSample(f"{i:02}.jpg", data, tuple(answer.tolist()))
         for i, (data, answer) in enumerate(zip(images, answers, strict=True))
     ]
-    return save_bundle(path, info, classifier, goldens)
+    return save_bundle(path, info, classifier, golden_samples)

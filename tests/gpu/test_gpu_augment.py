@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from test_augment_ops import ALONE, make, picture
+from test_augment_ops import ALONE, make, make_image
 
 from refract.augment import Augmenter
 from refract.augment.executors import torch_batch
@@ -21,7 +21,7 @@ def test_an_op_gives_the_images_of_the_cpu_executor(name: str, device: str) -> N
     if name == "Guest" and not find_spec("albumentations"):
         pytest.skip("albumentations is not among the packages of make gpu-wheels, and Guest wraps its transforms")
     augmenter = Augmenter(make(name), seed=9, size=(24, 28) if OPS[name].kind in ("geometric", "choice") else None)
-    images = [picture(90, 70, number) for number in range(COUNT)]
+    images = [make_image(90, 70, number) for number in range(COUNT)]
     plans = [augmenter.draw((90, 70), epoch=0, index=number) for number in range(COUNT)]
     expected = np.stack([augmenter.apply(plan, image) for plan, image in zip(plans, images, strict=True)])
     stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
@@ -42,7 +42,7 @@ def test_samples_with_different_ops_share_a_batch(device: str) -> None:
         {"RandomErasing": {}},
     ]
     augmenter = Augmenter(policy, seed=2)
-    images = [picture(96, 80, number) for number in range(24)]
+    images = [make_image(96, 80, number) for number in range(24)]
     plans = [augmenter.draw((96, 80), epoch=0, index=number) for number in range(24)]
     result = torch_batch.run(plans, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device))
     for plan, image, found in zip(plans, images, result.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
@@ -52,7 +52,7 @@ def test_samples_with_different_ops_share_a_batch(device: str) -> None:
 @pytest.mark.parametrize("policy", [["MixUp"], ["CutMix"], [{"CutMix": {"p": 0.5}}, {"MixUp": {"p": 0.5}}]])
 def test_mixing_gives_the_images_and_targets_of_the_processor(policy: list, device: str) -> None:
     count = 16
-    images = torch.from_numpy(np.stack([picture(32, 32, number) for number in range(count)])).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.stack([make_image(32, 32, number) for number in range(count)])).permute(0, 3, 1, 2)
     targets = torch.eye(count)
     augmenter = Augmenter(policy, seed=3)
     expected, soft = augmenter.mix(images, targets, epoch=1, indices=range(count))

@@ -13,7 +13,7 @@ from refract.models.occlusion import Occlusion
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.drift.profile import profile
 from refract.pipeline.inference.batch_scoring import Options, score_all
-from refract.pipeline.inference.scoring import Question, score
+from refract.pipeline.inference.scoring import SampleInput, score
 
 pytestmark = pytest.mark.gpu
 
@@ -62,7 +62,7 @@ def test_score_writes_the_answers_of_the_processor(bundle: Bundle, images: Path,
     table = pd.read_parquet(out)
     files = sorted(images.rglob("*.jpg"))
     assert summary.rows == len(files) and table["path"].tolist() == [str(file) for file in files]
-    questions = [Question(file.read_bytes) for file in files]
+    questions = [SampleInput(file.read_bytes) for file in files]
     expected = score(
         bundle.classifier("cpu"), Preprocess(SIDE, SIDE), questions, task="multiclass", temperature=TEMPERATURE
     )

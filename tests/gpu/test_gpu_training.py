@@ -21,7 +21,7 @@ from refract.models.classifier import Classifier
 from refract.models.registry import build
 from refract.models.training.lightning_module import ClassifierModule
 from refract.pipeline.config.config import Config, config_from_dict
-from refract.pipeline.data.datamodule import PictureData
+from refract.pipeline.data.datamodule import ImageDataModule
 from refract.pipeline.data.prepare import prepare_data
 from refract.pipeline.training.run import Result, train
 from refract.pipeline.training.run_directory import stored_config
@@ -157,7 +157,7 @@ def test_recomputed_activations_give_the_same_weights(options: list[str]) -> Non
     same = ("--model.args", "{widths: [8, 16], depth: 2, pool: average}", "--trainer.max_epochs", "1")
     with deterministic():
         kept = trained(options, "kept", *same)
-        recomputed = trained(options, "recomputed", *same, "--trainer.recompute", "true")
+        recomputed = trained(options, "recomputed", *same, "--trainer.gradient_checkpointing", "true")
     expected = weights(kept)
     for key, value in weights(recomputed).items():
         torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=1e-4)
@@ -170,8 +170,8 @@ def test_images_on_the_device_are_augmented_as_those_of_the_processor(images: Pa
     policy = ["HorizontalFlip", {"PadAndCrop": {"padding": 3}}, {"Rotate": {"degrees": 15}}]
     same = {"preprocess": Preprocess(32, 32), "batch_size": 8, "memory": "always", "workers": 0}
     augmenter = Augmenter(policy, seed=1, size=32)
-    plain = PictureData(manifest, augmenter=augmenter, **same)
-    resident = PictureData(manifest, augmenter=augmenter, on_device=True, **same)
+    plain = ImageDataModule(manifest, augmenter=augmenter, **same)
+    resident = ImageDataModule(manifest, augmenter=augmenter, on_device=True, **same)
     for expected, batch in zip(plain.train_dataloader(), resident.train_dataloader(), strict=True):
         found = resident.on_after_batch_transfer(resident.transfer_batch_to_device(batch, torch.device(device), 0), 0)
         assert found["images"].device.type == device and "keys" not in found
@@ -212,7 +212,7 @@ def test_no_step_waits_for_the_device(precision: str, images: Path, device: str)
         {"RandomErasing": {"value": "mean"}}, {"OneOf": {"ops": ["MixUp", "CutMix"]}},
     ]  # fmt: skip
     augmenter = Augmenter(policy, seed=1, size=32)
-    data = PictureData(
+    data = ImageDataModule(
         manifest, augmenter=augmenter, preprocess=Preprocess(32, 32), batch_size=4, memory="always", workers=0, on_device=True,
     )  # fmt: skip
     network = build("cnn", 3, image_size=(32, 32), widths=[8, 16])

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from refract.models.bundle.bundle import Bundle, BundleError, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.bundle.bundle import Bundle, BundleError, BundleInfo, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import Classifier
 from refract.models.registry import NETWORKS, build
 
@@ -32,7 +32,7 @@ INFO = BundleInfo(
     versions={"torch": "2.15.0"},
     created="2026-11-05T03:00:00+00:00",
 )
-GOLDENS = (Golden("00.jpg", b"first picture", (0.1, 0.2, 0.7)), Golden("01.png", b"second", (1.0, 0.0, 0.0)))
+GOLDENS = (GoldenSample("00.jpg", b"first image", (0.1, 0.2, 0.7)), GoldenSample("01.png", b"second", (1.0, 0.0, 0.0)))
 FILES = ["bundle.json", "weights.safetensors", "golden/00.jpg", "golden/01.png"]
 
 
@@ -101,7 +101,7 @@ def test_logits_come_back_bit_by_bit(name: str, args: dict[str, Any], tmp_path: 
 def test_the_record_and_the_goldens_come_back(folder: Path) -> None:
     bundle = load_bundle(folder)
     assert isinstance(bundle, Bundle)
-    assert (bundle.path, bundle.info, bundle.goldens) == (folder, INFO, GOLDENS)
+    assert (bundle.path, bundle.info, bundle.golden_samples) == (folder, INFO, GOLDENS)
     assert bundle.digest == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     assert BundleInfo.from_json(INFO.to_json()) == INFO
     written = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
@@ -247,7 +247,7 @@ def test_an_interrupted_save_leaves_nothing(tmp_path: Path) -> None:
 def test_a_disk_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
     # The file's name is longer than a file system takes: the record and the weights are written before it fails.
     with pytest.raises(OSError, match="too long"):
-        save_bundle(tmp_path / "b", INFO, make_classifier(), [*GOLDENS, Golden("x" * 300, b"x", (1.0, 0.0, 0.0))])
+        save_bundle(tmp_path / "b", INFO, make_classifier(), [*GOLDENS, GoldenSample("x" * 300, b"x", (1.0, 0.0, 0.0))])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -329,10 +329,18 @@ def test_broken_goldens_are_refused(folder: Path, answers: Any) -> None:
         load_bundle(folder)
 
 
+def test_a_golden_sample_of_an_earlier_version_is_read(folder: Path) -> None:
+    def as_before(record: dict[str, Any]) -> None:
+        record["goldens"][0]["pictured"] = False
+
+    reseal(folder, as_before)
+    assert [golden.has_image for golden in load_bundle(folder).golden_samples][:2] == [False, True]
+
+
 @pytest.mark.parametrize("name", ["../00.jpg", "a/b.jpg", "", ".hidden", "a b.jpg"])
 def test_golden_names_are_plain(name: str) -> None:
-    with pytest.raises(BundleError, match="golden picture's name"):
-        Golden(name, b"x", (1.0,))
+    with pytest.raises(BundleError, match="golden image's name"):
+        GoldenSample(name, b"x", (1.0,))
 
 
 def test_golden_names_come_once(tmp_path: Path) -> None:

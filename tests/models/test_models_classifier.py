@@ -104,14 +104,14 @@ def test_probabilities_refuse_an_unknown_task_and_temperature() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_mean_image_and_whitening(images: Tensor, autocast: bool) -> None:
     generator = torch.Generator().manual_seed(2)
-    picture = torch.rand(3, 32, 32, generator=generator)
+    image = torch.rand(3, 32, 32, generator=generator)
     matrix = torch.randn(3072, 3072, generator=generator) / 50
-    exact = images.double() / 255 - picture.double()
+    exact = images.double() / 255 - image.double()
     for normalize, expected in (
         ("mean_image", exact / torch.tensor(STD).view(3, 1, 1)),
         ("zca", (exact.flatten(1) @ matrix.double().T).view(exact.shape)),
     ):
-        arrays = {"mean_image": picture, "whitening": matrix if normalize == "zca" else None}
+        arrays = {"mean_image": image, "whitening": matrix if normalize == "zca" else None}
         first = Classifier(nn.Identity(), mean=MEAN, std=STD, normalize=normalize, image_size=(32, 32), **arrays)
         second = Classifier(nn.Identity(), mean=MEAN, std=STD, normalize=normalize, image_size=(32, 32))
         second.load_state_dict(first.state_dict())

@@ -9,14 +9,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from refract.models.classifier import Classifier
-from refract.models.head import CosineHead, MLPHead, exchange_head, head_of
+from refract.models.head import CosineHead, MLPHead, head_of, swap_head
 from refract.models.registry import build
 from refract.models.training.freezing import MODES, blocks_of, trained_blocks
 from refract.models.training.lightning_module import ClassifierModule
 from refract.models.training.losses import LossSpec
 from refract.models.training.optimizers import OptimSpec, parameter_groups
 from refract.pipeline.training.callbacks.averaging import KEY, WeightAverage, best_weights
-from tests.models.test_models_lightning_module import Pictures
+from tests.models.test_models_lightning_module import Images
 
 
 @pytest.mark.parametrize("name", ["resnet20", "lenet5", "perceptron", "resnet18", "timm/vit_tiny_patch16_224"])
@@ -60,7 +60,7 @@ def fit(module: ClassifierModule, *callbacks: lightning.Callback, epochs: int, *
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
-        trainer.fit(module, DataLoader(Pictures(), batch_size=8), DataLoader(Pictures(), batch_size=8))
+        trainer.fit(module, DataLoader(Images(), batch_size=8), DataLoader(Images(), batch_size=8))
     return trainer
 
 
@@ -124,8 +124,8 @@ def test_a_run_resumed_while_unfreezing_ends_with_the_same_weights(tmp_path) -> 
     )  # fmt: skip
     trainer.fit(
         resumed,
-        DataLoader(Pictures(), batch_size=8),
-        DataLoader(Pictures(), batch_size=8),
+        DataLoader(Images(), batch_size=8),
+        DataLoader(Images(), batch_size=8),
         ckpt_path=tmp_path / "half.ckpt",
     )
     for (key, value), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
@@ -152,7 +152,7 @@ def test_exchanged_heads_are_found_and_trained(kind: str, cls: type, name: str) 
     trained = [p for p in classifier.parameters() if p.requires_grad]
     assert {id(p) for p in trained} == {id(p) for p in head_of(network).parameters()}
     with pytest.raises(ValueError, match="ends in a Conv2d"):
-        exchange_head(build("squeezenet1_1", 3, image_size=(64, 64)), kind)
+        swap_head(build("squeezenet1_1", 3, image_size=(64, 64)), kind)
 
 
 def test_the_cosine_head_sees_angles_only() -> None:
@@ -251,10 +251,10 @@ def test_a_teacher_is_learned_from_and_is_no_part_of_the_checkpoint() -> None:
     pupil = make_module(teacher=teacher.classifier, loss=LossSpec(distill=1.0, temperature=1.0))
     assert not any("teacher" in key for key in pupil.state_dict())
     fit(pupil, epochs=12)
-    pictures = Pictures().images
+    inputs = Images().images
     with torch.no_grad():
-        said, learned = (module.classifier.eval()(pictures).argmax(1) for module in (teacher, pupil))
-    assert float((said == learned).float().mean()) > 0.8 and float((learned == Pictures().labels).float().mean()) < 0.2
+        said, learned = (module.classifier.eval()(inputs).argmax(1) for module in (teacher, pupil))
+    assert float((said == learned).float().mean()) > 0.8 and float((learned == Images().labels).float().mean()) < 0.2
 
 
 def test_sam_counts_a_batch_once_in_the_statistics() -> None:
@@ -275,7 +275,7 @@ def test_swa_renews_the_statistics_of_batch_norms() -> None:
     seen = []
     norm.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0].mean(dim=(0, 2, 3))))
     with torch.no_grad():
-        classifier(Pictures().images)
+        classifier(Images().images)
     key = next(key for key in kept if key.endswith("running_mean"))
     torch.testing.assert_close(kept[key], seen[0], atol=1e-3, rtol=1e-3)
 

@@ -1,4 +1,4 @@
-"""Pictures and texts read together: how their features are joined, and what is missing, dropped or mixed."""
+"""Images and texts read together: how their features are joined, and what is missing, dropped or mixed."""
 
 import pytest
 import torch
@@ -16,19 +16,19 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 def test_fusions_by_their_formulas() -> None:
     torch.manual_seed(0)
-    picture, text = torch.randn(3, 5), torch.randn(3, 4)
+    image, text = torch.randn(3, 5), torch.randn(3, 4)
     film = FiLM(5, 4, 6)
     gamma, beta, own = film.of_text(text).split(6, dim=1)
-    assert torch.allclose(film(picture, text), ((1 + gamma) * film.of_picture(picture) + beta).relu() + own.relu())
+    assert torch.allclose(film(image, text), ((1 + gamma) * film.of_image(image) + beta).relu() + own.relu())
     gated = Gated(5, 4, 6)
-    z = torch.sigmoid(gated.gate(torch.cat([picture, text], 1)))
-    wanted = z * gated.of_picture(picture).tanh() + (1 - z) * gated.of_text(text).tanh()
-    assert torch.allclose(gated(picture, text), wanted, atol=1e-6)
-    assert all(make(5, 4, 6)(picture, text).shape == (3, 6) for make in FUSIONS.values())
+    z = torch.sigmoid(gated.gate(torch.cat([image, text], 1)))
+    wanted = z * gated.of_image(image).tanh() + (1 - z) * gated.of_text(text).tanh()
+    assert torch.allclose(gated(image, text), wanted, atol=1e-6)
+    assert all(make(5, 4, 6)(image, text).shape == (3, 6) for make in FUSIONS.values())
 
 
 class Flat(nn.Module):
-    """Pictures to their mean, twice."""
+    """Images to their mean, twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Flat(nn.Module):
 
 def reader(**more) -> Reader:
     torch.manual_seed(0)
-    return Reader(Flat(), BagOfNgrams(20, width=8, dropout=0.0), 3, **{"drop_picture": 0.0, "drop_text": 0.0, **more})
+    return Reader(Flat(), BagOfNgrams(20, width=8, dropout=0.0), 3, **{"drop_image": 0.0, "drop_text": 0.0, **more})
 
 
 def test_what_is_missing_is_not_looked_at_and_what_is_there_counts() -> None:
@@ -58,24 +58,24 @@ def test_what_is_missing_is_not_looked_at_and_what_is_there_counts() -> None:
 
 
 def test_modality_dropout_drops_the_shares_and_never_both() -> None:
-    made = reader(drop_picture=0.3, drop_text=0.2)
+    made = reader(drop_image=0.3, drop_text=0.2)
     seen = {}
-    made.fusion.register_forward_pre_hook(lambda _, given: seen.update(picture=given[0], text=given[1]))
+    made.fusion.register_forward_pre_hook(lambda _, given: seen.update(image=given[0], text=given[1]))
     nn.init.constant_(made.no_text, 7.0), nn.init.constant_(made.no_picture, 9.0)
     images, texts, here = torch.rand(4000, 3, 2, 2), torch.randint(1, 21, (4000, 3)), torch.ones(4000, dtype=torch.bool)
     made.train()(images, texts, here)
-    no_picture, no_text = (seen["picture"] == 9).all(1), (seen["text"] == 7).all(1)
-    assert 0.26 < no_picture.float().mean() < 0.34 and 0.16 < no_text.float().mean() < 0.24
-    assert not (no_picture & no_text).any()
+    no_image, no_text = (seen["image"] == 9).all(1), (seen["text"] == 7).all(1)
+    assert 0.26 < no_image.float().mean() < 0.34 and 0.16 < no_text.float().mean() < 0.24
+    assert not (no_image & no_text).any()
     here[:2000], texts[2000:] = False, 0
     made(images, texts, here)
-    no_picture, no_text = (seen["picture"] == 9).all(1), (seen["text"] == 7).all(1)
-    assert torch.equal(no_picture, ~here) and torch.equal(no_text, here), "of one alone nothing is dropped"
+    no_image, no_text = (seen["image"] == 9).all(1), (seen["text"] == 7).all(1)
+    assert torch.equal(no_image, ~here) and torch.equal(no_text, here), "of one alone nothing is dropped"
     made.eval()(images, texts, here)
-    assert torch.equal((seen["picture"] == 9).all(1), ~here)
+    assert torch.equal((seen["image"] == 9).all(1), ~here)
 
 
-def test_where_pictures_are_mixed_the_texts_are_mixed_as_the_targets() -> None:
+def test_where_images_are_mixed_the_texts_are_mixed_as_the_targets() -> None:
     from refract.augment import Augmenter
 
     made = reader()
@@ -87,7 +87,7 @@ def test_where_pictures_are_mixed_the_texts_are_mixed_as_the_targets() -> None:
     batch = {
         "indices": torch.arange(6),
         "texts": torch.randint(1, 21, (6, 4)),
-        "pictured": torch.ones(6, dtype=torch.bool),
+        "has_image": torch.ones(6, dtype=torch.bool),
     }
     mixed_images, soft, shares = module._mixed(images, targets, batch)
     plain_images, plain_soft = augmenter.mix(images, targets, epoch=0, indices=torch.arange(6))
@@ -96,17 +96,17 @@ def test_where_pictures_are_mixed_the_texts_are_mixed_as_the_targets() -> None:
     assert (shares.diagonal() < 1).sum() > 0
     seen = {}
     made.fusion.register_forward_pre_hook(lambda _, given: seen.update(text=given[1]))
-    classifier.eval()(mixed_images, batch["texts"], batch["pictured"], shares)
+    classifier.eval()(mixed_images, batch["texts"], batch["has_image"], shares)
     assert torch.allclose(seen["text"], shares @ made.texts(batch["texts"]), atol=1e-5)
     nn.init.normal_(made.no_text)
     batch["texts"][:3] = 0
-    classifier(mixed_images, batch["texts"], batch["pictured"], shares)
+    classifier(mixed_images, batch["texts"], batch["has_image"], shares)
     own = torch.cat([made.no_text.expand(3, -1), made.texts(batch["texts"][3:])])
     assert torch.allclose(seen["text"], shares @ own, atol=1e-5), "what is missing is filled in before it is mixed"
 
 
 class Normed(Flat):
-    """With a batch norm, as networks of pictures have."""
+    """With a batch norm, as networks of images have."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,16 +117,16 @@ class Normed(Flat):
 
 
 @pytest.mark.parametrize("count", [3, 1, 0])
-def test_what_is_no_picture_moves_no_statistics(count: int) -> None:
+def test_what_is_no_image_moves_no_statistics(count: int) -> None:
     torch.manual_seed(0)
     images, texts = torch.randn(4, 3, 8, 8) * 3 + 5, torch.randint(1, 21, (4, 5))
-    pictured = torch.arange(4) < count
+    has_image = torch.arange(4) < count
 
     def learned(number: int) -> tuple[torch.Tensor, ...]:
-        """From the first of them: the pictures' answers, their norm's gradient and its statistics."""
+        """From the first of them: the images' answers, their norm's gradient and its statistics."""
         torch.manual_seed(0)
-        made = Reader(Normed(), BagOfNgrams(20, width=8, dropout=0.0), 3, drop_picture=0.0, drop_text=0.0).train()
-        answers = made(images[:number], texts[:number], pictured[:number])
+        made = Reader(Normed(), BagOfNgrams(20, width=8, dropout=0.0), 3, drop_image=0.0, drop_text=0.0).train()
+        answers = made(images[:number], texts[:number], has_image[:number])
         answers[:count].square().sum().backward()
         norm = made.pictures.norm
         return answers[:count], norm.weight.grad, norm.running_mean, norm.running_var, norm.num_batches_tracked
@@ -139,7 +139,7 @@ def test_what_is_no_picture_moves_no_statistics(count: int) -> None:
         assert bool(found[1].any()) == (count == 1), "one alone is learned from"
 
 
-def test_pictures_are_mixed_among_themselves() -> None:
+def test_images_are_mixed_among_themselves() -> None:
     from refract.augment import Augmenter
 
     augmenter = Augmenter([{"MixUp": {"p": 1.0, "alpha": 1.0}}], seed=2, size=8)
@@ -147,15 +147,15 @@ def test_pictures_are_mixed_among_themselves() -> None:
     module = ClassifierModule(classifier, task="multiclass", num_classes=3, mix=augmenter.mix)
     images, targets = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.eye(3)[torch.arange(6) % 3]
     for there in ([1, 0, 1, 1, 0, 1], [0, 0, 0, 0, 1, 0], [0] * 6):
-        pictured = torch.tensor(there, dtype=torch.bool)
-        batch = {"indices": torch.arange(6), "texts": torch.ones(6, 2, dtype=torch.int32), "pictured": pictured}
+        has_image = torch.tensor(there, dtype=torch.bool)
+        batch = {"indices": torch.arange(6), "texts": torch.ones(6, 2, dtype=torch.int32), "has_image": has_image}
         shown, soft, shares = module._mixed(images, targets, batch | {"repeats": torch.arange(6)})
-        assert torch.equal(shown[~pictured], images[~pictured].to(shown.dtype))
-        assert torch.equal(shares[~pictured], torch.eye(6)[~pictured]) and torch.equal(
-            soft[~pictured], targets[~pictured]
+        assert torch.equal(shown[~has_image], images[~has_image].to(shown.dtype))
+        assert torch.equal(shares[~has_image], torch.eye(6)[~has_image]) and torch.equal(
+            soft[~has_image], targets[~has_image]
         )
-        assert not shares[pictured][:, ~pictured].any()
-        rows = pictured.nonzero().squeeze(1)
+        assert not shares[has_image][:, ~has_image].any()
+        rows = has_image.nonzero().squeeze(1)
         wanted = augmenter.mix(images[rows], targets[rows], epoch=0, indices=rows, repeats=rows)
         assert torch.equal(shown[rows], wanted[0].to(shown.dtype)) and torch.equal(soft[rows], wanted[1])
         assert (
@@ -168,25 +168,25 @@ def test_a_teacher_is_asked_of_what_it_reads_alone() -> None:
 
     images, texts = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), torch.randint(1, 21, (4, 5))
     texts[3] = 0
-    pictured = torch.tensor([True, False, True, True])
+    has_image = torch.tensor([True, False, True, True])
     student = Classifier(reader(), mean=MEAN, std=STD)
     torch.manual_seed(5)
     only_texts = Reader(None, BagOfNgrams(20, width=8), 3)
-    nets = {"pictures": Flat(), "texts": only_texts, "both": Reader(Flat(), BagOfNgrams(20, width=8), 3)}
+    nets = {"images": Flat(), "texts": only_texts, "both": Reader(Flat(), BagOfNgrams(20, width=8), 3)}
     for reads, network in nets.items():
         teacher = Classifier(network, mean=MEAN, std=STD)
         spec = LossSpec(distill=0.4, temperature=2.0)
         module = ClassifierModule(student, task="multiclass", num_classes=3, teacher=teacher, loss=spec)
-        logits = student(images, texts, pictured)
+        logits = student(images, texts, has_image)
         loss = classification_loss(logits, torch.tensor([0, 1, 2, 0]), task="multiclass")
-        found = module._taught(loss, logits, teacher, (images, texts, pictured))
-        known = {"pictures": pictured, "texts": texts[:, 0] > 0, "both": torch.ones(4, dtype=torch.bool)}[reads]
-        asked = {"pictures": (images,), "texts": (None, texts), "both": (images, texts, pictured)}[reads]
+        found = module._taught(loss, logits, teacher, (images, texts, has_image))
+        known = {"images": has_image, "texts": texts[:, 0] > 0, "both": torch.ones(4, dtype=torch.bool)}[reads]
+        asked = {"images": (images,), "texts": (None, texts), "both": (images, texts, has_image)}[reads]
         soft = distillation_loss(logits[known], teacher(*asked)[known], task="multiclass", temperature=2.0)
         assert torch.allclose(found, torch.lerp(loss, soft, 0.4 * known.float().mean()), atol=1e-6), reads
 
 
-def test_blocks_are_frozen_and_decayed_as_of_pictures() -> None:
+def test_blocks_are_frozen_and_decayed_as_of_images() -> None:
     from refract.models.training.freezing import blocks_of
 
     made = reader()

@@ -82,7 +82,7 @@ def test_all_outputs_of_a_network_with_two_heads_start_alike(name: str, size: in
 def test_what_joins_images_and_texts_learns_above_a_neutral_head(fusion: str) -> None:
     torch.manual_seed(0)
     images, texts = build("lenet5", 3, image_size=(32, 32)), BagOfNgrams(buckets=20, width=8)
-    reader = neutralise_head(Reader(images, texts, 3, fusion=fusion, width=16, drop_picture=0.0, drop_text=0.0))
+    reader = neutralise_head(Reader(images, texts, 3, fusion=fusion, width=16, drop_image=0.0, drop_text=0.0))
     inputs = torch.randn(6, 3, 32, 32), torch.randint(1, 20, (6, 4)), torch.ones(6, dtype=torch.bool)
     targets = torch.arange(6) % 3
     assert not reader(*inputs).any()

@@ -15,7 +15,7 @@ from refract.models.registry import build
     [("resnet20", 64), ("lenet5", 84), ("fastnet", None), ("mlp", None), ("cnn", None), ("linear", None), ("resnet18", 512),
      ("squeezenet1_1", 512), ("densenet121", 1024), ("timm/vit_tiny_patch16_224", 192), ("timm/deit_tiny_distilled_patch16_224", 192)],
 )  # fmt: skip
-def test_features_are_one_row_a_picture(name: str, width: int | None) -> None:
+def test_features_are_one_row_a_image(name: str, width: int | None) -> None:
     size = (224, 224) if "224" in name else (64, 64)
     network = build(name, 5, image_size=size).eval()
     images = torch.randn(3, 3, *size)
@@ -46,7 +46,7 @@ def test_a_head_of_several_layers_is_one(kind: str) -> None:
     assert kept[0].shape == (4, 64)
 
 
-def test_of_pictures_and_texts_they_are_what_joins_both() -> None:
+def test_of_images_and_texts_they_are_what_joins_both() -> None:
     reader = Reader(build("lenet5", 5, image_size=(32, 32)), BagOfNgrams(100, width=16), 5, width=24).eval()
     with torch.inference_mode(), head_inputs(reader) as kept:
         logits = reader(torch.randn(2, 3, 32, 32), torch.ones(2, 7, dtype=torch.int32), torch.tensor([True, False]))

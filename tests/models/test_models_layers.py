@@ -88,7 +88,7 @@ def test_norms() -> None:
         torch.testing.assert_close(make_norm(name, 16)(values), expected, rtol=1e-4, atol=1e-4)
     vectors = torch.randn(6, 16)
     torch.testing.assert_close(make_norm("layer", 16, dims=0)(vectors), normed(vectors, (1,)), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="norm='instance' needs pictures"):
+    with pytest.raises(ValueError, match="norm='instance' needs images"):
         make_norm("instance", 16, dims=0)
 
 
@@ -308,8 +308,8 @@ def test_pretraining_fits_the_inputs_that_the_network_gets() -> None:
 def test_stochastic_pooling_draws_rare_values_in_bf16_too() -> None:
     torch.manual_seed(0)
     window = torch.tensor([[0.01, 9.97], [0.01, 0.01]], dtype=torch.bfloat16).expand(1, 1, 200_000, 2, 2)
-    pictures = window.reshape(1, 1, 400_000, 2).contiguous()
-    drawn = StochasticPool()(pictures)
+    images = window.reshape(1, 1, 400_000, 2).contiguous()
+    drawn = StochasticPool()(images)
     assert drawn.dtype == torch.bfloat16
     assert float((drawn < 1).float().mean()) == pytest.approx(0.003, abs=0.0006)
 

@@ -1,4 +1,4 @@
-"""The training module under a real Trainer, on a tiny set of random pictures whose labels are their brightness."""
+"""The training module under a real Trainer, on a tiny set of random images whose labels are their brightness."""
 
 import warnings
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from refract.models.training.lightning_module import ClassifierModule, MeanAvera
 from refract.models.training.optimizers import OptimSpec
 
 
-class Pictures(Dataset):
-    """`count` pictures of 16×16; class c is as bright as c."""
+class Images(Dataset):
+    """`count` images of 16×16; class c is as bright as c."""
 
     def __init__(self, count: int = 24, *, classes: int = 2, multilabel: bool = False) -> None:
         noise = torch.randint(0, 60, (count, 3, 16, 16), generator=torch.Generator().manual_seed(0))
@@ -63,8 +63,8 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def fit(module: ClassifierModule, *, epochs: int = 6, pictures: Pictures | None = None, **options: Any) -> History:
-    pictures, history = pictures or Pictures(), History()
+def fit(module: ClassifierModule, *, epochs: int = 6, images: Images | None = None, **options: Any) -> History:
+    images, history = images or Images(), History()
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
@@ -75,14 +75,14 @@ def fit(module: ClassifierModule, *, epochs: int = 6, pictures: Pictures | None 
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(module, DataLoader(pictures, batch_size=8, shuffle=True), DataLoader(pictures, batch_size=8))
+    trainer.fit(module, DataLoader(images, batch_size=8, shuffle=True), DataLoader(images, batch_size=8))
     return history
 
 
 @pytest.mark.parametrize(("task", "optimizer"), [("binary", "sgd"), ("multiclass", "adamw"), ("multilabel", "adamw")])
 def test_it_learns_and_logs_what_a_callback_sees(task: str, optimizer: str) -> None:
     module = make_module(task, name=optimizer)
-    history = fit(module, pictures=Pictures(multilabel=task == "multilabel"))
+    history = fit(module, images=Images(multilabel=task == "multilabel"))
     first, last = history.epochs[0], history.epochs[-1]
     assert module.monitor == ("val_map" if task == "multilabel" else "val_accuracy")
     assert set(last) == {"lr", "train_loss", "train_accuracy", "val_loss", module.monitor}
@@ -97,12 +97,12 @@ def test_logged_figures_are_those_of_the_whole_set() -> None:
     for layer in module.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.eval()
-    pictures = Pictures(20)  # batches of 8, 8 and 4
-    epoch = fit(module, epochs=1, pictures=pictures).epochs[0]
+    images = Images(20)  # batches of 8, 8 and 4
+    epoch = fit(module, epochs=1, images=images).epochs[0]
     with torch.no_grad():
-        logits = module.classifier(pictures.images)
-    loss = float(torch.nn.functional.cross_entropy(logits, pictures.labels))
-    accuracy = float((logits.argmax(1) == pictures.labels).float().mean())
+        logits = module.classifier(images.images)
+    loss = float(torch.nn.functional.cross_entropy(logits, images.labels))
+    accuracy = float((logits.argmax(1) == images.labels).float().mean())
     assert epoch["train_loss"] == pytest.approx(loss, rel=1e-4)
     assert epoch["val_loss"] == pytest.approx(loss, rel=1e-4)
     assert epoch["train_accuracy"] == pytest.approx(accuracy)
@@ -138,7 +138,7 @@ def test_mix_is_called_in_training_with_epoch_and_indices_and_its_targets_are_le
         seen = [index for call in mix.calls if call[0] == epoch for index in call[1]]
         assert sorted(seen) == list(range(24))
     assert {call[2:] for call in mix.calls} == {((8, 2), torch.float32)}
-    # The labels were swapped in training: what it learnt is wrong on the untouched validation pictures.
+    # The labels were swapped in training: what it learnt is wrong on the untouched validation images.
     assert history.epochs[-1]["train_accuracy"] > 0.9
     assert history.epochs[-1]["val_accuracy"] < 0.1
 
@@ -193,10 +193,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_epoch_step_and_samples() -> N
 
 
 def test_a_class_index_out_of_range_stops() -> None:
-    pictures = Pictures()
-    pictures.labels[5] = 7
+    images = Images()
+    images.labels[5] = 7
     with pytest.raises(ValueError, match="class index 7: expected 0…1"):
-        fit(make_module(), epochs=1, pictures=pictures)
+        fit(make_module(), epochs=1, images=images)
 
 
 def test_targets_are_checked_before_they_reach_the_device() -> None:
@@ -213,9 +213,9 @@ def test_figures_of_an_epoch_cut_short_are_logged() -> None:
 
 
 def test_predict_gives_logits() -> None:
-    module, pictures = make_module().eval(), Pictures(4)
-    batch = {"images": pictures.images, "targets": pictures.labels, "indices": torch.arange(4)}
-    assert torch.equal(module.predict_step(batch, 0), module.classifier(pictures.images))
+    module, images = make_module().eval(), Images(4)
+    batch = {"images": images.images, "targets": images.labels, "indices": torch.arange(4)}
+    assert torch.equal(module.predict_step(batch, 0), module.classifier(images.images))
 
 
 def test_bad_options_are_named_at_construction() -> None:

@@ -1,4 +1,4 @@
-"""Networks that read texts, alone and beside pictures."""
+"""Networks that read texts, alone and beside images."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refract.models.bundle.bundle import BundleError, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.bundle.bundle import BundleError, BundleInfo, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import Classifier
 from refract.models.factory import make_classifier, text_record
 from refract.models.multimodal.fusion import Reader
@@ -216,9 +216,9 @@ def test_texts_that_a_network_could_not_take_are_told_before_training(tmp_path: 
     wide = kept(tmp_path / "g", GPT2Model(GPT2Config(vocab_size=3, n_positions=12, n_embd=16, n_layer=1, n_head=2)))
     with pytest.raises(ValueError, match="its tokenizer numbers 4 tokens, its network knows 3"):
         make_text_part(wide, max_length=8, **own)
-    pictures = {**SMALL, "image_size": 8, "patch_size": 4}
-    del pictures["vocab_size"]
-    vit = kept(tmp_path / "v", ViTModel(ViTConfig(**pictures)))
+    images = {**SMALL, "image_size": 8, "patch_size": 4}
+    del images["vocab_size"]
+    vit = kept(tmp_path / "v", ViTModel(ViTConfig(**images)))
     with pytest.raises(ValueError, match="is a ViTModel, which does not read a text alone"):
         make_text_part(vit, max_length=8, **own)
 
@@ -256,27 +256,32 @@ def bundle_of(classifier: Classifier, part, folder: Path, network: dict, joined:
         preprocess={"height": 32, "width": 32, "resize": "squash", "crop_ratio": 1.0, "mean": list(MEAN), "std": list(STD)},
         text=text_record(part, joined), created="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
-    goldens = [Golden("00.png", b"x", (0.2, 0.3, 0.5), "the red car", False), Golden("01.png", b"y", (1.0, 0.0, 0.0))]
-    return save_bundle(folder, info, classifier, goldens)
+    golden_samples = [
+        GoldenSample("00.png", b"x", (0.2, 0.3, 0.5), "the red car", False),
+        GoldenSample("01.png", b"y", (1.0, 0.0, 0.0)),
+    ]
+    return save_bundle(folder, info, classifier, golden_samples)
 
 
 @pytest.mark.parametrize("name", ["hashing", "bert", "gpt"])
-@pytest.mark.parametrize("pictures", ["none", "lenet5"])
-def test_a_bundle_gives_equal_logits_without_the_files_it_came_from(transformers_of, tmp_path, name, pictures) -> None:
+@pytest.mark.parametrize("images", ["none", "lenet5"])
+def test_a_bundle_gives_equal_logits_without_the_files_it_came_from(
+    transformers_of, tmp_path, name, network_of_images
+) -> None:
     torch.manual_seed(1)
     where = str(transformers_of.get(name, name))
     part, tokens, network = make_text_part(where, weights="default", max_length=8, pooling="auto", args={})
     joined = {"fusion": "gated", "width": 12}
-    shown = None if pictures == "none" else build("lenet5", 3, image_size=(32, 32))
+    shown = None if network_of_images == "none" else build("lenet5", 3, image_size=(32, 32))
     classifier = Classifier(
         Reader(shown, network, 3, head="cosine", **joined), mean=MEAN, std=STD, tokens=tokens
     ).eval()
-    stored = {"name": pictures, "image_size": [32, 32], "args": {"head": "cosine"}}
+    stored = {"name": network_of_images, "image_size": [32, 32], "args": {"head": "cosine"}}
     path = bundle_of(classifier, part, tmp_path / "b", stored, joined)
     loaded = load_bundle(path)
     again = loaded.classifier()
-    assert again.reads == classifier.reads == ({"texts"} if pictures == "none" else {"texts", "pictures"})
-    assert [(g.text, g.pictured) for g in loaded.goldens] == [("the red car", False), ("", True)]
+    assert again.reads == classifier.reads == ({"texts"} if network_of_images == "none" else {"texts", "images"})
+    assert [(g.text, g.has_image) for g in loaded.golden_samples] == [("the red car", False), ("", True)]
     texts = torch.from_numpy(rows([again.tokens(t)[0] for t in ("the red car", "", "a dog sees not")]))
     images = torch.randint(0, 256, (3, 3, 32, 32)) if shown else None
     with torch.no_grad():

@@ -106,7 +106,7 @@ def test_resnet20s_shortcut_is_option_a() -> None:
 
 
 @pytest.mark.parametrize(("name", "smallest"), [("lenet5", 16), ("resnet20", 8)])
-def test_too_small_pictures_are_refused(name: str, smallest: int) -> None:
+def test_too_small_images_are_refused(name: str, smallest: int) -> None:
     build(name, 2, image_size=(smallest, smallest))
     with pytest.raises(ValueError, match=rf"image_size=\({smallest - 1}, 40\).*{smallest}"):
         build(name, 2, image_size=(smallest - 1, 40))

@@ -92,7 +92,7 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_backbone_that_differs_is_refused_and_named(tmp_path: Path) -> None:
-    # 48×48 pictures leave lenet5's first linear layer more numbers: the head fits, the neck does not.
+    # 48×48 images leave lenet5's first linear layer more numbers: the head fits, the neck does not.
     path = save(tmp_path / "w.pt", build("lenet5", 3, image_size=(48, 48)).state_dict())
     with pytest.raises(ValueError, match=r"1 keys besides the head differ: neck.1.weight \(120, 1296\)"):
         build("lenet5", 3, image_size=SIZE, weights=path)
@@ -182,7 +182,7 @@ def test_weights_of_a_grey_network_are_fitted_to_colour(tmp_path: Path) -> None:
     grey = state["conv1.weight"].sum(dim=1, keepdim=True)
     path = save(tmp_path / "grey.safetensors", {**state, "conv1.weight": grey})
     network = build("resnet18", 4, image_size=SIZE, weights=path).eval()
-    # A grey picture, its three channels alike, gives what the grey network gave.
+    # A grey image, its three channels alike, gives what the grey network gave.
     images = torch.randn(2, 1, *SIZE).expand(2, 3, *SIZE)
     torch.testing.assert_close(network(images), source.eval()(images), rtol=1e-4, atol=1e-4)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from small_data import COLORS, Run, Training, picture, write_picture
+from small_data import COLORS, Run, Training, make_image, write_image
 from warm_process import Started, WarmProcess
 
 
@@ -20,11 +20,11 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """CLASS/NN.jpg: three classes of 20 pictures."""
-    root = tmp_path / "pictures"
+    """CLASS/NN.jpg: three classes of 20 images."""
+    root = tmp_path / "images"
     for label in COLORS:
         for number in range(20):
-            write_picture(root / label / f"{number:02}.jpg", picture(label, number))
+            write_image(root / label / f"{number:02}.jpg", make_image(label, number))
     return root
 
 

@@ -1,4 +1,4 @@
-"""Data that the tests make, as pictures of three colours, told apart in an epoch; and processes that they look after."""
+"""Data that the tests make, as images of three colours, told apart in an epoch; and processes that they look after."""
 
 import csv
 import subprocess
@@ -16,13 +16,13 @@ from refract.pipeline.config.config import Config
 COLORS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 50)}
 
 
-def picture(label: str, number: int, side: int = 24) -> np.ndarray:
-    """A noisy patch of the label's colour; every number is another picture."""
+def make_image(label: str, number: int, side: int = 24) -> np.ndarray:
+    """A noisy patch of the label's colour; every number is another image."""
     noise = np.random.default_rng([number, *label.encode()]).normal(0, 25, (side, side + number % 5, 3))
     return np.clip(np.array(COLORS[label]) + noise, 0, 255).astype(np.uint8)
 
 
-def write_picture(path: Path, pixels: np.ndarray) -> None:
+def write_image(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), pixels[:, :, ::-1])
 

@@ -17,9 +17,9 @@ from mlflow import MlflowClient
 
 from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.retraining.aliases import Busy, PromotionError, RolledBack, aliases, promote, rollback
-from refract.pipeline.retraining.steps import NightError, Outcome, _key, announce, begin
+from refract.pipeline.retraining.steps import Outcome, RetrainingError, _key, announce, begin
 from refract.pipeline.retraining.steps import promote as step
-from refract.pipeline.retraining.workspace import place_of, read, write
+from refract.pipeline.retraining.workspace import read, workspace_of, write
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -328,7 +328,7 @@ def ended(night: tuple[Config, Path]) -> tuple[dict[str, Any], bool]:
     config, folder = night
     step(folder)
     announce(folder)
-    return read(folder / "night.json"), place_of(config).last() is not None
+    return read(folder / "night.json"), workspace_of(config).last() is not None
 
 
 def test_a_night_promotes_and_is_remembered(night: tuple[Config, Path]) -> None:
@@ -368,7 +368,7 @@ def test_a_night_whose_turn_never_comes_goes_on_later(
     hold(client, name, "elsewhere 1 x")
     with monkeypatch.context() as impatient:
         impatient.setattr("refract.pipeline.retraining.aliases.PATIENCE_S", -1.0)
-        with pytest.raises(NightError, match="other processes move the aliases"):
+        with pytest.raises(RetrainingError, match="other processes move the aliases"):
             step(folder)
     assert "ends" not in read(folder / "night.json")
     client.delete_registered_model(f"{name}.promoting")

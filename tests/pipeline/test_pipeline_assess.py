@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib import font_manager
-from small_data import COLORS, Run, picture, write_picture
+from small_data import COLORS, Run, make_image, write_image
 
 from refract.augment import Preprocess
 from refract.models.bundle.bundle import load_bundle
@@ -33,13 +33,13 @@ pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` ha
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pictures/ with a name that is HTML, and some pictures under a wrong label."""
+    """images/ with a name that is HTML, and some images under a wrong label."""
     root = tmp_path_factory.mktemp("assessed")
     for label in COLORS:
         for number in range(60):
             real = label if number % 6 else "red"
-            write_picture(
-                root / "pictures" / label / f"{number:02}<b>.png", picture(real, number + 100 * len(label))[:, :24]
+            write_image(
+                root / "images" / label / f"{number:02}<b>.png", make_image(real, number + 100 * len(label))[:, :24]
             )
     return root
 
@@ -51,8 +51,8 @@ def runs(root: Path) -> Path:
 
     for name, rate in (("good", 0.003), ("bad", 1e-7)):
         values = {
-            "data": {"source": str(root / "pictures"), "image_size": 24, "workers": 0, "batch_size": 16,
-                     "val_share": 0.3, "test_share": 0.3},
+            "data": {"source": str(root / "images"), "image_size": 24, "workers": 0, "batch_size": 16,
+                     "val_fraction": 0.3, "test_fraction": 0.3},
             "model": {"name": "cnn", "args": {"widths": [8, 16]}}, "optim": {"lr": rate},
             "trainer": {"max_epochs": 12, "run_name": name, "runs_dir": str(root / "runs"), "device": "cpu"},
             "tracking": {"enabled": False}, "evaluation": {"precision": 0.99, "robustness": "quick"},
@@ -75,7 +75,7 @@ def test_the_bundle_is_calibrated_on_validation_and_says_when_to_abstain(runs: P
     low, high = numbers["intervals"]["accuracy"]
     assert low < numbers["metrics"]["accuracy"] < high
     robust = numbers["robustness"]
-    assert robust["pictures"] == 50 and len(robust["errors"]) == 19 and set(robust["errors"]["fog"]) == {"1", "3", "5"}
+    assert robust["images"] == 50 and len(robust["errors"]) == 19 and set(robust["errors"]["fog"]) == {"1", "3", "5"}
     with np.load(runs / "good" / "holdout.npz") as stored:
         assert (stored["probabilities"].argmax(1) == stored["truth"]).mean() == pytest.approx(info.metrics["accuracy"])
 
@@ -96,7 +96,7 @@ def test_the_report_is_one_file_with_nothing_from_elsewhere_and_nothing_unescape
 
 def test_evaluate_gives_the_same_figures_and_a_report(refract: Run, root: Path, runs: Path, tmp_path: Path) -> None:
     refract(
-        "evaluate", runs / "good" / "bundle", root / "pictures", "--json", "e.json", "--report", "rep", "--robustness", "quick"
+        "evaluate", runs / "good" / "bundle", root / "images", "--json", "e.json", "--report", "rep", "--robustness", "quick"
     )  # fmt: skip
     wanted = load_bundle(runs / "good" / "bundle").info.metrics
     found = json.loads((tmp_path / "e.json").read_text())
@@ -107,13 +107,13 @@ def test_evaluate_gives_the_same_figures_and_a_report(refract: Run, root: Path, 
     assert report["metrics"] == found["metrics"] and (tmp_path / "rep" / "report.html").stat().st_size > 50_000
 
 
-def test_evaluate_takes_pictures_of_one_class_and_a_hold_out_alone(refract: Run, runs: Path, tmp_path: Path) -> None:
+def test_evaluate_takes_images_of_one_class_and_a_hold_out_alone(refract: Run, runs: Path, tmp_path: Path) -> None:
     for number in range(4):
-        write_picture(tmp_path / "new" / "red" / f"{number}.png", picture("red", 900 + number))
+        write_image(tmp_path / "new" / "red" / f"{number}.png", make_image("red", 900 + number))
     shutil.copytree(tmp_path / "new", tmp_path / "split" / "test")
     for source in ("new", "split"):
         told = refract("evaluate", runs / "good" / "bundle", source, "--json", "e.json", "--report", "rep").stdout
-        assert "on 4 pictures of" in told and "no pictures of 2 labels, which macro_f1 takes as 0: blue, green" in told
+        assert "on 4 images of" in told and "no images of 2 labels, which macro_f1 takes as 0: blue, green" in told
         found = json.loads((tmp_path / "e.json").read_text())
         assert found["metrics"]["accuracy"] == 1 and [row["count"] for row in found["per_class"]] == [0, 0, 4]
 
@@ -122,7 +122,7 @@ def test_runs_are_compared_on_the_hold_out_that_they_share(refract: Run, runs: P
     told = refract("compare", runs / "bad", runs / "good", "--curves", "c.png").stdout
     assert re.search(r"^optim\.lr +1e-07 +0\.003$", told, re.MULTILINE) and "run_name" not in told
     found = re.search(
-        r"good against bad on 54 pictures: accuracy \+(\S+), 95 % interval \+(\S+) to \+(\S+), McNemar p = (\S+):", told
+        r"good against bad on 54 images: accuracy \+(\S+), 95 % interval \+(\S+) to \+(\S+), McNemar p = (\S+):", told
     )
     assert found and "more than chance" in told
     value, low, high = (float(number) for number in found.groups()[:3])
@@ -134,7 +134,7 @@ def test_runs_are_compared_on_the_hold_out_that_they_share(refract: Run, runs: P
 
 
 def test_corruptions_are_seeded_and_hurt(root: Path) -> None:
-    samples = load_manifest(root / "pictures").samples
+    samples = load_manifest(root / "images").samples
     torch.manual_seed(0)
     classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
     one, again = (measure_robustness(classifier, Preprocess(32, 32), samples, QUICK) for _ in range(2))
@@ -144,9 +144,9 @@ def test_corruptions_are_seeded_and_hurt(root: Path) -> None:
     chosen = [sample.labels[0] for sample in samples[:: len(samples) // 90][:90]]  # sorted by class
     assert len(set(chosen)) == 3
     seen = measure_robustness(classifier, Preprocess(32, 32), samples[:30] + samples[-60:], QUICK)
-    assert seen.pictures == 50, "spread over all of them"
+    assert seen.images == 50, "spread over all of them"
     full = measure_robustness(classifier, Preprocess(32, 32), samples[:4], FULL)
-    assert full.pictures == 4 and list(full.by_severity()) == [0, 1, 2, 3, 4, 5]
+    assert full.images == 4 and list(full.by_severity()) == [0, 1, 2, 3, 4, 5]
 
 
 class Rough(torch.nn.Module):
@@ -183,9 +183,9 @@ def test_evaluate_shows_what_looks_like_the_training(refract: Run, tmp_path: Pat
     for number in range(40):
         coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
         pixels = cv2.resize(coarse, (64, 64), interpolation=cv2.INTER_CUBIC)
-        write_picture(tmp_path / "s" / "ab"[number % 2] / f"{number}.png", pixels)
+        write_image(tmp_path / "s" / "ab"[number % 2] / f"{number}.png", pixels)
         if number < 20:
-            write_picture(tmp_path / "s" / "ab"[number % 2] / f"{number}.jpg", pixels)
+            write_image(tmp_path / "s" / "ab"[number % 2] / f"{number}.jpg", pixels)
     (tmp_path / "c.yaml").write_text("{data: {source: s, image_size: 32, workers: 0}, tracking: {enabled: false}}")
     told = refract(
         "train", "c.yaml", "--model.name", "cnn", "--trainer.max_epochs", 1, "--trainer.run_name", "r"
@@ -194,9 +194,7 @@ def test_evaluate_shows_what_looks_like_the_training(refract: Run, tmp_path: Pat
     reports = [json.loads((tmp_path / where / "report.json").read_text()) for where in ("runs/r", "again")]
     one, again = (report["near_duplicates"] for report in reports)
     assert (
-        one == again
-        and len(one["pairs"]) > 2
-        and f"{len(one['pairs'])} pictures of test look like one of train" in told
+        one == again and len(one["pairs"]) > 2 and f"{len(one['pairs'])} images of test look like one of train" in told
     )
     assert all(Path(a).stem == Path(b).stem for a, b in one["pairs"])
     assert json.loads((tmp_path / "e.json").read_text())["near_duplicates"] == one["pairs"]
@@ -204,17 +202,17 @@ def test_evaluate_shows_what_looks_like_the_training(refract: Run, tmp_path: Pat
     assert "does not know 1 of the labels: a;b" in refract("evaluate", "runs/r/bundle", "m.csv", code=2).stderr
 
 
-def test_runs_on_other_labels_of_the_same_pictures_are_not_compared(runs: Path, tmp_path: Path) -> None:
+def test_runs_on_other_labels_of_the_same_images_are_not_compared(runs: Path, tmp_path: Path) -> None:
     one = read_run(runs / "good")
     path = next(iter(one.labels))
     other = replace(one, labels={**one.labels, path: ("green" if one.labels[path] != ("green",) else "red",)})
-    with pytest.raises(ConfigError, match=r"1 pictures of both hold-outs have other labels, as "):
+    with pytest.raises(ConfigError, match=r"1 images of both hold-outs have other labels, as "):
         against(one, other)
 
 
 def test_noise_has_its_deviation_in_grey_levels(tmp_path: Path) -> None:
     for number in range(8):
-        write_picture(tmp_path / "ab"[number % 2] / f"{number}.png", np.full((32, 32, 3), 100 + number, np.uint8))
+        write_image(tmp_path / "ab"[number % 2] / f"{number}.png", np.full((32, 32, 3), 100 + number, np.uint8))
     samples = [replace(sample, labels=(0,)) for sample in load_manifest(tmp_path).samples]
     classifier = Classifier(Rough(), mean=(0.0,) * 3, std=(1.0,) * 3)
     found = measure_robustness(classifier, Preprocess(32, 32), samples, QUICK)
@@ -223,9 +221,9 @@ def test_noise_has_its_deviation_in_grey_levels(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cameras(root: Path) -> Path:
-    """A manifest whose camera `b` took the mislabelled pictures, with a number a row and a few duplicates."""
+    """A manifest whose camera `b` took the mislabelled images, with a number a row and a few duplicates."""
     rows = [
-        {"path": str(root / "pictures" / label / f"{number:02}<b>.png"), "label": label, "camera": "b<i>" if number % 6 == 0 else "a",
+        {"path": str(root / "images" / label / f"{number:02}<b>.png"), "label": label, "camera": "b<i>" if number % 6 == 0 else "a",
          "hour": number, "note": f"{label} {number}", "split": "test" if number >= 30 else "val" if number >= 24 else "train"}
         for label in COLORS for number in range(60)
     ]  # fmt: skip
@@ -239,7 +237,7 @@ def test_parts_of_the_data_by_the_columns_of_the_manifest(
     told = refract("evaluate", runs / "good" / "bundle", cameras, "--report", "rep").stdout
     parts = json.loads((tmp_path / "rep" / "report.json").read_text())["slices"]
     by_name = {(part["column"], part["value"]): part for part in parts}
-    assert {part["column"] for part in parts} == {"camera", "hour"}, "a note tells single pictures apart"
+    assert {part["column"] for part in parts} == {"camera", "hour"}, "a note tells single images apart"
     a, b = by_name["camera", "a"], by_name["camera", "b<i>"]
     assert (a["count"], b["count"]) == (75, 15) and b["worse"] and not a["worse"]
     assert b["right"] == pytest.approx(1 / 3, abs=0.1) and b["low"] < b["right"] < b["high"] < a["right"]
@@ -262,7 +260,7 @@ def test_numbers_are_taken_by_quarters() -> None:
 def test_several_labels_have_a_gallery_and_the_report_shows_what_looks_like_the_training(tmp_path: Path) -> None:
     for label in COLORS:
         for number in range(12):
-            write_picture(tmp_path / label / f"{number:02}.png", picture(label, number))
+            write_image(tmp_path / label / f"{number:02}.png", make_image(label, number))
     samples = [
         Sample(str(tmp_path / label / f"{number:02}.png"), (k,))
         for k, label in enumerate(COLORS)
@@ -277,7 +275,7 @@ def test_several_labels_have_a_gallery_and_the_report_shows_what_looks_like_the_
     errors = report.galleries["The most confident errors"]
     off = np.abs(found.probabilities - found.truth)[found.answers != found.truth].max()
     assert f"missed {1 - off:.0%}" in errors[0]["caption"] or f"{off:.0%}, labelled" in errors[0]["caption"]
-    (pair,) = report.galleries["Like a picture of the training"]
+    (pair,) = report.galleries["Like an image of the training"]
     assert pair["caption"] == "blue ~ blue" and pair["src"].startswith("data:image/jpeg")
     assert report.numbers["near_duplicates"]["right_without_them"] == pytest.approx(found.right[1:].mean())
 

@@ -45,21 +45,21 @@ def test_augment_overwrites_nothing_and_tells_what_is_wrong(folder: Path, refrac
     assert "not an empty folder" in refract("augment", "cifar", folder, "mine", code=2).stderr
     assert files(tmp_path / "mine") == {"notes.txt": b"keep me"}
     assert "MixUp and CutMix" in refract("augment", "imagenet-a1", folder, "out", code=2).stderr
-    (folder / "red" / "broken.jpg").write_bytes(b"no picture")
+    (folder / "red" / "broken.jpg").write_bytes(b"no image")
     assert "red/broken.jpg: not an image" in refract("augment", "cifar", folder, "out", code=2).stderr
     assert not (tmp_path / "out").exists()
     assert "IN_DIR OUT_DIR" in refract("augment", folder, "out", code=2).stderr
 
 
-def test_replay_refuses_other_pictures_and_other_files(folder: Path, refract: Run, tmp_path: Path) -> None:
+def test_replay_refuses_other_images_and_other_files(folder: Path, refract: Run, tmp_path: Path) -> None:
     refract("augment", "cifar", folder, "out")
     changed = folder / "green" / "05.jpg"
     changed.write_bytes((folder / "green" / "06.jpg").read_bytes())
     (folder / "green" / "07.jpg").unlink()
     told = refract("augment", "--replay", "out/plans.jsonl", folder, "again", code=2).stderr
     assert (
-        "2 pictures could not be written" in told
-        and "05.jpg: is not the picture" in told
+        "2 images could not be written" in told
+        and "05.jpg: is not the image" in told
         and "07.jpg: No such file" in told
     )
     assert len(files(tmp_path / "again")) == 59, "the others are there"
@@ -96,9 +96,9 @@ def test_explain_shows_what_is_fused(folder: Path, refract: Run, tmp_path: Path)
 def test_odd_file_names_and_a_single_file_are_replayed(folder: Path, refract: Run, tmp_path: Path) -> None:
     odd = tmp_path / "odd"
     odd.mkdir()
-    picture = (folder / "red" / "00.jpg").read_bytes()
+    image = (folder / "red" / "00.jpg").read_bytes()
     for name in ("a\u2028b.jpg", "ä ö.jpg", os.fsdecode(b"b\xff.jpg")):
-        (odd / name).write_bytes(picture)
+        (odd / name).write_bytes(image)
     refract("augment", "cifar", odd, "out")
     refract("augment", "--replay", "out/plans.jsonl", odd, "again")
     made = files(tmp_path / "out")

@@ -8,21 +8,21 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from small_data import COLORS, config_of, picture, write_picture
+from small_data import COLORS, config_of, make_image, write_image
 
 from refract.augment import Augmenter, Preprocess
 from refract.models.classifier import Classifier
 from refract.models.registry import build
-from refract.pipeline.data.datamodule import PictureData, fits_memory
+from refract.pipeline.data.datamodule import ImageDataModule, fits_memory
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.data.prepare import prepare_data
 from refract.pipeline.data.train_order import Share, TrainOrder
-from refract.pipeline.inference.scoring import Question, score, views
+from refract.pipeline.inference.scoring import SampleInput, score, views
 
 
-def module_of(folder: Path, workers: int) -> PictureData:
+def module_of(folder: Path, workers: int) -> ImageDataModule:
     manifest, _ = prepare_data(config_of(folder))
-    return PictureData(
+    return ImageDataModule(
         manifest,
         augmenter=Augmenter("imagenet", seed=11, size=16),
         preprocess=Preprocess(16, 16),
@@ -31,7 +31,7 @@ def module_of(folder: Path, workers: int) -> PictureData:
     )
 
 
-def batches_of(data: PictureData, epochs: range) -> list[torch.Tensor]:
+def batches_of(data: ImageDataModule, epochs: range) -> list[torch.Tensor]:
     loader = data.train_dataloader()
     batches = []
     for epoch in epochs:
@@ -62,7 +62,7 @@ def test_same_pixels_after_a_restart_in_the_middle_of_an_epoch(folder: Path) -> 
     expected = batches_of(module_of(folder, 0), range(2))
     per_epoch = len(expected) // 2
     restarted = module_of(folder, 2)
-    restarted.order.go_on(1, 3 * 8)
+    restarted.order.resume(1, 3 * 8)
     rest = batches_of(restarted, range(1, 2))
     assert len(rest) == per_epoch - 3
     for mine, theirs in zip(expected[per_epoch + 3 :], rest, strict=True):
@@ -76,14 +76,14 @@ def test_a_last_batch_of_one_is_left_out(folder: Path) -> None:
     assert [len(batch["images"]) for batch in data.train_dataloader()] == [8, 8]
 
 
-def test_balanced_order_draws_every_class_equally_often_and_every_picture_of_the_largest() -> None:
+def test_balanced_order_draws_every_class_equally_often_and_every_image_of_the_largest() -> None:
     classes = [0] * 60 + [1] * 30 + [2] * 10
     order = TrainOrder(len(classes), seed=3, classes=classes)
     keys = list(order)
     counts = Counter(classes[index] for _, index, _ in keys)
     assert len(keys) == 100 and max(counts.values()) - min(counts.values()) <= 1
     drawn = Counter(index for _, index, _ in keys)
-    # Within a class, no picture is drawn twice before all are drawn once.
+    # Within a class, no image is drawn twice before all are drawn once.
     for label in range(3):
         own = [drawn[i] for i, c in enumerate(classes) if c == label]
         assert max(own) - min(own) <= 1
@@ -94,21 +94,21 @@ def test_balanced_order_draws_every_class_equally_often_and_every_picture_of_the
 
 @pytest.fixture
 def alike(tmp_path: Path) -> Path:
-    """Pictures of one size."""
+    """Images of one size."""
     for label in COLORS:
         for number in range(20):
-            write_picture(tmp_path / "alike" / label / f"{number:02}.png", picture(label, number)[:, :24])
+            write_image(tmp_path / "alike" / label / f"{number:02}.png", make_image(label, number)[:, :24])
     return tmp_path / "alike"
 
 
-def data_of(folder: Path, policy: list, **options) -> PictureData:
+def data_of(folder: Path, policy: list, **options) -> ImageDataModule:
     manifest, _ = prepare_data(config_of(folder))
-    return PictureData(
+    return ImageDataModule(
         manifest, augmenter=Augmenter(policy, seed=5), preprocess=Preprocess(32, 32), batch_size=7, **options
     )
 
 
-def test_pictures_in_memory_are_augmented_and_measured_as_those_from_files(alike: Path) -> None:
+def test_images_in_memory_are_augmented_and_measured_as_those_from_files(alike: Path) -> None:
     policy = [{"PadAndCrop": {"padding": 3}}, "HorizontalFlip", {"ColorJitter": {"brightness": 0.4}}]
     read, kept = data_of(alike, policy, workers=0), data_of(alike, policy, memory="always")
     assert kept.workers == 0 and kept.in_memory and not read.in_memory
@@ -120,19 +120,19 @@ def test_pictures_in_memory_are_augmented_and_measured_as_those_from_files(alike
             assert all(torch.equal(a[name], b[name]) for name in ("images", "targets", "indices"))
 
 
-def test_the_batch_executor_augments_pictures_in_memory_on_the_device(alike: Path) -> None:
+def test_the_batch_executor_augments_images_in_memory_on_the_device(alike: Path) -> None:
     policy = [{"PadAndCrop": {"padding": 3}}, "HorizontalFlip", {"ColorJitter": {"brightness": 0.4, "hue": 0.1}}]
     plain, device = data_of(alike, policy, memory="always"), data_of(alike, policy, memory="always", on_device=True)
     for a, b in zip(plain.train_dataloader(), device.train_dataloader(), strict=True):
-        assert "keys" in b and "images" not in b, "the pictures are on the device already"
+        assert "keys" in b and "images" not in b, "the images are on the device already"
         done = device.on_after_batch_transfer(b, 0)
         assert "keys" not in done and torch.equal(a["indices"], done["indices"])
         assert (a["images"].float() - done["images"].float()).abs().mean() < 1
 
 
-def test_memory_is_taken_where_pictures_are_alike_and_fit(alike: Path) -> None:
+def test_memory_is_taken_where_images_are_alike_and_fit(alike: Path) -> None:
     assert fits_memory(load_manifest(alike).samples)
-    write_picture(alike / "red" / "wide.png", picture("red", 4))
+    write_image(alike / "red" / "wide.png", make_image("red", 4))
     assert not fits_memory(load_manifest(alike).samples)
 
 
@@ -159,7 +159,7 @@ def test_processes_share_one_order(classes: list[int] | None) -> None:
     together = [key for step in zip(*shares, strict=True) for key in step]
     assert together == [*whole, whole[0]], "in the order of one process, begun again to give all equally many"
     resumed = TrainOrder(11, seed=3, classes=classes, rank=1, processes=3)
-    resumed.go_on(0, 2)
+    resumed.resume(0, 2)
     assert list(resumed) == shares[1][2:]
     measured = sorted(place for rank in range(3) for place in Share(11, rank, 3))
     assert measured == list(range(11)), "each once"
@@ -174,7 +174,7 @@ def test_draws_of_a_rare_class_differ() -> None:
     assert len(set(twice)) == 100
 
 
-def test_a_small_batch_is_decoded_by_as_many_threads_as_it_has_pictures() -> None:
+def test_a_small_batch_is_decoded_by_as_many_threads_as_it_has_images() -> None:
     beside = threading.Barrier(4)
 
     def read() -> bytes:
@@ -184,6 +184,6 @@ def test_a_small_batch_is_decoded_by_as_many_threads_as_it_has_pictures() -> Non
     png = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
     classifier = Classifier(build("linear", 2, image_size=(16, 16)), mean=(0.5,) * 3, std=(0.5,) * 3).eval()
     answers = score(
-        classifier, Preprocess(height=16, width=16), [Question(read)] * 8, task="binary", batch_size=4, threads=8
+        classifier, Preprocess(height=16, width=16), [SampleInput(read)] * 8, task="binary", batch_size=4, threads=8
     )
     assert all(isinstance(answer, np.ndarray) for answer in answers)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_data import COLORS, Run, picture, write_picture
+from small_data import COLORS, Run, make_image, write_image
 
 from refract.models.bundle.bundle import load_bundle
 from refract.models.training.freezing import blocks_of
@@ -20,7 +20,7 @@ from refract.pipeline.training.run import train
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
 BASE = {
-    "data": {"workers": 0, "batch_size": 16, "val_share": 0.2, "test_share": 0.1},
+    "data": {"workers": 0, "batch_size": 16, "val_fraction": 0.2, "test_fraction": 0.1},
     "model": {"name": "resnet20"},
     "optim": {"lr": 0.02, "warmup": 0},
     "trainer": {"max_epochs": 2, "precision": "fp32", "device": "cpu"},
@@ -30,11 +30,11 @@ BASE = {
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CLASS/NN.png of 24 × 24 pixels: 24, 16 and 8 pictures."""
+    """CLASS/NN.png of 24 × 24 pixels: 24, 16 and 8 images."""
     root = tmp_path_factory.mktemp("uneven")
     for label, count in zip(COLORS, (24, 16, 8), strict=True):
         for number in range(count):
-            write_picture(root / label / f"{number:02}.png", picture(label, number)[:, :24])
+            write_image(root / label / f"{number:02}.png", make_image(label, number)[:, :24])
     return root
 
 
@@ -124,10 +124,10 @@ def test_nothing_changed_changes_nothing(uneven: Path, tmp_path: Path) -> None:
 
 
 def test_recomputing_changes_nothing(uneven: Path, tmp_path: Path) -> None:
-    spared = begun(uneven, "--trainer.recompute", "true").module.classifier.network
+    spared = begun(uneven, "--trainer.gradient_checkpointing", "true").module.classifier.network
     own = begun(uneven).module.classifier.network
     assert [sum("forward" in vars(m) for m in network.modules()) > 0 for network in (spared, own)] == [True, False]
-    one, _ = trained(uneven, tmp_path / "one", "--trainer.recompute", "true")
+    one, _ = trained(uneven, tmp_path / "one", "--trainer.gradient_checkpointing", "true")
     other, _ = trained(uneven, tmp_path / "other")
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -203,7 +203,7 @@ def test_the_batch_norms_of_a_bundle_are_trained(tmp_path: Path) -> None:
     assert config.model.frozen_norms is False and config.optim.head_lr == 1.0
 
 
-def test_pictures_are_kept_in_memory_where_asked(uneven: Path) -> None:
+def test_images_are_kept_in_memory_where_asked(uneven: Path) -> None:
     assert begun(uneven).data.in_memory and not begun(uneven, "--data.memory", "never").data.in_memory
 
 
@@ -223,9 +223,7 @@ def test_a_teacher_and_test_time_augmentation_have_their_say(uneven: Path, tmp_p
     taught, _ = trained(uneven, tmp_path / "b", *asked, "--loss.distill", 1)
     warmer, _ = trained(uneven, tmp_path / "c", *asked, "--loss.distill", 1, "--loss.temperature", 1)
     assert not torch.equal(plain, taught) and not torch.equal(taught, warmer)
-    with pytest.raises(
-        ConfigError, match=r"loss\.teacher: .* cannot train on 2 pictures of 16×16 pixels of some epochs"
-    ):
+    with pytest.raises(ConfigError, match=r"loss\.teacher: .* cannot train on 2 images of 16×16 pixels of some epochs"):
         lenet = train(configured(uneven, (*runs, "--trainer.run_name", "l", "--model.name", "lenet5")))
         begun(uneven, "--loss.teacher", lenet.bundle, "--trainer.start_size", 0.6)
 
@@ -236,14 +234,14 @@ def test_a_teacher_and_test_time_augmentation_have_their_say(uneven: Path, tmp_p
         (("--model.args", "{head: mlp}"), "the argument 'head' is reserved"),
         (("--model.args", "{num_classes: 3}"), "the argument 'num_classes' is reserved"),
         (("--model.args", "{1: 2}"), "the argument 1 is no name"),
-        (("--model.name", "alexnet"), "model.name: alexnet cannot train on 2 pictures of 24×24 pixels"),
+        (("--model.name", "alexnet"), "model.name: alexnet cannot train on 2 images of 24×24 pixels"),
         (("--model.name", "mlp", "--model.args", "{norm: batch}", "--data.batch_size", 1), "batch_size of at least 2"),
         (("--model.name", "linear", "--model.args", "{features: hog, cell: 0}"), "cell=0: expected a whole number"),
         (("--model.name", "linear", "--model.args", "{features: visual_words, patch: 0}"), "patch=0: expected a whole"),
         (("--model.name", "linear", "--model.args", "{features: colour_histogram, bins: 0}"), "bins=0: expected a"),
         (("--model.name", "fastnet", "--model.args", "{logit_scale: a}"), "logit_scale='a': expected a number"),
         (("--model.name", "mlp", "--model.args", "{activation: sigmoid, pretrain: rbm}", "--model.init", "lsuv"), "would undo"),
-        (("--model.name", "cnn", "--model.args", "{activation: elu, activation_args: {alpha: '0.1'}}"), "cnn cannot train on 2 pictures"),
+        (("--model.name", "cnn", "--model.args", "{activation: elu, activation_args: {alpha: '0.1'}}"), "cnn cannot train on 2 images"),
         (("--model.name", "linear", "--model.args", "{features: pixels, cel: 4}"), "takes no arguments, but was given cel"),
         (("--model.name", "cnn", "--model.args", "{residual: 'no', depth: 2}"), "residual='no': expected true or false"),
         (("--model.name", "cnn", "--model.args", "{widths: [2000000000000]}"), "model: [enforce fail at alloc_cpu"),
@@ -290,11 +288,11 @@ def test_a_loss_that_is_no_number_names_layer_and_batch_and_can_be_replayed(
     assert "is no bad-batch.pt" in refract("replay-batch", tmp_path / "other.pt", code=2).stderr
 
 
-def test_grey_pictures_do_not_blow_fastnet_up(tmp_path: Path) -> None:
+def test_grey_images_do_not_blow_fastnet_up(tmp_path: Path) -> None:
     for label in COLORS:
         for number in range(16):
-            grey = picture(label, number)[:, :24].mean(axis=2, keepdims=True).repeat(3, axis=2).astype("uint8")
-            write_picture(tmp_path / "grey" / label / f"{number:02}.png", grey)
+            grey = make_image(label, number)[:, :24].mean(axis=2, keepdims=True).repeat(3, axis=2).astype("uint8")
+            write_image(tmp_path / "grey" / label / f"{number:02}.png", grey)
     weights, epochs = trained(
         tmp_path / "grey", tmp_path, "--model.name", "fastnet", "--optim.name", "sgd", "--optim.lr", 0.1
     )

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
-from small_data import COLORS, Run, picture, write_picture
+from small_data import COLORS, Run, make_image, write_image
 from warm_process import WarmProcess
 
 from refract.augment import Preprocess
@@ -22,7 +22,7 @@ from refract.cli import COMMANDS
 from refract.models.bundle.bundle import load_bundle
 from refract.models.classifier import probabilities
 from refract.pipeline.cli.demo import served
-from refract.pipeline.inference.scoring import Question, score
+from refract.pipeline.inference.scoring import SampleInput, score
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -31,13 +31,13 @@ QUICK = ["--trainer.max_epochs", "3", "--trainer.run_name", "r1", "--data.worker
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path, warm: WarmProcess) -> Path:
-    """A folder with pictures/, pictures.yaml as `refract init` wrote it, runs/r1 and mlflow.db."""
+    """A folder with images/, images.yaml as `refract init` wrote it, runs/r1 and mlflow.db."""
     root = tmp_path_factory.mktemp("trained")
     shutil.copy(new_tracking, root / "mlflow.db")
     for label in COLORS:
         for number in range(40):
-            write_picture(root / "pictures" / label / f"{number:02}.jpg", picture(label, number))
-    for command in (["init", "pictures", "-o", "pictures.yaml"], ["train", "pictures.yaml", *QUICK]):
+            write_image(root / "images" / label / f"{number:02}.jpg", make_image(label, number))
+    for command in (["init", "images", "-o", "images.yaml"], ["train", "images.yaml", *QUICK]):
         done = warm.run(command, cwd=root, env=os.environ, seconds=200)
         assert done.returncode == 0, done.stdout + done.stderr
     return root
@@ -47,10 +47,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path, warm: 
 def workplace(trained: Path, tmp_path: Path) -> Path:
     """A copy of `trained` that a test may change; `refract` runs in it. Its config is of a smaller network, and measures less."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    config = (tmp_path / "pictures.yaml").read_text()
+    config = (tmp_path / "images.yaml").read_text()
     assert "  name: resnet20 " in config
     less = config.replace("  name: resnet20 ", "  name: cnn ") + "\nevaluation: {robustness: none}\n"
-    (tmp_path / "pictures.yaml").write_text(less)
+    (tmp_path / "images.yaml").write_text(less)
     return tmp_path
 
 
@@ -81,7 +81,7 @@ def test_run_holds_all_that_a_reviewer_asks_for(trained: Path) -> None:
     stored = yaml.safe_load((run / "config.yaml").read_text())
     bundle = load_bundle(run / "bundle")
     assert bundle.info.config == stored and stored["trainer"]["max_epochs"] == 3
-    assert bundle.info.labels == ("blue", "green", "red") and len(bundle.goldens) == 8
+    assert bundle.info.labels == ("blue", "green", "red") and len(bundle.golden_samples) == 8
     assert bundle.info.metrics["accuracy"] > 0.9
     for name in ("preview.png", "curves.png", "confusion.png"):
         assert cv2.imread(str(run / name)).std() > 5
@@ -97,12 +97,12 @@ def test_mlflow_has_the_run_and_the_champion(trained: Path) -> None:
     assert run.data.metrics["test_accuracy"] > 0.9
     names = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"bundle", "preview.png", "confusion.png", "curves.png", "config.yaml", "splits.csv"} <= names
-    assert client.get_model_version_by_alias("pictures", "champion").run_id == run.info.run_id
+    assert client.get_model_version_by_alias("images", "champion").run_id == run.info.run_id
 
 
-def test_predict_tells_each_picture(refract: Run, workplace: Path) -> None:
-    write_picture(workplace / "new" / "a.png", picture("red", 900))
-    write_picture(workplace / "new" / "deep" / "b.jpg", picture("blue", 901))
+def test_predict_tells_each_image(refract: Run, workplace: Path) -> None:
+    write_image(workplace / "new" / "a.png", make_image("red", 900))
+    write_image(workplace / "new" / "deep" / "b.jpg", make_image("blue", 901))
     lines = refract("predict", "runs/r1/bundle", "new", "--json", "--top", 2).stdout.splitlines()
     answers = [json.loads(line) for line in lines]
     assert [(answer["path"], answer["label"]) for answer in answers] == [
@@ -115,9 +115,9 @@ def test_predict_tells_each_picture(refract: Run, workplace: Path) -> None:
     )
 
 
-def test_predict_goes_on_past_a_bad_picture(refract: Run, workplace: Path) -> None:
+def test_predict_goes_on_past_a_bad_image(refract: Run, workplace: Path) -> None:
     (workplace / "bad.jpg").write_text("text")
-    write_picture(workplace / "good.jpg", picture("green", 902))
+    write_image(workplace / "good.jpg", make_image("green", 902))
     os.mkfifo(workplace / "pipe.jpg")
     done = refract("predict", "runs/r1/bundle", "bad.jpg", "pipe.jpg", "good.jpg", "--json", code=1)
     first, pipe, second = map(json.loads, done.stdout.splitlines())
@@ -129,54 +129,54 @@ def test_predict_goes_on_past_a_bad_picture(refract: Run, workplace: Path) -> No
 
 
 def test_evaluate_measures_the_runs_own_hold_out(refract: Run, workplace: Path) -> None:
-    done = refract("evaluate", "runs/r1/bundle", "pictures", "--json", "e.json")
+    done = refract("evaluate", "runs/r1/bundle", "images", "--json", "e.json")
     report = json.loads((workplace / "e.json").read_text())
-    assert "its own hold-out" in done.stdout and report["pictures"] == 24  # 20 % of 120
+    assert "its own hold-out" in done.stdout and report["images"] == 24  # 20 % of 120
     stored = load_bundle(workplace / "runs" / "r1" / "bundle").info.metrics
     assert report["metrics"] == {name: value for name, value in stored.items() if name != "corruption_error"}
     assert np.trace(report["confusion"]) / 24 == report["metrics"]["accuracy"]
 
 
-def test_evaluate_knows_the_training_pictures_by_their_content(refract: Run, workplace: Path) -> None:
-    (workplace / "pictures").rename(workplace / "moved")
+def test_evaluate_knows_the_training_images_by_their_content(refract: Run, workplace: Path) -> None:
+    (workplace / "images").rename(workplace / "moved")
     assert "its own hold-out" in refract("evaluate", "runs/r1/bundle", workplace / "moved").stdout
-    write_picture(workplace / "moved" / "red" / "new.jpg", picture("red", 999))
-    assert "on 121 pictures" in refract("evaluate", "runs/r1/bundle", "moved").stdout, "other pictures, all of them"
-    (workplace / "moved").rename(workplace / "pictures")
-    for name in ("pictures", workplace / "pictures"):
+    write_image(workplace / "moved" / "red" / "new.jpg", make_image("red", 999))
+    assert "on 121 images" in refract("evaluate", "runs/r1/bundle", "moved").stdout, "other images, all of them"
+    (workplace / "moved").rename(workplace / "images")
+    for name in ("images", workplace / "images"):
         told = refract("evaluate", "runs/r1/bundle", name, code=2).stderr
         assert "has changed since the bundle was trained on it" in told and "splits.csv" in told
 
 
 def test_evaluate_refuses_labels_it_does_not_know(refract: Run, workplace: Path) -> None:
-    shutil.copytree(workplace / "pictures" / "red", workplace / "other" / "purple")
-    shutil.copytree(workplace / "pictures" / "blue", workplace / "other" / "blue")
+    shutil.copytree(workplace / "images" / "red", workplace / "other" / "purple")
+    shutil.copytree(workplace / "images" / "blue", workplace / "other" / "blue")
     assert "does not know 1 of the labels: purple" in refract("evaluate", "runs/r1/bundle", "other", code=2).stderr
 
 
 def test_a_run_is_never_overwritten(refract: Run, workplace: Path) -> None:
     before = (workplace / "runs" / "r1" / "bundle" / "manifest.json").read_bytes()
-    assert "runs/r1 exists already" in refract("train", "pictures.yaml", *QUICK, code=2).stderr
+    assert "runs/r1 exists already" in refract("train", "images.yaml", *QUICK, code=2).stderr
     assert (workplace / "runs" / "r1" / "bundle" / "manifest.json").read_bytes() == before
-    assert "pictures.yaml exists already" in refract("init", "pictures", code=2).stderr
+    assert "images.yaml exists already" in refract("init", "images", code=2).stderr
 
 
 def test_preview_draws_a_grid(refract: Run, workplace: Path) -> None:
     assert (
-        "wrote grid.png: 3 pictures × 2 variants"
-        in refract("preview", "pictures.yaml", "-o", "grid.png", "--rows", 3, "--variants", 2).stdout
+        "wrote grid.png: 3 images × 2 variants"
+        in refract("preview", "images.yaml", "-o", "grid.png", "--rows", 3, "--variants", 2).stdout
     )
     first = (workplace / "grid.png").read_bytes()
-    refract("preview", "pictures.yaml", "-o", "grid.png", "--rows", 3, "--variants", 2)
+    refract("preview", "images.yaml", "-o", "grid.png", "--rows", 3, "--variants", 2)
     assert (workplace / "grid.png").read_bytes() == first, "a preview shows what training draws, so it repeats"
     assert cv2.imread(str(workplace / "grid.png")).std() > 20
-    refract("preview", "pictures", "--policy", "[broken", code=2)
-    refract("preview", "pictures/red/00.jpg", "--policy", "imagenet", "-o", "one.png")
+    refract("preview", "images", "--policy", "[broken", code=2)
+    refract("preview", "images/red/00.jpg", "--policy", "imagenet", "-o", "one.png")
 
 
 def test_data_errors_reach_the_user_in_words(refract: Run, workplace: Path) -> None:
-    (workplace / "pictures" / "red" / "notes.jpg").write_text("text")
-    assert "notes.jpg: not an image" in refract("train", "pictures.yaml", "--trainer.run_name", "r2", code=2).stderr
+    (workplace / "images" / "red" / "notes.jpg").write_text("text")
+    assert "notes.jpg: not an image" in refract("train", "images.yaml", "--trainer.run_name", "r2", code=2).stderr
     assert not (workplace / "runs" / "r2").exists()
 
 
@@ -185,7 +185,7 @@ def test_altered_bundle_is_refused(refract: Run, workplace: Path) -> None:
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert "weights.safetensors" in refract("predict", "runs/r1/bundle", "pictures", code=2).stderr
+    assert "weights.safetensors" in refract("predict", "runs/r1/bundle", "images", code=2).stderr
 
 
 def test_http_evaluate_and_module_give_one_answer(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,9 +195,9 @@ def test_http_evaluate_and_module_give_one_answer(trained: Path, monkeypatch: py
     monkeypatch.chdir(trained)
     bundle = load_bundle("runs/r1/bundle")
     preprocess, classifier = Preprocess.from_dict(bundle.info.preprocess), bundle.classifier()
-    files = sorted(Path("pictures/red").iterdir())[:6]
-    scored = list(score(classifier, preprocess, [Question(file.read_bytes) for file in files], task="multiclass"))
-    with served("models:/pictures@champion") as url:
+    files = sorted(Path("images/red").iterdir())[:6]
+    scored = list(score(classifier, preprocess, [SampleInput(file.read_bytes) for file in files], task="multiclass"))
+    with served("models:/images@champion") as url:
         for file, expected in zip(files, scored, strict=True):
             answer = httpx.post(
                 f"{url}/v1/predict?top=3", content=file.read_bytes(), headers={"Content-Type": "image/jpeg"}
@@ -214,7 +214,7 @@ def test_two_runs_with_one_seed_end_in_the_same_weights(refract: Run, workplace:
     for name in ("a", "b"):
         refract(
             "train",
-            "pictures.yaml",
+            "images.yaml",
             "--trainer.run_name",
             name,
             "--tracking.enabled",
@@ -231,11 +231,11 @@ def test_two_runs_with_one_seed_end_in_the_same_weights(refract: Run, workplace:
 
 def test_mixing_policy_and_frozen_backbone_train_a_challenger(refract: Run, workplace: Path) -> None:
     policy = '["HorizontalFlip", {"MixUp": {"p": 0.5}}, {"CutMix": {"p": 0.5}}]'
-    told = refract("train", "pictures.yaml", "--trainer.run_name", "mixed", "--augment.policy", policy, "--model.mode", "feature-extract",
+    told = refract("train", "images.yaml", "--trainer.run_name", "mixed", "--augment.policy", policy, "--model.mode", "feature-extract",
                    "--trainer.max_epochs", 1).stdout  # fmt: skip
-    assert "registry: version 2 of pictures is challenger; version 1 stays champion\n" in told
-    assert "refract promote pictures 2 --force --why REASON makes it champion\n" in told
-    aliases = MlflowClient(f"sqlite:///{workplace}/mlflow.db").get_registered_model("pictures").aliases
+    assert "registry: version 2 of images is challenger; version 1 stays champion\n" in told
+    assert "refract promote images 2 --force --why REASON makes it champion\n" in told
+    aliases = MlflowClient(f"sqlite:///{workplace}/mlflow.db").get_registered_model("images").aliases
     assert {alias: str(version) for alias, version in aliases.items()} == {"champion": "1", "challenger": "2"}
     assert load_bundle(workplace / "runs" / "mixed" / "bundle").info.config["augment"]["policy"][1] == {
         "MixUp": {"p": 0.5}
@@ -243,40 +243,38 @@ def test_mixing_policy_and_frozen_backbone_train_a_challenger(refract: Run, work
 
 
 @pytest.mark.parametrize("normalize", ["data", "mean_image", "zca"])
-def test_normalisation_measured_on_the_training_pictures_is_served(
-    refract: Run, workplace: Path, normalize: str
-) -> None:
-    refract("train", "pictures.yaml", "--trainer.run_name", "n", "--data.normalize", normalize, "--trainer.max_epochs", 1,
+def test_normalisation_measured_on_the_training_images_is_served(refract: Run, workplace: Path, normalize: str) -> None:
+    refract("train", "images.yaml", "--trainer.run_name", "n", "--data.normalize", normalize, "--trainer.max_epochs", 1,
             "--tracking.enabled", "false", "--model.name", "mlp", "--data.image_size", 16, "--data.workers", 0)  # fmt: skip
     bundle = load_bundle(workplace / "runs" / "n" / "bundle")
     rows = csv.DictReader((workplace / "runs" / "n" / "splits.csv").open())
     preprocess = Preprocess.from_dict(bundle.info.preprocess)
-    pictures = [preprocess(Path(row["path"]).read_bytes()) for row in rows if row["split"] == "train"]
-    everything = np.stack(pictures) / 255
+    preprocessed = [preprocess(Path(row["path"]).read_bytes()) for row in rows if row["split"] == "train"]
+    everything = np.stack(preprocessed) / 255
     np.testing.assert_allclose(bundle.info.preprocess["mean"], everything.mean((0, 1, 2)), atol=1e-5)
     assert bundle.info.preprocess["normalize"] == ("channel" if normalize == "data" else normalize)
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.stack(preprocessed)).permute(0, 3, 1, 2)
     normalised = bundle.classifier().normalise(images)
     assert normalised.mean().abs() < 1e-3, "zero-centred"
-    assert "accuracy" in refract("evaluate", "runs/n/bundle", "pictures").stdout
+    assert "accuracy" in refract("evaluate", "runs/n/bundle", "images").stdout
 
 
 def test_repeated_augmentation_and_consistency_train(refract: Run, workplace: Path) -> None:
     policy = '["HorizontalFlip", {"AugMix": {"severity": 3}}]'
-    refract("train", "pictures.yaml", "--trainer.run_name", "views", "--augment.policy", policy, "--loss.consistency", 12,
+    refract("train", "images.yaml", "--trainer.run_name", "views", "--augment.policy", policy, "--loss.consistency", 12,
             "--data.repeats", 2, "--data.batch_size", 8, "--trainer.max_epochs", 1, "--tracking.enabled", "false",
             "--data.workers", 1)  # fmt: skip
     assert load_bundle(workplace / "runs" / "views" / "bundle").info.config["loss"]["consistency"] == 12
-    told = refract("train", "pictures.yaml", "--loss.consistency", 12, code=2).stderr
+    told = refract("train", "images.yaml", "--loss.consistency", 12, code=2).stderr
     assert "the policy needs AugMix, and neither MixUp nor CutMix" in told
 
 
 def test_multilabel_manifest_all_the_way(refract: Run, workplace: Path) -> None:
-    rows = [f"pictures/{c}/{n:02}.jpg,{c};{'odd' if n % 2 else 'even'}" for c in COLORS for n in range(40)]
+    rows = [f"images/{c}/{n:02}.jpg,{c};{'odd' if n % 2 else 'even'}" for c in COLORS for n in range(40)]
     (workplace / "m.csv").write_text("path,label\n" + "\n".join(rows))
     refract("init", "m.csv", "-o", "m.yaml")
     refract("train", "m.yaml", "--trainer.run_name", "m", "--trainer.max_epochs", 2)
-    line = json.loads(refract("predict", "runs/m/bundle", "pictures/red/00.jpg", "--json").stdout)
+    line = json.loads(refract("predict", "runs/m/bundle", "images/red/00.jpg", "--json").stdout)
     assert set(line["labels"]) <= {"blue", "even", "green", "odd", "red"}
     assert "mean_average_precision" in refract("evaluate", "runs/m/bundle", "m.csv").stdout
 
@@ -287,11 +285,11 @@ def test_a_run_tells_where_it_came_from_and_is_run_again(refract: Run, workplace
     assert run.data.tags["data.train"] == "84" and len(run.data.tags["data.fingerprint"]) > 20
     assert run.data.tags["machine.device"] and run.data.tags["rerun"] == f"refract rerun {run.info.run_id}"
     assert 0 < run.data.metrics["cost_minutes"] < 10 and run.data.metrics["cost_peak_memory_mib"] > 100
-    served = client.get_model_version_by_alias("pictures", "champion").version
+    served = client.get_model_version_by_alias("images", "champion").version
     told = refract("rerun", "runs/r1").stdout
-    assert client.get_model_version_by_alias("pictures", "champion").version == served, "a look back changes nothing"
+    assert client.get_model_version_by_alias("images", "champion").version == served, "a look back changes nothing"
     assert "the same weights: yes" in told and "other than then" not in told
-    write_picture(workplace / "pictures" / "red" / "more.jpg", picture("red", 99))
+    write_image(workplace / "images" / "red" / "more.jpg", make_image("red", 99))
     shutil.rmtree(workplace / "runs" / "r1")
     told = refract("rerun", run.info.run_id).stdout
     assert "other than then: the data have changed" in told and "the same weights: no" in told

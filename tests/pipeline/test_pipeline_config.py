@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict, help_text, load_config
+from refract.pipeline.config.renamed import RENAMED
 from refract.pipeline.training.run import train
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -37,7 +38,7 @@ def test_policy_as_a_list_on_the_command_line() -> None:
         ("trainer: {ema: 1}", r"trainer.ema: 1.* is not in \[0, 1\)"),
         ("data: {batch_size: 0}", "data.batch_size: 0 is not at least 1"),
         ("data: {image_size: 3}", "data.image_size: 3 is not at least 8 pixels"),
-        ("data: {val_share: 1.5}", r"data.val_share: 1.5 is not in \(0, 1\)"),
+        ("data: {val_fraction: 1.5}", r"data.val_fraction: 1.5 is not in \(0, 1\)"),
         ("trainer: {run_name: ../up}", "run_name: '../up' is not a plain folder name"),
         ("optim:", "optim: the section is empty"),
         ("- a", "expected sections"),
@@ -102,12 +103,12 @@ def test_numbers_of_the_optimiser_and_the_loss_are_checked_before_the_data(
         train(config)
 
 
-def test_a_network_of_one_size_refuses_smaller_pictures_at_first() -> None:
+def test_a_network_of_one_size_refuses_smaller_images_at_first() -> None:
     config = config_from_dict(
         {"model": {"name": "lenet5"}, "trainer": {"start_size": 0.5}, "tracking": {"enabled": False}}
     )
     with pytest.raises(
-        ConfigError, match=r"^model\.name: lenet5 cannot train on 2 pictures of 16×16 pixels of some epochs"
+        ConfigError, match=r"^model\.name: lenet5 cannot train on 2 images of 16×16 pixels of some epochs"
     ):
         train(config)
 
@@ -116,3 +117,26 @@ def test_a_section_that_is_none_is_named() -> None:
     for value in (3, "x", [1], True):
         with pytest.raises(ConfigError, match="optim: expected a section of keys, as name, lr, "):
             config_from_dict({"optim": value})
+
+
+def test_former_keys_are_read_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("data: {val_share: 0.3}\ntrainer: {recompute: true}\n")
+    config = load_config(file, ["--data.test_share=0.25", "--text.drop_picture", "0.2"])
+    assert (config.data.val_fraction, config.data.test_fraction, config.text.drop_image) == (0.3, 0.25, 0.2)
+    assert config.trainer.gradient_checkpointing
+    assert f"{file}: data.val_share is deprecated; write data.val_fraction" in caplog.messages
+    assert "command line: data.test_share is deprecated; write data.test_fraction" in caplog.messages
+    assert not caplog.clear() and load_config(None, ["--data.test_fraction=0.25"]) and not caplog.messages
+
+
+def test_a_key_under_its_former_and_its_present_name_is_refused() -> None:
+    values = {"retrain": {"tell": "a", "notify": "b"}}
+    with pytest.raises(ConfigError, match="retrain.tell is the former name of retrain.notify; remove retrain.tell"):
+        config_from_dict(values)
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_renamed_key_leads_to_a_key_of_the_same_section(old: str) -> None:
+    section, key = RENAMED[old].split(".")
+    assert old.startswith(f"{section}.") and hasattr(getattr(Config(), section), key)

@@ -1,4 +1,4 @@
-"""Where pictures come from, how they are split, and what is refused before training."""
+"""Where images come from, how they are split, and what is refused before training."""
 
 import csv
 import gzip
@@ -12,16 +12,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_data import COLORS, config_of, picture, write_picture
+from small_data import COLORS, config_of, make_image, write_image
 
 from refract.augment import Augmenter, Preprocess
 from refract.models.classifier import Classifier
 from refract.models.registry import build
-from refract.pipeline.data.datamodule import PictureData
+from refract.pipeline.data.datamodule import ImageDataModule
 from refract.pipeline.data.manifest import DataError, Sample, load_manifest
 from refract.pipeline.data.prepare import prepare_data
 from refract.pipeline.data.splits import write_splits
-from refract.pipeline.evaluation.golden_samples import make_goldens
+from refract.pipeline.evaluation.golden_samples import make_golden_samples
 from refract.pipeline.suggest import take_survey
 
 
@@ -77,7 +77,7 @@ def test_manifest_mistakes_name_the_row(tmp_path: Path, text: str, message: str)
 
 def test_folder_mistakes(tmp_path: Path, folder: Path) -> None:
     flat = tmp_path / "flat"
-    write_picture(flat / "a.jpg", picture("red", 1))
+    write_image(flat / "a.jpg", make_image("red", 1))
     with pytest.raises(DataError, match="no class folders"):
         load_manifest(flat)
     shutil.copytree(folder, folder / "test")
@@ -103,7 +103,7 @@ def test_text_renamed_to_jpg_is_listed(folder: Path) -> None:
     with pytest.raises(DataError) as told:
         prepare_data(config_of(folder))
     message = str(told.value)
-    assert "2 of 62 pictures cannot be read" in message
+    assert "2 of 62 images cannot be read" in message
     assert "notes.jpg: not an image: it looks like text" in message and "cut.jpg: damaged or truncated JPEG" in message
     manifest, _ = prepare_data(config_of(folder, on_bad_file="skip"))
     assert len(manifest.samples) == 60
@@ -118,24 +118,24 @@ def test_more_bad_files_than_are_shown_are_counted(folder: Path) -> None:
 
 def test_empty_class_is_refused(folder: Path) -> None:
     (folder / "yellow").mkdir()
-    with pytest.raises(DataError, match=r"1 class folders hold no picture:\n .*yellow"):
+    with pytest.raises(DataError, match=r"1 class folders hold no image:\n .*yellow"):
         prepare_data(config_of(folder))
 
 
 def test_class_of_one_is_refused(folder: Path) -> None:
-    write_picture(folder / "yellow" / "1.png", picture("red", 99))
-    with pytest.raises(DataError, match=r"one picture, which cannot both be learned and be measured:\n  yellow"):
+    write_image(folder / "yellow" / "1.png", make_image("red", 99))
+    with pytest.raises(DataError, match=r"one image, which cannot both be learned and be measured:\n  yellow"):
         prepare_data(config_of(folder))
 
 
-def test_pictures_beside_the_class_folders_are_told(
+def test_images_beside_the_class_folders_are_told(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copy(folder / "red" / "00.jpg", folder / "lost.JPG")
     (folder / "notes.txt").write_text("x")
     manifest, _ = prepare_data(config_of(folder))
     assert len(manifest.samples) == 60
-    assert f"1 pictures lie in no class's folder and were left out, as {folder}/lost.JPG" in caplog.text
+    assert f"1 images lie in no class's folder and were left out, as {folder}/lost.JPG" in caplog.text
     assert "1 images lie in no class's folder" in "".join(take_survey(manifest).notes)
     (folder / "lost.JPG").unlink()
     (tmp_path / "split").mkdir()
@@ -144,29 +144,29 @@ def test_pictures_beside_the_class_folders_are_told(
     assert load_manifest(tmp_path / "split").loose == (str(tmp_path / "split" / "train" / "lost.png"),)
 
 
-def test_same_picture_in_two_splits_is_refused_or_left_out_of_training(
+def test_same_image_in_two_splits_is_refused_or_left_out_of_training(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tmp_path / "split"
     shutil.copytree(folder, root / "train")
     for label in COLORS:
-        write_picture(root / "test" / label / "t.jpg", picture(label, 77))
+        write_image(root / "test" / label / "t.jpg", make_image(label, 77))
     shutil.copy(root / "train" / "red" / "03.jpg", root / "test" / "red" / "copy.jpg")
     with pytest.raises(
-        DataError, match=r"1 pictures are in more than one split(.|\n)*03.jpg \(train\) = .*copy.jpg \(test\)"
+        DataError, match=r"1 images are in more than one split(.|\n)*03.jpg \(train\) = .*copy.jpg \(test\)"
     ):
         prepare_data(config_of(root))
     manifest, _ = prepare_data(config_of(root, on_bad_file="skip"))
     paths = {Path(sample.path).name: sample.split for sample in manifest.samples if "red" in sample.path}
     assert paths["copy.jpg"] == "test" and "03.jpg" not in paths
-    assert f"left out 1 pictures whose copies are in another split, as {root}/train/red/03.jpg" in caplog.text
+    assert f"left out 1 images whose copies are in another split, as {root}/train/red/03.jpg" in caplog.text
 
 
 def test_class_held_out_but_not_trained_is_refused(folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "split"
     shutil.copytree(folder, root / "train")
     for number in range(3):
-        write_picture(root / "test" / "yellow" / f"{number}.jpg", picture("green", 50 + number))
+        write_image(root / "test" / "yellow" / f"{number}.jpg", make_image("green", 50 + number))
     with pytest.raises(DataError, match=r"held out but never trained on:\n  yellow"):
         prepare_data(config_of(root))
 
@@ -188,11 +188,11 @@ def test_drawn_splits_are_stratified_seeded_and_keep_copies_together(folder: Pat
     assert prepare_data(other)[1] != fingerprint
 
 
-def test_too_few_pictures_to_split_is_told(tmp_path: Path) -> None:
+def test_too_few_images_to_split_is_told(tmp_path: Path) -> None:
     for label in COLORS:
         for number in range(2):
-            write_picture(tmp_path / "few" / label / f"{number}.png", picture(label, number))
-    with pytest.raises(DataError, match="6 pictures are too few to draw the split val from"):
+            write_image(tmp_path / "few" / label / f"{number}.png", make_image(label, number))
+    with pytest.raises(DataError, match="6 images are too few to draw the split val from"):
         prepare_data(config_of(tmp_path / "few"))
 
 
@@ -227,7 +227,7 @@ def test_multilabel_targets(folder: Path) -> None:
     )
     table.to_csv(folder / "m.csv", index=False, header=["path", "label", "split"])
     manifest, _ = prepare_data(config_of(folder / "m.csv"))
-    data = PictureData(
+    data = ImageDataModule(
         manifest, augmenter=Augmenter("none", size=16), preprocess=Preprocess(16, 16), batch_size=8, workers=0
     )
     targets = next(iter(data.val_dataloader()))["targets"]
@@ -238,12 +238,12 @@ def test_multilabel_targets(folder: Path) -> None:
 def test_copies_with_other_labels_are_refused_or_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copy(folder / "red" / "03.jpg", folder / "blue" / "copy.jpg")
     with pytest.raises(
-        DataError, match=r"1 pictures have copies with other labels.*\n.*\((blue|red)\) = .*\((blue|red)\)"
+        DataError, match=r"1 images have copies with other labels.*\n.*\((blue|red)\) = .*\((blue|red)\)"
     ):
         prepare_data(config_of(folder))
     manifest, _ = prepare_data(config_of(folder, on_bad_file="skip"))
     assert manifest.counts() == {"blue": 20, "green": 20, "red": 19}
-    assert "left out 2 pictures whose copies carry other labels, as " in caplog.text
+    assert "left out 2 images whose copies carry other labels, as " in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a;b", " blank", "cat\u200b"])
@@ -253,22 +253,22 @@ def test_a_class_folder_that_no_manifest_could_name_is_refused(folder: Path, nam
         load_manifest(folder)
 
 
-def test_a_class_of_three_has_one_picture_in_each_split(tmp_path: Path) -> None:
+def test_a_class_of_three_has_one_image_in_each_split(tmp_path: Path) -> None:
     for label in COLORS:
         for number in range(3):
-            write_picture(tmp_path / "few" / label / f"{number}.jpg", picture(label, number))
+            write_image(tmp_path / "few" / label / f"{number}.jpg", make_image(label, number))
     manifest, _ = prepare_data(config_of(tmp_path / "few"))
     for split in ("train", "val", "test"):
         assert set(manifest.counts(split).values()) == {1}
 
 
-def test_golden_pictures_of_odd_suffixes_have_plain_names(folder: Path, tmp_path: Path) -> None:
+def test_golden_images_of_odd_suffixes_have_plain_names(folder: Path, tmp_path: Path) -> None:
     classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.2,) * 3).eval()
     shutil.copy(folder / "red" / "00.jpg", tmp_path / "x.jpg(1)")
-    goldens = make_goldens(
+    golden_samples = make_golden_samples(
         classifier, Preprocess(32, 32), [Sample(str(tmp_path / "x.jpg(1)"), (0,))], task="multiclass"
     )
-    assert [golden.name for golden in goldens] == ["00.img"]
+    assert [golden.name for golden in golden_samples] == ["00.img"]
 
 
 def test_balanced_multilabel_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -278,8 +278,10 @@ def test_balanced_multilabel_is_refused(folder: Path, tmp_path: Path) -> None:
     )
     table.to_csv(tmp_path / "m.csv", index=False)
     manifest, _ = prepare_data(config_of(tmp_path / "m.csv"))
-    with pytest.raises(DataError, match=r"data\.sampler: balanced needs one label a picture"):
-        PictureData(manifest, augmenter=Augmenter("none"), preprocess=Preprocess(32, 32), batch_size=4, balanced=True)
+    with pytest.raises(DataError, match=r"data\.sampler: balanced needs one label an image"):
+        ImageDataModule(
+            manifest, augmenter=Augmenter("none"), preprocess=Preprocess(32, 32), batch_size=4, balanced=True
+        )
 
 
 def test_further_columns_are_metadata_and_come_back_from_written_splits(folder: Path, tmp_path: Path) -> None:

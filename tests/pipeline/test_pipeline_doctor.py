@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_data import COLORS, Run, picture, write_picture
+from small_data import COLORS, Run, make_image, write_image
 from torch import nn
 
 from refract.pipeline.config.config import config_from_dict
@@ -26,8 +26,8 @@ BASE: dict[str, Any] = {
         "batch_size": 16,
         "image_size": 24,
         "normalize": "data",
-        "val_share": 0.2,
-        "test_share": 0.1,
+        "val_fraction": 0.2,
+        "test_fraction": 0.1,
     },
     "model": {"name": "cnn", "args": {"widths": [8, 16]}},
     "optim": {"lr": 0.01},
@@ -42,7 +42,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("colours")
     for label in COLORS:
         for number in range(40):
-            write_picture(root / label / f"{number:02}.png", picture(label, number)[:, :24])
+            write_image(root / label / f"{number:02}.png", make_image(label, number)[:, :24])
     return root
 
 
@@ -109,7 +109,7 @@ def test_inputs_out_of_range_and_a_policy_that_shifts_them(colours: Path, tmp_pa
     made, config = made_with(colours, data={"normalize": "fixed", "mean": [0, 0, 0], "std": [0.01, 0.01, 0.01]})
     assert "input range" in told(made, config, tmp_path / "a")
     made, config = made_with(colours, augment={"policy": [{"Brightness": {"factor": [3, 4]}}]})
-    assert "augmentation shifts the pictures" in told(made, config, tmp_path / "b")
+    assert "augmentation shifts the images" in told(made, config, tmp_path / "b")
 
 
 def test_a_policy_near_to_the_robustness_test(colours: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_class_that_takes_all_and_a_loader_that_is_late() -> None:
     (found,) = late(Record(3, 0.1, said={"cat": 0.95, "dog": 0.05}, truth={"cat": 0.5, "dog": 0.5}))
     assert (
         found.name == "class collapse"
-        and "95% of the hold-out's pictures are said to be cat, and 50% are" in found.evidence
+        and "95% of the hold-out's images are said to be cat, and 50% are" in found.evidence
     )
     assert not list(late(Record(3, 0.1, said={"cat": 0.95, "dog": 0.05}, truth={"cat": 0.93, "dog": 0.07})))
     slow = {"waiting": 80.0, "forward": 30.0, "backward": 50.0, "optimiser": 10.0}
@@ -193,9 +193,9 @@ def test_labels_that_are_wrong_by_chance(share: float, tmp_path: Path) -> None:
         others = [other for other in COLORS if other != label]
         for number in range(150):
             given = others[draw.integers(2)] if draw.random() < share else label
-            write_picture(tmp_path / "data" / given / f"{label}{number:03}.png", picture(label, number)[:, :24])
+            write_image(tmp_path / "data" / given / f"{label}{number:03}.png", make_image(label, number)[:, :24])
     values = {name: dict(section) for name, section in BASE.items()}
-    values["data"] |= {"source": str(tmp_path / "data"), "test_share": 0.4}
+    values["data"] |= {"source": str(tmp_path / "data"), "test_fraction": 0.4}
     values["trainer"] |= {"runs_dir": str(tmp_path), "run_name": "r"}
     train(config_from_dict(values))
     found = {finding.name for finding in read_findings(tmp_path / "r")[0]}
@@ -207,7 +207,7 @@ def test_a_transfer_that_learned_nothing_and_its_cure(colours: Path, tmp_path: P
     from refract.pipeline.training.run import train
 
     values = {name: dict(section) for name, section in BASE.items()}
-    values["data"] |= {"source": str(colours), "test_share": 0.4}
+    values["data"] |= {"source": str(colours), "test_fraction": 0.4}
     values["trainer"] |= {"runs_dir": str(tmp_path), "max_epochs": 3}
     train(config_from_dict(values, ["--trainer.run_name", "first"]))
     values["model"]["weights"] = str(tmp_path / "first" / "bundle")

@@ -1,4 +1,4 @@
-"""`refract drift` as a user has it: a bundle, new pictures, a verdict."""
+"""`refract drift` as a user has it: a bundle, new images, a verdict."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_data import COLORS, Run, picture, write_picture
+from small_data import COLORS, Run, make_image, write_image
 
 from refract.augment import Preprocess
 from refract.models.bundle.bundle import Bundle, load_bundle
@@ -46,7 +46,7 @@ def write_scenes(
     """CLASS/NNNN.png; labels: of some labels another count."""
     for label in COLORS:
         for number in range(first, first + labels.get(label, count)):
-            write_picture(root / label / f"{number:04}.png", change(scene(label, number)))
+            write_image(root / label / f"{number:04}.png", change(scene(label, number)))
     return root
 
 
@@ -57,8 +57,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
     root = tmp_path_factory.mktemp("drift")
     values = {
-        "data": {"source": str(write_scenes(root / "pictures", 0, count=130)), "image_size": SIDE, "workers": 0, "val_share": 0.3,
-                 "test_share": 0.3},
+        "data": {"source": str(write_scenes(root / "images", 0, count=130)), "image_size": SIDE, "workers": 0, "val_fraction": 0.3,
+                 "test_fraction": 0.3},
         "model": {"name": "lenet5"}, "optim": {"lr": 0.003}, "tracking": {"enabled": False},
         "trainer": {"max_epochs": 4, "run_name": "r", "runs_dir": str(root / "runs"), "device": "cpu"},
         "evaluation": {"robustness": "none"},
@@ -90,7 +90,7 @@ def test_training_leaves_a_profile_of_what_was_not_trained_on(bundle: Bundle) ->
     assert stored.features.shape[1] == 84 and (stored.statistics["width"] == SIDE).all()
 
 
-def test_pictures_of_the_same_kind_do_not_drift(bundle: Bundle, tmp_path: Path) -> None:
+def test_images_of_the_same_kind_do_not_drift(bundle: Bundle, tmp_path: Path) -> None:
     found = measure_drift(bundle, str(write_scenes(tmp_path / "new", 1000)))
     assert found.drift.level == "none" and found.drift.count == 120 and not found.bad, levels(found)
     assert [c.name for c in found.drift.checks] == [
@@ -109,7 +109,7 @@ def test_pictures_of_the_same_kind_do_not_drift(bundle: Bundle, tmp_path: Path) 
     ],
     ids=["brighter", "blurred", "wider", "inverted"],
 )
-def test_pictures_of_another_kind_drift(bundle: Bundle, tmp_path: Path, change: Change, told: str) -> None:
+def test_images_of_another_kind_drift(bundle: Bundle, tmp_path: Path, change: Change, told: str) -> None:
     assert told in levels(measure_drift(bundle, str(write_scenes(tmp_path / "new", 1000, change))))
 
 
@@ -124,7 +124,7 @@ def test_another_mix_of_classes_drifts_with_labels_and_without(bundle: Bundle, t
 def test_classes_that_are_new_or_gone(bundle: Bundle, tmp_path: Path) -> None:
     root = write_scenes(tmp_path / "new", 1000, red=0)
     for number in range(15):
-        write_picture(root / "purple <b>" / f"{number}.png", (scene("blue", 5000 + number) // 2 + 60).astype(np.uint8))
+        write_image(root / "purple <b>" / f"{number}.png", (scene("blue", 5000 + number) // 2 + 60).astype(np.uint8))
     (root / "red").mkdir(exist_ok=True)
     found = measure_drift(bundle, str(root))
     assert found.drift.new_classes == {"purple <b>": 15} and set(found.drift.vanished) == {"red"}
@@ -134,16 +134,16 @@ def test_classes_that_are_new_or_gone(bundle: Bundle, tmp_path: Path) -> None:
     assert "purple &lt;b&gt; (15)" in html and "<b>" not in html.replace("purple &lt;b&gt;", "")
 
 
-def test_the_furthest_pictures_are_shown(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_furthest_images_are_shown(bundle: Bundle, tmp_path: Path) -> None:
     root = write_scenes(tmp_path / "new", 1000)
     for number in range(4):
-        write_picture(root / "green" / f"odd{number}.png", 255 - scene("green", number))
-    (root / "green" / "bad.png").write_text("no picture")
+        write_image(root / "green" / f"odd{number}.png", 255 - scene("green", number))
+    (root / "green" / "bad.png").write_text("no image")
     found = measure_drift(bundle, str(root))
     first = {Path(row["path"]).name for row in found.report.numbers["furthest"][:4]}
     assert first == {f"odd{number}.png" for number in range(4)}
     assert list(found.bad) == [str(root / "green" / "bad.png")]
-    gallery = found.report.galleries["The pictures that drifted most"]
+    gallery = found.report.galleries["The images that drifted most"]
     assert len(gallery) == 24 and all(row["src"].startswith("data:image/jpeg") for row in gallery)
 
 
@@ -175,7 +175,7 @@ def test_data_come_with_labels_or_without(bundle: Bundle, tmp_path: Path) -> Non
     for label, day in zip(COLORS, ("2026-01", "2026-02", "2026-03"), strict=True):
         (tmp_path / "days" / label).rename(tmp_path / "days" / day)
     assert read(tmp_path / "days").names is None, "no folder is named as a class"
-    write_picture(tmp_path / "classes" / "loose.png", scene("red", 9))
+    write_image(tmp_path / "classes" / "loose.png", scene("red", 9))
     assert read(tmp_path / "classes").names is None and len(read(tmp_path / "classes").samples) == 4
     table = pd.DataFrame({"path": ["classes/red/0000.png", "classes/blue/0000.png"], "label": ["red", "odd;one"]})
     table.to_csv(tmp_path / "t.csv", index=False)
@@ -230,12 +230,12 @@ def test_mistakes_are_told_in_words(bundle: Bundle, tmp_path: Path, capsys: pyte
 
 
 def test_the_command_runs(refract: Run, bundle: Bundle, tmp_path: Path) -> None:
-    picture("red", 0)
+    make_image("red", 0)
     told = refract("drift", bundle.path, write_scenes(tmp_path / "new", 1000)).stdout
     assert told.rstrip().endswith("no drift") and "features" in told
 
 
-def test_texts_alone_and_beside_pictures_have_features_and_lengths(tmp_path: Path) -> None:
+def test_texts_alone_and_beside_images_have_features_and_lengths(tmp_path: Path) -> None:
     tokens, values = HashedNgrams(buckets=500), {"mean": (0.5,) * 3, "std": (0.25,) * 3}
     torch.manual_seed(0)
     texts = Classifier(Reader(None, BagOfNgrams(500, width=16), 3), tokens=tokens, **values).eval()
@@ -244,8 +244,8 @@ def test_texts_alone_and_beside_pictures_have_features_and_lengths(tmp_path: Pat
         tokens=tokens,
         **values,
     ).eval()
-    write_picture(tmp_path / "a.png", scene("red", 0))
-    samples = [Sample("t", (), text=f"words {i}", pictured=False) for i in range(30)]
+    write_image(tmp_path / "a.png", scene("red", 0))
+    samples = [Sample("t", (), text=f"words {i}", has_image=False) for i in range(30)]
     samples += [Sample(str(tmp_path / "a.png"), (), text="a caption") for _ in range(5)]
     kinds = {"task": "multiclass", "labels": tuple(COLORS), "progress": False}
     one = profile(texts, Preprocess(32, 32), samples, **kinds).profile
@@ -266,7 +266,7 @@ def log_of(folder: Path, digest: str, count: int = 60, *, light: float = 0.55, l
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {"time": "2026-11-01T00:00:00+00:00", "model": digest[:16], "answered": [label or tuple(COLORS)[i % 3]], "confidence": 0.99,
-         "statistics": {"brightness": light + float(rng.normal(0, 0.02)), "width": SIDE, "height": SIDE}, "picture": None}
+         "statistics": {"brightness": light + float(rng.normal(0, 0.02)), "width": SIDE, "height": SIDE}, "image": None}
         for i in range(count)
     ]  # fmt: skip
     (folder / "inputs-000000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -275,12 +275,13 @@ def log_of(folder: Path, digest: str, count: int = 60, *, light: float = 0.55, l
 
 def test_what_a_server_sampled_is_read(bundle: Bundle, tmp_path: Path) -> None:
     folder = log_of(tmp_path / "log", bundle.digest, light=0.9, label="red")
-    (folder / "pictures").mkdir()
-    write_picture(folder / "pictures" / "a.png", scene("red", 7000))
-    write_picture(tmp_path / "outside.png", scene("red", 7001))
+    (folder / "images").mkdir()
+    write_image(folder / "images" / "a.png", scene("red", 7000))
+    write_image(tmp_path / "outside.png", scene("red", 7001))
     lines = (folder / "inputs-000000.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines[:3]]
-    rows[0]["picture"], rows[1]["picture"], rows[2]["model"] = "pictures/a.png", "../outside.png", "0" * 16
+    rows[0]["image"], rows[1]["image"], rows[2]["model"] = "images/a.png", "../outside.png", "0" * 16
+    rows[0]["picture"] = rows[0].pop("image")  # as earlier versions wrote it
     more = [json.dumps(row) for row in rows] + ['{"time": "cut', "[1]", '{"model": 3}', ""]
     (folder / "inputs-000001.jsonl").write_text("\n".join(more))
     found = measure_drift(bundle, str(folder))

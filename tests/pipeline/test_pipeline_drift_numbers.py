@@ -151,7 +151,7 @@ def test_each_kind_of_drift_is_told_by_its_own_check(name: str, change) -> None:
     assert levels(found) == {name: "stop"} and found.level == "stop"
 
 
-def test_a_trifle_of_many_pictures_is_no_alarm_and_few_pictures_are_none() -> None:
+def test_a_trifle_of_many_images_is_no_alarm_and_few_images_are_none() -> None:
     rng = np.random.default_rng(0)
     many = [rng.normal(shift, 1, 20_000).astype(np.float32) for shift in (0, 0.08)]
     found = compare(*(profile_of(0, statistics={"brightness": values}) for values in many))

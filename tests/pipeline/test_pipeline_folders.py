@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refract.augment.image_files import image_files, level_of, walk
-from refract.pipeline.cli.predict import picture_files
+from refract.pipeline.cli.predict import listed_images
 from refract.pipeline.data.manifest import DataError, load_manifest
 from refract.pipeline.data.sources.folders import split_of
 from refract.pipeline.data.validation import check_classes
@@ -127,7 +127,7 @@ def test_hidden_and_system_folders_are_read_by_no_command(files: Files, name: st
     assert f"3 entries are hidden or a system's, such as {root}/{place}" in "".join(_folder_notes(manifest))
     expected = sorted(f"{root}/{label}/{i}.png" for label in ("cat", "dog") for i in range(2))
     assert [row.path for row in listing_of(root).rows] == expected
-    assert [*map(str, picture_files([root]))] == expected
+    assert [*map(str, listed_images([root]))] == expected
     assert [sample.path for sample in read_data(str(root), ["cat"], multilabel=False).samples] == expected
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_data import COLORS, picture, write_picture
+from small_data import COLORS, make_image, write_image
 
-from refract.models.bundle.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.bundle.bundle import Bundle, BundleInfo, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import Classifier
 from refract.models.registry import build
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
@@ -23,14 +23,14 @@ from refract.pipeline.retraining.data_checks import disagreed, excused, new_samp
 from refract.pipeline.retraining.label_checks import LabelChanges, _more_errors, label_changes, listed
 from refract.pipeline.retraining.snapshot import Snapshot, accept, read_snapshot, take
 from refract.pipeline.retraining.steps import Outcome, begin, snapshot, validate
-from refract.pipeline.retraining.workspace import place_of, read, write
+from refract.pipeline.retraining.workspace import read, workspace_of, write
 
-PICTURES, TEXTS = frozenset({"pictures"}), frozenset({"texts"})
+IMAGES, TEXTS = frozenset({"images"}), frozenset({"texts"})
 NAMES = tuple(sorted(COLORS))
 WARN_AND_STOP = Threshold(0.05, 0.25)
 
 
-def config_at(root: Path, source: str = "pictures", **sections: dict[str, Any]) -> Config:
+def config_at(root: Path, source: str = "images", **sections: dict[str, Any]) -> Config:
     values: dict[str, dict[str, Any]] = {
         "data": {"source": str(root / source), "image_size": 16, "workers": 0},
         "model": {"name": "lenet5"},
@@ -42,8 +42,8 @@ def config_at(root: Path, source: str = "pictures", **sections: dict[str, Any]) 
 
 def taken(config: Config) -> Snapshot:
     """Of a run that is accepted."""
-    taken = take(config, place_of(config))
-    accept(place_of(config), taken)
+    taken = take(config, workspace_of(config))
+    accept(workspace_of(config), taken)
     return taken
 
 
@@ -52,9 +52,9 @@ def paint(root: Path, numbers: range, *, named: dict[str, str] | None = None, no
     rng = np.random.default_rng(numbers.start)
     for color in NAMES:
         for number in numbers:
-            pixels = picture(color, number, side=16) + rng.normal(0, noise, 1)
+            pixels = make_image(color, number, side=16) + rng.normal(0, noise, 1)
             target = root / (named or {}).get(color, color) / f"{color}{number:03}.png"
-            write_picture(target, np.clip(pixels, 0, 255).astype(np.uint8))
+            write_image(target, np.clip(pixels, 0, 255).astype(np.uint8))
 
 
 def table(file: Path, rows: list[tuple[str, str, str]]) -> None:
@@ -83,8 +83,8 @@ def champion(root: Path, snapshot: Snapshot) -> Bundle:
         preprocess={"height": 16, "width": 16, "resize": "squash", **values},
         created="2026-11-05T03:00:00+00:00",
     )
-    goldens = [Golden("00.png", samples[0].read(), (0.2, 0.3, 0.5))]
-    return load_bundle(save_bundle(root / "bundle", info, classifier.eval(), goldens))
+    golden_samples = [GoldenSample("00.png", samples[0].read(), (0.2, 0.3, 0.5))]
+    return load_bundle(save_bundle(root / "bundle", info, classifier.eval(), golden_samples))
 
 
 def _tensor(path: Path) -> torch.Tensor:
@@ -94,30 +94,30 @@ def _tensor(path: Path) -> torch.Tensor:
 
 
 def test_known_images_whose_label_changed_are_counted_by_pair(tmp_path: Path) -> None:
-    paint(tmp_path / "pictures", range(20))
+    paint(tmp_path / "images", range(20))
     first = taken(config_at(tmp_path))
-    for number, file in enumerate(sorted((tmp_path / "pictures/red").iterdir())):
+    for number, file in enumerate(sorted((tmp_path / "images/red").iterdir())):
         if number < 7:
-            file.rename(tmp_path / "pictures" / ("blue" if number < 4 else "green") / f"moved{number}.png")
-    paint(tmp_path / "pictures", range(20, 24))
-    changes = label_changes(taken(config_at(tmp_path)), first, PICTURES)
+            file.rename(tmp_path / "images" / ("blue" if number < 4 else "green") / f"moved{number}.png")
+    paint(tmp_path / "images", range(20, 24))
+    changes = label_changes(taken(config_at(tmp_path)), first, IMAGES)
     held = {sample.path for sample in load_manifest(first.manifest).of("test")}
     assert changes.known == 60 - len(held) == 48, "new images are not known ones, and the holdout is kept"
     assert 0 < changes.changed == sum(changes.kinds.values()) <= 7
     assert set(changes.kinds) <= {"red → blue", "red → green"} and changes.kinds["red → blue"] >= 2
     assert changes.text().startswith(f"{changes.changed} of 48 known samples changed label: red → ")
-    assert label_changes(first, first, PICTURES).text() == "none of 48 known samples changed label"
+    assert label_changes(first, first, IMAGES).text() == "none of 48 known samples changed label"
 
 
 def test_multi_label_changes_are_counted_by_label(tmp_path: Path) -> None:
-    rows = [(f"pictures/{NAMES[i % 3]}{i:03}.png", "cat;dog" if i % 2 else "dog", "") for i in range(40)]
+    rows = [(f"images/{NAMES[i % 3]}{i:03}.png", "cat;dog" if i % 2 else "dog", "") for i in range(40)]
     for i, (path, _, _) in enumerate(rows):
-        write_picture(tmp_path / path, picture(NAMES[i % 3], i, side=16))
+        write_image(tmp_path / path, make_image(NAMES[i % 3], i, side=16))
     table(tmp_path / "m.csv", rows)
     first = taken(config_at(tmp_path, "m.csv"))
     trained = {s.path for s in load_manifest(first.manifest, "multilabel").samples if s.split != "test"}
     table(tmp_path / "m.csv", [(p, label.replace("cat;dog", "cat;fox;fox"), t) for p, label, t in rows])
-    changes = label_changes(taken(config_at(tmp_path, "m.csv")), first, PICTURES)
+    changes = label_changes(taken(config_at(tmp_path, "m.csv")), first, IMAGES)
     own = sum(str(tmp_path / path) in trained for path, label, _ in rows if label == "cat;dog")
     assert changes.kinds == {"+fox": own, "-dog": own} and changes.changed == own
 
@@ -159,15 +159,15 @@ def test_more_errors_among_the_new_are_never_more_likely(count: int, held: int, 
 
 
 def test_the_champion_contradicts_mislabelled_images_and_accepts_right_ones(tmp_path: Path) -> None:
-    paint(tmp_path / "pictures", range(40))
+    paint(tmp_path / "images", range(40))
     first = taken(config_at(tmp_path))
     bundle = champion(tmp_path, first)
-    paint(tmp_path / "pictures", range(40, 60))
+    paint(tmp_path / "images", range(40, 60))
     second = taken(config_at(tmp_path))
     right = disagreed(bundle, second, new_samples(second, first.folder), None, WARN_AND_STOP)
     assert right["level"] == "none" and right["count"] == 60 and right["wrong"] <= 3
 
-    paint(tmp_path / "pictures", range(60, 80), named={"red": "green", "green": "red"})
+    paint(tmp_path / "images", range(60, 80), named={"red": "green", "green": "red"})
     third = taken(config_at(tmp_path))
     new = new_samples(third, second.folder)
     wrong = disagreed(bundle, third, new, None, WARN_AND_STOP)
@@ -176,7 +176,7 @@ def test_the_champion_contradicts_mislabelled_images_and_accepts_right_ones(tmp_
     assert "the champion disagrees with" in wrong["told"] and "of 60 new labels (6" in wrong["told"]
     assert disagreed(bundle, third, new, None, Threshold(0.05, None))["level"] == "warn"
     assert disagreed(bundle, third, new, None, Threshold(None, None))["level"] == "none"
-    few = replace(new, of_pictures=new.of_pictures[:19])
+    few = replace(new, of_images=new.of_images[:19])
     assert disagreed(bundle, third, few, None, WARN_AND_STOP)["told"].startswith("new labels not compared")
 
 
@@ -188,8 +188,8 @@ def test_a_run_stops_at_labels_and_accepts_them_on_purpose(tmp_path: Path, new_t
 
     shutil.copy(new_tracking, tmp_path / "mlflow.db")
     config = config_at(tmp_path, retrain={"folder": str(tmp_path / "retrain"), "drift": "none"})
-    paint(tmp_path / "pictures", range(30))
-    client, place = MlflowClient(config.tracking.uri, config.tracking.uri), place_of(config)
+    paint(tmp_path / "images", range(30))
+    client, place = MlflowClient(config.tracking.uri, config.tracking.uri), workspace_of(config)
 
     def checked(config: Config) -> tuple[Path, dict[str, Any]]:
         folder = begin(config, force=False)
@@ -207,7 +207,7 @@ def test_a_run_stops_at_labels_and_accepts_them_on_purpose(tmp_path: Path, new_t
     client.set_registered_model_alias("colors", "champion", "1")
     client.set_model_version_tag("colors", "1", "snapshot", record["snapshot"]["digest"])
 
-    paint(tmp_path / "pictures", range(30, 50), named={"red": "green", "green": "red"})
+    paint(tmp_path / "images", range(30, 50), named={"red": "green", "green": "red"})
     folder, record = checked(config)
     assert record["ends"] == Outcome.REFUSED
     assert record["why"].startswith("the new labels cannot be trusted: the champion disagrees with ")
@@ -217,8 +217,8 @@ def test_a_run_stops_at_labels_and_accepts_them_on_purpose(tmp_path: Path, new_t
     assert "ends" not in record and record["labels"]["disagreement"]["level"] == "warn"
 
     for label, other in (("red", "blue"), ("blue", "red")):
-        for file in sorted((tmp_path / "pictures" / label).glob(f"{label}*.png"))[:12]:
-            file.rename(tmp_path / "pictures" / other / file.name)
+        for file in sorted((tmp_path / "images" / label).glob(f"{label}*.png"))[:12]:
+            file.rename(tmp_path / "images" / other / file.name)
     folder, record = checked(config)
     assert record["ends"] == Outcome.REFUSED and "known samples changed label: " in record["why"]
     assert "blue → red " in record["why"] and record["why"].endswith("by --retrain.relabelled_stop null.")

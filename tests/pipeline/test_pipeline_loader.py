@@ -15,12 +15,12 @@ from small_data import Training, descendants, until
 
 from refract.augment import Augmenter, Preprocess
 from refract.pipeline.data import loader
-from refract.pipeline.data.datamodule import PictureData
+from refract.pipeline.data.datamodule import ImageDataModule
 from refract.pipeline.data.loader import Loader, LoaderError, death, hand_over
 from refract.pipeline.data.prepare import prepare_data
 from tests.pipeline.small_data import config_of
 
-MANY = "data: {source: pictures, image_size: 24, batch_size: 4, workers: 2, memory: never}\nmodel: {name: linear}\n"
+MANY = "data: {source: images, image_size: 24, batch_size: 4, workers: 2, memory: never}\nmodel: {name: linear}\n"
 MANY += (
     "trainer: {max_epochs: 500, checkpoint_seconds: 0}\ntracking: {enabled: false}\nevaluation: {robustness: none}\n"
 )
@@ -82,7 +82,7 @@ def test_batches_are_equal_with_and_without_shared_memory(folder: Path, monkeypa
 
     def batches(free: int | None) -> list[dict[str, torch.Tensor]]:
         monkeypatch.setattr("refract.pipeline.data.datamodule.shared_memory_free", lambda: free)
-        data = PictureData(
+        data = ImageDataModule(
             manifest, augmenter=Augmenter("imagenet", seed=11, size=16), preprocess=Preprocess(16, 16), batch_size=8, workers=2
         )  # fmt: skip
         assert (data.workers, data.shared) == ((0, True) if free == 0 else (2, free is None))

@@ -102,7 +102,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     bounds = measures.intervals(truth, answer, 3)
     assert bounds["precision"].shape == (3, 2) and (bounds["recall"][:, 0] <= bounds["recall"][:, 1]).all()
     assert not np.isnan(measures.intervals(np.array([0, 0]), np.array([0, 0]), 3)["f1"]).any(), (
-        "classes without a picture"
+        "classes without an image"
     )
 
 

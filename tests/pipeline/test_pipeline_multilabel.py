@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from small_data import COLORS, Run, picture, write_picture
+from small_data import COLORS, Run, make_image, write_image
 
 from refract.augment import Preprocess
 from refract.models.bundle.bundle import Bundle, load_bundle
@@ -29,8 +29,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label in COLORS:
         for number in range(60):
             dark = number % 8 == 0
-            pixels = picture(label, number) // (3 if dark else 1)
-            write_picture(root / "images" / f"{label}-{number:02}.png", pixels)
+            pixels = make_image(label, number) // (3 if dark else 1)
+            write_image(root / "images" / f"{label}-{number:02}.png", pixels)
             split = "train" if number < 30 else "val" if number < 45 else "test"
             names = [label] if split == "train" or number % 10 else []
             rows.append(

@@ -1,11 +1,11 @@
-"""Pictures of the hold-out that are pictures of the training, saved again."""
+"""Images of the hold-out that are images of the training, saved again."""
 
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from small_data import config_of, write_picture
+from small_data import config_of, write_image
 
 from refract.pipeline.data.near_duplicates import NEAREST, _candidates, look_of
 from refract.pipeline.data.prepare import prepare_data
@@ -13,7 +13,7 @@ from refract.pipeline.data.prepare import prepare_data
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train and test of pictures with some structure, in which three of test are pictures of train, saved again in other ways."""
+    """train and test of images with some structure, in which three of test are images of train, saved again in other ways."""
     root = tmp_path_factory.mktemp("scenes")
     for number in range(60):
         coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
@@ -26,7 +26,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 128 + (blur - 128) // 4 + cv2.GaussianBlur(noise.astype(np.float32), (0, 0), 2) * 3, 0, 255
             )
         split = "train" if number < 40 else "test"
-        write_picture(root / split / "ab"[number % 2] / f"{number:02}.png", pixels.astype(np.uint8))
+        write_image(root / split / "ab"[number % 2] / f"{number:02}.png", pixels.astype(np.uint8))
     for number, change in enumerate((0.5, 0.8, 1.3)):
         pixels = cv2.imread(str(root / "train" / "ab"[number % 2] / f"{number:02}.png"))
         smaller = cv2.resize(pixels, None, fx=change, fy=change, interpolation=cv2.INTER_AREA)
@@ -37,7 +37,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_pictures_of_the_hold_out_that_resemble_one_of_the_training_are_found(
+def test_images_of_the_hold_out_that_resemble_one_of_the_training_are_found(
     scenes: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     manifest, _ = prepare_data(config_of(scenes))
@@ -46,7 +46,7 @@ def test_pictures_of_the_hold_out_that_resemble_one_of_the_training_are_found(
     trained = {Path(sample.path).name for sample in manifest.of("train")}
     wanted = {(f"again{n}.jpg", f"{n:02}.png") for n in range(3) if f"{n:02}.png" in trained}
     assert len(wanted) >= 2 and found == wanted
-    assert f"{len(wanted)} pictures of test look like one of train, as" in caplog.text
+    assert f"{len(wanted)} images of test look like one of train, as" in caplog.text
 
 
 def test_a_data_set_in_which_all_look_alike_is_looked_at_in_little_time_and_memory() -> None:
@@ -58,18 +58,18 @@ def test_a_data_set_in_which_all_look_alike_is_looked_at_in_little_time_and_memo
     )
 
 
-def test_copies_among_pictures_of_one_look_are_found(tmp_path: Path) -> None:
+def test_copies_among_images_of_one_look_are_found(tmp_path: Path) -> None:
     """A fixed camera: one background, another fine detail in each."""
     ground = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     for number in range(24):
         fine = np.random.default_rng(number + 1).integers(-45, 46, (36, 36, 1))
         pixels = cv2.resize(ground, (144, 144), interpolation=cv2.INTER_NEAREST).astype(int)
         pixels = np.clip(pixels + np.kron(fine, np.ones((4, 4, 1), int)), 0, 255).astype(np.uint8)
-        write_picture(tmp_path / "train" / "ab"[number % 2] / f"{number}.png", pixels)
+        write_image(tmp_path / "train" / "ab"[number % 2] / f"{number}.png", pixels)
         if number >= 12:
             (tmp_path / "test" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(tmp_path / "test" / "ab"[number % 2] / f"{number}.jpg"), pixels[:, :, ::-1])
-    manifest, _ = prepare_data(config_of(tmp_path, val_share=0.05))
+    manifest, _ = prepare_data(config_of(tmp_path, val_fraction=0.05))
     trained = {Path(sample.path).stem for sample in manifest.of("train")}
     found = {Path(a).stem: Path(b).stem for a, b in manifest.near if "/test/" in a}
     assert found == {str(n): str(n) for n in range(12, 24) if str(n) in trained} and len(found) >= 10

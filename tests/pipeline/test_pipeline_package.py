@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from small_data import COLORS, picture, write_picture
+from small_data import COLORS, make_image, write_image
 
 from refract.models.bundle.bundle import load_bundle
 
@@ -25,7 +25,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.py").write_text(f"raise RuntimeError('the {name} of the user')\n")
     for label in COLORS:
         for number in range(20):
-            write_picture(folder / "images" / label / f"{number:02}.png", picture(label, number))
+            write_image(folder / "images" / label / f"{number:02}.png", make_image(label, number))
     return folder
 
 

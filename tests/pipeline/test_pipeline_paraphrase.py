@@ -17,7 +17,7 @@ from warm_process import WarmProcess
 from benchmarks import grammar
 from refract.augment import Augmenter
 from refract.augment.text.paraphrases import digest, paraphrases
-from refract.augment.text.translation import BackTranslator, Filter, Sampling, TranslationError
+from refract.augment.text.translation import BackTranslator, DataCapture, Filter, TranslationError
 from refract.augment.text.words import kept
 from refract.pipeline.data.paraphrasing import FAILURES, Plan, _settings, paraphrase
 
@@ -68,7 +68,9 @@ def test_the_round_trip_keeps_the_meaning_and_changes_the_words(models: Path, mo
     assert drawn == translator([text for _, text in sentences], seed=1) != translator([t for _, t in sentences], seed=2)
     good = [grammar.means(new) == meaning and new != old for (meaning, old), new in zip(sentences, drawn, strict=True)]
     assert sum(good) >= 90
-    likeliest = BackTranslator(f"{models}/en-de", f"{models}/de-en", source="en", via="de", sampling=Sampling(top_k=1))
+    likeliest = BackTranslator(
+        f"{models}/en-de", f"{models}/de-en", source="en", via="de", sampling=DataCapture(top_k=1)
+    )
     assert likeliest(["the big dog sees a car"], 1) == likeliest(["the big dog sees a car"], 2)
 
 

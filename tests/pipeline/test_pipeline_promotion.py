@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
-from small_data import COLORS, picture, write_picture
+from small_data import COLORS, make_image, write_image
 
 from refract.pipeline.config.config import ConfigError
 from refract.pipeline.retraining.aliases import aliases
@@ -22,16 +22,16 @@ def registry(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path) -> st
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with pictures/ and the bundle of a network that knows their three colours."""
+    """A folder with images/ and the bundle of a network that knows their three colours."""
     from refract.pipeline.config.config import config_from_dict
     from refract.pipeline.training.run import train
 
     root = tmp_path_factory.mktemp("gate")
     for label in COLORS:
         for number in range(40):
-            write_picture(root / "pictures" / label / f"{number:02}.jpg", picture(label, number))
+            write_image(root / "images" / label / f"{number:02}.jpg", make_image(label, number))
     values = {
-        "data": {"source": str(root / "pictures"), "image_size": 16, "workers": 0},
+        "data": {"source": str(root / "images"), "image_size": 16, "workers": 0},
         "augment": {"policy": "none"},
         "model": {"name": "lenet5"},
         "optim": {"lr": 0.01},
@@ -66,7 +66,7 @@ def verdict(trained: Path, challenger: Any, champion: Any, **config: Any) -> dic
     from refract.pipeline.retraining.gate import gate
 
     config = {"robustness_loss": None, "latency_ratio": None, "calibration_error": None} | config
-    manifest = load_manifest(trained / "pictures")
+    manifest = load_manifest(trained / "images")
     found = gate(GateConfig(**config), challenger, champion, manifest, "h")
     return {line.name: line for line in found.lines} | {"passed": found.passed, "text": found.text()}
 
@@ -137,7 +137,7 @@ def test_the_commands_promote_and_roll_back(
     client.create_registered_model("colors")
     for _ in range(2):
         client.create_model_version("colors", source=(trained / "runs/r/bundle").as_uri())
-    client.create_model_version("colors", source=(trained / "pictures").as_uri())
+    client.create_model_version("colors", source=(trained / "images").as_uri())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
 
     def told(*arguments: object, code: int = 0) -> str:

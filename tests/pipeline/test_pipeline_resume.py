@@ -16,7 +16,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
-from small_data import Run, Training, descendants, picture, until, until_gone, write_picture
+from small_data import Run, Training, descendants, make_image, until, until_gone, write_image
 
 from refract.pipeline.config.config import Config
 from refract.pipeline.config.defaults import filled
@@ -29,7 +29,7 @@ from refract.pipeline.training.run_directory import held, new_run, old_run, stor
 
 # What draws from PyTorch's generator, averages, and mixes: all that a restart could lose.
 CONFIG = """
-data: {source: pictures, image_size: 24, batch_size: 4, workers: 0}
+data: {source: images, image_size: 24, batch_size: 4, workers: 0}
 augment: {policy: [HorizontalFlip, {MixUp: {p: 0.5}}]}
 model: {name: cnn, args: {widths: [8, 16], dropout: 0.3}}
 optim: {name: sgd, lr: 0.02}
@@ -158,10 +158,10 @@ def test_what_cannot_go_on_is_told(refract: Run, work: Path, stopped: Path) -> N
     last.write_bytes(last.read_bytes()[:-100])
     fallback = newest(checkpoints)
     assert fallback is not None and fallback < last
-    write_picture(work / "pictures" / "red" / "new.jpg", picture("red", 77))
+    write_image(work / "images" / "red" / "new.jpg", make_image("red", 77))
     told = refract("train", "--resume", "runs/r", code=2).stderr
     assert "the data of runs/r have changed since it began" in told
-    (work / "pictures" / "red" / "new.jpg").unlink()
+    (work / "images" / "red" / "new.jpg").unlink()
     assert "runs/none is no run: there is no such folder" in refract("train", "--resume", "runs/none", code=2).stderr
     assert "goes on with the run's own config" in refract("train", "c.yaml", "--resume", "runs/r", code=2).stderr
     assert "needs the config file first" in refract("train", "--resume", "auto", code=2).stderr
@@ -344,7 +344,7 @@ def test_auto_begins_anew_where_the_data_have_changed(refract: Run, work: Path, 
     (broken,) = (work / "runs").iterdir()
     shutil.copytree(broken, work / "runs" / "c-0")
     (work / "runs" / "c-0" / "config.yaml").unlink()
-    write_picture(work / "pictures" / "red" / "new.jpg", picture("red", 77))
+    write_image(work / "images" / "red" / "new.jpg", make_image("red", 77))
     told = refract(
         "train", "c.yaml", "--tracking.enabled", "false", "--resume", "auto", "--trainer.max_epochs", 7
     ).stderr

@@ -1,4 +1,4 @@
-"""The nightly run: fifteen nights in one process, and a night killed in each of its steps."""
+"""The nightly run: fifteen runs in one process, and a night killed in each of its steps."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
-from small_data import COLORS, Run, descendants, picture, until_gone, write_picture
+from small_data import COLORS, Run, descendants, make_image, until_gone, write_image
 from warm_process import Started, WarmProcess
 
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict, load_config
@@ -22,14 +22,14 @@ from refract.pipeline.retraining.snapshot import Snapshot, accept, take
 from refract.pipeline.retraining.steps import (
     FAILURES,
     STEPS,
-    NightError,
     Outcome,
+    RetrainingError,
     begin,
     note_failure,
     unfinished,
     worth_resuming,
 )
-from refract.pipeline.retraining.workspace import Busy, place_of, read, write
+from refract.pipeline.retraining.workspace import Busy, read, workspace_of, write
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -37,12 +37,12 @@ pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` ha
 def paint(root: Path, numbers: range, labels: Any = COLORS) -> None:
     for label in labels:
         for number in numbers:
-            write_picture(root / label / f"{number:03}.png", picture(label, number, side=16))
+            write_image(root / label / f"{number:03}.png", make_image(label, number, side=16))
 
 
 def values_of(root: Path) -> dict[str, Any]:
     return {
-        "data": {"source": str(root / "pictures"), "image_size": 16, "workers": 0},
+        "data": {"source": str(root / "images"), "image_size": 16, "workers": 0},
         "augment": {"policy": "none"},
         "model": {"name": "lenet5"},
         "optim": {"lr": 0.01},
@@ -57,28 +57,28 @@ def values_of(root: Path) -> dict[str, Any]:
 @pytest.fixture
 def config(tmp_path: Path, new_tracking: Path) -> Config:
     shutil.copy(new_tracking, tmp_path)
-    paint(tmp_path / "pictures", range(30))
+    paint(tmp_path / "images", range(30))
     return config_from_dict(values_of(tmp_path))
 
 
 def taken(config: Config) -> Snapshot:
     """Of a night that is accepted."""
-    snapshot = take(config, place_of(config))
-    accept(place_of(config), snapshot)
+    snapshot = take(config, workspace_of(config))
+    accept(workspace_of(config), snapshot)
     return snapshot
 
 
 def test_the_hold_out_is_frozen_and_never_trained_on(config: Config, tmp_path: Path) -> None:
-    place = place_of(config)
+    place = workspace_of(config)
     first = taken(config)
     held = load_manifest(place.holdout / "holdout.csv")
     assert len(held.samples) == 18, "a fifth"
     contents = {sample.read() for sample in held.samples}
 
-    paint(tmp_path / "pictures", range(30, 60))
+    paint(tmp_path / "images", range(30, 60))
     copy = held.samples[0]
     label = held.labels[copy.labels[0]]
-    shutil.copy(copy.path, tmp_path / "pictures" / label / "another_name.png")
+    shutil.copy(copy.path, tmp_path / "images" / label / "another_name.png")
     second = taken(config)
     assert second.holdout == first.holdout
     assert second.digest != first.digest
@@ -89,20 +89,20 @@ def test_the_hold_out_is_frozen_and_never_trained_on(config: Config, tmp_path: P
 
     again = taken(config)
     assert again == second
-    write_picture(tmp_path / "pictures" / "yellow" / "0.png", np.full((16, 16, 3), (250, 240, 0), np.uint8))
+    write_image(tmp_path / "images" / "yellow" / "0.png", np.full((16, 16, 3), (250, 240, 0), np.uint8))
     for number in range(1, 10):
         shade = np.full((16, 16, 3), (250, 240, number * 5), np.uint8)
-        write_picture(tmp_path / "pictures" / "yellow" / f"{number}.png", shade)
+        write_image(tmp_path / "images" / "yellow" / f"{number}.png", shade)
     third = taken(config)
     assert third.holdout != first.holdout, "a new class gets its share"
     assert third.counts["test"] == {"blue": 6, "green": 6, "red": 6, "yellow": 2}
 
-    shutil.rmtree(tmp_path / "pictures" / "red")
+    shutil.rmtree(tmp_path / "images" / "red")
     with pytest.raises(DataError, match="held out but never trained on"):
         taken(config)
 
     Path(held.samples[3].path).write_bytes(b"other")
-    with pytest.raises(DataError, match="1 pictures of the frozen hold-out are gone or have changed"):
+    with pytest.raises(DataError, match="1 images of the frozen hold-out are gone or have changed"):
         taken(config)
 
 
@@ -110,7 +110,7 @@ def test_the_hold_out_is_frozen_and_never_trained_on(config: Config, tmp_path: P
 def test_a_hold_out_of_its_own_is_taken_as_it_is(config: Config, tmp_path: Path, folder: str) -> None:
     """It may be the test part of a data set alone."""
     paint(tmp_path / folder, range(100, 104))
-    shutil.copy(tmp_path / folder / "red/100.png", tmp_path / "pictures/red/copy.png")
+    shutil.copy(tmp_path / folder / "red/100.png", tmp_path / "images/red/copy.png")
     config.gate.holdout = str(tmp_path / "own")
     table = load_manifest(taken(config).manifest)
     assert len(table.of("test")) == 12
@@ -120,7 +120,7 @@ def test_a_hold_out_of_its_own_is_taken_as_it_is(config: Config, tmp_path: Path,
 def test_what_a_night_needs_is_told(config: Config) -> None:
     config.tracking.model_name = None
     with pytest.raises(ConfigError, match=r"tracking\.model_name"):
-        place_of(config)
+        workspace_of(config)
     for section, key, value in (("gate", "recall", 1.5), ("retrain", "largest_loss", -1), ("gate", "size_mb", 0)):
         with pytest.raises(ConfigError, match=rf"{section}\.{key}"):
             config_from_dict({section: {key: value}})
@@ -131,7 +131,7 @@ class Nights:
 
     def __init__(self, root: Path) -> None:
         self.root, self.values = root, values_of(root)
-        paint(root / "pictures", range(40))
+        paint(root / "images", range(40))
         self.client = MlflowClient(self.values["tracking"]["uri"], self.values["tracking"]["uri"])
         self.champions: list[str] = []
 
@@ -153,13 +153,13 @@ class Nights:
         return record
 
     def spoil(self, share: float) -> None:
-        """Give that share of the pictures of each class another class's folder."""
+        """Give that share of the images of each class another class's folder."""
         names = sorted(COLORS)
         moved = []
         for label, other in zip(names, names[1:] + names[:1], strict=True):
-            files = sorted((self.root / "pictures" / label).glob("*.png"))
+            files = sorted((self.root / "images" / label).glob("*.png"))
             moved += [
-                (file, self.root / "pictures" / other / f"{label}-{file.name}")
+                (file, self.root / "images" / other / f"{label}-{file.name}")
                 for file in files[: int(share * len(files))]
             ]
         for file, target in moved:
@@ -168,93 +168,93 @@ class Nights:
 
 def test_fifteen_nights(tmp_path: Path, new_tracking: Path) -> None:
     shutil.copy(new_tracking, tmp_path)
-    nights = Nights(tmp_path)
-    pictures, backup = tmp_path / "pictures", tmp_path / "backup"
-    placed = place_of(nights.config())
+    runs = Nights(tmp_path)
+    images, backup = tmp_path / "images", tmp_path / "backup"
+    placed = workspace_of(runs.config())
 
-    first = nights.night()
+    first = runs.night()
     assert (first["outcome"], first["champion"], first["version"]) == (Outcome.PROMOTED, None, "1"), first["why"]
 
-    second = nights.night()
+    second = runs.night()
     assert second["unchanged"]
     assert "version" not in second
     assert second["outcome"] == Outcome.PROMOTED
 
-    paint(pictures, range(40, 60))
-    third = nights.night()
+    paint(images, range(40, 60))
+    third = runs.night()
     assert (third["outcome"], third["version"], third["champion"]) == (Outcome.PROMOTED, "2", "1"), third["why"]
     assert third["drift"]["level"] != "stop"
-    assert "of 60 new pictures" in third["drift"]["told"]
+    assert "of 60 new images" in third["drift"]["told"]
 
-    shutil.copytree(pictures, backup)
-    nights.spoil(0.7)  # somebody mixed the folders up
-    refused = nights.night()
+    shutil.copytree(images, backup)
+    runs.spoil(0.7)  # somebody mixed the folders up
+    refused = runs.night()
     assert refused["outcome"] == Outcome.REFUSED
     assert "known samples changed label: " in refused["why"] and "blue → green " in refused["why"]
     on_purpose = {"relabelled_stop": None}
-    fourth = nights.night(retrain=on_purpose)
+    fourth = runs.night(retrain=on_purpose)
     assert fourth["outcome"] == Outcome.NOT_PROMOTED
     assert {"margin", "interval"} <= {line["name"] for line in fourth["gate"]["lines"] if not line["passed"]}
-    assert nights.client.get_model_version("colors", fourth["version"]).tags["gate"] == "failed"
+    assert runs.client.get_model_version("colors", fourth["version"]).tags["gate"] == "failed"
     assert "failed at margin" in fourth["why"]
 
-    shutil.rmtree(pictures)
-    shutil.copytree(backup, pictures)
-    fifth = nights.night(retrain=on_purpose)  # mended: as on the third night, but for what was remembered since
+    shutil.rmtree(images)
+    shutil.copytree(backup, images)
+    fifth = runs.night(retrain=on_purpose)  # mended: as on the third night, but for what was remembered since
     assert fifth["outcome"] == Outcome.PROMOTED
 
-    (pictures / "red" / "000.png").write_bytes(b"\x89PNG damaged")
-    sixth = nights.night()
+    (images / "red" / "000.png").write_bytes(b"\x89PNG damaged")
+    sixth = runs.night()
     assert sixth["outcome"] == Outcome.REFUSED
     assert "000.png" in sixth["why"]
-    seventh = nights.night(data={"on_bad_file": "skip"})
-    assert seventh["outcome"] == Outcome.PROMOTED, "one picture of sixty may be left out"
+    seventh = runs.night(data={"on_bad_file": "skip"})
+    assert seventh["outcome"] == Outcome.PROMOTED, "one image of sixty may be left out"
 
     for number in range(40):  # somebody's lens cap
-        write_picture(pictures / "red" / f"dark{number}.png", (picture("red", number, side=16) * 0.2).astype(np.uint8))
-    drifted = nights.night(data={"on_bad_file": "skip"}, retrain={"drift": "stop"})
+        write_image(images / "red" / f"dark{number}.png", (make_image("red", number, side=16) * 0.2).astype(np.uint8))
+    drifted = runs.night(data={"on_bad_file": "skip"}, retrain={"drift": "stop"})
     assert drifted["outcome"] == Outcome.REFUSED
     assert "what is new has drifted: " in drifted["why"]
     assert "brightness" in drifted["why"]
-    report = tmp_path / "retrain/colors/nights" / drifted["night"] / "drift" / "report.html"
+    report = tmp_path / "retrain/colors/runs" / drifted["night"] / "drift" / "report.html"
     assert report.stat().st_size > 1000
-    for file in pictures.glob("red/dark*.png"):
+    for file in images.glob("red/dark*.png"):
         file.unlink()
 
-    for file in sorted((pictures / "green").glob("*.png"))[:30]:
+    for file in sorted((images / "green").glob("*.png"))[:30]:
         file.unlink()
-    eighth = nights.night(data={"on_bad_file": "skip"})
+    eighth = runs.night(data={"on_bad_file": "skip"})
     assert eighth["outcome"] == Outcome.REFUSED
     assert "green: " in eighth["why"]
-    ninth = nights.night(data={"on_bad_file": "skip"}, retrain={"largest_loss": 0.9})
+    ninth = runs.night(data={"on_bad_file": "skip"}, retrain={"largest_loss": 0.9})
     assert ninth["outcome"] in (Outcome.PROMOTED, Outcome.NOT_PROMOTED), "who says that it may, may"
 
     for number in range(30):
         noise = np.random.default_rng(number).normal(0, 20, (16, 16, 3))
         yellow = np.clip(np.array((230, 220, 30)) + noise, 0, 255).astype(np.uint8)
-        write_picture(pictures / "yellow" / f"{number}.png", yellow)
-    tenth = nights.night(data={"on_bad_file": "skip"})
+        write_image(images / "yellow" / f"{number}.png", yellow)
+    tenth = runs.night(data={"on_bad_file": "skip"})
     assert tenth["outcome"] == Outcome.PROMOTED, tenth["why"]
     assert tenth["snapshot"]["holdout"] != first["snapshot"]["holdout"], "the new class is held out, too"
 
-    before = aliases(nights.client, "colors")
-    back, left = rollback(nights.client, "colors")
+    before = aliases(runs.client, "colors")
+    back, left = rollback(runs.client, "colors")
     assert (back, left) == (before["previous"], before["champion"])
-    eleventh = nights.night(force=True, data={"on_bad_file": "skip"})
+    eleventh = runs.night(force=True, data={"on_bad_file": "skip"})
     assert eleventh["champion"] == back, "it is compared with the one that was gone back to"
 
-    shutil.rmtree(pictures / "yellow")
-    twelfth = nights.night(data={"on_bad_file": "skip"})
+    shutil.rmtree(images / "yellow")
+    twelfth = runs.night(data={"on_bad_file": "skip"})
     assert twelfth["outcome"] == Outcome.REFUSED
 
-    shutil.copytree(backup, pictures, dirs_exist_ok=True)
+    shutil.copytree(backup, images, dirs_exist_ok=True)
     shutil.rmtree(placed.holdout)
-    fourteenth = nights.night(gate={"size_mb": 1e-6}, retrain={"largest_loss": 1.0})
+    fourteenth = runs.night(gate={"size_mb": 1e-6}, retrain={"largest_loss": 1.0})
     assert fourteenth["outcome"] == Outcome.NOT_PROMOTED
     assert [line["name"] for line in fourteenth["gate"]["lines"] if not line["passed"]][-1] == "size"
     told = next(line for line in fourteenth["gate"]["lines"] if line["name"] == "hold-out")
     assert not told["passed"], "of a hold-out that is drawn anew, the champion has seen some"
-    assert len(nights.champions) == 15
+    assert len(runs.champions) == 15
     assert unfinished(placed) is None
 
 
@@ -273,9 +273,9 @@ def test_a_night_goes_on_when_mlflow_is_there_again(
         away.setattr("refract.pipeline.tracking.tracker.FIRST_ANSWER", 0.1)
         for step in STEPS[:3]:
             step(folder)
-        with pytest.raises(NightError, match="nobody is there"):
+        with pytest.raises(RetrainingError, match="nobody is there"):
             STEPS[3](folder)
-    place = place_of(config)
+    place = workspace_of(config)
     assert unfinished(place) == folder
     for step in STEPS[3:]:
         step(folder)
@@ -284,7 +284,7 @@ def test_a_night_goes_on_when_mlflow_is_there_again(
 
 
 def test_one_night_at_a_time(config: Config) -> None:
-    place = place_of(config)
+    place = workspace_of(config)
     with place.held(), pytest.raises(Busy, match="one at a time"), place.held():
         pass
     with place.held():
@@ -305,25 +305,25 @@ def test_a_night_is_gone_on_with_while_that_may_help(config: Config, tmp_path: P
 def test_data_that_change_during_the_night_are_the_next_ones(config: Config, tmp_path: Path) -> None:
     folder = begin(config, force=False)
     STEPS[0](folder)
-    write_picture(tmp_path / "pictures" / "red" / "003.png", picture("red", 903, side=16))
+    write_image(tmp_path / "images" / "red" / "003.png", make_image("red", 903, side=16))
     for step in STEPS[2:]:
         step(folder)
     record = read(folder / "night.json")
-    assert record["outcome"] == Outcome.REFUSED and "1 pictures have changed since the night began" in record["why"]
-    assert not list((tmp_path / "runs").glob("*")) and unfinished(place_of(config)) is None
+    assert record["outcome"] == Outcome.REFUSED and "1 images have changed since the night began" in record["why"]
+    assert not list((tmp_path / "runs").glob("*")) and unfinished(workspace_of(config)) is None
 
 
 def test_a_name_that_mlflow_does_not_take_is_told(config: Config) -> None:
     config.tracking.model_name = "team/colors"
     with pytest.raises(ConfigError, match=r"tracking\.model_name: 'team/colors'"):
-        place_of(config)
+        workspace_of(config)
 
 
 def test_whom_a_night_is_told_to_does_not_hold_it_up(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("refract.pipeline.retraining.steps.TELL_SECONDS", 0.05)
-    config.retrain.tell = "sleep 5"
+    config.retrain.notify = "sleep 5"
     folder = begin(config, force=False)
     write(folder / "night.json", read(folder / "night.json") | {"ends": int(Outcome.REFUSED), "why": "-"})
     STEPS[-1](folder)
@@ -341,7 +341,7 @@ def test_sigterm_leaves_a_checkpoint(workplace: Path, warm: WarmProcess) -> None
         run.send_signal(signal.SIGTERM)
         assert run.wait(60) == Outcome.FAILED
         assert "with a checkpoint to go on from" in run.output.read()
-    (night,) = (workplace / "retrain/colors/nights").iterdir()
+    (night,) = (workplace / "retrain/colors/runs").iterdir()
     assert "failures" not in read(night / "night.json"), "it did not fail"
     assert list((workplace / "runs").glob("*/checkpoints/resume-*"))
 
@@ -362,9 +362,9 @@ def _until(started: Started, step: str) -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Iterator[Path]:
-    paint(tmp_path / "pictures", range(20))
+    paint(tmp_path / "images", range(20))
     values = values_of(tmp_path)
-    values["data"]["source"] = "pictures"
+    values["data"]["source"] = "images"
     values["retrain"]["tell"] = "cat > told.json"
     (tmp_path / "colors.yaml").write_text(yaml.safe_dump(values))
     yield tmp_path
@@ -389,8 +389,8 @@ def test_a_night_killed_in_each_step_ends_as_one_undisturbed(
     client = MlflowClient(f"sqlite:///{workplace}/mlflow.db", f"sqlite:///{workplace}/mlflow.db")
     assert aliases(client, "colors") == {"champion": "1", "challenger": "1"}
     assert [v.version for v in client.search_model_versions("name = 'colors'")] in (["1"], [1])
-    nights = list((workplace / "retrain/colors/nights").iterdir())
-    assert len(nights) == 1
+    runs = list((workplace / "retrain/colors/runs").iterdir())
+    assert len(runs) == 1
     assert json.loads((workplace / "told.json").read_text())["why"] == "version 1 is champion"
 
     assert "unchanged" in refract("retrain", "colors.yaml").stdout
@@ -403,5 +403,5 @@ def test_a_night_killed_in_each_step_ends_as_one_undisturbed(
     runs = sorted((workplace / "runs").iterdir())
     one, other = ((run / "bundle/weights.safetensors").read_bytes() for run in runs)
     assert one == other, "the same result, bit for bit"
-    (workplace / "pictures/red/000.png").write_bytes(b"no picture")
+    (workplace / "images/red/000.png").write_bytes(b"no image")
     assert "000.png" in refract("retrain", "colors.yaml", code=20).stdout

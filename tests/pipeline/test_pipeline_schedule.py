@@ -18,7 +18,7 @@ from small_data import Run
 from refract.pipeline.files import locked
 from refract.pipeline.schedule.cron import Cron
 from refract.pipeline.schedule.scheduler import Plan, Runner
-from refract.pipeline.schedule.store import Book, Schedule
+from refract.pipeline.schedule.store import Schedule, ScheduleStore
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -49,17 +49,17 @@ from datetime import UTC
 from pathlib import Path
 from zoneinfo import ZoneInfo
 from apscheduler.triggers.interval import IntervalTrigger
-from refract.pipeline.schedule.store import Book
-from refract.pipeline.schedule.scheduler import Plan, keep_schedule
+from refract.pipeline.schedule.store import ScheduleStore
+from refract.pipeline.schedule.scheduler import Plan, run_scheduler
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 config, state, stub, seconds, grace = sys.argv[1:]
 trigger = IntervalTrigger(seconds=float(seconds), timezone=UTC)
 plan = Plan(Path(config), "often", ZoneInfo("UTC"), trigger, [sys.executable, stub], None if grace == "-" else float(grace), keep=3)
-sys.exit(keep_schedule(plan, Book(Path(state))))
+sys.exit(run_scheduler(plan, ScheduleStore(Path(state))))
 """
 
 
-class Place:
+class Workspace:
     """A config, the stub, and schedulers for them."""
 
     def __init__(self, folder: Path) -> None:
@@ -70,8 +70,8 @@ class Place:
         self.started: list[subprocess.Popen[str]] = []
 
     @property
-    def book(self) -> Book:
-        return Book(self.state)
+    def book(self) -> ScheduleStore:
+        return ScheduleStore(self.state)
 
     def start(self, seconds: float = 0.3, grace: str = "-") -> subprocess.Popen[str]:
         command = [sys.executable, "-c", KEEPER, self.config, self.state, self.stub, seconds, grace]
@@ -107,8 +107,8 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    made = Place(tmp_path)
+def place(tmp_path: Path) -> Iterator[Workspace]:
+    made = Workspace(tmp_path)
     yield made
     for process in made.started:
         process.kill()
@@ -128,7 +128,7 @@ def ended(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> int:
     return process.wait(30)
 
 
-def test_it_fires_again_and_again_and_the_newest_logs_stay(place: Place, refract: Run) -> None:
+def test_it_fires_again_and_again_and_the_newest_logs_stay(place: Workspace, refract: Run) -> None:
     scheduler = place.start()
     until(lambda: len(place.began()) >= 5, "five runs")
     listed = refract("schedule", "--list", "--state", place.state).stdout
@@ -147,14 +147,14 @@ def test_it_fires_again_and_again_and_the_newest_logs_stay(place: Place, refract
     assert set(place.began()) == {""}, "each begins anew"
 
 
-def test_exit_codes_are_told_in_words(place: Place) -> None:
+def test_exit_codes_are_told_in_words(place: Workspace) -> None:
     meanings = {0: "promoted", 10: "not promoted", 20: "refused", 30: "failed", -9: "SIGKILL", 99: "exit code 99"}
     for code, word in meanings.items():
         place.book.end(place.book.begin("c", place.folder / "a.log", 30), "ended", code)
         assert word in place.book.runs("c", 1)[0].words()
 
 
-def test_a_second_scheduler_of_a_config_is_refused(place: Place, refract: Run) -> None:
+def test_a_second_scheduler_of_a_config_is_refused(place: Workspace, refract: Run) -> None:
     first = place.start(3600)
     until(lambda: place.book.alive(str(place.config), "scheduler"), "the first one holds its lock")
     until(lambda: place.book.schedules(), "it has written itself down")
@@ -166,7 +166,7 @@ def test_a_second_scheduler_of_a_config_is_refused(place: Place, refract: Run) -
     assert "no schedule in" in refract("schedule", "--list", "--state", place.state).stdout
 
 
-def test_a_run_that_takes_longer_is_never_joined_by_a_second(place: Place) -> None:
+def test_a_run_that_takes_longer_is_never_joined_by_a_second(place: Workspace) -> None:
     place.hold()
     scheduler = place.start(0.2)
     until(lambda: place.told().count("is left out: the one before is still under way") >= 3, "three times left out")
@@ -177,7 +177,7 @@ def test_a_run_that_takes_longer_is_never_joined_by_a_second(place: Place) -> No
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_is_passed_to_the_run_whose_end_is_waited_for(place: Place, number: int, code: int) -> None:
+def test_a_signal_is_passed_to_the_run_whose_end_is_waited_for(place: Workspace, number: int, code: int) -> None:
     place.hold()
     place.stub.write_text(STUB.replace("signal.signal(signal.SIGTERM, asked)", f"signal.signal({int(number)}, asked)"))
     scheduler = place.start()
@@ -196,7 +196,7 @@ def test_a_signal_is_passed_to_the_run_whose_end_is_waited_for(place: Place, num
     until(lambda: "next run" in place.told(), "nothing is left to go on with")
 
 
-def test_a_run_that_was_cut_with_its_scheduler_goes_on_at_once(place: Place, refract: Run) -> None:
+def test_a_run_that_was_cut_with_its_scheduler_goes_on_at_once(place: Workspace, refract: Run) -> None:
     place.hold()
     scheduler = place.start()
     until(place.began, "a run")
@@ -213,7 +213,7 @@ def test_a_run_that_was_cut_with_its_scheduler_goes_on_at_once(place: Place, ref
     assert "was cut short: it goes on at once" in place.told() and place.runs()[1] == "cut short"
 
 
-def test_a_run_that_was_cut_before_it_had_begun_begins_anew(place: Place) -> None:
+def test_a_run_that_was_cut_before_it_had_begun_begins_anew(place: Workspace) -> None:
     place.book.cut(place.book.begin(str(place.config), place.folder / "a.log", 30))
     place.stub.write_text(STUB.replace("sys.exit(int(", "sys.exit(2 if '--resume' in sys.argv else int("))
     scheduler = place.start(3600)
@@ -222,7 +222,7 @@ def test_a_run_that_was_cut_before_it_had_begun_begins_anew(place: Place) -> Non
     assert ended(scheduler) == 0
 
 
-def test_a_run_that_takes_its_scheduler_down_goes_on_three_times(place: Place) -> None:
+def test_a_run_that_takes_its_scheduler_down_goes_on_three_times(place: Workspace) -> None:
     for _ in range(4):
         place.book.cut(place.book.begin(str(place.config), place.folder / "a.log", 30))
     place.start(3600)
@@ -230,7 +230,7 @@ def test_a_run_that_takes_its_scheduler_down_goes_on_three_times(place: Place) -
     assert not place.began()
 
 
-def test_a_run_that_outlived_its_scheduler_is_waited_for(place: Place) -> None:
+def test_a_run_that_outlived_its_scheduler_is_waited_for(place: Workspace) -> None:
     place.hold()
     ended_at_once = place.start()
     until(place.began, "a run")
@@ -245,7 +245,7 @@ def test_a_run_that_outlived_its_scheduler_is_waited_for(place: Place) -> None:
     assert ended(scheduler) == 0
 
 
-def test_who_looks_whether_a_run_is_under_way_costs_none(place: Place) -> None:
+def test_who_looks_whether_a_run_is_under_way_costs_none(place: Workspace) -> None:
     """`--list` takes the run's lock for a moment; a firing in that moment was taken for one beside a run of an earlier scheduler."""
     plan = Plan(
         place.config, "often", ZoneInfo("UTC"), Cron("* * * * *", ZoneInfo("UTC")), [sys.executable, str(place.stub)]
@@ -259,7 +259,7 @@ def test_who_looks_whether_a_run_is_under_way_costs_none(place: Place) -> None:
     assert place.began() == [""] and place.runs() == ["done (exit code 0)"]
 
 
-def test_of_the_runs_that_were_missed_one_is_made_up_for(place: Place) -> None:
+def test_of_the_runs_that_were_missed_one_is_made_up_for(place: Workspace) -> None:
     place.was_due(timedelta(hours=5))
     scheduler = place.start(3600)
     until(lambda: place.runs() and "done" in place.runs()[0], "a run")
@@ -269,7 +269,7 @@ def test_of_the_runs_that_were_missed_one_is_made_up_for(place: Place) -> None:
     assert ended(scheduler) == 0
 
 
-def test_what_is_too_late_is_left_out(place: Place) -> None:
+def test_what_is_too_late_is_left_out(place: Workspace) -> None:
     place.was_due(timedelta(hours=5, minutes=30))
     scheduler = place.start(3600, grace="60")
     until(lambda: "is left out: it is more than 60 s late" in place.told(), "it is told")
@@ -278,14 +278,14 @@ def test_what_is_too_late_is_left_out(place: Place) -> None:
     assert ended(scheduler) == 0
 
 
-def test_what_was_due_by_another_cron_is_not_made_up_for(place: Place) -> None:
+def test_what_was_due_by_another_cron_is_not_made_up_for(place: Workspace) -> None:
     place.was_due(timedelta(hours=5), cron="0 2 * * *")
     place.start(3600)
     until(lambda: "next run" in place.told(), "the new one's time")
     assert not place.began()
 
 
-def test_a_command_that_is_not_there_is_told_and_the_next_time_comes(place: Place) -> None:
+def test_a_command_that_is_not_there_is_told_and_the_next_time_comes(place: Workspace) -> None:
     place.open(
         [
             *(sys.executable, "-c", KEEPER.replace("[sys.executable, stub]", "['/no/such/command']")),
@@ -313,18 +313,20 @@ def test_a_command_that_is_not_there_is_told_and_the_next_time_comes(place: Plac
         (("stub.py", "--cron", "0 2 * * *"), "stub.py"),
     ],
 )
-def test_input_that_cannot_be_used_is_told(place: Place, refract: Run, arguments: tuple[str, ...], told: str) -> None:
+def test_input_that_cannot_be_used_is_told(
+    place: Workspace, refract: Run, arguments: tuple[str, ...], told: str
+) -> None:
     (place.folder / "nameless.yaml").write_text("data: {source: digits}\n")
     assert told in refract("schedule", *arguments, code=2).stderr
 
 
-def test_a_damaged_file_is_told(place: Place, refract: Run) -> None:
+def test_a_damaged_file_is_told(place: Workspace, refract: Run) -> None:
     place.state.mkdir()
     (place.state / "schedule.db").write_bytes(b"no database" * 100)
     assert "schedule.db cannot be used" in refract("schedule", "--list", "--state", place.state, code=1).stderr
 
 
-def test_what_is_fired_is_refract_retrain(place: Place, refract: Run) -> None:
+def test_what_is_fired_is_refract_retrain(place: Workspace, refract: Run) -> None:
     place.config.write_text("tracking: {model_name: photos}\ndata: {source: nowhere}\n")
     place.was_due(timedelta(hours=1), cron="0 2 * * *")
     scheduler = place.open(
@@ -337,7 +339,7 @@ def test_what_is_fired_is_refract_retrain(place: Place, refract: Run) -> None:
     assert ended(scheduler) == 0
 
 
-def test_a_cron_of_every_minute_fires_with_the_minute(place: Place, refract: Run) -> None:
+def test_a_cron_of_every_minute_fires_with_the_minute(place: Workspace, refract: Run) -> None:
     """The command itself, by the machine's clock; started again without a cron it goes on with the one that it had."""
     command = [sys.executable, "-m", "refract", "schedule", str(place.config), "--state", str(place.state)]
     first = place.open(

@@ -19,10 +19,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_data import COLORS, Run, descendants, picture, until_gone, write_picture
+from small_data import COLORS, Run, descendants, make_image, until_gone, write_image
 
 from refract.augment import Preprocess
-from refract.models.bundle.bundle import BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.bundle.bundle import BundleInfo, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import Classifier
 from refract.models.factory import text_record
 from refract.models.multimodal.fusion import Reader
@@ -33,7 +33,7 @@ from refract.pipeline.data.manifest import DataError
 from refract.pipeline.inference.batch import part_files
 from refract.pipeline.inference.batch.listing import Row, Shard, listing_of
 from refract.pipeline.inference.batch.rows import ABOUT, schema_of, table_of
-from refract.pipeline.inference.scoring import Question, preprocess_of, score
+from refract.pipeline.inference.scoring import SampleInput, preprocess_of, score
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -41,10 +41,10 @@ PREPROCESS = Preprocess(height=32, width=32)
 LABELS = tuple(sorted(COLORS))
 
 
-def make_bundle(folder: Path, *, seed: int = 0, reads: Sequence[str] = ("pictures",), **record) -> Path:
-    """Untrained, with answers that differ from picture to picture."""
+def make_bundle(folder: Path, *, seed: int = 0, reads: Sequence[str] = ("images",), **record) -> Path:
+    """Untrained, with answers that differ from image to image."""
     torch.manual_seed(seed)
-    shown = build("lenet5", 3, image_size=(32, 32)) if "pictures" in reads else None
+    shown = build("lenet5", 3, image_size=(32, 32)) if "images" in reads else None
     network: torch.nn.Module | None = shown
     tokens, joined = None, {"fusion": "gated", "width": 32}
     if "texts" in reads:
@@ -62,7 +62,9 @@ def make_bundle(folder: Path, *, seed: int = 0, reads: Sequence[str] = ("picture
         name="colours", created="2026-01-01T00:00:00+00:00", preprocess=PREPROCESS.to_dict(),
         network={"name": "lenet5" if shown is not None else "none", "image_size": [32, 32], "args": {}}, **own,
     )  # fmt: skip
-    return save_bundle(folder, info, classifier, [Golden("00.png", b"x", (0.2, 0.3, 0.5), "a", shown is not None)])
+    return save_bundle(
+        folder, info, classifier, [GoldenSample("00.png", b"x", (0.2, 0.3, 0.5), "a", shown is not None)]
+    )
 
 
 @pytest.fixture(scope="session")
@@ -71,33 +73,33 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 pictures in nested folders, of which three cannot be read."""
-    root = tmp_path_factory.mktemp("many") / "pictures"
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 images in nested folders, of which three cannot be read."""
+    root = tmp_path_factory.mktemp("many") / "images"
     for label in COLORS:
         for number in range(100):
-            write_picture(root / label / f"deep{number % 3}" / f"{number:03}.png", picture(label, number))
-    (root / "red" / "deep0" / "000.png").write_bytes(b"no picture")
+            write_image(root / label / f"deep{number % 3}" / f"{number:03}.png", make_image(label, number))
+    (root / "red" / "deep0" / "000.png").write_bytes(b"no image")
     (root / "red" / "deep1" / "001.png").write_bytes(b"")
     (root / "blue" / "gone.png").symlink_to("nowhere")
     (root / ".hidden.png").write_bytes(b"")
-    (root / "notes.txt").write_text("no picture either")
+    (root / "notes.txt").write_text("no image either")
     return root
 
 
 def expected(bundle: Path, rows: Sequence[tuple[Path | None, str]]) -> list[np.ndarray | Exception]:
     """As `refract predict` answers, one process and no parts."""
     opened = load_bundle(bundle)
-    asked = [Question(path.read_bytes if path else bytes, text, path is not None) for path, text in rows]
+    asked = [SampleInput(path.read_bytes if path else bytes, text, path is not None) for path, text in rows]
     answers = score(
         opened.classifier(), preprocess_of(opened.info), asked, task=opened.info.task, temperature=opened.info.temperature
     )  # fmt: skip
     return list(answers)
 
 
-def check_whole(table: pd.DataFrame, bundle: Path, pictures: Path) -> None:
-    """Every picture once, in the listing's order, with `predict`'s probabilities or a reason."""
-    files = sorted(str(path) for path in pictures.rglob("*.png") if path.name != ".hidden.png")
+def check_whole(table: pd.DataFrame, bundle: Path, images: Path) -> None:
+    """Every image once, in the listing's order, with `predict`'s probabilities or a reason."""
+    files = sorted(str(path) for path in images.rglob("*.png") if path.name != ".hidden.png")
     assert table["path"].tolist() == files and table["row"].tolist() == list(range(len(files)))
     answers = expected(bundle, [(Path(file), "") for file in files])
     for answer, found, error in zip(answers, table["probabilities"], table["error"], strict=True):
@@ -107,8 +109,8 @@ def check_whole(table: pd.DataFrame, bundle: Path, pictures: Path) -> None:
     assert table["error"].notna().sum() == 3
 
 
-def test_a_pipe_that_is_called_a_picture_is_not_waited_for(refract: Run, tmp_path: Path, bundle: Path) -> None:
-    write_picture(tmp_path / "some" / "a.png", picture("red", 1, side=16))
+def test_a_pipe_that_is_called_a_image_is_not_waited_for(refract: Run, tmp_path: Path, bundle: Path) -> None:
+    write_image(tmp_path / "some" / "a.png", make_image("red", 1, side=16))
     os.mkfifo(tmp_path / "some" / "pipe.png")
     refract("score", bundle, "some", "-o", "a.parquet")
     assert pd.read_parquet(tmp_path / "a.parquet")["error"].fillna("").tolist() == ["", "not a regular file"]
@@ -133,17 +135,15 @@ def scorers(process: subprocess.Popen[str]) -> list[int]:
     return [child for child in descendants(process.pid) if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
-def test_a_folder_becomes_a_row_a_picture_as_predict_answers(
-    refract: Run, tmp_path: Path, bundle: Path, pictures: Path
+def test_a_folder_becomes_a_row_a_image_as_predict_answers(
+    refract: Run, tmp_path: Path, bundle: Path, images: Path
 ) -> None:
-    done = refract(
-        "score", bundle, pictures, "-o", "out/a.parquet", "--jobs", 2, "--shard-size", 40, "--batch-size", 16
-    )
+    done = refract("score", bundle, images, "-o", "out/a.parquet", "--jobs", 2, "--shard-size", 40, "--batch-size", 16)
     table = pd.read_parquet(tmp_path / "out" / "a.parquet")
-    check_whole(table, bundle, pictures)
+    check_whole(table, bundle, images)
     assert "301 rows" in done.stdout and "3 without an answer" in done.stderr
     broken = table[table["error"].notna()]
-    broken.index = pd.Index([path.removeprefix(f"{pictures}/") for path in broken["path"]])
+    broken.index = pd.Index([path.removeprefix(f"{images}/") for path in broken["path"]])
     assert "No such file" in broken["error"]["blue/gone.png"] and "empty" in broken["error"]["red/deep1/001.png"]
     assert broken[["label", "confidence", "probabilities", "abstain"]].isna().all(axis=None)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.parquet"]
@@ -151,8 +151,8 @@ def test_a_folder_becomes_a_row_a_picture_as_predict_answers(
     assert told["bundle"] == load_bundle(bundle).digest and told["labels"] == list(LABELS)
 
 
-def test_predict_says_the_same(refract: Run, tmp_path: Path, bundle: Path, pictures: Path) -> None:
-    folder = pictures / "green" / "deep0"
+def test_predict_says_the_same(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
+    folder = images / "green" / "deep0"
     refract("score", bundle, folder, "-o", "a.parquet", "--jobs", 1)
     lines = refract("predict", bundle, folder, "--json").stdout.splitlines()
     for row, line in zip(pd.read_parquet(tmp_path / "a.parquet").itertuples(), map(json.loads, lines), strict=True):
@@ -160,9 +160,9 @@ def test_predict_says_the_same(refract: Run, tmp_path: Path, bundle: Path, pictu
         assert row.confidence == pytest.approx(line["confidence"], abs=1e-5)
 
 
-def test_every_row_is_there_once_after_three_kills(tmp_path: Path, bundle: Path, pictures: Path) -> None:
+def test_every_row_is_there_once_after_three_kills(tmp_path: Path, bundle: Path, images: Path) -> None:
     folder, out = tmp_path / ".out.parquet.parts", tmp_path / "out.parquet"
-    command = (bundle, pictures, "-o", out, "--jobs", 2, "--shard-size", 8, "--batch-size", 8)
+    command = (bundle, images, "-o", out, "--jobs", 2, "--shard-size", 8, "--batch-size", 8)
     kept: dict[str, int] = {}
     for kill in range(1, 4):
         process = started(tmp_path, *command)
@@ -178,7 +178,7 @@ def test_every_row_is_there_once_after_three_kills(tmp_path: Path, bundle: Path,
     process = started(tmp_path, *command)
     assert process.wait(timeout=120) == 0, process.communicate()
     assert "going on: " in process.communicate()[1]
-    check_whole(pd.read_parquet(out), bundle, pictures)
+    check_whole(pd.read_parquet(out), bundle, images)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet"]
 
 
@@ -186,25 +186,25 @@ def holds(folder: Path, count: int) -> bool:
     return len(list(folder.glob("0*.parquet"))) >= count
 
 
-def test_a_killed_process_is_replaced_and_told(tmp_path: Path, bundle: Path, pictures: Path) -> None:
+def test_a_killed_process_is_replaced_and_told(tmp_path: Path, bundle: Path, images: Path) -> None:
     out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
-    process = started(tmp_path, bundle, pictures, "-o", out, "--jobs", 2, "--shard-size", 8)
+    process = started(tmp_path, bundle, images, "-o", out, "--jobs", 2, "--shard-size", 8)
     until(lambda: list(folder.glob("0*.parquet")), process)
     os.kill(scorers(process)[0], signal.SIGKILL)
     told = process.communicate(timeout=120)[1]
     assert (
         process.returncode == 0 and "SIGKILL, as the system does where memory runs out" in told and "Trace" not in told
     )
-    check_whole(pd.read_parquet(out), bundle, pictures)
+    check_whole(pd.read_parquet(out), bundle, images)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_with_what_is_done_kept(
-    tmp_path: Path, bundle: Path, pictures: Path, number: int, code: int
+    tmp_path: Path, bundle: Path, images: Path, number: int, code: int
 ) -> None:
     out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
     process = subprocess.Popen(
-        [sys.executable, "-m", "refract", "score", bundle, pictures, "-o", out, "--shard-size", "1"],
+        [sys.executable, "-m", "refract", "score", bundle, images, "-o", out, "--shard-size", "1"],
         cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # which a shell's background job ignores
     )  # fmt: skip
@@ -216,24 +216,24 @@ def test_a_signal_ends_it_with_what_is_done_kept(
 
 
 def test_what_was_begun_otherwise_is_refused_until_restart(
-    refract: Run, tmp_path: Path, bundle: Path, pictures: Path
+    refract: Run, tmp_path: Path, bundle: Path, images: Path
 ) -> None:
     folder = tmp_path / ".a.parquet.parts"
     part_files.begin(mkdir(folder), {"bundle": "b", "listing": "l", "shard_size": 512, "tta": "none"}, restart=False)
     old = folder / f"0000000-{'0' * 16}.parquet"
     old.write_bytes(b"old")
-    told = refract("score", bundle, pictures, "-o", "a.parquet", code=2).stderr
+    told = refract("score", bundle, images, "-o", "a.parquet", code=2).stderr
     assert "another bundle and other rows" in told and "--restart" in told and "--tta" not in told and old.exists()
-    refract("score", bundle, pictures, "-o", "a.parquet", "--restart", "--jobs", 1)
-    check_whole(pd.read_parquet(tmp_path / "a.parquet"), bundle, pictures)
+    refract("score", bundle, images, "-o", "a.parquet", "--restart", "--jobs", 1)
+    check_whole(pd.read_parquet(tmp_path / "a.parquet"), bundle, images)
 
 
-def test_a_file_is_replaced_where_that_is_asked_for(refract: Run, tmp_path: Path, bundle: Path, pictures: Path) -> None:
+def test_a_file_is_replaced_where_that_is_asked_for(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"somebody's")
-    assert "exists already; --overwrite" in refract("score", bundle, pictures, "-o", "a.parquet", code=2).stderr
+    assert "exists already; --overwrite" in refract("score", bundle, images, "-o", "a.parquet", code=2).stderr
     assert (tmp_path / "a.parquet").read_bytes() == b"somebody's"
     assert not (tmp_path / ".a.parquet.parts").exists()
-    refract("score", bundle, pictures / "red", "-o", "a.parquet", "--overwrite", "--jobs", 1)
+    refract("score", bundle, images / "red", "-o", "a.parquet", "--overwrite", "--jobs", 1)
     assert len(pd.read_parquet(tmp_path / "a.parquet")) == 100
 
 
@@ -242,35 +242,35 @@ def mkdir(folder: Path) -> Path:
     return folder
 
 
-def test_one_process_at_a_time_writes_a_file(refract: Run, tmp_path: Path, bundle: Path, pictures: Path) -> None:
-    process = started(tmp_path, bundle, pictures, "-o", tmp_path / "a.parquet", "--shard-size", 4, "--jobs", 1)
+def test_one_process_at_a_time_writes_a_file(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
+    process = started(tmp_path, bundle, images, "-o", tmp_path / "a.parquet", "--shard-size", 4, "--jobs", 1)
     until(lambda: list((tmp_path / ".a.parquet.parts").glob("0*.parquet")), process)
     process.send_signal(signal.SIGSTOP)
     try:
-        assert "another process" in refract("score", bundle, pictures, "-o", "a.parquet", code=2).stderr
+        assert "another process" in refract("score", bundle, images, "-o", "a.parquet", code=2).stderr
     finally:
         process.send_signal(signal.SIGCONT)
     assert process.wait(timeout=120) == 0
 
 
 def test_a_kill_while_tidying_up_leaves_a_file_that_counts(
-    refract: Run, tmp_path: Path, bundle: Path, pictures: Path
+    refract: Run, tmp_path: Path, bundle: Path, images: Path
 ) -> None:
-    refract("score", bundle, pictures, "-o", "a.parquet", "--jobs", 1)
+    refract("score", bundle, images, "-o", "a.parquet", "--jobs", 1)
     before = (tmp_path / "a.parquet").read_bytes()
-    opened, listing = load_bundle(bundle), listing_of(pictures)
+    opened, listing = load_bundle(bundle), listing_of(images)
     record = {"bundle": opened.digest, "listing": listing.digest(), "shard_size": 512, "tta": "none"}
     part_files.begin(mkdir(tmp_path / ".a.parquet.parts"), record, restart=False)
-    assert "301 rows (0 scored" in refract("score", bundle, pictures, "-o", "a.parquet").stdout
+    assert "301 rows (0 scored" in refract("score", bundle, images, "-o", "a.parquet").stdout
     assert (tmp_path / "a.parquet").read_bytes() == before and not (tmp_path / ".a.parquet.parts").exists()
 
 
 def test_a_manifest_with_texts_and_labels_and_rows_that_lack_something(
-    refract: Run, tmp_path: Path, pictures: Path
+    refract: Run, tmp_path: Path, images: Path
 ) -> None:
-    fused = make_bundle(tmp_path / "fused", reads=("pictures", "texts"))
+    fused = make_bundle(tmp_path / "fused", reads=("images", "texts"))
     words = make_bundle(tmp_path / "words", reads=("texts",))
-    file = pictures / "green" / "deep0" / "000.png"
+    file = images / "green" / "deep0" / "000.png"
     rows = [
         (file, "a red car", "red"),
         ("", "a blue dog", "blue"),
@@ -284,7 +284,7 @@ def test_a_manifest_with_texts_and_labels_and_rows_that_lack_something(
     table = pd.read_parquet(tmp_path / "fused.parquet")
     answers = expected(fused, [(file, "a red car"), (None, "a blue dog"), (file, "")])
     np.testing.assert_allclose(np.stack(table["probabilities"][:3]), np.stack(answers), atol=1e-5)
-    assert table["error"][3] == "neither a picture nor a text" and "No such file" in table["error"][4]
+    assert table["error"][3] == "neither an image nor a text" and "No such file" in table["error"][4]
     assert table["truth"].tolist() == ["red", "blue", "green", "", "mauve"] and pd.isna(table["path"][1])
     assert (
         table["text"].tolist() == [row[1].lstrip() for row in rows]  # blanks after a separator are skipped
@@ -294,7 +294,7 @@ def test_a_manifest_with_texts_and_labels_and_rows_that_lack_something(
     table = pd.read_parquet(tmp_path / "words.parquet")
     assert table["error"].tolist()[2:4] == [
         "no text, and the bundle reads nothing else",
-        "neither a picture nor a text",
+        "neither an image nor a text",
     ]
     np.testing.assert_allclose(table["probabilities"][4], expected(words, [(None, "a")])[0], atol=1e-5)
 
@@ -305,22 +305,22 @@ def test_where_nothing_can_be_answered_the_exit_code_says_so(refract: Run, tmp_p
     assert pd.read_parquet(tmp_path / "a.parquet")["path"].tolist() == ["none.png"]
 
 
-def test_errors_say_what_to_do(refract: Run, tmp_path: Path, bundle: Path, pictures: Path) -> None:
+def test_errors_say_what_to_do(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
     (tmp_path / "m.csv").write_text("file\na.png\n")
     for source, told in (
-        (tmp_path / "m.csv", "needed: path and/or text"), (mkdir(tmp_path / "empty"), "no pictures in this folder"),
-        (tmp_path / "nowhere", "no such folder"), (pictures / "green" / "deep0" / "000.png", "`refract predict` takes single"),
+        (tmp_path / "m.csv", "needed: path and/or text"), (mkdir(tmp_path / "empty"), "no images in this folder"),
+        (tmp_path / "nowhere", "no such folder"), (images / "green" / "deep0" / "000.png", "`refract predict` takes single"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=told):
             listing_of(source)
-    assert "does not end in .parquet" in refract("score", bundle, pictures, "-o", "a.csv", code=2).stderr
-    assert "--jobs: 0" in refract("score", bundle, pictures, "-o", "a.parquet", "--jobs", 0, code=2).stderr
-    assert "m.csv" in refract("score", tmp_path / "m.csv", pictures, "-o", "a.parquet", code=2).stderr
+    assert "does not end in .parquet" in refract("score", bundle, images, "-o", "a.csv", code=2).stderr
+    assert "--jobs: 0" in refract("score", bundle, images, "-o", "a.parquet", "--jobs", 0, code=2).stderr
+    assert "m.csv" in refract("score", tmp_path / "m.csv", images, "-o", "a.parquet", code=2).stderr
     assert not (tmp_path / "a.parquet").exists() and not (tmp_path / ".a.parquet.parts").exists()
 
 
 def test_a_name_that_is_no_text_keeps_its_row(refract: Run, tmp_path: Path, bundle: Path) -> None:
-    write_picture(tmp_path / "p" / "a.png", picture("red", 1))
+    write_image(tmp_path / "p" / "a.png", make_image("red", 1))
     os.rename(tmp_path / "p" / "a.png", os.fsencode(tmp_path / "p") + b"/\xff.png")  # noqa: PTH104
     refract("score", bundle, "p", "-o", "a.parquet", "--jobs", 1)
     table = pd.read_parquet(tmp_path / "a.parquet")
@@ -361,21 +361,21 @@ def test_a_row_is_what_predict_makes_of_the_same_probabilities(answers, task: st
         )
 
 
-def test_without_ray_its_extra_is_named(tmp_path: Path, bundle: Path, pictures: Path) -> None:
+def test_without_ray_its_extra_is_named(tmp_path: Path, bundle: Path, images: Path) -> None:
     code = "import sys; sys.modules['ray'] = None; import refract.cli; sys.exit(refract.cli.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "score", bundle, pictures, "-o", "a.parquet", "--engine", "ray"]
+    command = [sys.executable, "-c", code, "score", bundle, images, "-o", "a.parquet", "--engine", "ray"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "refract[ray]" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="the extra ray is not installed")
-def test_ray_goes_on_after_a_kill_to_the_same_rows(refract: Run, tmp_path: Path, bundle: Path, pictures: Path) -> None:
+def test_ray_goes_on_after_a_kill_to_the_same_rows(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
     out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
-    command = (bundle, pictures, "-o", out, "--engine", "ray", "--jobs", 1, "--shard-size", 8)
+    command = (bundle, images, "-o", out, "--engine", "ray", "--jobs", 1, "--shard-size", 8)
     process = started(tmp_path, *command)
     until(lambda: list(folder.glob("0*.parquet")), process)
     process.kill()
     process.communicate()
     done = refract("score", *command)
     assert "going on: " in done.stderr
-    check_whole(pd.read_parquet(out), bundle, pictures)
+    check_whole(pd.read_parquet(out), bundle, images)

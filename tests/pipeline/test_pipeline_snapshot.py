@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from small_data import COLORS, picture, write_picture
+from small_data import COLORS, make_image, write_image
 
 from refract.augment import Preprocess
 from refract.augment.decoding.decode import decode
-from refract.models.bundle.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.bundle.bundle import Bundle, BundleInfo, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import Classifier
 from refract.models.registry import build
 from refract.pipeline.config.config import Config, config_from_dict
@@ -23,11 +23,11 @@ from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
 from refract.pipeline.data.splits import write_splits
 from refract.pipeline.drift.measure import reference_of
 from refract.pipeline.drift.thresholds import THRESHOLDS, Threshold
-from refract.pipeline.retraining.data_checks import beside_champion, look, new_samples
+from refract.pipeline.retraining.data_checks import compared_with_champion, look, new_samples
 from refract.pipeline.retraining.overlap import trained_on
 from refract.pipeline.retraining.snapshot import Snapshot, accept, changed, inputs_digest, read_snapshot, take
 from refract.pipeline.retraining.steps import Outcome, begin, snapshot, validate
-from refract.pipeline.retraining.workspace import place_of, read, write
+from refract.pipeline.retraining.workspace import read, workspace_of, write
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -35,10 +35,10 @@ pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` ha
 def paint(root: Path, numbers: range, labels: Any = COLORS) -> None:
     for label in labels:
         for number in numbers:
-            write_picture(root / label / f"{number:03}.png", picture(label, number, side=16))
+            write_image(root / label / f"{number:03}.png", make_image(label, number, side=16))
 
 
-def config_at(root: Path, source: str = "pictures", **sections: dict[str, Any]) -> Config:
+def config_at(root: Path, source: str = "images", **sections: dict[str, Any]) -> Config:
     values: dict[str, dict[str, Any]] = {
         "data": {"source": str(root / source), "image_size": 16, "workers": 0},
         "model": {"name": "lenet5"},
@@ -50,16 +50,16 @@ def config_at(root: Path, source: str = "pictures", **sections: dict[str, Any]) 
 
 def taken(config: Config) -> Snapshot:
     """Of a night that is accepted."""
-    place = place_of(config)
+    place = workspace_of(config)
     snapshot = take(config, place)
     accept(place, snapshot)
     return snapshot
 
 
-def test_pictures_that_moved_are_found_where_they_are(tmp_path: Path) -> None:
-    paint(tmp_path / "pictures", range(10))
+def test_images_that_moved_are_found_where_they_are(tmp_path: Path) -> None:
+    paint(tmp_path / "images", range(10))
     before = taken(config_at(tmp_path))
-    shutil.move(tmp_path / "pictures", tmp_path / "photos")
+    shutil.move(tmp_path / "images", tmp_path / "photos")
     after = taken(config_at(tmp_path, "photos"))
     assert after == before, "the content is the same"
     assert changed(after) == []
@@ -74,7 +74,7 @@ def test_pictures_that_moved_are_found_where_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["augment.policy", "model.weights", "loss.teacher"])
 def test_a_file_that_the_config_names_is_an_input(tmp_path: Path, key: str) -> None:
-    paint(tmp_path / "pictures", range(10))
+    paint(tmp_path / "images", range(10))
     section, name = key.split(".")
     file = tmp_path / "named.yaml"
     sections: dict[str, Any] = {section: {name: str(file)}}
@@ -106,11 +106,11 @@ def test_a_file_that_the_policy_names_is_an_input(tmp_path: Path) -> None:
 
 
 def noisy(path: Path, number: int) -> None:
-    write_picture(path, np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8))
+    write_image(path, np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8))
 
 
 def table(root: Path, rows: list[tuple[str, str, str]]) -> None:
-    """path, label, text; pictures that are not there yet are made."""
+    """path, label, text; images that are not there yet are made."""
     for number, (path, _, _) in enumerate(rows):
         if path and not (root / path).exists():
             noisy(root / path, number)
@@ -119,7 +119,7 @@ def table(root: Path, rows: list[tuple[str, str, str]]) -> None:
         writer.writerows([("path", "label", "text"), *rows])
 
 
-def pictures_of(snapshot: Snapshot, *splits: str) -> set[bytes]:
+def images_of(snapshot: Snapshot, *splits: str) -> set[bytes]:
     manifest = load_manifest(snapshot.manifest, snapshot.task)
     return {sample.read() for split in splits for sample in manifest.of(split)}
 
@@ -138,7 +138,7 @@ def test_a_label_that_comes_later_is_held_out_of_what_is_new(tmp_path: Path, lab
     table(tmp_path, [*rows, *((f"p/{i}.png", label, "") for i in range(60, 90))])
     second = taken(config)
     assert second.counts["test"]["c"] == 6
-    assert not pictures_of(first, "train", "val") & pictures_of(second, "test"), "none that a night has trained on"
+    assert not images_of(first, "train", "val") & images_of(second, "test"), "none that a night has trained on"
     assert taken(config) == second
 
 
@@ -150,30 +150,30 @@ def test_a_class_of_which_nothing_is_left_to_hold_out_is_told(tmp_path: Path, ca
     with caplog.at_level(logging.WARNING):
         second = taken(config)
     assert second == first
-    assert "the hold-out has no picture of c" in caplog.text
+    assert "the hold-out has no image of c" in caplog.text
     table(tmp_path, [*rows, *((f"p/{i}.png", "cd"[i > 41], "") for i in range(40, 44))])
-    with pytest.raises(DataError, match="too few pictures of d to keep a hold-out apart"):
+    with pytest.raises(DataError, match="too few images of d to keep a hold-out apart"):
         taken(config)
 
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_class_of_a_night_that_was_refused_is_held_out_if_it_stays(tmp_path: Path, kept: bool) -> None:
-    paint(tmp_path / "pictures", range(10))
+    paint(tmp_path / "images", range(10))
     config = config_at(tmp_path, retrain={"folder": str(tmp_path / "retrain"), "drift": "none"})
-    place, first = place_of(config), taken(config)
+    place, first = workspace_of(config), taken(config)
     accepted = {"night": "first", "inputs": "", "snapshot": first.record(), "snapshot_folder": str(first.folder)}
     write(place.root / "last.json", accepted)
     for number in range(10):
-        noisy(tmp_path / "pictures/rubbish" / f"{number}.png", number)
-    shutil.move(tmp_path / "pictures/red", tmp_path / "red")
+        noisy(tmp_path / "images/rubbish" / f"{number}.png", number)
+    shutil.move(tmp_path / "images/red", tmp_path / "red")
     for number in range(3):
-        write_picture(tmp_path / f"pictures/red/{number}.png", picture("red", number, side=16))
+        write_image(tmp_path / f"images/red/{number}.png", make_image("red", number, side=16))
     folder = begin(config, force=False)
     snapshot(folder)
     validate(folder)
     assert read(folder / "night.json")["ends"] == Outcome.REFUSED
-    shutil.rmtree(tmp_path / "pictures/red")
-    shutil.move(tmp_path / "red", tmp_path / "pictures/red")
+    shutil.rmtree(tmp_path / "images/red")
+    shutil.move(tmp_path / "red", tmp_path / "images/red")
     if kept:
         folder = begin(config, force=False)
         snapshot(folder)
@@ -182,7 +182,7 @@ def test_a_class_of_a_night_that_was_refused_is_held_out_if_it_stays(tmp_path: P
         held = load_manifest(place.holdout / "holdout.csv")
         assert held.counts()["rubbish"] == 2, "nothing was trained on it: it is held out as any new class"
     else:
-        shutil.rmtree(tmp_path / "pictures/rubbish")
+        shutil.rmtree(tmp_path / "images/rubbish")
         assert taken(config) == first
 
 
@@ -190,13 +190,13 @@ def test_what_one_night_prepared_is_never_taken_for_another_nights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A death between the two files that `freeze` writes, with the second one of an earlier night still there."""
-    paint(tmp_path / "pictures", range(10))
+    paint(tmp_path / "images", range(10))
     config = config_at(tmp_path)
-    place, first = place_of(config), taken(config)
+    place, first = workspace_of(config), taken(config)
     before = (place.holdout / "holdout.csv").read_bytes()
     write(place.holdout / "next.json", {"digest": first.holdout, "source": None})
     for number in range(10):
-        noisy(tmp_path / "pictures/rubbish" / f"{number}.png", number)
+        noisy(tmp_path / "images/rubbish" / f"{number}.png", number)
 
     def dies(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -210,13 +210,13 @@ def test_what_one_night_prepared_is_never_taken_for_another_nights(
     assert (place.holdout / "holdout.csv").read_bytes() == before
 
 
-def test_a_picture_in_train_and_in_val_refuses_the_night(tmp_path: Path) -> None:
+def test_a_image_in_train_and_in_val_refuses_the_night(tmp_path: Path) -> None:
     for split, numbers in (("train", range(10)), ("val", range(10, 15)), ("test", range(15, 20))):
-        paint(tmp_path / "pictures" / split, numbers)
-    shutil.copy(tmp_path / "pictures/train/red/000.png", tmp_path / "pictures/val/red/copy.png")
-    with pytest.raises(DataError, match="1 pictures are in more than one split"):
+        paint(tmp_path / "images" / split, numbers)
+    shutil.copy(tmp_path / "images/train/red/000.png", tmp_path / "images/val/red/copy.png")
+    with pytest.raises(DataError, match="1 images are in more than one split"):
         taken(config_at(tmp_path))
-    assert not place_of(config_at(tmp_path)).holdout.exists(), "nothing was frozen"
+    assert not workspace_of(config_at(tmp_path)).holdout.exists(), "nothing was frozen"
     config = config_at(tmp_path)
     config.data.on_bad_file = "skip"
     assert taken(config).counts["train"]["red"] == 9
@@ -225,24 +225,24 @@ def test_a_picture_in_train_and_in_val_refuses_the_night(tmp_path: Path) -> None
 def test_classes_that_the_own_test_split_lacks_are_drawn(tmp_path: Path) -> None:
     for split, labels in (("train", COLORS), ("val", COLORS), ("test", ["red"])):
         paint(
-            tmp_path / "pictures" / split,
+            tmp_path / "images" / split,
             {"train": range(10), "val": range(10, 15), "test": range(15, 20)}[split],
             labels,
         )
     config = config_at(tmp_path)
     first = taken(config)
     assert first.counts["test"] == {"blue": 3, "green": 3, "red": 5}
-    assert not pictures_of(first, "train", "val") & pictures_of(first, "test")
+    assert not images_of(first, "train", "val") & images_of(first, "test")
     assert taken(config) == first
 
 
 def test_data_that_are_refused_freeze_nothing(tmp_path: Path) -> None:
-    paint(tmp_path / "pictures", range(10))
-    (tmp_path / "pictures" / "empty").mkdir()
+    paint(tmp_path / "images", range(10))
+    (tmp_path / "images" / "empty").mkdir()
     config = config_at(tmp_path)
-    with pytest.raises(DataError, match="hold no picture"):
+    with pytest.raises(DataError, match="hold no image"):
         taken(config)
-    assert not place_of(config).holdout.exists()
+    assert not workspace_of(config).holdout.exists()
 
 
 def test_texts_are_held_out_as_they_are(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_samples_without_files_are_known_again(tmp_path: Path, source: str) -> N
     table(tmp_path, [("", "ab"[i % 2], f"number {i}") for i in range(40)])
     texts = {"model": {"name": "none"}, "text": {"name": "hashing"}}
     config = config_at(tmp_path, source, **(texts if source == "m.csv" else {"data": {"source": "digits"}}))
-    place, first = place_of(config), taken(config)
+    place, first = workspace_of(config), taken(config)
     assert trained_on(place, first.digest, held(first).samples) == 0
     whole = load_manifest(first.manifest)
     trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
@@ -267,44 +267,44 @@ def test_samples_without_files_are_known_again(tmp_path: Path, source: str) -> N
     assert trained_on(place, "0" * 64, trained.samples) is None
 
 
-def test_a_held_out_picture_saved_again_is_not_trained_on(tmp_path: Path, caplog: Any) -> None:
-    paint(tmp_path / "pictures", range(20))
+def test_a_held_out_image_saved_again_is_not_trained_on(tmp_path: Path, caplog: Any) -> None:
+    paint(tmp_path / "images", range(20))
     config = config_at(tmp_path)
     first = taken(config)
     for number, sample in enumerate(held(first).samples):
-        target = tmp_path / "pictures" / sorted(COLORS)[sample.labels[0]] / f"again{number}.png"
+        target = tmp_path / "images" / sorted(COLORS)[sample.labels[0]] / f"again{number}.png"
         target.write_bytes(
             cv2.imencode(".png", decode(sample.read())[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 0])[1].tobytes()
         )
     with caplog.at_level(logging.WARNING):
         assert taken(config) == first
-    assert "left out 12 pictures that the hold-out has in another file" in caplog.text
+    assert "left out 12 images that the hold-out has in another file" in caplog.text
 
 
-@pytest.mark.parametrize("first", ["texts", "pictures"])
+@pytest.mark.parametrize("first", ["texts", "images"])
 def test_the_hold_out_is_kept_apart_whatever_the_network_reads(tmp_path: Path, first: str) -> None:
     table(tmp_path, [(f"p/{i}.png", "ab"[i % 2], f"number {i}") for i in range(40)])
     texts = config_at(tmp_path, "m.csv", model={"name": "none"}, text={"name": "hashing"})
-    pictures = config_at(tmp_path, "m.csv")
-    for config in (texts, pictures) if first == "texts" else (pictures, texts):
+    images = config_at(tmp_path, "m.csv")
+    for config in (texts, images) if first == "texts" else (images, texts):
         snapshot = taken(config)
         assert sum(snapshot.counts["test"].values()) == 8
-        assert not pictures_of(snapshot, "train", "val") & pictures_of(snapshot, "test")
+        assert not images_of(snapshot, "train", "val") & images_of(snapshot, "test")
 
 
 def test_a_hold_out_that_is_named_later_is_refused(tmp_path: Path) -> None:
-    paint(tmp_path / "pictures", range(20))
+    paint(tmp_path / "images", range(20))
     paint(tmp_path / "own", range(100, 104))
     taken(config_at(tmp_path))
     config = config_at(tmp_path, gate={"holdout": str(tmp_path / "own")})
     with pytest.raises(DataError, match="is not what .* was made of .*move the folder away"):
         taken(config)
-    shutil.rmtree(place_of(config).holdout)
+    shutil.rmtree(workspace_of(config).holdout)
     first = taken(config)
     assert first.counts["test"] == dict.fromkeys(COLORS, 4)
 
     for number in range(10):
-        noisy(tmp_path / "pictures/yellow" / f"{number}.png", number)
+        noisy(tmp_path / "images/yellow" / f"{number}.png", number)
     assert taken(config).counts["test"] == {**dict.fromkeys(COLORS, 4), "yellow": 2}, "a class that comes later"
     paint(tmp_path / "own", range(104, 105))
     with pytest.raises(DataError, match=r"gate\.holdout: .*own is not what"):
@@ -329,39 +329,39 @@ def champion(root: Path, snapshot: Snapshot) -> Bundle:
     manifest = load_manifest(snapshot.manifest)
     kinds: dict[str, Any] = {"task": "multiclass", "temperature": 1.0, "thresholds": ()}
     seen = reference_of(classifier, Preprocess(16, 16, resize="squash"), manifest, **kinds)
-    goldens = [Golden("00.png", manifest.samples[0].read(), (0.2, 0.3, 0.5))]
-    return load_bundle(save_bundle(root / "bundle", info, classifier, goldens, reference=seen.to_bytes()))
+    golden_samples = [GoldenSample("00.png", manifest.samples[0].read(), (0.2, 0.3, 0.5))]
+    return load_bundle(save_bundle(root / "bundle", info, classifier, golden_samples, reference=seen.to_bytes()))
 
 
 def test_new_classes_are_told_and_do_not_stop_a_night(tmp_path: Path) -> None:
-    paint(tmp_path / "pictures", range(40))
+    paint(tmp_path / "images", range(40))
     first = taken(config_at(tmp_path))
     bundle = champion(tmp_path, first)
-    paint(tmp_path / "pictures", range(40, 50))
+    paint(tmp_path / "images", range(40, 50))
     for number in range(40):
-        noisy(tmp_path / "pictures/yellow" / f"{number}.png", number)
+        noisy(tmp_path / "images/yellow" / f"{number}.png", number)
     new = new_samples(taken(config_at(tmp_path)), first.folder)
     thresholds = {**THRESHOLDS, "new classes": Threshold(0.0, None), "vanished classes": Threshold(None, None)}
     found = look(bundle, new, thresholds, tmp_path).drift
     assert found["checks"]["features"]["level"] == "none", "the noise is not looked at"
     assert found["checks"]["new classes"] == {"effect": pytest.approx(32 / 62), "level": "warn"}
     assert found["level"] == "warn"
-    assert found["told"].startswith("new classes 0.516 (warn), of 62 new pictures, without those of yellow")
+    assert found["told"].startswith("new classes 0.516 (warn), of 62 new images, without those of yellow")
     stopped = look(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path).drift
     assert stopped["level"] == "stop" and "new classes 0.516 (stop)" in stopped["told"], "who asks for it"
     told = look(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path, stops=False).drift["told"]
-    assert told.startswith("new classes 0.516 (large, reported only), of 62 new pictures"), "nothing stops"
+    assert told.startswith("new classes 0.516 (large, reported only), of 62 new images"), "nothing stops"
 
-    new = replace(new, of_pictures=[one for one in new.of_pictures if one[1] == ["yellow"]])
+    new = replace(new, of_images=[one for one in new.of_images if one[1] == ["yellow"]])
     alone = look(bundle, new, thresholds, tmp_path).drift
     assert alone["level"] == "warn"
-    assert "not looked at: 0 new pictures are of classes that the champion knows, too few" in alone["told"]
+    assert "not looked at: 0 new images are of classes that the champion knows, too few" in alone["told"]
 
 
 def test_a_champion_with_a_small_reference_fails_no_night(tmp_path: Path) -> None:
-    paint(tmp_path / "pictures", range(12))
+    paint(tmp_path / "images", range(12))
     first = taken(config_at(tmp_path))
-    paint(tmp_path / "pictures", range(12, 30))
+    paint(tmp_path / "images", range(12, 30))
     new = new_samples(taken(config_at(tmp_path)), first.folder)
     found = look(champion(tmp_path, first), new, THRESHOLDS, tmp_path).drift
     assert found["level"] == "none"
@@ -373,10 +373,10 @@ def test_drift_says_that_it_does_not_look_at_texts(tmp_path: Path) -> None:
     table(tmp_path, rows[:40])
     config = config_at(tmp_path, "m.csv", model={"name": "none"}, text={"name": "hashing"})
     first = taken(config)
-    assert new_samples(first, first.folder).text() == "0 new pictures"
+    assert new_samples(first, first.folder).text() == "0 new images"
     table(tmp_path, rows)
     told = new_samples(taken(config), first.folder).text()
-    assert told == "0 new pictures, and 20 texts without one, which are not looked at"
+    assert told == "0 new images, and 20 texts without one, which are not looked at"
 
 
 def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: Path, new_tracking: Path) -> None:
@@ -388,10 +388,10 @@ def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: P
     from refract.pipeline.retraining.overlap import holdout_line
 
     shutil.copy(new_tracking, tmp_path / "mlflow.db")
-    paint(tmp_path / "pictures", range(40))
+    paint(tmp_path / "images", range(40))
     config = config_at(tmp_path, tracking={"model_name": "colors", "uri": f"sqlite:///{tmp_path}/mlflow.db"})
-    place, client = place_of(config), MlflowClient(config.tracking.uri, config.tracking.uri)
-    whole = load_manifest(tmp_path / "pictures")
+    place, client = workspace_of(config), MlflowClient(config.tracking.uri, config.tracking.uri)
+    whole = load_manifest(tmp_path / "images")
     splits = ["test", "val", "train", "train"]
     samples = [replace(sample, split=splits[i % 4]) for i, sample in enumerate(whole.samples)]
     write_splits(whole.with_samples(samples), tmp_path / "splits.csv")
@@ -409,21 +409,21 @@ def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: P
     snapshot(folder)
     record = read(folder / "night.json")
     first = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
-    checked, labels = beside_champion(config, first, place, folder)
-    assert "0 new pictures, too few" in checked["told"] and "0 new pictures, too few" in labels["told"]
-    assert new_samples(first, None).text().startswith("90 new pictures (those that the champion was trained on are ")
+    checked, labels = compared_with_champion(config, first, place, folder)
+    assert "0 new images, too few" in checked["told"] and "0 new images, too few" in labels["told"]
+    assert new_samples(first, None).text().startswith("90 new images (those that the champion was trained on are ")
     held = load_manifest(first.manifest).of("test")
     tested = [sample for sample in samples if sample.split == "test"]
     assert {sample.read() for sample in held} == {sample.read() for sample in tested}
     assert holdout_line(config, place, first.digest, held, client, version).passed
-    (tmp_path / "pictures/red/001.png").unlink()
+    (tmp_path / "images/red/001.png").unlink()
     assert holdout_line(config, place, first.digest, held, client, version).passed, "its own test split, still"
     assert holdout_line(config, place, first.digest, whole.samples[8:9], client, version).passed
     noisy(tmp_path / "strange.png", 0)
     strange = replace(held[0], path=str(tmp_path / "strange.png"))
     assert holdout_line(config, place, first.digest, [strange], client, version).passed is None, "001.png, perhaps"
     line = holdout_line(config, place, drawn.digest, load_manifest(drawn.manifest).of("test"), client, version)
-    assert line.passed is False and "of its pictures were trained on; if" in line.told
+    assert line.passed is False and "of its images were trained on; if" in line.told
 
     for sample in tested:
         Path(sample.path).unlink()

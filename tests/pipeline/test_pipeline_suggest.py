@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from safetensors.torch import save_file
-from small_data import Run, write_picture
+from small_data import Run, write_image
 
 from refract.augment import ImageError, load_policy
 from refract.models.registry import build
@@ -34,7 +34,7 @@ def folder_of(root: Path, labels: str, draw: Draw, count: int = 12, suffix: str 
     random = np.random.default_rng(0)
     for label in labels.split():
         for number in range(count):
-            write_picture(root / label / f"{number:02}.{suffix}", draw(random, label))
+            write_image(root / label / f"{number:02}.{suffix}", draw(random, label))
     return root
 
 

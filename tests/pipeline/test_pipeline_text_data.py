@@ -14,27 +14,29 @@ from refract.pipeline.data.validation import scan
 from refract.pipeline.training.build import check_inputs
 
 
-def test_rows_without_a_picture_and_pictures_with_several_captions(tmp_path: Path) -> None:
-    captions.write_pictures(tmp_path, count=30)
+def test_rows_without_a_image_and_images_with_several_captions(tmp_path: Path) -> None:
+    captions.write_images(tmp_path, count=30)
     rows = [
-        ["pictures/00000.png", "a", "one caption"], ["pictures/00000.png", "b", "another caption"],
-        ["", "a", "words alone"], ["", "b", "other words"], ["pictures/00001.png", "a", ""], ["pictures/00002.png", "b", "more"],
+        ["images/00000.png", "a", "one caption"], ["images/00000.png", "b", "another caption"],
+        ["", "a", "words alone"], ["", "b", "other words"], ["images/00001.png", "a", ""], ["images/00002.png", "b", "more"],
     ]  # fmt: skip
     manifest = load_manifest(table(tmp_path / "m.csv", rows, ["path", "label", "text"]))
-    assert [sample.pictured for sample in manifest.samples] == [True, True, False, False, True, True]
+    assert [sample.has_image for sample in manifest.samples] == [True, True, False, False, True, True]
     assert len({sample.key for sample in manifest.samples}) == 6 and manifest.samples[2].path == "m.csv#4"
-    both, pictures = (scan(manifest.samples, reads=frozenset(own)) for own in ({"pictures", "texts"}, {"pictures"}))
+    both, images = (scan(manifest.samples, reads=frozenset(own)) for own in ({"images", "texts"}, {"images"}))
     assert not both.bad and len(set(both.hashes.values())) == 6
     keys = [sample.key for sample in manifest.samples]
     assert both.groups[keys[0]] == both.groups[keys[1]] and len(set(both.groups.values())) == 5, (
-        "by the picture, so that it is in one split"
+        "by the image, so that it is in one split"
     )
-    assert pictures.hashes[keys[0]] == pictures.hashes[keys[1]]
-    split = draw_splits(manifest.with_samples(manifest.samples * 1), both.groups, val_share=0.2, test_share=0.2, seed=1)
+    assert images.hashes[keys[0]] == images.hashes[keys[1]]
+    split = draw_splits(
+        manifest.with_samples(manifest.samples * 1), both.groups, val_fraction=0.2, test_fraction=0.2, seed=1
+    )
     assert split.samples[0].split == split.samples[1].split
     config = config_from_dict({"text": {"name": "hashing"}})
     check_inputs(config, manifest)
-    with pytest.raises(DataError, match=r"2 samples have no picture, as m\.csv#4; text\.name: hashing reads texts"):
+    with pytest.raises(DataError, match=r"2 samples have no image, as m\.csv#4; text\.name: hashing reads texts"):
         check_inputs(config_from_dict({}), manifest)
     manifest = load_manifest(rewritten(tmp_path / "m.csv", "n.csv", lambda i, text: "\x07 " if i == 5 else text))
     with pytest.raises(DataError, match="2 samples have no text"):
@@ -71,7 +73,7 @@ def test_a_manifests_cell_is_one_text(tmp_path: Path) -> None:
     "values, message",
     [
         ({"model": {"name": "none"}}, "model.name and text.name are both none"),
-        ({"text": {"name": "hashing", "drop_picture": 0.6, "drop_text": 0.6}}, "more than 1 together"),
+        ({"text": {"name": "hashing", "drop_image": 0.6, "drop_text": 0.6}}, "more than 1 together"),
         ({"text": {"name": "hashing", "max_length": 0}}, "text.max_length: 0"),
         ({"text": {"fusion": "sum"}}, "text.fusion"),
     ],
@@ -84,7 +86,7 @@ def test_configs_of_texts_that_cannot_be(values, message: str) -> None:
 def test_what_each_epoch_reads_is_drawn_from_the_policy(tmp_path: Path) -> None:
     from refract.augment import Augmenter, Preprocess
     from refract.models.multimodal.tokens import HashedNgrams
-    from refract.pipeline.data.datamodule import PictureData
+    from refract.pipeline.data.datamodule import ImageDataModule
 
     rows = [
         [label, split, f"some words of {label} number {i}"]
@@ -94,44 +96,44 @@ def test_what_each_epoch_reads_is_drawn_from_the_policy(tmp_path: Path) -> None:
     ]
     manifest = load_manifest(table(tmp_path / "m.csv", rows, ["label", "split", "text"]))
     tokens = HashedNgrams()
-    data = PictureData(
+    data = ImageDataModule(
         manifest, augmenter=Augmenter([{"WordDelete": {"p": 0.5}}], 3), preprocess=Preprocess(8, 8), batch_size=4,
-        tokens=tokens, pictures=False,
+        tokens=tokens, images=False,
     )  # fmt: skip
     assert data.workers == 0
     seen = {data.train_set.augmented((epoch, 0, 0)) for epoch in range(20)}
     assert "some words of a number 0" in seen and len(seen) > 3
     item = data.train_set[5, 2, 0]
-    assert set(item) == {"texts", "pictured", "targets", "indices", "repeats"}
+    assert set(item) == {"texts", "has_image", "targets", "indices", "repeats"}
     assert np.array_equal(item["texts"], tokens(data.train_set.augmented((5, 2, 0)))[0])
     batch = next(iter(data.val_dataloader()))
-    assert batch["texts"].shape[0] == 4 and not batch["pictured"].any()
+    assert batch["texts"].shape[0] == 4 and not batch["has_image"].any()
     assert np.array_equal(batch["texts"][0][batch["texts"][0] > 0], tokens("some words of a number 0")[0]), (
         "not augmented"
     )
 
 
-def test_what_has_no_picture_says_nothing_of_what_pictures_are_and_cost(tmp_path: Path) -> None:
+def test_what_has_no_image_says_nothing_of_what_images_are_and_cost(tmp_path: Path) -> None:
     import os
 
     from refract.augment import Augmenter, Preprocess
     from refract.models.multimodal.tokens import HashedNgrams
-    from refract.pipeline.data.datamodule import PictureData, fits_memory
+    from refract.pipeline.data.datamodule import ImageDataModule, fits_memory
     from refract.pipeline.training.build import measured
     from refract.pipeline.training.initial_weights import _some
 
-    captions.write_pictures(tmp_path, count=4)
-    rows = [[f"pictures/{i:05}.png" if i in (1, 3) else "", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
+    captions.write_images(tmp_path, count=4)
+    rows = [[f"images/{i:05}.png" if i in (1, 3) else "", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
     manifest = load_manifest(table(tmp_path / "m.csv", rows, ["path", "label", "split", "text"]))
-    shown = manifest.with_samples([sample for sample in manifest.samples if sample.pictured])
+    shown = manifest.with_samples([sample for sample in manifest.samples if sample.has_image])
     preprocess, config = Preprocess(16, 16), config_from_dict({"data": {"normalize": "data"}})
     assert measured(config, preprocess, manifest)[0] == measured(config, preprocess, shown)[0]
     assert len(_some(preprocess, manifest)) == 2
-    assert fits_memory(manifest.samples) and not fits_memory([s for s in manifest.samples if not s.pictured])
+    assert fits_memory(manifest.samples) and not fits_memory([s for s in manifest.samples if not s.has_image])
     own = {"augmenter": Augmenter([], 3, size=16), "preprocess": preprocess, "batch_size": 2, "tokens": HashedNgrams()}
-    assert PictureData(manifest, **own).workers == min(8, os.cpu_count() or 1)
-    texts = manifest.with_samples([sample for sample in manifest.samples if not sample.pictured])
-    assert PictureData(texts, **own).workers == 0
+    assert ImageDataModule(manifest, **own).workers == min(8, os.cpu_count() or 1)
+    texts = manifest.with_samples([sample for sample in manifest.samples if not sample.has_image])
+    assert ImageDataModule(texts, **own).workers == 0
 
 
 def test_texts_of_a_split_are_those_of_no_other(tmp_path: Path) -> None:
@@ -153,13 +155,13 @@ def test_texts_of_a_split_are_those_of_no_other(tmp_path: Path) -> None:
     assert texts_of(plain, "train") == ["one", "two"], "a manifest without splits is all for training"
 
 
-def test_views_of_pictures_do_not_go_with_texts() -> None:
+def test_views_of_images_do_not_go_with_texts() -> None:
     from refract.augment import Augmenter
     from refract.pipeline.training.build import check_recipe
 
     policy = Augmenter([{"AugMix": {}}])
     check_recipe(config_from_dict({"loss": {"consistency": 12.0}}), policy, "32-true")
     with pytest.raises(
-        ConfigError, match=r"loss\.consistency compares views of pictures; it does not go with text\.name"
+        ConfigError, match=r"loss\.consistency compares views of images; it does not go with text\.name"
     ):
         check_recipe(config_from_dict({"loss": {"consistency": 12.0}, "text": {"name": "hashing"}}), policy, "32-true")

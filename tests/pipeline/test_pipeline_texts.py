@@ -1,4 +1,4 @@
-"""Texts beside pictures and alone, from a manifest to answers."""
+"""Texts beside images and alone, from a manifest to answers."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ def accuracy(refract: Run, bundle: str, data: Path) -> float:
 
 
 def test_both_together_know_what_neither_knows_alone_and_captions_may_be_missing(refract: Run, tmp_path: Path) -> None:
-    data = captions.write_pictures(tmp_path / "captions")
+    data = captions.write_images(tmp_path / "captions")
     train = ["train", CONFIGS / "image-text.yaml", *OFF, "--trainer.run_name"]
     small = (
         "--model.name",
@@ -36,18 +36,18 @@ def test_both_together_know_what_neither_knows_alone_and_captions_may_be_missing
         "{widths: [16, 32, 64]}",
     )  # a quarter of the config's own network's time
     refract(*train, "both", *small)
-    refract(*train, "pictures", *small, "--text.name", "none", "--trainer.max_epochs", 5)
+    refract(*train, "images", *small, "--text.name", "none", "--trainer.max_epochs", 5)
     # Equal texts of several labels are refused where there is nothing else; a number keeps them apart.
     numbered = rewritten(data, "numbered.csv", lambda number, text: f"{text} {number}")
     refract(*train, "texts", "--model.name", "none", "--trainer.max_epochs", 3, "--data.source", numbered)
-    both, pictures = (accuracy(refract, f"runs/{name}/bundle", data) for name in ("both", "pictures"))
+    both, images = (accuracy(refract, f"runs/{name}/bundle", data) for name in ("both", "images"))
     texts = accuracy(refract, "runs/texts/bundle", numbered)
     half = rewritten(data, "half.csv", lambda number, text: "" if number % 2 else text)
-    assert both > 0.85 and both > max(pictures, texts) + 0.2, (both, pictures, texts)
-    assert accuracy(refract, "runs/both/bundle", half) >= pictures - 0.01
+    assert both > 0.85 and both > max(images, texts) + 0.2, (both, images, texts)
+    assert accuracy(refract, "runs/both/bundle", half) >= images - 0.01
     answers = {}
     for text in ("what colour is it", "which form does it have", ""):
-        line = refract("predict", "runs/both/bundle", "captions/pictures/01100.png", "--json", "--text", text).stdout
+        line = refract("predict", "runs/both/bundle", "captions/images/01100.png", "--json", "--text", text).stdout
         answers[text] = json.loads(line)["label"]
     assert answers["what colour is it"] in captions.COLOURS and answers["which form does it have"] in captions.SHAPES
     alone = json.loads(refract("predict", "runs/both/bundle", "--text", "which form", "--json").stdout)
@@ -55,8 +55,8 @@ def test_both_together_know_what_neither_knows_alone_and_captions_may_be_missing
     told = refract("predict", "runs/both/bundle", "--text", "which form", "--text", "what colour", code=2).stderr
     assert "given more than once" in told
     assert "' ' is an empty text" in refract("predict", "runs/both/bundle", "--text", " ", code=2).stderr
-    assert "reads no texts" in refract("predict", "runs/pictures/bundle", "x.png", "--text", "a", code=2).stderr
-    assert "reads no pictures" in refract("predict", "runs/texts/bundle", "x.png", code=2).stderr
+    assert "reads no texts" in refract("predict", "runs/images/bundle", "x.png", "--text", "a", code=2).stderr
+    assert "reads no images" in refract("predict", "runs/texts/bundle", "x.png", code=2).stderr
     assert (tmp_path / "runs" / "both" / "preview.png").stat().st_size > 10_000
 
 
@@ -78,7 +78,7 @@ def test_a_stopped_training_of_texts_goes_on_to_the_same_weights(
     one, other = (load_bundle(tmp_path / "runs" / name / "bundle") for name in ("calm", "stopped"))
     assert one.folder.files["weights.safetensors"] == other.folder.files["weights.safetensors"]
     assert one.info.text["name"] == "hashing" and one.info.network["name"] == "none"
-    assert all(golden.text and not golden.pictured for golden in one.goldens)
+    assert all(golden.text and not golden.has_image for golden in one.golden_samples)
     line = json.loads(refract("predict", "runs/calm/bundle", "--text", "the dog sees a car", "--json").stdout)
     assert line["label"] in one.info.labels
 
@@ -146,7 +146,7 @@ def test_odd_texts_train_as_any_others(refract: Run, tmp_path: Path) -> None:
 
 
 def test_init_sees_the_texts_and_evaluate_knows_the_training_data_again(refract: Run, tmp_path: Path) -> None:
-    captions.write_pictures(tmp_path / "c", count=120)
+    captions.write_images(tmp_path / "c", count=120)
     rows = [[path, label, text] for path, label, _, text in _rows(tmp_path / "c" / "captions.csv")]
     both = table(tmp_path / "c" / "both.csv", rows, ["path", "label", "text"])
     refract("init", both, "-o", "both.yaml")
@@ -163,7 +163,7 @@ def test_init_sees_the_texts_and_evaluate_knows_the_training_data_again(refract:
     assert "120 texts" in told and "image_size" not in written and "pixels" not in written
     refract("train", "t.yaml", *OFF, "--trainer.max_epochs", 1, "--trainer.run_name", "t")
     assert "its own hold-out" in refract("evaluate", "runs/t/bundle", texts).stdout
-    assert "no pictures" not in refract("compare", "runs/b", "runs/b").stdout
+    assert "no images" not in refract("compare", "runs/b", "runs/b").stdout
 
 
 def _rows(file: Path) -> list[list[str]]:
@@ -192,7 +192,7 @@ def test_the_time_of_an_answer_is_taken_with_texts_that_the_network_can_read() -
 
 
 def untrained(folder: Path, reads: str, max_length: int = 8) -> Path:
-    """A bundle of two labels that reads `pictures`, `texts` or both."""
+    """A bundle of two labels that reads `images`, `texts` or both."""
     from refract.models.bundle.bundle import BundleInfo, save_bundle
     from refract.models.classifier import Classifier
     from refract.models.factory import text_record
@@ -203,7 +203,7 @@ def untrained(folder: Path, reads: str, max_length: int = 8) -> Path:
     args = {"buckets": 50}
     part, tokens, words = make_text_part("hashing", weights="none", max_length=max_length, pooling="auto", args=args)
     own = {"fusion": "concat", "width": 8}
-    shown = build("lenet5", 2, image_size=(32, 32)) if "pictures" in reads else None
+    shown = build("lenet5", 2, image_size=(32, 32)) if "images" in reads else None
     network = Reader(shown, words, 2, **own) if "texts" in reads else shown
     plain = [0.5, 0.5, 0.5]
     info = BundleInfo(
@@ -231,8 +231,8 @@ def test_a_teacher_reads_what_the_training_reads_or_is_refused(tmp_path: Path) -
 
     rows = [[label, f"{label} {i}"] for label in "ab" for i in range(4)]
     manifest = load_manifest(table(tmp_path / "m.csv", rows, ["label", "text"]))
-    bundles = {reads: untrained(tmp_path / reads, reads) for reads in ("pictures", "texts", "pictures texts")}
-    other = untrained(tmp_path / "longer", "pictures texts", max_length=9)
+    bundles = {reads: untrained(tmp_path / reads, reads) for reads in ("images", "texts", "images texts")}
+    other = untrained(tmp_path / "longer", "images texts", max_length=9)
     student = {reads: load_bundle(path).classifier() for reads, path in bundles.items()}
 
     def taught(by: Path, reads: str, side: int = 32) -> frozenset[str]:
@@ -240,26 +240,26 @@ def test_a_teacher_reads_what_the_training_reads_or_is_refused(tmp_path: Path) -
         return _teacher(config_from_dict({"data": data, "loss": {"teacher": str(by)}}), manifest, student[reads]).reads
 
     for path in bundles.values():
-        assert taught(path, "pictures texts") <= {"pictures", "texts"}
-    assert taught(bundles["texts"], "pictures texts", side=48) == {"texts"}, "which has no pictures to be of a size"
+        assert taught(path, "images texts") <= {"images", "texts"}
+    assert taught(bundles["texts"], "images texts", side=48) == {"texts"}, "which has no images to be of a size"
     for by, reads, side, message in (
-        (bundles["pictures texts"], "pictures", 32, "reads texts, which this training does not"),
-        (bundles["pictures"], "texts", 32, "reads pictures, which this training does not"),
-        (bundles["pictures"], "pictures texts", 48, r"has the image size \(32, 32\), this training \(48, 48\)"),
-        (other, "pictures texts", 32, "makes other tokens of a text than this training: take its text.name, text.max"),
+        (bundles["images texts"], "images", 32, "reads texts, which this training does not"),
+        (bundles["images"], "texts", 32, "reads images, which this training does not"),
+        (bundles["images"], "images texts", 48, r"has the image size \(32, 32\), this training \(48, 48\)"),
+        (other, "images texts", 32, "makes other tokens of a text than this training: take its text.name, text.max"),
     ):
         with pytest.raises(ConfigError, match=message):
             taught(by, reads, side)
 
 
-def test_an_initialisation_is_for_the_network_of_pictures(tmp_path: Path) -> None:
+def test_an_initialisation_is_for_the_network_of_images(tmp_path: Path) -> None:
     import torch
 
     from refract.augment import Augmenter
     from refract.pipeline.training.build import make_module, make_preprocess
 
-    captions.write_pictures(tmp_path, count=4)
-    rows = [[f"pictures/{i:05}.png", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
+    captions.write_images(tmp_path, count=4)
+    rows = [[f"images/{i:05}.png", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
     manifest = load_manifest(table(tmp_path / "m.csv", rows, ["path", "label", "split", "text"]))
     text, trainer = {"name": "hashing", "args": {"buckets": 20, "width": 8}}, {"max_epochs": 1}
     found = {}
@@ -272,7 +272,7 @@ def test_an_initialisation_is_for_the_network_of_pictures(tmp_path: Path) -> Non
     for init in ("zeros", "lsuv"):
         one, other = found["default"].state_dict(), found[init].state_dict()
         changed = {name.partition(".")[0] for name in one if not torch.equal(one[name], other[name])}
-        assert changed == {"pictures"}, init
+        assert changed == {"images"}, init
 
 
 def test_goldens_and_answers_are_of_the_text_and_of_what_is_there(tmp_path: Path) -> None:
@@ -281,35 +281,35 @@ def test_goldens_and_answers_are_of_the_text_and_of_what_is_there(tmp_path: Path
     from refract.augment import Preprocess
     from refract.models.classifier import probabilities
     from refract.models.multimodal.tokens import rows
-    from refract.pipeline.data.datasets import Pictures, collate, targets_of
-    from refract.pipeline.evaluation.golden_samples import make_goldens
+    from refract.pipeline.data.datasets import Images, collate, targets_of
+    from refract.pipeline.evaluation.golden_samples import make_golden_samples
 
-    captions.write_pictures(tmp_path, count=2)
+    captions.write_images(tmp_path, count=2)
     given = [
-        ["pictures/00000.png", "a", "train", "a caption"],
+        ["images/00000.png", "a", "train", "a caption"],
         ["", "b", "train", "words alone"],
-        ["pictures/00001.png", "a", "train", ""],
+        ["images/00001.png", "a", "train", ""],
     ]
     manifest = load_manifest(table(tmp_path / "m.csv", given, ["path", "label", "split", "text"]))
-    classifier = load_bundle(untrained(tmp_path / "b", "pictures texts")).classifier()
+    classifier = load_bundle(untrained(tmp_path / "b", "images texts")).classifier()
     torch.nn.init.normal_(classifier.network.no_text), torch.nn.init.normal_(classifier.network.no_picture)
     preprocess = Preprocess(32, 32)
-    goldens = make_goldens(classifier, preprocess, manifest.samples, task="binary")
-    assert [(golden.text, golden.pictured) for golden in goldens] == [
+    golden_samples = make_golden_samples(classifier, preprocess, manifest.samples, task="binary")
+    assert [(golden.text, golden.has_image) for golden in golden_samples] == [
         ("a caption", True),
         ("words alone", False),
         ("", True),
     ]
     batch = collate(
         [
-            Pictures(manifest.samples, preprocess, targets_of(manifest.samples, manifest), tokens=classifier.tokens)[i]
+            Images(manifest.samples, preprocess, targets_of(manifest.samples, manifest), tokens=classifier.tokens)[i]
             for i in range(3)
         ]
     )
-    assert batch["pictured"].tolist() == [True, False, True]
+    assert batch["has_image"].tolist() == [True, False, True]
     assert torch.equal(batch["texts"], torch.from_numpy(rows([classifier.tokens(row[3])[0] for row in given])))
     with torch.inference_mode():
-        answers = probabilities(classifier(batch["images"], batch["texts"], batch["pictured"]), task="binary").numpy()
+        answers = probabilities(classifier(batch["images"], batch["texts"], batch["has_image"]), task="binary").numpy()
         shown = probabilities(classifier(batch["images"], batch["texts"], None), task="binary").numpy()
-    assert np.allclose([golden.probabilities for golden in goldens], answers, atol=1e-6)
-    assert abs(answers - shown)[1].max() > 1e-3, "a grey square is not what a missing picture is"
+    assert np.allclose([golden.probabilities for golden in golden_samples], answers, atol=1e-6)
+    assert abs(answers - shown)[1].max() > 1e-3, "a grey square is not what a missing image is"

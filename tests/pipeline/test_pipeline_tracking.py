@@ -57,7 +57,7 @@ def test_a_silent_server_holds_nothing_up_and_gets_all_later(
     run_dir = tmp_path / "runs" / "r"
     config = configured(tmp_path, ("--trainer.runs_dir", tmp_path / "runs", "--trainer.run_name", "r"))
     new_run(config, "r", {"fingerprint": "f", "versions": {}})
-    (run_dir / "curves.png").write_bytes(b"a picture")
+    (run_dir / "curves.png").write_bytes(b"an image")
     (run_dir / "bundle").mkdir()
     (run_dir / "bundle" / "bundle.json").write_text("{}")
     with silent_server() as uri:
@@ -128,14 +128,14 @@ def test_a_server_that_refuses_the_run_is_told(tmp_path: Path, new_tracking: Pat
 @pytest.mark.slow
 def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder: Path, tmp_path: Path) -> None:
     """Nor does the password in the server's address show anywhere."""
-    refract("init", folder, "-o", "pictures.yaml")
+    refract("init", folder, "-o", "images.yaml")
     uri = "http://alice:s3cretpw@127.0.0.1:9"
     told = refract(
-        "train", "pictures.yaml", "--trainer.run_name", "r", "--tracking.uri", uri, "--trainer.max_epochs", 2, code=3
+        "train", "images.yaml", "--trainer.run_name", "r", "--tracking.uri", uri, "--trainer.max_epochs", 2, code=3
     )  # fmt: skip
     assert "MLflow at http://***@127.0.0.1:9 does not answer" in told.stderr and "hold-out: accuracy" in told.stdout
     assert "`refract sync runs/r` delivers them" in told.stderr and "Traceback" not in told.stderr
-    assert "NOT REGISTERED: no version of pictures has this bundle" in told.stderr
+    assert "NOT REGISTERED: no version of images has this bundle" in told.stderr
     assert "refract sync runs/r delivers it" in told.stderr
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert len(files) > 10 and not [path for path in files if b"s3cretpw" in path.read_bytes()]
@@ -150,13 +150,13 @@ def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder:
     client = MlflowClient(database)
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")] == [1, 2]
-    assert client.get_model_version_by_alias("pictures", "champion").run_id == run.info.run_id
+    assert client.get_model_version_by_alias("images", "champion").run_id == run.info.run_id
     # What MLflow's own pages show beside metrics and parameters.
     (given,) = run.inputs.dataset_inputs
-    assert given.dataset.name == "pictures" and run.data.tags["data.fingerprint"].startswith(given.dataset.digest)
+    assert given.dataset.name == "images" and run.data.tags["data.fingerprint"].startswith(given.dataset.digest)
     note, accuracy = run.data.tags["mlflow.note.content"], run.data.metrics["test_accuracy"]
     assert note.startswith(f"**accuracy {accuracy:.4f}** (95 % interval")
-    assert run.data.tags["mlflow.source.name"] == "refract train pictures" and run.data.tags["mlflow.user"]
+    assert run.data.tags["mlflow.source.name"] == "refract train images" and run.data.tags["mlflow.user"]
 
 
 def test_a_registration_that_the_server_refused_is_kept_and_sent_again_by_sync(

@@ -1,4 +1,4 @@
-"""The training loop: which weights are kept, the order of the pictures, options of the recipe, several processes."""
+"""The training loop: which weights are kept, the order of the images, options of the recipe, several processes."""
 
 import json
 import re
@@ -16,18 +16,18 @@ from refract.models.registry import build
 from refract.models.training.lightning_module import ClassifierModule
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.config.sections import DataConfig
-from refract.pipeline.data.datamodule import PictureData
+from refract.pipeline.data.datamodule import ImageDataModule
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.data.prepare import prepare_data
 from refract.pipeline.data.train_order import TrainOrder
 from refract.pipeline.evaluation.evaluate import _single_label
 from refract.pipeline.training.build import make_preprocess, measured
 from refract.pipeline.training.fit import Assembly, fit
-from refract.pipeline.training.ranks import Processes
+from refract.pipeline.training.ranks import Ranks
 
 
-def _made(manifest: Manifest, module: ClassifierModule, data: PictureData) -> Assembly:
-    return Assembly(manifest, {}, module, data, "cpu", "32-true", Processes(0, 1, 1))
+def _made(manifest: Manifest, module: ClassifierModule, data: ImageDataModule) -> Assembly:
+    return Assembly(manifest, {}, module, data, "cpu", "32-true", Ranks(0, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_the_latest_epoch_within_a_standard_error_of_the_best_is_kept(
     manifest, _ = prepare_data(config)
     classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.2,) * 3)
     module = Told(classifier, task="multiclass", num_classes=3)
-    data = PictureData(
+    data = ImageDataModule(
         manifest, augmenter=Augmenter("none", size=32), preprocess=Preprocess(32, 32), batch_size=16, workers=0
     )
     assert len(manifest.of("val")) == 6
@@ -79,27 +79,27 @@ def test_repeats_stand_beside_each_other() -> None:
     assert len(keys) == 10 and [key[2] for key in keys] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
     assert len({key[1] for key in keys[:3]}) == 1 and len({key[1] for key in keys}) == 4
     resumed = TrainOrder(10, seed=3, repeats=3)
-    resumed.go_on(0, 4)
+    resumed.resume(0, 4)
     assert list(resumed) == keys[4:]
     resumed.set_epoch(1)
     assert len(list(resumed)) == 10, "the next epoch is a whole one"
 
 
-def test_whitening_of_large_pictures_is_refused(folder: Path) -> None:
+def test_whitening_of_large_images_is_refused(folder: Path) -> None:
     config = Config(data=DataConfig(source=str(folder), image_size=64, normalize="pca"))
     manifest, _ = prepare_data(config)
-    with pytest.raises(ConfigError, match=r"data.normalize: pca whitening is for small pictures: 64×64×3"):
+    with pytest.raises(ConfigError, match=r"data.normalize: pca whitening is for small images: 64×64×3"):
         measured(config, make_preprocess(config), manifest)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_picture_that_vanishes_after_the_check_is_named(folder: Path, workers: int) -> None:
+def test_image_that_vanishes_after_the_check_is_named(folder: Path, workers: int) -> None:
     config = Config()
     config.data.source, config.data.workers = str(folder), workers
     manifest, _ = prepare_data(config)
     gone = Path(manifest.of("train")[0].path)
     gone.unlink()
-    data = PictureData(
+    data = ImageDataModule(
         manifest, augmenter=Augmenter("none", size=32), preprocess=Preprocess(32, 32), batch_size=8, workers=workers
     )
     classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -110,9 +110,9 @@ def test_picture_that_vanishes_after_the_check_is_named(folder: Path, workers: i
 
 @pytest.mark.slow
 def test_find_suggests_a_rate_and_a_batch_and_writes_nothing(refract: Run, folder: Path) -> None:
-    refract("init", folder, "-o", "pictures.yaml")
+    refract("init", folder, "-o", "images.yaml")
     before = {path.name for path in folder.parent.iterdir()} | {"home"}
-    options = ("pictures.yaml", "--model.name", "lenet5", "--data.workers", 0)
+    options = ("images.yaml", "--model.name", "lenet5", "--data.workers", 0)
     rate = float(refract("find", "lr", *options).stdout.split()[-1])
     assert 1e-4 < rate < 0.5
     size = int(refract("find", "batch-size", *options).stdout.split()[-1])
@@ -123,36 +123,34 @@ def test_find_suggests_a_rate_and_a_batch_and_writes_nothing(refract: Run, folde
 
 @pytest.mark.slow
 def test_the_recipes_options_train_and_a_bundle_teaches_another(refract: Run, folder: Path) -> None:
-    refract("init", folder, "-o", "pictures.yaml")
+    refract("init", folder, "-o", "images.yaml")
     many = {
         "model.name": "cnn", "evaluation.robustness": "none",
         "trainer.ema": 0.9, "trainer.patience": 1, "trainer.start_size": 0.5, "trainer.accumulate": 2, "trainer.tta": "flip",
         "data.sampler": "balanced", "loss.class_weights": "balanced", "loss.name": "focal", "optim.name": "lion",
         "optim.clip_norm": 1, "model.head": "cosine", "model.init": "lsuv", "trainer.run_name": "many", "trainer.max_epochs": 3,
     }  # fmt: skip
-    refract("train", "pictures.yaml", *[part for key, value in many.items() for part in (f"--{key}", value)])
+    refract("train", "images.yaml", *[part for key, value in many.items() for part in (f"--{key}", value)])
     told = refract(
-        "train", "pictures.yaml", "--loss.teacher", "runs/many/bundle", "--model.name", "cnn", "--optim.sam", 0.05,
+        "train", "images.yaml", "--loss.teacher", "runs/many/bundle", "--model.name", "cnn", "--optim.sam", 0.05,
         "--trainer.swa_start", 0.5, "--trainer.max_epochs", 4, "--trainer.run_name", "pupil", "--loss.penalty", 1e-4,
-        "--trainer.recompute", "true", "--evaluation.robustness", "none",
+        "--trainer.gradient_checkpointing", "true", "--evaluation.robustness", "none",
     )  # fmt: skip
     assert "epoch 4/4" in told.stderr
     answer = refract("predict", "runs/pupil/bundle", folder / "red" / "00.jpg", "--json").stdout
     assert json.loads(answer)["label"] in ("red", "green", "blue")
-    told = refract(
-        "train", "pictures.yaml", "--loss.teacher", "runs/many/bundle", "--data.image_size", 40, code=2
-    ).stderr
+    told = refract("train", "images.yaml", "--loss.teacher", "runs/many/bundle", "--data.image_size", 40, code=2).stderr
     assert "loss.teacher: runs/many/bundle has the image size (32, 32), this training (40, 40)" in told
-    told = refract("train", "pictures.yaml", "--trainer.ema", 0.9, "--trainer.swa_start", 0.5, code=2).stderr
+    told = refract("train", "images.yaml", "--trainer.ema", 0.9, "--trainer.swa_start", 0.5, code=2).stderr
     assert "both average the weights; choose one" in told
 
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(refract: Run, folder: Path) -> None:
-    refract("init", folder, "-o", "pictures.yaml")
+    refract("init", folder, "-o", "images.yaml")
     same = (
-        "pictures.yaml", "--model.name", "mlp", "--model.args", "{norm: none}", "--augment.policy", "none", "--trainer.precision", "fp32",
-        "--trainer.device", "cpu", "--data.workers", 0, "--data.val_share", 0.2, "--trainer.max_epochs", 2, "--data.memory", "never",
+        "images.yaml", "--model.name", "mlp", "--model.args", "{norm: none}", "--augment.policy", "none", "--trainer.precision", "fp32",
+        "--trainer.device", "cpu", "--data.workers", 0, "--data.val_fraction", 0.2, "--trainer.max_epochs", 2, "--data.memory", "never",
         "--evaluation.robustness", "none",
     )  # fmt: skip
     refract("train", *same, "--data.batch_size", 8, "--trainer.run_name", "one")

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from small_data import write_picture
+from small_data import write_image
 
 from benchmarks.pretrained import NAME
 from refract.models.bundle.bundle import load_bundle
@@ -37,7 +37,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for label in ("disc", "square"):
         for number in range(40):
             split = "train" if number < 20 else "val" if number < 30 else "test"
-            write_picture(root / split / label / f"{number:02}.png", shape(label, number))
+            write_image(root / split / label / f"{number:02}.png", shape(label, number))
     return root
 
 

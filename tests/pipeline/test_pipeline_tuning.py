@@ -17,7 +17,7 @@ from refract.pipeline.tuning.space import applies, read_space, with_values
 from refract.pipeline.tuning.study import Search, _narrowed, open_study, trial_folder
 
 CONFIG = """
-data: {source: pictures, image_size: 24, workers: 0, batch_size: 16}
+data: {source: images, image_size: 24, workers: 0, batch_size: 16}
 model: {name: mlp, args: {hidden: [16]}}
 augment: {policy: [{Affine: {degrees: 10}}, HorizontalFlip]}
 trainer: {max_epochs: 2, device: cpu, precision: fp32}

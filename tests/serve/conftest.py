@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from PIL import Image
 
 from refract.augment.preprocess import Preprocess
-from refract.models.bundle.bundle import Bundle, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.bundle.bundle import Bundle, BundleInfo, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import Classifier, probabilities
 from refract.models.registry import build
 from refract.serve.http.app import create_app
@@ -31,8 +31,8 @@ PREPROCESS = Preprocess(height=32, width=32)
 TEMPERATURE = 0.05  # a fresh network is unsure of everything: this spreads its answers, and shows if it is forgotten
 
 
-def make_picture(seed: int, *, size: tuple[int, int] = (40, 56), form: str = "JPEG") -> bytes:
-    """An encoded picture of `size` (width, height): smooth colours, another for each seed."""
+def encode_image(seed: int, *, size: tuple[int, int] = (40, 56), form: str = "JPEG") -> bytes:
+    """An encoded image of `size` (width, height): smooth colours, another for each seed."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(buffer, form)
@@ -40,7 +40,7 @@ def make_picture(seed: int, *, size: tuple[int, int] = (40, 56), form: str = "JP
 
 
 def answer_of(classifier: Classifier, data: bytes, task: str) -> np.ndarray:
-    """The probabilities of one picture, without any of the server's code."""
+    """The probabilities of one image, without any of the server's code."""
     images = torch.from_numpy(PREPROCESS(data)).permute(2, 0, 1)[None].contiguous()
     with torch.inference_mode():
         return probabilities(classifier(images), task=task, temperature=TEMPERATURE)[0].numpy()
@@ -69,10 +69,10 @@ def make_bundle() -> Callable[..., Bundle]:
         torch.manual_seed(seed)
         network = build("lenet5", 10, image_size=(32, 32))
         classifier = Classifier(network, mean=PREPROCESS.mean, std=PREPROCESS.std).eval()
-        goldens = []
+        golden_samples = []
         for i in range(3):
-            answer = np.clip(answer_of(classifier, make_picture(i), task) + wrong, 0, 1)
-            goldens.append(Golden(f"{i:02}.jpg", make_picture(i), tuple(answer.tolist())))
+            answer = np.clip(answer_of(classifier, encode_image(i), task) + wrong, 0, 1)
+            golden_samples.append(GoldenSample(f"{i:02}.jpg", encode_image(i), tuple(answer.tolist())))
         info = BundleInfo(
             name="shapes",
             task=task,
@@ -85,14 +85,14 @@ def make_bundle() -> Callable[..., Bundle]:
             versions={"torch": torch.__version__},
             created="2025-01-01T00:00:00+00:00",
         )
-        return load_bundle(save_bundle(path, info, classifier, goldens))
+        return load_bundle(save_bundle(path, info, classifier, golden_samples))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def picture() -> Callable[..., bytes]:
-    return make_picture
+def make_image() -> Callable[..., bytes]:
+    return encode_image
 
 
 @pytest.fixture(scope="session")

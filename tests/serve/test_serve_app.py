@@ -30,16 +30,16 @@ def client(bundle, serving):
 
 
 def confidences(answer: httpx.Response, index: int = 0) -> np.ndarray:
-    """The probabilities of one answered picture, in the order of the labels."""
+    """The probabilities of one answered image, in the order of the labels."""
     assert answer.status_code == 200, answer.text
     by_label = {entry["label"]: entry["confidence"] for entry in answer.json()["predictions"][index]["top"]}
     return np.array([by_label[f"class {i}"] for i in range(10)], dtype=np.float32)
 
 
-def test_http_engine_and_plain_classifier_agree(client, bundle, picture, reference):
+def test_http_engine_and_plain_classifier_agree(client, bundle, make_image, reference):
     engine, classifier = Engine(bundle), bundle.classifier("cpu")
     for form in ("JPEG", "PNG", "WEBP"):
-        data = picture(7, size=(90, 60), form=form)
+        data = make_image(7, size=(90, 60), form=form)
         expected = reference(classifier, data, "multiclass")
         assert expected.max() > 0.2  # far from uniform, so agreement means something
         np.testing.assert_allclose(engine.predict(engine.preprocess(data)[None])[0], expected, atol=1e-6)
@@ -47,8 +47,8 @@ def test_http_engine_and_plain_classifier_agree(client, bundle, picture, referen
         np.testing.assert_allclose(confidences(answer), expected, atol=1e-6)
 
 
-def test_every_way_to_send_an_image_answers_the_same(client, picture):
-    data, url = picture(8), "/v1/predict?top=10"
+def test_every_way_to_send_an_image_answers_the_same(client, make_image):
+    data, url = make_image(8), "/v1/predict?top=10"
     wrapped = base64.encodebytes(data).decode()
     answers = [
         client.post(url, content=data, headers={"content-type": "application/octet-stream"}),
@@ -63,30 +63,30 @@ def test_every_way_to_send_an_image_answers_the_same(client, picture):
         np.testing.assert_allclose(confidences(answer), confidences(answers[0]), atol=1e-6)
 
 
-def test_many_images_come_back_in_order(client, picture):
-    pictures = [picture(i) for i in range(4)]
-    alone = [confidences(client.post("/v1/predict?top=10", content=data)) for data in pictures]
-    form = client.post("/v1/predict?top=10", files=[("f", ("x.jpg", data)) for data in pictures])
-    texts = [base64.b64encode(data).decode() for data in pictures]
+def test_many_images_come_back_in_order(client, make_image):
+    images = [make_image(i) for i in range(4)]
+    alone = [confidences(client.post("/v1/predict?top=10", content=data)) for data in images]
+    form = client.post("/v1/predict?top=10", files=[("f", ("x.jpg", data)) for data in images])
+    texts = [base64.b64encode(data).decode() for data in images]
     for answer in (form, client.post("/v1/predict?top=10", json={"images": texts})):
         for i, expected in enumerate(alone):
             np.testing.assert_allclose(confidences(answer, i), expected, atol=1e-6)
 
 
-def test_the_answer_names_model_and_top_labels(client, bundle, picture):
-    answer = client.post("/v1/predict?top=3", content=picture(1)).json()
+def test_the_answer_names_model_and_top_labels(client, bundle, make_image):
+    answer = client.post("/v1/predict?top=3", content=make_image(1)).json()
     assert answer["model"] == {"name": "shapes", "digest": bundle.digest}
     (prediction,) = answer["predictions"]
     assert set(prediction) == {"label", "confidence", "top"}
     assert len(prediction["top"]) == 3
     assert prediction["top"][0] == {"label": prediction["label"], "confidence": prediction["confidence"]}
     assert sorted(prediction["top"], key=lambda entry: -entry["confidence"]) == prediction["top"]
-    assert len(client.post("/v1/predict", content=picture(1)).json()["predictions"][0]["top"]) == 5
-    assert len(client.post("/v1/predict?top=99", content=picture(1)).json()["predictions"][0]["top"]) == 10, "all"
+    assert len(client.post("/v1/predict", content=make_image(1)).json()["predictions"][0]["top"]) == 5
+    assert len(client.post("/v1/predict?top=99", content=make_image(1)).json()["predictions"][0]["top"]) == 10, "all"
 
 
-def test_multilabel_answers_the_labels_over_their_thresholds(make_bundle, serving, tmp_path, picture, reference):
-    data = picture(5)
+def test_multilabel_answers_the_labels_over_their_thresholds(make_bundle, serving, tmp_path, make_image, reference):
+    data = make_image(5)
     plain = make_bundle(tmp_path / "plain", task="multilabel", thresholds=[0.5] * 10)
     expected = reference(plain.classifier("cpu"), data, "multilabel")
     thresholds = [max(p - 0.01, 0) if i % 2 else min(p + 0.01, 1) for i, p in enumerate(expected.tolist())]
@@ -114,8 +114,8 @@ def test_health_and_description(client, bundle):
     assert client.get("/openapi.json").status_code == 200
 
 
-def test_the_mean_answer_to_a_picture_and_its_mirror_image(make_bundle, serving, tmp_path, picture):
-    data = picture(3)
+def test_the_mean_answer_to_a_image_and_its_mirror_image(make_bundle, serving, tmp_path, make_image):
+    data = make_image(3)
     for task, thresholds in (("multiclass", ()), ("multilabel", [0.5] * 10)):
         served = make_bundle(tmp_path / task, task=task, thresholds=thresholds)
         engine = Engine(served)
@@ -132,8 +132,8 @@ def test_the_mean_answer_to_a_picture_and_its_mirror_image(make_bundle, serving,
         assert np.abs(found - plain).max() > 1e-3
 
 
-def test_a_threshold_and_what_should_be_left_to_a_person(bundle, serving, picture, reference):
-    data = picture(5)
+def test_a_threshold_and_what_should_be_left_to_a_person(bundle, serving, make_image, reference):
+    data = make_image(5)
     row = reference(bundle.classifier("cpu"), data, "multiclass")
     for below, abstains in ((0.0, False), (float(row.max()) + 0.01, True), (1.0, True)):
         told = dataclasses.replace(bundle, info=dataclasses.replace(bundle.info, abstain_below=below))
@@ -143,8 +143,8 @@ def test_a_threshold_and_what_should_be_left_to_a_person(bundle, serving, pictur
         assert answer["labels"] == [f"class {i}" for i in range(10) if row[i] >= 0.1]
 
 
-def test_the_answer_tells_its_stages(client, picture, bundle):
-    answer = client.post("/v1/predict", content=picture(1))
+def test_the_answer_tells_its_stages(client, make_image, bundle):
+    answer = client.post("/v1/predict", content=make_image(1))
     stages = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
     assert set(stages) == {"prepare", "queue", "compute"} and all(0 <= float(ms) < 10_000 for ms in stages.values())
     assert bundle.digest.startswith(answer.headers["x-model-digest"])
@@ -166,15 +166,15 @@ def test_the_descriptions_example_is_answered_as_it_tells(client):
 
 class BrokenEngine(Engine):
     def compute(self, batch):
-        if batch.mean() < 1:  # a black picture
+        if batch.mean() < 1:  # a black image
             raise RuntimeError("a secret of the engine")
         return super().compute(batch)
 
 
-def test_a_failing_engine_is_a_500_without_insides_for_that_request_only(bundle, serving, picture):
+def test_a_failing_engine_is_a_500_without_insides_for_that_request_only(bundle, serving, make_image):
     with serving(create_app(BrokenEngine(bundle), max_wait_ms=0)) as client:
         failed = client.post("/v1/predict", content=black_png(32, 32))
-        assert client.post("/v1/predict", content=picture(1)).status_code == 200
+        assert client.post("/v1/predict", content=make_image(1)).status_code == 200
     assert failed.status_code == 500
     problem = {"type": "about:blank", "title": "Internal Server Error", "status": 500, "code": "internal_error"}
     assert failed.json() == {**problem, "detail": "the server failed to answer this request"}

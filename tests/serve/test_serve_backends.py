@@ -27,10 +27,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", ["eager", "bf16", *INSTALLED, *INT8])
-def test_each_agrees_with_plain_float32_at_any_size_of_batch(name: str, bundle, picture) -> None:
+def test_each_agrees_with_plain_float32_at_any_size_of_batch(name: str, bundle, make_image) -> None:
     plain, other = Engine(bundle), Engine(bundle, backend=name)
     other.self_test()
-    images = np.stack([plain.preprocess(picture(i)) for i in range(7)])
+    images = np.stack([plain.preprocess(make_image(i)) for i in range(7)])
     for count in (1, 7, 2):
         agreed = {"openvino": 1e-5, "onnx": 1e-5, **dict.fromkeys(INT8, INT8_AGREED)}.get(name, AGREED)
         np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=agreed)
@@ -74,9 +74,9 @@ def test_a_signal_is_heard_after_another_thread_has_dropped_the_network(bundle, 
     assert (done.returncode, done.stdout) == (0, "heard\n" * len(INSTALLED)), done.stderr
 
 
-def test_the_compiled_network_agrees(bundle, picture) -> None:
+def test_the_compiled_network_agrees(bundle, make_image) -> None:
     plain, other = Engine(bundle), Engine(bundle, backend="compiled")
-    images = np.stack([plain.preprocess(picture(i)) for i in range(3)])
+    images = np.stack([plain.preprocess(make_image(i)) for i in range(3)])
     for count in (1, 3):
         np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=AGREED)
 
@@ -93,10 +93,10 @@ def test_bfloat16_keeps_what_a_network_computes_in_float32() -> None:
 
 
 @pytest.mark.parametrize("name", ["eager", "bf16", *INSTALLED, *INT8])
-def test_two_threads_get_their_own_answers(name: str, bundle, picture) -> None:
+def test_two_threads_get_their_own_answers(name: str, bundle, make_image) -> None:
     """As a self-test, or a lane that is being retired, beside the one that serves."""
     engine = Engine(bundle, backend=name)
-    images = [engine.preprocess(picture(i))[None] for i in range(2)]
+    images = [engine.preprocess(make_image(i))[None] for i in range(2)]
     wanted = [engine.predict(image) for image in images]
     with ThreadPoolExecutor(2) as pool:
         rounds = [pool.submit(lambda k: [engine.predict(images[k]) for _ in range(200)], k) for k in (0, 1)]
@@ -141,7 +141,7 @@ def test_weights_have_seven_bits_where_products_are_added_in_sixteen(
 
 @pytest.mark.parametrize("name", INT8)
 def test_int8_is_near_to_float32_where_products_add_up_to_most(name: str, tmp_path: Path) -> None:
-    """White pictures by the largest weights: the products that a processor which adds them in 16 bits cuts."""
+    """White images by the largest weights: the products that a processor which adds them in 16 bits cuts."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 2))
     with torch.no_grad():
         for parameter in network.parameters():

@@ -47,7 +47,7 @@ def check(answer, status: int, code: str) -> str:
 
 
 RAW = {
-    "text as jpeg": (b"hello, this is not a picture", "image/jpeg", 400, "invalid_image"),
+    "text as jpeg": (b"hello, this is not an image", "image/jpeg", 400, "invalid_image"),
     "zeros": (b"\0" * 500, "image/png", 400, "invalid_image"),
     "one byte": (b"\xff", "image/jpeg", 400, "invalid_image"),
     "empty": (b"", "image/jpeg", 400, "empty_body"),
@@ -85,7 +85,7 @@ def test_bad_body(client, name, caplog):
 JSON = {
     "list": ([], 422, "invalid_request"),
     "number": ({"image": 5}, 422, "invalid_request"),
-    "unknown key": ({"picture": "abcd"}, 422, "invalid_request"),
+    "unknown key": ({"image": "abcd"}, 422, "invalid_request"),
     "both": ({"image": "abcd", "images": ["abcd"]}, 422, "invalid_request"),
     "text for list": ({"images": "abcd"}, 422, "invalid_request"),
     "no images": ({"images": []}, 422, "invalid_request"),
@@ -94,7 +94,7 @@ JSON = {
     "bad padding": ({"image": "abcde"}, 400, "invalid_base64"),
     "not ASCII": ({"image": "äöü="}, 400, "invalid_base64"),
     "empty text": ({"image": ""}, 400, "invalid_image"),
-    "not a picture": ({"image": "aGVsbG8="}, 400, "invalid_image"),
+    "not an image": ({"image": "aGVsbG8="}, 400, "invalid_image"),
     "too many": ({"images": ["aGVsbG8="] * 4}, 413, "too_many_images"),
 }
 
@@ -105,14 +105,14 @@ def test_bad_json(client, name):
     check(client.post("/v1/predict", json=document), status, code)
 
 
-def test_truncated_jpeg(client, picture):
-    data = picture(1, size=(400, 300))
+def test_truncated_jpeg(client, make_image):
+    data = make_image(1, size=(400, 300))
     for end in (3, 20, 300, len(data) // 2):
         check(client.post("/v1/predict", content=data[:end]), 400, "invalid_image")
 
 
-def test_the_unreadable_one_of_several_is_named(client, picture):
-    good, bad = picture(1), b"hello, this is not a picture"
+def test_the_unreadable_one_of_several_is_named(client, make_image):
+    good, bad = make_image(1), b"hello, this is not an image"
     message = check(
         client.post("/v1/predict", files=[("f", ("a", data)) for data in (good, bad, good)]), 400, "invalid_image"
     )
@@ -122,8 +122,8 @@ def test_the_unreadable_one_of_several_is_named(client, picture):
     assert "image 1" in check(client.post("/v1/predict", json={"images": [texts[0], "$"]}), 400, "invalid_base64")
 
 
-def test_too_many_files_and_parts(client, picture):
-    files = [("f", ("a.jpg", picture(1)))] * 4
+def test_too_many_files_and_parts(client, make_image):
+    files = [("f", ("a.jpg", make_image(1)))] * 4
     check(client.post("/v1/predict", files=files), 413, "too_many_images")
     parts = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n' * 500 + b"--x--\r\n"
     answer = client.post("/v1/predict", content=parts, headers={"content-type": "multipart/form-data; boundary=x"})
@@ -153,23 +153,23 @@ def test_an_announced_body_is_refused_before_it_is_sent(client):
 
 
 @pytest.mark.parametrize("top", ["0", "-1", "x", "", "1.5"])
-def test_top_out_of_range(client, picture, top):
-    misspelt = check(client.post("/v1/predict?topk=3", content=picture(1)), 422, "invalid_parameter")
+def test_top_out_of_range(client, make_image, top):
+    misspelt = check(client.post("/v1/predict?topk=3", content=make_image(1)), 422, "invalid_parameter")
     assert misspelt.startswith("query topk: no such parameter; known: ") and "top" in misspelt.split("known: ")[1]
-    message = check(client.post(f"/v1/predict?top={top}", content=picture(1)), 422, "invalid_parameter")
+    message = check(client.post(f"/v1/predict?top={top}", content=make_image(1)), 422, "invalid_parameter")
     assert "top" in message
 
 
-def test_what_curl_sends_by_itself_is_told(client, picture):
+def test_what_curl_sends_by_itself_is_told(client, make_image):
     kind = {"content-type": "application/x-www-form-urlencoded"}
-    told = check(client.post("/v1/predict", content=picture(1), headers=kind), 415, "unsupported_media_type")
+    told = check(client.post("/v1/predict", content=make_image(1), headers=kind), 415, "unsupported_media_type")
     assert "add -H 'Content-Type: image/jpeg'" in told
     assert "an empty list" in check(client.post("/v1/predict", json={"images": []}), 422, "invalid_request")
 
 
-def test_odd_paths(client, picture):
-    assert client.post("/v1/predict%0A", content=picture(1)).status_code == 200
-    assert "/v1/predict/" in check(client.post("/v1/predict/", content=picture(1)), 404, "not_found")
+def test_odd_paths(client, make_image):
+    assert client.post("/v1/predict%0A", content=make_image(1)).status_code == 200
+    assert "/v1/predict/" in check(client.post("/v1/predict/", content=make_image(1)), 404, "not_found")
     assert "with --keys or --admin-keys alone" in check(client.post("/admin/rollback"), 404, "not_found")
     for probe in ("/livez", "/readyz"):
         answer = client.head(probe)

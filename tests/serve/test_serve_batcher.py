@@ -251,12 +251,12 @@ def test_a_batch_that_another_thread_took_ends_none() -> None:
 
 def test_a_free_thread_takes_what_comes_while_another_computes() -> None:
     """The first thread waited for its batch to grow, and is at it: the other must hear of the next input."""
-    first, go_on = threading.Event(), threading.Event()
+    first, resume = threading.Event(), threading.Event()
 
     def engine(batch: np.ndarray) -> np.ndarray:
         if batch[0, 0] == 1:
             first.set()
-            assert go_on.wait(20)
+            assert resume.wait(20)
         return batch
 
     async def main() -> None:
@@ -267,7 +267,7 @@ def test_a_free_thread_takes_what_comes_while_another_computes() -> None:
         await asyncio.to_thread(first.wait, 20)
         for _ in range(5):
             await asyncio.wait_for(batcher.submit(inputs(2)), 10)
-        go_on.set()
+        resume.set()
         await slow
         await batcher.stop()
 
@@ -289,14 +289,14 @@ def test_the_wait_begins_with_the_first_input_however_many_come_after_it() -> No
 
 def test_what_is_brief_the_loop_computes_itself_but_while_a_thread_computes() -> None:
     seen: list[tuple[list[float], bool]] = []
-    brief, entered, go_on = [True], threading.Event(), threading.Event()
+    brief, entered, resume = [True], threading.Event(), threading.Event()
 
     def engine(batch: np.ndarray) -> np.ndarray:
         own = threading.current_thread() is threading.main_thread()
         seen.append((batch[:, 0].tolist(), own))
         if (batch == 7).any():
             entered.set()
-            assert go_on.wait(20)
+            assert resume.wait(20)
         if (batch < 0).any():
             raise RuntimeError("negative")
         return batch * 2
@@ -315,7 +315,7 @@ def test_what_is_brief_the_loop_computes_itself_but_while_a_thread_computes() ->
         brief[0] = True
         after = asyncio.create_task(batcher.submit(inputs(8)))
         await asyncio.sleep(0.05)
-        go_on.set()
+        resume.set()
         await asyncio.gather(slow, after)
         assert seen[-2:] == [([7], False), ([8], False)], "an engine computes one batch at a time"
         await batcher.submit(inputs(9))

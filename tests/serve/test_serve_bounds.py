@@ -20,10 +20,10 @@ from refract.serve.http.app import create_app
 from refract.serve.http.errors import RequestError
 from refract.serve.requests.body import unless_gone
 from refract.serve.requests.decoding import is_quick, read
-from refract.serve.requests.limits import Limits, OverloadedError, Room
+from refract.serve.requests.limits import Budget, Limits, OverloadedError
 from refract.serve.runtime.cores import cores, quota
 from refract.serve.runtime.engine import Engine
-from refract.serve.runtime.model_worker import Lane
+from refract.serve.runtime.model_worker import ModelWorker
 
 
 class GatedEngine(Engine):
@@ -56,42 +56,44 @@ def busy(engine: GatedEngine, client: httpx.Client, **request) -> Iterator[Futur
             engine.gate.set()
 
 
-def prepare(kind: str, body: bytes, preprocess: Preprocess, room: Room) -> np.ndarray:
+def prepare(kind: str, body: bytes, preprocess: Preprocess, room: Budget) -> np.ndarray:
     return read(kind, body, room.limits).decode(preprocess, room)
 
 
-def test_pixels_that_are_decoded_at_a_time_are_bounded(bundle, picture) -> None:
-    """A picture of 40 × 56 is held in the decoder: another one of that size does not fit, a small one does."""
+def test_pixels_that_are_decoded_at_a_time_are_bounded(bundle, make_image) -> None:
+    """An image of 40 × 56 is held in the decoder: another one of that size does not fit, a small one does."""
     limits = Limits(max_pixels=3_000, max_decoding_pixels=3_000)
-    room, plain = Room(limits), Engine(bundle).preprocess
-    inside, go_on = threading.Event(), threading.Event()
+    room, plain = Budget(limits), Engine(bundle).preprocess
+    inside, resume = threading.Event(), threading.Event()
 
     class Slow(Preprocess):
         def __call__(self, image, **options):
             inside.set()
-            assert go_on.wait(20)
+            assert resume.wait(20)
             return super().__call__(image, **options)
 
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(prepare, "", picture(0), Slow(32, 32), room)
+        first = pool.submit(prepare, "", make_image(0), Slow(32, 32), room)
         assert inside.wait(20)
         with pytest.raises(OverloadedError, match="2,240 pixels are being decoded"):
-            prepare("", picture(1), plain, room)
-        assert prepare("", picture(1, size=(20, 20)), plain, room).shape == (1, 32, 32, 3)
-        go_on.set()
+            prepare("", make_image(1), plain, room)
+        assert prepare("", make_image(1, size=(20, 20)), plain, room).shape == (1, 32, 32, 3)
+        resume.set()
         assert first.result().shape == (1, 32, 32, 3)
-    assert prepare("", picture(1), plain, room).shape == (1, 32, 32, 3), "the place is free again"
+    assert prepare("", make_image(1), plain, room).shape == (1, 32, 32, 3), "the place is free again"
     with pytest.raises(RequestError, match="the limit is 3,000"):
-        prepare("", picture(1, size=(80, 80)), plain, room)
+        prepare("", make_image(1, size=(80, 80)), plain, room)
     with pytest.raises(ValueError, match="less than max_pixels"):
         Limits(max_pixels=10, max_decoding_pixels=9)
 
 
-def test_only_what_is_small_and_plain_is_decoded_between_other_requests(picture) -> None:
-    small = picture(1)
+def test_only_what_is_small_and_plain_is_decoded_between_other_requests(make_image) -> None:
+    small = make_image(1)
     assert is_quick("image/jpeg", small) and is_quick("", small)
     assert not is_quick("multipart/form-data; boundary=b", small) and not is_quick("application/json", small)
-    assert not is_quick("image/jpeg", picture(1, size=(200, 200))) and not is_quick("image/png", picture(1, form="PNG"))
+    assert not is_quick("image/jpeg", make_image(1, size=(200, 200))) and not is_quick(
+        "image/png", make_image(1, form="PNG")
+    )
     assert not is_quick("image/jpeg", small + bytes(20_000)) and not is_quick("image/jpeg", small[:20])
     progressive = io.BytesIO()
     Image.open(io.BytesIO(small)).save(progressive, "JPEG", progressive=True)
@@ -107,7 +109,7 @@ def test_a_containers_quota_counts(text: str | None, wanted: int | None, tmp_pat
     assert quota(tmp_path) == wanted and cores() >= 1
 
 
-def test_bodies_that_do_not_arrive_keep_nobody_from_an_idle_engine(bundle, serving, picture):
+def test_bodies_that_do_not_arrive_keep_nobody_from_an_idle_engine(bundle, serving, make_image):
     with serving(create_app(SlowEngine(bundle), deadline_s=2)) as client:
         head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n"
         address = (client.base_url.host, client.base_url.port)
@@ -115,31 +117,31 @@ def test_bodies_that_do_not_arrive_keep_nobody_from_an_idle_engine(bundle, servi
             for _ in range(30):
                 slow.enter_context(socket.create_connection(address)).sendall(head)
             wait_until(lambda: client.get("/v1/status").json()["requests"] == 30)
-            assert client.post("/v1/predict", content=picture(1)).status_code == 200
+            assert client.post("/v1/predict", content=make_image(1)).status_code == 200
 
 
 class SlowEngine(Engine):
-    """A tenth of a second for each picture."""
+    """A tenth of a second for each image."""
 
     def compute(self, batch):
         time.sleep(0.1 * len(batch))
         return super().compute(batch)
 
 
-def test_what_could_not_be_answered_in_time_is_refused_at_once_and_the_rest_is_answered(bundle, serving, picture):
+def test_what_could_not_be_answered_in_time_is_refused_at_once_and_the_rest_is_answered(bundle, serving, make_image):
     with serving(create_app(SlowEngine(bundle), deadline_s=2)) as client, ThreadPoolExecutor(40) as pool:
-        answers = list(pool.map(lambda i: client.post("/v1/predict", content=picture(i)), range(40)))
+        answers = list(pool.map(lambda i: client.post("/v1/predict", content=make_image(i)), range(40)))
         statuses = [answer.status_code for answer in answers]
         assert set(statuses) == {200, 429} and statuses.count(200) >= 5
         refused = next(answer for answer in answers if answer.status_code == 429)
         assert "an answer would take" in refused.json()["detail"] and int(refused.headers["retry-after"]) >= 1
-        assert client.post("/v1/predict", content=picture(1)).status_code == 200
+        assert client.post("/v1/predict", content=make_image(1)).status_code == 200
 
 
-def test_who_is_refused_is_told_how_long_to_wait(bundle, serving, picture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_refused_is_told_how_long_to_wait(bundle, serving, make_image, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(create_app(bundle, deadline_s=10)) as client:
-        monkeypatch.setattr(Lane, "expected", lambda self, pictures=0: 7.4)
-        answer = client.post("/v1/predict", content=picture(1))
+        monkeypatch.setattr(ModelWorker, "expected", lambda self, images=0: 7.4)
+        answer = client.post("/v1/predict", content=make_image(1))
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "7")
 
 
@@ -150,23 +152,23 @@ def wait_until(condition, seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def test_what_comes_while_the_engine_works_forms_one_batch(bundle, serving, picture):
+def test_what_comes_while_the_engine_works_forms_one_batch(bundle, serving, make_image):
     engine = GatedEngine(bundle)
     app = create_app(engine, max_wait_ms=60_000)  # nothing waits for that long: nothing else is on its way
-    with serving(app) as client, ThreadPoolExecutor(2) as pool, busy(engine, client, content=picture(0)) as first:
-        rest = [pool.submit(client.post, "/v1/predict", content=picture(i)) for i in (1, 2)]
+    with serving(app) as client, ThreadPoolExecutor(2) as pool, busy(engine, client, content=make_image(0)) as first:
+        rest = [pool.submit(client.post, "/v1/predict", content=make_image(i)) for i in (1, 2)]
         wait_until(lambda: app.state.service.waiting == 2)
         engine.gate.set()
         assert [answer.result().status_code for answer in (first, *rest)] == [200] * 3
     assert engine.sizes == [1, 2]
 
 
-def test_a_full_queue_answers_429_and_recovers(bundle, serving, picture):
+def test_a_full_queue_answers_429_and_recovers(bundle, serving, make_image):
     engine = GatedEngine(bundle)
-    files = [("f", ("x.jpg", picture(i))) for i in range(3)]
+    files = [("f", ("x.jpg", make_image(i))) for i in range(3)]
     app = create_app(engine, limits=Limits(max_images=3), max_batch=1, max_wait_ms=0, max_queue=6)
     with serving(app) as client, busy(engine, client, files=files) as first:
-        # One picture is at the engine, two are in the queue of six.
+        # One image is at the engine, two are in the queue of six.
         refused = client.post("/v1/predict?tta=flip", files=files)
         alive = client.get("/livez")
         engine.gate.set()
@@ -178,38 +180,38 @@ def test_a_full_queue_answers_429_and_recovers(bundle, serving, picture):
     assert alive.status_code == 200
 
 
-def test_a_full_house_answers_429_before_it_reads(bundle, serving, picture):
+def test_a_full_house_answers_429_before_it_reads(bundle, serving, make_image):
     engine = GatedEngine(bundle)
     app = create_app(engine, max_requests=1)
-    with serving(app) as client, busy(engine, client, content=picture(0)) as first:
-        refused = client.post("/v1/predict", content=b"not even a picture")
+    with serving(app) as client, busy(engine, client, content=make_image(0)) as first:
+        refused = client.post("/v1/predict", content=b"not even an image")
         engine.gate.set()
         assert first.result().status_code == 200
-        assert client.post("/v1/predict", content=picture(0)).status_code == 200
+        assert client.post("/v1/predict", content=make_image(0)).status_code == 200
     assert (refused.status_code, refused.json()["code"]) == (429, "overloaded")
 
 
-def test_what_is_not_answered_by_its_deadline_is_not_computed(bundle, serving, picture):
+def test_what_is_not_answered_by_its_deadline_is_not_computed(bundle, serving, make_image):
     engine = GatedEngine(bundle)
     app = create_app(engine, deadline_s=1, max_batch=1)
-    with serving(app) as client, busy(engine, client, content=picture(0)) as first:
-        for late in (client.post("/v1/predict", content=picture(1)), first.result()):
+    with serving(app) as client, busy(engine, client, content=make_image(0)) as first:
+        for late in (client.post("/v1/predict", content=make_image(1)), first.result()):
             assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
         engine.gate.set()
-        assert client.post("/v1/predict", content=picture(2)).status_code == 200
+        assert client.post("/v1/predict", content=make_image(2)).status_code == 200
     assert engine.sizes == [1, 1], "the first was at the engine already, the second never came there"
 
 
-def test_what_nobody_waits_for_any_more_is_not_computed(bundle, serving, picture):
+def test_what_nobody_waits_for_any_more_is_not_computed(bundle, serving, make_image):
     engine = GatedEngine(bundle)
     app = create_app(engine, max_batch=1)
-    with serving(app) as client, busy(engine, client, content=picture(0)) as first:
+    with serving(app) as client, busy(engine, client, content=make_image(0)) as first:
         with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/predict", content=picture(1), timeout=0.5)
+            client.post("/v1/predict", content=make_image(1), timeout=0.5)
         wait_until(lambda: app.state.service.inside == 1)
         engine.gate.set()
         assert first.result().status_code == 200
-        assert client.post("/v1/predict", content=picture(2)).status_code == 200
+        assert client.post("/v1/predict", content=make_image(2)).status_code == 200
     assert engine.sizes == [1, 1]
 
 
@@ -232,12 +234,12 @@ def test_who_is_cancelled_by_the_server_and_left_by_its_client_stays_cancelled()
     assert isinstance(left, RequestError) and left.code == "client_disconnected"
 
 
-def test_pipelined_requests_of_a_client_that_left_are_not_computed(bundle, serving, picture, caplog):
+def test_pipelined_requests_of_a_client_that_left_are_not_computed(bundle, serving, make_image, caplog):
     engine = GatedEngine(bundle)
     app = create_app(engine, max_batch=1)
-    data = picture(1)
+    data = make_image(1)
     request = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
-    with serving(app) as client, busy(engine, client, content=picture(0)) as first:
+    with serving(app) as client, busy(engine, client, content=make_image(0)) as first:
         for _ in range(5):
             with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
                 connection.sendall(request * 3)
@@ -245,15 +247,15 @@ def test_pipelined_requests_of_a_client_that_left_are_not_computed(bundle, servi
             wait_until(lambda: app.state.service.inside == 1)
         engine.gate.set()
         assert first.result().status_code == 200
-        assert client.post("/v1/predict", content=picture(2)).status_code == 200
+        assert client.post("/v1/predict", content=make_image(2)).status_code == 200
     assert engine.sizes == [1, 1] and "Exception in ASGI" not in caplog.text
 
 
-def test_bodies_are_let_go(bundle, serving, picture):
+def test_bodies_are_let_go(bundle, serving, make_image):
     pixels = {"name": "images", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": [7] * 192}
     with serving(create_app(bundle, limits=Limits(max_held_bytes=4_000))) as client:
         for _ in range(8):
-            assert client.post("/v1/predict", content=picture(1)).status_code == 200
+            assert client.post("/v1/predict", content=make_image(1)).status_code == 200
             assert client.post("/v1/predict", content=b"x" * 2_000).status_code == 400
             assert client.post("/v2/models/shapes/infer", json={"inputs": [pixels]}).status_code == 200
 
@@ -278,13 +280,13 @@ class Tiring(SlowEngine):
 
 
 @pytest.mark.slow
-def test_the_pace_is_measured_while_it_serves(bundle, serving, picture):
+def test_the_pace_is_measured_while_it_serves(bundle, serving, make_image):
     engine = Tiring(bundle)
     with serving(create_app(engine, deadline_s=2)) as client, ThreadPoolExecutor(40) as pool:
         engine.tired = True
         for _ in range(10):
-            assert client.post("/v1/predict", content=picture(0)).status_code == 200
-        answers = list(pool.map(lambda i: client.post("/v1/predict", content=picture(i)).status_code, range(60)))
+            assert client.post("/v1/predict", content=make_image(0)).status_code == 200
+        answers = list(pool.map(lambda i: client.post("/v1/predict", content=make_image(i)).status_code, range(60)))
         assert set(answers) == {200, 429}
 
 
@@ -292,9 +294,9 @@ def test_a_bitmap_that_has_a_jpegs_head_is_not_decoded_between_other_requests() 
     assert not is_quick("image/bmp", b"BM\xff\xc0\x00\x11\x08\x00\x01\x00" + bytes(200))
 
 
-def test_heat_maps_of_many_pictures_are_refused(bundle, serving, picture):
+def test_heat_maps_of_many_images_are_refused(bundle, serving, make_image):
     with serving(create_app(bundle)) as client:
-        files = [("f", ("x.jpg", picture(1)))] * 9
+        files = [("f", ("x.jpg", make_image(1)))] * 9
         refused = client.post("/v1/predict?explain=true", files=files)
         assert (refused.status_code, refused.json()["code"]) == (413, "too_many_images")
         assert client.post("/v1/predict?explain=true", files=files[:8]).status_code == 200

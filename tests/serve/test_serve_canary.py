@@ -20,7 +20,7 @@ def samples(app, name: str) -> list[Sample]:
 
 
 def ends(app) -> dict[str, float]:
-    return {sample.labels["end"]: sample.value for sample in samples(app, "refract_challenger_pictures_total")}
+    return {sample.labels["end"]: sample.value for sample in samples(app, "refract_challenger_images_total")}
 
 
 def wait_for(app, total: int) -> dict[str, float]:
@@ -31,9 +31,9 @@ def wait_for(app, total: int) -> dict[str, float]:
     return ends(app)
 
 
-def test_a_shadow_is_asked_and_its_agreement_counted(bundle, other, serving, picture) -> None:
+def test_a_shadow_is_asked_and_its_agreement_counted(bundle, other, serving, make_image) -> None:
     first, second = Engine(bundle), Engine(other)
-    wanted = [picture(i) for i in range(12)]
+    wanted = [make_image(i) for i in range(12)]
     agreed = sum(
         first.predict(first.preprocess(data)[None]).argmax() == second.predict(second.preprocess(data)[None]).argmax()
         for data in wanted
@@ -46,14 +46,14 @@ def test_a_shadow_is_asked_and_its_agreement_counted(bundle, other, serving, pic
             wait_for(app, wanted.index(data) + 1)
         told = client.get("/v1/model").json()["challenger"]
     assert ends(app) == {"agreed": agreed, "differed": 12 - agreed}
-    assert samples(app, "refract_batch_pictures_sum")[0].value == 12, "its batches are none of those that are answered"
+    assert samples(app, "refract_batch_images_sum")[0].value == 12, "its batches are none of those that are answered"
     assert told == {"name": "shapes", "digest": other.digest, "share": 1, "answers": False}
 
 
-def test_a_model_agrees_with_itself_on_several_pictures_and_their_mirror_images(bundle, serving, picture) -> None:
+def test_a_model_agrees_with_itself_on_several_images_and_their_mirror_images(bundle, serving, make_image) -> None:
     app = create_app(bundle, challenge=Challenge(Engine(bundle), share=1, answers=False))
     with serving(app) as client:
-        client.post("/v1/predict?tta=flip", files=[("f", ("x.jpg", picture(i))) for i in range(3)])
+        client.post("/v1/predict?tta=flip", files=[("f", ("x.jpg", make_image(i))) for i in range(3)])
         assert wait_for(app, 3) == {"agreed": 3, "differed": 0}
 
 
@@ -67,26 +67,26 @@ class Held(Engine):
         return super().compute(batch)
 
 
-def test_a_slow_shadow_keeps_nobody_waiting(bundle, other, serving, picture) -> None:
+def test_a_slow_shadow_keeps_nobody_waiting(bundle, other, serving, make_image) -> None:
     Held.gate.set()
     app = create_app(bundle, challenge=Challenge(Held(other), share=1, answers=False))
     with serving(app) as client:
         Held.gate.clear()
         for i in range(SHADOWS + 3):
-            assert client.post("/v1/predict", content=picture(i), timeout=10).status_code == 200
+            assert client.post("/v1/predict", content=make_image(i), timeout=10).status_code == 200
         assert ends(app) == {"skipped": 3}
         Held.gate.set()
         found = wait_for(app, SHADOWS + 3)
         assert found["skipped"] == 3 and found["agreed"] + found["differed"] == SHADOWS
 
 
-def test_a_shadow_that_is_slow_does_not_keep_a_server_from_ending(bundle, other, serving, picture) -> None:
+def test_a_shadow_that_is_slow_does_not_keep_a_server_from_ending(bundle, other, serving, make_image) -> None:
     Held.gate.set()
     app = create_app(bundle, challenge=Challenge(Held(other), share=1, answers=False))
     with serving(app) as client:
         Held.gate.clear()
         for i in range(3):
-            assert client.post("/v1/predict", content=picture(i)).status_code == 200
+            assert client.post("/v1/predict", content=make_image(i)).status_code == 200
         threading.Timer(1.0, Held.gate.set).start()  # what is computed already cannot be stopped
         began = time.monotonic()
     assert time.monotonic() - began < 9, "the deadline of the two others is 10 s"
@@ -102,13 +102,13 @@ class Broken(Engine):
         return super().compute(batch)
 
 
-def test_a_canary_answers_its_share_and_where_it_fails_the_other_does(bundle, other, serving, picture) -> None:
+def test_a_canary_answers_its_share_and_where_it_fails_the_other_does(bundle, other, serving, make_image) -> None:
     engine = Broken(other)
     app = create_app(bundle, challenge=Challenge(engine, share=0.5, answers=True))
     with serving(app) as client:
 
         def digests(count: int) -> list[str]:
-            answers = [client.post("/v1/predict", content=picture(i)) for i in range(count)]
+            answers = [client.post("/v1/predict", content=make_image(i)) for i in range(count)]
             assert all(answer.status_code == 200 for answer in answers)
             for answer in answers:
                 assert other.digest.startswith(answer.headers["x-model-digest"]) == (
@@ -125,7 +125,7 @@ def test_a_canary_answers_its_share_and_where_it_fails_the_other_does(bundle, ot
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_a_challenger_that_fails_in_a_way_of_its_own_takes_nobody_with_it(
-    bundle, other, serving, picture, monkeypatch: pytest.MonkeyPatch, caplog, answers: bool
+    bundle, other, serving, make_image, monkeypatch: pytest.MonkeyPatch, caplog, answers: bool
 ) -> None:
     engine = Engine(other)
 
@@ -136,7 +136,7 @@ def test_a_challenger_that_fails_in_a_way_of_its_own_takes_nobody_with_it(
     with serving(app) as client:
         monkeypatch.setattr(engine, "preprocess", short)
         for path in ("/v1/predict", "/v1/predict?explain=true"):
-            answer = client.post(path, content=picture(1))
+            answer = client.post(path, content=make_image(1))
             assert (answer.status_code, answer.json()["model"]["digest"]) == (200, bundle.digest)
         assert wait_for(app, 2) == {"failed": 2}
     assert "in a way of its own" in caplog.text
@@ -145,18 +145,18 @@ def test_a_challenger_that_fails_in_a_way_of_its_own_takes_nobody_with_it(
 def test_a_clients_own_mistake_is_none_of_the_challenger(bundle, other, serving) -> None:
     app = create_app(bundle, challenge=Challenge(Engine(other), share=1, answers=True))
     with serving(app) as client:
-        assert client.post("/v1/predict", content=b"no picture").status_code == 400
+        assert client.post("/v1/predict", content=b"no image").status_code == 400
         count = app.state.service.metrics.registry.get_sample_value
         assert count("refract_requests_total", {"end": "invalid_image"}) == 1 and ends(app) == {}
 
 
-def test_a_slow_canary_takes_no_client_with_it(bundle, other, serving, picture) -> None:
+def test_a_slow_canary_takes_no_client_with_it(bundle, other, serving, make_image) -> None:
     Held.gate.set()
     app = create_app(bundle, deadline_s=2, challenge=Challenge(Held(other), share=1, answers=True))
     with serving(app) as client, ThreadPoolExecutor(12) as pool:
         Held.gate.clear()
         try:
-            answers = list(pool.map(lambda i: client.post("/v1/predict", content=picture(i)), range(24)))
+            answers = list(pool.map(lambda i: client.post("/v1/predict", content=make_image(i)), range(24)))
         finally:
             Held.gate.set()
         assert {answer.status_code for answer in answers} == {200}
@@ -164,13 +164,13 @@ def test_a_slow_canary_takes_no_client_with_it(bundle, other, serving, picture) 
 
 
 def test_a_challenger_that_cannot_answer_keeps_nobody_from_serving(
-    bundle, make_bundle, serving, picture, tmp_path, caplog
+    bundle, make_bundle, serving, make_image, tmp_path, caplog
 ) -> None:
     strange = make_bundle(tmp_path / "strange", word="kind")
     wrong = make_bundle(tmp_path / "wrong", wrong=0.3)
-    for bad, message in ((strange, "other labels"), (wrong, "golden picture")):
+    for bad, message in ((strange, "other labels"), (wrong, "golden image")):
         with serving(create_app(bundle, challenge=Challenge(Engine(bad), share=1, answers=True))) as client:
-            assert client.post("/v1/predict", content=picture(1)).status_code == 200
+            assert client.post("/v1/predict", content=make_image(1)).status_code == 200
             assert client.get("/v1/model").json()["challenger"] is None and message in caplog.text
 
 

@@ -13,39 +13,42 @@ import pytest
 
 from refract.serve.client import AsyncClient, Client, ServerError
 from refract.serve.http.app import create_app
-from refract.serve.http.auth import Keys
+from refract.serve.http.auth import ApiKeys
 
 ROOT = Path(__file__).parents[2]
 KEY = "open-sesame"
 
 
-def test_both_clients_get_what_the_server_answers(bundle, serving, picture, tmp_path: Path) -> None:
+def test_both_clients_get_what_the_server_answers(bundle, serving, make_image, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(KEY)
-    (tmp_path / "a.jpg").write_bytes(picture(1))
-    app = create_app(bundle, keys=Keys(tmp_path / "keys"))
+    (tmp_path / "a.jpg").write_bytes(make_image(1))
+    app = create_app(bundle, keys=ApiKeys(tmp_path / "keys"))
     with serving(app) as http:
-        url, wanted = str(http.base_url), http.post("/v1/predict?top=2", content=picture(1), headers={"X-API-Key": KEY})
+        url, wanted = (
+            str(http.base_url),
+            http.post("/v1/predict?top=2", content=make_image(1), headers={"X-API-Key": KEY}),
+        )
 
         async def ask() -> list[dict]:
             async with AsyncClient(url, key=KEY) as client:
-                return await client.predict([picture(1), tmp_path / "a.jpg"], top=2)
+                return await client.predict([make_image(1), tmp_path / "a.jpg"], top=2)
 
         with Client(url, key=KEY) as client:
             assert client.predict([str(tmp_path / "a.jpg")], top=2) == wanted.json()["predictions"]
-            assert client.predict([picture(4)], explain=True)[0]["explanation_method"] == "occlusion"
+            assert client.predict([make_image(4)], explain=True)[0]["explanation_method"] == "occlusion"
             with pytest.raises(ServerError, match="the image") as refused:
-                client.predict([b"no picture"])
+                client.predict([b"no image"])
             assert (refused.value.status, refused.value.code) == (400, "invalid_image")
             with pytest.raises(ValueError, match="no images"):
                 client.predict([])
             with pytest.raises(TypeError, match="expected lists"):
                 client.predict("a.jpg")
         with pytest.raises(RuntimeError, match="use it as `with Client"):
-            Client(url, key=KEY).predict([picture(1)])
+            Client(url, key=KEY).predict([make_image(1)])
         for found in asyncio.run(ask()):
             assert found["label"] == wanted.json()["predictions"][0]["label"] and len(found["top"]) == 2
         with Client(url) as client, pytest.raises(ServerError, match="asks for a key"):
-            client.predict([picture(1)])
+            client.predict([make_image(1)])
 
 
 class Busy(BaseHTTPRequestHandler):
@@ -93,10 +96,10 @@ def test_a_server_that_is_not_there_is_told() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_asks_a_server(bundle, serving, picture, tmp_path: Path) -> None:
+def test_the_command_asks_a_server(bundle, serving, make_image, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.jpg").write_bytes(picture(1))
-    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+    (tmp_path / "in" / "a.jpg").write_bytes(make_image(1))
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "refract", "predict", *arguments]
@@ -107,7 +110,7 @@ def test_the_command_asks_a_server(bundle, serving, picture, tmp_path: Path) -> 
     with serving(create_app(bundle)) as http:
         done = run("in", "bad.jpg", "gone.jpg", f"--url={http.base_url}", "--top", "2", "--json")
         rows = [json.loads(line) for line in done.stdout.splitlines()]
-        wanted = http.post("/v1/predict?top=2", content=picture(1)).json()["predictions"][0]
+        wanted = http.post("/v1/predict?top=2", content=make_image(1)).json()["predictions"][0]
         assert done.returncode == 1 and rows[0] == {"path": "in/a.jpg", **wanted}
         assert "the image" in rows[1]["error"] and "No such file" in rows[2]["error"]
         assert done.stderr == "refract predict: 2 of 3 were not answered\n"

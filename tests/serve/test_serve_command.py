@@ -56,11 +56,11 @@ def test_help_is_answered_without_the_heavy_imports():
     assert done.stdout.endswith("0 []\n")
 
 
-def test_the_access_log_is_json_and_nothing_else(bundle, picture):
+def test_the_access_log_is_json_and_nothing_else(bundle, make_image):
     process = start(str(bundle.path), "--port", "0", "--access-log")
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client:
-        client.post("/v1/predict", content=picture(1), headers={"X-Request-Id": "mine"})
+        client.post("/v1/predict", content=make_image(1), headers={"X-Request-Id": "mine"})
         client.get("/nothing")
     process.terminate()
     code, out, err = finish(process)
@@ -95,13 +95,13 @@ def test_a_reader_of_the_access_log_that_stalls_holds_nobody_up(bundle):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_gracefully_with_what_is_in_flight_answered(served, picture, number):
+def test_a_signal_ends_it_gracefully_with_what_is_in_flight_answered(served, make_image, number):
     process, url = served
     with httpx.Client(base_url=url, trust_env=False) as client:
         assert client.get("/readyz").status_code == 200
         too_large = client.post("/v1/predict", content=b"\0" * 200_000)
         assert too_large.status_code == 413
-    data = picture(3)
+    data = make_image(3)
     head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\nExpect: 100-continue\r\n\r\n"
     with socket.create_connection((url.host, url.port), timeout=20) as connection:
         connection.sendall(head.encode())
@@ -116,7 +116,7 @@ def test_a_signal_ends_it_gracefully_with_what_is_in_flight_answered(served, pic
     assert (code, out, err) == (0, "", "")
 
 
-def test_while_it_drains_it_answers_and_says_that_it_goes(bundle, picture):
+def test_while_it_drains_it_answers_and_says_that_it_goes(bundle, make_image):
     process = start(str(bundle.path), "--port", "0", "--drain-s", "60")
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client:
@@ -128,7 +128,7 @@ def test_while_it_drains_it_answers_and_says_that_it_goes(bundle, picture):
         assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
         assert client.get("/v2/health/ready").status_code == 503
         assert client.get("/livez").status_code == 200
-        assert client.post("/v1/predict", content=picture(1)).status_code == 200
+        assert client.post("/v1/predict", content=make_image(1)).status_code == 200
         process.terminate()  # the second signal does not wait
     code, out, err = finish(process)
     assert (code, out) == (0, "") and err.count("\n") == 1 and "asked to end; it answers for 60 s more" in err
@@ -170,7 +170,7 @@ def test_what_is_killed_while_it_starts_for_the_first_time_starts_again(bundle, 
     assert code == 0 and told["dropped"] == {} and set(told["rates"]) >= {"eager/1", "openvino/1", "onnx/1"}, err
 
 
-def test_what_is_stuck_does_not_keep_it_from_ending(bundle, picture):
+def test_what_is_stuck_does_not_keep_it_from_ending(bundle, make_image):
     """A decoder that never comes back; the limits are shortened, or the test would take half a minute."""
     code = (
         "import sys, threading, refract.serve.http.transport.server, refract.serve.requests.decoding, refract.serve.cli.command\n"
@@ -181,7 +181,7 @@ def test_what_is_stuck_does_not_keep_it_from_ending(bundle, picture):
     process = start(str(bundle.path), "--port", "0", "--deadline-s", "100", code=code)
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client, ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(client.post, "/v1/predict", content=picture(1), timeout=60)
+        asked = pool.submit(client.post, "/v1/predict", content=make_image(1), timeout=60)
         assert process.stdout.readline() == "stuck\n"
         process.terminate()
         code, _, err = finish(process)
@@ -219,9 +219,9 @@ def test_a_damaged_bundle(make_bundle, tmp_path):
     assert "weights.safetensors" in refused(str(bundle.path), "--port", "0")
 
 
-def test_a_golden_picture_that_is_answered_otherwise(make_bundle, tmp_path):
+def test_a_golden_image_that_is_answered_otherwise(make_bundle, tmp_path):
     bundle = make_bundle(tmp_path / "b", wrong=0.01)
-    assert "golden picture 00.jpg" in refused(str(bundle.path), "--port", "0")
+    assert "golden image 00.jpg" in refused(str(bundle.path), "--port", "0")
 
 
 def test_a_port_that_is_taken(bundle):
@@ -334,7 +334,7 @@ def test_a_signal_at_any_moment_of_a_first_start_ends_it(bundle, tmp_path):
             assert out == "" or out.startswith("Refract serves shapes ")
 
 
-def test_nothing_is_unpickled(bundle, picture):
+def test_nothing_is_unpickled(bundle, make_image):
     """An audit hook ends the process where a pickle asks for a class; that it would is tried first."""
     code = (
         "import os, pickle, sys, refract.serve.http.app, refract.serve.cli.command, torch, pathlib\n"
@@ -353,6 +353,6 @@ def test_nothing_is_unpickled(bundle, picture):
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client:
         for form in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"):
-            assert client.post("/v1/predict?explain=true", content=picture(1, form=form)).status_code == 200
+            assert client.post("/v1/predict?explain=true", content=make_image(1, form=form)).status_code == 200
     process.terminate()
     assert finish(process) == (0, "", "")

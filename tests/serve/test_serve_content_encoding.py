@@ -38,27 +38,27 @@ DECODED = {
 
 
 @pytest.mark.parametrize("name", DECODED)
-def test_a_known_coding_is_decoded(running, picture, name: str) -> None:
+def test_a_known_coding_is_decoded(running, make_image, name: str) -> None:
     encode, codings = DECODED[name]
-    plain = running.post("/v1/predict", content=picture(1)).json()
-    answer = post(running, encode(picture(1)), *codings)
+    plain = running.post("/v1/predict", content=make_image(1)).json()
+    answer = post(running, encode(make_image(1)), *codings)
     assert (answer.status_code, answer.json()) == (200, plain), answer.text
 
 
-def test_a_body_in_small_chunks_a_form_and_json_are_decoded(running, picture) -> None:
-    plain = running.post("/v1/predict", content=picture(1)).json()
-    data = gzip.compress(picture(1))
+def test_a_body_in_small_chunks_a_form_and_json_are_decoded(running, make_image) -> None:
+    plain = running.post("/v1/predict", content=make_image(1)).json()
+    data = gzip.compress(make_image(1))
     assert post(running, (data[i : i + 7] for i in range(0, len(data), 7)), "gzip").json() == plain
-    document = json.dumps({"image": base64.b64encode(picture(1)).decode()}).encode()
+    document = json.dumps({"image": base64.b64encode(make_image(1)).decode()}).encode()
     assert post(running, gzip.compress(document), "gzip", kind="application/json").json() == plain
-    form = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\n%s\r\n--x--\r\n' % picture(1)
+    form = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\n%s\r\n--x--\r\n' % make_image(1)
     assert post(running, zlib.compress(form), "deflate", kind="multipart/form-data; boundary=x").json() == plain
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
 @pytest.mark.parametrize("binary", [True, False])
-def test_tritons_client_may_compress(running, picture, coding: str, binary: bool) -> None:
-    given = picture(1) if binary else base64.b64encode(picture(1))
+def test_tritons_client_may_compress(running, make_image, coding: str, binary: bool) -> None:
+    given = make_image(1) if binary else base64.b64encode(make_image(1))
     encoded = triton.InferInput("encoded", [1], "BYTES")
     encoded.set_data_from_numpy(np.array([given], dtype=object), binary_data=binary)
     with triton.InferenceServerClient(f"{running.base_url.host}:{running.base_url.port}") as client:
@@ -108,7 +108,7 @@ def test_a_refused_media_type_does_not_speak_of_codings(running) -> None:
     assert answer.status_code == 415 and "accept-encoding" not in answer.headers
 
 
-def test_a_body_of_the_whole_limit_is_decoded(running, picture) -> None:
-    data = picture(1) + bytes(LIMIT - len(picture(1)))
+def test_a_body_of_the_whole_limit_is_decoded(running, make_image) -> None:
+    data = make_image(1) + bytes(LIMIT - len(make_image(1)))
     assert post(running, gzip.compress(data), "gzip").status_code == 200
     assert post(running, gzip.compress(data + b"\0"), "gzip").status_code == 413

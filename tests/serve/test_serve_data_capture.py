@@ -14,8 +14,8 @@ from PIL import Image
 
 from refract.augment.image_statistics import look
 from refract.serve.http.app import create_app
-from refract.serve.requests.decoding import Pictures, read
-from refract.serve.rollout.data_capture import WAITING, Sampling, _Shelf
+from refract.serve.requests.decoding import RequestImages, read
+from refract.serve.rollout.data_capture import WAITING, DataCapture, _DiskQuota
 from refract.serve.runtime.engine import Engine
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
@@ -29,19 +29,19 @@ def rows_of(folder: Path) -> list[dict]:
     ]
 
 
-def asked(data: bytes) -> Pictures:
+def asked(data: bytes) -> RequestImages:
     from refract.serve.requests.limits import Limits
 
     return read("image/jpeg", data, Limits())
 
 
-def test_what_is_asked_is_kept_with_the_numbers_that_the_answer_had(bundle, serving, picture, tmp_path):
-    sampling = Sampling(tmp_path / "log", share=1, most_bytes=MIB, below=0.4)
-    data = [picture(seed, size=(90, 60)) for seed in range(12)]
+def test_what_is_asked_is_kept_with_the_numbers_that_the_answer_had(bundle, serving, make_image, tmp_path):
+    sampling = DataCapture(tmp_path / "log", share=1, most_bytes=MIB, below=0.4)
+    data = [make_image(seed, size=(90, 60)) for seed in range(12)]
     with serving(create_app(bundle, sampling=sampling)) as client:
         answers = [client.post("/v1/predict?top=1", content=one).json()["predictions"][0] for one in data]
         client.post("/v1/predict?tta=flip&explain=true", files=[("a", data[0]), ("b", data[1])])
-        client.post("/v1/predict", content=b"no picture")
+        client.post("/v1/predict", content=b"no image")
     rows = rows_of(tmp_path / "log")
     assert len(rows) == 14 and {row["model"] for row in rows} == {bundle.digest[:16]}
     preprocess = Engine(bundle).preprocess
@@ -51,43 +51,43 @@ def test_what_is_asked_is_kept_with_the_numbers_that_the_answer_had(bundle, serv
         )
         expected = {"width": 90, "height": 60, "aspect": 1.5, **look(preprocess(one))._asdict()}
         assert row["statistics"] == pytest.approx(expected, abs=1e-5)
-        kept = row["picture"] and (tmp_path / "log" / row["picture"]).read_bytes()
+        kept = row["image"] and (tmp_path / "log" / row["image"]).read_bytes()
         assert kept == (one if answer["confidence"] < 0.4 else None)
-    assert 0 < sum(row["picture"] is not None for row in rows[:12]) < 12, "some were unsure"
+    assert 0 < sum(row["image"] is not None for row in rows[:12]) < 12, "some were unsure"
     files = [file for file in (tmp_path / "log").rglob("*") if file.is_file()]
     assert all(file.stat().st_mode & 0o077 == 0 for file in files), "nobody else's to read"
 
 
-def test_about_the_share_is_drawn_and_a_shadow_is_not(bundle, other, picture, tmp_path, serving):
+def test_about_the_share_is_drawn_and_a_shadow_is_not(bundle, other, make_image, tmp_path, serving):
     from refract.serve.rollout.canary import Challenge
 
-    sampling = Sampling(tmp_path / "log", share=0.3, most_bytes=MIB, below=0)
+    sampling = DataCapture(tmp_path / "log", share=0.3, most_bytes=MIB, below=0)
     challenge = Challenge(Engine(other), 1.0, False)
     with serving(create_app(bundle, sampling=sampling, challenge=challenge)) as client:
         for _ in range(20):
-            client.post("/v1/predict", files=[("a", picture(seed)) for seed in range(10)])
+            client.post("/v1/predict", files=[("a", make_image(seed)) for seed in range(10)])
     rows = rows_of(tmp_path / "log")
     assert 30 <= len(rows) <= 90 and {row["model"] for row in rows} == {bundle.digest[:16]}
-    assert not list((tmp_path / "log" / "pictures").iterdir())
+    assert not list((tmp_path / "log" / "images").iterdir())
 
 
 def test_tensors_and_several_labels(make_bundle, serving, tmp_path):
     several = make_bundle(tmp_path / "several", task="multilabel", thresholds=[0.5] * 10)
-    sampling = Sampling(tmp_path / "log", share=1, most_bytes=MIB, below=1)
+    sampling = DataCapture(tmp_path / "log", share=1, most_bytes=MIB, below=1)
     tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 4, 8, 3], "data": [100] * 96}
     with serving(create_app(several, sampling=sampling)) as client:
         found = client.post("/v2/models/shapes/infer", json={"inputs": [tensor]}).json()["outputs"][0]["data"]
     (row,) = rows_of(tmp_path / "log")
     given = np.array(found, np.float32)
-    assert row["answered"] == [f"class {i}" for i in np.flatnonzero(given >= 0.5)] and row["picture"] is None
+    assert row["answered"] == [f"class {i}" for i in np.flatnonzero(given >= 0.5)] and row["image"] is None
     assert row["confidence"] == pytest.approx(np.maximum(given, 1 - given).mean(), abs=1e-5)
     assert (row["statistics"]["width"], row["statistics"]["brightness"]) == (8, pytest.approx(100 / 255, abs=1e-3))
 
 
-def test_it_never_takes_more_than_its_megabytes_and_the_oldest_gives_way(bundle, picture, tmp_path):
-    sampling = Sampling(tmp_path, share=1, most_bytes=200_000, below=1)
+def test_it_never_takes_more_than_its_megabytes_and_the_oldest_gives_way(bundle, make_image, tmp_path):
+    sampling = DataCapture(tmp_path, share=1, most_bytes=200_000, below=1)
     sampling.start()
-    data = picture(0, size=(300, 300))
+    data = make_image(0, size=(300, 300))
     row, batch = np.full((1, 10), 0.1, np.float32), np.zeros((1, 32, 32, 3), np.uint8)
     most = 0
     for _ in range(6):
@@ -96,26 +96,28 @@ def test_it_never_takes_more_than_its_megabytes_and_the_oldest_gives_way(bundle,
         while sampling._held:
             time.sleep(0.001)
         most = max(most, sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()))
-    newest = sorted(file.name for file in (tmp_path / "pictures").iterdir())[-1]
-    assert 100_000 < most <= 200_000 and rows_of(tmp_path)[-1]["picture"] == f"pictures/{newest}"
+    newest = sorted(file.name for file in (tmp_path / "images").iterdir())[-1]
+    assert 100_000 < most <= 200_000 and rows_of(tmp_path)[-1]["image"] == f"images/{newest}"
     sampling.stop()
-    again = Sampling(tmp_path, share=1, most_bytes=50_000, below=1)
+    again = DataCapture(tmp_path, share=1, most_bytes=50_000, below=1)
     again.start()
     again.offer(bundle, asked(data), batch, row)
     again.stop()
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= 50_000, "what lay there counts"
 
 
-def test_a_picture_that_would_take_the_shelf_is_not_kept(tmp_path):
-    shelf = _Shelf(tmp_path, "[!.]*", 1000)
+def test_a_image_that_would_take_the_shelf_is_not_kept(tmp_path):
+    shelf = _DiskQuota(tmp_path, "[!.]*", 1000)
     assert shelf.keep("a", b"x" * 101) is None and shelf.keep("b", b"x" * 100) == "b"
     (tmp_path / ".c.partial").touch()
-    _Shelf(tmp_path, "[!.]*", 1000)
+    _DiskQuota(tmp_path, "[!.]*", 1000)
     assert [file.name for file in tmp_path.iterdir()] == ["b"], "what a crash left is swept"
 
 
-def test_a_thread_that_hangs_delays_nobody_and_what_waits_is_bounded(bundle, serving, picture, tmp_path, monkeypatch):
-    sampling = Sampling(tmp_path, share=1, most_bytes=MIB, below=1)
+def test_a_thread_that_hangs_delays_nobody_and_what_waits_is_bounded(
+    bundle, serving, make_image, tmp_path, monkeypatch
+):
+    sampling = DataCapture(tmp_path, share=1, most_bytes=MIB, below=1)
     ends: list[str] = []
     hold = threading.Event()
     monkeypatch.setattr(sampling, "_write", lambda sample: hold.wait(60))
@@ -124,36 +126,36 @@ def test_a_thread_that_hangs_delays_nobody_and_what_waits_is_bounded(bundle, ser
     with serving(app) as client:
         began = time.monotonic()
         for _ in range(30):
-            assert client.post("/v1/predict", files=[("a", picture(seed)) for seed in range(20)]).status_code == 200
+            assert client.post("/v1/predict", files=[("a", make_image(seed)) for seed in range(20)]).status_code == 200
         assert time.monotonic() - began < 20
         assert ends.count("dropped") >= 600 - WAITING - 1 and sampling._waiting.qsize() <= WAITING
         hold.set()
 
 
-def test_large_pictures_that_wait_are_bounded_by_their_bytes(bundle, picture, tmp_path):
-    sampling = Sampling(tmp_path, share=1, most_bytes=1000 * MIB, below=1)  # never started: all waits
+def test_large_images_that_wait_are_bounded_by_their_bytes(bundle, make_image, tmp_path):
+    sampling = DataCapture(tmp_path, share=1, most_bytes=1000 * MIB, below=1)  # never started: all waits
     ends: list[str] = []
     sampling.count = ends.append
-    large = asked(picture(0) + b"\0" * 10 * MIB)
+    large = asked(make_image(0) + b"\0" * 10 * MIB)
     for _ in range(5):
         sampling.offer(bundle, large, np.zeros((1, 32, 32, 3), np.uint8), np.full((1, 10), 0.1, np.float32))
     assert ends == ["dropped"] * 2 and sampling._held < 32 * MIB
 
 
-def test_a_folder_that_is_taken_away_costs_no_answer(bundle, serving, picture, tmp_path, caplog):
-    sampling = Sampling(tmp_path / "log", share=1, most_bytes=MIB, below=1)
-    (tmp_path / "log" / "pictures").rmdir()
+def test_a_folder_that_is_taken_away_costs_no_answer(bundle, serving, make_image, tmp_path, caplog):
+    sampling = DataCapture(tmp_path / "log", share=1, most_bytes=MIB, below=1)
+    (tmp_path / "log" / "images").rmdir()
     (tmp_path / "log").rmdir()
     (tmp_path / "log").write_text("a file in its place")
     app = create_app(bundle, sampling=sampling)
     with caplog.at_level(logging.WARNING), serving(app) as client:
-        assert [client.post("/v1/predict", content=picture(seed)).status_code for seed in range(5)] == [200] * 5
+        assert [client.post("/v1/predict", content=make_image(seed)).status_code for seed in range(5)] == [200] * 5
     assert caplog.text.count("samples cannot be kept") == 1, "once a minute"
     counted = app.state.service.metrics.registry.get_sample_value("refract_sampled_total", {"end": "failed"})
     assert counted == 5
 
 
-def test_the_command_samples_and_drift_would_find_it(bundle, picture, tmp_path):
+def test_the_command_samples_and_drift_would_find_it(bundle, make_image, tmp_path):
     from test_serve_command import finish, start
 
     folder = tmp_path / "log"
@@ -163,7 +165,7 @@ def test_the_command_samples_and_drift_would_find_it(bundle, picture, tmp_path):
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client:
         for seed in range(3):
-            assert client.post("/v1/predict", content=picture(seed)).status_code == 200
+            assert client.post("/v1/predict", content=make_image(seed)).status_code == 200
     process.terminate()
     assert finish(process)[0] == 0 and len(rows_of(folder)) == 3, "what waited was written before the end"
 
@@ -185,11 +187,11 @@ def test_a_file_in_place_of_the_folder_is_told_at_the_start(bundle, tmp_path):
     assert code == 2 and err.startswith("refract serve: --sample: ")
 
 
-def test_what_waits_is_written_before_the_end(bundle, serving, picture, tmp_path, monkeypatch):
-    sampling = Sampling(tmp_path, share=1, most_bytes=MIB, below=0)
+def test_what_waits_is_written_before_the_end(bundle, serving, make_image, tmp_path, monkeypatch):
+    sampling = DataCapture(tmp_path, share=1, most_bytes=MIB, below=0)
     for seed in range(50):
         sampling.offer(
-            bundle, asked(picture(seed)), np.zeros((1, 32, 32, 3), np.uint8), np.full((1, 10), 0.1, np.float32)
+            bundle, asked(make_image(seed)), np.zeros((1, 32, 32, 3), np.uint8), np.full((1, 10), 0.1, np.float32)
         )
     own, ended = sampling.stop, []
     monkeypatch.setattr(sampling, "stop", lambda: ended.append(own()))

@@ -1,4 +1,4 @@
-"""An engine answers as its bundle promised, or says which golden picture it cannot answer."""
+"""An engine answers as its bundle promised, or says which golden image it cannot answer."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -7,43 +7,45 @@ import numpy as np
 import pytest
 import torch
 
-from refract.models.bundle.bundle import BundleError, Golden
+from refract.models.bundle.bundle import BundleError, GoldenSample
 from refract.models.classifier import probabilities
-from refract.pipeline.inference.scoring import Question, score
+from refract.pipeline.inference.scoring import SampleInput, score
 from refract.serve.http.app import create_app
 from refract.serve.runtime.engine import Engine, build
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
-def test_a_batch_equals_its_pictures_alone(make_bundle, picture, reference, tmp_path, task):
+def test_a_batch_equals_its_images_alone(make_bundle, make_image, reference, tmp_path, task):
     bundle = make_bundle(tmp_path / "b", task=task, thresholds=[0.5] * 10 if task == "multilabel" else ())
     engine = Engine(bundle)
-    batch = np.stack([engine.preprocess(picture(i)) for i in range(5)])
+    batch = np.stack([engine.preprocess(make_image(i)) for i in range(5)])
     before, answers = batch.copy(), engine.predict(batch)
     assert (answers.shape, answers.dtype) == ((5, 10), np.float32)
     np.testing.assert_array_equal(batch, before)
     for i in range(5):
-        np.testing.assert_allclose(answers[i], reference(bundle.classifier("cpu"), picture(i), task), atol=1e-6)
+        np.testing.assert_allclose(answers[i], reference(bundle.classifier("cpu"), make_image(i), task), atol=1e-6)
 
 
 def test_the_self_test_passes_on_its_own_goldens(bundle):
     Engine(bundle).self_test()
 
 
-def test_the_self_test_names_the_picture_that_differs(bundle):
-    good, bad = bundle.goldens[0], bundle.goldens[1]
-    other = Golden(bad.name, bad.data, tuple(reversed(bad.probabilities)))
-    engine = Engine(dataclasses.replace(bundle, goldens=(good, other)))
-    with pytest.raises(BundleError, match=r"golden picture 01\.jpg is answered with 'class \d' where 'class \d'"):
+def test_the_self_test_names_the_image_that_differs(bundle):
+    good, bad = bundle.golden_samples[0], bundle.golden_samples[1]
+    other = GoldenSample(bad.name, bad.data, tuple(reversed(bad.probabilities)))
+    engine = Engine(dataclasses.replace(bundle, golden_samples=(good, other)))
+    with pytest.raises(BundleError, match=r"golden image 01\.jpg is answered with 'class \d' where 'class \d'"):
         engine.self_test()
 
 
 def test_the_self_test_allows_the_stated_tolerance_and_no_more(bundle):
     def shifted(by: float) -> Engine:
-        golden = bundle.goldens[0]
+        golden = bundle.golden_samples[0]
         answers = np.array(golden.probabilities)
         answers[answers.argmax()] -= by
-        return Engine(dataclasses.replace(bundle, goldens=(Golden("x.jpg", golden.data, tuple(answers.tolist())),)))
+        return Engine(
+            dataclasses.replace(bundle, golden_samples=(GoldenSample("x.jpg", golden.data, tuple(answers.tolist())),))
+        )
 
     shifted(0.0015).self_test()
     with pytest.raises(BundleError, match=r"off by 0\.0025"):
@@ -54,22 +56,22 @@ def test_answers_that_are_no_numbers_fail_the_self_test(bundle):
     engine = Engine(bundle)
     with torch.no_grad():
         engine._classifier.mean.fill_(float("nan"))
-    with pytest.raises(BundleError, match="golden picture"):
+    with pytest.raises(BundleError, match="golden image"):
         engine.self_test()
 
 
 @pytest.mark.parametrize(
-    ("goldens", "message"),
-    [((), "no golden pictures"), ((Golden("a.jpg", b"no picture", (0.1,) * 10),), "a.jpg cannot be read")],
+    ("golden_samples", "message"),
+    [((), "no golden images"), ((GoldenSample("a.jpg", b"no image", (0.1,) * 10),), "a.jpg cannot be read")],
 )
-def test_goldens_that_prove_nothing_are_refused(bundle, goldens, message):
+def test_goldens_that_prove_nothing_are_refused(bundle, golden_samples, message):
     with pytest.raises(BundleError, match=message):
-        Engine(dataclasses.replace(bundle, goldens=goldens)).self_test()
+        Engine(dataclasses.replace(bundle, golden_samples=golden_samples)).self_test()
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
 @pytest.mark.parametrize("loud", [1, 400], ids=["unsure", "sure"])
-def test_a_mirrored_answer_is_that_of_evaluation(make_bundle, serving, picture, tmp_path, task, loud):
+def test_a_mirrored_answer_is_that_of_evaluation(make_bundle, serving, make_image, tmp_path, task, loud):
     """loud: times which the logits are larger, so that their probabilities are 0 and 1 in float32."""
     bundle = make_bundle(tmp_path / "b", task=task, thresholds=[0.5] * 10 if task == "multilabel" else ())
     engine = Engine(bundle)
@@ -77,15 +79,15 @@ def test_a_mirrored_answer_is_that_of_evaluation(make_bundle, serving, picture, 
         last = [layer for layer in engine._classifier.modules() if isinstance(layer, torch.nn.Linear)][-1]
         last.weight.mul_(loud)
         last.bias.mul_(loud)
-    data, info = [picture(i) for i in range(8)], bundle.info
-    questions = [Question(lambda one=one: one) for one in data]
+    data, info = [make_image(i) for i in range(8)], bundle.info
+    questions = [SampleInput(lambda one=one: one) for one in data]
     options = {"task": task, "temperature": info.temperature, "tta": "flip"}
     wanted = np.stack(list(score(engine._classifier, engine.preprocess, questions, **options)))
     inputs = np.stack([engine.preprocess(one) for one in data])
     straight, mirrored = (engine.compute(views)[:, 1] for views in (inputs, inputs[:, :, ::-1].copy()))
     np.testing.assert_allclose(engine.mean(straight, mirrored), wanted, atol=1e-6)
     app = create_app(engine)
-    app.state.service.engine.self_test = lambda: 0.01  # its golden pictures are of the quiet network
+    app.state.service.engine.self_test = lambda: 0.01  # its golden images are of the quiet network
     with serving(app) as client:
         answer = client.post("/v1/predict?tta=flip&top=10", files=[("f", ("x.jpg", one)) for one in data])
     for row, found in zip(wanted, answer.json()["predictions"], strict=True):
@@ -103,20 +105,20 @@ def test_the_mean_of_opposite_answers_is_the_surer_ones(make_bundle, tmp_path, t
     np.testing.assert_array_equal(engine.mean(one, other), wanted)
 
 
-def test_replicas_answer_as_one_and_are_all_tried(bundle, serving, picture, monkeypatch) -> None:
+def test_replicas_answer_as_one_and_are_all_tried(bundle, serving, make_image, monkeypatch) -> None:
     threads = torch.get_num_threads()
     engine = build(bundle, ["cpu", "cpu"], replicas=2)
     assert engine.devices == ("cpu",) * 4 and len(engine.workers) == 4
-    batch = np.stack([engine.preprocess(picture(i)) for i in range(3)])
+    batch = np.stack([engine.preprocess(make_image(i)) for i in range(3)])
     for worker in engine.workers:
         np.testing.assert_array_equal(worker(batch)[:, 0], engine.predict(batch))
     with serving(create_app(engine)) as client, ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda i: client.post("/v1/predict?top=1", content=picture(i % 3)), range(40)))
+        answers = list(pool.map(lambda i: client.post("/v1/predict?top=1", content=make_image(i % 3)), range(40)))
         rows = engine.predict(batch)
         for i, answer in enumerate(answers):
             assert answer.json()["predictions"][0]["confidence"] == pytest.approx(rows[i % 3].max(), abs=1e-5)
         assert client.get("/v1/model").json()["device"] == "cpu, cpu, cpu, cpu"
     monkeypatch.setattr(engine.others[2], "_answers", lambda *_: np.zeros((1, 2, 10), np.float32))
-    with pytest.raises(BundleError, match="golden picture"):
+    with pytest.raises(BundleError, match="golden image"):
         engine.self_test()
     torch.set_num_threads(threads)

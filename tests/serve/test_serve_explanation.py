@@ -18,9 +18,9 @@ from refract.serve.runtime.explanation import Explanations, png
 
 
 @pytest.fixture(scope="module")
-def image(bundle, picture) -> np.ndarray:
+def image(bundle, make_image) -> np.ndarray:
     """The network's input, a part of which speaks for the label."""
-    return Preprocess.from_dict(bundle.info.preprocess)(picture(4))
+    return Preprocess.from_dict(bundle.info.preprocess)(make_image(4))
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ def test_the_drawing_is_red_where_it_is_hot_and_transparent_elsewhere() -> None:
     assert layer[5, 5, 0] > layer[5, 5, 2]
 
 
-def test_the_answer_carries_an_image_of_the_networks_size_and_the_method(bundle, serving, picture) -> None:
+def test_the_answer_carries_an_image_of_the_networks_size_and_the_method(bundle, serving, make_image) -> None:
     with serving(create_app(bundle)) as client:
-        answer = client.post("/v1/predict?explain=true", content=picture(4))
+        answer = client.post("/v1/predict?explain=true", content=make_image(4))
         (found,) = answer.json()["predictions"]
         assert Image.open(io.BytesIO(base64.b64decode(found["explanation"]))).size == (32, 32)
         assert found["explanation_method"] == "occlusion" and "explanation_problem" not in found
         assert "explain;dur=" in answer.headers["server-timing"]
-        plain = client.post("/v1/predict", content=picture(4)).json()["predictions"][0]
+        plain = client.post("/v1/predict", content=make_image(4)).json()["predictions"][0]
         assert not any(key.startswith("explanation") for key in plain) and plain["top"] == found["top"]
 
 

@@ -37,18 +37,18 @@ class Small:
         return self.forward(images)
 
 
-def images_of(engine: Engine, picture, count: int) -> np.ndarray:
-    return np.stack([engine.preprocess(picture(number)) for number in range(count)])
+def images_of(engine: Engine, make_image, count: int) -> np.ndarray:
+    return np.stack([engine.preprocess(make_image(number)) for number in range(count)])
 
 
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")]
 )
 def test_a_batch_that_does_not_fit_is_computed_in_smaller_parts(
-    error: Exception, bundle, picture, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    error: Exception, bundle, make_image, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(bundle)
-    images = images_of(engine, picture, 7)
+    images = images_of(engine, make_image, 7)
     expected = engine.compute(images)
     small = Small(engine._forward, 2, error)
     engine._forward = small
@@ -66,9 +66,9 @@ def test_a_batch_that_does_not_fit_is_computed_in_smaller_parts(
     assert max(small.batches) == 7
 
 
-def test_other_errors_and_a_sample_that_never_fits_are_raised(bundle, picture) -> None:
+def test_other_errors_and_a_sample_that_never_fits_are_raised(bundle, make_image) -> None:
     engine = Engine(bundle)
-    images = images_of(engine, picture, 3)
+    images = images_of(engine, make_image, 3)
     for most, error in (
         (2, RuntimeError("a shape that no network takes")),
         (0, torch.OutOfMemoryError("CUDA out of memory")),
@@ -90,9 +90,9 @@ def test_the_start_computes_each_size_and_names_memory_that_is_too_small(bundle)
         engine.warm_up(12)
 
 
-def test_two_threads_share_a_device_without_mixing_their_batches(bundle, picture) -> None:
+def test_two_threads_share_a_device_without_mixing_their_batches(bundle, make_image) -> None:
     engine = Engine(bundle)
-    images = images_of(engine, picture, 6)
+    images = images_of(engine, make_image, 6)
     expected = engine.compute(images)
     together = threading.Barrier(2)
 

@@ -40,23 +40,23 @@ def wait_for(client, wanted: list[int]) -> None:
 
 
 @pytest.mark.parametrize("how", ["raise", "nan"])
-def test_an_engine_that_always_fails_is_taken_out_and_then_started_anew(bundle, serving, picture, how) -> None:
+def test_an_engine_that_always_fails_is_taken_out_and_then_started_anew(bundle, serving, make_image, how) -> None:
     engine = Failing(bundle)
     with serving(create_app(engine, max_wait_ms=0)) as client:
         assert probes(client) == [200] * 4
         engine.how = how
         for _ in range(FAILURES):
-            assert client.post("/v1/predict", content=picture(1)).status_code == 500
+            assert client.post("/v1/predict", content=make_image(1)).status_code == 500
         wait_for(client, [503, 503, 200, 200])
-        refused = client.post("/v1/predict", content=picture(1))
+        refused = client.post("/v1/predict", content=make_image(1))
         assert (refused.status_code, refused.json()["code"]) == (503, "not_ready")
         wait_for(client, [503] * 4)
         engine.how = None
         wait_for(client, [200] * 4)
-        assert client.post("/v1/predict", content=picture(1)).status_code == 200
+        assert client.post("/v1/predict", content=make_image(1)).status_code == 200
 
 
-def test_one_that_passes_its_self_test_goes_on(bundle, serving, picture) -> None:
+def test_one_that_passes_its_self_test_goes_on(bundle, serving, make_image) -> None:
     """It fails on what it was sent, not always."""
     tests: list[int] = []
 
@@ -70,14 +70,14 @@ def test_one_that_passes_its_self_test_goes_on(bundle, serving, picture) -> None
     with serving(create_app(engine, max_wait_ms=0)) as client:
         engine.how = "raise"
         for _ in range(FAILURES - 1):
-            assert client.post("/v1/predict", content=picture(1)).status_code == 500
+            assert client.post("/v1/predict", content=make_image(1)).status_code == 500
         engine.how = None
-        assert client.post("/v1/predict", content=picture(1)).status_code == 200
+        assert client.post("/v1/predict", content=make_image(1)).status_code == 200
         engine.how = "raise"
         for _ in range(FAILURES - 1):
-            assert client.post("/v1/predict", content=picture(1)).status_code == 500
+            assert client.post("/v1/predict", content=make_image(1)).status_code == 500
         assert len(tests) == 1, "never so many in a row"
-        assert client.post("/v1/predict", content=picture(1)).status_code == 500
+        assert client.post("/v1/predict", content=make_image(1)).status_code == 500
         end = time.monotonic() + 20
         while len(tests) < 2:
             assert time.monotonic() < end
@@ -85,16 +85,16 @@ def test_one_that_passes_its_self_test_goes_on(bundle, serving, picture) -> None
         assert probes(client) == [200] * 4
 
 
-COUNTED = "refract_challenger_pictures_total"
+COUNTED = "refract_challenger_images_total"
 
 
-def test_a_canary_that_answers_no_numbers_is_asked_no_more(bundle, other, serving, picture) -> None:
+def test_a_canary_that_answers_no_numbers_is_asked_no_more(bundle, other, serving, make_image) -> None:
     engine = Failing(other)
     app = create_app(bundle, challenge=Challenge(engine, share=1, answers=True))
     with serving(app) as client:
         engine.how = "nan"
         for i in range(FAILURES):
-            answer = client.post("/v1/predict", content=picture(i))
+            answer = client.post("/v1/predict", content=make_image(i))
             assert answer.status_code == 200 and answer.json()["model"]["digest"] == bundle.digest
         end = time.monotonic() + 20
         while not app.state.service.challenger.lane.unfit:
@@ -103,9 +103,9 @@ def test_a_canary_that_answers_no_numbers_is_asked_no_more(bundle, other, servin
         assert probes(client) == [200] * 4
         failed = app.state.service.metrics.registry.get_sample_value(COUNTED, {"end": "failed"})
         for i in range(5):
-            assert client.post("/v1/predict", content=picture(i)).status_code == 200
+            assert client.post("/v1/predict", content=make_image(i)).status_code == 200
         assert app.state.service.metrics.registry.get_sample_value(COUNTED, {"end": "failed"}) == failed, "not asked"
         engine.how = None
-        while client.post("/v1/predict", content=picture(1)).json()["model"]["digest"] != other.digest:
+        while client.post("/v1/predict", content=make_image(1)).json()["model"]["digest"] != other.digest:
             assert time.monotonic() < end
             time.sleep(0.05)

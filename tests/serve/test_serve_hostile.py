@@ -15,7 +15,7 @@ DEADLINE_S = 30
 
 
 @pytest.mark.slow
-def test_nothing_that_is_damaged_or_hostile_is_more_than_refused_and_odd_pictures_are_answered(bundle, serving) -> None:
+def test_nothing_that_is_damaged_or_hostile_is_more_than_refused_and_odd_images_are_answered(bundle, serving) -> None:
     corpus = [*cases(), *odd_but_valid(np.random.default_rng(1))]
     assert len(corpus) > 2_000
     with serving(create_app(bundle, deadline_s=DEADLINE_S)) as client, ThreadPoolExecutor(4) as pool:

@@ -1,4 +1,4 @@
-"""What is legal and dear: large pictures, heat maps, and JSON of many parts."""
+"""What is legal and dear: large images, heat maps, and JSON of many parts."""
 
 import asyncio
 import io
@@ -16,11 +16,11 @@ from PIL import Image
 from refract.models.occlusion import Occlusion
 from refract.serve.http.app import create_app
 from refract.serve.http.routes import v2
-from refract.serve.requests.decoding import Pictures
+from refract.serve.requests.decoding import RequestImages
 from refract.serve.requests.limits import OverloadedError
 from refract.serve.requests.parsing import SPARE, parsed
 from refract.serve.runtime.engine import Engine
-from refract.serve.runtime.pools import Threads
+from refract.serve.runtime.pools import PricedPool
 from refract.serve.runtime.service import LARGE, READERS, Service
 from refract.serve.runtime.work import Work
 
@@ -33,7 +33,7 @@ def test_threads_tell_how_long_what_waits_for_them_will_take(monkeypatch: pytest
         now[0] += seconds
 
     async def main() -> None:
-        threads = Threads(2, "test", pace=0.5)
+        threads = PricedPool(2, "test", pace=0.5)
         assert threads.expected(100) == 0, "what can begin at once is not refused"
         with threads.promised(4), threads.promised(0.3):
             assert threads.expected(0) == pytest.approx(4.3 * 0.5 / 2)
@@ -65,10 +65,10 @@ def flat() -> bytes:
 
 
 @pytest.mark.slow
-def test_large_pictures_are_refused_in_time_and_ordinary_ones_do_not_wait_for_them(
-    bundle, serving, picture, flat
+def test_large_images_are_refused_in_time_and_ordinary_ones_do_not_wait_for_them(
+    bundle, serving, make_image, flat
 ) -> None:
-    photo = picture(1, size=(640, 480))
+    photo = make_image(1, size=(640, 480))
     with serving(create_app(bundle, deadline_s=100)) as client:
         began = time.monotonic()
         assert client.post("/v1/predict", content=flat, headers={"content-type": "image/png"}).status_code == 200
@@ -95,18 +95,20 @@ def test_large_pictures_are_refused_in_time_and_ordinary_ones_do_not_wait_for_th
 def test_large_requests_leave_threads_to_the_others(bundle, served) -> None:
     """As many as there are cores are held in the decoder: a small one is answered all the same."""
     row = np.zeros((1, 32, 32, 3), np.uint8)
-    go_on = threading.Event()
+    resume = threading.Event()
 
     def held(*_) -> np.ndarray:
-        assert go_on.wait(20)
+        assert resume.wait(20)
         return row
 
     async def story(service: Service) -> None:
-        large = [asyncio.create_task(service.predict(Work(lambda: Pictures(1, LARGE + 1, held)))) for _ in range(64)]
+        large = [
+            asyncio.create_task(service.predict(Work(lambda: RequestImages(1, LARGE + 1, held)))) for _ in range(64)
+        ]
         await asyncio.sleep(0)
-        small = await asyncio.wait_for(service.predict(Work(lambda: Pictures(1, 1, lambda *_: row))), 5)
+        small = await asyncio.wait_for(service.predict(Work(lambda: RequestImages(1, 1, lambda *_: row))), 5)
         assert small.probabilities.shape == (1, 10)
-        go_on.set()
+        resume.set()
         ends = await asyncio.gather(*large, return_exceptions=True)
         assert {type(end) for end in ends} <= {type(small), OverloadedError}
 
@@ -115,7 +117,7 @@ def test_large_requests_leave_threads_to_the_others(bundle, served) -> None:
 
 @pytest.mark.slow
 def test_heat_maps_that_could_not_be_drawn_in_time_are_refused_before_anything_is_decoded(
-    bundle, serving, picture, monkeypatch
+    bundle, serving, make_image, monkeypatch
 ) -> None:
     steps = Occlusion.steps
 
@@ -126,18 +128,18 @@ def test_heat_maps_that_could_not_be_drawn_in_time_are_refused_before_anything_i
 
     monkeypatch.setattr(Occlusion, "steps", slow)
     with serving(create_app(bundle, deadline_s=5)) as client, ThreadPoolExecutor(30) as pool:
-        assert client.post("/v1/predict?explain=true", content=picture(1)).status_code == 200
+        assert client.post("/v1/predict?explain=true", content=make_image(1)).status_code == 200
         for _ in range(4):
-            client.post("/v1/predict?explain=true", files=[("f", ("x.jpg", picture(1)))] * 2)
-        answers = list(pool.map(lambda i: client.post("/v1/predict?explain=true", content=picture(i)), range(30)))
+            client.post("/v1/predict?explain=true", files=[("f", ("x.jpg", make_image(1)))] * 2)
+        answers = list(pool.map(lambda i: client.post("/v1/predict?explain=true", content=make_image(i)), range(30)))
         assert {answer.status_code for answer in answers} == {200, 429}
-        assert client.post("/v1/predict", content=picture(1)).status_code == 200
+        assert client.post("/v1/predict", content=make_image(1)).status_code == 200
 
 
 def test_bodies_are_read_on_threads_and_few_at_a_time(bundle, served) -> None:
     inside, most, names, alone = [0], [0], set(), threading.Lock()
 
-    def reading() -> Pictures:
+    def reading() -> RequestImages:
         with alone:
             inside[0] += 1
             most[0] = max(most[0], inside[0])
@@ -145,7 +147,7 @@ def test_bodies_are_read_on_threads_and_few_at_a_time(bundle, served) -> None:
         time.sleep(0.01)
         with alone:
             inside[0] -= 1
-        return Pictures(1, 0.1, lambda *_: np.zeros((1, 32, 32, 3), np.uint8))
+        return RequestImages(1, 0.1, lambda *_: np.zeros((1, 32, 32, 3), np.uint8))
 
     async def story(service: Service) -> None:
         await asyncio.gather(*(service.predict(Work(reading)) for _ in range(12)))
@@ -200,7 +202,7 @@ def test_what_stands_in_a_text_is_no_part_of_the_document() -> None:
         parsed(bomb('"{"', 1_000_000), objects=SPARE, values=SPARE)
 
 
-def test_no_picture_that_may_be_sent_as_numbers_is_refused_for_its_numbers() -> None:
+def test_no_image_that_may_be_sent_as_numbers_is_refused_for_its_numbers() -> None:
     """The most that `max_total_pixels` allows, one list a pixel."""
     shape = (3, 7, 9, 3)
     text = json.dumps({"inputs": [{"shape": shape, "data": np.ones(shape, int).tolist()}]}).encode()

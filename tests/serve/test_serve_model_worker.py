@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from refract.serve.requests.decoding import Pictures
-from refract.serve.requests.limits import Limits, OverloadedError, Room
+from refract.serve.requests.decoding import RequestImages
+from refract.serve.requests.limits import Budget, Limits, OverloadedError
 from refract.serve.runtime.engine import Engine
-from refract.serve.runtime.model_worker import Lane
-from refract.serve.runtime.pools import Threads
+from refract.serve.runtime.model_worker import ModelWorker
+from refract.serve.runtime.pools import PricedPool
 from refract.serve.runtime.service import Service
 from refract.serve.runtime.work import Work
 
 
 class Paced(Engine):
-    """Tells a tenth of a second for each picture, and computes when let."""
+    """Tells a tenth of a second for each image, and computes when let."""
 
     def __init__(self, bundle):
         super().__init__(bundle)
@@ -41,8 +41,8 @@ def batch(count: int) -> np.ndarray:
 
 def on_lane(bundle, story) -> None:
     async def main() -> None:
-        engine, threads = Paced(bundle), Threads(1, "test", pace=1)
-        lane = Lane(engine, decoders=lambda _: threads, room=Room(Limits()), metrics=None, max_wait_ms=0)
+        engine, threads = Paced(bundle), PricedPool(1, "test", pace=1)
+        lane = ModelWorker(engine, decoders=lambda _: threads, room=Budget(Limits()), metrics=None, max_wait_ms=0)
         lane.start(engine.self_test())
         try:
             await asyncio.wait_for(story(lane, engine), 20)
@@ -54,7 +54,7 @@ def on_lane(bundle, story) -> None:
 
 
 def test_what_is_being_computed_is_before_what_comes(bundle) -> None:
-    async def story(lane: Lane, engine: Paced) -> None:
+    async def story(lane: ModelWorker, engine: Paced) -> None:
         first = asyncio.create_task(lane.submit(batch(20)))
         await asyncio.to_thread(engine.entered.wait, 20)
         assert not lane.waiting and lane.expected() == pytest.approx(2.0)
@@ -69,7 +69,7 @@ def test_what_is_being_computed_is_before_what_comes(bundle) -> None:
 
 
 def test_a_large_batch_tells_the_pace_at_once(bundle) -> None:
-    async def story(lane: Lane, engine: Paced) -> None:
+    async def story(lane: ModelWorker, engine: Paced) -> None:
         engine.gate.set()
         await lane.submit(batch(32))
         assert lane.expected(1) < 0.02, "of a tenth of a second nothing is left"
@@ -93,7 +93,7 @@ def test_what_has_been_brief_for_long_is_computed_on_the_loop(
         seen.append(threading.current_thread() is threading.main_thread())
         return np.zeros((len(batch), 2, 3), np.float32)
 
-    async def story(lane: Lane, engine: Paced) -> None:
+    async def story(lane: ModelWorker, engine: Paced) -> None:
         monkeypatch.setattr(engine, "device", torch.device(device))
         for _ in range(12):
             await lane.submit(batch(1))
@@ -105,10 +105,10 @@ def test_what_has_been_brief_for_long_is_computed_on_the_loop(
 
 
 def asking(count: int, seen: list[int] | None = None) -> Work:
-    def read() -> Pictures:
+    def read() -> RequestImages:
         if seen is not None:
             seen.append(count)
-        return Pictures(count, 1, lambda *_: batch(count))
+        return RequestImages(count, 1, lambda *_: batch(count))
 
     return Work(read, quick=True)
 
@@ -127,7 +127,7 @@ async def busy(service: Service, engine: Paced, *counts: int) -> AsyncIterator[N
         await asyncio.gather(*tasks)
 
 
-def test_many_pictures_that_could_not_be_computed_in_time_do_not_join_those_that_wait(bundle, served) -> None:
+def test_many_images_that_could_not_be_computed_in_time_do_not_join_those_that_wait(bundle, served) -> None:
     engine = Paced(bundle)
 
     async def story(service: Service) -> None:

@@ -26,14 +26,14 @@ def form(client, disposition: str, data: bytes):
 
 
 @pytest.mark.parametrize("disposition", FILES)
-def test_a_part_with_a_file_name_in_any_form_is_a_file(running, picture, disposition: str) -> None:
-    answer = form(running, disposition, picture(1))
+def test_a_part_with_a_file_name_in_any_form_is_a_file(running, make_image, disposition: str) -> None:
+    answer = form(running, disposition, make_image(1))
     assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("disposition", TEXTS)
-def test_a_part_without_a_file_name_is_not(running, picture, disposition: str) -> None:
-    answer = form(running, disposition, picture(1))
+def test_a_part_without_a_file_name_is_not(running, make_image, disposition: str) -> None:
+    answer = form(running, disposition, make_image(1))
     assert (answer.status_code, answer.json()["code"]) == (400, "no_files")
 
 
@@ -60,8 +60,8 @@ def encodings(data: bytes) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", encodings(b""))
-def test_base64_is_read_in_either_alphabet_and_from_data_uris(running, picture, name: str) -> None:
-    data = next(picture(seed) for seed in range(9) if len(picture(seed)) % 3 and b"\xff" in picture(seed))
+def test_base64_is_read_in_either_alphabet_and_from_data_uris(running, make_image, name: str) -> None:
+    data = next(make_image(seed) for seed in range(9) if len(make_image(seed)) % 3 and b"\xff" in make_image(seed))
     text = encodings(data)[name]
     plain = running.post("/v1/predict", content=data).json()["predictions"]
     assert running.post("/v1/predict", json={"image": text}).json()["predictions"] == plain

@@ -5,7 +5,7 @@ import pytest
 from refract.serve.cli.options import parse
 from refract.serve.client import Client
 from refract.serve.http.app import create_app
-from refract.serve.http.auth import Keys
+from refract.serve.http.auth import ApiKeys
 from refract.serve.http.base_path import prefix_problem
 from refract.serve.http.cors import is_origin
 
@@ -22,7 +22,7 @@ PREFIX = "/models/shapes"
 def shared(bundle, serving, tmp_path_factory):
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text("open-sesame\n")
-    with serving(create_app(bundle, keys=Keys(keys), cors_origins=[ORIGIN, "http://localhost:3000"])) as client:
+    with serving(create_app(bundle, keys=ApiKeys(keys), cors_origins=[ORIGIN, "http://localhost:3000"])) as client:
         yield client
 
 
@@ -41,7 +41,7 @@ def test_without_the_option_no_origin_is_allowed(running) -> None:
         assert not cors(answer) and "vary" not in answer.headers
 
 
-def test_a_preflight_needs_no_key_and_the_request_after_it_does(shared, picture) -> None:
+def test_a_preflight_needs_no_key_and_the_request_after_it_does(shared, make_image) -> None:
     answer = shared.options("/v1/predict", headers=PREFLIGHT)
     assert answer.status_code == 204 and answer.headers["access-control-allow-origin"] == ORIGIN
     assert "POST" in answer.headers["access-control-allow-methods"]
@@ -49,7 +49,7 @@ def test_a_preflight_needs_no_key_and_the_request_after_it_does(shared, picture)
         assert name in answer.headers["access-control-allow-headers"].lower()
     for key, status in (("", 401), ("Bearer open-sesame", 200)):
         sent = {"Origin": ORIGIN, "Authorization": key}
-        answer = shared.post("/v1/predict", content=picture(1), headers=sent)
+        answer = shared.post("/v1/predict", content=make_image(1), headers=sent)
         assert answer.status_code == status and answer.headers["access-control-allow-origin"] == ORIGIN
         assert "X-Request-Id" in answer.headers["access-control-expose-headers"]
 
@@ -107,7 +107,7 @@ def test_the_origins_of_the_command_line(capsys) -> None:
 
 
 @pytest.mark.parametrize("before", ["", PREFIX], ids=["the proxy removes it", "the proxy keeps it"])
-def test_below_a_path_everything_is_found(rooted, bundle, picture, before: str) -> None:
+def test_below_a_path_everything_is_found(rooted, bundle, make_image, before: str) -> None:
     def get(path: str):
         answer = rooted.get(before + path)
         assert answer.status_code == 200, answer.text
@@ -121,13 +121,13 @@ def test_below_a_path_everything_is_found(rooted, bundle, picture, before: str) 
     assert get("/static-offline-docs/favicon.png").content
     assert 'fetch("v1/model"' in get("/").text, "relative to the page"
     assert get("/v2/models/shapes/ready").json()["ready"] is True
-    assert rooted.post(f"{before}/v1/predict", content=picture(1)).status_code == 200
+    assert rooted.post(f"{before}/v1/predict", content=make_image(1)).status_code == 200
     assert rooted.post(f"{before}/v2/models/shapes/infer", json={}).json()["error"], "as the protocol has it"
     assert rooted.get(f"{before}/v1/predict").headers["allow"] == "OPTIONS, POST"
     assert rooted.options(f"{before}/livez").headers["allow"] == "GET, HEAD, OPTIONS"
     assert rooted.get(f"{before}/none").status_code == 404
     with Client(str(rooted.base_url).rstrip("/") + before) as client:
-        assert len(client.predict([picture(1)])) == 1
+        assert len(client.predict([make_image(1)])) == 1
 
 
 def test_the_path_itself_leads_to_the_page(rooted) -> None:

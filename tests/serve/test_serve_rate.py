@@ -3,15 +3,15 @@
 from pathlib import Path
 
 from refract.serve.http.app import create_app
-from refract.serve.http.auth import Keys
+from refract.serve.http.auth import ApiKeys
 
 PIXELS = {"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}]}
 
 
-def test_the_rate_is_for_predictions_and_the_key_for_all(bundle, serving, picture, tmp_path: Path) -> None:
+def test_the_rate_is_for_predictions_and_the_key_for_all(bundle, serving, make_image, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("some-key-1\n")
     own = {"X-API-Key": "some-key-1"}
-    with serving(create_app(bundle, keys=Keys(tmp_path / "keys", rate=0.01))) as client:
+    with serving(create_app(bundle, keys=ApiKeys(tmp_path / "keys", rate=0.01))) as client:
         infer = "/v2/models/shapes/infer"
         for path in ("/v1/model", "/v1/status", "/v2/models/shapes", "/v2/models/shapes/ready"):
             assert client.get(path).status_code == 401
@@ -23,7 +23,7 @@ def test_the_rate_is_for_predictions_and_the_key_for_all(bundle, serving, pictur
         for refused in (
             client.post(infer, json=PIXELS, headers=own),
             client.post(f"/v2/models/shapes/versions/{bundle.digest[:16]}/infer", json=PIXELS, headers=own),
-            client.post("/v1/predict", content=picture(1), headers=own),
+            client.post("/v1/predict", content=make_image(1), headers=own),
         ):
             assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
         assert client.get("/v1/status", headers=own).status_code == 200

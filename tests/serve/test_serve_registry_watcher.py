@@ -61,8 +61,8 @@ def test_a_new_champion_answers_a_bad_one_does_not_and_a_person_is_obeyed(
         assert await follower.look() and service.engine.bundle.digest == other.digest
         promote(make_bundle(tmp_path / "wrong", seed=3, wrong=0.2))
         assert not await follower.look() and service.engine.bundle.digest == other.digest
-        assert "goes on: " in caplog.text and "golden picture" in caplog.text
-        assert not await follower.look() and caplog.text.count("golden picture") == 1, "it is not tried again"
+        assert "goes on: " in caplog.text and "golden image" in caplog.text
+        assert not await follower.look() and caplog.text.count("golden image") == 1, "it is not tried again"
         promote(other)
         assert await follower.look()
         await service.roll_back()

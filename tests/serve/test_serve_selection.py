@@ -31,7 +31,7 @@ pytestmark = [
 
 
 def golden_images(engine: Engine) -> np.ndarray:
-    return np.stack([engine.preprocess(golden.data) for golden in engine.bundle.goldens])
+    return np.stack([engine.preprocess(golden.data) for golden in engine.bundle.golden_samples])
 
 
 def asking(bundle, **options):
@@ -198,7 +198,7 @@ def test_what_computes_on_cpus_is_refused_elsewhere(bundle) -> None:
 
 
 def test_all_replicas_compute_alike(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each would choose for itself, and the answer to a picture hang on which of them was free."""
+    """Each would choose for itself, and the answer to an image hang on which of them was free."""
     rates = iter([100.0, 90.0, *[80.0, 100.0] * 9])
     monkeypatch.setattr(choosing._Trial, "rate", lambda *_: next(rates))
     monkeypatch.setattr(choosing, "INT8", ("eager", "bf16"))

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from refract.serve.http.app import create_app
-from refract.serve.http.auth import Keys
+from refract.serve.http.auth import ApiKeys
 from refract.serve.http.transport import connection as connections
 from refract.serve.http.transport import server
 
@@ -45,13 +45,13 @@ def post(body: bytes, fields: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("fields", [UPGRADE, b"Connection: Upgrade\r\nUpgrade: websocket\r\n"])
-def test_who_would_speak_another_protocol_is_answered_in_this_one(client, picture, fields: bytes) -> None:
+def test_who_would_speak_another_protocol_is_answered_in_this_one(client, make_image, fields: bytes) -> None:
     """As `curl --http2 --data-binary` asks. By itself httptools leaves the body out, and takes it for a request."""
-    data, inner = picture(1), b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+    data, inner = make_image(1), b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
     head, odd = post(data, fields), post(inner, fields)
     assert answers(client, head + data) == answers(client, head, data) == [b"200", b"200"]
     assert answers(client, head[:70], head[70:] + data[:50], data[50:]) == [b"200", b"200"]
-    assert answers(client, odd + inner) == answers(client, odd, inner) == [b"400", b"200"], "no picture, and no request"
+    assert answers(client, odd + inner) == answers(client, odd, inner) == [b"400", b"200"], "no image, and no request"
     assert answers(client, (head + data) * 3) == [b"200"] * 4
     chunked = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n" + fields + b"\r\n"
     assert answers(client, chunked + b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data)) == [b"200", b"200"]
@@ -149,8 +149,8 @@ def test_heads_of_requests_that_are_none_are_refused(client) -> None:
     assert re.findall(rb"HTTP/1\.1 (\d+)", refused(client, old, b"no")) == [b"400"], "and no 100 (RFC 9110, 10.1.1)"
 
 
-def test_a_length_of_many_digits_is_read(client, picture) -> None:
-    data = picture(1)
+def test_a_length_of_many_digits_is_read(client, make_image) -> None:
+    data = make_image(1)
     head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %s%d\r\n\r\n"
     assert refused(client, head % (b"0" * 5000, len(data)) + data).startswith(b"HTTP/1.1 200")
 
@@ -164,8 +164,8 @@ def test_a_body_that_breaks_while_it_is_waited_for_is_no_fault_of_the_server(cli
 
 def test_a_body_in_small_parts_leaves_the_others_their_turn(client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "TURN", 1 << 30)
-    turns, go_on = [], connections.Connection._go_on
-    monkeypatch.setattr(connections.Connection, "_go_on", lambda self: (turns.append(0), go_on(self)))
+    turns, resume = [], connections.Connection._go_on
+    monkeypatch.setattr(connections.Connection, "_go_on", lambda self: (turns.append(0), resume(self)))
     body = b"1\r\nx\r\n" * 50_000
     closing = CHUNKED.replace(b"Host", b"Connection: close\r\nHost")
     assert refused(client, closing, body + b"0\r\n\r\n").startswith(b"HTTP/1.1 400 ")
@@ -175,7 +175,7 @@ def test_a_body_in_small_parts_leaves_the_others_their_turn(client, monkeypatch:
 CHUNKED = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-def test_a_head_is_bounded_in_fields_and_bytes(client, picture) -> None:
+def test_a_head_is_bounded_in_fields_and_bytes(client, make_image) -> None:
     first, end = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n", b"\r\n"
     assert refused(client, first, b"a: b\r\n" * 200, end).startswith(b"HTTP/1.1 200")
     assert refused(client, first, b"a: " + b"b" * 60_000 + b"\r\n", end).startswith(b"HTTP/1.1 200")
@@ -185,11 +185,11 @@ def test_a_head_is_bounded_in_fields_and_bytes(client, picture) -> None:
         with connected(client) as connection:
             connection.sendall(first + b"a: " + flood)
             assert connection.recv(1000).startswith(b"HTTP/1.1 431 "), "while the head has no end"
-    assert client.post("/v1/predict", content=picture(1)).status_code == 200
+    assert client.post("/v1/predict", content=make_image(1)).status_code == 200
 
 
-def test_what_follows_a_chunked_body_is_bounded(client, picture) -> None:
-    data = picture(1)
+def test_what_follows_a_chunked_body_is_bounded(client, make_image) -> None:
+    data = make_image(1)
     body = CHUNKED + b"%x\r\n%s\r\n0\r\n" % (len(data), data)
     assert answers(client, body + b"a: b\r\n" * 100 + b"\r\n") == [b"200", b"200"]
     for endless in (body + b"a: ", CHUNKED + b"1;a="):
@@ -223,8 +223,8 @@ def test_of_requests_that_are_sent_at_once_few_wait_and_none_is_kept(
         assert not made[0]._cycles
 
 
-def test_what_is_whole_is_answered_before_the_rest_is_refused(client, picture) -> None:
-    data = picture(1)
+def test_what_is_whole_is_answered_before_the_rest_is_refused(client, make_image) -> None:
+    data = make_image(1)
     whole = (post(data, b"") + data) * 5
     for rest, told in (
         (b"\0", b"400"),
@@ -270,18 +270,18 @@ def test_a_body_that_nobody_asks_for_is_passed_over(serving, size: int, monkeypa
         assert answers(client, body, body + body) == [b"429"] * 4
 
 
-def test_what_follows_a_body_is_no_header(bundle, serving, picture, tmp_path: Path) -> None:
+def test_what_follows_a_body_is_no_header(bundle, serving, make_image, tmp_path: Path) -> None:
     """RFC 9110, 6.5.1: something in between may look at headers alone."""
     (tmp_path / "keys").write_text("some-key-1")
-    data = picture(1)
-    with serving(create_app(bundle, keys=Keys(tmp_path / "keys"))) as client:
+    data = make_image(1)
+    with serving(create_app(bundle, keys=ApiKeys(tmp_path / "keys"))) as client:
         body = b"%x\r\n%s\r\n0\r\nX-API-Key: some-key-1\r\n\r\n" % (len(data), data)
         assert answers(client, CHUNKED + body) == [b"401", b"200"]
 
 
-def test_a_body_may_take_longer_than_a_head(client, picture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_may_take_longer_than_a_head(client, make_image, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEAD_S", 0.5)
-    data = picture(1)
+    data = make_image(1)
     with connected(client) as connection:
         connection.sendall(post(data, b"Connection: close\r\n") + data[:10])
         for part in (data[10:20], data[20:]):

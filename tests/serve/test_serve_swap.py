@@ -14,7 +14,7 @@ import pytest
 
 from refract.models.bundle.bundle import BundleError
 from refract.serve.http.app import create_app
-from refract.serve.http.auth import Keys
+from refract.serve.http.auth import ApiKeys
 from refract.serve.http.errors import NotReadyError
 from refract.serve.http.metrics import Metrics
 from refract.serve.requests.limits import Limits
@@ -29,9 +29,9 @@ def row_of(answer) -> np.ndarray:
 
 
 def test_swaps_under_load_lose_nothing_and_mix_nothing(
-    bundle, other, serving, picture, reference, inference_threads
+    bundle, other, serving, make_image, reference, inference_threads
 ) -> None:
-    data = picture(5)
+    data = make_image(5)
     wanted = {b.digest: reference(b.classifier("cpu"), data, "multiclass") for b in (bundle, other)}
     app, stop = create_app(bundle), threading.Event()
     service = app.state.service
@@ -72,7 +72,7 @@ def test_what_cannot_answer_is_refused_and_the_old_one_goes_on(bundle, make_bund
     several = make_bundle(tmp_path / "several", task="multilabel", thresholds=[0.5] * 10)
 
     async def story(service: Service) -> None:
-        for bad, message in ((wrong, "golden picture"), (strange, "other labels"), (several, "other labels")):
+        for bad, message in ((wrong, "golden image"), (strange, "other labels"), (several, "other labels")):
             with pytest.raises(BundleError, match=message):
                 await service.swap(Engine(bad))
         assert service.engine.bundle.digest == bundle.digest and service.ready
@@ -96,7 +96,7 @@ def test_a_person_goes_back_with_a_key(bundle, other, serving, tmp_path: Path) -
     with serving(create_app(bundle)) as client:
         assert client.post("/admin/rollback").status_code == 404, "nobody may without keys"
     (tmp_path / "keys").write_text("open-sesame\n")
-    app = create_app(bundle, keys=Keys(tmp_path / "keys"))
+    app = create_app(bundle, keys=ApiKeys(tmp_path / "keys"))
     own = {"Authorization": "Bearer open-sesame"}
     with serving(app) as client:
         assert client.post("/admin/rollback").status_code == 401
@@ -107,7 +107,7 @@ def test_a_person_goes_back_with_a_key(bundle, other, serving, tmp_path: Path) -
         assert client.get("/v1/model", headers=own).json()["digest"] == other.digest
         assert app.state.service.left == bundle.path and not app.state.service.rejected
     (tmp_path / "admins").write_text("root-of-all\n")
-    with serving(create_app(bundle, keys=Keys(tmp_path / "keys"), admin=Keys(tmp_path / "admins"))) as client:
+    with serving(create_app(bundle, keys=ApiKeys(tmp_path / "keys"), admin=ApiKeys(tmp_path / "admins"))) as client:
         assert client.post("/admin/rollback", headers=own).status_code == 401, "who may ask may not administer"
         assert client.post("/admin/rollback", headers={"X-API-Key": "root-of-all"}).status_code == 409
         assert client.get("/v1/model", headers={"X-API-Key": "root-of-all"}).status_code == 401
@@ -151,7 +151,7 @@ def test_a_version_that_is_exchanged_while_the_body_arrives_is_not_answered_by_a
         assert client.post(f"/v2/models/shapes/versions/{other.digest[:16]}/infer", content=body).status_code == 200
 
 
-def test_an_engine_that_was_exchanged_is_freed_at_once(bundle, other, serving, picture) -> None:
+def test_an_engine_that_was_exchanged_is_freed_at_once(bundle, other, serving, make_image) -> None:
     """Python's search for garbage comes seldom in a server, and passes over what was there when it began."""
     app = create_app(Engine(bundle), challenge=Challenge(Engine(other), share=1, answers=False))
     service = app.state.service
@@ -163,12 +163,12 @@ def test_an_engine_that_was_exchanged_is_freed_at_once(bundle, other, serving, p
             loop = service._lane._loop
             for take in (service.swap, service.swap, service.swap):
                 gone.append(weakref.ref(service.engine))
-                assert client.post("/v1/predict?explain=true", content=picture(1)).status_code == 200
+                assert client.post("/v1/predict?explain=true", content=make_image(1)).status_code == 200
                 asyncio.run_coroutine_threadsafe(take(Engine(other)), loop).result(30)
             gone.append(weakref.ref(service.challenger.lane.engine))
             challenge = Challenge(Engine(bundle), share=1, answers=True)
             asyncio.run_coroutine_threadsafe(service.challenge(challenge), loop).result(30)
-            client.post("/v1/predict", content=picture(1))
+            client.post("/v1/predict", content=make_image(1))
             deadline = time.monotonic() + 10
             while service._retiring and time.monotonic() < deadline:
                 time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Texts beside pictures, and alone, over HTTP."""
+"""Texts beside images, and alone, over HTTP."""
 
 import base64
 import json
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from refract.augment.preprocess import Preprocess
-from refract.models.bundle.bundle import Bundle, BundleError, BundleInfo, Golden, load_bundle, save_bundle
+from refract.models.bundle.bundle import Bundle, BundleError, BundleInfo, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import Classifier, probabilities
 from refract.models.factory import text_record
 from refract.models.multimodal.fusion import Reader
@@ -25,37 +25,37 @@ PREPROCESS = Preprocess(height=32, width=32)
 LABELS = tuple(f"class {i}" for i in range(4))
 
 
-def make(folder: Path, picture, *, pictures: bool) -> Bundle:
+def make(folder: Path, make_image, *, images: bool) -> Bundle:
     """Untrained, with answers that differ."""
     torch.manual_seed(3)
     part, tokens, network = make_text_part(
         "hashing", weights="none", max_length=6, pooling="auto", args={"buckets": 500}
     )
-    shown = build("lenet5", 4, image_size=(32, 32)) if pictures else None
+    shown = build("lenet5", 4, image_size=(32, 32)) if images else None
     joined = {"fusion": "gated", "width": 32}
     reader = Reader(shown, network, 4, **joined)
     torch.nn.init.normal_(reader.no_text), torch.nn.init.normal_(network.vectors.weight)
-    if pictures:
+    if images:
         torch.nn.init.normal_(reader.no_picture)
     classifier = Classifier(reader, mean=PREPROCESS.mean, std=PREPROCESS.std, tokens=tokens).eval()
-    goldens = []
+    golden_samples = []
     for i, (text, there) in enumerate(
-        [("a red car", pictures), ("a blue dog", False), ("", pictures)][: 3 if pictures else 2]
+        [("a red car", images), ("a blue dog", False), ("", images)][: 3 if images else 2]
     ):
-        answer = answer_of(classifier, picture(i) if there else None, text)
-        goldens.append(Golden(f"{i:02}.jpg", picture(i), tuple(answer.tolist()), text, there))
+        answer = answer_of(classifier, make_image(i) if there else None, text)
+        golden_samples.append(GoldenSample(f"{i:02}.jpg", make_image(i), tuple(answer.tolist()), text, there))
     info = BundleInfo(
         name="both", task="multiclass", labels=LABELS, temperature=0.3, created="2026-01-01T00:00:00+00:00",
-        network={"name": "lenet5" if pictures else "none", "image_size": [32, 32], "args": {}},
+        network={"name": "lenet5" if images else "none", "image_size": [32, 32], "args": {}},
         preprocess=PREPROCESS.to_dict(), text=text_record(part, joined),
     )  # fmt: skip
-    return load_bundle(save_bundle(folder, info, classifier, goldens))
+    return load_bundle(save_bundle(folder, info, classifier, golden_samples))
 
 
 def answer_of(classifier: Classifier, data: bytes | None, text: str) -> np.ndarray:
     """Without any of the server's code."""
     image = np.full((32, 32, 3), 128, np.uint8) if data is None else PREPROCESS(data)
-    images = torch.from_numpy(image).permute(2, 0, 1)[None] if "pictures" in classifier.reads else None
+    images = torch.from_numpy(image).permute(2, 0, 1)[None] if "images" in classifier.reads else None
     with torch.inference_mode():
         logits = classifier(
             images, torch.from_numpy(rows([classifier.tokens(text)[0]])), torch.tensor([data is not None])
@@ -64,13 +64,13 @@ def answer_of(classifier: Classifier, data: bytes | None, text: str) -> np.ndarr
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory, picture) -> Bundle:
-    return make(tmp_path_factory.mktemp("both") / "b", picture, pictures=True)
+def both(tmp_path_factory, make_image) -> Bundle:
+    return make(tmp_path_factory.mktemp("both") / "b", make_image, images=True)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, picture) -> Bundle:
-    return make(tmp_path_factory.mktemp("alone") / "b", picture, pictures=False)
+def alone(tmp_path_factory, make_image) -> Bundle:
+    return make(tmp_path_factory.mktemp("alone") / "b", make_image, images=False)
 
 
 def confidences(answer) -> list[dict[str, float]]:
@@ -82,11 +82,11 @@ def close(found: dict[str, float], wanted: np.ndarray) -> bool:
     return all(abs(found[label] - value) < 1e-5 for label, value in zip(LABELS, wanted, strict=True))
 
 
-def test_every_way_to_send_a_picture_with_its_text_gives_the_networks_own_answer(both, serving, picture) -> None:
-    classifier, data, text = both.classifier(), picture(5), "the blue car"
+def test_every_way_to_send_a_image_with_its_text_gives_the_networks_own_answer(both, serving, make_image) -> None:
+    classifier, data, text = both.classifier(), make_image(5), "the blue car"
     coded = base64.b64encode(data).decode()
     with serving(create_app(Engine(both, backend="auto"))) as client:
-        assert client.get("/v1/model").json()["reads"] == ["pictures", "texts"]
+        assert client.get("/v1/model").json()["reads"] == ["images", "texts"]
         told = [
             client.post("/v1/predict", json={"image": coded, "text": text}),
             client.post("/v1/predict", json={"images": [coded], "texts": [text]}),
@@ -101,7 +101,7 @@ def test_every_way_to_send_a_picture_with_its_text_gives_the_networks_own_answer
             client.post("/v1/predict", content=text.encode("utf-8-sig"), headers={"Content-Type": "text/plain"}),
             client.post("/v1/predict", files=[("text", (None, text))]),
         ):
-            assert close(confidences(answer)[0], answer_of(classifier, None, text)), "the picture is missing"
+            assert close(confidences(answer)[0], answer_of(classifier, None, text)), "the image is missing"
         several = client.post("/v1/predict", json={"images": [coded, None, coded], "texts": [text, "a dog", None]})
         wanted = [
             answer_of(classifier, data, text),
@@ -115,7 +115,7 @@ def test_every_way_to_send_a_picture_with_its_text_gives_the_networks_own_answer
         assert explained.status_code == 200 and "explanation" not in explained.json()["predictions"][0]
 
 
-def test_long_texts_are_read_as_in_training_and_the_answer_says_so(both, serving, picture) -> None:
+def test_long_texts_are_read_as_in_training_and_the_answer_says_so(both, serving, make_image) -> None:
     with serving(create_app(both)) as client:
         long, short = (
             client.post("/v1/predict", json={"text": f"one two three four five six{more}"}) for more in (" seven", "")
@@ -138,12 +138,12 @@ def test_odd_texts_are_answered_or_refused_and_never_an_error(alone, serving, te
 
 
 @pytest.mark.slow
-def test_what_a_model_does_not_read_is_refused(both, alone, bundle, serving, picture) -> None:
-    coded = base64.b64encode(picture(1)).decode()
+def test_what_a_model_does_not_read_is_refused(both, alone, bundle, serving, make_image) -> None:
+    coded = base64.b64encode(make_image(1)).decode()
     cases = [
         (bundle, {"json": {"image": coded, "text": "a"}}, 422, "reads no texts"),
         (bundle, {"json": {"text": "a"}}, 422, "reads no texts"),
-        (alone, {"content": picture(1)}, 422, "reads no images"),
+        (alone, {"content": make_image(1)}, 422, "reads no images"),
         (alone, {"json": {"image": coded, "text": "a"}}, 422, "reads no images"),
         (alone, {"json": {"text": " "}}, 422, "a text is empty, and there is no image"),
         (alone, {"json": {"text": "\x00\x07 \n"}}, 422, "a text is empty, and there is no image"),
@@ -154,7 +154,7 @@ def test_what_a_model_does_not_read_is_refused(both, alone, bundle, serving, pic
         (both, {"json": {"images": [coded], "texts": [3]}}, 422, "a text is neither a string nor null"),
         (both, {"json": {"images": [coded] * 65, "texts": ["a"] * 65}}, 413, "65 images"),
         (both, {"json": {"texts": ["a"] * 65}}, 413, "65 texts in one request; at most 64"),
-        (both, {"files": [("file", ("x", picture(1))), ("text", (None, "a")), ("text", (None, "b"))]}, 422, "1 files and 2 parts `text`"),
+        (both, {"files": [("file", ("x", make_image(1))), *[("text", (None, t)) for t in "ab"]]}, 422, "1 files and 2 parts `text`"),
         (both, {"content": b"\xff\xfe", "headers": {"Content-Type": "text/plain"}}, 400, "not UTF-8"),
         (both, {"files": [("text", (None, "a"))] * 65}, 413, "the form has more than 64 texts"),
         (both, {"files": [("other", (None, "a"))]}, 400, "the form has no file"),
@@ -165,15 +165,15 @@ def test_what_a_model_does_not_read_is_refused(both, alone, bundle, serving, pic
             assert (answer.status_code, says in answer.json()["detail"]) == (status, True), (says, answer.text)
 
 
-def test_the_protocol_takes_pictures_alone(both, alone, serving, picture) -> None:
+def test_the_protocol_takes_images_alone(both, alone, serving, make_image) -> None:
     coded = {
         "inputs": [
-            {"name": "encoded", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(picture(4)).decode()]}
+            {"name": "encoded", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(make_image(4)).decode()]}
         ]
     }
     with serving(create_app(both)) as client:
         found = client.post("/v2/models/both/infer", json=coded).json()["outputs"][0]["data"]
-        assert np.allclose(found, answer_of(both.classifier(), picture(4), ""), atol=1e-5), "the text is missing"
+        assert np.allclose(found, answer_of(both.classifier(), make_image(4), ""), atol=1e-5), "the text is missing"
     with serving(create_app(alone)) as client:
         refused = client.post("/v2/models/both/infer", json=coded)
         assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
@@ -183,43 +183,43 @@ def test_the_protocol_takes_pictures_alone(both, alone, serving, picture) -> Non
         assert explained.status_code == 200 and "explanation" not in explained.json()["predictions"][0]
 
 
-def test_the_clients_send_texts(both, serving, picture, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_clients_send_texts(both, serving, make_image, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from refract.serve.cli.predict import main
 
-    (tmp_path / "x.jpg").write_bytes(picture(2))
+    (tmp_path / "x.jpg").write_bytes(make_image(2))
     classifier = both.classifier()
     with serving(create_app(both)) as http, Client(str(http.base_url)) as client:
-        found = client.predict([tmp_path / "x.jpg", picture(3)], texts=["a red dog", "a car"])
+        found = client.predict([tmp_path / "x.jpg", make_image(3)], texts=["a red dog", "a car"])
         assert [row["label"] for row in found] == [
-            LABELS[answer_of(classifier, picture(i), text).argmax()] for i, text in ((2, "a red dog"), (3, "a car"))
+            LABELS[answer_of(classifier, make_image(i), text).argmax()] for i, text in ((2, "a red dog"), (3, "a car"))
         ]
         assert client.predict([], texts=["a car"])[0]["label"] == LABELS[answer_of(classifier, None, "a car").argmax()]
         with pytest.raises(ServerError, match="send none or one for each"):
-            client.predict([picture(1)], texts=["a", "b"])
+            client.predict([make_image(1)], texts=["a", "b"])
         with pytest.raises(TypeError):
-            client.predict([picture(1)], texts="a")
+            client.predict([make_image(1)], texts="a")
         assert main(["--url", str(http.base_url), "--text", "a car"]) == 0
         assert capsys.readouterr().out.startswith(f"text: {LABELS[answer_of(classifier, None, 'a car').argmax()]} ")
 
 
 def test_a_model_that_reads_other_things_does_not_take_the_place(both, alone, served) -> None:
     async def story(service: Service) -> None:
-        with pytest.raises(BundleError, match="reads texts, both pictures and texts; start a server for it"):
+        with pytest.raises(BundleError, match="reads texts, both images and texts; start a server for it"):
             await service.swap(Engine(alone))
         assert service.engine.bundle.digest == both.digest
 
     served(Engine(both), story)
 
 
-def test_a_wrong_golden_text_and_a_backend_of_pictures_are_told(both, tmp_path: Path) -> None:
+def test_a_wrong_golden_text_and_a_backend_of_images_are_told(both, tmp_path: Path) -> None:
     import dataclasses
 
-    first = both.goldens[0]
+    first = both.golden_samples[0]
     changed = dataclasses.replace(
-        both, goldens=(dataclasses.replace(first, text="another text entirely"), *both.goldens[1:])
+        both, golden_samples=(dataclasses.replace(first, text="another text entirely"), *both.golden_samples[1:])
     )
     Engine(both).self_test()
-    with pytest.raises(BundleError, match="golden picture 00.jpg"):
+    with pytest.raises(BundleError, match="golden image 00.jpg"):
         Engine(changed).self_test()
-    with pytest.raises(BundleError, match="computes pictures alone"):
+    with pytest.raises(BundleError, match="computes images alone"):
         Engine(both, backend="openvino")

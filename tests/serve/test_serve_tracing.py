@@ -33,12 +33,12 @@ def collector():
         server.shutdown()
 
 
-def test_a_request_is_a_span_below_its_callers_with_its_stages(bundle, serving, picture, collector) -> None:
+def test_a_request_is_a_span_below_its_callers_with_its_stages(bundle, serving, make_image, collector) -> None:
     address, spans = collector
     with serving(create_app(bundle, traces=provider(address))) as client:
         headers = {"traceparent": f"00-{PARENT}-b7ad6b7169203331-01", "X-Request-Id": "mine"}
-        assert client.post("/v1/predict", content=picture(1), headers=headers).status_code == 200
-        assert client.post("/v1/predict", content=b"no picture").status_code == 400
+        assert client.post("/v1/predict", content=make_image(1), headers=headers).status_code == 200
+        assert client.post("/v1/predict", content=b"no image").status_code == 400
     first, second = (span for span in spans if span.name == "POST /v1/predict")
     assert first.trace_id.hex() == PARENT and first.parent_span_id.hex() == "b7ad6b7169203331"
     facts = {item.key: item.value.string_value or item.value.int_value for item in first.attributes}
@@ -53,7 +53,7 @@ def test_a_request_is_a_span_below_its_callers_with_its_stages(bundle, serving, 
     assert second.trace_id != first.trace_id and not [s for s in spans if s.parent_span_id == second.span_id]
 
 
-def test_a_collector_that_is_not_there_does_no_harm(bundle, serving, picture, monkeypatch) -> None:
+def test_a_collector_that_is_not_there_does_no_harm(bundle, serving, make_image, monkeypatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     with serving(create_app(bundle, traces=provider("http://127.0.0.1:9/v1/traces"))) as client:
-        assert client.post("/v1/predict", content=picture(1)).status_code == 200
+        assert client.post("/v1/predict", content=make_image(1)).status_code == 200

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from refract.serve.http.app import create_app
-from refract.serve.http.auth import Keys
+from refract.serve.http.auth import ApiKeys
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-component-update",
@@ -28,8 +28,8 @@ def browser() -> Iterator:
 
 
 @pytest.fixture
-def upload(picture, tmp_path: Path) -> Path:
-    (tmp_path / "x.jpg").write_bytes(picture(4, size=(120, 90)))  # a part of it speaks for the label
+def upload(make_image, tmp_path: Path) -> Path:
+    (tmp_path / "x.jpg").write_bytes(make_image(4, size=(120, 90)))  # a part of it speaks for the label
     return tmp_path / "x.jpg"
 
 
@@ -44,7 +44,7 @@ def opened(browser, client, path: str = "", **options):
     return page, wrong, asked
 
 
-def test_a_picture_is_answered_as_over_http_with_its_heat_map(browser, bundle, serving, upload) -> None:
+def test_a_image_is_answered_as_over_http_with_its_heat_map(browser, bundle, serving, upload) -> None:
     with serving(create_app(bundle)) as client:
         page, wrong, asked = opened(browser, client)
         page.wait_for_selector("#card dd")
@@ -57,10 +57,10 @@ def test_a_picture_is_answered_as_over_http_with_its_heat_map(browser, bundle, s
         assert page.is_visible("#heat") and page.evaluate("document.getElementById('heat').naturalWidth") == 32
         assert "Heat map: occlusion" in page.inner_text("#answer")
         # The network sees the centre of 0.875 of the shorter side.
-        picture, heat = (page.query_selector(name).bounding_box() for name in ("#picture", "#heat"))
-        side = 0.875 * min(picture["width"], picture["height"])
+        image, heat = (page.query_selector(name).bounding_box() for name in ("#image", "#heat"))
+        side = 0.875 * min(image["width"], image["height"])
         assert abs(heat["width"] - side) < 1 and abs(heat["height"] - side) < 1
-        assert abs(heat["x"] + heat["width"] / 2 - picture["x"] - picture["width"] / 2) < 1
+        assert abs(heat["x"] + heat["width"] / 2 - image["x"] - image["width"] / 2) < 1
         page.focus("#overlay")
         page.keyboard.press("Enter")
         assert not page.is_visible("#heat") and page.get_attribute("#overlay", "aria-pressed") == "false"
@@ -71,8 +71,8 @@ def test_a_picture_is_answered_as_over_http_with_its_heat_map(browser, bundle, s
         page.close()
 
 
-def test_the_page_says_why_there_is_no_heat_map(browser, bundle, serving, picture, tmp_path: Path) -> None:
-    (tmp_path / "plain.jpg").write_bytes(picture(5, size=(120, 90)))
+def test_the_page_says_why_there_is_no_heat_map(browser, bundle, serving, make_image, tmp_path: Path) -> None:
+    (tmp_path / "plain.jpg").write_bytes(make_image(5, size=(120, 90)))
     with serving(create_app(bundle)) as client:
         page, wrong, _ = opened(browser, client)
         page.set_input_files("#file", tmp_path / "plain.jpg")
@@ -97,7 +97,7 @@ def test_it_fits_a_phone_and_is_used_by_keyboard(browser, bundle, serving, uploa
         page.close()
 
 
-def test_dropped_pasted_and_camera_pictures_and_what_is_none(browser, bundle, serving, upload) -> None:
+def test_dropped_pasted_and_camera_images_and_what_is_none(browser, bundle, serving, upload) -> None:
     give = """([kind, bytes]) => {
         const data = new DataTransfer();
         data.items.add(new File([new Uint8Array(bytes)], "x.jpg", {type: "image/jpeg"}));
@@ -113,25 +113,25 @@ def test_dropped_pasted_and_camera_pictures_and_what_is_none(browser, bundle, se
         page.click("#camera")
         page.click("#take")
         page.wait_for_selector("#answer li")
-        page.evaluate(give, ["drop", list(b"no picture")])
+        page.evaluate(give, ["drop", list(b"no image")])
         page.wait_for_selector("#answer .problem")
         assert "the image" in page.inner_text("#answer")
         page.close()
 
 
-def test_several_pictures_are_answered_one_after_the_other_and_listed(
-    browser, bundle, serving, picture, tmp_path: Path
+def test_several_images_are_answered_one_after_the_other_and_listed(
+    browser, bundle, serving, make_image, tmp_path: Path
 ) -> None:
     files = [tmp_path / f"{i}.jpg" for i in range(4)]
     for i, file in enumerate(files):
-        file.write_bytes(picture(i) if i != 2 else b"no picture")
+        file.write_bytes(make_image(i) if i != 2 else b"no image")
     with serving(create_app(bundle)) as client:
         page, wrong, _ = opened(browser, client)
         page.set_input_files("#file", files)
         page.wait_for_selector("#history li:nth-child(4)")
         shown = [re.sub(r"\s+", " ", item.inner_text()) for item in page.query_selector_all("#history li")][::-1]
         for i in (0, 1, 3):
-            best = client.post("/v1/predict", content=picture(i)).json()["predictions"][0]
+            best = client.post("/v1/predict", content=make_image(i)).json()["predictions"][0]
             assert shown[i] == f"{i}.jpg {best['label']} {100 * best['confidence']:.1f} %"
         assert shown[2].startswith("2.jpg the image")
         assert [text for text in wrong if "400" not in text] == []
@@ -140,7 +140,7 @@ def test_several_pictures_are_answered_one_after_the_other_and_listed(
 
 def test_a_key_is_asked_for(browser, bundle, serving, upload, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("open-sesame\n")
-    with serving(create_app(bundle, keys=Keys(tmp_path / "keys"))) as client:
+    with serving(create_app(bundle, keys=ApiKeys(tmp_path / "keys"))) as client:
         page, _, _ = opened(browser, client)
         page.wait_for_selector("text=This server asks for a key: type it above.")
         page.set_input_files("#file", upload)
@@ -150,7 +150,7 @@ def test_a_key_is_asked_for(browser, bundle, serving, upload, tmp_path: Path) ->
         page.fill("#secret", "open-sesame")
         page.keyboard.press("Enter")
         page.wait_for_selector("#card dd", state="attached")
-        page.wait_for_selector("#answer li")  # the picture that waited
+        page.wait_for_selector("#answer li")  # the image that waited
         page.close()
 
 

@@ -46,14 +46,14 @@ def test_tritons_client_knows_the_server_and_its_model(tritons, bundle) -> None:
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_tritons_client_gets_what_http_answers(tritons, client, picture, binary: bool) -> None:
-    pictures = [picture(i, size=(50 + i, 40), form="PNG") for i in range(3)]
-    wanted = [plain(client, data) for data in pictures]
-    given = pictures if binary else [base64.b64encode(data) for data in pictures]
+def test_tritons_client_gets_what_http_answers(tritons, client, make_image, binary: bool) -> None:
+    images = [make_image(i, size=(50 + i, 40), form="PNG") for i in range(3)]
+    wanted = [plain(client, data) for data in images]
+    given = images if binary else [base64.b64encode(data) for data in images]
     encoded = triton.InferInput("encoded", [3], "BYTES")
     encoded.set_data_from_numpy(np.array(given, dtype=object), binary_data=binary)
     tensor = triton.InferInput("images", [1, 40, 50, 3], "UINT8")
-    tensor.set_data_from_numpy(decode(pictures[0])[None], binary_data=binary)
+    tensor.set_data_from_numpy(decode(images[0])[None], binary_data=binary)
     for asked, rows in (([encoded], wanted), ([tensor], wanted[:1])):
         found = tritons.infer("shapes", asked, request_id="7")
         assert found.get_response()["id"] == "7"
@@ -130,7 +130,7 @@ def test_bytes_that_belong_to_no_tensor_and_booleans_are_refused(client, inputs,
     ), answer.text
 
 
-def test_statistics_count_what_was_answered(bundle, serving, picture) -> None:
+def test_statistics_count_what_was_answered(bundle, serving, make_image) -> None:
     def image(count: int) -> list[triton.InferInput]:
         return [
             triton.InferInput("images", [count, 8, 8, 3], "UINT8").set_data_from_numpy(
@@ -150,7 +150,7 @@ def test_statistics_count_what_was_answered(bundle, serving, picture) -> None:
         )
         for count in (1, 1, 3):
             tritons.infer("shapes", image(count))
-        client.post("/v1/predict?tta=flip", content=picture(1))
+        client.post("/v1/predict?tta=flip", content=make_image(1))
         for bad in (b"not an image", b"\xff\xd8\xff\xe0" + b"x" * 20_000):
             assert client.post("/v1/predict", content=bad).status_code == 400
         (found,) = tritons.get_inference_statistics()["model_stats"]

@@ -23,7 +23,7 @@ from starlette.requests import Request
 
 from refract.serve.http import access_log
 from refract.serve.http.app import create_app
-from refract.serve.http.auth import Keys
+from refract.serve.http.auth import ApiKeys
 from refract.serve.http.errors import RequestError
 from refract.serve.http.transport import connection as connections
 from refract.serve.requests.limits import OverloadedError
@@ -39,13 +39,13 @@ def numbers(text: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_prometheus_is_answered_on_a_port_of_its_own(bundle, serving, picture) -> None:
+def test_prometheus_is_answered_on_a_port_of_its_own(bundle, serving, make_image) -> None:
     app = create_app(bundle)
     port = app.state.service.metrics.listen("127.0.0.1", 0)
     with serving(app) as client:
-        label = client.post("/v1/predict", content=picture(1)).json()["predictions"][0]["label"]
-        client.post("/v1/predict", files=[("f", ("x.jpg", picture(1)))] * 3)
-        client.post("/v1/predict", content=b"no picture")
+        label = client.post("/v1/predict", content=make_image(1)).json()["predictions"][0]["label"]
+        client.post("/v1/predict", files=[("f", ("x.jpg", make_image(1)))] * 3)
+        client.post("/v1/predict", content=b"no image")
         client.get("/nothing"), client.get("/v1/predict"), client.post("/nothing/infer")
         client.post("/v2/models/shapes/infer", json={"inputs": []})
         assert client.get("/metrics").status_code == 404
@@ -55,17 +55,17 @@ def test_prometheus_is_answered_on_a_port_of_its_own(bundle, serving, picture) -
     others = {("refract_requests_total", code) for code in ("not_found", "method_not_allowed")}
     assert not others & set(found), "of predictions alone"
     assert found["refract_predictions_total", label] == 4 and found["refract_confidence_count",] == 4
-    assert found["refract_batch_pictures_sum",] == 4
+    assert found["refract_batch_images_sum",] == 4
     assert found["refract_request_seconds_count",] == 2
     assert {found["refract_stage_seconds_count", stage] for stage in ("prepare", "queue", "compute")} == {2}
     assert found["refract_model", bundle.digest[:16], "shapes"] == 1
-    assert found["refract_requests_inside",] == found["refract_pictures_waiting",] == 0
+    assert found["refract_requests_inside",] == found["refract_images_waiting",] == 0
 
 
-def test_requests_have_a_name_and_a_line(bundle, serving, picture, caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_have_a_name_and_a_line(bundle, serving, make_image, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "refract.serve.http.access_log")
     with serving(create_app(bundle, access_log=True)) as client:
-        given = client.post("/v1/predict", content=picture(1), headers={"X-Request-Id": "mine-1"})
+        given = client.post("/v1/predict", content=make_image(1), headers={"X-Request-Id": "mine-1"})
         assert given.headers["x-request-id"] == "mine-1"
         for odd in ("a b", "x" * 65, 'say "hi"'):
             answer = client.get("/livez", headers={"X-Request-Id": odd})
@@ -101,13 +101,13 @@ def test_what_fails_by_our_fault_has_a_name_and_a_line_too(bundle, serving, capl
 
 
 def test_the_line_tells_the_keys_name_and_why_it_was_refused_and_never_the_key(
-    bundle, serving, picture, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bundle, serving, make_image, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "keys").write_text("secret-1  # camera 4\nsecret-2\n")
     caplog.set_level(logging.INFO, "refract.serve.http.access_log")
-    with serving(create_app(bundle, keys=Keys(tmp_path / "keys", rate=1), access_log=True)) as client:
+    with serving(create_app(bundle, keys=ApiKeys(tmp_path / "keys", rate=1), access_log=True)) as client:
         for key in ("secret-1", "secret-1", "secret-2", "secret-3"):
-            answer = client.post("/v1/predict", content=picture(1), headers={"X-API-Key": key})
+            answer = client.post("/v1/predict", content=make_image(1), headers={"X-API-Key": key})
         assert answer.status_code == 401
         infer = client.post("/v2/models/shapes/infer", content=b"{}", headers={"X-API-Key": "secret-2"})
         assert infer.status_code == 429
@@ -119,12 +119,12 @@ def test_the_line_tells_the_keys_name_and_why_it_was_refused_and_never_the_key(
     assert "secret" not in caplog.text
 
 
-def test_without_a_key_nothing_is_answered_but_probes_and_the_page(bundle, serving, picture, tmp_path: Path) -> None:
+def test_without_a_key_nothing_is_answered_but_probes_and_the_page(bundle, serving, make_image, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# ours\nfirst-key  # the camera's\nsecond-key\n")
-    with serving(create_app(bundle, keys=Keys(file))) as client:
+    with serving(create_app(bundle, keys=ApiKeys(file))) as client:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first-key"}, {"X-API-Key": ""}):
-            refused = client.post("/v1/predict", content=picture(1), headers=headers)
+            refused = client.post("/v1/predict", content=make_image(1), headers=headers)
             assert (refused.status_code, refused.json()["code"]) == (401, "unauthorized")
             assert refused.headers["www-authenticate"] == "Bearer"
         assert client.get("/v1/model").status_code == client.get("/v1/status").status_code == 401
@@ -134,7 +134,7 @@ def test_without_a_key_nothing_is_answered_but_probes_and_the_page(bundle, servi
             assert told["paths"][path][method]["security"] == [{"HTTPBearer": []}]
         assert [client.get(path).status_code for path in ("/livez", "/readyz", "/")] == [200, 200, 200]
         for headers in ({"Authorization": "Bearer second-key"}, {"X-API-Key": "first-key"}):
-            assert client.post("/v1/predict", content=picture(1), headers=headers).status_code == 200
+            assert client.post("/v1/predict", content=make_image(1), headers=headers).status_code == 200
 
 
 FIRST, SECOND, THIRD = "first-key", "second-key", "third-key"
@@ -143,7 +143,7 @@ FIRST, SECOND, THIRD = "first-key", "second-key", "third-key"
 def asker(file: Path, rate: float | None = None) -> tuple[Callable[[str], None], list[float]]:
     """(a function that asks with a key, the time as a list of one)"""
     now = [0.0]
-    keys = Keys(file, rate=rate, clock=lambda: now[0])
+    keys = ApiKeys(file, rate=rate, clock=lambda: now[0])
 
     def ask(key: str) -> None:
         asyncio.run(keys.check(Request({"type": "http", "headers": [(b"x-api-key", key.encode())]})))
@@ -175,11 +175,11 @@ def test_keys_are_rotated_without_a_restart(tmp_path: Path, caplog: pytest.LogCa
             ask(THIRD)
         assert caplog.text.count(told) == 1, "not silently, and not each second"
         with pytest.raises(ValueError, match=told):
-            Keys(file)
+            ApiKeys(file)
     assert "short" not in caplog.text
     rewrite(file, "schlüssel-eins\n")
     with pytest.raises(ValueError, match="line 1: a key has letters, digits and signs of ASCII alone"):
-        Keys(file)
+        ApiKeys(file)
 
 
 def test_a_key_file_that_was_replaced_with_its_time_kept_is_read_again(tmp_path: Path) -> None:
@@ -247,15 +247,15 @@ def test_a_head_that_does_not_arrive_holds_no_connection(bundle, serving, monkey
         assert client.get("/livez").status_code == 200, "an idle connection that had its answer is no slow one"
 
 
-def test_the_dashboard_asks_for_what_there_is(bundle, serving, picture) -> None:
+def test_the_dashboard_asks_for_what_there_is(bundle, serving, make_image) -> None:
     """All but the GPU's memory, which only a server on a GPU tells."""
     text = (Path(__file__).parents[2] / "deploy" / "grafana.json").read_text()
     queries = [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
     asked = {name for query in queries for name in re.findall(r"refract_\w+", query)}
     app = create_app(bundle, challenge=Challenge(Engine(bundle), share=1, answers=False))
     with serving(app) as client:
-        client.post("/v1/predict", content=picture(1))
-        client.post("/v1/predict", content=b"no picture")
+        client.post("/v1/predict", content=make_image(1))
+        client.post("/v1/predict", content=b"no image")
         families = generate_latest(app.state.service.metrics.registry).decode()
     there = {sample.name for family in text_string_to_metric_families(families) for sample in family.samples}
     there |= {family.name + "_total" for family in text_string_to_metric_families(families) if family.type == "counter"}
@@ -291,7 +291,7 @@ def read_lines(descriptor: int, wanted: int) -> list[dict]:
 def test_lines_that_find_no_reader_are_counted(pipe, monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
     monkeypatch.setattr(access_log, "MOST", 50)
     os.set_blocking(pipe[1], blocking)
-    lines = access_log.LineWriter(pipe[1])
+    lines = access_log.AccessLogWriter(pipe[1])
     for number in range(500):
         lines.emit(record(json.dumps({"number": number, "more": "x" * 100})))
     time.sleep(0.2)
@@ -302,7 +302,7 @@ def test_lines_that_find_no_reader_are_counted(pipe, monkeypatch: pytest.MonkeyP
 
 
 def test_what_waits_is_written_before_the_end(pipe) -> None:
-    lines = access_log.LineWriter(pipe[1])
+    lines = access_log.AccessLogWriter(pipe[1])
     lines.emit(record('{"number": 1}'))
     lines.flush()
     os.set_blocking(pipe[0], False)
@@ -322,7 +322,7 @@ def test_a_line_that_was_torn_spoils_no_other(monkeypatch: pytest.MonkeyPatch, c
         return count
 
     monkeypatch.setattr(access_log.os, "write", write)
-    lines = access_log.LineWriter(99)
+    lines = access_log.AccessLogWriter(99)
     for number in range(5):
         lines.emit(record(json.dumps({"number": number})))
     lines.flush()

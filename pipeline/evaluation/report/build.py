@@ -26,7 +26,7 @@ TEXT_SHOWN = 120
 
 @dataclass(frozen=True)
 class Report:
-    """numbers: JSON values; figures: title → data address; galleries: title → pictures, each with `src`, `caption` and `path`; template: of
+    """numbers: JSON values; figures: title → data address; galleries: title → images, each with `src`, `caption` and `path`; template: of
     this folder."""
 
     title: str
@@ -65,7 +65,7 @@ def make_report(
     notes: Sequence[str] = (),
 ) -> Report:
     """facts: what it was measured on and with, for the head. precision: that `abstain_below` was chosen for. findings: the doctor's, each
-    with name, evidence and cure; None where it did not watch. near: pictures and those of the training that they resemble. notes: see
+    with name, evidence and cure; None where it did not watch. near: images and those of the training that they resemble. notes: see
     `refract.pipeline.evaluation.advice`."""
     numbers: dict[str, Any] = {"facts": dict(facts), "metrics": evaluation.metrics, "per_class": evaluation.per_class}
     numbers["macro_f1_classes"] = evaluation.macro_classes
@@ -76,44 +76,44 @@ def make_report(
     multilabel = evaluation.truth.ndim == 2
     bins = measures.reliability(evaluation.probabilities, evaluation.truth, multilabel=multilabel)
     numbers["reliability"] = [list(row) for row in bins]
-    shown = {"Reliability": figures.reliability_figure(bins)}
+    shown = {"Reliability": figures.reliability_chart(bins)}
     galleries: dict[str, list[dict[str, str]]] = {}
     curve = measures.risk_curve(evaluation.confidences, evaluation.errors)
-    shown["Risk and coverage"] = figures.risk_figure(curve.coverage, curve.risk)
+    shown["Risk and coverage"] = figures.risk_chart(curve.coverage, curve.risk)
     if abstain_below is not None:
         numbers["abstaining"] = _abstaining(evaluation, precision, abstain_below)
     if evaluation.confusion is not None:
         numbers["confusion"] = evaluation.confusion.tolist()
-        shown["Confusion matrix"] = figures.confusion_figure(evaluation.confusion, labels)
+        shown["Confusion matrix"] = figures.confusion_chart(evaluation.confusion, labels)
     if multilabel:
         wrong_labels = likely_wrong_labels(evaluation.probabilities, evaluation.truth)
         numbers["likely_wrong_labels"] = [_wrong_label(evaluation, wrong, labels) for wrong in wrong_labels]
         numbers["likely_label_errors"] = list(dict.fromkeys(row["path"] for row in numbers["likely_wrong_labels"]))
-        galleries["The most confident errors"] = _label_pictures(evaluation, labels)
-        galleries["Labels that are likely wrong"] = _wrong_label_pictures(evaluation, wrong_labels, labels)
+        galleries["The most confident errors"] = _label_images(evaluation, labels)
+        galleries["Labels that are likely wrong"] = _wrong_label_images(evaluation, wrong_labels, labels)
     else:
         given, truth = evaluation.probabilities, evaluation.truth
         wrong = np.flatnonzero(~evaluation.right)
         surest = wrong[np.argsort(-given[wrong].max(axis=1), kind="stable")]
         suspects = likely_label_errors(given, truth)
         numbers["likely_label_errors"] = [evaluation.samples[i].path for i in suspects]
-        galleries["The most confident errors"] = _pictures(evaluation, surest, labels)
-        galleries["Labels that are likely wrong"] = _pictures(evaluation, suspects, labels)
+        galleries["The most confident errors"] = _images(evaluation, surest, labels)
+        galleries["Labels that are likely wrong"] = _images(evaluation, suspects, labels)
     if near:
         known = {sample.path for sample, _ in near}
         new = np.array([sample.path not in known for sample in evaluation.samples])
         right = float(evaluation.right[new].mean()) if new.any() else None
         pairs = [[sample.path, other.path] for sample, other in near]
         numbers["near_duplicates"] = {"pairs": pairs, "right_without_them": right}
-        galleries["Like a picture of the training"] = [
+        galleries["Like an image of the training"] = [
             {"src": figures.pair_thumbnail(a.read(), b.read()), "caption": f"{_named(a, labels)} ~ {_named(b, labels)}",
              "path": f"{a.path} ~ {b.path}"}
             for a, b in near[:SHOWN]
         ]  # fmt: skip
     if robustness is not None:
         numbers["robustness"] = robustness.to_dict()
-        shown["Robustness to corruptions"] = figures.severity_figure(robustness.by_severity())
-        shown["Noise on the pictures"] = figures.noise_figure({0: robustness.clean, **robustness.noise})
+        shown["Robustness to corruptions"] = figures.severity_chart(robustness.by_severity())
+        shown["Noise on the images"] = figures.noise_chart({0: robustness.clean, **robustness.noise})
     return Report(title, numbers, shown, galleries)
 
 
@@ -127,7 +127,7 @@ def _absent_classes(evaluation: Evaluation, count: int) -> list[str]:
     ]
 
 
-def _pictures(evaluation: Evaluation, places: np.ndarray, labels: Sequence[str]) -> list[dict[str, str]]:
+def _images(evaluation: Evaluation, places: np.ndarray, labels: Sequence[str]) -> list[dict[str, str]]:
     rows = []
     for i in places[:SHOWN]:
         sample, answer = evaluation.samples[i], int(evaluation.probabilities[i].argmax())
@@ -146,7 +146,7 @@ def _abstaining(evaluation: Evaluation, precision: float, abstain_below: float) 
     }
 
 
-def _label_pictures(evaluation: Evaluation, labels: Sequence[str]) -> list[dict[str, str]]:
+def _label_images(evaluation: Evaluation, labels: Sequence[str]) -> list[dict[str, str]]:
     """For multi-label: the images with a wrong label, that whose probability is furthest from the truth first, each image once."""
     off = np.abs(evaluation.probabilities - evaluation.truth) * (evaluation.answers != evaluation.truth)
     order = [i for i in np.argsort(-off.max(axis=1), kind="stable").tolist() if not evaluation.right[i]]
@@ -154,17 +154,17 @@ def _label_pictures(evaluation: Evaluation, labels: Sequence[str]) -> list[dict[
     for i in order[:SHOWN]:
         label = int(off[i].argmax())
         how = "missed" if evaluation.truth[i, label] else "predicted"
-        rows.append(_label_picture(evaluation, i, label, how, labels))
+        rows.append(_label_image(evaluation, i, label, how, labels))
     return rows
 
 
-def _wrong_label_pictures(
+def _wrong_label_images(
     evaluation: Evaluation, wrong: Sequence[WrongLabel], labels: Sequence[str]
 ) -> list[dict[str, str]]:
-    return [_label_picture(evaluation, w.image, w.label, f"likely {w.kind}:", labels) for w in wrong[:SHOWN]]
+    return [_label_image(evaluation, w.image, w.label, f"likely {w.kind}:", labels) for w in wrong[:SHOWN]]
 
 
-def _label_picture(evaluation: Evaluation, place: int, label: int, how: str, labels: Sequence[str]) -> dict[str, str]:
+def _label_image(evaluation: Evaluation, place: int, label: int, how: str, labels: Sequence[str]) -> dict[str, str]:
     sample = evaluation.samples[place]
     said = f"{how} {labels[label]} {evaluation.probabilities[place, label]:.0%}, labelled {_named(sample, labels)}"
     return {"src": figures.thumbnail(sample.read()), "caption": said + _said(sample), "path": sample.path}

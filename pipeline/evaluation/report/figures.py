@@ -25,17 +25,17 @@ def data_url(figure: "Figure") -> str:
 
 
 def thumbnail(data: bytes) -> str:
-    """Encoded picture bytes as a JPEG of at most THUMBNAIL pixels a side; small ones are enlarged with their pixels left visible."""
+    """Encoded image bytes as a JPEG of at most THUMBNAIL pixels a side; small ones are enlarged with their pixels left visible."""
     return _address(_small(data))
 
 
 def pair_thumbnail(one: bytes, other: bytes) -> str:
-    """Two pictures beside each other."""
-    pictures = _small(one), _small(other)
-    heights = [THUMBNAIL - picture.shape[0] for picture in pictures]
+    """Two images beside each other."""
+    images = _small(one), _small(other)
+    heights = [THUMBNAIL - image.shape[0] for image in images]
     padded = [
         cv2.copyMakeBorder(p, 0, more, 0, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
-        for p, more in zip(pictures, heights, strict=True)
+        for p, more in zip(images, heights, strict=True)
     ]
     return _address(np.hstack(padded))
 
@@ -53,7 +53,7 @@ def _address(pixels: np.ndarray) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(coded.tobytes()).decode()
 
 
-def reliability_figure(bins: Sequence[tuple[float, float, int]]) -> str:
+def reliability_chart(bins: Sequence[tuple[float, float, int]]) -> str:
     """bins: see `refract.pipeline.evaluation.measures.reliability`."""
     axes = _axes("confidence", "share that is right", (4.2, 3.6))
     axes.plot([0, 1], [0, 1], color="0.7", linestyle="--")
@@ -65,7 +65,7 @@ def reliability_figure(bins: Sequence[tuple[float, float, int]]) -> str:
     return data_url(axes.figure)
 
 
-def risk_figure(coverage: np.ndarray, risk: np.ndarray) -> str:
+def risk_chart(coverage: np.ndarray, risk: np.ndarray) -> str:
     axes = _axes("coverage: share that is answered", "risk: share of those that is wrong", (4.2, 3.6))
     places = np.unique(np.linspace(0, len(coverage) - 1, 400).astype(int))
     axes.plot(coverage[places], risk[places])
@@ -73,7 +73,7 @@ def risk_figure(coverage: np.ndarray, risk: np.ndarray) -> str:
     return data_url(axes.figure)
 
 
-def severity_figure(curve: Mapping[int, float]) -> str:
+def severity_chart(curve: Mapping[int, float]) -> str:
     """curve: see `Robustness.by_severity`."""
     axes = _axes("severity of the corruption", "accuracy", (4.2, 3.6))
     axes.plot(list(curve), [1 - error for error in curve.values()], marker="o")
@@ -81,7 +81,7 @@ def severity_figure(curve: Mapping[int, float]) -> str:
     return data_url(axes.figure)
 
 
-def noise_figure(errors: Mapping[int, float]) -> str:
+def noise_chart(errors: Mapping[int, float]) -> str:
     """errors: deviation of Gaussian noise in grey levels → share of wrong answers, 0 among them."""
     axes = _axes("deviation of Gaussian noise, grey levels of 255", "accuracy", (4.2, 3.6))
     axes.plot(list(errors), [1 - error for error in errors.values()], marker="o")
@@ -100,7 +100,7 @@ def two_histograms(reference: np.ndarray, new: np.ndarray, name: str) -> str:
     return data_url(axes.figure)
 
 
-def two_shares(reference: np.ndarray, new: np.ndarray, labels: Sequence[str], most: int) -> str:
+def two_fractions(reference: np.ndarray, new: np.ndarray, labels: Sequence[str], most: int) -> str:
     """Two counts (C,) as shares, side by side, of the `most` labels that differ most."""
     shares = [counts / max(1, counts.sum()) for counts in (reference, new)]
     places = np.sort(np.argsort(-np.abs(shares[0] - shares[1]), kind="stable")[:most])
@@ -114,7 +114,7 @@ def two_shares(reference: np.ndarray, new: np.ndarray, labels: Sequence[str], mo
         return data_url(axes.figure)
 
 
-def confusion_figure(confusion: np.ndarray, labels: Sequence[str]) -> str:
+def confusion_chart(confusion: np.ndarray, labels: Sequence[str]) -> str:
     from refract.pipeline.evaluation.plots import confusion_of
 
     return data_url(confusion_of(confusion, labels))

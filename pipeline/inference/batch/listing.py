@@ -1,4 +1,4 @@
-"""What is to be scored, in an order that is the same each time: the pictures of a folder, or the rows of a manifest."""
+"""What is to be scored, in an order that is the same each time: the images of a folder, or the rows of a manifest."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from refract.pipeline.data.sources.tables import is_table, read_table
 
 
 class Row(NamedTuple):
-    """path: of the picture as it was named, None for a text alone; truth: the manifest's own label."""
+    """path: of the image as it was named, None for a text alone; truth: the manifest's own label."""
 
     path: str | None
     text: str | None = None
@@ -41,7 +41,7 @@ class Listing:
     truths: bool = False
 
     def digest(self) -> str:
-        """SHA-256 over all that the rows say, in hexadecimal; the pictures themselves are not looked at."""
+        """SHA-256 over all that the rows say, in hexadecimal; the images themselves are not looked at."""
         found = hashlib.sha256(self.root.encode("utf-8", "surrogateescape"))
         for row in self.rows:
             found.update(json.dumps(row).encode() + b"\n")
@@ -62,7 +62,7 @@ def listing_of(source: Path) -> Listing:
     if source.is_file():
         raise DataError(
             f"{source}: expected a folder of images, or a .csv, .tsv or .parquet manifest, not a {source.suffix or 'plain'} file; "
-            "`refract predict` takes single pictures"
+            "`refract predict` takes single images"
         )
     raise DataError(f"{source}: no such folder or file, seen from {Path.cwd()}")
 
@@ -73,7 +73,7 @@ def _folder(root: Path) -> Listing:
     except OSError as error:
         raise unreadable(error, root) from error
     if not files:
-        raise DataError(f"{root}: no pictures in this folder; Refract reads {', '.join(SUFFIXES)}")
+        raise DataError(f"{root}: no images in this folder; Refract reads {', '.join(SUFFIXES)}")
     return Listing(str(root), str(Path.cwd()), tuple(Row(path) for path in sorted(files)))
 
 

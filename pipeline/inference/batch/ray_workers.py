@@ -1,7 +1,7 @@
 """Scorers as actors of Ray Data, on this machine or on the cluster that RAY_ADDRESS names.
 
 A row of Ray's is a shard, of which the actor writes the part; Ray makes anew what a lost node had in hand. All nodes see the bundle, the
-pictures and the output under the same paths.
+images and the output under the same paths.
 """
 
 import logging

@@ -21,7 +21,7 @@ from refract.pipeline.files import read_file
 from refract.pipeline.inference.batch.listing import Row, Shard
 from refract.pipeline.inference.batch.part_files import write_part
 from refract.pipeline.inference.batch.rows import schema_of, table_of
-from refract.pipeline.inference.scoring import Question, preprocess_of, score
+from refract.pipeline.inference.scoring import SampleInput, preprocess_of, score
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Scorer:
         """BundleError where the bundle is not the one that the scoring began with."""
         keep_freed_memory()
         torch.set_num_threads(job.threads)
-        cv2.setNumThreads(1)  # pictures are decoded beside each other
+        cv2.setNumThreads(1)  # images are decoded beside each other
         bundle = load_bundle(job.bundle)
         if bundle.digest != job.digest:
             raise BundleError(
@@ -71,7 +71,7 @@ class Scorer:
         """Write each shard's part. A batch goes on from one shard to the next, so that the network does not wait between them."""
         begun: deque[Shard] = deque()
 
-        def questions() -> Iterator[Question]:
+        def questions() -> Iterator[SampleInput]:
             for shard in shards:
                 begun.append(shard)
                 yield from map(self._question, shard.rows)
@@ -90,18 +90,18 @@ class Scorer:
                 yield Done(shard.number, len(found), sum(isinstance(answer, str) for answer in found))
                 found = []
 
-    def _question(self, row: Row) -> Question:
+    def _question(self, row: Row) -> SampleInput:
         path = os.path.join(self.job.root, row.path or "")  # noqa: PTH118 — for each of millions
-        return Question(lambda: _bytes(path), row.text or "", row.path is not None)
+        return SampleInput(lambda: _bytes(path), row.text or "", row.path is not None)
 
     def _told(self, row: Row, answer: np.ndarray | Exception) -> np.ndarray | str:
         """The answer, or the reason why there is none."""
         reads, text = self.classifier.reads, bool(trimmed(row.text or ""))
         if row.path is None and not text:
-            return "neither a picture nor a text"
+            return "neither an image nor a text"
         if row.path is None and "texts" not in reads:
-            return "no picture, and the bundle reads nothing else"
-        if not text and "pictures" not in reads:
+            return "no image, and the bundle reads nothing else"
+        if not text and "images" not in reads:
             return "no text, and the bundle reads nothing else"
         if isinstance(answer, np.ndarray):
             return answer if np.isfinite(answer).all() else "the network's answer is no number"

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from refract.models.classifier import Inputs, inputs_of
 
 RENEWED = 2048
-"""Pictures from which batch norms get the statistics of averaged weights."""
+"""Images from which batch norms get the statistics of averaged weights."""
 
 KEY = "averaged_weights"
 """Where a checkpoint holds the averaged state dict of the module."""
@@ -24,7 +24,7 @@ class WeightAverage(Callback):
     decay: of the exponential moving average w̄ ← d w̄ + (1 − d) w after each step, d = min(decay, (1 + n) / (10 + n)) at the n-th, so that
     the first steps do not linger (Polyak & Juditsky 1992; the ramp as TensorFlow's); the statistics of batch norms are averaged alike.
     swa_start: in place of that, the even mean of the weights at the end of each epoch from this share of the epochs on (Izmailov et al.
-    2018, arXiv:1803.05407); the statistics of batch norms are then computed anew, on up to RENEWED pictures of the epoch's last batches.
+    2018, arXiv:1803.05407); the statistics of batch norms are then computed anew, on up to RENEWED images of the epoch's last batches.
     Before the first update the weights themselves are measured.
     """
 

@@ -52,7 +52,7 @@ class ResumeCheckpoint(Checkpoint):
     """A checkpoint every `seconds`, between two steps or at the end of an epoch, and when the training is asked to stop.
 
     Beside what Lightning keeps it holds the states of the random generators, and whether the training had come to its end. The KEPT newest
-    stay. whole_from: the epoch from which on none is written within an epoch, as SWA then looks at its pictures at its end.
+    stay. whole_from: the epoch from which on none is written within an epoch, as SWA then looks at its images at its end.
     """
 
     def __init__(self, folder: Path, *, seconds: float, stop: Stop, whole_from: int | None = None) -> None:

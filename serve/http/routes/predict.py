@@ -15,14 +15,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from refract.models.prediction import confidences, prediction
-from refract.serve.http.auth import Keys
+from refract.serve.http.auth import ApiKeys
 from refract.serve.http.base_path import route_path
 from refract.serve.http.errors import Refused
 from refract.serve.http.openapi import PREDICT_ANSWERS, PREDICT_BODY
 from refract.serve.requests.body import Bodies, unless_gone
 from refract.serve.requests.decoding import is_quick, read
 from refract.serve.runtime.service import Service
-from refract.serve.runtime.work import Answers, Work
+from refract.serve.runtime.work import Predictions, Work
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class _Json(JSONResponse):
 
 
 class Asked(BaseModel):
-    """What a request asks for beside its pictures; `top` as `_asked` bounds it. An unknown name is refused, as it may be misspelt."""
+    """What a request asks for beside its images; `top` as `_asked` bounds it. An unknown name is refused, as it may be misspelt."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -51,7 +51,7 @@ class Asked(BaseModel):
         description="Answer in `labels` those of at least this probability; for multilabel in place of the bundle's thresholds",
     )
     tta: Literal["none", "flip"] = Field(
-        "none", description="flip: the mean answer to the picture and its mirror image, at twice the cost"
+        "none", description="flip: the mean answer to the image and its mirror image, at twice the cost"
     )
     explain: bool = Field(
         False,
@@ -71,7 +71,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 class Direct:
     """ASGI middleware that answers one route itself. FastAPI describes it, but its way from a request to a function costs more than all
-    else of a small picture's answer."""
+    else of a small image's answer."""
 
     def __init__(self, app: ASGIApp, path: str, endpoint: Endpoint, refused: Refused) -> None:
         self._app, self._path, self._endpoint, self._refused = app, path, endpoint, refused
@@ -91,7 +91,7 @@ class Direct:
         await response(scope, receive, send)
 
 
-def add_predict(app: FastAPI, service: Service, bodies: Bodies, keys: Keys | None, allowed: list[Any]) -> Endpoint:
+def add_predict(app: FastAPI, service: Service, bodies: Bodies, keys: ApiKeys | None, allowed: list[Any]) -> Endpoint:
     """Describe `/v1/predict` in `app`. Returns what answers it, for `Direct`."""
     asked_of = _asked(len(service.engine.bundle.info.labels))  # of all that it will ever serve
 
@@ -136,7 +136,7 @@ def _problem(row: Mapping[str, Any], asked_of: type[Asked]) -> dict[str, Any]:
     return {**row, "msg": message, "loc": ("query", *row["loc"])}
 
 
-def _answer(service: Service, asked: Asked, found: Answers) -> JSONResponse:
+def _answer(service: Service, asked: Asked, found: Predictions) -> JSONResponse:
     info, digest = found.bundle.info, found.bundle.digest
     own = info.thresholds if info.task == "multilabel" else None
     thresholds = own if asked.threshold is None else [asked.threshold] * len(info.labels)

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse
 from refract.serve.http.errors import RequestError
 from refract.serve.http.openapi import INFER_BODY, problems
 from refract.serve.requests.body import Bodies, unless_gone
-from refract.serve.requests.decoding import EACH, Pictures, numbered, pictures
+from refract.serve.requests.decoding import EACH, RequestImages, encoded_images, numbered
 from refract.serve.requests.limits import Limits
 from refract.serve.requests.parsing import SPARE, from_base64, parsed
 from refract.serve.runtime.service import Service
@@ -67,7 +67,7 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
 
     @app.get(
         "/v2/health/ready",
-        summary="The golden pictures gave their stored answers again",
+        summary="The golden images gave their stored answers again",
         tags=["v2"],
         responses=problems(503),
     )
@@ -148,11 +148,11 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
         return JSONResponse(answer, headers=headers)
 
 
-def _read(body: bytes, announced: str | None, limits: Limits, rest: dict[str, Any]) -> Pictures:
+def _read(body: bytes, announced: str | None, limits: Limits, rest: dict[str, Any]) -> RequestImages:
     """rest: takes what the JSON document has beside its inputs, which may be large, and are not kept."""
     document, binary = _parts(body, announced, limits)
     document["outputs"] = _outputs(document.get("outputs"))
-    found = _pictures(document.pop("inputs", None), binary, limits)
+    found = _images(document.pop("inputs", None), binary, limits)
     rest.update(document)
     return found
 
@@ -183,13 +183,13 @@ def _within(announced: str, most: int) -> bool:
     return announced.isdecimal() and len(announced) < 20 and int(announced) <= most
 
 
-def _pictures(inputs: Any, binary: bytes, limits: Limits) -> Pictures:
+def _images(inputs: Any, binary: bytes, limits: Limits) -> RequestImages:
     """RequestError for anything but one input of INPUTS."""
     match inputs:
         case [{"name": "images", "datatype": "UINT8", "shape": [*shape]} as given]:
             images = _tensor(given, shape, binary, limits)
             cost = RESIZING * math.prod(shape[:3]) / 1e6 + EACH * len(images)
-            return Pictures(
+            return RequestImages(
                 len(images),
                 cost,
                 lambda preprocess, _: np.stack([preprocess(one) for one in images]),
@@ -199,7 +199,7 @@ def _pictures(inputs: Any, binary: bytes, limits: Limits) -> Pictures:
             files = _files(given, binary, limits)
             if shape != [len(files)]:
                 raise _wrong(f"encoded has shape {str(shape)[:40]} and {len(files)} elements")
-            return pictures(files, numbered(len(files)), limits)
+            return encoded_images(files, numbered(len(files)), limits)
     raise _wrong("`inputs` must be one tensor: `images`, UINT8 [N, height, width, 3], or `encoded`, BYTES [N]")
 
 

@@ -14,7 +14,7 @@ LOOK_S = 0.5
 """Between two looks at whether that is so."""
 
 
-class Stream(asyncio.Transport):
+class ClosingTransport(asyncio.Transport):
     """A transport whose `close` goes by stages (RFC 9112, 9.6) where the client still sends: where one closes before that was read, the
     answers are lost on their way. Who takes nothing of what was written is left."""
 

@@ -10,7 +10,7 @@ from uvicorn.protocols.http.flow_control import CLOSE_HEADER, HIGH_WATER_LIMIT, 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from refract.serve.http.errors import Problem
-from refract.serve.http.transport.closing import Stream
+from refract.serve.http.transport.closing import ClosingTransport
 from refract.serve.http.transport.request_head import host_is_valid, line_problem, unknown_method
 
 HEAD_S = 10
@@ -69,7 +69,7 @@ class Connection(HttpToolsProtocol):
     follow, of several that were sent at once tells only the last that its client is gone, takes the body of who would speak another
     protocol (`Upgrade: h2c`) for a request, and closes while a body arrives whose answer is then lost."""
 
-    transport: Stream
+    transport: ClosingTransport
     _timer: asyncio.TimerHandle | None = None
     _rest = memoryview(b"")
     """What was read and not taken apart."""
@@ -87,7 +87,7 @@ class Connection(HttpToolsProtocol):
     """The last that will be said here."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(Stream(transport, self.loop, self._sending))
+        super().connection_made(ClosingTransport(transport, self.loop, self._sending))
         self.flow = _Flow(self.transport, lambda: bool(self._rest) or self._refusal is not None)
         self._cycles: deque[RequestResponseCycle] = deque()
         self._hurry()

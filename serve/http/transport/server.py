@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # Kubernetes kills after 30 s: what is in flight has this long to finish, then is dropped by us and logged.
 GRACE_S = 20
 STUCK_S = 5
-"""Later than that it is ended by force: a picture in a decoder cannot be interrupted."""
+"""Later than that it is ended by force: an image in a decoder cannot be interrupted."""
 
 
 def listen(host: str, port: int) -> socket.socket:

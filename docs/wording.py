@@ -1,0 +1,99 @@
+"""`python docs/wording.py [PATH…]`: report words of texts and names that the glossary of CONTRIBUTING.md replaces, as FILE:LINE.
+
+Checks comments, docstrings, messages and names of Python files; the text of Markdown, YAML and HTML. A string without a space is a key of
+a file format or of an API: it stays readable for old files, and is not checked.
+"""
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+# A pattern of the words, in lower case, and what to write in their place.
+GLOSSARY = {
+    r"pictures?|pictured": "image, has_image",
+    r"hold-outs?": "test set; holdout for the frozen set of the promotion gate",
+    r"nights?": "retraining run; nightly for the schedule",
+    r"(?:go|goes|going|gone|went) on": "continue, resume",
+    r"tells?|told|telling": "report, log, name, say which",
+    r"golden (?:ones?|answers?)": "golden samples, golden predictions",
+    r"(?:is|are|was|were|be|becomes?) no (?:number|figure)s?|no number": "NaN, non-finite",
+    r"by heart": "overfits",
+    r"figures?": "metrics, measurements, charts",
+    r"shares? of": "fraction of, ratio of",
+    r"the house": "in-flight requests, an admission slot",
+    r"lanes?": "model worker",
+    r"shelf|shelves": "disk quota",
+    r"looks of": "image statistics",
+    r"guests?": "third-party transform",
+    r"mirror(?:ed|s|ing)?(?: images?)?": "horizontal flip; reflected, of a border",
+    r"zero-cent(?:re|red|res|ring)": "normalisation, mean subtraction",
+    r"(?:was|were|is|are|been) taught|teachers? answers?": "distillation, teacher logits",
+    r"several labels": "multi-label",
+    r"(?:left|leaves?|leaving|leave) out": "skipped, excluded; skip, exclude",
+    r"begun": "started",
+    r"beside": "compared with, against, next to",
+    r"strangers?": "untrusted",
+    r"seal(?:ed|s)?": "verified, checksummed",
+    r"of (?:one's|its|their|our|his|your) own": "own, custom, separate",
+    r"(?:knows?|known) nothing of": "independent of, does not import",
+    r"what is (?:asked|answered|told|made|kept|there)": "the noun: the request, the prediction, the file",
+    r"courses' claims": "textbook claims",
+    r"nowhere|whoever|whatever it is": "the noun",
+    r"comes? to be": "is built",
+    r"is no (?!longer|number|more)[a-z]+": "is not a …",
+}
+PATTERN = re.compile("|".join(f"(?P<g{i}>\\b(?:{word})\\b)" for i, word in enumerate(GLOSSARY)), re.IGNORECASE)
+NAMES = re.compile(
+    r"(?:^|_)(?P<name>pictures?|pictured|night|nights|told|lanes?|guests?|mirror(?:ed)?|shelf|strangers?|sealed|found|made|kept|own)(?:_|$)"
+)
+TEXTS = {".md", ".yaml", ".yml", ".html"}
+
+
+def words(text: str) -> Iterator[tuple[str, str]]:
+    """(the words found, what to write) for each entry of the glossary in a text."""
+    for match in PATTERN.finditer(text):
+        assert match.lastgroup is not None
+        yield match.group(), list(GLOSSARY.values())[int(match.lastgroup[1:])]
+
+
+def of_python(source: str) -> Iterator[tuple[int, str, str]]:
+    """(line, words, replacement) of the comments and the strings of a Python file."""
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield from ((token.start[0], *pair) for pair in words(token.string))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            for number, line in enumerate(node.value.split("\n")):
+                yield from ((node.lineno + number, *pair) for pair in words(line))
+
+
+def of_file(path: Path) -> Iterator[tuple[int, str, str]]:
+    text = path.read_text("utf-8")
+    if path.suffix == ".py":
+        yield from of_python(text)
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        yield from ((number, *pair) for pair in words(line))
+
+
+def main(arguments: list[str]) -> int:
+    listed = subprocess.run(["git", "ls-files", "-z", *arguments], capture_output=True, text=True, check=True).stdout
+    count = 0
+    for path in map(Path, sorted(filter(None, listed.split("\0")))):
+        if path.is_symlink() or path == Path(__file__).resolve().relative_to(Path.cwd()):
+            continue
+        if path.suffix == ".py" or path.suffix in TEXTS:
+            for line, said, wanted in sorted(of_file(path)):
+                print(f"{path}:{line}: {said!r}; write: {wanted}")
+                count += 1
+    print(f"{count} words to replace" if count else "wording: no word to replace")
+    return bool(count)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
