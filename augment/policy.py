@@ -14,12 +14,12 @@ from refract.augment.ops.composition import (
     Ramp,
     SomeOf,
     Sometimes,
+    changes_text,
     may_move,
     mixes_batch,
-    of_text,
     size_after,
 )
-from refract.augment.ops.external import guest, is_external
+from refract.augment.ops.external import external_transform, is_external
 from refract.augment.plan import Plan, Step
 from refract.augment.random import keyed_generator, op_word
 from refract.augment.text.external import PREFIX, external_text_transform
@@ -51,7 +51,7 @@ class Policy:
             words.append(op_word(f"{name}#{seen.get(name, 0)}"))
             seen[name] = seen.get(name, 0) + 1
         object.__setattr__(self, "_words", tuple(words))
-        of_texts = tuple(of_text(op) for op in self.ops)
+        of_texts = tuple(changes_text(op) for op in self.ops)
         object.__setattr__(self, "_of_text", of_texts)
         _refuse_late(self.ops, None)
         moving = tuple(may_move(op) for op in self.ops)
@@ -246,7 +246,8 @@ def _op(entry: Any, where: str) -> Op:
     try:
         if name in OPS:
             return OPS[name](**parameters)
-        return external_text_transform(name, parameters) if name.startswith(PREFIX) else guest(name, parameters)
+        read = external_text_transform if name.startswith(PREFIX) else external_transform
+        return read(name, parameters)
     except (TypeError, ValueError) as error:
         message = str(error).replace(f"{name}.__init__() ", "")
         raise PolicyError(f"{where}, {name}: {message}") from error

@@ -5,17 +5,17 @@ from types import MappingProxyType
 
 from refract.augment.ops.base import Op
 from refract.augment.ops.color import COLOR
-from refract.augment.ops.composition import CHOICE
+from refract.augment.ops.composition import COMPOSITION
 from refract.augment.ops.corruption import CORRUPTION
 from refract.augment.ops.crops import CROPS
 from refract.augment.ops.deform import DEFORM
-from refract.augment.ops.erasing import REGION
+from refract.augment.ops.erasing import ERASING
 from refract.augment.ops.external import EXTERNAL
 from refract.augment.ops.filters import FILTERS
-from refract.augment.ops.geometric import TURNS
+from refract.augment.ops.geometric import GEOMETRIC
 from refract.augment.ops.mixing import MIX
 from refract.augment.ops.noise import NOISE
-from refract.augment.ops.published_policies import AUTO
+from refract.augment.ops.published_policies import PUBLISHED_POLICIES
 from refract.augment.ops.tone import TONE
 from refract.augment.ops.warps import WARPS
 from refract.augment.text.external import EXTERNAL_TEXT
@@ -23,7 +23,7 @@ from refract.augment.text.ops import TEXT
 
 OPS: Mapping[str, type[Op]] = MappingProxyType(
     {
-        **TURNS,
+        **GEOMETRIC,
         **CROPS,
         **WARPS,
         **DEFORM,
@@ -31,10 +31,10 @@ OPS: Mapping[str, type[Op]] = MappingProxyType(
         **TONE,
         **NOISE,
         **FILTERS,
-        **REGION,
+        **ERASING,
         **MIX,
-        **CHOICE,
-        **AUTO,
+        **COMPOSITION,
+        **PUBLISHED_POLICIES,
         **CORRUPTION,
         **EXTERNAL,
         **TEXT,

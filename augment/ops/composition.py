@@ -30,7 +30,7 @@ class CompositionOp(Op):
             raise ValueError("ops: an empty list leaves nothing to choose from")
         if len({mixes_batch(op) for op in self.ops}) > 1:
             raise ValueError("ops: those that mix the batch (MixUp, CutMix) cannot be chosen beside those that do not")
-        if len({of_text(op) for op in self.ops}) > 1:
+        if len({changes_text(op) for op in self.ops}) > 1:
             raise ValueError("ops: those that change texts cannot be chosen beside those that change images")
 
 
@@ -39,9 +39,9 @@ def mixes_batch(op: Op) -> bool:
     return op.kind == "batch" or (isinstance(op, CompositionOp) and any(mixes_batch(own) for own in op.ops))
 
 
-def of_text(op: Op) -> bool:
+def changes_text(op: Op) -> bool:
     """Whether an op, or what it holds, changes texts."""
-    return op.kind == "text" or (isinstance(op, CompositionOp) and any(of_text(own) for own in op.ops))
+    return op.kind == "text" or (isinstance(op, CompositionOp) and any(changes_text(own) for own in op.ops))
 
 
 def may_move(op: Op) -> bool:
@@ -241,6 +241,6 @@ def _weights(weights: Any, count: int) -> tuple[float, ...]:
     return checked
 
 
-CHOICE: Mapping[str, type[Op]] = MappingProxyType(
+COMPOSITION: Mapping[str, type[Op]] = MappingProxyType(
     {"Compose": Compose, "Sometimes": Sometimes, "OneOf": OneOf, "SomeOf": SomeOf, "During": During, "Ramp": Ramp}
 )

@@ -15,7 +15,7 @@ from refract.augment.ops.geometric import (
     check_interpolation,
     matrix,
     outside,
-    place,
+    random_offset,
     sampling,
 )
 
@@ -50,7 +50,7 @@ class RandomCrop(_Crop):
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         height, width = self.size  # type: ignore[misc]
-        top, left = place(rng, size[0] - height), place(rng, size[1] - width)
+        top, left = random_offset(rng, size[0] - height), random_offset(rng, size[1] - width)
         return {"box": [top, left, height, width], "size": [height, width], **outside(self)}
 
 
@@ -123,7 +123,7 @@ class RandomResizedCrop(_Crop):
             ratio = math.exp(low + (high - low) * rng.random())
             box_height, box_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < box_height <= height and 0 < box_width <= width:
-                box = [place(rng, height - box_height), place(rng, width - box_width), box_height, box_width]
+                box = [random_offset(rng, height - box_height), random_offset(rng, width - box_width), box_height, box_width]
                 break
         else:
             ratio = min(max(width / height, self.ratio[0]), self.ratio[1])

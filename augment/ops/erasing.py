@@ -261,7 +261,7 @@ class HideAndSeek(ErasingOp):
         return {"boxes": boxes, **_painted(rng, self.fill)}
 
 
-REGION: Mapping[str, type[ErasingOp]] = MappingProxyType(
+ERASING: Mapping[str, type[ErasingOp]] = MappingProxyType(
     {
         "Cutout": Cutout,
         "RandomErasing": RandomErasing,

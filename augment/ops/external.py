@@ -105,7 +105,7 @@ _STILL = (
 """Modules of other libraries whose transforms leave every pixel in its place."""
 
 
-def guest(name: str, parameters: Mapping[str, Any]) -> Guest:
+def external_transform(name: str, parameters: Mapping[str, Any]) -> Guest:
     """The op that `name: parameters` in a policy is short for. name: `library.Transform`."""
     own = dict(parameters)
     if name.startswith("imgaug.") and "p" in _signature(_find(name)):

@@ -155,7 +155,7 @@ def product(m: Matrix, n: Matrix) -> Matrix:
     )  # fmt: skip
 
 
-def place(rng: np.random.Generator, room: int) -> int:
+def random_offset(rng: np.random.Generator, room: int) -> int:
     """A uniform whole offset between 0 and `room`, which is negative where the crop is the larger."""
     return min(0, room) + below(rng, abs(room) + 1)
 
@@ -178,7 +178,7 @@ def outside(op: Any) -> Args:
     return {"border": op.border, "fill": list(op.fill)}
 
 
-TURNS: Mapping[str, type[GeometricOp]] = MappingProxyType(
+GEOMETRIC: Mapping[str, type[GeometricOp]] = MappingProxyType(
     {
         "HorizontalFlip": HorizontalFlip,
         "AlternatingFlip": AlternatingFlip,

@@ -389,7 +389,7 @@ _MIX = (
     "AutoContrast", "Equalize", "Posterize", "Rotate", "Solarize", "ShearX", "ShearY", "TranslateX", "TranslateY",
 )  # fmt: skip
 
-AUTO: Mapping[str, type[Op]] = MappingProxyType(
+PUBLISHED_POLICIES: Mapping[str, type[Op]] = MappingProxyType(
     {
         "AutoAugment": AutoAugment,
         "RandAugment": RandAugment,

@@ -70,7 +70,7 @@ class TextGuest(TextOp):
         if not text.strip() or _HALVES.search(text):  # no tokenizer takes halves of surrogate pairs
             return text
         made = _augmenter(args["augmenter"], json.dumps(args["parameters"], sort_keys=True))
-        stays = words.kept(tuple(args["keep"]))
+        stays = words.protected_words(tuple(args["keep"]))
 
         def run() -> Any:
             _protect(made, [*(args["parameters"].get("stopwords") or ()), *_staying(text, stays)])
@@ -116,10 +116,10 @@ def _protect(made: Any, tokens: list[str]) -> None:
     made.stopwords = sorted({piece.lower() for piece in pieces})
 
 
-def _staying(text: str, stays: words.Kept) -> list[str]:
+def _staying(text: str, stays: words.ProtectedWords) -> list[str]:
     """What stands between spaces and holds a word that must stay."""
     pieces = words.split(text)
-    places = stays.places(pieces)
+    places = stays.indices(pieces)
     marks = "".join(("x" if place in places else " ") * len(piece) for place, piece in enumerate(pieces))
     return [token.group() for token in re.finditer(r"\S+", text) if "x" in marks[token.start() : token.end()]]
 

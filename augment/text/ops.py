@@ -27,7 +27,7 @@ class TextOp(Op):
     """Works on the text of a sample; drawn by a key of its own, whatever befalls the image.
 
     share: of the words that are changed, in [0, 1]; of a text of few words at least one is. keep: words that stay as they are, see
-    `refract.augment.text.words.kept`; by default what holds a digit, and negations.
+    `refract.augment.text.words.protected_words`; by default what holds a digit, and negations.
     """
 
     kind: ClassVar[str] = "text"
@@ -41,7 +41,7 @@ class TextOp(Op):
         if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in entries):
             raise ValueError(f"keep: {self.keep!r} is not a list of words")
         self._set("keep", tuple(entries))
-        words.kept(self.keep)
+        words.protected_words(self.keep)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "p"}
@@ -52,7 +52,7 @@ class TextOp(Op):
     def on_text(cls, args: Args, text: str) -> str:
         """The changed text. args: as drawn."""
         pieces = words.split(text)
-        stay = words.kept(tuple(args["keep"])).places(pieces)
+        stay = words.protected_words(tuple(args["keep"])).indices(pieces)
         places = [place for place in range(1, len(pieces), 2) if place not in stay]
         if places and args["share"] > 0:
             cls.change(args, pieces, places, keyed_generator(args["seed"], 0, 0, 0))
@@ -130,7 +130,7 @@ class WordSubstitute(TableOp):
         known = [place for place in places if pieces[place].lower() in table]
         for place in _some(known, args["share"], rng) if known else ():
             others = table[pieces[place].lower()]
-            pieces[place] = words.like(others[below(rng, len(others))], pieces[place])
+            pieces[place] = words.match_case(others[below(rng, len(others))], pieces[place])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ class CharSubstitute(CharOp):
 
     @classmethod
     def on_word(cls, word: str, at: int, rng: np.random.Generator) -> str:
-        return word[:at] + words.like(_letter(rng), word[at]) + word[at + 1 :]
+        return word[:at] + words.match_case(_letter(rng), word[at]) + word[at + 1 :]
 
 
 def _letter(rng: np.random.Generator) -> str:
@@ -225,7 +225,7 @@ class Keyboard(CharOp):
     @classmethod
     def on_word(cls, word: str, at: int, rng: np.random.Generator) -> str:
         near = _neighbours().get(word[at].lower(), "")
-        return word[:at] + words.like(near[below(rng, len(near))], word[at]) + word[at + 1 :] if near else word
+        return word[:at] + words.match_case(near[below(rng, len(near))], word[at]) + word[at + 1 :] if near else word
 
 
 @cache
@@ -274,7 +274,7 @@ class Spelling(TextOp):
         known = [place for place in places if pieces[place].lower() in table]
         for place in _some(known, args["share"], rng) if known else ():
             wrong = table[pieces[place].lower()]
-            pieces[place] = words.like(wrong[below(rng, len(wrong))], pieces[place])
+            pieces[place] = words.match_case(wrong[below(rng, len(wrong))], pieces[place])
 
 
 @cache
@@ -311,7 +311,7 @@ class BackTranslation(TextOp):
 
     @classmethod
     def on_text(cls, args: Args, text: str) -> str:
-        stays = words.kept(tuple(args["keep"]))
+        stays = words.protected_words(tuple(args["keep"]))
         found = [new for new in paraphrases(args["cache"], text) if not stays.lost(text, new)]
         return found[below(keyed_generator(args["seed"], 0, 0, 0), len(found))] if found else text
 

@@ -52,7 +52,7 @@ class Cache:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    def begin(self, settings: str, way: str) -> None:
+    def start_run(self, settings: str, way: str) -> None:
         """A run with these settings: of the texts that have paraphrases by them, those of other settings and the same way are not drawn
         any more. way: what runs replace each other in, as the languages. CacheError."""
         query = "INSERT OR REPLACE INTO run SELECT ?, ?, 1 + coalesce(max(number), 0) FROM run"

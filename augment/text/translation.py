@@ -25,7 +25,7 @@ class TranslationError(ValueError):
 
 
 @dataclass(frozen=True)
-class DataCapture:
+class Sampling:
     """How variants come to differ. top_k: the likeliest words of which each is drawn, 1 takes the likeliest; temperature: > 0, higher is
     bolder."""
 
@@ -39,7 +39,7 @@ class BackTranslator:
 
     def __init__(
         self, forth: str, back: str, *, source: str, via: str, device: str = "cpu", batch: int = 32, max_length: int = 256,
-        sampling: DataCapture = DataCapture(),
+        sampling: Sampling = Sampling(),
     ) -> None:  # fmt: skip
         """TranslationError where a model cannot be loaded or does not know a language."""
         self.name = f"{forth} {back} {source} {via} {max_length} {sampling}"
@@ -131,7 +131,7 @@ class _Way:
             tokenizer.src_lang = source
             self._own = {"forced_bos_token_id": _language(tokenizer, target)}
 
-    def __call__(self, model: Any, texts: list[str], sampling: DataCapture) -> list[str | None]:
+    def __call__(self, model: Any, texts: list[str], sampling: Sampling) -> list[str | None]:
         own = self._model.generation_config
         own.update(do_sample=sampling.top_k > 1, num_beams=1, **self._own)
         own.update(**({"top_k": sampling.top_k, "temperature": sampling.temperature} if sampling.top_k > 1 else {}))
@@ -174,7 +174,7 @@ class _Ends:
 
 @dataclass(frozen=True)
 class Filter:
-    """Which paraphrases are used. keep: words that must stay, see `refract.augment.text.words.kept`; length: a
+    """Which paraphrases are used. keep: words that must stay, see `refract.augment.text.words.protected_words`; length: a
     paraphrase has at least so many times the words of the text, and at most that the other way."""
 
     keep: tuple[str, ...] = (words.NUMBERS, words.NEGATIONS)
@@ -182,7 +182,7 @@ class Filter:
     _kept: Any = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_kept", words.kept(self.keep))
+        object.__setattr__(self, "_kept", words.protected_words(self.keep))
 
     def reason(self, text: str, paraphrase: str, others: Sequence[str]) -> str | None:
         """Why it is not used: equal, empty, short, long, script or lost; None where it is. others: used ones of the same text."""

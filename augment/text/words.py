@@ -47,7 +47,7 @@ def remove(pieces: list[str], place: int) -> None:
         pieces[place + 1] = after[1:]
 
 
-def like(word: str, model: str) -> str:
+def match_case(word: str, model: str) -> str:
     """`word`, capital where `model` is: its first letter, or all of it."""
     if len(model) > 1 and model.isupper():
         return word.upper()
@@ -55,14 +55,14 @@ def like(word: str, model: str) -> str:
 
 
 @cache
-def kept(entries: tuple[str, ...]) -> "Kept":
+def protected_words(entries: tuple[str, ...]) -> "ProtectedWords":
     """Which words must stay. entries: words, phrases (`New York`, `C++`, `AT&T`) and signs (`€`) in any case, `<numbers>` for what holds a
     digit and its sign, `<negations>` for no, not, don't and their like in seven languages, or the name of a text file with an entry a
     line. ValueError for a file that cannot be read."""
     found: set[str] = set()
     for entry in entries:
         found.update(lines(entry, "keep") if entry.endswith(".txt") else [entry])
-    return Kept(frozenset(" ".join(_plain(entry).split()) for entry in found))
+    return ProtectedWords(frozenset(" ".join(_plain(entry).split()) for entry in found))
 
 
 def _plain(piece: str) -> str:
@@ -74,7 +74,7 @@ def _number(word: str) -> bool:
     return not word.isalpha() and any(unicodedata.category(character)[0] == "N" for character in word)
 
 
-class Kept:
+class ProtectedWords:
     """A test of words. entries: what it was made of, the files' lines among it."""
 
     def __init__(self, entries: frozenset[str]) -> None:
@@ -93,7 +93,7 @@ class Kept:
             return True
         return bool(self.signs) and any(sign in plain for sign in self.signs)
 
-    def places(self, pieces: Sequence[str]) -> set[int]:
+    def indices(self, pieces: Sequence[str]) -> set[int]:
         """Those of `split`'s words that stay: by themselves, in a phrase, or as what touches such a one and might become a part of it."""
         found = {place for place in range(1, len(pieces), 2) if self(pieces[place])}
         for start, phrase in self._phrases(pieces):

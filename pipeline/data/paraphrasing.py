@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 from refract.augment.text.paraphrases import Cache, digest
-from refract.augment.text.translation import BackTranslator, DataCapture, Filter, TranslationError
-from refract.augment.text.words import kept
+from refract.augment.text.translation import BackTranslator, Filter, Sampling, TranslationError
+from refract.augment.text.words import protected_words
 from refract.pipeline.data.manifest import DataError
 from refract.pipeline.files import locked
 
@@ -57,7 +57,7 @@ def paraphrase(texts: Sequence[str], plan: Plan, file: Path) -> dict[str, int]:
         counts: dict[str, int] = {}
         for via in plan.via:
             settings = _settings(plan, via)
-            cache.begin(settings, f"{plan.source} {via}")
+            cache.start_run(settings, f"{plan.source} {via}")
             missing = sorted(cache.missing(texts, settings), key=len)  # texts of one length fill a batch best
             log.info("%s: %d texts to translate, %d are in %s", via, len(missing), len(set(texts)) - len(missing), file)
             if missing:
@@ -82,7 +82,7 @@ def _settings(plan: Plan, via: str) -> str:
         plan.max_length,
         plan.top_k,
         plan.temperature,
-        sorted(kept(plan.filter.keep).entries),
+        sorted(protected_words(plan.filter.keep).entries),
         plan.filter.length,
     )
     return repr((*own, plan.encoder, plan.similar if plan.encoder else None))
@@ -91,7 +91,7 @@ def _settings(plan: Plan, via: str) -> str:
 def _translator(plan: Plan, via: str, device: str) -> BackTranslator:
     forth = plan.model.replace("{from}", plan.source).replace("{to}", via)
     back = plan.model.replace("{from}", via).replace("{to}", plan.source)
-    sampling = DataCapture(plan.top_k, plan.temperature)
+    sampling = Sampling(plan.top_k, plan.temperature)
     return BackTranslator(
         forth, back, source=plan.source, via=via, device=device, batch=plan.batch, max_length=plan.max_length, sampling=sampling
     )  # fmt: skip

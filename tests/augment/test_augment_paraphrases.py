@@ -23,7 +23,7 @@ def draws(file: str, count: int) -> list[str]:
 def test_training_draws_from_what_was_kept_the_same_in_any_process(tmp_path: Path) -> None:
     file = tmp_path / "p.db"
     with Cache(file) as cache:
-        cache.begin("via de", "de"), cache.begin("via fr", "fr")
+        cache.start_run("via de", "de"), cache.start_run("via fr", "fr")
         cache.add([("a dog", [("a hound", None), ("a cat", "unlike"), ("one dog", None)])], "via de")
         cache.add([("a dog", [("the hound", None), ("a hound", None)]), ("none", [])], "via fr")
         assert cache.missing(["a dog", "a cow", "a dog", "none"], "via de") == ["a cow", "none"]
@@ -47,7 +47,7 @@ def test_the_newest_settings_of_each_way_are_drawn(tmp_path: Path) -> None:
 
     def run(settings: str, way: str, text: str = "a dog", *found: tuple[str, str | None]) -> list[str]:
         with Cache(file) as cache:
-            cache.begin(settings, way)
+            cache.start_run(settings, way)
             if found:
                 cache.add([(text, found)], settings)
         return paraphrases(str(file), "a dog")
@@ -63,7 +63,7 @@ def test_the_newest_settings_of_each_way_are_drawn(tmp_path: Path) -> None:
 def test_paraphrases_without_a_kept_word_are_not_drawn(tmp_path: Path) -> None:
     file = tmp_path / "p.db"
     with Cache(file) as cache:
-        cache.begin("s", "de")
+        cache.start_run("s", "de")
         cache.add([("a red dog", [("a dog", None), ("the red hound", None)]), ("red", [("rouge", None)])], "s")
     augmenter = Augmenter([{"BackTranslation": {"p": 1.0, "cache": str(file), "keep": ["red"]}}])
     assert {augmenter.text("a red dog", epoch=0, index=i) for i in range(20)} == {"the red hound"}
@@ -120,7 +120,7 @@ import os, signal, sys
 from pathlib import Path
 from refract.augment.text.paraphrases import Cache
 cache = Cache(Path(sys.argv[1]))
-cache.begin("via de", "de")
+cache.start_run("via de", "de")
 cache.add([("a dog", [("a hound", None)])], "via de")
 cache._connection.execute("PRAGMA cache_size = 1")
 rows = ((str(n).encode(), b"s", 0, "word " * 20, None) for n in range(5000))
@@ -157,7 +157,7 @@ def test_killed_while_it_writes_what_was_kept_is_read(tmp_path: Path) -> None:
 def test_killed_while_it_is_made_it_is_made_again(tmp_path: Path) -> None:
     killed(KILLED_MAKING, tmp_path / "p.db")
     with Cache(tmp_path / "p.db") as cache:
-        cache.begin("via de", "de")
+        cache.start_run("via de", "de")
         cache.add([("a dog", [("a hound", None)])], "via de")
     assert paraphrases(str(tmp_path / "p.db"), "a dog") == ["a hound"]
 
@@ -166,7 +166,7 @@ def test_a_reader_writes_nothing_and_needs_no_right_to(tmp_path: Path) -> None:
     file = tmp_path / "own" / "p.db"
     file.parent.mkdir()
     with Cache(file) as cache:
-        cache.begin("via de", "de")
+        cache.start_run("via de", "de")
         cache.add([("a dog", [("a hound", None)])], "via de")
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         _opened(str(file)).execute("DELETE FROM paraphrase")

@@ -81,7 +81,7 @@ def test_short_and_odd_texts(op: str, text: str) -> None:
 def test_any_text_comes_back_as_one(text: str, op: str, share: float, index: int) -> None:
     changed = run(op, text, share=share, index=index)
     assert len(own_words(changed)) <= 2 * len(own_words(text))
-    assert words.kept((words.NUMBERS, words.NEGATIONS)).lost(text, changed) == []
+    assert words.protected_words((words.NUMBERS, words.NEGATIONS)).lost(text, changed) == []
 
 
 def test_each_op_does_what_it_says(table: str) -> None:
@@ -164,7 +164,7 @@ def test_phrases_and_signs_stay_as_they_stand(op: str, table: str) -> None:
     ],
 )
 def test_what_a_text_has_lost(keep: str, before: str, after: str, lost: list[str]) -> None:
-    assert words.kept((keep,)).lost(before, after) == lost
+    assert words.protected_words((keep,)).lost(before, after) == lost
 
 
 @pytest.mark.parametrize(

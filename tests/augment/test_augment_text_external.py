@@ -37,9 +37,9 @@ def test_a_language_model_changes_words_and_keeps_what_must_stay(tmp_path: Path,
     found = [augmenter.text(TEXT, epoch=0, index=i) for i in range(30)]
     assert found == [augmenter.text(TEXT, epoch=0, index=i) for i in range(30)] and len(set(found)) > 15
     for text in found:
-        assert words.kept((words.NUMBERS, words.NEGATIONS)).lost(TEXT, text) == []
+        assert words.protected_words((words.NUMBERS, words.NEGATIONS)).lost(TEXT, text) == []
         assert "Don't" in text and "[" not in text
-    others = words.kept(("buy", "the", "red", "dog", "a", "blue", "car"))
+    others = words.protected_words(("buy", "the", "red", "dog", "a", "blue", "car"))
     assert any(others.lost(TEXT, text) for text in found) == (action == "substitute")
     plain = Augmenter([{"nlpaug.ContextualWordEmbsAug": {**own, "keep": ["red dog"]}}], seed=1)
     assert all("red dog" in plain.text("a red dog of some words", epoch=0, index=i) for i in range(20))

@@ -17,8 +17,8 @@ from warm_process import WarmProcess
 from benchmarks import grammar
 from refract.augment import Augmenter
 from refract.augment.text.paraphrases import digest, paraphrases
-from refract.augment.text.translation import BackTranslator, DataCapture, Filter, TranslationError
-from refract.augment.text.words import kept
+from refract.augment.text.translation import BackTranslator, Filter, Sampling, TranslationError
+from refract.augment.text.words import protected_words
 from refract.pipeline.data.paraphrasing import FAILURES, Plan, _settings, paraphrase
 
 pytestmark = pytest.mark.slow
@@ -69,7 +69,7 @@ def test_the_round_trip_keeps_the_meaning_and_changes_the_words(models: Path, mo
     good = [grammar.means(new) == meaning and new != old for (meaning, old), new in zip(sentences, drawn, strict=True)]
     assert sum(good) >= 90
     likeliest = BackTranslator(
-        f"{models}/en-de", f"{models}/de-en", source="en", via="de", sampling=DataCapture(top_k=1)
+        f"{models}/en-de", f"{models}/de-en", source="en", via="de", sampling=Sampling(top_k=1)
     )
     assert likeliest(["the big dog sees a car"], 1) == likeliest(["the big dog sees a car"], 2)
 
@@ -119,7 +119,7 @@ def test_killed_in_the_middle_it_goes_on_and_translates_nothing_twice(
 def test_what_stays_is_a_setting_by_its_words_not_by_its_files_name(tmp_path: Path) -> None:
     def settings(name: str, content: str) -> str:
         (tmp_path / name).write_text(content, "utf-8")
-        kept.cache_clear()
+        protected_words.cache_clear()
         return _settings(Plan("m", "en", ("de",), 1, Filter((str(tmp_path / name),))), "de")
 
     first = settings("a.txt", "Canon\nC++\n")
