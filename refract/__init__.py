@@ -1,6 +1,6 @@
 """Refract turns a folder of images into a classifier that a team can retrain, review in MLflow and serve.
 
-The public names below are imported when they are first used, so that `import refract` stays fast.
+The public names below are imported on first use, so that `import refract` stays fast.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""`python -m refract COMMAND …`, as `refract COMMAND …`."""
+"""Run `refract COMMAND …` as `python -m refract COMMAND …`."""
 
 import sys
 

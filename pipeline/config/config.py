@@ -1,7 +1,8 @@
-"""The one configuration: typed, read from YAML, overridden on the command line, saved with every run and bundle."""
+"""The typed configuration: read from YAML, overridden on the command line, saved with every run and bundle."""
 
 import difflib
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
@@ -29,12 +30,12 @@ if TYPE_CHECKING:
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message names the key and what is accepted."""
+    """Raised for an invalid configuration; the message names the key and the accepted values."""
 
 
 @dataclass
 class Config:
-    """All of it; `to_dict` is what runs and bundles store."""
+    """The whole configuration; runs and bundles store `to_dict`."""
 
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -49,8 +50,10 @@ class Config:
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
 
     def to_dict(self, *, credentials: bool = False) -> dict[str, Any]:
-        """Plain JSON and YAML values, masked as `refract.models.credentials` says. credentials: leave them in, for a config that nobody
-        keeps."""
+        """Return plain JSON and YAML values, with credentials masked by `refract.models.credentials`.
+
+        credentials: keep them, for a config that is not stored.
+        """
         values: dict[str, Any] = _plain(asdict(self))
         return values if credentials else masked_values(values)
 
@@ -58,7 +61,7 @@ class Config:
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config (None: all defaults) and apply overrides such as `--optim.lr 3e-3` or `--optim.lr=3e-3`.
 
-    ConfigError names an unknown key and the nearest valid one, or an ill-typed value and its key.
+    Raises ConfigError: it names an unknown key and the nearest valid one, or the key and value of a wrong type.
     """
     values = {} if path is None else _read_yaml(Path(path))
     return config_from_dict(values, overrides, where="the config" if path is None else str(path))
@@ -67,7 +70,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 def config_from_dict(
     values: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "the stored config"
 ) -> Config:
-    """`load_config` for values at hand, such as those that a bundle stores. Keys of earlier versions are accepted."""
+    """Build a Config from a mapping, such as the one stored in a bundle. Former key names are accepted.
+
+    where: name of the source in errors. Raises ConfigError as `load_config`.
+    """
     try:
         values, overrides = with_new_keys(values, where), with_new_options(overrides)
     except ValueError as error:
@@ -79,15 +85,15 @@ def config_from_dict(
             raise ConfigError(f"command line: no option --{key}{_nearest(key)}")
     import jsonargparse
 
-    parser, blamed = _parser(), where
+    parser, source = _parser(), where
     try:
         namespace = parser.parse_object(dict(values))
-        blamed = "command line"
+        source = "command line"
         namespace = parser.parse_args(list(overrides), namespace=namespace)
-        made = parser.instantiate(namespace)
-        config = Config(**{item.name: made[item.name] for item in fields(Config)})
+        sections = parser.instantiate(namespace)
+        config = Config(**{item.name: sections[item.name] for item in fields(Config)})
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"{blamed}: {_plain_words(str(error))}") from error
+        raise ConfigError(f"{source}: {_plain_words(str(error))}") from error
     _check(config, where, frozenset(_override_keys(overrides)))
     return config
 
@@ -102,17 +108,25 @@ def _parser() -> "ArgumentParser":
 
 
 def help_text() -> str:
-    """A line for each key: its default and what it means."""
+    """Return the configuration reference: each key with its default and its meaning.
+
+    The meanings are the entries `key: meaning` of the sections' docstrings; a deeper indented line continues an entry.
+    """
     lines = []
     for section in fields(Config):
         default = getattr(Config(), section.name)
-        notes = dict(re.findall(r"^ +(\w+): (.+)$", type(default).__doc__ or "", re.MULTILINE))
-        lines.append(f"{section.name}: {(type(default).__doc__ or '').splitlines()[0]}")
-        lines += [
-            f"  --{section.name}.{f.name} {getattr(default, f.name)!r}\n        {notes[f.name]}"
-            for f in fields(default)
-        ]
+        text = type(default).__doc__ or ""
+        meanings = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)$", text, re.MULTILINE))
+        lines.append(f"{section.name}: {text.splitlines()[0]}")
+        for item in fields(default):
+            lines.append(f"  --{section.name}.{item.name} {getattr(default, item.name)!r}")
+            lines.append(_indented(" ".join(meanings[item.name].split())))
     return "\n".join(lines)
+
+
+def _indented(text: str) -> str:
+    indent = " " * 8
+    return textwrap.fill(text, 110, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -148,10 +162,10 @@ def _unknown_keys(values: Mapping[str, Any], kind: type, prefix: str) -> Iterato
             if isinstance(value, Mapping):
                 yield from _unknown_keys(value, section, f"{prefix}{key}.")
             elif value is None:
-                raise ConfigError(f"{prefix}{key}: the section is empty; leave its line out for the defaults")
+                raise ConfigError(f"{prefix}{key}: the section is empty; remove the line to use the defaults")
             else:
-                some = ", ".join(item.name for item in fields(section)[:3])
-                raise ConfigError(f"{prefix}{key}: expected a section of keys, as {some}, not {value!r}")
+                examples = ", ".join(item.name for item in fields(section)[:3])
+                raise ConfigError(f"{prefix}{key}: got {value!r}; expected a section with keys such as {examples}")
 
 
 def _override_keys(overrides: Sequence[str]) -> list[str]:
@@ -171,14 +185,17 @@ _KEYS = tuple(_keys(Config))
 
 def _nearest(key: str) -> str:
     match = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.4)
-    # A key without its section is the commonest slip: `lr` for `optim.lr`.
-    inside = [known for known in _KEYS if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    best = inside or match
+    # A key without its section is the most common mistake: `lr` for `optim.lr`.
+    same_name = [known for known in _KEYS if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    best = same_name or match
     return f"; did you mean {best[0]!r}?" if best else f"; known sections: {', '.join(f.name for f in fields(Config))}"
 
 
 def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
-    """The ranges that a type cannot say, and what does not go together."""
+    """Raise ConfigError for a value out of range, or for keys that contradict each other.
+
+    where: name of the config's source; overridden: keys set on the command line.
+    """
     model, trainer = config.model, config.trainer
     sections = (
         config.data, model, config.text, trainer, config.evaluation, config.tracking, config.gate, config.retrain,
@@ -186,26 +203,26 @@ def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
     rules = chain.from_iterable(section.rules() for section in sections)
     for key, value, holds, accepted in rules:
         if not holds:
-            blamed = "command line" if key in overridden else where
-            raise ConfigError(f"{blamed}: {key}: {value!r} is not {accepted}")
+            source = "command line" if key in overridden else where
+            raise ConfigError(f"{source}: {key}: {value!r} is not {accepted}")
     if trainer.patience is not None and trainer.swa_start is not None:
         raise ConfigError(
-            f"{where}: trainer.patience could end the training before trainer.swa_start's average begins; choose one"
+            f"{where}: trainer.patience may stop training before the averaging of trainer.swa_start starts; remove one of them"
         )
     if model.weights != "none" and model.init == "lsuv":
         raise ConfigError(
-            f"{where}: model.init: lsuv scales every layer, and model.weights loads them; take init: default, or another for the head"
+            f"{where}: model.init: lsuv rescales every layer and would overwrite model.weights; use default or another init"
         )
     if model.name == "none" and config.text.name == "none":
-        raise ConfigError(f"{where}: model.name and text.name are both none: nothing would be read")
+        raise ConfigError(f"{where}: model.name and text.name are both none; set one, so that the model has an input")
     if config.text.name != "none" and config.text.drop_image + config.text.drop_text > 1:
-        raise ConfigError(f"{where}: text.drop_image and text.drop_text are more than 1 together")
+        raise ConfigError(f"{where}: the sum of text.drop_image and text.drop_text is above 1; it is at most 1")
     if trainer.ema and trainer.swa_start is not None:
-        raise ConfigError(f"{where}: trainer.ema and trainer.swa_start both average the weights; choose one")
+        raise ConfigError(f"{where}: trainer.ema and trainer.swa_start both average the weights; remove one of them")
 
 
 def _plain_words(message: str) -> str:
-    """jsonargparse's account of an ill-typed value, on one line and without Python's type syntax."""
+    """Rewrite jsonargparse's message on a value of a wrong type as one line without Python's type syntax."""
     message = " ".join(message.split())
     for pattern, words in (
         (r'Parser key "([^"]+)":', r"\1:"),

@@ -1,4 +1,4 @@
-"""The values that a config leaves open (null), by optimiser and by what is trained."""
+"""The values that replace null in a config: learning rates by optimiser and training mode, and frozen batch norms."""
 
 import copy
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from refract.pipeline.config.config import Config
 from refract.pipeline.training.initial_weights import loads_weights
 
 FROM_SCRATCH, FINE_TUNE, HEAD_ALONE = 2e-3, 3e-4, 3e-3
-"""Peak learning rates of AdamW for random weights, for loaded weights, and for a new head on frozen ones. To compare others:
+"""Peak learning rates of AdamW for random weights, for loaded weights, and for a new head on frozen layers. To compare other values, run
 `python -m benchmarks.transfer --settings`."""
 
 NEW_HEAD = 10.0
-"""Times the learning rate for the new head of loaded weights (discriminative learning rates: Howard & Ruder 2018, arXiv:1801.06146,
+"""Factor on the learning rate for the new head of loaded weights (discriminative learning rates: Howard & Ruder 2018, arXiv:1801.06146,
 section 3.2)."""
 
 TIMES_ADAMW: Mapping[str, float] = MappingProxyType(
@@ -28,15 +28,15 @@ TIMES_ADAMW: Mapping[str, float] = MappingProxyType(
         "muon": 10.0,
     }
 )
-"""What other optimisers need, as multiples of AdamW's learning rate: the ratios of the libraries' and papers' customary values."""
+"""Learning rate of each optimiser as a multiple of AdamW's: the ratios of the usual values in libraries and papers."""
 
 
 def fill_defaults(config: Config) -> None:
-    """Replace optim.lr, optim.head_lr and model.frozen_norms that are None, in place, so that a run stores what it used.
+    """Replace None in optim.lr, optim.head_lr and model.frozen_norms in place, so that a run stores the values that it used.
 
     Loaded batch norms keep their statistics. With those of small, augmented batches, fine-tuning EfficientNet-Lite0 on 245 photos at 128
     pixels ended 4 points lower (one seed, 4 epochs, 153 validation images); at 224 pixels linear-then-fine-tune differed by 1.
-    The weights of a bundle continue a training: its head is not new, and its batch norms may be those of a short training.
+    A bundle's weights are the exception: its head is not new, and its statistics may come from a short training.
     """
     model, (lr, head_lr) = config.model, learning_rates(config)
     config.optim.lr, config.optim.head_lr = lr, head_lr
@@ -45,18 +45,18 @@ def fill_defaults(config: Config) -> None:
 
 
 def filled(config: Config) -> Config:
-    """A copy without open values, to compare with the stored config of a run."""
-    own = copy.deepcopy(config)
-    fill_defaults(own)
-    return own
+    """Return a copy with the values of `fill_defaults`, to compare it with the stored config of a run."""
+    resolved = copy.deepcopy(config)
+    fill_defaults(resolved)
+    return resolved
 
 
 def learning_rates(config: Config) -> tuple[float, float]:
-    """(optim.lr, optim.head_lr), chosen where the config leaves them open."""
+    """Return (optim.lr, optim.head_lr), with the default in place of None."""
     optim, model = config.optim, config.model
-    alone, loaded = model.mode == "feature-extract", loads_weights(config)
-    adamw = HEAD_ALONE if alone else FINE_TUNE if loaded else FROM_SCRATCH
-    new_head = loaded and not alone and not _is_bundle(model.weights)
+    head_only, loaded = model.mode == "feature-extract", loads_weights(config)
+    adamw = HEAD_ALONE if head_only else FINE_TUNE if loaded else FROM_SCRATCH
+    new_head = loaded and not head_only and not _is_bundle(model.weights)
     lr = TIMES_ADAMW[optim.name] * adamw if optim.lr is None else optim.lr
     head_lr = (NEW_HEAD if new_head else 1.0) if optim.head_lr is None else optim.head_lr
     return lr, head_lr

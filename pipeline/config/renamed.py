@@ -1,4 +1,4 @@
-"""Config keys that have a new name: configs, bundles and runs of earlier versions stay readable."""
+"""Former names of config keys, so that configs, bundles and runs of earlier versions stay readable."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -11,29 +11,35 @@ RENAMED = {
     "trainer.recompute": "trainer.gradient_checkpointing",
     "retrain.tell": "retrain.notify",
 }
-"""Former key → its name now, within the same section."""
+"""Former key → present key, in the same section."""
 
 log = logging.getLogger(__name__)
 
 
 def with_new_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of a config under their present keys; warns of each former key. ValueError where a key stands under both names."""
+    """Return the values of a config under their present keys; log a warning for each former key.
+
+    Raises ValueError if a key is given under both names.
+    """
     renamed = dict(values)
     for old, new in RENAMED.items():
         section, old_key = old.split(".")
         new_key = new.split(".")[1]
-        found = renamed.get(section)
-        if not isinstance(found, Mapping) or old_key not in found:
+        values_of_section = renamed.get(section)
+        if not isinstance(values_of_section, Mapping) or old_key not in values_of_section:
             continue
-        if new_key in found:
+        if new_key in values_of_section:
             raise ValueError(f"{where}: {old} is the former name of {new}; remove {old}")
         _warn(where, old, new)
-        renamed[section] = {new_key if key == old_key else key: value for key, value in found.items()}
+        renamed[section] = {new_key if key == old_key else key: value for key, value in values_of_section.items()}
     return renamed
 
 
 def with_new_options(overrides: Sequence[str]) -> list[str]:
-    """Command line options such as `--data.val_share 0.1` or `--data.val_share=0.1` under their present keys; warns of former ones."""
+    """Return command line options such as `--data.val_share 0.1` or `--data.val_share=0.1` under their present keys.
+
+    Logs a warning for each former key.
+    """
     renamed = []
     for option in overrides:
         key, equals, value = option.removeprefix("--").partition("=")

@@ -1,4 +1,7 @@
-"""The sections of the config: their keys, defaults, meanings, and the ranges that a type cannot say."""
+"""The sections of the config: keys, types, defaults, meanings and the ranges of values.
+
+The class docstrings are the text of `refract train --help`: one entry `key: meaning` for each field.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -6,34 +9,39 @@ from pathlib import Path
 from typing import Literal
 
 LONGEST_TEXT = 4096
-"""Words or tokens: a server holds so many numbers for each sample that waits."""
+"""Upper bound of text.max_length, in words or tokens. A server keeps this many integers in memory for each queued sample."""
 
 Rules = Iterator[tuple[str, object, bool, str]]
-"""(key, value, whether it can be, what could be) of each value that has a range."""
+"""(key, value, whether the value is valid, description of the valid values), for each key that has a range."""
 
 
 @dataclass
 class DataConfig:
-    """The images and how they reach the network.
+    """The data set, and how its images reach the network.
 
     Args:
-        source: a folder (CLASS/… or train|val|test/CLASS/…), a CSV, TSV or Parquet manifest (path,label and/or text[,split]), or `digits`.
-        task: auto takes multilabel where a label holds `;`, binary for two classes, else multiclass.
-        image_size: the network's input, pixels: one side of a square or [height, width].
-        resize: outside training; crop keeps the ratio of the sides and takes the centre, squash takes the whole image.
-        crop_ratio: share of the shorter side that the centre crop takes, in (0, 1].
-        color_profile: convert takes images to sRGB by their embedded ICC profile (Display P3, Adobe RGB, CMYK); ignore does not.
-        normalize: zero-centring by fixed mean and std, those of the data, its mean_image, or pca or zca whitening (small images).
-        mean: of R, G, B in 0…1, for fixed; null takes the pretrained weights' own, else ImageNet's.
-        std: as mean.
-        val_fraction: share of the training images drawn for validation where the data has no `val` split.
-        test_fraction: share drawn for the hold-out where the data has no `test` split.
-        batch_size: images a step; of the whole training set, one step an epoch.
-        repeats: draws of each training image beside each other in a batch; an epoch then takes 1/repeats of the images.
-        sampler: shuffle takes each image once an epoch; balanced draws each class equally often, images of small ones repeatedly.
-        memory: keep the images decoded; auto does so where they have one size and take at most 1 GiB together.
-        workers: processes that load images; null chooses for this machine, none for images in memory.
-        on_bad_file: error stops before training; skip leaves unreadable files, and training images that are in val or test too, out.
+        source: data set: a folder (CLASS/… or train|val|test/CLASS/…), a CSV, TSV or Parquet manifest with the columns
+            path,label and/or text[,split], or `digits` (embedded).
+        task: kind of classification; auto chooses multilabel if a label contains `;`, binary for two classes, else multiclass.
+        image_size: size of the network's input in pixels, at least 8: the side of a square, or [height, width].
+        resize: how validation, test and served images are resized: crop keeps the aspect ratio and takes the centre; squash keeps the
+            whole image and changes its aspect ratio.
+        crop_ratio: fraction of the shorter side that the centre crop keeps, in (0, 1]; used by resize: crop.
+        color_profile: convert transforms images to sRGB by their embedded ICC profile (Display P3, Adobe RGB, CMYK); ignore
+            skips that.
+        normalize: input normalisation: fixed (the keys mean and std), data (mean and std of the training images), mean_image
+            (subtract the mean training image), or pca or zca whitening (small images only).
+        mean: mean of the R, G, B channels in 0…1 for normalize: fixed; null uses the values of the pretrained weights, else ImageNet's.
+        std: standard deviation of the R, G, B channels, above 0, for normalize: fixed; null as for mean.
+        val_fraction: fraction of the training images, in (0, 1), drawn as the validation set if the data has no `val` split.
+        test_fraction: fraction of the images, in (0, 1), drawn as the test set if the data has no `test` split.
+        batch_size: images per batch on each rank, at least 1; the size of the whole training set gives one step per epoch.
+        repeats: copies of each training image in a batch, each augmented on its own, in 1…batch_size; an epoch keeps its length
+            and so visits 1/repeats of the images.
+        sampler: shuffle visits each image once per epoch; balanced draws every class equally often and repeats images of small classes.
+        memory: whether decoded images stay in memory; auto does so if all images have one size and take at most 1 GiB together.
+        workers: number of data loading processes, at least 0; null uses 0 for images in memory, else one per CPU core, at most 8.
+        on_bad_file: error stops before training; skip excludes unreadable images, and training images that are also in val or test.
     """
 
     source: str = "digits"
@@ -71,10 +79,10 @@ class DataConfig:
 
 @dataclass
 class AugmentConfig:
-    """What happens to the training images.
+    """Augmentation of the training images and texts.
 
     Args:
-        policy: a preset's name, a YAML file, a list of ops such as [{HorizontalFlip: {p: 0.5}}], or {exact: true, ops: […]}.
+        policy: name of a preset, path of a YAML file, a list of ops such as [{HorizontalFlip: {p: 0.5}}], or {exact: true, ops: […]}.
     """
 
     policy: str | list | dict = "none"
@@ -82,17 +90,20 @@ class AugmentConfig:
 
 @dataclass
 class ModelConfig:
-    """The network.
+    """The image network.
 
     Args:
-        name: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, one of torchvision or timm (timm/NAME forces it), or none.
-        weights: none, default (the library's pretrained weights), a file, a folder with one, or a URL.
-        mode: fine-tune trains all, feature-extract the head, gradual from the head down, linear-then-fine-tune first the head, then all.
-        unfreeze_epochs: epochs until gradual and linear-then-fine-tune train all.
-        frozen_norms: keep the statistics of batch norms as the weights have them; null does so with loaded weights but a bundle's.
-        head: the last layer: linear, mlp (one hidden layer) or cosine (of the angle to each class).
-        init: default is the network's own; else how linear and convolutional layers start, as he_normal; with weights, those of the head.
-        args: further arguments of the network.
+        name: architecture: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, a torchvision or timm name
+            (timm/NAME forces timm), or none for a text-only model.
+        weights: initial weights: none (random), default (the library's pretrained weights), a file, a folder that holds one, or a URL.
+        mode: trained layers: fine-tune (all), feature-extract (only the head), gradual (unfreezes from the head down) or
+            linear-then-fine-tune (the head first, then all).
+        unfreeze_epochs: epochs until gradual and linear-then-fine-tune train all layers, at least 1.
+        frozen_norms: freeze the running statistics of batch normalisation; null freezes them for loaded weights, except a bundle's.
+        head: last layer: linear, mlp (one hidden layer) or cosine (cosine similarity to a vector per class).
+        init: initialisation of linear and convolutional layers, such as he_normal; default keeps the architecture's own. With
+            loaded weights it applies only to the head.
+        args: further keyword arguments of the architecture.
     """
 
     name: str = "resnet20"
@@ -110,18 +121,18 @@ class ModelConfig:
 
 @dataclass
 class TextConfig:
-    """The network that reads the samples' texts, beside that of the images or, with model.name none, alone.
+    """The text network, combined with the image network, or used alone if model.name is none.
 
     Args:
-        name: none, hashing (n-grams by their hashes, no download), or a transformer of Hugging Face by folder or hub name.
-        weights: of a transformer: default, its own, or none, fresh ones.
-        max_length: of a text, in words for hashing, else in tokens; the rest is not read.
-        pooling: of a transformer's states: mean, cls, last, or auto, last for decoders, else mean.
-        fusion: how both come together: concat, gated or film.
-        width: of what comes of it.
-        drop_image: share of the training's samples that are shown without their image, so that texts alone are answered too.
-        drop_text: share that are shown without their text.
-        args: of hashing: buckets, width, dropout.
+        name: none, hashing (hashed n-grams, no download), or a Hugging Face transformer by folder or hub name.
+        weights: weights of a transformer: default (pretrained) or none (random).
+        max_length: longest text that is read, in 1…4096: words for hashing, else tokens; the rest of a text is cut.
+        pooling: pooling of a transformer's token states: mean, cls (first token), last, or auto: last for decoders, else mean.
+        fusion: how image and text features are combined: concat, gated or film.
+        width: number of features after the fusion, at least 1.
+        drop_image: probability, in [0, 1], that a training sample is shown without its image, so that the model also works on texts alone.
+        drop_text: probability, in [0, 1], that a training sample is shown without its text; the sum with drop_image is at most 1.
+        args: arguments of hashing: buckets, width, dropout.
     """
 
     name: str = "none"
@@ -143,23 +154,23 @@ class TextConfig:
 
 @dataclass
 class OptimConfig:
-    """How the weights move.
+    """The optimiser and the learning rate schedule.
 
     Args:
-        name: the optimiser: sgd, adagrad, adadelta, rmsprop, adam, adamw, lion or muon.
-        lr: peak learning rate; null chooses by optimiser and model.mode.
-        head_lr: times the rate for the head; null takes 10 for the new head of loaded weights, else 1.
-        weight_decay: decoupled for adamw, lion and muon; never on norms and biases.
-        momentum: of sgd, rmsprop and muon.
-        nesterov: whether sgd looks ahead.
-        schedule: of the learning rate, by step: constant, linear, cosine, step, inverse_sqrt or one_cycle.
-        warmup: share of all steps in which the rate rises linearly, in [0, 1].
-        lr_end: the lowest rate after the warm-up, as a share of the peak.
-        norm_lr: times the rate for what norms learn.
-        layer_decay: times the rate for each block further from the head, in (0, 1].
-        sam: radius of sharpness-aware minimisation, as 0.05; 0 leaves it out. It takes two passes a step.
-        clip_norm: bound of the gradient's norm.
-        clip_value: bound of each of the gradient's values.
+        name: optimiser: sgd, adagrad, adadelta, rmsprop, adam, adamw, lion or muon.
+        lr: peak learning rate, above 0; null chooses it by the optimiser, model.mode and model.weights.
+        head_lr: factor on the learning rate for the head, above 0; null uses 10 for the new head of loaded weights, else 1.
+        weight_decay: weight decay, at least 0, decoupled for adamw, lion and muon; norms and biases are never decayed.
+        momentum: momentum of sgd, rmsprop and muon, in [0, 1).
+        nesterov: use Nesterov momentum; applies to sgd.
+        schedule: learning rate schedule by step: constant, linear, cosine, step, inverse_sqrt or one_cycle.
+        warmup: fraction of all steps, in [0, 1], in which the learning rate rises linearly to its peak.
+        lr_end: lowest learning rate after the warm-up, as a fraction of the peak, in [0, 1].
+        norm_lr: factor on the learning rate for the parameters of normalisation layers, above 0.
+        layer_decay: factor on the learning rate for each block further from the head, in (0, 1].
+        sam: radius of sharpness-aware minimisation, such as 0.05; 0 disables it. It takes two forward and backward passes per step.
+        clip_norm: upper bound of the gradient's norm, above 0; null does not clip.
+        clip_value: upper bound of each gradient element's absolute value, above 0; null does not clip.
     """
 
     name: Literal["sgd", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "lion", "muon"] = "adamw"
@@ -180,19 +191,20 @@ class OptimConfig:
 
 @dataclass
 class LossConfig:
-    """What training minimises.
+    """The training loss.
 
     Args:
-        name: auto takes cross_entropy, for multilabel bce; else cross_entropy, bce, focal, mse or perceptron.
-        label_smoothing: in [0, 1).
-        gamma: of focal.
-        class_weights: balanced weighs each class by one over its number of training images.
-        consistency: weight of the divergence between three views of each image (12 in the paper of AugMix, which the policy must have).
-        penalty: weight of the elastic net on the weights.
-        l1_ratio: of that, in [0, 1]: 1 is L1, 0 is L2.
-        teacher: a bundle to learn from besides, of the same labels and image size; where it reads texts, by the same tokens.
-        distill: weight of the teacher's answers against the labels, in [0, 1].
-        temperature: of both answers in learning from a teacher.
+        name: auto (bce for multilabel, else cross_entropy), cross_entropy, bce, focal, mse or perceptron.
+        label_smoothing: amount of label smoothing, in [0, 1).
+        gamma: focusing parameter of the focal loss, at least 0.
+        class_weights: balanced weights each class by the inverse of its number of training images; none weights all classes equally.
+        consistency: weight, at least 0, of the divergence between the predictions for three views of each image (12 in the
+            AugMix paper); the policy must contain AugMix.
+        penalty: weight of the elastic net on the weights, at least 0.
+        l1_ratio: part of L1 in the elastic net, in [0, 1]: 1 is L1, 0 is L2.
+        teacher: bundle to distil from, with the same labels and image size, and the same tokens if it reads texts; null disables it.
+        distill: weight of the distillation loss against the loss on the labels, in [0, 1].
+        temperature: softmax temperature of teacher and student in the distillation loss, above 0.
     """
 
     name: Literal["auto", "cross_entropy", "bce", "focal", "mse", "perceptron"] = "auto"
@@ -212,22 +224,25 @@ class TrainerConfig:
     """The training loop.
 
     Args:
-        max_epochs: passes over the training images.
-        seed: of the split, the weights, the order and every augmentation.
-        device: auto takes a GPU where there is one.
-        devices: processes that train together, each on a device of its own with batches of data.batch_size; torchrun says it instead.
-        precision: auto takes bf16 or fp16 where the device computes faster in it, else fp32.
-        accumulate: batches whose gradients make one step.
-        ema: decay of an average of the weights, as 0.999, which is then what is measured and kept; 0 for none.
-        swa_start: share of the epochs after which the weights are averaged evenly, as 0.75; null for never.
-        patience: epochs without a better validation figure after which training stops; null for never.
-        checkpoint_seconds: between checkpoints to go on from after an interruption, within an epoch too.
-        compile: compile the network; pays on a GPU and in long runs.
-        gradient_checkpointing: keep only the inputs of each block and compute the rest again in the backward pass: a third more time.
-        start_size: share of the images' sides that the first epoch sees, rising to all of them at three quarters of the epochs.
-        tta: further figures of the hold-out, tta_…, of the mean answer to the image and its mirror image, or also shifts by a pixel.
-        runs_dir: folder that holds the runs.
-        run_name: the run's folder; null names it after the config and the time.
+        max_epochs: number of passes over the training images, at least 1.
+        seed: random seed, in [0, 2**32), for the splits, the weights, the order of the samples and every augmentation.
+        device: auto uses a GPU if PyTorch finds one, else the CPU.
+        devices: number of ranks, at least 1, each on its own device with batches of data.batch_size; torchrun overrides it.
+        precision: auto uses bf16 or fp16 if the device computes faster in it, else fp32.
+        accumulate: batches whose gradients are accumulated for one optimiser step, at least 1.
+        ema: decay of the moving average of the weights, such as 0.999, in [0, 1); the average is measured and saved; 0 disables it.
+        swa_start: fraction of the epochs, in [0, 1), after which stochastic weight averaging starts, such as 0.75; null disables it.
+        patience: epochs without a better validation metric after which training stops, at least 1; null never stops early.
+        checkpoint_seconds: seconds between checkpoints, at least 0, also within an epoch; an interrupted run resumes from the newest.
+        compile: compile the network with torch.compile; faster on a GPU and in long runs.
+        gradient_checkpointing: store only the inputs of each block and recompute the rest in the backward pass: less memory, a
+            third more time.
+        start_size: image side in the first epoch as a fraction of data.image_size, in [0.25, 1]; it rises to 1 at three quarters
+            of the epochs.
+        tta: further test metrics named tta_… with test-time augmentation: flip averages the predictions for the image and its
+            horizontal flip; flip-shift also averages shifts by one pixel.
+        runs_dir: folder that contains all runs.
+        run_name: name of the run's folder in runs_dir; null builds it from the config's name and the time.
     """
 
     max_epochs: int = 10
@@ -263,13 +278,15 @@ class TrainerConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What is measured on the hold-out at the end.
+    """The evaluation on the test set at the end of training.
 
     Args:
-        precision: wanted of the answers that are given; sets the confidence below which the bundle says to leave an answer to a person.
-        threshold: of multi-label labels: f1 (best F1 on validation), precision or recall (reach threshold_target, best other), fixed (0.5).
-        threshold_target: precision or recall wanted of each label on validation.
-        robustness: to corruptions: auto (up to 1/3 of training's cost), none, quick (50 images, 3 severities), full (all images, 5).
+        precision: target precision of accepted predictions, in (0, 1]; below the resulting confidence the model abstains.
+        threshold: threshold of each multi-label label, chosen on the validation set: f1 (best F1), precision or recall
+            (reaches threshold_target with the best value of the other), or fixed (0.5).
+        threshold_target: target of threshold: precision or recall for each label, in (0, 1].
+        robustness: error under image corruptions: auto (at most a third of the training time), none, quick (50 images,
+            3 severities) or full (all images, 5 severities).
     """
 
     precision: float = 0.95
@@ -285,14 +302,15 @@ class EvaluationConfig:
 
 @dataclass
 class TrackingConfig:
-    """MLflow.
+    """MLflow tracking and model registry.
 
     Args:
         enabled: false trains without MLflow.
-        uri: the tracking server; null takes MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.
-        experiment: the experiment's name.
-        model_name: the registered model that gets the bundle as a new version; null registers nothing. No / : @ or backslash in it.
-        alias: of the model's first version; challenger leaves the champion to `refract promote`. Later versions are challenger anyway.
+        uri: tracking URI; null uses the variable MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in the current folder.
+        experiment: name of the experiment, 1 to 250 printable characters.
+        model_name: registered model that receives the bundle as a new version, without / : @ and backslash; null registers nothing.
+        alias: alias of the model's first version; with challenger, `refract promote` sets the champion. Later versions always
+            become challenger.
     """
 
     enabled: bool = True

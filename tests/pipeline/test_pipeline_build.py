@@ -171,7 +171,7 @@ def test_weights_from_a_file_are_what_training_begins_with(uneven: Path, tmp_pat
     drawn_again = {key for key, value in state.items() if not torch.equal(value, changed[key])}
     head = {key for key in state if key.startswith("head.")}
     assert drawn_again == head and (again.module.classifier.network.head.weight == 0.1).all()
-    with pytest.raises(ConfigError, match=r"model\.init: lsuv scales every layer, and model\.weights loads them"):
+    with pytest.raises(ConfigError, match=r"model\.init: lsuv rescales every layer and would overwrite model\.weights"):
         configured(uneven, ("--model.weights", "x.pt", "--model.init", "lsuv"))
 
 
@@ -249,7 +249,7 @@ def test_a_teacher_and_test_time_augmentation_have_their_say(uneven: Path, tmp_p
          "one number for each of 3 labels is needed"),
         (("--model.name", "timm/vit_tiny_patch16_224", "--model.args", "{dynamic_img_size: true, depth: 1}", "--data.image_size", 64,
           "--trainer.start_size", 0.5, "--trainer.max_epochs", 6), "of 40×40 pixels of some epochs"),
-        (("--trainer.patience", 2, "--trainer.swa_start", 0.5), "could end the training before trainer.swa_start"),
+        (("--trainer.patience", 2, "--trainer.swa_start", 0.5), "may stop training before the averaging of trainer.swa_start"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_told_before_training(asked: tuple, message: str, uneven: Path) -> None:

@@ -18,7 +18,7 @@ from small_data import COLORS, Run, make_image, write_image
 from warm_process import WarmProcess
 
 from refract.augment import Preprocess
-from refract.cli import COMMANDS
+from refract.cli import COMMANDS, GROUPS, main
 from refract.models.bundle.bundle import load_bundle
 from refract.models.classifier import probabilities
 from refract.pipeline.cli.demo import served
@@ -67,6 +67,16 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("EXIT 0 []\n") and "usage" in done.stdout
+
+
+def test_help_lists_every_command_below_its_heading(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    blocks = dict(block.split(":\n", 1) for block in capsys.readouterr().out.split("\n\n") if ":\n" in block)
+    assert list(blocks) == ["Start", "Train", "Evaluate", "Predict", "Retrain", "Augment"] == list(GROUPS)
+    for heading, commands in GROUPS.items():
+        assert [line.split()[0] for line in blocks[heading].splitlines()] == list(commands)
+        assert all(line[0].isupper() and not line.endswith(".") for _, line in commands.values())
+    assert len(COMMANDS) == sum(map(len, GROUPS.values())), "no command stands under two headings"
 
 
 def test_unknown_command_names_the_nearest(refract: Run) -> None:
@@ -302,4 +312,4 @@ def test_training_where_only_serving_is_installed_says_what_to_install(folder: P
     command = [sys.executable, "-c", code, "train", config, "--data.source", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert "refract train: lightning is not installed; pip install refract[train]" in done.stderr
+    assert "refract train: lightning is not installed; run `pip install refract[train]`" in done.stderr

@@ -73,7 +73,7 @@ def test_a_manifests_cell_is_one_text(tmp_path: Path) -> None:
     "values, message",
     [
         ({"model": {"name": "none"}}, "model.name and text.name are both none"),
-        ({"text": {"name": "hashing", "drop_image": 0.6, "drop_text": 0.6}}, "more than 1 together"),
+        ({"text": {"name": "hashing", "drop_image": 0.6, "drop_text": 0.6}}, "drop_text is above 1"),
         ({"text": {"name": "hashing", "max_length": 0}}, "text.max_length: 0"),
         ({"text": {"fusion": "sum"}}, "text.fusion"),
     ],

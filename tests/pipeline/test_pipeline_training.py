@@ -142,7 +142,7 @@ def test_the_recipes_options_train_and_a_bundle_teaches_another(refract: Run, fo
     told = refract("train", "images.yaml", "--loss.teacher", "runs/many/bundle", "--data.image_size", 40, code=2).stderr
     assert "loss.teacher: runs/many/bundle has the image size (32, 32), this training (40, 40)" in told
     told = refract("train", "images.yaml", "--trainer.ema", 0.9, "--trainer.swa_start", 0.5, code=2).stderr
-    assert "both average the weights; choose one" in told
+    assert "both average the weights; remove one" in told
 
 
 @pytest.mark.slow
