@@ -1,1 +1,1 @@
-"""The commands of `refract` that train and measure; each module has `main(argv) -> int`."""
+"""The commands of `refract` other than `serve`; each module has `main(argv) -> int`."""

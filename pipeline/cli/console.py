@@ -1,4 +1,4 @@
-"""What the commands share: logging to the terminal, and a user's mistake as one line instead of a traceback."""
+"""Run a command: log to the terminal, and print a user's mistake as one line instead of a traceback."""
 
 import logging
 import shlex
@@ -11,7 +11,7 @@ from pathlib import Path
 from refract.models.credentials import masked
 from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped
 
-# Named, not imported: that would load PyTorch for every command.
+# Errors by class name: importing the classes would load PyTorch for every command.
 INPUT_ERRORS = ("BundleError", "CacheError", "TranslationError", "PromotionError")
 SERVICE_ERRORS = (
     "TrackingError", "CheckpointError", "LoaderError", "RetrainingError", "ScheduleError", "ScoringError", "Taken",
@@ -19,8 +19,11 @@ SERVICE_ERRORS = (
 
 
 def run(command: str, work: Callable[[], int]) -> int:
-    """Run a command's work. Returns its exit code; 2 for input that cannot be used, 1 for a service that failed, each with its reason; 75
-    after SIGTERM and 130 after Ctrl-C, with what goes on from there."""
+    """Run `work` and return its exit code; print an error as one line.
+
+    The code is 2 for invalid input, 1 for a failed service, 75 after SIGTERM and 130 after Ctrl-C. After a signal the line names the
+    command that resumes the run.
+    """
     from refract.augment import ImageError, PolicyError
     from refract.pipeline.config.config import ConfigError
     from refract.pipeline.data.manifest import DataError
@@ -42,7 +45,7 @@ def run(command: str, work: Callable[[], int]) -> int:
         if type(error).__name__ in SERVICE_ERRORS:
             return _failed(command, error, 1)
         raise
-    except BrokenPipeError:  # as `refract predict … | head`; the command line ends quietly
+    except BrokenPipeError:  # `refract predict … | head`: `refract.cli` exits without a message
         raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename is not None else ""
@@ -50,7 +53,7 @@ def run(command: str, work: Callable[[], int]) -> int:
 
 
 def _stopped(command: str, error: Stopped) -> int:
-    if error.run is not None:  # else another process of the same training says it
+    if error.run is not None:  # else another rank prints it
         print(
             f"refract {command}: {error}; `refract train --resume {shlex.quote(str(error.run))}` resumes from the checkpoint",
             file=sys.stderr,
@@ -59,7 +62,7 @@ def _stopped(command: str, error: Stopped) -> int:
 
 
 def bin_prefix() -> str:
-    """What to write before `refract` and `mlflow` so that a shell finds them: nothing where the environment is active."""
+    """Return the path prefix with which a shell finds `refract` and `mlflow`: empty if the environment is active."""
     if shutil.which("refract"):
         return ""
     scripts = Path(sys.executable).parent

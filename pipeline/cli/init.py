@@ -13,29 +13,31 @@ if TYPE_CHECKING:
     from refract.pipeline.suggest import Proposal, Survey
 
 ROWS, VARIANTS = 4, 5
-"""Of the preview grid."""
+"""Rows and variants of the preview grid."""
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract init",
-        description="Look at the images and write a commented config that trains on them as it is.",
+        description="Inspect a data set and write a commented config that is ready to train on it.",
     )
     parser.add_argument(
-        "source", help="a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest, or `digits`"
+        "source", help="data set: a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest, or `digits`"
     )
-    parser.add_argument("-o", "--output", type=Path, help="the config to write (default: NAME.yaml)")
-    parser.add_argument("--force", action="store_true", help="replace an existing file")
-    parser.add_argument("--model.name", dest="name", metavar="NETWORK", help="the network, as `refract train` takes it")
+    parser.add_argument("-o", "--output", type=Path, help="config file to write (default: SOURCE.yaml)")
+    parser.add_argument("--force", action="store_true", help="replace an existing config file")
+    parser.add_argument(
+        "--model.name", dest="name", metavar="NETWORK", help="architecture, as model.name of `refract train`"
+    )
     parser.add_argument(
         "--model.weights", dest="weights", metavar="WEIGHTS",
-        help="its pretrained weights: a .safetensors or .pth file, a bundle's folder, or `default`",
+        help="pretrained weights: a .safetensors or .pth file, a bundle's folder, or `default`",
     )  # fmt: skip
     args = parser.parse_args(argv)
     output = args.output or Path(f"{Path(args.source).stem or 'refract'}.yaml")
     if output.exists() and not args.force:
         print(
-            f"refract init: {output} exists already; give another name with -o, or --force to replace it",
+            f"refract init: {output} exists already; choose another name with -o, or replace it with --force",
             file=sys.stderr,
         )
         return 2
@@ -52,10 +54,10 @@ def _init(source: str, output: Path, name: str | None, weights: str | None) -> i
     survey = take_survey(manifest)
     proposal = propose(survey, start)
     write_atomically(output, config_text(proposal, survey).encode())
-    what = f"images ({survey.sizes} pixels)" if survey.images else "texts"
+    kind = f"images ({survey.sizes} pixels)" if survey.images else "texts"
     counts = survey.counts
     smallest, largest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-    print(f"{source}: {survey.task}, {len(survey.labels)} labels, {survey.samples:,} {what}")
+    print(f"{source}: {survey.task}, {len(survey.labels)} labels, {survey.samples:,} {kind}")
     if counts[smallest] == counts[largest]:
         print(f"  {counts[smallest]:,} samples in each class")
     else:
@@ -65,7 +67,7 @@ def _init(source: str, output: Path, name: str | None, weights: str | None) -> i
         print(f"  {note}")
     print(f"wrote {output}")
     if survey.images and (grid := _preview(manifest, proposal, output)):
-        print(f"wrote {grid}: what training will see; look at it first")
+        print(f"wrote {grid}: a preview of the training images; check it first")
     print(f"next: {_next_step(survey, output)}")
     return 0
 
@@ -73,14 +75,14 @@ def _init(source: str, output: Path, name: str | None, weights: str | None) -> i
 def _next_step(survey: "Survey", output: Path) -> str:
     command = f"refract train {shlex.quote(str(output))}"
     if survey.refused:
-        return f"mend the data as noted above, then {command}"
+        return f"fix the data as noted above, then {command}"
     if survey.unreadable:
-        return f"mend the unreadable images, or skip them: {command} --data.on_bad_file skip"
+        return f"fix the unreadable images, or skip them: {command} --data.on_bad_file skip"
     return command
 
 
 def _preview(manifest: "Manifest", proposal: "Proposal", output: Path) -> Path | None:
-    """Draw the preview grid beside the config, NAME.preview.png. None where too few of the images can be read."""
+    """Write the preview grid next to the config as NAME.preview.png. Returns None if no image can be read."""
     import io
 
     from refract.augment import Augmenter
@@ -89,16 +91,16 @@ def _preview(manifest: "Manifest", proposal: "Proposal", output: Path) -> Path |
     from refract.pipeline.preview import preview_grid, shown_samples, spread
 
     try:
-        rows = [shown for shown in shown_samples(manifest, 3 * ROWS) if _decodes(shown.data)]
+        readable = [shown for shown in shown_samples(manifest, 3 * ROWS) if _decodes(shown.data)]
     except DataError:
         return None
-    if not rows:
+    if not readable:
         return None
     augmenter = Augmenter(
         proposal.value("augment.policy"), 0, size=proposal.value("data.image_size"), color_profile="convert"
     )
     buffer = io.BytesIO()
-    preview_grid([rows[i] for i in spread(len(rows), ROWS)], augmenter, variants=VARIANTS).save(buffer, "PNG")
+    preview_grid([readable[i] for i in spread(len(readable), ROWS)], augmenter, variants=VARIANTS).save(buffer, "PNG")
     grid = output.with_suffix(".preview.png")
     write_atomically(grid, buffer.getvalue())
     return grid

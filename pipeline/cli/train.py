@@ -13,32 +13,41 @@ if TYPE_CHECKING:
     from refract.pipeline.training.run import Result
 
 NOT_REGISTERED = 3
-"""The exit code of a training that succeeded while the registration that its config asks for did not."""
+"""Exit code if training succeeded but the configured registration in MLflow failed."""
 
 
 def main(argv: list[str]) -> int:
     from refract.pipeline.config.config import help_text
 
-    argv, resume = _taken(argv, "--resume")
+    argv, resume = _extract_option(argv, "--resume")
     if not (argv or resume) or (argv and argv[0] in ("-h", "--help")):
         print("usage: refract train CONFIG.yaml [--section.key value …] [--resume auto]")
         print("       refract train --resume RUN_DIR\n")
-        print("Train as the config says; any key can be set on the command line. Everything goes below RUNS_DIR/NAME/,")
-        print("the bundle to RUNS_DIR/NAME/bundle/. --resume goes on with a run that was interrupted, from its newest")
-        print("checkpoint, to the weights that it would have had; auto takes the newest unfinished run of this config,")
         print(
-            "or begins one. Exit codes: 0 done, 1 failed, 2 the input cannot be used, 3 trained, but the model is not"
+            "Train a model from a config. Any key can be set on the command line. The run is written to RUNS_DIR/NAME/,"
         )
-        print("registered yet (refract sync RUN_DIR registers it), 75 stopped by SIGTERM and 130 by")
-        print("Ctrl-C, both after a checkpoint (Ctrl-C twice: at once). Keys, with their defaults:\n")
+        print("with its bundle in RUNS_DIR/NAME/bundle/.\n")
+        print(
+            "--resume RUN_DIR resumes an interrupted run from its newest checkpoint and ends with the same weights as an"
+        )
+        print(
+            "uninterrupted run. --resume auto resumes the newest unfinished run of this config, or starts a new run.\n"
+        )
+        print(
+            "Exit codes: 0 done; 1 failed; 2 invalid input; 3 trained, but not registered (refract sync RUN_DIR registers"
+        )
+        print(
+            "the model); 75 stopped by SIGTERM and 130 by Ctrl-C, both after a checkpoint. A second Ctrl-C stops at once.\n"
+        )
+        print("Keys, with their defaults:\n")
         print(help_text())
         return 0 if argv else 2
     if resume is None and argv[0].startswith("--"):
-        print(f"refract train: the config file comes first, then options; got {argv[0]}", file=sys.stderr)
+        print(f"refract train: got {argv[0]} first; the config file comes first, then options", file=sys.stderr)
         return 2
     if resume not in (None, "auto") and argv:
         print(
-            f"refract train: --resume {resume} goes on with the run's own config; got {argv[0]} as well",
+            f"refract train: --resume {resume} uses the run's config; remove {argv[0]}",
             file=sys.stderr,
         )
         return 2
@@ -48,13 +57,13 @@ def main(argv: list[str]) -> int:
     return console.run("train", lambda: _train(argv, resume))
 
 
-def _taken(argv: list[str], option: str) -> tuple[list[str], str | None]:
-    """(the arguments without the option, its value or None)"""
-    for place, argument in enumerate(argv):
+def _extract_option(argv: list[str], option: str) -> tuple[list[str], str | None]:
+    """Return (the arguments without the option, the option's value or None)."""
+    for index, argument in enumerate(argv):
         if argument == option:
-            return argv[:place] + argv[place + 2 :], (argv[place + 1] if place + 1 < len(argv) else "")
+            return argv[:index] + argv[index + 2 :], (argv[index + 1] if index + 1 < len(argv) else "")
         if argument.startswith(f"{option}="):
-            return argv[:place] + argv[place + 1 :], argument.partition("=")[2]
+            return argv[:index] + argv[index + 1 :], argument.partition("=")[2]
     return argv, None
 
 
@@ -81,46 +90,48 @@ def _train(argv: list[str], resume: str | None) -> int:
     except DataError as error:
         if resume != "auto" or folder is None:
             raise
-        print(f"refract train: a new run is begun: {error}", file=sys.stderr)
+        print(f"refract train: starting a new run: {error}", file=sys.stderr)
         result = train(load_config(argv[0], argv[1:]), name=name)
     if result is None:
         return 0
-    print("hold-out: " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
+    print("test:     " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
     print(f"run:      {result.run_dir}/ (report.html, config.yaml, splits.csv, preview.png, curves.png, checkpoints/)")
     print(f"bundle:   {result.bundle}")
-    here = console.bin_prefix()
-    for topic, note in closing_notes(result.run_dir, config, here):
+    prefix = console.bin_prefix()
+    for topic, note in closing_notes(result.run_dir, config, prefix):
         print(f"{topic + ':':<9} {note}")
     if result.version:
         registered = named(str(config.tracking.model_name), result.version, result.alias, result.champion)
         print(f"registry: {registered}")
         if result.alias != "champion":
             command = by_hand(str(config.tracking.model_name), result.version, config.tracking.uri)
-            print(f"          {console.bin_prefix()}{command} makes it champion")
+            print(f"          {prefix}{command} makes it champion")
     if config.tracking.enabled:
-        print(f"MLflow:   {seen_at(config)}")
+        print(f"MLflow:   {mlflow_hint(config)}")
     run, bundle = (shlex.quote(str(path)) for path in (result.run_dir, result.bundle))
-    print(f"next:     {here}refract predict {bundle} {_asked(config)}   or   {here}refract serve {bundle}")
-    print(f"          {here}refract doctor {run}   or   {here}refract compare {run} OTHER_RUN")
-    return _undelivered(result, config)
+    print(
+        f"next:     {prefix}refract predict {bundle} {_predict_arguments(config)}   or   {prefix}refract serve {bundle}"
+    )
+    print(f"          {prefix}refract doctor {run}   or   {prefix}refract compare {run} OTHER_RUN")
+    return _report_undelivered(result, config)
 
 
-def seen_at(config: "Config") -> str:
-    """Where the run can be looked at: the server's address, or the command that shows a database."""
+def mlflow_hint(config: "Config") -> str:
+    """Return the URL of the MLflow server, or the command that opens the MLflow UI on a database."""
     from refract.pipeline.tracking import tracking_uri
 
     uri = masked(tracking_uri(config.tracking))
     return uri if uri.startswith("http") else f"{console.bin_prefix()}mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
-def _undelivered(result: "Result", config: "Config") -> int:
-    """The exit code, after the last lines have said what MLflow lacks."""
+def _report_undelivered(result: "Result", config: "Config") -> int:
+    """Print the entries that MLflow lacks, and return the exit code."""
     name = config.tracking.model_name if config.tracking.enabled else None
     unregistered = name is not None and result.version is None
     sync = f"{console.bin_prefix()}refract sync {shlex.quote(str(result.run_dir))}"
     if unregistered:
-        why = f"MLflow refused it ({result.refused})" if result.refused else "MLflow did not answer"
-        print(f"NOT REGISTERED: no version of {name} has this bundle, as {why}", file=sys.stderr)
+        reason = f"MLflow refused it ({result.refused})" if result.refused else "MLflow did not answer"
+        print(f"NOT REGISTERED: no version of {name} has this bundle: {reason}", file=sys.stderr)
     elif result.waiting:
         print(f"NOT TRACKED: MLflow does not have {result.waiting} entries of this run", file=sys.stderr)
     if unregistered or result.waiting:
@@ -128,9 +139,9 @@ def _undelivered(result: "Result", config: "Config") -> int:
     return NOT_REGISTERED if unregistered else 0
 
 
-def _asked(config: "Config") -> str:
-    """What `refract predict` is to be given."""
+def _predict_arguments(config: "Config") -> str:
+    """Return placeholders for the arguments of `refract predict`: images, texts or both."""
     from refract.pipeline.training.build import reads
 
-    words = {"images": "IMAGE", "texts": "--text TEXT"}
-    return " ".join(words[name] for name in sorted(reads(config)))
+    placeholders = {"images": "IMAGE", "texts": "--text TEXT"}
+    return " ".join(placeholders[name] for name in sorted(reads(config)))

@@ -79,7 +79,7 @@ def test_the_wheel_holds_refract_alone_and_works_by_itself(crowded: Path, tmp_pa
     place = run("-c", "import refract; print(refract.__file__)", cwd=crowded, path=tmp_path / "site")
     assert place.startswith(str(tmp_path / "site")), "not the checkout"
     out = run("-m", "refract", "demo", cwd=crowded, path=tmp_path / "site")
-    assert "of 10 right" in out and "mlflow ui" in out and "refract serve" in out
+    assert "of 10 correct" in out and "mlflow ui" in out and "refract serve" in out
     (bundle,) = crowded.glob("runs/digits*/bundle")
     assert load_bundle(bundle).info.metrics["accuracy"] >= 0.98
 

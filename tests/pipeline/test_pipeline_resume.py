@@ -163,7 +163,7 @@ def test_what_cannot_go_on_is_told(refract: Run, work: Path, stopped: Path) -> N
     assert "the data of runs/r have changed since it began" in told
     (work / "images" / "red" / "new.jpg").unlink()
     assert "runs/none is no run: there is no such folder" in refract("train", "--resume", "runs/none", code=2).stderr
-    assert "goes on with the run's own config" in refract("train", "c.yaml", "--resume", "runs/r", code=2).stderr
+    assert "uses the run's config; remove" in refract("train", "c.yaml", "--resume", "runs/r", code=2).stderr
     assert "needs the config file first" in refract("train", "--resume", "auto", code=2).stderr
     told = refract("train", "c.yaml", "--trainer.run_name", "r", code=2).stderr
     assert "runs/r exists already" in told and "`refract train --resume runs/r` goes on with it" in told
@@ -348,7 +348,7 @@ def test_auto_begins_anew_where_the_data_have_changed(refract: Run, work: Path, 
     told = refract(
         "train", "c.yaml", "--tracking.enabled", "false", "--resume", "auto", "--trainer.max_epochs", 7
     ).stderr
-    assert "a new run is begun: --resume: the data of" in told
+    assert "starting a new run: --resume: the data of" in told
     assert len([path for path in (work / "runs").iterdir() if (path / "bundle").is_dir()]) == 1
 
 

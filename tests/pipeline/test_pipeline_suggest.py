@@ -187,8 +187,8 @@ def test_what_training_will_draw_or_refuse_is_noted(
     ("damaged", "folders", "step"),
     [
         ("", "a b", "next: refract train photos.yaml"),
-        ("a/03.png", "a b", "next: mend the unreadable images, or skip them: refract train photos.yaml --data.on_bad_file skip"),
-        ("", "train/a train/b test/c", "next: mend the data as noted above, then refract train photos.yaml"),
+        ("a/03.png", "a b", "next: fix the unreadable images, or skip them: refract train photos.yaml --data.on_bad_file skip"),
+        ("", "train/a train/b test/c", "next: fix the data as noted above, then refract train photos.yaml"),
     ],
 )  # fmt: skip
 def test_the_next_step_is_one_that_training_accepts(

@@ -136,7 +136,7 @@ def test_odd_texts_train_as_any_others(refract: Run, tmp_path: Path) -> None:
         "--trainer.run_name",
         "odd",
     )
-    assert "hold-out: accuracy" in done.stdout
+    assert "test:     accuracy" in done.stdout
     assert "predict runs/odd/bundle --text TEXT   or" in done.stdout
     (tmp_path / "bad.csv").write_bytes(b"label,text\nx,caf\xe9\ny,b\n")
     assert (

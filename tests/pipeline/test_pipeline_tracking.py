@@ -133,7 +133,7 @@ def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder:
     told = refract(
         "train", "images.yaml", "--trainer.run_name", "r", "--tracking.uri", uri, "--trainer.max_epochs", 2, code=3
     )  # fmt: skip
-    assert "MLflow at http://***@127.0.0.1:9 does not answer" in told.stderr and "hold-out: accuracy" in told.stdout
+    assert "MLflow at http://***@127.0.0.1:9 does not answer" in told.stderr and "test:     accuracy" in told.stdout
     assert "`refract sync runs/r` delivers them" in told.stderr and "Traceback" not in told.stderr
     assert "NOT REGISTERED: no version of images has this bundle" in told.stderr
     assert "refract sync runs/r delivers it" in told.stderr
