@@ -10,24 +10,32 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract augment",
         usage="refract augment POLICY IN_DIR OUT_DIR [options]\n       refract augment --replay plans.jsonl IN_DIR OUT_DIR [options]",
-        description="Write augmented copies of the images of a folder, and a plans.jsonl from which the same files can be made again.",
+        description="Write augmented copies of the images in a folder, and a plans.jsonl that reproduces the same files.",
     )
     parser.add_argument(
-        "paths", nargs="+", metavar="POLICY IN_DIR OUT_DIR", help="a preset's name or YAML file; images; a new folder"
+        "paths",
+        nargs="+",
+        metavar="POLICY IN_DIR OUT_DIR",
+        help="name of a preset or a YAML file; image folder; new folder",
     )
     parser.add_argument(
-        "--replay", type=Path, metavar="PLANS", help="make the files of a plans.jsonl again, in place of a policy"
+        "--replay",
+        type=Path,
+        metavar="PLANS",
+        help="reproduce the files of this plans.jsonl instead of drawing from a policy",
     )
-    parser.add_argument("--copies", type=int, default=1, help="of each image (default 1)")
-    parser.add_argument("--size", type=int, help="pixels of the results' side (default: as the policy leaves it)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--copies", type=int, default=1, help="copies of each image (default 1)")
     parser.add_argument(
-        "--format", choices=("jpg", "png"), default="jpg", help="of the results (default jpg, quality 95)"
+        "--size", type=int, help="side of the output in pixels (default: the size that the policy gives)"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="images worked on at a time (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument(
+        "--format", choices=("jpg", "png"), default="jpg", help="format of the output (default jpg, quality 95)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="parallel threads (default 1)")
     args = parser.parse_args(argv)
     if len(args.paths) != (2 if args.replay else 3):
-        parser.error("expected IN_DIR OUT_DIR with --replay, POLICY IN_DIR OUT_DIR without")
+        parser.error(f"got {len(args.paths)} paths; expected IN_DIR OUT_DIR with --replay, else POLICY IN_DIR OUT_DIR")
     for name in ("copies", "jobs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: {getattr(args, name)} is not at least 1")

@@ -9,14 +9,14 @@ from refract.pipeline.cli import console
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract compare",
-        description="Compare finished runs: what differs in their configs, their figures on the hold-out, and for each against the first "
-        "the difference in accuracy, with a bootstrap interval and McNemar's test, on the images that both held out.",
+        description="Compare finished runs: the differences of their configs, their test metrics, and the accuracy of each against the "
+        "first run, with a bootstrap interval and McNemar's test, on the images of both test sets.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs, two or more")
-    parser.add_argument("--curves", metavar="FILE", type=Path, help="draw their learning curves there, as PNG")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, two or more")
+    parser.add_argument("--curves", metavar="FILE", type=Path, help="write the learning curves to this PNG file")
     args = parser.parse_args(argv)
     if len(args.runs) < 2:
-        parser.error("two runs or more are compared")
+        parser.error(f"got {len(args.runs)} run; expected two or more")
     return console.run("compare", lambda: _compare(args))
 
 
@@ -24,13 +24,13 @@ def _compare(args: argparse.Namespace) -> int:
     from refract.pipeline.evaluation.compare import against, curves, differences, read_run
 
     runs = [read_run(path) for path in args.runs]
-    found_of = [(run, *against(runs[0], run)) for run in runs[1:]]
+    comparisons = [(run, *against(runs[0], run)) for run in runs[1:]]
     rows = [(key, [str(value) for value in values]) for key, values in differences(runs).items()]
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    figures = [(name, [f"{run.metrics[name]:.4f}" if name in run.metrics else "-" for run in runs]) for name in names]
-    width = max(len(name) for name, _ in [*rows, *figures])
+    metrics = [(name, [f"{run.metrics[name]:.4f}" if name in run.metrics else "-" for run in runs]) for name in names]
+    width = max(len(name) for name, _ in [*rows, *metrics])
     columns = [
-        max(12, *(len(values[i][:40]) for _, values in [*rows, *figures]), len(run.name)) for i, run in enumerate(runs)
+        max(12, *(len(values[i][:40]) for _, values in [*rows, *metrics]), len(run.name)) for i, run in enumerate(runs)
     ]
 
     def line(name: str, values: list[str]) -> None:
@@ -40,14 +40,14 @@ def _compare(args: argparse.Namespace) -> int:
         )
 
     line("", [run.name for run in runs])
-    for name, values in [*rows, *figures]:
+    for name, values in [*rows, *metrics]:
         line(name, values)
     metric = "subset accuracy" if "subset_accuracy" in runs[0].metrics else "accuracy"
-    for run, found, count in found_of:
-        chance = "more than chance" if found.p_value < 0.05 else "within chance"
+    for run, difference, count in comparisons:
+        chance = "more than chance" if difference.p_value < 0.05 else "within chance"
         print(
-            f"\n{run.name} against {runs[0].name} on {count:,} images: {metric} {found.value:+.4f}, 95 % interval {found.low:+.4f} to "
-            f"{found.high:+.4f}, McNemar p = {found.p_value:.3g}: {chance}"
+            f"\n{run.name} against {runs[0].name} on {count:,} images: {metric} {difference.value:+.4f}, 95 % interval "
+            f"{difference.low:+.4f} to {difference.high:+.4f}, McNemar p = {difference.p_value:.3g}: {chance}"
         )
     if args.curves:
         curves(runs, args.curves)

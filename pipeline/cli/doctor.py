@@ -8,9 +8,10 @@ from refract.pipeline.cli import console
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="refract doctor", description="What was wrong with a finished run, by what evidence, and what to change."
+        prog="refract doctor",
+        description="Diagnose a finished run: the problems, their evidence, and the changes to try.",
     )
-    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("run", type=Path, help="run folder")
     args = parser.parse_args(argv)
     return console.run("doctor", lambda: _doctor(args.run))
 
@@ -22,7 +23,7 @@ def _doctor(run: Path) -> int:
     for finding in findings:
         print(f"{finding.name}\n  seen:  {finding.evidence}\n  try:   {finding.cure}")
     if not findings:
-        print("nothing found")
+        print("no problem found")
     total = sum(record["seconds"].values()) or 1.0
     print(
         "time: "

@@ -14,21 +14,26 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="refract evaluate", description="Measure a bundle on labelled images.")
     parser.add_argument("bundle", help="a bundle's folder")
     parser.add_argument(
-        "data", help="a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest, or `digits`"
+        "data", help="data set: a folder (CLASS/… or train|val|test/CLASS/…), a CSV or Parquet manifest, or `digits`"
     )
     parser.add_argument(
-        "--split", choices=("train", "val", "test"), help="default: test where the data has it, else all of it"
+        "--split",
+        choices=("train", "val", "test"),
+        help="split to measure (default: test if the data has one, else all samples)",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers there too")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results to this file")
     parser.add_argument(
-        "--report", metavar="DIR", type=Path, help="write report.html, with its images inside, and report.json there"
+        "--report",
+        metavar="DIR",
+        type=Path,
+        help="write report.html, with embedded images, and report.json to this folder",
     )
     parser.add_argument(
         "--robustness",
         choices=("none", "quick", "full"),
         default="none",
-        help="error under 19 corruptions, with its interval: none (the default) does not measure it, quick takes 50 images and 3 "
-        "severities, full all images and 5",
+        help="measure the error under 19 corruptions, with its interval: none (default), quick (50 images, 3 severities) or full "
+        "(all images, 5 severities)",
     )
     args = parser.parse_args(argv)
     return console.run("evaluate", lambda: _evaluate(args))
@@ -50,10 +55,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     bundle = load_bundle(args.bundle)
     info = bundle.info
     manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass", to_train=False)
-    drawn = "test" not in manifest.splits()
-    if drawn:
-        manifest = held_out(info, manifest)  # which reports what it skips
-    for line in () if drawn else skipped_lines(manifest.skipped):
+    without_test = "test" not in manifest.splits()
+    if without_test:
+        manifest = held_out(info, manifest)  # logs the skipped entries
+    for line in () if without_test else skipped_lines(manifest.skipped):
         print(f"refract evaluate: {args.data}: {line}", file=sys.stderr)
     samples = relabelled(manifest, info.labels)
     split = args.split or ("test" if "test" in manifest.splits() else None)
@@ -61,17 +66,15 @@ def _evaluate(args: argparse.Namespace) -> int:
         samples = [sample for sample in samples if sample.split == split]
     if not samples:
         raise DataError(
-            f"{args.data}: no images in the split {split}; it has {', '.join(manifest.splits()) or 'no splits'}"
+            f"{args.data}: no images in the split {split}; splits: {', '.join(manifest.splits()) or 'none'}"
         )
     classifier = bundle.classifier()
     if args.robustness != "none" and "images" not in classifier.reads:
-        raise DataError(
-            f"--robustness: {args.bundle} reads no images, so that none can be corrupted; leave the option out"
-        )
-    answering: dict[str, Any] = {
+        raise DataError(f"--robustness: {args.bundle} reads no images; remove the option")
+    decision: dict[str, Any] = {
         "task": info.task, "temperature": info.temperature, "thresholds": info.thresholds
     }  # fmt: skip
-    result = evaluate(classifier, preprocess_of(info), samples, labels=info.labels, **answering)
+    result = evaluate(classifier, preprocess_of(info), samples, labels=info.labels, **decision)
     notes = notes_on(result, drawn=False)
     print(f"{info.name} on {len(samples):,} images of {args.data} ({split or 'all'})")
     for name, value in result.metrics.items():
@@ -85,7 +88,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     absent = [row["label"] for row in result.per_class if not row["count"]]
     if absent:
         more = " …" if len(absent) > 10 else ""
-        print(f"  no images of {len(absent)} labels, which macro_f1 takes as 0: {', '.join(absent[:10])}{more}")
+        print(f"  {len(absent)} labels have no images and count as 0 in macro_f1: {', '.join(absent[:10])}{more}")
     width = max(len(row["label"]) for row in result.per_class)
     print(f"  {'label':<{width}}  precision  recall      f1   count{'  threshold' if result.thresholds else ''}")
     for row in result.per_class:
@@ -95,13 +98,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         )
     parts = slices(samples, result.right)
     for part in parts:
-        low = f", worse than the whole ({result.right.mean():.4f})" if part.worse else ""
-        print(f"  {part.column} = {part.value}  {part.right:.4f} right of {part.count}{low}")
+        warning = f", below all samples ({result.right.mean():.4f})" if part.worse else ""
+        print(f"  {part.column} = {part.value}  {part.right:.4f} correct of {part.count}{warning}")
     robustness = None
     if args.robustness != "none":
-        seed = info.config.get("trainer", {}).get("seed", 0)  # as the training did
+        seed = info.config.get("trainer", {}).get("seed", 0)  # the seed of the training
         robustness = measure_robustness(
-            classifier, preprocess_of(info), samples, EFFORTS[args.robustness], seed=seed, **answering
+            classifier, preprocess_of(info), samples, EFFORTS[args.robustness], seed=seed, **decision
         )
         print(f"  {robustness.text()}")
         for severity, error in list(robustness.by_severity().items())[1:]:
@@ -127,7 +130,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             "intervals": result.intervals,
             "slices": [dataclasses.asdict(part) for part in parts],
         }
-        if drawn:  # else nobody has looked
+        if without_test:  # else near-duplicates were not searched
             numbers |= {"near_duplicates": [[a.path, b.path] for a, b in manifest.near_of(samples)]}
         numbers |= {"robustness": robustness.to_dict()} if robustness is not None else {}
         write_atomically(args.json, json.dumps(numbers, indent=2, ensure_ascii=False).encode())
@@ -136,19 +139,19 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def relabelled(manifest, labels):
-    """The samples with their labels' places in the bundle. DataError names labels that the bundle does not know."""
+    """Return the samples with the label indices of the bundle. DataError names labels that the bundle lacks."""
     from dataclasses import replace
 
     from refract.pipeline.data.manifest import DataError
     from refract.pipeline.data.sources.folders import inner_hint, label_of
 
-    known = {label_of(label): place for place, label in enumerate(labels)}
-    unknown = [label for label in manifest.labels if label not in known]
+    index_of = {label_of(label): index for index, label in enumerate(labels)}
+    unknown = [label for label in manifest.labels if label not in index_of]
     if unknown:
         hint = inner_hint(manifest.source) if Path(manifest.source).is_dir() else ""
         raise DataError(
-            f"{manifest.source}: the bundle does not know {len(unknown)} of the labels: {', '.join(unknown[:20])}; it knows "
+            f"{manifest.source}: {len(unknown)} labels are not labels of the bundle: {', '.join(unknown[:20])}; its labels: "
             f"{', '.join(labels[:20])}{' …' if len(labels) > 20 else ''}{hint}"
         )
-    place = [known[label] for label in manifest.labels]
-    return [replace(sample, labels=tuple(place[i] for i in sample.labels)) for sample in manifest.samples]
+    bundle_index = [index_of[label] for label in manifest.labels]
+    return [replace(sample, labels=tuple(bundle_index[i] for i in sample.labels)) for sample in manifest.samples]

@@ -9,17 +9,22 @@ from refract.pipeline.cli import console
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract explain",
-        description="Show what a policy draws for one image, what is fused with what, and the time of each pass.",
+        description="Show the steps that a policy draws for one image, the fused passes, and the time of each pass.",
     )
-    parser.add_argument("policy", help="a preset's name or a YAML file")
-    parser.add_argument("image", type=Path, help="an image")
-    parser.add_argument("--size", type=int, help="pixels of the result's side (default: as the policy leaves it)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epoch", type=int, default=0)
+    parser.add_argument("policy", help="name of a preset, or a YAML file")
+    parser.add_argument("image", type=Path, help="image file")
     parser.add_argument(
-        "--index", type=int, default=0, help="of the image in its data set: another one draws another plan"
+        "--size", type=int, help="side of the output in pixels (default: the size that the policy gives)"
     )
-    parser.add_argument("--repeats", type=int, default=30, help="over which the median time is taken (default 30)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument("--epoch", type=int, default=0, help="epoch whose draws are shown (default 0)")
+    parser.add_argument(
+        "--index",
+        type=int,
+        default=0,
+        help="index of the image in its data set; each index draws a different plan (default 0)",
+    )
+    parser.add_argument("--repeats", type=int, default=30, help="timed runs; the median is shown (default 30)")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats: {args.repeats} is not at least 1")
@@ -43,15 +48,15 @@ def _explain(args: argparse.Namespace) -> int:
     for step in plan.steps:
         print(f"  {step}")
     stages = explain(plan, data, repeats=args.repeats)
-    print("\ndone, with one thread")
+    print("\nexecuted, on one thread")
     for stage in stages:
-        done = " + ".join(step.op for step in stage.steps)
-        print(f"  {1e6 * stage.seconds:8.0f} µs  {stage.name}: {', '.join(filter(None, (done, stage.detail)))}")
+        ops = " + ".join(step.op for step in stage.steps)
+        print(f"  {1e6 * stage.seconds:8.0f} µs  {stage.name}: {', '.join(filter(None, (ops, stage.detail)))}")
     total = sum(stage.seconds for stage in stages)
-    print(f"  {1e6 * total:8.0f} µs  in all")
+    print(f"  {1e6 * total:8.0f} µs  in total")
     if not plan.exact and len(stages) - 1 < len(plan.steps):
         each = explain(dataclasses.replace(plan, exact=True), data, repeats=args.repeats)
-        print(f"  {1e6 * sum(stage.seconds for stage in each):8.0f} µs  with each op by itself (exact: true)")
+        print(f"  {1e6 * sum(stage.seconds for stage in each):8.0f} µs  without fusion (exact: true)")
     if augmenter.mixes:
-        print("\nMixUp and CutMix act on the batch, not on one image: they are not timed here.")
+        print("\nMixUp and CutMix act on a batch, not on one image, and are not timed.")
     return 0

@@ -14,10 +14,10 @@ from refract.pipeline.lab import Outcome, experiments
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract lab",
-        description="Try the claims that every course makes by small seeded experiments, and say which hold. Ends with 1 if one does not.",
+        description="Test textbook claims by small seeded experiments and report which hold. Exit code 1 if a claim does not hold.",
     )
-    parser.add_argument("name", nargs="*", help="experiments; all without one")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and noise")
+    parser.add_argument("name", nargs="*", help="experiments to run (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of weights, order and noise (default 0)")
     parser.add_argument("--plots", type=Path, help="folder for a plot of each experiment")
     args = parser.parse_args(argv)
     return console.run("lab", lambda: _lab(args))
@@ -29,7 +29,7 @@ def _lab(args: argparse.Namespace) -> int:
         if name not in known:
             from refract.augment.ops.base import nearest
 
-            raise ConfigError(f"no experiment is called {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+            raise ConfigError(f"no experiment {name!r}{nearest(name, known)}; experiments: {', '.join(known)}")
     failed = []
     for name in args.name or known:
         started = time.perf_counter()

@@ -13,10 +13,10 @@ from refract.pipeline.cli import console
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract ops",
-        description="List the augmentation ops that a policy can name, or show one with all that it takes.",
+        description="List the augmentation ops for policies, or describe one with its parameters.",
     )
-    parser.add_argument("name", nargs="?", help="an op, to show its parameters and what they mean")
-    parser.add_argument("--json", action="store_true", help="one JSON object for each op")
+    parser.add_argument("name", nargs="?", help="op whose parameters are described (default: list all ops)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per op")
     args = parser.parse_args(argv)
     return console.run("ops", lambda: _ops(args))
 
@@ -27,8 +27,8 @@ def _ops(args: argparse.Namespace) -> int:
     from refract.augment.policy import PolicyError
 
     if args.name is not None and args.name not in OPS:
-        hint = nearest(args.name, OPS) or f"; known: {', '.join(OPS)}"
-        raise PolicyError(f"no op is called {args.name!r}{hint}")
+        hint = nearest(args.name, OPS) or f"; ops: {', '.join(OPS)}"
+        raise PolicyError(f"no op {args.name!r}{hint}")
     if args.json:
         for name in [args.name] if args.name else OPS:
             print(json.dumps(described(name), ensure_ascii=False))
@@ -51,7 +51,7 @@ def _ops(args: argparse.Namespace) -> int:
                 )
             )
         print(
-            "\n[cpu]: the batch executor sends its images through the CPU. refract ops NAME shows one with its units and ranges."
+            "\n[cpu]: the batch executor runs this op on the CPU. `refract ops NAME` describes an op with its units and ranges."
         )
     return 0
 
@@ -60,7 +60,7 @@ _KINDS = ("geometric", "color", "pixel", "region", "batch", "text", "choice")
 
 
 def described(name: str) -> dict[str, Any]:
-    """An op as plain values: name, kind, parameters with their defaults (`required` for those without), help, doc, cpu_only."""
+    """Describe an op as JSON values: name, kind, parameters → default or `required`, help, doc, cpu_only."""
     from refract.augment.ops import OPS
     from refract.augment.ops.pixel import cpu_only
 

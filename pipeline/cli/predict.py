@@ -12,29 +12,27 @@ from refract.pipeline.cli import console
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract predict",
-        description="Classify images with a bundle; with --url URL in its place, by a running server (refract predict --url URL --help "
-        "tells its options). Exit code 1 where an image could not be read; the others are answered.",
+        description="Classify images with a bundle, or with a running server: `refract predict --url URL --help` lists its options. "
+        "An unreadable image is reported, and the exit code is then 1.",
     )
     parser.add_argument("bundle", help="a bundle's folder")
+    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help="images, or folders of images")
     parser.add_argument(
-        "paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help="images, or folders searched for them"
+        "--text", action="append", help="text to classify, alone or with each image, for a bundle that reads texts"
     )
-    parser.add_argument(
-        "--text", action="append", help="that goes with each image, or alone, where the bundle reads texts"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line and image")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="how many labels for each image (default 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="labels per image (default 5)")
     args = parser.parse_args(argv)
     if args.top < 1:
         parser.error(f"--top: {args.top} is not at least 1")
     from refract.models.multimodal.tokens import trimmed
 
-    given = args.text or []
-    if len(given) > 1:
-        parser.error("--text: given more than once; a question has one text")
-    args.text = given[0] if given else ""
+    texts = args.text or []
+    if len(texts) > 1:
+        parser.error("--text: given more than once; a request has one text")
+    args.text = texts[0] if texts else ""
     if not args.paths and not trimmed(args.text):
-        parser.error(f"--text: {args.text!r} is an empty text" if given else "name images, or give a --text")
+        parser.error(f"--text: {args.text!r} is an empty text" if texts else "expected images or --text")
     return console.run("predict", lambda: _predict(args))
 
 
@@ -48,24 +46,24 @@ def _predict(args: argparse.Namespace) -> int:
     bundle = load_bundle(args.bundle)
     info = bundle.info
     classifier = bundle.classifier()
-    files = _asked(args, classifier.reads)
-    questions = [SampleInput(partial(read_file, file), args.text) for file in files] or [
+    files = _image_files(args, classifier.reads)
+    inputs = [SampleInput(partial(read_file, file), args.text) for file in files] or [
         SampleInput(bytes, args.text, False)
     ]
-    answers = score(
+    predictions = score(
         classifier,
         preprocess_of(info),
-        questions,
+        inputs,
         task=info.task,
         temperature=info.temperature,
     )
     failed, cut = 0, classifier.tokens is not None and classifier.tokens(args.text)[1]
-    for file, answer in zip(files or [Path("text")], answers, strict=True):
-        if isinstance(answer, np.ndarray):
-            _show(file, answer, info, args, cut)
+    for file, outcome in zip(files or [Path("text")], predictions, strict=True):
+        if isinstance(outcome, np.ndarray):
+            _show(file, outcome, info, args, cut)
             continue
         failed += 1
-        reason = answer.strerror if isinstance(answer, OSError) and answer.strerror else str(answer)
+        reason = outcome.strerror if isinstance(outcome, OSError) and outcome.strerror else str(outcome)
         if args.json:
             print(json.dumps({"path": str(file), "error": reason}, ensure_ascii=False))
         else:
@@ -73,8 +71,8 @@ def _predict(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _asked(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
-    """The images. DataError for what the bundle does not read."""
+def _image_files(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
+    """Return the image files. DataError for an input that the bundle does not read."""
     from refract.pipeline.data.manifest import DataError
 
     if args.text and "texts" not in reads:
@@ -84,17 +82,18 @@ def _asked(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
     return listed_images(args.paths) if args.paths else []
 
 
-def _show(file: Path, answer, info, args: argparse.Namespace, cut: bool) -> None:
+def _show(file: Path, probabilities, info, args: argparse.Namespace, cut: bool) -> None:
     from refract.models.prediction import confidences, line, prediction
 
     thresholds = info.thresholds if info.task == "multilabel" else None
-    own = {"top": args.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
-    sure = float(confidences(answer[None], info.task, info.thresholds)[0])
-    found = prediction(answer, info.labels, confidence=sure, cut=cut, **own)
-    print(json.dumps({"path": str(file), **found}, ensure_ascii=False) if args.json else line(file, found))
+    options = {"top": args.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
+    confidence = float(confidences(probabilities[None], info.task, info.thresholds)[0])
+    result = prediction(probabilities, info.labels, confidence=confidence, cut=cut, **options)
+    print(json.dumps({"path": str(file), **result}, ensure_ascii=False) if args.json else line(file, result))
 
 
 def listed_images(paths: list[Path]) -> list[Path]:
+    """Return the files, and all images below the folders. DataError if no path exists or a folder has no image."""
     from refract.augment.decoding.decode import SUFFIXES
     from refract.augment.image_files import walk
     from refract.pipeline.data.manifest import DataError
@@ -106,8 +105,8 @@ def listed_images(paths: list[Path]) -> list[Path]:
         if path.is_dir():
             inside = [Path(file) for file in walk(path).images]
             if not inside:
-                raise DataError(f"{path}: no images in this folder; Refract reads {', '.join(SUFFIXES)}")
+                raise DataError(f"{path}: no images in this folder; accepted: {', '.join(SUFFIXES)}")
             files += inside
-        else:  # one that is not there is told when its turn comes, as one that cannot be read
+        else:  # a missing file is reported later, as an unreadable one
             files.append(path)
     return files

@@ -10,19 +10,22 @@ from refract.pipeline.cli import console
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract preview",
-        description="Draw one row an image: the original and its augmented variants, with what was drawn under each.",
+        description="Draw one row per image: the original and its augmented variants, with the drawn ops below each.",
     )
-    parser.add_argument("source", help="a config (.yaml), or an image or a folder of images")
+    parser.add_argument("source", help="config (.yaml), image, or folder of images")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("preview.png"), help="the PNG to write (default preview.png)"
+        "-o", "--output", type=Path, default=Path("preview.png"), help="PNG file to write (default preview.png)"
     )
     parser.add_argument(
-        "--policy", help="a preset's name or YAML file, in place of the config's (default imagenet for images)"
+        "--policy",
+        help="name of a preset or a YAML file, instead of the config's policy (default for images: imagenet)",
     )
-    parser.add_argument("--size", type=int, help="pixels of the result's side, in place of the config's (default 224)")
-    parser.add_argument("--rows", type=int, default=6, help="how many images (default 6)")
-    parser.add_argument("--variants", type=int, default=6, help="how many variants of each (default 6)")
-    parser.add_argument("--seed", type=int, help="in place of the config's")
+    parser.add_argument(
+        "--size", type=int, help="side of the variants in pixels, instead of the config's (default for images: 224)"
+    )
+    parser.add_argument("--rows", type=int, default=6, help="number of images (default 6)")
+    parser.add_argument("--variants", type=int, default=6, help="variants of each image (default 6)")
+    parser.add_argument("--seed", type=int, help="random seed, instead of the config's")
     args = parser.parse_args(argv)
     for name in ("rows", "variants"):
         if not 1 <= getattr(args, name) <= 100:

@@ -9,9 +9,9 @@ from refract.pipeline.cli import console
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract replay-batch",
-        description="Run the batch on which a training's loss was no number once more, with the weights of that moment, layer by layer.",
+        description="Run a training batch with a non-finite loss again, with the weights of that step, and report each layer's output.",
     )
-    parser.add_argument("file", type=Path, help="the bad-batch.pt that the training wrote")
+    parser.add_argument("file", type=Path, help="the bad-batch.pt that training wrote")
     args = parser.parse_args(argv)
     return console.run("replay-batch", lambda: _replay(args.file))
 
@@ -28,19 +28,21 @@ def _replay(path: Path) -> int:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         weights, batch = stored["weights"], stored["batch"]
-        own = {name: stored[name] for name in ("mean", "std", "normalize", "text", "files")}
-        classifier = make_classifier(stored["network"], stored["classes"], **own)
+        options = {name: stored[name] for name in ("mean", "std", "normalize", "text", "files")}
+        classifier = make_classifier(stored["network"], stored["classes"], **options)
         classifier.load_state_dict(weights)
     except OSError:
         raise
-    except Exception as error:  # torch's readers stumble over other files in many ways
-        raise ConfigError(f"{path}: is no bad-batch.pt of a training ({type(error).__name__}: {error})") from error
+    except Exception as error:  # torch.load raises many types for other files
+        raise ConfigError(
+            f"{path}: is not a bad-batch.pt file of a training run ({type(error).__name__}: {error})"
+        ) from error
     inputs = inputs_of(batch)
     print(f"epoch {stored['epoch']}, step {stored['step']}, seed {stored['seed']}: {len(batch['targets'])} images")
-    print(f"{'layer':<40} {'kind':<20} {'lowest':>12} {'highest':>12} {'not finite':>11}")
+    print(f"{'layer':<40} {'kind':<20} {'lowest':>12} {'highest':>12} {'non-finite':>11}")
     for name, kind, output in layers(classifier, inputs):
-        lost = 1 - float(output.isfinite().float().mean())
-        print(f"{name:<40} {kind:<20} {float(output.min()):>12.4g} {float(output.max()):>12.4g} {lost:>11.1%}")
+        non_finite = 1 - float(output.isfinite().float().mean())
+        print(f"{name:<40} {kind:<20} {float(output.min()):>12.4g} {float(output.max()):>12.4g} {non_finite:>11.1%}")
     with torch.no_grad():
         logits = classifier.train()(*inputs)[: len(batch["targets"])]
     losses = [
@@ -48,7 +50,7 @@ def _replay(path: Path) -> int:
         for i in range(len(logits))
     ]
     worst = sorted(range(len(losses)), key=lambda i: (losses[i] == losses[i], -losses[i]))[:8]
-    print("the largest losses, of images that are not mixed or smoothed:")
+    print("largest losses, without mixing and label smoothing:")
     for i in worst:
         index, image, plan = stored["samples"][i]
         print(f"  {losses[i]:>10.4g}  sample {index}, {image}\n              {plan}")

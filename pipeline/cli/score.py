@@ -14,42 +14,47 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract score",
-        description="Classify all images of a folder, or the rows of a manifest, into one Parquet file with a row for each. Whatever "
-        "ends it, the same command goes on. What cannot be read is a row with the reason. Exit code 1 where nothing could be answered.",
+        description="Classify all images of a folder, or the rows of a manifest, into a Parquet file with one row per input. After an "
+        "interruption, the same command resumes. An unreadable input gets a row with an error. Exit code 1 if no input has a prediction.",
     )
     parser.add_argument("bundle", type=Path, help="a bundle's folder")
     parser.add_argument(
         "source", type=Path, metavar="FOLDER_OR_MANIFEST",
-        help="images at any depth, or a CSV or Parquet file with the columns path and/or text; a label is carried along",
+        help="folder of images at any depth, or a CSV or Parquet file with the columns path and/or text; a column label is copied",
     )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the Parquet file to write")
-    parser.add_argument("--engine", choices=("processes", "ray"), default="processes", help="ray: on a cluster")
+    parser.add_argument(
+        "--engine",
+        choices=("processes", "ray"),
+        default="processes",
+        help="how to run: processes on this machine (default) or a ray cluster",
+    )
     parser.add_argument(
         "--jobs",
         type=int,
         metavar="N",
-        help="processes (default: one a GPU, or one a core, which share the machine's cores)",
+        help="number of processes (default: one per GPU, else one per core)",
     )
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="rows at a time (default 64)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="rows per batch (default 64)")
     parser.add_argument(
         "--shard-size",
         type=int,
         metavar="N",
-        help="rows of a part: at most so many of each process are done twice after a kill (default 512)",
+        help="rows per intermediate file; a killed process repeats at most this many rows (default 512)",
     )
     parser.add_argument(
         "--tta",
         choices=("none", "flip", "flip-shift"),
         default="none",
-        help="the mean of an image and its mirror image, or shifts too",
+        help="test-time augmentation: average the predictions for an image and its horizontal flip, and for shifts (default none)",
     )
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes GPUs where there are any"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default) uses GPUs if available"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a FILE that is there, when the new one is whole"
+        "--overwrite", action="store_true", help="replace an existing FILE when the new one is complete"
     )
-    parser.add_argument("--restart", action="store_true", help="throw away what an interrupted scoring left")
+    parser.add_argument("--restart", action="store_true", help="discard the intermediate files of an interrupted run")
     args = parser.parse_args(argv)
     for name in ("jobs", "batch_size", "shard_size"):
         value = getattr(args, name)
@@ -73,9 +78,9 @@ def _score(args: argparse.Namespace) -> int:
     try:
         summary = score_all(args.bundle, args.source, args.output, options)
     except Stopped as error:
-        print(f"refract score: {error}; the same command goes on{_without(args)}", file=sys.stderr)
+        print(f"refract score: {error}; the same command resumes{_without(args)}", file=sys.stderr)
         return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
-    _tell(args, summary)
+    _report(args, summary)
     return 1 if summary.errors == summary.rows else 0
 
 
@@ -83,19 +88,21 @@ def _without(args: argparse.Namespace) -> str:
     return ", without --restart" if args.restart else ""
 
 
-def _tell(args: argparse.Namespace, summary: "Summary") -> None:
+def _report(args: argparse.Namespace, summary: "Summary") -> None:
     rate = f", {summary.scored / summary.seconds:,.0f} rows a second" if summary.scored else ""
     print(f"wrote {args.output}: {summary.rows:,} rows ({summary.scored:,} scored in {summary.seconds:.1f} s{rate})")
     if summary.labelled:
-        share = summary.right / summary.labelled
+        fraction = summary.right / summary.labelled
         if summary.overlap is None:
-            print(f"  label is the manifest's own in {summary.right:,} of {summary.labelled:,} ({share:.1%})")
+            print(
+                f"  predicted label equals the manifest's in {summary.right:,} of {summary.labelled:,} ({fraction:.1%})"
+            )
         else:
             print(
-                f"  labels are exactly the manifest's in {summary.right:,} of {summary.labelled:,} ({share:.1%}), "
+                f"  labels are exactly the manifest's in {summary.right:,} of {summary.labelled:,} ({fraction:.1%}), "
                 f"mean F1 of a row's labels {summary.overlap / summary.labelled:.4f}"
             )
     if summary.errors:
-        print(f"  {summary.errors:,} without an answer, as their column `error` tells:", file=sys.stderr)
+        print(f"  {summary.errors:,} without a prediction; the column `error` has the reasons:", file=sys.stderr)
         for reason, count in sorted(summary.reasons.items(), key=lambda item: -item[1])[:5]:
             print(f"    {count:,} × {reason}", file=sys.stderr)

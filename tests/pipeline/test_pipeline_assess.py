@@ -113,7 +113,7 @@ def test_evaluate_takes_images_of_one_class_and_a_hold_out_alone(refract: Run, r
     shutil.copytree(tmp_path / "new", tmp_path / "split" / "test")
     for source in ("new", "split"):
         told = refract("evaluate", runs / "good" / "bundle", source, "--json", "e.json", "--report", "rep").stdout
-        assert "on 4 images of" in told and "no images of 2 labels, which macro_f1 takes as 0: blue, green" in told
+        assert "on 4 images of" in told and "2 labels have no images and count as 0 in macro_f1: blue, green" in told
         found = json.loads((tmp_path / "e.json").read_text())
         assert found["metrics"]["accuracy"] == 1 and [row["count"] for row in found["per_class"]] == [0, 0, 4]
 
@@ -199,7 +199,7 @@ def test_evaluate_shows_what_looks_like_the_training(refract: Run, tmp_path: Pat
     assert all(Path(a).stem == Path(b).stem for a, b in one["pairs"])
     assert json.loads((tmp_path / "e.json").read_text())["near_duplicates"] == one["pairs"]
     (tmp_path / "m.csv").write_text("path,label\ns/a/0.png,a;b\ns/b/1.png,b\n")
-    assert "does not know 1 of the labels: a;b" in refract("evaluate", "runs/r/bundle", "m.csv", code=2).stderr
+    assert "1 labels are not labels of the bundle: a;b" in refract("evaluate", "runs/r/bundle", "m.csv", code=2).stderr
 
 
 def test_runs_on_other_labels_of_the_same_images_are_not_compared(runs: Path, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_parts_of_the_data_by_the_columns_of_the_manifest(
     assert b["right"] == pytest.approx(1 / 3, abs=0.1) and b["low"] < b["right"] < b["high"] < a["right"]
     hours = [part for part in parts if part["column"] == "hour"]
     assert len(hours) == 30 and sum(part["count"] for part in hours) == 90
-    assert re.search(r"camera = b<i> +0\.\d+ right of 15", told)
+    assert re.search(r"camera = b<i> +0\.\d+ correct of 15", told)
     html = (tmp_path / "rep" / "report.html").read_text()
     assert "<td>b&lt;i&gt;</td>" in html
 

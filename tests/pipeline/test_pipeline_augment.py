@@ -89,7 +89,7 @@ def test_explain_shows_what_is_fused(folder: Path, refract: Run, tmp_path: Path)
     )
     told = refract("explain", "mine.yaml", folder / "red" / "00.jpg", "--repeats", 2).stdout
     assert "resampling: RandomCrop + Rotate, to 16×16" in told and "colour matrix: Brightness + Contrast" in told
-    assert "with each op by itself" in told and "MixUp and CutMix act on the batch" in told
+    assert "without fusion (exact: true)" in told and "MixUp and CutMix act on a batch" in told
     assert "it looks like text" in refract("explain", "digits", "mine.yaml", code=2).stderr
 
 

@@ -285,7 +285,7 @@ def test_a_loss_that_is_no_number_names_layer_and_batch_and_can_be_replayed(
     shown = refract("replay-batch", tmp_path / "run" / "bad-batch.pt").stdout
     assert "network.stages.0.0" in shown and "100.0%" in shown and ".png" in shown and '"version": 1' in shown
     (tmp_path / "other.pt").write_bytes(b"nothing")
-    assert "is no bad-batch.pt" in refract("replay-batch", tmp_path / "other.pt", code=2).stderr
+    assert "is not a bad-batch.pt" in refract("replay-batch", tmp_path / "other.pt", code=2).stderr
 
 
 def test_grey_images_do_not_blow_fastnet_up(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_evaluate_knows_the_training_images_by_their_content(refract: Run, workp
 def test_evaluate_refuses_labels_it_does_not_know(refract: Run, workplace: Path) -> None:
     shutil.copytree(workplace / "images" / "red", workplace / "other" / "purple")
     shutil.copytree(workplace / "images" / "blue", workplace / "other" / "blue")
-    assert "does not know 1 of the labels: purple" in refract("evaluate", "runs/r1/bundle", "other", code=2).stderr
+    assert "1 labels are not labels of the bundle: purple" in refract("evaluate", "runs/r1/bundle", "other", code=2).stderr
 
 
 def test_a_run_is_never_overwritten(refract: Run, workplace: Path) -> None:

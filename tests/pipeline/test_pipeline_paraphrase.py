@@ -196,9 +196,9 @@ def test_a_sentence_encoder_drops_what_means_something_else(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--via", "en"], "en is the texts' own language"),
+        (["--via", "en"], "en is the language of the texts"),
         (["--n", "0"], "--n: 0 is not at least 1"),
-        (["--via", "de fr"], "are not codes of languages"),
+        (["--via", "de fr"], "are not language codes"),
         (["--model", "/nowhere/{from}"], "/nowhere/en and /nowhere/de cannot be loaded as models that translate"),
         (["--encoder", "/nowhere"], "--encoder: /nowhere: cannot be loaded as an encoder of sentences"),
         (["--keep", "/nowhere.txt"], "/nowhere.txt cannot be read"),
