@@ -1,6 +1,6 @@
 """Seeded, serialisable image augmentation: draw a plan, fuse it, execute it.
 
-Knows nothing of training, tracking or serving. PyTorch is imported by the batch executor only (`refract.augment.executors.torch_batch`).
+Independent of training, tracking and serving. Only the batch executor imports PyTorch (`refract.augment.executors.torch_batch`).
 """
 
 from refract.augment.augmenter import Augmenter

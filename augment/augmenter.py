@@ -1,4 +1,4 @@
-"""`Augmenter`: a policy and a seed, applied to images, masks and boxes."""
+"""`Augmenter`: apply a policy with a seed to images, texts, masks and boxes."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from refract.augment.text.ops import run as run_text
 if TYPE_CHECKING:
     import torch
 
-_ATTEMPTS = 1000
+_MAX_DRAWS = 1000
 
 
 class Augmenter:
@@ -44,12 +44,14 @@ class Augmenter:
         std: Numbers | None = None,
         color_profile: str = "ignore",
     ) -> None:
-        """policy: see `load_policy`. size: pixels, (height, width) or one side of a square, that every result shall have; None leaves
-        it to the policy. ValueError (PolicyError) for a policy that cannot be read.
+        """Load the policy and check the options. ValueError names a bad option; PolicyError, a ValueError, an invalid policy.
 
-        output: the form of the result: `uint8` (H×W×3), `uint8_chw` (3×H×W), or `float32` (3×H×W, normalised: (x / 255 − mean) / std).
-        channels: 1 gives luma in place of RGB. mean, std: for `float32`, of each channel in 0…1; None takes ImageNet's.
-        color_profile: convert takes encoded and Pillow images to sRGB by their embedded profile, ignore does not.
+        policy: see `load_policy`.
+        size: pixels of every result, (height, width) or the side of a square; None keeps the size that the policy produces.
+        output: `uint8` (H×W×3), `uint8_chw` (3×H×W), or `float32` (3×H×W, normalised: (x / 255 − mean) / std).
+        channels: 3 for RGB, 1 for luma.
+        mean, std: per channel, in 0…1, for `float32` only; None takes ImageNet's.
+        color_profile: `convert` converts encoded and Pillow images to sRGB by their embedded profile; `ignore` does not.
         """
         self.policy = load_policy(policy)
         try:
@@ -72,56 +74,59 @@ class Augmenter:
         return self.policy.texts
 
     def text(self, text: str, *, epoch: int, index: int, repeat: int = 0) -> str:
-        """The augmented text of the sample `index` in `epoch`; drawn apart from its image. repeat: as for a call. ValueError where an
-        augmenter of another library fails on it."""
+        """Augment the text of the sample `index` in `epoch`. Its draws are independent of those of its image.
+
+        repeat: see `__call__`. ValueError if a third-party text augmenter fails.
+        """
         return run_text(self.policy.draw_text(seed=self.seed, epoch=epoch, index=index, repeat=repeat), text)
 
     def __call__(
         self, image: ImageInput, *, epoch: int, index: int, repeat: int = 0, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """The augmented image in the form of `output`, by default uint8 H×W×3. The input is not changed. ImageError as `decode`.
+        """Return the augmented image in the `output` format, by default uint8 H×W×3. The input is not changed.
 
-        image: encoded bytes, a Pillow image, or a uint8 array H×W×3; grey (H×W, H×W×1) and RGBA (H×W×4) are converted as by `decode`.
-        repeat: which of the sample's draws in this epoch, for repeated augmentation (Hoffer et al. 2020, arXiv:1901.09335).
-        out: an array to write the result into, such as `batch[i]`.
+        image: encoded bytes, a Pillow image, or a uint8 array H×W×3. Grey (H×W, H×W×1) and RGBA (H×W×4) become RGB as in `decode`.
+        repeat: number of this draw of the sample in the epoch, from 0, for repeated augmentation (Hoffer et al. 2020, arXiv:1901.09335).
+        out: an array that receives the result, such as `batch[i]`.
+        Raises ImageError as `decode` does.
         """
         data = read_image(image, color_profile=self.color_profile)
         size = input_size(data)
-        return self.output(self._applied(self.draw(size, epoch=epoch, index=index, repeat=repeat), data, size), out)
+        return self.output(self._apply(self.draw(size, epoch=epoch, index=index, repeat=repeat), data, size), out)
 
     def draw(self, size: tuple[int, int], *, epoch: int, index: int, repeat: int = 0) -> Plan:
-        """The plan for the sample `index` in `epoch`, an image of `size` (height, width). repeat: as for a call."""
+        """Draw the plan of the sample `index` in `epoch` for an image of `size` (height, width). repeat: see `__call__`."""
         return self.policy.draw(size, seed=self.seed, epoch=epoch, index=index, to=self.size, repeat=repeat)
 
     def views(self, image: ImageInput, *, epoch: int, index: int, repeat: int = 0) -> np.ndarray:
-        """Three views of one image for a consistency loss, stacked, uint8 3×H×W×3 by default.
+        """Return three views of one image for a consistency loss, stacked, by default uint8 3×H×W×3.
 
-        The first is without the policy's AugMix, the others are with two draws of it. All other ops are drawn once and are the same in the
-        three. Source: Hendrycks et al. 2020, arXiv:1912.02781, section 3.
+        The first view omits the policy's AugMix; the other two use one draw of AugMix each. All other ops are drawn once and are equal in
+        the three views. Source: Hendrycks et al. 2020, arXiv:1912.02781, section 3.
         """
         data = read_image(image, color_profile=self.color_profile)
         size = input_size(data)
         plan = self.draw(size, epoch=epoch, index=index, repeat=repeat)
         count = sum(step.op == "AugMix" for step in plan.steps)
-        again: list[Step] = []
-        for attempt in range(1, _ATTEMPTS):  # where AugMix has a p below 1, some draws are without it
-            if len(again) >= count:
+        redrawn: list[Step] = []
+        for attempt in range(1, _MAX_DRAWS):  # with p < 1, some draws contain no AugMix
+            if len(redrawn) >= count:
                 break
             other = self.draw(size, epoch=epoch, index=index, repeat=repeat + (attempt << 32))
-            again += [step for step in other.steps if step.op == "AugMix"]
-        drawn = iter(again)
+            redrawn += [step for step in other.steps if step.op == "AugMix"]
+        replacements = iter(redrawn)
         clean = tuple(step for step in plan.steps if step.op != "AugMix")
-        second = tuple(next(drawn, step) if step.op == "AugMix" else step for step in plan.steps)
-        plans = (replace(plan, steps=own) for own in (clean, plan.steps, second))
-        return np.stack([self.output(self._applied(own, data, size)) for own in plans])
+        second = tuple(next(replacements, step) if step.op == "AugMix" else step for step in plan.steps)
+        plans = (replace(plan, steps=steps) for steps in (clean, plan.steps, second))
+        return np.stack([self.output(self._apply(view, data, size)) for view in plans])
 
     def apply(self, plan: Plan, image: ImageInput, *, out: np.ndarray | None = None) -> np.ndarray:
-        """Apply a plan to the image it was drawn for. ValueError if the image has another size. image, out: as for a call.
+        """Apply a plan to the image that it was drawn for. image, out: see `__call__`. Batch ops are not applied: see `mix`.
 
-        From JPEG bytes only the part that the plan reads is decoded, at the smallest of the scales 1, 1/2, 1/4 and 1/8 that feeds
-        it: at the full scale the result is that of the decoded array within one grey level, at another single values may differ by 20
-        where there is fine detail, the mean by less than one on photos. ValueError too for a plan whose numbers do not fit its
-        ops. Steps that mix a batch are not applied: see `mix`.
+        JPEG bytes are decoded only where the plan reads them, at the smallest sufficient scale of 1, 1/2, 1/4 and 1/8.
+        At full scale the result equals that of the decoded array within one grey level. At a reduced scale, single values may differ by
+        20 in fine detail; on photos the mean differs by less than one.
+        ValueError if the image has another size, or if the plan's arguments do not fit its ops.
         """
         data = read_image(image, color_profile=self.color_profile)
         size = input_size(data)
@@ -129,18 +134,18 @@ class Augmenter:
             raise ValueError(
                 f"the plan was drawn for {plan.size[0]}×{plan.size[1]} pixels, the image has {size[0]}×{size[1]}"
             )
-        with _fitting(plan):
-            result = self._applied(plan, data, size)
+        with _plan_errors(plan):
+            result = self._apply(plan, data, size)
         return self.output(result, out)
 
     def apply_mask(self, plan: Plan, mask: np.ndarray, *, fill: int = 0) -> np.ndarray:
-        """Apply a plan's geometric part to the mask of its image: see `refract.augment.targets.move_mask`."""
-        with _fitting(plan):
+        """Apply a plan's geometric steps to the mask of its image: see `refract.augment.targets.move_mask`."""
+        with _plan_errors(plan):
             return move_mask(plan, mask, fill=fill)
 
     def apply_boxes(self, plan: Plan, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Apply a plan's geometric part to the boxes of its image: see `refract.augment.targets.move_boxes`."""
-        with _fitting(plan):
+        """Apply a plan's geometric steps to the boxes of its image: see `refract.augment.targets.move_boxes`."""
+        with _plan_errors(plan):
             return move_boxes(plan, boxes)
 
     def mix(
@@ -154,14 +159,15 @@ class Augmenter:
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
         """Apply the policy's batch ops (MixUp, CutMix) to a batch on any device.
 
-        images: N×3×H×W, any dtype in 0…255; targets: float N×C (one-hot, soft or multi-label); indices: of the N samples; repeats:
-        which of its draws each is, None for the first. Returns both, new where mixed; images become float32 where MixUp blended them.
-        Neither input is changed. ValueError where their lengths differ.
+        images: N×3×H×W, any dtype, values in 0…255. targets: float N×C (one-hot, soft or multi-label).
+        indices: the dataset index of each sample. repeats: the number of each sample's draw (see `__call__`); None for 0.
+        Returns (images, targets), new tensors where mixed; MixUp returns float32 images. The inputs are not changed.
+        ValueError if the lengths differ.
         """
         from refract.augment.executors import torch_batch
 
         size = (images.shape[-2], images.shape[-1])
-        # A tensor is read back at once: item by item a GPU would be waited for each time.
+        # `tolist` synchronises once with a GPU; reading item by item would synchronise for each sample.
         numbers = indices if isinstance(indices, Sequence) else indices.tolist()
         draws = (
             [0] * len(numbers) if repeats is None else repeats if isinstance(repeats, Sequence) else repeats.tolist()
@@ -174,7 +180,7 @@ class Augmenter:
         ]
         return torch_batch.mix(plans, images, targets)
 
-    def _applied(self, plan: Plan, image: bytes | np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    def _apply(self, plan: Plan, image: bytes | np.ndarray, size: tuple[int, int]) -> np.ndarray:
         passes = fuse(plan)
         if isinstance(image, np.ndarray):
             return cpu.run(passes, image)
@@ -182,11 +188,11 @@ class Augmenter:
 
 
 @contextmanager
-def _fitting(plan: Plan) -> Iterator[None]:
-    """Turn what a plan raises whose numbers do not fit its ops into a ValueError that shows it."""
+def _plan_errors(plan: Plan) -> Iterator[None]:
+    """Convert the errors of a plan whose arguments do not fit its ops to a ValueError that shows the plan."""
     try:
         yield
     except (LookupError, TypeError, ArithmeticError, RecursionError, MemoryError, cv2.error) as error:
         raise ValueError(
-            f"the plan cannot be applied, its numbers do not fit its ops ({error!r}): {plan.to_json()[:200]}"
+            f"the plan cannot be applied: its arguments do not fit its ops ({error!r}): {plan.to_json()[:200]}"
         ) from error

@@ -1,4 +1,4 @@
-"""From a plan's steps to as few passes over the pixels as do the same: neighbours of one kind become one pass."""
+"""Fuse a plan's steps to few passes over the pixels: neighbouring steps of one kind become one pass."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,10 @@ from refract.augment.plan import Plan, Step
 
 @dataclass(frozen=True)
 class WarpPass:
-    """One resampling. matrix: from output to input points (see `refract.augment.ops.geometric`); size: (height, width) of the output."""
+    """One resampling.
+
+    matrix: maps output points to input points (see `refract.augment.ops.geometric`). size: (height, width) of the output.
+    """
 
     matrix: Matrix
     size: tuple[int, int]
@@ -31,22 +34,22 @@ class WarpPass:
         return self.matrix[6:] != (0.0, 0.0, 1.0)
 
     def shows(self) -> tuple[int, int, int, int] | None:
-        """(top, bottom, left, right) of the input that an axis-aligned warp shows, where it lies on whole pixels; perhaps beyond the input.
+        """Return the box (top, bottom, left, right) of the input that the warp shows; None if it is not axis-aligned on whole pixels.
 
-        Such a warp is a crop that was resized: it repeats the box's last pixels instead of looking beyond them.
+        The box may reach beyond the input. Such a warp is a resized crop: it repeats the box's last pixels and does not read beyond them.
         """
         extent = self._extent()
         if extent is None:
             return None
         low, high, near, far = extent
         top, bottom, left, right = round(low), round(high), round(near), round(far)
-        off = max(abs(top - low), abs(bottom - high), abs(left - near), abs(right - far))
-        return (top, bottom, left, right) if off < 1e-4 else None
+        error = max(abs(top - low), abs(bottom - high), abs(left - near), abs(right - far))
+        return (top, bottom, left, right) if error < 1e-4 else None
 
     def inside(self, size: Size) -> tuple[bool, bool]:
-        """Whether an axis-aligned warp shows nothing beyond the (upper and lower, left and right) edges of an input of `size`.
+        """Whether an axis-aligned warp stays inside the (upper and lower, left and right) edges of an input of `size` (height, width).
 
-        Sampling between pixel centres would otherwise blend the border into the outermost pixels.
+        The executors then do not blend the border into the outermost pixels.
         """
         extent = self._extent()
         if extent is None:
@@ -55,11 +58,11 @@ class WarpPass:
         return low > -1e-3 and high < size[0] + 1e-3, near > -1e-3 and far < size[1] + 1e-3
 
     def _extent(self) -> tuple[float, float, float, float] | None:
-        """(top, bottom, left, right) of the input that an axis-aligned warp shows."""
+        """Return (top, bottom, left, right) of the input that the warp shows; None if it is not axis-aligned."""
         a, b, c, d, e, f = self.matrix[:6]
         if self.is_perspective:
             return None
-        if abs(a) < _CLOSE and abs(e) < _CLOSE:  # turned by 90°
+        if abs(a) < _CLOSE and abs(e) < _CLOSE:  # rotated by 90°
             a, e, across, down = b, d, self.size[0], self.size[1]
         elif abs(b) < _CLOSE and abs(d) < _CLOSE:
             across, down = self.size[1], self.size[0]
@@ -70,11 +73,13 @@ class WarpPass:
         return low, high, near, far
 
     def shrink(self) -> tuple[int, int]:
-        """Powers of two (vertical, horizontal) by which the input is box-filtered first, against aliasing: less than twofold
-        reduction is left to the bilinear resampling itself. In a perspective, the reduction in the middle decides."""
+        """Return the powers of two (vertical, horizontal) by which a box filter first reduces the input, against aliasing.
+
+        A reduction below 2 needs no box filter: the bilinear resampling does it. A perspective uses the reduction at the centre.
+        """
         a, b, c, d, e, f, g, h, i = self.matrix
         if self.is_perspective:
-            # The derivative of the projected point with respect to the output point.
+            # The derivative of the projected point by the output point.
             x, y = self.size[1] / 2, self.size[0] / 2
             depth = g * x + h * y + i
             u, v = (a * x + b * y + c) / depth, (d * x + e * y + f) / depth
@@ -82,7 +87,7 @@ class WarpPass:
         return _power_of_two(math.hypot(d, e)), _power_of_two(math.hypot(a, b))
 
     def footprint(self, size: Size) -> tuple[int, int, int, int]:
-        """The box (top, left, height, width) of an input of `size` that the pass reads, inside it and not empty."""
+        """Return the box (top, left, height, width) that the pass reads, inside an input of `size`, not empty."""
         height, width = size
         if self.border in ("reflect", "reflect101"):
             return 0, 0, height, width
@@ -90,12 +95,12 @@ class WarpPass:
         columns, rows = [], []
         for x, y in ((0, 0), (self.size[1], 0), (0, self.size[0]), (self.size[1], self.size[0])):
             depth = g * x + h * y + i
-            if depth <= 0:  # the horizon is in the image
+            if depth <= 0:  # the horizon is inside the image
                 return 0, 0, height, width
             columns.append((a * x + b * y + c) / depth)
             rows.append((d * x + e * y + f) / depth)
         vertical, horizontal = self.shrink()
-        # Two pixels of what the filters leave: bilinear resampling reads one pixel beyond, bicubic two.
+        # Two pixels of the box-filtered input: bilinear resampling reads one pixel beyond the box, bicubic two.
         top, bottom = min(rows) - 2 * vertical, max(rows) + 2 * vertical
         left, right = min(columns) - 2 * horizontal, max(columns) + 2 * horizontal
         first_row, first_column = min(max(0, math.floor(top)), height - 1), min(max(0, math.floor(left)), width - 1)
@@ -103,7 +108,7 @@ class WarpPass:
         return first_row, first_column, max(1, last_row - first_row), max(1, last_column - first_column)
 
     def on_part(self, scale: int, top: float, left: float) -> "WarpPass":
-        """The same pass on an input of which only a part is there, reduced by `scale`. top, left: where that part begins, reduced."""
+        """Return the same pass for a part of the input, reduced by `scale`. top, left: the part's start in reduced pixels."""
         if scale == 1 and top == left == 0:
             return self
         into = (1 / scale, 0.0, -left, 0.0, 1 / scale, -top, 0.0, 0.0, 1.0)
@@ -112,7 +117,7 @@ class WarpPass:
 
 @dataclass(frozen=True)
 class ColorPass:
-    """One 3×4 matrix on each colour. Contrast needs the image's mean, so the matrix is made when the pass runs."""
+    """One 3×4 matrix for each pixel's colour. It is computed when the pass runs, since contrast needs the image's mean."""
 
     steps: tuple[tuple[type[ColorOp], Args], ...]
 
@@ -121,9 +126,9 @@ class ColorPass:
         return any(op.needs_mean(args) for op, args in self.steps)
 
     def matrix(self, mean: np.ndarray) -> np.ndarray:
-        """3×4 float64 on (R, G, B, 1), in grey levels. mean: (3,) the input's mean colour, in grey levels."""
-        (first, drawn), *others = self.steps
-        total = first.color(drawn, mean)
+        """Return the 3×4 float64 matrix for (R, G, B, 1), in grey levels. mean: (3,) the input's mean colour, in grey levels."""
+        (first, first_args), *others = self.steps
+        total = first.color(first_args, mean)
         for op, args in others:
             total = op.color(args, total[:3, :3] @ mean + total[:3, 3]) @ total
         return total[:3]
@@ -131,14 +136,14 @@ class ColorPass:
 
 @dataclass(frozen=True)
 class HsvHuePass:
-    """A hue turned in HSV; what `exact` plans do. turns: of the colour circle."""
+    """One hue rotation in HSV, for `exact` plans. turns: rotation as a fraction of the colour circle."""
 
     turns: float
 
 
 @dataclass(frozen=True)
 class TablePass:
-    """One table of 256 entries for each channel."""
+    """One look-up table of 256 entries for each channel."""
 
     steps: tuple[tuple[type[ToneOp], Args], ...]
 
@@ -147,13 +152,13 @@ class TablePass:
         return any(op.needs_histogram for op, _ in self.steps)
 
     def table(self, histogram: np.ndarray) -> np.ndarray:
-        """(3, 256) uint8. histogram: as for `ToneOp.table`."""
+        """Return the tables, uint8 (3, 256). histogram: see `ToneOp.table`."""
         return chain(self.steps, histogram)
 
 
 @dataclass(frozen=True)
 class OpPass:
-    """A pixel or region op, by itself."""
+    """One pixel or erasing op, not fused."""
 
     op: type[PixelOp] | type[ErasingOp]
     args: Args
@@ -163,40 +168,42 @@ Pass = WarpPass | ColorPass | HsvHuePass | TablePass | OpPass
 
 
 def fuse(plan: Plan) -> list[Pass]:
-    """The passes of a plan for one image, in order; of an exact plan, one for each step. Steps that mix a batch are left out: see
-    `batch_steps`."""
+    """Return the passes of a plan for one image, in order. An exact plan gives one pass per step, except for joined tables.
+
+    Steps of batch ops are skipped: see `batch_steps`.
+    """
     return [item for item, _ in fuse_with_steps(plan)]
 
 
 def fuse_with_steps(plan: Plan) -> list[tuple[Pass, tuple[Step, ...]]]:
-    """As `fuse`, each pass with the steps that it does."""
+    """As `fuse`, but return each pass with the steps that it executes."""
     passes: list[tuple[Pass, tuple[Step, ...]]] = []
     size = plan.size
     for step in plan.steps:
         op, args = OPS[step.op], dict(step.args)
-        last, done = passes[-1] if passes else (None, ())
+        last, fused = passes[-1] if passes else (None, ())
         if issubclass(op, GeometricOp):
             matrix, size = op.geometry(args, size)
             border, fill = args.get("border", "constant"), tuple(args.get("fill", (0, 0, 0)))
-            how = args.get("interpolation", "bilinear")
+            interpolation = args.get("interpolation", "bilinear")
             if isinstance(last, WarpPass) and not plan.exact:
                 matrix = product(last.matrix, matrix)
                 border, fill = args.get("border", last.border), tuple(args.get("fill", last.fill))
-                how = args.get("interpolation", last.interpolation)
-                passes[-1] = WarpPass(matrix, size, border, fill, how), (*done, step)
+                interpolation = args.get("interpolation", last.interpolation)
+                passes[-1] = WarpPass(matrix, size, border, fill, interpolation), (*fused, step)
             else:
-                passes.append((WarpPass(matrix, size, border, fill, how), (step,)))
+                passes.append((WarpPass(matrix, size, border, fill, interpolation), (step,)))
         elif issubclass(op, ColorOp):
             if plan.exact:
                 passes += [(item, (step,)) for item in _exact_color(op, args)]
             elif isinstance(last, ColorPass):
-                passes[-1] = ColorPass((*last.steps, (op, args))), (*done, step)
+                passes[-1] = ColorPass((*last.steps, (op, args))), (*fused, step)
             else:
                 passes.append((ColorPass(((op, args),)), (step,)))
         elif issubclass(op, ToneOp):
-            # Tables of whole levels join without loss, so an exact plan has them joined as well.
+            # Joining tables of whole levels loses nothing, so an exact plan joins them too.
             if isinstance(last, TablePass):
-                passes[-1] = TablePass((*last.steps, (op, args))), (*done, step)
+                passes[-1] = TablePass((*last.steps, (op, args))), (*fused, step)
             else:
                 passes.append((TablePass(((op, args),)), (step,)))
         elif issubclass(op, (PixelOp, ErasingOp)):
@@ -205,14 +212,14 @@ def fuse_with_steps(plan: Plan) -> list[tuple[Pass, tuple[Step, ...]]]:
 
 
 def _exact_color(op: type[ColorOp], args: Args) -> list[Pass]:
-    """One pass for each single op, so that its result is rounded and clipped before the next."""
+    """Return one pass for each single op, so that each result is rounded and clipped."""
     if op is ColorJitter:
-        return [item for name, own in ColorJitter.parts(args) for item in _exact_color(OPS[name], own)]  # type: ignore[arg-type]
+        return [item for name, part in ColorJitter.parts(args) for item in _exact_color(OPS[name], part)]  # type: ignore[arg-type]
     return [HsvHuePass(args["turns"])] if op is Hue else [ColorPass(((op, args),))]
 
 
 def batch_steps(plans: Sequence[Plan]) -> list[list[Step]]:
-    """For each plan, its steps that mix the batch."""
+    """Return the steps of batch ops, for each plan."""
     return [[step for step in plan.steps if OPS[step.op].kind == "batch"] for plan in plans]
 
 

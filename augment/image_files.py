@@ -1,4 +1,4 @@
-"""Which files below a folder are images, and which entries are hidden, broken or lead in a circle."""
+"""Find the image files below a folder; list hidden entries, broken links and link cycles."""
 
 import os
 from dataclasses import dataclass, field
@@ -13,30 +13,30 @@ SYSTEM_NAMES = frozenset({
     "@eadir", "@tmp", "#recycle", "#snapshot", "~snapshot", "@recycle", "@recently-snapshot",  # Synology, NetApp, QNAP
     "__pycache__",
 })  # fmt: skip
-"""Names, in lower case, of what systems and tools write next to a user's files. Names that begin with a dot need no entry."""
+"""Lower-case names of files and folders that operating systems and tools write. Names that start with a dot need no entry."""
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file's or folder's name is hidden (`.ipynb_checkpoints`, `._cat.jpg`) or written by a system (`@eaDir`, `Thumbs.db`)."""
+    """Whether the name of a file or folder is hidden (`.ipynb_checkpoints`, `._cat.jpg`) or a system's (`@eaDir`, `Thumbs.db`)."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def is_image(name: str) -> bool:
-    """Whether Refract reads files of this name's suffix, in any letter case."""
+    """Whether Refract reads files with this name's suffix, ignoring case."""
     return name.lower().endswith(SUFFIXES)
 
 
 def path_order(path: str) -> str:
-    """The sort key of paths: folder by folder, by code points, whatever the file system's or the locale's order is."""
-    return path.replace(os.sep, "\0")  # which is less than any character of a name
+    """Return the sort key of a path: folder by folder, by code points, independent of file system and locale."""
+    return path.replace(os.sep, "\0")  # NUL sorts before every character of a name
 
 
 @dataclass
 class Skipped:
-    """Paths of entries that are not read.
+    """Paths of the entries that are not read.
 
-    hidden: see `is_hidden`; others: files that are not images by their suffix; broken: links whose target is missing; loops: links to a
-    folder above them, or to one that is read already; special: pipes, sockets and devices.
+    hidden: see `is_hidden`. others: files without an image suffix. broken: links whose target is missing.
+    loops: links to a parent folder or to a folder that was read before. special: pipes, sockets and devices.
     """
 
     hidden: list[str] = field(default_factory=list)
@@ -50,13 +50,16 @@ class Skipped:
             getattr(self, name).extend(paths)
 
     def unreadable_images(self) -> list[str]:
-        """Broken links and special files that have an image's suffix."""
+        """Return the broken links and special files with an image suffix."""
         return [path for path in (*self.broken, *self.special) if is_image(path)]
 
 
 @dataclass
 class Level:
-    """What lies in one folder, not in those below. folders, linked: folders, and links to folders. Paths, sorted by name."""
+    """The entries of one folder, without its subfolders' entries: paths, sorted by name.
+
+    folders: real folders. linked: links to folders.
+    """
 
     folders: list[str] = field(default_factory=list)
     linked: list[str] = field(default_factory=list)
@@ -66,29 +69,29 @@ class Level:
 
 @dataclass
 class Tree:
-    """images: paths of all image files below a folder, sorted by `path_order`; skipped: the other entries."""
+    """The entries below a folder, at any depth. images: paths of the image files, sorted by `path_order`. skipped: other entries."""
 
     images: list[str] = field(default_factory=list)
     skipped: Skipped = field(default_factory=Skipped)
 
 
 def level_of(folder: str | Path) -> Level:
-    """Read one folder. OSError where the folder cannot be read."""
+    """List one folder. OSError if the folder cannot be read."""
     level = Level()
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=attrgetter("name")):
-            if not is_hidden(entry.name) and entry.is_file(follow_symlinks=False):  # most entries; no `stat`
+            if not is_hidden(entry.name) and entry.is_file(follow_symlinks=False):  # the common case; needs no `stat`
                 (level.images if is_image(entry.name) else level.skipped.others).append(entry.path)
             else:
-                _kind(entry, level).append(entry.path)
+                _list_for(entry, level).append(entry.path)
     return level
 
 
 def walk(root: str | Path) -> Tree:
-    """Find the images below `root` at any depth. One `os.scandir` a folder; only links and folders cost a `stat`.
+    """Find the images below `root` at any depth, with one `os.scandir` per folder and a `stat` for links and folders only.
 
-    Links to files and folders are followed, out of `root` too. Each folder is read once: under its own path where it lies below `root`,
-    else under the first link to it. OSError where a folder cannot be read.
+    Links to files and folders are followed, also to targets outside `root`. Each folder is read once: under its real path if that is
+    below `root`, else under the first link to it. OSError if a folder cannot be read.
     """
     tree = Tree()
     seen = {*identities_above(root), identity(root)}
@@ -105,9 +108,8 @@ def walk(root: str | Path) -> Tree:
             seen.add(identity(folder))
         level = level_of(folder)
         below = {subfolder: identity(subfolder) for subfolder in level.folders}
-        folders += [
-            subfolder for subfolder, own in below.items() if own not in seen
-        ]  # those of a linked folder may be known
+        # A linked folder may contain folders that were read before.
+        folders += [subfolder for subfolder, inode in below.items() if inode not in seen]
         seen.update(below.values())
         linked += level.linked
         tree.images += level.images
@@ -117,26 +119,28 @@ def walk(root: str | Path) -> Tree:
 
 
 def image_files(root: str | Path) -> list[str]:
-    """The images below `root`. Broken links and special files of an image's name are among them, to be reported where they are opened.
-    OSError where a folder cannot be read."""
+    """Return the images below `root`, sorted by `path_order`. OSError if a folder cannot be read.
+
+    The list includes broken links and special files with an image suffix, so that opening them reports the error.
+    """
     tree = walk(root)
     unreadable = tree.skipped.unreadable_images()
     return sorted([*tree.images, *unreadable], key=path_order) if unreadable else tree.images
 
 
 def identity(folder: str | Path) -> tuple[int, int]:
-    """(device, inode), which tells a folder from all others, whatever link leads to it."""
-    status = os.stat(folder)  # noqa: PTH116 — called for each folder, a third of Path's time
+    """Return (device, inode), which identifies a folder independently of the links to it."""
+    status = os.stat(folder)  # noqa: PTH116 — runs for each folder; takes a third of Path's time
     return status.st_dev, status.st_ino
 
 
 def identities_above(folder: str | Path) -> set[tuple[int, int]]:
-    """Those of the folders that hold `folder`, by its path and, where it is a link, by its target's."""
+    """Return the identities of the parents of `folder`: those of its path and, for a link, those of its target."""
     return {identity(parent) for path in (Path(folder).absolute(), Path(folder).resolve()) for parent in path.parents}
 
 
-def _kind(entry: "os.DirEntry[str]", level: Level) -> list[str]:
-    """The list of `level` that an entry belongs to."""
+def _list_for(entry: "os.DirEntry[str]", level: Level) -> list[str]:
+    """Return the list of `level` that the entry belongs to."""
     skipped = level.skipped
     if is_hidden(entry.name):
         return skipped.hidden

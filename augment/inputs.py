@@ -1,4 +1,4 @@
-"""The images that an `Augmenter` accepts, converted to what the executors take: encoded bytes or uint8 H×W×3 RGB."""
+"""Convert the images that an `Augmenter` accepts to the executors' input: encoded bytes or uint8 H×W×3 RGB."""
 
 import os
 import sys
@@ -18,15 +18,15 @@ _ACCEPTED = "encoded bytes, a Pillow image, or a uint8 array H×W or H×W×1 (gr
 
 
 def read_image(image: ImageInput, *, color_profile: str = "ignore") -> bytes | np.ndarray:
-    """Encoded bytes as they are; every other accepted image as a uint8 H×W×3 array, an RGB array itself.
+    """Return encoded bytes and uint8 H×W×3 arrays unchanged; convert every other accepted image to uint8 H×W×3.
 
-    Grey is repeated for the three channels and transparency is laid over white, as `refract.augment.decoding.decode`
-    does; of a Pillow image the EXIF orientation is applied and, by color_profile, its ICC profile. ImageError names what is accepted.
+    Grey is repeated for the three channels and transparency is laid over white, as in `refract.augment.decoding.decode`. A Pillow image's
+    EXIF orientation is applied, and its ICC profile if color_profile is `convert`. ImageError lists the accepted inputs.
     """
     if isinstance(image, bytes):
         return image
     if not isinstance(image, np.ndarray):
-        pillow = sys.modules.get("PIL.Image")  # a Pillow image exists only where Pillow is imported
+        pillow = sys.modules.get("PIL.Image")  # without this module no Pillow image can exist
         if pillow is not None and isinstance(image, pillow.Image):
             return from_pillow(image, color_profile=color_profile)
         hint = (
@@ -36,7 +36,7 @@ def read_image(image: ImageInput, *, color_profile: str = "ignore") -> bytes | n
         )
         raise ImageError(f"expected {_ACCEPTED}, got {type(image).__name__}; {hint}")
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
-        raise _refused(image)
+        raise _unsupported_array(image)
     channels = image.shape[2] if image.ndim == 3 else 1
     if channels == 3:
         return image
@@ -46,15 +46,15 @@ def read_image(image: ImageInput, *, color_profile: str = "ignore") -> bytes | n
         from PIL import Image
 
         return from_pillow(Image.fromarray(np.ascontiguousarray(image), "RGBA"))
-    raise _refused(image)
+    raise _unsupported_array(image)
 
 
 def input_size(image: bytes | np.ndarray) -> tuple[int, int]:
-    """(height, width) in pixels of what `read_image` gave; of encoded bytes from their header. ImageError as `decode`."""
+    """Return (height, width) in pixels of the result of `read_image`. Encoded bytes: read from the header; ImageError as `decode`."""
     return image_size(image) if isinstance(image, bytes) else (image.shape[0], image.shape[1])
 
 
-def _refused(image: np.ndarray) -> ImageError:
+def _unsupported_array(image: np.ndarray) -> ImageError:
     hint = ""
     if image.ndim == 3 and image.shape[0] in (1, 3, 4) and image.shape[2] not in (1, 3, 4):
         hint = "; channels come last: image.transpose(1, 2, 0)"

@@ -1,4 +1,4 @@
-"""The form in which an augmented image leaves the CPU executor: uint8 pixels, uint8 planes, or normalised float32 planes."""
+"""Output formats of the CPU executor: uint8 H×W×C, uint8 C×H×W, or normalised float32 C×H×W."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +16,11 @@ Numbers = float | Sequence[float]
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """Convert a uint8 H×W×3 image to the form that a training loop takes.
+    """Convert a uint8 H×W×3 image to the array that a training loop expects.
 
-    kind: of `KINDS`. channels: 3 for RGB, 1 for its luma (ITU-R BT.601). mean, std: of each channel in 0…1, for `float32` only: the result
-    is (x / 255 − mean) / std within float32 rounding. None takes ImageNet's for 3 channels. ValueError names a bad value.
+    kind: a key of `KINDS`. channels: 3 for RGB, 1 for luma (ITU-R BT.601).
+    mean, std: per channel, in 0…1, for `float32` only. The result is (x / 255 − mean) / std within float32 rounding. None takes ImageNet's
+    for 3 channels. ValueError names a bad value.
     """
 
     kind: str = "uint8"
@@ -37,7 +38,9 @@ class OutputFormat:
                 raise ValueError(f"mean, std: output {self.kind!r} is not normalised; pass output='float32'")
             return
         if self.channels == 1 and (self.mean is None or self.std is None):
-            raise ValueError("mean, std: channels=1 has no default; pass one number each, such as mean=0.5, std=0.5")
+            raise ValueError(
+                "mean, std: channels=1 has no default; pass one number for each, such as mean=0.5, std=0.5"
+            )
         mean = self._channels("mean", IMAGENET_MEAN if self.mean is None else self.mean)
         std = self._channels("std", IMAGENET_STD if self.std is None else self.std)
         if min(std) <= 0:
@@ -48,23 +51,23 @@ class OutputFormat:
         object.__setattr__(self, "_offsets", tuple(-m / s for m, s in zip(mean, std, strict=True)))
 
     def _channels(self, name: str, value: Numbers) -> tuple[float, ...]:
-        given = np.asarray(value, dtype=np.float64).ravel()
-        if given.size not in (1, self.channels) or not np.isfinite(given).all():
-            raise ValueError(f"{name}: {value!r} is not one finite number, nor {self.channels} of them")
-        return tuple(np.broadcast_to(given, self.channels).tolist())
+        numbers = np.asarray(value, dtype=np.float64).ravel()
+        if numbers.size not in (1, self.channels) or not np.isfinite(numbers).all():
+            raise ValueError(f"{name}: {value!r} is neither one finite number nor {self.channels} of them")
+        return tuple(np.broadcast_to(numbers, self.channels).tolist())
 
     @property
     def dtype(self) -> type[np.generic]:
         return np.float32 if self.kind == "float32" else np.uint8
 
     def shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """The shape of the result for an image of `size` (height, width)."""
+        """Return the shape of the result for an image of `size` (height, width)."""
         return (*size, self.channels) if self.kind == "uint8" else (self.channels, *size)
 
     def __call__(self, image: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """The image in this form, C-contiguous. image: uint8 H×W×3, which is not changed.
+        """Return the converted image, C-contiguous. image: uint8 H×W×3, not changed.
 
-        out: an array of the result's dtype and shape to write into, such as one sample of a batch. ValueError where it does not fit.
+        out: an array that receives the result, such as one sample of a batch. ValueError if its dtype, shape or layout does not fit.
         """
         if out is None and self.kind == "uint8" and self.channels == 3:
             return image
@@ -86,7 +89,7 @@ class OutputFormat:
         return out
 
     def _normalise(self, planes: np.ndarray, out: np.ndarray) -> None:
-        """Write gain · x + offset to each plane of `out`, in a fifth of the time of a transposition and three passes of NumPy."""
+        """Write gain · x + offset to each plane of `out`. Takes a fifth of the time of a transposition and three NumPy passes."""
         gains: tuple[float, ...] = self._gains  # type: ignore[attr-defined]
         offsets: tuple[float, ...] = self._offsets  # type: ignore[attr-defined]
         for plane, result, gain, offset in zip(planes, out, gains, offsets, strict=True):
@@ -94,7 +97,7 @@ class OutputFormat:
                 # OpenCV's running average, (1 − gain) · result + gain · plane, is its fastest pass from uint8 to scaled float32.
                 result.fill(offset / (1 - gain))
                 cv2.accumulateWeighted(plane, result, gain)
-            else:  # where 1 − gain is near 0 or negative, the average would lose digits
+            else:  # for 1 − gain near 0 or negative, the running average loses precision
                 cv2.addWeighted(plane, gain, plane, 0, offset, result, cv2.CV_32F)
 
 

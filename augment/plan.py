@@ -1,4 +1,4 @@
-"""What was drawn for one sample: an op's name and plain numbers, step by step."""
+"""`Plan`: the steps drawn for one sample, each an op's name with plain numbers. A plan is serialised as JSON."""
 
 import json
 import math
@@ -12,7 +12,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Step:
-    """One op as drawn: its registered name and the numbers that its execution needs (JSON values only)."""
+    """One drawn op: its registered name and the arguments of its execution (JSON values only)."""
 
     op: str
     args: Mapping[str, Any] = field(default_factory=dict)
@@ -26,8 +26,8 @@ class Step:
 class Plan:
     """The steps for one sample, in order.
 
-    size: (height, width) in pixels of the image that the plan was drawn for. exact: whether each step is executed by itself, rounded
-    and clipped before the next, in place of fused with its neighbours.
+    size: (height, width) in pixels of the image that the plan was drawn for.
+    exact: whether each step runs separately, rounded and clipped, instead of fused with its neighbours.
     """
 
     size: tuple[int, int]
@@ -35,15 +35,15 @@ class Plan:
     exact: bool = False
 
     def to_json(self) -> str:
-        """One line of JSON; `Plan.from_json` gives an equal plan, to the last bit."""
+        """Return one line of JSON. `Plan.from_json` restores an equal plan, to the last bit."""
         steps = [{"op": step.op, **step.args} for step in self.steps]
         exact = {"exact": True} if self.exact else {}
         return json.dumps({"version": VERSION, "size": list(self.size), **exact, "steps": steps})
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Read what `to_json` wrote. ValueError says what is wrong with other input."""
-        from refract.augment.ops import OPS  # an op's module needs this one
+        """Read the result of `to_json`. ValueError describes invalid input."""
+        from refract.augment.ops import OPS  # the ops' modules import this one
 
         try:
             data = json.loads(text)
@@ -57,10 +57,12 @@ class Plan:
         except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a plan: {error!r} in {text[:80]!r}") from error
         if version != VERSION:
-            raise ValueError(f"plan has version {version!r}, this Refract reads version {VERSION}")
+            raise ValueError(f"plan has version {version!r}; this Refract reads version {VERSION}")
         if height < 1 or width < 1:
-            raise ValueError(f"plan was drawn for {height}×{width} pixels: both sides are at least 1")
-        known = [name for name, op in OPS.items() if op.kind != "choice"]  # those leave only what they chose
+            raise ValueError(f"plan was drawn for {height}×{width} pixels; both sides must be at least 1")
+        known = [
+            name for name, op in OPS.items() if op.kind != "choice"
+        ]  # a composition op adds only the steps of the ops it chose
         unknown = [step.op for step in steps if step.op not in known]
         if unknown:
             raise ValueError(f"plan has the unknown op {unknown[0]!r}; known: {', '.join(known)}")

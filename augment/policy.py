@@ -1,4 +1,4 @@
-"""A policy: the ops in order, from a preset's name, a YAML file or a list. It draws plans."""
+"""`Policy`: an ordered list of ops that draws plans. `load_policy` reads it from a preset, a YAML file or a list."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -29,14 +29,14 @@ PolicySpec = str | Path | Sequence[Mapping[str, Mapping[str, Any] | None] | str]
 
 
 class PolicyError(ValueError):
-    """A policy cannot be read; the message names the place, the op, the parameter and what is accepted."""
+    """Invalid policy. The message names the source, the op, the parameter and the accepted values."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Ops in the order in which they are applied.
+    """Ops in the order of their application.
 
-    exact: execute each by itself, rounded and clipped before the next, in place of fused with its neighbours; slower, and blurred more.
+    exact: run each op separately, rounding and clipping after each, instead of fusing neighbours. Slower, and blurs more.
     """
 
     ops: tuple[Op, ...]
@@ -47,13 +47,12 @@ class Policy:
         words = []
         for op in self.ops:
             name = op.name
-            # Named by occurrence, not by place: an op that is added leaves the draws of the others as they were.
+            # The word depends on the occurrence, not on the position: adding an op does not change the draws of the others.
             words.append(op_word(f"{name}#{seen.get(name, 0)}"))
             seen[name] = seen.get(name, 0) + 1
         object.__setattr__(self, "_words", tuple(words))
-        of_texts = tuple(changes_text(op) for op in self.ops)
-        object.__setattr__(self, "_of_text", of_texts)
-        _refuse_late(self.ops, None)
+        object.__setattr__(self, "_is_text", tuple(changes_text(op) for op in self.ops))
+        _check_back_translation(self.ops, None)
         moving = tuple(may_move(op) for op in self.ops)
         object.__setattr__(self, "_moving", moving)
         geometric = [i for i, moves in enumerate(moving) if moves]
@@ -67,7 +66,7 @@ class Policy:
     @property
     def texts(self) -> bool:
         """Whether the policy changes texts."""
-        return any(self._of_text)  # type: ignore[attr-defined]
+        return any(self._is_text)  # type: ignore[attr-defined]
 
     def draw(
         self,
@@ -79,25 +78,25 @@ class Policy:
         to: tuple[int, int] | None = None,
         repeat: int = 0,
     ) -> Plan:
-        """The plan for the image of one sample, of `size` (height, width).
+        """Draw the plan for the image of one sample, of `size` (height, width).
 
-        repeat: which of the sample's draws in this epoch (repeated augmentation). to: the size that the result shall have; a Resize
-        to it follows the last geometric op, with which it fuses.
+        repeat: number of the sample's draw in this epoch, from 0 (repeated augmentation).
+        to: size of the result. The plan resizes to it after the last geometric op, and fuses the two.
         """
         steps: list[Step] = []
         current = size
         words: tuple[int, ...] = self._words  # type: ignore[attr-defined]
         resize_at: int = self._resize_at  # type: ignore[attr-defined]
         moving: tuple[bool, ...] = self._moving  # type: ignore[attr-defined]
-        of_texts: tuple[bool, ...] = self._of_text  # type: ignore[attr-defined]
-        for place, (op, word) in enumerate(zip(self.ops, words, strict=True)):
-            if place == resize_at:
+        is_text: tuple[bool, ...] = self._is_text  # type: ignore[attr-defined]
+        for position, (op, word) in enumerate(zip(self.ops, words, strict=True)):
+            if position == resize_at:
                 current = _resize(steps, current, to)
-            if of_texts[place]:
+            if is_text[position]:
                 continue
             rng = keyed_generator(seed, epoch if op.by_epoch else 0, index, word, repeat)
             drawn = op.steps(rng, current, epoch)
-            if moving[place]:
+            if moving[position]:
                 current = size_after(drawn, current)
             steps += drawn
         if resize_at == len(self.ops):
@@ -105,7 +104,7 @@ class Policy:
         return Plan(size, tuple(steps), self.exact)
 
     def draw_mixing(self, size: tuple[int, int], *, seed: int, epoch: int, index: int, repeat: int = 0) -> Plan:
-        """The part of `draw`'s plan that mixes the batch. size: of the images that are mixed."""
+        """Draw only the batch ops of `draw`'s plan. size: (height, width) of the images that are mixed."""
         words: tuple[int, ...] = self._words  # type: ignore[attr-defined]
         steps: list[Step] = []
         for op, word in zip(self.ops, words, strict=True):
@@ -114,50 +113,52 @@ class Policy:
         return Plan(size, tuple(steps), self.exact)
 
     def draw_text(self, *, seed: int, epoch: int, index: int, repeat: int = 0) -> tuple[Step, ...]:
-        """The steps for the text of one sample, each drawn by a key of its own, whatever befalls the image."""
+        """Draw the steps for the text of one sample, independently of the draws for its image."""
         words: tuple[int, ...] = self._words  # type: ignore[attr-defined]
-        of_texts: tuple[bool, ...] = self._of_text  # type: ignore[attr-defined]
+        is_text: tuple[bool, ...] = self._is_text  # type: ignore[attr-defined]
         steps: list[Step] = []
-        for op, word, own in zip(self.ops, words, of_texts, strict=True):
-            if own:
+        for op, word, for_text in zip(self.ops, words, is_text, strict=True):
+            if for_text:
                 rng = keyed_generator(seed, epoch if op.by_epoch else 0, index, word, repeat)
                 steps += op.steps(rng, (0, 0), epoch)
         return tuple(steps)
 
     def to_spec(self) -> list[Any] | dict[str, Any]:
-        """What `load_policy` reads, with every parameter written out; JSON and YAML values only."""
+        """Return the policy as input of `load_policy`, with every parameter written out. JSON and YAML values only."""
         ops = [_spec(op) for op in self.ops]
         return {"exact": True, "ops": ops} if self.exact else ops
 
 
-def _refuse_late(ops: Sequence[Op], before: Op | None) -> Op | None:
-    """PolicyError for a BackTranslation that may come after another op of texts: the changed text has no paraphrases, so that nothing
-    would happen. before: an op that may have changed the text. Returns such a one after these."""
+def _check_back_translation(ops: Sequence[Op], before: Op | None) -> Op | None:
+    """Check that no BackTranslation may follow another text op: a changed text has no paraphrases, so it would have no effect.
+
+    before: an op before `ops` that may have changed the text. Returns `before` or the first such op of `ops`. PolicyError otherwise.
+    """
     for op in ops:
         if isinstance(op, BackTranslation) and before is not None:
             raise PolicyError(
-                f"policy: BackTranslation comes after {before.name}, and a text that was changed has no paraphrases; put it before the "
-                "other ops of texts, or into a OneOf with them"
+                f"policy: BackTranslation follows {before.name}, but a changed text has no paraphrases; put it before the other text "
+                "ops, or into a OneOf with them"
             )
         if isinstance(op, (OneOf, Ramp, Sometimes)):
-            ways = [op.ops, op.otherwise] if isinstance(op, Sometimes) else [(own,) for own in op.ops]
-            after = [_refuse_late(way, before) for way in ways]
-            before = next((own for own in after if own is not None), None)
+            branches = [op.ops, op.otherwise] if isinstance(op, Sometimes) else [(inner,) for inner in op.ops]
+            after = [_check_back_translation(branch, before) for branch in branches]
+            before = next((inner for inner in after if inner is not None), None)
         elif isinstance(op, SomeOf) and not op.in_order:
-            before = _refuse_late([*op.ops, *op.ops] if len(op.ops) > 1 else op.ops, before)
+            before = _check_back_translation([*op.ops, *op.ops] if len(op.ops) > 1 else op.ops, before)
         elif isinstance(op, CompositionOp):
-            before = _refuse_late(op.ops, before)
+            before = _check_back_translation(op.ops, before)
         elif op.kind == "text":
             before = before or op
     return before
 
 
 def load_policy(spec: PolicySpec | Policy) -> Policy:
-    """Read a policy.
+    """Read a policy. PolicyError says what is wrong and where.
 
-    spec: a preset's name (`presets()` lists them), the path of a YAML file, or a list with an entry for each op:
-    `{"Rotate": {"degrees": 10}}`, or just `"HorizontalFlip"` where the defaults do. A mapping `{"exact": True, "ops": […]}` around the list
-    turns fusing off. PolicyError says what is wrong and where.
+    spec: a preset's name (`presets()` lists them), the path of a YAML file, or a list with one entry per op:
+    `{"Rotate": {"degrees": 10}}`, or `"HorizontalFlip"` for the default parameters. The mapping `{"exact": True, "ops": […]}` around the
+    list disables fusing.
     """
     if isinstance(spec, Policy):
         return spec
@@ -167,7 +168,7 @@ def load_policy(spec: PolicySpec | Policy) -> Policy:
 
 
 def presets() -> list[str]:
-    """The names of the policies that come with Refract."""
+    """Return the names of the policies that Refract ships."""
     files = resources.files("refract.augment").joinpath("presets").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
@@ -205,9 +206,7 @@ def _policy(entries: Any, where: str) -> Policy:
         return Policy(tuple(read_ops(entries, where)))
     for key in entries:
         if key not in ("exact", "ops"):
-            raise PolicyError(
-                f"{where}: no key {key!r} beside the ops{nearest(key, ('exact', 'ops'))}. Known: exact, ops"
-            )
+            raise PolicyError(f"{where}: no key {key!r} next to ops{nearest(key, ('exact', 'ops'))}. Known: exact, ops")
     exact = entries.get("exact", False)
     if not isinstance(exact, bool):
         raise PolicyError(f"{where}: exact: {exact!r} is neither true nor false")
@@ -215,7 +214,7 @@ def _policy(entries: Any, where: str) -> Policy:
 
 
 def read_ops(entries: Any, where: str) -> Iterator[Op]:
-    """The ops of a list of entries. where: what the list is called in an error."""
+    """Yield the ops of a list of entries. where: the name of the list in error messages. PolicyError for an invalid entry."""
     if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Iterable):
         raise PolicyError(
             f"{where}: a policy is a list of ops such as [{{HorizontalFlip: {{p: 0.5}}}}], not {entries!r}"

@@ -1,4 +1,4 @@
-"""What evaluation and serving do to an image before the network, as plain numbers: one function from bytes to uint8."""
+"""`Preprocess`: the preprocessing of validation, evaluation and serving, from image bytes to the network's uint8 input."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,13 +19,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From an image of any size to the network's input; the same numbers in training's validation, evaluation and serving.
+    """Convert an image of any size to the network's input, identically in validation, evaluation and serving.
 
-    height, width: of the result, pixels. resize: `crop` takes the centre of the right shape, `crop_ratio` of the shorter side;
-    `squash` takes the whole image and does not keep the ratio of its sides. mean, std: of RGB in 0…1, and
-    normalize, of `refract.augment.statistics.KINDS`: they belong to the network's first layer and are not applied here. color_profile:
-    convert
-    takes the pixels of encoded images to sRGB by their embedded profile, ignore does not; bundles without the field ignore profiles.
+    height, width: of the result, in pixels.
+    resize: `crop` takes the centre crop of the result's aspect ratio, `crop_ratio` of the shorter side; `squash` takes the whole image and
+    changes its aspect ratio.
+    mean, std: of RGB in 0…1. normalize: one of `refract.augment.statistics.KINDS`. The network's first layer applies these three, not
+    this class.
+    color_profile: `convert` converts encoded images to sRGB by their embedded profile; `ignore` does not. Bundles without this field
+    ignore profiles.
     ValueError names a field that is out of range.
     """
 
@@ -52,11 +54,11 @@ class Preprocess:
             raise ValueError(f"mean, std: {self.mean}, {self.std} are not three numbers each, std positive")
 
     def __call__(self, image: bytes | np.ndarray, *, max_pixels: int | None = None) -> np.ndarray:
-        """The uint8 height×width×3 input of the network. image: encoded bytes or uint8 H×W×3. ImageError as `decode`."""
+        """Return the network's input, uint8 height×width×3. image: encoded bytes or uint8 H×W×3. ImageError as `decode`."""
         if isinstance(image, np.ndarray):
             return cpu.run([self._warp(image.shape[:2])], image)
         size = image_size(image)
-        # Whole: simplejpeg, which a server trusts with strangers' bytes, does not crop.
+        # Decode the whole image: simplejpeg, the decoder for a server's untrusted input, does not crop.
         return encoded.run(
             [self._warp(size)],
             image,
@@ -81,7 +83,7 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Preprocess":
-        """What `to_dict` wrote. ValueError names a missing or unknown field."""
+        """Read the result of `to_dict`. ValueError names a missing or unknown field."""
         plain: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }

@@ -1,8 +1,8 @@
-"""Masks and boxes that follow their image through a plan: the same map, in the same order, of the passes that move pixels.
+"""Apply a plan to masks and boxes: they follow their image through the passes that move pixels.
 
-What paints or recolours an image (colour, noise, erasing) leaves its mask and boxes as they are; MixUp and CutMix are not applied to them.
-ValueError where a step moves pixels in a way that cannot be followed: AugMix with moved copies, the corruption `elastic_transform`, and
-transforms of other libraries unless they are known to leave every pixel in its place.
+Passes that only change values (colour, noise, erasing) do not change masks and boxes. MixUp and CutMix are not applied to them.
+ValueError for a step that moves pixels in an unknown way: AugMix with moved copies, the corruption `elastic_transform`, and third-party
+transforms, except those known to keep every pixel in its position.
 """
 
 from collections.abc import Iterator
@@ -16,17 +16,16 @@ from refract.augment.ops.pixel import PixelOp
 from refract.augment.plan import Plan
 
 _TIE = 1e-6
-"""Pixels by which a centre on the edge of two pixels counts to the later one, whatever the rounding."""
+"""Tolerance in pixels: a centre on the edge of two pixels belongs to the later one, despite rounding."""
 
 
 def move_mask(plan: Plan, mask: np.ndarray, *, fill: int = 0) -> np.ndarray:
-    """Move a mask as the plan moves its image: each output pixel takes the value of the input pixel that its centre falls in.
+    """Move a mask as the plan moves its image: each output pixel takes the value of the input pixel that contains its centre.
 
-    mask: H×W or H×W×C of any dtype, of the size that the plan was drawn for; it is not changed.
-    fill: the value beyond an image whose border is `constant`, such as a loss's ignore index. The other borders repeat the mask as they
-    repeat the image.
-    Returns a new array of the mask's dtype. ValueError for another size, a `fill` that the dtype cannot hold, or a plan that cannot be
-    followed.
+    mask: H×W or H×W×C of any dtype, of the size that the plan was drawn for. It is not changed.
+    fill: value beyond the image for the border `constant`, such as a loss's ignore index. The other borders repeat the mask like the image.
+    Returns a new array of the mask's dtype.
+    ValueError for another size, a `fill` outside the dtype, or a step that moves pixels in an unknown way.
     """
     result = np.asarray(mask)
     if result.ndim not in (2, 3) or result.shape[:2] != plan.size:
@@ -34,33 +33,34 @@ def move_mask(plan: Plan, mask: np.ndarray, *, fill: int = 0) -> np.ndarray:
             f"mask: the plan was drawn for {plan.size[0]}×{plan.size[1]} pixels, the mask has {'×'.join(map(str, result.shape))}"
         )
     try:
-        holds = result.dtype.type(fill) == fill
+        fits = result.dtype.type(fill) == fill
     except (OverflowError, ValueError, TypeError):
-        holds = False
-    if not holds:
+        fits = False
+    if not fits:
         raise ValueError(f"fill: {fill!r} is not a value of the mask's dtype {result.dtype}")
     for item in _movements(plan):
-        result = _warped(item, result, fill) if isinstance(item, WarpPass) else _deformed(item, result)
+        result = _warp(item, result, fill) if isinstance(item, WarpPass) else _deform(item, result)
     return result.copy() if np.may_share_memory(result, mask) else np.ascontiguousarray(result)
 
 
 def move_boxes(plan: Plan, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Move boxes as the plan moves their image.
 
-    boxes: N×4 numbers (top, left, height, width) in pixels of the image that the plan was drawn for; parts beyond it are cut off first.
-    Returns (boxes, visible) with N rows each, in the order given.
-    boxes: float32 N×4, the smallest upright box around the visible part of each transformed box; zeros where nothing is visible.
-    visible: float32 N, the fraction of the box's area in 0…1 that the output shows; keep labels by `visible >= 0.3`, say.
-    Affine and perspective steps are exact up to rounding. Through a deformation the box encloses all output pixels that show a
-    point of it. ValueError for boxes that are not N×4 finite numbers, a negative height or width, or a plan that cannot be followed.
+    boxes: N×4 numbers (top, left, height, width) in pixels of the image that the plan was drawn for. Parts beyond the image are clipped.
+    Returns (boxes, visible) with N rows each, in the order of the input.
+    boxes: float32 N×4, the smallest upright box around the visible part of each transformed box; zeros if nothing is visible.
+    visible: float32 N, the fraction in 0…1 of the box's area that the output shows. Select labels by `visible >= 0.3`, for example.
+    Affine and perspective steps are exact up to rounding. After a deformation, the box encloses every output pixel that shows one of its
+    points.
+    ValueError for boxes that are not N×4 finite numbers, a negative height or width, or a step that moves pixels in an unknown way.
     """
-    given = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) if np.size(boxes) == 0 else np.asarray(boxes, np.float64)
-    if given.ndim != 2 or given.shape[1] != 4 or not np.isfinite(given).all() or (given[:, 2:] < 0).any():
+    array = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) if np.size(boxes) == 0 else np.asarray(boxes, np.float64)
+    if array.ndim != 2 or array.shape[1] != 4 or not np.isfinite(array).all() or (array[:, 2:] < 0).any():
         raise ValueError(
             "boxes: expected N×4 finite numbers (top, left, height, width) with height and width of at least 0, got "
-            + (f"an array {'×'.join(map(str, given.shape))}" if given.ndim != 2 or given.shape[1] != 4 else repr(boxes))
+            + (f"an array {'×'.join(map(str, array.shape))}" if array.ndim != 2 or array.shape[1] != 4 else repr(boxes))
         )
-    polygons = [_clipped(_corners(*box), _frame(plan.size)) for box in given.tolist()]
+    polygons = [_clip(_corners(*box), _frame(plan.size)) for box in array.tolist()]
     visible = np.array([float(_area(polygon) > 0) for polygon in polygons])
     size = plan.size
     for item in _movements(plan):
@@ -68,51 +68,51 @@ def move_boxes(plan: Plan, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             forward = np.linalg.inv(np.array(item.matrix).reshape(3, 3))
             inside = _frame(item.size) @ forward
             for i, polygon in enumerate(polygons):
-                whole = _area(polygon)
-                polygon = _clipped(polygon, inside) if whole else polygon[:0]
-                visible[i] *= min(1.0, _area(polygon) / whole) if whole else 0.0
-                polygons[i] = _mapped(polygon, forward)
+                area = _area(polygon)
+                polygon = _clip(polygon, inside) if area else polygon[:0]
+                visible[i] *= min(1.0, _area(polygon) / area) if area else 0.0
+                polygons[i] = _project(polygon, forward)
             size = item.size
         else:
             x, y = item.op.maps(item.args, size)  # type: ignore[union-attr]
-            shown = _reflected(x + 0.5, size[1]), _reflected(y + 0.5, size[0])
-            polygons = [_shown_box(polygon, *shown) for polygon in polygons]
+            sources = _reflect(x + 0.5, size[1]), _reflect(y + 0.5, size[0])
+            polygons = [_deformed_box(polygon, *sources) for polygon in polygons]
     result = np.array([_upright(polygon, size) for polygon in polygons], np.float32).reshape(-1, 4)
     return result, np.where(result[:, 2:].min(axis=1, initial=np.inf) > 0, visible, 0).astype(np.float32)
 
 
 def _movements(plan: Plan) -> Iterator[WarpPass | OpPass]:
-    """The passes that move pixels: warps, and deformations as `OpPass`."""
+    """Yield the passes that move pixels: each warp, and each deformation as an `OpPass`. ValueError for other ops that move pixels."""
     for item in fuse(plan):
         if isinstance(item, WarpPass) or (isinstance(item, OpPass) and issubclass(item.op, DeformOp)):
             yield item
         elif isinstance(item, OpPass) and issubclass(item.op, PixelOp) and item.op.moves_pixels(item.args):
             name = item.args.get("transform") or item.args.get("name") or item.op.__name__
             raise ValueError(
-                f"masks and boxes cannot follow {name}, which moves pixels in its own way; take it out of the policy, or use geometric ops"
+                f"masks and boxes cannot follow {name}: it moves pixels in an unknown way; remove it from the policy, or use geometric ops"
             )
 
 
-def _warped(item: WarpPass, mask: np.ndarray, fill: int) -> np.ndarray:
+def _warp(item: WarpPass, mask: np.ndarray, fill: int) -> np.ndarray:
     a, b, c, d, e, f, g, h, i = item.matrix
     x, y = (np.arange(side) + 0.5 for side in (item.size[1], item.size[0]))
     if item.is_perspective or not (b == d == 0 or a == e == 0):
         x, y = np.meshgrid(x, y)
         depth = g * x + h * y + i
         u, v = ((p * x + q * y + r) / depth for p, q, r in ((a, b, c), (d, e, f)))
-        return _taken(mask, v, u, item.border, fill)
+        return _sample(mask, v, u, item.border, fill)
     if a == e == 0:
-        return _taken(mask, (d * x + f)[None, :], (b * y + c)[:, None], item.border, fill)
-    return _taken(mask, (e * y + f)[:, None], (a * x + c)[None, :], item.border, fill)
+        return _sample(mask, (d * x + f)[None, :], (b * y + c)[:, None], item.border, fill)
+    return _sample(mask, (e * y + f)[:, None], (a * x + c)[None, :], item.border, fill)
 
 
-def _deformed(item: OpPass, mask: np.ndarray) -> np.ndarray:
+def _deform(item: OpPass, mask: np.ndarray) -> np.ndarray:
     x, y = item.op.maps(item.args, mask.shape[:2])  # type: ignore[union-attr]
-    return _taken(mask, y + 0.5, x + 0.5, "reflect", 0)
+    return _sample(mask, y + 0.5, x + 0.5, "reflect", 0)
 
 
-def _taken(mask: np.ndarray, v: np.ndarray, u: np.ndarray, border: str, fill: int) -> np.ndarray:
-    """The values of the pixels in which the points (v down, u right) lie; v and u broadcast to the output's size."""
+def _sample(mask: np.ndarray, v: np.ndarray, u: np.ndarray, border: str, fill: int) -> np.ndarray:
+    """Return the values of the pixels that contain the points (v down, u right). v and u broadcast to the output's size."""
     height, width = mask.shape[:2]
     rows, columns = (np.floor(np.clip(at, -1e9, 1e9) + _TIE).astype(np.int64) for at in (v, u))
     if border == "reflect":
@@ -121,7 +121,7 @@ def _taken(mask: np.ndarray, v: np.ndarray, u: np.ndarray, border: str, fill: in
         )
         return mask[rows, columns]
     if border == "reflect101":
-        return mask[_reflected_101(rows, height), _reflected_101(columns, width)]
+        return mask[_reflect_101(rows, height), _reflect_101(columns, width)]
     beyond = (rows < 0) | (rows >= height) | (columns < 0) | (columns >= width)
     result = mask[rows.clip(0, height - 1), columns.clip(0, width - 1)]
     if border == "constant":
@@ -129,42 +129,42 @@ def _taken(mask: np.ndarray, v: np.ndarray, u: np.ndarray, border: str, fill: in
     return result
 
 
-def _reflected_101(at: np.ndarray, length: int) -> np.ndarray:
-    """Whole positions, mirrored about the first and the last of 0 … length − 1."""
+def _reflect_101(at: np.ndarray, length: int) -> np.ndarray:
+    """Reflect integer positions about the first and the last of 0 … length − 1."""
     period = max(1, 2 * (length - 1))
     return np.minimum(at % period, period - at % period) if length > 1 else np.zeros_like(at)
 
 
 def _corners(top: float, left: float, height: float, width: float) -> np.ndarray:
-    """A box as a polygon, K×2 points (x, y), in order around it."""
+    """Return a box as a polygon: 4×2 points (x, y) in order around it."""
     bottom, right = top + height, left + width
     return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
 
 
 def _frame(size: Size) -> np.ndarray:
-    """5×3 functionals of homogeneous points (x, y, w): none is negative where a point lies inside an image of `size`."""
+    """Return 5×3 functionals of homogeneous points (x, y, w). All are ≥ 0 exactly for points inside an image of `size`."""
     height, width = size
     return np.array([(1, 0, 0), (-1, 0, width), (0, 1, 0), (0, -1, height), (0, 0, 1)], np.float64)
 
 
-def _clipped(polygon: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """The part of a convex polygon where no functional is negative. (Sutherland & Hodgman 1974, "Reentrant polygon clipping".)"""
+def _clip(polygon: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Clip a convex polygon to where every functional is ≥ 0. (Sutherland & Hodgman 1974, "Reentrant polygon clipping".)"""
     points = polygon.tolist()
     for p, q, r in edges.tolist():
         values = [p * x + q * y + r for x, y in points]
-        rest = []
+        clipped = []
         for k, (x, y) in enumerate(points):
             (x0, y0), before, now = points[k - 1], values[k - 1], values[k]
             if (before < 0) != (now < 0):
                 t = before / (before - now)
-                rest.append((x0 + t * (x - x0), y0 + t * (y - y0)))
+                clipped.append((x0 + t * (x - x0), y0 + t * (y - y0)))
             if now >= 0:
-                rest.append((x, y))
-        points = rest
+                clipped.append((x, y))
+        points = clipped
     return np.array(points, np.float64).reshape(-1, 2)
 
 
-def _mapped(polygon: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+def _project(polygon: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     points = np.column_stack([polygon, np.ones(len(polygon))]) @ matrix.T
     return points[:, :2] / np.maximum(points[:, 2:], 1e-12)
 
@@ -174,7 +174,7 @@ def _area(polygon: np.ndarray) -> float:
 
 
 def _signed_area(polygon: np.ndarray) -> float:
-    """Square pixels, negative where the points go round counter-clockwise as shown (y points down)."""
+    """Return the area in square pixels, negative for points in counter-clockwise order as displayed (y points down)."""
     if len(polygon) < 3:
         return 0.0
     x, y = (polygon - polygon[0]).T
@@ -182,29 +182,29 @@ def _signed_area(polygon: np.ndarray) -> float:
 
 
 def _upright(polygon: np.ndarray, size: Size) -> tuple[float, float, float, float]:
-    """(top, left, height, width) around a polygon, inside an image of `size`."""
+    """Return the upright box (top, left, height, width) around a polygon, clipped to an image of `size`."""
     if len(polygon) < 3:
         return 0.0, 0.0, 0.0, 0.0
     (left, top), (right, bottom) = (at.clip(0, (size[1], size[0])).tolist() for at in (polygon.min(0), polygon.max(0)))
     return top, left, bottom - top, right - left
 
 
-def _shown_box(polygon: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The upright box of the pixels whose input points (x, y) lie in a convex polygon."""
+def _deformed_box(polygon: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the upright box around the pixels whose input points (x, y) lie in a convex polygon, as a polygon."""
     if len(polygon) < 3:
         return polygon[:0]
-    around = np.roll(polygon, -1, axis=0) - polygon
-    turn = np.sign(_signed_area(polygon))
+    edges = np.roll(polygon, -1, axis=0) - polygon
+    direction = np.sign(_signed_area(polygon))
     inside = np.ones(x.shape, bool)
-    for (px, py), (dx, dy) in zip(polygon, around, strict=True):
-        inside &= turn * (dx * (y - py) - dy * (x - px)) >= 0
+    for (px, py), (dx, dy) in zip(polygon, edges, strict=True):
+        inside &= direction * (dx * (y - py) - dy * (x - px)) >= 0
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     if not rows.size:
         return polygon[:0]
     return _corners(rows[0], columns[0], rows[-1] + 1 - rows[0], columns[-1] + 1 - columns[0])
 
 
-def _reflected(at: np.ndarray, length: int) -> np.ndarray:
-    """Continuous coordinates, mirrored at both ends of 0…length."""
+def _reflect(at: np.ndarray, length: int) -> np.ndarray:
+    """Reflect continuous coordinates at both ends of 0…length."""
     folded = np.mod(at, 2 * length)
     return np.minimum(folded, 2 * length - folded)

@@ -1,4 +1,4 @@
-"""YAML as users write it: plain values only, and a key that comes twice is an error, not a silent loss of the first."""
+"""Read YAML with plain values only. A duplicate key is an error; PyYAML would silently drop the first."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -13,13 +13,11 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable):
                 if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} comes twice", key_node.start_mark
-                    )
+                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(text: str) -> Any:
-    """The values of a YAML text. yaml.YAMLError, with line and column, for text that is none and for a key that comes twice."""
+    """Parse a YAML text. yaml.YAMLError, with line and column, for invalid YAML and for a duplicate key."""
     return yaml.load(text, Loader=_Loader)  # a SafeLoader

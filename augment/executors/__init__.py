@@ -1,1 +1,1 @@
-"""The passes of a plan on images: by OpenCV on one array, or by PyTorch on a batch."""
+"""Executors run the passes of a plan: by OpenCV on one array, or by PyTorch on a batch."""

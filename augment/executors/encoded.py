@@ -1,4 +1,4 @@
-"""Passes on encoded bytes: decode what the first of them reads, no more."""
+"""Run passes on encoded bytes: decode only the part that the first pass reads."""
 
 from collections.abc import Sequence
 
@@ -20,13 +20,15 @@ def run(
     max_pixels: int | None = None,
     color_profile: str = "ignore",
 ) -> np.ndarray:
-    """What `cpu.run` gives on the decoded image; within a few grey levels where the JPEG decoder does a part of the reduction.
+    """Return the result of `cpu.run` on the decoded image, within a few grey levels if the JPEG decoder does part of the reduction.
 
-    size: `image_size(data)`. cropped: whether to decode only the part that is read. color_profile: see `decode`, as the ImageError
-    and TooManyPixelsError.
+    size: `image_size(data)`. cropped: whether to decode only the part that is read.
+    max_pixels, color_profile, ImageError, TooManyPixelsError: see `decode`.
     """
-    left, pixels = decode_for(passes, data, size, cropped=cropped, max_pixels=max_pixels, color_profile=color_profile)
-    return cpu.run(left, pixels)
+    remaining, pixels = decode_for(
+        passes, data, size, cropped=cropped, max_pixels=max_pixels, color_profile=color_profile
+    )
+    return cpu.run(remaining, pixels)
 
 
 def decode_for(
@@ -38,7 +40,7 @@ def decode_for(
     max_pixels: int | None = None,
     color_profile: str = "ignore",
 ) -> tuple[list[Pass], np.ndarray]:
-    """(the passes as they are on what was decoded, the decoded pixels). Arguments as for `run`."""
+    """Decode and return (the passes, adapted to the decoded part; the decoded pixels). Arguments: see `run`."""
     first = passes[0] if passes else None
     if not isinstance(first, WarpPass):
         whole = decode_part(data, None, size=size, max_pixels=max_pixels, color_profile=color_profile)

@@ -1,4 +1,4 @@
-"""What happens to one image under a plan: what was fused with what, and how long each pass takes."""
+"""Explain a plan on one image: which steps each pass fuses, and the duration of each pass."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,10 @@ from refract.augment.plan import Plan, Step
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass. name: what it is; steps: those of the plan that it does; detail: its numbers; seconds: median of the repetitions."""
+    """One pass, or the decoding.
+
+    name: kind of pass. steps: the plan's steps that it executes. detail: its numbers. seconds: median of the repetitions.
+    """
 
     name: str
     steps: tuple[Step, ...]
@@ -25,17 +28,17 @@ class Stage:
 
 
 def explain(plan: Plan, data: bytes, *, repeats: int = 30) -> list[Stage]:
-    """The stages of `Augmenter.apply(plan, data)`, decoding first. ImageError as `decode`."""
+    """Return the stages of `Augmenter.apply(plan, data)`, decoding first. repeats: timed runs per stage. ImageError as `decode`."""
     size = image_size(data)
     fused = fuse_with_steps(plan)
     passes = [item for item, _ in fused]
-    left, pixels = decode_for(passes, data, size)
+    remaining, pixels = decode_for(passes, data, size)
     whole = _seconds(lambda: decode(data), repeats)
-    detail = f"{pixels.shape[0]}×{pixels.shape[1]} of {size[0]}×{size[1]}; all of it takes {1e3 * whole:.2f} ms"
+    detail = f"{pixels.shape[0]}×{pixels.shape[1]} of {size[0]}×{size[1]}; the whole image takes {1e3 * whole:.2f} ms"
     stages = [Stage("decode", (), detail, _seconds(lambda: decode_for(passes, data, size), repeats))]
-    for item, (_, steps) in zip(left, fused, strict=True):
+    for item, (_, steps) in zip(remaining, fused, strict=True):
         run = partial(cpu.run_pass, item, pixels)
-        name, detail = _described(item)
+        name, detail = _describe(item)
         stages.append(Stage(name, steps, detail, _seconds(run, repeats)))
         pixels = run()
     return stages
@@ -51,12 +54,12 @@ def _seconds(work: Callable[[], Any], repeats: int) -> float:
     return median(times)
 
 
-def _described(item: Pass) -> tuple[str, str]:
+def _describe(item: Pass) -> tuple[str, str]:
     if isinstance(item, WarpPass):
         height, width = item.size
         shrink = item.shrink()
-        first = f", after a box filter of {shrink[0]}×{shrink[1]}" if shrink != (1, 1) else ""
-        return "resampling", f"to {height}×{width}{first}"
+        box_filter = f", after a box filter of {shrink[0]}×{shrink[1]}" if shrink != (1, 1) else ""
+        return "resampling", f"to {height}×{width}{box_filter}"
     if isinstance(item, ColorPass):
         return "colour matrix", "3×4"
     if isinstance(item, TablePass):

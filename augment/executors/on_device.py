@@ -1,4 +1,4 @@
-"""Small tensors of draws on the device of the images, without making the device wait."""
+"""Copy small tensors to the device of the images without a synchronisation."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,9 +7,9 @@ if TYPE_CHECKING:
 
 
 def on_device(values: Any, device: "torch.device", dtype: "torch.dtype | None" = None) -> "torch.Tensor":
-    """`torch.tensor(values, dtype=dtype)` on `device`.
+    """Return `torch.tensor(values, dtype=dtype)` on `device`.
 
-    A copy from pageable memory makes the processor wait until a GPU has done all its work. From pinned memory it does not.
+    A copy from pageable memory blocks the CPU until the GPU has finished its queue. A copy from pinned memory does not.
     """
     import torch
 

@@ -1,5 +1,7 @@
-"""The batch executor: plans on a uint8 N×3×H×W tensor on any device, each sample its own. Same plan, same image as the cpu executor,
-within rounding. The only module of `augment` that needs PyTorch."""
+"""The batch executor: run one plan per sample on a uint8 N×3×H×W tensor on any device.
+
+Its images equal those of the CPU executor for the same plan, within rounding. The only module of `augment` that needs PyTorch.
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,49 +17,49 @@ from refract.augment.ops.mixing import MIX
 from refract.augment.ops.pixel import to_uint8
 from refract.augment.plan import Plan
 
-# `_reflected` brings the points of `reflect101` inside, which grid_sample knows only for corners that are aligned.
+# `_reflect` moves the points of `reflect101` inside: grid_sample supports this border only with align_corners=True.
 _PADDING = {"constant": "zeros", "edge": "border", "reflect": "reflection", "reflect101": "border"}
 
 
 def run(plans: Sequence[Plan], images: torch.Tensor) -> torch.Tensor:
-    """Apply plans[i] to images[i]; batch ops (MixUp, CutMix) are left to `mix`.
+    """Apply plans[i] to images[i], without the batch ops (MixUp, CutMix): see `mix`.
 
-    images: uint8 N×3×H×W, not changed. Returns a new uint8 tensor N×3×H'×W' on the same device. ValueError where the plans were
-    drawn for another size, or end in several sizes.
+    images: uint8 N×3×H×W, not changed. Returns a new uint8 tensor N×3×H'×W' on the same device.
+    ValueError if the plans were drawn for another size, or if their results differ in size.
     """
     size = tuple(images.shape[-2:])
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(plans) != images.shape[0]:
         raise ValueError(f"expected {len(plans)} images as uint8 N×3×H×W, got {images.dtype} {tuple(images.shape)}")
-    wrong = [i for i, plan in enumerate(plans) if plan.size != size]
-    if wrong:
-        raise ValueError(f"plan {wrong[0]} was drawn for {plans[wrong[0]].size}, the images have {size}")
+    mismatches = [i for i, plan in enumerate(plans) if plan.size != size]
+    if mismatches:
+        raise ValueError(f"plan {mismatches[0]} was drawn for {plans[mismatches[0]].size}, the images have {size}")
     if not plans:
         return images.clone()
-    left = [fuse(plan) for plan in plans]
-    # Samples differ in which ops they drew, so each round runs one pass of every sample that comes to the same kind next.
+    remaining = [fuse(plan) for plan in plans]
+    # Samples draw different ops, so each round runs one pass for all samples whose next pass is of the same kind.
     parts: list[torch.Tensor] = list(images.unbind(0))
-    while any(left):
-        first = next(passes[0] for passes in left if passes)
+    while any(remaining):
+        first = next(passes[0] for passes in remaining if passes)
         chosen = [
             i
-            for i, passes in enumerate(left)
-            if passes and _alike(passes[0], first) and parts[i].shape == parts[_first(left)].shape
+            for i, passes in enumerate(remaining)
+            if passes and _can_join(passes[0], first) and parts[i].shape == parts[_first(remaining)].shape
         ]
-        results = _run_pass([left[i].pop(0) for i in chosen], torch.stack([parts[i] for i in chosen]))
+        results = _run_pass([remaining[i].pop(0) for i in chosen], torch.stack([parts[i] for i in chosen]))
         for i, result in zip(chosen, results, strict=True):
             parts[i] = result
     sizes = {tuple(part.shape[1:]) for part in parts}
     if len(sizes) > 1:
         raise ValueError(
-            f"the plans end in images of several sizes {sorted(sizes)}; end the policy in one, or give Augmenter a size"
+            f"the plans produce images of several sizes {sorted(sizes)}; pass `size` to Augmenter, or end the policy with a Resize"
         )
     return torch.stack(parts)
 
 
 def mix(plans: Sequence[Plan], images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply the plans' batch ops, in the policy's order, to images (any dtype in 0…255) and float targets N×C alike.
+    """Apply the plans' batch ops, in the policy's order, to images (any dtype, 0…255) and to float targets N×C.
 
-    A batch of one has no partner and comes back as it is. Inputs are not changed. ValueError for targets that are not float N×C.
+    A batch of one has no partner and is returned unchanged. Inputs are not changed. ValueError for targets that are not float N×C.
     """
     count = images.shape[0]
     if targets.ndim != 2 or targets.shape[0] != count or not targets.is_floating_point():
@@ -65,36 +67,40 @@ def mix(plans: Sequence[Plan], images: torch.Tensor, targets: torch.Tensor) -> t
     steps = batch_steps(plans)
     if count < 2:
         return images, targets
-    for place in range(max(map(len, steps))):
-        # Every sample's step of this round sees the images as the round before left them.
+    for position in range(max(map(len, steps))):
+        # Every step of this round reads the images of the previous round.
         before, labels = images, targets
         for name, op in MIX.items():
-            drawn = {i: own[place].args for i, own in enumerate(steps) if len(own) > place and own[place].op == name}
+            drawn = {
+                i: sample_steps[position].args
+                for i, sample_steps in enumerate(steps)
+                if len(sample_steps) > position and sample_steps[position].op == name
+            }
             if not drawn:
                 continue
             rows = on_device(list(drawn), images.device)
             others = [(i + 1 + int(args["partner"] * (count - 1))) % count for i, args in drawn.items()]
             partners = on_device(others, images.device)
-            mixed, kept = op.on_batch([dict(args) for args in drawn.values()], before[rows], before[partners])
-            soft = torch.lerp(labels[partners], labels[rows], kept.to(labels.dtype).unsqueeze(1))
+            mixed, weights = op.on_batch([dict(args) for args in drawn.values()], before[rows], before[partners])
+            soft = torch.lerp(labels[partners], labels[rows], weights.to(labels.dtype).unsqueeze(1))
             images = images.to(mixed.dtype) if mixed.is_floating_point() else images
             images = images.index_copy(0, rows, mixed.to(images.dtype))
             targets = targets.index_copy(0, rows, soft)
     return images, targets
 
 
-def _first(left: list[list[Pass]]) -> int:
-    return next(i for i, passes in enumerate(left) if passes)
+def _first(remaining: list[list[Pass]]) -> int:
+    return next(i for i, passes in enumerate(remaining) if passes)
 
 
-def _alike(one: Pass, other: Pass) -> bool:
-    """Whether two passes can run together."""
-    if isinstance(one, WarpPass) and isinstance(other, WarpPass):
-        same = one.size == other.size and one.border == other.border and one.interpolation == other.interpolation
-        return same and one.shrink() == other.shrink()
-    if isinstance(one, OpPass) and isinstance(other, OpPass):
-        return one.op is other.op
-    return type(one) is type(other)
+def _can_join(first: Pass, other: Pass) -> bool:
+    """Whether two passes can run in one batched call."""
+    if isinstance(first, WarpPass) and isinstance(other, WarpPass):
+        same = first.size == other.size and first.border == other.border and first.interpolation == other.interpolation
+        return same and first.shrink() == other.shrink()
+    if isinstance(first, OpPass) and isinstance(other, OpPass):
+        return first.op is other.op
+    return type(first) is type(other)
 
 
 def _run_pass(passes: Sequence[Pass], images: torch.Tensor) -> torch.Tensor:
@@ -107,7 +113,7 @@ def _run_pass(passes: Sequence[Pass], images: torch.Tensor) -> torch.Tensor:
     if isinstance(first, TablePass):
         return _look_up([item for item in passes if isinstance(item, TablePass)], images)
     if isinstance(first, HsvHuePass):
-        return _turn_hue([item for item in passes if isinstance(item, HsvHuePass)], images)
+        return _rotate_hue([item for item in passes if isinstance(item, HsvHuePass)], images)
     return first.op.on_batch([item.args for item in passes if isinstance(item, OpPass)], images)
 
 
@@ -117,11 +123,11 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
     pixels = images.float()
     matrices = np.array([item.matrix for item in passes]).reshape(-1, 3, 3)
     if vertical > 1 or horizontal > 1:
-        below, beside = -pixels.shape[2] % vertical, -pixels.shape[3] % horizontal
-        pixels = F.avg_pool2d(F.pad(pixels, (0, beside, 0, below), mode="replicate"), (vertical, horizontal))
+        below, right = -pixels.shape[2] % vertical, -pixels.shape[3] % horizontal
+        pixels = F.avg_pool2d(F.pad(pixels, (0, right, 0, below), mode="replicate"), (vertical, horizontal))
         matrices = np.diag([1 / horizontal, 1 / vertical, 1.0]) @ matrices
     height, width = pixels.shape[2:]
-    # grid_sample counts from −1 at the left edge to 1 at the right edge.
+    # grid_sample's coordinates run from −1 at the left edge to 1 at the right edge.
     matrices = np.array([[2 / width, 0, -1], [0, 2 / height, -1], [0, 0, 1]]) @ matrices
     matrix = on_device(matrices, images.device, torch.float32)
     y = torch.arange(first.size[0], device=images.device, dtype=torch.float32) + 0.5
@@ -136,13 +142,13 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
         grid = grid[..., :2] / grid[..., 2:]
     size = (images.shape[2], images.shape[3])
     limits = [_bounds(item, size, (height, width)) for item in passes]
-    if any(math.isfinite(limit) for own in limits for limit in own):
-        bounds = on_device(limits, images.device, torch.float32)
-        lowest, highest = bounds[:, None, None, :2], bounds[:, None, None, 2:]
+    if any(math.isfinite(limit) for bounds in limits for limit in bounds):
+        clamps = on_device(limits, images.device, torch.float32)
+        lowest, highest = clamps[:, None, None, :2], clamps[:, None, None, 2:]
         grid = torch.minimum(torch.maximum(grid, lowest), highest)
     if first.border == "reflect101":
-        grid = torch.stack([_reflected(grid[..., 0], width), _reflected(grid[..., 1], height)], -1)
-    # Zeros beyond the edge become the fill where the fill is the zero.
+        grid = torch.stack([_reflect(grid[..., 0], width), _reflect(grid[..., 1], height)], -1)
+    # grid_sample pads with zeros: subtract the fill before and add it after, so that the padding becomes the fill.
     fill = on_device([item.fill for item in passes], images.device, torch.float32).view(-1, 3, 1, 1)
     sampled = F.grid_sample(
         pixels - fill, grid, mode="bilinear", padding_mode=_PADDING[first.border], align_corners=False
@@ -151,14 +157,14 @@ def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
 
 
 def _warp_on_cpu(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:
-    """Bicubic warps, image by image: grid_sample cannot repeat a crop's last pixels within the reach of a cubic."""
+    """Run bicubic warps image by image on the CPU: grid_sample cannot repeat a crop's last pixels within a cubic's reach."""
     arrays = images.permute(0, 2, 3, 1).cpu().numpy()
     results = [cpu.run([item], array) for item, array in zip(passes, arrays, strict=True)]
     return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).to(images.device)
 
 
-def _reflected(at: torch.Tensor, length: int) -> torch.Tensor:
-    """Coordinates of grid_sample, reflected about the centres of the first and the last of `length` pixels."""
+def _reflect(at: torch.Tensor, length: int) -> torch.Tensor:
+    """Reflect grid_sample coordinates about the centres of the first and the last of `length` pixels."""
     if length == 1:
         return torch.zeros_like(at)
     folded = ((at + 1) * (length / 2) - 0.5).remainder(2 * (length - 1))
@@ -166,9 +172,12 @@ def _reflected(at: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _bounds(item: WarpPass, size: tuple[int, int], shrunk: tuple[int, int]) -> tuple[float, float, float, float]:
-    """(lowest x, lowest y, highest x, highest y) that the pass samples, in grid_sample's −1 … 1: the centres of the outermost pixels of the
-    box that it shows, where that is a crop inside the image that was resized; else of the image, where nothing beyond an edge is shown.
-    size: (height, width) of the image; shrunk: after the box filter."""
+    """Return (lowest x, lowest y, highest x, highest y) that the pass may sample, in grid_sample's −1 … 1; ±inf for no limit.
+
+    A resized crop inside the image is limited to the centres of the crop's outermost pixels. Another warp is limited to those of the
+    image, at the edges beyond which it shows nothing.
+    size: (height, width) of the image. shrunk: the size after the box filter.
+    """
     height, width = shrunk
     down, across = item.inside(size)
     if not down and not across:
@@ -195,9 +204,9 @@ def _recolor(passes: Sequence[ColorPass], images: torch.Tensor) -> torch.Tensor:
 
 
 def _by_mean(item: ColorPass) -> np.ndarray:
-    """3×7 float64: the matrix of the pass, its offset for a mean of 0, and what each channel's mean adds to that offset.
+    """Return 3×7 float64: the pass's matrix, its offset for a mean of 0, and the slope of the offset by each channel's mean.
 
-    The means stay on the device: reading them would make the processor wait for it. Contrast's offset is linear in them.
+    The means stay on the device: reading them would synchronise. Contrast's offset is linear in them.
     """
     fixed = item.matrix(np.zeros(3))
     slopes = np.zeros((3, 3))
@@ -214,11 +223,11 @@ def _look_up(passes: Sequence[TablePass], images: torch.Tensor) -> torch.Tensor:
         ones = torch.ones((), dtype=torch.int64, device=images.device).expand(flat.shape)
         counts = torch.zeros(count, 3, 256, dtype=torch.int64, device=images.device).scatter_add_(2, flat, ones)
         histograms = counts.cpu().numpy()
-    tables = np.stack([item.table(own) for item, own in zip(passes, histograms, strict=True)])
+    tables = np.stack([item.table(histogram) for item, histogram in zip(passes, histograms, strict=True)])
     return on_device(tables, images.device).gather(2, flat).view(images.shape)
 
 
-def _turn_hue(passes: Sequence[HsvHuePass], images: torch.Tensor) -> torch.Tensor:
+def _rotate_hue(passes: Sequence[HsvHuePass], images: torch.Tensor) -> torch.Tensor:
     pixels = images.float()
     high, low = pixels.amax(1), pixels.amin(1)
     spread = high - low
@@ -231,7 +240,7 @@ def _turn_hue(passes: Sequence[HsvHuePass], images: torch.Tensor) -> torch.Tenso
     )
     turns = on_device([item.turns for item in passes], images.device, torch.float32).view(-1, 1, 1)
     sector = (sector + 6 * turns) % 6
-    # Each channel is the value minus the spread times how far the hue is from it (Smith 1978, in the form without cases).
+    # Each channel is the maximum minus the spread times the hue's distance from the channel (Smith 1978, without case distinctions).
     away = torch.stack([(sector + shift) % 6 for shift in (5, 3, 1)], 1)
     part = torch.minimum(away, 4 - away).clamp(0, 1)
     return to_uint8(high.unsqueeze(1) - spread.unsqueeze(1) * part)

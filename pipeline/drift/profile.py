@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refract.augment import Preprocess, image_size
-from refract.augment.image_statistics import ImageStatistics, look
+from refract.augment.image_statistics import ImageStatistics, measure_image
 from refract.models.bundle.info import BundleError
 from refract.models.classifier import Classifier
 from refract.models.head import head_inputs
@@ -129,7 +129,7 @@ def profile(
 
     def see(module: Classifier, inputs: tuple[Any, ...]) -> None:
         if has_image:
-            looks.extend(look(one) for one in inputs[0].permute(0, 2, 3, 1).contiguous().cpu().numpy())
+            looks.extend(measure_image(one) for one in inputs[0].permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
     questions = [SampleInput(lambda i=i: read(i), s.text, s.has_image) for i, s in enumerate(samples)]  # type: ignore[misc]
     hook = classifier.register_forward_pre_hook(see)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refract.augment.decoding.formats import format_of
-from refract.augment.image_statistics import look
+from refract.augment.image_statistics import measure_image
 from refract.models.bundle.bundle import Bundle
 from refract.models.prediction import confidences, given_labels
 from refract.serve.requests.decoding import RequestImages
@@ -147,7 +147,7 @@ class DataCapture:
     def _write(self, sample: _Sample) -> None:
         row = sample.row
         if sample.pixels is not None:
-            row["statistics"] |= {name: round(value, 6) for name, value in look(sample.pixels)._asdict().items()}
+            row["statistics"] |= {name: round(value, 6) for name, value in measure_image(sample.pixels)._asdict().items()}
         if sample.encoded and (name := self._images.keep(_name() + _suffix(sample.encoded), sample.encoded)):
             row["image"] = f"images/{name}"
         self._rows.add((json.dumps(row, ensure_ascii=False) + "\n").encode())

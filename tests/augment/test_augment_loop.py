@@ -115,7 +115,7 @@ def test_batch_samplers_go_around() -> None:
     batches = DataLoader(AugmentedDataset(PAIRS, AUGMENTER), batch_sampler=sampler)
     assert [seen(batches), seen(batches)] == [expected(0), expected(1)]
     with pytest.raises(
-        TypeError, match=r"the sampler gave \[0, 1\] \(list\) in place of an index; .* batch sampler around"
+        TypeError, match=r"the sampler yielded \[0, 1\] \(list\) instead of an index; .* batch sampler around"
     ):
         list(EpochSampler(BatchSampler(range(4), 2, drop_last=False)))
 
@@ -233,7 +233,7 @@ def test_a_second_epoch_of_plain_indices_warns_once(workers: int, persistent: bo
         "for _ in range(3): list(loader)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stderr.count("a second epoch is read by plain indices") == 1, done.stderr
+    assert done.stderr.count("a second epoch uses plain indices") == 1, done.stderr
 
 
 def test_nothing_warns_without_need() -> None:

@@ -86,9 +86,9 @@ def test_views_come_in_the_same_form() -> None:
         ({"output": "float"}, r"output: 'float' is not one of uint8, uint8_chw, float32; did you mean float32\?"),
         ({"channels": 4}, r"channels: 4 is neither 3 \(RGB\) nor 1 \(luma\)"),
         ({"mean": 0.5}, "mean, std: output 'uint8' is not normalised; pass output='float32'"),
-        ({"output": "float32", "channels": 1}, "channels=1 has no default; pass one number each"),
+        ({"output": "float32", "channels": 1}, "channels=1 has no default; pass one number for each"),
         ({"output": "float32", "std": [0.2, 0.0, 0.2]}, r"std: \[0.2, 0.0, 0.2\] is not positive"),
-        ({"output": "float32", "mean": [0.5, 0.5]}, r"mean: \[0.5, 0.5\] is not one finite number, nor 3 of them"),
+        ({"output": "float32", "mean": [0.5, 0.5]}, r"mean: \[0.5, 0.5\] is neither one finite number nor 3 of them"),
     ],
 )
 def test_mistakes_are_named(options, message: str) -> None:

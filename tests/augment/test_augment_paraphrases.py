@@ -85,7 +85,7 @@ def test_paraphrases_are_of_the_text_as_it_was(tmp_path: Path) -> None:
         [{"nlpaug.KeyboardAug": {}}, back],
     )
     for policy in late:
-        with pytest.raises(PolicyError, match="BackTranslation comes after .*, and a text that was changed has no"):
+        with pytest.raises(PolicyError, match="BackTranslation follows .*, but a changed text has no"):
             load_policy(policy)
     first = (
         [back, "WordSwap"],

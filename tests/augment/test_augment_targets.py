@@ -187,7 +187,7 @@ def test_what_cannot_be_followed_is_refused_by_name(entry, name: str) -> None:
     plan = plan_of(entry)
     for apply in (lambda: NONE.apply_mask(plan, MASK), lambda: NONE.apply_boxes(plan, [[0, 0, 5, 5]])):
         with pytest.raises(
-            ValueError, match=f"masks and boxes cannot follow {name}, which moves pixels in its own way"
+            ValueError, match=f"masks and boxes cannot follow {name}: it moves pixels in an unknown way"
         ):
             apply()
 

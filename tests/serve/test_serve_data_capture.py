@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refract.augment.image_statistics import look
+from refract.augment.image_statistics import measure_image
 from refract.serve.http.app import create_app
 from refract.serve.requests.decoding import RequestImages, read
 from refract.serve.rollout.data_capture import WAITING, DataCapture, _DiskQuota
@@ -49,7 +49,7 @@ def test_what_is_asked_is_kept_with_the_numbers_that_the_answer_had(bundle, serv
         assert row["answered"] == [answer["label"]] and row["confidence"] == pytest.approx(
             answer["confidence"], abs=1e-5
         )
-        expected = {"width": 90, "height": 60, "aspect": 1.5, **look(preprocess(one))._asdict()}
+        expected = {"width": 90, "height": 60, "aspect": 1.5, **measure_image(preprocess(one))._asdict()}
         assert row["statistics"] == pytest.approx(expected, abs=1e-5)
         kept = row["image"] and (tmp_path / "log" / row["image"]).read_bytes()
         assert kept == (one if answer["confidence"] < 0.4 else None)
