@@ -1,4 +1,4 @@
-"""The ops: one class each, a file for each family. `OPS` maps the names used in policies and plans to the classes."""
+"""Augmentation ops: one class for each op, one file for each family. `OPS` maps the op names of policies and plans to classes."""
 
 from collections.abc import Mapping
 from types import MappingProxyType

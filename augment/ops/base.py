@@ -1,4 +1,7 @@
-"""What every op is: validated parameters and a draw. What a drawn op *does* is the matter of its kind (`geometric.py`, `color.py`, …)."""
+"""The base class of all ops, and the checks of their parameters.
+
+An op validates parameters and draws random arguments. The file of its kind (`geometric.py`, `color.py`, …) applies them to pixels.
+"""
 
 import difflib
 import math
@@ -11,10 +14,10 @@ import numpy as np
 from refract.augment.plan import Step
 
 LARGEST = 1e9
-"""What a number in a policy may be where its own meaning sets no bound: more would leave what floating point tells apart."""
+"""Largest absolute value of a parameter without a specific bound; floating point loses precision above it."""
 
 LARGEST_SIDE = 32_767
-"""Pixels; OpenCV's warps count in 16 bits."""
+"""Largest side of an image in pixels: OpenCV's warps use signed 16-bit coordinates."""
 
 Args = dict[str, Any]
 Size = tuple[int, int]
@@ -22,14 +25,15 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """Parameters, checked when the op is made; ValueError names the parameter, the value and what is accepted.
+    """Validate an op's parameters at construction and draw its arguments for each sample.
 
-    p: probability in [0, 1] that a sample gets the op at all.
+    p: probability in [0, 1] that the op applies to a sample.
+    Raises ValueError with the parameter, its value and the accepted values.
     """
 
     kind: ClassVar[str]
     by_epoch: ClassVar[bool] = True
-    """Whether each epoch has its own stream; where not, `steps` sees the epoch, but draws the same in all."""
+    """Whether each epoch has its own random stream. If false, `steps` receives the epoch but draws the same numbers in all epochs."""
     p: float = 1.0
 
     def __post_init__(self) -> None:
@@ -37,16 +41,16 @@ class Op:
 
     @property
     def name(self) -> str:
-        """What the op is called in a policy."""
+        """The op's name in a policy."""
         return type(self).__name__
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args | None:
-        """The op's numbers for one sample of `size` (height, width), JSON values only; None where it would change nothing."""
+        """Draw the arguments for one sample of `size` (height, width). JSON values only; None if the op would change nothing."""
         raise NotImplementedError
 
     def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
-        """What the op adds to a plan: with probability p its own step; ops that hold ops add theirs."""
-        # `p` takes the stream's first number even where it is 1, so that changing it leaves the other draws as they were.
+        """Draw the steps that the op adds to a plan: its own step with probability p; composition ops add the steps of their ops."""
+        # `p` consumes the first number of the stream even if it is 1, so that a change of `p` does not change the other draws.
         if rng.random() >= self.p:
             return []
         args = self.draw(rng, size)
@@ -57,18 +61,18 @@ class Op:
 
 
 def below(rng: np.random.Generator, count: int) -> int:
-    """A uniform whole number of 0 … count − 1; 0.3 µs where `rng.integers` takes 2.5."""
+    """Draw a uniform integer from 0 … count − 1. Takes 0.3 µs, `rng.integers` 2.5 µs."""
     return int(rng.random() * count)
 
 
 def between(rng: np.random.Generator, edges: Any) -> float:
-    """Uniform in [low, high); the same number as `rng.uniform` gives, in a third of the time."""
+    """Draw a uniform float from [low, high): the same value as `rng.uniform`, in a third of the time."""
     low, high = edges
     return low + (high - low) * rng.random()
 
 
 def number(name: str, value: Any, low: float, high: float) -> float:
-    """A finite number in [low, high]."""
+    """Check that `value` is a finite number in [low, high] and return it."""
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float))
@@ -80,18 +84,21 @@ def number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def interval(name: str, value: Any, low: float, high: float) -> tuple[float, float]:
-    """A pair (a, b) with low ≤ a ≤ b ≤ high; one number a stands for (a, a)."""
+    """Check and return a pair (a, b) with low ≤ a ≤ b ≤ high. One number a means (a, a)."""
     pair = value if isinstance(value, (list, tuple)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"{name}: {value!r} is not a number or a pair [low, high]")
     first, last = (number(name, item, low, high) for item in pair)
     if first > last:
-        raise ValueError(f"{name}: {value!r} has its low end above its high end")
+        raise ValueError(f"{name}: {value!r} has its lower bound above its upper bound")
     return first, last
 
 
 def around(name: str, value: Any, low: float, high: float, centre: float) -> tuple[float, float]:
-    """As `interval`, but one number a stands for (centre − a, centre + a), cut to [low, high]."""
+    """Check as `interval` does, but one number a means (centre − a, centre + a), with the lower bound clipped to `low`.
+
+    A number larger than high − centre raises ValueError.
+    """
     if isinstance(value, (list, tuple)):
         return interval(name, value, low, high)
     spread = number(name, value, 0, math.inf if high == math.inf else high - centre)
@@ -99,38 +106,39 @@ def around(name: str, value: Any, low: float, high: float, centre: float) -> tup
 
 
 def pixels(name: str, value: Any) -> Size:
-    """(height, width), both in 1 … `LARGEST_SIDE`; one integer stands for a square."""
+    """Check and return (height, width), both in 1 … `LARGEST_SIDE`. One integer means a square."""
     pair = value if isinstance(value, (list, tuple)) else (value, value)
     if len(pair) != 2 or not all(type(item) is int and 0 < item <= LARGEST_SIDE for item in pair):
         raise ValueError(
-            f"{name}: {value!r} is not a positive whole number of pixels, nor a pair [height, width] of them, at most {LARGEST_SIDE}"
+            f"{name}: {value!r} is not a side in pixels or a pair [height, width]; accepted: whole numbers in [1, {LARGEST_SIDE}]"
         )
     return pair[0], pair[1]
 
 
 def whole(name: str, value: Any, low: int, high: int = LARGEST_SIDE) -> int:
-    """A whole number in [low, high]."""
+    """Check that `value` is an integer in [low, high] and return it."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{name}: {value!r} is not a whole number in [{low}, {high}]")
     return value
 
 
 def choice(name: str, value: Any, accepted: tuple[str, ...]) -> str:
+    """Check that `value` is one of the accepted strings and return it."""
     if value not in accepted:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(accepted)}")
     return value
 
 
 def color(name: str, value: Any) -> tuple[int, int, int]:
-    """RGB in 0…255; one number stands for grey."""
+    """Check and return (R, G, B), each in 0…255. One number means a grey level."""
     triple = value if isinstance(value, (list, tuple)) else (value, value, value)
     if len(triple) != 3 or not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 255 for v in triple):
-        raise ValueError(f"{name}: {value!r} is not a grey level 0…255, nor a list of three of them (R, G, B)")
+        raise ValueError(f"{name}: {value!r} is not a grey level in 0…255 or a list [R, G, B] of three")
     return triple[0], triple[1], triple[2]
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing where no known name is near."""
+    """Return `; did you mean X?`, or an empty string if no known name is similar."""
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else ""
 

@@ -1,4 +1,4 @@
-"""Ops that map each pixel's colour by a matrix, so that neighbours fuse to one pass over the image."""
+"""Ops that map each pixel's colour by a matrix. Consecutive ops fuse to one pass over the image."""
 
 import math
 from collections.abc import Mapping
@@ -11,21 +11,23 @@ import numpy as np
 from refract.augment.ops.base import Args, Op, Size, around, below, between, interval, number
 
 LUMA = np.array([0.299, 0.587, 0.114])
-"""The grey of an RGB colour: ITU-R BT.601."""
+"""Weights of R, G and B in the grey value: ITU-R BT.601."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColorOp(Op):
+    """An op that is one 4×4 matrix on (R, G, B, 1)."""
+
     kind: ClassVar[str] = "color"
 
     @staticmethod
     def needs_mean(args: Args) -> bool:
-        """Whether `color` looks at the mean."""
+        """Whether `color` reads the mean colour."""
         return False
 
     @staticmethod
     def color(args: Args, mean: np.ndarray) -> np.ndarray:
-        """The 4×4 float64 matrix on (R, G, B, 1), in grey levels, of a drawn op. mean: (3,) the input's mean colour, in grey levels."""
+        """Return the 4×4 float64 matrix of a drawn op on (R, G, B, 1), in grey levels. mean: (3,) mean colour of the input."""
         raise NotImplementedError
 
 
@@ -57,9 +59,9 @@ class Brightness(_Factor):
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast(_Factor):
-    """Move all values away from the image's mean grey, or towards it, by a factor drawn uniformly. As torchvision's and Pillow's.
+    """Scale the difference from the image's mean grey by a factor drawn uniformly. As torchvision's and Pillow's.
 
-    factor: one number a means [max(0, 1 − a), 1 + a]; 1 changes nothing, 0 leaves the mean grey.
+    factor: one number a means [max(0, 1 − a), 1 + a]; 1 changes nothing, 0 gives the mean grey.
     """
 
     @staticmethod
@@ -76,9 +78,9 @@ class Contrast(_Factor):
 
 @dataclass(frozen=True, kw_only=True)
 class Saturation(_Factor):
-    """Move each colour away from its own grey, or towards it, by a factor drawn uniformly.
+    """Scale each colour's difference from its grey value by a factor drawn uniformly.
 
-    factor: one number a means [max(0, 1 − a), 1 + a]; 1 changes nothing, 0 leaves a grey image.
+    factor: one number a means [max(0, 1 − a), 1 + a]; 1 changes nothing, 0 gives a grey image.
     """
 
     @staticmethod
@@ -91,10 +93,10 @@ class Saturation(_Factor):
 
 @dataclass(frozen=True, kw_only=True)
 class Hue(ColorOp):
-    """Turn the hue by a share of the colour circle drawn uniformly; red towards green.
+    """Rotate the hue by a fraction of the colour circle drawn uniformly. Positive values rotate red towards green.
 
-    turns: in [−0.5, 0.5]; one number a means [−a, a]. A rotation about the grey axis, which keeps the mean of R, G and B; one in HSV,
-    which keeps their maximum and minimum, is what `exact: true` on the policy gives.
+    turns: in [−0.5, 0.5]; one number a means [−a, a]. The op rotates about the grey axis, which keeps the mean of R, G and B. With
+    `exact: true` in the policy it rotates in HSV, which keeps their maximum and minimum.
     """
 
     turns: float | tuple[float, float] = 0.05
@@ -108,7 +110,7 @@ class Hue(ColorOp):
 
     @staticmethod
     def color(args: Args, mean: np.ndarray) -> np.ndarray:
-        # Rodrigues' formula for a turn about (1, 1, 1).
+        # Rodrigues' formula for a rotation about (1, 1, 1).
         angle = 2 * math.pi * args["turns"]
         cos, sin = math.cos(angle), math.sin(angle) / math.sqrt(3)
         rest = (1 - cos) / 3
@@ -126,12 +128,12 @@ _JITTER: dict[str, tuple[type[ColorOp], str, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ColorJitter(ColorOp):
-    """Change brightness, contrast, saturation and hue, in a drawn order.
+    """Change brightness, contrast, saturation and hue, in a random order.
 
-    brightness, contrast, saturation: factors; one number a means [max(0, 1 − a), 1 + a]. hue: turns of the colour circle, in
+    brightness, contrast, saturation: factors; one number a means [max(0, 1 − a), 1 + a]. hue: fraction of the colour circle, in
     [−0.5, 0.5]; one number a means [−a, a]. All drawn uniformly. Contrast is about the image's mean grey, as torchvision's.
-    Source: Krizhevsky et al. 2012 (the idea); torchvision's ColorJitter (the parameters). Deviations: one matrix, so nothing is
-    clipped between the four; hue as in `Hue`.
+    Source: Krizhevsky et al. 2012 (the idea); torchvision's ColorJitter (the parameters). Deviations: one matrix, so values
+    are not clipped between the four; hue as in `Hue`.
     """
 
     brightness: float | tuple[float, float] = 0.0
@@ -146,13 +148,13 @@ class ColorJitter(ColorOp):
         self._set("hue", around("hue", self.hue, -0.5, 0.5, 0))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        left = [(name, between(rng, getattr(self, name)), neutral) for name, (_, _, neutral) in _JITTER.items()]
-        drawn = {}
-        while left:
-            name, amount, neutral = left.pop(below(rng, len(left)))
+        remaining = [(name, between(rng, getattr(self, name)), neutral) for name, (_, _, neutral) in _JITTER.items()]
+        amounts = {}
+        while remaining:
+            name, amount, neutral = remaining.pop(below(rng, len(remaining)))
             if amount != neutral:
-                drawn[name] = amount
-        return drawn
+                amounts[name] = amount
+        return amounts
 
     @staticmethod
     def needs_mean(args: Args) -> bool:
@@ -163,19 +165,19 @@ class ColorJitter(ColorOp):
         total = np.eye(4)
         for name, amount in args.items():
             op, parameter, _ = _JITTER[name]
-            here = total[:3, :3] @ mean + total[:3, 3] if name == "contrast" else mean
-            total = op.color({parameter: amount}, here) @ total
+            current_mean = total[:3, :3] @ mean + total[:3, 3] if name == "contrast" else mean
+            total = op.color({parameter: amount}, current_mean) @ total
         return total
 
     @staticmethod
     def parts(args: Args) -> list[tuple[str, Args]]:
-        """The single ops that a drawn jitter does in turn, as (name, args)."""
+        """Return the single ops of a drawn jitter in order, as (name, args)."""
         return [(_JITTER[name][0].__name__, {_JITTER[name][1]: amount}) for name, amount in args.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grayscale(ColorOp):
-    """Replace each colour by its grey (ITU-R BT.601), in three equal channels."""
+    """Replace each colour by its grey value (ITU-R BT.601), in three equal channels."""
 
     p: float = 0.1
 
@@ -191,7 +193,7 @@ class Grayscale(ColorOp):
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelShuffle(ColorOp):
-    """Put the three channels in an order drawn uniformly from all six. Exact."""
+    """Permute the three channels; the order is drawn uniformly from all six. Exact."""
 
     p: float = 0.1
 
@@ -205,7 +207,7 @@ class ChannelShuffle(ColorOp):
 
 @dataclass(frozen=True, kw_only=True)
 class RGBShift(ColorOp):
-    """Add to each channel its own number of grey levels, drawn uniformly.
+    """Add a separate number of grey levels, drawn uniformly, to each channel.
 
     levels: in [−255, 255]; one number a means [−a, a].
     """
@@ -231,9 +233,9 @@ _IMAGENET_VALUES = np.array([0.2175, 0.0188, 0.0045])
 
 @dataclass(frozen=True, kw_only=True)
 class PCALighting(ColorOp):
-    """Add a multiple of each principal component of ImageNet's colours, by normal numbers times the component's eigenvalue.
+    """Add each principal component of ImageNet's colours, scaled by a normal number times the component's eigenvalue.
 
-    sigma: standard deviation of those numbers, at least 0; the paper's is 0.1.
+    sigma: standard deviation of the normal numbers, at least 0; 0.1 in the paper.
     Source: Krizhevsky et al. 2012, "ImageNet classification with deep convolutional neural networks", section 4.1.
     """
 
@@ -253,9 +255,9 @@ class PCALighting(ColorOp):
 
 @dataclass(frozen=True, kw_only=True)
 class ColorTemperature(ColorOp):
-    """Show the image as if its light, taken to be of 6500 K, had another colour temperature; the brightness of white is kept.
+    """Change the colour temperature of the light, assuming 6500 K for the input. Keeps the brightness of white.
 
-    kelvin: in [2000, 20000], drawn uniformly in its reciprocal, which is nearer to even steps for the eye; low is orange, high is blue.
+    kelvin: in [2000, 20000], drawn uniformly in its reciprocal, which is closer to perceptually even steps. Low is orange, high is blue.
     Source: the black body's chromaticity after Kang et al. 2002, "Design of advanced color temperature control system for HDTV
     applications", J. Korean Physical Society 41(6), equations 7 to 9. Gains are applied to the gamma-coded values.
     """
@@ -278,7 +280,7 @@ class ColorTemperature(ColorOp):
 
 
 def _black_body(kelvin: float) -> np.ndarray:
-    """Linear sRGB of a black body of luminance 1."""
+    """Return the linear sRGB colour, shape (3,), of a black body of luminance 1."""
     t = 1e3 / kelvin
     if kelvin <= 4000:
         x = -0.2661239 * t**3 - 0.2343589 * t**2 + 0.8776956 * t + 0.179910
@@ -296,12 +298,12 @@ def _black_body(kelvin: float) -> np.ndarray:
 
 
 def gains(red: float, green: float, blue: float) -> np.ndarray:
-    """4×4: each channel multiplied."""
+    """Return the 4×4 matrix that multiplies each channel."""
     return np.array([[red, 0, 0, 0], [0, green, 0, 0], [0, 0, blue, 0], [0, 0, 0, 1.0]])
 
 
 def shifts(red: float, green: float, blue: float) -> np.ndarray:
-    """4×4: grey levels added to each channel."""
+    """Return the 4×4 matrix that adds grey levels to each channel."""
     return np.array([[1, 0, 0, red], [0, 1, 0, green], [0, 0, 1, blue], [0, 0, 0, 1.0]])
 
 

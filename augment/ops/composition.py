@@ -1,6 +1,6 @@
-"""Ops that hold ops: they choose which of them a sample gets. Only the chosen ones appear in its plan.
+"""Composition ops: they hold other ops and choose which of them apply to a sample. A plan lists only the chosen ops.
 
-A parameter `ops` is a list as a policy's own: `[{Rotate: {degrees: 10}}, HorizontalFlip]`, or ops made in Python.
+The parameter `ops` is a list in a policy's format, `[{Rotate: {degrees: 10}}, HorizontalFlip]`, or a list of `Op` instances.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,10 @@ from refract.augment.plan import Step
 
 @dataclass(frozen=True, kw_only=True)
 class CompositionOp(Op):
-    """ops: those to choose from, at least one; either all of them mix the batch (MixUp, CutMix), or none does;
-    and either all of them change texts, or none does."""
+    """ops: the ops to choose from, at least one.
+
+    Batch-mixing ops (MixUp, CutMix) combine only with each other, and so do text ops; ValueError otherwise.
+    """
 
     kind: ClassVar[str] = "choice"
     ops: tuple[Op, ...]
@@ -27,36 +29,36 @@ class CompositionOp(Op):
         super().__post_init__()
         self._set("ops", _read("ops", self.ops))
         if not self.ops:
-            raise ValueError("ops: an empty list leaves nothing to choose from")
+            raise ValueError("ops: the list is empty; add at least one op")
         if len({mixes_batch(op) for op in self.ops}) > 1:
-            raise ValueError("ops: those that mix the batch (MixUp, CutMix) cannot be chosen beside those that do not")
+            raise ValueError("ops: batch-mixing ops (MixUp, CutMix) and other ops need separate lists")
         if len({changes_text(op) for op in self.ops}) > 1:
-            raise ValueError("ops: those that change texts cannot be chosen beside those that change images")
+            raise ValueError("ops: text ops and image ops need separate lists")
 
 
 def mixes_batch(op: Op) -> bool:
-    """Whether an op, or what it holds, mixes the batch."""
-    return op.kind == "batch" or (isinstance(op, CompositionOp) and any(mixes_batch(own) for own in op.ops))
+    """Whether the op, or an op that it holds, mixes samples of the batch."""
+    return op.kind == "batch" or (isinstance(op, CompositionOp) and any(mixes_batch(inner) for inner in op.ops))
 
 
 def changes_text(op: Op) -> bool:
-    """Whether an op, or what it holds, changes texts."""
-    return op.kind == "text" or (isinstance(op, CompositionOp) and any(changes_text(own) for own in op.ops))
+    """Whether the op, or an op that it holds, changes texts."""
+    return op.kind == "text" or (isinstance(op, CompositionOp) and any(changes_text(inner) for inner in op.ops))
 
 
 def may_move(op: Op) -> bool:
-    """Whether an op, or what it holds, is geometric."""
-    return isinstance(op, GeometricOp) or (isinstance(op, CompositionOp) and any(may_move(own) for own in op.ops))
+    """Whether the op, or an op that it holds, is geometric."""
+    return isinstance(op, GeometricOp) or (isinstance(op, CompositionOp) and any(may_move(inner) for inner in op.ops))
 
 
 def _read(name: str, entries: Any) -> tuple[Op, ...]:
-    from refract.augment.policy import read_ops  # the policy's reader knows every op, these here too
+    from refract.augment.policy import read_ops  # a late import: the policy module imports this one
 
     return tuple(read_ops(entries, name))
 
 
 def draw_in_turn(ops: Sequence[Op], rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
-    """The steps of all the ops, each drawn for the size that the ones before leave."""
+    """Draw the steps of all ops in order. Each op draws for the output size of the ops before it."""
     steps: list[Step] = []
     for op in ops:
         drawn = op.steps(rng, size, epoch)
@@ -66,7 +68,7 @@ def draw_in_turn(ops: Sequence[Op], rng: np.random.Generator, size: Size, epoch:
 
 
 def size_after(steps: Sequence[Step], size: Size) -> Size:
-    """(height, width) of an image of `size` after the steps."""
+    """Return (height, width) of an image of `size` after the steps."""
     from refract.augment.ops import OPS
 
     for step in steps:
@@ -78,7 +80,7 @@ def size_after(steps: Sequence[Step], size: Size) -> Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Compose(CompositionOp):
-    """All of the ops in their order, together with probability `p` or none of them."""
+    """Apply all ops in order with probability `p`, otherwise none."""
 
     def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
         return draw_in_turn(self.ops, rng, size, epoch) if rng.random() < self.p else []
@@ -86,7 +88,7 @@ class Compose(CompositionOp):
 
 @dataclass(frozen=True, kw_only=True)
 class Sometimes(CompositionOp):
-    """With probability `p` the ops, otherwise those of `otherwise`, each list in its order."""
+    """Apply `ops` in order with probability `p`, otherwise apply `otherwise` in order."""
 
     p: float = 0.5
     otherwise: tuple[Op, ...] = ()
@@ -101,9 +103,9 @@ class Sometimes(CompositionOp):
 
 @dataclass(frozen=True, kw_only=True)
 class OneOf(CompositionOp):
-    """One of the ops; the chosen op's own p then decides whether it acts.
+    """Choose one of the ops; the chosen op's own p then decides whether it applies.
 
-    weights: how likely each is, positive, in any unit; none means equally.
+    weights: one relative weight per op, at least 0, not all zero; an empty list means equal weights.
     """
 
     weights: tuple[float, ...] = ()
@@ -122,9 +124,9 @@ class OneOf(CompositionOp):
 
 @dataclass(frozen=True, kw_only=True)
 class SomeOf(CompositionOp):
-    """A drawn number of the ops, none twice, in the policy's order.
+    """Apply a random subset of the ops, in the policy's order.
 
-    count: how many, one number or [low, high], drawn uniformly among the whole numbers; in_order: false puts them in a drawn order.
+    count: size of the subset, one number or [low, high], drawn uniformly among the whole numbers. in_order: false shuffles the subset.
     """
 
     count: int | tuple[int, int] = (1, 2)
@@ -152,9 +154,9 @@ class SomeOf(CompositionOp):
 
 @dataclass(frozen=True, kw_only=True)
 class During(CompositionOp):
-    """The ops in their order, in some epochs only.
+    """Apply the ops in order during a range of epochs.
 
-    epochs: [first, last], counted from 0, both included; a last of null means to the end.
+    epochs: [first, last], counted from 0, both included; `last: null` means until the end of training.
     """
 
     epochs: tuple[int, int | None] = (0, None)
@@ -165,7 +167,7 @@ class During(CompositionOp):
             raise ValueError(f"epochs: {self.epochs!r} is not a pair [first, last]")
         first, last = self.epochs
         if whole("epochs", first, 0, 10**9) > (whole("epochs", last, 0, 10**9) if last is not None else first):
-            raise ValueError(f"epochs: {self.epochs!r} ends before it begins")
+            raise ValueError(f"epochs: {self.epochs!r} ends before it starts")
         self._set("epochs", (first, last))
 
     def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
@@ -177,10 +179,10 @@ class During(CompositionOp):
 
 @dataclass(frozen=True, kw_only=True)
 class Ramp(CompositionOp):
-    """One op whose parameters go from those of its first form to those of its second over the epochs, in equal steps.
+    """Interpolate one op's parameters linearly over the epochs.
 
-    ops: two entries of the same op, as it is at the first and at the last of `epochs`; every number that differs between them is
-    interpolated, whole numbers to the nearest. Before the first epoch it is the first form, after the last the second.
+    ops: two entries of the same op, with its parameters in the first and in the last of `epochs`. Numbers that differ are interpolated;
+    whole numbers are rounded. Earlier epochs use the first entry, later epochs the second.
     """
 
     epochs: tuple[int, int] = (0, 10)
@@ -188,47 +190,49 @@ class Ramp(CompositionOp):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.ops) != 2 or type(self.ops[0]) is not type(self.ops[1]) or isinstance(self.ops[0], CompositionOp):
-            raise ValueError("ops: expected two entries of one simple op, its first and its last form")
+            raise ValueError(
+                "ops: expected two entries of the same op, with its first and its last parameters; composition ops are not accepted"
+            )
         if not isinstance(self.epochs, (list, tuple)) or len(self.epochs) != 2:
             raise ValueError(f"epochs: {self.epochs!r} is not a pair [first, last]")
         if whole("epochs", self.epochs[0], 0, 10**9) >= whole("epochs", self.epochs[1], 0, 10**9):
-            raise ValueError(f"epochs: {self.epochs!r} does not end after it begins")
+            raise ValueError(f"epochs: {self.epochs!r} does not end after it starts")
         first, last = self.epochs
         if last - first > 10_000:
-            raise ValueError(f"epochs: {self.epochs!r} are more than 10,000")
+            raise ValueError(f"epochs: {self.epochs!r} spans more than 10,000 epochs")
         self._set("epochs", (first, last))
-        # All forms now, so that one that cannot be is told before training.
-        self._set("_forms", tuple(self._form(epoch) for epoch in range(first, last + 1)))
+        # Building the op of every epoch here reports invalid parameters before training.
+        self._set("_op_of_epoch", tuple(self._interpolated(epoch) for epoch in range(first, last + 1)))
 
     def at(self, epoch: int) -> Op:
-        """The op as it is in an epoch."""
+        """Return the op with the parameters of an epoch."""
         first, last = self.epochs
-        form: Op = self._forms[min(max(epoch, first), last) - first]  # type: ignore[attr-defined]
-        return form
+        op: Op = self._op_of_epoch[min(max(epoch, first), last) - first]  # type: ignore[attr-defined]
+        return op
 
-    def _form(self, epoch: int) -> Op:
+    def _interpolated(self, epoch: int) -> Op:
         first, last = self.epochs
-        one, other = self.ops
-        names = [item.name for item in fields(one)]
-        share = (epoch - first) / (last - first)
+        first_op, last_op = self.ops
+        names = [item.name for item in fields(first_op)]
+        fraction = (epoch - first) / (last - first)
         try:
-            values = {name: _between(name, getattr(one, name), getattr(other, name), share) for name in names}
-            return type(one)(**values)
+            values = {name: _lerp(name, getattr(first_op, name), getattr(last_op, name), fraction) for name in names}
+            return type(first_op)(**values)
         except ValueError as error:
-            raise ValueError(f"ops: cannot be joined in epoch {epoch}: {error}") from error
+            raise ValueError(f"ops: cannot be interpolated in epoch {epoch}: {error}") from error
 
     def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
         return self.at(epoch).steps(rng, size, epoch) if rng.random() < self.p else []
 
 
-def _between(name: str, first: Any, last: Any, share: float) -> Any:
+def _lerp(name: str, first: Any, last: Any, fraction: float) -> Any:
     if isinstance(first, tuple) and isinstance(last, tuple) and len(first) == len(last):
-        return tuple(_between(name, a, b, share) for a, b in zip(first, last, strict=True))
+        return tuple(_lerp(name, a, b, fraction) for a, b in zip(first, last, strict=True))
     if first == last:
         return first
     if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in (first, last)):
-        raise ValueError(f"{name} goes from {first!r} to {last!r}, and only numbers have something in between")
-    value = first + share * (last - first)
+        raise ValueError(f"{name}: {first!r} and {last!r} cannot be interpolated; only numbers may differ")
+    value = first + fraction * (last - first)
     return round(value) if isinstance(first, int) and isinstance(last, int) else value
 
 
@@ -237,7 +241,7 @@ def _weights(weights: Any, count: int) -> tuple[float, ...]:
         raise ValueError(f"weights: expected {count} numbers, one for each op, got {weights!r}")
     checked = tuple(number("weights", weight, 0, 1e12) for weight in weights)
     if checked and sum(checked) <= 0:
-        raise ValueError(f"weights: {weights!r} are all zero")
+        raise ValueError(f"weights: {weights!r} are all zero; at least one must be positive")
     return checked
 
 

@@ -1,10 +1,12 @@
 """The 19 corruptions of robustness tests, at severities 1 to 5.
 
 Source: Hendrycks & Dietterich 2019, "Benchmarking neural network robustness to common corruptions and perturbations", arXiv:1903.12261,
-section 4 and its published constants, which are meant for 224 × 224. Deviations: lengths in pixels are scaled with the shorter side, so
-that other sizes are as hard to see through; glass blur gathers from random neighbours instead of swapping them one by one; frost is
-drawn (ridges of smooth noise) as bright and as rich in contrast as the photos of frost that the authors overlay; fog repeats beyond a
-square of 256/224 of the shorter side. `tests/augment/test_augment_corruption.py` states what each does.
+section 4, with its published constants for 224 × 224. `tests/augment/test_augment_corruption.py` states the effect of each. Deviations:
+
+- Lengths in pixels scale with the shorter side, so that a severity is equally hard at other sizes.
+- Glass blur gathers from random neighbours instead of swapping pixels one by one.
+- Frost is synthetic (ridges of smooth noise), with the brightness and contrast of the frost photos that the authors overlay.
+- Fog repeats beyond a square of 256/224 of the shorter side.
 """
 
 import math
@@ -22,7 +24,8 @@ from refract.augment.ops.color import LUMA
 from refract.augment.ops.filters import motion_kernel
 from refract.augment.ops.pixel import PixelOp
 
-# pixels: float32 H×W×3 in 0…1; level: 0…4; unit: shorter side / 224. Returns the same form; values may lie outside, they are clipped.
+# pixels: float32 H×W×3 in 0…1; level: severity − 1, 0…4; unit: shorter side / 224.
+# Returns float32 H×W×3; `corrupt` clips values outside 0…1.
 Corrupt = Callable[[np.ndarray, int, np.random.Generator, float], np.ndarray]
 
 
@@ -102,7 +105,7 @@ def _frost(pixels: np.ndarray, level: int, rng: np.random.Generator, unit: float
     return keep * pixels + amount * _ice(pixels.shape[:2], rng, unit)
 
 
-# Mean colour and contrast (standard deviation inside a crop of 224 × 224) of the five photos of frost that the authors overlay.
+# Mean colour and contrast (standard deviation inside a crop of 224 × 224) of the five frost photos that the authors overlay.
 _PANES = (
     ((0.305, 0.585, 0.650), 0.062),
     ((0.787, 0.805, 0.841), 0.080),
@@ -113,10 +116,10 @@ _PANES = (
 
 
 def _ice(size: Size, rng: np.random.Generator, unit: float) -> np.ndarray:
-    """A frosted pane, float32 H×W×3 in 0…1: needles on clouds, as bright and as rich in contrast as a photo of frost."""
+    """Return a frost texture, float32 H×W×3 in 0…1: needles on clouds, with the brightness and contrast of a frost photo."""
     color, contrast = _PANES[int(rng.integers(len(_PANES)))]
     brightness = 0.03 * rng.standard_normal()
-    # Needles: ridges where noise that is long in one direction crosses its middle. Their widths give the spectrum of the photos.
+    # Needles: ridges at the zero crossings of directional noise. Their widths match the spectrum of the photos.
     ridges = np.zeros(size, np.float32)
     for _ in range(4):
         noise = rng.standard_normal(size, np.float32)
@@ -208,13 +211,13 @@ def _saturate(pixels: np.ndarray, level: int, rng: np.random.Generator, unit: fl
 def _blurred(pixels: np.ndarray, sigma: float) -> np.ndarray:
     if sigma < 0.05:
         return pixels
-    # Above this sigma the kernel is wider than any image of the size that it was scaled for.
+    # The kernel covers three sigma on each side.
     side = 2 * math.ceil(3 * sigma) + 1
     return cv2.GaussianBlur(pixels, (side, side), sigma, borderType=cv2.BORDER_REFLECT)
 
 
 def _moved(pixels: np.ndarray, radius: float, sigma: float, degrees: float) -> np.ndarray:
-    """Blurred along a line by one side of a Gaussian, as ImageMagick's motion blur is."""
+    """Blur along a line with a one-sided Gaussian, as ImageMagick's motion blur does."""
     reach = max(1, math.ceil(radius))
     weights = np.exp(-0.5 * (np.arange(reach + 1) / max(sigma, 1e-3)) ** 2)
     kernel = np.zeros((2 * reach + 3, 2 * reach + 3), np.float32)
@@ -225,7 +228,7 @@ def _moved(pixels: np.ndarray, radius: float, sigma: float, degrees: float) -> n
 
 
 def _zoomed(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """The middle, enlarged by a factor of at least 1."""
+    """Enlarge the centre by a factor of at least 1."""
     height, width = pixels.shape[:2]
     matrix = np.array(
         [[1 / factor, 0, (width - 1) / 2 * (1 - 1 / factor)], [0, 1 / factor, (height - 1) / 2 * (1 - 1 / factor)]]
@@ -238,11 +241,12 @@ _PLASMA_SIDE = 256
 
 
 def _plasma(size: Size, decay: float, rng: np.random.Generator, unit: float) -> np.ndarray:
-    """A plasma fractal, float32 of `size`, scaled so that its map of 256 × 256 fills 0…1.
+    """Return a plasma fractal, float32 of `size`; its map of 256 × 256 spans 0…1.
 
-    Midpoint displacement on a torus: each round halves the spacing of the known points and gives each new point the mean of its four
-    neighbours plus uniform noise. The noise shrinks by decay² a round, as in the authors' code. The map covers 256 pixels of a
-    side of 224; further pixels repeat it without a seam. Source: Fournier, Fussell & Carpenter 1982, "Computer rendering of stochastic
+    Midpoint displacement on a torus: each round halves the spacing of the points, and each new point is the mean of its four
+    neighbours plus uniform noise. The noise shrinks by decay² per round, as in the authors' code. The map covers 256 pixels of an image
+    with a side of 224; pixels beyond it repeat it without a seam.
+    Source: Fournier, Fussell & Carpenter 1982, "Computer rendering of stochastic
     models", section 3.
     """
     points: np.ndarray = np.zeros((1, 1), np.float32)
@@ -260,7 +264,7 @@ def _plasma(size: Size, decay: float, rng: np.random.Generator, unit: float) -> 
 
 
 def _displaced(points: np.ndarray, amplitude: float, rng: np.random.Generator) -> np.ndarray:
-    """Heights at half the spacing: (N, N) to (2N, 2N), both periodic."""
+    """Halve the spacing of a periodic height map: (N, N) to (2N, 2N)."""
 
     def noise() -> np.ndarray:
         return rng.uniform(-amplitude, amplitude, points.shape).astype(np.float32)
@@ -275,7 +279,7 @@ def _displaced(points: np.ndarray, amplitude: float, rng: np.random.Generator) -
 
 
 def _standardized(values: np.ndarray) -> np.ndarray:
-    """The values with mean 0 and standard deviation 1; zeros where all are alike."""
+    """Scale the values to mean 0 and standard deviation 1; zeros if all values are equal."""
     return (values - values.mean()) / max(float(values.std()), 1e-6)
 
 
@@ -306,9 +310,9 @@ CORRUPTIONS: Mapping[str, Corrupt] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Corruption(PixelOp):
-    """One of the 19 corruptions of ImageNet-C, for robustness tests rather than training.
+    """Apply one of the 19 corruptions of ImageNet-C, for robustness tests rather than training.
 
-    names: those to draw from, each equally likely; `all`, one name or a list. severity: in [1, 5], drawn uniformly among the whole numbers.
+    names: `all`, one name or a list; the op draws one uniformly. severity: in [1, 5], drawn uniformly among the whole numbers.
     Source: Hendrycks & Dietterich 2019, arXiv:1903.12261; deviations in `refract.augment.ops.corruption`.
     """
 
@@ -317,13 +321,13 @@ class Corruption(PixelOp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        asked: Any = CORRUPTIONS if self.names == "all" else [self.names] if isinstance(self.names, str) else self.names
-        for name in asked:
+        names: Any = CORRUPTIONS if self.names == "all" else [self.names] if isinstance(self.names, str) else self.names
+        for name in names:
             if name not in CORRUPTIONS:
                 raise ValueError(f"names: no corruption is called {name!r}; known: all, {', '.join(CORRUPTIONS)}")
-        if not asked:
-            raise ValueError("names: an empty list leaves nothing to draw from")
-        self._set("names", tuple(asked))
+        if not names:
+            raise ValueError("names: the list is empty; add at least one corruption, or use all")
+        self._set("names", tuple(names))
         low, high = interval("severity", self.severity, 1, 5)
         self._set("severity", (whole("severity", low, 1), whole("severity", high, 1)))
 
@@ -342,7 +346,10 @@ class Corruption(PixelOp):
 
 
 def corrupt(image: np.ndarray, name: str, severity: int, *, seed: int) -> np.ndarray:
-    """A new uint8 H×W×3 array. name: of `CORRUPTIONS`; severity: 1…5; the same seed gives the same pixels. ValueError for others."""
+    """Return a corrupted copy of `image`, uint8 H×W×3.
+
+    name: a key of `CORRUPTIONS`; severity: 1…5; the same seed gives the same pixels. Raises ValueError for another name or severity.
+    """
     if name not in CORRUPTIONS:
         raise ValueError(f"no corruption is called {name!r}; known: {', '.join(CORRUPTIONS)}")
     if isinstance(severity, bool) or severity not in (1, 2, 3, 4, 5):

@@ -1,4 +1,4 @@
-"""Geometric ops that cut, pad and resize: a box of the input, resampled to a size."""
+"""Geometric ops that crop, pad and resize: each resamples a box of the input to an output size."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from refract.augment.ops.geometric import (
 
 @dataclass(frozen=True, kw_only=True)
 class _Crop(GeometricOp):
-    """A box (top, left, height, width) of the input, possibly reaching beyond it, resampled to `size`."""
+    """Resample the box (top, left, height, width) of the input to `size`. The box may extend beyond the input."""
 
     @staticmethod
     def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:
@@ -37,7 +37,7 @@ class _Crop(GeometricOp):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomCrop(_Crop):
-    """Cut `size` (pixels, or [height, width]) at a uniform place; a smaller image is placed uniformly on `fill`. Exact."""
+    """Crop `size` (pixels, or [height, width]) at a uniform position. A smaller image gets a uniform position on `fill`. Exact."""
 
     size: int | tuple[int, int]
     fill: int | tuple[int, int, int] = 0
@@ -56,7 +56,7 @@ class RandomCrop(_Crop):
 
 @dataclass(frozen=True, kw_only=True)
 class PadAndCrop(_Crop):
-    """Pad by `padding` pixels on every side, then cut the image's own size at a uniform place: the classic CIFAR shift. Exact.
+    """Pad by `padding` pixels on every side, then crop to the original size at a uniform position: the CIFAR shift. Exact.
 
     Source: He et al. 2016, "Deep residual learning", section 4.2 (padding 4).
     """
@@ -77,7 +77,7 @@ class PadAndCrop(_Crop):
 
 @dataclass(frozen=True, kw_only=True)
 class Resize(_Crop):
-    """Resample to `size` (pixels, or [height, width]); the ratio of the sides is not kept.
+    """Resample to `size` (pixels, or [height, width]). The aspect ratio may change.
 
     interpolation: `bilinear` or `bicubic`.
     """
@@ -96,11 +96,12 @@ class Resize(_Crop):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop(_Crop):
-    """Cut a box of a random share of the area and a random ratio of the sides, and resample it to `size`.
+    """Crop a box of random area and aspect ratio, and resample it to `size`.
 
-    scale: share of the image's area, in (0, 1]; drawn uniformly. ratio: width / height; drawn uniformly in its logarithm.
-    Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6. As torchvision's, after ten draws that do not fit the
-    largest centred box of a permitted ratio is taken. interpolation: `bilinear` or `bicubic`.
+    scale: fraction of the image's area, in (0, 1]; drawn uniformly. ratio: width / height; drawn uniformly in its logarithm.
+    interpolation: `bilinear` or `bicubic`.
+    After ten draws that do not fit, the op crops the largest centred box of a permitted ratio, as torchvision does.
+    Source: Szegedy et al. 2015, "Going deeper with convolutions", section 6.
     """
 
     size: int | tuple[int, int] = 224
@@ -123,7 +124,12 @@ class RandomResizedCrop(_Crop):
             ratio = math.exp(low + (high - low) * rng.random())
             box_height, box_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < box_height <= height and 0 < box_width <= width:
-                box = [random_offset(rng, height - box_height), random_offset(rng, width - box_width), box_height, box_width]
+                box = [
+                    random_offset(rng, height - box_height),
+                    random_offset(rng, width - box_width),
+                    box_height,
+                    box_width,
+                ]
                 break
         else:
             ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
@@ -135,7 +141,7 @@ class RandomResizedCrop(_Crop):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomScale(_Crop):
-    """Resample both sides by one factor drawn uniformly from `scale`, each in [0.05, 20]; the output's size follows."""
+    """Scale both sides by one factor drawn uniformly from `scale`, in [0.05, 20]. The output size changes with the factor."""
 
     scale: tuple[float, float] = (0.8, 1.25)
     interpolation: str = "bilinear"
@@ -152,7 +158,7 @@ class RandomScale(_Crop):
 
 @dataclass(frozen=True, kw_only=True)
 class CenterCrop(_Crop):
-    """Cut `size` (pixels, or [height, width]) from the middle; a smaller image is placed in the middle of `fill`. Exact."""
+    """Crop `size` (pixels, or [height, width]) from the centre. A smaller image is centred on `fill`. Exact."""
 
     size: int | tuple[int, int]
     fill: int | tuple[int, int, int] = 0
@@ -171,7 +177,7 @@ class CenterCrop(_Crop):
 
 @dataclass(frozen=True, kw_only=True)
 class Pad(_Crop):
-    """Pad each side that is shorter than `size` (pixels, or [height, width]) to it, the image in the middle. Exact."""
+    """Pad height and width to at least `size` (pixels, or [height, width]), with the image centred. Exact."""
 
     size: int | tuple[int, int]
     fill: int | tuple[int, int, int] = 0
@@ -192,7 +198,7 @@ class Pad(_Crop):
 
 @dataclass(frozen=True, kw_only=True)
 class ShortestSide(_Crop):
-    """Resample so that the shorter side has `size` pixels; the ratio of the sides is kept, within rounding."""
+    """Resample so that the shorter side has `size` pixels. Keeps the aspect ratio, within rounding."""
 
     size: int
     interpolation: str = "bilinear"
@@ -209,7 +215,7 @@ class ShortestSide(_Crop):
 
 @dataclass(frozen=True, kw_only=True)
 class LongestSide(_Crop):
-    """Resample so that the longer side has `size` pixels; the ratio of the sides is kept, within rounding."""
+    """Resample so that the longer side has `size` pixels. Keeps the aspect ratio, within rounding."""
 
     size: int
     interpolation: str = "bilinear"

@@ -1,4 +1,4 @@
-"""Warps that are no matrix: each pixel of the result has its own place in the input. Bilinear; the image is mirrored at its edge."""
+"""Non-linear warps: a displacement field maps each output pixel to an input point. Bilinear, with a reflected border."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DeformOp(PixelOp):
+    """An op that is one coordinate map."""
+
     @staticmethod
     def maps(args: Args, size: Size) -> tuple[np.ndarray, np.ndarray]:
-        """(x, y), both float32 of `size`: the input point that each pixel shows, pixel centres at whole numbers."""
+        """Return (x, y), both float32 of `size`: the input point of each output pixel. Pixel centres are at integers."""
         raise NotImplementedError
 
     @classmethod
@@ -36,25 +38,25 @@ class DeformOp(PixelOp):
 
         height, width = images.shape[-2:]
         maps = np.stack([np.stack(cls.maps(drawn, (height, width)), -1) for drawn in args])
-        # grid_sample counts from −1 at the left edge to 1 at the right edge.
+        # grid_sample's coordinates run from −1 at the left edge to 1 at the right edge.
         grid = on_device((2 * maps + 1) / (width, height) - 1, images.device, torch.float32)
         sampled = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
         return to_uint8(sampled)
 
 
 _CUBIC_GAIN = 0.857
-"""Standard deviation of independent numbers of deviation 1 after OpenCV's cubic joined them in two directions."""
+"""Standard deviation of unit-variance numbers after OpenCV's cubic interpolation in two directions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticDeform(DeformOp):
-    """Move each pixel by a smooth random field, as if the image were drawn on rubber.
+    """Move each pixel by a smooth random displacement field.
 
-    alpha: standard deviation of the movement in pixels, at least 0, drawn uniformly. sigma: over how many pixels the
-    field changes, at least 1.
+    alpha: standard deviation of the displacement in pixels, at least 0, drawn uniformly. sigma: length scale of the field in pixels,
+    at least 1.
     Source: Simard et al. 2003, "Best practices for convolutional neural networks applied to visual document analysis", section 2.
-    Deviations: normal numbers on a grid of spacing 2·sigma, joined by a cubic, in place of a field of uniform numbers blurred by a Gaussian
-    of sigma (as smooth, and 30 times as fast at sigma 10); alpha is the movement itself, not a factor before the blur.
+    Deviations: cubic interpolation of normal numbers on a grid of spacing 2·sigma, in place of uniform numbers blurred by a Gaussian of
+    sigma (as smooth, and 30 times as fast at sigma 10); alpha is the displacement itself, not a factor before the blur.
     """
 
     alpha: float | tuple[float, float] = (1.0, 4.0)
@@ -81,9 +83,9 @@ class ElasticDeform(DeformOp):
 
 @dataclass(frozen=True, kw_only=True)
 class GridDistortion(DeformOp):
-    """Stretch and squeeze the cells of a grid, each column and each row by its own factor; the whole stays in the frame.
+    """Stretch each column and each row of a grid by a separate factor. The grid as a whole keeps its size.
 
-    cells: along each side, at least 1. distortion: the factors are drawn uniformly from [1 − a, 1 + a], a in [0, 1).
+    cells: number of cells along each side, at least 1. distortion: a in [0, 1); factors are drawn uniformly from [1 − a, 1 + a].
     """
 
     cells: int = 5
@@ -93,7 +95,7 @@ class GridDistortion(DeformOp):
         super().__post_init__()
         self._set("cells", whole("cells", self.cells, 1))
         if number("distortion", self.distortion, 0, 1) == 1:
-            raise ValueError("distortion: 1 can squeeze a cell to nothing; it must be below 1")
+            raise ValueError("distortion: 1 allows a cell of width zero; accepted: [0, 1)")
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         low, high = 1 - self.distortion, 1 + self.distortion
@@ -106,10 +108,10 @@ class GridDistortion(DeformOp):
 
 
 def _stretched(factors: Sequence[float], length: int) -> np.ndarray:
-    """Where each of `length` pixel centres lies in the input, when cell i of the result shows factors[i] times its share of it."""
+    """Return the input position of each of `length` pixel centres. Output cell i covers an input width proportional to factors[i]."""
     ends = np.concatenate([[0], np.cumsum(factors)]) * (length / sum(factors))
-    places = np.interp(np.arange(length) + 0.5, np.linspace(0, length, len(ends)), ends)
-    return (places - 0.5).astype(np.float32)
+    positions = np.interp(np.arange(length) + 0.5, np.linspace(0, length, len(ends)), ends)
+    return (positions - 0.5).astype(np.float32)
 
 
 DEFORM: Mapping[str, type[PixelOp]] = MappingProxyType(

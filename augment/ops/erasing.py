@@ -1,4 +1,4 @@
-"""Ops that paint over boxes of the image: (top, left, height, width) in pixels, inside the image."""
+"""Erasing ops: they paint over boxes (top, left, height, width) in pixels, inside the image."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ErasingOp(Op):
-    """Drawn as `boxes` and either `fill` (RGB, or `mean` for the image's own) or `offset` (of the table of random pixels)."""
+    """Paint the drawn `boxes` with `fill` (RGB, or `mean` for the image's mean colour) or with table entries from `offset`."""
 
     kind: ClassVar[str] = "region"
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
-        """A new uint8 H×W×3 array; `image` is not changed."""
+        """Return a new uint8 H×W×3 array. `image` is not modified."""
         result = image.copy()
         if "offset" in args:
             paint = stretch(uniform_table(), args["offset"], image.size).reshape(image.shape)
@@ -36,13 +36,13 @@ class ErasingOp(Op):
             return result
         fill = [round(value) for value in cv2.mean(image)[:3]] if args["fill"] == "mean" else args["fill"]
         for top, left, height, width in args["boxes"]:
-            # Painting is a thirtieth of NumPy's assignment of a colour to a slice.
+            # 30 times as fast as assigning a colour to a NumPy slice.
             cv2.rectangle(result, (left, top, width, height), fill, cv2.FILLED)
         return result
 
     @staticmethod
     def on_batch(args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
-        """A new uint8 N×3×H×W tensor, sample i with args[i]; `images` is not changed."""
+        """Return a new uint8 N×3×H×W tensor; args[i] belongs to sample i. `images` is not modified."""
         import torch
 
         inside = _inside([a["boxes"] for a in args], images)
@@ -66,33 +66,34 @@ class ErasingOp(Op):
 
 
 def _inside(boxes: Sequence[Sequence[Sequence[int]]], images: "torch.Tensor") -> "torch.Tensor":
-    """(N, 1, H, W) bool: which pixels lie in any of the sample's boxes."""
+    """Return (N, 1, H, W) bool: true for pixels inside a box of the sample."""
     import torch
 
-    most = max(1, *(len(own) for own in boxes))
-    edges = on_device([[*own, *[[0, 0, 0, 0]] * (most - len(own))] for own in boxes], images.device)
+    most = max(1, *(len(sample_boxes) for sample_boxes in boxes))
+    padded = [[*sample_boxes, *[[0, 0, 0, 0]] * (most - len(sample_boxes))] for sample_boxes in boxes]
+    edges = on_device(padded, images.device)
     top, left, height, width = edges.unsqueeze(-1).unbind(2)
     rows = torch.arange(images.shape[2], device=images.device)
     columns = torch.arange(images.shape[3], device=images.device)
     down = ((rows >= top) & (rows < top + height)).float()
     across = ((columns >= left) & (columns < left + width)).float()
-    # A pixel's count of boxes is a sum over boxes of row × column: one product of matrices.
+    # The number of boxes over a pixel is a sum over boxes of row × column: one matrix product.
     return (down.transpose(1, 2) @ across > 0.5).unsqueeze(1)
 
 
 def paint(name: str, value: Any) -> str | tuple[int, int, int]:
-    """`random` (each pixel its own uniform colour), `mean` (the image's own), a grey level or RGB in 0…255."""
+    """Check and return a paint: `random` (a uniform colour per pixel), `mean` (the image's mean colour), a grey level or RGB in 0…255."""
     if isinstance(value, str):
         if value not in ("random", "mean"):
             raise ValueError(
-                f"{name}: {value!r} is neither random nor mean, nor a grey level 0…255, nor a list of three of them"
+                f"{name}: {value!r} is not a paint; accepted: random, mean, a grey level in 0…255 or a list [R, G, B]"
             )
         return value
     return color(name, value)
 
 
 def _painted(rng: np.random.Generator, value: Any) -> Args:
-    """What of a drawn op says the paint; the offset is drawn last."""
+    """Return the paint as arguments of a step. For `random`, draws the offset last."""
     if value == "random":
         return {"offset": below(rng, TABLE_SIZE)}
     return {"fill": value if isinstance(value, str) else list(value)}
@@ -100,10 +101,10 @@ def _painted(rng: np.random.Generator, value: Any) -> Args:
 
 @dataclass(frozen=True, kw_only=True)
 class Cutout(ErasingOp):
-    """Paint squares over, each centred on a uniform pixel, so that they may reach over the edge and are cut there.
+    """Paint over squares, each centred on a uniform pixel and clipped at the image's edge.
 
-    length: the square's side, in pixels where a whole number, as a share of the shorter side where a fraction in (0, 1).
-    holes: how many squares. fill: grey level or RGB in 0…255.
+    length: side of the squares; a whole number counts pixels, a number in (0, 1) is a fraction of the shorter side.
+    holes: number of squares. fill: grey level or RGB in 0…255.
     Source: DeVries & Taylor 2017, arXiv:1708.04552, section 3.
     """
 
@@ -135,12 +136,13 @@ class Cutout(ErasingOp):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomErasing(ErasingOp):
-    """Paint one box of a random share of the area and a random ratio over, inside the image.
+    """Paint over one box of random area and aspect ratio, inside the image.
 
-    scale: share of the area, in (0, 1]; ratio: height / width, drawn uniformly in its logarithm; value: `random` (each pixel its own
-    uniform colour), `mean` (the image's), a grey level or RGB in 0…255. After 100 draws that do not fit, nothing is erased.
-    Source: Zhong et al. 2020, arXiv:1708.04896, algorithm 1. Deviation: the paper draws the ratio uniformly, this (as torchvision)
-    uniformly in its logarithm, so that tall and wide are equally likely.
+    scale: fraction of the image's area, in (0, 1], drawn uniformly. ratio: height / width, drawn uniformly in its logarithm.
+    value: `random` (a uniform colour per pixel), `mean` (the image's mean colour), a grey level or RGB in 0…255.
+    After 100 draws that do not fit, the op erases nothing.
+    Source: Zhong et al. 2020, arXiv:1708.04896, algorithm 1. Deviation: the paper draws the ratio uniformly. This op (as torchvision)
+    draws it uniformly in its logarithm, so that tall and wide boxes are equally likely.
     """
 
     p: float = 0.5
@@ -169,10 +171,10 @@ class RandomErasing(ErasingOp):
 
 @dataclass(frozen=True, kw_only=True)
 class CoarseDropout(ErasingOp):
-    """Paint a drawn number of boxes over, at uniform places inside the image.
+    """Paint over a random number of boxes at uniform positions inside the image.
 
-    holes: how many, at least 1, drawn uniformly among the whole numbers. size: each box's height and width, drawn apart, as shares of the
-    image's, in (0, 1]. fill: `random`, `mean`, a grey level or RGB in 0…255.
+    holes: number of boxes, at least 1, drawn uniformly among the whole numbers. size: height and width of each box, drawn separately,
+    as fractions of the image's height and width, in (0, 1]. fill: `random`, `mean`, a grey level or RGB in 0…255.
     """
 
     holes: int | tuple[int, int] = (1, 8)
@@ -197,12 +199,12 @@ class CoarseDropout(ErasingOp):
 
 @dataclass(frozen=True, kw_only=True)
 class GridMask(ErasingOp):
-    """Paint the squares of a regular grid over, whose spacing and place are drawn.
+    """Paint over the squares of a regular grid with random spacing and position.
 
-    spacing: from one square to the next, as a share of the shorter side, in (0, 1], drawn uniformly. ratio: a square's side as a share of
-    the spacing, in (0, 1). fill: as for `CoarseDropout`.
-    Source: Chen et al. 2020, arXiv:2001.04086, section 3. Deviations: the grid is not turned; `ratio` is the covered share of a side, where
-    the paper's r is the kept one.
+    spacing: distance between squares as a fraction of the shorter side, in (0, 1], drawn uniformly. ratio: a square's side as a
+    fraction of the spacing, in (0, 1). fill: as for `CoarseDropout`.
+    Source: Chen et al. 2020, arXiv:2001.04086, section 3. Deviations: the grid is not rotated; `ratio` is the covered fraction of a
+    side, while the paper's r is the visible fraction.
     """
 
     spacing: float | tuple[float, float] = (0.2, 0.5)
@@ -235,9 +237,10 @@ class GridMask(ErasingOp):
 
 @dataclass(frozen=True, kw_only=True)
 class HideAndSeek(ErasingOp):
-    """Cut the image into cells × cells boxes and paint each over with one probability.
+    """Divide the image into cells × cells boxes and paint over each with the same probability.
 
-    cells: along each side, at least 1. hide: probability in [0, 1]. fill: as for `CoarseDropout`; the paper's is the mean colour.
+    cells: number of cells along each side, at least 1. hide: probability in [0, 1]. fill: as for `CoarseDropout`; the paper uses the
+    mean colour.
     Source: Singh & Lee 2017, arXiv:1704.04232, section 3.1.
     """
 

@@ -1,9 +1,12 @@
-"""Transforms of other libraries inside a policy: `albumentations.RandomFog: {p: 0.2}`, `imgaug.Snowflakes: {}`.
+"""Adapters for third-party transforms in a policy: `albumentations.RandomFog: {p: 0.2}`, `imgaug.Snowflakes: {}`.
 
-Each gets a seed of the sample's own, from the same key as every op. The libraries' traps are kept in here: albumentations and imgaug carry
-their random state in the transform, so each thread has transforms of its own; torchvision and some of imgaug's draw from a global
-generator, so their calls take turns and put it back. What other code draws from PyTorch's generator meanwhile in the same process is not
-kept out: use loader workers, whose processes do nothing else. A library is imported when a policy names one of its transforms, not before.
+Each call seeds the transform for its sample, from the same key as every op. The adapters isolate the libraries' random state:
+
+- albumentations and imgaug store random state in the transform, so each thread has separate instances.
+- torchvision and some imgaug transforms draw from a global generator. A lock serialises their calls and each call restores the generator.
+- Other code of the process can still draw from PyTorch's global generator during a call. Loader workers avoid this.
+
+A library is imported when a policy names one of its transforms.
 """
 
 import inspect
@@ -24,16 +27,17 @@ from refract.augment.ops.pixel import PixelOp
 from refract.augment.plan import Step
 
 Run = Callable[[int, np.ndarray], np.ndarray]
+_EXTRA = "refract[guests]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guest(PixelOp):
-    """A transform of albumentations, imgaug or torchvision (v2), seeded for each sample.
+    """Apply a transform of albumentations, imgaug or torchvision (v2), seeded for each sample.
 
-    transform: its library and class, such as `albumentations.RandomFog`. parameters: its own, JSON values; its own `p` becomes 1, as this
-    op's decides. In a policy `albumentations.RandomFog: {p: 0.2, alpha_coef: 0.1}` is short for it; in that form the `p` of an imgaug
-    transform that has one (Dropout's share, say) is that one. It must leave an image's size as it is, and is tried when the policy is
-    read, on an image that is not square.
+    transform: library and class, such as `albumentations.RandomFog`. parameters: the transform's parameters, JSON values. The op's `p`
+    replaces the transform's `p`, which becomes 1. `albumentations.RandomFog: {p: 0.2, alpha_coef: 0.1}` in a policy is the short form.
+    In the short form, `p` goes to an imgaug transform that has a parameter `p` (such as Dropout's ratio).
+    The transform must keep the image's size. Reading a policy runs it on a trial image that is not square.
     """
 
     transform: str
@@ -49,9 +53,7 @@ class Guest(PixelOp):
         try:
             self._set("parameters", json.loads(json.dumps(self.parameters)))
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"parameters: {self.parameters!r} are not plain numbers, texts and lists ({error})"
-            ) from error
+            raise ValueError(f"parameters: {self.parameters!r} are not JSON values ({error})") from error
         _try(self.transform, json.dumps(self.parameters, sort_keys=True))
 
     @property
@@ -69,14 +71,14 @@ class Guest(PixelOp):
         run = _instance(args["transform"], json.dumps(args["parameters"], sort_keys=True))
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the guests' own deprecated calls
+                warnings.simplefilter("ignore")  # the libraries call deprecated functions
                 result = np.asarray(run(args["seed"], image.copy()))
-        except Exception as error:  # whatever another library raises for an argument that it cannot work with
+        except Exception as error:  # third-party code: the exception types are unknown
             raise ValueError(f"{args['transform']} failed: {type(error).__name__}: {error}") from error
         if result.dtype != np.uint8 or result.shape != image.shape:
             raise ValueError(
-                f"{args['transform']} turned uint8 {image.shape} into {result.dtype} {result.shape}; a guest must keep both "
-                "(crops and resizing are ops of Refract's own)"
+                f"{args['transform']} turned uint8 {image.shape} into {result.dtype} {result.shape}; a third-party transform "
+                "must keep dtype and shape. Crop and resize with Refract's ops"
             )
         return result
 
@@ -85,12 +87,15 @@ class Guest(PixelOp):
         kind = _find(args["transform"])
         if args["transform"].startswith("albumentations."):
             return not issubclass(kind, _albumentations()[0].ImageOnlyTransform)
-        return kind.__module__.rpartition(".")[2] not in _STILL
+        return kind.__module__.rpartition(".")[2] not in _FIXED_MODULES
 
 
 @cache
 def _try(transform: str, parameters: str) -> None:
-    """ValueError for a transform that fails or changes the size, be it in some draws only, as turns by 90° do."""
+    """Run the transform with several seeds: some transforms, such as rotations by 90°, change the size in some draws only.
+
+    Raises ValueError if a run fails or changes the size.
+    """
     trial = np.full((48, 64, 3), 120, np.uint8)
     for seed in range(_TRIALS):
         Guest.on_image({"transform": transform, "parameters": json.loads(parameters), "seed": seed}, trial)
@@ -98,40 +103,41 @@ def _try(transform: str, parameters: str) -> None:
 
 _TRIALS = 16
 
-_STILL = (
+_FIXED_MODULES = (
     "_augment", "_color", "_misc",  # of torchvision
     "arithmetic", "artistic", "blur", "color", "contrast", "convolutional", "edges", "weather",  # of imgaug
 )  # fmt: skip
-"""Modules of other libraries whose transforms leave every pixel in its place."""
+"""Modules whose transforms move no pixels."""
 
 
 def external_transform(name: str, parameters: Mapping[str, Any]) -> Guest:
-    """The op that `name: parameters` in a policy is short for. name: `library.Transform`."""
-    own = dict(parameters)
+    """Build the op for the short form `name: parameters` of a policy. name: `library.Transform`."""
+    options = dict(parameters)
     if name.startswith("imgaug.") and "p" in _signature(_find(name)):
-        return Guest(transform=name, parameters=own)
-    p = own.pop("p", 1.0)
-    return Guest(transform=name, parameters=own, p=p)
+        return Guest(transform=name, parameters=options)
+    p = options.pop("p", 1.0)
+    return Guest(transform=name, parameters=options, p=p)
 
 
 def is_external(name: Any) -> bool:
+    """Whether a policy entry names a transform of a supported library."""
     return isinstance(name, str) and name.partition(".")[0] in LIBRARIES and "." in name
 
 
 _thread = threading.local()
-_turn = threading.Lock()
+_global_generator_lock = threading.Lock()
 
 
 def _instance(transform: str, parameters: str) -> Run:
-    """This thread's transform, made once."""
-    made = _thread.__dict__.setdefault("made", {})
+    """Return this thread's instance of the transform; each thread builds its instance once."""
+    instances = _thread.__dict__.setdefault("instances", {})
     key = (transform, parameters)
-    if key not in made:
-        made[key] = _make(transform, json.loads(parameters))
-    return made[key]
+    if key not in instances:
+        instances[key] = _build(transform, json.loads(parameters))
+    return instances[key]
 
 
-def _make(transform: str, parameters: dict[str, Any]) -> Run:
+def _build(transform: str, parameters: dict[str, Any]) -> Run:
     kind = _find(transform)
     known = _signature(kind)
     for name in parameters:
@@ -143,10 +149,10 @@ def _make(transform: str, parameters: dict[str, Any]) -> Run:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = kind(**parameters)
-    except Exception as error:  # as above
-        raise ValueError(f"{transform} refused its parameters: {error}") from error
-    return LIBRARIES[library][1](made)
+            instance = kind(**parameters)
+    except Exception as error:  # third-party code: the exception types are unknown
+        raise ValueError(f"{transform} rejected its parameters: {error}") from error
+    return LIBRARIES[library][1](instance)
 
 
 def _find(transform: str) -> type:
@@ -160,21 +166,18 @@ def _find(transform: str) -> type:
 
 
 def _signature(kind: type) -> list[str]:
-    """Names of the parameters; none where any is accepted."""
+    """Return the names of the parameters; an empty list if the class accepts any keyword."""
     parameters = inspect.signature(kind).parameters.values()
     return [] if any(item.kind is item.VAR_KEYWORD for item in parameters) else [item.name for item in parameters]
 
 
 def _missing(library: str, error: ImportError) -> ValueError:
-    return ValueError(
-        f"{library} is not installed ({error}); install Refract with its guests: pip install 'refract[guests]'"
-    )
+    return ValueError(f"{library} is not installed ({error}); run: pip install '{_EXTRA}'")
 
 
 def _albumentations() -> tuple[Any, type]:
-    os.environ.setdefault(
-        "NO_ALBUMENTATIONS_UPDATE", "1"
-    )  # it asks the package registry for a newer version at import otherwise
+    # Without this variable, the import queries the package registry for a newer version.
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     try:
         import albumentations
     except ImportError as error:
@@ -182,16 +185,16 @@ def _albumentations() -> tuple[Any, type]:
     return albumentations, albumentations.BasicTransform
 
 
-def _run_albumentations(made: Any) -> Run:
+def _run_albumentations(instance: Any) -> Run:
     def run(seed: int, image: np.ndarray) -> np.ndarray:
-        made.set_random_seed(seed)
-        return made(image=image)["image"]
+        instance.set_random_seed(seed)
+        return instance(image=image)["image"]
 
     return run
 
 
 def _imgaug() -> tuple[Any, type]:
-    # Version 0.4.0 is the last and older than NumPy 2, which dropped these names.
+    # imgaug 0.4.0, its last version, uses these names, which NumPy 2 removed.
     for name, value in (
         ("sctypes", {"int": [np.int8, np.int16, np.int32, np.int64], "uint": [np.uint8, np.uint16, np.uint32, np.uint64],
                      "float": [np.float16, np.float32, np.float64]}),
@@ -208,16 +211,16 @@ def _imgaug() -> tuple[Any, type]:
     return iaa, iaa.Augmenter
 
 
-def _run_imgaug(made: Any) -> Run:
+def _run_imgaug(instance: Any) -> Run:
     from imgaug import random
 
     def run(seed: int, image: np.ndarray) -> np.ndarray:
-        with _turn:  # some augmenters draw from imgaug's global generator
+        with _global_generator_lock:  # some augmenters draw from imgaug's global generator
             state = random.get_global_rng().state
             try:
                 random.seed(seed)
-                made.seed_(seed)
-                return made(image=image)
+                instance.seed_(seed)
+                return instance(image=image)
             finally:
                 random.get_global_rng().set_state_(state)
 
@@ -230,17 +233,15 @@ def _torchvision() -> tuple[Any, type]:
     return v2, v2.Transform
 
 
-def _run_torchvision(made: Any) -> Run:
+def _run_torchvision(instance: Any) -> Run:
     import torch
 
     def run(seed: int, image: np.ndarray) -> np.ndarray:
-        with _turn:
+        with _global_generator_lock:
             state = torch.get_rng_state()
             try:
-                torch.default_generator.manual_seed(
-                    seed
-                )  # the CPU's alone: torch.manual_seed would reach into the GPU's
-                result = made(torch.from_numpy(image).permute(2, 0, 1))
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPU's generator
+                result = instance(torch.from_numpy(image).permute(2, 0, 1))
             finally:
                 torch.set_rng_state(state)
         return np.ascontiguousarray(result.permute(1, 2, 0).numpy())

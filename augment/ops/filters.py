@@ -1,4 +1,4 @@
-"""Filters: each pixel from its neighbourhood. Beyond the edge the image is mirrored about its last pixels."""
+"""Filter ops: they compute each pixel from its neighbourhood. The border is reflected about the last pixel."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianBlur(PixelOp):
-    """Blur by a Gaussian, cut at three standard deviations, to the nearest pixel.
+    """Blur with a Gaussian kernel, truncated at three standard deviations, rounded to whole pixels.
 
-    sigma: its standard deviation in pixels, in [0.05, 50], drawn uniformly.
+    sigma: standard deviation in pixels, in [0.05, 50], drawn uniformly.
     """
 
     sigma: float | tuple[float, float] = (0.1, 2.0)
@@ -36,7 +36,7 @@ class GaussianBlur(PixelOp):
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
-        # Two passes with our own kernel are twice as fast as OpenCV's GaussianBlur, which is made bit-exact for uint8.
+        # sepFilter2D is twice as fast as OpenCV's GaussianBlur, which is bit-exact for uint8.
         radius = _radius(args["sigma"])
         kernel = cv2.getGaussianKernel(2 * radius + 1, args["sigma"], cv2.CV_32F)
         return cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
@@ -50,15 +50,15 @@ class GaussianBlur(PixelOp):
 
 
 LONGEST = 101
-"""Pixels of a motion blur."""
+"""Longest motion blur in pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MotionBlur(PixelOp):
-    """Blur along a line, as when the camera or the thing moved.
+    """Blur along a line, like a motion of the camera or the object.
 
-    length: of the line in pixels, in [1, 101], drawn uniformly. degrees: its direction, counter-clockwise from the x axis; one number a
-    means [−a, a].
+    length: length of the line in pixels, in [1, 101], drawn uniformly. degrees: direction of the line, counter-clockwise from the x axis,
+    drawn uniformly; one number a means [−a, a].
     """
 
     length: float | tuple[float, float] = (3.0, 11.0)
@@ -90,9 +90,9 @@ class MotionBlur(PixelOp):
 
 @dataclass(frozen=True, kw_only=True)
 class Sharpen(PixelOp):
-    """Move each value away from its smoothed neighbourhood, or towards it, by a factor drawn uniformly. As Pillow's Sharpness.
+    """Scale each value's difference from its smoothed neighbourhood by a factor drawn uniformly. As Pillow's Sharpness.
 
-    factor: one number a means [max(0, 1 − a), 1 + a]; 1 changes nothing, 0 smooths. The outermost pixels stay.
+    factor: one number a means [max(0, 1 − a), 1 + a]; 1 changes nothing, 0 smooths. The outermost pixels are unchanged.
     """
 
     factor: float | tuple[float, float] = (0.5, 2.0)
@@ -108,7 +108,7 @@ class Sharpen(PixelOp):
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
         if min(image.shape[:2]) <= 2:
             return image.copy()
-        # The kernel is a share of the box's mean and the rest of the pixel itself: half the time of the nine taps.
+        # The kernel is a weighted sum of the 3×3 box mean and the pixel: half the time of nine taps.
         kernel = _sharpening(args["factor"])
         mean = 9 * float(kernel[0, 0])
         result = cv2.addWeighted(image, 1 - mean, cv2.blur(image, (3, 3)), mean, 0)
@@ -126,7 +126,7 @@ class Sharpen(PixelOp):
 
 @dataclass(frozen=True, kw_only=True)
 class JPEGCompression(PixelOp):
-    """Compress as JPEG (chroma halved) and decode again.
+    """Compress as JPEG (4:2:0 chroma subsampling) and decode.
 
     quality: in [1, 100], drawn uniformly among the whole numbers.
     """
@@ -150,10 +150,11 @@ class JPEGCompression(PixelOp):
 
 @dataclass(frozen=True, kw_only=True)
 class CLAHE(PixelOp):
-    """Equalise the lightness tile by tile, with limited contrast (contrast-limited adaptive histogram equalisation).
+    """Equalise the lightness per tile (contrast-limited adaptive histogram equalisation).
 
-    clip_limit: how much steeper than the mean a tile's curve may be, in [0.01, 100], drawn uniformly. tiles: along each side, at least 1.
-    Source: Zuiderveld 1994, Graphics Gems IV, VIII.5; on L of CIE L*a*b*, by OpenCV.
+    clip_limit: largest slope of a tile's curve relative to the mean slope, in [0.01, 100], drawn uniformly. tiles: number of tiles along
+    each side, at least 1.
+    Source: Zuiderveld 1994, Graphics Gems IV, VIII.5; OpenCV's implementation on L of CIE L*a*b*.
     """
 
     clip_limit: float | tuple[float, float] = (1.0, 4.0)
@@ -169,12 +170,12 @@ class CLAHE(PixelOp):
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
-        # A tile of no pixel has no histogram.
+        # Each tile needs at least one pixel.
         tiles = (max(1, min(args["tiles"], image.shape[1])), max(1, min(args["tiles"], image.shape[0])))
         lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
         lightness = cv2.extractChannel(lab, 0)
         cv2.createCLAHE(args["clip_limit"], tiles).apply(lightness, lightness)
-        # In place: large arrays cost more to get than to fill.
+        # In place: allocating a large array costs more than filling it.
         return cv2.cvtColor(cv2.insertChannel(lightness, lab, 0), cv2.COLOR_LAB2RGB, dst=lab)
 
 
@@ -182,16 +183,17 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 
 def _sharpening(factor: float) -> np.ndarray:
-    """3×3: factor · the pixel + (1 − factor) · its smoothed neighbourhood."""
+    """Return the 3×3 float32 kernel: factor · the pixel + (1 − factor) · its smoothed neighbourhood."""
     kernel = (1 - factor) * _SMOOTH
     kernel[1, 1] += factor
     return kernel.astype(np.float32)
 
 
 def motion_kernel(length: float, angle: float) -> np.ndarray:
-    """(h, w) float32 of sum 1, both odd: a line through the middle, `length` pixels long at 0° and 90°.
+    """Return the kernel of a line through the centre, `length` pixels long at 0° and 90°: (h, w) float32, sum 1, both sides odd.
 
-    Each column of it (or row, where it is steep) is one pixel, the nearest to the line: the time goes with the entries that are not zero.
+    Each column (each row, if the line is steep) has one non-zero entry, the pixel nearest to the line: the cost of a filter grows with the
+    number of non-zero entries. ValueError if the length is outside 0 … `LONGEST`.
     """
     if not 0 <= length <= LONGEST:
         raise ValueError(f"length: {length!r} is not a number in [0, {LONGEST}]")
@@ -214,29 +216,29 @@ def _radius(sigma: float) -> int:
 
 
 def _gauss(steps: np.ndarray, sigma: float) -> np.ndarray:
-    """Weights of sum 1, zero beyond three sigma as the cpu executor's."""
+    """Return Gaussian weights of sum 1, zero beyond three sigma, as in the CPU executor."""
     weights = np.exp(-0.5 * (steps / sigma) ** 2) * (np.abs(steps) <= _radius(sigma))
     return weights / weights.sum()
 
 
 def _convolved(pixels: "torch.Tensor", kernels: np.ndarray) -> "torch.Tensor":
-    """Each sample with its own kernel. pixels: float N×3×H×W; kernels: (N, h, w), both odd."""
+    """Convolve each sample with a separate kernel. pixels: float N×3×H×W; kernels: (N, h, w), h and w odd."""
     import torch.nn.functional as F
 
     count, channels, height, width = pixels.shape
     down, across = kernels.shape[1] // 2, kernels.shape[2] // 2
-    pixels = pixels[:, :, _mirrored(height, down)][:, :, :, _mirrored(width, across)]
+    pixels = pixels[:, :, _reflected_indices(height, down)][:, :, :, _reflected_indices(width, across)]
     weights = on_device(kernels, pixels.device, pixels.dtype).repeat_interleave(channels, 0).unsqueeze(1)
     flat = pixels.reshape(1, count * channels, *pixels.shape[2:])
     return F.conv2d(flat, weights, groups=count * channels).view(count, channels, height, width)
 
 
-def _mirrored(side: int, margin: int) -> np.ndarray:
-    """Indices −margin … side + margin − 1, mirrored into the image about its first and last pixel, as often as it takes."""
+def _reflected_indices(side: int, margin: int) -> np.ndarray:
+    """Return the indices −margin … side + margin − 1, reflected about the first and last pixel until they lie in the image."""
     if side == 1:
         return np.zeros(1 + 2 * margin, np.int64)
-    places = np.abs(np.arange(-margin, side + margin)) % (2 * side - 2)
-    return np.minimum(places, 2 * side - 2 - places)
+    indices = np.abs(np.arange(-margin, side + margin)) % (2 * side - 2)
+    return np.minimum(indices, 2 * side - 2 - indices)
 
 
 FILTERS: Mapping[str, type[PixelOp]] = MappingProxyType(

@@ -1,13 +1,17 @@
-"""Ops that move pixels: each gives a 3×3 matrix and an output size, so that neighbours fuse to one resampling.
+"""Geometric ops: each defines a 3×3 matrix and an output size, so that consecutive ops fuse to one resampling.
 
 A matrix maps points of the op's output to points of its input, in continuous coordinates (x right, y down; pixel i covers [i, i+1)).
-Because a chain is resampled once, from the source image, a later op sees past an earlier op's edge: a crop followed by a rotation
-fills its corners with the image around the crop where there is one, and with `fill` only beyond the source's edge.
+A chain is resampled once, from the source image, so a later op reads pixels beyond an earlier op's crop. A rotation after a crop fills
+its corners with the image around the crop, and with `fill` only beyond the source's edge.
 
-Parameters that several ops share: `fill`, grey level or RGB in 0…255, the colour beyond the image; `border`: `constant` (that fill),
-`edge` (the last pixel again), `reflect` (the image mirrored, last pixel included; torchvision's `symmetric`) or `reflect101` (mirrored
-about the centre of the last pixel, which is not repeated; torchvision's `reflect`). In a chain, the last op that has them decides.
-`interpolation`: `bilinear` or `bicubic` (Keys 1981, with a = −0.75, as OpenCV and PyTorch). A chain is bicubic where one of its ops is.
+Parameters of several ops:
+
+- `fill`: grey level or RGB in 0…255, the colour beyond the image.
+- `border`: `constant` (the fill), `edge` (repeats the last pixel), `reflect` (reflection including the last pixel; torchvision's
+  `symmetric`) or `reflect101` (reflection about the centre of the last pixel, which is not repeated; torchvision's `reflect`).
+- `interpolation`: `bilinear` or `bicubic` (Keys 1981, with a = −0.75, as OpenCV and PyTorch).
+
+The last op of a chain that has `fill` and `border` sets them for the chain. A chain is bicubic if one of its ops is.
 """
 
 from collections.abc import Mapping
@@ -24,27 +28,29 @@ BORDERS = ("constant", "edge", "reflect", "reflect101")
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 Matrix = tuple[float, float, float, float, float, float, float, float, float]
-"""3×3, row by row, in plain floats: for nine numbers an array costs more than the arithmetic."""
+"""A 3×3 matrix in row-major order. Nine plain floats: the overhead of an array exceeds the arithmetic."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeometricOp(Op):
+    """An op that is one 3×3 matrix on pixel coordinates."""
+
     kind: ClassVar[str] = "geometric"
 
     @staticmethod
     def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:
-        """(matrix from output to input points, output (height, width)) of a drawn op on an input of `size`."""
+        """Return (matrix from output points to input points, output (height, width)) for an input of `size`."""
         raise NotImplementedError
 
     @staticmethod
     def output_size(args: Args, size: Size) -> Size:
-        """(height, width) of the output; by default the input's."""
+        """Return (height, width) of the output; the default is the input's size."""
         return size
 
 
 @dataclass(frozen=True, kw_only=True)
 class HorizontalFlip(GeometricOp):
-    """Mirror left and right. Exact."""
+    """Flip left and right. Exact."""
 
     p: float = 0.5
 
@@ -58,10 +64,10 @@ class HorizontalFlip(GeometricOp):
 
 @dataclass(frozen=True, kw_only=True)
 class AlternatingFlip(HorizontalFlip):
-    """Mirror left and right in every second epoch: half of the images in the even ones, the other half in the odd ones. Exact.
+    """Flip left and right in every second epoch: half of the images in even epochs, the other half in odd epochs. Exact.
 
-    So two epochs in a row show both sides of each image. p: share of the images that it is for. Within a choice op a plain
-    `HorizontalFlip`. Source: Jordan 2024, arXiv:2404.00498, section 3.6.
+    Two consecutive epochs show both orientations of each image. p: fraction of the images that the op flips. Inside a composition op
+    it is a plain `HorizontalFlip`. Source: Jordan 2024, arXiv:2404.00498, section 3.6.
     """
 
     by_epoch: ClassVar[bool] = False
@@ -75,7 +81,7 @@ class AlternatingFlip(HorizontalFlip):
 
 @dataclass(frozen=True, kw_only=True)
 class VerticalFlip(GeometricOp):
-    """Mirror top and bottom. Exact."""
+    """Flip top and bottom. Exact."""
 
     p: float = 0.5
 
@@ -89,7 +95,7 @@ class VerticalFlip(GeometricOp):
 
 @dataclass(frozen=True, kw_only=True)
 class Transpose(GeometricOp):
-    """Mirror about the diagonal from the top left: rows become columns, and the sides change places. Exact."""
+    """Transpose the image: rows become columns, and height and width are exchanged. Exact."""
 
     p: float = 0.5
 
@@ -107,7 +113,10 @@ class Transpose(GeometricOp):
 
 @dataclass(frozen=True, kw_only=True)
 class Rot90(GeometricOp):
-    """Turn counter-clockwise by a number of quarter turns drawn from `turns`, each equally likely. Exact; odd turns change the sides."""
+    """Rotate counter-clockwise by 90° × a number drawn from `turns`, each equally likely. Exact.
+
+    turns: one or several of 0, 1, 2, 3. Odd numbers exchange height and width.
+    """
 
     turns: int | tuple[int, ...] = (0, 1, 2, 3)
 
@@ -116,7 +125,7 @@ class Rot90(GeometricOp):
         turns = self.turns if isinstance(self.turns, (list, tuple)) else (self.turns,)
         if not turns or not all(type(turn) is int and 0 <= turn <= 3 for turn in turns):
             raise ValueError(
-                f"turns: {self.turns!r} is not one of the numbers of quarter turns 0, 1, 2, 3, nor a list of them"
+                f"turns: {self.turns!r} is not a number of quarter turns; accepted: 0, 1, 2, 3 or a list of them"
             )
         self._set("turns", tuple(turns))
 
@@ -140,12 +149,12 @@ class Rot90(GeometricOp):
 
 
 def matrix(a: float, b: float, c: float, d: float, e: float, f: float) -> Matrix:
-    """The affine matrix of (x, y) → (ax + by + c, dx + ey + f)."""
+    """Return the affine matrix of (x, y) → (ax + by + c, dx + ey + f)."""
     return (a, b, c, d, e, f, 0.0, 0.0, 1.0)
 
 
 def product(m: Matrix, n: Matrix) -> Matrix:
-    """m · n: first n, then m."""
+    """Return m · n: n applies first, then m."""
     a, b, c, d, e, f, g, h, i = m
     p, q, r, s, t, u, v, w, x = n
     return (
@@ -155,26 +164,29 @@ def product(m: Matrix, n: Matrix) -> Matrix:
     )  # fmt: skip
 
 
-def random_offset(rng: np.random.Generator, room: int) -> int:
-    """A uniform whole offset between 0 and `room`, which is negative where the crop is the larger."""
-    return min(0, room) + below(rng, abs(room) + 1)
+def random_offset(rng: np.random.Generator, margin: int) -> int:
+    """Draw a uniform integer between 0 and `margin`, the image's side minus the crop's; negative if the crop is larger."""
+    return min(0, margin) + below(rng, abs(margin) + 1)
 
 
 def check_border(op: Any) -> None:
+    """Validate the op's `fill` and `border`."""
     op._set("fill", color("fill", op.fill))
     op._set("border", choice("border", op.border, BORDERS))
 
 
 def check_interpolation(op: Any) -> None:
+    """Validate the op's `interpolation`."""
     op._set("interpolation", choice("interpolation", op.interpolation, INTERPOLATIONS))
 
 
 def sampling(op: Any) -> Args:
-    """The interpolation as an argument of a step; nothing for bilinear, which is the default of a plan."""
+    """Return the interpolation as an argument of a step; empty for bilinear, a plan's default."""
     return {} if op.interpolation == "bilinear" else {"interpolation": op.interpolation}
 
 
 def outside(op: Any) -> Args:
+    """Return `border` and `fill` as arguments of a step."""
     return {"border": op.border, "fill": list(op.fill)}
 
 

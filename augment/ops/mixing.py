@@ -1,6 +1,6 @@
-"""Ops that mix each sample with another of its batch, images and targets alike; run by the batch executor only.
+"""Ops that mix each sample with another sample of its batch, images and targets alike. Only the batch executor runs them.
 
-A sample's own draw decides its share `lam` and its partner: `partner` in [0, 1) picks among the *other* samples of the batch.
+Each sample draws its own mixing weight `lam` and its partner: `partner` in [0, 1) selects one of the *other* samples of the batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MixOp(Op):
-    """alpha: both parameters of the Beta distribution that `lam`, the share of the sample itself, is drawn from; positive."""
+    """alpha: both parameters of the Beta distribution of `lam`, the weight of the sample itself; positive."""
 
     kind: ClassVar[str] = "batch"
     alpha: float = 1.0
@@ -27,7 +27,7 @@ class MixOp(Op):
     def __post_init__(self) -> None:
         super().__post_init__()
         if number("alpha", self.alpha, 0, 1e6) == 0:
-            raise ValueError("alpha: 0 is not positive; leave the op out (or p: 0) to mix nothing")
+            raise ValueError("alpha: 0 is not positive; remove the op or set p: 0 to disable mixing")
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         return {"lam": float(rng.beta(self.alpha, self.alpha)), "partner": float(rng.random())}
@@ -36,15 +36,15 @@ class MixOp(Op):
     def on_batch(
         args: Sequence[Args], images: "torch.Tensor", partners: "torch.Tensor"
     ) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """(new images, (N,) float32 share of each sample itself). partners: images in the order of each sample's partner."""
+        """Return (new images, (N,) float32 weight of each sample itself). partners: (N, C, H, W), the partner image of each sample."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixUp(MixOp):
-    """Blend each image with its partner: lam · x + (1 − lam) · partner; float32 in 0…255 comes back, not rounded.
+    """Blend each image with its partner: lam · x + (1 − lam) · partner. Returns float32 in 0…255, not rounded.
 
-    Source: Zhang et al. 2018, arXiv:1710.09412, section 2. Deviation: its own lam and partner for each sample, not one a batch.
+    Source: Zhang et al. 2018, arXiv:1710.09412, section 2. Deviation: one lam and partner per sample, not per batch.
     """
 
     alpha: float = 0.2
@@ -61,9 +61,10 @@ class MixUp(MixOp):
 
 @dataclass(frozen=True, kw_only=True)
 class CutMix(MixOp):
-    """Paste a box of the partner, of share 1 − lam of the area, at a uniform centre; lam then becomes the share really kept.
+    """Paste a box of the partner image at a uniform centre.
 
-    Source: Yun et al. 2019, arXiv:1905.04899, section 3. Deviation: its own box and partner for each sample, not one a batch.
+    The box covers a fraction 1 − lam of the area. The image's edge clips it, so lam becomes the fraction that remains visible.
+    Source: Yun et al. 2019, arXiv:1905.04899, section 3. Deviation: one box and partner per sample, not per batch.
     """
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
@@ -81,12 +82,12 @@ class CutMix(MixOp):
         rows = torch.arange(height, device=images.device).view(1, -1, 1)
         columns = torch.arange(width, device=images.device).view(1, 1, -1)
         inside = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-        kept = 1 - inside.float().mean((1, 2))
-        return torch.where(inside.unsqueeze(1), partners, images), kept
+        lam = 1 - inside.float().mean((1, 2))
+        return torch.where(inside.unsqueeze(1), partners, images), lam
 
 
 def _paste_box(args: Args, height: int, width: int) -> list[int]:
-    """[top, left, bottom, right), cut at the image's edge."""
+    """Return the box as [top, left, bottom, right), clipped at the image's edge."""
     side = (1 - args["lam"]) ** 0.5
     middle_y, middle_x = int(args["centre"][0] * height), int(args["centre"][1] * width)
     half_y, half_x = int(height * side) // 2, int(width * side) // 2

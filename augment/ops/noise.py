@@ -1,6 +1,6 @@
-"""Noise: every pixel changed by random numbers of its own.
+"""Noise ops: they change every pixel by an independent random number.
 
-The numbers are a stretch of one fixed table from a drawn offset (`refract.augment.random`), so that both executors see the same noise.
+The numbers are consecutive entries of one fixed table from a drawn offset (`refract.augment.random`). Both executors read the same noise.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class _SigmaNoise(PixelOp):
     """sigma: fraction of the full range (0.1 is 25.5 grey levels), in [0, 1], drawn uniformly from the pair.
 
-    per_channel: whether red, green and blue have noise of their own; if false, they share it, so that a grey image stays grey.
+    per_channel: whether red, green and blue have separate noise; if false, they share it and a grey image stays grey.
     """
 
     sigma: float | tuple[float, float] = (0.0, 0.1)
@@ -46,7 +46,7 @@ class GaussianNoise(_SigmaNoise):
     """Add independent normal noise to every value.
 
     sigma: standard deviation as a fraction of the full range (0.1 is 25.5 grey levels), in [0, 1], drawn uniformly from the pair.
-    per_channel: whether each channel has noise of its own; if false, a grey image stays grey.
+    per_channel: whether each channel has separate noise; if false, a grey image stays grey.
     """
 
     @staticmethod
@@ -62,10 +62,10 @@ class GaussianNoise(_SigmaNoise):
 
 @dataclass(frozen=True, kw_only=True)
 class LaplaceNoise(_SigmaNoise):
-    """Add independent Laplace noise to every value: as strong as normal noise of this sigma, with more large values.
+    """Add independent Laplace noise to every value: the variance of normal noise of this sigma, with heavier tails.
 
     sigma: standard deviation (√2 times the distribution's scale) as a fraction of the full range, in [0, 1], drawn uniformly.
-    per_channel: whether each channel has noise of its own; if false, a grey image stays grey.
+    per_channel: whether each channel has separate noise; if false, a grey image stays grey.
     """
 
     @staticmethod
@@ -81,10 +81,10 @@ class LaplaceNoise(_SigmaNoise):
 
 @dataclass(frozen=True, kw_only=True)
 class SpeckleNoise(_SigmaNoise):
-    """Multiply every value by 1 + normal noise: nothing in the dark, most in the light.
+    """Multiply every value by 1 + normal noise: bright pixels change most, black pixels not at all.
 
     sigma: standard deviation of the factor, in [0, 1], drawn uniformly.
-    per_channel: whether each channel has noise of its own; if false, a grey image stays grey.
+    per_channel: whether each channel has separate noise; if false, a grey image stays grey.
     """
 
     @staticmethod
@@ -101,10 +101,10 @@ class SpeckleNoise(_SigmaNoise):
 
 @dataclass(frozen=True, kw_only=True)
 class PoissonNoise(PixelOp):
-    """The grain of counted light: each value's noise has a variance in proportion to the value.
+    """Add shot noise: the variance of each value's noise is proportional to the value.
 
-    photons: how many a value of 255 stands for, at least 1, drawn uniformly in its logarithm; the fewer, the more noise. Deviation: normal
-    numbers of the Poisson distribution's mean and variance, which the eye cannot tell from it above some ten photons.
+    photons: number of photons of a value of 255, at least 1, drawn uniformly in its logarithm; fewer photons mean more noise.
+    Deviation: normal numbers with the Poisson distribution's mean and variance; above about ten photons the difference is not visible.
     """
 
     photons: float | tuple[float, float] = (30.0, 300.0)
@@ -131,9 +131,9 @@ class PoissonNoise(PixelOp):
 
 @dataclass(frozen=True, kw_only=True)
 class SaltAndPepper(PixelOp):
-    """Make a share of the pixels black or white, each equally likely.
+    """Set a fraction of the pixels to black or white, each equally likely.
 
-    amount: the share, in [0, 1], drawn uniformly; realised in steps of 1/128.
+    amount: the fraction, in [0, 1], drawn uniformly; resolution 1/128.
     """
 
     amount: float | tuple[float, float] = (0.0, 0.1)
@@ -161,9 +161,9 @@ class SaltAndPepper(PixelOp):
 
 @dataclass(frozen=True, kw_only=True)
 class PixelDropout(PixelOp):
-    """Paint a share of the pixels over with one colour.
+    """Replace a fraction of the pixels by one colour.
 
-    amount: the share, in [0, 1], drawn uniformly; realised in steps of 1/256. fill: grey level or RGB in 0…255.
+    amount: the fraction, in [0, 1], drawn uniformly; resolution 1/256. fill: grey level or RGB in 0…255.
     """
 
     amount: float | tuple[float, float] = (0.0, 0.1)
@@ -198,7 +198,7 @@ def _added(image: np.ndarray, noise: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _noise(table: np.ndarray, args: Args, image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) numbers of the table."""
+    """Return (H, W, 3) numbers of the table."""
     if args.get("per_channel", True):
         return stretch(table, args["offset"], image.size).reshape(image.shape)
     height, width, channels = image.shape
@@ -206,7 +206,7 @@ def _noise(table: np.ndarray, args: Args, image: np.ndarray) -> np.ndarray:
 
 
 def _batch_noise(table: np.ndarray, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
-    """(N, 3, H, W) numbers of the table, as the cpu executor's `_noise`."""
+    """Return (N, 3, H, W) numbers of the table, equal to `_noise` for each sample."""
     import torch
 
     count, channels, height, width = images.shape
@@ -220,12 +220,12 @@ def _batch_noise(table: np.ndarray, args: Sequence[Args], images: "torch.Tensor"
 
 
 def _pixel_draws(offset: int, image: np.ndarray) -> np.ndarray:
-    """(H, W) uniform uint8."""
+    """Return (H, W) uniform uint8 draws."""
     return stretch(uniform_table(), offset, image.shape[0] * image.shape[1]).reshape(image.shape[:2])
 
 
 def _batch_pixel_draws(args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
-    """(N, 1, H, W) of the same, int16 so that 256 compares."""
+    """Return the same draws for a batch: (N, 1, H, W) int16, so that they compare with 256."""
     import torch
 
     count, _, height, width = images.shape

@@ -1,6 +1,7 @@
-"""What pixel ops share: ops on the image as a whole that are neither a movement nor a colour map. They bring their own execution.
+"""Base class of pixel ops: ops that are neither a geometric transform nor a colour map, and run their own kernels.
 
-The batch halves take `images`, a uint8 tensor N×3×H×W on any device, and use its methods only: these files do not import torch at the top.
+The batch methods take `images`, a uint8 tensor N×3×H×W on any device. The modules of pixel ops import torch inside functions only,
+so that loader workers start without it.
 """
 
 from collections.abc import Sequence
@@ -18,21 +19,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PixelOp(Op):
+    """An op that computes new pixels from a whole image."""
+
     kind: ClassVar[str] = "pixel"
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
-        """A new uint8 H×W×3 array; `image` is not changed."""
+        """Return a new uint8 H×W×3 array. `image` is not modified."""
         raise NotImplementedError
 
     @staticmethod
     def moves_pixels(args: Args) -> bool:
-        """Whether the drawn op moves pixels in a way that masks and boxes cannot follow."""
+        """Whether the drawn op moves pixels in a way that the engine cannot apply to masks and boxes."""
         return False
 
     @classmethod
     def on_batch(cls, args: Sequence[Args], images: "torch.Tensor") -> "torch.Tensor":
-        """A new uint8 N×3×H×W tensor, sample i with args[i]; `images` is not changed. This one goes through the CPU, image by image."""
+        """Return a new uint8 N×3×H×W tensor; args[i] belongs to sample i. `images` is not modified.
+
+        This default copies the batch to the CPU and calls `on_image` for each sample.
+        """
         import torch
 
         arrays = images.permute(0, 2, 3, 1).cpu().numpy()
@@ -41,25 +47,29 @@ class PixelOp(Op):
 
 
 def cpu_only(op: type[Op]) -> bool:
-    """Whether the batch executor sends an op's images through the CPU."""
+    """Whether the batch executor copies the op's images to the CPU."""
     return issubclass(op, PixelOp) and op.on_batch.__func__ is PixelOp.on_batch.__func__  # type: ignore[attr-defined]
 
 
 def to_uint8(values: "torch.Tensor") -> "torch.Tensor":
+    """Round and clip float values to uint8. Modifies `values`."""
     import torch
 
     return values.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def column(images: "torch.Tensor", values: Sequence[float]) -> "torch.Tensor":
-    """One float32 number a sample, N×1×1×1 on the device of `images`."""
+    """Return one float32 value per sample, shape N×1×1×1, on the device of `images`."""
     import torch
 
     return on_device(values, images.device, torch.float32).view(-1, 1, 1, 1)
 
 
 def batch_stretch(table: np.ndarray, offsets: Sequence[int], like: "torch.Tensor", count: int) -> "torch.Tensor":
-    """`refract.augment.random.stretch` for each offset: (N, count) on the device of `like`, which supplies the device only."""
+    """Read `count` consecutive table entries from each offset, as `refract.augment.random.stretch` does.
+
+    Returns (N, count) on the device of `like`.
+    """
     import torch
 
     source = _table_on(table, like.device)
@@ -72,8 +82,7 @@ _tables: dict[tuple[int, str], "torch.Tensor"] = {}
 
 
 def _table_on(table: np.ndarray, device: "torch.device") -> "torch.Tensor":
-    """The table on the device, copied there once."""
-
+    """Return the table on the device. Each table is copied to each device once."""
     key = (id(table), str(device))
     if key not in _tables:
         _tables[key] = on_device(table, device)

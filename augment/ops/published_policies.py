@@ -1,8 +1,10 @@
 """Published policies as ops: each draws ops from a table of its paper and adds them to the plan.
 
-Their strengths follow the papers' scales, as torchvision's classes of the same names; AugMix's follow its authors' code. Deviations
-for all: shears are about the image's centre, not its top left corner; neighbouring geometric and colour ops fuse to one pass; nothing
-is filled with black where the image continues beyond a crop before it.
+Strengths follow the papers' scales and torchvision's classes of the same names; AugMix follows its authors' code. Deviations of all:
+
+- Shears are about the image's centre, not its top left corner.
+- Consecutive geometric and colour ops fuse to one pass.
+- After a crop, the surrounding pixels of the source image fill the border where they exist.
 """
 
 import math
@@ -17,24 +19,24 @@ from refract.augment.ops.base import Args, Op, Size, below, between, choice, col
 from refract.augment.ops.pixel import PixelOp
 from refract.augment.plan import Plan, Step
 
-Make = Callable[[float, Size], tuple[str, Args] | None]
+Builder = Callable[[float, Size], tuple[str, Args] | None]
 
 
-def _shear(axis: str) -> Make:
+def _shear(axis: str) -> Builder:
     return lambda level, size: ("Shear", {axis: math.degrees(math.atan(level))})
 
 
-def _shift(axis: int) -> Make:
-    def make(level: float, size: Size) -> tuple[str, Args]:
+def _shift(axis: int) -> Builder:
+    def build(level: float, size: Size) -> tuple[str, Args]:
         shift = [0.0, 0.0]
         shift[axis] = math.trunc(level) / size[axis]  # whole pixels, as torchvision and the papers' code
         return "Translate", {"shift": shift}
 
-    return make
+    return build
 
 
-# From a signed strength, in the unit of the paper's scale, to a step.
-_MAKE: Mapping[str, Make] = MappingProxyType(
+# Functions from a signed strength, in the unit of the paper's scale, to a step.
+_BUILDERS: Mapping[str, Builder] = MappingProxyType(
     {
         "Identity": lambda level, size: None,
         "ShearX": _shear("shear"),
@@ -58,18 +60,18 @@ _GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 
 
 Scale = Mapping[str, tuple[float, float]]
-"""The weakest and the strongest of each op."""
+"""The weakest and the strongest strength of each op."""
 
 
 def _strength(scale: Scale, name: str, level: float, highest: int) -> float:
-    """The strength at `level` of 0 … `highest`."""
+    """Return the strength at `level`, in 0 … `highest`."""
     low, high = scale.get(name, (0, 0))
     return low + (high - low) * level / highest
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoOp(Op):
-    """fill: grey level or RGB in 0…255, beyond the image's edge."""
+    """fill: grey level or RGB in 0…255, the colour beyond the image's edge."""
 
     kind: ClassVar[str] = "choice"
     fill: int | tuple[int, int, int] = 0
@@ -80,17 +82,17 @@ class AutoOp(Op):
 
     def _step(self, name: str, level: float, rng: np.random.Generator, size: Size) -> list[Step]:
         signed = -level if name in _SIGNED and rng.random() < 0.5 else level
-        made = _MAKE[name](signed, size)
-        if made is None:
+        op_and_args = _BUILDERS[name](signed, size)
+        if op_and_args is None:
             return []
-        op, args = made
+        op, args = op_and_args
         outside = {"border": "constant", "fill": list(self.fill)} if name in _GEOMETRIC else {}  # type: ignore[arg-type]
         return [Step(op, {**args, **outside})]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrivialAugmentWide(AutoOp):
-    """One op of fourteen or none, at one of 31 strengths, all equally likely.
+    """Apply one of fourteen ops (one of them the identity) at one of 31 strengths, all equally likely.
 
     Source: Müller & Hutter 2021, "TrivialAugment: tuning-free yet state-of-the-art data augmentation", arXiv:2103.10158, table 5 (wide).
     """
@@ -122,9 +124,9 @@ _TRIVIAL = {
 
 @dataclass(frozen=True, kw_only=True)
 class RandAugment(AutoOp):
-    """`ops` ops of fourteen, drawn with repetition, all at one strength.
+    """Apply `ops` of fourteen ops, drawn with replacement, all at one strength.
 
-    ops: how many, at least 1. magnitude: strength in [0, 30]. jitter: standard deviation of normal noise on the magnitude, at least 0
+    ops: number of ops, at least 1. magnitude: strength in [0, 30]. jitter: standard deviation of normal noise on the magnitude, at least 0
     (timm's `mstd`; 0 in the paper).
     Source: Cubuk et al. 2020, "RandAugment: practical automated data augmentation", arXiv:1909.13719, section 3.
     """
@@ -176,7 +178,7 @@ def _rand_strength(name: str, level: float, highest: int, size: Size) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoAugment(AutoOp):
-    """One of 25 pairs of ops that were searched for on a data set, each op with its own probability and strength.
+    """Apply one of 25 pairs of ops found by a search on a data set. Each op has its probability and strength.
 
     policy: `imagenet`, `cifar10` or `svhn`, the data set of the search.
     Source: Cubuk et al. 2019, "AutoAugment: learning augmentation policies from data", arXiv:1805.09501, tables 7 to 9 of the appendix.
@@ -200,7 +202,7 @@ class AutoAugment(AutoOp):
 
 
 def _pairs(text: str) -> tuple[tuple[tuple[str, float, int], ...], ...]:
-    """Read `Op probability·10 level, Op probability·10 level` lines."""
+    """Parse lines of `Op probability·10 level, Op probability·10 level`."""
     rows = []
     for line in text.strip().splitlines():
         ops = [entry.split() for entry in line.split(",")]
@@ -297,10 +299,10 @@ _AUTO: Mapping[str, Sequence[Sequence[tuple[str, float, int]]]] = MappingProxyTy
 
 @dataclass(frozen=True, kw_only=True)
 class ThreeAugment(Op):
-    """One of Grayscale, Solarize and GaussianBlur, equally likely.
+    """Apply one of Grayscale, Solarize and GaussianBlur, equally likely.
 
-    Source: Touvron et al. 2022, "DeiT III: revenge of the ViT", arXiv:2204.07118, section 3.2;
-    used there with a flip and a ColorJitter of 0.3.
+    Source: Touvron et al. 2022, "DeiT III: revenge of the ViT", arXiv:2204.07118, section 3.2. The paper combines it with a flip and a
+    ColorJitter of 0.3.
     """
 
     kind: ClassVar[str] = "choice"
@@ -318,10 +320,11 @@ class ThreeAugment(Op):
 class AugMix(PixelOp):
     """Blend the image with a weighted sum of chains of ops: m · image + (1 − m) · Σ wᵢ · chainᵢ(image).
 
-    severity: strength in [0, 10], at which each op draws its own from [0.1, severity]. width: how many chains. depth: ops in a chain, or 0
-    for 1 to 3 drawn. alpha: of the Dirichlet and Beta distributions that the weights w and m are drawn from, positive.
-    Source: Hendrycks et al. 2020, "AugMix", arXiv:1912.02781, algorithm 1. Deviation: blended as grey levels, before
-    normalisation, which is linear anyway.
+    severity: in [0, 10]; each op draws its strength from [0.1, severity]. width: number of chains. depth: ops in a chain; 0 draws 1 to 3.
+    alpha: parameter of the Dirichlet distribution of the weights w and of the Beta distribution of m; positive. fill: grey level or RGB
+    in 0…255, the colour beyond the image's edge.
+    Source: Hendrycks et al. 2020, "AugMix", arXiv:1912.02781, algorithm 1. Deviation: the blend precedes
+    normalisation, which is linear.
     """
 
     severity: float = 3.0
@@ -336,7 +339,7 @@ class AugMix(PixelOp):
         self._set("width", whole("width", self.width, 1))
         self._set("depth", whole("depth", self.depth, 0))
         if number("alpha", self.alpha, 0, 1e6) == 0:
-            raise ValueError("alpha: 0 is not positive")
+            raise ValueError("alpha: 0 is not positive; accepted: (0, 1e6]")
         self._set("fill", color("fill", self.fill))
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
@@ -345,23 +348,23 @@ class AugMix(PixelOp):
         chains = []
         for _ in range(self.width):
             length = self.depth or 1 + below(rng, 3)
-            steps = [step for _ in range(length) for step in self._one(rng, size)]
+            steps = [step for _ in range(length) for step in self._chain_step(rng, size)]
             chains.append([{"op": step.op, **step.args} for step in steps])
         return {"share": share, "weights": weights, "chains": chains}
 
-    def _one(self, rng: np.random.Generator, size: Size) -> list[Step]:
+    def _chain_step(self, rng: np.random.Generator, size: Size) -> list[Step]:
         name = _MIX[below(rng, len(_MIX))]
-        share = between(rng, (0.1, max(self.severity, 0.1))) / 10
-        return AutoOp(fill=self.fill)._step(name, _mix_strength(name, share, size), rng, size)
+        fraction = between(rng, (0.1, max(self.severity, 0.1))) / 10
+        return AutoOp(fill=self.fill)._step(name, _mix_strength(name, fraction, size), rng, size)
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
-        from refract.augment.executors import cpu  # which needs the ops
+        from refract.augment.executors import cpu  # a late import: the executor imports the ops
         from refract.augment.fuse import fuse
 
         total = image.astype(np.float32) * args["share"]
         for weight, chain in zip(args["weights"], args["chains"], strict=True):
-            steps = tuple(Step(own["op"], {k: v for k, v in own.items() if k != "op"}) for own in chain)
+            steps = tuple(Step(entry["op"], {k: v for k, v in entry.items() if k != "op"}) for entry in chain)
             result = cpu.run(fuse(Plan(image.shape[:2], steps)), image)
             total += np.float32((1 - args["share"]) * weight) * result
         return np.clip(np.rint(total), 0, 255).astype(np.uint8)
@@ -373,18 +376,24 @@ class AugMix(PixelOp):
         return any(OPS[step["op"]].kind == "geometric" for chain in args["chains"] for step in chain)
 
 
-def _mix_strength(name: str, share: float, size: Size) -> float:
-    """The strength at a fraction of the highest severity, cut down to whole degrees, bits, grey levels and pixels as the authors do."""
+def _mix_strength(name: str, fraction: float, size: Size) -> float:
+    """Return the strength at a fraction of the highest severity, truncated to whole degrees, bits, grey levels and pixels.
+
+    The authors' code truncates in the same way.
+    """
     if name.startswith("Shear"):
-        return 0.3 * share
+        return 0.3 * fraction
     if name.startswith("Translate"):
-        return int(size[1 if name == "TranslateX" else 0] / 3 * share)
-    # Pillow keeps no fewer bits than one.
-    whole = {"Rotate": int(30 * share), "Posterize": max(1, 4 - int(4 * share)), "Solarize": 256 - int(256 * share)}
-    return whole.get(name, 0)
+        return int(size[1 if name == "TranslateX" else 0] / 3 * fraction)
+    strengths = {
+        "Rotate": int(30 * fraction),
+        "Posterize": max(1, 4 - int(4 * fraction)),  # Pillow's Posterize keeps at least one bit
+        "Solarize": 256 - int(256 * fraction),
+    }
+    return strengths.get(name, 0)
 
 
-# Without the ops that the corruptions of robustness tests are made of, as the paper.
+# As the paper: the ops that overlap with the corruptions of ImageNet-C are excluded.
 _MIX = (
     "AutoContrast", "Equalize", "Posterize", "Rotate", "Solarize", "ShearX", "ShearY", "TranslateX", "TranslateY",
 )  # fmt: skip

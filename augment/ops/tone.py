@@ -1,7 +1,7 @@
-"""Ops that map each channel's values by a table of 256 entries, so that neighbours fuse to one look-up.
+"""Ops that map each channel's values by a table of 256 entries. Consecutive ops fuse to one look-up.
 
-A table maps uint8 to uint8, so a fused chain gives exactly what its ops give in turn. Where a table depends on the image, it is made
-from the image's histogram, and the histogram after a table follows from the one before: the pixels are counted once.
+A table maps uint8 to uint8, so a fused chain equals its ops applied one by one. A table that depends on the image is computed from the
+image's histogram. The histogram after a table follows from the histogram before it, so a chain counts the pixels once.
 """
 
 import math
@@ -16,26 +16,31 @@ import numpy as np
 from refract.augment.ops.base import Args, Op, Size, below, interval, whole
 
 LEVELS = np.arange(256)
-_SHARES = LEVELS / 255
+_UNIT_LEVELS = LEVELS / 255
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToneOp(Op):
+    """An op that is one table per channel, uint8 to uint8."""
+
     kind: ClassVar[str] = "color"
     needs_histogram: ClassVar[bool] = False
 
     @staticmethod
     def table(args: Args, histogram: np.ndarray) -> np.ndarray:
-        """(3, 256) uint8: the new value of each value, for R, G and B. histogram: (3, 256) how many pixels have each value; all zeros
-        where no op of the chain needs it. One table for all three is best given as `np.broadcast_to`, which the executors see."""
+        """Return the new value of each value for R, G and B: (3, 256) uint8.
+
+        histogram: (3, 256), the pixel count of each value; all zeros if no op of the chain needs it.
+        A table shared by the channels should be an `np.broadcast_to` view: the executors detect it and use one look-up.
+        """
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gamma(ToneOp):
-    """Raise each value, taken in 0…1, to a power drawn uniformly in its logarithm.
+    """Raise each value, scaled to 0…1, to a power drawn uniformly in its logarithm.
 
-    gamma: the power, in [0.1, 10]; below 1 brightens, above 1 darkens. One number is that power itself.
+    gamma: the power, in [0.1, 10]; below 1 brightens, above 1 darkens. One number means that fixed power.
     """
 
     gamma: float | tuple[float, float] = (0.7, 1.4)
@@ -50,7 +55,7 @@ class Gamma(ToneOp):
 
     @staticmethod
     def table(args: Args, histogram: np.ndarray) -> np.ndarray:
-        return _same(np.rint(255 * _SHARES ** args["gamma"]))
+        return _shared(np.rint(255 * _UNIT_LEVELS ** args["gamma"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,7 @@ class Invert(ToneOp):
 
 @dataclass(frozen=True, kw_only=True)
 class Solarize(ToneOp):
-    """Invert the values of at least a threshold. As Pillow's.
+    """Invert all values at or above a threshold. As Pillow's.
 
     threshold: grey level in [0, 256], drawn uniformly among the whole numbers; 256 inverts nothing, 0 everything.
     """
@@ -93,7 +98,7 @@ class Solarize(ToneOp):
 class Posterize(ToneOp):
     """Keep the highest bits of each value and clear the others. As Pillow's.
 
-    bits: how many are kept, in [1, 8], drawn uniformly among the whole numbers; 8 changes nothing.
+    bits: number of bits to keep, in [1, 8], drawn uniformly among the whole numbers; 8 changes nothing.
     """
 
     bits: int | tuple[int, int] = (4, 7)
@@ -114,7 +119,7 @@ class Posterize(ToneOp):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoContrast(ToneOp):
-    """Stretch each channel so that its lowest value becomes 0 and its highest 255. As Pillow's; a channel of one value stays."""
+    """Stretch each channel so that its lowest value becomes 0 and its highest 255. As Pillow's; a channel of one value is unchanged."""
 
     needs_histogram: ClassVar[bool] = True
 
@@ -129,13 +134,15 @@ class AutoContrast(ToneOp):
             low, high = (present[0], present[-1]) if present.size else (0, 0)
             scale = 255 / (high - low) if high > low else 1.0
             offset = -low * scale if high > low else 0.0
-            tables[channel] = np.clip(LEVELS * scale + offset, 0, 255)  # cut down to whole levels, as Pillow does
+            tables[channel] = np.clip(
+                LEVELS * scale + offset, 0, 255
+            )  # the cast truncates to whole levels, as Pillow does
         return tables
 
 
 @dataclass(frozen=True, kw_only=True)
 class Equalize(ToneOp):
-    """Spread each channel's values so that they are about equally frequent. As Pillow's; a channel of one value stays."""
+    """Equalise each channel's histogram. As Pillow's; a channel of one value is unchanged."""
 
     needs_histogram: ClassVar[bool] = True
 
@@ -151,38 +158,39 @@ class Equalize(ToneOp):
             if step == 0:
                 tables[channel] = LEVELS
                 continue
-            below = np.cumsum(counts) - counts
-            tables[channel] = np.minimum((below + step // 2) // step, 255)
+            lower_count = np.cumsum(counts) - counts
+            tables[channel] = np.minimum((lower_count + step // 2) // step, 255)
         return tables
 
 
-def _same(table: np.ndarray) -> np.ndarray:
+def _shared(table: np.ndarray) -> np.ndarray:
+    """Return one table for all channels, as a (3, 256) view."""
     return np.broadcast_to(table.astype(np.uint8), (3, 256))
 
 
 @lru_cache(maxsize=257)
 def _solarized(threshold: int) -> np.ndarray:
-    return _same(np.where(threshold <= LEVELS, 255 - LEVELS, LEVELS))
+    return _shared(np.where(threshold <= LEVELS, 255 - LEVELS, LEVELS))
 
 
 @lru_cache(maxsize=8)
 def _posterized(bits: int) -> np.ndarray:
-    return _same(LEVELS & (0xFF00 >> bits) & 0xFF)
+    return _shared(LEVELS & (0xFF00 >> bits) & 0xFF)
 
 
 def chain(ops: Sequence[tuple[type[ToneOp], Args]], histogram: np.ndarray) -> np.ndarray:
-    """One (3, 256) uint8 table that does what the drawn ops do in turn. histogram: as for `ToneOp.table`."""
+    """Compose the tables of the drawn ops to one (3, 256) uint8 table. histogram: as for `ToneOp.table`."""
     (first, args), *others = ops
     total = first.table(args, histogram)
     for op, args in others:
-        now = histogram
+        current_histogram = histogram
         if op.needs_histogram:
-            now = np.stack([np.bincount(total[c], weights=histogram[c], minlength=256) for c in range(3)]).astype(
-                np.int64
-            )
-        table = op.table(args, now)
+            current_histogram = np.stack(
+                [np.bincount(total[c], weights=histogram[c], minlength=256) for c in range(3)]
+            ).astype(np.int64)
+        table = op.table(args, current_histogram)
         if total.strides[0] == table.strides[0] == 0:
-            total = _same(table[0][total[0]])
+            total = _shared(table[0][total[0]])
         else:
             total = np.take_along_axis(table, total.astype(np.intp), axis=1)
     return total

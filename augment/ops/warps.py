@@ -1,4 +1,4 @@
-"""Geometric ops that turn, shift, slant and tilt the image; its size stays."""
+"""Geometric ops that rotate, shift, shear and tilt the image. They keep its size."""
 
 import math
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from refract.augment.ops.geometric import (
 
 @dataclass(frozen=True, kw_only=True)
 class _CentredWarp(GeometricOp):
-    """Scale, shear and turn about the centre, then shift; the size stays."""
+    """Scale, shear and rotate about the centre, then shift. Keeps the size."""
 
     @staticmethod
     def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:
@@ -43,7 +43,7 @@ class _CentredWarp(GeometricOp):
 
 @dataclass(frozen=True, kw_only=True)
 class Rotate(_CentredWarp):
-    """Turn about the centre by an angle drawn uniformly from `degrees` (counter-clockwise; one number a means [−a, a]).
+    """Rotate about the centre by an angle drawn uniformly from `degrees` (counter-clockwise; one number a means [−a, a]).
 
     border: `constant` (the fill), `edge`, `reflect` or `reflect101`. interpolation: `bilinear` or `bicubic`.
     """
@@ -65,11 +65,11 @@ class Rotate(_CentredWarp):
 
 @dataclass(frozen=True, kw_only=True)
 class Affine(_CentredWarp):
-    """Turn, shift, scale and shear about the centre, each drawn uniformly.
+    """Rotate, shift, scale and shear about the centre, each drawn uniformly.
 
-    degrees: counter-clockwise; shear: degrees along x, in (−80, 80); both as for `Rotate`. translate: [vertical, horizontal] largest
-    shift as a share of the side, in [0, 1]; one number means both. scale: factor, in [0.05, 20].
-    border and interpolation: as for `Rotate`.
+    degrees: counter-clockwise; shear: degrees along x, in [−80, 80]; one number a means [−a, a]. translate: [vertical, horizontal],
+    the largest shift as a fraction of the side, in [0, 1]; one number means both. scale: factor, in [0.05, 20].
+    border, interpolation: as for `Rotate`.
     """
 
     degrees: float | tuple[float, float] = 0.0
@@ -83,7 +83,7 @@ class Affine(_CentredWarp):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("degrees", around("degrees", self.degrees, -360, 360, 0))
-        self._set("translate", shares("translate", self.translate))
+        self._set("translate", fractions("translate", self.translate))
         self._set("scale", interval("scale", self.scale, 0.05, 20))
         self._set("shear", around("shear", self.shear, -80, 80, 0))
         check_border(self)
@@ -102,9 +102,9 @@ class Affine(_CentredWarp):
 
 @dataclass(frozen=True, kw_only=True)
 class Translate(_CentredWarp):
-    """Shift by a share of the side drawn uniformly from [−a, a].
+    """Shift by a fraction of the side drawn uniformly from [−a, a].
 
-    share: the largest shift in [0, 1], one number or [vertical, horizontal].
+    share: the largest shift a, in [0, 1], one number or [vertical, horizontal].
     """
 
     share: float | tuple[float, float] = 0.1
@@ -113,7 +113,7 @@ class Translate(_CentredWarp):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set("share", shares("share", self.share))
+        self._set("share", fractions("share", self.share))
         check_border(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
@@ -122,9 +122,9 @@ class Translate(_CentredWarp):
 
 @dataclass(frozen=True, kw_only=True)
 class Shear(_CentredWarp):
-    """Slant about the centre, by an angle in (−80, 80) degrees drawn uniformly: rows are moved by `x`, columns by `y`.
+    """Shear about the centre by angles drawn uniformly: `x` shifts rows, `y` shifts columns.
 
-    x, y: degrees; one number a means [−a, a].
+    x, y: degrees in [−80, 80]; one number a means [−a, a].
     """
 
     x: float | tuple[float, float] = 15.0
@@ -136,9 +136,9 @@ class Shear(_CentredWarp):
         super().__post_init__()
         self._set("x", around("x", self.x, -80, 80, 0))
         self._set("y", around("y", self.y, -80, 80, 0))
-        both = math.tan(math.radians(max(map(abs, self.x)))) * math.tan(math.radians(max(map(abs, self.y))))  # type: ignore[arg-type]
-        if both >= 1:
-            raise ValueError(f"x, y: {self.x} and {self.y} together can lay the image flat; make one of them smaller")
+        determinant_loss = math.tan(math.radians(max(map(abs, self.x)))) * math.tan(math.radians(max(map(abs, self.y))))  # type: ignore[arg-type]
+        if determinant_loss >= 1:
+            raise ValueError(f"x, y: {self.x} and {self.y} can collapse the image to a line; reduce x or y")
         check_border(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
@@ -147,9 +147,9 @@ class Shear(_CentredWarp):
 
 @dataclass(frozen=True, kw_only=True)
 class Perspective(GeometricOp):
-    """Move each corner inwards by a uniform share of half the side, and the image with them, as seen from another place.
+    """Move each corner inwards by a uniform fraction of half the side: a change of the viewpoint.
 
-    distortion: the largest share, in [0, 1). As torchvision's RandomPerspective.
+    distortion: the largest fraction, in [0, 1). As torchvision's RandomPerspective.
     """
 
     distortion: float = 0.3
@@ -160,7 +160,7 @@ class Perspective(GeometricOp):
     def __post_init__(self) -> None:
         super().__post_init__()
         if number("distortion", self.distortion, 0, 1) == 1:
-            raise ValueError("distortion: 1 lets two corners meet; it must be below 1")
+            raise ValueError("distortion: 1 lets two corners coincide; accepted: [0, 1)")
         check_border(self)
         check_interpolation(self)
 
@@ -169,7 +169,7 @@ class Perspective(GeometricOp):
 
     @staticmethod
     def geometry(args: Args, size: Size) -> tuple[Matrix, Size]:
-        """args["corners"]: how far the corners move inwards, clockwise from the top left, (x, y) shares of the sides."""
+        """args["corners"]: inward shifts of the corners, clockwise from the top left, as (x, y) fractions of the sides."""
         height, width = size
         tl, tr, br, bl = args["corners"]
         x0, y0 = tl[0] * width, tl[1] * height
@@ -194,8 +194,8 @@ class Perspective(GeometricOp):
         return inverse, size
 
 
-def shares(name: str, value: Any) -> tuple[float, float]:
-    """(vertical, horizontal), each in [0, 1]; one number stands for both."""
+def fractions(name: str, value: Any) -> tuple[float, float]:
+    """Check and return (vertical, horizontal), each in [0, 1]. One number means both."""
     pair = value if isinstance(value, (list, tuple)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"{name}: {value!r} is not a number or a pair [vertical, horizontal]")

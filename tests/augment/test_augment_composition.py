@@ -11,7 +11,7 @@ from refract.augment import Augmenter, PolicyError, load_policy
 from refract.augment.ops import OPS
 from refract.augment.ops.published_policies import (
     _AUTO,
-    _MAKE,
+    _BUILDERS,
     _RAND,
     _TRIVIAL,
     _mix_strength,
@@ -191,7 +191,7 @@ def test_each_grey_level_becomes_torchvisions_at_every_strength(op: str, scale, 
     reference = v2.TrivialAugmentWide() if scale is _TRIVIAL else v2.RandAugment()
     magnitudes = reference._AUGMENTATION_SPACE[op][0](bins, 8, 8)
     for level in range(bins):
-        made = _MAKE[op](_strength(scale, op, level, bins - 1), (256, 1))
+        made = _BUILDERS[op](_strength(scale, op, level, bins - 1), (256, 1))
         assert made is not None
         ours = Augmenter("none").apply(Plan((256, 1), (Step(*made),)), LEVELS)
         magnitude = float(magnitudes[level])
@@ -206,7 +206,7 @@ def test_each_grey_level_becomes_torchvisions_at_every_strength(op: str, scale, 
 
 def test_shifts_are_whole_pixels_cut_down_as_torchvisions() -> None:
     for level in (0.9, -31.99, 27.2):
-        step = _MAKE["TranslateX"](level, (40, 60))
+        step = _BUILDERS["TranslateX"](level, (40, 60))
         assert step is not None and step[1]["shift"] == [0.0, int(level) / 60]
 
 

@@ -27,7 +27,7 @@ from refract.augment.policy import presets
         ([{"MixUp": {"alpha": 0}}], "alpha: 0 is not positive"),
         ([{"ColorJitter": {"brightness": float("inf")}}], "brightness: inf is not a number"),
         ([{"ColorJitter": {"contrast": [0, 10**400]}}], "is not a number"),
-        ([{"RandomErasing": {"value": "noise"}}], "value: 'noise' is neither random"),
+        ([{"RandomErasing": {"value": "noise"}}], "value: 'noise' is not a paint"),
         ([{"Rotate": {}, "Resize": {"size": 3}}], "one op's name"),
         ([{"Rotate": 5}], "parameters are a mapping"),
         ([3], "one op's name"),
