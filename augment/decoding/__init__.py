@@ -1,1 +1,1 @@
-"""Encoded images to uint8 RGB arrays."""
+"""Decode encoded images to uint8 RGB arrays."""

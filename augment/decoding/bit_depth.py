@@ -1,8 +1,8 @@
-"""Samples of any depth to 8 bits, by the range that the file declares and never by the values of one image.
+"""Convert samples of any bit depth to 8 bits by the file's declared range, never by the values of the image.
 
-The rule, the same in training, scoring and serving: the declared range is mapped linearly to 0…255 and rounded to the nearest level. It is
-0…2^bits − 1 for unsigned samples, unless the file declares another by SMinSampleValue and SMaxSampleValue (TIFF 6.0, tags 340 and 341).
-Signed and floating-point samples have no customary range: without these tags they are refused.
+The rule is the same in training, scoring and serving: the declared range maps linearly to 0…255, rounded to the nearest level.
+Unsigned samples have the range 0…2^bits − 1, unless SMinSampleValue and SMaxSampleValue declare another (TIFF 6.0, tags 340 and 341).
+Signed and floating-point samples have no default range: without these tags the file is refused.
 """
 
 from functools import lru_cache
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def to_eight_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """uint8 of the same shape: low becomes 0, high 255, what is outside is clipped, NaN becomes 0. ValueError if high ≤ low."""
+    """Map low…high to 0…255 and return uint8 of the same shape. Clips values outside; NaN becomes 0. ValueError if high ≤ low."""
     if not high > low:
         raise ValueError(f"sample range {low}…{high} is empty")
     if values.dtype in (np.uint8, np.uint16):

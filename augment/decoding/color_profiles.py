@@ -1,7 +1,7 @@
-"""Embedded colour profiles (ICC.1): pixels to sRGB by LittleCMS, and the profiles that need no conversion.
+"""Convert pixels to sRGB by their embedded colour profile (ICC.1), with LittleCMS.
 
-A transform is built once for each profile and applied to 8-bit pixels, after a JPEG was reduced and cropped. A profile whose transform
-moves no colour of a grid by more than one level is sRGB under another name, and costs nothing.
+A transform is built once per profile and applied to 8-bit pixels, after a JPEG is reduced and cropped. If the transform changes no colour
+of a test grid by more than one level, the profile is equivalent to sRGB and the pixels stay unchanged.
 """
 
 import io
@@ -16,39 +16,40 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 COLOR_PROFILES = ("convert", "ignore")
-"""What happens to an embedded profile: the pixels are converted to sRGB by it, or taken as they are."""
+"""Use of an embedded profile: convert the pixels to sRGB, or ignore the profile."""
 
-LARGEST = 8 << 20
-"""Bytes of a profile that is used: those of printers have about two million."""
+MAX_PROFILE_BYTES = 8 << 20
+"""Larger profiles are ignored. Printer profiles have about two million bytes."""
 
 _MODES = MappingProxyType({1: "L", 3: "RGB", 4: "CMYK"})
 _SPACES = MappingProxyType({1: b"GRAY", 3: b"RGB ", 4: b"CMYK"})
 
 
 def check_color_profile(value: str) -> None:
-    """ValueError for a value that is not one of `COLOR_PROFILES`."""
+    """Check that a value is one of `COLOR_PROFILES`; ValueError otherwise."""
     if value not in COLOR_PROFILES:
         raise ValueError(f"color_profile: {value!r} is not one of {', '.join(COLOR_PROFILES)}")
 
 
 def to_srgb(pixels: np.ndarray, profile: bytes) -> np.ndarray:
-    """Convert by the profile. pixels: uint8 H×W×C, C 1 grey, 3 RGB, 4 CMYK. The pixels themselves where the profile is sRGB.
+    """Convert pixels to sRGB by their profile. pixels: uint8 H×W×C, with C = 1 for grey, 3 for RGB, 4 for CMYK.
 
-    Returns uint8 H×W×3, or the pixels as they are, after one warning, where the profile is damaged or is for another colour space.
+    Returns uint8 H×W×3, or the unchanged pixels if the profile is equivalent to sRGB, damaged or for another colour space. The last two
+    cases log one warning per process.
     """
     channels = pixels.shape[2]
     space = profile[16:20]
     if channels == 1 and space == _SPACES[3]:  # an RGB profile on a grey image
         pixels, channels = np.repeat(pixels, 3, axis=2), 3
-    if not profile or space != _SPACES[channels] or len(profile) > LARGEST:
+    if not profile or space != _SPACES[channels] or len(profile) > MAX_PROFILE_BYTES:
         if profile:
-            _warn(f"it has {len(profile):,} bytes and the colour space {space!r}")
+            _warn_once(f"it has {len(profile):,} bytes and the colour space {space!r}")
         return pixels
     transform = _transform(profile, channels)
-    return pixels if transform is None else _applied(transform, pixels)
+    return pixels if transform is None else _apply(transform, pixels)
 
 
-def _applied(transform: Any, pixels: np.ndarray) -> np.ndarray:
+def _apply(transform: Any, pixels: np.ndarray) -> np.ndarray:
     from PIL import Image
 
     mode = _MODES[pixels.shape[2]]
@@ -58,7 +59,7 @@ def _applied(transform: Any, pixels: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _transform(profile: bytes, channels: int) -> Any | None:
-    """The profile's transform to sRGB; None where it changes nothing or cannot be built."""
+    """Return the profile's transform to sRGB; None if it changes nothing or cannot be built."""
     from PIL import ImageCms
 
     try:
@@ -66,13 +67,13 @@ def _transform(profile: bytes, channels: int) -> Any | None:
             ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), _MODES[channels], "RGB"
         )
         grid = _grid(channels)
-        moved = _applied(transform, grid)
-    except Exception as error:  # LittleCMS reports damage in several types
-        _warn(str(error))
+        converted = _apply(transform, grid)
+    except Exception as error:  # LittleCMS raises several types for damaged profiles
+        _warn_once(str(error))
         return None
     if channels == 4:
         return transform
-    change = np.abs(moved.astype(np.int16) - grid)
+    change = np.abs(converted.astype(np.int16) - grid)
     return transform if change.max() > 1 else None
 
 
@@ -84,8 +85,8 @@ def _grid(channels: int) -> np.ndarray:
 _warned = threading.Event()
 
 
-def _warn(why: str) -> None:
-    """Log once a process: a folder of such files would fill the log."""
+def _warn_once(reason: str) -> None:
+    """Log one warning per process: a folder of such files would fill the log."""
     if not _warned.is_set():
         _warned.set()
-        log.warning("an image has an unusable colour profile, which is ignored (%s); later ones are not logged", why)
+        log.warning("an image has an unusable colour profile, which is ignored (%s); later ones are not logged", reason)

@@ -1,15 +1,15 @@
-"""The errors of every decoder here."""
+"""Errors of the decoders."""
 
 
 class ImageError(ValueError):
-    """Refract cannot read these bytes as an image; the message tells the owner of the file why."""
+    """The bytes are not an image that Refract decodes. The message names the reason for the owner of the file."""
 
 
 class TooManyPixelsError(ImageError):
-    """The header announces more pixels than the limit."""
+    """The header declares more pixels than the limit."""
 
 
 def check_pixels(height: int, width: int, limit: int) -> None:
-    """TooManyPixelsError for an image of more than `limit` pixels."""
+    """Check that an image has at most `limit` pixels; TooManyPixelsError otherwise."""
     if height * width > limit:
         raise TooManyPixelsError(f"the image has {height}×{width} = {height * width:,} pixels; the limit is {limit:,}")

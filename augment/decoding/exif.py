@@ -1,13 +1,13 @@
-"""How an image is turned when shown: the orientation that EXIF or XMP data give it, read without Pillow.
+"""Read an image's orientation from EXIF or XMP data, without Pillow.
 
-Pillow's parser, which knows all of EXIF, takes 20 times as long, and every photo of a phone has EXIF.
+Pillow's complete EXIF parser takes 20 times as long, and every phone photo has EXIF data.
 """
 
 import re
 import struct
 
 _XMP = re.compile(rb"""tiff:Orientation(?:\s*=\s*["']|\s*>\s*)([1-8])\b""")
-# How a stored image is shown, by its EXIF orientation (JEITA CP-3451, tag 0x0112): transpose, then flip rows, then flip columns.
+# EXIF orientation (JEITA CP-3451, tag 0x0112) → the steps from stored to upright pixels: transpose, flip rows, flip columns.
 ORIENTATIONS = {
     1: (False, False, False),
     2: (False, False, True),
@@ -24,9 +24,9 @@ _MOST_HEADERS = 4
 
 
 def orientation(exif: bytes = b"", xmp: bytes = b"") -> int:
-    """The orientation, 1…8, of an image; 1 where none can be read. (Exif 2.32, tag 0x0112; XMP, tiff:Orientation.)
+    """Return the orientation, 1…8, of an image; 1 if it cannot be read. (Exif 2.32, tag 0x0112; XMP, tiff:Orientation.)
 
-    exif: a TIFF structure, which some programs put behind one to four `Exif` headers. It wins over xmp.
+    exif: a TIFF structure, optionally after one to four `Exif` headers, as some programs write. It takes precedence over xmp.
     """
     value = _from_exif(exif) if exif else None
     if value is None and xmp:
@@ -44,14 +44,14 @@ def _from_exif(exif: bytes) -> int | None:
     if order is None:
         return None
     try:
-        (place,) = struct.unpack_from(order + "I", exif, 4)
-        (count,) = struct.unpack_from(order + "H", exif, place)
-        for entry in range(place + 2, place + 2 + 12 * count, 12):
+        (directory,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, directory)
+        for entry in range(directory + 2, directory + 2 + 12 * count, 12):
             tag, kind = struct.unpack_from(order + "HH", exif, entry)
             if tag == 0x0112:
-                form = {1: "B", 3: "H", 4: "I"}.get(kind)  # SHORT by the standard, but some write another
+                form = {1: "B", 3: "H", 4: "I"}.get(kind)  # the standard says SHORT; some programs write another type
                 value = struct.unpack_from(order + form, exif, entry + 8)[0] if form else 0
                 return value if 1 <= value <= 8 else None
-    except struct.error:  # an offset beyond the data: the pixels are good without it
+    except struct.error:  # an offset beyond the data; the pixels are still valid
         pass
     return None

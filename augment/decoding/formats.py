@@ -1,16 +1,16 @@
-"""What encoded bytes are, by their first bytes: the formats that Refract reads, and the names of those that it refuses."""
+"""Detect the format of encoded bytes by their first bytes: the formats that Refract decodes, and the names of others for errors."""
 
 from types import MappingProxyType
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif",
 )  # fmt: skip
-"""File names that folder scans take for images, in lower case."""
+"""Lower-case suffixes of the files that folder scans treat as images."""
 
 READ = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIC")
-"""Formats that are decoded, as messages name them. HEIC needs the extra `heif`."""
+"""Names of the decoded formats. HEIC needs the extra `heif`."""
 
-_STARTS = (
+_SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"GIF87a", "GIF"),
@@ -62,7 +62,7 @@ _STARTS = (
     (b"\x89HDF\r\n\x1a\n", "HDF5"),
     (b"version https://git-lfs", "Git LFS pointer"),
 )
-# Major and compatible brands of the ISO base media file format (ISO/IEC 14496-12, 4.3), in the order in which they decide.
+# Major and compatible brands of the ISO base media file format (ISO/IEC 14496-12, 4.3); the first match decides.
 _BRANDS = (
     ({b"avif", b"avis"}, "AVIF"),
     ({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs"}, "HEIC"),
@@ -71,7 +71,7 @@ _BRANDS = (
     ({b"jp2 ", b"jpx ", b"jph "}, "JPEG 2000"),
     ({b"mif1", b"msf1", b"mif2"}, "HEIC"),
 )
-_CURES = MappingProxyType(
+_REMEDIES = MappingProxyType(
     {
         "SVG": "render it to PNG",
         "PDF": "render each page to PNG",
@@ -89,9 +89,9 @@ _CURES = MappingProxyType(
 
 
 def format_of(data: bytes) -> str | None:
-    """The format's name, one of `READ` or another; None where the first bytes are unknown."""
-    for start, name in _STARTS:
-        if data.startswith(start):
+    """Return the format's name, in `READ` or not; None if the first bytes are unknown."""
+    for signature, name in _SIGNATURES:
+        if data.startswith(signature):
             return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
@@ -100,40 +100,40 @@ def format_of(data: bytes) -> str | None:
     if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in (12, 16, 40, 52, 56, 64, 108, 124):
         return "BMP"
     if data[4:8] == b"ftyp":
-        return _media(data)
+        return _media_format(data)
     if data[:1] == b"P" and data[1:2] in b"1234567fF" and data[2:3].isspace():
         return "netpbm (PGM, PPM)"
     if data[128:132] == b"DICM":
         return "DICOM"
-    return _text(data[:4096])
+    return _text_format(data[:4096])
 
 
-def refusal(data: bytes, name: str | None) -> str:
-    """Why bytes of this format are not decoded, and what the owner of the file can do."""
+def unsupported_message(data: bytes, name: str | None) -> str:
+    """Return the error message for a format that is not decoded: the reason, the remedy and the accepted formats."""
     accepted = ", ".join(READ)
     if name is None:
-        return f"unknown image format (it starts with the bytes {data[:4].hex(' ')}); accepted: {accepted}"
+        return f"unknown image format (its first bytes are {data[:4].hex(' ')}); accepted: {accepted}"
     if name == "HEIC":
         return "HEIC needs refract[heif]: pip install pillow-heif, or save the image as JPEG"
     if name == "text":
         return f"not an image: it looks like text; accepted: {accepted}"
-    return f"{name} is not read; {_CURES.get(name, 'save the image as JPEG or PNG')}; accepted: {accepted}"
+    return f"{name} is not supported; {_REMEDIES.get(name, 'save the image as JPEG or PNG')}; accepted: {accepted}"
 
 
-def _media(data: bytes) -> str:
+def _media_format(data: bytes) -> str:
     length = min(max(int.from_bytes(data[:4]), 16), 256)
-    brands = {data[8:12]} | {data[place : place + 4] for place in range(16, length, 4)}
-    for names, name in _BRANDS:
-        if brands & names:
+    brands = {data[8:12]} | {data[start : start + 4] for start in range(16, length, 4)}
+    for known, name in _BRANDS:
+        if brands & known:
             return name
     return "video"
 
 
-def _text(start: bytes) -> str | None:
+def _text_format(start: bytes) -> str | None:
     try:
         text = start.decode("utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8", "strict")
     except UnicodeDecodeError as error:
-        if len(start) < 4096 or error.start < 4090:  # a character that the cut at 4096 bytes divides is no damage
+        if len(start) < 4096 or error.start < 4090:  # the cut at 4096 bytes may split a valid character
             return None
         text = start[: error.start].decode("utf-8")
     if not text or "\x00" in text:

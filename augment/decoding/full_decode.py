@@ -1,6 +1,6 @@
-"""Files that are decoded whole: every format but ordinary JPEG, by Pillow and `refract.augment.decoding.tiff`, to uint8 RGB.
+"""Decode whole files to uint8 RGB by Pillow and `refract.augment.decoding.tiff`: CMYK JPEG and every other format.
 
-What a decoder raises leaves these functions as it is; `refract.augment.decoding.decode` makes one kind of error of it.
+These functions propagate the decoders' errors; `refract.augment.decoding.decode` converts them to `ImageError`.
 """
 
 import io
@@ -15,7 +15,7 @@ from refract.augment.decoding.bit_depth import to_eight_bits
 from refract.augment.decoding.color_profiles import to_srgb
 from refract.augment.decoding.errors import ImageError, TooManyPixelsError, check_pixels
 from refract.augment.decoding.exif import ORIENTATIONS
-from refract.augment.decoding.formats import READ, format_of, refusal
+from refract.augment.decoding.formats import READ, format_of, unsupported_message
 from refract.augment.decoding.jpeg import Part, is_jpeg
 
 if TYPE_CHECKING:
@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 
 class _UnknownKindError(ImageError):
-    """Pillow does not know this kind of a format that it reads."""
+    """Pillow has no reader for this variant of a format that it supports."""
 
 
 class Source(NamedTuple):
-    """An opened file of another format than JPEG. size: (height, width) as stored. layout: of a TIFF that Pillow does not read right;
-    image: of everything else, not yet decoded; chunks: of a PNG."""
+    """An opened file of another format than JPEG.
+
+    size: (height, width) as stored. layout: of a TIFF. image: the Pillow image, not yet decoded; None for a TIFF that Pillow does not
+    read correctly. chunks: of a PNG.
+    """
 
     size: tuple[int, int]
     orientation: int
@@ -38,11 +41,12 @@ class Source(NamedTuple):
 
 
 def open_source(data: bytes) -> Source:
+    """Read the header of a file that is not a JPEG. ImageError for an unsupported format or a damaged header."""
     if not data:
         raise ImageError("no bytes: the file is empty")
     name = format_of(data)
     if name not in READ:
-        raise ImageError(refusal(data, name))
+        raise ImageError(unsupported_message(data, name))
     if name == "TIFF":
         layout = tiff.read_layout(data)
         orientation = layout.orientation if layout.orientation in ORIENTATIONS else 1
@@ -51,7 +55,7 @@ def open_source(data: bytes) -> Source:
         # Pillow rotates a TIFF itself.
         try:
             image = _open(data, "TIFF")
-        except _UnknownKindError:  # a kind that Pillow does not know, as CMYK with transparency
+        except _UnknownKindError:  # a variant that Pillow does not support, such as CMYK with transparency
             return Source(layout.size, orientation, layout=layout)
         _widen_palette(image)
         return Source((image.height, image.width), 1, layout=layout, image=image)
@@ -63,7 +67,7 @@ def open_source(data: bytes) -> Source:
 
 
 def _widen_palette(image: "Image.Image") -> None:
-    """Read the colours of a TIFF's palette as 8 bits where none needs more, as some writers store them; Pillow keeps the upper 8 of 16."""
+    """Read a TIFF's palette as 8-bit colours if none exceeds 8 bits, as some writers store them. Pillow takes the upper 8 of 16 bits."""
     from PIL import ImagePalette
     from PIL.TiffImagePlugin import TiffImageFile
 
@@ -73,7 +77,7 @@ def _widen_palette(image: "Image.Image") -> None:
 
 
 def _scale_transparent_level(image: "Image.Image", depth: int) -> None:
-    """Bring the transparent level of a PNG to the 8 bits of the pixels, which Pillow scales without it. Bits above `depth` do not count."""
+    """Scale a PNG's transparent level to 8 bits: Pillow scales only the pixels. Ignores bits above `depth`."""
     level, largest = image.info.get("transparency"), 2**depth - 1
     if image.mode == "L" and isinstance(level, int) and depth <= 8:
         image.info["transparency"] = (level & largest) * 255 // largest
@@ -82,31 +86,31 @@ def _scale_transparent_level(image: "Image.Image", depth: int) -> None:
 
 
 def orientation_of(image: "Image.Image", chunks: png.Chunks | None = None) -> int:
-    """The orientation, 1…8, of an opened image, without decoding it."""
+    """Return the orientation, 1…8, of an opened image, without decoding it."""
     if chunks is not None and (chunks.exif or chunks.text):
         return exif.orientation(chunks.exif, chunks.xmp())
     info = image.info
     if "exif" in info or "xmp" in info:
         return exif.orientation(info.get("exif") or b"", info.get("xmp") or b"")
-    # Pillow rotates a TIFF itself, and decodes a whole PNG to look for EXIF behind its pixels, which `chunks` has read.
+    # Pillow rotates a TIFF itself. It decodes a whole PNG to find EXIF data after the pixels, which `chunks` contains already.
     if image.format == "TIFF" or (image.format == "PNG" and "Raw profile type exif" not in info):
         return 1
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged EXIF, in all the ways in which Pillow's parsers fail: the pixels are good without it
+    except Exception:  # damaged EXIF data raise many types; the pixels are still valid
         return 1
     return value if value in ORIENTATIONS else 1
 
 
 def _open(data: bytes, name: str) -> "Image.Image":
-    """The image, not yet decoded. _UnknownKindError where Pillow has no reader for this kind of the format."""
+    """Open the image without decoding it. _UnknownKindError if Pillow has no reader for this variant of the format."""
     from PIL import Image, UnidentifiedImageError
 
     if name == "HEIC" and not _heif_opener():
-        raise ImageError(refusal(data, name))
+        raise ImageError(unsupported_message(data, name))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own bomb warning: the limit is the caller's
+            warnings.simplefilter("ignore")  # the caller's limit replaces Pillow's bomb warning
             return Image.open(
                 io.BytesIO(data), formats=("HEIF" if name == "HEIC" else name, *(("MPO",) if name == "JPEG" else ()))
             )
@@ -114,14 +118,12 @@ def _open(data: bytes, name: str) -> "Image.Image":
         raise _UnknownKindError(f"damaged {name}: its header cannot be read; save the image again, as JPEG") from error
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(f"the image has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from error
-    except (
-        Exception
-    ) as error:  # Pillow's parsers raise all sorts (struct.error, SyntaxError, OSError…) on hostile bytes
+    except Exception as error:  # for hostile bytes, Pillow's parsers raise struct.error, SyntaxError, OSError…
         raise ImageError(f"damaged {name}: its header cannot be read; save the image again, as JPEG") from error
 
 
 def _heif_opener() -> bool:
-    """Whether Pillow reads HEIC: by the package `pillow-heif`, of the extra `heif`."""
+    """Register the HEIC reader of `pillow-heif` (the extra `heif`). Returns whether it is installed."""
     from PIL import Image
 
     if "HEIF" not in Image.OPEN:
@@ -134,7 +136,8 @@ def _heif_opener() -> bool:
 
 
 def decode_whole(data: bytes, limit: int | None, *, convert: bool) -> Part:
-    if is_jpeg(data):  # CMYK
+    """Decode a CMYK JPEG or another format, EXIF orientation applied. limit: most pixels. convert: to sRGB, by the embedded profile."""
+    if is_jpeg(data):  # a CMYK JPEG
         return _decode_cmyk_jpeg(data, convert=convert)
     source = open_source(data)
     if limit is not None:
@@ -143,21 +146,21 @@ def decode_whole(data: bytes, limit: int | None, *, convert: bool) -> Part:
         assert source.layout is not None
         raster = tiff.read_raster(data, source.layout)
         pixels = _flattened(raster, source.layout.profile if convert else b"")
-        return Part(shown(pixels, source.orientation), remarks=_depth_remarks(source.layout, raster))
+        return Part(apply_orientation(pixels, source.orientation), remarks=_depth_remarks(source.layout, raster))
     with source.image as image:
         profile = _profile_of(image, source) if convert else b""
-        pixels = loaded(image, profile, wide_png=data if source.chunks and source.chunks.depth == 16 else b"")
-    return Part(shown(pixels, source.orientation))
+        pixels = load_pixels(image, profile, wide_png=data if source.chunks and source.chunks.depth == 16 else b"")
+    return Part(apply_orientation(pixels, source.orientation))
 
 
 def _decode_cmyk_jpeg(data: bytes, *, convert: bool) -> Part:
-    """By Pillow, which knows Adobe's inverted CMYK."""
-    data, mended = jpeg_repair.tidied(data, strict=False) or (data, [])
-    remarks = (f"repaired JPEG: {' and '.join(mended)}",) if mended else ()
+    """Decode by Pillow, which supports Adobe's inverted CMYK."""
+    data, repairs = jpeg_repair.repair_structure(data, strict=False) or (data, [])
+    remarks = (f"repaired JPEG: {' and '.join(repairs)}",) if repairs else ()
     with _open(data, "JPEG") as image:
         orientation = jpeg.orientation(data, jpeg.read_header(data))
         profile = image.info.get("icc_profile") or b"" if convert else b""
-        return Part(shown(loaded(image, profile), orientation), remarks=remarks)
+        return Part(apply_orientation(load_pixels(image, profile), orientation), remarks=remarks)
 
 
 def _profile_of(image: "Image.Image", source: Source) -> bytes:
@@ -167,14 +170,18 @@ def _profile_of(image: "Image.Image", source: Source) -> bytes:
     return profile if isinstance(profile, bytes) else b""
 
 
-def shown(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Rotate and flip stored pixels H×W×C to upright pixels. orientation: EXIF's, 1…8."""
     transposed, rows, columns = ORIENTATIONS[orientation]
     pixels = pixels.transpose(1, 0, 2) if transposed else pixels
     return np.ascontiguousarray(pixels[:: -1 if rows else 1, :: -1 if columns else 1])
 
 
-def loaded(image: "Image.Image", profile: bytes, *, wide_png: bytes = b"") -> np.ndarray:
-    """uint8 H×W×3. wide_png: the bytes of a PNG of 16 bits a sample, of which Pillow keeps 8 where it has colours."""
+def load_pixels(image: "Image.Image", profile: bytes, *, wide_png: bytes = b"") -> np.ndarray:
+    """Decode a Pillow image to uint8 H×W×3. profile: ICC profile to convert by; empty for none.
+
+    wide_png: the file's bytes, for a PNG of 16 bits per sample. Pillow keeps only 8 of them for colour images.
+    """
     try:
         image.load()
     except MemoryError:
@@ -182,8 +189,8 @@ def loaded(image: "Image.Image", profile: bytes, *, wide_png: bytes = b"") -> np
     except Exception as error:  # as in `_open`
         raise ImageError(f"damaged or truncated {image.format or 'image'}") from error
     if image.mode in ("F", "LAB"):
-        name = "32-bit floating-point pixels have no known range" if image.mode == "F" else "CIELab pixels are not read"
-        raise ImageError(f"{name}; save the image as 8-bit or 16-bit grey or RGB")
+        reason = "32-bit floating-point pixels have no known range" if image.mode == "F" else "CIELab is not supported"
+        raise ImageError(f"{reason}; save the image as 8-bit or 16-bit grey or RGB")
     if image.mode.startswith("I"):
         return _grey_of_sixteen_bits(image, profile)
     if wide_png and isinstance(image.info.get("transparency"), tuple):
@@ -214,7 +221,7 @@ def _grey_of_sixteen_bits(image: "Image.Image", profile: bytes) -> np.ndarray:
 
 
 def _flattened(raster: tiff.Raster, profile: bytes) -> np.ndarray:
-    """A raster as uint8 H×W×3 in sRGB, transparency over white."""
+    """Convert a raster to uint8 H×W×3, by its profile to sRGB, with transparency over white."""
     from PIL import Image
 
     colour, alpha = raster.colour, raster.alpha
@@ -234,7 +241,7 @@ def _flattened(raster: tiff.Raster, profile: bytes) -> np.ndarray:
 
 
 def _depth_remarks(layout: tiff.Layout, raster: tiff.Raster) -> tuple[str, ...]:
-    """A remark on data of fewer bits than their type, which the rule of `refract.augment.decoding.bit_depth` makes nearly black."""
+    """Return a remark for samples with fewer bits than their type: the rule of `bit_depth` makes them nearly black."""
     if layout.high or not 0 < raster.largest <= 0.25:
         return ()
     used = raster.largest * (2.0 ** layout.bits[0] - 1)

@@ -1,8 +1,8 @@
-"""JPEG: what its header says, and decoding just the part that is needed, by libjpeg-turbo.
+"""Read JPEG headers, and decode only the required part of a JPEG, by libjpeg-turbo.
 
-A part is decoded through the TurboJPEG 3 library that the package `turbojpeg` carries, with its cropping region: rows below the part are
-not read, rows above and columns beside it are only run through the entropy decoder. Where that package has no wheel for the machine,
-`simplejpeg` decodes the whole image, to the same pixels. Nothing here knows EXIF orientations: see `refract.augment.decoding.decode`.
+The TurboJPEG 3 library of the package `turbojpeg` decodes a part, by its cropping region. It does not read the rows below the part; the
+rows above and the columns left and right pass through the entropy decoder only. On a machine without a wheel of that package,
+`simplejpeg` decodes the whole image, to the same pixels. This module ignores EXIF orientations: see `refract.augment.decoding.decode`.
 """
 
 import ctypes
@@ -19,24 +19,24 @@ import simplejpeg
 from refract.augment.decoding.exif import orientation as exif_orientation
 
 SCALES = (1, 2, 4, 8)
-"""By how much a side may be reduced in decoding: those for which libjpeg-turbo has SIMD code."""
+"""Factors by which decoding may reduce the sides: those for which libjpeg-turbo has SIMD code."""
 
 SMALLEST_REDUCED = 16
-"""Pixels of the shorter side below which an image is not reduced: simplejpeg is asked for a size, which there fits several scales."""
+"""Shorter sides, in pixels, are not reduced: simplejpeg receives a size, which fits several scales of so small an image."""
 
-
-MOST_SCANS = 100
-"""Scans of a JPEG that is decoded: encoders make about ten, and each of a bomb's thousands costs a pass over all pixels."""
+MAX_SCANS = 100
+"""Most scans of a decoded JPEG. Encoders write about ten; each of a decompression bomb's thousands costs a pass over all pixels."""
 
 
 class JpegError(ValueError):
-    """The bytes are no JPEG that libjpeg-turbo decodes; the message says why."""
+    """libjpeg-turbo cannot decode the bytes as a JPEG. The message names the reason."""
 
 
 class JpegHeader(NamedTuple):
-    """height, width: pixels as stored. components: 1 grey, 3 colour, 4 CMYK. baseline: one scan, in order, is the rule.
+    """The frame header of a JPEG, and the positions of its metadata.
 
-    exif, xmp, profile: (start, end) of the data of these segments; a profile may have several. precision: bits a sample.
+    height, width: pixels as stored. components: 1 grey, 3 colour, 4 CMYK. baseline: a sequential frame, usually with one scan.
+    exif, xmp, profile: (start, end) of the data of these segments; a profile may have several. precision: bits per sample.
     """
 
     height: int
@@ -50,10 +50,11 @@ class JpegHeader(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A decoded part of an image. pixels: uint8 H×W×3.
+    """A decoded part of an image.
 
-    scale: 1, 2, 4 or 8, by which both sides were reduced. top, left: where the part begins in the reduced image, in its pixels.
-    remarks: what the owner of the file should know, such as what was repaired.
+    pixels: uint8 H×W×3. scale: factor 1, 2, 4 or 8 by which both sides were reduced.
+    top, left: start of the part in the reduced image, in its pixels.
+    remarks: notes for the owner of the file, such as repairs.
     """
 
     pixels: np.ndarray
@@ -73,29 +74,29 @@ _EXIF, _XMP, _PROFILE = b"Exif\x00\x00", b"http://ns.adobe.com/xap/1.0/\x00", b"
 
 
 def read_header(data: bytes) -> JpegHeader:
-    """Read the markers up to the frame's. JpegError where they end before it or make no sense. (ITU-T T.81, annex B.)
+    """Read the markers up to the frame header. JpegError if the frame is missing or invalid. (ITU-T T.81, annex B.)
 
-    Bytes between segments that belong to none are skipped, as libjpeg does.
+    Stray bytes between segments are skipped, as in libjpeg.
     """
-    place, end = 2, len(data)
+    position, end = 2, len(data)
     exif = xmp = None
     profile: list[tuple[int, int]] = []
-    while place + 4 <= end:
-        if data[place] != 0xFF:
-            place = data.find(b"\xff", place)
-            if place < 0:
+    while position + 4 <= end:
+        if data[position] != 0xFF:
+            position = data.find(b"\xff", position)
+            if position < 0:
                 break
             continue
-        marker = data[place + 1]
-        if marker == 0xFF:  # any number of these may fill the space before a marker
-            place += 1
+        marker = data[position + 1]
+        if marker == 0xFF:  # any number of fill bytes may precede a marker
+            position += 1
             continue
-        if marker <= 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a segment, and a byte that belongs to none
-            place += 2
+        if marker <= 0x01 or 0xD0 <= marker <= 0xD8:  # markers without a segment, and stray bytes
+            position += 2
             continue
-        length = data[place + 2] << 8 | data[place + 3]
+        length = data[position + 2] << 8 | data[position + 3]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            frame = data[place + 4 : place + 10]
+            frame = data[position + 4 : position + 10]
             if len(frame) < 6 or length < 8:
                 break
             height, width = frame[1] << 8 | frame[2], frame[3] << 8 | frame[4]
@@ -103,29 +104,29 @@ def read_header(data: bytes) -> JpegHeader:
                 raise JpegError("damaged or truncated JPEG header (a side of 0 pixels)")
             baseline = marker in (0xC0, 0xC1)
             return JpegHeader(height, width, frame[5], baseline, exif, xmp, tuple(profile), frame[0])
-        if marker in (0xD9, 0xDA) or length < 2:  # the image's end or its data, and no frame before
+        if marker in (0xD9, 0xDA) or length < 2:  # end of image or start of scan before any frame
             break
-        body = place + 4
+        body = position + 4
         if marker == 0xE1 and exif is None and data.startswith(_EXIF, body):
-            exif = (body, place + 2 + length)
+            exif = (body, position + 2 + length)
         elif marker == 0xE1 and xmp is None and data.startswith(_XMP, body):
-            xmp = (body + len(_XMP), place + 2 + length)
+            xmp = (body + len(_XMP), position + 2 + length)
         elif marker == 0xE2 and data.startswith(_PROFILE, body):
-            profile.append((body + len(_PROFILE), place + 2 + length))
-        place += 2 + length
+            profile.append((body + len(_PROFILE), position + 2 + length))
+        position += 2 + length
     raise JpegError("damaged or truncated JPEG header (no frame found)")
 
 
 def orientation(data: bytes, header: JpegHeader) -> int:
-    """The orientation, 1…8, by EXIF or else XMP; 1 where there is none or it cannot be read."""
+    """Return the orientation, 1…8, from EXIF or else XMP; 1 if it is missing or cannot be read."""
     if header.exif is None and header.xmp is None:
         return 1
-    exif, xmp = (b"" if at is None else data[at[0] : at[1]] for at in (header.exif, header.xmp))
+    exif, xmp = (b"" if span is None else data[span[0] : span[1]] for span in (header.exif, header.xmp))
     return exif_orientation(exif, xmp)
 
 
 def profile_of(data: bytes, header: JpegHeader) -> bytes:
-    """The embedded ICC profile, empty where there is none or a part of it is missing. (ICC.1:2022, B.4.)"""
+    """Return the embedded ICC profile; empty if it is missing or incomplete. (ICC.1:2022, B.4.)"""
     parts = sorted(
         (data[start], data[start + 2 : end]) for start, end in header.profile if start + 2 <= min(end, len(data))
     )
@@ -136,35 +137,35 @@ def profile_of(data: bytes, header: JpegHeader) -> bytes:
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Yield (code, start, end) of each segment up to the end marker, whose end is the last; data: starts with SOI.
+    """Yield (code, start, end) of each segment, up to and including the end marker. data: starts with SOI.
 
-    start: of the marker. end: behind the segment, and in front of the entropy-coded data that follow SOS. (ITU-T T.81, annex B.)
+    start: of the marker. end: after the segment; for SOS, before the entropy-coded data. (ITU-T T.81, annex B.)
     """
-    place = 2
-    while found := _MARKER.search(data, place):
-        start, code = found.start(), data[found.start() + 1]
+    position = 2
+    while match := _MARKER.search(data, position):
+        start, code = match.start(), data[match.start() + 1]
         if code == 0xD9:
             yield code, start, start + 2
             return
-        place = start + 2
-        if code in _WITH_SEGMENT:  # not behind another code, whose length libjpeg does not skip
-            place += max(2, int.from_bytes(data[place : place + 2]))
-            yield code, start, place
+        position = start + 2
+        if code in _WITH_SEGMENT:  # after other codes, libjpeg skips no length
+            position += max(2, int.from_bytes(data[position : position + 2]))
+            yield code, start, position
 
 
 def check_scans(data: bytes) -> None:
-    """JpegError for a JPEG of more than `MOST_SCANS` scans, counted by their markers, before libjpeg works through them."""
-    if data.count(b"\xff\xda") <= MOST_SCANS:
+    """Check that a JPEG has at most `MAX_SCANS` scans, by counting markers, before libjpeg decodes them. JpegError otherwise."""
+    if data.count(b"\xff\xda") <= MAX_SCANS:
         return
-    scans = sum(code == 0xDA for code, _, _ in segments(data))  # not those in metadata, nor behind the image
-    if scans > MOST_SCANS:
-        raise JpegError(f"a JPEG of {scans:,} scans; at most {MOST_SCANS} are decoded")
+    scans = sum(code == 0xDA for code, _, _ in segments(data))  # excludes those in metadata and after the image
+    if scans > MAX_SCANS:
+        raise JpegError(f"a JPEG of {scans:,} scans; at most {MAX_SCANS} are decoded")
 
 
 def decode_whole(data: bytes, header: JpegHeader, scale: int = 1) -> np.ndarray:
-    """All pixels, uint8 H×W×3, each side reduced by `scale` and rounded up. JpegError for damaged or truncated data.
+    """Decode all pixels to uint8 H×W×3, each side reduced by `scale` and rounded up. JpegError for damaged or truncated data.
 
-    scale: of `SCALES`; 1 for a side below `SMALLEST_REDUCED`.
+    scale: one of `SCALES`; 1 for a side below `SMALLEST_REDUCED`.
     """
     options = {}
     if scale > 1:
@@ -176,9 +177,9 @@ def decode_whole(data: bytes, header: JpegHeader, scale: int = 1) -> np.ndarray:
 
 
 def decode_part(data: bytes, header: JpegHeader, box: tuple[int, int, int, int], scale: int = 1) -> Part:
-    """At least the pixels of `box`, the same as `decode_whole` gives.
+    """Decode at least the pixels of `box`, equal to those of `decode_whole`. JpegError for damaged or truncated data.
 
-    box: (top, left, height, width) in pixels of the image as stored, inside it. Damage below the box is not noticed.
+    box: (top, left, height, width) inside the image, in stored pixels. Damage below the box is not detected.
     """
     decoder = _decoder()
     try:
@@ -197,27 +198,27 @@ class _Fraction(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("num", "denom")]
 
 
-# From turbojpeg.h, version 3: parameters of an instance, pixel formats, error classes, and a block's sides for each chroma subsampling.
+# From turbojpeg.h, version 3: parameters, the pixel format, and a block's sides for each chroma subsampling.
 _STOP_ON_WARNING, _SUBSAMPLING, _WIDTH, _HEIGHT = 0, 4, 5, 6
 _RGB = 0
 _BLOCK = {0: (8, 8), 1: (8, 16), 2: (16, 16), 3: (8, 8), 4: (16, 8), 5: (8, 32), 6: (32, 8)}  # (height, width)
 
 
 class _PartDecoder:
-    """One TurboJPEG decompressor; not to be shared between threads."""
+    """One TurboJPEG decompressor. Threads must not share it."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self._handle = library.tj3Init(1)
         if not self._handle:
-            raise MemoryError("TurboJPEG could not make a decompressor")
+            raise MemoryError("TurboJPEG could not create a decompressor")
         library.tj3Set(self._handle, _STOP_ON_WARNING, 1)
 
     def __del__(self) -> None:
         self._library.tj3Destroy(self._handle)
 
     def decode(self, data: bytes, box: tuple[int, int, int, int], scale: int) -> Part | None:
-        """None for a chroma subsampling whose blocks TurboJPEG does not tell."""
+        """Decode at least the pixels of `box`; None if TurboJPEG does not report the block size of the chroma subsampling."""
         library, handle = self._library, self._handle
         self._check(library.tj3DecompressHeader(handle, data, len(data)))
         block = _BLOCK.get(library.tj3Get(handle, _SUBSAMPLING))
@@ -225,8 +226,8 @@ class _PartDecoder:
             return None
         height, width = (-(-library.tj3Get(handle, side) // scale) for side in (_HEIGHT, _WIDTH))
         across = -(-block[1] // scale)
-        # Two pixels more on every side: halved chroma is interpolated from its neighbours, which at the region's edge are not there.
-        # The region begins at a block's edge; its other three sides are free.
+        # Two pixels more on every side: subsampled chroma is interpolated from neighbours, which are missing at the region's edge.
+        # The region's left side must be at a block's edge; its other three sides are free.
         top, left = max(0, box[0] // scale - 2), max(0, (box[1] // scale - 2) // across * across)
         bottom = min(height, -(-(box[0] + box[2]) // scale) + 2)
         right = min(width, -(-(box[1] + box[3]) // scale) + 2)
@@ -244,12 +245,12 @@ class _PartDecoder:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """TurboJPEG 3, which the extension module of the package `turbojpeg` is linked with; None where it is not installed."""
-    found = importlib.util.find_spec("turbojpeg")
-    if found is None or found.origin is None:
+    """Return TurboJPEG 3, with which the extension module of the package `turbojpeg` is linked; None if it is not installed."""
+    spec = importlib.util.find_spec("turbojpeg")
+    if spec is None or spec.origin is None:
         return None
     try:
-        library = ctypes.CDLL(found.origin)
+        library = ctypes.CDLL(spec.origin)
         library.tj3Init.restype = ctypes.c_void_p
         library.tj3Destroy.argtypes = [ctypes.c_void_p]
         library.tj3Destroy.restype = None
@@ -263,7 +264,7 @@ def _library() -> ctypes.CDLL | None:
         ]  # fmt: skip
         library.tj3GetErrorStr.argtypes = [ctypes.c_void_p]
         library.tj3GetErrorStr.restype = ctypes.c_char_p
-    except (OSError, AttributeError):  # no such library on this platform, or one without these functions
+    except (OSError, AttributeError):  # the platform has no such library, or it lacks these functions
         return None
     return library
 
@@ -272,7 +273,7 @@ _thread = threading.local()
 
 
 def _decoder() -> _PartDecoder | None:
-    """This thread's decompressor."""
+    """Return this thread's decompressor; None if TurboJPEG is not installed."""
     try:
         return _thread.decoder
     except AttributeError:

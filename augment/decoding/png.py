@@ -1,4 +1,4 @@
-"""PNG: the chunks that decide how its pixels are shown, wherever they are. Source: PNG, third edition (W3C 2025), 5 and 11."""
+"""Read the chunks of a PNG that decide how its pixels are displayed. Source: PNG, third edition (W3C 2025), 5 and 11."""
 
 import zlib
 from typing import NamedTuple
@@ -7,14 +7,15 @@ from refract.augment.decoding.errors import ImageError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _XMP = b"XML:com.adobe.xmp\x00"
-_LARGEST = 1 << 22  # bytes to which the profile and the XMP data are each decompressed
-_MOST_PROFILES = 8  # one by the standard; Pillow decompresses each
+_MAX_BYTES = 1 << 22  # of the decompressed profile, and of the decompressed XMP data
+_MAX_PROFILES = 8  # the standard allows one; Pillow decompresses each
 
 
 class Chunks(NamedTuple):
-    """size: (height, width) as stored. depth: bits a sample. exif: a TIFF structure. transparent: whether there is a tRNS chunk.
+    """The chunks of one PNG.
 
-    text, packed: the bodies of the first XMP and iCCP chunk, which the methods decompress.
+    size: (height, width) as stored. depth: bits per sample. exif: a TIFF structure. transparent: whether a tRNS chunk exists.
+    text, packed: the bodies of the first XMP chunk and the first iCCP chunk, which the methods decompress.
     """
 
     size: tuple[int, int]
@@ -25,51 +26,51 @@ class Chunks(NamedTuple):
     transparent: bool = False
 
     def xmp(self) -> bytes:
-        """Return the XMP data, empty where there are none or they are damaged."""
+        """Return the XMP data; empty if they are missing or damaged."""
         text = self.text[len(_XMP) + 2 :].split(b"\x00", 2)[-1]
-        return _inflated(text) if self.text[len(_XMP) : len(_XMP) + 1] == b"\x01" else text
+        return _inflate(text) if self.text[len(_XMP) : len(_XMP) + 1] == b"\x01" else text
 
     def profile(self) -> bytes:
-        """Return the ICC profile, empty where there is none or it is damaged."""
-        return _inflated(self.packed.partition(b"\x00")[2][1:])
+        """Return the ICC profile; empty if it is missing or damaged."""
+        return _inflate(self.packed.partition(b"\x00")[2][1:])
 
 
 def read_chunks(data: bytes) -> Chunks:
-    """The chunks in front of the pixels and behind them, as far as the bytes reach. ImageError where the header is missing."""
+    """Read the chunks before and after the pixels, up to the end of the bytes. ImageError if the header is missing."""
     if data[12:16] != b"IHDR" or len(data) < 26:
         raise ImageError("damaged PNG: its header cannot be read; save the image again, as JPEG")
     size, depth = (int.from_bytes(data[20:24]), int.from_bytes(data[16:20])), data[24]
     exif = text = packed = b""
-    transparent, place, end, profiles = False, 8, len(data) - 8, 0
+    transparent, start, end, profiles = False, 8, len(data) - 8, 0
     pixels_reached = False
-    while place <= end:
-        length, kind = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
+    while start <= end:
+        length, kind = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
         if kind == b"IDAT":
             pixels_reached = True
         else:
             if kind == b"IEND":
                 break
-            body = slice(place + 8, place + 8 + length)
+            body = slice(start + 8, start + 8 + length)
             if kind == b"eXIf" and not exif:
                 exif = data[body]
             elif kind == b"iTXt" and not text and data.startswith(_XMP, body.start):
                 text = data[body]
-            elif kind == b"iCCP" and not pixels_reached:  # behind the pixels it is not valid
+            elif kind == b"iCCP" and not pixels_reached:  # invalid after the pixels
                 profiles += 1
-                if profiles > _MOST_PROFILES:
-                    raise ImageError(f"damaged PNG: it has more than {_MOST_PROFILES} colour profiles")
+                if profiles > _MAX_PROFILES:
+                    raise ImageError(f"damaged PNG: it has more than {_MAX_PROFILES} colour profiles")
                 packed = packed or data[body]
             elif kind == b"tRNS":
                 transparent = True
-        place += 12 + length
+        start += 12 + length
     return Chunks(size, depth, exif, text, packed, transparent)
 
 
-def _inflated(packed: bytes) -> bytes:
-    """Empty where the data are damaged: the pixels are good without them."""
+def _inflate(packed: bytes) -> bytes:
+    """Decompress; empty for damaged data, since the pixels are valid without them."""
     if not packed:
         return b""
     try:
-        return zlib.decompressobj().decompress(packed, _LARGEST)
+        return zlib.decompressobj().decompress(packed, _MAX_BYTES)
     except zlib.error:
         return b""

@@ -179,21 +179,21 @@ DAMAGED = {
     "a second start": (b"\xff\xd8" + PLAIN, "a second start marker"),
     "no end": (PLAIN[:-2], "no end marker"),
     "half an end": (PLAIN[:-1], "no end marker"),
-    "bytes before the end": (PLAIN[:-2] + bytes(37) + PLAIN[-2:], "bytes behind its data"),
+    "bytes before the end": (PLAIN[:-2] + bytes(37) + PLAIN[-2:], "bytes after its data"),
     "bytes before the end, behind a thumbnail": (
         WITH_THUMBNAIL[:-2] + bytes(37) + WITH_THUMBNAIL[-2:],
-        "bytes behind its data",
+        "bytes after its data",
     ),
     **{
         f"bytes before the Huffman table {number} of a progressive file": (
             between_scans(PROGRESSIVE, b"\xff\xc4", number, bytes(37)),
-            "bytes behind its data",
+            "bytes after its data",
         )
         for number in (2, 4, -1)
     },
     "bytes before two Huffman tables of a progressive file": (
         between_scans(between_scans(PROGRESSIVE, b"\xff\xc4", 3, bytes(37)), b"\xff\xc4", -1, bytes(37)),
-        "bytes behind its data",
+        "bytes after its data",
     ),
     "two kinds": (
         between(b"\xff\xd8" + PLAIN, b"\xff\xc0", b"x"),

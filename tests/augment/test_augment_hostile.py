@@ -89,10 +89,10 @@ def test_repeated_compressed_chunks_of_a_png() -> None:
 def test_packed_bits_are_unpacked_in_blocks(bits: int) -> None:
     stored = np.random.default_rng(0).integers(0, 256, (3, 70_001 * bits // 8 + 1), np.uint8)
     flat = np.unpackbits(stored, axis=1)[:, : 70_001 * bits].reshape(3, 70_001, bits).astype(np.int64)
-    values = tiff._unpacked_bits(stored, bits, 70_001)
+    values = tiff._unpack_bits(stored, bits, 70_001)
     np.testing.assert_array_equal(values, flat @ (1 << np.arange(bits - 1, -1, -1)))
     large = np.zeros((2000, 1000 * bits // 8), np.uint8)
-    assert allocated(lambda: tiff._unpacked_bits(large, bits, 1000)) < 2_000_000 * values.itemsize + 4 * MEGABYTE
+    assert allocated(lambda: tiff._unpack_bits(large, bits, 1000)) < 2_000_000 * values.itemsize + 4 * MEGABYTE
 
 
 def encoded(seed: int, **options: object) -> bytes:

@@ -179,9 +179,9 @@ def test_subsampled_ycbcr() -> None:
     for subsampling in (1, None):
         assert (decode(ycbcr(full, subsampling=subsampling)) == 90).all()
     for subsampling in (2, None):
-        with pytest.raises(ImageError, match="YCbCr channels of 8 bits with 2×2 colour subsampling is not read; save"):
+        with pytest.raises(ImageError, match="YCbCr channels of 8 bits with 2×2 colour subsampling is not supported; save"):
             decode(ycbcr(halved, subsampling=subsampling) + full)  # Pillow would read on behind the strip
-    with pytest.raises(ImageError, match="an uncompressed TIFF of 3 YCbCr channels of 8 bits with planes is not read"):
+    with pytest.raises(ImageError, match="an uncompressed TIFF of 3 YCbCr channels of 8 bits with planes is not supported"):
         decode(hand_written(full, [(258, 8), (262, 6), (284, 2)], samples=3))
     packed = ycbcr(zlib.compress(halved), subsampling=2, compression=8)
     np.testing.assert_allclose(decode(packed), 90, atol=1)
@@ -350,7 +350,7 @@ def test_bigtiff() -> None:
         (ramp("uint8", 2), {"photometric": "minisblack", "planarconfig": "contig"}, "2-channel TIFF"),
         (ramp("uint8", 5), {"photometric": "minisblack", "planarconfig": "contig"}, "5-channel TIFF"),
         (ramp("uint8", 3), {"photometric": "cielab"}, "CIELab"),
-        (ramp("uint16", 1), {"photometric": "cfa"}, "camera raw is not read; develop it"),
+        (ramp("uint16", 1), {"photometric": "cfa"}, "camera raw is not supported; develop it"),
     ],
 )
 def test_what_has_no_reader_is_refused_by_name(pixels: np.ndarray, options: dict, reason: str) -> None:
