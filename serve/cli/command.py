@@ -89,7 +89,7 @@ def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
     app = _app(bundle, arguments)
     ready = f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {url(bound)}"
     try:
-        told = {"on_ready": lambda: print(ready, flush=True), "on_leave": app.state.service.leave}
+        told = {"on_ready": lambda: print(ready, flush=True), "on_leave": app.state.service.start_draining}
         with spared():
             times = {"drain_s": arguments.drain_s, "keep_alive_s": arguments.keep_alive_s}
             Server(app, **times, **told).run(sockets=[bound])
@@ -101,10 +101,10 @@ def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
 
 
 def _bundle(source: str) -> "Bundle":
-    from refract.serve.rollout.model_source import SourceError, is_registered, located, resolve
+    from refract.serve.rollout.model_source import SourceError, is_registered, resolve_in_subprocess, resolve
 
     try:
-        folder = located(source) if is_registered(source) else resolve(source)
+        folder = resolve_in_subprocess(source) if is_registered(source) else resolve(source)
     except SourceError as err:
         raise RefusedError(str(err)) from err
     from refract.models.bundle.bundle import BundleError, load_bundle
@@ -115,7 +115,7 @@ def _bundle(source: str) -> "Bundle":
         if not is_registered(source):
             raise RefusedError(str(err)) from err
         try:  # a download that was damaged since
-            return load_bundle(located(source, folder))
+            return load_bundle(resolve_in_subprocess(source, folder))
         except (BundleError, SourceError) as again:
             raise RefusedError(str(again)) from again
 

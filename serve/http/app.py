@@ -33,7 +33,7 @@ from refract.serve.requests.body import Bodies
 from refract.serve.requests.limits import Limits
 from refract.serve.rollout.canary import Challenge, Challenger
 from refract.serve.rollout.data_capture import DataCapture
-from refract.serve.rollout.registry_watcher import Build, followers
+from refract.serve.rollout.registry_watcher import Build, registry_watchers
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.gpus import describe
 from refract.serve.runtime.service import Service
@@ -82,12 +82,12 @@ def create_app(
     if sampling:
         sampling.count = metrics.sampled
     service = Service(engine, limits=limits or Limits(), metrics=metrics, sampling=sampling, **options)
-    metrics.watch("requests_inside", "Requests in the house", lambda: service.inside)
+    metrics.watch("requests_inside", "Requests in the house", lambda: service.in_flight)
     metrics.watch("images_waiting", "Images that wait for a batch", lambda: service.waiting)
     for gpu in describe(engine.devices):
         metrics.watch_gpu(gpu.device, gpu.name, gpu.driver, partial(describe, [gpu.device]))
 
-    following = followers(service, follow, challenge, build=build, every_s=poll_s)
+    following = registry_watchers(service, follow, challenge, build=build, every_s=poll_s)
     begun = [challenge] if challenge and challenge.engine else []
 
     @asynccontextmanager
@@ -174,7 +174,7 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
 
     @app.get("/readyz", summary="The golden images gave their stored answers again", responses=problems(503))
     async def readyz() -> JSONResponse:
-        service.check_wanted()
+        service.check_accepting()
         return JSONResponse({"status": "ready", "model": service.engine.bundle.info.name})
 
     @app.get("/v1/model", summary="What is served", dependencies=allowed, responses=problems(401))
@@ -183,7 +183,7 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
 
     @app.get("/v1/status", summary="What is in the house", dependencies=allowed, responses=problems(401))
     async def status() -> JSONResponse:
-        return JSONResponse({"requests": service.inside, "images_waiting": service.waiting})
+        return JSONResponse({"requests": service.in_flight, "images_waiting": service.waiting})
 
 
 def _add_admin(app: FastAPI, service: Service, guards: ApiKeys | None) -> None:
@@ -205,7 +205,7 @@ def _add_admin(app: FastAPI, service: Service, guards: ApiKeys | None) -> None:
 def _challenger(challenger: Challenger | None) -> dict[str, Any] | None:
     if challenger is None:
         return None
-    bundle, challenge = challenger.lane.engine.bundle, challenger.challenge
+    bundle, challenge = challenger.worker.engine.bundle, challenger.challenge
     own = {"name": bundle.info.name, "digest": bundle.digest}
     return own | {"share": challenge.share, "answers": challenge.answers}
 

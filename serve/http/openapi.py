@@ -87,17 +87,17 @@ def _described(problem: dict[str, Any]) -> dict[str, Any]:
 _PROBLEMS: dict[int, dict[str, Any]] = {
     problem.status: _described(problem.content)
     for problem in (
-        Problem(400, "invalid_image", "the image cannot be read"),
+        Problem(400, "invalid_image", "the image cannot be decoded"),
         Problem(401, "unauthorized", "this server asks for a key: send Authorization: Bearer KEY"),
         Problem(404, "unknown_model", "there is no model of this name; served is 'shapes'"),
-        Problem(408, "body_too_slow", "the body had not arrived within 30 s"),
-        Problem(409, "no_model_before", "this server has served no other model before"),
+        Problem(408, "body_too_slow", "the whole body did not arrive within 30 s"),
+        Problem(409, "no_model_before", "this server has no previous model to roll back to"),
         Problem(413, "body_too_large", "the body is larger than 20971520 bytes"),
         Problem(415, "unsupported_media_type", "Content-Type is 'text/html'; accepted are …"),
         Problem(422, "invalid_parameter", "query top: Input should be a valid integer"),
-        Problem(429, "overloaded", "256 requests are being answered already; try again later"),
-        Problem(503, "not_ready", "the server is going down"),
-        Problem(504, "deadline_exceeded", "there was no answer within 10 s"),
+        Problem(429, "overloaded", "256 requests are in flight, the most allowed; try again later"),
+        Problem(503, "not_ready", "the server is shutting down"),
+        Problem(504, "deadline_exceeded", "the request was not answered within 10 s"),
     )
 }
 

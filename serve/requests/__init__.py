@@ -1,1 +1,1 @@
-"""The content of a request: bounded, parsed and decoded."""
+"""Read, parse and decode request bodies within limits."""

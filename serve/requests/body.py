@@ -1,4 +1,4 @@
-"""Reading requests' bodies without ever holding more than the limits, of one request and of all together."""
+"""Read request bodies within the memory limits of one request and of all requests together."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -13,24 +13,28 @@ from refract.serve.requests.limits import Limits, OverloadedError
 Answer = TypeVar("Answer")
 
 WATCH_S = 0.05
+"""Seconds after which a request is watched for a disconnect of its client."""
 
 
 class Bodies:
-    """The bodies that one event loop holds at a time."""
+    """Reads the bodies of one event loop, and counts the bytes in memory."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits, self._held = limits, 0
 
     async def read(self, request: Request) -> bytes:
-        """The whole body of `request`, decoded by its Content-Encoding, counted as held until it is given to `release`.
+        """Return the whole body of `request`, decoded by its Content-Encoding. Its bytes count as held until `release`.
 
-        RequestError 413 beyond `limits.max_body_bytes`, as sent or decoded: by Content-Length before a byte is read, and
-        while reading, for chunked bodies announce no length; 415 for a coding that is not accepted; 408 where it has not
-        arrived within `limits.body_seconds`; 400 for an empty body, one that its coding cannot decode, or a client that
-        went away. OverloadedError where all bodies together, half-sent ones too, would exceed `limits.max_held_bytes`.
+        RequestError:
+        - 413 beyond `limits.max_body_bytes`, as sent or decoded. Content-Length is checked before a byte is read, a chunked body while
+          reading, as it has no length.
+        - 415 for a coding that is not accepted.
+        - 408 if the body does not arrive within `limits.body_seconds`.
+        - 400 for an empty body, one that its coding cannot decode, or a client that disconnects.
+        OverloadedError if all bodies together, incomplete ones too, would exceed `limits.max_held_bytes`.
         """
         announced = request.headers.get("content-length", "")
-        digits = announced.lstrip("0")[:20] or "0"  # Python reads 4,300 at most
+        digits = announced.lstrip("0")[:20] or "0"  # int() accepts at most 4,300 digits
         if announced.isdigit() and int(digits) > self._limits.max_body_bytes:
             raise _too_large(self._limits)
         sent = [value.decode("latin-1") for name, value in request.scope["headers"] if name == b"content-encoding"]
@@ -39,23 +43,23 @@ class Bodies:
         try:
             async with asyncio.timeout(self._limits.body_seconds):
                 await self._gather(request, decoding, chunks)
-        except BaseException as err:  # also where it is cancelled
+        except BaseException as err:  # also for a cancellation
             self._held -= sum(map(len, chunks))
             if isinstance(err, ClientDisconnect):
-                message = "the client went away before its body had arrived"
+                message = "the client disconnected before its whole body arrived"
                 raise RequestError(400, "client_disconnected", message) from err
             if isinstance(err, TimeoutError):
                 limit = f"{self._limits.body_seconds:g} s"
-                raise RequestError(408, "body_too_slow", f"the body had not arrived within {limit}") from err
+                raise RequestError(408, "body_too_slow", f"the whole body did not arrive within {limit}") from err
             raise
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def release(self, body: bytes) -> None:
-        """It is needed no more."""
+        """Stop counting `body` as held."""
         self._held -= len(body)
 
     async def _gather(self, request: Request, decoding: Decoding, chunks: list[bytes]) -> None:
-        """chunks: takes what has arrived and was decoded, also where the rest does not."""
+        """Append the decoded pieces to `chunks`. If an error is raised, `chunks` holds the pieces so far."""
         sent = size = 0
         async for chunk in request.stream():
             sent += len(chunk)
@@ -67,7 +71,7 @@ class Bodies:
                     size += len(piece)
                     self._held += len(piece)
                 if self._held > self._limits.max_held_bytes:
-                    raise OverloadedError("too many large requests at a time; try again")
+                    raise OverloadedError("the request bodies in memory exceed the limit; try again later")
                 if len(piece) == STEP:
                     await asyncio.sleep(0)
         if sent:
@@ -77,22 +81,22 @@ class Bodies:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Answer]) -> Answer:
-    """The result of `work`, which is cancelled where the client goes away meanwhile: RequestError then. The body was read before."""
-    own, watching = asyncio.current_task(), []
-    assert own is not None
-    # Most answers come sooner than a task to watch would pay for.
+    """Return the result of `work`. If the client disconnects meanwhile, cancel it and raise RequestError. Read the body before."""
+    task, watchers = asyncio.current_task(), []
+    assert task is not None
+    # Most requests finish before the cost of a watching task would be worth it.
     loop = asyncio.get_running_loop()
-    timer = loop.call_later(WATCH_S, lambda: watching.append(loop.create_task(_cancel_when_gone(request, own))))
+    timer = loop.call_later(WATCH_S, lambda: watchers.append(loop.create_task(_cancel_when_gone(request, task))))
     try:
         return await work
     except asyncio.CancelledError:
-        if not (watching and watching[0].done()) or own.uncancel():  # cancelled by somebody else
+        if not (watchers and watchers[0].done()) or task.uncancel():  # cancelled for another reason
             raise
-        raise RequestError(400, "client_disconnected", "the client went away before its answer") from None
+        raise RequestError(400, "client_disconnected", "the client disconnected before the response") from None
     finally:
         timer.cancel()
-        for watch in watching:
-            watch.cancel()
+        for watcher in watchers:
+            watcher.cancel()
 
 
 async def _cancel_when_gone(request: Request, task: asyncio.Task[Any]) -> None:

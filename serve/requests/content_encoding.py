@@ -1,4 +1,4 @@
-"""Content codings of request bodies (RFC 9110, 8.4), decoded piece by piece so that no small body grows beyond the limit."""
+"""Decode the content codings of request bodies (RFC 9110, 8.4) piece by piece, so that no small body expands beyond the limit."""
 
 import zlib
 from collections.abc import Iterable, Iterator
@@ -6,40 +6,40 @@ from collections.abc import Iterable, Iterator
 from refract.serve.http.errors import RequestError
 
 STEP = 256 << 10
-"""Bytes of the largest decoded piece, after which the event loop may turn to other requests."""
+"""Most bytes of a decoded piece. After each piece the event loop may run other requests."""
 
 MOST_CODINGS, MOST_MEMBERS = 2, 10_000
-"""Codings of one body, and gzip members of one: each costs memory or time before it yields a byte."""
+"""Most codings of a body, and most gzip members of a body. Each one costs memory or time before it yields a byte."""
 
 CODINGS = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate"}
-"""Accepted names, in lower case, and the coding that each means (RFC 9110, 8.4.1)."""
+"""Accepted names, in lower case, and their codings (RFC 9110, 8.4.1)."""
 
 ACCEPTED = "gzip, deflate, identity"
 
 
 class Decoding:
-    """Decodes the body of one request, whose compressed pieces arrive in order.
+    """Decodes the compressed body of one request, piece by piece.
 
-    names: the values of all `Content-Encoding` header fields; most: bytes that any of its codings may decode to.
+    names: the values of all `Content-Encoding` header fields; most: most bytes that each coding may decode to.
     RequestError 415 for a coding that is not accepted, or more than MOST_CODINGS.
     """
 
     def __init__(self, names: Iterable[str], most: int) -> None:
         tokens = [token.strip() for token in ",".join(names).split(",")]
         applied = [token.lower() for token in tokens if token and token.lower() != "identity"]
-        refused = next((name for name in applied if name not in CODINGS), None)
-        if refused is not None:
-            raise _unsupported(f"Content-Encoding is {refused[:40]!r}; accepted are {ACCEPTED}")
+        unknown = next((name for name in applied if name not in CODINGS), None)
+        if unknown is not None:
+            raise _unsupported(f"Content-Encoding is {unknown[:40]!r}; accepted are {ACCEPTED}")
         if len(applied) > MOST_CODINGS:
             raise _unsupported(f"Content-Encoding names {len(applied)} codings; at most {MOST_CODINGS} are accepted")
         self._stages = [_Stage(CODINGS[name], most) for name in reversed(applied)]  # the last applied is decoded first
 
     def pieces(self, data: bytes) -> Iterator[bytes]:
-        """The decoded pieces of the next compressed `data`; some are empty. RequestError 400 for invalid data, 413 beyond `most`."""
+        """Yield the decoded pieces of the next compressed `data`; some are empty. RequestError 400 for invalid data, 413 beyond `most`."""
         return _through(self._stages, data) if self._stages else iter((data,))
 
     def finish(self) -> None:
-        """RequestError 400 unless every coding has reached its end."""
+        """Raise RequestError 400 unless the stream of every coding is complete."""
         for stage in self._stages:
             stage.finish()
 
@@ -53,7 +53,8 @@ def _through(stages: list["_Stage"], data: bytes) -> Iterator[bytes]:
 
 
 class _Stage:
-    """One coding. gzip may have several members (RFC 1952, 2.2); deflate is zlib's format, or the bare stream that some clients send."""
+    """Decodes one coding. gzip may have several members (RFC 1952, 2.2). deflate is zlib's format, or the raw stream that some clients
+    send."""
 
     def __init__(self, coding: str, most: int) -> None:
         self._coding, self._most = coding, most
@@ -64,33 +65,33 @@ class _Stage:
     def pieces(self, data: bytes) -> Iterator[bytes]:
         while data:
             if self._decoder is None or (self._decoder.eof and self._coding == "gzip"):
-                data = self._begun(data)
+                data = self._start_stream(data)
                 if self._decoder is None:
                     return
             if self._decoder.eof:
-                raise self._invalid("bytes follow its end")
+                raise self._invalid("it has extra bytes after its end")
             yield from self._decoded(data)
             data = self._decoder.unused_data
 
     def finish(self) -> None:
         if self._decoder is None or not self._decoder.eof:
-            raise self._invalid("it ends too early")
+            raise self._invalid("it is truncated")
 
-    def _begun(self, data: bytes) -> bytes:
-        """Choose the decoder of a stream that begins with `data`, which is returned with what was held back before."""
+    def _start_stream(self, data: bytes) -> bytes:
+        """Choose the decoder of a stream that starts with `data`. Returns `data` after the bytes held back before."""
         self._members += 1
         if self._members > MOST_MEMBERS:
             raise self._invalid(f"it has more than {MOST_MEMBERS:,} members")
         if self._coding == "gzip":
             if self._members > 1 and not data.startswith(b"\x1f"):
-                raise self._invalid("bytes follow its end")
+                raise self._invalid("it has extra bytes after its end")
             self._decoder = zlib.decompressobj(16 + zlib.MAX_WBITS)
             return data
         data, self._head = self._head + data, b""
         if len(data) < 2:
             self._head, self._members = data, 0
             return b""
-        # RFC 1950, 2.2. A bare stream with these two bytes would have to start with a stored block and padding that is not zero.
+        # RFC 1950, 2.2. A raw stream with these two bytes would start with a stored block and non-zero padding.
         wrapped = data[0] & 0x8F == 0x08 and int.from_bytes(data[:2]) % 31 == 0
         self._decoder = zlib.decompressobj(zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS)
         return data
@@ -110,8 +111,8 @@ class _Stage:
             if self._decoder.eof or not (data or len(piece) == STEP):
                 return
 
-    def _invalid(self, why: str) -> RequestError:
-        message = f"the body is not valid {self._coding}, which Content-Encoding names: {why}"
+    def _invalid(self, reason: str) -> RequestError:
+        message = f"the body is not valid {self._coding}, as Content-Encoding says: {reason}"
         return RequestError(400, "invalid_content_encoding", message)
 
 

@@ -1,4 +1,4 @@
-"""What one request may ask for, and all of them together. Knows nothing of HTTP."""
+"""Limits of one request and of all requests together. Independent of HTTP."""
 
 import threading
 from collections.abc import Iterator
@@ -10,14 +10,16 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The largest request that is answered; anything larger is refused before it costs memory.
+    """The size limits of requests. A larger request is rejected before it uses memory.
 
-    max_body_bytes: of the HTTP body as sent (base64 and multipart framing count); max_pixels: height × width of one
-    image, read from its header; max_total_pixels: of all images of a request together; max_images: images in one
-    request; max_held_bytes: of the bodies of all requests at a time, as far as they have arrived (those that a shadow is
-    asked for, eight at most, come to that, and what was in forms and base64); max_decoding_pixels: of all
-    images that are being decoded at a time, by their headers; body_seconds: for a body to arrive.
-    ValueError unless all are at least 1, and `max_decoding_pixels` takes an image of `max_pixels`.
+    max_body_bytes: of the HTTP body as sent (base64 and multipart framing count).
+    max_pixels: height × width of one image, from its header. max_total_pixels: of all images of a request.
+    max_images: images in one request.
+    max_held_bytes: of all bodies in memory, incomplete ones too. The bodies of at most eight shadow requests, and the decoded contents of
+    forms and base64, are extra.
+    max_decoding_pixels: of all images that are being decoded at a time, from their headers.
+    body_seconds: until a body must have arrived.
+    ValueError if one is less than 1, or if `max_decoding_pixels` is less than `max_pixels`.
     """
 
     max_body_bytes: int = 20 * MIB
@@ -35,12 +37,12 @@ class Limits:
                 raise ValueError(f"Limits.{field.name} is {value!r}; it must be an integer of at least 1")
         if self.max_decoding_pixels < self.max_pixels:
             raise ValueError(
-                f"Limits.max_decoding_pixels is {self.max_decoding_pixels}, less than max_pixels={self.max_pixels} of one image"
+                f"Limits.max_decoding_pixels is {self.max_decoding_pixels}; it must be at least max_pixels={self.max_pixels}"
             )
 
 
 class OverloadedError(RuntimeError):
-    """Too much is going on already; try again after `after_s` seconds. code: for programs."""
+    """The server has too much work; try again after `after_s` seconds. code: the machine-readable error code."""
 
     def __init__(self, message: str, after_s: int = 1, code: str = "overloaded") -> None:
         super().__init__(message)
@@ -48,18 +50,18 @@ class OverloadedError(RuntimeError):
 
 
 class Budget:
-    """What is being decoded now, on all threads, in pixels."""
+    """Counts the pixels that all threads decode now, and limits them to `limits.max_decoding_pixels`."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._lock, self._held = threading.Lock(), 0
 
     @contextmanager
-    def taken(self, pixels: int) -> Iterator[None]:
-        """Place for an image of so many pixels until the block ends. OverloadedError where there is none."""
+    def reserved(self, pixels: int) -> Iterator[None]:
+        """Reserve `pixels` until the block ends. OverloadedError if they exceed the budget."""
         with self._lock:
             if self._held + pixels > self.limits.max_decoding_pixels:
-                raise OverloadedError(f"images of {self._held:,} pixels are being decoded; try again later")
+                raise OverloadedError(f"{self._held:,} pixels are being decoded already; try again later")
             self._held += pixels
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a network that reads texts gets for each sample, as one array: image, text's numbers, what is there. Knows nothing of HTTP."""
+"""Pack image, token ids and presence flags of each sample into one structured array, for networks that read texts. Independent of HTTP."""
 
 from collections.abc import Sequence
 
@@ -10,44 +10,45 @@ from refract.augment.preprocess import Preprocess
 from refract.models.multimodal.tokens import Tokens
 
 BLANK = 128
-"""The grey of an image that is not there; the network does not look at it."""
+"""Grey value of the placeholder for a missing image. The network ignores it."""
 
 
 def joined(images: np.ndarray, texts: Sequence[str], has_image: Sequence[bool], tokens: Tokens) -> np.ndarray:
-    """images: uint8 N×H×W×3; texts: N, or none; has_image: N, or none where all have an image. A structured array of N."""
-    found = np.zeros(len(images), dtype=_record(images.shape[1:], tokens))
-    found["images"], found["has_image"] = images, list(has_image) or True
-    for row, text in zip(found, texts, strict=False):
-        numbers, cut = tokens(text)
-        row["texts"][: len(numbers)], row["cut"] = numbers, cut
-    return found
+    """Return a structured array of N samples. images: uint8 N×H×W×3; texts: N, or empty; has_image: N, or empty if all have an image."""
+    samples = np.zeros(len(images), dtype=_record(images.shape[1:], tokens))
+    samples["images"], samples["has_image"] = images, list(has_image) or True
+    for row, text in zip(samples, texts, strict=False):
+        ids, cut = tokens(text)
+        row["texts"][: len(ids)], row["cut"] = ids, cut
+    return samples
 
 
 def _record(shape: tuple[int, ...], tokens: Tokens) -> np.dtype:
     return np.dtype([("images", "u1", shape), ("texts", "i4", (tokens.most,)), ("has_image", "?"), ("cut", "?")])
 
 
-def mirrored(batch: np.ndarray) -> np.ndarray:
-    """Each image's mirror image, with the text that it has."""
+def flipped(batch: np.ndarray) -> np.ndarray:
+    """Flip each image horizontally; texts stay the same."""
     if batch.dtype.fields is None:
         return batch[:, :, ::-1]
-    found = batch.copy()
-    found["images"] = batch["images"][:, :, ::-1]
-    return found
+    samples = batch.copy()
+    samples["images"] = batch["images"][:, :, ::-1]
+    return samples
 
 
 def cuts(batch: np.ndarray) -> tuple[bool, ...]:
-    """Of each sample, whether its text was too long to be read whole; nothing where no texts are read."""
+    """Return whether each sample's text was truncated; empty if the model reads no texts."""
     return () if batch.dtype.fields is None else tuple(batch["cut"].tolist())
 
 
 def blank(preprocess: Preprocess) -> np.ndarray:
-    """uint8 H×W×3."""
+    """Return the placeholder for a missing image, uint8 H×W×3."""
     return np.full((preprocess.height, preprocess.width, 3), BLANK, np.uint8)
 
 
 def inputs(batch: np.ndarray, device: torch.device, reads: frozenset[str]) -> tuple[Tensor | None, ...]:
-    """What `refract.models.classifier.Classifier` takes; copies, as a record's parts lie where no tensor can."""
+    """Return the arguments of `refract.models.classifier.Classifier` on the device. Record fields are copied: a tensor cannot use their
+    memory layout."""
     if batch.dtype.fields is None:
         return (torch.from_numpy(batch).to(device).permute(0, 3, 1, 2),)
     images = None

@@ -1,7 +1,7 @@
-"""Files and texts of a multipart/form-data body.
+"""Parse the files and texts of a multipart/form-data body.
 
-Not Starlette's `request.form()`: that spools every file over 1 MB to the disk, which a read-only container has not, and
-parses on the event loop. The body is in memory already, and limited.
+Starlette's `request.form()` is not used: it writes every file over 1 MB to the disk, which fails in a read-only container, and it
+parses on the event loop. Here the body is in memory already, and its size is limited.
 """
 
 import logging
@@ -14,18 +14,19 @@ from python_multipart.multipart import MultipartParser
 from refract.serve.http.errors import RequestError
 
 MAX_TEXT_FIELDS = 64
+"""Most parts of a form in addition to its images."""
 
 _PARAMETER = re.compile(r';\s*([^\s;=*]+)(?:\*([0-9]+))?(\*)?\s*=\s*("(?:\\.|[^"\\])*"|[^;]*)', re.DOTALL)
-"""A parameter of Content-Disposition: name, number of a continuation, whether percent-encoded, value."""
+"""A parameter of Content-Disposition: name, continuation number, `*` if percent-encoded, value."""
 
-# Its warnings are of what clients send, as often as they like.
+# Clients control these warnings, and could fill the log with them.
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
 def parts_in(body: bytes, boundary: bytes, *, max_images: int) -> tuple[list[bytes], list[str]]:
-    """(contents of the parts that have a file name, whatever their field; those of the fields `text`). Other fields are passed over.
+    """Return (contents of all parts with a file name, contents of the fields `text`). Other fields are ignored.
 
-    RequestError 413 beyond `max_images` of either, 400 for a body that is not a complete form, or a text that is not UTF-8.
+    RequestError 413 beyond `max_images` files or texts, 400 for an invalid or incomplete form, or for a text that is not UTF-8.
     """
     if not boundary:
         raise RequestError(400, "invalid_form", "the Content-Type of the form has no boundary")
@@ -41,7 +42,7 @@ def parts_in(body: bytes, boundary: bytes, *, max_images: int) -> tuple[list[byt
     try:
         return form.files, [text.decode("utf-8") for text in form.texts]
     except UnicodeDecodeError as err:
-        raise RequestError(400, "invalid_text", "a part `text` of the form is not UTF-8") from err
+        raise RequestError(400, "invalid_text", "a field `text` of the form is not valid UTF-8") from err
 
 
 class _Form:
@@ -59,7 +60,9 @@ class _Form:
     def _part_begin(self) -> None:
         self._parts += 1
         if self._parts > self.max_images + MAX_TEXT_FIELDS:
-            raise RequestError(413, "too_many_images", f"the form has too many parts; at most {self.max_images} images")
+            raise RequestError(
+                413, "too_many_images", f"the form has too many parts; at most {self.max_images} images are allowed"
+            )
         self._disposition, self._chunks = "", []  # type: str, list[bytes]
 
     def _header_begin(self) -> None:
@@ -80,9 +83,13 @@ class _Form:
         self._is_file = "filename" in options
         self._is_text = not self._is_file and options.get("name") == b"text"
         if self._is_file and len(self.files) == self.max_images:
-            raise RequestError(413, "too_many_images", f"the form has more than {self.max_images} images")
+            raise RequestError(
+                413, "too_many_images", f"the form has more than {self.max_images} images, the most allowed"
+            )
         if self._is_text and len(self.texts) == self.max_images:
-            raise RequestError(413, "too_many_images", f"the form has more than {self.max_images} texts")
+            raise RequestError(
+                413, "too_many_images", f"the form has more than {self.max_images} texts, the most allowed"
+            )
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         if self._is_file or self._is_text:
@@ -99,8 +106,11 @@ class _Form:
 
 
 def parameters(disposition: str) -> dict[str, bytes]:
-    """The parameters of a Content-Disposition header by their names in lower case: plain, in RFC 8187's form, which older clients send
-    alone (`filename*=UTF-8''%e2%82%ac.png`), or in RFC 2231's continuations (`filename*0=`). An extended value replaces a plain one."""
+    """Parse the parameters of a Content-Disposition header. Keys are the names in lower case.
+
+    Accepts plain values, RFC 8187's form (`filename*=UTF-8''%e2%82%ac.png`), which older clients send without a plain value, and RFC 2231's
+    continuations (`filename*0=`). An extended value replaces a plain one.
+    """
     plain: dict[str, bytes] = {}
     extended: dict[str, dict[int, bytes]] = {}
     for match in _PARAMETER.finditer(disposition):
@@ -109,7 +119,7 @@ def parameters(disposition: str) -> dict[str, bytes]:
             text = re.sub(r"\\(.)", r"\1", text[1:-1], flags=re.DOTALL)
         value = text.encode("latin-1")
         if encoded:
-            if not number or not int(number[:9]):  # the first alone names a character set and a language
+            if not number or not int(number[:9]):  # only the first part has a character set and a language
                 value = value.rpartition(b"'")[2]
             value = unquote_to_bytes(value)
         if number or encoded:

@@ -1,1 +1,1 @@
-"""Which model answers: its source, hot swaps, canaries and captured requests."""
+"""Model rollout: sources, hot swaps, canaries, and captured requests."""

@@ -1,4 +1,4 @@
-"""A second model beside the one that answers: it answers a share of the requests itself (a canary), or is asked after them (a shadow)."""
+"""A second model, compared with the champion. A canary answers a fraction of the requests. A shadow predicts them again afterwards."""
 
 import random
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.model_worker import ModelWorker
 
 SHADOWS = 8
-"""Requests that are asked after at a time; what comes meanwhile is not."""
+"""Most requests that a shadow predicts at a time. Requests that arrive meanwhile are skipped."""
 
 
 @dataclass(frozen=True)
 class Challenge:
-    """engine: the challenger's, None where there is none yet; share: of the requests, in 0…1; answers: whether it answers them, or only
-    its agreement is counted; follow: its name in the registry, to be asked for its meaning."""
+    """The settings of a challenger. engine: its engine, None until it is loaded; share: fraction of the requests, in (0, 1];
+    answers: True for a canary, False for a shadow, whose agreement is only counted; follow: its registry name to poll, if any."""
 
     engine: Engine | None
     share: float
@@ -22,15 +22,15 @@ class Challenge:
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise ValueError(f"Challenge: share={self.share} is not in (0, 1]")
+            raise ValueError(f"Challenge: share={self.share} must be in (0, 1]")
 
 
 class Challenger:
-    """A challenger at work on a lane of its own, which is open."""
+    """A running challenger, with its own started model worker."""
 
-    def __init__(self, lane: ModelWorker, challenge: Challenge) -> None:
-        self.lane, self.challenge = lane, challenge
+    def __init__(self, worker: ModelWorker, challenge: Challenge) -> None:
+        self.worker, self.challenge = worker, challenge
 
     def chosen(self) -> bool:
-        """Whether this request is of its share; none is while its engine fails its self-test."""
-        return random.random() < self.challenge.share and not self.lane.unfit
+        """Draw whether the challenger gets this request. False while its engine fails its self-test."""
+        return random.random() < self.challenge.share and not self.worker.unfit

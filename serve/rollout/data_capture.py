@@ -1,7 +1,7 @@
-"""A sample of what is asked, kept for those who look for drift or label what was unsure. Off unless asked for. Knows nothing of HTTP.
+"""Capture a random sample of the requests, for drift checks and for labelling uncertain images. Off by default. Independent of HTTP.
 
-A folder of `inputs-TIME-NAME.jsonl`, a row for each sampled image with its numbers, and `images/`, the files of those whose answer was
-of low confidence. Whatever happens here, answers neither wait nor fail: what the writing thread cannot take is dropped, and counted.
+The folder holds `inputs-TIME-NAME.jsonl`, a row with statistics for each sampled image, and `images/`, the files of images with a
+low-confidence prediction. Capturing never delays or fails a response: samples that the writing thread cannot take are dropped and counted.
 """
 
 import json
@@ -29,16 +29,16 @@ from refract.serve.requests.decoding import RequestImages
 logger = logging.getLogger(__name__)
 
 WAITING, WAITING_BYTES = 256, 32 * 1024 * 1024
-"""Samples, and their bytes, that may wait for the thread; more are dropped."""
+"""Most samples that wait for the writing thread, and most of their bytes. Further samples are dropped."""
 
 ROWS_SHARE = 0.25
-"""Of the megabytes, for rows; the rest is for images."""
+"""Fraction of the disk quota for rows. The rest is for images."""
 
 STEP = 0.1
-"""The share of a shelf that is written between two looks at what lies there: it is never fuller than whole."""
+"""Fraction of a disk quota that is written between two checks of its files, so that the quota is never exceeded."""
 
 QUIET_S = 60.0
-"""Between two lines in the log about writes that fail."""
+"""Seconds between two log lines about failed writes."""
 
 
 class _Sample(NamedTuple):
@@ -52,8 +52,9 @@ class _Sample(NamedTuple):
 
 
 class DataCapture:
-    """share: of the images, in (0, 1]; most_bytes: of all that lies in `folder`; below: the confidence under which an image's file is
-    kept, 0 for none. count: is told `kept`, `dropped` or `failed` for each. OSError where the folder cannot be written to."""
+    """Writes a sample of the images and their predictions to `folder`. share: fraction of the images, in (0, 1]; most_bytes: disk quota of
+    the folder; below: the confidence under which an image's file is stored, 0 for none. count: called with `kept`, `dropped` or `failed`
+    for each sample. OSError if the folder is not writable."""
 
     def __init__(
         self, folder: Path, *, share: float, most_bytes: int, below: float, count: Callable[[str], None] | None = None
@@ -63,14 +64,14 @@ class DataCapture:
         self._rows = _Rows(_DiskQuota(folder, "inputs-*.jsonl", int(ROWS_SHARE * most_bytes)))
         self._images = _DiskQuota(folder / "images", "[!.]*", most_bytes - int(ROWS_SHARE * most_bytes))
         self._waiting: queue.Queue[_Sample | None] = queue.Queue(WAITING)
-        self._held, self._lock, self._told = 0, threading.Lock(), -QUIET_S
+        self._held, self._lock, self._logged_at = 0, threading.Lock(), -QUIET_S
         self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self, seconds: float = 2.0) -> None:
-        """Write what waits, for so long at most."""
+        """Write the waiting samples, for at most `seconds`."""
         if self._thread.is_alive():
             try:
                 self._waiting.put(None, timeout=seconds)
@@ -79,8 +80,8 @@ class DataCapture:
             self._thread.join(seconds)
 
     def offer(self, bundle: Bundle, images: RequestImages, batch: np.ndarray, probabilities: np.ndarray) -> None:
-        """Draw from what was answered. batch: the network's inputs, see `refract.serve.requests.multimodal_samples`.
-        Called on the event loop; raises nothing."""
+        """Sample from an answered request. batch: the network's inputs, see `refract.serve.requests.multimodal_samples`. Call it on the
+        event loop. It raises no errors: they are logged and counted."""
         chosen = [i for i in range(len(probabilities)) if random.random() < self._share]
         if not chosen:
             return
@@ -88,32 +89,34 @@ class DataCapture:
             for i in chosen:
                 self._put(self._sample(bundle, images, batch[i], probabilities[i : i + 1], i))
         except Exception:
-            logger.exception("a sample was lost")
+            logger.exception("capturing a sample failed")
             self.count("failed")
 
-    def _sample(self, bundle: Bundle, images: RequestImages, given: np.ndarray, row: np.ndarray, place: int) -> _Sample:
+    def _sample(
+        self, bundle: Bundle, images: RequestImages, record: np.ndarray, row: np.ndarray, index: int
+    ) -> _Sample:
         info = bundle.info
-        pixels = given if given.dtype.fields is None else given["images"]
+        pixels = record if record.dtype.fields is None else record["images"]
         statistics: dict[str, float] = {}
-        if images.sides and images.sides[place] != (0, 0):
-            height, width = images.sides[place]
+        if images.sides and images.sides[index] != (0, 0):
+            height, width = images.sides[index]
             statistics = {"width": width, "height": height, "aspect": width / height}
         if images.texts:
-            statistics["characters"] = len(images.texts[place])
+            statistics["characters"] = len(images.texts[index])
         confidence = float(confidences(row, info.task, info.thresholds)[0])
-        answered = np.flatnonzero(given_labels(row, info.task, info.thresholds)[0])
-        found = {
+        predicted = np.flatnonzero(given_labels(row, info.task, info.thresholds)[0])
+        values = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "model": bundle.digest[:16],
-            "answered": [info.labels[i] for i in answered.tolist()],
+            "answered": [info.labels[i] for i in predicted.tolist()],
             "confidence": round(confidence, 6),
             "statistics": statistics,
             "image": None,
         }
-        there = not images.has_image or images.has_image[place]
-        unsure = confidence < self._below and images.encoded
-        # A copy, else one image would keep its whole batch.
-        return _Sample(found, pixels.copy() if there else None, images.encoded[place] if unsure else None)
+        has_image = not images.has_image or images.has_image[index]
+        uncertain = confidence < self._below and images.encoded
+        # A view of one image would keep its whole batch in memory.
+        return _Sample(values, pixels.copy() if has_image else None, images.encoded[index] if uncertain else None)
 
     def _put(self, sample: _Sample) -> None:
         with self._lock:
@@ -124,10 +127,10 @@ class DataCapture:
         try:
             self._waiting.put_nowait(sample)
         except queue.Full:
-            self._let_go(sample)
+            self._release(sample)
             self.count("dropped")
 
-    def _let_go(self, sample: _Sample) -> None:
+    def _release(self, sample: _Sample) -> None:
         with self._lock:
             self._held -= sample.size
 
@@ -136,34 +139,36 @@ class DataCapture:
             try:
                 self._write(sample)
                 self.count("kept")
-            except Exception as err:  # a full disk, a folder that was taken away
+            except Exception as err:  # a full disk, a removed folder
                 self.count("failed")
-                if time.monotonic() - self._told >= QUIET_S:
-                    self._told = time.monotonic()
-                    logger.warning("samples cannot be kept: %s", err)
+                if time.monotonic() - self._logged_at >= QUIET_S:
+                    self._logged_at = time.monotonic()
+                    logger.warning("samples cannot be written: %s", err)
             finally:
-                self._let_go(sample)
+                self._release(sample)
 
     def _write(self, sample: _Sample) -> None:
         row = sample.row
         if sample.pixels is not None:
-            row["statistics"] |= {name: round(value, 6) for name, value in measure_image(sample.pixels)._asdict().items()}
+            row["statistics"] |= {
+                name: round(value, 6) for name, value in measure_image(sample.pixels)._asdict().items()
+            }
         if sample.encoded and (name := self._images.keep(_name() + _suffix(sample.encoded), sample.encoded)):
             row["image"] = f"images/{name}"
         self._rows.add((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 class _Rows:
-    """Lines, appended to a file of their own until it is a tenth of the shelf."""
+    """Appends lines to a file, and starts a new file after a tenth of the disk quota."""
 
-    def __init__(self, shelf: "_DiskQuota") -> None:
-        self._shelf, self._file, self._size = shelf, None, 0  # type: _DiskQuota, Path | None, int
+    def __init__(self, quota: "_DiskQuota") -> None:
+        self._quota, self._file, self._size = quota, None, 0  # type: _DiskQuota, Path | None, int
 
     def add(self, line: bytes) -> None:
-        self._shelf.make_room(len(line))
-        if self._file is None or not self._file.exists() or self._size + len(line) > STEP * self._shelf.most:
-            self._file, self._size = self._shelf.folder / f"inputs-{_name()}.jsonl", 0
-        # One write of a whole line: a reader, or a crash, finds it whole or not at all but for the last.
+        self._quota.make_room(len(line))
+        if self._file is None or not self._file.exists() or self._size + len(line) > STEP * self._quota.most:
+            self._file, self._size = self._quota.folder / f"inputs-{_name()}.jsonl", 0
+        # One write for a whole line, so that after a crash only the last line can be incomplete.
         handle = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             os.write(handle, line)
@@ -173,7 +178,7 @@ class _Rows:
 
 
 class _DiskQuota:
-    """The files of a folder that match, at most so many bytes of them: the oldest, by their names, give way. It is its owner's alone."""
+    """Limits the files of a folder that match `pattern` to `most` bytes: the oldest, by name, are deleted. Only the owner may read it."""
 
     def __init__(self, folder: Path, pattern: str, most: int) -> None:
         self.folder, self.most, self._pattern = folder, most, pattern
@@ -182,11 +187,11 @@ class _DiskQuota:
             fragment.unlink(missing_ok=True)
         (probe := folder / f".{secrets.token_hex(4)}.partial").touch()
         probe.unlink()
-        self._since = most  # what lies there from before counts
+        self._since = most  # so that the first check counts files of an earlier run
         self.make_room(0)
 
     def keep(self, name: str, data: bytes) -> str | None:
-        """The name, once the file is whole; None for one that would take too much of the shelf."""
+        """Write a file atomically, and return its name. None if it exceeds a tenth of the disk quota."""
         if len(data) > STEP * self.most:
             return None
         self.make_room(len(data))
@@ -209,11 +214,11 @@ class _DiskQuota:
         files = sorted(self.folder.glob(self._pattern))
         sizes = {file: file.stat().st_size for file in files if file.is_file() and not file.is_symlink()}
         total = sum(sizes.values())
-        for file, own in sizes.items():
+        for file, bytes_freed in sizes.items():
             if total <= (1 - STEP) * self.most:
                 break
             file.unlink(missing_ok=True)
-            total -= own
+            total -= bytes_freed
 
 
 def _stamp() -> str:
@@ -221,12 +226,12 @@ def _stamp() -> str:
 
 
 def _name() -> str:
-    """Sorts by time. The answer is no part of it: whoever labels should not be led."""
+    """Return a unique name that sorts by time. It omits the prediction, which would bias the annotator."""
     return f"{_stamp()}-{secrets.token_hex(4)}"
 
 
 def _suffix(data: bytes) -> str:
-    """By the first bytes, as the client's own name is not known."""
+    """Return the file suffix of the image format, by the first bytes: the client's file name is unknown."""
     return _SUFFIXES.get(format_of(data) or "", ".img")
 
 

@@ -1,4 +1,4 @@
-"""Follows a name in MLflow's registry: when it means another version, that one is loaded beside, tried, and taken."""
+"""Poll a name in MLflow's registry. If it refers to a new version, load that version, test it, and swap to it."""
 
 import asyncio
 import logging
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from refract.models.bundle.bundle import Bundle, BundleError, load_bundle
 from refract.serve.rollout.canary import Challenge
-from refract.serve.rollout.model_source import SourceError, answer, elsewhere, mark_used
+from refract.serve.rollout.model_source import SourceError, mark_used, parse_result, subprocess_command
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.service import Service
 
@@ -18,38 +18,40 @@ logger = logging.getLogger(__name__)
 Build = Callable[[Bundle], Engine]
 
 
-def followers(
+def registry_watchers(
     service: Service, follow: str | None, challenge: Challenge | None, *, build: Build, every_s: float
 ) -> list["RegistryWatcher"]:
-    """Of the champion's name and of the challenger's, where they have one."""
+    """Build the watchers of the champion's and of the challenger's registry name, if they have one."""
     options: dict[str, Any] = {"build": build, "every_s": every_s, "rejected": service.rejected}
     options |= {"on_refusal": lambda: service.metrics.swapped("refused")}
-    found = []
+    watchers = []
     if follow:
-        found.append(
-            RegistryWatcher(follow, take=service.swap, serving=lambda: service.engine, obeyed=service, **options)
+        watchers.append(
+            RegistryWatcher(
+                follow, take=service.swap, serving=lambda: service.engine, rollback_state=service, **options
+            )
         )
     if challenge and challenge.follow:
-        terms = replace(challenge, engine=None)  # which is not kept here: it will be exchanged
+        settings = replace(challenge, engine=None)  # without the engine, which would stay in memory after a swap
 
         async def take(engine: Engine) -> None:
-            await service.challenge(replace(terms, engine=engine))
+            await service.challenge(replace(settings, engine=engine))
 
         def challenging() -> Engine | None:
-            return service.challenger.lane.engine if service.challenger else None
+            return service.challenger.worker.engine if service.challenger else None
 
-        found.append(RegistryWatcher(challenge.follow, take=take, serving=challenging, **options))
-    return found
+        watchers.append(RegistryWatcher(challenge.follow, take=take, serving=challenging, **options))
+    return watchers
 
 
-class Obeyed(Protocol):
-    """left: the folder of the bundle that a person went back from, if any."""
+class RollbackState(Protocol):
+    """The record of a rollback. rolled_back_from: the folder of the bundle that an operator rolled back, if any."""
 
-    left: Path | None
+    rolled_back_from: Path | None
 
 
 class RegistryWatcher:
-    """Asks every `every_s` seconds what `source` means. A bundle that cannot answer is told and not tried again; the old one goes on."""
+    """Resolves `source` every `every_s` seconds. A bundle that fails is logged and not tried again; the current model stays in service."""
 
     def __init__(
         self,
@@ -61,80 +63,80 @@ class RegistryWatcher:
         rejected: set[Path],
         on_refusal: Callable[[], None],
         every_s: float,
-        obeyed: Obeyed | None = None,
+        rollback_state: RollbackState | None = None,
     ) -> None:
-        """build: makes an engine of what the name means; take: has it serve, or raises BundleError; serving: the one that does; rejected:
-        folders that are not tried; obeyed: tells what a person went back from, which is not tried while the name goes on to mean it."""
+        """build: builds an engine from a bundle; take: puts it into service, or raises BundleError; serving: returns the engine in service.
+
+        rejected: folders that are not tried; on_refusal: called for each failed bundle; rollback_state: records the rolled-back bundle,
+        which is not tried while the name refers to it.
+        """
         self._source, self._build, self._every = source, build, every_s
         self._take, self._serving, self._rejected, self._on_refusal = take, serving, rejected, on_refusal
-        self._obeyed, self._told = obeyed, None  # type: Obeyed | None, Path | None
+        self._rollback_state, self._logged = rollback_state, None  # type: RollbackState | None, Path | None
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Poll until cancelled."""
         while True:
             await asyncio.sleep(self._every)
             try:
                 await self.look()
-            except Exception:  # whatever goes wrong here must not end the serving
-                logger.exception("looking for a new version of %s failed", self._source)
+            except Exception:  # no error here may stop the server
+                logger.exception("polling %s for a new version failed", self._source)
 
     async def look(self) -> bool:
-        """Whether another bundle was taken now."""
-        path, serving = await _located(self._source), self._serving()
-        if serving is not None:  # which may be another than the name means
+        """Resolve the name once. Returns whether a new bundle was put into service."""
+        path, serving = await _resolve(self._source), self._serving()
+        if serving is not None:  # its version may differ from the one that the name refers to
             mark_used(serving.bundle.path)
-        if path is None or self._left(path):
+        if path is None or self._was_rolled_back(path):
             return False
         if (serving is not None and path == serving.bundle.path) or path in self._rejected:
             return False
         try:
-            engine = await asyncio.to_thread(self._build, await self._loaded(path))
+            engine = await asyncio.to_thread(self._build, await self._load(path))
             await self._take(engine)
         except (BundleError, ValueError) as err:
             self._rejected.add(path)
             self._on_refusal()
-            logger.warning("%s is not served, what was served goes on: %s", path, err)
+            logger.warning("%s is rejected, the current model stays in service: %s", path, err)
             return False
-        logger.info("%s (%s) was taken, as %s", engine.bundle.path.name, engine.bundle.digest[:12], self._source)
+        logger.info("%s (%s) is now in service as %s", engine.bundle.path.name, engine.bundle.digest[:12], self._source)
         return True
 
-    def _left(self, path: Path) -> bool:
-        """Whether a person went back from what the name means, and it has meant nothing else since."""
-        if self._obeyed is None:
+    def _was_rolled_back(self, path: Path) -> bool:
+        """Return whether an operator rolled back this version, and the name has referred to no other version since."""
+        if self._rollback_state is None:
             return False
-        if path != self._obeyed.left:
-            self._obeyed.left = self._told = None
+        if path != self._rollback_state.rolled_back_from:
+            self._rollback_state.rolled_back_from = self._logged = None
             return False
-        if self._told != path:
-            logger.warning(
-                "%s means %s still, which is not served: a person went back from it", self._source, path.name
-            )
-        self._told = path
+        if self._logged != path:
+            logger.warning("%s still refers to %s, which was rolled back; it is not served", self._source, path.name)
+        self._logged = path
         return True
 
-    async def _loaded(self, path: Path) -> Bundle:
+    async def _load(self, path: Path) -> Bundle:
         try:
             return await asyncio.to_thread(load_bundle, path)
-        except BundleError:  # the download may have been damaged since
-            again = await _located(self._source, path)
+        except BundleError:  # the download may be damaged
+            again = await _resolve(self._source, path)
             if again is None:
                 raise
             return await asyncio.to_thread(load_bundle, again)
 
 
-async def _located(source: str, damaged: Path | None = None) -> Path | None:
-    """Where the bundle lies that the source means now; damaged: a download that is fetched again. None, told in the log, where that cannot
-    be found out."""
-    command, options = elsewhere(source, damaged)
+async def _resolve(source: str, damaged: Path | None = None) -> Path | None:
+    """Return the bundle folder that the source refers to now. damaged: a download to replace. None if the lookup fails, which is logged."""
+    command, options = subprocess_command(source, damaged)
     process = await asyncio.create_subprocess_exec(
         *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, **options
     )
     try:
         out, _ = await process.communicate()
-        return answer(source, out, process.returncode)
+        return parse_result(source, out, process.returncode)
     except asyncio.CancelledError:
         process.kill()
         raise
     except SourceError as err:
-        logger.warning("%s cannot be looked up: %s", source, err)
+        logger.warning("looking up %s failed: %s", source, err)
         return None

@@ -1,1 +1,1 @@
-"""The model at work: batching, engines and backends."""
+"""Inference: batching, engines and backends."""

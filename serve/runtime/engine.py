@@ -1,4 +1,4 @@
-"""A bundle at work on one device. Knows nothing of HTTP, nor of who asks."""
+"""Compute predictions with a bundle's network on one device. Independent of HTTP."""
 
 import logging
 import math
@@ -27,23 +27,21 @@ logger = logging.getLogger(__name__)
 
 Compute = Callable[[np.ndarray], np.ndarray]
 
-# How far a golden image's probabilities may lie from the stored ones. float32 convolutions differ by about 1e-6
-# between CPUs; TF32 on the training GPU moves them by up to about 1e-3. Wrong channels, resize or weights move them
-# by far more. Where the stored lead is over twice this, the same top-1 follows.
 TOLERANCE = 2e-3
-
+"""Largest allowed difference of a golden sample's probabilities from the stored ones. float32 convolutions differ by about 1e-6 between
+CPUs; TF32 on the training GPU changes probabilities by up to about 1e-3. Wrong channels, resizing or weights change them by far more. The
+top-1 label stays the same if its stored margin is over twice this."""
 
 BUFFERS = 2
-"""Worker threads of an engine on a GPU: one copies and waits while the other's batch is computed."""
+"""Threads of an engine on a GPU: one copies its batch while the GPU computes the other's."""
 
 RETRY_S = 60.0
-"""Time after which larger batches are tried again, when the device's memory was too small for one."""
+"""Seconds after an out-of-memory error until larger batches are tried again."""
 
 
 class Engine:
-    """Turns batches into probabilities and logits, by `bundle`'s network on `device`. A batch is uint8 N×H×W×3, or where texts are read N
-    records of `refract.serve.requests.multimodal_samples`. A batch that does not fit into the device's memory is
-    computed in smaller parts."""
+    """Computes probabilities and logits with the network of `bundle` on `device`. A batch is uint8 N×H×W×3, or, for a model that reads
+    texts, N records of `refract.serve.requests.multimodal_samples`. A batch that exceeds the device's memory is split."""
 
     def __init__(
         self,
@@ -53,11 +51,11 @@ class Engine:
         *,
         threads: int = THREADS,
     ) -> None:
-        """backend: a name of `refract.serve.runtime.backends.BACKENDS`, or auto for the fastest that agrees; threads: of a CPU, at most.
-        BundleError as `choose`, where a golden sample cannot be read, or where the device's memory is too small."""
+        """backend: a name of `refract.serve.runtime.backends.BACKENDS`, or auto for the fastest one that agrees with float32; threads: most
+        CPU threads. BundleError as in `choose`, if a golden sample cannot be decoded, or if the device's memory is too small."""
         self.bundle = bundle
         self.others: tuple[Engine, ...] = ()
-        """Of the same bundle, that compute beside it."""
+        """Other engines of the same bundle, which compute in parallel with this one."""
         self.device = torch.device(device)
         self.preprocess = Preprocess.from_dict(bundle.info.preprocess)
         with naming_memory(self.device, "this network"):
@@ -67,75 +65,77 @@ class Engine:
         self._forward: Forward = self._classifier
         self.choice: Choice | None = None
         if self.tokens is not None and backend not in ("auto", "eager"):
-            raise BundleError(f"--backend {backend}: computes images alone; for a bundle that reads texts take eager")
+            raise BundleError(
+                f"--backend {backend} computes image models only; this bundle reads texts: use --backend eager"
+            )
         if backend != "eager" and self.tokens is None:
             images = np.stack([self._golden(golden) for golden in self._goldens()])
             with naming_memory(self.device, "timing the backends"):
                 self._forward, self.choice = choose(bundle, self._classifier, images, wanted=backend, threads=threads)
-        self._alone = threading.Lock()  # kernels of a batch and the copy of its answers are queued together
+        self._queue_lock = threading.Lock()  # the kernels of a batch and the copy of its outputs are queued together
         self._largest, self._retry_at = math.inf, 0.0
         overlaps = self.device.type == "cuda" and self.tokens is None
         self._staging = tuple(Staging(self.device) for _ in range(BUFFERS if overlaps else 0))
 
     @property
     def reads(self) -> frozenset[str]:
-        """images, texts, or both."""
+        """The inputs of the network: images, texts, or both."""
         return self._classifier.reads
 
     @property
     def tokens(self) -> Tokens | None:
-        """What makes numbers of texts, where texts are read."""
+        """The tokenizer; None if the network reads no texts."""
         return self._classifier.tokens
 
     @property
     def workers(self) -> tuple[Compute, ...]:
-        """The functions of this engine and of the others, each for a thread of its own."""
-        own = tuple(partial(self.overlapped, staging) for staging in self._staging) or (self.compute,)
-        return (*own, *(worker for other in self.others for worker in other.workers))
+        """The compute functions of this engine and of `others`. Call each one on a separate thread."""
+        functions = tuple(partial(self.overlapped, staging) for staging in self._staging) or (self.compute,)
+        return (*functions, *(worker for other in self.others for worker in other.workers))
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Of each engine."""
+        """The device of each engine."""
         return (str(self.device), *(str(other.device) for other in self.others))
 
     def compute(self, batch: np.ndarray) -> np.ndarray:
-        """batch → float32 N×2×C: of each image its probabilities, the bundle's temperature applied, and its logits."""
-        return self._fitted(partial(self._answers, self._forward), batch)
+        """Return float32 N×2×C: each sample's probabilities, with the bundle's temperature applied, and its logits."""
+        return self._fitted(partial(self._outputs, self._forward), batch)
 
     def overlapped(self, staging: Staging, batch: np.ndarray) -> np.ndarray:
-        """Like `compute`, through the buffers of one thread, while another thread's batch is computed."""
+        """Compute like `compute`, with the buffers of one thread, while the device computes another thread's batch."""
         return self._fitted(partial(self._overlapped, staging), batch)
 
     def warm_up(self, largest: int) -> None:
-        """Compute batches of 1, 2, 4 … `largest` samples: kernels are chosen and CUDA graphs recorded before the first request.
-        BundleError where one sample does not fit into the device's memory; smaller batches are logged."""
+        """Compute batches of 1, 2, 4 … `largest` samples, so that kernels are chosen and CUDA graphs recorded before the first request.
+        BundleError if one sample exceeds the device's memory. If a larger batch does, a warning is logged."""
         sample = self._golden(self._goldens()[0])
         with naming_memory(self.device, "one sample"):
             for size in {min(1 << power, largest): None for power in range(largest.bit_length() + 1)}:
                 self.compute(np.repeat(sample[None], size, axis=0))
 
     def _fitted(self, compute: Compute, batch: np.ndarray) -> np.ndarray:
-        """The answers, computed in parts that fit into the device's memory."""
+        """Compute the batch in parts that fit into the device's memory."""
         if time.monotonic() > self._retry_at:
             self._largest = math.inf
-        done: list[np.ndarray] = []
+        outputs: list[np.ndarray] = []
         start = 0
         while start < len(batch):
             part = batch[start : start + int(min(self._largest, len(batch)))]
             try:
-                done.append(compute(part))
+                outputs.append(compute(part))
             except RuntimeError as err:
                 if len(part) == 1 or not is_out_of_memory(err):
                     raise
                 self._shrink(len(part))
             else:
                 start += len(part)
-        return done[0] if len(done) == 1 else np.concatenate(done)
+        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
 
     def _shrink(self, count: int) -> None:
         self._largest, self._retry_at = count // 2, time.monotonic() + RETRY_S
         logger.warning(
-            "%s has too little memory for a batch of %d; batches of %d for the next %g s; --max-batch sets less for good",
+            "%s has too little memory for a batch of %d; using batches of %d for the next %g s; set a smaller --max-batch",
             self.device, count, self._largest, RETRY_S,
         )  # fmt: skip
         if self.device.type == "cuda":
@@ -144,23 +144,23 @@ class Engine:
     def _overlapped(self, staging: Staging, batch: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             images = staging.load(batch)
-            with self._alone:
+            with self._queue_lock:
                 logits = self._forward(images).float()
-                answers = staging.unload(torch.stack([self._probabilities(logits), logits], dim=1))
-            return answers()
+                wait = staging.unload(torch.stack([self._probabilities(logits), logits], dim=1))
+            return wait()
 
     def predict(self, batch: np.ndarray) -> np.ndarray:
-        """The probabilities of `compute` alone, float32 N×C."""
+        """Return the probabilities of `compute`, float32 N×C."""
         return self.compute(batch)[:, 0]
 
-    def _answers(self, forward: Forward, batch: np.ndarray) -> np.ndarray:
+    def _outputs(self, forward: Forward, batch: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             logits = forward(*inputs(batch, self.device, self.reads)).float()  # type: ignore[arg-type]
             return torch.stack([self._probabilities(logits), logits], dim=1).cpu().numpy()
 
     def mean(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """The probabilities of the mean of two answers' logits, float32 N×C each, as evaluation takes it."""
-        # Not of probabilities: where a network is sure they are 0 and 1 in float32, however sure it is.
+        """Return the probabilities of the mean of two arrays of logits, float32 N×C each, as in evaluation."""
+        # Average logits, not probabilities: those of a confident network round to 0 and 1 in float32.
         return self._probabilities(torch.from_numpy((one + other) / 2)).numpy()
 
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
@@ -169,23 +169,23 @@ class Engine:
 
     @property
     def occlusion(self) -> Occlusion:
-        """Heat maps of the backend that answers. For bundles that read images alone."""
+        """The heat maps of the selected backend. For bundles that read only images."""
         info = self.bundle.info
         return Occlusion(self._forward, multilabel=info.task == "multilabel", temperature=info.temperature)
 
     def self_test(self) -> float:
-        """Ask for the golden images. BundleError, naming the image, unless the stored answers come again. Returns the seconds that
-        one takes, the shortest of them."""
+        """Predict the golden samples, and compare with their stored probabilities. Returns the shortest seconds that one took. BundleError,
+        which names the sample, if a difference exceeds the tolerance."""
         times = []
         for golden in self._goldens():
             batch, stored = np.stack([self._golden(golden)]), np.asarray(golden.probabilities, dtype=np.float32)
-            # The bundle by plain float32 first; then what computes it here, which may be coarser.
-            self._compare(self._where(golden), self._answers(self._classifier, batch)[0, 0], stored, TOLERANCE)
-            began = time.perf_counter()
-            answered = self.predict(batch)[0]
-            times.append(time.perf_counter() - began)
+            # Check plain float32 first, then the backend, which may be less precise.
+            self._compare(self._where(golden), self._outputs(self._classifier, batch)[0, 0], stored, TOLERANCE)
+            start = time.perf_counter()
+            predicted = self.predict(batch)[0]
+            times.append(time.perf_counter() - start)
             self._compare(
-                self._where(golden), answered, stored, (self.choice.agreed if self.choice else AGREED) + TOLERANCE
+                self._where(golden), predicted, stored, (self.choice.agreed if self.choice else AGREED) + TOLERANCE
             )
         for other in self.others:
             other.self_test()
@@ -193,43 +193,43 @@ class Engine:
 
     def _goldens(self) -> Sequence[GoldenSample]:
         if not self.bundle.golden_samples:
-            raise BundleError(f"{self.bundle.path}: no golden images, so nothing shows that this model still works")
+            raise BundleError(f"{self.bundle.path}: has no golden samples for the self-test; build the bundle again")
         return self.bundle.golden_samples
 
     def _golden(self, golden: GoldenSample) -> np.ndarray:
         try:
             image = self.preprocess(golden.data) if golden.has_image else blank(self.preprocess)
         except ImageError as err:
-            raise BundleError(f"{self._where(golden)} cannot be read: {err}") from err
+            raise BundleError(f"{self._where(golden)} cannot be decoded: {err}") from err
         return image if self.tokens is None else joined(image[None], [golden.text], [golden.has_image], self.tokens)[0]
 
     def _where(self, golden: GoldenSample) -> str:
-        return f"{self.bundle.path}: golden image {golden.name}"
+        return f"{self.bundle.path}: golden sample {golden.name}"
 
-    def _compare(self, where: str, answered: np.ndarray, stored: np.ndarray, tolerance: float) -> None:
-        if answered.shape != stored.shape:
-            raise BundleError(f"{where} has {stored.size} stored probabilities, the network answers {answered.size}")
-        gap = float(np.abs(answered - stored).max())
-        if not gap <= tolerance:  # also when gap is not a number
+    def _compare(self, where: str, predicted: np.ndarray, stored: np.ndarray, tolerance: float) -> None:
+        if predicted.shape != stored.shape:
+            raise BundleError(f"{where} has {stored.size} stored probabilities, the network returns {predicted.size}")
+        gap = float(np.abs(predicted - stored).max())
+        if not gap <= tolerance:  # also when gap is NaN
             labels = self.bundle.info.labels
             raise BundleError(
-                f"{where} is answered with {labels[answered.argmax()]!r} where {labels[stored.argmax()]!r} is stored; "
-                f"its probabilities are off by {gap:.2g}, at most {tolerance:g} is allowed"
+                f"{where} is predicted as {labels[predicted.argmax()]!r}, stored is {labels[stored.argmax()]!r}; "
+                f"its probabilities differ by {gap:.2g}, at most {tolerance:g} is allowed"
             )
 
 
 def build(
     bundle: Bundle, devices: Sequence[str], backend: str = "eager", replicas: int = 1, largest: int = 32
 ) -> Engine:
-    """`replicas` engines on each device, as one; on a CPU they share its threads. largest: samples of the largest batch, which a GPU
-    computes once now. Raises as `Engine`."""
+    """Build `replicas` engines on each device, and return the first with the rest as its `others`. Replicas on a CPU divide its threads.
+    largest: samples of the largest batch, up to which a GPU warms up. Raises as `Engine`."""
     threads = max(1, THREADS // replicas)
     torch.set_num_threads(threads)
-    places = [device for device in devices for _ in range(replicas)]
-    first = Engine(bundle, places[0], backend, threads=threads)
-    # The same backend for all: else the answer to a request would depend on which of them was free.
-    own = first.choice.name if first.choice else "eager"
-    first.others = tuple(Engine(bundle, device, own, threads=threads) for device in places[1:])
+    placements = [device for device in devices for _ in range(replicas)]
+    first = Engine(bundle, placements[0], backend, threads=threads)
+    # All engines use one backend: otherwise a prediction would depend on which engine was idle.
+    chosen = first.choice.name if first.choice else "eager"
+    first.others = tuple(Engine(bundle, device, chosen, threads=threads) for device in placements[1:])
     for engine in (first, *first.others):
         if engine.device.type == "cuda":
             engine.warm_up(largest)

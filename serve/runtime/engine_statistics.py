@@ -1,4 +1,4 @@
-"""What one engine has done since it was opened, for the statistics extension of the Open Inference Protocol. Knows nothing of HTTP."""
+"""Counts and durations of one engine, for the statistics extension of the Open Inference Protocol. Independent of HTTP."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass
 class Total:
-    """How often something happened, and how many seconds it took together."""
+    """The number of events, and their total duration in seconds."""
 
     count: int = 0
     seconds: float = 0.0
@@ -31,34 +31,35 @@ class Statistics:
         self._lock = threading.Lock()
 
     def succeeded(self, images: int, seconds: float, stages: dict[str, float]) -> None:
-        """A request for `images` predictions was answered in `seconds`, of which `stages` has those of `prepare`, `queue` and `compute`."""
+        """Count a request for `images` predictions, answered in `seconds`. stages: the seconds of `prepare`, `queue` and `compute`."""
         self._last, self._inferences = time.time(), self._inferences + images
         self._totals["success"].add(seconds)
-        named = {"compute_input": stages["prepare"], "queue": stages["queue"], "compute_infer": stages["compute"]}
-        for name, own in named.items():
-            self._totals[name].add(own)
-        self._totals["compute_output"].add(max(0.0, seconds - sum(named.values())))
+        durations = {"compute_input": stages["prepare"], "queue": stages["queue"], "compute_infer": stages["compute"]}
+        for name, duration in durations.items():
+            self._totals[name].add(duration)
+        self._totals["compute_output"].add(max(0.0, seconds - sum(durations.values())))
 
     def failed(self, seconds: float) -> None:
-        """A request that was read ended without an answer after `seconds`."""
+        """Count a parsed request that failed after `seconds`."""
         self._last = time.time()
         self._totals["fail"].add(seconds)
 
     def computed(self, size: int, seconds: float) -> None:
-        """The engine computed a batch of `size` inputs in `seconds`."""
+        """Count a batch of `size` inputs, computed in `seconds`."""
         with self._lock:
             self._batches[size].add(seconds)
 
     def to_dict(self, name: str, version: str) -> dict[str, Any]:
-        """A `$model_stat` of the extension: https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_statistics.md.
+        """Return a `$model_stat` of the extension: https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_statistics.md.
 
-        Deviation: a batch's inputs come prepared and its outputs leave as they are, so only `compute_infer` of `batch_stats` counts."""
+        Deviation: in `batch_stats` only `compute_infer` counts, as inputs are prepared and outputs formatted for each request, not for a
+        batch."""
         none = Total().to_dict()
         with self._lock:
-            executions = sum(own.count for own in self._batches.values())
+            executions = sum(total.count for total in self._batches.values())
             batches = [
-                {"batch_size": size, "compute_input": none, "compute_infer": own.to_dict(), "compute_output": none}
-                for size, own in sorted(self._batches.items())
+                {"batch_size": size, "compute_input": none, "compute_infer": total.to_dict(), "compute_output": none}
+                for size, total in sorted(self._batches.items())
             ]
         names = (
             "success",
@@ -76,6 +77,6 @@ class Statistics:
             "last_inference": round(self._last * 1000),
             "inference_count": self._inferences,
             "execution_count": executions,
-            "inference_stats": {own: self._totals[own].to_dict() for own in names},
+            "inference_stats": {stage: self._totals[stage].to_dict() for stage in names},
             "batch_stats": batches,
         }

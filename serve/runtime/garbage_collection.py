@@ -1,4 +1,4 @@
-"""What Python's garbage collector leaves out in a server."""
+"""Reduce the work of Python's garbage collector in a server."""
 
 import gc
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def spared() -> Iterator[None]:
-    """Keep Python's search for garbage from what was made until now, and have it search less often. For when all is loaded.
+    """Exclude all present objects from garbage collection, and collect less often, until the block ends. Enter it after loading the model.
 
-    Of a small image's answer it took a twentieth of the time, as there are two hundred thousand objects of PyTorch's to look through.
+    Garbage collection took a twentieth of the time for a small image, as it visited the two hundred thousand objects of PyTorch.
     """
     before = gc.get_threshold()
     gc.collect()
@@ -17,6 +17,6 @@ def spared() -> Iterator[None]:
     gc.set_threshold(10_000, 20, 20)
     try:
         yield
-    finally:  # what is frozen when Python ends, extensions report as leaked
+    finally:  # extensions report objects that are still frozen at exit as leaked
         gc.set_threshold(*before)
         gc.unfreeze()

@@ -1,4 +1,4 @@
-"""What is known of the GPUs that compute: names, driver, memory."""
+"""Describe the GPUs in use (name, driver, memory), and their out-of-memory errors."""
 
 import os
 import re
@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 
 class Gpu(NamedTuple):
-    """One GPU or MIG slice. total, free, allocated: bytes of its memory, of which tensors of this process hold the last."""
+    """One GPU or MIG slice. total, free: bytes of its memory; allocated: bytes in tensors of this process."""
 
     device: str
     name: str
@@ -27,7 +27,7 @@ class Gpu(NamedTuple):
 
 
 def describe(devices: Sequence[str]) -> list[Gpu]:
-    """The GPUs among `devices`, each once."""
+    """Return the distinct GPUs among `devices`."""
     return [_describe(name) for name in dict.fromkeys(devices) if name.startswith("cuda")]
 
 
@@ -38,17 +38,17 @@ def _describe(device: str) -> Gpu:
 
 
 def driver_version() -> str | None:
-    """Version of NVIDIA's driver, None where there is none."""
+    """Return the version of NVIDIA's driver; None without the driver."""
     try:
         text = DRIVER.read_text("ascii", "replace")
     except OSError:
         return None
-    found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
-    return found[1] if found else None
+    match = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
+    return match[1] if match else None
 
 
 def unseen() -> str | None:
-    """Why PyTorch sees no GPU although this machine has NVIDIA's driver; None without the driver."""
+    """Return the reason why PyTorch finds no GPU although NVIDIA's driver is installed; None if it finds one, or without the driver."""
     if torch.cuda.is_available() or driver_version() is None:
         return None
     if torch.version.cuda is None:
@@ -60,13 +60,13 @@ def unseen() -> str | None:
 
 
 def is_out_of_memory(err: BaseException) -> bool:
-    """Whether a device had too little memory: PyTorch's own error, or that of a library on the GPU."""
+    """Return whether the error means that a device's memory is full, as raised by PyTorch or by a library on the GPU."""
     return isinstance(err, torch.OutOfMemoryError) or (isinstance(err, RuntimeError) and "ALLOC_FAILED" in str(err))
 
 
 @contextmanager
 def naming_memory(device: torch.device, what: str) -> Iterator[None]:
-    """Raise BundleError with the device's free memory where `what` does not fit."""
+    """Raise BundleError, with the device's free memory, if `what` does not fit into it."""
     try:
         yield
     except RuntimeError as err:

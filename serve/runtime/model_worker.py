@@ -1,4 +1,4 @@
-"""One model's way: its engine, its batcher, and the requests that are on it. Knows nothing of HTTP."""
+"""One served model: its engine, its batcher, and its requests in flight. Independent of HTTP."""
 
 import asyncio
 import logging
@@ -20,24 +20,25 @@ from refract.serve.runtime.pools import RECENT, PricedPool
 logger = logging.getLogger(__name__)
 
 FAILURES = 3
-"""Batches in a row that failed, after which the self-test is run again."""
+"""Consecutive failed batches after which the self-test runs again."""
 
 AGAIN_S = 1.0
-"""Until a self-test that failed is tried again: memory may have been short for a moment."""
+"""Seconds until a failed self-test is repeated: memory may have been short for a moment."""
 
 
 BRIEF_S = 0.001
-"""The event loop itself computes batches that take less of a core than this: to hand one to a thread costs more, as both threads want the
-interpreter. Longer ones would keep requests from being read."""
+"""Seconds of CPU time below which the event loop computes a batch itself. To pass it to a thread costs more, as both threads need the
+interpreter lock. A longer batch would delay the reading of requests."""
 
 PROVEN = 64
-"""Batches that must have been computed by threads before: one that hangs should hang there."""
+"""Batches that threads compute before the event loop may compute any: a network that hangs should hang in a thread."""
 
 
 class ModelWorker:
-    """Open from `start` to `retire`. preparing: requests whose images are being read or decoded; a batch is held back for them alone.
+    """Computes the requests of one model between `start` and `retire`.
 
-    unfit: the self-test fails since batches did; lost: it failed again.
+    preparing: number of requests whose images are being parsed or decoded; the batcher waits for them only.
+    unfit: the self-test failed after failed batches; lost: it failed twice in a row.
     """
 
     def __init__(
@@ -45,41 +46,41 @@ class ModelWorker:
         engine: Engine,
         *,
         decoders: Callable[[float], PricedPool],
-        room: Budget,
+        budget: Budget,
         metrics: Metrics | None,
-        **waits: Any,
+        **batch_options: Any,
     ) -> None:
-        """decoders, room: the threads for so many megapixels, and what they may decode at a time; metrics: count its batches, None where it
-        answers nobody. waits: see `Batcher`."""
+        """decoders: the thread pool for a request of that many megapixels; budget: the pixels that may be decoded at a time;
+        metrics: counts the batches, None for a shadow; batch_options: see `Batcher`."""
         self.engine, self.preparing, self.statistics = engine, 0, Statistics()
-        self.decoders, self.room = decoders, room
-        self._metrics, self._inside, self._empty = metrics, 0, asyncio.Event()
+        self.decoders, self.budget = decoders, budget
+        self._metrics, self._in_flight, self._idle = metrics, 0, asyncio.Event()
         self._pace, self._computing = 0.0, [0] * len(engine.workers)
         self.unfit = self.lost = False
-        self._failed, self._examining = 0, None  # type: int, asyncio.Task[None] | None
-        self._batches, self._spent = 0, 0.0  # those computed, and the seconds of a core that recent ones took
-        workers = [partial(self._compute, number) for number in range(len(engine.workers))]
-        self._batcher = Batcher(*workers, coming=lambda: self.preparing > 0, brief=self._brief, **waits)
+        self._failed_batches, self._self_test_task = 0, None  # type: int, asyncio.Task[None] | None
+        self._batches, self._cpu_seconds = 0, 0.0  # computed batches; moving average of a batch's CPU seconds
+        compute = [partial(self._compute, number) for number in range(len(engine.workers))]
+        self._batcher = Batcher(*compute, coming=lambda: self.preparing > 0, brief=self._is_brief, **batch_options)
 
     @property
     def waiting(self) -> int:
-        """Images that wait for a batch."""
+        """The number of images that wait for a batch."""
         return self._batcher.waiting
 
     def expected(self, images: int = 0) -> float:
-        """Seconds until so many more images will have been computed, after those before them; a request that is being prepared counts as
-        one."""
+        """The expected seconds until `images` more images are computed, after those that wait. A request in preparation counts as one
+        image."""
         before = sum(self._computing) + self.waiting + self.preparing
         return (before + images) * self._pace / len(self._computing)
 
     def start(self, pace: float) -> None:
-        """On the event loop that will submit. pace: seconds that an image takes the engine; measured from then on."""
+        """Start the threads. Call it on the event loop that will submit. pace: initial estimate of the engine's seconds for an image."""
         self._pace, self._loop = pace, asyncio.get_running_loop()
         self._batcher.start()
 
     @contextmanager
-    def coming(self) -> Iterator[None]:
-        """A request's images are on their way to a batch until the block ends."""
+    def preparing_request(self) -> Iterator[None]:
+        """Count a request as in preparation until the block ends."""
         self.preparing += 1
         try:
             yield
@@ -87,74 +88,74 @@ class ModelWorker:
             self.preparing -= 1
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """A request is on this lane: it is not taken away until the block ends."""
-        self._inside += 1
-        self._empty.clear()
+    def in_flight_request(self) -> Iterator[None]:
+        """Count a request as in flight until the block ends. `retire` waits for it."""
+        self._in_flight += 1
+        self._idle.clear()
         try:
             yield
         finally:
-            self._inside -= 1
-            if not self._inside:
-                self._empty.set()
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
 
     async def submit(self, batch: np.ndarray) -> Answered:
-        """As `Batcher.submit`."""
+        """Compute a batch: see `Batcher.submit`."""
         return await self._batcher.submit(batch)
 
     async def retire(self) -> None:
-        """Let those that are on it come to their end, then end its threads."""
-        if self._inside:
-            await self._empty.wait()
+        """Wait for the requests in flight, then stop the threads."""
+        if self._in_flight:
+            await self._idle.wait()
         await self._batcher.stop()
-        if self._examining:
-            self._examining.cancel()
+        if self._self_test_task:
+            self._self_test_task.cancel()
 
-    def _brief(self) -> bool:
-        return self._batches >= PROVEN and self._spent < BRIEF_S and self.engine.device.type == "cpu"
+    def _is_brief(self) -> bool:
+        return self._batches >= PROVEN and self._cpu_seconds < BRIEF_S and self.engine.device.type == "cpu"
 
     def _compute(self, number: int, batch: np.ndarray) -> np.ndarray:
         if self._metrics:
             self._metrics.computed(len(batch))
         self._computing[number] = len(batch)
-        began, spent = time.monotonic(), time.thread_time()
+        start, cpu_start = time.monotonic(), time.thread_time()
         try:
-            found = self.engine.workers[number](batch)
-            if not np.isfinite(found[:, 0]).all():
-                raise ValueError("the network's answers are no numbers")
+            outputs = self.engine.workers[number](batch)
+            if not np.isfinite(outputs[:, 0]).all():
+                raise ValueError("the network's probabilities are NaN or infinite")
         except Exception:
-            self._failed += 1
-            if self._failed >= FAILURES:
-                self._loop.call_soon_threadsafe(self._examine_once)
+            self._failed_batches += 1
+            if self._failed_batches >= FAILURES:
+                self._loop.call_soon_threadsafe(self._start_self_test)
             raise
         finally:
             self._computing[number] = 0
-        self._failed = 0
-        # Several threads may do this at a time: that a measurement is lost then does no harm. A large batch, which tells more of how fast
-        # it goes when there is much to do, counts as so many images.
-        share, seconds = 1 - (1 - RECENT) ** len(batch), time.monotonic() - began
+        self._failed_batches = 0
+        # Several threads may do this at a time; a measurement lost then does no harm. A large batch measures the pace under load better, so
+        # it counts as that many images.
+        weight, seconds = 1 - (1 - RECENT) ** len(batch), time.monotonic() - start
         self.statistics.computed(len(batch), seconds)
-        self._pace += share * (seconds / len(batch) - self._pace)
+        self._pace += weight * (seconds / len(batch) - self._pace)
         self._batches += 1
-        self._spent += max(RECENT, 1 / self._batches) * (time.thread_time() - spent - self._spent)
-        return found
+        self._cpu_seconds += max(RECENT, 1 / self._batches) * (time.thread_time() - cpu_start - self._cpu_seconds)
+        return outputs
 
-    def _examine_once(self) -> None:
-        if self._examining is None:
-            self._examining = asyncio.create_task(self._examine())
+    def _start_self_test(self) -> None:
+        if self._self_test_task is None:
+            self._self_test_task = asyncio.create_task(self._repeat_self_test())
 
-    async def _examine(self) -> None:
-        """Until the engine passes its self-test."""
-        while why := await self._failure():
+    async def _repeat_self_test(self) -> None:
+        """Repeat the self-test until the engine passes it."""
+        while error := await self._self_test_error():
             self.unfit, self.lost = True, self.unfit
-            logger.error("the model in use fails its self-test: %s", why)
+            logger.error("the served model fails its self-test: %s", error)
             await asyncio.sleep(AGAIN_S)
         self.unfit = self.lost = False
-        self._failed, self._examining = 0, None
+        self._failed_batches, self._self_test_task = 0, None
 
-    async def _failure(self) -> Exception | None:
+    async def _self_test_error(self) -> Exception | None:
         try:
             await asyncio.to_thread(self.engine.self_test)
-        except Exception as err:  # of the device as well
+        except Exception as err:  # errors of the device too
             return err
         return None

@@ -1,4 +1,4 @@
-"""The choice of the fastest backend that agrees with plain float32 on this machine."""
+"""Select the fastest backend on this machine whose predictions agree with plain float32."""
 
 import hashlib
 import importlib.util
@@ -29,26 +29,27 @@ logger = logging.getLogger(__name__)
 CACHE = Path("~/.cache/refract/backends")
 
 THREADS = torch.get_num_threads()
-"""That PyTorch would use by itself; a choice may set fewer, and the next one begins from all again."""
+"""PyTorch's default number of threads. A choice may set fewer; the next choice starts from this number again."""
 
 WORTH = 1.2
-"""How many times faster more threads must be: decoding and HTTP want cores too."""
+"""How many times faster all threads must be than one to be chosen: decoding and HTTP need cores too."""
 
 LONG_S = 0.005
-"""What a batch must take one thread for others to help: between short ones they wait awake, and take the cores from decoding and HTTP."""
+"""Seconds that a batch must take one thread for more threads to be considered. Between short batches the threads spin, and take the cores
+from decoding and HTTP."""
 
 STEADY = 1.5
-"""How many times faster than when it was chosen a backend may be for the choice to stand, as the machine was busy then; and how many
-times slower beside plain PyTorch."""
+"""A stored choice stays valid if its backend is at most this many times faster than at the time of the choice (the machine was busy then),
+and at most this many times slower relative to plain PyTorch."""
 
 BATCH, ROUNDS, SECONDS = 8, 5, 2.0
-"""Images in a timed batch; how often it is timed, at most for so long."""
+"""Images in a timed batch; most repetitions; most seconds."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """name: of the backend; threads: of a CPU that compute one batch; rates: images a second of each that was tried, `NAME/threads` on a
-    CPU; dropped: those that were not, with the reason."""
+    """The selected backend and the measurements. name: the backend; threads: CPU threads that compute one batch; rates: images a second of
+    each timed backend, `NAME/threads` on a CPU; dropped: the reason for each backend that failed."""
 
     name: str
     threads: int
@@ -57,17 +58,17 @@ class Choice:
 
     @property
     def agreed(self) -> float:
-        """Largest difference of its probabilities from plain float32's."""
+        """The largest allowed difference of its probabilities from those of plain float32."""
         return BACKENDS[self.name].agreed
 
     @property
     def rate(self) -> float:
-        """Of the chosen one."""
+        """Images a second of the selected backend."""
         return self.rates.get(f"{self.name}/{self.threads}") or self.rates[self.name]
 
 
 def candidates(device: torch.device) -> tuple[str, ...]:
-    """Names of the backends that `auto` times on this device."""
+    """Return the names of the backends that `auto` times on this device."""
     return tuple(backend.name for backend in BACKENDS.values() if backend.offered(device))
 
 
@@ -80,15 +81,16 @@ def choose(
     threads: int = THREADS,
     cache: Path | None = None,
 ) -> tuple[Forward, Choice]:
-    """The fastest way for this bundle on this machine that agrees with plain float32 on `images`, the golden images, uint8 N×H×W×3: the
-    same likeliest label, probabilities within AGREED. wanted: a name of BACKENDS is taken, if it agrees, those of INT8 within INT8_AGREED;
-    int8 is the fastest of INT8. threads: of a CPU, at most. The choice is kept in `cache`, by default ~/.cache/refract/backends, for the
-    bundle, the machine and the versions.
+    """Select the fastest backend for this bundle on this machine that agrees with plain float32 on `images`.
 
-    ValueError for a name that is none; BundleError where a wanted one is not installed, does not compute on this device, or does not agree.
+    A backend agrees if each likeliest label is the same and all probabilities are within AGREED, or INT8_AGREED for those of INT8.
+    images: the golden images, uint8 N×H×W×3. wanted: auto, int8 for the fastest of INT8, or a name of BACKENDS, which must agree.
+    threads: most CPU threads. `cache`, by default ~/.cache/refract/backends, stores the choice of auto for the bundle, the machine and the
+    package versions. ValueError for an unknown name. BundleError if a wanted backend is not installed, does not support this device, or
+    does not agree.
     """
     if wanted not in ("auto", "int8", *BACKENDS):
-        raise ValueError(f"backend: {wanted!r} is none of auto, int8, {', '.join(BACKENDS)}")
+        raise ValueError(f"backend: {wanted!r} is unknown; accepted are auto, int8, {', '.join(BACKENDS)}")
     device = next(classifier.parameters()).device
     names = {"auto": candidates(device), "int8": INT8}.get(wanted, (wanted,))
     if wanted != "auto":
@@ -96,38 +98,38 @@ def choose(
     folder = (cache or CACHE).expanduser() / _key(bundle, device, threads)
     tensor = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
     trial = _Trial(bundle, classifier, tensor, folder)
-    kept = _kept(folder) if wanted == "auto" else None
-    if kept is not None and kept.name in names:
+    stored = _load_choice(folder) if wanted == "auto" else None
+    if stored is not None and stored.name in names:
         try:
-            torch.set_num_threads(kept.threads)
-            forward = trial.agreeing(kept.name)
-            change = trial.change(kept, forward)
+            torch.set_num_threads(stored.threads)
+            forward = trial.agreeing(stored.name)
+            change = trial.change(stored, forward)
             if 1 / STEADY < change < STEADY:
-                return forward, kept
-            told = f"{change:.1f} times faster" if change > 1 else f"{1 / change:.1f} times slower beside plain PyTorch"
-            logger.info("%s is %s than when it was chosen; the backend is chosen anew", kept.name, told)
-        except Exception as err:  # of any kind: these are four libraries; what does not work any more is chosen anew
-            logger.warning("the backend %s, chosen before, does not work now: %s", kept.name, first_line(err))
+                return forward, stored
+            speed = f"{change:.1f} times faster" if change > 1 else f"{1 / change:.1f} times slower, relative to eager,"
+            logger.info("%s is %s than when it was chosen; choosing the backend again", stored.name, speed)
+        except Exception as err:  # of any kind, from four libraries: the backend is chosen again
+            logger.warning("the stored choice %s fails; choosing the backend again: %s", stored.name, first_line(err))
     return _fastest(trial, names, threads, folder, forced=wanted != "auto")
 
 
 def _check_wanted(wanted: str, names: tuple[str, ...], device: torch.device) -> None:
-    """BundleError where none of `names` computes on the device of this machine."""
+    """Raise BundleError if none of `names` supports the device, or none is installed."""
     if not any(device.type in BACKENDS[name].devices for name in names):
-        there = ", ".join(["auto", *(name for name, backend in BACKENDS.items() if device.type in backend.devices)])
+        supported = ["auto", *(name for name, backend in BACKENDS.items() if device.type in backend.devices)]
         devices = " and ".join(BACKENDS[names[0]].devices)
-        raise BundleError(f"--backend {wanted} computes on {devices}, not on {device}; take one of {there}")
+        raise BundleError(f"--backend {wanted} runs on {devices}, not on {device}; use one of {', '.join(supported)}")
     reasons = [(name, BACKENDS[name].missing(device)) for name in names]
     if all(reason for _, reason in reasons):
-        named = "; ".join(f"--backend {name} {reason}" for name, reason in reasons)
-        raise BundleError(f"{named}; or take --backend auto")
+        message = "; ".join(f"--backend {name} {reason}" for name, reason in reasons)
+        raise BundleError(f"{message}; or use --backend auto")
 
 
 def _fastest(
     trial: "_Trial", names: tuple[str, ...], most: int, folder: Path, *, forced: bool
 ) -> tuple[Forward, Choice]:
     if not forced:
-        logger.info("timing %s; the choice is kept for the next start", ", ".join(names))
+        logger.info("timing %s; the choice is stored for the next start", ", ".join(names))
     rates: dict[str, float] = {}
     dropped: dict[str, str] = {}
     tries: list[tuple[float, str, int, Forward]] = []
@@ -143,81 +145,82 @@ def _fastest(
             rates[f"{name}/{threads}" if trial.on_cpu else name] = round(rate, 1)
             tries.append((rate, name, threads, forward))
     if not tries:
-        told = "; ".join(f"--backend {name}: {why}" for name, why in dropped.items())
-        raise BundleError(f"{told}; --backend auto takes the fastest of those that work here")
-    short = any(one[2] == 1 and BATCH / one[0] < LONG_S for one in tries)
-    worth = [one for one in tries if one[2] == 1] if short else tries
-    _, name, threads, forward = max(worth, key=lambda one: one[0] / (WORTH if one[2] > 1 else 1))
+        message = "; ".join(f"--backend {name}: {reason}" for name, reason in dropped.items())
+        raise BundleError(f"{message}; use --backend auto for the fastest that works on this machine")
+    short = any(threads == 1 and BATCH / rate < LONG_S for rate, _, threads, _ in tries)
+    eligible = [each for each in tries if each[2] == 1] if short else tries
+    _, name, threads, forward = max(eligible, key=lambda each: each[0] / (WORTH if each[2] > 1 else 1))
     choice = Choice(name, threads, rates, dropped)
     torch.set_num_threads(threads)
     if not forced:
-        logger.info("%s is taken; images a second: %s", name, rates)
-        _keep(folder, choice)
+        logger.info("chose the backend %s; images a second: %s", name, rates)
+        _store_choice(folder, choice)
     return forward, choice
 
 
 class _Trial:
-    """The golden images, and what plain float32 says to them."""
+    """Compares backends with plain float32 on the golden images, and times them."""
 
     def __init__(self, bundle: Bundle, classifier: Classifier, images: Tensor, folder: Path) -> None:
         self._classifier, self._images, self._folder = classifier, images, folder
-        self._older = {
+        self._from_earlier_start = {
             folder / file for backend in BACKENDS.values() for file in backend.files if (folder / file).exists()
         }
         self.on_cpu = images.device.type == "cpu"
         self._options: dict[str, Any] = {"task": bundle.info.task, "temperature": bundle.info.temperature}
         with torch.inference_mode():
-            self._wanted = probabilities(classifier(images), **self._options)
+            self._expected = probabilities(classifier(images), **self._options)
 
     def agreeing(self, name: str) -> Forward:
-        """ValueError where it answers otherwise. What fails with a network that an earlier start kept is tried with one converted anew."""
-        kept = self._older & {self._folder / file for file in BACKENDS[name].files}
+        """Build the backend `name`, and check it. If it fails with a network converted by an earlier start, convert the network again.
+        ValueError if its predictions do not agree."""
+        converted = self._from_earlier_start & {self._folder / file for file in BACKENDS[name].files}
         try:
             return self._agreeing(name)
         except Exception as err:
-            if not kept:
+            if not converted:
                 raise
-            logger.warning("%s does not work with what is kept of it, which is made anew: %s", name, first_line(err))
-        for file in kept:
+            logger.warning("%s fails with its stored network; converting it again: %s", name, first_line(err))
+        for file in converted:
             file.unlink(missing_ok=True)
-        self._older -= kept
+        self._from_earlier_start -= converted
         return self._agreeing(name)
 
     def _agreeing(self, name: str) -> Forward:
         with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of converters, about themselves
+            warnings.simplefilter("ignore")  # converters warn about their own code
             images = self._images if len(self._images) > 1 else self._images.repeat(2, 1, 1, 1)
             forward = BACKENDS[name].build(self._classifier, images.contiguous(), self._folder)
-            found = probabilities(forward(self._images), **self._options)
-        gap = float((found - self._wanted).abs().max())
+            predicted = probabilities(forward(self._images), **self._options)
+        gap = float((predicted - self._expected).abs().max())
         if not gap <= (limit := BACKENDS[name].agreed):
             raise ValueError(
-                f"moves a probability of the golden samples by {gap:.2g} from float32's; the limit is {limit}"
+                f"changes a probability of the golden samples by {gap:.2g} from float32; the limit is {limit}"
             )
-        if others := int((found.argmax(1) != self._wanted.argmax(1)).sum()):
-            raise ValueError(f"gives {others} of {len(found)} golden samples another label than float32")
+        if differing := int((predicted.argmax(1) != self._expected.argmax(1)).sum()):
+            raise ValueError(f"predicts another label than float32 for {differing} of {len(predicted)} golden samples")
         return forward
 
-    def change(self, kept: Choice, forward: Forward) -> float:
-        """How many times faster than when it was kept; where it is much slower, beside plain PyTorch, which the rest of the machine slows
-        too: while others work is no time to choose."""
-        change = self.rate(forward) / kept.rate
-        if change > 1 / STEADY or kept.name == "eager":
+    def change(self, stored: Choice, forward: Forward) -> float:
+        """Return how many times faster the backend is than when it was chosen. If it is much slower, the result is relative to plain
+        PyTorch, which other load on the machine slows too: under such load no new choice is made."""
+        change = self.rate(forward) / stored.rate
+        if change > 1 / STEADY or stored.name == "eager":
             return max(change, 1.0)
-        eager = "eager" if "eager" in kept.rates else f"eager/{kept.threads}"
+        eager = "eager" if "eager" in stored.rates else f"eager/{stored.threads}"
         plain = self.rate(BACKENDS["eager"].build(self._classifier, self._images, self._folder))
-        return min(1.0, change * kept.rates[eager] / plain)
+        return min(1.0, change * stored.rates[eager] / plain)
 
     def rate(self, forward: Forward) -> float:
-        """Images a second, in batches."""
+        """Return the images a second, from the median time of a batch."""
         batch = self._images.repeat(-(-BATCH // len(self._images)), 1, 1, 1)[:BATCH]
         times: list[float] = []
         with torch.inference_mode():
             forward(batch).sum().item()
             while len(times) < ROUNDS and sum(times) < SECONDS:
-                began = time.perf_counter()
+                start = time.perf_counter()
                 forward(batch).sum().item()
-                times.append(time.perf_counter() - began)
+                times.append(time.perf_counter() - start)
         return BATCH / sorted(times)[len(times) // 2]
 
 
@@ -238,12 +241,12 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _kept(folder: Path) -> Choice | None:
+def _load_choice(folder: Path) -> Choice | None:
     try:
         return Choice(**json.loads((folder / "kept.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
-def _keep(folder: Path, choice: Choice) -> None:
+def _store_choice(folder: Path, choice: Choice) -> None:
     store(folder, "json", lambda part: part.write_text(json.dumps(asdict(choice), indent=1), "utf-8"))

@@ -1,4 +1,4 @@
-"""What a request asks for, and what it is answered."""
+"""A request of one prediction call, and its result."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,19 +14,20 @@ from refract.serve.runtime.engine import Engine
 
 
 class Work(NamedTuple):
-    """What a request asks for. read: finds its images, or raises RequestError; mirrored: the mean answer to each and its mirror image, of
-    their logits; explained: with heat maps of the likeliest labels; quick: they are better read and decoded at once than on worker threads;
-    version: of the model that is to answer, and no other."""
+    """A request whose body was received and is not parsed yet. read: parses the images, or raises RequestError; flipped: average the logits
+    of each image and of its horizontal flip; explained: add heat maps of the likeliest labels; quick: parse and decode on the event loop,
+    which is faster than on a thread; version: the only model version that may answer, None for any."""
 
     read: Callable[[], RequestImages]
-    mirrored: bool = False
+    flipped: bool = False
     explained: bool = False
     quick: bool = False
     version: str | None = None
 
 
 class ReadWork(NamedTuple):
-    """A request whose images were read, in so many seconds. due: the event loop's time by which its heat maps must be there."""
+    """A parsed request, whose images are not decoded yet. seconds: duration of the parsing; due: the event loop's time by which its heat
+    maps must be complete."""
 
     work: Work
     images: RequestImages
@@ -35,9 +36,9 @@ class ReadWork(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """bundle: that answered; probabilities: float32 N×C; seconds: of the stages `prepare` (threads to be free, reading, decoding,
-    resizing), `queue`, `compute` and `explain`; explanations: where they were asked for, of each image;
-    cut: where texts are read, whether each was too long to be read whole."""
+    """The result of one request. bundle: the model that answered; probabilities: float32 N×C; seconds: durations of the stages `prepare`
+    (wait for a thread, parse, decode, resize), `queue`, `compute` and `explain`; explanations: one for each image, empty if not requested;
+    cut: whether each text was truncated, empty if the model reads no texts."""
 
     bundle: Bundle
     probabilities: np.ndarray
@@ -47,23 +48,24 @@ class Predictions(NamedTuple):
 
     @property
     def timing(self) -> str:
-        """The stages as a `Server-Timing` header."""
+        """The stages as the value of a `Server-Timing` header, in milliseconds."""
         return ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in self.seconds.items())
 
 
 def check_read(engine: Engine, images: RequestImages) -> None:
-    """RequestError 422 where nothing was sent that the engine reads, or what it does not read."""
+    """Raise RequestError 422 if a sample has no input that the engine reads, or has one that it does not read."""
     if images.texts and engine.tokens is None:
         raise RequestError(422, "invalid_request", "this model reads no texts, only images")
-    missing = [not there for there in images.has_image]
+    missing = [not has_image for has_image in images.has_image]
     if "images" not in engine.reads and not all(missing or [False]):
         raise RequestError(422, "invalid_request", "this model reads no images, only texts")
     texts = images.texts or [""] * len(missing)
-    if any(gone and not trimmed(text) for text, gone in zip(texts, missing, strict=False)):
-        raise RequestError(422, "invalid_request", "a text is empty, and there is no image")
+    if any(no_image and not trimmed(text) for text, no_image in zip(texts, missing, strict=False)):
+        raise RequestError(422, "invalid_request", "a sample has an empty text and no image; send one of them")
 
 
 def check_version(bundle: Bundle, version: str | None) -> None:
-    """RequestError 404 where `version` is not that of the bundle; None is any."""
-    if version not in (None, bundle.digest[:16]):
-        raise RequestError(404, "unknown_model", f"this version is not served; that is {bundle.digest[:16]!r}")
+    """Raise RequestError 404 if `version` is not the bundle's; None accepts any."""
+    if version is not None and version != bundle.digest[:16]:
+        message = f"model version {version[:40]!r} is not served; the served version is {bundle.digest[:16]!r}"
+        raise RequestError(404, "unknown_model", message)

@@ -137,9 +137,9 @@ def test_hot_swaps_under_load_answer_everything_and_free_the_memory(
         async def load() -> None:
             nonlocal answered
             while not stop.is_set():
-                lane = service._lane
-                with lane.entered():
-                    found = await lane.submit(batch)
+                worker = service._worker
+                with worker.in_flight_request():
+                    found = await worker.submit(batch)
                 assert np.isfinite(found.outputs).all()
                 answered += 1
                 await asyncio.sleep(0)

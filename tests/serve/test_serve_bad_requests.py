@@ -190,7 +190,7 @@ def test_the_pixels_of_a_request_are_limited_together(bundle, serving) -> None:
     files = [("file", ("a.png", png_header(1_000, 800), "image/png"))] * 2
     with serving(create_app(bundle, limits=limits)) as client:
         message = check(client.post("/v1/predict", files=files), 413, "images_too_large")
-    assert "1,600,000 pixels together; at most 1,500,000" in message
+    assert "1,600,000 pixels together; a request may have at most 1,500,000" in message
 
 
 def test_default_limits_refuse_what_a_server_could_not_bear(bundle, serving) -> None:

@@ -113,7 +113,7 @@ def test_a_large_request_is_split_and_joined_in_order():
 def test_a_full_queue_takes_all_or_nothing():
     async def story(batcher, doubler):
         first, waiting = await hold(batcher, doubler), await enqueue(batcher, 1, 2)
-        with pytest.raises(OverloadedError, match="2 images are waiting"):
+        with pytest.raises(OverloadedError, match="2 images wait already, of at most"):
             await batcher.submit(inputs(3, 4))
         last = await enqueue(batcher, 5)
         doubler.gate.set()
@@ -165,7 +165,7 @@ def test_stop_answers_what_was_accepted_and_refuses_the_rest(inference_threads):
         tasks = [await enqueue(batcher, i) for i in (1, 2, 3)]  # 3 would wait for a minute
         await asyncio.wait_for(batcher.stop(), 20)
         assert [float((await task).outputs[0, 0]) for task in tasks] == [2, 4, 6]
-        with pytest.raises(ClosedError, match="going down"):
+        with pytest.raises(ClosedError, match="shutting down"):
             await batcher.submit(inputs(4))
         assert not inference_threads()
 

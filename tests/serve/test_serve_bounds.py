@@ -56,14 +56,14 @@ def busy(engine: GatedEngine, client: httpx.Client, **request) -> Iterator[Futur
             engine.gate.set()
 
 
-def prepare(kind: str, body: bytes, preprocess: Preprocess, room: Budget) -> np.ndarray:
-    return read(kind, body, room.limits).decode(preprocess, room)
+def prepare(kind: str, body: bytes, preprocess: Preprocess, budget: Budget) -> np.ndarray:
+    return read(kind, body, budget.limits).decode(preprocess, budget)
 
 
 def test_pixels_that_are_decoded_at_a_time_are_bounded(bundle, make_image) -> None:
     """An image of 40 × 56 is held in the decoder: another one of that size does not fit, a small one does."""
     limits = Limits(max_pixels=3_000, max_decoding_pixels=3_000)
-    room, plain = Budget(limits), Engine(bundle).preprocess
+    budget, plain = Budget(limits), Engine(bundle).preprocess
     inside, resume = threading.Event(), threading.Event()
 
     class Slow(Preprocess):
@@ -73,17 +73,17 @@ def test_pixels_that_are_decoded_at_a_time_are_bounded(bundle, make_image) -> No
             return super().__call__(image, **options)
 
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(prepare, "", make_image(0), Slow(32, 32), room)
+        first = pool.submit(prepare, "", make_image(0), Slow(32, 32), budget)
         assert inside.wait(20)
-        with pytest.raises(OverloadedError, match="2,240 pixels are being decoded"):
-            prepare("", make_image(1), plain, room)
-        assert prepare("", make_image(1, size=(20, 20)), plain, room).shape == (1, 32, 32, 3)
+        with pytest.raises(OverloadedError, match="2,240 pixels are being decoded already"):
+            prepare("", make_image(1), plain, budget)
+        assert prepare("", make_image(1, size=(20, 20)), plain, budget).shape == (1, 32, 32, 3)
         resume.set()
         assert first.result().shape == (1, 32, 32, 3)
-    assert prepare("", make_image(1), plain, room).shape == (1, 32, 32, 3), "the place is free again"
+    assert prepare("", make_image(1), plain, budget).shape == (1, 32, 32, 3), "the place is free again"
     with pytest.raises(RequestError, match="the limit is 3,000"):
-        prepare("", make_image(1, size=(80, 80)), plain, room)
-    with pytest.raises(ValueError, match="less than max_pixels"):
+        prepare("", make_image(1, size=(80, 80)), plain, budget)
+    with pytest.raises(ValueError, match="it must be at least max_pixels"):
         Limits(max_pixels=10, max_decoding_pixels=9)
 
 
@@ -134,7 +134,7 @@ def test_what_could_not_be_answered_in_time_is_refused_at_once_and_the_rest_is_a
         statuses = [answer.status_code for answer in answers]
         assert set(statuses) == {200, 429} and statuses.count(200) >= 5
         refused = next(answer for answer in answers if answer.status_code == 429)
-        assert "an answer would take" in refused.json()["detail"] and int(refused.headers["retry-after"]) >= 1
+        assert "the response would take about" in refused.json()["detail"] and int(refused.headers["retry-after"]) >= 1
         assert client.post("/v1/predict", content=make_image(1)).status_code == 200
 
 
@@ -208,7 +208,7 @@ def test_what_nobody_waits_for_any_more_is_not_computed(bundle, serving, make_im
     with serving(app) as client, busy(engine, client, content=make_image(0)) as first:
         with pytest.raises(httpx.ReadTimeout):
             client.post("/v1/predict", content=make_image(1), timeout=0.5)
-        wait_until(lambda: app.state.service.inside == 1)
+        wait_until(lambda: app.state.service.in_flight == 1)
         engine.gate.set()
         assert first.result().status_code == 200
         assert client.post("/v1/predict", content=make_image(2)).status_code == 200
@@ -243,8 +243,8 @@ def test_pipelined_requests_of_a_client_that_left_are_not_computed(bundle, servi
         for _ in range(5):
             with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
                 connection.sendall(request * 3)
-                wait_until(lambda: app.state.service.inside == 2)
-            wait_until(lambda: app.state.service.inside == 1)
+                wait_until(lambda: app.state.service.in_flight == 2)
+            wait_until(lambda: app.state.service.in_flight == 1)
         engine.gate.set()
         assert first.result().status_code == 200
         assert client.post("/v1/predict", content=make_image(2)).status_code == 200

@@ -221,7 +221,7 @@ def test_a_damaged_bundle(make_bundle, tmp_path):
 
 def test_a_golden_image_that_is_answered_otherwise(make_bundle, tmp_path):
     bundle = make_bundle(tmp_path / "b", wrong=0.01)
-    assert "golden image 00.jpg" in refused(str(bundle.path), "--port", "0")
+    assert "golden sample 00.jpg" in refused(str(bundle.path), "--port", "0")
 
 
 def test_a_port_that_is_taken(bundle):

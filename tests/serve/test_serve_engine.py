@@ -34,7 +34,7 @@ def test_the_self_test_names_the_image_that_differs(bundle):
     good, bad = bundle.golden_samples[0], bundle.golden_samples[1]
     other = GoldenSample(bad.name, bad.data, tuple(reversed(bad.probabilities)))
     engine = Engine(dataclasses.replace(bundle, golden_samples=(good, other)))
-    with pytest.raises(BundleError, match=r"golden image 01\.jpg is answered with 'class \d' where 'class \d'"):
+    with pytest.raises(BundleError, match=r"golden sample 01\.jpg is predicted as 'class \d', stored is 'class \d'"):
         engine.self_test()
 
 
@@ -48,7 +48,7 @@ def test_the_self_test_allows_the_stated_tolerance_and_no_more(bundle):
         )
 
     shifted(0.0015).self_test()
-    with pytest.raises(BundleError, match=r"off by 0\.0025"):
+    with pytest.raises(BundleError, match=r"differ by 0\.0025"):
         shifted(0.0025).self_test()
 
 
@@ -56,13 +56,13 @@ def test_answers_that_are_no_numbers_fail_the_self_test(bundle):
     engine = Engine(bundle)
     with torch.no_grad():
         engine._classifier.mean.fill_(float("nan"))
-    with pytest.raises(BundleError, match="golden image"):
+    with pytest.raises(BundleError, match="golden sample"):
         engine.self_test()
 
 
 @pytest.mark.parametrize(
     ("golden_samples", "message"),
-    [((), "no golden images"), ((GoldenSample("a.jpg", b"no image", (0.1,) * 10),), "a.jpg cannot be read")],
+    [((), "no golden samples"), ((GoldenSample("a.jpg", b"no image", (0.1,) * 10),), "a.jpg cannot be decoded")],
 )
 def test_goldens_that_prove_nothing_are_refused(bundle, golden_samples, message):
     with pytest.raises(BundleError, match=message):
@@ -118,7 +118,7 @@ def test_replicas_answer_as_one_and_are_all_tried(bundle, serving, make_image, m
         for i, answer in enumerate(answers):
             assert answer.json()["predictions"][0]["confidence"] == pytest.approx(rows[i % 3].max(), abs=1e-5)
         assert client.get("/v1/model").json()["device"] == "cpu, cpu, cpu, cpu"
-    monkeypatch.setattr(engine.others[2], "_answers", lambda *_: np.zeros((1, 2, 10), np.float32))
-    with pytest.raises(BundleError, match="golden image"):
+    monkeypatch.setattr(engine.others[2], "_outputs", lambda *_: np.zeros((1, 2, 10), np.float32))
+    with pytest.raises(BundleError, match="golden sample"):
         engine.self_test()
     torch.set_num_threads(threads)

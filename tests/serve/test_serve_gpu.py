@@ -54,7 +54,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_smaller_parts(
     engine._forward = small
     for worker in (engine.compute, partial(engine.overlapped, Staging(engine.device))):
         np.testing.assert_allclose(worker(images), expected, atol=1e-5)
-    assert max(small.batches) <= 2 and "too little memory for a batch of 7; batches of 3 for" in caplog.text
+    assert max(small.batches) <= 2 and "too little memory for a batch of 7; using batches of 3 for" in caplog.text
     caplog.clear()
     engine.compute(images)
     assert not caplog.text, "the size that fits is remembered"
@@ -121,9 +121,7 @@ def test_a_backend_that_is_not_installed_is_refused_with_its_package(bundle, mon
     assert (
         reason == "needs the package torch_tensorrt: pip install torch-tensorrt, in the version of the installed torch"
     )
-    with pytest.raises(
-        BundleError, match="--backend tensorrt computes on cuda, not on cpu; take one of auto, eager, bf16"
-    ):
+    with pytest.raises(BundleError, match="--backend tensorrt runs on cuda, not on cpu; use one of auto, eager, bf16"):
         Engine(bundle, backend="tensorrt")
     assert not BACKENDS["tensorrt"].offered(torch.device("cuda"))
 
@@ -163,14 +161,15 @@ def test_a_gpu_that_pytorch_does_not_see_is_explained(
     assert command._devices("auto") == ["cpu"] and not caplog.text, "a machine without a GPU"
     (tmp_path / "version").write_text("NVRM version: 580.82.07")
     assert command._devices("auto") == ["cpu"]
-    assert (
-        "computes on the CPU, as PyTorch sees no GPU: a container sees GPUs with `docker run --gpus all`" in caplog.text
-    )
+    assert "runs on the CPU, as PyTorch sees no GPU: a container sees GPUs with `docker run --gpus all`" in caplog.text
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(command.RefusedError, match="--device cuda: .* no other device: CUDA_VISIBLE_DEVICES is ''"):
+    with pytest.raises(
+        command.InvalidOptionError,
+        match="--device cuda: device 'cuda:0' is not available; .* .CUDA_VISIBLE_DEVICES is ''",
+    ):
         command._devices("cuda")
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(command.RefusedError, match="built without CUDA"):
+    with pytest.raises(command.InvalidOptionError, match="built without CUDA"):
         command._devices("all")
 
 

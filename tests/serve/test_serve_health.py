@@ -97,7 +97,7 @@ def test_a_canary_that_answers_no_numbers_is_asked_no_more(bundle, other, servin
             answer = client.post("/v1/predict", content=make_image(i))
             assert answer.status_code == 200 and answer.json()["model"]["digest"] == bundle.digest
         end = time.monotonic() + 20
-        while not app.state.service.challenger.lane.unfit:
+        while not app.state.service.challenger.worker.unfit:
             assert time.monotonic() < end
             time.sleep(0.01)
         assert probes(client) == [200] * 4

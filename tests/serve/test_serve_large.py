@@ -35,12 +35,12 @@ def test_threads_tell_how_long_what_waits_for_them_will_take(monkeypatch: pytest
     async def main() -> None:
         threads = PricedPool(2, "test", pace=0.5)
         assert threads.expected(100) == 0, "what can begin at once is not refused"
-        with threads.promised(4), threads.promised(0.3):
+        with threads.reserved(4), threads.reserved(0.3):
             assert threads.expected(0) == pytest.approx(4.3 * 0.5 / 2)
             assert threads.expected(2) == pytest.approx(6.3 * 0.5 / 2)
         assert threads.expected(2) == 0
         await threads.run(50, lambda: takes(0.5))
-        with threads.promised(100):
+        with threads.reserved(100):
             assert threads.expected(0) == pytest.approx(100 * 0.01 / 2, rel=1e-3), (
                 "a hundredth of a second each, by two"
             )

@@ -1,4 +1,4 @@
-"""What a lane expects of its engine, and what is refused for it."""
+"""What a worker expects of its engine, and what is refused for it."""
 
 import asyncio
 import contextlib
@@ -39,42 +39,42 @@ def batch(count: int) -> np.ndarray:
     return np.zeros((count, 32, 32, 3), np.uint8)
 
 
-def on_lane(bundle, story) -> None:
+def with_worker(bundle, story) -> None:
     async def main() -> None:
         engine, threads = Paced(bundle), PricedPool(1, "test", pace=1)
-        lane = ModelWorker(engine, decoders=lambda _: threads, room=Budget(Limits()), metrics=None, max_wait_ms=0)
-        lane.start(engine.self_test())
+        worker = ModelWorker(engine, decoders=lambda _: threads, budget=Budget(Limits()), metrics=None, max_wait_ms=0)
+        worker.start(engine.self_test())
         try:
-            await asyncio.wait_for(story(lane, engine), 20)
+            await asyncio.wait_for(story(worker, engine), 20)
         finally:
             engine.gate.set()
-            await lane.retire()
+            await worker.retire()
 
     asyncio.run(main())
 
 
 def test_what_is_being_computed_is_before_what_comes(bundle) -> None:
-    async def story(lane: ModelWorker, engine: Paced) -> None:
-        first = asyncio.create_task(lane.submit(batch(20)))
+    async def story(worker: ModelWorker, engine: Paced) -> None:
+        first = asyncio.create_task(worker.submit(batch(20)))
         await asyncio.to_thread(engine.entered.wait, 20)
-        assert not lane.waiting and lane.expected() == pytest.approx(2.0)
-        second = asyncio.create_task(lane.submit(batch(5)))
+        assert not worker.waiting and worker.expected() == pytest.approx(2.0)
+        second = asyncio.create_task(worker.submit(batch(5)))
         await asyncio.sleep(0)
-        assert lane.expected(3) == pytest.approx(2.8)
+        assert worker.expected(3) == pytest.approx(2.8)
         engine.gate.set()
         await asyncio.gather(first, second)
-        assert lane.expected() == 0
+        assert worker.expected() == 0
 
-    on_lane(bundle, story)
+    with_worker(bundle, story)
 
 
 def test_a_large_batch_tells_the_pace_at_once(bundle) -> None:
-    async def story(lane: ModelWorker, engine: Paced) -> None:
+    async def story(worker: ModelWorker, engine: Paced) -> None:
         engine.gate.set()
-        await lane.submit(batch(32))
-        assert lane.expected(1) < 0.02, "of a tenth of a second nothing is left"
+        await worker.submit(batch(32))
+        assert worker.expected(1) < 0.02, "of a tenth of a second nothing is left"
 
-    on_lane(bundle, story)
+    with_worker(bundle, story)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +93,15 @@ def test_what_has_been_brief_for_long_is_computed_on_the_loop(
         seen.append(threading.current_thread() is threading.main_thread())
         return np.zeros((len(batch), 2, 3), np.float32)
 
-    async def story(lane: ModelWorker, engine: Paced) -> None:
+    async def story(worker: ModelWorker, engine: Paced) -> None:
         monkeypatch.setattr(engine, "device", torch.device(device))
         for _ in range(12):
-            await lane.submit(batch(1))
+            await worker.submit(batch(1))
         assert seen == [False] * 8 + [moves] * 4
 
     monkeypatch.setattr("refract.serve.runtime.model_worker.PROVEN", 8)
     monkeypatch.setattr(Paced, "compute", lambda self, batch: compute(batch))
-    on_lane(bundle, story)
+    with_worker(bundle, story)
 
 
 def asking(count: int, seen: list[int] | None = None) -> Work:

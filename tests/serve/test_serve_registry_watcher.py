@@ -16,10 +16,10 @@ import httpx
 import pytest
 
 from refract.models.bundle.bundle import Bundle, load_bundle
-from refract.serve.cli.command import RefusedError, _bundle
+from refract.serve.cli.command import InvalidOptionError, _bundle
 from refract.serve.rollout.canary import Challenge
 from refract.serve.rollout.model_source import resolve
-from refract.serve.rollout.registry_watcher import followers
+from refract.serve.rollout.registry_watcher import registry_watchers
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.service import Service
 
@@ -55,21 +55,21 @@ def test_a_new_champion_answers_a_bad_one_does_not_and_a_person_is_obeyed(
     name = "models:/shapes@champion"
 
     async def story(service: Service) -> None:
-        (follower,) = followers(service, name, None, build=Engine, every_s=60)
+        (follower,) = registry_watchers(service, name, None, build=Engine, every_s=60)
         assert not await follower.look(), "it means the same"
         promote(other)
         assert await follower.look() and service.engine.bundle.digest == other.digest
         promote(make_bundle(tmp_path / "wrong", seed=3, wrong=0.2))
         assert not await follower.look() and service.engine.bundle.digest == other.digest
-        assert "goes on: " in caplog.text and "golden image" in caplog.text
-        assert not await follower.look() and caplog.text.count("golden image") == 1, "it is not tried again"
+        assert "stays in service: " in caplog.text and "golden sample" in caplog.text
+        assert not await follower.look() and caplog.text.count("golden sample") == 1, "it is not tried again"
         promote(other)
         assert await follower.look()
         await service.roll_back()
         os.utime(service.engine.bundle.path, (0, 0))
         for _ in range(2):
-            assert not await follower.look(), "a person went back from it"
-        assert caplog.text.count("a person went back from it") == 1
+            assert not await follower.look(), "this version was rolled back"
+        assert caplog.text.count("which was rolled back") == 1
         assert service.engine.bundle.path.stat().st_mtime > 0, "what is served is in use, and not swept from the cache"
 
     served(Engine(load_bundle(resolve(name))), story)
@@ -86,7 +86,7 @@ def test_a_damaged_download_is_fetched_again_and_a_folder_of_ones_own_is_left_al
     (own / "weights.safetensors").write_bytes(b"damaged")
     before = sorted(own.rglob("*"))
     for said in (str(own), f"{own}/", f"{own.parent}/./own"):
-        with pytest.raises(RefusedError, match=r"weights\.safetensors"):
+        with pytest.raises(InvalidOptionError, match=r"weights\.safetensors"):
             _bundle(said)
     assert sorted(own.rglob("*")) == before
 
@@ -100,7 +100,7 @@ def test_a_champions_download_that_is_damaged_before_it_is_taken_is_fetched_agai
     (damaged / "weights.safetensors").write_bytes(b"damaged")
 
     async def story(service: Service) -> None:
-        (follower,) = followers(service, "models:/shapes@champion", None, build=Engine, every_s=60)
+        (follower,) = registry_watchers(service, "models:/shapes@champion", None, build=Engine, every_s=60)
         assert await follower.look() and service.engine.bundle.digest == other.digest
         assert not service.rejected
 
@@ -135,7 +135,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert damaged is None
         return await asyncio.to_thread(resolve, source)
 
-    monkeypatch.setattr("refract.serve.rollout.registry_watcher._located", located)
+    monkeypatch.setattr("refract.serve.rollout.registry_watcher._resolve", located)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -145,12 +145,12 @@ def test_a_challenger_is_followed_too(registry, bundle, other, served) -> None:
     challenge = Challenge(None, share=1, answers=True, follow="models:/shapes@challenger")
 
     async def story(service: Service) -> None:
-        (follower,) = followers(service, None, challenge, build=Engine, every_s=60)
+        (follower,) = registry_watchers(service, None, challenge, build=Engine, every_s=60)
         assert await follower.look() and not await follower.look()
-        assert service.challenger.lane.engine.bundle.digest == other.digest
+        assert service.challenger.worker.engine.bundle.digest == other.digest
         assert service.engine.bundle.digest == bundle.digest
         promote(bundle, "challenger")
-        assert await follower.look() and service.challenger.lane.engine.bundle.digest == bundle.digest
+        assert await follower.look() and service.challenger.worker.engine.bundle.digest == bundle.digest
 
     served(Engine(bundle), story)
 
@@ -170,10 +170,10 @@ def test_what_a_person_went_back_from_is_followed_again_once_the_name_meant_anot
         client.set_registered_model_alias("shapes", alias, str(version))
 
     async def story(service: Service) -> None:
-        follower, challenging = followers(service, name, challenge, build=Engine, every_s=60)
+        follower, challenging = registry_watchers(service, name, challenge, build=Engine, every_s=60)
         assert await follower.look() and service.engine.bundle.digest == other.digest
         await service.roll_back()
-        assert not await follower.look() and "a person went back" in caplog.text
+        assert not await follower.look() and "which was rolled back" in caplog.text
         means(2, "challenger")
         assert await challenging.look(), "it is no champion again, but may be tried"
         assert not await follower.look() and service.engine.bundle.digest == bundle.digest

@@ -72,7 +72,7 @@ def test_what_cannot_answer_is_refused_and_the_old_one_goes_on(bundle, make_bund
     several = make_bundle(tmp_path / "several", task="multilabel", thresholds=[0.5] * 10)
 
     async def story(service: Service) -> None:
-        for bad, message in ((wrong, "golden image"), (strange, "other labels"), (several, "other labels")):
+        for bad, message in ((wrong, "golden sample"), (strange, "labels differ"), (several, "labels differ")):
             with pytest.raises(BundleError, match=message):
                 await service.swap(Engine(bad))
         assert service.engine.bundle.digest == bundle.digest and service.ready
@@ -105,7 +105,7 @@ def test_a_person_goes_back_with_a_key(bundle, other, serving, tmp_path: Path) -
         app.state.service._previous = Engine(other)
         assert client.post("/admin/rollback", headers=own).json() == {"model": "shapes", "digest": other.digest}
         assert client.get("/v1/model", headers=own).json()["digest"] == other.digest
-        assert app.state.service.left == bundle.path and not app.state.service.rejected
+        assert app.state.service.rolled_back_from == bundle.path and not app.state.service.rejected
     (tmp_path / "admins").write_text("root-of-all\n")
     with serving(create_app(bundle, keys=ApiKeys(tmp_path / "keys"), admin=ApiKeys(tmp_path / "admins"))) as client:
         assert client.post("/admin/rollback", headers=own).status_code == 401, "who may ask may not administer"
@@ -140,7 +140,7 @@ def test_a_version_that_is_exchanged_while_the_body_arrives_is_not_answered_by_a
 
     def slowly():
         yield body[:10]
-        while not service.inside:
+        while not service.in_flight:
             time.sleep(0.01)
         asyncio.run_coroutine_threadsafe(service.swap(Engine(other)), loops[0]).result(30)
         yield body[10:]
@@ -160,12 +160,12 @@ def test_an_engine_that_was_exchanged_is_freed_at_once(bundle, other, serving, m
     gc.disable()
     try:
         with serving(app) as client:
-            loop = service._lane._loop
+            loop = service._worker._loop
             for take in (service.swap, service.swap, service.swap):
                 gone.append(weakref.ref(service.engine))
                 assert client.post("/v1/predict?explain=true", content=make_image(1)).status_code == 200
                 asyncio.run_coroutine_threadsafe(take(Engine(other)), loop).result(30)
-            gone.append(weakref.ref(service.challenger.lane.engine))
+            gone.append(weakref.ref(service.challenger.worker.engine))
             challenge = Challenge(Engine(bundle), share=1, answers=True)
             asyncio.run_coroutine_threadsafe(service.challenge(challenge), loop).result(30)
             client.post("/v1/predict", content=make_image(1))

@@ -145,17 +145,17 @@ def test_what_a_model_does_not_read_is_refused(both, alone, bundle, serving, mak
         (bundle, {"json": {"text": "a"}}, 422, "reads no texts"),
         (alone, {"content": make_image(1)}, 422, "reads no images"),
         (alone, {"json": {"image": coded, "text": "a"}}, 422, "reads no images"),
-        (alone, {"json": {"text": " "}}, 422, "a text is empty, and there is no image"),
-        (alone, {"json": {"text": "\x00\x07 \n"}}, 422, "a text is empty, and there is no image"),
-        (both, {"json": {"images": [coded, None], "texts": ["", ""]}}, 422, "a text is empty"),
-        (both, {"json": {"images": [None]}}, 422, "a text is empty"),
-        (bundle, {"json": {"images": [None]}}, 422, "a text is empty"),
+        (alone, {"json": {"text": " "}}, 422, "empty text and no image"),
+        (alone, {"json": {"text": "\x00\x07 \n"}}, 422, "empty text and no image"),
+        (both, {"json": {"images": [coded, None], "texts": ["", ""]}}, 422, "empty text and no image"),
+        (both, {"json": {"images": [None]}}, 422, "empty text and no image"),
+        (bundle, {"json": {"images": [None]}}, 422, "empty text and no image"),
         (both, {"json": {"images": [coded], "texts": ["a", "b"]}}, 422, "as many"),
-        (both, {"json": {"images": [coded], "texts": [3]}}, 422, "a text is neither a string nor null"),
+        (both, {"json": {"images": [coded], "texts": [3]}}, 422, "a text is not a string or null"),
         (both, {"json": {"images": [coded] * 65, "texts": ["a"] * 65}}, 413, "65 images"),
         (both, {"json": {"texts": ["a"] * 65}}, 413, "65 texts in one request; at most 64"),
-        (both, {"files": [("file", ("x", make_image(1))), *[("text", (None, t)) for t in "ab"]]}, 422, "1 files and 2 parts `text`"),
-        (both, {"content": b"\xff\xfe", "headers": {"Content-Type": "text/plain"}}, 400, "not UTF-8"),
+        (both, {"files": [("file", ("x", make_image(1))), *[("text", (None, t)) for t in "ab"]]}, 422, "1 files and 2 fields `text`"),
+        (both, {"content": b"\xff\xfe", "headers": {"Content-Type": "text/plain"}}, 400, "not valid UTF-8"),
         (both, {"files": [("text", (None, "a"))] * 65}, 413, "the form has more than 64 texts"),
         (both, {"files": [("other", (None, "a"))]}, 400, "the form has no file"),
     ]  # fmt: skip
@@ -194,7 +194,7 @@ def test_the_clients_send_texts(both, serving, make_image, tmp_path: Path, capsy
             LABELS[answer_of(classifier, make_image(i), text).argmax()] for i, text in ((2, "a red dog"), (3, "a car"))
         ]
         assert client.predict([], texts=["a car"])[0]["label"] == LABELS[answer_of(classifier, None, "a car").argmax()]
-        with pytest.raises(ServerError, match="send none or one for each"):
+        with pytest.raises(ServerError, match="send one text for each"):
             client.predict([make_image(1)], texts=["a", "b"])
         with pytest.raises(TypeError):
             client.predict([make_image(1)], texts="a")
@@ -204,7 +204,9 @@ def test_the_clients_send_texts(both, serving, make_image, tmp_path: Path, capsy
 
 def test_a_model_that_reads_other_things_does_not_take_the_place(both, alone, served) -> None:
     async def story(service: Service) -> None:
-        with pytest.raises(BundleError, match="reads texts, both images and texts; start a server for it"):
+        with pytest.raises(
+            BundleError, match="reads texts, but both reads images and texts; start another server for it"
+        ):
             await service.swap(Engine(alone))
         assert service.engine.bundle.digest == both.digest
 
@@ -219,7 +221,7 @@ def test_a_wrong_golden_text_and_a_backend_of_images_are_told(both, tmp_path: Pa
         both, golden_samples=(dataclasses.replace(first, text="another text entirely"), *both.golden_samples[1:])
     )
     Engine(both).self_test()
-    with pytest.raises(BundleError, match="golden image 00.jpg"):
+    with pytest.raises(BundleError, match="golden sample 00.jpg"):
         Engine(changed).self_test()
-    with pytest.raises(BundleError, match="computes images alone"):
+    with pytest.raises(BundleError, match="computes image models only"):
         Engine(both, backend="openvino")

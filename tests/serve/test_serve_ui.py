@@ -77,7 +77,7 @@ def test_the_page_says_why_there_is_no_heat_map(browser, bundle, serving, make_i
         page, wrong, _ = opened(browser, client)
         page.set_input_files("#file", tmp_path / "plain.jpg")
         page.wait_for_selector("#answer li")
-        assert "No heat map: no single part of the image speaks for this label." in page.inner_text("#answer")
+        assert "No heat map: no single region of the image supports this label." in page.inner_text("#answer")
         assert not page.is_visible("#heat") and not page.is_visible("#overlay") and not wrong
         page.close()
 

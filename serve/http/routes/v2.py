@@ -72,7 +72,7 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
         responses=problems(503),
     )
     async def ready() -> JSONResponse:
-        service.check_wanted()
+        service.check_accepting()
         return JSONResponse({"ready": True})
 
     def of_a_model(suffix: str, summary: str, *codes: int) -> Callable[[Handler], Handler]:
@@ -89,7 +89,7 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
     @of_a_model("/ready", "The same, by the model's name", 401, 404, 503)
     async def model_ready(request: Request, name: str) -> JSONResponse:
         check_name(request, name)
-        service.check_wanted()
+        service.check_accepting()
         return JSONResponse({"name": name, "ready": True})
 
     @app.get("/v2/models/stats", include_in_schema=False, dependencies=allowed)

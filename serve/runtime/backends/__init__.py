@@ -1,4 +1,4 @@
-"""Ways to compute a network, one file for each library. None of them knows of HTTP."""
+"""Backends that compute a network, one file for each library. Independent of HTTP."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -15,4 +15,4 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
 )
 
 INT8 = tuple(name for name, backend in BACKENDS.items() if backend.int8)
-"""Those that compute in integers of 8 bits."""
+"""Names of the backends that compute in 8-bit integers."""

@@ -1,4 +1,4 @@
-"""What a backend is: one way to compute a network, and where it can do so."""
+"""The interface of a backend: how it computes a network, and on which devices."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ Forward = Callable[[Tensor], Tensor]
 
 AGREED = 0.03
 INT8_AGREED = 0.1
-"""Largest difference of a golden sample's probability from plain float32. bfloat16 moves them by 2e-3 on resnet18 and by 0.02 on a network
-for CIFAR-10. Integers of 8 bits move that network's by 0.07, and a similar network's by 0.12 where weights have 7 bits: those are used
-only where they are asked for."""
+"""Largest allowed difference of a golden sample's probability from plain float32. bfloat16 changes it by 2e-3 on resnet18 and by 0.02 on a
+network for CIFAR-10. 8-bit integers change that network's by 0.07, and a similar network's by 0.12 with 7-bit weights. So 8-bit backends
+are used only on request."""
 
 
 def _nothing(device: torch.device) -> None:
@@ -32,9 +32,9 @@ class Backend:
     """One way to compute a network.
 
     build: (classifier, example images uint8 N×3×H×W on its device, folder for converted networks) → Forward.
-    devices: types of `torch.device` that it computes on. files: the converted networks that `build` keeps in the folder.
-    agreed: largest difference of a probability from plain float32. int8: whether it computes in integers of 8 bits.
-    missing: the reason why it cannot compute on this machine, None where it can. automatic: whether `auto` times it on the device.
+    devices: types of `torch.device` that it supports. files: the converted networks that `build` stores in the folder.
+    agreed: largest allowed difference of a probability from plain float32. int8: whether it computes in 8-bit integers.
+    missing: returns why it cannot run on this machine, None if it can. automatic: returns whether `auto` times it on the device.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Backend:
     automatic: Callable[[torch.device], bool] = _always
 
     def offered(self, device: torch.device) -> bool:
-        """Whether `auto` times it on this device."""
+        """Return whether `auto` times it on this device."""
         return device.type in self.devices and self.automatic(device) and self.missing(device) is None
 
 
 def needs(package: str, install: str) -> Callable[[torch.device], str | None]:
-    """A `missing` that asks for an installed package. install: the command that installs it."""
+    """Build a `missing` function that checks for an installed package. install: the command that installs it."""
     import importlib.util
 
     def missing(device: torch.device) -> str | None:
@@ -64,11 +64,11 @@ def needs(package: str, install: str) -> Callable[[torch.device], str | None]:
 
 
 def capabilities() -> Mapping[str, bool]:
-    """Instruction sets of this processor, by PyTorch's names."""
-    known: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return known
+    """Return the instruction sets of this CPU, by PyTorch's names."""
+    instructions: Mapping[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return instructions
 
 
 def first_line(err: Exception) -> str:
-    """The first line of the error's text, at most 200 characters."""
+    """Return the first line of the error's message, at most 200 characters."""
     return (str(err).splitlines() or [""])[0][:200] or type(err).__name__

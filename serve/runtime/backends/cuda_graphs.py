@@ -1,6 +1,6 @@
-"""CUDA graphs: the kernels of a batch are recorded once for each of a few batch sizes, and started by one call.
+"""CUDA graphs: record the kernels of a batch once for each of a few batch sizes, and launch them by one call.
 
-A small batch on a fast GPU is bound by the time that Python and the driver take to start each kernel.
+The time of a small batch on a fast GPU is bound by the launch of each kernel in Python and the driver.
 """
 
 import threading
@@ -15,14 +15,14 @@ from refract.serve.runtime.backends.base import Backend, Forward
 from refract.serve.runtime.backends.torch_backends import half
 
 LARGEST = 256
-"""Images of the largest batch that is recorded; larger ones are computed without a graph."""
+"""Images of the largest recorded batch. Larger batches are computed without a graph."""
 
 WARM_UPS = 3
-"""Calls before a recording, in which libraries choose their algorithms."""
+"""Calls before the recording, in which libraries choose their algorithms."""
 
 
 class Recorded(NamedTuple):
-    """A graph with the memory that it reads and writes."""
+    """A graph, with the tensors that it reads and writes."""
 
     graph: "torch.cuda.CUDAGraph"
     inputs: Tensor
@@ -30,21 +30,21 @@ class Recorded(NamedTuple):
 
 
 class Graphs:
-    """A `Forward` that pads a batch to the next power of two and starts the graph of that size, which it records at its first use."""
+    """A `Forward` that pads a batch to the next power of two and replays the graph of that size. It records each graph at the first use."""
 
     def __init__(self, forward: Forward) -> None:
         self._forward = forward
         self._recorded: dict[int, Recorded] = {}
-        self._alone = threading.Lock()  # a graph has one memory for its inputs
-        self._pool = torch.cuda.graph_pool_handle()  # graphs do not run at the same time and share their memory
+        self._replay_lock = threading.Lock()  # a graph has one input tensor
+        self._pool = torch.cuda.graph_pool_handle()  # graphs do not run concurrently, so they share memory
         self._done: torch.cuda.Event | None = None
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Logits of the batch, in memory of their own."""
+        """Return the logits of the batch in a new tensor."""
         count, size = len(batch), padded(len(batch))
         if size > LARGEST:
             return self._forward(batch)
-        with self._alone, torch.cuda.device(batch.device):
+        with self._replay_lock, torch.cuda.device(batch.device):
             stream = torch.cuda.current_stream()
             if self._done is not None:
                 stream.wait_event(self._done)  # another thread's stream may still compute
@@ -64,7 +64,7 @@ class Graphs:
                 self._forward(inputs)
         stream.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads go on with their own work on the GPU, as while a new model is loaded.
+        # Other threads continue to use the GPU during the capture, for example while a new model is loaded.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = self._forward(inputs)
         self._recorded[size] = Recorded(graph, inputs, outputs)
@@ -72,7 +72,7 @@ class Graphs:
 
 
 def padded(count: int) -> int:
-    """The smallest power of two that is at least `count`."""
+    """Return the smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()
 
 

@@ -1,4 +1,4 @@
-"""Converted networks on the disk, each whole or not there."""
+"""Store converted networks on the disk atomically."""
 
 import logging
 import os
@@ -14,31 +14,33 @@ from refract.serve.runtime.backends.base import first_line
 logger = logging.getLogger(__name__)
 
 PART, ABANDONED_S = "part-", 3600
-"""Prefix of folders in which files are written, and the age from which such a folder counts as left by a killed process."""
+"""Prefix of temporary folders, and the age in seconds from which such a folder is a killed process's and is removed."""
 
 
 def store(folder: Path, suffix: str, write: Callable[[Path], object]) -> None:
-    """Let `write` write a file, and rename it to `kept.SUFFIX` when it is whole.
+    """Store the file that `write` writes as `kept.SUFFIX`, under that name only when it is complete.
 
-    Where that fails, as in a read-only container, it is logged, and the next start converts again.
+    If that fails, as in a read-only container, a warning is logged and the next start converts the network again.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # A folder for this call alone: other containers may write here with the same process number.
+        # A folder for this call only: other containers may write here with the same process id.
         with tempfile.TemporaryDirectory(prefix=PART, dir=folder) as part:
             write(Path(part, f"kept.{suffix}"))
-            for written in sorted(Path(part).iterdir()):  # of OpenVINO's two files that first, which the other needs
+            for written in sorted(
+                Path(part).iterdir()
+            ):  # OpenVINO writes two files; kept.bin, which kept.xml needs, is renamed first
                 _rename(written, folder / written.name)
-    except (OSError, RuntimeError) as err:  # OpenVINO raises the second
-        logger.warning("%s is not kept: %s", folder, first_line(err))
+    except (OSError, RuntimeError) as err:  # OpenVINO raises RuntimeError
+        logger.warning("%s: the converted network is not stored: %s", folder, first_line(err))
     for abandoned in folder.glob(f"{PART}*"):
         with suppress(OSError):
             if time.time() - abandoned.stat().st_mtime > ABANDONED_S:
                 shutil.rmtree(abandoned)
 
 
-def _rename(part: Path, kept: Path) -> None:
-    """Rename after the bytes are on the disk: else a loss of power leaves the name with fewer bytes."""
+def _rename(part: Path, target: Path) -> None:
+    """Rename `part` after a sync to the disk. Otherwise a power failure could leave a truncated file under the final name."""
     with part.open("rb") as file:
         os.fsync(file.fileno())
-    part.replace(kept)
+    part.replace(target)

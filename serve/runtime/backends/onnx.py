@@ -1,4 +1,4 @@
-"""ONNX Runtime on CPUs."""
+"""Backends of ONNX Runtime on CPUs, in float32 and in 8-bit integers."""
 
 import os
 from pathlib import Path
@@ -14,8 +14,10 @@ from refract.serve.runtime.backends.quantised import exported, quantised
 
 
 def _build(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
-    """The exported network is kept in `folder`. Exporting takes ten seconds; a call costs less than one of OpenVINO, which small networks
-    notice (lenet5: 270 against 360 µs of the server's time for a request)."""
+    """Export the network to ONNX, or read it from `folder`, where an earlier start stored it. An export takes ten seconds.
+
+    A call has less overhead than one of OpenVINO, which matters for small networks (lenet5: 270 against 360 µs of server time a request).
+    """
     file = folder / "kept.onnx"
     if file.is_file():
         return _session(file.read_bytes())
@@ -29,7 +31,7 @@ def _build_int8(classifier: Classifier, images: Tensor, folder: Path) -> Forward
 
 
 def _session(data: bytes) -> Forward:
-    # From 1.29 on it would otherwise keep a name for this machine in the home, and report what it computes to Microsoft.
+    # From version 1.29 on, ONNX Runtime stores a machine id in the home directory and sends telemetry to Microsoft by default.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 

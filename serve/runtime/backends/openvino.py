@@ -1,4 +1,4 @@
-"""OpenVINO on CPUs."""
+"""Backends of OpenVINO on CPUs, in float32, bfloat16 and 8-bit integers."""
 
 import io
 import sys
@@ -15,14 +15,14 @@ from refract.serve.runtime.backends.base import INT8_AGREED, Backend, Forward, n
 from refract.serve.runtime.backends.kept import store
 from refract.serve.runtime.backends.quantised import FILE as QUANTISED
 from refract.serve.runtime.backends.quantised import quantised
-from refract.serve.runtime.backends.torch_backends import BACKENDS as OF_TORCH
+from refract.serve.runtime.backends.torch_backends import BACKENDS as TORCH_BACKENDS
 
 if TYPE_CHECKING:
     import openvino
 
 
 def _build(classifier: Classifier, images: Tensor, folder: Path, precision: str = "f32") -> Forward:
-    """The converted network is kept in `folder`."""
+    """Convert the network, or read it from `folder`, where an earlier start stored it."""
     core, file = _core(), folder / "kept.xml"
     import openvino  # after its telemetry has been switched off
 
@@ -35,7 +35,7 @@ def _build(classifier: Classifier, images: Tensor, folder: Path, precision: str 
 
 
 def _build_int8(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
-    """The quantised network, for which OpenVINO has faster kernels than ONNX Runtime."""
+    """Build the quantised network. OpenVINO has faster kernels for it than ONNX Runtime."""
     return _request(_core().read_model(io.BytesIO(quantised(classifier, images, folder))), "f32")
 
 
@@ -43,15 +43,15 @@ def _request(model: "openvino.Model", precision: str) -> Forward:
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        # Its default is bfloat16 wherever the processor knows it, at two thirds of float32's rate on an Intel Xeon without AMX.
+        # The default is bfloat16 on every CPU that supports it, at two thirds of float32's speed on an Intel Xeon without AMX.
         "INFERENCE_PRECISION_HINT": precision,
-        # It would bind its threads to cores: those of several engines to the same ones, and to those of decoding threads.
+        # Pinning would bind the threads of several engines, and the decoding threads, to the same cores.
         "ENABLE_CPU_PINNING": False,
     }
-    request, alone = _core().compile_model(model, "CPU", settings).create_infer_request(), threading.Lock()
+    request, lock = _core().compile_model(model, "CPU", settings).create_infer_request(), threading.Lock()
 
     def forward(batch: Tensor) -> Tensor:
-        with alone:  # a request holds one result: of two concurrent threads one would read the other's
+        with lock:  # a request has one result buffer, which concurrent threads would overwrite
             return torch.from_numpy(request.infer([batch.contiguous().numpy()])[0].copy())
 
     return forward
@@ -59,9 +59,9 @@ def _request(model: "openvino.Model", precision: str) -> Forward:
 
 @cache
 def _core() -> "openvino.Core":
-    """One for the process. It replaces the signal stack of the thread that creates it, and frees that stack at its own end, in any thread:
-    after a hot swap the next signal would end the server."""
-    # Without this package its converter does not report its use to Google Analytics.
+    """Return the only core of this process. A core replaces the signal stack of the thread that creates it, and frees that stack when the
+    core is deleted, in any thread. After a hot swap the next signal would then crash the server."""
+    # Without this package the converter does not report its use to Google Analytics.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
@@ -79,7 +79,7 @@ BACKENDS = (
         ("cpu",),
         _FILES,
         missing=_MISSING,
-        automatic=next(backend for backend in OF_TORCH if backend.name == "bf16").automatic,
+        automatic=next(backend for backend in TORCH_BACKENDS if backend.name == "bf16").automatic,
     ),
     Backend("openvino-int8", _build_int8, ("cpu",), (QUANTISED,), INT8_AGREED, int8=True, missing=_MISSING),
 )

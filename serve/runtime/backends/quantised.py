@@ -1,4 +1,4 @@
-"""A network as ONNX, in float32 or in integers of 8 bits."""
+"""Export a network to ONNX, in float32 or in 8-bit integers."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ FILE = "kept.int8.onnx"
 
 
 def exported(classifier: Classifier, images: Tensor) -> bytes:
-    """The network in float32, for any batch size."""
+    """Return the network as ONNX in float32, for any batch size."""
     shapes = ({0: torch.export.Dim("images")},)
     program = torch.onnx.export(
         classifier, (images[:2],), input_names=[INPUT], dynamo=True, dynamic_shapes=shapes, verbose=False
@@ -30,10 +30,10 @@ def exported(classifier: Classifier, images: Tensor) -> bytes:
 
 
 def quantised(classifier: Classifier, images: Tensor, folder: Path) -> bytes:
-    """The network in integers of 8 bits, with weights of `weight_bits`, made by ONNX Runtime and kept in `folder`.
+    """Return the network as ONNX in 8-bit integers, with weights of `weight_bits`. ONNX Runtime quantises it; `folder` stores the result.
 
-    Each channel of the weights and each layer's output has its own scale. The outputs' ranges are those of the golden samples and of their
-    variants. Source: Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018, arXiv:1806.08342.
+    Each channel of the weights and each layer's output has its own scale. The outputs' ranges are measured on the golden samples and on
+    their variants. Source: Jacob et al. 2018, arXiv:1712.05877; Krishnamoorthi 2018, arXiv:1806.08342.
     """
     file = folder / FILE
     if file.is_file():
@@ -42,12 +42,12 @@ def quantised(classifier: Classifier, images: Tensor, folder: Path) -> bytes:
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as temporary, _naming(temporary):
+    with tempfile.TemporaryDirectory() as temporary, _naming_folder(temporary):
         plain, ready, result = (Path(temporary, name) for name in ("plain.onnx", "ready.onnx", "int8.onnx"))
         plain.write_bytes(exported(classifier, images))
         quant_pre_process(plain, ready, skip_symbolic_shape=True)
         reader = _Reader(_varied(images))
-        # x86's instructions for 8 bits multiply unsigned by signed integers: three times as fast as signed by signed.
+        # x86's 8-bit instructions multiply unsigned by signed integers, three times as fast as signed by signed.
         types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
         quantize_static(ready, result, reader, per_channel=True, reduce_range=weight_bits() == 7, **types)
         data = result.read_bytes()
@@ -56,22 +56,22 @@ def quantised(classifier: Classifier, images: Tensor, folder: Path) -> bytes:
 
 
 def weight_bits() -> int:
-    """Bits of a weight: 8, or 7 on x86 without VNNI, which adds two products of 8 bits in 16 bits and saturates."""
+    """Return the bits of a weight: 8, or 7 on x86 without VNNI, which adds two 8-bit products in 16 bits and saturates."""
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return 7 if on_x86 and not any(capabilities().get(name) for name in ("avx512_vnni", "avx_vnni")) else 8
 
 
 @contextmanager
-def _naming(folder: str) -> Iterator[None]:
-    """Raise OSError with the folder's name: that of a full disk does not name it."""
+def _naming_folder(folder: str) -> Iterator[None]:
+    """Add the folder's path to an OSError: the error of a full disk does not name it."""
     try:
         yield
     except OSError as err:
-        raise OSError(f"{folder}: {err.strerror}; make room there, or name another folder by TMPDIR") from err
+        raise OSError(f"{folder}: {err.strerror}; free disk space there, or set TMPDIR to another folder") from err
 
 
 class _Reader:
-    """Hands ONNX Runtime one batch at a time, from which it measures the ranges."""
+    """Feeds calibration batches to ONNX Runtime, which measures the ranges on them."""
 
     def __init__(self, batches: Iterator[Tensor]) -> None:
         self._batches = batches
@@ -82,7 +82,7 @@ class _Reader:
 
 
 def _varied(images: Tensor) -> Iterator[Tensor]:
-    """The images, flipped, darker, brighter, and with less and with more contrast."""
+    """Yield the images, their horizontal flips, and darker, brighter, lower-contrast and higher-contrast variants."""
     yield images
     yield images.flip(3)
     mean = images.float().mean(dim=(1, 2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-"""NVIDIA's TensorRT, through Torch-TensorRT, where both are installed: the network in float16, the normalisation in float32 by PyTorch."""
+"""Backend of NVIDIA's TensorRT, through Torch-TensorRT: the network in float16, the normalisation in float32 by PyTorch."""
 
 import copy
 from pathlib import Path
@@ -10,7 +10,7 @@ from refract.models.classifier import Classifier
 from refract.serve.runtime.backends.base import Backend, Forward, needs
 
 TYPICAL, LARGEST = 8, 256
-"""Images of the batch that TensorRT optimises for, and of the largest batch that its engine takes."""
+"""The batch size that TensorRT optimises for, and the largest batch size of its engine."""
 
 
 class _Half(nn.Module):
@@ -25,7 +25,7 @@ class _Half(nn.Module):
 
 
 def _build(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
-    """Build the engine, or read it from `folder`, where an earlier start kept it."""
+    """Build the engine, or read it from `folder`, where an earlier start stored it."""
     import torch_tensorrt
 
     example = classifier.normalise(images[:2])

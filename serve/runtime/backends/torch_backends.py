@@ -1,4 +1,4 @@
-"""PyTorch itself: in float32, in 16 bits, compiled."""
+"""Backends of PyTorch: float32, bfloat16, float16, and torch.compile."""
 
 import copy
 import os
@@ -14,9 +14,9 @@ from refract.serve.runtime.backends.base import Backend, Forward, capabilities
 
 
 def channels_last(classifier: Classifier) -> Classifier:
-    """Return `classifier` itself with its weights in the memory order of an image's bytes, so that a CPU does not reorder each image.
+    """Convert the weights of `classifier` in place to channels-last, the memory order of an image, and return it.
 
-    Networks with 3-D convolutions have weights of five dimensions and stay as they are.
+    A CPU then does not reorder each image. Networks with 3-D convolutions have five-dimensional weights and stay unchanged.
     """
     if all(parameter.dim() != 5 for parameter in classifier.parameters()):
         classifier.to(memory_format=torch.channels_last)
@@ -28,12 +28,12 @@ def _eager(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
 
 
 def half(classifier: Classifier, images: Tensor, dtype: torch.dtype) -> Forward:
-    """A copy of the classifier that computes in `dtype` by autocast, channels last in memory."""
+    """Return a copy of the classifier that computes in `dtype` by autocast, in channels-last memory order."""
     copied = channels_last(copy.deepcopy(classifier))
     _lower(copied, images[:2], dtype)
 
     def forward(batch: Tensor) -> Tensor:
-        # The cache of converted weights would not outlive a CUDA graph's capture.
+        # A CUDA graph needs the converted weights at each replay, but autocast's cache frees them after the capture.
         with torch.autocast(batch.device.type, dtype, cache_enabled=False):
             return copied(batch).float()
 
@@ -41,15 +41,15 @@ def half(classifier: Classifier, images: Tensor, dtype: torch.dtype) -> Forward:
 
 
 def _lower(classifier: Classifier, example: Tensor, dtype: torch.dtype) -> None:
-    """Store the weights in `dtype` that autocast would convert at each call: a fifth of resnet18's time for one image."""
+    """Convert those weights to `dtype` that autocast would convert at each call, a fifth of resnet18's time for one image."""
     lowered: list[nn.Module] = []
 
-    def look(module: nn.Module, _: Any) -> None:
-        if torch.is_autocast_enabled(example.device.type):  # not where a network switches it off
+    def collect(module: nn.Module, _: Any) -> None:
+        if torch.is_autocast_enabled(example.device.type):  # False in layers for which the network disables autocast
             lowered.append(module)
 
     layers = [module for module in classifier.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(collect) for layer in layers]
     with torch.autocast(example.device.type, dtype):
         classifier(example)
     for hook in hooks:
@@ -63,11 +63,11 @@ def _in(dtype: torch.dtype) -> Callable[[Classifier, Tensor, Path], Forward]:
 
 
 def _compiled(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
-    """bfloat16 by torch.compile. Compiled kernels are kept beside the folder, so that the next start compiles nothing.
+    """Compile the network in bfloat16 by torch.compile. Compiled kernels are stored next to `folder` for the next start.
 
-    On a CPU it needs a C++ compiler, on a GPU a C compiler, and most of a minute at the first start.
+    It needs a C++ compiler on a CPU, or a C compiler on a GPU, and most of a minute at the first start.
     """
-    _keep_kernels(folder.parent / "inductor")
+    _cache_kernels(folder.parent / "inductor")
     run = torch.compile(channels_last(copy.deepcopy(classifier)), dynamic=True)
 
     def forward(batch: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ def _compiled(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
     return forward
 
 
-def _keep_kernels(folder: Path) -> None:
-    """Have torch.compile keep its kernels in `folder`. Where that cannot be written, they go to the temporary folder."""
+def _cache_kernels(folder: Path) -> None:
+    """Set `folder` as torch.compile's cache. If it is not writable, torch.compile uses the temporary folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -87,7 +87,7 @@ def _keep_kernels(folder: Path) -> None:
 
 
 def _bf16_is_fast(device: torch.device) -> bool:
-    """Whether a processor has instructions for bfloat16; timing tells whether they help."""
+    """Return whether the device has instructions for bfloat16. Timing then measures whether they help."""
     return device.type != "cpu" or any(capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
