@@ -1,1 +1,1 @@
-"""Augmentation of a sample's text."""
+"""Augmentation of texts, such as captions."""

@@ -1,10 +1,15 @@
-"""nlpaug's augmenters inside a policy: `nlpaug.RandomWordAug: {action: swap}`, `nlpaug.ContextualWordEmbsAug: {model_path: FOLDER}`.
+"""Adapter for nlpaug's augmenters in a policy: `nlpaug.RandomWordAug: {action: swap}`, `nlpaug.KeyboardAug: {}`.
 
-What it would break is kept in here: it draws from three global generators, and gets its own, seeded for each sample; it takes `Don't`
-apart, and is given words as they stand between spaces; it would change words that must stay; it takes two models of one folder name for
-one; it asks for methods that tokenizers do not have any more; and what must stay it gives language models as unknown words, which then
-stand in the text. Its import brings PyTorch and transformers and takes seconds: it
-happens when a policy names one of its augmenters.
+The adapter works around these properties of nlpaug:
+
+- It draws from three global generators: the adapter replaces them by separate ones, seeded for each sample.
+- Its tokenizer splits `Don't`: the adapter passes a tokenizer that splits at spaces.
+- It can change protected words: the adapter passes them as stop words and rejects a result that lost one.
+- It caches language models by folder name, so that two folders of one name share a model: the adapter disables the cache.
+- It calls tokenizer methods that transformers 5 removed: the adapter adds them.
+- It replaces stop words by the unknown token of a language model, which then remains in the text: the adapter disables that.
+
+Importing nlpaug imports PyTorch and transformers, which takes seconds. The import happens when a policy names an augmenter.
 """
 
 import inspect
@@ -34,10 +39,11 @@ PREFIX = "nlpaug."
 
 @dataclass(frozen=True, kw_only=True)
 class TextGuest(TextOp):
-    """An augmenter of nlpaug, seeded for each sample. augmenter: its class, as `RandomWordAug`; parameters: its own, JSON values.
+    """Apply an augmenter of nlpaug, seeded for each sample.
 
-    How much it changes is for its own parameters (`aug_p`) to say; `share` has no effect. A result that has lost a word that must stay
-    (`keep`), or has got a language model's own sign (`[UNK]` for what it does not know), is not taken: the text stays as it was.
+    augmenter: class name, such as `RandomWordAug`. parameters: the augmenter's parameters, JSON values. Its own parameters (`aug_p`)
+    set the strength; `share` has no effect.
+    The text is unchanged if the result lost a protected word (`keep`) or gained a special token of a language model (such as `[UNK]`).
     """
 
     augmenter: str
@@ -48,9 +54,7 @@ class TextGuest(TextOp):
         try:
             text = json.dumps(dict(self.parameters), sort_keys=True)
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"parameters: {self.parameters!r} are not plain numbers, texts and lists ({error})"
-            ) from error
+            raise ValueError(f"parameters: {self.parameters!r} are not JSON values ({error})") from error
         self._set("parameters", json.loads(text))
         _augmenter(self.augmenter, text)
 
@@ -62,74 +66,75 @@ class TextGuest(TextOp):
         return [Step("TextGuest", self.draw(rng, size))] if rng.random() < self.p else []
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        own = {"augmenter": self.augmenter, "parameters": dict(self.parameters), "keep": list(self.keep)}
-        return {**own, "seed": below(rng, 1 << 32)}
+        fixed = {"augmenter": self.augmenter, "parameters": dict(self.parameters), "keep": list(self.keep)}
+        return {**fixed, "seed": below(rng, 1 << 32)}
 
     @classmethod
     def on_text(cls, args: Args, text: str) -> str:
-        if not text.strip() or _HALVES.search(text):  # no tokenizer takes halves of surrogate pairs
+        if not text.strip() or _SURROGATES.search(text):  # tokenizers reject lone surrogates
             return text
-        made = _augmenter(args["augmenter"], json.dumps(args["parameters"], sort_keys=True))
-        stays = words.protected_words(tuple(args["keep"]))
+        augmenter = _augmenter(args["augmenter"], json.dumps(args["parameters"], sort_keys=True))
+        protected = words.protected_words(tuple(args["keep"]))
 
         def run() -> Any:
-            _protect(made, [*(args["parameters"].get("stopwords") or ()), *_staying(text, stays)])
-            return made.augment(text)
+            _protect(augmenter, [*(args["parameters"].get("stopwords") or ()), *_protected_tokens(text, protected)])
+            return augmenter.augment(text)
 
         try:
-            found = _seeded(args["seed"], run)
-        except Exception as error:  # whatever another library raises for a text that it cannot work with
+            result = _seeded(args["seed"], run)
+        except Exception as error:  # third-party code: the exception types are unknown
             raise ValueError(f"{PREFIX}{args['augmenter']} failed: {type(error).__name__}: {error}") from error
-        changed = found[0] if isinstance(found, list) and found else found
+        changed = result[0] if isinstance(result, list) and result else result
         if not isinstance(changed, str) or not changed.strip():
             return text
         changed = _respaced(changed, text)
-        signs = getattr(_tokenizer(made), "all_special_tokens", ())
-        odd = any(changed.count(sign) > text.count(sign) for sign in signs)
-        return text if odd or stays.lost(text, changed) else changed
+        special_tokens = getattr(_tokenizer(augmenter), "all_special_tokens", ())
+        gained = any(changed.count(token) > text.count(token) for token in special_tokens)
+        return text if gained or protected.lost(text, changed) else changed
 
 
 def external_text_transform(name: str, parameters: Mapping[str, Any]) -> TextGuest:
-    """The op that `nlpaug.NAME: parameters` in a policy is short for; `p` and `keep` are the op's own."""
-    own = dict(parameters)
-    ours = {key: own.pop(key) for key in ("p", "keep") if key in own}
-    return TextGuest(augmenter=name.removeprefix(PREFIX), parameters=own, **ours)
+    """Build the op for the short form `nlpaug.NAME: parameters` of a policy. `p` and `keep` belong to the op, the rest to the augmenter."""
+    options = dict(parameters)
+    op_options = {key: options.pop(key) for key in ("p", "keep") if key in options}
+    return TextGuest(augmenter=name.removeprefix(PREFIX), parameters=options, **op_options)
 
 
-_HALVES = re.compile("[\ud800-\udfff]")
+_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def _tokenizer(made: Any) -> Any:
-    """A language model's; None of other augmenters."""
-    model: Any = getattr(made, "model", None)
+def _tokenizer(augmenter: Any) -> Any:
+    """Return the tokenizer of a language model; None for other augmenters."""
+    model: Any = getattr(augmenter, "model", None)
     return model.get_tokenizer() if hasattr(model, "get_tokenizer") else None
 
 
-def _protect(made: Any, tokens: list[str]) -> None:
-    tokenizer = _tokenizer(made)
+def _protect(augmenter: Any, tokens: list[str]) -> None:
+    """Set the augmenter's stop words."""
+    tokenizer = _tokenizer(augmenter)
     if tokenizer is None:
-        made.stopwords = tokens
+        augmenter.stopwords = tokens
         return
-    # It would put the unknown sign in their place and lose them; as pieces of words they are only passed over.
-    made.stopword_reg = re.compile("(?!)")
+    # nlpaug would replace whole stop words by the unknown token. Stop words given as subword pieces are only skipped.
+    augmenter.stopword_reg = re.compile("(?!)")
     pieces = (piece for token in tokens for form in (token, f" {token}") for piece in tokenizer.tokenize(form))
-    made.stopwords = sorted({piece.lower() for piece in pieces})
+    augmenter.stopwords = sorted({piece.lower() for piece in pieces})
 
 
-def _staying(text: str, stays: words.ProtectedWords) -> list[str]:
-    """What stands between spaces and holds a word that must stay."""
+def _protected_tokens(text: str, protected: words.ProtectedWords) -> list[str]:
+    """Return the space-separated tokens that contain a protected word."""
     pieces = words.split(text)
-    places = stays.indices(pieces)
-    marks = "".join(("x" if place in places else " ") * len(piece) for place, piece in enumerate(pieces))
+    indices = protected.indices(pieces)
+    marks = "".join(("x" if i in indices else " ") * len(piece) for i, piece in enumerate(pieces))
     return [token.group() for token in re.finditer(r"\S+", text) if "x" in marks[token.start() : token.end()]]
 
 
 def _respaced(changed: str, text: str) -> str:
-    """`changed` with the words of `text` that a tokenizer took apart (`Don ' t`) put together."""
+    """Return `changed` with the words of `text` restored that a tokenizer split (`Don ' t`)."""
     for word in dict.fromkeys(text.split()):
-        apart = " ".join(piece for piece in words.split(word) for piece in _marks(piece))
-        loose = " ".join("".join(c if c.isalnum() else f" {c} " for c in word).split())
-        for form in (apart, loose):
+        by_piece = " ".join(piece for piece in words.split(word) for piece in _marks(piece))
+        by_character = " ".join("".join(c if c.isalnum() else f" {c} " for c in word).split())
+        for form in (by_piece, by_character):
             pattern = rf"(?<!\S){re.escape(form)}(?!\S)"
             changed = (
                 re.sub(pattern, word.replace("\\", r"\\"), changed, flags=re.IGNORECASE) if form != word else changed
@@ -138,15 +143,16 @@ def _respaced(changed: str, text: str) -> str:
 
 
 def _marks(piece: str) -> list[str]:
+    """Split a separator into characters; keep a word whole."""
     return [piece] if piece[:1].isalnum() else list(piece)
 
 
-_turn = threading.Lock()
+_generator_lock = threading.Lock()
 
 
 @cache
 def _generators() -> tuple[random.Random, np.random.RandomState, "torch.Generator"]:
-    """The generators that nlpaug draws from in place of the global ones, where another thread's draws would change a text."""
+    """Replace the global generators in nlpaug's modules by separate ones, so that draws of other threads do not change a text."""
     import torch
     from nlpaug import base_augmenter
     from nlpaug.model import base_model
@@ -163,8 +169,8 @@ def _generators() -> tuple[random.Random, np.random.RandomState, "torch.Generato
 
 
 def _seeded(seed: int, run: Callable[[], Any]) -> Any:
-    """`run` with nlpaug's generators at `seed`, while no other thread draws from them."""
-    with _turn, warnings.catch_warnings():
+    """Call `run` with nlpaug's generators seeded. A lock excludes other threads from the generators."""
+    with _generator_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         numbers, arrays, tensors = _generators()
         numbers.seed(seed)
@@ -175,41 +181,44 @@ def _seeded(seed: int, run: Callable[[], Any]) -> Any:
 
 @cache
 def _augmenter(name: str, parameters: str) -> Any:
-    """ValueError for an augmenter that there is not, refuses its parameters, or cannot change a first text."""
+    """Build an nlpaug augmenter and run it on a trial text.
+
+    Raises ValueError for an unknown augmenter, for rejected parameters and if the trial fails.
+    """
     kind = _kinds().get(name)
     if kind is None:
-        raise ValueError(f"nlpaug has no augmenter {name!r} of texts{nearest(name, _kinds())}")
-    own = json.loads(parameters)
+        raise ValueError(f"nlpaug has no text augmenter {name!r}{nearest(name, _kinds())}")
+    options = json.loads(parameters)
     known = inspect.signature(kind).parameters
-    for key in own:
+    for key in options:
         if key not in known:
             raise ValueError(f"{PREFIX}{name} has no parameter {key!r}{nearest(key, known)}. Known: {', '.join(known)}")
-    if name == "RandomWordAug" and own.get("action") == "insert":
+    if name == "RandomWordAug" and options.get("action") == "insert":
         raise ValueError(
-            "nlpaug.RandomWordAug: nlpaug has no action insert; take WordInsert or nlpaug.ContextualWordEmbsAug"
+            "nlpaug.RandomWordAug does not support the action insert; use WordInsert or nlpaug.ContextualWordEmbsAug"
         )
     if name == "BackTranslationAug":
         raise ValueError(
-            "translating takes too long for training: `refract paraphrase` does it before, and BackTranslation draws from it"
+            "nlpaug.BackTranslationAug is too slow during training; run `refract paraphrase` and use the op BackTranslation"
         )
     if "tokenizer" in known:
-        own |= {"tokenizer": str.split, "reverse_tokenizer": " ".join}
+        options |= {"tokenizer": str.split, "reverse_tokenizer": " ".join}
     if "force_reload" in known:
-        own["force_reload"] = True
+        options["force_reload"] = True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = kind(**own)
-            _seeded(0, lambda: made.augment("the first text of some words"))
+            augmenter = kind(**options)
+            _seeded(0, lambda: augmenter.augment("the first text of some words"))
     except Exception as error:
         raise ValueError(
-            f"{PREFIX}{name} refused its parameters: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            f"{PREFIX}{name} rejected its parameters: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
-    return made
+    return augmenter
 
 
-def _restore() -> None:
-    """Let nlpaug's language models ask their tokenizers by methods that transformers 5 has."""
+def _patch_token_lookup() -> None:
+    """Make nlpaug's language models call tokenizer methods that exist in transformers 5."""
     from nlpaug.model import lang_models
 
     for kind in (lang_models.Bert, lang_models.DistilBert, lang_models.Roberta):
@@ -219,16 +228,17 @@ def _restore() -> None:
 
 @cache
 def _kinds() -> Mapping[str, type]:
+    """Return the augmenter classes of nlpaug by name. ValueError if nlpaug is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from nlpaug.augmenter import char, word
     except ImportError as error:
-        raise ValueError(f"nlpaug is not installed ({error}): pip install 'refract[text]'") from error
-    _restore()
-    found = {**vars(char), **vars(word)}
+        raise ValueError(f"nlpaug is not installed ({error}); run: pip install 'refract[text]'") from error
+    _patch_token_lookup()
+    members = {**vars(char), **vars(word)}
     return MappingProxyType(
-        {key: value for key, value in found.items() if inspect.isclass(value) and key.endswith("Aug")}
+        {key: value for key, value in members.items() if inspect.isclass(value) and key.endswith("Aug")}
     )
 
 

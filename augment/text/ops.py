@@ -1,7 +1,7 @@
-"""Ops on a sample's text: words and characters deleted, swapped, inserted and replaced. They read and write `refract.augment.text.words`'
-pieces.
+"""Text ops: they delete, swap, insert and replace words and characters, in the pieces of `refract.augment.text.words.split`.
 
-The four of words follow Wei & Zou 2019, arXiv:1901.11196 ("EDA"), section 2, with the deviations that are said.
+WordDelete, WordSwap, WordSubstitute and WordInsert follow Wei & Zou 2019, arXiv:1901.11196 ("EDA"), section 2. Each docstring states
+the deviations.
 """
 
 import string
@@ -19,15 +19,16 @@ from refract.augment.random import keyed_generator
 from refract.augment.text import words
 from refract.augment.text.paraphrases import check_cache, paraphrases
 
-Places = list[int]
+Indices = list[int]
+"""Indices of words in a list of pieces."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextOp(Op):
-    """Works on the text of a sample; drawn by a key of its own, whatever befalls the image.
+    """Change the text of a sample. Its random key is independent of the image ops.
 
-    share: of the words that are changed, in [0, 1]; of a text of few words at least one is. keep: words that stay as they are, see
-    `refract.augment.text.words.protected_words`; by default what holds a digit, and negations.
+    share: fraction of the words to change, in [0, 1]; above 0, at least one word changes. keep: protected words, see
+    `refract.augment.text.words.protected_words`; the default protects words with a digit and negations.
     """
 
     kind: ClassVar[str] = "text"
@@ -39,78 +40,78 @@ class TextOp(Op):
         self._set("share", number("share", self.share, 0, 1))
         entries = (self.keep,) if isinstance(self.keep, str) else self.keep
         if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in entries):
-            raise ValueError(f"keep: {self.keep!r} is not a list of words")
+            raise ValueError(f"keep: {self.keep!r} is not a list of words, phrases or .txt paths")
         self._set("keep", tuple(entries))
         words.protected_words(self.keep)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "p"}
-        own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
-        return {**own, "seed": below(rng, 1 << 53)}
+        parameters = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "p"}
+        parameters = {name: list(value) if isinstance(value, tuple) else value for name, value in parameters.items()}
+        return {**parameters, "seed": below(rng, 1 << 53)}
 
     @classmethod
     def on_text(cls, args: Args, text: str) -> str:
-        """The changed text. args: as drawn."""
+        """Return the augmented text. args: the arguments of `draw`."""
         pieces = words.split(text)
-        stay = words.protected_words(tuple(args["keep"])).indices(pieces)
-        places = [place for place in range(1, len(pieces), 2) if place not in stay]
-        if places and args["share"] > 0:
-            cls.change(args, pieces, places, keyed_generator(args["seed"], 0, 0, 0))
+        protected = words.protected_words(tuple(args["keep"])).indices(pieces)
+        indices = [i for i in range(1, len(pieces), 2) if i not in protected]
+        if indices and args["share"] > 0:
+            cls.change(args, pieces, indices, keyed_generator(args["seed"], 0, 0, 0))
         return "".join(pieces)
 
     @classmethod
-    def change(cls, args: Args, pieces: list[str], places: Places, rng: np.random.Generator) -> None:
-        """Change `pieces`, of a text with words, in place. places: of the words that may be changed, at least one."""
+    def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
+        """Change `pieces` in place. indices: the words that are not protected, at least one."""
         raise NotImplementedError
 
 
-def _some(places: Places, share: float, rng: np.random.Generator) -> Places:
-    """So many of the places as `share` says, at least one, in their order."""
-    count = max(1, round(share * len(places)))
+def _subset(indices: Indices, share: float, rng: np.random.Generator) -> Indices:
+    """Draw a fraction `share` of the indices, at least one, in their order."""
+    count = max(1, round(share * len(indices)))
     if count == 1:
-        return [places[below(rng, len(places))]]
-    return [places[i] for i in sorted(rng.permutation(len(places))[:count].tolist())]
+        return [indices[below(rng, len(indices))]]
+    return [indices[i] for i in sorted(rng.permutation(len(indices))[:count].tolist())]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordDelete(TextOp):
-    """Words are left out. Deviation from EDA: a share of them, not each by chance; one of the text's words always stays."""
+    """Delete words. Deviations from EDA: a fixed fraction instead of a probability per word; at least one word of the text remains."""
 
     @classmethod
-    def change(cls, args: Args, pieces: list[str], places: Places, rng: np.random.Generator) -> None:
-        chosen = _some(places, args["share"], rng)
-        for place in chosen[:-1] if len(chosen) == len(pieces) // 2 else chosen:
-            words.remove(pieces, place)
+    def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
+        chosen = _subset(indices, args["share"], rng)
+        for index in chosen[:-1] if len(chosen) == len(pieces) // 2 else chosen:
+            words.remove(pieces, index)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordSwap(TextOp):
-    """Two words change places, so often as `share` of the words says."""
+    """Exchange two words, `share` × the number of words times."""
 
     @classmethod
-    def change(cls, args: Args, pieces: list[str], places: Places, rng: np.random.Generator) -> None:
-        for _ in range(max(1, round(args["share"] * len(places)))):
-            one, other = places[below(rng, len(places))], places[below(rng, len(places))]
-            pieces[one], pieces[other] = pieces[other], pieces[one]
+    def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
+        for _ in range(max(1, round(args["share"] * len(indices)))):
+            first, second = indices[below(rng, len(indices))], indices[below(rng, len(indices))]
+            pieces[first], pieces[second] = pieces[second], pieces[first]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordCrop(TextOp):
-    """A stretch of neighbouring words is left out, those that stay excepted; never all."""
+    """Delete consecutive words, except protected words. At least one word of the text remains."""
 
     share: float = 0.3
 
     @classmethod
-    def change(cls, args: Args, pieces: list[str], places: Places, rng: np.random.Generator) -> None:
-        count = min(max(1, round(args["share"] * len(places))), len(pieces) // 2 - 1)
-        first = below(rng, len(places) - count + 1)
-        for place in places[first : first + count]:
-            words.remove(pieces, place)
+    def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
+        count = min(max(1, round(args["share"] * len(indices))), len(pieces) // 2 - 1)
+        first = below(rng, len(indices) - count + 1)
+        for index in indices[first : first + count]:
+            words.remove(pieces, index)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableOp(TextOp):
-    """table: a file of synonyms, see `refract.augment.text.words.synonyms`."""
+    """table: path of a synonym table, see `refract.augment.text.words.synonyms`."""
 
     table: str
 
@@ -122,64 +123,64 @@ class TableOp(TextOp):
 
 @dataclass(frozen=True, kw_only=True)
 class WordSubstitute(TableOp):
-    """Words become synonyms of a table; the share is of those that it has."""
+    """Replace words by synonyms of a table. `share` counts the words of the text that the table contains."""
 
     @classmethod
-    def change(cls, args: Args, pieces: list[str], places: Places, rng: np.random.Generator) -> None:
+    def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
         table = words.synonyms(args["table"])
-        known = [place for place in places if pieces[place].lower() in table]
-        for place in _some(known, args["share"], rng) if known else ():
-            others = table[pieces[place].lower()]
-            pieces[place] = words.match_case(others[below(rng, len(others))], pieces[place])
+        known = [i for i in indices if pieces[i].lower() in table]
+        for index in _subset(known, args["share"], rng) if known else ():
+            synonyms = table[pieces[index].lower()]
+            pieces[index] = words.match_case(synonyms[below(rng, len(synonyms))], pieces[index])
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordInsert(TableOp):
-    """Before words that may change, synonyms of others of the text are put."""
+    """Insert synonyms of words of the text before random unprotected words."""
 
     @classmethod
-    def change(cls, args: Args, pieces: list[str], places: Places, rng: np.random.Generator) -> None:
+    def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
         table = words.synonyms(args["table"])
-        known = [place for place in places if pieces[place].lower() in table]
-        groups = [table[pieces[place].lower()] for place in _some(known, args["share"], rng)] if known else []
-        for others in groups:
-            where = places[below(rng, len(places))]
-            pieces[where] = f"{others[below(rng, len(others))]} {pieces[where]}"
+        known = [i for i in indices if pieces[i].lower() in table]
+        groups = [table[pieces[i].lower()] for i in _subset(known, args["share"], rng)] if known else []
+        for synonyms in groups:
+            index = indices[below(rng, len(indices))]
+            pieces[index] = f"{synonyms[below(rng, len(synonyms))]} {pieces[index]}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordSplit(TextOp):
-    """A space is put into words of two characters or more."""
+    """Insert a space into words of at least two characters."""
 
     @classmethod
-    def change(cls, args: Args, pieces: list[str], places: Places, rng: np.random.Generator) -> None:
-        long = [place for place in places if len(pieces[place]) > 1]
-        for place in _some(long, args["share"], rng) if long else ():
-            word = pieces[place]
+    def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
+        long = [i for i in indices if len(pieces[i]) > 1]
+        for index in _subset(long, args["share"], rng) if long else ():
+            word = pieces[index]
             at = 1 + below(rng, len(word) - 1)
-            pieces[place] = f"{word[:at]} {word[at:]}"
+            pieces[index] = f"{word[:at]} {word[at:]}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CharOp(TextOp):
-    """One character in each of the chosen words is changed."""
+    """Change one character in each chosen word of at least two characters."""
 
     @classmethod
-    def change(cls, args: Args, pieces: list[str], places: Places, rng: np.random.Generator) -> None:
-        long = [place for place in places if len(pieces[place]) > 1]  # of shorter ones nothing would be left
-        for place in _some(long, args["share"], rng) if long else ():
-            word = pieces[place]
-            pieces[place] = cls.on_word(word, below(rng, len(word)), rng)
+    def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
+        long = [i for i in indices if len(pieces[i]) > 1]  # a deletion would remove a word of one character
+        for index in _subset(long, args["share"], rng) if long else ():
+            word = pieces[index]
+            pieces[index] = cls.on_word(word, below(rng, len(word)), rng)
 
     @classmethod
     def on_word(cls, word: str, at: int, rng: np.random.Generator) -> str:
-        """word: of two characters or more; at: the drawn place in it."""
+        """Return the changed word. word: at least two characters; at: a random index in it."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class CharDelete(CharOp):
-    """A character is left out."""
+    """Delete a character."""
 
     @classmethod
     def on_word(cls, word: str, at: int, rng: np.random.Generator) -> str:
@@ -188,7 +189,7 @@ class CharDelete(CharOp):
 
 @dataclass(frozen=True, kw_only=True)
 class CharSwap(CharOp):
-    """Two neighbouring characters change places."""
+    """Exchange two adjacent characters."""
 
     @classmethod
     def on_word(cls, word: str, at: int, rng: np.random.Generator) -> str:
@@ -198,7 +199,7 @@ class CharSwap(CharOp):
 
 @dataclass(frozen=True, kw_only=True)
 class CharInsert(CharOp):
-    """A letter of a … z is put in."""
+    """Insert a letter a … z."""
 
     @classmethod
     def on_word(cls, word: str, at: int, rng: np.random.Generator) -> str:
@@ -207,7 +208,7 @@ class CharInsert(CharOp):
 
 @dataclass(frozen=True, kw_only=True)
 class CharSubstitute(CharOp):
-    """A character becomes a letter of a … z."""
+    """Replace a character by a letter a … z."""
 
     @classmethod
     def on_word(cls, word: str, at: int, rng: np.random.Generator) -> str:
@@ -220,7 +221,7 @@ def _letter(rng: np.random.Generator) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Keyboard(CharOp):
-    """A letter becomes that of a neighbouring key (QWERTY); other characters stay."""
+    """Replace a letter or digit by the character of an adjacent QWERTY key. Other characters are unchanged."""
 
     @classmethod
     def on_word(cls, word: str, at: int, rng: np.random.Generator) -> str:
@@ -230,7 +231,7 @@ class Keyboard(CharOp):
 
 @cache
 def _neighbours() -> dict[str, str]:
-    """Each key and those that touch it: a row's keys stand one apart, rows half a key and one key further right."""
+    """Map each key to its adjacent keys. Keys have distance 1 in a row; each row has a horizontal offset, in keys."""
     rows = ((0.0, "1234567890"), (0.5, "qwertyuiop"), (0.75, "asdfghjkl"), (1.25, "zxcvbnm"))
     at = {key: (x + shift, y) for y, (shift, row) in enumerate(rows) for x, key in enumerate(row)}
     return {
@@ -241,16 +242,16 @@ def _neighbours() -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class OCR(CharOp):
-    """A character becomes one that a scanner takes it for; those that look like no other stay."""
+    """Replace a character by one that optical character recognition confuses with it. Other characters are unchanged."""
 
     @classmethod
     def on_word(cls, word: str, at: int, rng: np.random.Generator) -> str:
-        places = [place for place, character in enumerate(word) if character in _LOOKALIKES]
-        if not places:
+        candidates = [i for i, character in enumerate(word) if character in _LOOKALIKES]
+        if not candidates:
             return word
-        at = places[at % len(places)]
-        other = _LOOKALIKES[word[at]]
-        return word[:at] + other[below(rng, len(other))] + word[at + 1 :]
+        at = candidates[at % len(candidates)]
+        lookalikes = _LOOKALIKES[word[at]]
+        return word[:at] + lookalikes[below(rng, len(lookalikes))] + word[at + 1 :]
 
 
 _ALIKE = ("0OoDQ", "1lIi", "2Zz", "5Ss", "6bG", "8B", "9gq", "ce", "uv", "nh", "ft", "vy", "CG", "EF", "PR", "UV", "MN")
@@ -262,30 +263,30 @@ _LOOKALIKES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Spelling(TextOp):
-    """Words become what people write for them: nlpaug's list of English misspellings (extra `text`); the share is of those that it has."""
+    """Replace words by common misspellings, from nlpaug's English list (extra `text`). `share` counts the words that the list contains."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _misspellings()
 
     @classmethod
-    def change(cls, args: Args, pieces: list[str], places: Places, rng: np.random.Generator) -> None:
+    def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
         table = _misspellings()
-        known = [place for place in places if pieces[place].lower() in table]
-        for place in _some(known, args["share"], rng) if known else ():
-            wrong = table[pieces[place].lower()]
-            pieces[place] = words.match_case(wrong[below(rng, len(wrong))], pieces[place])
+        known = [i for i in indices if pieces[i].lower() in table]
+        for index in _subset(known, args["share"], rng) if known else ():
+            misspellings = table[pieces[index].lower()]
+            pieces[index] = words.match_case(misspellings[below(rng, len(misspellings))], pieces[index])
 
 
 @cache
 def _misspellings() -> dict[str, list[str]]:
-    """From the package's file: to import the package would import PyTorch and transformers too, which takes six seconds."""
+    """Read the list from nlpaug's data file. Importing nlpaug would import PyTorch and transformers, which takes six seconds."""
     from importlib.util import find_spec
 
-    found = find_spec("nlpaug")
-    if found is None or not found.submodule_search_locations:
-        raise ValueError("the list of misspellings is nlpaug's, which is not installed: pip install 'refract[text]'")
-    file = Path(found.submodule_search_locations[0], "res", "word", "spelling", "spelling_en.txt")
+    package = find_spec("nlpaug")
+    if package is None or not package.submodule_search_locations:
+        raise ValueError("Spelling needs nlpaug, which is not installed; run: pip install 'refract[text]'")
+    file = Path(package.submodule_search_locations[0], "res", "word", "spelling", "spelling_en.txt")
     table: dict[str, list[str]] = {}
     for line in words.lines(str(file), "nlpaug"):
         right, *wrong = line.split()
@@ -295,9 +296,9 @@ def _misspellings() -> dict[str, list[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class BackTranslation(TextOp):
-    """The text becomes one of its paraphrases, which `refract paraphrase` made; a text without any stays as it is. `share` has no effect.
+    """Replace the text by one of its cached paraphrases, if it has any. `share` has no effect.
 
-    cache: the file that it wrote; paraphrases that have lost a word of `keep` are not taken.
+    cache: the file that `refract paraphrase` wrote. The op skips paraphrases that lost a word of `keep`.
     Source of the idea: Sennrich et al. 2016, arXiv:1511.06709; Xie et al. 2020, arXiv:1904.12848.
     """
 
@@ -311,13 +312,13 @@ class BackTranslation(TextOp):
 
     @classmethod
     def on_text(cls, args: Args, text: str) -> str:
-        stays = words.protected_words(tuple(args["keep"]))
-        found = [new for new in paraphrases(args["cache"], text) if not stays.lost(text, new)]
-        return found[below(keyed_generator(args["seed"], 0, 0, 0), len(found))] if found else text
+        protected = words.protected_words(tuple(args["keep"]))
+        candidates = [new for new in paraphrases(args["cache"], text) if not protected.lost(text, new)]
+        return candidates[below(keyed_generator(args["seed"], 0, 0, 0), len(candidates))] if candidates else text
 
 
 def run(steps: Any, text: str) -> str:
-    """The text after the steps, as a policy drew them for it."""
+    """Apply the drawn text steps of a policy in order."""
     from refract.augment.ops import OPS
 
     for step in steps:

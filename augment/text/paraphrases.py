@@ -1,4 +1,7 @@
-"""Paraphrases that were made before training, kept in one SQLite file by the texts' hashes. Knows nothing of how they are made."""
+"""A cache of paraphrases: one SQLite file, keyed by the hashes of the texts. Independent of the method of paraphrasing.
+
+`refract paraphrase` fills the file before training; the op `BackTranslation` reads it.
+"""
 
 import hashlib
 import os
@@ -10,7 +13,7 @@ from pathlib import Path
 
 VERSION = 2
 
-# One transaction: killed in between, the file is as empty as before.
+# One transaction: a process killed during the script leaves an empty file, which the next process initialises.
 _TABLES = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE paraphrase (
@@ -24,19 +27,19 @@ COMMIT;
 
 
 def digest(text: str) -> bytes:
-    """16 bytes that name a text, or settings."""
+    """Return a 16-byte hash of a text or of settings."""
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class CacheError(ValueError):
-    """The file is no cache of paraphrases, or cannot be used. The message names it."""
+    """A paraphrase cache cannot be read or written. The message names the file."""
 
 
 class Cache:
-    """To be written by one process at a time, and read by any number, also meanwhile."""
+    """A paraphrase cache opened for writing, by one process at a time. Any number of processes can read it concurrently."""
 
     def __init__(self, file: Path) -> None:
-        """Made where there is none. CacheError."""
+        """Open the file, or create it. Raises CacheError."""
         self.file = file
         try:
             self._connection = sqlite3.connect(file, timeout=30)
@@ -44,7 +47,7 @@ class Cache:
                 self._connection.executescript(_TABLES)
             _check(self._connection, file)
         except sqlite3.Error as error:
-            raise CacheError(f"{file}: cannot be used as a cache of paraphrases ({error})") from error
+            raise CacheError(f"{file}: cannot be opened as a paraphrase cache ({error})") from error
 
     def __enter__(self) -> "Cache":
         return self
@@ -52,25 +55,30 @@ class Cache:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    def start_run(self, settings: str, way: str) -> None:
-        """A run with these settings: of the texts that have paraphrases by them, those of other settings and the same way are not drawn
-        any more. way: what runs replace each other in, as the languages. CacheError."""
+    def start_run(self, settings: str, direction: str) -> None:
+        """Register a run as the newest of its direction.
+
+        `paraphrases` then returns the run's paraphrases of a text instead of those of older runs of the direction.
+        direction: the languages, such as `en de`. Raises CacheError.
+        """
         query = "INSERT OR REPLACE INTO run SELECT ?, ?, 1 + coalesce(max(number), 0) FROM run"
-        self._write([(digest(settings), way)], query)
+        self._write([(digest(settings), direction)], query)
 
     def missing(self, texts: Iterable[str], settings: str) -> list[str]:
-        """Those of the texts, each once, in their order, that have not been translated with these settings."""
-        own = digest(settings)
-        rows = self._connection.execute("SELECT DISTINCT text FROM paraphrase WHERE settings = ?", (own,))
-        known = {row[0] for row in rows}
-        return [text for text in dict.fromkeys(texts) if digest(text) not in known]
+        """Return the texts without an entry for these settings, without duplicates, in their order."""
+        query = "SELECT DISTINCT text FROM paraphrase WHERE settings = ?"
+        stored = {row[0] for row in self._connection.execute(query, (digest(settings),))}
+        return [text for text in dict.fromkeys(texts) if digest(text) not in stored]
 
-    def add(self, found: Sequence[tuple[str, Sequence[tuple[str, str | None]]]], settings: str) -> None:
-        """Keep, all or none, for each text its paraphrases, each with the reason for which it is not used, or None. CacheError where one
-        is there already, or the disk is full."""
+    def add(self, entries: Sequence[tuple[str, Sequence[tuple[str, str | None]]]], settings: str) -> None:
+        """Store the paraphrases of each text in one transaction.
+
+        entries: (text, [(paraphrase, reason for its rejection or None)]). Raises CacheError if the settings already have an entry for a
+        text, or if the disk is full.
+        """
         rows = [
             (digest(text), digest(settings), number, paraphrase, reason)
-            for text, paraphrases in found
+            for text, paraphrases in entries
             for number, (paraphrase, reason) in enumerate(paraphrases)
         ]
         self._write(rows, "INSERT INTO paraphrase VALUES (?, ?, ?, ?, ?)")
@@ -80,10 +88,10 @@ class Cache:
             with self._connection:
                 self._connection.executemany(query, rows)
         except sqlite3.Error as error:
-            raise CacheError(f"{self.file}: cannot be written ({error})") from error
+            raise CacheError(f"{self.file}: cannot write to the paraphrase cache ({error})") from error
 
     def dropped(self, texts: Iterable[str], settings: str) -> dict[str, int]:
-        """Reason → how many paraphrases of the texts are not used for it; "" counts those that are."""
+        """Count the paraphrases of the texts by the reason for their rejection; the key "" counts the accepted ones."""
         counts: dict[str, int] = {}
         wanted = {digest(text) for text in texts}
         query = "SELECT text, dropped FROM paraphrase WHERE settings = ?"
@@ -100,21 +108,24 @@ WHERE text = ? ORDER BY run.number, paraphrase.number
 
 
 def paraphrases(file: str, text: str) -> list[str]:
-    """Those of a text that are used, in a fixed order: of each way, by the settings of the newest run that has any of the text, used or
-    not. None for a text that was not translated. CacheError."""
+    """Return the accepted paraphrases of a text, in a fixed order; an empty list for an unknown text.
+
+    For each direction, only the newest run counts that has an entry for the text, accepted or rejected. Raises CacheError.
+    """
     try:
         rows = _reader(file).execute(_NEWEST, (digest(text),)).fetchall()
     except sqlite3.Error as error:
-        raise CacheError(f"{file}: cannot be read ({error})") from error
-    newest = {way: run for run, way, *_ in rows}
-    return list(dict.fromkeys(found for run, way, found, dropped in rows if run == newest[way] and dropped is None))
+        raise CacheError(f"{file}: cannot read the paraphrase cache ({error})") from error
+    newest = {direction: run for run, direction, *_ in rows}
+    accepted = (new for run, direction, new, dropped in rows if run == newest[direction] and dropped is None)
+    return list(dict.fromkeys(accepted))
 
 
 def check_cache(file: str) -> None:
-    """CacheError where there is no cache to read from."""
+    """Raise CacheError unless the file is a readable paraphrase cache."""
     if not Path(file).is_file():
-        raise CacheError(f"{file}: no such file; `refract paraphrase MANIFEST --cache {file}` makes it")
-    with _told(file), closing(_opened(file)) as connection:
+        raise CacheError(f"{file}: no such file; run `refract paraphrase MANIFEST --cache {file}` to create it")
+    with _cache_errors(file), closing(_opened(file)) as connection:
         _check(connection, Path(file))
 
 
@@ -122,39 +133,41 @@ _thread = threading.local()
 
 
 def _reader(file: str) -> sqlite3.Connection:
-    """This thread's own, opened once; a process that was forked from one that reads opens another."""
-    open_ones: dict[tuple[int, str], sqlite3.Connection] = _thread.__dict__.setdefault("readers", {})
+    """Return this thread's connection, opened once per thread and process; a forked process opens a new one."""
+    connections: dict[tuple[int, str], sqlite3.Connection] = _thread.__dict__.setdefault("readers", {})
     key = (os.getpid(), file)
-    if key not in open_ones:
-        with _told(file):
-            open_ones[key] = _opened(file)
-    return open_ones[key]
+    if key not in connections:
+        with _cache_errors(file):
+            connections[key] = _opened(file)
+    return connections[key]
 
 
 def _opened(file: str) -> sqlite3.Connection:
-    """For reading; `rw`, because what a killed process left half written has to be taken back first. A file that only may be read is
-    opened all the same."""
+    """Open the file for reading.
+
+    The mode is `rw` because SQLite must first roll back the transaction of a killed writer. A file without write permission opens too.
+    """
     connection = sqlite3.connect(f"{Path(file).absolute().as_uri()}?mode=rw", uri=True, timeout=30)
     connection.execute("PRAGMA query_only = ON")
     return connection
 
 
 @contextmanager
-def _told(file: str) -> Iterator[None]:
+def _cache_errors(file: str) -> Iterator[None]:
+    """Convert errors of SQLite to CacheError."""
     try:
         yield
     except sqlite3.Error as error:
-        half = Path(f"{file}-journal").exists()
-        hint = (
-            "; a process was killed while it wrote, so it has to be read once where it can be written" if half else ""
-        )
-        raise CacheError(f"{file}: cannot be read as a cache of paraphrases ({error}){hint}") from error
+        interrupted = Path(f"{file}-journal").exists()
+        hint = "; a killed process left a journal. Read the file once with write permission" if interrupted else ""
+        raise CacheError(f"{file}: cannot be read as a paraphrase cache ({error}){hint}") from error
 
 
 def _check(connection: sqlite3.Connection, file: Path) -> None:
+    """Raise CacheError if the file has another format version."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version != VERSION:
         raise CacheError(
-            f"{file}: is no cache of paraphrases that this Refract reads (version {version}, not {VERSION}); "
-            "`refract paraphrase` with another --cache makes a new one"
+            f"{file}: version {version} of the paraphrase cache is not supported; accepted: {VERSION}. "
+            "Run `refract paraphrase` with another --cache"
         )

@@ -1,4 +1,4 @@
-"""Ops that hold ops choose as they say; the published policies are those of their papers."""
+"""Composition ops choose by their documented rules; the published policies match their papers."""
 
 from collections import Counter
 
@@ -37,7 +37,7 @@ def test_one_of_by_weight() -> None:
     assert len(equal) == 3 and min(equal.values()) > 900
 
 
-def test_some_of_takes_each_at_most_once_and_in_order() -> None:
+def test_some_of_applies_each_op_at_most_once_and_in_order() -> None:
     ops = [{name: {"p": 1}} for name in ("VerticalFlip", "Invert", "Grayscale")]
     seen = Counter(drawn([{"SomeOf": {"ops": ops, "count": [1, 3]}}]))
     order = {"VerticalFlip": 0, "Invert": 1, "Grayscale": 2}
@@ -48,7 +48,7 @@ def test_some_of_takes_each_at_most_once_and_in_order() -> None:
     assert len(shuffled) == 6
 
 
-def test_compose_and_sometimes_go_together_or_not_at_all() -> None:
+def test_compose_and_sometimes_apply_all_ops_or_none() -> None:
     pair = [{"VerticalFlip": {"p": 1}}, {"Invert": {"p": 1}}]
     assert set(drawn([{"Compose": {"ops": pair, "p": 0.5}}])) == {(), ("VerticalFlip", "Invert")}
     both = {"Sometimes": {"ops": pair, "otherwise": [{"Grayscale": {"p": 1}}], "p": 0.3}}
@@ -65,7 +65,7 @@ def test_during_switches_by_epoch() -> None:
     assert [bool(drawn(endless, 1, epoch)[0]) for epoch in (1, 2, 900)] == [False, True, True]
 
 
-def test_ramp_goes_from_the_first_form_to_the_last() -> None:
+def test_ramp_interpolates_from_the_first_to_the_last_parameters() -> None:
     ops = [
         {"CoarseDropout": {"holes": 1, "size": 0.1, "p": 1.0}},
         {"CoarseDropout": {"holes": 9, "size": 0.3, "p": 1.0}},
@@ -80,7 +80,7 @@ def test_ramp_goes_from_the_first_form_to_the_last() -> None:
     assert shares == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.05)
 
 
-def test_a_crop_inside_a_choice_sets_the_size_for_what_follows() -> None:
+def test_crop_in_a_composition_op_sets_the_size_of_later_ops() -> None:
     crops = {"OneOf": {"ops": [{"RandomCrop": {"size": 20}}, {"CenterCrop": {"size": [30, 10]}}]}}
     augmenter = Augmenter([crops, {"CoarseDropout": {"size": 1.0, "holes": 1}}])
     for index in range(20):
@@ -116,27 +116,27 @@ def test_draw_and_draw_mixing_agree() -> None:
     [
         ([{"OneOf": {"ops": ["Invrt"]}}], r"op 1, OneOf: ops, op 1: no op is called 'Invrt'; did you mean Invert\?"),
         ([{"OneOf": {"ops": [{"Rotate": {"degrees": "x"}}]}}], "OneOf: ops, op 1, Rotate: degrees: 'x' is not a number"),
-        ([{"OneOf": {"ops": []}}], "nothing to choose from"),
-        ([{"OneOf": {"ops": ["MixUp", "Invert"]}}], "cannot be chosen beside"),
+        ([{"OneOf": {"ops": []}}], "the list is empty; add at least one op"),
+        ([{"OneOf": {"ops": ["MixUp", "Invert"]}}], "need separate lists"),
         ([{"OneOf": {"ops": ["Invert"], "weights": [1, 2]}}], "weights: expected 1 numbers"),
         ([{"OneOf": {"ops": ["Invert"], "weights": [0]}}], "all zero"),
         ([{"SomeOf": {"ops": ["Invert"], "count": 2}}], r"count: 2 is not a whole number or a pair \[low, high\] in \[0, 1\]"),
-        ([{"During": {"ops": ["Invert"], "epochs": [3, 2]}}], "ends before it begins"),
-        ([{"Ramp": {"ops": ["Invert", "Rotate"]}}], "two entries of one simple op"),
-        ([{"Ramp": {"ops": [{"GridMask": {"fill": 3}}, {"GridMask": {"fill": "mean"}}]}}], "only numbers have something in between"),
-        ([{"Shear": {"x": 60, "y": 60}}], "lay the image flat"),
+        ([{"During": {"ops": ["Invert"], "epochs": [3, 2]}}], "ends before it starts"),
+        ([{"Ramp": {"ops": ["Invert", "Rotate"]}}], "two entries of the same op"),
+        ([{"Ramp": {"ops": [{"GridMask": {"fill": 3}}, {"GridMask": {"fill": "mean"}}]}}], "only numbers may differ"),
+        ([{"Shear": {"x": 60, "y": 60}}], "can collapse the image to a line"),
         ([{"Rot90": {"turns": [4]}}], "turns: "),
         ([{"AutoAugment": {"policy": "mnist"}}], "policy: 'mnist' is not one of imagenet, cifar10, svhn"),
         ({"exact": "yes", "ops": []}, "exact: 'yes' is neither true nor false"),
         ({"exakt": True, "ops": []}, r"no key 'exakt' .*did you mean exact\?"),
     ],
 )  # fmt: skip
-def test_mistakes_are_told(spec, message: str) -> None:
+def test_invalid_policies_are_rejected(spec, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         load_policy(spec)
 
 
-def test_exact_is_kept_in_the_policy_and_its_plans() -> None:
+def test_policy_and_plans_preserve_exact() -> None:
     policy = load_policy({"exact": True, "ops": [{"Rotate": {"degrees": 9}}, {"Rotate": {"degrees": 9}}]})
     assert load_policy(policy.to_spec()) == policy
     augmenter = Augmenter(policy)
@@ -149,13 +149,13 @@ def test_exact_is_kept_in_the_policy_and_its_plans() -> None:
 
 
 @pytest.mark.parametrize("name", ["imagenet", "cifar10", "svhn"])
-def test_autoaugment_is_the_papers_table(name: str) -> None:
+def test_autoaugment_matches_torchvisions_table(name: str) -> None:
     policy = v2.AutoAugmentPolicy(name)
     theirs = v2.AutoAugment(policy)._policies
     ours = _AUTO[name]
     assert len(ours) == len(theirs) == 25
-    for mine, reference in zip(ours, theirs, strict=True):
-        for (op, p, level), (their_op, their_p, their_level) in zip(mine, reference, strict=True):
+    for our_pair, their_pair in zip(ours, theirs, strict=True):
+        for (op, p, level), (their_op, their_p, their_level) in zip(our_pair, their_pair, strict=True):
             assert (op, p) == (their_op, pytest.approx(their_p))
             assert level == (their_level or 0)
 
@@ -172,7 +172,7 @@ LEVELS = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, 2)  # 256×
         (_RAND, v2.AutoAugment, 10),
     ],
 )
-def test_every_strength_is_torchvisions(scale, reference, bins: int) -> None:
+def test_every_strength_matches_torchvision(scale, reference, bins: int) -> None:
     space = reference()._AUGMENTATION_SPACE
     assert set(scale) | {"Invert"} == set(space) | {"Invert", "Identity"}
     for op, (function, signed) in space.items():
@@ -180,31 +180,33 @@ def test_every_strength_is_torchvisions(scale, reference, bins: int) -> None:
         levels = function(bins, 200, 300)
         for level in range(bins) if levels is not None else ():
             wide = scale is _TRIVIAL
-            have = _strength(scale, op, level, 30) if wide else _rand_strength(op, level, bins - 1, (200, 300))
-            want = float(levels[level]) * (255 if op == "Solarize" else 1)  # theirs is a share of the range
-            assert (round(have) if op == "Posterize" else have) == pytest.approx(want, abs=1e-4), (op, level)
+            actual = _strength(scale, op, level, 30) if wide else _rand_strength(op, level, bins - 1, (200, 300))
+            expected = float(levels[level]) * (
+                255 if op == "Solarize" else 1
+            )  # torchvision stores a fraction of the range
+            assert (round(actual) if op == "Posterize" else actual) == pytest.approx(expected, abs=1e-4), (op, level)
 
 
 @pytest.mark.parametrize("op", ["Posterize", "Solarize"])
 @pytest.mark.parametrize(("scale", "bins"), [(_TRIVIAL, 31), (_RAND, 31), (_RAND, 10)])
-def test_each_grey_level_becomes_torchvisions_at_every_strength(op: str, scale, bins: int) -> None:
+def test_each_grey_level_matches_torchvision_at_every_strength(op: str, scale, bins: int) -> None:
     reference = v2.TrivialAugmentWide() if scale is _TRIVIAL else v2.RandAugment()
     magnitudes = reference._AUGMENTATION_SPACE[op][0](bins, 8, 8)
     for level in range(bins):
-        made = _BUILDERS[op](_strength(scale, op, level, bins - 1), (256, 1))
-        assert made is not None
-        ours = Augmenter("none").apply(Plan((256, 1), (Step(*made),)), LEVELS)
+        op_and_args = _BUILDERS[op](_strength(scale, op, level, bins - 1), (256, 1))
+        assert op_and_args is not None
+        ours = Augmenter("none").apply(Plan((256, 1), (Step(*op_and_args),)), LEVELS)
         magnitude = float(magnitudes[level])
         theirs = reference._apply_image_or_video_transform(
             torch.from_numpy(LEVELS).permute(2, 0, 1), op, magnitude, interpolation=None, fill={}
         )
         differs = np.flatnonzero((ours != theirs.permute(1, 2, 0).numpy()).any((1, 2)))
-        # Theirs rounds a threshold that is a whole grey level to either side, one for tensors and another for Pillow images.
+        # torchvision rounds a whole-level threshold up or down, depending on whether the input is a tensor or a Pillow image.
         assert op == "Solarize" or differs.size == 0
         assert np.abs(differs - 255 * magnitude).max(initial=0) < 1e-4, (op, level)
 
 
-def test_shifts_are_whole_pixels_cut_down_as_torchvisions() -> None:
+def test_shifts_truncate_to_whole_pixels_as_in_torchvision() -> None:
     for level in (0.9, -31.99, 27.2):
         step = _BUILDERS["TranslateX"](level, (40, 60))
         assert step is not None and step[1]["shift"] == [0.0, int(level) / 60]
@@ -218,12 +220,12 @@ def test_shifts_are_whole_pixels_cut_down_as_torchvisions() -> None:
         ("ShearX", 0.29, 0.087), ("TranslateX", 0.3, 30), ("TranslateY", 0.299, 19), ("Equalize", 0.3, 0),
     ],
 )  # fmt: skip
-def test_augmix_strengths_are_the_authors(name: str, share: float, strength: float) -> None:
+def test_augmix_strengths_match_the_authors_code(name: str, share: float, strength: float) -> None:
     """int(level · maximum / 10) of 4 bits, 256 levels, 30 degrees and a third of the side; level · 0.3 / 10 of the shear."""
     assert _mix_strength(name, share, (200, 300)) == pytest.approx(strength)
 
 
-def test_augmix_posterises_as_seldom_as_its_authors() -> None:
+def test_augmix_posterises_as_rarely_as_the_authors_code() -> None:
     """At severity 3 a level of at least 2.5, drawn from [0.1, 3], removes a fifth bit: in 17 % of the draws."""
     augmenter = Augmenter([{"AugMix": {"severity": 3, "width": 6, "depth": 3}}], seed=1)
     plans = [augmenter.draw((64, 64), epoch=0, index=i) for i in range(800)]
@@ -234,7 +236,7 @@ def test_augmix_posterises_as_seldom_as_its_authors() -> None:
 
 
 @pytest.mark.parametrize("name", ["TrivialAugmentWide", "RandAugment", "AutoAugment", "ThreeAugment", "AugMix"])
-def test_every_op_of_a_published_policy_turns_up_and_runs(name: str) -> None:
+def test_every_op_of_a_published_policy_is_drawn_and_runs(name: str) -> None:
     augmenter = Augmenter([name], seed=3)
     plans = [augmenter.draw((60, 80), epoch=0, index=i) for i in range(400)]
     seen = {step.op for plan in plans for step in plan.steps}
@@ -252,6 +254,6 @@ def test_augmix_blends_its_chains() -> None:
     assert np.abs(result - expected).max() <= 0.51
 
 
-def test_a_ramp_whose_forms_cannot_be_joined_is_told_when_it_is_read() -> None:
-    with pytest.raises(PolicyError, match=r"cannot be joined in epoch 1: length: 1\.25 is not a whole number"):
+def test_ramp_with_parameters_that_cannot_be_interpolated_is_rejected() -> None:
+    with pytest.raises(PolicyError, match=r"cannot be interpolated in epoch 1: length: 1\.25 is not a whole number"):
         load_policy([{"Ramp": {"ops": [{"Cutout": {"length": 0.5}}, {"Cutout": {"length": 8}}], "epochs": [0, 10]}}])

@@ -1,4 +1,4 @@
-"""Ops on texts: what they change, what they leave, and that a draw is a function of its key."""
+"""Text ops change the documented words, keep protected words, and draw by the sample's key alone."""
 
 import random
 import subprocess
@@ -26,7 +26,7 @@ def run(op: str, text: str = TEXT, *, index: int = 0, **parameters) -> str:
     return Augmenter([{op: parameters}], seed=3).text(text, epoch=0, index=index)
 
 
-def own_words(text: str) -> list[str]:
+def text_words(text: str) -> list[str]:
     return words.split(text)[1::2]
 
 
@@ -37,9 +37,9 @@ def table(tmp_path: Path) -> str:
     return str(file)
 
 
-def test_words_and_what_is_between_are_the_text() -> None:
-    assert own_words(TEXT)[:6] == ["Don't", "buy", "the", "red", "Canon", "EOS"]
-    assert own_words("état-major 3.5€ हिन्दी 日本語 Привет") == [
+def test_split_separates_words_of_several_scripts() -> None:
+    assert text_words(TEXT)[:6] == ["Don't", "buy", "the", "red", "Canon", "EOS"]
+    assert text_words("état-major 3.5€ हिन्दी 日本語 Привет") == [
         "état-major",
         "3.5",
         "हिन्दी",
@@ -51,19 +51,19 @@ def test_words_and_what_is_between_are_the_text() -> None:
 
 
 @given(st.text(max_size=200))
-def test_splitting_loses_nothing(text: str) -> None:
+def test_split_pieces_join_to_the_text(text: str) -> None:
     assert "".join(words.split(text)) == text
 
 
 @pytest.mark.parametrize("op", PLAIN)
-def test_it_changes_some_draws_is_repeatable_and_keeps_what_must_stay(op: str) -> None:
+def test_op_changes_the_text_repeatably_and_keeps_protected_words(op: str) -> None:
     drawn = [run(op, index=i, share=0.3) for i in range(30)]
     assert drawn == [run(op, index=i, share=0.3) for i in range(30)]
     assert len(set(drawn)) > (3 if op == "Spelling" else 10)
     for text in drawn:
-        left = Counter(own_words(text))
+        counts = Counter(text_words(text))
         for word in ("Don't", "not", "5D", "3.5"):
-            assert left[word] == 1, (word, text)
+            assert counts[word] == 1, (word, text)
         assert text.count("\n") == 1 and "Don ' t" not in text
 
 
@@ -74,26 +74,26 @@ def test_it_changes_some_draws_is_repeatable_and_keeps_what_must_stay(op: str) -
 def test_short_and_odd_texts(op: str, text: str) -> None:
     for index in range(5):
         changed = run(op, text, index=index, share=1.0)
-        assert isinstance(changed, str) and bool(own_words(changed)) == bool(own_words(text))
+        assert isinstance(changed, str) and bool(text_words(changed)) == bool(text_words(text))
 
 
 @given(text=st.text(max_size=80), op=st.sampled_from(PLAIN), share=st.floats(0, 1), index=st.integers(0, 50))
-def test_any_text_comes_back_as_one(text: str, op: str, share: float, index: int) -> None:
+def test_any_text_yields_a_text_with_its_protected_words(text: str, op: str, share: float, index: int) -> None:
     changed = run(op, text, share=share, index=index)
-    assert len(own_words(changed)) <= 2 * len(own_words(text))
+    assert len(text_words(changed)) <= 2 * len(text_words(text))
     assert words.protected_words((words.NUMBERS, words.NEGATIONS)).lost(text, changed) == []
 
 
-def test_each_op_does_what_it_says(table: str) -> None:
+def test_each_op_has_its_documented_effect(table: str) -> None:
     text = "one two three four five six seven eight nine ten"
     for index in range(20):
-        deleted = own_words(run("WordDelete", text, share=0.2, index=index))
-        assert len(deleted) == 8 and set(deleted) < set(own_words(text))
-        assert Counter(own_words(run("WordSwap", text, share=0.3, index=index))) == Counter(own_words(text))
+        deleted = text_words(run("WordDelete", text, share=0.2, index=index))
+        assert len(deleted) == 8 and set(deleted) < set(text_words(text))
+        assert Counter(text_words(run("WordSwap", text, share=0.3, index=index))) == Counter(text_words(text))
         cropped = run("WordCrop", text, share=0.3, index=index)
-        assert len(own_words(cropped)) == 7 and "  " not in cropped and cropped == cropped.strip()
+        assert len(text_words(cropped)) == 7 and "  " not in cropped and cropped == cropped.strip()
         split = run("WordSplit", text, share=0.2, index=index)
-        assert len(own_words(split)) == 12 and split.replace(" ", "") == text.replace(" ", "")
+        assert len(text_words(split)) == 12 and split.replace(" ", "") == text.replace(" ", "")
         for op, change in (
             ("CharInsert", 1),
             ("CharDelete", -1),
@@ -104,29 +104,29 @@ def test_each_op_does_what_it_says(table: str) -> None:
         ):
             assert len(run(op, text, share=0.3, index=index)) - len(text) == 3 * change
         assert sorted(run("CharSwap", text, share=1.0, index=index)) == sorted(text)
-        inserted = own_words(run("WordInsert", TEXT, table=table, share=1.0, index=index))
-        assert len(inserted) == len(own_words(TEXT)) + 3 and set(inserted) & {"purchase", "get"}
-    found = {run("WordSubstitute", "BUY Red long-term", table=table, share=1.0, index=i) for i in range(40)}
-    assert found == {"PURCHASE Scarlet long-term", "GET Scarlet long-term"}
+        inserted = text_words(run("WordInsert", TEXT, table=table, share=1.0, index=index))
+        assert len(inserted) == len(text_words(TEXT)) + 3 and set(inserted) & {"purchase", "get"}
+    substituted = {run("WordSubstitute", "BUY Red long-term", table=table, share=1.0, index=i) for i in range(40)}
+    assert substituted == {"PURCHASE Scarlet long-term", "GET Scarlet long-term"}
     near = {run("Keyboard", "ggggg", index=i).replace("g", "", 4) for i in range(200)}
-    assert near == set("tyfhvb"), "the keys that touch it"
+    assert near == set("tyfhvb"), "the adjacent keys"
     assert run("WordDelete", "all of it", share=1.0) in ("all", "of", "it")
 
 
-def test_words_of_ones_own_stay(tmp_path: Path) -> None:
+def test_custom_protected_words_remain(tmp_path: Path) -> None:
     (tmp_path / "brands.txt").write_text("Canon\nEOS\n", "utf-8")
     for keep in (["Canon", "EOS"], [str(tmp_path / "brands.txt")]):
         for index in range(20):
-            left = own_words(run("WordDelete", share=0.9, keep=keep, index=index))
-            assert {"Canon", "EOS"} <= set(left)
-    assert any("not" not in own_words(run("WordDelete", share=0.9, keep=[], index=i)) for i in range(20))
+            remaining = text_words(run("WordDelete", share=0.9, keep=keep, index=index))
+            assert {"Canon", "EOS"} <= set(remaining)
+    assert any("not" not in text_words(run("WordDelete", share=0.9, keep=[], index=i)) for i in range(20))
 
 
 PHRASES = ["C++", "New York", "AT&T", "it’s", "no-one", "-5", "€", "Straße", "日本", ".NET"]
 
 
 @pytest.mark.parametrize("op", ["WordDelete", "WordSwap", "WordCrop", "WordInsert", "WordSplit", *CHARS])
-def test_phrases_and_signs_stay_as_they_stand(op: str, table: str) -> None:
+def test_protected_phrases_and_signs_are_unchanged(op: str, table: str) -> None:
     text = "We buy C++ in new  york, AT&T it's red; No-one at -5, 3 € and long STRASSE 日本 of .NET buy York long"
     more = {"table": table} if op == "WordInsert" else {}
     drawn = {run(op, text, index=i, share=0.9, keep=PHRASES, **more) for i in range(40)}
@@ -134,7 +134,7 @@ def test_phrases_and_signs_stay_as_they_stand(op: str, table: str) -> None:
     for changed in drawn:
         for phrase in ("C++", "new  york,", "AT&T", "it's", "No-one", "-5,", "€", "STRASSE", "日本", ".NET"):
             assert phrase in changed, (phrase, changed)
-    assert any("buy York long" not in changed for changed in drawn), "alone it may change"
+    assert any("buy York long" not in changed for changed in drawn), "a single word of a phrase is not protected"
 
 
 @pytest.mark.parametrize(
@@ -163,12 +163,12 @@ def test_phrases_and_signs_stay_as_they_stand(op: str, table: str) -> None:
         (" ", "a b", "b", []),
     ],
 )
-def test_what_a_text_has_lost(keep: str, before: str, after: str, lost: list[str]) -> None:
+def test_lost_protected_words(keep: str, before: str, after: str, lost: list[str]) -> None:
     assert words.protected_words((keep,)).lost(before, after) == lost
 
 
 @pytest.mark.parametrize(
-    "text, place, left",
+    "text, index, expected",
     [
         ("the dog, and", 3, "the, and"),
         ("dog and", 1, "and"),
@@ -179,13 +179,13 @@ def test_what_a_text_has_lost(keep: str, before: str, after: str, lost: list[str
         ("x日 5", 3, "x 5"),
     ],
 )
-def test_a_word_is_taken_out_with_one_space_and_joins_no_others(text: str, place: int, left: str) -> None:
+def test_remove_deletes_one_space_and_joins_no_words(text: str, index: int, expected: str) -> None:
     pieces = words.split(text)
-    words.remove(pieces, place)
-    assert "".join(pieces) == left
+    words.remove(pieces, index)
+    assert "".join(pieces) == expected
 
 
-def test_image_and_text_are_drawn_apart_and_each_op_by_its_own_key() -> None:
+def test_image_ops_and_text_ops_draw_independently() -> None:
     image = np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)
     both = Augmenter(
         ["HorizontalFlip", {"Rotate": {"degrees": 20}}, {"WordDelete": {"p": 0.5}}, {"CharSwap": {}}], seed=1
@@ -199,28 +199,30 @@ def test_image_and_text_are_drawn_apart_and_each_op_by_its_own_key() -> None:
         text = both.text(TEXT, epoch=1, index=index)
         seen.add(text == texts.text(TEXT, epoch=1, index=index))
         assert images.text(TEXT, epoch=1, index=index) == TEXT
-    assert seen == {True, False}, "the other op's draw does not depend on the first, which half of the samples get"
+    assert seen == {True, False}, (
+        "the second op's draw does not depend on the first op, which applies to half of the samples"
+    )
     assert both.text(TEXT, epoch=1, index=0) != both.text(TEXT, epoch=2, index=0)
     assert both.text(TEXT, epoch=1, index=0, repeat=1) != both.text(TEXT, epoch=1, index=0)
 
 
-def test_each_op_of_texts_draws_by_a_key_of_its_own() -> None:
+def test_each_text_op_has_a_separate_random_key() -> None:
     policy = load_policy([{"WordDelete": {"p": 0.5}}, {"CharSwap": {"p": 0.5}}, {"CharSwap": {"p": 0.5}}])
     drawn = [policy.draw_text(seed=1, epoch=0, index=i) for i in range(100)]
-    assert len({tuple(step.op for step in steps) for steps in drawn}) == 6, "who acts does not hang together"
+    assert len({tuple(step.op for step in steps) for steps in drawn}) == 6, "the ops apply independently"
     twice = [steps[-2:] for steps in drawn if [step.op for step in steps[-2:]] == ["CharSwap", "CharSwap"]]
     assert twice and all(one.args["seed"] != other.args["seed"] for one, other in twice)
 
 
-def test_a_crop_is_a_stretch_that_may_be_at_either_end() -> None:
+def test_word_crop_deletes_consecutive_words_at_any_position() -> None:
     text = "one two three four five six"
-    left = {run("WordCrop", text, share=0.5, index=i) for i in range(60)}
-    assert left == {"four five six", "one five six", "one two six", "one two three"}
+    cropped = {run("WordCrop", text, share=0.5, index=i) for i in range(60)}
+    assert cropped == {"four five six", "one five six", "one two six", "one two three"}
     assert {run("WordCrop", text, share=1.0, index=i) for i in range(60)} == {"one", "six"}
 
 
 @pytest.mark.parametrize("op", ["CharInsert", "CharDelete"])
-def test_of_characters_too_each_word_but_the_kept_changes(op: str) -> None:
+def test_character_ops_change_every_word_that_is_not_protected(op: str) -> None:
     text = "He don’t not want 5D of Canon lenses"
     for index in range(20):
         changed = run(op, text, share=1.0, keep=[words.NUMBERS, words.NEGATIONS, "canon"], index=index).split()
@@ -228,10 +230,10 @@ def test_of_characters_too_each_word_but_the_kept_changes(op: str) -> None:
         assert same == {"don’t", "not", "5D", "Canon"}
 
 
-def test_choices_hold_ops_of_texts_and_not_both_kinds() -> None:
+def test_composition_ops_hold_text_ops_but_not_both_kinds() -> None:
     policy = Augmenter([{"OneOf": {"ops": ["CharSwap", "WordSwap"]}}])
     assert policy.texts and len({policy.text(TEXT, epoch=0, index=i) for i in range(9)}) > 5
-    with pytest.raises(PolicyError, match="those that change texts cannot be chosen beside those that change images"):
+    with pytest.raises(PolicyError, match="text ops and image ops need separate lists"):
         load_policy([{"OneOf": {"ops": ["CharSwap", "HorizontalFlip"]}}])
 
 
@@ -243,26 +245,26 @@ def test_choices_hold_ops_of_texts_and_not_both_kinds() -> None:
         ({"WordDelete": {"keep": "/nowhere.txt"}}, "/nowhere.txt cannot be read"),
         ({"WordSubstitute": {"table": "/nowhere"}}, "/nowhere cannot be read"),
         ({"WordSubstitute": {}}, "required keyword-only argument: 'table'"),
-        ({"BackTranslation": {"cache": "/nowhere.db"}}, "no such file; `refract paraphrase"),
-        ({"nlpaug.Nothing": {}}, "nlpaug has no augmenter 'Nothing'"),
+        ({"BackTranslation": {"cache": "/nowhere.db"}}, "no such file; run `refract paraphrase"),
+        ({"nlpaug.Nothing": {}}, "nlpaug has no text augmenter 'Nothing'"),
         ({"nlpaug.RandomWordAug": {"acton": "swap"}}, "no parameter 'acton'; did you mean action?"),
-        ({"nlpaug.RandomWordAug": {"action": "insert"}}, "take WordInsert"),
-        ({"nlpaug.BackTranslationAug": {}}, "`refract paraphrase` does it before"),
-        ({"nlpaug.SynonymAug": {}}, "refused its parameters"),
+        ({"nlpaug.RandomWordAug": {"action": "insert"}}, "use WordInsert"),
+        ({"nlpaug.BackTranslationAug": {}}, "run `refract paraphrase`"),
+        ({"nlpaug.SynonymAug": {}}, "rejected its parameters"),
     ],
 )
-def test_what_cannot_be_is_told(entry, message: str) -> None:
+def test_invalid_parameters_are_rejected(entry, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         load_policy([entry])
 
 
-def test_a_table_that_is_none_is_told(tmp_path: Path) -> None:
+def test_invalid_synonym_table_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "t").write_text("a, b\nalone\n")
-    with pytest.raises(PolicyError, match=r"entry 2: 'alone' is not two words or more"):
+    with pytest.raises(PolicyError, match=r"entry 2: 'alone' has fewer than two words"):
         load_policy([{"WordInsert": {"table": str(tmp_path / "t")}}])
 
 
-def test_policies_of_texts_travel_as_plain_values(table: str) -> None:
+def test_text_policies_round_trip_as_plain_values(table: str) -> None:
     for name, kind in OPS.items():
         if issubclass(kind, TextOp) and name not in ("TextGuest", "BackTranslation"):
             policy = load_policy([{name: {"table": table} if name in ("WordSubstitute", "WordInsert") else {}}])
@@ -281,38 +283,40 @@ EXTERNAL = [
 ]
 
 
-@pytest.mark.parametrize("guest", EXTERNAL, ids=lambda guest: str(*guest))
-def test_nlpaugs_augmenters_are_seeded_keep_words_and_leave_the_generators_alone(guest) -> None:
+@pytest.mark.parametrize("entry", EXTERNAL, ids=lambda entry: str(*entry))
+def test_nlpaug_augmenters_are_seeded_keep_words_and_restore_the_generators(entry) -> None:
     import torch
 
-    augmenter = Augmenter([guest], seed=5)
+    augmenter = Augmenter([entry], seed=5)
     before = random.random(), np.random.random(), torch.rand(1)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    wanted = random.random(), np.random.random(), torch.rand(1)
+    expected = random.random(), np.random.random(), torch.rand(1)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    found = [augmenter.text(TEXT, epoch=0, index=i) for i in range(12)]
-    assert (random.random(), np.random.random(), torch.rand(1)) == wanted and before
-    assert found == [augmenter.text(TEXT, epoch=0, index=i) for i in range(12)] and len(set(found)) > 6
-    for text in found:
-        assert {"don't", "not", "5d", "3.5"} <= set(own_words(text.lower())), text  # nlpaug moves a sentence's capital
-    several: list[list[str]] = [[], [], []]
+    drawn = [augmenter.text(TEXT, epoch=0, index=i) for i in range(12)]
+    assert (random.random(), np.random.random(), torch.rand(1)) == expected and before
+    assert drawn == [augmenter.text(TEXT, epoch=0, index=i) for i in range(12)] and len(set(drawn)) > 6
+    for text in drawn:
+        assert {"don't", "not", "5d", "3.5"} <= set(text_words(text.lower())), (
+            text
+        )  # nlpaug moves the capital letter of a sentence
+    by_thread: list[list[str]] = [[], [], []]
 
     def draw(into: list[str]) -> None:
         into += [augmenter.text(TEXT, epoch=0, index=i) for i in range(12)]
 
-    threads = [threading.Thread(target=draw, args=(into,)) for into in several]
+    threads = [threading.Thread(target=draw, args=(into,)) for into in by_thread]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert several == [found] * 3
+    assert by_thread == [drawn] * 3
 
 
-def test_draws_of_other_threads_change_no_text_of_nlpaug() -> None:
-    """A tracking client waits between its tries for a time that it draws from the global generator, in a thread of its own."""
+def test_draws_of_other_threads_do_not_change_texts_of_nlpaug() -> None:
+    """A tracking client draws its retry delays from the global generator, in a separate thread."""
     augmenter = Augmenter(EXTERNAL, seed=5)
     alone = [augmenter.text(TEXT, epoch=0, index=i) for i in range(200)]
-    ended, interval = threading.Event(), sys.getswitchinterval()
+    stopped, interval = threading.Event(), sys.getswitchinterval()
 
     def draw() -> None:
-        while not ended.is_set():
+        while not stopped.is_set():
             random.random(), np.random.random()
 
     thread = threading.Thread(target=draw)
@@ -322,11 +326,11 @@ def test_draws_of_other_threads_change_no_text_of_nlpaug() -> None:
         assert [augmenter.text(TEXT, epoch=0, index=i) for i in range(200)] == alone
     finally:
         sys.setswitchinterval(interval)
-        ended.set()
+        stopped.set()
         thread.join()
 
 
-def test_augment_imports_no_language_model_without_being_asked() -> None:
+def test_text_ops_import_no_language_model_library() -> None:
     code = (
         "import sys\nfrom refract.augment import Augmenter\n"
         "a = Augmenter(['WordSwap', 'Keyboard', 'Spelling', 'HorizontalFlip'])\na.text('some words here', epoch=0, index=0)\n"

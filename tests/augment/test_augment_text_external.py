@@ -1,4 +1,4 @@
-"""nlpaug's language models in a policy, with a BERT of random weights; and what keeps its augmenters apart."""
+"""nlpaug's language models in a policy, with a BERT of random weights, and the isolation of its augmenters."""
 
 import threading
 from pathlib import Path
@@ -13,7 +13,7 @@ TEXT = "Don't buy the red dog, it's not a blue car 5D"
 
 
 def bert(folder: Path, seed: int = 0, more: str = "") -> str:
-    """A BERT that knows a few words, in lower case."""
+    """Save a BERT with a small lower-case vocabulary and return its folder."""
     import torch
     from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
@@ -25,52 +25,52 @@ def bert(folder: Path, seed: int = 0, more: str = "") -> str:
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(vocab_size=len(tokens), max_position_embeddings=64, initializer_range=0.3, **size)
     model = BertForMaskedLM(config)
-    model.cls.predictions.bias.data[:5] = -1e4  # a trained one does not put in its own signs either
+    model.cls.predictions.bias.data[:5] = -1e4  # a trained model does not insert special tokens either
     model.save_pretrained(folder)
     return str(folder)
 
 
 @pytest.mark.parametrize("action", ["insert", "substitute"])
-def test_a_language_model_changes_words_and_keeps_what_must_stay(tmp_path: Path, action: str) -> None:
-    own = {"model_path": bert(tmp_path / "bert"), "action": action, "aug_p": 0.3}
-    augmenter = Augmenter([{"nlpaug.ContextualWordEmbsAug": own}], seed=1)
-    found = [augmenter.text(TEXT, epoch=0, index=i) for i in range(30)]
-    assert found == [augmenter.text(TEXT, epoch=0, index=i) for i in range(30)] and len(set(found)) > 15
-    for text in found:
+def test_language_model_changes_words_and_keeps_protected_words(tmp_path: Path, action: str) -> None:
+    options = {"model_path": bert(tmp_path / "bert"), "action": action, "aug_p": 0.3}
+    augmenter = Augmenter([{"nlpaug.ContextualWordEmbsAug": options}], seed=1)
+    drawn = [augmenter.text(TEXT, epoch=0, index=i) for i in range(30)]
+    assert drawn == [augmenter.text(TEXT, epoch=0, index=i) for i in range(30)] and len(set(drawn)) > 15
+    for text in drawn:
         assert words.protected_words((words.NUMBERS, words.NEGATIONS)).lost(TEXT, text) == []
         assert "Don't" in text and "[" not in text
     others = words.protected_words(("buy", "the", "red", "dog", "a", "blue", "car"))
-    assert any(others.lost(TEXT, text) for text in found) == (action == "substitute")
-    plain = Augmenter([{"nlpaug.ContextualWordEmbsAug": {**own, "keep": ["red dog"]}}], seed=1)
+    assert any(others.lost(TEXT, text) for text in drawn) == (action == "substitute")
+    plain = Augmenter([{"nlpaug.ContextualWordEmbsAug": {**options, "keep": ["red dog"]}}], seed=1)
     assert all("red dog" in plain.text("a red dog of some words", epoch=0, index=i) for i in range(20))
 
 
-def test_a_text_with_what_the_model_does_not_know_stays(tmp_path: Path) -> None:
+def test_unknown_tokens_do_not_enter_a_text(tmp_path: Path) -> None:
     policy = [{"nlpaug.ContextualWordEmbsAug": {"model_path": bert(tmp_path / "bert"), "keep": []}}]
     augmenter = Augmenter(policy)
     for text in ("a dog \ud800 car", "\udfff"):
         assert augmenter.text(text, epoch=0, index=0) == text
     text = "a dog 😀 red car"
-    found = [augmenter.text(text, epoch=0, index=i) for i in range(20)]
-    assert text in found and all(new == text or "😀" not in new for new in found) and "[" not in "".join(found)
+    drawn = [augmenter.text(text, epoch=0, index=i) for i in range(20)]
+    assert text in drawn and all(new == text or "😀" not in new for new in drawn) and "[" not in "".join(drawn)
 
 
-def test_words_that_were_taken_apart_are_put_together() -> None:
+def test_words_split_by_a_tokenizer_are_restored() -> None:
     text = "Don't (buy) C:\\new it. A banana"
     assert _respaced("don ' t a banana ( buy ) c : \\ new it .", text) == "Don't a banana (buy) C:\\new it."
 
 
-def test_two_models_of_one_folder_name_stay_two(tmp_path: Path) -> None:
-    """nlpaug would take the second for the first."""
-    one, other = bert(tmp_path / "a" / "bert"), bert(tmp_path / "b" / "bert", more="purple orange yellow white ")
-    assert load_policy([{"nlpaug.ContextualWordEmbsAug": {"model_path": one}}])
-    augmenter = Augmenter([{"nlpaug.ContextualWordEmbsAug": {"model_path": other, "aug_p": 0.5}}])
-    found = {word for i in range(40) for word in augmenter.text("a red dog", epoch=0, index=i).split()}
-    assert found & {"purple", "orange", "yellow", "white"}
+def test_two_models_with_the_same_folder_name_are_separate(tmp_path: Path) -> None:
+    """nlpaug caches models by folder name and would return the first."""
+    first, second = bert(tmp_path / "a" / "bert"), bert(tmp_path / "b" / "bert", more="purple orange yellow white ")
+    assert load_policy([{"nlpaug.ContextualWordEmbsAug": {"model_path": first}}])
+    augmenter = Augmenter([{"nlpaug.ContextualWordEmbsAug": {"model_path": second, "aug_p": 0.5}}])
+    drawn = {word for i in range(40) for word in augmenter.text("a red dog", epoch=0, index=i).split()}
+    assert drawn & {"purple", "orange", "yellow", "white"}
 
 
 def test_one_augmenter_draws_at_a_time() -> None:
-    """They share nlpaug's generators."""
+    """Augmenters share nlpaug's generators."""
     inside, other = threading.Event(), threading.Thread(target=lambda: _seeded(1, inside.set))
 
     def run() -> bool:
@@ -82,14 +82,14 @@ def test_one_augmenter_draws_at_a_time() -> None:
     assert inside.is_set()
 
 
-def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match="ContextualWordEmbsAug refused its parameters"):
+def test_folder_without_a_model_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="ContextualWordEmbsAug rejected its parameters"):
         load_policy([{"nlpaug.ContextualWordEmbsAug": {"model_path": str(tmp_path / "bert")}}])
 
 
-def test_nlpaugs_own_stopwords_stay_too() -> None:
-    own = {"action": "delete", "aug_p": 0.9, "p": 1.0, "stopwords": ["brown"], "keep": ["fox"]}
-    augmenter = Augmenter([{"nlpaug.RandomWordAug": own}], seed=1)
+def test_stopwords_of_nlpaug_are_protected_too() -> None:
+    options = {"action": "delete", "aug_p": 0.9, "p": 1.0, "stopwords": ["brown"], "keep": ["fox"]}
+    augmenter = Augmenter([{"nlpaug.RandomWordAug": options}], seed=1)
     for epoch in range(5):
-        said = augmenter.text("the quick brown fox jumps over dogs", epoch=epoch, index=0).split()
-        assert {"brown", "fox"} <= set(said) and len(said) < 7
+        remaining = augmenter.text("the quick brown fox jumps over dogs", epoch=epoch, index=0).split()
+        assert {"brown", "fox"} <= set(remaining) and len(remaining) < 7

@@ -99,7 +99,7 @@ def test_killed_in_the_middle_it_goes_on_and_translates_nothing_twice(
     before = kept()
     assert 10 <= before < 120
     done = refract(*arguments(tmp_path, models, "--n", "2"))
-    assert f"{120 - before} texts to translate, {before} are in" in done.stderr
+    assert f"{120 - before} texts to translate, {before} are cached in" in done.stderr
     with sqlite3.connect(tmp_path / "p.db") as connection:
         rows = connection.execute(
             "SELECT text, count(*), count(DISTINCT settings) FROM paraphrase GROUP BY text"
@@ -160,9 +160,9 @@ def test_a_text_that_cannot_be_translated_does_not_stop_the_others(
 ) -> None:
     texts, odd = [text for _, text in held_out(9)], "the \ud800 dog"
     plan = Plan(f"{models}/{{from}}-{{to}}", "en", ("de",), 1, Filter(), batch=4, device="cpu")
-    with pytest.raises(TranslationError, match="'the .ud800 dog': cannot be translated"):
+    with pytest.raises(TranslationError, match="'the .ud800 dog': translation failed"):
         paraphrase([odd], plan, tmp_path / "p.db")
-    with pytest.raises(TranslationError, match="0 dog.: cannot be translated"):
+    with pytest.raises(TranslationError, match="0 dog.: translation failed"):
         paraphrase([f"the \ud800 {i} dog" for i in range(FAILURES + 10)] + texts, plan, tmp_path / "p.db")
     counts = paraphrase([*texts, odd], plan, tmp_path / "p.db")
     assert sum(counts.values()) == 10 and counts["failed"] == 1 and "ud800" in caplog.text
@@ -177,7 +177,7 @@ def test_another_process_is_told(models: Path, tmp_path: Path, refract: Run) -> 
     texts = [text for _, text in held_out(8)]
     manifest(tmp_path, texts)
     with locked(tmp_path / "p.db.lock", DataError("never")):
-        assert "is being filled by another process" in refract(*arguments(tmp_path, models), code=2).stderr
+        assert "another process fills this cache" in refract(*arguments(tmp_path, models), code=2).stderr
 
 
 def test_a_sentence_encoder_drops_what_means_something_else(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_sentence_encoder_drops_what_means_something_else(tmp_path: Path) -> N
         (["--via", "en"], "en is the language of the texts"),
         (["--n", "0"], "--n: 0 is not at least 1"),
         (["--via", "de fr"], "are not language codes"),
-        (["--model", "/nowhere/{from}"], "/nowhere/en and /nowhere/de cannot be loaded as models that translate"),
+        (["--model", "/nowhere/{from}"], "/nowhere/en and /nowhere/de cannot be loaded as translation models"),
         (["--encoder", "/nowhere"], "--encoder: /nowhere: cannot be loaded as an encoder of sentences"),
         (["--keep", "/nowhere.txt"], "/nowhere.txt cannot be read"),
     ],
