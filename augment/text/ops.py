@@ -180,7 +180,7 @@ class CharOp(TextOp):
 
 @dataclass(frozen=True, kw_only=True)
 class CharDelete(CharOp):
-    """Delete a character."""
+    """Delete one character in each chosen word."""
 
     @classmethod
     def on_word(cls, word: str, at: int, rng: np.random.Generator) -> str:
@@ -189,7 +189,7 @@ class CharDelete(CharOp):
 
 @dataclass(frozen=True, kw_only=True)
 class CharSwap(CharOp):
-    """Exchange two adjacent characters."""
+    """Exchange two adjacent characters in each chosen word."""
 
     @classmethod
     def on_word(cls, word: str, at: int, rng: np.random.Generator) -> str:
@@ -199,7 +199,7 @@ class CharSwap(CharOp):
 
 @dataclass(frozen=True, kw_only=True)
 class CharInsert(CharOp):
-    """Insert a letter a … z."""
+    """Insert a letter a … z in each chosen word."""
 
     @classmethod
     def on_word(cls, word: str, at: int, rng: np.random.Generator) -> str:
@@ -208,7 +208,7 @@ class CharInsert(CharOp):
 
 @dataclass(frozen=True, kw_only=True)
 class CharSubstitute(CharOp):
-    """Replace a character by a letter a … z."""
+    """Replace one character by a letter a … z in each chosen word."""
 
     @classmethod
     def on_word(cls, word: str, at: int, rng: np.random.Generator) -> str:

@@ -1,4 +1,4 @@
-"""Ops that Pillow or torchvision also has give what these give, exactly or within the tolerance that each test states."""
+"""Ops agree with their equivalents in Pillow and torchvision, exactly or within the tolerance of each test."""
 
 import dataclasses
 from typing import Any
@@ -51,7 +51,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("case", EXACT)
-def test_exactly_in_both_executors(case: str) -> None:
+def test_both_executors_equal_the_reference(case: str) -> None:
     args, expected = EXACT[case]
     name = case.split()[0]
     np.testing.assert_array_equal(ours(name, **args), expected)
@@ -87,7 +87,7 @@ CLOSE = [
 
 
 @pytest.mark.parametrize(("name", "args", "expected", "bound"), CLOSE, ids=[f"{row[0]}-{row[1]}" for row in CLOSE])
-def test_within_rounding(name: str, args: dict, expected: np.ndarray, bound: int) -> None:
+def test_both_executors_agree_within_rounding(name: str, args: dict, expected: np.ndarray, bound: int) -> None:
     assert np.abs(ours(name, **args).astype(int) - expected).max() <= bound
     assert np.abs(in_batch(name, **args).astype(int) - expected).max() <= bound
 
@@ -109,7 +109,7 @@ def test_perspective() -> None:
     theirs = tv.perspective(
         TENSOR, [list(c) for c in corners], moved, interpolation=tv.InterpolationMode.BILINEAR, fill=[0.0]
     )
-    # They move pixel centres and we move corners: half a pixel at the edge, and they blend the border by another rule.
+    # torchvision moves pixel centres, Refract moves corners: half a pixel at the edge. torchvision also blends the border differently.
     difference = np.abs(ours("Perspective", corners=shares).astype(int) - tensor(theirs))
     assert np.median(difference) <= 2 and difference.mean() < 4
     both = np.abs(ours("Perspective", corners=shares).astype(int) - in_batch("Perspective", corners=shares))
@@ -120,7 +120,7 @@ TORCHVISIONS = {"constant": "constant", "edge": "edge", "reflect": "symmetric", 
 
 
 @pytest.mark.parametrize("border", TORCHVISIONS)
-def test_borders_are_torchvisions_of_another_name(border: str) -> None:
+def test_borders_match_torchvisions_padding_modes(border: str) -> None:
     height, width = IMAGE.shape[:2]
     padded = tensor(tv.pad(TENSOR, [20, 20, 20, 20], padding_mode=TORCHVISIONS[border]))
     for top, left in ((-20, -20), (20, 20), (-7, 13), (3, -20)):
@@ -133,8 +133,8 @@ def test_borders_are_torchvisions_of_another_name(border: str) -> None:
 
 
 @pytest.mark.parametrize("border", ["reflect", "reflect101"])
-def test_a_warp_shows_the_mirrored_image_beyond_its_edges(border: str) -> None:
-    """As the same warp of an image that was padded with that border first, in both executors."""
+def test_warp_reflects_the_image_at_its_border(border: str) -> None:
+    """The result equals the warp of an image padded with that border, in both executors."""
     height, width = IMAGE.shape[:2]
     around = 90
     mode: Any = {"reflect": "symmetric", "reflect101": "reflect"}[border]
@@ -157,7 +157,7 @@ def keys_cubic(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", [(90, 140), (50, 70), (45, 140)])
-def test_a_bicubic_resize_is_pytorchs(size: tuple[int, int]) -> None:
+def test_bicubic_resize_matches_pytorch(size: tuple[int, int]) -> None:
     args = {"box": [5, 7, 50, 70], "size": list(size), "interpolation": "bicubic"}
     crop = TENSOR[None, :, 5:55, 7:77].double()
     theirs = torch.nn.functional.interpolate(crop, size=size, mode="bicubic", align_corners=False)[0].clamp(0, 255)
@@ -167,7 +167,7 @@ def test_a_bicubic_resize_is_pytorchs(size: tuple[int, int]) -> None:
     assert size == (50, 70) or np.abs(bilinear - tensor(theirs)).max() > 4
 
 
-def test_a_chain_is_bicubic_where_one_of_its_ops_is() -> None:
+def test_chain_is_bicubic_if_one_of_its_ops_is() -> None:
     height, width = 61, 83
     noise = np.random.default_rng(0).integers(60, 200, (height, width, 3), dtype=np.uint8)
     cos, sin = np.cos(np.radians(20)), np.sin(np.radians(20))
@@ -177,7 +177,7 @@ def test_a_chain_is_bicubic_where_one_of_its_ops_is() -> None:
     rotate = Step("Rotate", {"angle": 20.0, "border": "edge", "interpolation": "bicubic"})
     plan = Plan((height, width), (rotate, Step("HorizontalFlip")))
     bilinear = Plan((height, width), (Step("Rotate", {"angle": 20.0, "border": "edge"}), Step("HorizontalFlip")))
-    # OpenCV counts positions between pixels in steps of 1/32.
+    # OpenCV quantises subpixel positions to 1/32.
     assert np.abs(Augmenter("none").apply(plan, noise) - expected).mean() < 1.5
     assert np.abs(Augmenter("none").apply(bilinear, noise) - expected).mean() > 6
     images = torch.from_numpy(np.stack([noise, noise])).permute(0, 3, 1, 2)
@@ -186,16 +186,16 @@ def test_a_chain_is_bicubic_where_one_of_its_ops_is() -> None:
     assert np.abs(both[1].astype(int) - Augmenter("none").apply(bilinear, noise)).mean() <= 1
 
 
-def test_hue_turned_in_hsv_when_exact() -> None:
+def test_exact_hue_rotates_in_hsv() -> None:
     for turns in (0.08, -0.3, 0.5):
         plan = Plan(IMAGE.shape[:2], (Step("Hue", {"turns": turns}),), exact=True)
         theirs = tensor(tv.adjust_hue(TENSOR, turns))
         assert np.abs(Augmenter("none").apply(plan, IMAGE).astype(int) - theirs).max() <= 2
-        mine = torch_batch.run([plan], TENSOR[None])[0].permute(1, 2, 0).numpy()
-        assert np.abs(mine.astype(int) - theirs).max() <= 2
+        batch = torch_batch.run([plan], TENSOR[None])[0].permute(1, 2, 0).numpy()
+        assert np.abs(batch.astype(int) - theirs).max() <= 2
 
 
-def test_exact_jitter_is_torchvisions_sequence() -> None:
+def test_exact_jitter_equals_torchvisions_sequence() -> None:
     args = {"contrast": 1.6, "hue": 0.1, "brightness": 1.4, "saturation": 0.5}
     theirs = tv.adjust_saturation(tv.adjust_brightness(tv.adjust_hue(tv.adjust_contrast(TENSOR, 1.6), 0.1), 1.4), 0.5)
     plan = Plan(IMAGE.shape[:2], (Step("ColorJitter", args),), exact=True)
@@ -203,11 +203,11 @@ def test_exact_jitter_is_torchvisions_sequence() -> None:
     assert np.abs(Augmenter("none").apply(plan, IMAGE).astype(int) - tensor(theirs)).max() <= 4
     fused = Plan(plan.size, plan.steps)
     assert np.abs(Augmenter("none").apply(fused, IMAGE).astype(int) - tensor(theirs)).mean() > 4, (
-        "these are clipped in between"
+        "torchvision clips intermediate values"
     )
 
 
-def test_fused_tables_are_exactly_their_sequence() -> None:
+def test_fused_tables_equal_their_sequence() -> None:
     steps = (
         Step("Gamma", {"gamma": 0.6}),
         Step("Equalize", {}),
@@ -221,13 +221,13 @@ def test_fused_tables_are_exactly_their_sequence() -> None:
 
 
 @pytest.mark.parametrize("name", ["GaussianNoise", "LaplaceNoise"])
-def test_additive_noise_has_the_asked_spread(name: str) -> None:
+def test_additive_noise_has_the_configured_deviation(name: str) -> None:
     grey = np.full((128, 128, 3), 128, np.uint8)
     noise = Augmenter([{name: {"sigma": [0.05, 0.05]}}])(grey, epoch=0, index=0).astype(float) - 128
     assert abs(noise.std() - 12.75) < 0.25 and abs(noise.mean()) < 0.3
 
 
-def test_light_dependent_noise_grows_with_the_light() -> None:
+def test_signal_dependent_noise_grows_with_the_signal() -> None:
     for name, args, powers in (("PoissonNoise", {"photons": 100}, 0.5), ("SpeckleNoise", {"sigma": 0.1}, 1.0)):
         spread = []
         for level in (40, 160):
@@ -239,16 +239,16 @@ def test_light_dependent_noise_grows_with_the_light() -> None:
 
 
 @pytest.mark.parametrize("name", ["SaltAndPepper", "PixelDropout"])
-def test_shares_of_pixels(name: str) -> None:
+def test_fraction_of_changed_pixels(name: str) -> None:
     grey = np.full((200, 200, 3), 128, np.uint8)
     result = Augmenter([{name: {"amount": [0.25, 0.25]}}])(grey, epoch=0, index=0)
-    assert (result == result[..., :1]).all(), "a pixel's three channels go together"
+    assert (result == result[..., :1]).all(), "all channels of a pixel change together"
     assert (result[..., 0] != 128).mean() == pytest.approx(0.25, abs=0.015)
     if name == "SaltAndPepper":
         assert (result[..., 0] == 0).mean() == pytest.approx((result[..., 0] == 255).mean(), abs=0.01)
 
 
-def test_motion_blur_smears_along_its_direction() -> None:
+def test_motion_blur_follows_its_direction() -> None:
     dot = np.zeros((41, 41, 3), np.uint8)
     dot[20, 20] = 255
     for degrees, expected in ((0, (1, 9)), (90, (9, 1))):
@@ -268,9 +268,9 @@ def test_elastic_moves_by_alpha_and_smoothly() -> None:
     for offset in range(0, 200_000, 997):
         x, _ = ElasticDeform.maps({"alpha": 3.0, "sigma": 8.0, "offset": offset}, (96, 96))
         moves.append(x - np.arange(96))
-    inner = np.array(moves)[:, 16:-16, 16:-16]  # beyond the outermost knots they are repeated
+    inner = np.array(moves)[:, 16:-16, 16:-16]  # the outermost grid values repeat at the border
     assert np.std(inner) == pytest.approx(3, rel=0.05)
-    assert np.abs(np.diff(moves, axis=2)).max() < 3, "neighbours move together"
+    assert np.abs(np.diff(moves, axis=2)).max() < 3, "the displacement is smooth"
 
 
 def test_grid_distortion_keeps_the_frame() -> None:
@@ -282,7 +282,7 @@ def test_grid_distortion_keeps_the_frame() -> None:
     np.testing.assert_allclose(even, np.broadcast_to(np.arange(90), (60, 90)), atol=1e-4)
 
 
-def test_colour_temperature_is_warm_below_and_cold_above_daylight() -> None:
+def test_colour_temperature_is_orange_below_and_blue_above_6500_kelvin() -> None:
     grey = np.full((4, 4, 3), 120, np.uint8)
     for kelvin, order in ((2500, (2, 1, 0)), (15000, (0, 1, 2))):
         pixel = Augmenter("none").apply(Plan((4, 4), (Step("ColorTemperature", {"kelvin": kelvin}),)), grey)[0, 0]
@@ -292,13 +292,13 @@ def test_colour_temperature_is_warm_below_and_cold_above_daylight() -> None:
     np.testing.assert_array_equal(same, grey)
 
 
-def test_grid_mask_covers_its_share() -> None:
+def test_grid_mask_covers_the_configured_fraction() -> None:
     white = np.full((240, 200, 3), 255, np.uint8)
-    shares = [
+    fractions = [
         (Augmenter([{"GridMask": {"spacing": 0.1, "ratio": 0.5}}])(white, epoch=0, index=i) == 0).mean()
         for i in range(40)
     ]
-    assert np.mean(shares) == pytest.approx(0.25, abs=0.02)
+    assert np.mean(fractions) == pytest.approx(0.25, abs=0.02)
 
 
 def test_hide_and_seek_paints_the_mean() -> None:
@@ -306,8 +306,8 @@ def test_hide_and_seek_paints_the_mean() -> None:
     np.testing.assert_allclose(result.reshape(-1, 3), np.broadcast_to(IMAGE.mean((0, 1)), (61 * 83, 3)), atol=0.51)
 
 
-def test_fused_stays_within_the_documented_bound_of_the_sequence() -> None:
-    """docs/augment.md: with the imagenet preset, 4 grey levels on average over the samples."""
+def test_fused_plan_stays_within_the_documented_bound_of_the_sequence() -> None:
+    """docs/augment.md documents a mean difference of 4 grey levels with the imagenet preset."""
     image = np.ascontiguousarray(np.kron(make_image(), np.ones((4, 4, 1), np.uint8)))
     augmenter = Augmenter("imagenet", seed=0)
     differences = []
@@ -328,7 +328,7 @@ def test_fused_stays_within_the_documented_bound_of_the_sequence() -> None:
         ((31, 57), [{"Resize": {"size": [64, 20]}}, {"RandomCrop": {"size": [40, 15]}}, "Transpose"], None),
     ],
 )
-def test_nothing_beyond_the_image_is_blended_into_its_edges(size, policy, to) -> None:
+def test_edges_are_not_blended_with_the_border(size, policy, to) -> None:
     white = np.full((*size, 3), 255, np.uint8)
     data = simplejpeg.encode_jpeg(white, 95, "RGB", "444")
     augmenter = Augmenter(policy, seed=2, size=to)
@@ -339,8 +339,8 @@ def test_nothing_beyond_the_image_is_blended_into_its_edges(size, policy, to) ->
         assert torch_batch.run([plan], torch.from_numpy(white).permute(2, 0, 1)[None]).min() == 255, plan
 
 
-def test_a_border_shows_where_it_was_asked_for_and_only_there() -> None:
-    policy = [{"Pad": {"size": [20, 40]}}, {"Resize": {"size": [60, 120]}}]  # beside the image, not above it
+def test_border_appears_only_in_the_padding() -> None:
+    policy = [{"Pad": {"size": [20, 40]}}, {"Resize": {"size": [60, 120]}}]  # left and right of the image, not above it
     white = np.full((20, 20, 3), 255, np.uint8)
     plan = Augmenter(policy).draw((20, 20), epoch=0, index=0)
     for result in (

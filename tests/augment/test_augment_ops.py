@@ -1,4 +1,4 @@
-"""Every registered op keeps the promises of an op; a new op is tested by being registered."""
+"""Every registered op satisfies the contract of `Op`. The tests run over the registry, so they cover a new op without an edit."""
 
 import io
 from typing import Any
@@ -49,7 +49,7 @@ def make(name: str, **more: Any) -> Policy:
 
 
 def make_image(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth colours with edges: noise would hide a wrong resampling."""
+    """Return smooth colours with edges. Noise would hide a resampling error."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / (5 + c) + seed) + np.cos(y / (7 + c)) + (x > width / 2) for c in range(3)]
     return np.uint8(255 * (np.stack(waves, -1) + 2) / 5.001)
@@ -80,7 +80,7 @@ def test_shape_dtype_replay_and_no_mutation(name: str, height: int, width: int, 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_both_executors_draw_the_same_image(name: str) -> None:
-    """The stated bound: a mean difference of at most 1 grey level, also where the reduction is over 2×."""
+    """The documented bound: a mean difference of at most 1 grey level, also for a reduction by more than 2×."""
     augmenter = Augmenter(make(name), seed=9, size=(24, 28) if OPS[name].kind in ("geometric", "choice") else None)
     images = [make_image(90, 70, i) for i in range(6)]
     plans = [augmenter.draw((90, 70), epoch=0, index=i) for i in range(6)]
@@ -95,8 +95,8 @@ def test_both_executors_draw_the_same_image(name: str) -> None:
 @pytest.mark.parametrize(
     "policy", [[{"RandomResizedCrop": {"size": 48, "scale": [0.1, 1.0]}}, "HorizontalFlip"], ["Rot90"], []]
 )
-def test_both_executors_enlarge_alike(policy: list) -> None:
-    """A crop that is enlarged repeats its last pixels, in both; here the largest difference counts, not the mean."""
+def test_both_executors_enlarge_equally(policy: list) -> None:
+    """Both executors repeat the last pixels of an enlarged crop. The bound is on the largest difference, not the mean."""
     augmenter = Augmenter(policy, seed=3, size=(50, 61))
     images = [np.random.default_rng(i).integers(0, 256, (30, 40, 3), dtype=np.uint8) for i in range(40)]
     plans = [augmenter.draw((30, 40), epoch=0, index=i) for i in range(40)]
@@ -139,7 +139,7 @@ def test_flip_is_exact_and_its_own_inverse() -> None:
 
 @given(index=st.integers(0, 10_000), height=st.integers(1, 40), width=st.integers(1, 40))
 @settings(max_examples=60)
-def test_crop_is_a_cut_of_the_padded_image(index: int, height: int, width: int) -> None:
+def test_crop_is_a_slice_of_the_padded_image(index: int, height: int, width: int) -> None:
     image = make_image(23, 31)
     augmenter = Augmenter([{"RandomCrop": {"size": [height, width], "fill": [1, 2, 3]}}])
     plan = augmenter.draw((23, 31), epoch=0, index=index)
@@ -151,16 +151,16 @@ def test_crop_is_a_cut_of_the_padded_image(index: int, height: int, width: int) 
     )
 
 
-def test_every_crop_place_is_drawn() -> None:
+def test_every_crop_position_is_drawn() -> None:
     augmenter = Augmenter([{"RandomCrop": {"size": 8}}])
     tops = {augmenter.draw((10, 8), epoch=0, index=i).steps[0].args["box"][0] for i in range(100)}
     assert tops == {0, 1, 2}
 
 
-def test_quarter_turn_is_counter_clockwise() -> None:
+def test_rotation_by_90_degrees_is_counter_clockwise() -> None:
     image = make_image(32, 32)
-    turned = Augmenter([{"Rotate": {"degrees": [90, 90]}}])(image, epoch=0, index=0)
-    assert np.abs(turned.astype(int) - np.rot90(image)).max() <= 1
+    rotated = Augmenter([{"Rotate": {"degrees": [90, 90]}}])(image, epoch=0, index=0)
+    assert np.abs(rotated.astype(int) - np.rot90(image)).max() <= 1
 
 
 @pytest.mark.parametrize(("angle", "scale", "shear"), [(30.0, 1.0, 0.0), (-75.0, 1.3, 0.0), (0.0, 0.7, 0.0)])
@@ -170,14 +170,14 @@ def test_affine_agrees_with_torchvision(angle: float, scale: float, shear: float
     ours = Augmenter(policy)(image, epoch=0, index=0)
     theirs = tv.affine(
         torch.from_numpy(image).permute(2, 0, 1),
-        angle=-angle,  # torchvision's affine turns clockwise
+        angle=-angle,  # torchvision's affine rotates clockwise
         translate=[0, 0],
         scale=scale,
         shear=[0.0, 0.0],
         interpolation=tv.InterpolationMode.BILINEAR,
     )
     difference = np.abs(ours.astype(int) - theirs.permute(1, 2, 0).numpy())
-    assert difference.mean() < 1.0  # theirs blends the border by another rule: a pixel's width around the image differs
+    assert difference.mean() < 1.0  # torchvision blends the border differently: a ring of one pixel differs
 
 
 def test_shear_moves_rows_sideways() -> None:
@@ -185,10 +185,10 @@ def test_shear_moves_rows_sideways() -> None:
     image[:, 20] = 255
     sheared = Augmenter([{"Affine": {"shear": [45, 45]}}])(image, epoch=0, index=0)
     columns = sheared[..., 0].argmax(1)
-    assert columns[20] == 20 and columns[10] == 10 and columns[30] == 30  # one pixel a row at 45°
+    assert columns[20] == 20 and columns[10] == 10 and columns[30] == 30  # one pixel per row at 45°
 
 
-def test_signs_are_those_of_the_documented_table() -> None:
+def test_signs_match_the_documented_table() -> None:
     """docs/augment.md, "Conventions of other libraries"."""
     image = make_image(61, 61)
     tensor = torch.from_numpy(image).permute(2, 0, 1)
@@ -204,7 +204,7 @@ def test_signs_are_those_of_the_documented_table() -> None:
         assert np.abs(ours.astype(int) - theirs.permute(1, 2, 0).numpy()).mean() < 1.5, name
 
 
-def test_shift_is_a_share_of_the_side() -> None:
+def test_shift_is_a_fraction_of_the_side() -> None:
     image = make_image(40, 60)
     plan = Plan.from_json(
         '{"version": 1, "size": [40, 60], "steps": [{"op": "Affine", "angle": 0, "shift": [0.25, -0.5], "scale": 1, "shear": 0}]}'
@@ -220,7 +220,7 @@ def test_shift_is_a_share_of_the_side() -> None:
         ("brightness", 0.7, tv.adjust_brightness, 1.0),
         ("contrast", 0.6, tv.adjust_contrast, 1.0),
         ("saturation", 0.3, tv.adjust_saturation, 1.0),
-        ("hue", 0.05, tv.adjust_hue, 2.5),  # ours turns about the grey axis, theirs in HSV
+        ("hue", 0.05, tv.adjust_hue, 2.5),  # Refract rotates about the grey axis, torchvision in HSV
     ],
 )
 def test_colour_agrees_with_torchvision(name: str, amount: float, reference: Any, bound: float) -> None:
@@ -229,15 +229,17 @@ def test_colour_agrees_with_torchvision(name: str, amount: float, reference: Any
     theirs = reference(torch.from_numpy(image).permute(2, 0, 1), amount).permute(1, 2, 0).numpy()
     difference = np.abs(ours.astype(int) - theirs).mean()
     assert difference < bound
-    change, wanted = (result.astype(float).ravel() - image.ravel() for result in (ours, theirs))
-    assert change @ wanted > 0.8 * np.linalg.norm(change) * np.linalg.norm(wanted)  # the same way, not only as little
+    change, expected = (result.astype(float).ravel() - image.ravel() for result in (ours, theirs))
+    assert change @ expected > 0.8 * np.linalg.norm(change) * np.linalg.norm(
+        expected
+    )  # the same direction, not only a small change
 
 
-def test_a_third_of_the_circle_turns_red_to_green() -> None:
-    turned = Augmenter([{"ColorJitter": {"hue": [1 / 3, 1 / 3]}}])(
+def test_a_third_of_the_colour_circle_maps_red_to_green() -> None:
+    rotated = Augmenter([{"ColorJitter": {"hue": [1 / 3, 1 / 3]}}])(
         np.full((4, 4, 3), [200, 30, 30], np.uint8), epoch=0, index=0
     )
-    assert turned[0, 0].tolist() == [30, 200, 30]
+    assert rotated[0, 0].tolist() == [30, 200, 30]
 
 
 def test_neutral_colour_draws_change_nothing() -> None:
@@ -245,8 +247,8 @@ def test_neutral_colour_draws_change_nothing() -> None:
     np.testing.assert_array_equal(Augmenter(["ColorJitter"])(image, epoch=0, index=0), image)
 
 
-def test_two_colour_steps_fuse_to_what_they_do_in_turn() -> None:
-    image = make_image(50, 50) // 2 + 60  # far from the ends, so that nothing is clipped in between
+def test_two_fused_colour_steps_equal_their_sequence() -> None:
+    image = make_image(50, 50) // 2 + 60  # far from 0 and 255, so that no intermediate value is clipped
     first, second = (
         {"ColorJitter": {"contrast": [0.8, 0.8]}},
         {"ColorJitter": {"saturation": [0.5, 0.5], "contrast": [1.1, 1.1]}},
@@ -260,24 +262,24 @@ def test_two_colour_steps_fuse_to_what_they_do_in_turn() -> None:
 
 def test_geometric_steps_fuse_to_one_sharper_resampling() -> None:
     image = make_image(64, 64)
-    there_and_back = [{"Rotate": {"degrees": [17, 17]}}, {"Rotate": {"degrees": [-17, -17]}}]
-    np.testing.assert_allclose(Augmenter(there_and_back)(image, epoch=0, index=0).astype(int), image, atol=1)
+    rotate_and_undo = [{"Rotate": {"degrees": [17, 17]}}, {"Rotate": {"degrees": [-17, -17]}}]
+    np.testing.assert_allclose(Augmenter(rotate_and_undo)(image, epoch=0, index=0).astype(int), image, atol=1)
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4, 6])
 def test_reduction_does_not_alias_a_zone_plate(factor: int) -> None:
-    """Rings finer than the result can show must come out grey, not as rings of their own."""
+    """Rings above the Nyquist frequency of the result must become grey, not new rings."""
     size = 60 * factor
     y, x = np.mgrid[:size, :size] - size / 2
     rings = np.cos(np.pi * (x**2 + y**2) / size)  # one cycle in two pixels at the edge's middle
     plate = np.repeat(np.uint8(127.5 + 127 * rings)[..., None], 3, 2)
     small = Augmenter([{"Resize": {"size": 60}}])(plate, epoch=0, index=0).astype(float)
-    bare = plate[::factor, ::factor].astype(float)
+    unfiltered = plate[::factor, ::factor].astype(float)
     outer = np.hypot(*(np.mgrid[:60, :60] - 29.5)) > 30 * (1.6 / factor)
-    assert small[outer].std() < 0.5 * bare[outer].std()
+    assert small[outer].std() < 0.5 * unfiltered[outer].std()
 
 
-def test_noise_has_the_asked_spread_and_no_two_samples_share_it() -> None:
+def test_noise_has_the_configured_deviation_and_differs_between_samples() -> None:
     grey = np.full((128, 128, 3), 128, np.uint8)
     augmenter = Augmenter([{"GaussianNoise": {"sigma": [0.1, 0.1]}}])
     noises = [augmenter(grey, epoch=0, index=i).astype(float) - 128 for i in range(4)]
@@ -301,7 +303,7 @@ def test_shared_noise_keeps_a_grey_image_grey_in_both_executors(name: str) -> No
         Augmenter([{name: {"per_channel": 1}}])
 
 
-def test_the_medical_preset_keeps_a_grey_image_grey() -> None:
+def test_medical_preset_keeps_a_grey_image_grey() -> None:
     grey = np.repeat(make_image(64, 64)[..., :1], 3, axis=2)
     augmenter = Augmenter("medical-safe")
     for index in range(30):
@@ -309,7 +311,7 @@ def test_the_medical_preset_keeps_a_grey_image_grey() -> None:
         assert (result == result[..., :1]).all()
 
 
-def test_cutout_zeros_squares_cut_at_the_edge() -> None:
+def test_cutout_zeros_squares_clipped_at_the_edge() -> None:
     image = np.full((32, 32, 3), 200, np.uint8)
     areas = []
     for index in range(300):
@@ -322,7 +324,7 @@ def test_cutout_zeros_squares_cut_at_the_edge() -> None:
     assert max(areas) == 64 and min(areas) < 32
 
 
-def test_random_erasing_respects_its_shares() -> None:
+def test_random_erasing_respects_scale_and_ratio() -> None:
     augmenter = Augmenter([{"RandomErasing": {"p": 1.0, "scale": [0.1, 0.2], "ratio": [0.5, 2.0]}}])
     for index in range(200):
         (step,) = augmenter.draw((100, 80), epoch=0, index=index).steps
@@ -330,7 +332,7 @@ def test_random_erasing_respects_its_shares() -> None:
         assert 0.09 < height * width / 8000 < 0.21 and 0.48 < height / width < 2.1
 
 
-def test_random_resized_crop_respects_its_shares() -> None:
+def test_random_resized_crop_respects_scale_and_ratio() -> None:
     augmenter = Augmenter([{"RandomResizedCrop": {"size": 10, "scale": [0.2, 0.5], "ratio": [0.75, 1.25]}}])
     for index in range(200):
         (step,) = augmenter.draw((100, 80), epoch=0, index=index).steps
@@ -339,8 +341,8 @@ def test_random_resized_crop_respects_its_shares() -> None:
         assert 0.18 < height * width / 8000 < 0.52 and 0.7 < width / height < 1.3
 
 
-def test_from_jpeg_bytes_as_from_the_array() -> None:
-    """A reduced decode must not move the image: at most 2 grey levels on average from the full decode."""
+def test_jpeg_bytes_and_the_decoded_array_agree() -> None:
+    """A reduced decode must not shift the image: its mean difference from the full decode is at most 2 grey levels."""
     image = cv2.resize(make_image(75, 100), (800, 600), interpolation=cv2.INTER_CUBIC)
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0)
@@ -354,12 +356,12 @@ def test_from_jpeg_bytes_as_from_the_array() -> None:
         assert np.abs(from_bytes.astype(int) - from_array).mean() < 2.0
 
 
-def test_alternating_flips_show_both_sides_in_two_epochs_running() -> None:
+def test_alternating_flip_alternates_in_consecutive_epochs() -> None:
     aug = Augmenter(["AlternatingFlip", {"Rotate": {"degrees": 30}}], seed=4)
     flipped = np.array(
         [[aug.draw((8, 8), epoch=e, index=i).steps[0].op == "AlternatingFlip" for i in range(400)] for e in range(4)]
     )
     assert (flipped[0] != flipped[1]).all() and (flipped[0] == flipped[2]).all() and (flipped[1] == flipped[3]).all()
     assert 0.4 < flipped[0].mean() < 0.6
-    turns = {str(aug.draw((8, 8), epoch=e, index=0).steps[-1]) for e in range(4)}
-    assert len(turns) == 4  # the other ops have a stream for each epoch
+    rotations = {str(aug.draw((8, 8), epoch=e, index=0).steps[-1]) for e in range(4)}
+    assert len(rotations) == 4  # the other ops have one random stream per epoch

@@ -1,4 +1,4 @@
-"""The cache of paraphrases and the filter that they pass."""
+"""The paraphrase cache and the filter of paraphrases."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ def draws(file: str, count: int) -> list[str]:
     return [augmenter.text("a dog", epoch=0, index=i) for i in range(count)]
 
 
-def test_training_draws_from_what_was_kept_the_same_in_any_process(tmp_path: Path) -> None:
+def test_training_draws_the_stored_paraphrases_equally_in_any_process(tmp_path: Path) -> None:
     file = tmp_path / "p.db"
     with Cache(file) as cache:
         cache.start_run("via de", "de"), cache.start_run("via fr", "fr")
@@ -32,35 +32,41 @@ def test_training_draws_from_what_was_kept_the_same_in_any_process(tmp_path: Pat
             cache.add([("a cow", [("x", None)]), ("a dog", [("again", None)])], "via de")
         assert cache.missing(["a cow"], "via de") == ["a cow"], "all or none"
         assert sorted(paraphrases(str(file), "a dog")) == ["a hound", "one dog", "the hound"], (
-            "read while it is open to be written"
+            "a reader sees the file while a writer has it open"
         )
     assert paraphrases(str(file), "a cow") == []
-    found = draws(str(file), 200)
-    assert set(found) == {"a dog", "a hound", "one dog", "the hound"} and 70 < found.count("a dog") < 130
+    drawn = draws(str(file), 200)
+    assert set(drawn) == {"a dog", "a hound", "one dog", "the hound"} and 70 < drawn.count("a dog") < 130
     for context in ("fork", "spawn"):
         with multiprocessing.get_context(context).Pool(2) as pool:
-            assert pool.starmap(draws, [(str(file), 200)] * 2) == [found] * 2
+            assert pool.starmap(draws, [(str(file), 200)] * 2) == [drawn] * 2
 
 
-def test_the_newest_settings_of_each_way_are_drawn(tmp_path: Path) -> None:
+def test_newest_run_of_each_direction_is_drawn(tmp_path: Path) -> None:
     file = tmp_path / "p.db"
 
-    def run(settings: str, way: str, text: str = "a dog", *found: tuple[str, str | None]) -> list[str]:
+    def run(settings: str, direction: str, text: str = "a dog", *rows: tuple[str, str | None]) -> list[str]:
         with Cache(file) as cache:
-            cache.start_run(settings, way)
-            if found:
-                cache.add([(text, found)], settings)
+            cache.start_run(settings, direction)
+            if rows:
+                cache.add([(text, rows)], settings)
         return paraphrases(str(file), "a dog")
 
     assert run("loose", "de", "a dog", ("a cat", None), ("a hound", None)) == ["a cat", "a hound"]
-    assert run("strict", "de", "a cow", ("a calf", None)) == ["a cat", "a hound"], "not by these settings yet"
+    assert run("strict", "de", "a cow", ("a calf", None)) == ["a cat", "a hound"], (
+        "the new settings have no entry for the text"
+    )
     assert run("strict", "de", "a dog", ("a cat", "unlike"), ("one hound", None)) == ["one hound"]
     assert run("by fr", "fr", "a dog", ("un dog", None)) == ["one hound", "un dog"]
-    assert run("stricter", "de", "a dog", ("a cat", "unlike")) == ["un dog"], "none is used, and no older one"
-    assert run("loose", "de") == ["un dog", "a cat", "a hound"], "the last run's, though nothing was translated"
+    assert run("stricter", "de", "a dog", ("a cat", "unlike")) == ["un dog"], (
+        "a run with rejected paraphrases only still hides older runs"
+    )
+    assert run("loose", "de") == ["un dog", "a cat", "a hound"], (
+        "a repeated run is the newest, even without new entries"
+    )
 
 
-def test_paraphrases_without_a_kept_word_are_not_drawn(tmp_path: Path) -> None:
+def test_paraphrases_without_a_protected_word_are_not_drawn(tmp_path: Path) -> None:
     file = tmp_path / "p.db"
     with Cache(file) as cache:
         cache.start_run("s", "de")
@@ -70,10 +76,10 @@ def test_paraphrases_without_a_kept_word_are_not_drawn(tmp_path: Path) -> None:
     assert augmenter.text("red", epoch=0, index=0) == "red"
 
 
-def test_paraphrases_are_of_the_text_as_it_was(tmp_path: Path) -> None:
+def test_back_translation_must_precede_other_text_ops(tmp_path: Path) -> None:
     Cache(tmp_path / "p.db").__exit__()
     back = {"BackTranslation": {"cache": str(tmp_path / "p.db")}}
-    late = (
+    rejected = (
         ["WordSwap", back],
         [back, back],
         ["HorizontalFlip", "WordSwap", {"OneOf": {"ops": ["CharSwap", back]}}],
@@ -84,10 +90,10 @@ def test_paraphrases_are_of_the_text_as_it_was(tmp_path: Path) -> None:
         [{"SomeOf": {"ops": [back, "WordSwap"], "count": 2, "in_order": False}}],
         [{"nlpaug.KeyboardAug": {}}, back],
     )
-    for policy in late:
+    for policy in rejected:
         with pytest.raises(PolicyError, match="BackTranslation follows .*, but a changed text has no"):
             load_policy(policy)
-    first = (
+    accepted = (
         [back, "WordSwap"],
         ["HorizontalFlip", back, "WordSwap"],
         [{"OneOf": {"ops": ["WordSwap", back]}}],
@@ -95,27 +101,27 @@ def test_paraphrases_are_of_the_text_as_it_was(tmp_path: Path) -> None:
         [{"SomeOf": {"ops": [back, "WordSwap"]}}],
         [{"SomeOf": {"ops": [back], "count": 1, "in_order": False}}],
     )
-    for policy in first:
+    for policy in accepted:
         assert load_policy(policy).texts
 
 
-def test_a_forked_process_reads_by_a_connection_of_its_own(tmp_path: Path) -> None:
+def test_forked_process_opens_a_new_connection(tmp_path: Path) -> None:
     file = str(tmp_path / "p.db")
     Cache(Path(file)).__exit__()
-    own = _reader(file)
-    assert _reader(file) is own
+    connection = _reader(file)
+    assert _reader(file) is connection
     child = os.fork()
     if child == 0:
-        os._exit(0 if _reader(file) is not own else 1)
+        os._exit(0 if _reader(file) is not connection else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
-def killed(code: str, file: Path) -> None:
+def run_until_killed(code: str, file: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(file)])
     assert done.returncode == -signal.SIGKILL
 
 
-KILLED_WRITING = """
+KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
 from refract.augment.text.paraphrases import Cache
@@ -128,7 +134,7 @@ cache._connection.executemany("INSERT INTO paraphrase VALUES (?, ?, ?, ?, ?)", r
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
-KILLED_MAKING = """
+KILLED_WHILE_CREATING = """
 import os, signal, sqlite3, sys
 from pathlib import Path
 from refract.augment.text.paraphrases import Cache
@@ -145,25 +151,25 @@ Cache(Path(sys.argv[1]))
 """
 
 
-def test_killed_while_it_writes_what_was_kept_is_read(tmp_path: Path) -> None:
+def test_cache_of_a_writer_killed_in_a_transaction_is_readable(tmp_path: Path) -> None:
     file = tmp_path / "p.db"
-    killed(KILLED_WRITING, file)
-    assert (tmp_path / "p.db-journal").stat().st_size > 0, "half a transaction is on the disk"
+    run_until_killed(KILLED_WHILE_WRITING, file)
+    assert (tmp_path / "p.db-journal").stat().st_size > 0, "the disk holds an incomplete transaction"
     assert b"word word" in file.read_bytes()
     check_cache(str(file))
     assert paraphrases(str(file), "a dog") == ["a hound"]
 
 
-def test_killed_while_it_is_made_it_is_made_again(tmp_path: Path) -> None:
-    killed(KILLED_MAKING, tmp_path / "p.db")
+def test_cache_of_a_process_killed_at_creation_is_created_again(tmp_path: Path) -> None:
+    run_until_killed(KILLED_WHILE_CREATING, tmp_path / "p.db")
     with Cache(tmp_path / "p.db") as cache:
         cache.start_run("via de", "de")
         cache.add([("a dog", [("a hound", None)])], "via de")
     assert paraphrases(str(tmp_path / "p.db"), "a dog") == ["a hound"]
 
 
-def test_a_reader_writes_nothing_and_needs_no_right_to(tmp_path: Path) -> None:
-    file = tmp_path / "own" / "p.db"
+def test_reader_works_without_write_permission_and_cannot_write(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "p.db"
     file.parent.mkdir()
     with Cache(file) as cache:
         cache.start_run("via de", "de")
@@ -178,7 +184,7 @@ def test_a_reader_writes_nothing_and_needs_no_right_to(tmp_path: Path) -> None:
         file.parent.chmod(0o755)
 
 
-def test_what_is_no_cache_is_told(tmp_path: Path) -> None:
+def test_other_files_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("text " * 900)
     with sqlite3.connect(tmp_path / "other.db") as other:
         other.execute("CREATE TABLE x (y)")
@@ -213,9 +219,9 @@ def test_what_is_no_cache_is_told(tmp_path: Path) -> None:
         ("", "words", None),
     ],
 )
-def test_the_filter(text: str, paraphrase: str, reason: str | None) -> None:
+def test_filter_rejects_with_a_reason(text: str, paraphrase: str, reason: str | None) -> None:
     assert Filter(("<numbers>", "<negations>", "Canon")).reason(text, paraphrase, []) == (reason if text else "script")
 
 
-def test_the_same_paraphrase_is_used_once() -> None:
+def test_duplicate_paraphrase_is_rejected() -> None:
     assert Filter().reason("a dog", "the hound", ["The hound."]) == "equal"
