@@ -33,7 +33,7 @@ class WarpPass:
     def is_perspective(self) -> bool:
         return self.matrix[6:] != (0.0, 0.0, 1.0)
 
-    def shows(self) -> tuple[int, int, int, int] | None:
+    def shown_box(self) -> tuple[int, int, int, int] | None:
         """Return the box (top, bottom, left, right) of the input that the warp shows; None if it is not axis-aligned on whole pixels.
 
         The box may reach beyond the input. Such a warp is a resized crop: it repeats the box's last pixels and does not read beyond them.

@@ -55,7 +55,7 @@ class Skipped:
 
 
 @dataclass
-class Level:
+class FolderEntries:
     """The entries of one folder, without its subfolders' entries: paths, sorted by name.
 
     folders: real folders. linked: links to folders.
@@ -75,16 +75,16 @@ class Tree:
     skipped: Skipped = field(default_factory=Skipped)
 
 
-def level_of(folder: str | Path) -> Level:
+def list_folder(folder: str | Path) -> FolderEntries:
     """List one folder. OSError if the folder cannot be read."""
-    level = Level()
+    listing = FolderEntries()
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=attrgetter("name")):
             if not is_hidden(entry.name) and entry.is_file(follow_symlinks=False):  # the common case; needs no `stat`
-                (level.images if is_image(entry.name) else level.skipped.others).append(entry.path)
+                (listing.images if is_image(entry.name) else listing.skipped.others).append(entry.path)
             else:
-                _list_for(entry, level).append(entry.path)
-    return level
+                _list_for(entry, listing).append(entry.path)
+    return listing
 
 
 def walk(root: str | Path) -> Tree:
@@ -106,14 +106,14 @@ def walk(root: str | Path) -> Tree:
                 tree.skipped.loops.append(folder)
                 continue
             seen.add(identity(folder))
-        level = level_of(folder)
-        below = {subfolder: identity(subfolder) for subfolder in level.folders}
+        listing = list_folder(folder)
+        below = {subfolder: identity(subfolder) for subfolder in listing.folders}
         # A linked folder may contain folders that were read before.
         folders += [subfolder for subfolder, inode in below.items() if inode not in seen]
         seen.update(below.values())
-        linked += level.linked
-        tree.images += level.images
-        tree.skipped.add(level.skipped)
+        linked += listing.linked
+        tree.images += listing.images
+        tree.skipped.add(listing.skipped)
     tree.images.sort(key=path_order)
     return tree
 
@@ -139,17 +139,17 @@ def identities_above(folder: str | Path) -> set[tuple[int, int]]:
     return {identity(parent) for path in (Path(folder).absolute(), Path(folder).resolve()) for parent in path.parents}
 
 
-def _list_for(entry: "os.DirEntry[str]", level: Level) -> list[str]:
-    """Return the list of `level` that the entry belongs to."""
-    skipped = level.skipped
+def _list_for(entry: "os.DirEntry[str]", listing: FolderEntries) -> list[str]:
+    """Return the list of `listing` that the entry belongs to."""
+    skipped = listing.skipped
     if is_hidden(entry.name):
         return skipped.hidden
     try:
         link = entry.is_symlink()
         if entry.is_dir():
-            return level.linked if link else level.folders
+            return listing.linked if link else listing.folders
         if entry.is_file():
-            return level.images if is_image(entry.name) else skipped.others
+            return listing.images if is_image(entry.name) else skipped.others
         return skipped.broken if link and not os.path.exists(entry.path) else skipped.special  # noqa: PTH110
     except OSError:  # a link to itself
         return skipped.broken

@@ -97,7 +97,7 @@ def warp(item: WarpPass, image: np.ndarray) -> np.ndarray:
     """Resample once, after a box filter if the warp reduces by 2 or more."""
     a, b, c, d, e, f = item.matrix[:6]
     height, width = item.size
-    box = item.shows()
+    box = item.shown_box()
     if box is not None and abs(a) < _CLOSE and abs(e) < _CLOSE:
         return warp(replace(item, matrix=(d, e, f, a, b, c, 0.0, 0.0, 1.0)), cv2.transpose(image))
     if box is not None:

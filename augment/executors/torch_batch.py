@@ -182,7 +182,7 @@ def _bounds(item: WarpPass, size: tuple[int, int], shrunk: tuple[int, int]) -> t
     down, across = item.inside(size)
     if not down and not across:
         return -math.inf, -math.inf, math.inf, math.inf
-    box = item.shows()
+    box = item.shown_box()
     if box is None or shrunk != size or not (down and across):
         box = (0, height, 0, width)
     top, bottom, left, right = box

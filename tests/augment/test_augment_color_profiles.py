@@ -1,4 +1,4 @@
-"""Embedded colour profiles, and the metadata of orientation in every place where programs put it."""
+"""Embedded colour profiles; orientation in every kind of metadata that programs write."""
 
 import io
 import logging
@@ -22,7 +22,7 @@ def fixed(values) -> bytes:
 
 
 def icc(primaries=P3, gamma: float = 2.2, space: bytes = b"RGB ") -> bytes:
-    """A profile of primaries and one gamma, by ICC.1:2001."""
+    """Return a profile with these primaries and one gamma, by ICC.1:2001."""
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
     name = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + bytes(78)
     tags = [(b"desc", name + bytes(-len(name) % 4)), (b"wtpt", b"XYZ \0\0\0\0" + fixed(D50))]
@@ -63,8 +63,8 @@ def encoded(pixels: np.ndarray, kind: str, mode: str | None = None, **options) -
     return buffer.getvalue()
 
 
-def by_definition(pixels: np.ndarray) -> np.ndarray:
-    """P3 of gamma 2.2 to sRGB by the matrices of the two spaces."""
+def p3_to_srgb(pixels: np.ndarray) -> np.ndarray:
+    """Convert P3 with gamma 2.2 to sRGB by the matrices of the two spaces."""
     to_xyz = np.array(P3).T
     srgb = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.7141]])
     linear = np.clip(((pixels / 255) ** 2.2) @ (np.linalg.inv(srgb) @ to_xyz).T, 0, 1)
@@ -86,7 +86,7 @@ def test_a_profile_is_converted_or_ignored(kind: str) -> None:
     np.testing.assert_array_equal(decode(data), decode(plain))
     np.testing.assert_array_equal(decode(plain, color_profile="convert"), decode(plain))
     converted = decode(data, color_profile="convert")
-    np.testing.assert_allclose(converted, by_definition(decode(plain)), atol=2)
+    np.testing.assert_allclose(converted, p3_to_srgb(decode(plain)), atol=2)
     assert np.abs(converted.astype(int) - COLOURS).max() > 10
     np.testing.assert_array_equal(from_pillow(Image.open(io.BytesIO(data)), color_profile="convert"), converted)
 
@@ -96,12 +96,12 @@ def test_srgb_profiles_change_nothing() -> None:
     np.testing.assert_array_equal(decode(data, color_profile="convert"), decode(data))
 
 
-def test_transparent_sixteen_bit_and_grey_images_have_profiles_too() -> None:
+def test_profiles_of_transparent_sixteen_bit_and_grey_images() -> None:
     rgba = np.dstack([COLOURS, np.full(COLOURS.shape[:2], 255, np.uint8)])
     rgba[0, 0, 3] = 0
     image = decode(encoded(rgba, "PNG", icc_profile=icc()), color_profile="convert")
     assert image[0, 0].tolist() == [255, 255, 255]
-    np.testing.assert_allclose(image[1:], by_definition(COLOURS)[1:], atol=2)
+    np.testing.assert_allclose(image[1:], p3_to_srgb(COLOURS)[1:], atol=2)
     grey = np.full((20, 20), 100, np.uint8)
     for data in (
         encoded(grey, "JPEG", icc_profile=icc(gamma=1.0, space=b"GRAY")),
@@ -135,13 +135,13 @@ def test_a_broken_profile_is_ignored_with_one_warning(profile: bytes, caplog: py
     ]
 
 
-def test_a_cmyk_jpeg_whose_profile_is_for_rgb_is_still_read() -> None:
+def test_a_cmyk_jpeg_with_an_rgb_profile_is_decoded() -> None:
     data = encoded(COLOURS, "JPEG", "CMYK", icc_profile=icc())
     np.testing.assert_array_equal(decode(data, color_profile="convert"), decode(data))
 
 
 def cmyk_profile() -> bytes:
-    """A printer's profile with tables (lut8): no ink is white, and black ink alone is L* 20."""
+    """Return a printer profile with tables (lut8): no ink is white, black ink alone is L* 20."""
     corners = np.zeros((2, 2, 2, 2, 3), np.uint8)
     corners[...] = (51, 128, 128)  # L* 20, neutral
     corners[0, 0, 0, 0] = (255, 128, 128)
@@ -179,9 +179,9 @@ def test_training_and_preprocessing_convert_alike() -> None:
         preprocess = Preprocess(32, 32, resize="squash", color_profile=convert)
         augmenter = Augmenter([{"Resize": {"size": 32}}], color_profile=convert)
         whole = expected if convert == "convert" else decode(data)
-        wanted = preprocess(whole).astype(int)
-        assert np.abs(preprocess(data).astype(int) - wanted).mean() < 2
-        assert np.abs(augmenter(data, epoch=0, index=0).astype(int) - wanted).mean() < 2
+        reference = preprocess(whole).astype(int)
+        assert np.abs(preprocess(data).astype(int) - reference).mean() < 2
+        assert np.abs(augmenter(data, epoch=0, index=0).astype(int) - reference).mean() < 2
     assert Preprocess.from_dict({"height": 8, "width": 8}).color_profile == "ignore"
     with pytest.raises(ValueError, match="color_profile: 'srgb' is not one of convert, ignore"):
         Preprocess(8, 8, color_profile="srgb")
@@ -199,7 +199,7 @@ def test_a_part_is_converted_as_the_whole() -> None:
     )
 
 
-TURNED = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)
+ROTATED_EXIF = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, 6, 0, 0)
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
 HEAD = b"Exif\0\0"
 
@@ -212,38 +212,38 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def turned_files() -> dict[str, bytes]:
+def rotated_files() -> dict[str, bytes]:
     jpeg, png = encoded(COLOURS, "JPEG"), encoded(COLOURS, "PNG")
     start, end = 33, png.rindex(b"IEND") - 4
     text = b"XML:com.adobe.xmp\0\0\0\0\0" + XMP
     packed = b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(XMP)
     old = b"<tiff:Orientation>6</tiff:Orientation>"
     return {
-        "JPEG with one header": jpeg[:2] + segment(0xE1, HEAD + TURNED) + jpeg[2:],
-        "JPEG with two headers": jpeg[:2] + segment(0xE1, HEAD + HEAD + TURNED) + jpeg[2:],
+        "JPEG with one header": jpeg[:2] + segment(0xE1, HEAD + ROTATED_EXIF) + jpeg[2:],
+        "JPEG with two headers": jpeg[:2] + segment(0xE1, HEAD + HEAD + ROTATED_EXIF) + jpeg[2:],
         "JPEG with XMP": jpeg[:2] + segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP) + jpeg[2:],
         "JPEG with an XMP element": jpeg[:2] + segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + old) + jpeg[2:],
-        "PNG with EXIF": png[:start] + chunk(b"eXIf", TURNED) + png[start:],
-        "PNG with two headers": png[:start] + chunk(b"eXIf", HEAD + HEAD + TURNED) + png[start:],
-        "PNG with EXIF behind the pixels": png[:end] + chunk(b"eXIf", TURNED) + png[end:],
+        "PNG with EXIF": png[:start] + chunk(b"eXIf", ROTATED_EXIF) + png[start:],
+        "PNG with two headers": png[:start] + chunk(b"eXIf", HEAD + HEAD + ROTATED_EXIF) + png[start:],
+        "PNG with EXIF after the pixels": png[:end] + chunk(b"eXIf", ROTATED_EXIF) + png[end:],
         "PNG with XMP": png[:start] + chunk(b"iTXt", text) + png[start:],
-        "PNG with packed XMP behind the pixels": png[:end] + chunk(b"iTXt", packed) + png[end:],
-        "WebP with two headers": encoded(COLOURS, "WEBP", exif=HEAD + HEAD + TURNED),
+        "PNG with compressed XMP after the pixels": png[:end] + chunk(b"iTXt", packed) + png[end:],
+        "WebP with two headers": encoded(COLOURS, "WEBP", exif=HEAD + HEAD + ROTATED_EXIF),
         "WebP with XMP": encoded(COLOURS, "WEBP", xmp=XMP),
-        "AVIF with EXIF": encoded(COLOURS, "AVIF", exif=HEAD + TURNED),
+        "AVIF with EXIF": encoded(COLOURS, "AVIF", exif=HEAD + ROTATED_EXIF),
     }
 
 
-@pytest.mark.parametrize("name", turned_files())
-def test_orientation_wherever_it_is(name: str) -> None:
-    data = turned_files()[name]
+@pytest.mark.parametrize("name", rotated_files())
+def test_orientation_in_every_kind_of_metadata(name: str) -> None:
+    data = rotated_files()[name]
     assert image_size(data) == (60, 40)
     pixels = decode(data)
     assert pixels.shape == (60, 40, 3)
     np.testing.assert_allclose(pixels[30, 35].astype(int), COLOURS[5, 30], atol=12)  # the top is on the right
 
 
-def test_exif_wins_over_xmp() -> None:
+def test_exif_takes_precedence_over_xmp() -> None:
     jpeg = encoded(COLOURS, "JPEG")
     upright = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, 1, 0, 0)
     data = jpeg[:2] + segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP) + segment(0xE1, HEAD + upright) + jpeg[2:]
@@ -259,7 +259,7 @@ def sixteen_bit_png(values: np.ndarray, colour_type: int, transparent: bytes) ->
 
 
 def test_one_transparent_colour_of_a_sixteen_bit_png() -> None:
-    """The neighbour that has the same upper bytes stays."""
+    """A neighbouring pixel with equal upper bytes stays opaque."""
     grey = np.array([[1000, 1001, 65535]])
     assert decode(sixteen_bit_png(grey, 0, struct.pack(">H", 1000)))[0, :, 0].tolist() == [255, 4, 255]
     rgb = np.array([[[1000, 2000, 3000], [1001, 2000, 3000]]])

@@ -1,4 +1,4 @@
-"""Bytes of every accepted kind become RGB as a viewer would show it; everything else is refused with a reason."""
+"""Every supported format is decoded to RGB as a viewer shows it; other bytes raise ImageError with a reason."""
 
 import io
 import struct
@@ -47,9 +47,9 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
     exif[0x0112] = orientation
     options = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
     data = encoded(Image.fromarray(RGB), kind, exif=exif, **options)
-    shown = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
-    assert image_size(data) == shown.shape[:2]
-    np.testing.assert_allclose(decode(data).astype(int), shown, atol=3)
+    upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    assert image_size(data) == upright.shape[:2]
+    np.testing.assert_allclose(decode(data).astype(int), upright, atol=3)
 
 
 @settings(max_examples=200)
@@ -57,17 +57,17 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
 def test_exif_orientation_among_other_tags_and_damage(
     orientation: int, big: bool, before: int, data: st.DataObject
 ) -> None:
-    """As Pillow reads it, whatever else is in the EXIF data; where these are cut or hold noise, no error."""
+    """Other tags do not change the orientation; truncated or noisy EXIF data raise no error."""
     exif = Image.Exif()
     exif.endian = ">" if big else "<"
-    for place in range(before):
-        exif[0x010E + place] = "a text"  # ImageDescription, Make, Model
+    for offset in range(before):
+        exif[0x010E + offset] = "a text"  # ImageDescription, Make, Model
     exif[0x0112] = orientation
     exif[0x0131] = "Refract"
     whole = exif.tobytes()
     expected = orientation if 1 <= orientation <= 8 else 1
-    shown = (20, 12) if expected >= 5 else (12, 20)
-    assert image_size(encoded(Image.fromarray(RGB), "JPEG", exif=whole)) == shown
+    size = (20, 12) if expected >= 5 else (12, 20)
+    assert image_size(encoded(Image.fromarray(RGB), "JPEG", exif=whole)) == size
     cut = data.draw(st.integers(6, len(whole)))
     noise = data.draw(st.binary(max_size=8))
     damaged = whole[:cut] + noise
@@ -75,7 +75,7 @@ def test_exif_orientation_among_other_tags_and_damage(
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_reduced_decode_of_a_turned_jpeg(orientation: int) -> None:
+def test_reduced_decode_of_a_rotated_jpeg(orientation: int) -> None:
     large = np.kron(RGB, np.ones((20, 20, 1), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -111,7 +111,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def png_row(depth: int, colours: int, row: list[int], transparent: list[int]) -> bytes:
-    """A PNG of one row of samples, grey or RGB, with the colour that its tRNS chunk makes transparent."""
+    """Return a PNG with one row of samples, grey or RGB. transparent: the colour of its tRNS chunk."""
     bits = "".join(f"{value:0{depth}b}" for value in row)
     bits += "0" * (-len(bits) % 8)
     head = struct.pack(">IIBBBBB", len(row) // colours, 1, depth, colours - 1, 0, 0, 0)
@@ -135,7 +135,7 @@ def test_every_transparent_level_of_a_grey_png(depth: int) -> None:
         assert image[0, :, 0].tolist() == expected, f"{depth} bits, tRNS {transparent}"
 
 
-def test_bits_above_the_depth_of_a_transparent_level_do_not_count() -> None:
+def test_bits_above_the_depth_of_a_transparent_level_are_ignored() -> None:
     assert decode(png_row(4, 1, [5, 3], [0x35]))[0, :, 0].tolist() == [255, 51]
     assert decode(png_row(8, 1, [5, 3], [0x105]))[0, :, 0].tolist() == [255, 3]
     assert decode(png_row(8, 3, [1, 2, 3, 4, 5, 6], [0x101, 2, 3]))[0].tolist() == [[255] * 3, [4, 5, 6]]
@@ -190,14 +190,14 @@ PNG = encoded(Image.fromarray(RGB), "PNG")
         ("ein Text mit Umlaut: ü".encode("utf-16"), "looks like text"),
     ],
 )
-def test_what_is_no_image_is_refused_with_a_reason(data: bytes, reason: str) -> None:
+def test_unsupported_bytes_are_refused_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=reason):
         decode(data)
 
 
 @given(st.data())
 @settings(max_examples=150)
-def test_damage_is_refused_or_decoded_never_worse(data: st.DataObject) -> None:
+def test_damaged_bytes_are_decoded_or_raise_image_error(data: st.DataObject) -> None:
     original = bytearray(data.draw(st.sampled_from([JPEG, PNG])))
     for _ in range(data.draw(st.integers(1, 6))):
         original[data.draw(st.integers(0, len(original) - 1))] = data.draw(st.integers(0, 255))
@@ -211,9 +211,8 @@ def test_damage_is_refused_or_decoded_never_worse(data: st.DataObject) -> None:
 
 def test_pixel_limit_is_read_from_the_header() -> None:
     bomb = bytearray(PNG)
-    bomb[16:24] = struct.pack(
-        ">II", 15_000, 10_000
-    )  # the header lies: nothing that large could be decoded from these bytes
+    # The header declares more pixels than these bytes contain.
+    bomb[16:24] = struct.pack(">II", 15_000, 10_000)
     bomb[29:33] = struct.pack(">I", __import__("zlib").crc32(bytes(bomb[12:29])))
     with pytest.raises(TooManyPixelsError, match="150,000,000 pixels; the limit is 1,000,000"):
         decode(bytes(bomb), max_pixels=1_000_000)

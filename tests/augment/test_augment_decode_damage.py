@@ -1,4 +1,4 @@
-"""Whatever the bytes are, decoding gives pixels or an ImageError; and files that are damaged in their structure alone are repaired."""
+"""Decoding any bytes returns pixels or raises ImageError; JPEG files with a damaged structure are repaired."""
 
 import io
 import random
@@ -43,7 +43,7 @@ OPTIONS = {
 }
 
 
-def made(mode: str) -> Image.Image:
+def image_of_mode(mode: str) -> Image.Image:
     size = (23, 17)
     grey = Image.fromarray(np.linspace(0, 255, 23 * 17).astype(np.uint8).reshape(17, 23))
     if mode in ("La", "RGBa", "LAB", "HSV", "PA", "RGBX", "I;16", "I;16B"):
@@ -55,7 +55,7 @@ def made(mode: str) -> Image.Image:
 
 
 def corpus() -> list[tuple[str, bytes]]:
-    """What this Pillow writes, in every mode that each of its formats takes."""
+    """Return (name, bytes) of a file in each format and mode that the installed Pillow writes."""
     Image.init()
     files = []
     for kind in sorted(set(Image.SAVE) - {"PDF", "HDF5", "GRIB", "BUFR", "WMF"}):
@@ -65,8 +65,8 @@ def corpus() -> list[tuple[str, bytes]]:
                 try:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")
-                        made(mode).save(buffer, kind, **options)
-                except Exception:  # this format does not take this mode
+                        image_of_mode(mode).save(buffer, kind, **options)
+                except Exception:  # the format does not support the mode
                     continue
                 files.append((f"{kind} {mode} {options.get('compression', '')}", buffer.getvalue()))
     return files
@@ -76,8 +76,8 @@ CORPUS = corpus()
 READ = ("JPEG ", "PNG ", "WEBP ", "BMP ", "GIF ", "TIFF ", "AVIF ", "MPO ")
 
 
-def tried(data: bytes) -> np.ndarray | None:
-    """The pixels, or None for an ImageError; anything else fails the test."""
+def decode_or_none(data: bytes) -> np.ndarray | None:
+    """Return the pixels, or None for an ImageError; any other error fails the test."""
     try:
         pixels = decode(data)
     except ImageError:
@@ -93,21 +93,21 @@ def test_every_mode_of_every_format_and_its_damage(kind: str) -> None:
     for name, data in CORPUS:
         if name.split()[0] != kind:
             continue
-        decoded += tried(data) is not None
+        decoded += decode_or_none(data) is not None
         for _ in range(12):
             broken = bytearray(data)
             for _ in range(chance.randint(1, 4)):
                 # Most flips hit the header, where the parsers are.
                 broken[chance.randrange(min(len(data), chance.choice((40, 300, len(data)))))] = chance.randrange(256)
-            tried(bytes(broken))
-            tried(data[: chance.randrange(len(data))])
+            decode_or_none(bytes(broken))
+            decode_or_none(data[: chance.randrange(len(data))])
     assert decoded or kind + " " not in READ
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_of_a_pillow_image(mode: str) -> None:
     try:
-        pixels = from_pillow(made(mode))
+        pixels = from_pillow(image_of_mode(mode))
     except ImageError as error:
         assert mode in ("F", "LAB") and "save the image as" in str(error)
         return
@@ -122,7 +122,7 @@ def test_pixels_beyond_sixteen_bits_of_a_pillow_image() -> None:
 
 
 def test_premultiplied_grey_tiff() -> None:
-    """Pillow opens it in the mode La, which it cannot convert to RGB."""
+    """Pillow opens the file in the mode La, which it cannot convert to RGB."""
     width, height = 8, 6
     data = bytes(v for _ in range(height) for x in range(width) for v in (16 * x, 128 + 16 * (x // 2)))
     fields = [
@@ -156,12 +156,12 @@ def jpeg(image: Image.Image | None = None, **options) -> bytes:
 
 
 def between(data: bytes, marker: bytes, junk: bytes) -> bytes:
-    place = data.index(marker)
-    return data[:place] + junk + data[place:]
+    start = data.index(marker)
+    return data[:start] + junk + data[start:]
 
 
 def between_scans(data: bytes, marker: bytes, number: int, junk: bytes) -> bytes:
-    """Put junk in front of the marker with this index."""
+    """Insert junk before the marker with this index."""
     parts = data.split(marker)
     number %= len(parts) - 1
     return marker.join(parts[: number + 1]) + junk + marker + marker.join(parts[number + 1 :])
@@ -180,7 +180,7 @@ DAMAGED = {
     "no end": (PLAIN[:-2], "no end marker"),
     "half an end": (PLAIN[:-1], "no end marker"),
     "bytes before the end": (PLAIN[:-2] + bytes(37) + PLAIN[-2:], "bytes after its data"),
-    "bytes before the end, behind a thumbnail": (
+    "bytes before the end, after a thumbnail": (
         WITH_THUMBNAIL[:-2] + bytes(37) + WITH_THUMBNAIL[-2:],
         "bytes after its data",
     ),
@@ -214,7 +214,7 @@ def test_a_jpeg_with_a_damaged_structure_is_repaired(name: str) -> None:
 
 
 def test_a_damaged_jpeg_leaves_the_part_decoder_intact() -> None:
-    """TurboJPEG's decompressor reported the damage of one file for every later file of the thread."""
+    """A TurboJPEG decompressor reports one file's damage for every later file of the thread."""
     pytest.importorskip("turbojpeg", reason="the package has no wheel for this platform")
     intact = jpeg(photo(200, 300))
     for data, _ in DAMAGED.values():
@@ -228,7 +228,7 @@ def test_an_intact_jpeg_has_no_remark() -> None:
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_cut_data_stay_refused(progressive: bool) -> None:
+def test_truncated_data_stay_refused(progressive: bool) -> None:
     data = jpeg(photo(200, 300), progressive=progressive, quality=95)
     start = data.index(b"\xff\xda") + 20
     for cut in range(start, len(data) - 40, 61):

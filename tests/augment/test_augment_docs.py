@@ -1,4 +1,4 @@
-"""What docs/augment.md says is so."""
+"""The policies, ops and lists of docs/augment.md match the code."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_the_policies_shown_can_be_read_and_run() -> None:
+def test_the_documented_policies_load_and_run() -> None:
     policies = [load_policy(yaml.safe_load(text)) for text in blocks("yaml")]
     assert len(policies) == 3 and policies[0].exact
     image = np.full((300, 400, 3), 90, np.uint8)
@@ -28,7 +28,7 @@ def test_the_policies_shown_can_be_read_and_run() -> None:
             Augmenter(policy).text("some words of a caption", epoch=epoch, index=0)
 
 
-def test_the_op_shown_works_as_it_stands() -> None:
+def test_the_documented_op_works() -> None:
     example = next(text for text in blocks("python") if "class Sepia" in text)
     space = {**vars(color), "Args": Args, "Size": Size, "between": between, "interval": interval}
     exec(example, space)

@@ -1,4 +1,4 @@
-"""A hostile or unusual file costs memory in proportion to its size and pixels, and fails alone."""
+"""A hostile file costs memory in proportion to its size and pixels, and its failure affects no other file."""
 
 import io
 import struct
@@ -18,7 +18,7 @@ MEGABYTE = 1 << 20
 
 
 def allocated(call: Callable[[], object]) -> int:
-    """Return the most bytes that `call` had allocated at once; ImageError is an accepted outcome."""
+    """Return the peak of the bytes that `call` allocates. `call` may raise ImageError."""
     tracemalloc.start()
     try:
         call()
@@ -31,7 +31,7 @@ def allocated(call: Callable[[], object]) -> int:
 
 
 def tiff_of(entries: list[tuple[int, int, int, int]], rest: bytes = b"") -> bytes:
-    """Return a TIFF of one directory. entries: (tag, type, count, value or offset); rest: bytes behind the directory."""
+    """Return a TIFF of one directory. entries: (tag, type, count, value or offset); rest: bytes after the directory."""
     directory = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
     return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + rest
 
@@ -58,9 +58,9 @@ def test_tags_that_share_one_value() -> None:
 
 
 def test_repeated_exif_headers() -> None:
-    turned = b"II*\0" + struct.pack("<IHHHII", 8, 1, 0x0112, 3, 1, 6)
-    assert [exif.orientation(exif.HEADER * count + turned) for count in (0, 1, 4)] == [6, 6, 6]
-    assert exif.orientation(exif.HEADER * 1_000_000 + turned) == 1
+    rotated = b"II*\0" + struct.pack("<IHHHII", 8, 1, 0x0112, 3, 1, 6)
+    assert [exif.orientation(exif.HEADER * count + rotated) for count in (0, 1, 4)] == [6, 6, 6]
+    assert exif.orientation(exif.HEADER * 1_000_000 + rotated) == 1
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
@@ -72,11 +72,11 @@ def test_repeated_compressed_chunks_of_a_png() -> None:
     Image.new("RGB", (4, 6)).save(buffer, "PNG")
     plain, text = buffer.getvalue(), b"XML:com.adobe.xmp\0\1\0\0\0"
     bomb = zlib.compress(bytes(24 * MEGABYTE))
-    turned = chunk(b"iTXt", text + zlib.compress(b'<x tiff:Orientation="6"/>'))
-    data = plain[:-12] + turned + chunk(b"iTXt", text + bomb) * 3 + chunk(b"iCCP", b"x\0\0" + bomb) * 20 + plain[-12:]
-    found = png.read_chunks(data)
-    assert found.profile() == b""  # behind the pixels
-    assert image_size(data) == (4, 6)  # the first text counts
+    rotated = chunk(b"iTXt", text + zlib.compress(b'<x tiff:Orientation="6"/>'))
+    data = plain[:-12] + rotated + chunk(b"iTXt", text + bomb) * 3 + chunk(b"iCCP", b"x\0\0" + bomb) * 20 + plain[-12:]
+    chunks = png.read_chunks(data)
+    assert chunks.profile() == b""  # invalid after the pixels
+    assert image_size(data) == (4, 6)  # from the first XMP chunk
     assert allocated(lambda: image_size(data)) < 2 * MEGABYTE
     for count in (1, 20):
         data = plain[:33] + chunk(b"iCCP", b"x\0\0" + bomb) * count + plain[33:]
@@ -102,7 +102,7 @@ def encoded(seed: int, **options: object) -> bytes:
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-def test_scan_markers_outside_the_image_do_not_count(progressive: bool) -> None:
+def test_scan_markers_outside_the_image_are_not_counted(progressive: bool) -> None:
     plain = encoded(0, progressive=progressive)
     metadata = b"\xff\xe5" + struct.pack(">H", 402) + b"\xff\xda" * 200
     for data in (plain + b"\xff\xda" * 200, plain[:2] + metadata + plain[2:]):
@@ -112,7 +112,7 @@ def test_scan_markers_outside_the_image_do_not_count(progressive: bool) -> None:
 @pytest.mark.parametrize(
     "cover", [b"", b"\xff\x02\xff\xff", b"\xff\x01", b"\xff\xd3", b"\xff\xff\x00", b"\xff\xf2\xff\xff"]
 )
-def test_scan_markers_behind_entropy_coded_data_count(cover: bytes) -> None:
+def test_scan_markers_after_entropy_coded_data_are_counted(cover: bytes) -> None:
     plain = encoded(0, progressive=True)
     bomb = plain[:-2] + cover + plain[plain.rindex(b"\xff\xda") : -2] * 200 + plain[-2:]
     with pytest.raises(JpegError, match=r"JPEG of 21\d scans"):

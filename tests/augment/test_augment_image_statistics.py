@@ -1,4 +1,4 @@
-"""How an image looks, in numbers."""
+"""Brightness, contrast and sharpness of an image."""
 
 import cv2
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from refract.augment.image_statistics import measure_image
 
 
-def test_a_look_is_of_the_grey_levels() -> None:
+def test_statistics_describe_the_grey_levels() -> None:
     flat = np.full((20, 30, 3), 51, np.uint8)
     assert measure_image(flat) == pytest.approx((0.2, 0, 0), abs=1e-6)
     halves = flat.copy()
@@ -15,11 +15,13 @@ def test_a_look_is_of_the_grey_levels() -> None:
     assert measure_image(halves)[:2] == pytest.approx((0.6, 0.4), abs=1e-6) and measure_image(halves).sharpness > 0.1
 
 
-def test_blur_lowers_sharpness_and_light_raises_brightness() -> None:
+def test_blur_lowers_sharpness_and_gain_raises_brightness() -> None:
     pixels = np.random.default_rng(0).integers(0, 180, (64, 64, 3), dtype=np.uint8)
-    own, soft = measure_image(pixels), measure_image(cv2.GaussianBlur(pixels, (0, 0), 1.0))
-    assert soft.sharpness < 0.3 * own.sharpness and soft.brightness == pytest.approx(own.brightness, abs=0.01)
-    assert measure_image((pixels * 1.3).astype(np.uint8)).brightness == pytest.approx(1.3 * own.brightness, rel=0.02)
+    original, blurred = measure_image(pixels), measure_image(cv2.GaussianBlur(pixels, (0, 0), 1.0))
+    assert blurred.sharpness < 0.3 * original.sharpness
+    assert blurred.brightness == pytest.approx(original.brightness, abs=0.01)
+    brighter = measure_image((pixels * 1.3).astype(np.uint8))
+    assert brighter.brightness == pytest.approx(1.3 * original.brightness, rel=0.02)
 
 
 def test_other_arrays_are_refused() -> None:

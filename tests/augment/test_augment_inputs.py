@@ -1,4 +1,4 @@
-"""What an `Augmenter` accepts besides RGB arrays gives the same as the file that holds it."""
+"""Pillow images and grey or RGBA arrays give an `Augmenter` the same result as their file."""
 
 import io
 from pathlib import Path
@@ -20,7 +20,7 @@ def png(image: Image.Image, **options) -> bytes:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "P", "RGBA", "1", "I;16"])
-def test_a_pillow_image_gives_what_its_file_gives(mode: str) -> None:
+def test_a_pillow_image_gives_the_result_of_its_file(mode: str) -> None:
     image = Image.fromarray(RGBA).convert("L" if mode == "I;16" else mode).convert(mode)
     expected = AUGMENTER(png(image), epoch=1, index=2)
     np.testing.assert_array_equal(AUGMENTER(image, epoch=1, index=2), expected)
@@ -62,7 +62,7 @@ def test_grey_and_transparent_arrays_are_converted_as_decode_converts_files() ->
         (Image.fromarray(np.zeros((4, 4), np.float32)), "32-bit floating-point pixels have no known range"),
     ],
 )
-def test_other_images_are_refused_with_what_is_accepted(image, message: str) -> None:
+def test_errors_name_the_accepted_inputs(image, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         Augmenter("none")(image, epoch=0, index=0)
 

@@ -1,4 +1,4 @@
-"""A decoded part holds the pixels of the whole decode, whatever the coding; the header is read without decoding."""
+"""A decoded part has the pixels of the whole decoded image, for any JPEG coding; the header is read without decoding."""
 
 import io
 
@@ -42,8 +42,8 @@ def boxes(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
     return (height, width), (top, left, box_height, box_width)
 
 
-def test_the_part_decoder_is_there() -> None:
-    # Every platform of the lock's `turbojpeg` has it; without it the tests of parts below would prove nothing.
+def test_the_part_decoder_is_installed() -> None:
+    # Every platform with a wheel of `turbojpeg` has it. Without it, the tests of parts would test `simplejpeg` only.
     pytest.importorskip("turbojpeg", reason="the package has no wheel for this platform")
     data = encoded(photo(200, 200))
     assert jpeg.decode_part(data, read_header(data), (150, 150, 20, 20)).pixels.shape[0] < 100
@@ -62,21 +62,21 @@ def test_a_part_equals_the_same_pixels_of_the_whole(shape, coding, scale) -> Non
     columns = slice(left // scale, -(-(left + box_width) // scale))
     expected = decode_whole(data, header, scale)[rows, columns]
     first_row, first_column = rows.start - int(part.top), columns.start - int(part.left)
-    held = part.pixels[first_row:, first_column:][: expected.shape[0], : expected.shape[1]]
-    np.testing.assert_array_equal(held, expected)
+    overlap = part.pixels[first_row:, first_column:][: expected.shape[0], : expected.shape[1]]
+    np.testing.assert_array_equal(overlap, expected)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_part_of_a_turned_image(orientation: int) -> None:
+def test_a_part_of_a_rotated_image(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(photo(120, 200), exif=exif)
-    shown = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
-    assert image_size(data) == shown.shape[:2]
+    upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert image_size(data) == upright.shape[:2]
     part = decode_part(data, (10, 20, 40, 30))
     top, left = 10 - int(part.top), 20 - int(part.left)
-    np.testing.assert_array_equal(part.pixels[top : top + 40, left : left + 30], shown[10:50, 20:50])
-    # Odd sides: the reduced image is rounded up on the side that the turn may bring to the front.
+    np.testing.assert_array_equal(part.pixels[top : top + 40, left : left + 30], upright[10:50, 20:50])
+    # Odd sides: the reduced image is rounded up at its end, which a rotation may move to the front.
     odd = encoded(cv2.GaussianBlur(photo(121, 203), None, 3), exif=exif)
     policy = Augmenter([{"Resize": {"size": [30, 30]}}])
     from_bytes, from_array = policy(odd, epoch=0, index=0), policy(decode(odd), epoch=0, index=0)
@@ -101,7 +101,7 @@ def test_bytes_and_the_decoded_array_give_the_same_pixels(policy) -> None:
     augmenter, array = Augmenter(policy, seed=3), decode(data)
     for index in range(30):
         from_bytes, from_array = augmenter(data, epoch=0, index=index), augmenter(array, epoch=0, index=index)
-        # Where a warp counts from another corner, a value half-way between two levels may fall to either.
+        # If a warp counts from another corner, a value half-way between two levels may round to either.
         assert np.abs(from_bytes.astype(int) - from_array).max() <= 1
 
 
@@ -111,11 +111,11 @@ def test_without_turbojpeg_the_pixels_are_the_same(monkeypatch: pytest.MonkeyPat
     with_parts = [augmenter(data, epoch=0, index=i) for i in range(10)]
     monkeypatch.setattr(jpeg, "_decoder", lambda: None)
     without = [augmenter(data, epoch=0, index=i) for i in range(10)]
-    for one, other in zip(with_parts, without, strict=True):
-        assert np.abs(one.astype(int) - other).max() <= 1
+    for expected, actual in zip(with_parts, without, strict=True):
+        assert np.abs(actual.astype(int) - expected).max() <= 1
 
 
-def test_a_cut_file_is_refused_where_the_part_needs_what_is_missing() -> None:
+def test_a_truncated_file_is_refused_if_the_part_needs_the_missing_data() -> None:
     data = encoded(photo(200, 200))
     cut = data[: len(data) // 2]
     with pytest.raises(ImageError, match="damaged or truncated JPEG"):
@@ -139,7 +139,7 @@ def test_header_with_fill_bytes_comments_and_a_late_frame() -> None:
     assert (read_header(data).height, read_header(filled).width) == (30, 50)
 
 
-def test_a_jpeg_of_thousands_of_scans_is_refused_before_they_are_worked_through() -> None:
+def test_a_jpeg_with_thousands_of_scans_is_refused_before_decoding() -> None:
     data = encoded(photo(64, 64), progressive=True)
     last = data.rindex(b"\xff\xda")
     bomb = data[:-2] + data[last:-2] * 2000 + b"\xff\xd9"
@@ -152,12 +152,12 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_they_are_worked_through(
         decode(hidden, max_pixels=10**6)
 
 
-def test_what_a_warp_reads_is_there_to_its_edges() -> None:
-    """A rotation of a crop reads around the crop's edges: with too small a part its corners would be fill."""
+def test_the_decoded_part_contains_all_pixels_that_a_warp_reads() -> None:
+    """A rotation of a crop reads beyond the crop's edges: with too small a part, its corners would show the fill."""
     array = np.full((300, 300, 3), 200, np.uint8)
     flat = encoded(array)
-    turned = [{"RandomCrop": {"size": 60}}, {"Rotate": {"degrees": [-30, 30]}}, {"RandomScale": {"scale": [0.1, 2.5]}}]
-    augmenter, seen = Augmenter(turned), 0
+    policy = [{"RandomCrop": {"size": 60}}, {"Rotate": {"degrees": [-30, 30]}}, {"RandomScale": {"scale": [0.1, 2.5]}}]
+    augmenter, seen = Augmenter(policy), 0
     for index in range(100):
         plan = augmenter.draw((300, 300), epoch=0, index=index)
         top, left, height, width = fuse(plan)[0].footprint((300, 300))
@@ -171,14 +171,14 @@ def test_what_a_warp_reads_is_there_to_its_edges() -> None:
 def test_damage_inside_a_part_is_refused() -> None:
     data = bytearray(encoded(photo(200, 200)))
     start = data.index(b"\xff\xda") + 400
-    data[start : start + 40] = b"\xff\xd0" * 20  # restart markers where none belong
+    data[start : start + 40] = b"\xff\xd0" * 20  # restart markers in invalid positions
     with pytest.raises(ImageError, match="damaged or truncated JPEG"):
         decode_part(bytes(data), (100, 0, 100, 200))
 
 
 @given(st.floats(-60, 60), st.floats(0.2, 4.0), st.integers(0, 200), st.integers(0, 200))
 @settings(max_examples=100)
-def test_a_footprint_holds_every_pixel_that_is_interpolated(angle: float, scale: float, top: int, left: int) -> None:
+def test_a_footprint_contains_every_interpolated_pixel(angle: float, scale: float, top: int, left: int) -> None:
     steps = (
         Step("RandomCrop", {"box": [top, left, 40, 50], "size": [40, 50]}),
         Step("Affine", {"angle": angle, "scale": 1.0}),

@@ -1,4 +1,4 @@
-"""`AugmentedDataset` and `EpochSampler` in a plain PyTorch loop: the same draws with any workers, others in each epoch."""
+"""`AugmentedDataset` and `EpochSampler` in a plain PyTorch loop: draws differ between epochs and do not depend on the workers."""
 
 import copy
 import hashlib
@@ -39,7 +39,7 @@ def loader(sampler, **options) -> DataLoader:
 
 
 def seen(batches) -> list[tuple[int, str]]:
-    """(label, digest of the image) in the order in which they came."""
+    """Return (label, digest of the image) of each sample, in order."""
     return [
         (int(label), hashlib.sha256(image.numpy().tobytes()).hexdigest()[:12])
         for images, labels in batches
@@ -55,8 +55,8 @@ def expected(epoch: int) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, True), (4, False), (4, True)])
-def test_every_epoch_has_its_own_draws_with_any_workers(workers: int, persistent: bool) -> None:
-    """With persistent workers, an epoch stored on the dataset gave the same images in every epoch."""
+def test_every_epoch_has_different_draws_with_any_workers(workers: int, persistent: bool) -> None:
+    """With persistent workers, an epoch stored on the dataset would give the same images in every epoch."""
     batches = loader(EpochSampler(ShuffleSampler(COUNT, seed=1)), num_workers=workers, persistent_workers=persistent)
     epochs = [seen(batches) for _ in range(3)]
     assert epochs == [expected(0), expected(1), expected(2)]
@@ -73,14 +73,14 @@ def test_a_run_resumes_within_an_epoch() -> None:
     assert seen(batches) == expected(1)
 
 
-def test_an_epoch_that_is_left_early_is_followed_by_the_next() -> None:
+def test_an_interrupted_epoch_is_followed_by_the_next() -> None:
     batches = loader(EpochSampler(ShuffleSampler(COUNT, seed=1)), num_workers=1, persistent_workers=True)
     next(iter(batches))
     assert seen(batches) == expected(1)
 
 
 def test_a_loader_without_batches_skips_no_epoch() -> None:
-    """Worker loaders make an iterator of the sampler that they never use."""
+    """A loader with workers creates an iterator of the sampler that it never uses."""
     dataset = AugmentedDataset(PAIRS, AUGMENTER, with_key=True)
     batches = DataLoader(
         dataset, sampler=EpochSampler(range(COUNT)), batch_size=None, num_workers=1, persistent_workers=True
@@ -88,18 +88,18 @@ def test_a_loader_without_batches_skips_no_epoch() -> None:
     assert [[key.epoch for _, _, key in batches] for _ in range(3)] == [[0] * COUNT, [1] * COUNT, [2] * COUNT]
 
 
-def test_ranks_share_an_epoch_and_a_wrapped_distributed_sampler_hears_of_it() -> None:
+def test_ranks_split_an_epoch_and_a_wrapped_distributed_sampler_receives_the_epoch() -> None:
     for make in (
         lambda rank: ShuffleSampler(10, seed=3, rank=rank, world_size=4),
         lambda rank: DistributedSampler(range(10), num_replicas=4, rank=rank, seed=3),
     ):
         ranks = [EpochSampler(make(rank)) for rank in range(4)]
         first, second = ([list(rank) for rank in ranks] for _ in range(2))
-        for epoch, shares in enumerate((first, second)):
-            assert {key.epoch for share in shares for key in share} == {epoch}
-            assert [len(share) for share in shares] == [3, 3, 3, 3] == [len(rank) for rank in ranks]
-            assert {key.index for share in shares for key in share} == set(range(10))
-        assert [[key.index for key in share] for share in first] != [[key.index for key in share] for share in second]
+        for epoch, splits in enumerate((first, second)):
+            assert {key.epoch for split in splits for key in split} == {epoch}
+            assert [len(split) for split in splits] == [3, 3, 3, 3] == [len(rank) for rank in ranks]
+            assert {key.index for split in splits for key in split} == set(range(10))
+        assert [[key.index for key in split] for split in first] != [[key.index for key in split] for split in second]
 
 
 def test_a_sample_drawn_twice_in_an_epoch_is_augmented_twice() -> None:
@@ -110,7 +110,7 @@ def test_a_sample_drawn_twice_in_an_epoch_is_augmented_twice() -> None:
     assert len({dataset[key][0].tobytes() for key in keys}) == 20
 
 
-def test_batch_samplers_go_around() -> None:
+def test_a_batch_sampler_wraps_an_epoch_sampler() -> None:
     sampler = BatchSampler(EpochSampler(ShuffleSampler(COUNT, seed=1)), 5, drop_last=False)
     batches = DataLoader(AugmentedDataset(PAIRS, AUGMENTER), batch_sampler=sampler)
     assert [seen(batches), seen(batches)] == [expected(0), expected(1)]
@@ -131,7 +131,7 @@ def test_batch_samplers_go_around() -> None:
         (lambda: AugmentedDataset(iter(PAIRS), AUGMENTER), TypeError, "list_iterator is not map-style"),
     ],
 )
-def test_mistakes_are_named(make, error: type[Exception], message: str) -> None:
+def test_errors_name_the_argument(make, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
 
@@ -224,7 +224,7 @@ def warned(action) -> list[str]:
 
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, True), (2, False)])
 def test_a_second_epoch_of_plain_indices_warns_once(workers: int, persistent: bool) -> None:
-    """Also where each epoch has new workers, none of which sees an index twice."""
+    """Also if each epoch has new workers, none of which reads an index twice."""
     code = (
         "import numpy as np\nfrom torch.utils.data import DataLoader\nfrom refract.augment import AugmentedDataset, Augmenter\n"
         "images = [np.zeros((8, 8, 3), np.uint8)] * 60\n"
@@ -232,32 +232,32 @@ def test_a_second_epoch_of_plain_indices_warns_once(workers: int, persistent: bo
         f"loader = DataLoader(dataset, batch_size=4, shuffle=True, num_workers={workers}, persistent_workers={persistent})\n"
         "for _ in range(3): list(loader)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stderr.count("a second epoch uses plain indices") == 1, done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert process.stderr.count("a second epoch uses plain indices") == 1, process.stderr
 
 
-def test_nothing_warns_without_need() -> None:
+def test_correct_use_emits_no_warning() -> None:
     assert not warned(
         lambda: [list(DataLoader(big(), sampler=EpochSampler(RandomSampler(range(60))))) for _ in range(3)]
     )
 
-    def looks_around_first() -> None:
+    def inspect_samples_first() -> None:
         dataset = big()
         for _ in range(20):
             dataset[0]
         list(DataLoader(dataset, shuffle=True))
 
-    assert not warned(looks_around_first)
+    assert not warned(inspect_samples_first)
     validation = DataLoader(big([{"CenterCrop": {"size": 16}}]), batch_size=4)
-    assert not warned(lambda: [list(validation) for _ in range(4)]), "the policy draws nothing that could differ"
+    assert not warned(lambda: [list(validation) for _ in range(4)]), "the policy's draws do not differ between epochs"
 
 
 def test_a_dataset_can_be_copied_and_pickled() -> None:
-    for twin in (copy.deepcopy(big()), pickle.loads(pickle.dumps(big()))):
-        np.testing.assert_array_equal(twin[SampleKey(3, 4)][0], big()[SampleKey(3, 4)][0])
+    for duplicate in (copy.deepcopy(big()), pickle.loads(pickle.dumps(big()))):
+        np.testing.assert_array_equal(duplicate[SampleKey(3, 4)][0], big()[SampleKey(3, 4)][0])
 
 
-def test_torchs_own_datasets_are_accepted() -> None:
+def test_datasets_of_torch_are_accepted() -> None:
     tensors = TensorDataset(torch.zeros(3, 4))
     assert (
         len(AugmentedDataset(Subset(PAIRS, [2, 5]), AUGMENTER)) == 2 and len(AugmentedDataset(tensors, AUGMENTER)) == 3

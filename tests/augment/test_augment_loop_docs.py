@@ -1,4 +1,4 @@
-"""Every block of docs/augment-in-your-loop.md runs, in the page's order."""
+"""The Python blocks of docs/augment-in-your-loop.md run in order."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "augment-in-your-loop.md").read_tex
 
 
 def test_the_blocks_run_in_order(tmp_path: Path) -> None:
-    """In a process of its own, as a reader's script: the page sets OpenCV's threads and forks workers."""
+    """Runs in a separate process: the page sets OpenCV's threads and forks workers."""
     for label in ("cat", "dog"):
         (tmp_path / "photos" / label).mkdir(parents=True)
         for number in range(6):
@@ -24,8 +24,8 @@ def test_the_blocks_run_in_order(tmp_path: Path) -> None:
     )
     script = tmp_path / "page.py"
     script.write_text(code, "utf-8")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False
     )
-    assert done.returncode == 0, done.stderr
-    assert "plain indices" not in done.stderr
+    assert process.returncode == 0, process.stderr
+    assert "plain indices" not in process.stderr

@@ -1,4 +1,4 @@
-"""The forms of an augmented image: uint8 pixels, uint8 planes, normalised float32 planes."""
+"""The output formats of an augmented image: uint8 H×W×C, uint8 C×H×W, normalised float32 C×H×W."""
 
 import numpy as np
 import pytest
@@ -28,8 +28,8 @@ def test_float32_is_the_uint8_result_normalised_by_imagenet() -> None:
     st.lists(st.floats(0, 1), min_size=3, max_size=3),
     st.lists(st.floats(1 / 300, 2), min_size=3, max_size=3),
 )
-def test_any_mean_and_std_are_met_within_rounding(height: int, width: int, mean, std) -> None:
-    """Gains near 1 too (std near 1/255), where the running average that does it would lose digits."""
+def test_any_mean_and_std_are_applied_within_rounding(height: int, width: int, mean, std) -> None:
+    """Includes gains near 1 (std near 1/255), where the running average would lose precision."""
     image = np.ascontiguousarray(np.resize(IMAGE, (height, width, 3)))
     result = Augmenter("none", output="float32", mean=mean, std=std)(image, epoch=0, index=0)
     expected = normalised(image, mean, std)
@@ -66,7 +66,7 @@ def test_out_that_does_not_fit_is_refused() -> None:
         augmenter(IMAGE, epoch=0, index=0, out=np.empty((37, 53, 3), np.float32))
 
 
-def test_one_channel_is_the_luma_and_grey_stays_itself() -> None:
+def test_one_channel_is_the_luma_and_grey_is_unchanged() -> None:
     grey = IMAGE[..., 0]
     np.testing.assert_array_equal(Augmenter("none", channels=1)(grey, epoch=0, index=0)[..., 0], grey)
     luma = Augmenter("none", channels=1, output="uint8_chw")(IMAGE, epoch=0, index=0)
@@ -75,7 +75,7 @@ def test_one_channel_is_the_luma_and_grey_stays_itself() -> None:
     np.testing.assert_allclose(result, (grey[None] / 255 - 0.5) / 0.25, atol=5e-7)
 
 
-def test_views_come_in_the_same_form() -> None:
+def test_views_have_the_output_format() -> None:
     views = Augmenter(["AugMix"], size=16, output="float32").views(IMAGE, epoch=0, index=0)
     assert views.shape == (3, 3, 16, 16) and views.dtype == np.float32
 
@@ -91,6 +91,6 @@ def test_views_come_in_the_same_form() -> None:
         ({"output": "float32", "mean": [0.5, 0.5]}, r"mean: \[0.5, 0.5\] is neither one finite number nor 3 of them"),
     ],
 )
-def test_mistakes_are_named(options, message: str) -> None:
+def test_errors_name_the_option(options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Augmenter("none", **options)

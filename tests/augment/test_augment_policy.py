@@ -1,4 +1,4 @@
-"""A policy's mistakes are told with place, op, parameter and what is accepted."""
+"""Errors of a policy name the position, the op, the parameter and the accepted values."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from refract.augment.policy import presets
         ("imagnet", r"neither a file nor a preset .*did you mean imagenet\?"),
     ],
 )
-def test_mistakes_are_told(spec, message: str) -> None:
+def test_errors_name_the_op_and_the_parameter(spec, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         load_policy(spec)
 
@@ -56,16 +56,16 @@ def test_yaml_file(tmp_path: Path) -> None:
 
 
 def test_presets_exist_and_fit_their_use() -> None:
-    wanted = {"digits", "cifar", "imagenet", "imagenet-a1", "torchvision-v2", "fine-tune", "medical-safe", "none"}
-    assert wanted == set(presets())
+    expected = {"digits", "cifar", "imagenet", "imagenet-a1", "torchvision-v2", "fine-tune", "medical-safe", "none"}
+    assert expected == set(presets())
     safe = load_policy("medical-safe").ops
     assert all(op.kind in ("geometric", "pixel") and "Flip" not in op.name for op in safe)
     assert not any(type(op).__name__.endswith("Flip") for op in load_policy("digits").ops), (
-        "a mirrored digit is another sign"
+        "a flipped digit is not the same digit"
     )
 
 
-def test_result_has_the_asked_size_whatever_the_policy() -> None:
+def test_any_preset_accepts_a_size() -> None:
     for name in presets():
         assert Augmenter(name, size=(40, 30)).draw((97, 61), epoch=0, index=1).size == (97, 61)
 

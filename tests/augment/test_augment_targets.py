@@ -48,7 +48,7 @@ def plan_of(*entries: Any, epoch: int = 0, exact: bool = False, size: tuple[int,
 NONE = Augmenter("none")
 
 
-def test_flips_turns_and_crops_are_exact_as_numpys() -> None:
+def test_flips_rotations_and_crops_equal_numpys() -> None:
     flipped = Plan((HEIGHT, WIDTH), (Step("HorizontalFlip"), Step("VerticalFlip")))
     np.testing.assert_array_equal(NONE.apply_mask(flipped, MASK), MASK[::-1, ::-1])
     turned = Plan((HEIGHT, WIDTH), (Step("Rot90", {"turns": 1}),))
@@ -83,8 +83,8 @@ def test_masks_and_boxes_agree_with_torchvision_and_albumentations() -> None:
 
 @pytest.mark.parametrize("entry", GEOMETRIC, ids=str)
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_mask_of_an_images_own_colours_follows_the_image(entry, exact: bool) -> None:
-    """Away from the regions' edges, where the image blends two colours."""
+def test_a_mask_of_the_images_colours_follows_the_image(entry, exact: bool) -> None:
+    """Compares pixels away from the regions' edges, where the image blends two colours."""
     mask = np.add.outer(np.arange(HEIGHT) // 15, np.arange(WIDTH) // 21).astype(np.int32) % 3 + 1
     colours = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
     for epoch in range(3):
@@ -107,7 +107,7 @@ def test_a_mask_of_an_images_own_colours_follows_the_image(entry, exact: bool) -
 def test_a_moved_box_encloses_the_moved_rectangle_tightly(first, second, epoch: int, box) -> None:
     top, left, height, width = box
     if any(entry.get("border") in ("reflect", "reflect101") for op in (first, second) for entry in op.values()):
-        first = second = {"Transpose": {}}  # mirrored copies of the rectangle have no box
+        first = second = {"Transpose": {}}  # reflected copies of the rectangle have no single box
     mask = np.zeros((HEIGHT, WIDTH), bool)
     mask[top : top + height, left : left + width] = True
     plan = plan_of(first, second, epoch=epoch)
@@ -120,10 +120,10 @@ def test_a_moved_box_encloses_the_moved_rectangle_tightly(first, second, epoch: 
         assert visible < 0.1
         return
     edges = np.array([rows[0], columns[0], rows[-1] + 1, columns[-1] + 1])
-    found = np.array([result[0], result[1], result[0] + result[2], result[1] + result[3]])
-    outwards = np.array([1, 1, -1, -1]) * (edges - found)
+    moved_edges = np.array([result[0], result[1], result[0] + result[2], result[1] + result[3]])
+    outwards = np.array([1, 1, -1, -1]) * (edges - moved_edges)
     deforms = any(OPS[step.op].kind == "pixel" for step in plan.steps)
-    # A pixel's centre lies half a pixel inside its edges. A deformation moves the mask's whole pixels, which end half a pixel later.
+    # A pixel's centre is half a pixel inside its edges. A deformation moves the mask's whole pixels, which end half a pixel later.
     assert visible > 0 and (outwards > (-1.01 if deforms else -0.51)).all()
     assert deforms or (outwards < 8).all(), "the sharp corner of a thin part may show no pixel's centre"
 
@@ -139,11 +139,11 @@ def test_the_visible_fraction_is_that_of_the_area() -> None:
     turn = Plan((100, 100), (Step("Rotate", {"angle": 45.0}),))
     _, (visible,) = NONE.apply_boxes(turn, [[0, 0, 100, 100]])
     assert visible == pytest.approx(2 * np.sqrt(2) - 2, abs=1e-6), (
-        "the square and its copy turned by 45° share an octagon"
+        "the intersection of the square and its copy rotated by 45° is an octagon"
     )
 
 
-def test_inputs_are_left_alone_and_results_are_new() -> None:
+def test_inputs_are_not_changed_and_results_are_new() -> None:
     before = MASK.copy()
     same = NONE.apply_mask(Plan((HEIGHT, WIDTH), ()), MASK)
     assert not np.shares_memory(same, MASK)
@@ -153,7 +153,7 @@ def test_inputs_are_left_alone_and_results_are_new() -> None:
 
 
 @pytest.mark.parametrize("dtype", [bool, np.int8, np.int64, np.float32, np.uint16])
-def test_any_dtype_and_further_axes(dtype) -> None:
+def test_any_dtype_and_a_channel_axis(dtype) -> None:
     mask = np.stack([MASK, MASK + 1], -1).astype(dtype)
     plan = plan_of({"Rotate": {"degrees": [20, 30]}}, {"Resize": {"size": [30, 31]}})
     moved = NONE.apply_mask(plan, mask, fill=1)
@@ -161,7 +161,7 @@ def test_any_dtype_and_further_axes(dtype) -> None:
     np.testing.assert_array_equal(moved[..., 0], NONE.apply_mask(plan, MASK.astype(dtype), fill=1))
 
 
-def test_what_recolours_or_erases_leaves_masks_and_boxes() -> None:
+def test_color_and_erasing_ops_do_not_change_masks_and_boxes() -> None:
     plan = plan_of(
         {"ColorJitter": {"brightness": 0.4}},
         {"RandomErasing": {}},
@@ -183,7 +183,7 @@ def test_what_recolours_or_erases_leaves_masks_and_boxes() -> None:
         ({"imgaug.Affine": {"rotate": 20}}, "imgaug.Affine"),
     ],
 )
-def test_what_cannot_be_followed_is_refused_by_name(entry, name: str) -> None:
+def test_ops_that_move_pixels_in_an_unknown_way_are_refused_by_name(entry, name: str) -> None:
     plan = plan_of(entry)
     for apply in (lambda: NONE.apply_mask(plan, MASK), lambda: NONE.apply_boxes(plan, [[0, 0, 5, 5]])):
         with pytest.raises(
@@ -192,16 +192,16 @@ def test_what_cannot_be_followed_is_refused_by_name(entry, name: str) -> None:
             apply()
 
 
-def test_mistakes_are_named() -> None:
+def test_errors_name_the_argument() -> None:
     plan = plan_of({"Rotate": {}})
     with pytest.raises(ValueError, match="mask: the plan was drawn for 60×84 pixels, the mask has 84×60"):
         NONE.apply_mask(plan, MASK.T)
     with pytest.raises(ValueError, match="fill: 300 is not a value of the mask's dtype uint8"):
         NONE.apply_mask(plan, MASK, fill=300)
-    for boxes, shown in (
+    for boxes, message in (
         ([[1, 2, 3]], "got an array 1×3"),
         ([[0, 0, -1, 2]], r"got \[\[0, 0, -1, 2\]\]"),
         ([1, 2, 3, 4], "array 4"),
     ):
-        with pytest.raises(ValueError, match=f"expected N×4 finite numbers .*{shown}"):
+        with pytest.raises(ValueError, match=f"expected N×4 finite numbers .*{message}"):
             NONE.apply_boxes(plan, boxes)

@@ -1,4 +1,4 @@
-"""Every TIFF layout becomes the pixels that its tags declare, or is refused by name with a cure; never something else without a word."""
+"""Every TIFF layout gives the pixels that its tags declare, or raises an ImageError with the layout and a remedy."""
 
 import io
 import itertools
@@ -18,7 +18,7 @@ ORDERS = ("<", ">")
 
 
 def ramp(dtype: str, channels: int, bits: int | None = None) -> np.ndarray:
-    """H×W×C from the smallest to the largest value; the channels differ."""
+    """Return H×W×C pixels from the smallest to the largest value; the channels differ."""
     kind = np.dtype(dtype)
     info = np.iinfo(kind) if kind.kind in "ui" else None
     low, high = (info.min, info.max) if info else (0.0, 1.0)
@@ -48,7 +48,7 @@ def eight_bits(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def expected_of(pixels: np.ndarray, photometric: str, extra: str | None) -> np.ndarray:
-    """By the documented rule, written down a second time."""
+    """Return the expected RGB pixels by a second implementation of the documented rule."""
     full = np.iinfo(pixels.dtype).max
     colours = {"minisblack": 1, "miniswhite": 1, "rgb": 3}[photometric]
     colour = eight_bits(pixels[..., :colours], 0, full)
@@ -92,7 +92,7 @@ def test_unsigned_samples(dtype: str, photometric: str, extra: str | None, plana
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "float16", "float32", "float64"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("order", ORDERS)
-def test_samples_without_a_customary_range(dtype: str, channels: int, order: str) -> None:
+def test_samples_without_a_default_range(dtype: str, channels: int, order: str) -> None:
     pixels, photometric = ramp(dtype, channels), "rgb" if channels == 3 else "minisblack"
     with pytest.raises(
         ImageError, match=r"has no known range; save it as unsigned 8 or 16 bits, or set SMinSampleValue"
@@ -109,7 +109,7 @@ def test_samples_without_a_customary_range(dtype: str, channels: int, order: str
 
 
 def test_floating_point_predictor() -> None:
-    """By its definition in TIFF Technical Note 3: the bytes of a row by significance, and their differences."""
+    """Encodes by TIFF Technical Note 3: the bytes of a row by significance, then their differences."""
     pixels = ramp("float32", 1)[..., 0]
     planes = pixels.astype(">f4").view(np.uint8).reshape(HEIGHT, WIDTH, 4).transpose(0, 2, 1).reshape(HEIGHT, -1)
     rows = np.diff(planes, axis=1, prepend=np.uint8(0)).astype(np.uint8)
@@ -125,13 +125,13 @@ def test_twelve_bits_in_sixteen() -> None:
     np.testing.assert_array_equal(part.pixels[..., 0], eight_bits(pixels, 0, 4095)[..., 0])
     assert part.remarks == ()
     undeclared = decode_part(written(pixels, "minisblack", "<"), None)
-    assert undeclared.pixels.max() == 16  # never a stretch by the values of one image
+    assert undeclared.pixels.max() == 16  # never scaled by the values of one image
     assert "nearly black: its samples reach 4095 of 16 bits; set SMaxSampleValue" in undeclared.remarks[0]
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_an_unusable_range_of_unsigned_samples_is_ignored(dtype: str) -> None:
-    """As 0 to 0, which some writers leave in the file."""
+    """Some writers declare the range 0 to 0."""
     pixels = ramp(dtype, 3)
     tags = [(code, "H", 3, (0, 0, 0), False) for code in (340, 341)]
     found = decode(written(pixels, "rgb", "<", extratags=tags))
@@ -164,7 +164,7 @@ def test_undefined_samples_are_read_as_unsigned(dtype: str, photometric: int, sa
 
 
 def ycbcr(strip: bytes, *, subsampling: int | None, compression: int = 1) -> bytes:
-    """A TIFF of YCbCr samples. subsampling: the factor in both directions; None writes no tag."""
+    """Return a TIFF of YCbCr samples. subsampling: the factor in both directions; None writes no tag."""
     data = bytearray(hand_written(strip, [(258, 8), (262, 6), *([(530, 0)] if subsampling else [])], compression, 3))
     if subsampling:
         entry = data.find(struct.pack("<HH", 530, 4))
@@ -173,22 +173,26 @@ def ycbcr(strip: bytes, *, subsampling: int | None, compression: int = 1) -> byt
 
 
 def test_subsampled_ycbcr() -> None:
-    """TIFF's default is 2×2; a colour sample for each pixel without the tag is what some writers leave."""
+    """TIFF's default is 2×2; some writers omit the tag although each pixel has a colour sample."""
     full = np.full((HEIGHT, WIDTH, 3), (90, 128, 128), np.uint8).tobytes()
     halved = bytes([90, 90, 90, 90, 128, 128]) * (-(-HEIGHT // 2) * -(-WIDTH // 2))
     for subsampling in (1, None):
         assert (decode(ycbcr(full, subsampling=subsampling)) == 90).all()
     for subsampling in (2, None):
-        with pytest.raises(ImageError, match="YCbCr channels of 8 bits with 2×2 colour subsampling is not supported; save"):
-            decode(ycbcr(halved, subsampling=subsampling) + full)  # Pillow would read on behind the strip
-    with pytest.raises(ImageError, match="an uncompressed TIFF of 3 YCbCr channels of 8 bits with planes is not supported"):
+        with pytest.raises(
+            ImageError, match="YCbCr channels of 8 bits with 2×2 colour subsampling is not supported; save"
+        ):
+            decode(ycbcr(halved, subsampling=subsampling) + full)  # Pillow would read past the strip
+    with pytest.raises(
+        ImageError, match="an uncompressed TIFF of 3 YCbCr channels of 8 bits with planes is not supported"
+    ):
         decode(hand_written(full, [(258, 8), (262, 6), (284, 2)], samples=3))
     packed = ycbcr(zlib.compress(halved), subsampling=2, compression=8)
     np.testing.assert_allclose(decode(packed), 90, atol=1)
 
 
 def with_range(image: Image.Image, low: int | None, high: int, **options) -> bytes:
-    """Return a TIFF by Pillow that declares the range of its samples."""
+    """Return a TIFF, written by Pillow, that declares the range of its samples."""
     buffer, tags = io.BytesIO(), TiffImagePlugin.ImageFileDirectory_v2()
     for tag, value in ((340, low), (341, high)):
         if value is not None:
@@ -223,7 +227,7 @@ def test_a_declared_full_range_changes_nothing(mode: str, low: int | None, high:
     np.testing.assert_array_equal(decode(declared), decode(buffer.getvalue()))
 
 
-def test_a_narrower_range_of_eight_bits_still_counts() -> None:
+def test_a_narrower_range_of_eight_bits_is_applied() -> None:
     pixels = ramp("uint8", 1, bits=7)
     data = with_range(Image.fromarray(pixels[..., 0]), 0, 127)
     np.testing.assert_array_equal(decode(data)[..., 0], eight_bits(pixels, 0, 127)[..., 0])
@@ -253,7 +257,7 @@ def hand_written(strip: bytes, tags: list[tuple[int, int]], compression: int = 1
 @pytest.mark.parametrize(
     ("compression", "code"), [("tiff_lzw", 5), ("packbits", 32773), ("tiff_deflate", 32946), ("zstd", 50000)]
 )
-def test_compressions_that_libtiff_undoes(compression: str, code: int) -> None:
+def test_compressions_of_libtiff(compression: str, code: int) -> None:
     pixels = ramp("uint16", 3)
     as_bytes = Image.fromarray(pixels.view(np.uint8).reshape(HEIGHT, -1))
     buffer = io.BytesIO()
@@ -285,7 +289,7 @@ def test_tiles_far_larger_than_their_image_are_refused() -> None:
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @pytest.mark.parametrize("photometric", ["minisblack", "rgb"])
 def test_transparency_over_white(extra: str, dtype: str, photometric: str) -> None:
-    """Premultiplied alpha too, which Pillow calls La and RGBa."""
+    """Includes premultiplied alpha: Pillow's modes La and RGBa."""
     full, colours = np.iinfo(dtype).max, 3 if photometric == "rgb" else 1
     alpha = np.broadcast_to(np.linspace(0, full, WIDTH), (HEIGHT, WIDTH)).astype(dtype)
     colour = (alpha // 2 if extra == "assocalpha" else np.full_like(alpha, full // 2))[..., None].repeat(
@@ -353,14 +357,14 @@ def test_bigtiff() -> None:
         (ramp("uint16", 1), {"photometric": "cfa"}, "camera raw is not supported; develop it"),
     ],
 )
-def test_what_has_no_reader_is_refused_by_name(pixels: np.ndarray, options: dict, reason: str) -> None:
+def test_unsupported_layouts_are_refused_by_name(pixels: np.ndarray, options: dict, reason: str) -> None:
     photometric = options.pop("photometric")
     with pytest.raises(ImageError, match=reason):
         decode(written(pixels, photometric, "<", **options))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
-def test_cut_and_hostile_files(dtype: str) -> None:
+def test_truncated_and_hostile_files(dtype: str) -> None:
     data = written(ramp(dtype, 3), "rgb", "<")
     for cut in range(0, len(data) - 1, 37):
         with pytest.raises(ImageError):

@@ -1,4 +1,4 @@
-"""The batch executor on a GPU gives the images of the cpu executor."""
+"""The batch executor on a GPU gives the images of the CPU executor."""
 
 from importlib.util import find_spec
 
@@ -45,17 +45,17 @@ def test_samples_with_different_ops_share_a_batch(device: str) -> None:
     images = [make_image(96, 80, number) for number in range(24)]
     plans = [augmenter.draw((96, 80), epoch=0, index=number) for number in range(24)]
     result = torch_batch.run(plans, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device))
-    for plan, image, found in zip(plans, images, result.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-        assert np.abs(augmenter.apply(plan, image).astype(int) - found).mean() <= 1.0
+    for plan, image, actual in zip(plans, images, result.permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+        assert np.abs(augmenter.apply(plan, image).astype(int) - actual).mean() <= 1.0
 
 
 @pytest.mark.parametrize("policy", [["MixUp"], ["CutMix"], [{"CutMix": {"p": 0.5}}, {"MixUp": {"p": 0.5}}]])
-def test_mixing_gives_the_images_and_targets_of_the_processor(policy: list, device: str) -> None:
+def test_mixing_gives_the_images_and_targets_of_the_cpu(policy: list, device: str) -> None:
     count = 16
     images = torch.from_numpy(np.stack([make_image(32, 32, number) for number in range(count)])).permute(0, 3, 1, 2)
     targets = torch.eye(count)
     augmenter = Augmenter(policy, seed=3)
-    expected, soft = augmenter.mix(images, targets, epoch=1, indices=range(count))
-    found, mixed = augmenter.mix(images.to(device), targets.to(device), epoch=1, indices=range(count))
-    torch.testing.assert_close(found.cpu().float(), expected.float(), atol=1e-3, rtol=0)
-    torch.testing.assert_close(mixed.cpu(), soft, atol=1e-6, rtol=0)
+    expected, expected_targets = augmenter.mix(images, targets, epoch=1, indices=range(count))
+    mixed, mixed_targets = augmenter.mix(images.to(device), targets.to(device), epoch=1, indices=range(count))
+    torch.testing.assert_close(mixed.cpu().float(), expected.float(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(mixed_targets.cpu(), expected_targets, atol=1e-6, rtol=0)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refract.augment.image_files import image_files, level_of, walk
+from refract.augment.image_files import image_files, list_folder, walk
 from refract.pipeline.cli.predict import listed_images
 from refract.pipeline.data.manifest import DataError, load_manifest
 from refract.pipeline.data.sources.folders import split_of
@@ -71,17 +71,17 @@ def test_other_names_are_not_splits(name: str) -> None:
     [
         (["Train/a", "Test/a", "cat"], r"split folders \(Test, Train\) and others \(cat\).*rename Test if it is a class"),
         (["train/a", "eval/a"], r"split folders \(train\) and others \(eval\).*rename eval to val or test"),
-        (["val/a", "valid/a", "train/a"], r"val, valid all name the split val; keep one of them"),
-        (["Train/a", "train/a"], "Train, train all name the split train"),
+        (["val/a", "valid/a", "train/a"], r"val, valid all denote the split val; keep one of them"),
+        (["Train/a", "train/a"], "Train, train all denote the split train"),
         (["seg_train/a", "seg_train/b", "seg_test/a", "seg_test/b"], "seg_test, seg_train look like parts of one data set"),
         (["images_train", "images_test"], "images_test, images_train look like parts of one data set"),
         (["fold1/a", "fold1/b", "fold2/a", "fold2/b"], r"fold1, fold2 look like .* each with the folders a, b"),
-        (["Train", "Test"], "no class folders; Test, Train hold none"),
-        (["train/train/a", "test/test/a"], "holds one more split folder, test, in place of class folders"),
-        (["set/cat", "set/dog"], r"only one class \(set\).*its folders \(cat, dog\) are the classes, give .*data/set in"),
-        (["x/set/train/a", "x/set/test/a"], r"only one class \(x\).*folders \(test, train\) are the splits, give .*x/set"),
-        (["set/cat", "set/dog", "docs/readme.txt"], r"only one class \(set\), and 1 empty.*give .*data/set in place"),
-        (["train/Cat", "train/dog", "val/cat", "val/dog"], "train/Cat, .*val/cat differ in letter case only; rename"),
+        (["Train", "Test"], "no class folders in Test, Train"),
+        (["train/train/a", "test/test/a"], "contains the split folder test instead of class folders"),
+        (["set/cat", "set/dog"], r"only one class \(set\).*its folders \(cat, dog\) are the classes, use .*data/set in"),
+        (["x/set/train/a", "x/set/test/a"], r"only one class \(x\).*folders \(test, train\) are the splits, use .*x/set"),
+        (["set/cat", "set/dog", "docs/readme.txt"], r"only one class \(set\), and 1 empty.*use .*data/set instead"),
+        (["train/Cat", "train/dog", "val/cat", "val/dog"], "train/Cat, .*val/cat differ in letter case only; give them"),
         (["train/cat", "train/dog", "val/ca\u200bt", "val/dog"], r"train/cat.*ca\\u200bt' differ in invisible characters"),
     ],
 )  # fmt: skip
@@ -93,7 +93,7 @@ def test_folders_of_uncertain_meaning_are_refused_with_a_cure(files: Files, name
 
 def test_a_table_beside_loose_images_is_named(files: Files) -> None:
     root = files("2*.", "labels.csv")
-    with pytest.raises(DataError, match=r"no class folders.*if .*labels\.csv is one, give its path"):
+    with pytest.raises(DataError, match=r"no class folders.*if .*labels\.csv is a manifest, use its path"):
         load_manifest(root)
 
 
@@ -124,7 +124,7 @@ def test_hidden_and_system_folders_are_read_by_no_command(files: Files, name: st
     root = files("2*cat", "2*dog", f"3*{place}{name}", f"{place}._0.png", f"{place}Thumbs.db")
     manifest = load_manifest(root)
     assert manifest.counts() == {"cat": 2, "dog": 2} and not manifest.loose
-    assert f"3 entries are hidden or a system's, such as {root}/{place}" in "".join(_folder_notes(manifest))
+    assert f"3 entries are hidden or belong to the system, such as {root}/{place}" in "".join(_folder_notes(manifest))
     expected = sorted(f"{root}/{label}/{i}.png" for label in ("cat", "dog") for i in range(2))
     assert [row.path for row in listing_of(root).rows] == expected
     assert [*map(str, listed_images([root]))] == expected
@@ -151,9 +151,9 @@ def test_links_are_followed_each_folder_once_and_broken_ones_are_reported(files:
     assert manifest.counts() == {"cat": 4, "dog": 3}
     assert [*map(Path, walk(root / "cat").images)][2:] == [root / "cat/again/a.png", root / "cat/again/deep/b.png"]
     lines = "\n".join(_folder_notes(manifest))
-    assert f"2 links lead nowhere, such as {root}/cat/self" in lines
-    assert f"3 links lead to folders that are read already, or to one above them, such as {root}/around" in lines
-    assert f"2 images lie in folders inside a class folder, such as {root}/cat/again/a.png" in lines
+    assert f"2 links are broken, such as {root}/cat/self" in lines
+    assert f"3 links lead to a folder that was already read, or to a parent folder, such as {root}/around" in lines
+    assert f"2 images are in subfolders of a class folder, such as {root}/cat/again/a.png" in lines
     listed = [str(row.path) for row in listing_of(root).rows]
     assert f"{root}/dog/gone.png" in listed and len(listed) == 8, "a row each, errors too"
 
@@ -188,7 +188,7 @@ def test_pipes_and_other_files_are_skipped_and_reported(files: Files) -> None:
 def test_broken_links_are_reported_by_a_training_too(files: Files) -> None:
     root = files("2*train/cat", "2*train/dog", "2*val/cat", "2*val/dog", "2*test/cat", "2*test/dog")
     linked(root, "train/cat/gone.png", "nowhere")
-    assert f"1 links lead nowhere, such as {root}/train/cat/gone.png; they are skipped" in check_classes(
+    assert f"1 links are broken, such as {root}/train/cat/gone.png; they are skipped" in check_classes(
         load_manifest(root)
     )
 
@@ -251,4 +251,4 @@ def test_the_order_is_that_of_the_names_and_not_of_the_file_system(
         labels = sorted({path.relative_to(root).parts[0] for path in expected})
         manifest = load_manifest(root, "multiclass", to_train=False)
         assert [sample.path for sample in manifest.samples] == [*map(str, expected)] and [*manifest.labels] == labels
-        assert [*map(Path, level_of(root).folders)] == [root / label for label in labels]
+        assert [*map(Path, list_folder(root).folders)] == [root / label for label in labels]
