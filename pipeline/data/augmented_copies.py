@@ -1,4 +1,4 @@
-"""Augmented copies of a folder's images as files, and the plans that make the same files again."""
+"""Write augmented copies of the images in a folder, and the plans that reproduce the same files."""
 
 import hashlib
 import io
@@ -20,7 +20,10 @@ _QUALITY = 95
 
 @dataclass(frozen=True)
 class Copy:
-    """One file to write. source, output: paths relative to the two folders; digest: SHA-256 of the source's bytes."""
+    """One file to write.
+
+    source: path in the image folder; output: path in the output folder; digest: SHA-256 of the source's bytes.
+    """
 
     source: str
     output: str
@@ -29,12 +32,12 @@ class Copy:
 
     def to_json(self) -> str:
         plan = json.loads(self.plan.to_json())
-        # In ASCII: names may hold any byte, and characters that some readers take for the end of a line.
+        # ASCII, as names may contain any byte, and characters that some readers take for the end of a line.
         return json.dumps({"source": self.source, "output": self.output, "sha256": self.digest, "plan": plan})
 
 
 def draw_plans(policy: str, source: Path, *, copies: int, seed: int, size: int | None, kind: str) -> list[Copy]:
-    """What a policy draws for each image below `source`: copy k of image i is that of epoch k and index i.
+    """Draw a plan for each copy of each image below `source`: copy k of image i is the draw of epoch k and index i.
 
     kind: `jpg` or `png`. DataError lists the images that cannot be read; PolicyError for a policy that mixes a batch.
     """
@@ -43,9 +46,7 @@ def draw_plans(policy: str, source: Path, *, copies: int, seed: int, size: int |
 
     augmenter = Augmenter(policy, seed, size=size)
     if augmenter.mixes:
-        raise PolicyError(
-            f"{policy}: MixUp and CutMix mix images and their labels, which files have none of; take them out"
-        )
+        raise PolicyError(f"{policy}: MixUp and CutMix mix labels, which image files lack; remove them from the policy")
     entries, broken = [], []
     for index, file in enumerate(listed_images([source])):
         data = file.read_bytes()
@@ -65,7 +66,7 @@ def draw_plans(policy: str, source: Path, *, copies: int, seed: int, size: int |
 
 
 def read_plans(path: Path) -> list[Copy]:
-    """What `write_copies` left in its `plans.jsonl`. DataError names the line that is none of its own."""
+    """Read the `plans.jsonl` that `write_copies` wrote. DataError names an invalid line."""
     entries = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
         try:
@@ -79,34 +80,34 @@ def read_plans(path: Path) -> list[Copy]:
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}, line {number}: not an entry of a {PLANS} ({error!r})") from error
     if not entries:
-        raise DataError(f"{path}: holds no plans")
+        raise DataError(f"{path}: contains no plans")
     return entries
 
 
 def write_copies(entries: Sequence[Copy], source: Path, target: Path, *, jobs: int) -> int:
-    """Write the files and `plans.jsonl` into `target`, a new or empty folder; shows a progress bar on a terminal. Returns how many.
+    """Write the files and `plans.jsonl` into `target`, a new or empty folder. Returns the number of images.
 
-    DataError lists the images that are missing, changed or damaged; what could be written is there.
+    Shows a progress bar on a terminal. DataError lists the images that are missing, changed or damaged; all others are written.
     """
     from tqdm import tqdm
 
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DataError(f"{target}: is not an empty folder; nothing is overwritten, so name a new one")
+        raise DataError(f"{target}: is not an empty folder; choose a new folder")
     write_atomically(target / PLANS, "".join(entry.to_json() + "\n" for entry in entries).encode())
     cv2.setNumThreads(1)
     folder = source.parent if source.is_file() else source
     broken = []
-    augmenter = Augmenter("none", color_profile="convert")  # the files that are written have no profile
+    augmenter = Augmenter("none", color_profile="convert")  # the written files have no color profile
 
     def work(entry: Copy) -> str | None:
         try:
             data = (folder / entry.source).read_bytes()
             if hashlib.sha256(data).hexdigest() != entry.digest:
-                return f"{source / entry.source}: is not the image that the plan was drawn for (its SHA-256 differs)"
+                return f"{source / entry.source}: is not the image of the plan (the SHA-256 differs)"
             write_atomically(target / entry.output, _encoded(augmenter.apply(entry.plan, data), entry.output))
         except ImageError as error:
             return f"{source / entry.source}: {error}"
-        except ValueError as error:  # a plan that somebody changed
+        except ValueError as error:  # an edited plan
             return f"{entry.output}: {error}"
         except OSError as error:
             return f"{error.filename}: {error.strerror}"
@@ -121,7 +122,7 @@ def write_copies(entries: Sequence[Copy], source: Path, target: Path, *, jobs: i
 
 
 def _stem(name: str) -> str:
-    """With its suffix, as cat.jpg and cat.png may stand side by side: folder/cat_jpg."""
+    """Return the name with its suffix as part of the stem: folder/cat_jpg, as a folder may contain cat.jpg and cat.png."""
     path = Path(name)
     return path.with_name(f"{path.stem}_{path.suffix[1:]}").as_posix()
 
@@ -137,6 +138,6 @@ def _encoded(pixels, output: str) -> bytes:
     return buffer.getvalue()
 
 
-def _listed(what: str, problems: Sequence[str]) -> str:
+def _listed(problem_kind: str, problems: Sequence[str]) -> str:
     more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-    return f"{len(problems)} images {what}:\n  " + "\n  ".join(problems[:20]) + more
+    return f"{len(problems)} images {problem_kind}:\n  " + "\n  ".join(problems[:20]) + more

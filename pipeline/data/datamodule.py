@@ -1,4 +1,4 @@
-"""The Lightning DataModule: augmented images to train on, preprocessed ones to measure on, uint8 until the device."""
+"""The Lightning DataModule: augmented training batches and preprocessed evaluation batches, uint8 until they reach the device."""
 
 import math
 import multiprocessing
@@ -15,19 +15,22 @@ from torch.utils.data import DataLoader, Dataset
 
 from refract.augment import Augmenter, Preprocess, decode, image_size
 from refract.models.multimodal.tokens import Tokens
-from refract.pipeline.data.datasets import ImageDataset, Item, TrainDataset, begin_worker, named, targets_of
-from refract.pipeline.data.loader import Loader, hand_over, shared_memory_free
+from refract.pipeline.data.datasets import ImageDataset, Item, TrainDataset, init_worker, named, targets_of
+from refract.pipeline.data.loader import Loader, plan_workers, shared_memory_free
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
-from refract.pipeline.data.train_order import Share, TrainOrder
+from refract.pipeline.data.train_order import RankShard, TrainOrder
 
 HOST = ("keys", "indices", "repeats")
-"""Parts of a batch that stay in the host's memory: which samples these are, and which of their draws."""
+"""Entries of a batch that stay in host memory: the samples' indices and the keys of their draws."""
 
 
 class ImageDataModule(lightning.LightningDataModule):
-    """Batches: `images` uint8 B×3×H×W, `targets` int64 (B,) or float32 B×C (multilabel), `indices` int64 (B,); in training also
-    `repeats` int64 (B,); for networks that read texts `texts` int32 B×L and `has_image` bool (B,), see
-    `refract.models.multimodal.tokens`."""
+    """Provide batches for training and evaluation.
+
+    A batch has `images` uint8 B×3×H×W, `targets` int64 (B,) or float32 B×C (multilabel), and `indices` int64 (B,). Training batches also
+    have `repeats` int64 (B,). Batches for text networks have `texts` int32 B×L (see `refract.models.multimodal.tokens`) and `has_image`
+    bool (B,).
+    """
 
     def __init__(
         self,
@@ -45,40 +48,40 @@ class ImageDataModule(lightning.LightningDataModule):
         tokens: Tokens | None = None,
         reads_images: bool = True,
     ) -> None:
-        """repeats, balanced, views: of the training images, see `TrainOrder` and `TrainDataset`. memory: see `fits_memory`; "always"
-        keeps them decoded, "never" does not. on_device: augment batches of images in memory by the batch executor, on the device.
-        workers: None takes none for images in memory, else one for each core, at most 8. tokens: of a network that reads texts;
-        reads_images: whether it reads images. DataError for balanced multilabel data."""
+        """repeats, balanced: see `TrainOrder`. views: see `TrainDataset`. memory: "always" keeps decoded images in memory, "never" does
+        not, "auto" does so if `fits_memory`. on_device: augment batches of images in memory by the batch executor, on the device.
+        workers: number of loader processes; None uses 0 for images in memory, else one per core, at most 8. tokens: tokenizer of a network
+        that reads texts; reads_images: whether the network reads images. DataError for balanced multilabel data."""
         super().__init__()
         self.manifest, self.preprocess, self.batch_size = manifest, preprocess, batch_size
         train, targets = manifest.of("train"), targets_of(manifest.of("train"), manifest)
         if balanced and targets.ndim > 1:
             raise DataError(
-                "data.sampler: balanced needs one label an image; for multilabel weigh the labels by loss.class_weights"
+                "data.sampler: balanced needs one label per image; for multilabel set loss.class_weights: balanced"
             )
         self.tokens, self.reads_images = tokens, reads_images
         self.in_memory = reads_images and (memory == "always" or (memory == "auto" and fits_memory(manifest.samples)))
         if workers is None:
             first = next((sample for sample in manifest.samples if sample.has_image), None)
-            at_hand = not reads_images or first is None or first.data is not None
-            workers = 0 if self.in_memory or at_hand else min(8, os.cpu_count() or 1)
-        self.workers, self.shared = hand_over(workers, self._batch_bytes(augmenter, views), shared_memory_free())
-        whole = partial(decode, color_profile=augmenter.color_profile)
-        pixels = decoded(train, whole, "decoding") if self.in_memory else None
-        alike = pixels is not None and len({image.shape for image in pixels}) == 1
+            no_files = not reads_images or first is None or first.data is not None
+            workers = 0 if self.in_memory or no_files else min(8, os.cpu_count() or 1)
+        self.workers, self.shared = plan_workers(workers, self._batch_bytes(augmenter, views), shared_memory_free())
+        decode_whole = partial(decode, color_profile=augmenter.color_profile)
+        pixels = decoded(train, decode_whole, "decoding") if self.in_memory else None
+        same_size = pixels is not None and len({image.shape for image in pixels}) == 1
         self.train_set = TrainDataset(
-            train, augmenter, targets, views=views, decoded=pixels, raw=on_device and alike and not views,
+            train, augmenter, targets, views=views, decoded=pixels, raw=on_device and same_size and not views,
             tokens=tokens, reads_images=reads_images,
         )  # fmt: skip
         self.order = TrainOrder(
             len(train), seed=augmenter.seed, repeats=repeats, classes=targets.tolist() if balanced else None
         )
         self.pin = torch.cuda.is_available()
-        self._measured: dict[str, ImageDataset] = {}
-        self._pixels: torch.Tensor | None = None  # N×3×H×W, where training's images are augmented
+        self._evaluation_sets: dict[str, ImageDataset] = {}
+        self._pixels: torch.Tensor | None = None  # N×3×H×W, on the device where training images are augmented
 
     def train_dataloader(self) -> DataLoader[Item]:
-        self.order.rank, self.order.processes = self._place()
+        self.order.rank, self.order.world_size = self._rank()
         count = len(self.order)
         # Batch normalisation cannot learn from a last batch of one.
         drop_last = count > self.batch_size and count % self.batch_size == 1
@@ -88,22 +91,22 @@ class ImageDataModule(lightning.LightningDataModule):
         return self.loader_of("val")
 
     def images_of(self, split: str) -> ImageDataset:
-        """Those of a split, preprocessed."""
-        if split not in self._measured:
+        """Return the preprocessed images of a split."""
+        if split not in self._evaluation_sets:
             samples = self.manifest.of(split)
             pixels = decoded(samples, self.preprocess, "preprocessing") if self.in_memory else None
             targets = targets_of(samples, self.manifest)
-            self._measured[split] = ImageDataset(
+            self._evaluation_sets[split] = ImageDataset(
                 samples, self.preprocess, targets, pixels, tokens=self.tokens, reads_images=self.reads_images
             )
-        return self._measured[split]
+        return self._evaluation_sets[split]
 
     def loader_of(self, split: str) -> DataLoader[Item]:
         dataset = self.images_of(split)
-        return self._loader(dataset, sampler=Share(len(dataset), *self._place()))
+        return self._loader(dataset, sampler=RankShard(len(dataset), *self._rank()))
 
     def state_dict(self) -> dict[str, int]:
-        """Where the training is: the epoch, and the samples of it that each process has seen."""
+        """Return the training progress: the epoch, and the samples of it that each rank has seen."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         if progress.is_last_batch:
@@ -111,28 +114,28 @@ class ImageDataModule(lightning.LightningDataModule):
         return {"epoch": self.trainer.current_epoch, "seen": progress.current.ready * self.batch_size}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there."""
+        """Resume from a stored progress."""
         self.order.resume(state_dict["epoch"], state_dict["seen"])
 
     def _batch_bytes(self, augmenter: Augmenter, views: bool) -> int:
-        """Of the largest batch that workers hand over; texts and labels are a small part of it."""
+        """Return the size of the largest batch that workers transfer, with a small allowance for texts and labels."""
         height, width = augmenter.size or (self.preprocess.height, self.preprocess.width)
         trained = height * width * (3 if views else 1)
         pixels = max(trained, self.preprocess.height * self.preprocess.width) if self.reads_images else 0
         return self.batch_size * (3 * pixels + 4096)
 
-    def _place(self) -> tuple[int, int]:
-        """Of this process: (rank, processes)."""
+    def _rank(self) -> tuple[int, int]:
+        """Return (rank, world size) of this process."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     def transfer_batch_to_device(self, batch: Item, device: torch.device, dataloader_idx: int) -> Item:
-        """Copy a batch to the device, but for what draws are made of: to read that back would make the processor wait for the device."""
-        kept = {name: batch[name] for name in HOST if name in batch}
+        """Copy a batch to the device, except HOST: reading these entries back would make the CPU wait for the device."""
+        on_host = {name: batch[name] for name in HOST if name in batch}
         moved = {name: value for name, value in batch.items() if name not in HOST}
-        return {**super().transfer_batch_to_device(moved, device, dataloader_idx), **kept}
+        return {**super().transfer_batch_to_device(moved, device, dataloader_idx), **on_host}
 
     def on_after_batch_transfer(self, batch: Item, dataloader_idx: int) -> Item:
-        """Take the images that the batch names and augment them, on the device that it is on now."""
+        """Select the images of the batch's keys and augment them on the batch's device."""
         keys = batch.pop("keys", None)
         if keys is None:
             return batch
@@ -150,7 +153,7 @@ class ImageDataModule(lightning.LightningDataModule):
         return {**batch, "images": executor.run(plans, images)}
 
     def _resident(self, device: torch.device) -> torch.Tensor:
-        """All training images, there where batches are indexed: on the device, where they fit half of its free memory."""
+        """Return all training images: on the device if they fit half of its free memory, else on the host."""
         if self._pixels is None:
             pixels = torch.from_numpy(np.stack(self.train_set.decoded or [])).permute(0, 3, 1, 2).contiguous()
             fits = device.type != "cuda" or pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
@@ -164,42 +167,42 @@ class ImageDataModule(lightning.LightningDataModule):
             workers=self.workers,
             shared=self.shared,
             persistent_workers=self.workers > 0,
-            generator=torch.Generator(),  # a loader that begins would otherwise draw from the one that dropout draws from
+            generator=torch.Generator(),  # otherwise a starting loader draws from the generator of dropout
             pin_memory=self.pin,
-            worker_init_fn=begin_worker,
+            worker_init_fn=init_worker,
             multiprocessing_context=_workers_context() if self.workers else None,
             **options,
         )
 
 
 IN_MEMORY = 1 << 30
-"""Bytes of decoded images that `data.memory: auto` keeps. Not a share of what is free: the same data give the same pixels anywhere, where
-a JPEG that is decoded at a reduced scale differs by some grey levels from one that is decoded whole."""
+"""Bytes of decoded images that `data.memory: auto` keeps. It is a constant, not a fraction of the free memory, so that every machine trains
+on the same pixels: a JPEG decoded at a reduced scale differs by some grey levels from one decoded whole."""
 
 
 def fits_memory(samples: Sequence[Sample]) -> bool:
-    """Whether the images, decoded, take at most IN_MEMORY, and have one size, as far as 100 of them tell."""
-    shown = [sample for sample in samples if sample.has_image]
-    sizes = {image_size(sample.read()) for sample in shown[:: max(1, len(shown) // 100)]}
+    """Return whether the decoded images have one size and take at most IN_MEMORY, estimated from about 100 of them."""
+    with_image = [sample for sample in samples if sample.has_image]
+    sizes = {image_size(sample.read()) for sample in with_image[:: max(1, len(with_image) // 100)]}
     return len(sizes) == 1 and 3 * math.prod(sizes.pop()) * len(samples) <= IN_MEMORY
 
 
-def decoded(samples: Sequence[Sample], use: Callable[[bytes], np.ndarray], what: str) -> list[np.ndarray]:
-    """`use` on every sample's bytes, on all cores: uint8 H×W×3 each. DataError names a file that cannot be read."""
+def decoded(samples: Sequence[Sample], use: Callable[[bytes], np.ndarray], title: str) -> list[np.ndarray]:
+    """Apply `use` to the bytes of every sample, on all cores. Returns uint8 H×W×3 arrays. DataError names an unreadable file."""
     from tqdm import tqdm
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda sample: named(sample, use), samples)
-        return list(tqdm(results, what, len(samples), disable=None, leave=False))
+        return list(tqdm(results, title, len(samples), disable=None, leave=False))
 
 
 def _workers_context() -> Any:
-    """Workers start from a clean server process, not as forks of this one.
+    """Return a multiprocessing context that starts workers from a clean server process, not as forks of this one.
 
-    A fork takes along the locks of the threads that OpenCV and OpenMP run here, but not the threads, and then waits for ever.
+    A fork copies the locks of OpenCV's and OpenMP's threads, but not the threads, and then waits forever.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([TrainDataset.__module__])  # PyTorch is imported once, there, not once a worker
+    context.set_forkserver_preload([TrainDataset.__module__])  # the server imports PyTorch once for all workers
     return context

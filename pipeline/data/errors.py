@@ -1,5 +1,5 @@
-"""The error of data that cannot be used."""
+"""The error for invalid data."""
 
 
 class DataError(ValueError):
-    """The data cannot be used; the message lists what is wrong, where, and what to do."""
+    """Raised for invalid data; the message lists the problems, their locations, and the remedy."""

@@ -1,6 +1,6 @@
-"""The loader whose worker processes may die: training then ends with one sentence within seconds, where PyTorch's own can wait forever.
+"""A DataLoader that raises LoaderError within seconds of a worker's death, where PyTorch's loader can wait forever.
 
-It relies on PyTorch's private iterator. `tests/pipeline/test_pipeline_loader.py` kills workers, so a release that changes it is noticed.
+It relies on PyTorch's private iterator. `tests/pipeline/test_pipeline_loader.py` kills workers, and so detects a release that changes it.
 """
 
 import errno
@@ -27,15 +27,15 @@ SHARED = "/dev/shm"
 PREFETCH = 2
 """Batches that each worker loads ahead."""
 SPARE = 2
-"""Batches outside the queue: the one that the network computes and the next one."""
+"""Batches outside the queue: the network's current batch and the next one."""
 SEMAPHORES = 64 << 10
-"""Bytes of shared memory that a loader's queues and locks take at most, for each worker."""
+"""Upper bound of the shared memory of a loader's queues and locks, in bytes per worker."""
 PATIENCE_S = 2.0
-"""For the watching thread to notice a death, after a read failed."""
+"""Seconds in which the watching thread must notice a worker's death after a failed read."""
 
 
 class LoaderError(RuntimeError):
-    """A worker process died; the message says how, and what to change."""
+    """Raised when a worker process died; the message names the cause and the setting to change."""
 
 
 class _InPipe:
@@ -49,9 +49,9 @@ class _InPipe:
 
 
 def collate_in_worker(items: Sequence[Item], *, shared: bool) -> dict[str, Any]:
-    """Return `collate` of the items in shared memory, or where there is none left, to be sent through the pipe.
+    """Return `collate` of the items in shared memory, or, if none is free, in a form that is sent through the pipe.
 
-    Moving a batch here and not in the queue's own thread matters: an error there loses the batch, and training waits for it forever.
+    The batch is moved here and not in the queue's thread: an error in that thread loses the batch, and training waits for it forever.
     """
     return {name: _movable(tensor, shared) for name, tensor in collate(items).items()}
 
@@ -60,16 +60,16 @@ def _movable(tensor: torch.Tensor, shared: bool) -> Any:
     if shared:
         try:
             return tensor.share_memory_()
-        except (RuntimeError, OSError):  # /dev/shm is full by now
+        except (RuntimeError, OSError):  # /dev/shm is full
             pass
     return _InPipe(tensor)
 
 
 class Loader(DataLoader[Item]):
-    """PyTorch's loader of `collate`d batches. LoaderError where a worker died or could not start; the other workers end then, too."""
+    """PyTorch's DataLoader with `collate`. Raises LoaderError, and ends all workers, if one dies or cannot start."""
 
     def __init__(self, dataset: Any, *, workers: int, shared: bool = True, **options: Any) -> None:
-        """shared: hand batches over in shared memory, not through pipes."""
+        """shared: transfer batches in shared memory, not through pipes."""
         joined = partial(collate_in_worker, shared=shared) if workers else collate
         ahead = PREFETCH if workers else None
         super().__init__(dataset, num_workers=workers, collate_fn=joined, prefetch_factor=ahead, **options)
@@ -83,18 +83,18 @@ class Loader(DataLoader[Item]):
             if error.errno != errno.ENOSPC:
                 raise
             raise LoaderError(
-                f"{SHARED} is full, so {self.num_workers} loader workers cannot start; give a container more "
-                "(docker run --shm-size 2g), or take --data.workers 0"
+                f"{SHARED} is full, so {self.num_workers} loader workers cannot start; enlarge it for a container "
+                "(docker run --shm-size 2g), or set --data.workers 0"
             ) from error
 
 
 class _Watch:
-    """Notices the first death of a worker, ends the others, and with them whatever waits for them. `first`: its index in `workers`."""
+    """Watch the workers: after the first death, kill the others, so that no read waits for them. `first`: index of the dead worker."""
 
     def __init__(self, iterator: "_Watched") -> None:
         self.workers = list(iterator._workers)
         self.first: int | None = None
-        # Where a thread pins memory, it reads from the pipe; its end would be a traceback, and PyTorch looks after the workers by itself.
+        # A pinning thread reads the pipe and would print a traceback at its end; PyTorch then watches the workers itself.
         results: Any = iterator._worker_result_queue
         self._writer = None if iterator._pin_memory else results._writer
         self.thread = threading.Thread(target=self._run, args=[weakref.ref(iterator)], name="workers", daemon=True)
@@ -110,7 +110,7 @@ class _Watch:
         for worker in self.workers:
             worker.kill()
         if self._writer is not None:
-            self._writer.close()  # no process can write any more: a read that waits for the rest of a message ends
+            self._writer.close()  # no writer remains, so a read that waits for the rest of a message fails
 
 
 class _Watched(_MultiProcessingDataLoaderIter):
@@ -130,7 +130,7 @@ class _Watched(_MultiProcessingDataLoaderIter):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Raise LoaderError in place of the error that a worker's death causes in a read."""
+        """Raise LoaderError instead of the error that a worker's death causes in a read."""
         try:
             yield
         except (RuntimeError, OSError, EOFError) as error:
@@ -140,10 +140,10 @@ class _Watched(_MultiProcessingDataLoaderIter):
             watch.thread.join(PATIENCE_S)  # a connection breaks before the process counts as dead
             if watch.first is None:
                 raise
-            raise LoaderError(death(watch.workers[watch.first].exitcode, len(watch.workers))) from error
+            raise LoaderError(exit_message(watch.workers[watch.first].exitcode, len(watch.workers))) from error
 
     def _shutdown_workers(self) -> None:
-        if self._watch is not None and self._watch.first is not None:  # the locks may be those of the dead
+        if self._watch is not None and self._watch.first is not None:  # the dead worker may hold the locks
             self._shutdown = True
             for queue in self._index_queues:
                 queue.cancel_join_thread()
@@ -156,31 +156,31 @@ class _Watched(_MultiProcessingDataLoaderIter):
                 worker.kill()  # workers ignore SIGTERM
 
 
-def death(code: int | None, workers: int) -> str:
-    """Say how a worker ended and what to change. code: as `multiprocessing.Process.exitcode`; workers: how many there were."""
+def exit_message(code: int | None, workers: int) -> str:
+    """Return a message on how a worker ended and what to change. code: `multiprocessing.Process.exitcode`; workers: their number."""
     if code == NOT_SENT:
         return (
-            "a loader worker could not hand a batch over, as where too many files are open; "
-            "raise the limit (ulimit -n 65536), or take --data.workers 0"
+            "a loader worker could not transfer a batch, probably because too many files are open; "
+            "raise the limit (ulimit -n 65536), or set --data.workers 0"
         )
     if code is None or code >= 0:
-        return f"a loader worker ended by itself with exit code {code}; --data.workers 0 shows why"
+        return f"a loader worker ended with exit code {code}; --data.workers 0 shows the error"
     name = signal.Signals(-code).name
     if code == -signal.SIGKILL:
         return (
-            f"a loader worker was killed ({name}), as the system does where memory runs out; take fewer --data.workers "
-            f"(now {workers}) or a smaller --data.batch_size"
+            f"a loader worker was killed ({name}), probably because memory ran out; reduce --data.workers "
+            f"(now {workers}) or --data.batch_size"
         )
     if code == -signal.SIGBUS:
         return (
-            f"a loader worker was ended by {name}, as where {SHARED} is full; give a container more "
-            "(docker run --shm-size 2g), or take --data.workers 0"
+            f"a loader worker died of {name}, probably because {SHARED} is full; enlarge it for a container "
+            "(docker run --shm-size 2g), or set --data.workers 0"
         )
-    return f"a loader worker crashed ({name}); --data.workers 0 shows where, in the training process"
+    return f"a loader worker crashed ({name}); --data.workers 0 loads in the training process and shows where"
 
 
 def shared_memory_free() -> int | None:
-    """Bytes of shared memory that are free for each of this machine's training processes, None where the system has no folder for it."""
+    """Return the free shared memory in bytes for each rank on this machine, or None if the system has no shared memory folder."""
     try:
         state = os.statvfs(SHARED)
     except OSError:
@@ -188,21 +188,21 @@ def shared_memory_free() -> int | None:
     return state.f_bavail * state.f_frsize // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's
 
 
-def hand_over(workers: int, batch_bytes: int, free: int | None) -> tuple[int, bool]:
-    """(workers to start, whether they hand batches over in shared memory), as the free shared memory allows. Logs what it changes.
+def plan_workers(workers: int, batch_bytes: int, free: int | None) -> tuple[int, bool]:
+    """Return (workers to start, whether they transfer batches in shared memory), as the free shared memory allows. Logs a change.
 
-    batch_bytes: of the largest batch. Results are the same either way.
+    batch_bytes: size of the largest batch. The choice does not change the batches.
     """
     need = batch_bytes * (PREFETCH * workers + SPARE) + workers * SEMAPHORES
     if not workers or free is None or free >= need:
         return workers, True
-    cure = f"docker run --shm-size {-(-need // (1 << 30))}g gives a container enough"
+    remedy = f"docker run --shm-size {-(-need // (1 << 30))}g is enough for a container"
     if free < workers * SEMAPHORES:
-        log.warning("%s has %s free; the training process loads the images itself; %s", SHARED, _size(free), cure)
+        log.warning("%s has %s free; the training process loads the images itself; %s", SHARED, _size(free), remedy)
         return 0, True
     log.warning(
-        "%s has %s free, %d workers need %s; batches go through pipes, more slowly; %s",
-        SHARED, _size(free), workers, _size(need), cure,
+        "%s has %s free, %d workers need %s; batches use slower pipes; %s",
+        SHARED, _size(free), workers, _size(need), remedy,
     )  # fmt: skip
     return workers, False
 

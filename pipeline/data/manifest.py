@@ -1,4 +1,4 @@
-"""What a data set is: samples with labels and splits, from a folder, a CSV or Parquet manifest, or the embedded digits."""
+"""Load a data set: samples with labels and splits, from a folder, a CSV or Parquet manifest, or the embedded digits."""
 
 import os
 from collections import Counter, defaultdict
@@ -20,9 +20,11 @@ from refract.pipeline.files import read_file
 
 @dataclass(frozen=True)
 class Sample:
-    """One image, with its text or without, or a text alone. path: the image's file, or a name where `data` holds the encoded bytes;
-    labels: indices; split: "" where not given; has_image: false for a text alone, whose image is a plain grey one; metadata: further
-    columns of its manifest, column → value."""
+    """One image with or without a text, or a text alone.
+
+    path: the image file, or a name if `data` holds the encoded bytes; labels: label indices; split: "" if not given; has_image: false for
+    a text alone, whose image is a grey placeholder; metadata: further columns of the manifest, column → value.
+    """
 
     path: str
     labels: tuple[int, ...]
@@ -34,34 +36,37 @@ class Sample:
 
     @property
     def key(self) -> str:
-        """What tells it from others: an image may be there several times with other texts."""
+        """Identity of the sample: path and text, as an image may occur with several texts."""
         return f"{self.path}\0{self.text}" if self.text else self.path
 
     def read(self) -> bytes:
-        """The encoded image. OSError where the file cannot be read."""
+        """Return the encoded image. OSError if the file cannot be read."""
         return read_file(self.path) if self.data is None else self.data
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data set. source: as the user named it; labels: names, sorted; task: binary, multiclass or multilabel."""
+    """A data set.
+
+    source: path as the user gave it, or `digits`; labels: names, sorted; task: binary, multiclass or multilabel.
+    """
 
     source: str
     samples: tuple[Sample, ...]
     labels: tuple[str, ...]
     task: str
     empty: tuple[str, ...] = ()
-    """Class folders without an image."""
+    """Class folders without images."""
     loose: tuple[str, ...] = ()
-    """Images beside the class folders, which are of no class."""
+    """Images outside the class folders, which have no class."""
     skipped: Skipped = field(default_factory=Skipped, hash=False)
-    """Entries of a folder that are not read."""
+    """Skipped entries of the folder."""
     notes: tuple[str, ...] = ()
-    """What a user should look at, a line each."""
+    """Notes for the user, one line each."""
     near: tuple[tuple[str, str], ...] = ()
-    """Images of the hold-out and those of the training that they resemble: see `refract.pipeline.data.near_duplicates`."""
+    """(path of a `val` or `test` image, path of the near-duplicate in `train`): see `refract.pipeline.data.near_duplicates`."""
     drawn: tuple[str, ...] = ()
-    """Splits that the data does not have, and that were drawn from the seed."""
+    """Splits that the data lacks and that were drawn from the seed."""
 
     def of(self, split: str) -> list[Sample]:
         return [sample for sample in self.samples if sample.split == split]
@@ -72,12 +77,12 @@ class Manifest:
         return [split for split in SPLITS if split in present]
 
     def counts(self, split: str | None = None) -> dict[str, int]:
-        """Label → how many samples carry it."""
+        """Return label → number of its samples, in a split or in all."""
         counter = Counter(i for s in self.samples if split is None or s.split == split for i in s.labels)
         return {label: counter[i] for i, label in enumerate(self.labels)}
 
     def near_of(self, samples: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
-        """Those of the samples, by path, that are in `near`, each with what it resembles."""
+        """Return (sample, its near-duplicate in `train`) for each of the samples that `near` lists by path."""
         by_path, wanted = {sample.path: sample for sample in self.samples}, {sample.path for sample in samples}
         return [(by_path[path], by_path[other]) for path, other in self.near if path in wanted]
 
@@ -86,11 +91,14 @@ class Manifest:
 
 
 def load_manifest(source: str | Path, task: str = "auto", *, to_train: bool = True) -> Manifest:
-    """Read a data set. source: `digits`, a folder, or a `.csv`, `.tsv` or `.parquet` file. DataError says what is wrong with it;
-    `to_train`, also that it has splits and nothing to train on, or one class alone."""
+    """Read a data set.
+
+    source: `digits`, a folder, or a `.csv`, `.tsv` or `.parquet` file. to_train: also reject data with splits but without a split train,
+    and data with a single class. DataError names the problem.
+    """
     manifest = _load(source, task)
     if to_train:
-        _refuse_untrainable(manifest)
+        _reject_untrainable(manifest)
     return manifest
 
 
@@ -98,7 +106,9 @@ def _load(source: str | Path, task: str) -> Manifest:
     path = Path(source)
     if str(source) == "digits" and not path.exists():
         if task not in ("auto", "multiclass"):
-            raise DataError(f"data.task: {task}, but the digits have ten classes and one of them an image")
+            raise DataError(
+                f"data.task: {task} does not fit the digits, which have ten classes; set auto or multiclass"
+            )
         return _digits()
     if path.is_dir():
         return _from_folder(path, task)
@@ -106,13 +116,13 @@ def _load(source: str | Path, task: str) -> Manifest:
         return _from_table(path, task)
     if path.is_file():
         raise DataError(
-            f"{path}: expected a folder, a .csv, .tsv or .parquet manifest, or `digits`, not a {path.suffix or 'plain'} file"
+            f"{path}: got a {path.suffix or 'plain'} file; expected a folder, a .csv, .tsv or .parquet manifest, or `digits`"
         )
-    raise DataError(f"{path}: no such folder or file, seen from {Path.cwd()}")
+    raise DataError(f"{path}: no such folder or file (current folder: {Path.cwd()})")
 
 
 def _digits() -> Manifest:
-    """scikit-learn's 1,797 handwritten digits (UCI), 8×8 pixels of 17 grey levels, as PNG."""
+    """Return scikit-learn's 1,797 handwritten digits (UCI), 8×8 pixels with 17 grey levels, as PNG."""
     import cv2
     from sklearn.datasets import load_digits
 
@@ -128,10 +138,10 @@ def _digits() -> Manifest:
 def _from_folder(root: Path, task: str) -> Manifest:
     if task == "multilabel":
         raise DataError(
-            f"{root}: a folder gives each image one class; use a manifest with labels such as `cat;dog` for multilabel"
+            f"{root}: data.task is multilabel, but a folder gives each image one class; use a manifest with labels such as `cat;dog`"
         )
     folder = read_folder(root)
-    labels = tuple(sorted({one.label for one in folder.classes}))
+    labels = tuple(sorted({item.label for item in folder.classes}))
     index = {label: i for i, label in enumerate(labels)}
     samples = [
         Sample(path.removeprefix("./"), (index[one.label],), one.split) for one in folder.classes for path in one.images
@@ -147,71 +157,74 @@ def _from_folder(root: Path, task: str) -> Manifest:
 
 
 def _from_table(path: Path, task: str) -> Manifest:
-    """Columns: path (relative to the manifest's folder, or absolute), label (several as `a;b`), perhaps split and text, and any others as
-    metadata."""
+    """Read the columns path (absolute, or relative to the manifest's folder), label (`a;b` for several labels), split and text; all other
+    columns are metadata."""
     table = read_table(path)
     missing = [column for column in ("path", "label") if column not in table.columns]
     if missing and not ("text" in table.columns and missing == ["path"]):
         raise table.lacks(missing[0], needed="path,label and/or text[,split]")
     paths, splits, texts = table.texts("path"), table.texts("split"), table.texts("text")
-    _refuse_rows(table, "split", lambda split: split not in (*SPLITS, ""), f"one of {', '.join(SPLITS)}, or empty")
+    _reject_rows(table, "split", lambda split: split not in (*SPLITS, ""), f"one of {', '.join(SPLITS)}, or empty")
     if any(splits):
-        _refuse_rows(table, "split", lambda split: split == "", "filled, as in other rows")
-    nothing = [row for row, file in enumerate(paths) if not file.strip() and trimmed(texts[row]) == ""]
-    if nothing:
+        _reject_rows(table, "split", lambda split: split == "", "filled, as in other rows")
+    empty_rows = [row for row, file in enumerate(paths) if not file.strip() and trimmed(texts[row]) == ""]
+    if empty_rows:
         raise DataError(
-            f"{table.where(nothing[0])}: path {paths[nothing[0]]!r} is not a file, nor is there a text ({len(nothing)} such rows)"
+            f"{table.where(empty_rows[0])}: path {paths[empty_rows[0]]!r} is empty, and so is the text ({len(empty_rows)} such rows)"
         )
-    several = task == "multilabel" or (task == "auto" and any(";" in label for label in table.texts("label")))
-    if several:
+    multilabel = task == "multilabel" or (task == "auto" and any(";" in label for label in table.texts("label")))
+    if multilabel:
         names = [
             tuple(dict.fromkeys(part for part in map(trimmed_name, label.split(";")) if part))
             for label in table.texts("label")
         ]
     else:
         names = [(label,) for label in table.texts("label")]
-        _refuse_rows(
+        _reject_rows(
             table, "label", lambda label: label == "", "a class name",
-            "for images with several labels or none, write them as `a;b` and set data.task: multilabel",
+            "for multi-label images or images without a label, write labels as `a;b` and set data.task: multilabel",
         )  # fmt: skip
     labels = tuple(sorted({name for row in names for name in row}))
     index = {label: i for i, label in enumerate(labels)}
     columns = [column for column in table.columns if column not in COLUMNS]
-    further = list(zip(*(table.columns[column] for column in columns), strict=True)) or [()] * len(table)
+    metadata = list(zip(*(table.columns[column] for column in columns), strict=True)) or [()] * len(table)
     samples = [
         Sample(
             table.file(file) if file.strip() else f"{path.name}#{number}", tuple(index[name] for name in row), split, text,
-            None if file.strip() else _blank(), bool(file.strip()), metadata=dict(zip(columns, more, strict=True)),
+            None if file.strip() else _blank(), bool(file.strip()), metadata=dict(zip(columns, values, strict=True)),
         )
-        for number, (file, row, split, text, more) in enumerate(zip(paths, names, splits, texts, further, strict=True), start=2)
+        for number, (file, row, split, text, values) in enumerate(zip(paths, names, splits, texts, metadata, strict=True), start=2)
     ]  # fmt: skip
-    manifest = _manifest(str(path), samples, labels, "multilabel" if several else task)
-    joined = _joined_note(labels, "" if several else " and set data.task: multilabel")
+    manifest = _manifest(str(path), samples, labels, "multilabel" if multilabel else task)
+    joined = _joined_note(labels, "" if multilabel else " and set data.task: multilabel")
     return replace(manifest, notes=(*table.notes, *_unlabelled(table, names), *joined, *manifest.notes))
 
 
-def _joined_note(labels: Sequence[str], task: str) -> list[str]:
-    """A note on labels such as `circle,square`, whose parts are labels too, or recur in other labels. task: what to do further."""
+def _joined_note(labels: Sequence[str], hint: str) -> list[str]:
+    """Return a note on labels such as `circle,square` whose parts are also labels, or occur in other labels. hint: end of the note."""
     for mark in (",", "|", "/", " "):
         parts = {label: [*map(trimmed_name, label.split(mark))] for label in labels}
-        seen = Counter(part for own in parts.values() for part in {*own})
+        occurrences = Counter(part for pieces in parts.values() for part in {*pieces})
         joined = [
             label
-            for label, own in parts.items()
-            if len({*own}) > 1 and all(part and (part in parts or (mark in ",|" and seen[part] > 1)) for part in own)
+            for label, pieces in parts.items()
+            if len({*pieces}) > 1
+            and all(part and (part in parts or (mark in ",|" and occurrences[part] > 1)) for part in pieces)
         ]
         if joined:
             return [
                 f"{joined[0]} looks like several labels of one image ({len(joined)} such labels); if so, write "
-                f"{';'.join(parts[joined[0]])}{task}"
+                f"{';'.join(parts[joined[0]])}{hint}"
             ]
     return []
 
 
 def _unlabelled(table: Table, names: Sequence[tuple[str, ...]]) -> list[str]:
-    rows = [row for row, own in enumerate(names) if not own]
+    rows = [row for row, row_names in enumerate(names) if not row_names]
     return (
-        [f"{len(rows)} rows have no label, such as {table.where(rows[0])}; they train as samples of no label"]
+        [
+            f"{len(rows)} rows have no label, such as {table.where(rows[0])}; they are trained on as samples without labels"
+        ]
         if rows
         else []
     )
@@ -219,17 +232,19 @@ def _unlabelled(table: Table, names: Sequence[tuple[str, ...]]) -> list[str]:
 
 def _manifest(source: str, samples: list[Sample], labels: tuple[str, ...], task: str) -> Manifest:
     if not samples:
-        raise DataError(f"{source}: no images; Refract reads {', '.join(SUFFIXES)}")
+        raise DataError(f"{source}: no images; accepted: {', '.join(SUFFIXES)}")
     unnamable = [sample.path for sample in samples if not _is_text(sample.path)]
     if unnamable:
         raise DataError(
-            f"{source}: {len(unnamable)} file names are not UTF-8, as {os.fsencode(unnamable[0])!r}, so that no manifest or report could "
-            "name them; rename them (`convmv -r -f latin1 -t utf8 --notest FOLDER` does, if they are Latin-1)"
+            f"{source}: {len(unnamable)} file names are not UTF-8, such as {os.fsencode(unnamable[0])!r}; reports need UTF-8; "
+            "rename them (for Latin-1: `convmv -r -f latin1 -t utf8 --notest FOLDER`)"
         )
     if task == "auto":
         task = "binary" if len(labels) == 2 else "multiclass"
     if task == "binary" and len(labels) != 2:
-        raise DataError(f"{source}: data.task is binary, but there are {len(labels)} classes: {', '.join(labels[:10])}")
+        raise DataError(
+            f"{source}: data.task is binary, but the data has {len(labels)} classes: {', '.join(labels[:10])}"
+        )
     return Manifest(source, tuple(samples), labels, task, notes=tuple(_twin_notes(labels)))
 
 
@@ -244,7 +259,7 @@ def _twin_notes(labels: Sequence[str]) -> list[str]:
     ]
 
 
-def _refuse_untrainable(manifest: Manifest) -> None:
+def _reject_untrainable(manifest: Manifest) -> None:
     splits = manifest.splits()
     if splits and "train" not in splits:
         raise DataError(f"{manifest.source}: has images of the split {', '.join(splits)}, and none of the split train")
@@ -259,23 +274,23 @@ def _refuse_untrainable(manifest: Manifest) -> None:
 
 @cache
 def _blank() -> bytes:
-    """What stands for the image of a text alone wherever one is shown or decoded."""
+    """Return the placeholder image of a text alone: a grey PNG of 32×32 pixels."""
     import cv2
 
     return cv2.imencode(".png", np.full((32, 32, 3), 128, np.uint8))[1].tobytes()
 
 
-def _refuse_rows(table: Table, column: str, wrong: Callable[[str], bool], accepted: str, cure: str = "") -> None:
+def _reject_rows(table: Table, column: str, wrong: Callable[[str], bool], accepted: str, remedy: str = "") -> None:
     rows = [row for row, value in enumerate(table.texts(column)) if wrong(value)]
     if rows:
         raise DataError(
             f"{table.where(rows[0])}: {column} {table.texts(column)[rows[0]]!r} is not {accepted} ({len(rows)} such rows)"
-            + (f"; {cure}" if cure else "")
+            + (f"; {remedy}" if remedy else "")
         )
 
 
 def _is_text(path: str) -> bool:
-    """Whether a name from the file system is text: Python gives a byte that is none as half of a surrogate pair."""
+    """Return whether a name from the file system is UTF-8: Python represents other bytes as surrogates."""
     try:
         path.encode()
     except UnicodeEncodeError:

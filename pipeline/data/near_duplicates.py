@@ -1,5 +1,7 @@
-"""Images that look alike though their files differ: saved again, of another size, a little brighter. Finds those of the hold-out that
-resemble one that was trained on."""
+"""Find near-duplicates: images of `val` and `test` that resemble a training image though their files differ.
+
+Examples are an image that was saved again, resized or slightly brightened.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,19 +14,23 @@ from refract.augment import Preprocess
 from refract.pipeline.data.manifest import Manifest, Sample
 
 BITS = 7
-"""Of the 128 of a look, in which two may differ: then one of its 8 parts is equal, by which pairs are found."""
+"""Bits of 128 in which two difference hashes may differ. At least one of the 8 parts of 16 bits is then equal, which finds the pairs."""
 SMALLEST, PLAIN = 16, 0.3
-"""Pixels a side below which, and share of neighbouring places of one grey from which on, an image has no look: it is flat, or strokes or
-one thing on an empty ground, as digits are, and would be like too many others. (Photographs have 0.07 of such places, digits 0.44.)"""
+"""An image has no difference hash if its shorter side is below SMALLEST pixels, or its fraction of equal neighbouring cells reaches PLAIN.
+Such an image is flat, or shows strokes or one object on an empty ground, and would resemble too many others. The fraction is 0.07 for
+photographs and 0.44 for digits."""
 SIDE, ALIKE = 32, 0.97
-"""Candidates are compared as grey images of SIDE pixels: the correlation from which on they are told."""
+"""Candidates are compared as grey images of SIDE×SIDE pixels; a correlation of at least ALIKE makes them near-duplicates."""
 NEAREST = 64
-"""Candidates that an image is compared with, those of the nearest looks: where all images look alike, not all pairs are compared."""
+"""Candidates per image, those of the nearest hashes. This bounds the work for data in which all images look alike."""
 
 
-def look_of(pixels: np.ndarray) -> bytes:
-    """16 bytes that small changes hardly change: whether each of 8×8 places is brighter than its right and than its lower neighbour; empty
-    for one of too little structure. pixels: uint8 H×W×3. Source: the difference hash of N. Krawetz (2013), in both directions."""
+def difference_hash(pixels: np.ndarray) -> bytes:
+    """Return a hash of 16 bytes that changes little under small changes of the image; empty for an image with too little structure.
+
+    Its bits say whether each of 8×8 cells is brighter than its right and its lower neighbour. pixels: uint8 H×W×3. Source: the difference
+    hash of N. Krawetz (2013), in both directions.
+    """
     if min(pixels.shape[:2]) < SMALLEST:
         return b""
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
@@ -33,35 +39,35 @@ def look_of(pixels: np.ndarray) -> bytes:
     return np.packbits(steps > 0).tobytes() if (np.abs(steps) <= 1).mean() < PLAIN else b""
 
 
-def near_pairs(manifest: Manifest, looks: Mapping[str, bytes]) -> tuple[tuple[str, str], ...]:
-    """(path of an image of `val` or `test`, path of one of `train` that it resembles), one for each such image of the hold-out.
+def near_pairs(manifest: Manifest, hashes: Mapping[str, bytes]) -> tuple[tuple[str, str], ...]:
+    """Return (path of a `val` or `test` image, path of the training image that it resembles most), one pair per such image.
 
-    looks: path → `look_of` of it. OSError where an image cannot be read any more.
+    hashes: path → `difference_hash`. OSError if an image is no longer readable.
     """
-    trained = [sample for sample in manifest.of("train") if looks.get(sample.path)]
-    held = [sample for sample in manifest.samples if sample.split in ("val", "test") and looks.get(sample.path)]
-    pairs = _candidates([looks[s.path] for s in held], [looks[s.path] for s in trained])
-    wanted = {s.path: s for i, others in pairs for s in (held[i], *(trained[j] for j in others))}
+    train = [sample for sample in manifest.of("train") if hashes.get(sample.path)]
+    measured = [sample for sample in manifest.samples if sample.split in ("val", "test") and hashes.get(sample.path)]
+    pairs = _candidates([hashes[s.path] for s in measured], [hashes[s.path] for s in train])
+    wanted = {s.path: s for i, others in pairs for s in (measured[i], *(train[j] for j in others))}
     with ThreadPoolExecutor() as pool:
-        small = dict(zip(wanted, pool.map(_small, wanted.values()), strict=True))
-    found = {}
+        thumbnails = dict(zip(wanted, pool.map(_standardised, wanted.values()), strict=True))
+    duplicates = {}
     for i, others in pairs:
-        values = np.stack([small[trained[j].path] for j in others]) @ small[held[i].path] / SIDE**2
-        if values.max() >= ALIKE:
-            found[held[i].path] = trained[others[int(values.argmax())]].path
-    return tuple(found.items())
+        correlations = np.stack([thumbnails[train[j].path] for j in others]) @ thumbnails[measured[i].path] / SIDE**2
+        if correlations.max() >= ALIKE:
+            duplicates[measured[i].path] = train[others[int(correlations.argmax())]].path
+    return tuple(duplicates.items())
 
 
-def _candidates(held: Sequence[bytes], trained: Sequence[bytes]) -> list[tuple[int, list[int]]]:
-    """For each of the held that has any, places of looks that differ from its own in at most BITS bits: the NEAREST, the nearest first."""
-    places_of: dict[bytes, list[int]] = defaultdict(list)
-    for j, look in enumerate(trained):
-        places_of[look].append(j)
-    if not held or not places_of:
+def _candidates(measured: Sequence[bytes], train: Sequence[bytes]) -> list[tuple[int, list[int]]]:
+    """Return (index in `measured`, indices in `train`) of hashes that differ in at most BITS bits: up to NEAREST, the nearest first."""
+    indices_of: dict[bytes, list[int]] = defaultdict(list)
+    for j, image_hash in enumerate(train):
+        indices_of[image_hash].append(j)
+    if not measured or not indices_of:
         return []
-    ours, theirs = (np.frombuffer(b"".join(looks), np.uint16).reshape(-1, 8) for looks in (held, places_of))
-    members = list(places_of.values())
-    nearest: list[dict[int, int]] = [{} for _ in held]
+    ours, theirs = (np.frombuffer(b"".join(hashes), np.uint16).reshape(-1, 8) for hashes in (measured, indices_of))
+    members = list(indices_of.values())
+    nearest: list[dict[int, int]] = [{} for _ in measured]
     for part in range(8):
         rows_of = defaultdict(list)
         for row, value in enumerate(theirs[:, part].tolist()):
@@ -73,15 +79,15 @@ def _candidates(held: Sequence[bytes], trained: Sequence[bytes]) -> list[tuple[i
                 near = np.flatnonzero(differing <= BITS)
                 near = near[np.argsort(differing[near], kind="stable")[:NEAREST]]
                 nearest[i].update(zip(buckets[value][near].tolist(), differing[near].tolist(), strict=True))
-    found = [
+    candidates = [
         (i, [j for row in sorted(near, key=near.__getitem__) for j in members[row]][:NEAREST])
         for i, near in enumerate(nearest)
     ]
-    return [(i, others) for i, others in found if others]
+    return [(i, others) for i, others in candidates if others]
 
 
-def _small(sample: Sample) -> np.ndarray:
-    """Standardised, so that a product of two is their correlation."""
+def _standardised(sample: Sample) -> np.ndarray:
+    """Return the sample's grey thumbnail, float32 (SIDE²,), standardised: the mean product of two is their correlation."""
     grey = cv2.cvtColor(_shrink(sample.read()), cv2.COLOR_RGB2GRAY).ravel().astype(np.float32)
     return (grey - grey.mean()) / max(float(grey.std()), 1e-6)
 

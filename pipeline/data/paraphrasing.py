@@ -1,4 +1,4 @@
-"""From texts to a cache of their paraphrases: translated in batches, filtered, kept a batch at a time."""
+"""Fill a cache with paraphrases of texts: translate in batches, filter, and store each batch."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,16 +16,19 @@ log = logging.getLogger(__name__)
 
 Similar = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 Row = tuple[str, list[tuple[str, str | None]]]
-"""A text, its paraphrases, and why each is not used."""
+"""A text and its paraphrases, each with the reason why it is not used, or None."""
 
 FAILURES = 20
-"""So many texts one after the other that cannot be translated are the model's fault, or the machine's."""
+"""Consecutive texts whose translation fails before the run stops: the cause is then the model or the machine."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """model: name or folder, in which {from} and {to} are languages; n: paraphrases by each of `via`; similar: least cosine, where there is
-    an encoder."""
+    """Settings of a paraphrasing run.
+
+    model: name or folder of the translation model, with {from} and {to} in place of the languages; source: language of the texts; via:
+    intermediate languages; n: paraphrases per intermediate language; similar: minimum cosine similarity, used with an encoder.
+    """
 
     model: str
     source: str
@@ -43,38 +46,45 @@ class Plan:
 
 
 def paraphrase(texts: Sequence[str], plan: Plan, file: Path) -> dict[str, int]:
-    """Fill the cache; what it holds is not translated again. Returns reason → how many paraphrases are not used for it, "" those that are.
+    """Fill the cache with the paraphrases that it lacks.
 
-    CacheError, TranslationError; DataError where another process fills the file.
+    Returns reason → number of paraphrases that are not used for this reason; the key "" counts the used ones. Raises CacheError,
+    TranslationError, and DataError if another process fills the file.
     """
     import torch
     from tqdm import tqdm
 
     device = plan.device if plan.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     similar = None
-    busy = DataError(f"{file} is being filled by another process")
+    busy = DataError(f"{file}: another process fills this cache; wait for it, or set --cache")
     with locked(file.with_name(file.name + ".lock"), busy), Cache(file) as cache:
         counts: dict[str, int] = {}
         for via in plan.via:
             settings = _settings(plan, via)
             cache.start_run(settings, f"{plan.source} {via}")
-            missing = sorted(cache.missing(texts, settings), key=len)  # texts of one length fill a batch best
-            log.info("%s: %d texts to translate, %d are in %s", via, len(missing), len(set(texts)) - len(missing), file)
+            missing = sorted(cache.missing(texts, settings), key=len)  # texts of similar length need the least padding
+            log.info(
+                "%s: %d texts to translate, %d are cached in %s",
+                via,
+                len(missing),
+                len(set(texts)) - len(missing),
+                file,
+            )
             if missing:
                 translator = _translator(plan, via, device)
                 similar = similar or _similar(plan, device)
                 with tqdm(total=len(missing), desc=f"{plan.source}–{via}–{plan.source}", unit=" texts") as bar:
-                    for found in _found(missing, plan, translator, similar):
-                        cache.add(found, settings)
-                        bar.update(len(found))
+                    for rows in _translated_rows(missing, plan, translator, similar):
+                        cache.add(rows, settings)
+                        bar.update(len(rows))
             for reason, count in cache.dropped(texts, settings).items():
                 counts[reason] = counts.get(reason, 0) + count
     return counts
 
 
 def _settings(plan: Plan, via: str) -> str:
-    """All that the paraphrases and their use depend on, but the seed and the batch: what was drawn once stays."""
-    own = (
+    """Return the cache key: all settings that affect the paraphrases, except seed and batch, so that cached draws remain valid."""
+    settings = (
         plan.model,
         plan.source,
         via,
@@ -85,7 +95,7 @@ def _settings(plan: Plan, via: str) -> str:
         sorted(protected_words(plan.filter.keep).entries),
         plan.filter.length,
     )
-    return repr((*own, plan.encoder, plan.similar if plan.encoder else None))
+    return repr((*settings, plan.encoder, plan.similar if plan.encoder else None))
 
 
 def _translator(plan: Plan, via: str, device: str) -> BackTranslator:
@@ -108,40 +118,43 @@ def _similar(plan: Plan, device: str) -> Similar | None:
         raise DataError(f"--encoder: {error}") from error
 
 
-def _found(
+def _translated_rows(
     texts: Sequence[str], plan: Plan, translator: BackTranslator, similar: Similar | None
 ) -> Iterator[list[Row]]:
-    """The rows of the texts, a batch at a time. Those that fail come with the next that does not: TranslationError where there is none, or
-    after FAILURES of them, so that what a broken model cannot do is tried again."""
-    rest, failed, some_worked = iter(texts), dict[str, TranslationError](), False
-    while some := list(islice(rest, max(1, plan.batch // plan.n))):
-        rows = _tried(some, plan, translator, similar, failed)
-        some_worked = some_worked or bool(rows)
+    """Yield the rows of the texts, a batch at a time.
+
+    Failed texts are yielded with the next successful batch. TranslationError if no text succeeds, or after FAILURES failures in a row: the
+    texts that a broken model failed on are then not cached, and are translated again.
+    """
+    remaining, failed, any_success = iter(texts), dict[str, TranslationError](), False
+    while batch := list(islice(remaining, max(1, plan.batch // plan.n))):
+        rows = _try_batch(batch, plan, translator, similar, failed)
+        any_success = any_success or bool(rows)
         if rows:
             yield [*rows, *_failures(failed)]
             failed.clear()
         elif len(failed) >= FAILURES:
             raise next(iter(failed.values()))
-    if failed and not some_worked:
+    if failed and not any_success:
         raise next(iter(failed.values()))
     yield _failures(failed)
 
 
-def _tried(
+def _try_batch(
     texts: list[str],
     plan: Plan,
     translator: BackTranslator,
     similar: Similar | None,
     failed: dict[str, TranslationError],
 ) -> list[Row]:
-    """The rows of the texts, together or else one by one; `failed` gets those that have none."""
+    """Return the rows of the texts: as one batch, else one by one. Adds the texts that fail to `failed`."""
     try:
         return _paraphrased(texts, plan, translator, similar)
     except TranslationError as error:
         if len(texts) == 1:
             failed[texts[0]] = error
             return []
-    return [row for text in texts for row in _tried([text], plan, translator, similar, failed)]
+    return [row for text in texts for row in _try_batch([text], plan, translator, similar, failed)]
 
 
 def _failures(failed: Mapping[str, TranslationError]) -> list[Row]:
@@ -151,20 +164,20 @@ def _failures(failed: Mapping[str, TranslationError]) -> list[Row]:
 
 
 def _paraphrased(texts: list[str], plan: Plan, translator: BackTranslator, similar: Similar | None) -> list[Row]:
-    several = [text for text in texts for _ in range(plan.n)]
-    translated = translator(several, plan.seed + int.from_bytes(digest(texts[0])[:4], "little"))
+    repeated = [text for text in texts for _ in range(plan.n)]
+    translated = translator(repeated, plan.seed + int.from_bytes(digest(texts[0])[:4], "little"))
     drawn = [text or "" for text in translated]
-    near = similar(several, drawn) if similar else [1.0] * len(drawn)
-    found = []
-    for place, text in enumerate(texts):
+    similarities = similar(repeated, drawn) if similar else [1.0] * len(drawn)
+    result = []
+    for index, text in enumerate(texts):
         used: list[str] = []
         rows: list[tuple[str, str | None]] = []
-        for k in range(place * plan.n, (place + 1) * plan.n):
+        for k in range(index * plan.n, (index + 1) * plan.n):
             reason = "cut" if translated[k] is None else plan.filter.reason(text, drawn[k], used)
-            if reason is None and similar and near[k] < plan.similar:
+            if reason is None and similar and similarities[k] < plan.similar:
                 reason = "unlike"
             if reason is None:
                 used.append(drawn[k])
             rows.append((drawn[k], reason))
-        found.append((text, rows))
-    return found
+        result.append((text, rows))
+    return result

@@ -1,4 +1,4 @@
-"""The data of a config as training takes them: checked, and split."""
+"""Load the data of a config: check it and split it for training."""
 
 import logging
 from collections import Counter
@@ -24,69 +24,72 @@ log = logging.getLogger(__name__)
 
 
 def prepare_data(config: Config) -> tuple[Manifest, dict[str, str]]:
-    """(the checked and split manifest, what it is known by again: its `content` and, with the splits, its `fingerprint`). DataError lists
-    what is wrong with the data."""
+    """Return (the checked and split manifest, its identity).
 
+    The identity holds two SHA-256 digests: `content` without the splits, `fingerprint` with them. DataError lists the problems of the data.
+    """
     manifest = load_manifest(config.data.source, config.data.task)
     log.info("checking %s samples of %s", f"{len(manifest.samples):,}", manifest.source)
     check_inputs(config, manifest)
-    found = scan(manifest.samples, reads=reads(config))
-    manifest = drop_bad(manifest, found, config.data.on_bad_file)
-    content, whole = found.content(manifest), manifest
-    manifest = drop_contradictory(manifest, found, config.data.on_bad_file)
-    _tell_left_out("whose copies carry other labels", whole, manifest)
+    scanned = scan(manifest.samples, reads=reads(config))
+    manifest = drop_bad(manifest, scanned, config.data.on_bad_file)
+    content, before = scanned.content(manifest), manifest
+    manifest = drop_contradictory(manifest, scanned, config.data.on_bad_file)
+    _log_skipped("whose copies have other labels", before, manifest)
     manifest = draw_splits(
         manifest,
-        found.groups,
+        scanned.groups,
         val_fraction=config.data.val_fraction,
         test_fraction=config.data.test_fraction,
         seed=config.trainer.seed,
     )
-    whole = manifest
-    manifest = drop_shared(manifest, found, config.data.on_bad_file)
-    _tell_left_out("whose copies are in another split", whole, manifest)
+    before = manifest
+    manifest = drop_shared(manifest, scanned, config.data.on_bad_file)
+    _log_skipped("whose copies are in another split", before, manifest)
     for warning in check_classes(manifest):
         log.warning("data: %s", warning)
-    if found.bad:
-        log.warning("data: left out %d unreadable images", len(found.bad))
-    for line in remark_lines(found.remarks):
+    if scanned.bad:
+        log.warning("data: skipped %d unreadable images", len(scanned.bad))
+    for line in remark_lines(scanned.remarks):
         log.warning("data: %s", line)
-    manifest = replace(manifest, near=near_pairs(manifest, found.looks))
+    manifest = replace(manifest, near=near_pairs(manifest, scanned.difference_hashes))
     if manifest.near:
         split_of = {sample.path: sample.split for sample in manifest.samples}
         counts = Counter(split_of[path] for path, _ in manifest.near)
-        told = " and ".join(f"{counts[split]} images of {split}" for split in ("val", "test") if counts[split])
+        images = " and ".join(f"{counts[split]} images of {split}" for split in ("val", "test") if counts[split])
         log.warning(
-            "data: %s look like one of train, as %s like %s: their figures may be too good", told, *manifest.near[0]
+            "data: %s are near-duplicates of training images, such as %s of %s; their metrics may be too high",
+            images,
+            *manifest.near[0],
         )
-    return manifest, {"fingerprint": found.fingerprint(manifest), "content": content}
+    return manifest, {"fingerprint": scanned.fingerprint(manifest), "content": content}
 
 
-def _tell_left_out(which: str, before: Manifest, after: Manifest) -> None:
-    kept = {sample.key for sample in after.samples}
-    gone = [sample.path for sample in before.samples if sample.key not in kept]
-    if gone:
-        log.warning("data: left out %d images %s, as %s", len(gone), which, gone[0])
+def _log_skipped(which: str, before: Manifest, after: Manifest) -> None:
+    remaining = {sample.key for sample in after.samples}
+    skipped = [sample.path for sample in before.samples if sample.key not in remaining]
+    if skipped:
+        log.warning("data: skipped %d images %s, such as %s", len(skipped), which, skipped[0])
 
 
 def held_out(info: BundleInfo, manifest: Manifest) -> Manifest:
-    """The data as they were split for training where these are the training data: what was learned by heart must not count as known.
+    """Return the manifest split as in training if it is the bundle's training data, else unchanged.
 
-    They are known by their content. DataError where they lie where the training data lay but are others now: which of them were trained on
-    cannot be told any more.
+    The training data is recognised by its content, so that training images are not measured. DataError if the data is at the path of the
+    training data but has changed: the training images can then no longer be identified.
     """
     config = config_from_dict(info.config)
     config.data.source = manifest.source
-    found = scan(manifest.samples, reads=reads(config))
-    readable = drop_bad(manifest, found, "skip")
-    if found.content(readable) == info.data.get("content"):
-        print("these are the images that the bundle was trained on; measuring its own hold-out")
+    scanned = scan(manifest.samples, reads=reads(config))
+    readable = drop_bad(manifest, scanned, "skip")
+    if scanned.content(readable) == info.data.get("content"):
+        print("these are the training images of the bundle; measuring its test split")
         split, identity = prepare_data(config)
         if identity["fingerprint"] == info.data.get("fingerprint"):
             return split
     elif Path(manifest.source).resolve() != Path(info.data.get("source", "")).resolve():
         return manifest
     raise DataError(
-        f"{manifest.source}: has changed since the bundle was trained on it, so its hold-out cannot be told from what was trained on. "
-        "Measure on the run's splits.csv, which remembers, or on other images."
+        f"{manifest.source}: has changed since the bundle was trained on it, so its test images can no longer be identified. "
+        "Measure on the run's splits.csv, which lists the splits, or on other images."
     )

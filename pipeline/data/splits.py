@@ -1,4 +1,4 @@
-"""Which images train, validate and test. What the data does not say is drawn, stratified, from the seed."""
+"""Draw the missing splits of a data set, stratified by class, from the seed."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -12,57 +12,56 @@ from refract.pipeline.data.manifest import Manifest, Sample
 def draw_splits(
     manifest: Manifest, hashes: Mapping[str, str], *, val_fraction: float, test_fraction: float, seed: int
 ) -> Manifest:
-    """Give every sample a split.
+    """Return the manifest with a split for every sample.
 
-    hashes: a sample's key → content hash; copies of one image go together, so that none is both trained on and measured. Data without
-    splits
-    gets both drawn; data with splits gets the missing ones of `val` and `test` drawn from `train`. Within each class the shares hold to
-    the image, and a class of three or more has one in each; for multilabel, within each set of labels that ten images or more carry,
-    and within the rest together.
+    hashes: sample key → content hash. Copies of an image get the same split, so that no image is both trained on and measured.
+    `val` and `test` are drawn if the data lacks them, from `train` or from samples without a split. The fractions hold within each class,
+    rounded to whole images, and a class of three or more images has one in each split. For multilabel they hold within each label set of
+    ten images or more, and within all other images together.
     """
     present = manifest.splits()
-    shares = {"test": test_fraction, "val": val_fraction}
-    wanted = {split: share for split, share in shares.items() if split not in present}
+    fractions = {"test": test_fraction, "val": val_fraction}
+    wanted = {split: fraction for split, fraction in fractions.items() if split not in present}
     groups: dict[tuple[int, ...], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    carried = Counter(sample.labels for sample in manifest.samples)
+    set_counts = Counter(sample.labels for sample in manifest.samples)
     for i, sample in enumerate(manifest.samples):
         if sample.split in ("", "train"):
-            rare = manifest.task == "multilabel" and carried[sample.labels] < 10
+            rare = manifest.task == "multilabel" and set_counts[sample.labels] < 10
             groups[() if rare else sample.labels][hashes[sample.key]].append(i)
     split_of: dict[int, str] = {}
-    taken: dict[str, str] = {}
+    assigned: dict[str, str] = {}
     for labels, copies in sorted(groups.items()):
-        free = sorted(key for key in copies if key not in taken)
+        free = sorted(key for key in copies if key not in assigned)
         order = [free[k] for k in generator(seed, 0, 0, f"split {labels}").permutation(len(free))]
         start = 0
-        for split, share in wanted.items():
-            count = round(share * len(free))
+        for split, fraction in wanted.items():
+            count = round(fraction * len(free))
             if len(free) >= len(wanted) + 1:
                 count = max(1, count)
-            taken.update(dict.fromkeys(order[start : start + count], split))
+            assigned.update(dict.fromkeys(order[start : start + count], split))
             start += count
         for key, indices in copies.items():
             for i in indices:
-                split_of[i] = taken.setdefault(key, "train")
+                split_of[i] = assigned.setdefault(key, "train")
     samples = tuple(replace(s, split=split_of.get(i, s.split)) for i, s in enumerate(manifest.samples))
     return replace(manifest, samples=samples, drawn=tuple(wanted))
 
 
-def _written(sample: Sample) -> str:
+def _path_column(sample: Sample) -> str:
     if not sample.has_image:
         return ""
     return sample.path if sample.data is not None else str(Path(sample.path).resolve())
 
 
 def write_splits(manifest: Manifest, path: Path) -> None:
-    """A CSV manifest (path,label,split,text and the metadata) of the data as it was split; `refract train` reads it again."""
+    """Write the split data as a CSV manifest (path,label,split,text and the metadata) that `refract train` reads."""
     import csv
 
     import pandas as pd
 
     rows = [
         {
-            "path": _written(sample),
+            "path": _path_column(sample),
             "label": ";".join(manifest.labels[i] for i in sample.labels),
             "split": sample.split,
             "text": sample.text,
@@ -70,5 +69,5 @@ def write_splits(manifest: Manifest, path: Path) -> None:
         }
         for sample in manifest.samples
     ]
-    # All quoted: pandas would write a lone carriage return bare, and read it as the row's end.
+    # Quote all values: pandas writes a lone carriage return unquoted, and reads it as the end of the row.
     pd.DataFrame(rows).to_csv(path, index=False, quoting=csv.QUOTE_ALL)

@@ -1,4 +1,4 @@
-"""The texts of a manifest, for what needs neither images nor labels."""
+"""Read the texts of a manifest, without images and labels."""
 
 from pathlib import Path
 
@@ -8,7 +8,10 @@ from refract.pipeline.data.sources.tables import is_table, read_table
 
 
 def texts_of(file: Path, split: str) -> list[str]:
-    """Those that are not blank, in the manifest's order. split: `train`, of a manifest without splits all, or `all`. DataError."""
+    """Return the texts that are not blank, in the manifest's order.
+
+    split: `train` (all texts of a manifest without splits) or `all`. DataError if there is no table, no column text, or no text.
+    """
     if not is_table(file):
         raise DataError(f"{file}: expected a CSV, TSV or Parquet file with a column text")
     table = read_table(file)
@@ -18,9 +21,9 @@ def texts_of(file: Path, split: str) -> list[str]:
     wanted = split if split != "all" and any(splits) else ""
     texts = [
         text
-        for text, own in zip(table.texts("text"), splits, strict=True)
-        if trimmed(text) and (not wanted or own == wanted)
+        for text, row_split in zip(table.texts("text"), splits, strict=True)
+        if trimmed(text) and (not wanted or row_split == wanted)
     ]
     if not texts:
-        raise DataError(f"{file}: has no texts in the split {split}")
+        raise DataError(f"{file}: no texts in the split {split}")
     return texts

@@ -92,14 +92,14 @@ def forked() -> dict[str, int]:
 import multiprocessing, pathlib, refract.serve.cli.command
 from refract.pipeline.inference.batch.worker import Job, Scorer
 from refract.pipeline.config.config import load_config
-from refract.pipeline.data.datasets import begin_worker
+from refract.pipeline.data.datasets import init_worker
 from refract.pipeline.training.run import train
 none = pathlib.Path("none")
 def job(): Scorer(Job(none, "", none, "", {}, "", False, False, 1, "none", "cpu", 1))
 def training(): train(load_config("configs/digits.yaml", ["--data.source", "none"]))
 kinds = {
     "nothing": (lambda: None, 48), "scoring": (job, 48), "train()": (training, 48),
-    "nothing, small blocks": (lambda: None, 16), "loading": (lambda: begin_worker(0), 16),
+    "nothing, small blocks": (lambda: None, 16), "loading": (lambda: init_worker(0), 16),
     "server": (lambda: refract.serve.cli.command.main(["none"]), 16),
 }
 def probe(name, queue):

@@ -194,7 +194,7 @@ def test_evaluate_shows_what_looks_like_the_training(refract: Run, tmp_path: Pat
     reports = [json.loads((tmp_path / where / "report.json").read_text()) for where in ("runs/r", "again")]
     one, again = (report["near_duplicates"] for report in reports)
     assert (
-        one == again and len(one["pairs"]) > 2 and f"{len(one['pairs'])} images of test look like one of train" in told
+        one == again and len(one["pairs"]) > 2 and f"{len(one['pairs'])} images of test are near-duplicates of training images" in told
     )
     assert all(Path(a).stem == Path(b).stem for a, b in one["pairs"])
     assert json.loads((tmp_path / "e.json").read_text())["near_duplicates"] == one["pairs"]

@@ -16,7 +16,7 @@ from refract.models.registry import build
 from refract.pipeline.data.datamodule import ImageDataModule, fits_memory
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.data.prepare import prepare_data
-from refract.pipeline.data.train_order import Share, TrainOrder
+from refract.pipeline.data.train_order import RankShard, TrainOrder
 from refract.pipeline.inference.scoring import SampleInput, score, views
 
 
@@ -147,21 +147,21 @@ def test_test_time_augmentation_averages_logits() -> None:
 
 
 def test_a_batch_of_several_sizes_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"in one batch: give Augmenter a size"):
+    with pytest.raises(ValueError, match=r"in one batch; give Augmenter a size"):
         list(data_of(folder, ["HorizontalFlip"], workers=0).train_dataloader())
 
 
 @pytest.mark.parametrize("classes", [None, [0] * 9 + [1] * 2])
 def test_processes_share_one_order(classes: list[int] | None) -> None:
     whole = list(TrainOrder(11, seed=3, classes=classes))
-    shares = [list(TrainOrder(11, seed=3, classes=classes, rank=rank, processes=3)) for rank in range(3)]
+    shares = [list(TrainOrder(11, seed=3, classes=classes, rank=rank, world_size=3)) for rank in range(3)]
     assert [len(share) for share in shares] == [4, 4, 4]
     together = [key for step in zip(*shares, strict=True) for key in step]
     assert together == [*whole, whole[0]], "in the order of one process, begun again to give all equally many"
-    resumed = TrainOrder(11, seed=3, classes=classes, rank=1, processes=3)
+    resumed = TrainOrder(11, seed=3, classes=classes, rank=1, world_size=3)
     resumed.resume(0, 2)
     assert list(resumed) == shares[1][2:]
-    measured = sorted(place for rank in range(3) for place in Share(11, rank, 3))
+    measured = sorted(place for rank in range(3) for place in RankShard(11, rank, 3))
     assert measured == list(range(11)), "each once"
 
 

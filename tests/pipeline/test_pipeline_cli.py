@@ -141,7 +141,7 @@ def test_predict_goes_on_past_a_bad_image(refract: Run, workplace: Path) -> None
 def test_evaluate_measures_the_runs_own_hold_out(refract: Run, workplace: Path) -> None:
     done = refract("evaluate", "runs/r1/bundle", "images", "--json", "e.json")
     report = json.loads((workplace / "e.json").read_text())
-    assert "its own hold-out" in done.stdout and report["images"] == 24  # 20 % of 120
+    assert "measuring its test split" in done.stdout and report["images"] == 24  # 20 % of 120
     stored = load_bundle(workplace / "runs" / "r1" / "bundle").info.metrics
     assert report["metrics"] == {name: value for name, value in stored.items() if name != "corruption_error"}
     assert np.trace(report["confusion"]) / 24 == report["metrics"]["accuracy"]
@@ -149,7 +149,7 @@ def test_evaluate_measures_the_runs_own_hold_out(refract: Run, workplace: Path) 
 
 def test_evaluate_knows_the_training_images_by_their_content(refract: Run, workplace: Path) -> None:
     (workplace / "images").rename(workplace / "moved")
-    assert "its own hold-out" in refract("evaluate", "runs/r1/bundle", workplace / "moved").stdout
+    assert "measuring its test split" in refract("evaluate", "runs/r1/bundle", workplace / "moved").stdout
     write_image(workplace / "moved" / "red" / "new.jpg", make_image("red", 999))
     assert "on 121 images" in refract("evaluate", "runs/r1/bundle", "moved").stdout, "other images, all of them"
     (workplace / "moved").rename(workplace / "images")
@@ -298,12 +298,12 @@ def test_a_run_tells_where_it_came_from_and_is_run_again(refract: Run, workplace
     served = client.get_model_version_by_alias("images", "champion").version
     told = refract("rerun", "runs/r1").stdout
     assert client.get_model_version_by_alias("images", "champion").version == served, "a look back changes nothing"
-    assert "the same weights: yes" in told and "other than then" not in told
+    assert "identical weights: yes" in told and "different: " not in told
     write_image(workplace / "images" / "red" / "more.jpg", make_image("red", 99))
     shutil.rmtree(workplace / "runs" / "r1")
     told = refract("rerun", run.info.run_id).stdout
-    assert "other than then: the data have changed" in told and "the same weights: no" in told
-    assert "is no folder here, and no run of MLflow" in refract("rerun", "0" * 32, code=1).stderr
+    assert "different: the data have changed" in told and "identical weights: no" in told
+    assert "neither a folder nor a run of MLflow" in refract("rerun", "0" * 32, code=1).stderr
 
 
 def test_training_where_only_serving_is_installed_says_what_to_install(folder: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_folder_mistakes(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(DataError, match="no class folders"):
         load_manifest(flat)
     shutil.copytree(folder, folder / "test")
-    with pytest.raises(DataError, match=r"holds split folders \(test\) and others \(blue, green, red\)"):
+    with pytest.raises(DataError, match=r"contains split folders \(test\) and others \(blue, green, red\)"):
         load_manifest(folder)
     with pytest.raises(DataError, match="no such folder"):
         load_manifest(tmp_path / "nowhere")
@@ -118,7 +118,7 @@ def test_more_bad_files_than_are_shown_are_counted(folder: Path) -> None:
 
 def test_empty_class_is_refused(folder: Path) -> None:
     (folder / "yellow").mkdir()
-    with pytest.raises(DataError, match=r"1 class folders hold no image:\n .*yellow"):
+    with pytest.raises(DataError, match=r"1 class folders contain no images:\n .*yellow"):
         prepare_data(config_of(folder))
 
 
@@ -135,8 +135,8 @@ def test_images_beside_the_class_folders_are_told(
     (folder / "notes.txt").write_text("x")
     manifest, _ = prepare_data(config_of(folder))
     assert len(manifest.samples) == 60
-    assert f"1 images lie in no class's folder and were left out, as {folder}/lost.JPG" in caplog.text
-    assert "1 images lie in no class's folder" in "".join(take_survey(manifest).notes)
+    assert f"1 images are outside the class folders and are skipped, such as {folder}/lost.JPG" in caplog.text
+    assert "1 images are outside the class folders" in "".join(take_survey(manifest).notes)
     (folder / "lost.JPG").unlink()
     (tmp_path / "split").mkdir()
     folder.rename(tmp_path / "split" / "train")
@@ -159,7 +159,7 @@ def test_same_image_in_two_splits_is_refused_or_left_out_of_training(
     manifest, _ = prepare_data(config_of(root, on_bad_file="skip"))
     paths = {Path(sample.path).name: sample.split for sample in manifest.samples if "red" in sample.path}
     assert paths["copy.jpg"] == "test" and "03.jpg" not in paths
-    assert f"left out 1 images whose copies are in another split, as {root}/train/red/03.jpg" in caplog.text
+    assert f"skipped 1 images whose copies are in another split, such as {root}/train/red/03.jpg" in caplog.text
 
 
 def test_class_held_out_but_not_trained_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_class_held_out_but_not_trained_is_refused(folder: Path, tmp_path: Path)
     shutil.copytree(folder, root / "train")
     for number in range(3):
         write_image(root / "test" / "yellow" / f"{number}.jpg", make_image("green", 50 + number))
-    with pytest.raises(DataError, match=r"held out but never trained on:\n  yellow"):
+    with pytest.raises(DataError, match=r"have images in val or test, but none in train:\n  yellow"):
         prepare_data(config_of(root))
 
 
@@ -192,7 +192,7 @@ def test_too_few_images_to_split_is_told(tmp_path: Path) -> None:
     for label in COLORS:
         for number in range(2):
             write_image(tmp_path / "few" / label / f"{number}.png", make_image(label, number))
-    with pytest.raises(DataError, match="6 images are too few to draw the split val from"):
+    with pytest.raises(DataError, match="6 images are too few to draw the split val;"):
         prepare_data(config_of(tmp_path / "few"))
 
 
@@ -243,7 +243,7 @@ def test_copies_with_other_labels_are_refused_or_left_out(folder: Path, caplog: 
         prepare_data(config_of(folder))
     manifest, _ = prepare_data(config_of(folder, on_bad_file="skip"))
     assert manifest.counts() == {"blue": 20, "green": 20, "red": 19}
-    assert "left out 2 images whose copies carry other labels, as " in caplog.text
+    assert "skipped 2 images whose copies have other labels, such as " in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a;b", " blank", "cat\u200b"])
@@ -278,7 +278,7 @@ def test_balanced_multilabel_is_refused(folder: Path, tmp_path: Path) -> None:
     )
     table.to_csv(tmp_path / "m.csv", index=False)
     manifest, _ = prepare_data(config_of(tmp_path / "m.csv"))
-    with pytest.raises(DataError, match=r"data\.sampler: balanced needs one label an image"):
+    with pytest.raises(DataError, match=r"data\.sampler: balanced needs one label per image"):
         ImageDataModule(
             manifest, augmenter=Augmenter("none"), preprocess=Preprocess(32, 32), batch_size=4, balanced=True
         )
@@ -314,7 +314,7 @@ def test_columns_of_bytes_and_a_comma_too_many_do_no_harm(folder: Path) -> None:
     with pytest.raises(DataError, match="more fields than the header"):
         load_manifest(folder / "m.csv")
     (folder / "m.csv").write_text("path,label\nred/00.jpg,a\nred,01.jpg,b\n")
-    with pytest.raises(DataError, match="line 3 has more fields than the header"):
+    with pytest.raises(DataError, match="line 3: has more fields than the header"):
         load_manifest(folder / "m.csv")
 
 
@@ -357,5 +357,5 @@ def test_marks_in_quotes_separate_nothing(folder: Path) -> None:
 )
 def test_the_line_of_a_row_that_is_too_long_is_named(tmp_path: Path, rows: str, line: int) -> None:
     (tmp_path / "m.csv").write_text(f"path,label\n{rows}")
-    with pytest.raises(DataError, match=f"line {line} has more fields than the header"):
+    with pytest.raises(DataError, match=f"line {line}: has more fields than the header"):
         load_manifest(tmp_path / "m.csv")

@@ -16,7 +16,7 @@ from small_data import Training, descendants, until
 from refract.augment import Augmenter, Preprocess
 from refract.pipeline.data import loader
 from refract.pipeline.data.datamodule import ImageDataModule
-from refract.pipeline.data.loader import Loader, LoaderError, death, hand_over
+from refract.pipeline.data.loader import Loader, LoaderError, exit_message, plan_workers
 from refract.pipeline.data.prepare import prepare_data
 from tests.pipeline.small_data import config_of
 
@@ -45,10 +45,10 @@ class Numbered(torch.utils.data.Dataset):
 
 def loader_of(dataset: Numbered, **options: bool) -> Loader:
     from refract.pipeline.data.datamodule import _workers_context
-    from refract.pipeline.data.datasets import begin_worker
+    from refract.pipeline.data.datasets import init_worker
 
     return Loader(
-        dataset, workers=2, batch_size=4, persistent_workers=True, worker_init_fn=begin_worker,
+        dataset, workers=2, batch_size=4, persistent_workers=True, worker_init_fn=init_worker,
         multiprocessing_context=_workers_context(), **options,
     )  # fmt: skip
 
@@ -72,7 +72,7 @@ def test_a_worker_that_dies_between_epochs_or_within_a_message_holds_nothing_up(
     loader = loader_of(Numbered(side=600), shared=False)  # 4 MiB through a pipe that holds 64 KiB
     assert [int(batch["indices"][0]) for batch in loader] == list(range(0, 64, 4))
     os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
-    with pytest.raises(LoaderError, match="fewer --data.workers \\(now 2\\)"):
+    with pytest.raises(LoaderError, match="reduce --data.workers \\(now 2\\)"):
         list(loader)
 
 
@@ -100,17 +100,19 @@ def test_batches_are_equal_with_and_without_shared_memory(folder: Path, monkeypa
 def test_the_check_before_the_first_epoch_names_what_it_changes(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     mib = 1 << 20
-    assert hand_over(4, 9 * mib, 24 << 30) == hand_over(4, 9 * mib, None) == (4, True) and not caplog.text
-    assert hand_over(0, 9 * mib, 0) == (0, True) and not caplog.text
-    assert hand_over(4, 9 * mib, 64 * mib) == (4, False)
-    assert "64 MiB free, 4 workers need 90 MiB; batches go through pipes" in caplog.text
+    assert plan_workers(4, 9 * mib, 24 << 30) == plan_workers(4, 9 * mib, None) == (4, True) and not caplog.text
+    assert plan_workers(0, 9 * mib, 0) == (0, True) and not caplog.text
+    assert plan_workers(4, 9 * mib, 64 * mib) == (4, False)
+    assert "64 MiB free, 4 workers need 90 MiB; batches use slower pipes" in caplog.text
     assert "docker run --shm-size 1g" in caplog.text
-    assert hand_over(4, 9 * mib, 4096) == (0, True) and "4 KiB free; the training process loads" in caplog.text
+    assert plan_workers(4, 9 * mib, 4096) == (0, True) and "4 KiB free; the training process loads" in caplog.text
 
 
 def test_each_death_has_its_cure() -> None:
-    assert "SIGBUS, as where /dev/shm is full" in death(-signal.SIGBUS, 2) and "--shm-size 2g" in death(-7, 2)
-    assert "ulimit -n" in death(loader.NOT_SENT, 2) and "exit code 3" in death(3, 2)
+    assert "SIGBUS, probably because /dev/shm is full" in exit_message(
+        -signal.SIGBUS, 2
+    ) and "--shm-size 2g" in exit_message(-7, 2)
+    assert "ulimit -n" in exit_message(loader.NOT_SENT, 2) and "exit code 3" in exit_message(3, 2)
 
 
 @pytest.mark.slow

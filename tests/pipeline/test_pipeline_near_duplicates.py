@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from small_data import config_of, write_image
 
-from refract.pipeline.data.near_duplicates import NEAREST, _candidates, look_of
+from refract.pipeline.data.near_duplicates import NEAREST, _candidates, difference_hash
 from refract.pipeline.data.prepare import prepare_data
 
 
@@ -46,7 +46,7 @@ def test_images_of_the_hold_out_that_resemble_one_of_the_training_are_found(
     trained = {Path(sample.path).name for sample in manifest.of("train")}
     wanted = {(f"again{n}.jpg", f"{n:02}.png") for n in range(3) if f"{n:02}.png" in trained}
     assert len(wanted) >= 2 and found == wanted
-    assert f"{len(wanted)} images of test look like one of train, as" in caplog.text
+    assert f"{len(wanted)} images of test are near-duplicates of training images, such as" in caplog.text
 
 
 def test_a_data_set_in_which_all_look_alike_is_looked_at_in_little_time_and_memory() -> None:
@@ -79,7 +79,7 @@ def test_what_is_flat_or_has_little_on_empty_ground_has_no_look() -> None:
     flat = np.full((32, 32, 3), 90, np.uint8)
     strokes = flat.copy()
     strokes[8:24, 14:18] = 255
-    assert look_of(flat) == look_of(strokes) == look_of(flat[:10]) == b""
+    assert difference_hash(flat) == difference_hash(strokes) == difference_hash(flat[:10]) == b""
     falling = np.repeat(np.arange(200, 40, -5, dtype=np.uint8)[None, :, None], 32, axis=0).repeat(3, axis=2)
     slope = np.clip(falling.astype(int) + 4 * np.arange(32)[:, None, None], 0, 255).astype(np.uint8)
-    assert len(look_of(slope)) == 16 and len(look_of(slope[::-1, ::-1])) == 16
+    assert len(difference_hash(slope)) == 16 and len(difference_hash(slope[::-1, ::-1])) == 16

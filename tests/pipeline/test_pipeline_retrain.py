@@ -1,4 +1,4 @@
-"""The nightly run: fifteen runs in one process, and a night killed in each of its steps."""
+"""Retraining: fifteen runs in one process, and a run that is killed in each of its steps."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from refract.pipeline.retraining.steps import (
     unfinished,
     worth_resuming,
 )
-from refract.pipeline.retraining.workspace import Busy, read, workspace_of, write
+from refract.pipeline.retraining.workspace import Busy, read, read_run, workspace_of, write, write_run
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -62,16 +62,16 @@ def config(tmp_path: Path, new_tracking: Path) -> Config:
 
 
 def taken(config: Config) -> Snapshot:
-    """Of a night that is accepted."""
+    """Take and accept a snapshot."""
     snapshot = take(config, workspace_of(config))
     accept(workspace_of(config), snapshot)
     return snapshot
 
 
-def test_the_hold_out_is_frozen_and_never_trained_on(config: Config, tmp_path: Path) -> None:
-    place = workspace_of(config)
+def test_the_holdout_is_frozen_and_never_trained_on(config: Config, tmp_path: Path) -> None:
+    workspace = workspace_of(config)
     first = taken(config)
-    held = load_manifest(place.holdout / "holdout.csv")
+    held = load_manifest(workspace.holdout / "holdout.csv")
     assert len(held.samples) == 18, "a fifth"
     contents = {sample.read() for sample in held.samples}
 
@@ -98,16 +98,16 @@ def test_the_hold_out_is_frozen_and_never_trained_on(config: Config, tmp_path: P
     assert third.counts["test"] == {"blue": 6, "green": 6, "red": 6, "yellow": 2}
 
     shutil.rmtree(tmp_path / "images" / "red")
-    with pytest.raises(DataError, match="held out but never trained on"):
+    with pytest.raises(DataError, match="have images in val or test, but none in train"):
         taken(config)
 
     Path(held.samples[3].path).write_bytes(b"other")
-    with pytest.raises(DataError, match="1 images of the frozen hold-out are gone or have changed"):
+    with pytest.raises(DataError, match="1 images of the frozen holdout are gone or have changed"):
         taken(config)
 
 
 @pytest.mark.parametrize("folder", ["own", "own/test"])
-def test_a_hold_out_of_its_own_is_taken_as_it_is(config: Config, tmp_path: Path, folder: str) -> None:
+def test_gate_holdout_is_frozen_as_it_is(config: Config, tmp_path: Path, folder: str) -> None:
     """It may be the test part of a data set alone."""
     paint(tmp_path / folder, range(100, 104))
     shutil.copy(tmp_path / folder / "red/100.png", tmp_path / "images/red/copy.png")
@@ -117,7 +117,7 @@ def test_a_hold_out_of_its_own_is_taken_as_it_is(config: Config, tmp_path: Path,
     assert len(table.of("train")) + len(table.of("val")) == 90, "its copy is not trained on"
 
 
-def test_what_a_night_needs_is_told(config: Config) -> None:
+def test_a_missing_or_wrong_config_value_is_named(config: Config) -> None:
     config.tracking.model_name = None
     with pytest.raises(ConfigError, match=r"tracking\.model_name"):
         workspace_of(config)
@@ -126,8 +126,8 @@ def test_what_a_night_needs_is_told(config: Config) -> None:
             config_from_dict({section: {key: value}})
 
 
-class Nights:
-    """Nights one after the other, as `refract retrain` has them, in this process."""
+class Retraining:
+    """Runs the steps of `refract retrain` in this process."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.values = root, values_of(root)
@@ -139,14 +139,14 @@ class Nights:
         merged = {name: section | changes.get(name, {}) for name, section in self.values.items()}
         return config_from_dict(merged)
 
-    def night(self, *, force: bool = False, **changes: Any) -> dict[str, Any]:
+    def run(self, *, force: bool = False, **changes: Any) -> dict[str, Any]:
         folder = begin(self.config(**changes), force=force)
         for step in STEPS:
             step(folder)
         return self.ended(folder)
 
     def ended(self, folder: Path) -> dict[str, Any]:
-        record = read(folder / "night.json")
+        record = read_run(folder)
         champion = aliases(self.client, "colors")["champion"]
         self.client.get_model_version("colors", champion)
         self.champions.append(champion)
@@ -166,101 +166,99 @@ class Nights:
             file.rename(target)
 
 
-def test_fifteen_nights(tmp_path: Path, new_tracking: Path) -> None:
+def test_fifteen_runs(tmp_path: Path, new_tracking: Path) -> None:
     shutil.copy(new_tracking, tmp_path)
-    runs = Nights(tmp_path)
+    retraining = Retraining(tmp_path)
     images, backup = tmp_path / "images", tmp_path / "backup"
-    placed = workspace_of(runs.config())
+    workspace = workspace_of(retraining.config())
 
-    first = runs.night()
+    first = retraining.run()
     assert (first["outcome"], first["champion"], first["version"]) == (Outcome.PROMOTED, None, "1"), first["why"]
 
-    second = runs.night()
+    second = retraining.run()
     assert second["unchanged"]
     assert "version" not in second
     assert second["outcome"] == Outcome.PROMOTED
 
     paint(images, range(40, 60))
-    third = runs.night()
+    third = retraining.run()
     assert (third["outcome"], third["version"], third["champion"]) == (Outcome.PROMOTED, "2", "1"), third["why"]
     assert third["drift"]["level"] != "stop"
     assert "of 60 new images" in third["drift"]["told"]
 
     shutil.copytree(images, backup)
-    runs.spoil(0.7)  # somebody mixed the folders up
-    refused = runs.night()
+    retraining.spoil(0.7)  # somebody mixed the folders up
+    refused = retraining.run()
     assert refused["outcome"] == Outcome.REFUSED
     assert "known samples changed label: " in refused["why"] and "blue → green " in refused["why"]
     on_purpose = {"relabelled_stop": None}
-    fourth = runs.night(retrain=on_purpose)
+    fourth = retraining.run(retrain=on_purpose)
     assert fourth["outcome"] == Outcome.NOT_PROMOTED
     assert {"margin", "interval"} <= {line["name"] for line in fourth["gate"]["lines"] if not line["passed"]}
-    assert runs.client.get_model_version("colors", fourth["version"]).tags["gate"] == "failed"
+    assert retraining.client.get_model_version("colors", fourth["version"]).tags["gate"] == "failed"
     assert "failed at margin" in fourth["why"]
 
     shutil.rmtree(images)
     shutil.copytree(backup, images)
-    fifth = runs.night(retrain=on_purpose)  # mended: as on the third night, but for what was remembered since
+    fifth = retraining.run(retrain=on_purpose)  # restored: as in the third run, but for the records since
     assert fifth["outcome"] == Outcome.PROMOTED
 
     (images / "red" / "000.png").write_bytes(b"\x89PNG damaged")
-    sixth = runs.night()
+    sixth = retraining.run()
     assert sixth["outcome"] == Outcome.REFUSED
     assert "000.png" in sixth["why"]
-    seventh = runs.night(data={"on_bad_file": "skip"})
-    assert seventh["outcome"] == Outcome.PROMOTED, "one image of sixty may be left out"
+    seventh = retraining.run(data={"on_bad_file": "skip"})
+    assert seventh["outcome"] == Outcome.PROMOTED, "one image of sixty may be skipped"
 
     for number in range(40):  # somebody's lens cap
         write_image(images / "red" / f"dark{number}.png", (make_image("red", number, side=16) * 0.2).astype(np.uint8))
-    drifted = runs.night(data={"on_bad_file": "skip"}, retrain={"drift": "stop"})
+    drifted = retraining.run(data={"on_bad_file": "skip"}, retrain={"drift": "stop"})
     assert drifted["outcome"] == Outcome.REFUSED
-    assert "what is new has drifted: " in drifted["why"]
+    assert "the new data drifted: " in drifted["why"]
     assert "brightness" in drifted["why"]
-    report = tmp_path / "retrain/colors/runs" / drifted["night"] / "drift" / "report.html"
+    report = tmp_path / "retrain/colors/runs" / drifted["run"] / "drift" / "report.html"
     assert report.stat().st_size > 1000
     for file in images.glob("red/dark*.png"):
         file.unlink()
 
     for file in sorted((images / "green").glob("*.png"))[:30]:
         file.unlink()
-    eighth = runs.night(data={"on_bad_file": "skip"})
+    eighth = retraining.run(data={"on_bad_file": "skip"})
     assert eighth["outcome"] == Outcome.REFUSED
     assert "green: " in eighth["why"]
-    ninth = runs.night(data={"on_bad_file": "skip"}, retrain={"largest_loss": 0.9})
-    assert ninth["outcome"] in (Outcome.PROMOTED, Outcome.NOT_PROMOTED), "who says that it may, may"
+    ninth = retraining.run(data={"on_bad_file": "skip"}, retrain={"largest_loss": 0.9})
+    assert ninth["outcome"] in (Outcome.PROMOTED, Outcome.NOT_PROMOTED), "the config allows the loss"
 
     for number in range(30):
         noise = np.random.default_rng(number).normal(0, 20, (16, 16, 3))
         yellow = np.clip(np.array((230, 220, 30)) + noise, 0, 255).astype(np.uint8)
         write_image(images / "yellow" / f"{number}.png", yellow)
-    tenth = runs.night(data={"on_bad_file": "skip"})
+    tenth = retraining.run(data={"on_bad_file": "skip"})
     assert tenth["outcome"] == Outcome.PROMOTED, tenth["why"]
-    assert tenth["snapshot"]["holdout"] != first["snapshot"]["holdout"], "the new class is held out, too"
+    assert tenth["snapshot"]["holdout"] != first["snapshot"]["holdout"], "the holdout gets the new class"
 
-    before = aliases(runs.client, "colors")
-    back, left = rollback(runs.client, "colors")
+    before = aliases(retraining.client, "colors")
+    back, left = rollback(retraining.client, "colors")
     assert (back, left) == (before["previous"], before["champion"])
-    eleventh = runs.night(force=True, data={"on_bad_file": "skip"})
-    assert eleventh["champion"] == back, "it is compared with the one that was gone back to"
+    eleventh = retraining.run(force=True, data={"on_bad_file": "skip"})
+    assert eleventh["champion"] == back, "the challenger is compared with the restored champion"
 
     shutil.rmtree(images / "yellow")
-    twelfth = runs.night(data={"on_bad_file": "skip"})
+    twelfth = retraining.run(data={"on_bad_file": "skip"})
     assert twelfth["outcome"] == Outcome.REFUSED
 
     shutil.copytree(backup, images, dirs_exist_ok=True)
-    shutil.rmtree(placed.holdout)
-    fourteenth = runs.night(gate={"size_mb": 1e-6}, retrain={"largest_loss": 1.0})
+    shutil.rmtree(workspace.holdout)
+    fourteenth = retraining.run(gate={"size_mb": 1e-6}, retrain={"largest_loss": 1.0})
     assert fourteenth["outcome"] == Outcome.NOT_PROMOTED
     assert [line["name"] for line in fourteenth["gate"]["lines"] if not line["passed"]][-1] == "size"
     told = next(line for line in fourteenth["gate"]["lines"] if line["name"] == "hold-out")
-    assert not told["passed"], "of a hold-out that is drawn anew, the champion has seen some"
-    assert len(runs.champions) == 15
-    assert unfinished(placed) is None
+    assert not told["passed"], "the champion was trained on images of a holdout that is drawn anew"
+    assert len(retraining.champions) == 15
+    assert unfinished(workspace) is None
 
 
-def test_a_night_goes_on_when_mlflow_is_there_again(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_resumes_once_mlflow_responds(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from refract.pipeline.tracking.store import Store
 
     folder = begin(config, force=False)
@@ -275,23 +273,23 @@ def test_a_night_goes_on_when_mlflow_is_there_again(
             step(folder)
         with pytest.raises(RetrainingError, match="nobody is there"):
             STEPS[3](folder)
-    place = workspace_of(config)
-    assert unfinished(place) == folder
+    workspace = workspace_of(config)
+    assert unfinished(workspace) == folder
     for step in STEPS[3:]:
         step(folder)
-    assert read(folder / "night.json")["outcome"] == Outcome.PROMOTED
-    assert unfinished(place) is None
+    assert read_run(folder)["outcome"] == Outcome.PROMOTED
+    assert unfinished(workspace) is None
 
 
-def test_one_night_at_a_time(config: Config) -> None:
-    place = workspace_of(config)
-    with place.held(), pytest.raises(Busy, match="one at a time"), place.held():
+def test_one_run_at_a_time(config: Config) -> None:
+    workspace = workspace_of(config)
+    with workspace.held(), pytest.raises(Busy, match="one at a time"), workspace.held():
         pass
-    with place.held():
+    with workspace.held():
         pass
 
 
-def test_a_night_is_gone_on_with_while_that_may_help(config: Config, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_resumed_with_its_config_until_it_failed_too_often(config: Config, tmp_path: Path) -> None:
     folder = begin(config, force=False)
     for _ in range(FAILURES):
         assert worth_resuming(folder, config)
@@ -299,35 +297,35 @@ def test_a_night_is_gone_on_with_while_that_may_help(config: Config, tmp_path: P
     assert not worth_resuming(folder, config)
     folder = begin(config, force=False)
     config.gate.margin = 0.1
-    assert not worth_resuming(folder, config), "the mended config is read"
+    assert not worth_resuming(folder, config), "a changed config starts a new run"
 
 
-def test_data_that_change_during_the_night_are_the_next_ones(config: Config, tmp_path: Path) -> None:
+def test_data_that_change_during_a_run_are_refused(config: Config, tmp_path: Path) -> None:
     folder = begin(config, force=False)
     STEPS[0](folder)
     write_image(tmp_path / "images" / "red" / "003.png", make_image("red", 903, side=16))
     for step in STEPS[2:]:
         step(folder)
-    record = read(folder / "night.json")
-    assert record["outcome"] == Outcome.REFUSED and "1 images have changed since the night began" in record["why"]
+    record = read_run(folder)
+    assert record["outcome"] == Outcome.REFUSED and "1 images changed since the run started" in record["why"]
     assert not list((tmp_path / "runs").glob("*")) and unfinished(workspace_of(config)) is None
 
 
-def test_a_name_that_mlflow_does_not_take_is_told(config: Config) -> None:
+def test_a_model_name_that_mlflow_refuses_is_named(config: Config) -> None:
     config.tracking.model_name = "team/colors"
     with pytest.raises(ConfigError, match=r"tracking\.model_name: 'team/colors'"):
         workspace_of(config)
 
 
-def test_whom_a_night_is_told_to_does_not_hold_it_up(
+def test_a_slow_notify_command_is_killed(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("refract.pipeline.retraining.steps.TELL_SECONDS", 0.05)
+    monkeypatch.setattr("refract.pipeline.retraining.steps.NOTIFY_SECONDS", 0.05)
     config.retrain.notify = "sleep 5"
     folder = begin(config, force=False)
-    write(folder / "night.json", read(folder / "night.json") | {"ends": int(Outcome.REFUSED), "why": "-"})
+    write_run(folder, read_run(folder) | {"ends": int(Outcome.REFUSED), "why": "-"})
     STEPS[-1](folder)
-    assert read(folder / "night.json")["outcome"] == Outcome.REFUSED and "was ended after" in caplog.text
+    assert read_run(folder)["outcome"] == Outcome.REFUSED and "the command was killed after" in caplog.text
 
 
 def test_sigterm_leaves_a_checkpoint(workplace: Path, warm: WarmProcess) -> None:
@@ -341,8 +339,8 @@ def test_sigterm_leaves_a_checkpoint(workplace: Path, warm: WarmProcess) -> None
         run.send_signal(signal.SIGTERM)
         assert run.wait(60) == Outcome.FAILED
         assert "with a checkpoint to go on from" in run.output.read()
-    (night,) = (workplace / "retrain/colors/runs").iterdir()
-    assert "failures" not in read(night / "night.json"), "it did not fail"
+    (folder,) = (workplace / "retrain/colors/runs").iterdir()
+    assert "failures" not in read_run(folder), "it did not fail"
     assert list((workplace / "runs").glob("*/checkpoints/resume-*"))
 
 
@@ -370,8 +368,41 @@ def workplace(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
+def _to_former_layout(workspace: Path) -> None:
+    """Rename a workspace's files and keys to those of versions that wrote nights/NAME/night.json."""
+    former = {"run": "night", "training_run": "run"}
+    records = [path for path in (workspace / "last.json", *workspace.glob("runs/*/run.json")) if path.exists()]
+    for path in records:
+        write(path, {former.get(key, key): value for key, value in read(path).items()})
+    for path in workspace.glob("runs/*/run.json"):
+        path.rename(path.with_name("night.json"))
+    (workspace / "runs").rename(workspace / "nights")
+
+
+def test_a_workspace_of_an_earlier_version_is_read(config: Config) -> None:
+    workspace = workspace_of(config)
+    finished, interrupted = begin(config, force=False), begin(config, force=False)
+    STEPS[0](finished)
+    record = read_run(finished) | {"training_run": "runs/colors-1", "ends": 0, "outcome": 0, "version": "1"}
+    write_run(finished, record)
+    keys = ("run", "snapshot", "snapshot_folder", "inputs", "version", "outcome")
+    write(workspace.root / "last.json", {key: record[key] for key in keys})
+    (interrupted / "metaflow-run").write_text("7")
+    last = workspace.last()
+    _to_former_layout(workspace.root)
+    assert read(workspace.root / "nights" / finished.name / "night.json")["night"] == finished.name
+    with workspace.held():
+        assert workspace.runs() == [finished, interrupted] and not (workspace.root / "nights").exists()
+        assert read_run(finished) == record and workspace.last() == last
+        assert unfinished(workspace) == interrupted and worth_resuming(interrupted, config)
+        assert not (interrupted / "metaflow-run").exists(), "Metaflow would resume it in its former folder"
+    STEPS[0](interrupted)
+    assert f"those of run {finished.name};" in read_run(interrupted)["why"]
+    assert "night" not in read(interrupted / "run.json")
+
+
 @pytest.mark.timeout(600)
-def test_a_night_killed_in_each_step_ends_as_one_undisturbed(
+def test_a_run_killed_in_each_step_ends_as_one_undisturbed(
     refract: Run, workplace: Path, warm: WarmProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
@@ -381,6 +412,8 @@ def test_a_night_killed_in_each_step_ends_as_one_undisturbed(
         run = warm.start(["retrain", *arguments], cwd=workplace, env=environment)
         with run.output:
             _until(run, step)
+        if step == "register":
+            _to_former_layout(workplace / "retrain/colors")  # the next run is of a version that renames it back
     done = refract("retrain", "--resume", "colors.yaml")
     assert "promoted: version 1 is champion" in done.stdout
     repeated = [line for line in done.stdout.splitlines() if "Task is starting" in line]
@@ -394,12 +427,12 @@ def test_a_night_killed_in_each_step_ends_as_one_undisturbed(
     assert json.loads((workplace / "told.json").read_text())["why"] == "version 1 is champion"
 
     assert "unchanged" in refract("retrain", "colors.yaml").stdout
-    assert "no night of" in refract("retrain", "--resume", "colors.yaml", code=2).stderr
+    assert "has no interrupted run" in refract("retrain", "--resume", "colors.yaml", code=2).stderr
     monkeypatch.chdir(workplace)
     undisturbed = begin(load_config("colors.yaml"), force=True)
     for work in STEPS:
         work(undisturbed)
-    assert read(undisturbed / "night.json")["why"] == "version 2 is champion"
+    assert read_run(undisturbed)["why"] == "version 2 is champion"
     runs = sorted((workplace / "runs").iterdir())
     one, other = ((run / "bundle/weights.safetensors").read_bytes() for run in runs)
     assert one == other, "the same result, bit for bit"

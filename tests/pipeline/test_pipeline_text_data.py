@@ -46,8 +46,8 @@ def test_rows_without_a_image_and_images_with_several_captions(tmp_path: Path) -
 @pytest.mark.parametrize(
     "rows, columns, message",
     [
-        ([["a", ""], ["b", "x"]], ["label", "text"], "line 2: path '' is not a file, nor is there a text"),
-        ([["a", "\x07\x00"], ["b", "x"]], ["label", "text"], "line 2: path '' is not a file, nor is there a text"),
+        ([["a", ""], ["b", "x"]], ["label", "text"], "line 2: path '' is empty, and so is the text"),
+        ([["a", "\x07\x00"], ["b", "x"]], ["label", "text"], "line 2: path '' is empty, and so is the text"),
         ([["a", "x"]], ["label", "caption"], "needed: path,label and/or text"),
     ],
 )
@@ -149,7 +149,7 @@ def test_texts_of_a_split_are_those_of_no_other(tmp_path: Path) -> None:
     data = table(tmp_path / "m.csv", rows, ["label", "split", "text"])
     assert texts_of(data, "train") == ["one", "three"] and texts_of(data, "val") == ["two"]
     assert texts_of(data, "all") == ["one", "two", "three", "four"]
-    with pytest.raises(DataError, match="has no texts in the split dev"):
+    with pytest.raises(DataError, match="no texts in the split dev"):
         texts_of(data, "dev")
     plain = table(tmp_path / "n.csv", [["a", "one"], ["b", "two"]], ["label", "text"])
     assert texts_of(plain, "train") == ["one", "two"], "a manifest without splits is all for training"

@@ -152,7 +152,7 @@ def test_init_sees_the_texts_and_evaluate_knows_the_training_data_again(refract:
     refract("init", both, "-o", "both.yaml")
     assert "120 of 120 have a text" in (tmp_path / "both.yaml").read_text()
     refract("train", "both.yaml", *OFF, "--trainer.max_epochs", 1, "--trainer.run_name", "b")
-    assert "its own hold-out" in refract("evaluate", "runs/b/bundle", both).stdout
+    assert "measuring its test split" in refract("evaluate", "runs/b/bundle", both).stdout
     assert "What colour" not in (report := (tmp_path / "runs" / "b" / "report.html").read_text()) and "“" in report
     texts = table(
         tmp_path / "t.csv", [[label, f"{text} {i}"] for i, (_, label, text) in enumerate(rows)], ["label", "text"]
@@ -162,7 +162,7 @@ def test_init_sees_the_texts_and_evaluate_knows_the_training_data_again(refract:
     assert "name: none" in written and "policy: none" in written
     assert "120 texts" in told and "image_size" not in written and "pixels" not in written
     refract("train", "t.yaml", *OFF, "--trainer.max_epochs", 1, "--trainer.run_name", "t")
-    assert "its own hold-out" in refract("evaluate", "runs/t/bundle", texts).stdout
+    assert "measuring its test split" in refract("evaluate", "runs/t/bundle", texts).stdout
     assert "no images" not in refract("compare", "runs/b", "runs/b").stdout
 
 
@@ -197,11 +197,11 @@ def untrained(folder: Path, reads: str, max_length: int = 8) -> Path:
     from refract.models.classifier import Classifier
     from refract.models.factory import text_record
     from refract.models.multimodal.fusion import Reader
-    from refract.models.multimodal.text_networks import make_text_part
+    from refract.models.multimodal.text_networks import make_text_encoder
     from refract.models.registry import build
 
     args = {"buckets": 50}
-    part, tokens, words = make_text_part("hashing", weights="none", max_length=max_length, pooling="auto", args=args)
+    part, tokens, words = make_text_encoder("hashing", weights="none", max_length=max_length, pooling="auto", args=args)
     own = {"fusion": "concat", "width": 8}
     shown = build("lenet5", 2, image_size=(32, 32)) if "images" in reads else None
     network = Reader(shown, words, 2, **own) if "texts" in reads else shown
@@ -223,7 +223,7 @@ def test_predict_tells_of_a_text_that_was_cut(tmp_path: Path, capsys: pytest.Cap
     for text, cut in (("two words", False), ("three words here", True)):
         assert main([bundle, "--text", text]) == 0 and main([bundle, "--text", text, "--json"]) == 0
         plain, coded = capsys.readouterr().out.splitlines()
-        assert plain.endswith("(the text was cut)") == cut == json.loads(coded).get("text_truncated", False)
+        assert plain.endswith("(the text was truncated)") == cut == json.loads(coded).get("text_truncated", False)
 
 
 def test_a_teacher_reads_what_the_training_reads_or_is_refused(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_goldens_and_answers_are_of_the_text_and_of_what_is_there(tmp_path: Path
 
     from refract.augment import Preprocess
     from refract.models.classifier import probabilities
-    from refract.models.multimodal.tokens import rows
+    from refract.models.multimodal.tokens import pad_rows
     from refract.pipeline.data.datasets import Images, collate, targets_of
     from refract.pipeline.evaluation.golden_samples import make_golden_samples
 
@@ -307,7 +307,7 @@ def test_goldens_and_answers_are_of_the_text_and_of_what_is_there(tmp_path: Path
         ]
     )
     assert batch["has_image"].tolist() == [True, False, True]
-    assert torch.equal(batch["texts"], torch.from_numpy(rows([classifier.tokens(row[3])[0] for row in given])))
+    assert torch.equal(batch["texts"], torch.from_numpy(pad_rows([classifier.tokens(row[3])[0] for row in given])))
     with torch.inference_mode():
         answers = probabilities(classifier(batch["images"], batch["texts"], batch["has_image"]), task="binary").numpy()
         shown = probabilities(classifier(batch["images"], batch["texts"], None), task="binary").numpy()

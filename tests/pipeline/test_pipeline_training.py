@@ -104,7 +104,7 @@ def test_image_that_vanishes_after_the_check_is_named(folder: Path, workers: int
     )
     classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.5,) * 3)
     module = ClassifierModule(classifier, task="multiclass", num_classes=3)
-    with pytest.raises(DataError, match=rf"^{gone}: was readable when the data was checked, but not now"):
+    with pytest.raises(DataError, match=rf"^{gone}: was readable during the data check, but is not now"):
         fit(_made(manifest, module, data), config, folder.parent, None)
 
 

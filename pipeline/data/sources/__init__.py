@@ -1,1 +1,1 @@
-"""The data sources: folders and tables."""
+"""Readers of the data sources: folders and tables."""

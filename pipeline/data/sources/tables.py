@@ -1,4 +1,4 @@
-"""What a CSV, TSV or Parquet table says: its columns as text, under the names that Refract reads, and where each row stands."""
+"""Read a CSV, TSV or Parquet table: its columns as text under Refract's names, and the line of each row."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ TABLES = (".csv", ".tsv", ".parquet")
 """Suffixes of the files that `read_table` reads."""
 
 COLUMNS = ("path", "label", "split", "text")
-"""The columns that Refract reads; further ones are metadata."""
+"""The columns that Refract reads; all others are metadata."""
 
 SYNONYMS: Mapping[str, frozenset[str]] = {
     "path": frozenset({
@@ -34,15 +34,18 @@ SYNONYMS: Mapping[str, frozenset[str]] = {
     "label": frozenset({"labels", "class", "classes", "class_name", "category", "categories", "target", "tag", "tags"}),
     "split": frozenset({"splits", "subset", "partition"}),
 }  # fmt: skip
-"""Names of columns that other tools write; one is taken where it is the only candidate, a path's where its first file is there."""
+"""Column names of other tools. A synonym is used if it is the only candidate; for path, its first file must also exist."""
 
 _SEPARATORS = ",;\t|"
 
 
 @dataclass(frozen=True)
 class Table:
-    """columns: name → each row's text, "" where it is missing; lines: each row's line in a text file, empty for Parquet; several: columns
-    that hold lists; notes: names that were read otherwise than they are written."""
+    """The content of a table.
+
+    columns: name → text of each row, "" if missing; lines: line of each row in a text file, empty for Parquet; several: columns that
+    contain lists; notes: columns that were read under another name.
+    """
 
     path: Path
     columns: Mapping[str, list[str]]
@@ -55,45 +58,49 @@ class Table:
 
     @cached_property
     def folder(self) -> Path:
-        """Where relative paths begin."""
+        """The folder of relative paths."""
         return self.path.parent
 
     def texts(self, column: str) -> list[str]:
-        """A column's values; all "" where there is no such column."""
+        """Return the values of a column; all "" if the column is missing."""
         return self.columns[column] if column in self.columns else [""] * len(self)
 
     def where(self, row: int) -> str:
-        """The place of a row, counted from 0, for an error: `m.csv, line 3`."""
+        """Return the location of a row, counted from 0, for an error: `m.csv, line 3`."""
         return f"{self.path}, line {self.lines[row]}" if self.lines else f"{self.path}, row {row + 1}"
 
     def file(self, row_path: str) -> str:
-        """The file that a value of the column path names."""
+        """Return the file path of a value of the column path."""
         return str(self.folder / row_path)
 
     def lacks(self, *columns: str, needed: str) -> DataError:
-        """The error of a table without any of the columns. needed: the columns in words."""
+        """Return the error for a table without the columns. needed: the required columns, in words."""
         has = ", ".join(name if name.isidentifier() else repr(name) for name in self.columns)
         like = [f"{name!r} to {column}" for column in columns for name in self.columns if _is_synonym(name, column)]
         return DataError(
-            f"{self.path}: no column {' or '.join(map(repr, columns))}; it has {has}; needed: {needed}"
-            + (f"; rename {' or '.join(like)}, if it is that" if like else "; the first line names the columns")
+            f"{self.path}: no column {' or '.join(map(repr, columns))}; columns: {has}; needed: {needed}"
+            + (
+                f"; rename {' or '.join(like)}, if it has this meaning"
+                if like
+                else "; the first line names the columns"
+            )
         )
 
 
 def is_table(path: Path) -> bool:
-    """Whether the path is a file that `read_table` reads, by its suffix."""
+    """Return whether the path is a file with a suffix that `read_table` reads."""
     return path.suffix.lower() in TABLES and path.is_file()
 
 
 def read_table(path: Path) -> Table:
-    """Read a table. Paths, labels and splits are trimmed and written as Refract uses them; texts and metadata stay as they are.
+    """Read a table. Paths, labels and splits are trimmed and normalised; texts and metadata are unchanged.
 
-    DataError names the line and the column of what is not certain.
+    DataError names the line and the column of an ambiguous or invalid value.
     """
     rows = _parquet(path) if path.suffix.lower() == ".parquet" else _text_table(path)
     if not len(rows):
         raise DataError(f"{path}: the manifest has no rows")
-    return _meant(_renamed(rows))
+    return _normalised(_renamed(rows))
 
 
 def _parquet(path: Path) -> Table:
@@ -101,15 +108,17 @@ def _parquet(path: Path) -> Table:
 
     try:
         table, several = _texts(pd.read_parquet(path))
-    except Exception as error:  # pyarrow raises many kinds for a damaged file
+    except Exception as error:  # pyarrow raises many types for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: cannot be read as a PARQUET table ({reason})") from error
     return Table(path, {str(name): list(table[name]) for name in table.columns}, several=several)
 
 
 def _texts(table: "pd.DataFrame") -> tuple["pd.DataFrame", frozenset[str]]:
-    """(all columns as text, an empty one for what is missing; the names of those that hold lists). Columns that hold bytes, as hashes and
-    thumbnails, are skipped. ValueError for lists in a column that is read."""
+    """Return (all columns as text, with "" for missing values; the names of columns with lists).
+
+    Columns with bytes, such as hashes and thumbnails, are skipped. ValueError for a list in one of COLUMNS.
+    """
     import numpy as np
     import pandas as pd
 
@@ -118,9 +127,7 @@ def _texts(table: "pd.DataFrame") -> tuple["pd.DataFrame", frozenset[str]]:
     for column in (name for name in table.columns if pd.api.types.is_object_dtype(table[name])):
         lists = table[column].map(lambda value: isinstance(value, np.ndarray | list | tuple | dict)).to_numpy()
         if lists.any() and column in read:
-            raise ValueError(
-                f"column {column!r}, row {int(lists.argmax()) + 1}: expected one text, found several values"
-            )
+            raise ValueError(f"column {column!r}, row {int(lists.argmax()) + 1}: got a list; expected one text")
         if lists.any():
             several.add(str(column))
     bytes_in = [c for c in table.columns if c not in read and any(isinstance(value, bytes) for value in table[c])]
@@ -129,27 +136,29 @@ def _texts(table: "pd.DataFrame") -> tuple["pd.DataFrame", frozenset[str]]:
 
 def _text_table(path: Path) -> Table:
     csv.field_size_limit(sys.maxsize)  # a text may be long
-    text = _decoded(path).rstrip("\x1a")  # the end of a file in DOS
+    text = _decoded(path).rstrip("\x1a")  # end-of-file character of DOS
     first = trimmed_name(text[:1000]).partition("\n")[0].strip("\r")
-    declared = re.fullmatch(r'"?sep=([^\w\s]|\t)"?', first, re.IGNORECASE)  # a line that Excel reads
+    declared = re.fullmatch(r'"?sep=([^\w\s]|\t)"?', first, re.IGNORECASE)  # a first line for Excel
     separator = declared[1] if declared else _separator(path, text)
     rows = _rows(path, text, separator, skipped=1 if declared else 0)
     header = next(rows, None)
     if header is None:
-        raise DataError(f"{path}: cannot be read as a CSV table (it is empty); its first line names the columns")
+        raise DataError(
+            f"{path}: cannot be read as a CSV table (the file is empty); the first line must name the columns"
+        )
     names, lines, values = header[1], list[int](), list[list[str]]()
-    twice = [
+    duplicates = [
         name for name, count in Counter(map(trimmed_name, names)).items() if count > 1 and name.casefold() in COLUMNS
     ]
-    if twice:
-        raise DataError(f"{path}, line {header[0]}: the column {twice[0]!r} is there twice; rename or remove one")
+    if duplicates:
+        raise DataError(f"{path}, line {header[0]}: the column {duplicates[0]!r} occurs twice; rename or remove one")
     for line, row in rows:
-        if not any(map(trimmed_name, row)):  # what spreadsheets leave between their cells and below them
+        if not any(map(trimmed_name, row)):  # empty rows of spreadsheets
             continue
         if len(row) != len(names):
             _fit(path, line, row, names)
         if row == names:
-            raise DataError(f"{path}, line {line}: repeats the header, as joined files do; remove the line")
+            raise DataError(f"{path}, line {line}: repeats the header, as in concatenated files; remove the line")
         lines.append(line)
         values.append(row)
     columns = zip(*values, strict=True) if values else [()] * len(names)
@@ -157,37 +166,39 @@ def _text_table(path: Path) -> Table:
 
 
 def _fit(path: Path, line: int, row: list[str], names: list[str]) -> None:
-    """Fill a short row where only texts and metadata are missing. DataError for other lengths."""
+    """Pad a short row if only text and metadata are missing. DataError for other lengths."""
     if not any(map(_is_known, names)):
         raise DataError(
-            f"{path}: the first line names no column that Refract reads; it has {', '.join(map(repr, names))[:200]}"
+            f"{path}: the first line has no column that Refract reads; columns: {', '.join(map(repr, names))[:200]}"
         )
     if len(row) > len(names):
         raise DataError(
-            f"{path}: line {line} has more fields than the header; take a comma from the end, or put what has one in it into quotes"
+            f"{path}, line {line}: has more fields than the header; remove a trailing comma, or quote a value that contains a comma"
         )
     if "\0" in row[-1]:
         raise DataError(
-            f"{path}, line {line}: holds zero bytes, as files that were not written to their end; write it again"
+            f"{path}, line {line}: contains zero bytes, probably because the file is incomplete; write it again"
         )
     missing = [trimmed_name(name) for name in names[len(row) :]]
-    if lost := [name for name in missing if name.casefold() in COLUMNS[:3]]:
-        raise DataError(f"{path}, line {line}: has {len(row)} of {len(names)} fields; column {lost[0]!r} is missing")
+    if missing_keys := [name for name in missing if name.casefold() in COLUMNS[:3]]:
+        raise DataError(
+            f"{path}, line {line}: has {len(row)} of {len(names)} fields; column {missing_keys[0]!r} is missing"
+        )
     row += [""] * len(missing)
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Names of columns, blanks trimmed; those without a name and those that are there twice are numbered."""
+    """Return the trimmed column names; unnamed and repeated columns are numbered."""
     seen: Counter[str] = Counter()
     distinct = []
-    for name in (trimmed_name(name) or f"Unnamed: {place}" for place, name in enumerate(names)):
+    for name in (trimmed_name(name) or f"Unnamed: {index}" for index, name in enumerate(names)):
         distinct.append(f"{name}.{seen[name]}" if seen[name] else name)
         seen[name] += 1
     return distinct
 
 
 def _rows(path: Path, text: str, separator: str, skipped: int) -> Iterator[tuple[int, list[str]]]:
-    """(the line that a row begins in, its fields), without blank lines. DataError for quotes that do not fit."""
+    """Yield (first line of a row, its fields), without blank lines. DataError for unbalanced quotes."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     before = 0
     try:
@@ -197,26 +208,26 @@ def _rows(path: Path, text: str, separator: str, skipped: int) -> Iterator[tuple
                 yield line, row
     except csv.Error as error:
         if "unexpected end" in str(error):
-            why = "a quote is opened and never closed; close it, or double it where it belongs to a value"
-            raise DataError(f"{path}, line {before + 1}: {why}") from error
+            problem = "a quote is opened and never closed; close it, or double it if it belongs to the value"
+            raise DataError(f"{path}, line {before + 1}: {problem}") from error
         raise DataError(
-            f"{path}, line {before + 1}: {error}; put the value into quotes, and double the quotes inside it"
+            f"{path}, line {before + 1}: {error}; quote the value, and double the quotes inside it"
         ) from error
 
 
 def _separator(path: Path, text: str) -> str:
-    """The character that parts the header into most columns that Refract knows. DataError where two do."""
-    known = {}
+    """Return the separator that gives the header the most known columns. DataError if two separators give equally many."""
+    counts = {}
     for mark in _SEPARATORS:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
         names = next((row for row in reader if any(trimmed_name(value) for value in row)), [])
         if len(names) > 1:
-            known[mark] = sum(_is_known(name) for name in names), len(names)
-    best = max(known, key=lambda mark: known[mark], default=",")
-    equal = [mark for mark, (count, _) in known.items() if count and count == known[best][0]]
+            counts[mark] = sum(_is_known(name) for name in names), len(names)
+    best = max(counts, key=lambda mark: counts[mark], default=",")
+    equal = [mark for mark, (count, _) in counts.items() if count and count == counts[best][0]]
     if len(equal) > 1:
         raise DataError(
-            f"{path}: the header separates columns by {' and by '.join(map(repr, equal))}; use commas, and put names with one into quotes"
+            f"{path}: the header separates columns by {' and by '.join(map(repr, equal))}; use commas, and quote names that contain one"
         )
     return best
 
@@ -229,14 +240,14 @@ _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "ut
 
 
 def _decoded(path: Path) -> str:
-    """The file's text: UTF-8, or UTF-16 and UTF-32 by their byte order mark or their zero bytes. DataError for other bytes."""
+    """Return the file's text: UTF-8, or UTF-16 and UTF-32 by byte order mark or zero bytes. DataError for other encodings."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read as a CSV table ({error.strerror})") from error
-    for magic, what in _MAGIC.items():
+    for magic, kind in _MAGIC.items():
         if data.startswith(magic):
-            raise DataError(f"{path}: cannot be read as a CSV table (it is {what}); export the table as CSV in UTF-8")
+            raise DataError(f"{path}: cannot be read as a CSV table (it is {kind}); export the table as CSV in UTF-8")
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), _unmarked(data))
     try:
         return data.decode(encoding)
@@ -247,7 +258,7 @@ def _decoded(path: Path) -> str:
 
 
 def _unmarked(data: bytes) -> str:
-    """UTF-16 where every second of the first bytes is zero, else UTF-8."""
+    """Return UTF-16 if every second of the first bytes is zero, else UTF-8."""
     first = data[:16]
     for start, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
         if len(first) > 3 and not any(first[start::2]) and all(first[1 - start :: 2]):
@@ -256,15 +267,15 @@ def _unmarked(data: bytes) -> str:
 
 
 def _not_utf8(path: Path, data: bytes, error: UnicodeDecodeError) -> DataError:
-    """Names the line and the column of the first byte that is not UTF-8."""
+    """Return an error that names the line and column of the first byte that is not UTF-8."""
     before = io.StringIO(data[: error.start].decode("utf-8-sig", "replace") + "?", newline="")
     reader = csv.reader(before, delimiter=_separator(path, data.decode("latin-1")), skipinitialspace=True)
     rows = [row for row in reader if row]
-    place = len(rows[-1]) - 1
-    column = f", column {trimmed_name(rows[0][place])!r}" if len(rows) > 1 and place < len(rows[0]) else ""
+    index = len(rows[-1]) - 1
+    column = f", column {trimmed_name(rows[0][index])!r}" if len(rows) > 1 and index < len(rows[0]) else ""
     return DataError(
         f"{path}, line {reader.line_num}{column}: cannot be read as a CSV table (byte 0x{data[error.start]:02X} is not UTF-8). Save it as "
-        f"UTF-8; `iconv -f CP1252 -t UTF-8 {path.name} > utf8.csv` does, if it was written on Windows"
+        f"UTF-8; for a file from Windows: `iconv -f CP1252 -t UTF-8 {path.name} > utf8.csv`"
     )
 
 
@@ -281,42 +292,44 @@ def _is_known(name: str) -> bool:
 
 
 def _renamed(table: Table) -> Table:
-    """The table with the columns that Refract reads under their own names. DataError where two columns might be one of them."""
-    meant: dict[str, str] = {}
+    """Return the table with synonyms renamed to COLUMNS. DataError if two columns match the same name."""
+    new_names: dict[str, str] = {}
     for column in COLUMNS:
         same = [name for name in table.columns if _folded(name) == column]
         if column not in table.columns and len(same) > 1:
-            raise DataError(f"{table.path}: {' and '.join(map(repr, same))} both name the column {column}; rename one")
+            raise DataError(
+                f"{table.path}: {' and '.join(map(repr, same))} both denote the column {column}; rename one"
+            )
         if column not in table.columns and same:
-            meant[same[0]] = column
+            new_names[same[0]] = column
     notes = []
     for column in SYNONYMS:
-        if column in table.columns or column in meant.values():
+        if column in table.columns or column in new_names.values():
             continue
         like = [name for name in table.columns if _is_synonym(name, column) and name not in table.several]
         if len(like) == 1 and _holds(table, like[0], column):
-            meant[like[0]] = column
+            new_names[like[0]] = column
             notes.append(f"the column {like[0]!r} is read as {column}")
-    columns = {meant.get(name, name): values for name, values in table.columns.items()}
+    columns = {new_names.get(name, name): values for name, values in table.columns.items()}
     return replace(table, columns=columns, notes=(*table.notes, *notes))
 
 
 def _holds(table: Table, name: str, column: str) -> bool:
-    """Whether a column's values fit what its synonym says: files that are there, names of splits."""
+    """Return whether a column's values fit the synonym: an existing first file, or names of splits."""
     values = [value for value in table.columns[name] if trimmed_name(value)]
     if column == "path":
-        return bool(values) and os.path.lexists(table.file(_path_meant(table.path.parent, values[0])))
+        return bool(values) and os.path.lexists(table.file(_existing_path(table.path.parent, values[0])))
     return column != "split" or all(split_of(value) for value in values)
 
 
-def _meant(table: Table) -> Table:
-    """The table with its paths, labels and splits as Refract uses them. DataError names the row of what cannot be used."""
+def _normalised(table: Table) -> Table:
+    """Return the table with normalised paths, labels and splits. DataError names the row of an invalid value."""
     columns = dict(table.columns)
     for column in [name for name in COLUMNS[:3] if name in columns]:
         zero = next((row for row, value in enumerate(columns[column]) if "\0" in value), None)
         if zero is not None:
             raise DataError(
-                f"{table.where(zero)}, column {column!r}: holds a zero byte; remove it, or save the table as UTF-8"
+                f"{table.where(zero)}, column {column!r}: contains a zero byte; remove it, or save the table as UTF-8"
             )
     if "path" in columns:
         columns["path"] = [_path_at(table, row, value) for row, value in enumerate(columns["path"])]
@@ -328,7 +341,7 @@ def _meant(table: Table) -> Table:
 
 
 def _unquoted(values: list[str]) -> list[str]:
-    """The values without single quotes at their ends, where all that are not empty have them: their writer quotes so, unlike CSV."""
+    """Return the values without single quotes at their ends, if all values that are not empty have them (non-standard quoting)."""
     if not all(len(value) > 1 and value[0] == value[-1] == "'" for value in values if value):
         return values
     return [trimmed_name(value[1:-1].replace("';'", ";")) for value in values]
@@ -337,11 +350,11 @@ def _unquoted(values: list[str]) -> list[str]:
 def _path_at(table: Table, row: int, value: str) -> str:
     if value.isascii() and value == value.strip() and not any(mark in value for mark in "\\:\"'"):
         return value
-    path = _path_meant(table.path.parent, value)
+    path = _existing_path(table.path.parent, value)
     local = os.path.lexists(table.file(path))
     if not local and re.match(r"[A-Za-z][\w+.-]+://", path):
         raise DataError(
-            f"{table.where(row)}, column 'path': {value!r} is an address, not a file; download the images and name the files"
+            f"{table.where(row)}, column 'path': {value!r} is a URL, not a file; download the images and use the file paths"
         )
     if not local and re.match(r"/?[A-Za-z]:/|//", path):
         raise DataError(
@@ -350,9 +363,12 @@ def _path_at(table: Table, row: int, value: str) -> str:
     return path
 
 
-def _path_meant(folder: Path, value: str) -> str:
-    """The first reading of a path that is there: as written, without blanks and quotes at its ends, of a `file://` address, with `/` for
-    `\\`, in another Unicode form. Where none is there, the last but for the form."""
+def _existing_path(folder: Path, value: str) -> str:
+    """Return the first interpretation of a path that exists.
+
+    They are, in order: as written, without blanks and quotes at the ends, the path of a `file://` URL, with `/` for `\\`, and in another
+    Unicode form. If none exists, return the one with `/`.
+    """
     plain = trimmed_name(value)
     unquoted = trimmed_name(plain[1:-1]) if len(plain) > 1 and plain[0] == plain[-1] and plain[0] in "\"'" else plain
     try:
@@ -363,4 +379,4 @@ def _path_meant(folder: Path, value: str) -> str:
     slashes = local.replace("\\", "/")
     forms = [unicodedata.normalize(form, slashes) for form in ("NFC", "NFD")] if not slashes.isascii() else []
     readings = dict.fromkeys([value, plain, unquoted, local, slashes, *forms])
-    return next((one for one in readings if one and os.path.lexists(folder / one)), slashes)
+    return next((reading for reading in readings if reading and os.path.lexists(folder / reading)), slashes)
