@@ -1,1 +1,1 @@
-"""What learns, and the bundle it is handed on in: networks, classifier, losses, training module."""
+"""Networks, the classifier, its losses and training module, and the bundle that stores it."""

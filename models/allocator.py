@@ -1,7 +1,7 @@
-"""How glibc's malloc treats freed memory in processes that compute networks. Imports nothing heavy.
+"""Configure glibc's malloc to reuse freed memory in processes that compute networks. Imports no heavy library.
 
-By default malloc returns each large block to the system, and the next layer faults fresh, zeroed pages in. A training allocates the
-same blocks at every step, so the process keeps them instead. The module does nothing elsewhere than on glibc.
+By default malloc returns each large block to the system, so that the next layer causes page faults for fresh, zeroed pages. Training
+allocates the same blocks at every step, so the process keeps them instead. The module has no effect without glibc.
 """
 
 import ctypes
@@ -17,42 +17,43 @@ _SETTINGS = ("ARENA_MAX", "ARENA_TEST", "MMAP_MAX_", "MMAP_THRESHOLD_", "TOP_PAD
 
 
 def keep_freed_memory(at_most: int | None = None) -> bool:
-    """Let this process reuse freed memory instead of returning it to the system. Returns whether it changed malloc's settings.
+    """Make this process reuse freed memory instead of returning it to the system. Returns whether it changed malloc's settings.
 
-    Call it before the process starts threads: threads that exist keep their arenas, which fragment memory. The main thread and
-    PyTorch's backward thread then share one arena.
+    Call it before the process starts threads: existing threads keep their arenas, which fragment memory. Afterwards the main thread and
+    PyTorch's backward thread share one arena.
 
-    at_most: bytes to keep, for a process that lives long or runs beside many others; it returns blocks of more than 32 MiB at once.
-    None suits a process that computes: it keeps blocks of any size, at most a quarter of the available memory at the heap's end. Where that
-    quarter exceeds 2 GiB, malloc's largest limit, it keeps all until `release_freed_memory`, so never more than its peak.
+    at_most: bytes to keep, for a long-lived process or one of many; blocks above 32 MiB return to the system immediately. None is for a
+    process that computes: it keeps blocks of any size, and at the heap's end at most a quarter of the available memory. If that quarter
+    exceeds 2 GiB, malloc's largest limit, it keeps all memory until `release_freed_memory`, so never more than its peak.
 
-    Settings of the user win: it does nothing where `MALLOC_…` variables or `GLIBC_TUNABLES` configure malloc, or `LD_PRELOAD` replaces it.
+    The user's settings take precedence: the function changes nothing if `MALLOC_…` variables or `GLIBC_TUNABLES` configure malloc, or
+    `LD_PRELOAD` replaces it.
     """
     if not _is_glibc() or configured_by_user(os.environ) or not (quarter := available_memory() // 4):
         return False
     if at_most is not None:
         limit = min(at_most, quarter, _LARGEST_INT)
-        own = {_M_TRIM_THRESHOLD: limit, _M_MMAP_THRESHOLD: _LARGEST_MMAP_THRESHOLD}
+        settings = {_M_TRIM_THRESHOLD: limit, _M_MMAP_THRESHOLD: _LARGEST_MMAP_THRESHOLD}
     elif quarter <= _LARGEST_INT:
-        # A trim leaves the pad, which costs addresses, and no memory until it is written.
+        # A trim keeps the pad. The pad uses address space, but no memory until the process writes to it.
         pad = {} if _address_space_is_limited() else {_M_TOP_PAD: quarter}
-        own = {_M_TRIM_THRESHOLD: quarter, _M_MMAP_MAX: 0} | pad
+        settings = {_M_TRIM_THRESHOLD: quarter, _M_MMAP_MAX: 0} | pad
     else:
-        own = {_M_TRIM_THRESHOLD: -1, _M_MMAP_MAX: 0}
+        settings = {_M_TRIM_THRESHOLD: -1, _M_MMAP_MAX: 0}
     mallopt = ctypes.CDLL(None).mallopt
-    for name, value in {_M_ARENA_MAX: 1, **own}.items():
+    for name, value in {_M_ARENA_MAX: 1, **settings}.items():
         mallopt(name, value)
     return True
 
 
 def release_freed_memory() -> None:
-    """Return all freed memory of this process to the system, where `keep_freed_memory` may have kept it."""
+    """Return the freed memory that `keep_freed_memory` made this process keep to the system."""
     if _is_glibc() and not configured_by_user(os.environ):
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
 
 
 def configured_by_user(environment: Mapping[str, str]) -> bool:
-    """Whether the environment configures glibc's malloc or preloads another allocator."""
+    """Return whether the environment configures glibc's malloc or preloads another allocator."""
     return (
         any(f"MALLOC_{name}" in environment for name in _SETTINGS)
         or "glibc.malloc." in environment.get("GLIBC_TUNABLES", "")
@@ -61,8 +62,11 @@ def configured_by_user(environment: Mapping[str, str]) -> bool:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that this process may expect: what Linux calls available, or its control group's limit where that is lower. Control groups v1
-    and v2, of the process or of its container. 0 where neither is known. root: of the file system that describes them."""
+    """Return the bytes of memory available to this process: Linux's MemAvailable, or the control group's limit if that is lower.
+
+    Supports control groups v1 and v2, of the process or its container. 0 if both values are unknown. root: the root of the file system
+    with /proc and /sys.
+    """
     limits = [_bytes(root / "proc/meminfo", field="MemAvailable")]
     for group in _control_groups(root / "proc/self/cgroup"):
         limits.append(_bytes(root / "sys/fs/cgroup" / group / "memory.max"))
@@ -71,7 +75,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def _control_groups(file: Path) -> list[str]:
-    """The process's groups and their parents, relative to the root, "" among them: inside a container it is the container's own."""
+    """List the process's control groups and their parents, relative to the root. "" is the root, in a container the container's group."""
     groups = {""}
     try:
         lines = file.read_text("utf-8").splitlines()
@@ -86,7 +90,7 @@ def _control_groups(file: Path) -> list[str]:
 
 
 def _bytes(file: Path, *, field: str | None = None) -> int | None:
-    """The number in a file, or that of a field in KiB; None where there is none, as for "max"."""
+    """Read the number in a file, or with `field` the field's number of KiB as bytes. None without a number, as for "max"."""
     try:
         text = file.read_text("ascii")
         if field is None:
@@ -101,7 +105,7 @@ def _is_glibc() -> bool:
         return False
     try:
         return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
-    except ValueError:  # musl does not know the name
+    except ValueError:  # musl does not define the name
         return False
 
 
@@ -111,4 +115,6 @@ def _address_space_is_limited() -> bool:
     kinds = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
     if any(resource.getrlimit(kind)[0] != resource.RLIM_INFINITY for kind in kinds):
         return True
-    return _bytes(Path("/proc/sys/vm/overcommit_memory")) == 2  # the system then counts reserved memory as used
+    return (
+        _bytes(Path("/proc/sys/vm/overcommit_memory")) == 2
+    )  # the system then counts reserved addresses as used memory

@@ -1,4 +1,4 @@
-"""Passwords, tokens and keys in addresses and messages: they are replaced before a user, a log or a file sees them."""
+"""Mask passwords, tokens and keys in URLs and messages before they reach a user, a log or a file."""
 
 import logging
 import os
@@ -16,18 +16,18 @@ TOKENS = (
     "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AZURE_STORAGE_ACCESS_KEY",
     "AZURE_STORAGE_CONNECTION_STRING", "HF_TOKEN",
 )  # fmt: skip
-"""Environment variables whose values are random, and secret wherever they stand."""
+"""Environment variables with random values, which are masked wherever they occur."""
 
 PASSWORDS = ("MLFLOW_TRACKING_PASSWORD", "PGPASSWORD")
-"""Environment variables whose values are secret, and may be ordinary words."""
+"""Environment variables with secret values that may be ordinary words."""
 
 SHORTEST = 6
-"""Characters of a secret that is searched for by its value: shorter ones are parts of ordinary words."""
+"""The shortest secret, in characters, that is searched by its value: shorter values also occur in ordinary words."""
 
 _ADDRESS = re.compile(
     r"""(?<![a-z0-9+.-])(?P<scheme>[a-z][a-z0-9+.-]{0,30}://)(?P<user>[^/?\#\s"<>]+)@""", re.IGNORECASE
 )
-# SQLAlchemy takes a slash in a password, and an @ in a user name.
+# SQLAlchemy accepts a slash in a password, and an @ in a user name.
 _DATABASE = re.compile(
     r"""(?P<scheme>(?:postgres|mysql|mariadb|mssql|oracle)[a-z0-9+]{0,30}://)[^:/\s"<>]*:[^?\s"<>]*@""", re.IGNORECASE
 )
@@ -46,15 +46,23 @@ _NAMED = re.compile(
 
 
 def masked(text: str) -> str:
-    """The text with `***` for each password, token and key: in the user part of addresses, in query parameters such as `token=`, after
-    names such as `password=`, and wherever the value of an environment variable of TOKENS and PASSWORDS stands, or the password of
-    MLFLOW_TRACKING_URI. Masked text stays as it is."""
+    """Replace each password, token and key in a text by `***`.
+
+    - in the user part of URLs
+    - in query parameters such as `token=`
+    - after names such as `password=`
+    - wherever the value of an environment variable of TOKENS or PASSWORDS occurs, or the password of MLFLOW_TRACKING_URI
+
+    The function is idempotent.
+    """
     return _by_pattern(_without(text, _tokens() | _passwords()))
 
 
 def masked_values(value: Any) -> Any:
-    """Mask every text in mappings and lists, as `masked`, but leave passwords that may be ordinary words in texts without an address: a
-    stored config must name the same folder as before."""
+    """Apply `masked` to every text in mappings and lists.
+
+    In a text without a URL, values of PASSWORDS stay, because they may be ordinary words: a stored config must name the same folder.
+    """
     if isinstance(value, str):
         return masked(value) if "://" in value else _by_pattern(_without(value, _tokens()))
     if isinstance(value, Mapping):
@@ -63,7 +71,7 @@ def masked_values(value: Any) -> Any:
 
 
 def hide_credentials() -> None:
-    """Mask what this process logs, whichever library does so, and the tracebacks of errors that nothing catches."""
+    """Mask the log records of all libraries in this process, and the tracebacks of uncaught exceptions."""
     before = logging.getLogRecordFactory()
     if getattr(before, "masks", False):
         return
@@ -72,9 +80,9 @@ def hide_credentials() -> None:
         record = before(*args, **kwargs)
         try:
             text = record.getMessage()
-        except (TypeError, ValueError):  # a library's own mistake, which logging itself reports
+        except (TypeError, ValueError):  # a library's wrong format arguments, which logging reports
             return record
-        if (hidden := masked(text)) != text:  # else the arguments stay, which some formatters read
+        if (hidden := masked(text)) != text:  # otherwise keep the arguments, which some formatters read
             record.msg, record.args = hidden, ()
         if record.exc_info and record.exc_info[0] is not None:
             text = "".join(traceback.format_exception(*record.exc_info)).rstrip()
@@ -101,14 +109,14 @@ def _by_pattern(text: str) -> str:
 
 
 def _without_user(match: re.Match[str]) -> str:
-    # A database's user alone is no secret, as with a password in PGPASSWORD; of a server it may be a token.
+    # The user name of a database is not secret; its password may be in PGPASSWORD. The user name of a server may be a token.
     if ":" not in match["user"] and not match["scheme"].lower().startswith("http"):
         return match[0]
     return f"{match['scheme']}{MASK}@"
 
 
 def _without(text: str, secrets: set[str]) -> str:
-    """The longest secret first, as one may hold another."""
+    """Replace the secrets, the longest first, as a secret may contain another."""
     for secret in sorted(
         (secret for secret in secrets if len(secret) >= SHORTEST and secret != MASK), key=len, reverse=True
     ):
@@ -121,13 +129,17 @@ def _tokens() -> set[str]:
 
 
 def _passwords() -> set[str]:
-    """A password that is also the user's or the database's name is left to the patterns: messages are full of such a word."""
+    """Return the values of PASSWORDS and the password of MLFLOW_TRACKING_URI.
+
+    A password that is also the name of the user or of the database is excluded, because it occurs in many messages. The patterns still
+    mask it.
+    """
     address = os.environ.get("MLFLOW_TRACKING_URI", "")
     try:
         parts = urlsplit(address)
         password = parts.password or ""
-    except ValueError:  # brackets that hold no address
+    except ValueError:  # brackets without an IP address
         return {os.environ.get(name, "") for name in PASSWORDS}
     rest = address.replace(f":{password}@", ":@", 1)
-    found = set() if password in rest else {password, unquote(password)}
-    return found | {os.environ.get(name, "") for name in PASSWORDS}
+    uri_passwords = set() if password in rest else {password, unquote(password)}
+    return uri_passwords | {os.environ.get(name, "") for name in PASSWORDS}

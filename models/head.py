@@ -1,4 +1,4 @@
-"""The head of a network: its final layer, the one with a row for each class, or what stands in its place."""
+"""The head of a network: its final layer, which has one output for each class, and the layers that can replace it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ from refract.models.layers import pick
 
 
 class MLPHead(nn.Sequential):
-    """One hidden layer of `hidden` units, GELU, then a linear layer. (N, inputs) → (N, outputs)."""
+    """A hidden layer of `hidden` units, GELU, then a linear layer. (N, inputs) → (N, outputs)."""
 
     def __init__(self, inputs: int, outputs: int, hidden: int = 512) -> None:
         super().__init__(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
 
 
 class CosineHead(nn.Module):
-    """s · cos(x, w_c): the angle to each class's direction, whatever the lengths; s is learned and begins at 10.
+    """s · cos(x, w_c): the cosine of the angle to each class's weight vector, independent of both norms; s is learned and starts at 10.
 
     (N, inputs) → (N, outputs). Source: Gidaris & Komodakis 2018, arXiv:1804.09458, section 3.2.
     """
@@ -38,15 +38,15 @@ HEADS = {"mlp": MLPHead, "cosine": CosineHead}
 
 
 def swap_head(module: nn.Module, kind: str) -> nn.Module:
-    """Put a new head of `kind`, of HEADS, in the place of the last layer. Returns the module. ValueError where that is no Linear."""
+    """Replace the last layer by a new head `kind` of HEADS, in place. Returns the module. ValueError if the last layer is not a Linear."""
     make = pick("head", kind, HEADS)
-    if callable(named := getattr(module, "get_classifier", None)) and isinstance(named(), list | tuple):
-        raise ValueError(f"head={kind!r}: {type(module).__name__} has two heads; take head: linear")
+    if callable(getter := getattr(module, "get_classifier", None)) and isinstance(getter(), list | tuple):
+        raise ValueError(f"head={kind!r}: {type(module).__name__} has two heads; set head: linear")
     name = last_layer(module)
     old = module.get_submodule(name)
     if not isinstance(old, nn.Linear):
         raise ValueError(
-            f"head={kind!r}: {type(module).__name__} ends in a {type(old).__name__}, not a linear layer; take head: linear"
+            f"head={kind!r}: {type(module).__name__} ends in a {type(old).__name__}, not a linear layer; set head: linear"
         )
     parent, _, child = name.rpartition(".")
     setattr(module.get_submodule(parent), child, make(old.in_features, old.out_features))
@@ -56,50 +56,54 @@ def swap_head(module: nn.Module, kind: str) -> nn.Module:
 def neutralise_head(network: nn.Module) -> nn.Module:
     """Make the head of `network` give every class the same logit, in place. Returns the network.
 
-    The first loss is then log(num_classes), for multi-label log(2) a label, and the first gradients come from the images rather than from
-    random weights. The last Linear or Conv2d of each output gets zeros; the layers below keep their random weights, so that they learn. A
-    cosine head, which cannot have zeros, gets one direction for all classes. Source: zero weights are the limit of the small ones of
+    The first loss is then log(num_classes), for multi-label log(2) for each label. The first gradients come from the images and not from
+    random weights. The last Linear or Conv2d of each output gets zeros. The layers below keep their random weights, so that they learn. A
+    cosine head, which cannot have zeros, gets one direction for all classes. Source: zero weights are the limit of the small weights of
     Goyal et al. 2017, arXiv:1706.02677, section 5.1.
     """
-    for part in _outputs(network):
-        cosine = [module for module in part.modules() if isinstance(module, CosineHead)]
+    for output in _outputs(network):
+        cosine = [module for module in output.modules() if isinstance(module, CosineHead)]
         if cosine:
             with torch.no_grad():
                 cosine[-1].weight.copy_(cosine[-1].weight[:1].expand_as(cosine[-1].weight))
-        elif layers := [module for module in part.modules() if isinstance(module, nn.Linear | nn.Conv2d)]:
+        elif layers := [module for module in output.modules() if isinstance(module, nn.Linear | nn.Conv2d)]:
             for parameter in layers[-1].parameters():
                 nn.init.zeros_(parameter)
     return network
 
 
 def _outputs(network: nn.Module) -> list[nn.Module]:
-    """The modules whose outputs are logits: of a network that joins two the last one, of timm's networks all that their metadata names."""
+    """List the modules whose outputs are logits.
+
+    A multimodal network has one, its last layer. A timm network has all that its metadata names.
+    """
     head = head_of(network)
     if callable(getattr(network, "joint_head", None)):
         return [head[-1] if isinstance(head, nn.ModuleList) else head]
     named = getattr(network, "pretrained_cfg", {}).get("classifier") or ()
     names = [named] if isinstance(named, str) else list(named)
-    known = dict(network.named_modules())
-    parts = list(head) if isinstance(head, nn.ModuleList) else [head]
-    return [*parts, *(known[name] for name in names if name in known)]
+    modules = dict(network.named_modules())
+    heads = list(head) if isinstance(head, nn.ModuleList) else [head]
+    return [*heads, *(modules[name] for name in names if name in modules)]
 
 
 def head_of(module: nn.Module) -> nn.Module:
-    """The final layer or layers, which are trained in every mode of transfer learning.
+    """Return the final layer or layers, which are trained in every mode of transfer learning.
 
-    A network that joins two says it itself (`joint_head`), as what joins them is new too. timm's networks say it themselves
-    (`get_classifier`; two layers where the network is distilled); for others it is the last Linear or Conv2d that the module registers,
-    which a test holds for torchvision's families.
-    ValueError if there is none.
+    - A multimodal network returns its head from `joint_head`, with the fusion layer, which is new as well.
+    - timm's networks return it from `get_classifier`: two layers for a distilled network.
+    - For other networks it is the last registered Linear or Conv2d, which a test verifies for torchvision's families.
+
+    ValueError if the network has no such layer.
     """
-    if callable(own := getattr(module, "joint_head", None)):
-        return own()
-    exchanged = [child for child in module.modules() if isinstance(child, MLPHead | CosineHead)]
-    if exchanged:
-        return exchanged[-1]
-    if callable(named := getattr(module, "get_classifier", None)):
-        found = named()
-        head = nn.ModuleList(found) if isinstance(found, list | tuple) else found
+    if callable(joint_head := getattr(module, "joint_head", None)):
+        return joint_head()
+    swapped = [child for child in module.modules() if isinstance(child, MLPHead | CosineHead)]
+    if swapped:
+        return swapped[-1]
+    if callable(getter := getattr(module, "get_classifier", None)):
+        layers = getter()
+        head = nn.ModuleList(layers) if isinstance(layers, list | tuple) else layers
         if next(head.parameters(), None) is not None:
             return head
     return module.get_submodule(last_layer(module))
@@ -107,32 +111,32 @@ def head_of(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def head_inputs(network: nn.Module) -> Iterator[list[Tensor]]:
-    """While the block lasts, what the last layers are given: for each forward pass one tensor (N, features), float32, on the CPU.
+    """Record the inputs of the head within the block: for each forward pass one tensor (N, features), float32, on the CPU.
 
-    Maps and rows of tokens are averaged over their places. A network that does not call what `head_of` takes for its head, as one whose
-    layers are registered in another order than they are called, gives its output instead.
+    Feature maps and token sequences are averaged over their positions. If the network does not call the module that `head_of` returns,
+    because it registers layers in another order than it calls them, the network's output is recorded instead.
     """
     head = _called_head(network)
-    kept: list[Tensor] = []
-    seen: list[Tensor] = []
+    features: list[Tensor] = []
+    inputs: list[Tensor] = []
 
-    def before(module: nn.Module, given: tuple[Any, ...]) -> None:
-        seen.append(_averaged(given[0], channels_first=isinstance(module, nn.Conv2d)))
+    def before_head(module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(_averaged(args[0], channels_first=isinstance(module, nn.Conv2d)))
 
-    def after(module: nn.Module, given: object, output: Tensor) -> None:
-        kept.append((seen[-1] if seen else output).detach().float().cpu())
-        seen.clear()
+    def after_network(module: nn.Module, args: object, output: Tensor) -> None:
+        features.append((inputs[-1] if inputs else output).detach().float().cpu())
+        inputs.clear()
 
-    hooks = [head.register_forward_pre_hook(before), network.register_forward_hook(after)]
+    hooks = [head.register_forward_pre_hook(before_head), network.register_forward_hook(after_network)]
     try:
-        yield kept
+        yield features
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def _called_head(network: nn.Module) -> nn.Module:
-    """Of several layers the last: a list of them is never called, and what joins two networks lies before what they have in common."""
+    """Return the last layer of the head. A ModuleList is never called itself, and a fusion layer precedes the last layer."""
     head = head_of(network)
     return head[-1] if isinstance(head, nn.ModuleList) else head
 
@@ -144,10 +148,10 @@ def _averaged(values: Tensor, *, channels_first: bool) -> Tensor:
 
 
 def replace_head(module: nn.Module, num_classes: int) -> nn.Module:
-    """Give `module` a new last Linear or Conv2d with `num_classes` outputs, in place; freshly initialised. Returns it.
+    """Replace the last Linear or Conv2d of `module` by a freshly initialised one with `num_classes` outputs, in place. Returns `module`.
 
-    A ReLU after the last layer, which SqueezeNet has, becomes an identity: it would keep every logit above zero, and a
-    sigmoid of it above 0.5.
+    A ReLU after the last layer, which SqueezeNet has, becomes an identity: it would clamp every logit to at least 0, and its sigmoid to at
+    least 0.5.
     """
     name = last_layer(module)
     parent_name, _, child = name.rpartition(".")
@@ -163,7 +167,7 @@ def replace_head(module: nn.Module, num_classes: int) -> nn.Module:
 
 
 def last_layer(module: nn.Module) -> str:
-    """The name of the last Linear or Conv2d that the module registers. ValueError where there is none."""
+    """Return the name of the last Linear or Conv2d that the module registers. ValueError if it has none."""
     names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear | nn.Conv2d)]
     if not names:
         raise ValueError(f"network {type(module).__name__}: expected a Linear or Conv2d layer to serve as its head")

@@ -1,4 +1,4 @@
-"""Probabilities to the JSON of an answer. Knows nothing of requests or engines."""
+"""Predictions as JSON: labels, confidences and explanations from probabilities. Independent of requests and engines."""
 
 import base64
 from collections.abc import Sequence
@@ -9,8 +9,10 @@ import numpy as np
 
 
 class Explanation(NamedTuple):
-    """Where the network found evidence for the label. png: the heat map; method: how it was computed. Where there is no map, png is None,
-    and code (for programs) and detail (for people) say why."""
+    """A heat map of the network's evidence for a label, or the reason why it is missing.
+
+    png: the encoded heat map, None if it is missing; method: the algorithm; code and detail: the reason, for programs and for people.
+    """
 
     png: bytes | None = None
     method: str = ""
@@ -19,7 +21,7 @@ class Explanation(NamedTuple):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The answer's fields."""
+        """The fields that the explanation adds to a prediction."""
         if self.png is None:
             return {"explanation_problem": {"code": self.code, "detail": self.detail}}
         return {"explanation": base64.b64encode(self.png).decode(), "explanation_method": self.method}
@@ -36,32 +38,37 @@ def prediction(
     explanation: Explanation | None = None,
     cut: bool = False,
 ) -> dict[str, Any]:
-    """One image's answer: its `top` labels, likeliest first.
+    """Build the JSON object of one sample's prediction: its `top` most probable labels, in descending order.
 
-    row: C probabilities; thresholds: one a label: the answer gains `labels`, those that reach theirs; abstain_below: the answer gains
-    `abstain`, whether its confidence lies below it: such an answer should be left to a person. At 1 every answer does; confidence: the
-    answer's own, see `confidences`; None takes that of the likeliest label; explanation: the answer gains its `fields`; cut: the answer
-    gains `text_truncated`.
+    - row: (C,) probabilities
+    - thresholds: one for each label; adds `labels`, the labels whose probability reaches the threshold
+    - abstain_below: adds `abstain`, whether the confidence lies below this limit, so that a person should decide; always true at 1
+    - confidence: the prediction's confidence, see `confidences`; None takes the probability of the first label
+    - explanation: adds its `fields`
+    - cut: adds `text_truncated`
     """
-    # Stable, so that equal probabilities come in the order of the labels, on every machine.
+    # A stable sort keeps the order of the labels for equal probabilities, on every machine.
     order = np.argsort(-row, kind="stable")[:top]
     best = [{"label": labels[i], "confidence": float(row[i])} for i in order.tolist()]
-    answer: dict[str, Any] = {**best[0], "top": best}
+    result: dict[str, Any] = {**best[0], "top": best}
     if thresholds is not None:
         reached = np.flatnonzero(row >= np.asarray(thresholds, dtype=row.dtype))
-        answer["labels"] = [labels[i] for i in reached.tolist()]
+        result["labels"] = [labels[i] for i in reached.tolist()]
     if abstain_below is not None:
-        sure = best[0]["confidence"] if confidence is None else confidence
-        answer["abstain"] = abstain_below >= 1 or sure < abstain_below
+        confidence = best[0]["confidence"] if confidence is None else confidence
+        result["abstain"] = abstain_below >= 1 or confidence < abstain_below
     if explanation is not None:
-        answer |= explanation.fields
+        result |= explanation.fields
     if cut:
-        answer["text_truncated"] = True
-    return answer
+        result["text_truncated"] = True
+    return result
 
 
-def given_labels(probabilities: np.ndarray, task: str, thresholds: Sequence[float] = ()) -> np.ndarray:
-    """(N, C) bool: with which labels each of the rows (N, C) is answered; for several those that reach their thresholds, or 0.5."""
+def predicted_labels(probabilities: np.ndarray, task: str, thresholds: Sequence[float] = ()) -> np.ndarray:
+    """Decide the predicted labels from probabilities (N, C). Returns (N, C) bool.
+
+    For multilabel these are the labels that reach their thresholds, 0.5 without thresholds; else the most probable label.
+    """
     count = probabilities.shape[1]
     if task == "multilabel":
         return probabilities >= np.asarray(thresholds if len(thresholds) else [0.5] * count, dtype=probabilities.dtype)
@@ -69,18 +76,20 @@ def given_labels(probabilities: np.ndarray, task: str, thresholds: Sequence[floa
 
 
 def confidences(probabilities: np.ndarray, task: str, thresholds: Sequence[float] = ()) -> np.ndarray:
-    """(N,): how sure each answer is. For one label its probability; for multi-label the mean over all labels of the probability that
-    the label is rightly given, or rightly not given."""
+    """Compute the confidence of each prediction, (N,), from probabilities (N, C).
+
+    It is the probability of the predicted label; for multilabel the mean over the labels of the probability that the decision is right.
+    """
     if task == "multilabel":
-        given = given_labels(probabilities, task, thresholds)
-        return np.where(given, probabilities, 1 - probabilities).mean(axis=1, dtype=np.float64)
+        positive = predicted_labels(probabilities, task, thresholds)
+        return np.where(positive, probabilities, 1 - probabilities).mean(axis=1, dtype=np.float64)
     return probabilities.max(axis=1, initial=0)
 
 
-def line(path: Path, answer: dict[str, Any]) -> str:
-    """An answer for people; of a multi-label bundle first the labels that reach their thresholds."""
-    labels = ", ".join(f"{row['label']} {row['confidence']:.1%}" for row in answer["top"])
-    if "labels" in answer:
-        labels = f"{', '.join(answer['labels']) or 'no label'}  ({labels})"
-    unsure = "  (too unsure: leave it to a person)" if answer.get("abstain") else ""
-    return f"{path}: {labels}{unsure}" + ("  (the text was cut)" if answer.get("text_truncated") else "")
+def format_prediction(path: Path, result: dict[str, Any]) -> str:
+    """Format a prediction as one line of text. For multi-label the labels that reach their thresholds come first."""
+    labels = ", ".join(f"{row['label']} {row['confidence']:.1%}" for row in result["top"])
+    if "labels" in result:
+        labels = f"{', '.join(result['labels']) or 'no label'}  ({labels})"
+    abstained = "  (low confidence: ask a person)" if result.get("abstain") else ""
+    return f"{path}: {labels}{abstained}" + ("  (the text was truncated)" if result.get("text_truncated") else "")

@@ -1,6 +1,6 @@
-"""Networks by name: Refract's own, then torchvision's, then timm's. Each maps (N, 3, H, W) floats to logits (N, C).
+"""Networks by name: Refract's first, then torchvision's, then timm's. Each maps (N, 3, H, W) floats to logits (N, C).
 
-Knows nothing of training, of normalisation or of bundles. torchvision and timm are imported when a name asks for them.
+Independent of training, normalisation and bundles. torchvision and timm are imported only if a name needs them.
 """
 
 import difflib
@@ -34,16 +34,18 @@ def build(
     args: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> nn.Module:
-    """The network `name` with a head for `num_classes`.
+    """Build the network `name` with a head for `num_classes`.
 
-    name: one of NETWORKS, a torchvision classification model, or a timm model; `torchvision/NAME` and `timm/NAME` force
-    one. image_size: (height, width) in pixels. weights: "none"; "default", the pretrained ones of torchvision or timm,
-    by their own download; or a file, folder or URL, see `refract.models.pretrained.weights`. head: linear, the network's own; or of
-    `refract.models.head.HEADS`, in
-    the place of the last layer. args: the network's; they can be given by name as well. A head that the loaded weights do not fill gives
-    every class the same logit, see `refract.models.head.neutralise_head`.
+    - name: one of NETWORKS, a torchvision classification model, or a timm model; `torchvision/NAME` and `timm/NAME` select the catalogue
+    - image_size: (height, width) in pixels
+    - weights: "none"; "default", pretrained weights that torchvision or timm downloads; or a file, folder or URL, see
+      `refract.models.pretrained.weights`
+    - head: `linear` keeps the network's last layer; a name of `refract.models.head.HEADS` replaces it
+    - args: arguments of the network, which may also be keyword arguments
+
+    A head that the loaded weights do not fill gives every class the same logit, see `refract.models.head.neutralise_head`.
     ValueError for an unknown name (with the nearest ones), arguments that the network rejects or that are reserved,
-    weights that do not fit or cannot be had; FileNotFoundError if the file of weights is missing.
+    weights that do not fit or cannot be loaded; FileNotFoundError if the file of weights is missing.
     """
     args = {**(args or {}), **more}
     source, plain = _locate(name)
@@ -52,9 +54,9 @@ def build(
     if source is not None:
         network = CATALOGUES[source].build(plain, num_classes, image_size, pretrained, args)
     elif pretrained:
-        raise ValueError(f"weights='default': {name} has none; expected 'none' or the path of a file")
+        raise ValueError(f"weights='default': {name} has no pretrained weights; expected 'none' or the path of a file")
     else:
-        network = _build_own(name, num_classes, image_size, args)
+        network = _build_builtin(name, num_classes, image_size, args)
     if head != "linear":
         swap_head(network, head)
     fresh = (
@@ -68,12 +70,11 @@ def build(
 
 
 def weights_preprocess(name: str, weights: str) -> dict[str, Any] | None:
-    """What the pretrained weights were trained on: {"mean", "std", "image_size": [h, w], "crop_ratio"}, plain numbers.
+    """Return the preprocessing of the pretrained weights: {"mean", "std", "image_size": [h, w], "crop_ratio"}, plain numbers.
 
-    From the record beside the weights, see `refract.models.pretrained.weights.folder_preprocess`; else from
-    torchvision's or timm's metadata of the
-    network, as files of its weights are nearly always those. None for weights="none", and where nothing is known.
-    ValueError for an unknown name.
+    A record in the folder of the weights comes first, see `refract.models.pretrained.weights.folder_preprocess`. Without a record,
+    torchvision's or timm's metadata of the network apply, as a file of its weights nearly always comes from there.
+    None for weights="none", and if neither source has a record. ValueError for an unknown name.
     """
     source, plain = _locate(name)
     if weights == "none":
@@ -83,26 +84,28 @@ def weights_preprocess(name: str, weights: str) -> dict[str, Any] | None:
 
 
 def _locate(name: str) -> tuple[str | None, str]:
-    """(catalogue, name in it), or (None, name) for an own network. Asks own networks first: it is the cheapest."""
+    """Find (catalogue, name in it), or (None, name) for one of NETWORKS, which needs no import and therefore comes first."""
     if name in NETWORKS:
         return None, name
     prefix, _, plain = name.partition("/")
-    asked = [prefix] if plain and prefix in CATALOGUES else list(CATALOGUES)
+    sources = [prefix] if plain and prefix in CATALOGUES else list(CATALOGUES)
     wanted = plain if plain and prefix in CATALOGUES else name
-    for source in asked:
+    for source in sources:
         if CATALOGUES[source].has(wanted):
             return source, wanted
     near = [
-        f"{source}/{n}" for source in asked for n in difflib.get_close_matches(wanted, CATALOGUES[source].names(), n=3)
+        f"{source}/{n}"
+        for source in sources
+        for n in difflib.get_close_matches(wanted, CATALOGUES[source].names(), n=3)
     ]
-    own = difflib.get_close_matches(wanted, NETWORKS, n=1)
+    near_builtin = difflib.get_close_matches(wanted, NETWORKS, n=1)
     raise ValueError(
-        f"network {name!r} is unknown: own networks are {', '.join(NETWORKS)}; "
-        f"nearest: {', '.join(own + near) or 'none'} (torchvision/NAME and timm/NAME force one)"
+        f"network {name!r} is unknown: expected one of {', '.join(NETWORKS)}, or a network of torchvision or timm; "
+        f"nearest: {', '.join(near_builtin + near) or 'none'} (torchvision/NAME and timm/NAME select the catalogue)"
     )
 
 
-def _build_own(name: str, num_classes: int, image_size: tuple[int, int], args: Mapping[str, Any]) -> nn.Module:
+def _build_builtin(name: str, num_classes: int, image_size: tuple[int, int], args: Mapping[str, Any]) -> nn.Module:
     try:
         return NETWORKS[name](num_classes, image_size=image_size, **args)
     except TypeError as err:
@@ -114,15 +117,15 @@ def _check_args(name: str, num_classes: int, args: Mapping[str, Any]) -> None:
         raise ValueError(f"num_classes={num_classes!r}: expected a whole number above 0")
     for key in args:
         if not isinstance(key, str):
-            raise ValueError(f"network {name!r}: the argument {key!r} is no name")
+            raise ValueError(f"network {name!r}: the argument {key!r} is not a text: expected names of arguments")
         if key in _RESERVED or key.startswith(("pretrained", "weights")):
             raise ValueError(
-                f"network {name!r}: the argument {key!r} is reserved, as the network's weights, input and outputs are "
-                "Refract's; use weights=… and the labels"
+                f"network {name!r}: the argument {key!r} is reserved, as Refract sets the network's weights, input and "
+                "outputs; use weights=… and the labels"
             )
 
 
-# A bundle's record may come from a stranger: none of its arguments may name a file or an address to load from.
+# A bundle's metadata is untrusted input: none of its arguments may name a file or a URL to load.
 _RESERVED = frozenset(
     {
         "name",

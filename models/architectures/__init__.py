@@ -1,5 +1,5 @@
-"""Refract's own networks, a file each. `refract.models.registry.NETWORKS` has them by name.
+"""Refract's networks, one in each file. `refract.models.registry.NETWORKS` lists them by name.
 
-Each is made as `Network(num_classes, image_size=(height, width), **args)` and maps normalised images (N, 3, H, W) to logits
-(N, num_classes). One that must see training images before its first step has a method `prepare(images)`.
+The constructor is `Network(num_classes, image_size=(height, width), **args)`. A network maps normalised images (N, 3, H, W) to logits
+(N, num_classes). A network that needs training images before its first step has a method `prepare(images)`.
 """

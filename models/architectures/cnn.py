@@ -1,10 +1,10 @@
-"""A convolutional network put together from parts, so that each can be tried from a YAML."""
+"""A convolutional network of interchangeable layers, so that a YAML file can try each of them."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from refract.models.architectures.mlp import warn_of_dropout
+from refract.models.architectures.mlp import check_dropout
 from refract.models.layers.activations import make_activation, pieces_of
 from refract.models.layers.convolutions import make_conv
 from refract.models.layers.norms import make_norm, standardise_weights
@@ -12,12 +12,19 @@ from refract.models.layers.pooling import make_global_pool, make_pool
 
 
 class CNN(nn.Module):
-    """Stages of convolution, norm and activation, each ended by pooling; global pooling; dropout; a linear head.
+    """Stages of convolution, norm and activation, each followed by pooling; then global pooling, dropout and a linear head.
 
-    widths: channels of each stage; depth: convolutions of a stage; conv, norm, activation, pool, global_pool: see `refract.models.layers`;
-    activation_args: of the activation; kernel: in pixels, odd. residual: add the input of every convolution after a stage's first to its
-    output; drop_path: share of these left out in training, rising linearly from the first to the last (stochastic depth: Huang et al.
-    2016, arXiv:1603.09382); dropout: before the head. With conv `3d` the three channels are a stack of slices.
+    - widths: channels of each stage
+    - depth: convolutions of a stage
+    - conv, norm, activation, pool, global_pool: names in `refract.models.layers`; with conv `3d` the three channels are a stack of slices
+    - activation_args: arguments of the activation
+    - kernel: side in pixels, odd
+    - residual: add the input of every convolution after a stage's first to its output
+    - drop_path: fraction of the samples, in [0, 1), that skip a residual branch in training; it rises linearly from the first branch to the
+      last (stochastic depth: Huang et al. 2016, arXiv:1603.09382)
+    - dropout: before the head, in [0, 1)
+
+    ValueError for another value.
     """
 
     def __init__(
@@ -43,25 +50,25 @@ class CNN(nn.Module):
             raise ValueError(f"widths={list(widths)}, depth={depth!r}: expected whole numbers above 0")
         if min(image_size) < 2 ** len(widths):
             raise ValueError(
-                f"image_size={image_size}: {len(widths)} stages halve it to nothing; at least {2 ** len(widths)} pixels a side"
+                f"image_size={image_size}: {len(widths)} stages expected at least {2 ** len(widths)} pixels a side"
             )
         if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path={drop_path!r}: expected a share in [0, 1)")
+            raise ValueError(f"drop_path={drop_path!r}: expected a fraction in [0, 1)")
         if not isinstance(residual, bool):
             raise ValueError(f"residual={residual!r}: expected true or false")
         if drop_path and not (residual and depth > 1):
             raise ValueError(
-                "drop_path leaves residual branches out: residual: true and a depth of at least 2 are needed"
+                f"drop_path={drop_path!r} needs residual branches: set residual: true and a depth of at least 2"
             )
-        warn_of_dropout("none", dropout)
+        check_dropout("none", dropout)
         self.dims = 3 if conv == "3d" else 2
         args = dict(activation_args or {})
         inputs, branches, total = (1 if self.dims == 3 else 3), 0, len(widths) * (depth - 1)
         stages: list[nn.Module] = []
         for width in widths:
-            for place in range(depth):
+            for index in range(depth):
                 block: nn.Module = nn.Sequential(*self._layers(inputs, width, conv, kernel, norm, activation, args))
-                if residual and place:
+                if residual and index:
                     branches += 1
                     block = Residual(block, drop_path * branches / total)
                 stages.append(block)
@@ -79,7 +86,7 @@ class CNN(nn.Module):
         layer = make_conv(conv, inputs, units, kernel=kernel, bias=norm == "none")
         if norm == "weight_standardisation" and conv == "transposed":
             raise ValueError(
-                "norm='weight_standardisation' standardises filters, which a transposed convolution has not"
+                "norm='weight_standardisation' does not support conv='transposed'; choose another norm or conv"
             )
         if norm == "weight_standardisation":
             for module in list(layer.modules()):
@@ -94,7 +101,7 @@ class CNN(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + branch(x), the branch left out for a share `drop` of the samples in training."""
+    """x + branch(x); in training a fraction `drop` of the samples skips the branch."""
 
     def __init__(self, branch: nn.Module, drop: float) -> None:
         super().__init__()

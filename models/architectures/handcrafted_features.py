@@ -1,4 +1,4 @@
-"""A linear classifier on features made by hand, as before networks learned their own: the baseline to beat."""
+"""A linear classifier on handcrafted features, the baseline for learned features."""
 
 import math
 
@@ -11,8 +11,9 @@ from refract.models.layers import pick
 
 
 class ColourHistogram(nn.Module):
-    """The share of the pixels in each of bins³ boxes of RGB, then its square root. Normalised values from −2.5 to 2.5 are told apart.
+    """Compute the square root of the fraction of pixels in each of bins³ boxes of RGB.
 
+    The boxes divide normalised values from −2.5 to 2.5; values beyond fall in the outer boxes.
     (N, 3, H, W) → (N, bins³). Source: Swain & Ballard 1991, "Color indexing".
     """
 
@@ -21,17 +22,17 @@ class ColourHistogram(nn.Module):
         self.bins, self.size = _above_0("bins", bins), bins**3
 
     def forward(self, images: Tensor) -> Tensor:
-        place = ((images.float() + 2.5) / 5 * self.bins).long().clamp(0, self.bins - 1)
-        box = (place[:, 0] * self.bins + place[:, 1]) * self.bins + place[:, 2]
+        bins = ((images.float() + 2.5) / 5 * self.bins).long().clamp(0, self.bins - 1)
+        box = (bins[:, 0] * self.bins + bins[:, 1]) * self.bins + bins[:, 2]
         counts = torch.zeros(len(images), self.size, device=images.device)
         flat = box.flatten(1)
         return counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=counts.dtype)).div_(flat.shape[1]).sqrt()
 
 
 class HoG(nn.Module):
-    """Histograms of oriented gradients: 9 directions without sign in cells of `cell`² pixels, normalised over blocks of 2×2 cells.
+    """Histograms of oriented gradients: 9 unsigned directions in cells of `cell`² pixels, normalised over blocks of 2×2 cells.
 
-    (N, 3, H, W) → (N, 36 · blocks). The gradient is that of the grey image; L2-Hys, clipped at 0.2.
+    (N, 3, H, W) → (N, 36 · blocks). The gradient comes from the grey image; L2-Hys normalisation, clipped at 0.2.
     Source: Dalal & Triggs 2005, section 6.
     """
 
@@ -49,13 +50,13 @@ class HoG(nn.Module):
         grey = F.pad(images.float().mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
         across = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]
         down = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
-        strength = torch.sqrt(across.square() + down.square() + 1e-12)
-        turn = torch.atan2(down, across).remainder(math.pi) / math.pi * 9  # in bins of 20°
-        low = turn.floor()
-        share = turn - low
+        magnitude = torch.sqrt(across.square() + down.square() + 1e-12)
+        direction = torch.atan2(down, across).remainder(math.pi) / math.pi * 9  # in bins of 20°
+        low = direction.floor()
+        weight = direction - low
         bins = torch.arange(9, device=images.device).view(1, 9, 1, 1)
         first, second = (low.long() % 9) == bins, ((low.long() + 1) % 9) == bins
-        votes = strength * ((1 - share) * first + share * second)
+        votes = magnitude * ((1 - weight) * first + weight * second)
         cells = F.avg_pool2d(votes, self.cell)
         blocks = torch.cat([cells[..., :-1, :-1], cells[..., :-1, 1:], cells[..., 1:, :-1], cells[..., 1:, 1:]], dim=1)
         blocks = F.normalize(F.normalize(blocks, dim=1).clamp(max=0.2), dim=1)
@@ -63,9 +64,9 @@ class HoG(nn.Module):
 
 
 class VisualWords(nn.Module):
-    """A bag of visual words: which of `words` patches is nearest, counted in the four quarters of the image.
+    """A bag of visual words: count the nearest of `words` cluster centres for each patch, in each quarter of the image.
 
-    (N, 3, H, W) → (N, 4 · words). `prepare` clusters patches of `patch`² pixels, each with its own mean and contrast removed.
+    (N, 3, H, W) → (N, 4 · words). `prepare` clusters patches of `patch`² pixels, without their mean and contrast.
     Source: Csurka et al. 2004; on raw patches and in quarters, Coates et al. 2011, "An analysis of single-layer networks".
     """
 
@@ -91,21 +92,21 @@ class VisualWords(nn.Module):
 
     def prepare(self, images: Tensor) -> None:
         """Cluster patches of normalised training images (N, 3, H, W)."""
-        views = images.float().unfold(2, self.patch, 1).unfold(3, self.patch, 1)  # of the pixels, not yet copies
-        number, _, rows, columns = views.shape[:4]
-        places = [torch.randint(count, (_SEEN_PATCHES,)) for count in (number, rows, columns)]
-        chosen = views[places[0], :, places[1], places[2]].flatten(1)
-        self.vocabulary.copy_(clustered(_contrasted(chosen), len(self.vocabulary)))
+        views = images.float().unfold(2, self.patch, 1).unfold(3, self.patch, 1)  # views, not copies
+        count, _, rows, columns = views.shape[:4]
+        indices = [torch.randint(size, (_CLUSTERED_PATCHES,)) for size in (count, rows, columns)]
+        patches = views[indices[0], :, indices[1], indices[2]].flatten(1)
+        self.vocabulary.copy_(clustered(_normalised_contrast(patches), len(self.vocabulary)))
 
     def _patches(self, images: Tensor) -> Tensor:
-        return _contrasted(F.unfold(images.float(), self.patch).transpose(1, 2))
+        return _normalised_contrast(F.unfold(images.float(), self.patch).transpose(1, 2))
 
 
-_SEEN_PATCHES = 50_000
+_CLUSTERED_PATCHES = 50_000
 
 
-def _contrasted(patches: Tensor) -> Tensor:
-    """(…, D): each without its mean, at about one contrast."""
+def _normalised_contrast(patches: Tensor) -> Tensor:
+    """Subtract the mean of each patch (…, D) and divide by about its standard deviation."""
     patches = patches - patches.mean(dim=-1, keepdim=True)
     return patches / (patches.std(dim=-1, keepdim=True) + 0.1)
 
@@ -117,13 +118,16 @@ def _above_0(name: str, value: int) -> int:
 
 
 class LinearOnFeatures(nn.Module):
-    """A linear classifier on `features`: colour_histogram, hog, visual_words, or pixels. args: of the features, as {bins: 8}."""
+    """A linear classifier on `features`: colour_histogram, hog, visual_words, or pixels.
+
+    args: arguments of the features, such as bins=8. ValueError for an unknown name or a bad argument.
+    """
 
     def __init__(self, num_classes: int, *, image_size: tuple[int, int], features: str = "hog", **args: int) -> None:
         super().__init__()
         if features == "pixels":
             if args:
-                raise ValueError(f"features='pixels' takes no arguments, but was given {', '.join(args)}")
+                raise ValueError(f"features='pixels' takes no arguments: remove {', '.join(args)}")
             self.features: nn.Module = nn.Flatten()
             size = 3 * image_size[0] * image_size[1]
         else:
@@ -136,7 +140,7 @@ class LinearOnFeatures(nn.Module):
         return self.head(self.features(images))
 
     def prepare(self, images: Tensor) -> None:
-        """Hand normalised training images (N, 3, H, W) on to the features."""
+        """Call `prepare` of the features, if they have it, with normalised training images (N, 3, H, W)."""
         if hasattr(self.features, "prepare"):
             self.features.prepare(images)  # type: ignore[operator]
 

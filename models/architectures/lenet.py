@@ -1,4 +1,4 @@
-"""LeNet-5, the small network that many courses start with."""
+"""LeNet-5, the small network of many introductory courses."""
 
 from torch import Tensor, nn
 
@@ -6,10 +6,10 @@ from torch import Tensor, nn
 class LeNet5(nn.Module):
     """Two 5×5 convolutions with pooling, then three linear layers. Input (N, 3, H, W), H and W at least 16.
 
-    Source: LeCun et al. 1998, "Gradient-based learning applied to document recognition", figure 2.
-    Deviations: three input channels; ReLU for the scaled tanh; max pooling for the trainable subsampling; full
-    connections in the second convolution; a plain linear output for the RBF units. The first linear layer takes what
-    the pooling leaves of `image_size`: 400 numbers for the paper's 32×32, more for larger images.
+    Source: LeCun et al. 1998, "Gradient-based learning applied to document recognition", fig. 2.
+    Deviations: three input channels; ReLU instead of the scaled tanh; max pooling instead of trainable subsampling; full connections in the
+    second convolution; a plain linear output instead of RBF units. The inputs of the first linear layer depend on `image_size`: 400 for the
+    paper's 32×32, more for larger images.
     """
 
     def __init__(self, num_classes: int, *, image_size: tuple[int, int]) -> None:

@@ -14,9 +14,10 @@ log = logging.getLogger(__name__)
 
 
 class Perceptron(nn.Module):
-    """One linear unit for each class on the flattened pixels; its answer is the class of the largest. Begins at zero.
+    """One linear unit for each class on the flattened pixels, initialised to zero.
 
-    With the loss `perceptron`, SGD without momentum and a batch of one this is the perceptron's learning rule. Source: Rosenblatt 1958.
+    With the loss `perceptron`, SGD without momentum and a batch size of one, training is the perceptron's learning rule.
+    Source: Rosenblatt 1958.
     """
 
     def __init__(self, num_classes: int, *, image_size: tuple[int, int]) -> None:
@@ -33,10 +34,13 @@ class Perceptron(nn.Module):
 class MLP(nn.Module):
     """Hidden layers of linear, norm, activation and dropout on the flattened pixels, then a linear head.
 
-    hidden: units of each layer; activation, norm: see `refract.models.layers`; activation_args: of the activation, as {slope: 2.0};
-    dropout: share
-    of the units set to 0 in training, in [0, 1) (Srivastava et al. 2014); pretrain: `rbm` trains the hidden layers one by one on the
-    images that `prepare` gets, epochs of it in pretrain_epochs; sigmoid units then.
+    - hidden: units of each layer
+    - activation, norm: names in `refract.models.layers`; activation_args: arguments of the activation, such as {slope: 2.0}
+    - dropout: fraction of the units set to 0 in training, in [0, 1) (Srivastava et al. 2014)
+    - pretrain: `rbm` makes `prepare` train the hidden layers one by one, which needs sigmoid units without a norm; or none
+    - pretrain_epochs: epochs for each layer of this pretraining
+
+    ValueError for another value.
     """
 
     def __init__(
@@ -60,9 +64,9 @@ class MLP(nn.Module):
             raise ValueError(f"pretrain={pretrain!r}: expected none or rbm")
         if pretrain == "rbm" and (activation != "sigmoid" or norm != "none"):
             raise ValueError(
-                "pretrain='rbm' is for layers of sigmoid units without a norm: activation: sigmoid, norm: none"
+                f"pretrain='rbm' with activation={activation!r}, norm={norm!r}: set activation: sigmoid, norm: none"
             )
-        warn_of_dropout(norm, dropout)
+        check_dropout(norm, dropout)
         self.pretrain, self.pretrain_epochs = pretrain, pretrain_epochs
         layers: list[nn.Module] = []
         inputs = 3 * image_size[0] * image_size[1]
@@ -81,7 +85,7 @@ class MLP(nn.Module):
         return self.head(self.layers(images.flatten(1)))
 
     def prepare(self, images: Tensor) -> None:
-        """Pre-train the hidden layers as restricted Boltzmann machines, each on the answers of the one before. images: (N, 3, H, W)."""
+        """Pretrain the hidden layers as restricted Boltzmann machines, each on the outputs of the layer before. images: (N, 3, H, W)."""
         if self.pretrain != "rbm":
             return
         inputs = images.flatten(1)
@@ -92,7 +96,7 @@ class MLP(nn.Module):
             for layer in layers:
                 contrastive_divergence(layer, values, epochs=self.pretrain_epochs)
                 values = torch.sigmoid(F.linear(values, layer.weight, layer.bias))
-            # The first layer takes over the scaling, as the network gets the images without it.
+            # Fold the scaling into the first layer, because the network's images are not scaled.
             first = layers[0]
             first.weight.div_(spread)
             first.bias.sub_(first.weight.sum(dim=1) * low)
@@ -101,9 +105,9 @@ class MLP(nn.Module):
 def contrastive_divergence(
     layer: nn.Linear, visible: Tensor, *, epochs: int, lr: float = 0.05, batch: int = 64
 ) -> list[float]:
-    """Train a layer's weights and bias, in place, as a restricted Boltzmann machine of binary units by CD-1. Returns the mean squared error
-    of the reconstruction in each epoch.
+    """Train a layer's weights and bias as a restricted Boltzmann machine of binary units by CD-1, in place.
 
+    Returns the mean squared error of the reconstruction in each epoch.
     visible: (N, in) in 0…1. p(h|v) = σ(Wv + c), p(v|h) = σ(Wᵀh + b); ΔW = lr (⟨h vᵀ⟩_data − ⟨h vᵀ⟩_reconstruction).
     Source: Hinton 2002, "Training products of experts by minimizing contrastive divergence"; Hinton 2010, "A practical guide", section 3.
     """
@@ -127,12 +131,12 @@ def contrastive_divergence(
     return errors
 
 
-def warn_of_dropout(norm: str, dropout: float) -> None:
-    """Check the share, and warn of dropout beside batch normalisation. ValueError outside [0, 1). (Li et al. 2018, arXiv:1801.05134.)"""
+def check_dropout(norm: str, dropout: float) -> None:
+    """Raise ValueError for a dropout outside [0, 1). Warn of dropout with batch normalisation (Li et al. 2018, arXiv:1801.05134)."""
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout!r}: expected a share in [0, 1)")
+        raise ValueError(f"dropout={dropout!r}: expected a fraction in [0, 1)")
     if dropout and norm == "batch":
         log.warning(
-            "dropout before a batch normalisation shifts the variance between training and evaluation and often costs accuracy; "
-            "leave one of them out"
+            "dropout before a batch norm shifts the variance between training and evaluation and often costs accuracy; "
+            "set dropout: 0 or norm: none"
         )

@@ -1,4 +1,4 @@
-"""A network of radial basis functions: how near an image is to each of a few centres."""
+"""A network of radial basis functions of the distances between an image and learned centres."""
 
 import math
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class RBFNetwork(nn.Module):
     """φ_k(x) = exp(−‖x − c_k‖² / (2 σ²)) on the flattened pixels, then a linear head.
 
-    centres: how many, at most as there are images. `prepare` puts them where k-means finds clusters, and σ = d / √(2 K), d the largest
-    distance between centres; both stay fixed unless `train_centres`.
+    centres: their number K, at least 2 and at most the number of training images. `prepare` computes them by k-means, and σ = d / √(2 K)
+    with the largest distance d between centres. Both stay fixed unless `train_centres` is True.
     Source: Broomhead & Lowe 1988; the width by Haykin 1999, "Neural Networks", section 5.13.
     """
 
@@ -32,10 +32,10 @@ class RBFNetwork(nn.Module):
         return self.head(torch.exp(-squares / (2 * torch.exp(2 * self.log_width))).to(self.head.weight.dtype))
 
     def prepare(self, images: Tensor) -> None:
-        """Find the centres among normalised training images (N, 3, H, W). ValueError for fewer images than centres."""
+        """Compute the centres and σ from normalised training images (N, 3, H, W). ValueError for fewer images than centres."""
         count = len(self.centres)
         if len(images) < count:
-            raise ValueError(f"centres={count}: there are only {len(images)} training images to cluster")
+            raise ValueError(f"centres={count}: expected at most {len(images)}, the number of training images")
         with torch.no_grad():
             self.centres.copy_(clustered(images.flatten(1), count))
             largest = float(torch.cdist(self.centres, self.centres).max())
@@ -43,7 +43,7 @@ class RBFNetwork(nn.Module):
 
 
 def clustered(points: Tensor, count: int) -> Tensor:
-    """`count` centres of the points (N, D) by k-means, float32 (count, D); seeded by torch's global generator."""
+    """Compute `count` centres of the points (N, D) by k-means, float32 (count, D); the seed comes from torch's global generator."""
     from sklearn.cluster import MiniBatchKMeans
 
     seed = int(torch.randint(2**31 - 1, ()))

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class BasicBlock(nn.Module):
-    """relu(x + bn(conv(relu(bn(conv(x)))))), 3×3 both. (N, in, H, W) → (N, out, H / stride, W / stride)."""
+    """relu(x + bn(conv(relu(bn(conv(x)))))), both convolutions 3×3. (N, in, H, W) → (N, out, H / stride, W / stride)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class BasicBlock(nn.Module):
         """images: (N, in, H, W). The shortcut is the paper's option A: every second pixel, zeros for new channels."""
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(images)))))
         shortcut = images[:, :, :: self.stride, :: self.stride]
-        # A pad by nothing still copies the tensor.
+        # A pad of width 0 would still copy the tensor.
         if self.new_channels:
             shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.new_channels))
         return F.relu(shortcut + residual)

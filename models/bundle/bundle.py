@@ -1,9 +1,14 @@
 """The bundle: one folder that carries a classifier from training to serving, without pickle.
 
-`bundle.json` (what it says of itself, and the golden images' answers), `weights.safetensors`, `golden/NAME` (original
-bytes of images), `text/tokenizer.json` (where a transformer reads texts), `reference.safetensors` (how images looked that it did
-not learn from, for drift; not in older bundles) and `manifest.json` (SHA-256 and size of each other file). Knows nothing of HTTP,
-MLflow or training.
+Files:
+- `bundle.json`: the metadata (`BundleInfo`) and the golden samples' expected probabilities
+- `weights.safetensors`: the classifier's state dict
+- `golden/NAME`: the original bytes of each golden sample's image
+- `text/tokenizer.json`: the tokenizer, if a transformer reads texts
+- `reference.safetensors`: statistics of images outside the training set, for drift detection; absent in older bundles
+- `manifest.json`: SHA-256 and size of each other file
+
+Independent of HTTP, MLflow and training.
 """
 
 import json
@@ -39,10 +44,10 @@ REFERENCE = "reference.safetensors"
 
 @dataclass(frozen=True)
 class GoldenSample:
-    """A hold-out image and the answer that evaluation gave: a server is ready when it gives it again.
+    """A test image with the prediction that evaluation computed. A server is ready when it reproduces the prediction.
 
-    name: a plain file name; data: the original encoded bytes; probabilities: one in 0…1 a label; text: that goes with it; has_image: false
-    for a text alone. BundleError otherwise.
+    name: a plain file name; data: the original encoded bytes; probabilities: one number in 0…1 for each label; text: the sample's text,
+    "" without one; has_image: False for a sample that is only a text. BundleError for another value.
     """
 
     name: str
@@ -54,19 +59,19 @@ class GoldenSample:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise BundleError(
-                f"golden image's name {self.name!r}: expected letters, digits, '.', '_', '-', as in 00.jpg"
+                f"name {self.name!r} of a golden sample: expected letters, digits, '.', '_', '-', as in 00.jpg"
             )
         if not self.data:
-            raise BundleError(f"golden image {self.name!r} has no bytes")
+            raise BundleError(f"golden sample {self.name!r} has an empty file: expected an encoded image")
         if not all(isinstance(p, float | int) and 0 <= p <= 1 for p in self.probabilities):
             raise BundleError(
-                f"golden image {self.name!r}: probabilities {self.probabilities}: expected numbers in 0…1"
+                f"golden sample {self.name!r}: probabilities {self.probabilities}: expected numbers in 0…1"
             )
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle. digest: SHA-256 of its manifest in hexadecimal, one name for the whole content."""
+    """A verified bundle. digest: SHA-256 of its manifest in hexadecimal, which identifies the whole content."""
 
     path: Path
     info: BundleInfo
@@ -75,22 +80,24 @@ class Bundle:
     folder: VerifiedDirectory = field(repr=False)
 
     def reference(self) -> bytes | None:
-        """What `save_bundle` was given as such, for `refract.pipeline.drift`; None where it was given nothing. BundleError if it was
-        altered."""
+        """Read the reference that `save_bundle` stored for `refract.pipeline.drift`. None if the bundle has no reference. BundleError if
+        the file was altered."""
         return self.folder.read(REFERENCE) if REFERENCE in self.folder.files else None
 
     def classifier(self, device: str | torch.device = "cpu") -> Classifier:
-        """The classifier in eval mode, float32, on `device`. Downloads nothing.
+        """Build the classifier in eval mode, float32, on `device`. Downloads nothing.
 
-        BundleError if the network cannot be built, or the weights are not its own or changed since `load_bundle`.
+        BundleError if the network cannot be built, the weights do not fit it, or they changed since `load_bundle`.
         """
         weights = _parse_weights(self.path, self.folder.read(WEIGHTS))
         network, preprocess = self.info.network, self.info.preprocess
-        own = {name: preprocess[name] for name in ("mean", "std")}
-        own["normalize"] = preprocess.get("normalize", "channel")
+        normalisation = {name: preprocess[name] for name in ("mean", "std")}
+        normalisation["normalize"] = preprocess.get("normalize", "channel")
         files = {name: self.folder.read(TEXT + name) for name in TOKENIZER if TEXT + name in self.folder.files}
         try:
-            classifier = make_classifier(network, len(self.info.labels), text=self.info.text, files=files, **own)
+            classifier = make_classifier(
+                network, len(self.info.labels), text=self.info.text, files=files, **normalisation
+            )
         except (ValueError, TypeError, KeyError) as err:
             raise BundleError(f"{self.path / INFO}: the network cannot be built: {err}") from err
         try:
@@ -113,43 +120,43 @@ def save_bundle(
     *,
     reference: bytes | None = None,
 ) -> Path:
-    """Write the bundle whole or not at all, read it back, and only then give it its name `path`. Returns `path`.
+    """Write the bundle atomically: into a temporary folder, then verify it by loading it, then rename it to `path`. Returns `path`.
 
-    reference: a file of its own, whose meaning is `refract.pipeline.drift`'s. BundleError if `path` exists, if a golden image's answer
-    has not
-    one number a label, or if `info` does not describe `classifier` (another network, image size, normalisation or number of labels).
+    reference: the content of `reference.safetensors`, whose format belongs to `refract.pipeline.drift`.
+    BundleError if `path` exists, if a golden sample does not have one probability for each label, or if `info` does not describe
+    `classifier` (another network, image size, normalisation or number of labels).
     """
     path = Path(path)
     refuse_existing(path)
     _check_golden_samples(info, golden_samples)
-    answers = [_answer(golden) for golden in golden_samples]
-    record = json.dumps({**info.to_dict(), "goldens": answers}, indent=2, ensure_ascii=False, allow_nan=False)
+    goldens = [_golden_record(golden) for golden in golden_samples]
+    record = json.dumps({**info.to_dict(), "goldens": goldens}, indent=2, ensure_ascii=False, allow_nan=False)
     contents = {INFO: record.encode(), WEIGHTS: safetensors.torch.save(_plain_weights(classifier))}
     contents |= {f"golden/{golden.name}": golden.data for golden in golden_samples}
     if classifier.tokens is not None:
         contents |= {TEXT + name: data for name, data in classifier.tokens.files.items()}
     if reference is not None:
         contents[REFERENCE] = reference
-    # Reading back costs a second and finds now what a server would find at night: arguments that build another network.
+    # Loading the bundle costs a second. It catches arguments that build another network before a server loads the bundle.
     write_verified_directory(path, contents, check=lambda folder: load_bundle(folder).classifier())
     return path
 
 
 def load_bundle(path: str | Path) -> Bundle:
-    """Verify every listed file's size and SHA-256, then parse. Files that the manifest does not list are never read.
+    """Verify the size and SHA-256 of every file in the manifest, then parse. Files outside the manifest are never read.
 
     BundleError names the file that is missing, altered, unlisted or outside the folder, and what to do.
     """
     folder = open_verified_directory(Path(path))
-    # The weights are checked but not kept: `classifier` reads them when they are wanted, and checks again.
+    # The weights are verified but not held in memory: `Bundle.classifier` reads and verifies them again.
     contents = {name: b"" if name == WEIGHTS else data for name, data in _read_all(folder)}
     try:
-        info, answers = _parse_record(contents[INFO])
+        info, records = _parse_info(contents[INFO])
     except BundleError as err:
         raise BundleError(f"{folder.path / INFO}: {err}") from err
     golden_samples = tuple(
-        GoldenSample(data=contents.get(f"golden/{answer['name']}") or folder.read(f"golden/{answer['name']}"), **answer)
-        for answer in answers
+        GoldenSample(data=contents.get(f"golden/{record['name']}") or folder.read(f"golden/{record['name']}"), **record)
+        for record in records
     )
     _check_golden_samples(info, golden_samples)
     return Bundle(folder.path, info, golden_samples, folder.digest, folder)
@@ -159,37 +166,38 @@ def _read_all(folder: VerifiedDirectory) -> list[tuple[str, bytes]]:
     return [(name, folder.read(name)) for name in dict.fromkeys([*folder.files, INFO, WEIGHTS])]
 
 
-def _answer(golden: GoldenSample) -> dict[str, Any]:
-    own = {"name": golden.name, "probabilities": [float(p) for p in golden.probabilities]}
-    return own | ({"text": golden.text} if golden.text else {}) | ({} if golden.has_image else {"has_image": False})
+def _golden_record(golden: GoldenSample) -> dict[str, Any]:
+    record = {"name": golden.name, "probabilities": [float(p) for p in golden.probabilities]}
+    return record | ({"text": golden.text} if golden.text else {}) | ({} if golden.has_image else {"has_image": False})
 
 
-def _parse_record(data: bytes) -> tuple[BundleInfo, list[dict[str, Any]]]:
+def _parse_info(data: bytes) -> tuple[BundleInfo, list[dict[str, Any]]]:
+    """Parse `bundle.json` into (the metadata, the arguments of each GoldenSample except `data`)."""
     values = parse_json(data)
-    answers = values.pop("goldens", None) if isinstance(values, dict) else None
+    records = values.pop("goldens", None) if isinstance(values, dict) else None
     info = BundleInfo.from_dict(values)
-    form = "a list of {'name': text, 'probabilities': [numbers]}, perhaps with a 'text' and 'has_image'"
-    if not isinstance(answers, list) or not all(map(_is_answer, answers)):
+    form = "a list of {'name': text, 'probabilities': [numbers]}, each optionally with 'text' and 'has_image'"
+    if not isinstance(records, list) or not all(map(_is_golden_record, records)):
         raise BundleError(f"field 'goldens': expected {form}")
-    known = ("name", "text", "has_image")
-    own = [{name: answer[name] for name in known if name in answer} for answer in map(_renamed, answers)]
+    keys = ("name", "text", "has_image")
     return info, [
-        {**one, "probabilities": tuple(answer["probabilities"])} for one, answer in zip(own, answers, strict=True)
+        {key: record[key] for key in keys if key in record} | {"probabilities": tuple(record["probabilities"])}
+        for record in map(_with_current_keys, records)
     ]
 
 
-def _renamed(answer: dict[str, Any]) -> dict[str, Any]:
-    """A golden sample's record under its present keys: bundles of earlier versions say `pictured`."""
-    return {"has_image" if key == "pictured" else key: value for key, value in answer.items()}
+def _with_current_keys(record: dict[str, Any]) -> dict[str, Any]:
+    """Rename the key that earlier versions wrote instead of `has_image`."""
+    return {"has_image" if key == "pictured" else key: value for key, value in record.items()}
 
 
-def _is_answer(answer: Any) -> bool:
+def _is_golden_record(record: Any) -> bool:
     return (
-        isinstance(answer, dict)
-        and isinstance(answer.get("name"), str)
-        and isinstance(answer.get("probabilities"), list)
-        and isinstance(answer.get("text", ""), str)
-        and isinstance(_renamed(answer).get("has_image", True), bool)
+        isinstance(record, dict)
+        and isinstance(record.get("name"), str)
+        and isinstance(record.get("probabilities"), list)
+        and isinstance(record.get("text", ""), str)
+        and isinstance(_with_current_keys(record).get("has_image", True), bool)
     )
 
 
@@ -201,9 +209,10 @@ def _parse_weights(path: Path, data: bytes) -> dict[str, Tensor]:
 
 
 def _plain_weights(classifier: Classifier) -> dict[str, Tensor]:
-    """The state dict on the CPU, float32 or whole numbers, contiguous, each tensor its own memory, with clean keys.
+    """Copy the state dict to contiguous CPU tensors, floats as float32, without torch.compile's key prefix.
 
-    safetensors refuses tensors that share memory; the copies of tied weights are equal and load back as such.
+    Each tensor gets separate memory, as safetensors rejects tensors that share memory. The copies of tied weights are equal, and
+    loading them restores the tie.
     """
     weights = {}
     for key, tensor in classifier.state_dict().items():
@@ -215,22 +224,22 @@ def _plain_weights(classifier: Classifier) -> dict[str, Tensor]:
 def _check_normalisation(info: BundleInfo, classifier: Classifier) -> None:
     if info.preprocess.get("normalize", "channel") != classifier.normalize:
         raise BundleError(
-            f"info.preprocess['normalize']={info.preprocess.get('normalize')!r}: expected the classifier's own, {classifier.normalize!r}"
+            f"info.preprocess['normalize']={info.preprocess.get('normalize')!r}: expected the classifier's value, {classifier.normalize!r}"
         )
     for name, buffer in (("mean", classifier.mean), ("std", classifier.std)):
         if not torch.equal(buffer.detach().float().cpu(), torch.tensor(info.preprocess[name], dtype=torch.float32)):
             raise BundleError(
-                f"info.preprocess[{name!r}]={info.preprocess[name]}: expected the classifier's own, {buffer.tolist()}"
+                f"info.preprocess[{name!r}]={info.preprocess[name]}: expected the classifier's value, {buffer.tolist()}"
             )
 
 
 def _check_golden_samples(info: BundleInfo, golden_samples: Sequence[GoldenSample]) -> None:
     names = [golden.name for golden in golden_samples]
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise BundleError(f"golden images: the name {twice[0]!r} comes twice")
+    if duplicates := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise BundleError(f"golden samples: the name {duplicates[0]!r} occurs twice; give each sample its own name")
     for golden in golden_samples:
         if len(golden.probabilities) != len(info.labels):
             raise BundleError(
-                f"golden image {golden.name!r} has {len(golden.probabilities)} probabilities: "
-                f"expected {len(info.labels)}, one a label"
+                f"golden sample {golden.name!r} has {len(golden.probabilities)} probabilities: "
+                f"expected {len(info.labels)}, one for each label"
             )

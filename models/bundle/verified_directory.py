@@ -1,6 +1,7 @@
-"""A folder sealed by a manifest: written whole or not at all, read only what the manifest lists and its hash confirms.
+"""A checksummed directory: it is written atomically, and it returns only files whose SHA-256 the manifest lists.
 
-Knows nothing of what the files mean. A seal is no signature: it shows damage, and names the content by one digest.
+Independent of the files' meaning. The manifest is not signed: it detects damage and identifies the content by one digest, but an
+attacker can replace both.
 """
 
 import hashlib
@@ -20,43 +21,45 @@ from refract.models.bundle.info import BundleError, parse_json
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 
-_AGAIN = "copy or download the bundle again"
+_HINT = "copy or download the bundle again"
 
 
 @dataclass(frozen=True)
 class VerifiedDirectory:
-    """path: the folder; files: name → {"sha256", "size"}; digest: SHA-256 of the manifest, in hexadecimal."""
+    """A directory with a parsed manifest. path: the folder; files: name → {"sha256", "size"}; digest: SHA-256 of the manifest, in
+    hexadecimal."""
 
     path: Path
     files: Mapping[str, Mapping[str, Any]]
     digest: str
 
     def read(self, name: str) -> bytes:
-        """The bytes of a listed file, after its size and SHA-256 were found right. BundleError otherwise.
+        """Read a listed file and verify its size and SHA-256. BundleError if it is unlisted, missing, outside the folder or altered.
 
-        What was hashed is what is returned: nobody can swap the file between the check and the use.
+        The returned bytes are the hashed bytes, so nobody can replace the file between the check and the use.
         """
         file = self.path / name
         if name not in self.files:
-            raise BundleError(f"{file} is needed but {MANIFEST} does not list it; {_AGAIN}")
+            raise BundleError(f"{file} is needed but {MANIFEST} does not list it; {_HINT}")
         if not file.resolve().is_relative_to(self.path.resolve()):
-            raise BundleError(f"{file} leads out of the bundle through a link; put the file itself there")
+            raise BundleError(f"{file} is a link to a file outside the bundle; replace the link by the file")
         if not file.is_file():
-            raise BundleError(f"{file} is missing, or not a regular file; {_AGAIN}")
+            raise BundleError(f"{file} is missing, or not a regular file; {_HINT}")
         try:
             size, expected = file.stat().st_size, self.files[name]
             data = file.read_bytes() if size == expected["size"] else b""
         except OSError as err:
             raise BundleError(f"{file} cannot be read: {err.strerror}; check its permissions") from err
         if size != expected["size"]:
-            raise BundleError(f"{file} was altered: {size} bytes, {MANIFEST} says {expected['size']}; {_AGAIN}")
+            raise BundleError(f"{file} was altered: {size} bytes, {MANIFEST} says {expected['size']}; {_HINT}")
         if hashlib.sha256(data).hexdigest() != expected["sha256"]:
-            raise BundleError(f"{file} was altered: its SHA-256 is not the one in {MANIFEST}; {_AGAIN}")
+            raise BundleError(f"{file} was altered: its SHA-256 is not the one in {MANIFEST}; {_HINT}")
         return data
 
 
 def open_verified_directory(path: Path) -> VerifiedDirectory:
-    """The folder by its manifest, whose form is checked; its files are checked as they are read. BundleError."""
+    """Parse the manifest of the folder `path`. `VerifiedDirectory.read` verifies each file. BundleError for a missing or malformed
+    manifest."""
     file = path / MANIFEST
     try:
         manifest = file.read_bytes()
@@ -67,14 +70,14 @@ def open_verified_directory(path: Path) -> VerifiedDirectory:
     try:
         files = _parse_manifest(parse_json(manifest))
     except BundleError as err:
-        raise BundleError(f"{file}: {err}; {_AGAIN}") from err
+        raise BundleError(f"{file}: {err}; {_HINT}") from err
     return VerifiedDirectory(path, files, hashlib.sha256(manifest).hexdigest())
 
 
 def write_verified_directory(path: Path, contents: Mapping[str, bytes], *, check: Callable[[Path], object]) -> None:
-    """Write `contents` (name → bytes) and a manifest beside `path`, `check` that folder, move it there in one rename.
+    """Write `contents` (name → bytes) and a manifest to a temporary folder, call `check` with it, then rename it to `path`.
 
-    Whatever fails, nothing of it is left. BundleError if `path` exists; what `check` raises is passed on.
+    After an error the temporary folder is removed. BundleError if `path` exists; an exception of `check` propagates.
     """
     refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ def write_verified_directory(path: Path, contents: Mapping[str, bytes], *, check
     try:
         _write_all(folder, contents)
         check(folder)
-        # A rename replaces an empty folder silently; between this look and the rename only microseconds pass.
+        # A rename replaces an empty folder silently. Only microseconds pass between this check and the rename.
         refuse_existing(path)
         folder.rename(path)
     except BaseException:
@@ -92,9 +95,9 @@ def write_verified_directory(path: Path, contents: Mapping[str, bytes], *, check
 
 
 def refuse_existing(path: Path) -> None:
-    """BundleError if there is anything at `path`, even a dangling link."""
+    """Raise BundleError if `path` exists, even as a dangling link."""
     if path.exists() or path.is_symlink():
-        raise BundleError(f"{path} exists already and a bundle is never overwritten; choose another path")
+        raise BundleError(f"{path} exists already, and Refract never overwrites a bundle; choose another path")
 
 
 def _write_all(folder: Path, contents: Mapping[str, bytes]) -> None:
@@ -102,7 +105,7 @@ def _write_all(folder: Path, contents: Mapping[str, bytes]) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         _write(folder / name, data)
     files = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in contents.items()}
-    # The manifest last: whatever a crash leaves there, without it the folder is no bundle.
+    # The manifest comes last: without it, the folder that a crash leaves behind is not a bundle.
     _write(folder / MANIFEST, json.dumps({"schema_version": MANIFEST_VERSION, "files": files}, indent=2).encode())
     for inner in {(folder / name).parent for name in contents} | {folder}:
         _sync(inner)
@@ -116,7 +119,7 @@ def _write(file: Path, data: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Make the names in `folder` durable: a file's own fsync does not cover its directory entry."""
+    """Make the directory entries of `folder` durable: the fsync of a file does not cover them."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -142,9 +145,9 @@ def _is_hash(value: object) -> bool:
 
 
 def _check_name(name: str) -> None:
-    """BundleError for a name that could lead out of the folder, on POSIX or on Windows."""
+    """Raise BundleError for a name that could point outside the folder, on POSIX or on Windows."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or re.search(r"[\\:\x00]", name) or str(path) != name:
         raise BundleError(
-            f"file name {name!r} could lead out of the bundle: expected a relative path like golden/00.jpg"
+            f"file name {name!r} could point outside the bundle: expected a relative path like golden/00.jpg"
         )

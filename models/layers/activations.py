@@ -1,4 +1,4 @@
-"""Activations by name. All work element by element on floats of any shape, but for Maxout, which joins channels."""
+"""Activations by name. They work element by element on floats of any shape, except Maxout, which joins channels."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -20,7 +20,7 @@ class _StepFunction(torch.autograd.Function):
 
 
 class Step(nn.Module):
-    """1 where x ≥ 0, else 0: the threshold unit. Its gradient is 0 everywhere, so what lies before it learns nothing by back-propagation.
+    """1 where x ≥ 0, else 0: the threshold unit. Its gradient is 0 everywhere, so earlier layers do not learn by back-propagation.
 
     Source: Rosenblatt 1958, "The perceptron".
     """
@@ -30,7 +30,7 @@ class Step(nn.Module):
 
 
 class Sigmoid(nn.Module):
-    """1 / (1 + exp(−slope · x)). slope: above 0; the steeper, the nearer to a step."""
+    """1 / (1 + exp(−slope · x)). slope: above 0; a large slope approximates a step."""
 
     def __init__(self, slope: float = 1.0) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Sigmoid(nn.Module):
 class Maxout(nn.Module):
     """The largest of `pieces` neighbouring channels: (N, pieces · C, …) → (N, C, …).
 
-    The layer before it gives `pieces` times the channels. Source: Goodfellow et al. 2013, arXiv:1302.4389, equation 1.
+    The layer before it must have `pieces` times the channels. Source: Goodfellow et al. 2013, arXiv:1302.4389, equation 1.
     """
 
     def __init__(self, pieces: int = 2) -> None:
@@ -55,14 +55,14 @@ class Maxout(nn.Module):
         self.pieces = pieces
 
     def forward(self, values: Tensor) -> Tensor:
-        """ValueError where the channels are no multiple of `pieces`."""
+        """Return the maximum of each group of channels. ValueError if the number of channels is not a multiple of `pieces`."""
         if values.shape[1] % self.pieces:
-            raise ValueError(f"maxout of {self.pieces} pieces: {values.shape[1]} channels are no multiple of that")
+            raise ValueError(f"maxout got {values.shape[1]} channels: expected a multiple of pieces={self.pieces}")
         return values.unflatten(1, (-1, self.pieces)).amax(dim=2)
 
 
 def make_activation(name: str, **args: float) -> nn.Module:
-    """A new module. ValueError for an unknown name or an argument that it does not take."""
+    """Create the activation `name`. ValueError for an unknown name or an argument that it does not accept."""
     try:
         return pick("activation", name, ACTIVATIONS)(**args)
     except TypeError as err:
@@ -70,7 +70,7 @@ def make_activation(name: str, **args: float) -> nn.Module:
 
 
 def pieces_of(name: str, args: Mapping[str, float]) -> int:
-    """How many channels become one: 1 but for maxout."""
+    """Return the number of channels that the activation joins to one: 1 except for maxout."""
     return int(args.get("pieces", 2)) if name == "maxout" else 1
 
 
@@ -81,7 +81,7 @@ ACTIVATIONS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         "tanh": nn.Tanh,
         "relu": nn.ReLU,
         "leaky_relu": nn.LeakyReLU,  # x, or negative_slope · x below 0 (Maas et al. 2013)
-        "prelu": nn.PReLU,  # as leaky_relu, the slope learned (He et al. 2015, arXiv:1502.01852, section 2.1)
+        "prelu": nn.PReLU,  # leaky_relu with a learned slope (He et al. 2015, arXiv:1502.01852, section 2.1)
         "elu": nn.ELU,  # x, or alpha (exp x − 1) below 0 (Clevert et al. 2016, arXiv:1511.07289)
         "maxout": Maxout,
         "silu": nn.SiLU,  # x σ(x), also called swish (Ramachandran et al. 2017, arXiv:1710.05941)

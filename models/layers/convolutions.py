@@ -1,4 +1,4 @@
-"""Convolutions by name: each maps (N, in, H, W) → (N, out, H, W) with a square kernel of odd side and zeros around."""
+"""Convolutions by name: each maps (N, in, H, W) → (N, out, H, W) with a square kernel of odd side and zero padding."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -11,7 +11,7 @@ GROUPS = 4
 
 
 class ChannelShuffle(nn.Module):
-    """Deal the channels of `groups` groups out in turn, so that the next grouped convolution sees all of them.
+    """Interleave the channels of `groups` groups, so that each group of the next convolution reads channels of all groups.
 
     Source: Zhang et al. 2018, "ShuffleNet", arXiv:1707.01083, section 3.1.
     """
@@ -25,10 +25,10 @@ class ChannelShuffle(nn.Module):
 
 
 def make_conv(name: str, inputs: int, outputs: int, *, kernel: int = 3, bias: bool = False) -> nn.Module:
-    """A new module. kernel: odd, in pixels. ValueError for an unknown name or an even kernel."""
+    """Create the convolution `name`. kernel: odd, in pixels. ValueError for an unknown name or an even kernel."""
     make = pick("conv", name, CONVS)
     if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"kernel={kernel!r}: expected an odd number of pixels")
+        raise ValueError(f"kernel={kernel!r}: expected an odd number of pixels above 0")
     return make(inputs, outputs, kernel, bias)
 
 
@@ -37,7 +37,7 @@ def _plain(inputs: int, outputs: int, kernel: int, bias: bool) -> nn.Module:
 
 
 def _pointwise(inputs: int, outputs: int, kernel: int, bias: bool) -> nn.Module:
-    """1×1: only the channels are mixed, whatever the kernel asked for."""
+    """1×1: mixes only channels and ignores `kernel`."""
     return nn.Conv2d(inputs, outputs, 1, bias=bias)
 
 
@@ -52,12 +52,12 @@ def _transposed(inputs: int, outputs: int, kernel: int, bias: bool) -> nn.Module
 
 
 def _dilated(inputs: int, outputs: int, kernel: int, bias: bool) -> nn.Module:
-    """Every second pixel under the kernel. (Yu & Koltun 2016, arXiv:1511.07122.)"""
+    """Dilation 2: the kernel reads every second pixel. (Yu & Koltun 2016, arXiv:1511.07122.)"""
     return nn.Conv2d(inputs, outputs, kernel, padding=2 * (kernel // 2), dilation=2, bias=bias)
 
 
 def _spatially_separable(inputs: int, outputs: int, kernel: int, bias: bool) -> nn.Module:
-    """A column, then a row: 2k weights a channel pair in place of k². (Szegedy et al. 2016, arXiv:1512.00567, section 3.2.)"""
+    """A k×1 kernel, then a 1×k kernel: 2k weights for two channels instead of k². (Szegedy et al. 2016, arXiv:1512.00567, section 3.2.)"""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, (kernel, 1), padding=(kernel // 2, 0), bias=False),
         nn.Conv2d(outputs, outputs, (1, kernel), padding=(0, kernel // 2), bias=bias),
@@ -65,7 +65,7 @@ def _spatially_separable(inputs: int, outputs: int, kernel: int, bias: bool) -> 
 
 
 def _depthwise_separable(inputs: int, outputs: int, kernel: int, bias: bool) -> nn.Module:
-    """Each channel by itself, then 1×1 across them. (Howard et al. 2017, "MobileNets", arXiv:1704.04861, section 3.1.)"""
+    """A kernel for each channel, then 1×1 across the channels. (Howard et al. 2017, "MobileNets", arXiv:1704.04861, section 3.1.)"""
     return nn.Sequential(
         nn.Conv2d(inputs, inputs, kernel, padding=kernel // 2, groups=inputs, bias=False),
         nn.Conv2d(inputs, outputs, 1, bias=bias),
@@ -73,12 +73,12 @@ def _depthwise_separable(inputs: int, outputs: int, kernel: int, bias: bool) -> 
 
 
 def _grouped(inputs: int, outputs: int, kernel: int, bias: bool) -> nn.Module:
-    """Four groups that do not see each other, one where the channels are no multiple of four. (Krizhevsky et al. 2012; Xie et al. 2017.)"""
+    """Four groups; one group if a number of channels is not a multiple of four. (Krizhevsky et al. 2012; Xie et al. 2017.)"""
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=_groups(inputs, outputs), bias=bias)
 
 
 def _shuffled(inputs: int, outputs: int, kernel: int, bias: bool) -> nn.Module:
-    """Grouped, then the channels shuffled across the groups."""
+    """A grouped convolution, then a shuffle of the channels across the groups."""
     return nn.Sequential(_grouped(inputs, outputs, kernel, bias), ChannelShuffle(_groups(inputs, outputs)))
 
 

@@ -1,6 +1,6 @@
-"""How weights begin, by name: for every linear and convolutional layer of a network, its biases 0.
+"""Initialisation of weights by name, for the linear and convolutional layers of a network. Biases start at 0.
 
-n_in and n_out are a layer's fan-in and fan-out: inputs and outputs of one unit, times the kernel's places.
+n_in and n_out are a layer's fan-in and fan-out: its inputs and outputs times the size of the kernel.
 """
 
 import math
@@ -14,20 +14,17 @@ from torch import Tensor, nn
 from refract.models.layers import pick
 
 SMALL, LARGE = 0.01, 1.0
-"""Standard deviations of the two Gaussians that courses warn of."""
+"""Standard deviations of two Gaussians that textbooks advise against."""
 
 
 def initialise(network: nn.Module, name: str, images: Tensor | None = None) -> nn.Module:
-    """Give every Linear and convolution that is trainable new weights, in place. Returns the network.
+    """Initialise every trainable linear and convolutional layer, in place. Returns the network. Frozen layers keep their weights.
 
-    images: a batch as the network takes it, for lsuv. Draws by torch's global generator. ValueError for an unknown name, or lsuv without
+    images: a batch of the network's inputs, for lsuv. Draws from torch's global generator. ValueError for an unknown name, or lsuv without
     images.
     """
     fill = pick("init", name, INITIALISATIONS)
-    found = [module for module in network.modules() if isinstance(module, LAYERS)]
-    layers = [
-        layer for layer in found if _stored_weight(layer).requires_grad
-    ]  # the others are as their network wants them
+    layers = [m for m in network.modules() if isinstance(m, LAYERS) and _stored_weight(m).requires_grad]
     with torch.no_grad():
         for layer in layers:
             _fill(layer, fill)
@@ -41,7 +38,7 @@ def initialise(network: nn.Module, name: str, images: Tensor | None = None) -> n
 
 
 def _unit_variance(network: nn.Module, layers: Sequence[nn.Module], images: Tensor) -> None:
-    """Scale each layer, in the order in which they run, until its outputs have variance 1 within 1 %.
+    """Scale each layer, in the order of the forward pass, until its outputs have variance 1 within 1 %.
 
     Source: Mishkin & Matas 2016, "All you need is a good init", arXiv:1511.06422, algorithm 1.
     """
@@ -49,19 +46,19 @@ def _unit_variance(network: nn.Module, layers: Sequence[nn.Module], images: Tens
     hooks = [layer.register_forward_hook(lambda module, _, __: order.append(module)) for layer in layers]
     deviations: dict[nn.Module, float] = {}
 
-    def look(module: nn.Module, _: object, output: Tensor) -> None:
-        deviations[module] = float(output.float().std())  # at once: the next layer may work in place
+    def measure(module: nn.Module, _: object, output: Tensor) -> None:
+        deviations[module] = float(output.float().std())  # computed here, as the next layer may overwrite the output
 
     training = network.training
-    network.train()  # batch norms without statistics would pass everything on as it is
+    network.train()  # in eval mode, batch norms without statistics would not normalise
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     try:
         with torch.no_grad():
             network(images)
             for layer in dict.fromkeys(order):
                 if hasattr(layer, "parametrizations"):
-                    continue  # a standardised weight has no length of its own to be scaled
-                hooks.append(layer.register_forward_hook(look))
+                    continue  # the scale of a standardised weight has no effect
+                hooks.append(layer.register_forward_hook(measure))
                 for _ in range(10):
                     network(images)
                     deviation = deviations[layer]
@@ -81,18 +78,19 @@ def _fill(layer: nn.Module, fill: Callable[[Tensor], Tensor]) -> None:
     if not isinstance(layer, nn.ConvTranspose2d):
         fill(weight)
         return
-    turned = weight.transpose(0, 1).contiguous()  # PyTorch keeps (in, out, …) here, and its fans go by (out, in, …)
-    fill(turned)
-    weight.copy_(turned.transpose(0, 1))
+    # PyTorch stores (in, out, …) here, but computes the fans from (out, in, …).
+    transposed = weight.transpose(0, 1).contiguous()
+    fill(transposed)
+    weight.copy_(transposed.transpose(0, 1))
 
 
 def _stored_weight(layer: nn.Module) -> Tensor:
-    """The parameter itself, where the weight is made from it, as by weight standardisation."""
+    """Return the stored parameter of a weight, also behind a parametrisation such as weight standardisation."""
     return layer.parametrizations.weight.original if hasattr(layer, "parametrizations") else layer.weight  # type: ignore
 
 
 def _lecun_normal(weight: Tensor) -> Tensor:
-    """N(0, 1 / n_in). Source: LeCun et al. 1998, "Efficient BackProp", equation 16."""
+    """Draw from N(0, 1 / n_in). Source: LeCun et al. 1998, "Efficient BackProp", equation 16."""
     return nn.init.normal_(weight, std=1 / math.sqrt(nn.init._calculate_fan_in_and_fan_out(weight)[0]))
 
 
@@ -101,7 +99,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 INITIALISATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "zeros": nn.init.zeros_,
-        "constant": partial(nn.init.constant_, val=0.1),  # all units of a layer stay alike: what courses show not to do
+        "constant": partial(nn.init.constant_, val=0.1),  # all units of a layer stay equal: a textbook counterexample
         "small_gaussian": partial(nn.init.normal_, std=SMALL),
         "large_gaussian": partial(nn.init.normal_, std=LARGE),
         "lecun_normal": _lecun_normal,
@@ -112,6 +110,6 @@ INITIALISATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
         "he_uniform": partial(nn.init.kaiming_uniform_, nonlinearity="relu"),
         "he_normal": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
         "orthogonal": nn.init.orthogonal_,  # Saxe et al. 2014, arXiv:1312.6120
-        "lsuv": nn.init.orthogonal_,  # and then scaled, see `initialise`
+        "lsuv": nn.init.orthogonal_,  # then scaled, see `initialise`
     }
 )

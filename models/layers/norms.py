@@ -10,11 +10,11 @@ from torch.nn.utils import parametrize
 from refract.models.layers import pick
 
 GROUPS = 8
-"""Channels of a group norm are cut into this many groups, or into one where they are no multiple of it."""
+"""Groups of a group norm; one group if the number of channels is not a multiple of it."""
 
 
 class LocalResponse(nn.Module):
-    """x_i / (k + α Σ x_j²)^β over the `size` neighbouring channels j of i, as AlexNet had it.
+    """x_i / (k + α Σ x_j²)^β over the `size` neighbouring channels j of i, as in AlexNet.
 
     Source: Krizhevsky et al. 2012, section 3.3, with its constants k = 2, n = 5, α = 1e-4, β = 0.75 (PyTorch divides α by n).
     """
@@ -28,7 +28,7 @@ class LocalResponse(nn.Module):
 
 
 class _Standardised(nn.Module):
-    """(w − mean) / std of each filter; std with 1e-5 added to the variance."""
+    """(w − mean) / √(variance + 1e-5) of each filter."""
 
     def forward(self, weight: Tensor) -> Tensor:
         flat = weight.flatten(1)
@@ -38,7 +38,7 @@ class _Standardised(nn.Module):
 
 
 def standardise_weights(layer: nn.Module) -> nn.Module:
-    """Give a convolution or linear layer weights whose filters have mean 0 and variance 1 in every forward pass. Returns it.
+    """Standardise the filters of a convolution or linear layer to mean 0 and variance 1 in every forward pass. Returns the layer.
 
     Source: Qiao et al. 2019, "Weight standardization", arXiv:1903.10520, equation 6.
     """
@@ -47,11 +47,14 @@ def standardise_weights(layer: nn.Module) -> nn.Module:
 
 
 def make_norm(name: str, channels: int, *, dims: int = 2) -> nn.Module:
-    """A new module for `channels`. dims: 0 for vectors (N, C), 2 for (N, C, H, W), 3 for (N, C, D, H, W). ValueError for an unknown
-    name, or one that has no meaning for vectors."""
+    """Create the norm `name` for `channels`.
+
+    dims: 0 for vectors (N, C), 2 for (N, C, H, W), 3 for (N, C, D, H, W). ValueError for an unknown name, or a norm that does not apply to
+    vectors.
+    """
     make = pick("norm", name, NORMS)
     if dims == 0 and name in ("instance", "local_response"):
-        raise ValueError(f"norm={name!r} needs images: a vector has no neighbours")
+        raise ValueError(f"norm={name!r} needs feature maps, not vectors; choose another norm")
     return make(channels, dims)
 
 
@@ -60,7 +63,7 @@ def _batch(channels: int, dims: int) -> nn.Module:
 
 
 def _layer(channels: int, dims: int) -> nn.Module:
-    # Over all channels and places of one sample, with a scale and shift for each channel.
+    # Statistics over all channels and positions of a sample, with a scale and shift for each channel.
     return nn.LayerNorm(channels) if dims == 0 else nn.GroupNorm(1, channels)
 
 
@@ -80,7 +83,7 @@ NORMS: Mapping[str, Callable[[int, int], nn.Module]] = MappingProxyType(
         "instance": _instance,  # Ulyanov et al. 2016, arXiv:1607.08022
         "group": _group,  # Wu & He 2018, arXiv:1803.08494
         "local_response": lambda channels, dims: LocalResponse(),
-        # Its own paper has a group norm after the standardised convolution; the layers see to the weights, see `standardise_weights`.
+        # The paper has a group norm after the standardised convolution. `standardise_weights` standardises the convolution.
         "weight_standardisation": _group,
     }
 )

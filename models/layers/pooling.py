@@ -11,10 +11,10 @@ from refract.models.layers import pick
 
 
 class StochasticPool(nn.Module):
-    """In training one value of each window, drawn with probability a_i / Σ a_j; in evaluation their mean, weighted by that probability.
+    """Draw one value of each window with probability a_i / Σ a_j in training; in evaluation return the mean weighted by this probability.
 
-    For values of at least 0, as after a ReLU; what is below counts as 0. A window of zeros gives 0.
-    Source: Zeiler & Fergus 2013, arXiv:1301.3557, equations 4 to 6. Draws by torch's global generator.
+    Values should be at least 0, as after a ReLU; negative values count as 0. A window of zeros gives 0.
+    Source: Zeiler & Fergus 2013, arXiv:1301.3557, equations 4 to 6. Draws from torch's global generator.
     """
 
     def __init__(self, size: int = 2) -> None:
@@ -23,20 +23,20 @@ class StochasticPool(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         size, (height, width) = self.size, values.shape[-2:]
-        kind, values = values.dtype, values[..., : height // size * size, : width // size * size].clamp(min=0).float()
+        dtype, values = values.dtype, values[..., : height // size * size, : width // size * size].clamp(min=0).float()
         windows = values.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).transpose(-3, -2).flatten(-2)
         total = windows.sum(dim=-1, keepdim=True)
         if not self.training:
             mean = windows.square().sum(dim=-1, keepdim=True) / total.clamp(min=torch.finfo(values.dtype).tiny)
-            return mean.squeeze(-1).to(kind)
-        # The drawn place is the first whose cumulative sum passes a uniform share of the total.
+            return mean.squeeze(-1).to(dtype)
+        # The drawn index is the first whose cumulative sum exceeds a uniform fraction of the total.
         threshold = torch.rand_like(total) * total
-        place = (windows.cumsum(dim=-1) <= threshold).sum(dim=-1, keepdim=True).clamp(max=size * size - 1)
-        return windows.gather(-1, place).squeeze(-1).to(kind)
+        index = (windows.cumsum(dim=-1) <= threshold).sum(dim=-1, keepdim=True).clamp(max=size * size - 1)
+        return windows.gather(-1, index).squeeze(-1).to(dtype)
 
 
 class GeneralisedMean(nn.Module):
-    """(mean of x^p over the image)^(1/p), p learned, x cut to at least 1e-6: p = 1 is the average, p → ∞ the maximum.
+    """(mean of x^p over the image)^(1/p) with a learned p and x clamped to at least 1e-6: p = 1 is the average, p → ∞ the maximum.
 
     (N, C, H, W) → (N, C). Source: Radenović et al. 2018, arXiv:1711.02512, equation 3.
     """
@@ -47,26 +47,28 @@ class GeneralisedMean(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         values = values.float().flatten(2).clamp(min=1e-6)
-        largest = values.amax(dim=2, keepdim=True).detach()  # a high power of a small number would be 0
+        largest = values.amax(
+            dim=2, keepdim=True
+        ).detach()  # without this scaling, a high power of a small number would underflow to 0
         return (values / largest).pow(self.p).mean(dim=2).pow(1 / self.p) * largest.squeeze(2)
 
 
 class GlobalAverage(nn.Module):
-    """(N, C, …) → (N, C), the mean over all places. Source: Lin et al. 2014, arXiv:1312.4400, section 3.2."""
+    """(N, C, …) → (N, C), the mean over all positions. Source: Lin et al. 2014, arXiv:1312.4400, section 3.2."""
 
     def forward(self, values: Tensor) -> Tensor:
         return values.flatten(2).mean(dim=2)
 
 
 class GlobalMax(nn.Module):
-    """(N, C, …) → (N, C), the largest over all places."""
+    """(N, C, …) → (N, C), the maximum over all positions."""
 
     def forward(self, values: Tensor) -> Tensor:
         return values.flatten(2).amax(dim=2)
 
 
 class _Halved(nn.Module):
-    """Windows of 2×2, in each slice of a stack alike. kind: max or average."""
+    """Pool windows of 2×2, in a stack (N, C, D, H, W) slice by slice. kind: max or average."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -80,12 +82,12 @@ class _Halved(nn.Module):
 
 
 def make_pool(name: str) -> nn.Module:
-    """A new module that halves both sides. ValueError for an unknown name."""
+    """Create the pooling `name`, which halves height and width. ValueError for an unknown name."""
     return pick("pool", name, POOLS)()
 
 
 def make_global_pool(name: str) -> nn.Module:
-    """A new module from maps to vectors. ValueError for an unknown name."""
+    """Create the global pooling `name`, (N, C, …) → (N, C). ValueError for an unknown name."""
     return pick("global_pool", name, GLOBAL_POOLS)()
 
 

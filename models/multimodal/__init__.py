@@ -1,1 +1,1 @@
-"""Networks that read texts."""
+"""Networks that read texts, or images and texts."""

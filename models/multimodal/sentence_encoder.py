@@ -1,12 +1,15 @@
-"""Sentences as vectors, by an encoder that was trained for it."""
+"""Sentence embeddings by a pretrained encoder."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 class SentenceEncoder:
-    """An encoder of Hugging Face by a local folder or its name; a sentence is the mean of its tokens' last states (Reimers & Gurevych
-    2019, arXiv:1908.10084, section 3). ValueError where it cannot be loaded."""
+    """Embed sentences with a Hugging Face encoder, as the mean of the tokens' last hidden states.
+
+    name: a local folder or a hub name. ValueError if the encoder cannot be loaded.
+    Source: Reimers & Gurevych 2019, arXiv:1908.10084, section 3.
+    """
 
     def __init__(self, name: str, device: str = "cpu") -> None:
         try:
@@ -16,20 +19,19 @@ class SentenceEncoder:
             self._model: Any = AutoModel.from_pretrained(name, use_safetensors=True).to(device).eval()
         except (ImportError, OSError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{name}: cannot be loaded as an encoder of sentences ({reason})") from error
+            raise ValueError(f"{name}: cannot be loaded as a sentence encoder ({reason})") from error
 
     def cosine(self, texts: Sequence[str], others: Sequence[str]) -> list[float]:
-        """Of each text with the other at its place, in −1…1."""
+        """Compute the cosine similarity, in −1…1, of each text and the element of `others` with the same index."""
         import torch
 
-        one, other = self._vectors(texts), self._vectors(others)
-        return torch.nn.functional.cosine_similarity(one, other).tolist()
+        return torch.nn.functional.cosine_similarity(self._vectors(texts), self._vectors(others)).tolist()
 
     def _vectors(self, texts: Sequence[str]) -> Any:
         import torch
 
-        given = self._tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self._model.device)
+        batch = self._tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self._model.device)
         with torch.inference_mode():
-            states = self._model(**given).last_hidden_state
-        mask = given["attention_mask"].unsqueeze(-1)
+            states = self._model(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1)
         return (states * mask).sum(1) / mask.sum(1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Networks that read texts, each int rows (N, L) of `refract.models.multimodal.tokens` → features (N, width). Knows nothing of images."""
+"""Text encoders: each maps token numbers (N, L) of `refract.models.multimodal.tokens` to features (N, width). Independent of images."""
 
 import json
 from collections.abc import Mapping
@@ -14,12 +14,15 @@ from refract.models.multimodal.tokens import HashedNgrams, TokenizerTokens, Toke
 HASHING = "hashing"
 POOLINGS = ("auto", "mean", "cls", "last")
 
-NOT_KEPT = ("auto_map", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
-"""Keys of a `config.json` that a bundle leaves out: its weights are float32, whatever the model was stored in."""
+EXCLUDED_KEYS = ("auto_map", "_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Keys of a `config.json` that a bundle excludes. The dtype is among them because a bundle's weights are always float32."""
 
 
 class BagOfNgrams(nn.Module):
-    """The mean of the n-grams' vectors, normalised, then a hidden layer (Joulin et al. 2017, arXiv:1607.01759). It needs no download."""
+    """Average the n-grams' vectors, normalise, apply a hidden layer. It needs no download. (N, L) → (N, width).
+
+    Source: Joulin et al. 2017, arXiv:1607.01759.
+    """
 
     def __init__(self, buckets: int, width: int = 128, dropout: float = 0.1) -> None:
         super().__init__()
@@ -30,12 +33,15 @@ class BagOfNgrams(nn.Module):
         )
 
     def forward(self, texts: Tensor) -> Tensor:
-        found: Tensor = self.hidden(self.vectors(texts))
-        return found
+        features: Tensor = self.hidden(self.vectors(texts))
+        return features
 
 
 class Transformer(nn.Module):
-    """An encoder (as BERT) or decoder (as GPT) of Hugging Face. pooling: mean of the tokens' states, the first's (cls), or the last's."""
+    """A Hugging Face encoder (such as BERT) or decoder (such as GPT). (N, L) → (N, width).
+
+    pooling: `mean` of the tokens' hidden states, the state of the first token (`cls`), or of the last token (`last`).
+    """
 
     def __init__(self, network: nn.Module, pooling: str) -> None:
         super().__init__()
@@ -45,7 +51,7 @@ class Transformer(nn.Module):
 
     def forward(self, texts: Tensor) -> Tensor:
         mask = texts > 0
-        # Of a text that is missing one token is read, so that nothing is divided by nothing; what comes of it is not used.
+        # A missing text keeps one token, so that no division by zero occurs; `Reader` replaces its features.
         mask = torch.cat([mask[:, :1] | ~mask.any(dim=1, keepdim=True), mask[:, 1:]], dim=1)
         ids = (texts - 1).clamp(min=0)
         states = self.network(input_ids=ids.long(), attention_mask=mask.long()).last_hidden_state
@@ -58,9 +64,15 @@ class Transformer(nn.Module):
 
 
 @dataclass(frozen=True)
-class TextPart:
-    """What a bundle says of the network that reads texts. name: `hashing`, or the model's; max_length: of a text, in words for hashing,
-    else in tokens; pooling: of POOLINGS but auto; args: of BagOfNgrams; config: of a transformer, plain values, its `config.json`."""
+class TextSpec:
+    """The text encoder as a bundle stores it.
+
+    - name: `hashing`, or the name of the model
+    - max_length: the longest text, in words for hashing, else in tokens
+    - pooling: one of POOLINGS except auto
+    - args: arguments of BagOfNgrams
+    - config: the `config.json` of a transformer, plain values
+    """
 
     name: str
     max_length: int
@@ -69,19 +81,19 @@ class TextPart:
     config: Mapping[str, Any]
 
     def tokens(self, files: Mapping[str, bytes]) -> Tokens:
-        """files: those that the bundle carries. ValueError."""
+        """Build the tokenizer. files: the bundle's tokenizer files, name → bytes. ValueError for a missing or invalid file."""
         if self.name == HASHING:
             return HashedNgrams(self.max_length, self.args.get("buckets", HashedNgrams.buckets))
         if TokenizerTokens.FILE not in files:
-            raise ValueError(f"the tokenizer's file {TokenizerTokens.FILE} is missing")
+            raise ValueError(f"the tokenizer's file {TokenizerTokens.FILE} is missing; save the bundle again")
         return TokenizerTokens(files[TokenizerTokens.FILE], self.max_length)
 
     def network(self) -> nn.Module:
-        """With fresh weights; downloads nothing and runs no code of the model's own. ValueError."""
+        """Build the encoder with fresh weights. Downloads nothing and executes no code of the model. ValueError for bad args or config."""
         if self.name == HASHING:
-            own = {"buckets": HashedNgrams.buckets, **self.args}
+            args = {"buckets": HashedNgrams.buckets, **self.args}
             try:
-                return BagOfNgrams(**own)
+                return BagOfNgrams(**args)
             except TypeError as error:
                 raise ValueError(f"text.args: {dict(self.args)}: {error}") from error
         from transformers import AutoConfig, AutoModel
@@ -95,22 +107,25 @@ class TextPart:
         try:
             config = AutoConfig.for_model(kind, **plain)
             return Transformer(AutoModel.from_config(config, dtype=torch.float32), self.pooling)
-        except Exception as error:  # of many kinds, for values that do not go together
+        except Exception as error:  # transformers raises many kinds of exceptions for inconsistent values
             raise ValueError(f"text.config: {_line(error)}") from error
 
 
-def make_text_part(
+def make_text_encoder(
     name: str, *, weights: str, max_length: int, pooling: str, args: Mapping[str, Any]
-) -> tuple[TextPart, Tokens, nn.Module]:
-    """What reads texts as training begins with it. name: `hashing`, or a transformer's folder or hub name; weights: `default`, its own, or
-    `none`, fresh ones. Weights are read from safetensors alone. ValueError for what cannot be had, or does not read texts."""
+) -> tuple[TextSpec, Tokens, nn.Module]:
+    """Build the text encoder at the start of training. Returns (its spec, its tokenizer, its network).
+
+    name: `hashing`, or a transformer's folder or hub name; weights: `default` for pretrained weights, which are read only from safetensors,
+    `none` for fresh weights. ValueError for a model that cannot be loaded or does not read texts.
+    """
     if pooling not in POOLINGS:
-        raise ValueError(f"text.pooling: {pooling!r} is none of {', '.join(POOLINGS)}")
+        raise ValueError(f"text.pooling: {pooling!r}: expected one of {', '.join(POOLINGS)}")
     if name == HASHING:
-        part = TextPart(HASHING, max_length, "mean", dict(args), {})
-        return part, part.tokens({}), part.network()
+        spec = TextSpec(HASHING, max_length, "mean", dict(args), {})
+        return spec, spec.tokens({}), spec.network()
     if args:
-        raise ValueError(f"text.args: {dict(args)} are for {HASHING}; {name} has its own config")
+        raise ValueError(f"text.args: {dict(args)}: only {HASHING} takes arguments; remove them for {name}")
     try:
         from transformers import AutoConfig, AutoModel, AutoTokenizer
         from transformers.utils import logging
@@ -121,59 +136,62 @@ def make_text_part(
     try:
         config = AutoConfig.from_pretrained(name)
         if weights == "default":
-            own = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
+            network = AutoModel.from_pretrained(name, use_safetensors=True, dtype=torch.float32)
         else:
-            own = AutoModel.from_config(config, dtype=torch.float32)
+            network = AutoModel.from_config(config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # OSError, ValueError and those of the hub
+    except Exception as error:  # OSError, ValueError and exceptions of the hub's client
         folder = " (a folder needs config.json, model.safetensors and tokenizer.json)" if Path(name).is_dir() else ""
         raise ValueError(f"text.name: {name} cannot be loaded{folder}: {_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"text.name: {name}: its tokenizer has no form that is stored in one file (tokenizer.json)")
+        raise ValueError(f"text.name: {name}: its tokenizer cannot be stored as tokenizer.json; choose another model")
     file = tokenizer.backend_tokenizer.to_str().encode()
     tokens = TokenizerTokens(file, max_length)
-    _check_reads(name, own, tokens)
+    _check_reads(name, network, tokens)
     if pooling == "auto":
-        pooling = "last" if _is_causal(own) else "mean"
+        pooling = "last" if _is_causal(network) else "mean"
     plain = json.loads(config.to_json_string(use_diff=False)) | {"model_type": config.model_type}
-    plain = {key: value for key, value in plain.items() if key not in NOT_KEPT}
-    return TextPart(name, max_length, pooling, {}, plain), tokens, Transformer(own, pooling)
+    plain = {key: value for key, value in plain.items() if key not in EXCLUDED_KEYS}
+    return TextSpec(name, max_length, pooling, {}, plain), tokens, Transformer(network, pooling)
 
 
 def _check_reads(name: str, network: nn.Module, tokens: TokenizerTokens) -> None:
-    """ValueError for what is no network of texts, has fewer positions than a text has tokens, or knows fewer tokens than there are."""
-    most = _positions(network)
-    if most is not None and tokens.max_length > most:
-        raise ValueError(f"text.max_length: {tokens.max_length} is more than the {most} tokens that {name} reads")
+    """Raise ValueError for a network that does not read texts, has too few positions, or a smaller vocabulary than its tokenizer."""
+    positions = _positions(network)
+    if positions is not None and tokens.max_length > positions:
+        raise ValueError(f"text.max_length: {tokens.max_length}: expected at most {positions}, the limit of {name}")
     try:
-        known = network.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        vocabulary = network.get_input_embeddings().num_embeddings  # type: ignore[operator]
         with torch.no_grad():
             Transformer(network.eval(), "mean")(torch.ones(1, tokens.max_length, dtype=torch.int32))
-    except Exception as error:  # of any kind: it may be a network of images, or one that wants more than a text
+    except Exception as error:  # of any kind: the network may read images, or need more inputs than a text
         kind = type(network).__name__
         raise ValueError(f"text.name: {name} is a {kind}, which does not read a text alone: {_line(error)}") from error
-    if tokens.vocabulary > known:
+    if tokens.vocabulary > vocabulary:
         raise ValueError(
-            f"text.name: {name}: its tokenizer numbers {tokens.vocabulary} tokens, its network knows {known}: take the two from one "
-            "model, or enlarge the network (resize_token_embeddings)"
+            f"text.name: {name}: its tokenizer has {tokens.vocabulary} tokens, its network only {vocabulary}; take both "
+            "from one model, or enlarge the network (resize_token_embeddings)"
         )
 
 
 def _positions(network: nn.Module) -> int | None:
-    """The longest text, in tokens, None where nothing bounds it. As RoBERTa numbers positions, those up to the filling's are not used."""
+    """Return the longest text in tokens, None without a limit.
+
+    A position table with a padding index, as RoBERTa's, does not use the positions up to that index.
+    """
     config: Any = network.config
-    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     for name, module in network.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
             return module.num_embeddings - module.padding_idx - 1
-    return most if isinstance(most, int) else None
+    return positions if isinstance(positions, int) else None
 
 
 def _is_causal(network: nn.Module) -> bool:
-    """Whether a token's state is made of those before it alone, as in decoders: what follows the first does not change its state."""
+    """Return whether later tokens do not change a token's state, as in decoders: test the first state with two second tokens."""
     with torch.no_grad():
-        one, other = (network(input_ids=torch.tensor([[0, k]])).last_hidden_state[0, 0] for k in (0, 1))
-    return torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+        state, changed = (network(input_ids=torch.tensor([[0, k]])).last_hidden_state[0, 0] for k in (0, 1))
+    return torch.allclose(state, changed, rtol=1e-4, atol=1e-6)
 
 
 def _line(error: Exception) -> str:

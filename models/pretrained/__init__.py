@@ -1,1 +1,1 @@
-"""Networks and weights that others trained."""
+"""Third-party networks and pretrained weights."""

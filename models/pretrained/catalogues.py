@@ -1,6 +1,6 @@
-"""The two catalogues of networks that others maintain: torchvision's classification models and timm's.
+"""The catalogues of third-party networks: torchvision's classification models and timm's.
 
-Both are heavy, so they are imported when they are asked. Knows nothing of Refract's own networks.
+Both libraries are heavy, so they are imported on first use. Independent of Refract's networks.
 """
 
 import re
@@ -17,40 +17,43 @@ class Catalogue(Protocol):
     """A source of networks by name."""
 
     def names(self) -> list[str]:
-        """Every name, without tags of weights."""
+        """List every name, without tags of weights."""
 
     def has(self, name: str) -> bool:
-        """Whether `build` knows the name."""
+        """Return whether `build` accepts the name."""
 
     def build(
         self, name: str, num_classes: int, image_size: tuple[int, int], pretrained: bool, args: dict
     ) -> nn.Module:
-        """(N, 3, H, W) → logits (N, num_classes). ValueError if the network rejects an argument or a download fails."""
+        """Build a network that maps (N, 3, H, W) to logits (N, num_classes).
+
+        ValueError if the network rejects an argument or a download fails.
+        """
 
     def loads_head(self, name: str, num_classes: int) -> bool:
-        """Whether the pretrained weights fill the head of a network with `num_classes` outputs."""
+        """Return whether the pretrained weights fill the head of a network with `num_classes` outputs."""
 
     def preprocess(self, name: str) -> dict[str, Any] | None:
-        """What the pretrained weights expect: {"mean", "std", "image_size", "crop_ratio"}; None if there are none."""
+        """Return the preprocessing of the pretrained weights: {"mean", "std", "image_size", "crop_ratio"}; None without weights."""
 
 
 class Torchvision:
     """torchvision.models, classification only, unquantised."""
 
     def names(self) -> list[str]:
-        """Every name."""
+        """List every name."""
         from torchvision import models
 
         return models.list_models(module=models)
 
     def has(self, name: str) -> bool:
-        """Whether the name is one of `names`."""
+        """Return whether the name is one of `names`."""
         return name in self.names()
 
     def build(
         self, name: str, num_classes: int, image_size: tuple[int, int], pretrained: bool, args: dict
     ) -> nn.Module:
-        """The network with a new head. Its stem is left as it is, also for small images."""
+        """Build the network with a new head. Its stem is not adapted to small images."""
         from torchvision import models
 
         def create(weights: str | None) -> nn.Module:
@@ -62,11 +65,11 @@ class Torchvision:
         return replace_head(network, num_classes)
 
     def loads_head(self, name: str, num_classes: int) -> bool:
-        """Never: `build` always gives a new head."""
+        """Return False: `build` always creates a new head."""
         return False
 
     def preprocess(self, name: str) -> dict[str, Any] | None:
-        """From the weights' own transforms."""
+        """Read the preprocessing from the transforms of the weights."""
         from torchvision import models
 
         expected = models.get_model_weights(name).DEFAULT.transforms()
@@ -75,16 +78,16 @@ class Torchvision:
 
 
 class Timm:
-    """timm's registry; a name may carry the tag of its weights, as in resnet18.a1_in1k."""
+    """timm's registry; a name may include the tag of its weights, as in resnet18.a1_in1k."""
 
     def names(self) -> list[str]:
-        """Every name, without tags."""
+        """List every name, without tags."""
         import timm
 
         return timm.list_models()
 
     def has(self, name: str) -> bool:
-        """Whether timm has the architecture, whatever the tag. Never true of a path or of a "hf-hub:" address."""
+        """Return whether timm has the architecture, with any tag. Always False for a path or a "hf-hub:" address."""
         import timm
 
         return re.fullmatch(r"\w+(\.\w+)?", name) is not None and timm.is_model(name)
@@ -92,7 +95,7 @@ class Timm:
     def build(
         self, name: str, num_classes: int, image_size: tuple[int, int], pretrained: bool, args: dict
     ) -> nn.Module:
-        """The network with `num_classes` outputs; where its size is fixed at construction, for `image_size`."""
+        """Build the network with `num_classes` outputs. An architecture with a fixed input size is built for `image_size`."""
         import timm
 
         cfg = _create(f"timm/{name}", args, lambda: timm.get_pretrained_cfg(name))
@@ -104,14 +107,14 @@ class Timm:
         return _create(f"timm/{name}", args, lambda: create(pretrained), pretrained=pretrained)
 
     def loads_head(self, name: str, num_classes: int) -> bool:
-        """Whether the weights were trained for as many classes: timm keeps their head then."""
+        """Return whether the weights were trained for `num_classes` classes, because timm then loads their head."""
         import timm
 
         cfg = timm.get_pretrained_cfg(name)
         return cfg is not None and cfg.num_classes == num_classes
 
     def preprocess(self, name: str) -> dict[str, Any] | None:
-        """From the weights' pretrained_cfg."""
+        """Read the preprocessing from the weights' pretrained_cfg."""
         import timm
 
         cfg = timm.get_pretrained_cfg(name)
@@ -126,33 +129,33 @@ def _preprocess(mean: Any, std: Any, image_size: tuple[int, int], crop_ratio: fl
 
 
 def _create(name: str, args: Mapping[str, Any], create: Callable[[], Any], *, pretrained: bool = False) -> Any:
-    """Call `create`; ValueError that says whether the arguments or, of a pretrained network, the weights were the fault."""
+    """Call `create`. ValueError says whether the arguments or, for a pretrained network, the weights caused the failure."""
     try:
         return create()
     except Exception as err:
         if not pretrained or isinstance(err, (TypeError, ValueError, AssertionError, KeyError)):
-            why = (str(err).splitlines() or [type(err).__name__])[0]
-            raise ValueError(f"network {name!r} rejects its arguments {dict(args)}: {why}") from err
-        # The hubs raise their own HTTP clients' exceptions, which differ from release to release.
+            reason = (str(err).splitlines() or [type(err).__name__])[0]
+            raise ValueError(f"network {name!r} rejects its arguments {dict(args)}: {reason}") from err
+        # The hubs raise exceptions of their HTTP clients, which differ between releases.
         raise ValueError(
             f"network {name!r}: no weights or no connection: {type(err).__name__}: {err}; "
-            "give weights=PATH of a .safetensors or .pth file, or weights='none'"
+            "set weights=PATH of a .safetensors or .pth file, or weights='none'"
         ) from err
 
 
 def _torchvision_args(name: str, image_size: tuple[int, int]) -> dict[str, Any]:
-    """The arguments without which a network would not be a plain, rebuildable map from (N, 3, H, W) to logits."""
+    """Return the arguments that make a network a rebuildable map from (N, 3, H, W) to one tensor of logits."""
     if name.startswith("vit_"):
         if image_size[0] != image_size[1]:
-            raise ValueError(f"image_size={image_size}: torchvision/{name} expected a square")
+            raise ValueError(f"image_size={image_size}: torchvision/{name} needs a square, such as [224, 224]")
         return {"image_size": image_size[0]}
     if name == "maxvit_t":
         return {"input_size": image_size}
     return dict(_PLAIN_OUTPUT.get(name, {}))
 
 
-# Auxiliary logits off, so that training mode too gives one tensor. transform_input is what torchvision sets when it
-# loads its weights; set always, the same name builds the same function with and without them.
+# Auxiliary logits are off, so that the network returns one tensor in training mode too. torchvision sets transform_input when it loads its
+# weights. Refract always sets it, so that a name builds the same function with and without weights.
 _PLAIN_OUTPUT: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "googlenet": {"aux_logits": False, "transform_input": True, "init_weights": True},

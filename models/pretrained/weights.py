@@ -1,6 +1,6 @@
-"""Weights from a file, a folder or a URL into a network: all but the head must fit, a head for other classes is left as it is.
+"""Load weights from a file, a folder or a URL into a network. All keys outside the head must fit.
 
-Reads `.safetensors`, and `.pt`/`.pth`/`.bin` without running what a pickle may carry. Knows nothing of networks' names.
+Reads `.safetensors`, and `.pt`/`.pth`/`.bin` without executing code from a pickle. Independent of the networks' names.
 """
 
 import hashlib
@@ -25,11 +25,11 @@ from refract.models.credentials import MASK, masked
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", "weights.safetensors")
-"""What a folder's weights are called: Hugging Face's two names, and that of Refract's bundles."""
+"""Names of the weights in a folder: Hugging Face's two names, and the name in Refract's bundles."""
 
-# What torch.compile, DDP, other people's training modules and Refract's own Classifier and module put before the keys.
+# Prefixes of keys from torch.compile, DDP, common training modules, and Refract's Classifier and ClassifierModule.
 _PREFIXES = ("_orig_mod.", "module.", "model.", "network.", "classifier.")
-# The classifier's normalisation in a bundle's weights; auxiliary heads, which are off here.
+# The classifier's normalisation in a bundle's weights, and auxiliary heads, which Refract does not build.
 _EXPENDABLE = frozenset({"mean", "std", "mean_image", "whitening", "aux1", "aux2", "AuxLogits"})
 
 log = logging.getLogger(__name__)
@@ -37,83 +37,87 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Keys of the network that were loaded, keys of the file that were left out, keys of the head that start afresh."""
+    """The result of `load_weights`. loaded, reinitialised: keys of the network and of its fresh head; skipped: unused keys of the file."""
 
     loaded: tuple[str, ...]
-    left_out: tuple[str, ...]
+    skipped: tuple[str, ...]
     reinitialised: tuple[str, ...]
 
 
 def load_weights(network: nn.Module, head: nn.Module, path: str | Path) -> LoadReport:
-    """Load the file's state dict into `network`, in place; keep `head` as it is when its shapes differ. Logs what became of each key.
+    """Load the file's state dict into `network`, in place; keep the values of `head` if its shapes differ. Logs the skipped and fresh keys.
 
-    path: a file, a folder with one of FOLDER_FILES, or an http(s) URL of a file, which is kept in torch hub's cache. Where the first
-    convolution takes another number of channels than the file's, its weights are averaged over them and spread (Wightman 2019, timm).
-    ValueError for another kind of file, one that cannot be read, or one that does not fit outside the head (names the
-    first few keys); FileNotFoundError if there is none.
+    path: a file, a folder with one of FOLDER_FILES, or an http(s) URL of a file, which torch hub's cache stores. If the first convolution
+    has another number of input channels than in the file, its weights are averaged over the channels and repeated (Wightman 2019, timm).
+    ValueError for another kind of file, an unreadable file, or keys outside the head that do not fit (the message names the first few);
+    FileNotFoundError if the file is missing.
     """
-    given, expected = read_weights(path), network.state_dict()
-    found = {_clean(key, expected): tensor for key, tensor in given.items()}
-    _adapt_channels(network, found, expected)
-    own = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()}
-    head_keys = [key for key, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in own]
-    if all(_fits(found, key, expected[key]) for key in head_keys):
+    expected = network.state_dict()
+    weights = {_clean(key, expected): tensor for key, tensor in read_weights(path).items()}
+    _adapt_channels(network, weights, expected)
+    head_ids = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()}
+    head_keys = [key for key, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in head_ids]
+    if all(_fits(weights, key, expected[key]) for key in head_keys):
         head_keys = []
-    below_head = _prefix(network, head)
+    head_prefix = _prefix(network, head)
     report = LoadReport(
-        loaded=tuple(k for k in expected if k not in head_keys and _fits(found, k, expected[k])),
-        left_out=tuple(k for k in found if k not in expected or k in head_keys),
+        loaded=tuple(k for k in expected if k not in head_keys and _fits(weights, k, expected[k])),
+        skipped=tuple(k for k in weights if k not in expected or k in head_keys),
         reinitialised=tuple(head_keys),
     )
-    _check(report, found, expected, below_head, path)
-    network.load_state_dict({key: found[key] for key in report.loaded}, strict=False)
+    _check(report, weights, expected, head_prefix, path)
+    network.load_state_dict({key: weights[key] for key in report.loaded}, strict=False)
     log.info(
-        "weights from %s: %d tensors loaded; left out: %s; freshly initialised: %s",
+        "weights from %s: %d tensors loaded; skipped: %s; freshly initialised: %s",
         path,
         len(report.loaded),
-        ", ".join(report.left_out) or "none",
+        ", ".join(report.skipped) or "none",
         ", ".join(report.reinitialised) or "none",
     )
     return report
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file on the CPU; of a checkpoint those under "state_dict" or "model". Raises the same."""
+    """Read the tensors of a file to the CPU; from a checkpoint those under "state_dict" or "model".
+
+    path and errors: as in `load_weights`, for everything that does not concern the network.
+    """
     source, path = str(path), _local(str(path))
     if any((path / "bundle" / name).is_file() for name in FOLDER_FILES):
-        raise ValueError(f"weights={source!r} is a run; did you mean {str(path / 'bundle')!r}?")
+        raise ValueError(f"weights={source!r} is a run's folder; did you mean {str(path / 'bundle')!r}?")
     if path.suffix not in SUFFIXES:
-        lost = "" if path.exists() else "there is no such file or folder; "
+        missing = "" if path.exists() else "the path does not exist; "
         raise ValueError(
-            f"weights={str(path)!r}: {lost}expected 'none', 'default', a URL, a folder with {' or '.join(FOLDER_FILES)}, or a path that "
-            f"ends in {', '.join(SUFFIXES)}"
+            f"weights={str(path)!r}: {missing}expected 'none', 'default', a URL, a folder with {' or '.join(FOLDER_FILES)}, "
+            f"or a path that ends in {', '.join(SUFFIXES)}"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"weights={str(path)!r}: there is no such file")
+        raise FileNotFoundError(f"weights={str(path)!r}: the file does not exist; check the path")
     try:
         content: Any = (
             safetensors.torch.load_file(path)
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (
-        Exception
-    ) as err:  # torch's readers of old formats stumble over damage in many ways; an OSError too says what it is
-        if _is_url(source):  # a download that was cut short: the next one is tried anew
+    # torch's readers of old formats raise many kinds of exceptions for damaged files.
+    except Exception as err:
+        if _is_url(source):  # an incomplete download: the next attempt downloads the file again
             path.unlink(missing_ok=True)
         raise ValueError(f"weights={str(path)!r} cannot be read as plain tensors: {err}") from err
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"weights={str(path)!r}: expected a state dict, names to tensors")
+        raise ValueError(f"weights={str(path)!r}: expected a state dict, a dict of names to tensors")
     return dict(content)
 
 
 def folder_preprocess(source: str) -> dict[str, Any] | None:
-    """{"mean", "std"} that the weights in a folder, or a file in it, were trained with: of a bundle's `bundle.json` or Hugging Face's
-    `preprocessor_config.json`; and {"normalize"} of a bundle where that is not by channel. None where there is no such record, or it has
-    no numbers for each channel."""
+    """Read {"mean", "std"} of the training of weights, from the folder `source` or the folder of the file `source`.
+
+    The record is a bundle's `bundle.json` or Hugging Face's `preprocessor_config.json`. A bundle with another normalisation than `channel`
+    adds {"normalize"}. None if both files are missing, or have no numbers for each channel.
+    """
     folder = Path(source).parent if Path(source).suffix in SUFFIXES else Path(source)
     for name, section, mean, std in (
         ("bundle.json", "preprocess", "mean", "std"),
@@ -121,27 +125,30 @@ def folder_preprocess(source: str) -> dict[str, Any] | None:
     ):
         try:
             record: Any = json.loads((folder / name).read_text("utf-8"))
-            found = record if section is None else record[section]
-            numbers = {"mean": [float(v) for v in found[mean]], "std": [float(v) for v in found[std]]}
+            values = record if section is None else record[section]
+            numbers = {"mean": [float(v) for v in values[mean]], "std": [float(v) for v in values[std]]}
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if all(len(values) == 3 for values in numbers.values()):
-            kind = found.get("normalize", "channel")
+        if all(len(channels) == 3 for channels in numbers.values()):
+            kind = values.get("normalize", "channel")
             return {**numbers, "normalize": kind} if kind in ("mean_image", "pca", "zca") else numbers
     return None
 
 
 def folder_arrays(source: str, normalize: str) -> dict[str, Tensor]:
-    """What a bundle's weights hold for `normalize`, that is `mean_image`, `pca` or `zca`: see `refract.models.classifier`. ValueError
-    where they do not, or cannot be read."""
-    given, needed = read_weights(source), ("mean_image",) if normalize == "mean_image" else ("mean_image", "whitening")
-    if lost := [name for name in needed if name not in given]:
-        raise ValueError(f"weights={source!r}: bundle.json says {normalize}, but there is no {lost[0]}")
-    return {name: given[name] for name in needed}
+    """Read the arrays that a bundle's weights contain for `normalize`: `mean_image`, `pca` or `zca`, see `refract.models.classifier`.
+
+    ValueError if an array is missing or the weights cannot be read.
+    """
+    weights = read_weights(source)
+    needed = ("mean_image",) if normalize == "mean_image" else ("mean_image", "whitening")
+    if missing := [name for name in needed if name not in weights]:
+        raise ValueError(f"weights={source!r}: bundle.json says {normalize}, but the array {missing[0]} is missing")
+    return {name: weights[name] for name in needed}
 
 
 def _local(source: str) -> Path:
-    """The file itself: in a folder the one of FOLDER_FILES, of a URL the copy in torch hub's cache, downloaded first if need be."""
+    """Return the path of the file: in a folder one of FOLDER_FILES, for a URL the copy in torch hub's cache (downloaded if missing)."""
     if _is_url(source):
         return _downloaded(source)
     path = Path(source)
@@ -154,30 +161,32 @@ def _is_url(source: str) -> bool:
 
 
 def _downloaded(url: str) -> Path:
-    """ValueError where it cannot be had. The name in the cache tells the URL, so that two files of one name do not meet.
+    """Download the file unless it is cached. Returns its path. ValueError if the download fails.
 
-    A URL with credentials is stored masked. The masked URL finds the file that was downloaded last for it, so that a run can resume.
+    The cached name includes a hash of the URL, so that two files with the same name do not collide. A run stores a URL with its
+    credentials masked. A link from the masked URL to the latest download lets the run resume.
     """
     name = Path(urllib.parse.urlparse(url).path).name
     if Path(name).suffix not in SUFFIXES:
         raise ValueError(f"weights={masked(url)!r}: expected the URL of a file that ends in {', '.join(SUFFIXES)}")
-    target, known = _cached(url, name), _cached(masked(url), name)
+    target, masked_target = _cached(url, name), _cached(masked(url), name)
     if MASK in url and not target.is_file():
         raise ValueError(
-            f"weights={url!r}: its credentials were not stored, and the download cache has no copy; download the file"
+            f"weights={url!r}: the run did not store the URL's credentials, and the cache has no copy; "
+            "download the file and set weights to its path"
         )
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # torch hub writes beside and renames.
+            # torch hub writes to a temporary file and renames it.
             torch.hub.download_url_to_file(url, str(target), progress=False)
         except (OSError, http.client.HTTPException) as err:
             raise ValueError(f"weights={masked(url)!r} cannot be downloaded: {err}") from err
-    if known != target:
-        link = known.with_name(f".{known.name}.{os.getpid()}")
+    if masked_target != target:
+        link = masked_target.with_name(f".{masked_target.name}.{os.getpid()}")
         link.unlink(missing_ok=True)
         link.symlink_to(target.name)
-        link.replace(known)
+        link.replace(masked_target)
     return target
 
 
@@ -185,76 +194,82 @@ def _cached(url: str, name: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
 
 
-def _adapt_channels(network: nn.Module, found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Fit the file's first convolution, in `found`, to the channels that the network takes."""
+def _adapt_channels(network: nn.Module, weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Convert the first convolution in `weights` to the network's number of input channels, in place."""
     first = next((f"{name}.weight" for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)), "")
-    if first not in found or first not in expected or found[first].ndim != 4:
+    if first not in weights or first not in expected or weights[first].ndim != 4:
         return
-    given, wanted = found[first], expected[first]
-    if given.shape[1] != wanted.shape[1] and given.shape[0] == wanted.shape[0] and given.shape[2:] == wanted.shape[2:]:
-        log.info("weights: the first layer was trained on %d channels; fitted to %d", given.shape[1], wanted.shape[1])
-        found[first] = given.sum(dim=1, keepdim=True).expand_as(wanted) / wanted.shape[1]
+    kernel, target = weights[first], expected[first]
+    if (
+        kernel.shape[1] != target.shape[1]
+        and kernel.shape[0] == target.shape[0]
+        and kernel.shape[2:] == target.shape[2:]
+    ):
+        log.info("weights: the first layer has %d input channels; converted to %d", kernel.shape[1], target.shape[1])
+        weights[first] = kernel.sum(dim=1, keepdim=True).expand_as(target) / target.shape[1]
 
 
 def _clean(key: str, expected: Mapping[str, Tensor]) -> str:
-    """The key without foreign prefixes, if the network has such a one; else as it is."""
-    return next((cut for cut in _cuts(key) if cut in expected), key)
+    """Remove the prefixes that the network's keys do not have. A key that the network does not have at all stays unchanged."""
+    return next((shortened for shortened in _shortened(key) if shortened in expected), key)
 
 
-def _cuts(key: str) -> Iterator[str]:
-    """The key, and without its foreign prefixes one by one: some networks' own heads are named `classifier`."""
+def _shortened(key: str) -> Iterator[str]:
+    """Yield the key, then the key without its first prefix, its second and so on: `classifier` may also be the name of a network's head."""
     yield key
     while (prefix := next((p for p in _PREFIXES if key.startswith(p)), None)) is not None:
         key = key.removeprefix(prefix)
         yield key
 
 
-def _expendable(key: str, below_head: str) -> bool:
-    """Of the classifier's normalisation, an auxiliary head, or a head of another kind."""
+def _expendable(key: str, head_prefix: str) -> bool:
+    """Return whether the key belongs to the classifier's normalisation, an auxiliary head, or another kind of head."""
     return any(
-        cut.partition(".")[0] in _EXPENDABLE or (below_head and cut.startswith(below_head)) for cut in _cuts(key)
+        shortened.partition(".")[0] in _EXPENDABLE or (head_prefix and shortened.startswith(head_prefix))
+        for shortened in _shortened(key)
     )
 
 
-def _fits(found: Mapping[str, Tensor], key: str, expected: Tensor) -> bool:
-    return key in found and found[key].shape == expected.shape
+def _fits(weights: Mapping[str, Tensor], key: str, expected: Tensor) -> bool:
+    return key in weights and weights[key].shape == expected.shape
 
 
 def _prefix(network: nn.Module, head: nn.Module) -> str:
-    """What the keys of the head begin with; none where it is no one module."""
+    """Return the prefix of the head's keys; "" if the head is not a single module of the network."""
     return next((f"{name}." for name, module in network.named_modules() if module is head and name), "")
 
 
 def _check(
     report: LoadReport,
-    found: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
-    below_head: str,
+    head_prefix: str,
     path: str | Path,
 ) -> None:
-    faults = [
-        f"{key} {tuple(found[key].shape)} instead of {tuple(tensor.shape)}" if key in found else f"{key} missing"
+    misfits = [
+        f"{key} {tuple(weights[key].shape)} instead of {tuple(tensor.shape)}" if key in weights else f"{key} missing"
         for key, tensor in expected.items()
-        # Files from before PyTorch 0.4.1 have no such counter, and only a batch norm without momentum reads it.
+        # Files from before PyTorch 0.4.1 do not have this counter, and only a batch norm without momentum reads it.
         if key not in {*report.loaded, *report.reinitialised} and not key.endswith("num_batches_tracked")
     ]
-    strange = [f"{key} unknown" for key in report.left_out if key not in expected and not _expendable(key, below_head)]
+    unknown = [f"{key} unknown" for key in report.skipped if key not in expected and not _expendable(key, head_prefix)]
     if not report.loaded:
         raise ValueError(
-            f"weights={str(path)!r}: no key fits the network; the file begins with {list(found)[:3]}{_own_network(path)}"
+            f"weights={str(path)!r}: no key fits the network; the file starts with {list(weights)[:3]}{_network_hint(path)}"
         )
-    if differing := faults + strange:
+    if differing := misfits + unknown:
         shown = ", ".join(differing[:5])
         raise ValueError(
-            f"weights={str(path)!r} is of another network: {len(differing)} keys besides the head differ: {shown}{_own_network(path)}"
+            f"weights={str(path)!r} belongs to another network: {len(differing)} keys outside the head differ: "
+            f"{shown}{_network_hint(path)}"
         )
 
 
-def _own_network(path: str | Path) -> str:
-    """What to take for a bundle's weights, to end a message with."""
+def _network_hint(path: str | Path) -> str:
+    """Return the end of an error message: the config that builds a bundle's network; "" if `path` is not a bundle."""
     try:
-        own = json.loads((Path(path) / "bundle.json").read_text("utf-8"))["network"]
-        args, size = json.dumps(own["args"]), json.dumps(own["image_size"])
-        return f"; the bundle's network is model.name: {own['name']}, model.args: {args}, data.image_size: {size}"
+        network = json.loads((Path(path) / "bundle.json").read_text("utf-8"))["network"]
+        args, size = json.dumps(network["args"]), json.dumps(network["image_size"])
+        return f"; the bundle's network is model.name: {network['name']}, model.args: {args}, data.image_size: {size}"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -1,1 +1,1 @@
-"""How a classifier is trained: losses, optimisers, and the Lightning module."""
+"""Training of a classifier: losses, optimisers, and the Lightning module."""

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation, around any optimiser."""
+"""Sharpness-aware minimisation as a wrapper of any optimiser."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class SAM(torch.optim.Optimizer):
-    """Take the base optimiser's step with the gradient found at w + ρ g / ‖g‖ in place of w.
+    """Take the base optimiser's step with the gradient at w + ρ g / ‖g‖ instead of the gradient at w.
 
-    `step` needs a closure, which is called twice and must compute the loss and the gradients; `second_pass` is true in the second call.
+    `step` calls its closure twice, which must compute the loss and the gradients; `second_pass` is True in the second call.
     Source: Foret et al. 2021, arXiv:2010.01412, equations 2 and 3, without the adaptive variant.
     """
 
@@ -26,9 +26,9 @@ class SAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. Returns the loss at w. ValueError without a closure."""
+        """Update the weights once. Returns the loss at w. ValueError without a closure."""
         if closure is None:
-            raise ValueError("SAM needs a closure that computes the loss anew")
+            raise ValueError("SAM.step needs a closure that computes the loss and the gradients")
         with torch.enable_grad():
             loss = closure()
         moved = self._climb()
@@ -44,22 +44,22 @@ class SAM(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimiser's."""
+        """Return the base optimiser's state."""
         return self.base.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Into the base optimiser."""
+        """Load the base optimiser's state."""
         self.base.load_state_dict(state_dict)
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
     def _climb(self) -> list[tuple[Tensor, Tensor]]:
-        """Move the weights to where the loss is about largest nearby; returns each with its value before."""
-        found = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not found:
+        """Move the weights by ρ along the gradient, about where the loss is largest nearby. Returns (parameter, previous value) pairs."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
             return []
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in found]))
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters]))
         moved = []
-        for parameter in found:
+        for parameter in parameters:
             moved.append((parameter, parameter.detach().clone()))
             parameter.add_(parameter.grad * (self.rho / (norm + 1e-12)))
         return moved

@@ -83,13 +83,13 @@ def _image_files(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
 
 
 def _show(file: Path, probabilities, info, args: argparse.Namespace, cut: bool) -> None:
-    from refract.models.prediction import confidences, line, prediction
+    from refract.models.prediction import confidences, format_prediction, prediction
 
     thresholds = info.thresholds if info.task == "multilabel" else None
     options = {"top": args.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
     confidence = float(confidences(probabilities[None], info.task, info.thresholds)[0])
     result = prediction(probabilities, info.labels, confidence=confidence, cut=cut, **options)
-    print(json.dumps({"path": str(file), **result}, ensure_ascii=False) if args.json else line(file, result))
+    print(json.dumps({"path": str(file), **result}, ensure_ascii=False) if args.json else format_prediction(file, result))
 
 
 def listed_images(paths: list[Path]) -> list[Path]:

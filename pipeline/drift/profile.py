@@ -1,4 +1,4 @@
-"""A profile: what drift asks about data, as a classifier sees them. A sample of it travels in the bundle."""
+"""The profile of data as a classifier sees them, for drift. A bundle contains one of its held-out data."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,28 +12,29 @@ from refract.augment.image_statistics import ImageStatistics, measure_image
 from refract.models.bundle.info import BundleError
 from refract.models.classifier import Classifier
 from refract.models.head import head_inputs
-from refract.models.prediction import confidences, given_labels
+from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.inference.scoring import SampleInput, score
 
 MOST_IMAGES = 1000
-"""In a bundle: with 512 features each it is a megabyte."""
+"""The largest number of samples in a bundle's profile: with 512 features each it has 1 MB."""
 
 WIDEST = 512
-"""Features above which they are folded; see `folded`."""
+"""The largest number of features; more are folded, see `folded`."""
 
 SIZES = ("width", "height", "aspect")
 CHARACTERS = "characters"
 STATISTICS = (*ImageStatistics._fields, *SIZES, CHARACTERS)
-"""In the order in which they are told."""
+"""In the order of the report."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """count: of the samples; features: (N, D) float32, before the head, None where only numbers are known (a server's log); answered: (C,)
-    int64, how many were answered with each of the bundle's labels; confidence: (N,) float32, of the label that is answered, for several
-    labels the mean over them of that in what was said; statistics: name → (N,) float32, NaN where a sample has no image; classes: label,
-    also one that the bundle does not know → how many carry it, None where there are no labels; multilabel: whether one may have several."""
+    """count: number of samples; features: (N, D) float32, before the head, None for a server's log; answered: (C,) int64, number of
+    predictions of each of the bundle's labels; confidence: (N,) float32, of the predicted label, for multi-label the mean over all labels
+    of the confidence in the decision; statistics: name → (N,) float32, NaN without an image; classes: label, also unknown to the bundle →
+    number of samples, None without labels; multilabel: whether a sample may have several labels.
+    """
 
     count: int
     labels: tuple[str, ...]
@@ -45,11 +46,11 @@ class Profile:
     multilabel: bool = False
 
     def to_bytes(self) -> bytes:
-        """As safetensors: features in float16, divided by their largest; of the classes the bundle's own. ValueError without features."""
+        """Encode as safetensors: features in float16, divided by the largest; classes of the bundle only. ValueError without features."""
         from safetensors.numpy import save
 
         if self.features is None:
-            raise ValueError("a profile without features does not travel in a bundle")
+            raise ValueError("a bundle's profile needs features, but this one has none")
         scale = float(np.abs(self.features).max(initial=0)) or 1.0
         arrays = {
             "features": (self.features / scale).astype(np.float16),
@@ -64,7 +65,7 @@ class Profile:
 
     @classmethod
     def from_bytes(cls, data: bytes, labels: Sequence[str], *, multilabel: bool) -> "Profile":
-        """What `to_bytes` wrote. BundleError for what is none, or is of other labels."""
+        """Decode what `to_bytes` wrote. BundleError for other bytes, or for a profile of other labels."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -74,7 +75,7 @@ class Profile:
             answered, confidence = arrays["answered"], arrays["confidence"]
         except (SafetensorError, KeyError, IndexError, ValueError) as error:
             raise BundleError(
-                f"the bundle's reference is no profile ({error}); train again, or name --reference"
+                f"the bundle's reference is not a profile ({error}); train again, or add --reference DATA"
             ) from error
         statistics = {n.removeprefix("statistics."): v for n, v in arrays.items() if n.startswith("statistics.")}
         rows = [features, confidence, *statistics.values()]
@@ -84,7 +85,7 @@ class Profile:
             or {len(row) for row in rows} != {len(features)}
             or {len(c) for c in counted} != {len(labels)}
         ):
-            raise BundleError("the bundle's reference does not fit its labels; train again, or name --reference")
+            raise BundleError("the bundle's reference does not fit its labels; train again, or add --reference DATA")
         classes = dict(zip(labels, arrays["classes"].tolist(), strict=True)) if "classes" in arrays else None
         return cls(
             len(features), tuple(labels), features, answered, confidence, statistics, classes, multilabel
@@ -92,7 +93,7 @@ class Profile:
 
 
 class Seen(NamedTuple):
-    """A profile, the samples that could be read, in its order, with their probabilities (N, C), and path → why of the others."""
+    """A profile, the readable samples in its order, their (N, C) probabilities, and path → why for the unreadable samples."""
 
     profile: Profile
     samples: list[Sample]
@@ -112,9 +113,9 @@ def profile(
     thresholds: Sequence[float] = (),
     progress: bool = True,
 ) -> Seen:
-    """Ask the classifier about all samples. names: of each sample's classes, None where they have none.
+    """Predict all samples, and collect their features and statistics. names: the class names of each sample, None without labels.
 
-    Brightness, contrast and sharpness are those of the network's input, after resizing: what a network cannot see is no drift for it.
+    Brightness, contrast and sharpness are measured on the network's input, after resizing, as only its input matters to a network.
     """
     from tqdm import tqdm
 
@@ -158,7 +159,7 @@ def profile(
     if names is not None:
         classes = {**dict.fromkeys(labels, 0), **Counter(name for place in kept for name in names[place])}
     sure = confidences(given, task, thresholds).astype(np.float32)
-    shown = given_labels(given, task, thresholds).sum(axis=0)
+    shown = predicted_labels(given, task, thresholds).sum(axis=0)
     kept_features = folded(np.concatenate([part.numpy() for part in features])) if features else None
     multilabel = task == "multilabel"
     own = Profile(len(found), tuple(labels), kept_features, shown, sure, statistics, classes, multilabel)

@@ -13,7 +13,7 @@ import torch
 from refract.augment import ImageError, Preprocess
 from refract.models.bundle.info import BundleError, BundleInfo
 from refract.models.classifier import Classifier, probabilities
-from refract.models.multimodal.tokens import rows
+from refract.models.multimodal.tokens import pad_rows
 
 TOGETHER = 4
 """Images that a thread is given at once, at most: for small ones each handing over counts."""
@@ -70,7 +70,7 @@ class _Prepared(NamedTuple):
 def _logits(classifier: Classifier, inputs: Sequence[_Prepared], tta: str, device: torch.device) -> torch.Tensor:
     texts: list[torch.Tensor] = []
     if classifier.tokens is not None:
-        numbers = rows([item.text for item in inputs if item.text is not None])
+        numbers = pad_rows([item.text for item in inputs if item.text is not None])
         texts = [torch.from_numpy(numbers).to(device), torch.tensor([item.has_image for item in inputs], device=device)]
     images = [item.image for item in inputs if item.image is not None]
     if not images:

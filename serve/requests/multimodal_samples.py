@@ -24,7 +24,7 @@ def joined(images: np.ndarray, texts: Sequence[str], has_image: Sequence[bool], 
 
 
 def _record(shape: tuple[int, ...], tokens: Tokens) -> np.dtype:
-    return np.dtype([("images", "u1", shape), ("texts", "i4", (tokens.most,)), ("has_image", "?"), ("cut", "?")])
+    return np.dtype([("images", "u1", shape), ("texts", "i4", (tokens.max_numbers,)), ("has_image", "?"), ("cut", "?")])
 
 
 def flipped(batch: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 from refract.augment.decoding.formats import format_of
 from refract.augment.image_statistics import measure_image
 from refract.models.bundle.bundle import Bundle
-from refract.models.prediction import confidences, given_labels
+from refract.models.prediction import confidences, predicted_labels
 from refract.serve.requests.decoding import RequestImages
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class DataCapture:
         if images.texts:
             statistics["characters"] = len(images.texts[index])
         confidence = float(confidences(row, info.task, info.thresholds)[0])
-        predicted = np.flatnonzero(given_labels(row, info.task, info.thresholds)[0])
+        predicted = np.flatnonzero(predicted_labels(row, info.task, info.thresholds)[0])
         values = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "model": bundle.digest[:16],

@@ -14,8 +14,8 @@ from refract.models.bundle.bundle import BundleError, BundleInfo, GoldenSample, 
 from refract.models.classifier import Classifier
 from refract.models.factory import make_classifier, text_record
 from refract.models.multimodal.fusion import Reader
-from refract.models.multimodal.text_networks import BagOfNgrams, Transformer, make_text_part
-from refract.models.multimodal.tokens import HashedNgrams, TokenizerTokens, cleaned, rows, trimmed
+from refract.models.multimodal.text_networks import BagOfNgrams, Transformer, make_text_encoder
+from refract.models.multimodal.tokens import HashedNgrams, TokenizerTokens, cleaned, pad_rows, trimmed
 from refract.models.registry import build
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -77,7 +77,7 @@ def test_texts_become_numbers_in_any_language_and_are_cut() -> None:
         assert len(tokens(text)[0]) == 0
     assert all(len(tokens(text)[0]) for text in ("日本語", "😀", "हिन्दी", "?", "\ud800"))
     assert np.array_equal(tokens("cafe\u0301")[0], tokens("caf\u00e9")[0]), "composed"
-    assert rows([same, np.zeros(0, np.int32)]).shape == (2, len(same)) and rows([]).shape == (0, 1)
+    assert pad_rows([same, np.zeros(0, np.int32)]).shape == (2, len(same)) and pad_rows([]).shape == (0, 1)
 
 
 @given(st.text(max_size=300), st.integers(1, 8))
@@ -143,12 +143,12 @@ def test_a_bag_of_ngrams_is_the_mean_of_their_vectors() -> None:
 def test_transformers_are_pooled_as_their_kind_wants_and_filling_up_changes_nothing(
     transformers_of, name, pooling
 ) -> None:
-    part, tokens, network = make_text_part(
+    part, tokens, network = make_text_encoder(
         str(transformers_of[name]), weights="default", max_length=8, pooling="auto", args={}
     )
     network.eval()
     assert part.pooling == pooling and isinstance(network, Transformer)
-    given, longer = rows([tokens("a red dog")[0]]), rows([tokens("a red dog")[0], tokens("the blue car sees a dog")[0]])
+    given, longer = pad_rows([tokens("a red dog")[0]]), pad_rows([tokens("a red dog")[0], tokens("the blue car sees a dog")[0]])
     alone = network(torch.from_numpy(given))
     assert torch.allclose(alone[0], network(torch.from_numpy(longer))[0], atol=1e-5)
     states = network.network(input_ids=torch.from_numpy(given).long() - 1).last_hidden_state
@@ -157,7 +157,7 @@ def test_transformers_are_pooled_as_their_kind_wants_and_filling_up_changes_noth
     fresh = part.network().eval()
     fresh.load_state_dict(network.state_dict())
     assert torch.equal(fresh(torch.from_numpy(given)), alone), "built from plain values"
-    other = make_text_part(str(transformers_of[name]), weights="none", max_length=8, pooling="cls", args={})
+    other = make_text_encoder(str(transformers_of[name]), weights="none", max_length=8, pooling="cls", args={})
     assert other[0].pooling == "cls" and not torch.equal(other[2](torch.from_numpy(given)), alone)
 
 
@@ -180,14 +180,14 @@ def test_a_model_that_was_stored_in_16_bits_is_read_in_32(tmp_path: Path, weight
     from transformers import BertConfig, BertModel
 
     where = kept(tmp_path / "b", BertModel(BertConfig(**SMALL)).to(torch.bfloat16))
-    part, tokens, network = make_text_part(where, weights=weights, max_length=8, pooling="auto", args={})
+    part, tokens, network = make_text_encoder(where, weights=weights, max_length=8, pooling="auto", args={})
     again = part.network().eval()
     assert {p.dtype for made in (network, again) for p in made.parameters()} == {torch.float32}
     assert not {"dtype", "torch_dtype"} & set(part.config)
     old = dataclasses.replace(part, config={**part.config, "dtype": "bfloat16"}).network()
     assert next(old.parameters()).dtype == torch.float32, "of a bundle that says so still"
     again.load_state_dict(network.state_dict())
-    given = torch.from_numpy(rows([tokens("a red dog")[0]]))
+    given = torch.from_numpy(pad_rows([tokens("a red dog")[0]]))
     assert torch.equal(again(given), network.eval()(given))
 
 
@@ -201,7 +201,7 @@ def test_pooling_goes_by_what_a_token_sees_not_by_the_architectures_name(tmp_pat
         (BertLMHeadModel(decoder), "last"),
     ):
         where = kept(tmp_path / f"{type(network).__name__}{pooling}", network)
-        assert make_text_part(where, weights="default", max_length=4, pooling="auto", args={})[0].pooling == pooling
+        assert make_text_encoder(where, weights="default", max_length=4, pooling="auto", args={})[0].pooling == pooling
 
 
 def test_texts_that_a_network_could_not_take_are_told_before_training(tmp_path: Path) -> None:
@@ -210,17 +210,17 @@ def test_texts_that_a_network_could_not_take_are_told_before_training(tmp_path: 
     own = {"weights": "default", "pooling": "auto", "args": {}}
     roberta = kept(tmp_path / "r", RobertaModel(RobertaConfig(**SMALL, max_position_embeddings=12, pad_token_id=1)))
     with pytest.raises(ValueError, match=r"text\.max_length: 11 is more than the 10 tokens"):
-        make_text_part(roberta, max_length=11, **own)
-    network = make_text_part(roberta, max_length=10, **own)[2]
+        make_text_encoder(roberta, max_length=11, **own)
+    network = make_text_encoder(roberta, max_length=10, **own)[2]
     assert network(torch.full((2, 10), 4)).isfinite().all()
     wide = kept(tmp_path / "g", GPT2Model(GPT2Config(vocab_size=3, n_positions=12, n_embd=16, n_layer=1, n_head=2)))
     with pytest.raises(ValueError, match="its tokenizer numbers 4 tokens, its network knows 3"):
-        make_text_part(wide, max_length=8, **own)
+        make_text_encoder(wide, max_length=8, **own)
     images = {**SMALL, "image_size": 8, "patch_size": 4}
     del images["vocab_size"]
     vit = kept(tmp_path / "v", ViTModel(ViTConfig(**images)))
     with pytest.raises(ValueError, match="is a ViTModel, which does not read a text alone"):
-        make_text_part(vit, max_length=8, **own)
+        make_text_encoder(vit, max_length=8, **own)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_what_cannot_read_is_told(transformers_of, monkeypatch, name: str, more:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     own = {"weights": "default", "max_length": 8, "pooling": "auto", "args": {}} | more
     with pytest.raises(ValueError, match=message):
-        make_text_part(str(transformers_of.get(name, name)), **own)
+        make_text_encoder(str(transformers_of.get(name, name)), **own)
 
 
 def test_pickled_weights_are_not_read(transformers_of, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_pickled_weights_are_not_read(transformers_of, tmp_path: Path) -> None:
     (tmp_path / "b" / "model.safetensors").rename(tmp_path / "b" / "kept")
     torch.save({}, tmp_path / "b" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot be loaded"):
-        make_text_part(str(tmp_path / "b"), weights="default", max_length=8, pooling="auto", args={})
+        make_text_encoder(str(tmp_path / "b"), weights="default", max_length=8, pooling="auto", args={})
 
 
 def bundle_of(classifier: Classifier, part, folder: Path, network: dict, joined: dict) -> Path:
@@ -270,7 +270,7 @@ def test_a_bundle_gives_equal_logits_without_the_files_it_came_from(
 ) -> None:
     torch.manual_seed(1)
     where = str(transformers_of.get(name, name))
-    part, tokens, network = make_text_part(where, weights="default", max_length=8, pooling="auto", args={})
+    part, tokens, network = make_text_encoder(where, weights="default", max_length=8, pooling="auto", args={})
     joined = {"fusion": "gated", "width": 12}
     shown = None if network_of_images == "none" else build("lenet5", 3, image_size=(32, 32))
     classifier = Classifier(
@@ -282,7 +282,7 @@ def test_a_bundle_gives_equal_logits_without_the_files_it_came_from(
     again = loaded.classifier()
     assert again.reads == classifier.reads == ({"texts"} if network_of_images == "none" else {"texts", "images"})
     assert [(g.text, g.has_image) for g in loaded.golden_samples] == [("the red car", False), ("", True)]
-    texts = torch.from_numpy(rows([again.tokens(t)[0] for t in ("the red car", "", "a dog sees not")]))
+    texts = torch.from_numpy(pad_rows([again.tokens(t)[0] for t in ("the red car", "", "a dog sees not")]))
     images = torch.randint(0, 256, (3, 3, 32, 32)) if shown else None
     with torch.no_grad():
         assert torch.equal(again(images, texts), classifier(images, texts))
@@ -295,7 +295,7 @@ def test_a_bundle_gives_equal_logits_without_the_files_it_came_from(
 
 
 def test_a_bundle_whose_tokenizer_was_changed_or_whose_text_part_is_odd_is_refused(transformers_of, tmp_path) -> None:
-    part, tokens, network = make_text_part(
+    part, tokens, network = make_text_encoder(
         str(transformers_of["bert"]), weights="default", max_length=8, pooling="auto", args={}
     )
     joined = {"fusion": "concat", "width": 12}

@@ -59,7 +59,7 @@ def test_the_report_names_every_tensor(tmp_path: Path) -> None:
     path = save(tmp_path / "w.safetensors", {**source.state_dict(), "mean": torch.zeros(3)})
     report = load_weights(network, head_of(network), path)
     assert report.reinitialised == ("head.weight", "head.bias")
-    assert set(report.left_out) == {"mean", "head.weight", "head.bias"}
+    assert set(report.skipped) == {"mean", "head.weight", "head.bias"}
     assert set(report.loaded) | set(report.reinitialised) == set(network.state_dict())
 
 
@@ -265,7 +265,7 @@ def test_keys_of_another_network_are_refused_though_they_hold_the_heads_name(tmp
             load_weights(network, head_of(network), path)
     for key in ("mean", "classifier.mean", "network.fc.extra", "fc.extra", "model.mean_image"):
         path = save(tmp_path / "w.pt", {**weights, key: torch.zeros(3)})
-        assert load_weights(network, head_of(network), path).left_out == (key,)
+        assert load_weights(network, head_of(network), path).skipped == (key,)
 
 
 class HalfFirst(BaseHTTPRequestHandler):

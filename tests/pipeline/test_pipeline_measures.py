@@ -125,10 +125,10 @@ def test_wrong_labels_are_found() -> None:
     truth = rng.integers(0, 4, 1000)
     logits = rng.normal(0, 1, (1000, 4))
     logits[np.arange(1000), truth] += 5
-    given_labels = truth.copy()
+    predicted_labels = truth.copy()
     swapped = rng.choice(1000, 20, replace=False)
-    given_labels[swapped] = (truth[swapped] + 1) % 4
-    found = measures.likely_label_errors(softmax(logits, axis=1), given_labels)
+    predicted_labels[swapped] = (truth[swapped] + 1) % 4
+    found = measures.likely_label_errors(softmax(logits, axis=1), predicted_labels)
     assert len(set(found) & set(swapped)) >= 14 and len(set(found) - set(swapped)) <= 4
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from refract.models.prediction import confidences, line, prediction
+from refract.models.prediction import confidences, format_prediction, prediction
 from refract.pipeline.evaluation import measures
 from refract.pipeline.evaluation.multilabel import (
     label_calibration_errors,
@@ -109,5 +109,5 @@ def test_confidence_is_that_of_what_is_said() -> None:
 def test_the_line_of_a_multi_label_answer_starts_with_its_labels() -> None:
     row, labels = np.array([0.65, 0.5, 0.35]), ("red", "green", "blue")
     answer = prediction(row, labels, top=3, thresholds=(0.6, 0.45, 0.4))
-    assert line(Path("a.png"), answer) == "a.png: red, green  (red 65.0%, green 50.0%, blue 35.0%)"
-    assert line(Path("a.png"), prediction(row, labels, top=1, thresholds=(0.9,) * 3)) == "a.png: no label  (red 65.0%)"
+    assert format_prediction(Path("a.png"), answer) == "a.png: red, green  (red 65.0%, green 50.0%, blue 35.0%)"
+    assert format_prediction(Path("a.png"), prediction(row, labels, top=1, thresholds=(0.9,) * 3)) == "a.png: no label  (red 65.0%)"

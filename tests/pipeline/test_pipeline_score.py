@@ -26,7 +26,7 @@ from refract.models.bundle.bundle import BundleInfo, GoldenSample, load_bundle, 
 from refract.models.classifier import Classifier
 from refract.models.factory import text_record
 from refract.models.multimodal.fusion import Reader
-from refract.models.multimodal.text_networks import make_text_part
+from refract.models.multimodal.text_networks import make_text_encoder
 from refract.models.prediction import confidences, prediction
 from refract.models.registry import build
 from refract.pipeline.data.manifest import DataError
@@ -48,7 +48,7 @@ def make_bundle(folder: Path, *, seed: int = 0, reads: Sequence[str] = ("images"
     network: torch.nn.Module | None = shown
     tokens, joined = None, {"fusion": "gated", "width": 32}
     if "texts" in reads:
-        part, tokens, words = make_text_part(
+        part, tokens, words = make_text_encoder(
             "hashing", weights="none", max_length=6, pooling="auto", args={"buckets": 500}
         )
         network = Reader(shown, words, 3, **joined)

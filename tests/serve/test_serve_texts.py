@@ -13,8 +13,8 @@ from refract.models.bundle.bundle import Bundle, BundleError, BundleInfo, Golden
 from refract.models.classifier import Classifier, probabilities
 from refract.models.factory import text_record
 from refract.models.multimodal.fusion import Reader
-from refract.models.multimodal.text_networks import make_text_part
-from refract.models.multimodal.tokens import rows
+from refract.models.multimodal.text_networks import make_text_encoder
+from refract.models.multimodal.tokens import pad_rows
 from refract.models.registry import build
 from refract.serve.client import Client, ServerError
 from refract.serve.http.app import create_app
@@ -28,7 +28,7 @@ LABELS = tuple(f"class {i}" for i in range(4))
 def make(folder: Path, make_image, *, images: bool) -> Bundle:
     """Untrained, with answers that differ."""
     torch.manual_seed(3)
-    part, tokens, network = make_text_part(
+    part, tokens, network = make_text_encoder(
         "hashing", weights="none", max_length=6, pooling="auto", args={"buckets": 500}
     )
     shown = build("lenet5", 4, image_size=(32, 32)) if images else None
@@ -58,7 +58,7 @@ def answer_of(classifier: Classifier, data: bytes | None, text: str) -> np.ndarr
     images = torch.from_numpy(image).permute(2, 0, 1)[None] if "images" in classifier.reads else None
     with torch.inference_mode():
         logits = classifier(
-            images, torch.from_numpy(rows([classifier.tokens(text)[0]])), torch.tensor([data is not None])
+            images, torch.from_numpy(pad_rows([classifier.tokens(text)[0]])), torch.tensor([data is not None])
         )
     return probabilities(logits, task="multiclass", temperature=0.3)[0].numpy()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refract.models.prediction import confidences, given_labels
+from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.inference.batch.listing import Shard
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def table_of(shard: Shard, answers: Sequence[np.ndarray | str], info: BundleInfo
         "truth": [row.truth for row in shard.rows],
     }
     if info.task == "multilabel":
-        reached = given_labels(found, info.task, info.thresholds)
+        reached = predicted_labels(found, info.task, info.thresholds)
         names = [[info.labels[i] for i in np.flatnonzero(row)] for row in reached]
         columns["labels"] = [names[at] if ok else None for at, ok in zip(place, whole, strict=True)]
     below = info.abstain_below
