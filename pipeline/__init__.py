@@ -1,1 +1,1 @@
-"""How a model comes to be: configuration, data, training, tracking, evaluation. Never imports `serve`."""
+"""Train models: configuration, data, training, tracking, evaluation, retraining. Never imports `serve`."""

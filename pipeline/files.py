@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and those that one process holds."""
+"""Read regular files, write files atomically, and lock files between processes."""
 
 import errno
 import os
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-# Asked for once: the process's mask can only be read by setting it, which other threads would see.
+# Read once at import: reading the umask requires setting it, which would affect other threads.
 _MASK = os.umask(0o077)
 os.umask(_MASK)
 
 
 def read_file(path: str | Path) -> bytes:
-    """All of a regular file. OSError as usual, and for anything else: a pipe would be waited for, and a device has no end."""
+    """Return the content of a regular file. OSError for a failure, and for pipes and devices, whose reads may not end."""
     with open(path, "rb", buffering=0, opener=_opened_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -27,14 +27,14 @@ def _opened_at_once(path: str, flags: int) -> int:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path`, then rename over it: nobody sees half a file, and a failure leaves the old one. OSError as usual."""
+    """Write a temporary file next to `path`, then rename it: readers never see half a file, and a failure keeps the old one. OSError."""
     with written_atomically(path) as file:
         file.write(data)
 
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that gets its name `path` when the block ends; as `write_atomically` for what memory need not hold."""
+    """Yield a temporary file that is renamed to `path` at the end of the block: `write_atomically` for data that is streamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -43,11 +43,11 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o666 & ~_MASK)  # mkstemp's own mode hides the file from everybody else
+        Path(name).chmod(0o666 & ~_MASK)  # mkstemp denies access to all other users
         Path(name).replace(path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        # The system does not say where a write to an open file failed. Errors without its number have a text of their own.
+        # A failed write to an open file has no filename. An error without errno has a complete message.
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
@@ -55,7 +55,10 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def locked(path: Path, otherwise: Exception) -> Iterator[None]:
-    """Hold the file, which is made, for this process; one that died holds nothing. Raises `otherwise` where another process has it."""
+    """Hold an exclusive lock on the file, which is created, during the block. Raises `otherwise` if another process holds it.
+
+    The lock of a process that died is free.
+    """
     import fcntl
 
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

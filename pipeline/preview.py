@@ -1,4 +1,4 @@
-"""An image of an augmentation: one row a sample, the original and its variants, what was drawn under each."""
+"""Draw the preview grid of an augmentation: one row per sample, with the original, its variants, and the drawn ops below each."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +18,16 @@ _CELL, _GAP, _LINE, _LINES, _TEXT_LINES = 192, 8, 13, 6, 4
 
 
 class Shown(NamedTuple):
-    """data: an image's encoded bytes; place: in the data set."""
+    """One row of the grid. data: the encoded image; index: index in the data set."""
 
     title: str
     data: bytes
-    place: int
+    index: int
     text: str = ""
 
 
 def shown_samples(manifest: "Manifest", count: int) -> list[Shown]:
-    """Up to `count` training samples, evenly over the data. DataError names a file that cannot be opened."""
+    """Return up to `count` training samples, evenly spread over the data. DataError names an unreadable file."""
     from refract.pipeline.data.manifest import DataError
 
     training = [sample for sample in manifest.samples if sample.split in ("", "train")]
@@ -43,13 +43,13 @@ def shown_samples(manifest: "Manifest", count: int) -> list[Shown]:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Up to `wanted` indices, evenly over the data: its first images are often all of one class."""
+    """Return up to `wanted` indices, evenly spread over the data: the first images often have the same class."""
     shown = min(count, wanted)
     return [i * count // shown for i in range(shown)]
 
 
 def preview_grid(images: Sequence[Shown], augmenter: Augmenter, *, variants: int = 6) -> "Image.Image":
-    """Variant k is what epoch k of training draws for the image's index, and for its text.
+    """Return the grid. Variant k is the draw of training epoch k for the image's index, and for its text.
 
     Batch ops (MixUp, CutMix) mix within a column. Each image is shown in a square of 192 pixels.
     """
@@ -67,22 +67,25 @@ def preview_grid(images: Sequence[Shown], augmenter: Augmenter, *, variants: int
     ]
     if augmenter.size is not None and augmenter.mixes:
         columns = [
-            _mixed(augmenter, column, epoch, [shown.place for shown in images]) for epoch, column in enumerate(columns)
+            _mixed(augmenter, column, epoch, [shown.index for shown in images]) for epoch, column in enumerate(columns)
         ]
     width = (variants + 1) * (_CELL + _GAP) + _GAP
     count = _LINES + (_TEXT_LINES if any(shown.text for shown in images) else 0)
     row_height = _CELL + count * _LINE + _GAP
     grid = Image.new("RGB", (width, len(images) * row_height + _GAP), "white")
-    # Pillow's own font has no ×, −, nor most people's alphabets; matplotlib's has.
+    # Pillow's font lacks ×, − and most alphabets; matplotlib's font has them.
     font = ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 10)
     canvas = ImageDraw.Draw(grid)
     for row, (title, data, index, text) in enumerate(images):
         original = decode(data, color_profile=augmenter.color_profile)
         texts = [augmenter.text(text, epoch=k, index=index) for k in range(variants)]
         cells = [(original, [title, f"{original.shape[0]}×{original.shape[1]}", *([text] if text else [])])]
-        cells += [(columns[k][row], [*_words(plans[k][row]), *([own] if own else [])]) for k, own in enumerate(texts)]
-        for place, (pixels, lines) in enumerate(cells):
-            left, top = _GAP + place * (_CELL + _GAP), _GAP + row * row_height
+        cells += [
+            (columns[k][row], [*_words(plans[k][row]), *([variant] if variant else [])])
+            for k, variant in enumerate(texts)
+        ]
+        for column, (pixels, lines) in enumerate(cells):
+            left, top = _GAP + column * (_CELL + _GAP), _GAP + row * row_height
             thumb = _fitted(pixels)
             grid.paste(thumb, (left + (_CELL - thumb.width) // 2, top + (_CELL - thumb.height) // 2))
             wrapped = [piece for line in lines for piece in wrap(line, 33, subsequent_indent="  ")][:count]
@@ -109,7 +112,7 @@ def _words(plan: Plan) -> list[str]:
     return text or ["(nothing drawn)"]
 
 
-# Numbers that a person can make nothing of beside the image, or that the image shows.
+# Arguments that the image already shows, or that mean nothing to a reader.
 _LONG = frozenset({"offset", "seed", "box", "boxes", "size", "fill", "border", "transform", "partner", "centre"})
 
 
@@ -126,7 +129,7 @@ def _short(value: Any) -> str:
 
 
 def _fitted(pixels: np.ndarray) -> "Image.Image":
-    """As large as fits the cell; small images are enlarged without smoothing, so that their pixels can be seen."""
+    """Return the image scaled to the cell. Small images are enlarged without smoothing, so that their pixels are visible."""
     from PIL import Image
 
     image = Image.fromarray(pixels)

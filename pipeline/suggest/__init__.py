@@ -1,4 +1,4 @@
-"""What `refract init` proposes: `take_survey` looks at the data, `propose` chooses, `config_text` writes the choices as YAML."""
+"""The proposal of `refract init`: `take_survey` inspects the data, `propose` chooses values, `config_text` writes them as YAML."""
 
 from refract.pipeline.suggest.config_text import choice_table, config_text
 from refract.pipeline.suggest.proposal import Choice, Proposal, propose

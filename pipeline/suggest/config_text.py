@@ -7,14 +7,14 @@ from refract.pipeline.suggest.proposal import Choice, Proposal
 from refract.pipeline.suggest.survey import Survey
 
 COMMENT_AT = 32
-"""Column of the comments, where a value is not longer."""
+"""Column of the comments, unless a value is longer."""
 
 SHOWN = 12
-"""Labels that the head counts."""
+"""Labels whose counts the header lists."""
 
 
 def config_text(proposal: Proposal, survey: Survey) -> str:
-    """The YAML text: a head that describes the data, then a section for each that the proposal has choices of, each with its reason."""
+    """Return the YAML text: a header that describes the data, then the sections with their choices and reasons."""
     sections: dict[str, list[Choice]] = {}
     for choice in proposal.choices:
         sections.setdefault(choice.key.partition(".")[0], []).append(choice)
@@ -28,14 +28,14 @@ def _head(survey: Survey) -> str:
     counts = ", ".join(f"{label} {count:,}" for label, count in list(survey.counts.items())[:SHOWN])
     more = f" and {len(survey.counts) - SHOWN} more" if len(survey.counts) > SHOWN else ""
     splits = (
-        ", ".join(f"{split} {count:,}" for split, count in survey.splits.items()) or "none given: drawn from the seed"
+        ", ".join(f"{split} {count:,}" for split, count in survey.splits.items()) or "not given: drawn from the seed"
     )
-    what = f"images of {survey.sizes} pixels" if survey.images else "texts"
+    kind = f"images of {survey.sizes} pixels" if survey.images else "texts"
     return "\n".join(
         [
-            f"# {survey.samples:,} {what}, {survey.task}, {len(survey.labels)} labels: {' '.join((counts + more).split())}",
+            f"# {survey.samples:,} {kind}, {survey.task}, {len(survey.labels)} labels: {' '.join((counts + more).split())}",
             f"# Splits: {splits}. Written by `refract init`; train with `refract train THIS_FILE`.",
-            "# Every key can be set on the command line too: --optim.lr 1e-3. `refract train --help` lists them all.",
+            "# Any key can also be set on the command line: --optim.lr 1e-3. `refract train --help` lists all keys.",
         ]
     )
 
@@ -43,7 +43,7 @@ def _head(survey: Survey) -> str:
 def _lines(choice: Choice) -> list[str]:
     key, comment = choice.key.partition(".")[2], f"# {choice.reason}" if choice.reason else ""
     if choice.value is None and choice.from_data:
-        return [f"  # {key} is left to its default: {choice.reason}"]
+        return [f"  # {key} has its default: {choice.reason}"]
     if isinstance(choice.value, list):
         return [_aligned(f"  {key}:", comment), *(f"    - {_yaml(op)}" for op in choice.value)]
     return [_aligned(f"  {key}: {_yaml(choice.value)}", comment)]
@@ -61,7 +61,7 @@ def _yaml(value: Any) -> str:
 
 
 def choice_table(choices: Sequence[Choice]) -> str:
-    """The choices as aligned columns: key, value, reason."""
+    """Return the choices as aligned columns: key, value, reason."""
     keys = max(len(choice.key) for choice in choices)
     values = min(max(len(choice.shown) for choice in choices), 32)
     return "\n".join(

@@ -1,6 +1,6 @@
-"""What the pixels of a data set say about how to augment it: grey or colour, glyphs or scenes, and whether a flip keeps the class.
+"""Classify the images of a data set for the choice of augmentation: grey or colour, glyphs or scenes, and whether a flip keeps the class.
 
-Thumbnails in, plain values out. Knows nothing of files, configs or networks.
+The input are thumbnails, the output plain values. Independent of files, configs and networks.
 """
 
 from collections.abc import Sequence
@@ -11,19 +11,22 @@ import cv2
 import numpy as np
 
 SIDE = 32
-"""Sides of a thumbnail, pixels."""
+"""Side of a thumbnail in pixels."""
 
 GREY_TOLERANCE = 10
-"""Difference between channels that JPEG's chroma leaves on a grey image, of 255."""
+"""Largest difference between channels of a grey image after JPEG's chroma coding, of 255."""
 
 FEWEST_FLIPPED = 10
-"""Images of a class from which the flip test concludes something."""
+"""Minimum number of images per class in the flip test."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """grey: whether nearly all images are; glyphs: whether nearly all are strokes on a plain ground; swapped: two classes that a
-    flip from left to right exchanges, or None; decoded: number of images that this was found from."""
+    """Properties of the images.
+
+    grey: nearly all images are grey; glyphs: nearly all images are strokes on a plain ground; swapped: two classes that a horizontal flip
+    exchanges, or None; decoded: number of images that were examined.
+    """
 
     grey: bool
     glyphs: bool
@@ -32,12 +35,12 @@ class Content:
 
 
 def thumbnail(pixels: np.ndarray) -> np.ndarray:
-    """The image squashed to SIDE×SIDE. pixels: uint8 H×W×3, RGB. Returns uint8 SIDE×SIDE×3."""
+    """Squash an image to SIDE×SIDE. pixels: uint8 H×W×3, RGB. Returns uint8 SIDE×SIDE×3."""
     return cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 
 def content_of(thumbnails: Sequence[np.ndarray], labels: Sequence[str]) -> Content:
-    """thumbnails: uint8 SIDE×SIDE×3 each, RGB; labels: of each, "" where it has none or several."""
+    """Return the properties of the thumbnails, uint8 SIDE×SIDE×3 each, RGB. labels: label of each, "" for none or several."""
     if not thumbnails:
         return Content(grey=False, glyphs=False, swapped=None, decoded=0)
     images = np.stack(thumbnails)
@@ -48,16 +51,16 @@ def content_of(thumbnails: Sequence[np.ndarray], labels: Sequence[str]) -> Conte
 
 
 def is_grey(image: np.ndarray) -> bool:
-    """Whether the channels are equal but for JPEG's noise in 99 % of the pixels. image: uint8 H×W×3."""
+    """Return whether the channels are equal up to JPEG noise in 99 % of the pixels. image: uint8 H×W×3."""
     values = image.astype(np.int16)
     spread = values.max(axis=2) - values.min(axis=2)
     return bool(np.percentile(spread, 99) <= GREY_TOLERANCE)
 
 
 def is_glyph(luma: np.ndarray) -> bool:
-    """Whether the pixels fall into a plain ground and a stroke that covers less. luma: float H×W, 0…255.
+    """Return whether the image has a plain ground and a stroke that covers less area. luma: float H×W, 0…255.
 
-    The ground is the grey level that is commonest, and holds a third of the pixels within 12 levels; Otsu's threshold (Otsu 1979, "A
+    The ground is the most common grey level, and has a third of the pixels within 12 levels; Otsu's threshold (Otsu 1979, "A
     threshold selection method from gray-level histograms") explains 70 % of the variance, and the ground's side of it is the larger.
     """
     values = luma.ravel()
@@ -70,11 +73,11 @@ def is_glyph(luma: np.ndarray) -> bool:
 
 
 def _otsu(counts: np.ndarray) -> tuple[float, int]:
-    """(fraction of the variance between the two sides, the threshold) of a histogram of 256 grey levels."""
-    share = counts / counts.sum()
+    """Return (fraction of the variance between the two sides, threshold) for a histogram of 256 grey levels."""
+    density = counts / counts.sum()
     levels = np.arange(256)
-    below, mass = np.cumsum(share), np.cumsum(share * levels)
-    total = float(((levels - mass[-1]) ** 2 * share).sum())
+    below, mass = np.cumsum(density), np.cumsum(density * levels)
+    total = float(((levels - mass[-1]) ** 2 * density).sum())
     with np.errstate(divide="ignore", invalid="ignore"):
         between = np.nan_to_num((mass[-1] * below - mass) ** 2 / (below * (1 - below)))
     best = int(between.argmax())
@@ -82,21 +85,21 @@ def _otsu(counts: np.ndarray) -> tuple[float, int]:
 
 
 def swapped_by_flip(luma: np.ndarray, labels: Sequence[str]) -> tuple[str, str] | None:
-    """Two classes that a flip from left to right exchanges, such as arrows to the left and to the right; None where there are none.
+    """Return two classes that a horizontal flip exchanges, such as left and right arrows, or None.
 
-    Nearest class mean on thumbnails, each image compared with the means of the others. luma: float (N, H, W); labels: of each. Only classes
-    with FEWEST_FLIPPED images or more are compared. As they are, at least 60 % of the images of both classes must be nearest to their own
-    mean; flipped, at least 60 % must be nearest to the other class's.
+    The classifier is the nearest class mean on thumbnails; an image is compared with means that exclude it. luma: float (N, H, W); labels:
+    label of each image. Only classes with FEWEST_FLIPPED images or more are compared. Without a flip, at least 60 % of the images of both
+    classes must be nearest to the mean of their class; flipped, at least 60 % must be nearest to the mean of the other class.
     """
     names = [name for name in sorted(set(labels)) if name and list(labels).count(name) >= FEWEST_FLIPPED]
     if len(names) < 2:
         return None
-    index = {name: place for place, name in enumerate(names)}
-    taken = np.array([label in index for label in labels])
+    index = {name: i for i, name in enumerate(names)}
+    selected = np.array([label in index for label in labels])
     truth = np.array([index[label] for label in labels if label in index])
-    images = _standardised(luma[taken])
+    images = _standardised(luma[selected])
     plain = _nearest(images, images, truth, len(names))
-    flipped = _nearest(images, _standardised(luma[taken][:, :, ::-1]), truth, len(names))
+    flipped = _nearest(images, _standardised(luma[selected][:, :, ::-1]), truth, len(names))
     scores = {
         (a, b): min(plain[a, a], plain[b, b], flipped[a, b], flipped[b, a])
         for a, b in combinations(range(len(names)), 2)
@@ -106,7 +109,7 @@ def swapped_by_flip(luma: np.ndarray, labels: Sequence[str]) -> tuple[str, str] 
 
 
 def _standardised(luma: np.ndarray) -> np.ndarray:
-    """Rows of 16×16 pixels without brightness and contrast, which say nothing of left and right."""
+    """Return rows of 16×16 pixels, normalised for brightness and contrast, which are independent of left and right."""
     rows = np.stack([cv2.resize(np.ascontiguousarray(image), (16, 16), interpolation=cv2.INTER_AREA) for image in luma])
     rows = rows.reshape(len(rows), -1)
     rows = rows - rows.mean(axis=1, keepdims=True)
@@ -114,13 +117,16 @@ def _standardised(luma: np.ndarray) -> np.ndarray:
 
 
 def _nearest(known: np.ndarray, images: np.ndarray, truth: np.ndarray, count: int) -> np.ndarray:
-    """(class, class) → fraction of the first one's images whose nearest mean is the second's; an image's own row is in no mean."""
+    """Return the matrix (class, class): fraction of the first class's images that are nearest to the mean of the second.
+
+    An image does not contribute to the mean of its class that it is compared with.
+    """
     sums = np.stack([known[truth == k].sum(axis=0) for k in range(count)])
     sizes = np.bincount(truth, minlength=count)
     distances = np.empty((len(images), count))
     for k in range(count):
-        own = (truth == k)[:, None]
-        means = np.where(own, (sums[k] - known) / (sizes[k] - 1), sums[k] / sizes[k])
+        in_class = (truth == k)[:, None]
+        means = np.where(in_class, (sums[k] - known) / (sizes[k] - 1), sums[k] / sizes[k])
         distances[:, k] = ((images - means) ** 2).sum(axis=1)
     nearest = distances.argmin(axis=1)
     return np.stack([np.bincount(nearest[truth == k], minlength=count) / sizes[k] for k in range(count)])

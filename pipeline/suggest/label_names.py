@@ -1,4 +1,4 @@
-"""What the names of the classes say: signs, or classes that a flip from left to right exchanges."""
+"""Classify the names of the classes: signs, or classes that a horizontal flip exchanges."""
 
 import re
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ _SIDES = (
     ("left", "right"), ("l", "r"), ("links", "rechts"), ("gauche", "droite"), ("izquierda", "derecha"), ("sinistra", "destra"),
     ("clockwise", "counterclockwise"), ("clockwise", "anticlockwise"), ("east", "west"),
 )  # fmt: skip
-"""Words that a flip exchanges."""
+"""Pairs of words that a horizontal flip exchanges."""
 
 
 def are_signs(labels: Sequence[str]) -> bool:
-    """Whether all names are single letters, numbers or their words: handwriting, plates, alphabets."""
+    """Return whether all names are single characters, numbers or number words, as for handwriting, plates and alphabets."""
     return bool(labels) and all(
         len(label) == 1 or re.fullmatch(rf"\d+|{_NUMBERS}", label.lower()) is not None for label in labels
     )
 
 
 def exchanged_by_flip(labels: Sequence[str]) -> tuple[str, str] | None:
-    """Two names that differ by a word for a side alone, such as `turn left` and `turn right`; None where there are none."""
+    """Return two names that differ only by a word of `_SIDES`, such as `turn left` and `turn right`, or None."""
     known = {tuple(_words(label)): label for label in labels}
     for words, label in known.items():
         for one, other in _SIDES:

@@ -1,4 +1,4 @@
-"""Which augmentation fits the images."""
+"""Choose the augmentation policy for the images."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,12 +7,12 @@ from refract.pipeline.suggest.label_names import are_signs, exchanged_by_flip
 from refract.pipeline.suggest.survey import Survey
 
 MANY = 50_000
-"""Training images from which training from scratch needs the stronger crops and colours of the preset `imagenet`."""
+"""Number of training images from which training from scratch uses the stronger crops and colours of the preset `imagenet`."""
 
 
 @dataclass(frozen=True)
 class PolicyChoice:
-    """policy: as `augment.policy` takes it; reason: a sentence; crops: whether it cuts parts out of the image."""
+    """A chosen policy. policy: value of `augment.policy`; reason: a sentence; crops: whether it crops the image."""
 
     policy: str | list[Any]
     reason: str
@@ -20,27 +20,27 @@ class PolicyChoice:
 
 
 def choose_policy(survey: Survey, *, pretrained: bool) -> PolicyChoice:
-    """pretrained: whether training starts from pretrained weights."""
+    """Return the policy for the data. pretrained: whether training starts from pretrained weights."""
     if not survey.images:
-        return PolicyChoice("none", "texts: [{WordSwap: {p: 0.3}}] is one policy that changes them", crops=False)
+        return PolicyChoice("none", "texts: [{WordSwap: {p: 0.3}}] is an example of a text policy", crops=False)
     content = survey.content
     if survey.small and content.glyphs and are_signs(survey.labels):
         return PolicyChoice(
-            "digits", "small grey strokes with names of signs: no flips, a flipped sign is another one", crops=False
+            "digits", "small grey signs, such as digits: no flips, as a flipped sign is a different sign", crops=False
         )
     if content.grey and not survey.small:
         return PolicyChoice("medical-safe", "grey images, such as scans: no colour ops, flips or crops", crops=False)
     name, reason = _with_flips(survey, pretrained=pretrained)
-    why_not = _why_no_flips(survey)
-    if why_not:
+    obstacle = _why_no_flips(survey)
+    if obstacle:
         return PolicyChoice(
-            _without_flips(name), f"the preset {name} without its flip: {why_not}", crops=not survey.small
+            _without_flips(name), f"the preset {name} without its flip: {obstacle}", crops=not survey.small
         )
-    return PolicyChoice(name, f"{reason}; no sign that left and right matter", crops=not survey.small)
+    return PolicyChoice(name, f"{reason}; flips show no change of class", crops=not survey.small)
 
 
 def _with_flips(survey: Survey, *, pretrained: bool) -> tuple[str, str]:
-    """(preset, reason)"""
+    """Return (preset, reason), ignoring that flips may change the class."""
     if survey.small:
         return "cifar", "small images: shifts, flips, a patch cut out, no colour ops"
     if survey.training >= MANY and not pretrained:
@@ -49,11 +49,11 @@ def _with_flips(survey: Survey, *, pretrained: bool) -> tuple[str, str]:
 
 
 def _why_no_flips(survey: Survey) -> str:
-    named, seen = exchanged_by_flip(survey.labels), survey.content.swapped
-    if named:
-        return f"the labels {named[0]} and {named[1]} differ by left and right"
-    if seen:
-        return f"flipped images of {seen[0]} look like {seen[1]}"
+    by_name, by_pixels = exchanged_by_flip(survey.labels), survey.content.swapped
+    if by_name:
+        return f"the labels {by_name[0]} and {by_name[1]} differ by left and right"
+    if by_pixels:
+        return f"flipped images of {by_pixels[0]} look like {by_pixels[1]}"
     return ""
 
 

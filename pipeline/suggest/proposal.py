@@ -1,4 +1,4 @@
-"""The choices of a first config, each with its reason, as data."""
+"""Choose the values of a first config, each with its reason."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ from typing import Any
 from refract.pipeline.config.config import ConfigError
 from refract.pipeline.suggest.policy import choose_policy
 from refract.pipeline.suggest.start import Start
-from refract.pipeline.suggest.survey import TEST_SHARE, VAL_SHARE, Survey
+from refract.pipeline.suggest.survey import TEST_FRACTION, VAL_FRACTION, Survey
 
 FEW = 50
-"""Training images of a class below which the head is trained alone first."""
+"""Training images per class below which the head is trained alone first."""
 
 ENLARGED = 128
-"""Pixels to which small images are enlarged for a pretrained network."""
+"""Side in pixels to which small images are enlarged for a pretrained network."""
 
 FEW_SMALL = 5_000
 """Training images up to which small images are enlarged for a pretrained network."""
@@ -22,8 +22,11 @@ FEW_SMALL = 5_000
 
 @dataclass(frozen=True)
 class Choice:
-    """key: of the config, as `model.name`; value: for YAML, None leaves the key to its default; reason: a phrase; from_data: whether the
-    data or the machine decided it."""
+    """One key of the config.
+
+    key: such as `model.name`; value: YAML value, None for the key's default; reason: a phrase; from_data: whether the value depends on the
+    data or the machine.
+    """
 
     key: str
     value: Any
@@ -32,7 +35,7 @@ class Choice:
 
     @property
     def shown(self) -> str:
-        """The value for a table: an inline policy by its ops' names."""
+        """The value for a table; an inline policy is shown by the names of its ops."""
         if self.value is None:
             return "default"
         if isinstance(self.value, list):
@@ -42,30 +45,33 @@ class Choice:
 
 @dataclass(frozen=True)
 class Proposal:
-    """choices: in the order of the config's sections; notes: for the user."""
+    """A proposed config. choices: in the order of the config's sections; notes: notes for the user."""
 
     choices: tuple[Choice, ...]
     notes: tuple[str, ...] = ()
 
     def value(self, key: str) -> Any:
-        """KeyError where the proposal has no such key."""
+        """Return the value of a key. KeyError for a key that the proposal lacks."""
         return {choice.key: choice.value for choice in self.choices}[key]
 
     def from_data(self) -> list[Choice]:
-        """Those that the data or the machine decided."""
+        """Return the choices that depend on the data or the machine."""
         return [choice for choice in self.choices if choice.from_data]
 
 
 @dataclass(frozen=True)
 class _Network:
-    """size: of its input, pixels; sized: why; args, head: as `model.args` and `model.head`."""
+    """The proposed network.
+
+    size: side of the input in pixels; size_reason: reason for the size; args, head: values of `model.args` and `model.head`.
+    """
 
     name: str
     reason: str
     weights: str
     weights_reason: str
     size: int
-    sized: str
+    size_reason: str
     args: dict[str, Any] = field(default_factory=dict)
     head: str = "linear"
 
@@ -75,9 +81,9 @@ class _Network:
 
 
 def propose(survey: Survey, start: Start | None = None) -> Proposal:
-    """A config for the data: a network and its start, an augmentation, and a training of a length that one waits for.
+    """Propose a config for the data: network, initial weights, augmentation, and a training of moderate length.
 
-    start: the network and weights that the user names; None chooses them. ConfigError where they cannot read the data.
+    start: network and weights that the user names; None chooses them. ConfigError if they do not fit the data.
     """
     network = _network(survey) if start is None else _named_network(survey, start)
     gpu = survey.device == "cuda"
@@ -86,24 +92,24 @@ def propose(survey: Survey, start: Start | None = None) -> Proposal:
     notes = list(survey.notes)
     if survey.images and not network.pretrained and not survey.hub and _gains_from_weights(survey):
         notes.append(
-            "note: training starts from scratch, as the hub of pretrained weights does not answer; "
-            f"{survey.training:,} training images learn better from pretrained weights: "
+            "note: training starts from scratch, as the server of pretrained weights is unreachable; "
+            f"for {survey.training:,} training images pretrained weights are better: "
             f"refract init {survey.source} --model.name resnet18 --model.weights FILE (.safetensors or .pth)"
         )
     choices = [
         *_data(survey, network),
         Choice("data.batch_size", batch, batch_reason),
-        Choice("data.workers", None, "processes that load samples; null chooses for this machine", from_data=False),
-        Choice("data.on_bad_file", "error", "skip leaves unreadable files out", from_data=False),
+        Choice("data.workers", None, "data loading processes; null chooses for this machine", from_data=False),
+        Choice("data.on_bad_file", "error", "skip excludes unreadable files", from_data=False),
         *_augment(survey, network),
         *_model(survey, network, epochs),
         *_text(survey),
         *_optim(network),
-        Choice("loss.label_smoothing", 0.0, "0.1 where labels are partly wrong", from_data=False),
+        Choice("loss.label_smoothing", 0.0, "0.1 if some labels are wrong", from_data=False),
         Choice("trainer.max_epochs", epochs, epochs_reason),
-        Choice("trainer.seed", 0, "of splits, weights, order and augmentation", from_data=False),
-        Choice("trainer.precision", "auto", "bf16 or fp16 where the device computes faster in it", from_data=False),
-        Choice("tracking.experiment", "refract", "of MLflow", from_data=False),
+        Choice("trainer.seed", 0, "random seed of splits, weights, order and augmentation", from_data=False),
+        Choice("trainer.precision", "auto", "bf16 or fp16 if the device computes faster in it", from_data=False),
+        Choice("tracking.experiment", "refract", "MLflow experiment", from_data=False),
         Choice(
             "tracking.model_name", _model_name(survey.source),
             "the first version becomes champion, later ones challenger; null registers none",
@@ -114,15 +120,13 @@ def propose(survey: Survey, start: Start | None = None) -> Proposal:
 
 
 def _gains_from_weights(survey: Survey) -> bool:
-    """Whether pretrained weights of ImageNet are expected to help."""
+    """Return whether ImageNet weights are expected to help."""
     return not survey.content.glyphs and (not survey.small or survey.training <= FEW_SMALL)
 
 
 def _named_network(survey: Survey, start: Start) -> _Network:
     if not survey.images:
-        raise ConfigError(
-            f"{survey.source}: there are no images, so --model.name {start.name} has nothing to read; leave it out"
-        )
+        raise ConfigError(f"--model.name: {start.name} reads images, and {survey.source} has none; remove the option")
     pretrained = start.weights != "none"
     size = start.size if pretrained and start.size else _scratch_size(survey)
     if pretrained and not start.fixed and survey.side < size // 2:
@@ -135,7 +139,7 @@ def _named_network(survey: Survey, start: Start) -> _Network:
 
 
 def _scratch_size(survey: Survey) -> int:
-    """Pixels of the input of a network that starts from random weights."""
+    """Return the input side in pixels of a network with random weights."""
     if survey.small:
         return 32 if survey.side <= 40 else 48
     return 128 if survey.side >= 128 else max(64, survey.side // 32 * 32)
@@ -143,7 +147,7 @@ def _scratch_size(survey: Survey) -> int:
 
 def _network(survey: Survey) -> _Network:
     if not survey.images:
-        return _Network("none", "no images: the texts alone", "none", "", 0, "")
+        return _Network("none", "no images: only texts", "none", "", 0, "")
     if survey.small and not (survey.hub and survey.training <= FEW_SMALL):
         size = _scratch_size(survey)
         return _Network(
@@ -154,22 +158,22 @@ def _network(survey: Survey) -> _Network:
         size = 224 if survey.side >= 112 else ENLARGED
         return _Network(
             "resnet18", "pretrained on ImageNet and fast; resnet50 is better and slower",
-            "default", "pretrained weights are within reach", size, _sized(survey, size, trained_at=224),
+            "default", "pretrained weights are available", size, _sized(survey, size, trained_at=224),
         )  # fmt: skip
     size = _scratch_size(survey)
     return _Network(
         "resnet18", "the smallest residual network for images of this size",
-        "none", "the hub of pretrained weights does not answer; a file trains better", size, _sized(survey, size),
+        "none", "the server of pretrained weights is unreachable; a weights file is better", size, _sized(survey, size),
     )  # fmt: skip
 
 
 def _sized(survey: Survey, size: int, *, trained_at: int = 0) -> str:
-    """Why the network's input has `size` pixels. trained_at: pixels of the images that its weights were trained on, 0 without weights."""
+    """Return the reason for the input side `size`. trained_at: side of the images that the weights were trained on, 0 without weights."""
     median = f"median shorter side {survey.side} px"
     if size == trained_at:
         return f"{median}; the size that the weights were trained at"
     if trained_at and survey.side < size:
-        return f"{median}; pretrained networks read small images better enlarged"
+        return f"{median}; small images are enlarged for the pretrained network"
     if survey.side >= 2 * size:
         return f"{median}, reduced for speed: {(survey.side / size) ** 2:.0f} times fewer pixels"
     return median
@@ -183,19 +187,21 @@ def _data(survey: Survey, network: _Network) -> list[Choice]:
     if survey.images:
         whole = survey.small or survey.content.grey
         resize = "squash" if whole else "crop"
-        reason = "the whole image" + ("" if survey.small else ", as a finding may lie at its edge")
+        reason = "the whole image" + ("" if survey.small else ", as a finding may be at its edge")
         choices += [
-            Choice("data.image_size", network.size, network.sized),
-            Choice("data.resize", resize, reason if whole else "photos: the centre, with the ratio of its sides"),
+            Choice("data.image_size", network.size, network.size_reason),
+            Choice("data.resize", resize, reason if whole else "photos: the centre, with the aspect ratio kept"),
         ]
     choices += [
         Choice(
             "data.val_fraction",
-            VAL_SHARE,
-            "drawn from the training samples where there is no `val` split",
+            VAL_FRACTION,
+            "drawn from the training samples if there is no `val` split",
             from_data=False,
         ),
-        Choice("data.test_fraction", TEST_SHARE, "drawn as test set where there is no `test` split", from_data=False),
+        Choice(
+            "data.test_fraction", TEST_FRACTION, "drawn as the test set if there is no `test` split", from_data=False
+        ),
     ]
     return choices
 
@@ -203,7 +209,7 @@ def _data(survey: Survey, network: _Network) -> list[Choice]:
 def _task_reason(survey: Survey) -> str:
     if survey.task == "multilabel":
         return "labels with `;`"
-    return "two classes" if survey.task == "binary" else f"{len(survey.labels)} classes, one a sample"
+    return "two classes" if survey.task == "binary" else f"{len(survey.labels)} classes, one per sample"
 
 
 def _augment(survey: Survey, network: _Network) -> list[Choice]:
@@ -225,11 +231,13 @@ def _model(survey: Survey, network: _Network, epochs: int) -> list[Choice]:
         return [
             *choices,
             Choice(
-                "model.mode", "linear-then-fine-tune", f"{survey.per_class} training images a class: the new head first"
+                "model.mode",
+                "linear-then-fine-tune",
+                f"{survey.per_class} training images per class: the new head first",
             ),
-            Choice("model.unfreeze_epochs", head, "epochs of the head alone"),
+            Choice("model.unfreeze_epochs", head, "epochs in which only the head is trained"),
         ]
-    reason = "trains all weights; feature-extract trains the head alone" if network.pretrained else "trains all weights"
+    reason = "trains all weights; feature-extract trains only the head" if network.pretrained else "trains all weights"
     return [*choices, Choice("model.mode", "fine-tune", reason, from_data=network.pretrained)]
 
 
@@ -240,18 +248,18 @@ def _text(survey: Survey) -> list[Choice]:
         Choice(
             "text.name",
             "hashing",
-            f"{survey.texts:,} of {survey.samples:,} have a text; a transformer's name reads better",
+            f"{survey.texts:,} of {survey.samples:,} samples have a text; a transformer is more accurate",
         ),
         Choice("text.max_length", 64, "words", from_data=False),
     ]
 
 
 def _optim(network: _Network) -> list[Choice]:
-    reason = "pretrained weights need a low one" if network.pretrained else "2e-3 for AdamW from scratch"
-    rate = Choice("optim.lr", None, f"null chooses by optimiser, mode and weights: {reason}")
+    reason = "low for pretrained weights" if network.pretrained else "2e-3 for AdamW from scratch"
+    learning_rate = Choice("optim.lr", None, f"null chooses it by optimiser, mode and weights: {reason}")
     return [
         Choice("optim.name", "adamw", "", from_data=False),
-        rate,
+        learning_rate,
         Choice("optim.weight_decay", 0.05, "", from_data=False),
         Choice("optim.schedule", "cosine", "", from_data=False),
         Choice("optim.warmup", 0.1, "fraction of the steps", from_data=False),
@@ -263,16 +271,16 @@ def _batch_size(survey: Survey, size: int, *, gpu: bool) -> tuple[int, str]:
     few = survey.training // 8
     if few < most:
         batch = max(8, 1 << max(0, few.bit_length() - 1))
-        return batch, f"about {survey.training:,} training samples: {max(1, survey.training // batch)} steps an epoch"
+        return batch, f"about {survey.training:,} training samples: {max(1, survey.training // batch)} steps per epoch"
     return most, "usual for a GPU" if gpu else "usual for a CPU"
 
 
 SMALL_BATCH = 64
-"""Pixels of the network's input below which larger batches are proposed."""
+"""Input side in pixels below which larger batches are proposed."""
 
 
 def _epochs(survey: Survey, network: _Network, batch: int, *, gpu: bool) -> tuple[int, str]:
-    """By optimiser steps for pretrained weights; else by the images that a network from scratch needs, within what a person waits for."""
+    """Return (epochs, reason): by optimiser steps for pretrained weights, else by the number of images seen, limited for a short wait."""
     steps = max(1, round(survey.training / batch))
     if network.pretrained:
         epochs = max(5, min(40, round((1500 if gpu else 500) / steps)))
@@ -283,7 +291,7 @@ def _epochs(survey: Survey, network: _Network, batch: int, *, gpu: bool) -> tupl
 
 
 def _model_name(source: str) -> str:
-    """From the name of the folder or file; of its parent where the name says nothing of the data."""
+    """Return a model name from the folder or file name; from its parent if the name is in GENERIC."""
     path = Path(source)
     stem = path.stem
     if stem.lower() in GENERIC:
@@ -307,4 +315,4 @@ GENERIC = frozenset(
         "training",
     ]
 )
-"""Names of data sets that say nothing of what the data shows."""
+"""Names of data sets that do not describe the data."""

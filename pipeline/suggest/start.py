@@ -1,4 +1,4 @@
-"""The network and weights that a user names for `refract init`."""
+"""Check the network and weights that a user names for `refract init`."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -10,8 +10,11 @@ from refract.pipeline.config.config import ConfigError
 
 @dataclass(frozen=True)
 class Start:
-    """name, weights, args, head: as `model.name`, `model.weights`, `model.args` and `model.head` take them; size: side in pixels of the
-    images that the weights were trained on, 0 where it is unknown; fixed: whether the network reads no other size."""
+    """The network and weights that training starts from.
+
+    name, weights, args, head: values of `model.name`, `model.weights`, `model.args` and `model.head`; size: side in pixels of the images
+    that the weights were trained on, 0 if unknown; fixed: whether the network accepts only this size.
+    """
 
     name: str
     weights: str
@@ -22,9 +25,9 @@ class Start:
 
 
 def check_start(name: str | None, weights: str | None, classes: int) -> Start | None:
-    """The start that the user names, None where they name none. A bundle's folder names its own network.
+    """Return the start that the user names, or None if no option is given. A bundle's folder implies its network.
 
-    ConfigError where a file of weights comes without its network's name, the network is unknown, or the weights do not fit it.
+    ConfigError if a weights file is given without its network, the network is unknown, or the weights do not fit it.
     """
     if name is None and weights in (None, "none"):
         return None
@@ -34,13 +37,13 @@ def check_start(name: str | None, weights: str | None, classes: int) -> Start | 
         if height != width:
             raise ConfigError(
                 f"--model.weights {weights}: the bundle's network reads {height}×{width} pixels, and init proposes square inputs; "
-                "write the config by hand, with the bundle's data.image_size"
+                "write the config by hand with the bundle's data.image_size"
             )
         args = record["args"]
         start = Start(record["name"], str(weights), height, True, args, args.pop("head", "linear"))
     elif name is None:
         raise ConfigError(
-            f"--model.weights {weights}: the name of the weights' network is missing; add --model.name, such as --model.name resnet18"
+            f"--model.weights {weights}: the network of the weights is missing; add its name, such as --model.name resnet18"
         )
     else:
         start = _named(name, weights or "none")
@@ -55,14 +58,12 @@ def _named(name: str, weights: str) -> Start:
     except ValueError as error:
         raise ConfigError(f"--model.name: {error}") from error
     if weights == "default" and not trained:
-        raise ConfigError(
-            f"--model.weights default: {name} has no pretrained weights to download; name a file of weights"
-        )
+        raise ConfigError(f"--model.weights default: {name} has no pretrained weights to download; use a weights file")
     return Start(name, weights, min(trained.get("image_size", [0])))
 
 
 def _checked(start: Start, classes: int) -> Start:
-    """The start, with `fixed`, after a trial in which the network takes the weights. Those of `default` are the training's to download."""
+    """Return the start with `fixed`, after loading the weights into the network once. Training downloads the weights of `default`."""
     from refract.models.registry import build
 
     side, weights = start.size or 224, "none" if start.weights == "default" else start.weights
@@ -75,7 +76,7 @@ def _checked(start: Start, classes: int) -> Start:
 
 
 def _bundle_network(weights: str | None) -> dict[str, Any] | None:
-    """The record of a bundle's network: name, image_size and args. None where `weights` is not a bundle's folder."""
+    """Return the network record of a bundle (name, image_size and args), or None if `weights` is not a bundle's folder."""
     record = Path(weights or "") / "bundle.json"
     if not weights or not record.is_file():
         return None
@@ -84,6 +85,4 @@ def _bundle_network(weights: str | None) -> dict[str, Any] | None:
         height, width = map(int, network["image_size"])
         return {"name": str(network["name"]), "image_size": (height, width), "args": dict(network["args"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--model.weights {weights}: its bundle.json does not describe a network of images"
-        ) from error
+        raise ConfigError(f"--model.weights {weights}: its bundle.json does not describe an image network") from error

@@ -1,4 +1,4 @@
-"""What a data set and this machine are like: counts, sizes and content of the images, device, and pretrained weights within reach."""
+"""Survey a data set and this machine: label counts, image sizes and content, device, and access to pretrained weights."""
 
 import os
 import socket
@@ -19,27 +19,27 @@ from refract.pipeline.data.validation import remark_lines
 from refract.pipeline.suggest.content import SIDE, Content, content_of, thumbnail
 
 HEADERS, DECODED, FEWEST, SECONDS = 300, 200, 24, 2.0
-"""How many images' headers are read; how many images are decoded at most, and at least, however long it takes; the time for that."""
+"""Image headers that are read; images that are decoded at most, and at least, regardless of time; time limit of decoding in seconds."""
 
-VAL_SHARE, TEST_SHARE = 0.1, 0.2
-"""Fractions that the proposed config draws for the splits that the data does not have."""
+VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
+"""Fractions that the proposed config draws for missing splits."""
 
 SMALL = 64
-"""Sides of images, in pixels, below which networks for small images are proposed."""
+"""Image side in pixels below which networks for small images are proposed."""
 
 LEAST_ENLARGED = 28
-"""Sides of images, in pixels, from which enlarging them for a pretrained network is considered."""
+"""Image side in pixels from which enlarging for a pretrained network is considered."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What `take_survey` found.
+    """The result of `take_survey`.
 
-    source, task, labels: the manifest's; counts: samples of each label; splits: samples of each split, empty where none are given;
-    training: samples that are left to train on, about; images, texts: samples with one; side: median of the shorter sides, pixels, 0
-    without images; sizes: range of the sizes, in words; content: see `content_of`; device: cpu or cuda; hub: whether pretrained weights can
-    be had; unreadable: images looked at that cannot be read; refused: whether training refuses the data until the user mends it; notes: for
-    the user.
+    source, task, labels: those of the manifest; counts: samples per label; splits: samples per split, empty if the data has no splits;
+    training: approximate number of training samples; images, texts: samples with an image or a text; side: median of the shorter sides in
+    pixels, 0 without images; sizes: range of the sizes, in words; content: see `content_of`; device: cpu or cuda; hub: whether pretrained
+    weights are available; unreadable: unreadable images among those examined; refused: whether training rejects the data until the user
+    fixes it; notes: notes for the user.
     """
 
     source: str
@@ -62,20 +62,20 @@ class Survey:
 
     @property
     def small(self) -> bool:
-        """Whether the images are smaller than SMALL."""
+        """Whether the median shorter side is below SMALL."""
         return self.side < SMALL
 
     @property
     def per_class(self) -> int:
-        """Median number of training samples of a class."""
+        """Median number of training samples per class."""
         fraction = self.training / max(1, self.samples)
         return int(median(self.counts.values()) * fraction) if self.counts else 0
 
 
 def take_survey(manifest: Manifest) -> Survey:
-    """Read up to HEADERS headers and decode up to DECODED images, at reduced size, in about SECONDS; look at the machine.
+    """Read up to HEADERS headers, decode up to DECODED images at reduced size in about SECONDS, and inspect the machine.
 
-    ImageError where no image can be read.
+    ImageError if no image can be read.
     """
     import torch
 
@@ -98,7 +98,7 @@ def take_survey(manifest: Manifest) -> Survey:
         sizes=_in_words(sizes),
         content=content,
         device="cuda" if torch.cuda.is_available() else "cpu",
-        hub=side >= LEAST_ENLARGED and not content.glyphs and hub_answers(),
+        hub=side >= LEAST_ENLARGED and not content.glyphs and hub_reachable(),
         unreadable=bad,
         refused=bool(refusals),
         notes=(*notes, *refusals, *_split_notes(manifest), *_folder_notes(manifest)),
@@ -106,20 +106,20 @@ def take_survey(manifest: Manifest) -> Survey:
 
 
 def _training(samples: int, splits: dict[str, int]) -> int:
-    """Samples left to train on: `data.val_fraction` and `data.test_fraction` are drawn where the data has no such split."""
-    drawn = (0.0 if "val" in splits else VAL_SHARE) + (0.0 if "test" in splits else TEST_SHARE)
+    """Return the number of training samples after missing splits are drawn."""
+    drawn = (0.0 if "val" in splits else VAL_FRACTION) + (0.0 if "test" in splits else TEST_FRACTION)
     return round(splits.get("train", samples) * (1 - drawn))
 
 
 def _look(manifest: Manifest, samples: list[Sample]) -> tuple[list[tuple[int, int]], Content, int, list[str]]:
-    """(sizes, content, how many cannot be read, notes) of images in a fixed random order, so that every class is among the first."""
+    """Return (sizes, content, number of unreadable images, notes), from images in a fixed random order that mixes the classes."""
     order = np.random.default_rng(0).permutation(len(samples))[:HEADERS]
     end = time.monotonic() + SECONDS
     sizes: list[tuple[int, int]] = []
     thumbnails, labels, bad = list[np.ndarray](), list[str](), list[tuple[str, str]]()
     remarks: dict[str, str] = {}
-    for place in order.tolist():
-        sample = samples[place]
+    for index in order.tolist():
+        sample = samples[index]
         try:
             if len(thumbnails) < (DECODED if time.monotonic() < end else FEWEST):
                 data = sample.read()
@@ -135,22 +135,20 @@ def _look(manifest: Manifest, samples: list[Sample]) -> tuple[list[tuple[int, in
         except (ImageError, OSError) as error:
             bad.append((sample.path, error.strerror or str(error) if isinstance(error, OSError) else str(error)))
     if not sizes:
-        path, why = bad[0]
-        raise ImageError(
-            f"{manifest.source}: none of the {len(bad)} images looked at can be read, such as {path}: {why}"
-        )
+        path, reason = bad[0]
+        raise ImageError(f"{manifest.source}: all {len(bad)} examined images are unreadable, such as {path}: {reason}")
     notes = [*_unreadable_notes(bad, len(order)), *(f"note: {line}" for line in remark_lines(remarks))]
     return sizes, content_of(thumbnails, labels), len(bad), notes
 
 
 def _reduced(data: bytes, size: tuple[int, int]) -> Part:
-    """A JPEG is decoded at the smallest scale that still has two pixels for each of the thumbnail's."""
+    """Decode an image; a JPEG at the smallest scale with at least two pixels per thumbnail pixel."""
     scale = max(scale for scale in SCALES if scale == 1 or min(size) >= 2 * SIDE * scale)
     return decode_part(data, None, size=size, scale=scale)
 
 
 def _header(sample: Sample) -> bytes:
-    """Enough of the file for its header: reading whole photos only for their sizes takes long on a network drive."""
+    """Return the start of the file with its header: reading whole photos for their sizes is slow on a network drive."""
     if sample.data is not None:
         return sample.data
     with Path(sample.path).open("rb") as file:
@@ -158,7 +156,7 @@ def _header(sample: Sample) -> bytes:
         try:
             image_size(start)
             return start
-        except ImageError:  # a header longer than that, or a TIFF, whose directory is at its end
+        except ImageError:  # a longer header, or a TIFF, whose directory is at the end
             return start + file.read()
 
 
@@ -171,46 +169,48 @@ def _in_words(sizes: list[tuple[int, int]]) -> str:
     return f"{min(heights)}×{min(widths)} to {max(heights)}×{max(widths)}"
 
 
-def _unreadable_notes(bad: list[tuple[str, str]], looked_at: int) -> list[str]:
+def _unreadable_notes(bad: list[tuple[str, str]], examined: int) -> list[str]:
     if not bad:
         return []
-    path, why = bad[0]
+    path, reason = bad[0]
     return [
-        f"note: {len(bad)} of the {looked_at} images looked at cannot be read, such as {path}: {why}; training lists them all, and "
-        "data.on_bad_file: skip leaves them out"
+        f"note: {len(bad)} of the {examined} examined images are unreadable, such as {path}: {reason}; training lists all of them, and "
+        "data.on_bad_file: skip skips them"
     ]
 
 
 def _refusal_notes(manifest: Manifest) -> list[str]:
-    """What `refract.pipeline.data.validation.check_classes` will refuse, as far as it is known without decoding every image."""
+    """Return the problems that `refract.pipeline.data.validation.check_classes` will reject, as far as headers show them."""
     notes = []
     if manifest.empty:
         notes.append(
-            f"note: {len(manifest.empty)} class folders are empty, such as {manifest.empty[0]}; training refuses them"
+            f"note: {len(manifest.empty)} class folders are empty, such as {manifest.empty[0]}; training rejects them"
         )
-    trained = manifest.counts("train") if "train" in manifest.splits() else manifest.counts()
-    untrained = {place for place, label in enumerate(manifest.labels) if not trained[label]}
-    held_out = [sample for sample in manifest.samples if untrained.intersection(sample.labels)]
-    if held_out:
-        count = len({place for sample in held_out for place in sample.labels} & untrained)
+    train_counts = manifest.counts("train") if "train" in manifest.splits() else manifest.counts()
+    untrained = {index for index, label in enumerate(manifest.labels) if not train_counts[label]}
+    measured = [sample for sample in manifest.samples if untrained.intersection(sample.labels)]
+    if measured:
+        count = len({index for sample in measured for index in sample.labels} & untrained)
         notes.append(
-            f"note: {count} classes have no training sample, such as that of {held_out[0].path}; training refuses them; "
-            "add training samples, or move images without a label away"
+            f"note: {count} classes have no training sample, such as that of {measured[0].path}; training rejects them; "
+            "add training samples, or move images without a label elsewhere"
         )
     single = [label for label, number in manifest.counts().items() if number == 1]
     if single:
-        notes.append(f"note: classes with one sample, such as {single[0]}, cannot be trained and measured; add samples")
+        notes.append(
+            f"note: classes with one sample, such as {single[0]}, cannot be both trained and measured; add samples"
+        )
     return notes
 
 
 def _split_notes(manifest: Manifest) -> list[str]:
-    """Which splits training will draw from the split train, where the data gives others."""
+    """Return notes on the splits that training will draw from the split train, if the data has other splits."""
     present = manifest.splits()
-    left, notes = len(manifest.of("train")), []
-    for split, fraction in (("test", TEST_SHARE), ("val", VAL_SHARE)):
+    remaining, notes = len(manifest.of("train")), []
+    for split, fraction in (("test", TEST_FRACTION), ("val", VAL_FRACTION)):
         if present and split not in present:
             notes.append(
-                f"note: no split {split}: training draws about {round(fraction * left):,} of the training samples for it"
+                f"note: no split {split}: training draws about {round(fraction * remaining):,} of the training samples for it"
             )
     return notes
 
@@ -219,7 +219,7 @@ def _folder_notes(manifest: Manifest) -> list[str]:
     notes = []
     if manifest.loose:
         notes.append(
-            f"note: {len(manifest.loose)} images lie in no class's folder, such as {manifest.loose[0]}; training skips them"
+            f"note: {len(manifest.loose)} images are outside the class folders, such as {manifest.loose[0]}; training skips them"
         )
     skipped = [*skipped_lines(manifest.skipped), *hidden_lines(manifest.skipped)]
     return [
@@ -229,8 +229,8 @@ def _folder_notes(manifest: Manifest) -> list[str]:
     ]
 
 
-def hub_answers() -> bool:
-    """Whether pretrained weights can be had: from the cache, or from the network within two seconds."""
+def hub_reachable() -> bool:
+    """Return whether pretrained weights are available: in the cache, or from a server that connects within two seconds."""
     cache = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch")) / "hub" / "checkpoints"
     if any(cache.glob("resnet18-*.pth")):
         return True

@@ -27,7 +27,7 @@ Draw = Callable[[np.random.Generator, str], np.ndarray]
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests ask no server; those of pretrained weights set `hub`."""
-    monkeypatch.setattr(survey_module, "hub_answers", lambda: False)
+    monkeypatch.setattr(survey_module, "hub_reachable", lambda: False)
 
 
 def folder_of(root: Path, labels: str, draw: Draw, count: int = 12, suffix: str = "png") -> Path:
@@ -140,7 +140,7 @@ def test_pretrained_weights_change_the_choices(tmp_path: Path) -> None:
     assert many.value("model.mode") == "fine-tune" and many.value("data.batch_size") == 32
     assert many.value("trainer.max_epochs") < few.value("trainer.max_epochs")
     text = config_text(few, survey)
-    assert "\n  # lr is left to its default: " in text and "\n  lr:" not in text
+    assert "\n  # lr has its default: " in text and "\n  lr:" not in text
 
 
 def test_the_learning_rate_stays_open_so_that_weights_given_later_get_theirs(tmp_path: Path) -> None:
@@ -153,10 +153,10 @@ def test_unreadable_files_are_reported(tmp_path: Path) -> None:
     whole = (root / "a" / "03.jpg").read_bytes()
     (root / "a" / "03.jpg").write_bytes(whole[: len(whole) // 2])
     survey, _ = proposed(root)
-    assert "1 of the 24 images looked at cannot be read, such as " in survey.notes[0] and "a/03.jpg" in survey.notes[0]
+    assert "1 of the 24 examined images are unreadable, such as " in survey.notes[0] and "a/03.jpg" in survey.notes[0]
     for file in root.rglob("*.jpg"):
         file.write_bytes(b"no image")
-    with pytest.raises(ImageError, match="none of the 24 images looked at can be read"):
+    with pytest.raises(ImageError, match="all 24 examined images are unreadable"):
         take_survey(load_manifest(root))
 
 
@@ -170,7 +170,7 @@ def test_unreadable_files_are_reported(tmp_path: Path) -> None:
         ("train/cat train/dog", False, ["no split test: ", "no split val: "]),
         (
             "train/cat train/dog val/cat val/dog test/images", True,
-            ["1 classes have no training sample, such as that of ", "test/images/00.png; training refuses them; add"],
+            ["1 classes have no training sample, such as that of ", "test/images/00.png; training rejects them; add"],
         ),
     ],
 )  # fmt: skip
@@ -265,7 +265,7 @@ def test_a_bundle_names_its_own_network(tmp_path: Path) -> None:
         check_start(None, str(tmp_path / "bundle"), 2)
     for damage in ({"image_size": 32}, {"args": [1]}, {"image_size": None}):
         (tmp_path / "bundle" / "bundle.json").write_text(json.dumps({"network": network | damage}))
-        with pytest.raises(ConfigError, match=r"its bundle\.json does not describe a network"):
+        with pytest.raises(ConfigError, match=r"its bundle\.json does not describe an image network"):
             check_start(None, str(tmp_path / "bundle"), 2)
 
 

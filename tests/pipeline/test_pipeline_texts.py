@@ -150,7 +150,7 @@ def test_init_sees_the_texts_and_evaluate_knows_the_training_data_again(refract:
     rows = [[path, label, text] for path, label, _, text in _rows(tmp_path / "c" / "captions.csv")]
     both = table(tmp_path / "c" / "both.csv", rows, ["path", "label", "text"])
     refract("init", both, "-o", "both.yaml")
-    assert "120 of 120 have a text" in (tmp_path / "both.yaml").read_text()
+    assert "120 of 120 samples have a text" in (tmp_path / "both.yaml").read_text()
     refract("train", "both.yaml", *OFF, "--trainer.max_epochs", 1, "--trainer.run_name", "b")
     assert "measuring its test split" in refract("evaluate", "runs/b/bundle", both).stdout
     assert "What colour" not in (report := (tmp_path / "runs" / "b" / "report.html").read_text()) and "“" in report
