@@ -1,4 +1,4 @@
-"""Former names of config keys, so that configs, bundles and runs of earlier versions stay readable."""
+"""Former names of config keys and values, so that configs, bundles and runs of earlier versions stay readable."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,14 @@ RENAMED = {
 }
 """Former key → present key, in the same section."""
 
+RENAMED_VALUES = {"retrain.drift": {"tell": "warn"}}
+"""Key → {former value: present value}."""
+
 log = logging.getLogger(__name__)
 
 
 def with_new_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the values of a config under their present keys; log a warning for each former key.
+    """Return the values of a config under their present names; log a warning for each former name.
 
     Raises ValueError if a key is given under both names.
     """
@@ -32,22 +35,37 @@ def with_new_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: {old} is the former name of {new}; remove {old}")
         _warn(where, old, new)
         renamed[section] = {new_key if key == old_key else key: value for key, value in values_of_section.items()}
+    for option, new_values in RENAMED_VALUES.items():
+        section, key = option.split(".")
+        values_of_section = renamed.get(section)
+        if isinstance(values_of_section, Mapping) and values_of_section.get(key) in list(new_values):
+            renamed[section] = {**values_of_section, key: _new_value(where, option, values_of_section[key])}
     return renamed
 
 
 def with_new_options(overrides: Sequence[str]) -> list[str]:
-    """Return command line options such as `--data.val_share 0.1` or `--data.val_share=0.1` under their present keys.
+    """Return command line options such as `--data.val_share 0.1` or `--data.val_share=0.1` under their present names.
 
-    Logs a warning for each former key.
+    Logs a warning for each former name.
     """
-    renamed = []
+    renamed: list[str] = []
     for option in overrides:
         key, equals, value = option.removeprefix("--").partition("=")
         if option.startswith("--") and key in RENAMED:
             _warn("command line", key, RENAMED[key])
             option = f"--{RENAMED[key]}{equals}{value}"
+        elif option.startswith("--") and equals and value in RENAMED_VALUES.get(key, ()):
+            option = f"--{key}={_new_value('command line', key, value)}"
+        elif renamed and option in RENAMED_VALUES.get(renamed[-1].removeprefix("--"), ()):
+            option = _new_value("command line", renamed[-1].removeprefix("--"), option)
         renamed.append(option)
     return renamed
+
+
+def _new_value(where: str, key: str, old: str) -> str:
+    new = RENAMED_VALUES[key][old]
+    _warn(where, f"{key}: {old}", f"{key}: {new}")
+    return new
 
 
 def _warn(where: str, old: str, new: str) -> None:

@@ -1,1 +1,1 @@
-"""The nightly run: data are frozen, checked and trained on, and what comes of it takes the champion's place if it is better."""
+"""Retraining: a run takes a snapshot of the data, checks it, trains, and promotes the result if it is better than the champion."""

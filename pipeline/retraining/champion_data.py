@@ -24,24 +24,27 @@ SPLITS = "splits.csv"
 
 @dataclass(frozen=True)
 class ChampionData:
-    """Samples by content, as `Scan.groups`. trained: includes validation; missing: how many trained files cannot be read any more, so that
-    their content is unknown."""
+    """Samples by content, as `Scan.groups`.
+
+    trained: training and validation samples; tested: test samples; missing: number of training files that cannot be read any more, so
+    that their content is unknown.
+    """
 
     trained: frozenset[str]
     tested: frozenset[str]
     missing: int
 
     def trained_on(self, samples: Iterable[Sample]) -> int | None:
-        """Count the samples that the champion was trained on; None where missing files leave that open. OSError."""
+        """Count the samples that the champion was trained on; None if missing files could be among them. OSError."""
         known = [contents(sample) for sample in samples]
-        overlap = sum(bool(self.trained & own) for own in known)
-        if not overlap and self.missing and not all(self.tested & own for own in known):
+        overlap = sum(bool(self.trained & digests) for digests in known)
+        if not overlap and self.missing and not all(self.tested & digests for digests in known):
             return None
         return overlap
 
 
 def champion_data(config: Config, client: Any, version: str) -> ChampionData | None:
-    """Read what the run of a registered version lists; None where MLflow holds no such list."""
+    """Read the sample list of a registered version's run; None if MLflow has no such list."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -55,12 +58,15 @@ def champion_data(config: Config, client: Any, version: str) -> ChampionData | N
     return _known(config, _rows(client, run))
 
 
-def data_of_first_champion(config: Config, place: Workspace) -> ChampionData | None:
-    """The champion's data where the first holdout must respect them: none is frozen or named, and `refract train` made the champion."""
+def data_of_first_champion(config: Config, workspace: Workspace) -> ChampionData | None:
+    """Return the data that the first holdout must respect: those of a champion of `refract train`.
+
+    None if a holdout is frozen or named, and for champions of a retraining run.
+    """
     from refract.pipeline.retraining.aliases import CHAMPION
 
     database = sqlite_path(absolute(tracking_uri(config.tracking)))
-    if config.gate.holdout is not None or (place.holdout / TABLE).exists() or (database and not database.exists()):
+    if config.gate.holdout is not None or (workspace.holdout / TABLE).exists() or (database and not database.exists()):
         return None
     client, name, aliases = registry_of(config)
     champion = aliases.get(CHAMPION)
@@ -99,18 +105,18 @@ def _known(config: Config, rows: Sequence[_Row]) -> ChampionData:
 
 
 def _embedded(config: Config, rows: Sequence[_Row]) -> Mapping[str, Sample]:
-    """Name → sample of data without files, as the digits: `splits.csv` has absolute paths of files, and names of other images."""
+    """Return name → sample for data without files, such as the digits: `splits.csv` lists their names, and absolute paths of files."""
     if all(not row.path or Path(row.path).is_absolute() for row in rows):
         return {}
     try:
-        own = load_manifest(config.data.source, config.data.task, to_train=False)
+        manifest = load_manifest(config.data.source, config.data.task, to_train=False)
     except DataError:
         return {}
-    return {sample.path: sample for sample in own.samples if sample.has_image and sample.data is not None}
+    return {sample.path: sample for sample in manifest.samples if sample.has_image and sample.data is not None}
 
 
 def _digest(sample: Sample, *, images: bool) -> str | None:
-    """The sample's `Scan.groups`; None where its file cannot be read. images: whether the network reads images."""
+    """Return the sample's `Scan.groups`; None if its file cannot be read. images: whether the network reads images."""
     try:
         data = sample.read() if images and sample.has_image else trimmed(sample.text).encode("utf-8", "replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Whether a night's data may be trained on, beside those of the last night that was accepted."""
+"""Checks of a run's data: against the last accepted snapshot, and against the champion (drift and labels)."""
 
 import csv
 import tempfile
@@ -29,28 +29,28 @@ RELABELLED = "relabelled.csv"
 
 
 def problems(now: Snapshot, before: Snapshot | None, largest_loss: float) -> list[str]:
-    """In words, why not; empty where they may. largest_loss: share of its images that a class, or the whole, may have lost."""
+    """Return the reasons to refuse the data, or an empty list. largest_loss: the fraction of samples that a class, or all, may lose."""
     if before is None:
         return []
-    found = []
+    reasons = []
     if now.task != before.task and {now.task, before.task} != {"binary", "multiclass"}:
-        found.append(f"the task was {before.task} and is {now.task} now")
+        reasons.append(f"the task changed from {before.task} to {now.task}")
     lost = [column for column in before.columns if column not in now.columns]
     if lost:
-        found.append(f"the manifest lost the columns {', '.join(lost)}")
+        reasons.append(f"the manifest lost the columns {', '.join(lost)}")
     counts, earlier = _totals(now), _totals(before)
     for label, count in [("all classes together", earlier.total()), *sorted(earlier.items())]:
-        left = counts.total() if label == "all classes together" else counts[label]
-        if count and (count - left) / count > largest_loss:
-            fewer = f"{(count - left) / count:.0%} fewer, where {largest_loss:.0%} may be"
-            found.append(
-                f"{label}: {left:,} samples beside the hold-out, {count:,} in the last accepted night ({fewer})"
+        remaining = counts.total() if label == "all classes together" else counts[label]
+        if count and (count - remaining) / count > largest_loss:
+            fewer = f"{(count - remaining) / count:.0%} fewer, at most {largest_loss:.0%} is accepted"
+            reasons.append(
+                f"{label}: {remaining:,} samples outside the holdout, {count:,} in the last accepted run ({fewer})"
             )
-    return found
+    return reasons
 
 
 def _totals(snapshot: Snapshot) -> Counter[str]:
-    """Label → samples that train and validate: the hold-out is kept whatever comes."""
+    """Return label → number of training and validation samples. The holdout does not change with the data."""
     total: Counter[str] = Counter()
     for split, counts in snapshot.counts.items():
         if split != "test":
@@ -59,13 +59,13 @@ def _totals(snapshot: Snapshot) -> Counter[str]:
 
 
 def changed_labels(config: Config, now: Snapshot, before: Snapshot, folder: Path) -> dict[str, Any]:
-    """Known content whose label changed since the last accepted night: `level` (none, warn or stop), `told` in words, and the numbers.
+    """Report known content whose label changed since the last accepted run: `level` (none, warn or stop), `told` as text, and numbers.
 
     From level warn on, `folder` gets `relabelled.csv`, the list of all such samples, and the record names it as `file`.
     """
-    wanted = config.retrain
+    settings = config.retrain
     changes = label_changes(now, before, reads(config))
-    record = changes.record(Threshold(wanted.relabelled_warn, wanted.relabelled_stop))
+    record = changes.record(Threshold(settings.relabelled_warn, settings.relabelled_stop))
     if record["level"] == "none":
         return record
     changes.write(folder / RELABELLED)
@@ -73,47 +73,48 @@ def changed_labels(config: Config, now: Snapshot, before: Snapshot, folder: Path
 
 
 def compared_with_champion(
-    config: Config, now: Snapshot, place: Workspace, folder: Path
+    config: Config, now: Snapshot, workspace: Workspace, folder: Path
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """What is new since the champion's snapshot: (its drift from the champion's reference, the champion's disagreement with its labels).
+    """Compare the samples that are new since the champion's snapshot with the champion.
 
-    Each has `level` (none, warn or stop), `told` in words, and its numbers; None where the config does not ask for it. The drift report
-    goes to the night's folder. ConfigError for thresholds that are none.
+    Returns (their drift from the champion's reference, the champion's disagreement with their labels). Each has `level` (none, warn or
+    stop), `told` as text, and numbers; None if the config disables it. The drift report is written to the run's folder.
+    ConfigError for invalid thresholds.
 
-    Both are of images, and of classes that the champion knows; new classes are told by drift, and stop a night only where
-    `retrain.drift_thresholds` says so. Those that vanished are `problems`' matter.
+    Both use images of classes that the champion knows. Drift reports new classes, which stop a run only by a threshold in
+    `retrain.drift_thresholds`. `problems` checks for vanished classes.
     """
     from refract.pipeline.retraining.aliases import CHAMPION
 
     thresholds, by_label = _thresholds(config), _by_label(config)
-    asked = config.retrain.drift != "none", by_label != (None, None)
+    enabled = config.retrain.drift != "none", by_label != (None, None)
     client, name, aliases = registry_of(config)
     champion = aliases.get(CHAMPION)
     if champion is None:
-        return _neither(asked, "there is no champion yet")
+        return _neither(enabled, "no champion yet")
     tag = client.get_model_version(name, champion).tags.get("snapshot")
-    before = place.snapshot(tag) if tag else None
+    before = workspace.snapshot(tag) if tag else None
     listed = None if before is not None and (before / FILES).exists() else champion_data(config, client, champion)
     new = new_samples(now, before, listed)
     if len(new.of_images) < FEWEST:
-        return _neither(asked, f"{new.text()}, too few to tell anything")
-    if not any(asked):
+        return _neither(enabled, f"{new.text()}, too few to compare")
+    if not any(enabled):
         return None, None
-    from refract.models.bundle.bundle import load_bundle  # which brings PyTorch, for nothing on most runs
+    from refract.models.bundle.bundle import load_bundle  # imports PyTorch, which most runs do not need here
 
-    with tempfile.TemporaryDirectory() as beside:
-        bundle = load_bundle(download(client, name, champion, Path(beside)))
+    with tempfile.TemporaryDirectory() as downloads:
+        bundle = load_bundle(download(client, name, champion, Path(downloads)))
         looked = (
             look(bundle, new, thresholds, folder, stops=config.retrain.drift == "stop")
-            if asked[0]
+            if enabled[0]
             else Looked(None, None)
         )
-        found = disagreed(bundle, now, new, looked.seen, by_label) if asked[1] else None
-        return looked.drift, found and excused(found, looked.drift)
+        labels = disagreed(bundle, now, new, looked.seen, by_label) if enabled[1] else None
+        return looked.drift, labels and excused(labels, looked.drift)
 
 
-def _neither(asked: tuple[bool, bool], why: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    drift, labels = asked
+def _neither(enabled: tuple[bool, bool], why: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    drift, labels = enabled
     return _unseen(why) if drift else None, _not_compared(why) if labels else None
 
 
@@ -122,27 +123,30 @@ def _by_label(config: Config) -> Threshold:
 
 
 def disagreed(bundle: "Bundle", now: Snapshot, new: "New", seen: "Seen | None", threshold: Threshold) -> dict[str, Any]:
-    """The champion's disagreement with the new labels, as in `compared_with_champion`. seen: its predictions, where drift has made them."""
+    """Report the champion's disagreement with the new labels, as in `compared_with_champion`.
+
+    seen: the champion's predictions if the drift check computed them.
+    """
     from refract.pipeline.drift.new_data import MOST
     from refract.pipeline.retraining.label_checks import disagreement
 
     known = set(bundle.info.labels)
     rows = [(sample, labels) for sample, labels in new.of_images if known.issuperset(labels)]
     try:
-        found = disagreement(bundle, now, rows, seen, MOST)
+        result = disagreement(bundle, now, rows, seen, MOST)
     except DataError as error:
         return _not_compared(str(error))
-    if found is None:
+    if result is None:
         return _not_compared(f"fewer than {FEWEST} are of classes that the champion knows")
-    return found.record(threshold)
+    return result.record(threshold)
 
 
 def excused(disagreement: dict[str, Any], drift: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The disagreement as a warning where the features of the images drifted: on unfamiliar images the champion is no judge of labels."""
+    """Lower the disagreement to a warning if the images' features drifted, as the champion cannot judge labels of unfamiliar images."""
     features = (drift or {}).get("checks", {}).get("features", {"level": "none"})
     if disagreement["level"] != "stop" or features["level"] == "none":
         return disagreement
-    reason = "; a warning only, as the images themselves drifted"
+    reason = "; a warning only, as the images drifted"
     return {**disagreement, "level": "warn", "told": disagreement["told"] + reason}
 
 
@@ -151,45 +155,48 @@ def _not_compared(why: str) -> dict[str, Any]:
 
 
 def _thresholds(config: Config) -> dict[str, Threshold]:
-    own = {**THRESHOLDS, "new classes": Threshold(0.0, None), "vanished classes": Threshold(None, None)}
+    defaults = {**THRESHOLDS, "new classes": Threshold(0.0, None), "vanished classes": Threshold(None, None)}
     try:
-        return parse_thresholds(config.retrain.drift_thresholds, own)
+        return parse_thresholds(config.retrain.drift_thresholds, defaults)
     except ValueError as error:
         raise ConfigError(f"retrain.drift_thresholds: {error}") from error
 
 
 @dataclass(frozen=True)
 class New:
-    """of_images: (sample, its labels) of those with an image; texts: how many others, which drift does not look at; doubt: why some may
-    not be new, or empty."""
+    """of_images: (sample, its labels) for samples with an image; texts: number of other samples, which drift does not check; doubt: why
+    some may not be new, or empty."""
 
     of_images: list[tuple[Sample, list[str]]]
     texts: int
     doubt: str = ""
 
     def text(self) -> str:
-        others = f", and {self.texts:,} texts without one, which are not looked at" if self.texts else ""
+        others = f", and {self.texts:,} texts without an image, which are not compared" if self.texts else ""
         return f"{len(self.of_images):,} new images{others}{self.doubt and f' ({self.doubt})'}"
 
 
 def new_samples(now: Snapshot, before: Path | None, champion: ChampionData | None = None) -> New:
-    """What the snapshot trains and validates on, but not what the champion knows: by its snapshot's folder `before`, or by `champion`, the
-    list of its run. All, where neither is there."""
-    learned, doubt = set[str](), "those that the champion was trained on are unknown"
+    """Return the snapshot's training and validation samples that are new to the champion.
+
+    before: folder of the champion's snapshot; champion: the sample list of its run, used without that folder. Without both, all
+    samples are returned.
+    """
+    learned, doubt = set[str](), "the champion's training data are unknown"
     if before is not None and (before / FILES).exists():
         learned, doubt = {*read(before / FILES).values(), *(known_contents(before) or ())}, ""
     elif champion is not None:
         learned = {*champion.trained, *champion.tested}
-        doubt = f"{champion.missing:,} files that the champion was trained on are gone" if champion.missing else ""
+        doubt = f"{champion.missing:,} training files of the champion are gone" if champion.missing else ""
     manifest, files = load_manifest(now.manifest, now.task), read(now.folder / FILES)
-    own = [sample for sample in manifest.samples if sample.split != "test"]
-    images = [sample for sample in own if sample.has_image and files.get(sample.path) not in learned]
-    texts = [sample for sample in own if not sample.has_image and not contents(sample) & learned]
+    trained = [sample for sample in manifest.samples if sample.split != "test"]
+    images = [sample for sample in trained if sample.has_image and files.get(sample.path) not in learned]
+    texts = [sample for sample in trained if not sample.has_image and not contents(sample) & learned]
     return New([(sample, [manifest.labels[i] for i in sample.labels]) for sample in images], len(texts), doubt)
 
 
 class Looked(NamedTuple):
-    """drift: as in `compared_with_champion`; seen: the new samples with the bundle's predictions, None where it made none."""
+    """drift: as in `compared_with_champion`; seen: the new samples with the bundle's predictions, None if it has not predicted them."""
 
     drift: dict[str, Any] | None
     seen: "Seen | None"
@@ -198,31 +205,33 @@ class Looked(NamedTuple):
 def look(
     bundle: "Bundle", new: New, thresholds: Mapping[str, Threshold], folder: Path, *, stops: bool = True
 ) -> Looked:
-    """The drift of that which is new from the bundle's reference. stops: whether the level stop ends the run, as the words then say."""
+    """Measure the drift of the new samples from the bundle's reference. stops: whether the level stop refuses the run; the text says so."""
     from refract.pipeline.drift.measure import measure_drift
 
     known = set(bundle.info.labels)
     rows = [(sample, labels) for sample, labels in new.of_images if known.issuperset(labels)]
-    strange = sorted({label for _, labels in new.of_images for label in labels} - known)
-    share = 1 - len(rows) / len(new.of_images)
-    checks = {"new classes": {"effect": share, "level": level_of(share, thresholds["new classes"])}} if strange else {}
+    new_classes = sorted({label for _, labels in new.of_images for label in labels} - known)
+    fraction = 1 - len(rows) / len(new.of_images)
+    checks = {}
+    if new_classes:
+        checks["new classes"] = {"effect": fraction, "level": level_of(fraction, thresholds["new classes"])}
     if len(rows) < FEWEST:
         return Looked(
             _unseen(f"{len(rows)} new images are of classes that the champion knows, too few", checks, stops=stops),
             None,
         )
     if bundle.reference() is None:
-        return Looked(_unseen("the champion's bundle has no reference", checks, stops=stops), None)
+        return Looked(_unseen("the champion's bundle has no reference statistics", checks, stops=stops), None)
     _write_rows(rows, folder / "new.csv")
     try:
-        found = measure_drift(bundle, str(folder / "new.csv"), thresholds=thresholds)
+        measured = measure_drift(bundle, str(folder / "new.csv"), thresholds=thresholds)
     except DataError as error:
         return Looked(_unseen(str(error), checks, stops=stops), None)
-    found.report.write(folder / "drift")
-    checks = {check.name: {"effect": check.effect, "level": check.level} for check in found.drift.checks} | checks
-    without = f", without those of {', '.join(strange)}" if strange else ""
+    measured.report.write(folder / "drift")
+    checks = {check.name: {"effect": check.effect, "level": check.level} for check in measured.drift.checks} | checks
+    without = f", without those of {', '.join(new_classes)}" if new_classes else ""
     told = f"{_words(checks, stops) or 'none'}, of {new.text()}{without}"
-    return Looked({"level": _worst(checks), "told": told, "checks": checks}, found.seen)
+    return Looked({"level": _worst(checks), "told": told, "checks": checks}, measured.seen)
 
 
 def _worst(checks: Mapping[str, Mapping[str, Any]]) -> str:
@@ -231,14 +240,14 @@ def _worst(checks: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _words(checks: Mapping[str, Mapping[str, Any]], stops: bool) -> str:
     words = {"warn": "warn", "stop": "stop" if stops else "large, reported only"}
-    told = [(name, check) for name, check in checks.items() if check["level"] != "none"]
-    return ", ".join(f"{name} {check['effect']:.3f} ({words[check['level']]})" for name, check in told)
+    raised = [(name, check) for name, check in checks.items() if check["level"] != "none"]
+    return ", ".join(f"{name} {check['effect']:.3f} ({words[check['level']]})" for name, check in raised)
 
 
 def _unseen(
     why: str, checks: Mapping[str, Mapping[str, Any]] = MappingProxyType({}), *, stops: bool = True
 ) -> dict[str, Any]:
-    told = "; ".join(filter(None, (_words(checks, stops), f"not looked at: {why}")))
+    told = "; ".join(filter(None, (_words(checks, stops), f"not compared: {why}")))
     return {"level": _worst(checks) if checks else "none", "told": told, "checks": dict(checks)}
 
 

@@ -1,6 +1,8 @@
-"""The nightly run as a Metaflow flow: `refract retrain` starts it on one machine, `python -m
-refract.pipeline.retraining.flow argo-workflows create`
-on a cluster. Each step is a process of its own; the steps' work is in `refract.pipeline.retraining.steps`."""
+"""The retraining run as a Metaflow flow.
+
+`refract retrain` starts it on one machine, `python -m refract.pipeline.retraining.flow argo-workflows create` on a cluster.
+Metaflow runs each step in a separate process; `refract.pipeline.retraining.steps` implements the steps.
+"""
 
 import ctypes
 import logging
@@ -17,21 +19,21 @@ from refract.models.credentials import hide_credentials
 from refract.models.openmp import let_waiting_threads_sleep
 
 PARENT = "REFRACT_PARENT_PID"
-"""The environment's variable by which a process knows who began it."""
+"""The environment variable with the ID of the process that started this one."""
 
 
 class Retrain(FlowSpec):
     """Snapshot, validate, train (with evaluation and bundle), register as challenger, gate, promote, announce."""
 
-    night_folder = Parameter("night", default="", help="a night that was begun; without it one of --config is")
-    config_file = Parameter("config", default="", help="the config's file")
+    run_folder = Parameter("run", default="", help="folder of a run that exists; without it --config starts a new run")
+    config_file = Parameter("config", default="", help="config file of a new run")
 
     @step
     def start(self):
         """Snapshot."""
         from refract.pipeline.retraining import steps
 
-        self.folder = str(self.night_folder or _begun(str(self.config_file)))
+        self.folder = str(self.run_folder or _new_run(str(self.config_file)))
         _do(steps.snapshot, self.folder)
         self.next(self.validate)
 
@@ -78,7 +80,7 @@ class Retrain(FlowSpec):
         _do(steps.announce, self.folder)
 
 
-def _begun(config_file: str) -> Path:
+def _new_run(config_file: str) -> Path:
     from refract.pipeline.config.config import load_config
     from refract.pipeline.retraining.steps import begin
 
@@ -86,24 +88,26 @@ def _begun(config_file: str) -> Path:
 
 
 def _do(work: Callable[[Path], None], folder: str) -> None:
-    """A step's work; what a user can mend is told without a traceback."""
+    """Run a step; errors that a user can fix are printed without a traceback."""
     from refract.pipeline.cli import console
 
-    def done() -> int:
+    def run_step() -> int:
         work(Path(folder))
         return 0
 
-    if code := console.run("retrain", done):
+    if code := console.run("retrain", run_step):
         sys.exit(code)
 
 
 def _end_with_parent() -> None:
-    """A step whose flow was killed must not go on beside the one that resumes it, nor a flow without `refract retrain`. Linux alone can
-    be asked for that; whose parent died before it asked sees another one."""
+    """Let Linux kill this process when its parent dies: a step must not outlive its flow, nor a flow its `refract retrain`.
+
+    Otherwise it would run next to the process that resumes it. A parent that died before the call is recognised by its ID.
+    """
     if sys.platform == "linux" and PARENT in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != int(os.environ[PARENT]):
-            sys.exit("refract retrain: the process that began this one is gone")
+            sys.exit("refract retrain: the parent process is gone")
         os.environ[PARENT] = str(os.getpid())
 
 
@@ -113,7 +117,7 @@ if __name__ == "__main__":
     let_waiting_threads_sleep()
     keep_freed_memory()
     if "step" not in sys.argv:
-        # The step under way hears it too, and writes its checkpoint; Metaflow would end at once, and the step with it.
+        # The running step receives the signal too, and writes its checkpoint. Metaflow would exit at once and end the step.
         signal.signal(signal.SIGTERM, lambda *_: None)
     logging.captureWarnings(True)
     Retrain()

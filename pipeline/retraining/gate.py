@@ -1,4 +1,4 @@
-"""Whether a challenger may take the champion's place: both on one frozen hold-out, each demand with its number."""
+"""The promotion gate: compares challenger and champion on one frozen holdout, with a measured value for each check."""
 
 import math
 import time
@@ -16,21 +16,24 @@ from refract.pipeline.retraining.holdout_size import lowest_gain, rounded, sampl
 from refract.pipeline.retraining.settings import GateConfig
 
 CALIBRATED = 100
-"""Samples from which `calibration_error` is judged: on fewer, chance alone puts a perfectly calibrated network above 0.15, on 30 in 7 of
-10 cases, on 50 in 3, on 100 in 1 of 50."""
+"""The smallest number of samples for `calibration_error`. By chance alone a perfectly calibrated network exceeds 0.15 on 30 samples in 7 of
+10 cases, on 50 in 3 of 10, on 100 in 1 of 50."""
 
 LOST = 3
-"""So many right answers that became none at all are no chance, though a test of a class so rare cannot say it."""
+"""If the champion has this many correct predictions of a class and the challenger none, the class fails. The exact test cannot reject
+chance for so rare a class."""
 
 TRIES = 50
-"""Of a network's time for one sample."""
+"""Measurements of a network's latency for one sample."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One demand. value: what the challenger has, None where it is not measured; bound: what is asked; passed: None where it is
-    unknown, which does not fail; told: in words; needed: the
-    holdout size that would decide, None where this one does or none can."""
+    """The result of one check.
+
+    value: the challenger's, None if not measured; bound: the config's; passed: None if unknown, which does not fail the gate; told: the
+    result as text; needed: the holdout size that would decide the check, None if this holdout decides it or no size can.
+    """
 
     name: str
     value: float | None
@@ -42,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Verdict:
-    """lines: every demand; holdout: the version of what both were measured on; images: how many."""
+    """lines: all checks; holdout: the version of the holdout that both were measured on; images: its number of samples."""
 
     lines: tuple[Line, ...]
     holdout: str
@@ -57,7 +60,7 @@ class Verdict:
         return {"passed": self.passed, "holdout": self.holdout, "samples": self.images, "lines": lines}
 
     def text(self) -> str:
-        """A table for the terminal and MLflow."""
+        """Format the lines as a table for the terminal and MLflow."""
         width = max(len(line.name) for line in self.lines)
         words = ["unknown" if line.passed is None else "passed" if line.passed else "FAILED" for line in self.lines]
         longest = max(map(len, words))
@@ -69,8 +72,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one bundle answers to the N samples of the hold-out. right: (N,) bool; given: (N, classes) bool, whether a class was answered;
-    calibration: the expected error; error: mean under corruptions, None where it is not measured."""
+    """Measurements of one bundle on the N samples of the holdout.
+
+    right: (N,) bool, correct samples; given: (N, classes) bool, the predicted classes; calibration: expected calibration error;
+    error: mean error under corruptions, None if not measured.
+    """
 
     right: np.ndarray
     given: np.ndarray
@@ -79,9 +85,10 @@ class Measured:
 
 
 def gate(config: GateConfig, challenger: Bundle, champion: Bundle | None, manifest: Manifest, holdout: str) -> Verdict:
-    """Measure both on the manifest's samples, the frozen hold-out. champion: None on the first night, when what is asked beside it passes.
+    """Measure both bundles on the manifest's samples, the frozen holdout, and check them against the config.
 
-    A label that a bundle does not know is one that it never gives. BundleError where a bundle cannot answer.
+    champion: None in the first run; comparisons with it then pass. A bundle never predicts a label that it does not know.
+    BundleError if a bundle cannot predict the samples.
     """
     samples = manifest.samples
     with_errors = config.robustness_loss is not None and all(s.has_image for s in samples)
@@ -95,57 +102,64 @@ def gate(config: GateConfig, challenger: Bundle, champion: Bundle | None, manife
 
 
 def judge(config: GateConfig, manifest: Manifest, new: Measured, old: Measured | None) -> list[Line]:
-    """What is asked of the answers. old: the champion's, None where there is none."""
+    """Check the predictions. new, old: of challenger and champion; old is None without a champion."""
     lines = [*_accuracy(config, new, old), *_recalls(config, manifest, new, old)]
     return [*lines, _calibration(config, new), _robustness(config, new, old)]
 
 
 def _measure(bundle: Bundle, manifest: Manifest, with_errors: bool) -> Measured:
-    """In the manifest's labels, as far as the bundle knows them."""
+    """Measure a bundle, with class indices of the manifest's labels."""
     from refract.pipeline.evaluation.evaluate import probabilities_of, truth_of
     from refract.pipeline.evaluation.robustness import QUICK, measure_robustness
     from refract.pipeline.inference.scoring import preprocess_of
 
     info, labels = bundle.info, list(manifest.labels)
-    several = manifest.task == "multilabel"
-    if several != (info.task == "multilabel"):
-        raise BundleError(f"{bundle.path}: its task is {info.task}, and the hold-out's {manifest.task}")
+    multilabel = manifest.task == "multilabel"
+    if multilabel != (info.task == "multilabel"):
+        raise BundleError(f"{bundle.path}: its task is {info.task}, but the holdout's task is {manifest.task}")
     classifier, preprocess = bundle.classifier(), preprocess_of(info)
-    own = probabilities_of(classifier, preprocess, manifest.samples, task=info.task, temperature=info.temperature)
-    # One column more a label that only the bundle knows: such an answer is wrong, and must not become another one.
+    predicted = probabilities_of(classifier, preprocess, manifest.samples, task=info.task, temperature=info.temperature)
+    # A column for each label that only the bundle knows: predicting it is wrong, and must not count as another label.
     columns = labels + [label for label in info.labels if label not in labels]
-    given = np.zeros((len(own), len(columns)), np.float32)
-    given[:, [columns.index(label) for label in info.labels]] = own
+    probabilities = np.zeros((len(predicted), len(columns)), np.float32)
+    probabilities[:, [columns.index(label) for label in info.labels]] = predicted
     truth = truth_of(manifest.samples, manifest.task, len(columns))
-    calibration = measures.calibration_error(given, truth, multilabel=several)
-    if several:
+    calibration = measures.calibration_error(probabilities, truth, multilabel=multilabel)
+    if multilabel:
         floors = dict(zip(info.labels, info.thresholds or [0.5] * len(info.labels), strict=True))
-        answers = given >= np.array([floors.get(label, 2.0) for label in columns])
-        right = (answers == truth).all(axis=1)
+        given = probabilities >= np.array([floors.get(label, 2.0) for label in columns])
+        right = (given == truth).all(axis=1)
     else:
-        answers = given.argmax(1)[:, None] == np.arange(len(columns))
-        right = answers[np.arange(len(truth)), truth]
+        given = probabilities.argmax(1)[:, None] == np.arange(len(columns))
+        right = given[np.arange(len(truth)), truth]
     error = None
     if with_errors:
-        place = {label: i for i, label in enumerate(info.labels)}
-        # A label that it does not know is out of reach of every answer.
-        theirs = [replace(s, labels=tuple(place.get(labels[i], -1) for i in s.labels)) for s in manifest.samples]
-        answering: dict[str, Any] = {"task": info.task, "temperature": info.temperature, "thresholds": info.thresholds}
-        error = measure_robustness(classifier, preprocess, theirs, QUICK, **answering).mean_error
-    return Measured(right, answers[:, : len(labels)], calibration, error)
+        index = {label: i for i, label in enumerate(info.labels)}
+        # -1, which no prediction equals, for a label that the bundle does not know.
+        samples = [replace(s, labels=tuple(index.get(labels[i], -1) for i in s.labels)) for s in manifest.samples]
+        error = measure_robustness(
+            classifier,
+            preprocess,
+            samples,
+            QUICK,
+            task=info.task,
+            temperature=info.temperature,
+            thresholds=info.thresholds,
+        ).mean_error
+    return Measured(right, given[:, : len(labels)], calibration, error)
 
 
 def _labels(challenger: Bundle, champion: Bundle | None) -> Line:
     lost = [label for label in (champion.info.labels if champion else ()) if label not in challenger.info.labels]
-    told = f"lacks {', '.join(lost[:10])}, which the champion knows" if lost else "knows all that the champion knows"
+    told = f"lacks {', '.join(lost[:10])}, which the champion has" if lost else "has all labels of the champion"
     return Line("labels", float(len(lost)), 0.0, not lost, told)
 
 
 def _accuracy(config: GateConfig, new: Measured, old: Measured | None) -> list[Line]:
-    own = float(new.right.mean())
-    lines = [Line("accuracy", own, config.accuracy, own >= config.accuracy, f"{own:.4f}, at least {config.accuracy:g}")]
+    accuracy, floor = float(new.right.mean()), config.accuracy
+    lines = [Line("accuracy", accuracy, floor, accuracy >= floor, f"{accuracy:.4f}, at least {floor:g}")]
     if old is None:
-        return [*lines, Line("margin", None, config.margin, True, "there is no champion yet")]
+        return [*lines, Line("margin", None, config.margin, True, "no champion yet")]
     gain, count = measures.paired_difference(new.right, old.right), len(new.right)
     told = f"{gain.value:+.4f} against the champion's {old.right.mean():.4f}, at least {config.margin:+g}"
     lines.append(_sized(Line("margin", gain.value, config.margin, gain.value >= config.margin, told), new, old, gain))
@@ -157,7 +171,7 @@ def _accuracy(config: GateConfig, new: Measured, old: Measured | None) -> list[L
 
 
 def _sized(line: Line, new: Measured, old: Measured, gain: measures.Difference) -> Line:
-    """The line with the holdout size that would decide it, where the gain's interval contains the bound."""
+    """Add to the line the holdout size that would decide it, if the gain's interval contains the bound."""
     bound, count = float(line.bound or 0.0), len(new.right)
     if not gain.low < bound < gain.high:
         return line
@@ -172,31 +186,31 @@ def _sized(line: Line, new: Measured, old: Measured, gain: measures.Difference) 
 
 
 def _recalls(config: GateConfig, manifest: Manifest, new: Measured, old: Measured | None) -> list[Line]:
-    """A line a class that has a floor of its own or fails, and one for all others together."""
+    """Build a line for each class that has its own floor or fails, and one for the lowest recall of all classes."""
     unknown = [label for label in config.recall_of if label not in manifest.labels]
     if unknown:
         raise ConfigError(
-            f"gate.recall_of: {unknown[0]!r} is no class of the hold-out; it has {', '.join(manifest.labels)}"
+            f"gate.recall_of: {unknown[0]!r} is not a class of the holdout; its classes are {', '.join(manifest.labels)}"
         )
     lines, lowest = [], None
     members = [
-        np.array([place in sample.labels for sample in manifest.samples]) for place in range(len(manifest.labels))
+        np.array([index in sample.labels for sample in manifest.samples]) for index in range(len(manifest.labels))
     ]
     chance = _chance_of_falling(members, new, old) if old is not None else {}
-    for place, (label, has) in enumerate(zip(manifest.labels, members, strict=True)):
+    for index, (label, has) in enumerate(zip(manifest.labels, members, strict=True)):
         if not has.any():
-            lines.append(Line(f"recall {label}", None, None, False, "the hold-out has no sample of it"))
+            lines.append(Line(f"recall {label}", None, None, False, "the holdout has no sample of it"))
             continue
-        floor, own = config.recall_of.get(label, config.recall), new.given[has, place]
-        recall, count = float(own.mean()), int(has.sum())
+        floor, hits = config.recall_of.get(label, config.recall), new.given[has, index]
+        recall, count = float(hits.mean()), int(has.sum())
         lowest = recall if lowest is None else min(lowest, recall)
         told, passed = f"{recall:.4f} of {count}, at least {floor:g}", recall >= floor
         if old is not None:
-            before = old.given[has, place]
-            lost = not own.any() and before.sum() >= LOST
-            fell = before.mean() - recall > config.recall_loss and (lost or chance[place] < 0.05)
+            before = old.given[has, index]
+            lost = not hits.any() and before.sum() >= LOST
+            fell = before.mean() - recall > config.recall_loss and (lost or chance[index] < 0.05)
             passed = passed and not fell
-            told += f", the champion's {before.mean():.4f} (p = {chance[place]:.2g} of {len(chance)} classes)"
+            told += f", the champion's {before.mean():.4f} (p = {chance[index]:.2g} of {len(chance)} classes)"
         if label in config.recall_of or not passed:
             lines.append(Line(f"recall {label}", recall, floor, passed, told))
     if lowest is not None:
@@ -206,18 +220,21 @@ def _recalls(config: GateConfig, manifest: Manifest, new: Measured, old: Measure
 
 
 def _chance_of_falling(members: Sequence[np.ndarray], new: Measured, old: Measured) -> dict[int, float]:
-    """class → p of so many of its samples being lost where as many are won on the whole, by the exact one-sided test of the samples that
-    only one answers; by Holm for all classes together. McNemar 1947, Holm 1979."""
+    """Return class index → p of losing so many of its samples if losses and gains were equally probable.
+
+    The test is the exact one-sided one on the samples that only one of the two predicts, corrected by Holm for all classes together.
+    Source: McNemar 1947, Holm 1979.
+    """
     from scipy.stats import binomtest
 
     from refract.pipeline.drift.two_samples import holm
 
     values = {}
-    for place, has in enumerate(members):
+    for index, has in enumerate(members):
         if has.any():
-            own, before = new.given[has, place], old.given[has, place]
-            lost, differ = int((before & ~own).sum()), int((before ^ own).sum())
-            values[place] = float(binomtest(lost, differ, alternative="greater").pvalue) if differ else 1.0
+            hits, before = new.given[has, index], old.given[has, index]
+            lost, differ = int((before & ~hits).sum()), int((before ^ hits).sum())
+            values[index] = float(binomtest(lost, differ, alternative="greater").pvalue) if differ else 1.0
     return dict(zip(values, holm(list(values.values())), strict=True))
 
 
@@ -235,9 +252,7 @@ def _robustness(config: GateConfig, new: Measured, old: Measured | None) -> Line
     if new.error is None:
         return Line("robustness", None, bound, True, "not measured")
     if old is None or old.error is None:
-        return Line(
-            "robustness", new.error, bound, True, f"{new.error:.4f} wrong under corruptions; there is no champion yet"
-        )
+        return Line("robustness", new.error, bound, True, f"{new.error:.4f} wrong under corruptions; no champion yet")
     assert bound is not None
     loss = new.error - old.error
     told = f"{new.error:.4f} wrong under corruptions, the champion {old.error:.4f}; at most {bound:g} more"
@@ -245,7 +260,7 @@ def _robustness(config: GateConfig, new: Measured, old: Measured | None) -> Line
 
 
 def _latency(config: GateConfig, took: Sequence[float]) -> list[Line]:
-    """took: ms of the challenger, and of the champion where there is one."""
+    """took: ms of the challenger, then of the champion if there is one."""
     lines = [_limit("latency", took[0], config.latency_ms, "ms a sample")]
     if len(took) == 1 or config.latency_ratio is None:
         return lines
@@ -255,37 +270,37 @@ def _latency(config: GateConfig, took: Sequence[float]) -> list[Line]:
 
 
 def _milliseconds(challenger: Bundle, champion: Bundle | None, sample: Sample) -> list[float]:
-    """The shortest of TRIES each, in turn: what else the machine does lengthens some, and shortens none."""
-    asks = [_asker(bundle, sample) for bundle in (challenger, champion) if bundle is not None]
-    shortest = [math.inf] * len(asks)
+    """Return the shortest of TRIES latencies of each network, in ms. They take turns; other load on the machine can only lengthen one."""
+    calls = [_prepared_call(bundle, sample) for bundle in (challenger, champion) if bundle is not None]
+    shortest = [math.inf] * len(calls)
     for _ in range(TRIES):
-        for place, ask in enumerate(asks):
-            began = time.perf_counter()
-            ask()
-            shortest[place] = min(shortest[place], (time.perf_counter() - began) * 1e3)
+        for index, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            shortest[index] = min(shortest[index], (time.perf_counter() - start) * 1e3)
     return shortest
 
 
-def _asker(bundle: Bundle, sample: Sample) -> Callable[[], object]:
-    """The network, asked about one sample that is prepared already."""
+def _prepared_call(bundle: Bundle, sample: Sample) -> Callable[[], object]:
+    """Return a call of the network on one preprocessed sample."""
     import torch
 
-    from refract.models.multimodal.tokens import rows
+    from refract.models.multimodal.tokens import pad_rows
     from refract.pipeline.inference.scoring import preprocess_of
 
     classifier, preprocess = bundle.classifier(), preprocess_of(bundle.info)
     image = None
     if "images" in classifier.reads:
         image = torch.from_numpy(preprocess(sample.read())).permute(2, 0, 1)[None]
-    beside = []
+    text_inputs = []
     if classifier.tokens is not None:
-        beside = [torch.from_numpy(rows([classifier.tokens(sample.text)[0]])), torch.tensor([sample.has_image])]
+        text_inputs = [torch.from_numpy(pad_rows([classifier.tokens(sample.text)[0]])), torch.tensor([sample.has_image])]
 
-    def ask() -> object:
+    def call() -> object:
         with torch.inference_mode():
-            return classifier(image, *beside)
+            return classifier(image, *text_inputs)
 
-    return ask
+    return call
 
 
 def _limit(name: str, value: float, bound: float | None, unit: str) -> Line:

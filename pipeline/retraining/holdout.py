@@ -1,4 +1,4 @@
-"""The frozen hold-out: copies of images and texts that no night trains on, checked each time."""
+"""The frozen holdout: copies of images and texts that no run trains on. Every run verifies them."""
 
 import csv
 import hashlib
@@ -19,25 +19,25 @@ NEXT, NEXT_RECORD = "next.csv", "next.json"
 
 @dataclass(frozen=True)
 class Holdout:
-    """manifest: of the copies; digest: of all of it, the hold-out's version."""
+    """manifest: the copies; digest: SHA-256 of content and labels, the holdout's version."""
 
     manifest: Manifest
     digest: str
 
 
 def held_out(manifest: Manifest, labels: Sequence[str]) -> list[Sample]:
-    """Its samples with the split `test` and their labels' places in `labels`, which has them all."""
+    """Return the samples with the split `test`, and with label indices into `labels`, which contains all of the manifest's labels."""
     return [replace(sample, split="test") for sample in renamed(manifest, labels)]
 
 
 def renamed(manifest: Manifest, labels: Sequence[str]) -> list[Sample]:
-    """Its samples with their labels' places in `labels`, which has them all."""
-    place = [list(labels).index(label) for label in manifest.labels]
-    return [replace(sample, labels=tuple(place[i] for i in sample.labels)) for sample in manifest.samples]
+    """Return the samples with label indices into `labels`, which contains all of the manifest's labels."""
+    index = [list(labels).index(label) for label in manifest.labels]
+    return [replace(sample, labels=tuple(index[i] for i in sample.labels)) for sample in manifest.samples]
 
 
 def frozen(folder: Path, task: str) -> Holdout | None:
-    """That which is there, each file checked; None where there is none. DataError where a file is not what was frozen."""
+    """Load the frozen holdout and verify each file; None if none is frozen. DataError if a file is gone or has changed."""
     return _checked(folder / TABLE, task) if (folder / TABLE).exists() else None
 
 
@@ -46,38 +46,42 @@ def _checked(table: Path, task: str) -> Holdout:
     changed = [s.path for s in manifest.samples if s.has_image and hash_of(Path(s.path)) != Path(s.path).stem]
     if changed:
         raise DataError(
-            f"{folder}: {len(changed)} images of the frozen hold-out are gone or have changed, as {changed[0]}. Put them back, or move "
-            "the folder away, whereupon a new hold-out is drawn, of images that the champion may have been trained on"
+            f"{folder}: {len(changed)} images of the frozen holdout are gone or have changed, such as {changed[0]}. Put them back, or "
+            "move the folder away; the next run then draws a new holdout, perhaps of images that the champion was trained on"
         )
     return Holdout(manifest, _digest(manifest, [Path(s.path).stem for s in manifest.samples]))
 
 
-def named(config: Config, folder: Path, task: str, kept: Holdout | None) -> Manifest | None:
-    """What `gate.holdout` names, to be frozen; None where it is `kept` already, or names nothing. DataError where another one is kept."""
+def named(config: Config, folder: Path, task: str, current: Holdout | None) -> Manifest | None:
+    """Load what `gate.holdout` names, to be frozen; None if it is unset or frozen already. DataError if other data are frozen.
+
+    current: the frozen holdout, None before the first one.
+    """
     source = config.gate.holdout
     if source is None:
         return None
     record = read(folder / SOURCE) if (folder / SOURCE).exists() else {}
-    if kept is not None and record.get("source") == source and not Path(source).exists():
-        return None  # it was copied
-    own = load_manifest(source, task, to_train=False)
-    if kept is None:
-        seen = scan(own.samples, reads=reads(config))
-        return drop_contradictory(drop_bad(own, seen, "error"), seen, "error")
-    if record.get("digest") != _digest_of(own):
+    if current is not None and record.get("source") == source and not Path(source).exists():
+        return None  # its copy is the holdout
+    manifest = load_manifest(source, task, to_train=False)
+    if current is None:
+        seen = scan(manifest.samples, reads=reads(config))
+        return drop_contradictory(drop_bad(manifest, seen, "error"), seen, "error")
+    if record.get("digest") != _digest_of(manifest):
         raise DataError(
-            f"gate.holdout: {source} is not what {folder} was made of ({record.get('source', 'a test split')}), and runs are compared on "
-            "that. Put gate.holdout back, or move the folder away: the next night freezes what gate.holdout names"
+            f"gate.holdout: {source} is not the source of the frozen {folder} ({record.get('source', 'a test split')}). "
+            "Restore gate.holdout, or move the folder away; the next run then freezes what gate.holdout names"
         )
     return None
 
 
 def freeze(
-    folder: Path, labels: Sequence[str], samples: Sequence[Sample], task: str, own: Manifest | None = None
+    folder: Path, labels: Sequence[str], samples: Sequence[Sample], task: str, configured: Manifest | None = None
 ) -> Holdout:
-    """Copy the samples, beside those that are there, and write down what they are. own: what `gate.holdout` names, if it is among them.
+    """Copy the samples next to those of the present holdout, and write the next version's table.
 
-    It is the hold-out once `accept` has made it so: classes of a night that is refused must not stay in it.
+    configured: what `gate.holdout` names, if the samples come from it. The next version takes effect by `accept`, so that the
+    holdout gets no classes from a refused run.
     """
     import pandas as pd
 
@@ -97,18 +101,18 @@ def freeze(
         before = pd.read_csv(folder / TABLE, dtype=str, keep_default_na=False)
         table = pd.concat([before, table], ignore_index=True).fillna("")
         source = read(folder / SOURCE) if (folder / SOURCE).exists() else None
-    if own is not None:
-        source = {"source": own.source, "digest": _digest_of(own)}
-    (folder / NEXT_RECORD).unlink(missing_ok=True)  # of another night
-    # All quoted: as in `write_splits`.
+    if configured is not None:
+        source = {"source": configured.source, "digest": _digest_of(configured)}
+    (folder / NEXT_RECORD).unlink(missing_ok=True)  # of a run that was refused or killed
+    # Quoted as `write_splits` does.
     write_atomically(folder / NEXT, table.to_csv(index=False, quoting=csv.QUOTE_ALL).encode())
-    made = _checked(folder / NEXT, task)
-    write(folder / NEXT_RECORD, {"digest": made.digest, "source": source})
-    return made
+    holdout = _checked(folder / NEXT, task)
+    write(folder / NEXT_RECORD, {"digest": holdout.digest, "source": source})
+    return holdout
 
 
 def accept(folder: Path, digest: str) -> None:
-    """What `freeze` prepared is the hold-out from now on, if it is the version `digest`. A kill leaves the old one or the new one."""
+    """Put the version that `freeze` wrote into effect if its digest is `digest`. A kill leaves the old version or the new one."""
     if not (folder / NEXT).exists() or not (folder / NEXT_RECORD).exists():
         return
     record = read(folder / NEXT_RECORD)
@@ -127,7 +131,7 @@ def _digest_of(manifest: Manifest) -> str:
 
 
 def _digest(manifest: Manifest, images: Sequence[str]) -> str:
-    """SHA-256 over content and labels. images: each one's."""
+    """Return the SHA-256 of content and labels. images: the SHA-256 of each sample's image."""
     rows = sorted(
         f"{image if s.has_image else ''} {s.text!r} {[manifest.labels[i] for i in s.labels]}"
         for s, image in zip(manifest.samples, images, strict=True)
@@ -136,7 +140,7 @@ def _digest(manifest: Manifest, images: Sequence[str]) -> str:
 
 
 def _copied(sample: Sample, folder: Path) -> str:
-    """The copy's path below the folder, named by its content. DataError where the image changes meanwhile."""
+    """Copy the image to a file named by its SHA-256, and return its path relative to the folder. DataError if it cannot be read."""
     data = sample.read()
     digest = hashlib.sha256(data).hexdigest()
     name = f"files/{digest[:2]}/{digest}{Path(sample.path).suffix.lower()}"
@@ -146,7 +150,7 @@ def _copied(sample: Sample, folder: Path) -> str:
 
 
 def hash_of(path: Path) -> str | None:
-    """SHA-256 of a file, None where it cannot be read."""
+    """Return the SHA-256 of a file; None if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

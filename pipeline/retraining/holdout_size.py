@@ -1,38 +1,38 @@
-"""What a holdout of so many samples can decide about two classifiers. Plain numbers in and out; knows nothing of images or bundles."""
+"""What a holdout of N samples can decide about two classifiers. Plain numbers in and out."""
 
 import math
 
 Z = 1.959964
-"""The normal distribution's 97.5 % quantile: a 95 % interval reaches so many standard errors to each side."""
+"""The normal distribution's 97.5 % quantile: a 95 % interval extends this many standard errors to each side."""
 
 DISAGREEMENT = 0.2
-"""The fraction of samples that only one of two classifiers has right, for which `lowest_gain` is made: much for two trainings on nearly
-the same data. It is fixed, so that the bound is known before anything is measured."""
+"""The fraction of samples that only one of two classifiers predicts correctly, as `lowest_gain` assumes it. It is high for two trainings
+on nearly the same data. It is fixed, so that the bound is known before the measurement."""
 
 SMALLEST, LARGEST = 0.01, 0.05
-"""The loss that `lowest_gain` tolerates at least and at most. A smaller one drowns in a holdout's own label errors. A larger one is a
-regression that nobody accepts: a holdout that resolves no better asks the challenger for an observed gain."""
+"""The range of the loss that `lowest_gain` tolerates. A smaller loss is below the label errors of a holdout. A larger one is an
+unacceptable regression: on a holdout of a coarser resolution the challenger needs an observed gain."""
 
 
 def resolution(count: int, disagreement: float = DISAGREEMENT) -> float:
-    """The smallest difference in accuracy that `count` samples can tell from 0: half the width of its paired 95 % interval.
+    """Return the smallest difference in accuracy that `count` samples distinguish from 0: half the width of its paired 95 % interval.
 
-    count: at least 1; disagreement: the fraction of the samples that only one classifier has right, in [0, 1].
+    count: at least 1; disagreement: the fraction of the samples that only one classifier predicts correctly, in [0, 1].
     Source: McNemar 1947; the variance of paired proportions without a difference is disagreement / count.
     """
     return Z * math.sqrt(disagreement / count)
 
 
 def lowest_gain(count: int) -> float:
-    """The bound that the lower end of the gain's interval must reach on a holdout of `count` samples, in [-LARGEST, -SMALLEST]."""
+    """Return the bound that the lower end of the gain's interval must reach on a holdout of `count` samples, in [-LARGEST, -SMALLEST]."""
     return -min(max(resolution(count), SMALLEST), LARGEST)
 
 
 def samples_to_decide(better: int, worse: int, count: int, bound: float) -> int | None:
-    """The holdout size from which the 95 % interval of the observed gain excludes the bound, with everything else as it was observed.
+    """Return the holdout size from which the 95 % interval of the observed gain excludes the bound, all else as observed.
 
-    better, worse: samples that only the challenger, only the champion has right, of `count`; bound: a gain in accuracy. None where the
-    gain is the bound exactly, which no size decides. At least 1.
+    better, worse: samples of `count` that only the challenger, or only the champion, predicts correctly; bound: a gain in accuracy.
+    The result is at least 1. None if the gain equals the bound, which no size decides.
     """
     gain = (better - worse) / count
     variance = (better + worse) / count - gain**2
@@ -42,6 +42,6 @@ def samples_to_decide(better: int, worse: int, count: int, bound: float) -> int 
 
 
 def rounded(count: int) -> int:
-    """The count with two significant digits, rounded up: 6,147 → 6,200."""
+    """Round the count up to two significant digits: 6,147 → 6,200."""
     unit = 10 ** max(0, len(str(count)) - 2)
     return -(-count // unit) * unit

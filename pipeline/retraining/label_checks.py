@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from refract.models.multimodal.tokens import trimmed
-from refract.models.prediction import given_labels
+from refract.models.prediction import predicted_labels
 from refract.pipeline.data.manifest import Manifest, Sample, load_manifest
 from refract.pipeline.drift.new_data import NewData
 from refract.pipeline.drift.thresholds import ALPHA, FEWEST, Threshold
@@ -32,8 +32,11 @@ Names = frozenset[str]
 
 @dataclass(frozen=True)
 class LabelChanges:
-    """Samples of known content whose label changed. known: samples that both snapshots have; changed: of these; kinds: change → how many,
-    `cat → dog`, or, for multi-label, `+cat` and `-dog` for each label; rows: each of them, (sample, its labels before, its labels now)."""
+    """Samples of known content whose label changed.
+
+    known: number of samples in both snapshots; changed: how many of them changed label; kinds: change → count, where a change is
+    `cat → dog`, or, for multi-label, `+cat` and `-dog` for each label; rows: (sample, its labels before, its labels now) for each.
+    """
 
     known: int
     changed: int
@@ -42,7 +45,7 @@ class LabelChanges:
 
     @property
     def fraction(self) -> float:
-        """Of the known samples, in [0, 1]."""
+        """The fraction of the known samples that changed label, in [0, 1]."""
         return self.changed / self.known if self.known else 0.0
 
     def text(self) -> str:
@@ -51,7 +54,7 @@ class LabelChanges:
         return f"{self.changed:,} of {self.known:,} known samples changed label: {listed(self.kinds)}"
 
     def record(self, threshold: Threshold) -> dict[str, Any]:
-        """For the run's record: `level`, `told` in words, and the numbers."""
+        """Return the entry of the run's record: `level`, `told` as text, and numbers."""
         numbers = {"known": self.known, "changed": self.changed, "kinds": dict(Counter(self.kinds).most_common(100))}
         return {"level": level_of(self.fraction, threshold), "told": self.text(), **numbers}
 
@@ -69,9 +72,12 @@ class LabelChanges:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """The champion's predictions against the labels of new samples. wrong: of `count` new samples; held_wrong: of `held` samples of the
-    holdout; doubt: the error rate that the champion's own confidence admits on the new samples; p: the one-sided p-value (Fisher's exact
-    test) of so many more errors than on the holdout; kinds: `cat, predicted dog` → how many."""
+    """The champion's predictions compared with the labels of new samples.
+
+    wrong: errors in `count` new samples; held_wrong: errors in `held` samples of the holdout; doubt: the error rate that the champion's
+    own confidence predicts for the new samples; p: the one-sided p-value (Fisher's exact test) of so many more errors than on the
+    holdout; kinds: `cat, predicted dog` → count.
+    """
 
     count: int
     wrong: int
@@ -83,7 +89,7 @@ class Disagreement:
 
     @property
     def expected(self) -> float:
-        """The error rate on the holdout, or the one that the confidence admits, whichever is larger: hard images are no label errors."""
+        """The larger of the error rate on the holdout and `doubt`, so that hard images do not count as label errors."""
         return max(self.held_wrong / self.held, self.doubt)
 
     @property
@@ -99,7 +105,7 @@ class Disagreement:
         return f"the champion disagrees with {numbers}{kinds}"
 
     def record(self, threshold: Threshold) -> dict[str, Any]:
-        """As `LabelChanges.record`. Only an excess that is improbable as well as large has a level."""
+        """Return the entry as `LabelChanges.record`. The level is raised only by an excess that is both large and improbable."""
         level = level_of(self.excess, threshold) if self.p <= ALPHA else "none"
         numbers = {"count": self.count, "wrong": self.wrong, "held": self.held, "held_wrong": self.held_wrong}
         kinds = dict(Counter(self.kinds).most_common(100))
@@ -107,14 +113,14 @@ class Disagreement:
 
 
 def level_of(effect: float, threshold: Threshold) -> str:
-    """`none`, `warn` or `stop`."""
+    """Return `none`, `warn` or `stop`."""
     if threshold.stop is not None and effect >= threshold.stop:
         return "stop"
     return "warn" if threshold.warn is not None and effect >= threshold.warn else "none"
 
 
 def listed(kinds: Mapping[str, int]) -> str:
-    """The most frequent first: `cat → dog 130, dog → cat 90, and 12 others`."""
+    """List the kinds, the most frequent first: `cat → dog 130, dog → cat 90, and 12 others`."""
     ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     rest = sum(count for _, count in ordered[SHOWN:])
     return ", ".join(
@@ -125,34 +131,34 @@ def listed(kinds: Mapping[str, int]) -> str:
 def label_changes(now: Snapshot, before: Snapshot, reads: frozenset[str]) -> LabelChanges:
     """Compare the labels of all content that both snapshots train or validate on.
 
-    reads: `images`, `texts` or both: what the network reads, by which content is known.
+    reads: `images`, `texts` or both, which the network reads; they identify the content.
     """
     earlier = _labels_of(before, reads)
-    several = "multilabel" in (now.task, before.task)
+    multilabel = "multilabel" in (now.task, before.task)
     known, rows, kinds = 0, [], Counter[str]()
     for content, (sample, names) in _labels_of(now, reads).items():
         old = earlier[content][1] if content in earlier else None
         known += old is not None
         if old is not None and old != names:
             rows.append((sample, old, names))
-            kinds.update(_kinds(old, names) if several else [f"{_joined(old)} → {_joined(names)}"])
+            kinds.update(_kinds(old, names) if multilabel else [f"{_joined(old)} → {_joined(names)}"])
     return LabelChanges(known, len(rows), kinds, rows)
 
 
 def _labels_of(snapshot: Snapshot, reads: frozenset[str]) -> dict[str, tuple[Sample, Names]]:
-    """Content → (sample, its labels). The frozensets are shared: one for each combination."""
+    """Return content → (sample, its labels). Samples with equal labels share one frozenset."""
     manifest, files = load_manifest(snapshot.manifest, snapshot.task, to_train=False), read(snapshot.folder / FILES)
     shared: dict[tuple[int, ...], Names] = {}
-    found = {}
+    labels_of = {}
     for sample in manifest.samples:
         if sample.split != "test":
             names = shared.setdefault(sample.labels, frozenset(manifest.labels[i] for i in sample.labels))
-            found[_content(sample, files, reads)] = sample, names
-    return found
+            labels_of[_content(sample, files, reads)] = sample, names
+    return labels_of
 
 
 def _content(sample: Sample, files: Mapping[str, str], reads: frozenset[str]) -> str:
-    """What the network reads of a sample, as a digest."""
+    """Return a digest of the parts of the sample that the network reads."""
     image = files.get(sample.path, sample.path) if sample.has_image and "images" in reads else ""
     if "texts" not in reads and image:
         return image
@@ -162,11 +168,11 @@ def _content(sample: Sample, files: Mapping[str, str], reads: frozenset[str]) ->
 def disagreement(
     bundle: "Bundle", now: Snapshot, rows: Sequence[tuple[Sample, list[str]]], seen: "Seen | None", most: int
 ) -> Disagreement | None:
-    """Compare the champion's predictions with the labels of new samples, against its errors on the holdout. None below FEWEST new
-    samples, and without a holdout.
+    """Compare the champion's errors on new samples with its errors on the holdout.
 
-    rows: new samples, with labels that the champion knows; seen: its predictions for them where there are such, else at most `most`,
-    drawn at random, are predicted; so are samples of the holdout. DataError where an image cannot be read.
+    rows: (sample, labels) of new samples, with labels that the champion knows; seen: the champion's predictions for them, or None: then
+    at most `most` samples, drawn at random, are predicted, as they are for the holdout. Returns None for fewer than FEWEST new samples,
+    and without a holdout. DataError if an image cannot be read.
     """
     info = bundle.info
     if seen is None:
@@ -174,7 +180,7 @@ def disagreement(
         samples, probabilities = drawn.samples, _predicted(bundle, drawn.samples)
     else:
         samples, probabilities = seen.samples, seen.probabilities
-    names = {sample.key: frozenset(own) for sample, own in rows}
+    names = {sample.key: frozenset(labels) for sample, labels in rows}
     table = load_manifest(now.manifest, now.task)
     held = _known(table, set(info.labels), most)
     if len(samples) < FEWEST or not held:
@@ -186,15 +192,15 @@ def disagreement(
 
 
 def _known(table: Manifest, labels: set[str], most: int) -> list[tuple[Sample, Names]]:
-    """At most so many samples of the holdout, of labels that the champion knows."""
+    """Return at most `most` samples of the holdout, drawn at random, whose labels the champion knows."""
     rows = [(s, frozenset(table.labels[i] for i in s.labels)) for s in table.of("test")]
     rows = [row for row in rows if labels.issuperset(row[1])]
-    places = np.random.default_rng(0).permutation(len(rows))[:most]
-    return [rows[i] for i in places.tolist()]
+    indices = np.random.default_rng(0).permutation(len(rows))[:most]
+    return [rows[i] for i in indices.tolist()]
 
 
 def _predicted(bundle: "Bundle", samples: Sequence[Sample]) -> np.ndarray:
-    """(N, C) float32 probabilities."""
+    """Return (N, C) float32 probabilities."""
     from refract.pipeline.evaluation.evaluate import probabilities_of
     from refract.pipeline.inference.scoring import preprocess_of
 
@@ -207,27 +213,32 @@ def _predicted(bundle: "Bundle", samples: Sequence[Sample]) -> np.ndarray:
 
 
 def _errors(bundle: "Bundle", probabilities: np.ndarray, truth: Sequence[Names]) -> tuple[Counter[str], int]:
-    """(kinds of errors → how many, samples with an error)"""
+    """Return (kind of error → count, number of samples with an error)."""
     info, kinds, wrong = bundle.info, Counter[str](), 0
-    for row, names in zip(given_labels(probabilities, info.task, info.thresholds), truth, strict=True):
+    for row, names in zip(predicted_labels(probabilities, info.task, info.thresholds), truth, strict=True):
         predicted = frozenset(info.labels[i] for i in np.flatnonzero(row).tolist())
         if predicted != names:
             wrong += 1
-            several = info.task == "multilabel"
-            kinds.update(_kinds(names, predicted) if several else [f"{_joined(names)}, predicted {_joined(predicted)}"])
+            multilabel = info.task == "multilabel"
+            kinds.update(
+                _kinds(names, predicted) if multilabel else [f"{_joined(names)}, predicted {_joined(predicted)}"]
+            )
     return kinds, wrong
 
 
 def _doubt(bundle: "Bundle", probabilities: np.ndarray) -> float:
-    """The error rate that the calibrated probabilities themselves admit; for multi-label, of any label, as if they erred independently."""
-    given = given_labels(probabilities, bundle.info.task, bundle.info.thresholds)
+    """Return the error rate that the calibrated probabilities predict; for multi-label the rate of samples with any wrong label.
+
+    Labels are assumed to be wrong independently of each other.
+    """
+    given = predicted_labels(probabilities, bundle.info.task, bundle.info.thresholds)
     if bundle.info.task != "multilabel":
         return float(1 - probabilities[given].mean())
     return float(1 - np.where(given, probabilities, 1 - probabilities).prod(axis=1).mean())
 
 
 def _more_errors(wrong: int, count: int, held_wrong: int, held: int) -> float:
-    """The one-sided p-value of Fisher's exact test: so many more errors among the new samples by chance alone. Fisher 1922."""
+    """Return the one-sided p-value of Fisher's exact test for the excess of errors among the new samples. Source: Fisher 1922."""
     from scipy.stats import hypergeom
 
     return float(hypergeom.sf(wrong - 1, count + held, wrong + held_wrong, count))
@@ -242,5 +253,5 @@ def _joined(names: Names) -> str:
 
 
 def _listed(names: Names) -> str:
-    """As a manifest's column `label`."""
+    """Join the labels as a manifest's column `label` does."""
     return ";".join(sorted(names))

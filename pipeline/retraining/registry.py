@@ -1,4 +1,4 @@
-"""MLflow's registry, as promotion and the nightly run ask it."""
+"""Access to MLflow's model registry for promotion and retraining."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from refract.pipeline.tracking.address import absolute, tracking_uri, with_crede
 
 
 def client_of(uri: str) -> Any:
-    """MLflow's client of one server, for runs and for the registry."""
+    """Return the MLflow client of one server, for runs and for the registry."""
     from mlflow import MlflowClient
 
     uri = with_credentials(uri)
@@ -16,7 +16,7 @@ def client_of(uri: str) -> Any:
 
 
 def registry_of(config: Config) -> tuple[Any, str, dict[str, str]]:
-    """(client, the registered model's name, its aliases, none where there is no such model yet)"""
+    """Return (client, the registered model's name, its aliases). The aliases are empty if the model is not registered yet."""
     from refract.pipeline.retraining.aliases import PromotionError, aliases
     from refract.pipeline.tracking.database import make_database
 
@@ -30,7 +30,7 @@ def registry_of(config: Config) -> tuple[Any, str, dict[str, str]]:
 
 
 def download(client: Any, name: str, version: str, folder: Path) -> Path:
-    """A registered version's bundle, below the folder."""
+    """Download the bundle of a registered version to the folder, and return its path."""
     import mlflow
 
     source = client.get_model_version_download_uri(name, version)

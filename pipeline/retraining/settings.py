@@ -1,4 +1,4 @@
-"""What the nightly run asks of new data and of a challenger: the config's sections `gate` and `retrain`."""
+"""The requirements for new data and for a challenger: the config sections `gate` and `retrain`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,22 +7,22 @@ from typing import Literal
 
 @dataclass
 class GateConfig:
-    """What a challenger has to hold before it becomes champion, both measured on one frozen hold-out.
+    """The checks that a challenger must pass to become champion; both are measured on one frozen holdout.
 
     Args:
-        holdout: a folder or manifest that is never trained on; null keeps the first night's test split. Later classes are added.
-        margin: gain in accuracy over the champion, at least. At 0 the champion's accuracy on the holdout never falls.
-        lowest_gain: the lower end of that gain's 95 % interval (paired bootstrap), at least; null: what the holdout's size resolves,
-            -0.05 to -0.01; -1 asks nothing.
-        accuracy: at least.
-        recall: of each class, at least.
-        recall_of: class → its own floor.
-        recall_loss: so much may a class's recall fall below the champion's, or by chance (McNemar, Holm, p >= 0.05), not from 3 right to 0.
-        calibration_error: expected calibration error, at most, judged from 100 samples on; null asks nothing.
-        robustness_loss: mean error under 19 corruptions above the champion's, at most; null does not measure it.
-        latency_ms: of one image through the network on this machine, median, at most; null asks nothing.
-        latency_ratio: that latency over the champion's, at most; null asks nothing.
-        size_mb: of the weights, at most; null asks nothing.
+        holdout: folder or manifest that is never trained on; null keeps the first run's test split. Later classes are added.
+        margin: smallest gain in accuracy over the champion. With 0 the champion's accuracy on the holdout never falls.
+        lowest_gain: smallest lower end of that gain's 95 % interval (paired bootstrap); null: what the holdout's size resolves,
+            -0.05 to -0.01; -1 disables the check.
+        accuracy: smallest accuracy.
+        recall: smallest recall of each class.
+        recall_of: class → its own smallest recall.
+        recall_loss: largest loss of a class's recall, unless chance explains it (McNemar, Holm, p >= 0.05); 3 right to 0 always fails.
+        calibration_error: largest expected calibration error, checked from 100 samples on; null disables the check.
+        robustness_loss: largest increase of the mean error under 19 corruptions over the champion's; null does not measure it.
+        latency_ms: largest median latency of one image on this machine, in ms; null disables the check.
+        latency_ratio: largest ratio of that latency to the champion's; null disables the check.
+        size_mb: largest size of the weights, in MB; null disables the check.
     """
 
     holdout: str | None = None
@@ -39,7 +39,7 @@ class GateConfig:
     size_mb: float | None = None
 
     def rules(self) -> Iterator[tuple[str, object, bool, str]]:
-        """(key, value, whether it can be, what could be) of each value that has a range."""
+        """Yield (key, value, whether it is valid, the accepted range) for each value that has a range."""
         yield "gate.margin", self.margin, -1 <= self.margin <= 1, "in [-1, 1]"
         lowest = self.lowest_gain
         yield "gate.lowest_gain", lowest, lowest is None or -1 <= lowest <= 1, "in [-1, 1], or null"
@@ -57,23 +57,23 @@ class GateConfig:
 
 @dataclass
 class RetrainConfig:
-    """The nightly run.
+    """Retraining, as `refract retrain` runs it.
 
     Args:
-        folder: below it lies, by the model's name, what a night leaves: hold-out, snapshots, records.
-        largest_loss: share of its images that a class, or the whole, may have lost since the last accepted night.
-        drift: of what is new, from the champion's reference: tell it, let it stop the night as well, or do not look.
+        folder: folder of the workspaces, one a registered model, with holdout, snapshots and run records.
+        largest_loss: largest fraction of samples that a class, or the whole data, may have lost since the last accepted run.
+        drift: on drift of the new data from the champion's reference: warn, stop the run, or none to skip the check.
         drift_thresholds: check → {warn: number, stop: number}, null for never; see `refract drift`.
         relabelled_warn: logs a warning from this fraction of known samples on whose label changed since the last accepted run; null never.
         relabelled_stop: stops the run from this fraction on; null never.
         disagreement_warn: logs a warning from this fraction of new labels on that the champion contradicts beyond its errors; null never.
         disagreement_stop: stops the run from this fraction on; null never.
-        notify: a command that gets the night's result as JSON on its standard input, and has a minute; null tells nobody.
+        notify: shell command that receives the run's record as JSON on its standard input, for 60 s at most; null disables it.
     """
 
     folder: str = "retrain"
     largest_loss: float = 0.2
-    drift: Literal["tell", "stop", "none"] = "tell"
+    drift: Literal["warn", "stop", "none"] = "warn"
     drift_thresholds: dict[str, dict[str, float | None]] = field(default_factory=dict)
     relabelled_warn: float | None = 0.01
     relabelled_stop: float | None = 0.1
@@ -82,7 +82,7 @@ class RetrainConfig:
     notify: str | None = None
 
     def rules(self) -> Iterator[tuple[str, object, bool, str]]:
-        """As GateConfig.rules."""
+        """Yield the rules in the form of `GateConfig.rules`."""
         yield "retrain.largest_loss", self.largest_loss, 0 <= self.largest_loss <= 1, "in [0, 1]"
         for name in ("relabelled_warn", "relabelled_stop", "disagreement_warn", "disagreement_stop"):
             value = getattr(self, name)

@@ -1,4 +1,4 @@
-"""The data of a night, written down by content, so that they can be known and trained on again."""
+"""Snapshots: the data of a retraining run, identified by content, so that later runs can compare and train on them."""
 
 import hashlib
 import json
@@ -27,16 +27,16 @@ log = logging.getLogger(__name__)
 
 TABLE, RECORD, FILES, CONTENTS = "manifest.csv", "snapshot.json", "files.json", "contents.json"
 PROPOSED = "proposed"
-"""In a snapshot's folder as long as no night has been let train on it."""
+"""A file in the folder of a snapshot that no run has accepted yet."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """folder: with `manifest.csv`, which trains, `files.json`, each file's SHA-256, `contents.json`, what every sample is known by, and
-    `snapshot.json`, this record.
+    """folder: contains `manifest.csv`, the training data; `files.json`, each file's SHA-256; `contents.json`, the digests that identify
+    the samples; and `snapshot.json`, this record.
 
-    digest: of content, labels and splits; holdout: its version; counts: split → label → samples; columns: the metadata's; left_out:
-    unreadable images.
+    digest: SHA-256 of content, labels and splits; holdout: its version; counts: split → label → samples; columns: names of the
+    metadata columns; left_out: number of unreadable images that are skipped.
     """
 
     folder: Path
@@ -62,154 +62,160 @@ class Snapshot:
         }
 
 
-def take(config: Config, place: Workspace, champion: ChampionData | None = None) -> Snapshot:
-    """Look at every image, keep the hold-out apart, draw what validates, and write it all down. DataError for data that cannot be used.
+def take(config: Config, workspace: Workspace, champion: ChampionData | None = None) -> Snapshot:
+    """Read every image, exclude the holdout, draw the validation split, and write the snapshot. DataError for unusable data.
 
-    The hold-out: `gate.holdout`, or the test split of the first night (the data's own, else drawn); of classes that it lacks, images that
-    no night has trained on are added. Its copies in the data are not trained on; nor are further images of the data's own test split.
+    The holdout is `gate.holdout`, or the first run's test split (the data's own, else drawn). For classes that it lacks, it gets images
+    that no run has trained on. Neither its copies in the data nor other images of the data's own test split are trained on.
 
-    champion: what the first hold-out has to respect. Its test split is then held out, and nothing that it was trained on.
+    champion: the data of a champion of `refract train`. The first holdout then takes images of its test split, and none of its
+    training split.
     """
-    manifest, found = _looked_at(config)
+    manifest, scanned = _scanned(config)
     kind = "multilabel" if manifest.task == "multilabel" else "multiclass"
-    kept = frozen(place.holdout, kind)
-    own = named(config, place.holdout, kind, kept)
-    apart = [one for one in (kept.manifest if kept else None, own) if one is not None]
-    labels = tuple(sorted({*manifest.labels, *(label for one in apart for label in one.labels)}))
+    current = frozen(workspace.holdout, kind)
+    configured = named(config, workspace.holdout, kind, current)
+    held_manifests = [one for one in (current.manifest if current else None, configured) if one is not None]
+    labels = tuple(sorted({*manifest.labels, *(label for one in held_manifests for label in one.labels)}))
     task = "multiclass" if manifest.task == "binary" and len(labels) > 2 else manifest.task
     data = replace(manifest, samples=tuple(renamed(manifest, labels)), labels=labels, task=task)
-    held = [sample for one in apart for sample in held_out(one, labels)]
-    added = held_out(own, labels) if own else []
-    added += _lacking(config, place, data, held, found, champion)
-    held = [*(held_out(kept.manifest, labels) if kept else []), *added]
-    pool = without_copies([s for s in data.samples if s.split != "test"], held, found, reads(config))
-    whole = draw_splits(data.with_samples([*pool, *held]), found.groups, **_shares(config), seed=config.trainer.seed)
+    held = [sample for one in held_manifests for sample in held_out(one, labels)]
+    added = held_out(configured, labels) if configured else []
+    added += _lacking(config, workspace, data, held, scanned, champion)
+    held = [*(held_out(current.manifest, labels) if current else []), *added]
+    pool = without_copies([s for s in data.samples if s.split != "test"], held, scanned, reads(config))
+    whole = data.with_samples([*pool, *held])
+    whole = draw_splits(whole, scanned.groups, **_fractions(config), seed=config.trainer.seed)
     trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
-    trained = drop_shared(trained, found, config.data.on_bad_file)
+    trained = drop_shared(trained, scanned, config.data.on_bad_file)
     check_classes(trained.with_samples([*trained.samples, *held]))
-    if kept is None or added:
-        kept = freeze(place.holdout, labels, added, kind, own)
-    return _written(place, trained.with_samples([*trained.samples, *held_out(kept.manifest, labels)]), kept, found)
+    if current is None or added:
+        current = freeze(workspace.holdout, labels, added, kind, configured)
+    whole = trained.with_samples([*trained.samples, *held_out(current.manifest, labels)])
+    return _written(workspace, whole, current, scanned)
 
 
-def _looked_at(config: Config) -> tuple[Manifest, Scan]:
+def _scanned(config: Config) -> tuple[Manifest, Scan]:
+    """Load and check the data. Returns (the usable samples, the scan of all samples)."""
     manifest = load_manifest(config.data.source, config.data.task)
     for line in (*manifest.notes, *skipped_lines(manifest.skipped)):
         log.warning("data: %s", line)
     check_inputs(config, manifest)
-    found = scan(manifest.samples, reads=reads(config))
-    manifest = drop_bad(manifest, found, config.data.on_bad_file)
-    return drop_contradictory(manifest, found, config.data.on_bad_file), found
+    scanned = scan(manifest.samples, reads=reads(config))
+    manifest = drop_bad(manifest, scanned, config.data.on_bad_file)
+    return drop_contradictory(manifest, scanned, config.data.on_bad_file), scanned
 
 
 def _lacking(
     config: Config,
-    place: Workspace,
+    workspace: Workspace,
     data: Manifest,
     held: Sequence[Sample],
-    found: Scan,
+    scanned: Scan,
     champion: ChampionData | None,
 ) -> list[Sample]:
-    """What the hold-out lacks: where there is none, the data's own test split; then images of each class that it does not have."""
-    lacking = set(range(len(data.labels))) - _carried(held)
+    """Choose the samples to add to the holdout: the data's own test split if it is empty, then images of each class that it lacks."""
+    lacking = set(range(len(data.labels))) - _labels_of(held)
     if held and not lacking:
         return []
-    known: frozenset[str] = _trained_before(place) if held else champion.trained if champion else frozenset()
-    asked = [sample for sample in data.samples if not held or lacking & set(sample.labels)]
-    seen = {sample.key for sample in asked if known and known & contents(sample)}
-    fresh = without_copies([sample for sample in asked if sample.key not in seen], held, found, reads(config))
+    trained: frozenset[str] = _trained_before(workspace) if held else champion.trained if champion else frozenset()
+    candidates = [sample for sample in data.samples if not held or lacking & set(sample.labels)]
+    seen = {sample.key for sample in candidates if trained and trained & contents(sample)}
+    fresh = without_copies([sample for sample in candidates if sample.key not in seen], held, scanned, reads(config))
     drawing = not held and "test" not in data.splits()
     if drawing and champion:
-        fresh = [replace(s, split="test") if found.groups[s.key] in champion.tested else s for s in fresh]
-    own = [sample for sample in fresh if sample.split == "test"]
-    lacking -= _carried(own)
+        fresh = [replace(s, split="test") if scanned.groups[s.key] in champion.tested else s for s in fresh]
+    test_split = [sample for sample in fresh if sample.split == "test"]
+    lacking -= _labels_of(test_split)
     rest = [s for s in fresh if s.split != "test" and (drawing or lacking & set(s.labels))]
     drawn = data.with_samples([replace(sample, split="") for sample in rest])
-    drawn = draw_splits(drawn, found.groups, **_shares(config), seed=config.trainer.seed)
-    added = [*own, *drawn.of("test")]
-    seldom = lacking - _carried(added)
-    learned = _carried(sample for sample in asked if sample.key in seen)
-    refused = seldom - learned if held and known and data.task != "multilabel" else set()
-    if refused or not (held or added) or (data.task != "multilabel" and len(_carried([*held, *added])) < 2):
+    drawn = draw_splits(drawn, scanned.groups, **_fractions(config), seed=config.trainer.seed)
+    added = [*test_split, *drawn.of("test")]
+    rare = lacking - _labels_of(added)
+    learned = _labels_of(sample for sample in candidates if sample.key in seen)
+    refused = rare - learned if held and trained and data.task != "multilabel" else set()
+    if refused or not (held or added) or (data.task != "multilabel" and len(_labels_of([*held, *added])) < 2):
         if champion:
-            log.warning("data: the champion was trained on too many images to hold out others; the gate counts them")
-            return _lacking(config, place, data, held, found, None)
-        what = ", ".join(data.labels[i] for i in sorted(refused or seldom or lacking))
+            log.warning(
+                "data: the holdout includes training images of the champion, as the others are too few; the gate counts them"
+            )
+            return _lacking(config, workspace, data, held, scanned, None)
+        names = ", ".join(data.labels[i] for i in sorted(refused or rare or lacking))
         raise DataError(
-            f"{data.source}: too few images of {what} to keep a hold-out apart; add some, or raise data.test_fraction"
+            f"{data.source}: too few images of {names} for a holdout; add some, or raise data.test_fraction"
         )
-    if seldom:
+    if rare:
         log.warning(
-            "data: the hold-out has no image of %s: there are too few that no night has trained on; add some",
-            ", ".join(data.labels[i] for i in sorted(seldom)),
+            "data: the holdout has no image of %s: too few images are new to all runs; add some",
+            ", ".join(data.labels[i] for i in sorted(rare)),
         )
     return added
 
 
-def _carried(samples: Iterable[Sample]) -> set[int]:
+def _labels_of(samples: Iterable[Sample]) -> set[int]:
     return {label for sample in samples for label in sample.labels}
 
 
-def _trained_before(place: Workspace) -> frozenset[str]:
-    """What tells the samples of all earlier runs that were let train, as `contents`."""
-    folders = [folder for folder in (place.root / "snapshots").glob("*") if not (folder / PROPOSED).exists()]
-    runs = [known_contents(folder) for folder in folders]
-    return frozenset[str]().union(*(night for night in runs if night is not None))
+def _trained_before(workspace: Workspace) -> frozenset[str]:
+    """Return the `contents` of the samples in all accepted snapshots."""
+    folders = [folder for folder in (workspace.root / "snapshots").glob("*") if not (folder / PROPOSED).exists()]
+    snapshots = [known_contents(folder) for folder in folders]
+    return frozenset[str]().union(*(trained for trained in snapshots if trained is not None))
 
 
-def accept(place: Workspace, snapshot: Snapshot) -> None:
-    """The night is let train: its hold-out is that of the runs to come, and what it trains on is held out no more."""
-    holdout.accept(place.holdout, snapshot.holdout)
+def accept(workspace: Workspace, snapshot: Snapshot) -> None:
+    """Accept the snapshot: its holdout takes effect, and no later holdout gets samples that it trains on."""
+    holdout.accept(workspace.holdout, snapshot.holdout)
     (snapshot.folder / PROPOSED).unlink(missing_ok=True)
 
 
 def known_contents(folder: Path) -> frozenset[str] | None:
-    """What a snapshot trains and validates on, as `contents`; None where it is not there."""
-    for name in (CONTENTS, FILES):  # files alone: of an older version
+    """Return the `contents` of the samples that a snapshot trains and validates on; None if it is missing."""
+    for name in (CONTENTS, FILES):  # earlier versions wrote FILES only
         if (folder / name).exists():
             return frozenset(read(folder / name).values() if name == FILES else read(folder / name)["contents"])
     return None
 
 
-def _shares(config: Config) -> dict[str, float]:
+def _fractions(config: Config) -> dict[str, float]:
     return {"val_fraction": config.data.val_fraction, "test_fraction": config.data.test_fraction}
 
 
-def _written(place: Workspace, whole: Manifest, kept: Holdout, found: Scan) -> Snapshot:
-    """On the disk, whatever is there: the same content may lie elsewhere than on the night before. The record comes last."""
+def _written(workspace: Workspace, whole: Manifest, held: Holdout, scanned: Scan) -> Snapshot:
+    """Write the snapshot to its folder, the record last. Files of an earlier run are replaced: the same content may have moved."""
     trained = [sample for sample in whole.samples if sample.split != "test"]
-    lines = sorted(f"{found.hashes[s.key]} {[whole.labels[i] for i in s.labels]} {s.split}" for s in trained)
-    digest = hashlib.sha256("\n".join([*lines, kept.digest]).encode()).hexdigest()
-    folder = place.snapshot(digest)
+    lines = sorted(f"{scanned.hashes[s.key]} {[whole.labels[i] for i in s.labels]} {s.split}" for s in trained)
+    digest = hashlib.sha256("\n".join([*lines, held.digest]).encode()).hexdigest()
+    folder = workspace.snapshot(digest)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / RECORD).exists():
         (folder / PROPOSED).touch()
     columns = tuple(sorted({name for sample in whole.samples for name in sample.metadata}))
     counts = {split: whole.counts(split) for split in whole.splits()}
-    made = Snapshot(folder, digest, kept.digest, whole.task, counts, columns, len(found.bad))
-    write(folder / CONTENTS, {"contents": sorted({found.groups[sample.key] for sample in trained})})
+    snapshot = Snapshot(folder, digest, held.digest, whole.task, counts, columns, len(scanned.bad))
+    write(folder / CONTENTS, {"contents": sorted({scanned.groups[sample.key] for sample in trained})})
     whole = _on_disk(whole, folder)
     _write_table(whole, folder / TABLE)
     files = [sample for sample in whole.samples if sample.split != "test" and sample.has_image]
     write(folder / FILES, {str(Path(s.path).resolve()): hash_of(Path(s.path)) for s in files})
-    write(folder / RECORD, made.record())
-    return made
+    write(folder / RECORD, snapshot.record())
+    return snapshot
 
 
 def _write_table(manifest: Manifest, path: Path) -> None:
-    """As `write_splits`, but that a night which reads the table meanwhile finds the old one or the new one, whole."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as beside:
-        write_splits(manifest, Path(beside) / TABLE)
-        (Path(beside) / TABLE).replace(path)
+    """Write the table as `write_splits` does, atomically: a run that reads it meanwhile gets the old table or the new one."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        write_splits(manifest, Path(temporary) / TABLE)
+        (Path(temporary) / TABLE).replace(path)
 
 
 def changed(snapshot: Snapshot) -> list[str]:
-    """Files that are not what they were when the snapshot was taken, or are gone."""
+    """Return the files that are gone, or changed since the snapshot was taken."""
     return [path for path, digest in read(snapshot.folder / FILES).items() if hash_of(Path(path)) != digest]
 
 
 def _on_disk(manifest: Manifest, folder: Path) -> Manifest:
-    """Images that are no files, as the embedded digits, become some."""
+    """Write images that are not files, such as the embedded digits, to the snapshot's folder."""
     from refract.pipeline.files import write_atomically
 
     samples = []
@@ -224,7 +230,7 @@ def _on_disk(manifest: Manifest, folder: Path) -> Manifest:
 
 
 def read_snapshot(folder: Path, record: Mapping[str, Any]) -> Snapshot:
-    """What `record` wrote down."""
+    """Return the snapshot whose `record` this is."""
     return Snapshot(
         folder,
         record["digest"],
@@ -237,13 +243,15 @@ def read_snapshot(folder: Path, record: Mapping[str, Any]) -> Snapshot:
 
 
 def inputs_digest(config: Config, snapshot: Snapshot, code: Mapping[str, str], diff: str) -> str:
-    """What a night's outcome follows from: data, config, the files that it names, and code. The folders' places and the night's own names
-    count for nothing."""
+    """Return the SHA-256 of all that determines a run's outcome: data, config, the files that the config names, and code.
+
+    Excluded are paths of folders, and names of runs.
+    """
     values = filled(config).to_dict()
     for section, keys in {
         "trainer": ("run_name", "runs_dir"),
-        # The thresholds of labels end a run or do nothing: one that was accepted on purpose is not repeated without them.
-        "retrain": ("folder", "tell", "relabelled_warn", "relabelled_stop", "disagreement_warn", "disagreement_stop"),
+        # Thresholds of the label checks refuse a run or have no effect. A run that a user accepted is not repeated without them.
+        "retrain": ("folder", "notify", "relabelled_warn", "relabelled_stop", "disagreement_warn", "disagreement_stop"),
         "data": ("source",),
     }.items():
         values[section] = {key: value for key, value in values[section].items() if key not in keys}
@@ -253,7 +261,7 @@ def inputs_digest(config: Config, snapshot: Snapshot, code: Mapping[str, str], d
 
 
 def _named(config: Config) -> dict[str, str]:
-    """config key → SHA-256 of what it names here."""
+    """Return config key → SHA-256 of the file or folder that it names on this machine."""
     policy = config.augment.policy
-    own = {"augment.policy": hash_of(Path(policy)) if isinstance(policy, str) else None}
-    return inputs(config) | {key: digest for key, digest in own.items() if digest is not None}
+    digest = hash_of(Path(policy)) if isinstance(policy, str) else None
+    return inputs(config) | ({} if digest is None else {"augment.policy": digest})

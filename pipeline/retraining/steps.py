@@ -1,4 +1,4 @@
-"""The steps of a night. Each may be repeated after a kill, and then finds what it did already; what a night knows is in its record."""
+"""The steps of a retraining run. Each can be repeated after a kill, as it finds its finished work; the run's state is its record."""
 
 import logging
 import shutil
@@ -13,21 +13,21 @@ from typing import Any
 
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 from refract.pipeline.retraining.registry import client_of, download
-from refract.pipeline.retraining.workspace import Workspace, read, workspace_of, write
+from refract.pipeline.retraining.workspace import Workspace, read_run, workspace_of, write, write_run
 
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
-TELL_SECONDS = 60
-"""What `retrain.notify` may take: a night must not hang on the telling."""
+NOTIFY_SECONDS = 60
+"""The time limit of the command `retrain.notify`, so that it cannot block a run."""
 
 FAILURES = 3
-"""How often a night may fail of which nobody is looking: what fails again and again is not mended by trying."""
+"""Failures after which `--resume-or-begin` starts a new run: repeating does not cure a run that keeps failing."""
 
 
 class Outcome(IntEnum):
-    """How a night ended; the exit codes of `refract retrain`."""
+    """The outcome of a retraining run, which is the exit code of `refract retrain`."""
 
     PROMOTED = 0
     NOT_PROMOTED = 10
@@ -36,54 +36,54 @@ class Outcome(IntEnum):
 
 
 class RetrainingError(RuntimeError):
-    """A step cannot go on; the message says why, and what to do before `refract retrain --resume`."""
+    """A step cannot finish. The message says why, and what to do before `refract retrain --resume`."""
 
 
 def begin(config: Config, *, force: bool) -> Path:
-    """The folder of a new night, with its config and record. force: goes on where nothing has changed."""
+    """Make the folder of a new run, with its config and record, and return it. force: train even if nothing has changed."""
     from refract.pipeline.training.run_directory import write_config
 
-    place, now = workspace_of(config), datetime.now(UTC)
+    workspace, now = workspace_of(config), datetime.now(UTC)
     for attempt in range(100):
-        folder = place.night(f"{now:%Y%m%d-%H%M%S}-{attempt:02}")
+        folder = workspace.run_folder(f"{now:%Y%m%d-%H%M%S}-{attempt:02}")
         try:
             folder.mkdir(parents=True)
             break
         except FileExistsError:
             continue
     write_config(config, folder)
-    write(folder / "night.json", {"night": folder.name, "force": force, "began": now.isoformat(timespec="seconds")})
+    write_run(folder, {"run": folder.name, "force": force, "began": now.isoformat(timespec="seconds")})
     return folder
 
 
-def unfinished(place: Workspace) -> Path | None:
-    """The newest night, if it has no outcome."""
-    runs = place.runs()
-    return runs[-1] if runs and "outcome" not in read(runs[-1] / "night.json") else None
+def unfinished(workspace: Workspace) -> Path | None:
+    """Return the newest run's folder if it has no outcome."""
+    runs = workspace.runs()
+    return runs[-1] if runs and "outcome" not in read_run(runs[-1]) else None
 
 
-def worth_resuming(night: Path, config: Config) -> bool:
-    """Whether a night that is unfinished may come to an end by being gone on with: its config is still this one, and it has not failed
-    FAILURES times."""
-    return read(night / "night.json").get("failures", 0) < FAILURES and _config(night).to_dict() == config.to_dict()
+def worth_resuming(folder: Path, config: Config) -> bool:
+    """Whether an unfinished run has this config and failed less than FAILURES times, so that resuming it may finish it."""
+    return read_run(folder).get("failures", 0) < FAILURES and _config(folder).to_dict() == config.to_dict()
 
 
-def note_failure(night: Path) -> None:
-    record = read(night / "night.json")
-    write(night / "night.json", record | {"failures": record.get("failures", 0) + 1})
+def note_failure(folder: Path) -> None:
+    """Count a failure in the run's record."""
+    record = read_run(folder)
+    write_run(folder, record | {"failures": record.get("failures", 0) + 1})
 
 
 Step = Callable[[Path, Config, Record], Record]
 
 
 def _step(work: Step) -> Callable[[Path], None]:
-    """A step knows the night's folder alone; it adds to the record what it returns. A night that has ended does nothing more."""
+    """Wrap a step so that it takes the run's folder alone and adds its result to the record. A finished run skips all but `announce`."""
 
     @wraps(work)
     def run(folder: Path) -> None:
-        record = read(folder / "night.json")
+        record = read_run(folder)
         if "ends" not in record or work.__name__ == "announce":
-            write(folder / "night.json", record | work(folder, _config(folder), record))
+            write_run(folder, record | work(folder, _config(folder), record))
 
     return run
 
@@ -97,103 +97,107 @@ def _config(folder: Path) -> Config:
 
 @_step
 def snapshot(folder: Path, config: Config, record: Record) -> Record:
-    """Write the data down; end the night where they cannot be used, or where nothing has changed."""
+    """Take a snapshot of the data. The run ends here if they cannot be used, or if nothing has changed."""
     from refract.pipeline.data.manifest import DataError
     from refract.pipeline.retraining.champion_data import data_of_first_champion
     from refract.pipeline.retraining.snapshot import inputs_digest, take
     from refract.pipeline.training.provenance import code_state, versions
 
-    place = workspace_of(config)
+    workspace = workspace_of(config)
     try:
-        taken = take(config, place, data_of_first_champion(config, place))
+        taken = take(config, workspace, data_of_first_champion(config, workspace))
     except DataError as error:
         return _ends(Outcome.REFUSED, str(error))
     code, diff = code_state()
     inputs = inputs_digest(config, taken, code | versions(), diff)
-    found = {"snapshot": taken.record(), "snapshot_folder": str(taken.folder), "inputs": inputs}
-    last = place.last()
+    result = {"snapshot": taken.record(), "snapshot_folder": str(taken.folder), "inputs": inputs}
+    last = workspace.last()
     if last is not None and last["inputs"] == inputs and not record["force"]:
-        why = f"data, config and code are those of {last['night']}; --force trains all the same"
-        return found | {"unchanged": True} | _ends(Outcome.PROMOTED, why)
-    return found
+        why = f"data, config and code are those of run {last['run']}; train anyway with --force"
+        return result | {"unchanged": True} | _ends(Outcome.PROMOTED, why)
+    return result
 
 
 @_step
 def validate(folder: Path, config: Config, record: Record) -> Record:
-    """End the night where the data changed more than they may since the last accepted one, where what is new has drifted too far, or where
-    the labels cannot be trusted. Else the snapshot's hold-out is that of the runs to come."""
+    """Refuse data that changed too much since the last accepted run, that drifted too far, or whose labels cannot be trusted.
+
+    Data that pass are accepted: later runs use the snapshot's holdout.
+    """
     from refract.pipeline.retraining.data_checks import changed_labels, compared_with_champion, problems
     from refract.pipeline.retraining.snapshot import accept, read_snapshot
 
-    place = workspace_of(config)
-    last = place.last()
+    workspace = workspace_of(config)
+    last = workspace.last()
     before = read_snapshot(Path(last["snapshot_folder"]), last["snapshot"]) if last else None
     now = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
-    told: Record = {"labels": {}}
-    found = problems(now, before, config.retrain.largest_loss)
-    remedies = ["raise retrain.largest_loss"] if found else []
+    result: Record = {"labels": {}}
+    failures = problems(now, before, config.retrain.largest_loss)
+    remedies = ["raise retrain.largest_loss"] if failures else []
     if before is not None:
-        changes = told["labels"]["changed"] = changed_labels(config, now, before, folder)
+        changes = result["labels"]["changed"] = changed_labels(config, now, before, folder)
         _log("labels", changes)
         if changes["level"] == "stop":
-            found.append(f"{changes['told']}. {changes['file']} lists them all")
-            remedies.append("accept the new labels by --retrain.relabelled_stop null")
-    if found:
-        why = "\n".join(f"  {line}" for line in found)
-        return told | _ends(
+            failures.append(f"{changes['told']}; {changes['file']} lists all of them")
+            remedies.append("accept the new labels with --retrain.relabelled_stop null")
+    if failures:
+        why = "\n".join(f"  {line}" for line in failures)
+        return result | _ends(
             Outcome.REFUSED,
-            f"the data changed more than they may since the last accepted night:\n{why}\nMend them, or {', and '.join(remedies)}.",
+            f"the data changed too much since the last accepted run:\n{why}\nFix them, or {', and '.join(remedies)}.",
         )
-    drift, labels = compared_with_champion(config, now, place, folder)
+    drift, labels = compared_with_champion(config, now, workspace, folder)
     if drift is not None:
-        told["drift"] = drift
+        result["drift"] = drift
         log.info("drift: %s", drift["told"])
         if drift["level"] == "stop" and config.retrain.drift == "stop":
-            why = f"what is new has drifted: {drift['told']}. See {folder / 'drift'}, and retrain.drift"
-            return told | _ends(Outcome.REFUSED, why)
+            why = (
+                f"the new data drifted: {drift['told']}. See {folder / 'drift'}; accept them with --retrain.drift warn"
+            )
+            return result | _ends(Outcome.REFUSED, why)
     if labels is not None:
-        told["labels"]["disagreement"] = labels
+        result["labels"]["disagreement"] = labels
         _log("labels", labels)
         if labels["level"] == "stop":
-            remedy = "Mend the labels, or accept them by --retrain.disagreement_stop null"
-            return told | _ends(Outcome.REFUSED, f"the new labels cannot be trusted: {labels['told']}. {remedy}.")
-    accept(place, now)
-    return told
+            remedy = "Fix the labels, or accept them with --retrain.disagreement_stop null"
+            return result | _ends(Outcome.REFUSED, f"the new labels cannot be trusted: {labels['told']}. {remedy}.")
+    accept(workspace, now)
+    return result
 
 
 @_step
 def train(folder: Path, config: Config, record: Record) -> Record:
-    """Train on the snapshot, measure on the hold-out, write the bundle, and hand it to MLflow as `challenger`."""
+    """Train on the snapshot, evaluate on the holdout, write the bundle, and register it in MLflow as `challenger`."""
     from refract.pipeline.retraining.snapshot import changed, read_snapshot
     from refract.pipeline.training.run import train as train_run
     from refract.pipeline.training.run_directory import RECORD, read_record, stored_config
 
     taken = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
     if others := changed(taken):
-        why = f"{len(others)} images have changed since the night began, as {others[0]}; the next night takes them as they are"
+        why = f"{len(others)} images changed since the run started, such as {others[0]}; the next run uses them"
         return _ends(Outcome.REFUSED, why)
     config.data.source, config.data.task = str(taken.manifest), taken.task  # type: ignore[assignment]
-    config.tracking.alias = "challenger"  # a first version as well: the gate decides
+    config.tracking.alias = "challenger"  # also of a first version: the gate decides
     config.trainer.run_name = f"{config.tracking.model_name}-{folder.name}"
     run = Path(config.trainer.runs_dir) / config.trainer.run_name
     if run.exists() and not (run / RECORD).exists():
-        shutil.rmtree(run)  # a kill came before its first record
+        shutil.rmtree(run)  # the process was killed before the first record
     if not run.exists():
         train_run(config)
     elif not read_record(run).get("finished"):
         train_run(stored_config(run), resume=run)
-    return {"run": str(run)}
+    return {"training_run": str(run)}
 
 
 @_step
 def register(folder: Path, config: Config, record: Record) -> Record:
-    """The version in MLflow; RetrainingError while its server does not have it."""
+    """Deliver the run to MLflow and tag its version. RetrainingError while the server does not accept it."""
     from refract.pipeline.tracking.address import absolute, tracking_uri
     from refract.pipeline.tracking.journal import Journal
     from refract.pipeline.tracking.store import LONGEST_TAG, Store, first_line
     from refract.pipeline.tracking.tracker import deliver_one
 
-    run = Path(record["run"])
+    run = Path(record["training_run"])
     journal = Journal(run)
     store = Store(absolute(journal.delivered.get("uri") or tracking_uri(config.tracking)), run)
     journal.for_server(store.uri)
@@ -204,34 +208,35 @@ def register(folder: Path, config: Config, record: Record) -> Record:
         tags = {
             "snapshot": record["snapshot"]["digest"],
             "holdout": record["snapshot"]["holdout"],
-            "night": folder.name,
+            "retraining_run": folder.name,
         }
-        tags |= {f"labels.{kind}": found["told"][:LONGEST_TAG] for kind, found in record.get("labels", {}).items()}
+        tags |= {f"labels.{kind}": check["told"][:LONGEST_TAG] for kind, check in record.get("labels", {}).items()}
         for key, value in tags.items():
             client_of(store.uri).set_model_version_tag(config.tracking.model_name, version, key, value)
-    except Exception as error:  # whatever MLflow and what lies below it raise for a server that is not there
-        raise RetrainingError(f"MLflow at {store.address} does not have the run: {first_line(error)}") from error
+    except Exception as error:  # MLflow and the libraries below it raise many types for an unreachable server
+        raise RetrainingError(f"MLflow at {store.address} did not accept the run: {first_line(error)}") from error
     return {"version": str(version), "mlflow": store.address, "mlflow_run": journal.delivered["run_id"]}
 
 
 @_step
 def compare(folder: Path, config: Config, record: Record) -> Record:
-    """The gate: challenger and champion on the frozen hold-out."""
+    """Run the promotion gate: compare challenger and champion on the frozen holdout, and store the verdict in MLflow."""
     from refract.models.bundle.bundle import load_bundle
     from refract.pipeline.data.manifest import load_manifest
     from refract.pipeline.retraining.aliases import CHAMPION, aliases
     from refract.pipeline.retraining.gate import Verdict, gate
     from refract.pipeline.retraining.overlap import holdout_line
 
-    name, client, place = str(config.tracking.model_name), client_of(record["mlflow"]), workspace_of(config)
+    name, client, workspace = str(config.tracking.model_name), client_of(record["mlflow"]), workspace_of(config)
     champion = aliases(client, name).get(CHAMPION)
     table = load_manifest(Path(record["snapshot_folder"]) / "manifest.csv", record["snapshot"]["task"])
     held = table.with_samples(table.of("test"))
-    with tempfile.TemporaryDirectory() as beside:
-        old = None if champion is None else load_bundle(download(client, name, champion, Path(beside)))
-        found = gate(config.gate, load_bundle(Path(record["run"]) / "bundle"), old, held, record["snapshot"]["holdout"])
-    apart = holdout_line(config, place, record["snapshot"]["digest"], held.samples, client, champion)
-    verdict = Verdict((apart, *found.lines), found.holdout, found.images)
+    with tempfile.TemporaryDirectory() as downloads:
+        old = None if champion is None else load_bundle(download(client, name, champion, Path(downloads)))
+        new = load_bundle(Path(record["training_run"]) / "bundle")
+        measured = gate(config.gate, new, old, held, record["snapshot"]["holdout"])
+    overlap = holdout_line(config, workspace, record["snapshot"]["digest"], held.samples, client, champion)
+    verdict = Verdict((overlap, *measured.lines), measured.holdout, measured.images)
     write(folder / "gate.json", verdict.to_dict())
     print(f"gate: version {record['version']} against {champion or 'no champion'}, {verdict.images:,} samples")
     print(verdict.text())
@@ -250,7 +255,10 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
 
 @_step
 def promote(folder: Path, config: Config, record: Record) -> Record:
-    """Move the alias, if the gate let it pass. undecided: it did, and the next night has to try again. RetrainingError while others do."""
+    """Move the alias `champion` to a version that passed the gate. RetrainingError while another process moves it.
+
+    The result has `undecided` if another champion was found: the next run must train and compare again.
+    """
     from refract.pipeline.retraining.aliases import Busy, PromotionError, RolledBack
     from refract.pipeline.retraining.aliases import promote as move
 
@@ -264,37 +272,37 @@ def promote(folder: Path, config: Config, record: Record) -> Record:
     except RolledBack as error:
         return _ends(Outcome.NOT_PROMOTED, str(error))
     except PromotionError as error:
-        return {"undecided": True} | _ends(Outcome.NOT_PROMOTED, f"{error}; the next night trains again")
+        return {"undecided": True} | _ends(Outcome.NOT_PROMOTED, f"{error}; the next run trains again")
     return _ends(Outcome.PROMOTED, f"version {record['version']} is champion")
 
 
 @_step
 def announce(folder: Path, config: Config, record: Record) -> Record:
-    """Say how the night ended: to `retrain.notify`, and to the runs that come."""
+    """Report the outcome to the command `retrain.notify`, and record it for the next runs."""
     outcome = record["ends"]
-    place = workspace_of(config)
+    workspace = workspace_of(config)
     if outcome in (Outcome.PROMOTED, Outcome.NOT_PROMOTED) and not (record.get("unchanged") or record.get("undecided")):
-        kept = ("night", "snapshot", "snapshot_folder", "inputs", "version")
-        write(place.root / "last.json", {key: record[key] for key in kept} | {"outcome": outcome})
+        keys = ("run", "snapshot", "snapshot_folder", "inputs", "version")
+        write(workspace.root / "last.json", {key: record[key] for key in keys} | {"outcome": outcome})
     if config.retrain.notify:
         import json
 
-        told = json.dumps(record, ensure_ascii=False)
+        message = json.dumps(record, ensure_ascii=False)
         try:
-            done = subprocess.run(config.retrain.notify, shell=True, input=told, text=True, timeout=TELL_SECONDS)
+            done = subprocess.run(config.retrain.notify, shell=True, input=message, text=True, timeout=NOTIFY_SECONDS)
             if done.returncode:
-                log.warning("retrain.notify: ended with %d", done.returncode)
+                log.warning("retrain.notify: the command exited with %d", done.returncode)
         except subprocess.TimeoutExpired:
-            log.warning("retrain.notify: was ended after %d s", TELL_SECONDS)
+            log.warning("retrain.notify: the command was killed after %d s", NOTIFY_SECONDS)
     return {"outcome": outcome, "ended": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 STEPS = (snapshot, validate, train, register, compare, promote, announce)
 
 
-def _log(about: str, found: Record) -> None:
-    listed = f"; see {found['file']}" if "file" in found else ""
-    log.log(logging.INFO if found["level"] == "none" else logging.WARNING, "%s: %s%s", about, found["told"], listed)
+def _log(about: str, check: Record) -> None:
+    reference = f"; see {check['file']}" if "file" in check else ""
+    log.log(logging.INFO if check["level"] == "none" else logging.WARNING, "%s: %s%s", about, check["told"], reference)
 
 
 def _ends(outcome: Outcome, why: str) -> Record:
@@ -302,7 +310,7 @@ def _ends(outcome: Outcome, why: str) -> Record:
 
 
 def _failed(verdict: Record) -> str:
-    """What the version failed at, and the holdout size that would decide all lines that this one cannot."""
+    """Name the checks that the version failed, and the holdout size that would decide those that this holdout cannot."""
     from refract.pipeline.retraining.holdout_size import rounded
 
     failed = [line for line in verdict["lines"] if line["passed"] is False]
@@ -314,8 +322,10 @@ def _failed(verdict: Record) -> str:
 
 
 def _key(name: str) -> str:
-    """A tag's name as MLflow takes it: as a path that is in its shortest form, so without slashes. Others stand there by their code, so
-    that two labels have two tags."""
+    """Return a tag name that MLflow accepts: it must be a normalised path, so it has no slash.
+
+    Other characters are replaced by their code point, so that two labels have two tags.
+    """
     return "".join(c if c.isalnum() or c in "_-. " else f"_x{ord(c):x}_" for c in name)[:200]
 
 

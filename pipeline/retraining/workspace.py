@@ -1,4 +1,4 @@
-"""Where the runs of one model leave what they know, and the lock that one night at a time holds."""
+"""The folder in which the retraining runs of one model keep their records, and its lock: one run at a time."""
 
 import json
 import re
@@ -11,15 +11,27 @@ from typing import Any
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.files import locked, write_atomically
 
+RUN_RECORD = "run.json"
+"""The record in a retraining run's folder."""
+
+FORMER_RUNS, FORMER_RECORD = "nights", "night.json"
+"""What earlier versions called runs/ and run.json."""
+
+METAFLOW_RUN = "metaflow-run"
+"""The file in a retraining run's folder that holds the ID of its Metaflow run."""
+
 
 class Busy(ConfigError):
-    """Another process has the night in its hands."""
+    """Another process holds the workspace's lock."""
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folder of one model. holdout/: frozen images; snapshots/DIGEST/: the data of a night; runs/ID/: a night's record; last.json:
-    the last night whose data were accepted."""
+    """The folder of one registered model.
+
+    holdout/: the frozen holdout; snapshots/DIGEST/: the data of a run; runs/NAME/: a run's record, config, gate and drift report;
+    last.json: the last run whose data were accepted; lock: held by the process that runs.
+    """
 
     root: Path
 
@@ -30,48 +42,83 @@ class Workspace:
     def snapshot(self, digest: str) -> Path:
         return self.root / "snapshots" / digest[:16]
 
-    def night(self, name: str) -> Path:
+    def run_folder(self, name: str) -> Path:
         return self.root / "runs" / name
 
     def runs(self) -> list[Path]:
-        """Oldest first."""
-        return sorted(path for path in (self.root / "runs").glob("*") if (path / "night.json").is_file())
+        """Return the folders of all retraining runs, oldest first."""
+        return sorted(path for path in (self.root / "runs").glob("*") if (path / RUN_RECORD).is_file())
 
     def last(self) -> dict[str, Any] | None:
+        """Read the record of the last run whose data were accepted; None before the first one."""
         path = self.root / "last.json"
-        return read(path) if path.exists() else None
+        return _with_new_keys(read(path)) if path.exists() else None
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """One night at a time; a process that died holds nothing. Busy where another has it."""
+        """Hold the lock, and bring the files of an earlier version to the present layout. Busy if another process holds the lock.
+
+        The lock of a process that died is free.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
-        with locked(self.root / "lock", Busy(f"{self.root}: a night is under way; one at a time")):
+        with locked(self.root / "lock", Busy(f"{self.root}: another retraining run is in progress; one at a time")):
+            self._migrate()
             yield
+
+    def _migrate(self) -> None:
+        """Rename nights/NAME/night.json of earlier versions to runs/NAME/run.json. A kill between two renames is made good next time."""
+        former, runs = self.root / FORMER_RUNS, self.root / "runs"
+        if former.is_dir() and not runs.exists():
+            former.rename(runs)
+        for record in runs.glob(f"*/{FORMER_RECORD}"):
+            # Metaflow stores the run's former folder: a run that is resumed starts a new flow, whose steps find what is done.
+            (record.parent / METAFLOW_RUN).unlink(missing_ok=True)
+            record.rename(record.parent / RUN_RECORD)
 
 
 def workspace_of(config: Config) -> Workspace:
-    """ConfigError where nothing names the registered model, or MLflow is switched off."""
+    """Return the workspace of `tracking.model_name`. ConfigError without a valid name, or with MLflow switched off."""
     if not config.tracking.enabled or not config.tracking.model_name:
         raise ConfigError(
-            "the nightly run needs tracking.model_name, the registered model that it is for, and tracking.enabled"
+            "retraining needs tracking.model_name, the registered model's name, and tracking.enabled; "
+            "add --tracking.model_name NAME"
         )
     if re.search(r"[/:\\\0]", config.tracking.model_name) or config.tracking.model_name in (".", ".."):
         raise ConfigError(
-            f"tracking.model_name: {config.tracking.model_name!r}: MLflow takes no / and no : in a model's name"
+            rf"tracking.model_name: {config.tracking.model_name!r}: MLflow accepts no /, \ or : in a model's name, and no . or .. alone"
         )
     return Workspace(Path(config.retrain.folder) / config.tracking.model_name)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record. ConfigError where it is none."""
+    """Read a JSON object. ConfigError if the file cannot be read or holds another value."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no record")
+        record = json.loads(path.read_text("utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError(f"expected a JSON object, got {type(record).__name__}")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
-    return found
+    return record
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read the record of a retraining run, also one of an earlier version. ConfigError as `read`."""
+    return _with_new_keys(read(folder / RUN_RECORD))
+
+
+def write_run(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record of a retraining run. OSError as usual."""
+    write(folder / RUN_RECORD, record)
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
+    """Replace the file by a JSON object. OSError as usual."""
     write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _with_new_keys(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of an earlier version under the present keys: `night` is now `run`, and the training run's folder `training_run`."""
+    if "night" not in record:
+        return record
+    present = {"night": "run", "run": "training_run"}
+    return {present.get(key, key): value for key, value in record.items()}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict, help_text, load_config
-from refract.pipeline.config.renamed import RENAMED
+from refract.pipeline.config.renamed import RENAMED, RENAMED_VALUES
 from refract.pipeline.training.run import train
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -134,6 +134,30 @@ def test_a_key_under_its_former_and_its_present_name_is_refused() -> None:
     values = {"retrain": {"tell": "a", "notify": "b"}}
     with pytest.raises(ConfigError, match="retrain.tell is the former name of retrain.notify; remove retrain.tell"):
         config_from_dict(values)
+
+
+@pytest.mark.parametrize("options", [["--retrain.drift", "tell"], ["--retrain.drift=tell"]])
+def test_former_values_are_read_with_a_warning(
+    options: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("retrain: {drift: tell}\n")
+    assert load_config(file).retrain.drift == "warn"
+    assert f"{file}: retrain.drift: tell is deprecated; write retrain.drift: warn" in caplog.messages
+    caplog.clear()
+    assert load_config(None, ["--retrain.drift", "stop", *options]).retrain.drift == "warn"
+    assert caplog.messages == ["command line: retrain.drift: tell is deprecated; write retrain.drift: warn"]
+    caplog.clear()
+    file.write_text("retrain: {drift: warn, notify: tell}\n")
+    assert load_config(file, ["--retrain.drift", "stop", "--retrain.notify", "tell"]).retrain.notify == "tell"
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("key", RENAMED_VALUES)
+def test_a_renamed_value_leads_to_an_accepted_value(key: str) -> None:
+    section, name = key.split(".")
+    for value in RENAMED_VALUES[key].values():
+        config_from_dict({section: {name: value}})
 
 
 @pytest.mark.parametrize("old", RENAMED)

@@ -23,7 +23,7 @@ from refract.pipeline.retraining.data_checks import disagreed, excused, new_samp
 from refract.pipeline.retraining.label_checks import LabelChanges, _more_errors, label_changes, listed
 from refract.pipeline.retraining.snapshot import Snapshot, accept, read_snapshot, take
 from refract.pipeline.retraining.steps import Outcome, begin, snapshot, validate
-from refract.pipeline.retraining.workspace import read, workspace_of, write
+from refract.pipeline.retraining.workspace import read_run, workspace_of, write
 
 IMAGES, TEXTS = frozenset({"images"}), frozenset({"texts"})
 NAMES = tuple(sorted(COLORS))
@@ -189,18 +189,18 @@ def test_a_run_stops_at_labels_and_accepts_them_on_purpose(tmp_path: Path, new_t
     shutil.copy(new_tracking, tmp_path / "mlflow.db")
     config = config_at(tmp_path, retrain={"folder": str(tmp_path / "retrain"), "drift": "none"})
     paint(tmp_path / "images", range(30))
-    client, place = MlflowClient(config.tracking.uri, config.tracking.uri), workspace_of(config)
+    client, workspace = MlflowClient(config.tracking.uri, config.tracking.uri), workspace_of(config)
 
     def checked(config: Config) -> tuple[Path, dict[str, Any]]:
         folder = begin(config, force=False)
         snapshot(folder)
         validate(folder)
-        return folder, read(folder / "night.json")
+        return folder, read_run(folder)
 
     folder, record = checked(config)
     assert "ends" not in record
-    own = {"night": folder.name, "version": "1", "outcome": 0}
-    write(place.root / "last.json", {key: record[key] for key in ("snapshot", "snapshot_folder", "inputs")} | own)
+    own = {"run": folder.name, "version": "1", "outcome": 0}
+    write(workspace.root / "last.json", {key: record[key] for key in ("snapshot", "snapshot_folder", "inputs")} | own)
     bundle = champion(tmp_path, read_snapshot(Path(record["snapshot_folder"]), record["snapshot"]))
     client.create_registered_model("colors")
     client.create_model_version("colors", source=bundle.path.resolve().as_uri())

@@ -1,4 +1,4 @@
-"""The data of a night, as `take` writes them down: what is held out, what is known again, what counts as changed."""
+"""Snapshots of a run's data: the holdout, the recognition of known content, and what counts as a change."""
 
 import csv
 import logging
@@ -27,7 +27,7 @@ from refract.pipeline.retraining.data_checks import compared_with_champion, look
 from refract.pipeline.retraining.overlap import trained_on
 from refract.pipeline.retraining.snapshot import Snapshot, accept, changed, inputs_digest, read_snapshot, take
 from refract.pipeline.retraining.steps import Outcome, begin, snapshot, validate
-from refract.pipeline.retraining.workspace import read, workspace_of, write
+from refract.pipeline.retraining.workspace import read_run, workspace_of, write
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -49,10 +49,10 @@ def config_at(root: Path, source: str = "images", **sections: dict[str, Any]) ->
 
 
 def taken(config: Config) -> Snapshot:
-    """Of a night that is accepted."""
-    place = workspace_of(config)
-    snapshot = take(config, place)
-    accept(place, snapshot)
+    """Take and accept a snapshot."""
+    workspace = workspace_of(config)
+    snapshot = take(config, workspace)
+    accept(workspace, snapshot)
     return snapshot
 
 
@@ -138,11 +138,11 @@ def test_a_label_that_comes_later_is_held_out_of_what_is_new(tmp_path: Path, lab
     table(tmp_path, [*rows, *((f"p/{i}.png", label, "") for i in range(60, 90))])
     second = taken(config)
     assert second.counts["test"]["c"] == 6
-    assert not images_of(first, "train", "val") & images_of(second, "test"), "none that a night has trained on"
+    assert not images_of(first, "train", "val") & images_of(second, "test"), "no image that a run has trained on"
     assert taken(config) == second
 
 
-def test_a_class_of_which_nothing_is_left_to_hold_out_is_told(tmp_path: Path, caplog: Any) -> None:
+def test_a_class_without_new_samples_for_the_holdout_is_named(tmp_path: Path, caplog: Any) -> None:
     rows = [(f"p/{i}.png", "ab"[i % 2], "") for i in range(40)]
     table(tmp_path, [*rows, ("p/40.png", "c", ""), ("p/41.png", "c", "")])
     config = config_at(tmp_path, "m.csv")
@@ -150,19 +150,19 @@ def test_a_class_of_which_nothing_is_left_to_hold_out_is_told(tmp_path: Path, ca
     with caplog.at_level(logging.WARNING):
         second = taken(config)
     assert second == first
-    assert "the hold-out has no image of c" in caplog.text
+    assert "the holdout has no image of c" in caplog.text
     table(tmp_path, [*rows, *((f"p/{i}.png", "cd"[i > 41], "") for i in range(40, 44))])
-    with pytest.raises(DataError, match="too few images of d to keep a hold-out apart"):
+    with pytest.raises(DataError, match="too few images of d for a holdout"):
         taken(config)
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_a_class_of_a_night_that_was_refused_is_held_out_if_it_stays(tmp_path: Path, kept: bool) -> None:
+def test_a_class_of_a_refused_run_is_held_out_if_it_stays(tmp_path: Path, kept: bool) -> None:
     paint(tmp_path / "images", range(10))
     config = config_at(tmp_path, retrain={"folder": str(tmp_path / "retrain"), "drift": "none"})
-    place, first = workspace_of(config), taken(config)
-    accepted = {"night": "first", "inputs": "", "snapshot": first.record(), "snapshot_folder": str(first.folder)}
-    write(place.root / "last.json", accepted)
+    workspace, first = workspace_of(config), taken(config)
+    accepted = {"run": "first", "inputs": "", "snapshot": first.record(), "snapshot_folder": str(first.folder)}
+    write(workspace.root / "last.json", accepted)
     for number in range(10):
         noisy(tmp_path / "images/rubbish" / f"{number}.png", number)
     shutil.move(tmp_path / "images/red", tmp_path / "red")
@@ -171,30 +171,30 @@ def test_a_class_of_a_night_that_was_refused_is_held_out_if_it_stays(tmp_path: P
     folder = begin(config, force=False)
     snapshot(folder)
     validate(folder)
-    assert read(folder / "night.json")["ends"] == Outcome.REFUSED
+    assert read_run(folder)["ends"] == Outcome.REFUSED
     shutil.rmtree(tmp_path / "images/red")
     shutil.move(tmp_path / "red", tmp_path / "images/red")
     if kept:
         folder = begin(config, force=False)
         snapshot(folder)
         validate(folder)
-        assert "ends" not in read(folder / "night.json")
-        held = load_manifest(place.holdout / "holdout.csv")
-        assert held.counts()["rubbish"] == 2, "nothing was trained on it: it is held out as any new class"
+        assert "ends" not in read_run(folder)
+        held = load_manifest(workspace.holdout / "holdout.csv")
+        assert held.counts()["rubbish"] == 2, "no run trained on it, so it is held out as any new class"
     else:
         shutil.rmtree(tmp_path / "images/rubbish")
         assert taken(config) == first
 
 
-def test_what_one_night_prepared_is_never_taken_for_another_nights(
+def test_a_holdout_prepared_by_one_run_is_never_accepted_by_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A death between the two files that `freeze` writes, with the second one of an earlier night still there."""
+    """A kill between the two files that `freeze` writes, while the second one of an earlier run still exists."""
     paint(tmp_path / "images", range(10))
     config = config_at(tmp_path)
-    place, first = workspace_of(config), taken(config)
-    before = (place.holdout / "holdout.csv").read_bytes()
-    write(place.holdout / "next.json", {"digest": first.holdout, "source": None})
+    workspace, first = workspace_of(config), taken(config)
+    before = (workspace.holdout / "holdout.csv").read_bytes()
+    write(workspace.holdout / "next.json", {"digest": first.holdout, "source": None})
     for number in range(10):
         noisy(tmp_path / "images/rubbish" / f"{number}.png", number)
 
@@ -204,13 +204,13 @@ def test_what_one_night_prepared_is_never_taken_for_another_nights(
     with monkeypatch.context() as patched:
         patched.setattr("refract.pipeline.retraining.holdout.write", dies)
         with pytest.raises(KeyboardInterrupt):
-            take(config, place)
-    assert (place.holdout / "next.csv").exists()
-    accept(place, first)
-    assert (place.holdout / "holdout.csv").read_bytes() == before
+            take(config, workspace)
+    assert (workspace.holdout / "next.csv").exists()
+    accept(workspace, first)
+    assert (workspace.holdout / "holdout.csv").read_bytes() == before
 
 
-def test_a_image_in_train_and_in_val_refuses_the_night(tmp_path: Path) -> None:
+def test_an_image_in_train_and_in_val_is_refused(tmp_path: Path) -> None:
     for split, numbers in (("train", range(10)), ("val", range(10, 15)), ("test", range(15, 20))):
         paint(tmp_path / "images" / split, numbers)
     shutil.copy(tmp_path / "images/train/red/000.png", tmp_path / "images/val/red/copy.png")
@@ -259,12 +259,12 @@ def test_samples_without_files_are_known_again(tmp_path: Path, source: str) -> N
     table(tmp_path, [("", "ab"[i % 2], f"number {i}") for i in range(40)])
     texts = {"model": {"name": "none"}, "text": {"name": "hashing"}}
     config = config_at(tmp_path, source, **(texts if source == "m.csv" else {"data": {"source": "digits"}}))
-    place, first = workspace_of(config), taken(config)
-    assert trained_on(place, first.digest, held(first).samples) == 0
+    workspace, first = workspace_of(config), taken(config)
+    assert trained_on(workspace, first.digest, held(first).samples) == 0
     whole = load_manifest(first.manifest)
     trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
-    assert trained_on(place, first.digest, trained.samples) == len(trained.samples)
-    assert trained_on(place, "0" * 64, trained.samples) is None
+    assert trained_on(workspace, first.digest, trained.samples) == len(trained.samples)
+    assert trained_on(workspace, "0" * 64, trained.samples) is None
 
 
 def test_a_held_out_image_saved_again_is_not_trained_on(tmp_path: Path, caplog: Any) -> None:
@@ -278,11 +278,11 @@ def test_a_held_out_image_saved_again_is_not_trained_on(tmp_path: Path, caplog: 
         )
     with caplog.at_level(logging.WARNING):
         assert taken(config) == first
-    assert "left out 12 images that the hold-out has in another file" in caplog.text
+    assert "excluded 12 images that the holdout has in another file" in caplog.text
 
 
 @pytest.mark.parametrize("first", ["texts", "images"])
-def test_the_hold_out_is_kept_apart_whatever_the_network_reads(tmp_path: Path, first: str) -> None:
+def test_the_holdout_is_excluded_whatever_the_network_reads(tmp_path: Path, first: str) -> None:
     table(tmp_path, [(f"p/{i}.png", "ab"[i % 2], f"number {i}") for i in range(40)])
     texts = config_at(tmp_path, "m.csv", model={"name": "none"}, text={"name": "hashing"})
     images = config_at(tmp_path, "m.csv")
@@ -292,12 +292,12 @@ def test_the_hold_out_is_kept_apart_whatever_the_network_reads(tmp_path: Path, f
         assert not images_of(snapshot, "train", "val") & images_of(snapshot, "test")
 
 
-def test_a_hold_out_that_is_named_later_is_refused(tmp_path: Path) -> None:
+def test_a_gate_holdout_that_is_set_later_is_refused(tmp_path: Path) -> None:
     paint(tmp_path / "images", range(20))
     paint(tmp_path / "own", range(100, 104))
     taken(config_at(tmp_path))
     config = config_at(tmp_path, gate={"holdout": str(tmp_path / "own")})
-    with pytest.raises(DataError, match="is not what .* was made of .*move the folder away"):
+    with pytest.raises(DataError, match="is not the source of the frozen .*move the folder away"):
         taken(config)
     shutil.rmtree(workspace_of(config).holdout)
     first = taken(config)
@@ -333,7 +333,7 @@ def champion(root: Path, snapshot: Snapshot) -> Bundle:
     return load_bundle(save_bundle(root / "bundle", info, classifier, golden_samples, reference=seen.to_bytes()))
 
 
-def test_new_classes_are_told_and_do_not_stop_a_night(tmp_path: Path) -> None:
+def test_new_classes_are_reported_and_do_not_stop_a_run(tmp_path: Path) -> None:
     paint(tmp_path / "images", range(40))
     first = taken(config_at(tmp_path))
     bundle = champion(tmp_path, first)
@@ -343,7 +343,7 @@ def test_new_classes_are_told_and_do_not_stop_a_night(tmp_path: Path) -> None:
     new = new_samples(taken(config_at(tmp_path)), first.folder)
     thresholds = {**THRESHOLDS, "new classes": Threshold(0.0, None), "vanished classes": Threshold(None, None)}
     found = look(bundle, new, thresholds, tmp_path).drift
-    assert found["checks"]["features"]["level"] == "none", "the noise is not looked at"
+    assert found["checks"]["features"]["level"] == "none", "the noise is excluded"
     assert found["checks"]["new classes"] == {"effect": pytest.approx(32 / 62), "level": "warn"}
     assert found["level"] == "warn"
     assert found["told"].startswith("new classes 0.516 (warn), of 62 new images, without those of yellow")
@@ -355,17 +355,17 @@ def test_new_classes_are_told_and_do_not_stop_a_night(tmp_path: Path) -> None:
     new = replace(new, of_images=[one for one in new.of_images if one[1] == ["yellow"]])
     alone = look(bundle, new, thresholds, tmp_path).drift
     assert alone["level"] == "warn"
-    assert "not looked at: 0 new images are of classes that the champion knows, too few" in alone["told"]
+    assert "not compared: 0 new images are of classes that the champion knows, too few" in alone["told"]
 
 
-def test_a_champion_with_a_small_reference_fails_no_night(tmp_path: Path) -> None:
+def test_a_champion_with_a_small_reference_does_not_fail_a_run(tmp_path: Path) -> None:
     paint(tmp_path / "images", range(12))
     first = taken(config_at(tmp_path))
     paint(tmp_path / "images", range(12, 30))
     new = new_samples(taken(config_at(tmp_path)), first.folder)
     found = look(champion(tmp_path, first), new, THRESHOLDS, tmp_path).drift
     assert found["level"] == "none"
-    assert "not looked at: " in found["told"] and "of the reference; 20 of each are needed" in found["told"]
+    assert "not compared: " in found["told"] and "of the reference; 20 of each are needed" in found["told"]
 
 
 def test_drift_says_that_it_does_not_look_at_texts(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_drift_says_that_it_does_not_look_at_texts(tmp_path: Path) -> None:
     assert new_samples(first, first.folder).text() == "0 new images"
     table(tmp_path, rows)
     told = new_samples(taken(config), first.folder).text()
-    assert told == "0 new images, and 20 texts without one, which are not looked at"
+    assert told == "0 new images, and 20 texts without an image, which are not compared"
 
 
 def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: Path, new_tracking: Path) -> None:
@@ -390,7 +390,7 @@ def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: P
     shutil.copy(new_tracking, tmp_path / "mlflow.db")
     paint(tmp_path / "images", range(40))
     config = config_at(tmp_path, tracking={"model_name": "colors", "uri": f"sqlite:///{tmp_path}/mlflow.db"})
-    place, client = workspace_of(config), MlflowClient(config.tracking.uri, config.tracking.uri)
+    workspace, client = workspace_of(config), MlflowClient(config.tracking.uri, config.tracking.uri)
     whole = load_manifest(tmp_path / "images")
     splits = ["test", "val", "train", "train"]
     samples = [replace(sample, split=splits[i % 4]) for i, sample in enumerate(whole.samples)]
@@ -399,35 +399,35 @@ def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: P
     client.create_registered_model("colors")
     version = client.create_model_version("colors", source="file:///nowhere", run_id=run).version
     client.set_registered_model_alias("colors", CHAMPION, version)
-    assert data_of_first_champion(config, place) is None, "no splits.csv yet"
-    drawn = take(config, place)
-    line = holdout_line(config, place, drawn.digest, load_manifest(drawn.manifest).of("test"), client, version)
+    assert data_of_first_champion(config, workspace) is None, "no splits.csv yet"
+    drawn = take(config, workspace)
+    line = holdout_line(config, workspace, drawn.digest, load_manifest(drawn.manifest).of("test"), client, version)
     assert line.passed is None and "unknown" in line.told and "gate.holdout" in line.told
 
     client.log_artifact(run, str(tmp_path / "splits.csv"))
     folder = begin(config, force=False)
     snapshot(folder)
-    record = read(folder / "night.json")
+    record = read_run(folder)
     first = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
-    checked, labels = compared_with_champion(config, first, place, folder)
+    checked, labels = compared_with_champion(config, first, workspace, folder)
     assert "0 new images, too few" in checked["told"] and "0 new images, too few" in labels["told"]
-    assert new_samples(first, None).text().startswith("90 new images (those that the champion was trained on are ")
+    assert new_samples(first, None).text().startswith("90 new images (the champion's training data are ")
     held = load_manifest(first.manifest).of("test")
     tested = [sample for sample in samples if sample.split == "test"]
     assert {sample.read() for sample in held} == {sample.read() for sample in tested}
-    assert holdout_line(config, place, first.digest, held, client, version).passed
+    assert holdout_line(config, workspace, first.digest, held, client, version).passed
     (tmp_path / "images/red/001.png").unlink()
-    assert holdout_line(config, place, first.digest, held, client, version).passed, "its own test split, still"
-    assert holdout_line(config, place, first.digest, whole.samples[8:9], client, version).passed
+    assert holdout_line(config, workspace, first.digest, held, client, version).passed, "its own test split, still"
+    assert holdout_line(config, workspace, first.digest, whole.samples[8:9], client, version).passed
     noisy(tmp_path / "strange.png", 0)
     strange = replace(held[0], path=str(tmp_path / "strange.png"))
-    assert holdout_line(config, place, first.digest, [strange], client, version).passed is None, "001.png, perhaps"
-    line = holdout_line(config, place, drawn.digest, load_manifest(drawn.manifest).of("test"), client, version)
+    assert holdout_line(config, workspace, first.digest, [strange], client, version).passed is None, "001.png, perhaps"
+    line = holdout_line(config, workspace, drawn.digest, load_manifest(drawn.manifest).of("test"), client, version)
     assert line.passed is False and "of its images were trained on; if" in line.told
 
     for sample in tested:
         Path(sample.path).unlink()
-    again = take(config, place, data_of_first_champion(config, place))
+    again = take(config, workspace, data_of_first_champion(config, workspace))
     assert sum(again.counts["test"].values()) == 18, "a fifth of each class, as all else was trained on"
-    accept(place, again)
-    assert data_of_first_champion(config, place) is None, "the holdout is frozen"
+    accept(workspace, again)
+    assert data_of_first_champion(config, workspace) is None, "the holdout is frozen"

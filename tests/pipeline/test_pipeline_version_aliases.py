@@ -61,7 +61,7 @@ def test_the_first_version_is_champion_and_later_ones_are_challenger(trainings: 
 
 
 def test_a_retraining_run_names_no_champion(trainings: Trainings) -> None:
-    assert trainings.register("night", alias="challenger") == {"version": "1", "alias": "challenger"}
+    assert trainings.register("retraining", alias="challenger") == {"version": "1", "alias": "challenger"}
     assert trainings.register("a") == {"version": "2", "alias": "challenger"}, "version 1 is the model's first"
     assert trainings.named() == {"challenger": "2"}
 
