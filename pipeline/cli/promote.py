@@ -13,28 +13,30 @@ from refract.pipeline.cli import console
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract promote",
-        description="Make a registered version champion: one that passed the gate against the champion of now, or, with --force, any "
-        "whose bundle is whole. Servers that follow the alias take it.",
+        description="Make a registered version champion: one that passed the gate against the present champion, or, with --force, any "
+        "version whose bundle loads. Servers that follow the alias load it.",
     )
-    parser.add_argument("name", help="of the registered model")
-    parser.add_argument("version", help="its number")
-    parser.add_argument("--force", action="store_true", help="without a gate that it passed; --why says the reason")
-    parser.add_argument("--why", default="", help="kept as the version's tag promotion.why")
+    parser.add_argument("name", help="registered model")
+    parser.add_argument("version", help="version number, such as 3")
+    parser.add_argument("--force", action="store_true", help="promote without a passed gate; needs --why")
+    parser.add_argument("--why", default="", help="reason, stored as the version's tag promotion.why")
     uri_option(parser)
     args = parser.parse_args(argv)
     if args.force and not args.why.strip():
-        print("refract promote: --force needs --why, the reason that others will read", file=sys.stderr)
+        print("refract promote: --force needs a reason; add --why REASON", file=sys.stderr)
         return 2
     return console.run("promote", lambda: _promote(args))
 
 
 def uri_option(parser: argparse.ArgumentParser) -> None:
-    """`--uri`, which names the registry."""
-    parser.add_argument("--uri", help="the tracking server; else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here")
+    """Add the option `--uri`, the registry's address."""
+    parser.add_argument(
+        "--uri", help="MLflow server; default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in this folder"
+    )
 
 
 def named(name: str, version: str, alias: str | None, champion: str | None) -> str:
-    """Describe what a training registered. alias: of the version; champion: the model's."""
+    """Describe a registered version. alias: the version's; champion: the version number of the model's champion."""
     if alias == "champion":
         return f"models:/{name}@champion is version {version}, the model's first"
     other = f"version {champion} stays champion" if champion else "no version is champion"
@@ -42,8 +44,10 @@ def named(name: str, version: str, alias: str | None, champion: str | None) -> s
 
 
 def by_hand(name: str, version: str, uri: str | None) -> str:
-    """The command that makes a version champion that no gate has judged. uri: the tracking server, where the config names one; one with
-    credentials is left to MLFLOW_TRACKING_URI."""
+    """Return the command that promotes a version without a gate.
+
+    uri: the config's tracking server, if any. An address with credentials is omitted, as MLFLOW_TRACKING_URI provides it.
+    """
     server = f" --uri {shlex.quote(masked(uri))}" if uri and masked(uri) == uri else ""
     return f"refract promote {shlex.quote(name)} {version}{server} --force --why REASON"
 
@@ -56,23 +60,25 @@ def _promote(args: argparse.Namespace) -> int:
     tags = version_tags(client, args.name, version)
     if version == champion:
         promote(client, args.name, version, instead_of=champion, why=args.why, by_hand=True)
-        print(f"models:/{args.name}@champion is version {version} already")
+        print(f"models:/{args.name}@champion is already version {version}")
         return 0
     if not args.force and (tags.get("gate") != "passed" or tags.get("gate.against") != (champion or "none")):
-        judged = (
+        status = (
             f"did not pass the gate against {champion or 'none'}, the champion"
             if "gate" in tags
-            else "was judged by no gate"
+            else "was not compared by a gate"
         )
-        raise PromotionError(f"{args.name}: version {version} {judged}; --force --why REASON promotes it all the same")
+        raise PromotionError(f"{args.name}: version {version} {status}; to promote it anyway, add --force --why REASON")
     try_to_load(client, args.name, version)
     promote(client, args.name, version, instead_of=champion, why=args.why, by_hand=True)
-    print(f"models:/{args.name}@champion is version {version} now" + (f", and was {champion}" if champion else ""))
+    print(
+        f"models:/{args.name}@champion is now version {version}" + (f", before version {champion}" if champion else "")
+    )
     return 0
 
 
 def try_to_load(client: Any, name: str, version: str) -> None:
-    """BundleError for a version's bundle that is damaged, PromotionError for one that cannot be fetched."""
+    """Load a version's bundle. BundleError if it is damaged, PromotionError if it cannot be downloaded."""
     import tempfile
 
     from mlflow.exceptions import MlflowException
@@ -81,18 +87,18 @@ def try_to_load(client: Any, name: str, version: str) -> None:
     from refract.pipeline.retraining.aliases import PromotionError
     from refract.pipeline.retraining.registry import download
 
-    with tempfile.TemporaryDirectory() as beside:
+    with tempfile.TemporaryDirectory() as temporary:
         try:
-            folder = download(client, name, version, Path(beside))
+            folder = download(client, name, version, Path(temporary))
         except (MlflowException, OSError) as error:
             raise PromotionError(
-                f"{name}: the bundle of version {version} cannot be fetched ({masked(str(error))})"
+                f"{name}: the bundle of version {version} cannot be downloaded ({masked(str(error))})"
             ) from error
         load_bundle(folder)
 
 
 def client_at(uri: str | None) -> Any:
-    """MLflow's client of the registry that is meant."""
+    """Return the MLflow client of the registry. uri: as the option `--uri`."""
     from refract.pipeline.config.sections import TrackingConfig
     from refract.pipeline.retraining.registry import client_of
     from refract.pipeline.tracking import tracking_uri

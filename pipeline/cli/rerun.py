@@ -10,12 +10,12 @@ from refract.pipeline.cli import console
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract rerun",
-        description="Train once more as a run was trained, and say whether the weights came out the same. Tells where the code, the "
-        "versions or the data are others than they were.",
+        description="Repeat a run's training, and report whether the weights are identical. Reports differences in code, library "
+        "versions, threads and data.",
     )
-    parser.add_argument("run", help="a run's folder, or the id of its run in MLflow")
+    parser.add_argument("run", help="run folder, or MLflow run ID")
     parser.add_argument(
-        "--uri", help="the tracking server of that id; without it MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here"
+        "--uri", help="MLflow server of that ID (default: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in this folder)"
     )
     args = parser.parse_args(argv)
     return console.run("rerun", lambda: _rerun(args.run, args.uri))
@@ -31,49 +31,49 @@ def _rerun(run: str, uri: str | None) -> int:
     from refract.pipeline.training.run_directory import read_record, stored_config
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(run) if Path(run).is_dir() else _fetched(run, uri, Path(folder))
+        path = Path(run) if Path(run).is_dir() else _downloaded(run, uri, Path(folder))
         config = stored_config(path)
         record = {"name": path.name, "runs_dir": config.trainer.runs_dir, **read_record(path)}
         weights = path / "bundle" / "weights.safetensors"
         before = weights.read_bytes() if weights.is_file() else None
-        kept = "the run's code.diff" if (path / "code.diff").is_file() else "files that git does not know"
+        changes = "the run's code.diff" if (path / "code.diff").is_file() else "untracked files"
     code, _ = code_state()
     differing = [
-        f"{name} was {old}, is {versions().get(name)}"
+        f"{name} was {old}, is now {versions().get(name)}"
         for name, old in record["versions"].items()
         if versions().get(name) != old
     ]
-    then = record.get("code") or {}
-    if then.get("commit") != code.get("commit"):
-        differing.append(f"the code was at commit {then.get('commit')}, is at {code.get('commit')}")
-    if then.get("dirty") == "yes":
-        differing.append(f"the code had changes that were not committed: {kept}")
+    old_code = record.get("code") or {}
+    if old_code.get("commit") != code.get("commit"):
+        differing.append(f"the code was at commit {old_code.get('commit')}, is now at {code.get('commit')}")
+    if old_code.get("dirty") == "yes":
+        differing.append(f"the code had uncommitted changes: {changes}")
     if code.get("dirty") == "yes":
-        differing.append("the code has changes now that are not committed")
+        differing.append("the code now has uncommitted changes")
     threads = torch.get_num_threads()
     if str(threads) != (record.get("machine") or {}).get("threads", str(threads)):
-        differing.append(f"PyTorch had {record['machine']['threads']} threads, has {threads}")
-    now = inputs(config)
+        differing.append(f"PyTorch had {record['machine']['threads']} threads, has now {threads}")
+    present = inputs(config)
     differing += [
-        f"what {key} names has changed" for key, old in (record.get("inputs") or {}).items() if now.get(key) != old
+        f"the file of {key} has changed" for key, old in (record.get("inputs") or {}).items() if present.get(key) != old
     ]
     for line in differing:
-        print(f"other than then: {line}")
+        print(f"different: {line}")
     config.trainer.run_name, config.trainer.runs_dir = None, record["runs_dir"]
-    config.tracking.model_name = None  # it is for looking, not for serving
+    config.tracking.model_name = None  # the repeated run is not registered
     result = train(config, name=f"{record['name']}-rerun")
-    assert result is not None, "one process"
+    assert result is not None, "rerun trains in one process"
     fingerprint = read_record(result.run_dir)["fingerprint"]
     if fingerprint != record["fingerprint"]:
-        print("other than then: the data have changed")
+        print("different: the data have changed")
     after = (result.bundle / "weights.safetensors").read_bytes()
-    told = "not known, as the run has no bundle any more" if before is None else "yes" if after == before else "no"
-    print(f"{run} was run again as {result.run_dir}; the same weights: {told}")
+    same = "unknown, as the run's bundle is missing" if before is None else "yes" if after == before else "no"
+    print(f"{run} was repeated as {result.run_dir}; identical weights: {same}")
     return 0
 
 
-def _fetched(run_id: str, uri: str | None, folder: Path) -> Path:
-    """The run's files from MLflow. TrackingError where there is no such run."""
+def _downloaded(run_id: str, uri: str | None, folder: Path) -> Path:
+    """Download the run's files from MLflow. TrackingError if the run does not exist."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -87,5 +87,5 @@ def _fetched(run_id: str, uri: str | None, folder: Path) -> Path:
         return Path(client.download_artifacts(run_id, "", str(folder)))
     except (MlflowException, OSError) as error:
         raise TrackingError(
-            f"{run_id}: is no folder here, and no run of MLflow at {masked(server)}: {masked(str(error).splitlines()[0])}"
+            f"{run_id}: neither a folder nor a run of MLflow at {masked(server)}: {masked(str(error).splitlines()[0])}"
         ) from error

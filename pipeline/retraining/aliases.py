@@ -1,9 +1,9 @@
-"""Who is champion: MLflow's aliases `champion` and `previous`, moved so that at every instant a valid version is named.
+"""Moves of MLflow's aliases `champion` and `previous`, such that they name a valid version at every instant.
 
-`previous` is set first, then `champion`: a process that dies in between leaves the old champion where it was, and the move can be repeated.
-MLflow has no exchange that only happens if nobody else made one, but refuses a second registered model of one name; a model named
-`NAME.promoting` is the lock, for as long as the move takes. A lock can be deleted by its name alone, so who holds it is looked at again
-before the champion is set, and the champion after.
+`previous` is set first, then `champion`: a process that dies in between leaves the old champion, and the move can be repeated.
+MLflow has no compare-and-swap, but rejects a second registered model of one name. So a model `NAME.promoting` is the lock of a move.
+A lock is deleted by its name alone, even that of another process; so the holder is checked again before the champion is set, and
+the champion is checked after.
 """
 
 import logging
@@ -21,50 +21,51 @@ log = logging.getLogger(__name__)
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 LAST = "promoted"
-"""The registered model's tag that names its last promotion: a version's own tags go with the version when it is deleted."""
+"""The registered model's tag with its last promoted version: a version's own tags are deleted with the version."""
 
 FIRST = "refract.first"
-"""The version's tag with the alias that its training wants for a first version."""
+"""The version's tag with the alias that its training requests if the version is the model's first."""
 
 WHY = 4000
-"""Characters of a reason: MLflow's servers take 5,000 to 100,000, depending on their version."""
+"""The longest reason in characters: MLflow's servers accept 5,000 to 100,000, depending on their version."""
 
 STALE_S = 60.0
-"""A move takes a few requests: a lock that somebody else holds for so long, by the clock of who waits, was left by a process that died."""
+"""The age in seconds, by the waiting process's clock, from which a lock counts as left by a dead process. A move takes a few requests."""
 
 PATIENCE_S = 2 * STALE_S
-"""So long one waits at most for others who come and go: longer than for one who has died."""
+"""The longest wait in seconds for a succession of other processes; longer than the wait for a dead one."""
 
 SETTLE_S = 1.0
-"""After a dead process's lock was removed: others who judged it so, too, may remove the new one, and have done so by then."""
+"""The wait in seconds after the removal of a stale lock. Other processes that also found it stale may remove the new lock until then."""
 
 POLL_S = 0.5
 
 
 class PromotionError(ValueError):
-    """The alias cannot be moved; the message says why, and what to do."""
+    """The alias cannot be moved. The message says why, and what to do."""
 
 
 class Busy(PromotionError):
-    """Others move the aliases, one after the other, for longer than anyone waits."""
+    """Other processes moved the aliases for longer than PATIENCE_S."""
 
 
 class RolledBack(PromotionError):
-    """The version was champion, and a person went back to the one before."""
+    """The version was champion, and a user rolled it back."""
 
 
 def aliases(client: Any, name: str) -> dict[str, str]:
-    """alias → version, as text. PromotionError where there is no such model."""
+    """Return alias → version, as text. PromotionError if the model is not registered."""
     return {alias: str(version) for alias, version in _model(client, name).aliases.items()}
 
 
 def promote(
     client: Any, name: str, version: str, *, instead_of: str | None, why: str = "", by_hand: bool = False
 ) -> None:
-    """Make the version champion. instead_of: the version that it was compared with, None where there was none; any other champion by now
-    raises PromotionError. why: kept as a tag of the version. by_hand: a person wants it, which counts for more than an earlier rollback.
-    Once more for a version that is champion changes nothing but the reason.
-    Waits for others who move the aliases; Busy where they do not come to an end.
+    """Make the version champion. For the present champion only the reason changes.
+
+    instead_of: the champion that the version was compared with, None without one. PromotionError if the champion is another one.
+    why: the reason, stored as a tag of the version. by_hand: a user requests it, which overrides an earlier rollback.
+    Waits for other processes that move the aliases; Busy after PATIENCE_S.
     """
     version, reason = numbered(version), _reason(why)
     with _alone(client, name) as held:
@@ -74,11 +75,11 @@ def promote(
             return
         if champion != instead_of:
             raise PromotionError(
-                f"{name}: the champion is {_named(champion)} by now, and version {version} was compared with {_named(instead_of)}; "
+                f"{name}: the champion is now {_named(champion)}, but version {version} was compared with {_named(instead_of)}; "
                 "compare it again"
             )
         if not by_hand:
-            _refuse_against_a_person(client, name, version, champion)
+            _check_user_decisions(client, name, version, champion)
         _tag(client, name, version, {"promoted": _now()} | reason)
         if champion is not None:
             client.set_registered_model_alias(name, PREVIOUS, champion)
@@ -89,13 +90,13 @@ def promote(
 def name_version(client: Any, name: str, version: str, *, first: str) -> dict[str, str]:
     """Give a version that a training registered its alias. Repeating the call changes nothing.
 
-    first: the alias of the model's first version. `champion` names it unless a champion is or was named, also where the first version is
-    another one, whose process died before it could name it. Every other version becomes `challenger`, unless a newer version that is not
-    champion is. Returns `alias`, what the version is named now, and `champion`, the champion's version, where there are such. Busy as
-    `promote`.
+    first: the alias of the model's first version. With `champion`, the first version becomes champion unless a champion is or was named.
+    That holds also if the first version is another one, whose process died before it set the alias. Every other version becomes
+    `challenger`, unless a newer version that is not champion has that alias. Returns `alias`, the version's present alias, and
+    `champion`, the champion's version, as far as they exist. Busy as `promote`.
     """
     lost = False
-    if first == CHAMPION and (unnamed := _first_without_name(client, name, version)) is not None:
+    if first == CHAMPION and (unnamed := _first_without_alias(client, name, version)) is not None:
         try:
             promote(client, name, unnamed, instead_of=None, why="the model's first version")
         except Busy:
@@ -114,8 +115,8 @@ def name_version(client: Any, name: str, version: str, *, first: str) -> dict[st
     return {key: value for key, value in (("alias", alias), ("champion", champion)) if value is not None}
 
 
-def _first_without_name(client: Any, name: str, version: str) -> str | None:
-    """The model's first version, where it is to be champion: it is `version`, or its own process died before it could name it."""
+def _first_without_alias(client: Any, name: str, version: str) -> str | None:
+    """Return the model's first version if it must become champion: it is `version`, or its process died before it set the alias."""
     model = _model(client, name)
     if CHAMPION in model.aliases:
         return None
@@ -124,12 +125,12 @@ def _first_without_name(client: Any, name: str, version: str) -> str | None:
         return lowest
     wanted = version_tags(client, name, lowest).get(FIRST)
     if wanted is None and not {CHALLENGER, PREVIOUS} & model.aliases.keys() and LAST not in model.tags:
-        wanted = CHAMPION  # from before the tag
+        wanted = CHAMPION  # versions of earlier releases have no FIRST tag
     return lowest if wanted == CHAMPION else None
 
 
 def _set_challenger(client: Any, name: str, version: str) -> None:
-    """Set the alias. Of two processes that set a new alias at once, the database rejects one, whose second try replaces it."""
+    """Set the alias. If two processes set a new alias at once, the database rejects one of them, and its retry replaces the alias."""
     from mlflow.exceptions import MlflowException
 
     for attempt in range(5):
@@ -142,33 +143,36 @@ def _set_challenger(client: Any, name: str, version: str) -> None:
 
 
 def _lowest(client: Any, name: str) -> str:
-    """The oldest version that the model has."""
-    return str(min(int(found.version) for found in client.search_model_versions(of_model(name))))
+    """Return the lowest version number of the model."""
+    return str(min(int(version.version) for version in client.search_model_versions(of_model(name))))
 
 
 def of_model(name: str) -> str:
-    """MLflow's filter for the versions of a model: it takes either quote, and has no escape."""
+    """Return MLflow's filter for the versions of a model. The filter accepts either quote, and has no escape."""
     quote = '"' if "'" in name else "'"
     return f"name = {quote}{name}{quote}"
 
 
 def way_back(client: Any, name: str) -> tuple[str, str]:
-    """(the champion, the version that `rollback` goes back to). PromotionError where none is known."""
+    """Return (the champion, the version that `rollback` restores). PromotionError if there is none."""
     now = aliases(client, name)
     champion, previous = now.get(CHAMPION), now.get(PREVIOUS)
     if previous is None or champion is None or previous == champion:
-        raise PromotionError(f"{name}: no version is known to go back to; `previous` is {_named(previous)}")
+        raise PromotionError(f"{name}: no version to roll back to; the alias `previous` is {_named(previous)}")
     return champion, previous
 
 
 def rollback(client: Any, name: str, *, expected: tuple[str, str] | None = None) -> tuple[str, str]:
-    """(the version that is champion again, that which was). expected: what `way_back` said; PromotionError where it is another by now."""
+    """Swap champion and previous version. Returns (the restored champion, the replaced one).
+
+    expected: the result of `way_back`; PromotionError if the aliases have changed since.
+    """
     with _alone(client, name) as held:
         champion, previous = way_back(client, name)
         if expected not in (None, (champion, previous)):
             raise PromotionError(
-                f"{name}: its aliases were moved meanwhile; the champion is {_named(champion)} by now, and {_named(previous)} was "
-                "before it; look, and roll back again"
+                f"{name}: another process moved the aliases: the champion is now {_named(champion)}, the previous one "
+                f"{_named(previous)}; check them, and roll back again"
             )
         _tag(client, name, champion, {"rolled_back": _now()})
         _move(client, name, champion, previous, held)
@@ -176,31 +180,31 @@ def rollback(client: Any, name: str, *, expected: tuple[str, str] | None = None)
         return previous, champion
 
 
-def _refuse_against_a_person(client: Any, name: str, version: str, champion: str | None) -> None:
-    """RolledBack where the version was given up; PromotionError where no champion is named though there was one."""
+def _check_user_decisions(client: Any, name: str, version: str, champion: str | None) -> None:
+    """Raise RolledBack for a version that a user rolled back, and PromotionError if the last champion's alias was deleted."""
     by_hand = f"`refract promote {name} {version}`"
     if since := version_tags(client, name, version).get("rolled_back"):
-        raise RolledBack(f"{name}: version {version} was rolled back at {since}; {by_hand} makes it champion again")
+        raise RolledBack(f"{name}: version {version} was rolled back at {since}; promote it again with {by_hand}")
     model = _model(client, name)
     last = model.tags.get(LAST) or model.aliases.get(PREVIOUS)
     if champion is None and last is not None:
         raise PromotionError(
-            f"{name}: version {last} was promoted before, and no champion is named now, as after one was deleted; "
-            f"name one by hand, as with {by_hand}"
+            f"{name}: version {last} was promoted before, but no version is champion now; its alias may have been deleted. "
+            f"Promote one by hand, for example with {by_hand}"
         )
 
 
 def _move(client: Any, name: str, champion: str | None, version: str, held: Callable[[], bool]) -> None:
-    """Set the champion. PromotionError where another process has done so meanwhile."""
-    still = held()
+    """Set the champion. PromotionError if another process has set it meanwhile."""
+    still_held = held()
     now = aliases(client, name).get(CHAMPION)
-    if still and now == champion:
+    if still_held and now == champion:
         client.set_registered_model_alias(name, CHAMPION, version)
         now = aliases(client, name).get(CHAMPION)
         if now == version:
             return
     raise PromotionError(
-        f"{name}: another process moved its aliases at the same time, and the champion is {_named(now)} by now; "
+        f"{name}: another process moved the aliases at the same time; the champion is now {_named(now)}; "
         f"compare version {version} with it again"
     )
 
@@ -212,19 +216,19 @@ def _model(client: Any, name: str) -> Any:
         return client.get_registered_model(name)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise PromotionError(f"there is no registered model {name!r} at {masked(client.tracking_uri)}") from error
+            raise PromotionError(f"no registered model {name!r} at {masked(client.tracking_uri)}") from error
         raise
 
 
 @contextmanager
 def _alone(client: Any, name: str) -> Iterator[Callable[[], bool]]:
-    """Hold the lock; gives what tells whether it is held still. Busy where others have it."""
-    lock, own = f"{name}.promoting", f"{platform.node()} {os.getpid()} {uuid.uuid4().hex}"
+    """Hold the lock; yields a function that checks whether this process still holds it. Busy as `promote`."""
+    lock, holder = f"{name}.promoting", f"{platform.node()} {os.getpid()} {uuid.uuid4().hex}"
 
     def held() -> bool:
-        return _holder(client, lock) == own
+        return _holder(client, lock) == holder
 
-    _take(client, lock, own)
+    _take(client, lock, holder)
     try:
         yield held
     finally:
@@ -232,21 +236,23 @@ def _alone(client: Any, name: str) -> Iterator[Callable[[], bool]]:
             _remove(client, lock)
 
 
-def _take(client: Any, lock: str, own: str) -> None:
+def _take(client: Any, lock: str, own_holder: str) -> None:
     """Create the lock, once it is free or was left by a dead process."""
-    began = since = time.monotonic()
+    start = since = time.monotonic()
     seen, removed = None, False
-    while not _create(client, lock, own):
+    while not _create(client, lock, own_holder):
         holder = _holder(client, lock)
-        if holder == own:  # the answer to its creation was lost, and the client asked again
+        if holder == own_holder:  # the response to the creation was lost, and the client retried it
             break
-        if time.monotonic() - began > PATIENCE_S:
-            raise Busy(f"{lock}: other processes move the aliases all the time, now {holder}; look what came of it")
+        if time.monotonic() - start > PATIENCE_S:
+            raise Busy(
+                f"{lock}: other processes keep moving the aliases, now {holder}; check the champion, and try again"
+            )
         if holder is None:
             continue
         if holder != seen:
             seen, since = holder, time.monotonic()
-            log.info("%s: is held by %s, which is waited for", lock, holder)
+            log.info("%s: waiting for its holder %s", lock, holder)
         if _dead(holder) or time.monotonic() - since >= STALE_S:
             _remove(client, lock)
             removed = True
@@ -254,16 +260,16 @@ def _take(client: Any, lock: str, own: str) -> None:
             time.sleep(min(POLL_S, STALE_S))
     if removed:
         time.sleep(min(SETTLE_S, STALE_S))
-        if _holder(client, lock) != own:
-            _take(client, lock, own)
+        if _holder(client, lock) != own_holder:
+            _take(client, lock, own_holder)
 
 
-def _create(client: Any, lock: str, own: str) -> bool:
-    """False where there is one."""
+def _create(client: Any, lock: str, holder: str) -> bool:
+    """Create the lock; False if it exists."""
     from mlflow.exceptions import MlflowException
 
     try:
-        client.create_registered_model(lock, tags={"holder": own})
+        client.create_registered_model(lock, tags={"holder": holder})
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -272,7 +278,7 @@ def _create(client: Any, lock: str, own: str) -> bool:
 
 
 def _holder(client: Any, lock: str) -> str | None:
-    """Who has it; None where it is gone by now."""
+    """Return the holder of the lock; None if the lock is free."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -284,7 +290,7 @@ def _holder(client: Any, lock: str) -> str | None:
 
 
 def _dead(holder: str) -> bool:
-    """Whether it is a process of this machine that has ended."""
+    """Whether the holder is an ended process of this machine."""
     host, _, rest = holder.partition(" ")
     pid = rest.partition(" ")[0]
     if host != platform.node() or not pid.isdigit() or int(pid) == os.getpid():
@@ -309,7 +315,7 @@ def _remove(client: Any, lock: str) -> None:
 
 
 def _tag(client: Any, name: str, version: str, tags: dict[str, str]) -> None:
-    """PromotionError where there is no such version."""
+    """Set tags of a version. PromotionError if the version does not exist."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -322,20 +328,20 @@ def _tag(client: Any, name: str, version: str, tags: dict[str, str]) -> None:
 
 
 def numbered(version: str) -> str:
-    """As MLflow writes it: 2 for 02. PromotionError where it is no number."""
+    """Return the version as MLflow writes it: 2 for 02. PromotionError unless it is a number."""
     if not version.strip().isdecimal():
-        raise PromotionError(f"a version is a number, as in models:/NAME/3, not {version[:40]!r}")
+        raise PromotionError(f"version {version[:40]!r}: expected a number, such as 3 in models:/NAME/3")
     return str(int(version))
 
 
 def _reason(why: str) -> dict[str, str]:
     if len(why) > WHY:
-        raise PromotionError(f"the reason (--why) has {len(why):,} characters, and may have {WHY:,}; shorten it")
+        raise PromotionError(f"--why: the reason has {len(why):,} characters, at most {WHY:,} are accepted; shorten it")
     return {"promotion.why": why} if why.strip() else {}
 
 
 def version_tags(client: Any, name: str, version: str) -> dict[str, str]:
-    """PromotionError where there is no such version."""
+    """Return the tags of a version. PromotionError if the version does not exist."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -1,4 +1,4 @@
-"""Aliases that always name a valid champion, on a real registry: death at every request, others at the same time; and the night's step."""
+"""Aliases always name a valid champion, on a real registry: kills at every request, concurrent processes, and the retraining step."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.retraining.aliases import Busy, PromotionError, RolledBack, aliases, promote, rollback
 from refract.pipeline.retraining.steps import Outcome, RetrainingError, _key, announce, begin
 from refract.pipeline.retraining.steps import promote as step
-from refract.pipeline.retraining.workspace import read, workspace_of, write
+from refract.pipeline.retraining.workspace import read_run, workspace_of, write_run
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -85,7 +85,7 @@ def test_a_champion_is_named_at_every_instant_of_a_promotion(
             now = aliases(client, name)
             assert (now["champion"], now["previous"]) in {("1", "3"), ("1", "1"), ("2", "1")}
             seen.add((now["champion"], now["previous"]))
-            promote(client, name, "2", instead_of="1")  # the resumed night
+            promote(client, name, "2", instead_of="1")  # the resumed run
             assert aliases(client, name)["champion"] == "2"
             assert aliases(client, name)["previous"] == "1"
         else:
@@ -100,13 +100,13 @@ def test_rollback_goes_back_and_forth_and_survives_its_death(
 ) -> None:
     client, name = model
     monkeypatch.setattr("refract.pipeline.retraining.aliases.STALE_S", 0.0)
-    with pytest.raises(PromotionError, match="no version is known to go back to"):
+    with pytest.raises(PromotionError, match="no version to roll back to"):
         rollback(client, name)
     promote(client, name, "2", instead_of="1")
     assert rollback(client, name) == ("1", "2")
     assert aliases(client, name) == {"champion": "1", "previous": "2"}
     assert "rolled_back" in client.get_model_version(name, "2").tags
-    with pytest.raises(PromotionError, match="the champion is version 1 by now, and version 2 was before it"):
+    with pytest.raises(PromotionError, match="the champion is now version 1, the previous one version 2"):
         rollback(client, name, expected=("2", "1"))
     assert rollback(client, name, expected=("1", "2")) == ("2", "1")
     for at in range(30):
@@ -124,7 +124,7 @@ def test_rollback_goes_back_and_forth_and_survives_its_death(
 def test_a_comparison_with_another_champion_counts_for_nothing(model: tuple[MlflowClient, str]) -> None:
     client, name = model
     promote(client, name, "2", instead_of="1")
-    with pytest.raises(PromotionError, match="the champion is version 2 by now"):
+    with pytest.raises(PromotionError, match="the champion is now version 2"):
         promote(client, name, "3", instead_of="1")
     assert aliases(client, name) == {"champion": "2", "previous": "1"}
     with pytest.raises(PromotionError, match="no version 9"):
@@ -155,7 +155,7 @@ def test_of_concurrent_promoters_one_wins(model: tuple[MlflowClient, str], regis
     winners = [version for version, words in told.items() if words == "won"]
     assert len(winners) == 1
     assert aliases(client, name) == {"champion": winners[0], "previous": "1"}
-    assert "by now" in next(words for words in told.values() if words != "won"), "it waited for its turn"
+    assert "champion is now" in next(words for words in told.values() if words != "won"), "it waited for its turn"
 
 
 def hold(client: MlflowClient, name: str, holder: str) -> None:
@@ -217,7 +217,7 @@ def test_others_who_come_and_go_are_not_waited_for_for_ever(
                 client.set_registered_model_tag(f"{name}.promoting", "holder", f"elsewhere 1 {time.monotonic()}")
             return getattr(client, called)
 
-    with pytest.raises(Busy, match="other processes move the aliases all the time, now elsewhere 1"):
+    with pytest.raises(Busy, match="other processes keep moving the aliases, now elsewhere 1"):
         promote(Changing(), name, "2", instead_of="1")
     assert len(locks(client, name)) == 1, "another's lock stays"
 
@@ -230,7 +230,7 @@ def test_who_lost_the_lock_on_the_way_is_told_and_leaves_the_other_one(model: tu
         promote(client, name, "3", instead_of="1")
         hold(client, name, "elsewhere 1 x")
 
-    with pytest.raises(PromotionError, match="the champion is version 3 by now; compare version 2"):
+    with pytest.raises(PromotionError, match="the champion is now version 3; compare version 2"):
         promote(Between(client, "set_model_version_tag", taken_away), name, "2", instead_of="1")
     assert aliases(client, name) == {"champion": "3", "previous": "1"}
     assert locks(client, name) == ["elsewhere 1 x"]
@@ -242,14 +242,14 @@ def test_either_sign_of_another_process_is_enough(model: tuple[MlflowClient, str
     def lock_taken_away() -> None:
         client.set_registered_model_tag(f"{name}.promoting", "holder", "elsewhere 1 x")
 
-    with pytest.raises(PromotionError, match="another process moved its aliases"):
+    with pytest.raises(PromotionError, match="another process moved the aliases"):
         promote(Between(client, "set_model_version_tag", lock_taken_away), name, "2", instead_of="1")
     client.delete_registered_model(f"{name}.promoting")
 
     def moved_without_asking() -> None:
         client.set_registered_model_alias(name, "champion", "3")
 
-    with pytest.raises(PromotionError, match="the champion is version 3 by now"):
+    with pytest.raises(PromotionError, match="the champion is now version 3"):
         promote(Between(client, "set_model_version_tag", moved_without_asking), name, "2", instead_of="1")
     assert aliases(client, name)["champion"] == "3"
 
@@ -266,7 +266,7 @@ def test_of_two_that_set_the_champion_at_once_the_first_is_told(model: tuple[Mlf
             if alias == "champion":
                 client.set_registered_model_alias(model, alias, "3")
 
-    with pytest.raises(PromotionError, match="the champion is version 3 by now"):
+    with pytest.raises(PromotionError, match="the champion is now version 3"):
         promote(Late(), name, "2", instead_of="1")
 
 
@@ -305,74 +305,72 @@ def test_a_champion_that_was_deleted_is_not_followed_unseen(model: tuple[MlflowC
     promote(client, name, "1", instead_of=None)
     client.delete_model_version(name, "1")
     assert aliases(client, name) == {}
-    with pytest.raises(PromotionError, match="version 1 was promoted before, and no champion is named now"):
+    with pytest.raises(PromotionError, match="version 1 was promoted before, but no version is champion now"):
         promote(client, name, "2", instead_of=None)
     promote(client, name, "2", instead_of=None, by_hand=True)
     assert aliases(client, name) == {"champion": "2"}
 
 
 @pytest.fixture
-def night(model: tuple[MlflowClient, str], registry: str, tmp_path: Path) -> tuple[Config, Path]:
-    """A night whose version 2 passed the gate against version 1, about to be promoted."""
+def retraining_run(model: tuple[MlflowClient, str], registry: str, tmp_path: Path) -> tuple[Config, Path]:
+    """A retraining run whose version 2 passed the gate against version 1, before its promotion."""
     tracking = {"uri": registry, "model_name": model[1]}
     config = config_from_dict({"tracking": tracking, "retrain": {"folder": str(tmp_path)}})
     folder = begin(config, force=False)
     known = {"version": "2", "champion": "1", "mlflow": registry, "gate": {"passed": True, "lines": []}}
     seen = {"snapshot": {}, "snapshot_folder": "", "inputs": "x"}
-    write(folder / "night.json", read(folder / "night.json") | known | seen)
+    write_run(folder, read_run(folder) | known | seen)
     return config, folder
 
 
-def ended(night: tuple[Config, Path]) -> tuple[dict[str, Any], bool]:
-    """(the night's record at its end, whether the next night takes it for the last one)"""
-    config, folder = night
+def ended(retraining_run: tuple[Config, Path]) -> tuple[dict[str, Any], bool]:
+    """Finish the run. Returns (its record, whether it is recorded as the last run)."""
+    config, folder = retraining_run
     step(folder)
     announce(folder)
-    return read(folder / "night.json"), workspace_of(config).last() is not None
+    return read_run(folder), workspace_of(config).last() is not None
 
 
-def test_a_night_promotes_and_is_remembered(night: tuple[Config, Path]) -> None:
-    record, remembered = ended(night)
+def test_a_run_promotes_and_is_recorded(retraining_run: tuple[Config, Path]) -> None:
+    record, remembered = ended(retraining_run)
     assert record["outcome"] == Outcome.PROMOTED
     assert remembered
 
 
-def test_a_night_overtaken_by_another_champion_is_tried_again(
-    model: tuple[MlflowClient, str], night: tuple[Config, Path]
+def test_a_run_that_finds_another_champion_is_not_recorded(
+    model: tuple[MlflowClient, str], retraining_run: tuple[Config, Path]
 ) -> None:
     promote(*model, "3", instead_of="1")
-    record, remembered = ended(night)
+    record, remembered = ended(retraining_run)
     assert record["outcome"] == Outcome.NOT_PROMOTED
-    assert "the champion is version 3 by now" in record["why"]
-    assert "the next night trains again" in record["why"]
+    assert "the champion is now version 3" in record["why"]
+    assert "the next run trains again" in record["why"]
     assert not remembered, "what passed the gate would be lost"
 
 
-def test_a_night_gone_on_with_leaves_a_rollback_as_it_is(
-    model: tuple[MlflowClient, str], night: tuple[Config, Path]
-) -> None:
+def test_a_resumed_run_keeps_a_rollback(model: tuple[MlflowClient, str], retraining_run: tuple[Config, Path]) -> None:
     promote(*model, "2", instead_of="1")  # killed before its record was written
     rollback(*model)
-    record, remembered = ended(night)
+    record, remembered = ended(retraining_run)
     assert record["outcome"] == Outcome.NOT_PROMOTED
     assert "was rolled back" in record["why"]
     assert remembered
     assert aliases(*model)["champion"] == "1"
 
 
-def test_a_night_whose_turn_never_comes_goes_on_later(
-    model: tuple[MlflowClient, str], night: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_cannot_get_the_lock_resumes_later(
+    model: tuple[MlflowClient, str], retraining_run: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client, name = model
-    _, folder = night
+    _, folder = retraining_run
     hold(client, name, "elsewhere 1 x")
     with monkeypatch.context() as impatient:
         impatient.setattr("refract.pipeline.retraining.aliases.PATIENCE_S", -1.0)
         with pytest.raises(RetrainingError, match="other processes move the aliases"):
             step(folder)
-    assert "ends" not in read(folder / "night.json")
+    assert "ends" not in read_run(folder)
     client.delete_registered_model(f"{name}.promoting")
-    assert ended(night)[0]["outcome"] == Outcome.PROMOTED
+    assert ended(retraining_run)[0]["outcome"] == Outcome.PROMOTED
 
 
 @pytest.mark.parametrize("label", ["and/", "yes//no", "../up", "a/./b", "/", "c++ & ü²", "x" * 300])

@@ -71,7 +71,7 @@ def verdict(trained: Path, challenger: Any, champion: Any, **config: Any) -> dic
     return {line.name: line for line in found.lines} | {"passed": found.passed, "text": found.text()}
 
 
-def test_the_gate_lets_an_equal_pass_and_tells_its_numbers(trained: Path, tmp_path: Path) -> None:
+def test_the_gate_passes_an_equal_challenger_and_reports_its_values(trained: Path, tmp_path: Path) -> None:
     from refract.models.bundle.bundle import load_bundle
 
     champion = load_bundle(trained / "runs/r/bundle")
@@ -87,7 +87,7 @@ def test_the_gate_lets_an_equal_pass_and_tells_its_numbers(trained: Path, tmp_pa
     assert "no champion" in first["margin"].told
 
 
-def test_a_class_that_is_never_given_fails_where_it_should(trained: Path, tmp_path: Path) -> None:
+def test_a_class_that_is_never_predicted_fails(trained: Path, tmp_path: Path) -> None:
     from refract.models.bundle.bundle import load_bundle
 
     champion = load_bundle(trained / "runs/r/bundle")
@@ -103,7 +103,7 @@ def test_a_class_that_is_never_given_fails_where_it_should(trained: Path, tmp_pa
     assert not alone["recall"].passed
     assert verdict(trained, worse, None, recall_of={"blue": 0.5})["passed"]
     assert not verdict(trained, worse, None, recall_of={"red": 0.5})["recall red"].passed
-    with pytest.raises(ConfigError, match="'purple' is no class"):
+    with pytest.raises(ConfigError, match="'purple' is not a class"):
         verdict(trained, worse, None, recall_of={"purple": 0.5})
 
 
@@ -125,7 +125,7 @@ def test_limits_of_calibration_size_latency_and_labels(trained: Path, tmp_path: 
     found = verdict(trained, other, champion)
     assert not found["labels"].passed
     assert "red" in found["labels"].told
-    assert found["recall red"].value == 0, "an answer that the hold-out does not know is wrong"
+    assert found["recall red"].value == 0, "a prediction that the holdout does not have is wrong"
 
 
 def test_the_commands_promote_and_roll_back(
@@ -146,8 +146,8 @@ def test_the_commands_promote_and_roll_back(
         return found.out + found.err
 
     assert "--why" in told("promote", "colors", 1, "--force", code=2)
-    assert "was judged by no gate" in told("promote", "colors", 1, code=2)
-    assert "is version 1 now" in told("promote", "colors", 1, "--force", "--why", "the first one")
+    assert "was not compared by a gate" in told("promote", "colors", 1, code=2)
+    assert "is now version 1" in told("promote", "colors", 1, "--force", "--why", "the first one")
     told("promote", "colors", 2, "--force", "--why", "seen by hand")
     assert client.get_model_version("colors", "2").tags["promotion.why"] == "seen by hand"
     assert aliases(client, "colors") == {"champion": "2", "previous": "1"}
@@ -157,20 +157,20 @@ def test_the_commands_promote_and_roll_back(
     client.set_model_version_tag("colors", "2", "gate.against", "7")
     assert "did not pass the gate against 1" in told("promote", "colors", 2, code=2), "it was another champion"
     client.set_model_version_tag("colors", "2", "gate.against", "1")
-    assert "is version 2 now" in told("promote", "colors", 2)
+    assert "is now version 2" in told("promote", "colors", 2)
     assert "no registered model" in told("rollback", "colours", code=2)
     assert "no version 7" in told("promote", "colors", 7, "--force", "--why", "x", code=2)
-    assert "a bundle?" in told("promote", "colors", 3, "--force", "--why", "x", code=2), "it is no bundle"
+    assert "a bundle?" in told("promote", "colors", 3, "--force", "--why", "x", code=2), "it is not a bundle"
     assert aliases(client, "colors")["champion"] == "2"
 
-    assert "is version 2 already" in told("promote", "colors", "02", "--why", "seen again")
-    assert aliases(client, "colors") == {"champion": "2", "previous": "1"}, "02 is no other version"
+    assert "is already version 2" in told("promote", "colors", "02", "--why", "seen again")
+    assert aliases(client, "colors") == {"champion": "2", "previous": "1"}, "02 is the same version"
     assert client.get_model_version("colors", "2").tags["promotion.why"] == "seen again"
-    assert "a version is a number" in told("promote", "colors", "latest", code=2)
-    assert "has 5,000 characters, and may have 4,000" in told("promote", "colors", 2, "--why", "x" * 5000, code=2)
+    assert "version 'latest': expected a number" in told("promote", "colors", "latest", code=2)
+    assert "has 5,000 characters, at most 4,000 are accepted" in told("promote", "colors", 2, "--why", "x" * 5000, code=2)
     client.set_registered_model_alias("colors", "previous", "3")
-    assert "a bundle?" in told("rollback", "colors", code=2), "what is gone back to has to work"
+    assert "a bundle?" in told("rollback", "colors", code=2), "the restored bundle must load"
     client.create_model_version("colors", source=(trained / "nowhere").as_uri())
     client.set_registered_model_alias("colors", "previous", "4")
-    assert "version 4 cannot be fetched" in told("rollback", "colors", code=2)
+    assert "version 4 cannot be downloaded" in told("rollback", "colors", code=2)
     assert aliases(client, "colors") == {"champion": "2", "previous": "4"}
