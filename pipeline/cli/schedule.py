@@ -19,48 +19,48 @@ SHOWN = 5
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract schedule",
-        description="Stay, and start `refract retrain CONFIG` by the clock, each time as a process of its own with a log of its own. What "
-        "is due and what ran is kept: a schedule survives restarts, and of the runs that were missed meanwhile one is made up for. A run "
-        "that was cut or stopped with the scheduler goes on, by `--resume`, when it starts again. SIGTERM and Ctrl-C are passed to the "
-        "run under way, whose end is waited for. Exit codes: 0 stopped by SIGTERM, 1 failed or kept by another process already, 2 the "
-        "input cannot be used, 130 stopped by Ctrl-C.",
+        description="Run until it is stopped, and start `refract retrain CONFIG` at the times of a cron expression, each run as a separate "
+        "process with its own log. The schedule and its runs are stored, so that a schedule survives restarts. Of several missed runs one "
+        "is started late. A run that was interrupted or stopped with the scheduler is resumed at its next start. SIGTERM and Ctrl-C are "
+        "forwarded to the active run, and the scheduler waits for its end. Exit codes: 0 stopped by SIGTERM; 1 failed, or another process "
+        "schedules CONFIG; 2 the input cannot be used; 130 stopped by Ctrl-C.",
     )
-    parser.add_argument("config", nargs="?", type=Path, help="as for `refract retrain`")
+    parser.add_argument("config", nargs="?", type=Path, help="config file of `refract retrain`")
     parser.add_argument(
-        "--cron", help='minute hour day month weekday, as "0 2 * * *"; without it, as this config was scheduled before'
+        "--cron", help='minute hour day month weekday, such as "0 2 * * *" (default: the stored schedule of CONFIG)'
     )
-    parser.add_argument("--timezone", help="of the cron, as Europe/Berlin; without it this machine's")
+    parser.add_argument("--timezone", help="time zone of --cron, such as Europe/Berlin (default: this machine's)")
     parser.add_argument(
         "--grace-s",
         type=float,
-        help="a run that is later than this is left out; without it, it is made up for however late",
+        help="skip a run that is more seconds late than this (default: never skip)",
     )
     parser.add_argument(
-        "--no-resume", action="store_true", help="leave a run that was cut as it is; the next one begins anew"
+        "--no-resume", action="store_true", help="do not resume an interrupted run; the next one starts anew"
     )
-    parser.add_argument("--keep", type=int, default=30, help="runs whose logs stay (30)")
+    parser.add_argument("--keep", type=int, default=30, help="number of runs whose logs are kept (30)")
     parser.add_argument(
         "--command",
-        help="what is started instead of `refract retrain`, as 'nice refract retrain'; CONFIG is put behind it",
+        help="run this instead of `refract retrain`, such as 'nice refract retrain'; CONFIG is appended",
     )
-    parser.add_argument("--state", type=Path, default=STATE, help=f"the folder of what is kept, logs too ({STATE})")
     parser.add_argument(
-        "--list", action="store_true", help="the schedules here, when they are due, and their last runs"
+        "--state", type=Path, default=STATE, help=f"folder of the schedule store and the logs ({STATE})"
     )
-    parser.add_argument("--forget", action="store_true", help="take CONFIG out of that list; its logs stay")
+    parser.add_argument("--list", action="store_true", help="list the schedules, their next times and last runs")
+    parser.add_argument("--forget", action="store_true", help="delete the schedule of CONFIG, but not its logs")
     args = parser.parse_args(argv)
     if args.list == (args.config is not None):
-        parser.error("either a CONFIG or --list is wanted")
+        parser.error("expected either CONFIG or --list")
     if args.keep < 1 or (args.grace_s is not None and not 0 < args.grace_s < 1e9):
-        parser.error("--keep takes a count of at least 1, --grace-s a number of seconds above 0")
+        parser.error("expected --keep of at least 1, and --grace-s of at least 0 seconds")
     if args.list:
         return console.run("schedule", lambda: _list(args.state))
     if args.forget:
         return console.run("schedule", lambda: _forget(args.config, args.state))
-    return console.run("schedule", lambda: _keep(args))
+    return console.run("schedule", lambda: _schedule(args))
 
 
-def _keep(args: argparse.Namespace) -> int:
+def _schedule(args: argparse.Namespace) -> int:
     from refract.pipeline.config.config import ConfigError
 
     try:
@@ -70,43 +70,46 @@ def _keep(args: argparse.Namespace) -> int:
         raise ConfigError(f"{error.name} is not installed; pip install refract[train,retrain]") from error
     from refract.pipeline.schedule.store import ScheduleStore
 
-    config = args.config.absolute()  # a link that is moved to the next release, as a ConfigMap's, is the same config
+    config = (
+        args.config.absolute()
+    )  # not resolved: a link to the next release, such as a ConfigMap's, is the same config
     if not config.is_file():
-        raise ConfigError(f"{args.config}: there is no such file")
-    book = ScheduleStore(args.state.resolve())
-    known = _known(book, config)
+        raise ConfigError(f"{args.config}: no such file")
+    store = ScheduleStore(args.state.resolve())
+    stored = _stored(store, config)
     if args.cron is not None:
-        asked = (args.cron, args.timezone, args.command)
-    elif known is not None:
-        asked = (known.cron, args.timezone or known.zone, args.command or known.command)
+        cron_text, zone_name, command_text = args.cron, args.timezone, args.command
+    elif stored is not None:
+        cron_text, zone_name = stored.cron, args.timezone or stored.zone
+        command_text = args.command or stored.command
     else:
-        raise ConfigError(f'{args.config} was not scheduled before: --cron is wanted, as --cron "0 2 * * *"')
-    zone = zone_named(asked[1])
-    cron = Cron(asked[0], zone)
+        raise ConfigError(f'{args.config} has no stored schedule; add --cron, such as --cron "0 2 * * *"')
+    zone = zone_named(zone_name)
+    cron = Cron(cron_text, zone)
     try:
-        command = shlex.split(asked[2] or "") or RETRAIN
+        command = shlex.split(command_text or "") or RETRAIN
     except ValueError as error:
         raise ConfigError(f"--command: {args.command!r}: {error}") from error
     if command is RETRAIN:
         from refract.pipeline.config.config import load_config
         from refract.pipeline.retraining.workspace import workspace_of
 
-        workspace_of(load_config(config, []))  # what it would refuse at night, it refuses now
+        workspace_of(load_config(config, []))  # refuse an unusable config now, not at the first run
     plan = Plan(config, cron.text, zone, cron, command, args.grace_s, args.keep, not args.no_resume)
-    return run_scheduler(plan, book)
+    return run_scheduler(plan, store)
 
 
 def _forget(config: Path, state: Path) -> int:
     from refract.pipeline.config.config import ConfigError
     from refract.pipeline.schedule.store import ScheduleStore
 
-    book = ScheduleStore(state.resolve())
-    known = _known(book, config.resolve())
-    if known is None:
-        raise ConfigError(f"{config} is not scheduled here")
-    if book.alive(known.config, "scheduler"):
-        raise ConfigError(f"{config} has a scheduler, process {known.process}: stop that first")
-    book.forget(known.config)
+    store = ScheduleStore(state.resolve())
+    stored = _stored(store, config.resolve())
+    if stored is None:
+        raise ConfigError(f"{config} has no schedule in {state}")
+    if store.alive(stored.config, "scheduler"):
+        raise ConfigError(f"{config} has a scheduler, process {stored.process}; stop it first")
+    store.forget(stored.config)
     return 0
 
 
@@ -117,38 +120,38 @@ def _list(state: Path) -> int:
     if not schedules:
         print(f"no schedule in {state}")
     for schedule in schedules:
-        print("\n".join(_told(ScheduleStore(state.resolve()), schedule)))
+        print("\n".join(_description(ScheduleStore(state.resolve()), schedule)))
     return 0
 
 
-def _told(book: "ScheduleStore", schedule: "Schedule") -> Sequence[str]:
+def _description(store: "ScheduleStore", schedule: "Schedule") -> Sequence[str]:
     from zoneinfo import ZoneInfo
 
     from refract.pipeline.schedule.store import LOCAL
 
     zone = ZoneInfo(schedule.zone) if schedule.zone != LOCAL else None
-    alive, now = book.alive(schedule.config, "scheduler"), datetime.now(UTC)
+    alive, now = store.alive(schedule.config, "scheduler"), datetime.now(UTC)
     due = f"{schedule.due.astimezone(zone):%Y-%m-%d %H:%M %Z}" if schedule.due else "never"
     if not alive:
         due += (
-            ", once it is started again"
+            ", if the scheduler is started by then"
             if schedule.due and schedule.due > now
-            else ", and missed; made up for by its next start"
+            else ", missed; it runs when the scheduler is started"
         )
     elif schedule.due and schedule.due > now:
         due += f", in {_long(schedule.due - now)}"
     lines = [
         schedule.config,
         f"  cron       {schedule.cron} ({schedule.zone})",
-        f"  scheduler  {f'alive, process {schedule.process}' if alive else 'not running'}",
+        f"  scheduler  {f'active, process {schedule.process}' if alive else 'not running'}",
         f"  next       {due}",
         *([f"  command    {schedule.command}"] if schedule.command else []),
     ]
-    for run in book.runs(schedule.config, SHOWN):
+    for run in store.runs(schedule.config, SHOWN):
         took = _long((run.ended or now) - run.began) if run.ended or run.state == "running" else "?"
-        words = run.words(own=not schedule.command)
-        if run.state == "running" and not book.alive(schedule.config, "run"):
-            words, took = "cut short", "?"
+        words = run.words(is_retrain=not schedule.command)
+        if run.state == "running" and not store.alive(schedule.config, "run"):
+            words, took = "interrupted", "?"
         lines.append(f"  {run.began.astimezone(zone):%Y-%m-%d %H:%M:%S}  {took:>10}  {words}; {run.log}")
     return lines
 
@@ -159,5 +162,5 @@ def _long(span: timedelta) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
-def _known(book: "ScheduleStore", config: Path) -> "Schedule | None":
-    return next((one for one in book.schedules() if one.config == str(config)), None)
+def _stored(store: "ScheduleStore", config: Path) -> "Schedule | None":
+    return next((one for one in store.schedules() if one.config == str(config)), None)

@@ -1,1 +1,1 @@
-"""Starting `refract retrain` by the clock, on one machine. What a retraining is, this does not know."""
+"""The scheduler, which starts `refract retrain` at set times on one machine. It is independent of the retraining package."""

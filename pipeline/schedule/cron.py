@@ -1,4 +1,4 @@
-"""A line of cron as a trigger of APScheduler, with cron's meaning where APScheduler's own differs."""
+"""A cron expression as a trigger of APScheduler, with cron's semantics where those of APScheduler differ."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -17,10 +17,10 @@ WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 
 
 class Cron(BaseTrigger):
-    """Fires as cron would by five fields: minute, hour, day of the month, month, day of the week. ConfigError for any other text.
+    """Fires as cron does, by five fields: minute, hour, day of month, month, day of week. ConfigError for any other text.
 
-    As in cron, and other than in APScheduler 3: Sunday is 0 and 7; where the day of the month and that of the week are both given, either
-    does; fixed hours fire once in the night whose hour comes twice. In the night that skips an hour they fire an hour later by the clock.
+    Differs from APScheduler 3 as cron does: Sunday is 0 and 7. If both day of month and day of week are given, either one suffices.
+    Where daylight saving time repeats an hour, fixed hours fire once; where it skips the hour, they fire an hour later by the clock.
     """
 
     def __init__(self, text: str, zone: ZoneInfo) -> None:
@@ -29,43 +29,45 @@ class Cron(BaseTrigger):
             self._triggers = _triggers(self.text.split(), zone)
         except ValueError as error:
             raise ConfigError(
-                f'--cron: {text!r} is no line of cron: {error}. It has five fields, minute hour day month weekday, as "0 2 * * *"'
+                f'--cron: {text!r} is not a cron expression: {error}. Expected minute hour day month weekday, such as "0 2 * * *"'
             ) from error
-        # Every hour, or every other one, is meant to come by the hours that pass, not by their names.
+        # An expression such as "*" or "*/2" counts the hours that pass, also in an hour that daylight saving time repeats.
         self._fixed_hours = not self.text.split()[1].startswith("*")
         if self.get_next_fire_time(None, datetime.now(UTC)) is None:
-            raise ConfigError(f"--cron: {text!r} is a day that never comes")
+            raise ConfigError(f"--cron: {text!r} never fires; its date does not exist")
 
     def get_next_fire_time(self, previous_fire_time: datetime | None, now: datetime) -> datetime | None:
-        """The first time after the previous one, or else from now on; in UTC, as times of one zone are compared without its shifts."""
-        # APScheduler itself compares times of two zones, which in an hour that comes twice are never equal.
-        begin = previous_fire_time + INSTANT if previous_fire_time else now
+        """Return the first time after the previous one, else from now on. It is in UTC, as Python compares times of one zone without its
+        shifts.
+        """
+        # APScheduler compares times of two zones, which are never equal in a repeated hour.
+        start = previous_fire_time + INSTANT if previous_fire_time else now
         while True:
-            times = [trigger.get_next_fire_time(None, begin.astimezone(self.zone)) for trigger in self._triggers]
-            found = min((time.astimezone(UTC) for time in times if time), default=None)
-            if found is None or not (self._fixed_hours and found.astimezone(self.zone).fold):
-                return found
-            begin = found + INSTANT
+            times = [trigger.get_next_fire_time(None, start.astimezone(self.zone)) for trigger in self._triggers]
+            first = min((time.astimezone(UTC) for time in times if time), default=None)
+            if first is None or not (self._fixed_hours and first.astimezone(self.zone).fold):
+                return first
+            start = first + INSTANT
 
     def __str__(self) -> str:
         return f"{self.text} ({self.zone})"
 
 
 def zone_named(name: str | None) -> ZoneInfo:
-    """A time zone by its name, or this machine's. ConfigError for one that is not known."""
+    """Return a time zone by its name, or this machine's. ConfigError for an unknown name."""
     try:
         return ZoneInfo(name) if name and name != LOCAL else get_localzone()
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise ConfigError(f"--timezone: {name!r} is not known here; names are as Europe/Berlin or UTC") from error
+        raise ConfigError(f"--timezone: {name!r} is unknown; use a name such as Europe/Berlin or UTC") from error
 
 
 def _triggers(fields: list[str], zone: ZoneInfo) -> list[CronTrigger]:
-    """ValueError for fields that are not cron's."""
+    """Build the triggers of the five fields. ValueError for fields that cron does not accept."""
     if len(fields) != len(FIELDS):
-        raise ValueError(f"it has {len(fields)} fields")
+        raise ValueError(f"{len(fields)} fields")
     for name, field in zip(FIELDS[:3], fields, strict=False):
         if not re.fullmatch(r"[\d*,/-]+", field):
-            raise ValueError(f"{field!r} is no {name}")
+            raise ValueError(f"{field!r} is not a valid {name}")
     values = dict(zip(FIELDS, fields, strict=True)) | {"day_of_week": _weekdays(fields[4])}
     if fields[2].startswith("*") or fields[4].startswith("*"):
         return [CronTrigger(**values, timezone=zone)]
@@ -73,18 +75,18 @@ def _triggers(fields: list[str], zone: ZoneInfo) -> list[CronTrigger]:
 
 
 def _weekdays(field: str) -> str:
-    """Days of the week by their names: APScheduler's numbers begin with Monday."""
+    """Return the days of the week by name, as APScheduler's numbers start with Monday."""
     if field == "*":
         return field
     days = set()
     for part in field.lower().split(","):
         span, slash, step = part.partition("/")
-        begin, dash, end = span.partition("-")
-        low, high = (0, 6) if span == "*" else (_weekday(begin), _weekday(end or begin))
+        start, dash, end = span.partition("-")
+        low, high = (0, 6) if span == "*" else (_weekday(start), _weekday(end or start))
         if dash and end in ("sun", "0") and low:
             high = 7
         if high < low or (slash and not (step.isdigit() and int(step))):
-            raise ValueError(f"{part!r} is no span of days of the week")
+            raise ValueError(f"{part!r} is not a range of days of the week")
         days |= {day % 7 for day in range(low, (6 if slash and not dash else high) + 1, int(step or 1))}
     return ",".join(WEEKDAYS[day] for day in sorted(days))
 
@@ -94,4 +96,4 @@ def _weekday(text: str) -> int:
         return WEEKDAYS.index(text)
     if re.fullmatch("[0-7]", text):
         return int(text)
-    raise ValueError(f"{text!r} is no day of the week, 0 to 7 or sun to sat")
+    raise ValueError(f"{text!r} is not a day of the week, 0 to 7 or sun to sat")

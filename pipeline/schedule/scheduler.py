@@ -1,4 +1,4 @@
-"""The process that stays: APScheduler says when, each firing is a child process, and the book keeps what became of it."""
+"""The scheduler process: APScheduler sets the times, each run is a child process, and the schedule store records the results."""
 
 import logging
 import os
@@ -26,21 +26,22 @@ log = logging.getLogger(__name__)
 
 RETRAIN = (sys.executable, "-m", "refract", "retrain")
 RESUMES = 3
-"""Times in a row that a run goes on at once after it was cut; one that takes the machine down with it then waits for its next hour."""
+"""How often in a row an interrupted run is resumed at once. After that it waits for its next time, in case it crashes the machine."""
 NOTHING_LEFT = 2
-"""The exit code of `refract retrain --resume` where the run was cut before it had begun, or had ended after all."""
+"""The exit code of `refract retrain --resume` if the interrupted run had not started, or had finished."""
 PEEK_S = 1.0
-"""`refract schedule --list` holds a lock for a moment, to see whether it is free."""
+"""Seconds to retry a lock, as `refract schedule --list` holds it briefly to test whether it is free."""
 WAKE_S = 60
-"""A machine that slept, or whose clock was set, is noticed after so many seconds."""
+"""Seconds until the scheduler notices that the machine slept or that its clock was set."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run, and when.
+    """The command of a schedule, and its times.
 
-    config: absolute path; cron, zone: for the book; trigger: when; command: run with the config, and with `--resume` where it goes on;
-    grace: seconds that a run may be late, None for any; keep: runs whose logs stay; resume: whether a run that was cut goes on at once.
+    config: absolute path; cron, zone: for the store; trigger: the times; command: called with the config, and with `--resume` to resume;
+    grace: seconds that a run may be late, None without a limit; keep: number of runs whose logs are kept; resume: whether an interrupted
+    run resumes at once.
     """
 
     config: Path
@@ -53,56 +54,58 @@ class Plan:
     resume: bool = True
 
 
-def run_scheduler(plan: Plan, book: ScheduleStore) -> int:
-    """Fire until SIGTERM or Ctrl-C, which are passed to the run under way, whose end is waited for. Returns 0, after Ctrl-C 130.
+def run_scheduler(plan: Plan, store: ScheduleStore) -> int:
+    """Start runs until SIGTERM or Ctrl-C. The signal is forwarded to the active run, and the function waits for its end.
 
-    ScheduleError where the config's schedule is kept by another process already. To be called in the main thread.
+    Returns 0, or 130 after Ctrl-C. ScheduleError if another process schedules the config. Call it in the main thread.
     """
-    with _alone(plan, book):
-        runner = Runner(plan, book)
-        scheduler = _scheduler(plan, book, runner)
-        asked: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # a signal may put into it at any moment
+    with _alone(plan, store):
+        runner = Runner(plan, store)
+        scheduler = _scheduler(plan, store, runner)
+        signals: queue.SimpleQueue[int | None] = (
+            queue.SimpleQueue()
+        )  # reentrant, so that signal handlers can put into it
         before = {
-            number: signal.signal(number, lambda n, _: asked.put(n)) for number in (signal.SIGTERM, signal.SIGINT)
+            number: signal.signal(number, lambda n, _: signals.put(n)) for number in (signal.SIGTERM, signal.SIGINT)
         }
 
         def shut_down() -> None:
             scheduler.shutdown(wait=True)
-            asked.put(None)
+            signals.put(None)
 
         try:
             scheduler.start()
-            first = asked.get()
+            first = signals.get()
             assert first is not None
             runner.stop(first)
             threading.Thread(target=shut_down, daemon=True).start()
-            while (number := asked.get()) is not None:
+            while (number := signals.get()) is not None:
                 runner.stop(number)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        log.info("the scheduler ends, by %s", signal.Signals(first).name)
+        log.info("the scheduler stops, by %s", signal.Signals(first).name)
         return 130 if first == signal.SIGINT else 0
 
 
 class Runner:
-    """Runs the command, once at a time, and passes signals to it."""
+    """Runs the command, one process at a time, and forwards signals to it."""
 
-    def __init__(self, plan: Plan, book: ScheduleStore) -> None:
-        self.plan, self.book = plan, book
+    def __init__(self, plan: Plan, store: ScheduleStore) -> None:
+        self.plan, self.store = plan, store
         self.config = str(plan.config)
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._child: subprocess.Popen[bytes] | None = None
 
-    def left(self) -> Run | None:
-        """The last run, if it was cut or stopped, and may go on now."""
-        last = self.book.runs(self.config, RESUMES + 1)
-        open_ones = [run for run in last if run.state in ("running", "cut", "stopped")]
-        return last[0] if last and last[0] in open_ones and len(open_ones) <= RESUMES else None
+    def interrupted(self) -> Run | None:
+        """Return the last run if it was interrupted or stopped, and may resume now."""
+        last = self.store.runs(self.config, RESUMES + 1)
+        unfinished = [run for run in last if run.state in ("running", "cut", "stopped")]
+        return last[0] if last and last[0] in unfinished and len(unfinished) <= RESUMES else None
 
     def fire(self) -> None:
-        """One run from beginning to end. Nothing is raised: whatever goes wrong is told, and the next time comes."""
+        """Start a run and wait for its end. Errors are logged, not raised, so that the schedule continues."""
         try:
             with self._held() as handle:
                 if handle is not None:
@@ -111,29 +114,32 @@ class Runner:
             log.error("no run: %s", error)
 
     def stop(self, number: int) -> None:
-        """Begin no run any more; pass the signal to the one under way."""
+        """Start no more runs, and forward the signal to the active one."""
         with self._lock:
             self._stopping.set()
             if self._child is not None:
-                log.info("passing %s to the run under way, and waiting for its end", signal.Signals(number).name)
+                log.info("forwarding %s to the active run, and waiting for its end", signal.Signals(number).name)
                 self._child.send_signal(number)
 
     @contextmanager
     def _held(self) -> Iterator[int | None]:
-        """The lock of the run, which the child shares; None where a child that outlived its scheduler had it, whose end was waited for."""
-        handle = os.open(self.book.lock(self.config, "run"), os.O_RDWR | os.O_CREAT, 0o644)
+        """Hold the run's lock, which the child inherits. Yields its file descriptor.
+
+        Yields None after waiting for a run that outlived its scheduler and held the lock.
+        """
+        handle = os.open(self.store.lock(self.config, "run"), os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            until = time.monotonic() + PEEK_S
-            while not (free := _try_lock(handle)) and time.monotonic() < until:
+            deadline = time.monotonic() + PEEK_S
+            while not (free := _try_lock(handle)) and time.monotonic() < deadline:
                 time.sleep(0.05)
             if not free:
-                log.warning("a run that outlived its scheduler is still under way: its end is waited for")
+                log.warning("a run that outlived its scheduler is still active; waiting for its end")
                 while not free and not self._stopping.wait(0.2):
                     free = _try_lock(handle)
-                last = self.book.runs(self.config, 1)
+                last = self.store.runs(self.config, 1)
                 if free and last and last[0].state == "running":
-                    self.book.end(last[0].id, "unseen", None)
-                    log.info("it has ended; what became of it its log tells: %s", last[0].log)
+                    self.store.end(last[0].id, "unseen", None)
+                    log.info("it has ended; its log says how: %s", last[0].log)
                 yield None
             else:
                 yield handle
@@ -141,20 +147,20 @@ class Runner:
             os.close(handle)
 
     def _run(self, handle: int) -> None:
-        left = self.left() if self.plan.resume else None
-        for run in self.book.runs(self.config, 1):
+        interrupted = self.interrupted() if self.plan.resume else None
+        for run in self.store.runs(self.config, 1):
             if run.state == "running":
-                self.book.cut(run.id)
-        code = self._once(handle, resume=left is not None)
-        if left is not None and code == NOTHING_LEFT and not self._stopping.is_set():
-            log.info("there was nothing to go on with: a run begins anew")
+                self.store.cut(run.id)
+        code = self._once(handle, resume=interrupted is not None)
+        if interrupted is not None and code == NOTHING_LEFT and not self._stopping.is_set():
+            log.info("there was nothing to resume; a new run starts")
             self._once(handle, resume=False)
 
     def _once(self, handle: int, *, resume: bool) -> int | None:
-        """The exit code, None where the scheduler was to stop before the run began."""
-        began = time.monotonic()
-        path = self.book.folder / f"{self.plan.config.stem}-{datetime.now(self.plan.zone):%Y%m%d-%H%M%S-%f}.log"
-        number = self.book.begin(self.config, path, self.plan.keep)
+        """Start the command and return its exit code; None if the scheduler stops before."""
+        start = time.monotonic()
+        path = self.store.folder / f"{self.plan.config.stem}-{datetime.now(self.plan.zone):%Y%m%d-%H%M%S-%f}.log"
+        number = self.store.begin(self.config, path, self.plan.keep)
         command = [*self.plan.command, self.config, *(["--resume"] if resume else [])]
         state, code = "ended", None
         try:
@@ -162,7 +168,7 @@ class Runner:
                 if self._stopping.is_set():
                     state = "stopped"
                     return None
-                # A group of its own: a terminal's Ctrl-C reaches it through `stop` only, as SIGTERM does.
+                # In a separate process group, so that a terminal's Ctrl-C reaches it through `stop` only, as SIGTERM does.
                 self._child = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -171,31 +177,33 @@ class Runner:
                     start_new_session=True,
                     pass_fds=[handle],
                 )
-            log.info("%s %s: process %d, log %s", "goes on" if resume else "begins", self._now(), self._child.pid, path)
+            log.info(
+                "%s %s: process %d, log %s", "resumed" if resume else "started", self._now(), self._child.pid, path
+            )
             code = self._child.wait()
             if self._stopping.is_set() and code not in DECIDED:
                 state = "stopped"
         finally:
             with self._lock:
                 self._child = None
-            self.book.end(number, state, code)
-        told = self.book.runs(self.config, 1)[0].words(own=tuple(self.plan.command) == RETRAIN)
-        log.info("ended %s, after %s: %s", self._now(), timedelta(seconds=round(time.monotonic() - began)), told)
+            self.store.end(number, state, code)
+        result = self.store.runs(self.config, 1)[0].words(is_retrain=tuple(self.plan.command) == RETRAIN)
+        log.info("ended %s, after %s: %s", self._now(), timedelta(seconds=round(time.monotonic() - start)), result)
         return code
 
     def _now(self) -> str:
         return f"{datetime.now(self.plan.zone):%Y-%m-%d %H:%M:%S}"
 
 
-def _scheduler(plan: Plan, book: ScheduleStore, runner: Runner) -> Any:
-    """APScheduler with the one job, due when the book says, or at once where a run is to go on."""
+def _scheduler(plan: Plan, store: ScheduleStore, runner: Runner) -> Any:
+    """Build the APScheduler with its one job, due at the stored time, or at once if a run resumes."""
     from apscheduler.events import EVENT_JOB_MAX_INSTANCES, EVENT_JOB_MISSED, EVENT_JOB_SUBMITTED
     from apscheduler.schedulers.background import BackgroundScheduler
 
-    config, due = str(plan.config), _due(plan, book, runner)
+    config, due = str(plan.config), _due(plan, store, runner)
     command = "" if tuple(plan.command) == RETRAIN else shlex.join(plan.command)
-    book.write(Schedule(config, plan.cron, str(plan.zone), command, due, os.getpid()))
-    logging.getLogger("apscheduler").setLevel(logging.CRITICAL)  # what it has to say is said here, in words
+    store.write(Schedule(config, plan.cron, str(plan.zone), command, due, os.getpid()))
+    logging.getLogger("apscheduler").setLevel(logging.CRITICAL)  # `note` logs its events in plain text
     scheduler = BackgroundScheduler(timezone=UTC)
 
     def note(event: Any) -> None:
@@ -204,12 +212,12 @@ def _scheduler(plan: Plan, book: ScheduleStore, runner: Runner) -> Any:
         late = [event.scheduled_run_time] if event.code == EVENT_JOB_MISSED else event.scheduled_run_times
         times = ", ".join(f"{when.astimezone(plan.zone):%Y-%m-%d %H:%M:%S}" for when in late)
         if event.code == EVENT_JOB_MISSED:
-            log.warning("the run of %s is left out: it is more than %g s late", times, plan.grace)
+            log.warning("the run of %s is skipped: it is more than %g s late", times, plan.grace)
         elif event.code == EVENT_JOB_MAX_INSTANCES:
-            log.warning("the run of %s is left out: the one before is still under way", times)
+            log.warning("the run of %s is skipped: the previous one is still active", times)
         job = scheduler.get_job("retrain")
         if event.code != EVENT_JOB_MISSED:
-            book.is_due(config, job.next_run_time if job else None)
+            store.is_due(config, job.next_run_time if job else None)
 
     scheduler.add_listener(note, EVENT_JOB_SUBMITTED | EVENT_JOB_MISSED | EVENT_JOB_MAX_INSTANCES)
     grace = None if plan.grace is None else max(1, round(plan.grace))
@@ -226,24 +234,26 @@ def _scheduler(plan: Plan, book: ScheduleStore, runner: Runner) -> Any:
     return scheduler
 
 
-def _due(plan: Plan, book: ScheduleStore, runner: Runner) -> datetime | None:
-    """When the first run is due: at once where one was cut, at the time that the book has where that is of this cron, else as cron says."""
+def _due(plan: Plan, store: ScheduleStore, runner: Runner) -> datetime | None:
+    """Return when the first run is due: at once to resume one, else at the stored time if it is of this cron, else by the cron."""
     now = datetime.now(UTC)
-    known = next((one for one in book.schedules() if one.config == str(plan.config)), None)
-    left = runner.left()
-    if book.alive(str(plan.config), "run"):
-        return now  # a run without its scheduler: firing waits for its end
-    if left is not None and plan.resume:
+    stored = next((one for one in store.schedules() if one.config == str(plan.config)), None)
+    interrupted = runner.interrupted()
+    if store.alive(str(plan.config), "run"):
+        return now  # a run outlived its scheduler: `fire` waits for its end
+    if interrupted is not None and plan.resume:
         log.warning(
-            "the run of %s was %s: it goes on at once",
-            f"{left.began.astimezone(plan.zone):%Y-%m-%d %H:%M:%S}",
-            "stopped with its scheduler" if left.state == "stopped" else "cut short",
+            "the run of %s was %s; it resumes now",
+            f"{interrupted.began.astimezone(plan.zone):%Y-%m-%d %H:%M:%S}",
+            "stopped with its scheduler" if interrupted.state == "stopped" else "interrupted",
         )
         return now
-    if known is not None and known.due is not None and (known.cron, known.zone) == (plan.cron, str(plan.zone)):
-        due = known.due
+    if stored is not None and stored.due is not None and (stored.cron, stored.zone) == (plan.cron, str(plan.zone)):
+        due = stored.due
         if due <= now:
-            log.warning("a run was due on %s, while no scheduler ran", f"{due.astimezone(plan.zone):%Y-%m-%d %H:%M:%S}")
+            log.warning(
+                "a run was due on %s, when no scheduler was active", f"{due.astimezone(plan.zone):%Y-%m-%d %H:%M:%S}"
+            )
             return due
     due = plan.trigger.get_next_fire_time(None, now)
     log.info("%s: %s; next run %s", plan.config, plan.cron, f"{due.astimezone(plan.zone):%Y-%m-%d %H:%M:%S %Z}")
@@ -251,20 +261,19 @@ def _due(plan: Plan, book: ScheduleStore, runner: Runner) -> datetime | None:
 
 
 @contextmanager
-def _alone(plan: Plan, book: ScheduleStore) -> Iterator[None]:
-    path = book.lock(str(plan.config), "scheduler")
-    other = [one.process for one in book.schedules() if one.config == str(plan.config)]
-    taken = Taken(
-        f"{plan.config} has a scheduler already, process {other[0] if other else 'not known'}; it is left to that one"
-    )
-    until = time.monotonic() + PEEK_S
+def _alone(plan: Plan, store: ScheduleStore) -> Iterator[None]:
+    """Hold the lock of the config's scheduler. Taken if another process holds it."""
+    path = store.lock(str(plan.config), "scheduler")
+    other = [one.process for one in store.schedules() if one.config == str(plan.config)]
+    taken = Taken(f"{plan.config} already has a scheduler, process {other[0] if other else 'unknown'}; stop it first")
+    deadline = time.monotonic() + PEEK_S
     with ExitStack() as stack:
         while True:
             try:
                 stack.enter_context(locked(path, taken))
                 break
             except Taken:
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     raise
                 time.sleep(0.05)
         yield

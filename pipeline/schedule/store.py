@@ -1,7 +1,7 @@
-"""What schedules there are and what became of their runs, in one SQLite file.
+"""The schedule store: the schedules and the results of their runs, in one SQLite file.
 
-APScheduler's own store keeps pickled jobs, and loading those runs what whoever can write the file put in. Here are plain columns;
-APScheduler keeps its one job in memory and is told at each start when it is due.
+APScheduler's own store has pickled jobs, and unpickling runs code from anyone who can write the file. This one has plain columns;
+APScheduler has its one job in memory, and gets its next time from here at each start.
 """
 
 import hashlib
@@ -17,20 +17,20 @@ from refract.pipeline.files import locked
 
 FILE = "schedule.db"
 LOCAL = "local"
-"""How the machine's own time zone is called where it has no name."""
+"""The name of the machine's time zone if it has none."""
 RESULTS = {
     0: "promoted, or nothing had changed",
-    2: "its config cannot be used, or another night of the model is under way",
+    2: "its config cannot be used, or another run of the model is in progress",
     10: "trained, not promoted",
     20: "data refused",
     30: "failed",
     75: "stopped",
     130: "interrupted",
 }
-"""What the exit codes of `refract retrain` mean, and of another --command those of a process that was asked to stop."""
+"""Exit code of `refract retrain` → its meaning."""
 
 DECIDED = (0, 10, 20)
-"""Exit codes after which there is nothing left to go on with."""
+"""Exit codes of runs that cannot be resumed."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS schedules (config TEXT PRIMARY KEY, cron TEXT, zone TEXT, command TEXT, due TEXT, process INTEGER);
@@ -39,16 +39,17 @@ CREATE TABLE IF NOT EXISTS runs (id INTEGER PRIMARY KEY, config TEXT, began TEXT
 
 
 class ScheduleError(RuntimeError):
-    """The schedule's file cannot be used; the message says which and why."""
+    """The store's file cannot be used. The message says which and why."""
 
 
 class Taken(ScheduleError):
-    """Another process holds what was to be held."""
+    """Another process holds the lock."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """command: started instead of `refract retrain`, or empty; due: when next; process: the scheduler's, perhaps of the last one."""
+    """command: runs instead of `refract retrain`, or empty; due: time of the next run; process: ID of the scheduler's process, perhaps
+    ended."""
 
     config: str
     cron: str
@@ -60,7 +61,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Run:
-    """state: running, ended, stopped (with its scheduler), cut (its scheduler ended and it too), unseen (it ended, without a scheduler)."""
+    """state: running, ended, stopped (with its scheduler), cut (killed with its scheduler), or unseen (it ended without a scheduler)."""
 
     id: int
     began: datetime
@@ -69,23 +70,21 @@ class Run:
     state: str
     log: str
 
-    def words(self, *, own: bool = True) -> str:
-        """What became of it. own: whether it was `refract retrain`, whose exit codes are known."""
+    def words(self, *, is_retrain: bool = True) -> str:
+        """Describe the result. is_retrain: whether the command is `refract retrain`, whose exit codes have a meaning."""
         if self.state in ("running", "cut", "unseen"):
-            return {"running": "under way", "cut": "cut short", "unseen": "ended while no scheduler watched"}[
-                self.state
-            ]
+            return {"running": "in progress", "cut": "interrupted", "unseen": "ended without a scheduler"}[self.state]
         if self.code is None:
-            return "stopped before it began" if self.state == "stopped" else "could not be started"
+            return "stopped before its start" if self.state == "stopped" else "could not be started"
         if self.code < 0:
             killed = f"ended by {signal.Signals(-self.code).name}"
             return f"{killed}, with its scheduler" if self.state == "stopped" else killed
-        known = RESULTS.get(self.code) if own else {0: "done"}.get(self.code)
-        return f"{known} (exit code {self.code})" if known else f"exit code {self.code}"
+        meaning = RESULTS.get(self.code) if is_retrain else {0: "done"}.get(self.code)
+        return f"{meaning} (exit code {self.code})" if meaning else f"exit code {self.code}"
 
 
 class ScheduleStore:
-    """The file in `folder`, which is made. Each call is a transaction of its own: several schedulers may write."""
+    """The SQLite file in `folder`, which is created. Each call is one transaction, so that several schedulers can write."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -111,7 +110,7 @@ class ScheduleStore:
             database.execute("INSERT OR REPLACE INTO schedules VALUES (?, ?, ?, ?, ?, ?)", values)
 
     def forget(self, config: str) -> None:
-        """Leave the schedule and its runs out from now on; their logs stay."""
+        """Delete the schedule and its runs, but not their logs."""
         with self._open() as database:
             database.execute("DELETE FROM schedules WHERE config = ?", [config])
             database.execute("DELETE FROM runs WHERE config = ?", [config])
@@ -121,7 +120,7 @@ class ScheduleStore:
             database.execute("UPDATE schedules SET due = ? WHERE config = ?", [_text(due), config])
 
     def runs(self, config: str, count: int) -> list[Run]:
-        """The newest first."""
+        """Return the last `count` runs, newest first."""
         with self._open() as database:
             rows = database.execute(
                 "SELECT id, began, ended, code, state, log FROM runs WHERE config = ? ORDER BY id DESC LIMIT ?",
@@ -130,7 +129,7 @@ class ScheduleStore:
             return [Run(row[0], datetime.fromisoformat(row[1]), _time(row[2]), *row[3:]) for row in rows]
 
     def begin(self, config: str, log: Path, keep: int) -> int:
-        """A new run's number. Of the config's runs `keep` stay, with their logs."""
+        """Add a run and return its number. Of the config's runs the newest `keep` stay, with their logs."""
         with self._open() as database:
             old = database.execute(
                 "SELECT id, log FROM runs WHERE config = ? ORDER BY id DESC LIMIT -1 OFFSET ?", [config, keep - 1]
@@ -151,16 +150,17 @@ class ScheduleStore:
             database.execute("UPDATE runs SET ended = ?, code = ?, state = ? WHERE id = ?", values)
 
     def cut(self, number: int) -> None:
-        """When a run was cut, nobody knows."""
+        """Record that the run was interrupted, at an unknown time."""
         with self._open() as database:
             database.execute("UPDATE runs SET state = 'cut' WHERE id = ?", [number])
 
-    def lock(self, config: str, what: str) -> Path:
-        """The file that a config's `scheduler` holds, or its `run`."""
-        return self.folder / f"{Path(config).stem}-{hashlib.sha256(config.encode()).hexdigest()[:8]}.{what}.lock"
+    def lock(self, config: str, holder: str) -> Path:
+        """Return the lock file of a config. holder: `scheduler` or `run`."""
+        return self.folder / f"{Path(config).stem}-{hashlib.sha256(config.encode()).hexdigest()[:8]}.{holder}.lock"
 
-    def alive(self, config: str, what: str) -> bool:
-        path = self.lock(config, what)
+    def alive(self, config: str, holder: str) -> bool:
+        """Whether a process holds the lock. holder: `scheduler` or `run`."""
+        path = self.lock(config, holder)
         if not path.exists():
             return False
         try:

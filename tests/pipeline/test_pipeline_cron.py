@@ -42,7 +42,7 @@ def test_five_fields_mean_what_cron_means_by_them(text: str, expected: list[str]
     assert fires(text, "UTC", "2026-11-21T22:30", len(expected)) == expected
 
 
-def test_a_night_with_an_hour_more_or_less_has_one_run() -> None:
+def test_a_day_with_a_repeated_or_skipped_hour_has_one_run() -> None:
     assert fires("30 2 * * *", "Europe/Berlin", "2026-10-24T12:00", 2) == [
         "10-25 02:30 Sun CEST",
         "10-26 02:30 Mon CET",
@@ -62,13 +62,13 @@ def test_a_night_with_an_hour_more_or_less_has_one_run() -> None:
         ("0 2 * *", "it has 4 fields"),
         ("@daily", "it has 1 fields"),
         ("", "it has 0 fields"),
-        ("0 2 last * *", "'last' is no day"),
-        ("0 2 * * 8", "'8' is no day of the week"),
-        ("0 2 * * fri-mon", "'fri-mon' is no span"),
-        ("0 2 * * 1/0", "'1/0' is no span"),
+        ("0 2 last * *", "'last' is not a valid day"),
+        ("0 2 * * 8", "'8' is not a day of the week"),
+        ("0 2 * * fri-mon", "'fri-mon' is not a range"),
+        ("0 2 * * 1/0", "'1/0' is not a range"),
         ("*/0 2 * * *", "Increment must be higher than 0"),
         ("0 2 * foo *", "foo"),
-        ("0 2 31 2 *", "never comes"),
+        ("0 2 31 2 *", "never fires"),
     ],
 )
 def test_what_is_no_cron_is_told(text: str, told: str) -> None:
