@@ -1,1 +1,1 @@
-"""Drift: whether new data are still of the kind that a classifier was measured on. `profile` tells of data, `compare` of two profiles."""
+"""Drift: whether new data differ from those that a classifier was evaluated on. `profile` describes data, `compare` two profiles."""

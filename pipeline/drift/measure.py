@@ -1,4 +1,4 @@
-"""From a bundle and new data to their drift: what the command and a step of a flow call."""
+"""Measure the drift of new data from a bundle's reference, for `refract drift` and retraining."""
 
 import logging
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measured:
-    """bad: path → why it could not be read; seen: the new samples with their predictions, None where they are rows of a log."""
+    """bad: path → why it could not be read; seen: the new samples with their predictions, None for rows of a server's log."""
 
     drift: Drift
     report: Report
@@ -31,11 +31,11 @@ class Measured:
 
 
 def reference_of(classifier: Classifier, preprocess: Any, manifest: Any, **kinds: Any) -> Profile:
-    """What goes into a bundle: the profile of at most MOST_IMAGES of the hold-out, filled up from validation.
+    """Build the reference of a bundle: the profile of at most MOST_IMAGES samples of the test set, filled up from validation.
 
-    Not of the training images: those a network has fitted, so that their features and confidences lie apart from those of any image
-    that it has not seen, and data of the very same kind would drift. Validation has chosen the epoch and the temperature, which is much
-    less; the hold-out nothing. kinds: task, labels, temperature, thresholds.
+    Training samples are excluded: a network has fitted them, so their features and confidences differ from those of all other images,
+    and data of the same distribution would seem to drift. Validation only chose the epoch and the temperature, the test set nothing.
+    kinds: task, labels, temperature, thresholds.
     """
     held = NewData(manifest.of("test"), None).drawn(MOST_IMAGES).samples
     chosen = held + NewData(manifest.of("val"), None).drawn(max(1, MOST_IMAGES - len(held))).samples
@@ -54,10 +54,10 @@ def measure_drift(
     images: int = MOST,
     unlabelled: bool = False,
 ) -> Measured:
-    """The drift of data (see `read_data`, or a server's sampled log) from the bundle's reference, or from that of other data.
+    """Measure the drift of data (see `read_data`, or a server's sampled inputs) from the bundle's reference, or from other data.
 
-    reference: images that the bundle did not learn from; of its own training data the hold-out is taken. images: that are looked at,
-    0 for all. DataError, or BundleError.
+    reference: data that the bundle was not trained on; of its training data the test set is used. images: the largest number of
+    samples, drawn at random; 0 for all. DataError or BundleError for unusable input.
     """
     from refract.pipeline.inference.scoring import preprocess_of
 
@@ -74,27 +74,27 @@ def measure_drift(
         base = Profile.from_bytes(stored, info.labels, multilabel=multilabel)
     else:
         raise DataError(
-            f"{bundle.path}: holds no reference, as it was written by an older version or by hand; name images like those that it was "
-            "trained on, but held out: --reference DATA"
+            f"{bundle.path}: the bundle has no reference; an older version wrote it, or a user. Add --reference DATA, with data like "
+            "its training data, but held out"
         )
-    facts = {"bundle": f"{info.name} ({bundle.digest[:12]})", "reference": reference or "the bundle's own hold-out"}
+    facts = {"bundle": f"{info.name} ({bundle.digest[:12]})", "reference": reference or "the bundle's own test set"}
     if is_log(Path(data)):
-        new, kept, others = read_log(Path(data), info, bundle.digest)
+        new, stored_images, others = read_log(Path(data), info, bundle.digest)
         if others:
-            log.warning("%s: %d rows are answers of other models, and left out", data, others)
-        shown = profile(classifier, preprocess, kept, **kinds) if kept else None
+            log.warning("%s: skipped %d rows of other models", data, others)
+        shown = profile(classifier, preprocess, stored_images, **kinds) if stored_images else None
     else:
-        asked = read_data(data, info.labels, multilabel=multilabel, unlabelled=unlabelled)
-        drawn = asked.drawn(images)
-        facts["new data"] = f"{len(drawn.samples):,} of {len(asked.samples):,} samples of {data}"
+        all_data = read_data(data, info.labels, multilabel=multilabel, unlabelled=unlabelled)
+        drawn = all_data.drawn(images)
+        facts["new data"] = f"{len(drawn.samples):,} of {len(all_data.samples):,} samples of {data}"
         shown = profile(classifier, preprocess, drawn.samples, drawn.names, **kinds)
         new = shown.profile
     bad = shown.bad if shown else {}
     if new.count < FEWEST or base.count < FEWEST:
-        why = f" ({len(bad)} cannot be read, as {next(iter(bad))}: {next(iter(bad.values()))})" if bad else ""
-        hint = "; name a larger one by --reference" if base.count < FEWEST else ""
+        why = f" ({len(bad)} cannot be read, such as {next(iter(bad))}: {next(iter(bad.values()))})" if bad else ""
+        hint = "; name a larger one with --reference" if base.count < FEWEST else ""
         raise DataError(
-            f"{data}: {new.count} new samples{why} and {base.count} of the reference; {FEWEST} of each are needed to tell anything{hint}"
+            f"{data}: {new.count} new samples{why} and {base.count} of the reference; {FEWEST} of each are needed{hint}"
         )
     drift = compare(base, new, test=test, thresholds=thresholds)
     title = f"Drift of {data} from {info.name}"
@@ -109,29 +109,29 @@ def measure_drift(
 
 
 def _reference_data(info: Any, source: str, multilabel: bool) -> NewData:
-    """The data, and of those that the bundle was trained on what was held out."""
+    """Read the reference data; of data that the bundle was trained on, only the held-out samples."""
     from refract.pipeline.data.manifest import load_manifest
     from refract.pipeline.data.prepare import held_out
 
-    found = read_data(source, info.labels, multilabel=multilabel)
-    if found.names is None or not {name for row in found.names for name in row} <= set(info.labels) or not info.config:
-        return found
+    data = read_data(source, info.labels, multilabel=multilabel)
+    if data.names is None or not {name for row in data.names for name in row} <= set(info.labels) or not info.config:
+        return data
     try:
         manifest = load_manifest(source, info.task if info.task == "multilabel" else "multiclass")
-    except DataError:  # as of one class
-        return found
+    except DataError:  # for example data of one class
+        return data
     manifest = manifest if "test" in manifest.splits() else held_out(info, manifest)
     samples: list[Sample] = [sample for sample in manifest.samples if sample.split in ("test", "val")]
     if not samples:
-        return found
+        return data
     return NewData(samples, [tuple(manifest.labels[i] for i in sample.labels) for sample in samples])
 
 
 def _unsure(base: Profile, shown: Seen | None) -> dict[str, list[dict[str, str]]]:
-    """The images that a server kept, those that are farthest from the reference first."""
-    title = "Images of low confidence that the server kept"
+    """Build a gallery of the images that a server stored, the farthest from the reference first."""
+    title = "Images of low confidence that the server stored"
     if shown is None or base.features is None or shown.profile.features is None:
         return {title: []}
     distances, usual = far_from(base.features, shown.profile.features)
-    places = (-distances).argsort(kind="stable")[:SHOWN].tolist()
-    return {title: furthest_images(shown.samples, distances, usual, places, shown.probabilities, base.labels)}
+    indices = (-distances).argsort(kind="stable")[:SHOWN].tolist()
+    return {title: furthest_images(shown.samples, distances, usual, indices, shown.probabilities, base.labels)}

@@ -1,4 +1,4 @@
-"""What is to be compared: images with labels or without, of any classes, as a data set that is to be trained on could not be."""
+"""Read new data for a comparison: images or texts of any classes, with or without labels, also where training would refuse them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,41 +15,41 @@ from refract.pipeline.data.sources.folders import label_of, split_of, unreadable
 from refract.pipeline.data.sources.tables import is_table, read_table
 
 MOST = 2000
-"""Images that are looked at, drawn from all: enough to tell small drift, and a night's data cost no more than a minute's."""
+"""The largest number of samples, drawn at random: enough to detect small drift, and a bound on the time for large data."""
 
 
 class NewData(NamedTuple):
-    """names: of each sample's classes, None where they have none that the bundle could know."""
+    """names: the class names of each sample, None without labels that the bundle could know."""
 
     samples: list[Sample]
     names: list[tuple[str, ...]] | None
 
     def drawn(self, count: int, seed: int = 0) -> "NewData":
-        """At most so many of them, at random; 0 for all."""
+        """Return at most `count` samples, drawn at random; 0 for all."""
         if not 0 < count < len(self.samples):
             return self
-        places = np.sort(np.random.default_rng(seed).permutation(len(self.samples))[:count]).tolist()
-        names = None if self.names is None else [self.names[i] for i in places]
-        return NewData([self.samples[i] for i in places], names)
+        indices = np.sort(np.random.default_rng(seed).permutation(len(self.samples))[:count]).tolist()
+        names = None if self.names is None else [self.names[i] for i in indices]
+        return NewData([self.samples[i] for i in indices], names)
 
 
 def read_data(source: str, labels: Sequence[str], *, multilabel: bool, unlabelled: bool = False) -> NewData:
-    """`digits`, a folder of images, one with CLASS/… or SPLIT/CLASS/…, or a CSV or Parquet table with `path` or `text`, perhaps `label`.
+    """Read `digits`, a folder of images, one with CLASS/… or SPLIT/CLASS/…, or a table with `path` or `text`, perhaps `label`.
 
-    The folders of a folder are classes where at least one is named as one of `labels`. unlabelled: never. DataError.
+    Subfolders are classes if at least one has the name of a label in `labels`. unlabelled: they never are. DataError for unusable data.
     """
     path = Path(source)
     if path.is_dir():
-        found = _of_folder(path, labels, unlabelled or multilabel)
+        data = _from_folder(path, labels, unlabelled or multilabel)
     elif is_table(path):
-        found = _of_table(path, multilabel)
+        data = _from_table(path, multilabel)
     else:
-        manifest = load_manifest(source)  # digits, or says what is wrong
-        found = NewData(list(manifest.samples), [tuple(manifest.labels[i] for i in s.labels) for s in manifest.samples])
-    return found._replace(names=None) if unlabelled else found
+        manifest = load_manifest(source)  # digits; DataError for anything else
+        data = NewData(list(manifest.samples), [tuple(manifest.labels[i] for i in s.labels) for s in manifest.samples])
+    return data._replace(names=None) if unlabelled else data
 
 
-def _of_folder(root: Path, labels: Sequence[str], unlabelled: bool) -> NewData:
+def _from_folder(root: Path, labels: Sequence[str], unlabelled: bool) -> NewData:
     try:
         files = walk(root).images
     except OSError as error:
@@ -70,7 +70,7 @@ def _of_folder(root: Path, labels: Sequence[str], unlabelled: bool) -> NewData:
     return NewData(samples, [(known.get(name, name),) for name in names])
 
 
-def _of_table(path: Path, multilabel: bool) -> NewData:
+def _from_table(path: Path, multilabel: bool) -> NewData:
     table = read_table(path)
     if not {"path", "text"} & {*table.columns}:
         raise table.lacks("path", "text", needed="path and/or text[,label]")
@@ -83,9 +83,9 @@ def _of_table(path: Path, multilabel: bool) -> NewData:
         )
         for row, (file, text) in enumerate(zip(table.texts("path"), table.texts("text"), strict=True), start=2)
     ]
-    nothing = [row for row, sample in enumerate(samples) if not sample.has_image and not trimmed(sample.text)]
-    if nothing:
-        raise DataError(f"{table.where(nothing[0])}: neither a path nor a text ({len(nothing)} such rows)")
+    empty = [row for row, sample in enumerate(samples) if not sample.has_image and not trimmed(sample.text)]
+    if empty:
+        raise DataError(f"{table.where(empty[0])}: neither a path nor a text ({len(empty)} such rows)")
     truths = table.texts("label")
     if not any(label.strip() for label in truths):
         return NewData(samples, None)

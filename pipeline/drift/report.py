@@ -1,4 +1,4 @@
-"""The report of a drift: what was compared, how both sides are distributed, the images that drifted most."""
+"""The drift report: the checks, the distributions of both data sets, and the images that drifted most."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def make_drift_report(
     probabilities: np.ndarray | None = None,
     galleries: Mapping[str, list[dict[str, str]]] | None = None,
 ) -> Report:
-    """samples, probabilities: of the new data, in the profile's order, where there are images to show. galleries: further ones."""
+    """Build the report. samples, probabilities: of the new data, in the profile's order, for the gallery; galleries: further galleries."""
     numbers = {"facts": dict(facts), **drift.to_dict()}
     numbers["furthest"] = [
         {"path": samples[i].path, "distance": float(drift.distances[i])}  # type: ignore[index]
@@ -36,7 +36,9 @@ def make_drift_report(
         shown[name] = figures.two_histograms(reference.statistics[name], new.statistics[name], name)
     if reference.classes is not None and new.classes is not None:
         known = [*reference.classes, *(label for label in new.classes if label not in reference.classes)]
-        before, after = (np.array([own.get(label, 0) for label in known]) for own in (reference.classes, new.classes))
+        before, after = (
+            np.array([counts.get(label, 0) for label in known]) for counts in (reference.classes, new.classes)
+        )
         shown["labels of the data"] = figures.two_fractions(before, after, known, CLASSES_SHOWN)
     shown["answers"] = figures.two_fractions(reference.answered, new.answered, reference.labels, CLASSES_SHOWN)
     images: dict[str, list[dict[str, str]]] = {}
@@ -51,14 +53,14 @@ def furthest_images(
     samples: Sequence[Sample],
     distances: np.ndarray,
     usual: float,
-    places: Sequence[int],
+    indices: Sequence[int],
     probabilities: np.ndarray | None,
     labels: Sequence[str],
 ) -> list[dict[str, str]]:
-    """A gallery's rows; of texts alone the text."""
+    """Build the rows of a gallery; a sample without an image is shown by its text."""
     rows = []
-    for i in places:
-        far = f"{distances[i] / usual:.2f} of the usual most" if usual else f"distance {distances[i]:.3g}"
+    for i in indices:
+        far = f"{distances[i] / usual:.2f} × the usual maximum" if usual else f"distance {distances[i]:.3g}"
         if probabilities is not None:
             best = int(probabilities[i].argmax())
             far = f"{labels[best]} {probabilities[i, best]:.0%}; {far}"

@@ -1,6 +1,6 @@
-"""Tests of whether two samples are of one kind, and how far they are apart. Arrays in, numbers out; knows nothing of images.
+"""Two-sample tests: whether two samples have one distribution, and how far apart they are. Pure functions of arrays.
 
-Each gives a `Found`: a distance that has a meaning of its own, what chance alone makes of it where nothing differs, and a p-value.
+Each returns a `Found`: an interpretable distance, its mean by chance alone if the distributions are equal, and a p-value.
 """
 
 from typing import NamedTuple
@@ -8,20 +8,20 @@ from typing import NamedTuple
 import numpy as np
 
 PERMUTATIONS = 2000
-"""So that the smallest p-value, 1 / 2001, is still below 0.01 when Holm multiplies it by a dozen tests."""
+"""The number of permutations: Holm over a dozen tests leaves the smallest p-value, 1 / 2001, below 0.01."""
 
 MOST = 1000
-"""Rows of each sample in `mmd` and `classifier`: a kernel of 2,000² numbers takes a second."""
+"""The largest number of rows of each sample in `mmd` and `classifier`: a kernel of 2,000² numbers takes a second."""
 
 SMOOTHING = 0.5
-"""Added to each count in `psi`: an empty bin would make it infinite. Half an image: Jeffreys' prior of a multinomial."""
+"""The addend to each count in `psi`, as an empty bin would make it infinite. 0.5 is Jeffreys' prior of a multinomial."""
 
 EXPECTED = 5.0
-"""The expected count below which the χ² distribution is not trusted for a table (Cochran 1954), and tables are drawn instead."""
+"""The expected count below which `counts` draws random tables, as the χ² approximation fails there (Cochran 1954)."""
 
 
 class Found(NamedTuple):
-    """value: the distance; chance: its mean where both samples are of one kind; p: how often chance alone gives as much."""
+    """value: the distance; chance: its mean for equal distributions; p: the probability of at least this distance by chance."""
 
     value: float
     chance: float
@@ -29,11 +29,11 @@ class Found(NamedTuple):
 
 
 def mmd(x: np.ndarray, y: np.ndarray, *, seed: int = 0, permutations: int = PERMUTATIONS) -> Found:
-    """The squared maximum mean discrepancy of x (m, d) and y (n, d), at most MOST rows of each, unbiased, so that chance gives 0.
+    """Return the squared maximum mean discrepancy of x (m, d) and y (n, d), of at most MOST rows each. Unbiased, so that chance is 0.
 
     With k(a, b) = exp(−‖a − b‖² / 2σ²), σ the median distance between different rows of both together:
     Σ_{i≠j} k(xᵢ, xⱼ) / m(m−1) + Σ_{i≠j} k(yᵢ, yⱼ) / n(n−1) − 2 Σᵢⱼ k(xᵢ, yⱼ) / mn.
-    p: the share of `permutations` of the rows that give at least as much, the given one counted among them, so never 0 and exact.
+    p: the fraction of `permutations` of the rows with at least this value, including the observed one, so that p is exact and above 0.
     Source: Gretton et al. 2012, "A kernel two-sample test", JMLR 13, lemma 6 (the estimate) and section 8 (the median).
     """
     rng = np.random.default_rng(seed)
@@ -45,28 +45,28 @@ def mmd(x: np.ndarray, y: np.ndarray, *, seed: int = 0, permutations: int = PERM
     inside[0, :m] = 1
     for row in inside[1:]:
         row[rng.permutation(m + n)[:m]] = 1
-    # Of x's rows: the kernel within them, and to all. What is left of the whole is within y, and what is between counts twice.
+    # Sums of the kernel: within x, and from x to all rows. The rest of the total is within y; pairs between x and y count twice.
     within_x = np.einsum("ij,ij->i", inside @ kernel, inside, dtype=np.float64)
     of_x = inside.astype(np.float64) @ kernel.sum(axis=1, dtype=np.float64)
     between = of_x - within_x
     within_y = kernel.sum(dtype=np.float64) - 2 * between - within_x
     values = within_x / (m * (m - 1)) + within_y / (n * (n - 1)) - 2 * between / (m * n)
-    # One kernel summed in two orders differs in the last digits: what is equal must count as such.
+    # Sums of one kernel in two orders differ in the last digits, but must count as equal.
     at_least = int((values[1:] >= values[0] - 1e-7).sum())
     return Found(float(values[0]), 0.0, (1 + at_least) / (1 + permutations))
 
 
 def rbf(rows: np.ndarray) -> np.ndarray:
-    """The kernel of `mmd` between all rows, float32; of ones where all rows are equal."""
+    """Return the kernel of `mmd` between all rows, float32; all ones if all rows are equal."""
     squares = squared_distances(rows, rows)
     middle = float(np.median(squares[np.triu_indices(len(rows), 1)]))
-    if middle <= 0:  # more than half of the pairs are equal: the mean still tells the others apart
+    if middle <= 0:  # more than half of the pairs are equal: use the mean
         middle = float(squares.mean()) or 1.0
     return np.exp(-squares / (2 * middle))
 
 
 def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(len(a), len(b)) float32, at least 0. Rows are taken from their common mean, as large numbers with small differences lose digits."""
+    """Return (len(a), len(b)) float32 squared distances, at least 0. The mean is subtracted first, as large values lose digits."""
     centre = a.mean(axis=0, dtype=np.float64)
     a, b = ((rows - centre).astype(np.float32) for rows in (a, b))
     squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1)[None] - 2 * (a @ b.T)
@@ -74,10 +74,10 @@ def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def classifier(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Found:
-    """How often a logistic regression, fitted on half of the rows, tells of the other half which sample they are from.
+    """Return the accuracy of a logistic regression, fitted on half of the rows, in predicting the sample of each other row.
 
-    As many rows of each sample, so that chance gives 0.5; features are standardised by the half that is fitted. p: of the binomial
-    distribution, one-sided. Source: Lopez-Paz & Oquab 2017, "Revisiting classifier two-sample tests", arXiv:1610.06545, section 3.
+    Both samples have equally many rows, so that chance is 0.5. Features are standardised by the fitted half. p: one-sided, of the binomial
+    distribution. Source: Lopez-Paz & Oquab 2017, "Revisiting classifier two-sample tests", arXiv:1610.06545, section 3.
     Deviation: the exact binomial in place of its normal approximation.
     """
     from scipy.stats import binomtest
@@ -97,7 +97,7 @@ def classifier(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Found:
 
 
 def psi(expected: np.ndarray, actual: np.ndarray) -> float:
-    """The population stability index of two counts of the same bins: Σ (a − e) · ln(a / e), of shares with SMOOTHING in each bin.
+    """Return the population stability index of two counts of the same bins: Σ (a − e) · ln(a / e) of the fractions, with SMOOTHING.
 
     Symmetric, at least 0. Source: Siddiqi 2006, "Credit risk scorecards"; it is Jeffreys' divergence.
     """
@@ -106,10 +106,10 @@ def psi(expected: np.ndarray, actual: np.ndarray) -> float:
 
 
 def counts(expected: np.ndarray, actual: np.ndarray, *, seed: int = 0) -> Found:
-    """`psi` of two counts (C,) of the same classes, and the p of χ² for their being drawn alike. Classes that nobody has are left out.
+    """Return `psi` of two counts (C,) of the same classes, with the p-value of the χ² test. Classes with a count of 0 in both are excluded.
 
     chance: (C − 1) (1/m + 1/n), the mean of the index between samples of m and n (Yurdakul 2018, "Statistical properties of population
-    stability index", section 2). Where an expected count is below EXPECTED, p is from tables with the same sums, drawn at random.
+    stability index", section 2). If an expected count is below EXPECTED, p is computed from random tables with the same sums.
     """
     from scipy.stats import chi2_contingency
 
@@ -129,30 +129,30 @@ def counts(expected: np.ndarray, actual: np.ndarray, *, seed: int = 0) -> Found:
 
 
 def kolmogorov(x: np.ndarray, y: np.ndarray) -> Found:
-    """The largest distance between the two distribution functions, in 0…1, and the p of Kolmogorov and Smirnov's two-sample test.
+    """Return the largest distance between the two distribution functions, in [0, 1], with the p-value of the Kolmogorov-Smirnov test.
 
     chance: √(π/2) ln 2 · √(1/m + 1/n), the mean of Kolmogorov's distribution. With ties p is too large rather than too small.
     """
     from scipy.stats import ks_2samp
 
-    found = ks_2samp(x, y, method="auto")
+    result = ks_2samp(x, y, method="auto")
     chance = np.sqrt(np.pi / 2) * np.log(2) * np.sqrt(1 / len(x) + 1 / len(y))
-    return Found(float(found.statistic), float(chance), float(found.pvalue))
+    return Found(float(result.statistic), float(chance), float(result.pvalue))
 
 
 def holm(values: list[float]) -> list[float]:
-    """p-values of several tests such that the chance of any false one among those below α is at most α, whatever hangs together.
+    """Adjust the p-values of several, perhaps dependent tests: the probability of any false one below α is at most α.
 
     Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
     """
     order = np.argsort(values, kind="stable")
     adjusted, largest = [0.0] * len(values), 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[place]))
-        adjusted[place] = largest
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        adjusted[index] = largest
     return adjusted
 
 
 def at_most(rows: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` of the rows, drawn without replacement and in their order; all where there are no more."""
+    """Draw `count` of the rows without replacement, in their order; all rows if there are fewer."""
     return rows if len(rows) <= count else rows[np.sort(rng.permutation(len(rows))[:count])]

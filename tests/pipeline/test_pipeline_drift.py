@@ -150,7 +150,7 @@ def test_the_furthest_images_are_shown(bundle: Bundle, tmp_path: Path) -> None:
 def test_a_bundle_without_a_profile_asks_for_a_reference(bundle: Bundle, tmp_path: Path) -> None:
     old = load_bundle(without_reference(bundle, tmp_path / "old"))
     root = str(write_scenes(tmp_path / "new", 1000))
-    with pytest.raises(DataError, match="holds no reference.*--reference DATA"):
+    with pytest.raises(DataError, match="has no reference.*--reference DATA"):
         measure_drift(old, root)
     known = measure_drift(old, root, reference=bundle.info.data["source"])
     own = measure_drift(bundle, root)

@@ -228,7 +228,7 @@ def test_profiles_travel_and_what_is_none_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="does not fit its labels"):
         Profile.from_bytes(own.to_bytes(), ("a", "b"), multilabel=False)
-    with pytest.raises(ValueError, match="is no profile"):
+    with pytest.raises(ValueError, match="is not a profile"):
         Profile.from_bytes(b"nothing", LABELS, multilabel=False)
 
 
