@@ -24,27 +24,27 @@ def main(argv: list[str]) -> int:
 
 
 def _lab(args: argparse.Namespace) -> int:
-    known = experiments()
+    available = experiments()
     for name in args.name:
-        if name not in known:
+        if name not in available:
             from refract.augment.ops.base import nearest
 
-            raise ConfigError(f"no experiment {name!r}{nearest(name, known)}; experiments: {', '.join(known)}")
+            raise ConfigError(f"no experiment {name!r}{nearest(name, available)}; experiments: {', '.join(available)}")
     failed = []
-    for name in args.name or known:
+    for name in args.name or available:
         started = time.perf_counter()
-        outcome = known[name].run(args.seed)
-        print(f"{'holds' if outcome.holds else 'DOES NOT HOLD'}: {known[name].claim}")
+        outcome = available[name].run(args.seed)
+        print(f"{'holds' if outcome.holds else 'DOES NOT HOLD'}: {available[name].claim}")
         print(f"    {name}, {time.perf_counter() - started:.1f} s: {outcome.found}", flush=True)
         if not outcome.holds:
             failed.append(name)
         if args.plots is not None and outcome.curves:
-            _plot(args.plots / f"{name}.png", known[name].claim, outcome)
+            _plot(args.plots / f"{name}.png", available[name].claim, outcome)
     if args.plots is not None:
         print(f"plots in {args.plots}/")
     if failed:
         print(
-            f"{len(failed)} of {len(args.name or known)} claims did not hold with seed {args.seed}: {', '.join(failed)}"
+            f"{len(failed)} of {len(args.name or available)} claims did not hold with seed {args.seed}: {', '.join(failed)}"
         )
     return 1 if failed else 0
 

@@ -157,7 +157,7 @@ def _from_folder(root: Path, task: str) -> Manifest:
 
 
 def _from_table(path: Path, task: str) -> Manifest:
-    """Read the columns path (absolute, or relative to the manifest's folder), label (`a;b` for several labels), split and text; all other
+    """Read the columns path (absolute, or relative to the manifest's folder), label (`a;b` for two labels), split and text; all other
     columns are metadata."""
     table = read_table(path)
     missing = [column for column in ("path", "label") if column not in table.columns]
@@ -213,7 +213,7 @@ def _joined_note(labels: Sequence[str], hint: str) -> list[str]:
         ]
         if joined:
             return [
-                f"{joined[0]} looks like several labels of one image ({len(joined)} such labels); if so, write "
+                f"{joined[0]} looks like multiple labels of one image ({len(joined)} such labels); if so, write "
                 f"{';'.join(parts[joined[0]])}{hint}"
             ]
     return []

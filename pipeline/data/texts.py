@@ -10,7 +10,7 @@ from refract.pipeline.data.sources.tables import is_table, read_table
 def texts_of(file: Path, split: str) -> list[str]:
     """Return the texts that are not blank, in the manifest's order.
 
-    split: `train` (all texts of a manifest without splits) or `all`. DataError if there is no table, no column text, or no text.
+    split: `train` (all texts of a manifest without splits) or `all`. DataError for another kind of file, or a table without texts.
     """
     if not is_table(file):
         raise DataError(f"{file}: expected a CSV, TSV or Parquet file with a column text")

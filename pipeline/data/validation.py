@@ -22,8 +22,8 @@ class Scan:
     """The results of `scan`.
 
     hashes: sample key → SHA-256 of the inputs that the network reads, for each readable sample; groups: sample key → SHA-256 of the image,
-    or of the text if there is no image; difference_hashes: path → `difference_hash` of the image; bad: path of an unreadable image →
-    reason; remarks: path → remark on a decoded image, such as a repair.
+    or of the text of a sample without an image; difference_hashes: path → `difference_hash` of the image; bad: path of an unreadable
+    image → reason; remarks: path → remark on a decoded image, such as a repair.
     """
 
     hashes: dict[str, str]

@@ -116,17 +116,17 @@ def _standardised(luma: np.ndarray) -> np.ndarray:
     return rows / np.maximum(rows.std(axis=1, keepdims=True), 1e-6)
 
 
-def _nearest(known: np.ndarray, images: np.ndarray, truth: np.ndarray, count: int) -> np.ndarray:
+def _nearest(references: np.ndarray, images: np.ndarray, truth: np.ndarray, count: int) -> np.ndarray:
     """Return the matrix (class, class): fraction of the first class's images that are nearest to the mean of the second.
 
     An image does not contribute to the mean of its class that it is compared with.
     """
-    sums = np.stack([known[truth == k].sum(axis=0) for k in range(count)])
+    sums = np.stack([references[truth == k].sum(axis=0) for k in range(count)])
     sizes = np.bincount(truth, minlength=count)
     distances = np.empty((len(images), count))
     for k in range(count):
         in_class = (truth == k)[:, None]
-        means = np.where(in_class, (sums[k] - known) / (sizes[k] - 1), sums[k] / sizes[k])
+        means = np.where(in_class, (sums[k] - references) / (sizes[k] - 1), sums[k] / sizes[k])
         distances[:, k] = ((images - means) ** 2).sum(axis=1)
     nearest = distances.argmin(axis=1)
     return np.stack([np.bincount(nearest[truth == k], minlength=count) / sizes[k] for k in range(count)])

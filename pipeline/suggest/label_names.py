@@ -21,10 +21,10 @@ def are_signs(labels: Sequence[str]) -> bool:
 
 def exchanged_by_flip(labels: Sequence[str]) -> tuple[str, str] | None:
     """Return two names that differ only by a word of `_SIDES`, such as `turn left` and `turn right`, or None."""
-    known = {tuple(_words(label)): label for label in labels}
-    for words, label in known.items():
+    label_of = {tuple(_words(label)): label for label in labels}
+    for words, label in label_of.items():
         for one, other in _SIDES:
-            partner = known.get(tuple(other if word == one else word for word in words))
+            partner = label_of.get(tuple(other if word == one else word for word in words))
             if one in words and partner is not None:
                 return label, partner
     return None

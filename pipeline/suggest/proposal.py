@@ -185,12 +185,12 @@ def _data(survey: Survey, network: _Network) -> list[Choice]:
         Choice("data.task", survey.task, _task_reason(survey)),
     ]  # fmt: skip
     if survey.images:
-        whole = survey.small or survey.content.grey
-        resize = "squash" if whole else "crop"
+        squash = survey.small or survey.content.grey
+        resize = "squash" if squash else "crop"
         reason = "the whole image" + ("" if survey.small else ", as a finding may be at its edge")
         choices += [
             Choice("data.image_size", network.size, network.size_reason),
-            Choice("data.resize", resize, reason if whole else "photos: the centre, with the aspect ratio kept"),
+            Choice("data.resize", resize, reason if squash else "photos: the centre, with the aspect ratio kept"),
         ]
     choices += [
         Choice(
@@ -267,12 +267,12 @@ def _optim(network: _Network) -> list[Choice]:
 
 
 def _batch_size(survey: Survey, size: int, *, gpu: bool) -> tuple[int, str]:
-    most = (256 if size < SMALL_BATCH else 64) if gpu else (128 if size < SMALL_BATCH else 32)
+    largest = (256 if size < SMALL_BATCH else 64) if gpu else (128 if size < SMALL_BATCH else 32)
     few = survey.training // 8
-    if few < most:
+    if few < largest:
         batch = max(8, 1 << max(0, few.bit_length() - 1))
         return batch, f"about {survey.training:,} training samples: {max(1, survey.training // batch)} steps per epoch"
-    return most, "usual for a GPU" if gpu else "usual for a CPU"
+    return largest, "usual for a GPU" if gpu else "usual for a CPU"
 
 
 SMALL_BATCH = 64

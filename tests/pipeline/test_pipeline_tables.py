@@ -194,7 +194,7 @@ def test_single_quotes_around_all_labels_are_removed(write: Write, labels: list[
     ("labels", "note"),
     [
         (["circle", "square", "circle,square"], "circle,square looks like .* write circle;square and set data.task"),
-        (["a, b", "b, c", "a, c"], "a, b looks like several labels of one image .3 such labels.; if so, write a;b and"),
+        (["a, b", "b, c", "a, c"], "a, b looks like multiple labels of one image .3 such labels.; if so, write a;b and"),
         (["a|b", "b|c", "c"], "write b;c"),
         (["red", "blue", "red blue"], "write red;blue"),
         (["red car", "blue car", "red bus", "blue bus"], ""),

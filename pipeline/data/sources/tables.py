@@ -43,14 +43,14 @@ _SEPARATORS = ",;\t|"
 class Table:
     """The content of a table.
 
-    columns: name → text of each row, "" if missing; lines: line of each row in a text file, empty for Parquet; several: columns that
+    columns: name → text of each row, "" if missing; lines: line of each row in a text file, empty for Parquet; list_columns: columns that
     contain lists; notes: columns that were read under another name.
     """
 
     path: Path
     columns: Mapping[str, list[str]]
     lines: Sequence[int] = ()
-    several: frozenset[str] = frozenset()
+    list_columns: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -107,11 +107,11 @@ def _parquet(path: Path) -> Table:
     import pandas as pd
 
     try:
-        table, several = _texts(pd.read_parquet(path))
+        table, list_columns = _texts(pd.read_parquet(path))
     except Exception as error:  # pyarrow raises many types for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: cannot be read as a PARQUET table ({reason})") from error
-    return Table(path, {str(name): list(table[name]) for name in table.columns}, several=several)
+    return Table(path, {str(name): list(table[name]) for name in table.columns}, list_columns=list_columns)
 
 
 def _texts(table: "pd.DataFrame") -> tuple["pd.DataFrame", frozenset[str]]:
@@ -123,15 +123,15 @@ def _texts(table: "pd.DataFrame") -> tuple["pd.DataFrame", frozenset[str]]:
     import pandas as pd
 
     read = [column for column in table.columns if _folded(str(column)) in COLUMNS]
-    several = set()
+    list_columns = set()
     for column in (name for name in table.columns if pd.api.types.is_object_dtype(table[name])):
         lists = table[column].map(lambda value: isinstance(value, np.ndarray | list | tuple | dict)).to_numpy()
         if lists.any() and column in read:
             raise ValueError(f"column {column!r}, row {int(lists.argmax()) + 1}: got a list; expected one text")
         if lists.any():
-            several.add(str(column))
+            list_columns.add(str(column))
     bytes_in = [c for c in table.columns if c not in read and any(isinstance(value, bytes) for value in table[c])]
-    return table.drop(columns=bytes_in).astype("string").fillna(""), frozenset(several)
+    return table.drop(columns=bytes_in).astype("string").fillna(""), frozenset(list_columns)
 
 
 def _text_table(path: Path) -> Table:
@@ -306,7 +306,7 @@ def _renamed(table: Table) -> Table:
     for column in SYNONYMS:
         if column in table.columns or column in new_names.values():
             continue
-        like = [name for name in table.columns if _is_synonym(name, column) and name not in table.several]
+        like = [name for name in table.columns if _is_synonym(name, column) and name not in table.list_columns]
         if len(like) == 1 and _holds(table, like[0], column):
             new_names[like[0]] = column
             notes.append(f"the column {like[0]!r} is read as {column}")
