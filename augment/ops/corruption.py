@@ -190,9 +190,11 @@ def _elastic_transform(pixels: np.ndarray, level: int, rng: np.random.Generator,
 
 
 def _pixelate(pixels: np.ndarray, level: int, rng: np.random.Generator, unit: float) -> np.ndarray:
-    share = (0.6, 0.5, 0.4, 0.3, 0.25)[level]
+    fraction = (0.6, 0.5, 0.4, 0.3, 0.25)[level]
     height, width = pixels.shape[:2]
-    small = cv2.resize(pixels, (max(1, int(width * share)), max(1, int(height * share))), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(
+        pixels, (max(1, int(width * fraction)), max(1, int(height * fraction))), interpolation=cv2.INTER_AREA
+    )
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
 
 

@@ -54,7 +54,7 @@ class Guest(PixelOp):
             self._set("parameters", json.loads(json.dumps(self.parameters)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"parameters: {self.parameters!r} are not JSON values ({error})") from error
-        _try(self.transform, json.dumps(self.parameters, sort_keys=True))
+        _run_trials(self.transform, json.dumps(self.parameters, sort_keys=True))
 
     @property
     def name(self) -> str:
@@ -84,14 +84,14 @@ class Guest(PixelOp):
 
     @staticmethod
     def moves_pixels(args: Args) -> bool:
-        kind = _find(args["transform"])
+        kind = _transform_class(args["transform"])
         if args["transform"].startswith("albumentations."):
             return not issubclass(kind, _albumentations()[0].ImageOnlyTransform)
         return kind.__module__.rpartition(".")[2] not in _FIXED_MODULES
 
 
 @cache
-def _try(transform: str, parameters: str) -> None:
+def _run_trials(transform: str, parameters: str) -> None:
     """Run the transform with several seeds: some transforms, such as rotations by 90°, change the size in some draws only.
 
     Raises ValueError if a run fails or changes the size.
@@ -113,7 +113,7 @@ _FIXED_MODULES = (
 def external_transform(name: str, parameters: Mapping[str, Any]) -> Guest:
     """Build the op for the short form `name: parameters` of a policy. name: `library.Transform`."""
     options = dict(parameters)
-    if name.startswith("imgaug.") and "p" in _signature(_find(name)):
+    if name.startswith("imgaug.") and "p" in _signature(_transform_class(name)):
         return Guest(transform=name, parameters=options)
     p = options.pop("p", 1.0)
     return Guest(transform=name, parameters=options, p=p)
@@ -138,8 +138,8 @@ def _instance(transform: str, parameters: str) -> Run:
 
 
 def _build(transform: str, parameters: dict[str, Any]) -> Run:
-    kind = _find(transform)
-    known = _signature(kind)
+    transform_class = _transform_class(transform)
+    known = _signature(transform_class)
     for name in parameters:
         if known and name not in known:
             raise ValueError(f"{transform} has no parameter {name!r}{nearest(name, known)}. Known: {', '.join(known)}")
@@ -149,13 +149,14 @@ def _build(transform: str, parameters: dict[str, Any]) -> Run:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            instance = kind(**parameters)
+            instance = transform_class(**parameters)
     except Exception as error:  # third-party code: the exception types are unknown
         raise ValueError(f"{transform} rejected its parameters: {error}") from error
     return LIBRARIES[library][1](instance)
 
 
-def _find(transform: str) -> type:
+def _transform_class(transform: str) -> type:
+    """Return the class of `library.Transform`. ValueError if the library has no such transform or is not installed."""
     library, _, name = transform.partition(".")
     module, base = LIBRARIES[library][0]()
     kind = getattr(module, name, None)

@@ -344,13 +344,13 @@ class AugMix(PixelOp):
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         weights = rng.dirichlet([self.alpha] * self.width).tolist()
-        share = float(rng.beta(self.alpha, self.alpha))
+        original_weight = float(rng.beta(self.alpha, self.alpha))
         chains = []
         for _ in range(self.width):
             length = self.depth or 1 + below(rng, 3)
             steps = [step for _ in range(length) for step in self._chain_step(rng, size)]
             chains.append([{"op": step.op, **step.args} for step in steps])
-        return {"share": share, "weights": weights, "chains": chains}
+        return {"share": original_weight, "weights": weights, "chains": chains}
 
     def _chain_step(self, rng: np.random.Generator, size: Size) -> list[Step]:
         name = _MIX[below(rng, len(_MIX))]

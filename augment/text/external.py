@@ -185,11 +185,11 @@ def _augmenter(name: str, parameters: str) -> Any:
 
     Raises ValueError for an unknown augmenter, for rejected parameters and if the trial fails.
     """
-    kind = _kinds().get(name)
-    if kind is None:
-        raise ValueError(f"nlpaug has no text augmenter {name!r}{nearest(name, _kinds())}")
+    augmenter_class = _augmenter_classes().get(name)
+    if augmenter_class is None:
+        raise ValueError(f"nlpaug has no text augmenter {name!r}{nearest(name, _augmenter_classes())}")
     options = json.loads(parameters)
-    known = inspect.signature(kind).parameters
+    known = inspect.signature(augmenter_class).parameters
     for key in options:
         if key not in known:
             raise ValueError(f"{PREFIX}{name} has no parameter {key!r}{nearest(key, known)}. Known: {', '.join(known)}")
@@ -208,7 +208,7 @@ def _augmenter(name: str, parameters: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            augmenter = kind(**options)
+            augmenter = augmenter_class(**options)
             _seeded(0, lambda: augmenter.augment("the first text of some words"))
     except Exception as error:
         raise ValueError(
@@ -227,7 +227,7 @@ def _patch_token_lookup() -> None:
 
 
 @cache
-def _kinds() -> Mapping[str, type]:
+def _augmenter_classes() -> Mapping[str, type]:
     """Return the augmenter classes of nlpaug by name. ValueError if nlpaug is not installed."""
     try:
         with warnings.catch_warnings():

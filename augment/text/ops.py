@@ -86,7 +86,7 @@ class WordDelete(TextOp):
 
 @dataclass(frozen=True, kw_only=True)
 class WordSwap(TextOp):
-    """Exchange two words, `share` × the number of words times."""
+    """Exchange pairs of words. The number of exchanges is `share` × the number of words, at least one."""
 
     @classmethod
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
@@ -123,13 +123,13 @@ class TableOp(TextOp):
 
 @dataclass(frozen=True, kw_only=True)
 class WordSubstitute(TableOp):
-    """Replace words by synonyms of a table. `share` counts the words of the text that the table contains."""
+    """Replace words by synonyms of a table. `share` is a fraction of the words in the table."""
 
     @classmethod
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
         table = words.synonyms(args["table"])
-        known = [i for i in indices if pieces[i].lower() in table]
-        for index in _subset(known, args["share"], rng) if known else ():
+        candidates = [i for i in indices if pieces[i].lower() in table]
+        for index in _subset(candidates, args["share"], rng) if candidates else ():
             synonyms = table[pieces[index].lower()]
             pieces[index] = words.match_case(synonyms[below(rng, len(synonyms))], pieces[index])
 
@@ -141,8 +141,9 @@ class WordInsert(TableOp):
     @classmethod
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
         table = words.synonyms(args["table"])
-        known = [i for i in indices if pieces[i].lower() in table]
-        groups = [table[pieces[i].lower()] for i in _subset(known, args["share"], rng)] if known else []
+        candidates = [i for i in indices if pieces[i].lower() in table]
+        sources = _subset(candidates, args["share"], rng) if candidates else []
+        groups = [table[pieces[i].lower()] for i in sources]
         for synonyms in groups:
             index = indices[below(rng, len(indices))]
             pieces[index] = f"{synonyms[below(rng, len(synonyms))]} {pieces[index]}"
@@ -263,7 +264,7 @@ _LOOKALIKES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Spelling(TextOp):
-    """Replace words by common misspellings, from nlpaug's English list (extra `text`). `share` counts the words that the list contains."""
+    """Replace words by misspellings from nlpaug's English list (extra `text`). `share` is a fraction of the words in the list."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -272,8 +273,8 @@ class Spelling(TextOp):
     @classmethod
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
         table = _misspellings()
-        known = [i for i in indices if pieces[i].lower() in table]
-        for index in _subset(known, args["share"], rng) if known else ():
+        candidates = [i for i in indices if pieces[i].lower() in table]
+        for index in _subset(candidates, args["share"], rng) if candidates else ():
             misspellings = table[pieces[index].lower()]
             pieces[index] = words.match_case(misspellings[below(rng, len(misspellings))], pieces[index])
 
