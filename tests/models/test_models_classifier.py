@@ -127,7 +127,7 @@ def test_normalisation_of_another_form_is_refused() -> None:
         Classifier(nn.Identity(), mean=MEAN, std=STD, normalize="whiten")
     with pytest.raises(ValueError, match="needs image_size"):
         Classifier(nn.Identity(), mean=MEAN, std=STD, normalize="zca")
-    with pytest.raises(ValueError, match=r"mean_image: expected the shape \(3, 4, 4\), got \(3, 5, 4\)"):
+    with pytest.raises(ValueError, match=r"mean_image of shape \(3, 5, 4\): expected \(3, 4, 4\)"):
         Classifier(
             nn.Identity(),
             mean=MEAN,

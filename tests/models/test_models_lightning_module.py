@@ -226,7 +226,7 @@ def test_bad_options_are_named_at_construction() -> None:
 
 
 def test_a_schedule_without_end_is_refused() -> None:
-    with pytest.raises(ValueError, match="give the trainer max_epochs or max_steps"):
+    with pytest.raises(ValueError, match="set the trainer's max_epochs or max_steps"):
         fit(make_module(), epochs=-1)
 
 

@@ -140,7 +140,7 @@ def test_focal_without_gamma_is_the_plain_loss() -> None:
 
 
 def test_losses_that_a_task_has_not_are_refused() -> None:
-    with pytest.raises(ValueError, match="loss='cross_entropy' is for one label an image"):
+    with pytest.raises(ValueError, match="loss='cross_entropy' needs a task with one label per image"):
         classification_loss(torch.zeros(2, 3), torch.zeros(2, 3), task="multilabel", name="cross_entropy")
     with pytest.raises(ValueError, match="loss='focla'.*did you mean 'focal'"):
         LossSpec(name="focla")

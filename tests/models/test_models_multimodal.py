@@ -114,11 +114,11 @@ def test_a_tokenizers_file_is_its_tokens() -> None:
     assert tokens("red car")[0].tolist() == [2, 3] and tokens("blue")[0].tolist() == [1]
     assert tokens("red red red")[1] is False and tokens("red red red car")[1] is True
     assert len(tokens("")[0]) == 0 and tokens.files == {"tokenizer.json": words_tokenizer(["red", "car"])}
-    with pytest.raises(ValueError, match=r"tokenizer\.json: is no file of a tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer file"):
         TokenizerTokens(b"{}")
     marked = words_tokenizer(["red", "car", "end"], ends=True)
     assert TokenizerTokens(marked, 3)("red car")[0].tolist() == [4, 2, 4]
-    with pytest.raises(ValueError, match=r"text\.max_length: 2 leaves no room for a text: 2 tokens only mark its ends"):
+    with pytest.raises(ValueError, match=r"text\.max_length: 2: expected more than 2, the tokenizer's special tokens"):
         TokenizerTokens(marked, 2)
 
 
@@ -209,12 +209,12 @@ def test_texts_that_a_network_could_not_take_are_told_before_training(tmp_path: 
 
     own = {"weights": "default", "pooling": "auto", "args": {}}
     roberta = kept(tmp_path / "r", RobertaModel(RobertaConfig(**SMALL, max_position_embeddings=12, pad_token_id=1)))
-    with pytest.raises(ValueError, match=r"text\.max_length: 11 is more than the 10 tokens"):
+    with pytest.raises(ValueError, match=r"text\.max_length: 11: expected at most 10"):
         make_text_encoder(roberta, max_length=11, **own)
     network = make_text_encoder(roberta, max_length=10, **own)[2]
     assert network(torch.full((2, 10), 4)).isfinite().all()
     wide = kept(tmp_path / "g", GPT2Model(GPT2Config(vocab_size=3, n_positions=12, n_embd=16, n_layer=1, n_head=2)))
-    with pytest.raises(ValueError, match="its tokenizer numbers 4 tokens, its network knows 3"):
+    with pytest.raises(ValueError, match="its tokenizer has 4 tokens, its network only 3"):
         make_text_encoder(wide, max_length=8, **own)
     images = {**SMALL, "image_size": 8, "patch_size": 4}
     del images["vocab_size"]
@@ -228,8 +228,8 @@ def test_texts_that_a_network_could_not_take_are_told_before_training(tmp_path: 
     [
         ("/nowhere", {}, "text.name: /nowhere cannot be loaded"),
         ("hashing", {"args": {"widht": 3}}, "text.args: {'widht': 3}"),
-        ("hashing", {"pooling": "sum"}, "'sum' is none of auto, mean, cls, last"),
-        ("bert", {"max_length": 99}, "text.max_length: 99 is more than the 12 tokens"),
+        ("hashing", {"pooling": "sum"}, "'sum': expected one of auto, mean, cls, last"),
+        ("bert", {"max_length": 99}, "text.max_length: 99: expected at most 12"),
         ("bert", {"args": {"width": 3}}, "are for hashing"),
     ],
 )

@@ -25,7 +25,7 @@ def test_only_what_requires_a_gradient_is_in_a_group() -> None:
     network.head.weight.requires_grad_(True)
     (group,) = parameter_groups(network, OptimSpec())
     assert [id(p) for p in group["params"]] == [id(network.head.weight)]
-    with pytest.raises(ValueError, match="nothing to train"):
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         parameter_groups(network.requires_grad_(False), OptimSpec())
 
 

@@ -129,7 +129,7 @@ def test_the_prefix_forces_the_catalogue() -> None:
     ],
 )
 def test_an_unknown_name_lists_own_networks_and_the_nearest(name: str, hint: str) -> None:
-    with pytest.raises(ValueError, match=r"is unknown: own networks are lenet5, resnet20") as caught:
+    with pytest.raises(ValueError, match=r"is unknown: expected one of lenet5, resnet20") as caught:
         build(name, 2, image_size=(32, 32))
     assert hint in str(caught.value)
 

@@ -87,14 +87,14 @@ def test_a_checkpoints_state_dict_is_found(tmp_path: Path) -> None:
 
 def test_another_network_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "w.pt", build("lenet5", 3, image_size=SIZE).state_dict())
-    with pytest.raises(ValueError, match=r"no key fits the network; the file begins with .'features.0.weight'"):
+    with pytest.raises(ValueError, match=r"no key fits the network; the file starts with .'features.0.weight'"):
         build("resnet18", 3, image_size=SIZE, weights=path)
 
 
 def test_a_backbone_that_differs_is_refused_and_named(tmp_path: Path) -> None:
     # 48×48 images leave lenet5's first linear layer more numbers: the head fits, the neck does not.
     path = save(tmp_path / "w.pt", build("lenet5", 3, image_size=(48, 48)).state_dict())
-    with pytest.raises(ValueError, match=r"1 keys besides the head differ: neck.1.weight \(120, 1296\)"):
+    with pytest.raises(ValueError, match=r"1 keys outside the head differ: neck.1.weight \(120, 1296\)"):
         build("lenet5", 3, image_size=SIZE, weights=path)
 
 
@@ -167,7 +167,7 @@ def test_a_url_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert same(build("lenet5", 4, image_size=SIZE, weights=f"{url}?key={key}"), source)
         assert len(asked) == 3
         assert same(build("lenet5", 4, image_size=SIZE, weights=f"{url}?key=***"), source) and len(asked) == 3
-        with pytest.raises(ValueError, match="its credentials were not stored"):
+        with pytest.raises(ValueError, match="did not store the URL's credentials"):
             build("lenet5", 4, image_size=SIZE, weights=f"{url}?other=1&key=***")
         with pytest.raises(ValueError, match=r"other.safetensors' cannot be downloaded: .*404"):
             build("lenet5", 4, image_size=SIZE, weights=url.replace("/w.", "/other."))
@@ -234,9 +234,9 @@ def test_what_is_no_folder_of_weights_is_told(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "bundle").mkdir(parents=True)
     save(run / "bundle" / "weights.safetensors", {})
-    with pytest.raises(ValueError, match="there is no such file or folder; expected 'none'"):
+    with pytest.raises(ValueError, match="the path does not exist; expected 'none'"):
         read_weights(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"is a run; did you mean '.*run/bundle'"):
+    with pytest.raises(ValueError, match=r"is a run's folder; did you mean '.*run/bundle'"):
         read_weights(run)
 
 

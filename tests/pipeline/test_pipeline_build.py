@@ -233,7 +233,7 @@ def test_a_teacher_and_test_time_augmentation_have_their_say(uneven: Path, tmp_p
     [
         (("--model.args", "{head: mlp}"), "the argument 'head' is reserved"),
         (("--model.args", "{num_classes: 3}"), "the argument 'num_classes' is reserved"),
-        (("--model.args", "{1: 2}"), "the argument 1 is no name"),
+        (("--model.args", "{1: 2}"), "the argument 1 is not a text"),
         (("--model.name", "alexnet"), "model.name: alexnet cannot train on 2 images of 24×24 pixels"),
         (("--model.name", "mlp", "--model.args", "{norm: batch}", "--data.batch_size", 1), "batch_size of at least 2"),
         (("--model.name", "linear", "--model.args", "{features: hog, cell: 0}"), "cell=0: expected a whole number"),
@@ -242,7 +242,7 @@ def test_a_teacher_and_test_time_augmentation_have_their_say(uneven: Path, tmp_p
         (("--model.name", "fastnet", "--model.args", "{logit_scale: a}"), "logit_scale='a': expected a number"),
         (("--model.name", "mlp", "--model.args", "{activation: sigmoid, pretrain: rbm}", "--model.init", "lsuv"), "would undo"),
         (("--model.name", "cnn", "--model.args", "{activation: elu, activation_args: {alpha: '0.1'}}"), "cnn cannot train on 2 images"),
-        (("--model.name", "linear", "--model.args", "{features: pixels, cel: 4}"), "takes no arguments, but was given cel"),
+        (("--model.name", "linear", "--model.args", "{features: pixels, cel: 4}"), "takes no arguments: remove cel"),
         (("--model.name", "cnn", "--model.args", "{residual: 'no', depth: 2}"), "residual='no': expected true or false"),
         (("--model.name", "cnn", "--model.args", "{widths: [2000000000000]}"), "model: [enforce fail at alloc_cpu"),
         (("--model.name", "timm/vit_tiny_patch16_224", "--model.args", "{global_pool: '', depth: 1}", "--data.image_size", 32),
@@ -349,7 +349,7 @@ def test_a_bundles_own_normalisation_is_taken_over(kind: str, uneven: Path, tmp_
         begun(few, "--data.image_size", 16, "--model.weights", base.bundle)
     arrays = load_file(base.bundle / "weights.safetensors")
     save_file({key: arrays[key] for key in arrays if key != "mean_image"}, base.bundle / "weights.safetensors")
-    with pytest.raises(ConfigError, match=f"says {kind}, but there is no mean_image"):
+    with pytest.raises(ConfigError, match=f"says {kind}, but the array mean_image is missing"):
         begun(few, *tuned)
 
 

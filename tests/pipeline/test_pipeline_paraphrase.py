@@ -200,7 +200,7 @@ def test_a_sentence_encoder_drops_what_means_something_else(tmp_path: Path) -> N
         (["--n", "0"], "--n: 0 is not at least 1"),
         (["--via", "de fr"], "are not language codes"),
         (["--model", "/nowhere/{from}"], "/nowhere/en and /nowhere/de cannot be loaded as translation models"),
-        (["--encoder", "/nowhere"], "--encoder: /nowhere: cannot be loaded as an encoder of sentences"),
+        (["--encoder", "/nowhere"], "--encoder: /nowhere: cannot be loaded as a sentence encoder"),
         (["--keep", "/nowhere.txt"], "/nowhere.txt cannot be read"),
     ],
 )
