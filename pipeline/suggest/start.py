@@ -43,7 +43,7 @@ def check_start(name: str | None, weights: str | None, classes: int) -> Start | 
         start = Start(record["name"], str(weights), height, True, args, args.pop("head", "linear"))
     elif name is None:
         raise ConfigError(
-            f"--model.weights {weights}: the network of the weights is missing; add its name, such as --model.name resnet18"
+            f"--model.weights {weights}: the network of the weights is missing; add --model.name, such as --model.name resnet18"
         )
     else:
         start = _named(name, weights or "none")

@@ -1,4 +1,4 @@
-"""Small data sets that the tests make, and the command as a user runs it."""
+"""Fixtures: small data sets, and the command as a user runs it."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from warm_process import Started, WarmProcess
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow puts a new experiment's files below the working directory."""
+    """Run each test in tmp_path: MLflow writes a new experiment's files below the working directory."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -45,7 +45,7 @@ def warm() -> Iterator[WarmProcess]:
 
 @pytest.fixture
 def refract(tmp_path: Path, new_tracking: Path, warm: WarmProcess) -> Run:
-    """Run `refract …` in tmp_path, with no tracking server but the default, whose database is there and empty."""
+    """Run `refract …` in tmp_path with the default tracking database, which exists and is empty."""
     if not (tmp_path / "mlflow.db").exists():
         shutil.copy(new_tracking, tmp_path / "mlflow.db")
 
@@ -62,14 +62,14 @@ def refract(tmp_path: Path, new_tracking: Path, warm: WarmProcess) -> Run:
 
 @pytest.fixture
 def training(tmp_path: Path, warm: WarmProcess) -> Training:
-    """`refract train …` that is under way, in tmp_path."""
+    """Start `refract train …` in tmp_path."""
 
     @contextmanager
-    def begun(*arguments: object, largest_file: int | None = None) -> Iterator[Started]:
+    def start(*arguments: object, largest_file: int | None = None) -> Iterator[Started]:
         environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
         process = warm.start(["train", *map(str, arguments)], cwd=tmp_path, env=environment, largest_file=largest_file)
         with process.output:
             yield process
         process.wait(60)
 
-    return begun
+    return start

@@ -1,4 +1,4 @@
-"""Data that the tests make, as images of three colours, told apart in an epoch; and processes that they look after."""
+"""Small data sets of the tests, such as images in three colours that a network learns in an epoch; and helpers for processes."""
 
 import csv
 import subprocess
@@ -17,7 +17,7 @@ COLORS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 50)}
 
 
 def make_image(label: str, number: int, side: int = 24) -> np.ndarray:
-    """A noisy patch of the label's colour; every number is another image."""
+    """Return a noisy patch of the label's colour; each number gives a different image."""
     noise = np.random.default_rng([number, *label.encode()]).normal(0, 25, (side, side + number % 5, 3))
     return np.clip(np.array(COLORS[label]) + noise, 0, 255).astype(np.uint8)
 
@@ -34,12 +34,12 @@ def table(file: Path, rows: list[list[str]], columns: list[str]) -> Path:
 
 
 def rewritten(manifest: Path, name: str, change: Callable[[int, str], str]) -> Path:
-    """The manifest with other texts, from a row's number and text."""
+    """Write a copy of the manifest with changed texts. change: (row number, text) → new text."""
     with manifest.open(newline="") as file:
         columns, *rows = csv.reader(file)
-    place = columns.index("text")
+    column = columns.index("text")
     for number, row in enumerate(rows):
-        row[place] = change(number, row[place])
+        row[column] = change(number, row[column])
     return table(manifest.with_name(name), rows, columns)
 
 
@@ -52,30 +52,30 @@ def config_of(source: Path | str, **data) -> Config:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that one began, and those that they began."""
-    found = []
+    """Return the ids of all child processes, recursively."""
+    pids = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in map(int, (task / "children").read_text().split()):
-            found += [child, *descendants(child)]
-    return found
+            pids += [child, *descendants(child)]
+    return pids
 
 
 def until_gone(pids: Iterable[int]) -> None:
-    """What a process that was killed had begun ends by itself."""
+    """Wait until the processes have ended by themselves, at most 20 s."""
     end = time.monotonic() + 20
-    while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
-        assert time.monotonic() < end, f"{left} have outlived what began them"
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < end, f"{alive} have outlived their parent"
         time.sleep(0.01)
 
 
-def until(process: Started, beginning: str) -> str:
-    """What it prints up to the first line that begins so."""
-    told = ""
+def until(process: Started, prefix: str) -> str:
+    """Return the output up to the first line that starts with `prefix`."""
+    output = ""
     for line in process.output:
-        told += line
-        if line.startswith(beginning):
-            return told
-    raise AssertionError(told)
+        output += line
+        if line.startswith(prefix):
+            return output
+    raise AssertionError(output)
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -21,14 +21,14 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_augment_writes_copies_and_replays_them_byte_for_byte(folder: Path, refract: Run, tmp_path: Path) -> None:
     refract("augment", "fine-tune", folder, "out", "--copies", 2, "--size", 32, "--jobs", 2)
-    made = files(tmp_path / "out")
-    assert len(made) == 121 and "blue/00_jpg_0.jpg" in made and "plans.jsonl" in made
+    written = files(tmp_path / "out")
+    assert len(written) == 121 and "blue/00_jpg_0.jpg" in written and "plans.jsonl" in written
     assert cv2.imread(str(tmp_path / "out" / "red" / "03_jpg_1.jpg")).shape == (32, 32, 3)
-    assert made["blue/00_jpg_0.jpg"] != made["blue/00_jpg_1.jpg"]
+    assert written["blue/00_jpg_0.jpg"] != written["blue/00_jpg_1.jpg"]
     refract("augment", "--replay", "out/plans.jsonl", folder, "again")
-    assert files(tmp_path / "again") == made
+    assert files(tmp_path / "again") == written
     refract("augment", "fine-tune", folder, "other", "--copies", 2, "--size", 32, "--seed", 1)
-    assert files(tmp_path / "other")["blue/00_jpg_0.jpg"] != made["blue/00_jpg_0.jpg"]
+    assert files(tmp_path / "other")["blue/00_jpg_0.jpg"] != written["blue/00_jpg_0.jpg"]
 
 
 def test_png_copies_are_the_pixels_of_the_library(folder: Path, refract: Run, tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_png_copies_are_the_pixels_of_the_library(folder: Path, refract: Run, tm
     np.testing.assert_array_equal(cv2.imread(str(tmp_path / "out" / line["output"]))[..., ::-1], expected)
 
 
-def test_augment_overwrites_nothing_and_tells_what_is_wrong(folder: Path, refract: Run, tmp_path: Path) -> None:
+def test_augment_overwrites_nothing_and_reports_errors(folder: Path, refract: Run, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     assert "not an empty folder" in refract("augment", "cifar", folder, "mine", code=2).stderr
@@ -51,16 +51,16 @@ def test_augment_overwrites_nothing_and_tells_what_is_wrong(folder: Path, refrac
     assert "IN_DIR OUT_DIR" in refract("augment", folder, "out", code=2).stderr
 
 
-def test_replay_refuses_other_images_and_other_files(folder: Path, refract: Run, tmp_path: Path) -> None:
+def test_replay_rejects_changed_images_and_invalid_plan_files(folder: Path, refract: Run, tmp_path: Path) -> None:
     refract("augment", "cifar", folder, "out")
     changed = folder / "green" / "05.jpg"
     changed.write_bytes((folder / "green" / "06.jpg").read_bytes())
     (folder / "green" / "07.jpg").unlink()
-    told = refract("augment", "--replay", "out/plans.jsonl", folder, "again", code=2).stderr
+    output = refract("augment", "--replay", "out/plans.jsonl", folder, "again", code=2).stderr
     assert (
-        "2 images could not be written" in told
-        and "05.jpg: is not the image" in told
-        and "07.jpg: No such file" in told
+        "2 images could not be written" in output
+        and "05.jpg: is not the image" in output
+        and "07.jpg: No such file" in output
     )
     assert len(files(tmp_path / "again")) == 59, "the others are there"
     plans = (tmp_path / "out" / "plans.jsonl").read_text()
@@ -83,13 +83,13 @@ def test_ops_lists_every_op_and_shows_one(refract: Run) -> None:
     assert "did you mean Rotate?" in refract("ops", "Rotaet", code=2).stderr
 
 
-def test_explain_shows_what_is_fused(folder: Path, refract: Run, tmp_path: Path) -> None:
+def test_explain_shows_the_fused_passes(folder: Path, refract: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "- RandomCrop: {size: 16}\n- Rotate: {degrees: [5, 9]}\n- Brightness\n- Contrast\n- MixUp\n"
     )
-    told = refract("explain", "mine.yaml", folder / "red" / "00.jpg", "--repeats", 2).stdout
-    assert "resampling: RandomCrop + Rotate, to 16×16" in told and "colour matrix: Brightness + Contrast" in told
-    assert "without fusion (exact: true)" in told and "MixUp and CutMix act on a batch" in told
+    output = refract("explain", "mine.yaml", folder / "red" / "00.jpg", "--repeats", 2).stdout
+    assert "resampling: RandomCrop + Rotate, to 16×16" in output and "colour matrix: Brightness + Contrast" in output
+    assert "without fusion (exact: true)" in output and "MixUp and CutMix act on a batch" in output
     assert "it looks like text" in refract("explain", "digits", "mine.yaml", code=2).stderr
 
 
@@ -101,7 +101,7 @@ def test_odd_file_names_and_a_single_file_are_replayed(folder: Path, refract: Ru
         (odd / name).write_bytes(image)
     refract("augment", "cifar", odd, "out")
     refract("augment", "--replay", "out/plans.jsonl", odd, "again")
-    made = files(tmp_path / "out")
-    assert len(made) == 4 and files(tmp_path / "again") == made
+    written = files(tmp_path / "out")
+    assert len(written) == 4 and files(tmp_path / "again") == written
     refract("augment", "cifar", folder / "red" / "00.jpg", "one")
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["00_jpg_0.jpg", "plans.jsonl"]

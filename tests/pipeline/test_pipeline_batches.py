@@ -1,4 +1,4 @@
-"""What the network is fed: order, workers, memory, and batches that are prepared for it."""
+"""The network's batches: order, workers, memory and preparation."""
 
 import threading
 from collections import Counter
@@ -51,8 +51,8 @@ def test_same_pixels_with_any_number_of_workers(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(90)
-def test_workers_start_while_opencv_threads_run_here(folder: Path) -> None:
-    """Workers forked from a process whose OpenCV pool had run waited for ever for its lock; training then stood still, with no error."""
+def test_workers_start_while_opencv_threads_run_in_the_parent(folder: Path) -> None:
+    """Workers forked after OpenCV's thread pool had run waited forever for its lock; training hung without an error."""
     cv2.setNumThreads(2)
     cv2.GaussianBlur(np.zeros((4000, 4000, 3), np.uint8), (9, 9), 3)
     assert len(batches_of(module_of(folder, 1), range(1))) == 6
@@ -69,7 +69,7 @@ def test_same_pixels_after_a_restart_in_the_middle_of_an_epoch(folder: Path) -> 
         assert torch.equal(mine, theirs)
 
 
-def test_a_last_batch_of_one_is_left_out(folder: Path) -> None:
+def test_a_last_batch_of_one_image_is_dropped(folder: Path) -> None:
     data = module_of(folder, 0)
     data.train_set.samples = data.train_set.samples[:17]
     data.order.count = 17
@@ -130,7 +130,7 @@ def test_the_batch_executor_augments_images_in_memory_on_the_device(alike: Path)
         assert (a["images"].float() - done["images"].float()).abs().mean() < 1
 
 
-def test_memory_is_taken_where_images_are_alike_and_fit(alike: Path) -> None:
+def test_images_of_one_size_are_kept_in_memory_if_they_fit(alike: Path) -> None:
     assert fits_memory(load_manifest(alike).samples)
     write_image(alike / "red" / "wide.png", make_image("red", 4))
     assert not fits_memory(load_manifest(alike).samples)
@@ -146,18 +146,20 @@ def test_test_time_augmentation_averages_logits() -> None:
     assert torch.equal(shifts[2][1][..., 1:, 1:], batch[..., :-1, :-1].float())
 
 
-def test_a_batch_of_several_sizes_is_refused(folder: Path) -> None:
+def test_a_batch_of_images_with_different_sizes_is_rejected(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"in one batch; give Augmenter a size"):
         list(data_of(folder, ["HorizontalFlip"], workers=0).train_dataloader())
 
 
 @pytest.mark.parametrize("classes", [None, [0] * 9 + [1] * 2])
-def test_processes_share_one_order(classes: list[int] | None) -> None:
+def test_ranks_share_one_order(classes: list[int] | None) -> None:
     whole = list(TrainOrder(11, seed=3, classes=classes))
     shares = [list(TrainOrder(11, seed=3, classes=classes, rank=rank, world_size=3)) for rank in range(3)]
     assert [len(share) for share in shares] == [4, 4, 4]
     together = [key for step in zip(*shares, strict=True) for key in step]
-    assert together == [*whole, whole[0]], "in the order of one process, begun again to give all equally many"
+    assert together == [*whole, whole[0]], (
+        "in the order of one rank, wrapped around so that all ranks have equally many"
+    )
     resumed = TrainOrder(11, seed=3, classes=classes, rank=1, world_size=3)
     resumed.resume(0, 2)
     assert list(resumed) == shares[1][2:]

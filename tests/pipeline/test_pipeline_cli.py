@@ -1,4 +1,4 @@
-"""The commands as a stranger runs them: a folder in, a served classifier out."""
+"""The commands as a user runs them, from a folder of images to a served classifier."""
 
 import csv
 import json
@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path, warm: 
 
 @pytest.fixture
 def workplace(trained: Path, tmp_path: Path) -> Path:
-    """A copy of `trained` that a test may change; `refract` runs in it. Its config is of a smaller network, and measures less."""
+    """A copy of `trained` that a test may change; `refract` runs in it. Its config has a smaller network and skips robustness."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     config = (tmp_path / "images.yaml").read_text()
     assert "  name: resnet20 " in config
@@ -83,7 +83,7 @@ def test_unknown_command_names_the_nearest(refract: Run) -> None:
     assert "Did you mean train?" in refract("trian", code=2).stderr
 
 
-def test_run_holds_all_that_a_reviewer_asks_for(trained: Path) -> None:
+def test_a_run_contains_all_files_for_a_review(trained: Path) -> None:
     run = trained / "runs" / "r1"
     assert {"bundle", "config.yaml", "splits.csv", "preview.png", "curves.png", "confusion.png", "checkpoints"} <= {
         path.name for path in run.iterdir()
@@ -110,7 +110,7 @@ def test_mlflow_has_the_run_and_the_champion(trained: Path) -> None:
     assert client.get_model_version_by_alias("images", "champion").run_id == run.info.run_id
 
 
-def test_predict_tells_each_image(refract: Run, workplace: Path) -> None:
+def test_predict_prints_a_line_per_image(refract: Run, workplace: Path) -> None:
     write_image(workplace / "new" / "a.png", make_image("red", 900))
     write_image(workplace / "new" / "deep" / "b.jpg", make_image("blue", 901))
     lines = refract("predict", "runs/r1/bundle", "new", "--json", "--top", 2).stdout.splitlines()
@@ -125,7 +125,7 @@ def test_predict_tells_each_image(refract: Run, workplace: Path) -> None:
     )
 
 
-def test_predict_goes_on_past_a_bad_image(refract: Run, workplace: Path) -> None:
+def test_predict_continues_after_an_unreadable_image(refract: Run, workplace: Path) -> None:
     (workplace / "bad.jpg").write_text("text")
     write_image(workplace / "good.jpg", make_image("green", 902))
     os.mkfifo(workplace / "pipe.jpg")
@@ -138,7 +138,7 @@ def test_predict_goes_on_past_a_bad_image(refract: Run, workplace: Path) -> None
     assert "no such file" in refract("predict", "runs/r1/bundle", "nowhere.jpg", code=2).stderr
 
 
-def test_evaluate_measures_the_runs_own_hold_out(refract: Run, workplace: Path) -> None:
+def test_evaluate_measures_the_test_split_of_the_run(refract: Run, workplace: Path) -> None:
     done = refract("evaluate", "runs/r1/bundle", "images", "--json", "e.json")
     report = json.loads((workplace / "e.json").read_text())
     assert "measuring its test split" in done.stdout and report["images"] == 24  # 20 % of 120
@@ -147,21 +147,23 @@ def test_evaluate_measures_the_runs_own_hold_out(refract: Run, workplace: Path) 
     assert np.trace(report["confusion"]) / 24 == report["metrics"]["accuracy"]
 
 
-def test_evaluate_knows_the_training_images_by_their_content(refract: Run, workplace: Path) -> None:
+def test_evaluate_recognises_the_training_images_by_content(refract: Run, workplace: Path) -> None:
     (workplace / "images").rename(workplace / "moved")
     assert "measuring its test split" in refract("evaluate", "runs/r1/bundle", workplace / "moved").stdout
     write_image(workplace / "moved" / "red" / "new.jpg", make_image("red", 999))
     assert "on 121 images" in refract("evaluate", "runs/r1/bundle", "moved").stdout, "other images, all of them"
     (workplace / "moved").rename(workplace / "images")
     for name in ("images", workplace / "images"):
-        told = refract("evaluate", "runs/r1/bundle", name, code=2).stderr
-        assert "has changed since the bundle was trained on it" in told and "splits.csv" in told
+        output = refract("evaluate", "runs/r1/bundle", name, code=2).stderr
+        assert "has changed since the bundle was trained on it" in output and "splits.csv" in output
 
 
-def test_evaluate_refuses_labels_it_does_not_know(refract: Run, workplace: Path) -> None:
+def test_evaluate_rejects_unknown_labels(refract: Run, workplace: Path) -> None:
     shutil.copytree(workplace / "images" / "red", workplace / "other" / "purple")
     shutil.copytree(workplace / "images" / "blue", workplace / "other" / "blue")
-    assert "1 labels are not labels of the bundle: purple" in refract("evaluate", "runs/r1/bundle", "other", code=2).stderr
+    assert (
+        "1 labels are not labels of the bundle: purple" in refract("evaluate", "runs/r1/bundle", "other", code=2).stderr
+    )
 
 
 def test_a_run_is_never_overwritten(refract: Run, workplace: Path) -> None:
@@ -184,13 +186,13 @@ def test_preview_draws_a_grid(refract: Run, workplace: Path) -> None:
     refract("preview", "images/red/00.jpg", "--policy", "imagenet", "-o", "one.png")
 
 
-def test_data_errors_reach_the_user_in_words(refract: Run, workplace: Path) -> None:
+def test_data_errors_are_printed_without_a_traceback(refract: Run, workplace: Path) -> None:
     (workplace / "images" / "red" / "notes.jpg").write_text("text")
     assert "notes.jpg: not an image" in refract("train", "images.yaml", "--trainer.run_name", "r2", code=2).stderr
     assert not (workplace / "runs" / "r2").exists()
 
 
-def test_altered_bundle_is_refused(refract: Run, workplace: Path) -> None:
+def test_an_altered_bundle_is_rejected(refract: Run, workplace: Path) -> None:
     weights = workplace / "runs" / "r1" / "bundle" / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -198,8 +200,8 @@ def test_altered_bundle_is_refused(refract: Run, workplace: Path) -> None:
     assert "weights.safetensors" in refract("predict", "runs/r1/bundle", "images", code=2).stderr
 
 
-def test_http_evaluate_and_module_give_one_answer(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bytes through the server, through `evaluate`'s scoring, and through the network by hand."""
+def test_http_evaluate_and_module_give_the_same_prediction(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare the server, the scoring of `evaluate`, and direct calls of the network on the same bytes."""
     import httpx
 
     monkeypatch.chdir(trained)
@@ -220,7 +222,7 @@ def test_http_evaluate_and_module_give_one_answer(trained: Path, monkeypatch: py
             np.testing.assert_allclose([given[label] for label in bundle.info.labels], by_hand, atol=1e-4)
 
 
-def test_two_runs_with_one_seed_end_in_the_same_weights(refract: Run, workplace: Path) -> None:
+def test_two_runs_with_the_same_seed_end_with_the_same_weights(refract: Run, workplace: Path) -> None:
     for name in ("a", "b"):
         refract(
             "train",
@@ -241,10 +243,10 @@ def test_two_runs_with_one_seed_end_in_the_same_weights(refract: Run, workplace:
 
 def test_mixing_policy_and_frozen_backbone_train_a_challenger(refract: Run, workplace: Path) -> None:
     policy = '["HorizontalFlip", {"MixUp": {"p": 0.5}}, {"CutMix": {"p": 0.5}}]'
-    told = refract("train", "images.yaml", "--trainer.run_name", "mixed", "--augment.policy", policy, "--model.mode", "feature-extract",
+    output = refract("train", "images.yaml", "--trainer.run_name", "mixed", "--augment.policy", policy, "--model.mode", "feature-extract",
                    "--trainer.max_epochs", 1).stdout  # fmt: skip
-    assert "registry: version 2 of images is challenger; version 1 stays champion\n" in told
-    assert "refract promote images 2 --force --why REASON makes it champion\n" in told
+    assert "registry: version 2 of images is challenger; version 1 stays champion\n" in output
+    assert "refract promote images 2 --force --why REASON makes it champion\n" in output
     aliases = MlflowClient(f"sqlite:///{workplace}/mlflow.db").get_registered_model("images").aliases
     assert {alias: str(version) for alias, version in aliases.items()} == {"champion": "1", "challenger": "2"}
     assert load_bundle(workplace / "runs" / "mixed" / "bundle").info.config["augment"]["policy"][1] == {
@@ -275,11 +277,11 @@ def test_repeated_augmentation_and_consistency_train(refract: Run, workplace: Pa
             "--data.repeats", 2, "--data.batch_size", 8, "--trainer.max_epochs", 1, "--tracking.enabled", "false",
             "--data.workers", 1)  # fmt: skip
     assert load_bundle(workplace / "runs" / "views" / "bundle").info.config["loss"]["consistency"] == 12
-    told = refract("train", "images.yaml", "--loss.consistency", 12, code=2).stderr
-    assert "the policy needs AugMix, and neither MixUp nor CutMix" in told
+    output = refract("train", "images.yaml", "--loss.consistency", 12, code=2).stderr
+    assert "the policy needs AugMix, and neither MixUp nor CutMix" in output
 
 
-def test_multilabel_manifest_all_the_way(refract: Run, workplace: Path) -> None:
+def test_multilabel_from_the_manifest_to_predictions(refract: Run, workplace: Path) -> None:
     rows = [f"images/{c}/{n:02}.jpg,{c};{'odd' if n % 2 else 'even'}" for c in COLORS for n in range(40)]
     (workplace / "m.csv").write_text("path,label\n" + "\n".join(rows))
     refract("init", "m.csv", "-o", "m.yaml")
@@ -289,20 +291,20 @@ def test_multilabel_manifest_all_the_way(refract: Run, workplace: Path) -> None:
     assert "mean_average_precision" in refract("evaluate", "runs/m/bundle", "m.csv").stdout
 
 
-def test_a_run_tells_where_it_came_from_and_is_run_again(refract: Run, workplace: Path) -> None:
+def test_a_run_records_its_provenance_and_is_repeated(refract: Run, workplace: Path) -> None:
     client = MlflowClient(f"sqlite:///{workplace}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
     assert run.data.tags["data.train"] == "84" and len(run.data.tags["data.fingerprint"]) > 20
     assert run.data.tags["machine.device"] and run.data.tags["rerun"] == f"refract rerun {run.info.run_id}"
     assert 0 < run.data.metrics["cost_minutes"] < 10 and run.data.metrics["cost_peak_memory_mib"] > 100
     served = client.get_model_version_by_alias("images", "champion").version
-    told = refract("rerun", "runs/r1").stdout
+    output = refract("rerun", "runs/r1").stdout
     assert client.get_model_version_by_alias("images", "champion").version == served, "a look back changes nothing"
-    assert "identical weights: yes" in told and "different: " not in told
+    assert "identical weights: yes" in output and "different: " not in output
     write_image(workplace / "images" / "red" / "more.jpg", make_image("red", 99))
     shutil.rmtree(workplace / "runs" / "r1")
-    told = refract("rerun", run.info.run_id).stdout
-    assert "different: the data have changed" in told and "identical weights: no" in told
+    output = refract("rerun", run.info.run_id).stdout
+    assert "different: the data have changed" in output and "identical weights: no" in output
     assert "neither a folder nor a run of MLflow" in refract("rerun", "0" * 32, code=1).stderr
 
 

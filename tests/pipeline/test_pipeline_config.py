@@ -1,4 +1,4 @@
-"""The configuration names its mistakes, and what is saved reads the same."""
+"""The configuration: errors name the key, and a saved config reads the same."""
 
 from pathlib import Path
 
@@ -45,21 +45,21 @@ def test_policy_as_a_list_on_the_command_line() -> None:
         ("optim: {lr: 1", "not valid YAML"),
     ],
 )
-def test_mistakes_name_the_key(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_name_the_key(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(file)
 
 
-def test_mistaken_options_name_the_nearest() -> None:
+def test_errors_of_unknown_options_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"no option --optim.lrate; did you mean 'optim.lr'\?"):
         load_config(None, ["--optim.lrate", "1"])
     with pytest.raises(ConfigError, match="optim.lr"):
         load_config(None, ["--optim.lr", "quick"])
 
 
-def test_missing_file_says_how_to_make_one() -> None:
+def test_the_error_of_a_missing_file_names_refract_init() -> None:
     with pytest.raises(ConfigError, match="refract init"):
         load_config("nowhere.yaml")
 
@@ -77,7 +77,7 @@ def test_shipped_configs_read_and_save_the_same(path: Path) -> None:
         max_size=4,
     )
 )
-def test_any_mapping_is_read_or_refused(values: dict) -> None:
+def test_any_mapping_is_read_or_rejected(values: dict) -> None:
     try:
         config_from_dict(values)
     except ConfigError as error:
@@ -103,7 +103,7 @@ def test_numbers_of_the_optimiser_and_the_loss_are_checked_before_the_data(
         train(config)
 
 
-def test_a_network_of_one_size_refuses_smaller_images_at_first() -> None:
+def test_a_network_with_a_fixed_input_size_rejects_start_size() -> None:
     config = config_from_dict(
         {"model": {"name": "lenet5"}, "trainer": {"start_size": 0.5}, "tracking": {"enabled": False}}
     )
@@ -113,7 +113,7 @@ def test_a_network_of_one_size_refuses_smaller_images_at_first() -> None:
         train(config)
 
 
-def test_a_section_that_is_none_is_named() -> None:
+def test_a_section_of_another_type_is_named() -> None:
     for value in (3, "x", [1], True):
         with pytest.raises(ConfigError, match="optim: got .*; expected a section with keys such as name, lr, "):
             config_from_dict({"optim": value})
@@ -130,7 +130,7 @@ def test_former_keys_are_read_with_a_warning(tmp_path: Path, caplog: pytest.LogC
     assert not caplog.clear() and load_config(None, ["--data.test_fraction=0.25"]) and not caplog.messages
 
 
-def test_a_key_under_its_former_and_its_present_name_is_refused() -> None:
+def test_a_key_under_its_former_and_its_present_name_is_rejected() -> None:
     values = {"retrain": {"tell": "a", "notify": "b"}}
     with pytest.raises(ConfigError, match="retrain.tell is the former name of retrain.notify; remove retrain.tell"):
         config_from_dict(values)

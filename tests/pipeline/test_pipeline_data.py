@@ -1,4 +1,4 @@
-"""Where images come from, how they are split, and what is refused before training."""
+"""Data sources, splits, and the checks before training."""
 
 import csv
 import gzip
@@ -45,7 +45,7 @@ def test_embedded_digits() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_manifest_with_several_labels(folder: Path, suffix: str) -> None:
+def test_multilabel_manifest(folder: Path, suffix: str) -> None:
     rows = [("red/00.jpg", "warm;bright", "train"), ("blue/01.jpg", "", "train"), ("green/02.jpg", "bright", "test")]
     table = pd.DataFrame(rows, columns=["path", "label", "split"])
     file = folder / f"m.{suffix}"
@@ -69,13 +69,13 @@ def test_manifest_with_several_labels(folder: Path, suffix: str) -> None:
         ("", "cannot be read as a CSV table"),
     ],
 )
-def test_manifest_mistakes_name_the_row(tmp_path: Path, text: str, message: str) -> None:
+def test_errors_of_a_manifest_name_the_row(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "m.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         load_manifest(tmp_path / "m.csv")
 
 
-def test_folder_mistakes(tmp_path: Path, folder: Path) -> None:
+def test_errors_of_a_folder_name_the_problem(tmp_path: Path, folder: Path) -> None:
     flat = tmp_path / "flat"
     write_image(flat / "a.jpg", make_image("red", 1))
     with pytest.raises(DataError, match="no class folders"):
@@ -100,9 +100,9 @@ def test_repaired_files_are_trained_on_and_reported(folder: Path, caplog: pytest
 def test_text_renamed_to_jpg_is_listed(folder: Path) -> None:
     (folder / "red" / "notes.jpg").write_text("shopping list")
     (folder / "blue" / "cut.jpg").write_bytes((folder / "blue" / "00.jpg").read_bytes()[:-100])
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as caught:
         prepare_data(config_of(folder))
-    message = str(told.value)
+    message = str(caught.value)
     assert "2 of 62 images cannot be read" in message
     assert "notes.jpg: not an image: it looks like text" in message and "cut.jpg: damaged or truncated JPEG" in message
     manifest, _ = prepare_data(config_of(folder, on_bad_file="skip"))
@@ -116,19 +116,19 @@ def test_more_bad_files_than_are_shown_are_counted(folder: Path) -> None:
         prepare_data(config_of(folder))
 
 
-def test_empty_class_is_refused(folder: Path) -> None:
+def test_an_empty_class_is_rejected(folder: Path) -> None:
     (folder / "yellow").mkdir()
     with pytest.raises(DataError, match=r"1 class folders contain no images:\n .*yellow"):
         prepare_data(config_of(folder))
 
 
-def test_class_of_one_is_refused(folder: Path) -> None:
+def test_a_class_of_one_image_is_rejected(folder: Path) -> None:
     write_image(folder / "yellow" / "1.png", make_image("red", 99))
     with pytest.raises(DataError, match=r"one image, which cannot both be learned and be measured:\n  yellow"):
         prepare_data(config_of(folder))
 
 
-def test_images_beside_the_class_folders_are_told(
+def test_images_outside_the_class_folders_are_reported(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copy(folder / "red" / "00.jpg", folder / "lost.JPG")
@@ -144,7 +144,7 @@ def test_images_beside_the_class_folders_are_told(
     assert load_manifest(tmp_path / "split").loose == (str(tmp_path / "split" / "train" / "lost.png"),)
 
 
-def test_same_image_in_two_splits_is_refused_or_left_out_of_training(
+def test_an_image_in_two_splits_is_rejected_or_excluded_from_training(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tmp_path / "split"
@@ -162,7 +162,7 @@ def test_same_image_in_two_splits_is_refused_or_left_out_of_training(
     assert f"skipped 1 images whose copies are in another split, such as {root}/train/red/03.jpg" in caplog.text
 
 
-def test_class_held_out_but_not_trained_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_class_without_training_images_is_rejected(folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "split"
     shutil.copytree(folder, root / "train")
     for number in range(3):
@@ -188,7 +188,7 @@ def test_drawn_splits_are_stratified_seeded_and_keep_copies_together(folder: Pat
     assert prepare_data(other)[1] != fingerprint
 
 
-def test_too_few_images_to_split_is_told(tmp_path: Path) -> None:
+def test_too_few_images_to_split_are_rejected(tmp_path: Path) -> None:
     for label in COLORS:
         for number in range(2):
             write_image(tmp_path / "few" / label / f"{number}.png", make_image(label, number))
@@ -196,7 +196,7 @@ def test_too_few_images_to_split_is_told(tmp_path: Path) -> None:
         prepare_data(config_of(tmp_path / "few"))
 
 
-def test_many_rare_sets_of_labels_are_split_all_the_same(folder: Path) -> None:
+def test_many_rare_label_sets_are_split(folder: Path) -> None:
     rows = [(f"{c}/{n:02}.jpg", f"{c};a{n % 5};b{n % 4}") for c in COLORS for n in range(20)]
     pd.DataFrame(rows, columns=["path", "label"]).to_csv(folder / "m.csv", index=False)
     manifest, _ = prepare_data(config_of(folder / "m.csv"))
@@ -235,7 +235,7 @@ def test_multilabel_targets(folder: Path) -> None:
     np.testing.assert_array_equal(targets.numpy(), [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]])
 
 
-def test_copies_with_other_labels_are_refused_or_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_copies_with_other_labels_are_rejected_or_excluded(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copy(folder / "red" / "03.jpg", folder / "blue" / "copy.jpg")
     with pytest.raises(
         DataError, match=r"1 images have copies with other labels.*\n.*\((blue|red)\) = .*\((blue|red)\)"
@@ -247,7 +247,7 @@ def test_copies_with_other_labels_are_refused_or_left_out(folder: Path, caplog: 
 
 
 @pytest.mark.parametrize("name", ["a;b", " blank", "cat\u200b"])
-def test_a_class_folder_that_no_manifest_could_name_is_refused(folder: Path, name: str) -> None:
+def test_a_class_folder_with_an_invalid_label_is_rejected(folder: Path, name: str) -> None:
     (folder / "red").rename(folder / name)
     with pytest.raises(DataError, match=re.escape(f"class folder {name!r} cannot be a label")):
         load_manifest(folder)
@@ -271,7 +271,7 @@ def test_golden_images_of_odd_suffixes_have_plain_names(folder: Path, tmp_path: 
     assert [golden.name for golden in golden_samples] == ["00.img"]
 
 
-def test_balanced_multilabel_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_balanced_sampling_of_multilabel_data_is_rejected(folder: Path, tmp_path: Path) -> None:
     files = sorted(folder.rglob("*.png")) + sorted(folder.rglob("*.jpg"))
     table = pd.DataFrame(
         {"path": [str(f) for f in files], "label": [("a;b" if i % 2 else "b") for i in range(len(files))]}
@@ -293,13 +293,13 @@ def test_further_columns_are_metadata_and_come_back_from_written_splits(folder: 
     assert load_manifest(tmp_path / "splits.csv").samples[3].metadata == {"camera": "camera 1", "hour": "3"}
 
 
-def test_a_name_that_is_no_text_is_refused(folder: Path) -> None:
+def test_a_file_name_that_is_not_utf8_is_rejected(folder: Path) -> None:
     (folder / "red" / "00.jpg").rename(os.fsdecode(os.fsencode(folder / "red") + b"/caf\xe9.jpg"))
     with pytest.raises(DataError, match=r"1 file names are not UTF-8, as b'.*caf.xe9.jpg'.* rename them"):
         load_manifest(folder)
 
 
-def test_columns_of_bytes_and_a_comma_too_many_do_no_harm(folder: Path) -> None:
+def test_columns_of_bytes_and_trailing_commas_are_handled(folder: Path) -> None:
     table = pd.DataFrame(
         {"path": ["red/00.jpg", "blue/00.jpg"], "label": ["a", "b"], "hash": [b"\xff\xfe", b"\x00"], "n": [1, None]}
     )
@@ -329,14 +329,14 @@ def test_columns_of_bytes_and_a_comma_too_many_do_no_harm(folder: Path) -> None:
     ],
     ids=["gzip", "zip", "utf-16", "latin-1", "escape"],
 )
-def test_what_is_no_table_is_not_blamed_on_separators(tmp_path: Path, data: bytes) -> None:
+def test_errors_of_binary_files_do_not_mention_separators(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "m.csv").write_bytes(data)
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as caught:
         load_manifest(tmp_path / "m.csv")
-    assert "separated by" not in str(told.value)
+    assert "separated by" not in str(caught.value)
 
 
-def test_marks_in_quotes_separate_nothing(folder: Path) -> None:
+def test_separators_in_quotes_are_text(folder: Path) -> None:
     (folder / "m.csv").write_text('"note;\nmore",path,label\nx,red/00.jpg,a\ny,blue/00.jpg,b\n')
     assert [dict(s.metadata) for s in load_manifest(folder / "m.csv").samples] == [
         {"note;\nmore": "x"},
@@ -355,7 +355,7 @@ def test_marks_in_quotes_separate_nothing(folder: Path) -> None:
         ("a,b,\nd,e,\n", 2),
     ],
 )
-def test_the_line_of_a_row_that_is_too_long_is_named(tmp_path: Path, rows: str, line: int) -> None:
+def test_the_error_of_a_row_with_extra_fields_names_its_line(tmp_path: Path, rows: str, line: int) -> None:
     (tmp_path / "m.csv").write_text(f"path,label\n{rows}")
     with pytest.raises(DataError, match=f"line {line}: has more fields than the header"):
         load_manifest(tmp_path / "m.csv")

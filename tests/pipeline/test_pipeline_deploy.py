@@ -1,4 +1,4 @@
-"""What `deploy/` says of training by the clock, held against the schemas of Kubernetes and Compose, and against the code that it starts."""
+"""The scheduled retraining of `deploy/`, checked against the schemas of Kubernetes and Compose and against the commands that it starts."""
 
 import configparser
 import json
@@ -43,8 +43,8 @@ def unit(name: str) -> configparser.ConfigParser:
 
 @pytest.mark.parametrize(("name", "value"), OBJECTS, ids=[f"{name}-{value['kind']}" for name, value in OBJECTS])
 @pytest.mark.parametrize("version", ["1.29", "1.35"])
-def test_kubernetes_takes_every_object(name: str, value: Any, version: str) -> None:
-    """kubernetes-validate has the API's own schemas, with no field that they do not name."""
+def test_every_object_matches_the_kubernetes_schema(name: str, value: Any, version: str) -> None:
+    """kubernetes-validate has the API's schemas and rejects unknown fields."""
     validate = pytest.importorskip("kubernetes_validate")
     validate.validate(value, version, strict=True)
     wrong = json.loads(json.dumps(value).replace('"metadata"', '"metadatum"', 1))
@@ -52,7 +52,7 @@ def test_kubernetes_takes_every_object(name: str, value: Any, version: str) -> N
         validate.validate(wrong, version, strict=True)
 
 
-def test_compose_takes_the_file() -> None:
+def test_the_file_matches_the_compose_schema() -> None:
     """check-jsonschema carries the Compose specification's schema."""
     jsonschema = pytest.importorskip("jsonschema")
     pytest.importorskip("check_jsonschema")
@@ -62,7 +62,7 @@ def test_compose_takes_the_file() -> None:
     assert list(validator.iter_errors({**COMPOSE, "services": {"scheduler": {"imagine": "refract"}}}))
 
 
-def test_compose_services_name_what_there_is() -> None:
+def test_compose_services_name_existing_files_and_targets() -> None:
     volumes = {mount.partition(":")[0] for service in SERVICES.values() for mount in service.get("volumes", [])}
     assert {name for name in volumes if re.fullmatch(r"[\w-]+", name)} <= COMPOSE["volumes"].keys()
     nightly = {name: service for name, service in SERVICES.items() if service.get("profiles") == ["nightly"]}
@@ -77,7 +77,7 @@ def test_compose_services_name_what_there_is() -> None:
     assert SERVICES["tracking"]["networks"]["default"]["aliases"] == ["mlflow"]
 
 
-def test_no_password_is_written_down_or_visible_from_outside() -> None:
+def test_no_password_is_stored_or_port_published() -> None:
     text = json.dumps(SERVICES)
     assert "PASSWORD}" not in text, "an interpolated one is shown by docker inspect"
     assert COMPOSE["secrets"] == {"database": {"environment": "DATABASE_PASSWORD"}}
@@ -86,19 +86,19 @@ def test_no_password_is_written_down_or_visible_from_outside() -> None:
     assert all(port.startswith("127.0.0.1:") for service in SERVICES.values() for port in service.get("ports", []))
 
 
-def test_every_command_is_one_that_refract_takes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_is_a_refract_command(capsys: pytest.CaptureFixture[str]) -> None:
     entry = re.search(r"AS train\n(?:.*\n)*?ENTRYPOINT (\[.*\])", DOCKERFILE)
     assert entry and yaml.safe_load(entry[1]) == ["refract"]
     assert CONTAINER["args"][0] in COMMANDS and SERVICES["scheduler"]["command"][0] in COMMANDS
     command = [re.sub(r"\$\{\w+:-(.*)\}", r"\1", word) for word in SERVICES["scheduler"]["command"]]
-    # All is parsed, and then the config is missing.
+    # The arguments are parsed before the config is found missing.
     assert import_module(COMMANDS[command[0]][0]).main(command[1:]) == 2
     assert "/config.yaml: there is no such file" in capsys.readouterr().err
     started = shlex.split(unit("refract-retrain.service")["Service"]["ExecStart"])
     assert Path(started[0]).name == "refract" and started[1] in COMMANDS
 
 
-def test_a_config_of_the_manifest_is_a_config() -> None:
+def test_the_config_of_the_manifest_is_valid() -> None:
     from refract.pipeline.config.config import config_from_dict
 
     (text,) = RETRAIN["ConfigMap"]["data"].values()
@@ -112,7 +112,7 @@ def test_a_config_of_the_manifest_is_a_config() -> None:
     assert names["config"]["configMap"]["name"] == RETRAIN["ConfigMap"]["metadata"]["name"]
 
 
-def test_one_run_at_a_time_and_as_nobody() -> None:
+def test_one_run_at_a_time_without_root() -> None:
     spec = RETRAIN["CronJob"]["spec"]
     assert spec["concurrencyPolicy"] == "Forbid" and spec["startingDeadlineSeconds"] > 0
     assert POD["restartPolicy"] == "Never" and JOB["activeDeadlineSeconds"] < 24 * 3600
@@ -128,7 +128,7 @@ def test_one_run_at_a_time_and_as_nobody() -> None:
         assert SERVICES[name]["read_only"] is True and SERVICES[name]["cap_drop"] == ["ALL"]
 
 
-def test_the_lock_of_the_image_is_a_part_of_the_whole_lock() -> None:
+def test_the_lock_of_the_image_is_a_subset_of_the_full_lock() -> None:
     def pinned(name: str) -> set[str]:
         return set(re.findall(r"^[\w.-]+==[^\s;]+", (ROOT / name).read_text("utf-8"), re.MULTILINE))
 
@@ -143,7 +143,7 @@ def test_the_lock_of_the_image_is_a_part_of_the_whole_lock() -> None:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")
 @pytest.mark.parametrize("kind", ["service", "timer"])
-def test_systemd_takes_the_unit(tmp_path: Path, kind: str) -> None:
+def test_systemd_accepts_the_unit(tmp_path: Path, kind: str) -> None:
     for one in ("service", "timer"):
         text = (DEPLOY / f"refract-retrain.{one}").read_text()
         (tmp_path / f"refract-retrain.{one}").write_text(re.sub("ExecStart=[^ ]+", "ExecStart=/bin/true", text))
@@ -153,14 +153,14 @@ def test_systemd_takes_the_unit(tmp_path: Path, kind: str) -> None:
     assert done.returncode == 0 and "refract-retrain" not in done.stderr, done.stderr
 
 
-def test_the_timer_starts_the_service_each_night() -> None:
+def test_the_timer_starts_the_service_daily() -> None:
     timer, service = unit("refract-retrain.timer"), unit("refract-retrain.service")
     assert timer["Timer"]["OnCalendar"] == "*-*-* 02:00:00" and timer["Timer"]["Persistent"] == "true"
     assert service["Service"]["Type"] == "oneshot" and service["Service"]["SuccessExitStatus"] == "10"
     assert timer["Install"]["WantedBy"] == "timers.target"
 
 
-def test_the_lines_of_the_guide_are_right() -> None:
+def test_the_crontab_lines_of_the_guide_are_valid() -> None:
     (line,) = re.findall(r"^(0 2 \* \* \*) +(.+)$", GUIDE, re.MULTILINE)
     Cron(line[0], ZoneInfo("UTC"))
     assert "refract retrain" in line[1] and "%" not in line[1], "cron takes a per cent sign as the end of a line"

@@ -1,4 +1,4 @@
-"""The device and the precision that training takes where the config leaves them to the machine."""
+"""The device and precision that `auto` chooses."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from refract.pipeline.training.device import choose_device, choose_precision
         ({}, "32-true"),
     ],
 )
-def test_a_processor_trains_in_bf16_only_where_that_is_faster(
+def test_a_cpu_trains_in_bf16_only_if_it_is_faster(
     monkeypatch: pytest.MonkeyPatch, processor: dict[str, object], precision: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
@@ -28,7 +28,7 @@ def test_a_processor_trains_in_bf16_only_where_that_is_faster(
     assert choose_precision(TrainerConfig(precision="bf16"), "cpu") == "bf16-mixed"
 
 
-def test_what_the_machine_cannot_do_is_told() -> None:
+def test_an_unsupported_device_or_precision_is_rejected() -> None:
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         choose_precision(TrainerConfig(precision="fp16"), "cpu")
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes of files."""
 
 import resource
 from pathlib import Path
@@ -8,22 +8,22 @@ import pytest
 from refract.pipeline.files import write_atomically, written_atomically
 
 
-def test_where_there_is_no_room_the_old_file_stays_and_the_error_names_it(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file_and_names_it(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     write_atomically(path, b"old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(OSError, match="report.json") as told:
+        with pytest.raises(OSError, match="report.json") as caught:
             write_atomically(path, b"x" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert told.value.filename == str(path)
+    assert caught.value.filename == str(path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_an_error_that_tells_its_cause_itself_keeps_its_text(tmp_path: Path) -> None:
-    """As Pillow's and Arrow's OSErrors do."""
+def test_an_error_without_errno_keeps_its_message(tmp_path: Path) -> None:
+    """Pillow and Arrow raise such OSErrors."""
     with pytest.raises(OSError, match="^Corrupt snappy data$"), written_atomically(tmp_path / "out"):
         raise OSError("Corrupt snappy data")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What a folder of images means: splits, classes, hidden entries, links, and names that look alike."""
+"""Reading a folder of images: splits, classes, hidden entries, links, and similar names."""
 
 import os
 import tempfile
@@ -54,7 +54,7 @@ def counts(root: Path) -> dict[str, dict[str, int]]:
         ("TrainImages", "ValImages", "TestImages"),
     ],
 )
-def test_split_folders_are_known_by_their_usual_names(files: Files, train: str, val: str, test: str) -> None:
+def test_split_folders_are_recognised_by_common_names(files: Files, train: str, val: str, test: str) -> None:
     root = files(*(f"2*{split}/{label}" for split in (train, val, test) for label in ("cat", "dog")))
     assert counts(root) == {split: {"cat": 2, "dog": 2} for split in ("train", "val", "test")}
     data = read_data(str(root), ["cat", "dog"], multilabel=False)
@@ -85,13 +85,13 @@ def test_other_names_are_not_splits(name: str) -> None:
         (["train/cat", "train/dog", "val/ca\u200bt", "val/dog"], r"train/cat.*ca\\u200bt' differ in invisible characters"),
     ],
 )  # fmt: skip
-def test_folders_of_uncertain_meaning_are_refused_with_a_cure(files: Files, names: list[str], message: str) -> None:
+def test_ambiguous_folders_are_rejected_with_a_remedy(files: Files, names: list[str], message: str) -> None:
     root = files(*(name if name.endswith("txt") else f"2*{name}" for name in names))
     with pytest.raises(DataError, match=message):
         load_manifest(root)
 
 
-def test_a_table_beside_loose_images_is_named(files: Files) -> None:
+def test_a_table_next_to_loose_images_is_named(files: Files) -> None:
     root = files("2*.", "labels.csv")
     with pytest.raises(DataError, match=r"no class folders.*if .*labels\.csv is a manifest, use its path"):
         load_manifest(root)
@@ -120,7 +120,7 @@ HIDDEN = [
 
 @pytest.mark.parametrize("name", HIDDEN)
 @pytest.mark.parametrize("place", ["", "cat/", "cat/deep/"])
-def test_hidden_and_system_folders_are_read_by_no_command(files: Files, name: str, place: str) -> None:
+def test_hidden_and_system_folders_are_skipped(files: Files, name: str, place: str) -> None:
     root = files("2*cat", "2*dog", f"3*{place}{name}", f"{place}._0.png", f"{place}Thumbs.db")
     manifest = load_manifest(root)
     assert manifest.counts() == {"cat": 2, "dog": 2} and not manifest.loose
@@ -185,7 +185,7 @@ def test_pipes_and_other_files_are_skipped_and_reported(files: Files) -> None:
     assert manifest.counts() == {"cat": 2, "dog": 2}
 
 
-def test_broken_links_are_reported_by_a_training_too(files: Files) -> None:
+def test_training_reports_broken_links(files: Files) -> None:
     root = files("2*train/cat", "2*train/dog", "2*val/cat", "2*val/dog", "2*test/cat", "2*test/dog")
     linked(root, "train/cat/gone.png", "nowhere")
     assert f"1 links are broken, such as {root}/train/cat/gone.png; they are skipped" in check_classes(
@@ -194,7 +194,7 @@ def test_broken_links_are_reported_by_a_training_too(files: Files) -> None:
 
 
 @pytest.mark.parametrize("places", [("train", "val"), ("train", "train")])
-def test_one_name_in_two_unicode_forms_is_one_class(files: Files, places: tuple[str, str]) -> None:
+def test_two_unicode_forms_of_a_name_are_one_class(files: Files, places: tuple[str, str]) -> None:
     forms = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
     named = [f"2*{place}/{form}" for place, form in zip(places, forms, strict=True)]
     manifest = load_manifest(files(*named, "2*train/dog", "2*val/dog"))
@@ -223,7 +223,7 @@ def test_names_that_are_probably_one_class_are_noted(files: Files, names: tuple[
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root opens every folder")
-def test_a_folder_that_cannot_be_opened_is_refused(files: Files) -> None:
+def test_an_unreadable_folder_is_rejected(files: Files) -> None:
     root = files("2*cat", "2*dog", "2*cat/locked")
     (root / "cat" / "locked").chmod(0)
     for read in (load_manifest, listing_of):
@@ -237,9 +237,7 @@ NAMES = st.sampled_from(["a", "b", "B", "a.b", "a-b", "é", "10", "9", "a b", "�
 
 @settings(max_examples=30, deadline=None)
 @given(paths=st.lists(st.lists(NAMES, min_size=2, max_size=4).map(tuple), min_size=1, max_size=12), data=st.data())
-def test_the_order_is_that_of_the_names_and_not_of_the_file_system(
-    paths: list[tuple[str, ...]], data: st.DataObject
-) -> None:
+def test_the_order_follows_the_names_not_the_file_system(paths: list[tuple[str, ...]], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for parts in data.draw(st.permutations(paths)):

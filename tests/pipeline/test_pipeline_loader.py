@@ -1,4 +1,4 @@
-"""Loader workers that die, and shared memory that is too small: training ends with one sentence, or goes a slower way to equal batches."""
+"""Dead loader workers and too little shared memory: training ends with one message, or uses slower transfers with equal batches."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ MANY += (
 
 
 class Numbered(torch.utils.data.Dataset):
-    """Items whose number says what the worker does with them."""
+    """A data set whose index selects the worker's action."""
 
     def __init__(self, side: int = 4, dies: int | None = None, signal: int = signal.SIGKILL) -> None:
         self.side, self.dies, self.signal = side, dies, signal
@@ -56,7 +56,7 @@ def loader_of(dataset: Numbered, **options: bool) -> Loader:
 @pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_worker_that_dies_ends_the_epoch_with_a_sentence(number: int) -> None:
+def test_a_dead_worker_ends_the_epoch_with_an_error(number: int) -> None:
     loader = loader_of(Numbered(dies=40, signal=number))
     with pytest.raises(LoaderError, match=rf"a loader worker (was killed|crashed) \({signal.Signals(number).name}\)"):
         list(loader)
@@ -68,7 +68,7 @@ def test_a_worker_that_dies_ends_the_epoch_with_a_sentence(number: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(60)
-def test_a_worker_that_dies_between_epochs_or_within_a_message_holds_nothing_up() -> None:
+def test_a_worker_that_dies_between_epochs_or_within_a_message_does_not_block() -> None:
     loader = loader_of(Numbered(side=600), shared=False)  # 4 MiB through a pipe that holds 64 KiB
     assert [int(batch["indices"][0]) for batch in loader] == list(range(0, 64, 4))
     os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
@@ -97,7 +97,7 @@ def test_batches_are_equal_with_and_without_shared_memory(folder: Path, monkeypa
             assert mine["images"].dtype == torch.uint8 and mine["images"].is_contiguous()
 
 
-def test_the_check_before_the_first_epoch_names_what_it_changes(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_shared_memory_check_logs_its_changes(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     mib = 1 << 20
     assert plan_workers(4, 9 * mib, 24 << 30) == plan_workers(4, 9 * mib, None) == (4, True) and not caplog.text
@@ -108,7 +108,7 @@ def test_the_check_before_the_first_epoch_names_what_it_changes(caplog: pytest.L
     assert plan_workers(4, 9 * mib, 4096) == (0, True) and "4 KiB free; the training process loads" in caplog.text
 
 
-def test_each_death_has_its_cure() -> None:
+def test_the_message_of_each_exit_code_names_a_remedy() -> None:
     assert "SIGBUS, probably because /dev/shm is full" in exit_message(
         -signal.SIGBUS, 2
     ) and "--shm-size 2g" in exit_message(-7, 2)
@@ -127,12 +127,12 @@ def test_a_training_whose_worker_is_killed_ends_and_can_be_resumed(
         ]
         os.kill(workers[-1], signal.SIGKILL)
         process.send_signal(signal.SIGTERM)  # which waits for a step that may never come
-        told = process.output.read()
+        output = process.output.read()
         code = process.wait(60)
     if code != 75:  # the step had its batch, and its checkpoint was written
-        assert code == 1 and "Traceback" not in told
+        assert code == 1 and "Traceback" not in output
         assert re.search(
-            r"^refract train: a loader worker was killed .*`refract train --resume runs/r` resumes", told, re.M
+            r"^refract train: a loader worker was killed .*`refract train --resume runs/r` resumes", output, re.M
         )
     assert list((tmp_path / "runs" / "r" / "checkpoints").glob("resume-*.ckpt"))
 
@@ -144,8 +144,8 @@ def test_a_training_whose_worker_is_killed_ends_and_can_be_resumed(
     or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode != 0,
     reason="needs to mount a small /dev/shm, as root",
 )
-def test_shared_memory_that_fills_up_in_mid_epoch_costs_nothing_but_time() -> None:
-    """The free space was enough at the check, and another program took it since."""
+def test_full_shared_memory_within_an_epoch_only_slows_training() -> None:
+    """The free space was enough at the check, and another program has used it since."""
     code = (
         "from tests.pipeline.test_pipeline_loader import Numbered, loader_of\n"
         "if __name__ == '__main__':\n"

@@ -1,4 +1,4 @@
-"""Images of the hold-out that are images of the training, saved again."""
+"""Near-duplicates: images of val and test that are saved copies of training images."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from refract.pipeline.data.prepare import prepare_data
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train and test of images with some structure, in which three of test are images of train, saved again in other ways."""
+    """A folder with train and test images; three test images are training images, saved again in other ways."""
     root = tmp_path_factory.mktemp("scenes")
     for number in range(60):
         coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
@@ -37,29 +37,27 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_images_of_the_hold_out_that_resemble_one_of_the_training_are_found(
-    scenes: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_test_images_that_resemble_a_training_image_are_found(scenes: Path, caplog: pytest.LogCaptureFixture) -> None:
     manifest, _ = prepare_data(config_of(scenes))
-    found = {(Path(path).name, Path(other).name) for path, other in manifest.near}
-    # Validation was drawn from train, so what was copied may lie there.
+    pairs = {(Path(path).name, Path(other).name) for path, other in manifest.near}
+    # val was drawn from train, so the original of a copy may be in val.
     trained = {Path(sample.path).name for sample in manifest.of("train")}
     wanted = {(f"again{n}.jpg", f"{n:02}.png") for n in range(3) if f"{n:02}.png" in trained}
-    assert len(wanted) >= 2 and found == wanted
+    assert len(wanted) >= 2 and pairs == wanted
     assert f"{len(wanted)} images of test are near-duplicates of training images, such as" in caplog.text
 
 
-def test_a_data_set_in_which_all_look_alike_is_looked_at_in_little_time_and_memory() -> None:
-    found = _candidates([b"a" * 16] * 1_000, [b"a" * 16] * 20_000)
-    assert len(found) == 1_000 and all(len(others) == NEAREST for _, others in found), "not every pair"
+def test_a_data_set_of_similar_images_takes_little_time_and_memory() -> None:
+    pairs = _candidates([b"a" * 16] * 1_000, [b"a" * 16] * 20_000)
+    assert len(pairs) == 1_000 and all(len(others) == NEAREST for _, others in pairs), "not every pair"
     others = [bytes([n]) + b"b" * 15 for n in (3, 1, 0, 255)]
     assert _candidates([b"\0" + b"b" * 15, b"c" * 16], others) == [(0, [2, 1, 0])], (
         "the nearest first; eight bits are too many"
     )
 
 
-def test_copies_among_images_of_one_look_are_found(tmp_path: Path) -> None:
-    """A fixed camera: one background, another fine detail in each."""
+def test_copies_among_similar_images_are_found(tmp_path: Path) -> None:
+    """A fixed camera: the same background, with a different fine detail in each image."""
     ground = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     for number in range(24):
         fine = np.random.default_rng(number + 1).integers(-45, 46, (36, 36, 1))
@@ -71,11 +69,11 @@ def test_copies_among_images_of_one_look_are_found(tmp_path: Path) -> None:
             cv2.imwrite(str(tmp_path / "test" / "ab"[number % 2] / f"{number}.jpg"), pixels[:, :, ::-1])
     manifest, _ = prepare_data(config_of(tmp_path, val_fraction=0.05))
     trained = {Path(sample.path).stem for sample in manifest.of("train")}
-    found = {Path(a).stem: Path(b).stem for a, b in manifest.near if "/test/" in a}
-    assert found == {str(n): str(n) for n in range(12, 24) if str(n) in trained} and len(found) >= 10
+    pairs = {Path(a).stem: Path(b).stem for a, b in manifest.near if "/test/" in a}
+    assert pairs == {str(n): str(n) for n in range(12, 24) if str(n) in trained} and len(pairs) >= 10
 
 
-def test_what_is_flat_or_has_little_on_empty_ground_has_no_look() -> None:
+def test_images_with_little_structure_have_no_hash() -> None:
     flat = np.full((32, 32, 3), 90, np.uint8)
     strokes = flat.copy()
     strokes[8:24, 14:18] = 255

@@ -1,4 +1,4 @@
-"""One package: no other top-level name is installed, and folders of the user's with such names do no harm."""
+"""The package installs one top-level name, and works in folders that contain modules of the same names."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images, and with modules that are named as the four packages."""
+    """A folder with images, and with modules named like the four packages."""
     folder = tmp_path_factory.mktemp("crowded")
     (folder / "models").mkdir()
     (folder / "models" / "__init__.py").write_text("raise RuntimeError('the models of the user')\n")
@@ -62,8 +62,8 @@ def test_a_script_uses_the_public_names_in_such_a_folder(crowded: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_refract_alone_and_works_by_itself(crowded: Path, tmp_path: Path) -> None:
-    """Built from the repository, and from the source distribution, which must be complete."""
+def test_the_wheel_contains_only_refract_and_works_alone(crowded: Path, tmp_path: Path) -> None:
+    """Build from the repository, and from the source distribution, which must be complete."""
     run("-m", "hatchling", "build", "-d", tmp_path / "one", cwd=ROOT)
     (wheel,) = (tmp_path / "one").glob("*.whl")
     (source,) = (tmp_path / "one").glob("*.tar.gz")

@@ -1,4 +1,4 @@
-"""`refract paraphrase` with two models of a small language, which the tests train."""
+"""`refract paraphrase` with two translation models of a small artificial language, trained by the tests."""
 
 import csv
 import os
@@ -68,13 +68,11 @@ def test_the_round_trip_keeps_the_meaning_and_changes_the_words(models: Path, mo
     assert drawn == translator([text for _, text in sentences], seed=1) != translator([t for _, t in sentences], seed=2)
     good = [grammar.means(new) == meaning and new != old for (meaning, old), new in zip(sentences, drawn, strict=True)]
     assert sum(good) >= 90
-    likeliest = BackTranslator(
-        f"{models}/en-de", f"{models}/de-en", source="en", via="de", sampling=Sampling(top_k=1)
-    )
+    likeliest = BackTranslator(f"{models}/en-de", f"{models}/de-en", source="en", via="de", sampling=Sampling(top_k=1))
     assert likeliest(["the big dog sees a car"], 1) == likeliest(["the big dog sees a car"], 2)
 
 
-def test_killed_in_the_middle_it_goes_on_and_translates_nothing_twice(
+def test_a_killed_run_resumes_and_translates_nothing_twice(
     models: Path, tmp_path: Path, refract: Run, warm: WarmProcess
 ) -> None:
     texts = [text for _, text in held_out(120)]
@@ -116,7 +114,7 @@ def test_killed_in_the_middle_it_goes_on_and_translates_nothing_twice(
     assert {augmenter.text(text, epoch=e, index=0) for e in range(30)} == set(paraphrases(str(tmp_path / "p.db"), text))
 
 
-def test_what_stays_is_a_setting_by_its_words_not_by_its_files_name(tmp_path: Path) -> None:
+def test_protected_words_identify_a_cache_not_their_file_name(tmp_path: Path) -> None:
     def settings(name: str, content: str) -> str:
         (tmp_path / name).write_text(content, "utf-8")
         protected_words.cache_clear()
@@ -126,7 +124,7 @@ def test_what_stays_is_a_setting_by_its_words_not_by_its_files_name(tmp_path: Pa
     assert first == settings("b.txt", "c++\nCANON\n") != settings("a.txt", "Canon\n")
 
 
-def test_stricter_settings_take_the_place_of_looser_ones(models: Path, tmp_path: Path) -> None:
+def test_stricter_settings_replace_looser_ones(models: Path, tmp_path: Path) -> None:
     texts = [text for _, text in held_out(6)]
     word = texts[0].split()[-1]
     found = []
@@ -142,7 +140,7 @@ def translator_of(models: Path, **more: Any) -> BackTranslator:
     return BackTranslator(f"{models}/en-de", f"{models}/de-en", source="en", via="de", **more)
 
 
-def test_what_is_cut_is_not_used(models: Path, tmp_path: Path) -> None:
+def test_truncated_paraphrases_are_not_used(models: Path, tmp_path: Path) -> None:
     short, long = "the dog sees a car", "the big dog sees a small car and a happy child"
     drawn = translator_of(models, max_length=9)([short, long, short], 0)
     assert drawn[1] is None and all(grammar.means(text) == grammar.means(short) for text in (drawn[0], drawn[2]))
@@ -170,7 +168,7 @@ def test_a_text_that_cannot_be_translated_does_not_stop_the_others(
     assert paraphrase([odd], plan, tmp_path / "p.db") == {"failed": 1}, "not tried again"
 
 
-def test_another_process_is_told(models: Path, tmp_path: Path, refract: Run) -> None:
+def test_a_second_process_on_the_cache_is_rejected(models: Path, tmp_path: Path, refract: Run) -> None:
     from refract.pipeline.data.manifest import DataError
     from refract.pipeline.files import locked
 
@@ -180,8 +178,8 @@ def test_another_process_is_told(models: Path, tmp_path: Path, refract: Run) -> 
         assert "another process fills this cache" in refract(*arguments(tmp_path, models), code=2).stderr
 
 
-def test_a_sentence_encoder_drops_what_means_something_else(tmp_path: Path) -> None:
-    """A real one, from a package; and models that translate every sentence into one."""
+def test_a_sentence_encoder_drops_paraphrases_with_another_meaning(tmp_path: Path) -> None:
+    """A real encoder from a package, with models that translate every sentence to the same sentence."""
     from importlib.util import find_spec
 
     from refract.models.multimodal.sentence_encoder import SentenceEncoder
@@ -204,7 +202,7 @@ def test_a_sentence_encoder_drops_what_means_something_else(tmp_path: Path) -> N
         (["--keep", "/nowhere.txt"], "/nowhere.txt cannot be read"),
     ],
 )
-def test_what_cannot_be_is_told(
+def test_errors_name_the_option(
     models: Path, tmp_path: Path, refract: Run, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
 ) -> None:
     manifest(tmp_path, ["the dog sees a car"])
@@ -212,6 +210,6 @@ def test_what_cannot_be_is_told(
     assert message in refract(*arguments(tmp_path, models, *more), code=2).stderr
 
 
-def test_a_model_of_no_language_is_told(models: Path) -> None:
+def test_a_model_without_the_language_is_rejected(models: Path) -> None:
     with pytest.raises(TranslationError, match="cannot be loaded"):
         BackTranslator(f"{models}/en-fr", f"{models}/fr-en", source="en", via="fr")

@@ -1,4 +1,4 @@
-"""What `refract init` proposes for each kind of folder, from images that the tests draw."""
+"""The proposals of `refract init` for each kind of folder, with images drawn by the tests."""
 
 import json
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Draw = Callable[[np.random.Generator, str], np.ndarray]
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests ask no server; those of pretrained weights set `hub`."""
+    """Contact no server; tests of pretrained weights set `hub`."""
     monkeypatch.setattr(survey_module, "hub_reachable", lambda: False)
 
 
@@ -135,7 +135,7 @@ def test_pretrained_weights_change_the_choices(tmp_path: Path) -> None:
     few = propose(survey)
     assert few.value("model.weights") == "default" and few.value("data.image_size") == 224
     assert few.value("model.mode") == "linear-then-fine-tune" and few.value("model.unfreeze_epochs") > 1
-    assert few.value("optim.lr") is None, "left to the default of the mode"
+    assert few.value("optim.lr") is None, "the default of the mode"
     many = propose(replace(survey, samples=4000, training=2800, counts={"bee": 2000, "wasp": 2000}))
     assert many.value("model.mode") == "fine-tune" and many.value("data.batch_size") == 32
     assert many.value("trainer.max_epochs") < few.value("trainer.max_epochs")
@@ -143,7 +143,7 @@ def test_pretrained_weights_change_the_choices(tmp_path: Path) -> None:
     assert "\n  # lr has its default: " in text and "\n  lr:" not in text
 
 
-def test_the_learning_rate_stays_open_so_that_weights_given_later_get_theirs(tmp_path: Path) -> None:
+def test_the_learning_rate_stays_null_so_that_it_follows_later_weights(tmp_path: Path) -> None:
     _, proposal = proposed(folder_of(tmp_path / "photos", "cat dog", photo, suffix="jpg"))
     assert proposal.value("model.weights") == "none" and proposal.value("optim.lr") is None
 
@@ -174,7 +174,7 @@ def test_unreadable_files_are_reported(tmp_path: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_training_will_draw_or_refuse_is_noted(
+def test_notes_name_drawn_splits_and_rejected_data(
     tmp_path: Path, folders: str, refused: bool, notes: list[str]
 ) -> None:
     survey, _ = proposed(folder_of(tmp_path / "photos", folders, photo))
@@ -191,7 +191,7 @@ def test_what_training_will_draw_or_refuse_is_noted(
         ("", "train/a train/b test/c", "next: fix the data as noted above, then refract train photos.yaml"),
     ],
 )  # fmt: skip
-def test_the_next_step_is_one_that_training_accepts(
+def test_the_printed_next_command_is_valid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, damaged: str, folders: str, step: str
 ) -> None:
     root = folder_of(tmp_path / "photos", folders, photo)
@@ -205,16 +205,16 @@ def test_the_next_step_is_one_that_training_accepts(
 def test_init_prints_its_reasons_writes_them_and_draws_a_preview(refract: Run, tmp_path: Path) -> None:
     folder_of(tmp_path / "arrows", "left right", arrow)
     (tmp_path / "arrows" / "left" / "00.png").write_bytes(b"")
-    told = refract("init", "arrows", "-o", "mine.yaml").stdout
+    output = refract("init", "arrows", "-o", "mine.yaml").stdout
     text = (tmp_path / "mine.yaml").read_text()
-    lines = [line for line in told.splitlines() if line.startswith("  augment.policy ")]
+    lines = [line for line in output.splitlines() if line.startswith("  augment.policy ")]
     assert len(lines) == 1 and "PadAndCrop, Cutout" in lines[0] and "left and right" in lines[0]
-    starts = {line.index("resnet20") for line in told.splitlines() if "resnet20" in line}
+    starts = {line.index("resnet20") for line in output.splitlines() if "resnet20" in line}
     assert starts == {lines[0].index("PadAndCrop")}, "the columns are aligned"
-    assert "differ by left and right" in text and "1 of the 24 images" in told
+    assert "differ by left and right" in text and "1 of the 24 examined images" in output
     config = load_config(tmp_path / "mine.yaml")
     assert config.model.name == "resnet20" and config.augment.policy[1] == {"Cutout": {"length": 0.25, "p": 0.5}}
-    assert "wrote mine.preview.png" in told
+    assert "wrote mine.preview.png" in output
     grid = cv2.imread(str(tmp_path / "mine.preview.png"))
     assert grid is not None and grid.std() > 10
 
@@ -222,12 +222,12 @@ def test_init_prints_its_reasons_writes_them_and_draws_a_preview(refract: Run, t
 def test_a_named_network_with_weights_is_trained_at_their_size(refract: Run, tmp_path: Path, lite0: Path) -> None:
     folder_of(tmp_path / "insects", "ant bee", photo, suffix="jpg")
     options = ("--model.name", "timm/tf_efficientnet_lite0", "--model.weights", str(lite0))
-    told = refract("init", "insects", *options, "-o", "mine.yaml").stdout
+    output = refract("init", "insects", *options, "-o", "mine.yaml").stdout
     config = load_config(tmp_path / "mine.yaml")
     assert (config.model.name, config.model.weights) == ("timm/tf_efficientnet_lite0", str(lite0))
     assert config.data.image_size == 224 and config.model.mode == "linear-then-fine-tune"
-    assert config.augment.policy == "fine-tune" and "the size that the weights were trained at" in told
-    assert "12 samples in each class" in told and "from scratch" not in told
+    assert config.augment.policy == "fine-tune" and "the size that the weights were trained at" in output
+    assert "12 samples in each class" in output and "from scratch" not in output
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_named_network_with_weights_is_trained_at_their_size(refract: Run, tmp
         (("--model.name", "resnet20", "--model.weights", "default"), "resnet20 has no pretrained weights"),
     ],
 )
-def test_a_start_that_cannot_be_trained_is_refused_before_anything_is_written(
+def test_an_untrainable_start_is_rejected_before_writing(
     refract: Run, tmp_path: Path, options: tuple[str, ...], expected: str
 ) -> None:
     folder_of(tmp_path / "insects", "ant bee", photo, suffix="jpg")
@@ -248,7 +248,7 @@ def test_a_start_that_cannot_be_trained_is_refused_before_anything_is_written(
     assert not (tmp_path / "insects.yaml").exists()
 
 
-def test_a_bundle_names_its_own_network(tmp_path: Path) -> None:
+def test_a_bundle_implies_its_network(tmp_path: Path) -> None:
     network = {"name": "lenet5", "image_size": [40, 40], "args": {"head": "cosine"}}
     (tmp_path / "bundle").mkdir()
     trained = build("lenet5", 2, image_size=(40, 40), head="cosine")
@@ -269,7 +269,7 @@ def test_a_bundle_names_its_own_network(tmp_path: Path) -> None:
             check_start(None, str(tmp_path / "bundle"), 2)
 
 
-def test_small_images_without_a_hub_are_told_of_pretrained_weights(tmp_path: Path) -> None:
+def test_small_images_without_a_hub_get_a_note_on_pretrained_weights(tmp_path: Path) -> None:
     survey, proposal = proposed(folder_of(tmp_path / "things", "car cat", lambda r, c: photo(r, c, 32)))
     assert (
         proposal.value("model.name") == "resnet20" and "--model.name resnet18 --model.weights FILE" in proposal.notes[0]

@@ -1,4 +1,4 @@
-"""What a table says: separators, encodings, names of columns, paths; and what is refused with its line and column."""
+"""Reading tables: separators, encodings, column names, paths, and errors with line and column."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ IMAGES = ("img/0.png", "img/1.png", "img/ä b.png", "img/a, b.png")
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write a manifest beside the images `IMAGES`."""
+    """Write a manifest next to the images `IMAGES`."""
     for name in IMAGES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -83,12 +83,12 @@ EXPECTED = [("img/0.png", "a"), ("img/1.png", "b")]
     ],
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32"])
-def test_a_table_is_read_where_its_meaning_is_certain(write: Write, text: str, encoding: str) -> None:
+def test_unambiguous_tables_are_read(write: Write, text: str, encoding: str) -> None:
     rows = read(write(text.encode(encoding)))
     assert rows == EXPECTED
 
 
-def test_addresses_of_files_and_other_unicode_forms_are_paths(write: Write, tmp_path: Path) -> None:
+def test_file_urls_and_other_unicode_forms_are_paths(write: Write, tmp_path: Path) -> None:
     address = (tmp_path / "img" / "ä b.png").as_uri()
     other = unicodedata.normalize("NFD", "img/ä b.png")
     file = write(f'path,label\n{address},a\n{other},b\n"img/a, b.png",b\n{tmp_path}/img/0.png,a\n')
@@ -96,19 +96,19 @@ def test_addresses_of_files_and_other_unicode_forms_are_paths(write: Write, tmp_
     assert "%20" in address
 
 
-def test_a_file_of_that_very_name_comes_before_any_other_reading(write: Write, tmp_path: Path) -> None:
+def test_a_file_with_the_literal_name_has_precedence(write: Write, tmp_path: Path) -> None:
     for name in (" x.png", "img\\0.png"):
         (tmp_path / name).touch()
     assert read(write('path,label\n" x.png",a\nimg\\0.png,b\n')) == [(" x.png", "a"), ("img\\0.png", "b")]
 
 
-def test_labels_are_one_in_any_unicode_form(write: Write) -> None:
+def test_unicode_forms_of_a_label_are_one_label(write: Write) -> None:
     forms = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
     file = write(f"path,label\nimg/0.png,{forms[0]}\nimg/1.png,{forms[1]}\nimg/0.png,dog\n")
     assert load_manifest(file).labels == ("café", "dog")
 
 
-def test_splits_may_have_their_usual_names(write: Write) -> None:
+def test_common_split_names_are_accepted(write: Write) -> None:
     file = write("path,label,Subset\nimg/0.png,a,Training\nimg/1.png,b, validation\nimg/1.png,b,TEST\n")
     manifest = load_manifest(file)
     assert [sample.split for sample in manifest.samples] == ["train", "val", "test"]
@@ -117,7 +117,7 @@ def test_splits_may_have_their_usual_names(write: Write) -> None:
     assert texts_of(captions, "train") == ["x"]
 
 
-def test_a_column_that_is_not_certain_stays_metadata(write: Write) -> None:
+def test_an_ambiguous_column_stays_metadata(write: Write) -> None:
     file = write("path,label,class,image,subset\nimg/0.png,a,1,x,seen\nimg/1.png,b,2,y,unseen\n")
     manifest = load_manifest(file)
     assert manifest.samples[0].metadata == {"class": "1", "image": "x", "subset": "seen"} and manifest.splits() == []
@@ -150,9 +150,7 @@ def test_a_column_that_is_not_certain_stays_metadata(write: Write) -> None:
         ("# by me\npath,label\nimg/0.png,a\n", "the first line has no column that Refract reads; columns: '# by me'"),
     ],
 )  # fmt: skip
-def test_what_is_not_certain_is_refused_with_its_place_and_a_cure(
-    write: Write, text: str | bytes, message: str
-) -> None:
+def test_ambiguous_values_are_rejected_with_location_and_remedy(write: Write, text: str | bytes, message: str) -> None:
     for entry in (load_manifest, listing_of, lambda file: read_data(str(file), ["a"], multilabel=False)):
         if entry is load_manifest or "no column 'label'" not in message:
             with pytest.raises(DataError, match=message):
@@ -165,7 +163,7 @@ def test_a_short_row_lacks_only_texts_and_metadata(write: Write) -> None:
     assert (first.text, second.text, second.metadata) == ("", "hello", {"camera": ""})
 
 
-def test_an_empty_label_of_a_class_is_refused_with_the_way_to_several_labels(write: Write) -> None:
+def test_an_empty_label_is_rejected_with_a_hint_at_multilabel(write: Write) -> None:
     with pytest.raises(
         DataError, match=r"line 3: label '' is not a class name .1 such rows.; .*`a;b` and set data.task"
     ):
@@ -194,7 +192,10 @@ def test_single_quotes_around_all_labels_are_removed(write: Write, labels: list[
     ("labels", "note"),
     [
         (["circle", "square", "circle,square"], "circle,square looks like .* write circle;square and set data.task"),
-        (["a, b", "b, c", "a, c"], "a, b looks like multiple labels of one image .3 such labels.; if so, write a;b and"),
+        (
+            ["a, b", "b, c", "a, c"],
+            "a, b looks like multiple labels of one image .3 such labels.; if so, write a;b and",
+        ),
         (["a|b", "b|c", "c"], "write b;c"),
         (["red", "blue", "red blue"], "write red;blue"),
         (["red car", "blue car", "red bus", "blue bus"], ""),
@@ -202,7 +203,7 @@ def test_single_quotes_around_all_labels_are_removed(write: Write, labels: list[
         (["a;b", "a,b", "a"], "write a;b$"),
     ],
 )
-def test_labels_that_look_like_several_are_noted(write: Write, labels: list[str], note: str) -> None:
+def test_labels_that_look_like_multiple_labels_are_noted(write: Write, labels: list[str], note: str) -> None:
     manifest = load_manifest(write("path\tlabel\n" + "".join(f"img/0.png\t{one}\n" for one in labels)))
     notes = " ".join(one for one in manifest.notes if "looks like" in one)
     assert bool(note) == bool(notes) and re.search(note, notes)
@@ -228,7 +229,7 @@ VALUES = st.text("aBé,;|\t\"' \\漢\u0301\u200b", min_size=1, max_size=8).filte
     encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]),
     header=st.sampled_from([("label", "text"), ("Label", " TEXT"), ("text", "label"), ("label", "text ", "more")]),
 )
-def test_any_texts_come_back_whatever_the_separator_and_the_encoding(
+def test_any_text_survives_every_separator_and_encoding(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], mark: str, ending: str, encoding: str, header
 ) -> None:
     file = tmp_path_factory.getbasetemp() / "any.csv"
@@ -251,7 +252,7 @@ def test_any_texts_come_back_whatever_the_separator_and_the_encoding(
     | st.text(max_size=60).map(str.encode)
     | st.text("pathlbe,;\t\"'\n\r\0 \\:", max_size=60).map(str.encode)
 )
-def test_any_bytes_are_a_table_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_any_bytes_are_a_table_or_rejected(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     file = tmp_path_factory.getbasetemp() / "bytes.csv"
     for head in (b"", b"path,label\n", b"path;label\n"):
         file.write_bytes(head + data)

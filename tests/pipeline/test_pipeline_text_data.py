@@ -1,4 +1,4 @@
-"""Manifests of texts: what they may hold, how they are split, and what a policy makes of them for each epoch."""
+"""Manifests of texts: valid content, splits, and the policy's draws for each epoch."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from refract.pipeline.data.validation import scan
 from refract.pipeline.training.build import check_inputs
 
 
-def test_rows_without_a_image_and_images_with_several_captions(tmp_path: Path) -> None:
+def test_rows_without_an_image_and_images_with_two_captions(tmp_path: Path) -> None:
     captions.write_images(tmp_path, count=30)
     rows = [
         ["images/00000.png", "a", "one caption"], ["images/00000.png", "b", "another caption"],
@@ -51,7 +51,7 @@ def test_rows_without_a_image_and_images_with_several_captions(tmp_path: Path) -
         ([["a", "x"]], ["label", "caption"], "needed: path,label and/or text"),
     ],
 )
-def test_manifests_of_texts_that_cannot_be(tmp_path: Path, rows, columns, message: str) -> None:
+def test_invalid_text_manifests_are_rejected(tmp_path: Path, rows, columns, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_manifest(table(tmp_path / "m.csv", rows, columns))
 
@@ -63,9 +63,7 @@ def test_a_manifests_cell_is_one_text(tmp_path: Path) -> None:
     pd.DataFrame({"label": ["a", "b"], "text": ["x", "y"], "tags": [["p", "q"], []]}).to_parquet(file)
     assert [sample.text for sample in load_manifest(file).samples] == ["x", "y"]
     pd.DataFrame({"label": ["a", "b"], "text": [None, ["x", "y"]]}).to_parquet(file)
-    with pytest.raises(
-        DataError, match=r"m\.parquet: cannot .* \(column 'text', row 2: expected one text, found several"
-    ):
+    with pytest.raises(DataError, match=r"m\.parquet: cannot .* \(column 'text', row 2: got a list; expected one text"):
         load_manifest(file)
 
 
@@ -78,12 +76,12 @@ def test_a_manifests_cell_is_one_text(tmp_path: Path) -> None:
         ({"text": {"fusion": "sum"}}, "text.fusion"),
     ],
 )
-def test_configs_of_texts_that_cannot_be(values, message: str) -> None:
+def test_invalid_text_configs_are_rejected(values, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_from_dict(values)
 
 
-def test_what_each_epoch_reads_is_drawn_from_the_policy(tmp_path: Path) -> None:
+def test_each_epoch_reads_a_new_draw_of_the_policy(tmp_path: Path) -> None:
     from refract.augment import Augmenter, Preprocess
     from refract.models.multimodal.tokens import HashedNgrams
     from refract.pipeline.data.datamodule import ImageDataModule
@@ -113,7 +111,7 @@ def test_what_each_epoch_reads_is_drawn_from_the_policy(tmp_path: Path) -> None:
     )
 
 
-def test_what_has_no_image_says_nothing_of_what_images_are_and_cost(tmp_path: Path) -> None:
+def test_samples_without_an_image_do_not_affect_image_statistics_and_cost(tmp_path: Path) -> None:
     import os
 
     from refract.augment import Augmenter, Preprocess
@@ -136,7 +134,7 @@ def test_what_has_no_image_says_nothing_of_what_images_are_and_cost(tmp_path: Pa
     assert ImageDataModule(texts, **own).workers == 0
 
 
-def test_texts_of_a_split_are_those_of_no_other(tmp_path: Path) -> None:
+def test_texts_of_a_split_exclude_other_splits(tmp_path: Path) -> None:
     from refract.pipeline.data.texts import texts_of
 
     rows = [
@@ -155,7 +153,7 @@ def test_texts_of_a_split_are_those_of_no_other(tmp_path: Path) -> None:
     assert texts_of(plain, "train") == ["one", "two"], "a manifest without splits is all for training"
 
 
-def test_views_of_images_do_not_go_with_texts() -> None:
+def test_consistency_with_texts_is_rejected() -> None:
     from refract.augment import Augmenter
     from refract.pipeline.training.build import check_recipe
 
