@@ -18,11 +18,11 @@ _CELL, _GAP, _LINE, _LINES, _TEXT_LINES = 192, 8, 13, 6, 4
 
 
 class Shown(NamedTuple):
-    """One row of the grid. data: the encoded image; index: index in the data set."""
+    """One row of the grid. data: the encoded image; sample_index: index in the data set."""
 
     title: str
     data: bytes
-    index: int
+    sample_index: int
     text: str = ""
 
 
@@ -67,7 +67,7 @@ def preview_grid(images: Sequence[Shown], augmenter: Augmenter, *, variants: int
     ]
     if augmenter.size is not None and augmenter.mixes:
         columns = [
-            _mixed(augmenter, column, epoch, [shown.index for shown in images]) for epoch, column in enumerate(columns)
+            _mixed(augmenter, column, epoch, [shown.sample_index for shown in images]) for epoch, column in enumerate(columns)
         ]
     width = (variants + 1) * (_CELL + _GAP) + _GAP
     count = _LINES + (_TEXT_LINES if any(shown.text for shown in images) else 0)
