@@ -1,1 +1,1 @@
-"""The images: where they come from, how they are split and checked, how they reach the device."""
+"""Data: sources, checks, splits, and loading to the device."""
