@@ -146,7 +146,7 @@ def test_truncated_paraphrases_are_not_used(models: Path, tmp_path: Path) -> Non
     assert drawn[1] is None and all(grammar.means(text) == grammar.means(short) for text in (drawn[0], drawn[2]))
     assert translator_of(models)([long, "dog " * 200], 0)[1] is None, "more than the models' positions"
     endless = translator_of(models, max_length=12)
-    endless._ways[1]._model.generation_config.update(min_length=12, forced_eos_token_id=1)
+    endless._directions[1]._model.generation_config.update(min_length=12, forced_eos_token_id=1)
     assert endless([short], 0) == [None]
     plan = Plan(f"{models}/{{from}}-{{to}}", "en", ("de",), 2, Filter(), max_length=9, device="cpu")
     counts = paraphrase([short, long], plan, tmp_path / "p.db")
