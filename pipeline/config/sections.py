@@ -33,8 +33,10 @@ class DataConfig:
             (subtract the mean training image), or pca or zca whitening (small images only).
         mean: mean of the R, G, B channels in 0…1 for normalize: fixed; null uses the values of the pretrained weights, else ImageNet's.
         std: standard deviation of the R, G, B channels, above 0, for normalize: fixed; null as for mean.
-        val_fraction: fraction of the training images, in (0, 1), drawn as the validation set if the data has no `val` split.
-        test_fraction: fraction of the images, in (0, 1), drawn as the test set if the data has no `test` split.
+        val_fraction: fraction of the images, in (0, 1), drawn as the validation set if the data has no `val` split; from `train` if the
+            data has splits.
+        test_fraction: fraction of the images, in (0, 1), drawn as the test set if the data has no `test` split; from `train` if the
+            data has splits.
         batch_size: images per batch on each rank, at least 1; the size of the whole training set gives one step per epoch.
         repeats: copies of each training image in a batch, each augmented on its own, in 1…batch_size; an epoch keeps its length
             and so visits 1/repeats of the images.
@@ -227,7 +229,8 @@ class TrainerConfig:
         max_epochs: number of passes over the training images, at least 1.
         seed: random seed, in [0, 2**32), for the splits, the weights, the order of the samples and every augmentation.
         device: auto uses a GPU if PyTorch finds one, else the CPU.
-        devices: number of ranks, at least 1, each on its own device with batches of data.batch_size; torchrun overrides it.
+        devices: number of ranks, at least 1, each on its own device with batches of data.batch_size; under
+            torchrun, its number of processes is used instead.
         precision: auto uses bf16 or fp16 if the device computes faster in it, else fp32.
         accumulate: batches whose gradients are accumulated for one optimiser step, at least 1.
         ema: decay of the moving average of the weights, such as 0.999, in [0, 1); the average is measured and saved; 0 disables it.
