@@ -1,1 +1,1 @@
-"""The doctor: watches a training, and says in words what is wrong, by what evidence, and what to change."""
+"""The doctor watches a training and reports each problem with its evidence and the settings that cure it."""

@@ -1,4 +1,4 @@
-"""A finding of the doctor: what is wrong, by what evidence, and cures that the run's config accepts."""
+"""A finding of the doctor: a problem, its evidence, and the cures that the run's config accepts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of the config, as `optim.lr`, and the value to give it."""
+    """A config key, such as `optim.lr`, and its proposed value."""
 
     key: str
     value: Any
@@ -22,17 +22,21 @@ class Setting:
 
 
 Cure = tuple[Setting, ...]
-"""Settings that belong together."""
+"""Settings to change together."""
 
 
 def cure(key: str, value: Any) -> Cure:
-    """A cure of one setting."""
+    """Return a cure that changes one setting."""
     return (Setting(key, value),)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """name: short, for a tag; evidence: the numbers; advice: what no setting can say; cures: alternatives, the likeliest first."""
+    """A problem that the doctor detected.
+
+    name: short, also an MLflow tag; evidence: the measured numbers; advice: steps that no setting expresses; cures: alternatives, the
+    likeliest first.
+    """
 
     name: str
     evidence: str
@@ -41,7 +45,7 @@ class Finding:
 
     @property
     def cure(self) -> str:
-        """The cures and the advice in words."""
+        """The cures and the advice as a sentence."""
         settings = " or ".join(" with ".join(map(str, settings)) for settings in self.cures)
         return "; ".join(part for part in (f"set {settings}" if settings else "", self.advice) if part)
 
@@ -49,19 +53,19 @@ class Finding:
         return f"{self.name}: {self.evidence}; {self.cure}"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: name, evidence, cure in words, and cures as lists of {key, value}."""
+        """Return JSON values: name, evidence, cure as a sentence, advice, and cures as lists of {key, value}."""
         cures = [[{"key": setting.key, "value": setting.value} for setting in settings] for settings in self.cures]
         return {"name": self.name, "evidence": self.evidence, "cure": self.cure, "advice": self.advice, "cures": cures}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Finding":
-        """The finding that `to_dict` wrote, or an older version without `cures`. KeyError, TypeError."""
+        """Read the output of `to_dict`, also that of older versions, which lacks `cures`. Raises KeyError or TypeError."""
         cures = tuple(tuple(Setting(**setting) for setting in settings) for settings in values.get("cures", ()))
         return cls(values["name"], values["evidence"], values.get("advice", values["cure"]), cures)
 
 
 def treatable(finding: Finding, config: Config) -> Finding:
-    """The finding with the cures alone that change something in the config and that it accepts."""
+    """Keep only the cures that change the config and that pass its validation."""
     return replace(finding, cures=tuple(_accepted(finding.cures, config)))
 
 

@@ -1,4 +1,4 @@
-"""What a training showed, as plain numbers."""
+"""The measurements of a training that the doctor judges, as plain numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,21 +7,27 @@ from typing import Any
 from refract.pipeline.evaluation.label_errors import NoiseEvidence
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
-"""(mean, std) of R, G, B in 0…1."""
+"""(mean, std) of R, G and B, in 0…1."""
 
 
 @dataclass
 class Record:
-    """What a training showed, and what the config says that decides the cures.
+    """The measurements of a training, and the config values that decide the cures.
 
-    classes: how many, 0 for multilabel and other losses than cross-entropy; lr: the peak; optimizer, network, args, weights, mode: the
-    config's; losses: of each step, as optimised; soft: whether targets are smoothed or mixed; history: metrics of each epoch; gradients:
-    layer → norm over the norm of its weights, from the input to the head, of one step each epoch; dead, saturated: layer → fraction of
-    units, of the last look; unreached: trainable parameters without a gradient; seconds: of the parts of a step, summed: waiting, forward,
-    backward, optimiser; workers: of the loader; inputs: mean and deviation of normalised images, `train` and `val`; normalisation: of the
-    run, and weights_normalisation: that the weights were trained with, where both are known; said: class → fraction of the predictions on
-    the test set, truth: of its labels; answered: samples of the test set; wrong: fraction of them that is predicted wrong; noise: see
-    `refract.pipeline.evaluation.label_errors`; ops: names of the policy's.
+    From the config:
+        classes: number of classes, 0 for multi-label data and for losses other than cross-entropy.
+        lr: peak learning rate. optimizer, network, args, weights, mode: as configured.
+        soft: whether targets are smoothed or mixed. workers: worker processes of the loader. ops: names of the policy's ops.
+        normalisation: that of the run; weights_normalisation: that the weights were trained with; both None if either is unknown.
+    Measured in training:
+        losses: optimised loss of each step. history: metrics of each epoch.
+        gradients: for one step of each epoch, layer → gradient norm over weight norm, from the input to the head.
+        dead, saturated: layer → fraction of its units in the last inspected batch. unreached: trainable parameters without a gradient.
+        seconds: total time of each phase of a step: waiting, forward, backward, optimiser.
+        inputs: `train` and `val` → mean and standard deviation of normalised images.
+    Measured on the test set:
+        said: class → fraction of the predictions. truth: class → fraction of the labels. answered: number of samples.
+        wrong: fraction of wrong predictions. noise: see `refract.pipeline.evaluation.label_errors`.
     """
 
     classes: int

@@ -1,4 +1,4 @@
-"""The doctor of a run, built from its config."""
+"""Build the doctor of a run from its config."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,54 +14,63 @@ from refract.pipeline.doctor.watch import OVERFIT_IMAGES, Doctor
 if TYPE_CHECKING:
     from refract.pipeline.training.fit import Assembly
 
-LOOKED_AT = 64
+PREFLIGHT_IMAGES = 64
 
 
-def make_doctor(made: "Assembly", config: Config) -> Doctor:
-    """A doctor that has looked at some validation images, and tried whether a few can be learned by heart."""
+def make_doctor(assembly: "Assembly", config: Config) -> Doctor:
+    """Build the doctor and run its preflight checks on up to PREFLIGHT_IMAGES validation images.
+
+    The checks measure the normalised inputs and whether the network overfits a few images.
+    """
     import torch
 
     from refract.pipeline.data.datasets import collate
 
-    augmenter = made.data.train_set.augmenter
+    augmenter = assembly.data.train_set.augmenter
     loss = config.loss
     plain = loss.name in ("auto", "cross_entropy") and not (loss.penalty or loss.consistency or loss.teacher)
     record = Record(
-        classes=len(made.manifest.labels) if plain and made.manifest.task != "multilabel" else 0,
-        lr=made.module.optim.lr,
+        classes=len(assembly.manifest.labels) if plain and assembly.manifest.task != "multilabel" else 0,
+        lr=assembly.module.optim.lr,
         optimizer=config.optim.name,
         network=config.model.name,
         args=dict(config.model.args),
         weights=config.model.weights,
         mode=config.model.mode,
         soft=config.loss.label_smoothing > 0 or augmenter.mixes,
-        workers=made.data.workers,
+        workers=assembly.data.workers,
         ops=tuple(_names(augmenter.policy.ops)),
     )
     if config.data.normalize == "fixed" and record.pretrained:
-        record.normalisation, record.weights_normalisation = _normalisations(made, config)
+        record.normalisation, record.weights_normalisation = _normalisations(assembly, config)
     doctor = Doctor(record, config)
-    images = made.data.images_of("val")
-    places = np.unique(np.linspace(0, len(images) - 1, LOOKED_AT).astype(int)).tolist() if len(images) else []
-    if len(places) >= OVERFIT_IMAGES:
-        batch = collate([images[i] for i in places])
-        # Of several classes, where the images are sorted by them.
+    images = assembly.data.images_of("val")
+    indices = np.unique(np.linspace(0, len(images) - 1, PREFLIGHT_IMAGES).astype(int)).tolist() if len(images) else []
+    if len(indices) >= OVERFIT_IMAGES:
+        batch = collate([images[i] for i in indices])
+        # Images may be sorted by class; the shuffle mixes the classes of the few images to overfit.
         order = torch.randperm(len(batch["targets"]), generator=torch.Generator().manual_seed(0))
         shuffled = {name: values[order] for name, values in batch.items()}
-        doctor.preflight(made.module, inputs_of(shuffled), shuffled["targets"])
+        doctor.preflight(assembly.module, inputs_of(shuffled), shuffled["targets"])
     return doctor
 
 
-def _normalisations(made: "Assembly", config: Config) -> tuple[Normalisation, Normalisation | None]:
-    """(mean and std of the run, those that its weights were trained with or None where no record says so)"""
+def _normalisations(assembly: "Assembly", config: Config) -> tuple[Normalisation, Normalisation | None]:
+    """Return (mean, std) of the run, and those of its weights' training or None if they are unknown."""
     from refract.models.registry import weights_preprocess
 
-    own = (weights_preprocess(config.model.name, config.model.weights) or {}) if config.model.name != "none" else {}
-    known = (tuple(own["mean"]), tuple(own["std"])) if "mean" in own and "std" in own else None
-    return (tuple(made.data.preprocess.mean), tuple(made.data.preprocess.std)), known
+    weights_record = (
+        (weights_preprocess(config.model.name, config.model.weights) or {}) if config.model.name != "none" else {}
+    )
+    weights_normalisation = (
+        (tuple(weights_record["mean"]), tuple(weights_record["std"]))
+        if "mean" in weights_record and "std" in weights_record
+        else None
+    )
+    return (tuple(assembly.data.preprocess.mean), tuple(assembly.data.preprocess.std)), weights_normalisation
 
 
 def _names(ops: Sequence[Any]) -> list[str]:
-    """Of all ops, those inside choices too."""
-    held = [op.ops if isinstance(op, CompositionOp) else () for op in ops]
-    return [name for op, inner in zip(ops, held, strict=True) for name in (op.name, *_names(inner))]
+    """Return the names of all ops, including those inside composition ops."""
+    nested = [op.ops if isinstance(op, CompositionOp) else () for op in ops]
+    return [name for op, inner in zip(ops, nested, strict=True) for name in (op.name, *_names(inner))]

@@ -1,4 +1,4 @@
-"""Findings as a file of a run. Imports nothing that trains, so that `refract doctor` answers at once."""
+"""Write and read the findings of a run. Imports no training code, so that `refract doctor` starts quickly."""
 
 import dataclasses
 import json
@@ -15,21 +15,21 @@ FILE = "doctor.json"
 
 
 def write_findings(run_dir: Path, findings: Sequence[Finding], record: Record) -> None:
-    """`doctor.json`: the findings and what they were found from."""
+    """Write `doctor.json`: the findings and the record that they are derived from."""
     values = {"findings": [finding.to_dict() for finding in findings], "record": dataclasses.asdict(record)}
     write_atomically(run_dir / FILE, json.dumps(values, indent=1).encode())
 
 
 def read_findings(run_dir: Path) -> tuple[list[Finding], dict[str, Any]]:
-    """(findings, the record). ConfigError where the run has none."""
+    """Return the findings and the record. Raises ConfigError if the run has none or its file is damaged."""
     try:
         values = json.loads((run_dir / FILE).read_text("utf-8"))
         sum(values["record"]["seconds"].values())
         return [Finding.from_dict(finding) for finding in values["findings"]], values["record"]
     except FileNotFoundError as error:
-        why = f"has no {FILE}; a run has one when it is finished" if run_dir.is_dir() else "no such run"
+        why = f"has no {FILE}; a run gets one when it finishes" if run_dir.is_dir() else "no such folder"
         if run_dir.is_dir() and (run_dir.parent / FILE).is_file():
-            why = f"is a part of a run; give the run's folder, {run_dir.parent}"
+            why = f"is a folder inside a run; give the run's folder, {run_dir.parent}"
         raise ConfigError(f"{run_dir}: {why}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{run_dir / FILE}: cannot be read ({error})") from error

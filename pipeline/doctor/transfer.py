@@ -1,4 +1,4 @@
-"""Findings of trainings that start from weights: a normalisation unlike theirs, and a transfer that learned nothing."""
+"""Findings of trainings that start from weights: mismatched normalisation, and a transfer that learned nothing."""
 
 from collections.abc import Iterator
 
@@ -6,37 +6,37 @@ from refract.pipeline.doctor.finding import Cure, Finding, Setting, cure
 from refract.pipeline.doctor.record import Record
 
 SUITED_LR = {("head", "sgd"): 0.1, ("head", "adaptive"): 3e-3, ("all", "sgd"): 1e-2, ("all", "adaptive"): 3e-4}
-"""Learning rates that are usual for a new head on frozen weights, and for all of a pretrained network."""
+"""Usual learning rates for a new head on frozen weights, and for a whole pretrained network."""
 
 OWN_SCALE = ("adagrad", "adadelta", "muon")
-"""Optimisers whose learning rates are on another scale."""
+"""Optimisers whose learning rates have another scale."""
 
 FEW_STEPS = 100
 
 
 def normalisation(record: Record) -> Iterator[Finding]:
-    """The network reads images on another scale than its weights know."""
+    """Yield a finding where the run's normalisation differs from that of the weights' training."""
     if record.normalisation is None or record.weights_normalisation is None:
         return
-    (mean, std), (own_mean, own_std) = record.normalisation, record.weights_normalisation
-    shifted = max(abs(a - b) / s for a, b, s in zip(mean, own_mean, own_std, strict=True)) > 0.5
-    scaled = any(not 0.5 < a / b < 2 for a, b in zip(std, own_std, strict=True))
+    (mean, std), (weights_mean, weights_std) = record.normalisation, record.weights_normalisation
+    shifted = max(abs(a - b) / s for a, b, s in zip(mean, weights_mean, weights_std, strict=True)) > 0.5
+    scaled = any(not 0.5 < a / b < 2 for a, b in zip(std, weights_std, strict=True))
     if shifted or scaled:
         yield Finding(
             "normalisation unlike the weights'",
-            f"images are normalised by mean {_three(mean)} and std {_three(std)}, and the weights were trained with {_three(own_mean)} and "
-            f"{_three(own_std)}",
-            "null takes the weights' own numbers",
+            f"images are normalised by mean {_three(mean)} and std {_three(std)}, but the weights were trained with "
+            f"{_three(weights_mean)} and {_three(weights_std)}",
+            "null takes the mean and std of the weights",
             (_own_normalisation(),),
         )
 
 
 def nothing_learned(record: Record) -> Iterator[Finding]:
-    """The predictions on the test set agree with the labels no better than if they ignored the image.
+    """Yield a finding where the test predictions agree with the labels no better than predictions that ignore the image.
 
-    Predictions as frequent as these, but independent of the labels, are right in Σ said·truth (as in Cohen 1960's kappa); of a constant
-    prediction that is its class's fraction. The finding needs that number inside or above the Wilson interval of the accuracy, and an
-    interval that ends in the lower half of what is left to learn, so that small test sets give none.
+    The chance accuracy is Σ said·truth over the classes, that of predictions with the same frequencies but independent of the labels
+    (as in Cohen 1960's kappa). For a constant prediction it is the fraction of that class. The finding needs the chance accuracy inside
+    or above the Wilson interval of the accuracy, and an interval whose upper end is below (1 + chance) / 2: small test sets give none.
     """
     if not (record.pretrained and record.answered and record.said and record.truth):
         return
@@ -52,15 +52,15 @@ def nothing_learned(record: Record) -> Iterator[Finding]:
     memorised = accuracy is not None and accuracy > (1 + chance) / 2
     yield Finding(
         "the transfer learned nothing",
-        f"{right / record.answered:.1%} of {record.answered} test samples are right (95 % interval {interval.low:.1%} to "
-        f"{interval.high:.1%}), and {chance:.1%} would be without looking at them{trained}",
-        "check that model.weights is the file of this network, and that data.mean and data.std are those it was trained with",
+        f"the accuracy on {record.answered} test samples is {right / record.answered:.1%} (95 % interval {interval.low:.1%} to "
+        f"{interval.high:.1%}), and predictions that ignore the image reach {chance:.1%}{trained}",
+        "check that model.weights belongs to this network, and that data.mean and data.std are those of its training",
         tuple(_memorised_cures(record) if memorised else _cures(record)),
     )
 
 
 def _memorised_cures(record: Record) -> Iterator[Cure]:
-    """The training samples are known, and nothing carries over: train less of the network, or more slowly."""
+    """Yield cures for a network that memorised the training samples: train less of it, or more slowly."""
     yield cure("model.mode", "feature-extract")
     yield cure("optim.lr", _nice(record.lr / 10))
 
@@ -80,7 +80,7 @@ def _cures(record: Record) -> Iterator[Cure]:
 
 
 def suited_lr(record: Record) -> float:
-    """A learning rate that is usual for the record's mode and optimiser; a tenth of its own where none is."""
+    """Return the usual learning rate of the mode and the optimiser, or a tenth of the current one if there is none."""
     if record.optimizer in OWN_SCALE:
         return _nice(record.lr / 10)
     return SUITED_LR["head" if record.mode == "feature-extract" else "all", _kind(record)]
@@ -95,7 +95,7 @@ def _own_normalisation() -> Cure:
 
 
 def _train_accuracy(record: Record) -> float | None:
-    """Of the last epoch; None where mixed or smoothed targets make it meaningless."""
+    """Return the last epoch's training accuracy, or None where mixed or smoothed targets make it meaningless."""
     if record.soft or not record.history:
         return None
     return record.history[-1].get("train_accuracy")

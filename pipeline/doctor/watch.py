@@ -1,4 +1,4 @@
-"""What the doctor looks at while a training runs: every loss, and once an epoch gradients and units."""
+"""Record the losses of each step, and the gradients and activations once an epoch, while a training runs."""
 
 import copy
 import dataclasses
@@ -24,18 +24,18 @@ log = logging.getLogger(__name__)
 
 OVERFIT_IMAGES, OVERFIT_STEPS, OVERFIT_SECONDS = 8, 60, 5.0
 FLAT = 0.97
-"""A sigmoid or tanh is saturated where it has come this near to its end, as a share of its range from the middle."""
+"""A sigmoid or tanh output is saturated beyond this fraction of the distance from the middle of its range to an end."""
 
 
 class Doctor(Callback):
-    """Keeps a `Record`, reports early findings after the first step, and gives all of them by `findings`.
+    """A callback that fills a `Record`, logs early findings after the first step, and returns all findings at the end.
 
-    Costs a few clock readings a step, and once an epoch the norms of the gradients and a look at the activations of one batch. Losses stay
-    on the device until the end of the epoch.
+    Each step costs a few clock readings. Each epoch costs the gradient norms of one step and hooks on the activations of one batch.
+    Losses stay on the device until the end of the epoch.
     """
 
     def __init__(self, record: Record, config: Config) -> None:
-        """config: of the run; cures that it does not accept are left out."""
+        """config: the run's; cures that it does not accept are dropped."""
         self.record, self.config, self.preflight_findings = record, config, list[Finding]()
         self.reported: set[str] = set()
         self._losses: list[Tensor] = []
@@ -47,14 +47,14 @@ class Doctor(Callback):
         return {**dataclasses.asdict(self.record), "reported": sorted(self.reported)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a checkpoint's record. It may come from another version of Refract: unknown fields are dropped."""
+        """Restore the record of a checkpoint. It may come from another version of Refract: unknown fields are dropped."""
         self.reported |= set(state_dict.get("reported", ()))
-        known = {item.name for item in dataclasses.fields(Record)} & set(state_dict)
-        values = {name: state_dict[name] for name in known}
+        names = {item.name for item in dataclasses.fields(Record)} & set(state_dict)
+        values = {name: state_dict[name] for name in names}
         self.record = dataclasses.replace(self.record, **{**values, "ops": tuple(state_dict["ops"])})
 
     def findings(self, history: Sequence[Mapping[str, float]]) -> list[Finding]:
-        """All findings, each name once, with cures that the config accepts. history: metrics of each epoch."""
+        """Return all findings, each name once, with cures that the config accepts. history: metrics of each epoch."""
         self._collect()
         self.record.history = list(history)
         first: dict[str, Finding] = {}
@@ -63,20 +63,20 @@ class Doctor(Callback):
         return [treatable(finding, self.config) for finding in first.values()]
 
     def report(self, findings: Iterable[Finding]) -> None:
-        """Log those that this training has not logged before."""
+        """Log the findings that this training has not logged before."""
         for finding in findings:
             if finding.name not in self.reported:
                 self.reported.add(finding.name)
                 log.warning("doctor: %s", treatable(finding, self.config))
 
     def preflight(self, module: ClassifierModule, inputs: Inputs, targets: Tensor) -> None:
-        """Look at measured images, and try whether the network can learn a few of the samples by heart. inputs: of the classifier."""
+        """Measure the normalised images, and check that the network overfits OVERFIT_IMAGES samples. inputs: the classifier's."""
         self._look_at_inputs("val", module, inputs[0])
-        few = tuple(None if own is None else own[:OVERFIT_IMAGES] for own in inputs)
-        found = overfits(module, few, targets[:OVERFIT_IMAGES])
-        if found is not None:
-            self.preflight_findings.append(found)
-            self.report([found])
+        few = tuple(None if values is None else values[:OVERFIT_IMAGES] for values in inputs)
+        finding = overfit_finding(module, few, targets[:OVERFIT_IMAGES])
+        if finding is not None:
+            self.preflight_findings.append(finding)
+            self.report([finding])
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._clock = time.perf_counter()
@@ -100,13 +100,13 @@ class Doctor(Callback):
     def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any) -> None:
         if len(self.record.gradients) > trainer.current_epoch:
             return
-        known, ratios = self.record.gradients[:1], {}
+        earlier, ratios = self.record.gradients[:1], {}
         with torch.no_grad():
             for name, parameter in pl_module.classifier.named_parameters():
                 if not parameter.requires_grad or parameter.ndim < 2 or parameter.grad is None:
                     continue
-                # A fresh head starts at zero weights: no ratio to them says anything of the network.
-                if name in known[0] if known else parameter.any():
+                # A new head starts at zero weights, to which a ratio is meaningless.
+                if name in earlier[0] if earlier else parameter.any():
                     ratios[name] = float(parameter.grad.norm() / parameter.norm().clamp(min=1e-12))
         self.record.gradients.append(ratios)
         if trainer.global_step == 0:
@@ -129,7 +129,7 @@ class Doctor(Callback):
         self.clock_again()
 
     def clock_again(self) -> None:
-        """What went by, a validation or a checkpoint, was not waiting for images."""
+        """Restart the clock, so that a validation or a checkpoint does not count as waiting for images."""
         self._clock = time.perf_counter()
 
     def _took(self, part: str) -> None:
@@ -150,13 +150,13 @@ class Doctor(Callback):
         self.record.inputs[split] = (float(normalised.mean()), float(normalised.std()))
 
     def _look_at_units(self, classifier: nn.Module) -> None:
-        """By hooks in the coming forward pass."""
+        """Register hooks that measure the units in the next forward pass."""
         self.record.dead, self.record.saturated = {}, {}
 
-        def watch(name: str, into: dict[str, float], share: Callable[[Tensor], Tensor]) -> Any:
+        def watch(name: str, into: dict[str, float], fraction: Callable[[Tensor], Tensor]) -> Any:
             def hook(module: nn.Module, _: Any, output: Tensor) -> None:
                 if name not in into and output.ndim > 1:
-                    into[name] = float(share(output.detach()))
+                    into[name] = float(fraction(output.detach()))
 
             return hook
 
@@ -168,35 +168,38 @@ class Doctor(Callback):
                 self._hooks.append(module.register_forward_hook(watch(name, self.record.saturated, flat)))
 
 
-def overfits(module: ClassifierModule, inputs: Inputs, targets: Tensor) -> Finding | None:
-    """None where a copy of the network learns the samples by heart, or is too slow to say within OVERFIT_SECONDS. Draws from no shared
-    generator; the module stays as it is."""
-    began, losses = time.perf_counter(), list[float]()
+def overfit_finding(module: ClassifierModule, inputs: Inputs, targets: Tensor) -> Finding | None:
+    """Return a finding if a copy of the network does not overfit the samples in OVERFIT_STEPS steps.
+
+    Returns None too where the steps take longer than OVERFIT_SECONDS. Does not advance the shared random generators, and does not change
+    the module.
+    """
+    started, losses = time.perf_counter(), list[float]()
     devices = [module.device] if module.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         classifier = copy.deepcopy(module.classifier).train()
-        trained = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr=3e-3)
+        trainable = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(trainable, lr=3e-3)
         for _ in range(OVERFIT_STEPS):
             loss = classification_loss(classifier(*inputs), targets, task=module.task)
             losses.append(float(loss.detach()))
-            if losses[-1] < 0.5 * losses[0] or time.perf_counter() - began > OVERFIT_SECONDS or loss.grad_fn is None:
+            if losses[-1] < 0.5 * losses[0] or time.perf_counter() - started > OVERFIT_SECONDS or loss.grad_fn is None:
                 return None
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    if sum(losses[-10:]) / 10 < 0.8 * sum(losses[:3]) / 3:  # slowly, as linear ones do
+    if sum(losses[-10:]) / 10 < 0.8 * sum(losses[:3]) / 3:  # linear networks fall slowly
         return None
     return Finding(
         "one batch is not learned",
-        f"in {OVERFIT_STEPS} steps on the same {len(targets)} images the loss went from {losses[0]:.3f} to {losses[-1]:.3f}",
-        "look at the labels, at what is frozen (model.mode), and at strong dropout: no data set is learned without one batch",
+        f"in {OVERFIT_STEPS} steps on the same {len(targets)} images the loss moved only from {losses[0]:.3f} to {losses[-1]:.3f}",
+        "check the labels, the frozen layers (model.mode) and dropout: a network that cannot overfit one batch learns no data set",
         (cure("model.mode", "fine-tune"),),
     )
 
 
 def _dead(output: Tensor) -> Tensor:
-    """Share of the channels that are 0 for all images and places."""
+    """Return the fraction of channels that are 0 for all images and positions."""
     units = output.transpose(0, 1).flatten(1) if output.ndim != 3 else output.flatten(0, 1).T
     return (units <= 0).all(dim=1).float().mean()
 
