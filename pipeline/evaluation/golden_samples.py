@@ -1,4 +1,4 @@
-"""The golden images of a bundle: a few of the hold-out with the answers that a server must give again."""
+"""Choose the golden samples of a bundle: a few test samples with the predictions that a server must reproduce."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,27 +17,28 @@ LARGEST = 256 * 1024
 def make_golden_samples(
     classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sample], *, task: str, temperature: float = 1.0
 ) -> list[GoldenSample]:
-    """Up to eight images spread over the samples. classifier: on the CPU, in eval mode, where the answers are computed.
+    """Choose up to COUNT samples, evenly spread, and compute their predictions. classifier: on the CPU, in eval mode.
 
-    A file above 256 kB is kept as a JPEG of at most 512 pixels a side instead; its answer is that of the smaller image. So is a HEIC file,
-    which a server may be unable to read.
+    A file above 256 kB, or a HEIC file, which a server may be unable to read, becomes a JPEG of at most 512 pixels a side. Its prediction
+    is that of the JPEG.
     """
     step = max(1, len(samples) // COUNT)
     chosen = samples[::step][:COUNT]
-    kept = [_portable(sample, preprocess.color_profile) for sample in chosen]
+    files = [_portable(sample, preprocess.color_profile) for sample in chosen]
     texts = [sample.text if "texts" in classifier.reads else "" for sample in chosen]
-    questions = [
+    inputs = [
         SampleInput(lambda data=data: data, text, sample.has_image)  # type: ignore[misc]
-        for (_, data), text, sample in zip(kept, texts, chosen, strict=True)
+        for (_, data), text, sample in zip(files, texts, chosen, strict=True)
     ]
-    answers = score(classifier, preprocess, questions, task=task, temperature=temperature, batch_size=COUNT)
+    predictions = score(classifier, preprocess, inputs, task=task, temperature=temperature, batch_size=COUNT)
     return [
-        GoldenSample(f"{i:02}{suffix}", data, tuple(map(float, answer)), text, sample.has_image)  # type: ignore[arg-type]
-        for i, ((suffix, data), answer, text, sample) in enumerate(zip(kept, answers, texts, chosen, strict=True))
+        GoldenSample(f"{i:02}{suffix}", data, tuple(map(float, row)), text, sample.has_image)  # type: ignore[arg-type]
+        for i, ((suffix, data), row, text, sample) in enumerate(zip(files, predictions, texts, chosen, strict=True))
     ]
 
 
 def _portable(sample: Sample, color_profile: str) -> tuple[str, bytes]:
+    """Return (file suffix, encoded bytes) of a small file that every server can decode."""
     import cv2
 
     data = sample.read()

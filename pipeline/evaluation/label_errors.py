@@ -1,9 +1,9 @@
-"""Wrong labels told from a model's own errors, by predictions on samples that it was not trained on. Arrays in, numbers out.
+"""Distinguish wrong labels from a model's own errors, by its predictions on samples that it was not trained on.
 
-probabilities: float (N, C), rows that sum to 1; truth: int (N,) class indices, the labels as they are given.
+probabilities: float (N, C), rows sum to 1; truth: int (N,) class indices, the labels to check.
 
-A model errs where it is unsure. Labels that are wrong by chance contradict it everywhere, also where it is surest, and then with any class
-rather than with its second choice. Without one of the two, errors are taken for the model's own.
+A model errs where it is unsure. Randomly wrong labels contradict it also where it is most confident, and with any class rather than with
+its second choice. Labels count as noisy only if both signs are present.
 """
 
 from dataclasses import dataclass
@@ -13,24 +13,27 @@ import numpy as np
 from refract.pipeline.evaluation import measures
 
 SUREST = 0.25
-"""Fraction of the predictions, the most confident ones, whose contradictions are counted."""
+"""Fraction of the predictions that count as the most confident ones."""
 
 FEWEST, FEWEST_CONTRADICTED = 30, 4
-"""Confident predictions, and contradictions among them, from which anything is concluded."""
+"""Confident predictions, and contradicted ones among them, that a conclusion needs."""
 
 GOOD_ENOUGH = 0.4
-"""A model whose errors are more than this fraction of those of always predicting the commonest class says nothing of labels."""
+"""A model must have less than this fraction of the errors of always predicting the most frequent class to judge labels."""
 
 SECOND_CHOICE = 0.4
-"""Fraction of a model's own errors in which the label is its second choice, at least: models on scikit-learn's digits have 0.5 to 0.7."""
+"""Least fraction of a model's own errors whose label is its second choice. Models on scikit-learn's digits have 0.5 to 0.7."""
 
 
 @dataclass(frozen=True)
 class NoiseEvidence:
-    """What `noise_evidence` counts. classes: number of labels; samples: of the predictions; majority: fraction of the commonest label;
-    wrong: fraction that contradicts its label; sure, contradicted: of the SUREST predictions, their number and how many contradict their
-    label, 0 where confidence orders nothing; doubted, second_choice: of the surer half, contradictions, and those of them whose label is
-    the second choice."""
+    """The counts of `noise_evidence`.
+
+    classes: number of classes; samples: number of predictions; majority: fraction of the most frequent label; wrong: fraction of the
+    predictions that contradict the label; sure: number of the SUREST predictions; contradicted: how many of these contradict the label;
+    both are 0 where too many confidences are equal. doubted: contradictions in the more confident half of the predictions; second_choice:
+    those of them whose label is the second choice.
+    """
 
     classes: int
     samples: int
@@ -48,29 +51,28 @@ class NoiseEvidence:
 
     @property
     def is_noise(self) -> bool:
-        """Whether more labels are wrong than the model's own errors explain, beyond chance."""
+        """Whether significantly more labels are contradicted than the model's own errors explain."""
         from scipy.stats import binomtest
 
         if not self.good_enough or self.sure < FEWEST or self.contradicted < FEWEST_CONTRADICTED:
             return False
         fraction = self.contradicted / self.sure
         low = float(binomtest(self.contradicted, self.sure).proportion_ci(method="wilson").low)
-        if (
-            self.classes < 4
-        ):  # any label is the second choice, or nearly so: the errors must hardly fall with confidence
+        # With few classes nearly every label is the second choice. There the errors must hardly fall with confidence.
+        if self.classes < 4:
             return low > max(0.03, 0.25 * self.wrong) and fraction > 0.5 * self.wrong
         by_chance = binomtest(self.second_choice, self.doubted, SECOND_CHOICE, alternative="less").pvalue
         return low > 0.03 and fraction > 0.3 * self.wrong and float(by_chance) < 0.02
 
 
 def noise_evidence(probabilities: np.ndarray, truth: np.ndarray) -> NoiseEvidence:
-    """Count. ValueError without samples."""
+    """Count the contradictions of predictions and labels. Raises ValueError without samples."""
     if not len(truth):
-        raise ValueError("no predictions to look for label noise in")
+        raise ValueError("label noise needs at least one prediction, got none")
     samples, classes = probabilities.shape
     confidence, ranked = probabilities.max(axis=1), np.argsort(-probabilities, axis=1)
     wrong = ranked[:, 0] != truth
-    sure = confidence >= np.sort(confidence)[-max(1, int(SUREST * samples))]  # with all that are as confident
+    sure = confidence >= np.sort(confidence)[-max(1, int(SUREST * samples))]  # includes ties
     ordered = sure.sum() <= 2 * SUREST * samples
     half = np.argsort(-confidence, kind="stable")[: samples // 2]
     doubted = half[wrong[half]]
@@ -87,10 +89,10 @@ def noise_evidence(probabilities: np.ndarray, truth: np.ndarray) -> NoiseEvidenc
 
 
 def likely_label_errors(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Indices of samples whose label is likely wrong, the likeliest first; none of a model that is not good enough.
+    """Return the indices of samples whose label is likely wrong, the likeliest first; none if the model is not good enough.
 
-    The candidates are those of `measures.likely_label_errors` (Northcutt et al. 2021, arXiv:1911.00068). Where the labels are noisy all of
-    them stay; else those at confidences at which at least half of the contradictions exceed the errors that the confidences announce.
+    The candidates are those of `measures.likely_label_errors` (Northcutt et al. 2021, arXiv:1911.00068). If the labels are noisy, all
+    candidates stay. Otherwise those stay whose confidence belongs to the range found by `_unexplained`.
     """
     if not len(truth):
         return np.zeros(0, dtype=np.int64)
@@ -105,14 +107,16 @@ def likely_label_errors(probabilities: np.ndarray, truth: np.ndarray) -> np.ndar
 
 
 def _unexplained(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """bool (N,): the longest run of the most confident predictions that has at least twice the contradictions its confidences announce.
-    An overconfident model announces too few: its numbers are raised to its errors on all samples."""
+    """Select the longest run of most confident predictions with at least twice the contradictions that their confidences predict.
+
+    Returns bool (N,). An overconfident model predicts too few errors: these are scaled up to its errors on all samples.
+    """
     confidence, wrong = probabilities.max(axis=1), probabilities.argmax(axis=1) != truth
     order = np.argsort(-confidence, kind="stable")
-    announced = np.cumsum(1 - confidence[order])
-    raised = announced * max(1.0, wrong.sum() / max(announced[-1], 1e-9))
+    expected = np.cumsum(1 - confidence[order])
+    scaled = expected * max(1.0, wrong.sum() / max(expected[-1], 1e-9))
     contradicted = np.cumsum(wrong[order])
-    ends = np.flatnonzero((raised <= 0.5 * contradicted) & (contradicted > 0))
+    ends = np.flatnonzero((scaled <= 0.5 * contradicted) & (contradicted > 0))
     unexplained = np.zeros(len(truth), dtype=bool)
     if len(ends):
         unexplained[order[: ends[-1] + 1]] = True

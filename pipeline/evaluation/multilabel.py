@@ -1,6 +1,6 @@
-"""Measure multi-label predictions: each image has a set of true labels and a set of predicted ones. Arrays in, numbers out.
+"""Measure multi-label predictions, where each image has a set of true labels and a set of predicted ones.
 
-answers, truth: (N, C) bool.
+predicted, truth: (N, C) bool.
 """
 
 from dataclasses import dataclass
@@ -12,23 +12,23 @@ from refract.pipeline.evaluation.intervals import DRAWS, LEVEL, class_intervals,
 from refract.pipeline.evaluation.measures import calibration_error, suspects
 
 CHUNK = 100
-"""Bootstrap draws at a time, which bounds the memory."""
+"""Bootstrap resamples per chunk, which bounds the memory."""
 
 
-def set_errors(answers: np.ndarray, truth: np.ndarray, unknown: np.ndarray | int = 0) -> np.ndarray:
-    """(N,) in 0…1: one minus the F1 of each image's predicted set against its true set, 0 where both are empty.
+def set_errors(predicted: np.ndarray, truth: np.ndarray, unknown: np.ndarray | int = 0) -> np.ndarray:
+    """Return (N,) in 0…1: one minus the F1 of each image's predicted set against its true set, 0 where both are empty.
 
-    With exactly one label in each set this is 0 for a right prediction and 1 for a wrong one. unknown: how many true labels of each image
-    the classifier does not know, and so cannot predict.
+    With exactly one label in each set, the error is 0 for a right prediction and 1 for a wrong one. unknown: number of true labels of
+    each image that the classifier cannot predict because it lacks them.
     """
-    hits = (answers & truth).sum(axis=1)
-    sizes = answers.sum(axis=1) + truth.sum(axis=1) + unknown
+    hits = (predicted & truth).sum(axis=1)
+    sizes = predicted.sum(axis=1) + truth.sum(axis=1) + unknown
     return np.where(sizes > 0, 1 - 2 * hits / np.maximum(sizes, 1), 0.0)
 
 
-def label_rates(answers: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
-    """`precision`, `recall` and `f1` (C,) of each label and `micro_f1` () of all together; 0 where one is undefined."""
-    hits, given, real = (answers & truth).sum(axis=0), answers.sum(axis=0), truth.sum(axis=0)
+def label_rates(predicted: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """Return `precision`, `recall` and `f1` (C,) of each label, and `micro_f1` () of all labels; undefined rates are 0."""
+    hits, given, real = (predicted & truth).sum(axis=0), predicted.sum(axis=0), truth.sum(axis=0)
     return {
         "precision": hits / np.maximum(given, 1),
         "recall": hits / np.maximum(real, 1),
@@ -37,49 +37,53 @@ def label_rates(answers: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]
     }
 
 
-def set_intervals(answers: np.ndarray, truth: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """Intervals (LEVEL): `macro_f1` and `micro_f1` (2,), and `precision`, `recall` and `f1` (C, 2) of each label, see
-    `refract.pipeline.evaluation.intervals`.
+def set_intervals(predicted: np.ndarray, truth: np.ndarray, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return the LEVEL intervals of multi-label metrics, see `refract.pipeline.evaluation.intervals`.
 
-    `micro_f1` is by percentile bootstrap; where every image is right, that has no width, and Wilson's interval of "all N are right" stands.
+    `macro_f1` and `micro_f1`: (2,); `precision`, `recall` and `f1` of each label: (C, 2). `micro_f1` uses a percentile bootstrap. Where
+    every image is right, the bootstrap has no width, and Wilson's interval of N successes in N trials replaces it.
     """
-    counts = tuple(array.sum(axis=0) for array in (answers & truth, answers, truth))
+    counts = tuple(array.sum(axis=0) for array in (predicted & truth, predicted, truth))
     bounds = class_intervals(*counts)
-    hits, both = _drawn_counts(answers, truth, seed)
+    hits, both = _drawn_counts(predicted, truth, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         of_labels, of_all = 2 * hits / both, 2 * hits.sum(axis=1) / both.sum(axis=1)
     edges = [100 * (1 - LEVEL) / 2, 100 * (1 + LEVEL) / 2]
     micro = np.percentile(of_all[~np.isnan(of_all)], edges) if not np.isnan(of_all).all() else np.array([0.0, 1.0])
-    if (answers == truth).all():
+    if (predicted == truth).all():
         micro = wilson(np.array([len(truth)]), np.array([len(truth)]))[0]
-    never = counts[1] + counts[2] == 0  # such a label counts 0 in the metric
+    never = counts[1] + counts[2] == 0  # the metric counts such a label as 0
     of_labels, f1_bounds = np.where(never, 0.0, of_labels), np.where(never[:, None], 0.0, bounds["f1"])
-    macro = macro_interval(of_labels, label_rates(answers, truth)["f1"], f1_bounds)
+    macro = macro_interval(of_labels, label_rates(predicted, truth)["f1"], f1_bounds)
     return {"macro_f1": macro, "micro_f1": micro, **bounds}
 
 
-def _drawn_counts(answers: np.ndarray, truth: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(hits, predictions plus true labels), (DRAWS, C) each, of each label in bootstrap draws of the images."""
-    # Images with the same two sets are interchangeable: a draw says how often each such kind of image is seen.
-    kinds, numbers = np.unique(np.concatenate([answers, truth], axis=1), axis=0, return_counts=True)
-    said, present = np.split(kinds, 2, axis=1)
-    columns = np.concatenate([said & present, said.astype(int) + present], axis=1).astype(np.float64)
-    rng, shares = np.random.default_rng(seed), numbers / len(truth)
-    parts = [rng.multinomial(len(truth), shares, size=CHUNK) @ columns for _ in range(0, DRAWS, CHUNK)]
-    hits, both = np.split(np.concatenate(parts), 2, axis=1)
+def _drawn_counts(predicted: np.ndarray, truth: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (hits, predictions plus true labels) of each label in bootstrap resamples of the images, (DRAWS, C) each."""
+    # Images with the same two sets are interchangeable: a resample draws the count of each such kind of image.
+    kinds, kind_counts = np.unique(np.concatenate([predicted, truth], axis=1), axis=0, return_counts=True)
+    predicted_kinds, true_kinds = np.split(kinds, 2, axis=1)
+    columns = [predicted_kinds & true_kinds, predicted_kinds.astype(int) + true_kinds]
+    kind_columns = np.concatenate(columns, axis=1).astype(np.float64)
+    rng, fractions = np.random.default_rng(seed), kind_counts / len(truth)
+    chunks = [rng.multinomial(len(truth), fractions, size=CHUNK) @ kind_columns for _ in range(0, DRAWS, CHUNK)]
+    hits, both = np.split(np.concatenate(chunks), 2, axis=1)
     return hits, both
 
 
 def label_calibration_errors(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """(C,): the expected calibration error of each label alone. That of all labels together is mostly that of frequent negatives."""
+    """Return the expected calibration error of each label (C,). The error over all labels is dominated by frequent negatives."""
     columns = range(truth.shape[1])
     return np.array([calibration_error(probabilities[:, [k]], truth[:, [k]], multilabel=True) for k in columns])
 
 
 @dataclass(frozen=True)
 class WrongLabel:
-    """A label of an image that is likely wrong. image: its index; label: the label's index; kind: `missing`, the image should carry the
-    label, or `extra`, it should not; probability: of the label."""
+    """A label of an image that is likely wrong.
+
+    image: index of the image; label: index of the label; kind: `missing` if the image should have the label, `extra` if it should not;
+    probability: of the label.
+    """
 
     image: int
     label: int
@@ -88,13 +92,16 @@ class WrongLabel:
 
 
 def likely_wrong_labels(probabilities: np.ndarray, truth: np.ndarray) -> list[WrongLabel]:
-    """Labels that are likely missing or extra, the likeliest first: confident learning (see `measures.likely_label_errors`) of each label
-    against its absence. probabilities: (N, C). The images must not have been trained on."""
-    found = []
+    """Return the labels that are likely missing or extra, the likeliest first.
+
+    Applies confident learning (see `measures.likely_label_errors`) to each label against its absence. probabilities: (N, C), on images
+    that the model was not trained on.
+    """
+    candidates = []
     for label in range(truth.shape[1]):
         column = probabilities[:, label].astype(np.float64)
-        places, margins = suspects(np.stack([1 - column, column], axis=1), truth[:, label].astype(int))
-        for place, margin in zip(places.tolist(), margins.tolist(), strict=True):
-            kind: Literal["missing", "extra"] = "extra" if truth[place, label] else "missing"
-            found.append((margin, WrongLabel(place, label, kind, float(column[place]))))
-    return [wrong for _, wrong in sorted(found, key=lambda pair: -pair[0])]
+        indices, margins = suspects(np.stack([1 - column, column], axis=1), truth[:, label].astype(int))
+        for index, margin in zip(indices.tolist(), margins.tolist(), strict=True):
+            kind: Literal["missing", "extra"] = "extra" if truth[index, label] else "missing"
+            candidates.append((margin, WrongLabel(index, label, kind, float(column[index]))))
+    return [wrong for _, wrong in sorted(candidates, key=lambda pair: -pair[0])]

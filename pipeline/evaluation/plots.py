@@ -1,4 +1,4 @@
-"""The images that a run leaves for its reviewer: confusion matrix and learning curves."""
+"""The charts of a run: confusion matrix and learning curves."""
 
 import logging
 import warnings
@@ -19,34 +19,34 @@ FONTS = (
     "DejaVu Sans", "Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Noto Sans Arabic", "Noto Sans Hebrew",
     "Noto Sans Devanagari", "Noto Sans Thai", "WenQuanYi Zen Hei", "Arial Unicode MS", "Hiragino Sans", "Yu Gothic", "Malgun Gothic",
 )  # fmt: skip
-"""For labels in any writing: those that are installed, the first that has a letter."""
+"""Fonts for labels in any script. Matplotlib takes each letter from the first installed font that has it."""
 
 
 def save(figure: "Figure", target: Any, **options: Any) -> None:
-    """As `figure.savefig`. Letters that no font here has are boxes then, which is told in a line, once."""
-    with warnings.catch_warnings(record=True) as told:
+    """Call `figure.savefig`, and log one warning per process if letters are missing from all installed fonts."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         figure.savefig(target, dpi=110, **options)
-    for one in told:
-        if "missing from font" in str(one.message):
-            _tell_boxes()
+    for warning in caught:
+        if "missing from font" in str(warning.message):
+            _warn_missing_letters()
         else:
-            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 @cache
-def _tell_boxes() -> None:
+def _warn_missing_letters() -> None:
     log.warning(
-        "charts show boxes for letters of labels that no font here has; install one, as Debian's fonts-noto-cjk"
+        "charts show boxes for letters that no installed font has; install a font, such as Debian's fonts-noto-cjk"
     )
 
 
 LONGEST_LABEL = 28
-"""Characters of a label in a chart: longer ones would take the chart's own place."""
+"""Characters of a label in a chart. Longer labels would squeeze the chart."""
 
 
 def short(label: str) -> str:
-    """The label as charts show it: its beginning and its end where it is long, so that labels with one beginning differ."""
+    """Shorten a long label in its middle, so that labels with a common prefix stay distinct."""
     if len(label) <= LONGEST_LABEL:
         return label
     half = (LONGEST_LABEL - 1) // 2
@@ -54,8 +54,8 @@ def short(label: str) -> str:
 
 
 @contextmanager
-def own_names() -> Iterator[None]:
-    """For text that is the user's: a dollar begins no formula, and any writing is drawn for which a font is here."""
+def literal_text() -> Iterator[None]:
+    """Draw the user's text literally: a dollar sign starts no formula, and all installed fonts of FONTS are used."""
     import matplotlib
 
     with matplotlib.rc_context({"text.parse_math": False, "font.family": _fonts()}):
@@ -66,23 +66,26 @@ def own_names() -> Iterator[None]:
 def _fonts() -> list[str]:
     from matplotlib.font_manager import findSystemFonts, fontManager
 
-    known = {font.fname for font in fontManager.ttflist}
-    for file in findSystemFonts():  # matplotlib keeps a list, and does not look for what was installed since
-        if file not in known:
-            with suppress(OSError, RuntimeError):  # of a kind that it cannot draw
+    cached = {font.fname for font in fontManager.ttflist}
+    for file in findSystemFonts():  # matplotlib's cached list lacks fonts that were installed later
+        if file not in cached:
+            with suppress(OSError, RuntimeError):  # a font format that matplotlib cannot draw
                 fontManager.addfont(file)
-    there = {font.name for font in fontManager.ttflist}
-    return [name for name in FONTS if name in there]
+    installed = {font.name for font in fontManager.ttflist}
+    return [name for name in FONTS if name in installed]
 
 
 def confusion_plot(confusion: np.ndarray, labels: Sequence[str], path: Path) -> None:
-    """`confusion_of` as a file."""
+    """Write the chart of `confusion_of` to a file."""
     save(confusion_of(confusion, labels), path)
 
 
 def confusion_of(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
-    """Rows the truth, columns the answer; the colour is the share of the row, the number the count (up to 30 classes)."""
-    with own_names():
+    """Plot a confusion matrix: rows are true classes, columns predictions, colours fractions of the row.
+
+    Up to 60 classes get labels on the axes, up to 30 get counts in the cells.
+    """
+    with literal_text():
         return _confusion(confusion, labels)
 
 
@@ -92,9 +95,9 @@ def _confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
     count = len(labels)
     side = min(14.0, 3 + 0.45 * count + 0.05 * max((len(short(label)) for label in labels), default=0))
     figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.add_subplot(xlabel="answer", ylabel="truth")
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes = figure.add_subplot(xlabel="prediction", ylabel="truth")
+    fractions = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     if count <= 60:
         shown = [short(label) for label in labels]
         axes.set_xticks(range(count), shown, rotation=90)
@@ -108,21 +111,21 @@ def _confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
                     str(number),
                     ha="center",
                     va="center",
-                    color="white" if shares[row, column] > 0.5 else "black",
+                    color="white" if fractions[row, column] > 0.5 else "black",
                 )
     return figure
 
 
 def curves_plot(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """history: one mapping of metrics an epoch. Losses on the left, scores on the right."""
+    """Plot losses on the left and scores on the right, over the epochs. history: the metrics of each epoch."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     names = [name for name in history[-1] if name.startswith(("train_", "val_"))] if history else []
-    for place, part in enumerate(("loss", "score")):
-        axes = figure.add_subplot(1, 2, place + 1, xlabel="epoch", title=part)
+    for index, kind in enumerate(("loss", "score")):
+        axes = figure.add_subplot(1, 2, index + 1, xlabel="epoch", title=kind)
         for name in names:
-            if name.endswith("_loss") == (part == "loss"):
+            if name.endswith("_loss") == (kind == "loss"):
                 points = [(epoch + 1, row[name]) for epoch, row in enumerate(history) if name in row]
                 axes.plot(*zip(*points, strict=True), marker=".", label=name)
         axes.grid(alpha=0.3)

@@ -1,4 +1,7 @@
-"""How a classifier bears the 19 corruptions of Hendrycks & Dietterich 2019, arXiv:1903.12261, at severities 1 to 5, and plain noise."""
+"""Measure a classifier's error under the 19 corruptions of Hendrycks & Dietterich 2019 (arXiv:1903.12261) and under Gaussian noise.
+
+Each corruption has the severities 1 to 5.
+"""
 
 import os
 from collections.abc import Sequence
@@ -13,40 +16,42 @@ from refract.augment import Preprocess
 from refract.augment.ops.corruption import CORRUPTIONS, corrupt
 from refract.augment.random import generator
 from refract.models.classifier import Classifier, probabilities
-from refract.models.multimodal.tokens import rows
-from refract.models.prediction import given_labels
+from refract.models.multimodal.tokens import pad_rows
+from refract.models.prediction import predicted_labels
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.evaluation.measures import mean_interval
 from refract.pipeline.evaluation.multilabel import set_errors
 
 NOISE = (4, 8, 16, 32, 64)
-"""Standard deviations of Gaussian noise, grey levels of 0…255; the mildest corruption has 20."""
+"""Standard deviations of Gaussian noise in grey levels (0…255). The noise of the mildest corruption has 20."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. images: at most, None for all; severities: of each corruption."""
+    """The extent of a measurement. images: at most, None for all; severities: of each corruption."""
 
     images: int | None
     severities: tuple[int, ...]
 
     @property
     def passes(self) -> int:
-        """Forward passes of each image, one of them untouched."""
+        """Forward passes per image, one of them on the clean image."""
         return 1 + len(CORRUPTIONS) * len(self.severities) + len(NOISE)
 
 
 QUICK = Effort(50, (1, 3, 5))
 FULL = Effort(None, (1, 2, 3, 4, 5))
 EFFORTS = MappingProxyType({"quick": QUICK, "full": FULL})
-"""By their names in the config and on the command line."""
+"""Name in the config and on the command line → effort."""
 
 
 @dataclass(frozen=True)
 class Robustness:
-    """errors: corruption → severity → share of wrong answers, for multi-label one minus the mean F1 of the images' labels; noise: deviation
-    of Gaussian noise → the same; clean: on the same images untouched; images: how many; interval: 95 %, of `mean_error`, over the
-    images; clean_interval: of `clean`."""
+    """Errors under corruptions. An error is the fraction of wrong predictions, for multi-label one minus the mean F1 of the images' labels.
+
+    errors: corruption → severity → error; noise: standard deviation of Gaussian noise → error; clean: error on the same images without
+    corruption; images: their number; interval, clean_interval: 95 % intervals of `mean_error` and `clean`, over the images.
+    """
 
     errors: dict[str, dict[int, float]]
     noise: dict[int, float]
@@ -57,24 +62,27 @@ class Robustness:
 
     @property
     def mean_error(self) -> float:
-        """Over all corruptions and severities alike: the paper's mCE without AlexNet's errors as its unit, which are for ImageNet alone."""
-        return float(np.mean([list(own.values()) for own in self.errors.values()]))
+        """The mean error over all corruptions and severities.
+
+        Deviation from the paper's mCE: not divided by AlexNet's errors, which exist for ImageNet only.
+        """
+        return float(np.mean([list(severities.values()) for severities in self.errors.values()]))
 
     def by_severity(self) -> dict[int, float]:
-        """The mean over the corruptions, at severity 0 the clean error."""
+        """Return severity → mean error over the corruptions; severity 0 is the clean error."""
         severities = next(iter(self.errors.values()))
-        return {0: self.clean} | {s: float(np.mean([own[s] for own in self.errors.values()])) for s in severities}
+        return {0: self.clean} | {s: float(np.mean([row[s] for row in self.errors.values()])) for s in severities}
 
     def text(self) -> str:
-        """The result in a line."""
+        """Return the result as one line."""
         (low, high), (clean_low, clean_high) = self.interval, self.clean_interval
         return (
             f"error under corruptions {self.mean_error:.4f} (95 % interval {low:.4f} to {high:.4f}), "
-            f"clean {self.clean:.4f} ({clean_low:.4f} to {clean_high:.4f}), on {self.images:,} images"
+            f"clean error {self.clean:.4f} ({clean_low:.4f} to {clean_high:.4f}), on {self.images:,} images"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        errors = {name: {str(severity): value for severity, value in own.items()} for name, own in self.errors.items()}
+        errors = {name: {str(severity): value for severity, value in row.items()} for name, row in self.errors.items()}
         return {
             "summary": self.text(),
             "images": self.images,
@@ -98,64 +106,66 @@ def measure_robustness(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Robustness:
-    """Corrupt the preprocessed images and measure how wrong the predictions are, see `Robustness`.
+    """Corrupt the preprocessed images and measure the errors of the predictions, see `Robustness`.
 
-    thresholds, temperature: of a multi-label bundle. A label of -1 is one that the classifier does not know. The chosen images and the
-    corruption of each depend on the seed, the image's place and the severity alone.
+    thresholds, temperature: of a multi-label bundle. A sample's label of -1 is one that the classifier lacks. The chosen images and their
+    corruptions depend on the seed, the image's index and the severity only.
     """
     from tqdm import tqdm
 
-    chosen = drawn(samples, effort.images, seed)
+    chosen = spread_subset(samples, effort.images, seed)
     errors: dict[str, dict[int, float]] = {name: {} for name in CORRUPTIONS}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         preprocessed = list(pool.map(lambda sample: preprocess(sample.read()), chosen))
         texts = _texts(classifier, chosen)
 
-        def measured(images: Sequence[np.ndarray]) -> np.ndarray:
-            given = _given(classifier, images, texts, task=task, thresholds=thresholds, temperature=temperature)
-            return _errors(given, chosen)
+        def image_errors(images: Sequence[np.ndarray]) -> np.ndarray:
+            predicted = _predicted(classifier, images, texts, task=task, thresholds=thresholds, temperature=temperature)
+            return _errors(predicted, chosen)
 
-        clean = measured(preprocessed)
+        clean = image_errors(preprocessed)
         cases = [(name, severity) for name in errors for severity in effort.severities]
-        under = np.zeros(len(chosen))
+        mean_errors = np.zeros(len(chosen))
         for name, severity in tqdm(cases, "corrupting", disable=None, leave=False):
 
-            def spoilt(place: int, name: str = name, severity: int = severity) -> np.ndarray:
-                return corrupt(preprocessed[place], name, severity, seed=(seed << 32) + place)
+            def corrupted(index: int, name: str = name, severity: int = severity) -> np.ndarray:
+                return corrupt(preprocessed[index], name, severity, seed=(seed << 32) + index)
 
-            own = measured(list(pool.map(spoilt, range(len(preprocessed)))))
-            errors[name][severity] = float(own.mean())
-            under += own / len(cases)
+            case_errors = image_errors(list(pool.map(corrupted, range(len(preprocessed)))))
+            errors[name][severity] = float(case_errors.mean())
+            mean_errors += case_errors / len(cases)
         noise = {}
         for deviation in NOISE:
 
-            def noisy(place: int, deviation: int = deviation) -> np.ndarray:
-                added = np.random.default_rng([seed, place, deviation]).normal(0, deviation, preprocessed[place].shape)
-                return np.clip(np.rint(preprocessed[place] + added), 0, 255).astype(np.uint8)
+            def noisy(index: int, deviation: int = deviation) -> np.ndarray:
+                added = np.random.default_rng([seed, index, deviation]).normal(0, deviation, preprocessed[index].shape)
+                return np.clip(np.rint(preprocessed[index] + added), 0, 255).astype(np.uint8)
 
-            noise[deviation] = float(measured(list(pool.map(noisy, range(len(preprocessed))))).mean())
-    intervals = mean_interval(np.clip(under, 0, 1)), mean_interval(clean)
+            noise[deviation] = float(image_errors(list(pool.map(noisy, range(len(preprocessed))))).mean())
+    intervals = mean_interval(np.clip(mean_errors, 0, 1)), mean_interval(clean)
     return Robustness(errors, noise, float(clean.mean()), len(chosen), *intervals)
 
 
-def drawn(samples: Sequence[Sample], count: int | None, seed: int) -> list[Sample]:
-    """At most `count` of the samples, None for all: one at random out of each of as many equal stretches. Data sets are sorted by class, so
-    that the classes keep their shares."""
+def spread_subset(samples: Sequence[Sample], count: int | None, seed: int) -> list[Sample]:
+    """Choose at most `count` samples, None for all: a random one from each of `count` equal stretches.
+
+    Data sets are sorted by class, so the classes keep their fractions.
+    """
     if count is None or count >= len(samples):
         return list(samples)
     edges = np.linspace(0, len(samples), count + 1).astype(int)
-    places = generator(seed, 0, 0, "robustness").integers(edges[:-1], edges[1:])
-    return [samples[place] for place in places]
+    indices = generator(seed, 0, 0, "robustness").integers(edges[:-1], edges[1:])
+    return [samples[index] for index in indices]
 
 
 def _texts(classifier: Classifier, samples: Sequence[Sample]) -> tuple[np.ndarray, ...]:
-    """What a classifier gets beside the images: texts stay as they are."""
+    """Return the classifier's text inputs (tokens, has_image), which are not corrupted; empty if it reads no texts."""
     if classifier.tokens is None:
         return ()
-    return rows([classifier.tokens(s.text)[0] for s in samples]), np.array([s.has_image for s in samples])
+    return pad_rows([classifier.tokens(s.text)[0] for s in samples]), np.array([s.has_image for s in samples])
 
 
-def _given(
+def _predicted(
     classifier: Classifier,
     images: Sequence[np.ndarray],
     texts: tuple[np.ndarray, ...],
@@ -164,25 +174,25 @@ def _given(
     thresholds: Sequence[float],
     temperature: float,
 ) -> np.ndarray:
-    """(N, C) bool: the labels that each image is given."""
+    """Return the predicted labels of each image, (N, C) bool."""
     import torch
 
     device = next(classifier.parameters()).device
-    found = []
+    chunks = []
     with torch.inference_mode():
-        for begin in range(0, len(images), 256):
-            batch = torch.from_numpy(np.stack(images[begin : begin + 256])).permute(0, 3, 1, 2).to(device)
-            beside = [torch.from_numpy(own[begin : begin + 256]).to(device) for own in texts]
-            logits = classifier(batch, *beside)
-            # The largest logit, not the largest probability: float32 does not tell the most confident apart.
-            several = task == "multilabel"
-            own = probabilities(logits, task=task, temperature=temperature) if several else logits
-            found.append(given_labels(own.cpu().numpy(), task, thresholds))
-    return np.concatenate(found)
+        for start in range(0, len(images), 256):
+            batch = torch.from_numpy(np.stack(images[start : start + 256])).permute(0, 3, 1, 2).to(device)
+            text_inputs = [torch.from_numpy(values[start : start + 256]).to(device) for values in texts]
+            logits = classifier(batch, *text_inputs)
+            # The largest logit, as float32 does not distinguish the largest probabilities.
+            multilabel = task == "multilabel"
+            scores = probabilities(logits, task=task, temperature=temperature) if multilabel else logits
+            chunks.append(predicted_labels(scores.cpu().numpy(), task, thresholds))
+    return np.concatenate(chunks)
 
 
-def _errors(given: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
-    truth = np.zeros_like(given)
+def _errors(predicted: np.ndarray, samples: Sequence[Sample]) -> np.ndarray:
+    truth = np.zeros_like(predicted)
     for row, sample in zip(truth, samples, strict=True):
         row[[label for label in sample.labels if label >= 0]] = True
-    return set_errors(given, truth, np.array([sum(label < 0 for label in sample.labels) for sample in samples]))
+    return set_errors(predicted, truth, np.array([sum(label < 0 for label in sample.labels) for sample in samples]))

@@ -1,7 +1,7 @@
-"""Choose how many images of the test set robustness is measured on, so that it costs at most a third of the training.
+"""Choose how many test images the robustness measurement uses, so that it costs at most a third of the training.
 
-The choice is a function of sizes, not of a clock: two equal runs measure the same. The constants are processor milliseconds of one core,
-measured with `refract.augment.ops.corruption` and the presets at 32², 64² and 224² on an AMD EPYC; they only have to hold in proportion.
+The choice depends on sizes, not on a clock, so that two equal runs measure the same. The constants are CPU milliseconds of one core,
+measured with `refract.augment.ops.corruption` and the presets at 32², 64² and 224² on an AMD EPYC. Only their ratios matter.
 """
 
 from collections.abc import Callable
@@ -11,25 +11,25 @@ from refract.pipeline.evaluation.robustness import QUICK, Effort
 
 SHARE = 1 / 3
 FEWEST, MOST = 20, 200
-"""Images. On fewer the interval of the error is about ±0.15, which says little; more than MOST is what `full` is for."""
+"""Numbers of images. Below FEWEST the interval of the error is about ±0.15, too wide to be useful; `full` measures more than MOST."""
 
 LOADING = (0.1, 0.02)
-"""Milliseconds to decode and augment a training image: for the image, and for each 1,000 pixels of the network's input."""
+"""Milliseconds to decode and augment a training image: per image, and per 1,000 pixels of the network's input."""
 
 CORRUPTING = (0.25, 0.14)
-"""The same for a corruption, in the mean of all corruptions and severities."""
+"""Milliseconds to corrupt an image, the mean over all corruptions and severities: per image, and per 1,000 pixels."""
 
 FLOPS = 1e8
-"""Floating-point operations of a forward pass in a millisecond of one core: more than eager PyTorch reaches, so that the network's
-time, of which a training has more, is not overestimated."""
+"""Floating-point operations of a forward pass per millisecond of one core. Eager PyTorch reaches fewer, so the time of the network, of
+which a training has more, is not overestimated."""
 
 
 def affordable(*, seen: int, available: int, pixels: int, flops: float) -> Effort | None:
-    """The effort that costs at most SHARE of the training; None where that is fewer than FEWEST images.
+    """Return the effort that costs at most SHARE of the training, or None if that is fewer than FEWEST images.
 
-    seen: images that went through the training, each epoch's counted again; available: images of the test set; pixels: of the network's
-    input; flops: of one image's forward pass, 0 on a GPU. A training image is taken to cost a single forward pass, not the three of
-    forward and backward: training may compute in bf16, while robustness is measured in fp32.
+    seen: training images, counted once per epoch; available: images of the test set; pixels: of the network's input; flops: of one image's
+    forward pass, 0 on a GPU. A training image counts as one forward pass, not as the three of forward and backward, because training may
+    compute in bf16 and robustness is measured in fp32.
     """
     network = flops / FLOPS
     training, measuring = (network + fixed + rate * pixels / 1000 for fixed, rate in (LOADING, CORRUPTING))
@@ -38,7 +38,7 @@ def affordable(*, seen: int, available: int, pixels: int, flops: float) -> Effor
 
 
 def flops_of(forward: Callable[[], object]) -> int:
-    """Floating-point operations of the call's matrix products, convolutions and attention."""
+    """Count the floating-point operations of the call's matrix products, convolutions and attention."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,4 +1,4 @@
-"""How good the answers are for parts of the data: for each value of each metadata column."""
+"""Measure the predictions on slices of the data: for each value of each metadata column."""
 
 import re
 from collections.abc import Sequence
@@ -17,8 +17,11 @@ CHANCE = 0.05
 
 @dataclass(frozen=True)
 class Slice:
-    """The samples whose `column` has `value`. right: the share that is answered right; low, high: its 95 % Wilson interval; worse: whether
-    it lies below the share of all samples by more than chance, as many parts as were looked at (Bonferroni)."""
+    """The samples whose `column` has `value`.
+
+    right: fraction of right predictions; low, high: its 95 % Wilson interval; worse: whether it is significantly below the fraction of all
+    samples, Bonferroni-corrected over all slices.
+    """
 
     column: str
     value: str
@@ -30,8 +33,11 @@ class Slice:
 
 
 def slices(samples: Sequence[Sample], right: np.ndarray) -> list[Slice]:
-    """right: (N,) bool. A column of 2 to MOST_VALUES values is taken as it is; one of more, where all are finite numbers, by its quarters;
-    others tell single images apart and are left out, as are the row numbers that pandas writes."""
+    """Return the slices of all metadata columns. right: (N,) bool, whether each prediction is right.
+
+    A column with 2 to MOST_VALUES values gives one slice per value. A numeric column with more values gives QUARTERS quantile slices.
+    Other columns identify single images and are skipped, as are the row numbers that pandas writes.
+    """
     from scipy.stats import binomtest
 
     columns = list(dict.fromkeys(name for sample in samples for name in sample.metadata))
@@ -41,31 +47,32 @@ def slices(samples: Sequence[Sample], right: np.ndarray) -> list[Slice]:
             continue
         groups, names = _grouped([sample.metadata.get(column, "").strip() for sample in samples])
         members = [(name, groups == group) for group, name in enumerate(names)]
-        parts += [(column, name, right[own]) for name, own in members if len(names) > 1 and own.any()]
-    found = []
-    for column, name, own in parts:
-        test = binomtest(int(own.sum()), len(own))
+        parts += [(column, name, right[mask]) for name, mask in members if len(names) > 1 and mask.any()]
+    rows = []
+    for column, name, slice_right in parts:
+        test = binomtest(int(slice_right.sum()), len(slice_right))
         interval = test.proportion_ci(method="wilson")
         bound = test.proportion_ci(1 - 2 * CHANCE / len(parts), method="wilson").high
         worse = bool(bound < right.mean())
-        found.append(Slice(column, name, len(own), float(own.mean()), float(interval.low), float(interval.high), worse))
-    return found
+        fraction, bounds = float(slice_right.mean()), (float(interval.low), float(interval.high))
+        rows.append(Slice(column, name, len(slice_right), fraction, *bounds, worse))
+    return rows
 
 
 def _grouped(values: list[str]) -> tuple[np.ndarray, list[str]]:
-    """(each value's place among the groups, -1 for none; the groups' names); no groups where none make sense."""
+    """Return (group index of each value, -1 for none; the groups' names). Both are empty for a column that gives no slices."""
     import pandas as pd
 
     names = sorted(set(values))
     if len(names) <= MOST_VALUES:
         return np.array([names.index(value) for value in values]), [name or "(empty)" for name in names]
-    given = pd.Series([None if value.lower() in MISSING else value for value in values], dtype=object)
-    numbers = pd.to_numeric(given, errors="coerce").astype(float)
-    if (numbers.isna() & given.notna()).any():
+    present = pd.Series([None if value.lower() in MISSING else value for value in values], dtype=object)
+    numbers = pd.to_numeric(present, errors="coerce").astype(float)
+    if (numbers.isna() & present.notna()).any():
         return np.array([]), []
-    numbers = numbers.where(np.isfinite(numbers))  # what is infinite is in no quarter
+    numbers = numbers.where(np.isfinite(numbers))  # infinite values belong to no quarter
     groups, edges = pd.qcut(numbers, QUARTERS, labels=False, retbins=True, duplicates="drop")
-    # As many digits as tell the edges apart; a double has 17.
+    # Use as many digits as distinguish the edges; a double has 17.
     digits = next((n for n in range(6, 17) if len({f"{edge:.{n}g}" for edge in edges}) == len(edges)), 17)
     names = [f"{low:.{digits}g} … {high:.{digits}g}" for low, high in pairwise(edges)]
     return groups.fillna(-1).astype(int).to_numpy(), names

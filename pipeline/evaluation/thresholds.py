@@ -1,4 +1,4 @@
-"""Choose, on validation images, the probability from which a multi-label classifier gives each label."""
+"""Choose, on validation images, the probability threshold from which a multi-label classifier predicts each label."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,33 +6,34 @@ from typing import Literal
 import numpy as np
 
 LOWEST, HIGHEST = 1e-4, 1 - 1e-4
-"""No threshold lies outside: at 0 a label is given to every image, at 1 to none."""
+"""Bounds of the thresholds. At 0 every image would get the label, at 1 no image."""
 
 BORROWED = 5.0
-"""Positives that the counts of all labels together stand for, beside the label's own."""
+"""Weight of the pooled counts of all labels, in positives, that are added to a label's own counts."""
 
 Aim = Literal["f1", "precision", "recall", "fixed"]
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """values: one a label, exact in float32; missed: indices of labels with positives that no threshold brings to the target."""
+    """values: one per label, exact in float32; missed: indices of labels with positives that reach the target at no threshold."""
 
     values: tuple[float, ...]
     missed: tuple[int, ...] = ()
 
 
 def choose_thresholds(probabilities: np.ndarray, truth: np.ndarray, *, aim: Aim, target: float) -> Thresholds:
-    """Choose one threshold a label. A label is given where its probability reaches the threshold.
+    """Choose one threshold per label. A label is predicted if its probability reaches the threshold.
 
-    probabilities: (N, C); truth: (N, C) bool; target: wanted precision or recall, in (0, 1], not used for f1. f1 takes the highest F1;
-    precision the highest recall at a precision of at least `target`, recall the converse; fixed takes 0.5.
+    probabilities: (N, C); truth: (N, C) bool; target: wanted precision or recall, in (0, 1], not used for f1. The aim f1 takes the highest
+    F1; precision the highest recall at a precision of at least `target`; recall the highest precision at a recall of at least `target`;
+    fixed takes 0.5.
 
-    The threshold of a label with few positives is mostly chance. Therefore the counts of all labels together, scaled to BORROWED
-    positives, are added to the label's own counts: a label without positives gets about the threshold of all labels. A choice is only
-    accepted where the label's own F1 is at least that of 0.5, or its own precision or recall reaches the target, if any threshold does.
-    Candidates lie halfway between neighbouring probabilities; 0.5 and the threshold of all
-    labels together are candidates too. No other candidate gives the label to every image.
+    The threshold of a label with few positives is mostly chance. Therefore the pooled counts of all labels, scaled to BORROWED positives,
+    are added to the label's own counts. A label without positives gets about the threshold of all labels. A threshold is accepted only if
+    the label's own F1 is at least that at 0.5, or if its own precision or recall reaches the target, if any threshold does.
+    Candidates lie halfway between neighbouring probabilities. Two more candidates are 0.5 and the threshold of the pooled labels. No other
+    candidate gives the label to every image.
     """
     count = truth.shape[1]
     if aim == "fixed" or not len(truth):
@@ -56,7 +57,7 @@ def choose_thresholds(probabilities: np.ndarray, truth: np.ndarray, *, aim: Aim,
 
 @dataclass(frozen=True)
 class _Counts:
-    """For each threshold: hits, how many positives are given; given, how many are given at all. present: how many positives there are."""
+    """Counts for each threshold. hits: (K,) true positives; given: (K,) predicted positives; present: number of positives."""
 
     hits: np.ndarray
     given: np.ndarray
@@ -68,14 +69,14 @@ class _Counts:
         )
 
     def rate(self, aim: Aim) -> np.ndarray:
-        """F1, precision or recall; 0 where it is undefined, as in scikit-learn."""
+        """Return F1, precision or recall, 0 where it is undefined, as in scikit-learn."""
         if aim == "f1":
             return 2 * self.hits / np.maximum(self.given + self.present, 1e-12)
         return self.hits / np.maximum(self.given if aim == "precision" else self.present, 1e-12)
 
 
 class _Ranked:
-    """Probabilities of one label, sorted, with their truth summed up from the most probable."""
+    """The sorted probabilities of one label, with the cumulative count of its positives."""
 
     def __init__(self, probabilities: np.ndarray, truth: np.ndarray) -> None:
         order = np.argsort(probabilities, kind="stable")
@@ -89,17 +90,17 @@ class _Ranked:
 
 
 def _cuts(probabilities: np.ndarray, *further: float) -> np.ndarray:
-    """Thresholds halfway between neighbouring probabilities, as float32 (K,) in [LOWEST, HIGHEST], `further` first."""
+    """Return `further` and the thresholds halfway between neighbouring probabilities, as float32 (K,) in [LOWEST, HIGHEST]."""
     values = np.unique(probabilities)
     lower, upper = values[:-1], values[1:]
     middle = np.clip((lower.astype(np.float64) + upper) / 2, LOWEST, HIGHEST).astype(np.float32)
-    middle = np.where(middle > lower, middle, upper)  # float32 has no number between some neighbours
+    middle = np.where(middle > lower, middle, upper)  # some float32 neighbours have no value between them
     inside = (middle > lower) & (middle <= upper) & (middle >= LOWEST) & (middle <= HIGHEST)
     return np.concatenate([np.array(further, np.float32), middle[inside]])
 
 
 def _best(cuts: np.ndarray, own: _Counts, joint: _Counts, aim: Aim, target: float) -> int:
-    """The index of the chosen cut. cuts: 0.5 first; joint: the own counts with the borrowed ones."""
+    """Return the index of the chosen cut. cuts: 0.5 first; own: the label's counts; joint: these plus the pooled ones."""
     own_rate, rate = own.rate(aim), joint.rate(aim)
     accepted = own_rate >= (own_rate[0] if aim == "f1" else target)
     if not accepted.any():
@@ -108,6 +109,6 @@ def _best(cuts: np.ndarray, own: _Counts, joint: _Counts, aim: Aim, target: floa
         reached = np.flatnonzero(accepted & (rate >= target))
         return int(reached[cuts[reached].argmin() if aim == "precision" else cuts[reached].argmax()])
     ties = np.flatnonzero(accepted & (rate >= rate[accepted].max()))
-    if aim == "f1":  # of equally good ones that nearest to 0.5
+    if aim == "f1":  # the nearest to 0.5 of equally good ones
         return int(ties[np.abs(cuts[ties] - 0.5).argmin()])
     return int(ties[cuts[ties].argmin() if aim == "precision" else cuts[ties].argmax()])

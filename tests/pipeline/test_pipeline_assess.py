@@ -86,7 +86,7 @@ def test_the_report_is_one_file_with_nothing_from_elsewhere_and_nothing_unescape
     assert len(sources) > 8 and all(source.startswith("data:image/") for source in sources)
     assert "http" not in re.sub(r'"data:[^"]*"', "", html) and "<script" not in html
     assert "&lt;b&gt;.png" in html and "<b>.png" not in html
-    assert "The most confident errors" in html and "Labels that are likely wrong" in html
+    assert "Most confident errors" in html and "Labels that are likely wrong" in html
     good, bad = (
         json.loads((runs / name / "report.json").read_text())["likely_label_errors"] for name in ("good", "bad")
     )
@@ -130,7 +130,7 @@ def test_runs_are_compared_on_the_hold_out_that_they_share(refract: Run, runs: P
     assert value == pytest.approx(accuracies[1] - accuracies[0], abs=1e-4) and low < value < high
     assert (tmp_path / "c.png").stat().st_size > 5000
     assert "within chance" in refract("compare", runs / "good", runs / "good").stdout
-    assert "is no finished run" in refract("compare", runs / "good", tmp_path, code=2).stderr
+    assert "not the folder of a finished run" in refract("compare", runs / "good", tmp_path, code=2).stderr
 
 
 def test_corruptions_are_seeded_and_hurt(root: Path) -> None:
@@ -272,10 +272,10 @@ def test_several_labels_have_a_gallery_and_the_report_shows_what_looks_like_the_
     assert found.right.tolist() == ((found.probabilities >= 0.5) == found.truth).all(axis=1).tolist()
     near = [(samples[0], samples[1])]
     report = make_report("r", found, tuple(COLORS), facts={}, precision=0.95, abstain_below=None, near=near)
-    errors = report.galleries["The most confident errors"]
+    errors = report.galleries["Most confident errors"]
     off = np.abs(found.probabilities - found.truth)[found.answers != found.truth].max()
     assert f"missed {1 - off:.0%}" in errors[0]["caption"] or f"{off:.0%}, labelled" in errors[0]["caption"]
-    (pair,) = report.galleries["Like an image of the training"]
+    (pair,) = report.galleries["Near-duplicates of training images"]
     assert pair["caption"] == "blue ~ blue" and pair["src"].startswith("data:image/jpeg")
     assert report.numbers["near_duplicates"]["right_without_them"] == pytest.approx(found.right[1:].mean())
 
@@ -296,7 +296,7 @@ def test_letters_that_no_font_has_are_told_once_and_without_a_warning_of_matplot
         warnings.simplefilter("error")
         for name in ("a.png", "b.png"):
             plots.confusion_plot(np.eye(2, dtype=int), ["四角", "丸"], tmp_path / name)
-    assert caplog.text.count("letters of labels that no font here has") == 1
+    assert caplog.text.count("letters that no installed font has") == 1
     assert (tmp_path / "b.png").stat().st_size > 1000 and "DejaVu Sans" in plots.FONTS
 
 

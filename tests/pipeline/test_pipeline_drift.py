@@ -206,7 +206,7 @@ def test_the_exit_code_stops_a_flow(bundle: Bundle, tmp_path: Path, capsys: pyte
     told = capsys.readouterr().out
     assert "drift: stop" in told and (tmp_path / "rep" / "report.json").is_file()
     html = (tmp_path / "rep" / "report.html").read_text()
-    assert "Drift beyond" in html and "http" not in html.replace("data:image", "") and "<script" not in html
+    assert "Drift reached a stop threshold" in html and "http" not in html.replace("data:image", "") and "<script" not in html
     (tmp_path / "t.yaml").write_text("{features: {stop: null}, answers: {stop: null}, confidence: {stop: null}}")
     never = [f"--stop={name}=never" for name in ("brightness", "contrast", "sharpness", "classifier")]
     assert main([path, str(other), "--thresholds", str(tmp_path / "t.yaml"), *never]) == 0, "it only warns"

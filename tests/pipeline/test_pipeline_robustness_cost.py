@@ -13,7 +13,7 @@ from refract.pipeline.data.manifest import Sample
 from refract.pipeline.evaluation.advice import closing_notes, notes_on
 from refract.pipeline.evaluation.evaluate import Evaluation
 from refract.pipeline.evaluation.measures import mean_interval
-from refract.pipeline.evaluation.robustness import FULL, QUICK, drawn
+from refract.pipeline.evaluation.robustness import FULL, QUICK, spread_subset
 from refract.pipeline.evaluation.robustness_cost import CORRUPTING, FEWEST, FLOPS, LOADING, MOST, affordable, flops_of
 
 
@@ -53,11 +53,11 @@ def test_the_operations_of_a_network_are_counted() -> None:
 
 def test_images_are_drawn_from_the_seed_over_all_of_the_data() -> None:
     samples = [Sample(str(place), (place // 100,)) for place in range(400)]
-    chosen = drawn(samples, 40, seed=1)
-    assert chosen == drawn(samples, 40, seed=1) != drawn(samples, 40, seed=2)
+    chosen = spread_subset(samples, 40, seed=1)
+    assert chosen == spread_subset(samples, 40, seed=1) != spread_subset(samples, 40, seed=2)
     assert [sum(sample.labels == (label,) for sample in chosen) for label in range(4)] == [10] * 4
-    assert len({sample.path for sample in chosen}) == 40 and drawn(samples, None, seed=0) == samples
-    assert drawn(samples[:3], 50, seed=0) == samples[:3]
+    assert len({sample.path for sample in chosen}) == 40 and spread_subset(samples, None, seed=0) == samples
+    assert spread_subset(samples[:3], 50, seed=0) == samples[:3]
 
 
 def evaluation(count: int, right: int) -> Evaluation:

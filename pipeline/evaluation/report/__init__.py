@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML file with its images inside, and the same numbers as JSON."""
+"""The report of an evaluation: one HTML file with embedded images, and the same numbers as JSON."""
 
 from refract.pipeline.evaluation.report.build import Report, make_report
 

@@ -1,10 +1,11 @@
-"""What an evaluation found, put together for people and for programs."""
+"""Build the report of an evaluation as HTML for people and as JSON for programs."""
 
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,21 @@ from refract.pipeline.evaluation.robustness import Robustness
 from refract.pipeline.evaluation.slices import slices
 from refract.pipeline.files import write_atomically
 
-SHOWN = 24
+GALLERY_IMAGES = 24
 TEXT_SHOWN = 120
-"""Characters of a sample's text."""
+"""Characters of a sample's text in a caption."""
+
+FACT_NAMES = MappingProxyType({"hold-out": "test set", "time an image": "time per image"})
+"""Key of `facts` in report.json → its name on the page. Other keys are shown unchanged."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """numbers: JSON values; figures: title → data address; galleries: title → images, each with `src`, `caption` and `path`; template: of
-    this folder."""
+    """The content of a report.
+
+    numbers: JSON values; figures: chart title → data URL; galleries: title → images, each with `src`, `caption` and `path`; template:
+    file name in this folder.
+    """
 
     title: str
     numbers: dict[str, Any]
@@ -36,14 +43,18 @@ class Report:
     template: str = "report.html"
 
     def write(self, folder: Path) -> list[Path]:
-        """`report.html` and `report.json`, in a folder. OSError as usual."""
+        """Write `report.html` and `report.json` to a folder and return their paths. Raises OSError."""
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
         env = Environment(
             loader=PackageLoader("refract.pipeline.evaluation.report", "."), autoescape=True, undefined=StrictUndefined
         )
         html = env.get_template(self.template).render(
-            title=self.title, numbers=self.numbers, figures=self.figures, galleries=self.galleries
+            title=self.title,
+            numbers=self.numbers,
+            figures=self.figures,
+            galleries=self.galleries,
+            fact_names=FACT_NAMES,
         )
         paths = {"report.html": html, "report.json": json.dumps(self.numbers, indent=1, ensure_ascii=False) + "\n"}
         for name, text in paths.items():
@@ -64,9 +75,12 @@ def make_report(
     near: Sequence[tuple[Sample, Sample]] = (),
     notes: Sequence[str] = (),
 ) -> Report:
-    """facts: what it was measured on and with, for the head. precision: that `abstain_below` was chosen for. findings: the doctor's, each
-    with name, evidence and cure; None where it did not watch. near: images and those of the training that they resemble. notes: see
-    `refract.pipeline.evaluation.advice`."""
+    """Build the report of an evaluation.
+
+    facts: the data and the model, shown at the top. precision: the target from which `abstain_below` was chosen. findings: the doctor's,
+    each with name, evidence and cure, or None if the doctor did not watch a training. near: pairs of a test image and the training image
+    that it nearly duplicates. notes: see `refract.pipeline.evaluation.advice`.
+    """
     numbers: dict[str, Any] = {"facts": dict(facts), "metrics": evaluation.metrics, "per_class": evaluation.per_class}
     numbers["macro_f1_classes"] = evaluation.macro_classes
     numbers["notes"] = [*notes, *_absent_classes(evaluation, len(labels))]
@@ -76,20 +90,20 @@ def make_report(
     multilabel = evaluation.truth.ndim == 2
     bins = measures.reliability(evaluation.probabilities, evaluation.truth, multilabel=multilabel)
     numbers["reliability"] = [list(row) for row in bins]
-    shown = {"Reliability": figures.reliability_chart(bins)}
+    charts = {"Reliability": figures.reliability_chart(bins)}
     galleries: dict[str, list[dict[str, str]]] = {}
     curve = measures.risk_curve(evaluation.confidences, evaluation.errors)
-    shown["Risk and coverage"] = figures.risk_chart(curve.coverage, curve.risk)
+    charts["Risk and coverage"] = figures.risk_chart(curve.coverage, curve.risk)
     if abstain_below is not None:
         numbers["abstaining"] = _abstaining(evaluation, precision, abstain_below)
     if evaluation.confusion is not None:
         numbers["confusion"] = evaluation.confusion.tolist()
-        shown["Confusion matrix"] = figures.confusion_chart(evaluation.confusion, labels)
+        charts["Confusion matrix"] = figures.confusion_chart(evaluation.confusion, labels)
     if multilabel:
         wrong_labels = likely_wrong_labels(evaluation.probabilities, evaluation.truth)
         numbers["likely_wrong_labels"] = [_wrong_label(evaluation, wrong, labels) for wrong in wrong_labels]
         numbers["likely_label_errors"] = list(dict.fromkeys(row["path"] for row in numbers["likely_wrong_labels"]))
-        galleries["The most confident errors"] = _label_images(evaluation, labels)
+        galleries["Most confident errors"] = _label_images(evaluation, labels)
         galleries["Labels that are likely wrong"] = _wrong_label_images(evaluation, wrong_labels, labels)
     else:
         given, truth = evaluation.probabilities, evaluation.truth
@@ -97,47 +111,51 @@ def make_report(
         surest = wrong[np.argsort(-given[wrong].max(axis=1), kind="stable")]
         suspects = likely_label_errors(given, truth)
         numbers["likely_label_errors"] = [evaluation.samples[i].path for i in suspects]
-        galleries["The most confident errors"] = _images(evaluation, surest, labels)
+        galleries["Most confident errors"] = _images(evaluation, surest, labels)
         galleries["Labels that are likely wrong"] = _images(evaluation, suspects, labels)
     if near:
-        known = {sample.path for sample, _ in near}
-        new = np.array([sample.path not in known for sample in evaluation.samples])
-        right = float(evaluation.right[new].mean()) if new.any() else None
+        near_paths = {sample.path for sample, _ in near}
+        distinct = np.array([sample.path not in near_paths for sample in evaluation.samples])
+        right = float(evaluation.right[distinct].mean()) if distinct.any() else None
         pairs = [[sample.path, other.path] for sample, other in near]
         numbers["near_duplicates"] = {"pairs": pairs, "right_without_them": right}
-        galleries["Like an image of the training"] = [
+        galleries["Near-duplicates of training images"] = [
             {"src": figures.pair_thumbnail(a.read(), b.read()), "caption": f"{_named(a, labels)} ~ {_named(b, labels)}",
              "path": f"{a.path} ~ {b.path}"}
-            for a, b in near[:SHOWN]
+            for a, b in near[:GALLERY_IMAGES]
         ]  # fmt: skip
     if robustness is not None:
         numbers["robustness"] = robustness.to_dict()
-        shown["Robustness to corruptions"] = figures.severity_chart(robustness.by_severity())
-        shown["Noise on the images"] = figures.noise_chart({0: robustness.clean, **robustness.noise})
-    return Report(title, numbers, shown, galleries)
+        charts["Robustness to corruptions"] = figures.severity_chart(robustness.by_severity())
+        charts["Robustness to Gaussian noise"] = figures.noise_chart({0: robustness.clean, **robustness.noise})
+    return Report(title, numbers, charts, galleries)
 
 
 def _absent_classes(evaluation: Evaluation, count: int) -> list[str]:
-    """A note where classes have neither samples nor predictions here."""
+    """Return a note if some classes have neither samples nor predictions in this evaluation."""
     if evaluation.macro_classes == count:
         return []
     return [
         f"macro_f1 is the mean over {evaluation.macro_classes} of {count} classes; "
-        "the others have no sample here and are never predicted."
+        "the others have no sample in this data and are never predicted."
     ]
 
 
-def _images(evaluation: Evaluation, places: np.ndarray, labels: Sequence[str]) -> list[dict[str, str]]:
+def _images(evaluation: Evaluation, indices: np.ndarray, labels: Sequence[str]) -> list[dict[str, str]]:
     rows = []
-    for i in places[:SHOWN]:
-        sample, answer = evaluation.samples[i], int(evaluation.probabilities[i].argmax())
-        said = f"{labels[answer]} {evaluation.probabilities[i, answer]:.0%}, labelled {_named(sample, labels)}"
-        rows.append({"src": figures.thumbnail(sample.read()), "caption": said + _said(sample), "path": sample.path})
+    for i in indices[:GALLERY_IMAGES]:
+        sample, predicted = evaluation.samples[i], int(evaluation.probabilities[i].argmax())
+        caption = f"{labels[predicted]} {evaluation.probabilities[i, predicted]:.0%}, labelled {_named(sample, labels)}"
+        rows.append(
+            {"src": figures.thumbnail(sample.read()), "caption": caption + _quoted(sample), "path": sample.path}
+        )
     return rows
 
 
 def _abstaining(evaluation: Evaluation, precision: float, abstain_below: float) -> dict[str, Any]:
-    answered = (evaluation.confidences >= abstain_below) & (abstain_below < 1)  # 1: none is answered
+    answered = (evaluation.confidences >= abstain_below) & (
+        abstain_below < 1
+    )  # a threshold of 1 abstains on every image
     return {
         "wanted_precision": precision,
         "abstain_below": abstain_below,
@@ -147,27 +165,27 @@ def _abstaining(evaluation: Evaluation, precision: float, abstain_below: float) 
 
 
 def _label_images(evaluation: Evaluation, labels: Sequence[str]) -> list[dict[str, str]]:
-    """For multi-label: the images with a wrong label, that whose probability is furthest from the truth first, each image once."""
-    off = np.abs(evaluation.probabilities - evaluation.truth) * (evaluation.answers != evaluation.truth)
-    order = [i for i in np.argsort(-off.max(axis=1), kind="stable").tolist() if not evaluation.right[i]]
+    """Return the multi-label images with a wrong predicted label, each once, the largest distance of probability and truth first."""
+    distances = np.abs(evaluation.probabilities - evaluation.truth) * (evaluation.answers != evaluation.truth)
+    order = [i for i in np.argsort(-distances.max(axis=1), kind="stable").tolist() if not evaluation.right[i]]
     rows = []
-    for i in order[:SHOWN]:
-        label = int(off[i].argmax())
-        how = "missed" if evaluation.truth[i, label] else "predicted"
-        rows.append(_label_image(evaluation, i, label, how, labels))
+    for i in order[:GALLERY_IMAGES]:
+        label = int(distances[i].argmax())
+        kind = "missed" if evaluation.truth[i, label] else "predicted"
+        rows.append(_label_image(evaluation, i, label, kind, labels))
     return rows
 
 
 def _wrong_label_images(
     evaluation: Evaluation, wrong: Sequence[WrongLabel], labels: Sequence[str]
 ) -> list[dict[str, str]]:
-    return [_label_image(evaluation, w.image, w.label, f"likely {w.kind}:", labels) for w in wrong[:SHOWN]]
+    return [_label_image(evaluation, w.image, w.label, f"likely {w.kind}:", labels) for w in wrong[:GALLERY_IMAGES]]
 
 
-def _label_image(evaluation: Evaluation, place: int, label: int, how: str, labels: Sequence[str]) -> dict[str, str]:
-    sample = evaluation.samples[place]
-    said = f"{how} {labels[label]} {evaluation.probabilities[place, label]:.0%}, labelled {_named(sample, labels)}"
-    return {"src": figures.thumbnail(sample.read()), "caption": said + _said(sample), "path": sample.path}
+def _label_image(evaluation: Evaluation, index: int, label: int, kind: str, labels: Sequence[str]) -> dict[str, str]:
+    sample = evaluation.samples[index]
+    caption = f"{kind} {labels[label]} {evaluation.probabilities[index, label]:.0%}, labelled {_named(sample, labels)}"
+    return {"src": figures.thumbnail(sample.read()), "caption": caption + _quoted(sample), "path": sample.path}
 
 
 def _wrong_label(evaluation: Evaluation, wrong: WrongLabel, labels: Sequence[str]) -> dict[str, Any]:
@@ -179,7 +197,7 @@ def _wrong_label(evaluation: Evaluation, wrong: WrongLabel, labels: Sequence[str
     }
 
 
-def _said(sample: Sample) -> str:
+def _quoted(sample: Sample) -> str:
     text = sample.text.strip()
     return f": “{text[:TEXT_SHOWN]}{'…' if len(text) > TEXT_SHOWN else ''}”" if text else ""
 

@@ -1,4 +1,4 @@
-"""The report's figures and thumbnails, as data addresses that an HTML file can carry."""
+"""The report's charts and thumbnails, as data URLs that are embedded in the HTML file."""
 
 import base64
 import io
@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from refract.augment import decode
-from refract.pipeline.evaluation.plots import own_names, save, short
+from refract.pipeline.evaluation.plots import literal_text, save, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,24 +18,24 @@ THUMBNAIL = 96
 
 
 def data_url(figure: "Figure") -> str:
-    """A matplotlib figure as PNG."""
+    """Return a matplotlib chart as the data URL of a PNG."""
     buffer = io.BytesIO()
     save(figure, buffer, format="png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def thumbnail(data: bytes) -> str:
-    """Encoded image bytes as a JPEG of at most THUMBNAIL pixels a side; small ones are enlarged with their pixels left visible."""
+    """Return encoded image bytes as the data URL of a JPEG with a longer side of THUMBNAIL pixels; small images keep sharp pixels."""
     return _address(_small(data))
 
 
-def pair_thumbnail(one: bytes, other: bytes) -> str:
-    """Two images beside each other."""
-    images = _small(one), _small(other)
-    heights = [THUMBNAIL - image.shape[0] for image in images]
+def pair_thumbnail(left: bytes, right: bytes) -> str:
+    """Return two images side by side as one thumbnail."""
+    images = _small(left), _small(right)
+    paddings = [THUMBNAIL - image.shape[0] for image in images]
     padded = [
-        cv2.copyMakeBorder(p, 0, more, 0, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
-        for p, more in zip(images, heights, strict=True)
+        cv2.copyMakeBorder(image, 0, padding, 0, 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        for image, padding in zip(images, paddings, strict=True)
     ]
     return _address(np.hstack(padded))
 
@@ -43,19 +43,19 @@ def pair_thumbnail(one: bytes, other: bytes) -> str:
 def _small(data: bytes) -> np.ndarray:
     pixels = decode(data, color_profile="convert")  # the page is shown in sRGB
     factor = THUMBNAIL / max(pixels.shape[:2])
-    how = cv2.INTER_NEAREST if factor >= 2 else cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    interpolation = cv2.INTER_NEAREST if factor >= 2 else cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
     height, width = (max(1, round(side * factor)) for side in pixels.shape[:2])
-    return cv2.resize(pixels, (width, height), interpolation=how)
+    return cv2.resize(pixels, (width, height), interpolation=interpolation)
 
 
 def _address(pixels: np.ndarray) -> str:
-    coded = cv2.imencode(".jpg", pixels[:, :, ::-1])[1]
-    return "data:image/jpeg;base64," + base64.b64encode(coded.tobytes()).decode()
+    encoded = cv2.imencode(".jpg", pixels[:, :, ::-1])[1]
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode()
 
 
 def reliability_chart(bins: Sequence[tuple[float, float, int]]) -> str:
-    """bins: see `refract.pipeline.evaluation.measures.reliability`."""
-    axes = _axes("confidence", "share that is right", (4.2, 3.6))
+    """Plot the fraction of right predictions over the confidence. bins: see `refract.pipeline.evaluation.measures.reliability`."""
+    axes = _axes("confidence", "fraction of right predictions", (4.2, 3.6))
     axes.plot([0, 1], [0, 1], color="0.7", linestyle="--")
     confidence, right, counts = zip(*bins, strict=True)
     axes.plot(confidence, right, marker="o")
@@ -66,15 +66,15 @@ def reliability_chart(bins: Sequence[tuple[float, float, int]]) -> str:
 
 
 def risk_chart(coverage: np.ndarray, risk: np.ndarray) -> str:
-    axes = _axes("coverage: share that is answered", "risk: share of those that is wrong", (4.2, 3.6))
-    places = np.unique(np.linspace(0, len(coverage) - 1, 400).astype(int))
-    axes.plot(coverage[places], risk[places])
+    axes = _axes("coverage: fraction predicted", "risk: fraction of these that is wrong", (4.2, 3.6))
+    indices = np.unique(np.linspace(0, len(coverage) - 1, 400).astype(int))
+    axes.plot(coverage[indices], risk[indices])
     axes.set(xlim=(0, 1), ylim=(0, None))
     return data_url(axes.figure)
 
 
 def severity_chart(curve: Mapping[int, float]) -> str:
-    """curve: see `Robustness.by_severity`."""
+    """Plot the accuracy over the corruption severity. curve: see `Robustness.by_severity`."""
     axes = _axes("severity of the corruption", "accuracy", (4.2, 3.6))
     axes.plot(list(curve), [1 - error for error in curve.values()], marker="o")
     axes.set(ylim=(0, 1.02), xticks=list(curve))
@@ -82,17 +82,17 @@ def severity_chart(curve: Mapping[int, float]) -> str:
 
 
 def noise_chart(errors: Mapping[int, float]) -> str:
-    """errors: deviation of Gaussian noise in grey levels → share of wrong answers, 0 among them."""
-    axes = _axes("deviation of Gaussian noise, grey levels of 255", "accuracy", (4.2, 3.6))
+    """Plot the accuracy over the noise. errors: standard deviation of Gaussian noise in grey levels, 0 included → error in 0…1."""
+    axes = _axes("standard deviation of Gaussian noise (0…255)", "accuracy", (4.2, 3.6))
     axes.plot(list(errors), [1 - error for error in errors.values()], marker="o")
     axes.set(ylim=(0, 1.02), xticks=list(errors))
     return data_url(axes.figure)
 
 
 def two_histograms(reference: np.ndarray, new: np.ndarray, name: str) -> str:
-    """Both as shares of their own, in bins that they have in common; what is no number is left out."""
+    """Plot two histograms as fractions, over common bins. Non-finite values are skipped."""
     reference, new = (values[np.isfinite(values)] for values in (reference, new))
-    axes = _axes(name, "share", (4.2, 3.0))
+    axes = _axes(name, "fraction of samples", (4.2, 3.0))
     edges = np.histogram_bin_edges(np.concatenate([reference, new]), bins=30)
     for values, label in ((reference, "reference"), (new, "new")):
         axes.hist(values, bins=edges, weights=np.full(len(values), 1 / max(1, len(values))), alpha=0.55, label=label)
@@ -101,15 +101,15 @@ def two_histograms(reference: np.ndarray, new: np.ndarray, name: str) -> str:
 
 
 def two_fractions(reference: np.ndarray, new: np.ndarray, labels: Sequence[str], most: int) -> str:
-    """Two counts (C,) as shares, side by side, of the `most` labels that differ most."""
-    shares = [counts / max(1, counts.sum()) for counts in (reference, new)]
-    places = np.sort(np.argsort(-np.abs(shares[0] - shares[1]), kind="stable")[:most])
-    with own_names():
-        axes = _axes("", "share", (max(4.2, 0.45 * len(places)), 3.4))
-        for side, values, label in ((-0.2, shares[0], "reference"), (0.2, shares[1], "new")):
-            axes.bar(np.arange(len(places)) + side, values[places], 0.4, label=label)
-        axes.set_xticks(range(len(places)))
-        axes.set_xticklabels([short(labels[i]) for i in places], rotation=60, ha="right", fontsize=8)
+    """Plot two counts (C,) as fractions side by side, for the `most` labels whose fractions differ most."""
+    fractions = [counts / max(1, counts.sum()) for counts in (reference, new)]
+    shown = np.sort(np.argsort(-np.abs(fractions[0] - fractions[1]), kind="stable")[:most])
+    with literal_text():
+        axes = _axes("", "fraction of samples", (max(4.2, 0.45 * len(shown)), 3.4))
+        for side, values, label in ((-0.2, fractions[0], "reference"), (0.2, fractions[1], "new")):
+            axes.bar(np.arange(len(shown)) + side, values[shown], 0.4, label=label)
+        axes.set_xticks(range(len(shown)))
+        axes.set_xticklabels([short(labels[i]) for i in shown], rotation=60, ha="right", fontsize=8)
         axes.legend(fontsize=8)
         return data_url(axes.figure)
 
