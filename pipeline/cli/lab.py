@@ -35,7 +35,7 @@ def _lab(args: argparse.Namespace) -> int:
         started = time.perf_counter()
         outcome = available[name].run(args.seed)
         print(f"{'holds' if outcome.holds else 'DOES NOT HOLD'}: {available[name].claim}")
-        print(f"    {name}, {time.perf_counter() - started:.1f} s: {outcome.found}", flush=True)
+        print(f"    {name}, {time.perf_counter() - started:.1f} s: {outcome.summary}", flush=True)
         if not outcome.holds:
             failed.append(name)
         if args.plots is not None and outcome.curves:

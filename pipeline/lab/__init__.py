@@ -1,4 +1,4 @@
-"""The lab: claims that every course makes, each tried by a small seeded experiment with Refract's own parts."""
+"""The lab: textbook claims, each tested by a small seeded experiment with Refract's own layers and losses."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,11 +7,14 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Outcome:
-    """holds: whether the experiment bears the claim out; found: the numbers, in a sentence; curves: name → values, for a plot; x, y: its
-    axes; log: whether y is logarithmic."""
+    """The result of an experiment.
+
+    holds: whether it confirms the claim; summary: the measurements as a sentence; curves: name → values, for a plot; x, y: axis labels;
+    log: whether the y axis is logarithmic.
+    """
 
     holds: bool
-    found: str
+    summary: str
     curves: Mapping[str, list[float]] = field(default_factory=dict)
     x: str = ""
     y: str = ""
@@ -20,14 +23,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Experiment:
-    """claim: what is said; run: seed → Outcome, in less than a minute on two cores."""
+    """claim: a sentence; run: seed → Outcome, in less than a minute on two cores."""
 
     claim: str
     run: Callable[[int], Outcome]
 
 
 def experiments() -> Mapping[str, Experiment]:
-    """By name, in the order in which they are told."""
+    """Return name → experiment, in the order of the output."""
     from refract.pipeline.lab.learning import LEARNING
     from refract.pipeline.lab.signals import SIGNALS
 

@@ -17,7 +17,7 @@ FEW, TRIALS = 500, 3
 
 
 def activations(seed: int) -> Outcome:
-    """Steps to a loss of 0.1, each activation at the best of five learning rates."""
+    """Count the steps to a loss of 0.1, for each activation at the best of five learning rates."""
     data = (centred(digits()[0][0]), digits()[0][1])
     steps, curves = {}, {}
     for activation in ("relu", "tanh", "sigmoid"):
@@ -41,8 +41,10 @@ def activations(seed: int) -> Outcome:
 
 
 def mean_subtraction(seed: int) -> Outcome:
-    """Steps to a loss of 0.2 from images of variance 1 on a bright ground, three deviations above 0, and from centred ones; each at the
-    best of five learning rates."""
+    """Count the steps to a loss of 0.2, for images of variance 1 with an offset of three standard deviations and without it.
+
+    Each form is trained at the best of five learning rates.
+    """
     images, targets = digits()[0]
     forms = {"offset": images / images.std() + 3, "centred": centred(images)}
     steps, curves = {}, {}
@@ -59,7 +61,8 @@ def mean_subtraction(seed: int) -> Outcome:
         steps[form], curves[form] = len(best) or 1500, best
     return Outcome(
         steps["centred"] * 1.5 < steps["offset"],
-        f"steps to a loss of 0.2 at the best learning rate: centred {steps['centred']}, offset by three deviations {steps['offset']}",
+        f"steps to a loss of 0.2 at the best learning rate: mean subtracted {steps['centred']}, offset by three standard deviations "
+        f"{steps['offset']}",
         curves, "step", "loss", True,
     )  # fmt: skip
 
@@ -75,14 +78,14 @@ def learning_rates(seed: int) -> Outcome:
     start = curves["right: 0.1"][0]
     return Outcome(
         right < 0.1 and low > 0.3 * start and not high < start,
-        f"loss after 400 steps, from {start:.2f}: 0.0003 {low:.2f}, 0.1 {right:.3f}, 10 {high:.3g}",
+        f"loss after 400 steps, {start:.2f} at the start: {low:.2f} at rate 0.0003, {right:.3f} at 0.1, {high:.3g} at 10",
         curves, "step", "loss", True,
     )  # fmt: skip
 
 
 def overfitting(seed: int) -> Outcome:
-    """FEW training digits; the gap between the accuracy on them and on those held out, the mean of TRIALS trials, other digits in each."""
-    (images, targets), held = digits()
+    """Measure the gap of training and test accuracy on FEW training digits, the mean of TRIALS trials with different digits."""
+    (images, targets), test = digits()
     augmenter = Augmenter([{"Affine": {"degrees": 12, "translate": 0.1, "scale": [0.9, 1.1], "shear": 8}}], seed=seed)
     counter = iter(range(10**9))
 
@@ -90,37 +93,37 @@ def overfitting(seed: int) -> Outcome:
         plans = [augmenter.draw((8, 8), epoch=next(counter), index=0) for _ in images]
         return centred(torch_batch.run(plans, (images * 255).round().to(torch.uint8)).float() / 255)
 
-    ways: dict[str, tuple[dict[str, Any], float, Callable[[Tensor], Tensor]]] = {
+    methods: dict[str, tuple[dict[str, Any], float, Callable[[Tensor], Tensor]]] = {
         "nothing": ({}, 0.0, centred),
         "weight decay": ({}, 0.3, centred),
         "dropout": ({"dropout": 0.5}, 0.0, centred),
         "augmentation": ({}, 0.0, augmented),
     }
-    seen, scores = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
+    train_scores, test_scores = dict.fromkeys(methods, 0.0), dict.fromkeys(methods, 0.0)
     for trial in range(TRIALS):
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(TRIALS * seed + trial))[:FEW]
         few = images[chosen], targets[chosen]
-        for way, (args, decay, change) in ways.items():
+        for method, (args, decay, change) in methods.items():
             torch.manual_seed(TRIALS * seed + trial)
             network = build("mlp", 10, image_size=(8, 8), hidden=[256, 256], args=args)
             optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=decay, fused=True)
             train(network, few, optimizer, steps=800, change=change)
-            seen[way] += accuracy(network, (centred(few[0]), few[1])) / TRIALS
-            scores[way] += accuracy(network, (centred(held[0]), held[1])) / TRIALS
-    gaps = {way: seen[way] - scores[way] for way in ways}
-    found = ", ".join(f"{way} {gap:.1%} (hold-out {scores[way]:.1%})" for way, gap in gaps.items())
+            train_scores[method] += accuracy(network, (centred(few[0]), few[1])) / TRIALS
+            test_scores[method] += accuracy(network, (centred(test[0]), test[1])) / TRIALS
+    gaps = {method: train_scores[method] - test_scores[method] for method in methods}
+    listed = ", ".join(f"{method} {gap:.1%} (test {test_scores[method]:.1%})" for method, gap in gaps.items())
     return Outcome(
-        gaps["augmentation"] < gaps["nothing"] - 0.005 and scores["augmentation"] > scores["nothing"] + 0.0025,
-        f"train minus hold-out accuracy: {found}",
-        {way: [gap] for way, gap in gaps.items()}, "", "train minus hold-out accuracy",
+        gaps["augmentation"] < gaps["nothing"] - 0.005 and test_scores["augmentation"] > test_scores["nothing"] + 0.0025,
+        f"training minus test accuracy: {listed}",
+        {method: [gap] for method, gap in gaps.items()}, "", "training minus test accuracy",
     )  # fmt: skip
 
 
 def noise(seed: int) -> Outcome:
-    (images, targets), (held, truth) = digits()
+    (images, targets), (test_images, test_targets) = digits()
     levels = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
     curves: dict[str, list[float]] = {}
-    for way, spread in (("trained on clean digits", 0.0), ("trained with noise", 0.3)):
+    for method, spread in (("trained on clean digits", 0.0), ("trained with noise", 0.3)):
         torch.manual_seed(seed)
         network: nn.Module = build("cnn", 10, image_size=(8, 8), widths=[16, 32], norm="batch")
 
@@ -129,33 +132,35 @@ def noise(seed: int) -> Outcome:
 
         train(network, (images, targets), torch.optim.AdamW(network.parameters(), lr=3e-3), steps=300, change=noisy)
         generator = torch.Generator().manual_seed(7)
-        disturbance = torch.randn(held[:, :1].shape, generator=generator)
-        curves[way] = [accuracy(network, (centred(held + level * disturbance), truth)) for level in levels]
+        disturbance = torch.randn(test_images[:, :1].shape, generator=generator)
+        curves[method] = [
+            accuracy(network, (centred(test_images + level * disturbance), test_targets)) for level in levels
+        ]
     clean, with_noise = curves.values()
     return Outcome(
         with_noise[3] > clean[3] + 0.03 and with_noise[0] > clean[0] - 0.03,
-        f"hold-out accuracy at noise 0 and 0.3: trained clean {clean[0]:.1%} and {clean[3]:.1%}, with noise {with_noise[0]:.1%} "
-        f"and {with_noise[3]:.1%}",
-        curves, "standard deviation of the noise, in tenths of the range", "hold-out accuracy",
+        f"test accuracy at noise 0 and 0.3: {clean[0]:.1%} and {clean[3]:.1%} trained on clean digits, {with_noise[0]:.1%} and "
+        f"{with_noise[3]:.1%} trained with noise",
+        curves, "standard deviation of the noise, in tenths of the range", "test accuracy",
     )  # fmt: skip
 
 
 LEARNING: Mapping[str, Experiment] = MappingProxyType(
     {
         "activations": Experiment(
-            "ReLU and tanh, which is zero-centred, both reach a given loss sooner than sigmoid.", activations
+            "ReLU and tanh, whose outputs have zero mean, both reach a given loss sooner than sigmoid.", activations
         ),
         "zero-centred": Experiment(
-            "Zero-centred inputs are learned from faster than inputs with an offset of three deviations.",
+            "Networks learn faster from inputs with zero mean than from inputs with an offset of three standard deviations.",
             mean_subtraction,
         ),
         "learning-rate": Experiment(
-            "Too low a learning rate crawls, the right one learns, too high a one does not.", learning_rates
+            "A learning rate that is too low learns slowly, and one that is too high does not learn.", learning_rates
         ),
         "overfitting": Experiment(
-            f"On {FEW} images, augmentation narrows the gap between training and hold-out, and raises the hold-out.",
+            f"On {FEW} images, augmentation narrows the gap between training and test accuracy, and raises test accuracy.",
             overfitting,
         ),
-        "noise": Experiment("Training with noise keeps the accuracy on noisy images.", noise),
+        "noise": Experiment("Training with noise preserves the accuracy on noisy images.", noise),
     }
 )

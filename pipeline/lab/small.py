@@ -1,4 +1,4 @@
-"""What the experiments share: the digits as tensors, and a plain loop."""
+"""Shared by the experiments: the digits as tensors, and a plain training loop."""
 
 from collections.abc import Callable
 from functools import cache
@@ -13,7 +13,10 @@ Data = tuple[Tensor, Tensor]
 
 @cache
 def digits() -> tuple[Data, Data]:
-    """((images, labels) to train on, (images, labels) held out): 1,297 and 500 digits, float 0…1, (N, 3, 8, 8), in a fixed order."""
+    """Return the training and the test set: 1,297 and 500 digits in a fixed order.
+
+    Each is (images, labels): float 0…1 (N, 3, 8, 8), and int64 (N,).
+    """
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -24,15 +27,15 @@ def digits() -> tuple[Data, Data]:
 
 
 def centred(images: Tensor) -> Tensor:
-    """Zero mean and unit variance over all values of the training digits."""
-    mean, deviation = _of_all()
+    """Normalise images by the mean and standard deviation over all values of the training digits."""
+    mean, deviation = _train_statistics()
     return (images - mean) / deviation
 
 
 @cache
-def _of_all() -> tuple[Tensor, Tensor]:
-    known = digits()[0][0]
-    return known.mean(), known.std()
+def _train_statistics() -> tuple[Tensor, Tensor]:
+    images = digits()[0][0]
+    return images.mean(), images.std()
 
 
 def train(
@@ -46,7 +49,10 @@ def train(
     change: Callable[[Tensor], Tensor] = lambda images: images,
     until: float = 0.0,
 ) -> list[float]:
-    """Losses, one a step. change: what happens to each batch's images. until: stop when the mean of ten losses is below it."""
+    """Train and return the loss of each step.
+
+    change: applied to the images of each batch; until: stop when the mean of the last ten losses is below it.
+    """
     images, targets = data
     generator = torch.Generator().manual_seed(1)
     losses: list[float] = []
@@ -65,6 +71,6 @@ def train(
 
 @torch.no_grad()
 def accuracy(network: nn.Module, data: Data) -> float:
-    """Share of right answers, in evaluation mode."""
+    """Return the fraction of right predictions, in evaluation mode."""
     network.eval()
     return float((network(data[0]).argmax(1) == data[1]).float().mean())

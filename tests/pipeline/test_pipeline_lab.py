@@ -11,8 +11,8 @@ LONG = ("overfitting", "activations", "zero-centred", "noise", "batch-norm")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in experiments()])
 def test_every_claim_holds_with_the_default_seed(name: str) -> None:
     outcome = experiments()[name].run(0)
-    assert outcome.holds, outcome.found
-    assert outcome.found and not outcome.found.endswith(".")
+    assert outcome.holds, outcome.summary
+    assert outcome.summary and not outcome.summary.endswith(".")
 
 
 @pytest.mark.slow
