@@ -1,4 +1,4 @@
-"""`score_all`: the one linear story from a bundle and a listing to one Parquet file, that any end in between only interrupts."""
+"""Score a folder or a manifest with a bundle into one Parquet file. An interrupted scoring resumes from its part files."""
 
 import logging
 import os
@@ -18,19 +18,22 @@ from refract.pipeline.inference.batch import part_files
 from refract.pipeline.inference.batch.listing import Listing, Shard, listing_of
 from refract.pipeline.inference.batch.rows import schema_of
 from refract.pipeline.inference.batch.worker import Done, Job
-from refract.pipeline.training.callbacks.stopping import Stop, Stopped, heard
+from refract.pipeline.training.callbacks.stopping import Stop, Stopped, stop_requests
 
 log = logging.getLogger(__name__)
 
 SHARD_SIZE = 512
-TELL_EVERY = 30.0
-"""Seconds between lines of progress where there is no terminal for a bar."""
+LOG_SECONDS = 30.0
+"""Seconds between progress lines in the log when no terminal shows a bar."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """jobs: processes, None chooses; shard_size: rows of a part, None for that of the parts that are there, else SHARD_SIZE; device:
-    auto, cpu or cuda; engine: processes or ray."""
+    """The options of a scoring.
+
+    jobs: number of processes, None to choose; shard_size: rows per part file, None for that of existing parts, else SHARD_SIZE; device:
+    auto, cpu or cuda; engine: processes or ray; overwrite: replace an existing file; restart: discard existing parts.
+    """
 
     jobs: int | None = None
     batch_size: int = 64
@@ -44,9 +47,13 @@ class Options:
 
 @dataclass
 class Summary:
-    """rows, errors: in the file; scored: rows in this go; seconds: from when the processes were ready, in the mean, until the file was
-    there; start_seconds: before; labelled, right: rows with a truth and an answer, and those whose label it is, for multi-label all
-    labels; overlap: for multi-label the sum over these rows of the F1 of the given labels, None for one label a row."""
+    """The result of a scoring.
+
+    rows, errors: rows in the file, and those with an error; scored: rows scored by this process; start_seconds: time until the workers
+    were ready, on average; seconds: time from then until the file was complete; labelled: rows with a true label and a prediction; right:
+    those whose prediction is the true label, for multi-label all labels; overlap: for multi-label the sum of these rows' F1 of predicted
+    and true labels, otherwise None; reasons: error → number of rows.
+    """
 
     rows: int = 0
     errors: int = 0
@@ -58,80 +65,83 @@ class Summary:
     overlap: float | None = None
     reasons: dict[str, int] = field(default_factory=dict)
 
-    def look(self, table: Any) -> None:
-        """Count a part's rows."""
+    def add(self, table: Any) -> None:
+        """Add the rows of a part."""
         self.rows += len(table)
         for reason in table["error"].drop_null().to_pylist():
             self.errors += 1
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
         if "truth" not in table.column_names:
             return
-        several = "labels" in table.column_names
-        given = table["labels" if several else "label"].to_pylist()
-        for answer, truth in zip(given, table["truth"].to_pylist(), strict=True):
-            if answer is not None and truth and truth.strip():
+        multilabel = "labels" in table.column_names
+        predictions = table["labels" if multilabel else "label"].to_pylist()
+        for prediction, truth in zip(predictions, table["truth"].to_pylist(), strict=True):
+            if prediction is not None and truth and truth.strip():
                 self.labelled += 1
-                if several:
-                    self._compare(
-                        set(map(label_of, answer)), {part.strip() for part in truth.split(";") if part.strip()}
-                    )
+                if multilabel:
+                    true_labels = {label.strip() for label in truth.split(";") if label.strip()}
+                    self._compare(set(map(label_of, prediction)), true_labels)
                 else:
-                    self.right += label_of(answer) == truth.strip()
+                    self.right += label_of(prediction) == truth.strip()
 
-    def _compare(self, given: set[str], truth: set[str]) -> None:
-        self.right += given == truth
-        both = len(given) + len(truth)
-        self.overlap = (self.overlap or 0.0) + (2 * len(given & truth) / both if both else 1.0)
+    def _compare(self, predicted: set[str], truth: set[str]) -> None:
+        self.right += predicted == truth
+        both = len(predicted) + len(truth)
+        self.overlap = (self.overlap or 0.0) + (2 * len(predicted & truth) / both if both else 1.0)
 
 
 def score_all(bundle: Path, source: Path, out: Path, options: Options) -> Summary:
-    """Score every row of `source` and write `out`. DataError, BundleError; ScoringError; Stopped after SIGTERM or Ctrl-C."""
-    begun = time.perf_counter()
+    """Score every row of `source` and write `out`.
+
+    Raises DataError or BundleError for unusable inputs, ScoringError where the workers fail, and Stopped after SIGTERM or Ctrl-C.
+    """
+    started = time.perf_counter()
     folder = part_files.folder_of(out)
     if out.is_dir():
-        raise DataError(f"-o: {out} is a folder; name a file, as {out / 'scores.parquet'}")
+        raise DataError(f"-o: {out} is a folder; name a file, such as {out / 'scores.parquet'}")
     if out.exists() and not options.overwrite and not folder.exists():
         raise _exists(out)
-    opened, listing = load_bundle(bundle), listing_of(source)
-    record = _record(opened, listing, options, folder)
+    loaded, listing = load_bundle(bundle), listing_of(source)
+    record = _record(loaded, listing, options, folder)
     key = part_files.key_of(record)
     folder.mkdir(parents=True, exist_ok=True)
-    busy = DataError(f"{out} is being written by another process")
+    busy = DataError(f"{out} is being written by another process; wait for it, or write to another file with -o")
     summary = Summary()
     with locked(folder / "lock", busy):
-        if not folder.exists():  # the other one has just finished
+        if not folder.exists():  # the other process has just finished
             raise busy
         if out.exists() and not options.overwrite:
             return _finished(out, folder, key, summary)
         part_files.begin(folder, record, restart=options.restart)
-        with heard("at once; what is done is kept") as stop:
-            job = job_of(opened, listing, options, folder.resolve(), key)
+        with stop_requests("at once; finished parts are kept") as stop:
+            job = job_of(loaded, listing, options, folder.resolve(), key)
             shards = list(listing.shards(record["shard_size"]))
             files = {shard.number: part_files.part_of(folder, key, shard.number) for shard in shards}
             missing = [shard for shard in shards if not part_files.is_whole(files[shard.number], len(shard.rows))]
-            schema = schema_of(opened.info, texts=listing.texts, truths=listing.truths, key=key, about=job.about)
+            schema = schema_of(loaded.info, texts=listing.texts, truths=listing.truths, key=key, about=job.about)
             ready = _score(missing, job, options, stop, summary, len(listing.rows)) if missing else time.perf_counter()
 
-            def look(table: Any) -> None:
+            def visit(table: Any) -> None:
                 if stop.signal is not None:
                     raise Stopped(stop.signal)
-                summary.look(table)
+                summary.add(table)
 
-            part_files.assemble(folder, files.values(), out, schema, rows=len(listing.rows), look=look)
+            part_files.assemble(folder, files.values(), out, schema, rows=len(listing.rows), visit=visit)
         part_files.remove(folder)
-    summary.start_seconds, summary.seconds = ready - begun, time.perf_counter() - ready
+    summary.start_seconds, summary.seconds = ready - started, time.perf_counter() - ready
     return summary
 
 
 def _record(bundle: Bundle, listing: Listing, options: Options, folder: Path) -> dict[str, Any]:
-    """All that the parts' rows depend on. The batch size, the processes and the engine are not of it."""
-    before = part_files.read_record(folder)
-    kept = before.get("shard_size") if before and not options.restart else None
-    size = options.shard_size or (kept if isinstance(kept, int) and kept > 0 else SHARD_SIZE)
+    """Return all that the rows of the parts depend on, which excludes the batch size, the processes and the engine."""
+    stored = part_files.read_record(folder)
+    stored_size = stored.get("shard_size") if stored and not options.restart else None
+    size = options.shard_size or (stored_size if isinstance(stored_size, int) and stored_size > 0 else SHARD_SIZE)
     return {"bundle": bundle.digest, "listing": listing.digest(), "shard_size": size, "tta": options.tta}
 
 
 def job_of(bundle: Bundle, listing: Listing, options: Options, folder: Path, key: str) -> Job:
+    """Describe the job of the workers, on the CPU with one thread until the engine chooses."""
     info = bundle.info
     about: dict[str, Any] = {
         "refract": version("refract"),
@@ -147,30 +157,30 @@ def job_of(bundle: Bundle, listing: Listing, options: Options, folder: Path, key
 
 
 def _score(missing: list[Shard], job: Job, options: Options, stop: Stop, summary: Summary, total: int) -> float:
-    """Fill the missing parts, and show how far it is. Returns when the processes were ready, in the mean."""
+    """Score the missing parts and show the progress. Returns the mean time at which the workers were ready."""
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     summary.scored = sum(len(shard.rows) for shard in missing)
-    there = total - summary.scored
-    if there:
-        log.info("going on: %s of %s rows are there", f"{there:,}", f"{total:,}")
+    count = total - summary.scored
+    if count:
+        log.info("resuming: %s of %s rows are already scored", f"{count:,}", f"{total:,}")
     ready: list[float] = []
-    told = time.perf_counter()
+    last_log = time.perf_counter()
     with (
         logging_redirect_tqdm(),
-        tqdm(total=total, initial=there, unit=" rows", disable=None, leave=False, smoothing=0.05) as bar,
+        tqdm(total=total, initial=count, unit=" rows", disable=None, leave=False, smoothing=0.05) as bar,
     ):
         for done in _engine(missing, job, options, stop):
             if done is None:
                 ready.append(time.perf_counter())
                 continue
             bar.update(done.rows)
-            there += done.rows
-            if bar.disable and time.perf_counter() - told > TELL_EVERY:
-                log.info("%s of %s rows", f"{there:,}", f"{total:,}")
-                told = time.perf_counter()
-    return fmean(ready) if ready else told
+            count += done.rows
+            if bar.disable and time.perf_counter() - last_log > LOG_SECONDS:
+                log.info("%s of %s rows", f"{count:,}", f"{total:,}")
+                last_log = time.perf_counter()
+    return fmean(ready) if ready else last_log
 
 
 def _engine(missing: list[Shard], job: Job, options: Options, stop: Stop) -> Iterator[Done | None]:
@@ -186,27 +196,33 @@ def _engine(missing: list[Shard], job: Job, options: Options, stop: Stop) -> Ite
 
 
 def choose_devices(device: str, jobs: int | None, shards: int) -> list[str]:
-    """The device of each process: one a GPU, or one a core, but not more than there are shards. DataError for a GPU that is not there."""
+    """Return the device of each process: one process per GPU or per core, at most one per shard.
+
+    Raises DataError for `cuda` on a machine without a GPU.
+    """
     import torch
 
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and not gpus:
-        raise DataError("--device: cuda, but PyTorch sees no GPU here; take auto or cpu")
+        raise DataError("--device: cuda, but PyTorch sees no GPU on this machine; use auto or cpu")
     count = min(jobs or gpus or cores(), max(1, shards))
-    return [f"cuda:{place % gpus}" if gpus else "cpu" for place in range(count)]
+    return [f"cuda:{index % gpus}" if gpus else "cpu" for index in range(count)]
 
 
 def cores() -> int:
-    """That this process may run on."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _exists(out: Path) -> DataError:
-    return DataError(f"{out} exists already; --overwrite replaces it when the new one is whole")
+    return DataError(f"{out} exists already; --overwrite replaces it once the new file is complete")
 
 
 def _finished(out: Path, folder: Path, key: str, summary: Summary) -> Summary:
-    """The file is there, and so is its work folder: it was whole, and only the tidying was cut off. DataError where it is another file."""
+    """Handle a complete file whose work folder remains, because the clean-up was interrupted.
+
+    Raises DataError if the file is that of another scoring.
+    """
     if part_files.key_in(out) != key:
         raise _exists(out)
     import pyarrow as pa
@@ -214,6 +230,6 @@ def _finished(out: Path, folder: Path, key: str, summary: Summary) -> Summary:
 
     with pq.ParquetFile(out) as file:
         for batch in file.iter_batches():
-            summary.look(pa.Table.from_batches([batch]))
+            summary.add(pa.Table.from_batches([batch]))
     part_files.remove(folder)
     return summary

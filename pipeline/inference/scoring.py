@@ -1,4 +1,4 @@
-"""Probabilities for encoded images and texts: decoding and preprocessing in threads, one batch ahead of the network."""
+"""Compute probabilities for encoded images and texts. Threads decode and preprocess one batch ahead of the network."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,12 +15,12 @@ from refract.models.bundle.info import BundleError, BundleInfo
 from refract.models.classifier import Classifier, probabilities
 from refract.models.multimodal.tokens import pad_rows
 
-TOGETHER = 4
-"""Images that a thread is given at once, at most: for small ones each handing over counts."""
+TASK_IMAGES = 4
+"""Largest number of images in one task of a thread. For small images the overhead per task matters."""
 
 
 class SampleInput(NamedTuple):
-    """What is asked about. read: gives an image's encoded bytes; has_image: whether there is an image at all."""
+    """A sample to score. read: returns the image's encoded bytes; has_image: False for a sample with only a text."""
 
     read: Callable[[], bytes]
     text: str = ""
@@ -30,7 +30,7 @@ class SampleInput(NamedTuple):
 def score(
     classifier: Classifier,
     preprocess: Preprocess,
-    questions: Iterable[SampleInput],
+    samples: Iterable[SampleInput],
     *,
     task: str,
     temperature: float = 1.0,
@@ -38,27 +38,27 @@ def score(
     tta: str = "none",
     threads: int | None = None,
 ) -> Iterator[np.ndarray | ImageError | OSError]:
-    """For each question, in order, its probabilities as float32 (C,), or why it has none.
+    """Yield each sample's probabilities, float32 (C,), in order, or the error that prevents them.
 
-    classifier: in eval mode; its device is used, in fp32; what it does not read is not looked at. tta: of images, see `views`.
-    threads: that decode, None for one a core.
+    classifier: in eval mode, computes on its device in fp32; modalities that it does not read are ignored. tta: test-time augmentation of
+    images, see `views`. threads: for decoding, None for one per core.
     """
     device = next(classifier.parameters()).device
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        source, prepare = iter(questions), partial(_prepare, classifier, preprocess)
-        together = min(TOGETHER, -(-batch_size // (threads or os.cpu_count() or 1)))
-        ahead = _submit(pool, prepare, list(islice(source, batch_size)), together)
+        source, prepare = iter(samples), partial(_prepare, classifier, preprocess)
+        task_size = min(TASK_IMAGES, -(-batch_size // (threads or os.cpu_count() or 1)))
+        ahead = _submit(pool, prepare, list(islice(source, batch_size)), task_size)
         while ahead:
-            current, ahead = ahead, _submit(pool, prepare, list(islice(source, batch_size)), together)
-            inputs = [item for future in current for item in future.result()]
-            whole = [item for item in inputs if isinstance(item, _Prepared)]
-            answers: Iterator[np.ndarray] = iter(())
-            if whole:
+            current, ahead = ahead, _submit(pool, prepare, list(islice(source, batch_size)), task_size)
+            items = [item for future in current for item in future.result()]
+            prepared = [item for item in items if isinstance(item, _Prepared)]
+            rows: Iterator[np.ndarray] = iter(())
+            if prepared:
                 with torch.inference_mode():
-                    logits = _logits(classifier, whole, tta, device)
-                    answers = iter(probabilities(logits, task=task, temperature=temperature).cpu().numpy())
-            for item in inputs:
-                yield next(answers) if isinstance(item, _Prepared) else item
+                    logits = _logits(classifier, prepared, tta, device)
+                    rows = iter(probabilities(logits, task=task, temperature=temperature).cpu().numpy())
+            for item in items:
+                yield next(rows) if isinstance(item, _Prepared) else item
 
 
 class _Prepared(NamedTuple):
@@ -76,54 +76,57 @@ def _logits(classifier: Classifier, inputs: Sequence[_Prepared], tta: str, devic
     if not images:
         return classifier(None, *texts)
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
-    found = [share * classifier(view, *texts) for share, view in views(batch, tta)]
-    return torch.stack(found).sum(dim=0)
+    weighted = [weight * classifier(view, *texts) for weight, view in views(batch, tta)]
+    return torch.stack(weighted).sum(dim=0)
 
 
 def views(batch: torch.Tensor, tta: str) -> Iterator[tuple[float, torch.Tensor]]:
-    """(share, images) to average an image's logits over: none, flip (it and its mirror image), or flip-shift (both also moved by a pixel
-    along the diagonal, each way, which count half as much). batch: (N, 3, H, W)."""
+    """Yield the (weight, images) of test-time augmentation, over which the logits are averaged. batch: (N, 3, H, W).
+
+    none: the images; flip: also their horizontal flips; flip-shift: also both shifted by one pixel along the diagonal in either direction,
+    at half the weight each.
+    """
     if tta == "none":
         yield 1.0, batch
         return
-    moved = [(1.0, batch)]
+    shifted = [(1.0, batch)]
     if tta == "flip-shift":
         padded = torch.nn.functional.pad(batch.float(), (1, 1, 1, 1), mode="reflect")
-        moved = [(0.5, batch), (0.25, padded[..., :-2, :-2]), (0.25, padded[..., 2:, 2:])]
-    for share, images in moved:
-        yield share / 2, images
-        yield share / 2, images.flip(-1)
+        shifted = [(0.5, batch), (0.25, padded[..., :-2, :-2]), (0.25, padded[..., 2:, 2:])]
+    for weight, images in shifted:
+        yield weight / 2, images
+        yield weight / 2, images.flip(-1)
 
 
 def _submit(
     pool: ThreadPoolExecutor,
     prepare: Callable[[SampleInput], _Prepared | ImageError | OSError],
     batch: list[SampleInput],
-    together: int,
+    task_size: int,
 ) -> list[Future[list[_Prepared | ImageError | OSError]]]:
     return [
-        pool.submit(list, map(prepare, batch[start : start + together])) for start in range(0, len(batch), together)
+        pool.submit(list, map(prepare, batch[start : start + task_size])) for start in range(0, len(batch), task_size)
     ]
 
 
-def _image(preprocess: Preprocess, question: SampleInput) -> np.ndarray:
-    """Grey where there is none: the network does not look at it then."""
-    if not question.has_image:
+def _image(preprocess: Preprocess, sample: SampleInput) -> np.ndarray:
+    """Return the preprocessed image, or a grey placeholder, which the network ignores, for a sample without an image."""
+    if not sample.has_image:
         return np.full((preprocess.height, preprocess.width, 3), 128, np.uint8)
-    return preprocess(question.read())
+    return preprocess(sample.read())
 
 
-def _prepare(classifier: Classifier, preprocess: Preprocess, question: SampleInput) -> _Prepared | ImageError | OSError:
+def _prepare(classifier: Classifier, preprocess: Preprocess, sample: SampleInput) -> _Prepared | ImageError | OSError:
     try:
-        image = _image(preprocess, question) if "images" in classifier.reads else None
-        text = classifier.tokens(question.text)[0] if classifier.tokens is not None else None
-        return _Prepared(image, text, question.has_image)
+        image = _image(preprocess, sample) if "images" in classifier.reads else None
+        text = classifier.tokens(sample.text)[0] if classifier.tokens is not None else None
+        return _Prepared(image, text, sample.has_image)
     except (ImageError, OSError) as error:
         return error
 
 
 def preprocess_of(info: BundleInfo) -> Preprocess:
-    """A bundle's own. BundleError if its numbers are none."""
+    """Build the preprocessing of a bundle. Raises BundleError if its values are invalid."""
     try:
         return Preprocess.from_dict(info.preprocess)
     except ValueError as error:

@@ -177,7 +177,7 @@ def test_every_row_is_there_once_after_three_kills(tmp_path: Path, bundle: Path,
         kept = found
     process = started(tmp_path, *command)
     assert process.wait(timeout=120) == 0, process.communicate()
-    assert "going on: " in process.communicate()[1]
+    assert "resuming: " in process.communicate()[1]
     check_whole(pd.read_parquet(out), bundle, images)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.parquet"]
 
@@ -293,7 +293,7 @@ def test_a_manifest_with_texts_and_labels_and_rows_that_lack_something(
     refract("score", words, "m.csv", "-o", "words.parquet", "--jobs", 1)
     table = pd.read_parquet(tmp_path / "words.parquet")
     assert table["error"].tolist()[2:4] == [
-        "no text, and the bundle reads nothing else",
+        "the row has no text, and the bundle reads only texts",
         "neither an image nor a text",
     ]
     np.testing.assert_allclose(table["probabilities"][4], expected(words, [(None, "a")])[0], atol=1e-5)
@@ -377,5 +377,5 @@ def test_ray_goes_on_after_a_kill_to_the_same_rows(refract: Run, tmp_path: Path,
     process.kill()
     process.communicate()
     done = refract("score", *command)
-    assert "going on: " in done.stderr
+    assert "resuming: " in done.stderr
     check_whole(pd.read_parquet(out), bundle, images)

@@ -49,8 +49,8 @@ def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
     file.write_bytes(b"PAR1 half of it")
     assert not part_files.is_whole(file, 2) and not file.exists()
     part_files.write_part(tmp_path, "k", 0, table)
-    with pytest.raises(DataError, match="other rows or columns than it should"):
-        part_files.assemble(tmp_path, [file, file], tmp_path / "out.parquet", table.schema, rows=4, look=lambda _: None)
+    with pytest.raises(DataError, match="unexpected rows or columns"):
+        part_files.assemble(tmp_path, [file, file], tmp_path / "out.parquet", table.schema, rows=4, visit=lambda _: None)
     assert not file.exists() and not (tmp_path / "out.parquet").exists()
 
 

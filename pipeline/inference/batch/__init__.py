@@ -1,1 +1,1 @@
-"""What batch scoring is made of: the listing of what is asked, part files, and the processes that fill them."""
+"""The pieces of batch scoring: the listing of the rows, the part files, and the workers that write them."""

@@ -1,4 +1,4 @@
-"""What is to be scored, in an order that is the same each time: the images of a folder, or the rows of a manifest."""
+"""List the rows to score in a reproducible order: the images of a folder, or the rows of a manifest."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from refract.pipeline.data.sources.tables import is_table, read_table
 
 
 class Row(NamedTuple):
-    """path: of the image as it was named, None for a text alone; truth: the manifest's own label."""
+    """A row to score. path: of the image as given, None for a row with only a text; truth: the manifest's label."""
 
     path: str | None
     text: str | None = None
@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Neighbouring rows, whose answers make one part file. start: the place of the first one in the listing."""
+    """Consecutive rows, whose predictions form one part file. start: index of the first row in the listing."""
 
     number: int
     start: int
@@ -32,7 +32,8 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """source: as the user named it; root: what the rows' paths are relative to."""
+    """All rows to score. source: as the user named it; root: folder to which the rows' paths are relative; texts, truths: whether the
+    rows have texts and true labels."""
 
     source: str
     root: str
@@ -41,11 +42,11 @@ class Listing:
     truths: bool = False
 
     def digest(self) -> str:
-        """SHA-256 over all that the rows say, in hexadecimal; the images themselves are not looked at."""
-        found = hashlib.sha256(self.root.encode("utf-8", "surrogateescape"))
+        """Return the SHA-256 of the root and the rows, in hexadecimal. The content of the images is not included."""
+        digest = hashlib.sha256(self.root.encode("utf-8", "surrogateescape"))
         for row in self.rows:
-            found.update(json.dumps(row).encode() + b"\n")
-        return found.hexdigest()
+            digest.update(json.dumps(row).encode() + b"\n")
+        return digest.hexdigest()
 
     def shards(self, size: int) -> Iterator[Shard]:
         for number, start in enumerate(range(0, len(self.rows), size)):
@@ -53,8 +54,10 @@ class Listing:
 
 
 def listing_of(source: Path) -> Listing:
-    """A folder, at any depth, or a `.csv`, `.tsv` or `.parquet` manifest with the columns path and/or text, perhaps label. DataError says
-    what is wrong with it."""
+    """List the images of a folder at any depth, or the rows of a `.csv`, `.tsv` or `.parquet` manifest.
+
+    A manifest has the column path, text or both, and optionally label. Raises DataError for other sources and damaged manifests.
+    """
     if source.is_dir():
         return _folder(source)
     if is_table(source):
@@ -81,8 +84,8 @@ def _table(path: Path) -> Listing:
     table = read_table(path)
     if not {"path", "text"} & {*table.columns}:
         raise table.lacks("path", "text", needed="path and/or text[,label]")
-    nothing = [None] * len(table)
-    paths, texts, truths = (table.columns.get(name, nothing) for name in ("path", "text", "label"))
+    absent = [None] * len(table)
+    paths, texts, truths = (table.columns.get(name, absent) for name in ("path", "text", "label"))
     rows = tuple(
         Row(file if file and file.strip() else None, text, truth)
         for file, text, truth in zip(paths, texts, truths, strict=True)

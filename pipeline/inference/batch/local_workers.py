@@ -1,4 +1,4 @@
-"""Scorers as processes of this machine: each is handed shards; one that is killed is replaced, and what it had in hand is scored again."""
+"""Run scorers as processes of this machine. A killed process is replaced, and its shards are scored again."""
 
 import logging
 import multiprocessing
@@ -22,39 +22,38 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AHEAD = 2
-"""Shards in a scorer's hands: the one that it scores, and the one that it goes on with."""
+"""Shards assigned to a scorer: the current one and the next one."""
 
 TRIES = 3
-"""How often a shard may end its scorer."""
+"""Number of scorer deaths with a shard assigned after which the scoring fails."""
 
 
 class ScoringError(RuntimeError):
-    """The scoring cannot go on; what is done is kept. The message says why and what to do."""
+    """The scoring cannot continue; finished parts are kept. The message states the cause and the next step."""
 
 
 class _Scorer:
-    """A process, and the shards in its hands."""
+    """A worker process and the shards assigned to it."""
 
     def __init__(self, job: "Job", *, first: bool = True) -> None:
         self.job, self.first = job, first
         self.shards: deque[Shard] = deque()
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a fork takes along the locks of OpenCV's threads, not the threads
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(other, job), daemon=True)
-        # A terminal's Ctrl-C and a supervisor's SIGTERM reach all processes; this one decides for them. A child keeps what is blocked.
-        resource_tracker.ensure_running()  # which, where it begins, unblocks what is blocked
+        # A fork would copy the locks of OpenCV's threads without the threads.
+        context = multiprocessing.get_context("spawn")
+        self.pipe, child_pipe = context.Pipe()
+        self.process = context.Process(target=_work, args=(child_pipe, job), daemon=True)
+        # A terminal's Ctrl-C and a supervisor's SIGTERM reach all processes. The parent decides, so a child starts with both blocked.
+        resource_tracker.ensure_running()  # its start would unblock the signals
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        other.close()
+        child_pipe.close()
 
-    def give(self, shard: Shard) -> None:
+    def assign(self, shard: Shard) -> None:
         self.shards.append(shard)
-        with suppress(OSError):  # it has just died, which is seen when it is listened to
+        with suppress(OSError):  # the process has just died, which the next receive detects
             self.pipe.send(shard)
 
     def end(self) -> None:
@@ -66,47 +65,48 @@ class _Scorer:
 def score_in_processes(
     shards: Sequence[Shard], job: "Job", devices: Sequence[str], stop: Stop
 ) -> Iterator["Done | None"]:
-    """For each shard that is written what it was, as they end; None when one of the first scorers is ready. devices: one a process.
+    """Yield Done for each written shard as it finishes, and None for each initial scorer that is ready.
 
-    Stopped where `stop` heard a signal; ScoringError where a scorer failed, or a shard ended its scorer TRIES times.
+    devices: one per process. Raises Stopped after a stop signal, and ScoringError where a scorer fails or TRIES scorers died with the same
+    shard.
     """
-    fresh, again, tries = deque(shards), deque[Shard](), Counter[int]()
+    fresh, retries, tries = deque(shards), deque[Shard](), Counter[int]()
     scorers = [_Scorer(replace(job, device=device)) for device in devices]
     try:
         while True:
             for scorer in scorers:
-                # At the end each takes one, that none waits for another's second.
-                _hand_out(scorer, fresh, again, tries, AHEAD if len(fresh) > len(scorers) else 1)
+                # Near the end each scorer gets one shard, so that no shard waits behind another scorer's current one.
+                _assign(scorer, fresh, retries, tries, AHEAD if len(fresh) > len(scorers) else 1)
             busy = [scorer for scorer in scorers if scorer.shards]
             if not busy:
                 return
-            wait([scorer.pipe for scorer in busy], timeout=0.2)  # the end of a process ends its pipe too
+            wait([scorer.pipe for scorer in busy], timeout=0.2)  # a pipe is also readable when its process has died
             if stop.signal is not None:
                 raise Stopped(stop.signal)
-            for place, scorer in enumerate(scorers):
+            for index, scorer in enumerate(scorers):
                 if scorer in busy and scorer.pipe.poll():
                     try:
                         message = scorer.pipe.recv()
                     except (EOFError, ConnectionResetError):
-                        again.extend(_lost(scorer, tries))
-                        scorers[place] = _Scorer(scorer.job, first=False)
+                        retries.extend(_lost_shards(scorer, tries))
+                        scorers[index] = _Scorer(scorer.job, first=False)
                         continue
-                    if (done := _heard(scorer, message)) is not None or scorer.first:
+                    if (done := _received(scorer, message)) is not None or scorer.first:
                         yield done
     finally:
         for scorer in scorers:
             scorer.end()
 
 
-def _hand_out(scorer: _Scorer, fresh: deque[Shard], again: deque[Shard], tries: Counter[int], ahead: int) -> None:
-    """A shard that was in hand when a scorer died is given alone: the next death tells whether it was this one."""
-    if again and not scorer.shards:
-        scorer.give(again.popleft())
+def _assign(scorer: _Scorer, fresh: deque[Shard], retries: deque[Shard], tries: Counter[int], ahead: int) -> None:
+    """Assign up to `ahead` shards. A shard of a dead scorer is assigned alone, so that the next death identifies its cause."""
+    if retries and not scorer.shards:
+        scorer.assign(retries.popleft())
     while fresh and len(scorer.shards) < ahead and not any(shard.number in tries for shard in scorer.shards):
-        scorer.give(fresh.popleft())
+        scorer.assign(fresh.popleft())
 
 
-def _heard(scorer: _Scorer, message: Any) -> "Done | None":
+def _received(scorer: _Scorer, message: Any) -> "Done | None":
     if isinstance(message, str):
         raise ScoringError(message)
     if message is not None:
@@ -115,27 +115,27 @@ def _heard(scorer: _Scorer, message: Any) -> "Done | None":
     return message
 
 
-def _lost(scorer: _Scorer, tries: Counter[int]) -> list[Shard]:
-    """What the dead process had in hand."""
+def _lost_shards(scorer: _Scorer, tries: Counter[int]) -> list[Shard]:
+    """Return the shards of a dead scorer and count its death. Raises ScoringError after TRIES deaths with one shard."""
     scorer.end()
     code = scorer.process.exitcode or 0
-    why = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended by itself with code {code}"
-    hint = ", as the system does where memory runs out" if code == -signal.SIGKILL else ""
+    cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
     for shard in scorer.shards:
         tries[shard.number] += 1
         if tries[shard.number] >= TRIES:
             last = shard.start + len(shard.rows) - 1
             raise ScoringError(
-                f"a process {why}{hint}, {TRIES} times with the rows {shard.start} to {last} in hand, which begin with "
-                f"{shard.rows[0].path or 'a text'}. What is done is kept. Where it is memory, fewer --jobs or a smaller --batch-size take "
-                "less; else leave those rows out"
+                f"a worker process {cause}{hint}, {TRIES} times at the rows {shard.start} to {last}, which start with "
+                f"{shard.rows[0].path or 'a text'}. Finished parts are kept. If memory ran out, lower --jobs or --batch-size; "
+                "otherwise remove those rows"
             )
-    log.warning("a process %s%s; another one takes its place and its rows", why, hint)
+    log.warning("a worker process %s%s; a new process scores its rows again", cause, hint)
     return list(scorer.shards)
 
 
 def _work(pipe: Connection, job: "Job") -> None:
-    """The process. It sends None when it is ready, Done for each part that is written, and a text where it cannot go on."""
+    """Run the worker process. It sends None when it is ready, Done for each written part, and a message if it fails."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         from refract.pipeline.inference.batch.worker import Scorer
@@ -144,16 +144,16 @@ def _work(pipe: Connection, job: "Job") -> None:
         pipe.send(None)
         while True:
             first = pipe.recv()
-            for done in scorer(_at_hand(first, pipe)):
+            for done in scorer(_available(first, pipe)):
                 pipe.send(done)
-    except (EOFError, ConnectionError):  # of the pipe: the command has ended
+    except (EOFError, ConnectionError):  # the parent has closed the pipe or died
         return
     except Exception as error:
-        pipe.send(told(error))
+        pipe.send(failure_message(error))
 
 
-def _at_hand(first: Shard, pipe: Connection) -> Iterator[Shard]:
-    """The shards that are here already: to wait for another would keep back the answers of those."""
+def _available(first: Shard, pipe: Connection) -> Iterator[Shard]:
+    """Yield the shards that have arrived. Waiting for more would delay the predictions of these."""
     yield first
     while pipe.poll():
         yield pipe.recv()
@@ -166,16 +166,19 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def told(error: Exception) -> str:
-    """A scorer's failure for its user."""
+def failure_message(error: Exception) -> str:
+    """Describe a scorer's failure for the user."""
     if isinstance(error, OSError):
-        return f"{error.filename or 'a part file'}: {error.strerror or error}. What is done is kept; the same command goes on"
+        return (
+            f"{error.filename or 'a part file'}: {error.strerror or error}. Finished parts are kept; "
+            "run the same command again to resume"
+        )
     if type(error).__name__ in ("BundleError", "DataError"):
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":
-        return "the device's memory does not hold a batch; a smaller --batch-size does with less. What is done is kept"
+        return "a batch does not fit into the device's memory; use a smaller --batch-size. Finished parts are kept"
     import traceback
 
     last = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{os.path.basename(last.filename)}, line {last.lineno}"  # noqa: PTH119
-    return f"a process failed: {type(error).__name__}: {error} ({place}). What is done is kept"
+    location = f"{os.path.basename(last.filename)}, line {last.lineno}"  # noqa: PTH119
+    return f"a worker process failed: {type(error).__name__}: {error} ({location}). Finished parts are kept"

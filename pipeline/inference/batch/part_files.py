@@ -1,7 +1,7 @@
-"""The folder in which part files gather beside the file that they will be, so that a scoring that ended in between goes on.
+"""The folder of part files next to the output file, from which an interrupted scoring resumes.
 
-`.NAME.parts/` has `record.json`, what the parts depend on, and `NNNNNNN-KEY.parquet`, whole or not there: KEY is the record's digest, so
-what a process of an earlier scoring leaves late is none of this one's.
+`.NAME.parts/` holds `record.json`, all that the parts depend on, and the parts `NNNNNNN-KEY.parquet`, which are written atomically. KEY is
+the record's digest, so a late part of an earlier scoring is not mistaken for a current one.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from refract.pipeline.inference.batch.rows import KEY
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TOLD = {
+DIFFERENCES = {
     "bundle": "another bundle",
     "listing": "other rows",
     "shard_size": "another --shard-size",
     "tta": "another --tta",
 }
-TOGETHER = 64 << 20
-"""Bytes of rows in a row group of the final file, about."""
+ROW_GROUP_BYTES = 64 << 20
+"""Approximate bytes of rows in a row group of the final file."""
 
 REPEATED = ["label", "labels.list.element", "error", "truth"]
-"""Columns whose values come again and again. A dictionary of all the probabilities, which is Parquet's default, takes longer and more."""
+"""Columns with repeated values, which get a dictionary. For the probabilities, a dictionary (Parquet's default) costs time and space."""
 
 
 def folder_of(out: Path) -> Path:
@@ -47,7 +47,7 @@ def key_of(record: dict[str, Any]) -> str:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """None where there is none, or a damaged one."""
+    """Return the record, or None if it is missing or damaged."""
     try:
         record = json.loads((folder / "record.json").read_bytes())
         return record if isinstance(record, dict) else None
@@ -56,23 +56,27 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def begin(folder: Path, record: dict[str, Any], *, restart: bool) -> None:
-    """Make the folder one of this record. DataError where it holds parts of another one, which `restart` throws away."""
-    held = sorted(folder.glob("*.parquet"))
-    before = read_record(folder)
-    if before == record and not restart:
+    """Prepare the folder for this record.
+
+    Raises DataError if the folder holds parts of another record, unless `restart` discards them.
+    """
+    parts = sorted(folder.glob("*.parquet"))
+    stored = read_record(folder)
+    if stored == record and not restart:
         return
-    if held and not restart:
-        what = [told for name, told in TOLD.items() if (before or {}).get(name) != record[name]]
+    if parts and not restart:
+        changed = [text for name, text in DIFFERENCES.items() if (stored or {}).get(name) != record[name]]
+        cause = " and ".join(changed) if stored and changed else "unknown options"
         raise DataError(
-            f"{folder} holds {len(held)} parts of a scoring of {' and '.join(what) if before and what else 'something else'}. Give what "
-            "was given then, and it goes on; or add --restart, which throws them away; or write to another file by -o"
+            f"{folder} holds {len(parts)} parts of a scoring with {cause}. To resume it, repeat its arguments; to discard the parts, add "
+            "--restart; or write to another file with -o"
         )
     clear(folder)
     write_atomically(folder / "record.json", json.dumps(record, indent=1).encode())
 
 
 def clear(folder: Path) -> None:
-    """Throw the parts away."""
+    """Delete the parts and the record."""
     for file in [*folder.glob("*.parquet"), folder / "record.json"]:
         file.unlink(missing_ok=True)
 
@@ -86,7 +90,7 @@ def write_part(folder: Path, key: str, number: int, table: pa.Table) -> None:
 
 
 def is_whole(file: Path, rows: int) -> bool:
-    """Whether the part is there with so many rows. One that the disk damaged is taken away, to be made again."""
+    """Whether the part exists with this number of rows. A damaged part is deleted, so that it is scored again."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -95,18 +99,18 @@ def is_whole(file: Path, rows: int) -> bool:
     try:
         if pq.read_metadata(file).num_rows == rows:
             return True
-    except (pa.ArrowException, OSError, ValueError):  # ValueError: names that are no text
+    except (pa.ArrowException, OSError, ValueError):  # ValueError: column names that are not UTF-8
         pass
     file.unlink(missing_ok=True)
     return False
 
 
 def assemble(
-    folder: Path, files: Iterable[Path], out: Path, schema: pa.Schema, *, rows: int, look: Callable[[pa.Table], None]
+    folder: Path, files: Iterable[Path], out: Path, schema: pa.Schema, *, rows: int, visit: Callable[[pa.Table], None]
 ) -> None:
-    """Make `out` of the parts, whole or not at all, after counting that each row is there once. look: is shown all of them in turn.
+    """Combine the parts into `out` atomically, and check that each row occurs once. visit: called with each part in order.
 
-    DataError names a part that cannot be read or has other rows; it is taken away, so that the next scoring makes it again.
+    Raises DataError for a part that is unreadable or has other rows. That part is deleted, so that the next scoring writes it again.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -118,21 +122,21 @@ def assemble(
             seen = 0
             for file in files:
                 table = _part(file, schema, seen)
-                look(table)
+                visit(table)
                 seen += len(table)
                 gathered.append(table)
-                if sum(part.nbytes for part in gathered) > TOGETHER:
+                if sum(part.nbytes for part in gathered) > ROW_GROUP_BYTES:
                     writer.write_table(pa.concat_tables(gathered))
                     gathered = []
             if gathered:
                 writer.write_table(pa.concat_tables(gathered))
         if seen != rows:
-            raise RuntimeError(f"{out}: {seen} rows came of {rows}")
+            raise RuntimeError(f"{out}: the parts have {seen} rows, expected {rows}")
     whole.replace(out)
 
 
 def _part(file: Path, schema: pa.Schema, start: int) -> pa.Table:
-    """A part whose rows follow those before it."""
+    """Read a part and check that its first row has the index `start`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -142,15 +146,15 @@ def _part(file: Path, schema: pa.Schema, start: int) -> pa.Table:
             table = opened.read()
         if table.schema.equals(schema) and table["row"].to_pylist() == list(range(start, start + len(table))):
             return table.replace_schema_metadata(schema.metadata)
-        reason = "has other rows or columns than it should"
+        reason = "has unexpected rows or columns"
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = f"cannot be read ({(str(error).splitlines() or ['damaged'])[0]})"
     file.unlink(missing_ok=True)
-    raise DataError(f"{file}: this part {reason} and was taken away; the same command again makes it anew")
+    raise DataError(f"{file}: this part {reason} and was deleted; run the same command again to score it anew")
 
 
 def key_in(file: Path) -> str | None:
-    """The key that a finished file carries; None where it is none of ours."""
+    """Return the key of a finished file, or None for a file that Refract did not write."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

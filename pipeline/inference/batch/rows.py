@@ -1,4 +1,4 @@
-"""Probabilities as rows of a Parquet file: one row for each that was asked, with its answer or the reason why there is none."""
+"""Convert probabilities to rows of a Parquet file: one row per input row, with its prediction or an error."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from refract.models.bundle.bundle import BundleInfo
 
 KEY, ABOUT = b"refract.key", b"refract"
-"""In a file's metadata: what its rows depend on, as one digest; what is told of them, as JSON."""
+"""Keys of a file's metadata: the digest of all that the rows depend on, and a description of the scoring as JSON."""
 
 
 def schema_of(info: BundleInfo, *, texts: bool, truths: bool, key: str, about: dict[str, Any]) -> pa.Schema:
-    """texts, truths: whether there are such columns."""
+    """Return the schema of the file. texts, truths: whether it has the columns text and truth."""
     import pyarrow as pa
 
     columns = [("row", pa.int64()), ("path", pa.string())]
@@ -35,51 +35,52 @@ def schema_of(info: BundleInfo, *, texts: bool, truths: bool, key: str, about: d
 
 
 def table_of(shard: Shard, answers: Sequence[np.ndarray | str], info: BundleInfo, schema: pa.Schema) -> pa.Table:
-    """answers: one a row, its probabilities as float32 (C,) or the reason why it has none."""
+    """Build the table of a shard. answers: for each row its probabilities, float32 (C,), or an error message."""
     import pyarrow as pa
 
-    whole = np.array([isinstance(answer, np.ndarray) for answer in answers])
-    found = np.stack([answer for answer in answers if isinstance(answer, np.ndarray)] or [_none(info)])
+    scored = np.array([isinstance(answer, np.ndarray) for answer in answers])
+    probabilities = np.stack([answer for answer in answers if isinstance(answer, np.ndarray)] or [_placeholder(info)])
     # The first of equal probabilities, as in `refract.models.prediction.prediction`.
-    best = found.argmax(1)
-    confidence = found[np.arange(len(found)), best]
-    place = np.maximum(whole.cumsum() - 1, 0)  # of a row's answer in `found`
+    best = probabilities.argmax(1)
+    confidence = probabilities[np.arange(len(probabilities)), best]
+    index = np.maximum(scored.cumsum() - 1, 0)  # of each row in `probabilities`
     columns: dict[str, Any] = {
         "row": np.arange(shard.start, shard.start + len(shard.rows)),
-        "path": [None if row.path is None else _told(row.path) for row in shard.rows],
+        "path": [None if row.path is None else _printable(row.path) for row in shard.rows],
         "text": [row.text for row in shard.rows],
-        "label": [info.labels[best[at]] if ok else None for at, ok in zip(place, whole, strict=True)],
-        "confidence": pa.array(confidence[place], mask=~whole),
-        "probabilities": _lists(found, whole),
-        "error": [None if ok else str(answer) for answer, ok in zip(answers, whole, strict=True)],
+        "label": [info.labels[best[i]] if ok else None for i, ok in zip(index, scored, strict=True)],
+        "confidence": pa.array(confidence[index], mask=~scored),
+        "probabilities": _lists(probabilities, scored),
+        "error": [None if ok else str(answer) for answer, ok in zip(answers, scored, strict=True)],
         "truth": [row.truth for row in shard.rows],
     }
     if info.task == "multilabel":
-        reached = predicted_labels(found, info.task, info.thresholds)
-        names = [[info.labels[i] for i in np.flatnonzero(row)] for row in reached]
-        columns["labels"] = [names[at] if ok else None for at, ok in zip(place, whole, strict=True)]
+        predicted = predicted_labels(probabilities, info.task, info.thresholds)
+        names = [[info.labels[i] for i in np.flatnonzero(row)] for row in predicted]
+        columns["labels"] = [names[i] if ok else None for i, ok in zip(index, scored, strict=True)]
     below = info.abstain_below
     if below is None:
         columns["abstain"] = [None] * len(answers)
     else:  # in double precision, as `refract.models.prediction.prediction`
-        unsure = (confidences(found, info.task, info.thresholds).astype(float) < below) | (below >= 1)
-        columns["abstain"] = pa.array(unsure[place], mask=~whole)
+        unsure = (confidences(probabilities, info.task, info.thresholds).astype(float) < below) | (below >= 1)
+        columns["abstain"] = pa.array(unsure[index], mask=~scored)
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
-def _lists(found: np.ndarray, whole: np.ndarray) -> pa.Array:
-    """A list for each row that has an answer, null for the others, without a Python object for each number."""
+def _lists(probabilities: np.ndarray, scored: np.ndarray) -> pa.Array:
+    """Return a list for each scored row and null for the others, without a Python object for each number."""
     import pyarrow as pa
 
-    ends = np.concatenate([[0], whole.cumsum() * found.shape[1]]).astype(np.int32)
-    values = pa.array(found[: whole.sum()].reshape(-1))
-    return pa.ListArray.from_arrays(pa.array(ends), values, mask=pa.array(~whole))
+    ends = np.concatenate([[0], scored.cumsum() * probabilities.shape[1]]).astype(np.int32)
+    values = pa.array(probabilities[: scored.sum()].reshape(-1))
+    return pa.ListArray.from_arrays(pa.array(ends), values, mask=pa.array(~scored))
 
 
-def _none(info: BundleInfo) -> np.ndarray:
+def _placeholder(info: BundleInfo) -> np.ndarray:
+    """Return a row of zeros, so that a shard without any prediction has an array too."""
     return np.zeros(len(info.labels), np.float32)
 
 
-def _told(path: str) -> str:
-    """As text: a byte of a name that is none is written as \\xNN."""
+def _printable(path: str) -> str:
+    """Return the path as valid UTF-8, with undecodable bytes as \\xNN."""
     return path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""One scorer: shards in, part files out. It runs in a process of its own, started here or by Ray, and knows neither."""
+"""A scorer: shards in, part files out. It runs in a separate process, a local one or a Ray actor, and is independent of either."""
 
 from __future__ import annotations
 
@@ -26,8 +26,12 @@ from refract.pipeline.inference.scoring import SampleInput, preprocess_of, score
 
 @dataclass(frozen=True)
 class Job:
-    """All that a scorer must know. bundle, folder: absolute; digest: of the bundle; key: of the work folder's record; root: what the rows'
-    paths are relative to; device: `cpu` or `cuda:N`; threads: for the network, and as many for decoding."""
+    """The job of a scorer.
+
+    bundle, folder: absolute paths; digest: of the bundle; key: of the work folder's record; about: description of the scoring for the
+    file's metadata; root: folder to which the rows' paths are relative; texts, truths: whether the rows have them; device: `cpu` or
+    `cuda:N`; threads: for the network, and as many for decoding.
+    """
 
     bundle: Path
     digest: str
@@ -44,7 +48,7 @@ class Job:
 
 
 class Done(NamedTuple):
-    """A shard whose part file is there."""
+    """A shard whose part file is written. rows, errors: number of its rows, and of those with an error."""
 
     number: int
     rows: int
@@ -52,64 +56,66 @@ class Done(NamedTuple):
 
 
 class Scorer:
+    """Scores shards and writes their part files."""
+
     def __init__(self, job: Job) -> None:
-        """BundleError where the bundle is not the one that the scoring began with."""
+        """Load the bundle. Raises BundleError if it has changed since the scoring started."""
         keep_freed_memory()
         torch.set_num_threads(job.threads)
-        cv2.setNumThreads(1)  # images are decoded beside each other
+        cv2.setNumThreads(1)  # images are decoded in parallel
         bundle = load_bundle(job.bundle)
         if bundle.digest != job.digest:
             raise BundleError(
-                f"{job.bundle}: the bundle was exchanged while it scored; the same command tells what to do"
+                f"{job.bundle}: the bundle changed while it was scoring; run the same command again to see the options"
             )
         self.job, self.info = job, bundle.info
         self.classifier, self.preprocess = bundle.classifier(job.device), preprocess_of(bundle.info)
         self.schema = schema_of(self.info, texts=job.texts, truths=job.truths, key=job.key, about=job.about)
-        pa.array([])  # imports pandas, where it is installed: half a second that the first part would take
+        pa.array([])  # imports pandas if it is installed, which would delay the first part by half a second
 
     def __call__(self, shards: Iterable[Shard]) -> Iterator[Done]:
-        """Write each shard's part. A batch goes on from one shard to the next, so that the network does not wait between them."""
-        begun: deque[Shard] = deque()
+        """Write each shard's part file. Batches span shards, so that the network does not wait between them."""
+        started: deque[Shard] = deque()
 
-        def questions() -> Iterator[SampleInput]:
+        def samples() -> Iterator[SampleInput]:
             for shard in shards:
-                begun.append(shard)
-                yield from map(self._question, shard.rows)
+                started.append(shard)
+                yield from map(self._sample, shard.rows)
 
         info, job = self.info, self.job
-        answers = score(
-            self.classifier, self.preprocess, questions(), task=info.task, temperature=info.temperature,
+        outcomes = score(
+            self.classifier, self.preprocess, samples(), task=info.task, temperature=info.temperature,
             batch_size=job.batch_size, tta=job.tta, threads=job.threads,
         )  # fmt: skip
-        found: list[np.ndarray | str] = []
-        for answer in answers:
-            found.append(self._told(begun[0].rows[len(found)], answer))
-            if len(found) == len(begun[0].rows):
-                shard = begun.popleft()
-                write_part(job.folder, job.key, shard.number, table_of(shard, found, info, self.schema))
-                yield Done(shard.number, len(found), sum(isinstance(answer, str) for answer in found))
-                found = []
+        answers: list[np.ndarray | str] = []
+        for outcome in outcomes:
+            answers.append(self._answer(started[0].rows[len(answers)], outcome))
+            if len(answers) == len(started[0].rows):
+                shard = started.popleft()
+                write_part(job.folder, job.key, shard.number, table_of(shard, answers, info, self.schema))
+                yield Done(shard.number, len(answers), sum(isinstance(answer, str) for answer in answers))
+                answers = []
 
-    def _question(self, row: Row) -> SampleInput:
-        path = os.path.join(self.job.root, row.path or "")  # noqa: PTH118 — for each of millions
+    def _sample(self, row: Row) -> SampleInput:
+        path = os.path.join(self.job.root, row.path or "")  # noqa: PTH118 — faster than Path for millions of rows
         return SampleInput(lambda: _bytes(path), row.text or "", row.path is not None)
 
-    def _told(self, row: Row, answer: np.ndarray | Exception) -> np.ndarray | str:
-        """The answer, or the reason why there is none."""
+    def _answer(self, row: Row, outcome: np.ndarray | Exception) -> np.ndarray | str:
+        """Return the probabilities of the row, or the error message."""
         reads, text = self.classifier.reads, bool(trimmed(row.text or ""))
         if row.path is None and not text:
-            return "neither an image nor a text"
+            return "the row has neither an image nor a text"
         if row.path is None and "texts" not in reads:
-            return "no image, and the bundle reads nothing else"
+            return "the row has no image, and the bundle reads only images"
         if not text and "images" not in reads:
-            return "no text, and the bundle reads nothing else"
-        if isinstance(answer, np.ndarray):
-            return answer if np.isfinite(answer).all() else "the network's answer is no number"
-        return answer.strerror if isinstance(answer, OSError) and answer.strerror else str(answer)
+            return "the row has no text, and the bundle reads only texts"
+        if isinstance(outcome, np.ndarray):
+            return outcome if np.isfinite(outcome).all() else "the network's output is not finite"
+        return outcome.strerror if isinstance(outcome, OSError) and outcome.strerror else str(outcome)
 
 
 def _bytes(path: str) -> bytes:
     try:
         return read_file(path)
-    except ValueError as error:  # a name with a zero byte
+    except ValueError as error:  # the path has a zero byte
         raise OSError(str(error)) from error
