@@ -1,1 +1,1 @@
-"""How a model answers: a bundle in, HTTP out. Knows nothing of how the model came to be."""
+"""Serve a bundle over HTTP. Independent of the training code."""

@@ -1,4 +1,5 @@
-"""A client of the server: `Client` waits, `AsyncClient` is awaited; both try again when they are told to. Imports nothing of the server."""
+"""HTTP clients of the server: `Client` blocks, `AsyncClient` is awaited. Both retry when the server is busy. Independent of the server's
+code."""
 
 import asyncio
 import logging
@@ -12,95 +13,103 @@ from typing import Any, Self
 import httpx
 
 Images = Sequence[bytes | str | Path]
-Answer = httpx.Response | httpx.TransportError
+Outcome = httpx.Response | httpx.TransportError
 
 logger = logging.getLogger(__name__)
 
 TRIES = 5
-LONGEST_WAIT_S = 30.0
-TOLD_WAIT_S = 1.0
-"""A wait of so long is told, as a warning."""
+MAX_WAIT_S = 30.0
+LOGGED_WAIT_S = 1.0
+"""A wait of at least this many seconds is logged as a warning."""
 
 
 class ServerError(RuntimeError):
-    """The server refused, or did not answer. status: of HTTP, 0 for none; code: the server's word for it."""
+    """The server rejected the request, or is unreachable. status: the HTTP status, 0 if unreachable; code: the problem's `code`, such as
+    `invalid_image`; `unreachable` without a response, `unknown` for a response that is not a problem."""
 
     def __init__(self, status: int, code: str, detail: str) -> None:
         super().__init__(detail)
         self.status, self.code = status, code
 
 
-class _Common:
+class _BaseClient:
     def __init__(self, url: str, *, key: str | None = None, timeout_s: float = 30.0, tries: int = TRIES) -> None:
-        """url: as http://localhost:8000; key: where the server asks for one; tries: for one question, the first among them. ValueError for
-        what is no url, or no try."""
+        """url: such as http://localhost:8000; key: an API key, if the server requires one; timeout_s: of one try, in seconds; tries: most
+        tries of a request, at least 1. Raises ValueError for an invalid url, key or number of tries."""
         if tries < 1:
             raise ValueError(f"tries={tries}: expected at least 1")
         if not str(url).lower().startswith(("http://", "https://")):
-            raise ValueError(f"url={str(url)!r}: expected http:// or https:// before it, as in http://localhost:8000")
+            raise ValueError(
+                f"url={str(url)!r}: a URL must start with http:// or https://, as http://localhost:8000 does"
+            )
         if key is not None and not key.isascii():
-            raise ValueError("key: a key has letters, digits and signs of ASCII alone")
+            raise ValueError("key: an API key must have ASCII characters only")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._options: dict[str, Any] = {"base_url": url, "headers": headers, "timeout": timeout_s}
         self._tries = tries
         self._http: Any = _Unopened()
 
-    def _waits(self, attempt: int, answer: Answer) -> float | None:
-        """Seconds after which to ask once more; None where that is of no use."""
+    def _retry_delay(self, attempt: int, outcome: Outcome) -> float | None:
+        """Return the seconds to wait before the next try; None if the outcome is final. attempt: from 0."""
         if attempt + 1 >= self._tries:
             return None
-        backoff = min(LONGEST_WAIT_S, 0.2 * 2**attempt) * random.uniform(0.5, 1.0)
-        if isinstance(answer, httpx.TransportError):
-            # A connection that was not made, or that was closed before an answer: to classify twice does no harm.
-            return None if isinstance(answer, httpx.TimeoutException) else backoff
-        if answer.status_code not in (429, 503):
+        backoff = min(MAX_WAIT_S, 0.2 * 2**attempt) * random.uniform(0.5, 1.0)
+        if isinstance(outcome, httpx.TransportError):
+            # The connection failed, or was closed before a response. A prediction is safe to repeat.
+            return None if isinstance(outcome, httpx.TimeoutException) else backoff
+        if outcome.status_code not in (429, 503):
             return None
-        told = answer.headers.get("retry-after", "")
-        wait = min(LONGEST_WAIT_S, float(told)) + backoff if told.isdecimal() else backoff
-        if wait >= TOLD_WAIT_S:
-            logger.warning("the server is busy (%d): asked again in %.0f s", answer.status_code, wait)
+        retry_after = outcome.headers.get("retry-after", "")
+        wait = min(MAX_WAIT_S, float(retry_after)) + backoff if retry_after.isdecimal() else backoff
+        if wait >= LOGGED_WAIT_S:
+            logger.warning("the server is busy (%d); next try in %.0f s", outcome.status_code, wait)
         return wait
 
 
 class _Unopened:
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError("use it as `with Client(url) as client:`, or `async with AsyncClient(url) as client:`")
+        message = (
+            "the client is not open; use `with Client(url) as client:` or `async with AsyncClient(url) as client:`"
+        )
+        raise RuntimeError(message)
 
 
-def _question(images: Images, options: dict[str, Any]) -> dict[str, Any]:
-    own = dict(options)
-    texts = own.pop("texts", None)
+def _request(images: Images, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of httpx's `post`. Reads the image files."""
+    params = dict(options)
+    texts = params.pop("texts", None)
     if isinstance(images, str | bytes | Path) or isinstance(texts, str):
-        raise TypeError("images, texts: expected lists, not a single one")
+        raise TypeError("images, texts: expected lists, not a single image or text")
     data = [image if isinstance(image, bytes) else Path(image).read_bytes() for image in images]
     if not data and not texts:
-        raise ValueError("no images")
+        raise ValueError("no images and no texts; pass at least one")
     files: list[tuple[str, Any]] = [("file", (f"{i}", content)) for i, content in enumerate(data)]
     files += [("text", (None, text)) for text in texts or ()]
     return {
         "url": "/v1/predict",
         "files": files,
-        "params": {key: value for key, value in own.items() if value is not None},
+        "params": {key: value for key, value in params.items() if value is not None},
     }
 
 
-def _read(answer: Answer) -> list[dict[str, Any]]:
-    if isinstance(answer, httpx.TransportError):
-        told = f"the server does not answer ({type(answer).__name__}: {answer})"
-        raise ServerError(0, "unreachable", told) from answer
-    if answer.status_code != 200:
+def _predictions(outcome: Outcome) -> list[dict[str, Any]]:
+    """Return the predictions of a response. Raises ServerError for every other outcome."""
+    if isinstance(outcome, httpx.TransportError):
+        message = f"the server does not respond ({type(outcome).__name__}: {outcome})"
+        raise ServerError(0, "unreachable", message) from outcome
+    if outcome.status_code != 200:
         try:
-            problem = answer.json()
+            problem = outcome.json()
             code, detail = str(problem["code"]), str(problem["detail"])
-        except (ValueError, KeyError, TypeError):  # something between us and the server
-            code, detail = "unknown", f"HTTP {answer.status_code}"
-        raise ServerError(answer.status_code, code, detail)
-    predictions: list[dict[str, Any]] = answer.json()["predictions"]
+        except (ValueError, KeyError, TypeError):  # the response of a proxy
+            code, detail = "unknown", f"HTTP {outcome.status_code}"
+        raise ServerError(outcome.status_code, code, detail)
+    predictions: list[dict[str, Any]] = outcome.json()["predictions"]
     return predictions
 
 
-class Client(_Common):
-    """`with Client("http://localhost:8000") as client: client.predict(["a.jpg"])`"""
+class Client(_BaseClient):
+    """A blocking client: `with Client("http://localhost:8000") as client: client.predict(["a.jpg"])`."""
 
     def __enter__(self) -> Self:
         self._http = httpx.Client(**self._options)
@@ -112,28 +121,34 @@ class Client(_Common):
         self._http.close()
 
     def predict(self, images: Images, **options: Any) -> list[dict[str, Any]]:
-        """An answer for each image, bytes or a file: label, confidence, top, and what else the server says. options: top, threshold, tta,
-        explain (adds `explanation`, a PNG in base64, and `explanation_method`; where there is no map, `explanation_problem` with code and
-        detail); texts: as many, or alone with no images, for a model that reads them. Waits and asks again, `tries` times, where the server
-        is busy or not there, as long as it says in Retry-After. ServerError; OSError for a file."""
-        question = _question(images, options)
-        for attempt in range(self._tries):
-            answer = self._ask(question)
-            if (wait := self._waits(attempt, answer)) is None:
-                break
-            time.sleep(wait)
-        return _read(answer)
+        """Return one prediction per image, in order: a dict with `label`, `confidence`, `top`, and the fields of the options.
 
-    def _ask(self, question: dict[str, Any]) -> Answer:
+        images: bytes or paths of image files. options:
+        - top, threshold, tta: as the query parameters of `/v1/predict`;
+        - explain: adds `explanation`, a PNG in base64, and `explanation_method`, or `explanation_problem` with `code` and `detail`;
+        - texts: one per image, or texts only with no images, for a model that reads texts.
+
+        If the server is busy or unreachable, the client waits as `Retry-After` says and tries again, up to `tries` times. A timeout is not
+        retried. Raises ServerError, and OSError for an unreadable file.
+        """
+        request = _request(images, options)
+        for attempt in range(self._tries):
+            outcome = self._post(request)
+            if (delay := self._retry_delay(attempt, outcome)) is None:
+                break
+            time.sleep(delay)
+        return _predictions(outcome)
+
+    def _post(self, request: dict[str, Any]) -> Outcome:
         try:
-            found: httpx.Response = self._http.post(**question)
-            return found
+            response: httpx.Response = self._http.post(**request)
+            return response
         except httpx.TransportError as error:
             return error
 
 
-class AsyncClient(_Common):
-    """`async with AsyncClient("http://localhost:8000") as client: await client.predict(["a.jpg"])`"""
+class AsyncClient(_BaseClient):
+    """An asynchronous client: `async with AsyncClient("http://localhost:8000") as client: await client.predict(["a.jpg"])`."""
 
     async def __aenter__(self) -> Self:
         self._http = httpx.AsyncClient(**self._options)
@@ -145,18 +160,18 @@ class AsyncClient(_Common):
         await self._http.aclose()
 
     async def predict(self, images: Images, **options: Any) -> list[dict[str, Any]]:
-        """As `Client.predict`."""
-        question = await asyncio.to_thread(_question, images, options)
+        """Return one prediction per image, like `Client.predict`."""
+        request = await asyncio.to_thread(_request, images, options)
         for attempt in range(self._tries):
-            answer = await self._ask(question)
-            if (wait := self._waits(attempt, answer)) is None:
+            outcome = await self._post(request)
+            if (delay := self._retry_delay(attempt, outcome)) is None:
                 break
-            await asyncio.sleep(wait)
-        return _read(answer)
+            await asyncio.sleep(delay)
+        return _predictions(outcome)
 
-    async def _ask(self, question: dict[str, Any]) -> Answer:
+    async def _post(self, request: dict[str, Any]) -> Outcome:
         try:
-            found: httpx.Response = await self._http.post(**question)
-            return found
+            response: httpx.Response = await self._http.post(**request)
+            return response
         except httpx.TransportError as error:
             return error

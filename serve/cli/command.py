@@ -1,6 +1,6 @@
-"""`refract serve SOURCE`: from the command line to a running server, and back to an exit code.
+"""`refract serve SOURCE`: start the server from its command line, and return an exit code.
 
-Nothing heavy is imported up here: --help and a mistyped option are answered at once.
+The module imports nothing heavy, so that --help and usage errors respond at once.
 """
 
 import argparse
@@ -33,53 +33,55 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FAILED, REFUSED = 1, 2
+EXIT_FAILURE, EXIT_INVALID = 1, 2
 
-KEPT = 1 << 30
-"""Bytes of freed memory that the server keeps for the next batch."""
+CACHED_MEMORY_BYTES = 1 << 30
+"""Most freed memory that the allocator keeps for the next batch, in bytes."""
 
 
-class RefusedError(Exception):
-    """What was asked cannot work: a bad source, bundle, device or address."""
+class InvalidOptionError(Exception):
+    """An option cannot work: the source, bundle, device, address or a file is invalid. The command exits with 2."""
 
 
 def main(argv: list[str]) -> int:
-    """Serve until SIGTERM or SIGINT. Returns 0 after a graceful end, 1 after a failure, 2 if it cannot serve that."""
+    """Serve until SIGTERM or SIGINT. Returns 0 after a graceful shutdown, 1 after a failure, 2 for invalid options."""
     arguments = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("refract.serve").setLevel(logging.INFO)
     ensure_home()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _end)
-    # resnet18 in float32 on two cores, one connection: 41 images a second, 28 without it.
-    keep_freed_memory(at_most=KEPT)
-    if quota():  # of which PyTorch, which is imported later, does not know
+            signal.signal(number, _exit)
+    # resnet18 in float32 on two cores, one connection: 41 images per second, 28 without it.
+    keep_freed_memory(at_most=CACHED_MEMORY_BYTES)
+    if quota():  # PyTorch, which is imported later, ignores the CPU quota of a container
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     try:
         with _listen(arguments.host, arguments.port) as bound:
             _serve(arguments, bound)
-    except RefusedError as err:
-        return _say(str(err), REFUSED)
+    except InvalidOptionError as err:
+        return _report(str(err), EXIT_INVALID)
     except Exception as err:
-        return _say(f"{type(err).__name__}: {err}", FAILED)
+        return _report(f"{type(err).__name__}: {err}", EXIT_FAILURE)
     return 0
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    """Of a start. An exception would be raised wherever the start is, and is lost in a library that catches all, or in a callback from C.
-    Nothing is in flight yet, no buffer holds a line, and what is kept is written beside and then renamed."""
+def _exit(number: int, frame: FrameType | None) -> None:
+    """Handle a signal during start-up by exiting at once.
+
+    An exception could be raised inside a library that catches everything, or inside a callback from C, and be lost. Exiting is safe: no
+    request is in flight, no buffer holds output, and files are written under a temporary name and then renamed."""
     os._exit(0)
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Bound before the model is loaded: that takes seconds, and a port that is taken should be said at once."""
+    """Bind the socket. This precedes loading the model, which takes seconds, so that a taken port is reported at once."""
     from refract.serve.http.transport.server import listen
 
     try:
         return listen(host, port)
     except OSError as err:
-        raise RefusedError(f"cannot listen on {host}:{port}: {err.strerror}") from err
+        raise InvalidOptionError(f"cannot listen on {host}:{port}: {err.strerror}") from err
 
 
 def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
@@ -89,35 +91,35 @@ def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
     app = _app(bundle, arguments)
     ready = f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {url(bound)}"
     try:
-        told = {"on_ready": lambda: print(ready, flush=True), "on_leave": app.state.service.start_draining}
+        callbacks = {"on_ready": lambda: print(ready, flush=True), "on_leave": app.state.service.start_draining}
         with spared():
             times = {"drain_s": arguments.drain_s, "keep_alive_s": arguments.keep_alive_s}
-            Server(app, **times, **told).run(sockets=[bound])
+            Server(app, **times, **callbacks).run(sockets=[bound])
     except SystemExit as err:
         failure = app.state.failure
-        if isinstance(failure, ValueError):  # a BundleError of the self-test
-            raise RefusedError(str(failure)) from err
+        if isinstance(failure, ValueError):  # includes the BundleError of a failed self-test
+            raise InvalidOptionError(str(failure)) from err
         raise failure or RuntimeError("the server did not start") from err
 
 
 def _bundle(source: str) -> "Bundle":
-    from refract.serve.rollout.model_source import SourceError, is_registered, resolve_in_subprocess, resolve
+    from refract.serve.rollout.model_source import SourceError, is_registered, resolve, resolve_in_subprocess
 
     try:
         folder = resolve_in_subprocess(source) if is_registered(source) else resolve(source)
     except SourceError as err:
-        raise RefusedError(str(err)) from err
+        raise InvalidOptionError(str(err)) from err
     from refract.models.bundle.bundle import BundleError, load_bundle
 
     try:
         return load_bundle(folder)
     except BundleError as err:
         if not is_registered(source):
-            raise RefusedError(str(err)) from err
-        try:  # a download that was damaged since
+            raise InvalidOptionError(str(err)) from err
+        try:  # the cached download is damaged: download it again
             return load_bundle(resolve_in_subprocess(source, folder))
-        except (BundleError, SourceError) as again:
-            raise RefusedError(str(again)) from again
+        except (BundleError, SourceError) as second_error:
+            raise InvalidOptionError(str(second_error)) from second_error
 
 
 def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
@@ -132,7 +134,7 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
         max_total_pixels=max(Limits.max_total_pixels, arguments.max_pixels),
         max_decoding_pixels=max(Limits.max_decoding_pixels, arguments.max_pixels),
     )
-    made = partial(
+    build_engine = partial(
         build,
         devices=_devices(arguments.device),
         backend=arguments.backend,
@@ -140,36 +142,37 @@ def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
         largest=arguments.max_batch,
     )
     try:
-        engine = made(bundle)
+        engine = build_engine(bundle)
     except ValueError as err:
-        raise RefusedError(str(err)) from err
+        raise InvalidOptionError(str(err)) from err
     if arguments.access_log:
         write_lines()
     names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log", "root_path")
     options = {name: getattr(arguments, name) for name in names}
-    options |= {"follow": _followed(arguments.source, arguments), "poll_s": arguments.poll_s, "build": made}
+    options |= {"follow": _followed(arguments.source, arguments), "poll_s": arguments.poll_s, "build": build_engine}
     options["cors_origins"] = arguments.cors_origin
     options["traces"] = _traces(arguments.traces)
-    options["challenge"] = _challenge(arguments, made)
+    options["challenge"] = _challenge(arguments, build_engine)
     options["sampling"] = _sampling(arguments)
     _warn_of_open_access(arguments)
     options |= {
         "keys": _keys("--keys", arguments.keys, rate=arguments.rate),
-        "admin": _keys("--admin-keys", arguments.admin_keys, told="the keys of --admin-keys"),
+        "admin": _keys("--admin-keys", arguments.admin_keys, description="the keys of --admin-keys"),
     }
     app = create_app(engine, limits=limits, **options)
     if arguments.metrics_port is not None:
         try:
             port = app.state.service.metrics.listen(arguments.host, arguments.metrics_port)
         except OSError as err:
-            where = f"{arguments.host}:{arguments.metrics_port}"
-            raise RefusedError(f"--metrics-port: cannot listen on {where}: {err.strerror}") from err
-        shown = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-        print(f"metrics on http://{shown}:{port}/metrics", flush=True)
+            address = f"{arguments.host}:{arguments.metrics_port}"
+            raise InvalidOptionError(f"--metrics-port: cannot listen on {address}: {err.strerror}") from err
+        url_host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+        print(f"metrics on http://{url_host}:{port}/metrics", flush=True)
     return app
 
 
 def _followed(source: str, arguments: argparse.Namespace) -> str | None:
+    """Return the registry URI to poll for new versions; None if `source` is not an alias or polling is disabled."""
     from refract.serve.rollout.model_source import is_registered
 
     return source if is_registered(source) and "@" in source and arguments.poll_s > 0 else None
@@ -184,11 +187,11 @@ def _challenge(arguments: argparse.Namespace, build: "Build") -> "Challenge | No
         return None
     try:
         engine = build(_bundle(source))
-    except (RefusedError, ValueError) as err:
+    except (InvalidOptionError, ValueError) as err:
         if not is_registered(source):
-            raise RefusedError(f"--challenger: {err}") from err
-        engine = None  # an alias that is not set yet, or not any more, must not keep a service from starting
-        print(f"refract serve: nothing challenges yet: {err}", file=sys.stderr)
+            raise InvalidOptionError(f"--challenger: {err}") from err
+        engine = None  # an alias that is not set, or whose model is invalid, must not keep the server from starting
+        print(f"refract serve: the challenger is not started yet: {err}", file=sys.stderr)
     answers = arguments.canary is not None
     share = arguments.canary if answers else arguments.shadow
     return Challenge(engine, share, answers, _followed(source, arguments))
@@ -200,11 +203,12 @@ def _traces(address: str | None) -> "TracerProvider | None":
     if address is None:
         return None
     if not address.startswith(("http://", "https://")):
-        raise RefusedError(f"--traces: {address!r} is no URL, as http://localhost:4318/v1/traces")
+        raise InvalidOptionError(f"--traces: {address!r} is not an http(s) URL such as http://localhost:4318/v1/traces")
     try:
         return provider(address)
     except ModuleNotFoundError as err:
-        raise RefusedError("--traces needs the extra tracing: opentelemetry-exporter-otlp-proto-http") from err
+        message = "--traces needs OpenTelemetry, which is not installed; install refract with the extra `tracing`"
+        raise InvalidOptionError(message) from err
 
 
 def _sampling(arguments: argparse.Namespace) -> "DataCapture | None":
@@ -219,51 +223,55 @@ def _sampling(arguments: argparse.Namespace) -> "DataCapture | None":
             arguments.sample, share=arguments.sample_share, most_bytes=most, below=arguments.sample_below
         )
     except OSError as err:
-        raise RefusedError(f"--sample: {arguments.sample}: {err.strerror}") from err
+        raise InvalidOptionError(f"--sample: {arguments.sample}: {err.strerror}") from err
 
 
-def _devices(wanted: str) -> list[str]:
+def _devices(option: str) -> list[str]:
     import torch
 
     from refract.serve.runtime.gpus import unseen
 
-    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    why = unseen()
-    if wanted == "auto":
-        if why:
-            logger.warning("the server computes on the CPU, as PyTorch sees no GPU: %s", why)
-        return there[:1] or ["cpu"]
-    if wanted == "all" and there:
-        return there
-    devices = ["cuda:0" if name == "cuda" else name for name in wanted.split(",")]
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    cause = unseen()
+    if option == "auto":
+        if cause:
+            logger.warning("the server runs on the CPU, as PyTorch sees no GPU: %s", cause)
+        return gpus[:1] or ["cpu"]
+    if option == "all" and gpus:
+        return gpus
+    devices = ["cuda:0" if name == "cuda" else name for name in option.split(",")]
     for name in devices:
-        if name != "cpu" and name not in there:
-            offered = ", ".join(["cpu", *there])
-            hint = f": {why}" if why else ""
-            raise RefusedError(f"--device {wanted}: this machine offers {offered} to torch, and no other device{hint}")
+        if name != "cpu" and name not in gpus:
+            available = ", ".join(["cpu", *gpus])
+            hint = f" ({cause})" if cause else ""
+            raise InvalidOptionError(
+                f"--device {option}: device {name!r} is not available; available: {available}{hint}"
+            )
     return devices
 
 
 def _warn_of_open_access(arguments: argparse.Namespace) -> None:
     host = arguments.host
     if arguments.keys is None and host not in ("127.0.0.1", "::1", "localhost"):
-        print(f"refract serve: anybody who reaches {host} may ask; --keys FILE asks for a key", file=sys.stderr)
+        warning = f"every client that reaches {host} can use the server; --keys FILE requires an API key"
+        print(f"refract serve: {warning}", file=sys.stderr)
 
 
-def _keys(option: str, file: Path | None, **own: Any) -> "ApiKeys | None":
+def _keys(option: str, file: Path | None, **options: Any) -> "ApiKeys | None":
     from refract.serve.http.auth import ApiKeys
 
     if file is None:
         return None
     try:
-        return ApiKeys(file, **own)
+        return ApiKeys(file, **options)
     except OSError as err:
-        raise RefusedError(f"{option}: {file}: {err.strerror}") from err
+        raise InvalidOptionError(f"{option}: {file}: {err.strerror}") from err
     except ValueError as err:
-        raise RefusedError(f"{option}: {err}") from err
+        raise InvalidOptionError(f"{option}: {err}") from err
 
 
-def _say(message: str, code: int) -> int:
+def _report(message: str, code: int) -> int:
+    """Print `message` as one line on the standard error. Returns the exit code."""
     print(f"refract serve: {' '.join(message.split())}", file=sys.stderr)
     return code
 

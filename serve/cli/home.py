@@ -1,4 +1,4 @@
-"""A home directory for the caches of the server and its libraries, where the user has none (`docker run --user 12345`)."""
+"""Provide a home directory for caches if the user has none (`docker run --user 12345`)."""
 
 import getpass
 import logging
@@ -9,46 +9,47 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-NOWHERE = "/nonexistent"
-"""Debian's name of a home that is not there: what would be kept below it is not."""
+MISSING_HOME = "/nonexistent"
+"""Debian's name of a home directory that does not exist. With it, libraries run without caches."""
 
 
 def ensure_home() -> None:
-    """Set HOME to a private directory below the temporary one where caches cannot be kept in the user's home, and log it; USER where the
-    user has no name, for which PyTorch's compiler and MLflow ask. Child processes inherit both."""
+    """Set HOME to a private temporary directory if the user's home cannot hold caches, and log a warning. Set USER if the user has no name,
+    which PyTorch's compiler and MLflow look up. Child processes inherit both."""
     try:
         getpass.getuser()
     except (KeyError, OSError):  # the second from Python 3.13 on
         os.environ["USER"] = str(os.getuid())
     home = os.path.expanduser("~")  # noqa: PTH111 - Path.home raises where there is none
-    if home != "~" and _can_keep(Path(home, ".cache")):
+    if home != "~" and _exists_or_can_be_created(Path(home, ".cache")):
         return
-    cause = "the user has no home directory" if home == "~" else f"no cache can be kept below {home}"
+    cause = "the user has no home directory" if home == "~" else f"no cache can be written below {home}"
     try:
-        os.environ["HOME"] = own = _private()
-        logger.warning("%s; caches are kept in %s; set HOME to keep them elsewhere", cause, own)
+        os.environ["HOME"] = directory = _private_directory()
+        logger.warning("%s; caches are written to %s; set HOME to use another directory", cause, directory)
     except OSError as err:
-        os.environ["HOME"] = NOWHERE
+        os.environ["HOME"] = MISSING_HOME
         logger.warning(
             "%s, nor in a temporary directory (%s); the server runs without caches; set HOME", cause, err.strerror
         )
 
 
-def _can_keep(folder: Path) -> bool:
-    """Whether it is there, though it may be read-only, or can be made."""
+def _exists_or_can_be_created(folder: Path) -> bool:
+    """Whether `folder` exists, even if it is read-only, or this process can create it."""
     if folder.is_dir():
         return True
-    above = next((one for one in folder.parents if one.exists()), None)
-    return above is not None and above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+    parent = next((parent for parent in folder.parents if parent.exists()), None)
+    return parent is not None and parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
 
 
-def _private() -> str:
-    """A directory of this user alone, the same at the next start; another where somebody else has taken its name. OSError."""
+def _private_directory() -> str:
+    """Return a temporary directory that only this user can access: the same at each start, or a new one if another user took its name.
+    Raises OSError if it cannot be created."""
     folder = Path(tempfile.gettempdir(), f"refract-home-{os.getuid()}")
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077:
             return str(folder)
     except FileExistsError:
         pass

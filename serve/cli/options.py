@@ -1,4 +1,4 @@
-"""The options of `refract serve`. Imports nothing heavy: --help and a mistyped option are answered at once."""
+"""The options of `refract serve`. The module imports nothing heavy, so that --help and usage errors respond at once."""
 
 import argparse
 import math
@@ -12,89 +12,110 @@ BACKENDS = (
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """SystemExit 2, with the option named, for what cannot be."""
+    """Parse the command line. Exits with 2 and a message that names the invalid option."""
     parser = _parser()
-    found = parser.parse_args(argv)
-    if found.rate is not None and found.keys is None:
-        parser.error("--rate is for each key: it needs --keys")
-    if (found.challenger is not None) != ((found.shadow is None) != (found.canary is None)):
-        parser.error("--challenger SOURCE goes with one of --shadow SHARE and --canary SHARE")
-    return found
+    arguments = parser.parse_args(argv)
+    if arguments.rate is not None and arguments.keys is None:
+        parser.error("--rate limits each API key: it needs --keys FILE")
+    if (arguments.challenger is not None) != ((arguments.shadow is None) != (arguments.canary is None)):
+        parser.error("--challenger SOURCE needs exactly one of --shadow SHARE and --canary SHARE")
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="refract serve",
-        usage="refract serve SOURCE [--option VALUE …]; --help tells them",
-        description="Serve a bundle over HTTP: POST images to /v1/predict; see /docs.",
+        usage="refract serve SOURCE [--option VALUE …]; --help lists the options",
+        description="Serve a bundle over HTTP. Clients POST images to /v1/predict; /docs describes the API.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="a bundle's folder, models:/NAME@ALIAS or models:/NAME/VERSION")
+    add("source", metavar="SOURCE", help="the folder of a bundle, models:/NAME@ALIAS or models:/NAME/VERSION")
     add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=_whole(0, 65535), default=8000, help="port to listen on; 0 takes a free one")
+    add("--port", type=_whole(0, 65535), default=8000, help="port to listen on; 0 selects a free one")
     add(
         "--device",
         default="auto",
-        help="where the network runs: cpu, cuda, several as cuda:0,cuda:1, or all GPUs by all",
+        help="where the network runs: auto, cpu, cuda, a list such as cuda:0,cuda:1, or all for every GPU",
     )
     add(
         "--replicas",
         type=_whole(1, 256),
         default=1,
         metavar="N",
-        help="engines on each device; on a CPU they share its cores",
+        help="engines per device; on a CPU they share its cores",
     )
     add(
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="what computes the network; auto times what is installed, but in 8 bits, and takes the fastest that agrees with float32; "
-        "int8 takes the faster of those in 8 bits",
+        help="runtime of the network; auto times the installed backends, except 8-bit ones, and selects the fastest that agrees with "
+        "float32; int8 selects the faster of the 8-bit backends",
     )
-    add("--max-batch", type=_whole(1, 65536), default=32, metavar="N", help="images in one batch")
+    add("--max-batch", type=_whole(1, 65536), default=32, metavar="N", help="most images in one batch")
     add("--max-wait-ms", type=_number(0, 1e5), default=2.0, metavar="MS", help="longest wait for a batch to fill")
     add(
         "--poll-s",
         type=_number(0, 1e5),
         default=60.0,
         metavar="S",
-        help="how often to ask what models:/NAME@ALIAS means; 0 never",
+        help="seconds between two checks of models:/NAME@ALIAS for a new version; 0 disables them",
     )
-    add("--challenger", metavar="SOURCE", help="a second model, as SOURCE")
+    add("--challenger", metavar="SOURCE", help="a second model to compare with the first, in the same forms as SOURCE")
     add(
         "--shadow",
         type=_number(0, 1, above=True),
         metavar="SHARE",
-        help="of the requests, of which it is asked as well; its agreement is counted",
+        help="fraction of the requests that the challenger also predicts; metrics count its agreement",
     )
-    add("--canary", type=_number(0, 1, above=True), metavar="SHARE", help="of the requests, which it answers")
-    add("--max-requests", type=_whole(1, 65536), default=256, metavar="N", help="requests at a time; more get 429")
+    add(
+        "--canary",
+        type=_number(0, 1, above=True),
+        metavar="SHARE",
+        help="fraction of the requests that the challenger answers in place of the first model",
+    )
+    add(
+        "--max-requests",
+        type=_whole(1, 65536),
+        default=256,
+        metavar="N",
+        help="most requests in flight; further ones receive 429",
+    )
     add(
         "--deadline-s",
         type=_number(0, 1e5, above=True),
         default=10.0,
         metavar="S",
-        help="for an answer; what takes longer is dropped",
+        help="longest time to answer a request, in seconds; slower ones receive 504",
     )
     add(
         "--drain-s",
         type=_number(0, 1e5),
         default=0.0,
         metavar="S",
-        help="after SIGTERM in which all is answered still, but /readyz says 503, for balancers to notice",
+        help="seconds after SIGTERM in which requests are still served and /readyz returns 503, so that load balancers notice",
     )
-    # Of nginx and AWS, 60 s: whoever is in front is to close first, as what it sends just when we do is lost.
+    # Longer than the 60 s of nginx and AWS: the proxy must close first, as a request that meets our close is lost.
     add(
         "--keep-alive-s",
         type=_whole(1, 86400),
         default=75,
         metavar="S",
-        help="that a connection is kept on which nothing is asked; more than the balancer in front of it keeps one",
+        help="seconds that an idle connection stays open; more than the idle timeout of the load balancer in front",
     )
-    add("--keys", type=Path, metavar="FILE", help="API keys, one a line; read again when the file changes")
-    add("--admin-keys", type=Path, metavar="FILE", help="keys for /admin/rollback, in place of those of --keys")
-    add("--rate", type=_number(0, 1e5, above=True), metavar="N", help="requests a second of each key; more get 429")
+    add(
+        "--keys",
+        type=Path,
+        metavar="FILE",
+        help="require an API key of this file, one per line; reread when it changes",
+    )
+    add("--admin-keys", type=Path, metavar="FILE", help="API keys for /admin/rollback, in place of those of --keys")
+    add(
+        "--rate",
+        type=_number(0, 1e5, above=True),
+        metavar="N",
+        help="most requests per second of each API key; further ones receive 429",
+    )
     add(
         "--cors-origin",
         type=_origin,
@@ -102,41 +123,54 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="ORIGIN",
-        help="origins whose pages may read answers, as https://app.example; * for all",
+        help="origins whose web pages may read responses, such as https://app.example; * for all",
     )
     add(
         "--root-path",
         type=_prefix,
         default="",
         metavar="PREFIX",
-        help="path of a reverse proxy below which the server is, as /models; the proxy may keep or remove it",
+        help="path of a reverse proxy below which the server runs, such as /models; the proxy may keep or remove it",
     )
-    add("--metrics-port", type=_whole(0, 65535), metavar="PORT", help="answer Prometheus at /metrics there")
-    add("--traces", metavar="URL", help="of an OpenTelemetry collector, as http://localhost:4318/v1/traces")
+    add(
+        "--metrics-port",
+        type=_whole(0, 65535),
+        metavar="PORT",
+        help="serve Prometheus metrics at /metrics on this port; 0 selects a free one",
+    )
+    add(
+        "--traces",
+        metavar="URL",
+        help="send traces to this OpenTelemetry collector, such as http://localhost:4318/v1/traces",
+    )
     add(
         "--sample",
         type=Path,
         metavar="DIR",
-        help="keep a sample of what is asked there, for `refract drift` and for labelling",
+        help="store a sample of the requests in this folder, for `refract drift` and for labelling",
     )
     add(
         "--sample-share",
         type=_number(0, 1, above=True),
         default=0.01,
         metavar="SHARE",
-        help="of the images, whose numbers are kept",
+        help="fraction of the images that are sampled; their statistics and predictions are stored",
     )
     add(
-        "--sample-mb", type=_number(1, 1e7), default=100.0, metavar="MB", help="most that is kept; the oldest gives way"
+        "--sample-mb",
+        type=_number(1, 1e7),
+        default=100.0,
+        metavar="MB",
+        help="disk quota of the sample, in MiB; the oldest files are deleted first",
     )
     add(
         "--sample-below",
         type=_number(0, 1),
         default=0.5,
         metavar="CONFIDENCE",
-        help="of those drawn, under which the image itself is kept; 0 keeps none",
+        help="store the image file of a sampled image whose confidence is lower; 0 stores none",
     )
-    add("--access-log", action="store_true", help="write a line of JSON for each request to the standard output")
+    add("--access-log", action="store_true", help="write one JSON line per request to the standard output")
     add(
         "--max-body-mb",
         type=_number(0.001, 1e5),
@@ -144,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MB",
         help="largest request body, in MiB",
     )
-    add("--max-pixels", type=_whole(1, 2**31), default=50_000_000, metavar="N", help="most pixels of one image")
+    add("--max-pixels", type=_whole(1, 2**31), default=50_000_000, metavar="N", help="largest image, in pixels")
     return parser
 
 
@@ -162,7 +196,7 @@ def _origin(text: str) -> str:
 
     if not is_origin(text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not an origin as https://app.example or http://localhost:3000, in lower case and without a path, nor *"
+            f"{text!r} is not an origin such as https://app.example, in lower case and without a path; * allows all"
         )
     return text
 
@@ -176,7 +210,7 @@ def _prefix(text: str) -> str:
 
 
 def _number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
-    """above: `low` itself is refused."""
+    """Return a parser of numbers in [low, high], or in (low, high] if `above`."""
 
     def parse(text: str) -> float:
         try:

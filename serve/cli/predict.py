@@ -1,4 +1,4 @@
-"""`refract predict --url URL FILE…`: classify images by a running server."""
+"""`refract predict --url URL FILE…`: classify images with a running server."""
 
 import argparse
 import json
@@ -8,58 +8,66 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, 1 where an image was not answered, 2 for what cannot be asked."""
-    parser = argparse.ArgumentParser(prog="refract predict", description="Classify images by a running server.")
-    parser.add_argument("--url", required=True, help="of the server, as http://localhost:8000")
-    parser.add_argument("--key", default=os.environ.get("REFRACT_KEY"), help="where it asks for one; else REFRACT_KEY")
-    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER")
+    """Print a prediction for each image. Returns 0, 1 if an image has none, 2 for invalid options."""
+    parser = argparse.ArgumentParser(prog="refract predict", description="Classify images with a running server.")
+    parser.add_argument("--url", required=True, help="URL of the server, such as http://localhost:8000")
     parser.add_argument(
-        "--text", action="append", help="that goes with each image, or alone, where the model reads texts"
+        "--key",
+        default=os.environ.get("REFRACT_KEY"),
+        help="API key, if the server requires one; default: the environment variable REFRACT_KEY",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line and image")
-    parser.add_argument("--top", type=int, metavar="N", help="how many labels for each image")
+    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help="image files or folders of them")
+    parser.add_argument(
+        "--text",
+        action="append",
+        help="text for a model that reads texts: the text of every image, or the only input without images",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image, one per line")
+    parser.add_argument("--top", type=int, metavar="N", help="how many labels to list for each image")
     args = parser.parse_args(argv)
     from refract.models.multimodal.tokens import trimmed
 
-    given = args.text or []
-    if len(given) > 1:
-        parser.error("--text: given more than once; a question has one text")
-    args.text = given[0] if given else ""
+    texts = args.text or []
+    if len(texts) > 1:
+        parser.error("--text: given more than once; a request has one text")
+    args.text = texts[0] if texts else ""
     if not args.paths and not trimmed(args.text):
-        parser.error(f"--text: {args.text!r} is an empty text" if given else "name images, or give a --text")
-    from refract.models.prediction import line
+        parser.error(
+            f"--text: {args.text!r} is an empty text" if texts else "no input: name image files or give a --text"
+        )
+    from refract.models.prediction import format_prediction
     from refract.serve.client import Client, ServerError
 
-    failed = 0
+    failures = 0
     try:
-        opened = Client(args.url, key=args.key)
+        unopened = Client(args.url, key=args.key)
     except ValueError as err:
         parser.error(f"--{err}")
-    with opened as client:
-        asked: list[Path | None] = [file for given in args.paths for file in _files(given)]
-        for path in asked or [None]:
+    with unopened as client:
+        images: list[Path | None] = [file for path in args.paths for file in _files(path)]
+        for image in images or [None]:
             try:
-                texts = [args.text] if args.text else None
-                (found,) = client.predict([path] if path else [], top=args.top, texts=texts)
+                image_texts = [args.text] if args.text else None
+                (prediction,) = client.predict([image] if image else [], top=args.top, texts=image_texts)
             except (OSError, ServerError) as err:
-                failed += 1
-                told = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
+                failures += 1
+                message = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
                 if isinstance(err, ServerError) and err.status == 401:
-                    told = f"{err}: here by --key KEY, or the environment's REFRACT_KEY"
+                    message = f"{err}; pass the API key as --key KEY or in the environment variable REFRACT_KEY"
                 if args.json:
-                    print(json.dumps({"path": str(path or "text"), "error": told}, ensure_ascii=False))
+                    print(json.dumps({"path": str(image or "text"), "error": message}, ensure_ascii=False))
                 else:
-                    print(f"refract predict: {path or 'text'}: {told}", file=sys.stderr)
-                if isinstance(err, ServerError) and err.status in (0, 401):  # the others would fare no better
+                    print(f"refract predict: {image or 'text'}: {message}", file=sys.stderr)
+                if isinstance(err, ServerError) and err.status in (0, 401):  # the other images would fail, too
                     return 1
                 continue
             if args.json:
-                print(json.dumps({"path": str(path or "text"), **found}, ensure_ascii=False))
+                print(json.dumps({"path": str(image or "text"), **prediction}, ensure_ascii=False))
             else:
-                print(line(path or Path("text"), found))
-    if failed and len(asked) > 1:
-        print(f"refract predict: {failed} of {len(asked)} were not answered", file=sys.stderr)
-    return 1 if failed else 0
+                print(format_prediction(image or Path("text"), prediction))
+    if failures and len(images) > 1:
+        print(f"refract predict: {failures} of {len(images)} images have no prediction", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""A line for each request, and a name by which it is found again: `X-Request-Id`, the client's own or a new one."""
+"""The access log, one JSON line for each request, and `X-Request-Id`, which identifies the request: the client's value or a new one."""
 
 import json
 import logging
@@ -16,82 +16,82 @@ logger = logging.getLogger("refract.serve.http.access_log")
 
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
+MAX_WAITING = 10_000
+"""Most lines that wait to be written. Further lines are lost; a separate line reports their number."""
 
-MOST = 10_000
-"""Lines that wait to be written; what comes meanwhile is lost, and counted in a line of its own."""
+MAX_PATH_CHARS = 500
+"""Longest part of a path that a line contains, in characters."""
 
-LONGEST = 500
-"""Characters of a path that are written."""
+WRITE_INTERVAL_S = 0.02
+"""Seconds between two writes."""
 
-EACH_S = 0.02
-"""Lines are written together, so often."""
+LINES_PER_WRITE = 256
+"""Most lines of one write. After each write the number of lost lines is reported."""
 
-TOGETHER = 256
-"""Lines of one write, after which it is told how many were lost."""
-
-LAST_S = 2.0
-"""For what still waits when the process ends."""
+FLUSH_TIMEOUT_S = 2.0
+"""Longest wait for the remaining lines when the process ends, in seconds."""
 
 
 def write_lines(descriptor: int = 1) -> None:
-    """Have the lines written to the standard output, each a JSON object and nothing else; warnings go elsewhere."""
+    """Write the access log to the file descriptor (1: standard output), which then holds JSON lines only; warnings do not go there."""
     logger.addHandler(AccessLogWriter(descriptor))
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
 
 class AccessLogWriter(logging.Handler):
-    """Writes lines from a thread, and past Python's own buffer: a reader that stalls holds up no request, nor the end."""
+    """A logging handler that writes lines from a thread and bypasses Python's buffers. A stalled reader of the log therefore delays neither
+    a request nor the shutdown."""
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self._descriptor, self._broken, self._torn = descriptor, False, False
-        self._lost = 0  # for want of a place among those that wait
+        self._lost = 0  # lines dropped because MAX_WAITING lines waited
         self._lines: deque[str] = deque()
-        self._some = threading.Event()
+        self._pending = threading.Event()
         threading.Thread(target=self._write, name="access lines", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if len(self._lines) >= MOST:
+        if len(self._lines) >= MAX_WAITING:
             self._lost += 1
             return
         self._lines.append(record.getMessage())
-        if not self._some.is_set():
-            self._some.set()
+        if not self._pending.is_set():
+            self._pending.set()
 
     def flush(self) -> None:
-        """Which Python asks for at its end."""
-        ends = time.monotonic() + LAST_S
-        while self._some.is_set() and time.monotonic() < ends:
-            time.sleep(EACH_S / 4)
+        """Wait until the waiting lines are written, at most FLUSH_TIMEOUT_S. `logging` calls it when the process ends."""
+        deadline = time.monotonic() + FLUSH_TIMEOUT_S
+        while self._pending.is_set() and time.monotonic() < deadline:
+            time.sleep(WRITE_INTERVAL_S / 4)
 
     def _write(self) -> None:
-        dropped = told = 0  # that could not be written; of all that are lost
-        while self._some.wait():
-            time.sleep(EACH_S)
+        unwritten = reported = 0  # lines that `os.write` refused; lost lines that the log already reports
+        while self._pending.wait():
+            time.sleep(WRITE_INTERVAL_S)
             while self._lines:
-                count = min(len(self._lines), TOGETHER)
-                dropped += self._unwritten("".join(f"{self._lines[i]}\n" for i in range(count)))
+                count = min(len(self._lines), LINES_PER_WRITE)
+                unwritten += self._write_text("".join(f"{self._lines[i]}\n" for i in range(count)))
                 for _ in range(count):
                     self._lines.popleft()
-                lost = self._lost + dropped - told
-                if lost and not self._unwritten(json.dumps({"time": _now(), "lost": lost}) + "\n"):
-                    told += lost
-            self._some.clear()
-            if self._lines:  # came after the look, and before that
-                self._some.set()
+                lost = self._lost + unwritten - reported
+                if lost and not self._write_text(json.dumps({"time": _now(), "lost": lost}) + "\n"):
+                    reported += lost
+            self._pending.clear()
+            if self._lines:  # a line that arrived between the last check and `clear`
+                self._pending.set()
 
-    def _unwritten(self, text: str) -> int:
-        """Write it; how many of its lines could not be written."""
+    def _write_text(self, text: str) -> int:
+        """Write `text`. Returns the number of its lines that could not be written."""
         whole = rest = (b"\n" if self._torn else b"") + text.encode()
         while rest:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
-            except BlockingIOError:  # a pipe that another process has made so
-                time.sleep(EACH_S)
-            except OSError as err:  # nobody reads any more, or there is no room
+            except BlockingIOError:  # another process made the pipe non-blocking
+                time.sleep(WRITE_INTERVAL_S)
+            except OSError as err:  # the reader closed the pipe, or the disk is full
                 if not self._broken:
-                    logging.getLogger("refract.serve").warning("access lines cannot be written: %s", err.strerror)
+                    logging.getLogger("refract.serve").warning("the access log cannot be written: %s", err.strerror)
                 self._broken = True
                 self._torn = self._torn if rest is whole else not whole[: -len(rest)].endswith(b"\n")
                 return rest.lstrip(b"\n").count(b"\n")
@@ -104,12 +104,13 @@ def _now() -> str:
 
 
 def _value(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
-    """That of the first of this name, in lower case. Starlette's class decodes each header on its way, for each request."""
-    return next((value for own, value in headers if own == name), b"")
+    """Return the value of the first header field `name`, in lower case; b"" without one. Starlette's `Headers` would decode every field of
+    every request."""
+    return next((value for field, value in headers if field == name), b"")
 
 
 class AccessLog:
-    """ASGI middleware. log: whether lines are written, as JSON, to the logger `refract.serve.http.access_log`."""
+    """ASGI middleware that adds `X-Request-Id`. log: whether it also logs a JSON line to the logger `refract.serve.http.access_log`."""
 
     def __init__(self, app: ASGIApp, *, log: bool) -> None:
         self._app, self._log = app, log
@@ -118,31 +119,31 @@ class AccessLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = _value(scope["headers"], b"x-request-id")
-        name = given if _ID.fullmatch(given) else os.urandom(16).hex().encode()
-        began, status, digest = time.monotonic(), 0, b""
+        client_id = _value(scope["headers"], b"x-request-id")
+        request_id = client_id if _ID.fullmatch(client_id) else os.urandom(16).hex().encode()
+        start, status, digest = time.monotonic(), 0, b""
         state = scope.setdefault("state", {})
 
-        async def named(message: Message) -> None:
+        async def send_identified(message: Message) -> None:
             nonlocal status, digest
             if message["type"] == "http.response.start":
                 status = message["status"]
                 digest = _value(message["headers"], b"x-model-digest")
-                message["headers"] = [*message["headers"], (b"x-request-id", name)]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             await send(message)
 
         try:
-            await self._app(scope, receive, named)
+            await self._app(scope, receive, send_identified)
         finally:
             if self._log:
                 line = {
                     "time": _now(),
-                    "id": name.decode(),
+                    "id": request_id.decode(),
                     "method": scope["method"],
-                    "path": scope["path"][:LONGEST],
+                    "path": scope["path"][:MAX_PATH_CHARS],
                     "status": status,
                     "code": state.get("code"),
-                    "seconds": round(time.monotonic() - began, 6),
+                    "seconds": round(time.monotonic() - start, 6),
                     "key": state.get("key"),
                     "model": digest.decode() or None,
                 }

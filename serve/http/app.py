@@ -1,4 +1,4 @@
-"""The HTTP face of an engine. What happens behind its routes is the service's."""
+"""The ASGI application: routes, middleware and lifespan around the prediction service."""
 
 import asyncio
 import copy
@@ -25,9 +25,9 @@ from refract.serve.http.errors import RequestError
 from refract.serve.http.methods import Methods
 from refract.serve.http.metrics import Metrics
 from refract.serve.http.openapi import problems
-from refract.serve.http.routes.predict import PREDICT, Direct, add_predict
+from refract.serve.http.routes.predict import PREDICT, DirectRoute, add_predict
 from refract.serve.http.routes.v2 import add_v2
-from refract.serve.http.tracing import Traced, close
+from refract.serve.http.tracing import Tracing, shut_down
 from refract.serve.http.ui import add_page
 from refract.serve.requests.body import Bodies
 from refract.serve.requests.limits import Limits
@@ -65,15 +65,18 @@ def create_app(
     cors_origins: Sequence[str] = (),
     root_path: str = "",
 ) -> FastAPI:
-    """The application that answers with `served`; a bundle is served on the CPU. keys: who may ask, without them everybody; admin:
-    who may roll back, in place of `keys`, and without either nobody. traces: where spans go, closed at the end. follow: the name in the
-    registry that the bundle is from, asked for its meaning every `poll_s` seconds, and `build` makes an engine of what it means then.
-    challenge: a second model beside it. sampling: keeps a sample of what is asked. cors_origins: whose pages may
-    read answers, `*` for all. root_path: the path of a reverse proxy below which the server is.
+    """Return the application that serves the model `served`. A bundle is served on the CPU.
 
-    Its lifespan runs the self-test: if that fails the server does not start, and `app.state.failure` says why. Routes may be added to it,
-    middleware and handlers of errors not.
-    ValueError or BundleError for a parameter or bundle that cannot work.
+    keys: API keys of the clients; None lets every client predict. admin: API keys for `/admin/rollback`, in place of `keys`; without
+    either the route is disabled. access_log: log one line for each request. traces: receives the spans; shut down with the application.
+    follow: the registry URI of the bundle, models:/NAME@ALIAS. It is resolved every `poll_s` seconds; on a new version `build` creates its
+    engine, which is hot-swapped. challenge: a second model, for canary or shadow requests. sampling: captures a sample of the requests.
+    cors_origins: origins whose pages may read responses, `*` for all. root_path: the path of a reverse proxy below which the server runs.
+    The other parameters are those of `Service`.
+
+    The lifespan runs the self-test. If it fails, the server does not start and `app.state.failure` holds the exception. Routes may be added
+    to the application; middleware and exception handlers may not.
+    Raises ValueError or BundleError for an invalid parameter or an unusable bundle.
     """
     engine = served if isinstance(served, Engine) else Engine(served)
     options: dict[str, Any] = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
@@ -82,13 +85,13 @@ def create_app(
     if sampling:
         sampling.count = metrics.sampled
     service = Service(engine, limits=limits or Limits(), metrics=metrics, sampling=sampling, **options)
-    metrics.watch("requests_inside", "Requests in the house", lambda: service.in_flight)
-    metrics.watch("images_waiting", "Images that wait for a batch", lambda: service.waiting)
+    metrics.watch("requests_inside", "Requests in flight", lambda: service.in_flight)
+    metrics.watch("images_waiting", "Images that wait for a batch to form", lambda: service.waiting)
     for gpu in describe(engine.devices):
         metrics.watch_gpu(gpu.device, gpu.name, gpu.driver, partial(describe, [gpu.device]))
 
-    following = registry_watchers(service, follow, challenge, build=build, every_s=poll_s)
-    begun = [challenge] if challenge and challenge.engine else []
+    watchers = registry_watchers(service, follow, challenge, build=build, every_s=poll_s)
+    first_challenges = [challenge] if challenge and challenge.engine else []
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -97,25 +100,25 @@ def create_app(
         except Exception as err:
             app.state.failure = err
             raise
-        while begun:  # and is not kept here, where it will be exchanged
-            await _challenged(service, begun.pop())
-        tasks = [asyncio.create_task(follower.run()) for follower in following]
+        while first_challenges:  # popped, so that no reference keeps its engine alive after a hot swap
+            await _start_challenge(service, first_challenges.pop())
+        tasks = [asyncio.create_task(watcher.run()) for watcher in watchers]
         yield
         for task in tasks:
             task.cancel()
         await service.stop()
         if traces:
-            await close(traces)
+            await shut_down(traces)
 
     app = FastAPIOffline(
         title="Refract",
         summary=f"Image classification by {engine.bundle.info.name}",
         lifespan=lifespan,
-        redirect_slashes=False,  # to where a server behind a balancer does not know how to name itself
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # for ours see `refract.serve.http.tracing`
+        redirect_slashes=False,  # behind a load balancer the server does not know its own URL
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # see `refract.serve.http.tracing` instead
     )
     app.state.failure, app.state.service = None, service
-    refused = errors.install(app, partial(_count, metrics))
+    respond = errors.install(app, partial(_count_rejected, metrics))
     rated = _dependencies(keys) if keys else []
     allowed = _dependencies(_unrated(keys)) if keys else []
     bodies = Bodies(service.limits)
@@ -125,73 +128,93 @@ def create_app(
     guards = admin or keys
     _add_admin(app, service, guards)
     add_page(app)
-    # Around all that Starlette and FastAPI have around a route, too.
-    routes = Direct(Methods(app.build_middleware_stack(), lambda: app.routes), PREDICT, predict, refused)
-    shared: ASGIApp = Cors(routes, cors_origins) if cors_origins else routes
-    rooted = BasePath(shared, root_path) if root_path else shared
-    watched: ASGIApp = AccessLog(rooted, log=access_log)
-    busy = {PREDICT, root_path + PREDICT}
-    app.middleware_stack = Traced(watched, provider=traces, busy=busy) if traces else watched
+    # These wrap the whole stack, so they also see the responses of Starlette's and FastAPI's own middleware.
+    routes = DirectRoute(Methods(app.build_middleware_stack(), lambda: app.routes), PREDICT, predict, respond)
+    with_cors: ASGIApp = Cors(routes, cors_origins) if cors_origins else routes
+    with_base_path = BasePath(with_cors, root_path) if root_path else with_cors
+    with_access_log: ASGIApp = AccessLog(with_base_path, log=access_log)
+    named_paths = {PREDICT, root_path + PREDICT}
+    app.middleware_stack = (
+        Tracing(with_access_log, provider=traces, named_paths=named_paths) if traces else with_access_log
+    )
     return app
 
 
-def _count(metrics: Metrics, path: str, code: str) -> None:
-    """Of refusals, those of what asked for predictions."""
+def _count_rejected(metrics: Metrics, path: str, code: str) -> None:
+    """Count a rejected request if it is a prediction request."""
     if (path == PREDICT or path.endswith("/infer")) and code not in ("not_found", "method_not_allowed"):
         metrics.refused(code)
 
 
-async def _nobody() -> None:
-    raise RequestError(404, "not_found", "/admin/rollback is there with --keys or --admin-keys alone")
+async def _reject_without_keys() -> None:
+    message = "/admin/rollback is disabled; start the server with --keys FILE or --admin-keys FILE to enable it"
+    raise RequestError(404, "not_found", message)
 
 
-async def _challenged(service: Service, challenge: Challenge) -> None:
+async def _start_challenge(service: Service, challenge: Challenge) -> None:
     try:
         await service.challenge(challenge)
-    except BundleError as err:  # the champion answers all the same
+    except BundleError as err:  # the champion still serves
         assert challenge.engine is not None
         service.rejected.add(challenge.engine.bundle.path)
-        logger.warning("nothing challenges: %s", err)
+        logger.warning("the challenger is not started: %s", err)
 
 
 def _unrated(keys: ApiKeys) -> ApiKeys:
-    """The same keys, for what is no prediction: the page asks for the state every few seconds, which must not use up their rate."""
+    """Return the same keys without their rate limit, for routes other than predictions: the web page polls the status every few seconds,
+    which must not use up the rate of its key."""
     unrated = copy.copy(keys)
     unrated._rate = None
     return unrated
 
 
 def _dependencies(keys: ApiKeys) -> list[Any]:
-    # The first is for the description, so that /docs and generated clients know of the key.
+    # The first only documents the key in the OpenAPI document, for /docs and generated clients.
     return [Depends(HTTPBearer(auto_error=False)), Depends(keys.check)]
 
 
 def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
-    @app.get("/livez", summary="The process answers, and its model is not lost", responses=problems(503))
+    @app.get(
+        "/livez", summary="Liveness: the process responds and its model passes the self-test", responses=problems(503)
+    )
     async def livez() -> JSONResponse:
         service.check_alive()
         return JSONResponse({"status": "alive"})
 
-    @app.get("/readyz", summary="The golden images gave their stored answers again", responses=problems(503))
+    @app.get(
+        "/readyz",
+        summary="Readiness: the self-test reproduced the stored predictions of the golden samples",
+        responses=problems(503),
+    )
     async def readyz() -> JSONResponse:
         service.check_accepting()
         return JSONResponse({"status": "ready", "model": service.engine.bundle.info.name})
 
-    @app.get("/v1/model", summary="What is served", dependencies=allowed, responses=problems(401))
+    @app.get(
+        "/v1/model",
+        summary="The served model, its device and its challenger",
+        dependencies=allowed,
+        responses=problems(401),
+    )
     async def model() -> JSONResponse:
         return JSONResponse(_description(service.engine) | {"challenger": _challenger(service.challenger)})
 
-    @app.get("/v1/status", summary="What is in the house", dependencies=allowed, responses=problems(401))
+    @app.get(
+        "/v1/status",
+        summary="Requests in flight and images that wait for a batch",
+        dependencies=allowed,
+        responses=problems(401),
+    )
     async def status() -> JSONResponse:
         return JSONResponse({"requests": service.in_flight, "images_waiting": service.waiting})
 
 
 def _add_admin(app: FastAPI, service: Service, guards: ApiKeys | None) -> None:
-    allowed = _dependencies(_unrated(guards)) if guards else [Depends(_nobody)]
+    allowed = _dependencies(_unrated(guards)) if guards else [Depends(_reject_without_keys)]
 
     @app.post(
         "/admin/rollback",
-        summary="Answer with the model before",
+        summary="Roll back to the model served before",
         dependencies=allowed,
         responses=problems(401, 409, 503),
         include_in_schema=guards is not None,
@@ -206,13 +229,13 @@ def _challenger(challenger: Challenger | None) -> dict[str, Any] | None:
     if challenger is None:
         return None
     bundle, challenge = challenger.worker.engine.bundle, challenger.challenge
-    own = {"name": bundle.info.name, "digest": bundle.digest}
-    return own | {"share": challenge.share, "answers": challenge.answers}
+    model = {"name": bundle.info.name, "digest": bundle.digest}
+    return model | {"share": challenge.share, "answers": challenge.answers}
 
 
 def _description(engine: Engine) -> dict[str, Any]:
     info = engine.bundle.info.to_dict()
-    shown = (
+    public_fields = (
         "name",
         "task",
         "labels",
@@ -226,14 +249,14 @@ def _description(engine: Engine) -> dict[str, Any]:
         "versions",
     )
     counts = info["data"].get("counts", {})
-    chosen = {"name": "eager"} if engine.choice is None else asdict(engine.choice)
-    own = {
+    backend = {"name": "eager"} if engine.choice is None else asdict(engine.choice)
+    serving = {
         "digest": engine.bundle.digest,
         "folder": engine.bundle.path.name,
         "reads": sorted(engine.reads),
         "device": ", ".join(engine.devices),
         "gpus": [gpu._asdict() for gpu in describe(engine.devices)],
-        "backend": chosen,
+        "backend": backend,
         "counts": counts,
     }
-    return own | {key: info[key] for key in shown}
+    return serving | {key: info[key] for key in public_fields}

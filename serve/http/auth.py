@@ -1,4 +1,4 @@
-"""Who may ask, and how often. Knows nothing of what is asked."""
+"""API keys and their rate limit."""
 
 import hashlib
 import hmac
@@ -16,20 +16,22 @@ from refract.serve.requests.limits import OverloadedError
 
 logger = logging.getLogger(__name__)
 
-LOOK_AGAIN_S = 1.0
-SHORTEST = 8
-"""Characters of a key: a shorter one is sooner a mistake in the file, and can be guessed."""
+CHECK_INTERVAL_S = 1.0
+"""Seconds between two checks whether the file of keys changed."""
 
-_REMARK = re.compile(r"(?:^|\s)#")
+MIN_KEY_CHARS = 8
+"""Shortest key, in characters. A shorter one can be guessed, and is more likely a mistake in the file."""
+
+_COMMENT = re.compile(r"(?:^|\s)#")
 
 
 class ApiKeys:
-    """The keys of a file, one a line, read again when the file changes, so that keys are rotated without a restart. What follows a `#`, at
-    the beginning or after white space, is the key's name in logs; else the beginning of its SHA-256 is.
+    """The API keys of a file, one per line. The file is read again when it changes, so that keys are rotated without a restart. The text
+    after a `#` at the start of a line or after white space names the key in logs; without it, the first 8 hex digits of its SHA-256 do.
 
-    rate: requests a second of each key, over which it gets 429; None for no limit; told: what a refusal calls them. OSError or ValueError
-    for a file that cannot be read, holds none, or one of less than SHORTEST characters or of others than ASCII, which no header carries
-    safely; later on the keys read last stay, and the log tells it.
+    rate: requests per second of each key, above which it receives 429; None for no limit. description: names the keys in error messages.
+    Raises OSError or ValueError for a file that cannot be read, has no key, or has a key shorter than MIN_KEY_CHARS or with non-ASCII
+    characters, which no header carries safely. If a changed file is invalid, the previous keys stay valid and a warning is logged.
     """
 
     def __init__(
@@ -37,74 +39,78 @@ class ApiKeys:
         file: Path,
         *,
         rate: float | None = None,
-        told: str = "this server's keys",
+        description: str = "this server's keys",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._file, self._rate, self._told, self._clock = file, rate, told, clock
+        self._file, self._rate, self._description, self._clock = file, rate, description, clock
         self._keys, self._stamp = self._read()
-        self._looked, self._trouble = clock(), ""
+        self._checked_at, self._logged_error = clock(), ""
         self._buckets: dict[bytes, tuple[float, float]] = {}
 
     async def check(self, request: Request) -> None:
-        """RequestError 401 without a key of the file, as `Authorization: Bearer KEY` or `X-API-Key: KEY`; OverloadedError beyond the rate.
+        """Check the key of `Authorization: Bearer KEY` or `X-API-Key: KEY`. Raises RequestError 401 unless the file holds it, and
+        OverloadedError above the rate.
 
-        It waits for nothing; as a plain function FastAPI would run it on a thread."""
-        self._look_again()
+        It never waits. It is a coroutine because FastAPI would run a plain function on a thread."""
+        self._reload_if_changed()
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        given = (bearer if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")).strip().encode()
-        # All are compared, and each in a time that does not tell how much of it was right.
-        known = [key for key in self._keys if hmac.compare_digest(key, given)]
-        if not known:
-            told = f"the key that was sent is not one of {self._told}" if given else "this server asks for a key"
-            raise RequestError(401, "unauthorized", f"{told}: send Authorization: Bearer KEY")
-        request.state.key = self._keys[known[0]]
-        self._take(known[0])
+        sent_key = (bearer if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")).strip().encode()
+        # Every key is compared, each in constant time, so that the duration reveals no part of a key.
+        matches = [key for key in self._keys if hmac.compare_digest(key, sent_key)]
+        if not matches:
+            reason = f"the API key is not one of {self._description}" if sent_key else "this server requires an API key"
+            raise RequestError(401, "unauthorized", f"{reason}; send the header Authorization: Bearer KEY")
+        request.state.key = self._keys[matches[0]]
+        self._take_token(matches[0])
 
-    def _take(self, key: bytes) -> None:
+    def _take_token(self, key: bytes) -> None:
+        """Take a token from the bucket of `key`, which holds one second's requests and refills at the rate."""
         if self._rate is None:
             return
-        now, most = self._clock(), max(1.0, self._rate)
-        left, since = self._buckets.get(key, (most, now))
-        left = min(most, left + (now - since) * self._rate)
-        if left < 1:
-            self._buckets[key] = (left, now)
-            told = f"more than {self._rate:g} requests a second with this key"
-            raise OverloadedError(told, math.ceil((1 - left) / self._rate), "rate_limited")
-        self._buckets[key] = (left - 1, now)
+        now, capacity = self._clock(), max(1.0, self._rate)
+        tokens, since = self._buckets.get(key, (capacity, now))
+        tokens = min(capacity, tokens + (now - since) * self._rate)
+        if tokens < 1:
+            self._buckets[key] = (tokens, now)
+            message = f"more than {self._rate:g} requests per second with this key; try again later"
+            raise OverloadedError(message, math.ceil((1 - tokens) / self._rate), "rate_limited")
+        self._buckets[key] = (tokens - 1, now)
 
-    def _look_again(self) -> None:
-        if self._clock() - self._looked < LOOK_AGAIN_S:
+    def _reload_if_changed(self) -> None:
+        if self._clock() - self._checked_at < CHECK_INTERVAL_S:
             return
-        self._looked = self._clock()
+        self._checked_at = self._clock()
         try:
             if _stamp(self._file) != self._stamp:
                 self._keys, self._stamp = self._read()
                 self._buckets = {key: bucket for key, bucket in self._buckets.items() if key in self._keys}
-        except (OSError, ValueError) as err:  # being replaced, or wrong: those that were good stay
-            if str(err) != self._trouble:
-                logger.warning("the keys stay as they were: %s", err)
-            self._trouble = str(err)
+        except (OSError, ValueError) as err:  # being replaced, or invalid: the previous keys stay valid
+            if str(err) != self._logged_error:
+                logger.warning("the changed file of API keys is ignored, the previous keys stay valid: %s", err)
+            self._logged_error = str(err)
         else:
-            self._trouble = ""
+            self._logged_error = ""
 
     def _read(self) -> tuple[dict[bytes, str], tuple[int, ...]]:
         stamp = _stamp(self._file)
         keys: dict[bytes, str] = {}
         for number, line in enumerate(self._file.read_text("utf-8-sig").splitlines(), 1):
-            text, *remark = (part.strip() for part in _REMARK.split(line, maxsplit=1))
-            if 0 < len(text) < SHORTEST:
-                raise ValueError(f"{self._file}: line {number}: a key has at least {SHORTEST} characters")
+            text, *comment = (part.strip() for part in _COMMENT.split(line, maxsplit=1))
+            if 0 < len(text) < MIN_KEY_CHARS:
+                raise ValueError(
+                    f"{self._file}: line {number}: an API key must have at least {MIN_KEY_CHARS} characters"
+                )
             if not text.isascii():
-                raise ValueError(f"{self._file}: line {number}: a key has letters, digits and signs of ASCII alone")
+                raise ValueError(f"{self._file}: line {number}: an API key must have ASCII characters only")
             if text:
                 key = text.encode()
-                keys[key] = "".join(remark) or hashlib.sha256(key).hexdigest()[:8]
+                keys[key] = "".join(comment) or hashlib.sha256(key).hexdigest()[:8]
         if not keys:
-            raise ValueError(f"{self._file}: holds no key")
+            raise ValueError(f"{self._file}: the file has no API key; write one per line")
         return keys, stamp
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
-    """Another where the file was written or replaced, with its times kept too."""
-    found = file.stat()
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
+    """Return a value that changes when the file is written or replaced, even if its modification time is preserved."""
+    status = file.stat()
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size

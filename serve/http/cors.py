@@ -1,4 +1,4 @@
-"""Pages of other origins that may read answers (the Fetch Standard's CORS protocol). Knows nothing of what is asked."""
+"""Let web pages of other origins read responses (the CORS protocol of the Fetch Standard)."""
 
 import re
 from collections.abc import Sequence
@@ -8,28 +8,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ANY = "*"
 
-ASKED = "Authorization, Content-Encoding, Content-Type, Inference-Header-Content-Length, Traceparent, X-API-Key, X-Request-Id"
+REQUEST_HEADERS = "Authorization, Content-Encoding, Content-Type, Inference-Header-Content-Length, Traceparent, X-API-Key, X-Request-Id"
 """Header fields that a page may send."""
 
-ANSWERED = "Retry-After, Server-Timing, X-Model-Digest, X-Request-Id"
-"""Header fields of a response that a page may read, in addition to those that are always readable."""
+RESPONSE_HEADERS = "Retry-After, Server-Timing, X-Model-Digest, X-Request-Id"
+"""Header fields of a response that a page may read in addition to those that are always readable."""
 
 MAX_AGE_S = 600
-"""For a browser to remember a preflight."""
+"""Seconds for which a browser may cache a preflight response."""
 
 _ORIGIN = re.compile(r"https?://[a-z0-9._\[\]:-]+|[a-z][a-z0-9+.-]*-extension://[a-z0-9-]+")
 
 
 def is_origin(text: str) -> bool:
-    """Whether a browser may send it as its Origin: scheme, host and port in lower case, no path; or `*`, which stands for every origin."""
+    """Whether a browser may send `text` as Origin: scheme, host and port in lower case, without a path. `*` stands for every origin."""
     return text == ANY or _ORIGIN.fullmatch(text) is not None
 
 
 class Cors:
-    """ASGI middleware: adds the header fields by which a browser lets a page of one of `origins` read an answer, a refusal too.
+    """ASGI middleware that adds the CORS header fields, so that pages of `origins` can read responses, including errors.
 
-    A preflight is an OPTIONS request, which needs no key; the application answers it with the methods of the path. Keys are sent as header
-    fields, so that no credentials of a browser, such as cookies, are ever allowed.
+    A preflight is an OPTIONS request and needs no API key; the application answers it with the methods of the path. API keys are sent as
+    header fields, so the credentials of a browser, such as cookies, are never allowed.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
@@ -39,27 +39,28 @@ class Cors:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        asked = Headers(scope=scope)
+        request_headers = Headers(scope=scope)
 
-        async def shared(message: Message) -> None:
+        async def send_shared(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": list(message["headers"])}
-                self._add(MutableHeaders(scope=message), asked, scope["method"])
+                self._add(MutableHeaders(scope=message), request_headers, scope["method"])
             await send(message)
 
-        await self._app(scope, receive, shared)
+        await self._app(scope, receive, send_shared)
 
-    def _add(self, answer: MutableHeaders, asked: Headers, method: str) -> None:
-        preflight = method == "OPTIONS" and "access-control-request-method" in asked
-        if ANY not in self._origins:  # else a cache would give one origin's answer to another
-            answer.add_vary_header("Origin")
-        origin = asked.get("origin")
+    def _add(self, response: MutableHeaders, request: Headers, method: str) -> None:
+        """Add the CORS header fields to those of the response."""
+        preflight = method == "OPTIONS" and "access-control-request-method" in request
+        if ANY not in self._origins:  # without it a cache would return one origin's response to another
+            response.add_vary_header("Origin")
+        origin = request.get("origin")
         if origin is None or not self._origins & {ANY, origin}:
             return
-        answer["Access-Control-Allow-Origin"] = ANY if ANY in self._origins else origin
+        response["Access-Control-Allow-Origin"] = ANY if ANY in self._origins else origin
         if preflight:
-            answer["Access-Control-Allow-Methods"] = answer.get("Allow", "")
-            answer["Access-Control-Allow-Headers"] = ASKED
-            answer["Access-Control-Max-Age"] = str(MAX_AGE_S)
+            response["Access-Control-Allow-Methods"] = response.get("Allow", "")
+            response["Access-Control-Allow-Headers"] = REQUEST_HEADERS
+            response["Access-Control-Max-Age"] = str(MAX_AGE_S)
         else:
-            answer["Access-Control-Expose-Headers"] = ANSWERED
+            response["Access-Control-Expose-Headers"] = RESPONSE_HEADERS

@@ -1,4 +1,4 @@
-"""Every answer that is not a prediction: problem details as of RFC 9457, with a `code` for programs, and nothing of our insides."""
+"""Error responses: problem details (RFC 9457) with a `code` for programs. They reveal no internals of the server."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ MEDIA_TYPE = "application/problem+json"
 
 
 class RequestError(Exception):
-    """The client asked for something that is refused. `message` is written for the client; headers: sent with it."""
+    """The server rejects the request. message: the `detail` that the client reads; headers: sent with the response."""
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -28,12 +28,12 @@ class RequestError(Exception):
 
 
 class NotReadyError(Exception):
-    """The self-test has not passed, or the server is going down."""
+    """The self-test has not passed, or the server is shutting down."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a failure is to the client. Source of its form: RFC 9457."""
+    """The problem details that the client receives for a failure. Source: RFC 9457."""
 
     status: int
     code: str
@@ -42,34 +42,35 @@ class Problem:
 
     @property
     def content(self) -> dict[str, Any]:
-        """Its members (RFC 9457, 3.1)."""
+        """The members of the JSON document (RFC 9457, 3.1)."""
         title = HTTPStatus(self.status).phrase
         return {"type": "about:blank", "title": title, "status": self.status, "detail": self.detail, "code": self.code}
 
-    def response(self, more: dict[str, Any]) -> JSONResponse:
-        return JSONResponse(self.content | more, self.status, self.headers, media_type=MEDIA_TYPE)
+    def response(self, extra: dict[str, Any]) -> JSONResponse:
+        """Return the HTTP response. extra: additional members."""
+        return JSONResponse(self.content | extra, self.status, self.headers, media_type=MEDIA_TYPE)
 
 
-def _refused(_: Request, error: RequestError) -> Problem:
+def _rejected(_: Request, error: RequestError) -> Problem:
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else error.headers
     return Problem(error.status, error.code, error.message, headers)
 
 
 def _routing(request: Request, error: HTTPException) -> Problem:
-    """404 and 405 of the router, which knows in `Allow` the methods of one route alone."""
+    """Convert 404 and 405 of the router. Its `Allow` lists the methods of a single route, so it is replaced by those of the path."""
     status = HTTPStatus(error.status_code)
-    message, headers = f"{status.phrase}: {request.method} {request.url.path}", error.headers
+    detail, headers = f"{status.phrase}: {request.method} {request.url.path}", error.headers
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         methods = ", ".join(allowed(request.app.routes, request.scope))
-        message, headers = f"{message}; allowed are {methods}", {"Allow": methods}
-    return Problem(error.status_code, status.name.lower(), message, headers)
+        detail, headers = f"{detail}; allowed methods: {methods}", {"Allow": methods}
+    return Problem(error.status_code, status.name.lower(), detail, headers)
 
 
 def _invalid(_: Request, error: RequestValidationError) -> Problem:
-    """A query parameter of the wrong type or range; the offending name and rule, not pydantic's whole report."""
+    """Report a query parameter of the wrong type or range: its name and the broken rule, not pydantic's whole report."""
     first = error.errors()[0]
-    where = " ".join(str(part) for part in first["loc"])
-    return Problem(422, "invalid_parameter", f"{where}: {first['msg']}")
+    location = " ".join(str(part) for part in first["loc"])
+    return Problem(422, "invalid_parameter", f"{location}: {first['msg']}")
 
 
 def _overloaded(_: Request, error: OverloadedError) -> Problem:
@@ -81,13 +82,13 @@ def _not_ready(_: Request, error: NotReadyError | ClosedError) -> Problem:
 
 
 def _failed(_: Request, error: Exception) -> Problem:
-    """Our fault: the log has the traceback, the client has none of it."""
-    return Problem(500, "internal_error", "the server failed to answer this request")
+    """Report an internal error. The traceback goes to the log, not to the client."""
+    return Problem(500, "internal_error", "an internal error occurred; the server's log has the details")
 
 
 _HANDLERS: Mapping[type[Exception], Callable[[Request, Any], Problem]] = MappingProxyType(
     {
-        RequestError: _refused,
+        RequestError: _rejected,
         HTTPException: _routing,
         RequestValidationError: _invalid,
         OverloadedError: _overloaded,
@@ -99,23 +100,23 @@ _HANDLERS: Mapping[type[Exception], Callable[[Request, Any], Problem]] = Mapping
 )
 
 
-Refused = Callable[[Request, Exception], JSONResponse]
-"""The answer to a request that failed."""
+ProblemResponder = Callable[[Request, Exception], JSONResponse]
+"""Builds the error response to a request that failed with an exception."""
 
 
-def install(app: FastAPI, counted: Callable[[str, str], None]) -> Refused:
-    """Make `app` answer every failure as a problem. counted: is told the path and the code of each. Returns what makes the answers, for
-    failures that `app` does not see."""
+def install(app: FastAPI, count: Callable[[str, str], None]) -> ProblemResponder:
+    """Make `app` answer every exception with problem details. count: called with the path and the `code` of each problem. Returns the
+    function that builds the responses, for exceptions raised outside `app`."""
 
-    def refused(request: Request, error: Exception) -> JSONResponse:
-        problem_of = next(_HANDLERS[kind] for kind in type(error).__mro__ if kind in _HANDLERS)
-        problem = problem_of(request, error)
+    def respond(request: Request, error: Exception) -> JSONResponse:
+        to_problem = next(_HANDLERS[kind] for kind in type(error).__mro__ if kind in _HANDLERS)
+        problem = to_problem(request, error)
         request.state.code = problem.code  # for the access log
         path = route_path(request.scope)
-        counted(path, problem.code)
-        # The Open Inference Protocol has a word of its own for what went wrong.
+        count(path, problem.code)
+        # The Open Inference Protocol puts the error message into the member `error`.
         return problem.response({"error": problem.detail} if path.startswith("/v2") else {})
 
     for kind in _HANDLERS:
-        app.add_exception_handler(kind, refused)
-    return refused
+        app.add_exception_handler(kind, respond)
+    return respond

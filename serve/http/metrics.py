@@ -1,4 +1,4 @@
-"""What a server has done, for Prometheus. Knows nothing of HTTP's details, nor of images."""
+"""Prometheus metrics of one server."""
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
@@ -14,123 +14,148 @@ if TYPE_CHECKING:
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
-_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+_PROBABILITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own.
+    """The metrics of one server, in a separate registry.
 
-    requests by their end (`ok` or a problem's code), seconds of requests and of their stages, sizes of batches, confidences, answers by
-    label, answers to be left to a person; of a challenger how its answers ended or agreed, and their seconds; by `watch` what is in the
-    house and waits.
+    Requests by outcome (`ok` or the problem's code), durations of requests and of their stages, batch sizes, confidences, predictions by
+    label, abstentions, hot swaps, captured samples; outcomes, agreement and durations of the challenger. `watch` adds gauges.
     """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own: dict[str, Any] = {"registry": self.registry}
-        self._requests = Counter("refract_requests", "Requests for predictions by their end", ["end"], **own)
-        self._seconds = Histogram("refract_request_seconds", "Of answered requests", buckets=_SECONDS, **own)
-        self._stages = Histogram("refract_stage_seconds", "Of their stages", ["stage"], buckets=_SECONDS, **own)
-        self._batches = Histogram(
-            "refract_batch_images", "Images in a batch that was to be answered", buckets=_IMAGES, **own
+        options: dict[str, Any] = {"registry": self.registry}
+        self._requests = Counter(
+            "refract_requests", "Prediction requests by outcome: `ok` or the code of the problem", ["end"], **options
         )
-        self._confidence = Histogram("refract_confidence", "Of the likeliest label", buckets=_SHARES, **own)
-        self._labels = Counter("refract_predictions", "Images by their likeliest label", ["label"], **own)
-        self._abstained = Counter("refract_abstained", "Answers to be left to a person", **own)
-        self._swaps = Counter("refract_swaps", "Changes of the model by their end", ["end"], **own)
-        # To look a label up costs more than to count.
+        self._seconds = Histogram(
+            "refract_request_seconds", "Duration of answered requests", buckets=_SECONDS, **options
+        )
+        self._stages = Histogram(
+            "refract_stage_seconds",
+            "Duration of each stage of answered requests",
+            ["stage"],
+            buckets=_SECONDS,
+            **options,
+        )
+        self._batches = Histogram(
+            "refract_batch_images", "Images in a batch computed for requests", buckets=_IMAGES, **options
+        )
+        self._confidence = Histogram(
+            "refract_confidence", "Probability of the most probable label", buckets=_PROBABILITIES, **options
+        )
+        self._labels = Counter("refract_predictions", "Images by their most probable label", ["label"], **options)
+        self._abstained = Counter(
+            "refract_abstained", "Predictions below abstain_below, for a person to decide", **options
+        )
+        self._swaps = Counter(
+            "refract_swaps", "Hot swaps of the model by outcome: `done` or `refused`", ["end"], **options
+        )
+        # Looking up a label set costs more than counting, so the children are cached.
         self._ok, self._stage, self._label = (
             self._requests.labels("ok"),
             cache(self._stages.labels),
             cache(self._labels.labels),
         )
-        self._sampled = Counter("refract_sampled", "Images that were drawn to be kept, by their end", ["end"], **own)
-        self._challenged = Counter("refract_challenger_images", "Of the challenger by their end", ["end"], **own)
-        self._challenger_seconds = Histogram("refract_challenger_seconds", "Of its answers", buckets=_SECONDS, **own)
-        self._challenger = Gauge("refract_challenger", "1 for what challenges", ["name", "digest"], **own)
-        self._gpu = Gauge("refract_gpu", "1 for each GPU that computes", ["device", "name", "driver"], **own)
-        self._gpu_bytes = Gauge(
-            "refract_gpu_bytes", "Memory of a GPU; tensors hold `allocated`", ["device", "kind"], **own
+        self._sampled = Counter(
+            "refract_sampled", "Sampled images by outcome: `kept`, `dropped` or `failed`", ["end"], **options
         )
-        self._model = Gauge("refract_model", "1 for what is served", ["name", "digest"], **own)
+        self._challenged = Counter(
+            "refract_challenger_images", "Images of the challenger by outcome", ["end"], **options
+        )
+        self._challenger_seconds = Histogram(
+            "refract_challenger_seconds", "Duration of the challenger's predictions", buckets=_SECONDS, **options
+        )
+        self._challenger = Gauge("refract_challenger", "1 for the challenging model", ["name", "digest"], **options)
+        self._gpu = Gauge("refract_gpu", "1 for each GPU in use", ["device", "name", "driver"], **options)
+        self._gpu_bytes = Gauge(
+            "refract_gpu_bytes",
+            "GPU memory: `total`, `free`, and `allocated` by tensors",
+            ["device", "kind"],
+            **options,
+        )
+        self._model = Gauge("refract_model", "1 for the served model", ["name", "digest"], **options)
 
     def answered(self, seconds: float, stages: dict[str, float]) -> None:
-        """A request was answered."""
+        """Count an answered request. seconds: its duration; stages: the duration of each stage in seconds."""
         self._ok.inc()
         self._seconds.observe(seconds)
         for stage, value in stages.items():
             self._stage(stage).observe(value)
 
     def refused(self, code: str) -> None:
-        """A request ended in a problem."""
+        """Count a request that ended in a problem."""
         self._requests.labels(code).inc()
 
     def computed(self, images: int) -> None:
-        """A batch went through the network, for answers."""
+        """Count a batch that the network computed for requests."""
         self._batches.observe(images)
 
     def predicted(self, probabilities: np.ndarray, labels: Sequence[str], abstained: int) -> None:
-        """probabilities: N×C; abstained: how many of the N should be left to a person."""
+        """Count the predictions of a request. probabilities: N×C; abstained: the number of the N predictions that abstain."""
         for row in probabilities:
-            best = int(row.argmax())
-            self._label(labels[best]).inc()
-            self._confidence.observe(float(row[best]))
+            index = int(row.argmax())
+            self._label(labels[index]).inc()
+            self._confidence.observe(float(row[index]))
         if abstained:
             self._abstained.inc(abstained)
 
     def sampled(self, end: str) -> None:
-        """end: `kept`, `dropped` where too much waited, or `failed`."""
+        """Count a sampled image. end: `kept`, `dropped` if too many images waited, or `failed`."""
         self._sampled.labels(end).inc()
 
     def serves(self, name: str, digest: str) -> None:
-        """What is served from now on."""
+        """Set the served model."""
         self._model.clear()
         self._model.labels(name, digest[:16]).set(1)
 
     def swapped(self, end: str) -> None:
-        """end: `done` or `refused`."""
+        """Count a hot swap. end: `done` or `refused`."""
         self._swaps.labels(end).inc()
 
     def challenges(self, name: str, digest: str) -> None:
-        """What challenges it from now on."""
+        """Set the challenging model."""
         self._challenger.clear()
         self._challenger.labels(name, digest[:16]).set(1)
 
     def challenged(self, end: str, images: int, seconds: float | None = None) -> None:
-        """end: `answered` by the challenger; `agreed` or `differed`, `failed` or `skipped`, where it was asked after the answer."""
+        """Count images of the challenger. end: `answered` for a canary request; `agreed`, `differed`, `failed` or `skipped` for a shadow
+        request."""
         self._challenged.labels(end).inc(images)
         if seconds is not None:
             self._challenger_seconds.observe(seconds)
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A gauge `refract_NAME` that is read when it is asked for."""
+        """Add a gauge `refract_NAME`; `value` is called at each scrape. text: its HELP line."""
         Gauge(f"refract_{name}", text, registry=self.registry).set_function(value)
 
-    def watch_gpu(self, device: str, name: str, driver: str | None, look: "Callable[[], Sequence[Gpu]]") -> None:
-        """Gauges of one GPU's memory, which `look` reads when they are asked for."""
+    def watch_gpu(self, device: str, name: str, driver: str | None, read: "Callable[[], Sequence[Gpu]]") -> None:
+        """Add gauges of one GPU's memory; `read` is called at each scrape."""
         self._gpu.labels(device, name, driver or "").set(1)
         for kind in ("total", "free", "allocated"):
-            self._gpu_bytes.labels(device, kind).set_function(partial(_of_first, look, kind))
+            self._gpu_bytes.labels(device, kind).set_function(partial(_memory, read, kind))
 
     def listen(self, host: str, port: int) -> int:
-        """Answer Prometheus at `/metrics` on a port of its own, in a thread. Returns the port, for 0 a free one. OSError where taken."""
+        """Serve `/metrics` on a separate port, from a thread. Returns the port; 0 selects a free one. OSError if the port is taken."""
         server, _ = start_http_server(port, host, self.registry)
         server.set_app(_with_head(make_wsgi_app(self.registry)))
         return int(server.server_port)
 
 
-def _of_first(look: "Callable[[], Sequence[Gpu]]", kind: str) -> float:
-    return float(getattr(look()[0], kind))
+def _memory(read: "Callable[[], Sequence[Gpu]]", kind: str) -> float:
+    return float(getattr(read()[0], kind))
 
 
 def _with_head(app: "WSGIApplication") -> "WSGIApplication":
-    """Answer HEAD as GET, without the body: Prometheus' own application refuses it."""
+    """Answer HEAD like GET without the body; the application of `prometheus_client` rejects HEAD."""
 
     def answer(environ: dict[str, Any], start_response: "StartResponse") -> Iterable[bytes]:
         started: list[tuple[str, list[tuple[str, str]]]] = []
         head = environ["REQUEST_METHOD"] == "HEAD"
-        given = {**environ, "REQUEST_METHOD": "GET"} if head else environ
-        body = b"".join(app(given, lambda status, headers, *_: started.append((status, headers))))  # type: ignore[arg-type]
+        request = {**environ, "REQUEST_METHOD": "GET"} if head else environ
+        body = b"".join(app(request, lambda status, headers, *_: started.append((status, headers))))  # type: ignore[arg-type]
         ((status, headers),) = started
         headers = [(name, "GET, HEAD, OPTIONS" if name == "Allow" else value) for name, value in headers]
         start_response(status, [*headers, ("Content-Length", str(len(body)))])

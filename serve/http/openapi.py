@@ -1,4 +1,4 @@
-"""What `/docs` and `/openapi.json` tell beside the code's own types: forms of bodies, answers and refusals, each with an example."""
+"""Schemas and examples of `/docs` and `/openapi.json` that FastAPI cannot derive: request bodies, responses and problems."""
 
 from typing import Any
 
@@ -9,19 +9,26 @@ _RED = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGO8IyfHgA0wYRUd
 
 _FILE = {"type": "string", "format": "binary"}
 _BASE64 = {"type": "string", "format": "byte"}
-_TEXT = {"type": ["string", "null"]}
-_SEVERAL = {"type": "array", "items": {"type": ["string", "null"], "format": "byte"}}
+_TEXT_OR_NULL = {"type": ["string", "null"]}
+_BASE64_OR_NULL = {"type": ["string", "null"], "format": "byte"}
 _JSON_FORMS = [
     {"type": "object", "required": ["image"], "properties": {"image": _BASE64}},
     {"type": "object", "required": ["images"], "properties": {"images": {"type": "array", "items": _BASE64}}},
     {"type": "object", "properties": {"image": _BASE64, "text": {"type": "string"}}},
-    {"type": "object", "properties": {"images": _SEVERAL, "texts": {"type": "array", "items": _TEXT}}},
+    {
+        "type": "object",
+        "properties": {
+            "images": {"type": "array", "items": _BASE64_OR_NULL},
+            "texts": {"type": "array", "items": _TEXT_OR_NULL},
+        },
+    },
 ]
-_ENCODINGS = "It may be compressed: `Content-Encoding: gzip` or `deflate`."
+_ENCODINGS = "The body may be compressed with `Content-Encoding: gzip` or `deflate`."
 PREDICT_BODY = {
     "requestBody": {
         "required": True,
-        "description": f"An image, a form whose parts with a `filename` are images, or JSON with images in base64. {_ENCODINGS}",
+        "description": "One of: the bytes of an image file; plain text; a multipart form, where each part with a `filename` is an image; "
+        f"a JSON object with images in base64, texts, or both. {_ENCODINGS}",
         "content": {
             "image/*": {"schema": _FILE},
             "application/octet-stream": {"schema": _FILE},
@@ -56,7 +63,8 @@ _ENCODED = {"inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [1], "d
 INFER_BODY = {
     "requestBody": {
         "required": True,
-        "description": f"The JSON document, and after it the binary tensors, if any. {_ENCODINGS}",
+        "description": "The JSON document of the Open Inference Protocol. Binary tensors may follow it; then the header field "
+        f"`Inference-Header-Content-Length` states the length of the JSON document in bytes. {_ENCODINGS}",
         "content": {
             "application/json": {"schema": _INFER, "example": _ENCODED},
             "application/octet-stream": {"schema": _FILE},
@@ -64,7 +72,7 @@ INFER_BODY = {
     }
 }
 
-_ANSWER = {
+_PREDICTIONS = {
     "model": {"name": "shapes", "digest": "6f1c…"},
     "predictions": [
         {
@@ -79,17 +87,17 @@ _ANSWER = {
 }
 
 
-def _described(problem: dict[str, Any]) -> dict[str, Any]:
+def _response(problem: dict[str, Any]) -> dict[str, Any]:
     schema = {"type": "object", "required": list(problem), "properties": {key: {} for key in problem}}
     return {"description": problem["title"], "content": {MEDIA_TYPE: {"schema": schema, "example": problem}}}
 
 
 _PROBLEMS: dict[int, dict[str, Any]] = {
-    problem.status: _described(problem.content)
+    problem.status: _response(problem.content)
     for problem in (
         Problem(400, "invalid_image", "the image cannot be decoded"),
-        Problem(401, "unauthorized", "this server asks for a key: send Authorization: Bearer KEY"),
-        Problem(404, "unknown_model", "there is no model of this name; served is 'shapes'"),
+        Problem(401, "unauthorized", "this server requires an API key; send the header Authorization: Bearer KEY"),
+        Problem(404, "unknown_model", "model 'digits' is not served; this server serves 'shapes'"),
         Problem(408, "body_too_slow", "the whole body did not arrive within 30 s"),
         Problem(409, "no_model_before", "this server has no previous model to roll back to"),
         Problem(413, "body_too_large", "the body is larger than 20971520 bytes"),
@@ -103,14 +111,14 @@ _PROBLEMS: dict[int, dict[str, Any]] = {
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For a route's `responses`."""
+    """Return the `responses` of a route that fails with these HTTP statuses."""
     return {status: _PROBLEMS[status] for status in statuses}
 
 
-PREDICT_ANSWERS: dict[int | str, dict[str, Any]] = {
+PREDICT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "An answer for each image, in the order sent",
-        "content": {"application/json": {"example": _ANSWER}},
+        "description": "One prediction for each image, in the order of the request",
+        "content": {"application/json": {"example": _PREDICTIONS}},
     },
     **problems(400, 401, 408, 413, 415, 422, 429, 503, 504),
 }

@@ -1,4 +1,4 @@
-"""Traces for OpenTelemetry: a span for each request, below the caller's own where it sends `traceparent`, and in it one for each stage."""
+"""OpenTelemetry traces: a span for each request with a child span for each stage. Its parent is the client's span, from `traceparent`."""
 
 import asyncio
 import logging
@@ -18,26 +18,28 @@ _STAGE = re.compile(r"(\w+);dur=([\d.]+)")
 
 
 def provider(address: str) -> "TracerProvider":
-    """Of spans that go to a collector at `address`, as http://localhost:4318/v1/traces, in batches, from a thread of their own; where it
-    does not answer they are dropped. ModuleNotFoundError without the extra `tracing`."""
+    """Return a provider that sends spans in batches, from its own thread, to the collector at `address`, such as
+    http://localhost:4318/v1/traces. Spans are dropped while the collector is unreachable. Raises ModuleNotFoundError without the extra
+    `tracing`."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    # Of a collector that is not there it says three lines at each try.
+    # The exporter logs three lines at each attempt to reach a collector that is down.
     logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
-    made = TracerProvider(resource=Resource.create({"service.name": "refract"}), shutdown_on_exit=False)
-    made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=address)))
-    return made
+    traces = TracerProvider(resource=Resource.create({"service.name": "refract"}), shutdown_on_exit=False)
+    traces.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=address)))
+    return traces
 
 
-class Traced:
-    """ASGI middleware. The stages are those that an answer tells in `Server-Timing`, the last of which ends with it."""
+class Tracing:
+    """ASGI middleware that records a span for each request. The stages come from the response's `Server-Timing`; the last one ends with the
+    response."""
 
-    def __init__(self, app: ASGIApp, *, provider: "TracerProvider", busy: Collection[str]) -> None:
-        """busy: the paths by which spans are named; those of other paths by their method alone."""
-        self._app, self._busy, self._tracer = app, busy, provider.get_tracer("refract.serve")
+    def __init__(self, app: ASGIApp, *, provider: "TracerProvider", named_paths: Collection[str]) -> None:
+        """named_paths: paths that appear in the name of their spans; spans of other paths are named by the method only."""
+        self._app, self._named_paths, self._tracer = app, named_paths, provider.get_tracer("refract.serve")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,33 +49,34 @@ class Traced:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         parent = TraceContextTextMapPropagator().extract(Headers(scope=scope))
-        facts = {"http.request.method": scope["method"], "url.path": scope["path"]}
-        # A name for each path that strangers think of would be too many.
-        name = f"{scope['method']} {scope['path']}" if scope["path"] in self._busy else scope["method"]
-        with self._tracer.start_as_current_span(name, parent, SpanKind.SERVER, facts) as span:
+        attributes = {"http.request.method": scope["method"], "url.path": scope["path"]}
+        # Clients choose the path freely, so a name for each would be unbounded.
+        name = f"{scope['method']} {scope['path']}" if scope["path"] in self._named_paths else scope["method"]
+        with self._tracer.start_as_current_span(name, parent, SpanKind.SERVER, attributes) as span:
 
-            async def told(message: Message) -> None:
+            async def send_recorded(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     headers = Headers(raw=message["headers"])
                     span.set_attribute("http.response.status_code", message["status"])
                     span.set_attribute("refract.request_id", headers.get("x-request-id", ""))
                     if message["status"] >= 500:
                         span.set_status(StatusCode.ERROR)
-                    self._stages(headers.get("server-timing", ""))
+                    self._record_stages(headers.get("server-timing", ""))
                 await send(message)
 
-            await self._app(scope, receive, told)
+            await self._app(scope, receive, send_recorded)
 
-    def _stages(self, timing: str) -> None:
+    def _record_stages(self, timing: str) -> None:
+        """Record a span for each stage of a `Server-Timing` header; their durations there are in milliseconds."""
         stages = [(name, int(float(milliseconds) * 1e6)) for name, milliseconds in _STAGE.findall(timing)]
-        began = time.time_ns() - sum(length for _, length in stages)
-        for name, length in stages:
-            self._tracer.start_span(name, start_time=began).end(began + length)
-            began += length
+        start = time.time_ns() - sum(nanoseconds for _, nanoseconds in stages)
+        for name, nanoseconds in stages:
+            self._tracer.start_span(name, start_time=start).end(start + nanoseconds)
+            start += nanoseconds
 
 
-async def close(traces: "TracerProvider") -> None:
-    """Send what is left, for two seconds at most."""
+async def shut_down(traces: "TracerProvider") -> None:
+    """Send the remaining spans, for at most two seconds."""
     thread = threading.Thread(target=traces.shutdown, daemon=True)
     thread.start()
     await asyncio.to_thread(thread.join, 2)

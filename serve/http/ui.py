@@ -1,4 +1,4 @@
-"""The web page at `/`: one file, which fetches nothing from elsewhere and runs no script but its own."""
+"""The web page at `/`: one file that loads nothing from other hosts and runs only its own script."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ FILE = Path(__file__).with_name("page.html")
 
 
 def add_page(app: FastAPI) -> None:
-    """Answer `/`."""
+    """Add the route `/`, with a Content-Security-Policy that allows the script of the page only."""
     html = FILE.read_text("utf-8")
     headers = {
         "Content-Security-Policy": _policy(html),

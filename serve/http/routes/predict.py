@@ -1,4 +1,4 @@
-"""`POST /v1/predict`: the route that is busy. What happens behind it is the service's."""
+"""`POST /v1/predict`: the route that carries the load. It reads the request and hands it to the service."""
 
 import json
 import logging
@@ -17,8 +17,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from refract.models.prediction import confidences, prediction
 from refract.serve.http.auth import ApiKeys
 from refract.serve.http.base_path import route_path
-from refract.serve.http.errors import Refused
-from refract.serve.http.openapi import PREDICT_ANSWERS, PREDICT_BODY
+from refract.serve.http.errors import ProblemResponder
+from refract.serve.http.openapi import PREDICT_BODY, PREDICT_RESPONSES
 from refract.serve.requests.body import Bodies, unless_gone
 from refract.serve.requests.decoding import is_quick, read
 from refract.serve.runtime.service import Service
@@ -32,14 +32,15 @@ _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", "
 
 
 class _Json(JSONResponse):
-    """Starlette makes an encoder for each."""
+    """A JSON response that shares one encoder; Starlette creates an encoder for each response."""
 
     def render(self, content: Any) -> bytes:
         return _JSON.encode(content).encode()
 
 
-class Asked(BaseModel):
-    """What a request asks for beside its images; `top` as `_asked` bounds it. An unknown name is refused, as it may be misspelt."""
+class PredictOptions(BaseModel):
+    """The query parameters of `/v1/predict`. An unknown parameter is rejected, as it may be misspelt. `_options_model` sets the default
+    of `top`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,36 +49,39 @@ class Asked(BaseModel):
         None,
         ge=0,
         le=1,
-        description="Answer in `labels` those of at least this probability; for multilabel in place of the bundle's thresholds",
+        description="Add `labels` to each prediction: the labels whose probability is at least this threshold. For a multi-label model it "
+        "replaces the thresholds of the bundle.",
     )
     tta: Literal["none", "flip"] = Field(
-        "none", description="flip: the mean answer to the image and its mirror image, at twice the cost"
+        "none",
+        description="Test-time augmentation. `flip` averages the probabilities of the image and of its horizontal flip, at twice the cost.",
     )
     explain: bool = Field(
         False,
-        description="Add `explanation`, a heat map of where the image speaks for the label: a PNG in base64 of the network's size, to lay "
-        "over what the network saw. `explanation_method` names the method. Where there is no map, `explanation_problem` says why",
+        description="Add `explanation` to each prediction: a heat map of the regions that support the predicted label, as a PNG in base64. "
+        "It has the size of the network's input and covers the part of the image that the network saw. `explanation_method` names the "
+        "method. If no map can be computed, `explanation_problem` gives its `code` and `detail` instead.",
     )
 
 
-def _asked(num_classes: int) -> type[Asked]:
-    about = f"How many labels to answer, likeliest first; all {num_classes} if more are asked for"
-    top = Field(min(5, num_classes), ge=1, description=about)
-    return create_model("Asked", __base__=Asked, top=(int, top))
+def _options_model(num_classes: int) -> type[PredictOptions]:
+    description = f"How many labels each prediction lists, most probable first. A larger number than {num_classes} lists all {num_classes}."
+    top = Field(min(5, num_classes), ge=1, description=description)
+    return create_model("PredictOptions", __base__=PredictOptions, top=(int, top))
 
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-class Direct:
-    """ASGI middleware that answers one route itself. FastAPI describes it, but its way from a request to a function costs more than all
-    else of a small image's answer."""
+class DirectRoute:
+    """ASGI middleware that calls the endpoint of one route without FastAPI's routing and dependency injection. For a small image these
+    cost more than all the rest of the request. FastAPI still describes the route in `/docs`."""
 
-    def __init__(self, app: ASGIApp, path: str, endpoint: Endpoint, refused: Refused) -> None:
-        self._app, self._path, self._endpoint, self._refused = app, path, endpoint, refused
+    def __init__(self, app: ASGIApp, path: str, endpoint: Endpoint, respond: ProblemResponder) -> None:
+        self._app, self._path, self._endpoint, self._respond = app, path, endpoint, respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Starlette's routes match a path with a line feed at its end, too.
+        # Starlette's routes also match a path that ends with a line feed.
         if scope["type"] != "http" or route_path(scope).rstrip("\n") != self._path or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -85,71 +89,74 @@ class Direct:
         try:
             response = await self._endpoint(request)
         except Exception as err:
-            response = self._refused(request, err)
+            response = self._respond(request, err)
             if response.status_code == 500:
                 logger.exception("a request failed")
         await response(scope, receive, send)
 
 
 def add_predict(app: FastAPI, service: Service, bodies: Bodies, keys: ApiKeys | None, allowed: list[Any]) -> Endpoint:
-    """Describe `/v1/predict` in `app`. Returns what answers it, for `Direct`."""
-    asked_of = _asked(len(service.engine.bundle.info.labels))  # of all that it will ever serve
+    """Describe `/v1/predict` in `app`. Returns the endpoint, for `DirectRoute`."""
+    # A hot swap keeps the labels, so their number holds for every later model.
+    options_model = _options_model(len(service.engine.bundle.info.labels))
 
-    @lru_cache(maxsize=64)  # the clients of a server ask for the same
-    def asked_by(query: bytes) -> Asked:
-        return _read(asked_of, query)
+    @lru_cache(maxsize=64)  # most clients of a server send the same query string
+    def parse(query: bytes) -> PredictOptions:
+        return _parse(options_model, query)
 
-    async def predict(request: Request, asked: Any = None) -> JSONResponse:
-        began = time.monotonic()
+    async def predict(request: Request, options: Any = None) -> JSONResponse:
+        start = time.monotonic()
         if keys:
             await keys.check(request)
-        asked = asked_by(request.scope["query_string"])
+        options = parse(request.scope["query_string"])
         with service.admitted():
             body = await bodies.read(request)
             try:
-                kind = request.headers.get("content-type", "")
-                reading = partial(read, kind, body, service.limits)
-                work = Work(reading, asked.tta == "flip", asked.explain, is_quick(kind, body))
-                found = await unless_gone(request, service.predict(work))
+                content_type = request.headers.get("content-type", "")
+                reading = partial(read, content_type, body, service.limits)
+                work = Work(reading, options.tta == "flip", options.explain, is_quick(content_type, body))
+                results = await unless_gone(request, service.predict(work))
             finally:
                 bodies.release(body)
-        response = _answer(service, asked, found)
-        service.metrics.answered(time.monotonic() - began, found.seconds)
+        response = _response(service, options, results)
+        service.metrics.answered(time.monotonic() - start, results.seconds)
         return response
 
-    predict.__annotations__["asked"] = Annotated[asked_of, Query()]  # for the description
-    about: dict[str, Any] = {"summary": "Classify one or several images", "openapi_extra": PREDICT_BODY}
-    app.add_api_route(PREDICT, predict, methods=["POST"], responses=PREDICT_ANSWERS, dependencies=allowed, **about)
+    predict.__annotations__["options"] = Annotated[options_model, Query()]  # for the OpenAPI document
+    about: dict[str, Any] = {"summary": "Classify one or more images", "openapi_extra": PREDICT_BODY}
+    app.add_api_route(PREDICT, predict, methods=["POST"], responses=PREDICT_RESPONSES, dependencies=allowed, **about)
     return predict
 
 
-def _read(asked_of: type[Asked], query: bytes) -> Asked:
+def _parse(options_model: type[PredictOptions], query: bytes) -> PredictOptions:
     try:
-        return asked_of.model_validate(dict(QueryParams(query)))
+        return options_model.model_validate(dict(QueryParams(query)))
     except ValidationError as err:
-        raise RequestValidationError([_problem(row, asked_of) for row in err.errors()]) from err
+        raise RequestValidationError([_error(row, options_model) for row in err.errors()]) from err
 
 
-def _problem(row: Mapping[str, Any], asked_of: type[Asked]) -> dict[str, Any]:
+def _error(row: Mapping[str, Any], options_model: type[PredictOptions]) -> dict[str, Any]:
     unknown = row["type"] == "extra_forbidden"
-    message = f"no such parameter; known: {', '.join(asked_of.model_fields)}" if unknown else row["msg"]
+    message = f"unknown parameter; known: {', '.join(options_model.model_fields)}" if unknown else row["msg"]
     return {**row, "msg": message, "loc": ("query", *row["loc"])}
 
 
-def _answer(service: Service, asked: Asked, found: Predictions) -> JSONResponse:
-    info, digest = found.bundle.info, found.bundle.digest
-    own = info.thresholds if info.task == "multilabel" else None
-    thresholds = own if asked.threshold is None else [asked.threshold] * len(info.labels)
-    options: dict[str, Any] = {"top": asked.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
-    maps = found.explanations or [None] * len(found.probabilities)
-    cut = found.cut or [False] * len(found.probabilities)
-    sure: list[Any] = [None] * len(found.probabilities)  # of one label, that of the likeliest
+def _response(service: Service, options: PredictOptions, results: Predictions) -> JSONResponse:
+    info, digest = results.bundle.info, results.bundle.digest
+    bundle_thresholds = info.thresholds if info.task == "multilabel" else None
+    thresholds = bundle_thresholds if options.threshold is None else [options.threshold] * len(info.labels)
+    fields: dict[str, Any] = {"top": options.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
+    maps = results.explanations or [None] * len(results.probabilities)
+    cut = results.cut or [False] * len(results.probabilities)
+    # None: the confidence of a single-label prediction is the probability of its most probable label.
+    row_confidences: list[Any] = [None] * len(results.probabilities)
     if info.task == "multilabel":
-        sure = confidences(found.probabilities, info.task, info.thresholds).tolist()
+        row_confidences = confidences(results.probabilities, info.task, info.thresholds).tolist()
     predictions = [
-        prediction(row, info.labels, confidence=own_sure, explanation=heat, cut=short, **options)
-        for row, own_sure, heat, short in zip(found.probabilities, sure, maps, cut, strict=True)
+        prediction(row, info.labels, confidence=confidence, explanation=heat_map, cut=is_cut, **fields)
+        for row, confidence, heat_map, is_cut in zip(results.probabilities, row_confidences, maps, cut, strict=True)
     ]
-    service.metrics.predicted(found.probabilities, info.labels, sum(p.get("abstain", False) for p in predictions))
-    headers = {"Server-Timing": found.timing, "X-Model-Digest": digest[:16]}
+    abstained = sum(row.get("abstain", False) for row in predictions)
+    service.metrics.predicted(results.probabilities, info.labels, abstained)
+    headers = {"Server-Timing": results.timing, "X-Model-Digest": digest[:16]}
     return _Json({"model": {"name": info.name, "digest": digest}, "predictions": predictions}, headers=headers)

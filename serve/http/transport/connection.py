@@ -1,4 +1,4 @@
-"""What arrives on one connection, bounded: in bytes, in requests and in time. Knows nothing of what is asked."""
+"""Receive the requests of one connection within bounds on bytes, on requests and on time."""
 
 import asyncio
 import re
@@ -13,249 +13,265 @@ from refract.serve.http.errors import Problem
 from refract.serve.http.transport.closing import ClosingTransport
 from refract.serve.http.transport.request_head import host_is_valid, line_problem, unknown_method
 
-HEAD_S = 10
-"""For a request's head to arrive, and for a connection to begin one: who sends a byte now and then holds no connection for ever."""
+HEAD_TIMEOUT_S = 10
+"""Seconds in which the head of a request must arrive, and in which a new connection must start one. A client that sends a byte now and then
+therefore cannot hold a connection for ever."""
 
-LEAVE_S = 15
-"""For the rest of a body, from the moment when the server is asked to end."""
+BODY_SHUTDOWN_S = 15
+"""Seconds in which the rest of a body must arrive once the server shuts down."""
 
-HEAD_BYTES, FIELDS = 64 << 10, 256
-"""Of a head, from the request line to the empty line after its fields, both included. The bytes also bound what stands between the chunks
-of a body, and follows the last; there a little more may pass, as it is looked at in parts."""
+MAX_HEAD_BYTES, MAX_FIELDS = 64 << 10, 256
+"""Largest head of a request, from the request line to the empty line after the fields, both included. MAX_HEAD_BYTES also bounds the bytes
+between the chunks of a body and after the last one; there slightly more may pass, as they are checked piece by piece."""
 
-PART, TURN, PIECES = 16 << 10, 64 << 10, 1000
-"""Bytes that are taken apart at a time; and at most, or parts of bodies, before the event loop turns to others."""
+MAX_PIECE_BYTES = 16 << 10
+"""Most bytes that the parser receives at a time."""
 
-INVALID = Problem(400, "invalid_http", "this is not a request of HTTP/1.1")
+MAX_TURN_BYTES, MAX_TURN_BODY_PARTS = 64 << 10, 1000
+"""Most bytes, and most parts of bodies, that one connection parses before the event loop serves the others."""
 
-WAITING = 8
-"""Requests of one connection that wait for the answers before theirs; what is sent beyond is not taken apart meanwhile."""
+INVALID = Problem(400, "invalid_http", "the bytes received are not an HTTP/1.1 request")
 
+MAX_PIPELINED = 8
+"""Most requests of one connection that wait for earlier responses. Bytes beyond them stay unparsed until a response is complete."""
 
 _AUTHORITY = re.compile(rb"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 
 
-class _RefusedError(Exception):
-    """Nothing more is taken on this connection."""
+class _RejectedError(Exception):
+    """The connection accepts no more bytes; `problem` is its last response."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.detail)
         self.problem = problem
 
 
-def _invalid(detail: str) -> _RefusedError:
-    return _RefusedError(Problem(400, "invalid_http", detail))
+def _invalid(detail: str) -> _RejectedError:
+    return _RejectedError(Problem(400, "invalid_http", detail))
 
 
-def _too_large() -> _RefusedError:
-    message = f"a request's head has at most {HEAD_BYTES >> 10} KiB and {FIELDS} fields"
-    return _RefusedError(Problem(431, "head_too_large", message))
+def _too_large() -> _RejectedError:
+    message = f"the head of a request must have at most {MAX_HEAD_BYTES >> 10} KiB and {MAX_FIELDS} header fields"
+    return _RejectedError(Problem(431, "head_too_large", message))
 
 
 class _Flow(FlowControl):
-    """Reads no more while something that was read is not taken apart."""
+    """Flow control that does not resume reading while `blocked` returns true: bytes that were read are still unparsed."""
 
-    def __init__(self, transport: asyncio.Transport, held: Callable[[], bool]) -> None:
+    def __init__(self, transport: asyncio.Transport, blocked: Callable[[], bool]) -> None:
         super().__init__(transport)
-        self._held = held
+        self._blocked = blocked
 
     def resume_reading(self) -> None:
-        if not self._held():
+        if not self._blocked():
             super().resume_reading()
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's protocol, which by itself waits for a request's head without end, takes any number of bytes for it and of requests that
-    follow, of several that were sent at once tells only the last that its client is gone, takes the body of who would speak another
-    protocol (`Upgrade: h2c`) for a request, and closes while a body arrives whose answer is then lost."""
+    """uvicorn's protocol with bounds and fixes. Without them uvicorn
+
+    - waits for a request's head without a timeout, and accepts any number of bytes in it and of pipelined requests;
+    - reports a disconnected client only to the last of several pipelined requests;
+    - reads the body of a request with `Upgrade: h2c` as another request;
+    - closes the connection while a body arrives, which loses the response."""
 
     transport: ClosingTransport
     _timer: asyncio.TimerHandle | None = None
-    _rest = memoryview(b"")
-    """What was read and not taken apart."""
-    _bare = _pieces = _hosts = 0
-    """Bytes since a head began or ended, or a body's part or a message ended; parts of bodies in this turn; Host fields of a head."""
-    _line: bytes | None = b""
-    """The bytes of a request line that have arrived; None from its end to the end of its message."""
-    _last = b""
-    """The last three bytes of a head, or of a chunked body, that were taken apart."""
-    _left: int | None = None
-    """Bytes that a body of known length still has."""
-    _heading = _bodied = _ended = False
-    """In a head; in a body; the last that was taken apart ended a message."""
-    _refusal: bytes | None = None
-    """The last that will be said here."""
+    _unparsed = memoryview(b"")
+    """Bytes that were read but not parsed."""
+    _bare_bytes = 0
+    """Bytes outside bodies since the last start or end of a head, part of a body, or end of a message."""
+    _body_parts = 0
+    """Parts of bodies in this turn of the event loop."""
+    _host_fields = 0
+    """Host fields of the current head."""
+    _request_line: bytes | None = b""
+    """The received bytes of a request line; None from its end to the end of its message."""
+    _tail = b""
+    """The last three parsed bytes of a head or of a chunked body."""
+    _body_left: int | None = None
+    """Missing bytes of a body of known length."""
+    _in_head = _in_body = False
+    _message_ended = False
+    """Whether the last parsed bytes ended a message."""
+    _last_response: bytes | None = None
+    """The error response after which the connection closes; None while it accepts requests."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(ClosingTransport(transport, self.loop, self._sending))
-        self.flow = _Flow(self.transport, lambda: bool(self._rest) or self._refusal is not None)
+        super().connection_made(ClosingTransport(transport, self.loop, self._client_may_send))
+        self.flow = _Flow(self.transport, lambda: bool(self._unparsed) or self._last_response is not None)
         self._cycles: deque[RequestResponseCycle] = deque()
-        self._hurry()
+        self._start_timer()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             self.transport.dropped()
-        elif self._refusal is None:
-            self._rest = memoryview(bytes(self._rest) + data if self._rest else data)
-            self._go_on()
+        elif self._last_response is None:
+            self._unparsed = memoryview(bytes(self._unparsed) + data if self._unparsed else data)
+            self._parse_turn()
 
-    def _go_on(self) -> None:
-        """Take apart what was read: a part of it, where it is much or many requests wait."""
-        self._pieces = taken = 0
+    def _parse_turn(self) -> None:
+        """Parse the bytes that were read: at most those of one turn, and none while MAX_PIPELINED requests wait."""
+        self._body_parts = parsed = 0
         try:
-            while self._rest and taken < TURN and self._pieces < PIECES and len(self.pipeline) <= WAITING:
-                part = self._portion()
-                self._rest = self._rest[len(part) :]
-                taken += len(part)
-                self._bare += len(part)
-                if self._bare > HEAD_BYTES and not self._bodied:
+            while (
+                self._unparsed
+                and parsed < MAX_TURN_BYTES
+                and self._body_parts < MAX_TURN_BODY_PARTS
+                and len(self.pipeline) <= MAX_PIPELINED
+            ):
+                piece = self._next_piece()
+                self._unparsed = self._unparsed[len(piece) :]
+                parsed += len(piece)
+                self._bare_bytes += len(piece)
+                if self._bare_bytes > MAX_HEAD_BYTES and not self._in_body:
                     raise _too_large()
-                self._parse(part)
-                if self._bare > HEAD_BYTES:
+                self._parse(piece)
+                if self._bare_bytes > MAX_HEAD_BYTES:
                     raise _too_large()
-        except (httptools.HttpParserError, _RefusedError) as err:
-            self._refuse(self._problem(err))
+        except (httptools.HttpParserError, _RejectedError) as err:
+            self._reject(self._problem(err))
             return
-        if self._rest:
+        if self._unparsed:
             self.flow.pause_reading()
-            if len(self.pipeline) <= WAITING:
-                self.loop.call_soon(self._take_up)
+            if len(self.pipeline) <= MAX_PIPELINED:
+                self.loop.call_soon(self._resume_parsing)
         elif not self.pipeline and (self._idle() or len(self.cycle.body) <= HIGH_WATER_LIMIT):
             self.flow.resume_reading()
-        self._watch()
+        self._set_timers()
 
-    def _take_up(self) -> None:
-        if self._rest and not self.transport.is_closing():
-            self._go_on()
+    def _resume_parsing(self) -> None:
+        if self._unparsed and not self.transport.is_closing():
+            self._parse_turn()
 
-    def _portion(self) -> memoryview:
-        """The next bytes to take apart: no more than PART, and none beyond the end of a head or of a message, so that heads are measured
-        exactly and each request line is read."""
-        part = self._rest[:PART]
-        if self._line == b"":
-            if blank := len(part) - len(bytes(part).lstrip(b"\r\n")):  # RFC 9112, 2.2
-                return part[:blank]
-            self._bare = 0
-        if self._left:
-            return part[: self._left]
-        known = self._last + part
-        if end := known.find(b"\r\n\r\n") + 1:
-            part, self._last = part[: end + 3 - len(self._last)], b""
+    def _next_piece(self) -> memoryview:
+        """Return the next bytes to parse: at most MAX_PIECE_BYTES, and none beyond the end of a head or of a message, so that heads are
+        measured exactly and every request line is checked."""
+        piece = self._unparsed[:MAX_PIECE_BYTES]
+        if self._request_line == b"":
+            if blank := len(piece) - len(bytes(piece).lstrip(b"\r\n")):  # RFC 9112, 2.2
+                return piece[:blank]
+            self._bare_bytes = 0
+        if self._body_left:
+            return piece[: self._body_left]
+        window = self._tail + piece
+        if end := window.find(b"\r\n\r\n") + 1:
+            piece, self._tail = piece[: end + 3 - len(self._tail)], b""
         else:
-            self._last = known[-3:]
-        if self._line is not None:
-            self._read_line(bytes(part))
-        return part
+            self._tail = window[-3:]
+        if self._request_line is not None:
+            self._read_line(bytes(piece))
+        return piece
 
-    def _read_line(self, part: bytes) -> None:
-        line, ending, _ = ((self._line or b"") + part).partition(b"\n")
-        self._line = None if ending else line
+    def _read_line(self, piece: bytes) -> None:
+        line, ending, _ = ((self._request_line or b"") + piece).partition(b"\n")
+        self._request_line = None if ending else line
         if ending and (problem := line_problem(line + ending)):
-            raise _RefusedError(problem)
+            raise _RejectedError(problem)
 
     def _problem(self, err: Exception) -> Problem:
-        own = err.__context__ or err  # httptools wraps what its callbacks raise
-        if isinstance(own, _RefusedError):
-            return own.problem
+        cause = err.__context__ or err  # httptools wraps the exceptions of its callbacks
+        if isinstance(cause, _RejectedError):
+            return cause.problem
         if isinstance(err, httptools.HttpParserInvalidMethodError):
-            return unknown_method(self._line or b"") or INVALID
+            return unknown_method(self._request_line or b"") or INVALID
         return INVALID
 
     def on_message_begin(self) -> None:
-        if self._line == b"":  # a request that `_portion` does not know of
-            raise _RefusedError(INVALID)
+        if self._request_line == b"":  # a request whose line `_next_piece` did not check
+            raise _RejectedError(INVALID)
         self._unset_keepalive_if_required()
-        self._heading, self._ended, self._hosts, self._left = True, False, 0, None
+        self._in_head, self._message_ended, self._host_fields, self._body_left = True, False, 0, None
         super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._heading:  # what follows a body is passed over (RFC 9110, 6.5.1)
+        if not self._in_head:  # trailer fields after a body are ignored (RFC 9110, 6.5.1)
             return
         name, value = name.lower(), value.strip(b" \t")  # RFC 9110, 5.5
         if name == b"host":
-            self._hosts += 1
+            self._host_fields += 1
             if not host_is_valid(value):
-                raise _invalid("the Host header field is not a host, or a host and a port")
+                raise _invalid("the Host header field must be a host, with or without a port")
         elif name == b"content-length" and value.isdigit():
-            self._left = int(value.lstrip(b"0")[:20] or b"0")  # the parser refuses more digits than fit
+            self._body_left = int(value.lstrip(b"0")[:20] or b"0")  # the parser rejects values over 64 bits
         elif name == b"expect":
             self.expect_100_continue = value.lower() == b"100-continue"
         elif name == b"transfer-encoding" and value.lower() != b"chunked":
-            problem = Problem(501, "unknown_transfer_encoding", "Transfer-Encoding: chunked alone is known")
-            raise _RefusedError(problem)
+            problem = Problem(501, "unknown_transfer_encoding", "the only supported Transfer-Encoding is chunked")
+            raise _RejectedError(problem)
         self.headers.append((name, value))
-        if len(self.headers) > FIELDS:
+        if len(self.headers) > MAX_FIELDS:
             raise _too_large()
 
     def on_headers_complete(self) -> None:
-        self._heading, self._bare = False, 0
-        if self.parser.should_upgrade():  # it comes again, without the header
+        self._in_head, self._bare_bytes = False, 0
+        if self.parser.should_upgrade():  # `_parse` feeds the head again without the Upgrade field
             return
         if self.parser.get_http_version() == "1.0":
             self.expect_100_continue = False  # RFC 9110, 10.1.1
-        elif self._hosts == 0:
-            raise _invalid("a request of HTTP/1.1 has a Host header field")  # RFC 9112, 3.2
-        if self._hosts > 1:
-            raise _invalid("a request has one Host header field at most")
+        elif self._host_fields == 0:
+            raise _invalid("an HTTP/1.1 request must have a Host header field")  # RFC 9112, 3.2
+        if self._host_fields > 1:
+            raise _invalid("a request must not have more than one Host header field")
         self.url = self._target()
-        self._bodied = True
-        self._calm()
+        self._in_body = True
+        self._stop_timer()
         super().on_headers_complete()
         self._cycles.append(self.cycle)
 
     def _target(self) -> bytes:
-        """In the forms that uvicorn takes apart: of a URL what follows its host (RFC 9112, 3.2.2), and `*`."""
+        """Return the request target in a form that uvicorn parses: a path, `*`, or the part of a URL after its host (RFC 9112, 3.2.2)."""
         if self.url.startswith(b"/"):
             return self.url
         if self.url == b"*":
             if self.parser.get_method() != b"OPTIONS":
-                raise _invalid("the target * goes with OPTIONS alone")  # RFC 9112, 3.2.4
+                raise _invalid("the request target * is valid for OPTIONS only")  # RFC 9112, 3.2.4
             return self.url
         if (match := _AUTHORITY.match(self.url)) is None:
-            raise _invalid("the target of the request is not a path, which begins with /")
+            raise _invalid("the request target must be a path that starts with /")
         rest = self.url[match.end() :]
         return rest if rest.startswith(b"/") else b"/" + rest
 
     def on_body(self, body: bytes) -> None:
-        if self._left is not None:
-            self._left -= len(body)
-        self._bare = 0
-        self._pieces += 1
+        if self._body_left is not None:
+            self._body_left -= len(body)
+        self._bare_bytes = 0
+        self._body_parts += 1
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._bare = 0
+        self._bare_bytes = 0
         if not self.parser.should_upgrade():
-            self._ended, self._bodied, self._left, self._line = True, False, None, b""
+            self._message_ended, self._in_body, self._body_left, self._request_line = True, False, None, b""
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
         while self._cycles and self._cycles[0].response_complete:
-            self._cycles.popleft().body.clear()  # what of it nobody asked for
+            self._cycles.popleft().body.clear()  # bytes that the application did not read
         super().on_response_complete()
-        if self._refusal is not None:
-            self._end()
-        elif self._rest:
-            self._take_up()
-        elif not self._ended:
+        if self._last_response is not None:
+            self._close_if_answered()
+        elif self._unparsed:
+            self._resume_parsing()
+        elif not self._message_ended:
             self._unset_keepalive_if_required()
-            self._watch()
+            self._set_timers()
 
     def eof_received(self) -> None:
-        self.transport.watch()  # it is closed when all was taken
+        self.transport.watch()  # the transport closes once the client has read everything
 
     def pause_writing(self) -> None:
         super().pause_writing()
         self.transport.watch()
 
     def shutdown(self) -> None:
-        self.transport.end_soon()
+        self.transport.shorten_linger()
         super().shutdown()
-        if self._bodied:
-            self.loop.call_later(LEAVE_S, self._leave)
+        if self._in_body:
+            self.loop.call_later(BODY_SHUTDOWN_S, self._reject_late_body)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._calm()
+        self._stop_timer()
         self._unset_keepalive_if_required()
         self.transport.lost()
         for cycle in self._cycles:
@@ -263,12 +279,14 @@ class Connection(HttpToolsProtocol):
                 cycle.disconnected = True
                 cycle.message_event.set()
         self.pipeline.clear()
-        self._rest = memoryview(b"")
+        self._unparsed = memoryview(b"")
         super().connection_lost(exc)
 
     def _parse(self, data: memoryview) -> None:
-        """httptools takes all that follows a head with `Upgrade` for another protocol's. Nobody here speaks one, so the header is passed
-        over (RFC 9110, 7.8): the head goes without it into a parser of its own, and what follows after it."""
+        """Feed `data` to the parser and ignore `Upgrade` fields (RFC 9110, 7.8).
+
+        httptools assigns all bytes after a head with `Upgrade` to another protocol, and this server supports none. A new parser therefore
+        receives the head without the field, and then the bytes after it."""
         while True:
             try:
                 self.parser.feed_data(data)
@@ -287,60 +305,62 @@ class Connection(HttpToolsProtocol):
         fields = (b"%s: %s" % field for field in self.headers if field[0] != b"upgrade")
         return b"\r\n".join((first, *fields, b"", b""))
 
-    def _refuse(self, problem: Problem) -> None:
-        """Take nothing more, and say why when what was whole has its answers."""
-        answer = problem.response({})
-        fields = (*self.server_state.default_headers, *answer.raw_headers, CLOSE_HEADER)
+    def _reject(self, problem: Problem) -> None:
+        """Accept no more bytes, and send `problem` after the responses to the complete requests."""
+        response = problem.response({})
+        fields = (*self.server_state.default_headers, *response.raw_headers, CLOSE_HEADER)
         head = b"".join(b"%s: %s\r\n" % field for field in fields)
-        self._refusal = STATUS_LINE[problem.status] + head + b"\r\n" + answer.body
-        self._rest = memoryview(b"")
+        self._last_response = STATUS_LINE[problem.status] + head + b"\r\n" + response.body
+        self._unparsed = memoryview(b"")
         self.flow.pause_reading()
-        broken = self.cycle
-        if broken is not None and broken.more_body and not broken.response_complete:  # its body will not come
-            if broken.response_started:
-                self._refusal = b""
-            broken.disconnected, broken.waiting_for_100_continue = True, False
-            broken.message_event.set()
-            if self.pipeline and self.pipeline[0][0] is broken:
+        incomplete = self.cycle
+        if incomplete is not None and incomplete.more_body and not incomplete.response_complete:
+            if incomplete.response_started:
+                self._last_response = b""
+            incomplete.disconnected, incomplete.waiting_for_100_continue = True, False
+            incomplete.message_event.set()
+            if self.pipeline and self.pipeline[0][0] is incomplete:
                 self.pipeline.popleft()
-        self._end()
+        self._close_if_answered()
 
-    def _end(self) -> None:
+    def _close_if_answered(self) -> None:
         if not all(cycle.response_complete or cycle.disconnected for cycle in self._cycles):
             return
-        self.transport.write(self._refusal or b"")
+        self.transport.write(self._last_response or b"")
         self.transport.close()
 
-    def _sending(self) -> bool:
-        return self._bodied or self._refusal is not None or bool(self._rest) or self.flow.read_paused
+    def _client_may_send(self) -> bool:
+        return self._in_body or self._last_response is not None or bool(self._unparsed) or self.flow.read_paused
 
-    def _leave(self) -> None:
-        """The server waits for nothing any more."""
-        if self._bodied and not self.transport.is_closing():
-            self._refuse(Problem(503, "not_ready", "the server is going down, and the body had not arrived"))
+    def _reject_late_body(self) -> None:
+        """Reject a request whose body is still incomplete BODY_SHUTDOWN_S after the shutdown started."""
+        if self._in_body and not self.transport.is_closing():
+            self._reject(Problem(503, "not_ready", "the server is shutting down and the request body is incomplete"))
 
-    def _watch(self) -> None:
-        """Where nothing is being answered, a head must arrive soon, and the rest of a body that was refused. What arrives and is neither
-        does not put it off, nor do empty lines. Between requests a connection may rest."""
+    def _set_timers(self) -> None:
+        """Limit the time to the next head if no request is being answered.
+
+        HEAD_TIMEOUT_S bounds the arrival of a head and of the rest of a rejected body; other bytes and empty lines do not extend it.
+        Between requests the keep-alive timeout applies."""
         if not self._idle():
             return
-        if not self._ended:
-            self._hurry()
+        if not self._message_ended:
+            self._start_timer()
             return
-        self._calm()
+        self._stop_timer()
         if self.timeout_keep_alive_task is None:
             wait = self.timeout_keep_alive
             self.timeout_keep_alive_task = self.loop.call_later(wait, self.timeout_keep_alive_handler)
 
     def _idle(self) -> bool:
-        """Nothing is being answered."""
+        """Whether no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
-    def _hurry(self) -> None:
+    def _start_timer(self) -> None:
         if self._timer is None:
-            self._timer = self.loop.call_later(HEAD_S, self.transport.close)
+            self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
 
-    def _calm(self) -> None:
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
