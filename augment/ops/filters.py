@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianBlur(PixelOp):
-    """Blur with a Gaussian kernel, truncated at three standard deviations, rounded to whole pixels.
+    """Blur with a Gaussian kernel. Its radius is three standard deviations, rounded to whole pixels.
 
     sigma: standard deviation in pixels, in [0.05, 50], drawn uniformly.
     """

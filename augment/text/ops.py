@@ -123,7 +123,7 @@ class TableOp(TextOp):
 
 @dataclass(frozen=True, kw_only=True)
 class WordSubstitute(TableOp):
-    """Replace words by synonyms of a table. `share` is a fraction of the words in the table."""
+    """Replace words by synonyms of a table. `share` applies to the words of the text that have synonyms."""
 
     @classmethod
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
@@ -264,7 +264,7 @@ _LOOKALIKES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Spelling(TextOp):
-    """Replace words by misspellings from nlpaug's English list (extra `text`). `share` is a fraction of the words in the list."""
+    """Replace words by misspellings from nlpaug's English list (extra `text`). `share` applies to the words on the list."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
