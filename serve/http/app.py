@@ -24,7 +24,7 @@ from refract.serve.http.cors import Cors
 from refract.serve.http.errors import RequestError
 from refract.serve.http.methods import Methods
 from refract.serve.http.metrics import Metrics
-from refract.serve.http.openapi import problems
+from refract.serve.http.openapi import DESCRIPTION, problems
 from refract.serve.http.routes.predict import PREDICT, DirectRoute, add_predict
 from refract.serve.http.routes.v2 import add_v2
 from refract.serve.http.tracing import Tracing, shut_down
@@ -113,6 +113,7 @@ def create_app(
     app = FastAPIOffline(
         title="Refract",
         summary=f"Image classification by {engine.bundle.info.name}",
+        description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,  # behind a load balancer the server does not know its own URL
         telemetry={"tracing": False, "metrics": False, "logs": False},  # see `refract.serve.http.tracing` instead

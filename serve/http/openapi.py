@@ -24,6 +24,18 @@ _JSON_FORMS = [
     },
 ]
 _ENCODINGS = "The body may be compressed with `Content-Encoding: gzip` or `deflate`."
+DESCRIPTION = (
+    "Every error is a problem document (RFC 9457, `application/problem+json`). Its `code` is stable and meant for programs; its `detail` "
+    "says what is wrong and what is accepted. The header field `X-Request-Id` of a response identifies its line in the access log."
+)
+"""The description of the API as a whole."""
+
+PREDICT_DESCRIPTION = (
+    "Returns one prediction for each image, in the order of the request: `label`, the most probable label; `confidence`; and `top`, the "
+    "most probable labels with their probabilities. `labels` lists the labels above their thresholds, for a multi-label model or with "
+    "`threshold`. `abstain` is true if the confidence is too low and a person should decide. The response header `X-Model-Digest` "
+    "identifies the model; `Server-Timing` states the duration of each stage in milliseconds."
+)
 PREDICT_BODY = {
     "requestBody": {
         "required": True,
@@ -87,9 +99,25 @@ _PREDICTIONS = {
 }
 
 
+_MEANINGS = {
+    400: "The body, an image or the JSON document is invalid",
+    401: "The API key is missing or invalid",
+    404: "The server does not serve this model or version",
+    408: "The body did not arrive in time",
+    409: "There is no previous model to roll back to",
+    413: "The body, an image or the number of images exceeds a limit",
+    415: "The Content-Type or the Content-Encoding is not supported",
+    422: "A parameter or a member of the JSON document is invalid",
+    429: "Too many requests; `Retry-After` states how many seconds to wait",
+    503: "The self-test has not passed, or the server is shutting down",
+    504: "The request was not answered within the deadline of the server",
+}
+
+
 def _response(problem: dict[str, Any]) -> dict[str, Any]:
     schema = {"type": "object", "required": list(problem), "properties": {key: {} for key in problem}}
-    return {"description": problem["title"], "content": {MEDIA_TYPE: {"schema": schema, "example": problem}}}
+    content = {MEDIA_TYPE: {"schema": schema, "example": problem}}
+    return {"description": _MEANINGS[problem["status"]], "content": content}
 
 
 _PROBLEMS: dict[int, dict[str, Any]] = {

@@ -28,11 +28,11 @@ from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.service import Service
 
 PREPROCESS = Preprocess(height=32, width=32)
-TEMPERATURE = 0.05  # a fresh network is unsure of everything: this spreads its answers, and shows if it is forgotten
+TEMPERATURE = 0.05  # sharpens the near-uniform outputs of an untrained network, and reveals a missing division by it
 
 
 def encode_image(seed: int, *, size: tuple[int, int] = (40, 56), form: str = "JPEG") -> bytes:
-    """An encoded image of `size` (width, height): smooth colours, another for each seed."""
+    """An encoded image of `size` (width, height): smooth colours, different for each seed."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(buffer, form)
@@ -55,7 +55,7 @@ def inference_threads() -> Callable[[], list[threading.Thread]]:
 
 @pytest.fixture(scope="session")
 def make_bundle() -> Callable[..., Bundle]:
-    """Saves a bundle of an untrained lenet5. `wrong` is added to each golden answer."""
+    """Save a bundle of an untrained lenet5. wrong: added to the probabilities of each golden sample."""
 
     def make(
         path: Path,
@@ -120,13 +120,13 @@ def running(bundle: Bundle) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def other(make_bundle: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Of the same labels, with other weights."""
+    """A bundle with the same labels and other weights."""
     return make_bundle(tmp_path_factory.mktemp("other") / "shapes", seed=1)
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place of this test's own for the choices of a backend; the threads that one takes are given back."""
+    """A separate cache of backend choices. PyTorch's number of threads is restored afterwards."""
     monkeypatch.setattr(choosing, "CACHE", tmp_path / "cache")
     threads = torch.get_num_threads()
     yield tmp_path / "cache"
@@ -139,7 +139,7 @@ def served() -> Callable[[Engine, Callable[[Service], Awaitable[None]]], None]:
 
 
 def serve_engine(engine: Engine, story: Callable[[Service], Awaitable[None]]) -> None:
-    """Run a story with an open service."""
+    """Run the coroutine `story` with a started service."""
 
     async def main() -> None:
         service = Service(engine, limits=Limits(), metrics=Metrics())
@@ -154,7 +154,7 @@ def serve_engine(engine: Engine, story: Callable[[Service], Awaitable[None]]) ->
 
 @contextlib.contextmanager
 def serve_app(app: FastAPI) -> Iterator[httpx.Client]:
-    """`app` on a free port, in a thread; leaves when it has stopped gracefully."""
+    """Run `app` on a free port in a thread; yield a client, and stop gracefully."""
     ready, bound = threading.Event(), listen("127.0.0.1", 0)
     server = Server(app, on_ready=ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
@@ -169,11 +169,13 @@ def serve_app(app: FastAPI) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Connection]:
-    """The connections, as the server sees them."""
-    found: list[Connection] = []
-    begin = Connection.connection_made
+def server_connections(monkeypatch: pytest.MonkeyPatch) -> list[Connection]:
+    """The server's Connection objects, in the order of their creation."""
+    connections: list[Connection] = []
+    connection_made = Connection.connection_made
     monkeypatch.setattr(
-        Connection, "connection_made", lambda self, transport: (found.append(self), begin(self, transport))
+        Connection,
+        "connection_made",
+        lambda self, transport: (connections.append(self), connection_made(self, transport)),
     )
-    return found
+    return connections

@@ -1,4 +1,4 @@
-"""HTTP in, JSON out, on a real port."""
+"""The HTTP API on a real port: predictions, health, OpenAPI document."""
 
 import asyncio
 import base64
@@ -30,7 +30,7 @@ def client(bundle, serving):
 
 
 def confidences(answer: httpx.Response, index: int = 0) -> np.ndarray:
-    """The probabilities of one answered image, in the order of the labels."""
+    """Return the probabilities of one prediction, in the order of the labels."""
     assert answer.status_code == 200, answer.text
     by_label = {entry["label"]: entry["confidence"] for entry in answer.json()["predictions"][index]["top"]}
     return np.array([by_label[f"class {i}"] for i in range(10)], dtype=np.float32)
@@ -47,7 +47,7 @@ def test_http_engine_and_plain_classifier_agree(client, bundle, make_image, refe
         np.testing.assert_allclose(confidences(answer), expected, atol=1e-6)
 
 
-def test_every_way_to_send_an_image_answers_the_same(client, make_image):
+def test_every_form_of_body_gives_the_same_prediction(client, make_image):
     data, url = make_image(8), "/v1/predict?top=10"
     wrapped = base64.encodebytes(data).decode()
     answers = [
@@ -63,7 +63,7 @@ def test_every_way_to_send_an_image_answers_the_same(client, make_image):
         np.testing.assert_allclose(confidences(answer), confidences(answers[0]), atol=1e-6)
 
 
-def test_many_images_come_back_in_order(client, make_image):
+def test_predictions_keep_the_order_of_the_images(client, make_image):
     images = [make_image(i) for i in range(4)]
     alone = [confidences(client.post("/v1/predict?top=10", content=data)) for data in images]
     form = client.post("/v1/predict?top=10", files=[("f", ("x.jpg", data)) for data in images])
@@ -73,7 +73,7 @@ def test_many_images_come_back_in_order(client, make_image):
             np.testing.assert_allclose(confidences(answer, i), expected, atol=1e-6)
 
 
-def test_the_answer_names_model_and_top_labels(client, bundle, make_image):
+def test_the_response_names_the_model_and_the_top_labels(client, bundle, make_image):
     answer = client.post("/v1/predict?top=3", content=make_image(1)).json()
     assert answer["model"] == {"name": "shapes", "digest": bundle.digest}
     (prediction,) = answer["predictions"]
@@ -85,7 +85,7 @@ def test_the_answer_names_model_and_top_labels(client, bundle, make_image):
     assert len(client.post("/v1/predict?top=99", content=make_image(1)).json()["predictions"][0]["top"]) == 10, "all"
 
 
-def test_multilabel_answers_the_labels_over_their_thresholds(make_bundle, serving, tmp_path, make_image, reference):
+def test_multilabel_lists_the_labels_above_their_thresholds(make_bundle, serving, tmp_path, make_image, reference):
     data = make_image(5)
     plain = make_bundle(tmp_path / "plain", task="multilabel", thresholds=[0.5] * 10)
     expected = reference(plain.classifier("cpu"), data, "multilabel")
@@ -94,15 +94,15 @@ def test_multilabel_answers_the_labels_over_their_thresholds(make_bundle, servin
     with serving(create_app(served)) as client:
         (prediction,) = client.post("/v1/predict", content=data).json()["predictions"]
     assert prediction["labels"] == [f"class {i}" for i in range(10) if i % 2]
-    # The confidence of all that is said, of what is given and of what is not.
+    # The confidence covers every label of the prediction: those listed and those not.
     sure = float(np.where(np.arange(10) % 2, expected, 1 - expected).mean())
     for below, abstains in ((sure - 0.01, False), (sure + 0.01, True)):
-        told = dataclasses.replace(served, info=dataclasses.replace(served.info, abstain_below=below))
-        with serving(create_app(told)) as client:
+        changed = dataclasses.replace(served, info=dataclasses.replace(served.info, abstain_below=below))
+        with serving(create_app(changed)) as client:
             assert client.post("/v1/predict", content=data).json()["predictions"][0]["abstain"] is abstains
 
 
-def test_health_and_description(client, bundle):
+def test_health_routes_and_the_openapi_document(client, bundle):
     assert client.get("/livez").json() == {"status": "alive"}
     assert client.get("/readyz").json() == {"status": "ready", "model": "shapes"}
     model = client.get("/v1/model").json()
@@ -114,7 +114,7 @@ def test_health_and_description(client, bundle):
     assert client.get("/openapi.json").status_code == 200
 
 
-def test_the_mean_answer_to_a_image_and_its_mirror_image(make_bundle, serving, tmp_path, make_image):
+def test_tta_averages_an_image_and_its_horizontal_flip(make_bundle, serving, tmp_path, make_image):
     data = make_image(3)
     for task, thresholds in (("multiclass", ()), ("multilabel", [0.5] * 10)):
         served = make_bundle(tmp_path / task, task=task, thresholds=thresholds)
@@ -132,33 +132,33 @@ def test_the_mean_answer_to_a_image_and_its_mirror_image(make_bundle, serving, t
         assert np.abs(found - plain).max() > 1e-3
 
 
-def test_a_threshold_and_what_should_be_left_to_a_person(bundle, serving, make_image, reference):
+def test_threshold_and_abstention(bundle, serving, make_image, reference):
     data = make_image(5)
     row = reference(bundle.classifier("cpu"), data, "multiclass")
     for below, abstains in ((0.0, False), (float(row.max()) + 0.01, True), (1.0, True)):
-        told = dataclasses.replace(bundle, info=dataclasses.replace(bundle.info, abstain_below=below))
-        with serving(create_app(told)) as client:
+        changed = dataclasses.replace(bundle, info=dataclasses.replace(bundle.info, abstain_below=below))
+        with serving(create_app(changed)) as client:
             (answer,) = client.post("/v1/predict?threshold=0.1", content=data).json()["predictions"]
         assert answer["abstain"] is abstains
         assert answer["labels"] == [f"class {i}" for i in range(10) if row[i] >= 0.1]
 
 
-def test_the_answer_tells_its_stages(client, make_image, bundle):
+def test_server_timing_lists_the_stages(client, make_image, bundle):
     answer = client.post("/v1/predict", content=make_image(1))
     stages = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
     assert set(stages) == {"prepare", "queue", "compute"} and all(0 <= float(ms) < 10_000 for ms in stages.values())
     assert bundle.digest.startswith(answer.headers["x-model-digest"])
 
 
-def test_the_descriptions_example_is_answered_as_it_tells(client):
-    told = client.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]
-    answer = client.post("/v1/predict", json=told["requestBody"]["content"]["application/json"]["example"])
-    example = told["responses"]["200"]["content"]["application/json"]["example"]
+def test_the_openapi_examples_match_the_responses(client):
+    operation = client.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]
+    answer = client.post("/v1/predict", json=operation["requestBody"]["content"]["application/json"]["example"])
+    example = operation["responses"]["200"]["content"]["application/json"]["example"]
     assert answer.status_code == 200 and answer.json().keys() == example.keys()
     assert answer.json()["predictions"][0].keys() | {"abstain", "explanation", "explanation_method"} == (
         example["predictions"][0].keys()
     )
-    for status, response in told["responses"].items():
+    for status, response in operation["responses"].items():
         if status != "200":
             problem = response["content"]["application/problem+json"]["example"]
             assert problem.keys() == {"type", "title", "status", "detail", "code"} and problem["status"] == int(status)
@@ -171,13 +171,13 @@ class BrokenEngine(Engine):
         return super().compute(batch)
 
 
-def test_a_failing_engine_is_a_500_without_insides_for_that_request_only(bundle, serving, make_image):
+def test_an_engine_failure_is_a_500_without_internals_for_one_request(bundle, serving, make_image):
     with serving(create_app(BrokenEngine(bundle), max_wait_ms=0)) as client:
         failed = client.post("/v1/predict", content=black_png(32, 32))
         assert client.post("/v1/predict", content=make_image(1)).status_code == 200
     assert failed.status_code == 500
     problem = {"type": "about:blank", "title": "Internal Server Error", "status": 500, "code": "internal_error"}
-    assert failed.json() == {**problem, "detail": "the server failed to answer this request"}
+    assert failed.json() == {**problem, "detail": "an internal error occurred; the server's log has the details"}
     assert failed.headers["content-type"] == "application/problem+json"
 
 
@@ -187,7 +187,7 @@ def black_png(width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_it_is_not_ready_before_the_self_test(bundle):
+def test_the_server_is_not_ready_before_the_self_test(bundle):
     async def ask() -> tuple[httpx.Response, ...]:
         transport = httpx.ASGITransport(create_app(bundle))  # runs no lifespan
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

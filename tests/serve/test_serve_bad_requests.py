@@ -1,4 +1,4 @@
-"""Whatever strangers send: a 4xx, a JSON error that says what to change, nothing of our insides."""
+"""Untrusted input: a 4xx with a JSON problem that says what to change, without internals of the server."""
 
 import base64
 import socket
@@ -24,7 +24,7 @@ def client(bundle, serving):
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that announces `width` × `height` pixels in 60-odd bytes."""
+    """Return a PNG of about 60 bytes whose header declares `width` × `height` pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -111,7 +111,7 @@ def test_truncated_jpeg(client, make_image):
         check(client.post("/v1/predict", content=data[:end]), 400, "invalid_image")
 
 
-def test_the_unreadable_one_of_several_is_named(client, make_image):
+def test_the_error_names_the_unreadable_image_of_several(client, make_image):
     good, bad = make_image(1), b"hello, this is not an image"
     message = check(
         client.post("/v1/predict", files=[("f", ("a", data)) for data in (good, bad, good)]), 400, "invalid_image"
@@ -130,7 +130,7 @@ def test_too_many_files_and_parts(client, make_image):
     check(answer, 413, "too_many_images")
 
 
-def test_a_chunked_body_is_stopped_at_the_limit(client):
+def test_a_chunked_body_above_the_limit_is_rejected(client):
     sent = 0
 
     def chunks():
@@ -144,8 +144,8 @@ def test_a_chunked_body_is_stopped_at_the_limit(client):
     assert client.get("/livez").status_code == 200
 
 
-def test_an_announced_body_is_refused_before_it_is_sent(client):
-    """curl asks first, with Expect: 100-continue: the refusal must come before any of the body."""
+def test_a_content_length_above_the_limit_is_rejected_before_the_body(client):
+    """curl sends Expect: 100-continue: the error must arrive before any of the body is sent."""
     with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as connection:
         head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: {10**12}\r\nExpect: 100-continue\r\n\r\n"
         connection.sendall(head.encode())
@@ -155,37 +155,37 @@ def test_an_announced_body_is_refused_before_it_is_sent(client):
 @pytest.mark.parametrize("top", ["0", "-1", "x", "", "1.5"])
 def test_top_out_of_range(client, make_image, top):
     misspelt = check(client.post("/v1/predict?topk=3", content=make_image(1)), 422, "invalid_parameter")
-    assert misspelt.startswith("query topk: no such parameter; known: ") and "top" in misspelt.split("known: ")[1]
+    assert misspelt.startswith("query topk: unknown parameter; known: ") and "top" in misspelt.split("known: ")[1]
     message = check(client.post(f"/v1/predict?top={top}", content=make_image(1)), 422, "invalid_parameter")
     assert "top" in message
 
 
-def test_what_curl_sends_by_itself_is_told(client, make_image):
+def test_the_error_explains_curls_default_content_type(client, make_image):
     kind = {"content-type": "application/x-www-form-urlencoded"}
-    told = check(client.post("/v1/predict", content=make_image(1), headers=kind), 415, "unsupported_media_type")
-    assert "add -H 'Content-Type: image/jpeg'" in told
+    detail = check(client.post("/v1/predict", content=make_image(1), headers=kind), 415, "unsupported_media_type")
+    assert "add -H 'Content-Type: image/jpeg'" in detail
     assert "an empty list" in check(client.post("/v1/predict", json={"images": []}), 422, "invalid_request")
 
 
-def test_odd_paths(client, make_image):
+def test_unusual_paths(client, make_image):
     assert client.post("/v1/predict%0A", content=make_image(1)).status_code == 200
     assert "/v1/predict/" in check(client.post("/v1/predict/", content=make_image(1)), 404, "not_found")
-    assert "with --keys or --admin-keys alone" in check(client.post("/admin/rollback"), 404, "not_found")
+    assert "with --keys FILE or --admin-keys FILE" in check(client.post("/admin/rollback"), 404, "not_found")
     for probe in ("/livez", "/readyz"):
         answer = client.head(probe)
         assert (answer.status_code, answer.content) == (200, b"")
 
 
 def test_unknown_path_and_method(client):
-    told = check(client.get("/v2/nothing"), 404, "not_found")
-    assert client.get("/v2/nothing").json()["error"] == told, "as the Open Inference Protocol has it"
+    detail = check(client.get("/v2/nothing"), 404, "not_found")
+    assert client.get("/v2/nothing").json()["error"] == detail, "the member that the Open Inference Protocol defines"
     answer = client.get("/v1/predict")
     check(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == "OPTIONS, POST"
     check(client.post("/livez"), 405, "method_not_allowed")
 
 
-def test_the_pixels_of_a_request_are_limited_together(bundle, serving) -> None:
+def test_the_total_pixels_of_a_request_are_limited(bundle, serving) -> None:
     limits = Limits(max_pixels=1_000_000, max_total_pixels=1_500_000)
     files = [("file", ("a.png", png_header(1_000, 800), "image/png"))] * 2
     with serving(create_app(bundle, limits=limits)) as client:
@@ -193,7 +193,7 @@ def test_the_pixels_of_a_request_are_limited_together(bundle, serving) -> None:
     assert "1,600,000 pixels together; a request may have at most 1,500,000" in message
 
 
-def test_default_limits_refuse_what_a_server_could_not_bear(bundle, serving) -> None:
+def test_the_default_limits_reject_oversized_requests(bundle, serving) -> None:
     with serving(create_app(bundle)) as client:
         for width, height in ((10_000, 6_000), (60_000, 60_000)):
             headers = {"content-type": "image/png"}
@@ -202,7 +202,7 @@ def test_default_limits_refuse_what_a_server_could_not_bear(bundle, serving) -> 
             )
 
 
-def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(client) -> None:
+def test_a_jpeg_of_thousands_of_scans_is_rejected_at_once(client) -> None:
     data = simplejpeg.encode_jpeg(np.full((64, 64, 3), 90, np.uint8))
     bomb = data[:-2] + b"\xff\xda\x00\x02" * 500 + data[-2:]
     message = check(
@@ -211,7 +211,7 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_at_once(client) -> None:
     assert "scans" in message
 
 
-def test_half_sent_bodies_are_limited_together_and_given_back(bundle, serving) -> None:
+def test_incomplete_bodies_share_one_limit_and_are_released(bundle, serving) -> None:
     limits = Limits(max_body_bytes=100_000, max_held_bytes=250_000)
     half = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * 90_000
     good = simplejpeg.encode_jpeg(np.full((64, 64, 3), 90, np.uint8))
@@ -228,7 +228,7 @@ def test_half_sent_bodies_are_limited_together_and_given_back(bundle, serving) -
         wait_until(lambda: client.post("/v1/predict", content=good + b"\0" * 80_000).status_code == 200)
 
 
-def test_a_body_that_does_not_arrive_is_given_up(bundle, serving) -> None:
+def test_a_body_that_does_not_arrive_times_out(bundle, serving) -> None:
     with serving(create_app(bundle, limits=Limits(body_seconds=1))) as client:
         with socket.create_connection((client.base_url.host, client.base_url.port), timeout=10) as connection:
             connection.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nab")

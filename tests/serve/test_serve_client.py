@@ -1,4 +1,4 @@
-"""The client against real servers, good and bad ones."""
+"""The clients against working and failing servers."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 KEY = "open-sesame"
 
 
-def test_both_clients_get_what_the_server_answers(bundle, serving, make_image, tmp_path: Path) -> None:
+def test_both_clients_return_the_predictions_of_the_server(bundle, serving, make_image, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(KEY)
     (tmp_path / "a.jpg").write_bytes(make_image(1))
     app = create_app(bundle, keys=ApiKeys(tmp_path / "keys"))
@@ -47,12 +47,12 @@ def test_both_clients_get_what_the_server_answers(bundle, serving, make_image, t
             Client(url, key=KEY).predict([make_image(1)])
         for found in asyncio.run(ask()):
             assert found["label"] == wanted.json()["predictions"][0]["label"] and len(found["top"]) == 2
-        with Client(url) as client, pytest.raises(ServerError, match="asks for a key"):
+        with Client(url) as client, pytest.raises(ServerError, match="requires an API key"):
             client.predict([make_image(1)])
 
 
 class Busy(BaseHTTPRequestHandler):
-    """Answers 429 twice, then hangs up once, then answers; notes when it was asked."""
+    """Respond 429 twice, close the connection once, then respond 200; record the time of each request."""
 
     times: list[float] = []  # noqa: RUF012 — one test, one server
 
@@ -73,7 +73,7 @@ class Busy(BaseHTTPRequestHandler):
         pass
 
 
-def test_it_waits_as_long_as_it_is_told_and_asks_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_client_waits_for_retry_after_and_retries(caplog: pytest.LogCaptureFixture) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Busy) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with Client(f"http://127.0.0.1:{server.server_port}") as client:
@@ -81,7 +81,7 @@ def test_it_waits_as_long_as_it_is_told_and_asks_again(caplog: pytest.LogCapture
         gaps = [b - a for a, b in zip(Busy.times, Busy.times[1:], strict=False)]
         assert len(gaps) == 3 and min(gaps[:2]) >= 1.0
         assert [line.getMessage() for line in caplog.records if line.name == "refract.serve.client"] == [
-            "the server is busy (429): asked again in 1 s"
+            "the server is busy (429): next try in 1 s"
         ] * 2
         Busy.times.clear()
         with Client(f"http://127.0.0.1:{server.server_port}", tries=1) as client, pytest.raises(ServerError) as refused:
@@ -90,13 +90,13 @@ def test_it_waits_as_long_as_it_is_told_and_asks_again(caplog: pytest.LogCapture
         server.shutdown()
 
 
-def test_a_server_that_is_not_there_is_told() -> None:
-    with Client("http://127.0.0.1:9", tries=2) as client, pytest.raises(ServerError, match="does not answer"):
+def test_an_unreachable_server_is_reported() -> None:
+    with Client("http://127.0.0.1:9", tries=2) as client, pytest.raises(ServerError, match="does not respond"):
         client.predict([b"x"])
 
 
 @pytest.mark.slow
-def test_the_command_asks_a_server(bundle, serving, make_image, tmp_path: Path) -> None:
+def test_the_command_predicts_with_a_server(bundle, serving, make_image, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jpg").write_bytes(make_image(1))
     (tmp_path / "bad.jpg").write_bytes(b"no image")
@@ -113,11 +113,11 @@ def test_the_command_asks_a_server(bundle, serving, make_image, tmp_path: Path) 
         wanted = http.post("/v1/predict?top=2", content=make_image(1)).json()["predictions"][0]
         assert done.returncode == 1 and rows[0] == {"path": "in/a.jpg", **wanted}
         assert "the image" in rows[1]["error"] and "No such file" in rows[2]["error"]
-        assert done.stderr == "refract predict: 2 of 3 were not answered\n"
+        assert done.stderr == "refract predict: 2 of 3 images have no prediction\n"
         assert run("in", "--url", str(http.base_url)).stdout.startswith(f"in/a.jpg: {wanted['label']} ")
     down = run("in", "--url", "http://127.0.0.1:9")
-    assert down.returncode == 1 and "does not answer" in down.stderr and "Traceback" not in down.stderr
+    assert down.returncode == 1 and "does not respond" in down.stderr and "Traceback" not in down.stderr
     bare = run("in", "--url", "localhost:8000")
     odd = run("in", "--url", "http://localhost:9", "--key", "ключ12345")
-    assert odd.returncode == 2 and "a key has letters, digits and signs of ASCII alone" in odd.stderr
-    assert bare.returncode == 2 and "--url='localhost:8000': expected http:// or https:// before it" in bare.stderr
+    assert odd.returncode == 2 and "an API key must have ASCII characters only" in odd.stderr
+    assert bare.returncode == 2 and "--url='localhost:8000': a URL must start with http:// or https://" in bare.stderr

@@ -1,4 +1,4 @@
-"""`refract serve` as a process: what it prints, and how it ends."""
+"""`refract serve` as a process: its output, signals and exit codes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(*arguments: str, code: str = "", backend: str = "eager", **options) -> subprocess.Popen[str]:
-    """`refract serve`, or Python code that does as much."""
+    """Start `refract serve`, or Python code that runs it."""
     program = ["-c", code] if code else ["-m", "refract.serve.cli.command"]
     device = [] if "--device" in arguments else ["--device", "cpu"]
     command = [sys.executable, *program, *arguments, *device, "--backend", backend]
@@ -35,7 +35,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 @pytest.fixture
 def served(bundle):
-    """A running server and its address, read from the line that says it is ready."""
+    """A running server and its address, which its first line of output contains."""
     process = start(str(bundle.path), "--port", "0", "--max-body-mb", "0.1")
     line = process.stdout.readline()
     prefix = f"Refract serves shapes ({bundle.digest[:12]}) on "
@@ -45,7 +45,7 @@ def served(bundle):
     process.communicate()
 
 
-def test_help_is_answered_without_the_heavy_imports():
+def test_help_needs_no_heavy_imports():
     code = (
         "import sys, refract.serve.cli.command\n"
         "try: refract.serve.cli.command.main(['--help'])\n"
@@ -56,7 +56,7 @@ def test_help_is_answered_without_the_heavy_imports():
     assert done.stdout.endswith("0 []\n")
 
 
-def test_the_access_log_is_json_and_nothing_else(bundle, make_image):
+def test_standard_output_holds_the_access_log_as_json_only(bundle, make_image):
     process = start(str(bundle.path), "--port", "0", "--access-log")
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client:
@@ -69,24 +69,24 @@ def test_the_access_log_is_json_and_nothing_else(bundle, make_image):
     assert (code, err, lines[0]["id"]) == (0, "", "mine")
 
 
-def test_a_connection_is_kept_as_long_as_is_asked(bundle):
+def test_keep_alive_s_sets_the_idle_time_of_a_connection(bundle):
     process = start(str(bundle.path), "--port", "0", "--keep-alive-s", "1")
     url = httpx.URL(process.stdout.readline().rpartition(" on ")[2].strip())
     with socket.create_connection((url.host, url.port), timeout=4) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
         answer = connection.makefile(
             "rb"
-        ).read()  # until it is closed: before the 5 seconds of uvicorn's own, and the 75 of ours
+        ).read()  # until the server closes it: before uvicorn's default of 5 seconds, and our 75
         assert answer.startswith(b"HTTP/1.1 200")
     process.terminate()
     assert finish(process) == (0, "", "")
 
 
-def test_a_reader_of_the_access_log_that_stalls_holds_nobody_up(bundle):
+def test_a_stalled_reader_of_the_access_log_delays_no_request(bundle):
     process = start(str(bundle.path), "--port", "0", "--access-log")
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False, timeout=10) as client:
-        for _ in range(1200):  # a pipe takes the lines of some 400
+        for _ in range(1200):  # a pipe holds the lines of about 400 requests
             assert client.get("/livez").status_code == 200
     process.terminate()
     assert process.wait(timeout=20) == 0
@@ -95,7 +95,7 @@ def test_a_reader_of_the_access_log_that_stalls_holds_nobody_up(bundle):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_gracefully_with_what_is_in_flight_answered(served, make_image, number):
+def test_a_signal_stops_the_server_after_the_requests_in_flight(served, make_image, number):
     process, url = served
     with httpx.Client(base_url=url, trust_env=False) as client:
         assert client.get("/readyz").status_code == 200
@@ -116,7 +116,7 @@ def test_a_signal_ends_it_gracefully_with_what_is_in_flight_answered(served, mak
     assert (code, out, err) == (0, "", "")
 
 
-def test_while_it_drains_it_answers_and_says_that_it_goes(bundle, make_image):
+def test_a_draining_server_answers_and_is_not_ready(bundle, make_image):
     process = start(str(bundle.path), "--port", "0", "--drain-s", "60")
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client:
@@ -131,11 +131,13 @@ def test_while_it_drains_it_answers_and_says_that_it_goes(bundle, make_image):
         assert client.post("/v1/predict", content=make_image(1)).status_code == 200
         process.terminate()  # the second signal does not wait
     code, out, err = finish(process)
-    assert (code, out) == (0, "") and err.count("\n") == 1 and "asked to end; it answers for 60 s more" in err
+    assert (
+        (code, out) == (0, "") and err.count("\n") == 1 and "shutting down; requests are served for another 60 s" in err
+    )
 
 
-def test_a_drain_that_was_cut_short_leaves_no_timer_behind(bundle):
-    """Its timer would fire into a server that is gone."""
+def test_an_interrupted_drain_leaves_no_timer(bundle):
+    """A remaining timer would fire after the server is gone."""
     code = (
         "import sys, threading, refract.serve.cli.command\n"
         "code = refract.serve.cli.command.main(sys.argv[1:])\n"
@@ -151,8 +153,8 @@ def test_a_drain_that_was_cut_short_leaves_no_timer_behind(bundle):
     assert finish(process)[:2] == (0, "[]\n")
 
 
-def test_what_is_killed_while_it_starts_for_the_first_time_starts_again(bundle, tmp_path):
-    """At moments from the first import to the exported network; what is left over must not be taken for whole."""
+def test_a_server_killed_during_its_first_start_starts_again(bundle, tmp_path):
+    """Kill at moments from the first import to the exported network; partial files must not count as complete."""
     environment = {**os.environ, "HOME": str(tmp_path)}
     for seconds in (2, 5, 8):
         process = start(str(bundle.path), "--port", "0", backend="auto", env=environment)
@@ -164,14 +166,14 @@ def test_what_is_killed_while_it_starts_for_the_first_time_starts_again(bundle, 
     process = start(str(bundle.path), "--port", "0", backend="auto", env=environment)
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client:
-        told = client.get("/v1/model").json()["backend"]
+        backend = client.get("/v1/model").json()["backend"]
     process.terminate()
     code, _, err = finish(process)
-    assert code == 0 and told["dropped"] == {} and set(told["rates"]) >= {"eager/1", "openvino/1", "onnx/1"}, err
+    assert code == 0 and backend["dropped"] == {} and set(backend["rates"]) >= {"eager/1", "openvino/1", "onnx/1"}, err
 
 
-def test_what_is_stuck_does_not_keep_it_from_ending(bundle, make_image):
-    """A decoder that never comes back; the limits are shortened, or the test would take half a minute."""
+def test_a_stuck_request_does_not_prevent_the_exit(bundle, make_image):
+    """The decoder never returns. The limits are shortened, as the test would take half a minute."""
     code = (
         "import sys, threading, refract.serve.http.transport.server, refract.serve.requests.decoding, refract.serve.cli.command\n"
         "refract.serve.http.transport.server.GRACE_S = refract.serve.http.transport.server.STUCK_S = 1\n"
@@ -181,16 +183,16 @@ def test_what_is_stuck_does_not_keep_it_from_ending(bundle, make_image):
     process = start(str(bundle.path), "--port", "0", "--deadline-s", "100", code=code)
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client, ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(client.post, "/v1/predict", content=make_image(1), timeout=60)
+        pending = pool.submit(client.post, "/v1/predict", content=make_image(1), timeout=60)
         assert process.stdout.readline() == "stuck\n"
         process.terminate()
         code, _, err = finish(process)
-        assert code == 1 and "not everything in flight has ended" in err
-        assert asked.exception() is not None or asked.result().status_code >= 500
+        assert code == 1 and "some in-flight requests did not finish in time" in err
+        assert pending.exception() is not None or pending.result().status_code >= 500
 
 
 def wait_until_refused(url: httpx.URL) -> None:
-    """Returns once the port takes no more connections."""
+    """Return once the port refuses connections."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
@@ -201,7 +203,7 @@ def wait_until_refused(url: httpx.URL) -> None:
 
 
 def refused(*arguments: str, **options) -> str:
-    """The one line on stderr of a command that must end with code 2."""
+    """Return the one line on stderr of a command that must exit with 2."""
     code, out, err = finish(start(*arguments, **options))
     assert (code, out) == (2, ""), err
     assert err.startswith("refract serve: ")
@@ -219,18 +221,18 @@ def test_a_damaged_bundle(make_bundle, tmp_path):
     assert "weights.safetensors" in refused(str(bundle.path), "--port", "0")
 
 
-def test_a_golden_image_that_is_answered_otherwise(make_bundle, tmp_path):
+def test_a_failed_self_test(make_bundle, tmp_path):
     bundle = make_bundle(tmp_path / "b", wrong=0.01)
     assert "golden sample 00.jpg" in refused(str(bundle.path), "--port", "0")
 
 
-def test_a_port_that_is_taken(bundle):
+def test_a_taken_port(bundle):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1:{port}" in refused(str(bundle.path), "--port", str(port))
 
 
-def test_cuda_where_there_is_none(bundle):
+def test_a_missing_cuda_device_is_named(bundle):
     devices = ("cuda", "all", "cpu,cuda:1", "tpu")
     code = (
         "import sys, refract.serve.cli.command\n"
@@ -240,8 +242,8 @@ def test_cuda_where_there_is_none(bundle):
     process = start(str(bundle.path), "--port", "0", code=code, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     _, out, err = finish(process)
     assert out.split() == ["2"] * len(devices)
-    for device in devices:
-        assert f"--device {device}: this machine offers cpu to torch, and no other device" in err
+    for device, missing in zip(devices, ("cuda:0", "all", "cuda:1", "tpu"), strict=True):
+        assert f"--device {device}: device {missing!r} is not available; available: cpu" in err
 
 
 @pytest.mark.parametrize(
@@ -270,27 +272,27 @@ def test_an_option_out_of_range_is_named(options, bundle, capsys):
     assert options[0] in capsys.readouterr().err
 
 
-def test_a_signal_while_it_starts_ends_it_too():
-    """The registry that it asks for the model accepts the connection and never answers."""
+def test_a_signal_during_start_up_exits():
+    """The model registry accepts the connection and never responds."""
     with socket.create_server(("127.0.0.1", 0)) as registry:
         registry.settimeout(60)
         environment = {**os.environ, "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{registry.getsockname()[1]}"}
         process = start("models:/shapes@champion", "--port", "0", env=environment)
-        with registry.accept()[0] as asked:
+        with registry.accept()[0] as connection:
             process.terminate()
             assert process.wait(30) == 0
-            asked.settimeout(20)
-            while asked.recv(65_536):
+            connection.settimeout(20)
+            while connection.recv(65_536):
                 pass
-            assert finish(process) == (0, "", ""), "and the process that asked has ended too"
+            assert finish(process) == (0, "", ""), "and the process that connected has ended, too"
 
 
 @pytest.mark.parametrize(
     "place", ["refract.serve.cli.command._bundle", "refract.serve.runtime.engine.Engine.self_test"]
 )
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_it_starts_is_not_lost_in_what_catches_all(bundle, number, place: str):
-    """As an exception is in a library's callback from C; the second place is uvicorn's start."""
+def test_a_signal_during_start_up_is_not_lost_in_code_that_catches_everything(bundle, number, place: str):
+    """An exception in a library's callback from C would be lost; the second place is uvicorn's start."""
     code = (
         "import sys, time, refract.serve.cli.command, refract.serve.runtime.engine\n"
         "def deaf(*_):\n"
@@ -308,13 +310,13 @@ def test_a_signal_while_it_starts_is_not_lost_in_what_catches_all(bundle, number
 
 
 def caught(pid: int) -> int:
-    """The mask of the signals that a process handles itself."""
+    """Return the bit mask of the signals for which the process has handlers."""
     (mask,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
     return int(mask, 16)
 
 
-def test_a_signal_at_any_moment_of_a_first_start_ends_it(bundle, tmp_path):
-    """Imports, an export, a conversion, or the timing of backends."""
+def test_a_signal_at_any_moment_of_a_first_start_exits(bundle, tmp_path):
+    """The moments fall into imports, an export, a conversion, or the timing of backends."""
 
     def ended(seconds: float) -> tuple[int, str, float]:
         environment = {**os.environ, "HOME": str(tmp_path / str(seconds))}
@@ -335,7 +337,7 @@ def test_a_signal_at_any_moment_of_a_first_start_ends_it(bundle, tmp_path):
 
 
 def test_nothing_is_unpickled(bundle, make_image):
-    """An audit hook ends the process where a pickle asks for a class; that it would is tried first."""
+    """An audit hook exits the process when a pickle loads a class; the test first checks that the hook works."""
     code = (
         "import os, pickle, sys, refract.serve.http.app, refract.serve.cli.command, torch, pathlib\n"
         "armed = False\n"

@@ -1,4 +1,4 @@
-"""A user without a home directory or a name, as `docker run --user 12345` has."""
+"""Caches of a user without a home directory or a name (`docker run --user 12345`)."""
 
 import getpass
 import os
@@ -10,27 +10,27 @@ from pathlib import Path
 
 import pytest
 
-from refract.serve.cli.home import NOWHERE, ensure_home
+from refract.serve.cli.home import MISSING_HOME, ensure_home
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No HOME, no name, no entry in the users' database; the temporary directory."""
+    """Remove HOME, the user name and the entry in the user database. Returns the temporary directory."""
 
     def unknown(uid: int) -> None:
         raise KeyError(f"getpwuid(): uid not found: {uid}")
 
     for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
-        monkeypatch.setenv(name, "")  # so that what is set meanwhile is taken back
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it after the test
         monkeypatch.delenv(name)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
 
-def test_who_has_no_home_gets_a_private_one_that_stays(nobody: Path, caplog) -> None:
+def test_a_user_without_a_home_gets_a_private_persistent_one(nobody: Path, caplog) -> None:
     ensure_home()
     home = Path(os.environ["HOME"])
     assert home == Path.home() == nobody / f"refract-home-{os.getuid()}"
@@ -44,7 +44,7 @@ def test_who_has_no_home_gets_a_private_one_that_stays(nobody: Path, caplog) -> 
     assert Path.home() == home, "the same at the next start"
 
 
-def test_a_home_below_which_nothing_can_be_kept_is_replaced(nobody: Path, monkeypatch, caplog) -> None:
+def test_a_home_that_cannot_hold_caches_is_replaced(nobody: Path, monkeypatch, caplog) -> None:
     (nobody / "file").touch()
     monkeypatch.setenv("HOME", str(nobody / "file"))
     ensure_home()
@@ -52,13 +52,13 @@ def test_a_home_below_which_nothing_can_be_kept_is_replaced(nobody: Path, monkey
 
 
 @pytest.mark.parametrize("home", ["", "home", "home/not/there/yet"])
-def test_a_home_that_can_be_used_stays(nobody: Path, monkeypatch, caplog, home: str) -> None:
+def test_a_usable_home_is_not_replaced(nobody: Path, monkeypatch, caplog, home: str) -> None:
     monkeypatch.setenv("HOME", str(nobody / home))
     ensure_home()
     assert os.environ["HOME"] == str(nobody / home) and not caplog.text
 
 
-def test_a_name_that_somebody_else_has_taken_is_not_used(nobody: Path) -> None:
+def test_a_directory_of_another_user_is_not_used(nobody: Path) -> None:
     (nobody / "elsewhere").mkdir(mode=0o700)
     taken = nobody / f"refract-home-{os.getuid()}"
     for take in (
@@ -73,14 +73,14 @@ def test_a_name_that_somebody_else_has_taken_is_not_used(nobody: Path) -> None:
         taken.rmdir() if taken.is_dir() and not taken.is_symlink() else taken.unlink()
 
 
-def test_without_a_temporary_directory_there_are_no_caches(nobody: Path, monkeypatch, caplog) -> None:
+def test_without_a_temporary_directory_the_server_has_no_caches(nobody: Path, monkeypatch, caplog) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(nobody / "none"))
     ensure_home()
-    assert os.environ["HOME"] == NOWHERE and "runs without caches" in caplog.text
+    assert os.environ["HOME"] == MISSING_HOME and "runs without caches" in caplog.text
 
 
 @pytest.mark.slow
-def test_the_server_starts_without_a_home_and_keeps_its_choice(bundle, tmp_path: Path) -> None:
+def test_the_server_starts_without_a_home_and_caches_its_backend(bundle, tmp_path: Path) -> None:
     code = (
         "import pwd, sys\n"
         "def unknown(uid): raise KeyError(uid)\n"
@@ -96,4 +96,4 @@ def test_the_server_starts_without_a_home_and_keeps_its_choice(bundle, tmp_path:
         process.terminate()
         _, err = process.communicate(timeout=60)
     assert ready.startswith("Refract serves shapes") and process.returncode == 0, err
-    assert "caches are kept in" in err and list(tmp_path.glob("refract-home-*/.cache/refract/backends/*/kept.onnx"))
+    assert "caches are written to" in err and list(tmp_path.glob("refract-home-*/.cache/refract/backends/*/kept.onnx"))

@@ -1,4 +1,4 @@
-"""What strangers send; `python -m benchmarks.hostile` sends it again and again, watches the memory, and adds schemathesis."""
+"""Untrusted input. `python -m benchmarks.hostile` repeats it, measures the memory, and adds schemathesis."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,11 +11,11 @@ from benchmarks.hostile import tried
 from refract.serve.http.app import create_app
 
 DEADLINE_S = 30
-"""Above the server's 10, in which a machine that runs other tests may not come to decode 40 megapixels."""
+"""Longer than the server's default of 10 s, in which a loaded machine may not decode 40 megapixels."""
 
 
 @pytest.mark.slow
-def test_nothing_that_is_damaged_or_hostile_is_more_than_refused_and_odd_images_are_answered(bundle, serving) -> None:
+def test_hostile_inputs_are_rejected_and_unusual_images_are_predicted(bundle, serving) -> None:
     corpus = [*cases(), *odd_but_valid(np.random.default_rng(1))]
     assert len(corpus) > 2_000
     with serving(create_app(bundle, deadline_s=DEADLINE_S)) as client, ThreadPoolExecutor(4) as pool:

@@ -1,4 +1,4 @@
-"""What is legal and dear: large images, heat maps, and JSON of many parts."""
+"""Valid but expensive requests: large images, heat maps, and JSON of many values."""
 
 import asyncio
 import io
@@ -25,7 +25,7 @@ from refract.serve.runtime.service import LARGE, READERS, Service
 from refract.serve.runtime.work import Work
 
 
-def test_threads_tell_how_long_what_waits_for_them_will_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_estimates_its_waiting_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("refract.serve.runtime.pools.time", SimpleNamespace(monotonic=lambda: now[0]))
 
@@ -46,11 +46,13 @@ def test_threads_tell_how_long_what_waits_for_them_will_take(monkeypatch: pytest
             )
             before = threads.expected(0)
             await threads.run(0.01, lambda: takes(0.005))
-            assert before < threads.expected(0) < 1.2 * before, "little work tells little, though fifty times the pace"
+            assert before < threads.expected(0) < 1.2 * before, (
+                "a short task changes the estimate little, at fifty times the pace"
+            )
             before = threads.expected(0)
             with pytest.raises(ZeroDivisionError):
                 await threads.run(50, lambda: takes(1000) or 1 // 0)
-            assert threads.expected(0) == before, "what fails tells nothing"
+            assert threads.expected(0) == before, "a failed task does not change the estimate"
         threads.close()
 
     asyncio.run(main())
@@ -65,21 +67,19 @@ def flat() -> bytes:
 
 
 @pytest.mark.slow
-def test_large_images_are_refused_in_time_and_ordinary_ones_do_not_wait_for_them(
-    bundle, serving, make_image, flat
-) -> None:
+def test_large_images_are_rejected_early_and_do_not_delay_ordinary_ones(bundle, serving, make_image, flat) -> None:
     photo = make_image(1, size=(640, 480))
     with serving(create_app(bundle, deadline_s=100)) as client:
         began = time.monotonic()
         assert client.post("/v1/predict", content=flat, headers={"content-type": "image/png"}).status_code == 200
-    deadline = max(4, 10 * (time.monotonic() - began))  # a quarter of the forty, wherever this runs
+    deadline = max(4, 10 * (time.monotonic() - began))  # time for a quarter of the forty images, on any machine
     with serving(create_app(bundle, deadline_s=deadline)) as client, ThreadPoolExecutor(44) as pool:
         assert client.post("/v1/predict", content=flat, headers={"content-type": "image/png"}).status_code == 200
         large = [
             pool.submit(client.post, "/v1/predict", content=flat, headers={"content-type": "image/png"})
             for _ in range(40)
         ]
-        time.sleep(0.3)  # they are in the house
+        time.sleep(0.3)  # the requests are in flight
         photos = []
         for _ in range(5):
             began = time.monotonic()
@@ -92,8 +92,8 @@ def test_large_images_are_refused_in_time_and_ordinary_ones_do_not_wait_for_them
     assert {status for status, _ in photos} == {200} and max(seconds for _, seconds in photos) < deadline / 2, photos
 
 
-def test_large_requests_leave_threads_to_the_others(bundle, served) -> None:
-    """As many as there are cores are held in the decoder: a small one is answered all the same."""
+def test_large_requests_leave_threads_for_other_requests(bundle, served) -> None:
+    """As many large images as cores wait in the decoder; a small one is still answered."""
     row = np.zeros((1, 32, 32, 3), np.uint8)
     resume = threading.Event()
 
@@ -116,9 +116,7 @@ def test_large_requests_leave_threads_to_the_others(bundle, served) -> None:
 
 
 @pytest.mark.slow
-def test_heat_maps_that_could_not_be_drawn_in_time_are_refused_before_anything_is_decoded(
-    bundle, serving, make_image, monkeypatch
-) -> None:
+def test_heat_maps_beyond_the_deadline_are_rejected_before_decoding(bundle, serving, make_image, monkeypatch) -> None:
     steps = Occlusion.steps
 
     def slow(*given):
@@ -136,7 +134,7 @@ def test_heat_maps_that_could_not_be_drawn_in_time_are_refused_before_anything_i
         assert client.post("/v1/predict", content=make_image(1)).status_code == 200
 
 
-def test_bodies_are_read_on_threads_and_few_at_a_time(bundle, served) -> None:
+def test_bodies_are_parsed_on_threads_and_few_at_a_time(bundle, served) -> None:
     inside, most, names, alone = [0], [0], set(), threading.Lock()
 
     def reading() -> RequestImages:
@@ -156,7 +154,7 @@ def test_bodies_are_read_on_threads_and_few_at_a_time(bundle, served) -> None:
     served(Engine(bundle), story)
 
 
-def test_the_protocols_documents_are_read_there_too(bundle, serving, monkeypatch) -> None:
+def test_v2_documents_are_parsed_on_the_same_threads(bundle, serving, monkeypatch) -> None:
     names = []
 
     def noted(*given, **options):
@@ -175,7 +173,7 @@ def bomb(part: str, size: int = 8_000_000) -> bytes:
 
 
 @pytest.mark.parametrize("path", ["/v1/predict", "/v2/models/shapes/infer"])
-def test_documents_of_many_parts_are_refused_before_they_are_parsed(bundle, serving, path: str) -> None:
+def test_documents_of_many_values_are_rejected_before_parsing(bundle, serving, path: str) -> None:
     with serving(create_app(bundle)) as client:
         refused = client.post(path, content=bomb("{}"), headers={"content-type": "application/json"})
     assert (refused.status_code, refused.json()["code"]) == (413, "json_too_large")
@@ -183,7 +181,7 @@ def test_documents_of_many_parts_are_refused_before_they_are_parsed(bundle, serv
 
 
 @pytest.mark.parametrize("part", ["[]", "1", '""'])
-def test_lists_and_values_are_counted_too(part: str) -> None:
+def test_lists_and_values_are_counted(part: str) -> None:
     text = json.dumps({"images": ["," * 3] * 4}).encode()
     assert parsed(text, objects=1, values=3)["images"]
     with pytest.raises(Exception, match="more parts"):
@@ -192,7 +190,7 @@ def test_lists_and_values_are_counted_too(part: str) -> None:
         parsed(bomb(part, 50_000), objects=1, values=SPARE)
 
 
-def test_what_stands_in_a_text_is_no_part_of_the_document() -> None:
+def test_the_contents_of_a_string_are_not_counted() -> None:
     code = 'if (a[i] == "{") { f(a, b, c); } \\\\ \\" ' * 500
     assert parsed(json.dumps({"text": code}).encode(), objects=1, values=1) == {"text": code}
     for text in ('{"a": "\\\\", "b": [{}, {}]}', '{"a": "\\"", "b": [{}, {}]}', '{"a": 1, "b": [{}, {}]'):
@@ -202,8 +200,8 @@ def test_what_stands_in_a_text_is_no_part_of_the_document() -> None:
         parsed(bomb('"{"', 1_000_000), objects=SPARE, values=SPARE)
 
 
-def test_no_image_that_may_be_sent_as_numbers_is_refused_for_its_numbers() -> None:
-    """The most that `max_total_pixels` allows, one list a pixel."""
+def test_every_allowed_image_may_be_sent_as_numbers() -> None:
+    """The largest document that `max_total_pixels` allows, with one list per pixel."""
     shape = (3, 7, 9, 3)
     text = json.dumps({"inputs": [{"shape": shape, "data": np.ones(shape, int).tolist()}]}).encode()
     assert parsed(text, objects=SPARE, values=3 * 3 * 7 * 9 + 4)["inputs"], (

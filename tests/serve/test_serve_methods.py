@@ -1,4 +1,4 @@
-"""Methods of requests: HEAD wherever GET is answered, OPTIONS everywhere, 405 and 501 for the others; heads that are not HTTP/1.1."""
+"""Request methods: HEAD for every GET route, OPTIONS everywhere, 405 and 501 for others; heads that are not HTTP/1.1."""
 
 import re
 import socket
@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from refract.serve.http.metrics import Metrics
-from refract.serve.http.transport.connection import HEAD_BYTES
+from refract.serve.http.transport.connection import MAX_HEAD_BYTES
 
 GET = [
     "/", "/livez", "/readyz", "/v1/model", "/v1/status", "/docs", "/redoc", "/openapi.json", "/static-offline-docs/favicon.png",
@@ -18,13 +18,13 @@ LIVE = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
 def raw(client: httpx.Client, *parts: bytes) -> bytes:
-    """All that the server sends until it closes the connection, to `parts`, each of which travels alone."""
+    """Send each of `parts` separately; return all bytes that the server sends until it closes the connection."""
     with socket.create_connection((client.base_url.host, client.base_url.port), timeout=20) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             for part in parts:
                 connection.sendall(part)
-        except ConnectionError:  # refused before all was sent
+        except ConnectionError:  # rejected before everything was sent
             pass
         return connection.makefile("rb").read()
 
@@ -51,7 +51,7 @@ def test_head_has_the_headers_of_get_and_no_body(running, path: str) -> None:
     ("path", "methods"),
     [("/livez", "GET, HEAD, OPTIONS"), ("/v1/predict", "OPTIONS, POST"), ("/v2/models/shapes/infer", "OPTIONS, POST")],
 )
-def test_a_known_method_that_a_path_does_not_have(running, path: str, methods: str, method: str) -> None:
+def test_a_method_that_a_path_does_not_allow(running, path: str, methods: str, method: str) -> None:
     answer = running.request(method, path)
     if method in methods:
         assert answer.status_code == 200
@@ -65,12 +65,12 @@ def test_options_of_a_path_and_of_the_server(running) -> None:
     assert (answer.status_code, answer.headers["allow"], answer.content) == (204, "OPTIONS, POST", b"")
     assert running.options("/none").status_code == 404
     for version in (b"1.1", b"1.0"):
-        told = raw(running, b"OPTIONS * HTTP/%s\r\nHost: x\r\nConnection: close\r\n\r\n" % version)
-        assert told.startswith(b"HTTP/1.1 204 ") and b"\r\nallow: GET, HEAD, OPTIONS, POST\r\n" in told
+        response = raw(running, b"OPTIONS * HTTP/%s\r\nHost: x\r\nConnection: close\r\n\r\n" % version)
+        assert response.startswith(b"HTTP/1.1 204 ") and b"\r\nallow: GET, HEAD, OPTIONS, POST\r\n" in response
     assert raw(running, LIVE.replace(b"/livez", b"*")).startswith(b"HTTP/1.1 400 ")
 
 
-def test_curl_asks_with_head_and_options(running) -> None:
+def test_curl_sends_head_and_options(running) -> None:
     for arguments, says in (
         (["-I"], b"200"),
         (["-X", "OPTIONS", "--request-target", "*"], b"204"),
@@ -127,7 +127,7 @@ LINES = {
 
 @pytest.mark.parametrize("line", LINES)
 def test_the_request_line(running, line: bytes) -> None:
-    """Alone, in two parts, and after another request on the same connection."""
+    """The line arrives alone, in two parts, and after another request on the same connection."""
     request, status = line + b"\r\nHost: x\r\nConnection: close\r\n\r\n", LINES[line]
     assert statuses(running, request) == statuses(running, request[:3], request[3:]) == [status]
     first = b"GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -154,7 +154,7 @@ def test_the_host(running, host: bytes) -> None:
     "before", [b"", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n\r\n"], ids=["first", "second", "empty lines"]
 )
 @pytest.mark.parametrize("where", ["a field", "the target"])
-def test_a_head_of_the_whole_limit_is_accepted_and_one_byte_more_is_not(running, where: str, before: bytes) -> None:
+def test_a_head_of_the_limit_is_accepted_and_one_byte_more_is_rejected(running, where: str, before: bytes) -> None:
     def head(size: int) -> bytes:
         fill = b"b" * (size - len(LIVE) - len(b"a: \r\n" if where == "a field" else b"?"))
         return (
@@ -163,10 +163,10 @@ def test_a_head_of_the_whole_limit_is_accepted_and_one_byte_more_is_not(running,
             else LIVE.replace(b"livez", b"livez?" + fill)
         )
 
-    assert len(head(HEAD_BYTES)) == HEAD_BYTES == 64 << 10
+    assert len(head(MAX_HEAD_BYTES)) == MAX_HEAD_BYTES == 64 << 10
     earlier = [200] * before.count(b"GET")
-    for split in (HEAD_BYTES, 100, HEAD_BYTES - 2):
-        whole, large = head(HEAD_BYTES), head(HEAD_BYTES + 1)
+    for split in (MAX_HEAD_BYTES, 100, MAX_HEAD_BYTES - 2):
+        whole, large = head(MAX_HEAD_BYTES), head(MAX_HEAD_BYTES + 1)
         assert statuses(running, before + whole[:split], whole[split:]) == [*earlier, 200]
         assert statuses(running, before + large[:split], large[split:]) == [*earlier, 431]
 
@@ -177,8 +177,8 @@ def test_the_fields_of_a_head_are_counted_exactly(running) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 16_384, 70_000])
-def test_bodies_full_of_empty_lines_end_where_they_end(running, size: int) -> None:
-    """What looks like the end of a head, or like a request line, inside of a body is not one."""
+def test_a_body_of_empty_lines_is_delimited_correctly(running, size: int) -> None:
+    """Bytes inside a body that look like the end of a head, or a request line, are body."""
     body = (b"\r\n\r\nFLY / RTSP/1.0\r\n\r\n" * (size // 10 + 1))[:size]
     head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\n"
     sized = head + b"Content-Length: %d\r\n\r\n" % size + body

@@ -1,4 +1,4 @@
-"""Pages of other origins, and the server below a path of a reverse proxy."""
+"""CORS for pages of other origins, and the server below a path of a reverse proxy."""
 
 import pytest
 
@@ -63,7 +63,7 @@ def test_another_origin_is_not_allowed(shared, origin: str) -> None:
         assert not cors(answer) and answer.headers["vary"] == "Origin" and answer.status_code in (200, 204)
 
 
-def test_answers_vary_by_origin_and_allow_no_credentials(shared) -> None:
+def test_responses_vary_by_origin_and_allow_no_credentials(shared) -> None:
     for path in ("/livez", "/none", "/", "/v1/model"):
         for headers in ({}, {"Origin": ORIGIN}, PREFLIGHT):
             answer = shared.get(path, headers=headers)
@@ -107,7 +107,7 @@ def test_the_origins_of_the_command_line(capsys) -> None:
 
 
 @pytest.mark.parametrize("before", ["", PREFIX], ids=["the proxy removes it", "the proxy keeps it"])
-def test_below_a_path_everything_is_found(rooted, bundle, make_image, before: str) -> None:
+def test_every_route_is_served_below_the_prefix(rooted, bundle, make_image, before: str) -> None:
     def get(path: str):
         answer = rooted.get(before + path)
         assert answer.status_code == 200, answer.text
@@ -130,14 +130,14 @@ def test_below_a_path_everything_is_found(rooted, bundle, make_image, before: st
         assert len(client.predict([make_image(1)])) == 1
 
 
-def test_the_path_itself_leads_to_the_page(rooted) -> None:
+def test_the_prefix_redirects_to_the_page(rooted) -> None:
     answer = rooted.get(PREFIX)
     assert (answer.status_code, answer.headers["location"]) == (308, f"{PREFIX}/")
     assert rooted.get(PREFIX + "x").status_code == 404
 
 
 @pytest.mark.parametrize("prefix", ["models", "/models/", "/", "/a/../b", "/a b", "/v1", "/v2/x", "https://x/a", "//a"])
-def test_a_path_that_cannot_be_is_refused(prefix: str, capsys) -> None:
+def test_an_invalid_prefix_is_rejected(prefix: str, capsys) -> None:
     assert prefix_problem(prefix)
     with pytest.raises(SystemExit):
         parse(["x", "--root-path", prefix])

@@ -1,4 +1,4 @@
-"""What a key's rate is for."""
+"""The requests to which the rate of a key applies."""
 
 from pathlib import Path
 
@@ -8,7 +8,9 @@ from refract.serve.http.auth import ApiKeys
 PIXELS = {"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}]}
 
 
-def test_the_rate_is_for_predictions_and_the_key_for_all(bundle, serving, make_image, tmp_path: Path) -> None:
+def test_the_rate_limits_predictions_and_the_key_protects_every_route(
+    bundle, serving, make_image, tmp_path: Path
+) -> None:
     (tmp_path / "keys").write_text("some-key-1\n")
     own = {"X-API-Key": "some-key-1"}
     with serving(create_app(bundle, keys=ApiKeys(tmp_path / "keys", rate=0.01))) as client:

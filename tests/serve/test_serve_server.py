@@ -1,4 +1,4 @@
-"""What goes over a connection beside whole requests: heads without an end, headers of other protocols."""
+"""Connections with incomplete, oversized, pipelined or upgraded requests."""
 
 import asyncio
 import json
@@ -32,11 +32,11 @@ def connected(client: httpx.Client) -> socket.socket:
 
 
 def answers(client: httpx.Client, *parts: bytes) -> list[bytes]:
-    """The statuses of all answers to `parts`, sent one after the other, and to a request that closes the connection."""
+    """Send `parts` in turn and a last request that closes the connection; return the statuses of all responses."""
     with connected(client) as connection:
         for part in (*parts, b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"):
             connection.sendall(part)
-            time.sleep(0.05)  # else the parts would come as one
+            time.sleep(0.05)  # so that the parts arrive separately
         return re.findall(rb"HTTP/1\.1 (\d+)", connection.makefile("rb").read())
 
 
@@ -45,8 +45,8 @@ def post(body: bytes, fields: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("fields", [UPGRADE, b"Connection: Upgrade\r\nUpgrade: websocket\r\n"])
-def test_who_would_speak_another_protocol_is_answered_in_this_one(client, make_image, fields: bytes) -> None:
-    """As `curl --http2 --data-binary` asks. By itself httptools leaves the body out, and takes it for a request."""
+def test_an_upgrade_to_another_protocol_is_ignored(client, make_image, fields: bytes) -> None:
+    """`curl --http2 --data-binary` sends this. httptools alone skips the body and parses it as a request."""
     data, inner = make_image(1), b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
     head, odd = post(data, fields), post(inner, fields)
     assert answers(client, head + data) == answers(client, head, data) == [b"200", b"200"]
@@ -58,11 +58,11 @@ def test_who_would_speak_another_protocol_is_answered_in_this_one(client, make_i
     assert answers(client, b"GET /livez HTTP/1.1\r\n" + HOST + fields + b"\r\n") == [b"200", b"200"]
 
 
-def test_this_is_no_proxy(client) -> None:
+def test_connect_is_rejected(client) -> None:
     for target in (b"example.com:80", b"http://x/livez"):
-        asked = b"CONNECT %s HTTP/1.1\r\nHost: x\r\n\r\nGET /livez HTTP/1.1\r\nHost: x\r\n\r\n" % target
+        request = b"CONNECT %s HTTP/1.1\r\nHost: x\r\n\r\nGET /livez HTTP/1.1\r\nHost: x\r\n\r\n" % target
         with connected(client) as connection:
-            connection.sendall(asked)
+            connection.sendall(request)
             answer = connection.makefile("rb").read()
         assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1 ") == 1
 
@@ -78,11 +78,11 @@ UNFINISHED = {
 
 @pytest.mark.parametrize("trickle", [b"", b"x"], ids=["silent", "trickling"])
 @pytest.mark.parametrize("name", UNFINISHED)
-def test_what_begins_no_request_holds_no_connection(
+def test_a_connection_without_a_request_is_closed(
     client, monkeypatch: pytest.MonkeyPatch, name: str, trickle: bytes
 ) -> None:
-    """uvicorn's own limit of 5 seconds is put off by each byte."""
-    monkeypatch.setattr(connections, "HEAD_S", 1.0)
+    """Each byte extends uvicorn's own limit of 5 seconds."""
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 1.0)
     whole, rest = UNFINISHED[name]
     with connected(client) as connection:
         connection.sendall(whole)
@@ -92,9 +92,9 @@ def test_what_begins_no_request_holds_no_connection(
     assert client.get("/livez").status_code == 200
 
 
-def test_empty_lines_neither_shorten_nor_prolong_a_rest(bundle, serving, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_lines_do_not_change_the_keep_alive_time(bundle, serving, monkeypatch: pytest.MonkeyPatch) -> None:
     """RFC 9112, 2.2."""
-    monkeypatch.setattr(connections, "HEAD_S", 0.3)
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.3)
     monkeypatch.setitem(server.Server.__init__.__kwdefaults__, "keep_alive_s", 2)
     with serving(create_app(bundle)) as client, connected(client) as connection:
         connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -103,7 +103,7 @@ def test_empty_lines_neither_shorten_nor_prolong_a_rest(bundle, serving, monkeyp
 
 
 def seconds_held(connection: socket.socket, trickle: bytes) -> float:
-    """Until the server closes the connection, `trickle` being sent now and then."""
+    """Send `trickle` repeatedly until the server closes the connection; return the seconds that took."""
     began = time.monotonic()
     connection.settimeout(0.1)
     while time.monotonic() < began + 10:
@@ -120,17 +120,17 @@ def seconds_held(connection: socket.socket, trickle: bytes) -> float:
 
 
 def refused(client: httpx.Client, *parts: bytes) -> bytes:
-    """All that comes until the server closes the connection, while `parts` are sent."""
+    """Send `parts`; return all bytes that the server sends until it closes the connection."""
     with connected(client) as connection:
         try:
             for part in parts:
                 connection.sendall(part)
             return connection.makefile("rb").read()
-        except ConnectionError:  # closed before all was sent
+        except ConnectionError:  # closed before everything was sent
             return b""
 
 
-def test_heads_of_requests_that_are_none_are_refused(client) -> None:
+def test_invalid_heads_are_rejected(client) -> None:
     get, close = b"GET /livez HTTP/1.1\r\n", b"Connection: close\r\n\r\n"
     for head, status in (
         (get + close, b"400"),  # RFC 9112, 3.2
@@ -149,27 +149,27 @@ def test_heads_of_requests_that_are_none_are_refused(client) -> None:
     assert re.findall(rb"HTTP/1\.1 (\d+)", refused(client, old, b"no")) == [b"400"], "and no 100 (RFC 9110, 10.1.1)"
 
 
-def test_a_length_of_many_digits_is_read(client, make_image) -> None:
+def test_a_content_length_of_many_digits_is_parsed(client, make_image) -> None:
     data = make_image(1)
     head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %s%d\r\n\r\n"
     assert refused(client, head % (b"0" * 5000, len(data)) + data).startswith(b"HTTP/1.1 200")
 
 
-def test_a_body_that_breaks_while_it_is_waited_for_is_no_fault_of_the_server(client, caplog) -> None:
-    asked = CHUNKED.replace(b"Host", b"Expect: 100-continue\r\nHost") + b"ZZ\r\n"
-    assert re.findall(rb"HTTP/1\.1 (\d+)", refused(client, asked)) == [b"400"]
-    assert client.get("/livez").status_code == 200  # by now it was tried
+def test_a_broken_body_is_not_a_server_error(client, caplog) -> None:
+    request = CHUNKED.replace(b"Host", b"Expect: 100-continue\r\nHost") + b"ZZ\r\n"
+    assert re.findall(rb"HTTP/1\.1 (\d+)", refused(client, request)) == [b"400"]
+    assert client.get("/livez").status_code == 200  # by now the server parsed the broken body
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_a_body_in_small_parts_leaves_the_others_their_turn(client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "TURN", 1 << 30)
-    turns, resume = [], connections.Connection._go_on
-    monkeypatch.setattr(connections.Connection, "_go_on", lambda self: (turns.append(0), resume(self)))
+def test_a_body_of_small_chunks_does_not_block_the_event_loop(client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MAX_TURN_BYTES", 1 << 30)
+    turns, resume = [], connections.Connection._parse_turn
+    monkeypatch.setattr(connections.Connection, "_parse_turn", lambda self: (turns.append(0), resume(self)))
     body = b"1\r\nx\r\n" * 50_000
     closing = CHUNKED.replace(b"Host", b"Connection: close\r\nHost")
     assert refused(client, closing, body + b"0\r\n\r\n").startswith(b"HTTP/1.1 400 ")
-    assert len(turns) >= len(body) // connections.PART
+    assert len(turns) >= len(body) // connections.MAX_PIECE_BYTES
 
 
 CHUNKED = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -201,8 +201,8 @@ def test_what_follows_a_chunked_body_is_bounded(client, make_image) -> None:
     assert answers(client, CHUNKED + small) == [b"200", b"200"]
 
 
-def test_of_requests_that_are_sent_at_once_few_wait_and_none_is_kept(
-    client, made, monkeypatch: pytest.MonkeyPatch
+def test_few_pipelined_requests_wait_and_none_is_retained(
+    client, server_connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     most, end = [0], connections.Connection.on_response_complete
 
@@ -217,16 +217,16 @@ def test_of_requests_that_are_sent_at_once_few_wait_and_none_is_kept(
         while found < count:
             found += connection.recv(1 << 20).count(b"HTTP/1.1 200")
         sent.result()
-        assert most[0] <= connections.PART // len(one) + connections.WAITING + 1
+        assert most[0] <= connections.MAX_PIECE_BYTES // len(one) + connections.MAX_PIPELINED + 1
         connection.sendall(one)
         connection.recv(1000)
-        assert not made[0]._cycles
+        assert not server_connections[0]._cycles
 
 
-def test_what_is_whole_is_answered_before_the_rest_is_refused(client, make_image) -> None:
+def test_complete_requests_are_answered_before_the_rejection(client, make_image) -> None:
     data = make_image(1)
     whole = (post(data, b"") + data) * 5
-    for rest, told in (
+    for rest, status in (
         (b"\0", b"400"),
         (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 300 + b"\r\n", b"431"),
         (CHUNKED + b"no number\r\n", b"400"),
@@ -234,13 +234,15 @@ def test_what_is_whole_is_answered_before_the_rest_is_refused(client, make_image
     ):
         for before, answered in ((whole, 5), (b"", 0)):
             got = refused(client, before + rest)
-            assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200"] * answered + [told]
+            assert re.findall(rb"HTTP/1\.1 (\d+)", got) == [b"200"] * answered + [status]
             problem = got.rpartition(b"\r\n\r\n")[2]
             assert json.loads(problem)["code"] in ("invalid_http", "head_too_large"), "and none is torn"
 
 
-def test_a_refused_body_that_arrives_later_makes_no_connection_suspect(client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 0.5)
+def test_the_late_rest_of_a_rejected_body_does_not_close_the_connection(
+    client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.5)
     with connected(client) as connection:
         connection.sendall(b"POST /none HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
         assert connection.recv(1000).startswith(b"HTTP/1.1 404")
@@ -251,9 +253,11 @@ def test_a_refused_body_that_arrives_later_makes_no_connection_suspect(client, m
 
 
 @pytest.mark.parametrize("size", [1000, 70_000, 300_000, 3_000_000])
-def test_a_body_that_nobody_asks_for_is_passed_over(serving, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As that of a request which is refused after a while: what follows on the connection is answered."""
-    monkeypatch.setattr(connections, "HEAD_S", 1.0)
+def test_a_body_that_the_application_does_not_read_is_skipped(
+    serving, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request is rejected before its body arrives; later requests on the connection are answered."""
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 1.0)
 
     async def refusing(scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -270,8 +274,8 @@ def test_a_body_that_nobody_asks_for_is_passed_over(serving, size: int, monkeypa
         assert answers(client, body, body + body) == [b"429"] * 4
 
 
-def test_what_follows_a_body_is_no_header(bundle, serving, make_image, tmp_path: Path) -> None:
-    """RFC 9110, 6.5.1: something in between may look at headers alone."""
+def test_trailer_fields_are_not_headers(bundle, serving, make_image, tmp_path: Path) -> None:
+    """RFC 9110, 6.5.1: an intermediary may check headers only."""
     (tmp_path / "keys").write_text("some-key-1")
     data = make_image(1)
     with serving(create_app(bundle, keys=ApiKeys(tmp_path / "keys"))) as client:
@@ -280,7 +284,7 @@ def test_what_follows_a_body_is_no_header(bundle, serving, make_image, tmp_path:
 
 
 def test_a_body_may_take_longer_than_a_head(client, make_image, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 0.5)
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.5)
     data = make_image(1)
     with connected(client) as connection:
         connection.sendall(post(data, b"Connection: close\r\n") + data[:10])
@@ -291,8 +295,8 @@ def test_a_body_may_take_longer_than_a_head(client, make_image, monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_a_connection_is_kept_longer_than_a_balancer_keeps_it(bundle, client) -> None:
-    """uvicorn's own 5 seconds are shorter than any balancer's, and just those of httpx."""
+def test_the_keep_alive_time_exceeds_that_of_load_balancers(bundle, client) -> None:
+    """uvicorn's default of 5 seconds is shorter than that of every load balancer, and equals that of httpx."""
     with connected(client) as connection:
         for wait in (0.0, 6.5):
             time.sleep(wait)

@@ -1,4 +1,4 @@
-"""Another model, with no request lost and none answered in another's name."""
+"""Hot swaps and roll-backs: no request is lost, and each response names the model that predicted."""
 
 import asyncio
 import gc
@@ -28,7 +28,7 @@ def row_of(answer) -> np.ndarray:
     return np.array([by_label[f"class {i}"] for i in range(10)], dtype=np.float32)
 
 
-def test_swaps_under_load_lose_nothing_and_mix_nothing(
+def test_swaps_under_load_lose_no_request_and_mix_no_models(
     bundle, other, serving, make_image, reference, inference_threads
 ) -> None:
     data = make_image(5)
@@ -63,10 +63,10 @@ def test_swaps_under_load_lose_nothing_and_mix_nothing(
         stop.set()
         assert sum(future.result() for future in asking) > 30
         assert client.get("/v1/model").json()["digest"] == bundle.digest
-    assert not inference_threads(), "the old lanes' threads have ended"
+    assert not inference_threads(), "the threads of the old model workers have ended"
 
 
-def test_what_cannot_answer_is_refused_and_the_old_one_goes_on(bundle, make_bundle, served, tmp_path: Path) -> None:
+def test_an_unfit_model_is_rejected_and_the_old_one_still_serves(bundle, make_bundle, served, tmp_path: Path) -> None:
     wrong = make_bundle(tmp_path / "wrong", seed=2, wrong=0.2)
     strange = make_bundle(tmp_path / "strange", word="kind")
     several = make_bundle(tmp_path / "several", task="multilabel", thresholds=[0.5] * 10)
@@ -80,7 +80,7 @@ def test_what_cannot_answer_is_refused_and_the_old_one_goes_on(bundle, make_bund
     served(Engine(bundle), story)
 
 
-def test_a_swap_while_it_goes_down_is_none(bundle, other, inference_threads) -> None:
+def test_a_swap_during_the_shutdown_has_no_effect(bundle, other, inference_threads) -> None:
     async def main() -> None:
         service = Service(Engine(bundle), limits=Limits(), metrics=Metrics())
         await service.start()
@@ -92,7 +92,7 @@ def test_a_swap_while_it_goes_down_is_none(bundle, other, inference_threads) -> 
     assert not inference_threads()
 
 
-def test_a_person_goes_back_with_a_key(bundle, other, serving, tmp_path: Path) -> None:
+def test_roll_back_needs_a_key(bundle, other, serving, tmp_path: Path) -> None:
     with serving(create_app(bundle)) as client:
         assert client.post("/admin/rollback").status_code == 404, "nobody may without keys"
     (tmp_path / "keys").write_text("open-sesame\n")
@@ -113,7 +113,7 @@ def test_a_person_goes_back_with_a_key(bundle, other, serving, tmp_path: Path) -
         assert client.get("/v1/model", headers={"X-API-Key": "root-of-all"}).status_code == 401
 
 
-def test_two_who_go_back_at_once_come_to_the_model_before_and_to_this_one_again(bundle, other, served) -> None:
+def test_two_concurrent_roll_backs_return_to_the_same_model(bundle, other, served) -> None:
     async def story(service: Service) -> None:
         await service.swap(Engine(other))
         await asyncio.gather(service.roll_back(), service.roll_back())
@@ -124,7 +124,7 @@ def test_two_who_go_back_at_once_come_to_the_model_before_and_to_this_one_again(
     served(Engine(bundle), story)
 
 
-def test_a_version_that_is_exchanged_while_the_body_arrives_is_not_answered_by_another(bundle, other, serving) -> None:
+def test_a_version_swapped_while_the_body_arrives_does_not_answer(bundle, other, serving) -> None:
     app = create_app(bundle)
     service = app.state.service
     loops: list[asyncio.AbstractEventLoop] = []
@@ -151,8 +151,8 @@ def test_a_version_that_is_exchanged_while_the_body_arrives_is_not_answered_by_a
         assert client.post(f"/v2/models/shapes/versions/{other.digest[:16]}/infer", content=body).status_code == 200
 
 
-def test_an_engine_that_was_exchanged_is_freed_at_once(bundle, other, serving, make_image) -> None:
-    """Python's search for garbage comes seldom in a server, and passes over what was there when it began."""
+def test_a_swapped_engine_is_freed_at_once(bundle, other, serving, make_image) -> None:
+    """Garbage collection is rare in a server, and skips the objects of the start-up."""
     app = create_app(Engine(bundle), challenge=Challenge(Engine(other), share=1, answers=False))
     service = app.state.service
     gone: list[weakref.ref[Engine]] = []

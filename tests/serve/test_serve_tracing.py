@@ -1,4 +1,4 @@
-"""Traces, received by a collector on a real port."""
+"""Traces that a collector on a real port receives."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +14,7 @@ PARENT = "0af7651916cd43dd8448eb211c80319c"
 
 @pytest.fixture
 def collector():
-    """(its address, the spans that have come)"""
+    """(the address of the collector, the received spans)"""
     spans = []
 
     class Collector(BaseHTTPRequestHandler):
@@ -33,7 +33,7 @@ def collector():
         server.shutdown()
 
 
-def test_a_request_is_a_span_below_its_callers_with_its_stages(bundle, serving, make_image, collector) -> None:
+def test_a_request_is_a_child_span_of_its_client_with_its_stages(bundle, serving, make_image, collector) -> None:
     address, spans = collector
     with serving(create_app(bundle, traces=provider(address))) as client:
         headers = {"traceparent": f"00-{PARENT}-b7ad6b7169203331-01", "X-Request-Id": "mine"}
@@ -53,7 +53,7 @@ def test_a_request_is_a_span_below_its_callers_with_its_stages(bundle, serving, 
     assert second.trace_id != first.trace_id and not [s for s in spans if s.parent_span_id == second.span_id]
 
 
-def test_a_collector_that_is_not_there_does_no_harm(bundle, serving, make_image, monkeypatch) -> None:
+def test_an_unreachable_collector_does_no_harm(bundle, serving, make_image, monkeypatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     with serving(create_app(bundle, traces=provider("http://127.0.0.1:9/v1/traces"))) as client:
         assert client.post("/v1/predict", content=make_image(1)).status_code == 200

@@ -1,4 +1,4 @@
-"""The page in a real browser."""
+"""The web page in a real browser."""
 
 import re
 import shutil
@@ -29,34 +29,34 @@ def browser() -> Iterator:
 
 @pytest.fixture
 def upload(make_image, tmp_path: Path) -> Path:
-    (tmp_path / "x.jpg").write_bytes(make_image(4, size=(120, 90)))  # a part of it speaks for the label
+    (tmp_path / "x.jpg").write_bytes(make_image(4, size=(120, 90)))  # an image with a region that supports the label
     return tmp_path / "x.jpg"
 
 
 def opened(browser, client, path: str = "", **options):
-    """(a page that was loaded, what went wrong in it, whom it asked)"""
+    """(a loaded page, its errors, the URLs that it requested)"""
     page = browser.new_page(**options)
-    wrong, asked = [], []
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    errors, requested = [], []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: requested.append(request.url))
     page.goto(f"{client.base_url}{path}")
-    return page, wrong, asked
+    return page, errors, requested
 
 
-def test_a_image_is_answered_as_over_http_with_its_heat_map(browser, bundle, serving, upload) -> None:
+def test_the_page_shows_the_prediction_of_the_api_and_its_heat_map(browser, bundle, serving, upload) -> None:
     with serving(create_app(bundle)) as client:
-        page, wrong, asked = opened(browser, client)
+        page, errors, requested = opened(browser, client)
         page.wait_for_selector("#card dd")
         assert page.inner_text("h1") == "shapes" and "lenet5, 32 × 32 pixels" in page.inner_text("#card")
         page.set_input_files("#file", upload)
-        page.wait_for_selector("#answer li")
+        page.wait_for_selector("#prediction li")
         wanted = client.post("/v1/predict", content=upload.read_bytes()).json()["predictions"][0]["top"]
-        shown = [re.sub(r"\s+", " ", item.inner_text()) for item in page.query_selector_all("#answer .name")]
+        shown = [re.sub(r"\s+", " ", item.inner_text()) for item in page.query_selector_all("#prediction .name")]
         assert shown == [f"{row['label']} {100 * row['confidence']:.1f} %" for row in wanted]
         assert page.is_visible("#heat") and page.evaluate("document.getElementById('heat').naturalWidth") == 32
-        assert "Heat map: occlusion" in page.inner_text("#answer")
-        # The network sees the centre of 0.875 of the shorter side.
+        assert "Heat map: occlusion" in page.inner_text("#prediction")
+        # The network sees the centre crop: 0.875 of the shorter side.
         image, heat = (page.query_selector(name).bounding_box() for name in ("#image", "#heat"))
         side = 0.875 * min(image["width"], image["height"])
         assert abs(heat["width"] - side) < 1 and abs(heat["height"] - side) < 1
@@ -67,37 +67,37 @@ def test_a_image_is_answered_as_over_http_with_its_heat_map(browser, bundle, ser
         assert "compute" in page.inner_text("#latency")
         page.wait_for_function("document.getElementById('queue').textContent.includes('requests')")
         origin = str(client.base_url).rstrip("/")
-        assert not wrong and all(url.startswith((origin, "blob:" + origin, "data:")) for url in asked)
+        assert not errors and all(url.startswith((origin, "blob:" + origin, "data:")) for url in requested)
         page.close()
 
 
 def test_the_page_says_why_there_is_no_heat_map(browser, bundle, serving, make_image, tmp_path: Path) -> None:
     (tmp_path / "plain.jpg").write_bytes(make_image(5, size=(120, 90)))
     with serving(create_app(bundle)) as client:
-        page, wrong, _ = opened(browser, client)
+        page, errors, _ = opened(browser, client)
         page.set_input_files("#file", tmp_path / "plain.jpg")
-        page.wait_for_selector("#answer li")
-        assert "No heat map: no single region of the image supports this label." in page.inner_text("#answer")
-        assert not page.is_visible("#heat") and not page.is_visible("#overlay") and not wrong
+        page.wait_for_selector("#prediction li")
+        assert "No heat map: no single region of the image supports this label." in page.inner_text("#prediction")
+        assert not page.is_visible("#heat") and not page.is_visible("#overlay") and not errors
         page.close()
 
 
-def test_it_fits_a_phone_and_is_used_by_keyboard(browser, bundle, serving, upload) -> None:
+def test_the_page_fits_a_phone_and_works_by_keyboard(browser, bundle, serving, upload) -> None:
     with serving(create_app(bundle)) as client:
-        page, wrong, _ = opened(browser, client, viewport={"width": 360, "height": 740}, color_scheme="dark")
+        page, errors, _ = opened(browser, client, viewport={"width": 360, "height": 740}, color_scheme="dark")
         page.set_input_files("#file", upload)
-        page.wait_for_selector("#answer li")
+        page.wait_for_selector("#prediction li")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.id") == "file"
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.id") == "camera"
         unnamed = "[...document.querySelectorAll('button, input, img')].filter(e => !(e.innerText || e.alt || e.labels?.length))"
-        assert page.evaluate(f"{unnamed}.length") == 0 and not wrong
+        assert page.evaluate(f"{unnamed}.length") == 0 and not errors
         page.close()
 
 
-def test_dropped_pasted_and_camera_images_and_what_is_none(browser, bundle, serving, upload) -> None:
+def test_dropped_pasted_and_camera_images_and_other_files(browser, bundle, serving, upload) -> None:
     give = """([kind, bytes]) => {
         const data = new DataTransfer();
         data.items.add(new File([new Uint8Array(bytes)], "x.jpg", {type: "image/jpeg"}));
@@ -108,25 +108,23 @@ def test_dropped_pasted_and_camera_images_and_what_is_none(browser, bundle, serv
         page, _, _ = opened(browser, client)
         for kind in ("drop", "paste"):
             page.evaluate(give, [kind, list(upload.read_bytes())])
-            page.wait_for_selector("#answer li")
-            page.evaluate("document.getElementById('answer').replaceChildren()")
+            page.wait_for_selector("#prediction li")
+            page.evaluate("document.getElementById('prediction').replaceChildren()")
         page.click("#camera")
         page.click("#take")
-        page.wait_for_selector("#answer li")
+        page.wait_for_selector("#prediction li")
         page.evaluate(give, ["drop", list(b"no image")])
-        page.wait_for_selector("#answer .problem")
-        assert "the image" in page.inner_text("#answer")
+        page.wait_for_selector("#prediction .problem")
+        assert "the image" in page.inner_text("#prediction")
         page.close()
 
 
-def test_several_images_are_answered_one_after_the_other_and_listed(
-    browser, bundle, serving, make_image, tmp_path: Path
-) -> None:
+def test_several_images_are_predicted_in_turn_and_listed(browser, bundle, serving, make_image, tmp_path: Path) -> None:
     files = [tmp_path / f"{i}.jpg" for i in range(4)]
     for i, file in enumerate(files):
         file.write_bytes(make_image(i) if i != 2 else b"no image")
     with serving(create_app(bundle)) as client:
-        page, wrong, _ = opened(browser, client)
+        page, errors, _ = opened(browser, client)
         page.set_input_files("#file", files)
         page.wait_for_selector("#history li:nth-child(4)")
         shown = [re.sub(r"\s+", " ", item.inner_text()) for item in page.query_selector_all("#history li")][::-1]
@@ -134,29 +132,29 @@ def test_several_images_are_answered_one_after_the_other_and_listed(
             best = client.post("/v1/predict", content=make_image(i)).json()["predictions"][0]
             assert shown[i] == f"{i}.jpg {best['label']} {100 * best['confidence']:.1f} %"
         assert shown[2].startswith("2.jpg the image")
-        assert [text for text in wrong if "400" not in text] == []
+        assert [text for text in errors if "400" not in text] == []
         page.close()
 
 
-def test_a_key_is_asked_for(browser, bundle, serving, upload, tmp_path: Path) -> None:
+def test_the_page_asks_for_an_api_key(browser, bundle, serving, upload, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("open-sesame\n")
     with serving(create_app(bundle, keys=ApiKeys(tmp_path / "keys"))) as client:
         page, _, _ = opened(browser, client)
-        page.wait_for_selector("text=This server asks for a key: type it above.")
+        page.wait_for_selector("text=This server requires an API key: enter it above.")
         page.set_input_files("#file", upload)
-        page.fill("#secret", "wrong")
+        page.fill("#api-key", "wrong")
         page.keyboard.press("Enter")
-        page.wait_for_selector("text=This key is not known here.")
-        page.fill("#secret", "open-sesame")
+        page.wait_for_selector("text=The server rejects this API key.")
+        page.fill("#api-key", "open-sesame")
         page.keyboard.press("Enter")
         page.wait_for_selector("#card dd", state="attached")
-        page.wait_for_selector("#answer li")  # the image that waited
+        page.wait_for_selector("#prediction li")  # the waiting image was sent again
         page.close()
 
 
 @pytest.mark.slow
-def test_the_description_needs_no_other_server(browser, bundle, serving) -> None:
+def test_the_api_documentation_needs_no_other_host(browser, bundle, serving) -> None:
     with serving(create_app(bundle)) as client:
-        page, wrong, asked = opened(browser, client, "/docs")
-        page.wait_for_selector("text=Classify one or several images")
-        assert not wrong and all(url.startswith((str(client.base_url), "data:")) for url in asked)
+        page, errors, requested = opened(browser, client, "/docs")
+        page.wait_for_selector("text=Classify one or more images")
+        assert not errors and all(url.startswith((str(client.base_url), "data:")) for url in requested)

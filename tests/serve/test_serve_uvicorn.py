@@ -1,5 +1,5 @@
-"""What `serve/http/transport/connection.py` and `serve/http/transport/server.py` rely on inside of uvicorn and
-httptools, which a new version may change silently."""
+"""Internals of uvicorn and httptools on which `serve/http/transport/connection.py` and `serve/http/transport/server.py` rely.
+A new version may change them silently."""
 
 import asyncio
 import inspect
@@ -60,7 +60,7 @@ def check(holds: object, what: str) -> None:
 
 @pytest.fixture
 def protocol():
-    """uvicorn's own protocol for one connection, which has taken the head of a request."""
+    """uvicorn's own protocol for one connection, which has parsed the head of a request."""
 
     async def main() -> PROTOCOL:
         async def app(scope, receive, send) -> None:
@@ -83,8 +83,9 @@ def protocol():
 def test_a_method_that_is_replaced_or_called(owner: type, name: str) -> None:
     method = getattr(owner, name, None)
     check(method, f"{owner.__name__}.{name} is gone")
-    found = [one for one in inspect.signature(method).parameters if one != "self"]
-    check(found == METHODS[owner, name], f"{owner.__name__}.{name} takes {found}, not {METHODS[owner, name]}")
+    parameters = [parameter for parameter in inspect.signature(method).parameters if parameter != "self"]
+    expected = METHODS[owner, name]
+    check(parameters == expected, f"{owner.__name__}.{name} takes {parameters}, not {expected}")
 
 
 def test_attributes_that_are_read_or_set(protocol) -> None:
@@ -101,7 +102,7 @@ def test_attributes_that_are_read_or_set(protocol) -> None:
     check(hasattr(protocol.pipeline, "popleft") and hasattr(protocol.pipeline, "clear"), "pipeline is not a deque")
 
 
-def test_names_of_our_own_are_not_uvicorns(protocol) -> None:
+def test_added_names_do_not_collide_with_uvicorns(protocol) -> None:
     used = set(re.findall(r"self\.(_\w+)", inspect.getsource(Connection))) - {name for _, name in METHODS}
     taken = used & {*dir(PROTOCOL), *vars(protocol)}
     check(
@@ -110,7 +111,7 @@ def test_names_of_our_own_are_not_uvicorns(protocol) -> None:
     )
 
 
-def test_constants_and_the_servers_own(bundle) -> None:
+def test_constants_and_server_attributes(bundle) -> None:
     check(flow_control.CLOSE_HEADER == (b"connection", b"close"), "CLOSE_HEADER is another")
     check(isinstance(flow_control.HIGH_WATER_LIMIT, int), "HIGH_WATER_LIMIT is not a number")
     check(httptools_impl.STATUS_LINE[431].startswith(b"HTTP/1.1 431 "), "STATUS_LINE is another")
@@ -130,7 +131,7 @@ def test_the_parser() -> None:
     check(httptools.parse_url(b"*").path == b"*", "httptools.parse_url reads * in another way")
 
 
-def test_the_installed_version_is_one_that_was_checked() -> None:
+def test_the_installed_version_was_checked() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
     (bounds,) = [line for line in project["dependencies"] if line.startswith("uvicorn")]
     match = re.fullmatch(r"uvicorn\[standard\]>=[\d.]+,<0\.(\d+)", bounds)

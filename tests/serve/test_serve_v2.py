@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, spoken with Triton's own client and by hand."""
+"""The Open Inference Protocol, with Triton's client and with plain HTTP."""
 
 import base64
 import json
@@ -33,7 +33,7 @@ def plain(client, data: bytes) -> dict[str, float]:
     return {entry["label"]: entry["confidence"] for entry in found["top"]}
 
 
-def test_tritons_client_knows_the_server_and_its_model(tritons, bundle) -> None:
+def test_tritons_client_reads_the_metadata(tritons, bundle) -> None:
     assert tritons.is_server_live() and tritons.is_server_ready() and tritons.is_model_ready("shapes")
     assert tritons.get_server_metadata()["name"] == "refract"
     model = tritons.get_model_metadata("shapes")
@@ -46,7 +46,7 @@ def test_tritons_client_knows_the_server_and_its_model(tritons, bundle) -> None:
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_tritons_client_gets_what_http_answers(tritons, client, make_image, binary: bool) -> None:
+def test_tritons_client_receives_the_predictions_of_v1(tritons, client, make_image, binary: bool) -> None:
     images = [make_image(i, size=(50 + i, 40), form="PNG") for i in range(3)]
     wanted = [plain(client, data) for data in images]
     given = images if binary else [base64.b64encode(data) for data in images]
@@ -54,11 +54,11 @@ def test_tritons_client_gets_what_http_answers(tritons, client, make_image, bina
     encoded.set_data_from_numpy(np.array(given, dtype=object), binary_data=binary)
     tensor = triton.InferInput("images", [1, 40, 50, 3], "UINT8")
     tensor.set_data_from_numpy(decode(images[0])[None], binary_data=binary)
-    for asked, rows in (([encoded], wanted), ([tensor], wanted[:1])):
-        found = tritons.infer("shapes", asked, request_id="7")
-        assert found.get_response()["id"] == "7"
+    for inputs, rows in (([encoded], wanted), ([tensor], wanted[:1])):
+        result = tritons.infer("shapes", inputs, request_id="7")
+        assert result.get_response()["id"] == "7"
         for probabilities, label, row in zip(
-            found.as_numpy("probabilities"), found.as_numpy("label"), rows, strict=True
+            result.as_numpy("probabilities"), result.as_numpy("label"), rows, strict=True
         ):
             assert dict(zip(sorted(row), probabilities, strict=True)) == pytest.approx(row, abs=1e-6)
             assert max(row, key=row.__getitem__) == (label.decode() if isinstance(label, bytes) else label)
@@ -79,10 +79,18 @@ def infer(client, inputs, *, binary: bytes = b"", announced: str | None = None):
     [
         ([], 422, "one tensor"),
         ([{"name": "images", "datatype": "FP32", "shape": [1, 2, 2, 3], "data": [0] * 12}], 422, "one tensor"),
-        ([{"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 4], "data": [0] * 16}], 422, "not [N, height"),
+        (
+            [{"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 4], "data": [0] * 16}],
+            422,
+            "expected [N, height",
+        ),
         ([{"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 3], "data": [0] * 11}], 422, "11 values"),
         ([{"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 3], "data": [256] * 12}], 422, "0 … 255"),
-        ([{"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 3], "data": [[1], [1, 2]]}], 422, "even array"),
+        (
+            [{"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 3], "data": [[1], [1, 2]]}],
+            422,
+            "different lengths",
+        ),
         ([{"name": "images", "datatype": "UINT8", "shape": [5, 2, 2, 3], "data": []}], 413, "at most 4"),
         ([{"name": "images", "datatype": "UINT8", "shape": [1, 10**9, 10**9, 3], "data": []}], 413, "too large"),
         ([{"name": "encoded", "datatype": "BYTES", "shape": [2], "data": ["aaaa"]}], 422, "1 elements"),
@@ -91,12 +99,12 @@ def infer(client, inputs, *, binary: bytes = b"", announced: str | None = None):
         ([{"name": "encoded", "datatype": "BYTES", "shape": [5], "data": [""] * 5}], 413, "more than 4"),
     ],
 )
-def test_what_cannot_be_answered_says_why(client, inputs, status: int, says: str) -> None:
+def test_the_error_states_the_reason(client, inputs, status: int, says: str) -> None:
     answer = infer(client, inputs)
     assert answer.status_code == status and says in answer.json()["detail"], answer.text
 
 
-def test_binary_parts_that_are_not_whole(client) -> None:
+def test_incomplete_binary_tensors(client) -> None:
     def encoded(size: int) -> list[dict]:
         return [{"name": "encoded", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": size}}]
 
@@ -123,14 +131,14 @@ def test_binary_parts_that_are_not_whole(client) -> None:
         ({"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [[[[1, False, 3]]]]}, b"", "booleans"),
     ],
 )  # fmt: skip
-def test_bytes_that_belong_to_no_tensor_and_booleans_are_refused(client, inputs, binary: bytes, says: str) -> None:
+def test_surplus_bytes_and_booleans_are_rejected(client, inputs, binary: bytes, says: str) -> None:
     answer = infer(client, [inputs], binary=binary, announced="LENGTH")
     assert (
         answer.status_code == 400 and answer.json()["code"] == "invalid_request" and says in answer.json()["detail"]
     ), answer.text
 
 
-def test_statistics_count_what_was_answered(bundle, serving, make_image) -> None:
+def test_statistics_count_answered_requests(bundle, serving, make_image) -> None:
     def image(count: int) -> list[triton.InferInput]:
         return [
             triton.InferInput("images", [count, 8, 8, 3], "UINT8").set_data_from_numpy(
@@ -188,7 +196,7 @@ values = st.recursive(
     data=values,
     more=values,
 )
-def test_no_document_is_an_error_of_ours(client, name, kind, shape, data, more) -> None:
+def test_no_document_causes_a_server_error(client, name, kind, shape, data, more) -> None:
     own = [{"name": name, "datatype": kind, "shape": shape, "data": data, "parameters": more}]
     assert infer(client, own).status_code in (200, 400, 413, 422)
     assert infer(client, more).status_code in (400, 413, 422)
@@ -197,7 +205,7 @@ def test_no_document_is_an_error_of_ours(client, name, kind, shape, data, more) 
     assert client.post("/v2/models/shapes/infer", content=body).status_code in (200, 422)
 
 
-def test_the_version_that_is_told_is_the_one_that_answers(client, bundle) -> None:
+def test_the_requested_version_answers(client, bundle) -> None:
     good = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
     (version,) = client.get("/v2/models/shapes").json()["versions"]
     for path in ("", f"/versions/{version}"):

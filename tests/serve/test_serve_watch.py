@@ -1,4 +1,4 @@
-"""What a server tells of itself, and whom it answers."""
+"""Metrics, access log, request ids, API keys and the Grafana dashboard."""
 
 import asyncio
 import errno
@@ -39,7 +39,7 @@ def numbers(text: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_prometheus_is_answered_on_a_port_of_its_own(bundle, serving, make_image) -> None:
+def test_prometheus_metrics_are_served_on_a_separate_port(bundle, serving, make_image) -> None:
     app = create_app(bundle)
     port = app.state.service.metrics.listen("127.0.0.1", 0)
     with serving(app) as client:
@@ -62,7 +62,7 @@ def test_prometheus_is_answered_on_a_port_of_its_own(bundle, serving, make_image
     assert found["refract_requests_inside",] == found["refract_images_waiting",] == 0
 
 
-def test_requests_have_a_name_and_a_line(bundle, serving, make_image, caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_have_an_id_and_a_log_line(bundle, serving, make_image, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "refract.serve.http.access_log")
     with serving(create_app(bundle, access_log=True)) as client:
         given = client.post("/v1/predict", content=make_image(1), headers={"X-Request-Id": "mine-1"})
@@ -82,7 +82,7 @@ def test_requests_have_a_name_and_a_line(bundle, serving, make_image, caplog: py
     assert len(lines) == 4 and not {"key", "code"} & set(first)
 
 
-def test_what_fails_by_our_fault_has_a_name_and_a_line_too(bundle, serving, caplog: pytest.LogCaptureFixture) -> None:
+def test_internal_errors_have_an_id_and_a_log_line(bundle, serving, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "refract.serve.http.access_log")
     app = create_app(bundle, access_log=True)
 
@@ -100,7 +100,7 @@ def test_what_fails_by_our_fault_has_a_name_and_a_line_too(bundle, serving, capl
     assert (line["id"], line["status"], line["code"]) == ("mine-2", 500, "internal_error")
 
 
-def test_the_line_tells_the_keys_name_and_why_it_was_refused_and_never_the_key(
+def test_the_log_line_has_the_name_of_the_key_and_the_code_but_never_the_key(
     bundle, serving, make_image, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "keys").write_text("secret-1  # camera 4\nsecret-2\n")
@@ -112,14 +112,14 @@ def test_the_line_tells_the_keys_name_and_why_it_was_refused_and_never_the_key(
         infer = client.post("/v2/models/shapes/infer", content=b"{}", headers={"X-API-Key": "secret-2"})
         assert infer.status_code == 429
     lines = [json.loads(record.message) for record in caplog.records if record.name == "refract.serve.http.access_log"]
-    told = [(line.get("key"), line.get("code")) for line in lines]
+    logged = [(line.get("key"), line.get("code")) for line in lines]
     second = hashlib.sha256(b"secret-2").hexdigest()[:8]
     named, unnamed = [("camera 4", None), ("camera 4", "rate_limited")], [(second, None), (second, "rate_limited")]
-    assert told == [*named, unnamed[0], (None, "unauthorized"), unnamed[1]]
+    assert logged == [*named, unnamed[0], (None, "unauthorized"), unnamed[1]]
     assert "secret" not in caplog.text
 
 
-def test_without_a_key_nothing_is_answered_but_probes_and_the_page(bundle, serving, make_image, tmp_path: Path) -> None:
+def test_without_a_key_only_probes_and_the_page_respond(bundle, serving, make_image, tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# ours\nfirst-key  # the camera's\nsecond-key\n")
     with serving(create_app(bundle, keys=ApiKeys(file))) as client:
@@ -128,10 +128,10 @@ def test_without_a_key_nothing_is_answered_but_probes_and_the_page(bundle, servi
             assert (refused.status_code, refused.json()["code"]) == (401, "unauthorized")
             assert refused.headers["www-authenticate"] == "Bearer"
         assert client.get("/v1/model").status_code == client.get("/v1/status").status_code == 401
-        told = client.get("/openapi.json").json()
-        assert told["components"]["securitySchemes"] == {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
+        document = client.get("/openapi.json").json()
+        assert document["components"]["securitySchemes"] == {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
         for path, method in (("/v1/predict", "post"), ("/v1/model", "get"), ("/v2/models/{name}/infer", "post")):
-            assert told["paths"][path][method]["security"] == [{"HTTPBearer": []}]
+            assert document["paths"][path][method]["security"] == [{"HTTPBearer": []}]
         assert [client.get(path).status_code for path in ("/livez", "/readyz", "/")] == [200, 200, 200]
         for headers in ({"Authorization": "Bearer second-key"}, {"X-API-Key": "first-key"}):
             assert client.post("/v1/predict", content=make_image(1), headers=headers).status_code == 200
@@ -141,7 +141,7 @@ FIRST, SECOND, THIRD = "first-key", "second-key", "third-key"
 
 
 def asker(file: Path, rate: float | None = None) -> tuple[Callable[[str], None], list[float]]:
-    """(a function that asks with a key, the time as a list of one)"""
+    """(a function that checks a key, the clock as a list of one time)"""
     now = [0.0]
     keys = ApiKeys(file, rate=rate, clock=lambda: now[0])
 
@@ -152,7 +152,7 @@ def asker(file: Path, rate: float | None = None) -> tuple[Callable[[str], None],
 
 
 def rewrite(file: Path, text: str) -> None:
-    """With another time of change, whatever the file system's clock can tell apart."""
+    """Write the file with another modification time, whatever the resolution of the file system's clock."""
     later = file.stat().st_mtime_ns + 1_000_000
     file.write_text(text)
     os.utime(file, ns=(later, later))
@@ -163,27 +163,30 @@ def test_keys_are_rotated_without_a_restart(tmp_path: Path, caplog: pytest.LogCa
     file.write_text(f"{FIRST}\n{SECOND}\n")
     ask, now = asker(file)
     rewrite(file, f"{THIRD}\n")
-    ask(SECOND)  # the file was looked at less than a second ago
+    ask(SECOND)  # the file was checked less than a second ago
     now[0] = 2.0
     ask(THIRD)
     with pytest.raises(RequestError):
         ask(FIRST)
-    for wrong, told in (("# none\n", "holds no key"), (f"{FIRST}\n\nshort  # b\n", "line 3: a key has at least 8")):
+    for wrong, message in (
+        ("# none\n", "has no API key"),
+        (f"{FIRST}\n\nshort  # b\n", "line 3: an API key must have at least 8"),
+    ):
         rewrite(file, wrong)
         for _ in range(3):
             now[0] += 2.0
             ask(THIRD)
-        assert caplog.text.count(told) == 1, "not silently, and not each second"
-        with pytest.raises(ValueError, match=told):
+        assert caplog.text.count(message) == 1, "not silently, and not each second"
+        with pytest.raises(ValueError, match=message):
             ApiKeys(file)
     assert "short" not in caplog.text
     rewrite(file, "schlüssel-eins\n")
-    with pytest.raises(ValueError, match="line 1: a key has letters, digits and signs of ASCII alone"):
+    with pytest.raises(ValueError, match="line 1: an API key must have ASCII characters only"):
         ApiKeys(file)
 
 
-def test_a_key_file_that_was_replaced_with_its_time_kept_is_read_again(tmp_path: Path) -> None:
-    """As `rsync -t` does."""
+def test_a_replaced_key_file_with_the_same_time_is_reread(tmp_path: Path) -> None:
+    """`rsync -t` replaces files this way."""
     file, fresh = tmp_path / "keys", tmp_path / "fresh"
     file.write_text(f"{FIRST}\n")
     ask, now = asker(file)
@@ -192,25 +195,25 @@ def test_a_key_file_that_was_replaced_with_its_time_kept_is_read_again(tmp_path:
     fresh.replace(file)
     now[0] = 2.0
     ask(SECOND)
-    with pytest.raises(RequestError, match="the key that was sent is not one of this server's keys"):
+    with pytest.raises(RequestError, match="the API key is not one of this server's keys"):
         ask(FIRST)
-    with pytest.raises(RequestError, match="this server asks for a key"):
+    with pytest.raises(RequestError, match="this server requires an API key"):
         ask("")
 
 
-def test_each_key_has_its_rate_of_which_nothing_is_saved_up(tmp_path: Path) -> None:
+def test_each_key_has_its_rate_without_a_burst(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(f"{FIRST}\n{SECOND}\n")
     ask, now = asker(tmp_path / "keys", rate=2)
     for moment, most in ((0.0, 2), (0.6, 1), (100.0, 2)):
         now[0] = moment
         for _ in range(most):
             ask(FIRST)
-        with pytest.raises(OverloadedError, match="more than 2 requests a second"):
+        with pytest.raises(OverloadedError, match="more than 2 requests per second"):
             ask(FIRST)
         ask(SECOND)
 
 
-def test_a_rotation_gives_no_key_its_requests_again(tmp_path: Path) -> None:
+def test_a_rotation_does_not_refill_the_rate_of_a_key(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"{FIRST}\n")
     ask, now = asker(file, rate=0.5)
@@ -224,7 +227,7 @@ def test_a_rotation_gives_no_key_its_requests_again(tmp_path: Path) -> None:
     ask(FIRST)
 
 
-def test_a_remark_begins_after_white_space_and_a_mark_of_the_encoding_is_no_key(tmp_path: Path) -> None:
+def test_comments_start_after_white_space_and_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_bytes("\ufeffs#kL9-first\n  # ours\nsecond-key\t#theirs\n".encode())
     ask, _ = asker(file)
@@ -234,8 +237,8 @@ def test_a_remark_begins_after_white_space_and_a_mark_of_the_encoding_is_no_key(
             ask(key)
 
 
-def test_a_head_that_does_not_arrive_holds_no_connection(bundle, serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEAD_S", 0.5)
+def test_a_connection_whose_head_does_not_arrive_is_closed(bundle, serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.5)
     with serving(create_app(bundle)) as client:
         address = (client.base_url.host, client.base_url.port)
         for begun in (b"", b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Slow: "):
@@ -247,24 +250,26 @@ def test_a_head_that_does_not_arrive_holds_no_connection(bundle, serving, monkey
         assert client.get("/livez").status_code == 200, "an idle connection that had its answer is no slow one"
 
 
-def test_the_dashboard_asks_for_what_there_is(bundle, serving, make_image) -> None:
-    """All but the GPU's memory, which only a server on a GPU tells."""
+def test_the_dashboard_queries_existing_metrics(bundle, serving, make_image) -> None:
+    """All metrics except the GPU memory, which only a server on a GPU reports."""
     text = (Path(__file__).parents[2] / "deploy" / "grafana.json").read_text()
     queries = [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
-    asked = {name for query in queries for name in re.findall(r"refract_\w+", query)}
+    queried = {name for query in queries for name in re.findall(r"refract_\w+", query)}
     app = create_app(bundle, challenge=Challenge(Engine(bundle), share=1, answers=False))
     with serving(app) as client:
         client.post("/v1/predict", content=make_image(1))
         client.post("/v1/predict", content=b"no image")
         families = generate_latest(app.state.service.metrics.registry).decode()
-    there = {sample.name for family in text_string_to_metric_families(families) for sample in family.samples}
-    there |= {family.name + "_total" for family in text_string_to_metric_families(families) if family.type == "counter"}
-    assert asked - there == {"refract_gpu_bytes"} and len(asked) > 12
+    exported = {sample.name for family in text_string_to_metric_families(families) for sample in family.samples}
+    exported |= {
+        family.name + "_total" for family in text_string_to_metric_families(families) if family.type == "counter"
+    }
+    assert queried - exported == {"refract_gpu_bytes"} and len(queried) > 12
 
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """Of one page: it takes the lines of a few requests."""
+    """A pipe of one page, which holds the lines of a few requests."""
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     yield reading, writing
@@ -276,7 +281,7 @@ def record(text: str) -> logging.LogRecord:
 
 
 def read_lines(descriptor: int, wanted: int) -> list[dict]:
-    """Until so many lines are told of, lost ones too."""
+    """Read until the log accounts for `wanted` lines, lost ones included."""
     found, deadline = b"", time.monotonic() + 20
     while time.monotonic() < deadline:
         if select.select([descriptor], [], [], 0.1)[0]:
@@ -288,8 +293,8 @@ def read_lines(descriptor: int, wanted: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("blocking", [True, False])
-def test_lines_that_find_no_reader_are_counted(pipe, monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
-    monkeypatch.setattr(access_log, "MOST", 50)
+def test_lines_without_a_reader_are_counted(pipe, monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
+    monkeypatch.setattr(access_log, "MAX_WAITING", 50)
     os.set_blocking(pipe[1], blocking)
     lines = access_log.AccessLogWriter(pipe[1])
     for number in range(500):
@@ -301,7 +306,7 @@ def test_lines_that_find_no_reader_are_counted(pipe, monkeypatch: pytest.MonkeyP
     assert numbers == list(range(len(numbers))), "in their order, the first of them"
 
 
-def test_what_waits_is_written_before_the_end(pipe) -> None:
+def test_waiting_lines_are_written_before_the_process_ends(pipe) -> None:
     lines = access_log.AccessLogWriter(pipe[1])
     lines.emit(record('{"number": 1}'))
     lines.flush()
@@ -309,8 +314,8 @@ def test_what_waits_is_written_before_the_end(pipe) -> None:
     assert os.read(pipe[0], 1000) == b'{"number": 1}\n'
 
 
-def test_a_line_that_was_torn_spoils_no_other(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    """As where a disk is full, and has room again."""
+def test_a_torn_line_does_not_damage_the_next(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """A full disk that has free space again behaves like this."""
     room, written = [10], bytearray()
 
     def write(_: int, data: bytes) -> int:
@@ -331,4 +336,4 @@ def test_a_line_that_was_torn_spoils_no_other(monkeypatch: pytest.MonkeyPatch, c
     lines.flush()
     first, *others = bytes(written).split(b"\n")
     assert first == b'{"number":' and next(json.loads(line) for line in others if line) == {"number": 5}
-    assert json.loads(others[1])["lost"] == 5 and caplog.text.count("access lines cannot be written: No space") == 1
+    assert json.loads(others[1])["lost"] == 5 and caplog.text.count("the access log cannot be written: No space") == 1

@@ -18,7 +18,7 @@ from refract.models.prediction import confidences, prediction
 from refract.serve.http.auth import ApiKeys
 from refract.serve.http.base_path import route_path
 from refract.serve.http.errors import ProblemResponder
-from refract.serve.http.openapi import PREDICT_BODY, PREDICT_RESPONSES
+from refract.serve.http.openapi import PREDICT_BODY, PREDICT_DESCRIPTION, PREDICT_RESPONSES
 from refract.serve.requests.body import Bodies, unless_gone
 from refract.serve.requests.decoding import is_quick, read
 from refract.serve.runtime.service import Service
@@ -123,8 +123,16 @@ def add_predict(app: FastAPI, service: Service, bodies: Bodies, keys: ApiKeys | 
         return response
 
     predict.__annotations__["options"] = Annotated[options_model, Query()]  # for the OpenAPI document
-    about: dict[str, Any] = {"summary": "Classify one or more images", "openapi_extra": PREDICT_BODY}
-    app.add_api_route(PREDICT, predict, methods=["POST"], responses=PREDICT_RESPONSES, dependencies=allowed, **about)
+    app.add_api_route(
+        PREDICT,
+        predict,
+        methods=["POST"],
+        summary="Classify one or more images",
+        description=PREDICT_DESCRIPTION,
+        responses=PREDICT_RESPONSES,
+        dependencies=allowed,
+        openapi_extra=PREDICT_BODY,
+    )
     return predict
 
 
