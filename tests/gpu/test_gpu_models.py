@@ -1,4 +1,4 @@
-"""What a trained classifier is asked on a GPU: explanations, features for drift, and batch scoring."""
+"""A trained classifier on a GPU: explanations, features for drift, and batch scoring."""
 
 from pathlib import Path
 
@@ -31,11 +31,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Convolutions of a GPU in float32 rather than TF32, so that the results are close to the processor's."""
+    """Use float32 instead of TF32 in convolutions, so that the results are close to those of the CPU."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def test_a_heat_map_is_that_of_the_processor(bundle: Bundle, device: str) -> None:
+def test_a_heat_map_equals_that_of_the_cpu(bundle: Bundle, device: str) -> None:
     image = torch.from_numpy(Preprocess(SIDE, SIDE)(encoded("red", 3))).permute(2, 0, 1)
     expected = Occlusion(bundle.classifier("cpu"), temperature=TEMPERATURE).heat(image, 2)
     found = Occlusion(bundle.classifier(torch.device(device)), temperature=TEMPERATURE).heat(image.to(device), 2)
@@ -43,7 +43,7 @@ def test_a_heat_map_is_that_of_the_processor(bundle: Bundle, device: str) -> Non
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
 
 
-def test_features_for_drift_are_those_of_the_processor(bundle: Bundle, images: Path, device: str) -> None:
+def test_features_for_drift_equal_those_of_the_cpu(bundle: Bundle, images: Path, device: str) -> None:
     manifest = load_manifest(images)
     asked = {"task": "multiclass", "labels": manifest.labels, "temperature": TEMPERATURE, "progress": False}
     preprocess = Preprocess(SIDE, SIDE)
@@ -54,7 +54,7 @@ def test_features_for_drift_are_those_of_the_processor(bundle: Bundle, images: P
     assert found.statistics.keys() == expected.statistics.keys()
 
 
-def test_score_writes_the_answers_of_the_processor(bundle: Bundle, images: Path, device: str, tmp_path: Path) -> None:
+def test_score_writes_the_predictions_of_the_cpu(bundle: Bundle, images: Path, device: str, tmp_path: Path) -> None:
     import pandas as pd
 
     out = tmp_path / "scores.parquet"

@@ -26,7 +26,7 @@ def a_step(network, images):
         ("cnn", {}),
     ],
 )
-def test_gradients_keys_and_statistics_stay_as_they_are(name, args):
+def test_gradients_keys_and_statistics_do_not_change(name, args):
     torch.manual_seed(0)
     plain = registry.build(name, 3, image_size=(32, 32), **args)
     spared = copy.deepcopy(plain)
@@ -41,7 +41,7 @@ def test_gradients_keys_and_statistics_stay_as_they_are(name, args):
     torch.testing.assert_close(spared.eval()(images), plain.eval()(images))
 
 
-def test_less_is_kept_for_the_backward_pass():
+def test_fewer_activations_are_stored_for_the_backward_pass():
     def kept(network):
         sizes = {}
         hooks = torch.autograd.graph.saved_tensors_hooks(

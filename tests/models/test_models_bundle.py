@@ -1,4 +1,4 @@
-"""The bundle: it comes back bit by bit, and whatever was touched is refused by name."""
+"""The bundle: it loads bit by bit as saved, and the error for an altered file names it."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def reseal(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change bundle.json and make its hash right again, as a careful stranger would."""
+    """Change bundle.json and update its hash, as an attacker would."""
     record = json.loads((folder / "bundle.json").read_text())
     change(record)
     (folder / "bundle.json").write_text(json.dumps(record))
@@ -86,7 +86,7 @@ def change_manifest(folder: Path, files: dict[str, Any]) -> None:
         ("linear", {"features": "colour_histogram"}),
     ],
 )
-def test_logits_come_back_bit_by_bit(name: str, args: dict[str, Any], tmp_path: Path) -> None:
+def test_logits_are_restored_bit_by_bit(name: str, args: dict[str, Any], tmp_path: Path) -> None:
     classifier = make_classifier(name, **args)
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     classifier.train()(images)  # moves batch norm's statistics away from their start
@@ -98,7 +98,7 @@ def test_logits_come_back_bit_by_bit(name: str, args: dict[str, Any], tmp_path: 
     assert {tensor.dtype for tensor in again.parameters()} == {torch.float32}
 
 
-def test_the_record_and_the_goldens_come_back(folder: Path) -> None:
+def test_the_metadata_and_golden_samples_are_restored(folder: Path) -> None:
     bundle = load_bundle(folder)
     assert isinstance(bundle, Bundle)
     assert (bundle.path, bundle.info, bundle.golden_samples) == (folder, INFO, GOLDENS)
@@ -108,7 +108,7 @@ def test_the_record_and_the_goldens_come_back(folder: Path) -> None:
     assert written == sorted([*FILES, "manifest.json"])
 
 
-def test_weights_are_plain_whatever_the_classifier_was(tmp_path: Path) -> None:
+def test_weights_are_stored_as_plain_float32(tmp_path: Path) -> None:
     """bf16, channels_last, compiled, a tied layer: the file holds plain float32 under the network's own names."""
     classifier = make_classifier().to(memory_format=torch.channels_last)
     classifier.network.stages[1].conv1.weight = classifier.network.stages[0].conv1.weight
@@ -158,11 +158,11 @@ def test_a_needed_file_must_be_listed(folder: Path, name: str) -> None:
         load_bundle(folder)
 
 
-def test_a_listed_file_that_nobody_needs_is_guarded_too(folder: Path) -> None:
-    (folder / "NOTES.md").write_text("measured on the night shift")
+def test_an_unused_listed_file_is_verified_too(folder: Path) -> None:
+    (folder / "NOTES.md").write_text("measured on a late shift!")
     rehash(folder, "NOTES.md")
     load_bundle(folder)
-    (folder / "NOTES.md").write_text("measured on the day shift..")
+    (folder / "NOTES.md").write_text("measured on an early shift")
     with pytest.raises(BundleError, match=r"NOTES.md was altered"):
         load_bundle(folder)
 
@@ -214,12 +214,12 @@ def test_a_broken_manifest_is_refused(folder: Path, text: str) -> None:
         load_bundle(folder)
 
 
-def test_what_is_no_bundle(tmp_path: Path) -> None:
+def test_a_folder_without_a_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"manifest.json cannot be read: .*is .* a bundle\?"):
         load_bundle(tmp_path)
 
 
-def test_an_existing_path_is_refused_and_kept(folder: Path, tmp_path: Path) -> None:
+def test_an_existing_path_is_refused_and_unchanged(folder: Path, tmp_path: Path) -> None:
     before = load_bundle(folder).digest
     with pytest.raises(BundleError, match=f"{folder} exists already"):
         save_bundle(folder, INFO, make_classifier(seed=1), GOLDENS)
@@ -277,7 +277,7 @@ def test_a_record_of_another_classifier_is_refused_and_leaves_nothing(
 @pytest.mark.parametrize(
     "args", [{"weights": "/tmp/w.pth"}, {"pretrained": True}, {"checkpoint_path": "/tmp/w.pth"}, {"x": 1}]
 )
-def test_a_strangers_network_arguments_load_no_file(folder: Path, args: dict[str, Any]) -> None:
+def test_untrusted_network_arguments_load_no_file(folder: Path, args: dict[str, Any]) -> None:
     for name in ("timm/resnet10t", "resnet20"):
         reseal(folder, lambda record, name=name: record["network"].update(name=name, args=args))  # type: ignore[misc]
         with pytest.raises(BundleError, match=r"bundle.json: the network cannot be built: .*" + next(iter(args))):
@@ -313,7 +313,7 @@ def test_a_normalisation_that_disagrees_with_the_record_is_refused(folder: Path)
         load_bundle(folder).classifier()
 
 
-def test_weights_that_are_no_safetensors_are_refused(folder: Path) -> None:
+def test_weights_that_are_not_safetensors_are_refused(folder: Path) -> None:
     torch.save(make_classifier().state_dict(), folder / "weights.safetensors")
     rehash(folder, "weights.safetensors")
     with pytest.raises(BundleError, match="is not a safetensors file"):
@@ -343,7 +343,7 @@ def test_golden_names_are_plain(name: str) -> None:
         GoldenSample(name, b"x", (1.0,))
 
 
-def test_golden_names_come_once(tmp_path: Path) -> None:
+def test_golden_names_are_unique(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"'00.jpg' occurs twice"):
         save_bundle(tmp_path / "b", INFO, make_classifier(), [GOLDENS[0], GOLDENS[0]])
 
@@ -395,14 +395,14 @@ def test_a_bundle_from_before_abstaining_is_read() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in INFO.to_dict() if name not in ("abstain_below", "text")])
-def test_every_field_is_needed(name: str) -> None:
+def test_every_field_is_required(name: str) -> None:
     values = INFO.to_dict()
     del values[name]
     with pytest.raises(BundleError, match=name):
         BundleInfo.from_dict(values)
 
 
-def test_numbers_that_json_has_not_are_refused() -> None:
+def test_nan_and_infinity_are_refused() -> None:
     with pytest.raises(BundleError, match="'metrics'"):
         replace(INFO, metrics={"loss": float("nan")})
     with pytest.raises(BundleError, match="NaN is not a JSON number"):

@@ -1,4 +1,4 @@
-"""The classifier: normalisation inside, a backbone that really freezes, probabilities."""
+"""The classifier: its normalisation, the freezing of the backbone, probabilities."""
 
 import pytest
 import torch
@@ -25,13 +25,13 @@ def test_pixels_are_scaled_and_normalised_per_channel(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.float16])
-def test_any_dtype_of_0_to_255_gives_the_same(images: Tensor, dtype: torch.dtype) -> None:
+def test_any_dtype_gives_the_same_result(images: Tensor, dtype: torch.dtype) -> None:
     classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=MEAN, std=STD)
     assert torch.equal(classifier(images.to(dtype)), classifier(images))
 
 
 def test_under_autocast_the_normalisation_stays_float32(images: Tensor) -> None:
-    """bfloat16 would be coarser than the pixels are; the network's own layers take what they need."""
+    """bfloat16 is coarser than the pixels; the layers of the network still use autocast."""
     classifier = Classifier(nn.Identity(), mean=MEAN, std=STD)
     exact = classifier(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -61,7 +61,7 @@ def test_bad_numbers_and_shapes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["lenet5", "resnet20", "resnet18", "timm/mobilenetv3_small_050", "squeezenet1_1"])
-def test_a_frozen_backbone_moves_only_the_head(name: str) -> None:
+def test_a_frozen_backbone_trains_only_the_head(name: str) -> None:
     torch.manual_seed(0)
     classifier = Classifier(build(name, 3, image_size=(48, 48)), mean=MEAN, std=STD).train_blocks(1)
     before = {key: tensor.clone() for key, tensor in classifier.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Passwords and tokens in what is printed, logged and written."""
+"""Masking of passwords and tokens in output, logs and files."""
 
 import logging
 import subprocess
@@ -43,7 +43,7 @@ def test_credentials_are_masked(text: str, shown: str) -> None:
         "sorted(rows, key=len)[0]", "augment key=3", "data.token=images", "pwd=/home/me", "a" + "-a" * 20_000,
     ],
 )  # fmt: skip
-def test_what_is_no_credential_stays(text: str) -> None:
+def test_text_without_credentials_is_unchanged(text: str) -> None:
     assert masked(text) == text
 
 
@@ -75,7 +75,7 @@ def test_every_library_logs_without_credentials(caplog: pytest.LogCaptureFixture
     assert "hidden" not in caplog.text.replace('"http://u:hidden@h"', "")  # the traceback shows the line of this file
 
 
-def test_an_error_that_nothing_catches_is_printed_without_credentials() -> None:
+def test_an_uncaught_error_is_printed_without_credentials() -> None:
     code = (
         "import threading; from refract.models.credentials import hide_credentials; hide_credentials(); u = 'http://u:hid' + 'den@h'\n"
         "def f(): raise OSError(u)\nt = threading.Thread(target=f); t.start(); t.join(); f()"

@@ -1,4 +1,4 @@
-"""Which parameters move in which epoch, heads, learning rates by depth, averages of weights."""
+"""Freezing by epoch, heads, learning rates by depth, weight averaging."""
 
 import warnings
 
@@ -40,7 +40,7 @@ def test_modes_by_epoch() -> None:
 
 
 class Watch(lightning.Callback):
-    """Which parameters and statistics moved in each epoch."""
+    """Record which parameters and statistics changed in each epoch."""
 
     def __init__(self) -> None:
         self.moved: list[set[str]] = []
@@ -72,7 +72,7 @@ def make_module(name: str = "resnet20", frozen_norms: bool = False, **options: o
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_mode_moves_what_it_says(mode: str) -> None:
+def test_each_mode_trains_its_blocks(mode: str) -> None:
     watch, module = Watch(), make_module(mode=mode, unfreeze_epochs=2)
     fit(module, watch, epochs=3)
     names = {id(p): name for name, p in module.named_parameters()}
@@ -87,7 +87,7 @@ def test_each_mode_moves_what_it_says(mode: str) -> None:
 
 
 @pytest.mark.parametrize(("mode", "head"), [("linear-then-fine-tune", 2), ("gradual", 1), ("fine-tune", 0)])
-def test_the_epochs_of_the_head_alone_have_a_schedule_of_their_own(mode: str, head: int) -> None:
+def test_the_epochs_of_the_head_alone_have_a_separate_schedule(mode: str, head: int) -> None:
     class Rates(lightning.Callback):
         def __init__(self) -> None:
             self.rates: list[list[float]] = [[] for _ in range(4)]
@@ -144,7 +144,7 @@ def test_learning_rates_fall_with_the_distance_from_the_head() -> None:
 
 @pytest.mark.parametrize(("kind", "cls"), [("mlp", MLPHead), ("cosine", CosineHead)])
 @pytest.mark.parametrize("name", ["resnet20", "resnet18", "timm/resnet10t"])
-def test_exchanged_heads_are_found_and_trained(kind: str, cls: type, name: str) -> None:
+def test_swapped_heads_are_found_and_trained(kind: str, cls: type, name: str) -> None:
     network = build(name, 3, image_size=(32, 32), head=kind)
     assert isinstance(head_of(network), cls)
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 3)
@@ -155,14 +155,14 @@ def test_exchanged_heads_are_found_and_trained(kind: str, cls: type, name: str) 
         swap_head(build("squeezenet1_1", 3, image_size=(64, 64)), kind)
 
 
-def test_the_cosine_head_sees_angles_only() -> None:
+def test_the_cosine_head_depends_only_on_angles() -> None:
     head = CosineHead(4, 3)
     values = torch.randn(2, 4)
     torch.testing.assert_close(head(values), head(7 * values))
     assert head(head.weight.detach())[0, 0].item() == pytest.approx(10)
 
 
-def test_an_average_is_measured_and_stored_and_the_weights_go_on(tmp_path) -> None:
+def test_an_average_is_measured_and_stored_and_training_continues(tmp_path) -> None:
     seen: list[torch.Tensor] = []
 
     class See(lightning.Callback):
@@ -242,7 +242,7 @@ def test_gradients_are_clipped(spec: dict[str, float]) -> None:
 
 
 @pytest.mark.slow
-def test_a_teacher_is_learned_from_and_is_no_part_of_the_checkpoint() -> None:
+def test_a_teacher_is_distilled_and_is_not_in_the_checkpoint() -> None:
     teacher = make_module()
     fit(teacher, epochs=12)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Images and texts read together: how their features are joined, and what is missing, dropped or mixed."""
+"""Fusion of images and texts: joined features, and missing, dropped or mixed inputs."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_fusions_by_their_formulas() -> None:
 
 
 class Flat(nn.Module):
-    """Images to their mean, twice."""
+    """Map images to their channel means, twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def reader(**more) -> Reader:
     return Reader(Flat(), BagOfNgrams(20, width=8, dropout=0.0), 3, **{"drop_image": 0.0, "drop_text": 0.0, **more})
 
 
-def test_what_is_missing_is_not_looked_at_and_what_is_there_counts() -> None:
+def test_missing_inputs_are_ignored_and_present_inputs_count() -> None:
     made = reader().eval()
     nn.init.normal_(made.no_text), nn.init.normal_(made.no_picture)
     images, texts = torch.rand(4, 3, 8, 8), torch.randint(1, 21, (4, 5))
@@ -57,7 +57,7 @@ def test_what_is_missing_is_not_looked_at_and_what_is_there_counts() -> None:
     assert torch.allclose(made(images[:1].expand(4, -1, -1, -1), none, here)[0], made(images, none, here)[0], atol=1e-6)
 
 
-def test_modality_dropout_drops_the_shares_and_never_both() -> None:
+def test_modality_dropout_drops_the_fractions_and_never_both() -> None:
     made = reader(drop_image=0.3, drop_text=0.2)
     seen = {}
     made.fusion.register_forward_pre_hook(lambda _, given: seen.update(image=given[0], text=given[1]))
@@ -75,7 +75,7 @@ def test_modality_dropout_drops_the_shares_and_never_both() -> None:
     assert torch.equal((seen["image"] == 9).all(1), ~here)
 
 
-def test_where_images_are_mixed_the_texts_are_mixed_as_the_targets() -> None:
+def test_texts_are_mixed_with_the_weights_of_the_images() -> None:
     from refract.augment import Augmenter
 
     made = reader()
@@ -106,7 +106,7 @@ def test_where_images_are_mixed_the_texts_are_mixed_as_the_targets() -> None:
 
 
 class Normed(Flat):
-    """With a batch norm, as networks of images have."""
+    """Flat with a batch norm, as in networks of images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Normed(Flat):
 
 
 @pytest.mark.parametrize("count", [3, 1, 0])
-def test_what_is_no_image_moves_no_statistics(count: int) -> None:
+def test_missing_images_do_not_change_batch_norm_statistics(count: int) -> None:
     torch.manual_seed(0)
     images, texts = torch.randn(4, 3, 8, 8) * 3 + 5, torch.randint(1, 21, (4, 5))
     has_image = torch.arange(4) < count
@@ -163,7 +163,7 @@ def test_images_are_mixed_among_themselves() -> None:
         )
 
 
-def test_a_teacher_is_asked_of_what_it_reads_alone() -> None:
+def test_a_teacher_gets_only_the_inputs_that_it_reads() -> None:
     from refract.models.training.losses import LossSpec, classification_loss, distillation_loss
 
     images, texts = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), torch.randint(1, 21, (4, 5))

@@ -29,7 +29,7 @@ FAMILIES = (
 
 
 def loaded(name: str, size: int, folder: Path, classes: int = 3, head: str = "linear") -> tuple[nn.Module, dict]:
-    """(the network with the weights of one for five classes, those weights)."""
+    """Return (a network with loaded weights of a network for five classes, these weights)."""
     torch.manual_seed(1)
     state = {key: tensor.clone() for key, tensor in build(name, 5, image_size=(size, size)).state_dict().items()}
     save_file(state, folder / "five.safetensors")
@@ -79,7 +79,7 @@ def test_all_outputs_of_a_network_with_two_heads_start_alike(name: str, size: in
 
 
 @pytest.mark.parametrize("fusion", ["concat", "gated", "film"])
-def test_what_joins_images_and_texts_learns_above_a_neutral_head(fusion: str) -> None:
+def test_the_fusion_layer_learns_below_a_neutral_head(fusion: str) -> None:
     torch.manual_seed(0)
     images, texts = build("lenet5", 3, image_size=(32, 32)), BagOfNgrams(buckets=20, width=8)
     reader = neutralise_head(Reader(images, texts, 3, fusion=fusion, width=16, drop_image=0.0, drop_text=0.0))
@@ -95,7 +95,7 @@ def test_what_joins_images_and_texts_learns_above_a_neutral_head(fusion: str) ->
     assert not still and any(p.grad.any() for p in reader.texts.parameters())
 
 
-def test_a_head_that_the_weights_fill_is_theirs(tmp_path: Path) -> None:
+def test_a_head_that_the_weights_fill_is_loaded(tmp_path: Path) -> None:
     network, state = loaded("resnet18", 32, tmp_path, classes=5)
     assert torch.equal(network.fc.weight, state["fc.weight"])
     again = build("resnet18", 5, image_size=(32, 32))

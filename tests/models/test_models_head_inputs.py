@@ -1,4 +1,4 @@
-"""What the last layer is given: the features of any network."""
+"""The inputs of the last layer: the features of any network."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from refract.models.registry import build
     [("resnet20", 64), ("lenet5", 84), ("fastnet", None), ("mlp", None), ("cnn", None), ("linear", None), ("resnet18", 512),
      ("squeezenet1_1", 512), ("densenet121", 1024), ("timm/vit_tiny_patch16_224", 192), ("timm/deit_tiny_distilled_patch16_224", 192)],
 )  # fmt: skip
-def test_features_are_one_row_a_image(name: str, width: int | None) -> None:
+def test_features_are_one_row_for_each_image(name: str, width: int | None) -> None:
     size = (224, 224) if "224" in name else (64, 64)
     network = build(name, 5, image_size=size).eval()
     images = torch.randn(3, 3, *size)
@@ -30,7 +30,7 @@ def test_features_are_one_row_a_image(name: str, width: int | None) -> None:
     assert len(kept) == 2, "the hooks are gone"
 
 
-def test_of_a_linear_head_the_logits_are_made_of_them() -> None:
+def test_a_linear_head_computes_its_logits_from_the_features() -> None:
     network = build("resnet20", 5, image_size=(32, 32)).eval()
     with torch.inference_mode(), head_inputs(network) as kept:
         logits = network(torch.randn(4, 3, 32, 32))
@@ -39,14 +39,14 @@ def test_of_a_linear_head_the_logits_are_made_of_them() -> None:
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cosine"])
-def test_a_head_of_several_layers_is_one(kind: str) -> None:
+def test_a_head_of_several_layers_counts_as_one(kind: str) -> None:
     network = build("resnet20", 5, image_size=(32, 32), head=kind).eval()
     with torch.inference_mode(), head_inputs(network) as kept:
         network(torch.randn(4, 3, 32, 32))
     assert kept[0].shape == (4, 64)
 
 
-def test_of_images_and_texts_they_are_what_joins_both() -> None:
+def test_the_features_of_a_multimodal_network_are_the_fused_ones() -> None:
     reader = Reader(build("lenet5", 5, image_size=(32, 32)), BagOfNgrams(100, width=16), 5, width=24).eval()
     with torch.inference_mode(), head_inputs(reader) as kept:
         logits = reader(torch.randn(2, 3, 32, 32), torch.ones(2, 7, dtype=torch.int32), torch.tensor([True, False]))
@@ -54,7 +54,7 @@ def test_of_images_and_texts_they_are_what_joins_both() -> None:
 
 
 class Backwards(nn.Module):
-    """Registers its layers in another order than it calls them, and one that it never calls."""
+    """A network that registers its layers in another order than it calls them, and never calls one of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Backwards(nn.Module):
         return self.head(images.flatten(1))
 
 
-def test_where_the_head_is_never_called_the_output_stands_in() -> None:
+def test_the_output_replaces_the_inputs_of_a_head_that_is_never_called() -> None:
     network = Backwards()
     with torch.inference_mode(), head_inputs(network) as kept:
         logits = network(torch.randn(2, 3, 2, 2))

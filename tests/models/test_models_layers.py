@@ -1,4 +1,4 @@
-"""Each part against its formula, with numbers worked out by hand or by NumPy."""
+"""Each layer against its formula, with values computed by hand or by NumPy."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_the_step_has_no_gradient() -> None:
     assert values.grad is not None and values.grad.tolist() == [0] * 5
 
 
-def test_unknown_names_and_arguments_are_told() -> None:
+def test_unknown_names_and_arguments_are_reported() -> None:
     with pytest.raises(ValueError, match=r"activation='rleu': expected one of .*; did you mean 'relu'"):
         make_activation("rleu")
     with pytest.raises(ValueError, match="activation 'tanh' rejects its arguments"):
@@ -156,7 +156,7 @@ def test_convolutions_have_the_weights_of_their_kind() -> None:
     }
 
 
-def test_channel_shuffle_deals_the_groups_out() -> None:
+def test_channel_shuffle_interleaves_the_groups() -> None:
     values = torch.arange(6.0).view(1, 6, 1, 1)
     assert ChannelShuffle(2)(values).flatten().tolist() == [0, 3, 1, 4, 2, 5]
 
@@ -199,7 +199,7 @@ def test_lsuv_gives_every_layer_outputs_of_variance_1(norm: str) -> None:
     for layer in layers:
         layer.register_forward_hook(lambda _, __, output: deviations.append(float(output.std())))
     network.train()(images)
-    if norm == "weight_standardisation":  # whose weights have no length of their own: they stay as they were begun
+    if norm == "weight_standardisation":  # its scale has no effect, so lsuv leaves the stored weights unchanged
         stored = [layer.parametrizations.weight.original for layer in layers[:-1]]
         assert all(float((weight.flatten(1) ** 2).sum(dim=1).mean()) > 0.1 for weight in stored)
     else:
@@ -227,7 +227,7 @@ def test_an_mlp_is_pretrained_layer_by_layer() -> None:
         MLP(3, image_size=(8, 8), pretrain="rbm")
 
 
-def test_dropout_beside_batch_norm_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_dropout_with_batch_norm_logs_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     MLP(3, image_size=(8, 8), norm="batch", dropout=0.5)
     assert "dropout before a batch norm" in caplog.text
 
@@ -250,7 +250,7 @@ def test_every_activation_in_a_network(activation: str) -> None:
     ],
     ids=str,
 )
-def test_every_part_in_a_convolutional_network_learns(args: dict) -> None:
+def test_every_layer_in_a_convolutional_network_learns(args: dict) -> None:
     torch.manual_seed(0)
     network = build("cnn", 4, image_size=(16, 16), widths=[8, 16], **args)
     images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
@@ -271,7 +271,7 @@ def test_every_initialisation_on_a_network(init: str) -> None:
     assert torch.isfinite(network(torch.randn(2, 3, 16, 16))).all()
 
 
-def test_lsuv_measures_before_an_activation_works_in_place() -> None:
+def test_lsuv_measures_before_an_in_place_activation() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU(inplace=True))
     images = torch.randn(64, 3, 12, 12)
@@ -279,7 +279,7 @@ def test_lsuv_measures_before_an_activation_works_in_place() -> None:
     assert float(network[0](images).std()) == pytest.approx(1, abs=0.02)
 
 
-def test_a_transposed_convolution_begins_as_a_plain_one_of_its_fans() -> None:
+def test_a_transposed_convolution_is_initialised_by_its_fans() -> None:
     torch.manual_seed(0)
     layer = nn.ConvTranspose2d(8, 256, 3)
     initialise(layer, "he_normal")

@@ -1,4 +1,4 @@
-"""The training module under a real Trainer, on a tiny set of random images whose labels are their brightness."""
+"""The training module under a real Trainer, on a few random images labelled by their brightness."""
 
 import warnings
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def make_module(task: str = "multiclass", **options: Any) -> ClassifierModule:
 
 
 class History(lightning.Callback):
-    """What a callback can see of an epoch when it ends."""
+    """Record the metrics that callbacks see at the end of each epoch."""
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
@@ -80,7 +80,7 @@ def fit(module: ClassifierModule, *, epochs: int = 6, images: Images | None = No
 
 
 @pytest.mark.parametrize(("task", "optimizer"), [("binary", "sgd"), ("multiclass", "adamw"), ("multilabel", "adamw")])
-def test_it_learns_and_logs_what_a_callback_sees(task: str, optimizer: str) -> None:
+def test_it_learns_and_logs_metrics_for_callbacks(task: str, optimizer: str) -> None:
     module = make_module(task, name=optimizer)
     history = fit(module, images=Images(multilabel=task == "multilabel"))
     first, last = history.epochs[0], history.epochs[-1]
@@ -91,8 +91,8 @@ def test_it_learns_and_logs_what_a_callback_sees(task: str, optimizer: str) -> N
     assert last[module.monitor] > 0.9
 
 
-def test_logged_figures_are_those_of_the_whole_set() -> None:
-    """With a learning rate of almost nothing every step sees the same network: the epoch's mean can be computed."""
+def test_logged_metrics_cover_the_whole_epoch() -> None:
+    """With a learning rate near 0 every step uses the same network, so that the epoch's mean is known."""
     module = make_module(lr=1e-12, weight_decay=0.0, schedule="constant", warmup=0.0)
     for layer in module.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
@@ -118,7 +118,7 @@ def test_the_learning_rate_warms_up_and_falls_by_step() -> None:
 
 
 class Recorder:
-    """A mix that swaps the batch's labels and writes down how it was called."""
+    """A mix that swaps the batch's labels and records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, list[int], tuple[int, ...], torch.dtype]] = []
@@ -161,7 +161,7 @@ def test_channels_last_reaches_the_network() -> None:
     assert stem.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_frozen_backbone_stays_through_training_and_validation() -> None:
+def test_a_frozen_backbone_stays_frozen_through_training_and_validation() -> None:
     module = make_module(mode="feature-extract")
     before = {key: tensor.clone() for key, tensor in module.classifier.state_dict().items()}
     fit(module, epochs=2)
@@ -170,7 +170,7 @@ def test_a_frozen_backbone_stays_through_training_and_validation() -> None:
 
 
 class Poison:
-    """A mix that spoils the loss of one step."""
+    """A mix that makes the loss of one step non-finite."""
 
     def __init__(self, step: int) -> None:
         self.left, self.indices = step, []
@@ -206,7 +206,7 @@ def test_targets_are_checked_before_they_reach_the_device() -> None:
         make_module().on_before_batch_transfer(batch, 0)
 
 
-def test_figures_of_an_epoch_cut_short_are_logged() -> None:
+def test_metrics_of_an_interrupted_epoch_are_logged() -> None:
     module = make_module()
     fit(module, epochs=-1, max_steps=2)
     assert {"train_loss", "train_accuracy"} <= set(module.trainer.callback_metrics)

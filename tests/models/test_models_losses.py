@@ -139,7 +139,7 @@ def test_focal_without_gamma_is_the_plain_loss() -> None:
         torch.testing.assert_close(classification_loss(logits, own, task=task, name="focal", gamma=0.0), plain)
 
 
-def test_losses_that_a_task_has_not_are_refused() -> None:
+def test_losses_that_a_task_does_not_support_are_refused() -> None:
     with pytest.raises(ValueError, match="loss='cross_entropy' needs a task with one label per image"):
         classification_loss(torch.zeros(2, 3), torch.zeros(2, 3), task="multilabel", name="cross_entropy")
     with pytest.raises(ValueError, match="loss='focla'.*did you mean 'focal'"):
@@ -161,7 +161,7 @@ def test_distillation_is_the_divergence_at_its_temperature() -> None:
     assert float(distillation_loss(teacher, teacher, task="multilabel", temperature=2.0)) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_elastic_net_leaves_biases_out() -> None:
+def test_the_elastic_net_excludes_biases() -> None:
     layer = torch.nn.Linear(2, 1)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[3.0, -4.0]]))
@@ -173,7 +173,7 @@ def test_the_elastic_net_leaves_biases_out() -> None:
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
-def test_focal_has_a_gradient_where_the_answer_is_certain(task: str, gamma: float) -> None:
+def test_focal_has_a_gradient_for_a_certain_prediction(task: str, gamma: float) -> None:
     logits = torch.tensor([[30.0, 0.0, -30.0]], requires_grad=True)
     targets = torch.tensor([[1.0, 0.0, 0.0]]) if task == "multilabel" else torch.tensor([0])
     classification_loss(logits, targets, task=task, name="focal", gamma=gamma).backward()

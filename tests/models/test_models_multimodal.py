@@ -1,4 +1,4 @@
-"""Networks that read texts, alone and beside images."""
+"""Networks that read texts, or images and texts."""
 
 import dataclasses
 import json
@@ -90,8 +90,8 @@ def test_any_text_is_read_within_its_bounds(text: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [HashedNgrams(2), TokenizerTokens(words_tokenizer(["word"]), 2)])
-def test_blanks_at_the_ends_are_no_part_of_a_text(tokens) -> None:
-    """Nor do they take the place of what is looked at, or make it one that was cut."""
+def test_whitespace_at_the_ends_is_ignored(tokens) -> None:
+    """It neither counts towards the length limit nor marks the text as truncated."""
     blanks = " \x00\x07\t\u2003\u3000" * 50
     assert np.array_equal(tokens(blanks + "word")[0], tokens("word")[0])
     assert [tokens(text)[1] for text in (blanks, blanks + "word" + blanks, "word" + blanks + "word")] == [
@@ -122,7 +122,7 @@ def test_a_tokenizers_file_is_its_tokens() -> None:
         TokenizerTokens(marked, 2)
 
 
-def test_a_tokenizer_that_fills_up_is_kept_from_it() -> None:
+def test_the_padding_of_a_tokenizer_is_disabled() -> None:
     from tokenizers import Tokenizer
 
     filling = Tokenizer.from_str(words_tokenizer(["red", "car"]).decode())
@@ -148,7 +148,10 @@ def test_transformers_are_pooled_as_their_kind_wants_and_filling_up_changes_noth
     )
     network.eval()
     assert part.pooling == pooling and isinstance(network, Transformer)
-    given, longer = pad_rows([tokens("a red dog")[0]]), pad_rows([tokens("a red dog")[0], tokens("the blue car sees a dog")[0]])
+    given, longer = (
+        pad_rows([tokens("a red dog")[0]]),
+        pad_rows([tokens("a red dog")[0], tokens("the blue car sees a dog")[0]]),
+    )
     alone = network(torch.from_numpy(given))
     assert torch.allclose(alone[0], network(torch.from_numpy(longer))[0], atol=1e-5)
     states = network.network(input_ids=torch.from_numpy(given).long() - 1).last_hidden_state
@@ -204,7 +207,7 @@ def test_pooling_goes_by_what_a_token_sees_not_by_the_architectures_name(tmp_pat
         assert make_text_encoder(where, weights="default", max_length=4, pooling="auto", args={})[0].pooling == pooling
 
 
-def test_texts_that_a_network_could_not_take_are_told_before_training(tmp_path: Path) -> None:
+def test_texts_that_a_network_cannot_read_are_refused_before_training(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2Model, RobertaConfig, RobertaModel, ViTConfig, ViTModel
 
     own = {"weights": "default", "pooling": "auto", "args": {}}
@@ -230,10 +233,10 @@ def test_texts_that_a_network_could_not_take_are_told_before_training(tmp_path: 
         ("hashing", {"args": {"widht": 3}}, "text.args: {'widht': 3}"),
         ("hashing", {"pooling": "sum"}, "'sum': expected one of auto, mean, cls, last"),
         ("bert", {"max_length": 99}, "text.max_length: 99: expected at most 12"),
-        ("bert", {"args": {"width": 3}}, "are for hashing"),
+        ("bert", {"args": {"width": 3}}, "only hashing takes arguments"),
     ],
 )
-def test_what_cannot_read_is_told(transformers_of, monkeypatch, name: str, more: dict, message: str) -> None:
+def test_unusable_text_encoders_are_refused(transformers_of, monkeypatch, name: str, more: dict, message: str) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     own = {"weights": "default", "max_length": 8, "pooling": "auto", "args": {}} | more
     with pytest.raises(ValueError, match=message):

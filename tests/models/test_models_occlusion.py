@@ -48,8 +48,8 @@ def test_numbers_that_are_not_finite_give_no_heat() -> None:
     assert not Occlusion(lambda images: red_or_blue(images) * torch.nan).heat(image(), 0).any()
 
 
-def test_the_score_of_several_labels_is_the_labels_own_logit() -> None:
-    """Blue speaks against red where one label is chosen; for several labels it has no part in it."""
+def test_the_multilabel_score_is_the_logit_of_the_label() -> None:
+    """Blue lowers the score of red in a single-label task, but not in a multi-label task."""
     purple = image()
     purple[2, :9, :9] = 255
     assert hottest(Occlusion(red_or_blue, multilabel=True).heat(purple, 0)) < (9, 9)

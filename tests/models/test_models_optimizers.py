@@ -1,4 +1,4 @@
-"""Optimisers and schedules: who decays, and the learning rate at each step."""
+"""Optimisers and schedules: weight decay, and the learning rate at each step."""
 
 import pytest
 import torch
@@ -154,7 +154,7 @@ def test_no_schedule_goes_below_lr_end(name: str) -> None:
         assert factors[20 + 100] == pytest.approx(0.1), "as in the paper"
 
 
-def test_the_steps_of_the_head_have_a_schedule_of_their_own() -> None:
+def test_the_steps_of_the_head_have_a_separate_schedule() -> None:
     spec = OptimSpec(lr=1e-3, warmup=0.2)
     factors = [spec.factor(step, 30, head_steps=10) for step in range(30)]
     assert factors[:2] == [0.5, 1.0] and factors[:10] == [spec.factor(step, 10) for step in range(10)]

@@ -1,4 +1,4 @@
-"""Networks by name: every own one, and one of each kind that the catalogues hold."""
+"""Networks by name: all of Refract's, and one of each family of the catalogues."""
 
 import math
 import subprocess
@@ -50,7 +50,7 @@ def test_forward_shape_and_a_gradient_for_every_parameter(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
-def test_learns_one_batch_by_heart(name: str) -> None:
+def test_overfits_one_batch(name: str) -> None:
     network = made(name, 4).train()
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 4
     fixed = name in ("rbf", "linear")  # features that do not learn: the head is all there is
@@ -82,7 +82,7 @@ def test_squeezenet_gives_logits_below_zero() -> None:
 
 @pytest.mark.parametrize("size", [(28, 28), (32, 48), (64, 64)])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_own_networks_take_other_sizes(name: str, size: tuple[int, int]) -> None:
+def test_own_networks_accept_other_sizes(name: str, size: tuple[int, int]) -> None:
     assert build(name, 3, image_size=size)(torch.randn(2, 3, *size)).shape == (2, 3)
 
 
@@ -156,7 +156,7 @@ def test_own_networks_have_no_pretrained_weights() -> None:
         build("lenet5", 2, image_size=(32, 32), weights="default")
 
 
-def test_what_pretrained_weights_expect() -> None:
+def test_the_preprocessing_of_pretrained_weights() -> None:
     expected = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "image_size": [224, 224]}
     assert weights_preprocess("resnet18", "default") == {**expected, "crop_ratio": 224 / 256}
     assert weights_preprocess("timm/resnet10t", "default") == {
@@ -212,6 +212,8 @@ def test_fastnets_third_convolution_is_residual() -> None:
         stage.conv3.weight.zero_()
         values = torch.randn(2, 24, 16, 16)
         first = nn.functional.gelu(stage.norm1(nn.functional.max_pool2d(stage.conv1(values), 2)))
-        assert torch.equal(stage(values), nn.functional.gelu(first)), "what the first convolution gave goes on"
+        assert torch.equal(stage(values), nn.functional.gelu(first)), (
+            "the output of the first convolution is passed through"
+        )
     with pytest.raises(ValueError, match="depth=4: expected 2 or 3"):
         build("fastnet", 3, image_size=(32, 32), depth=4)

@@ -1,4 +1,4 @@
-"""Weights from a file: the same head, another head, other people's prefixes, and files that do not belong."""
+"""Weights from a file: the same head, another head, foreign prefixes, and files that do not fit."""
 
 import http.server
 import json
@@ -41,7 +41,7 @@ def test_the_same_head_loads_whole(name: str, suffix: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("name", "head"), [("resnet20", "head"), ("resnet18", "fc"), ("timm/resnet10t", "fc")])
-def test_another_head_starts_afresh_and_says_so(
+def test_another_head_is_reinitialised_and_reported(
     name: str, head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = build(name, 4, image_size=SIZE)
@@ -106,20 +106,20 @@ def test_missing_and_unknown_keys_are_refused(tmp_path: Path) -> None:
         build("lenet5", 3, image_size=SIZE, weights=path)
 
 
-class Stranger:
+class Payload:
     """A pickle that would run code when loaded."""
 
     def __reduce__(self) -> tuple:
-        return (print, ("the stranger's code ran",))
+        return (print, ("the pickle's code ran",))
 
 
 def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": Stranger()}, protocol=2))
-    torch.save({"a": Stranger()}, tmp_path / "v.pth")
+    (tmp_path / "w.pth").write_bytes(pickle.dumps({"a": Payload()}, protocol=2))
+    torch.save({"a": Payload()}, tmp_path / "v.pth")
     for name in ("w.pth", "v.pth"):
         with pytest.raises(ValueError, match=r"cannot be read as plain tensors"):
             build("lenet5", 3, image_size=SIZE, weights=str(tmp_path / name))
-    assert "stranger" not in capsys.readouterr().out
+    assert "code ran" not in capsys.readouterr().out
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_weights_with_a_head_of_another_kind_load(prefix: str, name: str, head: 
     assert torch.equal(next(other.parameters()), next(source.parameters()))
 
 
-def test_two_heads_are_not_exchanged_by_halves() -> None:
+def test_two_heads_are_not_swapped_by_halves() -> None:
     with pytest.raises(ValueError, match="has two heads"):
         build("timm/deit_tiny_distilled_patch16_224", 3, image_size=(224, 224), head="cosine")
 
@@ -230,7 +230,7 @@ def test_mean_and_deviation_come_from_a_folders_own_record(tmp_path: Path) -> No
     assert weights_preprocess("resnet20", str(tmp_path)) == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
 
 
-def test_what_is_no_folder_of_weights_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "bundle").mkdir(parents=True)
     save(run / "bundle" / "weights.safetensors", {})
@@ -240,7 +240,7 @@ def test_what_is_no_folder_of_weights_is_told(tmp_path: Path) -> None:
         read_weights(run)
 
 
-def test_a_bundle_of_another_network_tells_its_own(tmp_path: Path) -> None:
+def test_the_error_for_a_bundle_names_its_network(tmp_path: Path) -> None:
     given, own = (
         build("cnn", 3, image_size=(32, 32), widths=[8, 8]),
         build("cnn", 3, image_size=(32, 32), widths=[8, 4]),
@@ -269,7 +269,7 @@ def test_keys_of_another_network_are_refused_though_they_hold_the_heads_name(tmp
 
 
 class HalfFirst(BaseHTTPRequestHandler):
-    """Sends half of a file the first time, all of it later."""
+    """Send half of a file to the first request, the whole file to later requests."""
 
     content, asked = b"", 0
 
@@ -285,7 +285,7 @@ class HalfFirst(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_download_that_was_cut_short_is_not_kept(tmp_path, monkeypatch) -> None:
+def test_an_incomplete_download_is_deleted(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     source = build("lenet5", 3, image_size=SIZE)
     HalfFirst.content = Path(save(tmp_path / "w.pt", source.state_dict())).read_bytes()
