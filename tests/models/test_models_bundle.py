@@ -159,7 +159,7 @@ def test_a_needed_file_must_be_listed(folder: Path, name: str) -> None:
 
 
 def test_an_unused_listed_file_is_verified_too(folder: Path) -> None:
-    (folder / "NOTES.md").write_text("measured on a late shift!")
+    (folder / "NOTES.md").write_text("measured on a late shift..")
     rehash(folder, "NOTES.md")
     load_bundle(folder)
     (folder / "NOTES.md").write_text("measured on an early shift")

@@ -229,7 +229,7 @@ def test_texts_that_a_network_cannot_read_are_refused_before_training(tmp_path: 
 @pytest.mark.parametrize(
     "name, more, message",
     [
-        ("/nowhere", {}, "text.name: /nowhere cannot be loaded"),
+        ("/missing", {}, "text.name: /missing cannot be loaded"),
         ("hashing", {"args": {"widht": 3}}, "text.args: {'widht': 3}"),
         ("hashing", {"pooling": "sum"}, "'sum': expected one of auto, mean, cls, last"),
         ("bert", {"max_length": 99}, "text.max_length: 99: expected at most 12"),
