@@ -93,7 +93,7 @@ def _train(work: Path, *arguments: str, kill: float | None = None) -> float | No
         def listen() -> None:
             for line in process.stderr or ():
                 told.append(line)
-                if line.startswith(("run ", "going on from")):
+                if line.startswith(("run ", "resuming from")):
                     began.set()
             began.set()
 

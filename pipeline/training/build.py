@@ -1,4 +1,4 @@
-"""What a config asks of `augment` and `models`: the preprocessing, the classifier, its training module."""
+"""Build from a config: the preprocessing, the classifier and its training module."""
 
 import dataclasses
 import logging
@@ -22,58 +22,63 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NO_IMAGES = "none"
-"""model.name of a network that reads texts alone."""
+"""The `model.name` of a network that reads only texts."""
 
 FROM_ARGS = (LookupError, ArithmeticError, AttributeError)
-"""What else a library's network raises for a wrong value in `model.args`."""
+"""Further exceptions of third-party networks for a wrong value in `model.args`."""
 
 
 def check_task(config: Config, task: str) -> None:
-    """ConfigError for a loss that the task does not have."""
+    """Raise ConfigError for a loss that does not fit the task."""
     if task == "multilabel" and config.loss.name in ("cross_entropy", "perceptron"):
         raise ConfigError(
-            f"loss.name: {config.loss.name} is for one label an image; the data are multilabel: take auto, bce, focal or mse"
+            f"loss.name: {config.loss.name} needs one label per image, but the data are multi-label; use auto, bce, focal or mse"
         )
 
 
 def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None:
-    """ConfigError for settings that are out of range or do not go together."""
+    """Raise ConfigError for values that are out of range or incompatible. Warn about settings without effect."""
     specs(config)
     if config.loss.consistency and config.text.name != "none":
-        raise ConfigError("loss.consistency compares views of images; it does not go with text.name")
+        raise ConfigError(
+            "loss.consistency: compares views of images, so it cannot be combined with text.name; set loss.consistency: 0"
+        )
     if augmenter.texts and config.text.name == "none":
-        log.warning("augment.policy changes texts, which the network does not read (text.name: none)")
+        log.warning("augment.policy has text ops without effect: text.name is none, so the network reads no texts")
     if config.loss.consistency and (augmenter.mixes or not any(op.name == "AugMix" for op in augmenter.policy.ops)):
         raise ConfigError(
-            "loss.consistency compares views that AugMix makes: the policy needs AugMix, and neither MixUp nor CutMix"
+            "loss.consistency: compares views made by AugMix; the policy needs AugMix, without MixUp and CutMix"
         )
     if config.optim.sam and precision == "16-mixed":
         raise ConfigError(
-            "optim.sam does not go with fp16, whose gradients are scaled; take trainer.precision: bf16 or fp32"
+            "optim.sam: cannot be combined with fp16, whose gradients are scaled; set trainer.precision: bf16 or fp32"
         )
     if config.optim.sam and config.trainer.accumulate > 1:
-        raise ConfigError("optim.sam needs the whole step's loss at once: trainer.accumulate: 1")
+        raise ConfigError(
+            f"optim.sam: needs the loss of the whole step at once, got trainer.accumulate: {config.trainer.accumulate}; "
+            "set trainer.accumulate: 1"
+        )
     model, epochs = config.model, config.trainer.max_epochs
     if model.mode in ("gradual", "linear-then-fine-tune") and model.unfreeze_epochs >= epochs > 1:
         log.warning(
-            "only the head is trained: model.unfreeze_epochs (%d) reaches trainer.max_epochs (%d)",
+            "only the head is trained: model.unfreeze_epochs (%d) is not below trainer.max_epochs (%d)",
             model.unfreeze_epochs,
             epochs,
         )
     if model.mode == "feature-extract" and model.weights == "none" and reads(config) == {"images"}:
         log.warning(
-            "model.mode: feature-extract trains the head alone, and model.weights is none: what is under it stays random"
+            "model.mode: feature-extract trains only the head; with model.weights: none the backbone stays random"
         )
     if config.loss.teacher is None and config.loss.distill != LossConfig().distill:
         log.warning("loss.distill has no effect without loss.teacher")
     if config.loss.name != "focal" and config.loss.gamma != LossConfig().gamma:
-        log.warning("loss.gamma has no effect but with loss.name: focal")
+        log.warning("loss.gamma has no effect without loss.name: focal")
     if not config.loss.penalty and config.loss.l1_ratio:
         log.warning("loss.l1_ratio has no effect without loss.penalty")
 
 
 def specs(config: Config) -> "tuple[OptimSpec, LossSpec]":
-    """What the sections optim and loss say. ConfigError names a key that is out of range."""
+    """Convert the sections optim and loss of the config. Raises ConfigError with the key that is out of range."""
     from refract.models.training.losses import LossSpec
     from refract.models.training.optimizers import OptimSpec
 
@@ -90,53 +95,64 @@ def specs(config: Config) -> "tuple[OptimSpec, LossSpec]":
 
 
 def reads(config: Config) -> frozenset[str]:
-    """What the network reads: images, texts, or both."""
-    own = {"images": config.model.name != NO_IMAGES, "texts": config.text.name != "none"}
-    return frozenset(name for name, there in own.items() if there)
+    """Return the modalities that the network reads: `images`, `texts`, or both."""
+    modalities = {"images": config.model.name != NO_IMAGES, "texts": config.text.name != "none"}
+    return frozenset(name for name, is_read in modalities.items() if is_read)
 
 
 def check_inputs(config: Config, manifest: "Manifest") -> None:
-    """DataError for samples of which the network could read nothing."""
+    """Raise DataError for samples without any modality that the network reads."""
     from refract.models.multimodal.tokens import trimmed
     from refract.pipeline.data.manifest import DataError
 
-    own = reads(config)
-    lacking = [
-        s for s in manifest.samples if not ((s.has_image and "images" in own) or (trimmed(s.text) and "texts" in own))
+    modalities = reads(config)
+    empty = [
+        s
+        for s in manifest.samples
+        if not ((s.has_image and "images" in modalities) or (trimmed(s.text) and "texts" in modalities))
     ]
-    if lacking:
-        what = "image" if own == {"images"} else "text" if own == {"texts"} else "image and no text"
-        hint = "; text.name: hashing reads texts" if own == {"images"} else ""
-        raise DataError(f"{manifest.source}: {len(lacking)} samples have no {what}, as {lacking[0].path}{hint}")
-    if "texts" in own and not any(trimmed(sample.text) for sample in manifest.samples):
-        raise DataError(f"{manifest.source}: text.name is {config.text.name}, but there are no texts (column `text`)")
+    if empty:
+        missing = "image" if modalities == {"images"} else "text" if modalities == {"texts"} else "image and no text"
+        hint = "; to read texts, set text.name: hashing" if modalities == {"images"} else ""
+        raise DataError(f"{manifest.source}: {len(empty)} samples have no {missing}, such as {empty[0].path}{hint}")
+    if "texts" in modalities and not any(trimmed(sample.text) for sample in manifest.samples):
+        raise DataError(
+            f"{manifest.source}: the data have no texts (column `text`), but text.name is {config.text.name}; "
+            "set text.name: none"
+        )
 
 
 def make_preprocess(config: Config) -> "Preprocess":
-    """What validation, evaluation and serving do. Mean and std: the config's, else the pretrained weights' own, else ImageNet's."""
+    """Build the preprocessing of validation, evaluation and serving.
+
+    Mean and std come from the config, else from the pretrained weights, else from ImageNet.
+    """
     from refract.augment.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
-    own = _weights_own(config.model) if config.model.name != NO_IMAGES else {}
-    if own and config.data.normalize == "fixed" and not (config.data.mean and config.data.std):
-        log.info("images are normalised by the weights' own %s", own.get("normalize", "mean and standard deviation"))
+    recorded = _weights_preprocess(config.model) if config.model.name != NO_IMAGES else {}
+    if recorded and config.data.normalize == "fixed" and not (config.data.mean and config.data.std):
+        kind = recorded.get("normalize", "mean and standard deviation")
+        log.info("images are normalised by the %s recorded with the weights", kind)
     height, width = config.data.sides()
     return Preprocess(
         height,
         width,
         resize=config.data.resize,
         crop_ratio=config.data.crop_ratio,
-        mean=config.data.mean or tuple(own.get("mean", IMAGENET_MEAN)),
-        std=config.data.std or tuple(own.get("std", IMAGENET_STD)),
-        normalize="channel" if config.data.mean else own.get("normalize", "channel"),
+        mean=config.data.mean or tuple(recorded.get("mean", IMAGENET_MEAN)),
+        std=config.data.std or tuple(recorded.get("std", IMAGENET_STD)),
+        normalize="channel" if config.data.mean else recorded.get("normalize", "channel"),
         color_profile=config.data.color_profile,
     )
 
 
-def measured(config: Config, preprocess: "Preprocess", manifest: "Manifest") -> tuple["Preprocess", dict[str, Any]]:
-    """(preprocess with the normalisation that the config asks for, the arrays of the classifier's first layer for it).
+def with_normalisation(
+    config: Config, preprocess: "Preprocess", manifest: "Manifest"
+) -> tuple["Preprocess", dict[str, Any]]:
+    """Return (preprocess with the configured normalisation, the normalisation arrays of the classifier's first layer).
 
-    Those of a bundle that training begins from are its own; else they are measured on the training images as the network sees them
-    without augmentation, in one pass. ConfigError for whitening of large ones.
+    For `data.normalize: fixed` the arrays are those of the bundle that training starts from. Otherwise one pass measures them on the
+    training images, preprocessed without augmentation. Raises ConfigError where images are too large for whitening.
     """
     import torch
 
@@ -155,11 +171,11 @@ def measured(config: Config, preprocess: "Preprocess", manifest: "Manifest") -> 
     images = ImageDataset(samples, preprocess, targets_of(samples, manifest))
     kind = "channel" if config.data.normalize == "data" else config.data.normalize
     try:
-        found = measure((images.pixels(i) for i in range(len(images))), kind)
+        statistics = measure((images.pixels(i) for i in range(len(images))), kind)
     except ValueError as error:
         raise ConfigError(f"data.normalize: {error}") from error
-    arrays = {"mean_image": found.mean_image, "whitening": found.whitening}
-    mean, std = _three(found.mean), _three(found.std)
+    arrays = {"mean_image": statistics.mean_image, "whitening": statistics.whitening}
+    mean, std = _three(statistics.mean), _three(statistics.std)
     log.info("measured on %d training images: mean %s, std %s", len(samples), mean, std)
     return (
         dataclasses.replace(preprocess, mean=mean, std=std, normalize=kind),
@@ -175,8 +191,10 @@ def _three(values: Any) -> tuple[float, float, float]:
 def make_module(
     config: Config, manifest: "Manifest", augmenter: "Augmenter", preprocess: "Preprocess", arrays: Mapping[str, Any]
 ) -> "tuple[ClassifierModule, dict[str, Any] | None]":
-    """(the module of the classifier as training begins with it, what a bundle says of the network that reads texts). ConfigError for what
-    a network or a spec refuses."""
+    """Return (the training module with its initial weights, the bundle's record of the text network or None).
+
+    Raises ConfigError for values that the network, the optimiser or the loss rejects.
+    """
     from refract.models.classifier import Classifier
     from refract.models.training.activation_checkpointing import recompute_activations
     from refract.models.training.lightning_module import ClassifierModule
@@ -202,9 +220,12 @@ def make_module(
         raise ConfigError(f"model: {_line(error)}") from error
     classifier.frozen_norms = bool(model.frozen_norms)
     teacher = _teacher(config, manifest, classifier)
-    for what, own in (("model.name: " + model.name, classifier), (f"loss.teacher: {config.loss.teacher}", teacher)):
-        if own is not None:
-            _check_runs(config, own, what, manifest.labels)
+    for where, checked in (
+        ("model.name: " + model.name, classifier),
+        (f"loss.teacher: {config.loss.teacher}", teacher),
+    ):
+        if checked is not None:
+            _check_runs(config, checked, where, manifest.labels)
     if config.trainer.gradient_checkpointing:
         try:
             recompute_activations(classifier.network)
@@ -220,9 +241,8 @@ def make_module(
         optim=optim,
         loss=loss,
         mix=augmenter.mix if augmenter.mixes else None,
-        channels_last=all(
-            parameter.ndim < 5 for parameter in classifier.parameters()
-        ),  # it has no form of three dimensions
+        # The memory format channels_last exists only for 4-dimensional tensors.
+        channels_last=all(parameter.ndim < 5 for parameter in classifier.parameters()),
         class_weights=weights,
         mode=model.mode,
         unfreeze_epochs=model.unfreeze_epochs,
@@ -233,59 +253,57 @@ def make_module(
 
 
 def _network(config: Config, count: int) -> "tuple[Any, Tokens | None, dict[str, Any] | None]":
-    """(the network, what makes tokens for it, what a bundle says of that)."""
+    """Return (the network, its tokeniser or None, the bundle's record of the text network or None)."""
     from refract.models.factory import text_record
     from refract.models.head import neutralise_head
     from refract.models.multimodal.fusion import Reader
-    from refract.models.multimodal.text_networks import make_text_part
+    from refract.models.multimodal.text_networks import make_text_encoder
     from refract.models.registry import build
 
     model, text = config.model, config.text
-    how: dict[str, Any] = {"image_size": config.data.sides(), "weights": model.weights, "args": model.args}
+    image_options: dict[str, Any] = {"image_size": config.data.sides(), "weights": model.weights, "args": model.args}
     if text.name == "none":
-        return build(model.name, count, head=model.head, **how), None, None
-    own: dict[str, Any] = {
+        return build(model.name, count, head=model.head, **image_options), None, None
+    text_options: dict[str, Any] = {
         "weights": text.weights,
         "max_length": text.max_length,
         "pooling": text.pooling,
         "args": text.args,
     }
-    part, tokens, reading = make_text_part(text.name, **own)
-    images = None if model.name == NO_IMAGES else build(model.name, count, **how)
-    joined: dict[str, Any] = {"fusion": text.fusion, "width": text.width}
+    part, tokens, text_network = make_text_encoder(text.name, **text_options)
+    image_network = None if model.name == NO_IMAGES else build(model.name, count, **image_options)
+    fusion: dict[str, Any] = {"fusion": text.fusion, "width": text.width}
     drops: dict[str, Any] = {"drop_image": text.drop_image, "drop_text": text.drop_text}
-    reader = Reader(images, reading, count, head=model.head, **joined, **drops)
+    reader = Reader(image_network, text_network, count, head=model.head, **fusion, **drops)
     if loads_weights(config):
         neutralise_head(reader)
-    return reader, tokens, text_record(part, joined)
+    return reader, tokens, text_record(part, fusion)
 
 
-def _check_runs(config: Config, classifier: "Classifier", what: str, classes: Sequence[str]) -> None:
-    """ConfigError where the classifier cannot take a batch of the images that training brings, at the size of any epoch."""
+def _check_runs(config: Config, classifier: "Classifier", where: str, classes: Sequence[str]) -> None:
+    """Raise ConfigError if the classifier fails on a batch of blank images, at the image size of any epoch. where: its config key."""
     import torch
 
-    from refract.models.training.activation_checkpointing import statistics_kept
+    from refract.models.training.activation_checkpointing import frozen_batch_statistics
     from refract.models.training.lightning_module import size_at
 
     full, epochs, count = config.data.sides(), config.trainer.max_epochs, len(classes)
     sizes = dict.fromkeys(size_at(epoch, epochs, config.trainer.start_size, full) for epoch in range(epochs))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), statistics_kept(classifier.train()):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), frozen_batch_statistics(classifier.train()):
         for size in {**sizes, full: None}:
             try:
                 logits = classifier(*_blank_inputs(classifier, min(2, config.data.batch_size), size))
                 if not isinstance(logits, torch.Tensor) or logits.shape != (min(2, config.data.batch_size), count):
-                    found = tuple(getattr(logits, "shape", ()))
-                    raise ValueError(
-                        f"it answers with shape {found} where one number for each of {count} labels is needed"
-                    )
+                    shape = tuple(getattr(logits, "shape", ()))
+                    raise ValueError(f"its output has shape {shape}, expected one number for each of {count} labels")
             except (RuntimeError, AssertionError, ValueError, TypeError, *FROM_ARGS) as error:
                 hint = ""
                 if size != full:
-                    hint = " of some epochs (trainer.start_size; it needs 1.0)"
+                    hint = " in some epochs; set trainer.start_size: 1.0"
                 elif "more than 1 value per channel" in str(error):
                     hint = ": its batch norms need a data.batch_size of at least 2"
                 raise ConfigError(
-                    f"{what} cannot train on {min(2, config.data.batch_size)} images of {size[0]}×{size[1]} pixels{hint} ({_line(error)})"
+                    f"{where} cannot train on {min(2, config.data.batch_size)} images of {size[0]}×{size[1]} pixels{hint} ({_line(error)})"
                 ) from error
 
 
@@ -303,8 +321,11 @@ def _line(error: Exception) -> str:
 
 
 def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Classifier | None":
-    """The classifier of the bundle to learn from. ConfigError where its labels, task or image size are others, or it reads what the
-    student does not, or texts by other tokens."""
+    """Load the teacher of `loss.teacher`, None if there is none.
+
+    Raises ConfigError if its labels, task, image size or tokens differ from the student's, or if it reads a modality that the student
+    does not read.
+    """
     if config.loss.teacher is None:
         return None
     from refract.models.bundle.bundle import BundleError, load_bundle
@@ -315,25 +336,26 @@ def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Cl
     except BundleError as error:
         raise ConfigError(f"loss.teacher: {error}") from error
     where = f"loss.teacher: {config.loss.teacher}"
-    if more := classifier.reads - student.reads:
-        raise ConfigError(f"{where} reads {' and '.join(sorted(more))}, which this training does not")
+    if extra := classifier.reads - student.reads:
+        raise ConfigError(f"{where} reads {' and '.join(sorted(extra))}, which this training does not read")
     facts: list[tuple[str, Any, Any]] = [
         ("task", bundle.info.task, manifest.task),
         ("labels", bundle.info.labels, manifest.labels),
     ]
     if "images" in classifier.reads:
         facts.append(("image size", tuple(bundle.info.network["image_size"]), config.data.sides()))
-    for what, own, ours in facts:
-        if own != ours:
-            raise ConfigError(f"{where} has the {what} {own}, this training {ours}")
+    for name, teacher_value, student_value in facts:
+        if teacher_value != student_value:
+            raise ConfigError(f"{where} has the {name} {teacher_value}, but this training has {student_value}")
     if classifier.tokens is not None and classifier.tokens != student.tokens:
         raise ConfigError(
-            f"{where} makes other tokens of a text than this training: take its text.name, text.max_length and text.args here"
+            f"{where} tokenises texts differently from this training; use its text.name, text.max_length and text.args"
         )
     return classifier
 
 
-def _weights_own(model: ModelConfig) -> Mapping[str, Any]:
+def _weights_preprocess(model: ModelConfig) -> Mapping[str, Any]:
+    """Return the preprocessing that is recorded with the weights, empty if there is none."""
     from refract.models.registry import weights_preprocess
 
     try:

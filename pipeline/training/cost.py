@@ -1,4 +1,4 @@
-"""What a training cost: its time and, where the machine tells it, its energy, over all the processes that it took."""
+"""Measure the cost of a training: its time and, where the hardware counts it, its energy, over all its interrupted processes."""
 
 import contextlib
 import threading
@@ -11,47 +11,50 @@ from lightning.pytorch.callbacks import Callback
 
 POWERCAP = Path("/sys/class/powercap")
 EVERY_SECONDS = 60.0
-"""Between readings: a processor's counter begins anew after some ten minutes of full load at the earliest."""
+"""Seconds between readings. A processor's counter wraps around after ten minutes of full load at the earliest."""
 
 
 class Cost(Callback):
-    """Counts from its making until `close`. A training that goes on has in its checkpoint what was counted before."""
+    """Counts from its construction until `close`. The checkpoint of a resumed training holds the earlier totals."""
 
     def __init__(self, device: str) -> None:
-        """device: `cuda` counts the GPUs that this process sees."""
-        self._began = time.monotonic()
+        """device: `cuda` counts the energy of the GPUs that this process sees."""
+        self._started = time.monotonic()
         self._before: dict[str, float] = {}
         self._energy = EnergyMeter(gpus=device == "cuda")
 
-    def figures(self) -> dict[str, float]:
-        """`minutes`, and `kilojoules` where all of them counted energy: of the whole processors and GPUs, whoever else used them."""
-        own = {"minutes": (time.monotonic() - self._began) / 60}
+    def totals(self) -> dict[str, float]:
+        """Return `minutes`, and `kilojoules` if every process of the training counted energy.
+
+        The energy is that of whole processors and GPUs, including other programs on them.
+        """
+        current = {"minutes": (time.monotonic() - self._started) / 60}
         if (joules := self._energy.joules()) is not None:
-            own["kilojoules"] = joules / 1000
-        before = self._before or dict.fromkeys(own, 0.0)
-        return {name: value + before[name] for name, value in own.items() if name in before}
+            current["kilojoules"] = joules / 1000
+        before = self._before or dict.fromkeys(current, 0.0)
+        return {name: value + before[name] for name, value in current.items() if name in before}
 
     def close(self) -> None:
-        """Read no more."""
+        """Stop reading the counters."""
         self._energy.close()
 
     def resume_from(self, checkpoint: Path) -> None:
-        """Count on from what a checkpoint has, where no training loads it."""
+        """Add the totals of a checkpoint, for a run that resumes after its training finished."""
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"].get("Cost", {})
         self._before = state
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self.figures())
+        return dict(self.totals())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = state_dict
 
 
 class EnergyMeter:
-    """The energy that the processors' (RAPL, Linux) and the GPUs' (NVML) own counters count from now on. RAPL is often root's alone."""
+    """Reads the energy counters of processors (RAPL, Linux) and GPUs (NVML). Often only root can read RAPL."""
 
     def __init__(self, *, gpus: bool, root: Path = POWERCAP) -> None:
-        # package-0 … are whole processors, psys is all of the machine again, others are parts; AMD's folders are called intel-rapl too.
+        # package-0 … are whole processors, psys repeats the whole machine, others are parts. AMD's folders are named intel-rapl too.
         folders = sorted(root.glob("intel-rapl:*"))
         packages = [folder for folder in folders if _text(folder, "name").startswith("package")]
         self._packages = [folder for folder in packages if _number(folder, "energy_uj") is not None]
@@ -63,15 +66,15 @@ class EnergyMeter:
             threading.Thread(target=self._watch, daemon=True, name="energy").start()
 
     def joules(self) -> float | None:
-        """So far; None where no counter can be read."""
+        """Return the joules since construction, or None if no counter is readable."""
         if not self._last:
             return None
         with self._lock:
             now = self._readings()
-            for name, (value, whole) in now.items():
-                gone = value - self._last.get(name, (value, whole))[0]
-                self._joules += gone if gone >= 0 else max(0.0, gone + whole)  # the counter began anew
-            self._last |= now  # a reading that failed is made up for by the next
+            for name, (value, maximum) in now.items():
+                used = value - self._last.get(name, (value, maximum))[0]
+                self._joules += used if used >= 0 else max(0.0, used + maximum)  # the counter wrapped around
+            self._last |= now  # the next reading includes the energy of a failed one
             return self._joules
 
     def close(self) -> None:
@@ -82,17 +85,17 @@ class EnergyMeter:
             self.joules()
 
     def _readings(self) -> dict[str, tuple[float, float]]:
-        """counter → (joules, joules at which it begins anew)"""
-        found = {}
+        """Return counter → (joules, joules at which it wraps around)."""
+        readings = {}
         for folder in self._packages:
             if (value := _number(folder, "energy_uj")) is not None:
-                found[folder.name] = (value / 1e6, (_number(folder, "max_energy_range_uj") or 0.0) / 1e6)
+                readings[folder.name] = (value / 1e6, (_number(folder, "max_energy_range_uj") or 0.0) / 1e6)
         for handle in self._gpus:
             import pynvml
 
             with contextlib.suppress(pynvml.NVMLError):
-                found[str(handle)] = (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, 0.0)
-        return found
+                readings[str(handle)] = (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, 0.0)
+        return readings
 
 
 def _text(folder: Path, name: str) -> str:
@@ -108,7 +111,7 @@ def _number(folder: Path, name: str) -> float | None:
 
 
 def _gpus() -> list[Any]:
-    """NVML's handles of the GPUs that PyTorch sees and that count their energy (Volta and newer)."""
+    """Return the NVML handles of the GPUs that PyTorch sees, empty unless all count their energy (Volta and newer)."""
     import pynvml
 
     try:

@@ -1,4 +1,4 @@
-"""When a loss is no number: which batch, which layer first, and a file that makes it happen again."""
+"""Diagnose a non-finite loss: the batch, the first layer with non-finite output, and a file that reproduces it."""
 
 import io
 from collections.abc import Iterator, Mapping
@@ -20,14 +20,14 @@ FILE = "bad-batch.pt"
 
 
 class Reproducer(Callback):
-    """Keep the batch in hand, and where its loss is no number write it to `run_dir`/FILE, with the weights, its samples and their plans.
+    """Writes the current batch to `run_dir`/FILE if its loss is not finite, with the weights, the samples and their plans.
 
-    facts: what else the file shall hold, plain values; images: what the batches are of. `told`, once that happened: a sentence on the
-    layer and the file. On a GPU losses are looked at some steps late, and the batch is the one that was in hand then.
+    facts: further plain values for the file; images: the data set of the batches. `message` is then a sentence about the layer and the
+    file, before that empty. On a GPU losses are checked some steps late, so the batch is the current one at that time.
     """
 
     def __init__(self, run_dir: Path, facts: Mapping[str, Any], images: TrainDataset) -> None:
-        self.path, self.facts, self.images, self.told = run_dir / FILE, dict(facts), images, ""
+        self.path, self.facts, self.images, self.message = run_dir / FILE, dict(facts), images, ""
         self._batch: dict[str, Tensor] = {}
 
     def on_train_batch_start(
@@ -41,7 +41,7 @@ class Reproducer(Callback):
         if not isinstance(exception, FloatingPointError) or not self._batch or not trainer.is_global_zero:
             return
         classifier: nn.Module = pl_module.classifier  # type: ignore[assignment]
-        found = first_not_finite(classifier, inputs_of(self._batch))
+        diagnosis = first_not_finite(classifier, inputs_of(self._batch))
         buffer = io.BytesIO()
         content = {
             "batch": {name: value.cpu() for name, value in self._batch.items() if isinstance(value, Tensor)},
@@ -50,10 +50,11 @@ class Reproducer(Callback):
         }  # fmt: skip
         torch.save(content, buffer)
         write_atomically(self.path, buffer.getvalue())
-        self.told = f"{found[0].upper()}{found[1:]}. `refract replay-batch {self.path}` shows it again, layer by layer"
+        replay = f"`refract replay-batch {self.path}` reproduces it layer by layer"
+        self.message = f"{diagnosis[0].upper()}{diagnosis[1:]}. {replay}"
 
     def _samples(self, epoch: int) -> list[tuple[int, str, str]]:
-        """(index, path, plan) of each of the batch."""
+        """Return (index, path, plan with the augmented text) of each sample of the batch."""
         rows = []
         indices, repeats = (self._batch[name].tolist() for name in ("indices", "repeats"))
         for index, repeat in zip(indices, repeats, strict=True):
@@ -65,41 +66,41 @@ class Reproducer(Callback):
 
 
 def first_not_finite(classifier: nn.Module, inputs: Inputs) -> str:
-    """In words: the first weight that is not finite, else the first layer whose output is not, else that all are."""
+    """Return a sentence about the first non-finite weight, else the first layer with non-finite output, else the loss."""
     for name, value in classifier.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
-            return f"the weights are no numbers any more, first of them {name}"
+            return f"the weights are no longer finite, the first of them is {name}"
     for name, kind, output in layers(classifier, inputs):
         if not output.isfinite().all():
-            return f"the first layer whose output is not finite is {name} ({kind})"
-    return "every layer's output is finite: the loss itself is not"
+            return f"the first layer with non-finite output is {name} ({kind})"
+    return "every layer's output is finite, but the loss is not"
 
 
 def layers(classifier: nn.Module, inputs: Inputs) -> Iterator[tuple[str, str, Tensor]]:
-    """(name, class, output) of each innermost layer, in the order in which they run on the inputs, in training mode."""
-    seen: list[tuple[str, str, Tensor]] = []
+    """Run the classifier in training mode and return (name, class, output) of each leaf module, in their order of execution."""
+    outputs: list[tuple[str, str, Tensor]] = []
 
-    def look(name: str) -> Any:
+    def recorder(name: str) -> Any:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                seen.append((name, type(module).__name__, output.detach().float().clone()))
+                outputs.append((name, type(module).__name__, output.detach().float().clone()))
 
         return hook
 
     leaves = [(name, module) for name, module in classifier.named_modules() if not any(True for _ in module.children())]
-    hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
+    hooks = [module.register_forward_hook(recorder(name)) for name, module in leaves]
     try:
-        with torch.no_grad(), _as_it_was(classifier):
+        with torch.no_grad(), _preserved_state(classifier):
             classifier.train()(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return iter(seen)
+    return iter(outputs)
 
 
 @contextmanager
-def _as_it_was(classifier: nn.Module) -> Iterator[None]:
-    """What looking changes, the statistics of batch norms and the mode, is put back."""
+def _preserved_state(classifier: nn.Module) -> Iterator[None]:
+    """Restore the buffers, such as batch norm statistics, and the training mode after the block."""
     training, buffers = classifier.training, {name: value.clone() for name, value in classifier.named_buffers()}
     try:
         yield

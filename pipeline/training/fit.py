@@ -1,4 +1,4 @@
-"""From a config to trained weights: data, module and batches put together, and Lightning's Trainer over them."""
+"""Train from a config: assemble data and module, and run Lightning's Trainer on them."""
 
 import logging
 import signal
@@ -9,8 +9,8 @@ from typing import Any
 
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.config.defaults import fill_defaults
-from refract.pipeline.training.callbacks.stopping import heard
-from refract.pipeline.training.ranks import Ranks, processes
+from refract.pipeline.training.callbacks.stopping import stop_requests
+from refract.pipeline.training.ranks import Ranks, current_ranks
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +19,10 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a config comes to before the first step. identity: see `prepare_data`; precision: Lightning's name; text: what a bundle says of
-    the network that reads texts, None where there is none."""
+    """The data, the module and the device of a training before its first step.
+
+    identity: see `prepare_data`; precision: Lightning's name; text: the bundle's record of the text network, None without one.
+    """
 
     manifest: Any
     identity: dict[str, str]
@@ -28,26 +30,35 @@ class Assembly:
     data: Any
     device: str
     precision: str
-    processes: Ranks
+    ranks: Ranks
     text: dict[str, Any] | None = None
 
 
 def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None) -> Assembly:
-    """Check the data, split it, and make the classifier, its module and its batches. prepared: what `prepare_data` gave for the same data
-    and seed before. The config gets the values that it leaves open. Raises as `train`."""
+    """Check and split the data, and build the classifier, its module and its batches.
+
+    prepared: an earlier result of `prepare_data` for the same data and seed. Fills the config's unset values in place. Raises the errors of
+    `train`.
+    """
     import lightning
 
     from refract.augment import Augmenter
     from refract.pipeline.data.datamodule import ImageDataModule
     from refract.pipeline.data.prepare import prepare_data
-    from refract.pipeline.training.build import check_recipe, check_task, make_module, make_preprocess, measured
+    from refract.pipeline.training.build import (
+        check_recipe,
+        check_task,
+        make_module,
+        make_preprocess,
+        with_normalisation,
+    )
     from refract.pipeline.training.device import choose_device, choose_precision
 
     fill_defaults(config)
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
-    group = processes(config.trainer.devices, device)
-    if not group.first:
+    ranks = current_ranks(config.trainer.devices, device)
+    if not ranks.first:
         logging.getLogger("refract.pipeline").setLevel(logging.ERROR)
     augmenter = Augmenter(
         config.augment.policy,
@@ -60,7 +71,7 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     manifest, identity = prepare_data(config) if prepared is None else prepared
     check_task(config, manifest.task)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
-    preprocess, arrays = measured(config, preprocess, manifest)
+    preprocess, arrays = with_normalisation(config, preprocess, manifest)
     module, text = make_module(config, manifest, augmenter, preprocess, arrays)
     data = ImageDataModule(
         manifest,
@@ -76,22 +87,21 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
         tokens=module.classifier.tokens,
         reads_images="images" in module.classifier.reads,
     )
-    return Assembly(manifest, identity, module, data, device, precision, group, text)
+    return Assembly(manifest, identity, module, data, device, precision, ranks, text)
 
 
 def fit(
-    made: Assembly,
+    assembly: Assembly,
     config: Config,
     run_dir: Path,
     tracker: Any,
     checkpoint: Path | None = None,
     watchers: Sequence[Any] = (),
 ) -> list[dict[str, float]]:
-    """Train, leave the weights of the epoch that `BestCheckpoint` keeps in the module, and return the metrics of each epoch.
+    """Train, load the weights of the epoch that `BestCheckpoint` keeps into the module, and return the metrics of each epoch.
 
-    checkpoint: to resume from; watchers: further callbacks.
-
-    Stopped where SIGTERM or Ctrl-C asked for it."""
+    checkpoint: to resume from; watchers: further callbacks. Raises Stopped after SIGTERM or Ctrl-C.
+    """
     import torch
     from lightning.pytorch.callbacks import EarlyStopping
 
@@ -101,38 +111,38 @@ def fit(
     from refract.pipeline.training.failing_batch import Reproducer
 
     quiet_lightning()
-    module, device, group = made.module, made.device, made.processes
+    module, device, ranks = assembly.module, assembly.device, assembly.ranks
     swa = config.trainer.swa_start
     folder = run_dir.resolve() / CHECKPOINTS
-    # Before it there is no average to keep.
+    # SWA has no average before this epoch.
     first = 0 if swa is None else int(swa * config.trainer.max_epochs)
-    best = BestCheckpoint(folder, module.monitor, samples=len(made.manifest.of("val")), first_epoch=first)
+    best = BestCheckpoint(folder, module.monitor, samples=len(assembly.manifest.of("val")), first_epoch=first)
     report = EpochReport(module.monitor, tracker)
-    bars = progress_bars() if group.first else []
-    more: list[Any] = list(watchers)
+    bars = progress_bars() if ranks.first else []
+    optional: list[Any] = list(watchers)
     if config.trainer.ema or swa is not None:
-        more.append(WeightAverage(decay=config.trainer.ema, swa_start=swa))
+        optional.append(WeightAverage(decay=config.trainer.ema, swa_start=swa))
     if config.trainer.patience is not None:
-        more.append(EarlyStopping(module.monitor, mode="max", patience=config.trainer.patience, check_finite=False))
+        optional.append(EarlyStopping(module.monitor, mode="max", patience=config.trainer.patience, check_finite=False))
     if config.trainer.compile:
-        module.classifier.network.compile()  # in place: the keys of the weights stay as they are
-    with heard() as stop:
+        module.classifier.network.compile()  # in place, so the state_dict keys stay the same
+    with stop_requests() as stop:
         whole_from = None if swa is None else first
         seconds = config.trainer.checkpoint_seconds
         resumable = ResumeCheckpoint(folder, seconds=seconds, stop=stop, whole_from=whole_from)
-        bad_batch = Reproducer(run_dir, _network_facts(made, config), made.data.train_set)
-        _run_trainer(made, config, run_dir, [*more, best, report, *bars, resumable, bad_batch], checkpoint)
-    if not group.first:
+        bad_batch = Reproducer(run_dir, _network_facts(assembly, config), assembly.data.train_set)
+        _run_trainer(assembly, config, run_dir, [*optional, best, report, *bars, resumable, bad_batch], checkpoint)
+    if not ranks.first:
         return report.history
-    kept = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-    module.load_state_dict(best_weights(kept))
-    _report_kept(kept["epoch"], report.history, module.monitor, first)
+    best_checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    module.load_state_dict(best_weights(best_checkpoint))
+    _log_best_epoch(best_checkpoint["epoch"], report.history, module.monitor, first)
     module.to("cuda" if device == "cuda" else "cpu").eval()
     return report.history
 
 
-def _report_kept(epoch: int, history: Sequence[Mapping[str, float]], monitor: str, first: int) -> None:
-    """first: the epoch before which none is kept."""
+def _log_best_epoch(epoch: int, history: Sequence[Mapping[str, float]], monitor: str, first: int) -> None:
+    """Log which epoch's weights are kept. first: the first epoch that may be kept."""
     scores = [row[monitor] for row in history]
     highest = max(scores[first:])
     shown = f"{monitor} {scores[epoch]:.4f}"
@@ -141,16 +151,16 @@ def _report_kept(epoch: int, history: Sequence[Mapping[str, float]], monitor: st
     log.info("keeping the weights of epoch %d/%d: %s", epoch + 1, len(history), shown)
 
 
-def _network_facts(made: Assembly, config: Config) -> dict[str, Any]:
-    """What builds the classifier again."""
-    preprocess = made.data.preprocess
-    tokens = made.module.classifier.tokens
+def _network_facts(assembly: Assembly, config: Config) -> dict[str, Any]:
+    """Return the values that rebuild the classifier."""
+    preprocess = assembly.data.preprocess
+    tokens = assembly.module.classifier.tokens
     return {
         **network_record(config),
-        "text": made.text,
+        "text": assembly.text,
         "files": {} if tokens is None else dict(tokens.files),
-        "classes": len(made.manifest.labels),
-        "task": made.manifest.task,
+        "classes": len(assembly.manifest.labels),
+        "task": assembly.manifest.task,
         "mean": list(preprocess.mean),
         "std": list(preprocess.std),
         "normalize": preprocess.normalize,
@@ -159,33 +169,35 @@ def _network_facts(made: Assembly, config: Config) -> dict[str, Any]:
 
 
 def network_record(config: Config) -> dict[str, Any]:
-    """What a bundle says of the network that images go through."""
+    """Return the bundle's record of the image network."""
     head = {} if config.model.head == "linear" else {"head": config.model.head}
     size = list(config.data.sides())
     return {"network": {"name": config.model.name, "image_size": size, "args": config.model.args | head}}
 
 
-def _run_trainer(made: Assembly, config: Config, run_dir: Path, callbacks: list[Any], checkpoint: Path | None) -> None:
+def _run_trainer(
+    assembly: Assembly, config: Config, run_dir: Path, callbacks: list[Any], checkpoint: Path | None
+) -> None:
     import lightning
     from lightning.pytorch.callbacks import ProgressBar
 
     from refract.models.allocator import release_freed_memory
     from refract.pipeline.data.manifest import DataError
-    from refract.pipeline.training.callbacks.checkpoints import WholeFiles
+    from refract.pipeline.training.callbacks.checkpoints import AtomicCheckpoints
     from refract.pipeline.training.failing_batch import Reproducer
 
-    group, device = made.processes, made.device
+    ranks, device = assembly.ranks, assembly.device
     trainer = lightning.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
-        devices=group.devices,
-        num_nodes=group.nodes,
-        strategy=_strategy(group.count, config.model.mode),
-        sync_batchnorm=group.count > 1 and device == "cuda",
-        use_distributed_sampler=False,  # the data's own orders know their process
-        precision=made.precision,  # type: ignore[arg-type]
+        devices=ranks.devices,
+        num_nodes=ranks.nodes,
+        strategy=_strategy(ranks.count, config.model.mode),
+        sync_batchnorm=ranks.count > 1 and device == "cuda",
+        use_distributed_sampler=False,  # the data module's samplers divide the samples among the ranks
+        precision=assembly.precision,  # type: ignore[arg-type]
         max_epochs=config.trainer.max_epochs,
         callbacks=callbacks,
-        plugins=[WholeFiles()],
+        plugins=[AtomicCheckpoints()],
         accumulate_grad_batches=config.trainer.accumulate,
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         logger=False,
@@ -194,23 +206,23 @@ def _run_trainer(made: Assembly, config: Config, run_dir: Path, callbacks: list[
         default_root_dir=run_dir,
     )
     try:
-        trainer.fit(made.module, datamodule=made.data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(assembly.module, datamodule=assembly.data, ckpt_path=checkpoint, weights_only=True)
     except FloatingPointError as error:
-        told = next(callback.told for callback in callbacks if isinstance(callback, Reproducer))
+        diagnosis = next(callback.message for callback in callbacks if isinstance(callback, Reproducer))
         raise ConfigError(
-            f"training stopped: {error}. A lower learning rate (--optim.lr) is the usual cure. {told}".rstrip()
+            f"training stopped: {error}. A lower learning rate (--optim.lr) is the usual cure. {diagnosis}".rstrip()
         ) from error
-    except SystemExit as error:  # what Lightning makes of Ctrl-C, after switching it off
+    except SystemExit as error:  # Lightning raises it for Ctrl-C, after ignoring further ones
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt from error
-    except DataError as error:  # from a worker process it comes wrapped in that process's traceback
+    except DataError as error:  # a worker process wraps the message in its traceback
         raise DataError(str(error).strip().rpartition("DataError: ")[2]) from error
     finally:
-        release_freed_memory()  # evaluation needs less
+        release_freed_memory()  # evaluation needs less memory
 
 
-def _strategy(processes: int, mode: str) -> str:
-    """Where layers are frozen, now or later, some parameters have no gradient that the processes could exchange."""
-    if processes == 1:
+def _strategy(ranks: int, mode: str) -> str:
+    """Return Lightning's strategy. Modes that freeze layers leave parameters without a gradient, which plain DDP rejects."""
+    if ranks == 1:
         return "auto"
     return "ddp" if mode == "fine-tune" else "ddp_find_unused_parameters_true"

@@ -1,4 +1,4 @@
-"""The weights that training starts from: loaded or random, the head's, and what depends on the training images."""
+"""Initialise the weights of a training: loaded or random weights, the head, and initialisations that use training images."""
 
 import json
 import logging
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHOWN_TO_NETWORK = 5000
-"""Training images that a network or an initialisation may see before the first step."""
+MOST_IMAGES = 5000
+"""Largest number of training images that a network or an initialisation gets before the first step."""
 
 
 def loads_weights(config: Config) -> bool:
-    """Whether training starts from loaded weights, of images or of texts."""
+    """Whether training starts from loaded weights, of the image network or of the text network."""
     from refract.models.multimodal.text_networks import HASHING
 
     text = config.text
@@ -27,7 +27,10 @@ def loads_weights(config: Config) -> bool:
 
 
 def restart_head(config: Config, network: Any, manifest: "Manifest") -> None:
-    """Start the head afresh where the bundle that the weights come from has other labels, though as many."""
+    """Reset the head if the weights are those of a bundle with the same number of labels but different ones.
+
+    Raises ValueError if the bundle's record lists no labels.
+    """
     from refract.models.head import head_of, neutralise_head
 
     record = Path(config.model.weights) / "bundle.json"
@@ -36,19 +39,19 @@ def restart_head(config: Config, network: Any, manifest: "Manifest") -> None:
     stored = json.loads(record.read_text("utf-8"))
     labels = stored.get("labels") if isinstance(stored, dict) else None
     if not isinstance(labels, list):
-        raise ValueError(f"weights={config.model.weights!r}: its bundle.json has no list of labels")
+        raise ValueError(f"weights={config.model.weights!r}: its bundle.json has no list `labels`")
     if len(labels) == len(manifest.labels) and tuple(labels) != manifest.labels:
         for module in head_of(network).modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
         neutralise_head(network)
-        log.info("the weights' head was trained for other labels (%s …); a new one replaces it", ", ".join(labels[:3]))
+        log.info("the head is reset: the weights were trained for other labels (%s …)", ", ".join(labels[:3]))
 
 
 def start_weights(config: Config, classifier: "Classifier", preprocess: "Preprocess", manifest: "Manifest") -> None:
-    """Apply model.init, and show the network training images where it needs them before the first step.
+    """Apply model.init, and prepare networks that need training images before the first step.
 
-    With loaded weights, model.init applies to the head alone, and the network has seen its images already.
+    With loaded weights, model.init applies only to the head, and the network is already prepared.
     """
     from refract.models.head import head_of
     from refract.models.layers.initialisation import initialise
@@ -58,15 +61,15 @@ def start_weights(config: Config, classifier: "Classifier", preprocess: "Preproc
     init = config.model.init
     if config.model.weights != "none" and init != "default":
         initialise(head_of(network), init)
-    if isinstance(network, Reader):  # text.weights initialises what reads texts
+    if isinstance(network, Reader):  # text.weights initialises the text network
         network = network.pictures
     if config.model.weights != "none" or network is None:
         return
     prepare = getattr(network, "prepare", None)
-    images = _some(preprocess, manifest) if prepare is not None or init == "lsuv" else None
+    images = _training_images(preprocess, manifest) if prepare is not None or init == "lsuv" else None
     normalised = None if images is None else classifier.normalise(images)
     if init == "lsuv" and getattr(network, "pretrain", "none") != "none":
-        raise ValueError("init='lsuv' would undo the pre-training; take another init")
+        raise ValueError("init='lsuv' would overwrite the pre-trained weights; use another init")
     if init not in ("default", "lsuv"):
         initialise(network, init)
     if prepare is not None:
@@ -75,8 +78,8 @@ def start_weights(config: Config, classifier: "Classifier", preprocess: "Preproc
         initialise(network, init, normalised[:256])
 
 
-def _some(preprocess: "Preprocess", manifest: "Manifest") -> Any:
-    """Up to SHOWN_TO_NETWORK training images, spread over the data, uint8 (N, 3, H, W)."""
+def _training_images(preprocess: "Preprocess", manifest: "Manifest") -> Any:
+    """Return up to MOST_IMAGES training images, evenly spread over the data, uint8 (N, 3, H, W)."""
     import torch
 
     from refract.pipeline.data.datasets import ImageDataset, collate, targets_of
@@ -84,9 +87,9 @@ def _some(preprocess: "Preprocess", manifest: "Manifest") -> Any:
     samples = [sample for sample in manifest.of("train") if sample.has_image]
     if not samples:
         raise ValueError(
-            f"{manifest.source}: the network needs training images before the first step, and there are none"
+            f"{manifest.source}: the network needs training images before the first step, but the data have none"
         )
-    chosen = samples[:: -(-len(samples) // SHOWN_TO_NETWORK)]
+    chosen = samples[:: -(-len(samples) // MOST_IMAGES)]
     images = ImageDataset(chosen, preprocess, targets_of(chosen, manifest))
     batch: torch.Tensor = collate([images[i] for i in range(len(images))])["images"]
     return batch

@@ -1,4 +1,4 @@
-"""What a reviewer asks of a run beside its figures: which code, which machine, what it cost."""
+"""Collect the provenance of a run: package versions, input files, git state, machine, user and peak memory."""
 
 import getpass
 import hashlib
@@ -17,48 +17,50 @@ PACKAGES = (
 )  # fmt: skip
 
 NAMED = ("table", "cache", "model_path", "dict_path", "from_model_name", "to_model_name")
-"""Parameters of ops, ours and nlpaug's, that name a file or a folder; `keep` may, too."""
+"""Parameters of Refract's and nlpaug's ops that name a file or a folder. `keep` may name files too."""
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of what decides about pixels and weights."""
+    """Return the versions of Python and of the packages that affect pixels and weights."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def inputs(config: Config) -> dict[str, str]:
-    """config key → SHA-256 of the file or folder here that it names: what shapes the weights beside the data and the config. ValueError for
-    a policy that is none."""
+    """Return config key → SHA-256 of the local file or folder that it names.
+
+    Together with the data and the config, these files determine the weights. Raises ValueError for an invalid policy.
+    """
     from refract.augment.policy import load_policy
 
-    named = {
+    names = {
         "model.weights": config.model.weights,
         "loss.teacher": config.loss.teacher or "",
         "text.name": config.text.name,
     }
-    named |= {f"augment.policy: {value}": value for value in _files(load_policy(config.augment.policy).to_spec())}
-    words = ("", "none", "default")
-    return {key: _digest(Path(value)) for key, value in named.items() if value not in words and _is_there(value)}
+    names |= {f"augment.policy: {value}": value for value in _files(load_policy(config.augment.policy).to_spec())}
+    keywords = ("", "none", "default")
+    return {key: _digest(Path(value)) for key, value in names.items() if value not in keywords and _exists(value)}
 
 
 def _files(value: Any) -> Iterator[str]:
-    """What may be a file's or folder's name in a policy, as YAML holds it."""
+    """Yield the strings in a policy's YAML values that may name a file or a folder."""
     if isinstance(value, Mapping):
-        for key, one in value.items():
-            if key == "keep" and isinstance(one, list):
-                yield from (entry for entry in one if str(entry).endswith(".txt"))
-            elif key in NAMED and isinstance(one, str):
-                yield one
+        for key, item in value.items():
+            if key == "keep" and isinstance(item, list):
+                yield from (entry for entry in item if str(entry).endswith(".txt"))
+            elif key in NAMED and isinstance(item, str):
+                yield item
             else:
-                yield from _files(one)
+                yield from _files(item)
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _files(one)
+        for item in value:
+            yield from _files(item)
 
 
-def _is_there(name: str) -> bool:
+def _exists(name: str) -> bool:
     try:
         return Path(name).is_file() or Path(name).is_dir()
-    except (OSError, ValueError):  # longer than a name may be, or with a zero byte
+    except (OSError, ValueError):  # the name is too long, or has a zero byte
         return False
 
 
@@ -71,20 +73,22 @@ def _digest(path: Path) -> str:
 
 
 def code_state() -> tuple[dict[str, str], str]:
-    """(`commit` and `dirty` of the git repository that holds the working folder, what is not committed as a diff); empty outside of one.
-    Python files that git does not know make it dirty too."""
+    """Return (`commit` and `dirty` of the working folder's git repository, the uncommitted diff), both empty without a repository.
+
+    Untracked Python files make it dirty too.
+    """
     try:
         commit = _git("rev-parse", "HEAD").strip()
-        # Of what git does not know, code alone counts: a config or an image beside it changes nothing.
-        diff, known = _git("diff", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
-        changed = known or _git("ls-files", "--others", "--exclude-standard", ":(top)*.py")
+        # Untracked configs and images do not change the code, so only untracked Python files count.
+        diff, tracked = _git("diff", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+        changed = tracked or _git("ls-files", "--others", "--exclude-standard", ":(top)*.py")
     except (OSError, subprocess.SubprocessError):
         return {}, ""
     return {"commit": commit, "dirty": "yes" if changed else "no"}, diff
 
 
 def machine(device: str, precision: str) -> dict[str, str]:
-    """device, precision: as the training uses them."""
+    """Describe the machine. device, precision: those of the training."""
     import torch
 
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
@@ -99,28 +103,28 @@ def machine(device: str, precision: str) -> dict[str, str]:
 
 
 def origin(command: str) -> dict[str, str]:
-    """MLflow's own tags of who ran what."""
+    """Return MLflow's tags of the user and the command of a run."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container may run as a number without a name
+    except (KeyError, OSError):  # a container may run as a user id without a name
         user = str(os.getuid())
     return {"mlflow.user": user, "mlflow.source.name": command, "mlflow.source.type": "LOCAL"}
 
 
 def peak_memory() -> float:
-    """Of this process so far, in MiB."""
+    """Return the peak memory of this process so far, in MiB."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, errors="replace", timeout=20, check=True)
-    return done.stdout
+    command = ["git", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True).stdout
 
 
 def processor() -> str:
-    """The model's name, as far as the system tells it."""
+    """Return the processor's model name, or its architecture where the system does not name the model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -129,5 +133,5 @@ def processor() -> str:
 
 
 def flat_tags(**sections: dict[str, Any]) -> dict[str, str]:
-    """`section.key` → text, of several mappings."""
+    """Flatten mappings into tags: `section.key` → text."""
     return {f"{name}.{key}": str(value) for name, section in sections.items() for key, value in section.items()}

@@ -1,4 +1,4 @@
-"""One training in several processes, each with a device of its own: on one machine by trainer.devices, on several by torchrun."""
+"""The ranks of a training, one per device: on one machine by trainer.devices, on several machines by torchrun."""
 
 import os
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from refract.pipeline.config.config import ConfigError
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank: of this process among all; devices: processes a machine; nodes: machines."""
+    """rank: of this process among all; devices: ranks per machine; nodes: number of machines."""
 
     rank: int
     devices: int
@@ -16,7 +16,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes, tracks and reports."""
+        """Whether this is rank 0, which writes, tracks and reports."""
         return self.rank == 0
 
     @property
@@ -24,28 +24,29 @@ class Ranks:
         return self.devices * self.nodes
 
 
-def processes(devices: int, device: str) -> Ranks:
-    """What torchrun's environment says, or Lightning's for a process that the first one started, else this one as the first of `devices`.
+def current_ranks(devices: int, device: str) -> Ranks:
+    """Read the ranks from torchrun's environment or from Lightning's, else return rank 0 of `devices`.
 
-    device: `cpu` or `cuda`. ConfigError for more than there are GPUs, or where torchrun started another number than asked for.
+    device: `cpu` or `cuda`. Raises ConfigError for more ranks than GPUs, or if torchrun started another number of ranks than `devices`.
     """
     if "LOCAL_WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        found = Ranks(
+        ranks = Ranks(
             rank=int(os.environ["RANK"]),
             devices=int(os.environ["LOCAL_WORLD_SIZE"]),
             nodes=int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"]),
         )
-        if devices not in (1, found.devices):
+        if devices not in (1, ranks.devices):
             raise ConfigError(
-                f"trainer.devices: {devices}, but torchrun started {found.devices} processes on this machine"
+                f"trainer.devices: {devices}, but torchrun started {ranks.devices} processes on this machine; "
+                f"set trainer.devices: {ranks.devices}, or start torchrun with --nproc-per-node={devices}"
             )
     else:
-        found = Ranks(rank=int(os.environ.get("LOCAL_RANK", 0)), devices=devices, nodes=1)
+        ranks = Ranks(rank=int(os.environ.get("LOCAL_RANK", 0)), devices=devices, nodes=1)
     if device == "cuda":
         import torch
 
-        if found.devices > torch.cuda.device_count():
+        if ranks.devices > torch.cuda.device_count():
             raise ConfigError(
-                f"trainer.devices: {found.devices}, but PyTorch sees {torch.cuda.device_count()} GPUs here"
+                f"trainer.devices: {ranks.devices}, but PyTorch sees {torch.cuda.device_count()} GPUs on this machine"
             )
-    return found
+    return ranks

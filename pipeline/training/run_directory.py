@@ -1,4 +1,4 @@
-"""A run's folder: made for one training, known again when it is to go on, and held by one process at a time."""
+"""The folder of a run: created for one training, found again to resume it, and locked by one process at a time."""
 
 import json
 import logging
@@ -21,20 +21,26 @@ CONFIG, RECORD, LOCK = "config.yaml", "run.json", ".lock"
 
 @dataclass(frozen=True)
 class Run:
-    """path: the folder; record: what was written when the run began, `fingerprint` of its data, `inputs` and `versions` among it, and in
-    the end `finished`; resumed: whether it began before."""
+    """A run on disk.
+
+    path: the folder; record: its `run.json`, with the `fingerprint` of the data, `inputs`, `versions` and, at the end, `finished`;
+    resumed: whether an earlier process started the run.
+    """
 
     path: Path
     record: dict[str, Any]
     resumed: bool
 
     def finish(self) -> None:
-        """Write down that all is done."""
+        """Mark the run as finished in its record."""
         _write_record(self.path, {**self.record, "finished": True})
 
 
 def new_run(config: Config, name: str, record: dict[str, Any]) -> Run:
-    """A new folder below `runs_dir` with the config and the record. ConfigError where the named one exists: a run is never overwritten."""
+    """Create a folder in `runs_dir` with the config and the record.
+
+    Raises ConfigError if the folder of `run_name` exists: a run is never overwritten.
+    """
     path = _new_folder(config.trainer, name)
     write_config(config, path)
     _write_record(path, record)
@@ -42,7 +48,7 @@ def new_run(config: Config, name: str, record: dict[str, Any]) -> Run:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """`config.yaml` in a folder, which is made if need be."""
+    """Write `config.yaml` to a folder, which is created if necessary."""
     import yaml
 
     text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
@@ -50,27 +56,30 @@ def write_config(config: Config, path: Path) -> None:
 
 
 def stored_config(path: Path) -> Config:
-    """The config that a run was begun with, its run_name and runs_dir those of where it lies now. ConfigError where there is none."""
+    """Read the config of a run, with the run_name and runs_dir of its current location. Raises ConfigError if there is none."""
     import yaml
 
     try:
         values = yaml.safe_load((path / CONFIG).read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        why = "there is no such folder" if not path.is_dir() else f"{CONFIG} cannot be read ({error})"
-        raise ConfigError(f"{path} is no run: {why}") from error
+        reason = "there is no such folder" if not path.is_dir() else f"{CONFIG} cannot be read ({error})"
+        raise ConfigError(f"{path} is not a run: {reason}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} is no run: {CONFIG} holds no config")
+        raise ConfigError(f"{path} is not a run: {CONFIG} is not a config")
     if isinstance(optim := values.get("optim"), dict):
-        optim.setdefault("head_lr", 1.0)  # runs from before that key trained all at one learning rate
+        optim.setdefault("head_lr", 1.0)  # runs without this key trained all parameters at one learning rate
     if isinstance(data := values.get("data"), dict):
-        data.setdefault("color_profile", "ignore")  # runs from before that key ignored colour profiles
+        data.setdefault("color_profile", "ignore")  # runs without this key ignored colour profiles
     config = config_from_dict(values, where=str(path / CONFIG))
     config.trainer.runs_dir, config.trainer.run_name = str(path.parent), path.name
     return config
 
 
-def old_run(path: Path, record: Mapping[str, Any]) -> Run:
-    """A run that goes on. record: as it would be written now. ConfigError for one that is finished, DataError where its data are others."""
+def resume_run(path: Path, record: Mapping[str, Any]) -> Run:
+    """Open an unfinished run to resume it. record: the one that a new run would write now.
+
+    Raises ConfigError if the run is finished, DataError if its data or an input file changed.
+    """
     from refract.pipeline.data.manifest import DataError
 
     stored = read_record(path)
@@ -78,68 +87,71 @@ def old_run(path: Path, record: Mapping[str, Any]) -> Run:
         raise ConfigError(f"--resume: {path} is finished already; its bundle is {path / 'bundle'}")
     if stored["fingerprint"] != record["fingerprint"]:
         raise DataError(
-            f"--resume: the data of {path} have changed since it began, so it cannot go on as if it had not stopped; train anew"
+            f"--resume: the data of {path} have changed since it started, so the result would not be reproducible; "
+            "start a new run without --resume"
         )
     for key, digest in stored.get("inputs", {}).items():
         if record["inputs"].get(key) != digest:
             raise DataError(
-                f"--resume: what {key} names has changed since {path} began, so it cannot go on as if it had not stopped; train anew"
+                f"--resume: the file of {key} has changed since {path} started, so the result would not be reproducible; "
+                "start a new run without --resume"
             )
     return Run(path, stored, resumed=True)
 
 
 def unfinished(config: Config, name: str) -> Path | None:
-    """The newest run below `runs_dir` that this config began and that is not finished."""
-    root, wanted = Path(config.trainer.runs_dir), _comparable(config)
+    """Return the newest unfinished run in `runs_dir` with the same config, or None."""
+    root, comparable = Path(config.trainer.runs_dir), _comparable(config)
     folders = [root / config.trainer.run_name] if config.trainer.run_name else sorted(root.glob(f"{name}-*"))
     for path in sorted((p for p in folders if (p / RECORD).is_file()), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
-            if not read_record(path).get("finished") and _comparable(stored_config(path)) == wanted:
+            if not read_record(path).get("finished") and _comparable(stored_config(path)) == comparable:
                 return path
         except ConfigError as error:
-            log.warning("passed over: %s", error)
+            log.warning("skipped: %s", error)
     return None
 
 
-class Held(ConfigError):
+class RunLocked(ConfigError):
     """Another process trains the run."""
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold the run for this process; a process that died holds nothing. Held where another one has it."""
-    with locked(path / LOCK, Held(f"{path} is being trained by another process")):
+def run_lock(path: Path) -> Iterator[None]:
+    """Lock the run for this process. A process that died holds no lock. Raises RunLocked if another process has the lock."""
+    with locked(path / LOCK, RunLocked(f"{path} is being trained by another process")):
         yield
 
 
 def _new_folder(config: TrainerConfig, name: str) -> Path:
     root = Path(config.runs_dir)
-    wanted = config.run_name or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder_name = config.run_name or f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     for attempt in range(1, 100):
-        path = root / (wanted if attempt == 1 else f"{wanted}-{attempt}")
+        path = root / (folder_name if attempt == 1 else f"{folder_name}-{attempt}")
         try:
             path.mkdir(parents=True)
             return path
         except FileExistsError as error:
             if config.run_name or not root.is_dir():
-                hint = f"; `refract train --resume {path}` goes on with it" if (path / RECORD).is_file() else ""
+                hint = f"; `refract train --resume {path}` resumes it" if (path / RECORD).is_file() else ""
                 raise ConfigError(
                     f"trainer.run_name: {path} exists already; choose another name or remove it{hint}"
                 ) from error
         except OSError as error:
-            raise ConfigError(f"trainer.runs_dir: {path} cannot be made: {error.strerror}") from error
-    raise ConfigError(f"trainer.runs_dir: no free name like {wanted} in {root}")
+            raise ConfigError(f"trainer.runs_dir: {path} cannot be created: {error.strerror}") from error
+    raise ConfigError(f"trainer.runs_dir: {root} has no free name like {folder_name}")
 
 
 def read_record(path: Path) -> dict[str, Any]:
+    """Read the record of a run. Raises ConfigError if there is none or it is damaged."""
     try:
         record: dict[str, Any] = json.loads((path / RECORD).read_text("utf-8"))
         dict(record["versions"].items())
         if not isinstance(record["fingerprint"], str):
-            raise ValueError("its data have no fingerprint")
+            raise ValueError("it has no fingerprint of the data")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = "there is no such folder" if not path.is_dir() else f"{RECORD} cannot be read ({error})"
-        raise ConfigError(f"{path} is no run that was begun: {why}") from error
+        reason = "there is no such folder" if not path.is_dir() else f"{RECORD} cannot be read ({error})"
+        raise ConfigError(f"{path} is not a started run: {reason}") from error
     return record
 
 
@@ -148,7 +160,7 @@ def _write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _comparable(config: Config) -> dict[str, Any]:
-    """What makes two configs the same training."""
+    """Return the values that are equal in two configs of the same training."""
     values = filled(config).to_dict()
     values["trainer"] = {k: v for k, v in values["trainer"].items() if k not in ("runs_dir", "run_name")}
     return values

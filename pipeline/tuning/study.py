@@ -1,4 +1,4 @@
-"""The search itself: trials drawn by Optuna, each a training on its own, pruned where it lags behind, kept in a storage."""
+"""The search: Optuna draws the trials and stores them; each trial is a training, and is pruned if its scores are low."""
 
 import itertools
 import json
@@ -19,26 +19,27 @@ from lightning.pytorch.callbacks import Callback
 from refract.models.credentials import masked
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 from refract.pipeline.training.provenance import origin
-from refract.pipeline.training.run_directory import held, write_config
+from refract.pipeline.training.run_directory import run_lock, write_config
 from refract.pipeline.tuning.space import Dimension, applies, with_values
 
 log = logging.getLogger(__name__)
 
 SAMPLERS = ("tpe", "random", "grid", "coarse-to-fine")
 GRID = 4
-"""Values of a number in a grid."""
+"""Number of values of a numeric key in a grid."""
 FINE_FROM = 0.5
-"""Share of the trials after which coarse-to-fine narrows its ranges to those of the best."""
+"""Fraction of the trials after which coarse-to-fine narrows its ranges to those of the best trials."""
 BEST_SHARE, FEWEST_BEST = 0.25, 3
 EXPLODED = 3.0
+"""A trial stops if its loss exceeds this multiple of the first loss."""
 KNOWN = 0.7
-"""The loss of a coin's guess, about: a first loss below it is of weights that know the answers, and one batch says little of it."""
-"""Times the first loss at which a trial is given up."""
+"""The lowest first loss for that limit, about the loss of a random guess between two classes. A lower first loss comes from pretrained
+weights, and is too noisy in one batch."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """trials: how many in all, of all processes and restarts; minutes: after which none is begun, None for no end; storage: of Optuna."""
+    """trials: number of trials of all processes and restarts; minutes: time limit for starting trials, or None; storage: Optuna's URL."""
 
     name: str
     sampler: str
@@ -49,8 +50,10 @@ class Search:
 
 
 def open_study(search: Search, space: Sequence[Dimension], config: Config, folder: Path) -> optuna.Study:
-    """The study of that name, begun or gone on with. ConfigError where the storage cannot be used, the sampler with the space, or where the
-    study was of another space or config."""
+    """Create the study, or load it to resume.
+
+    ConfigError for an unusable storage, a sampler that does not fit the space, or a stored study of another space or config.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     try:
@@ -61,23 +64,23 @@ def open_study(search: Search, space: Sequence[Dimension], config: Config, folde
             direction="maximize",
             load_if_exists=True,
         )
-    except Exception as error:  # of the database's own libraries, in many kinds
+    except Exception as error:  # the databases' libraries raise many types
         raise ConfigError(
             masked(f"--storage: {search.storage} cannot be used: {str(error).splitlines()[0]}")
         ) from error
-    told = {"space": repr(space), "config": json.dumps(_searched(config), sort_keys=True)}
-    for what, value in told.items():
-        if study.user_attrs.setdefault(what, value) != value:
+    identity = {"space": repr(space), "config": json.dumps(_searched(config), sort_keys=True)}
+    for key, value in identity.items():
+        if study.user_attrs.setdefault(key, value) != value:
             raise ConfigError(
-                f"the {what} of the search {search.name} is not that of its {len(study.trials)} trials; give it another --name"
+                f"the {key} of the search {search.name} differs from that of its {len(study.trials)} trials; use another --name"
             )
-        study.set_user_attr(what, value)
-    _give_up_dead(study, folder)
-    seed = search.seed + len(study.trials)  # a search that goes on does not draw the same again
+        study.set_user_attr(key, value)
+    _fail_dead_trials(study, folder)
+    seed = search.seed + len(study.trials)  # a resumed search must not repeat its draws
     if search.sampler == "grid":
-        gone = [_values(trial) for trial in study.trials if trial.state != optuna.trial.TrialState.FAIL]
+        tried = [_values(trial) for trial in study.trials if trial.state != optuna.trial.TrialState.FAIL]
         for values in grid(space):
-            if values not in gone:
+            if values not in tried:
                 study.enqueue_trial(values)
     elif search.sampler == "tpe":
         study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True)
@@ -86,22 +89,22 @@ def open_study(search: Search, space: Sequence[Dimension], config: Config, folde
     return study
 
 
-def _give_up_dead(study: optuna.Study, folder: Path) -> None:
-    """Trials that run by the storage, but whose folder nobody holds on this machine, were killed: they count as failed."""
+def _fail_dead_trials(study: optuna.Study, folder: Path) -> None:
+    """Mark killed trials as failed: the storage says that they run, but no process of this machine holds their folder's lock."""
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        own = trial_folder(folder, trial.number)
-        if own.is_dir():
-            with suppress(ConfigError), held(own):
+        run_dir = trial_folder(folder, trial.number)
+        if run_dir.is_dir():
+            with suppress(ConfigError), run_lock(run_dir):
                 study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
 
 def _values(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
-    """Drawn, or waiting to be."""
+    """Return the drawn values, or those of a trial that waits."""
     return trial.params or trial.system_attrs.get("fixed_params", {})
 
 
 def _searched(config: Config) -> dict[str, Any]:
-    """What decides about the scores: without places and tracking."""
+    """Return the config's values that influence the scores: all but paths and tracking."""
     values = config.to_dict()
     values.pop("tracking")
     for key in ("runs_dir", "run_name"):
@@ -114,47 +117,47 @@ def trial_folder(folder: Path, number: int) -> Path:
 
 
 def run_trials(study: optuna.Study, search: Search, space: Sequence[Dimension], config: Config, folder: Path) -> None:
-    """Draw and train until the study has its trials or the time is over. folder: the trials' runs lie below it.
+    """Draw and train trials until the study has all of them, or the time is over. folder: contains the trials' runs.
 
-    ConfigError for a trial whose config cannot be, once: the space is wrong then.
+    ConfigError for a trial with an invalid config, as the space is wrong.
     """
     from refract.pipeline.data.prepare import prepare_data
 
-    wanted = min(search.trials, len(grid(space))) if search.sampler == "grid" else search.trials
+    count = min(search.trials, len(grid(space))) if search.sampler == "grid" else search.trials
     prepared = prepare_data(config)
     write_config(config, folder)
-    began = time.monotonic()
-    while _done(study) < wanted and (search.minutes is None or time.monotonic() - began < 60 * search.minutes):
+    start = time.monotonic()
+    while _done(study) < count and (search.minutes is None or time.monotonic() - start < 60 * search.minutes):
         trial = study.ask()
         run_dir = trial_folder(folder, trial.number)
         run_dir.mkdir(parents=True, exist_ok=True)
         try:
-            with held(run_dir):
+            with run_lock(run_dir):
                 drawn = _draw(trial, space, study, search)
-                told = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in drawn.items())
+                values = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in drawn.items())
                 score = _train(trial, drawn, config, run_dir, prepared)
         except optuna.TrialPruned as reason:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-            log.info("trial %d pruned (%s): %s", trial.number, reason, told)
+            log.info("trial %d pruned (%s): %s", trial.number, reason, values)
         except BaseException:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
             raise
         else:
             study.tell(trial, score)
-            log.info("trial %d scored %.4f, the best so far %.4f: %s", trial.number, score, study.best_value, told)
+            log.info("trial %d scored %.4f, the best so far %.4f: %s", trial.number, score, study.best_value, values)
 
 
 def best_config(study: optuna.Study, config: Config) -> dict[str, Any]:
-    """The winning trial's config. ConfigError where no trial came to its end."""
+    """Return the best trial's config. ConfigError if no trial finished."""
     try:
         drawn = study.best_trial.user_attrs["drawn"]
     except ValueError as error:
-        raise ConfigError(f"no trial of {study.study_name} came to its end") from error
+        raise ConfigError(f"no trial of {study.study_name} finished") from error
     return with_values(config.to_dict(), drawn)
 
 
 class Pruning(Callback):
-    """Tell Optuna the score of each epoch, and end a trial that lags behind or whose loss explodes."""
+    """Report each epoch's score to Optuna, and prune a trial with low scores or an exploding loss."""
 
     def __init__(self, trial: optuna.Trial, monitor: str) -> None:
         self.trial, self.monitor = trial, monitor
@@ -164,42 +167,42 @@ class Pruning(Callback):
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs["loss"].detach()
-        # To look at it would stop a GPU: there it is done now and then.
+        # Reading the loss synchronises a GPU, so it is read only every tenth batch there.
         if self._first is None:
             self._first = max(float(loss), KNOWN)
         elif (loss.device.type == "cpu" or batch_idx % 10 == 9) and float(loss) > EXPLODED * self._first:
-            raise optuna.TrialPruned(f"the loss {float(loss):.3g} is over {EXPLODED:g} times its first")
+            raise optuna.TrialPruned(f"the loss {float(loss):.3g} exceeds {EXPLODED:g} times its first")
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.trial.report(float(trainer.callback_metrics[self.monitor]), trainer.current_epoch + 1)
         if self.trial.should_prune():
-            raise optuna.TrialPruned("it lags behind the others")
+            raise optuna.TrialPruned("its score is low compared with other trials")
 
 
 def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, run_dir: Path, prepared: Any) -> float:
-    """The best score on validation. TrialPruned."""
+    """Train a trial and return its best validation score. TrialPruned if it is pruned or its loss is not finite."""
     from refract.pipeline.tracking import Tracker
     from refract.pipeline.training.fit import assemble, fit
 
     trial.set_user_attr("drawn", dict(drawn))
-    own = config_from_dict(with_values(config.to_dict(credentials=True), drawn), where=f"trial {trial.number}")
-    same = own.data == config.data and own.trainer.seed == config.trainer.seed
-    made = assemble(own, prepared if same else None)
-    write_config(own, run_dir)
+    trial_config = config_from_dict(with_values(config.to_dict(credentials=True), drawn), where=f"trial {trial.number}")
+    same_data = trial_config.data == config.data and trial_config.trainer.seed == config.trainer.seed
+    assembly = assemble(trial_config, prepared if same_data else None)
+    write_config(trial_config, run_dir)
     tracker = None
     if config.tracking.enabled:
         parent = _parent(config, run_dir.parent)
         tags = origin("refract tune") | ({"mlflow.parentRunId": parent} if parent else {})
-        tracker = Tracker(own.tracking, run_dir, drawn, tags)
+        tracker = Tracker(trial_config.tracking, run_dir, drawn, tags)
     status = "FAILED"
     try:
-        history = fit(made, own, run_dir, tracker, watchers=[Pruning(trial, made.module.monitor)])
+        history = fit(assembly, trial_config, run_dir, tracker, watchers=[Pruning(trial, assembly.module.monitor)])
         status = "FINISHED"
-        return max(row[made.module.monitor] for row in history)
-    except ConfigError as error:  # a loss that is no number
+        return max(row[assembly.module.monitor] for row in history)
+    except ConfigError as error:  # a non-finite loss
         if "training stopped" not in str(error):
             raise
-        raise optuna.TrialPruned("its loss is no number") from error
+        raise optuna.TrialPruned("its loss is not finite") from error
     except optuna.TrialPruned:
         status = "KILLED"
         raise
@@ -209,7 +212,7 @@ def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, run_di
 
 
 def _parent(config: Config, folder: Path) -> str | None:
-    """The MLflow run that holds those of the trials; made by the first process."""
+    """Return the ID of the MLflow run that is the parent of the trials' runs. The first process creates it."""
     from refract.pipeline.tracking import Tracker
     from refract.pipeline.tracking.journal import Journal
 
@@ -230,7 +233,7 @@ def _draw(trial: optuna.Trial, space: Sequence[Dimension], study: optuna.Study, 
         if dimension.choices:
             drawn[key] = trial.suggest_categorical(key, dimension.choices)
             continue
-        low, high = _narrowed(dimension, [found.params[key] for found in best if key in found.params])
+        low, high = _narrowed(dimension, [other.params[key] for other in best if key in other.params])
         if dimension.whole:
             drawn[key] = trial.suggest_int(key, int(low), int(high), log=dimension.log)
         else:
@@ -245,17 +248,17 @@ def _best(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 
 def _narrowed(dimension: Dimension, values: Sequence[float]) -> tuple[float, float]:
-    """From the lowest to the highest of the best values; the whole range where these are one or none."""
+    """Return the range of the best values; the whole range if they have fewer than two different values."""
     low, high = (min(values), max(values)) if values else (dimension.low, dimension.high)
     return (low, high) if low < high else (dimension.low, dimension.high)
 
 
 def grid(space: Sequence[Dimension]) -> list[dict[str, Any]]:
-    """All combinations, of a number GRID values. ConfigError where the space has conditions."""
+    """Return all combinations, with GRID values of each numeric key. ConfigError if the space has conditions."""
     columns = []
     for dimension in space:
         if dimension.when:
-            raise ConfigError(f"{dimension.key}: a grid has no conditions; take another sampler")
+            raise ConfigError(f"{dimension.key}: a grid accepts no conditions; use another --sampler")
         spread = np.geomspace if dimension.log else np.linspace
         values = list(dimension.choices) or spread(dimension.low, dimension.high, GRID).tolist()
         columns.append(sorted({round(value) for value in values}) if dimension.whole else values)
@@ -264,7 +267,7 @@ def grid(space: Sequence[Dimension]) -> list[dict[str, Any]]:
 
 
 def _done(study: optuna.Study) -> int:
-    """Trials that came to an end, or are under way elsewhere."""
+    """Count the finished trials, and those that other processes run."""
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.RUNNING)
     return len(study.get_trials(deepcopy=False, states=states))
 

@@ -223,7 +223,7 @@ def test_a_teacher_and_test_time_augmentation_have_their_say(uneven: Path, tmp_p
     taught, _ = trained(uneven, tmp_path / "b", *asked, "--loss.distill", 1)
     warmer, _ = trained(uneven, tmp_path / "c", *asked, "--loss.distill", 1, "--loss.temperature", 1)
     assert not torch.equal(plain, taught) and not torch.equal(taught, warmer)
-    with pytest.raises(ConfigError, match=r"loss\.teacher: .* cannot train on 2 images of 16×16 pixels of some epochs"):
+    with pytest.raises(ConfigError, match=r"loss\.teacher: .* cannot train on 2 images of 16×16 pixels in some epochs"):
         lenet = train(configured(uneven, (*runs, "--trainer.run_name", "l", "--model.name", "lenet5")))
         begun(uneven, "--loss.teacher", lenet.bundle, "--trainer.start_size", 0.6)
 
@@ -240,7 +240,7 @@ def test_a_teacher_and_test_time_augmentation_have_their_say(uneven: Path, tmp_p
         (("--model.name", "linear", "--model.args", "{features: visual_words, patch: 0}"), "patch=0: expected a whole"),
         (("--model.name", "linear", "--model.args", "{features: colour_histogram, bins: 0}"), "bins=0: expected a"),
         (("--model.name", "fastnet", "--model.args", "{logit_scale: a}"), "logit_scale='a': expected a number"),
-        (("--model.name", "mlp", "--model.args", "{activation: sigmoid, pretrain: rbm}", "--model.init", "lsuv"), "would undo"),
+        (("--model.name", "mlp", "--model.args", "{activation: sigmoid, pretrain: rbm}", "--model.init", "lsuv"), "would overwrite"),
         (("--model.name", "cnn", "--model.args", "{activation: elu, activation_args: {alpha: '0.1'}}"), "cnn cannot train on 2 images"),
         (("--model.name", "linear", "--model.args", "{features: pixels, cel: 4}"), "takes no arguments: remove cel"),
         (("--model.name", "cnn", "--model.args", "{residual: 'no', depth: 2}"), "residual='no': expected true or false"),
@@ -248,7 +248,7 @@ def test_a_teacher_and_test_time_augmentation_have_their_say(uneven: Path, tmp_p
         (("--model.name", "timm/vit_tiny_patch16_224", "--model.args", "{global_pool: '', depth: 1}", "--data.image_size", 32),
          "one number for each of 3 labels is needed"),
         (("--model.name", "timm/vit_tiny_patch16_224", "--model.args", "{dynamic_img_size: true, depth: 1}", "--data.image_size", 64,
-          "--trainer.start_size", 0.5, "--trainer.max_epochs", 6), "of 40×40 pixels of some epochs"),
+          "--trainer.start_size", 0.5, "--trainer.max_epochs", 6), "of 40×40 pixels in some epochs"),
         (("--trainer.patience", 2, "--trainer.swa_start", 0.5), "may stop training before the averaging of trainer.swa_start"),
     ],
 )  # fmt: skip
@@ -281,7 +281,7 @@ def test_a_loss_that_is_no_number_names_layer_and_batch_and_can_be_replayed(
         ConfigError, match=r"the training loss is nan in epoch 0, step \d, samples \[.*refract replay-batch"
     ) as told:
         trained(uneven, tmp_path, *lost)
-    assert "The weights are no numbers any more" in str(told.value) or "is not finite is network." in str(told.value)
+    assert "The weights are no longer finite" in str(told.value) or "non-finite output is network." in str(told.value)
     shown = refract("replay-batch", tmp_path / "run" / "bad-batch.pt").stdout
     assert "network.stages.0.0" in shown and "100.0%" in shown and ".png" in shown and '"version": 1' in shown
     (tmp_path / "other.pt").write_bytes(b"nothing")
@@ -321,7 +321,7 @@ def test_a_bundles_head_for_other_labels_starts_afresh(uneven: Path, tmp_path: P
     assert differing == {"network.head.weight", "network.head.bias"}
     for content in ("[]", "{}", '{"labels": 3}'):
         (done.bundle / "bundle.json").write_text(content)
-        with pytest.raises(ConfigError, match=r"bundle\.json has no list of labels"):
+        with pytest.raises(ConfigError, match=r"bundle\.json has no list `labels`"):
             begun(others, "--model.weights", done.bundle)
 
 
@@ -355,7 +355,7 @@ def test_a_bundles_own_normalisation_is_taken_over(kind: str, uneven: Path, tmp_
 
 def test_a_frozen_network_of_no_weights_is_told(uneven: Path, caplog: pytest.LogCaptureFixture) -> None:
     begun(uneven, "--model.mode", "feature-extract")
-    assert "model.weights is none: what is under it stays random" in caplog.text
+    assert "with model.weights: none the backbone stays random" in caplog.text
 
 
 def test_what_has_no_effect_is_told(uneven: Path, caplog: pytest.LogCaptureFixture) -> None:

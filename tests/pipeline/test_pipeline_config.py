@@ -110,7 +110,7 @@ def test_a_network_with_a_fixed_input_size_rejects_start_size() -> None:
         {"model": {"name": "lenet5"}, "trainer": {"start_size": 0.5}, "tracking": {"enabled": False}}
     )
     with pytest.raises(
-        ConfigError, match=r"^model\.name: lenet5 cannot train on 2 images of 16×16 pixels of some epochs"
+        ConfigError, match=r"^model\.name: lenet5 cannot train on 2 images of 16×16 pixels in some epochs"
     ):
         train(config)
 

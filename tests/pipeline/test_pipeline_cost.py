@@ -42,11 +42,11 @@ def test_a_counter_at_its_beginning_counts(counters: Path) -> None:
 
 def test_what_was_counted_before_is_counted_on() -> None:
     before = Cost("cpu")
-    before._began -= 12 * 60
+    before._started -= 12 * 60
     cost = Cost("cpu")
     cost.load_state_dict(before.state_dict())
-    assert 12.0 < cost.figures()["minutes"] < 12.1
+    assert 12.0 < cost.totals()["minutes"] < 12.1
     cost.load_state_dict({"minutes": 12.0})
-    assert set(cost.figures()) == {"minutes"}, "energy that was not counted throughout is not told"
+    assert set(cost.totals()) == {"minutes"}, "energy that was not counted throughout is not reported"
     for counted in (before, cost):
         counted.close()

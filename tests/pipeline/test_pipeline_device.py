@@ -32,5 +32,5 @@ def test_an_unsupported_device_or_precision_is_rejected() -> None:
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         choose_precision(TrainerConfig(precision="fp16"), "cpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="sees no GPU here"):
+        with pytest.raises(ConfigError, match="sees no GPU on this machine"):
             choose_device("cuda")

@@ -25,7 +25,7 @@ from refract.pipeline.tracking.journal import Journal
 from refract.pipeline.training.callbacks.checkpoints import ResumeCheckpoint, newest
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped
 from refract.pipeline.training.provenance import inputs
-from refract.pipeline.training.run_directory import held, new_run, old_run, stored_config, unfinished
+from refract.pipeline.training.run_directory import new_run, resume_run, run_lock, stored_config, unfinished
 
 # What draws from PyTorch's generator, averages, and mixes: all that a restart could lose.
 CONFIG = """
@@ -95,13 +95,13 @@ def test_signals_stop_with_a_checkpoint_and_a_code_of_their_own(refract: Run, wo
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
     assert run.info.status == "KILLED"
     with training("--resume", "runs/r") as process:
-        assert "going on from runs/r/checkpoints/resume-" in until(process, "epoch ")
+        assert "resuming from runs/r/checkpoints/resume-" in until(process, "epoch ")
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
         assert "stopped by SIGINT" in process.output.read()
     # The newest unfinished run of a config is found by itself; another config begins a new one.
     with training("c.yaml", "--trainer.run_name", "r", "--resume", "auto") as process:
-        assert "going on from runs/r/checkpoints/resume-" in until(process, "epoch ")
+        assert "resuming from runs/r/checkpoints/resume-" in until(process, "epoch ")
         told = refract("train", "--resume", "runs/r", code=2).stderr
         assert "runs/r is being trained by another process" in told
         process.send_signal(signal.SIGINT)
@@ -136,7 +136,7 @@ def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(
     with training("--resume", "runs/full", largest_file=10_000) as process:
         told = process.output.read()
         assert process.wait(timeout=60) == 1
-    assert "cannot be written (File too large); those before it are whole" in told and "Traceback" not in told
+    assert "cannot be written (File too large); earlier checkpoints are intact" in told and "Traceback" not in told
     assert newest(work / "runs" / "full" / "checkpoints") == kept
     refract("train", "--resume", "runs/full")
 
@@ -160,19 +160,19 @@ def test_what_cannot_go_on_is_told(refract: Run, work: Path, stopped: Path) -> N
     assert fallback is not None and fallback < last
     write_image(work / "images" / "red" / "new.jpg", make_image("red", 77))
     told = refract("train", "--resume", "runs/r", code=2).stderr
-    assert "the data of runs/r have changed since it began" in told
+    assert "the data of runs/r have changed since it started" in told
     (work / "images" / "red" / "new.jpg").unlink()
-    assert "runs/none is no run: there is no such folder" in refract("train", "--resume", "runs/none", code=2).stderr
+    assert "runs/none is not a run: there is no such folder" in refract("train", "--resume", "runs/none", code=2).stderr
     assert "uses the run's config; remove" in refract("train", "c.yaml", "--resume", "runs/r", code=2).stderr
     assert "needs the config file first" in refract("train", "--resume", "auto", code=2).stderr
     told = refract("train", "c.yaml", "--trainer.run_name", "r", code=2).stderr
-    assert "runs/r exists already" in told and "`refract train --resume runs/r` goes on with it" in told
+    assert "runs/r exists already" in told and "`refract train --resume runs/r` resumes it" in told
     # A run goes on where it was moved to.
     shutil.move(stopped, work / "elsewhere")
     told = refract("train", "--resume", "elsewhere").stderr
     assert (
-        f"{last.name} is damaged; an older one is taken" in told
-        and f"going on from elsewhere/checkpoints/{fallback.name}" in told
+        f"{last.name} is damaged; an older one is used" in told
+        and f"resuming from elsewhere/checkpoints/{fallback.name}" in told
     )
     assert (work / "elsewhere" / "bundle").is_dir() and not (work / "runs" / "r").exists()
 
@@ -227,10 +227,10 @@ def test_a_run_whose_weights_or_teacher_changed_cannot_go_on(tmp_path: Path) -> 
     record = {"fingerprint": "f", "versions": {}, "inputs": inputs(config)}
     assert set(record["inputs"]) == {"model.weights", "loss.teacher"}
     run = new_run(config, "r", record)
-    assert old_run(run.path, {"fingerprint": "f", "inputs": inputs(config)}).resumed
+    assert resume_run(run.path, {"fingerprint": "f", "inputs": inputs(config)}).resumed
     (tmp_path / "teacher" / "weights.bin").write_bytes(b"3")
-    with pytest.raises(DataError, match=r"what loss\.teacher names has changed since .*/r-.* began"):
-        old_run(run.path, {"fingerprint": "f", "inputs": inputs(config)})
+    with pytest.raises(DataError, match=r"the file of loss\.teacher has changed since .*/r-.* started"):
+        resume_run(run.path, {"fingerprint": "f", "inputs": inputs(config)})
 
 
 def test_files_that_a_policy_names_are_inputs_and_its_words_are_none(
@@ -263,7 +263,7 @@ def test_a_run_is_held_by_one_and_found_by_its_config(tmp_path: Path) -> None:
     other = Config()
     other.trainer.runs_dir, other.optim.lr = str(tmp_path), 0.5
     assert unfinished(other, "digits") is None
-    with held(run.path), pytest.raises(ConfigError, match="is being trained by another process"), held(run.path):
+    with run_lock(run.path), pytest.raises(ConfigError, match="is being trained by another process"), run_lock(run.path):
         pass
     run.finish()
     assert unfinished(config, "digits") is None

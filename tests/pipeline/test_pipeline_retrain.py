@@ -338,7 +338,7 @@ def test_sigterm_leaves_a_checkpoint(workplace: Path, warm: WarmProcess) -> None
         assert any("epoch 1/300" in line for line in run.output)
         run.send_signal(signal.SIGTERM)
         assert run.wait(60) == Outcome.FAILED
-        assert "with a checkpoint to go on from" in run.output.read()
+        assert "with a checkpoint to resume from" in run.output.read()
     (folder,) = (workplace / "retrain/colors/runs").iterdir()
     assert "failures" not in read_run(folder), "it did not fail"
     assert list((workplace / "runs").glob("*/checkpoints/resume-*"))

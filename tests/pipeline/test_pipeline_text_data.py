@@ -117,16 +117,16 @@ def test_samples_without_an_image_do_not_affect_image_statistics_and_cost(tmp_pa
     from refract.augment import Augmenter, Preprocess
     from refract.models.multimodal.tokens import HashedNgrams
     from refract.pipeline.data.datamodule import ImageDataModule, fits_memory
-    from refract.pipeline.training.build import measured
-    from refract.pipeline.training.initial_weights import _some
+    from refract.pipeline.training.build import with_normalisation
+    from refract.pipeline.training.initial_weights import _training_images
 
     captions.write_images(tmp_path, count=4)
     rows = [[f"images/{i:05}.png" if i in (1, 3) else "", "ab"[i % 2], "train", f"text {i}"] for i in range(4)]
     manifest = load_manifest(table(tmp_path / "m.csv", rows, ["path", "label", "split", "text"]))
     shown = manifest.with_samples([sample for sample in manifest.samples if sample.has_image])
     preprocess, config = Preprocess(16, 16), config_from_dict({"data": {"normalize": "data"}})
-    assert measured(config, preprocess, manifest)[0] == measured(config, preprocess, shown)[0]
-    assert len(_some(preprocess, manifest)) == 2
+    assert with_normalisation(config, preprocess, manifest)[0] == with_normalisation(config, preprocess, shown)[0]
+    assert len(_training_images(preprocess, manifest)) == 2
     assert fits_memory(manifest.samples) and not fits_memory([s for s in manifest.samples if not s.has_image])
     own = {"augmenter": Augmenter([], 3, size=16), "preprocess": preprocess, "batch_size": 2, "tokens": HashedNgrams()}
     assert ImageDataModule(manifest, **own).workers == min(8, os.cpu_count() or 1)
@@ -160,6 +160,6 @@ def test_consistency_with_texts_is_rejected() -> None:
     policy = Augmenter([{"AugMix": {}}])
     check_recipe(config_from_dict({"loss": {"consistency": 12.0}}), policy, "32-true")
     with pytest.raises(
-        ConfigError, match=r"loss\.consistency compares views of images; it does not go with text\.name"
+        ConfigError, match=r"loss\.consistency: compares views of images, so it cannot be combined with text\.name"
     ):
         check_recipe(config_from_dict({"loss": {"consistency": 12.0}, "text": {"name": "hashing"}}), policy, "32-true")

@@ -19,7 +19,7 @@ from refract.pipeline.config.sections import TrackingConfig
 from refract.pipeline.tracking import Tracker, TrackingError, tracker
 from refract.pipeline.tracking.database import make_database
 from refract.pipeline.tracking.journal import Journal
-from refract.pipeline.training.run_directory import held, new_run
+from refract.pipeline.training.run_directory import new_run, run_lock
 from tests.pipeline.test_pipeline_build import configured
 
 
@@ -144,7 +144,7 @@ def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder:
         "http://***@127.0.0.1:9 has no credentials here; set MLFLOW_TRACKING_URI"
         in refract("sync", "runs/r", code=1).stderr
     )
-    assert "entries wait" in refract("sync", "runs/r", "--uri", "http://127.0.0.1:9", code=1).stderr
+    assert "entries are not delivered" in refract("sync", "runs/r", "--uri", "http://127.0.0.1:9", code=1).stderr
     database = f"sqlite:///{tmp_path}/later.db"
     refract("sync", "runs/r", "--uri", database)
     client = MlflowClient(database)
@@ -220,9 +220,9 @@ def test_sync_passes_over_a_run_that_is_trained_or_damaged(tmp_path: Path, refra
     (tmp_path / "runs" / "d").mkdir()
     (tmp_path / "runs" / "d" / "journal.jsonl").write_text("")
     (tmp_path / "runs" / "d" / "journal.delivered.json").write_text('{"coun')
-    with held(tmp_path / "runs" / "a"):
+    with run_lock(tmp_path / "runs" / "a"):
         told = refract("sync", "--uri", f"sqlite:///{tmp_path}/x.db", code=1)
-    assert "runs/a: left alone, as it is being trained" in told.stdout
+    assert "runs/a: skipped, as its training is in progress" in told.stdout
     assert "journal.delivered.json: is damaged" in told.stderr
     assert "journal.jsonl, line 1: is damaged" in told.stderr and "runs/c: 1 entries delivered" in told.stdout
 

@@ -21,7 +21,7 @@ from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.data.prepare import prepare_data
 from refract.pipeline.data.train_order import TrainOrder
 from refract.pipeline.evaluation.evaluate import _single_label
-from refract.pipeline.training.build import make_preprocess, measured
+from refract.pipeline.training.build import make_preprocess, with_normalisation
 from refract.pipeline.training.fit import Assembly, fit
 from refract.pipeline.training.ranks import Ranks
 
@@ -89,7 +89,7 @@ def test_whitening_of_large_images_is_refused(folder: Path) -> None:
     config = Config(data=DataConfig(source=str(folder), image_size=64, normalize="pca"))
     manifest, _ = prepare_data(config)
     with pytest.raises(ConfigError, match=r"data.normalize: pca whitening is for small images .* got 64×64×3"):
-        measured(config, make_preprocess(config), manifest)
+        with_normalisation(config, make_preprocess(config), manifest)
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -140,7 +140,7 @@ def test_the_recipes_options_train_and_a_bundle_teaches_another(refract: Run, fo
     answer = refract("predict", "runs/pupil/bundle", folder / "red" / "00.jpg", "--json").stdout
     assert json.loads(answer)["label"] in ("red", "green", "blue")
     told = refract("train", "images.yaml", "--loss.teacher", "runs/many/bundle", "--data.image_size", 40, code=2).stderr
-    assert "loss.teacher: runs/many/bundle has the image size (32, 32), this training (40, 40)" in told
+    assert "loss.teacher: runs/many/bundle has the image size (32, 32), but this training has (40, 40)" in told
     told = refract("train", "images.yaml", "--trainer.ema", 0.9, "--trainer.swa_start", 0.5, code=2).stderr
     assert "both average the weights; remove one" in told
 

@@ -1,4 +1,4 @@
-"""What training shows: one line an epoch, and a bar where a person watches."""
+"""Show the progress of a training: one log line per epoch, and a bar on a terminal. Keep the best epoch's checkpoint."""
 
 import logging
 import math
@@ -12,20 +12,20 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 
-from refract.pipeline.training.callbacks.checkpoints import moved
+from refract.pipeline.training.callbacks.checkpoints import relocated_state
 
 log = logging.getLogger(__name__)
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep the latest epoch whose score lies within one standard error of the highest score.
+    """Keeps the latest epoch whose score lies within one standard error of the highest score.
 
-    On few validation images chance decides which epoch has the highest score, and the falling learning rate favours the later one.
-    Source of the rule: Breiman et al. 1984, "Classification and regression trees", section 3.4.3, for sizes of a tree.
+    With few validation images chance decides which epoch has the highest score, and the falling learning rate favours the later one.
+    Source: the one-standard-error rule of Breiman et al. 1984, "Classification and regression trees", section 3.4.3, for sizes of a tree.
     """
 
     def __init__(self, folder: Path, monitor: str, *, samples: int, first_epoch: int = 0) -> None:
-        """samples: validation images, from which the standard error follows; first_epoch: epochs before it are not kept."""
+        """samples: number of validation images, for the standard error; first_epoch: earlier epochs are not kept."""
         super().__init__(folder, "best", monitor=monitor, mode="max", enable_version_counter=False)
         self.samples, self.first_epoch, self.highest = samples, first_epoch, -math.inf
 
@@ -33,8 +33,8 @@ class BestCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), HIGHEST: self.highest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state = moved(state_dict, Path(str(self.dirpath)))
-        score = state["best_model_score"]  # all that checkpoints of earlier versions have
+        state = relocated_state(state_dict, Path(str(self.dirpath)))
+        score = state["best_model_score"]  # checkpoints of earlier versions lack HIGHEST
         self.highest = state.pop(HIGHEST, -math.inf if score is None else float(score))
         super().load_state_dict(state)
 
@@ -49,13 +49,13 @@ HIGHEST = "refract_highest"
 
 
 def standard_error(score: float, samples: int) -> float:
-    """The standard error of a fraction of `samples`, with one success and one failure added, so that 0 and 1 have one too."""
+    """Return the standard error of a fraction of `samples`. One added success and failure make it positive at 0 and 1 too."""
     smoothed = (score * samples + 1) / (samples + 2)
     return math.sqrt(smoothed * (1 - smoothed) / (samples + 2))
 
 
 class EpochReport(Callback):
-    """Keep, show and track the metrics of each epoch. history: one mapping an epoch."""
+    """Records, logs and tracks the metrics of each epoch. history: one mapping per epoch."""
 
     def __init__(self, monitor: str, tracker: Any) -> None:
         self.monitor, self.tracker = monitor, tracker
@@ -63,7 +63,7 @@ class EpochReport(Callback):
         self._started, self._before = time.perf_counter(), 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """With the seconds that the epoch has taken so far."""
+        """Return the history and the seconds that the current epoch has taken so far."""
         return {"history": self.history, "seconds": self._before + time.perf_counter() - self._started}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -96,20 +96,20 @@ class EpochReport(Callback):
 
 
 def progress_bars() -> list[Callback]:
-    """A bar on a terminal, none in a log."""
+    """Return a progress bar on a terminal, none otherwise."""
     return [TQDMProgressBar(refresh_rate=5, leave=False)] if sys.stderr.isatty() else []
 
 
 def quiet_lightning() -> None:
-    """Leave out Lightning's notices that tell a Refract user nothing: hardware found, tips, loader advice."""
+    """Suppress Lightning's notices that do not help a Refract user: available hardware, tips, loader advice."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers.*",
         ".*number of training batches.*",
-        ".*your dataloader is not resumable.*",  # what comes next is a function of the epoch and the place in it
+        ".*your dataloader is not resumable.*",  # the next batch depends only on the epoch and the position in it
         ".*Checkpoint directory.*exists.*",
         ".*isinstance.treespec, LeafSpec.*",
         ".*overridden `on_before_batch_transfer`.*",
-        ".*module\\(s\\) in eval mode at the start of training.*",  # what is frozen is
+        ".*module\\(s\\) in eval mode at the start of training.*",  # frozen modules are
     ):
         warnings.filterwarnings("ignore", text)

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and Ctrl-C let work finish its step and keep what is needed to go on; a second Ctrl-C ends it at once."""
+"""Handle stop requests: SIGTERM and Ctrl-C finish the current step and save the progress, a second Ctrl-C stops at once."""
 
 import logging
 import signal
@@ -11,11 +11,11 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 ASKED_TO_STOP = 75
-"""The exit code after SIGTERM: nothing failed, `--resume` goes on (sysexits.h: temporary, try again)."""
+"""The exit code after SIGTERM: nothing failed, and `--resume` resumes (EX_TEMPFAIL of sysexits.h)."""
 
 
 class Stopped(Exception):
-    """The work was asked to stop, and has stopped. signal: SIGTERM or SIGINT; run: a training's folder, once that is known."""
+    """The work has stopped on request. signal: SIGTERM or SIGINT; run: the training's folder, None until it exists."""
 
     run: Path | None = None
 
@@ -25,37 +25,37 @@ class Stopped(Exception):
 
 
 class Stop:
-    """signal: that asked for it, None so far; how: what is told then."""
+    """A stop request. signal: the received signal, None so far; plan: how the work stops, for the log."""
 
-    def __init__(self, how: str) -> None:
+    def __init__(self, plan: str) -> None:
         self.signal: int | None = None
-        self._how = how
+        self._plan = plan
         self._numbers: list[int] = []
 
-    def listen(self) -> None:
-        """Hear the signals (again)."""
+    def install(self) -> None:
+        """Install the signal handlers, also after another library replaced them."""
         for number in self._numbers:
-            signal.signal(number, self._note)
+            signal.signal(number, self._handle)
 
-    def _note(self, number: int, _: Any) -> None:
+    def _handle(self, number: int, _: Any) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        again = "; Ctrl-C once more ends it at once" if number == signal.SIGINT else ""
-        log.warning("stopping %s%s", self._how, again)
+        hint = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+        log.warning("stopping %s%s", self._plan, hint)
 
 
 @contextmanager
-def heard(how: str = "after this step, with a checkpoint to go on from") -> Iterator[Stop]:
-    """Hear SIGTERM and SIGINT as long as the block runs. Outside the main thread nothing is heard."""
-    stop = Stop(how)
+def stop_requests(plan: str = "after this step, with a checkpoint to resume from") -> Iterator[Stop]:
+    """Handle SIGTERM and SIGINT while the block runs. Outside the main thread no handler is installed."""
+    stop = Stop(plan)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    # A background job of a shell has SIGINT ignored, and is left so.
+    # A shell's background job ignores SIGINT; this stays so.
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     stop._numbers = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
-    stop.listen()
+    stop.install()
     try:
         yield stop
     finally:
