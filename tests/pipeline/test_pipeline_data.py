@@ -124,7 +124,7 @@ def test_an_empty_class_is_rejected(folder: Path) -> None:
 
 def test_a_class_of_one_image_is_rejected(folder: Path) -> None:
     write_image(folder / "yellow" / "1.png", make_image("red", 99))
-    with pytest.raises(DataError, match=r"one image, which cannot both be learned and be measured:\n  yellow"):
+    with pytest.raises(DataError, match=r"one image; training and measuring need two or more:\n  yellow"):
         prepare_data(config_of(folder))
 
 
@@ -295,7 +295,7 @@ def test_further_columns_are_metadata_and_come_back_from_written_splits(folder: 
 
 def test_a_file_name_that_is_not_utf8_is_rejected(folder: Path) -> None:
     (folder / "red" / "00.jpg").rename(os.fsdecode(os.fsencode(folder / "red") + b"/caf\xe9.jpg"))
-    with pytest.raises(DataError, match=r"1 file names are not UTF-8, as b'.*caf.xe9.jpg'.* rename them"):
+    with pytest.raises(DataError, match=r"1 file names are not UTF-8, such as b'.*caf.xe9.jpg'.* rename them"):
         load_manifest(folder)
 
 
