@@ -9,7 +9,7 @@ from pathlib import Path
 from refract.pipeline.cli import console
 
 EPILOG = """
-SPACE.yaml has dotted keys of the config with the values to try; a number in a key is a place in a list:
+SPACE.yaml maps dotted config keys to the values to try; a number in a key is a list index:
 
   optim.lr: {low: 1e-4, high: 1e-1, log: true}
   optim.name: [adamw, sgd]
@@ -21,28 +21,30 @@ SPACE.yaml has dotted keys of the config with the values to try; a number in a k
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="refract tune", usage="%(prog)s CONFIG SPACE [options] [--section.key value …]",
-        description="Search a space of configs for the best score on validation. What was tried is kept in the storage: the same "
-        "command goes on after a crash, and several processes or machines share one search by sharing it.",
+        description="Search a space of configs for the best validation score. The storage has all trials: repeat the command to resume "
+        "after a crash; several processes or machines that use one storage share one search.",
         epilog=EPILOG, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("config", type=Path)
     parser.add_argument("space", type=Path)
-    parser.add_argument("--trials", type=int, default=50, help="in all, of all processes and restarts (50)")
-    parser.add_argument("--minutes", type=float, help="begin no trial after so many")
+    parser.add_argument(
+        "--trials", type=int, default=50, help="number of trials, including other processes and earlier runs (50)"
+    )
+    parser.add_argument("--minutes", type=float, help="start no trial after this time")
     parser.add_argument(
         "--sampler", default="tpe", choices=("tpe", "random", "grid", "coarse-to-fine"),
-        help="coarse-to-fine draws half of the trials at random and the others within the range of the best; default tpe",
+        help="default tpe; coarse-to-fine draws half of the trials at random, the others within the range of the best",
     )  # fmt: skip
     parser.add_argument(
         "--storage",
-        help="Optuna's: sqlite:///FILE, another database, or journal:FILE (default: in the search's folder)",
+        help="Optuna storage: sqlite:///FILE, another database, or journal:FILE (default: study.db in the search's folder)",
     )
-    parser.add_argument("--name", help="of the search; default the config's")
-    parser.add_argument("--workers", type=int, default=1, help="processes on this machine")
+    parser.add_argument("--name", help="name of the search (default: the config's file name)")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes on this machine")
     parser.add_argument("--seed", type=int, default=0)
     args, overrides = parser.parse_known_args(argv)
     if args.trials < 1 or args.workers < 1:
-        parser.error("--trials and --workers are at least 1")
+        parser.error("expected --trials and --workers of at least 1")
     return console.run("tune", lambda: _tune(args, overrides, argv))
 
 
@@ -63,13 +65,14 @@ def _tune(args: argparse.Namespace, overrides: list[str], argv: list[str]) -> in
     storage = args.storage or sqlite_uri(folder.resolve() / "study.db")
     search = Search(name, args.sampler, args.trials, args.minutes, storage, args.seed)
     study = open_study(search, space, config, folder)
-    before = len(study.trials)
-    if before:
-        print(f"going on with {name}: {before} trials so far", file=sys.stderr)
-    # The first process has made the storage; the others only join.
-    again = [sys.executable, "-m", "refract", "tune", *argv, "--workers", "1", "--seed"]
+    trial_count = len(study.trials)
+    if trial_count:
+        print(f"resuming {name}: {trial_count} trials so far", file=sys.stderr)
+    # This process has created the storage, which the others join.
+    command = [sys.executable, "-m", "refract", "tune", *argv, "--workers", "1", "--seed"]
     others = [
-        subprocess.Popen([*again, str(args.seed + 1000 * k)], stdout=subprocess.DEVNULL) for k in range(1, args.workers)
+        subprocess.Popen([*command, str(args.seed + 1000 * k)], stdout=subprocess.DEVNULL)
+        for k in range(1, args.workers)
     ]
     try:
         run_trials(study, search, space, config, folder)
@@ -79,7 +82,7 @@ def _tune(args: argparse.Namespace, overrides: list[str], argv: list[str]) -> in
         for process in others:
             process.wait()
         if isinstance(error, Stopped):
-            print(f"refract tune: {error}; the same command goes on", file=sys.stderr)
+            print(f"refract tune: {error}; repeat the command to resume", file=sys.stderr)
             return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
         raise
     codes = [process.wait() for process in others]

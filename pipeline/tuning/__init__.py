@@ -1,1 +1,1 @@
-"""The search for a better config: trials drawn from a space of values, kept in Optuna's storage, a run each."""
+"""Hyperparameter search: trials drawn from a space of values, one run each, stored in Optuna's storage."""

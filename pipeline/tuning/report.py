@@ -1,4 +1,4 @@
-"""What a search found, as files: the winning config, every trial, and figures by Optuna."""
+"""The files of a search: the best config, a table of all trials, and a report with Optuna's charts."""
 
 import json
 import warnings
@@ -12,7 +12,7 @@ from refract.pipeline.files import write_atomically
 
 
 def write_report(study: optuna.Study, best: Mapping[str, Any], folder: Path) -> list[Path]:
-    """best.yaml, trials.csv and report.html in the folder. OSError as usual."""
+    """Write best.yaml, trials.csv and report.html to the folder, and return their paths. OSError as usual."""
     import yaml
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -21,24 +21,24 @@ def write_report(study: optuna.Study, best: Mapping[str, Any], folder: Path) -> 
         folder / "best.yaml", (head + yaml.safe_dump(dict(best), sort_keys=False, allow_unicode=True)).encode()
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Optuna's experimental parts
+        warnings.simplefilter("ignore")  # about Optuna's experimental features
         frame = study.trials_dataframe(attrs=("number", "value", "params", "state", "duration"))
-        figures = _figures(study)
+        charts = _charts(study)
     write_atomically(folder / "trials.csv", frame.to_csv(index=False).encode())
     env = Environment(loader=PackageLoader("refract.pipeline.tuning", "."), autoescape=True, undefined=StrictUndefined)
     html = env.get_template("report.html").render(
         name=study.study_name,
         best=study.best_trial,
         drawn=json.dumps(study.best_trial.user_attrs["drawn"], indent=1),
-        figures=figures,
+        charts=charts,
         trials=sorted(study.trials, key=lambda trial: -1.0 if trial.value is None else trial.value, reverse=True),
     )
     write_atomically(folder / "report.html", html.encode())
     return [folder / name for name in ("best.yaml", "trials.csv", "report.html")]
 
 
-def _figures(study: optuna.Study) -> dict[str, str]:
-    """Title → data address. Those that the trials are too few for are left out."""
+def _charts(study: optuna.Study) -> dict[str, str]:
+    """Return title → data URL. Charts that need more trials are omitted."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -47,7 +47,7 @@ def _figures(study: optuna.Study) -> dict[str, str]:
     from refract.pipeline.evaluation.report.figures import data_url
 
     draw = optuna.visualization.matplotlib
-    found = {}
+    charts = {}
     done = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
     kinds: dict[str, Any] = {
         "The best so far": draw.plot_optimization_history,
@@ -59,6 +59,6 @@ def _figures(study: optuna.Study) -> dict[str, str]:
     for title, plot in kinds.items():
         axes = plot(study)
         first = axes.flat[0] if hasattr(axes, "flat") else axes
-        found[title] = data_url(first.figure)
+        charts[title] = data_url(first.figure)
         plt.close(first.figure)
-    return found
+    return charts

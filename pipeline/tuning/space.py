@@ -1,11 +1,11 @@
-"""What a search may change: dotted keys of the config with the values that they may take, read from YAML.
+"""The search space: dotted config keys with their possible values, read from YAML.
 
     optim.lr: {low: 1e-4, high: 1e-1, log: true}
     optim.name: [adamw, sgd]
     optim.momentum: {low: 0.8, high: 0.99, when: {optim.name: sgd}}
     augment.policy.0.RandAugment.magnitude: {low: 1, high: 10, whole: true}
 
-A number in a key is a place in a list, so the ops of a policy and their parameters are keys as any other.
+A number in a key is a list index, so that the ops of a policy and their parameters can be searched too.
 """
 
 import copy
@@ -22,8 +22,11 @@ from refract.pipeline.config.config import ConfigError
 
 @dataclass(frozen=True)
 class Dimension:
-    """One key. choices: its values, or none for a number from low to high, both included, by log in its logarithm, by whole a whole one.
-    when: other keys of the space with the value that they must have for this one to matter."""
+    """The values of one key: `choices`, or without them a number from low to high, both included.
+
+    log: draw uniformly in the logarithm; whole: integers only; when: other keys of the space with the value that they must have for this
+    key to apply.
+    """
 
     key: str
     choices: tuple[Any, ...] = ()
@@ -35,7 +38,7 @@ class Dimension:
 
 
 def read_space(path: Path) -> list[Dimension]:
-    """ConfigError names what is wrong, and the key."""
+    """Read a search space. ConfigError names the invalid key."""
     import yaml
 
     from refract.augment.yaml_text import read_yaml
@@ -46,17 +49,17 @@ def read_space(path: Path) -> list[Dimension]:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     if not isinstance(values, Mapping) or not values:
         raise ConfigError(
-            f"{path}: expected keys of the config with their values, as optim.lr: {{low: 1e-4, high: 1e-1, log: true}}"
+            f"{path}: expected config keys with their values, such as optim.lr: {{low: 1e-4, high: 1e-1, log: true}}"
         )
     space = [_dimension(str(key), value, str(path)) for key, value in values.items()]
-    known: dict[str, tuple[Any, ...]] = {}
+    choices_of: dict[str, tuple[Any, ...]] = {}
     for dimension in space:
         for other, value in dimension.when:
-            if other not in known:
-                raise ConfigError(f"{path}: {dimension.key}: when: {other!r} is no key of the space above it")
-            if value not in known[other]:
-                raise ConfigError(f"{path}: {dimension.key}: when: {value!r} is none of the choices of {other}")
-        known[dimension.key] = dimension.choices
+            if other not in choices_of:
+                raise ConfigError(f"{path}: {dimension.key}: when: {other!r} is not an earlier key of the space")
+            if value not in choices_of[other]:
+                raise ConfigError(f"{path}: {dimension.key}: when: {value!r} is not a choice of {other}")
+        choices_of[dimension.key] = dimension.choices
     return space
 
 
@@ -83,52 +86,49 @@ def _dimension(key: str, value: Any, where: str) -> Dimension:
     if not isinstance(log, bool) or not isinstance(whole, bool) or low >= high or (log and low <= 0):
         raise ConfigError(f"{where}: {key}: {value!r}: low must be below high, and above 0 for log")
     if whole and not (low.is_integer() and high.is_integer()):
-        raise ConfigError(f"{where}: {key}: {value!r}: a whole number lies between whole ones")
+        raise ConfigError(f"{where}: {key}: {value!r}: whole needs integers for low and high")
     return Dimension(key, low=low, high=high, log=log, whole=whole, when=tuple(when.items()))
 
 
 def _number(value: Any) -> Any:
-    """YAML takes 1e-4, without a point, for a text."""
+    """Convert numbers such as 1e-4, which YAML reads as strings."""
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value
 
 
 def applies(dimension: Dimension, drawn: Mapping[str, Any]) -> bool:
-    """Whether the dimension matters beside what was drawn before it."""
+    """Whether the dimension's conditions hold for the values drawn before it."""
     return all(drawn.get(other) == value for other, value in dimension.when)
 
 
 def with_values(config: Mapping[str, Any], drawn: Mapping[str, Any]) -> dict[str, Any]:
-    """The config's values with the drawn ones in their places. ConfigError for a key whose place is not there."""
+    """Return the config's values with the drawn values set. ConfigError for a key that the config does not contain."""
     values: dict[str, Any] = copy.deepcopy(dict(config))
     for key, value in drawn.items():
         policy = values.get("augment", {}).get("policy")
-        if key.startswith("augment.policy.") and isinstance(
-            policy, str
-        ):  # a preset, whose ops the key names by their places
+        if key.startswith("augment.policy.") and isinstance(policy, str):  # a preset, whose ops the key names by index
             values["augment"]["policy"] = load_policy(policy).to_spec()
-        place: Any = values
-        *way, last = key.split(".")
-        for part in way:
-            place = _step(place, part, key)
-        if isinstance(place, list):
-            _step(place, last, key)
-            place[int(last)] = value
-        elif isinstance(place, dict):
-            place[last] = value
+        node: Any = values
+        *parents, last = key.split(".")
+        for part in parents:
+            node = _step(node, part, key)
+        if isinstance(node, list):
+            _step(node, last, key)
+            node[int(last)] = value
+        elif isinstance(node, dict):
+            node[last] = value
         else:
-            raise ConfigError(f"{key}: the config has {place!r} where {last!r} is looked for")
+            raise ConfigError(f"{key}: the config has {node!r} in the place of {last!r}")
     return values
 
 
-def _step(place: Any, part: str, key: str) -> Any:
-    if isinstance(place, list) and part.isdigit() and int(part) < len(place):
-        return place[int(part)]
-    if isinstance(place, dict) and part in place:
-        if place[part] is None:  # an op without parameters
-            place[part] = {}
-        return place[part]
-    raise ConfigError(
-        f"{key}: the config has no {part!r} there; write the part of the config out that the search shall change"
-    )
+def _step(node: Any, part: str, key: str) -> Any:
+    """Return the child `part` of a list or mapping. ConfigError, which names `key`, if it is missing."""
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    if isinstance(node, dict) and part in node:
+        if node[part] is None:  # an op without parameters
+            node[part] = {}
+        return node[part]
+    raise ConfigError(f"{key}: the config has no {part!r} there; write this part of the config explicitly")
