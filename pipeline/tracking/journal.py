@@ -1,4 +1,4 @@
-"""The journal of a run: what MLflow shall know, a line of JSON each, on the disk before anything is sent."""
+"""The journal of a run: the entries for MLflow, one line of JSON each, written to disk before they are sent."""
 
 import json
 import os
@@ -17,36 +17,37 @@ Entry = dict[str, Any]
 
 
 class Journal:
-    """Entries in order, and how many of them the server has. A line that a kill cut short is dropped when the journal is opened.
+    """The entries in order, and the number of delivered ones. An incomplete line, as after a kill, is dropped at opening.
 
-    `delivered` is a mapping that outlives the process as well: `uri` of the server, `count` of the entries that it has, and what it
-    answered (`run_id`, …).
+    `delivered` is also stored on disk: `uri` of the server, `count` of delivered entries, and the server's results (`run_id`, …).
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """OSError where the folder cannot be read; ConfigError for a line that is no entry, or a damaged mark."""
+        """Open the journal. OSError if the folder cannot be read; ConfigError for a damaged line or a damaged file of `delivered`."""
         self.path, self._mark = run_dir / JOURNAL, run_dir / DELIVERED
         self.entries: list[Entry] = []
         self.delivered: dict[str, Any] = {"count": 0}
         self._lock = threading.Lock()
         if self.path.exists():
             data = self.path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]
-            self.entries = [_entry(self.path, number, line) for number, line in enumerate(whole.splitlines(), start=1)]
-            if whole != data:
-                os.truncate(self.path, len(whole))
+            complete = data[: data.rfind(b"\n") + 1]
+            self.entries = [
+                _entry(self.path, number, line) for number, line in enumerate(complete.splitlines(), start=1)
+            ]
+            if complete != data:
+                os.truncate(self.path, len(complete))
         if self._mark.exists():
             self.delivered = _mark(self._mark, len(self.entries))
 
     def for_server(self, uri: str) -> None:
-        """Deliver to this server from now on; one that has not had the run gets it from its beginning. The address is kept `masked`."""
+        """Deliver to this server from now on; a new server receives all entries. The address is stored `masked`."""
         uri = masked(uri)
         if self.delivered.get("uri", uri) != uri:
             self.delivered = {"count": 0}
         self.delivered["uri"] = uri
 
     def append(self, entry: Entry) -> None:
-        """Write the entry to the disk. OSError where it cannot be."""
+        """Write the entry to disk. OSError as usual."""
         with self._lock, self.path.open("ab") as file:
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
@@ -54,21 +55,21 @@ class Journal:
             self.entries.append(entry)
 
     def waiting(self) -> list[Entry]:
-        """Those that the server does not have yet."""
+        """Return the entries that are not delivered yet."""
         return self.entries[self.delivered["count"] :]
 
-    def mark(self, **answers: Any) -> None:
-        """The first waiting entry is delivered; answers: to keep."""
-        self.delivered = {**self.delivered, **answers, "count": self.delivered["count"] + 1}
+    def mark(self, **results: Any) -> None:
+        """Record that the first waiting entry is delivered, and store the server's results."""
+        self.delivered = {**self.delivered, **results, "count": self.delivered["count"] + 1}
         write_atomically(self._mark, json.dumps(self.delivered).encode())
 
-    def keep(self, **answers: Any) -> None:
-        """Keep answers to an entry that was marked before."""
-        self.delivered = {**self.delivered, **answers}
+    def keep(self, **results: Any) -> None:
+        """Store the server's results for an entry that is already marked."""
+        self.delivered = {**self.delivered, **results}
         write_atomically(self._mark, json.dumps(self.delivered).encode())
 
     def of(self, kind: str) -> Iterator[Entry]:
-        """The entries of a kind, in order."""
+        """Return the entries of a kind, in order."""
         return (entry for entry in self.entries if entry["do"] == kind)
 
 
@@ -82,9 +83,9 @@ def _mark(path: Path, entries: int) -> dict[str, Any]:
             or not isinstance(uri, str)
             or (count and "run_id" not in delivered)
         ):
-            raise ValueError(f"it says that {count!r} of {entries} entries are delivered")
+            raise ValueError(f"count {count!r} of {entries} entries")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: is damaged ({error}); remove it to deliver the run once more") from error
+        raise ConfigError(f"{path}: is damaged ({error}); remove it to deliver the run again") from error
     return delivered
 
 
@@ -94,6 +95,6 @@ def _entry(path: Path, number: int, line: bytes) -> Entry:
         entry["do"]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}, line {number}: is damaged ({error}); take the line out to go on without it"
+            f"{path}, line {number}: is damaged ({error}); remove the line to continue without it"
         ) from error
     return entry

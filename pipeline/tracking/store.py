@@ -1,4 +1,4 @@
-"""From a journal's entries to MLflow. Each can be sent twice and counts once, so that a delivery that was cut short is repeated."""
+"""Deliver a journal's entries to MLflow. Delivery is idempotent, so that an interrupted one can be repeated."""
 
 import json
 import time
@@ -13,21 +13,21 @@ from refract.pipeline.tracking.database import make_database
 from refract.pipeline.tracking.journal import Entry
 
 KEY = "refract.key"
-"""The tag by which a run is known again whose creation was answered to nobody."""
+"""The tag that identifies a run after the response to its creation was lost."""
 
 LONGEST = 6000
-"""Characters of a parameter's value that every store of MLflow takes."""
-
+"""The longest value of a parameter, in characters, that all of MLflow's stores accept."""
 
 LONGEST_TAG = 5000
+"""The longest value of a tag, in characters."""
 
 
 class Refused(RuntimeError):
-    """The server answered, and will not have the entry, now or later; the message is its own."""
+    """The server rejected the entry permanently. The message is the server's."""
 
 
 class Store:
-    """MLflow at `uri`, asked for when the first entry is delivered."""
+    """MLflow at `uri`. The client is created at the first delivery."""
 
     def __init__(self, uri: str, run_dir: Path) -> None:
         """ConfigError for an address that MLflow cannot use, or that lacks its credentials."""
@@ -37,12 +37,14 @@ class Store:
 
     @property
     def address(self) -> str:
-        """The address for a reader, without credentials."""
+        """The address without credentials, for messages."""
         return masked(self.uri)
 
     def deliver(self, entry: Entry, known: Mapping[str, Any]) -> dict[str, Any]:
-        """Send an entry; known: answers to the ones before. Returns answers to keep. Refused, or whatever else MLflow raises for a
-        server that cannot be reached or a database that is busy."""
+        """Send an entry and return the results to store. known: the results of earlier entries.
+
+        Refused if the server rejects the entry; other exceptions of MLflow if the server is unreachable or the database busy.
+        """
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
@@ -50,8 +52,8 @@ class Store:
             make_database(self.uri)
             self._client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         try:
-            answers: dict[str, Any] = getattr(self, f"_{entry['do']}")(entry, known) or {}
-            return answers
+            results: dict[str, Any] = getattr(self, f"_{entry['do']}")(entry, known) or {}
+            return results
         except MlflowException as error:
             if error.error_code in _FINAL or type(error).__name__.startswith("Unsupported"):
                 raise Refused(first_line(error)) from error
@@ -60,16 +62,18 @@ class Store:
     def _start(self, entry: Entry, known: Mapping[str, Any]) -> dict[str, Any]:
         from mlflow.entities import Param, RunTag
 
-        found = self._client.get_experiment_by_name(entry["experiment"])
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # its page then shows what is of use for training
-        experiment = found.experiment_id if found else self._create_experiment(entry["experiment"], kind)
+        stored = self._client.get_experiment_by_name(entry["experiment"])
+        kind = {
+            "mlflow.experimentKind": "custom_model_development"
+        }  # MLflow then shows the experiment's page for training
+        experiment = stored.experiment_id if stored else self._create_experiment(entry["experiment"], kind)
         runs = self._client.search_runs([experiment], f"tags.`{KEY}` = '{entry['key']}'", max_results=1)
         if runs:
             run = runs[0]
         else:
-            known_by = {**entry["tags"], KEY: entry["key"]}
+            run_tags = {**entry["tags"], KEY: entry["key"]}
             run = self._client.create_run(
-                experiment, start_time=entry["time"], tags=known_by, run_name=entry["run_name"]
+                experiment, start_time=entry["time"], tags=run_tags, run_name=entry["run_name"]
             )
         params = [Param(name, str(value)[:LONGEST]) for name, value in _flat(entry["params"])]
         tags = [RunTag(name, str(value)) for name, value in entry["tags"].items()]
@@ -87,10 +91,10 @@ class Store:
             return str(self._client.create_experiment(name, artifact_location=location, tags=dict(tags)))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS" or not (
-                found := self._client.get_experiment_by_name(name)
+                experiment := self._client.get_experiment_by_name(name)
             ):
                 raise
-            return str(found.experiment_id)
+            return str(experiment.experiment_id)
 
     def _metrics(self, entry: Entry, known: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric
@@ -111,7 +115,7 @@ class Store:
         self._client.log_artifacts(known["run_id"], str(self.run_dir / entry["bundle"]), "bundle")
 
     def _register(self, entry: Entry, known: Mapping[str, Any]) -> dict[str, Any]:
-        """Register the run's `bundle` as a version of the model, and name it.
+        """Register the run's `bundle` as a version of the model, and set its alias.
 
         A repeated delivery finds the version by its run. Returns `version`, and what `name_version` returns.
         """
@@ -127,7 +131,7 @@ class Store:
         return {"version": version} | name_version(self._client, model, version, first=entry["alias"])
 
     def _create_model(self, model: str) -> None:
-        """Create the registered model where it is missing. Another training may create it at the same time."""
+        """Create the registered model unless it exists. Another training may create it at the same time."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -149,13 +153,13 @@ class Store:
 
 
 def _dataset(tags: Mapping[str, str]) -> Any:
-    """The data that the tags name, for MLflow's column of data sets."""
+    """Build MLflow's dataset entry from the tags."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     source = tags["data.source"]
-    named = {"name": Path(source).stem[:500] or "data", "digest": tags["data.fingerprint"][:36]}
+    identity = {"name": Path(source).stem[:500] or "data", "digest": tags["data.fingerprint"][:36]}
     counts = {key.removeprefix("data."): value for key, value in tags.items() if key.startswith("data.")}
-    dataset = Dataset(**named, source_type="local", source=source, profile=json.dumps(counts))
+    dataset = Dataset(**identity, source_type="local", source=source, profile=json.dumps(counts))
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
 
 
@@ -163,12 +167,12 @@ _FINAL = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "PERMISSION_DENIED", "UNAU
 
 
 def now() -> int:
-    """Milliseconds since 1970, as MLflow counts."""
+    """Return the time in milliseconds since 1970, as MLflow expects."""
     return int(time.time() * 1000)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line, without credentials."""
+    """Return the first line of an error's message, without credentials."""
     return masked((str(error).splitlines() or [type(error).__name__])[0])[:300]
 
 

@@ -1,4 +1,4 @@
-"""The tracker of one training: it writes the journal, and a thread of its own delivers it. A server that stalls costs training nothing."""
+"""The tracker of one training: it writes the journal, and a thread delivers it, so that a slow server does not slow training."""
 
 import logging
 import os
@@ -17,38 +17,38 @@ from refract.pipeline.tracking.store import Refused, Store, first_line, now
 log = logging.getLogger(__name__)
 
 FIRST_ANSWER = 15.0
-"""Seconds that a training waits for the server to take its run, before it goes on without."""
+"""Seconds that a training waits at its start for the server to accept its run."""
 SILENT = 30.0
-"""Seconds without an answer after which the end of a training waits no longer; for files, UPLOAD."""
+"""Seconds without a response after which a training stops waiting at its end; UPLOAD while files are sent."""
 UPLOAD = 600.0
 LOCAL = 300.0
-"""The same for a store on this machine: a busy one takes long for the tables of a new database, and for a locked one."""
+"""The same limits for a store on this machine: creating tables, or waiting for a locked database, takes long on a busy machine."""
 LONGEST_PAUSE = 30.0
 POLL = 0.02
 
 
 class TrackingError(RuntimeError):
-    """The tracking server cannot be used; the message says which and what to do."""
+    """The tracking server cannot be used. The message names it, and says what to do."""
 
 
 class Tracker:
-    """One run, in MLflow and in `run_dir`. What was tracked before a restart is not tracked again.
+    """Tracks one run in MLflow and in `run_dir`. Values tracked before a restart are not tracked again.
 
-    journal.delivered has, once the server answered, its `run_id`, and the `version` of the registered model.
+    Once the server has responded, journal.delivered has the `run_id`, and the `version` of the registered model.
     """
 
     def __init__(
         self, config: TrackingConfig, run_dir: Path, params: Mapping[str, Any], tags: Mapping[str, str]
     ) -> None:
-        """Open the run, or go on with it. TrackingError where the server refuses it; a warning where it does not answer."""
+        """Start the run, or resume it. TrackingError if the server refuses it; a warning if the server does not respond."""
         self.run_dir, self.journal = run_dir, Journal(run_dir)
-        # A run that goes on, perhaps from another folder, stays with its server, unless another one is named.
-        named = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
-        self._store = Store(absolute(named or self.journal.delivered.get("uri") or DEFAULT_URI), run_dir)
+        # A resumed run, perhaps in another folder, stays with its server, unless the config or environment names one.
+        configured = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        self._store = Store(absolute(configured or self.journal.delivered.get("uri") or DEFAULT_URI), run_dir)
         self.address = self._store.address
         self.journal.for_server(self._store.uri)
         self._wake = threading.Event()
-        self._asked = 0.0  # since when the server has not answered the entry in hand; 0 where none is
+        self._sent = 0.0  # when the current entry was sent; 0 while none is
         self._failure: BaseException | None = None
         self._refused: str | None = None
         if self.journal.entries:
@@ -69,18 +69,18 @@ class Tracker:
                 "--tracking.enabled false."
             )
         if self.journal.waiting():
-            why = first_line(self._failure) if self._failure else f"no answer in {self._patience(FIRST_ANSWER):.0f} s"
+            why = first_line(self._failure) if self._failure else f"no response in {self._patience(FIRST_ANSWER):.0f} s"
             log.warning(
-                "MLflow at %s does not answer (%s); training continues, and what is to be tracked is kept",
+                "MLflow at %s does not answer (%s); training continues, and the run's journal keeps all entries",
                 self.address,
                 why,
             )
 
     def _wait_for_first_answer(self) -> None:
-        """Wait until the server has the run or refused it. A local store that has not failed is slow, not away: it creates its tables."""
-        began, reported = time.monotonic(), False
+        """Wait until the server accepts or refuses the run. A local store that has not failed is slow, as it creates its tables."""
+        start, reported = time.monotonic(), False
         while self.journal.waiting() and not self._refused:
-            waited = time.monotonic() - began
+            waited = time.monotonic() - start
             if waited > (self._patience(FIRST_ANSWER) if self._may_answer() else FIRST_ANSWER):
                 return
             if waited > FIRST_ANSWER and not reported:
@@ -89,7 +89,7 @@ class Tracker:
             time.sleep(POLL)
 
     def _may_answer(self) -> bool:
-        """Whether the last attempt is under way, or found a local database that another process holds for now."""
+        """Whether the last attempt is in progress, or failed only as another process locks the local database."""
         failure = self._failure
         return failure is None or (is_local(self._store.uri) and "database is locked" in str(failure))
 
@@ -97,36 +97,39 @@ class Tracker:
         return max(seconds, LOCAL) if is_local(self._store.uri) else seconds
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Metrics of a step, those that it has not had yet."""
-        known = {name for entry in self.journal.of("metrics") if entry["step"] == step for name in entry["values"]}
-        fresh = {name: float(value) for name, value in values.items() if name not in known}
+        """Track metrics of a step, except those that it already has."""
+        present = {name for entry in self.journal.of("metrics") if entry["step"] == step for name in entry["values"]}
+        fresh = {name: float(value) for name, value in values.items() if name not in present}
         if fresh:
             self._add({"do": "metrics", "step": step, "time": now(), "values": fresh})
 
     def tag(self, tags: Mapping[str, str]) -> None:
-        """Tags of the run."""
+        """Set tags of the run."""
         if tags:
             self._add({"do": "tags", "tags": dict(tags)})
 
     def log_files(self, files: Sequence[Path], bundle: Path) -> None:
-        """Files of the run's folder, and the bundle's folder as `bundle`, as artifacts."""
+        """Track files of the run's folder, and the bundle's folder as `bundle`, as artifacts."""
         if not any(self.journal.of("files")):
             self._add({"do": "files", "files": [path.name for path in files], "bundle": bundle.name})
 
     def register(self, model: str, alias: str) -> None:
-        """Make the run's bundle a version of the registered model. alias: of the model's first version; later ones are `challenger`."""
+        """Register the run's bundle as a version of the model. alias: for the model's first version; later ones become `challenger`."""
         if not any(self.journal.of("register")):
             self._add({"do": "register", "model": model, "alias": alias})
 
     def finish(self, status: str) -> int:
-        """status: FINISHED, FAILED or KILLED. Waits for the server as long as it answers; returns the entries that it does not have."""
-        self._failure = None  # the last attempt may be long ago: there is one more
+        """Finish the run, and wait for the server as long as it responds. status: FINISHED, FAILED or KILLED.
+
+        Returns the number of entries that are not delivered.
+        """
+        self._failure = None  # the last failure may be long ago, so try once more
         self._add({"do": "status", "status": status, "time": now()})
-        began = time.monotonic()
+        start = time.monotonic()
         while self.journal.waiting() and not self._refused:
             time.sleep(POLL)
-            locked = time.monotonic() - began if self._failure is not None else 0.0
-            silent = time.monotonic() - self._asked if self._asked else 0.0
+            locked = time.monotonic() - start if self._failure is not None else 0.0
+            silent = time.monotonic() - self._sent if self._sent else 0.0
             uploading = next(iter(self.journal.waiting()), {}).get("do") == "files"
             if not self._may_answer() or locked > LOCAL or silent > (UPLOAD if uploading else self._patience(SILENT)):
                 break
@@ -141,7 +144,7 @@ class Tracker:
         while True:
             self._wake.clear()
             for entry in self.journal.waiting():
-                self._asked = time.monotonic()
+                self._sent = time.monotonic()
                 try:
                     deliver_one(self.journal, self._store, entry)
                 except Refused as error:
@@ -149,11 +152,11 @@ class Tracker:
                     return
                 except (
                     Exception
-                ) as error:  # whatever MLflow and what lies below it raise for a server or a database that is not there
+                ) as error:  # MLflow and the libraries below it raise many types for an unreachable server
                     self._failure = error
                     break
                 self._failure, pause = None, 1.0
-            self._asked = 0.0
+            self._sent = 0.0
             if self._failure is not None:
                 self._wake.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -162,17 +165,19 @@ class Tracker:
 
 
 def deliver_one(journal: Journal, store: Store, entry: Entry) -> None:
-    """Send the first waiting entry of a journal and mark it. What the server will not have is left out with a warning; Refused where that
-    is the run itself."""
+    """Send the first waiting entry of a journal and mark it as delivered. An entry that the server refuses is skipped with a warning.
+
+    Refused if the entry is the start of the run.
+    """
     try:
-        answers = store.deliver(entry, journal.delivered)
+        results = store.deliver(entry, journal.delivered)
     except Refused as error:
         if entry["do"] == "start":
             raise
-        log.warning("MLflow at %s refused %s: %s", store.address, _told(entry), error)
-        answers = {"refused": str(error)} if entry["do"] == "register" else {}
-    journal.mark(**answers)
+        log.warning("MLflow at %s refused %s: %s", store.address, _described(entry), error)
+        results = {"refused": str(error)} if entry["do"] == "register" else {}
+    journal.mark(**results)
 
 
-def _told(entry: Entry) -> str:
+def _described(entry: Entry) -> str:
     return f"the metrics of step {entry['step']}" if entry["do"] == "metrics" else f"the entry {entry['do']!r}"

@@ -240,7 +240,7 @@ def test_data_that_are_refused_freeze_nothing(tmp_path: Path) -> None:
     paint(tmp_path / "images", range(10))
     (tmp_path / "images" / "empty").mkdir()
     config = config_at(tmp_path)
-    with pytest.raises(DataError, match="hold no image"):
+    with pytest.raises(DataError, match="contain no images"):
         taken(config)
     assert not workspace_of(config).holdout.exists()
 
@@ -307,7 +307,7 @@ def test_a_gate_holdout_that_is_set_later_is_refused(tmp_path: Path) -> None:
         noisy(tmp_path / "images/yellow" / f"{number}.png", number)
     assert taken(config).counts["test"] == {**dict.fromkeys(COLORS, 4), "yellow": 2}, "a class that comes later"
     paint(tmp_path / "own", range(104, 105))
-    with pytest.raises(DataError, match=r"gate\.holdout: .*own is not what"):
+    with pytest.raises(DataError, match=r"gate\.holdout: .*own is not the source"):
         taken(config)
     shutil.rmtree(tmp_path / "own")
     assert sum(taken(config).counts["test"].values()) == 14, "it was copied"

@@ -62,7 +62,7 @@ def test_a_silent_server_holds_nothing_up_and_gets_all_later(
     (run_dir / "bundle" / "bundle.json").write_text("{}")
     with silent_server() as uri:
         one = tracked(run_dir, uri)
-        assert "does not answer (no answer in 0 s); training continues" in caplog.text
+        assert "does not answer (no response in 0 s); training continues" in caplog.text
         began = time.monotonic()
         for step in range(200):
             one.log_metrics({"loss": 1 / (step + 1), "accuracy": float("nan")}, step)
