@@ -16,12 +16,12 @@ from benchmarks.gpu.wheels import PACKAGES, ROOT, entries
 
 ONLY_ON_A_GPU = ("compil", "model FLOPs", "batch JPEG decoding", "fp16", "cuda-graphs")
 LEFT_OUT = ("vit_b_16", "batch decoding", "kornia")
-"""Of the quick form, to be quick."""
+"""Options of the quick form."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # its stages are processes that import PyTorch, beside other tests
-def test_the_quick_form_measures_every_stage_on_the_processor(tmp_path: Path) -> None:
+def test_the_quick_form_measures_every_stage_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     command = [
         sys.executable,
@@ -75,7 +75,7 @@ def test_the_table_says_which_goals_are_reached_and_why_numbers_are_missing(tmp_
     assert "MISSED" not in "\n".join(lines({"augment": stage}, judged=False))
 
 
-def test_a_number_without_a_place_in_the_plan_is_refused(tmp_path: Path) -> None:
+def test_a_value_that_is_not_in_the_plan_is_rejected(tmp_path: Path) -> None:
     record = Record(tmp_path / "augment.json", "augment")
     with pytest.raises(KeyError, match="'speed' is not in the plan"):
         record.measure("speed", 1.0)

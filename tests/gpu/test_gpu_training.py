@@ -64,7 +64,7 @@ def calm(options: list[str]) -> Result:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Deterministic algorithms, as far as PyTorch has them; it refuses operations that have none."""
+    """Use deterministic algorithms. PyTorch raises an error for operations without one."""
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     torch.use_deterministic_algorithms(True)
     try:
@@ -134,7 +134,7 @@ def test_a_run_that_was_killed_within_an_epoch_resumes_to_equal_weights(
 
 
 def _steps(run: Path) -> list[int]:
-    """The steps of the checkpoints that are there."""
+    """Return the steps of the existing checkpoints."""
     return [int(path.stem.partition("-")[2]) for path in run.glob("checkpoints/resume-*.ckpt")]
 
 
@@ -163,7 +163,7 @@ def test_recomputed_activations_give_the_same_weights(options: list[str]) -> Non
         torch.testing.assert_close(value, expected[key], atol=1e-4, rtol=1e-4)
 
 
-def test_images_on_the_device_are_augmented_as_those_of_the_processor(images: Path, device: str) -> None:
+def test_images_on_the_device_are_augmented_as_on_the_cpu(images: Path, device: str) -> None:
     source = Config()
     source.data.source = str(images)
     manifest, _ = prepare_data(source)
@@ -181,7 +181,7 @@ def test_images_on_the_device_are_augmented_as_those_of_the_processor(images: Pa
 
 
 class Watched(Callback):
-    """Lets no step but the first two wait for the device."""
+    """Raise an error if a step after the first two synchronises with the device."""
 
     def __init__(self) -> None:
         self.steps = 0

@@ -1,4 +1,4 @@
-"""What is measured at the end of a training and by `refract evaluate`, its report, and runs side by side."""
+"""The assessment after a training, `refract evaluate`, the report, and `refract compare`."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def runs(root: Path) -> Path:
     return root / "runs"
 
 
-def test_the_bundle_is_calibrated_on_validation_and_says_when_to_abstain(runs: Path) -> None:
+def test_the_bundle_is_calibrated_on_validation_and_has_an_abstention_threshold(runs: Path) -> None:
     info = load_bundle(runs / "good" / "bundle").info
     numbers = json.loads((runs / "good" / "report.json").read_text())
     assert info.temperature != 1 and f"{info.temperature:.3f}" == numbers["facts"]["temperature"]
@@ -80,7 +80,7 @@ def test_the_bundle_is_calibrated_on_validation_and_says_when_to_abstain(runs: P
         assert (stored["probabilities"].argmax(1) == stored["truth"]).mean() == pytest.approx(info.metrics["accuracy"])
 
 
-def test_the_report_is_one_file_with_nothing_from_elsewhere_and_nothing_unescaped(runs: Path) -> None:
+def test_the_report_is_one_escaped_file_without_external_resources(runs: Path) -> None:
     html = (runs / "good" / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', html)
     assert len(sources) > 8 and all(source.startswith("data:image/") for source in sources)
@@ -94,7 +94,9 @@ def test_the_report_is_one_file_with_nothing_from_elsewhere_and_nothing_unescape
     assert not bad, "a network that learned nothing judges no label"
 
 
-def test_evaluate_gives_the_same_figures_and_a_report(refract: Run, root: Path, runs: Path, tmp_path: Path) -> None:
+def test_evaluate_reproduces_the_metrics_and_writes_a_report(
+    refract: Run, root: Path, runs: Path, tmp_path: Path
+) -> None:
     refract(
         "evaluate", runs / "good" / "bundle", root / "images", "--json", "e.json", "--report", "rep", "--robustness", "quick"
     )  # fmt: skip
@@ -107,7 +109,7 @@ def test_evaluate_gives_the_same_figures_and_a_report(refract: Run, root: Path, 
     assert report["metrics"] == found["metrics"] and (tmp_path / "rep" / "report.html").stat().st_size > 50_000
 
 
-def test_evaluate_takes_images_of_one_class_and_a_hold_out_alone(refract: Run, runs: Path, tmp_path: Path) -> None:
+def test_evaluate_accepts_images_of_one_class_and_a_test_set_alone(refract: Run, runs: Path, tmp_path: Path) -> None:
     for number in range(4):
         write_image(tmp_path / "new" / "red" / f"{number}.png", make_image("red", 900 + number))
     shutil.copytree(tmp_path / "new", tmp_path / "split" / "test")
@@ -118,7 +120,7 @@ def test_evaluate_takes_images_of_one_class_and_a_hold_out_alone(refract: Run, r
         assert found["metrics"]["accuracy"] == 1 and [row["count"] for row in found["per_class"]] == [0, 0, 4]
 
 
-def test_runs_are_compared_on_the_hold_out_that_they_share(refract: Run, runs: Path, tmp_path: Path) -> None:
+def test_runs_are_compared_on_their_common_test_samples(refract: Run, runs: Path, tmp_path: Path) -> None:
     told = refract("compare", runs / "bad", runs / "good", "--curves", "c.png").stdout
     assert re.search(r"^optim\.lr +1e-07 +0\.003$", told, re.MULTILINE) and "run_name" not in told
     found = re.search(
@@ -133,7 +135,7 @@ def test_runs_are_compared_on_the_hold_out_that_they_share(refract: Run, runs: P
     assert "not the folder of a finished run" in refract("compare", runs / "good", tmp_path, code=2).stderr
 
 
-def test_corruptions_are_seeded_and_hurt(root: Path) -> None:
+def test_corruptions_are_seeded_and_raise_the_error(root: Path) -> None:
     samples = load_manifest(root / "images").samples
     torch.manual_seed(0)
     classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
@@ -150,7 +152,7 @@ def test_corruptions_are_seeded_and_hurt(root: Path) -> None:
 
 
 class Rough(torch.nn.Module):
-    """Says 1 where neighbouring pixels differ by more than 12 grey levels on average: under noise of deviation d they do by 2 d / √π."""
+    """Predict 1 where neighbouring pixels differ by over 12 grey levels on average. Noise of deviation d makes that 2 d / √π."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +164,7 @@ class Rough(torch.nn.Module):
 
 
 @pytest.mark.parametrize("cell", ["inf", "-inf", "1e400", "NA", ""])
-def test_odd_cells_of_a_column_of_numbers_are_in_no_quarter(cell: str) -> None:
+def test_missing_and_infinite_cells_of_a_numeric_column_are_in_no_quantile_slice(cell: str) -> None:
     values = [str(n) for n in range(80)] + [cell]
     found = slices([Sample(str(i), (0,), metadata={"hour": v}) for i, v in enumerate(values)], np.ones(81, dtype=bool))
     assert [(part.value, part.count) for part in found] == [
@@ -170,7 +172,7 @@ def test_odd_cells_of_a_column_of_numbers_are_in_no_quarter(cell: str) -> None:
     ]  # fmt: skip
 
 
-def test_many_parts_are_not_marked_by_chance() -> None:
+def test_many_slices_are_not_marked_by_chance() -> None:
     rng = np.random.default_rng(0)
     marked = 0
     for _ in range(100):
@@ -179,7 +181,7 @@ def test_many_parts_are_not_marked_by_chance() -> None:
     assert marked <= 12
 
 
-def test_evaluate_shows_what_looks_like_the_training(refract: Run, tmp_path: Path) -> None:
+def test_evaluate_shows_near_duplicates_of_training_images(refract: Run, tmp_path: Path) -> None:
     for number in range(40):
         coarse = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
         pixels = cv2.resize(coarse, (64, 64), interpolation=cv2.INTER_CUBIC)
@@ -194,7 +196,9 @@ def test_evaluate_shows_what_looks_like_the_training(refract: Run, tmp_path: Pat
     reports = [json.loads((tmp_path / where / "report.json").read_text()) for where in ("runs/r", "again")]
     one, again = (report["near_duplicates"] for report in reports)
     assert (
-        one == again and len(one["pairs"]) > 2 and f"{len(one['pairs'])} images of test are near-duplicates of training images" in told
+        one == again
+        and len(one["pairs"]) > 2
+        and f"{len(one['pairs'])} images of test are near-duplicates of training images" in told
     )
     assert all(Path(a).stem == Path(b).stem for a, b in one["pairs"])
     assert json.loads((tmp_path / "e.json").read_text())["near_duplicates"] == one["pairs"]
@@ -202,11 +206,11 @@ def test_evaluate_shows_what_looks_like_the_training(refract: Run, tmp_path: Pat
     assert "1 labels are not labels of the bundle: a;b" in refract("evaluate", "runs/r/bundle", "m.csv", code=2).stderr
 
 
-def test_runs_on_other_labels_of_the_same_images_are_not_compared(runs: Path, tmp_path: Path) -> None:
+def test_runs_with_different_labels_of_the_same_images_are_not_compared(runs: Path, tmp_path: Path) -> None:
     one = read_run(runs / "good")
     path = next(iter(one.labels))
     other = replace(one, labels={**one.labels, path: ("green" if one.labels[path] != ("green",) else "red",)})
-    with pytest.raises(ConfigError, match=r"1 images of both hold-outs have other labels, as "):
+    with pytest.raises(ConfigError, match=r"1 common test samples differ, such as "):
         against(one, other)
 
 
@@ -221,7 +225,7 @@ def test_noise_has_its_deviation_in_grey_levels(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cameras(root: Path) -> Path:
-    """A manifest whose camera `b` took the mislabelled images, with a number a row and a few duplicates."""
+    """A manifest whose camera `b` took the mislabelled images, with a number per row and a few duplicates."""
     rows = [
         {"path": str(root / "images" / label / f"{number:02}<b>.png"), "label": label, "camera": "b<i>" if number % 6 == 0 else "a",
          "hour": number, "note": f"{label} {number}", "split": "test" if number >= 30 else "val" if number >= 24 else "train"}
@@ -231,9 +235,7 @@ def cameras(root: Path) -> Path:
     return root / "cameras.csv"
 
 
-def test_parts_of_the_data_by_the_columns_of_the_manifest(
-    refract: Run, cameras: Path, runs: Path, tmp_path: Path
-) -> None:
+def test_slices_follow_the_columns_of_the_manifest(refract: Run, cameras: Path, runs: Path, tmp_path: Path) -> None:
     told = refract("evaluate", runs / "good" / "bundle", cameras, "--report", "rep").stdout
     parts = json.loads((tmp_path / "rep" / "report.json").read_text())["slices"]
     by_name = {(part["column"], part["value"]): part for part in parts}
@@ -248,7 +250,7 @@ def test_parts_of_the_data_by_the_columns_of_the_manifest(
     assert "<td>b&lt;i&gt;</td>" in html
 
 
-def test_numbers_are_taken_by_quarters() -> None:
+def test_numeric_columns_are_sliced_by_quantiles() -> None:
     samples = [Sample(str(n), (0,), metadata={"size": f"{n / 7}", "odd": "x" if n % 2 else ""}) for n in range(100)]
     found = slices(samples, np.arange(100) >= 25)
     assert [(part.column, part.count, part.right) for part in found] == [
@@ -257,7 +259,7 @@ def test_numbers_are_taken_by_quarters() -> None:
     assert [part.worse for part in found] == [True, False, False, False, False, False] and found[4].value == "(empty)"
 
 
-def test_several_labels_have_a_gallery_and_the_report_shows_what_looks_like_the_training(tmp_path: Path) -> None:
+def test_the_multi_label_report_has_galleries_of_errors_and_near_duplicates(tmp_path: Path) -> None:
     for label in COLORS:
         for number in range(12):
             write_image(tmp_path / label / f"{number:02}.png", make_image(label, number))
@@ -280,18 +282,18 @@ def test_several_labels_have_a_gallery_and_the_report_shows_what_looks_like_the_
     assert report.numbers["near_duplicates"]["right_without_them"] == pytest.approx(found.right[1:].mean())
 
 
-def test_labels_with_dollars_are_drawn(tmp_path: Path) -> None:
+def test_labels_with_dollar_signs_are_drawn_literally(tmp_path: Path) -> None:
     from refract.pipeline.evaluation.plots import confusion_plot
 
     confusion_plot(np.eye(2), ["$5_$10", "a_$"], tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
-def test_letters_that_no_font_has_are_told_once_and_without_a_warning_of_matplotlibs(
+def test_letters_missing_from_all_fonts_are_logged_once_without_a_matplotlib_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(plots, "_fonts", lambda: ["DejaVu Sans"])
-    plots._tell_boxes.cache_clear()
+    plots._warn_missing_letters.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("a.png", "b.png"):
@@ -300,7 +302,7 @@ def test_letters_that_no_font_has_are_told_once_and_without_a_warning_of_matplot
     assert (tmp_path / "b.png").stat().st_size > 1000 and "DejaVu Sans" in plots.FONTS
 
 
-def test_a_font_that_was_installed_since_matplotlib_listed_them_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_font_installed_after_matplotlibs_cache_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = font_manager.fontManager.ttflist
     file = next(font.fname for font in listed if font.fname.endswith("DejaVuSerif.ttf"))
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [font for font in listed if font.name != "DejaVu Serif"])

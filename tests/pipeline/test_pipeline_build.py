@@ -1,4 +1,4 @@
-"""Every key of the config that shapes the training does something: with it changed, the training ends in other weights."""
+"""Every config key of the recipe has an effect: changing it changes the trained weights."""
 
 import re
 import shutil
@@ -49,7 +49,7 @@ def begun(folder: Path, *overrides: object) -> Assembly:
 
 
 def trained(folder: Path, tmp_path: Path, *overrides: object) -> tuple[torch.Tensor, int]:
-    """(the weights that are kept, epochs that were run)"""
+    """Return (the kept weights, the number of epochs)."""
     made = begun(folder, *overrides)
     history = fit(made, configured(folder, overrides), tmp_path / "run", None)
     state = made.module.classifier.network.state_dict()
@@ -58,7 +58,7 @@ def trained(folder: Path, tmp_path: Path, *overrides: object) -> tuple[torch.Ten
 
 @pytest.fixture(scope="module")
 def as_it_is(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., torch.Tensor]:
-    """The weights of a training that others are compared with, which is run once."""
+    """The weights of the reference training."""
     known: dict[tuple[object, ...], torch.Tensor] = {}
 
     def weights(*overrides: object) -> torch.Tensor:
@@ -118,12 +118,12 @@ def test_a_key_changes_the_training(
     assert one.isfinite().all() and not torch.equal(one, other)
 
 
-def test_nothing_changed_changes_nothing(uneven: Path, tmp_path: Path) -> None:
+def test_equal_configs_train_equal_weights(uneven: Path, tmp_path: Path) -> None:
     one, other = (trained(uneven, tmp_path / name)[0] for name in ("one", "other"))
     assert torch.equal(one, other)
 
 
-def test_recomputing_changes_nothing(uneven: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_keeps_the_weights(uneven: Path, tmp_path: Path) -> None:
     spared = begun(uneven, "--trainer.gradient_checkpointing", "true").module.classifier.network
     own = begun(uneven).module.classifier.network
     assert [sum("forward" in vars(m) for m in network.modules()) > 0 for network in (spared, own)] == [True, False]
@@ -132,7 +132,7 @@ def test_recomputing_changes_nothing(uneven: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_patience_ends_the_training(uneven: Path, tmp_path: Path) -> None:
+def test_patience_stops_the_training(uneven: Path, tmp_path: Path) -> None:
     _, epochs = trained(uneven, tmp_path, "--trainer.patience", 1, "--trainer.max_epochs", 9, "--optim.lr", 1e-9)
     assert epochs == 2, "the second epoch is no better than the first"
 
@@ -140,7 +140,7 @@ def test_patience_ends_the_training(uneven: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mode", "first"), [("feature-extract", 1), ("gradual", 1), ("linear-then-fine-tune", 1), ("fine-tune", None)]
 )
-def test_the_mode_says_what_is_trained(mode: str, first: int | None, uneven: Path) -> None:
+def test_the_mode_selects_the_trained_parameters(mode: str, first: int | None, uneven: Path) -> None:
     made = begun(uneven, "--model.mode", mode, "--model.unfreeze_epochs", 2)
     made.module.train_blocks_of(0)
     blocks = blocks_of(made.module.classifier.network)
@@ -148,7 +148,7 @@ def test_the_mode_says_what_is_trained(mode: str, first: int | None, uneven: Pat
     assert trainable == [False] * (len(blocks) - first) + [True] if first else [True] * len(blocks)
 
 
-def test_the_initialisation_is_the_one_asked_for(uneven: Path) -> None:
+def test_the_configured_initialisation_is_applied(uneven: Path) -> None:
     network = begun(uneven, "--model.init", "constant").module.classifier.network
     assert (network.head.weight == 0.1).all()
     images = torch.rand(64, 3, 24, 24)
@@ -158,7 +158,7 @@ def test_the_initialisation_is_the_one_asked_for(uneven: Path) -> None:
     assert not torch.equal(fast.stages[0].conv1.weight, own.stages[0].conv1.weight) and fast(images).isfinite().all()
 
 
-def test_weights_from_a_file_are_what_training_begins_with(uneven: Path, tmp_path: Path) -> None:
+def test_training_starts_from_the_weights_of_a_file(uneven: Path, tmp_path: Path) -> None:
     for name, args in (("rbf", "{centres: 5}"), ("fastnet", "{}"), ("linear", "{features: visual_words, words: 4}")):
         asked = ("--model.name", name, "--model.args", args)
         before = begun(uneven, *asked).module.classifier.network
@@ -189,7 +189,7 @@ def test_weights_from_a_file_are_what_training_begins_with(uneven: Path, tmp_pat
         ({"optim.lr": 0.7, "optim.head_lr": 0.2}, 0.7, 0.2),
     ],
 )
-def test_a_learning_rate_that_is_left_open_fits_what_is_trained(asked: dict, lr: float, head_lr: float) -> None:
+def test_an_unset_learning_rate_depends_on_the_trained_parameters(asked: dict, lr: float, head_lr: float) -> None:
     config = load_config(None, [f"--{key}={value}" for key, value in asked.items()])
     defaults.fill_defaults(config)
     assert (config.optim.lr, config.optim.head_lr) == (lr, head_lr)
@@ -203,7 +203,7 @@ def test_the_batch_norms_of_a_bundle_are_trained(tmp_path: Path) -> None:
     assert config.model.frozen_norms is False and config.optim.head_lr == 1.0
 
 
-def test_images_are_kept_in_memory_where_asked(uneven: Path) -> None:
+def test_data_memory_keeps_images_in_memory(uneven: Path) -> None:
     assert begun(uneven).data.in_memory and not begun(uneven, "--data.memory", "never").data.in_memory
 
 
@@ -214,7 +214,7 @@ def test_a_compiled_network_is_compiled(uneven: Path, tmp_path: Path, monkeypatc
     assert asked == ["ResNet20"]
 
 
-def test_a_teacher_and_test_time_augmentation_have_their_say(uneven: Path, tmp_path: Path) -> None:
+def test_a_teacher_and_test_time_augmentation_have_an_effect(uneven: Path, tmp_path: Path) -> None:
     runs = ("--trainer.runs_dir", tmp_path / "runs", "--trainer.tta", "flip")
     done = train(configured(uneven, (*runs, "--trainer.run_name", "teacher")))
     assert done is not None and {"accuracy", "tta_accuracy"} <= set(load_bundle(done.bundle).info.metrics)
@@ -252,17 +252,17 @@ def test_a_teacher_and_test_time_augmentation_have_their_say(uneven: Path, tmp_p
         (("--trainer.patience", 2, "--trainer.swa_start", 0.5), "may stop training before the averaging of trainer.swa_start"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_told_before_training(asked: tuple, message: str, uneven: Path) -> None:
+def test_incompatible_settings_are_rejected_before_training(asked: tuple, message: str, uneven: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         begun(uneven, *asked)
 
 
-def test_weights_that_are_lost_are_told(uneven: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_reported(uneven: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the validation loss is nan after epoch 0.*lower learning rate"):
         trained(uneven, tmp_path, "--optim.lr", 1e30, "--data.batch_size", 40, "--trainer.max_epochs", 1)
 
 
-def test_a_loss_that_is_no_number_names_layer_and_batch_and_can_be_replayed(
+def test_a_non_finite_loss_names_layer_and_batch_and_can_be_replayed(
     refract: Run, uneven: Path, tmp_path: Path
 ) -> None:
     lost = (
@@ -288,7 +288,7 @@ def test_a_loss_that_is_no_number_names_layer_and_batch_and_can_be_replayed(
     assert "is not a bad-batch.pt" in refract("replay-batch", tmp_path / "other.pt", code=2).stderr
 
 
-def test_grey_images_do_not_blow_fastnet_up(tmp_path: Path) -> None:
+def test_fastnet_trains_stably_on_grey_images(tmp_path: Path) -> None:
     for label in COLORS:
         for number in range(16):
             grey = make_image(label, number)[:, :24].mean(axis=2, keepdims=True).repeat(3, axis=2).astype("uint8")
@@ -299,12 +299,12 @@ def test_grey_images_do_not_blow_fastnet_up(tmp_path: Path) -> None:
     assert epochs == 2 and weights.isfinite().all()
 
 
-def test_a_network_of_three_dimensions_trains(uneven: Path, tmp_path: Path) -> None:
+def test_a_network_with_3d_convolutions_trains(uneven: Path, tmp_path: Path) -> None:
     weights, epochs = trained(uneven, tmp_path, "--model.name", "cnn", "--model.args", "{conv: 3d, widths: [4, 8]}")
     assert weights.isfinite().all() and epochs > 0
 
 
-def test_a_bundles_head_for_other_labels_starts_afresh(uneven: Path, tmp_path: Path) -> None:
+def test_a_bundles_head_for_other_labels_is_reset(uneven: Path, tmp_path: Path) -> None:
     done = train(
         configured(uneven, ("--trainer.runs_dir", tmp_path, "--trainer.run_name", "a", "--trainer.max_epochs", 1))
     )
@@ -326,7 +326,7 @@ def test_a_bundles_head_for_other_labels_starts_afresh(uneven: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["mean_image", "zca"])
-def test_a_bundles_own_normalisation_is_taken_over(kind: str, uneven: Path, tmp_path: Path) -> None:
+def test_a_bundles_normalisation_is_reused(kind: str, uneven: Path, tmp_path: Path) -> None:
     own = ("--data.image_size", 24, "--data.normalize", kind)
     runs = ("--trainer.runs_dir", tmp_path, "--trainer.max_epochs", 1)
     base = train(configured(uneven, (*own, *runs, "--trainer.run_name", "base")))
@@ -353,12 +353,12 @@ def test_a_bundles_own_normalisation_is_taken_over(kind: str, uneven: Path, tmp_
         begun(few, *tuned)
 
 
-def test_a_frozen_network_of_no_weights_is_told(uneven: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_frozen_backbone_without_weights_is_logged(uneven: Path, caplog: pytest.LogCaptureFixture) -> None:
     begun(uneven, "--model.mode", "feature-extract")
     assert "with model.weights: none the backbone stays random" in caplog.text
 
 
-def test_what_has_no_effect_is_told(uneven: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_settings_without_effect_are_logged(uneven: Path, caplog: pytest.LogCaptureFixture) -> None:
     begun(
         uneven,
         "--loss.distill",

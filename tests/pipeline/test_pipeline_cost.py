@@ -1,4 +1,4 @@
-"""What a run cost is counted from the machine's counters, and over all the processes that it took."""
+"""The cost of a run is read from the hardware counters and summed over its processes."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from refract.pipeline.training.cost import Cost, EnergyMeter
 
 @pytest.fixture
 def counters(tmp_path: Path) -> Path:
-    """Two processors as Linux shows them, one of which may not be read, a part of the first, and all of the machine again."""
+    """Linux counters of two processors, the second unreadable, of a part of the first, and of the whole machine."""
     names = {"intel-rapl:0": "package-0", "intel-rapl:0:0": "core", "intel-rapl:1": "package-1", "intel-rapl:2": "psys"}
     for folder, name in names.items():
         (tmp_path / folder).mkdir()
@@ -20,7 +20,7 @@ def counters(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_energy_is_counted_over_a_counter_that_begins_anew(counters: Path) -> None:
+def test_energy_is_counted_across_a_counter_wrap_around(counters: Path) -> None:
     meter = EnergyMeter(gpus=False, root=counters)
     assert meter.joules() == 0
     for folder in counters.glob("*/energy_uj"):
@@ -40,7 +40,7 @@ def test_a_counter_at_its_beginning_counts(counters: Path) -> None:
     meter.close()
 
 
-def test_what_was_counted_before_is_counted_on() -> None:
+def test_a_resumed_run_adds_the_earlier_totals() -> None:
     before = Cost("cpu")
     before._started -= 12 * 60
     cost = Cost("cpu")

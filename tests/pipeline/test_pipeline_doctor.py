@@ -1,4 +1,4 @@
-"""Every finding of the doctor: a training that is made to have the fault gets it, and a healthy one gets none."""
+"""Each finding of the doctor appears for a training with that fault, and none for a healthy training."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def made_with(colours: Path, *overrides: object, **sections: dict[str, Any]) -> tuple[Assembly, Any]:
+def assembled(colours: Path, *overrides: object, **sections: dict[str, Any]) -> tuple[Assembly, Any]:
     values = {name: {**section, **sections.get(name, {})} for name, section in BASE.items()}
     values["data"]["source"] = str(colours)
     for name, section in sections.items():
@@ -55,32 +55,32 @@ def made_with(colours: Path, *overrides: object, **sections: dict[str, Any]) -> 
     return assemble(config), config
 
 
-def told(made: Assembly, config: Any, tmp_path: Path, doctor: Doctor | None = None) -> set[str]:
-    doctor = doctor or make_doctor(made, config)
-    history = fit(made, config, tmp_path / "run", None, watchers=[doctor])
+def finding_names(assembly: Assembly, config: Any, tmp_path: Path, doctor: Doctor | None = None) -> set[str]:
+    doctor = doctor or make_doctor(assembly, config)
+    history = fit(assembly, config, tmp_path / "run", None, watchers=[doctor])
     return {finding.name for finding in doctor.findings(history)}
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet20", "lenet5", "mlp", "fastnet"])
-def test_a_healthy_training_gets_none(name: str, colours: Path, tmp_path: Path) -> None:
+def test_a_healthy_training_gets_no_finding(name: str, colours: Path, tmp_path: Path) -> None:
     rate = {"optim": {"lr": 0.002}} if name != "fastnet" else {"optim": {"name": "sgd", "lr": 0.1}}
-    made, config = made_with(colours, model={"name": name, "args": {}}, augment={"policy": "cifar"}, **rate)
+    assembly, config = assembled(colours, model={"name": name, "args": {}}, augment={"policy": "cifar"}, **rate)
     if name == "lenet5":
-        made, config = made_with(
+        assembly, config = assembled(
             colours, model={"name": name, "args": {}}, data={"image_size": 32}, optim={"lr": 0.002}
         )
-    assert told(made, config, tmp_path) == set()
+    assert finding_names(assembly, config, tmp_path) == set()
 
 
-def test_a_rate_that_is_too_high_or_too_low(colours: Path, tmp_path: Path) -> None:
+def test_a_learning_rate_that_is_too_high_or_too_low(colours: Path, tmp_path: Path) -> None:
     tanh = {"model": {"name": "mlp", "args": {"hidden": [64, 64], "activation": "tanh"}}, "trainer": {"max_epochs": 15}}
-    made, config = made_with(colours, "--optim.name", "sgd", "--optim.lr", 10, "--optim.warmup", 0.6, **tanh)
-    assert "learning rate too high" in told(made, config, tmp_path / "a")
-    made, config = made_with(colours, "--optim.lr", 1e-7, **tanh)
-    assert {"learning rate too low", "the loss does not fall"} & told(made, config, tmp_path / "b")
+    assembly, config = assembled(colours, "--optim.name", "sgd", "--optim.lr", 10, "--optim.warmup", 0.6, **tanh)
+    assert "learning rate too high" in finding_names(assembly, config, tmp_path / "a")
+    assembly, config = assembled(colours, "--optim.lr", 1e-7, **tanh)
+    assert {"learning rate too low", "the loss does not fall"} & finding_names(assembly, config, tmp_path / "b")
 
 
-def test_the_rates_words() -> None:
+def test_learning_rate_findings_from_recorded_losses() -> None:
     falling = [2.3 * 0.97**step + 0.1 for step in range(200)]
     assert not list(late(Record(10, 0.1, losses=falling)))
     risen = falling[:60] + [0.3 * 1.04**step for step in range(60)]
@@ -93,36 +93,38 @@ def test_the_rates_words() -> None:
     assert found.name == "learning rate too low" and "optim.lr: 0.001" in found.cure
 
 
-def test_an_initial_loss_that_knows_too_much(colours: Path, tmp_path: Path) -> None:
-    made, config = made_with(colours, "--model.init", "large_gaussian", "--model.args", "{norm: none, widths: [8, 16]}")
-    assert "initial loss" in told(made, config, tmp_path)
+def test_an_initial_loss_that_is_too_high(colours: Path, tmp_path: Path) -> None:
+    assembly, config = assembled(
+        colours, "--model.init", "large_gaussian", "--model.args", "{norm: none, widths: [8, 16]}"
+    )
+    assert "initial loss" in finding_names(assembly, config, tmp_path)
 
 
-def test_parameters_that_are_not_reached(colours: Path, tmp_path: Path) -> None:
-    made, config = made_with(colours)
-    network = made.module.classifier.network
+def test_parameters_without_a_gradient(colours: Path, tmp_path: Path) -> None:
+    assembly, config = assembled(colours)
+    network = assembly.module.classifier.network
     network.register_parameter("forgotten", nn.Parameter(torch.ones(3)))
-    assert "no gradient" in told(made, config, tmp_path)
+    assert "no gradient" in finding_names(assembly, config, tmp_path)
 
 
 def test_inputs_out_of_range_and_a_policy_that_shifts_them(colours: Path, tmp_path: Path) -> None:
-    made, config = made_with(colours, data={"normalize": "fixed", "mean": [0, 0, 0], "std": [0.01, 0.01, 0.01]})
-    assert "input range" in told(made, config, tmp_path / "a")
-    made, config = made_with(colours, augment={"policy": [{"Brightness": {"factor": [3, 4]}}]})
-    assert "augmentation shifts the images" in told(made, config, tmp_path / "b")
+    assembly, config = assembled(colours, data={"normalize": "fixed", "mean": [0, 0, 0], "std": [0.01, 0.01, 0.01]})
+    assert "input range" in finding_names(assembly, config, tmp_path / "a")
+    assembly, config = assembled(colours, augment={"policy": [{"Brightness": {"factor": [3, 4]}}]})
+    assert "augmentation shifts the images" in finding_names(assembly, config, tmp_path / "b")
 
 
-def test_a_policy_near_to_the_robustness_test(colours: Path, tmp_path: Path) -> None:
-    made, config = made_with(colours, augment={"policy": [{"OneOf": {"ops": ["GaussianBlur", "HorizontalFlip"]}}]})
-    doctor = make_doctor(made, config)
-    assert "trained on corruptions" in told(made, config, tmp_path, doctor)
+def test_a_policy_similar_to_the_robustness_test(colours: Path, tmp_path: Path) -> None:
+    assembly, config = assembled(colours, augment={"policy": [{"OneOf": {"ops": ["GaussianBlur", "HorizontalFlip"]}}]})
+    doctor = make_doctor(assembly, config)
+    assert "trained on corruptions" in finding_names(assembly, config, tmp_path, doctor)
     assert doctor.record.ops == ("OneOf", "GaussianBlur", "HorizontalFlip")
 
 
-def test_gradients_that_vanish_or_explode(colours: Path, tmp_path: Path) -> None:
+def test_vanishing_and_exploding_gradients(colours: Path, tmp_path: Path) -> None:
     deep = {"name": "mlp", "args": {"hidden": [32] * 12, "activation": "sigmoid"}}
-    made, config = made_with(colours, "--model.init", "xavier_normal", model=deep)
-    assert "vanishing gradient" in told(made, config, tmp_path)
+    assembly, config = assembled(colours, "--model.init", "xavier_normal", model=deep)
+    assert "vanishing gradient" in finding_names(assembly, config, tmp_path)
     layers = [f"l{k}" for k in range(6)]
     growing = {name: 10.0 ** (2 - 2 * k) for k, name in enumerate(layers)}
     assert [found.name for found in late(Record(3, 0.1, gradients=[growing]))] == ["exploding gradient"]
@@ -130,28 +132,30 @@ def test_gradients_that_vanish_or_explode(colours: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_a_head_that_starts_at_zero_is_no_vanishing_gradient(epochs: int, colours: Path, tmp_path: Path) -> None:
-    """As next to loaded weights."""
-    made, config = made_with(colours, model={"args": {"widths": [8, 16, 16, 16]}}, trainer={"max_epochs": epochs})
-    head = [module for module in made.module.classifier.network.modules() if isinstance(module, torch.nn.Linear)][-1]
+def test_a_zero_head_is_not_a_vanishing_gradient(epochs: int, colours: Path, tmp_path: Path) -> None:
+    """A new head on loaded weights starts at zero."""
+    assembly, config = assembled(colours, model={"args": {"widths": [8, 16, 16, 16]}}, trainer={"max_epochs": epochs})
+    head = [module for module in assembly.module.classifier.network.modules() if isinstance(module, torch.nn.Linear)][
+        -1
+    ]
     torch.nn.init.zeros_(head.weight)
-    assert not {"vanishing gradient", "exploding gradient"} & told(made, config, tmp_path)
+    assert not {"vanishing gradient", "exploding gradient"} & finding_names(assembly, config, tmp_path)
 
 
 def test_dead_and_saturated_units(colours: Path, tmp_path: Path) -> None:
     relu = {"name": "mlp", "args": {"hidden": [64, 64]}}
-    made, config = made_with(colours, model=relu)
+    assembly, config = assembled(colours, model=relu)
     with torch.no_grad():
-        made.module.classifier.network.layers[0].bias.fill_(-1e3)
-    assert "dead ReLUs" in told(made, config, tmp_path / "a")
+        assembly.module.classifier.network.layers[0].bias.fill_(-1e3)
+    assert "dead ReLUs" in finding_names(assembly, config, tmp_path / "a")
     tanh = {"name": "mlp", "args": {"hidden": [64, 64], "activation": "tanh"}}
-    made, config = made_with(colours, "--model.init", "large_gaussian", model=tanh)
-    assert "saturated units" in told(made, config, tmp_path / "b")
+    assembly, config = assembled(colours, "--model.init", "large_gaussian", model=tanh)
+    assert "saturated units" in finding_names(assembly, config, tmp_path / "b")
 
 
 def test_a_network_that_cannot_learn_one_batch(colours: Path, tmp_path: Path) -> None:
-    made, config = made_with(colours, "--model.args", "{widths: [8, 16], dropout: 0.999}")
-    assert "one batch is not learned" in told(made, config, tmp_path)
+    assembly, config = assembled(colours, "--model.args", "{widths: [8, 16], dropout: 0.999}")
+    assert "one batch is not learned" in finding_names(assembly, config, tmp_path)
 
 
 def test_over_and_underfitting() -> None:
@@ -168,7 +172,7 @@ def test_over_and_underfitting() -> None:
     assert not list(late(Record(3, 0.1, history=well)))
 
 
-def test_a_class_that_takes_all_and_a_loader_that_is_late() -> None:
+def test_class_collapse_and_a_slow_loader() -> None:
     (found,) = late(Record(3, 0.1, said={"cat": 0.95, "dog": 0.05}, truth={"cat": 0.5, "dog": 0.5}))
     assert (
         found.name == "class collapse"
@@ -184,8 +188,8 @@ def test_a_class_that_takes_all_and_a_loader_that_is_late() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.15])
-def test_labels_that_are_wrong_by_chance(share: float, tmp_path: Path) -> None:
-    """Trained for real on colours of which a share carries another colour's name."""
+def test_randomly_wrong_labels(share: float, tmp_path: Path) -> None:
+    """Train on colours, a fraction of which has another colour's label."""
     from refract.pipeline.training.run import train
 
     draw = np.random.default_rng(0)
@@ -203,7 +207,7 @@ def test_labels_that_are_wrong_by_chance(share: float, tmp_path: Path) -> None:
 
 
 def test_a_transfer_that_learned_nothing_and_its_cure(colours: Path, tmp_path: Path) -> None:
-    """The weights of one training, ruined by the learning rate of the next; the finding's first cure mends it."""
+    """The second training ruins the weights of the first by its learning rate. The finding's first cure helps."""
     from refract.pipeline.training.run import train
 
     values = {name: dict(section) for name, section in BASE.items()}
@@ -223,12 +227,12 @@ def test_a_transfer_that_learned_nothing_and_its_cure(colours: Path, tmp_path: P
     assert "the transfer learned nothing" not in {finding.name for finding in read_findings(tmp_path / "cured")[0]}
 
 
-def test_watching_changes_no_weight(colours: Path, tmp_path: Path) -> None:
+def test_the_doctor_changes_no_weight(colours: Path, tmp_path: Path) -> None:
     def weights(watched: bool) -> torch.Tensor:
-        made, config = made_with(colours, "--model.args", "{widths: [8, 16], dropout: 0.3}")
-        watchers = [make_doctor(made, config)] if watched else []
-        fit(made, config, tmp_path / str(watched), None, watchers=watchers)
-        return torch.cat([value.float().flatten() for value in made.module.classifier.state_dict().values()])
+        assembly, config = assembled(colours, "--model.args", "{widths: [8, 16], dropout: 0.3}")
+        watchers = [make_doctor(assembly, config)] if watched else []
+        fit(assembly, config, tmp_path / str(watched), None, watchers=watchers)
+        return torch.cat([value.float().flatten() for value in assembly.module.classifier.state_dict().values()])
 
     assert torch.equal(weights(True), weights(False))
 
@@ -237,8 +241,8 @@ def test_findings_go_to_the_console_the_run_and_the_report(refract: Run, colours
     values = {name: dict(section) for name, section in BASE.items() if name != "tracking"}
     values["data"]["source"] = str(colours)
     (tmp_path / "c.yaml").write_text(json.dumps(values))
-    told = refract("train", "c.yaml", "--augment.policy", "[GaussianBlur]", "--trainer.run_name", "r").stderr
-    assert told.count("doctor: trained on corruptions: the policy has GaussianBlur") == 1
+    output = refract("train", "c.yaml", "--augment.policy", "[GaussianBlur]", "--trainer.run_name", "r").stderr
+    assert output.count("doctor: trained on corruptions: the policy has GaussianBlur") == 1
     findings, record = read_findings(tmp_path / "runs" / "r")
     assert [finding.name for finding in findings] == ["trained on corruptions"] and len(record["losses"]) > 20
     shown = refract("doctor", "runs/r").stdout

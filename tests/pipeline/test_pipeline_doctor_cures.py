@@ -1,4 +1,4 @@
-"""Cures that a run's config accepts, findings of a transfer, and each finding once."""
+"""Cures are accepted by the run's config, findings of transfers, and each finding is logged once."""
 
 import logging
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ NOISE = NoiseEvidence(10, 500, 0.1, 0.15, 125, 18, 36, 4)
 
 
 def records(base: Record) -> Iterator[Record]:
-    """A record for each finding, with what `base` says of the config."""
+    """A record for each finding, with the config values of `base`."""
     layers = [f"l{k}" for k in range(6)]
     falling = [2.3 * 0.97**step + 0.1 for step in range(60)]
     rows = [{"train_accuracy": t, "val_accuracy": v, "val_loss": x} for t, v, x in
@@ -88,7 +88,7 @@ def test_every_cure_is_accepted_by_the_runs_config_and_changes_it(name: str) -> 
         assert config_from_dict(values).to_dict() != config.to_dict(), settings
 
 
-def test_cures_fit_how_the_weights_begin() -> None:
+def test_cures_depend_on_the_initial_weights() -> None:
     _, found = findings_of(CONFIGS["weights"])
     keys = {setting.key for finding in found for settings in finding.cures for setting in settings}
     assert "model.init" not in keys, "loaded weights say how they begin"
@@ -99,7 +99,7 @@ def test_cures_fit_how_the_weights_begin() -> None:
     assert first.cure.startswith("set model.init: default or model.init: xavier_normal; ")
 
 
-def test_a_cure_that_the_config_rejects_or_has_already_is_left_out() -> None:
+def test_a_cure_that_the_config_rejects_or_already_has_is_skipped() -> None:
     cures = (cure("trainer.patience", 3), cure("data.sampler", "balanced"), cure("optim.lr", 0.25))
     config = config_from_dict(CONFIGS["averaged"])
     kept = treatable(Finding("x", "seen", "advice", cures), config)
@@ -133,7 +133,7 @@ def test_a_transfer_that_learned_nothing_is_compared_with_chance() -> None:
     assert not names(said=uneven, truth=uneven, wrong=0.02), "better than the majority"
 
 
-def test_the_cure_of_a_failed_transfer_follows_from_what_was_seen() -> None:
+def test_the_cure_of_a_failed_transfer_depends_on_the_record() -> None:
     even = {"cat": 0.5, "dog": 0.5}
 
     def words(**more: Any) -> str:

@@ -1,4 +1,4 @@
-"""Metrics over classes that the data do not have, and charts of labels with long names."""
+"""Metrics with classes that are absent from the data, and charts of labels with long names."""
 
 import warnings
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_macro_f1_is_over_the_classes_that_occur_as_in_scikit_learn() -> None:
     assert found.macro_classes == 3 and len(found.per_class) == 4
 
 
-def test_the_report_says_over_how_many_classes() -> None:
+def test_the_report_names_the_number_of_classes_in_macro_f1() -> None:
     facts = {"facts": {}, "precision": 0.95, "abstain_below": None}
     numbers = make_report("r", evaluation([0, 1], [0, 2]), LABELS, **facts).numbers
     assert numbers["macro_f1_classes"] == 3 and "mean over 3 of 4 classes" in numbers["notes"][0]

@@ -1,4 +1,4 @@
-"""The lab's claims hold, and one that does not is told."""
+"""The lab's claims hold, and a claim that does not hold is reported."""
 
 import pytest
 
@@ -28,6 +28,6 @@ def test_a_claim_that_does_not_hold_ends_with_1_and_is_named(monkeypatch, capsys
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["mlp-xor.png", "water.png"]
 
 
-def test_an_unknown_experiment_is_told(capsys) -> None:
+def test_an_unknown_experiment_is_rejected(capsys) -> None:
     assert lab.main(["perceptrn"]) == 2
     assert "did you mean perceptron?" in capsys.readouterr().err

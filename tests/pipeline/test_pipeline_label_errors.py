@@ -1,4 +1,4 @@
-"""Wrong labels against a model's own errors: simulated on scikit-learn's digits, with models that are weak and models that are good."""
+"""Wrong labels are distinguished from a model's own errors, simulated on scikit-learn's digits with weak and good models."""
 
 from functools import cache
 
@@ -78,7 +78,7 @@ def test_a_few_wrong_labels_are_listed_where_the_model_is_sure_and_right() -> No
     assert not len(likely_label_errors(probabilities[:0], given[:0]))
 
 
-def test_few_predictions_and_predictions_without_order_say_nothing() -> None:
+def test_few_predictions_and_equal_confidences_give_no_conclusion() -> None:
     truth = np.r_[np.zeros(20, int), np.ones(20, int)]
     sure = np.where(truth[:, None] == [0, 1], 0.99, 0.01)
     given = truth.copy()

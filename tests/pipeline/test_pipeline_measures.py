@@ -1,4 +1,4 @@
-"""Calibration, intervals and what abstaining brings, on answers whose figures are known."""
+"""Calibration, intervals and abstention, on predictions with known metrics."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from refract.pipeline.evaluation import measures
 
 
 def drawn(temperature: float, count: int = 20_000, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Answers whose logits are `temperature` times too large, and the truth drawn from the honest ones."""
+    """Predictions whose logits are `temperature` times too large, and the truth drawn from the calibrated ones."""
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 1.5, (count, classes))
     honest = softmax(logits, axis=1)
@@ -31,7 +31,7 @@ def test_the_temperature_is_found_and_calibrates(temperature: float) -> None:
     assert measures.nll(cooled, truth, multilabel=False) <= measures.nll(probabilities, truth, multilabel=False) + 1e-9
 
 
-def test_the_temperature_of_several_labels() -> None:
+def test_the_temperature_of_multi_label_predictions() -> None:
     rng = np.random.default_rng(2)
     logits = rng.normal(0, 1.5, (8000, 3))
     truth = rng.random(logits.shape) < 1 / (1 + np.exp(-logits))
@@ -39,7 +39,7 @@ def test_the_temperature_of_several_labels() -> None:
     assert found == pytest.approx(2.5, rel=0.06)
 
 
-def test_the_calibration_error_by_hand() -> None:
+def test_the_calibration_error_equals_a_hand_computed_one() -> None:
     # Ten answers of confidence 0.8, of which six are right: 0.2 off.
     probabilities = np.tile([0.8, 0.2], (10, 1))
     truth = np.array([0] * 6 + [1] * 4)
@@ -62,7 +62,7 @@ def test_the_calibration_error_is_that_of_torchmetrics(multilabel: bool) -> None
     assert measures.calibration_error(probabilities, truth, multilabel=multilabel) == pytest.approx(float(expected))
 
 
-def test_risk_and_coverage_by_hand() -> None:
+def test_risk_and_coverage_equal_hand_computed_ones() -> None:
     confidence = np.array([0.9, 0.8, 0.7, 0.6])
     probabilities = np.stack([confidence, 1 - confidence], 1)
     curve = measures.risk_coverage(probabilities, np.array([0, 1, 0, 1]))
@@ -77,7 +77,7 @@ def test_risk_and_coverage_by_hand() -> None:
 
 @settings(max_examples=60)
 @given(st.integers(0, 10_000), st.integers(2, 5), st.integers(1, 80), st.floats(0.3, 1.0))
-def test_what_is_answered_is_as_precise_as_wanted(seed: int, classes: int, count: int, wanted: float) -> None:
+def test_accepted_predictions_reach_the_wanted_precision(seed: int, classes: int, count: int, wanted: float) -> None:
     rng = np.random.default_rng(seed)
     probabilities = np.round(rng.dirichlet(np.ones(classes), count), 1) + 1e-3  # with ties
     truth = rng.integers(0, classes, count)
@@ -91,7 +91,7 @@ def test_what_is_answered_is_as_precise_as_wanted(seed: int, classes: int, count
 RATES = ("precision", "recall", "f1")
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+def test_intervals_cover_the_truth_at_their_level() -> None:
     rng, held, count = np.random.default_rng(3), 0, 200
     for seed in range(count):
         truth = rng.integers(0, 3, 400)
@@ -106,7 +106,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     )
 
 
-def test_a_paired_difference_is_sharper_than_two_intervals() -> None:
+def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
     rng = np.random.default_rng(4)
     one = rng.random(2000) < 0.9
     other = one.copy()
@@ -144,7 +144,7 @@ def test_the_intervals_of_a_perfect_classifier_hold_its_metrics_and_have_a_width
 
 @pytest.mark.parametrize(("classes", "images", "right"), [(2, 50, 0.98), (3, 60, 0.9), (10, 150, 0.95)])
 def test_intervals_of_classes_cover_the_truth_on_small_test_sets(classes: int, images: int, right: float) -> None:
-    """The true rates follow from the way the predictions are drawn: all classes alike, errors spread over the others."""
+    """The true rates follow from the sampling: all classes alike, errors spread evenly over the other classes."""
     rng, held = np.random.default_rng(0), []
     for seed in range(150):
         truth = rng.integers(0, classes, images)
@@ -158,7 +158,7 @@ def test_intervals_of_classes_cover_the_truth_on_small_test_sets(classes: int, i
     assert 0.88 < macro <= 1
 
 
-def test_confident_answers_are_cooled_as_well() -> None:
+def test_the_most_confident_predictions_are_calibrated_too() -> None:
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 1.5, (20_000, 10)).astype(np.float32)
     honest = softmax(logits.astype(np.float64), axis=1)

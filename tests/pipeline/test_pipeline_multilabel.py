@@ -1,4 +1,4 @@
-"""A multi-label classifier all the way: its thresholds, what is measured with them, and who answers by them."""
+"""A multi-label classifier end to end: its thresholds, the metrics, and the commands that use them."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """m.csv: a colour and, for dark images, `dark` a row; every tenth row of val and test lacks its colour; runs/m."""
+    """Train runs/m on m.csv: each row has a colour and, for dark images, `dark`; every tenth row of val and test lacks its colour."""
     root = tmp_path_factory.mktemp("multilabel")
     rows = []
     for label in COLORS:
@@ -59,7 +59,7 @@ def report(root: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def held(root: Path, bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
-    """(answers of the test images by the bundle's thresholds, truth)"""
+    """Return (predicted labels of the test images by the bundle's thresholds, truth)."""
     manifest = load_manifest(root / "m.csv", "multilabel")
     given = probabilities_of(
         bundle.classifier(), Preprocess.from_dict(bundle.info.preprocess), manifest.of("test"), task="multilabel",
@@ -68,7 +68,7 @@ def held(root: Path, bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
     return given >= np.float32(bundle.info.thresholds), truth_of(manifest.of("test"), "multilabel", 4)
 
 
-def test_thresholds_are_chosen_and_the_metrics_are_those_of_them(bundle: Bundle, report: dict, held) -> None:
+def test_thresholds_are_chosen_and_used_by_the_metrics(bundle: Bundle, report: dict, held) -> None:
     info, (answers, truth) = bundle.info, held
     assert len(info.thresholds) == 4 and all(0 < value < 1 for value in info.thresholds)
     assert set(info.thresholds) != {0.5}
@@ -84,7 +84,7 @@ def test_thresholds_are_chosen_and_the_metrics_are_those_of_them(bundle: Bundle,
     assert all("calibration_error" in row and len(row["f1_interval"]) == 2 for row in report["per_class"])
 
 
-def test_the_report_has_all_sections_of_one_label(root: Path, report: dict) -> None:
+def test_the_report_has_the_sections_of_a_single_label_report(root: Path, report: dict) -> None:
     assert (
         report["robustness"]["interval"][0]
         < report["robustness"]["mean_corruption_error"]
@@ -105,7 +105,7 @@ def test_the_report_has_all_sections_of_one_label(root: Path, report: dict) -> N
         assert words in html
 
 
-def test_predict_score_and_evaluate_answer_by_the_bundles_thresholds(
+def test_predict_score_and_evaluate_use_the_bundles_thresholds(
     refract: Run, root: Path, bundle: Bundle, report: dict, held, tmp_path: Path
 ) -> None:
     answers, truth = held
@@ -142,7 +142,7 @@ def test_runs_are_compared_by_subset_accuracy_and_drift_is_measured(refract: Run
     refract("drift", bundle.path, root / "m.csv")
 
 
-def test_robustness_counts_labels_that_the_classifier_does_not_know(root: Path, bundle: Bundle) -> None:
+def test_robustness_counts_labels_that_the_classifier_lacks(root: Path, bundle: Bundle) -> None:
     samples = load_manifest(root / "m.csv", "multilabel").of("test")
     strange = [Sample(sample.path, (*sample.labels, -1)) for sample in samples]
     options = {"task": "multilabel", "thresholds": bundle.info.thresholds, "temperature": bundle.info.temperature}

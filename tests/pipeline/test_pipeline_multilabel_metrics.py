@@ -19,7 +19,7 @@ from refract.pipeline.evaluation.multilabel import (
 )
 
 
-def test_the_error_of_a_set_by_hand() -> None:
+def test_the_error_of_a_set_equals_a_hand_computed_one() -> None:
     answers = np.array([[1, 1, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]], bool)
     truth = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 0, 0]], bool)
     assert set_errors(answers, truth).tolist() == [0.5, 0, 1, 0]
@@ -27,7 +27,7 @@ def test_the_error_of_a_set_by_hand() -> None:
 
 
 @given(st.integers(0, 1000))
-def test_it_is_that_of_scikit_learn_and_with_one_label_the_error_rate(seed: int) -> None:
+def test_the_set_error_is_scikit_learns_and_for_one_label_the_error_rate(seed: int) -> None:
     rng = np.random.default_rng(seed)
     answers, truth = (rng.random((2, 20, 4)) < 0.4) | (np.arange(4) == 0)
     assert 1 - set_errors(answers, truth).mean() == pytest.approx(f1_score(truth, answers, average="samples"))
@@ -46,7 +46,7 @@ def test_the_rates_of_each_label(labels: int) -> None:
     assert rates["micro_f1"] == pytest.approx(f1_score(truth.ravel(), answers.ravel()))
 
 
-def test_intervals_hold_the_metric_and_narrow_with_more_images() -> None:
+def test_intervals_contain_the_metric_and_narrow_with_more_images() -> None:
     rng = np.random.default_rng(0)
     widths = []
     for count in (50, 800):
@@ -100,14 +100,17 @@ def test_missing_and_extra_labels_are_found() -> None:
     assert {wrong.kind for wrong in right} == {"missing", "extra"}
 
 
-def test_confidence_is_that_of_what_is_said() -> None:
+def test_confidence_is_that_of_the_predicted_set() -> None:
     probabilities = np.array([[0.3, 0.1]], np.float32)
     assert confidences(probabilities, "multilabel", (0.2, 0.5))[0] == pytest.approx((0.3 + 0.9) / 2)
     assert confidences(probabilities, "multilabel", ())[0] == pytest.approx((0.7 + 0.9) / 2)
 
 
-def test_the_line_of_a_multi_label_answer_starts_with_its_labels() -> None:
+def test_the_line_of_a_multi_label_prediction_starts_with_its_labels() -> None:
     row, labels = np.array([0.65, 0.5, 0.35]), ("red", "green", "blue")
     answer = prediction(row, labels, top=3, thresholds=(0.6, 0.45, 0.4))
     assert format_prediction(Path("a.png"), answer) == "a.png: red, green  (red 65.0%, green 50.0%, blue 35.0%)"
-    assert format_prediction(Path("a.png"), prediction(row, labels, top=1, thresholds=(0.9,) * 3)) == "a.png: no label  (red 65.0%)"
+    assert (
+        format_prediction(Path("a.png"), prediction(row, labels, top=1, thresholds=(0.9,) * 3))
+        == "a.png: no label  (red 65.0%)"
+    )

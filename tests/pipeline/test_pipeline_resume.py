@@ -1,4 +1,4 @@
-"""A training that is killed, stopped or cannot write goes on to the weights that it would have had."""
+"""A training that is killed, stopped or cannot write resumes to the weights of an undisturbed one."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def work(folder: Path, tmp_path: Path) -> Path:
 
 
 def history(work: Path, name: str) -> dict[str, list[tuple[int, float]]]:
-    """Of the one run of this name in MLflow: metric → (step, value), without the times."""
+    """Return metric → (step, value) of the only MLflow run of this name, without times."""
     client = MlflowClient(f"sqlite:///{work}/mlflow.db")
     experiment = client.get_experiment_by_name("refract").experiment_id
     (run,) = client.search_runs([experiment], f"attributes.run_name = '{name}'")
@@ -59,7 +59,7 @@ def history(work: Path, name: str) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers_wanted", [0, 1])
-def test_a_killed_training_goes_on_to_the_same_weights_in_the_same_run(
+def test_a_killed_training_resumes_to_the_same_weights_in_the_same_run(
     refract: Run, work: Path, workers_wanted: int, training: Training
 ) -> None:
     memory = "never" if workers_wanted else "auto"
@@ -84,7 +84,7 @@ def test_a_killed_training_goes_on_to_the_same_weights_in_the_same_run(
 
 
 @pytest.mark.slow
-def test_signals_stop_with_a_checkpoint_and_a_code_of_their_own(refract: Run, work: Path, training: Training) -> None:
+def test_each_signal_stops_with_a_checkpoint_and_its_exit_code(refract: Run, work: Path, training: Training) -> None:
     (work / "c.yaml").write_text(CONFIG % 400)
     with training("c.yaml", "--trainer.run_name", "r") as process:
         until(process, "epoch 2/")
@@ -111,7 +111,7 @@ def test_signals_stop_with_a_checkpoint_and_a_code_of_their_own(refract: Run, wo
 
 
 @pytest.mark.slow
-def test_a_demo_that_is_stopped_says_how_it_goes_on(work: Path) -> None:
+def test_a_stopped_demo_names_the_command_that_resumes_it(work: Path) -> None:
     command = [sys.executable, "-u", "-m", "refract", "demo"]
     with subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
@@ -123,9 +123,7 @@ def test_a_demo_that_is_stopped_says_how_it_goes_on(work: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(
-    refract: Run, work: Path, training: Training
-) -> None:
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(refract: Run, work: Path, training: Training) -> None:
     quiet = ("--tracking.enabled", "false", "--trainer.run_name", "full")
     with training("c.yaml", *quiet) as process:
         until(process, "epoch 2/")
@@ -143,7 +141,7 @@ def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(
 
 @pytest.fixture
 def stopped(work: Path, training: Training) -> Path:
-    """A run that was killed after two epochs, without MLflow."""
+    """A run without MLflow that was killed after two epochs."""
     with training("c.yaml", "--tracking.enabled", "false", "--trainer.run_name", "r") as process:
         until(process, "epoch 2/")
         process.kill()
@@ -151,7 +149,7 @@ def stopped(work: Path, training: Training) -> Path:
 
 
 @pytest.mark.slow
-def test_what_cannot_go_on_is_told(refract: Run, work: Path, stopped: Path) -> None:
+def test_runs_that_cannot_resume_are_rejected(refract: Run, work: Path, stopped: Path) -> None:
     checkpoints = stopped / "checkpoints"
     last = newest(checkpoints)
     assert last is not None
@@ -178,8 +176,8 @@ def test_what_cannot_go_on_is_told(refract: Run, work: Path, stopped: Path) -> N
 
 
 @pytest.mark.parametrize("former", [False, True])
-def test_each_generator_goes_on_where_it_was(tmp_path: Path, former: bool) -> None:
-    """The former checkpoints held lists of numbers."""
+def test_each_random_generator_is_restored(tmp_path: Path, former: bool) -> None:
+    """Checkpoints of earlier versions hold lists of numbers."""
 
     def drawn() -> tuple[object, ...]:
         return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), float(torch.rand(1))
@@ -202,7 +200,7 @@ def test_each_generator_goes_on_where_it_was(tmp_path: Path, former: bool) -> No
 
 
 @pytest.mark.slow
-def test_a_run_that_went_on_cost_the_time_of_all_its_processes(refract: Run, work: Path, training: Training) -> None:
+def test_a_resumed_run_costs_the_time_of_all_its_processes(refract: Run, work: Path, training: Training) -> None:
     with training("c.yaml", "--trainer.max_epochs", "3", "--trainer.run_name", "r") as process:
         until(process, "epoch 2/")
         process.kill()
@@ -217,7 +215,7 @@ def test_a_run_that_went_on_cost_the_time_of_all_its_processes(refract: Run, wor
     assert 90 < run.data.metrics["cost_minutes"] < 92
 
 
-def test_a_run_whose_weights_or_teacher_changed_cannot_go_on(tmp_path: Path) -> None:
+def test_a_run_whose_weights_or_teacher_changed_cannot_resume(tmp_path: Path) -> None:
     config = Config()
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "weights.bin").write_bytes(b"1")
@@ -233,7 +231,7 @@ def test_a_run_whose_weights_or_teacher_changed_cannot_go_on(tmp_path: Path) -> 
         resume_run(run.path, {"fingerprint": "f", "inputs": inputs(config)})
 
 
-def test_files_that_a_policy_names_are_inputs_and_its_words_are_none(
+def test_files_that_a_policy_names_are_inputs_and_other_words_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -252,7 +250,7 @@ def test_files_that_a_policy_names_are_inputs_and_its_words_are_none(
     assert set(inputs(config)) == {"augment.policy: t.csv", "augment.policy: brands.txt"}
 
 
-def test_a_run_is_held_by_one_and_found_by_its_config(tmp_path: Path) -> None:
+def test_a_run_is_locked_by_one_process_and_found_by_its_config(tmp_path: Path) -> None:
     from refract.pipeline.config.config import ConfigError
     from refract.pipeline.training.run_directory import new_run
 
@@ -263,7 +261,11 @@ def test_a_run_is_held_by_one_and_found_by_its_config(tmp_path: Path) -> None:
     other = Config()
     other.trainer.runs_dir, other.optim.lr = str(tmp_path), 0.5
     assert unfinished(other, "digits") is None
-    with run_lock(run.path), pytest.raises(ConfigError, match="is being trained by another process"), run_lock(run.path):
+    with (
+        run_lock(run.path),
+        pytest.raises(ConfigError, match="is being trained by another process"),
+        run_lock(run.path),
+    ):
         pass
     run.finish()
     assert unfinished(config, "digits") is None
@@ -276,7 +278,7 @@ def test_a_run_from_before_head_lr_keeps_its_one_learning_rate(tmp_path: Path) -
     assert (config.optim.lr, config.optim.head_lr, config.model.frozen_norms) == (0.002, 1.0, False)
 
 
-def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
+def test_a_truncated_line_of_a_killed_process_is_dropped(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for step in range(3):
         journal.append({"do": "metrics", "step": step, "time": 1, "values": {"loss": float("nan")}})
@@ -290,7 +292,7 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
 
 
 def killed_in_evaluation(work: Path, name: str, *arguments: str) -> None:
-    """Train, and die when all epochs are done and the hold-out is to be measured."""
+    """Train, and die after all epochs, before the evaluation on the test set."""
     code = (
         "import os, signal, sys, refract.pipeline.evaluation.assess as a\n"
         "a.assess = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -304,7 +306,7 @@ def killed_in_evaluation(work: Path, name: str, *arguments: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_training_that_had_ended_trains_no_more(refract: Run, work: Path) -> None:
+def test_a_training_that_finished_its_epochs_does_not_train_again(refract: Run, work: Path) -> None:
     early = ("--trainer.patience", "1", "--optim.lr", "1e-9")
     refract("train", "c.yaml", *early, "--trainer.run_name", "calm")
     killed_in_evaluation(work, "killed", *early)
@@ -313,7 +315,7 @@ def test_a_training_that_had_ended_trains_no_more(refract: Run, work: Path) -> N
 
 
 @pytest.mark.slow
-def test_averages_over_epochs_come_out_equal(refract: Run, work: Path, training: Training) -> None:
+def test_weight_averages_are_resumed_exactly(refract: Run, work: Path, training: Training) -> None:
     swa = (
         "--trainer.ema",
         "0",
@@ -337,7 +339,7 @@ def test_averages_over_epochs_come_out_equal(refract: Run, work: Path, training:
 
 
 @pytest.mark.slow
-def test_auto_begins_anew_where_the_data_have_changed(refract: Run, work: Path, training: Training) -> None:
+def test_auto_starts_a_new_run_if_the_data_changed(refract: Run, work: Path, training: Training) -> None:
     with training("c.yaml", "--tracking.enabled", "false") as process:
         until(process, "epoch 1/")
         process.kill()
@@ -353,7 +355,7 @@ def test_auto_begins_anew_where_the_data_have_changed(refract: Run, work: Path, 
 
 
 def test_a_training_that_is_stopped_in_its_first_validation_keeps_the_epoch(tmp_path: Path) -> None:
-    """All was lost where no checkpoint was yet; where there is one, validation is left at once."""
+    """Without a checkpoint the epoch was once lost. With one, the validation stops at once."""
     import lightning
     from lightning.pytorch.demos.boring_classes import BoringModel
 
@@ -376,8 +378,8 @@ def test_a_training_that_is_stopped_in_its_first_validation_keeps_the_epoch(tmp_
         assert validated == [0] * (4 if times == 1 else 5)
 
 
-def test_a_training_that_is_stopped_where_epochs_are_kept_whole_keeps_its_first(tmp_path: Path) -> None:
-    """As with SWA from the first epoch on, where a step makes no checkpoint."""
+def test_a_training_that_is_stopped_with_whole_epoch_checkpoints_keeps_its_first_epoch(tmp_path: Path) -> None:
+    """With SWA from the first epoch, no checkpoint is written between steps."""
     import lightning
     from lightning.pytorch.demos.boring_classes import BoringModel
 

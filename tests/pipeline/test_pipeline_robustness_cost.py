@@ -1,4 +1,4 @@
-"""How much of robustness a training can pay for, and what its end says of it and of small test sets."""
+"""The effort of the robustness measurement, and the closing notes on it and on small test sets."""
 
 import json
 from pathlib import Path
@@ -22,9 +22,7 @@ def test_passes_of_an_effort() -> None:
 
 
 @given(seen=st.integers(0, 10**7), available=st.integers(1, 10**5), side=st.integers(8, 512), flops=st.floats(0, 1e11))
-def test_it_costs_at_most_a_third_and_is_not_a_handful_of_images(
-    seen: int, available: int, side: int, flops: float
-) -> None:
+def test_it_costs_at_most_a_third_and_uses_enough_images(seen: int, available: int, side: int, flops: float) -> None:
     effort = affordable(seen=seen, available=available, pixels=side * side, flops=flops)
     if effort is None:
         return
@@ -33,7 +31,7 @@ def test_it_costs_at_most_a_third_and_is_not_a_handful_of_images(
     assert effort.images * effort.passes * measuring <= seen * training / 3
 
 
-def test_a_short_training_pays_for_nothing_and_a_long_one_for_many_images() -> None:
+def test_a_short_training_affords_nothing_and_a_long_one_many_images() -> None:
     sizes = {"available": 400, "pixels": 224 * 224, "flops": 3.6e9}
     assert affordable(seen=200 * 10, **sizes) is None
     middle = affordable(seen=1000 * 10, **sizes)
@@ -51,7 +49,7 @@ def test_the_operations_of_a_network_are_counted() -> None:
     assert flops_of(lambda: layer(torch.zeros(1, 3, 10, 10))) == 2 * 3 * 8 * 9 * 100
 
 
-def test_images_are_drawn_from_the_seed_over_all_of_the_data() -> None:
+def test_the_subset_depends_on_the_seed_and_spreads_over_the_data() -> None:
     samples = [Sample(str(place), (place // 100,)) for place in range(400)]
     chosen = spread_subset(samples, 40, seed=1)
     assert chosen == spread_subset(samples, 40, seed=1) != spread_subset(samples, 40, seed=2)
@@ -68,7 +66,7 @@ def evaluation(count: int, right: int) -> Evaluation:
     )  # fmt: skip
 
 
-def test_a_small_test_set_is_said_to_decide_nothing() -> None:
+def test_a_small_test_set_gets_a_note() -> None:
     (note,) = notes_on(evaluation(49, 24), drawn=True)
     assert note.startswith("49 test images leave accuracy between 0.36 and 0.63 (95 % interval): too wide")
     assert "--trainer.seed 1, 2, 3" in note
@@ -78,7 +76,7 @@ def test_a_small_test_set_is_said_to_decide_nothing() -> None:
 
 
 @pytest.mark.parametrize("measured", [True, False])
-def test_the_end_of_a_training_names_the_command_that_measures_all(measured: bool, tmp_path: Path) -> None:
+def test_the_closing_notes_name_the_command_that_measures_all_images(measured: bool, tmp_path: Path) -> None:
     config = Config()
     config.data.source = "my images"
     numbers = {"notes": ["a note"], **({"robustness": {"summary": "0.4 on 30 images"}} if measured else {})}
@@ -92,9 +90,7 @@ def test_the_end_of_a_training_names_the_command_that_measures_all(measured: boo
 
 
 @pytest.mark.parametrize(("threshold", "reported"), [(1.0, True), (0.98, False)])
-def test_a_bundle_that_leaves_every_answer_to_a_person_is_reported(
-    threshold: float, reported: bool, tmp_path: Path
-) -> None:
+def test_a_bundle_that_always_abstains_is_reported(threshold: float, reported: bool, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(
         json.dumps({"abstaining": {"abstain_below": threshold}, "robustness": {"summary": "x"}})
     )

@@ -1,4 +1,4 @@
-"""`refract score`: every row once, whatever ends it in between."""
+"""`refract score` writes every row once, also after interruptions."""
 
 import csv
 import json
@@ -42,7 +42,7 @@ LABELS = tuple(sorted(COLORS))
 
 
 def make_bundle(folder: Path, *, seed: int = 0, reads: Sequence[str] = ("images",), **record) -> Path:
-    """Untrained, with answers that differ from image to image."""
+    """An untrained bundle whose predictions differ between images."""
     torch.manual_seed(seed)
     shown = build("lenet5", 3, image_size=(32, 32)) if "images" in reads else None
     network: torch.nn.Module | None = shown
@@ -88,7 +88,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def expected(bundle: Path, rows: Sequence[tuple[Path | None, str]]) -> list[np.ndarray | Exception]:
-    """As `refract predict` answers, one process and no parts."""
+    """Return the probabilities of `refract predict`, in one process without parts."""
     opened = load_bundle(bundle)
     asked = [SampleInput(path.read_bytes if path else bytes, text, path is not None) for path, text in rows]
     answers = score(
@@ -98,7 +98,7 @@ def expected(bundle: Path, rows: Sequence[tuple[Path | None, str]]) -> list[np.n
 
 
 def check_whole(table: pd.DataFrame, bundle: Path, images: Path) -> None:
-    """Every image once, in the listing's order, with `predict`'s probabilities or a reason."""
+    """Check that each image occurs once, in the listing's order, with the probabilities of `predict` or an error."""
     files = sorted(str(path) for path in images.rglob("*.png") if path.name != ".hidden.png")
     assert table["path"].tolist() == files and table["row"].tolist() == list(range(len(files)))
     answers = expected(bundle, [(Path(file), "") for file in files])
@@ -109,7 +109,7 @@ def check_whole(table: pd.DataFrame, bundle: Path, images: Path) -> None:
     assert table["error"].notna().sum() == 3
 
 
-def test_a_pipe_that_is_called_a_image_is_not_waited_for(refract: Run, tmp_path: Path, bundle: Path) -> None:
+def test_a_named_pipe_with_an_image_suffix_does_not_block(refract: Run, tmp_path: Path, bundle: Path) -> None:
     write_image(tmp_path / "some" / "a.png", make_image("red", 1, side=16))
     os.mkfifo(tmp_path / "some" / "pipe.png")
     refract("score", bundle, "some", "-o", "a.parquet")
@@ -122,7 +122,7 @@ def started(tmp_path: Path, *arguments: object) -> subprocess.Popen[str]:
 
 
 def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Wait for what the command does, while it runs."""
+    """Wait for a condition while the command runs."""
     end = time.monotonic() + 400  # Ray takes more than a minute to start where everything is busy
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -131,11 +131,11 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
 
 
 def scorers(process: subprocess.Popen[str]) -> list[int]:
-    """The worker processes: those children that were spawned with a pipe to the command."""
+    """Return the worker processes: the spawned children with a pipe to the command."""
     return [child for child in descendants(process.pid) if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
-def test_a_folder_becomes_a_row_a_image_as_predict_answers(
+def test_a_folder_becomes_one_row_per_image_with_the_predictions_of_predict(
     refract: Run, tmp_path: Path, bundle: Path, images: Path
 ) -> None:
     done = refract("score", bundle, images, "-o", "out/a.parquet", "--jobs", 2, "--shard-size", 40, "--batch-size", 16)
@@ -151,7 +151,7 @@ def test_a_folder_becomes_a_row_a_image_as_predict_answers(
     assert told["bundle"] == load_bundle(bundle).digest and told["labels"] == list(LABELS)
 
 
-def test_predict_says_the_same(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
+def test_predict_gives_the_same_probabilities(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
     folder = images / "green" / "deep0"
     refract("score", bundle, folder, "-o", "a.parquet", "--jobs", 1)
     lines = refract("predict", bundle, folder, "--json").stdout.splitlines()
@@ -160,7 +160,7 @@ def test_predict_says_the_same(refract: Run, tmp_path: Path, bundle: Path, image
         assert row.confidence == pytest.approx(line["confidence"], abs=1e-5)
 
 
-def test_every_row_is_there_once_after_three_kills(tmp_path: Path, bundle: Path, images: Path) -> None:
+def test_every_row_occurs_once_after_three_kills(tmp_path: Path, bundle: Path, images: Path) -> None:
     folder, out = tmp_path / ".out.parquet.parts", tmp_path / "out.parquet"
     command = (bundle, images, "-o", out, "--jobs", 2, "--shard-size", 8, "--batch-size", 8)
     kept: dict[str, int] = {}
@@ -186,20 +186,20 @@ def holds(folder: Path, count: int) -> bool:
     return len(list(folder.glob("0*.parquet"))) >= count
 
 
-def test_a_killed_process_is_replaced_and_told(tmp_path: Path, bundle: Path, images: Path) -> None:
+def test_a_killed_worker_is_replaced_and_logged(tmp_path: Path, bundle: Path, images: Path) -> None:
     out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
     process = started(tmp_path, bundle, images, "-o", out, "--jobs", 2, "--shard-size", 8)
     until(lambda: list(folder.glob("0*.parquet")), process)
     os.kill(scorers(process)[0], signal.SIGKILL)
     told = process.communicate(timeout=120)[1]
     assert (
-        process.returncode == 0 and "SIGKILL, as the system does where memory runs out" in told and "Trace" not in told
+        process.returncode == 0 and "SIGKILL, as the system does when memory runs out" in told and "Trace" not in told
     )
     check_whole(pd.read_parquet(out), bundle, images)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_ends_it_with_what_is_done_kept(
+def test_a_signal_stops_it_and_finished_parts_are_kept(
     tmp_path: Path, bundle: Path, images: Path, number: int, code: int
 ) -> None:
     out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
@@ -215,7 +215,7 @@ def test_a_signal_ends_it_with_what_is_done_kept(
     assert list(folder.glob("0*.parquet")) and not out.exists()
 
 
-def test_what_was_begun_otherwise_is_refused_until_restart(
+def test_parts_of_another_scoring_are_refused_until_restart(
     refract: Run, tmp_path: Path, bundle: Path, images: Path
 ) -> None:
     folder = tmp_path / ".a.parquet.parts"
@@ -228,7 +228,7 @@ def test_what_was_begun_otherwise_is_refused_until_restart(
     check_whole(pd.read_parquet(tmp_path / "a.parquet"), bundle, images)
 
 
-def test_a_file_is_replaced_where_that_is_asked_for(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
+def test_overwrite_replaces_an_existing_file(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"somebody's")
     assert "exists already; --overwrite" in refract("score", bundle, images, "-o", "a.parquet", code=2).stderr
     assert (tmp_path / "a.parquet").read_bytes() == b"somebody's"
@@ -253,7 +253,7 @@ def test_one_process_at_a_time_writes_a_file(refract: Run, tmp_path: Path, bundl
     assert process.wait(timeout=120) == 0
 
 
-def test_a_kill_while_tidying_up_leaves_a_file_that_counts(
+def test_a_kill_during_the_clean_up_leaves_a_valid_file(
     refract: Run, tmp_path: Path, bundle: Path, images: Path
 ) -> None:
     refract("score", bundle, images, "-o", "a.parquet", "--jobs", 1)
@@ -265,9 +265,7 @@ def test_a_kill_while_tidying_up_leaves_a_file_that_counts(
     assert (tmp_path / "a.parquet").read_bytes() == before and not (tmp_path / ".a.parquet.parts").exists()
 
 
-def test_a_manifest_with_texts_and_labels_and_rows_that_lack_something(
-    refract: Run, tmp_path: Path, images: Path
-) -> None:
+def test_a_manifest_with_texts_labels_and_incomplete_rows(refract: Run, tmp_path: Path, images: Path) -> None:
     fused = make_bundle(tmp_path / "fused", reads=("images", "texts"))
     words = make_bundle(tmp_path / "words", reads=("texts",))
     file = images / "green" / "deep0" / "000.png"
@@ -284,7 +282,7 @@ def test_a_manifest_with_texts_and_labels_and_rows_that_lack_something(
     table = pd.read_parquet(tmp_path / "fused.parquet")
     answers = expected(fused, [(file, "a red car"), (None, "a blue dog"), (file, "")])
     np.testing.assert_allclose(np.stack(table["probabilities"][:3]), np.stack(answers), atol=1e-5)
-    assert table["error"][3] == "neither an image nor a text" and "No such file" in table["error"][4]
+    assert table["error"][3] == "the row has neither an image nor a text" and "No such file" in table["error"][4]
     assert table["truth"].tolist() == ["red", "blue", "green", "", "mauve"] and pd.isna(table["path"][1])
     assert (
         table["text"].tolist() == [row[1].lstrip() for row in rows]  # blanks after a separator are skipped
@@ -294,18 +292,18 @@ def test_a_manifest_with_texts_and_labels_and_rows_that_lack_something(
     table = pd.read_parquet(tmp_path / "words.parquet")
     assert table["error"].tolist()[2:4] == [
         "the row has no text, and the bundle reads only texts",
-        "neither an image nor a text",
+        "the row has neither an image nor a text",
     ]
     np.testing.assert_allclose(table["probabilities"][4], expected(words, [(None, "a")])[0], atol=1e-5)
 
 
-def test_where_nothing_can_be_answered_the_exit_code_says_so(refract: Run, tmp_path: Path, bundle: Path) -> None:
+def test_the_exit_code_is_1_if_every_row_has_an_error(refract: Run, tmp_path: Path, bundle: Path) -> None:
     (tmp_path / "m.csv").write_text("path\nnone.png\n")
     assert "1 × No such file" in refract("score", bundle, "m.csv", "-o", "a.parquet", code=1).stderr
     assert pd.read_parquet(tmp_path / "a.parquet")["path"].tolist() == ["none.png"]
 
 
-def test_errors_say_what_to_do(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
+def test_errors_name_the_next_step(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
     (tmp_path / "m.csv").write_text("file\na.png\n")
     for source, told in (
         (tmp_path / "m.csv", "needed: path and/or text"), (mkdir(tmp_path / "empty"), "no images in this folder"),
@@ -319,7 +317,7 @@ def test_errors_say_what_to_do(refract: Run, tmp_path: Path, bundle: Path, image
     assert not (tmp_path / "a.parquet").exists() and not (tmp_path / ".a.parquet.parts").exists()
 
 
-def test_a_name_that_is_no_text_keeps_its_row(refract: Run, tmp_path: Path, bundle: Path) -> None:
+def test_a_file_name_that_is_not_utf_8_keeps_its_row(refract: Run, tmp_path: Path, bundle: Path) -> None:
     write_image(tmp_path / "p" / "a.png", make_image("red", 1))
     os.rename(tmp_path / "p" / "a.png", os.fsencode(tmp_path / "p") + b"/\xff.png")  # noqa: PTH104
     refract("score", bundle, "p", "-o", "a.parquet", "--jobs", 1)
@@ -335,7 +333,7 @@ def test_a_name_that_is_no_text_keeps_its_row(refract: Run, tmp_path: Path, bund
     task=st.sampled_from(["multiclass", "multilabel"]), below=st.one_of(st.none(), st.floats(0, 1)),
 )  # fmt: skip
 @example(answers=[[0.0, 0.0, 1.0]], task="multiclass", below=1.0)
-def test_a_row_is_what_predict_makes_of_the_same_probabilities(answers, task: str, below: float | None) -> None:
+def test_a_row_equals_the_prediction_of_predict(answers, task: str, below: float | None) -> None:
     thresholds = (0.2, 0.5, 0.7) if task == "multilabel" else ()
     info = BundleInfo(
         name="n", task=task, labels=LABELS, network={"name": "lenet5", "image_size": [32, 32], "args": {}}, thresholds=thresholds,
@@ -361,7 +359,7 @@ def test_a_row_is_what_predict_makes_of_the_same_probabilities(answers, task: st
         )
 
 
-def test_without_ray_its_extra_is_named(tmp_path: Path, bundle: Path, images: Path) -> None:
+def test_without_ray_the_error_names_the_extra(tmp_path: Path, bundle: Path, images: Path) -> None:
     code = "import sys; sys.modules['ray'] = None; import refract.cli; sys.exit(refract.cli.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "score", bundle, images, "-o", "a.parquet", "--engine", "ray"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -369,7 +367,7 @@ def test_without_ray_its_extra_is_named(tmp_path: Path, bundle: Path, images: Pa
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="the extra ray is not installed")
-def test_ray_goes_on_after_a_kill_to_the_same_rows(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
+def test_ray_resumes_after_a_kill_to_the_same_rows(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
     out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
     command = (bundle, images, "-o", out, "--engine", "ray", "--jobs", 1, "--shard-size", 8)
     process = started(tmp_path, *command)

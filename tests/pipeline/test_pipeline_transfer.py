@@ -52,7 +52,7 @@ def trained(shapes: Path, lite0: Path, runs: Path, **more: object) -> Result:
     return result
 
 
-def test_a_head_on_real_features_learns_and_the_run_stores_what_was_chosen(
+def test_a_head_on_pretrained_features_learns_and_the_run_stores_the_defaults(
     shapes: Path, lite0: Path, tmp_path: Path
 ) -> None:
     result = trained(shapes, lite0, tmp_path, **{"model.mode": "feature-extract"})
@@ -62,7 +62,7 @@ def test_a_head_on_real_features_learns_and_the_run_stores_what_was_chosen(
     assert info.config["optim"]["lr"] == HEAD_ALONE
 
 
-def test_the_first_loss_on_real_weights_is_that_of_a_guess(lite0: Path) -> None:
+def test_the_first_loss_on_pretrained_weights_is_that_of_uniform_predictions(lite0: Path) -> None:
     network = build(NAME, 7, image_size=(64, 64), weights=str(lite0)).train()
     logits = network(torch.rand(4, 3, 64, 64))
     assert torch.nn.functional.cross_entropy(logits, torch.arange(4)).item() == pytest.approx(math.log(7), abs=1e-6)
