@@ -96,7 +96,7 @@ def _show(drift: "Drift") -> None:
         if counts:
             print(f"  {name} classes: {', '.join(f'{label} ({count})' for label, count in counts.items())}")
     if drift.far is not None:
-        print(f"  {drift.far:.1%} of the new samples are farther from the reference than 99 % of its own samples")
+        print(f"  {drift.far:.1%} of the new samples are farther from the reference than 99 % of the reference samples")
     if any(check.p is not None for check in drift.checks):
         print(
             "  p: probability of this distance by chance, Holm-corrected; effect: distance minus chance, for --warn and --stop"

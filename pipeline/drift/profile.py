@@ -33,7 +33,7 @@ class Profile:
     """count: number of samples; features: (N, D) float32, before the head, None for a server's log; answered: (C,) int64, number of
     predictions of each of the bundle's labels; confidence: (N,) float32, of the predicted label, for multi-label the mean over all labels
     of the confidence in the decision; statistics: name → (N,) float32, NaN without an image; classes: label, also unknown to the bundle →
-    number of samples, None without labels; multilabel: whether a sample may have several labels.
+    number of samples, None without labels; multilabel: whether a sample may have more than one label.
     """
 
     count: int

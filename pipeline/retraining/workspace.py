@@ -17,6 +17,9 @@ RUN_RECORD = "run.json"
 FORMER_RUNS, FORMER_RECORD = "nights", "night.json"
 """What earlier versions called runs/ and run.json."""
 
+FORMER_KEYS = {"night": "run", "run": "training_run"}
+"""Former key of a record → key now. `training_run` is the folder of the run of `refract train`."""
+
 METAFLOW_RUN = "metaflow-run"
 """The file in a retraining run's folder that holds the ID of its Metaflow run."""
 
@@ -66,7 +69,7 @@ class Workspace:
             yield
 
     def _migrate(self) -> None:
-        """Rename nights/NAME/night.json of earlier versions to runs/NAME/run.json. A kill between two renames is made good next time."""
+        """Rename the folder of runs and the records of an earlier version. A migration that was killed continues at the next call."""
         former, runs = self.root / FORMER_RUNS, self.root / "runs"
         if former.is_dir() and not runs.exists():
             former.rename(runs)
@@ -117,8 +120,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
 
 
 def _with_new_keys(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of an earlier version under the present keys: `night` is now `run`, and the training run's folder `training_run`."""
+    """Return the record under the present keys; earlier versions are recognised by their key of the run's name."""
     if "night" not in record:
         return record
-    present = {"night": "run", "run": "training_run"}
-    return {present.get(key, key): value for key, value in record.items()}
+    return {FORMER_KEYS.get(key, key): value for key, value in record.items()}
