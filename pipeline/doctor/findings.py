@@ -272,7 +272,7 @@ def _time(record: Record) -> Iterator[Finding]:
         yield Finding(
             "the loader is the bottleneck",
             f"the training waited for images {waiting / total:.0%} of its time, with {record.workers} worker processes",
-            "data.memory: always keeps all decoded images in memory; smaller files or a cheaper policy help too "
+            "cached images need enough memory for all of them; smaller files or a cheaper policy help too "
             "(`refract explain` times the policy)",
             (*workers, cure("data.memory", "always")),
         )

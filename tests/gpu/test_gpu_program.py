@@ -20,7 +20,7 @@ LEFT_OUT = ("vit_b_16", "batch decoding", "kornia")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # its stages are processes that import PyTorch, beside other tests
+@pytest.mark.timeout(900)  # its stages are processes that import PyTorch while other tests run
 def test_the_quick_form_measures_every_stage_on_the_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     command = [

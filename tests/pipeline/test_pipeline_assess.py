@@ -239,7 +239,7 @@ def test_slices_follow_the_columns_of_the_manifest(refract: Run, cameras: Path, 
     told = refract("evaluate", runs / "good" / "bundle", cameras, "--report", "rep").stdout
     parts = json.loads((tmp_path / "rep" / "report.json").read_text())["slices"]
     by_name = {(part["column"], part["value"]): part for part in parts}
-    assert {part["column"] for part in parts} == {"camera", "hour"}, "a note tells single images apart"
+    assert {part["column"] for part in parts} == {"camera", "hour"}, "a note identifies single images"
     a, b = by_name["camera", "a"], by_name["camera", "b<i>"]
     assert (a["count"], b["count"]) == (75, 15) and b["worse"] and not a["worse"]
     assert b["right"] == pytest.approx(1 / 3, abs=0.1) and b["low"] < b["right"] < b["high"] < a["right"]

@@ -176,7 +176,7 @@ def test_class_collapse_and_a_slow_loader() -> None:
     (found,) = late(Record(3, 0.1, said={"cat": 0.95, "dog": 0.05}, truth={"cat": 0.5, "dog": 0.5}))
     assert (
         found.name == "class collapse"
-        and "95% of the hold-out's images are said to be cat, and 50% are" in found.evidence
+        and "95% of the test predictions are cat, but only 50% of the labels are" in found.evidence
     )
     assert not list(late(Record(3, 0.1, said={"cat": 0.95, "dog": 0.05}, truth={"cat": 0.93, "dog": 0.07})))
     slow = {"waiting": 80.0, "forward": 30.0, "backward": 50.0, "optimiser": 10.0}

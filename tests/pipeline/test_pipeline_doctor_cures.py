@@ -124,7 +124,7 @@ def test_a_transfer_that_learned_nothing_is_compared_with_chance() -> None:
     assert names() == ["the transfer learned nothing"]
     assert names(said={"cat": 1.0}, wrong=0.5) == ["the transfer learned nothing"], "not a class collapse as well"
     assert not names(wrong=0.35), "better than chance"
-    assert not names(answered=10), "too few samples to tell"
+    assert not names(answered=10), "too few samples for a conclusion"
     assert not names(weights="none"), "no transfer"
     uneven = {"cat": 0.9, "dog": 0.1}
     assert names(said={"cat": 1.0}, truth=uneven, wrong=0.1) == ["the transfer learned nothing"], (

@@ -72,7 +72,7 @@ def test_the_interval_of_a_mean_has_a_width_where_all_values_are_equal() -> None
     low, high = measures.mean_interval(np.ones(10))
     assert low == pytest.approx(0.722, abs=0.001) and high == 1
     low, high = measures.mean_interval(np.array([0.5]))
-    assert low < 0.2 and high > 0.8, "one image tells little"
+    assert low < 0.2 and high > 0.8, "one image gives a wide interval"
     low, high = measures.mean_interval(np.linspace(0, 1, 101))
     assert 0.4 < low < 0.5 < high < 0.6
 

@@ -165,7 +165,7 @@ def test_runs_that_cannot_resume_are_rejected(refract: Run, work: Path, stopped:
     assert "needs the config file first" in refract("train", "--resume", "auto", code=2).stderr
     told = refract("train", "c.yaml", "--trainer.run_name", "r", code=2).stderr
     assert "runs/r exists already" in told and "`refract train --resume runs/r` resumes it" in told
-    # A run goes on where it was moved to.
+    # A moved run resumes.
     shutil.move(stopped, work / "elsewhere")
     told = refract("train", "--resume", "elsewhere").stderr
     assert (

@@ -39,7 +39,7 @@ def test_image_and_text_together_learn_more_than_either_and_captions_may_be_miss
     )  # a quarter of the config's own network's time
     refract(*train, "both", *small)
     refract(*train, "images", *small, "--text.name", "none", "--trainer.max_epochs", 5)
-    # Equal texts of several labels are refused where there is nothing else; a number keeps them apart.
+    # Equal texts with different labels are refused if nothing else differs; a number distinguishes them.
     numbered = rewritten(data, "numbered.csv", lambda number, text: f"{text} {number}")
     refract(*train, "texts", "--model.name", "none", "--trainer.max_epochs", 3, "--data.source", numbered)
     both, images = (accuracy(refract, f"runs/{name}/bundle", data) for name in ("both", "images"))

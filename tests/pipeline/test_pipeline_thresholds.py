@@ -68,7 +68,7 @@ def well_separated(count: int, positives: int, low: float, high: float) -> Valid
 
 @pytest.mark.parametrize("aim", ["f1", "precision", "recall"])
 def test_a_frequent_label_gets_its_own_threshold_and_a_rare_one_that_of_all(aim) -> None:
-    many, truth = well_separated(400, 200, 0.1, 0.2)  # told apart at 0.15
+    many, truth = well_separated(400, 200, 0.1, 0.2)  # separable at 0.15
     few = many.copy()
     few_truth = np.zeros_like(truth)
     chosen = choose_thresholds(np.hstack([many, few]), np.hstack([truth, few_truth]), aim="f1", target=0.9).values
