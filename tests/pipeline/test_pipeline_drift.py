@@ -34,7 +34,7 @@ Change = Callable[[np.ndarray], np.ndarray]
 
 
 def scene(label: str, number: int) -> np.ndarray:
-    """Of a label's colour, with some coarse structure, and the light of its own hour."""
+    """Draw an image in the label's colour, with coarse structure and a random brightness."""
     rng = np.random.default_rng([number, *label.encode()])
     coarse = cv2.resize(rng.normal(0, 30, (8, 8, 3)), (SIDE, SIDE), interpolation=cv2.INTER_NEAREST)
     return np.clip((np.array(COLORS[label]) + coarse) * rng.uniform(0.75, 0.95), 0, 255).astype(np.uint8)
@@ -206,7 +206,11 @@ def test_the_exit_code_stops_a_flow(bundle: Bundle, tmp_path: Path, capsys: pyte
     told = capsys.readouterr().out
     assert "drift: stop" in told and (tmp_path / "rep" / "report.json").is_file()
     html = (tmp_path / "rep" / "report.html").read_text()
-    assert "Drift reached a stop threshold" in html and "http" not in html.replace("data:image", "") and "<script" not in html
+    assert (
+        "Drift reached a stop threshold" in html
+        and "http" not in html.replace("data:image", "")
+        and "<script" not in html
+    )
     (tmp_path / "t.yaml").write_text("{features: {stop: null}, answers: {stop: null}, confidence: {stop: null}}")
     never = [f"--stop={name}=never" for name in ("brightness", "contrast", "sharpness", "classifier")]
     assert main([path, str(other), "--thresholds", str(tmp_path / "t.yaml"), *never]) == 0, "it only warns"

@@ -188,7 +188,7 @@ def test_of_several_labels_each_is_compared_as_given_or_not() -> None:
     found = compare(one, profile_of(1, multilabel=True, answered=np.array([100, 60, 60]), classes=None))
     assert levels(found) == {"answers": "stop"}
     halved = compare(one, profile_of(1, multilabel=True, answered=np.array([50, 30, 3]), classes=None))
-    assert levels(halved) == {"answers": "stop"}, "though their shares of all labels are what they were"
+    assert levels(halved) == {"answers": "stop"}, "although their fractions of all labels are unchanged"
 
 
 def test_thresholds_decide_and_mistakes_are_named() -> None:

@@ -1,4 +1,4 @@
-"""MLflow as a team runs it: its server as a process with PostgreSQL behind it; skipped where there is none."""
+"""Retraining with an MLflow server on PostgreSQL; skipped without PostgreSQL."""
 
 import os
 import pwd
@@ -31,13 +31,13 @@ tracking: {experiment: nightly, model_name: digits}
 
 
 def tool(name: str) -> str | None:
-    """A program of PostgreSQL, which Debian keeps out of PATH."""
+    """Find a program of PostgreSQL, which Debian does not add to PATH."""
     found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), key=lambda path: int(path.parts[4]))
     return shutil.which(name) or (str(found[-1]) if found else None)
 
 
 def as_server(*command: object) -> list[str]:
-    """The command as a user that PostgreSQL runs as: not root."""
+    """Return the command for a user that PostgreSQL accepts: not root."""
     words = [str(word) for word in command]
     return ["runuser", "-u", "postgres", "--", *words] if os.getuid() == 0 else words
 
@@ -56,7 +56,7 @@ def until(true: Callable[[], object], what: str, within: float = 120) -> None:
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
-    """The address of an empty database in a cluster of its own, with a password."""
+    """Start a PostgreSQL cluster, and return the address of an empty database with a password."""
     initdb, pg_ctl = tool("initdb"), tool("pg_ctl")
     if initdb is None or pg_ctl is None:
         pytest.skip("PostgreSQL is not installed here (Debian: apt-get install postgresql)")
@@ -87,7 +87,7 @@ def postgres() -> Iterator[str]:
 
 @contextmanager
 def mlflow_server(database: str, folder: Path) -> Iterator[str]:
-    """`mlflow server` as deploy/compose.yaml starts it, on a free port."""
+    """Start `mlflow server` as deploy/compose.yaml does, on a free port."""
     port = free_port()
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={port}", "--workers=1"),

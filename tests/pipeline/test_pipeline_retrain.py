@@ -153,7 +153,7 @@ class Retraining:
         return record
 
     def spoil(self, share: float) -> None:
-        """Give that share of the images of each class another class's folder."""
+        """Move this fraction of the images of each class to another class's folder."""
         names = sorted(COLORS)
         moved = []
         for label, other in zip(names, names[1:] + names[:1], strict=True):
@@ -345,7 +345,7 @@ def test_sigterm_leaves_a_checkpoint(workplace: Path, warm: WarmProcess) -> None
 
 
 def _until(started: Started, step: str) -> None:
-    """Read its output until the step has begun, and kill it."""
+    """Read the output until the step starts, and kill the process."""
     told = []
     for line in started.output:
         told.append(line)
@@ -355,7 +355,7 @@ def _until(started: Started, step: str) -> None:
             started.wait(20)
             until_gone(begun)
             return
-    pytest.fail(f"{step} never began: {''.join(told)}")
+    pytest.fail(f"{step} never started: {''.join(told)}")
 
 
 @pytest.fixture
@@ -363,13 +363,13 @@ def workplace(tmp_path: Path) -> Iterator[Path]:
     paint(tmp_path / "images", range(20))
     values = values_of(tmp_path)
     values["data"]["source"] = "images"
-    values["retrain"]["tell"] = "cat > told.json"
+    values["retrain"]["notify"] = "cat > record.json"
     (tmp_path / "colors.yaml").write_text(yaml.safe_dump(values))
     yield tmp_path
 
 
 def _to_former_layout(workspace: Path) -> None:
-    """Rename a workspace's files and keys to those of versions that wrote nights/NAME/night.json."""
+    """Rename a workspace's files and keys to those of an earlier version."""
     former = {"run": "night", "training_run": "run"}
     records = [path for path in (workspace / "last.json", *workspace.glob("runs/*/run.json")) if path.exists()]
     for path in records:
@@ -424,7 +424,7 @@ def test_a_run_killed_in_each_step_ends_as_one_undisturbed(
     assert [v.version for v in client.search_model_versions("name = 'colors'")] in (["1"], [1])
     runs = list((workplace / "retrain/colors/runs").iterdir())
     assert len(runs) == 1
-    assert json.loads((workplace / "told.json").read_text())["why"] == "version 1 is champion"
+    assert json.loads((workplace / "record.json").read_text())["why"] == "version 1 is champion"
 
     assert "unchanged" in refract("retrain", "colors.yaml").stdout
     assert "has no interrupted run" in refract("retrain", "--resume", "colors.yaml", code=2).stderr

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` ha
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
-# What is started instead of a retraining: notes that it began, with its last argument, and ends as the files beside its config say.
+# Runs instead of `refract retrain`: records its start and last argument, and exits as files next to its config say.
 STUB = """
 import signal, sys, time
 from pathlib import Path
@@ -42,7 +42,7 @@ while (here / "hold").exists():
 sys.exit(int((here / "code").read_text()) if (here / "code").exists() else 0)
 """
 
-# `refract schedule` with a trigger of its own, to be faster than cron: argv is config, state, stub, seconds, grace or -.
+# `refract schedule` with a custom trigger, faster than cron: argv is config, state, stub, seconds, grace or -.
 KEEPER = """
 import logging, sys
 from datetime import UTC
@@ -252,7 +252,7 @@ def test_a_run_that_outlived_its_scheduler_is_waited_for(workspace: Workspace) -
 
 
 def test_listing_the_runs_does_not_prevent_one(workspace: Workspace) -> None:
-    """`--list` takes the run's lock for a moment; a firing in that moment was taken for one beside a run of an earlier scheduler."""
+    """`--list` briefly holds the run's lock. A start in that moment was mistaken for one during a run of an earlier scheduler."""
     plan = Plan(
         workspace.config,
         "often",
@@ -348,7 +348,7 @@ def test_the_command_is_refract_retrain(workspace: Workspace, refract: Run) -> N
 
 
 def test_a_cron_of_every_minute_fires_with_the_minute(workspace: Workspace, refract: Run) -> None:
-    """The command itself, by the machine's clock; started again without a cron it goes on with the one that it had."""
+    """The command itself, by the machine's clock; restarted without --cron, it uses the stored schedule."""
     command = [sys.executable, "-m", "refract", "schedule", str(workspace.config), "--state", str(workspace.state)]
     first = workspace.open(
         [*command, "--cron", "* * * * *", "--timezone", "UTC", "--command", f"{sys.executable} {workspace.stub}"]

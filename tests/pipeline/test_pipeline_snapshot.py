@@ -314,7 +314,7 @@ def test_a_gate_holdout_that_is_set_later_is_refused(tmp_path: Path) -> None:
 
 
 def champion(root: Path, snapshot: Snapshot) -> Bundle:
-    """A network that has learned nothing, with the snapshot's hold-out and validation as its reference."""
+    """Build an untrained bundle with the snapshot's holdout and validation data as its reference."""
     torch.manual_seed(0)
     values: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3}
     info = BundleInfo(

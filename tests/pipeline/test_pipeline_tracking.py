@@ -151,7 +151,7 @@ def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder:
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")] == [1, 2]
     assert client.get_model_version_by_alias("images", "champion").run_id == run.info.run_id
-    # What MLflow's own pages show beside metrics and parameters.
+    # MLflow's pages show these in addition to metrics and parameters.
     (given,) = run.inputs.dataset_inputs
     assert given.dataset.name == "images" and run.data.tags["data.fingerprint"].startswith(given.dataset.digest)
     note, accuracy = run.data.tags["mlflow.note.content"], run.data.metrics["test_accuracy"]

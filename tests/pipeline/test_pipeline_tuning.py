@@ -1,4 +1,4 @@
-"""The search: spaces as people write them, and studies that go on, prune, and end in a config that trains."""
+"""The search: spaces as users write them, and studies that resume, prune, and end with a config that trains."""
 
 import json
 from pathlib import Path
@@ -147,7 +147,9 @@ def test_a_grid_is_gone_through_once_and_what_explodes_is_given_up(refract: Run,
     study = optuna.load_study(study_name="c", storage=f"sqlite:///{tmp_path}/runs/tune-c/study.db")
     assert len({json.dumps(t.params, sort_keys=True) for t in study.trials}) == 4 == len(study.trials)
     pruned = {t.params["optim.lr"] for t in study.trials if t.state == optuna.trial.TrialState.PRUNED}
-    assert 1e3 in pruned and ("its loss is not finite" in told or "times its first" in told or "its score is low" in told)
+    assert 1e3 in pruned and (
+        "its loss is not finite" in told or "times its first" in told or "its score is low" in told
+    )
     wrong = "optim.momentum: {low: 0, high: 0.9, when: {optim.name: sgd}}\n"
     (tmp_path / "s.yaml").write_text("optim.name: [sgd, adam]\n" + wrong)
     told = refract("tune", "c.yaml", "s.yaml", "--sampler", "grid", "--name", "g", code=2).stderr
