@@ -246,7 +246,7 @@ def test_a_teacher_and_test_time_augmentation_have_an_effect(uneven: Path, tmp_p
         (("--model.name", "cnn", "--model.args", "{residual: 'no', depth: 2}"), "residual='no': expected true or false"),
         (("--model.name", "cnn", "--model.args", "{widths: [2000000000000]}"), "model: [enforce fail at alloc_cpu"),
         (("--model.name", "timm/vit_tiny_patch16_224", "--model.args", "{global_pool: '', depth: 1}", "--data.image_size", 32),
-         "one number for each of 3 labels is needed"),
+         "expected one number for each of 3 labels"),
         (("--model.name", "timm/vit_tiny_patch16_224", "--model.args", "{dynamic_img_size: true, depth: 1}", "--data.image_size", 64,
           "--trainer.start_size", 0.5, "--trainer.max_epochs", 6), "of 40×40 pixels in some epochs"),
         (("--trainer.patience", 2, "--trainer.swa_start", 0.5), "may stop training before the averaging of trainer.swa_start"),
@@ -257,7 +257,7 @@ def test_incompatible_settings_are_rejected_before_training(asked: tuple, messag
         begun(uneven, *asked)
 
 
-def test_missing_weights_are_reported(uneven: Path, tmp_path: Path) -> None:
+def test_non_finite_weights_are_reported(uneven: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the validation loss is nan after epoch 0.*lower learning rate"):
         trained(uneven, tmp_path, "--optim.lr", 1e30, "--data.batch_size", 40, "--trainer.max_epochs", 1)
 
