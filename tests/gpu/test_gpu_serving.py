@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 
 GOLDEN = [encoded(label, number) for number in range(3) for label in COLOURS]
 CHEAP = ("eager", "bf16")
-"""Backends that the processor tests: the others convert for a long time."""
+"""Backends that are tested on a CPU. The others take long to convert."""
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_backend_agrees_with_float32_on_the_golden_samples(
 ) -> None:
     if name not in (CHEAP if device == "cpu" else candidates(torch.device(device))):
         pytest.skip(
-            "tests/serve tests this backend on the processor"
+            "tests/serve tests this backend on the CPU"
             if device == "cpu"
             else f"the server does not offer {name} on {device}"
         )
@@ -57,16 +57,16 @@ def test_a_backend_agrees_with_float32_on_the_golden_samples(
 
 
 @pytest.mark.parametrize("name", [name for name, backend in BACKENDS.items() if "cuda" not in backend.devices])
-def test_a_backend_of_the_processor_is_refused_by_name(name: str, bundles: tuple[Bundle, Bundle], device: str) -> None:
+def test_a_cpu_backend_is_rejected_by_name(name: str, bundles: tuple[Bundle, Bundle], device: str) -> None:
     if device == "cpu":
-        pytest.skip("the processor is the device that these backends compute on, so none is refused")
+        pytest.skip("these backends run on the CPU, so none is rejected")
     with pytest.raises(BundleError, match=f"--backend {name}"):
         Engine(bundles[0], device, name)
 
 
 def test_auto_chooses_a_backend_that_agrees(bundles: tuple[Bundle, Bundle], device: str) -> None:
     if device == "cpu":
-        pytest.skip("tests/serve/test_serve_selection.py tests the choice on the processor")
+        pytest.skip("tests/serve/test_serve_selection.py tests the choice on the CPU")
     engine = Engine(bundles[0], device, "auto")
     assert engine.choice is not None and engine.choice.name in candidates(torch.device(device))
     assert engine.self_test() > 0
@@ -77,7 +77,7 @@ def test_two_replicas_give_the_same_answers(bundles: tuple[Bundle, Bundle], devi
     engine = build(bundles[0], [device], replicas=2)
     torch.set_num_threads(threads)
     assert len(engine.workers) == (4 if device == "cuda" else 2), (
-        "on a GPU each copies one batch while it computes another"
+        "on a GPU each replica copies one batch while it computes another"
     )
     one, *others = (worker(_batch(engine)) for worker in engine.workers)
     for other in others:
@@ -90,14 +90,14 @@ def test_two_threads_that_share_a_gpu_get_their_own_answers(
     name: str, bundles: tuple[Bundle, Bundle], device: str
 ) -> None:
     if device == "cpu" and name == "cuda-graphs":
-        pytest.skip("the processor records no CUDA graphs")
+        pytest.skip("a CPU has no CUDA graphs")
     engine = Engine(bundles[0], device, name)
     rows = _batch(engine)
     expected = engine.predict(rows)
 
     def ask(worker: Compute, start: int) -> None:
         for count in (1, 2, 3, len(rows)) * 25:
-            chosen = [(start + place) % len(rows) for place in range(count)]
+            chosen = [(start + index) % len(rows) for index in range(count)]
             np.testing.assert_allclose(worker(rows[chosen])[:, 0], expected[chosen], atol=0.02)
 
     workers = [partial(engine.overlapped, Staging(engine.device)) for _ in range(2)]
@@ -110,7 +110,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_parts(
     bundles: tuple[Bundle, Bundle], device: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     if device == "cpu":
-        pytest.skip("tests/serve/test_serve_gpu.py tests this on the processor")
+        pytest.skip("tests/serve/test_serve_gpu.py tests this on the CPU")
     engine = Engine(bundles[0], device)
     sample = _batch(engine)[:1]
     torch.cuda.empty_cache()
@@ -139,8 +139,8 @@ def test_hot_swaps_under_load_answer_everything_and_free_the_memory(
             while not stop.is_set():
                 worker = service._worker
                 with worker.in_flight_request():
-                    found = await worker.submit(batch)
-                assert np.isfinite(found.outputs).all()
+                    result = await worker.submit(batch)
+                assert np.isfinite(result.outputs).all()
                 answered += 1
                 await asyncio.sleep(0)
 
@@ -158,7 +158,7 @@ def test_hot_swaps_under_load_answer_everything_and_free_the_memory(
     half = len(memory) // 2
     size = sum(value.nbytes for value in bundles[0].classifier("cpu").state_dict().values())
     growth = max(memory[half:]) - max(memory[:half])
-    assert growth <= 5 * size, "an engine that is not freed would add its size at each of the swaps"
+    assert growth <= 5 * size, "an engine that is not freed would add its size at each swap"
 
 
 def _batch(engine: Engine) -> np.ndarray:

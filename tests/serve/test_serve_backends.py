@@ -1,4 +1,4 @@
-"""Other ways to compute the same network: they agree."""
+"""Every backend agrees with plain float32."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("name", ["eager", "bf16", *INSTALLED, *INT8])
-def test_each_agrees_with_plain_float32_at_any_size_of_batch(name: str, bundle, make_image) -> None:
+def test_a_backend_agrees_with_float32_at_every_batch_size(name: str, bundle, make_image) -> None:
     plain, other = Engine(bundle), Engine(bundle, backend=name)
     other.self_test()
     images = np.stack([plain.preprocess(make_image(i)) for i in range(7)])
@@ -39,9 +39,9 @@ def test_each_agrees_with_plain_float32_at_any_size_of_batch(name: str, bundle, 
 
 
 @pytest.mark.parametrize("names", [INSTALLED, INT8], ids=["float", "int8"])
-def test_backends_report_to_nobody(names: list[str], bundle, tmp_path: Path) -> None:
-    """In a process of its own, that has not imported them. Where OpenVINO or ONNX Runtime report what they compute, they make themselves a
-    name in the home first; both keep still where a CI runs."""
+def test_backends_send_no_telemetry(names: list[str], bundle, tmp_path: Path) -> None:
+    """Test in a new process, which has not imported them. OpenVINO and ONNX Runtime store an id in the home directory before they send
+    telemetry. Both send none in a CI, so its variables are removed."""
     code = (
         "import sys\nfrom refract.models.bundle.bundle import load_bundle\nfrom refract.serve.runtime.engine import Engine\n"
         f"for name in {names}: Engine(load_bundle({str(bundle.path)!r}), backend=name)\n"
@@ -58,8 +58,8 @@ def test_backends_report_to_nobody(names: list[str], bundle, tmp_path: Path) -> 
     }
 
 
-def test_a_signal_is_heard_after_another_thread_has_dropped_the_network(bundle, tmp_path: Path) -> None:
-    """OpenVINO frees the stack on which the main thread would handle it."""
+def test_a_signal_is_handled_after_another_thread_has_deleted_the_network(bundle, tmp_path: Path) -> None:
+    """OpenVINO frees the signal stack of the main thread."""
     code = (
         "import signal, sys, threading\nfrom pathlib import Path\nfrom refract.models.bundle.bundle import load_bundle\n"
         "from refract.serve import choice\nfrom refract.serve.runtime.engine import Engine\nchoice.CACHE = Path(sys.argv[2])\n"
@@ -81,20 +81,20 @@ def test_the_compiled_network_agrees(bundle, make_image) -> None:
         np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=AGREED)
 
 
-def test_bfloat16_keeps_what_a_network_computes_in_float32() -> None:
+def test_bfloat16_keeps_layers_in_float32_that_disable_autocast() -> None:
     classifier = Classifier(build("fastnet", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
-        found = BACKENDS["bf16"].build(classifier, images, Path())(images)
-        torch.testing.assert_close(found, classifier(images), atol=0.05, rtol=0.05)
+        logits = BACKENDS["bf16"].build(classifier, images, Path())(images)
+        torch.testing.assert_close(logits, classifier(images), atol=0.05, rtol=0.05)
     assert all(parameter.dtype == torch.float32 for parameter in classifier.parameters()), (
         "that of others is not touched"
     )
 
 
 @pytest.mark.parametrize("name", ["eager", "bf16", *INSTALLED, *INT8])
-def test_two_threads_get_their_own_answers(name: str, bundle, make_image) -> None:
-    """As a self-test, or a lane that is being retired, beside the one that serves."""
+def test_concurrent_threads_get_their_own_predictions(name: str, bundle, make_image) -> None:
+    """A self-test, or a model worker that retires, computes concurrently with the served model."""
     engine = Engine(bundle, backend=name)
     images = [engine.preprocess(make_image(i))[None] for i in range(2)]
     wanted = [engine.predict(image) for image in images]
@@ -105,14 +105,14 @@ def test_two_threads_get_their_own_answers(name: str, bundle, make_image) -> Non
                 np.testing.assert_allclose(row, wanted[k], atol=1e-4)
 
 
-def test_a_network_of_slices_in_depth_is_computed_in_bfloat16_too() -> None:
-    """Its weights have five dimensions, which cannot lie with the channels last of four."""
+def test_a_network_with_3d_convolutions_runs_in_bfloat16() -> None:
+    """Its weights have five dimensions, for which the four-dimensional channels-last order does not exist."""
     network = build("cnn", 3, image_size=(32, 32), widths=[4, 8], conv="3d")
     classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
-        found = BACKENDS["bf16"].build(classifier, images, Path())(images)
-        torch.testing.assert_close(found, classifier(images), atol=0.05, rtol=0.05)
+        logits = BACKENDS["bf16"].build(classifier, images, Path())(images)
+        torch.testing.assert_close(logits, classifier(images), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_network_of_slices_in_depth_is_computed_in_bfloat16_too() -> None:
         ("aarch64", {}, 127),
     ],
 )
-def test_weights_have_seven_bits_where_products_are_added_in_sixteen(
+def test_weights_have_seven_bits_on_x86_without_vnni(
     machine: str, known: dict[str, bool], most: int, bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import onnx
@@ -140,8 +140,8 @@ def test_weights_have_seven_bits_where_products_are_added_in_sixteen(
 
 
 @pytest.mark.parametrize("name", INT8)
-def test_int8_is_near_to_float32_where_products_add_up_to_most(name: str, tmp_path: Path) -> None:
-    """White images by the largest weights: the products that a processor which adds them in 16 bits cuts."""
+def test_int8_is_close_to_float32_for_the_largest_products(name: str, tmp_path: Path) -> None:
+    """White images and the largest weights give products that saturate on a CPU that adds them in 16 bits."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 2))
     with torch.no_grad():
         for parameter in network.parameters():
@@ -150,5 +150,5 @@ def test_int8_is_near_to_float32_where_products_add_up_to_most(name: str, tmp_pa
     images = torch.cat([torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 255)]).to(torch.uint8)
     with torch.inference_mode():
         wanted = classifier(images)
-        found = BACKENDS[name].build(classifier, images, tmp_path)(images)
-    torch.testing.assert_close(found, wanted, rtol=0.03, atol=0.01)
+        logits = BACKENDS[name].build(classifier, images, tmp_path)(images)
+    torch.testing.assert_close(logits, wanted, rtol=0.03, atol=0.01)

@@ -1,4 +1,4 @@
-"""The batcher alone, with plain functions for an engine. Timeouts are bounds for a failure, nothing waits for them."""
+"""The batcher, with plain functions as engines. Timeouts only bound a failing test."""
 
 import asyncio
 import threading
@@ -12,7 +12,7 @@ from refract.serve.runtime.batcher import Batcher, BatchError, ClosedError
 
 
 class Doubler:
-    """Doubles its inputs; notes the batches; can be held at a gate."""
+    """Doubles its inputs and records the batches. A gate can hold it."""
 
     def __init__(self):
         self.batches, self.gate, self.entered = [], threading.Event(), threading.Event()
@@ -62,7 +62,7 @@ async def enqueue(batcher, *values: float) -> asyncio.Task:
     return task
 
 
-def test_what_waits_becomes_one_batch_and_each_gets_its_own_answer():
+def test_waiting_inputs_form_one_batch_and_each_gets_its_own_output():
     async def story(batcher, doubler):
         first = await hold(batcher, doubler)
         tasks = [await enqueue(batcher, i) for i in range(1, 6)]
@@ -72,14 +72,14 @@ def test_what_waits_becomes_one_batch_and_each_gets_its_own_answer():
     assert run(story, max_batch=4, max_wait_ms=0).batches == [[0], [1, 2, 3, 4], [5]]
 
 
-def test_a_full_batch_leaves_at_once():
+def test_a_full_batch_starts_immediately():
     async def story(batcher, doubler):
         await asyncio.gather(batcher.submit(inputs(1)), batcher.submit(inputs(2)))
 
     assert run(story, max_batch=2, max_wait_ms=1_000_000).batches == [[1, 2]]
 
 
-def test_a_lone_input_leaves_after_the_wait():
+def test_a_single_input_starts_after_max_wait_ms():
     async def story(batcher, doubler):
         started = time.monotonic()
         await batcher.submit(inputs(3))
@@ -88,12 +88,12 @@ def test_a_lone_input_leaves_after_the_wait():
     assert run(story, max_batch=2, max_wait_ms=300).batches == [[3]]
 
 
-def test_a_batch_waits_for_none_where_none_is_coming():
+def test_a_batch_does_not_wait_if_no_input_is_in_preparation():
     on_the_way = [1]
 
     async def story(batcher, doubler):
         first = await enqueue(batcher, 1)
-        assert not (await asyncio.wait({first}, timeout=0.1))[0], "another is on its way"
+        assert not (await asyncio.wait({first}, timeout=0.1))[0], "another input is in preparation"
         on_the_way.clear()
         await batcher.submit(inputs(2))
         answered = await first
@@ -110,7 +110,7 @@ def test_a_large_request_is_split_and_joined_in_order():
     assert run(story, max_batch=4, max_wait_ms=0).batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
-def test_a_full_queue_takes_all_or_nothing():
+def test_a_full_queue_accepts_all_inputs_of_a_request_or_none():
     async def story(batcher, doubler):
         first, waiting = await hold(batcher, doubler), await enqueue(batcher, 1, 2)
         with pytest.raises(OverloadedError, match="2 images wait already, of at most"):
@@ -135,7 +135,7 @@ def test_an_exception_fails_its_own_batch_only():
     run(story, max_batch=2, max_wait_ms=0)
 
 
-def test_wrong_number_of_answers_is_a_failure_not_a_hang():
+def test_a_wrong_number_of_outputs_fails_the_batch():
     async def story():
         batcher = Batcher(lambda batch: batch[:1], max_wait_ms=0)
         batcher.start()
@@ -157,7 +157,7 @@ def test_cancelled_requests_are_skipped():
     assert run(story, max_wait_ms=0).batches == [[0], [2]]
 
 
-def test_stop_answers_what_was_accepted_and_refuses_the_rest(inference_threads):
+def test_stop_computes_accepted_inputs_and_rejects_new_ones(inference_threads):
     async def main():
         doubler = Doubler()
         batcher = Batcher(doubler, max_batch=2, max_wait_ms=60_000)
@@ -175,12 +175,12 @@ def test_stop_answers_what_was_accepted_and_refuses_the_rest(inference_threads):
 @pytest.mark.parametrize(
     "options", [{"max_batch": 0}, {"max_queue": 0}, {"max_wait_ms": -1}, {"max_wait_ms": float("nan")}]
 )
-def test_impossible_settings_are_refused(options):
+def test_invalid_settings_are_rejected(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Batcher(lambda batch: batch, **options)
 
 
-def test_two_engines_compute_at_the_same_time_and_share_what_waits(inference_threads) -> None:
+def test_two_engines_compute_concurrently_and_divide_the_waiting_inputs(inference_threads) -> None:
     together = threading.Barrier(2, timeout=20)
     sizes: list[int] = []
 
@@ -192,8 +192,8 @@ def test_two_engines_compute_at_the_same_time_and_share_what_waits(inference_thr
     async def main() -> None:
         batcher = Batcher(engine, engine, max_batch=8, max_wait_ms=0)
         batcher.start()
-        found = await asyncio.gather(*(batcher.submit(inputs(k)) for k in range(8)))
-        assert [float(answer.outputs[0, 0]) for answer in found] == [k + 1 for k in range(8)]
+        results = await asyncio.gather(*(batcher.submit(inputs(k)) for k in range(8)))
+        assert [float(answer.outputs[0, 0]) for answer in results] == [k + 1 for k in range(8)]
         await batcher.stop()
 
     asyncio.run(asyncio.wait_for(main(), 30))
@@ -201,8 +201,8 @@ def test_two_engines_compute_at_the_same_time_and_share_what_waits(inference_thr
     assert not inference_threads()
 
 
-def test_what_is_left_of_a_batch_that_left_is_not_kept_waiting() -> None:
-    """A full batch of which the first engine took its share: the second does not wait for its own part to grow."""
+def test_the_rest_of_a_started_batch_does_not_wait() -> None:
+    """The first engine took its part of a full batch. The second one does not wait for its part to grow."""
     together = threading.Barrier(2, timeout=20)
 
     def engine(batch: np.ndarray) -> np.ndarray:
@@ -218,7 +218,7 @@ def test_what_is_left_of_a_batch_that_left_is_not_kept_waiting() -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
-def test_the_loop_computes_all_that_waits_however_many_engines_there_are() -> None:
+def test_the_event_loop_computes_all_waiting_inputs_with_several_engines() -> None:
     batches: list[int] = []
 
     def engine(batch: np.ndarray) -> np.ndarray:
@@ -236,8 +236,8 @@ def test_the_loop_computes_all_that_waits_however_many_engines_there_are() -> No
     assert batches == [8, 4]
 
 
-def test_a_batch_that_another_thread_took_ends_none() -> None:
-    """Both threads wait for the same batch to grow; one takes it, the other goes on waiting."""
+def test_a_thread_keeps_waiting_if_another_one_took_the_batch() -> None:
+    """Both threads wait for the same batch to grow. One takes it, the other continues to wait."""
 
     async def main() -> None:
         batcher = Batcher(lambda batch: batch, lambda batch: batch, max_batch=4, max_wait_ms=20)
@@ -249,8 +249,8 @@ def test_a_batch_that_another_thread_took_ends_none() -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
-def test_a_free_thread_takes_what_comes_while_another_computes() -> None:
-    """The first thread waited for its batch to grow, and is at it: the other must hear of the next input."""
+def test_an_idle_thread_takes_inputs_while_another_computes() -> None:
+    """The first thread waited for its batch to grow, and computes it. The other one must be woken for the next input."""
     first, resume = threading.Event(), threading.Event()
 
     def engine(batch: np.ndarray) -> np.ndarray:
@@ -274,11 +274,11 @@ def test_a_free_thread_takes_what_comes_while_another_computes() -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
-def test_the_wait_begins_with_the_first_input_however_many_come_after_it() -> None:
+def test_the_wait_is_measured_from_the_first_input_of_a_batch() -> None:
     async def story(batcher, doubler):
         tasks = [await enqueue(batcher, 0)]
         while not tasks[0].done():
-            assert len(tasks) < 500, "each that comes prolongs it"
+            assert len(tasks) < 500, "each input prolongs the wait"
             await asyncio.sleep(0.02)
             tasks.append(await enqueue(batcher, 1))
         assert tasks[0].result().queued >= 0.3
@@ -287,7 +287,7 @@ def test_the_wait_begins_with_the_first_input_however_many_come_after_it() -> No
     run(story, max_batch=2000, max_wait_ms=300)
 
 
-def test_what_is_brief_the_loop_computes_itself_but_while_a_thread_computes() -> None:
+def test_the_event_loop_computes_brief_batches_unless_a_thread_computes() -> None:
     seen: list[tuple[list[float], bool]] = []
     brief, entered, resume = [True], threading.Event(), threading.Event()
 
@@ -306,7 +306,7 @@ def test_what_is_brief_the_loop_computes_itself_but_while_a_thread_computes() ->
         batcher.start()
         answers = await asyncio.gather(*(batcher.submit(inputs(value)) for value in range(6)))
         assert [float(one.outputs[0, 0]) for one in answers] == [0, 2, 4, 6, 8, 10]
-        assert seen == [([0, 1, 2, 3], True), ([4, 5], True)], "what is at hand together, in batches"
+        assert seen == [([0, 1, 2, 3], True), ([4, 5], True)], "inputs submitted together, in batches"
         with pytest.raises(BatchError):
             await batcher.submit(inputs(-1))
         brief[0] = False
@@ -325,7 +325,7 @@ def test_what_is_brief_the_loop_computes_itself_but_while_a_thread_computes() ->
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
-def test_the_loop_waits_for_what_is_coming_as_a_thread_does() -> None:
+def test_the_event_loop_waits_for_inputs_in_preparation() -> None:
     coming = [True]
 
     async def main() -> None:

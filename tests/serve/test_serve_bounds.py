@@ -1,4 +1,4 @@
-"""What happens while the engine is busy: one batch of all that waits, refusals, deadlines, and work that nobody wants any more."""
+"""A busy server: one batch of the waiting requests, 429 responses, deadlines, and cancelled requests."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ from refract.serve.runtime.model_worker import ModelWorker
 
 
 class GatedEngine(Engine):
-    """Notes the size of each batch, and once closed computes only when let."""
+    """Records the size of each batch. While its gate is closed, it waits before it computes."""
 
     def __init__(self, bundle):
         super().__init__(bundle)
@@ -43,7 +43,7 @@ class GatedEngine(Engine):
 
 @contextlib.contextmanager
 def busy(engine: GatedEngine, client: httpx.Client, **request) -> Iterator[Future[httpx.Response]]:
-    """A request that has come to the engine, which computes it when `gate` is set."""
+    """Send a request and wait until it is at the engine, which computes it when `gate` is set."""
     engine.sizes.clear()
     engine.entered.clear()
     engine.gate.clear()
@@ -60,8 +60,8 @@ def prepare(kind: str, body: bytes, preprocess: Preprocess, budget: Budget) -> n
     return read(kind, body, budget.limits).decode(preprocess, budget)
 
 
-def test_pixels_that_are_decoded_at_a_time_are_bounded(bundle, make_image) -> None:
-    """An image of 40 × 56 is held in the decoder: another one of that size does not fit, a small one does."""
+def test_the_pixels_decoded_at_a_time_are_limited(bundle, make_image) -> None:
+    """While an image of 40 × 56 is being decoded, another one of that size exceeds the budget, but a small one does not."""
     limits = Limits(max_pixels=3_000, max_decoding_pixels=3_000)
     budget, plain = Budget(limits), Engine(bundle).preprocess
     inside, resume = threading.Event(), threading.Event()
@@ -80,14 +80,14 @@ def test_pixels_that_are_decoded_at_a_time_are_bounded(bundle, make_image) -> No
         assert prepare("", make_image(1, size=(20, 20)), plain, budget).shape == (1, 32, 32, 3)
         resume.set()
         assert first.result().shape == (1, 32, 32, 3)
-    assert prepare("", make_image(1), plain, budget).shape == (1, 32, 32, 3), "the place is free again"
+    assert prepare("", make_image(1), plain, budget).shape == (1, 32, 32, 3), "the pixels are released"
     with pytest.raises(RequestError, match="the limit is 3,000"):
         prepare("", make_image(1, size=(80, 80)), plain, budget)
     with pytest.raises(ValueError, match="it must be at least max_pixels"):
         Limits(max_pixels=10, max_decoding_pixels=9)
 
 
-def test_only_what_is_small_and_plain_is_decoded_between_other_requests(make_image) -> None:
+def test_only_small_baseline_jpegs_are_decoded_on_the_event_loop(make_image) -> None:
     small = make_image(1)
     assert is_quick("image/jpeg", small) and is_quick("", small)
     assert not is_quick("multipart/form-data; boundary=b", small) and not is_quick("application/json", small)
@@ -103,13 +103,13 @@ def test_only_what_is_small_and_plain_is_decoded_between_other_requests(make_ima
 @pytest.mark.parametrize(
     ("text", "wanted"), [("50000 100000", 1), ("250000 100000", 3), ("max 100000", None), ("", None), (None, None)]
 )
-def test_a_containers_quota_counts(text: str | None, wanted: int | None, tmp_path) -> None:
+def test_the_cpu_quota_of_a_container_is_read(text: str | None, wanted: int | None, tmp_path) -> None:
     if text is not None:
         (tmp_path / "cpu.max").write_text(text)
     assert quota(tmp_path) == wanted and cores() >= 1
 
 
-def test_bodies_that_do_not_arrive_keep_nobody_from_an_idle_engine(bundle, serving, make_image):
+def test_incomplete_bodies_do_not_block_an_idle_engine(bundle, serving, make_image):
     with serving(create_app(SlowEngine(bundle), deadline_s=2)) as client:
         head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n"
         address = (client.base_url.host, client.base_url.port)
@@ -121,14 +121,14 @@ def test_bodies_that_do_not_arrive_keep_nobody_from_an_idle_engine(bundle, servi
 
 
 class SlowEngine(Engine):
-    """A tenth of a second for each image."""
+    """Takes a tenth of a second for each image."""
 
     def compute(self, batch):
         time.sleep(0.1 * len(batch))
         return super().compute(batch)
 
 
-def test_what_could_not_be_answered_in_time_is_refused_at_once_and_the_rest_is_answered(bundle, serving, make_image):
+def test_a_request_that_would_miss_its_deadline_is_rejected_immediately(bundle, serving, make_image):
     with serving(create_app(SlowEngine(bundle), deadline_s=2)) as client, ThreadPoolExecutor(40) as pool:
         answers = list(pool.map(lambda i: client.post("/v1/predict", content=make_image(i)), range(40)))
         statuses = [answer.status_code for answer in answers]
@@ -138,7 +138,7 @@ def test_what_could_not_be_answered_in_time_is_refused_at_once_and_the_rest_is_a
         assert client.post("/v1/predict", content=make_image(1)).status_code == 200
 
 
-def test_who_is_refused_is_told_how_long_to_wait(bundle, serving, make_image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rejected_client_receives_retry_after(bundle, serving, make_image, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(create_app(bundle, deadline_s=10)) as client:
         monkeypatch.setattr(ModelWorker, "expected", lambda self, images=0: 7.4)
         answer = client.post("/v1/predict", content=make_image(1))
@@ -148,13 +148,13 @@ def test_who_is_refused_is_told_how_long_to_wait(bundle, serving, make_image, mo
 def wait_until(condition, seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come about"
+        assert time.monotonic() < end, "the condition was not met in time"
         time.sleep(0.01)
 
 
-def test_what_comes_while_the_engine_works_forms_one_batch(bundle, serving, make_image):
+def test_requests_that_arrive_while_the_engine_computes_form_one_batch(bundle, serving, make_image):
     engine = GatedEngine(bundle)
-    app = create_app(engine, max_wait_ms=60_000)  # nothing waits for that long: nothing else is on its way
+    app = create_app(engine, max_wait_ms=60_000)  # not reached: no other request is in preparation
     with serving(app) as client, ThreadPoolExecutor(2) as pool, busy(engine, client, content=make_image(0)) as first:
         rest = [pool.submit(client.post, "/v1/predict", content=make_image(i)) for i in (1, 2)]
         wait_until(lambda: app.state.service.waiting == 2)
@@ -180,7 +180,7 @@ def test_a_full_queue_answers_429_and_recovers(bundle, serving, make_image):
     assert alive.status_code == 200
 
 
-def test_a_full_house_answers_429_before_it_reads(bundle, serving, make_image):
+def test_the_limit_of_requests_in_flight_answers_429_before_the_body_is_read(bundle, serving, make_image):
     engine = GatedEngine(bundle)
     app = create_app(engine, max_requests=1)
     with serving(app) as client, busy(engine, client, content=make_image(0)) as first:
@@ -191,7 +191,7 @@ def test_a_full_house_answers_429_before_it_reads(bundle, serving, make_image):
     assert (refused.status_code, refused.json()["code"]) == (429, "overloaded")
 
 
-def test_what_is_not_answered_by_its_deadline_is_not_computed(bundle, serving, make_image):
+def test_a_request_past_its_deadline_is_not_computed(bundle, serving, make_image):
     engine = GatedEngine(bundle)
     app = create_app(engine, deadline_s=1, max_batch=1)
     with serving(app) as client, busy(engine, client, content=make_image(0)) as first:
@@ -199,10 +199,10 @@ def test_what_is_not_answered_by_its_deadline_is_not_computed(bundle, serving, m
             assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
         engine.gate.set()
         assert client.post("/v1/predict", content=make_image(2)).status_code == 200
-    assert engine.sizes == [1, 1], "the first was at the engine already, the second never came there"
+    assert engine.sizes == [1, 1], "the first request was at the engine already, the second one was cancelled before"
 
 
-def test_what_nobody_waits_for_any_more_is_not_computed(bundle, serving, make_image):
+def test_a_request_of_a_disconnected_client_is_not_computed(bundle, serving, make_image):
     engine = GatedEngine(bundle)
     app = create_app(engine, max_batch=1)
     with serving(app) as client, busy(engine, client, content=make_image(0)) as first:
@@ -215,8 +215,8 @@ def test_what_nobody_waits_for_any_more_is_not_computed(bundle, serving, make_im
     assert engine.sizes == [1, 1]
 
 
-def test_who_is_cancelled_by_the_server_and_left_by_its_client_stays_cancelled() -> None:
-    """Else a server that ends would wait for what it cancelled."""
+def test_a_request_cancelled_by_the_server_stays_cancelled_if_its_client_disconnects() -> None:
+    """Otherwise a server that shuts down would wait for the requests that it cancelled."""
 
     async def main(also: bool) -> BaseException:
         async def receive() -> dict[str, str]:
@@ -234,7 +234,7 @@ def test_who_is_cancelled_by_the_server_and_left_by_its_client_stays_cancelled()
     assert isinstance(left, RequestError) and left.code == "client_disconnected"
 
 
-def test_pipelined_requests_of_a_client_that_left_are_not_computed(bundle, serving, make_image, caplog):
+def test_pipelined_requests_of_a_disconnected_client_are_not_computed(bundle, serving, make_image, caplog):
     engine = GatedEngine(bundle)
     app = create_app(engine, max_batch=1)
     data = make_image(1)
@@ -251,7 +251,7 @@ def test_pipelined_requests_of_a_client_that_left_are_not_computed(bundle, servi
     assert engine.sizes == [1, 1] and "Exception in ASGI" not in caplog.text
 
 
-def test_bodies_are_let_go(bundle, serving, make_image):
+def test_bodies_are_released(bundle, serving, make_image):
     pixels = {"name": "images", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": [7] * 192}
     with serving(create_app(bundle, limits=Limits(max_held_bytes=4_000))) as client:
         for _ in range(8):
@@ -260,7 +260,7 @@ def test_bodies_are_let_go(bundle, serving, make_image):
             assert client.post("/v2/models/shapes/infer", json={"inputs": [pixels]}).status_code == 200
 
 
-def test_the_bodies_of_all_routes_count_together(bundle, serving):
+def test_the_bodies_of_all_routes_share_one_limit(bundle, serving):
     with serving(create_app(bundle, limits=Limits(max_held_bytes=100_000))) as client:
         address = (client.base_url.host, client.base_url.port)
         head = b"POST /v2/models/shapes/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\n\r\n"
@@ -271,7 +271,7 @@ def test_the_bodies_of_all_routes_count_together(bundle, serving):
 
 
 class Tiring(SlowEngine):
-    """Quick in its self-test, slow from the first request on."""
+    """Is fast in its self-test, and slow from the first request on."""
 
     tired = False
 
@@ -280,7 +280,7 @@ class Tiring(SlowEngine):
 
 
 @pytest.mark.slow
-def test_the_pace_is_measured_while_it_serves(bundle, serving, make_image):
+def test_the_pace_is_measured_on_requests(bundle, serving, make_image):
     engine = Tiring(bundle)
     with serving(create_app(engine, deadline_s=2)) as client, ThreadPoolExecutor(40) as pool:
         engine.tired = True
@@ -290,11 +290,11 @@ def test_the_pace_is_measured_while_it_serves(bundle, serving, make_image):
         assert set(answers) == {200, 429}
 
 
-def test_a_bitmap_that_has_a_jpegs_head_is_not_decoded_between_other_requests() -> None:
+def test_a_bitmap_with_the_bytes_of_a_jpeg_header_is_not_decoded_on_the_event_loop() -> None:
     assert not is_quick("image/bmp", b"BM\xff\xc0\x00\x11\x08\x00\x01\x00" + bytes(200))
 
 
-def test_heat_maps_of_many_images_are_refused(bundle, serving, make_image):
+def test_too_many_heat_maps_are_rejected(bundle, serving, make_image):
     with serving(create_app(bundle)) as client:
         files = [("f", ("x.jpg", make_image(1)))] * 9
         refused = client.post("/v1/predict?explain=true", files=files)

@@ -1,4 +1,4 @@
-"""A second model beside the one that answers."""
+"""Canaries and shadows: a second model, compared with the champion."""
 
 import threading
 import time
@@ -31,7 +31,7 @@ def wait_for(app, total: int) -> dict[str, float]:
     return ends(app)
 
 
-def test_a_shadow_is_asked_and_its_agreement_counted(bundle, other, serving, make_image) -> None:
+def test_a_shadow_predicts_each_request_and_its_agreement_is_counted(bundle, other, serving, make_image) -> None:
     first, second = Engine(bundle), Engine(other)
     wanted = [make_image(i) for i in range(12)]
     agreed = sum(
@@ -42,15 +42,15 @@ def test_a_shadow_is_asked_and_its_agreement_counted(bundle, other, serving, mak
     with serving(app) as client:
         for data in wanted:
             answer = client.post("/v1/predict", content=data)
-            assert answer.json()["model"]["digest"] == bundle.digest, "it never answers"
+            assert answer.json()["model"]["digest"] == bundle.digest, "the shadow never answers"
             wait_for(app, wanted.index(data) + 1)
-        told = client.get("/v1/model").json()["challenger"]
+        challenger = client.get("/v1/model").json()["challenger"]
     assert ends(app) == {"agreed": agreed, "differed": 12 - agreed}
-    assert samples(app, "refract_batch_images_sum")[0].value == 12, "its batches are none of those that are answered"
-    assert told == {"name": "shapes", "digest": other.digest, "share": 1, "answers": False}
+    assert samples(app, "refract_batch_images_sum")[0].value == 12, "the shadow's batches are not counted"
+    assert challenger == {"name": "shapes", "digest": other.digest, "share": 1, "answers": False}
 
 
-def test_a_model_agrees_with_itself_on_several_images_and_their_mirror_images(bundle, serving, make_image) -> None:
+def test_a_model_agrees_with_itself_with_flip_tta(bundle, serving, make_image) -> None:
     app = create_app(bundle, challenge=Challenge(Engine(bundle), share=1, answers=False))
     with serving(app) as client:
         client.post("/v1/predict?tta=flip", files=[("f", ("x.jpg", make_image(i))) for i in range(3)])
@@ -58,7 +58,7 @@ def test_a_model_agrees_with_itself_on_several_images_and_their_mirror_images(bu
 
 
 class Held(Engine):
-    """Answers when it is let."""
+    """Computes only while its gate is open."""
 
     gate = threading.Event()
 
@@ -67,7 +67,7 @@ class Held(Engine):
         return super().compute(batch)
 
 
-def test_a_slow_shadow_keeps_nobody_waiting(bundle, other, serving, make_image) -> None:
+def test_a_slow_shadow_delays_no_response(bundle, other, serving, make_image) -> None:
     Held.gate.set()
     app = create_app(bundle, challenge=Challenge(Held(other), share=1, answers=False))
     with serving(app) as client:
@@ -76,21 +76,21 @@ def test_a_slow_shadow_keeps_nobody_waiting(bundle, other, serving, make_image) 
             assert client.post("/v1/predict", content=make_image(i), timeout=10).status_code == 200
         assert ends(app) == {"skipped": 3}
         Held.gate.set()
-        found = wait_for(app, SHADOWS + 3)
-        assert found["skipped"] == 3 and found["agreed"] + found["differed"] == SHADOWS
+        counts = wait_for(app, SHADOWS + 3)
+        assert counts["skipped"] == 3 and counts["agreed"] + counts["differed"] == SHADOWS
 
 
-def test_a_shadow_that_is_slow_does_not_keep_a_server_from_ending(bundle, other, serving, make_image) -> None:
+def test_a_slow_shadow_does_not_delay_the_shutdown(bundle, other, serving, make_image) -> None:
     Held.gate.set()
     app = create_app(bundle, challenge=Challenge(Held(other), share=1, answers=False))
     with serving(app) as client:
         Held.gate.clear()
         for i in range(3):
             assert client.post("/v1/predict", content=make_image(i)).status_code == 200
-        threading.Timer(1.0, Held.gate.set).start()  # what is computed already cannot be stopped
-        began = time.monotonic()
-    assert time.monotonic() - began < 9, "the deadline of the two others is 10 s"
-    assert "agreed" not in ends(app) and "differed" not in ends(app), "they were given up, not waited for"
+        threading.Timer(1.0, Held.gate.set).start()  # a batch that is being computed cannot be stopped
+        start = time.monotonic()
+    assert time.monotonic() - start < 9, "the deadline of the two others is 10 s"
+    assert "agreed" not in ends(app) and "differed" not in ends(app), "they were cancelled"
 
 
 class Broken(Engine):
@@ -102,7 +102,7 @@ class Broken(Engine):
         return super().compute(batch)
 
 
-def test_a_canary_answers_its_share_and_where_it_fails_the_other_does(bundle, other, serving, make_image) -> None:
+def test_a_canary_answers_its_fraction_and_the_champion_answers_if_it_fails(bundle, other, serving, make_image) -> None:
     engine = Broken(other)
     app = create_app(bundle, challenge=Challenge(engine, share=0.5, answers=True))
     with serving(app) as client:
@@ -116,15 +116,15 @@ def test_a_canary_answers_its_share_and_where_it_fails_the_other_does(bundle, ot
                 )
             return [answer.json()["model"]["digest"] for answer in answers]
 
-        found = digests(60)
-        assert 10 < found.count(other.digest) < 50, "each by chance 8e-8"
-        assert ends(app) == {"answered": found.count(other.digest)}
+        seen = digests(60)
+        assert 10 < seen.count(other.digest) < 50, "each bound fails by chance with 8e-8"
+        assert ends(app) == {"answered": seen.count(other.digest)}
         engine.broken = True
         assert set(digests(20)) == {bundle.digest} and ends(app)["failed"] > 0
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_challenger_that_fails_in_a_way_of_its_own_takes_nobody_with_it(
+def test_an_unexpected_error_of_a_challenger_fails_no_request(
     bundle, other, serving, make_image, monkeypatch: pytest.MonkeyPatch, caplog, answers: bool
 ) -> None:
     engine = Engine(other)
@@ -142,7 +142,7 @@ def test_a_challenger_that_fails_in_a_way_of_its_own_takes_nobody_with_it(
     assert "failed with an unexpected error" in caplog.text
 
 
-def test_a_clients_own_mistake_is_none_of_the_challenger(bundle, other, serving) -> None:
+def test_an_invalid_request_is_not_a_failure_of_the_challenger(bundle, other, serving) -> None:
     app = create_app(bundle, challenge=Challenge(Engine(other), share=1, answers=True))
     with serving(app) as client:
         assert client.post("/v1/predict", content=b"no image").status_code == 400
@@ -150,7 +150,7 @@ def test_a_clients_own_mistake_is_none_of_the_challenger(bundle, other, serving)
         assert count("refract_requests_total", {"end": "invalid_image"}) == 1 and ends(app) == {}
 
 
-def test_a_slow_canary_takes_no_client_with_it(bundle, other, serving, make_image) -> None:
+def test_the_champion_answers_for_a_slow_canary(bundle, other, serving, make_image) -> None:
     Held.gate.set()
     app = create_app(bundle, deadline_s=2, challenge=Challenge(Held(other), share=1, answers=True))
     with serving(app) as client, ThreadPoolExecutor(12) as pool:
@@ -163,7 +163,7 @@ def test_a_slow_canary_takes_no_client_with_it(bundle, other, serving, make_imag
         assert {answer.json()["model"]["digest"] for answer in answers} == {bundle.digest}
 
 
-def test_a_challenger_that_cannot_answer_keeps_nobody_from_serving(
+def test_the_server_starts_without_a_challenger_that_fails(
     bundle, make_bundle, serving, make_image, tmp_path, caplog
 ) -> None:
     strange = make_bundle(tmp_path / "strange", word="kind")
@@ -175,7 +175,7 @@ def test_a_challenger_that_cannot_answer_keeps_nobody_from_serving(
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.1, float("nan")])
-def test_a_share_is_a_share(share: float) -> None:
+def test_a_share_outside_0_to_1_is_rejected(share: float) -> None:
     with pytest.raises(ValueError, match="must be in"):
         Challenge(None, share=share, answers=True)
 
@@ -183,12 +183,12 @@ def test_a_share_is_a_share(share: float) -> None:
 PIXELS = {"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}]}
 
 
-def test_a_canary_answers_no_question_for_a_version(bundle, other, serving) -> None:
+def test_a_canary_answers_no_request_for_a_version(bundle, other, serving) -> None:
     app = create_app(bundle, challenge=Challenge(Engine(other), share=1, answers=True))
     with serving(app) as client:
-        own, theirs = bundle.digest[:16], other.digest[:16]
-        found = client.post("/v2/models/shapes/infer", json=PIXELS).json()["model_version"]
-        pinned = client.post(f"/v2/models/shapes/versions/{own}/infer", json=PIXELS).json()["model_version"]
-        assert (found, pinned) == (theirs, own) and ends(app) == {"answered": 1}
-        refused = client.post(f"/v2/models/shapes/versions/{theirs}/infer", json=PIXELS)
+        champion, canary = bundle.digest[:16], other.digest[:16]
+        answered_by = client.post("/v2/models/shapes/infer", json=PIXELS).json()["model_version"]
+        pinned = client.post(f"/v2/models/shapes/versions/{champion}/infer", json=PIXELS).json()["model_version"]
+        assert (answered_by, pinned) == (canary, champion) and ends(app) == {"answered": 1}
+        refused = client.post(f"/v2/models/shapes/versions/{canary}/infer", json=PIXELS)
         assert (refused.status_code, refused.json()["code"]) == (404, "unknown_model")

@@ -1,4 +1,4 @@
-"""Bodies with a Content-Encoding: decoded within the limits of a body, or refused by name."""
+"""Bodies with a Content-Encoding are decoded within the body limit, or rejected with the coding's name."""
 
 import base64
 import gzip
@@ -13,7 +13,7 @@ LIMIT = 1_000_000
 
 
 def bare(data: bytes) -> bytes:
-    """deflate without zlib's header, as some clients send it."""
+    """Compress to deflate without zlib's header, as some clients do."""
     compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     return compressor.compress(data) + compressor.flush()
 
@@ -62,11 +62,11 @@ def test_tritons_client_may_compress(running, make_image, coding: str, binary: b
     encoded = triton.InferInput("encoded", [1], "BYTES")
     encoded.set_data_from_numpy(np.array([given], dtype=object), binary_data=binary)
     with triton.InferenceServerClient(f"{running.base_url.host}:{running.base_url.port}") as client:
-        plain, found = (
+        plain, compressed = (
             client.infer("shapes", [encoded], request_compression_algorithm=own).as_numpy("probabilities")
             for own in (None, coding)
         )
-    np.testing.assert_array_equal(found, plain)
+    np.testing.assert_array_equal(compressed, plain)
 
 
 HELLO = gzip.compress(b"hello" * 100)
@@ -94,7 +94,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("path", ["/v1/predict", "/v2/models/shapes/infer"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_decoded_is_refused_by_name(running, name: str, path: str) -> None:
+def test_an_invalid_or_unknown_coding_is_rejected_by_name(running, name: str, path: str) -> None:
     content, codings, status, says = REFUSED[name]
     answer = post(running, content, *codings, path=path)
     assert answer.status_code == status and says in answer.json()["detail"], answer.text
@@ -103,12 +103,12 @@ def test_what_cannot_be_decoded_is_refused_by_name(running, name: str, path: str
         assert answer.headers["accept-encoding"] == "gzip, deflate, identity"  # RFC 9110, 12.5.3
 
 
-def test_a_refused_media_type_does_not_speak_of_codings(running) -> None:
+def test_an_unsupported_media_type_has_no_accept_encoding(running) -> None:
     answer = post(running, b"hello", kind="text/html")
     assert answer.status_code == 415 and "accept-encoding" not in answer.headers
 
 
-def test_a_body_of_the_whole_limit_is_decoded(running, make_image) -> None:
+def test_a_body_that_decodes_to_exactly_the_limit_is_accepted(running, make_image) -> None:
     data = make_image(1) + bytes(LIMIT - len(make_image(1)))
     assert post(running, gzip.compress(data), "gzip").status_code == 200
     assert post(running, gzip.compress(data + b"\0"), "gzip").status_code == 413

@@ -1,4 +1,4 @@
-"""The sample that a server keeps of what is asked: bounded, fair, and never in the way."""
+"""Captured samples of requests are limited in size, random, and never delay a response."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def asked(data: bytes) -> RequestImages:
     return read("image/jpeg", data, Limits())
 
 
-def test_what_is_asked_is_kept_with_the_numbers_that_the_answer_had(bundle, serving, make_image, tmp_path):
+def test_captured_rows_match_the_responses(bundle, serving, make_image, tmp_path):
     sampling = DataCapture(tmp_path / "log", share=1, most_bytes=MIB, below=0.4)
     data = [make_image(seed, size=(90, 60)) for seed in range(12)]
     with serving(create_app(bundle, sampling=sampling)) as client:
@@ -53,12 +53,12 @@ def test_what_is_asked_is_kept_with_the_numbers_that_the_answer_had(bundle, serv
         assert row["statistics"] == pytest.approx(expected, abs=1e-5)
         kept = row["image"] and (tmp_path / "log" / row["image"]).read_bytes()
         assert kept == (one if answer["confidence"] < 0.4 else None)
-    assert 0 < sum(row["image"] is not None for row in rows[:12]) < 12, "some were unsure"
+    assert 0 < sum(row["image"] is not None for row in rows[:12]) < 12, "some predictions were uncertain"
     files = [file for file in (tmp_path / "log").rglob("*") if file.is_file()]
-    assert all(file.stat().st_mode & 0o077 == 0 for file in files), "nobody else's to read"
+    assert all(file.stat().st_mode & 0o077 == 0 for file in files), "only the owner may read them"
 
 
-def test_about_the_share_is_drawn_and_a_shadow_is_not(bundle, other, make_image, tmp_path, serving):
+def test_about_the_fraction_is_sampled_and_shadow_requests_are_not(bundle, other, make_image, tmp_path, serving):
     from refract.serve.rollout.canary import Challenge
 
     sampling = DataCapture(tmp_path / "log", share=0.3, most_bytes=MIB, below=0)
@@ -71,20 +71,20 @@ def test_about_the_share_is_drawn_and_a_shadow_is_not(bundle, other, make_image,
     assert not list((tmp_path / "log" / "images").iterdir())
 
 
-def test_tensors_and_several_labels(make_bundle, serving, tmp_path):
+def test_tensors_and_multi_label_predictions_are_captured(make_bundle, serving, tmp_path):
     several = make_bundle(tmp_path / "several", task="multilabel", thresholds=[0.5] * 10)
     sampling = DataCapture(tmp_path / "log", share=1, most_bytes=MIB, below=1)
     tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 4, 8, 3], "data": [100] * 96}
     with serving(create_app(several, sampling=sampling)) as client:
-        found = client.post("/v2/models/shapes/infer", json={"inputs": [tensor]}).json()["outputs"][0]["data"]
+        outputs = client.post("/v2/models/shapes/infer", json={"inputs": [tensor]}).json()["outputs"][0]["data"]
     (row,) = rows_of(tmp_path / "log")
-    given = np.array(found, np.float32)
+    given = np.array(outputs, np.float32)
     assert row["answered"] == [f"class {i}" for i in np.flatnonzero(given >= 0.5)] and row["image"] is None
     assert row["confidence"] == pytest.approx(np.maximum(given, 1 - given).mean(), abs=1e-5)
     assert (row["statistics"]["width"], row["statistics"]["brightness"]) == (8, pytest.approx(100 / 255, abs=1e-3))
 
 
-def test_it_never_takes_more_than_its_megabytes_and_the_oldest_gives_way(bundle, make_image, tmp_path):
+def test_the_disk_quota_is_never_exceeded_and_the_oldest_files_are_deleted(bundle, make_image, tmp_path):
     sampling = DataCapture(tmp_path, share=1, most_bytes=200_000, below=1)
     sampling.start()
     data = make_image(0, size=(300, 300))
@@ -103,18 +103,20 @@ def test_it_never_takes_more_than_its_megabytes_and_the_oldest_gives_way(bundle,
     again.start()
     again.offer(bundle, asked(data), batch, row)
     again.stop()
-    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= 50_000, "what lay there counts"
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= 50_000, (
+        "files of an earlier run count"
+    )
 
 
-def test_a_image_that_would_take_the_shelf_is_not_kept(tmp_path):
-    shelf = _DiskQuota(tmp_path, "[!.]*", 1000)
-    assert shelf.keep("a", b"x" * 101) is None and shelf.keep("b", b"x" * 100) == "b"
+def test_an_image_above_a_tenth_of_the_quota_is_not_stored(tmp_path):
+    quota = _DiskQuota(tmp_path, "[!.]*", 1000)
+    assert quota.keep("a", b"x" * 101) is None and quota.keep("b", b"x" * 100) == "b"
     (tmp_path / ".c.partial").touch()
     _DiskQuota(tmp_path, "[!.]*", 1000)
-    assert [file.name for file in tmp_path.iterdir()] == ["b"], "what a crash left is swept"
+    assert [file.name for file in tmp_path.iterdir()] == ["b"], "partial files of a crash are deleted"
 
 
-def test_a_thread_that_hangs_delays_nobody_and_what_waits_is_bounded(
+def test_a_hanging_writer_delays_no_response_and_the_queue_is_limited(
     bundle, serving, make_image, tmp_path, monkeypatch
 ):
     sampling = DataCapture(tmp_path, share=1, most_bytes=MIB, below=1)
@@ -124,16 +126,16 @@ def test_a_thread_that_hangs_delays_nobody_and_what_waits_is_bounded(
     app = create_app(bundle, sampling=sampling)
     sampling.count = ends.append
     with serving(app) as client:
-        began = time.monotonic()
+        start = time.monotonic()
         for _ in range(30):
             assert client.post("/v1/predict", files=[("a", make_image(seed)) for seed in range(20)]).status_code == 200
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - start < 20
         assert ends.count("dropped") >= 600 - WAITING - 1 and sampling._waiting.qsize() <= WAITING
         hold.set()
 
 
-def test_large_images_that_wait_are_bounded_by_their_bytes(bundle, make_image, tmp_path):
-    sampling = DataCapture(tmp_path, share=1, most_bytes=1000 * MIB, below=1)  # never started: all waits
+def test_the_queue_is_limited_in_bytes(bundle, make_image, tmp_path):
+    sampling = DataCapture(tmp_path, share=1, most_bytes=1000 * MIB, below=1)  # not started: all samples wait
     ends: list[str] = []
     sampling.count = ends.append
     large = asked(make_image(0) + b"\0" * 10 * MIB)
@@ -142,7 +144,7 @@ def test_large_images_that_wait_are_bounded_by_their_bytes(bundle, make_image, t
     assert ends == ["dropped"] * 2 and sampling._held < 32 * MIB
 
 
-def test_a_folder_that_is_taken_away_costs_no_answer(bundle, serving, make_image, tmp_path, caplog):
+def test_a_removed_folder_fails_no_request(bundle, serving, make_image, tmp_path, caplog):
     sampling = DataCapture(tmp_path / "log", share=1, most_bytes=MIB, below=1)
     (tmp_path / "log" / "images").rmdir()
     (tmp_path / "log").rmdir()
@@ -155,7 +157,7 @@ def test_a_folder_that_is_taken_away_costs_no_answer(bundle, serving, make_image
     assert counted == 5
 
 
-def test_the_command_samples_and_drift_would_find_it(bundle, make_image, tmp_path):
+def test_the_command_captures_samples_that_the_drift_check_reads(bundle, make_image, tmp_path):
     from test_serve_command import finish, start
 
     folder = tmp_path / "log"
@@ -167,11 +169,11 @@ def test_the_command_samples_and_drift_would_find_it(bundle, make_image, tmp_pat
         for seed in range(3):
             assert client.post("/v1/predict", content=make_image(seed)).status_code == 200
     process.terminate()
-    assert finish(process)[0] == 0 and len(rows_of(folder)) == 3, "what waited was written before the end"
+    assert finish(process)[0] == 0 and len(rows_of(folder)) == 3, "waiting samples are written at shutdown"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_is_told_at_the_start(bundle, tmp_path):
+def test_a_read_only_folder_is_reported_at_the_start(bundle, tmp_path):
     from test_serve_command import finish, start
 
     tmp_path.chmod(0o500)
@@ -179,7 +181,7 @@ def test_a_folder_that_cannot_be_written_is_told_at_the_start(bundle, tmp_path):
     assert code == 2 and "--sample" in err
 
 
-def test_a_file_in_place_of_the_folder_is_told_at_the_start(bundle, tmp_path):
+def test_a_file_in_place_of_the_folder_is_reported_at_the_start(bundle, tmp_path):
     from test_serve_command import finish, start
 
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
@@ -187,7 +189,7 @@ def test_a_file_in_place_of_the_folder_is_told_at_the_start(bundle, tmp_path):
     assert code == 2 and err.startswith("refract serve: --sample: ")
 
 
-def test_what_waits_is_written_before_the_end(bundle, serving, make_image, tmp_path, monkeypatch):
+def test_waiting_samples_are_written_at_shutdown(bundle, serving, make_image, tmp_path, monkeypatch):
     sampling = DataCapture(tmp_path, share=1, most_bytes=MIB, below=0)
     for seed in range(50):
         sampling.offer(

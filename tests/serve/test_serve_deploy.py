@@ -1,4 +1,4 @@
-"""What `deploy/` and the Dockerfile say, held against the code that they start. `make image-check` builds and runs the image itself."""
+"""`deploy/` and the Dockerfile match the code that they start. `make image-check` builds and runs the image itself."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 COMPOSE = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text("utf-8"))
 OBJECTS = {
-    found["kind"]: found for found in yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text("utf-8"))
+    manifest["kind"]: manifest
+    for manifest in yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text("utf-8"))
 }
 POD = OBJECTS["Deployment"]["spec"]["template"]["spec"]
 CONTAINER = POD["containers"][0]
@@ -21,7 +22,7 @@ SERVERS = [COMPOSE["services"][name] for name in ("cpu", "gpu")]
 
 
 def words(instruction: str) -> list[str]:
-    """The last ENTRYPOINT or CMD of the Dockerfile that is not a healthcheck's."""
+    """Return the words of the Dockerfile's last ENTRYPOINT or CMD, except those of a HEALTHCHECK."""
     return yaml.safe_load(re.findall(rf"^{instruction} (\[.*\])$", DOCKERFILE, re.MULTILINE)[-1])
 
 
@@ -30,7 +31,7 @@ COMMANDS = [words("CMD"), CONTAINER["args"], *([*server["command"]] for server i
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=["image", "kubernetes", "cpu", "gpu"])
-def test_every_command_is_one_that_refract_serve_takes(command):
+def test_refract_serve_accepts_every_command(command):
     assert ENTRY[:2] == ["refract", "serve"]
     arguments = parse([*ENTRY[2:], *command])
     assert (arguments.host, arguments.port) == ("0.0.0.0", 8000)
@@ -39,7 +40,7 @@ def test_every_command_is_one_that_refract_serve_takes(command):
         assert arguments.metrics_port == 9000
 
 
-def test_the_ports_are_those_that_are_listened_on():
+def test_the_ports_match_those_of_the_server():
     assert "EXPOSE 8000" in DOCKERFILE and "127.0.0.1:8000/livez" in DOCKERFILE
     assert {port["name"]: port["containerPort"] for port in CONTAINER["ports"]} == {"http": 8000, "metrics": 9000}
     assert OBJECTS["Deployment"]["spec"]["template"]["metadata"]["annotations"]["prometheus.io/port"] == "9000"
@@ -48,7 +49,7 @@ def test_the_ports_are_those_that_are_listened_on():
         assert server["ports"] == ["127.0.0.1:8000:8000", "127.0.0.1:9000:9000"]
 
 
-def test_the_probes_ask_what_is_answered(bundle, serving):
+def test_the_probes_use_existing_paths(bundle, serving):
     from refract.serve.http.app import create_app
     from refract.serve.runtime.engine import Engine
 
@@ -58,7 +59,7 @@ def test_the_probes_ask_what_is_answered(bundle, serving):
         assert {path: client.get(path).status_code for path in {*paths, *asked}} == {"/livez": 200, "/readyz": 200}
 
 
-def test_the_autoscaler_goes_by_a_metric_that_there_is(bundle):
+def test_the_autoscaler_uses_an_existing_metric(bundle):
     from prometheus_client import generate_latest
 
     from refract.serve.http.app import create_app
@@ -69,14 +70,14 @@ def test_the_autoscaler_goes_by_a_metric_that_there_is(bundle):
     assert f"\n{name} " in generate_latest(app.state.service.metrics.registry).decode()
 
 
-def test_nobody_is_killed_before_the_server_gives_up_itself():
+def test_the_grace_periods_exceed_the_shutdown_time_of_the_server():
     drain = parse([*ENTRY[2:], *CONTAINER["args"]]).drain_s
     assert POD["terminationGracePeriodSeconds"] > drain + GRACE_S + STUCK_S
     assert drain > 0
     assert all(int(server["stop_grace_period"].removesuffix("s")) > GRACE_S + STUCK_S for server in SERVERS)
 
 
-def test_the_server_is_nobody_and_may_write_to_tmp_alone():
+def test_the_server_runs_as_nobody_and_writes_only_to_tmp():
     user = re.search(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)
     assert user
     assert POD["securityContext"]["runAsNonRoot"] is True
@@ -93,7 +94,7 @@ def test_the_server_is_nobody_and_may_write_to_tmp_alone():
         assert server["security_opt"] == ["no-new-privileges:true"]
 
 
-def test_selectors_find_the_pods():
+def test_selectors_match_the_pods():
     labels = OBJECTS["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert OBJECTS["Deployment"]["spec"]["selector"]["matchLabels"] == labels
     assert OBJECTS["Service"]["spec"]["selector"] == labels
@@ -104,7 +105,7 @@ def test_selectors_find_the_pods():
     )
 
 
-def test_all_that_the_dockerfile_copies_travels_to_the_build():
+def test_the_build_context_contains_all_copied_files():
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
     copied = [
         line.split()[1:-1] for line in DOCKERFILE.splitlines() if line.startswith("COPY ") and "--from" not in line
@@ -113,7 +114,7 @@ def test_all_that_the_dockerfile_copies_travels_to_the_build():
     assert all((ROOT / path).exists() for path in allowed)
 
 
-def test_the_locks_of_the_image_are_parts_of_the_whole_lock():
+def test_the_locks_of_the_image_are_subsets_of_the_whole_lock():
     def pinned(name: str) -> set[str]:
         return set(re.findall(r"^[\w.-]+==[^\s;]+", (ROOT / name).read_text("utf-8"), re.MULTILINE))
 
@@ -121,7 +122,7 @@ def test_the_locks_of_the_image_are_parts_of_the_whole_lock():
     for part in ("requirements-serve.lock", "requirements-build.lock"):
         assert pinned(part) and pinned(part) <= whole
     served = {line.partition("==")[0] for line in pinned("requirements-serve.lock")}
-    assert "transformers" in served, "a bundle may read texts by one"
+    assert "transformers" in served, "a bundle may use one to read texts"
     assert not served & {
         "lightning",
         "pandas",

@@ -1,4 +1,4 @@
-"""An engine answers as its bundle promised, or says which golden image it cannot answer."""
+"""An engine reproduces the stored probabilities of its bundle, or its self-test names the golden sample that differs."""
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from refract.serve.runtime.engine import Engine, build
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
-def test_a_batch_equals_its_images_alone(make_bundle, make_image, reference, tmp_path, task):
+def test_a_batch_gives_the_same_predictions_as_single_images(make_bundle, make_image, reference, tmp_path, task):
     bundle = make_bundle(tmp_path / "b", task=task, thresholds=[0.5] * 10 if task == "multilabel" else ())
     engine = Engine(bundle)
     batch = np.stack([engine.preprocess(make_image(i)) for i in range(5)])
@@ -26,7 +26,7 @@ def test_a_batch_equals_its_images_alone(make_bundle, make_image, reference, tmp
         np.testing.assert_allclose(answers[i], reference(bundle.classifier("cpu"), make_image(i), task), atol=1e-6)
 
 
-def test_the_self_test_passes_on_its_own_goldens(bundle):
+def test_the_self_test_passes_on_its_own_golden_samples(bundle):
     Engine(bundle).self_test()
 
 
@@ -38,7 +38,7 @@ def test_the_self_test_names_the_image_that_differs(bundle):
         engine.self_test()
 
 
-def test_the_self_test_allows_the_stated_tolerance_and_no_more(bundle):
+def test_the_self_test_allows_exactly_the_tolerance(bundle):
     def shifted(by: float) -> Engine:
         golden = bundle.golden_samples[0]
         answers = np.array(golden.probabilities)
@@ -52,7 +52,7 @@ def test_the_self_test_allows_the_stated_tolerance_and_no_more(bundle):
         shifted(0.0025).self_test()
 
 
-def test_answers_that_are_no_numbers_fail_the_self_test(bundle):
+def test_nan_probabilities_fail_the_self_test(bundle):
     engine = Engine(bundle)
     with torch.no_grad():
         engine._classifier.mean.fill_(float("nan"))
@@ -64,15 +64,15 @@ def test_answers_that_are_no_numbers_fail_the_self_test(bundle):
     ("golden_samples", "message"),
     [((), "no golden samples"), ((GoldenSample("a.jpg", b"no image", (0.1,) * 10),), "a.jpg cannot be decoded")],
 )
-def test_goldens_that_prove_nothing_are_refused(bundle, golden_samples, message):
+def test_missing_or_invalid_golden_samples_are_rejected(bundle, golden_samples, message):
     with pytest.raises(BundleError, match=message):
         Engine(dataclasses.replace(bundle, golden_samples=golden_samples)).self_test()
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
 @pytest.mark.parametrize("loud", [1, 400], ids=["unsure", "sure"])
-def test_a_mirrored_answer_is_that_of_evaluation(make_bundle, serving, make_image, tmp_path, task, loud):
-    """loud: times which the logits are larger, so that their probabilities are 0 and 1 in float32."""
+def test_flip_tta_gives_the_probabilities_of_evaluation(make_bundle, serving, make_image, tmp_path, task, loud):
+    """loud: factor of the logits; 400 makes the probabilities 0 and 1 in float32."""
     bundle = make_bundle(tmp_path / "b", task=task, thresholds=[0.5] * 10 if task == "multilabel" else ())
     engine = Engine(bundle)
     with torch.no_grad():
@@ -84,19 +84,19 @@ def test_a_mirrored_answer_is_that_of_evaluation(make_bundle, serving, make_imag
     options = {"task": task, "temperature": info.temperature, "tta": "flip"}
     wanted = np.stack(list(score(engine._classifier, engine.preprocess, questions, **options)))
     inputs = np.stack([engine.preprocess(one) for one in data])
-    straight, mirrored = (engine.compute(views)[:, 1] for views in (inputs, inputs[:, :, ::-1].copy()))
-    np.testing.assert_allclose(engine.mean(straight, mirrored), wanted, atol=1e-6)
+    straight, flipped = (engine.compute(views)[:, 1] for views in (inputs, inputs[:, :, ::-1].copy()))
+    np.testing.assert_allclose(engine.mean(straight, flipped), wanted, atol=1e-6)
     app = create_app(engine)
-    app.state.service.engine.self_test = lambda: 0.01  # its golden images are of the quiet network
+    app.state.service.engine.self_test = lambda: 0.01  # its golden samples are of the network with factor 1
     with serving(app) as client:
         answer = client.post("/v1/predict?tta=flip&top=10", files=[("f", ("x.jpg", one)) for one in data])
-    for row, found in zip(wanted, answer.json()["predictions"], strict=True):
-        by_label = {entry["label"]: entry["confidence"] for entry in found["top"]}
+    for row, prediction in zip(wanted, answer.json()["predictions"], strict=True):
+        by_label = {entry["label"]: entry["confidence"] for entry in prediction["top"]}
         np.testing.assert_allclose([by_label[label] for label in info.labels], row, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
-def test_the_mean_of_opposite_answers_is_the_surer_ones(make_bundle, tmp_path, task):
+def test_the_mean_of_opposite_logits_is_the_more_confident_prediction(make_bundle, tmp_path, task):
     bundle = make_bundle(tmp_path / "b", task=task, thresholds=[0.5] * 10 if task == "multilabel" else ())
     engine = Engine(dataclasses.replace(bundle, info=dataclasses.replace(bundle.info, temperature=1.0)))
     one, other = np.zeros((2, 1, 10), np.float32)
@@ -105,7 +105,7 @@ def test_the_mean_of_opposite_answers_is_the_surer_ones(make_bundle, tmp_path, t
     np.testing.assert_array_equal(engine.mean(one, other), wanted)
 
 
-def test_replicas_answer_as_one_and_are_all_tried(bundle, serving, make_image, monkeypatch) -> None:
+def test_replicas_give_the_same_predictions_and_are_all_self_tested(bundle, serving, make_image, monkeypatch) -> None:
     threads = torch.get_num_threads()
     engine = build(bundle, ["cpu", "cpu"], replicas=2)
     assert engine.devices == ("cpu",) * 4 and len(engine.workers) == 4

@@ -1,4 +1,4 @@
-"""Heat maps of answers: fields, deadline, order, and the request that is cancelled."""
+"""Heat maps: response fields, deadline, order, and cancellation."""
 
 import asyncio
 import base64
@@ -19,7 +19,7 @@ from refract.serve.runtime.explanation import Explanations, png
 
 @pytest.fixture(scope="module")
 def image(bundle, make_image) -> np.ndarray:
-    """The network's input, a part of which speaks for the label."""
+    """A network input with a region that supports the label."""
     return Preprocess.from_dict(bundle.info.preprocess)(make_image(4))
 
 
@@ -29,17 +29,17 @@ def row(bundle, image) -> np.ndarray:
 
 
 class Counting(Engine):
-    """An engine that counts the images of its heat maps; each pass waits for `gate`."""
+    """An engine that counts the images of its heat maps. Each pass waits for `gate`."""
 
     def __init__(self, bundle) -> None:
         super().__init__(bundle)
-        self.passed, self.gate, self.began = 0, threading.Event(), threading.Event()
+        self.passed, self.gate, self.started = 0, threading.Event(), threading.Event()
         self.gate.set()
         forward = self._forward
 
         def counted(images: torch.Tensor) -> torch.Tensor:
             if threading.current_thread().name.startswith("explain"):
-                self.began.set()
+                self.started.set()
                 assert self.gate.wait(20)
                 self.passed += len(images)
             return forward(images)
@@ -47,7 +47,7 @@ class Counting(Engine):
         self._forward = counted
 
 
-def test_the_drawing_is_red_where_it_is_hot_and_transparent_elsewhere() -> None:
+def test_a_heat_map_is_red_at_1_and_transparent_at_0() -> None:
     heat = np.zeros((32, 32), np.float32)
     heat[4:8, 4:8] = 1
     layer = np.asarray(Image.open(io.BytesIO(png(heat))))
@@ -55,7 +55,7 @@ def test_the_drawing_is_red_where_it_is_hot_and_transparent_elsewhere() -> None:
     assert layer[5, 5, 0] > layer[5, 5, 2]
 
 
-def test_the_answer_carries_an_image_of_the_networks_size_and_the_method(bundle, serving, make_image) -> None:
+def test_the_response_has_a_heat_map_of_the_input_size_and_the_method(bundle, serving, make_image) -> None:
     with serving(create_app(bundle)) as client:
         answer = client.post("/v1/predict?explain=true", content=make_image(4))
         (found,) = answer.json()["predictions"]
@@ -67,7 +67,7 @@ def test_the_answer_carries_an_image_of_the_networks_size_and_the_method(bundle,
 
 
 def test_an_image_without_evidence_has_no_heat_map(bundle, serving) -> None:
-    """Each window of a grey image is covered with the same grey."""
+    """Each window of a grey image is occluded with the same grey."""
     data = io.BytesIO()
     Image.new("RGB", (32, 32), (90, 90, 90)).save(data, "PNG")
     with serving(create_app(bundle)) as client:
@@ -75,7 +75,7 @@ def test_an_image_without_evidence_has_no_heat_map(bundle, serving) -> None:
         assert found["explanation_problem"]["code"] == "no_evidence" and "explanation" not in found
 
 
-def test_a_map_that_would_come_too_late_is_given_up_after_one_step(bundle, image, row) -> None:
+def test_a_map_that_would_exceed_the_deadline_is_abandoned_after_one_step(bundle, image, row) -> None:
     async def story() -> None:
         engine, explanations = Counting(bundle), Explanations()
         due = asyncio.get_running_loop().time() + 1e-9
@@ -88,12 +88,12 @@ def test_a_map_that_would_come_too_late_is_given_up_after_one_step(bundle, image
     asyncio.run(story())
 
 
-def test_a_request_that_waits_for_its_turn_gives_up_at_its_deadline(bundle, image, row) -> None:
+def test_a_waiting_request_stops_at_its_deadline(bundle, image, row) -> None:
     async def story() -> None:
         engine, explanations = Counting(bundle), Explanations()
         engine.gate.clear()
         first = asyncio.create_task(explanations.of(engine, image[None], row, float("inf")))
-        await asyncio.to_thread(engine.began.wait, 20)
+        await asyncio.to_thread(engine.started.wait, 20)
         due = asyncio.get_running_loop().time() + 0.01
         second = await explanations.of(engine, np.stack([image] * 2), row.repeat(2, axis=0), due)
         assert [one.code for one in second] == ["deadline_exceeded"] * 2
@@ -104,17 +104,17 @@ def test_a_request_that_waits_for_its_turn_gives_up_at_its_deadline(bundle, imag
     asyncio.run(story())
 
 
-def test_a_cancelled_request_ends_after_the_step_that_runs(bundle, image, row) -> None:
+def test_a_cancelled_request_stops_after_the_current_step(bundle, image, row) -> None:
     async def story() -> None:
         engine, explanations = Counting(bundle), Explanations()
         engine.gate.clear()
         gone = asyncio.create_task(explanations.of(engine, image[None], row, float("inf")))
-        await asyncio.to_thread(engine.began.wait, 20)
+        await asyncio.to_thread(engine.started.wait, 20)
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
             await gone
         engine.gate.set()
-        (after,) = await explanations.of(engine, image[None], row, float("inf"))  # the thread is free again
+        (after,) = await explanations.of(engine, image[None], row, float("inf"))  # the thread is idle again
         explanations.close()
         assert after.png is not None and engine.passed == BATCH + PASSES
 

@@ -1,4 +1,4 @@
-"""What a server does for a GPU, as far as the processor shows it: buffers, memory that is too small, what is reported."""
+"""GPU features of the server that a CPU can test: buffers, out-of-memory errors, reports."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ GPU = gpus.Gpu("cuda:0", "NVIDIA H100 80GB HBM3", "580.82.07", 80 << 30, 70 << 3
 
 
 class Small:
-    """A network on a device whose memory holds `most` samples."""
+    """A network on a device whose memory fits `most` samples."""
 
     def __init__(self, forward, most: int, error: Exception) -> None:
         self.forward, self.most, self.error, self.batches = forward, most, error, list[int]()
@@ -44,7 +44,7 @@ def images_of(engine: Engine, make_image, count: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")]
 )
-def test_a_batch_that_does_not_fit_is_computed_in_smaller_parts(
+def test_a_batch_that_exceeds_the_memory_is_split(
     error: Exception, bundle, make_image, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(bundle)
@@ -57,7 +57,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_smaller_parts(
     assert max(small.batches) <= 2 and "too little memory for a batch of 7; using batches of 3 for" in caplog.text
     caplog.clear()
     engine.compute(images)
-    assert not caplog.text, "the size that fits is remembered"
+    assert not caplog.text, "the size that fits is stored"
     small.most, small.batches = 7, []
     engine.compute(images)
     assert max(small.batches) == 1, "until larger ones are tried again"
@@ -66,7 +66,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_smaller_parts(
     assert max(small.batches) == 7
 
 
-def test_other_errors_and_a_sample_that_never_fits_are_raised(bundle, make_image) -> None:
+def test_other_errors_and_a_single_sample_that_exceeds_the_memory_are_raised(bundle, make_image) -> None:
     engine = Engine(bundle)
     images = images_of(engine, make_image, 3)
     for most, error in (
@@ -79,7 +79,7 @@ def test_other_errors_and_a_sample_that_never_fits_are_raised(bundle, make_image
         assert raised.value is error
 
 
-def test_the_start_computes_each_size_and_names_memory_that_is_too_small(bundle) -> None:
+def test_warm_up_computes_each_batch_size_and_reports_too_little_memory(bundle) -> None:
     engine = Engine(bundle)
     small = Small(engine._forward, 100, torch.OutOfMemoryError("CUDA out of memory"))
     engine._forward = small
@@ -116,7 +116,7 @@ def test_the_command_offers_every_backend() -> None:
     assert set(OFFERED) == {"auto", "int8", *BACKENDS}
 
 
-def test_a_backend_that_is_not_installed_is_refused_with_its_package(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_backend_is_rejected_with_its_package(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     reason = BACKENDS["tensorrt"].missing(torch.device("cuda"))
     assert (
         reason == "needs the package torch_tensorrt: pip install torch-tensorrt, in the version of the installed torch"
@@ -141,7 +141,7 @@ def test_gpus_are_reported_with_driver_and_memory(bundle, serving, monkeypatch: 
     }
 
 
-def test_the_drivers_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "version"
     monkeypatch.setattr(gpus, "DRIVER", file)
     assert gpus.driver_version() is None
@@ -151,7 +151,7 @@ def test_the_drivers_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert gpus.driver_version() == "580.82.07"
 
 
-def test_a_gpu_that_pytorch_does_not_see_is_explained(
+def test_the_reason_is_logged_if_pytorch_finds_no_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -173,7 +173,7 @@ def test_a_gpu_that_pytorch_does_not_see_is_explained(
         command._devices("all")
 
 
-def test_memory_that_is_too_small_for_the_network_is_named(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_for_the_network_is_reported(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -1,4 +1,4 @@
-"""An engine that begins to fail while it serves."""
+"""An engine that starts to fail while it serves."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from refract.serve.runtime.model_worker import FAILURES
 
 
 class Failing(Engine):
-    """how: `raise` or `nan` from each batch, where it fails for good from its self-test too; None for none."""
+    """how: `raise` or `nan` in each batch and in the self-test; None for no failure."""
 
     how, for_good = None, True
 
@@ -34,13 +34,13 @@ def probes(client) -> list[int]:
 
 def wait_for(client, wanted: list[int]) -> None:
     end = time.monotonic() + 20
-    while (found := probes(client)) != wanted:
-        assert time.monotonic() < end, found
+    while (statuses := probes(client)) != wanted:
+        assert time.monotonic() < end, statuses
         time.sleep(0.02)
 
 
 @pytest.mark.parametrize("how", ["raise", "nan"])
-def test_an_engine_that_always_fails_is_taken_out_and_then_started_anew(bundle, serving, make_image, how) -> None:
+def test_an_engine_that_always_fails_is_not_ready_and_then_not_alive(bundle, serving, make_image, how) -> None:
     engine = Failing(bundle)
     with serving(create_app(engine, max_wait_ms=0)) as client:
         assert probes(client) == [200] * 4
@@ -56,8 +56,8 @@ def test_an_engine_that_always_fails_is_taken_out_and_then_started_anew(bundle, 
         assert client.post("/v1/predict", content=make_image(1)).status_code == 200
 
 
-def test_one_that_passes_its_self_test_goes_on(bundle, serving, make_image) -> None:
-    """It fails on what it was sent, not always."""
+def test_an_engine_that_passes_its_self_test_stays_ready(bundle, serving, make_image) -> None:
+    """It fails only on some requests."""
     tests: list[int] = []
 
     class Picky(Failing):
@@ -76,7 +76,7 @@ def test_one_that_passes_its_self_test_goes_on(bundle, serving, make_image) -> N
         engine.how = "raise"
         for _ in range(FAILURES - 1):
             assert client.post("/v1/predict", content=make_image(1)).status_code == 500
-        assert len(tests) == 1, "never so many in a row"
+        assert len(tests) == 1, "fewer consecutive failures"
         assert client.post("/v1/predict", content=make_image(1)).status_code == 500
         end = time.monotonic() + 20
         while len(tests) < 2:
@@ -88,7 +88,7 @@ def test_one_that_passes_its_self_test_goes_on(bundle, serving, make_image) -> N
 COUNTED = "refract_challenger_images_total"
 
 
-def test_a_canary_that_answers_no_numbers_is_asked_no_more(bundle, other, serving, make_image) -> None:
+def test_a_canary_that_returns_nan_gets_no_more_requests(bundle, other, serving, make_image) -> None:
     engine = Failing(other)
     app = create_app(bundle, challenge=Challenge(engine, share=1, answers=True))
     with serving(app) as client:
@@ -104,7 +104,9 @@ def test_a_canary_that_answers_no_numbers_is_asked_no_more(bundle, other, servin
         failed = app.state.service.metrics.registry.get_sample_value(COUNTED, {"end": "failed"})
         for i in range(5):
             assert client.post("/v1/predict", content=make_image(i)).status_code == 200
-        assert app.state.service.metrics.registry.get_sample_value(COUNTED, {"end": "failed"}) == failed, "not asked"
+        assert app.state.service.metrics.registry.get_sample_value(COUNTED, {"end": "failed"}) == failed, (
+            "it gets no request"
+        )
         engine.how = None
         while client.post("/v1/predict", content=make_image(1)).json()["model"]["digest"] != other.digest:
             assert time.monotonic() < end

@@ -1,4 +1,4 @@
-"""Bundles by folder and by name in a real MLflow registry (SQLite)."""
+"""Bundles are resolved from a folder, and from a name in a real MLflow registry (SQLite)."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ from refract.serve.rollout import model_source
 from refract.serve.rollout.model_source import SourceError, resolve
 
 
-def test_a_folder_is_itself(tmp_path):
+def test_a_folder_resolves_to_itself(tmp_path):
     assert resolve(str(tmp_path)) == tmp_path
 
 
@@ -32,12 +32,12 @@ def test_a_folder_is_itself(tmp_path):
         ("models:/../x@y", "is not a valid source"),
     ],
 )
-def test_a_source_that_names_nothing(source, message):
+def test_an_invalid_source_is_rejected(source, message):
     with pytest.raises(SourceError, match=message):
         resolve(model_source)
 
 
-def test_without_a_server_or_a_database_it_says_so(tmp_path, monkeypatch):
+def test_a_missing_server_and_database_is_reported(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceError, match=r"no mlflow\.db in .*; set MLFLOW_TRACKING_URI"):
@@ -47,7 +47,7 @@ def test_without_a_server_or_a_database_it_says_so(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def registry(bundle, tmp_path_factory, new_tracking) -> str:
-    """A tracking URI whose registry holds `bundle` as version 1 of shapes, the champion; the pipeline's calls."""
+    """A tracking URI whose registry has `bundle` as version 1 of shapes, the champion, registered with the pipeline's calls."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = os.environ["DO_NOT_TRACK"] = "true"
     from mlflow import MlflowClient
 
@@ -75,9 +75,9 @@ def test_a_registered_version_is_downloaded_once(registry, bundle, tmp_path, mon
     assert [path for path in tmp_path.iterdir() if not path.name.startswith("last-")] == [champion]
 
 
-def test_a_cache_that_cannot_be_written(registry, tmp_path, monkeypatch):
+def test_a_read_only_cache_is_reported(registry, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
-    (tmp_path / "file").write_text("in the way")  # root may write to any folder
+    (tmp_path / "file").write_text("in the way")  # a file, as root may write to any folder
     with pytest.raises(SourceError, match="the download folder .*cache is not writable"):
         resolve("models:/shapes@champion", cache=tmp_path / "file" / "cache")
 
@@ -97,7 +97,7 @@ def aged(path: Path, days: float) -> Path:
     return path
 
 
-def test_a_download_sweeps_what_nobody_has_used_in_a_long_time(registry, tmp_path, monkeypatch):
+def test_a_download_removes_long_unused_versions(registry, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
     days = {1: 50, 2: 40, 3: 90, 4: 27, 5: 28, 6: 60, 7: 29}
     versions = {version: aged(tmp_path / f"shapes-{version}-0123456789ab", ago) for version, ago in days.items()}
@@ -112,10 +112,10 @@ def test_a_download_sweeps_what_nobody_has_used_in_a_long_time(registry, tmp_pat
         "three of a model at most, and what is no version"
     )
     left = {version for version, path in versions.items() if path.exists()}
-    assert left == {3, 4, 5, 7}, "used not long ago, or what a name meant last"
+    assert left == {3, 4, 5, 7}, "recently used, or the last known version of a name"
 
 
-def test_what_is_used_is_not_swept(registry, tmp_path, monkeypatch):
+def test_a_used_version_is_not_removed(registry, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
     champion = resolve("models:/shapes/1", cache=tmp_path)
     os.utime(champion, (0, 0))
@@ -125,7 +125,7 @@ def test_what_is_used_is_not_swept(registry, tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def dripping() -> Iterator[str]:
-    """The address of a server that sends a byte now and then."""
+    """The address of a server that sends single bytes slowly."""
     stop = threading.Event()
 
     def drip(connection: socket.socket) -> None:
@@ -149,7 +149,7 @@ def dripping() -> Iterator[str]:
             listening.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_server_that_sends_a_byte_now_and_then_is_one_that_is_down(registry, tmp_path, monkeypatch):
+def test_a_server_that_sends_single_bytes_counts_as_unreachable(registry, tmp_path, monkeypatch):
     monkeypatch.setattr(model_source, "LOOK_S", 1)
     with dripping() as uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -163,8 +163,8 @@ def test_a_server_that_sends_a_byte_now_and_then_is_one_that_is_down(registry, t
 
 
 @pytest.mark.slow
-def test_a_start_and_a_follower_give_up_a_server_that_sends_a_byte_now_and_then(tmp_path):
-    """In as long as they have in fact."""
+def test_a_start_and_a_watcher_time_out_on_a_server_that_sends_single_bytes(tmp_path):
+    """The timeouts are those of production."""
     with dripping() as uri:
         environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "HOME": str(tmp_path)}
         follow = (
@@ -175,12 +175,12 @@ def test_a_start_and_a_follower_give_up_a_server_that_sends_a_byte_now_and_then(
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         both = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
         started, followed = [(*process.communicate(timeout=120), process.returncode) for process in both]
-    told = "the tracking server does not answer at"
-    assert told in started[1] and started[2] == 2
-    assert told in followed[1] and followed[0] == "None\n"
+    message = "the tracking server does not answer at"
+    assert message in started[1] and started[2] == 2
+    assert message in followed[1] and followed[0] == "None\n"
 
 
-def test_what_makes_progress_is_waited_for_and_what_makes_none_is_given_up():
+def test_a_call_with_progress_is_awaited_and_a_stalled_one_times_out():
     going, arrived, stop = threading.Event(), [0], threading.Event()
 
     def more() -> int:
@@ -199,8 +199,8 @@ def test_what_makes_progress_is_waited_for_and_what_makes_none_is_given_up():
 
 
 @pytest.mark.slow
-def test_a_server_that_is_down(tmp_path):
-    """In a process of its own: MLflow reads its settings once."""
+def test_an_unreachable_server_is_reported(tmp_path):
+    """Test in a new process: MLflow reads its settings once."""
     with socket.socket() as taken:  # bound and not listening: connections are refused
         taken.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"

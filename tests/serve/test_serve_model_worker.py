@@ -1,4 +1,4 @@
-"""What a worker expects of its engine, and what is refused for it."""
+"""A model worker estimates its waiting time, and rejects requests that would miss their deadline."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from refract.serve.runtime.work import Work
 
 
 class Paced(Engine):
-    """Tells a tenth of a second for each image, and computes when let."""
+    """Reports a pace of a tenth of a second an image, and computes only while its gate is open."""
 
     def __init__(self, bundle):
         super().__init__(bundle)
@@ -53,7 +53,7 @@ def with_worker(bundle, story) -> None:
     asyncio.run(main())
 
 
-def test_what_is_being_computed_is_before_what_comes(bundle) -> None:
+def test_the_expected_wait_includes_the_current_batch(bundle) -> None:
     async def story(worker: ModelWorker, engine: Paced) -> None:
         first = asyncio.create_task(worker.submit(batch(20)))
         await asyncio.to_thread(engine.entered.wait, 20)
@@ -68,11 +68,11 @@ def test_what_is_being_computed_is_before_what_comes(bundle) -> None:
     with_worker(bundle, story)
 
 
-def test_a_large_batch_tells_the_pace_at_once(bundle) -> None:
+def test_a_large_batch_updates_the_pace_at_once(bundle) -> None:
     async def story(worker: ModelWorker, engine: Paced) -> None:
         engine.gate.set()
         await worker.submit(batch(32))
-        assert worker.expected(1) < 0.02, "of a tenth of a second nothing is left"
+        assert worker.expected(1) < 0.02, "the initial pace has no more weight"
 
     with_worker(bundle, story)
 
@@ -80,10 +80,10 @@ def test_a_large_batch_tells_the_pace_at_once(bundle) -> None:
 @pytest.mark.parametrize(
     ("busy_s", "device", "moves"), [(0.0, "cpu", True), (0.003, "cpu", False), (0.0, "meta", False)]
 )
-def test_what_has_been_brief_for_long_is_computed_on_the_loop(
+def test_proven_brief_batches_are_computed_on_the_event_loop(
     bundle, monkeypatch: pytest.MonkeyPatch, busy_s: float, device: str, moves: bool
 ) -> None:
-    """meta stands for a device whose time a thread's own does not tell."""
+    """meta stands for a device whose computing time is not the thread's CPU time."""
     seen: list[bool] = []
 
     def compute(batch: np.ndarray) -> np.ndarray:
@@ -115,7 +115,7 @@ def asking(count: int, seen: list[int] | None = None) -> Work:
 
 @contextlib.asynccontextmanager
 async def busy(service: Service, engine: Paced, *counts: int) -> AsyncIterator[None]:
-    """The first of the requests is at the engine, the others wait for it; they are answered when the block ends."""
+    """The first request is at the engine, the others wait. They are answered when the block ends."""
     tasks = [asyncio.create_task(service.predict(asking(counts[0])))]
     await asyncio.to_thread(engine.entered.wait, 20)
     tasks += [asyncio.create_task(service.predict(asking(count))) for count in counts[1:]]
@@ -127,23 +127,23 @@ async def busy(service: Service, engine: Paced, *counts: int) -> AsyncIterator[N
         await asyncio.gather(*tasks)
 
 
-def test_many_images_that_could_not_be_computed_in_time_do_not_join_those_that_wait(bundle, served) -> None:
+def test_a_large_request_that_would_miss_its_deadline_does_not_enter_the_queue(bundle, served) -> None:
     engine = Paced(bundle)
 
     async def story(service: Service) -> None:
         async with busy(service, engine, 1, 1):
-            with pytest.raises(OverloadedError, match=r"would take 6\.6 s"):
+            with pytest.raises(OverloadedError, match=r"would take about 6\.6 s"):
                 await asyncio.wait_for(service.predict(asking(64)), 2)
 
     served(engine, story)
 
 
-def test_a_body_that_arrived_while_others_filled_the_time_is_not_read(bundle, served) -> None:
+def test_a_body_that_arrives_when_the_queue_is_too_long_is_not_parsed(bundle, served) -> None:
     engine, seen = Paced(bundle), []
 
     async def story(service: Service) -> None:
         async with busy(service, engine, 1, 55):
-            with pytest.raises(OverloadedError, match=r"would take 5\.6 s"):
+            with pytest.raises(OverloadedError, match=r"would take about 5\.6 s"):
                 await asyncio.wait_for(service.predict(asking(1, seen)), 2)
             assert not seen
 

@@ -1,4 +1,4 @@
-"""Forms whose parts are named in each of the standards' ways, and base64 in each of its own."""
+"""Forms with every standard encoding of part names, and every variant of base64."""
 
 import base64
 from urllib.parse import quote
@@ -26,18 +26,18 @@ def form(client, disposition: str, data: bytes):
 
 
 @pytest.mark.parametrize("disposition", FILES)
-def test_a_part_with_a_file_name_in_any_form_is_a_file(running, make_image, disposition: str) -> None:
+def test_a_part_with_a_file_name_in_any_encoding_is_a_file(running, make_image, disposition: str) -> None:
     answer = form(running, disposition, make_image(1))
     assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("disposition", TEXTS)
-def test_a_part_without_a_file_name_is_not(running, make_image, disposition: str) -> None:
+def test_a_part_without_a_file_name_is_not_a_file(running, make_image, disposition: str) -> None:
     answer = form(running, disposition, make_image(1))
     assert (answer.status_code, answer.json()["code"]) == (400, "no_files")
 
 
-def test_a_part_text_may_be_named_in_either_form(running) -> None:
+def test_the_field_text_is_recognised_in_every_encoding(running) -> None:
     for disposition in ('name="text"', "name*=utf-8''text", 'name*0=te; name*1="xt"'):
         answer = form(running, disposition, b"hello")
         assert answer.status_code == 422 and "reads no texts" in answer.json()["detail"], answer.text
@@ -60,7 +60,7 @@ def encodings(data: bytes) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", encodings(b""))
-def test_base64_is_read_in_either_alphabet_and_from_data_uris(running, make_image, name: str) -> None:
+def test_base64_is_decoded_in_either_alphabet_and_from_data_uris(running, make_image, name: str) -> None:
     data = next(make_image(seed) for seed in range(9) if len(make_image(seed)) % 3 and b"\xff" in make_image(seed))
     text = encodings(data)[name]
     plain = running.post("/v1/predict", content=data).json()["predictions"]
@@ -72,6 +72,6 @@ def test_base64_is_read_in_either_alphabet_and_from_data_uris(running, make_imag
 @pytest.mark.parametrize(
     "text", ["abcde", "ab=d", "ab$d", "abc==", "aGVsbG8==", "data:image/png;base64", "data:,%ff", "é"]
 )
-def test_what_is_not_base64_is_refused(running, text: str) -> None:
+def test_invalid_base64_is_rejected(running, text: str) -> None:
     code = "invalid_image" if text == "data:,%ff" else "invalid_base64"
     assert running.post("/v1/predict", json={"image": text}).json()["code"] == code

@@ -1,4 +1,4 @@
-"""A name in a real MLflow registry: what it means is fetched, kept, tried and served."""
+"""A name in a real MLflow registry: its version is downloaded, cached, self-tested and served."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` ha
 
 @pytest.fixture
 def registry(bundle, tmp_path: Path, new_tracking: Path, monkeypatch: pytest.MonkeyPatch):
-    """(a function that makes a bundle the champion of a real registry, the folder of the registry)"""
+    """(a function that registers a bundle as the champion of a real registry, the folder of the registry)"""
     shutil.copy(new_tracking, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -48,7 +48,7 @@ def registry(bundle, tmp_path: Path, new_tracking: Path, monkeypatch: pytest.Mon
     return promote, tmp_path
 
 
-def test_a_new_champion_answers_a_bad_one_does_not_and_a_person_is_obeyed(
+def test_a_new_champion_is_served_a_bad_one_is_rejected_and_a_rollback_is_respected(
     registry, bundle, other, make_bundle, served, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     promote, _ = registry
@@ -56,7 +56,7 @@ def test_a_new_champion_answers_a_bad_one_does_not_and_a_person_is_obeyed(
 
     async def story(service: Service) -> None:
         (follower,) = registry_watchers(service, name, None, build=Engine, every_s=60)
-        assert not await follower.look(), "it means the same"
+        assert not await follower.look(), "the name refers to the same version"
         promote(other)
         assert await follower.look() and service.engine.bundle.digest == other.digest
         promote(make_bundle(tmp_path / "wrong", seed=3, wrong=0.2))
@@ -70,18 +70,20 @@ def test_a_new_champion_answers_a_bad_one_does_not_and_a_person_is_obeyed(
         for _ in range(2):
             assert not await follower.look(), "this version was rolled back"
         assert caplog.text.count("which was rolled back") == 1
-        assert service.engine.bundle.path.stat().st_mtime > 0, "what is served is in use, and not swept from the cache"
+        assert service.engine.bundle.path.stat().st_mtime > 0, (
+            "the served version counts as used, and stays in the cache"
+        )
 
     served(Engine(load_bundle(resolve(name))), story)
 
 
-def test_a_damaged_download_is_fetched_again_and_a_folder_of_ones_own_is_left_alone(
+def test_a_damaged_download_is_replaced_and_a_local_folder_is_unchanged(
     registry, bundle, make_bundle, tmp_path: Path
 ) -> None:
     name = "models:/shapes@champion"
     path = resolve(name)
     (path / "weights.safetensors").write_bytes(b"damaged")
-    assert _bundle(name).digest == bundle.digest, "another one has come in its place"
+    assert _bundle(name).digest == bundle.digest, "a new download has replaced it"
     own = make_bundle(tmp_path / "own").path
     (own / "weights.safetensors").write_bytes(b"damaged")
     before = sorted(own.rglob("*"))
@@ -91,9 +93,7 @@ def test_a_damaged_download_is_fetched_again_and_a_folder_of_ones_own_is_left_al
     assert sorted(own.rglob("*")) == before
 
 
-def test_a_champions_download_that_is_damaged_before_it_is_taken_is_fetched_again(
-    registry, bundle, other, served
-) -> None:
+def test_a_download_damaged_before_the_swap_is_replaced(registry, bundle, other, served) -> None:
     promote, _ = registry
     promote(other)
     damaged = resolve("models:/shapes/2")
@@ -107,7 +107,7 @@ def test_a_champions_download_that_is_damaged_before_it_is_taken_is_fetched_agai
     served(Engine(load_bundle(resolve("models:/shapes/1"))), story)
 
 
-def test_two_servers_that_find_one_damaged_download_both_get_a_whole_one(registry, bundle) -> None:
+def test_two_servers_that_replace_one_damaged_download_both_succeed(registry, bundle) -> None:
     name = "models:/shapes@champion"
     path = resolve(name)
     (path / "weights.safetensors").write_bytes(b"damaged")
@@ -118,7 +118,7 @@ def test_two_servers_that_find_one_damaged_download_both_get_a_whole_one(registr
     assert sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("last-")) == [path.name]
 
 
-def test_a_cache_that_cannot_be_written_serves_what_it_has(registry, bundle, tmp_path: Path, caplog) -> None:
+def test_a_read_only_cache_serves_its_versions(registry, bundle, tmp_path: Path, caplog) -> None:
     name = "models:/shapes@champion"
     path = resolve(name)
     (last,) = path.parent.glob("last-*")
@@ -129,7 +129,7 @@ def test_a_cache_that_cannot_be_written_serves_what_it_has(registry, bundle, tmp
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name is looked up here, and not in a process of its own, which takes three seconds of a core to import MLflow."""
+    """Look up names in this process: a subprocess takes three seconds to import MLflow."""
 
     async def located(source: str, damaged: Path | None = None) -> Path:
         assert damaged is None
@@ -139,7 +139,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_a_challenger_is_followed_too(registry, bundle, other, served) -> None:
+def test_the_name_of_a_challenger_is_watched_too(registry, bundle, other, served) -> None:
     promote, _ = registry
     promote(other, "challenger")
     challenge = Challenge(None, share=1, answers=True, follow="models:/shapes@challenger")
@@ -156,7 +156,7 @@ def test_a_challenger_is_followed_too(registry, bundle, other, served) -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
-def test_what_a_person_went_back_from_is_followed_again_once_the_name_meant_another(
+def test_a_rolled_back_version_is_served_again_after_the_name_referred_to_another(
     registry, bundle, other, served, caplog
 ) -> None:
     from mlflow import MlflowClient
@@ -175,7 +175,7 @@ def test_what_a_person_went_back_from_is_followed_again_once_the_name_meant_anot
         await service.roll_back()
         assert not await follower.look() and "which was rolled back" in caplog.text
         means(2, "challenger")
-        assert await challenging.look(), "it is no champion again, but may be tried"
+        assert await challenging.look(), "it was rolled back as the champion, but may be the challenger"
         assert not await follower.look() and service.engine.bundle.digest == bundle.digest
         means(1)
         assert not await follower.look(), "it is served"
@@ -183,15 +183,17 @@ def test_what_a_person_went_back_from_is_followed_again_once_the_name_meant_anot
         assert await follower.look() and service.engine.bundle.digest == other.digest
         await service.roll_back()
         await service.roll_back()
-        assert service.engine.bundle.digest == other.digest and not await follower.look(), "back where the name points"
+        assert service.engine.bundle.digest == other.digest and not await follower.look(), (
+            "the version that the name refers to"
+        )
         means(1)
-        assert await follower.look() and service.engine.bundle.digest == bundle.digest, "it is meant anew"
+        assert await follower.look() and service.engine.bundle.digest == bundle.digest, "the name refers to it again"
 
     served(Engine(load_bundle(resolve("models:/shapes/1"))), story)
 
 
-def test_with_the_server_down_it_starts_with_what_the_name_meant_last(registry, bundle, tmp_path: Path) -> None:
-    """A real tracking server, which is then killed; a damaged download is not lost to that."""
+def test_without_the_tracking_server_the_last_known_version_is_used(registry, bundle, tmp_path: Path) -> None:
+    """A real tracking server is killed. A damaged download stays in its place then."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
@@ -243,6 +245,8 @@ def test_with_the_server_down_it_starts_with_what_the_name_meant_last(registry, 
     serve = [sys.executable, "-m", "refract.serve.cli.command", name, "--port", "0"]
     done = subprocess.run(serve, capture_output=True, text=True, env=environ)
     assert done.returncode == 2 and "the tracking server does not answer" in done.stderr
-    assert path.is_dir() and not list(path.parent.glob(".damaged-*")), "nothing is lost, nothing left over"
+    assert path.is_dir() and not list(path.parent.glob(".damaged-*")), (
+        "the download stays, and no temporary files remain"
+    )
     shutil.rmtree(path)
     assert "the tracking server does not answer" in located()["error"]

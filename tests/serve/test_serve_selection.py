@@ -1,4 +1,4 @@
-"""Of the ways to compute a network the fastest that agrees is taken, and the choice is kept."""
+"""The fastest backend that agrees with float32 is chosen, and the choice is stored."""
 
 import json
 import os
@@ -40,12 +40,14 @@ def asking(bundle, **options):
 
 
 def replaced(**builds: Any) -> dict[str, Backend]:
-    """BACKENDS with other factories, which need no package."""
+    """BACKENDS with other build functions, which need no package."""
     fakes = {name: replace(BACKENDS[name], build=build, missing=lambda device: None) for name, build in builds.items()}
     return {**BACKENDS, **fakes}
 
 
-def test_the_fastest_is_taken_kept_and_told(bundle, serving, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_backend_is_chosen_stored_and_reported(
+    bundle, serving, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, choice = asking(bundle)
     alone = {name: rate for name, rate in choice.rates.items() if name.endswith("/1")}
     worth = {name: rate / choosing.WORTH for name, rate in choice.rates.items()} | alone
@@ -62,7 +64,7 @@ def test_the_fastest_is_taken_kept_and_told(bundle, serving, cache: Path, monkey
         assert client.get("/v1/model").json()["backend"]["name"] == choice.name
 
 
-def test_two_threads_must_be_worth_a_core(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_must_be_faster_by_a_factor(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
     short = choosing.BATCH / choosing.LONG_S
     for one, two, wanted in ((100.0, 110.0, 1), (100.0, 150.0, 2), (1.01 * short, 2 * short, 1)):
@@ -71,7 +73,7 @@ def test_two_threads_must_be_worth_a_core(bundle, cache: Path, monkeypatch: pyte
         assert asking(bundle, threads=2, cache=cache / str(two))[1].threads == wanted
 
 
-def test_what_was_chosen_on_a_busy_machine_is_chosen_anew(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_made_on_a_busy_machine_is_repeated(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = iter([100.0, 1.0])
     monkeypatch.setattr(choosing, "candidates", lambda device: ("eager", "bf16"))
     monkeypatch.setattr(choosing._Trial, "rate", lambda *_: next(speeds))
@@ -79,19 +81,21 @@ def test_what_was_chosen_on_a_busy_machine_is_chosen_anew(bundle, cache: Path, m
     assert (first.name, first.rate) == ("eager", 100.0)
     for now in (90.0, 20.0):
         speeds = iter([now])
-        assert asking(bundle, threads=1)[1] == first, "it is as it was, or others work here now"
+        assert asking(bundle, threads=1)[1] == first, "as fast as before, or other processes use the machine now"
     speeds = iter([160.0, 180.0, 200.0])
     second = asking(bundle, threads=1)[1]
     assert (second.name, second.rate) == ("bf16", 200.0), (
         "faster: the machine was busy when it was chosen, both are timed again"
     )
     speeds = iter([20.0, 18.0])
-    assert asking(bundle, threads=1)[1] == second, "ten times slower, as plain PyTorch is: others work here now"
+    assert asking(bundle, threads=1)[1] == second, (
+        "ten times slower, as plain PyTorch is: other processes use the machine now"
+    )
     speeds = iter([50.0, 150.0, 150.0, 50.0])
     assert asking(bundle, threads=1)[1].name == "eager", "four times slower, and plain PyTorch is not"
 
 
-def test_bfloat16_is_tried_where_the_processor_has_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_is_timed_only_if_the_cpu_supports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for known, tried in (({}, False), ({"avx512_bf16": True, "amx_bf16": False}, True), ({"bf16": True}, True)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
         names = choosing.candidates(torch.device("cpu"))
@@ -99,7 +103,7 @@ def test_bfloat16_is_tried_where_the_processor_has_instructions_for_it(monkeypat
         assert ("openvino-bf16" in names) == (tried and "openvino" in INSTALLED)
 
 
-def test_one_that_answers_otherwise_or_fails_is_dropped_with_its_reason(
+def test_a_backend_that_differs_or_fails_is_dropped_with_its_reason(
     bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(classifier, example, folder):
@@ -124,13 +128,13 @@ def test_one_that_answers_otherwise_or_fails_is_dropped_with_its_reason(
     monkeypatch.setattr(choosing, "BACKENDS", replaced(bf16=wrong, openvino=broken))
     with pytest.raises(ValueError, match="is unknown; accepted are auto, int8, eager"):
         asking(bundle, wanted="quick")
-    # What was chosen before and does not work any more is chosen anew.
+    # A stored choice that fails is replaced.
     (kept,) = cache.glob("*/kept.json")
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "name": "openvino"}))
     assert asking(bundle)[1].name == "eager"
 
 
-def test_int8_is_tried_by_all_that_is_installed_for_it(bundle) -> None:
+def test_int8_times_all_installed_int8_backends(bundle) -> None:
     if not INT8:
         with pytest.raises(
             BundleError,
@@ -143,8 +147,8 @@ def test_int8_is_tried_by_all_that_is_installed_for_it(bundle) -> None:
     assert choice.rate == max(choice.rates.values()) and choice.agreed == INT8_AGREED
 
 
-def test_int8_is_the_faster_of_its_two_that_agrees(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain PyTorch in the place of both, whose packages need not be there."""
+def test_int8_chooses_the_faster_backend_that_agrees(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain PyTorch stands for both backends, so their packages are not needed."""
 
     def broken(classifier, example, folder):
         raise RuntimeError("no such instruction")
@@ -168,10 +172,10 @@ def test_int8_is_the_faster_of_its_two_that_agrees(bundle, monkeypatch: pytest.M
         asking(bundle, wanted="int8")
 
 
-def test_what_this_start_has_converted_is_not_converted_again(
+def test_a_network_converted_by_this_start_is_not_converted_again(
     bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Only what an earlier start left may be damaged, or of another network."""
+    """Only a network stored by an earlier start may be damaged, or belong to another network."""
     made: list[str] = []
 
     def wrong(classifier, example, folder, name):
@@ -183,22 +187,25 @@ def test_what_this_start_has_converted_is_not_converted_again(
 
     fakes = {name: partial(wrong, name=name) for name in choosing.INT8}
     monkeypatch.setattr(choosing, "BACKENDS", replaced(**fakes))
-    for wanted in (["openvino-int8"], ["openvino-int8"] * 2):  # the second finds one, and makes it anew once for both
+    for wanted in (
+        ["openvino-int8"],
+        ["openvino-int8"] * 2,
+    ):  # the second start finds a stored network, and converts it again once
         with pytest.raises(BundleError, match="--backend openvino-int8: changes"):
             asking(bundle, wanted="int8")
         assert made == wanted
     assert caplog.text.count("converting it again") == 1
 
 
-def test_what_computes_on_cpus_is_refused_elsewhere(bundle) -> None:
+def test_cpu_backends_are_rejected_on_other_devices(bundle) -> None:
     classifier, images = bundle.classifier().to("meta"), golden_images(Engine(bundle))
     for name in ("openvino", "onnx", "int8"):
         with pytest.raises(BundleError, match=f"--backend {name} runs on cpu, not on meta; use one of auto"):
             choose(bundle, classifier, images, wanted=name)
 
 
-def test_all_replicas_compute_alike(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each would choose for itself, and the answer to an image hang on which of them was free."""
+def test_all_replicas_use_the_same_backend(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With separate choices, a prediction would depend on which replica was idle."""
     rates = iter([100.0, 90.0, *[80.0, 100.0] * 9])
     monkeypatch.setattr(choosing._Trial, "rate", lambda *_: next(rates))
     monkeypatch.setattr(choosing, "INT8", ("eager", "bf16"))
@@ -206,7 +213,7 @@ def test_all_replicas_compute_alike(bundle, monkeypatch: pytest.MonkeyPatch) -> 
     assert [one.choice and one.choice.name for one in (engine, *engine.others)] == ["eager", None, None]
 
 
-def test_a_cache_that_cannot_be_written_or_read_does_no_harm(bundle, cache: Path) -> None:
+def test_an_unusable_cache_does_no_harm(bundle, cache: Path) -> None:
     cache.write_text("a file where the folder would be")
     for name in INSTALLED:
         assert asking(bundle, wanted=name)[1].name == name
@@ -214,10 +221,10 @@ def test_a_cache_that_cannot_be_written_or_read_does_no_harm(bundle, cache: Path
 
 
 @pytest.mark.parametrize("name", [*INSTALLED, *INT8])
-def test_a_kept_network_that_is_cut_is_converted_anew(
+def test_a_truncated_stored_network_is_converted_again(
     name: str, bundle, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As a loss of power or a full disk leaves it. Its backend was left out for good, and the choice without it kept."""
+    """A power failure or a full disk truncates it. A past version then stored a choice without this backend."""
     monkeypatch.setattr(choosing, "candidates", lambda device: (name,))
     assert asking(bundle)[1].name == name and "converting it again" not in caplog.text
     (folder,) = cache.iterdir()
@@ -232,10 +239,10 @@ def test_a_kept_network_that_is_cut_is_converted_anew(
         assert asking(bundle, wanted=name)[1].name == name and "converting it again" not in caplog.text
 
 
-def test_what_is_kept_is_whole_whoever_else_writes_there(
+def test_a_stored_network_is_complete_with_concurrent_writers(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Containers that share a cache have the same process number."""
+    """Containers that share a cache may have the same process id."""
     left, young = cache / "part-killed", cache / "part-at-work"
     for folder in (left, young):
         folder.mkdir(parents=True)
@@ -257,9 +264,7 @@ def test_what_is_kept_is_whole_whoever_else_writes_there(
 
 
 @pytest.mark.parametrize("text", ["[", "null", "[" * 100_000, '{"name": ["eager"], "threads": 1}', "\xff"])
-def test_a_note_of_the_choice_that_is_of_no_use_is_written_anew(
-    text: str, bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_invalid_stored_choice_is_replaced(text: str, bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
     first = asking(bundle, threads=1)[1]
     (note,) = cache.glob("*/kept.json")
@@ -267,9 +272,7 @@ def test_a_note_of_the_choice_that_is_of_no_use_is_written_anew(
     assert asking(bundle, threads=1)[1].name == first.name and json.loads(note.read_text())["name"] == "eager"
 
 
-def test_with_another_version_of_a_package_it_is_chosen_anew(
-    bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_package_version_needs_a_new_choice(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
     for count, versions in ((1, {}), (1, {}), *((2 + i, {name: "99"}) for i, name in enumerate(("torch", *PACKAGES)))):
         monkeypatch.setattr(choosing, "version", lambda name, versions=versions: versions.get(name) or version(name))
@@ -277,10 +280,8 @@ def test_with_another_version_of_a_package_it_is_chosen_anew(
         assert len(list(cache.iterdir())) == count
 
 
-def test_where_weights_have_other_bits_none_is_taken_from_the_other_machine(
-    bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A home that two machines share, whose processors may have one name: that of a virtual machine's may be a family's."""
+def test_a_choice_for_other_weight_bits_is_not_used(bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines may share a home directory and a CPU name: virtual machines may report only the CPU family."""
     monkeypatch.setattr(choosing, "candidates", lambda device: ("eager",))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     for known, count in (({}, 1), ({"avx2": True}, 1), ({"avx2": True, "avx512_vnni": True}, 2)):
@@ -290,7 +291,7 @@ def test_where_weights_have_other_bits_none_is_taken_from_the_other_machine(
 
 
 class Unsure(torch.nn.Module):
-    """Two labels that are as likely but for a hair."""
+    """Two labels with almost equal probabilities."""
 
     def __init__(self, hair: float) -> None:
         super().__init__()
@@ -300,7 +301,7 @@ class Unsure(torch.nn.Module):
         return self.logits.repeat(len(images), 1)
 
 
-def test_one_with_another_likeliest_label_is_dropped_however_near(
+def test_a_backend_with_another_top_label_is_dropped_at_any_difference(
     bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hair = 1e-3 * bundle.info.temperature
@@ -312,10 +313,10 @@ def test_one_with_another_likeliest_label_is_dropped_however_near(
         assert set(choice.dropped) == dropped
 
 
-def test_a_choice_of_one_thread_does_not_bind_the_next(bundle, cache: Path) -> None:
+def test_a_choice_of_one_thread_does_not_limit_the_next(bundle, cache: Path) -> None:
     torch.set_num_threads(1)
     _, choice = asking(bundle, threads=2)
     assert {"eager/1", "eager/2"} <= choice.rates.keys()
     (kept,) = cache.glob("*/kept.json")
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "threads": "many"}))
-    assert asking(bundle, threads=2)[1].threads in (1, 2), "a damaged note is written anew"
+    assert asking(bundle, threads=2)[1].threads in (1, 2), "an invalid stored choice is replaced"

@@ -1,4 +1,4 @@
-"""Texts beside images, and alone, over HTTP."""
+"""Texts with images, and texts alone, over HTTP."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ LABELS = tuple(f"class {i}" for i in range(4))
 
 
 def make(folder: Path, make_image, *, images: bool) -> Bundle:
-    """Untrained, with answers that differ."""
+    """Save an untrained bundle whose predictions differ between inputs."""
     torch.manual_seed(3)
     part, tokens, network = make_text_encoder(
         "hashing", weights="none", max_length=6, pooling="auto", args={"buckets": 500}
@@ -53,7 +53,7 @@ def make(folder: Path, make_image, *, images: bool) -> Bundle:
 
 
 def answer_of(classifier: Classifier, data: bytes | None, text: str) -> np.ndarray:
-    """Without any of the server's code."""
+    """Predict without the server's code."""
     image = np.full((32, 32, 3), 128, np.uint8) if data is None else PREPROCESS(data)
     images = torch.from_numpy(image).permute(2, 0, 1)[None] if "images" in classifier.reads else None
     with torch.inference_mode():
@@ -78,21 +78,21 @@ def confidences(answer) -> list[dict[str, float]]:
     return [{row["label"]: row["confidence"] for row in one["top"]} for one in answer.json()["predictions"]]
 
 
-def close(found: dict[str, float], wanted: np.ndarray) -> bool:
-    return all(abs(found[label] - value) < 1e-5 for label, value in zip(LABELS, wanted, strict=True))
+def close(predicted: dict[str, float], wanted: np.ndarray) -> bool:
+    return all(abs(predicted[label] - value) < 1e-5 for label, value in zip(LABELS, wanted, strict=True))
 
 
-def test_every_way_to_send_a_image_with_its_text_gives_the_networks_own_answer(both, serving, make_image) -> None:
+def test_every_way_to_send_an_image_with_its_text_gives_the_same_prediction(both, serving, make_image) -> None:
     classifier, data, text = both.classifier(), make_image(5), "the blue car"
     coded = base64.b64encode(data).decode()
     with serving(create_app(Engine(both, backend="auto"))) as client:
         assert client.get("/v1/model").json()["reads"] == ["images", "texts"]
-        told = [
+        responses = [
             client.post("/v1/predict", json={"image": coded, "text": text}),
             client.post("/v1/predict", json={"images": [coded], "texts": [text]}),
             client.post("/v1/predict", files=[("file", ("x.jpg", data)), ("text", (None, text))]),
         ]
-        assert all(close(confidences(answer)[0], answer_of(classifier, data, text)) for answer in told)
+        assert all(close(confidences(answer)[0], answer_of(classifier, data, text)) for answer in responses)
         for answer in (client.post("/v1/predict", content=data), client.post("/v1/predict", json={"image": coded})):
             assert close(confidences(answer)[0], answer_of(classifier, data, "")), "the caption is missing"
         for answer in (
@@ -115,7 +115,7 @@ def test_every_way_to_send_a_image_with_its_text_gives_the_networks_own_answer(b
         assert explained.status_code == 200 and "explanation" not in explained.json()["predictions"][0]
 
 
-def test_long_texts_are_read_as_in_training_and_the_answer_says_so(both, serving, make_image) -> None:
+def test_long_texts_are_truncated_as_in_training_and_the_response_says_so(both, serving, make_image) -> None:
     with serving(create_app(both)) as client:
         long, short = (
             client.post("/v1/predict", json={"text": f"one two three four five six{more}"}) for more in (" seven", "")
@@ -128,7 +128,7 @@ def test_long_texts_are_read_as_in_training_and_the_answer_says_so(both, serving
 
 
 @pytest.mark.parametrize("text", ["\x00\x07", "😀", "日本語", "\u202eabc", "e\u0301", "a" * 100_000, "\ud800"])
-def test_odd_texts_are_answered_or_refused_and_never_an_error(alone, serving, text: str) -> None:
+def test_unusual_texts_never_cause_a_server_error(alone, serving, text: str) -> None:
     with serving(create_app(alone)) as client:
         for document, statuses in (({"text": f"word {text}"}, (200,)), ({"texts": ["a", text]}, (200, 422))):
             answer = client.post(
@@ -138,7 +138,7 @@ def test_odd_texts_are_answered_or_refused_and_never_an_error(alone, serving, te
 
 
 @pytest.mark.slow
-def test_what_a_model_does_not_read_is_refused(both, alone, bundle, serving, make_image) -> None:
+def test_inputs_that_the_model_does_not_read_are_rejected(both, alone, bundle, serving, make_image) -> None:
     coded = base64.b64encode(make_image(1)).decode()
     cases = [
         (bundle, {"json": {"image": coded, "text": "a"}}, 422, "reads no texts"),
@@ -165,15 +165,15 @@ def test_what_a_model_does_not_read_is_refused(both, alone, bundle, serving, mak
             assert (answer.status_code, says in answer.json()["detail"]) == (status, True), (says, answer.text)
 
 
-def test_the_protocol_takes_images_alone(both, alone, serving, make_image) -> None:
+def test_the_open_inference_protocol_accepts_only_images(both, alone, serving, make_image) -> None:
     coded = {
         "inputs": [
             {"name": "encoded", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(make_image(4)).decode()]}
         ]
     }
     with serving(create_app(both)) as client:
-        found = client.post("/v2/models/both/infer", json=coded).json()["outputs"][0]["data"]
-        assert np.allclose(found, answer_of(both.classifier(), make_image(4), ""), atol=1e-5), "the text is missing"
+        outputs = client.post("/v2/models/both/infer", json=coded).json()["outputs"][0]["data"]
+        assert np.allclose(outputs, answer_of(both.classifier(), make_image(4), ""), atol=1e-5), "the text is missing"
     with serving(create_app(alone)) as client:
         refused = client.post("/v2/models/both/infer", json=coded)
         assert (refused.status_code, refused.json()["code"]) == (422, "invalid_request")
@@ -189,8 +189,8 @@ def test_the_clients_send_texts(both, serving, make_image, tmp_path: Path, capsy
     (tmp_path / "x.jpg").write_bytes(make_image(2))
     classifier = both.classifier()
     with serving(create_app(both)) as http, Client(str(http.base_url)) as client:
-        found = client.predict([tmp_path / "x.jpg", make_image(3)], texts=["a red dog", "a car"])
-        assert [row["label"] for row in found] == [
+        predictions = client.predict([tmp_path / "x.jpg", make_image(3)], texts=["a red dog", "a car"])
+        assert [row["label"] for row in predictions] == [
             LABELS[answer_of(classifier, make_image(i), text).argmax()] for i, text in ((2, "a red dog"), (3, "a car"))
         ]
         assert client.predict([], texts=["a car"])[0]["label"] == LABELS[answer_of(classifier, None, "a car").argmax()]
@@ -202,7 +202,7 @@ def test_the_clients_send_texts(both, serving, make_image, tmp_path: Path, capsy
         assert capsys.readouterr().out.startswith(f"text: {LABELS[answer_of(classifier, None, 'a car').argmax()]} ")
 
 
-def test_a_model_that_reads_other_things_does_not_take_the_place(both, alone, served) -> None:
+def test_a_swap_to_a_model_with_other_inputs_is_rejected(both, alone, served) -> None:
     async def story(service: Service) -> None:
         with pytest.raises(
             BundleError, match="reads texts, but both reads images and texts; start another server for it"
@@ -213,7 +213,7 @@ def test_a_model_that_reads_other_things_does_not_take_the_place(both, alone, se
     served(Engine(both), story)
 
 
-def test_a_wrong_golden_text_and_a_backend_of_images_are_told(both, tmp_path: Path) -> None:
+def test_a_wrong_golden_text_and_an_image_only_backend_are_reported(both, tmp_path: Path) -> None:
     import dataclasses
 
     first = both.golden_samples[0]
