@@ -105,6 +105,19 @@ def test_a_file_that_the_policy_names_is_an_input(tmp_path: Path) -> None:
     assert inputs_digest(config, snapshot, {}, "") != first
 
 
+@pytest.mark.parametrize("key", ["retrain.notify", "trainer.run_name"])
+def test_a_key_without_influence_on_the_outcome_is_not_an_input(tmp_path: Path, key: str) -> None:
+    paint(tmp_path / "images", range(10))
+    snapshot = taken(config_at(tmp_path))
+    section, name = key.split(".")
+    folder = {"retrain": {"folder": str(tmp_path / "retrain")}}
+    sections: dict[str, Any] = {**folder, section: {**folder.get(section, {}), name: "other"}}
+    first, second = (
+        inputs_digest(config, snapshot, {}, "") for config in (config_at(tmp_path), config_at(tmp_path, **sections))
+    )
+    assert first == second
+
+
 def noisy(path: Path, number: int) -> None:
     write_image(path, np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8))
 
