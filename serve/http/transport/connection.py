@@ -30,7 +30,7 @@ MAX_PIECE_BYTES = 16 << 10
 MAX_TURN_BYTES, MAX_TURN_BODY_PARTS = 64 << 10, 1000
 """Most bytes, and most parts of bodies, that one connection parses before the event loop serves the others."""
 
-INVALID = Problem(400, "invalid_http", "the bytes received are not an HTTP/1.1 request")
+INVALID = Problem(400, "invalid_http", "the bytes received are not a valid request of HTTP/1.1")
 
 MAX_PIPELINED = 8
 """Most requests of one connection that wait for earlier responses. Bytes beyond them stay unparsed until a response is complete."""
@@ -210,7 +210,7 @@ class Connection(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.0":
             self.expect_100_continue = False  # RFC 9110, 10.1.1
         elif self._host_fields == 0:
-            raise _invalid("an HTTP/1.1 request must have a Host header field")  # RFC 9112, 3.2
+            raise _invalid("a request of HTTP/1.1 must have a Host header field")  # RFC 9112, 3.2
         if self._host_fields > 1:
             raise _invalid("a request must not have more than one Host header field")
         self.url = self._target()
