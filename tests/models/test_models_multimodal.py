@@ -267,7 +267,7 @@ def bundle_of(classifier: Classifier, part, folder: Path, network: dict, joined:
 
 
 @pytest.mark.parametrize("name", ["hashing", "bert", "gpt"])
-@pytest.mark.parametrize("images", ["none", "lenet5"])
+@pytest.mark.parametrize("network_of_images", ["none", "lenet5"])
 def test_a_bundle_gives_equal_logits_without_the_files_it_came_from(
     transformers_of, tmp_path, name, network_of_images
 ) -> None:
