@@ -43,7 +43,7 @@ def test_both_clients_return_the_predictions_of_the_server(bundle, serving, make
                 client.predict([])
             with pytest.raises(TypeError, match="expected lists"):
                 client.predict("a.jpg")
-        with pytest.raises(RuntimeError, match="use it as `with Client"):
+        with pytest.raises(RuntimeError, match="use `with Client"):
             Client(url, key=KEY).predict([make_image(1)])
         for found in asyncio.run(ask()):
             assert found["label"] == wanted.json()["predictions"][0]["label"] and len(found["top"]) == 2
