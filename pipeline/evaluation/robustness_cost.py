@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from refract.pipeline.evaluation.robustness import QUICK, Effort
 
-SHARE = 1 / 3
+COST_RATIO = 1 / 3
 FEWEST, MOST = 20, 200
 """Numbers of images. Below FEWEST the interval of the error is about ±0.15, too wide to be useful; `full` measures more than MOST."""
 
@@ -25,7 +25,7 @@ which a training has more, is not overestimated."""
 
 
 def affordable(*, seen: int, available: int, pixels: int, flops: float) -> Effort | None:
-    """Return the effort that costs at most SHARE of the training, or None if that is fewer than FEWEST images.
+    """Return the effort that costs at most COST_RATIO of the training, or None if that is fewer than FEWEST images.
 
     seen: training images, counted once per epoch; available: images of the test set; pixels: of the network's input; flops: of one image's
     forward pass, 0 on a GPU. A training image counts as one forward pass, not as the three of forward and backward, because training may
@@ -33,7 +33,7 @@ def affordable(*, seen: int, available: int, pixels: int, flops: float) -> Effor
     """
     network = flops / FLOPS
     training, measuring = (network + fixed + rate * pixels / 1000 for fixed, rate in (LOADING, CORRUPTING))
-    count = min(MOST, available, int(SHARE * seen * training / (QUICK.passes * measuring)))
+    count = min(MOST, available, int(COST_RATIO * seen * training / (QUICK.passes * measuring)))
     return replace(QUICK, images=count) if count >= min(FEWEST, max(1, available)) else None
 
 
