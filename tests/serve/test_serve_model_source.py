@@ -34,7 +34,7 @@ def test_a_folder_resolves_to_itself(tmp_path):
 )
 def test_an_invalid_source_is_rejected(source, message):
     with pytest.raises(SourceError, match=message):
-        resolve(model_source)
+        resolve(source)
 
 
 def test_a_missing_server_and_database_is_reported(tmp_path, monkeypatch):
@@ -59,8 +59,8 @@ def registry(bundle, tmp_path_factory, new_tracking) -> str:
     run = client.create_run(experiment)
     client.log_artifacts(run.info.run_id, str(bundle.path), "bundle")
     client.create_registered_model("shapes")
-    model_source = f"{run.info.artifact_uri}/bundle"
-    version = client.create_model_version("shapes", source=model_source, run_id=run.info.run_id)
+    uri = f"{run.info.artifact_uri}/bundle"
+    version = client.create_model_version("shapes", source=uri, run_id=run.info.run_id)
     client.set_registered_model_alias("shapes", "champion", version.version)
     return uri
 
@@ -86,7 +86,7 @@ def test_a_read_only_cache_is_reported(registry, tmp_path, monkeypatch):
 def test_an_unknown_model_alias_or_version(registry, tmp_path, monkeypatch, source):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
     with pytest.raises(SourceError, match="no such model, version or alias"):
-        resolve(model_source, cache=tmp_path)
+        resolve(source, cache=tmp_path)
     assert [path for path in tmp_path.iterdir() if not path.name.startswith("last-")] == []
 
 
