@@ -47,7 +47,7 @@ def test_a_space_is_read_with_its_conditions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "expected keys of the config"),
+        ("", "expected config keys"),
         ("optim.lr: 3", "is not a list of values, or"),
         ("optim.lr: []", "is not a list of plain values"),
         ("optim.lr: {low: 1, high: 0}", "low must be below high"),
