@@ -152,7 +152,7 @@ def test_arguments_reach_the_network() -> None:
 
 
 def test_own_networks_have_no_pretrained_weights() -> None:
-    with pytest.raises(ValueError, match="weights='default': lenet5 has none"):
+    with pytest.raises(ValueError, match="weights='default': lenet5 has no pretrained weights"):
         build("lenet5", 2, image_size=(32, 32), weights="default")
 
 
