@@ -366,7 +366,7 @@ def test_a_run_that_cannot_get_the_lock_resumes_later(
     hold(client, name, "elsewhere 1 x")
     with monkeypatch.context() as impatient:
         impatient.setattr("refract.pipeline.retraining.aliases.PATIENCE_S", -1.0)
-        with pytest.raises(RetrainingError, match="other processes move the aliases"):
+        with pytest.raises(RetrainingError, match="other processes keep moving the aliases"):
             step(folder)
     assert "ends" not in read_run(folder)
     client.delete_registered_model(f"{name}.promoting")
