@@ -221,8 +221,8 @@ def test_a_run_stops_at_labels_and_accepts_them_on_purpose(tmp_path: Path, new_t
             file.rename(tmp_path / "images" / other / file.name)
     folder, record = checked(config)
     assert record["ends"] == Outcome.REFUSED and "known samples changed label: " in record["why"]
-    assert "blue → red " in record["why"] and record["why"].endswith("by --retrain.relabelled_stop null.")
-    assert f"{folder / 'relabelled.csv'} lists them all" in record["why"]
+    assert "blue → red " in record["why"] and record["why"].endswith("with --retrain.relabelled_stop null.")
+    assert f"{folder / 'relabelled.csv'} lists all of them" in record["why"]
     rows = [*csv.DictReader((folder / "relabelled.csv").open(newline="", encoding="utf-8"))]
     assert len(rows) == record["labels"]["changed"]["changed"] and {*rows[0]} == {"path", "was", "is"}
     assert all(Path(row["path"]).parent.name == row["is"] for row in rows), "the files as they lie now"
