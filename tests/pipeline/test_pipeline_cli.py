@@ -40,6 +40,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path, warm: 
     for command in (["init", "images", "-o", "images.yaml"], ["train", "images.yaml", *QUICK]):
         done = warm.run(command, cwd=root, env=os.environ, seconds=200)
         assert done.returncode == 0, done.stdout + done.stderr
+        if command[0] == "init":  # `images` is a generic name, so init names the model after the temporary folder
+            config = root / "images.yaml"
+            config.write_text(config.read_text().replace(f"model_name: {root.name} ", "model_name: images "))
     return root
 
 
