@@ -59,8 +59,8 @@ def registry(bundle, tmp_path_factory, new_tracking) -> str:
     run = client.create_run(experiment)
     client.log_artifacts(run.info.run_id, str(bundle.path), "bundle")
     client.create_registered_model("shapes")
-    uri = f"{run.info.artifact_uri}/bundle"
-    version = client.create_model_version("shapes", source=uri, run_id=run.info.run_id)
+    bundle_uri = f"{run.info.artifact_uri}/bundle"
+    version = client.create_model_version("shapes", source=bundle_uri, run_id=run.info.run_id)
     client.set_registered_model_alias("shapes", "champion", version.version)
     return uri
 
