@@ -85,7 +85,7 @@ def test_bad_body(client, name, caplog):
 JSON = {
     "list": ([], 422, "invalid_request"),
     "number": ({"image": 5}, 422, "invalid_request"),
-    "unknown key": ({"image": "abcd"}, 422, "invalid_request"),
+    "unknown key": ({"photo": "abcd"}, 422, "invalid_request"),
     "both": ({"image": "abcd", "images": ["abcd"]}, 422, "invalid_request"),
     "text for list": ({"images": "abcd"}, 422, "invalid_request"),
     "no images": ({"images": []}, 422, "invalid_request"),

@@ -81,7 +81,7 @@ def test_the_client_waits_for_retry_after_and_retries(caplog: pytest.LogCaptureF
         gaps = [b - a for a, b in zip(Busy.times, Busy.times[1:], strict=False)]
         assert len(gaps) == 3 and min(gaps[:2]) >= 1.0
         assert [line.getMessage() for line in caplog.records if line.name == "refract.serve.client"] == [
-            "the server is busy (429): next try in 1 s"
+            "the server is busy (429); next try in 1 s"
         ] * 2
         Busy.times.clear()
         with Client(f"http://127.0.0.1:{server.server_port}", tries=1) as client, pytest.raises(ServerError) as refused:
