@@ -29,6 +29,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/wording.py augment models pipeline serve refract README.md docs/architecture.md docs/design-notes.md docs/benchmarks.md
 
 # Builds the image for CPUs (downloads 3.2 GB), looks into it, and asks the server in it.
 image-check: install

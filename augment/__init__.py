@@ -3,12 +3,14 @@
 Independent of training, tracking and serving. Only the batch executor imports PyTorch (`refract.augment.executors.torch_batch`).
 """
 
+import refract.augment.catalogue  # noqa: F401 — registers the ops
 from refract.augment.augmenter import Augmenter
 from refract.augment.dataset import AugmentedDataset
 from refract.augment.decoding.decode import ImageError, decode, image_size
 from refract.augment.executors.cpu import planes
+from refract.augment.ops.reader import PolicyError
 from refract.augment.plan import Plan, Step
-from refract.augment.policy import Policy, PolicyError, load_policy, presets
+from refract.augment.policy import Policy, load_policy, presets
 from refract.augment.preprocess import Preprocess
 from refract.augment.samplers import EpochSampler, SampleKey, ShuffleSampler
 

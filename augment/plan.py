@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from operator import index as index_of
 from typing import Any
 
+from refract.augment.registry import OPS
+
 VERSION = 1
 
 
@@ -43,8 +45,6 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         """Read the result of `to_json`. ValueError describes invalid input."""
-        from refract.augment.ops import OPS  # the ops' modules import this one
-
         try:
             data = json.loads(text)
             height, width = (index_of(side) for side in data["size"])

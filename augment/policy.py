@@ -1,13 +1,12 @@
 """`Policy`: an ordered list of ops that draws plans. `load_policy` reads it from a preset, a YAML file or a list."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from refract.augment.ops import OPS, Op
-from refract.augment.ops.base import nearest
+from refract.augment.ops.base import Op, nearest
 from refract.augment.ops.composition import (
     CompositionOp,
     OneOf,
@@ -19,17 +18,12 @@ from refract.augment.ops.composition import (
     mixes_batch,
     size_after,
 )
-from refract.augment.ops.external import external_transform, is_external
+from refract.augment.ops.reader import PolicyError, read_ops
 from refract.augment.plan import Plan, Step
 from refract.augment.random import keyed_generator, op_word
-from refract.augment.text.external import PREFIX, external_text_transform
 from refract.augment.text.ops import BackTranslation
 
 PolicySpec = str | Path | Sequence[Mapping[str, Mapping[str, Any] | None] | str] | Mapping[str, Any]
-
-
-class PolicyError(ValueError):
-    """Invalid policy. The message names the source, the op, the parameter and the accepted values."""
 
 
 @dataclass(frozen=True)
@@ -211,45 +205,6 @@ def _policy(entries: Any, where: str) -> Policy:
     if not isinstance(exact, bool):
         raise PolicyError(f"{where}: exact: {exact!r} is neither true nor false")
     return Policy(tuple(read_ops(entries["ops"], where)), exact)
-
-
-def read_ops(entries: Any, where: str) -> Iterator[Op]:
-    """Yield the ops of a list of entries. where: the name of the list in error messages. PolicyError for an invalid entry."""
-    if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Iterable):
-        raise PolicyError(
-            f"{where}: a policy is a list of ops such as [{{HorizontalFlip: {{p: 0.5}}}}], not {entries!r}"
-        )
-    for number, entry in enumerate(entries, start=1):
-        yield entry if isinstance(entry, Op) else _op(entry, f"{where}, op {number}")
-
-
-def _op(entry: Any, where: str) -> Op:
-    if isinstance(entry, str):
-        entry = {entry: {}}
-    if not isinstance(entry, Mapping) or len(entry) != 1:
-        raise PolicyError(
-            f"{where}: expected one op's name with its parameters, such as {{Rotate: {{degrees: 10}}}}; got {entry!r}"
-        )
-    ((name, parameters),) = entry.items()
-    if name not in OPS and not is_external(name) and not str(name).startswith(PREFIX):
-        raise PolicyError(f"{where}: no op is called {name!r}{nearest(name, OPS)}. Known: {', '.join(OPS)}")
-    parameters = {} if parameters is None else parameters
-    if not isinstance(parameters, Mapping):
-        raise PolicyError(f"{where}, {name}: parameters are a mapping such as {{p: 0.5}}, not {parameters!r}")
-    known = [item.name for item in fields(OPS[name])] if name in OPS else []
-    for parameter in parameters:
-        if known and parameter not in known:
-            raise PolicyError(
-                f"{where}, {name}: no parameter {parameter!r}{nearest(parameter, known)}. Known: {', '.join(known)}"
-            )
-    try:
-        if name in OPS:
-            return OPS[name](**parameters)
-        read = external_text_transform if name.startswith(PREFIX) else external_transform
-        return read(name, parameters)
-    except (TypeError, ValueError) as error:
-        message = str(error).replace(f"{name}.__init__() ", "")
-        raise PolicyError(f"{where}, {name}: {message}") from error
 
 
 def _resize(steps: list[Step], current: tuple[int, int], to: tuple[int, int] | None) -> tuple[int, int]:

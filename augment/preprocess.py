@@ -9,8 +9,8 @@ import numpy as np
 from refract.augment.decoding.color_profiles import check_color_profile
 from refract.augment.decoding.decode import image_size
 from refract.augment.executors import cpu, encoded
-from refract.augment.fuse import WarpPass
 from refract.augment.ops.geometric import matrix
+from refract.augment.passes import WarpPass
 from refract.augment.statistics import KINDS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from refract.augment.fuse import OpPass, WarpPass, fuse
+from refract.augment.fuse import fuse
 from refract.augment.ops.base import Size
 from refract.augment.ops.deform import DeformOp
 from refract.augment.ops.pixel import PixelOp
+from refract.augment.passes import BlendPass, OpPass, Pass, WarpPass
 from refract.augment.plan import Plan
 
 _TIE = 1e-6
@@ -86,11 +87,26 @@ def _movements(plan: Plan) -> Iterator[WarpPass | OpPass]:
     for item in fuse(plan):
         if isinstance(item, WarpPass) or (isinstance(item, OpPass) and issubclass(item.op, DeformOp)):
             yield item
-        elif isinstance(item, OpPass) and issubclass(item.op, PixelOp) and item.op.moves_pixels(item.args):
-            name = item.args.get("transform") or item.args.get("name") or item.op.__name__
+        elif _moves_pixels(item):
+            name = _name(item)
             raise ValueError(
                 f"masks and boxes cannot follow {name}: it moves pixels in an unknown way; remove it from the policy, or use geometric ops"
             )
+
+
+def _moves_pixels(item: Pass) -> bool:
+    if isinstance(item, BlendPass):
+        return any(_moves_pixels(inner) for _, passes in item.chains for inner in passes)
+    if isinstance(item, OpPass):
+        return issubclass(item.op, DeformOp) or (issubclass(item.op, PixelOp) and item.op.moves_pixels(item.args))
+    return isinstance(item, WarpPass)
+
+
+def _name(item: Pass) -> str:
+    if isinstance(item, BlendPass):
+        return item.name
+    assert isinstance(item, OpPass)
+    return str(item.args.get("transform") or item.args.get("name") or item.op.__name__)
 
 
 def _warp(item: WarpPass, mask: np.ndarray, fill: int) -> np.ndarray:

@@ -11,8 +11,8 @@ from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 from refract.augment import Augmenter
-from refract.augment.ops import OPS
 from refract.augment.ops.corruption import CORRUPTIONS
+from refract.augment.registry import OPS
 
 TILE, GAP, LINE, VARIANTS, COLUMNS = 120, 6, 15, 3, 3
 

@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 import stringzilla
 
-from refract.augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass
 from refract.augment.ops.geometric import Matrix, product
 from refract.augment.ops.geometric import matrix as matrix_of
+from refract.augment.passes import BlendPass, ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass
 
 _BORDERS = {
     "constant": cv2.BORDER_CONSTANT,
@@ -45,7 +45,17 @@ def run_pass(item: Pass, image: np.ndarray) -> np.ndarray:
         return look_up(item, image)
     if isinstance(item, OpPass):
         return item.op.on_image(item.args, image)
+    if isinstance(item, BlendPass):
+        return blend(item, image)
     return rotate_hue(item, image)
+
+
+def blend(item: BlendPass, image: np.ndarray) -> np.ndarray:
+    """The weighted sum of the image and of its chains' results."""
+    total = image.astype(np.float32) * item.image_weight
+    for weight, passes in item.chains:
+        total += np.float32(weight) * run(passes, image)
+    return np.clip(np.rint(total), 0, 255).astype(np.uint8)
 
 
 def planes(image: np.ndarray) -> np.ndarray:

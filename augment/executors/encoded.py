@@ -6,7 +6,7 @@ import numpy as np
 
 from refract.augment.decoding.decode import decode_part
 from refract.augment.executors import cpu
-from refract.augment.fuse import Pass, WarpPass
+from refract.augment.passes import Pass, WarpPass
 
 LARGEST_SCALE = 8
 

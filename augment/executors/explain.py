@@ -10,7 +10,8 @@ from typing import Any
 from refract.augment.decoding.decode import decode, image_size
 from refract.augment.executors import cpu
 from refract.augment.executors.encoded import decode_for
-from refract.augment.fuse import ColorPass, OpPass, Pass, TablePass, WarpPass, fuse_with_steps
+from refract.augment.fuse import fuse_with_steps
+from refract.augment.passes import BlendPass, ColorPass, OpPass, Pass, TablePass, WarpPass
 from refract.augment.plan import Plan, Step
 
 
@@ -66,4 +67,6 @@ def _describe(item: Pass) -> tuple[str, str]:
         return "table", "256 entries a channel" + (", from the histogram" if item.needs_histogram else "")
     if isinstance(item, OpPass):
         return item.op.kind, ""
+    if isinstance(item, BlendPass):
+        return "blend", f"{len(item.chains)} chains of ops"
     return "hue in HSV", ""

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from refract.augment.executors import cpu
-from refract.augment.executors.on_device import on_device
-from refract.augment.fuse import ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass, batch_steps, fuse
+from refract.augment.fuse import batch_steps, fuse
+from refract.augment.on_device import on_device
 from refract.augment.ops.mixing import MIX
-from refract.augment.ops.pixel import to_uint8
+from refract.augment.ops.pixel import column, to_uint8
+from refract.augment.passes import BlendPass, ColorPass, HsvHuePass, OpPass, Pass, TablePass, WarpPass
 from refract.augment.plan import Plan
 
 # `_reflect` moves the points of `reflect101` inside: grid_sample supports this border only with align_corners=True.
@@ -35,7 +36,17 @@ def run(plans: Sequence[Plan], images: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"plan {mismatches[0]} was drawn for {plans[mismatches[0]].size}, the images have {size}")
     if not plans:
         return images.clone()
-    remaining = [fuse(plan) for plan in plans]
+    parts = _run_all([fuse(plan) for plan in plans], images)
+    sizes = {tuple(part.shape[1:]) for part in parts}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the plans produce images of several sizes {sorted(sizes)}; pass `size` to Augmenter, or end the policy with a Resize"
+        )
+    return torch.stack(parts)
+
+
+def _run_all(remaining: list[list[Pass]], images: torch.Tensor) -> list[torch.Tensor]:
+    """The results of remaining[i] on images[i], each uint8 3×H'×W'."""
     # Samples draw different ops, so each round runs one pass for all samples whose next pass is of the same kind.
     parts: list[torch.Tensor] = list(images.unbind(0))
     while any(remaining):
@@ -48,12 +59,7 @@ def run(plans: Sequence[Plan], images: torch.Tensor) -> torch.Tensor:
         results = _run_pass([remaining[i].pop(0) for i in chosen], torch.stack([parts[i] for i in chosen]))
         for i, result in zip(chosen, results, strict=True):
             parts[i] = result
-    sizes = {tuple(part.shape[1:]) for part in parts}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"the plans produce images of several sizes {sorted(sizes)}; pass `size` to Augmenter, or end the policy with a Resize"
-        )
-    return torch.stack(parts)
+    return parts
 
 
 def mix(plans: Sequence[Plan], images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +120,20 @@ def _run_pass(passes: Sequence[Pass], images: torch.Tensor) -> torch.Tensor:
         return _look_up([item for item in passes if isinstance(item, TablePass)], images)
     if isinstance(first, HsvHuePass):
         return _rotate_hue([item for item in passes if isinstance(item, HsvHuePass)], images)
+    if isinstance(first, BlendPass):
+        return _blend([item for item in passes if isinstance(item, BlendPass)], images)
     return first.op.on_batch([item.args for item in passes if isinstance(item, OpPass)], images)
+
+
+def _blend(passes: Sequence[BlendPass], images: torch.Tensor) -> torch.Tensor:
+    total = images.float() * column(images, [item.image_weight for item in passes])
+    for position in range(max(len(item.chains) for item in passes)):
+        rows = [i for i, item in enumerate(passes) if len(item.chains) > position]
+        weights, chains = zip(*(passes[i].chains[position] for i in rows), strict=True)
+        chosen = on_device(rows, images.device)
+        results = torch.stack(_run_all([list(chain) for chain in chains], images[chosen])).float()
+        total.index_add_(0, chosen, results * column(images, weights))
+    return to_uint8(total)
 
 
 def _warp(passes: Sequence[WarpPass], images: torch.Tensor) -> torch.Tensor:

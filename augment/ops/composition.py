@@ -12,7 +12,9 @@ import numpy as np
 
 from refract.augment.ops.base import Op, Size, below, number, whole
 from refract.augment.ops.geometric import GeometricOp
+from refract.augment.ops.reader import read_ops
 from refract.augment.plan import Step
+from refract.augment.registry import OPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +54,6 @@ def may_move(op: Op) -> bool:
 
 
 def _read(name: str, entries: Any) -> tuple[Op, ...]:
-    from refract.augment.policy import read_ops  # a late import: the policy module imports this one
-
     return tuple(read_ops(entries, name))
 
 
@@ -69,8 +69,6 @@ def draw_in_turn(ops: Sequence[Op], rng: np.random.Generator, size: Size, epoch:
 
 def size_after(steps: Sequence[Step], size: Size) -> Size:
     """Return (height, width) of an image of `size` after the steps."""
-    from refract.augment.ops import OPS
-
     for step in steps:
         op = OPS[step.op]
         if issubclass(op, GeometricOp):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from refract.augment.executors.on_device import on_device
+from refract.augment.on_device import on_device
 from refract.augment.ops.base import Args, Size, below, between, interval, number, whole
 from refract.augment.ops.pixel import PixelOp, to_uint8
 from refract.augment.random import TABLE_SIZE, normal_table, stretch

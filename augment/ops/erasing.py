@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import cv2
 import numpy as np
 
-from refract.augment.executors.on_device import on_device
+from refract.augment.on_device import on_device
 from refract.augment.ops.base import Args, Op, Size, below, between, color, interval, number, whole
 from refract.augment.ops.pixel import batch_stretch
 from refract.augment.random import TABLE_SIZE, stretch, uniform_table

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from refract.augment.executors.on_device import on_device
+from refract.augment.on_device import on_device
 from refract.augment.ops.base import Args, Size, around, below, between, interval, whole
 from refract.augment.ops.pixel import PixelOp, to_uint8
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from refract.augment.executors.on_device import on_device
+from refract.augment.on_device import on_device
 from refract.augment.ops.base import Args, Op, Size, number
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from refract.augment.executors.on_device import on_device
+from refract.augment.on_device import on_device
 from refract.augment.ops.base import Args, Size, below, between, color, interval
 from refract.augment.ops.pixel import PixelOp, batch_stretch, column, to_uint8
 from refract.augment.random import TABLE_SIZE, laplace_table, normal_table, stretch, uniform_table

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from refract.augment.executors.on_device import on_device
+from refract.augment.on_device import on_device
 from refract.augment.ops.base import Args, Op
+from refract.augment.plan import Step
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,18 @@ class PixelOp(Op):
         arrays = images.permute(0, 2, 3, 1).cpu().numpy()
         results = [cls.on_image(drawn, np.ascontiguousarray(image)) for drawn, image in zip(args, arrays, strict=True)]
         return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2).to(images.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlendOp(Op):
+    """An op that blends the image with the results of chains of other ops; each executor runs the chains itself."""
+
+    kind: ClassVar[str] = "pixel"
+
+    @staticmethod
+    def chains(args: Args) -> tuple[float, list[tuple[float, tuple[Step, ...]]]]:
+        """(the weight of the image, (weight, steps) of each chain) of a drawn op."""
+        raise NotImplementedError
 
 
 def cpu_only(op: type[Op]) -> bool:

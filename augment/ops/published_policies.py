@@ -16,8 +16,8 @@ from typing import ClassVar
 import numpy as np
 
 from refract.augment.ops.base import Args, Op, Size, below, between, choice, color, number, whole
-from refract.augment.ops.pixel import PixelOp
-from refract.augment.plan import Plan, Step
+from refract.augment.ops.pixel import BlendOp
+from refract.augment.plan import Step
 
 Builder = Callable[[float, Size], tuple[str, Args] | None]
 
@@ -317,7 +317,7 @@ class ThreeAugment(Op):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugMix(PixelOp):
+class AugMix(BlendOp):
     """Blend the image with a weighted sum of chains of ops: m · image + (1 − m) · Σ wᵢ · chainᵢ(image).
 
     severity: in [0, 10]; each op draws its strength from [0.1, severity]. width: number of chains. depth: ops in a chain; 0 draws 1 to 3.
@@ -358,22 +358,11 @@ class AugMix(PixelOp):
         return AutoOp(fill=self.fill)._step(name, _mix_strength(name, fraction, size), rng, size)
 
     @staticmethod
-    def on_image(args: Args, image: np.ndarray) -> np.ndarray:
-        from refract.augment.executors import cpu  # a late import: the executor imports the ops
-        from refract.augment.fuse import fuse
-
-        total = image.astype(np.float32) * args["share"]
-        for weight, chain in zip(args["weights"], args["chains"], strict=True):
-            steps = tuple(Step(entry["op"], {k: v for k, v in entry.items() if k != "op"}) for entry in chain)
-            result = cpu.run(fuse(Plan(image.shape[:2], steps)), image)
-            total += np.float32((1 - args["share"]) * weight) * result
-        return np.clip(np.rint(total), 0, 255).astype(np.uint8)
-
-    @staticmethod
-    def moves_pixels(args: Args) -> bool:
-        from refract.augment.ops import OPS
-
-        return any(OPS[step["op"]].kind == "geometric" for chain in args["chains"] for step in chain)
+    def chains(args: Args) -> tuple[float, list[tuple[float, tuple[Step, ...]]]]:
+        drawn = [tuple(Step(entry["op"], {k: v for k, v in entry.items() if k != "op"}) for entry in chain)
+                 for chain in args["chains"]]  # fmt: skip
+        weights = [(1 - args["share"]) * weight for weight in args["weights"]]
+        return args["share"], list(zip(weights, drawn, strict=True))
 
 
 def _mix_strength(name: str, fraction: float, size: Size) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 
 from refract.augment.ops.base import Args, Op, Size, below, number
 from refract.augment.random import keyed_generator
+from refract.augment.registry import OPS
 from refract.augment.text import words
 from refract.augment.text.paraphrases import check_cache, paraphrases
 
@@ -320,8 +321,6 @@ class BackTranslation(TextOp):
 
 def run(steps: Any, text: str) -> str:
     """Apply the drawn text steps of a policy in order."""
-    from refract.augment.ops import OPS
-
     for step in steps:
         op = OPS[step.op]
         assert issubclass(op, TextOp)

@@ -22,9 +22,9 @@ def main(argv: list[str]) -> int:
 
 
 def _ops(args: argparse.Namespace) -> int:
-    from refract.augment.ops import OPS
     from refract.augment.ops.base import nearest
-    from refract.augment.policy import PolicyError
+    from refract.augment.ops.reader import PolicyError
+    from refract.augment.registry import OPS
 
     if args.name is not None and args.name not in OPS:
         hint = nearest(args.name, OPS) or f"; ops: {', '.join(OPS)}"
@@ -61,8 +61,8 @@ _KINDS = ("geometric", "color", "pixel", "region", "batch", "text", "choice")
 
 def described(name: str) -> dict[str, Any]:
     """Describe an op as JSON values: name, kind, parameters → default or `required`, help, doc, cpu_only."""
-    from refract.augment.ops import OPS
     from refract.augment.ops.pixel import cpu_only
+    from refract.augment.registry import OPS
 
     op = OPS[name]
     doc = inspect.cleandoc(op.__doc__ or "")

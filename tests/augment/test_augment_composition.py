@@ -8,7 +8,6 @@ import torch
 import torchvision.transforms.v2 as v2
 
 from refract.augment import Augmenter, PolicyError, load_policy
-from refract.augment.ops import OPS
 from refract.augment.ops.published_policies import (
     _AUTO,
     _BUILDERS,
@@ -19,6 +18,7 @@ from refract.augment.ops.published_policies import (
     _strength,
 )
 from refract.augment.plan import Plan, Step
+from refract.augment.registry import OPS
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 

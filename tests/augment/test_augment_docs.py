@@ -7,8 +7,9 @@ import numpy as np
 import yaml
 
 from refract.augment import Augmenter, load_policy, presets
-from refract.augment.ops import OPS, color
+from refract.augment.ops import color
 from refract.augment.ops.base import Args, Size, between, interval
+from refract.augment.registry import OPS
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "augment.md").read_text("utf-8")

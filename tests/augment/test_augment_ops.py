@@ -14,7 +14,7 @@ from PIL import Image
 
 from refract.augment import Augmenter, Plan, Policy, Step
 from refract.augment.executors import torch_batch
-from refract.augment.ops import OPS
+from refract.augment.registry import OPS
 
 REQUIRED: dict[str, dict[str, Any]] = {
     "RandomCrop": {"size": [20, 24]},

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from refract.augment import Augmenter, PolicyError, load_policy
-from refract.augment.ops import OPS
 from refract.augment.policy import presets
+from refract.augment.registry import OPS
 
 
 @pytest.mark.parametrize(

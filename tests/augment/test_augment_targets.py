@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tv
 
 from refract.augment import Augmenter, Plan, Step
-from refract.augment.ops import OPS
+from refract.augment.registry import OPS
 
 HEIGHT, WIDTH = 60, 84
 MASK = np.random.default_rng(0).integers(0, 5, (HEIGHT, WIDTH), dtype=np.uint8)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refract.augment import Augmenter, PolicyError, load_policy
-from refract.augment.ops import OPS
+from refract.augment.registry import OPS
 from refract.augment.text import words
 from refract.augment.text.ops import TextOp
 

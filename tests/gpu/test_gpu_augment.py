@@ -9,7 +9,7 @@ from test_augment_ops import ALONE, make, make_image
 
 from refract.augment import Augmenter
 from refract.augment.executors import torch_batch
-from refract.augment.ops import OPS
+from refract.augment.registry import OPS
 
 pytestmark = pytest.mark.gpu
 

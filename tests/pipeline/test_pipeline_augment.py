@@ -10,7 +10,7 @@ import pytest
 from small_data import Run
 
 from refract.augment import Augmenter
-from refract.augment.ops import OPS
+from refract.augment.registry import OPS
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 

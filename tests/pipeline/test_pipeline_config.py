@@ -90,7 +90,9 @@ def test_help_explains_every_key() -> None:
         for key in values:
             assert f"--{section}.{key} " in text
     one_line = " ".join(text.split())
-    assert "; squash keeps the whole image and changes its aspect ratio. --data.crop_ratio" in one_line, "continuation lines are joined"
+    assert "; squash keeps the whole image and changes its aspect ratio. --data.crop_ratio" in one_line, (
+        "continuation lines are joined"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,28 @@
 """What the gate asks of two sets of answers, each demand on both its sides: what passes, and what just does not."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from refract.augment import Preprocess
+from refract.models.bundle.bundle import BundleInfo, GoldenSample, load_bundle, save_bundle
+from refract.models.classifier import probabilities
+from refract.models.factory import make_classifier
 from refract.pipeline.data.manifest import Manifest, Sample
-from refract.pipeline.retraining.gate import Line, Measured, Verdict, _latency, judge
+from refract.pipeline.retraining.gate import Line, Measured, Verdict, _latency, _measure, judge
 from refract.pipeline.retraining.holdout_size import LARGEST, SMALLEST, Z, lowest_gain, rounded, samples_to_decide
 from refract.pipeline.retraining.settings import GateConfig
+
+
+def encoded(pixels: np.ndarray) -> bytes:
+    return cv2.imencode(".png", pixels)[1].tobytes()
 
 
 def holdout(*counts: int) -> Manifest:
@@ -153,3 +164,30 @@ def test_an_unknown_line_fails_nothing_and_is_not_printed_as_passed() -> None:
     verdict = Verdict((unknown, passed), "h", 9)
     assert verdict.passed and verdict.text() == "unknown  hold-out  ?\npassed   labels    all"
     assert not Verdict((unknown, replace(passed, passed=False)), "h", 9).passed
+
+
+def test_a_multilabel_bundle_is_measured_by_its_own_thresholds(tmp_path: Path) -> None:
+    """The truth is what the thresholds give; one half, in their place, would call the rare label absent and the common one present."""
+    torch.manual_seed(0)
+    preprocess = Preprocess(16, 16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    network = {"name": "mlp", "image_size": [16, 16], "args": {}}
+    classifier = make_classifier(network, 2, mean=preprocess.mean, std=preprocess.std).eval()
+    rng = np.random.default_rng(0)
+    images = [encoded(rng.integers(0, 256, (16, 16, 3), np.uint8)) for _ in range(12)]
+    batch = torch.from_numpy(np.stack([preprocess(data) for data in images])).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        given = probabilities(classifier(batch), task="multilabel", temperature=1.0).numpy()
+    thresholds = tuple(float(np.sort(column)[6]) for column in given.T)
+    assert min(abs(threshold - 0.5) for threshold in thresholds) > 0.01, "else one half would do as well"
+    info = BundleInfo(
+        name="m", task="multilabel", labels=("a", "b"), network=network, preprocess=preprocess.to_dict(),
+        thresholds=thresholds, created="2025-01-01T00:00:00+00:00",
+    )  # fmt: skip
+    golden = GoldenSample("00.png", images[0], tuple(given[0].tolist()))
+    bundle = load_bundle(save_bundle(tmp_path / "b", info, classifier, [golden]))
+    truth = given >= np.array(thresholds, np.float32)
+    samples = [
+        Sample(f"{i}", tuple(np.flatnonzero(row).tolist()), "test", data=data)
+        for i, (row, data) in enumerate(zip(truth, images, strict=True))
+    ]
+    assert _measure(bundle, Manifest("h", tuple(samples), ("a", "b"), "multilabel"), False).right.all()

@@ -167,7 +167,9 @@ def test_the_commands_promote_and_roll_back(
     assert aliases(client, "colors") == {"champion": "2", "previous": "1"}, "02 is the same version"
     assert client.get_model_version("colors", "2").tags["promotion.why"] == "seen again"
     assert "version 'latest': expected a number" in told("promote", "colors", "latest", code=2)
-    assert "has 5,000 characters, at most 4,000 are accepted" in told("promote", "colors", 2, "--why", "x" * 5000, code=2)
+    assert "has 5,000 characters, at most 4,000 are accepted" in told(
+        "promote", "colors", 2, "--why", "x" * 5000, code=2
+    )
     client.set_registered_model_alias("colors", "previous", "3")
     assert "a bundle?" in told("rollback", "colors", code=2), "the restored bundle must load"
     client.create_model_version("colors", source=(trained / "nowhere").as_uri())

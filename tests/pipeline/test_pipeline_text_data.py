@@ -36,7 +36,9 @@ def test_rows_without_an_image_and_images_with_two_captions(tmp_path: Path) -> N
     assert split.samples[0].split == split.samples[1].split
     config = config_from_dict({"text": {"name": "hashing"}})
     check_inputs(config, manifest)
-    with pytest.raises(DataError, match=r"2 samples have no image, such as m\.csv#4; to read texts, set text\.name: hashing"):
+    with pytest.raises(
+        DataError, match=r"2 samples have no image, such as m\.csv#4; to read texts, set text\.name: hashing"
+    ):
         check_inputs(config_from_dict({}), manifest)
     manifest = load_manifest(rewritten(tmp_path / "m.csv", "n.csv", lambda i, text: "\x07 " if i == 5 else text))
     with pytest.raises(DataError, match="2 samples have no text"):

@@ -342,3 +342,28 @@ def test_the_event_loop_waits_for_inputs_in_preparation() -> None:
         await batcher.stop()
 
     asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_each_engine_takes_its_part_of_a_full_batch_at_once_and_what_follows_waits_again():
+    """The inputs still to come would hold a part of two for max_wait_ms; it belongs to a batch that may start."""
+
+    async def story(batcher, coming):
+        await asyncio.wait_for(batcher.submit(inputs(1, 2, 3, 4)), 15)
+        first = await enqueue(batcher, 5)
+        await asyncio.sleep(0.05)  # in which a thread that does not wait would take it
+        await asyncio.wait_for(batcher.submit(inputs(6, 7, 8)), 15)
+        await first
+
+    async def main():
+        engines = [Doubler(), Doubler()]
+        batcher = Batcher(*engines, max_batch=4, max_wait_ms=60_000, coming=lambda: True)
+        batcher.start()
+        try:
+            await story(batcher, engines)
+        finally:
+            await batcher.stop()
+        return [batch for engine in engines for batch in engine.batches]
+
+    batches = asyncio.run(main())
+    assert sorted(value for batch in batches for value in batch) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [1, 2] in batches and [5, 6] in batches, "5 waited for a full batch of its own"
