@@ -67,7 +67,8 @@ def preview_grid(images: Sequence[Shown], augmenter: Augmenter, *, variants: int
     ]
     if augmenter.size is not None and augmenter.mixes:
         columns = [
-            _mixed(augmenter, column, epoch, [shown.sample_index for shown in images]) for epoch, column in enumerate(columns)
+            _mixed(augmenter, column, epoch, [shown.sample_index for shown in images])
+            for epoch, column in enumerate(columns)
         ]
     width = (variants + 1) * (_CELL + _GAP) + _GAP
     count = _LINES + (_TEXT_LINES if any(shown.text for shown in images) else 0)

@@ -89,7 +89,9 @@ def _show(file: Path, probabilities, info, args: argparse.Namespace, cut: bool) 
     options = {"top": args.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
     confidence = float(confidences(probabilities[None], info.task, info.thresholds)[0])
     result = prediction(probabilities, info.labels, confidence=confidence, cut=cut, **options)
-    print(json.dumps({"path": str(file), **result}, ensure_ascii=False) if args.json else format_prediction(file, result))
+    print(
+        json.dumps({"path": str(file), **result}, ensure_ascii=False) if args.json else format_prediction(file, result)
+    )
 
 
 def listed_images(paths: list[Path]) -> list[Path]:

@@ -294,7 +294,10 @@ def _prepared_call(bundle: Bundle, sample: Sample) -> Callable[[], object]:
         image = torch.from_numpy(preprocess(sample.read())).permute(2, 0, 1)[None]
     text_inputs = []
     if classifier.tokens is not None:
-        text_inputs = [torch.from_numpy(pad_rows([classifier.tokens(sample.text)[0]])), torch.tensor([sample.has_image])]
+        text_inputs = [
+            torch.from_numpy(pad_rows([classifier.tokens(sample.text)[0]])),
+            torch.tensor([sample.has_image]),
+        ]
 
     def call() -> object:
         with torch.inference_mode():
