@@ -65,7 +65,7 @@ lock:
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --extra openvino --extra tracing --extra encoders \
 		--constraint requirements.lock pyproject.toml --output-file requirements-serve.lock
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --extra train --extra retrain \
-		--extra text --extra guests --constraint requirements.lock pyproject.toml --output-file requirements-train.lock
+		--extra text --extra external --constraint requirements.lock pyproject.toml --output-file requirements-train.lock
 	echo hatchling | $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
 		--constraint requirements.lock - --output-file requirements-build.lock
 

@@ -27,7 +27,7 @@ from refract.augment.ops.pixel import PixelOp
 from refract.augment.plan import Step
 
 Run = Callable[[int, np.ndarray], np.ndarray]
-_EXTRA = "refract[guests]"
+_EXTRA = "refract[external]"
 
 
 @dataclass(frozen=True, kw_only=True)
