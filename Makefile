@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Python keeps what it compiled, whatever the shell says: else each process of the suite compiles the tests and Refract anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-fast test-postgres lint image-check gpu-wheels gpu-check install lock clean
+.PHONY: demo test test-durations test-fast test-postgres lint image-check gpu-wheels gpu-check install lock clean
 
 demo: install
 	$(BIN)/refract demo
@@ -16,6 +16,10 @@ PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
 test: install
 	$(PYTEST) -n $$(($(CORES) + 2))
+
+# As make test; also records how long each file took (tests/durations.json), by which the next runs order the files.
+test-durations: install
+	$(PYTEST) -n $$(($(CORES) + 2)) --record-durations
 
 test-fast: install
 	$(PYTEST) -n $$(($(CORES) + 1)) -m "not slow"

@@ -14,11 +14,13 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
         "Start": {
             "init": ("refract.pipeline.cli.init", "Write a config for a folder or manifest of images"),
             "demo": ("refract.pipeline.cli.demo", "Train, track, register and serve a model of the embedded digits"),
+            "completion": ("refract.completion", "Print the completion script of bash, zsh or fish"),
             "lab": ("refract.pipeline.cli.lab", "Test textbook claims about deep learning by small experiments"),
         },
         "Train": {
             "train": ("refract.pipeline.cli.train", "Train a model from a config; write a run with its bundle"),
             "tune": ("refract.pipeline.cli.tune", "Search a space of configs for the best validation score"),
+            "config": ("refract.pipeline.cli.config", "Print the config keys, or their JSON Schema for editors"),
             "find": ("refract.pipeline.cli.find", "Find a learning rate or the largest batch size for a config"),
             "rerun": ("refract.pipeline.cli.rerun", "Repeat a training run and compare the weights"),
             "replay-batch": (

@@ -4,7 +4,9 @@ The networks are tiny, and the tests run servers and trainings at the same time.
 of two seconds down to a minute.
 """
 
+import json
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,34 @@ settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
 
+DURATIONS = Path(__file__).with_name("durations.json")
+"""Seconds that each test file took, written by `make test-durations`."""
+
+_seconds: defaultdict[str, float] = defaultdict(float)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-durations", action="store_true", help="write the seconds of each file to durations.json")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run files with slow tests first: each file runs in one process, and short files fill the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Run long files first: each file runs in one process, and short files fill the end."""
+    seconds = json.loads(DURATIONS.read_text("utf-8"))
+    items.sort(key=lambda item: -seconds.get(_file(item.nodeid), 0.0))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _seconds[_file(report.nodeid)] += report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--record-durations") and not hasattr(session.config, "workerinput"):
+        table = {file: round(seconds, 1) for file, seconds in sorted(_seconds.items(), key=lambda item: -item[1])}
+        DURATIONS.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -108,20 +108,26 @@ def _parser() -> "ArgumentParser":
 
 
 def help_text() -> str:
-    """Return the configuration reference: each key with its default and its meaning.
-
-    The meanings are the entries `key: meaning` of the sections' docstrings; a deeper indented line continues an entry.
-    """
+    """Return the configuration reference: each key with its default and its meaning."""
     lines = []
     for section in fields(Config):
         default = getattr(Config(), section.name)
-        text = type(default).__doc__ or ""
-        meanings = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)$", text, re.MULTILINE))
-        lines.append(f"{section.name}: {text.splitlines()[0]}")
+        summary, meanings = described(type(default))
+        lines.append(f"{section.name}: {summary}")
         for item in fields(default):
             lines.append(f"  --{section.name}.{item.name} {getattr(default, item.name)!r}")
-            lines.append(_indented(" ".join(meanings[item.name].split())))
+            lines.append(_indented(meanings[item.name]))
     return "\n".join(lines)
+
+
+def described(section: type) -> tuple[str, dict[str, str]]:
+    """Return the summary of a section, and the meaning of each key.
+
+    The meanings are the entries `key: meaning` of the section's docstring; a deeper indented line continues an entry.
+    """
+    text = section.__doc__ or ""
+    entries = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)$", text, re.MULTILINE)
+    return text.splitlines()[0], {key: " ".join(meaning.split()) for key, meaning in entries}
 
 
 def _indented(text: str) -> str:

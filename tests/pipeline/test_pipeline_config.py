@@ -1,14 +1,18 @@
 """The configuration: errors name the key, and a saved config reads the same."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
+from refract.cli import main
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict, help_text, load_config
 from refract.pipeline.config.renamed import RENAMED, RENAMED_VALUES
+from refract.pipeline.config.schema import json_schema
 from refract.pipeline.training.run import train
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -168,3 +172,38 @@ def test_a_renamed_value_leads_to_an_accepted_value(key: str) -> None:
 def test_a_renamed_key_leads_to_a_key_of_the_same_section(old: str) -> None:
     section, key = RENAMED[old].split(".")
     assert old.startswith(f"{section}.") and hasattr(getattr(Config(), section), key)
+
+
+def test_the_schema_accepts_every_config_of_the_repository_and_describes_every_key() -> None:
+    schema = json_schema()
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    for path in CONFIGS:
+        validator.validate(yaml.safe_load(path.read_text("utf-8")))
+    validator.validate(Config().to_dict())
+    for section in schema["$defs"].values():
+        assert all(key["description"] for key in section["properties"].values())
+    assert schema["$defs"]["DataConfig"]["properties"]["batch_size"]["default"] == Config().data.batch_size
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optim": {"lrr": 1}}, "'lrr' was unexpected"),
+        ({"optim": {"name": "adma"}}, "'adma' is not one of"),
+        ({"data": {"batch_size": "many"}}, "'many' is not of type 'integer'"),
+        ({"optmi": {}}, "'optmi' was unexpected"),
+    ],
+)
+def test_the_schema_names_mistakes(values: dict, message: str) -> None:
+    (error,) = Draft202012Validator(json_schema()).iter_errors(values)
+    assert message in error.message
+
+
+def test_the_schema_marks_former_keys_as_deprecated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    former = schema["$defs"]["DataConfig"]["properties"]["val_share"]
+    assert former["deprecated"] and former["type"] == "number" and "data.val_fraction" in former["description"]
+    assert main(["config", "keys"]) == 0
+    assert capsys.readouterr().out == help_text() + "\n"

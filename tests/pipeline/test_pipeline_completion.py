@@ -1,0 +1,58 @@
+"""Shells complete what the user types: bash runs the script, as in a terminal."""
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from refract.cli import COMMANDS, main
+from refract.completion import options
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from refract.completion import bash_script
+
+    path = tmp_path_factory.mktemp("completion") / "refract.bash"
+    path.write_text(bash_script(), "utf-8")
+    return path
+
+
+def completed(script: Path, *words: str, cwd: Path | None = None) -> list[str]:
+    """The completions of the last word of a command line."""
+    code = (
+        f"source {shlex.quote(str(script))}; COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _refract; "
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=cwd, check=True)
+    assert not done.stderr
+    return done.stdout.split()
+
+
+def test_bash_completes_commands_options_config_keys_and_files(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos.yaml").touch()
+    assert set(completed(script, "refract", "")) == set(COMMANDS)
+    assert completed(script, "refract", "retr") == ["retrain"]
+    assert completed(script, "refract", "train", "--optim.lr") == ["--optim.lr", "--optim.lr_end"]
+    assert completed(script, "refract", "serve", "--metrics") == ["--metrics-port"]
+    assert completed(script, "refract", "train", "pho", cwd=tmp_path) == ["photos.yaml"]
+
+
+def test_every_command_has_its_options() -> None:
+    found = options()
+    assert set(found) == set(COMMANDS)
+    assert {"--report", "--robustness"} <= set(found["evaluate"]) and "--data.val_fraction" in found["train"]
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_load_their_script(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    text = capsys.readouterr().out
+    assert "retrain" in text and "optim.lr_end" in text
+    if shutil.which(shell):
+        (tmp_path / "script").write_text(text, "utf-8")
+        before = "autoload -U compinit; compinit -u; " if shell == "zsh" else ""
+        done = subprocess.run([shell, "-c", f"{before}source {tmp_path}/script"], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
