@@ -1,1 +1,1 @@
-"""Measurements beside the peers, in one run, on the same input. Each prints its ratios and writes JSON."""
+"""Measurements of Refract against its peers, in one run, on the same input. Each program prints its ratios and writes JSON."""

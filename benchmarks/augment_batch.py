@@ -1,7 +1,7 @@
-"""The batch executor on one CPU core beside kornia: flip, crop, affine, colour and erase on 64 images of 224², each sample its own draw.
+"""Compare the batch executor with kornia on one CPU core: flip, crop, affine, colour and erase, each sample with its own draw.
 
-Ours takes and gives uint8; kornia takes and gives float32 in 0…1, the form that it works in, so that no conversion is counted for either.
-The drawing of the plans is counted: kornia draws inside its call too.
+The batch has 64 images of 224². Refract reads and returns uint8; kornia reads and returns float32 in 0…1. These are their own formats, so
+no conversion is counted for either. The times include the drawing of the plans, as kornia draws inside its call too.
 
     python -m benchmarks.augment_batch --json benchmarks/results/augment_batch.json
 """

@@ -1,7 +1,8 @@
-"""The batch executor on a GPU beside kornia: the ops of `augment_batch`, each sample its own draw, and the share of the copy bandwidth.
+"""Compare the batch executor with kornia on a GPU: the ops of `augment_batch`, each sample with its own draw, and the use of the bandwidth.
 
-Ours takes and gives uint8, kornia float32 in 0…1: each its own form. The share compares the bytes that a run must read and write at least
-(the uint8 batch in and out) with what the device copies in the same time. `--device cpu` tries the program where there is no GPU.
+Refract reads and returns uint8, kornia float32 in 0…1, which are their own formats. The bandwidth ratio divides the bytes that a run must
+at least read and write (the uint8 batch in and out) by the bytes that the device copies in the same time. `--device cpu` tests the program
+without a GPU.
 
     python -m benchmarks.augment_gpu --json benchmarks/results/augment_gpu.json
 """

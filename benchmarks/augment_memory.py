@@ -1,4 +1,4 @@
-"""What the engine costs beside time: memory after 2,000 and after 20,000 photos, and the time of `import refract.augment`.
+"""Measure the memory after 2,000 and after 20,000 augmented photos, and the time of `import refract.augment`.
 
 python -m benchmarks.augment_memory --images DIR --json benchmarks/results/augment_memory.json
 """
@@ -23,7 +23,7 @@ def resident() -> float:
 
 
 def import_seconds(statement: str, repeats: int = 7) -> float:
-    """Median of fresh interpreters, less what an empty one takes."""
+    """Return the median over fresh interpreters, minus the time of an empty one."""
 
     def once(code: str) -> float:
         start = time.perf_counter()

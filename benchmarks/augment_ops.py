@@ -1,9 +1,9 @@
-"""Op by op at 224² and 512² on one core, beside albumentations, torchvision v2, imgaug, kornia and Pillow.
+"""Compare each op at 224² and 512² on one core with albumentations, torchvision v2, imgaug, kornia and Pillow.
 
-Two comparisons of the same calls. In the first, every side gets a uint8 H×W×3 array and gives one back; peers that work on something else
-convert both ways. In the second, every side gets and gives its own form (uint8 3×H×W tensor, float 1×3×H×W tensor, Pillow image), as if
-that had cost nothing. Each draws its own parameters where it has an op that draws them; where a peer has no such op, its cell is empty.
-Strengths are alike.
+The program compares the same calls twice. In the first comparison, every library reads and returns a uint8 H×W×3 array; libraries with
+another format convert both ways. In the second, every library reads and returns its own format (uint8 3×H×W tensor, float 1×3×H×W tensor,
+Pillow image), and the conversion is not counted. Each library draws its own parameters if it has an op that draws them. The cell of a
+library without such an op is empty. The strengths are alike.
 
     python -m benchmarks.augment_ops --image photo.jpg --json benchmarks/results/augment_ops.json
 """
@@ -286,7 +286,7 @@ def measure(side: int, image: np.ndarray, rounds: int) -> dict[str, Any]:
             calls |= {peer: ours(name, entry, image)} if peer == "refract" else callers(peer, entry, image)
         broken = [peer for peer, call in calls.items() if not works(call)]
         for peer in broken:
-            print(f"  {name}: {peer} fails here, so it is left out")
+            print(f"  {name}: {peer} fails here and is skipped")
             del calls[peer]
         times: dict[str, list[float]] = {peer: [] for peer in calls}
         for number in range(rounds + 1):

@@ -1,10 +1,12 @@
-"""How far each of the server's backends is from plain float32 on labelled images, and how fast: what to look at before `--backend int8`.
+"""Measure how each of the server's backends differs from plain float32 on labelled images, and how fast it is.
+
+Run it before you serve with `--backend int8`.
 
     python -m benchmarks.backends BUNDLE DATA --json benchmarks/results/backends.json
 
-Each computes the same images, in batches of 32, by one thread or by all as it was chosen to; the rate is the median of the batches.
-`right`: the share of the labels; `same`: the share that float32 gives too; `off`: how far the probability of float32's label moves.
-One that is not installed, or not taken for this bundle, is told with its reason.
+Each backend computes the same images in batches of 32, with one thread or all, as its selection decides; the rate is the median over the
+batches. `right`: fraction of right predictions; `same`: fraction of predictions equal to those of float32; `off`: change of the
+probability of float32's label. A backend that is not installed, or not usable for this bundle, is reported with its reason.
 """
 
 import argparse
@@ -22,7 +24,7 @@ BATCH = 32
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", help="a bundle's folder, of one label an image")
+    parser.add_argument("bundle", help="folder of a bundle with one label per image")
     parser.add_argument(
         "data", help="a folder (CLASS/… or train|val|test/CLASS/…), or a manifest; test where it has that"
     )
@@ -41,7 +43,7 @@ def main() -> int:
     try:
         bundle = load_bundle(args.bundle)
         if bundle.info.task == "multilabel":
-            parser.error("the bundle gives several labels an image")
+            parser.error("the bundle is multi-label; expected one label per image")
         manifest = load_manifest(args.data, "multiclass")
         known = relabelled(manifest, bundle.info.labels)
     except (BundleError, DataError) as err:

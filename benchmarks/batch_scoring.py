@@ -1,10 +1,10 @@
-"""`refract score` on 10,000 small images: how near it comes to the bare engine, and whether three kills cost a row.
+"""Measure `refract score` on 10,000 small images against the bare engine, and check that three kills lose no row.
 
-The bare engine is a plain loop over batches (read, preprocess, network, probabilities, nothing kept) in a process a core. It and `refract
-score` take turns, each timed from when its networks are loaded; the score's time includes its part files and the final one. As other work
-on the machine blurs that, one process also does both in turns, a shard each, and counts its processor time. Then a run is killed three
-times (SIGKILL) and goes on each time. Ends with 1 where the median of the rounds' ratios is below 0.9, or a row is missing, twice there,
-or other than the undisturbed run's.
+The bare engine is a plain loop over batches (read, preprocess, network, probabilities; nothing is stored) in one process per core. It and
+`refract score` take turns. Each is timed from the moment its networks are loaded; the time of `refract score` includes its part files and
+the final file. Other work on the machine disturbs these times, so one process also runs both in turns, one shard each, and counts its
+processor time. Then the program kills a run three times (SIGKILL), and the run resumes each time. Exit code 1 if the median ratio of the
+rounds is below 0.9, or if a row is missing, duplicated or different from that of the undisturbed run.
 
     python -m benchmarks.batch_scoring --json benchmarks/results/batch_scoring.json
 """
@@ -179,7 +179,7 @@ def scored(work: Path, engine: str) -> float:
 
 
 def killed(work: Path, kills: int, engine: str) -> dict[str, Any]:
-    """Kill a run after each further share of its parts, let it go on, and look at what comes out."""
+    """Kill a run several times, each time after a further fraction of its parts, resume it, and check the output."""
     import numpy as np
     import pandas as pd
 

@@ -174,7 +174,7 @@ def soak(files: list[Path], folder: Path, args: argparse.Namespace) -> dict[str,
 
 
 def one(url: str, data: bytes) -> tuple[int, bytes]:
-    """(status, body) of a request on a connection of its own."""
+    """Return (status, body) of a request on a separate connection."""
     parsed = urlparse(url)
     connection = http.client.HTTPConnection(parsed.hostname or "", parsed.port, timeout=DEADLINE_S + 5)
     try:

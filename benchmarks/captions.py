@@ -1,8 +1,8 @@
-"""Images with captions of which neither alone suffices: `python -m benchmarks.captions FOLDER` writes the images and a manifest.
+"""Write images with captions, and a manifest, whose label needs both: `python -m benchmarks.captions FOLDER`.
 
-An image shows a shape in a colour; the caption asks for one of the two, in words that vary: "which form is that?" or "tell me the colour".
-The label is the answer. The image alone does not know what is asked, the caption alone does not know what is shown. `--kind texts` writes
-texts alone: the shape and its colour told in many words, labelled by what happens in them.
+An image shows a shape in a colour. Its caption asks for the shape or the colour in varying words, such as "which form does it have" or
+"name its hue". The label is the requested shape or colour. The image lacks the request, and the caption lacks the shape and the colour.
+`--kind texts` writes sentences of `benchmarks.grammar` without images, labelled by their verb.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def write_texts(folder: Path, each: int = 100, held_out: int = 200, seed: int = 
                     continue
                 text = grammar.english(meaning, rng)
                 common = text.split()[[*meaning].index(verb)] == ways[0]
-                # Training says the verb in its first word nine times of ten, the hold-out in its others.
+                # Nine of ten training texts use the first word of a verb, the test texts use its other words.
                 if text in seen or (split == "train") != (common or rng.random() < 0.1):
                     continue
                 seen.add(text)

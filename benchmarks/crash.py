@@ -1,8 +1,8 @@
-"""Kill a training at random moments and let it go on, again and again: the weights must come out as if nothing had happened.
+"""Kill a training at random moments and resume it, many times: the final weights must equal those of an undisturbed training.
 
 Trains the embedded digits once undisturbed and once with SIGKILL after random times, each followed by `refract train --resume`. Checks
-that the final weights are equal to the bit, that MLflow has one run with every metric once, and that no checkpoint is damaged. Ends with 1
-if not.
+that the final weights are equal bit for bit, that MLflow has one run with every metric once, and that no checkpoint is damaged. Exit code
+1 if a check fails.
 
     python -m benchmarks.crash --kills 20 --json benchmarks/results/crash.json
 """

@@ -2,7 +2,7 @@
 
 The kinds: photos with ImageNet's weights of EfficientNet-Lite0, small colour images without weights, and large grey images without weights.
 Both sides have the same training, validation and test images, network, input size, batch size and number of epochs, which are those that
-`init` proposes; all else is each side's own. Each training is a process of its own, whose processor time is measured.
+`init` proposes; each side chooses everything else. Each training is a separate process, whose processor time is measured.
 
     python -m benchmarks.first_config --photos DIR --small DIR --grey DIR --json benchmarks/results/first_config.json
 """

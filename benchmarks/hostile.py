@@ -1,5 +1,7 @@
-"""A server under everything that strangers send: no answer of 500 or above, none later than its deadline, no growth, and valid odd images
-answered rightly. Then requests made from its own OpenAPI description (schemathesis). Ends with 1 where one of these does not hold.
+"""Send untrusted requests to a server. No response may have a status of 500 or above, or come after its deadline.
+
+The memory must not grow, and valid odd images must get the right predictions. Then schemathesis sends requests built from the server's
+OpenAPI description. Exit code 1 if a check fails.
 
     python -m benchmarks.hostile --json benchmarks/results/hostile.json
 """

@@ -1,4 +1,4 @@
-"""Draws docs/speed.png from the committed results: the recipes beside their peers, and each op beside the fastest one.
+"""Draw docs/speed.png from the committed results: the recipes against their peers, and each op against the fastest peer.
 
 python -m benchmarks.plot
 """

@@ -1,7 +1,7 @@
-"""What Cutout, Random Erasing, MixUp and CutMix each bring to a small residual network, on top of flips and shifts, at one budget.
+"""Measure the gain of Cutout, Random Erasing, MixUp and CutMix for a small residual network, added to flips and shifts, at one budget.
 
 Trains `resnet20` on a part of a data set of small images (CIFAR-10 as TRAIN|test/CLASS/*.jpg) through the same function as
-`refract train`, several seeds each; every policy sees the same images in the same order. The hold-out is the whole `test` folder.
+`refract train`, with several seeds. Every policy sees the same images in the same order. The test set is the whole `test` folder.
 
     python -m benchmarks.regularisers --data CIFAR --images 10000 --epochs 20 --seeds 3 --json benchmarks/results/regularisers.json
 """

@@ -1,4 +1,4 @@
-"""What every benchmark says beside its numbers: machine, versions, commit."""
+"""What every benchmark reports with its measurements: machine, versions, commit."""
 
 import json
 import os

@@ -1,8 +1,8 @@
-"""The server beside its peers: the same network, the same images, each with the load of the same second process.
+"""Compare the server with its peers: the same network, the same images, and the same load from a second process.
 
-Refract by its chosen backend as it is by itself, and with an engine a core by that, by integers of 8 bits and by plain PyTorch; a plain
-FastAPI handler, LitServe, and `mlflow models serve` with a worker a core.
-Random weights: the answers are compared, not judged. Ends with 1 where a ratio falls short of its goal.
+Refract runs with its defaults and the backend that it selects. With one engine per core, it also runs with that backend, `int8` and
+`eager`. The peers are a plain FastAPI handler, LitServe, and `mlflow models serve`, each with one worker per core.
+The weights are random, so the predictions are compared and not judged. Exit code 1 if a ratio misses its goal.
 
     python -m benchmarks.serve --images PHOTOS --json benchmarks/results/serve.json
 """
@@ -25,12 +25,13 @@ from benchmarks.report import environment, write
 from benchmarks.servers.start import make_bundle, serving
 
 GOALS = {"plain FastAPI": 3.0, "LitServe": 4.0, "mlflow models serve": 5.0}
-"""How many times the peer's rate at the busiest load, an engine a core beside a worker a core: Refract's chosen backend, its eager one
-beside LitServe's, and its int8."""
+"""Refract's rate with one engine per core as a multiple of the peer's with one worker per core, at the highest load.
+
+Each goal holds for the selected backend, against LitServe for `eager`, and for `int8`."""
 
 OF_ENGINE, TAIL = 0.85, 2.5
-"""What an engine a core serves as a share of the bare rate of one engine with the threads that it chose; p99 at half load as a multiple of
-one image's time in the engine."""
+"""OF_ENGINE: rate of one engine per core as a fraction of the bare rate of one engine with the threads that it selects. TAIL: p99 at half
+load as a multiple of one image's time in the engine."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def main() -> int:
         found["tiny"] = tiny(files, Path(folder) / "tiny", args.seconds)
     goals = [line for network in args.networks for line in held(network, found[network])]
     rate = found["tiny"]["Refract"]["rate"]
-    goals.append((f"lenet5, 16 connections: {rate:.0f} images a second (goal 4000)", rate >= 4000))
+    goals.append((f"lenet5, 16 connections: {rate:.0f} images per second (goal 4000)", rate >= 4000))
     for line, _ in goals:
         print(line)
     result = {
@@ -119,7 +120,7 @@ def main() -> int:
 
 
 def measured(bundle: Path, files: list[Path], args: argparse.Namespace) -> dict[str, Any]:
-    """Server → connections → what `benchmarks.load` prints, and the answers of all on the same images."""
+    """Return server → connections → measurements of `benchmarks.load`, and each server's predictions for the same images."""
     rows: dict[str, Any] = {}
     engine = [bare(bundle, files)]
     for name, server in SERVERS.items():
@@ -131,13 +132,13 @@ def measured(bundle: Path, files: list[Path], args: argparse.Namespace) -> dict[
             if name.startswith("Refract"):
                 with urllib.request.urlopen(url + "/v1/model", timeout=60) as about:
                     row["backend"] = json.load(about)["backend"]["name"]
-                # A request each so many seconds, whether or not the last was answered.
+                # Requests at a fixed rate, whether or not the previous one has its response.
                 half = max(row["rate"] for row in loads.values()) / 2
                 row["half_load"] = load(url + server.route, files, server.form, 16, args.seconds, rate=half)
             labels = [answered(url + server.route, file, server.form) for file in files[:20]]
         rows[name] = {**row, "labels": labels}
         print(f"{bundle.name:<10} {name:<15} {row}", flush=True)
-        # Before the first servers and after them: the machine's own pace changes within the minutes that the peers take.
+        # Measured before and after Refract's servers: the machine's speed changes within the minutes that the peers take.
         if name == "Refract, engines":
             engine.append(bare(bundle, files))
     wanted = rows["Refract, eager"]["labels"]
@@ -149,7 +150,7 @@ def measured(bundle: Path, files: list[Path], args: argparse.Namespace) -> dict[
 
 
 def tiny(files: list[Path], folder: Path, seconds: float) -> dict[str, Any]:
-    """lenet5 on images of 32 × 32, where all but the network's time counts."""
+    """Measure lenet5 on images of 32×32, where nearly all of the time is spent outside the network."""
     from PIL import Image
 
     folder.mkdir()
@@ -169,7 +170,7 @@ def tiny(files: list[Path], folder: Path, seconds: float) -> dict[str, Any]:
 
 
 def load(url: str, files: list[Path], form: str, connections: int, seconds: float, rate: float = 0) -> dict[str, Any]:
-    """What `benchmarks.load` finds, in a process of its own."""
+    """Run `benchmarks.load` in a separate process and return its measurements."""
     options = ["--connections", str(connections), "--seconds", str(seconds), "--form", form, "--rate", str(rate)]
     run = [sys.executable, "-m", "benchmarks.load", url, *map(str, files), *options]
     found: dict[str, Any] = json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
@@ -177,7 +178,7 @@ def load(url: str, files: list[Path], form: str, connections: int, seconds: floa
 
 
 def bare(bundle: Path, files: list[Path]) -> dict[str, float]:
-    """Size of batch → images a second of the engine that Refract chose, in a process of its own, on images that are decoded already."""
+    """Return batch size → images per second of the engine that Refract selects, in a separate process, on decoded images."""
     code = (
         "import json, sys, time, numpy as np\n"
         "from pathlib import Path\n"
@@ -207,7 +208,7 @@ def bare(bundle: Path, files: list[Path]) -> dict[str, float]:
 
 
 def answered(url: str, image: Path, form: str) -> str:
-    """The label that a server gives an image."""
+    """Return the label that a server predicts for an image."""
     data, kind = image.read_bytes(), "image/jpeg"
     if form == "mlflow":
         data, kind = json.dumps({"inputs": [base64.b64encode(data).decode()]}).encode(), "application/json"
@@ -223,14 +224,14 @@ def answered(url: str, image: Path, form: str) -> str:
 
 
 def held(network: str, rows: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    """A line for each goal, and whether it is reached, at the load with the most connections."""
+    """Yield (line, whether the goal is reached) for each goal, at the load with the most connections."""
     busiest = max(rows["Refract"]["loads"], key=int)
     for peer, goal in GOALS.items():
         if peer not in rows:
             continue
         for own in ("Refract, eager" if peer == "LitServe" else "Refract, engines", "Refract, int8"):
             ratio = rows[own]["loads"][busiest]["rate"] / max(rows[peer]["loads"][busiest]["rate"], 1e-9)
-            same = f"{rows[own]['same_answers_of_20']} and {rows[peer]['same_answers_of_20']} of 20 answers are Refract's by eager"
+            same = f"{rows[own]['same_answers_of_20']} and {rows[peer]['same_answers_of_20']} of 20 predictions equal those of eager"
             yield f"{network}, {busiest} connections: {own} {ratio:.2f} × {peer} (goal {goal}), {same}", ratio >= goal
     served = rows["Refract, engines"]["loads"][busiest]["rate"]
     share = served / max(rows["bare engine"].values())

@@ -1,7 +1,7 @@
-"""What the ops on texts and back-translation bring, and cost: `python -m benchmarks.text_augment --json OUT`.
+"""Measure the gain and the cost of text ops and back-translation: `python -m benchmarks.text_augment --json OUT`.
 
-Sentences of `benchmarks.grammar`, 100 for training a class, by `refract`'s own training with hashed n-grams; the hold-out says what is
-asked in words that training seldom used. The paraphrases come from two tiny translation models that the script trains on other sentences.
+Refract trains hashed n-grams on sentences of `benchmarks.grammar`, 100 per class. The test set uses words that are rare in training.
+The paraphrases come from two tiny translation models that the script trains on other sentences.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def errors(folder: Path, seed: int, epochs: int) -> dict[str, float]:
-    """Policy → share of the hold-out that is answered wrongly."""
+    """Return policy → error on the test set."""
     from refract.augment.text.translation import Filter
     from refract.pipeline.config.config import config_from_dict
     from refract.pipeline.data.paraphrasing import Plan, paraphrase

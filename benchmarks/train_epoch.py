@@ -1,7 +1,7 @@
 """An epoch of `configs/cifar10.yaml` through Refract, compared with a plain PyTorch loop, each as its users run it.
 
 Both have the same network, images in memory, order, augmentation, precision, optimiser and schedule, and end with the same weights.
-Each round starts a process of its own for each side, in alternating order: the plain loop in Python's default settings, Refract's with
+Each round starts a separate process for each side, in alternating order: the plain loop with Python's default settings, Refract with
 those of its commands. The training of one epoch is measured, without validation and preparation. Goal: at most 0.82 of the plain time.
 
     python -m benchmarks.train_epoch --data CIFAR_FOLDER --json benchmarks/results/train_epoch.json

@@ -1,4 +1,4 @@
-"""The Lightning step of `refract train` beside a plain PyTorch loop: same network, batches, optimiser, schedule and precision.
+"""Compare the Lightning step of `refract train` with a plain PyTorch loop: same network, batches, optimiser, schedule and precision.
 
 python -m benchmarks.train_overhead --json benchmarks/results/train_overhead.json
 """

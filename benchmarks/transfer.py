@@ -1,8 +1,8 @@
-"""Transfer learning from real ImageNet weights: Refract's defaults in every mode, plain timm, fastai and a logistic regression.
+"""Compare transfer learning from ImageNet weights: Refract's defaults in every mode, plain timm, fastai and a logistic regression.
 
-All train EfficientNet-Lite0 on the same images for the same epochs, choose on the same validation part, and are measured on the same test
-part. Each training is a process of its own, whose processor time is measured. DATA holds train|val/CLASS/… (val is measured on) or CLASS/…
-(three tenths are drawn). fastai runs where it can be imported; it may lie in a folder of its own that PYTHONPATH names.
+All train EfficientNet-Lite0 on the same images for the same epochs, select on the same validation set, and are measured on the same test
+set. Each training is a separate process, whose processor time is measured. DATA has train|val/CLASS/… (val is the test set) or CLASS/…
+(the test set is three tenths, drawn at random). fastai runs if it can be imported, also from a separate folder on PYTHONPATH.
 
     python -m benchmarks.transfer --data DATA --json benchmarks/results/transfer.json
     python -m benchmarks.transfer --data DATA --settings optim.lr=1e-4 optim.lr=3e-4 model.frozen_norms=false     # Refract alone
@@ -66,7 +66,7 @@ def write_manifest(data: Path, seed: int, target: Path) -> Path:
 
 
 def run(contender: str, task: Task) -> Outcome:
-    """One training in a process of its own. RuntimeError with the end of its output where it fails."""
+    """Train in a separate process. RuntimeError with the end of the output if it fails."""
     module = CONTENDERS[contender.partition(" with ")[0]][0]
     before = processor_seconds()
     done = subprocess.run(
@@ -130,7 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     contenders = ["refract"] if args.settings else args.contenders
     if "fastai" in contenders and importlib.util.find_spec("fastai") is None:
-        print("fastai is not installed: it is left out")
+        print("fastai is not installed and is skipped")
         contenders = [name for name in contenders if name != "fastai"]
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:

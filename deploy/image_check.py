@@ -277,7 +277,7 @@ def _release() -> str:
 
 
 def _pip_secret(folder: Path) -> list[str]:
-    """What pip is told on this machine, by files and by the environment, for the time of the build."""
+    """Pass this machine's pip settings, from files and the environment, to the build as a secret."""
     told = _output(sys.executable, "-m", "pip", "config", "list").splitlines()
     values = {
         name.rpartition(".")[2]: ast.literal_eval(value) for name, _, value in (line.partition("=") for line in told)

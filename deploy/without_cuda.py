@@ -129,7 +129,7 @@ def remove_packages(site: Path) -> None:
         if not re.match(r"nvidia-|cuda-|triton$", package.name):
             continue
         files = [Path(str(package.locate_file(file))) for file in package.files or ()]
-        # Not Triton's, which brings copies of its own.
+        # Triton's files do not stay: it brings its own copies.
         stays = [path for path in files if path.name in KEPT and site / "nvidia" in path.parents]
         for path in files:
             if path not in stays and not (stays and ".dist-info" in str(path)):

@@ -1,4 +1,4 @@
-"""Requests that strangers send, damaged and hostile ones. Made from a seed, nothing is stored."""
+"""Untrusted requests: damaged and hostile ones. They are built from a seed; nothing is stored."""
 
 import numpy as np
 
@@ -7,6 +7,6 @@ from benchmarks.corpus.case import Case
 
 
 def cases(seed: int = 0) -> list[Case]:
-    """Some two and a half thousand."""
+    """Return about 2,500 cases."""
     rng = np.random.default_rng(seed)
     return [*files.cases(rng), *requests.cases(rng)]

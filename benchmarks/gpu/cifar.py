@@ -132,7 +132,7 @@ def _resident(images: Any, device: str) -> "torch.Tensor":
 
 
 def _augmented(padded: "torch.Tensor", rows: "torch.Tensor", flips: "torch.Tensor") -> "torch.Tensor":
-    """Crops at places of their own, uint8 B×3×H×W; those in `flips` (bool, B) flipped."""
+    """Crop each image at its own position, and flip the images of `flips` (bool, B). Returns uint8 B×3×H×W."""
     import torch
 
     height, width = (side - 2 * PADDING for side in padded.shape[-2:])

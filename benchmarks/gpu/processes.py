@@ -40,7 +40,7 @@ def run_limited(command: Sequence[str], *, log: Path, limit: float, env: Mapping
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and its descendants. A stage starts servers in sessions of their own, which a group's signal does not reach."""
+    """Kill the process and its descendants. A stage starts servers in separate sessions, which a signal to the group does not reach."""
     pids = [process.pid, *_descendants(process.pid)]
     for pid in pids:
         with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""A bundle with random weights, and a server of it as a process, for the benchmarks of serving."""
+"""A bundle with random weights, and a server process for it, for the benchmarks of serving."""
 
 import os
 import signal
@@ -13,8 +13,10 @@ from pathlib import Path
 
 
 def make_bundle(network: str, encoded: Sequence[bytes], path: Path, *, size: int = 224, seed: int = 0) -> Path:
-    """Random weights, with batch norms that know the images, so that values stay of an ordinary size; the answers to the eight images
-    of which it is the surest are its golden ones."""
+    """Write a bundle with random weights. Its batch norms are fitted to the images, so that activations keep an ordinary size.
+
+    The golden samples are the eight images with the most confident predictions.
+    """
     import numpy as np
     import torch
 
@@ -76,11 +78,11 @@ def serving(
         finally:
             process.terminate()
             process.wait(60)
-            with suppress(ProcessLookupError):  # LitServe leaves its workers behind, which go on polling
+            with suppress(ProcessLookupError):  # LitServe leaves its workers behind, which keep polling
                 os.killpg(process.pid, signal.SIGKILL)
 
 
 def resident_mib(pid: int) -> float:
-    """What a process holds of the memory."""
+    """Return the resident memory of a process in MiB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
