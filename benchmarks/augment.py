@@ -70,7 +70,7 @@ def torchvision_peer(load: Callable[[int], torch.Tensor | Image.Image], form: st
             v2.RandomApply([v2.ColorJitter(*JITTER)], p=0.8),
             *([v2.PILToTensor()] if pil else []),
             *(normalise if form == "float32" else []),
-            v2.RandomErasing(p=0.25, scale=(0.02, 0.33), ratio=(0.3, 3.3), value=0),  # the fastest of its values
+            v2.RandomErasing(p=0.25, scale=(0.02, 0.33), ratio=(0.3, 3.3), value=0),  # its fastest setting
         ]
     )
     return lambda i: transform(load(i)).contiguous()
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, help="folder of JPEG files")
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--form", choices=DTYPES, default="float32", help="of every peer's tensor")
+    parser.add_argument("--form", choices=DTYPES, default="float32", help="format of every peer's output tensor")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -162,7 +162,7 @@ def main() -> None:
 
 
 def measure(title: str, peers: dict[str, Sample], count: int, rounds: int, form: str) -> dict[str, dict[str, float]]:
-    """Milliseconds an image, and of the processor: one number a round, each round over all files, the peers in turn."""
+    """Return the wall-clock and processor milliseconds per image, one value per round. A round covers all files; the peers take turns."""
     times: dict[str, list[float]] = {name: [] for name in peers}
     processor: dict[str, list[float]] = {name: [] for name in peers}
     for round_number in range(rounds + 1):

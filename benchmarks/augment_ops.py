@@ -42,7 +42,7 @@ def u(low: float, high: float) -> float:
     return float(RNG.uniform(low, high))
 
 
-# op → ours, and for each peer a transform made once (Pillow: a function, as it has no ops that draw).
+# op → spec for Refract, and a transform for each peer, built once (Pillow: a function, as its ops draw nothing).
 def rows(side: int) -> dict[str, dict[str, Any]]:
     crop = side * 3 // 4
     sigma = 12.75
@@ -211,7 +211,7 @@ def ours(name: str, parameters: dict[str, Any], image: np.ndarray) -> Callable[[
 
 
 def callers(peer: str, transform: Any, image: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """The peer's call from array to array, and from its own form to its own form where that is another."""
+    """Return the peer's call from array to array, and if its own format differs, the call in that format."""
     if peer == "albumentations":
         compose = A.Compose([transform])
         return {peer: lambda: compose(image=image)["image"]}
@@ -253,7 +253,7 @@ def works(call: Callable[[], Any]) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", type=Path, required=True, help="a photo, which is resized to the sides")
+    parser.add_argument("--image", type=Path, required=True, help="a photo, which the program resizes to the sides")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sides", type=int, nargs="+", default=[224, 512])
@@ -275,7 +275,7 @@ def main() -> None:
 
 
 def measure(side: int, image: np.ndarray, rounds: int) -> dict[str, Any]:
-    """Microseconds, the median over rounds in which the peers take turns."""
+    """Return microseconds per call, the median over rounds. The peers take turns in each round."""
     results: dict[str, Any] = {}
     print(
         f"\n{side}×{side}: microseconds an image; Refract's speed over the fastest peer, array to array and own form to own form"

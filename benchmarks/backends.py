@@ -26,9 +26,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", help="folder of a bundle with one label per image")
     parser.add_argument(
-        "data", help="a folder (CLASS/… or train|val|test/CLASS/…), or a manifest; test where it has that"
+        "data", help="a folder (CLASS/… or train|val|test/CLASS/…), or a manifest; uses its test split if it has one"
     )
-    parser.add_argument("--images", type=int, default=3000, help="at most, evenly spread over the data")
+    parser.add_argument(
+        "--images", type=int, default=3000, help="maximum number of images, evenly spread over the data"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
@@ -39,7 +41,7 @@ def main() -> int:
     from refract.serve.runtime.engine import Engine
 
     if args.images < 1:
-        parser.error("--images: at least 1")
+        parser.error("--images: expected at least 1")
     try:
         bundle = load_bundle(args.bundle)
         if bundle.info.task == "multilabel":
@@ -79,7 +81,7 @@ def main() -> int:
 
 
 def _asked(engine: Any, images: np.ndarray) -> tuple[np.ndarray, float]:
-    """The probabilities, float32 N×C, and images a second."""
+    """Return (probabilities as float32 N×C, images per second)."""
     engine.predict(images[:BATCH])
     parts, rates = [], []
     for start in range(0, len(images), BATCH):

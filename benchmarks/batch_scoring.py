@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def make_images(root: Path, count: int) -> list[Path]:
-    """JPEGs of 64×64 smooth pixels, a thousand a folder."""
+    """Write JPEGs of 64×64 smooth pixels, 1,000 per folder."""
     import cv2
     import numpy as np
 
@@ -85,7 +85,7 @@ def make_images(root: Path, count: int) -> list[Path]:
 
 
 def make_bundle(path: Path, name: str) -> None:
-    """Untrained: its speed is that of a trained one."""
+    """Write a bundle with an untrained network, which is as fast as a trained one."""
     import torch
 
     from refract.augment import Preprocess
@@ -104,7 +104,7 @@ def make_bundle(path: Path, name: str) -> None:
 
 
 def bare(bundle: Path, files: list[Path], processes: int) -> float:
-    """Images a second of plain loops that begin together, until the last one ends."""
+    """Return the images per second of plain loops that start together, until the last one ends."""
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(processes + 1)
     own = [context.Process(target=loop, args=(bundle, files[place::processes], ready)) for place in range(processes)]
@@ -128,7 +128,7 @@ def loop(bundle: Path, files: list[Path], ready: Any) -> None:
     classifier, preprocess = opened.classifier(), Preprocess.from_dict(opened.info.preprocess)
     ready.wait()
     plain(classifier, preprocess, files)
-    os._exit(0)  # what Python tidies at its end is none of the loop's time
+    os._exit(0)  # Python's clean-up at exit does not count as time of the loop
 
 
 def plain(classifier: Any, preprocess: Any, files: list[Path]) -> None:
@@ -145,7 +145,7 @@ def plain(classifier: Any, preprocess: Any, files: list[Path]) -> None:
 
 
 def in_turns(work: Path) -> float:
-    """Processor time of the plain loop in that of a scorer with its part files, in one process; the median of shards."""
+    """Return the processor time of the plain loop over that of a scorer with its part files, in one process; the median over shards."""
     from refract.models.bundle.bundle import load_bundle
     from refract.pipeline.inference.batch.listing import listing_of
     from refract.pipeline.inference.batch.worker import Scorer

@@ -1,4 +1,4 @@
-"""What a server must bear: ten times its capacity, a thousand exchanges of its model, an hour of images. Ends with 1 where it does not.
+"""Test a server at ten times its capacity, through 1,000 hot swaps of its model, and for an hour of images. Exit code 1 if a test fails.
 
 python -m benchmarks.bounds overload --images PHOTOS --json benchmarks/results/overload.json
 python -m benchmarks.bounds swaps    --images PHOTOS --json benchmarks/results/swaps.json
@@ -32,8 +32,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trial", choices=TRIALS)
     parser.add_argument("--images", type=Path, required=True, help="a folder of JPEG photos")
-    parser.add_argument("--seconds", type=float, help="default: 60 of overload, 3600 of soak")
-    parser.add_argument("--count", type=int, default=1000, help="of exchanges")
+    parser.add_argument("--seconds", type=float, help="duration (default: 60 for overload, 3600 for soak)")
+    parser.add_argument("--count", type=int, default=1000, help="number of hot swaps")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     files = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))[:60]
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def overload(files: list[Path], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """resnet18 in plain float32, asked ten times as often as it can answer."""
+    """Send resnet18 in plain float32 ten times the requests that it can process."""
     bundle = make_bundle("resnet18", [file.read_bytes() for file in files], folder / "m")
     with serving([*OWN, "--backend", "eager"], bundle) as (url, process):
         address = url + "/v1/predict?top=1"
@@ -80,7 +80,7 @@ def overload(files: list[Path], folder: Path, args: argparse.Namespace) -> dict[
 
 
 def swaps(files: list[Path], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """lenet5 under the load of four connections; every answer is compared with what the model that it names answers."""
+    """Swap lenet5 under the load of four connections, and compare every response with the predictions of the model that it names."""
     from refract.models.bundle.bundle import load_bundle
     from refract.serve.runtime.engine import Engine
 
@@ -144,7 +144,7 @@ def swaps(files: list[Path], folder: Path, args: argparse.Namespace) -> dict[str
 
 
 def soak(files: list[Path], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """lenet5, 40 images a second, every tenth of them damaged: the memory from a tenth of the time on."""
+    """Send lenet5 40 images per second, every tenth damaged, and measure the growth of the memory after the first tenth of the time."""
     bundle = make_bundle("lenet5", [file.read_bytes() for file in files[:4]], folder / "m", size=32)
     damaged = folder / "damaged"
     damaged.mkdir()

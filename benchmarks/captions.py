@@ -36,7 +36,7 @@ ASKS = {
 
 
 def draw_image(rng: np.random.Generator, shape: str, colour: str, size: int = 32) -> np.ndarray:
-    """uint8 size × size × 3: the shape somewhere on a noisy grey."""
+    """Draw the shape at a random position on noisy grey. Returns uint8 size × size × 3."""
     image = rng.normal(128, 14, (size, size, 3)).clip(0, 255).astype(np.uint8)
     radius = int(rng.integers(size // 6, size // 3))
     x, y = (int(v) for v in rng.integers(radius + 1, size - radius - 1, 2))
@@ -52,7 +52,7 @@ def draw_image(rng: np.random.Generator, shape: str, colour: str, size: int = 32
 
 
 def write_images(folder: Path, count: int = 1200, seed: int = 0) -> Path:
-    """The manifest; each image is there once, with one question."""
+    """Write the images and return the manifest's path. Each image occurs once, with one caption."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
@@ -67,8 +67,10 @@ def write_images(folder: Path, count: int = 1200, seed: int = 0) -> Path:
 
 
 def write_texts(folder: Path, each: int = 100, held_out: int = 200, seed: int = 0) -> Path:
-    """Sentences of the small language of `benchmarks.grammar`, labelled by their verb's meaning; those that are held out use words for it
-    that training seldom saw."""
+    """Write sentences of the small language of `benchmarks.grammar`, labelled by the meaning of their verb. Returns the manifest's path.
+
+    The validation and test texts use words for the verb that are rare in training.
+    """
     rng = np.random.default_rng(seed)
     rows, seen = [], set[str]()
     for split, wanted in (("train", each), ("val", held_out // 4), ("test", held_out)):

@@ -46,7 +46,7 @@ def main() -> int:
         seconds = _train(work, "config.yaml", "--trainer.run_name", "calm")
         assert seconds is not None
         kills: list[dict[str, Any]] = []
-        # Each life is as long as to spread the kills over the whole training; some end before its first new checkpoint.
+        # The times between kills spread them over the whole training. Some processes die before their first new checkpoint.
         span = 2 * seconds / (args.kills + 1)
         alive = _train(work, "config.yaml", "--trainer.run_name", "killed", kill=draw.uniform(0, span))
         while alive is None:
@@ -80,8 +80,10 @@ def main() -> int:
 
 
 def _train(work: Path, *arguments: str, kill: float | None = None) -> float | None:
-    """Seconds from the beginning of the training itself to the end of `refract train`; None where it was killed, `kill` seconds after that
-    beginning."""
+    """Run `refract train`, and return the seconds from the start of the training to the end of the process.
+
+    Returns None if the process was killed, `kill` seconds after the start of the training.
+    """
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "refract", "train", *arguments]
     told: list[str] = []
@@ -112,7 +114,7 @@ def _train(work: Path, *arguments: str, kill: float | None = None) -> float | No
 
 
 def _place(work: Path) -> str:
-    """The newest checkpoint, and how many metrics the journal had: where the kill was."""
+    """Return the newest checkpoint and the number of metrics in the journal, which locate the kill."""
     names = sorted(path.stem for path in (work / "runs/killed/checkpoints").glob("resume-*.ckpt"))
     journal = work / "runs/killed/journal.jsonl"
     entries = len(journal.read_bytes().splitlines()) if journal.exists() else 0
@@ -132,7 +134,7 @@ def _weights(work: Path, name: str) -> bytes:
 
 
 def _tracked(work: Path) -> dict[str, Any]:
-    """What MLflow has of the two runs."""
+    """Return the metrics that MLflow has of the two runs."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     from mlflow import MlflowClient
 

@@ -1,4 +1,4 @@
-"""Do the server's heat maps lie where the evidence is? Small networks of many families learn images where one square decides the class.
+"""Measure whether the server's heat maps cover the evidence: small networks of many families learn images whose class one square decides.
 
 For fresh images that a network classifies correctly, the program counts how often the hottest pixel lies inside the square, and
 what fraction of the heat does. By chance both are 0.08. The last column has Grad-CAM (Selvaraju et al. 2017) on the last output of four
@@ -50,7 +50,7 @@ def main() -> None:
             f"{row['heat_inside']:11.2f}  {row['cpu_ms']:6.0f}  {row['grad_cam_hottest_inside']}",
             flush=True,
         )
-        if args.json:  # after each family, as some take minutes
+        if args.json:  # after each family, because some take minutes
             write(args.json, {**environment("torch", "torchvision", "timm"), "method": "occlusion", "families": rows})
 
 
@@ -78,7 +78,7 @@ def _measured(family: Family, count: int) -> dict[str, Any]:
 
 
 def correct(classifier: Classifier, planted: Planted) -> Planted:
-    """Those images that the classifier answers correctly."""
+    """Return the images that the classifier predicts correctly."""
     with torch.inference_mode():
         right = classifier(planted.images).argmax(dim=1) == planted.labels
     return Planted(*(part[right] for part in planted))
@@ -116,14 +116,14 @@ def grad_cam(classifier: Classifier, image: Tensor, label: Tensor) -> Tensor:
     if not maps:
         return torch.zeros(image.shape[1:])
     logit.backward()
-    if maps[-1].grad is None:  # what follows changed it in place, or does not use it
+    if maps[-1].grad is None:  # a later layer changed it in place, or does not use it
         return torch.zeros(image.shape[1:])
     heat = (maps[-1].grad.mean(dim=(2, 3), keepdim=True) * maps[-1]).sum(dim=1, keepdim=True).clamp(min=0).detach()
     return F.interpolate(heat, size=image.shape[1:], mode="bilinear")[0, 0]
 
 
 def named(name: str, size: int, **args: Any) -> Callable[[], nn.Module]:
-    """A network by the name that a config gives it."""
+    """Build a network by its name in a config."""
     return lambda: build(name, NUM_CLASSES, image_size=(size, size), args=args)
 
 

@@ -28,7 +28,7 @@ KINDS = ("photos", "small", "grey")
 
 
 def through_refract(data: Path, seed: int, folder: Path, start: list[str]) -> tuple[dict[str, Any], float, Path]:
-    """(the config that init wrote, accuracy on the test set, the run's folder)"""
+    """Run `init` and `train`. Returns (the config that `init` wrote, accuracy on the test set, the run's folder)."""
     _command(["init", str(data), *start, "-o", "first.yaml"], folder)
     config = yaml.safe_load((folder / "first.yaml").read_text("utf-8"))
     _command(
@@ -58,7 +58,7 @@ def _command(arguments: list[str], folder: Path) -> None:
 
 
 def expert_task(kind: str, config: dict[str, Any], run: Path, seed: int, weights: Path) -> Task:
-    """The expert's task on the images of Refract's run, from the splits that it wrote."""
+    """Return the expert's task on the images of Refract's run, from the splits that the run wrote."""
     mode = "linear-then-fine-tune" if kind == "photos" else kind
     return Task(
         manifest=str(run / "splits.csv"),
@@ -73,7 +73,7 @@ def expert_task(kind: str, config: dict[str, Any], run: Path, seed: int, weights
 
 
 def through_expert(kind: str, task: Task) -> float:
-    """The accuracy on the test set."""
+    """Return the expert's accuracy on the test set."""
     module = "plain_timm" if kind == "photos" else "from_scratch"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", f"benchmarks.finetuners.{module}", task.to_json()],
@@ -85,7 +85,7 @@ def through_expert(kind: str, task: Task) -> float:
 
 
 def measured(kind: str, data: Path, seed: int) -> dict[str, Any]:
-    """Accuracies and processor seconds of both sides."""
+    """Return the accuracies and the processor seconds of both sides."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = lite0_weights(folder / "lite0.safetensors")
@@ -116,7 +116,7 @@ def main() -> None:
         for kind in KINDS:
             if (data := getattr(args, kind)) is not None:
                 found.setdefault(kind, []).append(measured(kind, data, seed))
-                if args.json:  # after each training, as they take long
+                if args.json:  # after each training, because trainings take long
                     write(args.json, {"kinds": found, "environment": environment("refract", "torch", "timm")})
     for kind, rows in found.items():
         print(f"{kind:8} refract {mean(r['refract'] for r in rows):.3f}  expert {mean(r['expert'] for r in rows):.3f}")

@@ -1,9 +1,10 @@
-"""How often the promotion gate accepts a challenger, by the holdout's size and the true difference in accuracy.
+"""Measure how often the promotion gate accepts a challenger, by the holdout's size and the true difference in accuracy.
 
 python -m benchmarks.gate_power --json benchmarks/results/gate-power.json
 
-Draws the samples that only one of the two classifiers has right, and asks the gate's two lines about accuracy: the observed gain is at
-least 0, and its 95 % interval's lower end (normal approximation) at least the bound. Before: -0.03 for every size. Now: by the size.
+Draws the samples that only one of the two classifiers predicts right, and applies the gate's two rules about accuracy: the observed gain is
+at least 0, and the lower end of its 95 % interval (normal approximation) is at least the bound. The former bound was -0.03 for every size;
+the current one depends on the size.
 """
 
 import argparse
@@ -20,7 +21,7 @@ BEFORE = -0.03
 
 
 def accepted(count: int, difference: float, bound: float, *, disagreement: float, draws: int, seed: int) -> float:
-    """The fraction of `draws` holdouts of `count` samples on which the gate accepts a true difference."""
+    """Return the fraction of `draws` holdouts of `count` samples on which the gate accepts a true difference."""
     only = np.array([disagreement + difference, disagreement - difference]) / 2
     rng = np.random.default_rng([seed, count])  # one stream for both bounds and all differences of a size
     drawn = rng.multinomial(count, [*only, 1 - disagreement], size=draws)
@@ -30,7 +31,7 @@ def accepted(count: int, difference: float, bound: float, *, disagreement: float
 
 
 def table(rows: list[dict[str, float]], key: str) -> str:
-    """A Markdown table of one rule: a row for each size, a column for each difference in points."""
+    """Return a Markdown table of one rule, with a row for each size and a column for each difference in points."""
     lines = ["| holdout | bound | " + " | ".join(f"{100 * d:+g}" for d in DIFFERENCES) + " |"]
     lines.append("|---" * (len(DIFFERENCES) + 2) + "|")
     for size in SIZES:
@@ -42,7 +43,12 @@ def table(rows: list[dict[str, float]], key: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--disagreement", type=float, default=0.1, help="fraction that only one has right")
+    parser.add_argument(
+        "--disagreement",
+        type=float,
+        default=0.1,
+        help="fraction of the samples that only one classifier predicts right",
+    )
     parser.add_argument("--draws", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)

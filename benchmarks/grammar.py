@@ -1,6 +1,6 @@
-"""A small language of synonyms, and two tiny models that translate it there and back: for tests and benchmarks without downloads.
+"""A small language of synonyms, and two tiny models that translate it back and forth, for tests and benchmarks without downloads.
 
-Each meaning has one word of the language in between and several English ones, so that what comes back means the same in other words.
+Each meaning has one word in the pivot language and several in English, so that a back-translation says the same in other words.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ Meaning = tuple[str, ...]
 
 
 def meaning(rng: np.random.Generator) -> Meaning:
-    """`the ADJECTIVE NOUN VERB a ADJECTIVE NOUN`, at times without an adjective or with a further noun."""
+    """Draw a meaning of the form `the ADJECTIVE NOUN VERB a ADJECTIVE NOUN`, at times without an adjective or with a further noun."""
     nouns, adjectives, verbs = list(NOUNS), list(ADJECTIVES), list(VERBS)
 
     def part(article: str) -> Meaning:
@@ -41,17 +41,17 @@ def meaning(rng: np.random.Generator) -> Meaning:
 
 
 def english(words: Meaning, rng: np.random.Generator) -> str:
-    """One of the ways to say it."""
+    """Return one English sentence with this meaning."""
     return " ".join(str(rng.choice(MEANINGS[word].split())) for word in words)
 
 
 def means(text: str) -> Meaning:
-    """What a sentence says; "?" for a word that there is not."""
+    """Return the meaning of a sentence, with "?" for an unknown word."""
     return tuple(MEANING_OF.get(word, "?") for word in text.split())
 
 
 def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
-    """(English, in between), no sentence twice."""
+    """Return pairs (English, pivot language), each sentence once."""
     rng = np.random.default_rng(seed)
     found: dict[str, str] = {}
     while len(found) < count:

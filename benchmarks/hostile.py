@@ -36,9 +36,9 @@ CLIENTS = 6
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rounds", type=int, default=4, help="of the whole corpus; growth is from the second to the last"
+        "--rounds", type=int, default=4, help="rounds of the whole corpus; the growth is from the second to the last"
     )
-    parser.add_argument("--examples", type=int, default=300, help="of schemathesis, for each route")
+    parser.add_argument("--examples", type=int, default=300, help="examples of schemathesis for each route")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     corpus = [*cases(), *odd_but_valid(np.random.default_rng(1))]
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def tried(url: str, case: Case, model: str = "lenet5") -> tuple[int, float, str]:
-    """(status, seconds, what is wrong)"""
+    """Send a case. Returns (status, seconds, description of the failure)."""
     began = time.perf_counter()
     path = case.path.replace("MODEL", model)
     status, answer = asked(url, path, case.body, case.kind, case.headers)
@@ -101,7 +101,7 @@ def tried(url: str, case: Case, model: str = "lenet5") -> tuple[int, float, str]
 
 
 def compared(url: str, case: Case, answer: bytes) -> str:
-    """What differs from the answer to the same pixels in a plain PNG."""
+    """Describe the difference from the prediction for the same pixels in a plain PNG."""
     assert case.label_of is not None
     wanted = json.loads(asked(url, f"{PREDICT}?top=10", encoded(case.label_of, "PNG"), "image/png", {})[1])[
         "predictions"
@@ -116,7 +116,7 @@ def compared(url: str, case: Case, answer: bytes) -> str:
 
 
 def asked(url: str, path: str, body: bytes, kind: str, headers: dict[str, str]) -> tuple[int, bytes]:
-    """(status, body), of the status 0 where there was none; a connection for each request, as it may be closed."""
+    """Return (status, body), with status 0 without a response. Each request has its own connection, which the server may close."""
     parsed = urlparse(url)
     connection = http.client.HTTPConnection(parsed.hostname or "", parsed.port, timeout=DEADLINE_S + 30)
     try:
@@ -127,12 +127,12 @@ def asked(url: str, path: str, body: bytes, kind: str, headers: dict[str, str]) 
         connection.endheaders()
         with contextlib.suppress(
             BrokenPipeError, ConnectionResetError
-        ):  # refused before it was sent; the answer may be there
+        ):  # rejected before all of it was sent; the response may have arrived
             connection.send(body)
         answer = connection.getresponse()
         return answer.status, answer.read()
     except (ConnectionResetError, http.client.BadStatusLine) as err:
-        # Closed with the body unread: what a server does that refuses a body, and what loses its answer on the way.
+        # Closed with the body unread: a server that rejects a body does this, and the client may lose the response.
         return (413, b'"code"') if len(body) > 2**20 else (0, repr(err).encode())
     except (OSError, http.client.HTTPException) as err:
         return 0, repr(err).encode()
@@ -141,7 +141,7 @@ def asked(url: str, path: str, body: bytes, kind: str, headers: dict[str, str]) 
 
 
 def fuzz(url: str, examples: int) -> dict[str, Any]:
-    """What schemathesis finds: answers of 500 and above, and such as are not of a described form."""
+    """Return the findings of schemathesis: responses of 500 and above, and responses that do not match the OpenAPI description."""
     command = [
         sys.executable,
         "-m",

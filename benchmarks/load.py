@@ -1,10 +1,10 @@
-"""A load of HTTP requests from this process: so many connections, each sending its next image when its last was answered.
+"""Send HTTP requests from this process. Each connection sends its next image after the response to the previous one.
 
     python -m benchmarks.load URL IMAGES… --connections 16 --seconds 10
 
-Prints one line of JSON: requests a second, latencies in milliseconds (with --rate since a request was due, whose connection may
-have been waiting still, and since it was sent), and the answers by status. Plain sockets and no HTTP library, so that
-the client costs little of the cores that it shares with the server.
+Prints one line of JSON: requests per second, latencies in milliseconds, and the number of responses by status. With --rate, one latency
+counts from the time when a request was due, although its connection may still have been busy, and the other from the time when it was
+sent. The program uses plain sockets without an HTTP library, so that it takes little of the cores that it shares with the server.
 """
 
 import argparse
@@ -20,11 +20,11 @@ import numpy as np
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url", help="of the route that takes an image")
+    parser.add_argument("url", help="URL of the route that accepts an image")
     parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--warmup", type=float, default=2.0, help="seconds before those that count")
+    parser.add_argument("--warmup", type=float, default=2.0, help="seconds before the measurement starts")
     parser.add_argument(
         "--form",
         choices=("raw", "json", "multipart", "mlflow"),
@@ -35,7 +35,7 @@ def main() -> None:
         "--rate",
         type=float,
         default=0,
-        help="requests a second, evenly, answered or not; 0: as fast as they are answered",
+        help="requests per second, sent evenly without waiting for responses; 0: as fast as the responses arrive",
     )
     args = parser.parse_args()
     print(json.dumps(asyncio.run(load(args))))

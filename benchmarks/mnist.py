@@ -1,4 +1,4 @@
-"""LeNet-5 on MNIST's 10,000 test digits, 9,000 to train on and 1,000 held out by the seed: the error with and without augmentation.
+"""Measure the error of LeNet-5 with and without augmentation on MNIST's 10,000 test digits: 9,000 for training, 1,000 drawn for testing.
 
 Each run is `configs/mnist.yaml` through the same function as `refract train`. IMAGES and LABELS are the original files of 10,000 digits.
 
@@ -26,7 +26,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "mnist.yaml"
 
 
 def write_manifest(images: Path, labels: Path, folder: Path) -> Path:
-    """The digits as PNG below `folder`, and their manifest."""
+    """Write the digits as PNG files below `folder`, with their manifest."""
     pixels = np.frombuffer(gzip.decompress(images.read_bytes()), np.uint8, offset=16).reshape(-1, 28, 28)
     numbers = np.frombuffer(gzip.decompress(labels.read_bytes()), np.uint8, offset=8)
     rows = []
@@ -40,7 +40,7 @@ def write_manifest(images: Path, labels: Path, folder: Path) -> Path:
 
 
 def run(manifest: Path, seed: int, policy: str | None, runs: Path) -> dict[str, float]:
-    # Of the 9,000 that are not held out, 2 % choose the epoch.
+    # 2 % of the 9,000 training digits are the validation set, which chooses the epoch.
     options = ["--data.source", str(manifest), "--data.test_fraction", "0.1", "--data.val_fraction", "0.02"]
     options += ["--trainer.seed", str(seed), "--trainer.runs_dir", str(runs), "--tracking.enabled", "false"]
     config = load_config(CONFIG, options + ([] if policy is None else ["--augment.policy", policy]))

@@ -1,4 +1,4 @@
-"""The training loop that people write by hand, which Refract's is compared with."""
+"""A plain PyTorch training loop, the baseline for Refract's training."""
 
 import time
 from collections.abc import Iterable
@@ -15,9 +15,9 @@ from refract.models.training.optimizers import OptimSpec
 def seconds_a_step(
     classifier: Classifier, batches: Iterable[dict[str, Any]], total: int, device: str, *, warm_up: int, mixed: bool
 ) -> float:
-    """Train on `total` batches, and return the mean of the steps after `warm_up` of them.
+    """Train on `total` batches, and return the mean seconds of the steps after the first `warm_up`.
 
-    batches: `images` (B, 3, H, W) uint8 and `targets` (B,); mixed: in bf16 autocast. FloatingPointError where a loss is not finite.
+    batches: `images` (B, 3, H, W) uint8 and `targets` (B,); mixed: in bf16 autocast. FloatingPointError if a loss is not finite.
     """
     classifier.train()
     spec = OptimSpec()

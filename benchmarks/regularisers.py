@@ -33,7 +33,9 @@ POLICIES: dict[str, list[Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=10_000, help="training images, the same number of each class")
+    parser.add_argument(
+        "--images", type=int, default=10_000, help="number of training images, with equally many of each class"
+    )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, required=True)

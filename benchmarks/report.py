@@ -13,13 +13,13 @@ from refract.pipeline.training.provenance import processor
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median, 95th percentile and count."""
+    """Return the median, the 95th percentile and the count."""
     p95 = quantiles(values, n=20)[-1] if len(values) > 1 else values[0]
     return {"median": round(median(values), 4), "p95": round(p95, 4), "n": len(values)}
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Machine, core count, commit and the versions of packages (absent ones are None)."""
+    """Return machine, core count, commit and the versions of packages (None for a missing package)."""
     return {
         "machine": processor(),
         "cores": os.cpu_count(),

@@ -1,7 +1,7 @@
-"""What a tracking server that takes connections and never answers costs a training: the time between its first and its last epoch.
+"""Measure how much a tracking server that accepts connections and never responds slows a training, from its first epoch to its last.
 
-Trains the digits in turn without tracking, with MLflow on SQLite and with the silent server, then delivers the silent one's journal and
-counts the metrics.
+Trains the digits in turn without tracking, with MLflow on SQLite, and with the silent server. Then it delivers the journal of the last
+training and counts the metrics.
 
     python -m benchmarks.stalled_tracking --rounds 3 --json benchmarks/results/stalled_tracking.json
 """
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def _train(work: Path, *options: str) -> float:
-    """Seconds from the first epoch's end to the last one's."""
+    """Train, and return the seconds from the end of the first epoch to the end of the last one."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "refract", "train", "config.yaml", *options]
     times = []
@@ -80,7 +80,7 @@ def _train(work: Path, *options: str) -> float:
 
 
 def _synced(work: Path, run: str) -> int:
-    """Deliver the run's journal to a database; how many epochs' losses it then has."""
+    """Deliver the run's journal to a database, and return the number of epochs whose loss it then has."""
     database = f"sqlite:///{work}/later.db"
     command = [sys.executable, "-m", "refract", "sync", f"runs/{run}", "--uri", database]
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

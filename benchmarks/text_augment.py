@@ -115,7 +115,7 @@ def errors(folder: Path, seed: int, epochs: int) -> dict[str, float]:
 
 
 def throughput(models: Path, count: int = 256, alone: int = 16) -> dict[str, float]:
-    """Texts a second, translated there and back by the same models."""
+    """Return texts per second, back-translated by the same models."""
     from refract.augment.text.translation import BackTranslator
 
     rng = np.random.default_rng(5)
@@ -133,7 +133,7 @@ def throughput(models: Path, count: int = 256, alone: int = 16) -> dict[str, flo
 
 
 def op_costs(rounds: int = 5, texts: int = 300) -> dict[str, dict[str, float]]:
-    """Microseconds a text of 20 words, with drawing: the median of the rounds."""
+    """Return the microseconds per text of 20 words, drawing included: the median over the rounds."""
     from refract.augment import Augmenter
 
     def cost(policy: list) -> float:

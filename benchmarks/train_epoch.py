@@ -1,4 +1,4 @@
-"""An epoch of `configs/cifar10.yaml` through Refract, compared with a plain PyTorch loop, each as its users run it.
+"""Compare an epoch of `configs/cifar10.yaml` in Refract with a plain PyTorch loop, each with its usual settings.
 
 Both have the same network, images in memory, order, augmentation, precision, optimiser and schedule, and end with the same weights.
 Each round starts a separate process for each side, in alternating order: the plain loop with Python's default settings, Refract with
@@ -32,7 +32,7 @@ MEASURED = ("seconds", "user_seconds", "system_seconds", "page_faults", "peak_me
 
 
 def plain(assembly: "Assembly") -> dict[str, float]:
-    """Measurements of one epoch of the loop that people write by hand."""
+    """Measure one epoch of the plain loop."""
     import numpy as np
     import torch
 
@@ -66,7 +66,7 @@ def plain(assembly: "Assembly") -> dict[str, float]:
 
 
 def through_refract(assembly: "Assembly") -> dict[str, float]:
-    """Measurements of one epoch of the module and the batches that `refract train` trains with."""
+    """Measure one epoch of the module and the batches of `refract train`."""
     import lightning
     from lightning.pytorch.callbacks import Callback
 
@@ -150,7 +150,10 @@ def main() -> None:
 
 
 def _in_a_process(side: str, data: Path, overrides: list[str]) -> dict[str, Any]:
-    """The settings that Refract's commands make must not reach the plain loop, nor the shell's reach one side alone."""
+    """Measure one side in a new process.
+
+    Settings of Refract's commands must not affect the plain loop, and settings of the shell must not affect one side alone.
+    """
     command = [sys.executable, "-m", "benchmarks.train_epoch", "--data", str(data), "--side", side, *overrides]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

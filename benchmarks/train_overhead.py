@@ -32,7 +32,7 @@ def fresh(name: str) -> Classifier:
 
 
 def plain(name: str, batches: DataLoader, device: str, precision: str) -> float:
-    """Milliseconds a step of the loop that people write by hand."""
+    """Return the milliseconds per step of the plain loop."""
     classifier = fresh(name).to(device, memory_format=torch.channels_last)
     mixed = precision.startswith("bf16")
     return 1000 * seconds_a_step(classifier, batches, len(batches), device, warm_up=WARM_UP, mixed=mixed)
@@ -52,7 +52,7 @@ class Clock(Callback):
 
 
 def with_lightning(name: str, batches: DataLoader, device: str, precision: str) -> float:
-    """Milliseconds a step of `ClassifierModule` in a Trainer."""
+    """Return the milliseconds per step of `ClassifierModule` in a Trainer."""
     clock = Clock(device, len(batches) - 1)
     module = ClassifierModule(fresh(name), task="multiclass", num_classes=CLASSES, channels_last=True)
     trainer = lightning.Trainer(
@@ -89,7 +89,7 @@ def main() -> None:
     for name in args.networks:
         times: dict[str, list[float]] = {"plain": [], "lightning": []}
         for number in range(args.rounds):
-            # The order alternates, so that a machine that warms or slows favours neither.
+            # The order alternates, so that a machine whose speed changes favours neither side.
             for kind in ("plain", "lightning") if number % 2 else ("lightning", "plain"):
                 run = plain if kind == "plain" else with_lightning
                 times[kind].append(run(name, batches, device, precision))

@@ -83,13 +83,13 @@ def run(contender: str, task: Task) -> Outcome:
 
 
 def processor_seconds() -> float:
-    """Of all child processes that ended."""
+    """Return the processor seconds of all finished child processes."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def summarise(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the seeds, by mode, best first."""
+    """Return the mean and the standard deviation over the seeds, by mode, the best first."""
     rows = []
     for contender, mode in dict.fromkeys((o.contender, o.mode) for o in outcomes):
         own = [o for o in outcomes if (o.contender, o.mode) == (contender, mode)]
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument(
-        "--settings", nargs="+", default=[], help="KEY=VALUE of the config, each tried through Refract alone"
+        "--settings", nargs="+", default=[], help="KEY=VALUE of the config; each is tried with Refract alone"
     )
     args = parser.parse_args()
     contenders = ["refract"] if args.settings else args.contenders

@@ -1,7 +1,7 @@
-"""Builds the image for CPUs, looks into it, and asks the server in it: `make image-check`. Exit code 1 where something is wrong.
+"""Build the image for CPUs, inspect it, and send requests to the server in it: `make image-check`. Exit code 1 if a check fails.
 
-With a Docker or Podman that runs, as anybody would. Else, as root on Debian or Ubuntu, with buildah, which needs no more than
-chroot; where no registry answers, on a base image that debootstrap makes.
+Uses Docker or Podman if one of them runs. Otherwise uses buildah as root on Debian or Ubuntu, which needs only chroot; without a registry,
+the base image comes from debootstrap.
 """
 
 import ast
@@ -32,7 +32,7 @@ IMAGE, OWN_BASE = "localhost/refract:cpu", "localhost/refract-base"
 ABSENT = ("lightning", "pandas", "mlflow", "sklearn", "matplotlib", "pyarrow", "triton", "nvidia-cublas")
 READY_S = 180
 AGREED = 0.03
-"""A backend that is not float32 may differ by that: see serve.backends."""
+"""Largest difference of a backend that is not float32: see `refract.serve.runtime.backends`."""
 
 LOOK = """
 import importlib.metadata, json, pathlib, sys
@@ -45,15 +45,15 @@ print(json.dumps({"names": names, "folders": folders, "dependencies": size(pathl
 
 
 class CheckError(Exception):
-    """What is not as it should be."""
+    """A check of the image failed."""
 
 
 def main() -> int:
-    """Build, look, ask."""
+    """Build the image, inspect it, and send requests to its server."""
     try:
         engine = _engine()
         with tempfile.TemporaryDirectory(prefix="image-check-") as folder:
-            Path(folder).chmod(0o755)  # the server is another user
+            Path(folder).chmod(0o755)  # the server runs as another user
             engine.build(Path(folder))
             files = [encoded(image(np.random.default_rng(seed)), "JPEG") for seed in range(8)]
             bundle = load_bundle(make_bundle("lenet5", files, Path(folder) / "bundle", size=32))
@@ -134,7 +134,7 @@ def _engine() -> "Docker | Buildah":
 
 
 class Docker:
-    """Docker, or Podman, whose commands are the same; and a container of the image."""
+    """Docker, or Podman, which has the same commands, and a container of the image."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -184,7 +184,7 @@ class Docker:
 
 
 class Buildah:
-    """buildah without any of what a container needs of the kernel beyond chroot."""
+    """buildah with chroot isolation, which needs no other kernel feature of containers."""
 
     def __init__(self) -> None:
         self._base = "docker.io/library/python:3.12-slim"
@@ -212,7 +212,7 @@ class Buildah:
 
 
 class Chroot:
-    """A container of buildah's, run as its image says, by root's own means: read-only but for /tmp, without capabilities."""
+    """A container of buildah, run by root with the image's settings: read-only except /tmp, without capabilities."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -246,7 +246,7 @@ class Chroot:
         ]
         command = [*config["Entrypoint"], *config["Cmd"], "--port", str(port)]
         inside = ["chroot", root, "env", "-i", *config["Env"], "setpriv", *rights, "--", *command]
-        # All of these make way for the next, so that the signal reaches the server.
+        # Each of these commands replaces itself by the next one, so that the signal reaches the server.
         self._process = subprocess.Popen(["unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh", *inside])
         try:
             yield self

@@ -1,10 +1,10 @@
-"""Takes CUDA away from an installed torch, for an image that computes on CPUs: `python without_cuda.py`, of the environment to shrink.
+"""Remove CUDA from an installed torch, for an image for CPUs: run `python without_cuda.py` with the Python of that environment.
 
-PyPI's torch for Linux is linked with 3 GB of NVIDIA's libraries. All are loaded by `import torch`; without a GPU none is called
-but the CUDA runtime, which says that there is no GPU. So that one stays, and each other that the loader asks for becomes a library
-of the same name whose functions say their name and abort. Torch's own kernels for GPUs, two thirds of libtorch_cuda.so, are cut out of it.
+PyPI's torch for Linux is linked with 3 GB of NVIDIA's libraries, and `import torch` loads all of them. Without a GPU, torch calls only the
+CUDA runtime, which reports that there is no GPU. So the runtime stays. Every other library that the loader needs is replaced by one of the
+same name whose functions print their name and abort. Torch's own GPU kernels, two thirds of libtorch_cuda.so, are cut out of that file.
 
-Needs a C compiler and binutils, while the image is built only.
+Needs a C compiler and binutils, only while the image is built.
 """
 
 import re
@@ -47,13 +47,13 @@ def main() -> None:
     """Shrink the environment of the running interpreter."""
     site = Path(sysconfig.get_path("platlib"))
     libraries = site / "torch" / "lib"
-    (libraries / "libtorch_cuda_linalg.so").unlink()  # loaded when it is called
-    shutil.rmtree(site / "torch" / "include")  # to compile against
+    (libraries / "libtorch_cuda_linalg.so").unlink()  # loaded only when it is called
+    shutil.rmtree(site / "torch" / "include")  # headers for compiling extensions
     vendor = {path.name: path for path in (site / "nvidia").rglob("lib*.so*")}
     linked = sorted(libraries.glob("*.so"))
     asked = {name for library in linked for name in needed(library)} & set(vendor) - set(KEPT)
     if not asked:
-        sys.exit(f"no library of {libraries} is linked with one of NVIDIA's: this torch is put together otherwise")
+        sys.exit(f"no library of {libraries} is linked with one of NVIDIA's: this build of torch is not supported")
     wanted = {name for library in linked for name in symbols(library, "--undefined-only")}
     for name in sorted(asked):
         found = symbols(vendor[name], "--defined-only")
@@ -63,18 +63,18 @@ def main() -> None:
 
 
 def needed(library: Path) -> list[str]:
-    """The names of the libraries that this one is linked with."""
+    """Return the names of the libraries that this library is linked with."""
     return re.findall(r"\(NEEDED\).*\[(.+)\]", output("readelf", "-dW", str(library)))
 
 
 def symbols(library: Path, which: str) -> dict[str, str]:
-    """Dynamic symbols with their versions, of which some libraries have none."""
+    """Return the dynamic symbols with their versions; some libraries have no versions."""
     names = (line.split()[0] for line in output("nm", "-D", "-P", which, str(library)).splitlines())
     return {name: version.lstrip("@") for name, _, version in (full.partition("@") for full in names)}
 
 
 def replace(library: Path, functions: Mapping[str, str]) -> None:
-    """Make `library` anew, of functions that abort, in the versions that they had."""
+    """Replace `library` by one of aborting functions with the same versions."""
     source = ABSENT + "".join(f'void {name}(void) {{ absent("{name}"); }}\n' for name in functions)
     versions = {version: [name for name in functions if functions[name] == version] for version in functions.values()}
     script = "".join(f"{version} {{ {'; '.join(names)}; }};\n" for version, names in versions.items() if version)
@@ -87,9 +87,9 @@ def replace(library: Path, functions: Mapping[str, str]) -> None:
 
 
 def drop_kernels(library: Path) -> None:
-    """Cut .nv_fatbin, the machine code for GPUs, out of the file; where it would be in memory are zeros, and all else stays at its address.
+    """Cut .nv_fatbin, the machine code for GPUs, out of the file. Its memory becomes zeros, and all other data keeps its address.
 
-    Its segment becomes two; the header for the second is that of a note. ValueError where the file is built otherwise.
+    Its segment becomes two, and the header of a note becomes that of the second. ValueError for another layout of the file.
     """
     data = bytearray(library.read_bytes())
     table, count = struct.unpack_from("<Q", data, 32)[0], struct.unpack_from("<H", data, 56)[0]
@@ -103,7 +103,7 @@ def drop_kernels(library: Path) -> None:
     )
     note = next((h for h in headers if h.kind == NOTE), None)
     if not size or whole is None or note is None:
-        raise ValueError(f"{library}: no .nv_fatbin in a segment, or no note: this torch is put together otherwise")
+        raise ValueError(f"{library}: no .nv_fatbin in a segment, or no note: this build of torch is not supported")
     begin, end = -(-offset // whole.align) * whole.align, (offset + size) // whole.align * whole.align
     at = whole.virtual - whole.offset
     before = whole._replace(in_file=begin - whole.offset, in_memory=end - whole.offset)
@@ -116,15 +116,17 @@ def drop_kernels(library: Path) -> None:
         moved = header._replace(offset=header.offset - (end - begin)) if header.offset >= end else header
         struct.pack_into(SEGMENT, data, table + i * 56, *moved)
     struct.pack_into("<Q", data, 32, table - (end - begin) if table >= end else table)
-    struct.pack_into("<Q", data, 40, 0)  # no table of sections: the loader reads segments
+    struct.pack_into("<Q", data, 40, 0)  # no section table: the loader reads segments
     struct.pack_into("<HH", data, 60, 0, 0)
     del data[begin:end]
     library.write_bytes(data)
 
 
 def remove_packages(site: Path) -> None:
-    """NVIDIA's and Triton, but for the files in KEPT. A package of which nothing stays leaves no record either, so that lists of packages
-    are true."""
+    """Remove NVIDIA's packages and Triton, except for the files in KEPT.
+
+    A package without remaining files loses its metadata too, so that lists of packages stay correct.
+    """
     for package in distributions(path=[str(site)]):
         if not re.match(r"nvidia-|cuda-|triton$", package.name):
             continue

@@ -1,4 +1,4 @@
-"""A server whose model is exchanged as fast as that goes, between two bundles that are loaded anew each time; run by `benchmarks.bounds`.
+"""Serve a model and hot-swap it as fast as possible between two bundles, each loaded anew; run by `benchmarks.bounds`.
 
 python -m benchmarks.servers.swapping BUNDLE OTHER PORT COUNT
 """
@@ -15,7 +15,7 @@ from refract.serve.runtime.engine import Engine
 
 
 def main() -> None:
-    """Prints `ready`, then after the exchanges how many there were."""
+    """Print `ready`, and after the hot swaps their number and that of the inference threads."""
     folders, port, count = [Path(arg) for arg in sys.argv[1:3]], int(sys.argv[3]), int(sys.argv[4])
     app = create_app(load_bundle(folders[0]))
     service = app.state.service
