@@ -20,7 +20,7 @@ class GateConfig:
         recall_loss: largest loss of a class's recall, unless chance explains it (McNemar, Holm, p >= 0.05); 3 right to 0 always fails.
         calibration_error: largest expected calibration error, checked from 100 samples on; null disables the check.
         robustness_loss: largest increase of the mean error under 19 corruptions over the champion's; null does not measure it.
-        latency_ms: largest median latency of one image on this machine, in ms; null disables the check.
+        latency_ms: largest allowed latency of one sample on this machine, in ms, the shortest of several tries; null disables the check.
         latency_ratio: largest ratio of that latency to the champion's; null disables the check.
         size_mb: largest size of the weights, in MB; null disables the check.
     """
