@@ -211,7 +211,7 @@ def test_a_run_stops_at_labels_and_accepts_them_on_purpose(tmp_path: Path, new_t
     folder, record = checked(config)
     assert record["ends"] == Outcome.REFUSED
     assert record["why"].startswith("the new labels cannot be trusted: the champion disagrees with ")
-    assert record["why"].endswith("accept them by --retrain.disagreement_stop null.")
+    assert record["why"].endswith("accept them with --retrain.disagreement_stop null.")
     config.retrain.disagreement_stop = None
     _, record = checked(config)
     assert "ends" not in record and record["labels"]["disagreement"]["level"] == "warn"
