@@ -1,7 +1,9 @@
 """Errors of the decoders."""
 
+from refract.errors import InputError
 
-class ImageError(ValueError):
+
+class ImageError(InputError):
     """The bytes are not an image that Refract decodes. The message names the reason for the owner of the file."""
 
 

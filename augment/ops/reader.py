@@ -6,9 +6,10 @@ from typing import Any
 
 from refract.augment.ops.base import Op, nearest
 from refract.augment.registry import OPS, adapter_of
+from refract.errors import InputError
 
 
-class PolicyError(ValueError):
+class PolicyError(InputError):
     """Invalid policy. The message names the source, the op, the parameter and the accepted values."""
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from refract.errors import InputError
+
 VERSION = 2
 
 # One transaction: a process killed during the script leaves an empty file, which the next process initialises.
@@ -31,7 +33,7 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-class CacheError(ValueError):
+class CacheError(InputError):
     """A paraphrase cache cannot be read or written. The message names the file."""
 
 

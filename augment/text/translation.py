@@ -19,12 +19,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from refract.augment.text import words
+from refract.errors import InputError
 
 T5_NAMES = {"en": "English", "de": "German", "fr": "French", "ro": "Romanian"}
 """Languages of T5's translation training, with the names in its prompts (Raffel et al. 2020, arXiv:1910.10683, appendix D)."""
 
 
-class TranslationError(ValueError):
+class TranslationError(InputError):
     """A translation model cannot be loaded or fails on a text. The message names the model or the text."""
 
 

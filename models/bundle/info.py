@@ -10,6 +10,7 @@ from datetime import datetime
 from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
+from refract.errors import InputError
 from refract.models.classifier import NORMALIZE, TASKS
 
 SCHEMA_VERSION = 1
@@ -18,7 +19,7 @@ SCHEMA_VERSION = 1
 _NETWORK_NAME = re.compile(r"(torchvision/|timm/)?[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
 
 
-class BundleError(ValueError):
+class BundleError(InputError):
     """Raised for a bundle that cannot be written or verified. The message names the file or field and what to do."""
 
 

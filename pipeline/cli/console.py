@@ -8,14 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from refract.errors import RefractError
 from refract.models.credentials import masked
 from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped
-
-# Errors by class name: importing the classes would load PyTorch for every command.
-INPUT_ERRORS = ("BundleError", "CacheError", "TranslationError", "PromotionError")
-SERVICE_ERRORS = (
-    "TrackingError", "CheckpointError", "LoaderError", "RetrainingError", "ScheduleError", "ScoringError", "Taken",
-)  # fmt: skip
 
 
 def run(command: str, work: Callable[[], int]) -> int:
@@ -24,10 +19,6 @@ def run(command: str, work: Callable[[], int]) -> int:
     The code is 2 for invalid input, 1 for a failed service, 75 after SIGTERM and 130 after Ctrl-C. After a signal the line names the
     command that resumes the run.
     """
-    from refract.augment import ImageError, PolicyError
-    from refract.pipeline.config.config import ConfigError
-    from refract.pipeline.data.manifest import DataError
-
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("refract.pipeline").setLevel(logging.INFO)
     logging.getLogger("refract.models").setLevel(logging.INFO)
@@ -35,16 +26,8 @@ def run(command: str, work: Callable[[], int]) -> int:
         return work()
     except Stopped as stopped:
         return _stopped(command, stopped)
-    except (ConfigError, PolicyError, DataError, ImageError) as error:
-        return _failed(command, error, 2)
-    except ValueError as error:
-        if type(error).__name__ in INPUT_ERRORS:
-            return _failed(command, error, 2)
-        raise
-    except RuntimeError as error:
-        if type(error).__name__ in SERVICE_ERRORS:
-            return _failed(command, error, 1)
-        raise
+    except RefractError as error:
+        return _failed(command, error, error.exit_code)
     except BrokenPipeError:  # `refract predict … | head`: `refract.cli` exits without a message
         raise
     except OSError as error:

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refract.errors import InputError
 from refract.models.credentials import masked_values
 from refract.pipeline.config.renamed import with_new_keys, with_new_options
 from refract.pipeline.config.sections import (
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """Raised for an invalid configuration; the message names the key and the accepted values."""
 
 

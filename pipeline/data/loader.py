@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
+from refract.errors import ServiceError
 from refract.pipeline.data.datasets import NOT_SENT, Item, collate
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ PATIENCE_S = 2.0
 """Seconds in which the watching thread must notice a worker's death after a failed read."""
 
 
-class LoaderError(RuntimeError):
+class LoaderError(ServiceError):
     """Raised when a worker process died; the message names the cause and the setting to change."""
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from refract.errors import InputError
 from refract.models.credentials import masked
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ SETTLE_S = 1.0
 POLL_S = 0.5
 
 
-class PromotionError(ValueError):
+class PromotionError(InputError):
     """The alias cannot be moved. The message says why, and what to do."""
 
 

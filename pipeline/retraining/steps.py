@@ -11,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from refract.errors import ServiceError
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 from refract.pipeline.retraining.registry import client_of, download
 from refract.pipeline.retraining.workspace import Workspace, read_run, workspace_of, write, write_run
@@ -35,7 +36,7 @@ class Outcome(IntEnum):
     FAILED = 30
 
 
-class RetrainingError(RuntimeError):
+class RetrainingError(ServiceError):
     """A step cannot finish. The message says why, and what to do before `refract retrain --resume`."""
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from refract.errors import ServiceError
 from refract.pipeline.files import locked
 
 FILE = "schedule.db"
@@ -38,7 +39,7 @@ CREATE TABLE IF NOT EXISTS runs (id INTEGER PRIMARY KEY, config TEXT, began TEXT
 """
 
 
-class ScheduleError(RuntimeError):
+class ScheduleError(ServiceError):
     """The store's file cannot be used. The message says which and why."""
 
 

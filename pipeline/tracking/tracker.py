@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from refract.errors import ServiceError
 from refract.pipeline.config.sections import TrackingConfig
 from refract.pipeline.tracking.address import DEFAULT_URI, absolute, is_local
 from refract.pipeline.tracking.journal import Entry, Journal
@@ -27,7 +28,7 @@ LONGEST_PAUSE = 30.0
 POLL = 0.02
 
 
-class TrackingError(RuntimeError):
+class TrackingError(ServiceError):
     """The tracking server cannot be used. The message names it, and says what to do."""
 
 

@@ -13,6 +13,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
+from refract.errors import RefractError, ServiceError
 from refract.pipeline.inference.batch.listing import Shard
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped
 
@@ -28,7 +29,7 @@ TRIES = 3
 """Number of scorer deaths with a shard assigned after which the scoring fails."""
 
 
-class ScoringError(RuntimeError):
+class ScoringError(ServiceError):
     """The scoring cannot continue; finished parts are kept. The message states the cause and the next step."""
 
 
@@ -173,7 +174,7 @@ def failure_message(error: Exception) -> str:
             f"{error.filename or 'a part file'}: {error.strerror or error}. Finished parts are kept; "
             "run the same command again to resume"
         )
-    if type(error).__name__ in ("BundleError", "DataError"):
+    if isinstance(error, RefractError):
         return str(error)
     if type(error).__name__ == "OutOfMemoryError":
         return "a batch does not fit into the device's memory; use a smaller --batch-size. Finished parts are kept"

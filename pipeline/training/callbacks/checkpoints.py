@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from refract.errors import ServiceError
 from refract.pipeline.files import write_atomically
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped
 
@@ -27,7 +28,7 @@ SYNC_BATCHES = 20
 """Every so many batches, several ranks agree on whether to write a checkpoint."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ServiceError):
     """A checkpoint cannot be written. The message names the file, the cause and the next step."""
 
 
