@@ -48,6 +48,6 @@ def test_a_turned_or_flipped_crop_shows_its_box(
         matrix = product(matrix, (0.0, 1.0, 0.0, -1.0, 0.0, float(size[0]), 0.0, 0.0, 1.0))
         size = size[::-1]
     item = WarpPass(matrix, size)
-    assert item.shows() == (top, top + height, left, left + width)
+    assert item.shown_box() == (top, top + height, left, left + width)
     assert item.inside((top + height, left + width)) == (top >= 0, left >= 0)
     assert item.inside((top + height - 1, left + width - 1)) == (False, False)

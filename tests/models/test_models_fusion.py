@@ -179,7 +179,7 @@ def test_a_teacher_gets_only_the_inputs_that_it_reads() -> None:
         module = ClassifierModule(student, task="multiclass", num_classes=3, teacher=teacher, loss=spec)
         logits = student(images, texts, has_image)
         loss = classification_loss(logits, torch.tensor([0, 1, 2, 0]), task="multiclass")
-        found = module._taught(loss, logits, teacher, (images, texts, has_image))
+        found = module._distilled(loss, logits, teacher, (images, texts, has_image))
         known = {"images": has_image, "texts": texts[:, 0] > 0, "both": torch.ones(4, dtype=torch.bool)}[reads]
         asked = {"images": (images,), "texts": (None, texts), "both": (images, texts, has_image)}[reads]
         soft = distillation_loss(logits[known], teacher(*asked)[known], task="multiclass", temperature=2.0)

@@ -88,7 +88,7 @@ def test_norms() -> None:
         torch.testing.assert_close(make_norm(name, 16)(values), expected, rtol=1e-4, atol=1e-4)
     vectors = torch.randn(6, 16)
     torch.testing.assert_close(make_norm("layer", 16, dims=0)(vectors), normed(vectors, (1,)), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="norm='instance' needs images"):
+    with pytest.raises(ValueError, match="norm='instance' needs feature maps"):
         make_norm("instance", 16, dims=0)
 
 

@@ -93,7 +93,7 @@ def test_every_command_is_a_refract_command(capsys: pytest.CaptureFixture[str]) 
     command = [re.sub(r"\$\{\w+:-(.*)\}", r"\1", word) for word in SERVICES["scheduler"]["command"]]
     # The arguments are parsed before the config is found missing.
     assert import_module(COMMANDS[command[0]][0]).main(command[1:]) == 2
-    assert "/config.yaml: there is no such file" in capsys.readouterr().err
+    assert "/config.yaml: no such file" in capsys.readouterr().err
     started = shlex.split(unit("refract-retrain.service")["Service"]["ExecStart"])
     assert Path(started[0]).name == "refract" and started[1] in COMMANDS
 

@@ -98,7 +98,7 @@ def test_each_epoch_reads_a_new_draw_of_the_policy(tmp_path: Path) -> None:
     tokens = HashedNgrams()
     data = ImageDataModule(
         manifest, augmenter=Augmenter([{"WordDelete": {"p": 0.5}}], 3), preprocess=Preprocess(8, 8), batch_size=4,
-        tokens=tokens, images=False,
+        tokens=tokens, reads_images=False,
     )  # fmt: skip
     assert data.workers == 0
     seen = {data.train_set.augmented((epoch, 0, 0)) for epoch in range(20)}

@@ -276,7 +276,7 @@ def test_model_init_applies_to_the_image_network(tmp_path: Path) -> None:
     for init in ("zeros", "lsuv"):
         one, other = found["default"].state_dict(), found[init].state_dict()
         changed = {name.partition(".")[0] for name in one if not torch.equal(one[name], other[name])}
-        assert changed == {"images"}, init
+        assert changed == {"pictures"}, init
 
 
 def test_golden_samples_use_the_text_and_the_available_modalities(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_golden_samples_use_the_text_and_the_available_modalities(tmp_path: Path
     from refract.augment import Preprocess
     from refract.models.classifier import probabilities
     from refract.models.multimodal.tokens import pad_rows
-    from refract.pipeline.data.datasets import Images, collate, targets_of
+    from refract.pipeline.data.datasets import ImageDataset, collate, targets_of
     from refract.pipeline.evaluation.golden_samples import make_golden_samples
 
     captions.write_images(tmp_path, count=2)
@@ -306,7 +306,7 @@ def test_golden_samples_use_the_text_and_the_available_modalities(tmp_path: Path
     ]
     batch = collate(
         [
-            Images(manifest.samples, preprocess, targets_of(manifest.samples, manifest), tokens=classifier.tokens)[i]
+            ImageDataset(manifest.samples, preprocess, targets_of(manifest.samples, manifest), tokens=classifier.tokens)[i]
             for i in range(3)
         ]
     )

@@ -131,11 +131,12 @@ def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder:
     refract("init", folder, "-o", "images.yaml")
     uri = "http://alice:s3cretpw@127.0.0.1:9"
     told = refract(
-        "train", "images.yaml", "--trainer.run_name", "r", "--tracking.uri", uri, "--trainer.max_epochs", 2, code=3
+        "train", "images.yaml", "--trainer.run_name", "r", "--tracking.uri", uri, "--tracking.model_name", "colors",
+        "--trainer.max_epochs", 2, code=3,
     )  # fmt: skip
     assert "MLflow at http://***@127.0.0.1:9 does not answer" in told.stderr and "test:     accuracy" in told.stdout
     assert "`refract sync runs/r` delivers them" in told.stderr and "Traceback" not in told.stderr
-    assert "NOT REGISTERED: no version of images has this bundle" in told.stderr
+    assert "NOT REGISTERED: no version of colors has this bundle" in told.stderr
     assert "refract sync runs/r delivers it" in told.stderr
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert len(files) > 10 and not [path for path in files if b"s3cretpw" in path.read_bytes()]
@@ -150,7 +151,7 @@ def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder:
     client = MlflowClient(database)
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
     assert [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")] == [1, 2]
-    assert client.get_model_version_by_alias("images", "champion").run_id == run.info.run_id
+    assert client.get_model_version_by_alias("colors", "champion").run_id == run.info.run_id
     # MLflow's pages show these in addition to metrics and parameters.
     (given,) = run.inputs.dataset_inputs
     assert given.dataset.name == "images" and run.data.tags["data.fingerprint"].startswith(given.dataset.digest)

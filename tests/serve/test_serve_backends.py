@@ -62,7 +62,8 @@ def test_a_signal_is_handled_after_another_thread_has_deleted_the_network(bundle
     """OpenVINO frees the signal stack of the main thread."""
     code = (
         "import signal, sys, threading\nfrom pathlib import Path\nfrom refract.models.bundle.bundle import load_bundle\n"
-        "from refract.serve import choice\nfrom refract.serve.runtime.engine import Engine\nchoice.CACHE = Path(sys.argv[2])\n"
+        "from refract.serve.runtime import selection\nfrom refract.serve.runtime.engine import Engine\n"
+        "selection.CACHE = Path(sys.argv[2])\n"
         "signal.signal(signal.SIGTERM, lambda *_: print('heard'))\n"
         "for name in sys.argv[3:]:\n"
         "    engines = [Engine(load_bundle(sys.argv[1]), backend=name)]\n"
