@@ -23,7 +23,7 @@ GLOSSARY = {
     r"golden (?:ones?|answers?)": "golden samples, golden predictions",
     r"(?:is|are|was|were|be|becomes?) no (?:number|figure)s?|no number": "NaN, non-finite",
     r"by heart": "overfits",
-    r"figures?": "metrics, measurements, charts",
+    r"figures": "metrics, measurements, charts",
     r"shares? of": "fraction of, ratio of",
     r"the house": "in-flight requests, an admission slot",
     r"lanes?": "model worker",
@@ -43,20 +43,19 @@ GLOSSARY = {
     r"(?:knows?|known) nothing of": "independent of, does not import",
     r"what is (?:asked|answered|told|made|kept|there)": "the noun: the request, the prediction, the file",
     r"courses' claims": "textbook claims",
-    r"nowhere|whoever|whatever it is": "the noun",
+    r"whoever|whatever it is": "the noun",
     r"comes? to be": "is built",
     r"is no (?:file|folder|image|table|bundle|run|part|map|cache|champion|digit|text|picture|url)": "is not a …",
 }
 PATTERN = re.compile("|".join(f"(?P<g{i}>\\b(?:{word})\\b)" for i, word in enumerate(GLOSSARY)), re.IGNORECASE)
-NAMES = re.compile(
-    r"(?:^|_)(?P<name>pictures?|pictured|night|nights|told|lanes?|guests?|mirror(?:ed)?|shelf|strangers?|sealed|found|made|kept|own)(?:_|$)"
-)
+CODE = re.compile(r"`[^`]*`|\{[{%].*?[}%]\}")
+"""Names in backticks and expressions of templates: code, not words."""
 TEXTS = {".md", ".yaml", ".yml", ".html"}
 
 
 def words(text: str) -> Iterator[tuple[str, str]]:
     """(the words found, what to write) for each entry of the glossary in a text."""
-    for match in PATTERN.finditer(text):
+    for match in PATTERN.finditer(CODE.sub(lambda code: " " * len(code.group()), text)):
         assert match.lastgroup is not None
         yield match.group(), list(GLOSSARY.values())[int(match.lastgroup[1:])]
 

@@ -14,7 +14,7 @@ from refract.pipeline.drift.two_samples import Found
 NEIGHBOUR = 5
 """An image's distance to the reference is the distance to its fifth nearest neighbour there."""
 
-TESTS = {"mmd": ("features", "MMD²"), "classifier": ("classifier", "told apart")}
+TESTS = {"mmd": ("features", "MMD²"), "classifier": ("classifier", "distinguished")}
 
 
 @dataclass(frozen=True)

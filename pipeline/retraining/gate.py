@@ -31,7 +31,7 @@ TRIES = 50
 class Line:
     """The result of one check.
 
-    value: the challenger's, None if not measured; bound: the config's; passed: None if unknown, which does not fail the gate; told: the
+    value: the challenger's, None if not measured; bound: the config's; passed: None if unknown, which does not fail the gate; `told`: the
     result as text; needed: the holdout size that would decide the check, None if this holdout decides it or no size can.
     """
 

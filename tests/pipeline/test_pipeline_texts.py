@@ -306,7 +306,9 @@ def test_golden_samples_use_the_text_and_the_available_modalities(tmp_path: Path
     ]
     batch = collate(
         [
-            ImageDataset(manifest.samples, preprocess, targets_of(manifest.samples, manifest), tokens=classifier.tokens)[i]
+            ImageDataset(
+                manifest.samples, preprocess, targets_of(manifest.samples, manifest), tokens=classifier.tokens
+            )[i]
             for i in range(3)
         ]
     )

@@ -32,13 +32,13 @@ FACT_NAMES = MappingProxyType({"hold-out": "test set", "time an image": "time pe
 class Report:
     """The content of a report.
 
-    numbers: JSON values; figures: chart title → data URL; galleries: title → images, each with `src`, `caption` and `path`; template:
+    numbers: JSON values; charts: chart title → data URL; galleries: title → images, each with `src`, `caption` and `path`; template:
     file name in this folder.
     """
 
     title: str
     numbers: dict[str, Any]
-    figures: dict[str, str] = field(default_factory=dict)
+    charts: dict[str, str] = field(default_factory=dict)
     galleries: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     template: str = "report.html"
 
@@ -52,7 +52,7 @@ class Report:
         html = env.get_template(self.template).render(
             title=self.title,
             numbers=self.numbers,
-            figures=self.figures,
+            charts=self.charts,
             galleries=self.galleries,
             fact_names=FACT_NAMES,
         )
