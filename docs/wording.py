@@ -1,7 +1,7 @@
-"""`python docs/wording.py [PATH…]`: report words of texts and names that the glossary of CONTRIBUTING.md replaces, as FILE:LINE.
+"""`python docs/wording.py [PATH…]`: report words that the glossary replaces, as FILE:LINE.
 
-Checks comments, docstrings, messages and names of Python files; the text of Markdown, YAML and HTML. A string without a space is a key of
-a file format or of an API: it stays readable for old files, and is not checked.
+Checks the comments, docstrings and messages of Python files, and the text of Markdown, YAML and HTML. A string without a space is a key of
+a file format or of an API: it stays readable for old files, and is not checked. Neither are names in backticks.
 """
 
 import ast
