@@ -73,7 +73,7 @@ _WITH_SEGMENT = frozenset(range(0xC0, 0x100)) - set(range(0xD0, 0xDA)) - {0xC8, 
 _EXIF, _XMP, _PROFILE = b"Exif\x00\x00", b"http://ns.adobe.com/xap/1.0/\x00", b"ICC_PROFILE\x00"
 
 
-def read_header(data: bytes) -> JpegHeader:
+def read_header(data: bytes) -> JpegHeader:  # noqa: C901 — one branch for each kind of marker
     """Read the markers up to the frame header. JpegError if the frame is missing or invalid. (ITU-T T.81, annex B.)
 
     Stray bytes between segments are skipped, as in libjpeg.

@@ -4,10 +4,17 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refract.pipeline.cli import console
+
+if TYPE_CHECKING:
+    from refract.models.bundle.bundle import BundleInfo
+    from refract.pipeline.data.manifest import Manifest, Sample
+    from refract.pipeline.evaluation.evaluate import Evaluation
+    from refract.pipeline.evaluation.slices import Slice
 
 
 def main(argv: list[str]) -> int:
@@ -41,9 +48,7 @@ def main(argv: list[str]) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     from refract.models.bundle.bundle import load_bundle
-    from refract.pipeline.data.manifest import DataError, load_manifest
-    from refract.pipeline.data.prepare import held_out
-    from refract.pipeline.data.sources.folders import skipped_lines
+    from refract.pipeline.data.manifest import DataError
     from refract.pipeline.evaluation.advice import notes_on
     from refract.pipeline.evaluation.evaluate import evaluate
     from refract.pipeline.evaluation.report import make_report
@@ -54,20 +59,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
-    manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass", to_train=False)
-    without_test = "test" not in manifest.splits()
-    if without_test:
-        manifest = held_out(info, manifest)  # logs the skipped entries
-    for line in () if without_test else skipped_lines(manifest.skipped):
-        print(f"refract evaluate: {args.data}: {line}", file=sys.stderr)
-    samples = relabelled(manifest, info.labels)
-    split = args.split or ("test" if "test" in manifest.splits() else None)
-    if split is not None:
-        samples = [sample for sample in samples if sample.split == split]
-    if not samples:
-        raise DataError(
-            f"{args.data}: no images in the split {split}; splits: {', '.join(manifest.splits()) or 'none'}"
-        )
+    manifest, without_test = _manifest(args, info)
+    samples, split = _samples(args, manifest, info)
     classifier = bundle.classifier()
     if args.robustness != "none" and "images" not in classifier.reads:
         raise DataError(f"--robustness: {args.bundle} reads no images; remove the option")
@@ -75,31 +68,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         "task": info.task, "temperature": info.temperature, "thresholds": info.thresholds
     }  # fmt: skip
     result = evaluate(classifier, preprocess_of(info), samples, labels=info.labels, **decision)
-    notes = notes_on(result, drawn=False)
+    notes, parts = notes_on(result, drawn=False), slices(samples, result.right)
     print(f"{info.name} on {len(samples):,} images of {args.data} ({split or 'all'})")
-    for name, value in result.metrics.items():
-        bounds = result.intervals.get(name)
-        print(
-            f"  {name:<24} {value:.4f}"
-            + ("" if bounds is None else "  (95 % interval {:.4f} to {:.4f})".format(*bounds))
-        )
-    for note in notes:
-        print(f"  note: {note}")
-    absent = [row["label"] for row in result.per_class if not row["count"]]
-    if absent:
-        more = " …" if len(absent) > 10 else ""
-        print(f"  {len(absent)} labels have no images and count as 0 in macro_f1: {', '.join(absent[:10])}{more}")
-    width = max(len(row["label"]) for row in result.per_class)
-    print(f"  {'label':<{width}}  precision  recall      f1   count{'  threshold' if result.thresholds else ''}")
-    for row in result.per_class:
-        threshold = f"  {row['threshold']:9.4f}" if result.thresholds else ""
-        print(
-            f"  {row['label']:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['count']:6d}{threshold}"
-        )
-    parts = slices(samples, result.right)
-    for part in parts:
-        warning = f", below all samples ({result.right.mean():.4f})" if part.worse else ""
-        print(f"  {part.column} = {part.value}  {part.right:.4f} correct of {part.count}{warning}")
+    _print_result(result, notes, parts)
     robustness = None
     if args.robustness != "none":
         seed = info.config.get("trainer", {}).get("seed", 0)  # the seed of the training
@@ -138,7 +109,62 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def relabelled(manifest, labels):
+def _manifest(args: argparse.Namespace, info: "BundleInfo") -> "tuple[Manifest, bool]":
+    """Return the data, and whether its test set is the bundle's own, as the data has no `test` split."""
+    from refract.pipeline.data.manifest import load_manifest
+    from refract.pipeline.data.prepare import held_out
+    from refract.pipeline.data.sources.folders import skipped_lines
+
+    manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass", to_train=False)
+    if "test" not in manifest.splits():
+        return held_out(info, manifest), True  # logs the skipped entries
+    for line in skipped_lines(manifest.skipped):
+        print(f"refract evaluate: {args.data}: {line}", file=sys.stderr)
+    return manifest, False
+
+
+def _samples(args: argparse.Namespace, manifest: "Manifest", info: "BundleInfo") -> "tuple[list[Sample], str | None]":
+    """Return the samples of the split that is measured, and its name, None for all. DataError if there are none."""
+    from refract.pipeline.data.manifest import DataError
+
+    samples = relabelled(manifest, info.labels)
+    split = args.split or ("test" if "test" in manifest.splits() else None)
+    if split is not None:
+        samples = [sample for sample in samples if sample.split == split]
+    if not samples:
+        raise DataError(
+            f"{args.data}: no images in the split {split}; splits: {', '.join(manifest.splits()) or 'none'}"
+        )
+    return samples, split
+
+
+def _print_result(result: "Evaluation", notes: Sequence[str], parts: "Sequence[Slice]") -> None:
+    """Print the metrics with intervals, the notes, a line for each class, and a line for each part of the data."""
+    for name, value in result.metrics.items():
+        bounds = result.intervals.get(name)
+        print(
+            f"  {name:<24} {value:.4f}"
+            + ("" if bounds is None else "  (95 % interval {:.4f} to {:.4f})".format(*bounds))
+        )
+    for note in notes:
+        print(f"  note: {note}")
+    absent = [row["label"] for row in result.per_class if not row["count"]]
+    if absent:
+        more = " …" if len(absent) > 10 else ""
+        print(f"  {len(absent)} labels have no images and count as 0 in macro_f1: {', '.join(absent[:10])}{more}")
+    width = max(len(row["label"]) for row in result.per_class)
+    print(f"  {'label':<{width}}  precision  recall      f1   count{'  threshold' if result.thresholds else ''}")
+    for row in result.per_class:
+        threshold = f"  {row['threshold']:9.4f}" if result.thresholds else ""
+        print(
+            f"  {row['label']:<{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['count']:6d}{threshold}"
+        )
+    for part in parts:
+        warning = f", below all samples ({result.right.mean():.4f})" if part.worse else ""
+        print(f"  {part.column} = {part.value}  {part.right:.4f} correct of {part.count}{warning}")
+
+
+def relabelled(manifest: "Manifest", labels: Sequence[str]) -> "list[Sample]":
     """Return the samples with the label indices of the bundle. DataError names labels that the bundle lacks."""
     from dataclasses import replace
 

@@ -42,7 +42,7 @@ INPUTS = (
 Handler = Callable[..., Awaitable[JSONResponse]]
 
 
-def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], rated: list[Any]) -> None:
+def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], rated: list[Any]) -> None:  # noqa: C901 — one function for each route
     """Add the routes below `/v2`. allowed: dependencies of the metadata routes; rated: those of inference. The health routes have none."""
 
     def check_name(request: Request, name: str) -> None:
