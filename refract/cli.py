@@ -84,7 +84,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit code: 0 done, 1 failed, 2 invalid input, 3 trained but not registered, 20 rejected by thresholds, 130 interrupted.
+    Returns the exit code: 0 done, 1 failed, 2 invalid input; docs/architecture.md lists all.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as err:
         if err.name is None or importlib.util.find_spec("lightning"):
             raise
-        message = f"{err.name} is not installed; run `pip install refract[train]`, or `make` as in the README"
+        message = f"{err.name} is not installed; run pip install 'refract[train]', or `make install` in a clone"
         print(f"refract {arguments[0]}: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

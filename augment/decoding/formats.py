@@ -114,7 +114,7 @@ def unsupported_message(data: bytes, name: str | None) -> str:
     if name is None:
         return f"unknown image format (its first bytes are {data[:4].hex(' ')}); accepted: {accepted}"
     if name == "HEIC":
-        return "HEIC needs refract[heif]: pip install pillow-heif, or save the image as JPEG"
+        return "HEIC needs an extra: pip install 'refract[heif]', or save the image as JPEG"
     if name == "text":
         return f"not an image: it looks like text; accepted: {accepted}"
     return f"{name} is not supported; {_REMEDIES.get(name, 'save the image as JPEG or PNG')}; accepted: {accepted}"

@@ -67,7 +67,7 @@ def _schedule(args: argparse.Namespace) -> int:
         from refract.pipeline.schedule.cron import Cron, zone_named
         from refract.pipeline.schedule.scheduler import RETRAIN, Plan, run_scheduler
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed; pip install refract[train,retrain]") from error
+        raise ConfigError(f"{error.name} is not installed; pip install 'refract[train,retrain]'") from error
     from refract.pipeline.schedule.store import ScheduleStore
 
     config = (

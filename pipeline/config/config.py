@@ -1,6 +1,7 @@
 """The typed configuration: read from YAML, overridden on the command line, saved with every run and bundle."""
 
 import difflib
+import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,7 +117,7 @@ def help_text() -> str:
         summary, meanings = described(type(default))
         lines.append(f"{section.name}: {summary}")
         for item in fields(default):
-            lines.append(f"  --{section.name}.{item.name} {getattr(default, item.name)!r}")
+            lines.append(f"  --{section.name}.{item.name} {_as_yaml(getattr(default, item.name))}")
             lines.append(_indented(meanings[item.name]))
     return "\n".join(lines)
 
@@ -129,6 +130,11 @@ def described(section: type) -> tuple[str, dict[str, str]]:
     text = section.__doc__ or ""
     entries = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)$", text, re.MULTILINE)
     return text.splitlines()[0], {key: " ".join(meaning.split()) for key, meaning in entries}
+
+
+def _as_yaml(value: Any) -> str:
+    """Return a default as YAML and the command line take it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _indented(text: str) -> str:

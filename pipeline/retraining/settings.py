@@ -60,14 +60,14 @@ class RetrainConfig:
     """Retraining, as `refract retrain` runs it.
 
     Args:
-        folder: folder of the workspaces, one a registered model, with holdout, snapshots and run records.
+        folder: folder of the workspaces, one for each registered model, with holdout, snapshots and run records.
         largest_loss: largest fraction of samples that a class, or the whole data, may have lost since the last accepted run.
         drift: on drift of the new data from the champion's reference: warn, stop the run, or none to skip the check.
         drift_thresholds: check → {warn: number, stop: number}, null for never; see `refract drift`.
         relabelled_warn: logs a warning from this fraction of known samples on whose label changed since the last accepted run; null never.
-        relabelled_stop: stops the run from this fraction on; null never.
+        relabelled_stop: stops the run from this fraction of known samples with a changed label on; null never.
         disagreement_warn: logs a warning from this fraction of new labels on that the champion contradicts beyond its errors; null never.
-        disagreement_stop: stops the run from this fraction on; null never.
+        disagreement_stop: stops the run from this fraction of contradicted new labels on; null never.
         notify: shell command that receives the run's record as JSON on its standard input, for 60 s at most; null disables it.
     """
 

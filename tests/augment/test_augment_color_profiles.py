@@ -278,7 +278,7 @@ def test_heic_with_and_without_the_package(monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_allclose(decode(data).astype(int)[5:15, 5:55], COLOURS[5:15, 5:55], atol=12)
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
     monkeypatch.delitem(Image.OPEN, "HEIF")
-    with pytest.raises(ImageError, match=r"HEIC needs refract\[heif\]"):
+    with pytest.raises(ImageError, match=r"HEIC needs an extra: pip install 'refract\[heif\]'"):
         decode(data)
 
 

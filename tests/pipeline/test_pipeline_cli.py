@@ -317,4 +317,4 @@ def test_training_where_only_serving_is_installed_says_what_to_install(folder: P
     command = [sys.executable, "-c", code, "train", config, "--data.source", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert "refract train: lightning is not installed; run `pip install refract[train]`" in done.stderr
+    assert "refract train: lightning is not installed; run pip install 'refract[train]'" in done.stderr

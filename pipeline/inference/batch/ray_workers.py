@@ -66,7 +66,7 @@ def score_on_ray(shards: Sequence[Shard], job: Job, jobs: int | None, device: st
     jobs: number of actors, None for one per GPU or core of the cluster. Raises DataError if Ray is not installed, ScoringError if it fails.
     """
     if find_spec("ray") is None:
-        raise DataError("--engine ray: Ray is not installed; run `pip install refract[ray]`, or omit --engine")
+        raise DataError("--engine ray: Ray is not installed; run pip install 'refract[ray]', or omit --engine")
     os.environ.update(QUIET)
     import ray
 
