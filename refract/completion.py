@@ -7,6 +7,9 @@ import io
 import re
 from collections.abc import Mapping
 
+PLACEHOLDER = "--section.key"
+"""How the help of a command says that it accepts every key of the config."""
+
 USAGE = {
     "bash": 'eval "$(refract completion bash)" in ~/.bashrc',
     "zsh": 'eval "$(refract completion zsh)" in ~/.zshrc, after compinit',
@@ -30,13 +33,17 @@ def options() -> Mapping[str, list[str]]:
     """Return the long options of each command, as its help lists them."""
     from refract.cli import COMMANDS
 
-    found = {}
+    found: dict[str, set[str]] = {}
     for command, (module, _) in COMMANDS.items():
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             importlib.import_module(module).main(["--help"])
-        found[command] = sorted(set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text.getvalue())))
-    return found
+        found[command] = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text.getvalue()))
+    keys = {option for option in found["train"] if "." in option} - {PLACEHOLDER}
+    return {
+        command: sorted((names | keys if PLACEHOLDER in names else names) - {PLACEHOLDER})
+        for command, names in found.items()
+    }
 
 
 def bash_script(*, zsh: bool = False) -> str:
@@ -51,10 +58,14 @@ def bash_script(*, zsh: bool = False) -> str:
   elif [ "${{current#-}}" != "$current" ]; then case "${{COMP_WORDS[1]}}" in
 {cases}
   esac; fi
-  COMPREPLY=($(compgen -W "$words" -- "$current"))
-  [ "$COMP_CWORD" -eq 1 ] || [ "${{#COMPREPLY[@]}}" -gt 0 ] || COMPREPLY=($(compgen -f -- "$current"))
+  local IFS=$'\\n'
+  COMPREPLY=($(compgen -W "${{words// /$IFS}}" -- "$current"))
+  if [ "$COMP_CWORD" -gt 1 ] && [ "${{#COMPREPLY[@]}}" -eq 0 ]; then
+    compopt -o filenames 2>/dev/null
+    COMPREPLY=($(compgen -f -- "$current"))
+  fi
 }}
-complete -o filenames -F _refract refract"""
+complete -F _refract refract"""
 
 
 def fish_script() -> str:

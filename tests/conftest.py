@@ -41,7 +41,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("--record-durations") and not hasattr(session.config, "workerinput"):
-        table = {file: round(seconds, 1) for file, seconds in sorted(_seconds.items(), key=lambda item: -item[1])}
+        seconds = {**json.loads(DURATIONS.read_text("utf-8")), **_seconds}  # files that did not run keep their entry
+        present = {file: took for file, took in seconds.items() if (DURATIONS.parents[1] / file).is_file()}
+        table = {file: round(took, 1) for file, took in sorted(present.items(), key=lambda item: -item[1])}
         DURATIONS.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
 
 

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--images",
+        "--pictures",  # the name in earlier versions
         metavar="N",
         type=int,
         default=2000,

@@ -28,6 +28,8 @@ def _replay(path: Path) -> int:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
         weights, batch = stored["weights"], stored["batch"]
+        if "pictured" in batch:  # the key of earlier versions
+            batch["has_image"] = batch.pop("pictured")
         options = {name: stored[name] for name in ("mean", "std", "normalize", "text", "files")}
         classifier = make_classifier(stored["network"], stored["classes"], **options)
         classifier.load_state_dict(weights)

@@ -46,8 +46,12 @@ def with_new_keys(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 def with_new_options(overrides: Sequence[str]) -> list[str]:
     """Return command line options such as `--data.val_share 0.1` or `--data.val_share=0.1` under their present names.
 
-    Logs a warning for each former name.
+    Logs a warning for each former name. Raises ValueError if a key is given under both names.
     """
+    given = {option[2:].partition("=")[0] for option in overrides if option.startswith("--")}
+    for old, new in RENAMED.items():
+        if {old, new} <= given:
+            raise ValueError(f"command line: --{old} is the former name of --{new}; remove --{old}")
     renamed: list[str] = []
     for option in overrides:
         key, equals, value = option.removeprefix("--").partition("=")
@@ -60,6 +64,13 @@ def with_new_options(overrides: Sequence[str]) -> list[str]:
             option = _new_value("command line", renamed[-1].removeprefix("--"), option)
         renamed.append(option)
     return renamed
+
+
+def present_key(key: str, where: str) -> str:
+    """Return the present name of a dotted key; log a warning for a former name."""
+    if key in RENAMED:
+        _warn(where, key, RENAMED[key])
+    return RENAMED.get(key, key)
 
 
 def _new_value(where: str, key: str, old: str) -> str:

@@ -4,7 +4,7 @@ from dataclasses import fields
 from typing import Any
 
 from refract.pipeline.config.config import Config, described
-from refract.pipeline.config.renamed import RENAMED
+from refract.pipeline.config.renamed import RENAMED, RENAMED_VALUES
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -12,7 +12,8 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 def json_schema() -> dict[str, Any]:
     """Return the schema (draft 2020-12) of a config file: keys, types, defaults and meanings.
 
-    Former keys are marked as deprecated. Ranges and keys that exclude each other are not part of it: `refract train` checks them.
+    Former keys are marked as deprecated; former values are accepted. Ranges and keys that exclude each other are not part of it:
+    `refract train` checks them.
     """
     from pydantic import TypeAdapter
 
@@ -32,5 +33,8 @@ def json_schema() -> dict[str, Any]:
                     "deprecated": True,
                     "description": f"Former name of {new}.",
                 }
+        for option, values in RENAMED_VALUES.items():
+            if option.startswith(f"{section.name}."):
+                properties[option.partition(".")[2]]["enum"] += list(values)
         sections[kind.__name__] = {**sections[kind.__name__], "description": summary, "additionalProperties": False}
     return {"$schema": DRAFT, **schema, "title": "Refract config", "additionalProperties": False, "$defs": sections}

@@ -63,6 +63,8 @@ def _rows(file: Path) -> list[dict[str, Any]]:
             confidence, answered, statistics = float(row["confidence"]), list(row["answered"]), dict(row["statistics"])
             numbers = {str(name): float(value) for name, value in statistics.items()}
             image = row["image"] if "image" in row else row["picture"]  # the key of earlier versions
+            if image and str(image).startswith("pictures/") and not (file.parent / str(image)).exists():
+                image = f"images/{Path(str(image)).name}"  # a server of this version renamed the folder
             text_values = {"model": str(row["model"]), "image": image and str(image)}
         except (ValueError, TypeError, KeyError):
             continue

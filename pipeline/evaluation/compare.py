@@ -10,6 +10,7 @@ import numpy as np
 
 from refract.models.prediction import predicted_labels
 from refract.pipeline.config.config import ConfigError
+from refract.pipeline.config.renamed import with_new_keys
 from refract.pipeline.evaluation import measures
 from refract.pipeline.evaluation.assess import HISTORY, PREDICTIONS
 from refract.pipeline.evaluation.plots import literal_text, save
@@ -45,7 +46,8 @@ def read_run(path: Path) -> RunPredictions:
     right = (predicted_labels(probabilities, info.task, info.thresholds) == rows).all(axis=1)
     named = [tuple(info.labels[i] for i in np.flatnonzero(row)) for row in rows]
     by_path = (dict(zip(paths.tolist(), values, strict=True)) for values in (right.tolist(), named))
-    return RunPredictions(path.name, info.config, info.metrics, history, *by_path)
+    config = with_new_keys(info.config, str(path))
+    return RunPredictions(path.name, config, info.metrics, history, *by_path)
 
 
 def differences(runs: Sequence[RunPredictions]) -> dict[str, list[Any]]:

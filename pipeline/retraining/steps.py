@@ -45,6 +45,7 @@ def begin(config: Config, *, force: bool) -> Path:
     from refract.pipeline.training.run_directory import write_config
 
     workspace, now = workspace_of(config), datetime.now(UTC)
+    workspace.migrate()
     for attempt in range(100):
         folder = workspace.run_folder(f"{now:%Y%m%d-%H%M%S}-{attempt:02}")
         try:

@@ -65,14 +65,19 @@ class Workspace:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         with locked(self.root / "lock", Busy(f"{self.root}: another retraining run is in progress; one at a time")):
-            self._migrate()
+            self.migrate()
             yield
 
-    def _migrate(self) -> None:
+    def migrate(self) -> None:
         """Rename the folder of runs and the records of an earlier version. A migration that was killed continues at the next call."""
         former, runs = self.root / FORMER_RUNS, self.root / "runs"
-        if former.is_dir() and not runs.exists():
-            former.rename(runs)
+        if former.is_dir():
+            runs.mkdir(exist_ok=True)
+            for run in former.iterdir():
+                if not (runs / run.name).exists():
+                    run.rename(runs / run.name)
+            if not any(former.iterdir()):
+                former.rmdir()
         for record in runs.glob(f"*/{FORMER_RECORD}"):
             # Metaflow stores the run's former folder: a run that is resumed starts a new flow, whose steps find what is done.
             (record.parent / METAFLOW_RUN).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from typing import Any
 
 from refract.augment import load_policy
 from refract.pipeline.config.config import ConfigError
+from refract.pipeline.config.renamed import present_key
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def read_space(path: Path) -> list[Dimension]:
         raise ConfigError(
             f"{path}: expected config keys with their values, such as optim.lr: {{low: 1e-4, high: 1e-1, log: true}}"
         )
-    space = [_dimension(str(key), value, str(path)) for key, value in values.items()]
+    space = [_dimension(present_key(str(key), str(path)), value, str(path)) for key, value in values.items()]
     choices_of: dict[str, tuple[Any, ...]] = {}
     for dimension in space:
         for other, value in dimension.when:
@@ -72,7 +73,8 @@ def _dimension(key: str, value: Any, where: str) -> Dimension:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: {key}: {value!r} is not {accepted}")
     when = value.get("when") or {}
-    when = {name: _number(wanted) for name, wanted in when.items()} if isinstance(when, Mapping) else when
+    if isinstance(when, Mapping):
+        when = {present_key(str(name), where): _number(wanted) for name, wanted in when.items()}
     if "choices" in value and isinstance(when, Mapping) and not set(value) - {"choices", "when"}:
         return Dimension(key, choices=_dimension(key, value["choices"], where).choices, when=tuple(when.items()))
     ends = _number(value.get("low")), _number(value.get("high"))

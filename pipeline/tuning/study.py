@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 
 from refract.models.credentials import masked
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
+from refract.pipeline.config.renamed import with_new_keys
 from refract.pipeline.training.provenance import origin
 from refract.pipeline.training.run_directory import run_lock, write_config
 from refract.pipeline.tuning.space import Dimension, applies, with_values
@@ -70,7 +71,10 @@ def open_study(search: Search, space: Sequence[Dimension], config: Config, folde
         ) from error
     identity = {"space": repr(space), "config": json.dumps(_searched(config), sort_keys=True)}
     for key, value in identity.items():
-        if study.user_attrs.setdefault(key, value) != value:
+        stored = study.user_attrs.setdefault(key, value)
+        if key == "config":  # an earlier version may have stored it under former keys
+            stored = json.dumps(with_new_keys(json.loads(stored), search.name), sort_keys=True)
+        if stored != value:
             raise ConfigError(
                 f"the {key} of the search {search.name} differs from that of its {len(study.trials)} trials; use another --name"
             )

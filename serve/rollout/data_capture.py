@@ -61,8 +61,11 @@ class DataCapture:
     ) -> None:
         self._share, self._below = share, below
         self.count: Callable[[str], None] = count or (lambda end: None)
+        former, images = folder / "pictures", folder / "images"
+        if former.is_dir() and not images.exists():
+            former.rename(images)  # the folder of earlier versions, which counts towards the quota
         self._rows = _Rows(_DiskQuota(folder, "inputs-*.jsonl", int(ROWS_SHARE * most_bytes)))
-        self._images = _DiskQuota(folder / "images", "[!.]*", most_bytes - int(ROWS_SHARE * most_bytes))
+        self._images = _DiskQuota(images, "[!.]*", most_bytes - int(ROWS_SHARE * most_bytes))
         self._waiting: queue.Queue[_Sample | None] = queue.Queue(WAITING)
         self._held, self._lock, self._logged_at = 0, threading.Lock(), -QUIET_S
         self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)

@@ -28,22 +28,28 @@ def completed(script: Path, *words: str, cwd: Path | None = None) -> list[str]:
     )
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=cwd, check=True)
     assert not done.stderr
-    return done.stdout.split()
+    return done.stdout.splitlines()
 
 
 def test_bash_completes_commands_options_config_keys_and_files(script: Path, tmp_path: Path) -> None:
     (tmp_path / "photos.yaml").touch()
+    (tmp_path / "my photos.yaml").touch()
+    (tmp_path / "train").mkdir()
     assert set(completed(script, "refract", "")) == set(COMMANDS)
     assert completed(script, "refract", "retr") == ["retrain"]
     assert completed(script, "refract", "train", "--optim.lr") == ["--optim.lr", "--optim.lr_end"]
     assert completed(script, "refract", "serve", "--metrics") == ["--metrics-port"]
     assert completed(script, "refract", "train", "pho", cwd=tmp_path) == ["photos.yaml"]
+    assert completed(script, "refract", "train", "my", cwd=tmp_path) == ["my photos.yaml"]
+    assert completed(script, "refract", "tra", cwd=tmp_path) == ["train"], "the command, not the folder"
 
 
 def test_every_command_has_its_options() -> None:
     found = options()
     assert set(found) == set(COMMANDS)
-    assert {"--report", "--robustness"} <= set(found["evaluate"]) and "--data.val_fraction" in found["train"]
+    assert {"--report", "--robustness"} <= set(found["evaluate"])
+    for command in ("train", "tune", "find", "retrain"):
+        assert "--data.val_fraction" in found[command] and "--section.key" not in found[command]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

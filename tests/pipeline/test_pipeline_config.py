@@ -14,6 +14,7 @@ from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 from refract.pipeline.config.renamed import RENAMED, RENAMED_VALUES
 from refract.pipeline.config.schema import json_schema
 from refract.pipeline.training.run import train
+from refract.pipeline.tuning.space import read_space, with_values
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -207,3 +208,16 @@ def test_the_schema_marks_former_keys_as_deprecated(capsys: pytest.CaptureFixtur
     assert former["deprecated"] and former["type"] == "number" and "data.val_fraction" in former["description"]
     assert main(["config", "keys"]) == 0
     assert capsys.readouterr().out == help_text() + "\n"
+
+
+def test_an_option_under_its_former_and_its_present_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--data.val_share is the former name of --data.val_fraction"):
+        load_config(None, ["--data.val_share", "0.3", "--data.val_fraction=0.2"])
+
+
+def test_a_search_space_may_name_a_former_key(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text("data.val_share: [0.1, 0.2]\ndata.batch_size: {choices: [8], when: {data.val_share: 0.1}}\n")
+    first, second = read_space(path)
+    assert first.key == "data.val_fraction" and second.when == (("data.val_fraction", 0.1),)
+    assert with_values(Config().to_dict(), {first.key: 0.2})["data"]["val_fraction"] == 0.2

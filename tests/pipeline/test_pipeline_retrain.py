@@ -29,7 +29,7 @@ from refract.pipeline.retraining.steps import (
     unfinished,
     worth_resuming,
 )
-from refract.pipeline.retraining.workspace import Busy, read, read_run, workspace_of, write, write_run
+from refract.pipeline.retraining.workspace import Busy, Workspace, read, read_run, workspace_of, write, write_run
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -438,3 +438,14 @@ def test_a_run_killed_in_each_step_ends_as_one_undisturbed(
     assert one == other, "the same result, bit for bit"
     (workplace / "images/red/000.png").write_bytes(b"no image")
     assert "000.png" in refract("retrain", "colors.yaml", code=20).stdout
+
+
+def test_runs_of_an_earlier_version_join_those_of_this_one(tmp_path: Path) -> None:
+    """A run was begun by this version, in a flow that takes no lock, before the workspace was migrated."""
+    workspace = Workspace(tmp_path)
+    for folder, record in (("nights/20250101-000000-00", "night"), ("runs/20260101-000000-00", "run")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f"{record}.json").write_text(json.dumps({record: folder.rpartition("/")[2]}))
+    with workspace.held():
+        assert [read_run(folder)["run"] for folder in workspace.runs()] == ["20250101-000000-00", "20260101-000000-00"]
+    assert not (tmp_path / "nights").exists()
