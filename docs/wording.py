@@ -47,28 +47,31 @@ GLOSSARY = {
     r"comes? to be": "is built",
     r"is no (?:file|folder|image|table|bundle|run|part|map|cache|champion|digit|text|picture|url)": "is not a …",
 }
-PATTERN = re.compile("|".join(f"(?P<g{i}>\\b(?:{word})\\b)" for i, word in enumerate(GLOSSARY)), re.IGNORECASE)
+PATTERN = re.compile(
+    "|".join(f"(?P<g{i}>\\b(?:{word})\\b)".replace(" ", r"\s+") for i, word in enumerate(GLOSSARY)), re.IGNORECASE
+)
 CODE = re.compile(r"`[^`]*`|\{[{%].*?[}%]\}")
 """Names in backticks and expressions of templates: code, not words."""
 TEXTS = {".md", ".yaml", ".yml", ".html"}
 
 
-def words(text: str) -> Iterator[tuple[str, str]]:
-    """(the words found, what to write) for each entry of the glossary in a text."""
-    for match in PATTERN.finditer(CODE.sub(lambda code: " " * len(code.group()), text)):
+def words(text: str, line: int) -> Iterator[tuple[int, str, str]]:
+    """(line, words, replacement) of a text that starts at `line`. Words may be split by the end of a line."""
+    text = CODE.sub(lambda code: re.sub(r"[^\n]", " ", code.group()), text)
+    for match in PATTERN.finditer(text):
         assert match.lastgroup is not None
-        yield match.group(), list(GLOSSARY.values())[int(match.lastgroup[1:])]
+        replacement = list(GLOSSARY.values())[int(match.lastgroup[1:])]
+        yield line + text.count("\n", 0, match.start()), " ".join(match.group().split()), replacement
 
 
 def of_python(source: str) -> Iterator[tuple[int, str, str]]:
     """(line, words, replacement) of the comments and the strings of a Python file."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
-            yield from ((token.start[0], *pair) for pair in words(token.string))
+            yield from words(token.string, token.start[0])
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
-            for number, line in enumerate(node.value.split("\n")):
-                yield from ((node.lineno + number, *pair) for pair in words(line))
+            yield from words(node.value, node.lineno)
 
 
 def of_file(path: Path) -> Iterator[tuple[int, str, str]]:
@@ -76,8 +79,7 @@ def of_file(path: Path) -> Iterator[tuple[int, str, str]]:
     if path.suffix == ".py":
         yield from of_python(text)
         return
-    for number, line in enumerate(text.split("\n"), 1):
-        yield from ((number, *pair) for pair in words(line))
+    yield from words(text, 1)
 
 
 def main(arguments: list[str]) -> int:

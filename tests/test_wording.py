@@ -1,0 +1,25 @@
+"""The glossary's lint finds words in comments, docstrings and messages, and nothing else."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SPEC = importlib.util.spec_from_file_location("wording", Path(__file__).parents[1] / "docs" / "wording.py")
+assert SPEC is not None and SPEC.loader is not None
+wording = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(wording)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("x = 1  # one picture for each class\n", [(1, "picture")]),
+        ('def f():\n    """The file was left\n    out."""\n', [(2, "left out")]),
+        ('print(f"{x} is no number")\n', [(1, "is no number")]),
+        ('read("pictures")\nkeep = x["picture"]  # the key `picture` of old files\n', []),
+        ("night = 1\n", []),
+    ],
+)
+def test_words_are_found_by_their_line(source: str, expected: list[tuple[int, str]]) -> None:
+    assert [(line, words) for line, words, _ in wording.of_python(source)] == expected
