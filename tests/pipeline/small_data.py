@@ -12,6 +12,7 @@ import numpy as np
 from warm_process import Started
 
 from refract.pipeline.config.config import Config
+from refract.pipeline.retraining.workspace import read, write
 
 COLORS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 50)}
 
@@ -80,3 +81,21 @@ def until(process: Started, prefix: str) -> str:
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Training = Callable[..., AbstractContextManager[Started]]
+
+
+def paint(root: Path, numbers: range, labels: Iterable[str] = tuple(COLORS)) -> None:
+    """Write LABEL/NNN.png for each label and number."""
+    for label in labels:
+        for number in numbers:
+            write_image(root / label / f"{number:03}.png", make_image(label, number, side=16))
+
+
+def to_former_layout(workspace: Path) -> None:
+    """Rename a workspace's files and keys to those of an earlier version."""
+    former = {"run": "night", "training_run": "run"}
+    records = [path for path in (workspace / "last.json", *workspace.glob("runs/*/run.json")) if path.exists()]
+    for path in records:
+        write(path, {former.get(key, key): value for key, value in read(path).items()})
+    for path in workspace.glob("runs/*/run.json"):
+        path.rename(path.with_name("night.json"))
+    (workspace / "runs").rename(workspace / "nights")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
-from small_data import COLORS, Run, descendants, make_image, until_gone, write_image
+from small_data import COLORS, Run, descendants, make_image, paint, to_former_layout, until_gone, write_image
 from warm_process import Started, WarmProcess
 
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict, load_config
@@ -29,15 +29,9 @@ from refract.pipeline.retraining.steps import (
     unfinished,
     worth_resuming,
 )
-from refract.pipeline.retraining.workspace import Busy, Workspace, read, read_run, workspace_of, write, write_run
+from refract.pipeline.retraining.workspace import Busy, read_run, workspace_of, write_run
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
-
-
-def paint(root: Path, numbers: range, labels: Any = COLORS) -> None:
-    for label in labels:
-        for number in numbers:
-            write_image(root / label / f"{number:03}.png", make_image(label, number, side=16))
 
 
 def values_of(root: Path) -> dict[str, Any]:
@@ -368,39 +362,6 @@ def workplace(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
-def _to_former_layout(workspace: Path) -> None:
-    """Rename a workspace's files and keys to those of an earlier version."""
-    former = {"run": "night", "training_run": "run"}
-    records = [path for path in (workspace / "last.json", *workspace.glob("runs/*/run.json")) if path.exists()]
-    for path in records:
-        write(path, {former.get(key, key): value for key, value in read(path).items()})
-    for path in workspace.glob("runs/*/run.json"):
-        path.rename(path.with_name("night.json"))
-    (workspace / "runs").rename(workspace / "nights")
-
-
-def test_a_workspace_of_an_earlier_version_is_read(config: Config) -> None:
-    workspace = workspace_of(config)
-    finished, interrupted = begin(config, force=False), begin(config, force=False)
-    STEPS[0](finished)
-    record = read_run(finished) | {"training_run": "runs/colors-1", "ends": 0, "outcome": 0, "version": "1"}
-    write_run(finished, record)
-    keys = ("run", "snapshot", "snapshot_folder", "inputs", "version", "outcome")
-    write(workspace.root / "last.json", {key: record[key] for key in keys})
-    (interrupted / "metaflow-run").write_text("7")
-    last = workspace.last()
-    _to_former_layout(workspace.root)
-    assert read(workspace.root / "nights" / finished.name / "night.json")["night"] == finished.name
-    with workspace.held():
-        assert workspace.runs() == [finished, interrupted] and not (workspace.root / "nights").exists()
-        assert read_run(finished) == record and workspace.last() == last
-        assert unfinished(workspace) == interrupted and worth_resuming(interrupted, config)
-        assert not (interrupted / "metaflow-run").exists(), "Metaflow would resume it in its former folder"
-    STEPS[0](interrupted)
-    assert f"those of run {finished.name};" in read_run(interrupted)["why"]
-    assert "night" not in read(interrupted / "run.json")
-
-
 @pytest.mark.timeout(600)
 def test_a_run_killed_in_each_step_ends_as_one_undisturbed(
     refract: Run, workplace: Path, warm: WarmProcess, monkeypatch: pytest.MonkeyPatch
@@ -413,7 +374,7 @@ def test_a_run_killed_in_each_step_ends_as_one_undisturbed(
         with run.output:
             _until(run, step)
         if step == "register":
-            _to_former_layout(workplace / "retrain/colors")  # the next run is of a version that renames it back
+            to_former_layout(workplace / "retrain/colors")  # the next run is of a version that renames it back
     done = refract("retrain", "--resume", "colors.yaml")
     assert "promoted: version 1 is champion" in done.stdout
     repeated = [line for line in done.stdout.splitlines() if "Task is starting" in line]
@@ -438,14 +399,3 @@ def test_a_run_killed_in_each_step_ends_as_one_undisturbed(
     assert one == other, "the same result, bit for bit"
     (workplace / "images/red/000.png").write_bytes(b"no image")
     assert "000.png" in refract("retrain", "colors.yaml", code=20).stdout
-
-
-def test_runs_of_an_earlier_version_join_those_of_this_one(tmp_path: Path) -> None:
-    """A run was begun by this version, in a flow that takes no lock, before the workspace was migrated."""
-    workspace = Workspace(tmp_path)
-    for folder, record in (("nights/20250101-000000-00", "night"), ("runs/20260101-000000-00", "run")):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / f"{record}.json").write_text(json.dumps({record: folder.rpartition("/")[2]}))
-    with workspace.held():
-        assert [read_run(folder)["run"] for folder in workspace.runs()] == ["20250101-000000-00", "20260101-000000-00"]
-    assert not (tmp_path / "nights").exists()

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from small_data import COLORS, make_image, write_image
+from small_data import COLORS, make_image, paint, write_image
 
 from refract.augment import Preprocess
 from refract.augment.decoding.decode import decode
@@ -30,12 +30,6 @@ from refract.pipeline.retraining.steps import Outcome, begin, snapshot, validate
 from refract.pipeline.retraining.workspace import read_run, workspace_of, write
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
-
-
-def paint(root: Path, numbers: range, labels: Any = COLORS) -> None:
-    for label in labels:
-        for number in numbers:
-            write_image(root / label / f"{number:03}.png", make_image(label, number, side=16))
 
 
 def config_at(root: Path, source: str = "images", **sections: dict[str, Any]) -> Config:
