@@ -27,7 +27,7 @@ from benchmarks.servers.start import make_bundle, serving
 GOALS = {"plain FastAPI": 3.0, "LitServe": 4.0, "mlflow models serve": 5.0}
 """Refract's rate with one engine per core as a multiple of the peer's with one worker per core, at the highest load.
 
-Each goal holds for the selected backend, against LitServe for `eager`, and for `int8`."""
+A peer's goal holds for the selected backend and for `int8`. Against LitServe, `eager` takes the place of the selected backend."""
 
 OF_ENGINE, TAIL = 0.85, 2.5
 """OF_ENGINE: rate of one engine per core as a fraction of the bare rate of one engine with the threads that it selects. TAIL: p99 at half

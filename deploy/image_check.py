@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.corpus.case import encoded, image  # noqa: E402
+from benchmarks.corpus.case import encoded, random_image  # noqa: E402
 from benchmarks.servers.start import make_bundle  # noqa: E402
 from refract.models.bundle.bundle import Bundle, GoldenSample, load_bundle  # noqa: E402
 
@@ -55,7 +55,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="image-check-") as folder:
             Path(folder).chmod(0o755)  # the server runs as another user
             engine.build(Path(folder))
-            files = [encoded(image(np.random.default_rng(seed)), "JPEG") for seed in range(8)]
+            files = [encoded(random_image(np.random.default_rng(seed)), "JPEG") for seed in range(8)]
             bundle = load_bundle(make_bundle("lenet5", files, Path(folder) / "bundle", size=32))
             with engine.container() as container:
                 _look(container)

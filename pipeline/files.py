@@ -15,7 +15,7 @@ os.umask(_MASK)
 
 
 def read_file(path: str | Path) -> bytes:
-    """Return the content of a regular file. OSError for a failure, and for pipes and devices, whose reads may not end."""
+    """Return the content of a regular file. Raises OSError on failure, and for pipes and devices, whose reads may not end."""
     with open(path, "rb", buffering=0, opener=_opened_at_once) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -27,7 +27,7 @@ def _opened_at_once(path: str, flags: int) -> int:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a temporary file next to `path`, then rename it: readers never see half a file, and a failure keeps the old one. OSError."""
+    """Write a temporary file next to `path`, then rename it: readers never see half a file, and a failure keeps the old one. Raises OSError."""
     with written_atomically(path) as file:
         file.write(data)
 

@@ -27,7 +27,7 @@ class Shown(NamedTuple):
 
 
 def shown_samples(manifest: "Manifest", count: int) -> list[Shown]:
-    """Return up to `count` training samples, evenly spread over the data. DataError names an unreadable file."""
+    """Return up to `count` training samples, evenly spread over the data. Raises DataError with the path of an unreadable image."""
     from refract.pipeline.data.manifest import DataError
 
     training = [sample for sample in manifest.samples if sample.split in ("", "train")]

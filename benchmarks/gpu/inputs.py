@@ -102,9 +102,9 @@ def _loaded(files: list[Path], size: int, side: int, device: str, workers: int) 
     )
     loader = data.train_dataloader()
     while True:
-        for torch_batch in loader:
-            if len(torch_batch["images"]) == size:
-                images = torch_batch["images"].to(device, non_blocking=True)
+        for batch in loader:
+            if len(batch["images"]) == size:
+                images = batch["images"].to(device, non_blocking=True)
                 yield images.contiguous(memory_format=torch.channels_last)
 
 

@@ -75,7 +75,7 @@ def _inputs(record: Record) -> Iterator[Finding]:
             yield Finding(
                 "input range",
                 f"normalised {split} images have mean {mean:.2f} and standard deviation {deviation:.2f}; networks train best at 0 and 1",
-                "or set data.mean and data.std to those of these images",
+                "data.mean and data.std of these images have the same effect",
                 (cure("data.normalize", "data"),),
             )
             return
@@ -239,7 +239,7 @@ def _collapse(record: Record) -> Iterator[Finding]:
         yield Finding(
             "class collapse",
             f"{fraction:.0%} of the test predictions are {name}, but only {record.truth.get(name, 0):.0%} of the labels are",
-            "the last two settings are for imbalanced classes",
+            "data.sampler and loss.class_weights are for imbalanced classes",
             (
                 cure("optim.lr", _nice(record.lr / 10)),
                 cure("data.sampler", "balanced"),

@@ -126,9 +126,9 @@ class Doctor(Callback):
         self._collect()
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self.clock_again()
+        self.restart_clock()
 
-    def clock_again(self) -> None:
+    def restart_clock(self) -> None:
         """Restart the clock, so that a validation or a checkpoint does not count as waiting for images."""
         self._clock = time.perf_counter()
 

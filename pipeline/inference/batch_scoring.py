@@ -113,7 +113,7 @@ def score_all(bundle: Path, source: Path, out: Path, options: Options) -> Summar
         if out.exists() and not options.overwrite:
             return _finished(out, folder, key, summary)
         part_files.begin(folder, record, restart=options.restart)
-        with stop_requests("at once; finished parts are kept") as stop:
+        with stop_requests("in a moment; finished parts are kept") as stop:
             job = job_of(loaded, listing, options, folder.resolve(), key)
             shards = list(listing.shards(record["shard_size"]))
             files = {shard.number: part_files.part_of(folder, key, shard.number) for shard in shards}

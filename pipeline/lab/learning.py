@@ -148,7 +148,8 @@ def noise(seed: int) -> Outcome:
 LEARNING: Mapping[str, Experiment] = MappingProxyType(
     {
         "activations": Experiment(
-            "ReLU and tanh, whose outputs have zero mean, both reach a given loss sooner than sigmoid.", activations
+            "ReLU and tanh both reach a given loss sooner than sigmoid; of the three, only tanh has outputs centred on zero.",
+            activations,
         ),
         "zero-centred": Experiment(
             "Networks learn faster from inputs with zero mean than from inputs with an offset of three standard deviations.",

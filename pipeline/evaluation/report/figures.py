@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from refract.augment import decode
-from refract.pipeline.evaluation.plots import literal_text, save, short
+from refract.pipeline.evaluation.plots import confusion_of, literal_text, save, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,8 +115,6 @@ def two_fractions(reference: np.ndarray, new: np.ndarray, labels: Sequence[str],
 
 
 def confusion_chart(confusion: np.ndarray, labels: Sequence[str]) -> str:
-    from refract.pipeline.evaluation.plots import confusion_of
-
     return data_url(confusion_of(confusion, labels))
 
 

@@ -133,8 +133,8 @@ class ResumeCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.folder / f"resume-{trainer.global_step:08}.ckpt")
         self._last = time.monotonic()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "clock_again"):
-                callback.clock_again()
+            if hasattr(callback, "restart_clock"):
+                callback.restart_clock()
         if trainer.is_global_zero:
             for old in _by_age(self.folder)[NEWEST_KEPT:]:
                 old.unlink(missing_ok=True)
