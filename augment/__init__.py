@@ -1,6 +1,7 @@
 """Seeded, serialisable image augmentation: draw a plan, fuse it, execute it.
 
-Independent of training, tracking and serving. Only the batch executor imports PyTorch (`refract.augment.executors.torch_batch`).
+Independent of training, tracking and serving. Importing it does not import PyTorch: the batch executor
+(`refract.augment.executors.torch_batch`), torchvision's transforms and nlpaug do.
 """
 
 import refract.augment.catalogue  # noqa: F401 — registers the ops

@@ -27,7 +27,9 @@ def _opened_at_once(path: str, flags: int) -> int:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a temporary file next to `path`, then rename it: readers never see half a file, and a failure keeps the old one. Raises OSError."""
+    """Write a temporary file next to `path`, then rename it: readers never see half a file; a failure keeps the old one.
+
+    Raises OSError."""
     with written_atomically(path) as file:
         file.write(data)
 

@@ -128,7 +128,7 @@ class Client(_BaseClient):
         - explain: adds `explanation`, a PNG in base64, and `explanation_method`, or `explanation_problem` with `code` and `detail`;
         - texts: one per image, or texts only with no images, for a model that reads texts.
 
-        If the server is busy or unreachable, the client waits as `Retry-After` says and tries again, up to `tries` times. A timeout is not
+        If the server is busy or unreachable, the client waits as `Retry-After` says and tries again: `tries` tries in all. A timeout is not
         retried. Raises ServerError, and OSError for an unreadable file.
         """
         request = _request(images, options)

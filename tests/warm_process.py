@@ -1,7 +1,7 @@
-"""`refract …` in processes of its own that need not import PyTorch, Lightning and MLflow first, which takes each of them nine seconds of a
-core: they are forked from one that did, and are otherwise as new. Tests of starting itself begin a process in the plain way.
+"""Processes of `refract …` that start fast: their parent has imported PyTorch, Lightning, MLflow and most of Refract.
 
-Run as a program it is that one: it reads a request a line, JSON, and answers each with a line.
+An import takes each process nine seconds of a core. Tests of the start itself run a new process.
+As a program, this module is the forking process: it reads one JSON request per line and answers each with a line.
 """
 
 import gc
@@ -69,7 +69,7 @@ class WarmProcess:
     def run(
         self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], seconds: int
     ) -> subprocess.CompletedProcess[str]:
-        """`refract` with the arguments, to its end; SIGALRM ends it after so many seconds."""
+        """Run `refract` with the arguments to its end. SIGALRM ends it after `seconds`."""
         files = [cwd / name for name in (".stdout", ".stderr")]
         pid = self._fork(arguments, cwd, env, files, seconds=seconds)
         code = self.ask(do="wait", pid=pid)
@@ -81,7 +81,8 @@ class WarmProcess:
     def start(
         self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], largest_file: int | None = None
     ) -> Started:
-        """`refract` with the arguments, which goes on. largest_file: bytes that it may write into one, as if the disk were full."""
+        """Start `refract` with the arguments and return while it runs. largest_file: the most bytes that it may write to one file, as if
+        the disk were full."""
         pipe = cwd / f".output-{next(self._numbers)}"
         os.mkfifo(pipe)
         pid = self._fork(arguments, cwd, env, [pipe, pipe], largest_file=largest_file)

@@ -1,6 +1,6 @@
 """The batch executor: run one plan per sample on a uint8 N×3×H×W tensor on any device.
 
-Its images equal those of the CPU executor for the same plan, within rounding. The only module of `augment` that needs PyTorch.
+Its images equal those of the CPU executor for the same plan, within rounding.
 """
 
 import math
@@ -46,15 +46,16 @@ def run(plans: Sequence[Plan], images: torch.Tensor) -> torch.Tensor:
 
 
 def _run_all(remaining: list[list[Pass]], images: torch.Tensor) -> list[torch.Tensor]:
-    """The results of remaining[i] on images[i], each uint8 3×H'×W'."""
+    """Run remaining[i] on images[i]. Returns the results, each uint8 3×H'×W'. Empties `remaining`."""
     # Samples draw different ops, so each round runs one pass for all samples whose next pass is of the same kind.
     parts: list[torch.Tensor] = list(images.unbind(0))
     while any(remaining):
-        first = next(passes[0] for passes in remaining if passes)
+        lead = next(i for i, passes in enumerate(remaining) if passes)
+        first, shape = remaining[lead][0], parts[lead].shape
         chosen = [
             i
             for i, passes in enumerate(remaining)
-            if passes and _can_join(passes[0], first) and parts[i].shape == parts[_first(remaining)].shape
+            if passes and _can_join(passes[0], first) and parts[i].shape == shape
         ]
         results = _run_pass([remaining[i].pop(0) for i in chosen], torch.stack([parts[i] for i in chosen]))
         for i, result in zip(chosen, results, strict=True):
@@ -93,10 +94,6 @@ def mix(plans: Sequence[Plan], images: torch.Tensor, targets: torch.Tensor) -> t
             images = images.index_copy(0, rows, mixed.to(images.dtype))
             targets = targets.index_copy(0, rows, soft)
     return images, targets
-
-
-def _first(remaining: list[list[Pass]]) -> int:
-    return next(i for i, passes in enumerate(remaining) if passes)
 
 
 def _can_join(first: Pass, other: Pass) -> bool:

@@ -119,11 +119,6 @@ def external_transform(name: str, parameters: Mapping[str, Any]) -> Guest:
     return Guest(transform=name, parameters=options, p=p)
 
 
-def is_external(name: Any) -> bool:
-    """Whether a policy entry names a transform of a supported library."""
-    return isinstance(name, str) and name.partition(".")[0] in LIBRARIES and "." in name
-
-
 _thread = threading.local()
 _global_generator_lock = threading.Lock()
 

@@ -37,10 +37,8 @@ def run(command: str, work: Callable[[], int]) -> int:
 
 def _stopped(command: str, error: Stopped) -> int:
     if error.run is not None:  # else another rank prints it
-        print(
-            f"refract {command}: {error}; `refract train --resume {shlex.quote(str(error.run))}` resumes from the checkpoint",
-            file=sys.stderr,
-        )
+        resume = f"; `refract train --resume {shlex.quote(str(error.run))}` resumes from the checkpoint"
+        print(f"refract {command}: {error}{'' if command == 'retrain' else resume}", file=sys.stderr)
     return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
 
 

@@ -64,7 +64,7 @@ def _promote(args: argparse.Namespace) -> int:
         return 0
     if not args.force and (tags.get("gate") != "passed" or tags.get("gate.against") != (champion or "none")):
         status = (
-            f"did not pass the gate against {champion or 'none'}, the champion"
+            f"did not pass the gate against the present champion ({f'version {champion}' if champion else 'none'})"
             if "gate" in tags
             else "was not compared by a gate"
         )

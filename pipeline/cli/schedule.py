@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--grace-s",
         type=float,
-        help="skip a run that is more seconds late than this (default: never skip)",
+        help="skip a run that is later than this many seconds (default: never skip)",
     )
     parser.add_argument(
         "--no-resume", action="store_true", help="do not resume an interrupted run; the next one starts anew"
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     if args.list == (args.config is not None):
         parser.error("expected either CONFIG or --list")
     if args.keep < 1 or (args.grace_s is not None and not 0 < args.grace_s < 1e9):
-        parser.error("expected --keep of at least 1, and --grace-s of at least 0 seconds")
+        parser.error("expected --keep of at least 1, and --grace-s above 0 and below 1e9 seconds")
     if args.list:
         return console.run("schedule", lambda: _list(args.state))
     if args.forget:
@@ -104,7 +104,7 @@ def _forget(config: Path, state: Path) -> int:
     from refract.pipeline.schedule.store import ScheduleStore
 
     store = ScheduleStore(state.resolve())
-    stored = _stored(store, config.resolve())
+    stored = _stored(store, config.absolute())
     if stored is None:
         raise ConfigError(f"{config} has no schedule in {state}")
     if store.alive(stored.config, "scheduler"):

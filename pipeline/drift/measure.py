@@ -56,8 +56,8 @@ def measure_drift(
 ) -> Measured:
     """Measure the drift of data (see `read_data`, or a server's sampled inputs) from the bundle's reference, or from other data.
 
-    reference: data that the bundle was not trained on; of its training data the test set is used. images: the largest number of
-    samples, drawn at random; 0 for all. DataError or BundleError for unusable input.
+    reference: data that the bundle was not trained on; of its training data the validation and test samples are used. images: the
+    largest number of samples, drawn at random; 0 for all. DataError or BundleError for unusable input.
     """
     from refract.pipeline.inference.scoring import preprocess_of
 
@@ -77,7 +77,10 @@ def measure_drift(
             f"{bundle.path}: the bundle has no reference; an older version wrote it, or a user. Add --reference DATA, with data like "
             "its training data, but held out"
         )
-    facts = {"bundle": f"{info.name} ({bundle.digest[:12]})", "reference": reference or "the bundle's own test set"}
+    facts = {
+        "bundle": f"{info.name} ({bundle.digest[:12]})",
+        "reference": reference or "the bundle's own test and validation samples",
+    }
     if is_log(Path(data)):
         new, stored_images, others = read_log(Path(data), info, bundle.digest)
         if others:

@@ -20,8 +20,8 @@ CALIBRATED = 100
 10 cases, on 50 in 3 of 10, on 100 in 1 of 50."""
 
 LOST = 3
-"""If the champion has this many correct predictions of a class and the challenger none, the class fails. The exact test cannot reject
-chance for so rare a class."""
+"""If the champion has at least this many correct predictions of a class and the challenger none, the class fails. The exact test
+cannot reject chance for so rare a class."""
 
 TRIES = 50
 """Measurements of a network's latency for one sample."""

@@ -17,7 +17,8 @@ class GateConfig:
         accuracy: smallest accuracy.
         recall: smallest recall of each class.
         recall_of: class → its own smallest recall.
-        recall_loss: largest loss of a class's recall, unless chance explains it (McNemar, Holm, p >= 0.05); 3 right to 0 always fails.
+        recall_loss: largest loss of a class's recall. A larger loss fails if chance does not explain it (McNemar, Holm, p < 0.05), or if
+            3 or more correct predictions fall to 0.
         calibration_error: largest expected calibration error, checked from 100 samples on; null disables the check.
         robustness_loss: largest increase of the mean error under 19 corruptions over the champion's; null does not measure it.
         latency_ms: largest allowed latency of one sample on this machine, in ms, the shortest of several tries; null disables the check.

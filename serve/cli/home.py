@@ -30,7 +30,9 @@ def ensure_home() -> None:
     except OSError as err:
         os.environ["HOME"] = MISSING_HOME
         logger.warning(
-            "%s, nor in a temporary directory (%s); the server runs without caches; set HOME", cause, err.strerror
+            "%s, and no temporary directory can be created (%s); the server runs without caches; set HOME",
+            cause,
+            err.strerror,
         )
 
 

@@ -17,7 +17,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.rate is not None and arguments.keys is None:
         parser.error("--rate limits each API key: it needs --keys FILE")
-    if (arguments.challenger is not None) != ((arguments.shadow is None) != (arguments.canary is None)):
+    if (arguments.shadow is not None) + (arguments.canary is not None) != (arguments.challenger is not None):
         parser.error("--challenger SOURCE needs exactly one of --shadow SHARE and --canary SHARE")
     return arguments
 

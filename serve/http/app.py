@@ -176,7 +176,9 @@ def _dependencies(keys: ApiKeys) -> list[Any]:
 
 def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
     @app.get(
-        "/livez", summary="Liveness: the process responds and its model passes the self-test", responses=problems(503)
+        "/livez",
+        summary="Liveness: the process responds, and the self-test has not failed twice in a row",
+        responses=problems(503),
     )
     async def livez() -> JSONResponse:
         service.check_alive()
@@ -184,7 +186,7 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
 
     @app.get(
         "/readyz",
-        summary="Readiness: the self-test reproduced the stored predictions of the golden samples",
+        summary="Readiness: the model passes its self-test, and the server is not shutting down",
         responses=problems(503),
     )
     async def readyz() -> JSONResponse:

@@ -104,7 +104,7 @@ _MEANINGS = {
     401: "The API key is missing or invalid",
     404: "The server does not serve this model or version",
     408: "The body did not arrive in time",
-    409: "There is no previous model to roll back to",
+    409: "There is no previous model to roll back to, or it fails its self-test",
     413: "The body, an image or the number of images exceeds a limit",
     415: "The Content-Type or the Content-Encoding is not supported",
     422: "A parameter or a member of the JSON document is invalid",

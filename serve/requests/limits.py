@@ -12,7 +12,7 @@ MIB = 1024 * 1024
 class Limits:
     """The size limits of requests. A larger request is rejected before it uses memory.
 
-    max_body_bytes: of the HTTP body as sent (base64 and multipart framing count).
+    max_body_bytes: of the HTTP body as sent, and after its Content-Encoding is decoded (base64 and multipart framing count).
     max_pixels: height × width of one image, from its header. max_total_pixels: of all images of a request.
     max_images: images in one request.
     max_held_bytes: of all bodies in memory, incomplete ones too. The bodies of at most eight shadow requests, and the decoded contents of

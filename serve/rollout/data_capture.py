@@ -1,4 +1,4 @@
-"""Capture a random sample of the requests, for drift checks and for labelling uncertain images. Off by default. Independent of HTTP.
+"""Capture a random sample of the requests, for drift checks and for labelling uncertain images. Off by default.
 
 The folder holds `inputs-TIME-NAME.jsonl`, a row with statistics for each sampled image, and `images/`, the files of images with a
 low-confidence prediction. Capturing never delays or fails a response: samples that the writing thread cannot take are dropped and counted.

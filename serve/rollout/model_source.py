@@ -213,7 +213,7 @@ def _tracking_uri() -> str:
 
 
 def _import_mlflow() -> None:
-    """Import MLflow. This is the package's only such import: it takes seconds, and the server process does not need it."""
+    """Import MLflow with telemetry off and short timeouts. Only the lookup's subprocess calls this: the import takes seconds."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["DO_NOT_TRACK"] = "true"
     # By default MLflow silently tries an unreachable server 8 times, for two minutes each.

@@ -1,4 +1,4 @@
-"""One served model: its engine, its batcher, and its requests in flight. Independent of HTTP."""
+"""One served model: its engine, its batcher, and its requests in flight."""
 
 import asyncio
 import logging

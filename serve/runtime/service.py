@@ -129,7 +129,7 @@ class Service:
 
     @property
     def statistics(self) -> Statistics:
-        """The counts and durations of that engine's requests and batches since it was started."""
+        """The counts and durations of the current engine's requests and batches since it was started."""
         return self._worker.statistics
 
     @property

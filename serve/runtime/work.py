@@ -1,4 +1,4 @@
-"""A request of one prediction call, and its result."""
+"""A prediction request before and after parsing, and its result."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -42,6 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path, warm: 
         assert done.returncode == 0, done.stdout + done.stderr
         if command[0] == "init":  # `images` is a generic name, so init names the model after the temporary folder
             config = root / "images.yaml"
+            assert f"model_name: {root.name} " in config.read_text()
             config.write_text(config.read_text().replace(f"model_name: {root.name} ", "model_name: images "))
     return root
 

@@ -277,15 +277,24 @@ def log_of(folder: Path, digest: str, count: int = 60, *, light: float = 0.55, l
     return folder
 
 
-def test_what_a_server_sampled_is_read(bundle: Bundle, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "logged", "on_disk"),
+    [
+        ("image", "images/a.png", "images"),
+        ("picture", "pictures/a.png", "pictures"),
+        ("picture", "pictures/a.png", "images"),
+    ],
+    ids=["now", "before", "renamed since"],
+)
+def test_what_a_server_sampled_is_read(bundle: Bundle, tmp_path: Path, key: str, logged: str, on_disk: str) -> None:
     folder = log_of(tmp_path / "log", bundle.digest, light=0.9, label="red")
-    (folder / "images").mkdir()
-    write_image(folder / "images" / "a.png", scene("red", 7000))
+    (folder / on_disk).mkdir()
+    write_image(folder / on_disk / "a.png", scene("red", 7000))
     write_image(tmp_path / "outside.png", scene("red", 7001))
     lines = (folder / "inputs-000000.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines[:3]]
-    rows[0]["image"], rows[1]["image"], rows[2]["model"] = "images/a.png", "../outside.png", "0" * 16
-    rows[0]["picture"] = rows[0].pop("image")  # as earlier versions wrote it
+    del rows[0]["image"]
+    rows[0][key], rows[1]["image"], rows[2]["model"] = logged, "../outside.png", "0" * 16
     more = [json.dumps(row) for row in rows] + ['{"time": "cut', "[1]", '{"model": 3}', ""]
     (folder / "inputs-000001.jsonl").write_text("\n".join(more))
     found = measure_drift(bundle, str(folder))

@@ -167,7 +167,7 @@ def test_an_unknown_line_fails_nothing_and_is_not_printed_as_passed() -> None:
 
 
 def test_a_multilabel_bundle_is_measured_by_its_own_thresholds(tmp_path: Path) -> None:
-    """The truth is what the thresholds give; one half, in their place, would call the rare label absent and the common one present."""
+    """The labels follow the bundle's thresholds, which are far from 0.5: a threshold of 0.5 would predict other labels."""
     torch.manual_seed(0)
     preprocess = Preprocess(16, 16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     network = {"name": "mlp", "image_size": [16, 16], "args": {}}

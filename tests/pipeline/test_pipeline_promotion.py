@@ -155,7 +155,9 @@ def test_the_commands_promote_and_roll_back(
     assert aliases(client, "colors") == {"champion": "1", "previous": "2"}
     client.set_model_version_tag("colors", "2", "gate", "passed")
     client.set_model_version_tag("colors", "2", "gate.against", "7")
-    assert "did not pass the gate against 1" in told("promote", "colors", 2, code=2), "it was another champion"
+    assert "did not pass the gate against the present champion (version 1)" in told("promote", "colors", 2, code=2), (
+        "it was another champion"
+    )
     client.set_model_version_tag("colors", "2", "gate.against", "1")
     assert "is now version 2" in told("promote", "colors", 2)
     assert "no registered model" in told("rollback", "colours", code=2)

@@ -317,7 +317,7 @@ def test_a_missing_command_is_logged_and_the_schedule_continues(workspace: Works
         (("photos.yaml", "--cron", "0 2 * * *", "--timezone", "Mars"), "--timezone: 'Mars'"),
         (("photos.yaml", "--cron", "0 2 * * *", "--command", "nice 'x"), '--command: "nice \'x"'),
         (("photos.yaml", "--cron", "0 2 * * *", "--keep", "0"), "expected --keep of at least 1"),
-        (("photos.yaml", "--cron", "0 2 * * *", "--grace-s", "-3"), "--grace-s of at least 0 seconds"),
+        (("photos.yaml", "--cron", "0 2 * * *", "--grace-s", "-3"), "--grace-s above 0"),
         (("photos.yaml", "--forget"), "has no schedule in"),
         (("nameless.yaml", "--cron", "0 2 * * *"), "needs tracking.model_name"),
         (("stub.py", "--cron", "0 2 * * *"), "stub.py"),

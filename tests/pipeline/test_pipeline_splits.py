@@ -42,7 +42,7 @@ def test_the_fractions_hold_within_each_class_to_whole_samples() -> None:
 
 @pytest.mark.parametrize(("size", "own"), [(10, True), (9, False)])
 def test_a_label_set_of_ten_is_stratified_and_smaller_ones_together(size: int, own: bool) -> None:
-    """Pooled, two sets of nine are drawn from as one of 18: a set may then lie in the test split as a whole or not at all."""
+    """Smaller sets are pooled: two sets of nine give the test split five samples, which may come from either set."""
     drawn = [counts(manifest(size, size, task="multilabel"), val=0.1, test=0.3, seed=seed) for seed in range(8)]
     tests = {tuple(labels.get("test", 0) for labels in one) for one in drawn}
     assert tests == {(3, 3)} if own else (len(tests) > 1 and {sum(one) for one in tests} == {5})

@@ -44,7 +44,7 @@ def test_a_workspace_of_an_earlier_version_is_read(tmp_path: Path, new_tracking:
 
 
 def test_runs_of_an_earlier_version_join_those_of_this_one(tmp_path: Path) -> None:
-    """A run was begun by this version, in a flow that takes no lock, before the workspace was migrated."""
+    """This version started a run, in a flow that takes no lock, before the workspace was migrated."""
     workspace = Workspace(tmp_path)
     for folder, record in (("nights/20250101-000000-00", "night"), ("runs/20260101-000000-00", "run")):
         (tmp_path / folder).mkdir(parents=True)

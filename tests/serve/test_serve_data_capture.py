@@ -99,7 +99,9 @@ def test_the_disk_quota_is_never_exceeded_and_the_oldest_files_are_deleted(bundl
     newest = sorted(file.name for file in (tmp_path / "images").iterdir())[-1]
     assert 100_000 < most <= 200_000 and rows_of(tmp_path)[-1]["image"] == f"images/{newest}"
     sampling.stop()
+    (tmp_path / "images").rename(tmp_path / "pictures")  # the folder of earlier versions
     again = DataCapture(tmp_path, share=1, most_bytes=50_000, below=1)
+    assert (tmp_path / "images").is_dir() and not (tmp_path / "pictures").exists()
     again.start()
     again.offer(bundle, asked(data), batch, row)
     again.stop()

@@ -54,7 +54,7 @@ class PredictOptions(BaseModel):
     )
     tta: Literal["none", "flip"] = Field(
         "none",
-        description="Test-time augmentation. `flip` averages the probabilities of the image and of its horizontal flip, at twice the cost.",
+        description="Test-time augmentation. `flip` averages the logits of the image and of its horizontal flip, at twice the cost.",
     )
     explain: bool = Field(
         False,

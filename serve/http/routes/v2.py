@@ -58,7 +58,7 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
 
     @app.get(
         "/v2/health/live",
-        summary="Liveness: the process responds and its model passes the self-test",
+        summary="Liveness: the process responds, and the self-test has not failed twice in a row",
         tags=["v2"],
         responses=problems(503),
     )
@@ -68,7 +68,7 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
 
     @app.get(
         "/v2/health/ready",
-        summary="Readiness: the self-test reproduced the stored predictions of the golden samples",
+        summary="Readiness: the model passes its self-test, and the server is not shutting down",
         tags=["v2"],
         responses=problems(503),
     )
@@ -211,7 +211,9 @@ def _tensor(tensor: dict[str, Any], shape: list[Any], binary: bytes, limits: Lim
     if shape[0] > limits.max_images:
         raise RequestError(413, "too_many_images", f"{shape[0]} images in one request; at most {limits.max_images}")
     if shape[1] * shape[2] > limits.max_pixels or math.prod(shape[:3]) > limits.max_total_pixels:
-        raise RequestError(413, "images_too_large", f"images of {shape[1]} × {shape[2]} pixels are too large")
+        limit = f"at most {limits.max_pixels:,} pixels in one and {limits.max_total_pixels:,} in all"
+        detail = f"{shape[0]} images of {shape[1]} × {shape[2]} pixels are too large; {limit}"
+        raise RequestError(413, "images_too_large", detail)
     size = _binary_size(tensor, binary)
     if size is not None:
         values = np.frombuffer(binary[:size], np.uint8)
