@@ -1,8 +1,9 @@
 """`refract retrain CONFIG [--section.key value …]`"""
 
+import logging
 import os
+import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 from refract.models.credentials import masked
 from refract.pipeline.cli import console
 
-FLOW = Path(__file__).parents[1] / "retraining" / "flow.py"
+log = logging.getLogger(__name__)
+
+INTERRUPTED = 130
+"""What `console.run` returns after Ctrl-C."""
 
 USAGE = """usage: refract retrain CONFIG.yaml [--section.key value …] [--force]
        refract retrain CONFIG.yaml --resume
@@ -49,13 +53,16 @@ def main(argv: list[str]) -> int:
 
 def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: bool) -> int:
     from refract.pipeline.config.config import ConfigError, load_config
-    from refract.pipeline.retraining.steps import Outcome, begin, note_failure, unfinished, worth_resuming
+    from refract.pipeline.retraining.steps import Outcome, begin, unfinished, worth_resuming
     from refract.pipeline.retraining.workspace import RUN_RECORD, read_run, workspace_of
     from refract.pipeline.tracking.address import check_address, tracking_uri
 
     config = load_config(argv[0], argv[1:])
     workspace = workspace_of(config)
-    check_address(tracking_uri(config.tracking))
+    uri = tracking_uri(config.tracking)
+    check_address(uri)
+    if masked(uri) != uri:
+        os.environ["MLFLOW_TRACKING_URI"] = uri  # the run's stored config has no credentials
     with workspace.held():
         interrupted = unfinished(workspace)
         if resume and interrupted is None:
@@ -64,13 +71,11 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
         if interrupted is not None and not resumes:
             print(f"refract retrain: run {interrupted.name} was interrupted and stays unfinished", file=sys.stderr)
         run_folder = interrupted if interrupted is not None and resumes else begin(config, force=force)
-        code, stopped = _flow(run_folder, workspace.root, tracking_uri(config.tracking), resume=resumes)
-        record: dict[str, Any] = read_run(run_folder)
+        ended = _run(run_folder)
+        record = read_run(run_folder)
         if "outcome" not in record:
-            if not stopped:
-                note_failure(run_folder)
-            again = f"refract retrain --resume {argv[0]}"
-            print(f"refract retrain: run {run_folder.name} failed ({code}); resume it with `{again}`", file=sys.stderr)
+            again = shlex.join(["refract", "retrain", "--resume", argv[0]])
+            print(f"refract retrain: run {run_folder.name} {ended}; resume it with `{again}`", file=sys.stderr)
             return int(Outcome.FAILED)
     outcome = Outcome(record["outcome"])
     words = "unchanged" if record.get("unchanged") else outcome.name.lower().replace("_", " ")
@@ -80,38 +85,37 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
     return int(outcome)
 
 
-def _flow(run_folder: Path, root: Path, uri: str, *, resume: bool) -> tuple[int, bool]:
-    """Run the flow's remaining steps. uri: the tracking server's, with the credentials that the run's stored config lacks.
+class _Signal(BaseException):
+    """SIGTERM or Ctrl-C. It is no Exception, so that no step mistakes it for a failure of what it calls."""
 
-    Returns (Metaflow's exit code, whether a signal stopped the flow).
-    """
-    from refract.pipeline.retraining.workspace import METAFLOW_RUN
 
-    environment = {
-        "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(root.resolve()),
-        "METAFLOW_DEFAULT_METADATA": "local",
-        "METAFLOW_DEFAULT_DATASTORE": "local",
-        "METAFLOW_USER": "refract",
-        "REFRACT_PARENT_PID": str(os.getpid()),
-        "PYTHONSAFEPATH": "1",  # Python must not import from the flow's folder
-    }
-    if masked(uri) != uri:
-        environment["MLFLOW_TRACKING_URI"] = uri
-    id_file = run_folder / METAFLOW_RUN
-    origin = id_file.read_text().strip() if resume and id_file.exists() else None
-    action = ["resume", "--origin-run-id", origin] if origin else ["run", "--run", str(run_folder)]
-    command = [sys.executable, str(FLOW), "--no-pylint", *action, "--run-id-file", str(id_file)]
-    child = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
+def _run(run_folder: Path) -> str:
+    """Run the remaining steps; print the error of one that fails. Returns how they ended, for the message."""
+    from refract.pipeline.retraining.steps import note_stop, run_steps
+    from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP
 
-    signals: list[int] = []
+    def stop(number: int, _: Any) -> None:
+        raise _Signal(number)
 
-    def forward(number: int, _: Any) -> None:
-        signals.append(number)
-        os.killpg(child.pid, number)
+    def steps() -> int:
+        run_steps(run_folder)
+        return 0
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
     try:
-        return child.wait(), bool(signals)
+        code = console.run("retrain", steps)
+    except _Signal as received:
+        code = ASKED_TO_STOP if received.args[0] == signal.SIGTERM else INTERRUPTED
+    except Exception:
+        log.exception("refract retrain: an error of Refract itself; please report it with these lines")
+        code = 1
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if code in (ASKED_TO_STOP, INTERRUPTED):
+        note_stop(run_folder)
+        return "was stopped"
+    return "failed"

@@ -1,25 +1,17 @@
-"""The retraining run as a Metaflow flow.
+"""The retraining run as a Metaflow flow, for a cluster: `python -m refract.pipeline.retraining.flow argo-workflows create`.
 
-`refract retrain` starts it on one machine, `python -m refract.pipeline.retraining.flow argo-workflows create` on a cluster.
-Metaflow runs each step in a separate process; `refract.pipeline.retraining.steps` implements the steps.
+Metaflow runs each step in a separate pod or process; `refract.pipeline.retraining.steps` implements the steps. `refract retrain` runs the
+same steps in one process, without Metaflow.
 """
 
-import ctypes
 import logging
-import os
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from metaflow import FlowSpec, Parameter, step
 
-from refract.models.allocator import keep_freed_memory
+from refract.cli import prepare_to_compute
 from refract.models.credentials import hide_credentials
-from refract.models.openmp import let_waiting_threads_sleep
-
-PARENT = "REFRACT_PARENT_PID"
-"""The environment variable with the ID of the process that started this one."""
 
 
 class Retrain(FlowSpec):
@@ -30,54 +22,40 @@ class Retrain(FlowSpec):
 
     @step
     def start(self):
-        """Snapshot."""
-        from refract.pipeline.retraining import steps
-
+        """Take the snapshot."""
         self.folder = str(self.run_folder or _new_run(str(self.config_file)))
-        _do(steps.snapshot, self.folder)
+        _do("snapshot", self.folder)
         self.next(self.validate)
 
     @step
     def validate(self):
-        from refract.pipeline.retraining import steps
-
-        _do(steps.validate, self.folder)
+        _do("validate", self.folder)
         self.next(self.train)
 
     @step
     def train(self):
-        from refract.pipeline.retraining import steps
-
-        _do(steps.train, self.folder)
+        _do("train", self.folder)
         self.next(self.register)
 
     @step
     def register(self):
-        from refract.pipeline.retraining import steps
-
-        _do(steps.register, self.folder)
+        _do("register", self.folder)
         self.next(self.gate)
 
     @step
     def gate(self):
-        from refract.pipeline.retraining import steps
-
-        _do(steps.compare, self.folder)
+        _do("gate", self.folder)
         self.next(self.promote)
 
     @step
     def promote(self):
-        from refract.pipeline.retraining import steps
-
-        _do(steps.promote, self.folder)
+        _do("promote", self.folder)
         self.next(self.end)
 
     @step
     def end(self):
-        """Announce."""
-        from refract.pipeline.retraining import steps
-
-        _do(steps.announce, self.folder)
+        """Announce the outcome."""
+        _do("announce", self.folder)
 
 
 def _new_run(config_file: str) -> Path:
@@ -87,37 +65,21 @@ def _new_run(config_file: str) -> Path:
     return begin(load_config(config_file), force=False)
 
 
-def _do(work: Callable[[Path], None], folder: str) -> None:
+def _do(name: str, folder: str) -> None:
     """Run a step; errors that a user can fix are printed without a traceback."""
     from refract.pipeline.cli import console
+    from refract.pipeline.retraining.steps import STEPS
 
     def run_step() -> int:
-        work(Path(folder))
+        next(step for step in STEPS if step.name == name)(Path(folder))
         return 0
 
     if code := console.run("retrain", run_step):
         sys.exit(code)
 
 
-def _end_with_parent() -> None:
-    """Let Linux kill this process when its parent dies: a step must not outlive its flow, nor a flow its `refract retrain`.
-
-    Otherwise it would run next to the process that resumes it. A parent that died before the call is recognised by its ID.
-    """
-    if sys.platform == "linux" and PARENT in os.environ:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != int(os.environ[PARENT]):
-            sys.exit("refract retrain: the parent process is gone")
-        os.environ[PARENT] = str(os.getpid())
-
-
 if __name__ == "__main__":
-    _end_with_parent()
     hide_credentials()
-    let_waiting_threads_sleep()
-    keep_freed_memory()
-    if "step" not in sys.argv:
-        # The running step receives the signal too, and writes its checkpoint. Metaflow would exit at once and end the step.
-        signal.signal(signal.SIGTERM, lambda *_: None)
+    prepare_to_compute()
     logging.captureWarnings(True)
     Retrain()

@@ -1,4 +1,7 @@
-"""The steps of a retraining run. Each can be repeated after a kill, as it finds its finished work; the run's state is its record."""
+"""The steps of a retraining run. The run's state is its record: a finished step has added its result, and is then skipped.
+
+A step that was killed is repeated, and finds what it did before.
+"""
 
 import logging
 import shutil
@@ -7,24 +10,21 @@ import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import IntEnum
-from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from refract.errors import ServiceError
-from refract.pipeline.config.config import Config, ConfigError, config_from_dict
+from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.retraining.registry import client_of, download
-from refract.pipeline.retraining.workspace import Workspace, read_run, workspace_of, write, write_run
+from refract.pipeline.retraining.workspace import Check, Record, Workspace, read_run, workspace_of, write, write_run
 
 log = logging.getLogger(__name__)
-
-Record = dict[str, Any]
 
 NOTIFY_SECONDS = 60
 """The time limit of the command `retrain.notify`, so that it cannot block a run."""
 
-FAILURES = 3
-"""Failures after which `--resume-or-begin` starts a new run: repeating does not cure a run that keeps failing."""
+ATTEMPTS = 3
+"""Attempts after which `--resume-or-begin` starts a new run: repeating does not cure a run that keeps failing."""
 
 
 class Outcome(IntEnum):
@@ -65,29 +65,50 @@ def unfinished(workspace: Workspace) -> Path | None:
 
 
 def worth_resuming(folder: Path, config: Config) -> bool:
-    """Whether an unfinished run has this config and failed less than FAILURES times, so that resuming it may finish it."""
-    return read_run(folder).get("failures", 0) < FAILURES and _config(folder).to_dict() == config.to_dict()
+    """Whether an unfinished run has this config and had less than ATTEMPTS attempts, so that resuming it may finish it."""
+    return read_run(folder).get("attempts", 0) < ATTEMPTS and _config(folder).to_dict() == config.to_dict()
 
 
-def note_failure(folder: Path) -> None:
-    """Count a failure in the run's record."""
+def run_steps(folder: Path) -> None:
+    """Run the steps of a run that are not finished. Raises what a step raises.
+
+    The attempt is counted first, so that one that crashes this process counts, too.
+    """
     record = read_run(folder)
-    write_run(folder, record | {"failures": record.get("failures", 0) + 1})
+    write_run(folder, {**record, "attempts": record.get("attempts", 0) + 1})
+    for number, step in enumerate(STEPS, 1):
+        if not step.is_finished(read_run(folder)):
+            log.info("step %d of %d: %s", number, len(STEPS), step.name)
+            step(folder)
 
 
-Step = Callable[[Path, Config, Record], Record]
+def note_stop(folder: Path) -> None:
+    """Do not count the last attempt: a signal stopped it, so that it did not fail."""
+    record = read_run(folder)
+    write_run(folder, {**record, "attempts": record.get("attempts", 1) - 1})
 
 
-def _step(work: Step) -> Callable[[Path], None]:
-    """Wrap a step so that it takes the run's folder alone and adds its result to the record. A finished run skips all but `announce`."""
+class Step(NamedTuple):
+    """A step of a retraining run.
 
-    @wraps(work)
-    def run(folder: Path) -> None:
+    work: takes the run's folder, its config and its record, and returns what the record gains; result: the key that a finished step has
+    added; always: the step also runs in a run that ended early.
+    """
+
+    name: str
+    work: Callable[[Path, Config, Record], Record]
+    result: str
+    always: bool = False
+
+    def is_finished(self, record: Record) -> bool:
+        """Whether the step has nothing to do: its result is there, or the run has ended."""
+        return self.result in record or ("ends" in record and not self.always)
+
+    def __call__(self, folder: Path) -> None:
+        """Do the step's work in the run's folder, unless it is finished, and add the result to the record."""
         record = read_run(folder)
-        if "ends" not in record or work.__name__ == "announce":
-            write_run(folder, record | work(folder, _config(folder), record))
-
-    return run
+        if not self.is_finished(record):
+            write_run(folder, {**record, **self.work(folder, _config(folder), record)})
 
 
 def _config(folder: Path) -> Config:
@@ -97,7 +118,6 @@ def _config(folder: Path) -> Config:
     return config_from_dict(yaml.safe_load(path.read_text("utf-8")), where=str(path))
 
 
-@_step
 def snapshot(folder: Path, config: Config, record: Record) -> Record:
     """Take a snapshot of the data. The run ends here if they cannot be used, or if nothing has changed."""
     from refract.pipeline.data.manifest import DataError
@@ -112,15 +132,14 @@ def snapshot(folder: Path, config: Config, record: Record) -> Record:
         return _ends(Outcome.REFUSED, str(error))
     code, diff = code_state()
     inputs = inputs_digest(config, taken, code | versions(), diff)
-    result = {"snapshot": taken.record(), "snapshot_folder": str(taken.folder), "inputs": inputs}
+    result: Record = {"snapshot": taken.record(), "snapshot_folder": str(taken.folder), "inputs": inputs}
     last = workspace.last()
     if last is not None and last["inputs"] == inputs and not record["force"]:
         why = f"data, config and code are those of run {last['run']}; train anyway with --force"
-        return result | {"unchanged": True} | _ends(Outcome.PROMOTED, why)
+        return {**result, "unchanged": True, **_ends(Outcome.PROMOTED, why)}
     return result
 
 
-@_step
 def validate(folder: Path, config: Config, record: Record) -> Record:
     """Refuse data that changed too much since the last accepted run, that drifted too far, or whose labels cannot be trusted.
 
@@ -167,7 +186,6 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
     return result
 
 
-@_step
 def train(folder: Path, config: Config, record: Record) -> Record:
     """Train on the snapshot, evaluate on the holdout, write the bundle, and register it in MLflow as `challenger`."""
     from refract.pipeline.retraining.snapshot import changed, read_snapshot
@@ -191,7 +209,6 @@ def train(folder: Path, config: Config, record: Record) -> Record:
     return {"training_run": str(run)}
 
 
-@_step
 def register(folder: Path, config: Config, record: Record) -> Record:
     """Deliver the run to MLflow and tag its version. RetrainingError while the server does not accept it."""
     from refract.pipeline.tracking.address import absolute, tracking_uri
@@ -220,7 +237,6 @@ def register(folder: Path, config: Config, record: Record) -> Record:
     return {"version": str(version), "mlflow": store.address, "mlflow_run": journal.delivered["run_id"]}
 
 
-@_step
 def compare(folder: Path, config: Config, record: Record) -> Record:
     """Run the promotion gate: compare challenger and champion on the frozen holdout, and store the verdict in MLflow."""
     from refract.models.bundle.bundle import load_bundle
@@ -255,7 +271,6 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
     return {"champion": champion, "gate": verdict.to_dict()}
 
 
-@_step
 def promote(folder: Path, config: Config, record: Record) -> Record:
     """Move the alias `champion` to a version that passed the gate. RetrainingError while another process moves it.
 
@@ -274,11 +289,10 @@ def promote(folder: Path, config: Config, record: Record) -> Record:
     except RolledBack as error:
         return _ends(Outcome.NOT_PROMOTED, str(error))
     except PromotionError as error:
-        return {"undecided": True} | _ends(Outcome.NOT_PROMOTED, f"{error}; the next run trains again")
+        return {"undecided": True, **_ends(Outcome.NOT_PROMOTED, f"{error}; the next run trains again")}
     return _ends(Outcome.PROMOTED, f"version {record['version']} is champion")
 
 
-@_step
 def announce(folder: Path, config: Config, record: Record) -> Record:
     """Report the outcome to the command `retrain.notify`, and record it for the next runs."""
     outcome = record["ends"]
@@ -299,10 +313,19 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
     return {"outcome": outcome, "ended": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
-STEPS = (snapshot, validate, train, register, compare, promote, announce)
+STEPS = (
+    Step("snapshot", snapshot, "snapshot"),
+    Step("validate", validate, "labels"),
+    Step("train", train, "training_run"),
+    Step("register", register, "version"),
+    Step("gate", compare, "gate"),
+    Step("promote", promote, "ends"),
+    Step("announce", announce, "outcome", always=True),
+)
+"""The steps of each run, in their order. `flow.py` runs the same list on a cluster."""
 
 
-def _log(about: str, check: Record) -> None:
+def _log(about: str, check: Check) -> None:
     reference = f"; see {check['file']}" if "file" in check else ""
     log.log(logging.INFO if check["level"] == "none" else logging.WARNING, "%s: %s%s", about, check["told"], reference)
 
@@ -311,7 +334,7 @@ def _ends(outcome: Outcome, why: str) -> Record:
     return {"ends": int(outcome), "why": why}
 
 
-def _failed(verdict: Record) -> str:
+def _failed(verdict: Check) -> str:
     """Name the checks that the version failed, and the holdout size that would decide those that this holdout cannot."""
     from refract.pipeline.retraining.holdout_size import rounded
 
@@ -329,6 +352,3 @@ def _key(name: str) -> str:
     Other characters are replaced by their code point, so that two labels have two tags.
     """
     return "".join(c if c.isalnum() or c in "_-. " else f"_x{ord(c):x}_" for c in name)[:200]
-
-
-__all__ = ["STEPS", "ConfigError", "Outcome", "RetrainingError", "begin", "unfinished"]

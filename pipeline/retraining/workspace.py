@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.files import locked, write_atomically
@@ -20,8 +20,40 @@ FORMER_RUNS, FORMER_RECORD = "nights", "night.json"
 FORMER_KEYS = {"night": "run", "run": "training_run"}
 """Former key of a record → key now. `training_run` is the folder of the run of `refract train`."""
 
-METAFLOW_RUN = "metaflow-run"
-"""The file in a retraining run's folder that holds the ID of its Metaflow run."""
+Check = dict[str, Any]
+"""The result of a check as JSON: `level` (none, warn, stop), `told` (its sentence), and details."""
+
+
+class Record(TypedDict, total=False):
+    """The record of a retraining run (run.json). Each step adds its keys.
+
+    begin: run, force, began, attempts (without those that a signal stopped). snapshot: snapshot (digest, holdout, task, …),
+    snapshot_folder, inputs (digest of data, config and code), unchanged. validate: labels (check → result), drift. train: training_run
+    (folder of the run of `refract train`). register: version, mlflow (address), mlflow_run. gate: champion (version or None), gate.
+    promote: undecided. announce: outcome, ended. The step that ends the run: ends (an Outcome), why.
+    """
+
+    run: str
+    force: bool
+    began: str
+    attempts: int
+    snapshot: dict[str, Any]
+    snapshot_folder: str
+    inputs: str
+    unchanged: bool
+    labels: dict[str, Check]
+    drift: Check
+    training_run: str
+    version: str
+    mlflow: str
+    mlflow_run: str
+    champion: str | None
+    gate: dict[str, Any]
+    undecided: bool
+    ends: int
+    why: str
+    outcome: int
+    ended: str
 
 
 class Busy(ConfigError):
@@ -52,7 +84,7 @@ class Workspace:
         """Return the folders of all retraining runs, oldest first."""
         return sorted(path for path in (self.root / "runs").glob("*") if (path / RUN_RECORD).is_file())
 
-    def last(self) -> dict[str, Any] | None:
+    def last(self) -> Record | None:
         """Read the record of the last run whose data were accepted; None before the first one."""
         path = self.root / "last.json"
         return _with_new_keys(read(path)) if path.exists() else None
@@ -79,8 +111,6 @@ class Workspace:
             if not any(former.iterdir()):
                 former.rmdir()
         for record in runs.glob(f"*/{FORMER_RECORD}"):
-            # Metaflow stores the run's former folder: a run that is resumed starts a new flow, whose steps find what is done.
-            (record.parent / METAFLOW_RUN).unlink(missing_ok=True)
             record.rename(record.parent / RUN_RECORD)
 
 
@@ -109,23 +139,23 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> Record:
     """Read the record of a retraining run, also one of an earlier version. ConfigError as `read`."""
     return _with_new_keys(read(folder / RUN_RECORD))
 
 
-def write_run(folder: Path, record: dict[str, Any]) -> None:
+def write_run(folder: Path, record: Record) -> None:
     """Write the record of a retraining run. OSError as usual."""
     write(folder / RUN_RECORD, record)
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
+def write(path: Path, record: Mapping[str, Any]) -> None:
     """Replace the file by a JSON object. OSError as usual."""
     write_atomically(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def _with_new_keys(record: dict[str, Any]) -> dict[str, Any]:
+def _with_new_keys(record: dict[str, Any]) -> Record:
     """Return the record under the present keys; earlier versions are recognised by their key of the run's name."""
-    if "night" not in record:
-        return record
-    return {FORMER_KEYS.get(key, key): value for key, value in record.items()}
+    if "night" in record:
+        record = {FORMER_KEYS.get(key, key): value for key, value in record.items()}
+    return cast(Record, record)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from mlflow import MlflowClient
-from small_data import COLORS, Run, descendants, make_image, paint, to_former_layout, until_gone, write_image
+from small_data import COLORS, Run, make_image, paint, to_former_layout, write_image
 from warm_process import Started, WarmProcess
 
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict, load_config
@@ -20,12 +21,13 @@ from refract.pipeline.data.manifest import DataError, load_manifest
 from refract.pipeline.retraining.aliases import aliases, rollback
 from refract.pipeline.retraining.snapshot import Snapshot, accept, take
 from refract.pipeline.retraining.steps import (
-    FAILURES,
+    ATTEMPTS,
     STEPS,
     Outcome,
     RetrainingError,
     begin,
-    note_failure,
+    note_stop,
+    run_steps,
     unfinished,
     worth_resuming,
 )
@@ -135,8 +137,7 @@ class Retraining:
 
     def run(self, *, force: bool = False, **changes: Any) -> dict[str, Any]:
         folder = begin(self.config(**changes), force=force)
-        for step in STEPS:
-            step(folder)
+        run_steps(folder)
         return self.ended(folder)
 
     def ended(self, folder: Path) -> dict[str, Any]:
@@ -263,14 +264,11 @@ def test_a_run_resumes_once_mlflow_responds(config: Config, tmp_path: Path, monk
 
         away.setattr(Store, "deliver", unreachable)
         away.setattr("refract.pipeline.tracking.tracker.FIRST_ANSWER", 0.1)
-        for step in STEPS[:3]:
-            step(folder)
         with pytest.raises(RetrainingError, match="nobody is there"):
-            STEPS[3](folder)
+            run_steps(folder)
     workspace = workspace_of(config)
-    assert unfinished(workspace) == folder
-    for step in STEPS[3:]:
-        step(folder)
+    assert unfinished(workspace) == folder and "training_run" in read_run(folder)
+    run_steps(folder)
     assert read_run(folder)["outcome"] == Outcome.PROMOTED
     assert unfinished(workspace) is None
 
@@ -283,12 +281,22 @@ def test_one_run_at_a_time(config: Config) -> None:
         pass
 
 
-def test_an_unfinished_run_is_resumed_with_its_config_until_it_failed_too_often(config: Config, tmp_path: Path) -> None:
+def fails(*_: object) -> None:
+    raise OSError("no space left on device")
+
+
+def test_an_unfinished_run_is_resumed_with_its_config_until_it_failed_too_often(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = begin(config, force=False)
-    for _ in range(FAILURES):
+    monkeypatch.setattr("refract.pipeline.retraining.snapshot.take", fails)
+    for _ in range(ATTEMPTS):
         assert worth_resuming(folder, config)
-        note_failure(folder)
+        with pytest.raises(OSError, match="no space"):
+            run_steps(folder)
     assert not worth_resuming(folder, config)
+    note_stop(folder)
+    assert worth_resuming(folder, config), "a signal is no failure"
     folder = begin(config, force=False)
     config.gate.margin = 0.1
     assert not worth_resuming(folder, config), "a changed config starts a new run"
@@ -334,7 +342,7 @@ def test_sigterm_leaves_a_checkpoint(workplace: Path, warm: WarmProcess) -> None
         assert run.wait(60) == Outcome.FAILED
         assert "with a checkpoint to resume from" in run.output.read()
     (folder,) = (workplace / "retrain/colors/runs").iterdir()
-    assert "failures" not in read_run(folder), "it did not fail"
+    assert read_run(folder)["attempts"] == 0, "it did not fail"
     assert list((workplace / "runs").glob("*/checkpoints/resume-*"))
 
 
@@ -343,11 +351,9 @@ def _until(started: Started, step: str) -> None:
     told = []
     for line in started.output:
         told.append(line)
-        if f"/{step}/" in line and "Task is starting" in line:
-            begun = descendants(started.pid)
-            started.kill()  # the command alone: what it began must end by itself
+        if f": {step}\n" in line:
+            started.kill()
             started.wait(20)
-            until_gone(begun)
             return
     pytest.fail(f"{step} never started: {''.join(told)}")
 
@@ -367,8 +373,7 @@ def test_a_run_killed_in_each_step_ends_as_one_undisturbed(
     refract: Run, workplace: Path, warm: WarmProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-    steps = ["start", "validate", "train", "register", "gate", "promote", "end"]
-    for number, step in enumerate(steps):
+    for number, step in enumerate(step.name for step in STEPS):
         arguments = ["colors.yaml"] if number == 0 else ["--resume", "colors.yaml"]
         run = warm.start(["retrain", *arguments], cwd=workplace, env=environment)
         with run.output:
@@ -377,8 +382,7 @@ def test_a_run_killed_in_each_step_ends_as_one_undisturbed(
             to_former_layout(workplace / "retrain/colors")  # the next run is of a version that renames it back
     done = refract("retrain", "--resume", "colors.yaml")
     assert "promoted: version 1 is champion" in done.stdout
-    repeated = [line for line in done.stdout.splitlines() if "Task is starting" in line]
-    assert len(repeated) == 1 and "/end/" in repeated[0], "what had ended is not repeated"
+    assert re.findall(r"^step . of 7: (.*)", done.stderr, re.M) == ["announce"], "what had ended is not repeated"
 
     client = MlflowClient(f"sqlite:///{workplace}/mlflow.db", f"sqlite:///{workplace}/mlflow.db")
     assert aliases(client, "colors") == {"champion": "1", "challenger": "1"}
@@ -391,8 +395,7 @@ def test_a_run_killed_in_each_step_ends_as_one_undisturbed(
     assert "has no interrupted run" in refract("retrain", "--resume", "colors.yaml", code=2).stderr
     monkeypatch.chdir(workplace)
     undisturbed = begin(load_config("colors.yaml"), force=True)
-    for work in STEPS:
-        work(undisturbed)
+    run_steps(undisturbed)
     assert read_run(undisturbed)["why"] == "version 2 is champion"
     runs = sorted((workplace / "runs").iterdir())
     one, other = ((run / "bundle/weights.safetensors").read_bytes() for run in runs)

@@ -367,13 +367,12 @@ def test_without_ray_the_error_names_the_extra(tmp_path: Path, bundle: Path, ima
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="the extra ray is not installed")
-def test_ray_resumes_after_a_kill_to_the_same_rows(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
+def test_ray_completes_the_rows_of_a_killed_command(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
     out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
-    command = (bundle, images, "-o", out, "--engine", "ray", "--jobs", 1, "--shard-size", 8)
-    process = started(tmp_path, *command)
+    process = started(tmp_path, bundle, images, "-o", out, "--jobs", 1, "--shard-size", 8)
     until(lambda: list(folder.glob("0*.parquet")), process)
     process.kill()
     process.communicate()
-    done = refract("score", *command)
+    done = refract("score", bundle, images, "-o", out, "--engine", "ray", "--jobs", 1)
     assert "resuming: " in done.stderr
     check_whole(pd.read_parquet(out), bundle, images)

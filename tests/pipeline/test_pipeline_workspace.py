@@ -29,7 +29,6 @@ def test_a_workspace_of_an_earlier_version_is_read(tmp_path: Path, new_tracking:
     write_run(finished, record)
     keys = ("run", "snapshot", "snapshot_folder", "inputs", "version", "outcome")
     write(workspace.root / "last.json", {key: record[key] for key in keys})
-    (interrupted / "metaflow-run").write_text("7")
     last = workspace.last()
     to_former_layout(workspace.root)
     assert read(workspace.root / "nights" / finished.name / "night.json")["night"] == finished.name
@@ -37,7 +36,6 @@ def test_a_workspace_of_an_earlier_version_is_read(tmp_path: Path, new_tracking:
         assert workspace.runs() == [finished, interrupted] and not (workspace.root / "nights").exists()
         assert read_run(finished) == record and workspace.last() == last
         assert unfinished(workspace) == interrupted and worth_resuming(interrupted, config)
-        assert not (interrupted / "metaflow-run").exists(), "Metaflow would resume it in its former folder"
     STEPS[0](interrupted)
     assert f"those of run {finished.name};" in read_run(interrupted)["why"]
     assert "night" not in read(interrupted / "run.json")
