@@ -5,6 +5,7 @@ same steps in one process, without Metaflow.
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def _do(name: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
+    os.environ["PYTHONSAFEPATH"] = "1"  # Metaflow starts this file by its path, and Python must not import from its folder
     hide_credentials()
     prepare_to_compute()
     logging.captureWarnings(True)

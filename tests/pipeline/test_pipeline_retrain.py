@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -328,6 +330,19 @@ def test_a_slow_notify_command_is_killed(
     write_run(folder, read_run(folder) | {"ends": int(Outcome.REFUSED), "why": "-"})
     STEPS[-1](folder)
     assert read_run(folder)["outcome"] == Outcome.REFUSED and "the command was killed after" in caplog.text
+
+
+def test_metaflow_runs_the_same_steps(config: Config, tmp_path: Path) -> None:
+    """On refused data, whose later steps have nothing to do."""
+    (tmp_path / "images/red/000.png").write_bytes(b"no image")
+    folder = begin(config, force=False)
+    command = [sys.executable, "-m", "refract.pipeline.retraining.flow", "--no-pylint", "run", "--run", folder]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"USER": "refract"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    between = [step.name for step in STEPS[1:-1]]
+    assert re.findall(r"/(\w+)/\d+ .*Task is starting", done.stdout) == ["start", *between, "end"]
+    record = read_run(folder)
+    assert record["outcome"] == Outcome.REFUSED and "000.png" in record["why"]
 
 
 def test_sigterm_leaves_a_checkpoint(workplace: Path, warm: WarmProcess) -> None:
