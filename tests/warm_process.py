@@ -4,6 +4,7 @@ An import takes each process nine seconds of a core. Tests of the start itself r
 As a program, this module is the forking process: it reads one JSON request per line and answers each with a line.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -13,8 +14,13 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +30,7 @@ IMPORTED = (
     "pyarrow.parquet", "matplotlib.figure", "jsonargparse", "cv2", "jinja2", "scipy.stats", "tqdm", "httpx",
     "refract.augment", "refract.models.bundle.bundle", "refract.pipeline.training.run", "refract.pipeline.training.fit",
     "refract.pipeline.evaluation.assess", "refract.pipeline.data.datamodule",
+    "refract.serve.http.app", "refract.serve.http.transport.server", "refract.serve.runtime.selection",
 )  # fmt: skip
 
 # As refract sets them before it imports.
@@ -31,11 +38,22 @@ QUIET = dict.fromkeys(("NO_ALBUMENTATIONS_UPDATE", "MLFLOW_DISABLE_TELEMETRY", "
 
 
 class Started:
-    """A `refract` that runs, as `subprocess.Popen` has it. output: both streams, to be read while it runs."""
+    """A process that runs, with the methods of `subprocess.Popen`. output: the streams that are read while it runs."""
 
-    def __init__(self, warm: "WarmProcess", pid: int, output: TextIO) -> None:
-        self._warm, self.pid, self.output = warm, pid, output
+    def __init__(self, warm: "WarmProcess", pid: int, *output: TextIO) -> None:
+        self._warm, self.pid, self.output = warm, pid, output[0]
+        self.stdout, self.stderr = output[0], output[-1]
         self.returncode: int | None = None
+
+    def communicate(self, timeout: float = 60) -> tuple[str, str]:
+        """Read both streams to their end and wait for the process."""
+        with ThreadPoolExecutor(2) as pool:
+            out, err = (pool.submit(stream.read) for stream in (self.stdout, self.stderr))
+            self.wait(timeout)
+            return out.result(timeout), err.result(timeout)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -51,7 +69,8 @@ class Started:
         return code
 
     def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -65,6 +84,8 @@ class WarmProcess:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | QUIET
         )
         self._numbers = count()
+        self._pipes = Path(tempfile.mkdtemp())
+        self._lock = threading.Lock()
 
     def run(
         self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], seconds: int
@@ -89,11 +110,27 @@ class WarmProcess:
         output = pipe.open(encoding="utf-8")
         return Started(self, pid, output)
 
+    def popen(
+        self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None, code: str = "",
+        new_session: bool = False,
+    ) -> Started:  # fmt: skip
+        """Start `refract` with the arguments, or Python code with them in `sys.argv[1:]`. Both streams are pipes. new_session: lead a
+        process group, as a terminal's command does."""
+        pipes = [self._pipes / f"{next(self._numbers)}" for _ in range(2)]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        pid = self._fork(arguments, cwd, os.environ if env is None else env, pipes, code=code, new_session=new_session)
+        streams = [pipe.open(encoding="utf-8") for pipe in pipes]
+        for pipe in pipes:
+            pipe.unlink()
+        return Started(self, pid, *streams)
+
     def ask(self, **request: Any) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        with self._lock:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -101,11 +138,19 @@ class WarmProcess:
         self._process.wait(30)
 
     def _fork(
-        self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], files: Sequence[Path], **limits: int | None
+        self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], files: Sequence[Path], **options: Any
     ) -> int:
         request = {"arguments": [*arguments], "cwd": str(cwd), "env": dict(env), "files": [*map(str, files)]}
-        pid: int = self.ask(do="fork", **request, **limits)
+        pid: int = self.ask(do="fork", **request, **options)
         return pid
+
+
+@cache
+def shared() -> WarmProcess:
+    """The one warm process of this test process."""
+    process = WarmProcess()
+    atexit.register(process.close)
+    return process
 
 
 def _forks() -> None:
@@ -127,9 +172,12 @@ def _forks() -> None:
 
 
 def _is_refract(
-    arguments: list[str], cwd: str, env: dict[str, str], files: list[str], seconds: int = 0, largest_file: int | None = None
+    arguments: list[str], cwd: str, env: dict[str, str], files: list[str], seconds: int = 0, largest_file: int | None = None,
+    code: str = "", new_session: bool = False,
 ) -> None:  # fmt: skip
-    """Be `python -m refract …`. SystemExit, with its code."""
+    """Be `python -m refract …`, or `python -c code …`, to its end."""
+    if new_session:
+        os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -142,7 +190,23 @@ def _is_refract(
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv, sys.path[0] = ["refract", *arguments], cwd
-    runpy.run_module("refract", run_name="__main__", alter_sys=True)
+    status: object = 0
+    try:
+        if code:
+            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_module("refract", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # As Python ends, without clearing each module: that takes time, and libraries that the program did not import complain.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 if __name__ == "__main__":

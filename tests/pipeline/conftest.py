@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from small_data import COLORS, Run, Training, make_image, write_image
-from warm_process import Started, WarmProcess
+from warm_process import Started, WarmProcess, shared
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +37,8 @@ def lite0(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[WarmProcess]:
-    process = WarmProcess()
-    yield process
-    process.close()
+def warm() -> WarmProcess:
+    return shared()
 
 
 @pytest.fixture

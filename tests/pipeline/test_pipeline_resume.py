@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +15,7 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 from small_data import Run, Training, descendants, make_image, until, until_gone, write_image
+from warm_process import shared
 
 from refract.pipeline.config.config import Config
 from refract.pipeline.config.defaults import filled
@@ -112,12 +111,10 @@ def test_each_signal_stops_with_a_checkpoint_and_its_exit_code(refract: Run, wor
 
 @pytest.mark.slow
 def test_a_stopped_demo_names_the_command_that_resumes_it(work: Path) -> None:
-    command = [sys.executable, "-u", "-m", "refract", "demo"]
-    with subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        assert any(line.startswith("epoch 2/") for line in process.stdout)
-        process.send_signal(signal.SIGTERM)
-        told = process.stdout.read()
+    process = shared().popen(["demo"], cwd=work)
+    assert any(line.startswith("epoch 2/") for line in process.stderr)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate()[1]
     assert process.returncode == 75 and "Traceback" not in told
     assert "refract demo: stopped by SIGTERM; `refract train --resume runs/digits-" in told
 
@@ -298,11 +295,9 @@ def killed_in_evaluation(work: Path, name: str, *arguments: str) -> None:
         "a.assess = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "import refract.cli; refract.cli.main(sys.argv[1:])"
     )
-    command = [sys.executable, "-c", code, "train", "c.yaml", "--trainer.run_name", name, *arguments]
-    root = str(Path(__file__).parents[2])
-    assert (
-        subprocess.run(command, cwd=work, capture_output=True, env={**os.environ, "PYTHONPATH": root}).returncode == -9
-    )
+    process = shared().popen(["train", "c.yaml", "--trainer.run_name", name, *arguments], cwd=work, code=code)
+    process.communicate()
+    assert process.returncode == -9
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_data import COLORS, Run, descendants, make_image, until_gone, write_image
+from warm_process import Started, shared
 
 from refract.augment import Preprocess
 from refract.models.bundle.bundle import BundleInfo, GoldenSample, load_bundle, save_bundle
@@ -116,21 +117,20 @@ def test_a_named_pipe_with_an_image_suffix_does_not_block(refract: Run, tmp_path
     assert pd.read_parquet(tmp_path / "a.parquet")["error"].fillna("").tolist() == ["", "not a regular file"]
 
 
-def started(tmp_path: Path, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "refract", "score", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def started(tmp_path: Path, *arguments: object, new_session: bool = False) -> Started:
+    return shared().popen(["score", *map(str, arguments)], cwd=tmp_path, new_session=new_session)
 
 
-def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+def until(condition: Callable[[], object], process: Started) -> None:
     """Wait for a condition while the command runs."""
-    end = time.monotonic() + 400  # Ray takes more than a minute to start where everything is busy
+    end = time.monotonic() + 180
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "never"
         time.sleep(0.002)
 
 
-def scorers(process: subprocess.Popen[str]) -> list[int]:
+def scorers(process: Started) -> list[int]:
     """Return the worker processes: the spawned children with a pipe to the command."""
     return [child for child in descendants(process.pid) if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
 
@@ -203,11 +203,7 @@ def test_a_signal_stops_it_and_finished_parts_are_kept(
     tmp_path: Path, bundle: Path, images: Path, number: int, code: int
 ) -> None:
     out, folder = tmp_path / "out.parquet", tmp_path / ".out.parquet.parts"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "refract", "score", bundle, images, "-o", out, "--shard-size", "1"],
-        cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # which a shell's background job ignores
-    )  # fmt: skip
+    process = started(tmp_path, bundle, images, "-o", out, "--shard-size", "1", new_session=True)
     until(lambda: list(folder.glob("0*.parquet")), process)
     os.killpg(process.pid, number)  # as a terminal's Ctrl-C: to the scorers too
     told = process.communicate(timeout=60)[1]

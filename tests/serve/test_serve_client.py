@@ -3,13 +3,13 @@
 import asyncio
 import json
 import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from warm_process import shared
 
 from refract.serve.client import AsyncClient, Client, ServerError
 from refract.serve.http.app import create_app
@@ -102,10 +102,7 @@ def test_the_command_predicts_with_a_server(bundle, serving, make_image, tmp_pat
     (tmp_path / "bad.jpg").write_bytes(b"no image")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "refract", "predict", *arguments]
-        return subprocess.run(
-            command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
-        )
+        return shared().run(["predict", *arguments], cwd=tmp_path, env={}, seconds=60)
 
     with serving(create_app(bundle)) as http:
         done = run("in", "bad.jpg", "gone.jpg", f"--url={http.base_url}", "--top", "2", "--json")
