@@ -60,9 +60,11 @@ def main(argv: list[str]) -> int:
         with _listen(arguments.host, arguments.port) as bound:
             _serve(arguments, bound)
     except InvalidOptionError as err:
-        return _report(str(err), EXIT_INVALID)
+        _report(str(err))
+        return EXIT_INVALID
     except Exception as err:
-        return _report(f"{type(err).__name__}: {err}", EXIT_FAILURE)
+        _report(f"{type(err).__name__}: {err}")
+        return EXIT_FAILURE
     return 0
 
 
@@ -185,16 +187,20 @@ def _challenge(arguments: argparse.Namespace, build: "Build") -> "Challenge | No
     source = arguments.challenger
     if source is None:
         return None
+    follow = _followed(source, arguments)
     try:
         engine = build(_bundle(source))
     except (InvalidOptionError, ValueError) as err:
         if not is_registered(source):
             raise InvalidOptionError(f"--challenger: {err}") from err
         engine = None  # an alias that is not set, or whose model is invalid, must not keep the server from starting
-        print(f"refract serve: the challenger is not started yet: {err}", file=sys.stderr)
+        retry = "does not try again; correct the source and restart it"
+        if follow:
+            retry = f"looks it up again every {arguments.poll_s:g} s"
+        _report(f"--challenger: {err}; the server starts without a challenger and {retry}")
     answers = arguments.canary is not None
     share = arguments.canary if answers else arguments.shadow
-    return Challenge(engine, share, answers, _followed(source, arguments))
+    return Challenge(engine, share, answers, follow)
 
 
 def _traces(address: str | None) -> "TracerProvider | None":
@@ -253,8 +259,7 @@ def _devices(option: str) -> list[str]:
 def _warn_of_open_access(arguments: argparse.Namespace) -> None:
     host = arguments.host
     if arguments.keys is None and host not in ("127.0.0.1", "::1", "localhost"):
-        warning = f"every client that reaches {host} can use the server; --keys FILE requires an API key"
-        print(f"refract serve: {warning}", file=sys.stderr)
+        _report(f"every client that reaches {host} can use the server; --keys FILE requires an API key")
 
 
 def _keys(option: str, file: Path | None, **options: Any) -> "ApiKeys | None":
@@ -270,10 +275,9 @@ def _keys(option: str, file: Path | None, **options: Any) -> "ApiKeys | None":
         raise InvalidOptionError(f"{option}: {err}") from err
 
 
-def _report(message: str, code: int) -> int:
-    """Print `message` as one line on the standard error. Returns the exit code."""
+def _report(message: str) -> None:
+    """Print `message` as one line on the standard error."""
     print(f"refract serve: {' '.join(message.split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -5,10 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-BACKENDS = (
-    "auto", "eager", "bf16", "fp16", "compiled", "cuda-graphs", "tensorrt",
-    "openvino", "openvino-bf16", "openvino-int8", "onnx", "onnx-int8", "int8",
-)  # fmt: skip
+from refract.serve.runtime.backends import NAMES
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -47,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--backend",
-        choices=BACKENDS,
+        choices=NAMES,
         default="auto",
         help="runtime of the network; auto times the installed backends, except 8-bit ones, and selects the fastest that agrees with "
         "float32; int8 selects the faster of the 8-bit backends",

@@ -85,7 +85,7 @@ def create_app(
     if sampling:
         sampling.count = metrics.sampled
     service = Service(engine, limits=limits or Limits(), metrics=metrics, sampling=sampling, **options)
-    metrics.watch("requests_inside", "Requests in flight", lambda: service.in_flight)
+    metrics.watch("requests_in_flight", "Requests in flight", lambda: service.in_flight)
     metrics.watch("images_waiting", "Images that wait for a batch to form", lambda: service.waiting)
     for gpu in describe(engine.devices):
         metrics.watch_gpu(gpu.device, gpu.name, gpu.driver, partial(describe, [gpu.device]))

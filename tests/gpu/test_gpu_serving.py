@@ -14,7 +14,7 @@ from gpu_data import COLOURS, encoded, write_bundle
 from refract.models.bundle.bundle import Bundle, BundleError, load_bundle
 from refract.serve.http.metrics import Metrics
 from refract.serve.requests.limits import Limits
-from refract.serve.runtime.backends import BACKENDS
+from refract.serve.runtime.backends.registry import BACKENDS
 from refract.serve.runtime.engine import Compute, Engine, build
 from refract.serve.runtime.selection import candidates
 from refract.serve.runtime.service import Service
