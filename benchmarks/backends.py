@@ -37,7 +37,7 @@ def main() -> int:
     from refract.models.bundle.bundle import BundleError, load_bundle
     from refract.pipeline.cli.evaluate import relabelled
     from refract.pipeline.data.manifest import DataError, load_manifest
-    from refract.serve.runtime.backends import BACKENDS
+    from refract.serve.runtime.backends.registry import BACKENDS
     from refract.serve.runtime.engine import Engine
 
     if args.images < 1:

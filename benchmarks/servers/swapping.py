@@ -21,12 +21,12 @@ def main() -> None:
     service = app.state.service
 
     async def exchange() -> None:
-        while not service.ready:
+        while not service.models.ready:
             await asyncio.sleep(0.05)
         print("ready", flush=True)
         for k in range(count):
             engine = await asyncio.to_thread(lambda k=k: Engine(load_bundle(folders[(k + 1) % 2])))
-            await service.swap(engine)
+            await service.models.swap(engine)
         threads = sum(thread.name == "inference" for thread in threading.enumerate())
         print(f"{count} {threads}", flush=True)
 

@@ -3,19 +3,21 @@
 The module imports nothing heavy, so that --help and usage errors respond at once.
 """
 
-import argparse
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from refract.models.allocator import keep_freed_memory
+from refract.serve.cli.config import ServeConfig
 from refract.serve.cli.home import ensure_home
 from refract.serve.cli.options import parse
 from refract.serve.runtime.cores import cores, quota
@@ -45,7 +47,7 @@ class InvalidOptionError(Exception):
 
 def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after a graceful shutdown, 1 after a failure, 2 for invalid options."""
-    arguments = parse(argv)
+    config = parse(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("refract.serve").setLevel(logging.INFO)
     ensure_home()
@@ -57,12 +59,14 @@ def main(argv: list[str]) -> int:
     if quota():  # PyTorch, which is imported later, ignores the CPU quota of a container
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
     try:
-        with _listen(arguments.host, arguments.port) as bound:
-            _serve(arguments, bound)
+        with _listen(config.host, config.port) as bound:
+            _serve(config, bound)
     except InvalidOptionError as err:
-        return _report(str(err), EXIT_INVALID)
+        _report(str(err))
+        return EXIT_INVALID
     except Exception as err:
-        return _report(f"{type(err).__name__}: {err}", EXIT_FAILURE)
+        _report(f"{type(err).__name__}: {err}")
+        return EXIT_FAILURE
     return 0
 
 
@@ -84,17 +88,22 @@ def _listen(host: str, port: int) -> socket.socket:
         raise InvalidOptionError(f"cannot listen on {host}:{port}: {err.strerror}") from err
 
 
-def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
+def _serve(config: ServeConfig, bound: socket.socket) -> None:
     from refract.serve.http.transport.server import Server, url
 
-    bundle = _bundle(arguments.source)
-    app = _app(bundle, arguments)
+    bundle = _bundle(config.source)
+    app = _app(bundle, config)
     ready = f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {url(bound)}"
+    server = Server(
+        app,
+        drain_s=config.drain_s,
+        keep_alive_s=config.keep_alive_s,
+        on_ready=lambda: print(ready, flush=True),
+        on_leave=app.state.service.start_draining,
+    )
     try:
-        callbacks = {"on_ready": lambda: print(ready, flush=True), "on_leave": app.state.service.start_draining}
         with spared():
-            times = {"drain_s": arguments.drain_s, "keep_alive_s": arguments.keep_alive_s}
-            Server(app, **times, **callbacks).run(sockets=[bound])
+            server.run(sockets=[bound])
     except SystemExit as err:
         failure = app.state.failure
         if isinstance(failure, ValueError):  # includes the BundleError of a failed self-test
@@ -122,111 +131,123 @@ def _bundle(source: str) -> "Bundle":
             raise InvalidOptionError(str(second_error)) from second_error
 
 
-def _app(bundle: "Bundle", arguments: argparse.Namespace) -> "FastAPI":
+def _app(bundle: "Bundle", config: ServeConfig) -> "FastAPI":
     from refract.serve.http.access_log import write_lines
     from refract.serve.http.app import create_app
     from refract.serve.requests.limits import MIB, Limits
     from refract.serve.runtime.engine import build
 
-    limits = Limits(
-        max_body_bytes=int(arguments.max_body_mb * MIB),
-        max_pixels=arguments.max_pixels,
-        max_total_pixels=max(Limits.max_total_pixels, arguments.max_pixels),
-        max_decoding_pixels=max(Limits.max_decoding_pixels, arguments.max_pixels),
-    )
     build_engine = partial(
         build,
-        devices=_devices(arguments.device),
-        backend=arguments.backend,
-        replicas=arguments.replicas,
-        largest=arguments.max_batch,
+        devices=_devices(config.device, config.origin("device")),
+        backend=config.backend,
+        replicas=config.replicas,
+        largest=config.max_batch,
     )
     try:
         engine = build_engine(bundle)
     except ValueError as err:
         raise InvalidOptionError(str(err)) from err
-    if arguments.access_log:
+    if config.access_log:
         write_lines()
-    names = ("max_batch", "max_wait_ms", "max_requests", "deadline_s", "access_log", "root_path")
-    options = {name: getattr(arguments, name) for name in names}
-    options |= {"follow": _followed(arguments.source, arguments), "poll_s": arguments.poll_s, "build": build_engine}
-    options["cors_origins"] = arguments.cors_origin
-    options["traces"] = _traces(arguments.traces)
-    options["challenge"] = _challenge(arguments, build_engine)
-    options["sampling"] = _sampling(arguments)
-    _warn_of_open_access(arguments)
-    options |= {
-        "keys": _keys("--keys", arguments.keys, rate=arguments.rate),
-        "admin": _keys("--admin-keys", arguments.admin_keys, description="the keys of --admin-keys"),
-    }
-    app = create_app(engine, limits=limits, **options)
-    if arguments.metrics_port is not None:
-        try:
-            port = app.state.service.metrics.listen(arguments.host, arguments.metrics_port)
-        except OSError as err:
-            address = f"{arguments.host}:{arguments.metrics_port}"
-            raise InvalidOptionError(f"--metrics-port: cannot listen on {address}: {err.strerror}") from err
-        url_host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-        print(f"metrics on http://{url_host}:{port}/metrics", flush=True)
+    _warn_of_open_access(config)
+    app = create_app(
+        engine,
+        limits=Limits(
+            max_body_bytes=int(config.max_body_mb * MIB),
+            max_pixels=config.max_pixels,
+            max_total_pixels=max(Limits.max_total_pixels, config.max_pixels),
+            max_decoding_pixels=max(Limits.max_decoding_pixels, config.max_pixels),
+        ),
+        max_batch=config.max_batch,
+        max_wait_ms=config.max_wait_ms,
+        max_requests=config.max_requests,
+        deadline_s=config.deadline_s,
+        keys=_keys(config),
+        admin=_admin_keys(config),
+        access_log=config.access_log,
+        traces=_traces(config),
+        follow=_followed(config.source, config.poll_s),
+        challenge=_challenge(config, build_engine),
+        poll_s=config.poll_s,
+        build=build_engine,
+        sampling=_sampling(config),
+        cors_origins=config.cors_origin,
+        root_path=config.root_path,
+    )
+    if config.metrics_port is not None:
+        _serve_metrics(app, config.host, config.metrics_port, config.origin("metrics_port"))
     return app
 
 
-def _followed(source: str, arguments: argparse.Namespace) -> str | None:
+def _serve_metrics(app: "FastAPI", host: str, port: int, origin: str) -> None:
+    try:
+        port = app.state.service.metrics.listen(host, port)
+    except OSError as err:
+        raise InvalidOptionError(f"{origin}: cannot listen on {host}:{port}: {err.strerror}") from err
+    url_host = f"[{host}]" if ":" in host else host
+    print(f"metrics on http://{url_host}:{port}/metrics", flush=True)
+
+
+def _followed(source: str, poll_s: float) -> str | None:
     """Return the registry URI to poll for new versions; None if `source` is not an alias or polling is disabled."""
     from refract.serve.rollout.model_source import is_registered
 
-    return source if is_registered(source) and "@" in source and arguments.poll_s > 0 else None
+    return source if is_registered(source) and "@" in source and poll_s > 0 else None
 
 
-def _challenge(arguments: argparse.Namespace, build: "Build") -> "Challenge | None":
+def _challenge(config: ServeConfig, build: "Build") -> "Challenge | None":
     from refract.serve.rollout.canary import Challenge
     from refract.serve.rollout.model_source import is_registered
 
-    source = arguments.challenger
+    source = config.challenger
     if source is None:
         return None
+    follow, engine = _followed(source, config.poll_s), None
     try:
         engine = build(_bundle(source))
     except (InvalidOptionError, ValueError) as err:
         if not is_registered(source):
-            raise InvalidOptionError(f"--challenger: {err}") from err
-        engine = None  # an alias that is not set, or whose model is invalid, must not keep the server from starting
-        print(f"refract serve: the challenger is not started yet: {err}", file=sys.stderr)
-    answers = arguments.canary is not None
-    share = arguments.canary if answers else arguments.shadow
-    return Challenge(engine, share, answers, _followed(source, arguments))
+            raise InvalidOptionError(f"{config.origin('challenger')}: {err}") from err
+        # An alias that is not set, or whose model is invalid, must not keep the server from starting.
+        retry = "does not try again; correct the source and restart it"
+        if follow:
+            retry = f"looks it up again every {config.poll_s:g} s"
+        _report(f"{config.origin('challenger')}: {err}; the server starts without a challenger and {retry}")
+    share = config.shadow if config.canary is None else config.canary
+    assert share is not None
+    return Challenge(engine, share, config.canary is not None, follow)
 
 
-def _traces(address: str | None) -> "TracerProvider | None":
+def _traces(config: ServeConfig) -> "TracerProvider | None":
     from refract.serve.http.tracing import provider
 
+    address, origin = config.traces, config.origin("traces")
     if address is None:
         return None
     if not address.startswith(("http://", "https://")):
-        raise InvalidOptionError(f"--traces: {address!r} is not an http(s) URL such as http://localhost:4318/v1/traces")
+        raise InvalidOptionError(f"{origin}: {address!r} is not an http(s) URL such as http://localhost:4318/v1/traces")
     try:
         return provider(address)
     except ModuleNotFoundError as err:
-        message = "--traces needs OpenTelemetry, which is not installed; install refract with the extra `tracing`"
+        message = f"{origin} needs OpenTelemetry, which is not installed; install refract with the extra `tracing`"
         raise InvalidOptionError(message) from err
 
 
-def _sampling(arguments: argparse.Namespace) -> "DataCapture | None":
+def _sampling(config: ServeConfig) -> "DataCapture | None":
     from refract.serve.requests.limits import MIB
     from refract.serve.rollout.data_capture import DataCapture
 
-    if arguments.sample is None:
+    if config.sample is None:
         return None
-    most = int(arguments.sample_mb * MIB)
+    most = int(config.sample_mb * MIB)
     try:
-        return DataCapture(
-            arguments.sample, share=arguments.sample_share, most_bytes=most, below=arguments.sample_below
-        )
+        return DataCapture(config.sample, share=config.sample_share, most_bytes=most, below=config.sample_below)
     except OSError as err:
-        raise InvalidOptionError(f"--sample: {arguments.sample}: {err.strerror}") from err
+        raise InvalidOptionError(f"{config.origin('sample')}: {config.sample}: {err.strerror}") from err
 
 
-def _devices(option: str) -> list[str]:
+def _devices(option: str, origin: str = "--device") -> list[str]:
     import torch
 
     from refract.serve.runtime.gpus import unseen
@@ -245,35 +266,49 @@ def _devices(option: str) -> list[str]:
             available = ", ".join(["cpu", *gpus])
             hint = f" ({cause})" if cause else ""
             raise InvalidOptionError(
-                f"--device {option}: device {name!r} is not available; available: {available}{hint}"
+                f"{origin} {option}: device {name!r} is not available; available: {available}{hint}"
             )
     return devices
 
 
-def _warn_of_open_access(arguments: argparse.Namespace) -> None:
-    host = arguments.host
-    if arguments.keys is None and host not in ("127.0.0.1", "::1", "localhost"):
-        warning = f"every client that reaches {host} can use the server; --keys FILE requires an API key"
-        print(f"refract serve: {warning}", file=sys.stderr)
+def _warn_of_open_access(config: ServeConfig) -> None:
+    host = config.host
+    if config.keys is None and host not in ("127.0.0.1", "::1", "localhost"):
+        _report(f"every client that reaches {host} can use the server; --keys FILE requires an API key")
 
 
-def _keys(option: str, file: Path | None, **options: Any) -> "ApiKeys | None":
+def _keys(config: ServeConfig) -> "ApiKeys | None":
     from refract.serve.http.auth import ApiKeys
 
-    if file is None:
+    if config.keys is None:
         return None
+    with _naming(config.origin("keys"), config.keys):
+        return ApiKeys(config.keys, rate=config.rate)
+
+
+def _admin_keys(config: ServeConfig) -> "ApiKeys | None":
+    from refract.serve.http.auth import ApiKeys
+
+    if config.admin_keys is None:
+        return None
+    with _naming(config.origin("admin_keys"), config.admin_keys):
+        return ApiKeys(config.admin_keys, description="the keys of --admin-keys")
+
+
+@contextmanager
+def _naming(origin: str, file: Path) -> Iterator[None]:
+    """Raise errors of reading `file` as InvalidOptionError, which names where the file was set."""
     try:
-        return ApiKeys(file, **options)
+        yield
     except OSError as err:
-        raise InvalidOptionError(f"{option}: {file}: {err.strerror}") from err
+        raise InvalidOptionError(f"{origin}: {file}: {err.strerror}") from err
     except ValueError as err:
-        raise InvalidOptionError(f"{option}: {err}") from err
+        raise InvalidOptionError(f"{origin}: {err}") from err
 
 
-def _report(message: str, code: int) -> int:
-    """Print `message` as one line on the standard error. Returns the exit code."""
+def _report(message: str) -> None:
+    """Print `message` as one line on the standard error."""
     print(f"refract serve: {' '.join(message.split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

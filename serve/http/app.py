@@ -37,6 +37,7 @@ from refract.serve.rollout.registry_watcher import Build, registry_watchers
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.gpus import describe
 from refract.serve.runtime.service import Service
+from refract.serve.runtime.settings import ServiceSettings
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -48,11 +49,11 @@ def create_app(
     served: Bundle | Engine,
     *,
     limits: Limits | None = None,
-    max_batch: int = 32,
-    max_wait_ms: float = 2.0,
-    max_queue: int = 1024,
-    max_requests: int = 256,
-    deadline_s: float = 10.0,
+    max_batch: int = ServiceSettings.max_batch,
+    max_wait_ms: float = ServiceSettings.max_wait_ms,
+    max_queue: int = ServiceSettings.max_queue,
+    max_requests: int = ServiceSettings.max_requests,
+    deadline_s: float = ServiceSettings.deadline_s,
     keys: ApiKeys | None = None,
     admin: ApiKeys | None = None,
     access_log: bool = False,
@@ -72,21 +73,26 @@ def create_app(
     follow: the registry URI of the bundle, models:/NAME@ALIAS. It is resolved every `poll_s` seconds; on a new version `build` creates its
     engine, which is hot-swapped. challenge: a second model, for canary or shadow requests. sampling: captures a sample of the requests.
     cors_origins: origins whose pages may read responses, `*` for all. root_path: the path of a reverse proxy below which the server runs.
-    The other parameters are those of `Service`.
+    The other parameters are those of `Limits` and of `ServiceSettings`.
 
     The lifespan runs the self-test. If it fails, the server does not start and `app.state.failure` holds the exception. Routes may be added
     to the application; middleware and exception handlers may not.
     Raises ValueError or BundleError for an invalid parameter or an unusable bundle.
     """
     engine = served if isinstance(served, Engine) else Engine(served)
-    options: dict[str, Any] = {"max_batch": max_batch, "max_wait_ms": max_wait_ms, "max_queue": max_queue}
-    options |= {"max_requests": max_requests, "deadline_s": deadline_s}
+    settings = ServiceSettings(
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        max_queue=max_queue,
+        max_requests=max_requests,
+        deadline_s=deadline_s,
+    )
     metrics = Metrics()
     if sampling:
         sampling.count = metrics.sampled
-    service = Service(engine, limits=limits or Limits(), metrics=metrics, sampling=sampling, **options)
-    metrics.watch("requests_inside", "Requests in flight", lambda: service.in_flight)
-    metrics.watch("images_waiting", "Images that wait for a batch to form", lambda: service.waiting)
+    service = Service(engine, limits=limits or Limits(), metrics=metrics, settings=settings, sampling=sampling)
+    metrics.watch("requests_in_flight", "Requests in flight", lambda: service.admission.in_flight)
+    metrics.watch("images_waiting", "Images that wait for a batch to form", lambda: service.models.champion.waiting)
     for gpu in describe(engine.devices):
         metrics.watch_gpu(gpu.device, gpu.name, gpu.driver, partial(describe, [gpu.device]))
 
@@ -154,10 +160,10 @@ async def _reject_without_keys() -> None:
 
 async def _start_challenge(service: Service, challenge: Challenge) -> None:
     try:
-        await service.challenge(challenge)
+        await service.models.challenge(challenge)
     except BundleError as err:  # the champion still serves
         assert challenge.engine is not None
-        service.rejected.add(challenge.engine.bundle.path)
+        service.models.rejected.add(challenge.engine.bundle.path)
         logger.warning("the challenger is not started: %s", err)
 
 
@@ -181,7 +187,7 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
         responses=problems(503),
     )
     async def livez() -> JSONResponse:
-        service.check_alive()
+        service.models.check_alive()
         return JSONResponse({"status": "alive"})
 
     @app.get(
@@ -191,7 +197,7 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
     )
     async def readyz() -> JSONResponse:
         service.check_accepting()
-        return JSONResponse({"status": "ready", "model": service.engine.bundle.info.name})
+        return JSONResponse({"status": "ready", "model": service.models.engine.bundle.info.name})
 
     @app.get(
         "/v1/model",
@@ -200,7 +206,9 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
         responses=problems(401),
     )
     async def model() -> JSONResponse:
-        return JSONResponse(_description(service.engine) | {"challenger": _challenger(service.challenger)})
+        return JSONResponse(
+            _description(service.models.engine) | {"challenger": _challenger(service.models.challenger)}
+        )
 
     @app.get(
         "/v1/status",
@@ -209,7 +217,9 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
         responses=problems(401),
     )
     async def status() -> JSONResponse:
-        return JSONResponse({"requests": service.in_flight, "images_waiting": service.waiting})
+        return JSONResponse(
+            {"requests": service.admission.in_flight, "images_waiting": service.models.champion.waiting}
+        )
 
 
 def _add_admin(app: FastAPI, service: Service, guards: ApiKeys | None) -> None:
@@ -223,9 +233,11 @@ def _add_admin(app: FastAPI, service: Service, guards: ApiKeys | None) -> None:
         include_in_schema=guards is not None,
     )
     async def rollback() -> JSONResponse:
-        service.check_ready()
-        await service.roll_back()
-        return JSONResponse({"model": service.engine.bundle.info.name, "digest": service.engine.bundle.digest})
+        service.models.check_ready()
+        await service.models.roll_back()
+        return JSONResponse(
+            {"model": service.models.engine.bundle.info.name, "digest": service.models.engine.bundle.digest}
+        )
 
 
 def _challenger(challenger: Challenger | None) -> dict[str, Any] | None:

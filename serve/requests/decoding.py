@@ -1,8 +1,7 @@
 """Decode a request's bytes into the network's input. These functions run on worker threads, or for tiny images on the event loop."""
 
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,19 +27,29 @@ EACH = 0.1
 class RequestImages(NamedTuple):
     """The parsed samples of a request, not decoded yet.
 
-    number: samples; megapixels: estimated cost of decoding, from the image headers; decode: returns the images as uint8 N×H×W×3, or raises
-    RequestError, or OverloadedError if too many pixels are being decoded; texts: one for each sample, or empty; has_image: whether each
-    sample has an image, empty if all have; encoded: the image files, empty for tensors; sides: (height, width) of each image, (0, 0) for a
-    sample without an image, empty if unknown.
+    number: samples; megapixels: estimated cost of decoding, from the image headers; sides: (height, width) of each image, (0, 0) for a
+    sample without an image. The images are either `encoded`, files with None for a sample without an image, which messages call by their
+    `names`; or `pixels`, uint8 N×H×W×3. texts: one for each sample, or empty; has_image: whether each sample has an image, empty if all
+    have.
     """
 
     number: int
     megapixels: float
-    decode: Callable[[Preprocess, Budget], np.ndarray]
+    sides: Sequence[tuple[int, int]]
+    encoded: Sequence[bytes | None] = ()
+    names: Sequence[str] = ()
+    pixels: np.ndarray | None = None
     texts: Sequence[str] = ()
     has_image: Sequence[bool] = ()
-    encoded: Sequence[bytes | None] = ()
-    sides: Sequence[tuple[int, int]] = ()
+
+
+class ParsedRequest(NamedTuple):
+    """A parsed request. outputs: names of the outputs that the response has, and id: the client's name of the request, None without one;
+    both are of the Open Inference Protocol only."""
+
+    images: RequestImages
+    outputs: tuple[str, ...] = ()
+    id: str | None = None
 
 
 def is_quick(content_type: str, body: bytes) -> bool:
@@ -75,14 +84,24 @@ def encoded_images(images: Sequence[bytes | None], names: Sequence[str], limits:
     """Read the headers of encoded images; None is a sample without an image. RequestError 400 if a header is invalid, 413 if the images
     together have more than `limits.max_total_pixels`."""
     sides = [(0, 0) if data is None else _sides(data, name) for data, name in zip(images, names, strict=True)]
-    sizes = [height * width for height, width in sides]
-    total = sum(sizes)
+    total = sum(height * width for height, width in sides)
     if len(images) > 1 and total > limits.max_total_pixels:
         message = f"the images have {total:,} pixels together; a request may have at most {limits.max_total_pixels:,}"
         raise RequestError(413, "images_too_large", message)
     # `decode` rejects a single image that is too large before it decodes it.
     megapixels = min(total, limits.max_total_pixels) / 1e6 + EACH * len(images)
-    return RequestImages(len(images), megapixels, partial(_batch, images, names, sizes), encoded=images, sides=sides)
+    return RequestImages(len(images), megapixels, sides, images, names)
+
+
+def decode(images: RequestImages, preprocess: Preprocess, budget: Budget) -> np.ndarray:
+    """Return the network's inputs, uint8 N×H×W×3. RequestError, or OverloadedError if too many pixels are being decoded."""
+    if images.pixels is not None:
+        return np.stack([preprocess(image) for image in images.pixels])
+    rows = [
+        _pixels(data, name, height * width, preprocess, budget)
+        for data, name, (height, width) in zip(images.encoded, images.names, images.sides, strict=True)
+    ]
+    return rows[0][None] if len(rows) == 1 else np.stack(rows)
 
 
 def _sides(data: bytes, name: str) -> tuple[int, int]:
@@ -94,13 +113,6 @@ def _sides(data: bytes, name: str) -> tuple[int, int]:
         raise
     except Exception as err:
         raise _image_error(err, name) from err
-
-
-def _batch(
-    images: Sequence[bytes | None], names: Sequence[str], sizes: Sequence[int], preprocess: Preprocess, budget: Budget
-) -> np.ndarray:
-    rows = [_pixels(*image, preprocess, budget) for image in zip(images, names, sizes, strict=True)]
-    return rows[0][None] if len(rows) == 1 else np.stack(rows)
 
 
 def _pixels(data: bytes | None, name: str, size: int, preprocess: Preprocess, budget: Budget) -> np.ndarray:

@@ -13,8 +13,8 @@ from python_multipart.multipart import MultipartParser
 
 from refract.serve.http.errors import RequestError
 
-MAX_TEXT_FIELDS = 64
-"""Most parts of a form in addition to its images."""
+MAX_OTHER_PARTS = 64
+"""Most parts of a form in addition to its images: texts, and fields that are ignored."""
 
 _PARAMETER = re.compile(r';\s*([^\s;=*]+)(?:\*([0-9]+))?(\*)?\s*=\s*("(?:\\.|[^"\\])*"|[^;]*)', re.DOTALL)
 """A parameter of Content-Disposition: name, continuation number, `*` if percent-encoded, value."""
@@ -59,10 +59,10 @@ class _Form:
 
     def _part_begin(self) -> None:
         self._parts += 1
-        if self._parts > self.max_images + MAX_TEXT_FIELDS:
-            raise RequestError(
-                413, "too_many_images", f"the form has too many parts; at most {self.max_images} images are allowed"
-            )
+        if self._parts > self.max_images + MAX_OTHER_PARTS:
+            limits = f"at most {self.max_images} images and {MAX_OTHER_PARTS} other parts are allowed"
+            message = f"the form has more than {self.max_images + MAX_OTHER_PARTS} parts; {limits}"
+            raise RequestError(413, "too_many_images", message)
         self._disposition, self._chunks = "", []  # type: str, list[bytes]
 
     def _header_begin(self) -> None:

@@ -22,23 +22,27 @@ def registry_watchers(
     service: Service, follow: str | None, challenge: Challenge | None, *, build: Build, every_s: float
 ) -> list["RegistryWatcher"]:
     """Build the watchers of the champion's and of the challenger's registry name, if they have one."""
-    options: dict[str, Any] = {"build": build, "every_s": every_s, "rejected": service.rejected}
+    options: dict[str, Any] = {"build": build, "every_s": every_s, "rejected": service.models.rejected}
     options |= {"on_refusal": lambda: service.metrics.swapped("refused")}
     watchers = []
     if follow:
         watchers.append(
             RegistryWatcher(
-                follow, take=service.swap, serving=lambda: service.engine, rollback_state=service, **options
+                follow,
+                take=service.models.swap,
+                serving=lambda: service.models.engine,
+                rollback_state=service.models,
+                **options,
             )
         )
     if challenge and challenge.follow:
         settings = replace(challenge, engine=None)  # without the engine, which would stay in memory after a swap
 
         async def take(engine: Engine) -> None:
-            await service.challenge(replace(settings, engine=engine))
+            await service.models.challenge(replace(settings, engine=engine))
 
         def challenging() -> Engine | None:
-            return service.challenger.worker.engine if service.challenger else None
+            return service.models.challenger.worker.engine if service.models.challenger else None
 
         watchers.append(RegistryWatcher(challenge.follow, take=take, serving=challenging, **options))
     return watchers

@@ -51,8 +51,8 @@ class Engine:
         *,
         threads: int = THREADS,
     ) -> None:
-        """backend: a name of `refract.serve.runtime.backends.BACKENDS`, or auto for the fastest one that agrees with float32; threads: most
-        CPU threads. BundleError as in `choose`, if a golden sample cannot be decoded, or if the device's memory is too small."""
+        """backend: a name of `refract.serve.runtime.backends.NAMES`; threads: most CPU threads. BundleError as
+        in `choose`, if a golden sample cannot be decoded, or if the device's memory is too small."""
         self.bundle = bundle
         self.others: tuple[Engine, ...] = ()
         """Other engines of the same bundle, which compute in parallel with this one."""

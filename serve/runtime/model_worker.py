@@ -3,10 +3,9 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,8 @@ from refract.serve.requests.limits import Budget
 from refract.serve.runtime.batcher import Answered, Batcher
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.engine_statistics import Statistics
-from refract.serve.runtime.pools import RECENT, PricedPool
+from refract.serve.runtime.pools import RECENT, DecoderPools
+from refract.serve.runtime.settings import ServiceSettings
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +45,13 @@ class ModelWorker:
         self,
         engine: Engine,
         *,
-        decoders: Callable[[float], PricedPool],
+        settings: ServiceSettings,
+        decoders: DecoderPools,
         budget: Budget,
         metrics: Metrics | None,
-        **batch_options: Any,
     ) -> None:
-        """decoders: the thread pool for a request of that many megapixels; budget: the pixels that may be decoded at a time;
-        metrics: counts the batches, None for a shadow; batch_options: see `Batcher`."""
+        """decoders: the threads that decode its images; budget: the pixels that may be decoded at a time; metrics: counts the batches, None
+        for a shadow."""
         self.engine, self.preparing, self.statistics = engine, 0, Statistics()
         self.decoders, self.budget = decoders, budget
         self._metrics, self._in_flight, self._idle = metrics, 0, asyncio.Event()
@@ -60,7 +60,14 @@ class ModelWorker:
         self._failed_batches, self._self_test_task = 0, None  # type: int, asyncio.Task[None] | None
         self._batches, self._cpu_seconds = 0, 0.0  # computed batches; moving average of a batch's CPU seconds
         compute = [partial(self._compute, number) for number in range(len(engine.workers))]
-        self._batcher = Batcher(*compute, coming=lambda: self.preparing > 0, brief=self._is_brief, **batch_options)
+        self._batcher = Batcher(
+            *compute,
+            max_batch=settings.max_batch,
+            max_wait_ms=settings.max_wait_ms,
+            max_queue=settings.max_queue,
+            coming=lambda: self.preparing > 0,
+            brief=self._is_brief,
+        )
 
     @property
     def waiting(self) -> int:

@@ -1,4 +1,4 @@
-"""A thread pool that estimates how long its queued work will take."""
+"""Thread pools that estimate how long their queued work will take."""
 
 import asyncio
 import time
@@ -11,6 +11,14 @@ Result = TypeVar("Result")
 
 RECENT = 0.2
 """Weight of one unit of work in the moving average of the pace."""
+
+
+DECODING = 0.01
+"""Initial estimate of the seconds to decode one megapixel, until it is measured."""
+
+LARGE = 16.0
+"""Megapixels above which a request is decoded in a separate thread pool, with half as many threads as cores. Ordinary photos do not wait
+for such requests."""
 
 
 class PricedPool:
@@ -52,3 +60,19 @@ class PricedPool:
         weight = 1 - (1 - RECENT) ** amount
         self._pace += weight * ((time.monotonic() - start) / amount - self._pace)
         return result
+
+
+class DecoderPools:
+    """The pools that decode images: one for ordinary requests, one for those above LARGE megapixels."""
+
+    def __init__(self, ordinary: PricedPool, large: PricedPool) -> None:
+        self._ordinary, self._large = ordinary, large
+
+    def of(self, megapixels: float) -> PricedPool:
+        """Return the pool for a request of that many megapixels."""
+        return self._large if megapixels > LARGE else self._ordinary
+
+    def close(self) -> None:
+        """Stop the threads, and cancel jobs that have not started."""
+        self._ordinary.close()
+        self._large.close()

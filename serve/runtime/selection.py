@@ -19,10 +19,10 @@ from torch import Tensor
 
 from refract.models.bundle.bundle import Bundle, BundleError
 from refract.models.classifier import Classifier, probabilities
-from refract.serve.runtime.backends import BACKENDS, INT8
 from refract.serve.runtime.backends.base import Forward, first_line
 from refract.serve.runtime.backends.kept import store
 from refract.serve.runtime.backends.quantised import weight_bits
+from refract.serve.runtime.backends.registry import BACKENDS, INT8
 
 logger = logging.getLogger(__name__)
 

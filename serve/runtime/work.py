@@ -1,6 +1,5 @@
 """A prediction request before and after parsing, and its result."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,37 +8,39 @@ from refract.models.bundle.bundle import Bundle
 from refract.models.multimodal.tokens import trimmed
 from refract.models.prediction import Explanation
 from refract.serve.http.errors import RequestError
-from refract.serve.requests.decoding import RequestImages
+from refract.serve.requests.decoding import ParsedRequest, RequestImages
+from refract.serve.requests.protocols import InferBody, PredictBody
 from refract.serve.runtime.engine import Engine
 
 
 class Work(NamedTuple):
-    """A request whose body was received and is not parsed yet. read: parses the images, or raises RequestError; flipped: average the logits
-    of each image and of its horizontal flip; explained: add heat maps of the likeliest labels; quick: parse and decode on the event loop,
-    which is faster than on a thread; version: the only model version that may answer, None for any."""
+    """A request whose body was received and is not parsed yet. flipped: average the logits of each image and of its horizontal flip;
+    explained: add heat maps of the likeliest labels; quick: parse and decode on the event loop, which is faster than on a thread; version:
+    the only model version that may answer, None for any."""
 
-    read: Callable[[], RequestImages]
+    body: PredictBody | InferBody
     flipped: bool = False
     explained: bool = False
     quick: bool = False
     version: str | None = None
 
 
-class ReadWork(NamedTuple):
+class ParsedWork(NamedTuple):
     """A parsed request, whose images are not decoded yet. seconds: duration of the parsing; due: the event loop's time by which its heat
     maps must be complete."""
 
     work: Work
-    images: RequestImages
+    request: ParsedRequest
     seconds: float
-    due: float = float("inf")
+    due: float
 
 
 class Predictions(NamedTuple):
-    """The result of one request. bundle: the model that answered; probabilities: float32 N×C; seconds: durations of the stages `prepare`
-    (wait for a thread, parse, decode, resize), `queue`, `compute` and `explain`; explanations: one for each image, empty if not requested;
-    cut: whether each text was truncated, empty if the model reads no texts."""
+    """The result of one request. request: what was parsed; bundle: the model that answered; probabilities: float32 N×C; seconds: durations
+    of the stages `prepare` (wait for a thread, parse, decode, resize), `queue`, `compute` and `explain`; explanations: one for each image,
+    empty if not requested; cut: whether each text was truncated, empty if the model reads no texts."""
 
+    request: ParsedRequest
     bundle: Bundle
     probabilities: np.ndarray
     seconds: dict[str, float]

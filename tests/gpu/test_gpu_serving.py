@@ -14,7 +14,7 @@ from gpu_data import COLOURS, encoded, write_bundle
 from refract.models.bundle.bundle import Bundle, BundleError, load_bundle
 from refract.serve.http.metrics import Metrics
 from refract.serve.requests.limits import Limits
-from refract.serve.runtime.backends import BACKENDS
+from refract.serve.runtime.backends.registry import BACKENDS
 from refract.serve.runtime.engine import Compute, Engine, build
 from refract.serve.runtime.selection import candidates
 from refract.serve.runtime.service import Service
@@ -132,12 +132,12 @@ def test_hot_swaps_under_load_answer_everything_and_free_the_memory(
     async def story() -> None:
         service = Service(Engine(bundles[0], device), limits=Limits(), metrics=Metrics())
         await service.start()
-        batch, stop, answered = _batch(service.engine), asyncio.Event(), 0
+        batch, stop, answered = _batch(service.models.engine), asyncio.Event(), 0
 
         async def load() -> None:
             nonlocal answered
             while not stop.is_set():
-                worker = service._worker
+                worker = service.models.champion
                 with worker.in_flight_request():
                     result = await worker.submit(batch)
                 assert np.isfinite(result.outputs).all()
@@ -146,7 +146,7 @@ def test_hot_swaps_under_load_answer_everything_and_free_the_memory(
 
         tasks = [asyncio.create_task(load()) for _ in range(4)]
         for number in range(swaps):
-            await service.swap(Engine(bundles[(number + 1) % 2], device))
+            await service.models.swap(Engine(bundles[(number + 1) % 2], device))
             gc.collect()
             memory.append(torch.cuda.memory_allocated() if device == "cuda" else 0)
         stop.set()

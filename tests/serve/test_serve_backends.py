@@ -14,8 +14,8 @@ from torch import nn
 
 from refract.models.classifier import Classifier
 from refract.models.registry import build
-from refract.serve.runtime.backends import BACKENDS
 from refract.serve.runtime.backends.base import AGREED, INT8_AGREED
+from refract.serve.runtime.backends.registry import BACKENDS
 from refract.serve.runtime.engine import Engine
 
 pytestmark = [

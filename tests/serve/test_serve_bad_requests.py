@@ -127,7 +127,8 @@ def test_too_many_files_and_parts(client, make_image):
     check(client.post("/v1/predict", files=files), 413, "too_many_images")
     parts = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n' * 500 + b"--x--\r\n"
     answer = client.post("/v1/predict", content=parts, headers={"content-type": "multipart/form-data; boundary=x"})
-    check(answer, 413, "too_many_images")
+    message = check(answer, 413, "too_many_images")
+    assert message == "the form has more than 67 parts; at most 3 images and 64 other parts are allowed"
 
 
 def test_a_chunked_body_above_the_limit_is_rejected(client):

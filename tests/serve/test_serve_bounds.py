@@ -19,7 +19,7 @@ from refract.augment.preprocess import Preprocess
 from refract.serve.http.app import create_app
 from refract.serve.http.errors import RequestError
 from refract.serve.requests.body import unless_gone
-from refract.serve.requests.decoding import is_quick, read
+from refract.serve.requests.decoding import decode, is_quick, read
 from refract.serve.requests.limits import Budget, Limits, OverloadedError
 from refract.serve.runtime.cores import cores, quota
 from refract.serve.runtime.engine import Engine
@@ -57,7 +57,7 @@ def busy(engine: GatedEngine, client: httpx.Client, **request) -> Iterator[Futur
 
 
 def prepare(kind: str, body: bytes, preprocess: Preprocess, budget: Budget) -> np.ndarray:
-    return read(kind, body, budget.limits).decode(preprocess, budget)
+    return decode(read(kind, body, budget.limits), preprocess, budget)
 
 
 def test_the_pixels_decoded_at_a_time_are_limited(bundle, make_image) -> None:
@@ -157,7 +157,7 @@ def test_requests_that_arrive_while_the_engine_computes_form_one_batch(bundle, s
     app = create_app(engine, max_wait_ms=60_000)  # not reached: no other request is in preparation
     with serving(app) as client, ThreadPoolExecutor(2) as pool, busy(engine, client, content=make_image(0)) as first:
         rest = [pool.submit(client.post, "/v1/predict", content=make_image(i)) for i in (1, 2)]
-        wait_until(lambda: app.state.service.waiting == 2)
+        wait_until(lambda: app.state.service.models.champion.waiting == 2)
         engine.gate.set()
         assert [answer.result().status_code for answer in (first, *rest)] == [200] * 3
     assert engine.sizes == [1, 2]
@@ -208,7 +208,7 @@ def test_a_request_of_a_disconnected_client_is_not_computed(bundle, serving, mak
     with serving(app) as client, busy(engine, client, content=make_image(0)) as first:
         with pytest.raises(httpx.ReadTimeout):
             client.post("/v1/predict", content=make_image(1), timeout=0.5)
-        wait_until(lambda: app.state.service.in_flight == 1)
+        wait_until(lambda: app.state.service.admission.in_flight == 1)
         engine.gate.set()
         assert first.result().status_code == 200
         assert client.post("/v1/predict", content=make_image(2)).status_code == 200
@@ -243,8 +243,8 @@ def test_pipelined_requests_of_a_disconnected_client_are_not_computed(bundle, se
         for _ in range(5):
             with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
                 connection.sendall(request * 3)
-                wait_until(lambda: app.state.service.in_flight == 2)
-            wait_until(lambda: app.state.service.in_flight == 1)
+                wait_until(lambda: app.state.service.admission.in_flight == 2)
+            wait_until(lambda: app.state.service.admission.in_flight == 1)
         engine.gate.set()
         assert first.result().status_code == 200
         assert client.post("/v1/predict", content=make_image(2)).status_code == 200

@@ -9,6 +9,8 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from refract.serve.cli import command
+from refract.serve.cli.options import parse
 from refract.serve.http.app import create_app
 from refract.serve.rollout.canary import SHADOWS, Challenge
 from refract.serve.runtime.engine import Engine
@@ -172,6 +174,24 @@ def test_the_server_starts_without_a_challenger_that_fails(
         with serving(create_app(bundle, challenge=Challenge(Engine(bad), share=1, answers=True))) as client:
             assert client.post("/v1/predict", content=make_image(1)).status_code == 200
             assert client.get("/v1/model").json()["challenger"] is None and message in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("source", "next_step"),
+    [
+        ("models:/shapes@challenger", "looks it up again every 60 s"),
+        ("models:/shapes/2", "does not try again; correct the source and restart it"),
+    ],
+)
+def test_a_challenger_that_cannot_be_loaded_is_reported_with_the_next_step(
+    source: str, next_step: str, monkeypatch: pytest.MonkeyPatch, tmp_path, capsys
+) -> None:
+    monkeypatch.setattr(command, "_bundle", lambda source: (_ for _ in ()).throw(command.InvalidOptionError("unset")))
+    challenge = command._challenge(parse([str(tmp_path), "--challenger", source, "--canary", "0.1"]), Engine)
+    assert challenge.engine is None
+    assert capsys.readouterr().err == (
+        f"refract serve: --challenger: unset; the server starts without a challenger and {next_step}\n"
+    )
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.1, float("nan")])

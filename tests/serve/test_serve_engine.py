@@ -87,7 +87,7 @@ def test_flip_tta_gives_the_probabilities_of_evaluation(make_bundle, serving, ma
     straight, flipped = (engine.compute(views)[:, 1] for views in (inputs, inputs[:, :, ::-1].copy()))
     np.testing.assert_allclose(engine.mean(straight, flipped), wanted, atol=1e-6)
     app = create_app(engine)
-    app.state.service.engine.self_test = lambda: 0.01  # its golden samples are of the network with factor 1
+    app.state.service.models.engine.self_test = lambda: 0.01  # its golden samples are of the network with factor 1
     with serving(app) as client:
         answer = client.post("/v1/predict?tta=flip&top=10", files=[("f", ("x.jpg", one)) for one in data])
     for row, prediction in zip(wanted, answer.json()["predictions"], strict=True):

@@ -97,7 +97,7 @@ def test_a_canary_that_returns_nan_gets_no_more_requests(bundle, other, serving,
             answer = client.post("/v1/predict", content=make_image(i))
             assert answer.status_code == 200 and answer.json()["model"]["digest"] == bundle.digest
         end = time.monotonic() + 20
-        while not app.state.service.challenger.worker.unfit:
+        while not app.state.service.models.challenger.worker.unfit:
             assert time.monotonic() < end
             time.sleep(0.01)
         assert probes(client) == [200] * 4

@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from refract.augment.decoding.decode import image_size
 from refract.models.occlusion import Occlusion
 from refract.serve.http.app import create_app
-from refract.serve.http.routes import v2
-from refract.serve.requests.decoding import RequestImages
+from refract.serve.requests import infer_parsing
 from refract.serve.requests.limits import OverloadedError
 from refract.serve.requests.parsing import SPARE, parsed
+from refract.serve.requests.protocols import PredictBody
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.pools import PricedPool
-from refract.serve.runtime.service import LARGE, READERS, Service
+from refract.serve.runtime.predictor import READERS
+from refract.serve.runtime.service import Service
 from refract.serve.runtime.work import Work
 
 
@@ -92,27 +94,25 @@ def test_large_images_are_rejected_early_and_do_not_delay_ordinary_ones(bundle, 
     assert {status for status, _ in photos} == {200} and max(seconds for _, seconds in photos) < deadline / 2, photos
 
 
-def test_large_requests_leave_threads_for_other_requests(bundle, served) -> None:
+def test_large_requests_leave_threads_for_other_requests(bundle, served, make_image, flat) -> None:
     """As many large images as cores wait in the decoder; a small one is still answered."""
-    row = np.zeros((1, 32, 32, 3), np.uint8)
-    resume = threading.Event()
+    engine, resume = Engine(bundle), threading.Event()
 
-    def held(*_) -> np.ndarray:
-        assert resume.wait(20)
-        return row
+    def held(data: bytes, *, max_pixels: int) -> np.ndarray:
+        assert data != flat or resume.wait(20)
+        return np.zeros((32, 32, 3), np.uint8)
 
     async def story(service: Service) -> None:
-        large = [
-            asyncio.create_task(service.predict(Work(lambda: RequestImages(1, LARGE + 1, held)))) for _ in range(64)
-        ]
+        engine.preprocess = held
+        large = [asyncio.create_task(service.predict(Work(PredictBody(flat, "image/png")))) for _ in range(64)]
         await asyncio.sleep(0)
-        small = await asyncio.wait_for(service.predict(Work(lambda: RequestImages(1, 1, lambda *_: row))), 5)
+        small = await asyncio.wait_for(service.predict(Work(PredictBody(make_image(1), "image/jpeg"))), 5)
         assert small.probabilities.shape == (1, 10)
         resume.set()
         ends = await asyncio.gather(*large, return_exceptions=True)
         assert {type(end) for end in ends} <= {type(small), OverloadedError}
 
-    served(Engine(bundle), story)
+    served(engine, story)
 
 
 @pytest.mark.slow
@@ -134,10 +134,10 @@ def test_heat_maps_beyond_the_deadline_are_rejected_before_decoding(bundle, serv
         assert client.post("/v1/predict", content=make_image(1)).status_code == 200
 
 
-def test_bodies_are_parsed_on_threads_and_few_at_a_time(bundle, served) -> None:
+def test_bodies_are_parsed_on_threads_and_few_at_a_time(bundle, served, make_image, monkeypatch) -> None:
     inside, most, names, alone = [0], [0], set(), threading.Lock()
 
-    def reading() -> RequestImages:
+    def slow(data: bytes) -> tuple[int, int]:
         with alone:
             inside[0] += 1
             most[0] = max(most[0], inside[0])
@@ -145,10 +145,11 @@ def test_bodies_are_parsed_on_threads_and_few_at_a_time(bundle, served) -> None:
         time.sleep(0.01)
         with alone:
             inside[0] -= 1
-        return RequestImages(1, 0.1, lambda *_: np.zeros((1, 32, 32, 3), np.uint8))
+        return image_size(data)
 
     async def story(service: Service) -> None:
-        await asyncio.gather(*(service.predict(Work(reading)) for _ in range(12)))
+        monkeypatch.setattr("refract.serve.requests.decoding.image_size", slow)
+        await asyncio.gather(*(service.predict(Work(PredictBody(make_image(1), ""))) for _ in range(12)))
         assert most == [READERS] and names == {"read"}
 
     served(Engine(bundle), story)
@@ -161,7 +162,7 @@ def test_v2_documents_are_parsed_on_the_same_threads(bundle, serving, monkeypatc
         names.append(threading.current_thread().name.partition("_")[0])
         return parsed(*given, **options)
 
-    monkeypatch.setattr(v2, "parsed", noted)
+    monkeypatch.setattr(infer_parsing, "parsed", noted)
     pixels = {"name": "images", "datatype": "UINT8", "shape": [1, 100, 100, 3], "data": [255] * 30_000}
     with serving(create_app(bundle)) as client:
         assert client.post("/v2/models/shapes/infer", json={"inputs": [pixels]}).status_code == 200

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from refract.serve.requests.decoding import RequestImages
 from refract.serve.requests.limits import Budget, Limits, OverloadedError
+from refract.serve.requests.protocols import InferBody
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.model_worker import ModelWorker
-from refract.serve.runtime.pools import PricedPool
+from refract.serve.runtime.pools import DecoderPools, PricedPool
 from refract.serve.runtime.service import Service
+from refract.serve.runtime.settings import ServiceSettings
 from refract.serve.runtime.work import Work
 
 
@@ -42,7 +44,13 @@ def batch(count: int) -> np.ndarray:
 def with_worker(bundle, story) -> None:
     async def main() -> None:
         engine, threads = Paced(bundle), PricedPool(1, "test", pace=1)
-        worker = ModelWorker(engine, decoders=lambda _: threads, budget=Budget(Limits()), metrics=None, max_wait_ms=0)
+        worker = ModelWorker(
+            engine,
+            settings=ServiceSettings(max_wait_ms=0),
+            decoders=DecoderPools(threads, threads),
+            budget=Budget(Limits()),
+            metrics=None,
+        )
         worker.start(engine.self_test())
         try:
             await asyncio.wait_for(story(worker, engine), 20)
@@ -104,13 +112,12 @@ def test_proven_brief_batches_are_computed_on_the_event_loop(
     with_worker(bundle, story)
 
 
-def asking(count: int, seen: list[int] | None = None) -> Work:
-    def read() -> RequestImages:
-        if seen is not None:
-            seen.append(count)
-        return RequestImages(count, 1, lambda *_: batch(count))
-
-    return Work(read, quick=True)
+def asking(count: int) -> Work:
+    """A request of `count` black images, which is parsed on the event loop."""
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [count, 32, 32, 3]}
+    pixels = batch(count).tobytes()
+    head = json.dumps({"inputs": [tensor | {"parameters": {"binary_data_size": len(pixels)}}]}).encode()
+    return Work(InferBody(head + pixels, str(len(head))), quick=True)
 
 
 @contextlib.asynccontextmanager
@@ -139,12 +146,11 @@ def test_a_large_request_that_would_miss_its_deadline_does_not_enter_the_queue(b
 
 
 def test_a_body_that_arrives_when_the_queue_is_too_long_is_not_parsed(bundle, served) -> None:
-    engine, seen = Paced(bundle), []
+    engine = Paced(bundle)
 
     async def story(service: Service) -> None:
         async with busy(service, engine, 1, 55):
             with pytest.raises(OverloadedError, match=r"would take about 5\.6 s"):
-                await asyncio.wait_for(service.predict(asking(1, seen)), 2)
-            assert not seen
+                await asyncio.wait_for(service.predict(Work(InferBody(b"invalid", None), quick=True)), 2)
 
     served(engine, story)

@@ -83,14 +83,14 @@ def test_every_origin_may_be_allowed(bundle, serving) -> None:
 
 
 def test_the_origins_of_the_command_line(capsys) -> None:
-    assert parse(["x", "--cors-origin", "https://a.example", "http://localhost:3000"]).cors_origin == [
+    assert parse(["x", "--cors-origin", "https://a.example", "http://localhost:3000"]).cors_origin == (
         "https://a.example",
         "http://localhost:3000",
-    ]
-    assert parse(["--cors-origin", "*", "--cors-origin", "http://[::1]:80", "--root-path", "/a", "x"]).cors_origin == [
+    )
+    assert parse(["--cors-origin", "*", "--cors-origin", "http://[::1]:80", "--root-path", "/a", "x"]).cors_origin == (
         "*",
         "http://[::1]:80",
-    ]
+    )
     for wrong in (
         "app.example",
         "https://app.example/",

@@ -58,19 +58,19 @@ def test_a_new_champion_is_served_a_bad_one_is_rejected_and_a_rollback_is_respec
         (follower,) = registry_watchers(service, name, None, build=Engine, every_s=60)
         assert not await follower.look(), "the name refers to the same version"
         promote(other)
-        assert await follower.look() and service.engine.bundle.digest == other.digest
+        assert await follower.look() and service.models.engine.bundle.digest == other.digest
         promote(make_bundle(tmp_path / "wrong", seed=3, wrong=0.2))
-        assert not await follower.look() and service.engine.bundle.digest == other.digest
+        assert not await follower.look() and service.models.engine.bundle.digest == other.digest
         assert "stays in service: " in caplog.text and "golden sample" in caplog.text
         assert not await follower.look() and caplog.text.count("golden sample") == 1, "it is not tried again"
         promote(other)
         assert await follower.look()
-        await service.roll_back()
-        os.utime(service.engine.bundle.path, (0, 0))
+        await service.models.roll_back()
+        os.utime(service.models.engine.bundle.path, (0, 0))
         for _ in range(2):
             assert not await follower.look(), "this version was rolled back"
         assert caplog.text.count("which was rolled back") == 1
-        assert service.engine.bundle.path.stat().st_mtime > 0, (
+        assert service.models.engine.bundle.path.stat().st_mtime > 0, (
             "the served version counts as used, and stays in the cache"
         )
 
@@ -101,8 +101,8 @@ def test_a_download_damaged_before_the_swap_is_replaced(registry, bundle, other,
 
     async def story(service: Service) -> None:
         (follower,) = registry_watchers(service, "models:/shapes@champion", None, build=Engine, every_s=60)
-        assert await follower.look() and service.engine.bundle.digest == other.digest
-        assert not service.rejected
+        assert await follower.look() and service.models.engine.bundle.digest == other.digest
+        assert not service.models.rejected
 
     served(Engine(load_bundle(resolve("models:/shapes/1"))), story)
 
@@ -147,10 +147,10 @@ def test_the_name_of_a_challenger_is_watched_too(registry, bundle, other, served
     async def story(service: Service) -> None:
         (follower,) = registry_watchers(service, None, challenge, build=Engine, every_s=60)
         assert await follower.look() and not await follower.look()
-        assert service.challenger.worker.engine.bundle.digest == other.digest
-        assert service.engine.bundle.digest == bundle.digest
+        assert service.models.challenger.worker.engine.bundle.digest == other.digest
+        assert service.models.engine.bundle.digest == bundle.digest
         promote(bundle, "challenger")
-        assert await follower.look() and service.challenger.worker.engine.bundle.digest == bundle.digest
+        assert await follower.look() and service.models.challenger.worker.engine.bundle.digest == bundle.digest
 
     served(Engine(bundle), story)
 
@@ -171,23 +171,25 @@ def test_a_rolled_back_version_is_served_again_after_the_name_referred_to_anothe
 
     async def story(service: Service) -> None:
         follower, challenging = registry_watchers(service, name, challenge, build=Engine, every_s=60)
-        assert await follower.look() and service.engine.bundle.digest == other.digest
-        await service.roll_back()
+        assert await follower.look() and service.models.engine.bundle.digest == other.digest
+        await service.models.roll_back()
         assert not await follower.look() and "which was rolled back" in caplog.text
         means(2, "challenger")
         assert await challenging.look(), "it was rolled back as the champion, but may be the challenger"
-        assert not await follower.look() and service.engine.bundle.digest == bundle.digest
+        assert not await follower.look() and service.models.engine.bundle.digest == bundle.digest
         means(1)
         assert not await follower.look(), "it is served"
         means(2)
-        assert await follower.look() and service.engine.bundle.digest == other.digest
-        await service.roll_back()
-        await service.roll_back()
-        assert service.engine.bundle.digest == other.digest and not await follower.look(), (
+        assert await follower.look() and service.models.engine.bundle.digest == other.digest
+        await service.models.roll_back()
+        await service.models.roll_back()
+        assert service.models.engine.bundle.digest == other.digest and not await follower.look(), (
             "the version that the name refers to"
         )
         means(1)
-        assert await follower.look() and service.engine.bundle.digest == bundle.digest, "the name refers to it again"
+        assert await follower.look() and service.models.engine.bundle.digest == bundle.digest, (
+            "the name refers to it again"
+        )
 
     served(Engine(load_bundle(resolve("models:/shapes/1"))), story)
 

@@ -59,7 +59,7 @@ def test_swaps_under_load_lose_no_request_and_mix_no_models(
         asking = [pool.submit(ask, i) for i in range(4)]
         engines = [Engine(other), Engine(bundle)]
         for k in range(30):
-            asyncio.run_coroutine_threadsafe(service.swap(engines[k % 2]), loops[0]).result(30)
+            asyncio.run_coroutine_threadsafe(service.models.swap(engines[k % 2]), loops[0]).result(30)
         stop.set()
         assert sum(future.result() for future in asking) > 30
         assert client.get("/v1/model").json()["digest"] == bundle.digest
@@ -74,8 +74,8 @@ def test_an_unfit_model_is_rejected_and_the_old_one_still_serves(bundle, make_bu
     async def story(service: Service) -> None:
         for bad, message in ((wrong, "golden sample"), (strange, "labels differ"), (several, "labels differ")):
             with pytest.raises(BundleError, match=message):
-                await service.swap(Engine(bad))
-        assert service.engine.bundle.digest == bundle.digest and service.ready
+                await service.models.swap(Engine(bad))
+        assert service.models.engine.bundle.digest == bundle.digest and service.models.ready
 
     served(Engine(bundle), story)
 
@@ -86,7 +86,7 @@ def test_a_swap_during_the_shutdown_has_no_effect(bundle, other, inference_threa
         await service.start()
         await service.stop()
         with pytest.raises(NotReadyError):
-            await service.swap(Engine(other))
+            await service.models.swap(Engine(other))
 
     asyncio.run(main())
     assert not inference_threads()
@@ -102,10 +102,10 @@ def test_roll_back_needs_a_key(bundle, other, serving, tmp_path: Path) -> None:
         assert client.post("/admin/rollback").status_code == 401
         first = client.post("/admin/rollback", headers=own)
         assert (first.status_code, first.json()["code"]) == (409, "no_model_before")
-        app.state.service._previous = Engine(other)
+        app.state.service.models.previous = Engine(other)
         assert client.post("/admin/rollback", headers=own).json() == {"model": "shapes", "digest": other.digest}
         assert client.get("/v1/model", headers=own).json()["digest"] == other.digest
-        assert app.state.service.rolled_back_from == bundle.path and not app.state.service.rejected
+        assert app.state.service.models.rolled_back_from == bundle.path and not app.state.service.models.rejected
     (tmp_path / "admins").write_text("root-of-all\n")
     with serving(create_app(bundle, keys=ApiKeys(tmp_path / "keys"), admin=ApiKeys(tmp_path / "admins"))) as client:
         assert client.post("/admin/rollback", headers=own).status_code == 401, "who may ask may not administer"
@@ -115,11 +115,14 @@ def test_roll_back_needs_a_key(bundle, other, serving, tmp_path: Path) -> None:
 
 def test_two_concurrent_roll_backs_return_to_the_same_model(bundle, other, served) -> None:
     async def story(service: Service) -> None:
-        await service.swap(Engine(other))
-        await asyncio.gather(service.roll_back(), service.roll_back())
-        assert service.engine.bundle.digest == other.digest and service._previous.bundle.digest == bundle.digest
-        await service.roll_back()
-        assert service.engine.bundle.digest == bundle.digest
+        await service.models.swap(Engine(other))
+        await asyncio.gather(service.models.roll_back(), service.models.roll_back())
+        assert (
+            service.models.engine.bundle.digest == other.digest
+            and service.models.previous.bundle.digest == bundle.digest
+        )
+        await service.models.roll_back()
+        assert service.models.engine.bundle.digest == bundle.digest
 
     served(Engine(bundle), story)
 
@@ -140,9 +143,9 @@ def test_a_version_swapped_while_the_body_arrives_does_not_answer(bundle, other,
 
     def slowly():
         yield body[:10]
-        while not service.in_flight:
+        while not service.admission.in_flight:
             time.sleep(0.01)
-        asyncio.run_coroutine_threadsafe(service.swap(Engine(other)), loops[0]).result(30)
+        asyncio.run_coroutine_threadsafe(service.models.swap(Engine(other)), loops[0]).result(30)
         yield body[10:]
 
     with serving(app) as client:
@@ -160,17 +163,17 @@ def test_a_swapped_engine_is_freed_at_once(bundle, other, serving, make_image) -
     gc.disable()
     try:
         with serving(app) as client:
-            loop = service._worker._loop
-            for take in (service.swap, service.swap, service.swap):
-                gone.append(weakref.ref(service.engine))
+            loop = service.models.champion._loop
+            for take in (service.models.swap, service.models.swap, service.models.swap):
+                gone.append(weakref.ref(service.models.engine))
                 assert client.post("/v1/predict?explain=true", content=make_image(1)).status_code == 200
                 asyncio.run_coroutine_threadsafe(take(Engine(other)), loop).result(30)
-            gone.append(weakref.ref(service.challenger.worker.engine))
+            gone.append(weakref.ref(service.models.challenger.worker.engine))
             challenge = Challenge(Engine(bundle), share=1, answers=True)
-            asyncio.run_coroutine_threadsafe(service.challenge(challenge), loop).result(30)
+            asyncio.run_coroutine_threadsafe(service.models.challenge(challenge), loop).result(30)
             client.post("/v1/predict", content=make_image(1))
             deadline = time.monotonic() + 10
-            while service._retiring and time.monotonic() < deadline:
+            while service.models._retiring and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert [one() is None for one in gone] == [True, True, False, True], "all but the one before, and the new"
     finally:

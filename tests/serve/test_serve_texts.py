@@ -207,8 +207,8 @@ def test_a_swap_to_a_model_with_other_inputs_is_rejected(both, alone, served) ->
         with pytest.raises(
             BundleError, match="reads texts, but both reads images and texts; start another server for it"
         ):
-            await service.swap(Engine(alone))
-        assert service.engine.bundle.digest == both.digest
+            await service.models.swap(Engine(alone))
+        assert service.models.engine.bundle.digest == both.digest
 
     served(Engine(both), story)
 

@@ -59,7 +59,7 @@ def test_prometheus_metrics_are_served_on_a_separate_port(bundle, serving, make_
     assert found["refract_request_seconds_count",] == 2
     assert {found["refract_stage_seconds_count", stage] for stage in ("prepare", "queue", "compute")} == {2}
     assert found["refract_model", bundle.digest[:16], "shapes"] == 1
-    assert found["refract_requests_inside",] == found["refract_images_waiting",] == 0
+    assert found["refract_requests_in_flight",] == found["refract_images_waiting",] == 0
 
 
 def test_requests_have_an_id_and_a_log_line(bundle, serving, make_image, caplog: pytest.LogCaptureFixture) -> None:

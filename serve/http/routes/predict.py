@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request
@@ -20,7 +20,8 @@ from refract.serve.http.base_path import route_path
 from refract.serve.http.errors import ProblemResponder
 from refract.serve.http.openapi import PREDICT_BODY, PREDICT_DESCRIPTION, PREDICT_RESPONSES
 from refract.serve.requests.body import Bodies, unless_gone
-from refract.serve.requests.decoding import is_quick, read
+from refract.serve.requests.decoding import is_quick
+from refract.serve.requests.protocols import PredictBody
 from refract.serve.runtime.service import Service
 from refract.serve.runtime.work import Predictions, Work
 
@@ -98,7 +99,7 @@ class DirectRoute:
 def add_predict(app: FastAPI, service: Service, bodies: Bodies, keys: ApiKeys | None, allowed: list[Any]) -> Endpoint:
     """Describe `/v1/predict` in `app`. Returns the endpoint, for `DirectRoute`."""
     # A hot swap keeps the labels, so their number holds for every later model.
-    options_model = _options_model(len(service.engine.bundle.info.labels))
+    options_model = _options_model(len(service.models.engine.bundle.info.labels))
 
     @lru_cache(maxsize=64)  # most clients of a server send the same query string
     def parse(query: bytes) -> PredictOptions:
@@ -113,8 +114,12 @@ def add_predict(app: FastAPI, service: Service, bodies: Bodies, keys: ApiKeys | 
             body = await bodies.read(request)
             try:
                 content_type = request.headers.get("content-type", "")
-                reading = partial(read, content_type, body, service.limits)
-                work = Work(reading, options.tta == "flip", options.explain, is_quick(content_type, body))
+                work = Work(
+                    PredictBody(body, content_type),
+                    flipped=options.tta == "flip",
+                    explained=options.explain,
+                    quick=is_quick(content_type, body),
+                )
                 results = await unless_gone(request, service.predict(work))
             finally:
                 bodies.release(body)
@@ -153,7 +158,6 @@ def _response(service: Service, options: PredictOptions, results: Predictions) -
     info, digest = results.bundle.info, results.bundle.digest
     bundle_thresholds = info.thresholds if info.task == "multilabel" else None
     thresholds = bundle_thresholds if options.threshold is None else [options.threshold] * len(info.labels)
-    fields: dict[str, Any] = {"top": options.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
     maps = results.explanations or [None] * len(results.probabilities)
     cut = results.cut or [False] * len(results.probabilities)
     # None: the confidence of a single-label prediction is the probability of its most probable label.
@@ -161,7 +165,16 @@ def _response(service: Service, options: PredictOptions, results: Predictions) -
     if info.task == "multilabel":
         row_confidences = confidences(results.probabilities, info.task, info.thresholds).tolist()
     predictions = [
-        prediction(row, info.labels, confidence=confidence, explanation=heat_map, cut=is_cut, **fields)
+        prediction(
+            row,
+            info.labels,
+            top=options.top,
+            thresholds=thresholds,
+            abstain_below=info.abstain_below,
+            confidence=confidence,
+            explanation=heat_map,
+            cut=is_cut,
+        )
         for row, confidence, heat_map, is_cut in zip(results.probabilities, row_confidences, maps, cut, strict=True)
     ]
     abstained = sum(row.get("abstain", False) for row in predictions)

@@ -1,18 +1,21 @@
-"""Backends that compute a network, one file for each library. Independent of HTTP."""
+"""Backends that compute a network, one file for each library. Independent of HTTP.
+
+`registry` imports the libraries; this module imports nothing heavy, so that `refract serve --help` responds at once.
+"""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from refract.serve.runtime.backends import cuda_graphs, onnx, openvino, tensorrt, torch_backends
-from refract.serve.runtime.backends.base import Backend
-
-BACKENDS: Mapping[str, Backend] = MappingProxyType(
+MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        backend.name: backend
-        for module in (torch_backends, cuda_graphs, tensorrt, openvino, onnx)
-        for backend in module.BACKENDS
+        "torch_backends": ("eager", "bf16", "fp16", "compiled"),
+        "cuda_graphs": ("cuda-graphs",),
+        "tensorrt": ("tensorrt",),
+        "openvino": ("openvino", "openvino-bf16", "openvino-int8"),
+        "onnx": ("onnx", "onnx-int8"),
     }
 )
+"""The modules of this folder that define backends, and the names of these."""
 
-INT8 = tuple(name for name, backend in BACKENDS.items() if backend.int8)
-"""Names of the backends that compute in 8-bit integers."""
+NAMES = ("auto", *(name for names in MODULES.values() for name in names), "int8")
+"""The values of `--backend`: the backends, `auto` for the fastest, `int8` for the faster of the 8-bit ones."""
