@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu.timing import wait
 from refract.models.classifier import Classifier
-from refract.models.training.losses import classification_loss
+from refract.models.training.objective import classification_loss
 from refract.models.training.optimizers import OptimSpec
 
 

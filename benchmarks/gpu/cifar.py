@@ -78,7 +78,7 @@ def train_plainly(
     import torch
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-    from refract.models.training.losses import classification_loss
+    from refract.models.training.objective import classification_loss
 
     module, order = assembly.module, assembly.data.order
     classifier.to(device, memory_format=torch.channels_last).train()

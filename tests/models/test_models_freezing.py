@@ -13,7 +13,7 @@ from refract.models.head import CosineHead, MLPHead, head_of, swap_head
 from refract.models.registry import build
 from refract.models.training.freezing import MODES, blocks_of, trained_blocks
 from refract.models.training.lightning_module import ClassifierModule
-from refract.models.training.losses import LossSpec
+from refract.models.training.objective import LossSpec
 from refract.models.training.optimizers import OptimSpec, parameter_groups
 from refract.pipeline.training.callbacks.averaging import KEY, WeightAverage, best_weights
 from tests.models.test_models_lightning_module import Images
