@@ -23,7 +23,6 @@ from refract.models.tasks import check_task
 from refract.models.training.activation_checkpointing import frozen_batch_statistics
 from refract.models.training.freezing import blocks_of, head_epochs, trained_blocks
 from refract.models.training.objective import (
-    LossSpec,
     check_targets,
     classification_loss,
     consistency_loss,
@@ -31,7 +30,7 @@ from refract.models.training.objective import (
     elastic_net,
     soft_targets,
 )
-from refract.models.training.optimizers import OptimSpec
+from refract.models.training.specs import LossSpec, OptimSpec
 
 Mix = Callable[..., tuple[Tensor, Tensor]]
 
@@ -75,8 +74,7 @@ class ClassifierModule(lightning.LightningModule):
     - mix(images, targets, *, epoch, indices, repeats) → (images, soft targets (B, num_classes)) on the device, in training only
     - loss.consistency: above 0, training images are (B, 3, 3, H, W), three views of each image; the loss is that of the first views plus
       this many times `consistency_loss`
-    - class_weights: (num_classes,) for the training loss; class_counts: (num_classes,), the number of training images of each class, for
-      losses that need it
+    - class_weights, class_counts: (num_classes,), for the training loss, see `classification_loss`
     - mode, unfreeze_epochs: the trained blocks of each epoch, see `refract.models.training.freezing`
     - teacher: a classifier to distil, weighted by loss.distill; it reads no other inputs than this one and has the same tokenizer
     - start_size: the fraction of the image's sides in the first epoch; it rises to 1 at three quarters of the epochs, in steps of 8
@@ -110,7 +108,7 @@ class ClassifierModule(lightning.LightningModule):
         trained_blocks(mode, 0, unfreeze_epochs, 1)
         self.classifier = classifier.to(memory_format=torch.channels_last) if channels_last else classifier
         self.task, self.num_classes, self.mix, self.channels_last = task, num_classes, mix, channels_last
-        self.optim, self.loss = optim or OptimSpec(), loss or LossSpec()
+        self.optim, self.loss = optim or OptimSpec(lr=1e-3), loss or LossSpec()
         self.mode, self.unfreeze_epochs, self.start_size = mode, unfreeze_epochs, start_size
         # In a tuple, so that the teacher is not a submodule and not in the checkpoints.
         self._teacher = (None if teacher is None else teacher.eval().requires_grad_(False),)
@@ -206,7 +204,9 @@ class ClassifierModule(lightning.LightningModule):
         """Set the trainable blocks of the epoch, and store its first learning rate for the log."""
         self.train_blocks_of(self.current_epoch)
         group = self.trainer.optimizers[0].param_groups[0]
-        self._epoch_lr = self.optim.lr * float(group["lr"]) / float(group["initial_lr"])  # without the group's factor
+        self._epoch_lr = (
+            self.optim.peak_lr * float(group["lr"]) / float(group["initial_lr"])
+        )  # without the group's factor
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the epoch's totals. FloatingPointError for a non-finite loss, before the checkpoint is written."""

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from refract.models.layers import pick
 from refract.models.tasks import check_task
-from refract.models.training.losses import AUTO, LOSSES, losses_of, resolved_name
-from refract.models.training.optimizers import decayed_parameter_ids
+from refract.models.training.losses import LOSSES, losses_of, resolved_name
+from refract.models.training.parameter_groups import decayed_parameter_ids
 
 
 def check_targets(targets: Tensor, num_classes: int, task: str) -> None:
@@ -67,46 +66,6 @@ def consistency_loss(logits: Tensor, *, task: str) -> Tensor:
     logs = logits.log_softmax(dim=-1)
     middle = logs.logsumexp(dim=0) - math.log(len(logs))
     return (logs.exp() * (logs - middle)).sum(dim=-1).mean()
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossSpec:
-    """The parameters of the training loss. ValueError for an unknown name or a number out of range.
-
-    - name: one of LOSSES, or auto: cross_entropy, for multilabel bce
-    - label_smoothing: in [0, 1)
-    - gamma: the exponent of the focal loss, at least 0
-    - consistency: weight of `consistency_loss`, at least 0
-    - penalty: weight, at least 0, of the elastic net on matrices and kernels, l1_ratio ‖w‖₁ + (1 − l1_ratio) ‖w‖² / 2 (Zou & Hastie 2005)
-    - l1_ratio: in [0, 1]; 1 is L1, 0 is L2
-    - distill: weight of the distillation loss against the loss of the targets, in [0, 1]
-    - temperature: of teacher and student logits in the distillation loss, above 0
-    """
-
-    name: str = "auto"
-    label_smoothing: float = 0.0
-    gamma: float = 2.0
-    consistency: float = 0.0
-    penalty: float = 0.0
-    l1_ratio: float = 0.0
-    distill: float = 0.0
-    temperature: float = 4.0
-
-    def __post_init__(self) -> None:
-        if self.name != AUTO:
-            pick("loss", self.name, LOSSES)
-        rules = [
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "a number in 0…1, without 1"),
-            ("gamma", 0 <= self.gamma < math.inf, "a number of at least 0"),
-            ("consistency", 0 <= self.consistency < math.inf, "a number of at least 0"),
-            ("penalty", 0 <= self.penalty < math.inf, "a number of at least 0"),
-            ("l1_ratio", 0 <= self.l1_ratio <= 1, "a number in 0…1"),
-            ("distill", 0 <= self.distill <= 1, "a number in 0…1"),
-            ("temperature", 0 < self.temperature < math.inf, "a number above 0"),
-        ]
-        for key, holds, accepted in rules:
-            if not holds:
-                raise ValueError(f"{key}={getattr(self, key)!r}: expected {accepted}")
 
 
 def classification_loss(
@@ -177,7 +136,7 @@ def distillation_loss(logits: Tensor, teacher: Tensor, *, task: str, temperature
 def elastic_net(module: nn.Module, l1_ratio: float) -> Tensor:
     """Compute l1_ratio ‖w‖₁ + (1 − l1_ratio) ‖w‖² / 2 over the trainable weights that decay, a float32 scalar.
 
-    The weights are those of `refract.models.training.optimizers.decayed_parameter_ids`.
+    Source: Zou & Hastie 2005. The weights are those of `refract.models.training.parameter_groups.decayed_parameter_ids`.
     """
     decayed = decayed_parameter_ids(module)
     weights = [

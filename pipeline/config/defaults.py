@@ -1,10 +1,10 @@
 """The values that replace null in a config: learning rates by optimiser and training mode, and frozen batch norms."""
 
 import copy
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
+from refract.models.training.optimizers import OPTIMIZERS
 from refract.pipeline.config.config import Config
 from refract.pipeline.training.initial_weights import loads_weights
 
@@ -16,20 +16,6 @@ NEW_HEAD = 10.0
 """Factor on the learning rate for the new head of loaded weights (discriminative learning rates: Howard & Ruder 2018, arXiv:1801.06146,
 section 3.2)."""
 
-TIMES_ADAMW: Mapping[str, float] = MappingProxyType(
-    {
-        "sgd": 25.0,
-        "adagrad": 5.0,
-        "adadelta": 500.0,
-        "rmsprop": 0.5,
-        "adam": 1.0,
-        "adamw": 1.0,
-        "lion": 0.1,
-        "muon": 10.0,
-    }
-)
-"""Learning rate of each optimiser as a multiple of AdamW's: the ratios of the usual values in libraries and papers."""
-
 
 def fill_defaults(config: Config) -> None:
     """Replace None in optim.lr, optim.head_lr and model.frozen_norms in place, so that a run stores the values that it used.
@@ -39,7 +25,7 @@ def fill_defaults(config: Config) -> None:
     A bundle's weights are the exception: its head is not new, and its statistics may come from a short training.
     """
     model, (lr, head_lr) = config.model, learning_rates(config)
-    config.optim.lr, config.optim.head_lr = lr, head_lr
+    config.optim = replace(config.optim, lr=lr, head_lr=head_lr)
     if model.frozen_norms is None:
         model.frozen_norms = model.weights != "none" and not _is_bundle(model.weights)
 
@@ -57,7 +43,7 @@ def learning_rates(config: Config) -> tuple[float, float]:
     head_only, loaded = model.mode == "feature-extract", loads_weights(config)
     adamw = HEAD_ALONE if head_only else FINE_TUNE if loaded else FROM_SCRATCH
     new_head = loaded and not head_only and not _is_bundle(model.weights)
-    lr = TIMES_ADAMW[optim.name] * adamw if optim.lr is None else optim.lr
+    lr = OPTIMIZERS[optim.name].times_adamw * adamw if optim.lr is None else optim.lr
     head_lr = (NEW_HEAD if new_head else 1.0) if optim.head_lr is None else optim.head_lr
     return lr, head_lr
 

@@ -12,8 +12,8 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 def json_schema() -> dict[str, Any]:
     """Return the schema (draft 2020-12) of a config file: keys, types, defaults and meanings.
 
-    Former keys are marked as deprecated; former values are accepted. Ranges and keys that exclude each other are not part of it:
-    `refract train` checks them.
+    Former keys are marked as deprecated; former values are accepted. Keys that exclude each other are not part of it, nor
+    are most ranges: `refract train` checks them.
     """
     from pydantic import TypeAdapter
 
@@ -25,6 +25,9 @@ def json_schema() -> dict[str, Any]:
         properties = sections[kind.__name__]["properties"]
         for key, meaning in meanings.items():
             properties[key] = {**properties[key], "description": meaning}
+        for item in fields(kind):
+            if "names" in item.metadata:
+                properties[item.name]["enum"] = list(item.metadata["names"]())
         for old, new in RENAMED.items():
             if old.startswith(f"{section.name}."):
                 current = properties[new.partition(".")[2]]

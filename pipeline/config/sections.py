@@ -1,6 +1,7 @@
 """The sections of the config: keys, types, defaults, meanings and the ranges of values.
 
-The class docstrings are the text of `refract train --help`: one entry `key: meaning` for each field.
+The class docstrings are the text of `refract train --help`: one entry `key: meaning` for each field. The sections `optim` and `loss` are in
+`refract.models.training.specs`.
 """
 
 from collections.abc import Iterator
@@ -152,73 +153,6 @@ class TextConfig:
         yield "text.width", self.width, self.width >= 1, "at least 1"
         yield "text.drop_image", self.drop_image, 0 <= self.drop_image <= 1, "in [0, 1]"
         yield "text.drop_text", self.drop_text, 0 <= self.drop_text <= 1, "in [0, 1]"
-
-
-@dataclass
-class OptimConfig:
-    """The optimiser and the learning rate schedule.
-
-    Args:
-        name: optimiser: sgd, adagrad, adadelta, rmsprop, adam, adamw, lion or muon.
-        lr: peak learning rate, above 0; null chooses it by the optimiser, model.mode and model.weights.
-        head_lr: factor on the learning rate for the head, above 0; null uses 10 for the new head of loaded weights, else 1.
-        weight_decay: weight decay, at least 0, decoupled for adamw, lion and muon; norms and biases are never decayed.
-        momentum: momentum of sgd, rmsprop and muon, in [0, 1).
-        nesterov: use Nesterov momentum; applies to sgd.
-        schedule: learning rate schedule by step: constant, linear, cosine, step, inverse_sqrt or one_cycle.
-        warmup: fraction of all steps, in [0, 1], in which the learning rate rises linearly to its peak.
-        lr_end: lowest learning rate after the warm-up, as a fraction of the peak, in [0, 1].
-        norm_lr: factor on the learning rate for the parameters of normalisation layers, above 0.
-        layer_decay: factor on the learning rate for each block further from the head, in (0, 1].
-        sam: radius of sharpness-aware minimisation, such as 0.05; 0 disables it. It takes two forward and backward passes per step.
-        clip_norm: upper bound of the gradient's norm, above 0; null does not clip.
-        clip_value: upper bound of each gradient element's absolute value, above 0; null does not clip.
-    """
-
-    name: Literal["sgd", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "lion", "muon"] = "adamw"
-    lr: float | None = None
-    head_lr: float | None = None
-    weight_decay: float = 0.05
-    momentum: float = 0.9
-    nesterov: bool = True
-    schedule: Literal["constant", "linear", "cosine", "step", "inverse_sqrt", "one_cycle"] = "cosine"
-    warmup: float = 0.1
-    lr_end: float = 0.0
-    norm_lr: float = 1.0
-    layer_decay: float = 1.0
-    sam: float = 0.0
-    clip_norm: float | None = None
-    clip_value: float | None = None
-
-
-@dataclass
-class LossConfig:
-    """The training loss.
-
-    Args:
-        name: auto (bce for multilabel, else cross_entropy), cross_entropy, bce, focal, mse or perceptron.
-        label_smoothing: amount of label smoothing, in [0, 1).
-        gamma: focusing parameter of the focal loss, at least 0.
-        class_weights: balanced weights each class by the inverse of its number of training images; none weights all classes equally.
-        consistency: weight, at least 0, of the divergence between the predictions for three views of each image (12 in the
-            AugMix paper); the policy must contain AugMix.
-        penalty: weight of the elastic net on the weights, at least 0.
-        l1_ratio: part of L1 in the elastic net, in [0, 1]: 1 is L1, 0 is L2.
-        teacher: bundle to distil from, with the same labels and image size, and the same tokens if it reads texts; null disables it.
-        distill: weight of the distillation loss against the loss on the labels, in [0, 1].
-        temperature: softmax temperature of teacher and student in the distillation loss, above 0.
-    """
-
-    name: Literal["auto", "cross_entropy", "bce", "focal", "mse", "perceptron"] = "auto"
-    label_smoothing: float = 0.0
-    gamma: float = 2.0
-    class_weights: Literal["none", "balanced"] = "none"
-    consistency: float = 0.0
-    penalty: float = 0.0
-    l1_ratio: float = 0.0
-    teacher: str | None = None
-    distill: float = 0.5
-    temperature: float = 4.0
 
 
 @dataclass

@@ -31,7 +31,7 @@ def make_doctor(assembly: "Assembly", config: Config) -> Doctor:
     plain = loss.name in ("auto", "cross_entropy") and not (loss.penalty or loss.consistency or loss.teacher)
     record = Record(
         classes=len(assembly.manifest.labels) if plain and assembly.manifest.task != "multilabel" else 0,
-        lr=assembly.module.optim.lr,
+        lr=assembly.module.optim.peak_lr,
         optimizer=config.optim.name,
         network=config.model.name,
         args=dict(config.model.args),

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from refract.models.training.losses import LOSSES, losses_of
+from refract.models.training.specs import LossSpec
 from refract.pipeline.config.config import Config, ConfigError
-from refract.pipeline.config.defaults import learning_rates
-from refract.pipeline.config.sections import LossConfig, ModelConfig
+from refract.pipeline.config.sections import ModelConfig
 from refract.pipeline.training.initial_weights import loads_weights, restart_head, start_weights
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from refract.models.classifier import Classifier, Inputs
     from refract.models.multimodal.tokens import Tokens
     from refract.models.training.lightning_module import ClassifierModule
-    from refract.models.training.objective import LossSpec
-    from refract.models.training.optimizers import OptimSpec
     from refract.pipeline.data.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -39,7 +37,6 @@ def check_task(config: Config, task: str) -> None:
 
 def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None:
     """Raise ConfigError for values that are out of range or incompatible. Warn about settings without effect."""
-    specs(config)
     if config.loss.consistency and config.text.name != "none":
         raise ConfigError(
             "loss.consistency: compares views of images, so it cannot be combined with text.name; set loss.consistency: 0"
@@ -70,30 +67,13 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
         log.warning(
             "model.mode: feature-extract trains only the head; with model.weights: none the backbone stays random"
         )
-    if config.loss.teacher is None and config.loss.distill != LossConfig().distill:
+    if config.loss.teacher is None and config.loss.distill != LossSpec().distill:
         log.warning("loss.distill has no effect without loss.teacher")
     with_gamma = [name for name, loss in LOSSES.items() if "gamma" in loss.needs]
-    if config.loss.name not in with_gamma and config.loss.gamma != LossConfig().gamma:
+    if config.loss.name not in with_gamma and config.loss.gamma != LossSpec().gamma:
         log.warning("loss.gamma has no effect without loss.name: %s", " or ".join(with_gamma))
     if not config.loss.penalty and config.loss.l1_ratio:
         log.warning("loss.l1_ratio has no effect without loss.penalty")
-
-
-def specs(config: Config) -> "tuple[OptimSpec, LossSpec]":
-    """Convert the sections optim and loss of the config. Raises ConfigError with the key that is out of range."""
-    from refract.models.training.objective import LossSpec
-    from refract.models.training.optimizers import OptimSpec
-
-    names = {item.name for item in dataclasses.fields(LossSpec)}
-    section = "optim"
-    try:
-        lr, head_lr = learning_rates(config)
-        optim = OptimSpec(**dataclasses.asdict(config.optim) | {"lr": lr, "head_lr": head_lr})
-        section = "loss"
-        loss = LossSpec(**{name: value for name, value in dataclasses.asdict(config.loss).items() if name in names})
-    except ValueError as error:
-        raise ConfigError(f"{section}.{error}") from error
-    return optim, loss
 
 
 def reads(config: Config) -> frozenset[str]:
@@ -205,7 +185,6 @@ def make_module(
     from refract.models.training.objective import balanced_weights
 
     model, count = config.model, len(manifest.labels)
-    optim, loss = specs(config)
     try:
         network, tokens, text = _network(config, count)
         classifier = Classifier(
@@ -240,8 +219,8 @@ def make_module(
         classifier,
         task=manifest.task,
         num_classes=count,
-        optim=optim,
-        loss=loss,
+        optim=config.optim,
+        loss=config.loss,
         mix=augmenter.mix if augmenter.mixes else None,
         # The memory format channels_last exists only for 4-dimensional tensors.
         channels_last=all(parameter.ndim < 5 for parameter in classifier.parameters()),

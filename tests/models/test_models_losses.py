@@ -10,7 +10,6 @@ from refract.models.tasks import SINGLE_LABEL, TASKS
 from refract.models.training import losses
 from refract.models.training.losses import LOSSES, Loss, losses_of, register_loss
 from refract.models.training.objective import (
-    LossSpec,
     balanced_weights,
     classification_loss,
     consistency_loss,
@@ -18,6 +17,7 @@ from refract.models.training.objective import (
     elastic_net,
     soft_targets,
 )
+from refract.models.training.specs import LossSpec
 
 # softmax of (0, log 2, log 5) is (1/8, 2/8, 5/8).
 LOGITS = torch.tensor([[0.0, math.log(2), math.log(5)]])
@@ -146,7 +146,7 @@ def test_losses_that_a_task_does_not_support_are_refused() -> None:
     message = "loss='cross_entropy' does not support the task multilabel; expected one of auto, bce, focal, mse"
     with pytest.raises(ValueError, match=message):
         classification_loss(torch.zeros(2, 3), torch.zeros(2, 3), task="multilabel", name="cross_entropy")
-    with pytest.raises(ValueError, match="loss='focla'.*did you mean 'focal'"):
+    with pytest.raises(ValueError, match="name='focla'.*did you mean 'focal'"):
         LossSpec(name="focla")
 
 

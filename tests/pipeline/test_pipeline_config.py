@@ -1,6 +1,9 @@
 """The configuration: errors name the key, and a saved config reads the same."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,9 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from refract.cli import main
+from refract.models.training.losses import LOSSES
+from refract.models.training.optimizers import OPTIMIZERS
+from refract.models.training.schedules import SCHEDULES
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict, help_text, load_config
 from refract.pipeline.config.renamed import RENAMED, RENAMED_VALUES
 from refract.pipeline.config.schema import json_schema
@@ -101,15 +107,46 @@ def test_help_explains_every_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value"),
-    [("optim", "lr", -1.0), ("optim", "layer_decay", 2.0), ("loss", "label_smoothing", 1.0), ("loss", "l1_ratio", 3.0)],
+    ("key", "value", "expected"),
+    [
+        ("optim.lr", -1.0, "a number above 0, or null"),
+        ("optim.clip_norm", -1.0, "a number above 0, or null"),
+        ("optim.layer_decay", 2.0, "a number in (0, 1]"),
+        ("optim.schedule", "cosin", "one of constant, linear, cosine, .*; did you mean 'cosine'?"),
+        ("loss.label_smoothing", 1.0, "a number in [0, 1)"),
+        ("loss.name", "focla", "one of auto, cross_entropy, bce, .*; did you mean 'focal'?"),
+    ],
 )
-def test_numbers_of_the_optimiser_and_the_loss_are_checked_before_the_data(
-    section: str, key: str, value: float
+def test_values_of_the_optimiser_and_the_loss_are_checked_when_the_config_is_read(
+    key: str, value: object, expected: str
 ) -> None:
-    config = config_from_dict({"data": {"source": "nowhere"}, section: {key: value}})
-    with pytest.raises(ConfigError, match=rf"^{section}\.{key}={value}: expected"):
-        train(config)
+    section, name = key.split(".")
+    message = re.escape(f"{key}={value!r}: expected {expected}").replace(r"\.\*", ".*")
+    with pytest.raises(ConfigError, match=f"^c.yaml: {message}$"):
+        config_from_dict({section: {name: value}}, ["--optim.sam=0.1"], where="c.yaml")
+    with pytest.raises(ConfigError, match=f"^command line: {message}$"):
+        load_config(None, [f"--{key}={value}"])
+
+
+def test_help_and_schema_give_the_accepted_values_of_the_optimiser_and_the_loss() -> None:
+    text, sections = " ".join(help_text().split()), json_schema()["$defs"]
+    assert f"loss; auto is bce for multilabel, else cross_entropy. One of auto, {', '.join(LOSSES)}." in text
+    assert "amount of label smoothing. A number in [0, 1)." in text
+    assert sections["LossSpec"]["properties"]["name"]["enum"] == ["auto", *LOSSES]
+    assert sections["OptimSpec"]["properties"]["name"]["enum"] == [*OPTIMIZERS]
+    assert sections["LossSpec"]["properties"]["label_smoothing"]["exclusiveMaximum"] == 1
+
+
+def test_the_documentation_names_every_loss_optimizer_and_schedule() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+    for heading, table in (("Optimisers", OPTIMIZERS), ("Schedules", SCHEDULES), ("Losses", LOSSES)):
+        (line,) = [line for line in page.splitlines() if line.startswith(f"- **{heading}**")]
+        assert set(table) <= set(re.findall(r"[a-z_]+", line)), heading
+
+
+def test_reading_a_config_imports_no_pytorch() -> None:
+    code = "import sys, refract.pipeline.config.config as c; c.help_text(); c.load_config(None); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_network_with_a_fixed_input_size_rejects_start_size() -> None:
