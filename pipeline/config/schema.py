@@ -8,6 +8,9 @@ from refract.pipeline.config.renamed import RENAMED, RENAMED_VALUES
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
+EXPONENT = r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"
+"""Numbers such as 1e-3, which YAML 1.1 reads as strings and the config as numbers."""
+
 
 def json_schema() -> dict[str, Any]:
     """Return the schema (draft 2020-12) of a config file: keys, types, defaults and meanings.
@@ -17,7 +20,7 @@ def json_schema() -> dict[str, Any]:
     """
     from pydantic import TypeAdapter
 
-    schema = TypeAdapter(Config).json_schema()
+    schema = _with_exponents(TypeAdapter(Config).json_schema())
     sections = schema.pop("$defs")
     for section in fields(Config):
         kind = type(getattr(Config(), section.name))
@@ -41,3 +44,13 @@ def json_schema() -> dict[str, Any]:
                 properties[option.partition(".")[2]]["enum"] += list(values)
         sections[kind.__name__] = {**sections[kind.__name__], "description": summary, "additionalProperties": False}
     return {"$schema": DRAFT, **schema, "title": "Refract config", "additionalProperties": False, "$defs": sections}
+
+
+def _with_exponents(schema: Any) -> Any:
+    """Return the schema with strings that match EXPONENT accepted as numbers. A pattern restricts only strings."""
+    if isinstance(schema, list):
+        return [_with_exponents(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    accepts = {"type": ["number", "string"], "pattern": EXPONENT} if schema.get("type") == "number" else {}
+    return {key: _with_exponents(value) for key, value in schema.items()} | accepts

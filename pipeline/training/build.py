@@ -213,7 +213,7 @@ def make_module(
         try:
             recompute_activations(classifier.network)
         except ValueError as error:
-            raise ConfigError(f"trainer.gradient_checkpointing: {error}") from error
+            raise ConfigError(f"trainer.gradient_checkpointing: {error}; set it to false") from error
     counts = list(manifest.counts("train").values())
     module = ClassifierModule(
         classifier,

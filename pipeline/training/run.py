@@ -160,7 +160,7 @@ def _make_bundle(
     from refract.pipeline.evaluation.assess import assess, write_predictions
     from refract.pipeline.evaluation.golden_samples import make_golden_samples
     from refract.pipeline.evaluation.plots import confusion_plot, curves_plot
-    from refract.pipeline.preview import Shown, preview_grid
+    from refract.pipeline.preview import preview_grid, shown_samples
 
     if (run_dir / "bundle").exists():
         if checkpoint is not None:
@@ -208,13 +208,7 @@ def _make_bundle(
     write_predictions(run_dir, assessment.evaluation, history)
     write_findings(run_dir, assessment.findings, doctor.record)
     doctor.report(assessment.findings)
-    shown = data.train_set.samples[:: max(1, len(data.train_set) // 6)][:6]
-    indices = range(0, len(data.train_set), max(1, len(data.train_set) // 6))
-    images = [
-        Shown(manifest.labels[s.labels[0]] if s.labels else "-", s.read(), i, s.text)
-        for s, i in zip(shown, indices, strict=False)
-    ]
-    preview_grid(images, data.train_set.augmenter).save(run_dir / "preview.png")
+    preview_grid(shown_samples(manifest, 6), data.train_set.augmenter).save(run_dir / "preview.png")
     if tracker is not None:
         tracker.tag({f"doctor.{finding.name}": finding.evidence for finding in assessment.findings})
         tracker.tag({"mlflow.note.content": _note(assembly, config, assessment)})

@@ -231,6 +231,8 @@ def test_the_schema_accepts_every_config_of_the_repository_and_describes_every_k
         ({"optim": {"name": "adma"}}, "'adma' is not one of"),
         ({"data": {"batch_size": "many"}}, "'many' is not of type 'integer'"),
         ({"optmi": {}}, "'optmi' was unexpected"),
+        ({"loss": {"gamma": "fast"}}, "'fast' does not match"),
+        ({"loss": {"label_smoothing": 1.0}}, "1.0 is greater than or equal to the maximum of 1"),
     ],
 )
 def test_the_schema_names_mistakes(values: dict, message: str) -> None:
@@ -238,11 +240,24 @@ def test_the_schema_names_mistakes(values: dict, message: str) -> None:
     assert message in error.message
 
 
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "+5.e-1", ".5e-1", "2.5e-01"])
+def test_schema_and_loader_accept_numbers_that_yaml_reads_as_strings(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"optim: {{lr: {text}, warmup: {text}}}\ndata: {{mean: [{text}, 0.5, 0.5]}}\n")
+    Draft202012Validator(json_schema()).validate(yaml.safe_load(file.read_text()))
+    config = load_config(file)
+    assert (config.optim.lr, config.optim.warmup, config.data.mean) == (
+        float(text),
+        float(text),
+        (float(text), 0.5, 0.5),
+    )
+
+
 def test_the_schema_marks_former_keys_as_deprecated(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     former = schema["$defs"]["DataConfig"]["properties"]["val_share"]
-    assert former["deprecated"] and former["type"] == "number" and "data.val_fraction" in former["description"]
+    assert former["deprecated"] and "number" in former["type"] and "data.val_fraction" in former["description"]
     assert main(["config", "keys"]) == 0
     assert capsys.readouterr().out == help_text() + "\n"
 
