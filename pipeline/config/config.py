@@ -5,7 +5,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -35,7 +35,7 @@ class ConfigError(InputError):
     """Raised for an invalid configuration; the message names the key and the accepted values."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """The whole configuration; runs and bundles store `to_dict`."""
 
@@ -58,6 +58,14 @@ class Config:
         """
         values: dict[str, Any] = _plain(asdict(self))
         return values if credentials else masked_values(values)
+
+    def changed(self, values: Mapping[str, Any]) -> "Config":
+        """Return a copy with new values. values: dotted key, such as `data.source`, → value."""
+        sections: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = value
+        return replace(self, **{name: replace(getattr(self, name), **section) for name, section in sections.items()})
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

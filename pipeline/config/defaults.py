@@ -1,7 +1,5 @@
 """The values that replace null in a config: learning rates by optimiser and training mode, and frozen batch norms."""
 
-import copy
-from dataclasses import replace
 from pathlib import Path
 
 from refract.models.training.optimizers import OPTIMIZERS
@@ -17,24 +15,22 @@ NEW_HEAD = 10.0
 section 3.2)."""
 
 
-def fill_defaults(config: Config) -> None:
-    """Replace None in optim.lr, optim.head_lr and model.frozen_norms in place, so that a run stores the values that it used.
+def filled(config: Config) -> Config:
+    """Return a copy with values in place of None in optim.lr, optim.head_lr and model.frozen_norms, so that a run stores what it used.
 
     Loaded batch norms keep their statistics. With those of small, augmented batches, fine-tuning EfficientNet-Lite0 on 245 photos at 128
     pixels ended 4 points lower (one seed, 4 epochs, 153 validation images); at 224 pixels linear-then-fine-tune differed by 1.
     A bundle's weights are the exception: its head is not new, and its statistics may come from a short training.
     """
     model, (lr, head_lr) = config.model, learning_rates(config)
-    config.optim = replace(config.optim, lr=lr, head_lr=head_lr)
-    if model.frozen_norms is None:
-        model.frozen_norms = model.weights != "none" and not _is_bundle(model.weights)
-
-
-def filled(config: Config) -> Config:
-    """Return a copy with the values of `fill_defaults`, to compare it with the stored config of a run."""
-    resolved = copy.deepcopy(config)
-    fill_defaults(resolved)
-    return resolved
+    frozen_norms = model.weights != "none" and not _is_bundle(model.weights)
+    return config.changed(
+        {
+            "optim.lr": lr,
+            "optim.head_lr": head_lr,
+            "model.frozen_norms": frozen_norms if model.frozen_norms is None else model.frozen_norms,
+        }
+    )
 
 
 def learning_rates(config: Config) -> tuple[float, float]:

@@ -16,7 +16,7 @@ Rules = Iterator[tuple[str, object, bool, str]]
 """(key, value, whether the value is valid, description of the valid values), for each key that has a range."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     """The data set, and how its images reach the network.
 
@@ -80,7 +80,7 @@ class DataConfig:
         yield "data.std", self.std, self.std is None or min(self.std) > 0, "positive"
 
 
-@dataclass
+@dataclass(frozen=True)
 class AugmentConfig:
     """Augmentation of the training images and texts.
 
@@ -91,7 +91,7 @@ class AugmentConfig:
     policy: str | list | dict = "none"
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelConfig:
     """The image network.
 
@@ -122,7 +122,7 @@ class ModelConfig:
         yield "model.unfreeze_epochs", self.unfreeze_epochs, self.unfreeze_epochs >= 1, "at least 1"
 
 
-@dataclass
+@dataclass(frozen=True)
 class TextConfig:
     """The text network, combined with the image network, or used alone if model.name is none.
 
@@ -155,7 +155,7 @@ class TextConfig:
         yield "text.drop_text", self.drop_text, 0 <= self.drop_text <= 1, "in [0, 1]"
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainerConfig:
     """The training loop.
 
@@ -213,7 +213,7 @@ class TrainerConfig:
         yield "trainer.run_name", name, name is None or _is_name(name), "a plain folder name"
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationConfig:
     """The evaluation on the test set at the end of training.
 
@@ -237,7 +237,7 @@ class EvaluationConfig:
         yield "evaluation.threshold_target", target, 0 < target <= 1, "in (0, 1]"
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrackingConfig:
     """MLflow tracking and model registry.
 

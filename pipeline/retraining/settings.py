@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
-@dataclass
+@dataclass(frozen=True)
 class GateConfig:
     """The checks that a challenger must pass to become champion; both are measured on one frozen holdout.
 
@@ -56,7 +56,7 @@ class GateConfig:
             yield f"gate.{name}", value, value is None or value > 0, "positive, or null"
 
 
-@dataclass
+@dataclass(frozen=True)
 class RetrainConfig:
     """Retraining, as `refract retrain` runs it.
 

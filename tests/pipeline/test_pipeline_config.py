@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,16 @@ def test_a_network_with_a_fixed_input_size_rejects_start_size() -> None:
         ConfigError, match=r"^model\.name: lenet5 cannot train on 2 images of 16×16 pixels in some epochs"
     ):
         train(config)
+
+
+def test_a_config_is_changed_only_in_a_copy() -> None:
+    config = Config()
+    changed = config.changed({"data.source": "images", "trainer.seed": 3, "trainer.run_name": "a"})
+    assert (changed.data.source, changed.trainer.seed, changed.trainer.run_name) == ("images", 3, "a")
+    assert config == Config() and changed.optim is config.optim
+    for section in (config, *(getattr(config, item.name) for item in fields(Config))):
+        with pytest.raises(FrozenInstanceError):
+            setattr(section, fields(section)[0].name, None)
 
 
 def test_a_section_of_another_type_is_named() -> None:
