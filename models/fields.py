@@ -1,21 +1,21 @@
 """Fields of dataclasses that declare their accepted values: numbers in a range, and names of a table. Imports no PyTorch.
 
-`check_fields`, the config's help and its JSON Schema read the declarations.
+`Checked`, the config's help and its JSON Schema read the declarations.
 """
 
 import difflib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import Field, field, fields
-from typing import Any
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, get_args
 
 
 class NotAccepted(ValueError):
-    """A value that its field does not accept. owner: the dataclass; key: the field's name."""
+    """A value that its field does not accept. owner: the dataclass; key: the field's name; expected: the accepted values in words."""
 
     def __init__(self, owner: type, key: str, value: object, expected: str) -> None:
         super().__init__(f"{key}={value!r}: expected {expected}")
-        self.owner, self.key = owner, key
+        self.owner, self.key, self.value, self.expected = owner, key, value, expected
 
 
 def number(
@@ -25,13 +25,17 @@ def number(
     ge: float | None = None,
     lt: float | None = None,
     le: float | None = None,
+    nullable: bool = False,
+    finite: bool = True,
 ) -> Any:
-    """Return a field for a finite number above gt, of at least ge, below lt, of at most le; also for None if `default` is None.
+    """Return a field for a number above gt, of at least ge, below lt, of at most le.
 
+    nullable: also accept None; implied by a default of None. finite: reject infinity; NaN is always rejected.
     The names of the bounds are those of pydantic, which puts them into the JSON Schema.
     """
     bounds = {"gt": gt, "ge": ge, "lt": lt, "le": le}
-    return field(default=default, metadata={name: bound for name, bound in bounds.items() if bound is not None})
+    declared = {name: bound for name, bound in bounds.items() if bound is not None}
+    return field(default=default, metadata={**declared, "nullable": nullable or default is None, "finite": finite})
 
 
 def one_of(default: str, names: Callable[[], Iterable[str]]) -> Any:
@@ -46,29 +50,32 @@ def accepted(item: Field[Any]) -> str:
     low, high = _bound(item, "gt", "ge"), _bound(item, "lt", "le")
     if low is None:
         return ""
+    kind = "a whole number" if item.type is int or int in get_args(item.type) else "a number"
     if high is None:
-        words = f"a number above {low}" if "gt" in item.metadata else f"a number of at least {low}"
+        words = f"{kind} above {low}" if "gt" in item.metadata else f"{kind} of at least {low}"
     else:
-        words = (
-            f"a number in {'(' if 'gt' in item.metadata else '['}{low}, {high}{')' if 'lt' in item.metadata else ']'}"
-        )
-    return f"{words}, or null" if item.default is None else words
+        words = f"{kind} in {'(' if 'gt' in item.metadata else '['}{low}, {high}{')' if 'lt' in item.metadata else ']'}"
+    return f"{words}, or null" if item.metadata["nullable"] else words
 
 
 def _bound(item: Field[Any], strict: str, inclusive: str) -> Any:
     return item.metadata.get(strict, item.metadata.get(inclusive))
 
 
-def check_fields(values: Any) -> None:
-    """Raise NotAccepted for the first field of a dataclass whose value it does not accept."""
-    for item in fields(values):
-        value = getattr(values, item.name)
-        if (words := accepted(item)) and not _holds(item, value):
-            near = (
-                difflib.get_close_matches(str(value), item.metadata["names"](), n=1) if "names" in item.metadata else ()
-            )
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise NotAccepted(type(values), item.name, value, words + hint)
+@dataclass(frozen=True)
+class Checked:
+    """A dataclass that checks its fields when it is constructed. Raises NotAccepted."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.metadata and not _holds(item, value):
+                raise NotAccepted(type(self), item.name, value, accepted(item) + _hint(item, value))
+
+
+def _hint(item: Field[Any], value: Any) -> str:
+    near = difflib.get_close_matches(str(value), item.metadata.get("names", tuple)(), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _holds(item: Field[Any], value: Any) -> bool:
@@ -76,7 +83,7 @@ def _holds(item: Field[Any], value: Any) -> bool:
     if "names" in bounds:
         return value in tuple(bounds["names"]())
     if value is None:
-        return item.default is None
+        return bool(bounds["nullable"])
     above = value > bounds["gt"] if "gt" in bounds else value >= bounds.get("ge", -math.inf)
     below = value < bounds["lt"] if "lt" in bounds else value <= bounds.get("le", math.inf)
-    return math.isfinite(value) and above and below
+    return above and below and (math.isfinite(value) or not bounds["finite"])

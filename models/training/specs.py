@@ -7,7 +7,7 @@ from its declaration.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from refract.models.fields import check_fields, number, one_of
+from refract.models.fields import Checked, number, one_of
 from refract.models.training.losses import AUTO, loss_names
 from refract.models.training.optimizers import OPTIMIZERS
 from refract.models.training.schedules import SCHEDULES, warmup_schedule
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimSpec:
+class OptimSpec(Checked):
     """The optimiser and the learning rate schedule.
 
     Args:
@@ -52,11 +52,8 @@ class OptimSpec:
     norm_lr: float = number(1.0, gt=0)
     layer_decay: float = number(1.0, gt=0, le=1)
     sam: float = number(0.0, ge=0)
-    clip_norm: float | None = number(None, gt=0)
-    clip_value: float | None = number(None, gt=0)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+    clip_norm: float | None = number(None, gt=0, finite=False)
+    clip_value: float | None = number(None, gt=0, finite=False)
 
     @property
     def peak_lr(self) -> float:
@@ -92,7 +89,7 @@ class OptimSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossSpec:
+class LossSpec(Checked):
     """The training loss.
 
     Args:
@@ -121,6 +118,3 @@ class LossSpec:
     teacher: str | None = None
     distill: float = number(0.5, ge=0, le=1)
     temperature: float = number(4.0, gt=0)
-
-    def __post_init__(self) -> None:
-        check_fields(self)

@@ -105,7 +105,7 @@ def config_from_dict(
     except NotAccepted as error:
         section = next(item.name for item in fields(Config) if item.default_factory is error.owner)
         source = "command line" if f"{section}.{error.key}" in _override_keys(overrides) else where
-        raise ConfigError(f"{source}: {section}.{error}") from error
+        raise ConfigError(f"{source}: {section}.{error.key}: {error.value!r} is not {error.expected}") from error
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"{source}: {_plain_words(str(error))}") from error
     _check(config, where, frozenset(_override_keys(overrides)))
@@ -226,10 +226,7 @@ def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
     where: name of the config's source; overridden: keys set on the command line.
     """
     model, trainer = config.model, config.trainer
-    sections = (
-        config.data, model, config.text, trainer, config.evaluation, config.tracking, config.gate, config.retrain,
-    )  # fmt: skip
-    rules = chain.from_iterable(section.rules() for section in sections)
+    rules = chain.from_iterable(section.rules() for section in (config.data, trainer, config.tracking, config.gate))
     for key, value, holds, expected in rules:
         if not holds:
             source = "command line" if key in overridden else where

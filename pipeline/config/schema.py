@@ -15,8 +15,8 @@ EXPONENT = r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"
 def json_schema() -> dict[str, Any]:
     """Return the schema (draft 2020-12) of a config file: keys, types, defaults and meanings.
 
-    Former keys are marked as deprecated; former values are accepted. Keys that exclude each other are not part of it, nor
-    are most ranges: `refract train` checks them.
+    Former keys are marked as deprecated; former values are accepted. Keys that exclude each other are not part of it:
+    `refract train` checks them.
     """
     from pydantic import TypeAdapter
 

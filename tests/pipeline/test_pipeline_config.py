@@ -47,10 +47,10 @@ def test_policy_as_a_list_on_the_command_line() -> None:
         ("optmi: {lr: 1}", r"no key 'optmi'; did you mean 'optim'\?"),
         ("optim: {lr: fast}", "optim.lr.*fast"),
         ("optim: {name: adma}", "optim.name.*adma"),
-        ("trainer: {ema: 1}", r"trainer.ema: 1.* is not in \[0, 1\)"),
-        ("data: {batch_size: 0}", "data.batch_size: 0 is not at least 1"),
+        ("trainer: {ema: 1}", r"trainer.ema: 1.* is not a number in \[0, 1\)"),
+        ("data: {batch_size: 0}", "data.batch_size: 0 is not a whole number of at least 1"),
         ("data: {image_size: 3}", "data.image_size: 3 is not at least 8 pixels"),
-        ("data: {val_fraction: 1.5}", r"data.val_fraction: 1.5 is not in \(0, 1\)"),
+        ("data: {val_fraction: 1.5}", r"data.val_fraction: 1.5 is not a number in \(0, 1\)"),
         ("trainer: {run_name: ../up}", "run_name: '../up' is not a plain folder name"),
         ("optim:", "optim: the section is empty"),
         ("- a", "expected sections"),
@@ -115,14 +115,14 @@ def test_help_explains_every_key() -> None:
         ("optim.layer_decay", 2.0, "a number in (0, 1]"),
         ("optim.schedule", "cosin", "one of constant, linear, cosine, .*; did you mean 'cosine'?"),
         ("loss.label_smoothing", 1.0, "a number in [0, 1)"),
+        ("gate.calibration_error", 2.0, "a number in [0, 1], or null"),
+        ("trainer.seed", 2**32, "a whole number in [0, 4294967296)"),
         ("loss.name", "focla", "one of auto, cross_entropy, bce, .*; did you mean 'focal'?"),
     ],
 )
-def test_values_of_the_optimiser_and_the_loss_are_checked_when_the_config_is_read(
-    key: str, value: object, expected: str
-) -> None:
+def test_values_are_checked_when_the_config_is_read(key: str, value: object, expected: str) -> None:
     section, name = key.split(".")
-    message = re.escape(f"{key}={value!r}: expected {expected}").replace(r"\.\*", ".*")
+    message = re.escape(f"{key}: {value!r} is not {expected}").replace(r"\.\*", ".*")
     with pytest.raises(ConfigError, match=f"^c.yaml: {message}$"):
         config_from_dict({section: {name: value}}, ["--optim.sam=0.1"], where="c.yaml")
     with pytest.raises(ConfigError, match=f"^command line: {message}$"):
