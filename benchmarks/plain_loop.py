@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.gpu.timing import wait
 from refract.models.classifier import Classifier
-from refract.models.training.losses import classification_loss
-from refract.models.training.optimizers import OptimSpec
+from refract.models.training.objective import classification_loss
+from refract.models.training.specs import OptimSpec
 
 
 def seconds_a_step(
@@ -20,7 +20,7 @@ def seconds_a_step(
     batches: `images` (B, 3, H, W) uint8 and `targets` (B,); mixed: in bf16 autocast. FloatingPointError if a loss is not finite.
     """
     classifier.train()
-    spec = OptimSpec()
+    spec = OptimSpec(lr=1e-3)
     optimizer = spec.make(classifier.network)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: spec.factor(step, total))
     started, losses, right = 0.0, torch.zeros((), device=device), torch.zeros((), device=device)

@@ -37,7 +37,7 @@ def plain(assembly: "Assembly") -> dict[str, float]:
     import torch
 
     from refract.augment import planes
-    from refract.models.training.losses import classification_loss
+    from refract.models.training.objective import classification_loss
 
     module, data, dataset = assembly.module, assembly.data, assembly.data.train_set
     classifier = module.classifier.train()

@@ -3,7 +3,6 @@
 Independent of files, augmentation and training loops.
 """
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Self
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 
 from refract.models.multimodal.fusion import Reader
 from refract.models.multimodal.tokens import Tokens
+from refract.models.tasks import check_task
 from refract.models.training.freezing import blocks_of
 
-TASKS = ("binary", "multiclass", "multilabel")
 NORMALIZE = ("channel", "mean_image", "pca", "zca")
 
 
@@ -168,14 +167,6 @@ def probabilities(logits: Tensor, *, task: str, temperature: float = 1.0) -> Ten
         raise ValueError(f"temperature={temperature!r}: expected a finite number above 0")
     scaled = logits.to(torch.float32) / temperature
     return scaled.sigmoid() if task == "multilabel" else scaled.softmax(dim=-1)
-
-
-def check_task(task: str) -> None:
-    """Raise ValueError if `task` is not one of TASKS. The message lists the tasks and the nearest name."""
-    if task not in TASKS:
-        near = difflib.get_close_matches(str(task), TASKS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"task={task!r}: expected one of {', '.join(TASKS)}{hint}")
 
 
 def _shaped(name: str, values: Tensor | None, shape: tuple[int, ...]) -> Tensor:

@@ -78,7 +78,7 @@ def train_plainly(
     import torch
     from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-    from refract.models.training.losses import classification_loss
+    from refract.models.training.objective import classification_loss
 
     module, order = assembly.module, assembly.data.order
     classifier.to(device, memory_format=torch.channels_last).train()
@@ -174,10 +174,10 @@ def _refract_side(assembly: "Assembly", config: "Config", record: Record, option
                 wait(device)
                 self.seconds += time.perf_counter() - self.started
 
-    meter, cost, doctor = Meter(), Cost(device), make_doctor(assembly, config)
+    meter, cost, doctor = Meter(), Cost(device), make_doctor(assembly)
     started = time.perf_counter()
     try:
-        fit(assembly, config, options.work / "run", None, watchers=[meter, doctor, cost])
+        fit(assembly, options.work / "run", None, watchers=[meter, doctor, cost])
     finally:
         cost.close()
     record.measure("Refract fit with validation and checkpoints", time.perf_counter() - started)

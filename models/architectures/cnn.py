@@ -50,7 +50,7 @@ class CNN(nn.Module):
             raise ValueError(f"widths={list(widths)}, depth={depth!r}: expected whole numbers above 0")
         if min(image_size) < 2 ** len(widths):
             raise ValueError(
-                f"image_size={image_size}: {len(widths)} stages expected at least {2 ** len(widths)} pixels a side"
+                f"image_size={image_size}: expected at least {2 ** len(widths)} pixels on each side for {len(widths)} stages"
             )
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path={drop_path!r}: expected a fraction in [0, 1)")

@@ -11,7 +11,8 @@ from types import MappingProxyType
 from typing import Any, NoReturn, Self
 
 from refract.errors import InputError
-from refract.models.classifier import NORMALIZE, TASKS
+from refract.models.classifier import NORMALIZE
+from refract.models.tasks import TASKS
 
 SCHEMA_VERSION = 1
 

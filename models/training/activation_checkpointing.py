@@ -29,7 +29,7 @@ def recompute_activations(network: nn.Module) -> int:
         )
         count += len(segments)
     if not count:
-        raise ValueError(f"{type(network).__name__} has no sequence of blocks, which activation checkpointing needs")
+        raise ValueError(f"{type(network).__name__} has no sequence of blocks whose activations can be recomputed")
     return count
 
 

@@ -18,11 +18,11 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision
 from torchmetrics.utilities import dim_zero_cat
 
-from refract.models.classifier import Classifier, Inputs, check_task, inputs_of, probabilities
+from refract.models.classifier import Classifier, Inputs, inputs_of, probabilities
+from refract.models.tasks import check_task
 from refract.models.training.activation_checkpointing import frozen_batch_statistics
 from refract.models.training.freezing import blocks_of, head_epochs, trained_blocks
-from refract.models.training.losses import (
-    LossSpec,
+from refract.models.training.objective import (
     check_targets,
     classification_loss,
     consistency_loss,
@@ -30,7 +30,7 @@ from refract.models.training.losses import (
     elastic_net,
     soft_targets,
 )
-from refract.models.training.optimizers import OptimSpec
+from refract.models.training.specs import LossSpec, OptimSpec
 
 Mix = Callable[..., tuple[Tensor, Tensor]]
 
@@ -74,7 +74,7 @@ class ClassifierModule(lightning.LightningModule):
     - mix(images, targets, *, epoch, indices, repeats) → (images, soft targets (B, num_classes)) on the device, in training only
     - loss.consistency: above 0, training images are (B, 3, 3, H, W), three views of each image; the loss is that of the first views plus
       this many times `consistency_loss`
-    - class_weights: (num_classes,) for the training loss
+    - class_weights, class_counts: (num_classes,), for the training loss, see `classification_loss`
     - mode, unfreeze_epochs: the trained blocks of each epoch, see `refract.models.training.freezing`
     - teacher: a classifier to distil, weighted by loss.distill; it reads no other inputs than this one and has the same tokenizer
     - start_size: the fraction of the image's sides in the first epoch; it rises to 1 at three quarters of the epochs, in steps of 8
@@ -97,6 +97,7 @@ class ClassifierModule(lightning.LightningModule):
         mix: Mix | None = None,
         channels_last: bool = False,
         class_weights: Tensor | None = None,
+        class_counts: Tensor | None = None,
         mode: str = "fine-tune",
         unfreeze_epochs: int = 1,
         teacher: Classifier | None = None,
@@ -107,11 +108,12 @@ class ClassifierModule(lightning.LightningModule):
         trained_blocks(mode, 0, unfreeze_epochs, 1)
         self.classifier = classifier.to(memory_format=torch.channels_last) if channels_last else classifier
         self.task, self.num_classes, self.mix, self.channels_last = task, num_classes, mix, channels_last
-        self.optim, self.loss = optim or OptimSpec(), loss or LossSpec()
+        self.optim, self.loss = optim or OptimSpec(lr=1e-3), loss or LossSpec()
         self.mode, self.unfreeze_epochs, self.start_size = mode, unfreeze_epochs, start_size
         # In a tuple, so that the teacher is not a submodule and not in the checkpoints.
         self._teacher = (None if teacher is None else teacher.eval().requires_grad_(False),)
         self.register_buffer("class_weights", class_weights, persistent=False)
+        self.register_buffer("class_counts", class_counts, persistent=False)
         self.train_loss, self.train_accuracy, self.val_loss = MeanMetric(), MeanMetric(), MeanMetric()
         self.val_score: Metric = (
             MeanAveragePrecision(num_classes)
@@ -202,7 +204,9 @@ class ClassifierModule(lightning.LightningModule):
         """Set the trainable blocks of the epoch, and store its first learning rate for the log."""
         self.train_blocks_of(self.current_epoch)
         group = self.trainer.optimizers[0].param_groups[0]
-        self._epoch_lr = self.optim.lr * float(group["lr"]) / float(group["initial_lr"])  # without the group's factor
+        self._epoch_lr = (
+            self.optim.peak_lr * float(group["lr"]) / float(group["initial_lr"])
+        )  # without the group's factor
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the epoch's totals. FloatingPointError for a non-finite loss, before the checkpoint is written."""
@@ -282,6 +286,7 @@ class ClassifierModule(lightning.LightningModule):
             label_smoothing=self.loss.label_smoothing,
             gamma=self.loss.gamma,
             class_weights=self.class_weights,  # type: ignore[arg-type]
+            class_counts=self.class_counts,  # type: ignore[arg-type]
         )
 
     def _distilled(self, loss: Tensor, logits: Tensor, teacher: Classifier, inputs: Inputs) -> Tensor:

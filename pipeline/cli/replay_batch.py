@@ -21,7 +21,7 @@ def _replay(path: Path) -> int:
 
     from refract.models.classifier import inputs_of
     from refract.models.factory import make_classifier
-    from refract.models.training.losses import classification_loss
+    from refract.models.training.objective import classification_loss
     from refract.pipeline.config.config import ConfigError
     from refract.pipeline.training.failing_batch import first_not_finite, layers
 

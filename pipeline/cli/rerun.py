@@ -59,9 +59,9 @@ def _rerun(run: str, uri: str | None) -> int:
     ]
     for line in differing:
         print(f"different: {line}")
-    config.trainer.run_name, config.trainer.runs_dir = None, record["runs_dir"]
-    config.tracking.model_name = None  # the repeated run is not registered
-    result = train(config, name=f"{record['name']}-rerun")
+    # The repeated run is not registered.
+    unnamed = {"trainer.run_name": None, "trainer.runs_dir": record["runs_dir"], "tracking.model_name": None}
+    result = train(config.changed(unnamed), name=f"{record['name']}-rerun")
     assert result is not None, "rerun trains in one process"
     fingerprint = read_record(result.run_dir)["fingerprint"]
     if fingerprint != record["fingerprint"]:

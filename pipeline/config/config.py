@@ -5,7 +5,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from refract.errors import InputError
 from refract.models.credentials import masked_values
+from refract.models.fields import NotAccepted, accepted
+from refract.models.training.specs import LossSpec, OptimSpec
 from refract.pipeline.config.renamed import with_new_keys, with_new_options
 from refract.pipeline.config.sections import (
     AugmentConfig,
     DataConfig,
     EvaluationConfig,
-    LossConfig,
     ModelConfig,
-    OptimConfig,
     TextConfig,
     TrackingConfig,
     TrainerConfig,
@@ -35,7 +35,7 @@ class ConfigError(InputError):
     """Raised for an invalid configuration; the message names the key and the accepted values."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """The whole configuration; runs and bundles store `to_dict`."""
 
@@ -43,8 +43,8 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimSpec = field(default_factory=OptimSpec)
+    loss: LossSpec = field(default_factory=LossSpec)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -58,6 +58,14 @@ class Config:
         """
         values: dict[str, Any] = _plain(asdict(self))
         return values if credentials else masked_values(values)
+
+    def changed(self, values: Mapping[str, Any]) -> "Config":
+        """Return a copy with new values. values: dotted key, such as `data.source`, → value."""
+        sections: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = value
+        return replace(self, **{name: replace(getattr(self, name), **section) for name, section in sections.items()})
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -94,6 +102,10 @@ def config_from_dict(
         namespace = parser.parse_args(list(overrides), namespace=namespace)
         sections = parser.instantiate(namespace)
         config = Config(**{item.name: sections[item.name] for item in fields(Config)})
+    except NotAccepted as error:
+        section = next(item.name for item in fields(Config) if item.default_factory is error.owner)
+        source = "command line" if f"{section}.{error.key}" in _override_keys(overrides) else where
+        raise ConfigError(f"{source}: {section}.{error.key}: {error.value!r} is not {error.expected}") from error
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"{source}: {_plain_words(str(error))}") from error
     _check(config, where, frozenset(_override_keys(overrides)))
@@ -123,13 +135,17 @@ def help_text() -> str:
 
 
 def described(section: type) -> tuple[str, dict[str, str]]:
-    """Return the summary of a section, and the meaning of each key.
+    """Return the summary of a section, and the meaning of each key with its accepted values.
 
     The meanings are the entries `key: meaning` of the section's docstring; a deeper indented line continues an entry.
     """
     text = section.__doc__ or ""
     entries = re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)$", text, re.MULTILINE)
-    return text.splitlines()[0], {key: " ".join(meaning.split()) for key, meaning in entries}
+    meanings = {key: " ".join(meaning.split()) for key, meaning in entries}
+    for item in fields(section):
+        if words := accepted(item):
+            meanings[item.name] += f" {words[0].upper()}{words[1:]}."
+    return text.splitlines()[0], meanings
 
 
 def _as_yaml(value: Any) -> str:
@@ -210,14 +226,11 @@ def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
     where: name of the config's source; overridden: keys set on the command line.
     """
     model, trainer = config.model, config.trainer
-    sections = (
-        config.data, model, config.text, trainer, config.evaluation, config.tracking, config.gate, config.retrain,
-    )  # fmt: skip
-    rules = chain.from_iterable(section.rules() for section in sections)
-    for key, value, holds, accepted in rules:
+    rules = chain.from_iterable(section.rules() for section in (config.data, trainer, config.tracking, config.gate))
+    for key, value, holds, expected in rules:
         if not holds:
             source = "command line" if key in overridden else where
-            raise ConfigError(f"{source}: {key}: {value!r} is not {accepted}")
+            raise ConfigError(f"{source}: {key}: {value!r} is not {expected}")
     if trainer.patience is not None and trainer.swa_start is not None:
         raise ConfigError(
             f"{where}: trainer.patience may stop training before the averaging of trainer.swa_start starts; remove one of them"

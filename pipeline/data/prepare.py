@@ -78,8 +78,7 @@ def held_out(info: BundleInfo, manifest: Manifest) -> Manifest:
     The training data is recognised by its content, so that training images are not measured. DataError if the data is at the path of the
     training data but has changed: the training images can then no longer be identified.
     """
-    config = config_from_dict(info.config)
-    config.data.source = manifest.source
+    config = config_from_dict(info.config).changed({"data.source": manifest.source})
     scanned = scan(manifest.samples, reads=reads(config))
     readable = drop_bad(manifest, scanned, "skip")
     if scanned.content(readable) == info.data.get("content"):

@@ -70,8 +70,6 @@ def treatable(finding: Finding, config: Config) -> Finding:
 
 
 def _accepted(cures: tuple[Cure, ...], config: Config) -> Iterator[Cure]:
-    from refract.pipeline.training.build import specs
-
     seen: list[Cure] = []
     for settings in cures:
         values = config.to_dict()
@@ -82,7 +80,7 @@ def _accepted(cures: tuple[Cure, ...], config: Config) -> Iterator[Cure]:
         if values == before or settings in seen:
             continue
         try:
-            specs(config_from_dict(values))
+            config_from_dict(values)
         except ConfigError:
             continue
         seen.append(settings)

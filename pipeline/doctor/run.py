@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 PREFLIGHT_IMAGES = 64
 
 
-def make_doctor(assembly: "Assembly", config: Config) -> Doctor:
+def make_doctor(assembly: "Assembly") -> Doctor:
     """Build the doctor and run its preflight checks on up to PREFLIGHT_IMAGES validation images.
 
     The checks measure the normalised inputs and whether the network overfits a few images.
@@ -26,12 +26,12 @@ def make_doctor(assembly: "Assembly", config: Config) -> Doctor:
 
     from refract.pipeline.data.datasets import collate
 
-    augmenter = assembly.data.train_set.augmenter
+    augmenter, config = assembly.data.train_set.augmenter, assembly.config
     loss = config.loss
     plain = loss.name in ("auto", "cross_entropy") and not (loss.penalty or loss.consistency or loss.teacher)
     record = Record(
         classes=len(assembly.manifest.labels) if plain and assembly.manifest.task != "multilabel" else 0,
-        lr=assembly.module.optim.lr,
+        lr=assembly.module.optim.peak_lr,
         optimizer=config.optim.name,
         network=config.model.name,
         args=dict(config.model.args),

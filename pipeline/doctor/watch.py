@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from refract.models.classifier import Inputs, inputs_of
 from refract.models.training.lightning_module import ClassifierModule
-from refract.models.training.losses import classification_loss
+from refract.models.training.objective import classification_loss
 from refract.pipeline.config.config import Config
 from refract.pipeline.doctor.finding import Finding, cure, treatable
 from refract.pipeline.doctor.findings import early, late

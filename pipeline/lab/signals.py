@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from refract.models.layers.initialisation import initialise
 from refract.models.registry import build
-from refract.models.training.losses import classification_loss
+from refract.models.training.objective import classification_loss
 from refract.pipeline.lab import Experiment, Outcome
 from refract.pipeline.lab.small import accuracy, centred, digits, train
 

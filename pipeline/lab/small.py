@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from refract.models.training.losses import classification_loss
+from refract.models.training.objective import classification_loss
 
 Data = tuple[Tensor, Tensor]
 

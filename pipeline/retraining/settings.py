@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from refract.models.fields import Checked, number
 
-@dataclass
-class GateConfig:
+
+@dataclass(frozen=True)
+class GateConfig(Checked):
     """The checks that a challenger must pass to become champion; both are measured on one frozen holdout.
 
     Args:
@@ -27,37 +29,26 @@ class GateConfig:
     """
 
     holdout: str | None = None
-    margin: float = 0.0
-    lowest_gain: float | None = None
-    accuracy: float = 0.0
-    recall: float = 0.0
+    margin: float = number(0.0, ge=-1, le=1)
+    lowest_gain: float | None = number(None, ge=-1, le=1)
+    accuracy: float = number(0.0, ge=0, le=1)
+    recall: float = number(0.0, ge=0, le=1)
     recall_of: dict[str, float] = field(default_factory=dict)
-    recall_loss: float = 0.05
-    calibration_error: float | None = 0.15
-    robustness_loss: float | None = 0.1
-    latency_ms: float | None = None
-    latency_ratio: float | None = 2.0
-    size_mb: float | None = None
+    recall_loss: float = number(0.05, ge=0, le=1)
+    calibration_error: float | None = number(0.15, ge=0, le=1, nullable=True)
+    robustness_loss: float | None = number(0.1, ge=0, le=1, nullable=True)
+    latency_ms: float | None = number(None, gt=0, finite=False)
+    latency_ratio: float | None = number(2.0, gt=0, nullable=True, finite=False)
+    size_mb: float | None = number(None, gt=0, finite=False)
 
     def rules(self) -> Iterator[tuple[str, object, bool, str]]:
-        """Yield (key, value, whether it is valid, the accepted range) for each value that has a range."""
-        yield "gate.margin", self.margin, -1 <= self.margin <= 1, "in [-1, 1]"
-        lowest = self.lowest_gain
-        yield "gate.lowest_gain", lowest, lowest is None or -1 <= lowest <= 1, "in [-1, 1], or null"
-        for name in ("accuracy", "recall", "recall_loss"):
-            value = getattr(self, name)
-            yield f"gate.{name}", value, 0 <= value <= 1, "in [0, 1]"
-        yield "gate.recall_of", self.recall_of, all(0 <= v <= 1 for v in self.recall_of.values()), "floors in [0, 1]"
-        for name in ("calibration_error", "robustness_loss"):
-            value = getattr(self, name)
-            yield f"gate.{name}", value, value is None or 0 <= value <= 1, "in [0, 1], or null"
-        for name in ("latency_ms", "latency_ratio", "size_mb"):
-            value = getattr(self, name)
-            yield f"gate.{name}", value, value is None or value > 0, "positive, or null"
+        """Yield (key, value, whether it is valid, the accepted values) for the key whose field cannot declare them."""
+        floors = self.recall_of
+        yield "gate.recall_of", floors, all(0 <= floor <= 1 for floor in floors.values()), "floors in [0, 1]"
 
 
-@dataclass
-class RetrainConfig:
+@dataclass(frozen=True)
+class RetrainConfig(Checked):
     """Retraining, as `refract retrain` runs it.
 
     Args:
@@ -73,18 +64,11 @@ class RetrainConfig:
     """
 
     folder: str = "retrain"
-    largest_loss: float = 0.2
+    largest_loss: float = number(0.2, ge=0, le=1)
     drift: Literal["warn", "stop", "none"] = "warn"
     drift_thresholds: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    relabelled_warn: float | None = 0.01
-    relabelled_stop: float | None = 0.1
-    disagreement_warn: float | None = 0.05
-    disagreement_stop: float | None = 0.25
+    relabelled_warn: float | None = number(0.01, gt=0, le=1, nullable=True)
+    relabelled_stop: float | None = number(0.1, gt=0, le=1, nullable=True)
+    disagreement_warn: float | None = number(0.05, gt=0, le=1, nullable=True)
+    disagreement_stop: float | None = number(0.25, gt=0, le=1, nullable=True)
     notify: str | None = None
-
-    def rules(self) -> Iterator[tuple[str, object, bool, str]]:
-        """Yield the rules in the form of `GateConfig.rules`."""
-        yield "retrain.largest_loss", self.largest_loss, 0 <= self.largest_loss <= 1, "in [0, 1]"
-        for name in ("relabelled_warn", "relabelled_stop", "disagreement_warn", "disagreement_stop"):
-            value = getattr(self, name)
-            yield f"retrain.{name}", value, value is None or 0 < value <= 1, "in (0, 1], or null"

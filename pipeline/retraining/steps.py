@@ -196,10 +196,11 @@ def train(folder: Path, config: Config, record: Record) -> Record:
     if others := changed(taken):
         why = f"{len(others)} images changed since the run started, such as {others[0]}; the next run uses them"
         return _ends(Outcome.REFUSED, why)
-    config.data.source, config.data.task = str(taken.manifest), taken.task  # type: ignore[assignment]
-    config.tracking.alias = "challenger"  # also of a first version: the gate decides
-    config.trainer.run_name = f"{config.tracking.model_name}-{folder.name}"
-    run = Path(config.trainer.runs_dir) / config.trainer.run_name
+    name = f"{config.tracking.model_name}-{folder.name}"
+    data = {"data.source": str(taken.manifest), "data.task": taken.task}
+    # The alias is challenger also for a first version: the gate decides.
+    config = config.changed({**data, "tracking.alias": "challenger", "trainer.run_name": name})
+    run = Path(config.trainer.runs_dir) / name
     if run.exists() and not (run / RECORD).exists():
         shutil.rmtree(run)  # the process was killed before the first record
     if not run.exists():

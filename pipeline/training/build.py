@@ -5,9 +5,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from refract.models.training.losses import LOSSES, losses_of
+from refract.models.training.specs import LossSpec
 from refract.pipeline.config.config import Config, ConfigError
-from refract.pipeline.config.defaults import learning_rates
-from refract.pipeline.config.sections import LossConfig, ModelConfig
+from refract.pipeline.config.sections import ModelConfig
 from refract.pipeline.training.initial_weights import loads_weights, restart_head, start_weights
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from refract.models.classifier import Classifier, Inputs
     from refract.models.multimodal.tokens import Tokens
     from refract.models.training.lightning_module import ClassifierModule
-    from refract.models.training.losses import LossSpec
-    from refract.models.training.optimizers import OptimSpec
     from refract.pipeline.data.manifest import Manifest
 
 log = logging.getLogger(__name__)
@@ -30,15 +29,14 @@ FROM_ARGS = (LookupError, ArithmeticError, AttributeError)
 
 def check_task(config: Config, task: str) -> None:
     """Raise ConfigError for a loss that does not fit the task."""
-    if task == "multilabel" and config.loss.name in ("cross_entropy", "perceptron"):
+    if config.loss.name not in losses_of(task):
         raise ConfigError(
-            f"loss.name: {config.loss.name} needs one label per image, but the data are multi-label; use auto, bce, focal or mse"
+            f"loss.name: {config.loss.name} does not support the task {task} of the data; set one of {', '.join(losses_of(task))}"
         )
 
 
 def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None:
     """Raise ConfigError for values that are out of range or incompatible. Warn about settings without effect."""
-    specs(config)
     if config.loss.consistency and config.text.name != "none":
         raise ConfigError(
             "loss.consistency: compares views of images, so it cannot be combined with text.name; set loss.consistency: 0"
@@ -69,29 +67,13 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
         log.warning(
             "model.mode: feature-extract trains only the head; with model.weights: none the backbone stays random"
         )
-    if config.loss.teacher is None and config.loss.distill != LossConfig().distill:
+    if config.loss.teacher is None and config.loss.distill != LossSpec().distill:
         log.warning("loss.distill has no effect without loss.teacher")
-    if config.loss.name != "focal" and config.loss.gamma != LossConfig().gamma:
-        log.warning("loss.gamma has no effect without loss.name: focal")
+    with_gamma = [name for name, loss in LOSSES.items() if "gamma" in loss.needs]
+    if config.loss.name not in with_gamma and config.loss.gamma != LossSpec().gamma:
+        log.warning("loss.gamma has no effect without loss.name: %s", " or ".join(with_gamma))
     if not config.loss.penalty and config.loss.l1_ratio:
         log.warning("loss.l1_ratio has no effect without loss.penalty")
-
-
-def specs(config: Config) -> "tuple[OptimSpec, LossSpec]":
-    """Convert the sections optim and loss of the config. Raises ConfigError with the key that is out of range."""
-    from refract.models.training.losses import LossSpec
-    from refract.models.training.optimizers import OptimSpec
-
-    names = {item.name for item in dataclasses.fields(LossSpec)}
-    section = "optim"
-    try:
-        lr, head_lr = learning_rates(config)
-        optim = OptimSpec(**dataclasses.asdict(config.optim) | {"lr": lr, "head_lr": head_lr})
-        section = "loss"
-        loss = LossSpec(**{name: value for name, value in dataclasses.asdict(config.loss).items() if name in names})
-    except ValueError as error:
-        raise ConfigError(f"{section}.{error}") from error
-    return optim, loss
 
 
 def reads(config: Config) -> frozenset[str]:
@@ -195,13 +177,14 @@ def make_module(
 
     Raises ConfigError for values that the network, the optimiser or the loss rejects.
     """
+    import torch
+
     from refract.models.classifier import Classifier
     from refract.models.training.activation_checkpointing import recompute_activations
     from refract.models.training.lightning_module import ClassifierModule
-    from refract.models.training.losses import balanced_weights
+    from refract.models.training.objective import balanced_weights
 
     model, count = config.model, len(manifest.labels)
-    optim, loss = specs(config)
     try:
         network, tokens, text = _network(config, count)
         classifier = Classifier(
@@ -230,20 +213,19 @@ def make_module(
         try:
             recompute_activations(classifier.network)
         except ValueError as error:
-            raise ConfigError(f"trainer.gradient_checkpointing: {error}") from error
-    weights = (
-        balanced_weights(list(manifest.counts("train").values())) if config.loss.class_weights == "balanced" else None
-    )
+            raise ConfigError(f"trainer.gradient_checkpointing: {error}; set it to false") from error
+    counts = list(manifest.counts("train").values())
     module = ClassifierModule(
         classifier,
         task=manifest.task,
         num_classes=count,
-        optim=optim,
-        loss=loss,
+        optim=config.optim,
+        loss=config.loss,
         mix=augmenter.mix if augmenter.mixes else None,
         # The memory format channels_last exists only for 4-dimensional tensors.
         channels_last=all(parameter.ndim < 5 for parameter in classifier.parameters()),
-        class_weights=weights,
+        class_weights=balanced_weights(counts) if config.loss.class_weights == "balanced" else None,
+        class_counts=torch.tensor(counts, dtype=torch.float32),
         mode=model.mode,
         unfreeze_epochs=model.unfreeze_epochs,
         teacher=teacher,

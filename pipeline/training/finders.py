@@ -42,7 +42,7 @@ def find_lr(config: Config, *, steps: int = 100) -> LrRange:
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             # Runs after the scheduler's step. The groups' rates differ by layer_decay and norm_lr.
             for group in trainer.optimizers[0].param_groups:
-                group["lr"] = group["initial_lr"] / assembly.module.optim.lr * rates[len(losses)]
+                group["lr"] = group["initial_lr"] / assembly.module.optim.peak_lr * rates[len(losses)]
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             losses.append(float(outputs["loss"]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refract.pipeline.config.config import Config, ConfigError
-from refract.pipeline.config.defaults import fill_defaults
+from refract.pipeline.config.defaults import filled
 from refract.pipeline.training.callbacks.stopping import stop_requests
 from refract.pipeline.training.ranks import Ranks, current_ranks
 
@@ -21,9 +21,11 @@ CHECKPOINTS = "checkpoints"
 class Assembly:
     """The data, the module and the device of a training before its first step.
 
-    identity: see `prepare_data`; precision: Lightning's name; text: the bundle's record of the text network, None without one.
+    config: without unset values; identity: see `prepare_data`; precision: Lightning's name; text: the bundle's record of the text network,
+    None without one.
     """
 
+    config: Config
     manifest: Any
     identity: dict[str, str]
     module: Any
@@ -37,8 +39,7 @@ class Assembly:
 def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None) -> Assembly:
     """Check and split the data, and build the classifier, its module and its batches.
 
-    prepared: an earlier result of `prepare_data` for the same data and seed. Fills the config's unset values in place. Raises the errors of
-    `train`.
+    prepared: an earlier result of `prepare_data` for the same data and seed. Raises the errors of `train`.
     """
     import lightning
 
@@ -54,7 +55,7 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     )
     from refract.pipeline.training.device import choose_device, choose_precision
 
-    fill_defaults(config)
+    config = filled(config)
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)
     ranks = current_ranks(config.trainer.devices, device)
@@ -87,12 +88,11 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
         tokens=module.classifier.tokens,
         reads_images="images" in module.classifier.reads,
     )
-    return Assembly(manifest, identity, module, data, device, precision, ranks, text)
+    return Assembly(config, manifest, identity, module, data, device, precision, ranks, text)
 
 
 def fit(
     assembly: Assembly,
-    config: Config,
     run_dir: Path,
     tracker: Any,
     checkpoint: Path | None = None,
@@ -111,7 +111,7 @@ def fit(
     from refract.pipeline.training.failing_batch import Reproducer
 
     quiet_lightning()
-    module, device, ranks = assembly.module, assembly.device, assembly.ranks
+    module, device, ranks, config = assembly.module, assembly.device, assembly.ranks, assembly.config
     swa = config.trainer.swa_start
     folder = run_dir.resolve() / CHECKPOINTS
     # SWA has no average before this epoch.
@@ -130,8 +130,8 @@ def fit(
         whole_from = None if swa is None else first
         seconds = config.trainer.checkpoint_seconds
         resumable = ResumeCheckpoint(folder, seconds=seconds, stop=stop, whole_from=whole_from)
-        bad_batch = Reproducer(run_dir, _network_facts(assembly, config), assembly.data.train_set)
-        _run_trainer(assembly, config, run_dir, [*optional, best, report, *bars, resumable, bad_batch], checkpoint)
+        bad_batch = Reproducer(run_dir, _network_facts(assembly), assembly.data.train_set)
+        _run_trainer(assembly, run_dir, [*optional, best, report, *bars, resumable, bad_batch], checkpoint)
     if not ranks.first:
         return report.history
     best_checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
@@ -151,9 +151,9 @@ def _log_best_epoch(epoch: int, history: Sequence[Mapping[str, float]], monitor:
     log.info("keeping the weights of epoch %d/%d: %s", epoch + 1, len(history), shown)
 
 
-def _network_facts(assembly: Assembly, config: Config) -> dict[str, Any]:
+def _network_facts(assembly: Assembly) -> dict[str, Any]:
     """Return the values that rebuild the classifier."""
-    preprocess = assembly.data.preprocess
+    preprocess, config = assembly.data.preprocess, assembly.config
     tokens = assembly.module.classifier.tokens
     return {
         **network_record(config),
@@ -175,9 +175,7 @@ def network_record(config: Config) -> dict[str, Any]:
     return {"network": {"name": config.model.name, "image_size": size, "args": config.model.args | head}}
 
 
-def _run_trainer(
-    assembly: Assembly, config: Config, run_dir: Path, callbacks: list[Any], checkpoint: Path | None
-) -> None:
+def _run_trainer(assembly: Assembly, run_dir: Path, callbacks: list[Any], checkpoint: Path | None) -> None:
     import lightning
     from lightning.pytorch.callbacks import ProgressBar
 
@@ -186,7 +184,7 @@ def _run_trainer(
     from refract.pipeline.training.callbacks.checkpoints import AtomicCheckpoints
     from refract.pipeline.training.failing_batch import Reproducer
 
-    ranks, device = assembly.ranks, assembly.device
+    ranks, device, config = assembly.ranks, assembly.device, assembly.config
     trainer = lightning.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=ranks.devices,

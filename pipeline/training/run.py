@@ -2,10 +2,12 @@
 
 import logging
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.files import write_atomically
@@ -13,7 +15,18 @@ from refract.pipeline.tracking.address import check_address, tracking_uri
 from refract.pipeline.training.fit import CHECKPOINTS, Assembly, assemble, fit, network_record
 from refract.pipeline.training.provenance import code_state, flat_tags, inputs, machine, origin, peak_memory, versions
 
+if TYPE_CHECKING:
+    from refract.pipeline.data.manifest import Manifest
+    from refract.pipeline.doctor.watch import Doctor
+    from refract.pipeline.evaluation.assess import Assessment
+    from refract.pipeline.tracking import Tracker
+    from refract.pipeline.training.cost import Cost
+    from refract.pipeline.training.run_directory import Run
+
 log = logging.getLogger(__name__)
+
+History = list[dict[str, float]]
+"""The metrics of each epoch."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +57,10 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
     fix, and Stopped after SIGTERM or Ctrl-C, when the run can resume.
     """
     from refract.models.allocator import keep_freed_memory
-    from refract.pipeline.data.loader import LoaderError
-    from refract.pipeline.training.callbacks.checkpoints import newest, remove_fragments, remove_resume_checkpoints
-    from refract.pipeline.training.run_directory import new_run, resume_run, run_lock
+    from refract.pipeline.doctor.run import make_doctor
+    from refract.pipeline.training.callbacks.checkpoints import newest, remove_resume_checkpoints
+    from refract.pipeline.training.cost import Cost
+    from refract.pipeline.training.run_directory import run_lock
 
     keep_freed_memory()
     if config.tracking.enabled:
@@ -54,50 +68,81 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
     assembly = assemble(config)
     checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
     if not assembly.ranks.first:
-        fit(assembly, config, resume or Path(config.trainer.runs_dir), None, checkpoint)
+        fit(assembly, resume or Path(config.trainer.runs_dir), None, checkpoint)
         return None
+    run, assembly = _open_run(assembly, name, resume, inputs(config))
+    with run_lock(run.path):
+        _announce(assembly, run, checkpoint)
+        cost = Cost(assembly.device)
+        tracker = _open_tracker(assembly, run)
+        with _status_reported(run, tracker, cost):
+            if (run.path / "bundle").exists():
+                metrics = _finished_metrics(run, checkpoint, cost)
+            else:
+                doctor = make_doctor(assembly)
+                history = fit(assembly, run.path, tracker, checkpoint, [doctor, cost])
+                assessment = _evaluate(assembly, run.path, doctor, history)
+                metrics = assessment.evaluation.metrics | assessment.more
+                _write_report(assembly, run.path, assessment, doctor, history)
+                if tracker is not None:
+                    _track_metrics(assembly, tracker, assessment, epochs=len(history))
+                _package(assembly, run.path, assessment)
+            if tracker is not None:
+                _register(assembly, run, tracker, cost)
+        run.finish()
+        remove_resume_checkpoints(run.path / CHECKPOINTS)
+    return _result(run, tracker, metrics)
+
+
+def _open_run(
+    assembly: Assembly, name: str, resume: Path | None, input_digests: dict[str, str]
+) -> "tuple[Run, Assembly]":
+    """Create the run's folder, or open it to resume. The second value has the policy in place of its file, which may change later."""
+    from refract.pipeline.training.run_directory import new_run, resume_run
+
     code, diff = code_state()
     record = {
         "name": name,
-        "runs_dir": config.trainer.runs_dir,
+        "runs_dir": assembly.config.trainer.runs_dir,
         "fingerprint": assembly.identity["fingerprint"],
-        "inputs": inputs(config),
+        "inputs": input_digests,
         "versions": versions(),
         "code": code,
         "machine": machine(assembly.device, assembly.precision),
         "created": _now(),
     }
-    if isinstance(config.augment.policy, str) and Path(config.augment.policy).is_file():
-        config.augment.policy = assembly.data.train_set.augmenter.policy.to_spec()  # the file may change later
-    run = new_run(config, name, record) if resume is None else resume_run(resume, record)
+    policy = assembly.config.augment.policy
+    if isinstance(policy, str) and Path(policy).is_file():
+        written_out = {"augment.policy": assembly.data.train_set.augmenter.policy.to_spec()}
+        assembly = replace(assembly, config=assembly.config.changed(written_out))
+    run = new_run(assembly.config, name, record) if resume is None else resume_run(resume, record)
     if diff and resume is None:
         write_atomically(run.path / "code.diff", diff.encode())
     for package, version in run.record["versions"].items():
         if version != record["versions"].get(package):  # type: ignore[attr-defined]
             log.warning("%s was %s when the run started: the weights may differ in the last bits", package, version)
-    with run_lock(run.path):
-        log.info("run %s on %s, %s: %s", run.path, assembly.device, assembly.precision, _described(assembly.manifest))
-        if resume is not None:
-            remove_fragments(resume / CHECKPOINTS)
-            for fragment in resume.glob(".bundle.*"):
-                shutil.rmtree(fragment, ignore_errors=True)
-            log.info("resuming from %s", checkpoint or "the start, as the run has no checkpoint")
-        try:
-            result = _tracked(assembly, config, run, checkpoint)
-        except LoaderError as error:
-            raise LoaderError(f"{error}; then `refract train --resume {run.path}` resumes the run") from error
-        run.finish()
-        remove_resume_checkpoints(run.path / CHECKPOINTS)
-    return result
+    return run, assembly
 
 
-def _tracked(assembly: Assembly, config: Config, run: Any, checkpoint: Path | None) -> Result:
-    """Train, write the bundle, register it, and report the status to MLflow if tracking is enabled."""
+def _announce(assembly: Assembly, run: "Run", checkpoint: Path | None) -> None:
+    """Log the start. Remove the unfinished files of a resumed run."""
+    from refract.pipeline.training.callbacks.checkpoints import remove_fragments
+
+    log.info("run %s on %s, %s: %s", run.path, assembly.device, assembly.precision, _described(assembly.manifest))
+    if run.resumed:
+        remove_fragments(run.path / CHECKPOINTS)
+        for fragment in run.path.glob(".bundle.*"):
+            shutil.rmtree(fragment, ignore_errors=True)
+        log.info("resuming from %s", checkpoint or "the start, as the run has no checkpoint")
+
+
+def _open_tracker(assembly: Assembly, run: "Run") -> "Tracker | None":
+    """Open the run in MLflow, if tracking is enabled. An error removes a new run's folder, so that its name becomes free again."""
     from refract.pipeline.tracking import Tracker, TrackingError
-    from refract.pipeline.training.callbacks.stopping import Stopped
-    from refract.pipeline.training.cost import Cost
 
-    cost = Cost(assembly.device)
+    config = assembly.config
+    if not config.tracking.enabled:
+        return None
     data = {"fingerprint": assembly.identity["fingerprint"], "source": assembly.manifest.source}
     counts = {split: len(assembly.manifest.of(split)) for split in assembly.manifest.splits()}
     tags = flat_tags(data=data | counts, code=run.record["code"], machine=run.record["machine"])
@@ -105,32 +150,30 @@ def _tracked(assembly: Assembly, config: Config, run: Any, checkpoint: Path | No
     if "commit" in run.record["code"]:
         tags["mlflow.source.git.commit"] = run.record["code"]["commit"]  # shown on MLflow's pages
     try:
-        tracker = Tracker(config.tracking, run.path, config.to_dict(), tags) if config.tracking.enabled else None
+        return Tracker(config.tracking, run.path, config.to_dict(), tags)
     except (TrackingError, ConfigError):
-        if not run.resumed:  # nothing is trained yet, so the run's name becomes free again
+        if not run.resumed:
             shutil.rmtree(run.path)
         raise
-    status, waiting = "FAILED", 0
+
+
+@contextmanager
+def _status_reported(run: "Run", tracker: "Tracker | None", cost: "Cost") -> Iterator[None]:
+    """Report to MLflow at the end whether the block finished, was stopped or failed."""
+    from refract.pipeline.data.loader import LoaderError
+    from refract.pipeline.training.callbacks.stopping import Stopped
+
+    status = "FAILED"
     try:
-        metrics = _make_bundle(assembly, config, run.path, tracker, checkpoint, cost)
-        if tracker is not None:
-            costs = {f"cost_{name}": value for name, value in cost.totals().items()}
-            tracker.log_metrics({**costs, "cost_peak_memory_mib": peak_memory()}, step=0)
-            tracker.tag({"rerun": f"refract rerun {tracker.journal.delivered.get('run_id', run.path)}"})
-            files = [
-                file
-                for file in sorted(run.path.iterdir())
-                if file.is_file() and not file.name.startswith((".", "journal"))
-            ]
-            tracker.log_files(files, run.path / "bundle")
-            if config.tracking.model_name:
-                tracker.register(config.tracking.model_name, config.tracking.alias)
+        yield
         status = "FINISHED"
     except (KeyboardInterrupt, Stopped) as error:
         status = "KILLED"
         if isinstance(error, Stopped):
             error.run = run.path
         raise
+    except LoaderError as error:
+        raise LoaderError(f"{error}; then `refract train --resume {run.path}` resumes the run") from error
     finally:
         cost.close()
         if tracker is not None and (waiting := tracker.finish(status)):
@@ -140,41 +183,64 @@ def _tracked(assembly: Assembly, config: Config, run: Any, checkpoint: Path | No
                 waiting,
                 run.path,
             )
-    delivered = {} if tracker is None else tracker.journal.delivered
-    registered = {key: delivered.get(key) for key in ("version", "alias", "champion", "refused")}
-    return Result(run.path, run.path / "bundle", metrics, waiting=waiting, **registered)
 
 
-def _make_bundle(
-    assembly: Assembly, config: Config, run_dir: Path, tracker: Any, checkpoint: Path | None, cost: Any
-) -> dict[str, float]:
-    """Train, evaluate, write the run's files with the bundle last, and return the metrics on the test set.
+def _finished_metrics(run: "Run", checkpoint: Path | None, cost: "Cost") -> dict[str, float]:
+    """Return the metrics of the bundle that a resumed run has written already."""
+    from refract.models.bundle.bundle import load_bundle
 
-    An existing bundle of a resumed run is reused. cost: the `Cost` callback.
-    """
-    from refract.models.bundle.bundle import BundleInfo, load_bundle, save_bundle
+    if checkpoint is not None:
+        cost.resume_from(checkpoint)
+    return dict(load_bundle(run.path / "bundle").info.metrics)
+
+
+def _evaluate(assembly: Assembly, run_dir: Path, doctor: "Doctor", history: History) -> "Assessment":
+    """Calibrate the classifier and measure it on the test set."""
+    from refract.pipeline.evaluation.assess import assess
+
+    log.info("evaluating on the test set of %s samples", f"{len(assembly.manifest.of('test')):,}")
+    parts = assembly.module.classifier, assembly.data.preprocess, assembly.manifest, assembly.config
+    return assess(*parts, name=run_dir.name, doctor=doctor, history=history)
+
+
+def _write_report(
+    assembly: Assembly, run_dir: Path, assessment: "Assessment", doctor: "Doctor", history: History
+) -> None:
+    """Write the splits, the report, its charts and predictions, the doctor's findings and the preview."""
     from refract.pipeline.data.splits import write_splits
-    from refract.pipeline.doctor.run import make_doctor
     from refract.pipeline.doctor.stored import write_findings
-    from refract.pipeline.drift.measure import reference_of
-    from refract.pipeline.evaluation.assess import assess, write_predictions
-    from refract.pipeline.evaluation.golden_samples import make_golden_samples
+    from refract.pipeline.evaluation.assess import write_predictions
     from refract.pipeline.evaluation.plots import confusion_plot, curves_plot
-    from refract.pipeline.preview import Shown, preview_grid
+    from refract.pipeline.preview import preview_grid, shown_samples
 
-    if (run_dir / "bundle").exists():
-        if checkpoint is not None:
-            cost.resume_from(checkpoint)
-        return dict(load_bundle(run_dir / "bundle").info.metrics)
-    manifest, module, data = assembly.manifest, assembly.module, assembly.data
-    doctor = make_doctor(assembly, config)
-    history = fit(assembly, config, run_dir, tracker, checkpoint, [doctor, cost])
-    test = manifest.of("test")
-    log.info("evaluating on the test set of %s samples", f"{len(test):,}")
-    classifier, preprocess = module.classifier, data.preprocess
-    assessment = assess(classifier, preprocess, manifest, config, name=run_dir.name, doctor=doctor, history=history)
+    manifest = assembly.manifest
+    write_splits(manifest, run_dir / "splits.csv")
+    curves_plot(history, run_dir / "curves.png")
+    if assessment.evaluation.confusion is not None:
+        confusion_plot(assessment.evaluation.confusion, manifest.labels, run_dir / "confusion.png")
+    assessment.report.write(run_dir)
+    write_predictions(run_dir, assessment.evaluation, history)
+    write_findings(run_dir, assessment.findings, doctor.record)
+    doctor.report(assessment.findings)
+    preview_grid(shown_samples(manifest, 6), assembly.data.train_set.augmenter).save(run_dir / "preview.png")
+
+
+def _track_metrics(assembly: Assembly, tracker: "Tracker", assessment: "Assessment", *, epochs: int) -> None:
+    """Log the metrics on the test set, the doctor's findings and the run's description to MLflow."""
     metrics = assessment.evaluation.metrics | assessment.more
-    decision = assessment.decision
+    tracker.tag({f"doctor.{finding.name}": finding.evidence for finding in assessment.findings})
+    tracker.tag({"mlflow.note.content": _note(assembly, assessment)})
+    tracker.log_metrics({f"test_{name}": value for name, value in metrics.items()}, step=epochs)
+
+
+def _package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> None:
+    """Write the bundle with the golden samples and the profile for drift."""
+    from refract.models.bundle.bundle import BundleInfo, save_bundle
+    from refract.pipeline.drift.measure import reference_of
+    from refract.pipeline.evaluation.golden_samples import make_golden_samples
+
+    manifest, config, decision = assembly.manifest, assembly.config, assessment.decision
+    classifier, preprocess = assembly.module.classifier, assembly.data.preprocess
     decision_options: dict[str, Any] = {
         "task": manifest.task, "temperature": decision.temperature, "thresholds": decision.thresholds
     }  # fmt: skip
@@ -190,7 +256,7 @@ def _make_bundle(
         temperature=decision.temperature,
         thresholds=decision.thresholds,
         abstain_below=decision.abstain_below,
-        metrics=metrics,
+        metrics=assessment.evaluation.metrics | assessment.more,
         data={
             **assembly.identity,
             "source": manifest.source,
@@ -200,40 +266,43 @@ def _make_bundle(
         versions=versions(),
         created=_now(),
     )
-    write_splits(manifest, run_dir / "splits.csv")
-    curves_plot(history, run_dir / "curves.png")
-    if assessment.evaluation.confusion is not None:
-        confusion_plot(assessment.evaluation.confusion, manifest.labels, run_dir / "confusion.png")
-    assessment.report.write(run_dir)
-    write_predictions(run_dir, assessment.evaluation, history)
-    write_findings(run_dir, assessment.findings, doctor.record)
-    doctor.report(assessment.findings)
-    shown = data.train_set.samples[:: max(1, len(data.train_set) // 6)][:6]
-    indices = range(0, len(data.train_set), max(1, len(data.train_set) // 6))
-    images = [
-        Shown(manifest.labels[s.labels[0]] if s.labels else "-", s.read(), i, s.text)
-        for s, i in zip(shown, indices, strict=False)
-    ]
-    preview_grid(images, data.train_set.augmenter).save(run_dir / "preview.png")
-    if tracker is not None:
-        tracker.tag({f"doctor.{finding.name}": finding.evidence for finding in assessment.findings})
-        tracker.tag({"mlflow.note.content": _note(assembly, config, assessment)})
-        tracker.log_metrics({f"test_{name}": value for name, value in metrics.items()}, step=len(history))
     golden_samples = make_golden_samples(
-        classifier, preprocess, test, task=manifest.task, temperature=decision.temperature
+        classifier, preprocess, manifest.of("test"), task=manifest.task, temperature=decision.temperature
     )
     save_bundle(run_dir / "bundle", info, classifier, golden_samples, reference=reference)
-    return metrics
 
 
-def _note(assembly: Assembly, config: Config, assessment: Any) -> str:
+def _register(assembly: Assembly, run: "Run", tracker: "Tracker", cost: "Cost") -> None:
+    """Upload the run's files to MLflow, and register the bundle as a version of the configured model."""
+    costs = {f"cost_{name}": value for name, value in cost.totals().items()}
+    tracker.log_metrics({**costs, "cost_peak_memory_mib": peak_memory()}, step=0)
+    tracker.tag({"rerun": f"refract rerun {tracker.journal.delivered.get('run_id', run.path)}"})
+    files = [
+        file for file in sorted(run.path.iterdir()) if file.is_file() and not file.name.startswith((".", "journal"))
+    ]
+    tracker.log_files(files, run.path / "bundle")
+    config = assembly.config.tracking
+    if config.model_name:
+        tracker.register(config.model_name, config.alias)
+
+
+def _result(run: "Run", tracker: "Tracker | None", metrics: dict[str, float]) -> Result:
+    """Return the result, with what MLflow reported about the registration."""
+    if tracker is None:
+        return Result(run.path, run.path / "bundle", metrics, version=None)
+    delivered, waiting = tracker.journal.delivered, sum(1 for _ in tracker.journal.waiting())
+    registered = {key: delivered.get(key) for key in ("version", "alias", "champion", "refused")}
+    return Result(run.path, run.path / "bundle", metrics, waiting=waiting, **registered)
+
+
+def _note(assembly: Assembly, assessment: "Assessment") -> str:
     """Return the Markdown that MLflow shows as the run's description."""
     name, value = next(iter(assessment.evaluation.metrics.items()))
     bounds = assessment.evaluation.intervals.get(name)
     interval = "" if bounds is None else f" (95 % interval {bounds[0]:.4f} – {bounds[1]:.4f})"
     lines = [
         f"**{name} {value:.4f}**{interval} on {len(assessment.evaluation.samples):,} test images.",
-        f"`{config.model.name}`; {_described(assembly.manifest)}.",
+        f"`{assembly.config.model.name}`; {_described(assembly.manifest)}.",
         *assessment.report.numbers["notes"],
         *(f"- doctor: {finding}" for finding in assessment.findings),
         "The report is the artifact `report.html`; the tag `rerun` has the command that repeats the training.",
@@ -241,7 +310,7 @@ def _note(assembly: Assembly, config: Config, assessment: Any) -> str:
     return "\n\n".join(lines)
 
 
-def _described(manifest: Any) -> str:
+def _described(manifest: "Manifest") -> str:
     counts = ", ".join(f"{len(manifest.of(split)):,} {split}" for split in manifest.splits())
     return f"{manifest.task}, {len(manifest.labels)} labels, {counts}"
 

@@ -71,8 +71,7 @@ def stored_config(path: Path) -> Config:
     if isinstance(data := values.get("data"), dict):
         data.setdefault("color_profile", "ignore")  # runs without this key ignored colour profiles
     config = config_from_dict(values, where=str(path / CONFIG))
-    config.trainer.runs_dir, config.trainer.run_name = str(path.parent), path.name
-    return config
+    return config.changed({"trainer.runs_dir": str(path.parent), "trainer.run_name": path.name})
 
 
 def resume_run(path: Path, record: Mapping[str, Any]) -> Run:

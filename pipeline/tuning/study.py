@@ -192,7 +192,7 @@ def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, run_di
     trial_config = config_from_dict(with_values(config.to_dict(credentials=True), drawn), where=f"trial {trial.number}")
     same_data = trial_config.data == config.data and trial_config.trainer.seed == config.trainer.seed
     assembly = assemble(trial_config, prepared if same_data else None)
-    write_config(trial_config, run_dir)
+    write_config(assembly.config, run_dir)
     tracker = None
     if config.tracking.enabled:
         parent = _parent(config, run_dir.parent)
@@ -200,7 +200,7 @@ def _train(trial: optuna.Trial, drawn: Mapping[str, Any], config: Config, run_di
         tracker = Tracker(trial_config.tracking, run_dir, drawn, tags)
     status = "FAILED"
     try:
-        history = fit(assembly, trial_config, run_dir, tracker, watchers=[Pruning(trial, assembly.module.monitor)])
+        history = fit(assembly, run_dir, tracker, watchers=[Pruning(trial, assembly.module.monitor)])
         status = "FINISHED"
         return max(row[assembly.module.monitor] for row in history)
     except ConfigError as error:  # a non-finite loss

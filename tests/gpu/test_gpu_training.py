@@ -164,8 +164,7 @@ def test_recomputed_activations_give_the_same_weights(options: list[str]) -> Non
 
 
 def test_images_on_the_device_are_augmented_as_on_the_cpu(images: Path, device: str) -> None:
-    source = Config()
-    source.data.source = str(images)
+    source = Config().changed({"data.source": str(images)})
     manifest, _ = prepare_data(source)
     policy = ["HorizontalFlip", {"PadAndCrop": {"padding": 3}}, {"Rotate": {"degrees": 15}}]
     same = {"preprocess": Preprocess(32, 32), "batch_size": 8, "memory": "always", "workers": 0}
@@ -203,8 +202,7 @@ def _forbid_waiting(forbidden: bool) -> None:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_no_step_waits_for_the_device(precision: str, images: Path, device: str) -> None:
     """Neither the copy of a batch, nor its augmentation on the device, nor the step."""
-    source = Config()
-    source.data.source = str(images)
+    source = Config().changed({"data.source": str(images)})
     manifest, _ = prepare_data(source)
     policy = [
         "HorizontalFlip", {"RandomResizedCrop": {"scale": [0.5, 1]}}, {"Rotate": {"degrees": 15}},

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from refract.models.classifier import TASKS, Classifier, probabilities
+from refract.models.classifier import Classifier, probabilities
 from refract.models.registry import build
+from refract.models.tasks import TASKS
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

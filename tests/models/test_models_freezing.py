@@ -13,8 +13,8 @@ from refract.models.head import CosineHead, MLPHead, head_of, swap_head
 from refract.models.registry import build
 from refract.models.training.freezing import MODES, blocks_of, trained_blocks
 from refract.models.training.lightning_module import ClassifierModule
-from refract.models.training.losses import LossSpec
-from refract.models.training.optimizers import OptimSpec, parameter_groups
+from refract.models.training.parameter_groups import parameter_groups
+from refract.models.training.specs import LossSpec, OptimSpec
 from refract.pipeline.training.callbacks.averaging import KEY, WeightAverage, best_weights
 from tests.models.test_models_lightning_module import Images
 
@@ -234,7 +234,7 @@ def test_gradients_are_clipped(spec: dict[str, float]) -> None:
             gradients = [p.grad.flatten() for p in pl_module.classifier.parameters() if p.grad is not None]
             found.extend([torch.cat(gradients)] if gradients else [])
 
-    fit(make_module(optim=OptimSpec(**spec)), See(), epochs=1)
+    fit(make_module(optim=OptimSpec(lr=1e-3, **spec)), See(), epochs=1)
     if "clip_norm" in spec:
         assert float(found[0].norm()) == pytest.approx(1e-3, rel=1e-3)
     else:
@@ -258,7 +258,7 @@ def test_a_teacher_is_distilled_and_is_not_in_the_checkpoint() -> None:
 
 
 def test_sam_counts_a_batch_once_in_the_statistics() -> None:
-    module = make_module(optim=OptimSpec(sam=0.1))
+    module = make_module(optim=OptimSpec(lr=1e-3, sam=0.1))
     fit(module, epochs=1)
     counts = {int(v) for key, v in module.state_dict().items() if key.endswith("num_batches_tracked")}
     assert counts == {3}

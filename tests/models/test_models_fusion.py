@@ -164,7 +164,8 @@ def test_images_are_mixed_among_themselves() -> None:
 
 
 def test_a_teacher_gets_only_the_inputs_that_it_reads() -> None:
-    from refract.models.training.losses import LossSpec, classification_loss, distillation_loss
+    from refract.models.training.objective import classification_loss, distillation_loss
+    from refract.models.training.specs import LossSpec
 
     images, texts = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), torch.randint(1, 21, (4, 5))
     texts[3] = 0

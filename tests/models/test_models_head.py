@@ -13,7 +13,7 @@ from refract.models.multimodal.fusion import Reader
 from refract.models.multimodal.text_networks import BagOfNgrams
 from refract.models.pretrained.weights import load_weights
 from refract.models.registry import build
-from refract.models.training.losses import classification_loss
+from refract.models.training.objective import classification_loss
 
 FAMILIES = (
     ("resnet20", 32),

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from refract.models.classifier import Classifier
 from refract.models.registry import build
 from refract.models.training.lightning_module import ClassifierModule, MeanAveragePrecision
-from refract.models.training.optimizers import OptimSpec
+from refract.models.training.specs import OptimSpec
 
 
 class Images(Dataset):

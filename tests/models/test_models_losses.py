@@ -1,13 +1,15 @@
 """The loss of each task against numbers worked out by hand."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from refract.models.training.losses import (
-    LOSSES,
-    LossSpec,
+from refract.models.tasks import SINGLE_LABEL, TASKS
+from refract.models.training import losses
+from refract.models.training.losses import LOSSES, Loss, losses_of, register_loss
+from refract.models.training.objective import (
     balanced_weights,
     classification_loss,
     consistency_loss,
@@ -15,6 +17,7 @@ from refract.models.training.losses import (
     elastic_net,
     soft_targets,
 )
+from refract.models.training.specs import LossSpec
 
 # softmax of (0, log 2, log 5) is (1/8, 2/8, 5/8).
 LOGITS = torch.tensor([[0.0, math.log(2), math.log(5)]])
@@ -140,9 +143,10 @@ def test_focal_without_gamma_is_the_plain_loss() -> None:
 
 
 def test_losses_that_a_task_does_not_support_are_refused() -> None:
-    with pytest.raises(ValueError, match="loss='cross_entropy' needs a task with one label per image"):
+    message = "loss='cross_entropy' does not support the task multilabel; expected one of auto, bce, focal, mse"
+    with pytest.raises(ValueError, match=message):
         classification_loss(torch.zeros(2, 3), torch.zeros(2, 3), task="multilabel", name="cross_entropy")
-    with pytest.raises(ValueError, match="loss='focla'.*did you mean 'focal'"):
+    with pytest.raises(ValueError, match="name='focla'.*did you mean 'focal'"):
         LossSpec(name="focla")
 
 
@@ -178,3 +182,36 @@ def test_focal_has_a_gradient_for_a_certain_prediction(task: str, gamma: float) 
     targets = torch.tensor([[1.0, 0.0, 0.0]]) if task == "multilabel" else torch.tensor([0])
     classification_loss(logits, targets, task=task, name="focal", gamma=gamma).backward()
     assert logits.grad.isfinite().all() and logits.grad.abs().max() < 10
+
+
+@pytest.fixture
+def logit_adjusted() -> Iterator[str]:
+    """Register the loss of Menon et al. 2021, arXiv:2007.07314, which needs the class counts."""
+
+    def terms(logits: torch.Tensor, targets: torch.Tensor, *, class_counts: torch.Tensor) -> torch.Tensor:
+        return -targets * (logits + (class_counts / class_counts.sum()).log()).log_softmax(dim=1)
+
+    register_loss("logit_adjusted", Loss(terms=terms, tasks=SINGLE_LABEL, needs=("class_counts",)))
+    yield "logit_adjusted"
+    losses._LOSSES.pop("logit_adjusted")
+
+
+def test_a_registered_loss_gets_what_it_needs(logit_adjusted: str) -> None:
+    counts = torch.tensor([1.0, 2.0, 5.0])
+    # The logits equal the log counts plus a constant, so that the adjusted ones are twice as far apart: p is (1, 4, 25) / 30.
+    loss = classification_loss(LOGITS, torch.tensor([1]), task="multiclass", name=logit_adjusted, class_counts=counts)
+    assert float(loss) == pytest.approx(math.log(30 / 4), rel=1e-5)
+    with pytest.raises(ValueError, match="loss='logit_adjusted' needs the number of training images of each class"):
+        classification_loss(LOGITS, torch.tensor([1]), task="multiclass", name=logit_adjusted)
+    assert [logit_adjusted in losses_of(task) for task in TASKS] == [True, True, False]
+
+
+def test_a_loss_with_a_registered_name_or_an_unknown_need_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"loss 'focal' of .*: refract.models.training.losses has registered this name"
+    ):
+        register_loss("focal", LOSSES["mse"])
+    with pytest.raises(ValueError, match="loss 'auto': the name is reserved"):
+        register_loss("auto", LOSSES["mse"])
+    with pytest.raises(ValueError, match=r"needs=\('epoch',\): expected some of gamma, multilabel, class_counts"):
+        Loss(terms=LOSSES["mse"].terms, needs=("epoch",))

@@ -5,7 +5,10 @@ import torch
 from torch import nn
 
 from refract.models.registry import build
-from refract.models.training.optimizers import OPTIMIZERS, SCHEDULES, OptimSpec, parameter_groups, warmup_schedule
+from refract.models.training.optimizers import OPTIMIZERS
+from refract.models.training.parameter_groups import parameter_groups
+from refract.models.training.schedules import SCHEDULES, warmup_schedule
+from refract.models.training.specs import OptimSpec
 
 
 def test_norms_and_biases_do_not_decay() -> None:
@@ -23,10 +26,10 @@ def test_norms_and_biases_do_not_decay() -> None:
 def test_only_what_requires_a_gradient_is_in_a_group() -> None:
     network = build("resnet20", 3, image_size=(32, 32)).requires_grad_(False)
     network.head.weight.requires_grad_(True)
-    (group,) = parameter_groups(network, OptimSpec())
+    (group,) = parameter_groups(network, OptimSpec(lr=1e-3))
     assert [id(p) for p in group["params"]] == [id(network.head.weight)]
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
-        parameter_groups(network.requires_grad_(False), OptimSpec())
+        parameter_groups(network.requires_grad_(False), OptimSpec(lr=1e-3))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -53,7 +56,7 @@ def test_sgd_is_nesterov_with_momentum_and_plain_without() -> None:
 
 
 def test_bad_optimizer_parameters_are_named() -> None:
-    with pytest.raises(ValueError, match=r"optimizer='adan': expected one of sgd, .*; did you mean 'adam'\?"):
+    with pytest.raises(ValueError, match=r"name='adan': expected one of sgd, .*; did you mean 'adam'\?"):
         OptimSpec(name="adan")
     changes = {
         "lr": 0.0,
@@ -130,7 +133,7 @@ def test_schedules_by_hand() -> None:
 )
 def test_tokens_positions_and_scales_do_not_decay(name: str, spared: str) -> None:
     network = build(name, 3, image_size=(224, 224))
-    groups = parameter_groups(network, OptimSpec(weight_decay=0.1))
+    groups = parameter_groups(network, OptimSpec(lr=1e-3, weight_decay=0.1))
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     found = {key: decay[id(p)] for key, p in network.named_parameters()}
     assert {rate for key, rate in found.items() if spared in key} == {0.0}
@@ -140,7 +143,7 @@ def test_tokens_positions_and_scales_do_not_decay(name: str, spared: str) -> Non
 
 def test_standardised_weights_decay() -> None:
     network = build("cnn", 3, image_size=(16, 16), norm="weight_standardisation")
-    decayed = [g for g in parameter_groups(network, OptimSpec(weight_decay=0.1)) if g["weight_decay"]]
+    decayed = [g for g in parameter_groups(network, OptimSpec(lr=1e-3, weight_decay=0.1)) if g["weight_decay"]]
     assert len(decayed[0]["params"]) == 4, "three convolutions and the head"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from warm_process import Started
 
 from refract.pipeline.config.config import Config
+from refract.pipeline.config.sections import DataConfig
 from refract.pipeline.retraining.workspace import read, write
 
 COLORS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 40, 50)}
@@ -45,11 +46,7 @@ def rewritten(manifest: Path, name: str, change: Callable[[int, str], str]) -> P
 
 
 def config_of(source: Path | str, **data) -> Config:
-    config = Config()
-    config.data.source = str(source)
-    for key, value in data.items():
-        setattr(config.data, key, value)
-    return config
+    return Config(data=DataConfig(source=str(source), **data))
 
 
 def descendants(pid: int) -> list[int]:

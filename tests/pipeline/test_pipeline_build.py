@@ -51,7 +51,7 @@ def begun(folder: Path, *overrides: object) -> Assembly:
 def trained(folder: Path, tmp_path: Path, *overrides: object) -> tuple[torch.Tensor, int]:
     """Return (the kept weights, the number of epochs)."""
     made = begun(folder, *overrides)
-    history = fit(made, configured(folder, overrides), tmp_path / "run", None)
+    history = fit(made, tmp_path / "run", None)
     state = made.module.classifier.network.state_dict()
     return torch.cat([value.float().flatten() for value in state.values()]), len(history)
 
@@ -190,16 +190,14 @@ def test_training_starts_from_the_weights_of_a_file(uneven: Path, tmp_path: Path
     ],
 )
 def test_an_unset_learning_rate_depends_on_the_trained_parameters(asked: dict, lr: float, head_lr: float) -> None:
-    config = load_config(None, [f"--{key}={value}" for key, value in asked.items()])
-    defaults.fill_defaults(config)
+    config = defaults.filled(load_config(None, [f"--{key}={value}" for key, value in asked.items()]))
     assert (config.optim.lr, config.optim.head_lr) == (lr, head_lr)
     assert config.model.frozen_norms is (config.model.weights != "none")
 
 
 def test_the_batch_norms_of_a_bundle_are_trained(tmp_path: Path) -> None:
     (tmp_path / "bundle.json").write_text("{}")
-    config = load_config(None, [f"--model.weights={tmp_path}"])
-    defaults.fill_defaults(config)
+    config = defaults.filled(load_config(None, [f"--model.weights={tmp_path}"]))
     assert config.model.frozen_norms is False and config.optim.head_lr == 1.0
 
 

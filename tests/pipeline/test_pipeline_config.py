@@ -1,6 +1,10 @@
 """The configuration: errors name the key, and a saved config reads the same."""
 
 import json
+import re
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,9 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from refract.cli import main
+from refract.models.training.losses import LOSSES
+from refract.models.training.optimizers import OPTIMIZERS
+from refract.models.training.schedules import SCHEDULES
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict, help_text, load_config
 from refract.pipeline.config.renamed import RENAMED, RENAMED_VALUES
 from refract.pipeline.config.schema import json_schema
@@ -40,10 +47,10 @@ def test_policy_as_a_list_on_the_command_line() -> None:
         ("optmi: {lr: 1}", r"no key 'optmi'; did you mean 'optim'\?"),
         ("optim: {lr: fast}", "optim.lr.*fast"),
         ("optim: {name: adma}", "optim.name.*adma"),
-        ("trainer: {ema: 1}", r"trainer.ema: 1.* is not in \[0, 1\)"),
-        ("data: {batch_size: 0}", "data.batch_size: 0 is not at least 1"),
+        ("trainer: {ema: 1}", r"trainer.ema: 1.* is not a number in \[0, 1\)"),
+        ("data: {batch_size: 0}", "data.batch_size: 0 is not a whole number of at least 1"),
         ("data: {image_size: 3}", "data.image_size: 3 is not at least 8 pixels"),
-        ("data: {val_fraction: 1.5}", r"data.val_fraction: 1.5 is not in \(0, 1\)"),
+        ("data: {val_fraction: 1.5}", r"data.val_fraction: 1.5 is not a number in \(0, 1\)"),
         ("trainer: {run_name: ../up}", "run_name: '../up' is not a plain folder name"),
         ("optim:", "optim: the section is empty"),
         ("- a", "expected sections"),
@@ -101,15 +108,46 @@ def test_help_explains_every_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value"),
-    [("optim", "lr", -1.0), ("optim", "layer_decay", 2.0), ("loss", "label_smoothing", 1.0), ("loss", "l1_ratio", 3.0)],
+    ("key", "value", "expected"),
+    [
+        ("optim.lr", -1.0, "a number above 0, or null"),
+        ("optim.clip_norm", -1.0, "a number above 0, or null"),
+        ("optim.layer_decay", 2.0, "a number in (0, 1]"),
+        ("optim.schedule", "cosin", "one of constant, linear, cosine, .*; did you mean 'cosine'?"),
+        ("loss.label_smoothing", 1.0, "a number in [0, 1)"),
+        ("gate.calibration_error", 2.0, "a number in [0, 1], or null"),
+        ("trainer.seed", 2**32, "a whole number in [0, 4294967296)"),
+        ("loss.name", "focla", "one of auto, cross_entropy, bce, .*; did you mean 'focal'?"),
+    ],
 )
-def test_numbers_of_the_optimiser_and_the_loss_are_checked_before_the_data(
-    section: str, key: str, value: float
-) -> None:
-    config = config_from_dict({"data": {"source": "nowhere"}, section: {key: value}})
-    with pytest.raises(ConfigError, match=rf"^{section}\.{key}={value}: expected"):
-        train(config)
+def test_values_are_checked_when_the_config_is_read(key: str, value: object, expected: str) -> None:
+    section, name = key.split(".")
+    message = re.escape(f"{key}: {value!r} is not {expected}").replace(r"\.\*", ".*")
+    with pytest.raises(ConfigError, match=f"^c.yaml: {message}$"):
+        config_from_dict({section: {name: value}}, ["--optim.sam=0.1"], where="c.yaml")
+    with pytest.raises(ConfigError, match=f"^command line: {message}$"):
+        load_config(None, [f"--{key}={value}"])
+
+
+def test_help_and_schema_give_the_accepted_values_of_the_optimiser_and_the_loss() -> None:
+    text, sections = " ".join(help_text().split()), json_schema()["$defs"]
+    assert f"loss; auto is bce for multilabel, else cross_entropy. One of auto, {', '.join(LOSSES)}." in text
+    assert "amount of label smoothing. A number in [0, 1)." in text
+    assert sections["LossSpec"]["properties"]["name"]["enum"] == ["auto", *LOSSES]
+    assert sections["OptimSpec"]["properties"]["name"]["enum"] == [*OPTIMIZERS]
+    assert sections["LossSpec"]["properties"]["label_smoothing"]["exclusiveMaximum"] == 1
+
+
+def test_the_documentation_names_every_loss_optimizer_and_schedule() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+    for heading, table in (("Optimisers", OPTIMIZERS), ("Schedules", SCHEDULES), ("Losses", LOSSES)):
+        (line,) = [line for line in page.splitlines() if line.startswith(f"- **{heading}**")]
+        assert set(table) <= set(re.findall(r"[a-z_]+", line)), heading
+
+
+def test_reading_a_config_imports_no_pytorch() -> None:
+    code = "import sys, refract.pipeline.config.config as c; c.help_text(); c.load_config(None); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_a_network_with_a_fixed_input_size_rejects_start_size() -> None:
@@ -120,6 +158,16 @@ def test_a_network_with_a_fixed_input_size_rejects_start_size() -> None:
         ConfigError, match=r"^model\.name: lenet5 cannot train on 2 images of 16×16 pixels in some epochs"
     ):
         train(config)
+
+
+def test_a_config_is_changed_only_in_a_copy() -> None:
+    config = Config()
+    changed = config.changed({"data.source": "images", "trainer.seed": 3, "trainer.run_name": "a"})
+    assert (changed.data.source, changed.trainer.seed, changed.trainer.run_name) == ("images", 3, "a")
+    assert config == Config() and changed.optim is config.optim
+    for section in (config, *(getattr(config, item.name) for item in fields(Config))):
+        with pytest.raises(FrozenInstanceError):
+            setattr(section, fields(section)[0].name, None)
 
 
 def test_a_section_of_another_type_is_named() -> None:
@@ -194,6 +242,8 @@ def test_the_schema_accepts_every_config_of_the_repository_and_describes_every_k
         ({"optim": {"name": "adma"}}, "'adma' is not one of"),
         ({"data": {"batch_size": "many"}}, "'many' is not of type 'integer'"),
         ({"optmi": {}}, "'optmi' was unexpected"),
+        ({"loss": {"gamma": "fast"}}, "'fast' does not match"),
+        ({"loss": {"label_smoothing": 1.0}}, "1.0 is greater than or equal to the maximum of 1"),
     ],
 )
 def test_the_schema_names_mistakes(values: dict, message: str) -> None:
@@ -201,11 +251,24 @@ def test_the_schema_names_mistakes(values: dict, message: str) -> None:
     assert message in error.message
 
 
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "+5.e-1", ".5e-1", "2.5e-01"])
+def test_schema_and_loader_accept_numbers_that_yaml_reads_as_strings(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"optim: {{lr: {text}, warmup: {text}}}\ndata: {{mean: [{text}, 0.5, 0.5]}}\n")
+    Draft202012Validator(json_schema()).validate(yaml.safe_load(file.read_text()))
+    config = load_config(file)
+    assert (config.optim.lr, config.optim.warmup, config.data.mean) == (
+        float(text),
+        float(text),
+        (float(text), 0.5, 0.5),
+    )
+
+
 def test_the_schema_marks_former_keys_as_deprecated(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     former = schema["$defs"]["DataConfig"]["properties"]["val_share"]
-    assert former["deprecated"] and former["type"] == "number" and "data.val_fraction" in former["description"]
+    assert former["deprecated"] and "number" in former["type"] and "data.val_fraction" in former["description"]
     assert main(["config", "keys"]) == 0
     assert capsys.readouterr().out == help_text() + "\n"
 

@@ -183,8 +183,7 @@ def test_drawn_splits_are_stratified_seeded_and_keep_copies_together(folder: Pat
     }
     assert len(copies) == 1
     assert prepare_data(config_of(folder)) == (manifest, fingerprint)
-    other = config_of(folder)
-    other.trainer.seed = 1
+    other = config_of(folder).changed({"trainer.seed": 1})
     assert prepare_data(other)[1] != fingerprint
 
 

@@ -46,38 +46,35 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def assembled(colours: Path, *overrides: object, **sections: dict[str, Any]) -> tuple[Assembly, Any]:
+def assembled(colours: Path, *overrides: object, **sections: dict[str, Any]) -> Assembly:
     values = {name: {**section, **sections.get(name, {})} for name, section in BASE.items()}
     values["data"]["source"] = str(colours)
     for name, section in sections.items():
         values.setdefault(name, section)
-    config = config_from_dict(values, list(map(str, overrides)))
-    return assemble(config), config
+    return assemble(config_from_dict(values, list(map(str, overrides))))
 
 
-def finding_names(assembly: Assembly, config: Any, tmp_path: Path, doctor: Doctor | None = None) -> set[str]:
-    doctor = doctor or make_doctor(assembly, config)
-    history = fit(assembly, config, tmp_path / "run", None, watchers=[doctor])
+def finding_names(assembly: Assembly, tmp_path: Path, doctor: Doctor | None = None) -> set[str]:
+    doctor = doctor or make_doctor(assembly)
+    history = fit(assembly, tmp_path / "run", None, watchers=[doctor])
     return {finding.name for finding in doctor.findings(history)}
 
 
 @pytest.mark.parametrize("name", ["cnn", "resnet20", "lenet5", "mlp", "fastnet"])
 def test_a_healthy_training_gets_no_finding(name: str, colours: Path, tmp_path: Path) -> None:
     rate = {"optim": {"lr": 0.002}} if name != "fastnet" else {"optim": {"name": "sgd", "lr": 0.1}}
-    assembly, config = assembled(colours, model={"name": name, "args": {}}, augment={"policy": "cifar"}, **rate)
+    assembly = assembled(colours, model={"name": name, "args": {}}, augment={"policy": "cifar"}, **rate)
     if name == "lenet5":
-        assembly, config = assembled(
-            colours, model={"name": name, "args": {}}, data={"image_size": 32}, optim={"lr": 0.002}
-        )
-    assert finding_names(assembly, config, tmp_path) == set()
+        assembly = assembled(colours, model={"name": name, "args": {}}, data={"image_size": 32}, optim={"lr": 0.002})
+    assert finding_names(assembly, tmp_path) == set()
 
 
 def test_a_learning_rate_that_is_too_high_or_too_low(colours: Path, tmp_path: Path) -> None:
     tanh = {"model": {"name": "mlp", "args": {"hidden": [64, 64], "activation": "tanh"}}, "trainer": {"max_epochs": 15}}
-    assembly, config = assembled(colours, "--optim.name", "sgd", "--optim.lr", 10, "--optim.warmup", 0.6, **tanh)
-    assert "learning rate too high" in finding_names(assembly, config, tmp_path / "a")
-    assembly, config = assembled(colours, "--optim.lr", 1e-7, **tanh)
-    assert {"learning rate too low", "the loss does not fall"} & finding_names(assembly, config, tmp_path / "b")
+    assembly = assembled(colours, "--optim.name", "sgd", "--optim.lr", 10, "--optim.warmup", 0.6, **tanh)
+    assert "learning rate too high" in finding_names(assembly, tmp_path / "a")
+    assembly = assembled(colours, "--optim.lr", 1e-7, **tanh)
+    assert {"learning rate too low", "the loss does not fall"} & finding_names(assembly, tmp_path / "b")
 
 
 def test_learning_rate_findings_from_recorded_losses() -> None:
@@ -94,37 +91,35 @@ def test_learning_rate_findings_from_recorded_losses() -> None:
 
 
 def test_an_initial_loss_that_is_too_high(colours: Path, tmp_path: Path) -> None:
-    assembly, config = assembled(
-        colours, "--model.init", "large_gaussian", "--model.args", "{norm: none, widths: [8, 16]}"
-    )
-    assert "initial loss" in finding_names(assembly, config, tmp_path)
+    assembly = assembled(colours, "--model.init", "large_gaussian", "--model.args", "{norm: none, widths: [8, 16]}")
+    assert "initial loss" in finding_names(assembly, tmp_path)
 
 
 def test_parameters_without_a_gradient(colours: Path, tmp_path: Path) -> None:
-    assembly, config = assembled(colours)
+    assembly = assembled(colours)
     network = assembly.module.classifier.network
     network.register_parameter("forgotten", nn.Parameter(torch.ones(3)))
-    assert "no gradient" in finding_names(assembly, config, tmp_path)
+    assert "no gradient" in finding_names(assembly, tmp_path)
 
 
 def test_inputs_out_of_range_and_a_policy_that_shifts_them(colours: Path, tmp_path: Path) -> None:
-    assembly, config = assembled(colours, data={"normalize": "fixed", "mean": [0, 0, 0], "std": [0.01, 0.01, 0.01]})
-    assert "input range" in finding_names(assembly, config, tmp_path / "a")
-    assembly, config = assembled(colours, augment={"policy": [{"Brightness": {"factor": [3, 4]}}]})
-    assert "augmentation shifts the images" in finding_names(assembly, config, tmp_path / "b")
+    assembly = assembled(colours, data={"normalize": "fixed", "mean": [0, 0, 0], "std": [0.01, 0.01, 0.01]})
+    assert "input range" in finding_names(assembly, tmp_path / "a")
+    assembly = assembled(colours, augment={"policy": [{"Brightness": {"factor": [3, 4]}}]})
+    assert "augmentation shifts the images" in finding_names(assembly, tmp_path / "b")
 
 
 def test_a_policy_similar_to_the_robustness_test(colours: Path, tmp_path: Path) -> None:
-    assembly, config = assembled(colours, augment={"policy": [{"OneOf": {"ops": ["GaussianBlur", "HorizontalFlip"]}}]})
-    doctor = make_doctor(assembly, config)
-    assert "trained on corruptions" in finding_names(assembly, config, tmp_path, doctor)
+    assembly = assembled(colours, augment={"policy": [{"OneOf": {"ops": ["GaussianBlur", "HorizontalFlip"]}}]})
+    doctor = make_doctor(assembly)
+    assert "trained on corruptions" in finding_names(assembly, tmp_path, doctor)
     assert doctor.record.ops == ("OneOf", "GaussianBlur", "HorizontalFlip")
 
 
 def test_vanishing_and_exploding_gradients(colours: Path, tmp_path: Path) -> None:
     deep = {"name": "mlp", "args": {"hidden": [32] * 12, "activation": "sigmoid"}}
-    assembly, config = assembled(colours, "--model.init", "xavier_normal", model=deep)
-    assert "vanishing gradient" in finding_names(assembly, config, tmp_path)
+    assembly = assembled(colours, "--model.init", "xavier_normal", model=deep)
+    assert "vanishing gradient" in finding_names(assembly, tmp_path)
     layers = [f"l{k}" for k in range(6)]
     growing = {name: 10.0 ** (2 - 2 * k) for k, name in enumerate(layers)}
     assert [found.name for found in late(Record(3, 0.1, gradients=[growing]))] == ["exploding gradient"]
@@ -134,28 +129,28 @@ def test_vanishing_and_exploding_gradients(colours: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_a_zero_head_is_not_a_vanishing_gradient(epochs: int, colours: Path, tmp_path: Path) -> None:
     """A new head on loaded weights starts at zero."""
-    assembly, config = assembled(colours, model={"args": {"widths": [8, 16, 16, 16]}}, trainer={"max_epochs": epochs})
+    assembly = assembled(colours, model={"args": {"widths": [8, 16, 16, 16]}}, trainer={"max_epochs": epochs})
     head = [module for module in assembly.module.classifier.network.modules() if isinstance(module, torch.nn.Linear)][
         -1
     ]
     torch.nn.init.zeros_(head.weight)
-    assert not {"vanishing gradient", "exploding gradient"} & finding_names(assembly, config, tmp_path)
+    assert not {"vanishing gradient", "exploding gradient"} & finding_names(assembly, tmp_path)
 
 
 def test_dead_and_saturated_units(colours: Path, tmp_path: Path) -> None:
     relu = {"name": "mlp", "args": {"hidden": [64, 64]}}
-    assembly, config = assembled(colours, model=relu)
+    assembly = assembled(colours, model=relu)
     with torch.no_grad():
         assembly.module.classifier.network.layers[0].bias.fill_(-1e3)
-    assert "dead ReLUs" in finding_names(assembly, config, tmp_path / "a")
+    assert "dead ReLUs" in finding_names(assembly, tmp_path / "a")
     tanh = {"name": "mlp", "args": {"hidden": [64, 64], "activation": "tanh"}}
-    assembly, config = assembled(colours, "--model.init", "large_gaussian", model=tanh)
-    assert "saturated units" in finding_names(assembly, config, tmp_path / "b")
+    assembly = assembled(colours, "--model.init", "large_gaussian", model=tanh)
+    assert "saturated units" in finding_names(assembly, tmp_path / "b")
 
 
 def test_a_network_that_cannot_learn_one_batch(colours: Path, tmp_path: Path) -> None:
-    assembly, config = assembled(colours, "--model.args", "{widths: [8, 16], dropout: 0.999}")
-    assert "one batch is not learned" in finding_names(assembly, config, tmp_path)
+    assembly = assembled(colours, "--model.args", "{widths: [8, 16], dropout: 0.999}")
+    assert "one batch is not learned" in finding_names(assembly, tmp_path)
 
 
 def test_over_and_underfitting() -> None:
@@ -229,9 +224,9 @@ def test_a_transfer_that_learned_nothing_and_its_cure(colours: Path, tmp_path: P
 
 def test_the_doctor_changes_no_weight(colours: Path, tmp_path: Path) -> None:
     def weights(watched: bool) -> torch.Tensor:
-        assembly, config = assembled(colours, "--model.args", "{widths: [8, 16], dropout: 0.3}")
-        watchers = [make_doctor(assembly, config)] if watched else []
-        fit(assembly, config, tmp_path / str(watched), None, watchers=watchers)
+        assembly = assembled(colours, "--model.args", "{widths: [8, 16], dropout: 0.3}")
+        watchers = [make_doctor(assembly)] if watched else []
+        fit(assembly, tmp_path / str(watched), None, watchers=watchers)
         return torch.cat([value.float().flatten() for value in assembly.module.classifier.state_dict().values()])
 
     assert torch.equal(weights(True), weights(False))

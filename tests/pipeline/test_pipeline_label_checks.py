@@ -212,7 +212,7 @@ def test_a_run_stops_at_labels_and_accepts_them_on_purpose(tmp_path: Path, new_t
     assert record["ends"] == Outcome.REFUSED
     assert record["why"].startswith("the new labels cannot be trusted: the champion disagrees with ")
     assert record["why"].endswith("accept them with --retrain.disagreement_stop null.")
-    config.retrain.disagreement_stop = None
+    config = config.changed({"retrain.disagreement_stop": None})
     _, record = checked(config)
     assert "ends" not in record and record["labels"]["disagreement"]["level"] == "warn"
 
@@ -227,7 +227,7 @@ def test_a_run_stops_at_labels_and_accepts_them_on_purpose(tmp_path: Path, new_t
     assert len(rows) == record["labels"]["changed"]["changed"] and {*rows[0]} == {"path", "was", "is"}
     assert all(Path(row["path"]).parent.name == row["is"] for row in rows), "the files as they lie now"
     assert {(row["was"], row["is"]) for row in rows} == {("red", "blue"), ("blue", "red")}
-    config.retrain.relabelled_stop = None
+    config = config.changed({"retrain.relabelled_stop": None})
     _, record = checked(config)
     assert "ends" not in record and record["labels"]["changed"]["level"] == "warn"
 

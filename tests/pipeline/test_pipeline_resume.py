@@ -213,12 +213,11 @@ def test_a_resumed_run_costs_the_time_of_all_its_processes(refract: Run, work: P
 
 
 def test_a_run_whose_weights_or_teacher_changed_cannot_resume(tmp_path: Path) -> None:
-    config = Config()
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "weights.bin").write_bytes(b"1")
     (tmp_path / "w.pt").write_bytes(b"2")
-    config.loss.teacher, config.model.weights = str(tmp_path / "teacher"), str(tmp_path / "w.pt")
-    config.trainer.runs_dir = str(tmp_path / "runs")
+    files = {"loss.teacher": str(tmp_path / "teacher"), "model.weights": str(tmp_path / "w.pt")}
+    config = Config().changed({**files, "trainer.runs_dir": str(tmp_path / "runs")})
     record = {"fingerprint": "f", "versions": {}, "inputs": inputs(config)}
     assert set(record["inputs"]) == {"model.weights", "loss.teacher"}
     run = new_run(config, "r", record)
@@ -237,13 +236,13 @@ def test_files_that_a_policy_names_are_inputs_and_other_words_are_not(
     for name in ("no", "constant"):
         (tmp_path / name).mkdir()
     os.mkfifo("mean")
-    config, long = Config(), "please note that " * 40
-    config.augment.policy = [
+    long = "please note that " * 40
+    policy = [
         {"WordSubstitute": {"table": "t.csv", "keep": ["brands.txt", "no", long]}},
         {"Rotate": {"degrees": 10, "border": "constant"}},
         {"HideAndSeek": {"fill": "mean"}},
     ]
-    config.text.name = long
+    config = Config().changed({"augment.policy": policy, "text.name": long})
     assert set(inputs(config)) == {"augment.policy: t.csv", "augment.policy: brands.txt"}
 
 
@@ -251,12 +250,10 @@ def test_a_run_is_locked_by_one_process_and_found_by_its_config(tmp_path: Path) 
     from refract.pipeline.config.config import ConfigError
     from refract.pipeline.training.run_directory import new_run
 
-    config = Config()
-    config.trainer.runs_dir = str(tmp_path)
+    config = Config().changed({"trainer.runs_dir": str(tmp_path)})
     run = new_run(filled(config), "digits", {"fingerprint": "f", "versions": {}})  # as `assemble` fills the config
     assert unfinished(config, "digits") == run.path and unfinished(config, "mnist") is None
-    other = Config()
-    other.trainer.runs_dir, other.optim.lr = str(tmp_path), 0.5
+    other = config.changed({"optim.lr": 0.5})
     assert unfinished(other, "digits") is None
     with (
         run_lock(run.path),

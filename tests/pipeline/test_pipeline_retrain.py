@@ -109,16 +109,15 @@ def test_gate_holdout_is_frozen_as_it_is(config: Config, tmp_path: Path, folder:
     """It may be the test part of a data set alone."""
     paint(tmp_path / folder, range(100, 104))
     shutil.copy(tmp_path / folder / "red/100.png", tmp_path / "images/red/copy.png")
-    config.gate.holdout = str(tmp_path / "own")
+    config = config.changed({"gate.holdout": str(tmp_path / "own")})
     table = load_manifest(taken(config).manifest)
     assert len(table.of("test")) == 12
     assert len(table.of("train")) + len(table.of("val")) == 90, "its copy is not trained on"
 
 
 def test_a_missing_or_wrong_config_value_is_named(config: Config) -> None:
-    config.tracking.model_name = None
     with pytest.raises(ConfigError, match=r"tracking\.model_name"):
-        workspace_of(config)
+        workspace_of(config.changed({"tracking.model_name": None}))
     for section, key, value in (("gate", "recall", 1.5), ("retrain", "largest_loss", -1), ("gate", "size_mb", 0)):
         with pytest.raises(ConfigError, match=rf"{section}\.{key}"):
             config_from_dict({section: {key: value}})
@@ -300,7 +299,7 @@ def test_an_unfinished_run_is_resumed_with_its_config_until_it_failed_too_often(
     note_stop(folder)
     assert worth_resuming(folder, config), "a signal is no failure"
     folder = begin(config, force=False)
-    config.gate.margin = 0.1
+    config = config.changed({"gate.margin": 0.1})
     assert not worth_resuming(folder, config), "a changed config starts a new run"
 
 
@@ -316,7 +315,7 @@ def test_data_that_change_during_a_run_are_refused(config: Config, tmp_path: Pat
 
 
 def test_a_model_name_that_mlflow_refuses_is_named(config: Config) -> None:
-    config.tracking.model_name = "team/colors"
+    config = config.changed({"tracking.model_name": "team/colors"})
     with pytest.raises(ConfigError, match=r"tracking\.model_name: 'team/colors'"):
         workspace_of(config)
 
@@ -325,7 +324,7 @@ def test_a_slow_notify_command_is_killed(
     config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("refract.pipeline.retraining.steps.NOTIFY_SECONDS", 0.05)
-    config.retrain.notify = "sleep 5"
+    config = config.changed({"retrain.notify": "sleep 5"})
     folder = begin(config, force=False)
     write_run(folder, read_run(folder) | {"ends": int(Outcome.REFUSED), "why": "-"})
     STEPS[-1](folder)

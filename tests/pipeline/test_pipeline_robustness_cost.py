@@ -77,15 +77,14 @@ def test_a_small_test_set_gets_a_note() -> None:
 
 @pytest.mark.parametrize("measured", [True, False])
 def test_the_closing_notes_name_the_command_that_measures_all_images(measured: bool, tmp_path: Path) -> None:
-    config = Config()
-    config.data.source = "my images"
+    config = Config().changed({"data.source": "my images"})
     numbers = {"notes": ["a note"], **({"robustness": {"summary": "0.4 on 30 images"}} if measured else {})}
     (tmp_path / "report.json").write_text(json.dumps(numbers))
     note, robust = closing_notes(tmp_path, config, "bin/")
     assert note == ("note", "a note")
     assert f"bin/refract evaluate {tmp_path}/bundle 'my images' --robustness full" in robust[1]
     assert ("0.4 on 30 images" in robust[1]) == measured == ("not measured" not in robust[1])
-    config.evaluation.robustness = "none"
+    config = config.changed({"evaluation.robustness": "none"})
     assert measured or closing_notes(tmp_path, config, "") == [("note", "a note")]
 
 

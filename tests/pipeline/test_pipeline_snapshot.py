@@ -224,8 +224,7 @@ def test_an_image_in_train_and_in_val_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 images are in more than one split"):
         taken(config_at(tmp_path))
     assert not workspace_of(config_at(tmp_path)).holdout.exists(), "nothing was frozen"
-    config = config_at(tmp_path)
-    config.data.on_bad_file = "skip"
+    config = config_at(tmp_path).changed({"data.on_bad_file": "skip"})
     assert taken(config).counts["train"]["red"] == 9
 
 

@@ -15,7 +15,7 @@ from refract.models.classifier import Classifier
 from refract.models.registry import build
 from refract.models.training.lightning_module import ClassifierModule
 from refract.pipeline.config.config import Config, ConfigError
-from refract.pipeline.config.sections import DataConfig
+from refract.pipeline.config.sections import DataConfig, TrainerConfig
 from refract.pipeline.data.datamodule import ImageDataModule
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.data.prepare import prepare_data
@@ -26,8 +26,8 @@ from refract.pipeline.training.fit import Assembly, fit
 from refract.pipeline.training.ranks import Ranks
 
 
-def _made(manifest: Manifest, module: ClassifierModule, data: ImageDataModule) -> Assembly:
-    return Assembly(manifest, {}, module, data, "cpu", "32-true", Ranks(0, 1, 1))
+def _made(config: Config, manifest: Manifest, module: ClassifierModule, data: ImageDataModule) -> Assembly:
+    return Assembly(config, manifest, {}, module, data, "cpu", "32-true", Ranks(0, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_the_latest_epoch_within_a_standard_error_of_the_best_is_kept(
             self.log("val_accuracy", torch.tensor(scores[len(weights)]))
             weights.append({key: value.clone() for key, value in self.classifier.state_dict().items()})
 
-    config = Config(data=DataConfig(source=str(folder), workers=0))
-    config.trainer.max_epochs = len(scores)
+    data_config = DataConfig(source=str(folder), workers=0)
+    config = Config(data=data_config, trainer=TrainerConfig(max_epochs=len(scores)))
     manifest, _ = prepare_data(config)
     classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.2,) * 3)
     module = Told(classifier, task="multiclass", num_classes=3)
@@ -55,7 +55,7 @@ def test_the_latest_epoch_within_a_standard_error_of_the_best_is_kept(
     )
     assert len(manifest.of("val")) == 6
     with caplog.at_level("INFO", "refract.pipeline"):
-        history = fit(_made(manifest, module, data), config, tmp_path / "run", None)
+        history = fit(_made(config, manifest, module, data), tmp_path / "run", None)
     assert [round(row["val_accuracy"], 3) for row in history] == scores
     kept = module.classifier.state_dict()
     same = [all(torch.equal(kept[key], value) for key, value in state.items()) for state in weights]
@@ -94,8 +94,7 @@ def test_whitening_of_large_images_is_rejected(folder: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_image_deleted_after_the_check_is_named(folder: Path, workers: int) -> None:
-    config = Config()
-    config.data.source, config.data.workers = str(folder), workers
+    config = Config(data=DataConfig(source=str(folder), workers=workers))
     manifest, _ = prepare_data(config)
     gone = Path(manifest.of("train")[0].path)
     gone.unlink()
@@ -105,7 +104,7 @@ def test_an_image_deleted_after_the_check_is_named(folder: Path, workers: int) -
     classifier = Classifier(build("lenet5", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.5,) * 3)
     module = ClassifierModule(classifier, task="multiclass", num_classes=3)
     with pytest.raises(DataError, match=rf"^{gone}: was readable during the data check, but is not now"):
-        fit(_made(manifest, module, data), config, folder.parent, None)
+        fit(_made(config, manifest, module, data), folder.parent, None)
 
 
 @pytest.mark.slow
