@@ -114,7 +114,7 @@ def measure_drift(
 def _reference_data(info: Any, source: str, multilabel: bool) -> NewData:
     """Read the reference data; of data that the bundle was trained on, only the held-out samples."""
     from refract.pipeline.data.manifest import load_manifest
-    from refract.pipeline.data.prepare import held_out
+    from refract.pipeline.data.prepare import split_as_trained
 
     data = read_data(source, info.labels, multilabel=multilabel)
     if data.names is None or not {name for row in data.names for name in row} <= set(info.labels) or not info.config:
@@ -123,7 +123,7 @@ def _reference_data(info: Any, source: str, multilabel: bool) -> NewData:
         manifest = load_manifest(source, info.task if info.task == "multilabel" else "multiclass")
     except DataError:  # for example data of one class
         return data
-    manifest = manifest if "test" in manifest.splits() else held_out(info, manifest)
+    manifest = manifest if "test" in manifest.splits() else split_as_trained(info, manifest)
     samples: list[Sample] = [sample for sample in manifest.samples if sample.split in ("test", "val")]
     if not samples:
         return data
