@@ -24,7 +24,7 @@ METAFLOW_RUN = "metaflow-run"
 """The file in a retraining run's folder that holds the ID of its Metaflow run."""
 
 
-class Busy(ConfigError):
+class WorkspaceLocked(ConfigError):
     """Another process holds the workspace's lock."""
 
 
@@ -59,12 +59,14 @@ class Workspace:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lock, and bring the files of an earlier version to the present layout. Busy if another process holds the lock.
+        """Hold the lock, and bring the files of an earlier version to the present layout.
 
-        The lock of a process that died is free.
+        WorkspaceLocked if another process holds the lock; the lock of a process that died is free.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        with locked(self.root / "lock", Busy(f"{self.root}: another retraining run is in progress; one at a time")):
+        with locked(
+            self.root / "lock", WorkspaceLocked(f"{self.root}: another retraining run is in progress; one at a time")
+        ):
             self.migrate()
             yield
 
