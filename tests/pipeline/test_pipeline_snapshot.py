@@ -267,10 +267,10 @@ def test_samples_without_files_are_known_again(tmp_path: Path, source: str) -> N
     texts = {"model": {"name": "none"}, "text": {"name": "hashing"}}
     config = config_at(tmp_path, source, **(texts if source == "m.csv" else {"data": {"source": "digits"}}))
     workspace, first = workspace_of(config), taken(config)
-    assert trained_on(workspace, first.digest, held(first).samples) == 0
+    assert trained_on(workspace, first.digest, held(first).samples) == frozenset()
     whole = load_manifest(first.manifest)
     trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
-    assert trained_on(workspace, first.digest, trained.samples) == len(trained.samples)
+    assert trained_on(workspace, first.digest, trained.samples) == {sample.key for sample in trained.samples}
     assert trained_on(workspace, "0" * 64, trained.samples) is None
 
 
@@ -425,6 +425,9 @@ def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: P
     tested = [sample for sample in samples if sample.split == "test"]
     assert {sample.read() for sample in held} == {sample.read() for sample in tested}
     assert holdout_line(config, workspace, first.digest, held, client, version).passed
+    learned = [sample for sample in load_manifest(first.manifest).samples if sample.split != "test"]
+    line = holdout_line(config, workspace, first.digest, learned, client, version)
+    assert line.told == "90 of its images were trained on", "by both models, each image counted once"
     (tmp_path / "images/red/001.png").unlink()
     assert holdout_line(config, workspace, first.digest, held, client, version).passed, "its own test split, still"
     assert holdout_line(config, workspace, first.digest, whole.samples[8:9], client, version).passed
