@@ -61,7 +61,7 @@ class Plan:
         if height < 1 or width < 1:
             raise ValueError(f"plan was drawn for {height}×{width} pixels; both sides must be at least 1")
         known = [
-            name for name, op in OPS.items() if op.kind != "choice"
+            name for name, op in OPS.items() if op.kind != "composition"
         ]  # a composition op adds only the steps of the ops it chose
         unknown = [step.op for step in steps if step.op not in known]
         if unknown:

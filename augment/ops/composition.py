@@ -24,7 +24,7 @@ class CompositionOp(Op):
     Batch-mixing ops (MixUp, CutMix) combine only with each other, and so do text ops; ValueError otherwise.
     """
 
-    kind: ClassVar[str] = "choice"
+    kind: ClassVar[str] = "composition"
     ops: tuple[Op, ...]
 
     def __post_init__(self) -> None:

@@ -73,7 +73,7 @@ def _strength(scale: Scale, name: str, level: float, highest: int) -> float:
 class AutoOp(Op):
     """fill: grey level or RGB in 0…255, the colour beyond the image's edge."""
 
-    kind: ClassVar[str] = "choice"
+    kind: ClassVar[str] = "composition"
     fill: int | tuple[int, int, int] = 0
 
     def __post_init__(self) -> None:
@@ -305,7 +305,7 @@ class ThreeAugment(Op):
     ColorJitter of 0.3.
     """
 
-    kind: ClassVar[str] = "choice"
+    kind: ClassVar[str] = "composition"
 
     def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
         if rng.random() >= self.p:

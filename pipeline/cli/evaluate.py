@@ -112,12 +112,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _manifest(args: argparse.Namespace, info: "BundleInfo") -> "tuple[Manifest, bool]":
     """Return the data, and whether its test set is the bundle's own, as the data has no `test` split."""
     from refract.pipeline.data.manifest import load_manifest
-    from refract.pipeline.data.prepare import held_out
+    from refract.pipeline.data.prepare import split_as_trained
     from refract.pipeline.data.sources.folders import skipped_lines
 
     manifest = load_manifest(args.data, "multilabel" if info.task == "multilabel" else "multiclass", to_train=False)
     if "test" not in manifest.splits():
-        return held_out(info, manifest), True  # logs the skipped entries
+        return split_as_trained(info, manifest), True  # logs the skipped entries
     for line in skipped_lines(manifest.skipped):
         print(f"refract evaluate: {args.data}: {line}", file=sys.stderr)
     return manifest, False

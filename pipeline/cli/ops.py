@@ -56,7 +56,7 @@ def _ops(args: argparse.Namespace) -> int:
     return 0
 
 
-_KINDS = ("geometric", "color", "pixel", "region", "batch", "text", "choice")
+_KINDS = ("geometric", "color", "pixel", "region", "batch", "text", "composition")
 
 
 def described(name: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _log_skipped(which: str, before: Manifest, after: Manifest) -> None:
         log.warning("data: skipped %d images %s, such as %s", len(skipped), which, skipped[0])
 
 
-def held_out(info: BundleInfo, manifest: Manifest) -> Manifest:
+def split_as_trained(info: BundleInfo, manifest: Manifest) -> Manifest:
     """Return the manifest split as in training if it is the bundle's training data, else unchanged.
 
     The training data is recognised by its content, so that training images are not measured. DataError if the data is at the path of the

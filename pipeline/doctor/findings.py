@@ -10,7 +10,7 @@ import numpy as np
 
 from refract.pipeline.doctor.finding import Cure, Finding, cure
 from refract.pipeline.doctor.record import Record
-from refract.pipeline.doctor.transfer import normalisation, nothing_learned, suited_lr
+from refract.pipeline.doctor.transfer import normalisation, nothing_learned, one_digit, suited_lr
 
 WITH_ACTIVATION = ("cnn", "mlp")
 """Networks with an `activation` argument."""
@@ -57,7 +57,7 @@ def _first_loss_cures(record: Record) -> Iterator[Cure]:
         return
     if record.mode == "fine-tune":
         yield cure("model.mode", "linear-then-fine-tune")
-    yield cure("optim.lr", min(suited_lr(record), _nice(record.lr / 10)))
+    yield cure("optim.lr", min(suited_lr(record), one_digit(record.lr / 10)))
 
 
 def _unreached(record: Record) -> Iterator[Finding]:
@@ -122,21 +122,21 @@ def _rate(record: Record) -> Iterator[Finding]:
             "learning rate too high",
             f"the loss rose {end / smooth[lowest]:.1f} × in {len(smooth) - lowest} steps after its minimum",
             "a longer optim.warmup helps too",
-            (cure("optim.lr", _nice(record.lr / 10)), cure("optim.clip_norm", 1.0)),
+            (cure("optim.lr", one_digit(record.lr / 10)), cure("optim.clip_norm", 1.0)),
         )
     elif end > 0.97 * start and end > (0.3 * math.log(record.classes) if record.classes > 1 else 0.2):
         yield Finding(
             "the loss does not fall",
             f"the loss is {end:.3f} after {len(smooth)} steps and started at {start:.3f}",
             "`refract find lr` measures a learning rate; check the labels",
-            tuple(cure("optim.lr", _nice(lr)) for lr in (record.lr * 10, record.lr / 10)),
+            tuple(cure("optim.lr", one_digit(lr)) for lr in (record.lr * 10, record.lr / 10)),
         )
     elif len(record.history) >= 3 and _steady(smooth) and end > 0.6 * start:
         yield Finding(
             "learning rate too low",
             f"the loss falls steadily, but in {len(smooth)} steps only from {start:.3f} to {end:.3f}",
             "`refract find lr` measures a learning rate",
-            (cure("optim.lr", _nice(record.lr * 10)),),
+            (cure("optim.lr", one_digit(record.lr * 10)),),
         )
 
 
@@ -181,7 +181,7 @@ def _units(record: Record) -> Iterator[Finding]:
             f"{fraction:.0%} of the units of {name} output 0 for every image of a batch; in {len(dead)} of {len(record.dead)} ReLU "
             "layers more than half of the units are dead",
             "the usual cause is a high learning rate early in training",
-            (cure("optim.lr", _nice(record.lr / 10)), *_activation(record, "leaky_relu")),
+            (cure("optim.lr", one_digit(record.lr / 10)), *_activation(record, "leaky_relu")),
         )
     saturated = {name: fraction for name, fraction in record.saturated.items() if fraction > 0.6}
     if saturated:
@@ -192,7 +192,7 @@ def _units(record: Record) -> Iterator[Finding]:
             "initialise with smaller weights",
             (
                 *(() if record.pretrained else (cure("model.init", "xavier_normal"),)),
-                cure("optim.lr", _nice(record.lr / 10)),
+                cure("optim.lr", one_digit(record.lr / 10)),
                 *_activation(record, "relu"),
             ),
         )
@@ -241,7 +241,7 @@ def _collapse(record: Record) -> Iterator[Finding]:
             f"{fraction:.0%} of the test predictions are {name}, but only {record.truth.get(name, 0):.0%} of the labels are",
             "data.sampler and loss.class_weights are for imbalanced classes",
             (
-                cure("optim.lr", _nice(record.lr / 10)),
+                cure("optim.lr", one_digit(record.lr / 10)),
                 cure("data.sampler", "balanced"),
                 cure("loss.class_weights", "balanced"),
             ),
@@ -283,7 +283,3 @@ def _smoothed(losses: Sequence[float]) -> np.ndarray:
     width = max(10, len(losses) // 10)
     sums = np.cumsum(np.r_[0.0, losses])
     return (sums[width:] - sums[:-width]) / width
-
-
-def _nice(value: float) -> float:
-    return float(f"{value:.1g}")

@@ -62,7 +62,7 @@ def nothing_learned(record: Record) -> Iterator[Finding]:
 def _memorised_cures(record: Record) -> Iterator[Cure]:
     """Yield cures for a network that memorised the training samples: train less of it, or more slowly."""
     yield cure("model.mode", "feature-extract")
-    yield cure("optim.lr", _nice(record.lr / 10))
+    yield cure("optim.lr", one_digit(record.lr / 10))
 
 
 def _cures(record: Record) -> Iterator[Cure]:
@@ -82,7 +82,7 @@ def _cures(record: Record) -> Iterator[Cure]:
 def suited_lr(record: Record) -> float:
     """Return the usual learning rate of the mode and the optimiser, or a tenth of the current one if there is none."""
     if record.optimizer in OWN_SCALE:
-        return _nice(record.lr / 10)
+        return one_digit(record.lr / 10)
     return SUITED_LR["head" if record.mode == "feature-extract" else "all", _kind(record)]
 
 
@@ -105,5 +105,6 @@ def _three(values: tuple[float, ...]) -> str:
     return "(" + ", ".join(f"{value:.3g}" for value in values) + ")"
 
 
-def _nice(value: float) -> float:
+def one_digit(value: float) -> float:
+    """Return the value rounded to one significant digit, as users write learning rates."""
     return float(f"{value:.1g}")

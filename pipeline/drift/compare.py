@@ -109,7 +109,7 @@ def compare(
             ("vanished classes", vanished, sum(reference.classes.values())),
         ):
             fraction = sum(counts.values()) / max(1, total)
-            checks.append(_check(name, "share", fraction, 0.0, None, thresholds[name]))
+            checks.append(_check(name, "fraction", fraction, 0.0, None, thresholds[name]))
     distances = usual = None
     if reference.features is not None and new.features is not None:
         distances, usual = far_from(reference.features, new.features)

@@ -12,7 +12,7 @@ from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.drift.compare import Drift, compare, far_from
 from refract.pipeline.drift.log import is_log, read_log
 from refract.pipeline.drift.new_data import MOST, NewData, read_data
-from refract.pipeline.drift.profile import MOST_IMAGES, Profile, Seen, profile
+from refract.pipeline.drift.profile import MOST_IMAGES, Profile, ProfiledSamples, profile
 from refract.pipeline.drift.report import SHOWN, furthest_images, make_drift_report
 from refract.pipeline.drift.thresholds import FEWEST, THRESHOLDS, Threshold
 from refract.pipeline.evaluation.report import Report
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Measured:
-    """bad: path → why it could not be read; seen: the new samples with their predictions, None for rows of a server's log."""
+    """bad: path → why it could not be read; profiled: the new samples with their predictions, None for rows of a server's log."""
 
     drift: Drift
     report: Report
     bad: Mapping[str, str]
-    seen: Seen | None = None
+    profiled: ProfiledSamples | None = None
 
 
 def reference_of(classifier: Classifier, preprocess: Any, manifest: Any, **kinds: Any) -> Profile:
@@ -114,7 +114,7 @@ def measure_drift(
 def _reference_data(info: Any, source: str, multilabel: bool) -> NewData:
     """Read the reference data; of data that the bundle was trained on, only the held-out samples."""
     from refract.pipeline.data.manifest import load_manifest
-    from refract.pipeline.data.prepare import held_out
+    from refract.pipeline.data.prepare import split_as_trained
 
     data = read_data(source, info.labels, multilabel=multilabel)
     if data.names is None or not {name for row in data.names for name in row} <= set(info.labels) or not info.config:
@@ -123,14 +123,14 @@ def _reference_data(info: Any, source: str, multilabel: bool) -> NewData:
         manifest = load_manifest(source, info.task if info.task == "multilabel" else "multiclass")
     except DataError:  # for example data of one class
         return data
-    manifest = manifest if "test" in manifest.splits() else held_out(info, manifest)
+    manifest = manifest if "test" in manifest.splits() else split_as_trained(info, manifest)
     samples: list[Sample] = [sample for sample in manifest.samples if sample.split in ("test", "val")]
     if not samples:
         return data
     return NewData(samples, [tuple(manifest.labels[i] for i in sample.labels) for sample in samples])
 
 
-def _unsure(base: Profile, shown: Seen | None) -> dict[str, list[dict[str, str]]]:
+def _unsure(base: Profile, shown: ProfiledSamples | None) -> dict[str, list[dict[str, str]]]:
     """Build a gallery of the images that a server stored, the farthest from the reference first."""
     title = "Images of low confidence that the server stored"
     if shown is None or base.features is None or shown.profile.features is None:

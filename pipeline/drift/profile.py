@@ -92,7 +92,7 @@ class Profile:
         )  # fmt: skip
 
 
-class Seen(NamedTuple):
+class ProfiledSamples(NamedTuple):
     """A profile, the readable samples in its order, their (N, C) probabilities, and path → why for the unreadable samples."""
 
     profile: Profile
@@ -112,7 +112,7 @@ def profile(
     temperature: float = 1.0,
     thresholds: Sequence[float] = (),
     progress: bool = True,
-) -> Seen:
+) -> ProfiledSamples:
     """Predict all samples, and collect their features and statistics. names: the class names of each sample, None without labels.
 
     Brightness, contrast and sharpness are measured on the network's input, after resizing, as only its input matters to a network.
@@ -120,50 +120,51 @@ def profile(
     from tqdm import tqdm
 
     sizes: dict[int, tuple[int, int]] = {}
-    looks: list[ImageStatistics] = []
+    image_statistics: list[ImageStatistics] = []
     has_image = "images" in classifier.reads
 
-    def read(place: int) -> bytes:
-        data = samples[place].read()
-        sizes[place] = image_size(data)
+    def read(index: int) -> bytes:
+        data = samples[index].read()
+        sizes[index] = image_size(data)
         return data
 
-    def see(module: Classifier, inputs: tuple[Any, ...]) -> None:
+    def measure_inputs(module: Classifier, inputs: tuple[Any, ...]) -> None:
         if has_image:
-            looks.extend(measure_image(one) for one in inputs[0].permute(0, 2, 3, 1).contiguous().cpu().numpy())
+            images = inputs[0].permute(0, 2, 3, 1).contiguous().cpu().numpy()
+            image_statistics.extend(measure_image(image) for image in images)
 
-    questions = [SampleInput(lambda i=i: read(i), s.text, s.has_image) for i, s in enumerate(samples)]  # type: ignore[misc]
-    hook = classifier.register_forward_pre_hook(see)
-    kept, rows, bad = [], [], {}
+    inputs = [SampleInput(lambda i=i: read(i), s.text, s.has_image) for i, s in enumerate(samples)]  # type: ignore[misc]
+    hook = classifier.register_forward_pre_hook(measure_inputs)
+    readable, rows, bad = [], [], {}
     try:
         with head_inputs(classifier.network) as features:
-            answers = score(classifier, preprocess, questions, task=task, temperature=temperature)
-            for place, answer in enumerate(
-                tqdm(answers, "looking", len(samples), disable=not progress or None, leave=False)
+            outcomes = score(classifier, preprocess, inputs, task=task, temperature=temperature)
+            for index, outcome in enumerate(
+                tqdm(outcomes, "image statistics", len(samples), disable=not progress or None, leave=False)
             ):
-                if isinstance(answer, np.ndarray):
-                    kept.append(place)
-                    rows.append(answer)
+                if isinstance(outcome, np.ndarray):
+                    readable.append(index)
+                    rows.append(outcome)
                 else:
-                    bad[samples[place].path] = str(answer)
+                    bad[samples[index].path] = str(outcome)
     finally:
         hook.remove()
-    given = np.stack(rows) if rows else np.zeros((0, len(labels)), np.float32)
-    found = [samples[place] for place in kept]
+    probabilities = np.stack(rows) if rows else np.zeros((0, len(labels)), np.float32)
+    profiled = [samples[index] for index in readable]
     statistics: dict[str, np.ndarray] = {}
-    if has_image and found:
-        statistics = _looks(found, looks, [sizes.get(place, (0, 0)) for place in kept])
+    if has_image and profiled:
+        statistics = _statistics(profiled, image_statistics, [sizes.get(index, (0, 0)) for index in readable])
     if classifier.tokens is not None:
-        statistics[CHARACTERS] = np.array([len(s.text) for s in found], np.float32)
+        statistics[CHARACTERS] = np.array([len(s.text) for s in profiled], np.float32)
     classes = None
     if names is not None:
-        classes = {**dict.fromkeys(labels, 0), **Counter(name for place in kept for name in names[place])}
-    sure = confidences(given, task, thresholds).astype(np.float32)
-    shown = predicted_labels(given, task, thresholds).sum(axis=0)
-    kept_features = folded(np.concatenate([part.numpy() for part in features])) if features else None
+        classes = {**dict.fromkeys(labels, 0), **Counter(name for index in readable for name in names[index])}
+    confidence = confidences(probabilities, task, thresholds).astype(np.float32)
+    answered = predicted_labels(probabilities, task, thresholds).sum(axis=0)
+    head_features = folded(np.concatenate([part.numpy() for part in features])) if features else None
     multilabel = task == "multilabel"
-    own = Profile(len(found), tuple(labels), kept_features, shown, sure, statistics, classes, multilabel)
-    return Seen(own, found, given, bad)
+    result = Profile(len(profiled), tuple(labels), head_features, answered, confidence, statistics, classes, multilabel)
+    return ProfiledSamples(result, profiled, probabilities, bad)
 
 
 def folded(features: np.ndarray) -> np.ndarray:
@@ -187,13 +188,15 @@ def folded(features: np.ndarray) -> np.ndarray:
     return np.asarray((fold.T @ features.T.astype(np.float32)).T)
 
 
-def _looks(
-    samples: Sequence[Sample], looks: Sequence[ImageStatistics], sizes: Sequence[tuple[int, int]]
+def _statistics(
+    samples: Sequence[Sample], measured: Sequence[ImageStatistics], sizes: Sequence[tuple[int, int]]
 ) -> dict[str, np.ndarray]:
-    there = np.array([sample.has_image for sample in samples])
+    """Return name → (N,) float32, NaN for samples without an image. measured, sizes: of each sample, a placeholder's without one."""
+    has_image = np.array([sample.has_image for sample in samples])
     values = {
-        name: np.array(column) for name, column in zip(ImageStatistics._fields, zip(*looks, strict=True), strict=True)
+        name: np.array(column)
+        for name, column in zip(ImageStatistics._fields, zip(*measured, strict=True), strict=True)
     }
     height, width = np.array(sizes, np.float64).T
     values |= dict(zip(SIZES, (width, height, width / np.maximum(height, 1)), strict=True))
-    return {name: np.where(there, column, np.nan).astype(np.float32) for name, column in values.items()}
+    return {name: np.where(has_image, column, np.nan).astype(np.float32) for name, column in values.items()}

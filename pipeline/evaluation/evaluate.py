@@ -40,7 +40,7 @@ class Evaluation:
         return "multilabel" if self.truth.ndim == 2 else "multiclass"
 
     @property
-    def answers(self) -> np.ndarray:
+    def predicted(self) -> np.ndarray:
         """(N, C) bool: the predicted labels of each sample."""
         return predicted_labels(self.probabilities, self.task, self.thresholds)
 
@@ -54,7 +54,7 @@ class Evaluation:
     @property
     def errors(self) -> np.ndarray:
         """(N,) in 0…1: the error of each prediction, 0 or 1; for multi-label one minus the F1 of the sample's labels."""
-        return set_errors(self.answers, self.truth) if self.task == "multilabel" else (~self.right).astype(float)
+        return set_errors(self.predicted, self.truth) if self.task == "multilabel" else (~self.right).astype(float)
 
     @property
     def confidences(self) -> np.ndarray:

@@ -34,11 +34,11 @@ class ChampionData:
     tested: frozenset[str]
     missing: int
 
-    def trained_on(self, samples: Iterable[Sample]) -> int | None:
-        """Count the samples that the champion was trained on; None if missing files could be among them. OSError."""
-        known = [contents(sample) for sample in samples]
-        overlap = sum(bool(self.trained & digests) for digests in known)
-        if not overlap and self.missing and not all(self.tested & digests for digests in known):
+    def trained_on(self, samples: Iterable[Sample]) -> frozenset[str] | None:
+        """Return the keys of the samples that the champion was trained on; None if missing files could be among them. OSError."""
+        known = {sample.key: contents(sample) for sample in samples}
+        overlap = frozenset(key for key, digests in known.items() if self.trained & digests)
+        if not overlap and self.missing and not all(self.tested & digests for digests in known.values()):
             return None
         return overlap
 

@@ -22,7 +22,7 @@ from refract.pipeline.training.build import reads
 
 if TYPE_CHECKING:
     from refract.models.bundle.bundle import Bundle
-    from refract.pipeline.drift.profile import Seen
+    from refract.pipeline.drift.profile import ProfiledSamples
 
 RELABELLED = "relabelled.csv"
 """In a run's folder: the known samples whose label changed."""
@@ -104,28 +104,27 @@ def compared_with_champion(
 
     with tempfile.TemporaryDirectory() as downloads:
         bundle = load_bundle(download(client, name, champion, Path(downloads)))
-        looked = (
-            look(bundle, new, thresholds, folder, stops=config.retrain.drift == "stop")
-            if enabled[0]
-            else Looked(None, None)
-        )
-        labels = disagreed(bundle, now, new, looked.seen, by_label) if enabled[1] else None
-        return looked.drift, labels and excused(labels, looked.drift)
+        stops = config.retrain.drift == "stop"
+        new_drift = drift_of_new(bundle, new, thresholds, folder, stops=stops) if enabled[0] else NewDrift(None, None)
+        labels = disagreed(bundle, now, new, new_drift.profiled, by_label) if enabled[1] else None
+        return new_drift.drift, labels and lowered_if_drifted(labels, new_drift.drift)
 
 
 def _neither(enabled: tuple[bool, bool], why: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     drift, labels = enabled
-    return _unseen(why) if drift else None, _not_compared(why) if labels else None
+    return _drift_not_compared(why) if drift else None, _labels_not_compared(why) if labels else None
 
 
 def _by_label(config: Config) -> Threshold:
     return Threshold(config.retrain.disagreement_warn, config.retrain.disagreement_stop)
 
 
-def disagreed(bundle: "Bundle", now: Snapshot, new: "New", seen: "Seen | None", threshold: Threshold) -> dict[str, Any]:
+def disagreed(
+    bundle: "Bundle", now: Snapshot, new: "New", profiled: "ProfiledSamples | None", threshold: Threshold
+) -> dict[str, Any]:
     """Report the champion's disagreement with the new labels, as in `compared_with_champion`.
 
-    seen: the champion's predictions if the drift check computed them.
+    profiled: the champion's predictions if the drift check computed them.
     """
     from refract.pipeline.drift.new_data import MOST
     from refract.pipeline.retraining.label_checks import disagreement
@@ -133,15 +132,15 @@ def disagreed(bundle: "Bundle", now: Snapshot, new: "New", seen: "Seen | None", 
     known = set(bundle.info.labels)
     rows = [(sample, labels) for sample, labels in new.of_images if known.issuperset(labels)]
     try:
-        result = disagreement(bundle, now, rows, seen, MOST)
+        result = disagreement(bundle, now, rows, profiled, MOST)
     except DataError as error:
-        return _not_compared(str(error))
+        return _labels_not_compared(str(error))
     if result is None:
-        return _not_compared(f"fewer than {FEWEST} are of classes that the champion knows")
+        return _labels_not_compared(f"fewer than {FEWEST} are of classes that the champion knows")
     return result.record(threshold)
 
 
-def excused(disagreement: dict[str, Any], drift: Mapping[str, Any] | None) -> dict[str, Any]:
+def lowered_if_drifted(disagreement: dict[str, Any], drift: Mapping[str, Any] | None) -> dict[str, Any]:
     """Lower the disagreement to a warning if the images' features drifted, as the champion cannot judge labels of unfamiliar images."""
     features = (drift or {}).get("checks", {}).get("features", {"level": "none"})
     if disagreement["level"] != "stop" or features["level"] == "none":
@@ -150,7 +149,7 @@ def excused(disagreement: dict[str, Any], drift: Mapping[str, Any] | None) -> di
     return {**disagreement, "level": "warn", "told": disagreement["told"] + reason}
 
 
-def _not_compared(why: str) -> dict[str, Any]:
+def _labels_not_compared(why: str) -> dict[str, Any]:
     return {"level": "none", "told": f"new labels not compared with the champion: {why}"}
 
 
@@ -195,16 +194,16 @@ def new_samples(now: Snapshot, before: Path | None, champion: ChampionData | Non
     return New([(sample, [manifest.labels[i] for i in sample.labels]) for sample in images], len(texts), doubt)
 
 
-class Looked(NamedTuple):
-    """drift: as in `compared_with_champion`; seen: the new samples with the bundle's predictions, None if it has not predicted them."""
+class NewDrift(NamedTuple):
+    """drift: as in `compared_with_champion`; profiled: the new samples with the bundle's predictions, None if it has not predicted them."""
 
     drift: dict[str, Any] | None
-    seen: "Seen | None"
+    profiled: "ProfiledSamples | None"
 
 
-def look(
+def drift_of_new(
     bundle: "Bundle", new: New, thresholds: Mapping[str, Threshold], folder: Path, *, stops: bool = True
-) -> Looked:
+) -> NewDrift:
     """Measure the drift of the new samples from the bundle's reference. stops: whether the level stop refuses the run; the text says so."""
     from refract.pipeline.drift.measure import measure_drift
 
@@ -216,22 +215,26 @@ def look(
     if new_classes:
         checks["new classes"] = {"effect": fraction, "level": level_of(fraction, thresholds["new classes"])}
     if len(rows) < FEWEST:
-        return Looked(
-            _unseen(f"{len(rows)} new images are of classes that the champion knows, too few", checks, stops=stops),
+        return NewDrift(
+            _drift_not_compared(
+                f"{len(rows)} new images are of classes that the champion knows, too few", checks, stops=stops
+            ),
             None,
         )
     if bundle.reference() is None:
-        return Looked(_unseen("the champion's bundle has no reference statistics", checks, stops=stops), None)
+        return NewDrift(
+            _drift_not_compared("the champion's bundle has no reference statistics", checks, stops=stops), None
+        )
     _write_rows(rows, folder / "new.csv")
     try:
         measured = measure_drift(bundle, str(folder / "new.csv"), thresholds=thresholds)
     except DataError as error:
-        return Looked(_unseen(str(error), checks, stops=stops), None)
+        return NewDrift(_drift_not_compared(str(error), checks, stops=stops), None)
     measured.report.write(folder / "drift")
     checks = {check.name: {"effect": check.effect, "level": check.level} for check in measured.drift.checks} | checks
     without = f", without those of {', '.join(new_classes)}" if new_classes else ""
     told = f"{_words(checks, stops) or 'none'}, of {new.text()}{without}"
-    return Looked({"level": _worst(checks), "told": told, "checks": checks}, measured.seen)
+    return NewDrift({"level": _worst(checks), "told": told, "checks": checks}, measured.profiled)
 
 
 def _worst(checks: Mapping[str, Mapping[str, Any]]) -> str:
@@ -244,7 +247,7 @@ def _words(checks: Mapping[str, Mapping[str, Any]], stops: bool) -> str:
     return ", ".join(f"{name} {check['effect']:.3f} ({words[check['level']]})" for name, check in raised)
 
 
-def _unseen(
+def _drift_not_compared(
     why: str, checks: Mapping[str, Mapping[str, Any]] = MappingProxyType({}), *, stops: bool = True
 ) -> dict[str, Any]:
     told = "; ".join(filter(None, (_words(checks, stops), f"not compared: {why}")))

@@ -46,7 +46,7 @@ def _same_pixels(samples: Sequence[Sample], held: Sequence[Sample], scanned: Sca
     """Return the paths of samples with the pixels of a held-out one. Only samples with an equal perceptual hash are decoded again."""
     with ThreadPoolExecutor() as pool:
         pixels = set(pool.map(_pixels, [sample for sample in held if sample.has_image]))
-        hashes = {look for look, _ in pixels}
+        hashes = {perceptual_hash for perceptual_hash, _ in pixels}
         alike = [sample for sample in samples if sample.has_image and scanned.difference_hashes[sample.path] in hashes]
         decoded = zip(alike, pool.map(_pixels, alike), strict=True)
         return {sample.path: None for sample, digest in decoded if digest in pixels}

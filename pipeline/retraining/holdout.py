@@ -25,7 +25,7 @@ class Holdout:
     digest: str
 
 
-def held_out(manifest: Manifest, labels: Sequence[str]) -> list[Sample]:
+def as_test_samples(manifest: Manifest, labels: Sequence[str]) -> list[Sample]:
     """Return the samples with the split `test`, and with label indices into `labels`, which contains all of the manifest's labels."""
     return [replace(sample, split="test") for sample in renamed(manifest, labels)]
 

@@ -22,7 +22,7 @@ from refract.pipeline.retraining.workspace import read
 
 if TYPE_CHECKING:
     from refract.models.bundle.bundle import Bundle
-    from refract.pipeline.drift.profile import Seen
+    from refract.pipeline.drift.profile import ProfiledSamples
 
 SHOWN = 10
 """Pairs of labels that a message names, the most frequent first."""
@@ -166,20 +166,24 @@ def _content(sample: Sample, files: Mapping[str, str], reads: frozenset[str]) ->
 
 
 def disagreement(
-    bundle: "Bundle", now: Snapshot, rows: Sequence[tuple[Sample, list[str]]], seen: "Seen | None", most: int
+    bundle: "Bundle",
+    now: Snapshot,
+    rows: Sequence[tuple[Sample, list[str]]],
+    profiled: "ProfiledSamples | None",
+    most: int,
 ) -> Disagreement | None:
     """Compare the champion's errors on new samples with its errors on the holdout.
 
-    rows: (sample, labels) of new samples, with labels that the champion knows; seen: the champion's predictions for them, or None: then
+    rows: (sample, labels) of new samples, with labels that the champion knows; profiled: the champion's predictions for them, or None: then
     at most `most` samples, drawn at random, are predicted, as they are for the holdout. Returns None for fewer than FEWEST new samples,
     and without a holdout. DataError if an image cannot be read.
     """
     info = bundle.info
-    if seen is None:
+    if profiled is None:
         drawn = NewData([s for s, _ in rows], [tuple(n) for _, n in rows]).drawn(most)
         samples, probabilities = drawn.samples, _predicted(bundle, drawn.samples)
     else:
-        samples, probabilities = seen.samples, seen.probabilities
+        samples, probabilities = profiled.samples, profiled.probabilities
     names = {sample.key: frozenset(labels) for sample, labels in rows}
     table = load_manifest(now.manifest, now.task)
     held = _known(table, set(info.labels), most)

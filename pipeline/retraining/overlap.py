@@ -19,32 +19,34 @@ def holdout_line(
 
     snapshot: digest of the challenger's training data; champion: its version, None without a champion.
     """
-    challenger_count = trained_on(workspace, snapshot, held) or 0
-    champion_count = 0 if champion is None else _champion_trained_on(config, workspace, held, client, champion)
-    if challenger_count or champion_count:
-        told = f"{challenger_count + (champion_count or 0)} of its images were trained on"
+    nothing = frozenset[str]()
+    of_challenger = trained_on(workspace, snapshot, held) or nothing
+    of_champion = nothing if champion is None else _champion_trained_on(config, workspace, held, client, champion)
+    overlap = of_challenger | (of_champion or nothing)
+    if overlap:
+        told = f"{len(overlap)} of its images were trained on"
         by_hand = "; if the new version is better, promote it by hand (refract promote --force --why REASON)"
-        return Line("hold-out", None, None, False, told + (by_hand if not challenger_count else ""))
-    if champion_count is None:
+        return Line("hold-out", None, None, False, told + (by_hand if not of_challenger else ""))
+    if of_champion is None:
         told = "the champion's training data are unknown and may overlap with this holdout"
         remedy = f"for a fair one, move {workspace.holdout} away and set gate.holdout to images that are new to it"
         return Line("hold-out", None, None, None, f"{told}; {remedy}")
     return Line("hold-out", None, None, True, "no model was trained on its images")
 
 
-def trained_on(workspace: Workspace, digest: str | None, held: Sequence[Sample]) -> int | None:
-    """Count the holdout's samples that a snapshot trains on; None if the snapshot is missing."""
+def trained_on(workspace: Workspace, digest: str | None, held: Sequence[Sample]) -> frozenset[str] | None:
+    """Return the keys of the holdout's samples that a snapshot trains on; None if the snapshot is missing."""
     trained = None if digest is None else known_contents(workspace.snapshot(digest))
-    return None if trained is None else sum(bool(trained & contents(sample)) for sample in held)
+    return None if trained is None else frozenset(sample.key for sample in held if trained & contents(sample))
 
 
 def _champion_trained_on(
     config: Config, workspace: Workspace, held: Sequence[Sample], client: Any, champion: str
-) -> int | None:
-    """Count by the champion's snapshot if it is in the workspace, else by the splits of its run."""
+) -> frozenset[str] | None:
+    """Use the champion's snapshot if it is in the workspace, else the splits of its run."""
     tags = client.get_model_version(str(config.tracking.model_name), champion).tags
-    count = trained_on(workspace, tags.get("snapshot"), held)
-    if count is not None:
-        return count
+    by_snapshot = trained_on(workspace, tags.get("snapshot"), held)
+    if by_snapshot is not None:
+        return by_snapshot
     data = champion_data(config, client, champion)
     return None if data is None else data.trained_on(held)

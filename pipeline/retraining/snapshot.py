@@ -18,7 +18,7 @@ from refract.pipeline.data.validation import Scan, check_classes, drop_bad, drop
 from refract.pipeline.retraining import holdout
 from refract.pipeline.retraining.champion_data import ChampionData
 from refract.pipeline.retraining.exact_duplicates import contents, without_copies
-from refract.pipeline.retraining.holdout import Holdout, freeze, frozen, hash_of, held_out, named, renamed
+from refract.pipeline.retraining.holdout import Holdout, as_test_samples, freeze, frozen, hash_of, named, renamed
 from refract.pipeline.retraining.workspace import Workspace, read, write
 from refract.pipeline.training.build import check_inputs, reads
 from refract.pipeline.training.provenance import inputs
@@ -79,10 +79,10 @@ def take(config: Config, workspace: Workspace, champion: ChampionData | None = N
     labels = tuple(sorted({*manifest.labels, *(label for one in held_manifests for label in one.labels)}))
     task = "multiclass" if manifest.task == "binary" and len(labels) > 2 else manifest.task
     data = replace(manifest, samples=tuple(renamed(manifest, labels)), labels=labels, task=task)
-    held = [sample for one in held_manifests for sample in held_out(one, labels)]
-    added = held_out(configured, labels) if configured else []
+    held = [sample for one in held_manifests for sample in as_test_samples(one, labels)]
+    added = as_test_samples(configured, labels) if configured else []
     added += _lacking(config, workspace, data, held, scanned, champion)
-    held = [*(held_out(current.manifest, labels) if current else []), *added]
+    held = [*(as_test_samples(current.manifest, labels) if current else []), *added]
     pool = without_copies([s for s in data.samples if s.split != "test"], held, scanned, reads(config))
     whole = data.with_samples([*pool, *held])
     whole = draw_splits(whole, scanned.groups, **_fractions(config), seed=config.trainer.seed)
@@ -91,7 +91,7 @@ def take(config: Config, workspace: Workspace, champion: ChampionData | None = N
     check_classes(trained.with_samples([*trained.samples, *held]))
     if current is None or added:
         current = freeze(workspace.holdout, labels, added, kind, configured)
-    whole = trained.with_samples([*trained.samples, *held_out(current.manifest, labels)])
+    whole = trained.with_samples([*trained.samples, *as_test_samples(current.manifest, labels)])
     return _written(workspace, whole, current, scanned)
 
 

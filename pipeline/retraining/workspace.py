@@ -56,7 +56,7 @@ class Record(TypedDict, total=False):
     ended: str
 
 
-class Busy(ConfigError):
+class WorkspaceLocked(ConfigError):
     """Another process holds the workspace's lock."""
 
 
@@ -91,12 +91,14 @@ class Workspace:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the lock, and bring the files of an earlier version to the present layout. Busy if another process holds the lock.
+        """Hold the lock, and bring the files of an earlier version to the present layout.
 
-        The lock of a process that died is free.
+        WorkspaceLocked if another process holds the lock; the lock of a process that died is free.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        with locked(self.root / "lock", Busy(f"{self.root}: another retraining run is in progress; one at a time")):
+        with locked(
+            self.root / "lock", WorkspaceLocked(f"{self.root}: another retraining run is in progress; one at a time")
+        ):
             self.migrate()
             yield
 

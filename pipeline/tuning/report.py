@@ -50,12 +50,12 @@ def _charts(study: optuna.Study) -> dict[str, str]:
     charts = {}
     done = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
     kinds: dict[str, Any] = {
-        "The best so far": draw.plot_optimization_history,
-        "Scores by epoch": draw.plot_intermediate_values,
-        "Slices": draw.plot_slice,
+        "Best score by trial": draw.plot_optimization_history,
+        "Score by epoch": draw.plot_intermediate_values,
+        "Score by value of each key": draw.plot_slice,
     }
     if len(done) >= 4 and len({trial.value for trial in done}) > 1:
-        kinds["What mattered"] = draw.plot_param_importances
+        kinds["Importance of each key"] = draw.plot_param_importances
     for title, plot in kinds.items():
         axes = plot(study)
         first = axes.flat[0] if hasattr(axes, "flat") else axes

@@ -30,7 +30,7 @@ GRID = 4
 """Number of values of a numeric key in a grid."""
 FINE_FROM = 0.5
 """Fraction of the trials after which coarse-to-fine narrows its ranges to those of the best trials."""
-BEST_SHARE, FEWEST_BEST = 0.25, 3
+BEST_FRACTION, FEWEST_BEST = 0.25, 3
 EXPLODED = 3.0
 """A trial stops if its loss exceeds this multiple of the first loss."""
 KNOWN = 0.7
@@ -248,7 +248,7 @@ def _draw(trial: optuna.Trial, space: Sequence[Dimension], study: optuna.Study, 
 def _best(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     done = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
     done.sort(key=lambda trial: trial.value or 0.0, reverse=True)
-    return done[: max(FEWEST_BEST, round(BEST_SHARE * len(done)))]
+    return done[: max(FEWEST_BEST, round(BEST_FRACTION * len(done)))]
 
 
 def _narrowed(dimension: Dimension, values: Sequence[float]) -> tuple[float, float]:

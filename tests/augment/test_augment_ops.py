@@ -81,7 +81,7 @@ def test_shape_dtype_replay_and_no_mutation(name: str, height: int, width: int, 
 @pytest.mark.parametrize("name", ALONE)
 def test_both_executors_draw_the_same_image(name: str) -> None:
     """The documented bound: a mean difference of at most 1 grey level, also for a reduction by more than 2×."""
-    augmenter = Augmenter(make(name), seed=9, size=(24, 28) if OPS[name].kind in ("geometric", "choice") else None)
+    augmenter = Augmenter(make(name), seed=9, size=(24, 28) if OPS[name].kind in ("geometric", "composition") else None)
     images = [make_image(90, 70, i) for i in range(6)]
     plans = [augmenter.draw((90, 70), epoch=0, index=i) for i in range(6)]
     single = np.stack([augmenter.apply(plan, image) for plan, image in zip(plans, images, strict=True)])

@@ -33,7 +33,7 @@ from refract.pipeline.retraining.steps import (
     unfinished,
     worth_resuming,
 )
-from refract.pipeline.retraining.workspace import Busy, read_run, workspace_of, write_run
+from refract.pipeline.retraining.workspace import WorkspaceLocked, read_run, workspace_of, write_run
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -276,7 +276,7 @@ def test_a_run_resumes_once_mlflow_responds(config: Config, tmp_path: Path, monk
 
 def test_one_run_at_a_time(config: Config) -> None:
     workspace = workspace_of(config)
-    with workspace.held(), pytest.raises(Busy, match="one at a time"), workspace.held():
+    with workspace.held(), pytest.raises(WorkspaceLocked, match="one at a time"), workspace.held():
         pass
     with workspace.held():
         pass

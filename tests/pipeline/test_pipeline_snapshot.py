@@ -23,7 +23,7 @@ from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
 from refract.pipeline.data.splits import write_splits
 from refract.pipeline.drift.measure import reference_of
 from refract.pipeline.drift.thresholds import THRESHOLDS, Threshold
-from refract.pipeline.retraining.data_checks import compared_with_champion, look, new_samples
+from refract.pipeline.retraining.data_checks import compared_with_champion, drift_of_new, new_samples
 from refract.pipeline.retraining.overlap import trained_on
 from refract.pipeline.retraining.snapshot import Snapshot, accept, changed, inputs_digest, read_snapshot, take
 from refract.pipeline.retraining.steps import Outcome, begin, snapshot, validate
@@ -266,10 +266,10 @@ def test_samples_without_files_are_known_again(tmp_path: Path, source: str) -> N
     texts = {"model": {"name": "none"}, "text": {"name": "hashing"}}
     config = config_at(tmp_path, source, **(texts if source == "m.csv" else {"data": {"source": "digits"}}))
     workspace, first = workspace_of(config), taken(config)
-    assert trained_on(workspace, first.digest, held(first).samples) == 0
+    assert trained_on(workspace, first.digest, held(first).samples) == frozenset()
     whole = load_manifest(first.manifest)
     trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
-    assert trained_on(workspace, first.digest, trained.samples) == len(trained.samples)
+    assert trained_on(workspace, first.digest, trained.samples) == {sample.key for sample in trained.samples}
     assert trained_on(workspace, "0" * 64, trained.samples) is None
 
 
@@ -348,18 +348,20 @@ def test_new_classes_are_reported_and_do_not_stop_a_run(tmp_path: Path) -> None:
         noisy(tmp_path / "images/yellow" / f"{number}.png", number)
     new = new_samples(taken(config_at(tmp_path)), first.folder)
     thresholds = {**THRESHOLDS, "new classes": Threshold(0.0, None), "vanished classes": Threshold(None, None)}
-    found = look(bundle, new, thresholds, tmp_path).drift
+    found = drift_of_new(bundle, new, thresholds, tmp_path).drift
     assert found["checks"]["features"]["level"] == "none", "the noise is excluded"
     assert found["checks"]["new classes"] == {"effect": pytest.approx(32 / 62), "level": "warn"}
     assert found["level"] == "warn"
     assert found["told"].startswith("new classes 0.516 (warn), of 62 new images, without those of yellow")
-    stopped = look(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path).drift
+    stopped = drift_of_new(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path).drift
     assert stopped["level"] == "stop" and "new classes 0.516 (stop)" in stopped["told"], "who asks for it"
-    told = look(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path, stops=False).drift["told"]
+    told = drift_of_new(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path, stops=False).drift[
+        "told"
+    ]
     assert told.startswith("new classes 0.516 (large, reported only), of 62 new images"), "nothing stops"
 
     new = replace(new, of_images=[one for one in new.of_images if one[1] == ["yellow"]])
-    alone = look(bundle, new, thresholds, tmp_path).drift
+    alone = drift_of_new(bundle, new, thresholds, tmp_path).drift
     assert alone["level"] == "warn"
     assert "not compared: 0 new images are of classes that the champion knows, too few" in alone["told"]
 
@@ -369,7 +371,7 @@ def test_a_champion_with_a_small_reference_does_not_fail_a_run(tmp_path: Path) -
     first = taken(config_at(tmp_path))
     paint(tmp_path / "images", range(12, 30))
     new = new_samples(taken(config_at(tmp_path)), first.folder)
-    found = look(champion(tmp_path, first), new, THRESHOLDS, tmp_path).drift
+    found = drift_of_new(champion(tmp_path, first), new, THRESHOLDS, tmp_path).drift
     assert found["level"] == "none"
     assert "not compared: " in found["told"] and "of the reference; 20 of each are needed" in found["told"]
 
@@ -422,6 +424,9 @@ def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: P
     tested = [sample for sample in samples if sample.split == "test"]
     assert {sample.read() for sample in held} == {sample.read() for sample in tested}
     assert holdout_line(config, workspace, first.digest, held, client, version).passed
+    learned = [sample for sample in load_manifest(first.manifest).samples if sample.split != "test"]
+    line = holdout_line(config, workspace, first.digest, learned, client, version)
+    assert line.told == "90 of its images were trained on", "by both models, each image counted once"
     (tmp_path / "images/red/001.png").unlink()
     assert holdout_line(config, workspace, first.digest, held, client, version).passed, "its own test split, still"
     assert holdout_line(config, workspace, first.digest, whole.samples[8:9], client, version).passed

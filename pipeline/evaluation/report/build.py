@@ -166,7 +166,7 @@ def _abstaining(evaluation: Evaluation, precision: float, abstain_below: float) 
 
 def _label_images(evaluation: Evaluation, labels: Sequence[str]) -> list[dict[str, str]]:
     """Return the multi-label images with a wrong predicted label, each once, the largest distance of probability and truth first."""
-    distances = np.abs(evaluation.probabilities - evaluation.truth) * (evaluation.answers != evaluation.truth)
+    distances = np.abs(evaluation.probabilities - evaluation.truth) * (evaluation.predicted != evaluation.truth)
     order = [i for i in np.argsort(-distances.max(axis=1), kind="stable").tolist() if not evaluation.right[i]]
     rows = []
     for i in order[:GALLERY_IMAGES]:
