@@ -80,7 +80,9 @@ def _do(name: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONSAFEPATH"] = "1"  # Metaflow starts this file by its path, and Python must not import from its folder
+    os.environ["PYTHONSAFEPATH"] = (
+        "1"  # Metaflow starts this file by its path, and Python must not import from its folder
+    )
     hide_credentials()
     prepare_to_compute()
     logging.captureWarnings(True)

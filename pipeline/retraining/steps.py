@@ -299,8 +299,8 @@ def announce(folder: Path, config: Config, record: Record) -> Record:
     outcome = record["ends"]
     workspace = workspace_of(config)
     if outcome in (Outcome.PROMOTED, Outcome.NOT_PROMOTED) and not (record.get("unchanged") or record.get("undecided")):
-        keys = ("run", "snapshot", "snapshot_folder", "inputs", "version")
-        write(workspace.root / "last.json", {key: record[key] for key in keys} | {"outcome": outcome})
+        kept = {key: record.get(key) for key in ("run", "snapshot", "snapshot_folder", "inputs", "version")}
+        write(workspace.root / "last.json", kept | {"outcome": outcome})
     if config.retrain.notify:
         import json
 
