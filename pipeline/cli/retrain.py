@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from refract import output
 from refract.models.credentials import masked
 from refract.pipeline.cli import console
 
@@ -35,7 +36,8 @@ def main(argv: list[str]) -> int:
     flags = {flag: flag in argv for flag in ("--resume", "--resume-or-begin", "--force")}
     rest = [argument for argument in argv if argument not in flags]
     if not rest or rest[0].startswith("--"):
-        print("refract retrain: expected the config file first, then options", file=sys.stderr)
+        first = rest[0] if rest else "no config file"
+        print(f"refract retrain: got {first}; the config file comes first, then options", file=sys.stderr)
         return 2
     if flags["--resume"] and (len(rest) > 1 or flags["--force"]):
         print(
@@ -75,6 +77,7 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
     outcome = Outcome(record["outcome"])
     words = "unchanged" if record.get("unchanged") else outcome.name.lower().replace("_", " ")
     print(f"{words}: {record['why']}")
+    output.result({"outcome": words, "why": record["why"], "run": run_folder, "exit_code": int(outcome)})
     names = (RUN_RECORD, "gate.json", "config.yaml", "drift", "relabelled.csv")
     print(f"run: {run_folder}/ ({', '.join(name for name in names if (run_folder / name).exists())})")
     return int(outcome)
@@ -100,7 +103,8 @@ def _flow(run_folder: Path, root: Path, uri: str, *, resume: bool) -> tuple[int,
     id_file = run_folder / METAFLOW_RUN
     origin = id_file.read_text().strip() if resume and id_file.exists() else None
     action = ["resume", "--origin-run-id", origin] if origin else ["run", "--run", str(run_folder)]
-    command = [sys.executable, str(FLOW), "--no-pylint", *action, "--run-id-file", str(id_file)]
+    quiet = ["--quiet"] if output.is_quiet() else []
+    command = [sys.executable, str(FLOW), "--no-pylint", *quiet, *action, "--run-id-file", str(id_file)]
     child = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
 
     signals: list[int] = []

@@ -11,12 +11,15 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from metaflow import FlowSpec, Parameter, step
 
+from refract import output
 from refract.models.allocator import keep_freed_memory
 from refract.models.credentials import hide_credentials
 from refract.models.openmp import let_waiting_threads_sleep
+from refract.progress import silence_reported
 
 PARENT = "REFRACT_PARENT_PID"
 """The environment variable with the ID of the process that started this one."""
@@ -95,7 +98,9 @@ def _do(work: Callable[[Path], None], folder: str) -> None:
         work(Path(folder))
         return 0
 
-    if code := console.run("retrain", run_step):
+    with silence_reported("retrain step"):
+        code = console.run("retrain", run_step)
+    if code:
         sys.exit(code)
 
 
@@ -111,6 +116,24 @@ def _end_with_parent() -> None:
         os.environ[PARENT] = str(os.getpid())
 
 
+def _follow_output_options() -> None:
+    """Let Metaflow omit its notices in quiet mode, and its colors if NO_COLOR is set: it has options for neither."""
+    if output.is_quiet():
+        from metaflow import cli
+
+        log_line = cli.logger
+
+        def log_needed_line(body: str = "", system_msg: bool = False, bad: bool = False, **more: Any) -> None:
+            if bad or not system_msg:
+                log_line(body, system_msg=system_msg, bad=bad, **more)
+
+        cli.logger = log_needed_line  # type: ignore[assignment]
+    if os.environ.get("NO_COLOR"):
+        from metaflow._vendor.click import _compat, utils
+
+        _compat.should_strip_ansi = utils.should_strip_ansi = lambda *_, **__: True
+
+
 if __name__ == "__main__":
     _end_with_parent()
     hide_credentials()
@@ -120,4 +143,5 @@ if __name__ == "__main__":
         # The running step receives the signal too, and writes its checkpoint. Metaflow would exit at once and end the step.
         signal.signal(signal.SIGTERM, lambda *_: None)
     logging.captureWarnings(True)
+    _follow_output_options()
     Retrain()

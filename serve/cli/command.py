@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from refract import output
 from refract.models.allocator import keep_freed_memory
 from refract.serve.cli.home import ensure_home
 from refract.serve.cli.options import parse
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
 EXIT_FAILURE, EXIT_INVALID = 1, 2
 
 CACHED_MEMORY_BYTES = 1 << 30
@@ -46,8 +49,8 @@ class InvalidOptionError(Exception):
 def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after a graceful shutdown, 1 after a failure, 2 for invalid options."""
     arguments = parse(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("refract.serve").setLevel(logging.INFO)
+    logging.basicConfig(level=logging.WARNING, format=output.log_format(LOG_FORMAT))
+    logging.getLogger("refract.serve").setLevel(output.level())
     ensure_home()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -81,7 +84,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return listen(host, port)
     except OSError as err:
-        raise InvalidOptionError(f"cannot listen on {host}:{port}: {err.strerror}") from err
+        raise InvalidOptionError(
+            f"cannot listen on {host}:{port}: {err.strerror}; choose another --host or --port"
+        ) from err
 
 
 def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
@@ -89,9 +94,8 @@ def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
 
     bundle = _bundle(arguments.source)
     app = _app(bundle, arguments)
-    ready = f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {url(bound)}"
     try:
-        callbacks = {"on_ready": lambda: print(ready, flush=True), "on_leave": app.state.service.start_draining}
+        callbacks = {"on_ready": lambda: _announce(bundle, url(bound)), "on_leave": app.state.service.start_draining}
         with spared():
             times = {"drain_s": arguments.drain_s, "keep_alive_s": arguments.keep_alive_s}
             Server(app, **times, **callbacks).run(sockets=[bound])
@@ -100,6 +104,11 @@ def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
         if isinstance(failure, ValueError):  # includes the BundleError of a failed self-test
             raise InvalidOptionError(str(failure)) from err
         raise failure or RuntimeError("the server did not start") from err
+
+
+def _announce(bundle: "Bundle", address: str) -> None:
+    print(f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {address}", flush=True)
+    output.result({"name": bundle.info.name, "digest": bundle.digest, "url": address})
 
 
 def _bundle(source: str) -> "Bundle":
