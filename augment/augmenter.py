@@ -173,7 +173,9 @@ class Augmenter:
             [0] * len(numbers) if repeats is None else repeats if isinstance(repeats, Sequence) else repeats.tolist()
         )
         if not len(numbers) == len(draws) == len(images):
-            raise ValueError(f"{len(images)} images, but {len(numbers)} indices and {len(draws)} repeats")
+            raise ValueError(
+                f"got {len(images)} images, {len(numbers)} indices, {len(draws)} repeats; pass one of each per image"
+            )
         plans = [
             self.policy.draw_mixing(size, seed=self.seed, epoch=epoch, index=int(i), repeat=int(k))
             for i, k in zip(numbers, draws, strict=True)

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from refract import output
 from refract.models.credentials import hide_credentials
+from refract.progress import silence_reported
 
 GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
@@ -81,6 +83,19 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 """Command → (module, one line of help), of all groups."""
 
 
+FIRST_STEPS = """\
+New here? Try the example, then your images, in one folder for each label:
+  refract demo                           train, track and serve a model of handwritten digits
+  refract init FOLDER -o my.yaml         write a config for your images
+  refract train my.yaml                  train; the last lines name the report, the bundle and the next commands
+  refract predict RUN/bundle IMAGE       classify an image with the trained bundle
+  refract serve RUN/bundle               serve predictions over HTTP"""
+"""What `refract` without arguments prints first."""
+
+
+LAST_LINE = "`refract COMMAND --help` lists the options of a command. Each accepts --quiet, --verbose and --json."
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -88,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
+        print(_help() if arguments else f"{FIRST_STEPS}\n\n{_help()}")
         return 0 if arguments else 2
     if arguments[0] in ("-V", "--version"):
         from importlib.metadata import version
@@ -102,25 +117,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {matches[0]}?" if matches else ""
         print(f"refract: no command {arguments[0]!r}.{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    return _with_output_options(arguments[0], arguments[1:])
+
+
+def _with_output_options(command: str, arguments: Sequence[str]) -> int:
+    """Take the output options from the arguments and run the command with them. Its `--help` lists them after its own options."""
+    try:
+        modes, rest = output.split(command, arguments)
+        with output.applied(modes):
+            output.check_variable()
+            with silence_reported(command):
+                return _run(command, rest)
+    except output.OutputOptionError as error:
+        print(f"refract {command}: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if {"-h", "--help"} & {*arguments}:
+            print(output.help_of(command))
+
+
+def _run(command: str, arguments: list[str]) -> int:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("DO_NOT_TRACK", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    if arguments[0] != "serve":  # the default waits minutes for an unreachable server; serving sets a shorter wait
+    if command != "serve":  # the default waits minutes for an unreachable server; serving sets a shorter wait
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         prepare_to_compute()
     hide_credentials()
-    module = COMMANDS[arguments[0]][0]
-    if arguments[0] == "predict" and any(argument.partition("=")[0] == "--url" for argument in arguments):
+    module = COMMANDS[command][0]
+    if command == "predict" and any(argument.partition("=")[0] == "--url" for argument in arguments):
         module = "refract.serve.cli.predict"  # predict by a server; the pipeline does not import `serve`
     try:
-        return importlib.import_module(module).main(arguments[1:])
+        return importlib.import_module(module).main(arguments)
     except ModuleNotFoundError as err:
         if err.name is None or importlib.util.find_spec("lightning"):
             raise
         message = f"{err.name} is not installed; run pip install 'refract[train]', or `make install` in a clone"
-        print(f"refract {arguments[0]}: {message}", file=sys.stderr)
+        print(f"refract {command}: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nrefract: interrupted", file=sys.stderr)
@@ -144,4 +179,4 @@ def _help() -> str:
     lines = ["usage: refract COMMAND …", "", "Train, evaluate, serve and retrain image and text classifiers."]
     for heading, commands in GROUPS.items():
         lines += ["", f"{heading}:", *(f"  {name:<{width}}  {line}" for name, (_, line) in commands.items())]
-    return "\n".join([*lines, "", "`refract COMMAND --help` lists the options of a command."])
+    return "\n".join([*lines, "", LAST_LINE])

@@ -7,6 +7,8 @@ import io
 import re
 from collections.abc import Mapping
 
+from refract.output import help_of
+
 PLACEHOLDER = "--section.key"
 """How the help of a command says that it accepts every key of the config."""
 
@@ -38,6 +40,7 @@ def options() -> Mapping[str, list[str]]:
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             importlib.import_module(module).main(["--help"])
+        text.write(help_of(command))
         found[command] = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text.getvalue()))
     keys = {option for option in found["train"] if "." in option} - {PLACEHOLDER}
     return {

@@ -156,7 +156,7 @@ def shared() -> WarmProcess:
 def _forks() -> None:
     for name in IMPORTED:
         importlib.import_module(name)
-    importlib.import_module("refract.pipeline.config.config").config_from_dict({})  # makes the parser, which takes a second
+    importlib.import_module("refract.pipeline.config.config").config_from_dict({})  # makes the parser: a second
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)

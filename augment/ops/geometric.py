@@ -95,7 +95,7 @@ class VerticalFlip(GeometricOp):
 
 @dataclass(frozen=True, kw_only=True)
 class Transpose(GeometricOp):
-    """Transpose the image: rows become columns, and height and width are exchanged. Exact."""
+    """Transpose the image: rows become columns, and height and width are swapped. Exact."""
 
     p: float = 0.5
 

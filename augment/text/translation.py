@@ -73,7 +73,9 @@ class BackTranslator:
                 augmenter = BackTranslationAug(forth, back, device=device, batch_size=batch, max_length=max_length)
         except Exception as error:  # third-party code: the exception types are unknown
             line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TranslationError(f"{forth} and {back} cannot be loaded as translation models: {line}") from error
+            raise TranslationError(
+                f"{forth} and {back} cannot be loaded as translation models ({line}); set another --model"
+            ) from error
         finally:
             BackTranslationAug.clear_cache()
         self._model: Any = augmenter.model

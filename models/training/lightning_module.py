@@ -241,7 +241,7 @@ class ClassifierModule(lightning.LightningModule):
                 "training diverged; try a lower lr or a longer warmup"
             )
         self.log("val_loss", self.val_loss)
-        self.log(self.monitor, self.val_score, prog_bar=True)
+        self.log(self.monitor, self.val_score)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimiser and its per-step schedule. ValueError if the trainer has no limit of epochs or steps."""

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from refract import output
 from refract.pipeline.cli import console
 
 
@@ -54,4 +55,5 @@ def _augment(args: argparse.Namespace) -> int:
         )
     count = write_copies(entries, source, target, jobs=args.jobs)
     print(f"wrote {count} images and {PLANS} to {target}")
+    output.result({"images": count, "folder": target, "plans": target / PLANS})
     return 0

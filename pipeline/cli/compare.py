@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from refract import output
 from refract.pipeline.cli import console
 
 
@@ -52,4 +53,15 @@ def _compare(args: argparse.Namespace) -> int:
     if args.curves:
         curves(runs, args.curves)
         print(f"wrote {args.curves}")
+    output.result(
+        {
+            "runs": [run.name for run in runs],
+            "config": dict(differences(runs)),
+            "metrics": {name: [run.metrics.get(name) for run in runs] for name in names},
+            "comparisons": [
+                {"run": run.name, "against": runs[0].name, "images": count, "metric": metric, **vars(difference)}
+                for run, difference, count in comparisons
+            ],
+        }
+    )
     return 0

@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from refract import output
 from refract.pipeline.cli import console
 
 
@@ -22,5 +23,8 @@ def _config(what: str) -> int:
     from refract.pipeline.config.config import help_text
     from refract.pipeline.config.schema import json_schema
 
-    print(json.dumps(json_schema(), indent=1, ensure_ascii=False) if what == "schema" else help_text())
+    if output.is_json():
+        output.result(json_schema())  # it has the keys, their defaults and meanings, too
+    else:
+        print(json.dumps(json_schema(), indent=1, ensure_ascii=False) if what == "schema" else help_text())
     return 0

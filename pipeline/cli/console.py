@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from refract import output
 from refract.errors import RefractError
 from refract.models.credentials import masked
 from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped
+
+log = logging.getLogger(__name__)
 
 
 def run(command: str, work: Callable[[], int]) -> int:
@@ -19,9 +22,9 @@ def run(command: str, work: Callable[[], int]) -> int:
     The code is 2 for invalid input, 1 for a failed service, 75 after SIGTERM and 130 after Ctrl-C. After a signal the line names the
     command that resumes the run.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("refract.pipeline").setLevel(logging.INFO)
-    logging.getLogger("refract.models").setLevel(logging.INFO)
+    logging.basicConfig(level=logging.WARNING, format=output.log_format("%(message)s"), stream=sys.stderr)
+    for package in ("augment", "models", "pipeline", "progress"):
+        logging.getLogger(f"refract.{package}").setLevel(output.level())
     try:
         return work()
     except Stopped as stopped:
@@ -51,5 +54,6 @@ def bin_prefix() -> str:
 
 
 def _failed(command: str, error: object, code: int) -> int:
+    log.debug("the error was raised here:", exc_info=True)
     print(masked(f"refract {command}: {error}"), file=sys.stderr)
     return code

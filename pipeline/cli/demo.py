@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from refract import output
 from refract.pipeline.cli import console
 from refract.pipeline.cli.promote import by_hand
 from refract.pipeline.cli.train import mlflow_hint
@@ -47,6 +48,9 @@ def _demo() -> int:
         print(f"3. Classify {NUM_REQUESTS} test images, sent as PNG over HTTP")
         num_correct = _classify(url, result.run_dir / "splits.csv", load_bundle(result.bundle).info.labels)
     print(f"   {num_correct} of {NUM_REQUESTS} correct\n")
+    output.result(
+        {"run": result.run_dir, "accuracy": accuracy, "model": uri, "requests": NUM_REQUESTS, "correct": num_correct}
+    )
     prefix = console.bin_prefix()
     print("Next:")
     print(f"   see the run          {mlflow_hint(config)}")

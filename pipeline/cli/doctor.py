@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from refract import output
 from refract.pipeline.cli import console
 
 
@@ -24,6 +25,8 @@ def _doctor(run: Path) -> int:
         print(f"{finding.name}\n  seen:  {finding.evidence}\n  try:   {finding.cure}")
     if not findings:
         print("no problem found")
+    problems = [{"name": finding.name, "evidence": finding.evidence, "cure": finding.cure} for finding in findings]
+    output.result({"run": run, "findings": problems, "seconds": record["seconds"]})
     total = sum(record["seconds"].values()) or 1.0
     print(
         "time: "

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refract import output
 from refract.pipeline.cli import console
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> int:
         "--thresholds", metavar="FILE", type=Path, help="YAML: {features: {warn: 0.02, stop: 0.1}, …}; null for never"
     )
     parser.add_argument("--report", metavar="DIR", type=Path, help="write report.html and report.json to this folder")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the numbers to this file")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON to FILE.json, or print it")
     args = parser.parse_args(argv)
     if args.images < 0:
         parser.error(f"--images {args.images}: expected at least 0")
@@ -77,8 +78,9 @@ def _drift(args: argparse.Namespace) -> int:
     _show(measured.drift)
     if args.report:
         print("wrote " + ", ".join(map(str, measured.report.write(args.report))))
+    numbers = {**measured.report.numbers, "unreadable": dict(measured.bad)}
+    output.result(numbers)
     if args.json:
-        numbers = {**measured.report.numbers, "unreadable": dict(measured.bad)}
         write_atomically(args.json, json.dumps(numbers, indent=2, ensure_ascii=False).encode())
         print(f"wrote {args.json}")
     return STOP if measured.drift.level == "stop" else 0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from refract import output
 from refract.pipeline.cli import console
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
         choices=("train", "val", "test"),
         help="split to measure (default: test if the data has one, else all samples)",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results to this file")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON to FILE.json, or print it")
     parser.add_argument(
         "--report",
         metavar="DIR",
@@ -89,24 +90,37 @@ def _evaluate(args: argparse.Namespace) -> int:
         report = make_report(
             f"{info.name} on {args.data}", result, info.labels, facts=facts, robustness=robustness,
             precision=info.config.get("evaluation", {}).get("precision", 0.95), abstain_below=info.abstain_below,
-            near=manifest.near_of(samples), notes=notes,
+            near=manifest.near_of(samples), notes=notes, subject=f"The bundle {info.name}",
         )  # fmt: skip
         print("wrote " + ", ".join(map(str, report.write(args.report))))
+    numbers = {
+        "bundle": bundle.digest,
+        "images": len(samples),
+        "split": split,
+        **_numbers(result, info.labels, notes, parts),
+    }
+    if without_test:  # else near-duplicates were not searched
+        numbers |= {"near_duplicates": [[a.path, b.path] for a, b in manifest.near_of(samples)]}
+    numbers |= {"robustness": robustness.to_dict()} if robustness is not None else {}
+    output.result(numbers)
     if args.json:
-        confusion = None if result.confusion is None else result.confusion.tolist()
-        numbers = {"bundle": bundle.digest, "images": len(samples), "split": split, "metrics": result.metrics}
-        numbers |= {"labels": list(info.labels), "per_class": result.per_class, "confusion": confusion}
-        numbers |= {
-            "notes": notes,
-            "intervals": result.intervals,
-            "slices": [dataclasses.asdict(part) for part in parts],
-        }
-        if without_test:  # else near-duplicates were not searched
-            numbers |= {"near_duplicates": [[a.path, b.path] for a, b in manifest.near_of(samples)]}
-        numbers |= {"robustness": robustness.to_dict()} if robustness is not None else {}
         write_atomically(args.json, json.dumps(numbers, indent=2, ensure_ascii=False).encode())
         print(f"wrote {args.json}")
     return 0
+
+
+def _numbers(
+    result: "Evaluation", labels: Sequence[str], notes: Sequence[str], parts: "Sequence[Slice]"
+) -> dict[str, Any]:
+    return {
+        "metrics": result.metrics,
+        "labels": list(labels),
+        "per_class": result.per_class,
+        "confusion": None if result.confusion is None else result.confusion.tolist(),
+        "notes": list(notes),
+        "intervals": result.intervals,
+        "slices": [dataclasses.asdict(part) for part in parts],
+    }
 
 
 def _manifest(args: argparse.Namespace, info: "BundleInfo") -> "tuple[Manifest, bool]":

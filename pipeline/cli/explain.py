@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from refract import output
 from refract.pipeline.cli import console
 
 
@@ -57,6 +58,12 @@ def _explain(args: argparse.Namespace) -> int:
     if not plan.exact and len(stages) - 1 < len(plan.steps):
         each = explain(dataclasses.replace(plan, exact=True), data, repeats=args.repeats)
         print(f"  {1e6 * sum(stage.seconds for stage in each):8.0f} µs  without fusion (exact: true)")
+    passes = [
+        {"name": stage.name, "steps": [str(step) for step in stage.steps], "seconds": stage.seconds} for stage in stages
+    ]
+    output.result(
+        {"image": args.image, "steps": [str(step) for step in plan.steps], "passes": passes, "seconds": total}
+    )
     if augmenter.mixes:
         print("\nMixUp and CutMix act on a batch, not on one image, and are not timed.")
     return 0

@@ -2,6 +2,7 @@
 
 import sys
 
+from refract import output
 from refract.pipeline.cli import console
 
 
@@ -24,10 +25,12 @@ def _find(target: str, path: str, overrides: list[str]) -> int:
     if target == "batch-size":
         size = find_batch_size(config)
         print(f"largest batch that fits: {size}; set --data.batch_size {size}")
+        output.result({"batch_size": size})
         return 0
     result = find_lr(config)
     print("learning rate    smoothed loss", file=sys.stderr)
     for lr, loss in list(zip(result.lrs, result.losses, strict=True))[:: max(1, len(result.lrs) // 12)]:
         print(f"{lr:13.2e}    {loss:.4f}", file=sys.stderr)
+    output.result({"lr": result.suggestion, "lrs": result.lrs, "losses": result.losses})
     print(f"the loss falls fastest at learning rate {result.suggestion:.2g}; try --optim.lr {result.suggestion:.2g}")
     return 0

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from refract import output
 from refract.pipeline.cli import console
 
 if TYPE_CHECKING:
@@ -34,17 +35,17 @@ def main(argv: list[str]) -> int:
         help="pretrained weights: a .safetensors or .pth file, a bundle's folder, or `default`",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    output = args.output or Path(f"{Path(args.source).stem or 'refract'}.yaml")
-    if output.exists() and not args.force:
+    config = args.output or Path(f"{Path(args.source).stem or 'refract'}.yaml")
+    if config.exists() and not args.force:
         print(
-            f"refract init: {output} exists already; choose another name with -o, or replace it with --force",
+            f"refract init: {config} exists already; choose another name with -o, or replace it with --force",
             file=sys.stderr,
         )
         return 2
-    return console.run("init", lambda: _init(args.source, output, args.name, args.weights))
+    return console.run("init", lambda: _init(args.source, config, args.name, args.weights))
 
 
-def _init(source: str, output: Path, name: str | None, weights: str | None) -> int:
+def _init(source: str, config: Path, name: str | None, weights: str | None) -> int:
     from refract.pipeline.data.manifest import load_manifest
     from refract.pipeline.files import write_atomically
     from refract.pipeline.suggest import check_start, choice_table, config_text, propose, take_survey
@@ -53,7 +54,7 @@ def _init(source: str, output: Path, name: str | None, weights: str | None) -> i
     start = check_start(name, weights, len(manifest.labels))
     survey = take_survey(manifest)
     proposal = propose(survey, start)
-    write_atomically(output, config_text(proposal, survey).encode())
+    write_atomically(config, config_text(proposal, survey).encode())
     kind = f"images ({survey.sizes} pixels)" if survey.images else "texts"
     counts = survey.counts
     smallest, largest = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
@@ -65,15 +66,19 @@ def _init(source: str, output: Path, name: str | None, weights: str | None) -> i
     print(choice_table(proposal.from_data()))
     for note in proposal.notes:
         print(f"  {note}")
-    print(f"wrote {output}")
-    if survey.images and (grid := _preview(manifest, proposal, output)):
+    print(f"wrote {config}")
+    grid = _preview(manifest, proposal, config) if survey.images else None
+    if grid is not None:
         print(f"wrote {grid}: a preview of the training images; check it first")
-    print(f"next: {_next_step(survey, output)}")
+    if not output.is_quiet():
+        print(f"next: {_next_step(survey, config)}")
+    facts = {"task": survey.task, "samples": survey.samples, "labels": dict(counts), "notes": list(proposal.notes)}
+    output.result({"config": config, "preview": grid, **facts, "next": _next_step(survey, config)})
     return 0
 
 
-def _next_step(survey: "Survey", output: Path) -> str:
-    command = f"refract train {shlex.quote(str(output))}"
+def _next_step(survey: "Survey", config: Path) -> str:
+    command = f"refract train {shlex.quote(str(config))}"
     if survey.refused:
         return f"fix the data as noted above, then {command}"
     if survey.unreadable:
@@ -81,7 +86,7 @@ def _next_step(survey: "Survey", output: Path) -> str:
     return command
 
 
-def _preview(manifest: "Manifest", proposal: "Proposal", output: Path) -> Path | None:
+def _preview(manifest: "Manifest", proposal: "Proposal", config: Path) -> Path | None:
     """Write the preview grid next to the config as NAME.preview.png. Returns None if no image can be read."""
     import io
 
@@ -101,7 +106,7 @@ def _preview(manifest: "Manifest", proposal: "Proposal", output: Path) -> Path |
     )
     buffer = io.BytesIO()
     preview_grid([readable[i] for i in spread(len(readable), ROWS)], augmenter, variants=VARIANTS).save(buffer, "PNG")
-    grid = output.with_suffix(".preview.png")
+    grid = config.with_suffix(".preview.png")
     write_atomically(grid, buffer.getvalue())
     return grid
 

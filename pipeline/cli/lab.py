@@ -5,6 +5,7 @@ import re
 import time
 from pathlib import Path
 
+from refract import output
 from refract.pipeline.cli import console
 from refract.pipeline.config.config import ConfigError
 from refract.pipeline.evaluation.plots import save
@@ -34,12 +35,16 @@ def _lab(args: argparse.Namespace) -> int:
     for name in args.name or available:
         started = time.perf_counter()
         outcome = available[name].run(args.seed)
-        print(f"{'holds' if outcome.holds else 'DOES NOT HOLD'}: {available[name].claim}")
-        print(f"    {name}, {time.perf_counter() - started:.1f} s: {outcome.summary}", flush=True)
+        claim, seconds = available[name].claim, time.perf_counter() - started
+        print(f"{'holds' if outcome.holds else 'DOES NOT HOLD'}: {claim}")
+        print(f"    {name}, {seconds:.1f} s: {outcome.summary}", flush=True)
+        output.result(
+            {"name": name, "holds": outcome.holds, "claim": claim, "summary": outcome.summary, "seconds": seconds}
+        )
         if not outcome.holds:
             failed.append(name)
         if args.plots is not None and outcome.curves:
-            _plot(args.plots / f"{name}.png", available[name].claim, outcome)
+            _plot(args.plots / f"{name}.png", claim, outcome)
     if args.plots is not None:
         print(f"plots in {args.plots}/")
     if failed:

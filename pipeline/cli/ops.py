@@ -7,6 +7,7 @@ import json
 import textwrap
 from typing import Any
 
+from refract import output
 from refract.pipeline.cli import console
 
 
@@ -16,7 +17,6 @@ def main(argv: list[str]) -> int:
         description="List the augmentation ops for policies, or describe one with its parameters.",
     )
     parser.add_argument("name", nargs="?", help="op whose parameters are described (default: list all ops)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per op")
     args = parser.parse_args(argv)
     return console.run("ops", lambda: _ops(args))
 
@@ -29,9 +29,9 @@ def _ops(args: argparse.Namespace) -> int:
     if args.name is not None and args.name not in OPS:
         hint = nearest(args.name, OPS) or f"; ops: {', '.join(OPS)}"
         raise PolicyError(f"no op {args.name!r}{hint}")
-    if args.json:
+    if output.is_json():
         for name in [args.name] if args.name else OPS:
-            print(json.dumps(described(name), ensure_ascii=False))
+            output.result(described(name))
     elif args.name:
         _show(described(args.name))
     else:

@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from refract import output
 from refract.pipeline.cli import console
 
 HUB = "Helsinki-NLP/opus-mt-{from}-{to}"
@@ -72,8 +73,10 @@ def main(argv: list[str]) -> int:
     for name, minimum in (("n", 1), ("top_k", 1), ("max_length", 4), ("batch", 1), ("seed", 0)):
         if getattr(args, name) < minimum:
             parser.error(f"--{name.replace('_', '-')}: {getattr(args, name)} is not at least {minimum}")
-    if not 0 < args.length <= 1 or not args.temperature > 0:
-        parser.error(f"--length: {args.length} is not in (0, 1], or --temperature: {args.temperature} is not above 0")
+    if not 0 < args.length <= 1:
+        parser.error(f"--length: {args.length} is not in (0, 1]")
+    if not args.temperature > 0:
+        parser.error(f"--temperature: {args.temperature} is not above 0")
     codes = [args.source, *args.via.split(",")]
     if not all(re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", code) for code in codes):
         parser.error(f"--from and --via: {', '.join(codes)} are not language codes such as en or eng_Latn")
@@ -106,5 +109,6 @@ def _paraphrase(args: argparse.Namespace) -> int:
     print(
         f"{used:,} paraphrases of {len(texts):,} texts are used{'; not used' + reasons.removeprefix(',') if reasons else ''}"
     )
+    output.result({"texts": len(texts), "used": used, "not_used": counts, "cache": args.cache})
     print(f"in a policy: - BackTranslation: {{p: 0.5, cache: {args.cache}}}")
     return 0

@@ -1,11 +1,11 @@
 """`refract predict BUNDLE FILE_OR_FOLDER…`"""
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
 
+from refract import output
 from refract.pipeline.cli import console
 
 
@@ -20,7 +20,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--text", action="append", help="text to classify, alone or with each image, for a bundle that reads texts"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object per image")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="labels per image (default 5)")
     args = parser.parse_args(argv)
     if args.top < 1:
@@ -64,8 +63,8 @@ def _predict(args: argparse.Namespace) -> int:
             continue
         failed += 1
         reason = outcome.strerror if isinstance(outcome, OSError) and outcome.strerror else str(outcome)
-        if args.json:
-            print(json.dumps({"path": str(file), "error": reason}, ensure_ascii=False))
+        if output.is_json():
+            output.result({"path": file, "error": reason})
         else:
             print(f"refract predict: {file}: {reason}", file=sys.stderr)
     return 1 if failed else 0
@@ -76,9 +75,9 @@ def _image_files(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
     from refract.pipeline.data.manifest import DataError
 
     if args.text and "texts" not in reads:
-        raise DataError(f"--text: {args.bundle} reads no texts")
+        raise DataError(f"--text: {args.bundle} reads no texts; remove the option")
     if args.paths and "images" not in reads:
-        raise DataError(f"{args.bundle} reads no images, only --text")
+        raise DataError(f"{args.bundle} reads no images; pass --text TEXT instead of files")
     return listed_images(args.paths) if args.paths else []
 
 
@@ -89,9 +88,10 @@ def _show(file: Path, probabilities, info, args: argparse.Namespace, cut: bool) 
     options = {"top": args.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
     confidence = float(confidences(probabilities[None], info.task, info.thresholds)[0])
     result = prediction(probabilities, info.labels, confidence=confidence, cut=cut, **options)
-    print(
-        json.dumps({"path": str(file), **result}, ensure_ascii=False) if args.json else format_prediction(file, result)
-    )
+    if output.is_json():
+        output.result({"path": file, **result})
+    else:
+        print(format_prediction(file, result))
 
 
 def listed_images(paths: list[Path]) -> list[Path]:

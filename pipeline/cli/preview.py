@@ -4,6 +4,7 @@ import argparse
 import io
 from pathlib import Path
 
+from refract import output
 from refract.pipeline.cli import console
 
 
@@ -51,6 +52,7 @@ def _preview(args: argparse.Namespace) -> int:
     buffer = io.BytesIO()
     grid.save(buffer, "PNG")
     write_atomically(args.output, buffer.getvalue())
+    output.result({"file": args.output, "images": len(images), "variants": args.variants})
     print(f"wrote {args.output}: {len(images)} images × {args.variants} variants")
     return 0
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from refract import output
 from refract.models.credentials import masked
 from refract.pipeline.cli import console
 
@@ -61,6 +62,7 @@ def _promote(args: argparse.Namespace) -> int:
     if version == champion:
         promote(client, args.name, version, instead_of=champion, why=args.why, by_hand=True)
         print(f"models:/{args.name}@champion is already version {version}")
+        output.result({"model": args.name, "champion": version, "before": version})
         return 0
     if not args.force and (tags.get("gate") != "passed" or tags.get("gate.against") != (champion or "none")):
         status = (
@@ -71,6 +73,7 @@ def _promote(args: argparse.Namespace) -> int:
         raise PromotionError(f"{args.name}: version {version} {status}; to promote it anyway, add --force --why REASON")
     try_to_load(client, args.name, version)
     promote(client, args.name, version, instead_of=champion, why=args.why, by_hand=True)
+    output.result({"model": args.name, "champion": version, "before": champion})
     print(
         f"models:/{args.name}@champion is now version {version}" + (f", before version {champion}" if champion else "")
     )

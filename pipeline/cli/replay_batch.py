@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from refract import output
 from refract.pipeline.cli import console
 
 
@@ -42,9 +43,9 @@ def _replay(path: Path) -> int:
     inputs = inputs_of(batch)
     print(f"epoch {stored['epoch']}, step {stored['step']}, seed {stored['seed']}: {len(batch['targets'])} images")
     print(f"{'layer':<40} {'kind':<20} {'lowest':>12} {'highest':>12} {'non-finite':>11}")
-    for name, kind, output in layers(classifier, inputs):
-        non_finite = 1 - float(output.isfinite().float().mean())
-        print(f"{name:<40} {kind:<20} {float(output.min()):>12.4g} {float(output.max()):>12.4g} {non_finite:>11.1%}")
+    for name, kind, values in layers(classifier, inputs):
+        non_finite = 1 - float(values.isfinite().float().mean())
+        print(f"{name:<40} {kind:<20} {float(values.min()):>12.4g} {float(values.max()):>12.4g} {non_finite:>11.1%}")
     with torch.no_grad():
         logits = classifier.train()(*inputs)[: len(batch["targets"])]
     losses = [
@@ -56,5 +57,18 @@ def _replay(path: Path) -> int:
     for i in worst:
         index, image, plan = stored["samples"][i]
         print(f"  {losses[i]:>10.4g}  sample {index}, {image}\n              {plan}")
-    print(first_not_finite(classifier, inputs))
+    first = first_not_finite(classifier, inputs)
+    print(first)
+    samples = [
+        dict(zip(("index", "image", "plan"), stored["samples"][i], strict=True)) | {"loss": losses[i]} for i in worst
+    ]
+    output.result(
+        {
+            "epoch": stored["epoch"],
+            "step": stored["step"],
+            "seed": stored["seed"],
+            "largest_losses": samples,
+            "first": first,
+        }
+    )
     return 0

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from refract import output
 from refract.models.credentials import masked
 from refract.pipeline.cli import console
 
@@ -65,9 +66,11 @@ def _rerun(run: str, uri: str | None) -> int:
     assert result is not None, "rerun trains in one process"
     fingerprint = read_record(result.run_dir)["fingerprint"]
     if fingerprint != record["fingerprint"]:
-        print("different: the data have changed")
+        differing.append("the data have changed")
+        print(f"different: {differing[-1]}")
     after = (result.bundle / "weights.safetensors").read_bytes()
     same = "unknown, as the run's bundle is missing" if before is None else "yes" if after == before else "no"
+    output.result({"run": run, "repeated": result.run_dir, "identical": same, "differences": differing})
     print(f"{run} was repeated as {result.run_dir}; identical weights: {same}")
     return 0
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from refract import output
 from refract.models.credentials import masked
 from refract.pipeline.cli import console
 
@@ -39,7 +40,8 @@ def main(argv: list[str]) -> int:
     flags = {flag: flag in argv for flag in ("--resume", "--resume-or-begin", "--force")}
     rest = [argument for argument in argv if argument not in flags]
     if not rest or rest[0].startswith("--"):
-        print("refract retrain: expected the config file first, then options", file=sys.stderr)
+        first = rest[0] if rest else "no config file"
+        print(f"refract retrain: got {first}; the config file comes first, then options", file=sys.stderr)
         return 2
     if flags["--resume"] and (len(rest) > 1 or flags["--force"]):
         print(
@@ -80,6 +82,7 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
     outcome = Outcome(record["outcome"])
     words = "unchanged" if record.get("unchanged") else outcome.name.lower().replace("_", " ")
     print(f"{words}: {record['why']}")
+    output.result({"outcome": words, "why": record["why"], "run": run_folder, "exit_code": int(outcome)})
     names = (RUN_RECORD, "gate.json", "config.yaml", "drift", "relabelled.csv")
     print(f"run: {run_folder}/ ({', '.join(name for name in names if (run_folder / name).exists())})")
     return int(outcome)

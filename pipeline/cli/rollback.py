@@ -2,6 +2,7 @@
 
 import argparse
 
+from refract import output
 from refract.pipeline.cli import console
 from refract.pipeline.cli.promote import client_at, try_to_load, uri_option
 
@@ -24,5 +25,6 @@ def _rollback(args: argparse.Namespace) -> int:
     expected = way_back(client, args.name)
     try_to_load(client, args.name, expected[1])
     restored, replaced = rollback(client, args.name, expected=expected)
+    output.result({"model": args.name, "champion": restored, "before": replaced})
     print(f"models:/{args.name}@champion is version {restored} again, before version {replaced}")
     return 0

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from refract import output
 from refract.pipeline.cli import console
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ def main(argv: list[str]) -> int:
     if args.list == (args.config is not None):
         parser.error("expected either CONFIG or --list")
     if args.keep < 1 or (args.grace_s is not None and not 0 < args.grace_s < 1e9):
-        parser.error("expected --keep of at least 1, and --grace-s above 0 and below 1e9 seconds")
+        parser.error(
+            f"--keep {args.keep}, --grace-s {args.grace_s}: expected at least 1, and seconds above 0 and below 1e9"
+        )
     if args.list:
         return console.run("schedule", lambda: _list(args.state))
     if args.forget:
@@ -67,14 +70,14 @@ def _schedule(args: argparse.Namespace) -> int:
         from refract.pipeline.schedule.cron import Cron, zone_named
         from refract.pipeline.schedule.scheduler import RETRAIN, Plan, run_scheduler
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed; pip install 'refract[train,retrain]'") from error
+        raise ConfigError(f"{error.name} is not installed; run pip install 'refract[train,retrain]'") from error
     from refract.pipeline.schedule.store import ScheduleStore
 
     config = (
         args.config.absolute()
     )  # not resolved: a link to the next release, such as a ConfigMap's, is the same config
     if not config.is_file():
-        raise ConfigError(f"{args.config}: no such file")
+        raise ConfigError(f"{args.config}: no such file; `refract init FOLDER -o {args.config}` writes one")
     store = ScheduleStore(args.state.resolve())
     stored = _stored(store, config)
     if args.cron is not None:
@@ -110,6 +113,7 @@ def _forget(config: Path, state: Path) -> int:
     if store.alive(stored.config, "scheduler"):
         raise ConfigError(f"{config} has a scheduler, process {stored.process}; stop it first")
     store.forget(stored.config)
+    output.result({"forgot": stored.config})
     return 0
 
 
@@ -121,6 +125,8 @@ def _list(state: Path) -> int:
         print(f"no schedule in {state}")
     for schedule in schedules:
         print("\n".join(_description(ScheduleStore(state.resolve()), schedule)))
+        runs = ScheduleStore(state.resolve()).runs(schedule.config, SHOWN)
+        output.result({**vars(schedule), "runs": [vars(run) for run in runs]})
     return 0
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from refract import output
 from refract.pipeline.cli import console
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> int:
         "--engine",
         choices=("processes", "ray"),
         default="processes",
-        help="how to run: processes on this machine (default) or a ray cluster",
+        help="how to run: processes on this machine (default) or a Ray cluster",
     )
     parser.add_argument(
         "--jobs",
@@ -81,6 +82,7 @@ def _score(args: argparse.Namespace) -> int:
         print(f"refract score: {error}; the same command resumes{_without(args)}", file=sys.stderr)
         return ASKED_TO_STOP if error.signal == signal.SIGTERM else 130
     _report(args, summary)
+    output.result({"file": args.output, **vars(summary)})
     return 1 if summary.errors == summary.rows else 0
 
 

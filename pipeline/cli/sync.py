@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from refract import output
 from refract.pipeline.cli import console
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ def _sync(folders: list[Path], uri: str | None) -> int:
 
     runs = sorted({path.parent for folder in folders for path in folder.rglob(JOURNAL)})
     if not runs:
-        raise ConfigError(f"no run with a {JOURNAL} in {', '.join(map(str, folders))}")
+        raise ConfigError(
+            f"no run with a {JOURNAL} in {', '.join(map(str, folders))}; name run folders, such as runs/NAME"
+        )
     failed = delivered = skipped = 0
     for run in runs:
         waiting = "some"
@@ -73,6 +76,7 @@ def _sync(folders: list[Path], uri: str | None) -> int:
                     print(line)
     if not delivered and not failed and not skipped:
         print("nothing to deliver: MLflow has all entries")
+    output.result({"runs": len(runs), "delivered": delivered, "failed": failed, "skipped": skipped})
     return 1 if failed else 0
 
 

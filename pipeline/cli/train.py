@@ -4,6 +4,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
+from refract import output
 from refract.models.credentials import masked
 from refract.pipeline.cli import console
 from refract.pipeline.cli.promote import by_hand, named
@@ -94,6 +95,7 @@ def _train(argv: list[str], resume: str | None) -> int:
         result = train(load_config(argv[0], argv[1:]), name=name)
     if result is None:
         return 0
+    output.result({**vars(result), "model": config.tracking.model_name})
     print("test:     " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
     print(f"run:      {result.run_dir}/ (report.html, config.yaml, splits.csv, preview.png, curves.png, checkpoints/)")
     print(f"bundle:   {result.bundle}")
@@ -108,12 +110,17 @@ def _train(argv: list[str], resume: str | None) -> int:
             print(f"          {prefix}{command} makes it champion")
     if config.tracking.enabled:
         print(f"MLflow:   {mlflow_hint(config)}")
+    if not output.is_quiet():
+        _print_next_commands(result, config, prefix)
+    return _report_undelivered(result, config)
+
+
+def _print_next_commands(result: "Result", config: "Config", prefix: str) -> None:
     run, bundle = (shlex.quote(str(path)) for path in (result.run_dir, result.bundle))
     print(
         f"next:     {prefix}refract predict {bundle} {_predict_arguments(config)}   or   {prefix}refract serve {bundle}"
     )
     print(f"          {prefix}refract doctor {run}   or   {prefix}refract compare {run} OTHER_RUN")
-    return _report_undelivered(result, config)
 
 
 def mlflow_hint(config: "Config") -> str:

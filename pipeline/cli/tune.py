@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from refract import output
 from refract.pipeline.cli import console
 
 EPILOG = """
@@ -25,12 +26,12 @@ def main(argv: list[str]) -> int:
         "after a crash; several processes or machines that use one storage share one search.",
         epilog=EPILOG, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("config", type=Path)
-    parser.add_argument("space", type=Path)
+    parser.add_argument("config", type=Path, help="config that all trials start from")
+    parser.add_argument("space", type=Path, help="YAML file with the values to try, as shown below")
     parser.add_argument(
         "--trials", type=int, default=50, help="number of trials, including other processes and earlier runs (50)"
     )
-    parser.add_argument("--minutes", type=float, help="start no trial after this time")
+    parser.add_argument("--minutes", type=float, help="start no trial after this time, in minutes (default: no limit)")
     parser.add_argument(
         "--sampler", default="tpe", choices=("tpe", "random", "grid", "coarse-to-fine"),
         help="default tpe; coarse-to-fine draws half of the trials at random, the others within the range of the best",
@@ -41,10 +42,10 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--name", help="name of the search (default: the config's file name)")
     parser.add_argument("--workers", type=int, default=1, help="number of processes on this machine")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sampler (default 0)")
     args, overrides = parser.parse_known_args(argv)
     if args.trials < 1 or args.workers < 1:
-        parser.error("expected --trials and --workers of at least 1")
+        parser.error(f"--trials {args.trials}, --workers {args.workers}: expected at least 1 of each")
     return console.run("tune", lambda: _tune(args, overrides, argv))
 
 
@@ -94,5 +95,9 @@ def _tune(args: argparse.Namespace, overrides: list[str], argv: list[str]) -> in
     for key, value in study.best_trial.user_attrs["drawn"].items():
         print(f"  {key}: {value}")
     print("wrote " + ", ".join(map(str, written)))
+    drawn = study.best_trial.user_attrs["drawn"]
+    output.result({"trial": study.best_trial.number, "score": study.best_value, "drawn": drawn, "files": list(written)})
+    if output.is_quiet():
+        return 0
     print(f"next: {console.bin_prefix()}refract train {shlex.quote(str(folder / 'best.yaml'))}")
     return 0

@@ -13,6 +13,7 @@ import cv2
 from refract.augment import Augmenter, ImageError, Plan, image_size
 from refract.pipeline.data.manifest import DataError
 from refract.pipeline.files import write_atomically
+from refract.progress import tracked
 
 PLANS = "plans.jsonl"
 _QUALITY = 95
@@ -87,10 +88,8 @@ def read_plans(path: Path) -> list[Copy]:
 def write_copies(entries: Sequence[Copy], source: Path, target: Path, *, jobs: int) -> int:
     """Write the files and `plans.jsonl` into `target`, a new or empty folder. Returns the number of images.
 
-    Shows a progress bar on a terminal. DataError lists the images that are missing, changed or damaged; all others are written.
+    DataError lists the images that are missing, changed or damaged; all others are written.
     """
-    from tqdm import tqdm
-
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"{target}: is not an empty folder; choose a new folder")
     write_atomically(target / PLANS, "".join(entry.to_json() + "\n" for entry in entries).encode())
@@ -115,7 +114,7 @@ def write_copies(entries: Sequence[Copy], source: Path, target: Path, *, jobs: i
 
     with ThreadPoolExecutor(jobs) as pool:
         results = pool.map(work, entries)
-        broken = [problem for problem in tqdm(results, total=len(entries), unit="image", disable=None) if problem]
+        broken = [problem for problem in tracked(results, "augmenting", len(entries)) if problem]
     if broken:
         raise DataError(_listed("could not be written", broken))
     return len(entries)

@@ -19,6 +19,7 @@ from refract.pipeline.data.datasets import ImageDataset, Item, TrainDataset, ini
 from refract.pipeline.data.loader import Loader, plan_workers, shared_memory_free
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
 from refract.pipeline.data.train_order import RankShard, TrainOrder
+from refract.progress import tracked
 
 HOST = ("keys", "indices", "repeats")
 """Entries of a batch that stay in host memory: the samples' indices and the keys of their draws."""
@@ -189,11 +190,9 @@ def fits_memory(samples: Sequence[Sample]) -> bool:
 
 def decoded(samples: Sequence[Sample], use: Callable[[bytes], np.ndarray], title: str) -> list[np.ndarray]:
     """Apply `use` to the bytes of every sample, on all cores. Returns uint8 H×W×3 arrays. DataError names an unreadable file."""
-    from tqdm import tqdm
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(lambda sample: named(sample, use), samples)
-        return list(tqdm(results, title, len(samples), disable=None, leave=False))
+        return list(tracked(results, title, len(samples)))
 
 
 def _workers_context() -> Any:

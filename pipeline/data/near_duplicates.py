@@ -12,6 +12,7 @@ import numpy as np
 
 from refract.augment import Preprocess
 from refract.pipeline.data.manifest import Manifest, Sample
+from refract.progress import tracked
 
 BITS = 7
 """Bits of 128 in which two difference hashes may differ. At least one of the 8 parts of 16 bits is then equal, which finds the pairs."""
@@ -49,7 +50,8 @@ def near_pairs(manifest: Manifest, hashes: Mapping[str, bytes]) -> tuple[tuple[s
     pairs = _candidates([hashes[s.path] for s in measured], [hashes[s.path] for s in train])
     wanted = {s.path: s for i, others in pairs for s in (measured[i], *(train[j] for j in others))}
     with ThreadPoolExecutor() as pool:
-        thumbnails = dict(zip(wanted, pool.map(_standardised, wanted.values()), strict=True))
+        results = tracked(pool.map(_standardised, wanted.values()), "comparing near-duplicates", len(wanted))
+        thumbnails = dict(zip(wanted, results, strict=True))
     duplicates = {}
     for i, others in pairs:
         correlations = np.stack([thumbnails[train[j].path] for j in others]) @ thumbnails[measured[i].path] / SIDE**2

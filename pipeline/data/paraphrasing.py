@@ -11,6 +11,7 @@ from refract.augment.text.translation import BackTranslator, Filter, Sampling, T
 from refract.augment.text.words import protected_words
 from refract.pipeline.data.manifest import DataError
 from refract.pipeline.files import locked
+from refract.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,6 @@ def paraphrase(texts: Sequence[str], plan: Plan, file: Path) -> dict[str, int]:
     TranslationError, and DataError if another process fills the file.
     """
     import torch
-    from tqdm import tqdm
 
     device = plan.device if plan.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     similar = None
@@ -73,10 +73,10 @@ def paraphrase(texts: Sequence[str], plan: Plan, file: Path) -> dict[str, int]:
             if missing:
                 translator = _translator(plan, via, device)
                 similar = similar or _similar(plan, device)
-                with tqdm(total=len(missing), desc=f"{plan.source}–{via}–{plan.source}", unit=" texts") as bar:
+                with Progress(f"{plan.source}–{via}–{plan.source}", len(missing), unit="texts") as progress:
                     for rows in _translated_rows(missing, plan, translator, similar):
                         cache.add(rows, settings)
-                        bar.update(len(rows))
+                        progress.update(len(rows))
             for reason, count in cache.dropped(texts, settings).items():
                 counts[reason] = counts.get(reason, 0) + count
     return counts

@@ -12,6 +12,7 @@ from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.manifest import SPLITS, DataError, Manifest, Sample
 from refract.pipeline.data.near_duplicates import difference_hash
 from refract.pipeline.data.sources.folders import skipped_lines
+from refract.progress import tracked
 
 SHOWN = 20
 """Entries that an error lists."""
@@ -48,19 +49,17 @@ class Scan:
 IMAGES = frozenset({"images"})
 
 
-def scan(samples: Sequence[Sample], *, reads: frozenset[str] = IMAGES, progress: bool = True) -> Scan:
+def scan(samples: Sequence[Sample], *, reads: frozenset[str] = IMAGES) -> Scan:
     """Hash and decode every image on all cores (decoding releases the GIL).
 
     reads: the network's inputs: `images`, `texts`, or both. The hashes ignore inputs that the network does not read.
     """
-    from tqdm import tqdm
-
     hashes, groups, difference_hashes, bad, remarks = {}, {}, {}, {}, {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(_scan_one, samples, chunksize=16)
         for sample, (digest, image_hash, problem, remark) in zip(
             samples,
-            tqdm(results, "checking samples", len(samples), disable=not progress or None, leave=False),
+            tracked(results, "checking samples", len(samples), unit="samples"),
             strict=True,
         ):
             if problem:

@@ -15,6 +15,7 @@ from refract.models.head import head_inputs
 from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.inference.scoring import SampleInput, score
+from refract.progress import tracked
 
 MOST_IMAGES = 1000
 """The largest number of samples in a bundle's profile: with 512 features each it has 1 MB."""
@@ -111,14 +112,11 @@ def profile(
     labels: Sequence[str],
     temperature: float = 1.0,
     thresholds: Sequence[float] = (),
-    progress: bool = True,
 ) -> ProfiledSamples:
     """Predict all samples, and collect their features and statistics. names: the class names of each sample, None without labels.
 
     Brightness, contrast and sharpness are measured on the network's input, after resizing, as only its input matters to a network.
     """
-    from tqdm import tqdm
-
     sizes: dict[int, tuple[int, int]] = {}
     image_statistics: list[ImageStatistics] = []
     has_image = "images" in classifier.reads
@@ -139,9 +137,7 @@ def profile(
     try:
         with head_inputs(classifier.network) as features:
             outcomes = score(classifier, preprocess, inputs, task=task, temperature=temperature)
-            for index, outcome in enumerate(
-                tqdm(outcomes, "image statistics", len(samples), disable=not progress or None, leave=False)
-            ):
+            for index, outcome in enumerate(tracked(outcomes, "computing features", len(samples), unit="samples")):
                 if isinstance(outcome, np.ndarray):
                     readable.append(index)
                     rows.append(outcome)

@@ -121,6 +121,7 @@ def assess(
         abstain_below=decision.abstain_below, robustness=robustness, near=manifest.near_of(test),
         findings=[finding.to_dict() for finding in findings],
         notes=notes_on(evaluation, drawn="test" in manifest.drawn),
+        subject=f"The network {config.model.name}, trained on {len(manifest.of('train')):,} samples,",
     )  # fmt: skip
     return Assessment(evaluation, more, decision, findings, report)
 

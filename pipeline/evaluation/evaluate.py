@@ -13,6 +13,7 @@ from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.evaluation import measures
 from refract.pipeline.evaluation.multilabel import label_calibration_errors, label_rates, set_errors, set_intervals
 from refract.pipeline.inference.scoring import SampleInput, score
+from refract.progress import tracked
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,6 @@ def evaluate(
     labels: Sequence[str],
     temperature: float = 1.0,
     thresholds: Sequence[float] = (),
-    progress: bool = True,
     tta: str = "none",
 ) -> Evaluation:
     """Evaluate a classifier on samples whose labels index `labels`.
@@ -84,28 +84,22 @@ def evaluate(
     AUROC over the labels with positives and negatives, negative log likelihood, calibration errors, area under the risk-coverage curve.
     A label is predicted if its probability reaches its threshold, 0.5 by default.
     """
-    probabilities = probabilities_of(
-        classifier, preprocess, samples, task=task, temperature=temperature, tta=tta, progress=progress
-    )
+    probabilities = probabilities_of(classifier, preprocess, samples, task=task, temperature=temperature, tta=tta)
     if task == "multilabel":
         return _multilabel(probabilities, samples, labels, tuple(thresholds) or (0.5,) * len(labels))
     return _single_label(probabilities, samples, labels)
 
 
 def probabilities_of(
-    classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sample], *, progress: bool = True, **options: Any
+    classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sample], **options: Any
 ) -> np.ndarray:
     """Return the probabilities (N, C) float32. options: of `refract.pipeline.inference.scoring.score`.
 
     Raises DataError with the path of an unreadable image.
     """
-    from tqdm import tqdm
-
     outcomes = score(classifier, preprocess, [SampleInput(s.read, s.text, s.has_image) for s in samples], **options)
     rows = []
-    for sample, outcome in zip(
-        samples, tqdm(outcomes, "evaluating", len(samples), disable=not progress or None, leave=False), strict=True
-    ):
+    for sample, outcome in zip(samples, tracked(outcomes, "evaluating", len(samples), unit="samples"), strict=True):
         if not isinstance(outcome, np.ndarray):
             raise DataError(f"{sample.path}: cannot be read: {outcome}")
         rows.append(outcome)

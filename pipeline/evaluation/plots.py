@@ -95,7 +95,8 @@ def _confusion(confusion: np.ndarray, labels: Sequence[str]) -> "Figure":
     count = len(labels)
     side = min(14.0, 3 + 0.45 * count + 0.05 * max((len(short(label)) for label in labels), default=0))
     figure = Figure(figsize=(side, side), layout="constrained")
-    axes = figure.add_subplot(xlabel="prediction", ylabel="truth")
+    axes = figure.add_subplot(xlabel="predicted label", ylabel="true label")
+    axes.set_title("color: fraction of the true label", fontsize=9)
     fractions = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     if count <= 60:
@@ -123,7 +124,7 @@ def curves_plot(history: Sequence[Mapping[str, float]], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     names = [name for name in history[-1] if name.startswith(("train_", "val_"))] if history else []
     for index, kind in enumerate(("loss", "score")):
-        axes = figure.add_subplot(1, 2, index + 1, xlabel="epoch", title=kind)
+        axes = figure.add_subplot(1, 2, index + 1, xlabel="epoch", ylabel=kind, title=f"{kind} of each epoch")
         for name in names:
             if name.endswith("_loss") == (kind == "loss"):
                 points = [(epoch + 1, row[name]) for epoch, row in enumerate(history) if name in row]

@@ -21,6 +21,7 @@ from refract.models.prediction import predicted_labels
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.evaluation.measures import mean_interval
 from refract.pipeline.evaluation.multilabel import set_errors
+from refract.progress import tracked
 
 NOISE = (4, 8, 16, 32, 64)
 """Standard deviations of Gaussian noise in grey levels (0…255). The noise of the mildest corruption has 20."""
@@ -111,8 +112,6 @@ def measure_robustness(
     thresholds, temperature: of a multi-label bundle. A sample's label of -1 is one that the classifier lacks. The chosen images and their
     corruptions depend on the seed, the image's index and the severity only.
     """
-    from tqdm import tqdm
-
     chosen = spread_subset(samples, effort.images, seed)
     errors: dict[str, dict[int, float]] = {name: {} for name in CORRUPTIONS}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -126,7 +125,7 @@ def measure_robustness(
         clean = image_errors(preprocessed)
         cases = [(name, severity) for name in errors for severity in effort.severities]
         mean_errors = np.zeros(len(chosen))
-        for name, severity in tqdm(cases, "corrupting", disable=None, leave=False):
+        for name, severity in tracked(cases, "measuring robustness", len(cases), unit="corruptions"):
 
             def corrupted(index: int, name: str = name, severity: int = severity) -> np.ndarray:
                 return corrupt(preprocessed[index], name, severity, seed=(seed << 32) + index)

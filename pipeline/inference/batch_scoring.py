@@ -19,12 +19,11 @@ from refract.pipeline.inference.batch.listing import Listing, Shard, listing_of
 from refract.pipeline.inference.batch.rows import schema_of
 from refract.pipeline.inference.batch.worker import Done, Job
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped, stop_requests
+from refract.progress import Progress
 
 log = logging.getLogger(__name__)
 
 SHARD_SIZE = 512
-LOG_SECONDS = 30.0
-"""Seconds between progress lines in the log when no terminal shows a bar."""
 
 
 @dataclass(frozen=True)
@@ -158,29 +157,19 @@ def job_of(bundle: Bundle, listing: Listing, options: Options, folder: Path, key
 
 def _score(missing: list[Shard], job: Job, options: Options, stop: Stop, summary: Summary, total: int) -> float:
     """Score the missing parts and show the progress. Returns the mean time at which the workers were ready."""
-    from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
     summary.scored = sum(len(shard.rows) for shard in missing)
     count = total - summary.scored
     if count:
         log.info("resuming: %s of %s rows are already scored", f"{count:,}", f"{total:,}")
     ready: list[float] = []
-    last_log = time.perf_counter()
-    with (
-        logging_redirect_tqdm(),
-        tqdm(total=total, initial=count, unit=" rows", disable=None, leave=False, smoothing=0.05) as bar,
-    ):
+    start = time.perf_counter()
+    with Progress("scoring", total, unit="rows", count=count) as progress:
         for done in _engine(missing, job, options, stop):
             if done is None:
                 ready.append(time.perf_counter())
                 continue
-            bar.update(done.rows)
-            count += done.rows
-            if bar.disable and time.perf_counter() - last_log > LOG_SECONDS:
-                log.info("%s of %s rows", f"{count:,}", f"{total:,}")
-                last_log = time.perf_counter()
-    return fmean(ready) if ready else last_log
+            progress.update(done.rows)
+    return fmean(ready) if ready else start
 
 
 def _engine(missing: list[Shard], job: Job, options: Options, stop: Stop) -> Iterator[Done | None]:

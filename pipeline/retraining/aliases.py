@@ -217,7 +217,9 @@ def _model(client: Any, name: str) -> Any:
         return client.get_registered_model(name)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise PromotionError(f"no registered model {name!r} at {masked(client.tracking_uri)}") from error
+            raise PromotionError(
+                f"no registered model {name!r} at {masked(client.tracking_uri)}; check its name, or set --uri"
+            ) from error
         raise
 
 

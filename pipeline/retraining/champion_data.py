@@ -18,6 +18,7 @@ from refract.pipeline.retraining.registry import registry_of
 from refract.pipeline.retraining.workspace import Workspace
 from refract.pipeline.tracking.address import absolute, sqlite_path, tracking_uri
 from refract.pipeline.training.build import reads
+from refract.progress import tracked
 
 SPLITS = "splits.csv"
 
@@ -95,7 +96,8 @@ def _known(config: Config, rows: Sequence[_Row]) -> ChampionData:
     embedded, images = _embedded(config, rows), "images" in reads(config)
     samples = [embedded.get(row.path) or Sample(row.path, (), text=row.text, has_image=bool(row.path)) for row in rows]
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(partial(_digest, images=images), samples))
+        results = pool.map(partial(_digest, images=images), samples)
+        digests = list(tracked(results, "reading the champion's data", len(samples)))
     of_split: dict[bool, set[str | None]] = {True: set(), False: set()}
     for row, digest in zip(rows, digests, strict=True):
         of_split[row.split == "test"].add(digest)

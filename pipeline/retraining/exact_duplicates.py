@@ -10,6 +10,7 @@ from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.manifest import Sample
 from refract.pipeline.data.near_duplicates import difference_hash
 from refract.pipeline.data.validation import Scan
+from refract.progress import tracked
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def without_copies(
     scanned: the scan of the samples; reads: `images`, `texts` or both, which the network reads. OSError.
     """
     with ThreadPoolExecutor() as pool:
-        known = frozenset[str]().union(*pool.map(contents, held))
+        known = frozenset[str]().union(*tracked(pool.map(contents, held), "reading the holdout", len(held)))
     rest = [sample for sample in samples if scanned.groups[sample.key] not in known]
     if "images" not in reads:
         return rest

@@ -13,6 +13,7 @@ from metaflow import FlowSpec, Parameter, step
 
 from refract.cli import prepare_to_compute
 from refract.models.credentials import hide_credentials
+from refract.progress import silence_reported
 
 
 class Retrain(FlowSpec):
@@ -75,7 +76,9 @@ def _do(name: str, folder: str) -> None:
         next(step for step in STEPS if step.name == name)(Path(folder))
         return 0
 
-    if code := console.run("retrain", run_step):
+    with silence_reported("retrain step"):
+        code = console.run("retrain", run_step)
+    if code:
         sys.exit(code)
 
 

@@ -139,7 +139,7 @@ class Runner:
                 last = self.store.runs(self.config, 1)
                 if free and last and last[0].state == "running":
                     self.store.end(last[0].id, "unseen", None)
-                    log.info("it has ended; its log says how: %s", last[0].log)
+                    log.info("the run has ended; its log: %s", last[0].log)
                 yield None
             else:
                 yield handle

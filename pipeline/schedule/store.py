@@ -177,7 +177,7 @@ class ScheduleStore:
             with closing(sqlite3.connect(path, timeout=30)) as database, database:
                 yield database
         except sqlite3.Error as error:
-            raise ScheduleError(f"{path} cannot be used: {error}") from error
+            raise ScheduleError(f"{path} cannot be used: {error}; check the file and its permissions") from error
 
 
 def _text(time: datetime | None) -> str | None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.training.fit import Assembly, assemble
+from refract.progress import Progress
 
 LOWEST_LR, HIGHEST_LR = 1e-6, 10.0
 
@@ -46,11 +47,16 @@ def find_lr(config: Config, *, steps: int = 100) -> LrRange:
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             losses.append(float(outputs["loss"]))
+            progress.update()
             smooth = _smoothed(losses)
             trainer.should_stop = len(losses) == steps or (len(losses) > 10 and smooth[-1] > 4 * smooth.min())
 
     # A non-finite loss ends the range.
-    with tempfile.TemporaryDirectory() as folder, suppress(FloatingPointError):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        suppress(FloatingPointError),
+        Progress("trying learning rates", steps, unit="steps") as progress,
+    ):
         _trainer(assembly, folder, callbacks=[Rise()]).fit(assembly.module, datamodule=assembly.data)
     # Smoothing in both directions avoids the lag of a one-sided mean.
     smooth = (_smoothed(losses) + _smoothed(losses[::-1])[::-1]) / 2

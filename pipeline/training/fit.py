@@ -107,7 +107,7 @@ def fit(
 
     from refract.pipeline.training.callbacks.averaging import WeightAverage, best_weights
     from refract.pipeline.training.callbacks.checkpoints import ResumeCheckpoint
-    from refract.pipeline.training.callbacks.progress import BestCheckpoint, EpochReport, progress_bars, quiet_lightning
+    from refract.pipeline.training.callbacks.progress import BestCheckpoint, EpochReport, StepProgress, quiet_lightning
     from refract.pipeline.training.failing_batch import Reproducer
 
     quiet_lightning()
@@ -118,7 +118,7 @@ def fit(
     first = 0 if swa is None else int(swa * config.trainer.max_epochs)
     best = BestCheckpoint(folder, module.monitor, samples=len(assembly.manifest.of("val")), first_epoch=first)
     report = EpochReport(module.monitor, tracker)
-    bars = progress_bars() if ranks.first else []
+    bars = [StepProgress()] if ranks.first else []
     optional: list[Any] = list(watchers)
     if config.trainer.ema or swa is not None:
         optional.append(WeightAverage(decay=config.trainer.ema, swa_start=swa))
@@ -131,7 +131,7 @@ def fit(
         seconds = config.trainer.checkpoint_seconds
         resumable = ResumeCheckpoint(folder, seconds=seconds, stop=stop, whole_from=whole_from)
         bad_batch = Reproducer(run_dir, _network_facts(assembly), assembly.data.train_set)
-        _run_trainer(assembly, run_dir, [*optional, best, report, *bars, resumable, bad_batch], checkpoint)
+        _run_trainer(assembly, run_dir, [*optional, best, *bars, report, resumable, bad_batch], checkpoint)
     if not ranks.first:
         return report.history
     best_checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
@@ -177,7 +177,6 @@ def network_record(config: Config) -> dict[str, Any]:
 
 def _run_trainer(assembly: Assembly, run_dir: Path, callbacks: list[Any], checkpoint: Path | None) -> None:
     import lightning
-    from lightning.pytorch.callbacks import ProgressBar
 
     from refract.models.allocator import release_freed_memory
     from refract.pipeline.data.manifest import DataError
@@ -197,7 +196,7 @@ def _run_trainer(assembly: Assembly, run_dir: Path, callbacks: list[Any], checkp
         callbacks=callbacks,
         plugins=[AtomicCheckpoints()],
         accumulate_grad_batches=config.trainer.accumulate,
-        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+        enable_progress_bar=False,
         logger=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -47,6 +47,6 @@ def current_ranks(devices: int, device: str) -> Ranks:
 
         if ranks.devices > torch.cuda.device_count():
             raise ConfigError(
-                f"trainer.devices: {ranks.devices}, but PyTorch sees {torch.cuda.device_count()} GPUs on this machine"
+                f"trainer.devices: {ranks.devices}, but PyTorch sees {torch.cuda.device_count()} GPUs on this machine; reduce it"
             )
     return ranks

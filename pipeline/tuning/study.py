@@ -156,7 +156,7 @@ def best_config(study: optuna.Study, config: Config) -> dict[str, Any]:
     try:
         drawn = study.best_trial.user_attrs["drawn"]
     except ValueError as error:
-        raise ConfigError(f"no trial of {study.study_name} finished") from error
+        raise ConfigError(f"no trial of {study.study_name} finished; the log above has the cause of each") from error
     return with_values(config.to_dict(), drawn)
 
 

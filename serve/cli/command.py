@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from refract import output
 from refract.models.allocator import keep_freed_memory
 from refract.serve.cli.config import ServeConfig
 from refract.serve.cli.home import ensure_home
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
 EXIT_FAILURE, EXIT_INVALID = 1, 2
 
 CACHED_MEMORY_BYTES = 1 << 30
@@ -48,8 +51,8 @@ class InvalidOptionError(Exception):
 def main(argv: list[str]) -> int:
     """Serve until SIGTERM or SIGINT. Returns 0 after a graceful shutdown, 1 after a failure, 2 for invalid options."""
     config = parse(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("refract.serve").setLevel(logging.INFO)
+    logging.basicConfig(level=logging.WARNING, format=output.log_format(LOG_FORMAT))
+    logging.getLogger("refract.serve").setLevel(output.level())
     ensure_home()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -85,7 +88,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return listen(host, port)
     except OSError as err:
-        raise InvalidOptionError(f"cannot listen on {host}:{port}: {err.strerror}") from err
+        raise InvalidOptionError(
+            f"cannot listen on {host}:{port}: {err.strerror}; choose another --host or --port"
+        ) from err
 
 
 def _serve(config: ServeConfig, bound: socket.socket) -> None:
@@ -93,12 +98,11 @@ def _serve(config: ServeConfig, bound: socket.socket) -> None:
 
     bundle = _bundle(config.source)
     app = _app(bundle, config)
-    ready = f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {url(bound)}"
     server = Server(
         app,
         drain_s=config.drain_s,
         keep_alive_s=config.keep_alive_s,
-        on_ready=lambda: print(ready, flush=True),
+        on_ready=lambda: _announce(bundle, url(bound)),
         on_leave=app.state.service.start_draining,
     )
     try:
@@ -109,6 +113,11 @@ def _serve(config: ServeConfig, bound: socket.socket) -> None:
         if isinstance(failure, ValueError):  # includes the BundleError of a failed self-test
             raise InvalidOptionError(str(failure)) from err
         raise failure or RuntimeError("the server did not start") from err
+
+
+def _announce(bundle: "Bundle", address: str) -> None:
+    print(f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {address}", flush=True)
+    output.result({"name": bundle.info.name, "digest": bundle.digest, "url": address})
 
 
 def _bundle(source: str) -> "Bundle":

@@ -1,10 +1,11 @@
 """`refract predict --url URL FILE…`: classify images with a running server."""
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
+
+from refract import output
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +23,6 @@ def main(argv: list[str]) -> int:
         action="append",
         help="text for a model that reads texts: the text of every image, or the only input without images",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object per image, one per line")
     parser.add_argument("--top", type=int, metavar="N", help="how many labels to list for each image")
     args = parser.parse_args(argv)
     from refract.models.multimodal.tokens import trimmed
@@ -54,15 +54,15 @@ def main(argv: list[str]) -> int:
                 message = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
                 if isinstance(err, ServerError) and err.status == 401:
                     message = f"{err}; pass the API key as --key KEY or in the environment variable REFRACT_KEY"
-                if args.json:
-                    print(json.dumps({"path": str(image or "text"), "error": message}, ensure_ascii=False))
+                if output.is_json():
+                    output.result({"path": image or "text", "error": message})
                 else:
                     print(f"refract predict: {image or 'text'}: {message}", file=sys.stderr)
                 if isinstance(err, ServerError) and err.status in (0, 401):  # the other images would fail, too
                     return 1
                 continue
-            if args.json:
-                print(json.dumps({"path": str(image or "text"), **prediction}, ensure_ascii=False))
+            if output.is_json():
+                output.result({"path": image or "text", **prediction})
             else:
                 print(format_prediction(image or Path("text"), prediction))
     if failures and len(images) > 1:

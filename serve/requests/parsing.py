@@ -89,7 +89,7 @@ def _from_json(body: bytes, *, max_images: int) -> Sent:
         sent = f"{len(images)} images" if images else f"{len(texts)} texts"
         raise RequestError(413, "too_many_images", f"{sent} in one request; at most {max_images} are allowed")
     if not all(text is None or isinstance(text, str) for text in texts):
-        raise RequestError(422, "invalid_request", "a text is not a string or null")
+        raise RequestError(422, "invalid_request", "each text must be a string or null")
     encoded = [None if image is None else _decoded(index, image) for index, image in enumerate(images)]
     return Sent(encoded or [None] * len(texts), [text or "" for text in texts])
 

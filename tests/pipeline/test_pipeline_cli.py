@@ -151,6 +151,19 @@ def test_evaluate_measures_the_test_split_of_the_run(refract: Run, workplace: Pa
     assert np.trace(report["confusion"]) / 24 == report["metrics"]["accuracy"]
 
 
+def test_commands_print_their_result_as_json(refract: Run, workplace: Path) -> None:
+    def result_of(*arguments: object) -> dict:
+        return json.loads(refract(*arguments, "--json").stdout)
+
+    assert result_of("doctor", "runs/r1")["seconds"]
+    assert result_of("evaluate", "runs/r1/bundle", "images")["metrics"]["accuracy"] > 0.9
+    assert result_of("score", "runs/r1/bundle", "images", "-o", "scores.parquet")["rows"] == 120
+    assert result_of("compare", "runs/r1", "runs/r1")["comparisons"][0]["value"] == 0
+    assert result_of("promote", "images", "1", "--force", "--why", "a test")["champion"] == "1"
+    short = result_of("train", "images.yaml", "--trainer.max_epochs", "1", "--trainer.run_name", "r2", "--quiet")
+    assert short["run_dir"] == "runs/r2" and short["metrics"] and short["alias"] == "challenger"
+
+
 def test_evaluate_recognises_the_training_images_by_content(refract: Run, workplace: Path) -> None:
     (workplace / "images").rename(workplace / "moved")
     assert "measuring its test split" in refract("evaluate", "runs/r1/bundle", workplace / "moved").stdout
@@ -317,5 +330,6 @@ def test_training_where_only_serving_is_installed_says_what_to_install(folder: P
     config = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
     command = [sys.executable, "-c", code, "train", config, "--data.source", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    lines = done.stderr.replace("refract train: loading libraries\n", "").splitlines()  # on a slow machine
+    assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr
     assert "refract train: lightning is not installed; run pip install 'refract[train]'" in done.stderr

@@ -47,3 +47,24 @@ def test_long_labels_are_shortened_in_charts_without_a_warning(tmp_path: Path) -
         confusion_plot(np.eye(5, dtype=int), labels, tmp_path / "c.png")
         confusion_plot(np.eye(2, dtype=int), labels[:2], tmp_path / "d.png")
     assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_the_report_opens_with_what_was_measured_how_good_it_is_and_what_to_do(tmp_path: Path) -> None:
+    facts = {"facts": {}, "precision": 0.95, "abstain_below": None}
+    found = evaluation([0, 0, 0, 1], [0, 0, 0, 0])
+    subject = "The network cnn, trained on 80 samples,"
+    report = make_report("r", found, LABELS, subject=subject, notes=["Too few images."], **facts)
+    summary = report.numbers["summary"]
+    assert summary["what"] == "The network cnn, trained on 80 samples, was measured on 4 samples with 4 labels."
+    quality = " ".join(summary["quality"])
+    assert "75.0% of the predictions are right (95 % interval " in quality
+    assert "Always predicting the most frequent label would give 75.0%." in quality
+    assert "The weakest label is b: 0.0% of its 1 sample are found" in quality
+    assert summary["next"][0] == "Too few images."
+    report.write(tmp_path)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert page.index("was measured on 4 samples") < page.index("What to do next") < page.index("<h2>Metrics</h2>")
+    perfect = make_report("r", evaluation([0, 1, 2, 3], [0, 1, 2, 3]), LABELS, **facts).numbers["summary"]
+    assert perfect["next"] == [
+        "Serve the bundle (refract serve BUNDLE), or compare it with another run (refract compare RUN OTHER_RUN)."
+    ]

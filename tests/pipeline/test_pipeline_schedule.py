@@ -245,7 +245,7 @@ def test_a_run_that_outlived_its_scheduler_is_waited_for(workspace: Workspace) -
     until(lambda: "outlived its scheduler is still active" in workspace.told(), "it is seen")
     assert len(workspace.began()) == 1
     workspace.release()
-    until(lambda: "it has ended" in workspace.told(), "its end")
+    until(lambda: "the run has ended" in workspace.told(), "its end")
     assert workspace.runs() == ["ended without a scheduler"] and workspace.began() == [""]
     assert (workspace.folder / "done").read_text() == "x"
     assert ended(scheduler) == 0
@@ -316,7 +316,7 @@ def test_a_missing_command_is_logged_and_the_schedule_continues(workspace: Works
         (("photos.yaml", "--cron", "0 25 * * *"), "is not a cron expression"),
         (("photos.yaml", "--cron", "0 2 * * *", "--timezone", "Mars"), "--timezone: 'Mars'"),
         (("photos.yaml", "--cron", "0 2 * * *", "--command", "nice 'x"), '--command: "nice \'x"'),
-        (("photos.yaml", "--cron", "0 2 * * *", "--keep", "0"), "expected --keep of at least 1"),
+        (("photos.yaml", "--cron", "0 2 * * *", "--keep", "0"), "--keep 0, --grace-s None: expected at least 1"),
         (("photos.yaml", "--cron", "0 2 * * *", "--grace-s", "-3"), "--grace-s above 0"),
         (("photos.yaml", "--forget"), "has no schedule in"),
         (("nameless.yaml", "--cron", "0 2 * * *"), "needs tracking.model_name"),

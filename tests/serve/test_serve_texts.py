@@ -151,7 +151,7 @@ def test_inputs_that_the_model_does_not_read_are_rejected(both, alone, bundle, s
         (both, {"json": {"images": [None]}}, 422, "empty text and no image"),
         (bundle, {"json": {"images": [None]}}, 422, "empty text and no image"),
         (both, {"json": {"images": [coded], "texts": ["a", "b"]}}, 422, "as many"),
-        (both, {"json": {"images": [coded], "texts": [3]}}, 422, "a text is not a string or null"),
+        (both, {"json": {"images": [coded], "texts": [3]}}, 422, "each text must be a string or null"),
         (both, {"json": {"images": [coded] * 65, "texts": ["a"] * 65}}, 413, "65 images"),
         (both, {"json": {"texts": ["a"] * 65}}, 413, "65 texts in one request; at most 64"),
         (both, {"files": [("file", ("x", make_image(1))), *[("text", (None, t)) for t in "ab"]]}, 422, "1 files and 2 fields `text`"),

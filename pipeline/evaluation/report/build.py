@@ -16,6 +16,7 @@ from refract.pipeline.evaluation.evaluate import Evaluation
 from refract.pipeline.evaluation.label_errors import likely_label_errors
 from refract.pipeline.evaluation.multilabel import WrongLabel, likely_wrong_labels
 from refract.pipeline.evaluation.report import figures
+from refract.pipeline.evaluation.report.summary import summarized
 from refract.pipeline.evaluation.robustness import Robustness
 from refract.pipeline.evaluation.slices import slices
 from refract.pipeline.files import write_atomically
@@ -74,12 +75,13 @@ def make_report(
     findings: Sequence[Mapping[str, str]] | None = None,
     near: Sequence[tuple[Sample, Sample]] = (),
     notes: Sequence[str] = (),
+    subject: str = "The classifier",
 ) -> Report:
     """Build the report of an evaluation.
 
     facts: the data and the model, shown at the top. precision: the target from which `abstain_below` was chosen. findings: the doctor's,
     each with name, evidence and cure, or None if the doctor did not watch a training. near: pairs of a test image and the training image
-    that it nearly duplicates. notes: see `refract.pipeline.evaluation.advice`.
+    that it nearly duplicates. notes: see `refract.pipeline.evaluation.advice`. subject: the classifier, as the start of a sentence.
     """
     numbers: dict[str, Any] = {"facts": dict(facts), "metrics": evaluation.metrics, "per_class": evaluation.per_class}
     numbers["macro_f1_classes"] = evaluation.macro_classes
@@ -128,6 +130,7 @@ def make_report(
         numbers["robustness"] = robustness.to_dict()
         charts["Robustness to corruptions"] = figures.severity_chart(robustness.by_severity())
         charts["Robustness to Gaussian noise"] = figures.noise_chart({0: robustness.clean, **robustness.noise})
+    numbers["summary"] = summarized(subject, evaluation, labels, numbers, notes)
     return Report(title, numbers, charts, galleries)
 
 

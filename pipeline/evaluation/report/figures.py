@@ -55,7 +55,7 @@ def _address(pixels: np.ndarray) -> str:
 
 def reliability_chart(bins: Sequence[tuple[float, float, int]]) -> str:
     """Plot the fraction of right predictions over the confidence. bins: see `refract.pipeline.evaluation.measures.reliability`."""
-    axes = _axes("confidence", "fraction of right predictions", (4.2, 3.6))
+    axes = _axes("confidence (numbers: predictions)", "fraction of right predictions", (4.2, 3.6))
     axes.plot([0, 1], [0, 1], color="0.7", linestyle="--")
     confidence, right, counts = zip(*bins, strict=True)
     axes.plot(confidence, right, marker="o")
@@ -66,7 +66,9 @@ def reliability_chart(bins: Sequence[tuple[float, float, int]]) -> str:
 
 
 def risk_chart(coverage: np.ndarray, risk: np.ndarray) -> str:
-    axes = _axes("coverage: fraction predicted", "risk: fraction of these that is wrong", (4.2, 3.6))
+    axes = _axes(
+        "coverage: fraction of the images that is predicted", "risk: fraction of these that is wrong", (4.2, 3.6)
+    )
     indices = np.unique(np.linspace(0, len(coverage) - 1, 400).astype(int))
     axes.plot(coverage[indices], risk[indices])
     axes.set(xlim=(0, 1), ylim=(0, None))
@@ -75,7 +77,7 @@ def risk_chart(coverage: np.ndarray, risk: np.ndarray) -> str:
 
 def severity_chart(curve: Mapping[int, float]) -> str:
     """Plot the accuracy over the corruption severity. curve: see `Robustness.by_severity`."""
-    axes = _axes("severity of the corruption", "accuracy", (4.2, 3.6))
+    axes = _axes("severity of the corruption (0: none)", "fraction of right predictions", (4.2, 3.6))
     axes.plot(list(curve), [1 - error for error in curve.values()], marker="o")
     axes.set(ylim=(0, 1.02), xticks=list(curve))
     return data_url(axes.figure)
@@ -83,7 +85,9 @@ def severity_chart(curve: Mapping[int, float]) -> str:
 
 def noise_chart(errors: Mapping[int, float]) -> str:
     """Plot the accuracy over the noise. errors: standard deviation of Gaussian noise in grey levels, 0 included → error in 0…1."""
-    axes = _axes("standard deviation of Gaussian noise (0…255)", "accuracy", (4.2, 3.6))
+    axes = _axes(
+        "standard deviation of Gaussian noise, in grey levels (0…255)", "fraction of right predictions", (4.2, 3.6)
+    )
     axes.plot(list(errors), [1 - error for error in errors.values()], marker="o")
     axes.set(ylim=(0, 1.02), xticks=list(errors))
     return data_url(axes.figure)

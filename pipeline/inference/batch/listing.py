@@ -67,7 +67,7 @@ def listing_of(source: Path) -> Listing:
             f"{source}: expected a folder of images, or a .csv, .tsv or .parquet manifest, not a {source.suffix or 'plain'} file; "
             "`refract predict` takes single images"
         )
-    raise DataError(f"{source}: no such folder or file, seen from {Path.cwd()}")
+    raise DataError(f"{source}: no such folder or file (current folder: {Path.cwd()})")
 
 
 def _folder(root: Path) -> Listing:

@@ -131,7 +131,7 @@ def assemble(
             if gathered:
                 writer.write_table(pa.concat_tables(gathered))
         if seen != rows:
-            raise RuntimeError(f"{out}: the parts have {seen} rows, expected {rows}")
+            raise RuntimeError(f"{out}: the parts have {seen} rows, expected {rows}; score again with --restart")
     whole.replace(out)
 
 

@@ -1,8 +1,8 @@
-"""Show the progress of a training: one log line per epoch, and a bar on a terminal. Keep the best epoch's checkpoint."""
+"""Show the progress of a training: one log line per epoch, and the batches. Keep the best epoch's checkpoint."""
 
+import contextlib
 import logging
 import math
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from refract.pipeline.training.callbacks.checkpoints import relocated_state
+from refract.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +96,37 @@ class EpochReport(Callback):
             self.tracker.log_metrics(metrics, step=trainer.current_epoch + 1)
 
 
-def progress_bars() -> list[Callback]:
-    """Return a progress bar on a terminal, none otherwise."""
-    return [TQDMProgressBar(refresh_rate=5, leave=False)] if sys.stderr.isatty() else []
+class StepProgress(Callback):
+    """Shows the progress through the batches of each epoch and of its validation."""
+
+    def __init__(self) -> None:
+        self._shown = contextlib.ExitStack()
+        self._progress: Progress | None = None
+
+    def _show(self, title: str, batches: float, count: int = 0) -> None:
+        self._shown.close()
+        total = int(batches) if math.isfinite(batches) else None
+        self._progress = self._shown.enter_context(Progress(title, total, unit="batches", count=count))
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        count = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # not 0 in a resumed epoch
+        self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", trainer.num_training_batches, count)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self._progress is not None:
+            self._progress.update()
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._show("validating", sum(trainer.num_val_batches))
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        self.on_train_batch_end()
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._shown.close()
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        self._shown.close()
 
 
 def quiet_lightning() -> None:

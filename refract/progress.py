@@ -1,0 +1,149 @@
+"""Show the progress of work that takes longer than two seconds: a bar on a terminal, else a log line every ten seconds."""
+
+import contextlib
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self, TypeVar
+
+from refract import output
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+BAR_S, LINE_S = 2.0, 10.0
+"""Seconds until a bar or a notice of slow imports appears; seconds between two lines."""
+
+UNATTENDED = ("serve", "schedule", "completion")
+"""Commands that may be silent: they wait for requests or times, or the processes that they start report."""
+
+
+class Progress:
+    """The progress of counted work, as a context manager.
+
+    title: what is done; total: the count at the end, None if unknown; unit: plural of what is counted; count: what an earlier process did.
+    clock: seconds, replaced in tests. Shows nothing with --quiet.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total: int | None = None,
+        *,
+        unit: str = "images",
+        count: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._title, self._total, self._unit, self._clock = title, total, unit, clock
+        self._first = self._count = count
+        self._start = self._last_line = clock()
+        self._bar: Any = None
+        self._redirected = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty() and not output.is_quiet():
+            from tqdm import tqdm
+            from tqdm.contrib.logging import logging_redirect_tqdm
+
+            self._redirected.enter_context(logging_redirect_tqdm())
+            self._bar = tqdm(
+                total=self._total,
+                desc=self._title,
+                unit=f" {self._unit}",
+                initial=self._first,
+                leave=False,
+                delay=BAR_S,
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._redirected.close()
+
+    def update(self, count: int = 1) -> None:
+        """Add to the count, and show it if it is time."""
+        self._count += count
+        if self._bar is not None:
+            self._bar.update(count)
+            _ear.hear()
+        elif (now := self._clock()) - self._last_line >= LINE_S:
+            self._last_line = now
+            log.info("%s", self._line(now))
+
+    def _line(self, now: float) -> str:
+        rate = (self._count - self._first) / max(now - self._start, 1e-9)
+        if self._total is None:
+            return f"{self._title}: {self._count:,} {self._unit}, {rate:,.3g} a second"
+        remaining = (self._total - self._count) / rate if rate else 0.0
+        return (
+            f"{self._title}: {self._count:,} of {self._total:,} {self._unit} ({self._count / max(self._total, 1):.0%}), "
+            f"{rate:,.3g} a second, {_duration(remaining)} left"
+        )
+
+
+def tracked(items: Iterable[T], title: str, total: int | None = None, *, unit: str = "images") -> Iterator[T]:
+    """Yield the items and show the progress through them."""
+    with Progress(title, total, unit=unit) as progress:
+        for item in items:
+            yield item
+            progress.update()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+
+
+class _Ear(logging.Handler):
+    """Notes when the command logged or drew a bar for the last time. last: in `time.monotonic` seconds."""
+
+    last = 0.0
+
+    def hear(self) -> None:
+        self.last = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.hear()
+
+
+_ear = _Ear()
+
+
+@contextlib.contextmanager
+def silence_reported(command: str) -> Iterator[None]:
+    """Print a line to the standard error when the command was silent for ten seconds, or imported its libraries for two."""
+    if output.is_quiet() or command in UNATTENDED:
+        yield
+        return
+    ended, start = threading.Event(), time.monotonic()
+    _ear.hear()
+
+    def report() -> None:
+        if not ended.wait(BAR_S) and _main_thread_imports():
+            print(f"refract {command}: loading libraries", file=sys.stderr, flush=True)
+            _ear.hear()
+        while not ended.wait(LINE_S / 10):
+            now = time.monotonic()
+            if now - _ear.last >= LINE_S:
+                print(f"refract {command}: in progress, {_duration(now - start)} so far", file=sys.stderr, flush=True)
+                _ear.hear()
+
+    logging.getLogger("refract").addHandler(_ear)
+    threading.Thread(target=report, name="silence", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        logging.getLogger("refract").removeHandler(_ear)
+
+
+def _main_thread_imports() -> bool:
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None and frame.f_globals.get("__name__") != "importlib._bootstrap":
+        frame = frame.f_back
+    return frame is not None

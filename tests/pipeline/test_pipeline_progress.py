@@ -1,0 +1,75 @@
+"""Long work shows its progress: a bar on a terminal, else a line every ten seconds."""
+
+import io
+import logging
+import re
+import sys
+import time
+
+import pytest
+
+from refract import output, progress
+from refract.progress import Progress, silence_reported, tracked
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_without_a_terminal_a_line_appears_every_ten_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "refract.progress")
+    seconds = iter([0.0, *(4.0 * k for k in range(1, 8))])
+    with Progress("checking samples", 2000, unit="samples", clock=lambda: next(seconds)) as shown:
+        for _ in range(7):
+            shown.update(100)
+    assert caplog.messages == [
+        "checking samples: 300 of 2,000 samples (15%), 25 a second, 1 min 08 s left",
+        "checking samples: 600 of 2,000 samples (30%), 25 a second, 56 s left",
+    ]
+
+
+def test_a_resumed_count_does_not_change_the_rate(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "refract.progress")
+    seconds = iter([0.0, 10.0])
+    with Progress("scoring", 1000, unit="rows", count=900, clock=lambda: next(seconds)) as shown:
+        shown.update(10)
+    assert caplog.messages == ["scoring: 910 of 1,000 rows (91%), 1 a second, 1 min 30 s left"]
+
+
+def test_a_terminal_shows_a_bar_without_colors(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "BAR_S", 0.0)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert list(tracked(range(3), "evaluating", 3, unit="samples")) == [0, 1, 2]
+    bar = terminal.getvalue()
+    assert "evaluating" in bar and "samples" in bar and not re.search(r"\x1b\[[\d;]*m", bar)
+    monkeypatch.setenv(output.VARIABLE, "quiet")
+    list(tracked(range(3), "evaluating", 3))
+    assert terminal.getvalue() == bar, "nothing with --quiet"
+
+
+def test_a_silent_command_reports_that_it_is_in_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "BAR_S", 0.01)
+    monkeypatch.setattr(progress, "LINE_S", 0.2)
+    with silence_reported("doctor"):
+        time.sleep(1.0)
+    assert "refract doctor: in progress, " in capsys.readouterr().err
+    monkeypatch.setenv(output.VARIABLE, "quiet")
+    with silence_reported("doctor"):
+        time.sleep(0.5)
+    assert capsys.readouterr().err == ""
+
+
+def test_slow_imports_are_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path
+) -> None:
+    monkeypatch.setattr(progress, "BAR_S", 0.05)
+    (tmp_path / "slow_to_import.py").write_text("import time\ntime.sleep(0.5)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with silence_reported("train"):
+        __import__("slow_to_import")
+    assert capsys.readouterr().err == "refract train: loading libraries\n"
