@@ -6,6 +6,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,11 +15,18 @@ _MASK = os.umask(0o077)
 os.umask(_MASK)
 
 
+def open_file(path: str | Path) -> FileIO:
+    """Open a regular file for reading. Raises OSError on failure, and for pipes and devices, whose reads may not end."""
+    file = open(path, "rb", buffering=0, opener=_opened_at_once)  # noqa: SIM115 — the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
 def read_file(path: str | Path) -> bytes:
-    """Return the content of a regular file. Raises OSError on failure, and for pipes and devices, whose reads may not end."""
-    with open(path, "rb", buffering=0, opener=_opened_at_once) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    """Return the content of a regular file. Raises OSError as `open_file`."""
+    with open_file(path) as file:
         return file.readall()
 
 

@@ -96,19 +96,19 @@ def _show(file: Path, probabilities, info, args: argparse.Namespace, cut: bool) 
 
 def listed_images(paths: list[Path]) -> list[Path]:
     """Return the files, and all images below the folders. DataError if no path exists or a folder has no image."""
-    from refract.augment.decoding.decode import SUFFIXES
-    from refract.augment.image_files import walk
-    from refract.pipeline.data.manifest import DataError
+    from refract.pipeline.data.errors import DataError
+    from refract.pipeline.data.sources import open_source
+    from refract.pipeline.data.sources.folders import no_images
 
     if not any(path.exists() for path in paths):
         raise DataError(f"{paths[0]}: no such file or folder")
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = [Path(file) for file in walk(path).images]
+            inside = open_source(path).rows(labelled=False).paths
             if not inside:
-                raise DataError(f"{path}: no images in this folder; accepted: {', '.join(SUFFIXES)}")
-            files += inside
+                raise no_images(path)
+            files += map(Path, inside)
         else:  # a missing file is reported later, as an unreadable one
             files.append(path)
     return files

@@ -1,4 +1,4 @@
-"""Load a data set: samples with labels and splits, from a folder, a CSV or Parquet manifest, or the embedded digits."""
+"""Load a data set to train on or to measure: samples with labels and splits, from any source."""
 
 import os
 from collections import Counter, defaultdict
@@ -12,10 +12,11 @@ import numpy as np
 from refract.augment.decoding.decode import SUFFIXES
 from refract.augment.image_files import Skipped
 from refract.models.multimodal.tokens import trimmed
+from refract.pipeline.data import storage
 from refract.pipeline.data.errors import DataError
-from refract.pipeline.data.sources.folders import SPLITS, inner_hint, read_folder, shown_twin, trimmed_name, twins
-from refract.pipeline.data.sources.tables import COLUMNS, Table, is_table, read_table
-from refract.pipeline.files import read_file
+from refract.pipeline.data.sources import open_source
+from refract.pipeline.data.sources.folders import SPLITS, inner_hint, shown_twin, trimmed_name, twins
+from refract.pipeline.data.sources.source import Rows
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Sample:
 
     def read(self) -> bytes:
         """Return the encoded image. OSError if the file cannot be read."""
-        return read_file(self.path) if self.data is None else self.data
+        return storage.read(self.path) if self.data is None else self.data
 
 
 @dataclass(frozen=True)
@@ -103,101 +104,67 @@ def load_manifest(source: str | Path, task: str = "auto", *, to_train: bool = Tr
 
 
 def _load(source: str | Path, task: str) -> Manifest:
-    path = Path(source)
-    if str(source) == "digits" and not path.exists():
-        if task not in ("auto", "multiclass"):
-            raise DataError(
-                f"data.task: {task} does not fit the digits, which have ten classes; set auto or multiclass"
-            )
-        return _digits()
-    if path.is_dir():
-        return _from_folder(path, task)
-    if is_table(path):
-        return _from_table(path, task)
-    if path.is_file():
-        raise DataError(
-            f"{path}: got a {path.suffix or 'plain'} file; expected a folder, a .csv, .tsv or .parquet manifest, or `digits`"
-        )
-    raise DataError(f"{path}: no such folder or file (current folder: {Path.cwd()})")
-
-
-def _digits() -> Manifest:
-    """Return scikit-learn's 1,797 handwritten digits (UCI), 8×8 pixels with 17 grey levels, as PNG."""
-    import cv2
-    from sklearn.datasets import load_digits
-
-    images, numbers = load_digits(return_X_y=True)
-    pixels = np.rint(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    samples = tuple(
-        Sample(f"digits/{i:04}.png", (int(number),), data=cv2.imencode(".png", image)[1].tobytes())
-        for i, (image, number) in enumerate(zip(pixels, numbers, strict=True))
-    )
-    return Manifest("digits", samples, tuple("0123456789"), "multiclass")
-
-
-def _from_folder(root: Path, task: str) -> Manifest:
-    if task == "multilabel":
-        raise DataError(
-            f"{root}: data.task is multilabel, but a folder gives each image one class; use a manifest with labels such as `cat;dog`"
-        )
-    folder = read_folder(root)
-    labels = tuple(sorted({item.label for item in folder.classes}))
-    index = {label: i for i, label in enumerate(labels)}
-    samples = [
-        Sample(path.removeprefix("./"), (index[one.label],), one.split) for one in folder.classes for path in one.images
-    ]
-    manifest = _manifest(str(root), samples, labels, task)
-    return replace(
-        manifest,
-        empty=tuple(one.path for one in folder.classes if not one.images),
-        loose=tuple(folder.loose),
-        skipped=folder.skipped,
-        notes=(*folder.notes, *manifest.notes),
-    )
-
-
-def _from_table(path: Path, task: str) -> Manifest:
-    """Read the columns path (absolute, or relative to the manifest's folder), label (`a;b` for two labels), split and text; all other
-    columns are metadata."""
-    table = read_table(path)
-    missing = [column for column in ("path", "label") if column not in table.columns]
-    if missing and not ("text" in table.columns and missing == ["path"]):
-        raise table.lacks(missing[0], needed="path,label and/or text[,split]")
-    paths, splits, texts = table.texts("path"), table.texts("split"), table.texts("text")
-    _reject_rows(table, "split", lambda split: split not in (*SPLITS, ""), f"one of {', '.join(SPLITS)}, or empty")
-    if any(splits):
-        _reject_rows(table, "split", lambda split: split == "", "filled, as in other rows")
-    empty_rows = [row for row, file in enumerate(paths) if not file.strip() and trimmed(texts[row]) == ""]
-    if empty_rows:
-        raise DataError(
-            f"{table.where(empty_rows[0])}: path {paths[empty_rows[0]]!r} is empty, and so is the text ({len(empty_rows)} such rows)"
-        )
-    multilabel = task == "multilabel" or (task == "auto" and any(";" in label for label in table.texts("label")))
+    opened = open_source(source)
+    opened.check_task(task)
+    rows = opened.rows(labelled=True)
+    _check_rows(rows)
+    written = rows.labels or [""] * len(rows)
+    multilabel = task == "multilabel" or (task == "auto" and any(";" in label for label in written))
     if multilabel:
         names = [
-            tuple(dict.fromkeys(part for part in map(trimmed_name, label.split(";")) if part))
-            for label in table.texts("label")
+            tuple(dict.fromkeys(part for part in map(trimmed_name, label.split(";")) if part)) for label in written
         ]
     else:
-        names = [(label,) for label in table.texts("label")]
+        names = [(label,) for label in written]
         _reject_rows(
-            table, "label", lambda label: label == "", "a class name",
+            rows, "label", written, lambda label: label == "", "a class name",
             "for multi-label images or images without a label, write labels as `a;b` and set data.task: multilabel",
         )  # fmt: skip
-    labels = tuple(sorted({name for row in names for name in row}))
-    index = {label: i for i, label in enumerate(labels)}
-    columns = [column for column in table.columns if column not in COLUMNS]
-    metadata = list(zip(*(table.columns[column] for column in columns), strict=True)) or [()] * len(table)
-    samples = [
-        Sample(
-            table.file(file) if file.strip() else f"{path.name}#{number}", tuple(index[name] for name in row), split, text,
-            None if file.strip() else _blank(), bool(file.strip()), metadata=dict(zip(columns, values, strict=True)),
+    labels = tuple(sorted({*rows.classes, *(name for row in names for name in row)}))
+    manifest = _manifest(rows.source, _samples(rows, names, labels), labels, "multilabel" if multilabel else task)
+    joined = [] if rows.folder else _joined_note(labels, "" if multilabel else " and set data.task: multilabel")
+    return replace(
+        manifest,
+        empty=rows.empty,
+        loose=rows.loose,
+        skipped=rows.skipped,
+        notes=(*rows.notes, *_unlabelled(rows, names), *joined, *manifest.notes),
+    )
+
+
+def _check_rows(rows: Rows) -> None:
+    """Raise DataError for an unknown split, a split that only some rows have, and a row with neither an image nor a text."""
+    if rows.splits is not None:
+        splits = rows.splits
+        known = f"one of {', '.join(SPLITS)}, or empty"
+        _reject_rows(rows, "split", splits, lambda split: split not in (*SPLITS, ""), known)
+        if any(splits):
+            _reject_rows(rows, "split", splits, lambda split: split == "", "filled, as in other rows")
+    texts = rows.texts
+    blank = [row for row in range(len(rows)) if not rows.has_image(row) and (texts is None or not trimmed(texts[row]))]
+    if blank:
+        raise DataError(
+            f"{rows.where(blank[0])}: path {rows.paths[blank[0]]!r} is empty, and so is the text ({len(blank)} such rows)"
         )
-        for number, (file, row, split, text, values) in enumerate(zip(paths, names, splits, texts, metadata, strict=True), start=2)
+
+
+def _samples(rows: Rows, names: Sequence[tuple[str, ...]], labels: Sequence[str]) -> list[Sample]:
+    index = {label: i for i, label in enumerate(labels)}
+    splits, texts = ([""] * len(rows) if column is None else column for column in (rows.splits, rows.texts))
+    metadata = list(zip(*rows.metadata.values(), strict=True)) or [()] * len(rows)
+    return [
+        Sample(
+            rows.file(row), tuple(index[name] for name in names[row]), splits[row], texts[row],
+            _embedded(rows, row), rows.has_image(row), metadata=dict(zip(rows.metadata, metadata[row], strict=True)),
+        )
+        for row in range(len(rows))
     ]  # fmt: skip
-    manifest = _manifest(str(path), samples, labels, "multilabel" if multilabel else task)
-    joined = _joined_note(labels, "" if multilabel else " and set data.task: multilabel")
-    return replace(manifest, notes=(*table.notes, *_unlabelled(table, names), *joined, *manifest.notes))
+
+
+def _embedded(rows: Rows, row: int) -> bytes | None:
+    if not rows.has_image(row):
+        return _blank()
+    return None if rows.images is None else rows.images[row]
 
 
 def _joined_note(labels: Sequence[str], hint: str) -> list[str]:
@@ -219,13 +186,13 @@ def _joined_note(labels: Sequence[str], hint: str) -> list[str]:
     return []
 
 
-def _unlabelled(table: Table, names: Sequence[tuple[str, ...]]) -> list[str]:
-    rows = [row for row, row_names in enumerate(names) if not row_names]
+def _unlabelled(rows: Rows, names: Sequence[tuple[str, ...]]) -> list[str]:
+    unlabelled = [row for row, row_names in enumerate(names) if not row_names]
     return (
         [
-            f"{len(rows)} rows have no label, such as {table.where(rows[0])}; they are trained on as samples without labels"
+            f"{len(unlabelled)} rows have no label, such as {rows.where(unlabelled[0])}; they are trained on as samples without labels"
         ]
-        if rows
+        if unlabelled
         else []
     )
 
@@ -280,11 +247,13 @@ def _blank() -> bytes:
     return cv2.imencode(".png", np.full((32, 32, 3), 128, np.uint8))[1].tobytes()
 
 
-def _reject_rows(table: Table, column: str, wrong: Callable[[str], bool], accepted: str, remedy: str = "") -> None:
-    rows = [row for row, value in enumerate(table.texts(column)) if wrong(value)]
-    if rows:
+def _reject_rows(
+    rows: Rows, column: str, values: Sequence[str], wrong: Callable[[str], bool], accepted: str, remedy: str = ""
+) -> None:
+    indices = [row for row, value in enumerate(values) if wrong(value)]
+    if indices:
         raise DataError(
-            f"{table.where(rows[0])}: {column} {table.texts(column)[rows[0]]!r} is not {accepted} ({len(rows)} such rows)"
+            f"{rows.where(indices[0])}: {column} {values[indices[0]]!r} is not {accepted} ({len(indices)} such rows)"
             + (f"; {remedy}" if remedy else "")
         )
 

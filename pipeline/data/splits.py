@@ -7,6 +7,7 @@ from pathlib import Path
 
 from refract.augment.random import generator
 from refract.pipeline.data.manifest import Manifest, Sample
+from refract.pipeline.data.storage import scheme_of
 
 
 def draw_splits(
@@ -50,7 +51,7 @@ def draw_splits(
 def _path_column(sample: Sample) -> str:
     if not sample.has_image:
         return ""
-    return sample.path if sample.data is not None else str(Path(sample.path).resolve())
+    return sample.path if sample.data is not None or scheme_of(sample.path) else str(Path(sample.path).resolve())
 
 
 def write_splits(manifest: Manifest, path: Path) -> None:

@@ -102,10 +102,10 @@ def assess(
         more["corruption_error"] = robustness.mean_error
     facts = {
         "network": config.model.name,
-        "hold-out": f"{len(test):,} images of {manifest.source}",
+        "test set": f"{len(test):,} images of {manifest.source}",
         "training": f"{len(manifest.of('train')):,} images, {config.trainer.max_epochs} epochs, seed {config.trainer.seed}",
         "temperature": f"{decision.temperature:.3f}",
-        "time an image": f"{_milliseconds(classifier, config.data.sides()):.2f} ms, the network alone in batches of 64",
+        "time per image": f"{_milliseconds(classifier, config.data.sides()):.2f} ms, the network alone in batches of 64",
     }
     if task != "multilabel":
         predicted = evaluation.probabilities.argmax(axis=1)

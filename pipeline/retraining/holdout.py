@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refract.pipeline.config.config import Config
+from refract.pipeline.data import storage
 from refract.pipeline.data.manifest import DataError, Manifest, Sample, load_manifest
 from refract.pipeline.data.validation import drop_bad, drop_contradictory, scan
 from refract.pipeline.files import write_atomically
@@ -152,7 +153,6 @@ def _copied(sample: Sample, folder: Path) -> str:
 def hash_of(path: Path) -> str | None:
     """Return the SHA-256 of a file; None if it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return storage.sha256(str(path))
     except OSError:
         return None

@@ -26,12 +26,12 @@ def holdout_line(
     if overlap:
         told = f"{len(overlap)} of its images were trained on"
         by_hand = "; if the new version is better, promote it by hand (refract promote --force --why REASON)"
-        return Line("hold-out", None, None, False, told + (by_hand if not of_challenger else ""))
+        return Line("holdout", None, None, False, told + (by_hand if not of_challenger else ""))
     if of_champion is None:
         told = "the champion's training data are unknown and may overlap with this holdout"
         remedy = f"for a fair one, move {workspace.holdout} away and set gate.holdout to images that are new to it"
-        return Line("hold-out", None, None, None, f"{told}; {remedy}")
-    return Line("hold-out", None, None, True, "no model was trained on its images")
+        return Line("holdout", None, None, None, f"{told}; {remedy}")
+    return Line("holdout", None, None, True, "no model was trained on its images")
 
 
 def trained_on(workspace: Workspace, digest: str | None, held: Sequence[Sample]) -> frozenset[str] | None:

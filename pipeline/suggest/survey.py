@@ -13,6 +13,7 @@ from refract.augment import ImageError, image_size
 from refract.augment.decoding.decode import decode_part
 from refract.augment.decoding.jpeg import SCALES, Part
 from refract.models.multimodal.tokens import trimmed
+from refract.pipeline.data import storage
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.data.sources.folders import hidden_lines, skipped_lines
 from refract.pipeline.data.validation import remark_lines
@@ -151,7 +152,7 @@ def _header(sample: Sample) -> bytes:
     """Return the start of the file with its header: reading whole photos for their sizes is slow on a network drive."""
     if sample.data is not None:
         return sample.data
-    with Path(sample.path).open("rb") as file:
+    with storage.open_stored(sample.path) as file:
         start = file.read(1 << 16)
         try:
             image_size(start)

@@ -64,6 +64,7 @@ def runs(root: Path) -> Path:
 def test_the_bundle_is_calibrated_on_validation_and_has_an_abstention_threshold(runs: Path) -> None:
     info = load_bundle(runs / "good" / "bundle").info
     numbers = json.loads((runs / "good" / "report.json").read_text())
+    assert {"network", "test set", "training", "temperature", "time per image"} == set(numbers["facts"])
     assert info.temperature != 1 and f"{info.temperature:.3f}" == numbers["facts"]["temperature"]
     assert (
         info.abstain_below == numbers["abstaining"]["abstain_below"] > 0

@@ -160,9 +160,9 @@ def test_calibration_is_judged_from_a_hundred_samples_on(count: int, passes: boo
 
 
 def test_an_unknown_line_fails_nothing_and_is_not_printed_as_passed() -> None:
-    unknown, passed = Line("hold-out", None, None, None, "?"), Line("labels", None, None, True, "all")
+    unknown, passed = Line("holdout", None, None, None, "?"), Line("labels", None, None, True, "all")
     verdict = Verdict((unknown, passed), "h", 9)
-    assert verdict.passed and verdict.text() == "unknown  hold-out  ?\npassed   labels    all"
+    assert verdict.passed and verdict.text() == "unknown  holdout  ?\npassed   labels   all"
     assert not Verdict((unknown, replace(passed, passed=False)), "h", 9).passed
 
 

@@ -248,7 +248,7 @@ def test_fifteen_runs(tmp_path: Path, new_tracking: Path) -> None:
     fourteenth = retraining.run(gate={"size_mb": 1e-6}, retrain={"largest_loss": 1.0})
     assert fourteenth["outcome"] == Outcome.NOT_PROMOTED
     assert [line["name"] for line in fourteenth["gate"]["lines"] if not line["passed"]][-1] == "size"
-    told = next(line for line in fourteenth["gate"]["lines"] if line["name"] == "hold-out")
+    told = next(line for line in fourteenth["gate"]["lines"] if line["name"] == "holdout")
     assert not told["passed"], "the champion was trained on images of a holdout that is drawn anew"
     assert len(retraining.champions) == 15
     assert unfinished(workspace) is None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from refract.augment.decoding.decode import SUFFIXES
 from refract.augment.image_files import FolderEntries, Skipped, identities_above, identity, list_folder, walk
 from refract.pipeline.data.errors import DataError
 
@@ -76,6 +77,11 @@ def unreadable(error: OSError, root: str | Path) -> DataError:
     return DataError(
         f"{error.filename or root}: this folder cannot be read ({error.strerror}); make it readable, or move it elsewhere"
     )
+
+
+def no_images(root: str | Path) -> DataError:
+    """Return the error for a folder without an image at any depth."""
+    return DataError(f"{root}: no images in this folder; Refract reads {', '.join(SUFFIXES)}")
 
 
 def _read(root: str) -> ImageFolder:

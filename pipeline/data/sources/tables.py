@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from refract.pipeline.data.errors import DataError
 from refract.pipeline.data.sources.folders import label_of, split_of, trimmed_name
+from refract.pipeline.data.storage import scheme_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -318,7 +319,10 @@ def _holds(table: Table, name: str, column: str) -> bool:
     """Return whether a column's values fit the synonym: an existing first file, or names of splits."""
     values = [value for value in table.columns[name] if trimmed_name(value)]
     if column == "path":
-        return bool(values) and os.path.lexists(table.file(_existing_path(table.path.parent, values[0])))
+        first = values[0] if values else ""
+        return bool(
+            scheme_of(first) or (first and os.path.lexists(table.file(_existing_path(table.path.parent, first))))
+        )
     return column != "split" or all(split_of(value) for value in values)
 
 
@@ -349,6 +353,8 @@ def _unquoted(values: list[str]) -> list[str]:
 
 def _path_at(table: Table, row: int, value: str) -> str:
     if value.isascii() and value == value.strip() and not any(mark in value for mark in "\\:\"'"):
+        return value
+    if scheme_of(value):
         return value
     path = _existing_path(table.path.parent, value)
     local = os.path.lexists(table.file(path))

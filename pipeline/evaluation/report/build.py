@@ -5,7 +5,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,6 @@ from refract.pipeline.files import write_atomically
 GALLERY_IMAGES = 24
 TEXT_SHOWN = 120
 """Characters of a sample's text in a caption."""
-
-FACT_NAMES = MappingProxyType({"hold-out": "test set", "time an image": "time per image"})
-"""Key of `facts` in report.json → its name on the page. Other keys are shown unchanged."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,6 @@ class Report:
             numbers=self.numbers,
             charts=self.charts,
             galleries=self.galleries,
-            fact_names=FACT_NAMES,
         )
         paths = {"report.html": html, "report.json": json.dumps(self.numbers, indent=1, ensure_ascii=False) + "\n"}
         for name, text in paths.items():

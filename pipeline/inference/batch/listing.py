@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from refract.augment.decoding.decode import SUFFIXES
-from refract.augment.image_files import image_files
-from refract.pipeline.data.errors import DataError
-from refract.pipeline.data.sources.folders import unreadable
-from refract.pipeline.data.sources.tables import is_table, read_table
+from refract.pipeline.data.sources import open_source
+from refract.pipeline.data.sources.folders import no_images
 
 
 class Row(NamedTuple):
@@ -58,38 +55,15 @@ def listing_of(source: Path) -> Listing:
 
     A manifest has the column path, text or both, and optionally label. Raises DataError for other sources and damaged manifests.
     """
-    if source.is_dir():
-        return _folder(source)
-    if is_table(source):
-        return _table(source)
-    if source.is_file():
-        raise DataError(
-            f"{source}: expected a folder of images, or a .csv, .tsv or .parquet manifest, not a {source.suffix or 'plain'} file; "
-            "`refract predict` takes single images"
-        )
-    raise DataError(f"{source}: no such folder or file (current folder: {Path.cwd()})")
-
-
-def _folder(root: Path) -> Listing:
-    try:
-        files = image_files(root)
-    except OSError as error:
-        raise unreadable(error, root) from error
-    if not files:
-        raise DataError(f"{root}: no images in this folder; Refract reads {', '.join(SUFFIXES)}")
-    return Listing(str(root), str(Path.cwd()), tuple(Row(path) for path in sorted(files)))
-
-
-def _table(path: Path) -> Listing:
-    table = read_table(path)
-    if not {"path", "text"} & {*table.columns}:
-        raise table.lacks("path", "text", needed="path and/or text[,label]")
-    absent = [None] * len(table)
-    paths, texts, truths = (table.columns.get(name, absent) for name in ("path", "text", "label"))
-    rows = tuple(
-        Row(file if file and file.strip() else None, text, truth)
-        for file, text, truth in zip(paths, texts, truths, strict=True)
-    )
-    return Listing(
-        str(path), str(path.parent.resolve()), rows, texts="text" in table.columns, truths="label" in table.columns
-    )
+    rows = open_source(source, embedded=False).rows(labelled=False)
+    if rows.folder:
+        # A broken link has a row too: its error. The order is that of the plain paths, as in scorings that earlier versions began.
+        files = sorted([*rows.paths, *rows.skipped.unreadable_images()])
+        if not files:
+            raise no_images(source)
+        return Listing(rows.source, str(Path.cwd()), tuple(map(Row, files)))
+    absent = [None] * len(rows)
+    paths, texts, truths = rows.paths, rows.texts or absent, rows.labels or absent
+    listed = (Row(path if path.strip() else None, *rest) for path, *rest in zip(paths, texts, truths, strict=True))
+    root = Path.cwd() if rows.root is None else rows.root.resolve()
+    return Listing(rows.source, str(root), tuple(listed), texts=rows.texts is not None, truths=rows.labels is not None)

@@ -17,7 +17,7 @@ import torch
 from refract.models.allocator import keep_freed_memory
 from refract.models.bundle.bundle import BundleError, load_bundle
 from refract.models.multimodal.tokens import trimmed
-from refract.pipeline.files import read_file
+from refract.pipeline.data import storage
 from refract.pipeline.inference.batch.listing import Row, Shard
 from refract.pipeline.inference.batch.part_files import write_part
 from refract.pipeline.inference.batch.rows import schema_of, table_of
@@ -97,7 +97,9 @@ class Scorer:
                 answers = []
 
     def _sample(self, row: Row) -> SampleInput:
-        path = os.path.join(self.job.root, row.path or "")  # noqa: PTH118 — faster than Path for millions of rows
+        path = row.path or ""
+        if not storage.scheme_of(path):
+            path = os.path.join(self.job.root, path)  # noqa: PTH118 — faster than Path for millions of rows
         return SampleInput(lambda: _bytes(path), row.text or "", row.path is not None)
 
     def _answer(self, row: Row, outcome: np.ndarray | Exception) -> np.ndarray | str:
@@ -116,6 +118,6 @@ class Scorer:
 
 def _bytes(path: str) -> bytes:
     try:
-        return read_file(path)
+        return storage.read(path)
     except ValueError as error:  # the path has a zero byte
         raise OSError(str(error)) from error

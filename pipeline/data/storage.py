@@ -1,0 +1,50 @@
+"""Where the images of samples are stored. A further storage, such as object storage, is a class with `open` and an entry in STORAGES."""
+
+import hashlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import BinaryIO, Protocol
+
+from refract.pipeline.files import open_file
+
+
+class Storage(Protocol):
+    """Opens files by their path, which starts with the scheme that STORAGES names."""
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a file for reading. OSError if it cannot be read."""
+
+
+class LocalFiles:
+    """The file system."""
+
+    def open(self, path: str) -> BinaryIO:
+        return open_file(path)
+
+
+LOCAL = LocalFiles()
+
+STORAGES: Mapping[str, Storage] = MappingProxyType({})
+"""Scheme of a path such as `s3://bucket/cat.png` → storage. Paths with another scheme, or without one, are local."""
+
+
+def scheme_of(path: str) -> str:
+    """Return the scheme of a path, if STORAGES has it; else ""."""
+    scheme, mark, _ = path.partition("://")
+    return scheme if mark and scheme in STORAGES else ""
+
+
+def open_stored(path: str) -> BinaryIO:
+    """Open a file for reading. OSError if it cannot be read, and for pipes and devices, whose reads may not end."""
+    return STORAGES.get(scheme_of(path), LOCAL).open(path)
+
+
+def read(path: str) -> bytes:
+    """Return the content of a file. OSError as `open_stored`."""
+    with open_stored(path) as file:
+        return file.read()
+
+
+def sha256(path: str) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal. OSError as `open_stored`."""
+    return hashlib.sha256(read(path)).hexdigest()
