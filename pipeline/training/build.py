@@ -27,11 +27,11 @@ FROM_ARGS = (LookupError, ArithmeticError, AttributeError)
 """Further exceptions of third-party networks for a wrong value in `model.args`."""
 
 
-def check_task(config: Config, task: str) -> None:
+def check_task(loss: LossSpec, task: str) -> None:
     """Raise ConfigError for a loss that does not fit the task."""
-    if config.loss.name not in losses_of(task):
+    if loss.name not in losses_of(task):
         raise ConfigError(
-            f"loss.name: {config.loss.name} does not support the task {task} of the data; set one of {', '.join(losses_of(task))}"
+            f"loss.name: {loss.name} does not support the task {task} of the data; set one of {', '.join(losses_of(task))}"
         )
 
 
@@ -197,7 +197,7 @@ def make_module(
             **arrays,
         )
         if text is None:
-            restart_head(config, network, manifest)
+            restart_head(model, network, manifest)
         start_weights(config, classifier, preprocess, manifest)
     except (ValueError, OSError, TypeError, RuntimeError, MemoryError, *FROM_ARGS) as error:
         raise ConfigError(f"model: {_line(error)}") from error

@@ -70,7 +70,7 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     check_recipe(config, augmenter, precision)
     preprocess = make_preprocess(config)
     manifest, identity = prepare_data(config) if prepared is None else prepared
-    check_task(config, manifest.task)
+    check_task(config.loss, manifest.task)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
     preprocess, arrays = with_normalisation(config, preprocess, manifest)
     module, text = make_module(config, manifest, augmenter, preprocess, arrays)

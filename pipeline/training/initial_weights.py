@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refract.pipeline.config.config import Config
+from refract.pipeline.config.sections import ModelConfig
 
 if TYPE_CHECKING:
     from refract.augment import Preprocess
@@ -26,20 +27,20 @@ def loads_weights(config: Config) -> bool:
     return config.model.weights != "none" or (text.name not in ("none", HASHING) and text.weights != "none")
 
 
-def restart_head(config: Config, network: Any, manifest: "Manifest") -> None:
+def restart_head(model: ModelConfig, network: Any, manifest: "Manifest") -> None:
     """Reset the head if the weights are those of a bundle with the same number of labels but different ones.
 
     Raises ValueError if the bundle's record lists no labels.
     """
     from refract.models.head import head_of, neutralise_head
 
-    record = Path(config.model.weights) / "bundle.json"
-    if config.model.weights in ("none", "default") or not record.is_file():
+    record = Path(model.weights) / "bundle.json"
+    if model.weights in ("none", "default") or not record.is_file():
         return
     stored = json.loads(record.read_text("utf-8"))
     labels = stored.get("labels") if isinstance(stored, dict) else None
     if not isinstance(labels, list):
-        raise ValueError(f"weights={config.model.weights!r}: its bundle.json has no list `labels`")
+        raise ValueError(f"weights={model.weights!r}: its bundle.json has no list `labels`")
     if len(labels) == len(manifest.labels) and tuple(labels) != manifest.labels:
         for module in head_of(network).modules():
             if hasattr(module, "reset_parameters"):

@@ -173,6 +173,6 @@ def test_the_head_has_its_own_learning_rate() -> None:
     assert {rate for key, rate in rates.items() if key in head} == {4e-3}
     assert {rate for key, rate in rates.items() if key not in head} == {1e-3}
     assert len(rates) == len(list(network.parameters()))
-    assert len(parameter_groups(network, OptimSpec(head_lr=1.0))) == 3, "the groups of former checkpoints"
+    assert len(parameter_groups(network, OptimSpec(lr=1e-3, head_lr=1.0))) == 3, "the groups of former checkpoints"
     with pytest.raises(ValueError, match=r"head_lr=0\.0: expected a number above 0"):
         OptimSpec(head_lr=0.0)
