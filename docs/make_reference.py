@@ -26,7 +26,7 @@ NOTE = "<!-- Written by docs/make_reference.py; do not edit. -->"
 
 
 def command_line() -> str:
-    """The page of the commands: the `--help` of each. The config keys in the help of `train` have a page of their own."""
+    """The page of the commands: the `--help` of each. The config keys in the help of `train` have a separate page."""
     lines = [
         "Every command and its options, as `refract COMMAND --help` prints them. `refract --version` prints the version."
     ]
@@ -80,7 +80,13 @@ def ops() -> str:
             lines += ["", f"![Three draws of each op]({f'../gallery/{kind}.jpg'})"]
         for row in rows:
             if row["kind"] == kind:
-                lines += ["", f"### {row['name']}", "", _prose(row["doc"]) + (" *CPU*" if row["cpu_only"] else ""), ""]
+                lines += [
+                    "",
+                    f"### `{row['name']}`",
+                    "",
+                    _prose(row["doc"]) + (" *CPU*" if row["cpu_only"] else ""),
+                    "",
+                ]
                 lines += [f"- `{name}`: {_default(default)}" for name, default in row["parameters"].items()]
     return _page("Ops", lines)
 
