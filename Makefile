@@ -33,8 +33,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python docs/wording.py augment models pipeline serve refract docs README.md CONTRIBUTING.md
-	$(BIN)/python docs/readability.py README.md CHANGELOG.md CONTRIBUTING.md docs
+	$(BIN)/python docs/wording.py augment models pipeline serve refract docs README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
+	$(BIN)/python docs/readability.py README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs
 
 # The documentation as a site in site/, readable without a network: open site/index.html. Broken links and anchors fail.
 docs: install

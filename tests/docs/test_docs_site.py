@@ -17,7 +17,7 @@ LOADED = re.compile(r"""<(?:script|img|iframe)[^>]+src="([^"]+)"|<link[^>]+rel="
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site. A broken link or anchor fails the build."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
