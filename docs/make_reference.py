@@ -99,7 +99,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "region": "Region ops",
         "batch": "Batch ops",
         "text": "Text ops",
-        "choice": "Composition ops and published policies",
+        "composition": "Composition ops and published policies",
     }
 )
 """Kind of an op → heading."""
@@ -227,7 +227,10 @@ def _type(schema: Mapping[str, Any]) -> str:
         size = schema.get("maxItems")
         items = schema.get("items") or next(iter(schema.get("prefixItems", ())), {})
         return f"list of {f'{size} ' if size else ''}{_type(items)}s" if items.get("type") else "list"
-    return {"object": "mapping", "string": "text"}.get(schema.get("type", ""), schema.get("type", "any"))
+    kind = schema.get("type", "any")
+    if isinstance(kind, list):  # numbers such as 1e-3, which YAML reads as text
+        kind = kind[0]
+    return {"object": "mapping", "string": "text"}.get(kind, kind)
 
 
 def _parameter(parameter: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ def test_every_environment_variable_is_documented() -> None:
     read = re.compile(r"""(?:environ(?:\.get|\.setdefault)?|getenv)[\[(]\s*"([A-Z][A-Z_]+)\"""")
     names = {name for path in SOURCES for name in read.findall(path.read_text("utf-8"))}
     assert len(names) > 15
-    assert names - {"PYTHONPATH", "REQUEST_METHOD"} <= set(re.findall(r"`([A-Z_]+)`", page))
+    assert names - {"PYTHONPATH", "PYTHONSAFEPATH", "REQUEST_METHOD"} <= set(re.findall(r"`([A-Z_]+)`", page))
 
 
 def test_every_problem_code_of_the_server_is_documented() -> None:
