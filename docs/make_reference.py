@@ -33,10 +33,11 @@ def command_line() -> str:
     for heading, commands in cli.GROUPS.items():
         lines += ["", f"## {heading}"]
         for name in commands:
-            text, _, keys = _output([name, "--help"]).partition("Keys, with their defaults:")
-            lines += ["", f"### refract {name}", "", "```text", text.strip(), "```"]
-            if keys:
-                lines += ["", "All keys are in [Configuration](config.md)."]
+            for given in ([name], [name, "--url", "URL"]) if name == "predict" else ([name],):
+                text, _, keys = _output([*given, "--help"]).partition("Keys, with their defaults:")
+                lines += ["", f"### refract {' '.join(given)}", "", "```text", text.strip(), "```"]
+                if keys:
+                    lines += ["", "All keys are in [Configuration](config.md)."]
     return _page("Command line", lines)
 
 
