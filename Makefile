@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Python keeps what it compiled, whatever the shell says: else each process of the suite compiles the tests and Refract anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-durations test-fast test-postgres lint image-check gpu-wheels gpu-check install lock clean
+.PHONY: demo docs reference test test-durations test-fast test-postgres lint image-check gpu-wheels gpu-check install lock clean
 
 demo: install
 	$(BIN)/refract demo
@@ -33,7 +33,16 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python docs/wording.py augment models pipeline serve refract README.md docs/architecture.md docs/design-notes.md docs/benchmarks.md
+	$(BIN)/python docs/wording.py augment models pipeline serve refract docs README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
+	$(BIN)/python docs/readability.py README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs
+
+# The documentation as a site in site/, readable without a network: open site/index.html. Broken links and anchors fail.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Writes the pages of docs/reference/ that follow from the code; a test reports pages that were not written again.
+reference: install
+	$(BIN)/python docs/make_reference.py
 
 # Builds the image for CPUs (downloads 3.2 GB), looks into it, and asks the server in it.
 image-check: install

@@ -16,7 +16,7 @@ from refract.augment.registry import OPS
 
 TILE, GAP, LINE, VARIANTS, COLUMNS = 120, 6, 15, 3, 3
 
-# What is needed beside the defaults to make an op run, or to be seen.
+# Parameters that an op needs in addition to the defaults, to run or to show its effect.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "CenterCrop": {"size": [90, 90]},
     "RandomCrop": {"size": [90, 90]},
@@ -92,7 +92,7 @@ def main() -> None:
         rows = {
             name: variants(name, SETTINGS.get(name, {}), image, other) for name, op in OPS.items() if op.kind == kind
         }
-        rows.pop("Corruption", None)  # they have a sheet of their own
+        rows.pop("Corruption", None)  # they have a separate sheet
         sheet(rows).save(folder / f"{kind}.jpg", quality=80)
     rows = {
         name: [

@@ -50,8 +50,8 @@ GLOSSARY = {
 PATTERN = re.compile(
     "|".join(f"(?P<g{i}>\\b(?:{word})\\b)".replace(" ", r"\s+") for i, word in enumerate(GLOSSARY)), re.IGNORECASE
 )
-CODE = re.compile(r"`[^`]*`|\{[{%].*?[}%]\}")
-"""Names in backticks and expressions of templates: code, not words."""
+CODE = re.compile(r"`[^`]*`|\{[{%].*?[}%]\}|(?<=\]\()[^)\s]+")
+"""Names in backticks, expressions of templates and targets of links: code, not words."""
 TEXTS = {".md", ".yaml", ".yml", ".html"}
 
 

@@ -99,7 +99,7 @@ LAST_LINE = "`refract COMMAND --help` lists the options of a command. Each accep
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns the exit code: 0 done, 1 failed, 2 invalid input; docs/architecture.md lists all.
+    Returns the exit code: 0 done, 1 failed, 2 invalid input; docs/reference/exit-codes.md lists all.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
