@@ -4,10 +4,12 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from refract.errors import RefractError
 from refract.models.credentials import hide_credentials
+from refract.plugins import PluginError, add_entry, load
 
 GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
@@ -81,12 +83,24 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
 """Command → (module, one line of help), of all groups."""
 
 
+_plugin_commands: dict[str, Callable[[list[str]], int]] = {}
+
+
+def register_command(name: str, run: Callable[[list[str]], int]) -> None:
+    """Add the command of a plugin. PluginError if another command has the name."""
+    if name in COMMANDS:
+        raise PluginError(f"the command {name!r} exists already, in {COMMANDS[name][0]}; rename the new command")
+    add_entry("command", _plugin_commands, name, run)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns the exit code: 0 done, 1 failed, 2 invalid input; docs/architecture.md lists all.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].partition("=")[0] == "--plugin":
+        return _main_with_plugins(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
         return 0 if arguments else 2
@@ -100,17 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         matches = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f" Did you mean {matches[0]}?" if matches else ""
-        print(f"refract: no command {arguments[0]!r}.{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"refract: no command {arguments[0]!r}.{hint} Commands: {', '.join([*COMMANDS, *_plugin_commands])}",
+            file=sys.stderr,
+        )
         return 2
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    if arguments[0] != "serve":  # the default waits minutes for an unreachable server; serving sets a shorter wait
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-        prepare_to_compute()
-    hide_credentials()
+    _set_environment(arguments[0])
     module = COMMANDS[arguments[0]][0]
     if arguments[0] == "predict" and any(argument.partition("=")[0] == "--url" for argument in arguments):
         module = "refract.serve.cli.predict"  # predict by a server; the pipeline does not import `serve`
@@ -130,6 +139,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _main_with_plugins(arguments: list[str]) -> int:
+    """Load the plugins of the options before the command, then run the command, which may be one of a plugin."""
+    entries: list[str] = []
+    while arguments and arguments[0].partition("=")[0] == "--plugin":
+        _, equals, value = arguments.pop(0).partition("=")
+        if not equals and not arguments:
+            print("refract --plugin: expected the path of a Python file, and then a command", file=sys.stderr)
+            return 2
+        entries.append(value if equals else arguments.pop(0))
+    name = arguments[0] if arguments else ""
+    _set_environment(name)
+    try:
+        load(entries)
+        if name not in _plugin_commands:
+            return main(arguments)
+        return _plugin_commands[name](arguments[1:])
+    except RefractError as err:
+        print(f"refract {name}: {err}", file=sys.stderr)
+        return err.exit_code
+
+
+def _set_environment(command: str) -> None:
+    """Set the environment variables of libraries that a command may import."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    if command != "serve":  # the default waits minutes for an unreachable server; serving sets a shorter wait
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        prepare_to_compute()
+    hide_credentials()
+
+
 def prepare_to_compute() -> None:
     """Configure OpenMP's waiting and the memory allocator before PyTorch is imported. The server has separate settings."""
     from refract.models.allocator import keep_freed_memory
@@ -144,4 +187,11 @@ def _help() -> str:
     lines = ["usage: refract COMMAND …", "", "Train, evaluate, serve and retrain image and text classifiers."]
     for heading, commands in GROUPS.items():
         lines += ["", f"{heading}:", *(f"  {name:<{width}}  {line}" for name, (_, line) in commands.items())]
+    if _plugin_commands:
+        lines += ["", "Plugins:", *(f"  {name:<{width}}  {_summary(run)}" for name, run in _plugin_commands.items())]
     return "\n".join([*lines, "", "`refract COMMAND --help` lists the options of a command."])
+
+
+def _summary(run: Callable[[list[str]], int]) -> str:
+    """Return the first line of the docstring of a plugin's command."""
+    return (run.__doc__ or "").strip().partition("\n")[0]

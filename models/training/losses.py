@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from refract.models.classifier import check_task
 from refract.models.layers import pick
 from refract.models.training.optimizers import decayed_parameter_ids
+from refract.plugins import add_entry
 
 
 def check_targets(targets: Tensor, num_classes: int, task: str) -> None:
@@ -230,7 +231,27 @@ def _perceptron(logits: Tensor, targets: Tensor, multilabel: bool, gamma: float)
     return (best - targets) * logits
 
 
-LOSSES: Mapping[str, Callable[[Tensor, Tensor, bool, float], Tensor]] = MappingProxyType(
-    {"cross_entropy": _cross_entropy, "bce": _bce, "focal": _focal, "mse": _mse, "perceptron": _perceptron}
-)
+_losses: dict[str, Callable[[Tensor, Tensor, bool, float], Tensor]] = {
+    "cross_entropy": _cross_entropy,
+    "bce": _bce,
+    "focal": _focal,
+    "mse": _mse,
+    "perceptron": _perceptron,
+}
+
+LOSSES: Mapping[str, Callable[[Tensor, Tensor, bool, float], Tensor]] = MappingProxyType(_losses)
 """(logits (N, C), soft targets (N, C), multilabel, gamma) → (N, C): each class's term of a sample's loss."""
+
+
+def register_loss(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Add the loss of a plugin: (logits (N, C), soft targets (N, C)) → (N, C). PluginError if another loss has the name."""
+
+    def terms(logits: Tensor, targets: Tensor, multilabel: bool, gamma: float) -> Tensor:
+        losses = function(logits, targets)
+        if losses.shape != logits.shape:
+            raise ValueError(
+                f"loss {name!r} returned the shape {tuple(losses.shape)}: expected {tuple(logits.shape)}, each class's term of a sample"
+            )
+        return losses
+
+    add_entry("loss", _losses, name, terms)

@@ -19,7 +19,10 @@ def json_schema() -> dict[str, Any]:
 
     schema = TypeAdapter(Config).json_schema()
     sections = schema.pop("$defs")
+    schema["properties"]["plugins"]["description"] = described(Config)[1]["plugins"]
     for section in fields(Config):
+        if section.name == "plugins":
+            continue
         kind = type(getattr(Config(), section.name))
         summary, meanings = described(kind)
         properties = sections[kind.__name__]["properties"]

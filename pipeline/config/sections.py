@@ -11,6 +11,9 @@ from typing import Literal
 LONGEST_TEXT = 4096
 """Upper bound of text.max_length, in words or tokens. A server keeps this many integers in memory for each queued sample."""
 
+LossName = Literal["auto", "cross_entropy", "bce", "focal", "mse", "perceptron"]
+"""The names of Refract's losses. Plugins add others, which `models.training.losses.LossSpec` checks."""
+
 Rules = Iterator[tuple[str, object, bool, str]]
 """(key, value, whether the value is valid, description of the valid values), for each key that has a range."""
 
@@ -95,8 +98,8 @@ class ModelConfig:
     """The image network.
 
     Args:
-        name: architecture: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, a torchvision or timm name
-            (timm/NAME forces timm), or none for a text-only model.
+        name: architecture: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, a plugin's network, a torchvision or timm
+            name (timm/NAME forces timm), or none for a text-only model.
         weights: initial weights: none (random), default (the library's pretrained weights), a file, a folder that holds one, or a URL.
         mode: trained layers: fine-tune (all), feature-extract (only the head), gradual (unfreezes from the head down) or
             linear-then-fine-tune (the head first, then all).
@@ -196,7 +199,7 @@ class LossConfig:
     """The training loss.
 
     Args:
-        name: auto (bce for multilabel, else cross_entropy), cross_entropy, bce, focal, mse or perceptron.
+        name: auto (bce for multilabel, else cross_entropy), cross_entropy, bce, focal, mse, perceptron, or a plugin's loss.
         label_smoothing: amount of label smoothing, in [0, 1).
         gamma: focusing parameter of the focal loss, at least 0.
         class_weights: balanced weights each class by the inverse of its number of training images; none weights all classes equally.
@@ -209,7 +212,7 @@ class LossConfig:
         temperature: softmax temperature of teacher and student in the distillation loss, above 0.
     """
 
-    name: Literal["auto", "cross_entropy", "bce", "focal", "mse", "perceptron"] = "auto"
+    name: LossName | str = "auto"
     label_smoothing: float = 0.0
     gamma: float = 2.0
     class_weights: Literal["none", "balanced"] = "none"

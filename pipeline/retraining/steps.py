@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from enum import IntEnum
 from functools import wraps
@@ -13,8 +14,10 @@ from typing import Any
 
 from refract.errors import ServiceError
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
+from refract.pipeline.config.plugin_files import absolute_paths, plugin_digests
 from refract.pipeline.retraining.registry import client_of, download
 from refract.pipeline.retraining.workspace import Workspace, read_run, workspace_of, write, write_run
+from refract.plugins import load
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +69,8 @@ def unfinished(workspace: Workspace) -> Path | None:
 
 def worth_resuming(folder: Path, config: Config) -> bool:
     """Whether an unfinished run has this config and failed less than FAILURES times, so that resuming it may finish it."""
-    return read_run(folder).get("failures", 0) < FAILURES and _config(folder).to_dict() == config.to_dict()
+    same = [each.to_dict() | {"plugins": plugin_digests(each.plugins)} for each in (_config(folder), config)]
+    return read_run(folder).get("failures", 0) < FAILURES and same[0] == same[1]
 
 
 def note_failure(folder: Path) -> None:
@@ -85,7 +89,9 @@ def _step(work: Step) -> Callable[[Path], None]:
     def run(folder: Path) -> None:
         record = read_run(folder)
         if "ends" not in record or work.__name__ == "announce":
-            write_run(folder, record | work(folder, _config(folder), record))
+            config = _config(folder)
+            load(config.plugins)
+            write_run(folder, record | work(folder, config, record))
 
     return run
 
@@ -94,7 +100,8 @@ def _config(folder: Path) -> Config:
     import yaml
 
     path = folder / "config.yaml"
-    return config_from_dict(yaml.safe_load(path.read_text("utf-8")), where=str(path))
+    config = config_from_dict(yaml.safe_load(path.read_text("utf-8")), where=str(path))
+    return replace(config, plugins=absolute_paths(config.plugins, folder))
 
 
 @_step

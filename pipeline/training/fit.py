@@ -11,6 +11,7 @@ from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.config.defaults import fill_defaults
 from refract.pipeline.training.callbacks.stopping import stop_requests
 from refract.pipeline.training.ranks import Ranks, current_ranks
+from refract.plugins import load
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     )
     from refract.pipeline.training.device import choose_device, choose_precision
 
+    load(config.plugins)
     fill_defaults(config)
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)

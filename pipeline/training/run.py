@@ -12,6 +12,7 @@ from refract.pipeline.files import write_atomically
 from refract.pipeline.tracking.address import check_address, tracking_uri
 from refract.pipeline.training.fit import CHECKPOINTS, Assembly, assemble, fit, network_record
 from refract.pipeline.training.provenance import code_state, flat_tags, inputs, machine, origin, peak_memory, versions
+from refract.plugins import provider
 
 log = logging.getLogger(__name__)
 
@@ -185,6 +186,7 @@ def _make_bundle(
         task=manifest.task,
         labels=manifest.labels,
         **network_record(config),
+        plugins=_network_plugins(config),
         text=assembly.text,
         preprocess=preprocess.to_dict(),
         temperature=decision.temperature,
@@ -224,6 +226,12 @@ def _make_bundle(
     )
     save_bundle(run_dir / "bundle", info, classifier, golden_samples, reference=reference)
     return metrics
+
+
+def _network_plugins(config: Config) -> tuple[dict[str, str], ...]:
+    """Return the bundle's record of the plugin that the network needs, empty for a network of Refract or a catalogue."""
+    plugin = provider("network", config.model.name)
+    return () if plugin is None else ({"name": plugin.name, "sha256": plugin.sha256},)
 
 
 def _note(assembly: Assembly, config: Config, assessment: Any) -> str:

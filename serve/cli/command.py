@@ -87,6 +87,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
     from refract.serve.http.transport.server import Server, url
 
+    _load_plugins(arguments.plugin)
     bundle = _bundle(arguments.source)
     app = _app(bundle, arguments)
     ready = f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {url(bound)}"
@@ -100,6 +101,15 @@ def _serve(arguments: argparse.Namespace, bound: socket.socket) -> None:
         if isinstance(failure, ValueError):  # includes the BundleError of a failed self-test
             raise InvalidOptionError(str(failure)) from err
         raise failure or RuntimeError("the server did not start") from err
+
+
+def _load_plugins(entries: list[str]) -> None:
+    from refract.plugins import PluginError, load
+
+    try:
+        load(entries)
+    except PluginError as err:
+        raise InvalidOptionError(f"--plugin: {err}") from err
 
 
 def _bundle(source: str) -> "Bundle":

@@ -5,11 +5,6 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-BACKENDS = (
-    "auto", "eager", "bf16", "fp16", "compiled", "cuda-graphs", "tensorrt",
-    "openvino", "openvino-bf16", "openvino-int8", "onnx", "onnx-int8", "int8",
-)  # fmt: skip
-
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the command line. Exits with 2 and a message that names the invalid option."""
@@ -47,10 +42,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--backend",
-        choices=BACKENDS,
+        metavar="NAME",
         default="auto",
-        help="runtime of the network; auto times the installed backends, except 8-bit ones, and selects the fastest that agrees with "
-        "float32; int8 selects the faster of the 8-bit backends",
+        help="runtime of the network, such as eager, bf16, openvino or onnx (docs/serving.md lists all); auto times the installed "
+        "backends, except 8-bit ones, and selects the fastest that agrees with float32; int8 selects the faster of the 8-bit backends",
+    )
+    add(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="load this plugin, a Python file or module, for its networks and backends (docs/plugins.md); may be repeated",
     )
     add("--max-batch", type=_whole(1, 65536), default=32, metavar="N", help="most images in one batch")
     add("--max-wait-ms", type=_number(0, 1e5), default=2.0, metavar="MS", help="longest wait for a batch to fill")

@@ -12,7 +12,6 @@ from prometheus_client import generate_latest
 
 from refract.models.bundle.bundle import BundleError
 from refract.serve.cli import command
-from refract.serve.cli.options import BACKENDS as OFFERED
 from refract.serve.http.app import create_app
 from refract.serve.runtime import engine as engines
 from refract.serve.runtime import gpus
@@ -110,10 +109,6 @@ def test_two_threads_share_a_device_without_mixing_their_batches(bundle, make_im
 
 def test_batches_are_padded_to_powers_of_two() -> None:
     assert [padded(count) for count in (1, 2, 3, 4, 5, 8, 9, 200)] == [1, 2, 4, 4, 8, 8, 16, 256]
-
-
-def test_the_command_offers_every_backend() -> None:
-    assert set(OFFERED) == {"auto", "int8", *BACKENDS}
 
 
 def test_a_missing_backend_is_rejected_with_its_package(bundle, monkeypatch: pytest.MonkeyPatch) -> None:
