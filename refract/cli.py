@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main_with_plugins(arguments: list[str]) -> int:
-    """Load the plugins of the options before the command, then run the command, which may be one of a plugin."""
+    """Load the plugins of the options, then run a command of these plugins, or list the commands."""
     entries: list[str] = []
     while arguments and arguments[0].partition("=")[0] == "--plugin":
         _, equals, value = arguments.pop(0).partition("=")
@@ -152,12 +152,19 @@ def _main_with_plugins(arguments: list[str]) -> int:
     _set_environment(name)
     try:
         load(entries)
-        if name not in _plugin_commands:
-            return main(arguments)
-        return _plugin_commands[name](arguments[1:])
+        if name in _plugin_commands:
+            return _plugin_commands[name](arguments[1:])
     except RefractError as err:
         print(f"refract {name}: {err}", file=sys.stderr)
         return err.exit_code
+    except KeyboardInterrupt:
+        print("\nrefract: interrupted", file=sys.stderr)
+        return 130
+    if name in COMMANDS:
+        place = f"`refract {name} --plugin FILE …`, or the key plugins of its config"
+        print(f"refract --plugin: {name} is not a command of these plugins; use {place}", file=sys.stderr)
+        return 2
+    return main(arguments)
 
 
 def _set_environment(command: str) -> None:

@@ -250,13 +250,19 @@ def _module_name(entry: str) -> str:
 
 
 def _module_file(entry: str) -> str:
+    """Find the file of a module. Python runs the packages that contain it."""
+    reason = ""
     try:
         spec = importlib.util.find_spec(_module_name(entry))
-    except (ImportError, ValueError):
-        spec = None
+    except (ImportError, ValueError) as error:
+        spec, reason = None, f" ({error})"
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{frame.filename}, line {frame.lineno}"
+        raise PluginError(f"plugin {entry}: {where}: {type(error).__name__}: {error}; correct its package") from error
     if spec is None:
         raise PluginError(
             f"plugin {entry}: expected a path that ends in .py, the name of a module that Python can import, or the name of an entry "
-            f"point of the group {GROUP}"
+            f"point of the group {GROUP}{reason}"
         )
     return spec.origin or ""

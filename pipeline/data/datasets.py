@@ -45,9 +45,8 @@ class TrainDataset(Dataset[Item]):
         tokens: Tokens | None = None,
         reads_images: bool = True,
     ) -> None:
-        self.plugins = (
-            LoadedPlugins()
-        )  # the first attribute, as a worker process needs it to unpickle the augmenter's ops
+        # The first attribute, as a worker process needs it to unpickle the augmenter's ops.
+        self.plugins = LoadedPlugins()
         self.tokens, self.reads_images = tokens, reads_images
         self.samples, self.augmenter, self.targets, self.views = samples, augmenter, targets, views
         self.decoded, self.raw = decoded, raw

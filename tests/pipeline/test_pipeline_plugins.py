@@ -223,7 +223,11 @@ def test_modules_and_entry_points_are_loaded_only_by_name(tmp_path: Path, monkey
     (tmp_path / "site" / "extra_metrics-1.0.dist-info" / "entry_points.txt").write_text(
         "[refract.plugins]\nextra = extra_metrics\n"
     )
+    (tmp_path / "site" / "broken_package").mkdir()
+    (tmp_path / "site" / "broken_package" / "__init__.py").write_text("\n1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
+    with pytest.raises(PluginError, match="plugin broken_package.ops: .*__init__.py, line 2: ZeroDivisionError"):
+        load(["broken_package.ops"])
     load([])
     assert plugins.provider("metric", "installed") is None
     load(["extra"])
@@ -272,6 +276,12 @@ def test_a_command_runs_after_the_option_and_is_listed(tmp_path: Path, capsys: p
         "clash.py, line 3: the command 'train' exists already, in refract.pipeline.cli.train" in capsys.readouterr().err
     )
     assert main(["--plugin"]) == 2
+    capsys.readouterr()
+    assert main(["--plugin", "my_plugin.py", "train", "c.yaml"]) == 2
+    assert (
+        "train is not a command of these plugins; use `refract train --plugin FILE …`, or the key plugins"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_failing_source_is_named_with_its_error(tmp_path: Path) -> None:
