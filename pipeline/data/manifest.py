@@ -94,8 +94,8 @@ class Manifest:
 def load_manifest(source: str | Path, task: str = "auto", *, to_train: bool = True) -> Manifest:
     """Read a data set.
 
-    source: `digits`, a folder, or a `.csv`, `.tsv` or `.parquet` file. to_train: also reject data with splits but without a split train,
-    and data with a single class. DataError names the problem.
+    source: `digits`, a folder, a `.csv`, `.tsv` or `.parquet` file, or `NAME:ARGUMENT` of a plugin's source. to_train: also reject data
+    with splits but without a split train, and data with a single class. DataError names the problem.
     """
     manifest = _load(source, task)
     if to_train:

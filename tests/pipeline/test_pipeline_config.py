@@ -131,9 +131,12 @@ def test_values_are_checked_when_the_config_is_read(key: str, value: object, exp
 
 def test_help_and_schema_give_the_accepted_values_of_the_optimiser_and_the_loss() -> None:
     text, sections = " ".join(help_text().split()), json_schema()["$defs"]
-    assert f"loss; auto is bce for multilabel, else cross_entropy. One of auto, {', '.join(LOSSES)}." in text
+    assert (
+        f"loss, of Refract or of a plugin; auto is bce for multilabel, else cross_entropy. One of auto, {', '.join(LOSSES)}."
+        in text
+    )
     assert "amount of label smoothing. A number in [0, 1)." in text
-    assert sections["LossSpec"]["properties"]["name"]["enum"] == ["auto", *LOSSES]
+    assert sections["LossSpec"]["properties"]["name"]["anyOf"][0]["enum"] == ["auto", *LOSSES], "for editors"
     assert sections["OptimSpec"]["properties"]["name"]["enum"] == [*OPTIMIZERS]
     assert sections["LossSpec"]["properties"]["label_smoothing"]["exclusiveMaximum"] == 1
 

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from refract.augment.image_files import is_image
 from refract.pipeline.data.errors import DataError
+from refract.pipeline.data.sources.custom import fetched
 from refract.pipeline.data.sources.digits import DigitsSource
 from refract.pipeline.data.sources.image_folder import FolderSource
 from refract.pipeline.data.sources.manifest_table import TableSource
@@ -19,6 +20,7 @@ SOURCES: Mapping[str, type[Source]] = MappingProxyType(
 
 def open_source(name: str | Path, *, embedded: bool = True) -> Source:
     """Return the source of a name. embedded: accept data sets without files. DataError for a name that no kind recognises."""
+    name = fetched(name)
     kinds = [kind for kind in SOURCES.values() if embedded or not kind.embedded]
     for kind in kinds:
         if kind.recognises(str(name)):
