@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from refract.plugins import PluginError, add_entry
+
 if TYPE_CHECKING:
     from refract.augment.ops.base import Op
 
@@ -23,6 +25,13 @@ def register(ops: "Mapping[str, type[Op]]") -> None:
         if _ops.get(name, op) is not op:
             raise ValueError(f"two ops are called {name!r}: {_ops[name].__module__} and {op.__module__}; rename one")
     _ops.update(ops)
+
+
+def register_op(op: "type[Op]") -> None:
+    """Add the op of a plugin. PluginError if it is not an op, or if another op has the name."""
+    if not isinstance(op, type) or not hasattr(op, "kind"):
+        raise PluginError(f"@op: got {op!r}; expected a class derived from refract.augment.ops.base.Op")
+    add_entry("op", _ops, op.__name__, op)
 
 
 def register_adapter(library: str, adapter: Adapter) -> None:

@@ -38,9 +38,13 @@ def number(
     return field(default=default, metadata={**declared, "nullable": nullable or default is None, "finite": finite})
 
 
-def one_of(default: str, names: Callable[[], Iterable[str]]) -> Any:
-    """Return a field for one of the names. names: called at each check, as plugins add names."""
-    return field(default=default, metadata={"names": names})
+def one_of(default: str, names: Callable[[], Iterable[str]], *, extensible: bool = False) -> Any:
+    """Return a field for one of the names.
+
+    names: called at each check, as plugins add names; extensible: accept all names, as a plugin may be loaded later. The user of the
+    value checks it.
+    """
+    return field(default=default, metadata={"names": names, "extensible": extensible})
 
 
 def accepted(item: Field[Any]) -> str:
@@ -81,7 +85,7 @@ def _hint(item: Field[Any], value: Any) -> str:
 def _holds(item: Field[Any], value: Any) -> bool:
     bounds = item.metadata
     if "names" in bounds:
-        return value in tuple(bounds["names"]())
+        return bounds["extensible"] or value in tuple(bounds["names"]())
     if value is None:
         return bool(bounds["nullable"])
     above = value > bounds["gt"] if "gt" in bounds else value >= bounds.get("ge", -math.inf)

@@ -20,6 +20,7 @@ from refract.models.architectures.resnet import ResNet20
 from refract.models.head import head_of, neutralise_head, swap_head
 from refract.models.pretrained.catalogues import CATALOGUES
 from refract.models.pretrained.weights import folder_preprocess, load_weights
+from refract.plugins import PluginError, add_entry
 
 __all__ = ["NETWORKS", "build", "head_of", "weights_preprocess"]
 
@@ -142,15 +143,23 @@ _RESERVED = frozenset(
     }
 )
 
-NETWORKS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
-    {
-        "lenet5": LeNet5,
-        "resnet20": ResNet20,
-        "fastnet": FastNet,
-        "cnn": CNN,
-        "mlp": MLP,
-        "perceptron": Perceptron,
-        "rbf": RBFNetwork,
-        "linear": LinearOnFeatures,
-    }
-)
+_networks: dict[str, Callable[..., nn.Module]] = {
+    "lenet5": LeNet5,
+    "resnet20": ResNet20,
+    "fastnet": FastNet,
+    "cnn": CNN,
+    "mlp": MLP,
+    "perceptron": Perceptron,
+    "rbf": RBFNetwork,
+    "linear": LinearOnFeatures,
+}
+
+NETWORKS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(_networks)
+"""Name → (num_classes, image_size=(height, width), **args) → network: those of Refract and of the loaded plugins."""
+
+
+def register_network(name: str, factory: Callable[..., nn.Module]) -> None:
+    """Add the network of a plugin. PluginError if Refract or another plugin has the name, or if it is `none`."""
+    if name == "none":
+        raise PluginError("@network: the name 'none' means a model without images; rename the network")
+    add_entry("network", _networks, name, factory)

@@ -4,11 +4,13 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from refract import output
+from refract.errors import RefractError
 from refract.models.credentials import hide_credentials
+from refract.plugins import PluginError, add_entry, load
 from refract.progress import silence_reported
 
 GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
@@ -96,12 +98,24 @@ New here? Try the example, then your images, in one folder for each label:
 LAST_LINE = "`refract COMMAND --help` lists the options of a command. Each accepts --quiet, --verbose and --json."
 
 
+_plugin_commands: dict[str, Callable[[list[str]], int]] = {}
+
+
+def register_command(name: str, run: Callable[[list[str]], int]) -> None:
+    """Add the command of a plugin. PluginError if another command has the name."""
+    if name in COMMANDS:
+        raise PluginError(f"the command {name!r} exists already, in {COMMANDS[name][0]}; rename the new command")
+    add_entry("command", _plugin_commands, name, run)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns the exit code: 0 done, 1 failed, 2 invalid input; docs/architecture.md lists all.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0].partition("=")[0] == "--plugin":
+        return _main_with_plugins(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help() if arguments else f"{FIRST_STEPS}\n\n{_help()}")
         return 0 if arguments else 2
@@ -115,7 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         matches = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f" Did you mean {matches[0]}?" if matches else ""
-        print(f"refract: no command {arguments[0]!r}.{hint} Commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        print(
+            f"refract: no command {arguments[0]!r}.{hint} Commands: {', '.join([*COMMANDS, *_plugin_commands])}",
+            file=sys.stderr,
+        )
         return 2
     return _with_output_options(arguments[0], arguments[1:])
 
@@ -137,19 +154,13 @@ def _with_output_options(command: str, arguments: Sequence[str]) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("DO_NOT_TRACK", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    if command != "serve":  # the default waits minutes for an unreachable server; serving sets a shorter wait
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-        prepare_to_compute()
-    hide_credentials()
-    module = COMMANDS[command][0]
-    if command == "predict" and any(argument.partition("=")[0] == "--url" for argument in arguments):
-        module = "refract.serve.cli.predict"  # predict by a server; the pipeline does not import `serve`
+    _set_environment(command)
     try:
+        if command in _plugin_commands:
+            return _plugin_commands[command](arguments)
+        module = COMMANDS[command][0]
+        if command == "predict" and any(argument.partition("=")[0] == "--url" for argument in arguments):
+            module = "refract.serve.cli.predict"  # predict by a server; the pipeline does not import `serve`
         return importlib.import_module(module).main(arguments)
     except ModuleNotFoundError as err:
         if err.name is None or importlib.util.find_spec("lightning"):
@@ -163,6 +174,47 @@ def _run(command: str, arguments: list[str]) -> int:
     except BrokenPipeError:  # `refract predict … | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 — the interpreter flushes it on exit
         return 0
+
+
+def _main_with_plugins(arguments: list[str]) -> int:
+    """Load the plugins of the options, then run a command of these plugins, or list the commands."""
+    entries: list[str] = []
+    while arguments and arguments[0].partition("=")[0] == "--plugin":
+        _, equals, value = arguments.pop(0).partition("=")
+        if not equals and not arguments:
+            print("refract --plugin: expected the path of a Python file, and then a command", file=sys.stderr)
+            return 2
+        entries.append(value if equals else arguments.pop(0))
+    name = arguments[0] if arguments else ""
+    _set_environment(name)
+    try:
+        load(entries)
+        if name in _plugin_commands:
+            return _with_output_options(name, arguments[1:])
+    except RefractError as err:
+        print(f"refract {name}: {err}", file=sys.stderr)
+        return err.exit_code
+    except KeyboardInterrupt:
+        print("\nrefract: interrupted", file=sys.stderr)
+        return 130
+    if name in COMMANDS:
+        place = f"`refract {name} --plugin FILE …`, or the key plugins of its config"
+        print(f"refract --plugin: {name} is not a command of these plugins; use {place}", file=sys.stderr)
+        return 2
+    return main(arguments)
+
+
+def _set_environment(command: str) -> None:
+    """Set the environment variables of libraries that a command may import."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    if command != "serve":  # the default waits minutes for an unreachable server; serving sets a shorter wait
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+        prepare_to_compute()
+    hide_credentials()
 
 
 def prepare_to_compute() -> None:
@@ -179,4 +231,11 @@ def _help() -> str:
     lines = ["usage: refract COMMAND …", "", "Train, evaluate, serve and retrain image and text classifiers."]
     for heading, commands in GROUPS.items():
         lines += ["", f"{heading}:", *(f"  {name:<{width}}  {line}" for name, (_, line) in commands.items())]
+    if _plugin_commands:
+        lines += ["", "Plugins:", *(f"  {name:<{width}}  {_summary(run)}" for name, run in _plugin_commands.items())]
     return "\n".join([*lines, "", LAST_LINE])
+
+
+def _summary(run: Callable[[list[str]], int]) -> str:
+    """Return the first line of the docstring of a plugin's command."""
+    return (run.__doc__ or "").strip().partition("\n")[0]

@@ -12,6 +12,7 @@ Independent of HTTP, MLflow and training.
 """
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,8 +33,11 @@ from refract.models.bundle.verified_directory import (
 )
 from refract.models.classifier import Classifier
 from refract.models.factory import make_classifier
+from refract.plugins import loaded
 
 __all__ = ["Bundle", "BundleError", "BundleInfo", "GoldenSample", "load_bundle", "save_bundle"]
+
+log = logging.getLogger(__name__)
 
 INFO = "bundle.json"
 WEIGHTS = "weights.safetensors"
@@ -85,10 +89,12 @@ class Bundle:
         return self.folder.read(REFERENCE) if REFERENCE in self.folder.files else None
 
     def classifier(self, device: str | torch.device = "cpu") -> Classifier:
-        """Build the classifier in eval mode, float32, on `device`. Downloads nothing.
+        """Build the classifier in eval mode, float32, on `device`. Downloads nothing, and loads no plugin.
 
-        BundleError if the network cannot be built, the weights do not fit it, or they changed since `load_bundle`.
+        BundleError if the network cannot be built or needs a plugin that is not loaded, if the weights do not fit it, or if they changed
+        since `load_bundle`.
         """
+        self._check_plugins()
         weights = _parse_weights(self.path, self.folder.read(WEIGHTS))
         network, preprocess = self.info.network, self.info.preprocess
         normalisation = {name: preprocess[name] for name in ("mean", "std")}
@@ -110,6 +116,23 @@ class Bundle:
             ) from err
         _check_normalisation(self.info, classifier)
         return classifier.to(device).eval()
+
+    def _check_plugins(self) -> None:
+        """Raise BundleError for a plugin that the network needs and that is not loaded. Log a warning if its code differs."""
+        digests = {plugin.name: plugin.sha256 for plugin in loaded()}
+        for plugin in self.info.plugins:
+            name = plugin["name"]
+            if name not in digests:
+                hint = f"FILE with the {name} of the run's folder plugins/" if name.endswith(".py") else name
+                raise BundleError(
+                    f"{self.path / INFO}: the network {self.info.network['name']!r} needs the plugin {name}, which is not loaded; "
+                    f"add --plugin {hint}"
+                )
+            if digests[name] != plugin["sha256"]:
+                log.warning(
+                    "the plugin %s differs from the one that trained %s: its SHA-256 is %s, not %s",
+                    name, self.path, digests[name][:12], plugin["sha256"][:12],
+                )  # fmt: skip
 
 
 def save_bundle(

@@ -32,6 +32,7 @@ class BundleInfo:
     - labels: in the order of the logits
     - network: name, image_size [height, width] and args
     - preprocess: plain numbers with "mean" and "std" of RGB in 0…1
+    - plugins: name and sha256 of each plugin that the network needs, empty without one
     - text: the text encoder, see `refract.models.factory.text_record`; None for a classifier of images alone
     - temperature: above 0
     - thresholds: for multilabel one number in 0…1 for each label, else empty
@@ -47,6 +48,7 @@ class BundleInfo:
     labels: tuple[str, ...]
     network: dict[str, Any]
     preprocess: dict[str, Any]
+    plugins: tuple[dict[str, str], ...] = ()
     text: dict[str, Any] | None = None
     temperature: float = 1.0
     thresholds: tuple[float, ...] = ()
@@ -62,8 +64,9 @@ class BundleInfo:
             check(self, name, getattr(self, name))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field as plain JSON values, tuples as lists."""
-        return json.loads(json.dumps(asdict(self), allow_nan=False))
+        """Return the fields as plain JSON values, tuples as lists. Without plugins the key is absent, so that an older Refract reads it."""
+        values = json.loads(json.dumps(asdict(self), allow_nan=False))
+        return values if self.plugins else {key: value for key, value in values.items() if key != "plugins"}
 
     def to_json(self) -> str:
         """Return the fields as indented JSON."""
@@ -86,7 +89,7 @@ class BundleInfo:
                 raise BundleError(
                     f"unknown field {name!r}; {f'nearest is {near[0]!r}' if near else 'known: ' + ', '.join(names)}"
                 )
-        tuples = {n: tuple(values[n]) for n in ("labels", "thresholds") if isinstance(values[n], list)}
+        tuples = {n: tuple(values[n]) for n in ("labels", "thresholds", "plugins") if isinstance(values.get(n), list)}
         return cls(**{**values, **tuples})
 
     @classmethod
@@ -226,8 +229,18 @@ def _check_text_encoder(_: object, name: str, value: object) -> None:
         _fail(f"{name}.max_length", value["max_length"], "a whole number in 1…4096")
 
 
-_OPTIONAL = ("abstain_below", "text")
-"""Fields that may be missing, as older bundles do not have them."""
+def _check_plugins(_: object, name: str, value: object) -> None:
+    if not isinstance(value, tuple) or not all(
+        isinstance(plugin, dict)
+        and set(plugin) == {"name", "sha256"}
+        and all(isinstance(v, str) for v in plugin.values())
+        for plugin in value
+    ):
+        _fail(name, value, "a tuple of {'name': text, 'sha256': text}")
+
+
+_OPTIONAL = ("abstain_below", "plugins", "text")
+"""Fields that may be missing: older bundles do not have them, and bundles without plugins do not have `plugins`."""
 
 _CHECKS: Mapping[str, Callable[[Any, str, Any], None]] = MappingProxyType(
     {
@@ -237,6 +250,7 @@ _CHECKS: Mapping[str, Callable[[Any, str, Any], None]] = MappingProxyType(
         "labels": _check_labels,
         "network": _check_network,
         "preprocess": _check_preprocess,
+        "plugins": _check_plugins,
         "text": _check_text_encoder,
         "temperature": _check_temperature,
         "thresholds": _check_thresholds,

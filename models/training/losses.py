@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from refract.models.tasks import SINGLE_LABEL, TASKS
+from refract.plugins import PluginError, add_entry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,13 +108,10 @@ LOSSES: Mapping[str, Loss] = MappingProxyType(_LOSSES)
 
 
 def register_loss(name: str, loss: Loss) -> None:
-    """Add a loss under a new name, for plugins. ValueError if a loss has the name; the message names the module of both."""
+    """Add a loss under a new name, such as that of a plugin. PluginError if a loss has the name or if it is reserved."""
     if name == AUTO:
-        raise ValueError(f"loss {name!r}: the name is reserved for the default of the task; choose another name")
-    if name in LOSSES:
-        origins = [registered.terms.__module__ for registered in (LOSSES[name], loss)]
-        raise ValueError(f"loss {name!r} of {origins[1]}: {origins[0]} has registered this name; choose another name")
-    _LOSSES[name] = loss
+        raise PluginError(f"loss {name!r}: the name is reserved for the default of the task; rename the loss")
+    add_entry("loss", _LOSSES, name, loss)
 
 
 def loss_names() -> tuple[str, ...]:

@@ -106,7 +106,11 @@ def classification_loss(
         raise ValueError(f"class_counts=None: loss={name!r} needs the number of training images of each class")
     offset = label_smoothing / (2 if multilabel else num_classes)
     smooth = hard * (1 - label_smoothing) + offset if label_smoothing else hard
-    terms = loss.terms(logits, smooth, **{need: needed[need] for need in loss.needs})  # (N, C)
+    terms = loss.terms(logits, smooth, **{need: needed[need] for need in loss.needs})
+    if terms.shape != logits.shape:
+        raise ValueError(
+            f"loss {name!r} returned the shape {tuple(terms.shape)}: expected {tuple(logits.shape)}, each class's term of a sample"
+        )
     if multilabel:
         return terms.mean() if class_weights is None else (terms * class_weights).mean()
     if class_weights is not None and loss.weighted_terms:

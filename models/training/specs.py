@@ -93,7 +93,7 @@ class LossSpec(Checked):
     """The training loss.
 
     Args:
-        name: loss; auto is bce for multilabel, else cross_entropy.
+        name: loss, of Refract or of a plugin; auto is bce for multilabel, else cross_entropy.
         label_smoothing: amount of label smoothing.
         gamma: focusing parameter of the focal loss.
         class_weights: balanced weights each class by the inverse of its number of training images; none weights all classes equally.
@@ -108,7 +108,7 @@ class LossSpec(Checked):
     ValueError for a value that a field does not accept.
     """
 
-    name: str = one_of(AUTO, loss_names)
+    name: str = one_of(AUTO, loss_names, extensible=True)
     label_smoothing: float = number(0.0, ge=0, lt=1)
     gamma: float = number(2.0, ge=0)
     class_weights: Literal["none", "balanced"] = "none"

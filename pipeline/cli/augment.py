@@ -34,13 +34,14 @@ def main(argv: list[str]) -> int:
         "--format", choices=("jpg", "png"), default="jpg", help="format of the output (default jpg, quality 95)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="parallel threads (default 1)")
+    console.add_plugin_option(parser)
     args = parser.parse_args(argv)
     if len(args.paths) != (2 if args.replay else 3):
         parser.error(f"got {len(args.paths)} paths; expected IN_DIR OUT_DIR with --replay, else POLICY IN_DIR OUT_DIR")
     for name in ("copies", "jobs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: {getattr(args, name)} is not at least 1")
-    return console.run("augment", lambda: _augment(args))
+    return console.run("augment", lambda: _augment(args), plugins=args.plugin)
 
 
 def _augment(args: argparse.Namespace) -> int:

@@ -1,23 +1,36 @@
 """Run a command: log to the terminal, and print a user's mistake as one line instead of a traceback."""
 
+import argparse
 import logging
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from refract import output
 from refract.errors import RefractError
 from refract.models.credentials import masked
 from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP, Stopped
+from refract.plugins import load
 
 log = logging.getLogger(__name__)
 
 
-def run(command: str, work: Callable[[], int]) -> int:
-    """Run `work` and return its exit code; print an error as one line.
+def add_plugin_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option --plugin, whose values `run` loads."""
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="load this plugin, a Python file or module (docs/plugins.md); may be repeated",
+    )
+
+
+def run(command: str, work: Callable[[], int], *, plugins: Sequence[str] = ()) -> int:
+    """Load the plugins, run `work` and return its exit code; print an error as one line.
 
     The code is 2 for invalid input, 1 for a failed service, 75 after SIGTERM and 130 after Ctrl-C. After a signal the line names the
     command that resumes the run.
@@ -26,6 +39,7 @@ def run(command: str, work: Callable[[], int]) -> int:
     for package in ("augment", "models", "pipeline", "progress"):
         logging.getLogger(f"refract.{package}").setLevel(output.level())
     try:
+        load(plugins)
         return work()
     except Stopped as stopped:
         return _stopped(command, stopped)

@@ -55,10 +55,11 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--report", metavar="DIR", type=Path, help="write report.html and report.json to this folder")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON to FILE.json, or print it")
+    console.add_plugin_option(parser)
     args = parser.parse_args(argv)
     if args.images < 0:
         parser.error(f"--images {args.images}: expected at least 0")
-    return console.run("drift", lambda: _drift(args))
+    return console.run("drift", lambda: _drift(args), plugins=args.plugin)
 
 
 def _drift(args: argparse.Namespace) -> int:

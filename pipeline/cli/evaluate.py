@@ -43,8 +43,9 @@ def main(argv: list[str]) -> int:
         help="measure the error under 19 corruptions, with its interval: none (default), quick (50 images, 3 severities) or full "
         "(all images, 5 severities)",
     )
+    console.add_plugin_option(parser)
     args = parser.parse_args(argv)
-    return console.run("evaluate", lambda: _evaluate(args))
+    return console.run("evaluate", lambda: _evaluate(args), plugins=args.plugin)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -26,10 +26,11 @@ def main(argv: list[str]) -> int:
         help="index of the image in its data set; each index draws a different plan (default 0)",
     )
     parser.add_argument("--repeats", type=int, default=30, help="timed runs; the median is shown (default 30)")
+    console.add_plugin_option(parser)
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error(f"--repeats: {args.repeats} is not at least 1")
-    return console.run("explain", lambda: _explain(args))
+    return console.run("explain", lambda: _explain(args), plugins=args.plugin)
 
 
 def _explain(args: argparse.Namespace) -> int:

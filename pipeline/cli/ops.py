@@ -17,8 +17,9 @@ def main(argv: list[str]) -> int:
         description="List the augmentation ops for policies, or describe one with its parameters.",
     )
     parser.add_argument("name", nargs="?", help="op whose parameters are described (default: list all ops)")
+    console.add_plugin_option(parser)
     args = parser.parse_args(argv)
-    return console.run("ops", lambda: _ops(args))
+    return console.run("ops", lambda: _ops(args), plugins=args.plugin)
 
 
 def _ops(args: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ def main(argv: list[str]) -> int:
         "--text", action="append", help="text to classify, alone or with each image, for a bundle that reads texts"
     )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="labels per image (default 5)")
+    console.add_plugin_option(parser)
     args = parser.parse_args(argv)
     if args.top < 1:
         parser.error(f"--top: {args.top} is not at least 1")
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> int:
     args.text = texts[0] if texts else ""
     if not args.paths and not trimmed(args.text):
         parser.error(f"--text: {args.text!r} is an empty text" if texts else "expected images or --text")
-    return console.run("predict", lambda: _predict(args))
+    return console.run("predict", lambda: _predict(args), plugins=args.plugin)
 
 
 def _predict(args: argparse.Namespace) -> int:

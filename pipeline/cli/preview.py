@@ -27,11 +27,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=6, help="number of images (default 6)")
     parser.add_argument("--variants", type=int, default=6, help="variants of each image (default 6)")
     parser.add_argument("--seed", type=int, help="random seed, instead of the config's")
+    console.add_plugin_option(parser)
     args = parser.parse_args(argv)
     for name in ("rows", "variants"):
         if not 1 <= getattr(args, name) <= 100:
             parser.error(f"--{name}: {getattr(args, name)} is not in 1…100")
-    return console.run("preview", lambda: _preview(args))
+    return console.run("preview", lambda: _preview(args), plugins=args.plugin)
 
 
 def _preview(args: argparse.Namespace) -> int:
@@ -61,8 +62,10 @@ def _from_config(args: argparse.Namespace):
     from refract.pipeline.config.config import load_config
     from refract.pipeline.data.manifest import load_manifest
     from refract.pipeline.preview import shown_samples
+    from refract.plugins import load
 
     config = load_config(args.source)
+    load(config.plugins)
     manifest = load_manifest(config.data.source, config.data.task)
     data = config.data
     return (

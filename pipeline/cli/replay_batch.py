@@ -13,8 +13,9 @@ def main(argv: list[str]) -> int:
         description="Run a training batch with a non-finite loss again, with the weights of that step, and report each layer's output.",
     )
     parser.add_argument("file", type=Path, help="the bad-batch.pt that training wrote")
+    console.add_plugin_option(parser)
     args = parser.parse_args(argv)
-    return console.run("replay-batch", lambda: _replay(args.file))
+    return console.run("replay-batch", lambda: _replay(args.file), plugins=args.plugin)
 
 
 def _replay(path: Path) -> int:

@@ -27,13 +27,22 @@ def _rerun(run: str, uri: str | None) -> int:
 
     import torch
 
+    from refract.pipeline.config.config import ConfigError
     from refract.pipeline.training.provenance import code_state, inputs, versions
     from refract.pipeline.training.run import train
     from refract.pipeline.training.run_directory import read_record, stored_config
+    from refract.plugins import load
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(run) if Path(run).is_dir() else _downloaded(run, uri, Path(folder))
         config = stored_config(path)
+        if not Path(run).is_dir() and (
+            files := [Path(entry).name for entry in config.plugins if entry.endswith(".py")]
+        ):
+            raise ConfigError(
+                f"{run}: the run needs the plugins {', '.join(files)}, which MLflow does not store; give the run's folder instead of its ID"
+            )
+        load(config.plugins)
         record = {"name": path.name, "runs_dir": config.trainer.runs_dir, **read_record(path)}
         weights = path / "bundle" / "weights.safetensors"
         before = weights.read_bytes() if weights.is_file() else None

@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
         "--overwrite", action="store_true", help="replace an existing FILE when the new one is complete"
     )
     parser.add_argument("--restart", action="store_true", help="discard the intermediate files of an interrupted run")
+    console.add_plugin_option(parser)
     args = parser.parse_args(argv)
     for name in ("jobs", "batch_size", "shard_size"):
         value = getattr(args, name)
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
             parser.error(f"--{name.replace('_', '-')}: {value} is not at least 1")
     if args.output.suffix != ".parquet":
         parser.error(f"-o: {args.output} does not end in .parquet")
-    return console.run("score", lambda: _score(args))
+    return console.run("score", lambda: _score(args), plugins=args.plugin)
 
 
 def _score(args: argparse.Namespace) -> int:

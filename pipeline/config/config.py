@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from refract.errors import InputError
 from refract.models.credentials import masked_values
 from refract.models.fields import NotAccepted, accepted
+from refract.models.training.losses import loss_names
 from refract.models.training.specs import LossSpec, OptimSpec
+from refract.pipeline.config.plugin_files import absolute_paths
 from refract.pipeline.config.renamed import with_new_keys, with_new_options
 from refract.pipeline.config.sections import (
     AugmentConfig,
@@ -37,7 +39,12 @@ class ConfigError(InputError):
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration; runs and bundles store `to_dict`."""
+    """The whole configuration; runs and bundles store `to_dict`.
+
+    Args:
+        plugins: Python files (relative to the config's folder or the current folder), modules, or entry points of the group refract.plugins
+            that add ops, networks, losses, metrics or sources.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -50,13 +57,16 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
+    plugins: tuple[str, ...] = ()
 
     def to_dict(self, *, credentials: bool = False) -> dict[str, Any]:
-        """Return plain JSON and YAML values, with credentials masked by `refract.models.credentials`.
+        """Return plain JSON and YAML values, with credentials masked by `refract.models.credentials`. Without plugins there is no such key.
 
         credentials: keep them, for a config that is not stored.
         """
         values: dict[str, Any] = _plain(asdict(self))
+        if not self.plugins:
+            del values["plugins"]
         return values if credentials else masked_values(values)
 
     def changed(self, values: Mapping[str, Any]) -> "Config":
@@ -74,7 +84,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     Raises ConfigError: it names an unknown key and the nearest valid one, or the key and value of a wrong type.
     """
     values = {} if path is None else _read_yaml(Path(path))
-    return config_from_dict(values, overrides, where="the config" if path is None else str(path))
+    config = config_from_dict(values, overrides, where="the config" if path is None else str(path))
+    folders = [Path()] if path is None else [Path(path).parent, Path()]
+    return replace(config, plugins=absolute_paths(config.plugins, *folders))
 
 
 def config_from_dict(
@@ -90,6 +102,8 @@ def config_from_dict(
         raise ConfigError(str(error)) from error
     for key in _unknown_keys(values, Config, ""):
         raise ConfigError(f"{where}: no key {key!r}{_nearest(key)}")
+    if values.get("plugins", ()) is None:
+        raise ConfigError(f"{where}: plugins: the list is empty; remove the key, or name a plugin")
     for key in _override_keys(overrides):
         if key not in _KEYS:
             raise ConfigError(f"command line: no option --{key}{_nearest(key)}")
@@ -123,9 +137,11 @@ def _parser() -> "ArgumentParser":
 
 def help_text() -> str:
     """Return the configuration reference: each key with its default and its meaning."""
-    lines = []
+    lines = [f"--plugins {_as_yaml(Config().plugins)}", _indented(described(Config)[1]["plugins"])]
     for section in fields(Config):
         default = getattr(Config(), section.name)
+        if not is_dataclass(default) or isinstance(default, type):
+            continue
         summary, meanings = described(type(default))
         lines.append(f"{section.name}: {summary}")
         for item in fields(default):
@@ -231,6 +247,8 @@ def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
         if not holds:
             source = "command line" if key in overridden else where
             raise ConfigError(f"{source}: {key}: {value!r} is not {expected}")
+    if not config.plugins:
+        check_loss(config, "command line" if "loss.name" in overridden else where)
     if trainer.patience is not None and trainer.swa_start is not None:
         raise ConfigError(
             f"{where}: trainer.patience may stop training before the averaging of trainer.swa_start starts; remove one of them"
@@ -245,6 +263,16 @@ def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
         raise ConfigError(f"{where}: the sum of text.drop_image and text.drop_text is above 1; it is at most 1")
     if trainer.ema and trainer.swa_start is not None:
         raise ConfigError(f"{where}: trainer.ema and trainer.swa_start both average the weights; remove one of them")
+
+
+def check_loss(config: Config, where: str) -> None:
+    """Raise ConfigError for an unknown loss. With plugins, this holds only after they are loaded."""
+    name, names = config.loss.name, loss_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        missing = "no plugin of the config adds it" if config.plugins else "a plugin's loss needs the key plugins"
+        hint = f"did you mean {near[0]!r}?" if near else missing
+        raise ConfigError(f"{where}: loss.name: {name!r} is not one of {', '.join(names)}; {hint}")
 
 
 def _plain_words(message: str) -> str:

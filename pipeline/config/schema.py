@@ -22,7 +22,10 @@ def json_schema() -> dict[str, Any]:
 
     schema = _with_exponents(TypeAdapter(Config).json_schema())
     sections = schema.pop("$defs")
+    schema["properties"]["plugins"]["description"] = described(Config)[1]["plugins"]
     for section in fields(Config):
+        if section.name == "plugins":
+            continue
         kind = type(getattr(Config(), section.name))
         summary, meanings = described(kind)
         properties = sections[kind.__name__]["properties"]
@@ -30,7 +33,10 @@ def json_schema() -> dict[str, Any]:
             properties[key] = {**properties[key], "description": meaning}
         for item in fields(kind):
             if "names" in item.metadata:
-                properties[item.name]["enum"] = list(item.metadata["names"]())
+                known = {"enum": list(item.metadata["names"]())}
+                properties[item.name] |= (
+                    {"anyOf": [known, {"type": "string"}]} if item.metadata["extensible"] else known
+                )
         for old, new in RENAMED.items():
             if old.startswith(f"{section.name}."):
                 current = properties[new.partition(".")[2]]

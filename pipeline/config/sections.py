@@ -93,8 +93,8 @@ class ModelConfig(Checked):
     """The image network.
 
     Args:
-        name: architecture: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, a torchvision or timm name
-            (timm/NAME forces timm), or none for a text-only model.
+        name: architecture: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, a plugin's network, a torchvision or timm
+            name (timm/NAME forces timm), or none for a text-only model.
         weights: initial weights: none (random), default (the library's pretrained weights), a file, a folder that holds one, or a URL.
         mode: trained layers: fine-tune (all), feature-extract (only the head), gradual (unfreezes from the head down) or
             linear-then-fine-tune (the head first, then all).

@@ -21,6 +21,7 @@ from refract.augment import Augmenter, ImageError, Preprocess
 from refract.models.allocator import keep_freed_memory
 from refract.models.multimodal.tokens import Tokens, pad_rows
 from refract.pipeline.data.manifest import DataError, Manifest, Sample
+from refract.plugins import LoadedPlugins
 
 Item = dict[str, Any]
 
@@ -44,6 +45,8 @@ class TrainDataset(Dataset[Item]):
         tokens: Tokens | None = None,
         reads_images: bool = True,
     ) -> None:
+        # The first attribute, as a worker process needs it to unpickle the augmenter's ops.
+        self.plugins = LoadedPlugins()
         self.tokens, self.reads_images = tokens, reads_images
         self.samples, self.augmenter, self.targets, self.views = samples, augmenter, targets, views
         self.decoded, self.raw = decoded, raw

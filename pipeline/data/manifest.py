@@ -13,6 +13,7 @@ from refract.augment.decoding.decode import SUFFIXES
 from refract.augment.image_files import Skipped
 from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data.errors import DataError
+from refract.pipeline.data.sources.custom import fetched
 from refract.pipeline.data.sources.folders import SPLITS, inner_hint, read_folder, shown_twin, trimmed_name, twins
 from refract.pipeline.data.sources.tables import COLUMNS, Table, is_table, read_table
 from refract.pipeline.files import read_file
@@ -93,10 +94,10 @@ class Manifest:
 def load_manifest(source: str | Path, task: str = "auto", *, to_train: bool = True) -> Manifest:
     """Read a data set.
 
-    source: `digits`, a folder, or a `.csv`, `.tsv` or `.parquet` file. to_train: also reject data with splits but without a split train,
-    and data with a single class. DataError names the problem.
+    source: `digits`, a folder, a `.csv`, `.tsv` or `.parquet` file, or `NAME:ARGUMENT` of a plugin's source. to_train: also reject data
+    with splits but without a split train, and data with a single class. DataError names the problem.
     """
-    manifest = _load(source, task)
+    manifest = _load(fetched(source), task)
     if to_train:
         _reject_untrainable(manifest)
     return manifest

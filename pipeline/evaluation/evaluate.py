@@ -11,6 +11,7 @@ from refract.models.classifier import Classifier
 from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.data.manifest import DataError, Sample
 from refract.pipeline.evaluation import measures
+from refract.pipeline.evaluation.custom_metrics import custom_metrics
 from refract.pipeline.evaluation.multilabel import label_calibration_errors, label_rates, set_errors, set_intervals
 from refract.pipeline.inference.scoring import SampleInput, score
 from refract.progress import tracked
@@ -82,7 +83,7 @@ def evaluate(
     predicted for a sample (as scikit-learn), negative log likelihood, expected calibration error, area under the risk-coverage curve.
     Metrics for multi-label: macro, micro and sample F1, subset accuracy, mean average precision over the labels with positives, mean
     AUROC over the labels with positives and negatives, negative log likelihood, calibration errors, area under the risk-coverage curve.
-    A label is predicted if its probability reaches its threshold, 0.5 by default.
+    A label is predicted if its probability reaches its threshold, 0.5 by default. The metrics of plugins follow.
     """
     probabilities = probabilities_of(classifier, preprocess, samples, task=task, temperature=temperature, tta=tta)
     if task == "multilabel":
@@ -133,7 +134,7 @@ def _single_label(probabilities: np.ndarray, samples: Sequence[Sample], labels: 
     per_class = _per_class(truth[:, None] == indices, predicted[:, None] == indices, labels)
     _add_intervals(per_class, bounds)
     return Evaluation(
-        _floats(metrics),
+        _floats(metrics) | custom_metrics(probabilities, truth),
         {name: (float(bounds[name][0]), float(bounds[name][1])) for name in ("accuracy", "macro_f1")},
         per_class,
         confusion_matrix(truth, predicted, labels=indices),
@@ -177,7 +178,8 @@ def _multilabel(
     _add_intervals(per_class, bounds)
     for row, threshold, calibration in zip(per_class, thresholds, of_labels, strict=True):
         row |= {"threshold": threshold, "calibration_error": float(calibration)}
-    return Evaluation(_floats(metrics), intervals, per_class, None, probabilities, truth, right, samples, thresholds)
+    values = _floats(metrics) | custom_metrics(probabilities, truth)
+    return Evaluation(values, intervals, per_class, None, probabilities, truth, right, samples, thresholds)
 
 
 def _add_intervals(per_class: list[dict[str, Any]], bounds: Mapping[str, np.ndarray]) -> None:

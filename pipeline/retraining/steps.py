@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from enum import IntEnum
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import NamedTuple
 
 from refract.errors import ServiceError
 from refract.pipeline.config.config import Config, config_from_dict
+from refract.pipeline.config.plugin_files import absolute_paths, plugin_digests
 from refract.pipeline.retraining.registry import client_of, download
 from refract.pipeline.retraining.workspace import Check, Record, Workspace, read_run, workspace_of, write, write_run
+from refract.plugins import load
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +69,8 @@ def unfinished(workspace: Workspace) -> Path | None:
 
 def worth_resuming(folder: Path, config: Config) -> bool:
     """Whether an unfinished run has this config and had less than ATTEMPTS attempts, so that resuming it may finish it."""
-    return read_run(folder).get("attempts", 0) < ATTEMPTS and _config(folder).to_dict() == config.to_dict()
+    same = [each.to_dict() | {"plugins": plugin_digests(each.plugins)} for each in (_config(folder), config)]
+    return read_run(folder).get("attempts", 0) < ATTEMPTS and same[0] == same[1]
 
 
 def run_steps(folder: Path) -> None:
@@ -108,14 +112,17 @@ class Step(NamedTuple):
         """Do the step's work in the run's folder, unless it is finished, and add the result to the record."""
         record = read_run(folder)
         if not self.is_finished(record):
-            write_run(folder, {**record, **self.work(folder, _config(folder), record)})
+            config = _config(folder)
+            load(config.plugins)
+            write_run(folder, {**record, **self.work(folder, config, record)})
 
 
 def _config(folder: Path) -> Config:
     import yaml
 
     path = folder / "config.yaml"
-    return config_from_dict(yaml.safe_load(path.read_text("utf-8")), where=str(path))
+    config = config_from_dict(yaml.safe_load(path.read_text("utf-8")), where=str(path))
+    return replace(config, plugins=absolute_paths(config.plugins, folder))
 
 
 def snapshot(folder: Path, config: Config, record: Record) -> Record:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refract.pipeline.config.config import Config, ConfigError
+from refract.pipeline.config.config import Config, ConfigError, check_loss
 from refract.pipeline.config.defaults import filled
 from refract.pipeline.training.callbacks.stopping import stop_requests
 from refract.pipeline.training.ranks import Ranks, current_ranks
+from refract.plugins import load
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     )
     from refract.pipeline.training.device import choose_device, choose_precision
 
+    load(config.plugins)
+    check_loss(config, "the config")
     config = filled(config)
     device = choose_device(config.trainer.device)
     precision = choose_precision(config.trainer, device)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from refract.pipeline.config.config import Config
+from refract.pipeline.config.plugin_files import plugin_digests
 
 PACKAGES = (
     "refract", "torch", "torchvision", "timm", "lightning", "numpy", "opencv-python-headless", "simplejpeg", "pillow",
@@ -39,7 +40,8 @@ def inputs(config: Config) -> dict[str, str]:
     }
     names |= {f"augment.policy: {value}": value for value in _files(load_policy(config.augment.policy).to_spec())}
     keywords = ("", "none", "default")
-    return {key: _digest(Path(value)) for key, value in names.items() if value not in keywords and _exists(value)}
+    digests = {key: _digest(Path(value)) for key, value in names.items() if value not in keywords and _exists(value)}
+    return digests | {f"plugins: {name}": digest for name, digest in plugin_digests(config.plugins).items()}
 
 
 def _files(value: Any) -> Iterator[str]:

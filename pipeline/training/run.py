@@ -14,6 +14,7 @@ from refract.pipeline.files import write_atomically
 from refract.pipeline.tracking.address import check_address, tracking_uri
 from refract.pipeline.training.fit import CHECKPOINTS, Assembly, assemble, fit, network_record
 from refract.pipeline.training.provenance import code_state, flat_tags, inputs, machine, origin, peak_memory, versions
+from refract.plugins import provider
 
 if TYPE_CHECKING:
     from refract.pipeline.data.manifest import Manifest
@@ -251,6 +252,7 @@ def _package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> Non
         task=manifest.task,
         labels=manifest.labels,
         **network_record(config),
+        plugins=_network_plugins(config),
         text=assembly.text,
         preprocess=preprocess.to_dict(),
         temperature=decision.temperature,
@@ -270,6 +272,12 @@ def _package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> Non
         classifier, preprocess, manifest.of("test"), task=manifest.task, temperature=decision.temperature
     )
     save_bundle(run_dir / "bundle", info, classifier, golden_samples, reference=reference)
+
+
+def _network_plugins(config: Config) -> tuple[dict[str, str], ...]:
+    """Return the bundle's record of the plugin that the network needs, empty for a network of Refract or a catalogue."""
+    plugin = provider("network", config.model.name)
+    return () if plugin is None else ({"name": plugin.name, "sha256": plugin.sha256},)
 
 
 def _register(assembly: Assembly, run: "Run", tracker: "Tracker", cost: "Cost") -> None:

@@ -4,15 +4,17 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 from refract.pipeline.config.defaults import filled
+from refract.pipeline.config.plugin_files import absolute_paths, plugin_digests, store_plugins
 from refract.pipeline.config.sections import TrainerConfig
 from refract.pipeline.files import locked, write_atomically
+from refract.plugins import PluginError
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +50,13 @@ def new_run(config: Config, name: str, record: dict[str, Any]) -> Run:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write `config.yaml` to a folder, which is created if necessary."""
+    """Write `config.yaml`, and copies of the plugins' files that it names, to a folder, which is created if necessary."""
     import yaml
 
-    text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    values = config.to_dict()
+    if config.plugins:
+        values["plugins"] = store_plugins(config.plugins, path)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     write_atomically(path / CONFIG, text.encode())
 
 
@@ -71,7 +76,8 @@ def stored_config(path: Path) -> Config:
     if isinstance(data := values.get("data"), dict):
         data.setdefault("color_profile", "ignore")  # runs without this key ignored colour profiles
     config = config_from_dict(values, where=str(path / CONFIG))
-    return config.changed({"trainer.runs_dir": str(path.parent), "trainer.run_name": path.name})
+    config = config.changed({"trainer.runs_dir": str(path.parent), "trainer.run_name": path.name})
+    return replace(config, plugins=absolute_paths(config.plugins, path))
 
 
 def resume_run(path: Path, record: Mapping[str, Any]) -> Run:
@@ -106,7 +112,7 @@ def unfinished(config: Config, name: str) -> Path | None:
         try:
             if not read_record(path).get("finished") and _comparable(stored_config(path)) == comparable:
                 return path
-        except ConfigError as error:
+        except (ConfigError, PluginError) as error:
             log.warning("skipped: %s", error)
     return None
 
@@ -162,4 +168,4 @@ def _comparable(config: Config) -> dict[str, Any]:
     """Return the values that are equal in two configs of the same training."""
     values = filled(config).to_dict()
     values["trainer"] = {k: v for k, v in values["trainer"].items() if k not in ("runs_dir", "run_name")}
-    return values
+    return values | {"plugins": plugin_digests(config.plugins)}

@@ -18,10 +18,12 @@ from lightning.pytorch.callbacks import Callback
 
 from refract.models.credentials import masked
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
+from refract.pipeline.config.plugin_files import plugin_digests
 from refract.pipeline.config.renamed import with_new_keys
 from refract.pipeline.training.provenance import origin
 from refract.pipeline.training.run_directory import run_lock, write_config
 from refract.pipeline.tuning.space import Dimension, applies, with_values
+from refract.plugins import load
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +115,8 @@ def _searched(config: Config) -> dict[str, Any]:
     values.pop("tracking")
     for key in ("runs_dir", "run_name"):
         values["trainer"].pop(key)
+    if config.plugins:
+        values["plugins"] = plugin_digests(config.plugins)
     return values
 
 
@@ -127,6 +131,7 @@ def run_trials(study: optuna.Study, search: Search, space: Sequence[Dimension], 
     """
     from refract.pipeline.data.prepare import prepare_data
 
+    load(config.plugins)
     count = min(search.trials, len(grid(space))) if search.sampler == "grid" else search.trials
     prepared = prepare_data(config)
     write_config(config, folder)

@@ -96,6 +96,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _serve(config: ServeConfig, bound: socket.socket) -> None:
     from refract.serve.http.transport.server import Server, url
 
+    _load_plugins(config)
     bundle = _bundle(config.source)
     app = _app(bundle, config)
     server = Server(
@@ -118,6 +119,15 @@ def _serve(config: ServeConfig, bound: socket.socket) -> None:
 def _announce(bundle: "Bundle", address: str) -> None:
     print(f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {address}", flush=True)
     output.result({"name": bundle.info.name, "digest": bundle.digest, "url": address})
+
+
+def _load_plugins(config: ServeConfig) -> None:
+    from refract.plugins import PluginError, load
+
+    try:
+        load(config.plugin)
+    except PluginError as err:
+        raise InvalidOptionError(f"{config.origin('plugin')}: {err}") from err
 
 
 def _bundle(source: str) -> "Bundle":

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from refract.serve.cli.values import number, one_of, path_prefix, switch, web_origin, whole
+from refract.serve.cli.values import number, path_prefix, switch, web_origin, whole
 from refract.serve.requests.limits import MIB, Limits
 from refract.serve.runtime.backends import NAMES
 from refract.serve.runtime.settings import ServiceSettings
@@ -54,10 +54,17 @@ class ServeConfig:
     backend: str = field(
         default="auto",
         metadata=_option(
-            "runtime of the network; auto times the installed backends, except 8-bit ones, and selects the fastest that agrees with "
-            "float32; int8 selects the faster of the 8-bit backends",
-            one_of(NAMES),
-            f"{{{','.join(NAMES)}}}",
+            f"runtime of the network: {', '.join(NAMES)} or a plugin's; auto times the installed backends, except 8-bit ones, and "
+            "selects the fastest that agrees with float32; int8 selects the faster of the 8-bit backends",
+            metavar="NAME",
+        ),
+    )
+    plugin: tuple[str, ...] = field(
+        default=(),
+        metadata=_option(
+            "load these plugins, Python files or modules, for their networks and backends (docs/plugins.md)",
+            metavar="FILE",
+            many=True,
         ),
     )
     max_batch: int = field(
@@ -201,6 +208,9 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise ValueError(f"SOURCE is missing; expected {OPTIONS['source'].help}")
+        if self.backend not in NAMES and not self.plugin:
+            accepted = f"accepted are {', '.join(NAMES)}; a plugin's backend needs --plugin FILE"
+            raise ValueError(f"{self.origin('backend')}: {self.backend!r} is unknown; {accepted}")
         if self.rate is not None and self.keys is None:
             raise ValueError(f"{self.origin('rate')} limits each API key: it needs --keys FILE")
         if (self.shadow is not None) + (self.canary is not None) != (self.challenger is not None):

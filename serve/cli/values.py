@@ -1,7 +1,7 @@
 """Parsers of the values of options. A parser takes a text, and raises ValueError, which names what is accepted, for an invalid one."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
@@ -28,17 +28,6 @@ def number(low: float, high: float, *, above: bool = False) -> Callable[[str], f
         if not low <= value <= high or (above and value == low):
             raise ValueError(f"{text!r} is not a number {'above' if above else 'from'} {low:g} to {high:g}")
         return value
-
-    return parse
-
-
-def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """Return a parser that accepts `names`."""
-
-    def parse(text: str) -> str:
-        if text not in names:
-            raise ValueError(f"{text!r} is unknown; accepted are {', '.join(names)}")
-        return text
 
     return parse
 

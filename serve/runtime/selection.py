@@ -19,6 +19,7 @@ from torch import Tensor
 
 from refract.models.bundle.bundle import Bundle, BundleError
 from refract.models.classifier import Classifier, probabilities
+from refract.plugins import loaded
 from refract.serve.runtime.backends.base import Forward, first_line
 from refract.serve.runtime.backends.kept import store
 from refract.serve.runtime.backends.quantised import weight_bits
@@ -90,7 +91,9 @@ def choose(
     does not agree.
     """
     if wanted not in ("auto", "int8", *BACKENDS):
-        raise ValueError(f"backend: {wanted!r} is unknown; accepted are auto, int8, {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"backend: {wanted!r} is unknown; accepted are auto, int8, {', '.join(BACKENDS)}; a plugin's backend needs --plugin FILE"
+        )
     device = next(classifier.parameters()).device
     names = {"auto": candidates(device), "int8": INT8}.get(wanted, (wanted,))
     if wanted != "auto":
@@ -230,6 +233,7 @@ def _key(bundle: Bundle, device: torch.device, threads: int) -> str:
     )
     packages = [name for name in ("refract", "torch", "openvino", "onnxruntime") if importlib.util.find_spec(name)]
     facts = [bundle.digest, machine, f"int8 of {weight_bits()} bits", *(f"{name} {version(name)}" for name in packages)]
+    facts += [f"{plugin.name} {plugin.sha256}" for plugin in loaded()]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
 
 

@@ -42,6 +42,7 @@ def test_every_option_can_be_set_in_each_place(write) -> None:
     examples = {
         "source": "folder", "challenger": "other", "canary": "0.5", "keys": "keys", "admin_keys": "admin", "rate": "3",
         "cors_origin": "https://a.example", "root_path": "/models", "metrics_port": "9", "traces": "http://a", "sample": "DIR",
+        "plugin": "my_plugin.py",
     }  # fmt: skip
     texts = {name: examples.get(name, str(DEFAULTS[name])) for name in OPTIONS if name != "shadow"}
     from_environment = parse([], {f"REFRACT_SERVE_{name.upper()}": text for name, text in texts.items()})
@@ -114,6 +115,14 @@ def test_an_error_names_the_file_and_the_key(text: str, message: str, write, cap
 )
 def test_an_error_names_the_variable(variable: str, text: str, message: str, capsys) -> None:
     assert rejected(capsys, ["x"], {f"REFRACT_SERVE_{variable}": text}) == message
+
+
+def test_a_backend_of_a_plugin_needs_the_option_plugin(write, capsys) -> None:
+    for argv in (["x", "--backend", "mine", "--plugin", "a.py", "b.py"], write("backend: mine\nplugin: [a.py, b.py]")):
+        config = parse(argv, {})
+        assert (config.backend, config.plugin) == ("mine", ("a.py", "b.py"))
+    message = rejected(capsys, ["x", "--backend", "mine"])
+    assert message.startswith("--backend: 'mine' is unknown; accepted are auto, ") and "needs --plugin FILE" in message
 
 
 def test_a_missing_source_is_named(capsys) -> None:

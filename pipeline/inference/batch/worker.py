@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from refract.pipeline.inference.batch.listing import Row, Shard
 from refract.pipeline.inference.batch.part_files import write_part
 from refract.pipeline.inference.batch.rows import schema_of, table_of
 from refract.pipeline.inference.scoring import SampleInput, preprocess_of, score
+from refract.plugins import LoadedPlugins
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Job:
 
     bundle, folder: absolute paths; digest: of the bundle; key: of the work folder's record; about: description of the scoring for the
     file's metadata; root: folder to which the rows' paths are relative; texts, truths: whether the rows have them; device: `cpu` or
-    `cuda:N`; threads: for the network, and as many for decoding.
+    `cuda:N`; threads: for the network, and as many for decoding; plugins: those that the command has loaded.
     """
 
     bundle: Path
@@ -45,6 +46,7 @@ class Job:
     tta: str
     device: str
     threads: int
+    plugins: LoadedPlugins = field(default_factory=LoadedPlugins)
 
 
 class Done(NamedTuple):

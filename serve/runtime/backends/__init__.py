@@ -18,4 +18,4 @@ MODULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """The modules of this folder that define backends, and the names of these."""
 
 NAMES = ("auto", *(name for names in MODULES.values() for name in names), "int8")
-"""The values of `--backend`: the backends, `auto` for the fastest, `int8` for the faster of the 8-bit ones."""
+"""The values of `--backend` without plugins: the backends, `auto` for the fastest, `int8` for the faster of the 8-bit ones."""
