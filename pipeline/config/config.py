@@ -57,7 +57,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     retrain: RetrainConfig = field(default_factory=RetrainConfig)
-    plugins: list[str] = field(default_factory=list)
+    plugins: tuple[str, ...] = ()
 
     def to_dict(self, *, credentials: bool = False) -> dict[str, Any]:
         """Return plain JSON and YAML values, with credentials masked by `refract.models.credentials`. Without plugins there is no such key.
@@ -102,6 +102,8 @@ def config_from_dict(
         raise ConfigError(str(error)) from error
     for key in _unknown_keys(values, Config, ""):
         raise ConfigError(f"{where}: no key {key!r}{_nearest(key)}")
+    if values.get("plugins", ()) is None:
+        raise ConfigError(f"{where}: plugins: the list is empty; remove the key, or name a plugin")
     for key in _override_keys(overrides):
         if key not in _KEYS:
             raise ConfigError(f"command line: no option --{key}{_nearest(key)}")

@@ -10,9 +10,9 @@ FOLDER = "plugins"
 """The folder of a run that holds the copies."""
 
 
-def absolute_paths(entries: Sequence[str], *folders: Path) -> list[str]:
+def absolute_paths(entries: Sequence[str], *folders: Path) -> tuple[str, ...]:
     """Return the entries with absolute paths for the files, each in the first of the folders that has it. Names of modules stay."""
-    return [_absolute(entry, folders) if entry.endswith(".py") else entry for entry in entries]
+    return tuple(_absolute(entry, folders) if entry.endswith(".py") else entry for entry in entries)
 
 
 def _absolute(entry: str, folders: Sequence[Path]) -> str:

@@ -20,7 +20,7 @@ from refract.augment import Augmenter
 from refract.cli import main
 from refract.models.bundle.bundle import load_bundle
 from refract.models.registry import build
-from refract.models.training.losses import classification_loss
+from refract.models.training.objective import classification_loss
 from refract.pipeline.config.config import ConfigError, check_loss, load_config
 from refract.pipeline.data.manifest import DataError, load_manifest
 from refract.pipeline.evaluation.custom_metrics import custom_metrics
@@ -240,18 +240,21 @@ def test_a_config_finds_its_plugins_next_to_itself(tmp_path: Path) -> None:
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "c.yaml").write_text("plugins: [mine.py, package.module]\n")
     (tmp_path / "mine.py").touch()
-    assert load_config("project/c.yaml").plugins == [str(tmp_path / "mine.py"), "package.module"]
+    assert load_config("project/c.yaml").plugins == (str(tmp_path / "mine.py"), "package.module")
     (tmp_path / "project" / "mine.py").touch()
     assert load_config("project/c.yaml").plugins[0] == str(tmp_path / "project" / "mine.py")
-    assert load_config(None, ["--plugins", "[mine.py]"]).plugins == [str(tmp_path / "mine.py")]
+    assert load_config(None, ["--plugins", "[mine.py]"]).plugins == (str(tmp_path / "mine.py"),)
     assert "plugins" not in load_config(None).to_dict()
+    (tmp_path / "empty.yaml").write_text("plugins:\n")
+    with pytest.raises(ConfigError, match=r"^empty.yaml: plugins: the list is empty"):
+        load_config("empty.yaml")
 
 
 def test_a_retraining_run_stores_copies_and_resumes_only_with_the_same_content(tmp_path: Path) -> None:
     (tmp_path / "m.py").write_text(METRIC.format(name="mine", value=1))
     (tmp_path / "c.yaml").write_text("plugins: [m.py]\ntracking: {model_name: m}\n")
     folder = steps.begin(load_config("c.yaml"), force=False)
-    assert steps._config(folder).plugins == [str(folder.absolute() / "plugins" / "m.py")]
+    assert steps._config(folder).plugins == (str(folder.absolute() / "plugins" / "m.py"),)
     assert steps.worth_resuming(folder, load_config("c.yaml"))
     (tmp_path / "m.py").write_text(METRIC.format(name="mine", value=2))
     assert not steps.worth_resuming(folder, load_config("c.yaml"))
