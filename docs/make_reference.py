@@ -50,6 +50,9 @@ def configuration() -> str:
         "`refract config schema` prints the same as a JSON Schema for editors.",
     ]
     for section, link in schema["properties"].items():
+        if "$ref" not in link:  # a key outside the sections
+            lines += ["", f"## {section}", "", f"{link.get('description', '')} Type: {_type(link)}.".strip()]
+            continue
         part = schema["$defs"][link["$ref"].rpartition("/")[2]]
         lines += [
             "",
