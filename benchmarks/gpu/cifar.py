@@ -194,6 +194,6 @@ def _accuracy(classifier: "Classifier", assembly: "Assembly", tta: Any) -> float
     manifest = assembly.manifest
     found = evaluate(
         classifier.eval(), assembly.data.preprocess, manifest.of("test"), task=manifest.task, labels=manifest.labels,
-        progress=False, tta=tta,
+        tta=tta,
     )  # fmt: skip
     return found.metrics["accuracy"]

@@ -55,9 +55,10 @@ def main(argv: list[str]) -> int:
 
 def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: bool) -> int:
     from refract.pipeline.config.config import ConfigError, load_config
-    from refract.pipeline.retraining.steps import Outcome, begin, unfinished, worth_resuming
+    from refract.pipeline.retraining.steps import Outcome, begin, join_training, unfinished, worth_resuming
     from refract.pipeline.retraining.workspace import RUN_RECORD, read_run, workspace_of
     from refract.pipeline.tracking.address import check_address, tracking_uri
+    from refract.pipeline.training.ranks import is_further_rank
 
     config = load_config(argv[0], argv[1:])
     workspace = workspace_of(config)
@@ -65,6 +66,9 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
     check_address(uri)
     if masked(uri) != uri:
         os.environ["MLFLOW_TRACKING_URI"] = uri  # the run's stored config has no credentials
+    if is_further_rank() and (running := unfinished(workspace)) is not None:  # rank 0 holds the lock and does the rest
+        join_training(running)
+        return 0
     with workspace.held():
         interrupted = unfinished(workspace)
         if resume and interrupted is None:
@@ -88,17 +92,13 @@ def _retrain(argv: list[str], *, resume: bool, resume_or_begin: bool, force: boo
     return int(outcome)
 
 
-class _Signal(BaseException):
-    """SIGTERM or Ctrl-C. It is no Exception, so that no step mistakes it for a failure of what it calls."""
-
-
 def _run(run_folder: Path) -> str:
     """Run the remaining steps; print the error of one that fails. Returns how they ended, for the message."""
     from refract.pipeline.retraining.steps import note_stop, run_steps
     from refract.pipeline.training.callbacks.stopping import ASKED_TO_STOP
 
-    def stop(number: int, _: Any) -> None:
-        raise _Signal(number)
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt  # also for SIGTERM: a step must not mistake a signal for a failure of what it calls
 
     def steps() -> int:
         run_steps(run_folder)
@@ -106,19 +106,18 @@ def _run(run_folder: Path) -> str:
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, stop)
     try:
-        code = console.run("retrain", steps)
-    except _Signal as received:
-        code = ASKED_TO_STOP if received.args[0] == signal.SIGTERM else INTERRUPTED
+        for number in before:
+            signal.signal(number, stop)
+        stopped = console.run("retrain", steps) in (ASKED_TO_STOP, INTERRUPTED)
+    except KeyboardInterrupt:
+        stopped = True
     except Exception:
         log.exception("refract retrain: an error of Refract itself; please report it with these lines")
-        code = 1
+        stopped = False
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if code in (ASKED_TO_STOP, INTERRUPTED):
+    if stopped:
         note_stop(run_folder)
-        return "was stopped"
-    return "failed"
+    return "was stopped" if stopped else "failed"

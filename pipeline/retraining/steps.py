@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from refract.errors import ServiceError
+from refract.models.credentials import masked
 from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.config.plugin_files import absolute_paths, plugin_digests
 from refract.pipeline.retraining.registry import client_of, download
@@ -92,6 +93,15 @@ def note_stop(folder: Path) -> None:
     write_run(folder, {**record, "attempts": record.get("attempts", 1) - 1})
 
 
+def join_training(folder: Path) -> None:
+    """Train as a further rank of the training that rank 0 has started in the run's step `train`. Raises what a training raises."""
+    from refract.pipeline.training.run import train as train_run
+    from refract.pipeline.training.run_directory import stored_config
+
+    run = _training_run(folder, _config(folder))
+    train_run(stored_config(run), resume=run)
+
+
 class Step(NamedTuple):
     """A step of a retraining run.
 
@@ -109,12 +119,26 @@ class Step(NamedTuple):
         return self.result in record or ("ends" in record and not self.always)
 
     def __call__(self, folder: Path) -> None:
-        """Do the step's work in the run's folder, unless it is finished, and add the result to the record."""
+        """Do the step's work in the run's folder, unless it is finished, and add the result to the record.
+
+        Raises what the work raises, and RetrainingError for an error of MLflow.
+        """
         record = read_run(folder)
-        if not self.is_finished(record):
-            config = _config(folder)
-            load(config.plugins)
-            write_run(folder, {**record, **self.work(folder, config, record)})
+        if self.is_finished(record):
+            return
+        from mlflow.exceptions import MlflowException
+
+        from refract.pipeline.tracking.address import tracking_uri
+        from refract.pipeline.tracking.store import first_line
+
+        config = _config(folder)
+        load(config.plugins)
+        try:
+            result = self.work(folder, config, record)
+        except MlflowException as error:
+            address = masked(tracking_uri(config.tracking))
+            raise RetrainingError(f"step {self.name}: MLflow at {address} failed: {first_line(error)}") from error
+        write_run(folder, {**record, **result})
 
 
 def _config(folder: Path) -> Config:
@@ -123,6 +147,11 @@ def _config(folder: Path) -> Config:
     path = folder / "config.yaml"
     config = config_from_dict(yaml.safe_load(path.read_text("utf-8")), where=str(path))
     return replace(config, plugins=absolute_paths(config.plugins, folder))
+
+
+def _training_run(folder: Path, config: Config) -> Path:
+    """Return the folder of the training in a retraining run's step `train`."""
+    return Path(config.trainer.runs_dir) / f"{config.tracking.model_name}-{folder.name}"
 
 
 def snapshot(folder: Path, config: Config, record: Record) -> Record:
@@ -203,11 +232,10 @@ def train(folder: Path, config: Config, record: Record) -> Record:
     if others := changed(taken):
         why = f"{len(others)} images changed since the run started, such as {others[0]}; the next run uses them"
         return _ends(Outcome.REFUSED, why)
-    name = f"{config.tracking.model_name}-{folder.name}"
+    run = _training_run(folder, config)
     data = {"data.source": str(taken.manifest), "data.task": taken.task}
     # The alias is challenger also for a first version: the gate decides.
-    config = config.changed({**data, "tracking.alias": "challenger", "trainer.run_name": name})
-    run = Path(config.trainer.runs_dir) / name
+    config = config.changed({**data, "tracking.alias": "challenger", "trainer.run_name": run.name})
     if run.exists() and not (run / RECORD).exists():
         shutil.rmtree(run)  # the process was killed before the first record
     if not run.exists():

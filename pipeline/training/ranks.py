@@ -24,6 +24,11 @@ class Ranks:
         return self.devices * self.nodes
 
 
+def is_further_rank() -> bool:
+    """Whether Lightning's rank 0 started this process, by its own command line, as a further rank of its training."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "LOCAL_WORLD_SIZE" not in os.environ
+
+
 def current_ranks(devices: int, device: str) -> Ranks:
     """Read the ranks from torchrun's environment or from Lightning's, else return rank 0 of `devices`.
 

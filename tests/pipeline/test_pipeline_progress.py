@@ -5,6 +5,8 @@ import logging
 import re
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,3 +75,34 @@ def test_slow_imports_are_reported(
     with silence_reported("train"):
         __import__("slow_to_import")
     assert capsys.readouterr().err == "refract train: loading libraries\n"
+
+
+def test_each_epoch_counts_its_batches_from_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    from refract.pipeline.training.callbacks import progress as callbacks
+
+    shown = []
+
+    class Recorded(Progress):
+        def __init__(self, title: str, total: int | None = None, *, count: int = 0, **options: Any) -> None:
+            super().__init__(title, total, count=count, **options)
+            self.counts = [title, total, count]
+            shown.append(self.counts)
+
+        def update(self, count: int = 1) -> None:
+            self.counts[2] += count
+
+    monkeypatch.setattr(callbacks, "Progress", Recorded)
+    callback = callbacks.StepProgress()
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=2, limit_train_batches=3, limit_val_batches=2, num_sanity_val_steps=0,
+        callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(BoringModel())
+    assert shown == [["epoch 1/2", 3, 3], ["validating", 2, 2], ["epoch 2/2", 3, 3], ["validating", 2, 2]]
+    callback.on_train_batch_start(trainer, trainer.lightning_module, None, 2)
+    callback.on_train_batch_end()
+    assert shown[-1][1:] == [3, 3], "a resumed epoch counts the batches before"

@@ -104,13 +104,25 @@ class StepProgress(Callback):
         self._progress: Progress | None = None
 
     def _show(self, title: str, batches: float, count: int = 0) -> None:
-        self._shown.close()
+        self._close()
         total = int(batches) if math.isfinite(batches) else None
         self._progress = self._shown.enter_context(Progress(title, total, unit="batches", count=count))
 
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        count = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # not 0 in a resumed epoch
+    def _close(self) -> None:
+        self._shown.close()
+        self._progress = None
+
+    def _show_epoch(self, trainer: lightning.Trainer, count: int) -> None:
         self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", trainer.num_training_batches, count)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._show_epoch(trainer, 0)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._progress is None:  # Lightning reports no start of an epoch that is resumed
+            self._show_epoch(trainer, batch_idx)
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self._progress is not None:
@@ -123,10 +135,15 @@ class StepProgress(Callback):
         self.on_train_batch_end()
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._shown.close()
+        self._close()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self._close()
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        self._shown.close()
+        self._close()
 
 
 def quiet_lightning() -> None:
