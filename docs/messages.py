@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("augment", "models", "pipeline", "serve", "refract")
+SECTIONS = ("pipeline/config/sections.py", "pipeline/retraining/settings.py", "models/training/specs.py")
+"""The modules with the config's sections, whose docstrings give the keys' meanings."""
+
 KINDS = ("error", "log", "help", "print", "api", "key", "op", "page", "text")
 LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log"}
 PROSE = re.compile(r"[^\W\d_]{2,}[ ,:;]+[^ ]*[^\W\d_]{2,}")
@@ -63,7 +66,7 @@ def of_module(source: str, file: str) -> Iterator[Message]:
 
 def _of_docstring(node: ast.ClassDef, file: str) -> Iterator[Message]:
     text = ast.get_docstring(node) or ""
-    if file == "pipeline/config/sections.py":
+    if file in SECTIONS:
         for key, meaning in re.findall(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)$", text, re.MULTILINE):
             yield Message(file, node.lineno, "key", f"{key}: {' '.join(meaning.split())}")
     elif file.startswith("augment/ops/") and text and not node.name.startswith("_"):

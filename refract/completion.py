@@ -12,6 +12,9 @@ from refract.output import help_of
 PLACEHOLDER = "--section.key"
 """How the help of a command says that it accepts every key of the config."""
 
+ANY_OPTION = "--option"
+"""How a usage line names an option without a name."""
+
 USAGE = {
     "bash": 'eval "$(refract completion bash)" in ~/.bashrc',
     "zsh": 'eval "$(refract completion zsh)" in ~/.zshrc, after compinit',
@@ -41,7 +44,7 @@ def options() -> Mapping[str, list[str]]:
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
             importlib.import_module(module).main(["--help"])
         text.write(help_of(command))
-        found[command] = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text.getvalue()))
+        found[command] = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text.getvalue())) - {ANY_OPTION}
     keys = {option for option in found["train"] if "." in option} - {PLACEHOLDER}
     return {
         command: sorted((names | keys if PLACEHOLDER in names else names) - {PLACEHOLDER})

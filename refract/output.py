@@ -144,8 +144,12 @@ def _redirected() -> Iterator[TextIO]:
             if not is_descriptor:
                 yield stream
                 return
-            with open(copy, "w", encoding="utf-8", closefd=False) as output:
+            output = open(copy, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 — closed below, in its own way
+            try:
                 yield output
+            finally:
+                with contextlib.suppress(OSError):  # `result` has raised it: `refract predict --json … | head`
+                    output.close()
     finally:
         os.dup2(copy, 1)
         os.close(copy)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -116,8 +117,12 @@ _ear = _Ear()
 
 @contextlib.contextmanager
 def silence_reported(command: str) -> Iterator[None]:
-    """Print a line to the standard error when the command was silent for ten seconds, or imported its libraries for two."""
-    if output.is_quiet() or command in UNATTENDED:
+    """Print a line to the standard error when the command was silent for ten seconds, or imported its libraries for two.
+
+    Of the ranks of a training, only rank 0 prints.
+    """
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"  # of torchrun; of Lightning on one machine
+    if output.is_quiet() or command in UNATTENDED or rank != "0":
         yield
         return
     ended, start = threading.Event(), time.monotonic()

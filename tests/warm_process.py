@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,7 @@ class WarmProcess:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(30)
+        shutil.rmtree(self._pipes, ignore_errors=True)
 
     def _fork(
         self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], files: Sequence[Path], **options: Any

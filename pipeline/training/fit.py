@@ -63,7 +63,8 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     precision = choose_precision(config.trainer, device)
     ranks = current_ranks(config.trainer.devices, device)
     if not ranks.first:
-        logging.getLogger("refract.pipeline").setLevel(logging.ERROR)
+        for package in ("pipeline", "progress"):
+            logging.getLogger(f"refract.{package}").setLevel(logging.ERROR)
     augmenter = Augmenter(
         config.augment.policy,
         config.trainer.seed,

@@ -65,11 +65,9 @@ def main(argv: list[str]) -> int:
         with _listen(config.host, config.port) as bound:
             _serve(config, bound)
     except InvalidOptionError as err:
-        _report(str(err))
-        return EXIT_INVALID
+        return _failed(str(err), EXIT_INVALID)
     except Exception as err:
-        _report(f"{type(err).__name__}: {err}")
-        return EXIT_FAILURE
+        return _failed(f"{type(err).__name__}: {err}", EXIT_FAILURE)
     return 0
 
 
@@ -323,6 +321,13 @@ def _naming(origin: str, file: Path) -> Iterator[None]:
         raise InvalidOptionError(f"{origin}: {file}: {err.strerror}") from err
     except ValueError as err:
         raise InvalidOptionError(f"{origin}: {err}") from err
+
+
+def _failed(message: str, code: int) -> int:
+    """Print an error, with --verbose also its traceback. Returns the exit code."""
+    logger.debug("the error was raised here:", exc_info=True)
+    _report(message)
+    return code
 
 
 def _report(message: str) -> None:

@@ -48,6 +48,7 @@ def test_every_command_has_its_options() -> None:
     found = options()
     assert set(found) == set(COMMANDS)
     assert {"--report", "--robustness"} <= set(found["evaluate"])
+    assert "--max-batch" in found["serve"] and not any("--option" in names for names in found.values())
     for command in ("train", "tune", "find", "retrain"):
         assert "--data.val_fraction" in found[command] and "--section.key" not in found[command]
 

@@ -59,12 +59,22 @@ def test_the_report_opens_with_what_was_measured_how_good_it_is_and_what_to_do(t
     quality = " ".join(summary["quality"])
     assert "75.0% of the predictions are right (95 % interval " in quality
     assert "Always predicting the most frequent label would give 75.0%." in quality
-    assert "The weakest label is b: 0.0% of its 1 sample are found" in quality
-    assert summary["next"][0] == "Too few images."
+    assert "The weakest label is b, with 1 sample: 0.0% of these are found" in quality
+    assert summary["next"] == [
+        "Do not serve this bundle: it is no better than always predicting the most frequent label.", "Too few images."
+    ]  # fmt: skip
     report.write(tmp_path)
     page = (tmp_path / "report.html").read_text("utf-8")
     assert page.index("was measured on 4 samples") < page.index("What to do next") < page.index("<h2>Metrics</h2>")
     perfect = make_report("r", evaluation([0, 1, 2, 3], [0, 1, 2, 3]), LABELS, **facts).numbers["summary"]
-    assert perfect["next"] == [
-        "Serve the bundle (refract serve BUNDLE), or compare it with another run (refract compare RUN OTHER_RUN)."
-    ]
+    assert "weakest" not in " ".join(perfect["quality"])
+    rare = make_report("r", evaluation([0] * 8 + [1], [0] * 7 + [1, 1]), LABELS, **facts).numbers["summary"]
+    assert not any("Do not serve" in step for step in rare["next"]), (
+        "the accuracy is 8/9 too, but the rare label is found"
+    )
+    alike = make_report("r", evaluation([1, 1], [1, 1]), LABELS, **facts).numbers["summary"]
+    assert (
+        perfect["next"]
+        == alike["next"]
+        == ["Serve the bundle (refract serve BUNDLE), or compare it with another run (refract compare RUN OTHER_RUN)."]
+    )

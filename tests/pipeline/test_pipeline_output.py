@@ -87,6 +87,32 @@ def test_commands_print_their_result_as_json(tmp_path: Path, capsys: pytest.Capt
     assert main(["schedule", "--list", "--json"]) == 0 and capsys.readouterr().out == ""
 
 
+def test_a_reader_that_closes_the_json_early_causes_no_error(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As in `refract predict --json … | head -1`."""
+
+    def work(arguments: list[str]) -> int:
+        while True:
+            output.result({"score": 1.0})
+
+    monkeypatch.setattr(importlib.import_module(COMMANDS["ops"][0]), "main", work)
+    reading, writing = os.pipe()
+    os.close(reading)
+    stdout, before = sys.stdout, os.dup(1)
+    os.dup2(writing, 1)
+    try:
+        with open(1, "w", encoding="utf-8", closefd=False) as closed:
+            monkeypatch.setattr(sys, "stdout", closed)
+            assert main(["ops", "--json"]) == 0
+    finally:
+        os.dup2(before, 1)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        for descriptor in (before, writing):
+            os.close(descriptor)
+    assert capfd.readouterr().err == ""
+
+
 def test_verbose_shows_where_an_error_was_raised(capsys: pytest.CaptureFixture[str]) -> None:
     code = "import sys, refract.cli; sys.exit(refract.cli.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "ops", "Rotat"]

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,10 +61,33 @@ def test_a_silent_command_reports_that_it_is_in_progress(
     with silence_reported("doctor"):
         time.sleep(1.0)
     assert "refract doctor: in progress, " in capsys.readouterr().err
-    monkeypatch.setenv(output.VARIABLE, "quiet")
-    with silence_reported("doctor"):
-        time.sleep(0.5)
-    assert capsys.readouterr().err == ""
+    for variable, value in (("LOCAL_RANK", "1"), (output.VARIABLE, "quiet")):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            with silence_reported("doctor"):
+                time.sleep(0.5)
+        assert capsys.readouterr().err == "", variable
+
+
+def test_a_failed_training_closes_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the error would stand on the bar's line, and logging would still write around the bar."""
+    from refract.pipeline.training.callbacks.progress import StepProgress
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "BAR_S", 0.0)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(terminal)])
+    handlers = logging.getLogger().handlers
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=0))))
+    trainer: Any = SimpleNamespace(fit_loop=loop, current_epoch=0, max_epochs=2, num_training_batches=3)
+    module: Any = None
+    steps = StepProgress()
+    steps.on_train_epoch_start(trainer, module)
+    steps.on_train_batch_end()
+    assert "epoch 1/2" in terminal.getvalue() and logging.getLogger().handlers is not handlers
+    steps.on_exception(trainer, module, FloatingPointError())
+    assert logging.getLogger().handlers is handlers
+    assert terminal.getvalue().rpartition("\r")[2] == "", "the bar is erased"
 
 
 def test_slow_imports_are_reported(

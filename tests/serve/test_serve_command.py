@@ -208,6 +208,12 @@ def wait_until_refused(url: httpx.URL) -> None:
     raise AssertionError("the server still accepts connections")
 
 
+def test_verbose_prints_the_traceback_of_an_error_before_its_message(tmp_path):
+    code, out, err = finish(start(str(tmp_path / "none"), "--port", "0", "--verbose"))
+    assert (code, out) == (2, "") and "Traceback" in err
+    assert err.splitlines()[-1].startswith("refract serve: ") and str(tmp_path / "none") in err.splitlines()[-1]
+
+
 def refused(*arguments: str) -> str:
     """Return the one line on stderr of a command that must exit with 2."""
     code, out, err = finish(start(*arguments))

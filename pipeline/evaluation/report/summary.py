@@ -20,7 +20,7 @@ def summarized(
     """
     count = len(evaluation.samples)
     what = f"{subject} was measured on {_counted(count, 'sample')} with {_counted(len(labels), 'label')}."
-    return {"what": what, "quality": _quality(evaluation), "next": _next_steps(numbers, notes)[:MOST_STEPS]}
+    return {"what": what, "quality": _quality(evaluation), "next": _next_steps(evaluation, numbers, notes)[:MOST_STEPS]}
 
 
 def _quality(evaluation: Evaluation) -> list[str]:
@@ -30,25 +30,39 @@ def _quality(evaluation: Evaluation) -> list[str]:
         sentences = [f"The labels of a sample are predicted with a mean F1 of {value:.1%}{_interval(bounds)}."]
     else:
         value, bounds = evaluation.metrics["accuracy"], evaluation.intervals.get("accuracy")
-        most_frequent = np.bincount(evaluation.truth[evaluation.truth >= 0]).max() / len(evaluation.truth)
         sentences = [
             f"{value:.1%} of the predictions are right{_interval(bounds)}. "
-            f"Always predicting the most frequent label would give {most_frequent:.1%}."
+            f"Always predicting the most frequent label would give {_most_frequent(evaluation):.1%}."
         ]
     rows = [row for row in evaluation.per_class if row["count"]]
-    if len(rows) > 1:
-        worst = min(rows, key=lambda row: row["f1"])
+    if len(rows) > 1 and (worst := min(rows, key=lambda row: row["f1"]))["f1"] < 1:
         sentences.append(
-            f"The weakest label is {worst['label']}: {worst['recall']:.1%} of its {_counted(worst['count'], 'sample')} are found, "
-            f"and {worst['precision']:.1%} of its predictions are right."
+            f"The weakest label is {worst['label']}, with {_counted(worst['count'], 'sample')}: {worst['recall']:.1%} of these are found, "
+            f"and {worst['precision']:.1%} of the predictions of this label are right."
         )
     if (error := evaluation.metrics.get("calibration_error")) is not None:
         sentences.append(f"The stated confidence differs from the accuracy by {error:.1%} on average.")
     return sentences
 
 
-def _next_steps(numbers: dict[str, Any], notes: Sequence[str]) -> list[str]:
+def _most_frequent(evaluation: Evaluation) -> float:
+    """Return the fraction of the samples that have the most frequent label."""
+    return float(np.bincount(evaluation.truth).max() / len(evaluation.truth))
+
+
+def _is_useless(evaluation: Evaluation) -> bool:
+    """Whether neither the accuracy nor the macro F1 exceeds that of the most frequent label, on samples with different labels. With one of
+    them alone a classifier of imbalanced labels is useful."""
+    if evaluation.task == "multilabel" or (fraction := _most_frequent(evaluation)) == 1:
+        return False
+    macro_f1 = 2 * fraction / (1 + fraction) / len(np.unique(evaluation.truth))
+    return evaluation.metrics["accuracy"] <= fraction and evaluation.metrics["macro_f1"] <= macro_f1 + 1e-9
+
+
+def _next_steps(evaluation: Evaluation, numbers: dict[str, Any], notes: Sequence[str]) -> list[str]:
     steps = [f"{finding['name']}: {finding['cure']}." for finding in numbers["findings"] or []]
+    if _is_useless(evaluation):
+        steps.insert(0, "Do not serve this bundle: it is no better than always predicting the most frequent label.")
     steps += notes
     if errors := len(numbers["likely_label_errors"]):
         steps.append(f"Review {_counted(errors, 'sample')} whose labels are likely wrong, in the gallery below.")

@@ -145,6 +145,11 @@ class StepProgress(Callback):
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._close()
 
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self._shown.close()  # Lightning calls no `teardown` then
+
 
 def quiet_lightning() -> None:
     """Suppress Lightning's notices that do not help a Refract user: available hardware, tips, loader advice."""
