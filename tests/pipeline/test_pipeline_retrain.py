@@ -162,6 +162,7 @@ class Retraining:
             file.rename(target)
 
 
+@pytest.mark.timeout(1200)
 def test_fifteen_runs(tmp_path: Path, new_tracking: Path) -> None:
     shutil.copy(new_tracking, tmp_path)
     retraining = Retraining(tmp_path)

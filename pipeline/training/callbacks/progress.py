@@ -140,15 +140,10 @@ class StepProgress(Callback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        self._close()
+        self._close()  # Lightning calls no `teardown` then
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         self._close()
-
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
-        self._shown.close()  # Lightning calls no `teardown` then
 
 
 def quiet_lightning() -> None:
