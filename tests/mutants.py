@@ -1,7 +1,7 @@
 """Measure which faults the tests catch: change one expression or statement of a copy of the repository, and run the tests of its module.
 
 A seed draws the mutants. A mutant's test files are those named after its module, then those that import it, directly or through
-other modules; short files run first, until a test fails. That test must pass without the change, else the mutant counts as `unclear`.
+other modules, short ones first, up to a minute in all. A test that fails must pass without the change, else the mutant is `unclear`.
 `tests/mutants.json` lists accepted survivors with their reason.
 """
 
@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,15 +20,16 @@ import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, zip_longest
+from itertools import accumulate, chain, zip_longest
 from pathlib import Path
 
 from mutations import Mutant, mutants_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("augment", "models", "pipeline", "serve", "refract")
-FILES = 4  # test files for each mutant
-SLOW_FACTOR, START_SECONDS = 5, 120  # a test file ends after 5 times its usual seconds, plus the imports: endless loops
+SECONDS = 60  # of tests for each mutant, by tests/durations.json
+# A change may cause an endless loop: the tests of a mutant stop after 5 times their usual seconds, plus time for the imports.
+SLOW_FACTOR, START_SECONDS = 5, 120
 
 
 def draw(packages: list[str], count: int, seed: int) -> list[Mutant]:
@@ -72,9 +74,8 @@ class TestFiles:
         ]
         self.seconds: dict[str, float] = json.loads((ROOT / "tests/durations.json").read_text("utf-8"))
         modules = {module_name(file): file for package in PACKAGES for file in sources(package)}
-        self.importers = {
-            name: {name.rpartition(".")[0]} for name in modules
-        }  # a package may import its modules by name
+        # A package may import its modules by name.
+        self.importers = {name: {name.rpartition(".")[0]} for name in modules}
         for name, file in [*modules.items(), *zip(self.tests, self.tests, strict=True)]:
             for imported in imports(file) & modules.keys():
                 self.importers[imported].add(name)
@@ -86,12 +87,11 @@ class TestFiles:
         for distance in range(1, 6):
             reached |= set().union(*(self.importers.get(name, set()) for name in reached))
             distances = {**{name: distance for name in reached if name.endswith(".py")}, **distances}
-            if len(distances) >= FILES:
+            if sum(self.seconds.get(test, 0.0) for test in distances) > SECONDS:
                 break
-        return sorted(distances, key=lambda test: (distances[test], self.seconds.get(test, 0.0), test))[:FILES]
-
-    def limit(self, file: str) -> float:
-        return SLOW_FACTOR * self.seconds.get(file, 0.0) + START_SECONDS
+        files = sorted(distances, key=lambda test: (distances[test], self.seconds.get(test, 0.0), test))
+        ends = accumulate(self.seconds.get(test, 0.0) for test in files)
+        return files[: max(1, sum(end <= SECONDS for end in ends))]
 
 
 def copy_tree(target: Path) -> Path:
@@ -104,9 +104,9 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
-def failing_test(tree: Path, test: str, limit: float) -> str | None:
-    """Run a test file or a single test; return the first test that failed or took too long, or None."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", test]
+def failing_test(tree: Path, tests: list[str], limit: float) -> str | None:
+    """Run test files or single tests; return the first test that failed, `timeout` if they took too long, or None."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         streams = {"stdout": output, "stderr": output}
@@ -114,30 +114,30 @@ def failing_test(tree: Path, test: str, limit: float) -> str | None:
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            return test
+            return "timeout"
         finally:  # servers that the tests started may outlive them
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
-        failed = [line.split(" ")[1].strip() for line in output if line.startswith(("FAILED ", "ERROR "))]
-    return None if status in (0, 5) else (failed or [test])[0]  # 5: no test was selected
+        lines = [line.partition(" ")[2] for line in output if line.startswith(("FAILED ", "ERROR "))]
+    failed = [re.split(r"\[| - ", line)[0].strip() for line in lines]  # without the values of a parametrised test
+    return None if status in (0, 5) else (failed or tests)[0]  # 5: no test was selected
 
 
 def examine(tree: Path, mutant: Mutant, test_files: TestFiles) -> tuple[str, str]:
     """Return caught or unclear with the test that failed, or survived with the test files that passed."""
-    target = tree / mutant.file
+    target, files = tree / mutant.file, test_files.of(mutant.file)
+    limit = SLOW_FACTOR * sum(test_files.seconds.get(file, 0.0) for file in files) + START_SECONDS
     original = target.read_text("utf-8")
-    files = test_files.of(mutant.file)
-    for file in files:
-        target.write_text(mutant.apply(original), "utf-8")
-        try:
-            failed = failing_test(tree, file, test_files.limit(file))
-        finally:
-            target.write_text(original, "utf-8")
-        if failed:
-            return ("unclear" if failing_test(tree, failed, test_files.limit(file)) else "caught"), failed
-    return "survived", " ".join(files)
+    target.write_text(mutant.apply(original), "utf-8")
+    try:
+        failed = failing_test(tree, files, limit)
+    finally:
+        target.write_text(original, "utf-8")
+    if failed is None:
+        return "survived", " ".join(files)
+    return ("unclear" if failing_test(tree, files if failed == "timeout" else [failed], limit) else "caught"), failed
 
 
 def main(argv: list[str] | None = None) -> int:
