@@ -1,7 +1,8 @@
 """Measure which faults the tests catch: change one expression or statement of a copy of the repository, and run the tests of its module.
 
-A seed draws the mutants. A mutant's test files are those named after its module, then those that import it, directly or through
-other modules, short ones first, up to a minute in all. A test that fails must pass without the change, else the mutant is `unclear`.
+A seed draws the mutants. The test files of a mutant are those named after its module, then those with a test named after it or that
+import it, directly or through other modules; short files first, up to a minute in all. A test that fails must pass without the change,
+else the mutant counts as `unclear`.
 `tests/mutants.json` lists accepted survivors with their reason.
 """
 
@@ -66,7 +67,7 @@ def imports(file: str) -> set[str]:
 
 
 class TestFiles:
-    """The test files of a module: those with its name, then by the number of imports to it, then by their seconds."""
+    """The test files of a module: those with its name, then by the number of imports to it (1 for a test's name), then by their seconds."""
 
     def __init__(self) -> None:
         self.tests = [
@@ -83,6 +84,10 @@ class TestFiles:
     def of(self, file: str) -> list[str]:
         named = f"test_{Path(file).parts[0]}_{Path(file).stem}"
         distances = {test: 0 for test in self.tests if f"{Path(test).stem}_".startswith(f"{named}_")}
+        test_name = re.compile(rf"^def test_(\w+_)?{Path(file).stem}_", re.MULTILINE)
+        for test in self.tests:
+            if Path(test).parts[1] == Path(file).parts[0] and test_name.search((ROOT / test).read_text("utf-8")):
+                distances.setdefault(test, 1)
         reached = {module_name(file)}
         for distance in range(1, 6):
             reached |= set().union(*(self.importers.get(name, set()) for name in reached))
