@@ -134,8 +134,9 @@ def test_the_visible_fraction_is_that_of_the_area() -> None:
     np.testing.assert_allclose(visible, [0.5, 0, 1, 0])
     np.testing.assert_allclose(boxes, [[40, 0, 10, 20], [0, 0, 0, 0], [0, 0, 10, 10], [0, 0, 0, 0]])
     assert boxes.dtype == visible.dtype == np.float32
-    empty, none = NONE.apply_boxes(crop, np.empty((0, 4)))
-    assert empty.shape == (0, 4) and none.shape == (0,)
+    for no_boxes in (np.empty((0, 4)), []):
+        empty, none = NONE.apply_boxes(crop, no_boxes)
+        assert empty.shape == (0, 4) and none.shape == (0,)
     turn = Plan((100, 100), (Step("Rotate", {"angle": 45.0}),))
     _, (visible,) = NONE.apply_boxes(turn, [[0, 0, 100, 100]])
     assert visible == pytest.approx(2 * np.sqrt(2) - 2, abs=1e-6), (

@@ -138,6 +138,12 @@ def test_equals_pass_however_many_classes_there_are() -> None:
         assert not {name for name in failed(judged(held, new, old)) if name.startswith("recall")}
 
 
+def test_a_class_without_a_sample_in_the_holdout_fails_the_gate() -> None:
+    held = holdout(3, 0)
+    line = judged(held, answers(held), None)["recall c1"]
+    assert line.passed is False and line.told == "the holdout has no sample of it"
+
+
 def test_robustness_and_latency_fail_above_their_bounds() -> None:
     held = holdout(10)
     old = answers(held, error=0.2)
