@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Python keeps what it compiled, whatever the shell says: else each process of the suite compiles the tests and Refract anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo docs reference test test-durations test-fast test-postgres mutants lint image-check gpu-wheels gpu-check install lock clean
+.PHONY: demo docs reference test test-durations test-fast test-postgres mutants lint image-check gpu-wheels gpu-check release install lock clean
 
 demo: install
 	$(BIN)/refract demo
@@ -50,6 +50,10 @@ docs: install
 # Writes the pages of docs/reference/ that follow from the code; a test reports pages that were not written again.
 reference: install
 	$(BIN)/python docs/make_reference.py
+
+# Builds the source distribution and the wheel into dist/ and checks them. Publishes nothing.
+release: install
+	$(BIN)/python deploy/release.py
 
 # Builds the image for CPUs (downloads 3.2 GB), looks into it, and asks the server in it.
 image-check: install
