@@ -5,11 +5,11 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from refract.errors import InputError
 from refract.models.credentials import masked_values
@@ -242,6 +242,10 @@ def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
     where: name of the config's source; overridden: keys set on the command line.
     """
     model, trainer = config.model, config.trainer
+    for key, words in _nulls(config):
+        raise ConfigError(
+            f"{'command line' if key in overridden else where}: {key}: null is not accepted; expected {words}"
+        )
     rules = chain.from_iterable(section.rules() for section in (config.data, trainer, config.tracking, config.gate))
     for key, value, holds, expected in rules:
         if not holds:
@@ -263,6 +267,16 @@ def _check(config: Config, where: str, overridden: frozenset[str]) -> None:
         raise ConfigError(f"{where}: the sum of text.drop_image and text.drop_text is above 1; it is at most 1")
     if trainer.ema and trainer.swa_start is not None:
         raise ConfigError(f"{where}: trainer.ema and trainer.swa_start both average the weights; remove one of them")
+
+
+def _nulls(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield each key that is null although its type has no null, and the accepted values: jsonargparse lets null pass."""
+    for name in (item.name for item in fields(Config)):
+        section = getattr(config, name)
+        for item in fields(section) if is_dataclass(section) else ():
+            if getattr(section, item.name) is None and item.type is not Any and type(None) not in get_args(item.type):
+                default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+                yield f"{name}.{item.name}", accepted(item) or f"a value such as {_as_yaml(default)}"
 
 
 def check_loss(config: Config, where: str) -> None:

@@ -173,6 +173,21 @@ def test_a_config_is_changed_only_in_a_copy() -> None:
             setattr(section, fields(section)[0].name, None)
 
 
+def test_null_is_refused_by_name_where_a_key_has_no_null() -> None:
+    for section in (item for item in fields(Config) if is_dataclass(item.default_factory)):
+        for item in fields(section.default_factory):
+            try:
+                config = config_from_dict({section.name: {item.name: None}})
+            except ConfigError as error:
+                assert f"{section.name}.{item.name}" in str(error), error
+            else:
+                assert "None" in str(item.type), f"{section.name}.{item.name}: {getattr(config, section.name)}"
+    with pytest.raises(
+        ConfigError, match=r"config: trainer\.runs_dir: null is not accepted; expected a value such as runs"
+    ):
+        config_from_dict({"trainer": {"runs_dir": None}}, where="the config")
+
+
 def test_a_section_of_another_type_is_named() -> None:
     for value in (3, "x", [1], True):
         with pytest.raises(ConfigError, match="optim: got .*; expected a section with keys such as name, lr, "):
