@@ -28,7 +28,7 @@ test-fast: install
 test-postgres: install
 	$(BIN)/python -m pytest tests/pipeline/test_pipeline_postgres.py
 
-# Changes one expression at a time in a copy of the repository and reports the changes that no test notices. A mutant took 15 to 140
+# Changes one expression at a time in a copy of the repository and reports the changes that no test notices. A mutant took 6 to 174
 # seconds on two busy cores, so the 40 of a run take about an hour; tests/mutants.py --help lists the options.
 MUTANTS_OPTIONS ?= --count 40 --seed 0
 
