@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Python keeps what it compiled, whatever the shell says: else each process of the suite compiles the tests and Refract anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo docs reference test test-durations test-fast test-postgres mutants lint image-check gpu-wheels gpu-check release install lock clean
+.PHONY: demo docs reference test test-durations test-fast test-postgres mutants lint image-check gpu-wheels gpu-check screenshots release install lock clean
 
 demo: install
 	$(BIN)/refract demo
@@ -50,6 +50,13 @@ docs: install
 # Writes the pages of docs/reference/ that follow from the code; a test reports pages that were not written again.
 reference: install
 	$(BIN)/python docs/make_reference.py
+
+# Draws all images of the documentation, those of the web page, the report and MLflow in light and dark; needs Chromium (Debian's package chromium).
+screenshots: install
+	$(BIN)/python docs/make_preview.py
+	$(BIN)/python docs/make_gallery.py
+	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python docs/make_screenshots.py
 
 # Builds the source distribution and the wheel into dist/ and checks them. Publishes nothing.
 release: install

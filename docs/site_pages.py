@@ -20,7 +20,8 @@ PAGES = {
     "SECURITY.md": "security.md",
 }
 """Markdown file of the repository → page of the site."""
-LINK = re.compile(r"(?<=\]\()(?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]+)?(?=\))")
+LINK = re.compile(r"""(?:(?<=\]\()|(?<=\bsrc=")|(?<=\bsrcset="))(?!https?:|mailto:|#)([^)"#\s]+)(#[^)"\s]+)?(?=[)"])""")
+"""The target of a Markdown link, or of the images in a `<picture>`, which has one for light and one for dark."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -50,7 +50,7 @@ GLOSSARY = {
 PATTERN = re.compile(
     "|".join(f"(?P<g{i}>\\b(?:{word})\\b)".replace(" ", r"\s+") for i, word in enumerate(GLOSSARY)), re.IGNORECASE
 )
-CODE = re.compile(r"`[^`]*`|\{[{%].*?[}%]\}|(?<=\]\()[^)\s]+")
+CODE = re.compile(r"`[^`]*`|\{[{%].*?[}%]\}|(?<=\]\()[^)\s]+|</?picture>")
 """Names in backticks, expressions of templates and targets of links: code, not words."""
 TEXTS = {".md", ".yaml", ".yml", ".html"}
 

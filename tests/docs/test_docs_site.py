@@ -31,6 +31,17 @@ def test_the_pages_load_nothing_from_elsewhere(site: Path) -> None:
         assert [address for address in addresses if address.startswith(("http", "//"))] == [], page
 
 
+def test_the_images_for_light_and_dark_are_in_the_site(site: Path) -> None:
+    pictures = {
+        (page.parent / image).resolve().relative_to(site.resolve()).as_posix()
+        for page in site.rglob("*.html")
+        for picture in re.findall(r"<picture>.*?</picture>", page.read_text("utf-8"), re.DOTALL)
+        for image in re.findall(r'\b(?:src|srcset)="([^"]+)"', picture)
+    }
+    assert {"page.png", "page-dark.png", "report-dark.png", "mlflow-dark.png"} <= pictures
+    assert [image for image in pictures if not (site / image).is_file()] == []
+
+
 def test_the_search_works_from_files(site: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api")
     if (chromium := shutil.which("chromium")) is None:
