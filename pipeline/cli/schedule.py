@@ -52,10 +52,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.list == (args.config is not None):
         parser.error("expected either CONFIG or --list")
-    if args.keep < 1 or (args.grace_s is not None and not 0 < args.grace_s < 1e9):
-        parser.error(
-            f"--keep {args.keep}, --grace-s {args.grace_s}: expected at least 1, and seconds above 0 and below 1e9"
-        )
+    if args.keep < 1:
+        parser.error(f"--keep {args.keep}: expected at least 1")
+    if args.grace_s is not None and not 0 < args.grace_s < 1e9:
+        parser.error(f"--grace-s {args.grace_s:g}: expected seconds above 0 and below 1e9")
     if args.list:
         return console.run("schedule", lambda: _list(args.state))
     if args.forget:

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.retraining.aliases import Busy, PromotionError, RolledBack, aliases, promote, rollback
-from refract.pipeline.retraining.steps import Outcome, RetrainingError, _key, announce, begin
+from refract.pipeline.retraining.steps import STEPS, Outcome, RetrainingError, _key, begin
 from refract.pipeline.retraining.steps import promote as step
 from refract.pipeline.retraining.workspace import read_run, workspace_of, write_run
 
@@ -327,7 +327,7 @@ def ended(retraining_run: tuple[Config, Path]) -> tuple[dict[str, Any], bool]:
     """Finish the run. Returns (its record, whether it is recorded as the last run)."""
     config, folder = retraining_run
     step(folder)
-    announce(folder)
+    STEPS[-1](folder)
     return read_run(folder), workspace_of(config).last() is not None
 
 

@@ -276,7 +276,7 @@ def test_the_multi_label_report_has_galleries_of_errors_and_near_duplicates(tmp_
     near = [(samples[0], samples[1])]
     report = make_report("r", found, tuple(COLORS), facts={}, precision=0.95, abstain_below=None, near=near)
     errors = report.galleries["Most confident errors"]
-    off = np.abs(found.probabilities - found.truth)[found.answers != found.truth].max()
+    off = np.abs(found.probabilities - found.truth)[found.predicted != found.truth].max()
     assert f"missed {1 - off:.0%}" in errors[0]["caption"] or f"{off:.0%}, labelled" in errors[0]["caption"]
     (pair,) = report.galleries["Near-duplicates of training images"]
     assert pair["caption"] == "blue ~ blue" and pair["src"].startswith("data:image/jpeg")

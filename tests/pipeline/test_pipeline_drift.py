@@ -251,7 +251,7 @@ def test_texts_alone_and_beside_images_have_features_and_lengths(tmp_path: Path)
     write_image(tmp_path / "a.png", scene("red", 0))
     samples = [Sample("t", (), text=f"words {i}", has_image=False) for i in range(30)]
     samples += [Sample(str(tmp_path / "a.png"), (), text="a caption") for _ in range(5)]
-    kinds = {"task": "multiclass", "labels": tuple(COLORS), "progress": False}
+    kinds = {"task": "multiclass", "labels": tuple(COLORS)}
     one = profile(texts, Preprocess(32, 32), samples, **kinds).profile
     assert one.features.shape == (35, 16) and set(one.statistics) == {"characters"}
     two = profile(both, Preprocess(32, 32), samples, **kinds).profile
