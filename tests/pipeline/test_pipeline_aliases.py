@@ -18,7 +18,6 @@ from mlflow import MlflowClient
 from refract.pipeline.config.config import Config, config_from_dict
 from refract.pipeline.retraining.aliases import Busy, PromotionError, RolledBack, aliases, promote, rollback
 from refract.pipeline.retraining.steps import STEPS, Outcome, RetrainingError, _key, begin
-from refract.pipeline.retraining.steps import promote as step
 from refract.pipeline.retraining.workspace import read_run, workspace_of, write_run
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
@@ -326,7 +325,7 @@ def retraining_run(model: tuple[MlflowClient, str], registry: str, tmp_path: Pat
 def ended(retraining_run: tuple[Config, Path]) -> tuple[dict[str, Any], bool]:
     """Finish the run. Returns (its record, whether it is recorded as the last run)."""
     config, folder = retraining_run
-    step(folder)
+    STEPS[-2](folder)
     STEPS[-1](folder)
     return read_run(folder), workspace_of(config).last() is not None
 
@@ -367,7 +366,7 @@ def test_a_run_that_cannot_get_the_lock_resumes_later(
     with monkeypatch.context() as impatient:
         impatient.setattr("refract.pipeline.retraining.aliases.PATIENCE_S", -1.0)
         with pytest.raises(RetrainingError, match="other processes keep moving the aliases"):
-            step(folder)
+            STEPS[-2](folder)
     assert "ends" not in read_run(folder)
     client.delete_registered_model(f"{name}.promoting")
     assert ended(retraining_run)[0]["outcome"] == Outcome.PROMOTED
