@@ -45,7 +45,7 @@ def test_a_heat_map_equals_that_of_the_cpu(bundle: Bundle, device: str) -> None:
 
 def test_features_for_drift_equal_those_of_the_cpu(bundle: Bundle, images: Path, device: str) -> None:
     manifest = load_manifest(images)
-    asked = {"task": "multiclass", "labels": manifest.labels, "temperature": TEMPERATURE, "progress": False}
+    asked = {"task": "multiclass", "labels": manifest.labels, "temperature": TEMPERATURE}
     preprocess = Preprocess(SIDE, SIDE)
     expected = profile(bundle.classifier("cpu"), preprocess, manifest.samples, **asked).profile
     found = profile(bundle.classifier(torch.device(device)), preprocess, manifest.samples, **asked).profile

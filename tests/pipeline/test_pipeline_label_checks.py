@@ -22,11 +22,12 @@ from refract.pipeline.drift.thresholds import Threshold
 from refract.pipeline.retraining.data_checks import disagreed, lowered_if_drifted, new_samples
 from refract.pipeline.retraining.label_checks import LabelChanges, _more_errors, label_changes, listed
 from refract.pipeline.retraining.snapshot import Snapshot, accept, read_snapshot, take
-from refract.pipeline.retraining.steps import Outcome, begin, snapshot, validate
+from refract.pipeline.retraining.steps import STEPS, Outcome, begin
 from refract.pipeline.retraining.workspace import read_run, workspace_of, write
 
 IMAGES, TEXTS = frozenset({"images"}), frozenset({"texts"})
 NAMES = tuple(sorted(COLORS))
+snapshot, validate = STEPS[:2]
 WARN_AND_STOP = Threshold(0.05, 0.25)
 
 
