@@ -274,7 +274,8 @@ def _create(client: Any, lock: str, holder: str) -> bool:
     try:
         client.create_registered_model(lock, tags={"holder": holder})
     except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+        # MLflow looks an existing model up for its message, and does not find it if the lock was released in between.
+        if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
             raise
         return False
     return True

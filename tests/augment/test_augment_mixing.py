@@ -95,5 +95,5 @@ def test_repeats_of_a_sample_are_mixed_differently() -> None:
     assert torch.equal(one[0], other[0]) and not torch.equal(one[1:], other[1:])
     assert len({round(float(weight), 4) for weight in targets.diagonal()}) > COUNT // 2
     for numbers in ([1], range(COUNT + 1)):
-        with pytest.raises(ValueError, match=f"{COUNT} images, but {len(numbers)} indices"):
+        with pytest.raises(ValueError, match=f"got {COUNT} images, {len(numbers)} indices"):
             augmenter.mix(IMAGES, ONE_HOT, epoch=0, indices=numbers)

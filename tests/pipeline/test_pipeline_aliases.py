@@ -287,6 +287,24 @@ def test_a_lock_whose_creation_was_never_answered_is_ones_own(model: tuple[Mlflo
     assert not locks(client, name)
 
 
+def test_a_lock_that_is_released_while_mlflow_reports_it_is_taken(model: tuple[MlflowClient, str]) -> None:
+    client, name = model
+    calls = []
+
+    class ReleasedInBetween:
+        def __getattr__(self, called: str) -> Any:
+            return getattr(client, called)
+
+        def create_registered_model(self, lock: str, tags: dict[str, str]) -> None:
+            calls.append(lock)
+            if len(calls) == 1:
+                client.get_registered_model("no such model")  # as MLflow's store does for its message
+            client.create_registered_model(lock, tags=tags)
+
+    promote(ReleasedInBetween(), name, "2", instead_of="1")
+    assert aliases(client, name)["champion"] == "2" and len(calls) == 2
+
+
 def test_who_went_back_is_not_overruled_but_by_a_person(model: tuple[MlflowClient, str]) -> None:
     client, name = model
     promote(client, name, "2", instead_of="1")

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ def test_a_further_rank_joins_the_training_of_rank_0(
     assert read_run(folder).keys() == {"run", "force", "began"}, "rank 0 writes the record"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where a shell started the tests in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_a_step_without_counting_the_attempt(
     file: Path, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
@@ -85,6 +95,7 @@ def test_a_signal_stops_a_step_without_counting_the_attempt(
     assert read_run(folder)["attempts"] == 0
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_in_a_training_stops_the_run(
     file: Path, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
