@@ -113,7 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit code: 0 done, 1 failed, 2 invalid input; docs/reference/exit-codes.md lists all.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # `refract predict … | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 — the interpreter flushes it on exit
+        return 0
+
+
+def _main(arguments: list[str]) -> int:
     if arguments and arguments[0].partition("=")[0] == "--plugin":
         return _main_with_plugins(arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -171,9 +178,6 @@ def _run(command: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("\nrefract: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `refract predict … | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 — the interpreter flushes it on exit
-        return 0
 
 
 def _main_with_plugins(arguments: list[str]) -> int:
@@ -201,7 +205,7 @@ def _main_with_plugins(arguments: list[str]) -> int:
         place = f"`refract {name} --plugin FILE …`, or the key plugins of its config"
         print(f"refract --plugin: {name} is not a command of these plugins; use {place}", file=sys.stderr)
         return 2
-    return main(arguments)
+    return _main(arguments)
 
 
 def _set_environment(command: str) -> None:

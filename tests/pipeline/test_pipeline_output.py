@@ -1,11 +1,13 @@
 """--quiet, --verbose, --json and NO_COLOR mean the same for every command."""
 
 import importlib
+import io
 import json
 import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,17 @@ def test_verbose_shows_where_an_error_was_raised(capsys: pytest.CaptureFixture[s
     assert short.returncode == 2 and "Traceback" not in short.stderr and "Rotate" in short.stderr
     long = subprocess.run([*command, "--verbose"], capture_output=True, text=True, check=False)
     assert long.returncode == 2 and "Traceback" in long.stderr and "refract ops: no op" in long.stderr
+
+
+class ClosedPipe(io.StringIO):
+    def write(self, _: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("ops",), ("ops", "--help")])
+def test_a_reader_that_closes_the_pipe_ends_the_command(
+    arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `refract ops | head` does."""
+    monkeypatch.setattr(sys, "stdout", ClosedPipe())
+    assert main(arguments) == 0
