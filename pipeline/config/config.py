@@ -5,7 +5,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -275,7 +275,7 @@ def _nulls(config: Config) -> Iterator[tuple[str, str]]:
         section = getattr(config, name)
         for item in fields(section) if is_dataclass(section) else ():
             if getattr(section, item.name) is None and item.type is not Any and type(None) not in get_args(item.type):
-                default = item.default if item.default is not MISSING else item.default_factory()  # type: ignore[misc]
+                default = getattr(type(section)(), item.name)
                 yield f"{name}.{item.name}", accepted(item) or f"a value such as {_as_yaml(default)}"
 
 
