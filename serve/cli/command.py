@@ -231,9 +231,9 @@ def _challenge(config: ServeConfig, build: "Build") -> "Challenge | None":
         if follow:
             retry = f"looks it up again every {config.poll_s:g} s"
         _report(f"{config.origin('challenger')}: {err}; the server starts without a challenger and {retry}")
-    share = config.shadow if config.canary is None else config.canary
-    assert share is not None
-    return Challenge(engine, share, config.canary is not None, follow)
+    fraction = config.shadow if config.canary is None else config.canary
+    assert fraction is not None
+    return Challenge(engine, fraction, config.canary is not None, follow)
 
 
 def _traces(config: ServeConfig) -> "TracerProvider | None":
@@ -259,7 +259,7 @@ def _sampling(config: ServeConfig) -> "DataCapture | None":
         return None
     most = int(config.sample_mb * MIB)
     try:
-        return DataCapture(config.sample, share=config.sample_share, most_bytes=most, below=config.sample_below)
+        return DataCapture(config.sample, fraction=config.sample_fraction, most_bytes=most, below=config.sample_below)
     except OSError as err:
         raise InvalidOptionError(f"{config.origin('sample')}: {config.sample}: {err.strerror}") from err
 

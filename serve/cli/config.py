@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from refract.serve.cli.values import number, path_prefix, switch, web_origin, whole
+from refract.serve.cli.values import integer, number, path_prefix, switch, web_origin
 from refract.serve.requests.limits import MIB, Limits
 from refract.serve.runtime.backends import NAMES
 from refract.serve.runtime.settings import ServiceSettings
@@ -43,13 +43,13 @@ class ServeConfig:
         metadata=_option("the folder of a bundle, models:/NAME@ALIAS or models:/NAME/VERSION", metavar="SOURCE"),
     )
     host: str = field(default="127.0.0.1", metadata=_option("address to listen on"))
-    port: int = field(default=8000, metadata=_option("port to listen on; 0 selects a free one", whole(0, 65535)))
+    port: int = field(default=8000, metadata=_option("port to listen on; 0 selects a free one", integer(0, 65535)))
     device: str = field(
         default="auto",
         metadata=_option("where the network runs: auto, cpu, cuda, a list such as cuda:0,cuda:1, or all for every GPU"),
     )
     replicas: int = field(
-        default=1, metadata=_option("engines per device; on a CPU they share its cores", whole(1, 256), "N")
+        default=1, metadata=_option("engines per device; on a CPU they share its cores", integer(1, 256), "N")
     )
     backend: str = field(
         default="auto",
@@ -68,7 +68,7 @@ class ServeConfig:
         ),
     )
     max_batch: int = field(
-        default=ServiceSettings.max_batch, metadata=_option("most images in one batch", whole(1, 65536), "N")
+        default=ServiceSettings.max_batch, metadata=_option("most images in one batch", integer(1, 65536), "N")
     )
     max_wait_ms: float = field(
         default=ServiceSettings.max_wait_ms, metadata=_option("longest wait for a batch to fill", number(0, 1e5), "MS")
@@ -88,7 +88,7 @@ class ServeConfig:
         metadata=_option(
             "fraction of the requests that the challenger also predicts; metrics count its agreement",
             number(0, 1, above=True),
-            "SHARE",
+            "FRACTION",
         ),
     )
     canary: float | None = field(
@@ -96,12 +96,12 @@ class ServeConfig:
         metadata=_option(
             "fraction of the requests that the challenger answers in place of the first model",
             number(0, 1, above=True),
-            "SHARE",
+            "FRACTION",
         ),
     )
     max_requests: int = field(
         default=ServiceSettings.max_requests,
-        metadata=_option("most requests in flight; further ones receive 429", whole(1, 65536), "N"),
+        metadata=_option("most requests in flight; further ones receive 429", integer(1, 65536), "N"),
     )
     deadline_s: float = field(
         default=ServiceSettings.deadline_s,
@@ -122,7 +122,7 @@ class ServeConfig:
         default=75,
         metadata=_option(
             "seconds that an idle connection stays open; more than the idle timeout of the load balancer in front",
-            whole(1, 86400),
+            integer(1, 86400),
             "S",
         ),
     )
@@ -159,7 +159,7 @@ class ServeConfig:
     metrics_port: int | None = field(
         default=None,
         metadata=_option(
-            "serve Prometheus metrics at /metrics on this port; 0 selects a free one", whole(0, 65535), "PORT"
+            "serve Prometheus metrics at /metrics on this port; 0 selects a free one", integer(0, 65535), "PORT"
         ),
     )
     traces: str | None = field(
@@ -174,12 +174,12 @@ class ServeConfig:
             "store a sample of the requests in this folder, for `refract drift` and for labelling", Path, "DIR"
         ),
     )
-    sample_share: float = field(
+    sample_fraction: float = field(
         default=0.01,
         metadata=_option(
             "fraction of the images that are sampled; their statistics and predictions are stored",
             number(0, 1, above=True),
-            "SHARE",
+            "FRACTION",
         ),
     )
     sample_mb: float = field(
@@ -201,7 +201,7 @@ class ServeConfig:
         default=Limits.max_body_bytes / MIB, metadata=_option("largest request body, in MiB", number(0.001, 1e5), "MB")
     )
     max_pixels: int = field(
-        default=Limits.max_pixels, metadata=_option("largest image, in pixels", whole(1, 2**31), "N")
+        default=Limits.max_pixels, metadata=_option("largest image, in pixels", integer(1, 2**31), "N")
     )
     origins: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
@@ -217,7 +217,7 @@ class ServeConfig:
             names = [name for name in ("challenger", "shadow", "canary") if getattr(self, name) is not None]
             given = ", ".join(map(self.origin, names))
             raise ValueError(
-                f"--challenger SOURCE needs exactly one of --shadow SHARE and --canary SHARE; given: {given}"
+                f"--challenger SOURCE needs exactly one of --shadow FRACTION and --canary FRACTION; given: {given}"
             )
 
     def origin(self, name: str) -> str:

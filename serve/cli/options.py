@@ -18,6 +18,9 @@ CONFIG = "config"
 READ = {CONFIG: Option("read options from this YAML file", Path, "FILE", many=False), **OPTIONS}
 """The options of the command line and of the environment. A file does not name another file."""
 
+FORMER_FLAGS = {"sample_fraction": "--sample-share"}
+"""Option → its name on the command line in earlier versions, which is accepted."""
+
 SET_ELSEWHERE = (
     "An option such as --max-batch can also be the variable REFRACT_SERVE_MAX_BATCH, or the key max_batch of the file of --config; "
     "the command line precedes the environment, the environment precedes the file."
@@ -60,15 +63,15 @@ def _add(parser: argparse.ArgumentParser, name: str, option: Option) -> None:
     default = DEFAULTS.get(name)
     has_default = default is not None and default is not False and default not in ("", ())
     text = f"{option.help} (default: {default})" if has_default else option.help
-    flag = f"--{name.replace('_', '-')}"
+    flags = [f"--{name.replace('_', '-')}", *([FORMER_FLAGS[name]] if name in FORMER_FLAGS else [])]
     if name == "source":
         parser.add_argument(name, nargs="?", metavar=option.metavar, help=text)
     elif option.parse is switch:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        parser.add_argument(*flags, action=argparse.BooleanOptionalAction, help=text)
     elif option.many:
-        parser.add_argument(flag, type=_typed(option), nargs="+", action="extend", metavar=option.metavar, help=text)
+        parser.add_argument(*flags, type=_typed(option), nargs="+", action="extend", metavar=option.metavar, help=text)
     else:
-        parser.add_argument(flag, type=_typed(option), metavar=option.metavar, help=text)
+        parser.add_argument(*flags, type=_typed(option), metavar=option.metavar, help=text)
 
 
 def _typed(option: Option) -> Callable[[str], Any]:

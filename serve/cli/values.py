@@ -6,7 +6,7 @@ from collections.abc import Callable
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
+def integer(low: int, high: int) -> Callable[[str], int]:
     """Return a parser of whole numbers in [low, high]."""
 
     def parse(text: str) -> int:

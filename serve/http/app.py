@@ -245,7 +245,7 @@ def _challenger(challenger: Challenger | None) -> dict[str, Any] | None:
         return None
     bundle, challenge = challenger.worker.engine.bundle, challenger.challenge
     model = {"name": bundle.info.name, "digest": bundle.digest}
-    return model | {"share": challenge.share, "answers": challenge.answers}
+    return model | {"share": challenge.fraction, "answers": challenge.answers}
 
 
 def _description(engine: Engine) -> dict[str, Any]:

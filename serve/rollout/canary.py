@@ -12,17 +12,17 @@ SHADOWS = 8
 
 @dataclass(frozen=True)
 class Challenge:
-    """The settings of a challenger. engine: its engine, None until it is loaded; share: fraction of the requests, in (0, 1];
+    """The settings of a challenger. engine: its engine, None until it is loaded; fraction: of the requests, in (0, 1];
     answers: True for a canary, False for a shadow, whose agreement is only counted; follow: its registry name to poll, if any."""
 
     engine: Engine | None
-    share: float
+    fraction: float
     answers: bool
     follow: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"Challenge: share={self.share} must be in (0, 1]")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"Challenge: fraction={self.fraction} must be in (0, 1]")
 
 
 class Challenger:
@@ -33,4 +33,4 @@ class Challenger:
 
     def chosen(self) -> bool:
         """Draw whether the challenger gets this request. False while its engine fails its self-test."""
-        return random.random() < self.challenge.share and not self.worker.unfit
+        return random.random() < self.challenge.fraction and not self.worker.unfit

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 WAITING, WAITING_BYTES = 256, 32 * 1024 * 1024
 """Most samples that wait for the writing thread, and most of their bytes. Further samples are dropped."""
 
-ROWS_SHARE = 0.25
+ROWS_FRACTION = 0.25
 """Fraction of the disk quota for rows. The rest is for images."""
 
 STEP = 0.1
@@ -52,20 +52,26 @@ class _Sample(NamedTuple):
 
 
 class DataCapture:
-    """Writes a sample of the images and their predictions to `folder`. share: fraction of the images, in (0, 1]; most_bytes: disk quota of
+    """Writes a sample of the images and their predictions to `folder`. fraction: of the images, in (0, 1]; most_bytes: disk quota of
     the folder; below: the confidence under which an image's file is stored, 0 for none. count: called with `kept`, `dropped` or `failed`
     for each sample. OSError if the folder is not writable."""
 
     def __init__(
-        self, folder: Path, *, share: float, most_bytes: int, below: float, count: Callable[[str], None] | None = None
+        self,
+        folder: Path,
+        *,
+        fraction: float,
+        most_bytes: int,
+        below: float,
+        count: Callable[[str], None] | None = None,
     ) -> None:
-        self._share, self._below = share, below
+        self._fraction, self._below = fraction, below
         self.count: Callable[[str], None] = count or (lambda end: None)
         former, images = folder / "pictures", folder / "images"
         if former.is_dir() and not images.exists():
             former.rename(images)  # the folder of earlier versions, which counts towards the quota
-        self._rows = _Rows(_DiskQuota(folder, "inputs-*.jsonl", int(ROWS_SHARE * most_bytes)))
-        self._images = _DiskQuota(images, "[!.]*", most_bytes - int(ROWS_SHARE * most_bytes))
+        self._rows = _Rows(_DiskQuota(folder, "inputs-*.jsonl", int(ROWS_FRACTION * most_bytes)))
+        self._images = _DiskQuota(images, "[!.]*", most_bytes - int(ROWS_FRACTION * most_bytes))
         self._waiting: queue.Queue[_Sample | None] = queue.Queue(WAITING)
         self._held, self._lock, self._logged_at = 0, threading.Lock(), -QUIET_S
         self._thread = threading.Thread(target=self._run, name="sampling", daemon=True)
@@ -85,7 +91,7 @@ class DataCapture:
     def offer(self, bundle: Bundle, images: RequestImages, batch: np.ndarray, probabilities: np.ndarray) -> None:
         """Sample from an answered request. batch: the network's inputs, see `refract.serve.requests.multimodal_samples`. Call it on the
         event loop. It raises no errors: they are logged and counted."""
-        chosen = [i for i in range(len(probabilities)) if random.random() < self._share]
+        chosen = [i for i in range(len(probabilities)) if random.random() < self._fraction]
         if not chosen:
             return
         try:

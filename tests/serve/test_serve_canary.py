@@ -40,7 +40,7 @@ def test_a_shadow_predicts_each_request_and_its_agreement_is_counted(bundle, oth
         first.predict(first.preprocess(data)[None]).argmax() == second.predict(second.preprocess(data)[None]).argmax()
         for data in wanted
     )
-    app = create_app(bundle, challenge=Challenge(Engine(other), share=1, answers=False))
+    app = create_app(bundle, challenge=Challenge(Engine(other), fraction=1, answers=False))
     with serving(app) as client:
         for data in wanted:
             answer = client.post("/v1/predict", content=data)
@@ -53,7 +53,7 @@ def test_a_shadow_predicts_each_request_and_its_agreement_is_counted(bundle, oth
 
 
 def test_a_model_agrees_with_itself_with_flip_tta(bundle, serving, make_image) -> None:
-    app = create_app(bundle, challenge=Challenge(Engine(bundle), share=1, answers=False))
+    app = create_app(bundle, challenge=Challenge(Engine(bundle), fraction=1, answers=False))
     with serving(app) as client:
         client.post("/v1/predict?tta=flip", files=[("f", ("x.jpg", make_image(i))) for i in range(3)])
         assert wait_for(app, 3) == {"agreed": 3, "differed": 0}
@@ -71,7 +71,7 @@ class Held(Engine):
 
 def test_a_slow_shadow_delays_no_response(bundle, other, serving, make_image) -> None:
     Held.gate.set()
-    app = create_app(bundle, challenge=Challenge(Held(other), share=1, answers=False))
+    app = create_app(bundle, challenge=Challenge(Held(other), fraction=1, answers=False))
     with serving(app) as client:
         Held.gate.clear()
         for i in range(SHADOWS + 3):
@@ -84,7 +84,7 @@ def test_a_slow_shadow_delays_no_response(bundle, other, serving, make_image) ->
 
 def test_a_slow_shadow_does_not_delay_the_shutdown(bundle, other, serving, make_image) -> None:
     Held.gate.set()
-    app = create_app(bundle, challenge=Challenge(Held(other), share=1, answers=False))
+    app = create_app(bundle, challenge=Challenge(Held(other), fraction=1, answers=False))
     with serving(app) as client:
         Held.gate.clear()
         for i in range(3):
@@ -106,7 +106,7 @@ class Broken(Engine):
 
 def test_a_canary_answers_its_fraction_and_the_champion_answers_if_it_fails(bundle, other, serving, make_image) -> None:
     engine = Broken(other)
-    app = create_app(bundle, challenge=Challenge(engine, share=0.5, answers=True))
+    app = create_app(bundle, challenge=Challenge(engine, fraction=0.5, answers=True))
     with serving(app) as client:
 
         def digests(count: int) -> list[str]:
@@ -134,7 +134,7 @@ def test_an_unexpected_error_of_a_challenger_fails_no_request(
     def short(*_: object, **__: object) -> None:
         raise MemoryError
 
-    app = create_app(bundle, challenge=Challenge(engine, share=1, answers=answers))
+    app = create_app(bundle, challenge=Challenge(engine, fraction=1, answers=answers))
     with serving(app) as client:
         monkeypatch.setattr(engine, "preprocess", short)
         for path in ("/v1/predict", "/v1/predict?explain=true"):
@@ -145,7 +145,7 @@ def test_an_unexpected_error_of_a_challenger_fails_no_request(
 
 
 def test_an_invalid_request_is_not_a_failure_of_the_challenger(bundle, other, serving) -> None:
-    app = create_app(bundle, challenge=Challenge(Engine(other), share=1, answers=True))
+    app = create_app(bundle, challenge=Challenge(Engine(other), fraction=1, answers=True))
     with serving(app) as client:
         assert client.post("/v1/predict", content=b"no image").status_code == 400
         count = app.state.service.metrics.registry.get_sample_value
@@ -154,7 +154,7 @@ def test_an_invalid_request_is_not_a_failure_of_the_challenger(bundle, other, se
 
 def test_the_champion_answers_for_a_slow_canary(bundle, other, serving, make_image) -> None:
     Held.gate.set()
-    app = create_app(bundle, deadline_s=2, challenge=Challenge(Held(other), share=1, answers=True))
+    app = create_app(bundle, deadline_s=2, challenge=Challenge(Held(other), fraction=1, answers=True))
     with serving(app) as client, ThreadPoolExecutor(12) as pool:
         Held.gate.clear()
         try:
@@ -171,7 +171,7 @@ def test_the_server_starts_without_a_challenger_that_fails(
     strange = make_bundle(tmp_path / "strange", word="kind")
     wrong = make_bundle(tmp_path / "wrong", wrong=0.3)
     for bad, message in ((strange, "labels differ"), (wrong, "golden sample")):
-        with serving(create_app(bundle, challenge=Challenge(Engine(bad), share=1, answers=True))) as client:
+        with serving(create_app(bundle, challenge=Challenge(Engine(bad), fraction=1, answers=True))) as client:
             assert client.post("/v1/predict", content=make_image(1)).status_code == 200
             assert client.get("/v1/model").json()["challenger"] is None and message in caplog.text
 
@@ -194,17 +194,17 @@ def test_a_challenger_that_cannot_be_loaded_is_reported_with_the_next_step(
     )
 
 
-@pytest.mark.parametrize("share", [0, -1, 1.1, float("nan")])
-def test_a_share_outside_0_to_1_is_rejected(share: float) -> None:
+@pytest.mark.parametrize("fraction", [0, -1, 1.1, float("nan")])
+def test_a_fraction_outside_0_to_1_is_rejected(fraction: float) -> None:
     with pytest.raises(ValueError, match="must be in"):
-        Challenge(None, share=share, answers=True)
+        Challenge(None, fraction=fraction, answers=True)
 
 
 PIXELS = {"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}]}
 
 
 def test_a_canary_answers_no_request_for_a_version(bundle, other, serving) -> None:
-    app = create_app(bundle, challenge=Challenge(Engine(other), share=1, answers=True))
+    app = create_app(bundle, challenge=Challenge(Engine(other), fraction=1, answers=True))
     with serving(app) as client:
         champion, canary = bundle.digest[:16], other.digest[:16]
         answered_by = client.post("/v2/models/shapes/infer", json=PIXELS).json()["model_version"]

@@ -36,7 +36,7 @@ def asked(data: bytes) -> RequestImages:
 
 
 def test_captured_rows_match_the_responses(bundle, serving, make_image, tmp_path):
-    sampling = DataCapture(tmp_path / "log", share=1, most_bytes=MIB, below=0.4)
+    sampling = DataCapture(tmp_path / "log", fraction=1, most_bytes=MIB, below=0.4)
     data = [make_image(seed, size=(90, 60)) for seed in range(12)]
     with serving(create_app(bundle, sampling=sampling)) as client:
         answers = [client.post("/v1/predict?top=1", content=one).json()["predictions"][0] for one in data]
@@ -61,7 +61,7 @@ def test_captured_rows_match_the_responses(bundle, serving, make_image, tmp_path
 def test_about_the_fraction_is_sampled_and_shadow_requests_are_not(bundle, other, make_image, tmp_path, serving):
     from refract.serve.rollout.canary import Challenge
 
-    sampling = DataCapture(tmp_path / "log", share=0.3, most_bytes=MIB, below=0)
+    sampling = DataCapture(tmp_path / "log", fraction=0.3, most_bytes=MIB, below=0)
     challenge = Challenge(Engine(other), 1.0, False)
     with serving(create_app(bundle, sampling=sampling, challenge=challenge)) as client:
         for _ in range(20):
@@ -73,7 +73,7 @@ def test_about_the_fraction_is_sampled_and_shadow_requests_are_not(bundle, other
 
 def test_tensors_and_multi_label_predictions_are_captured(make_bundle, serving, tmp_path):
     several = make_bundle(tmp_path / "several", task="multilabel", thresholds=[0.5] * 10)
-    sampling = DataCapture(tmp_path / "log", share=1, most_bytes=MIB, below=1)
+    sampling = DataCapture(tmp_path / "log", fraction=1, most_bytes=MIB, below=1)
     tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 4, 8, 3], "data": [100] * 96}
     with serving(create_app(several, sampling=sampling)) as client:
         outputs = client.post("/v2/models/shapes/infer", json={"inputs": [tensor]}).json()["outputs"][0]["data"]
@@ -85,7 +85,7 @@ def test_tensors_and_multi_label_predictions_are_captured(make_bundle, serving, 
 
 
 def test_the_disk_quota_is_never_exceeded_and_the_oldest_files_are_deleted(bundle, make_image, tmp_path):
-    sampling = DataCapture(tmp_path, share=1, most_bytes=200_000, below=1)
+    sampling = DataCapture(tmp_path, fraction=1, most_bytes=200_000, below=1)
     sampling.start()
     data = make_image(0, size=(300, 300))
     row, batch = np.full((1, 10), 0.1, np.float32), np.zeros((1, 32, 32, 3), np.uint8)
@@ -100,7 +100,7 @@ def test_the_disk_quota_is_never_exceeded_and_the_oldest_files_are_deleted(bundl
     assert 100_000 < most <= 200_000 and rows_of(tmp_path)[-1]["image"] == f"images/{newest}"
     sampling.stop()
     (tmp_path / "images").rename(tmp_path / "pictures")  # the folder of earlier versions
-    again = DataCapture(tmp_path, share=1, most_bytes=50_000, below=1)
+    again = DataCapture(tmp_path, fraction=1, most_bytes=50_000, below=1)
     assert (tmp_path / "images").is_dir() and not (tmp_path / "pictures").exists()
     again.start()
     again.offer(bundle, asked(data), batch, row)
@@ -121,7 +121,7 @@ def test_an_image_above_a_tenth_of_the_quota_is_not_stored(tmp_path):
 def test_a_hanging_writer_delays_no_response_and_the_queue_is_limited(
     bundle, serving, make_image, tmp_path, monkeypatch
 ):
-    sampling = DataCapture(tmp_path, share=1, most_bytes=MIB, below=1)
+    sampling = DataCapture(tmp_path, fraction=1, most_bytes=MIB, below=1)
     ends: list[str] = []
     hold = threading.Event()
     monkeypatch.setattr(sampling, "_write", lambda sample: hold.wait(60))
@@ -137,7 +137,7 @@ def test_a_hanging_writer_delays_no_response_and_the_queue_is_limited(
 
 
 def test_the_queue_is_limited_in_bytes(bundle, make_image, tmp_path):
-    sampling = DataCapture(tmp_path, share=1, most_bytes=1000 * MIB, below=1)  # not started: all samples wait
+    sampling = DataCapture(tmp_path, fraction=1, most_bytes=1000 * MIB, below=1)  # not started: all samples wait
     ends: list[str] = []
     sampling.count = ends.append
     large = asked(make_image(0) + b"\0" * 10 * MIB)
@@ -147,7 +147,7 @@ def test_the_queue_is_limited_in_bytes(bundle, make_image, tmp_path):
 
 
 def test_a_removed_folder_fails_no_request(bundle, serving, make_image, tmp_path, caplog):
-    sampling = DataCapture(tmp_path / "log", share=1, most_bytes=MIB, below=1)
+    sampling = DataCapture(tmp_path / "log", fraction=1, most_bytes=MIB, below=1)
     (tmp_path / "log" / "images").rmdir()
     (tmp_path / "log").rmdir()
     (tmp_path / "log").write_text("a file in its place")
@@ -164,7 +164,7 @@ def test_the_command_captures_samples_that_the_drift_check_reads(bundle, make_im
 
     folder = tmp_path / "log"
     process = start(
-        str(bundle.path), "--port", "0", "--sample", str(folder), "--sample-share", "1", "--sample-below", "0"
+        str(bundle.path), "--port", "0", "--sample", str(folder), "--sample-fraction", "1", "--sample-below", "0"
     )
     address = process.stdout.readline().rpartition(" on ")[2].strip()
     with httpx.Client(base_url=address, trust_env=False) as client:
@@ -192,7 +192,7 @@ def test_a_file_in_place_of_the_folder_is_reported_at_the_start(bundle, tmp_path
 
 
 def test_waiting_samples_are_written_at_shutdown(bundle, serving, make_image, tmp_path, monkeypatch):
-    sampling = DataCapture(tmp_path, share=1, most_bytes=MIB, below=0)
+    sampling = DataCapture(tmp_path, fraction=1, most_bytes=MIB, below=0)
     for seed in range(50):
         sampling.offer(
             bundle, asked(make_image(seed)), np.zeros((1, 32, 32, 3), np.uint8), np.full((1, 10), 0.1, np.float32)

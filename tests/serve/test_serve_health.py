@@ -90,7 +90,7 @@ COUNTED = "refract_challenger_images_total"
 
 def test_a_canary_that_returns_nan_gets_no_more_requests(bundle, other, serving, make_image) -> None:
     engine = Failing(other)
-    app = create_app(bundle, challenge=Challenge(engine, share=1, answers=True))
+    app = create_app(bundle, challenge=Challenge(engine, fraction=1, answers=True))
     with serving(app) as client:
         engine.how = "nan"
         for i in range(FAILURES):

@@ -57,6 +57,10 @@ def test_every_option_can_be_set_in_each_place(write) -> None:
         assert type(value) is type(DEFAULTS[name]) or DEFAULTS[name] is None
 
 
+def test_an_option_is_accepted_by_its_former_name() -> None:
+    assert parse(["folder", "--sample", "DIR", "--sample-share", "0.2"], {}).sample_fraction == 0.2
+
+
 def test_the_defaults_are_those_of_the_service() -> None:
     config = ServeConfig(source="x")
     assert (config.max_body_mb * MIB, config.max_pixels) == (Limits().max_body_bytes, Limits().max_pixels)

@@ -142,7 +142,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_name_of_a_challenger_is_watched_too(registry, bundle, other, served) -> None:
     promote, _ = registry
     promote(other, "challenger")
-    challenge = Challenge(None, share=1, answers=True, follow="models:/shapes@challenger")
+    challenge = Challenge(None, fraction=1, answers=True, follow="models:/shapes@challenger")
 
     async def story(service: Service) -> None:
         (follower,) = registry_watchers(service, None, challenge, build=Engine, every_s=60)
@@ -164,7 +164,7 @@ def test_a_rolled_back_version_is_served_again_after_the_name_referred_to_anothe
     promote, folder = registry
     promote(other)
     name, client = "models:/shapes@champion", MlflowClient(f"sqlite:///{folder}/mlflow.db")
-    challenge = Challenge(None, share=1, answers=False, follow="models:/shapes@challenger")
+    challenge = Challenge(None, fraction=1, answers=False, follow="models:/shapes@challenger")
 
     def means(version: int, alias: str = "champion") -> None:
         client.set_registered_model_alias("shapes", alias, str(version))

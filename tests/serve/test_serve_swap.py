@@ -156,7 +156,7 @@ def test_a_version_swapped_while_the_body_arrives_does_not_answer(bundle, other,
 
 def test_a_swapped_engine_is_freed_at_once(bundle, other, serving, make_image) -> None:
     """Garbage collection is rare in a server, and skips the objects of the start-up."""
-    app = create_app(Engine(bundle), challenge=Challenge(Engine(other), share=1, answers=False))
+    app = create_app(Engine(bundle), challenge=Challenge(Engine(other), fraction=1, answers=False))
     service = app.state.service
     gone: list[weakref.ref[Engine]] = []
     gc.collect()
@@ -169,7 +169,7 @@ def test_a_swapped_engine_is_freed_at_once(bundle, other, serving, make_image) -
                 assert client.post("/v1/predict?explain=true", content=make_image(1)).status_code == 200
                 asyncio.run_coroutine_threadsafe(take(Engine(other)), loop).result(30)
             gone.append(weakref.ref(service.models.challenger.worker.engine))
-            challenge = Challenge(Engine(bundle), share=1, answers=True)
+            challenge = Challenge(Engine(bundle), fraction=1, answers=True)
             asyncio.run_coroutine_threadsafe(service.models.challenge(challenge), loop).result(30)
             client.post("/v1/predict", content=make_image(1))
             deadline = time.monotonic() + 10

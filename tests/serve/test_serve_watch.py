@@ -255,7 +255,7 @@ def test_the_dashboard_queries_existing_metrics(bundle, serving, make_image) -> 
     text = (Path(__file__).parents[2] / "deploy" / "grafana.json").read_text()
     queries = [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
     queried = {name for query in queries for name in re.findall(r"refract_\w+", query)}
-    app = create_app(bundle, challenge=Challenge(Engine(bundle), share=1, answers=False))
+    app = create_app(bundle, challenge=Challenge(Engine(bundle), fraction=1, answers=False))
     with serving(app) as client:
         client.post("/v1/predict", content=make_image(1))
         client.post("/v1/predict", content=b"no image")
