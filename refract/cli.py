@@ -95,7 +95,7 @@ New here? Try the example, then your images, in one folder for each label:
 """What `refract` without arguments prints first."""
 
 
-LAST_LINE = "`refract COMMAND --help` lists the options of a command. Each accepts --quiet, --verbose and --json."
+LAST_LINE = "`refract COMMAND --help` lists the options of a command. Each accepts --quiet and --verbose, and all but completion --json."
 
 
 _plugin_commands: dict[str, Callable[[list[str]], int]] = {}
