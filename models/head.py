@@ -34,7 +34,44 @@ class CosineHead(nn.Module):
         return self.scale * F.linear(F.normalize(values, dim=-1), F.normalize(self.weight, dim=-1))
 
 
-HEADS = {"mlp": MLPHead, "cosine": CosineHead}
+class NeighbourHead(nn.Module):
+    """A vote of the nearest training samples by cosine similarity, weighted by exp(similarity / 0.07). (N, inputs) → (N, outputs).
+
+    The logits are the logarithms of the votes, for multi-label their log odds. `remember` sets the training samples, which are buffers of
+    the state dict. Source: Wu et al. 2018, arXiv:1805.01978, section 3.4.
+    """
+
+    TEMPERATURE, LEAST_VOTE = 0.07, 1e-3
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.register_buffer("directions", torch.zeros(1, inputs))
+        self.register_buffer("votes", torch.zeros(1, outputs))
+        self.register_buffer("neighbours", torch.tensor(1))
+        self.register_buffer("multilabel", torch.tensor(False))
+
+    def remember(self, features: Tensor, targets: Tensor, neighbours: int, *, multilabel: bool) -> None:
+        """features: (M, inputs); targets: (M, outputs), 1 for the labels of a sample; neighbours: at most M."""
+        self.directions, self.votes = F.normalize(features, dim=1), targets.float()
+        self.neighbours, self.multilabel = torch.tensor(neighbours), torch.tensor(multilabel)
+
+    def forward(self, values: Tensor) -> Tensor:
+        similarities = F.normalize(values, dim=-1) @ self.directions.T
+        nearest, rows = similarities.topk(int(self.neighbours), dim=-1)
+        weights = (nearest / self.TEMPERATURE).softmax(dim=-1)
+        votes = (weights[..., None] * self.votes[rows]).sum(dim=-2).clamp(self.LEAST_VOTE, 1 - self.LEAST_VOTE)
+        return votes.logit() if bool(self.multilabel) else votes.log()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+        """Take the number of training samples from the state dict."""
+        for name in ("directions", "votes"):
+            stored, own = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(stored, Tensor) and stored.shape[1:] == own.shape[1:]:
+                setattr(self, name, own.new_zeros(stored.shape))
+        super()._load_from_state_dict(state_dict, prefix, *more)
+
+
+HEADS = {"mlp": MLPHead, "cosine": CosineHead, "knn": NeighbourHead}
 
 
 def swap_head(module: nn.Module, kind: str) -> nn.Module:
@@ -98,7 +135,7 @@ def head_of(module: nn.Module) -> nn.Module:
     """
     if callable(joint_head := getattr(module, "joint_head", None)):
         return joint_head()
-    swapped = [child for child in module.modules() if isinstance(child, MLPHead | CosineHead)]
+    swapped = [child for child in module.modules() if isinstance(child, MLPHead | CosineHead | NeighbourHead)]
     if swapped:
         return swapped[-1]
     if callable(getter := getattr(module, "get_classifier", None)):
@@ -116,7 +153,7 @@ def head_inputs(network: nn.Module) -> Iterator[list[Tensor]]:
     Feature maps and token sequences are averaged over their positions. If the network does not call the module that `head_of` returns,
     because it registers layers in another order than it calls them, the network's output is recorded instead.
     """
-    head = _called_head(network)
+    head = called_head(network)
     features: list[Tensor] = []
     inputs: list[Tensor] = []
 
@@ -135,7 +172,7 @@ def head_inputs(network: nn.Module) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def _called_head(network: nn.Module) -> nn.Module:
+def called_head(network: nn.Module) -> nn.Module:
     """Return the last layer of the head. A ModuleList is never called itself, and a fusion layer precedes the last layer."""
     head = head_of(network)
     return head[-1] if isinstance(head, nn.ModuleList) else head

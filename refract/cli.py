@@ -47,6 +47,13 @@ GROUPS: Mapping[str, Mapping[str, tuple[str, str]]] = MappingProxyType(
             "score": ("refract.pipeline.cli.score", "Classify a folder or manifest of any size into a Parquet file"),
             "serve": ("refract.serve.cli.command", "Serve a bundle's predictions over HTTP"),
         },
+        "Features": {
+            "embed": ("refract.pipeline.cli.embed", "Compute embeddings of images into a feature store"),
+            "search": (
+                "refract.pipeline.cli.search",
+                "Find the images of a feature store that are most similar to an image",
+            ),
+        },
         "Retrain": {
             "retrain": (
                 "refract.pipeline.cli.retrain",

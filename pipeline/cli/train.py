@@ -97,7 +97,8 @@ def _train(argv: list[str], resume: str | None) -> int:
         return 0
     output.result({**vars(result), "model": config.tracking.model_name})
     print("test:     " + ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items()))
-    print(f"run:      {result.run_dir}/ (report.html, config.yaml, splits.csv, preview.png, curves.png, checkpoints/)")
+    files = "report.html, config.yaml, splits.csv, preview.png, curves.png"
+    print(f"run:      {result.run_dir}/ ({files}{'' if config.model.on_embeddings else ', checkpoints/'})")
     print(f"bundle:   {result.bundle}")
     prefix = console.bin_prefix()
     for topic, note in closing_notes(result.run_dir, config, prefix):

@@ -36,7 +36,7 @@ def filled(config: Config) -> Config:
 def learning_rates(config: Config) -> tuple[float, float]:
     """Return (optim.lr, optim.head_lr), with the default in place of None."""
     optim, model = config.optim, config.model
-    head_only, loaded = model.mode == "feature-extract", loads_weights(config)
+    head_only, loaded = model.mode == "feature-extract" or model.on_embeddings, loads_weights(config)
     adamw = HEAD_ALONE if head_only else FINE_TUNE if loaded else FROM_SCRATCH
     new_head = loaded and not head_only and not _is_bundle(model.weights)
     lr = OPTIMIZERS[optim.name].times_adamw * adamw if optim.lr is None else optim.lr

@@ -4,9 +4,10 @@ The class docstrings are the text of `refract train --help`: one entry `key: mea
 `refract.models.training.specs`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from refract.models.fields import Checked, number
@@ -47,6 +48,7 @@ class DataConfig(Checked):
         memory: whether decoded images stay in memory; auto does so if all images have one size and take at most 1 GiB together.
         workers: number of data loading processes; null uses 0 for images in memory, else one per CPU core, at most 8.
         on_bad_file: error stops before training; skip excludes unreadable images, and training images that are also in val or test.
+        features: folder of the feature store, in which model.mode: probe, knn and prototype keep embeddings.
     """
 
     source: str = "digits"
@@ -66,6 +68,7 @@ class DataConfig(Checked):
     memory: Literal["auto", "never", "always"] = "auto"
     workers: int | None = number(None, ge=0)
     on_bad_file: Literal["error", "skip"] = "error"
+    features: str = "features"
 
     def sides(self) -> tuple[int, int]:
         """(height, width) of the network's input."""
@@ -96,8 +99,9 @@ class ModelConfig(Checked):
         name: architecture: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, a plugin's network, a torchvision or timm
             name (timm/NAME forces timm), or none for a text-only model.
         weights: initial weights: none (random), default (the library's pretrained weights), a file, a folder that holds one, or a URL.
-        mode: trained layers: fine-tune (all), feature-extract (only the head), gradual (unfreezes from the head down) or
-            linear-then-fine-tune (the head first, then all).
+        mode: trained layers: fine-tune (all), feature-extract (only the head), gradual (unfreezes from the head down),
+            linear-then-fine-tune (the head first, then all); or a head fitted on stored embeddings: probe (logistic regression), knn or
+            prototype (class means; for one to five images per class).
         unfreeze_epochs: epochs until gradual and linear-then-fine-tune train all layers.
         frozen_norms: freeze the running statistics of batch normalisation; null freezes them for loaded weights, except a bundle's.
         head: last layer: linear, mlp (one hidden layer) or cosine (cosine similarity to a vector per class).
@@ -108,12 +112,28 @@ class ModelConfig(Checked):
 
     name: str = "resnet20"
     weights: str = "none"
-    mode: Literal["fine-tune", "feature-extract", "gradual", "linear-then-fine-tune"] = "fine-tune"
+    mode: Literal["fine-tune", "feature-extract", "gradual", "linear-then-fine-tune", "probe", "knn", "prototype"] = (
+        "fine-tune"
+    )
     unfreeze_epochs: int = number(1, ge=1)
     frozen_norms: bool | None = None
     head: Literal["linear", "mlp", "cosine"] = "linear"
     init: str = "default"
     args: dict = field(default_factory=dict)
+
+    @property
+    def on_embeddings(self) -> bool:
+        """Whether the head is fitted on embeddings, without epochs."""
+        return self.mode in EMBEDDING_HEADS
+
+    @property
+    def head_name(self) -> str:
+        """The head of the network, which some modes determine."""
+        return EMBEDDING_HEADS.get(self.mode, self.head)
+
+
+EMBEDDING_HEADS: Mapping[str, str] = MappingProxyType({"probe": "linear", "knn": "knn", "prototype": "cosine"})
+"""Modes that fit the head on embeddings → the head, see `refract.models.head.HEADS`."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def assess(
     facts = {
         "network": config.model.name,
         "test set": f"{len(test):,} images of {manifest.source}",
-        "training": f"{len(manifest.of('train')):,} images, {config.trainer.max_epochs} epochs, seed {config.trainer.seed}",
+        "training": f"{len(manifest.of('train')):,} images, {_effort_of_training(config)}",
         "temperature": f"{decision.temperature:.3f}",
         "time per image": f"{_milliseconds(classifier, config.data.sides()):.2f} ms, the network alone in batches of 64",
     }
@@ -139,6 +139,12 @@ def _effort(classifier: Classifier, config: Config, *, seen: int, available: int
     inputs = _blank_inputs(classifier, (height, width), 1)
     flops = flops_of(lambda: classifier(*inputs)) if inputs[0].device.type == "cpu" else 0
     return affordable(seen=seen, available=available, pixels=height * width, flops=flops)
+
+
+def _effort_of_training(config: Config) -> str:
+    if config.model.on_embeddings:
+        return f"{config.model.mode} on embeddings"
+    return f"{config.trainer.max_epochs} epochs, seed {config.trainer.seed}"
 
 
 def _class_fractions(indices: np.ndarray, labels: Sequence[str]) -> dict[str, float]:

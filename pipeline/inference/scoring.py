@@ -20,11 +20,16 @@ TASK_IMAGES = 4
 
 
 class SampleInput(NamedTuple):
-    """A sample to score. read: returns the image's encoded bytes; has_image: False for a sample with only a text."""
+    """A sample to score.
+
+    read: returns the image's encoded bytes; has_image: False for a sample with only a text; prepare: in place of the preprocessing, for an
+    augmented view, encoded bytes → uint8 H×W×3 of the preprocessing's size.
+    """
 
     read: Callable[[], bytes]
     text: str = ""
     has_image: bool = True
+    prepare: Callable[[bytes], np.ndarray] | None = None
 
 
 def score(
@@ -113,7 +118,7 @@ def _image(preprocess: Preprocess, sample: SampleInput) -> np.ndarray:
     """Return the preprocessed image, or a grey placeholder, which the network ignores, for a sample without an image."""
     if not sample.has_image:
         return np.full((preprocess.height, preprocess.width, 3), 128, np.uint8)
-    return preprocess(sample.read())
+    return (sample.prepare or preprocess)(sample.read())
 
 
 def _prepare(classifier: Classifier, preprocess: Preprocess, sample: SampleInput) -> _Prepared | ImageError | OSError:

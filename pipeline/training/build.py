@@ -63,9 +63,12 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
             model.unfreeze_epochs,
             epochs,
         )
-    if model.mode == "feature-extract" and model.weights == "none" and reads(config) == {"images"}:
+    if model.on_embeddings:
+        _check_on_embeddings(config)
+    frozen = model.mode == "feature-extract" or model.on_embeddings
+    if frozen and model.weights == "none" and reads(config) == {"images"}:
         log.warning(
-            "model.mode: feature-extract trains only the head; with model.weights: none the backbone stays random"
+            f"model.mode: {model.mode} trains only the head; with model.weights: none the backbone stays random"
         )
     if config.loss.teacher is None and config.loss.distill != LossSpec().distill:
         log.warning("loss.distill has no effect without loss.teacher")
@@ -74,6 +77,27 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
         log.warning("loss.gamma has no effect without loss.name: %s", " or ".join(with_gamma))
     if not config.loss.penalty and config.loss.l1_ratio:
         log.warning("loss.l1_ratio has no effect without loss.penalty")
+
+
+def _check_on_embeddings(config: Config) -> None:
+    """Raise ConfigError for settings that a head fitted on embeddings excludes."""
+    mode = config.model.mode
+    if config.model.head not in ("linear", config.model.head_name):
+        raise ConfigError(
+            f"model.head: {config.model.head} cannot be combined with model.mode: {mode}; set model.head: linear"
+        )
+    if reads(config) != {"images"}:
+        raise ConfigError(f"model.mode: {mode} needs a network that reads images alone; set text.name: none")
+    if config.trainer.devices > 1:
+        raise ConfigError(
+            f"trainer.devices: {config.trainer.devices} with model.mode: {mode}, which fits in one process; set 1"
+        )
+    if config.loss.teacher is not None:
+        raise ConfigError(f"loss.teacher: has no effect with model.mode: {mode}; set loss.teacher: null")
+    log.info(
+        "model.mode: %s fits the head on embeddings of plain images; augment.policy, optim and trainer.max_epochs have no effect",
+        mode,
+    )
 
 
 def reads(config: Config) -> frozenset[str]:
@@ -226,7 +250,7 @@ def make_module(
         channels_last=all(parameter.ndim < 5 for parameter in classifier.parameters()),
         class_weights=balanced_weights(counts) if config.loss.class_weights == "balanced" else None,
         class_counts=torch.tensor(counts, dtype=torch.float32),
-        mode=model.mode,
+        mode="feature-extract" if model.on_embeddings else model.mode,
         unfreeze_epochs=model.unfreeze_epochs,
         teacher=teacher,
         start_size=config.trainer.start_size,
@@ -245,7 +269,7 @@ def _network(config: Config, count: int) -> "tuple[Any, Tokens | None, dict[str,
     model, text = config.model, config.text
     image_options: dict[str, Any] = {"image_size": config.data.sides(), "weights": model.weights, "args": model.args}
     if text.name == "none":
-        return build(model.name, count, head=model.head, **image_options), None, None
+        return build(model.name, count, head=model.head_name, **image_options), None, None
     text_options: dict[str, Any] = {
         "weights": text.weights,
         "max_length": text.max_length,

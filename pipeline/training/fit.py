@@ -104,8 +104,13 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train, load the weights of the epoch that `BestCheckpoint` keeps into the module, and return the metrics of each epoch.
 
-    checkpoint: to resume from; watchers: further callbacks. Raises Stopped after SIGTERM or Ctrl-C.
+    checkpoint: to resume from; watchers: further callbacks. Raises Stopped after SIGTERM or Ctrl-C. A head that is fitted on embeddings has
+    no epochs, checkpoints or watched steps.
     """
+    if assembly.config.model.on_embeddings:
+        from refract.pipeline.features.training import fit_on_embeddings
+
+        return fit_on_embeddings(assembly, network_record(assembly.config)["network"], tracker)
     import torch
     from lightning.pytorch.callbacks import EarlyStopping
 
@@ -174,7 +179,7 @@ def _network_facts(assembly: Assembly) -> dict[str, Any]:
 
 def network_record(config: Config) -> dict[str, Any]:
     """Return the bundle's record of the image network."""
-    head = {} if config.model.head == "linear" else {"head": config.model.head}
+    head = {} if config.model.head_name == "linear" else {"head": config.model.head_name}
     size = list(config.data.sides())
     return {"network": {"name": config.model.name, "image_size": size, "args": config.model.args | head}}
 

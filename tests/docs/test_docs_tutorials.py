@@ -15,6 +15,8 @@ import httpx
 import pytest
 from warm_process import Started, WarmProcess
 
+from refract.models.bundle.bundle import load_bundle
+
 TUTORIALS = Path(__file__).parents[2] / "docs" / "tutorials"
 BLOCK = re.compile(r"^```(\w+)(?: title=\"([\w.]+)\")?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -122,3 +124,12 @@ def test_retrain(reader: Reader) -> None:
     output = reader.follow("retrain.md")
     assert "promoted: " in output
     assert len(list((reader.folder / "retrain/scans/runs").iterdir())) == 2
+
+
+def test_few_images(reader: Reader) -> None:
+    output = reader.follow("few-images.md")
+    assert "70 embeddings computed" in output
+    assert "features" in output and "photos/test/flower/00.jpg" in output
+    info = load_bundle(reader.folder / "runs/probe/bundle").info
+    assert info.config["model"]["mode"] == "probe"
+    assert info.metrics["accuracy"] > 0.9

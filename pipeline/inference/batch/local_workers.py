@@ -6,19 +6,15 @@ import os
 import signal
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, Protocol, TypeVar
 
 from refract.errors import RefractError, ServiceError
-from refract.pipeline.inference.batch.listing import Shard
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped
-
-if TYPE_CHECKING:
-    from refract.pipeline.inference.batch.worker import Done, Job
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +29,44 @@ class ScoringError(ServiceError):
     """The scoring cannot continue; finished parts are kept. The message states the cause and the next step."""
 
 
-class _Scorer:
+class Shard(Protocol):
+    """Consecutive rows. rows: each has a `path`, for messages."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def rows(self) -> Sequence[Any]: ...
+
+
+class Done(Protocol):
+    """The report of a finished shard."""
+
+    @property
+    def number(self) -> int: ...
+
+
+D = TypeVar("D", bound=Done)
+D_co = TypeVar("D_co", bound=Done, covariant=True)
+S = TypeVar("S", bound=Shard)
+
+
+class Job(Protocol[D_co]):
+    """What a worker process does; a frozen dataclass with the field `device`, which can be pickled."""
+
+    def worker(self) -> Callable[[Iterable[Any]], Iterator[D_co]]:
+        """Prepare the work, in the worker process. Returns a function: shards → the report of each."""
+
+
+class _Scorer(Generic[S, D]):
     """A worker process and the shards assigned to it."""
 
-    def __init__(self, job: "Job", *, first: bool = True) -> None:
+    def __init__(self, job: Job[D], *, first: bool = True) -> None:
         self.job, self.first = job, first
-        self.shards: deque[Shard] = deque()
+        self.shards: deque[S] = deque()
         # A fork would copy the locks of OpenCV's threads without the threads.
         context = multiprocessing.get_context("spawn")
         self.pipe, child_pipe = context.Pipe()
@@ -52,7 +80,7 @@ class _Scorer:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         child_pipe.close()
 
-    def assign(self, shard: Shard) -> None:
+    def assign(self, shard: S) -> None:
         self.shards.append(shard)
         with suppress(OSError):  # the process has just died, which the next receive detects
             self.pipe.send(shard)
@@ -63,16 +91,14 @@ class _Scorer:
         self.pipe.close()
 
 
-def score_in_processes(
-    shards: Sequence[Shard], job: "Job", devices: Sequence[str], stop: Stop
-) -> Iterator["Done | None"]:
+def score_in_processes(shards: Sequence[S], job: Job[D], devices: Sequence[str], stop: Stop) -> Iterator[D | None]:
     """Yield Done for each written shard as it finishes, and None for each initial scorer that is ready.
 
     devices: one per process. Raises Stopped after a stop signal, and ScoringError where a scorer fails or TRIES scorers died with the same
     shard.
     """
-    fresh, retries, tries = deque(shards), deque[Shard](), Counter[int]()
-    scorers = [_Scorer(replace(job, device=device)) for device in devices]
+    fresh, retries, tries = deque(shards), deque[S](), Counter[int]()
+    scorers: list[_Scorer[S, D]] = [_Scorer(replace(job, device=device)) for device in devices]  # type: ignore[type-var]
     try:
         while True:
             for scorer in scorers:
@@ -99,7 +125,7 @@ def score_in_processes(
             scorer.end()
 
 
-def _assign(scorer: _Scorer, fresh: deque[Shard], retries: deque[Shard], tries: Counter[int], ahead: int) -> None:
+def _assign(scorer: _Scorer[S, D], fresh: deque[S], retries: deque[S], tries: Counter[int], ahead: int) -> None:
     """Assign up to `ahead` shards. A shard of a dead scorer is assigned alone, so that the next death identifies its cause."""
     if retries and not scorer.shards:
         scorer.assign(retries.popleft())
@@ -107,7 +133,7 @@ def _assign(scorer: _Scorer, fresh: deque[Shard], retries: deque[Shard], tries: 
         scorer.assign(fresh.popleft())
 
 
-def _received(scorer: _Scorer, message: Any) -> "Done | None":
+def _received(scorer: _Scorer[S, D], message: D | str | None) -> D | None:
     if isinstance(message, str):
         raise ScoringError(message)
     if message is not None:
@@ -116,7 +142,7 @@ def _received(scorer: _Scorer, message: Any) -> "Done | None":
     return message
 
 
-def _lost_shards(scorer: _Scorer, tries: Counter[int]) -> list[Shard]:
+def _lost_shards(scorer: _Scorer[S, D], tries: Counter[int]) -> list[S]:
     """Return the shards of a dead scorer and count its death. Raises ScoringError after TRIES deaths with one shard."""
     scorer.end()
     code = scorer.process.exitcode or 0
@@ -135,13 +161,11 @@ def _lost_shards(scorer: _Scorer, tries: Counter[int]) -> list[Shard]:
     return list(scorer.shards)
 
 
-def _work(pipe: Connection, job: "Job") -> None:
+def _work(pipe: Connection, job: Job[Any]) -> None:
     """Run the worker process. It sends None when it is ready, Done for each written part, and a message if it fails."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        from refract.pipeline.inference.batch.worker import Scorer
-
-        scorer = Scorer(job)
+        scorer = job.worker()
         pipe.send(None)
         while True:
             first = pipe.recv()
@@ -153,7 +177,7 @@ def _work(pipe: Connection, job: "Job") -> None:
         pipe.send(failure_message(error))
 
 
-def _available(first: Shard, pipe: Connection) -> Iterator[Shard]:
+def _available(first: S, pipe: Connection) -> Iterator[S]:
     """Yield the shards that have arrived. Waiting for more would delay the predictions of these."""
     yield first
     while pipe.poll():

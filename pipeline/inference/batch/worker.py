@@ -48,6 +48,10 @@ class Job:
     threads: int
     plugins: LoadedPlugins = field(default_factory=LoadedPlugins)
 
+    def worker(self) -> Scorer:
+        """Load the bundle, in the process that scores."""
+        return Scorer(self)
+
 
 class Done(NamedTuple):
     """A shard whose part file is written. rows, errors: number of its rows, and of those with an error."""

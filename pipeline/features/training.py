@@ -1,0 +1,124 @@
+"""Train on embeddings: fit the head of the network, whose other layers stay as they are loaded."""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from refract.models.head import called_head, head_inputs
+from refract.pipeline.config.config import ConfigError
+from refract.pipeline.data.manifest import DataError, Manifest, Sample
+from refract.pipeline.features.embed import Embedded, Options, embed, source_name
+from refract.pipeline.features.heads import Part, fit_head
+from refract.pipeline.features.model import embedding_model, network_values
+from refract.pipeline.features.store import FeatureStore
+from refract.pipeline.training.callbacks.stopping import stop_requests
+
+if TYPE_CHECKING:
+    from refract.pipeline.training.fit import Assembly
+
+log = logging.getLogger(__name__)
+
+CHECKED = 4
+"""Images on which the network with its new head is compared with the head alone."""
+
+
+def fit_on_embeddings(assembly: "Assembly", network: dict[str, Any], tracker: Any) -> list[dict[str, float]]:
+    """Embed the training and validation samples, fit the head by `model.mode`, and return the metrics as those of one epoch.
+
+    network: the bundle's record of the network. Embeddings come from the store `data.features` where it has them. Raises DataError for an
+    image that cannot be embedded, ConfigError for a network whose head cannot be set, and Stopped after SIGTERM or Ctrl-C.
+    """
+    config, manifest, module = assembly.config, assembly.manifest, assembly.module
+    classifier = module.classifier.to(assembly.device).eval()
+    started = time.perf_counter()
+    values = network_values(config.model.name, config.model.weights, config.data.sides())
+    model = embedding_model(classifier, assembly.data.preprocess, network, assembly.text, values)
+    store = FeatureStore(Path(config.data.features), model.key, model.record)
+    samples = [*manifest.of("train"), *manifest.of("val")]
+    names = [tuple(manifest.labels[i] for i in sample.labels) for sample in samples]
+    with stop_requests("after this shard; finished embeddings are kept") as stop:
+        options = Options(device="cuda" if assembly.device == "cuda" else "cpu")
+        embedded = embed(model, samples, names, store, source_name(manifest.source), options, stop)
+    if embedded.failed:
+        path, reason = next(iter(embedded.failed.items()))
+        raise DataError(
+            f"{path}: {reason} ({len(embedded.failed)} such images); remove them, or set data.on_bad_file: skip"
+        )
+    stored = sum(key is not None for key in embedded.keys) - embedded.computed
+    log.info("%s embeddings computed, %s from %s", f"{embedded.computed:,}", f"{max(0, stored):,}", store.folder)
+    count = len(manifest.of("train"))
+    train, val = (_part(store, embedded, manifest, samples, rows) for rows in (slice(count), slice(count, None)))
+    try:
+        fitted = fit_head(
+            config.model.mode, train, val, multilabel=manifest.task == "multilabel",
+            balanced=config.loss.class_weights == "balanced",
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    install_head(classifier.network, fitted.head.to(assembly.device), config.model.name)
+    _check(classifier, fitted.head, assembly, samples[:CHECKED])
+    metrics = _named(fitted.metrics, module.monitor) | {"epoch_seconds": time.perf_counter() - started}
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "epoch_seconds")
+    log.info("%s, %s: %s  %.1f s", config.model.mode, fitted.choice, shown, metrics["epoch_seconds"])
+    if tracker is not None:
+        tracker.log_metrics(metrics, step=1)
+    return [metrics]
+
+
+def _part(store: FeatureStore, embedded: Embedded, manifest: Manifest, samples: Sequence[Sample], rows: slice) -> Part:
+    keys = [key for key in embedded.keys[rows] if key is not None]
+    targets = np.zeros((len(keys), len(manifest.labels)), bool)
+    for row, sample in zip(targets, samples[rows], strict=True):
+        row[list(sample.labels)] = True
+    return Part(store.vectors(keys) if keys else np.zeros((0, 1), np.float32), targets)
+
+
+def _named(metrics: dict[str, float], monitor: str) -> dict[str, float]:
+    """Return the metrics under the names of the training loop. The monitored score of multi-label is another one than the accuracy."""
+    if monitor == "val_accuracy":
+        return metrics
+    losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
+    return losses | {monitor: metrics.get("val_accuracy", 0.0)}
+
+
+def install_head(network: nn.Module, head: nn.Module, name: str) -> None:
+    """Give the network the fitted head, in place. name: of the network. ConfigError if its last layer is of another kind."""
+    old = called_head(network)
+    if (
+        isinstance(old, nn.Conv2d)
+        and isinstance(head, nn.Linear)
+        and old.kernel_size == (1, 1)
+        and old.bias is not None
+    ):
+        with torch.no_grad():
+            old.weight.copy_(head.weight[:, :, None, None])
+            old.bias.copy_(head.bias)
+    elif type(old) is type(head) and {*old.state_dict()} == {*head.state_dict()}:
+        place = next(path for path, module in network.named_modules() if module is old)
+        parent, _, child = place.rpartition(".")
+        setattr(network.get_submodule(parent), child, head)
+    else:
+        raise ConfigError(
+            f"model.mode: the last layer of {name} is a {type(old).__name__} that cannot be fitted on embeddings; "
+            "set model.mode: feature-extract"
+        )
+
+
+def _check(classifier: Any, head: nn.Module, assembly: "Assembly", samples: Sequence[Sample]) -> None:
+    """Raise ConfigError if the network does more after its head, so that the fitted head would predict something else."""
+    pixels = np.stack([assembly.data.preprocess(sample.read()) for sample in samples])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(assembly.device)
+    with torch.inference_mode(), head_inputs(classifier.network) as features:
+        logits = classifier(images).float().cpu()
+        expected = head(features[0].to(assembly.device)).float().cpu()
+    if not torch.allclose(logits, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise ConfigError(
+            f"model.mode: {assembly.config.model.name} computes more after its last layer, so its head cannot be fitted on embeddings; "
+            "set model.mode: feature-extract"
+        )

@@ -1,0 +1,139 @@
+"""Compute shards of embeddings, in this process or in a worker process."""
+
+import pickle
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from refract.augment import Augmenter, Preprocess
+from refract.models.classifier import Classifier
+from refract.models.head import head_inputs
+from refract.pipeline.data.manifest import Sample
+from refract.pipeline.features.store import PLAIN, Key, StoredSample, write_vectors
+from refract.pipeline.inference.scoring import SampleInput, score
+from refract.plugins import LoadedPlugins
+
+
+class Row(NamedTuple):
+    """An embedding to compute. path: of the sample, for messages."""
+
+    path: str
+    key: Key
+    sample: Sample
+    stored: StoredSample
+
+
+class Shard(NamedTuple):
+    """Rows whose embeddings form one file. start: index of the first row among all."""
+
+    number: int
+    start: int
+    rows: tuple[Row, ...]
+
+
+class Done(NamedTuple):
+    """A shard whose file is written. failed: path → why its sample has no embedding."""
+
+    number: int
+    rows: int
+    failed: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job of an embedder.
+
+    model: pickled by `pickled`; folder: of the model in the store; threads: for the network, and as many for decoding.
+    """
+
+    model: bytes = field(repr=False)
+    folder: Path
+    batch_size: int
+    device: str
+    threads: int
+    plugins: LoadedPlugins = field(default_factory=LoadedPlugins)
+
+    def worker(self) -> "Embedder":
+        """Build the model, in the process that embeds."""
+        import cv2
+
+        from refract.models.allocator import keep_freed_memory
+
+        keep_freed_memory()
+        torch.set_num_threads(self.threads)
+        cv2.setNumThreads(1)  # images are decoded in parallel
+        classifier, preprocess, augmenter = pickle.loads(self.model)  # from the parent process
+        return Embedder(classifier, preprocess, augmenter, self)
+
+
+def pickled(classifier: Classifier, preprocess: Preprocess, augmenter: Augmenter | None) -> bytes:
+    """Encode a model for `Job`. Plain bytes, because tensors in a message would need shared memory, of which a container has little."""
+    return pickle.dumps((classifier, preprocess, augmenter))
+
+
+class Embedder:
+    """Computes embeddings and writes shards."""
+
+    def __init__(
+        self, classifier: Classifier, preprocess: Preprocess, augmenter: Augmenter | None, job: Job
+    ) -> None:  # fmt: skip
+        self.preprocess, self.augmenter, self.job = preprocess, augmenter, job
+        channels_last = (
+            torch.channels_last if all(p.ndim < 5 for p in classifier.parameters()) else torch.preserve_format
+        )
+        self.classifier = classifier.to(job.device).to(memory_format=channels_last).eval()
+
+    def __call__(self, shards: Iterable[Shard]) -> Iterator[Done]:
+        """Write each shard's file. Batches span shards, so that the network does not wait between them."""
+        started: deque[Shard] = deque()
+
+        def inputs() -> Iterator[SampleInput]:
+            for shard in shards:
+                started.append(shard)
+                yield from map(self._input, shard.rows)
+
+        vectors: list[np.ndarray] = []
+        done: list[Row] = []
+        failed: dict[str, str] = {}
+        with head_inputs(self.classifier.network) as batches:
+            batch: Iterator[np.ndarray] = iter(())
+            outcomes = score(
+                self.classifier, self.preprocess, inputs(), task="multilabel", batch_size=self.job.batch_size,
+                threads=self.job.threads,
+            )  # fmt: skip
+            for outcome in outcomes:
+                if batches:  # a new batch was computed for this outcome
+                    batch = iter(batches.pop().numpy())
+                shard = started[0]
+                row = shard.rows[len(done) + len(failed)]
+                if isinstance(outcome, np.ndarray) and np.isfinite(vector := next(batch)).all():
+                    done.append(row)
+                    vectors.append(vector)
+                else:
+                    failed[row.path] = _reason(outcome)
+                if len(done) + len(failed) == len(shard.rows):
+                    if done:
+                        write_vectors(
+                            self.job.folder, [r.key for r in done], [r.stored for r in done], np.stack(vectors)
+                        )
+                    yield Done(started.popleft().number, len(done), failed)
+                    vectors, done, failed = [], [], {}
+
+    def _input(self, row: Row) -> SampleInput:
+        sample, view = row.sample, row.key.view
+        prepare = None
+        if view != PLAIN and self.augmenter is not None:
+            prepare = partial(self.augmenter, epoch=view.epoch, index=view.sample)
+        return SampleInput(sample.read, sample.text, sample.has_image, prepare)
+
+
+def _reason(outcome: object) -> str:
+    if isinstance(outcome, np.ndarray):
+        return "the network's features are not finite"
+    return outcome.strerror if isinstance(outcome, OSError) and outcome.strerror else str(outcome)

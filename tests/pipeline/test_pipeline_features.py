@@ -1,0 +1,233 @@
+"""The feature store: no image is embedded twice, and nothing in it is stale."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_data import make_image, write_image
+
+from refract import cli
+from refract.augment import Augmenter
+from refract.models.head import head_of
+from refract.models.registry import build
+from refract.pipeline.features import embed as embedding
+from refract.pipeline.features.embed import Options, embed
+from refract.pipeline.features.model import EmbeddingModel, open_model
+from refract.pipeline.features.source import samples_of
+from refract.pipeline.features.store import FeatureStore, Key, View, stored_models
+from refract.pipeline.training.callbacks.stopping import Stop, Stopped
+
+Embed = Callable[..., dict[str, object]]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "resnet20.safetensors"
+    save_file(build("resnet20", 3, image_size=(32, 32)).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def run(folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> Embed:
+    """Run `refract embed` on the folder, and return its JSON."""
+
+    def start(*options: object, data: Path = folder, model: object = "resnet20", code: int = 0) -> dict[str, object]:
+        named = [] if Path(str(model)).exists() else ["--weights", weights, "--image-size", 32]
+        given = ["embed", data, "--model", model, *named, "-o", "features", "--json", *options]
+        assert cli.main([*map(str, given)]) == code
+        printed = capsys.readouterr().out
+        result: dict[str, object] = json.loads(printed) if printed else {}
+        return result
+
+    return start
+
+
+def test_a_second_command_embeds_nothing_again(run: Embed) -> None:
+    assert run()["computed"] == 60
+    again = run()
+    assert (again["computed"], again["stored"]) == (0, 60)
+
+
+def test_a_changed_image_is_embedded_again_and_a_moved_or_relabelled_one_is_not(run: Embed, folder: Path) -> None:
+    run()
+    classes = sorted(path.name for path in folder.iterdir())
+    write_image(folder / classes[0] / "00.jpg", make_image(classes[1], 777))
+    (folder / classes[0] / "01.jpg").rename(folder / classes[1] / "moved.jpg")
+    (folder / classes[0] / "02.jpg").unlink()
+    result = run()
+    assert (result["computed"], result["stored"]) == (1, 59)
+    key, record = next(stored_models(Path("features")))
+    stored = {Path(sample.path).name: sample for sample in FeatureStore(Path("features"), key, record).samples()}
+    assert len(FeatureStore(Path("features"), key, record).samples()) == 59
+    assert stored["moved.jpg"].labels == (classes[1],)
+
+
+def test_other_weights_or_another_size_embed_everything_again(run: Embed, weights: Path) -> None:
+    run()
+    assert run("--image-size", 28)["computed"] == 60
+    other = build("resnet20", 3, image_size=(32, 32)).state_dict()
+    save_file(other, weights.with_name("other.safetensors"))
+    assert run("--weights", weights.with_name("other.safetensors"))["computed"] == 60
+    assert len(list(stored_models(Path("features")))) == 3
+    assert run()["computed"] == 0
+
+
+def test_the_head_plays_no_part_in_the_key(weights: Path) -> None:
+    state = build("resnet20", 3, image_size=(32, 32)).state_dict()
+    head = list(state)[-2:]
+    changed = {name: torch.ones_like(value) if name in head else value for name, value in state.items()}
+    files = [weights.with_name(name) for name in ("plain.safetensors", "headless.safetensors")]
+    for file, values in zip(files, (state, changed), strict=True):
+        save_file(values, file)
+    keys = {open_model("resnet20", str(file), 32).key for file in files}
+    assert len(keys) == 1
+
+
+def test_a_stopped_command_keeps_its_finished_shards(
+    folder: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "SHARD_SIZE", 16)
+    model = open_model("resnet20", str(weights), 32)
+    samples, labels = samples_of(str(folder))
+
+    def work(stop: object) -> int:
+        store = FeatureStore(Path("features"), model.key, model.record)
+        return embed(model, samples, labels, store, "data", Options(jobs=1), stop).computed  # type: ignore[arg-type]
+
+    with pytest.raises(Stopped):
+        work(SimpleNamespace(signal=signal.SIGTERM))
+    assert work(Stop("now")) == 60 - 16
+
+
+def test_the_stored_embeddings_are_the_inputs_of_the_head(run: Embed, folder: Path, weights: Path) -> None:
+    run()
+    model = open_model("resnet20", str(weights), 32)
+    sample = samples_of(str(folder))[0][7]
+    network = model.classifier.network
+    image = torch.from_numpy(model.preprocess(sample.read())).permute(2, 0, 1)[None]
+    inputs: list[torch.Tensor] = []
+    head_of(network).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model.classifier(image)
+    store = FeatureStore(Path("features"), model.key, model.record)
+    store.refresh()
+    content = next(row.content for row in store.samples() if row.path == sample.path)
+    np.testing.assert_allclose(store.vectors([Key(content)])[0], inputs[0][0], rtol=2e-3, atol=1e-4)
+
+
+def test_augmented_views_are_further_rows(run: Embed, folder: Path, weights: Path) -> None:
+    assert run("--policy", "cifar", "--epochs", 2)["computed"] == 180
+    assert run("--policy", "cifar", "--epochs", 3, "--seed", 0)["computed"] == 60
+    assert run("--policy", "cifar", "--seed", 1)["computed"] == 60
+    model = open_model("resnet20", str(weights), 32)
+    sample = samples_of(str(folder))[0][5]
+    augmenter = Augmenter("cifar", 0, size=(32, 32), color_profile=model.preprocess.color_profile)
+    store = FeatureStore(Path("features"), model.key, model.record)
+    store.refresh()
+    content = next(row.content for row in store.samples() if row.path == sample.path)
+    stored = store.vectors([Key(content, View(embedding.policy_digest(augmenter), 1, 5))])[0]
+    view = augmenter(sample.read(), epoch=1, index=5)
+    np.testing.assert_allclose(stored, _embedding_of(model, view), rtol=5e-3, atol=1e-3)
+
+
+def _embedding_of(model: EmbeddingModel, image: np.ndarray) -> np.ndarray:
+    from refract.models.head import head_inputs
+
+    with torch.no_grad(), head_inputs(model.classifier.network) as vectors:
+        model.classifier(torch.from_numpy(image).permute(2, 0, 1)[None])
+    return vectors[0].numpy()[0]
+
+
+def test_an_unreadable_image_is_reported_and_the_others_are_embedded(
+    run: Embed, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = next(folder.rglob("*.jpg"))
+    first.write_bytes(b"not an image")
+    result = run()
+    assert result["computed"] == 59
+    assert list(result["failed"]) == [str(first)]  # type: ignore[call-overload]
+
+
+def test_a_folder_without_labels_is_embedded(run: Embed, tmp_path: Path) -> None:
+    for number in range(3):
+        write_image(tmp_path / "flat" / f"{number}.jpg", make_image("red", number))
+    assert run(data=tmp_path / "flat")["computed"] == 3
+
+
+def test_a_damaged_shard_is_named_with_the_remedy(run: Embed, capsys: pytest.CaptureFixture[str]) -> None:
+    run()
+    shard = next(Path("features").rglob("vectors-*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    cli.main(["search", "features", "x.jpg"])
+    capsys.readouterr()
+    run(code=2)
+    shard.unlink()
+    assert run()["computed"] == 60
+
+
+@pytest.mark.slow
+def test_worker_processes_write_the_same_embeddings(run: Embed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "SHARD_SIZE", 20)
+
+    def vectors() -> np.ndarray:
+        key, record = next(stored_models(Path("features")))
+        store = FeatureStore(Path("features"), key, record)
+        store.refresh()
+        return store.vectors([Key(sample.content) for sample in sorted(store.samples(), key=lambda s: s.path)])
+
+    assert run("--jobs", 2)["computed"] == 60
+    parallel = vectors()
+    for shard in Path("features").rglob("vectors-*.parquet"):
+        shard.unlink()
+    assert run("--jobs", 1)["computed"] == 60
+    np.testing.assert_allclose(parallel, vectors(), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["embed", "DATA", "--model", "resnet20"], "a network needs weights"),
+        (["embed", "DATA", "--model", "lenet6"], "lenet6"),
+        (["embed", "DATA", "--model", "."], "neither a bundle nor a run"),
+        (["embed", "nothing", "--model", "resnet20", "--weights", "WEIGHTS"], "nothing"),
+        (["search", "nothing", "x.jpg"], "is not a feature store"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], message: str, folder: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [{"DATA": str(folder), "WEIGHTS": str(weights)}.get(argument, argument) for argument in arguments]
+    assert cli.main(given) == 2
+    printed = capsys.readouterr().err
+    assert message in printed.splitlines()[-1]
+
+
+def test_search_finds_the_image_itself_first_and_its_class_next(
+    run: Embed, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run()
+    image = next(folder.rglob("*.jpg"))
+    assert cli.main(["search", "features", str(image), "--top", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[str(image)]
+    assert found[0]["path"] == str(image)
+    assert found[0]["similarity"] == pytest.approx(1, abs=1e-3)
+    similarities = [row["similarity"] for row in found]
+    assert similarities == sorted(similarities, reverse=True)
+    assert len(found) == 4
+
+
+def test_search_asks_for_the_model_of_a_store_of_several(
+    run: Embed, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run()
+    run("--image-size", 28)
+    image = str(next(folder.rglob("*.jpg")))
+    assert cli.main(["search", "features", image]) == 2
+    assert "choose one with --model" in capsys.readouterr().err

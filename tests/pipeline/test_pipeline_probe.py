@@ -1,0 +1,194 @@
+"""Heads fitted on embeddings: probe, knn and prototype."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from refract.models.bundle.bundle import load_bundle
+from refract.models.head import HEADS
+from refract.pipeline.config.config import ConfigError, load_config
+from refract.pipeline.features import heads
+from refract.pipeline.features.heads import Part, fit_head
+from refract.pipeline.features.training import install_head
+from refract.pipeline.training.run import Result, train
+
+MODES = ("probe", "knn", "prototype")
+
+
+def blobs(count: int, classes: int = 3, width: int = 16, seed: int = 0, spread: float = 1.0) -> Part:
+    draw = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(classes, width)) * 2
+    truth = np.arange(count) % classes
+    features = centres[truth] + spread * draw.normal(size=(count, width)) + 3
+    return Part(features.astype(np.float32), np.eye(classes, dtype=bool)[truth])
+
+
+def predicted(head: torch.nn.Module, part: Part) -> np.ndarray:
+    with torch.no_grad():
+        return np.asarray(head(torch.from_numpy(part.features)).argmax(dim=1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("classes", [2, 3, 11])
+def test_each_mode_learns_separable_classes(mode: str, classes: int) -> None:
+    fitted = fit_head(mode, blobs(110, classes), blobs(88, classes, seed=1), multilabel=False)
+    test = blobs(110, classes, seed=2)
+    assert (predicted(fitted.head, test) == test.targets.argmax(axis=1)).mean() > 0.9
+    assert fitted.metrics["val_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("balanced", [False, True])
+def test_the_probe_is_the_logistic_regression_of_scikit_learn(
+    classes: int, balanced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "STRENGTHS", (0.1,))
+    monkeypatch.setattr(heads, "TOLERANCE", 1e-7)
+    monkeypatch.setattr(heads, "MOST_STEPS", 2000)
+    train = blobs(90, classes, spread=3.0)
+    keep = np.flatnonzero((np.arange(90) % 3 > 0) | (train.targets.argmax(axis=1) > 0))  # unequal classes
+    train = Part(train.features[keep], train.targets[keep])
+    fitted = fit_head("probe", train, blobs(30, classes, seed=1), multilabel=False, balanced=balanced)
+    scale = np.sqrt((train.features**2).mean())
+    peer = LogisticRegression(C=0.1, tol=1e-8, max_iter=5000, class_weight="balanced" if balanced else None)
+    peer.fit(train.features.astype(float) / scale, train.targets.argmax(axis=1))
+    test = blobs(60, classes, seed=2, spread=3.0)
+    with torch.no_grad():
+        probabilities = fitted.head(torch.from_numpy(test.features)).softmax(dim=1).numpy()
+    # For two classes scikit-learn penalises the difference of the two rows of weights, which are penalised here each on its own.
+    tolerance = 0.02 if classes > 2 else 0.15
+    np.testing.assert_allclose(probabilities, peer.predict_proba(test.features / scale), atol=tolerance)
+
+
+def test_a_multilabel_probe_is_a_regression_for_each_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "STRENGTHS", (0.1,))
+    monkeypatch.setattr(heads, "TOLERANCE", 1e-7)
+    draw = np.random.default_rng(3)
+    features = draw.normal(size=(200, 8)).astype(np.float32)
+    targets = features @ draw.normal(size=(8, 4)) + draw.normal(size=(200, 4)) > 0.5
+    part = Part(features, targets)
+    fitted = fit_head("probe", part, part, multilabel=True)
+    scale = np.sqrt((features**2).mean())
+    with torch.no_grad():
+        probabilities = fitted.head(torch.from_numpy(features)).sigmoid().numpy()
+    for label in range(4):
+        peer = LogisticRegression(C=0.1, tol=1e-8, max_iter=5000).fit(features / scale, targets[:, label])
+        np.testing.assert_allclose(probabilities[:, label], peer.predict_proba(features / scale)[:, 1], atol=0.02)
+
+
+def test_one_neighbour_is_that_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "NEIGHBOURS", (1,))
+    train, test = blobs(60, 4, spread=3.0), blobs(50, 4, seed=2, spread=3.0)
+    fitted = fit_head("knn", train, test, multilabel=False)
+    peer = KNeighborsClassifier(1, metric="cosine").fit(train.features, train.targets.argmax(axis=1))
+    assert (predicted(fitted.head, test) == peer.predict(test.features)).all()
+
+
+@given(st.integers(1, 5), st.integers(2, 6), st.booleans(), st.sampled_from(["probe", "knn"]))
+def test_few_images_a_class_and_no_validation_set_give_finite_logits(
+    images: int, classes: int, multilabel: bool, mode: str
+) -> None:
+    train, none = blobs(images * classes, classes), blobs(0, classes)
+    fitted = fit_head(mode, train, none, multilabel=multilabel)
+    assert torch.isfinite(fitted.head(torch.from_numpy(train.features))).all()
+    if images > 1:
+        assert (predicted(fitted.head, train) == train.targets.argmax(axis=1)).mean() > 0.6
+
+
+def test_a_neighbour_head_takes_its_samples_from_the_state_dict() -> None:
+    part = blobs(30)
+    head = fit_head("knn", part, part, multilabel=False).head
+    other = HEADS["knn"](16, 3)
+    other.load_state_dict(head.state_dict())
+    values = torch.from_numpy(blobs(20, seed=5).features)
+    assert torch.equal(other(values), head(values))
+
+
+def test_balanced_weights_raise_the_recall_of_a_rare_class() -> None:
+    common, rare = blobs(300, 2, spread=6.0), blobs(300, 2, spread=6.0, seed=4)
+    rows = np.flatnonzero(common.targets[:, 0] | (np.arange(300) % 20 == 1))
+    train = Part(common.features[rows], common.targets[rows])
+    recalls = [
+        (predicted(fit_head("probe", train, rare, multilabel=False, balanced=balanced).head, rare) == 1)[
+            rare.targets[:, 1]
+        ].mean()
+        for balanced in (False, True)
+    ]
+    assert recalls[1] > recalls[0] + 0.1
+
+
+def trained(folder: Path, **values: object) -> Result:
+    settings: dict[str, object] = {
+        "data.source": folder, "data.workers": 0, "model.name": "resnet20", "trainer.precision": "fp32", "trainer.run_name": "run",
+        "tracking.enabled": "false", "evaluation.robustness": "none", **values,
+    }  # fmt: skip
+    result = train(load_config(None, [f"--{key}={value}" for key, value in settings.items()]))
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_by_a_mode_writes_an_ordinary_bundle(
+    mode: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "refract.pipeline"):
+        result = trained(folder, **{"model.mode": mode})
+    assert result.metrics["accuracy"] > 0.9
+    bundle = load_bundle(result.bundle)
+    assert bundle.info.network["args"] == ({} if mode == "probe" else {"head": "knn" if mode == "knn" else "cosine"})
+    golden = bundle.golden_samples[0]
+    from refract.pipeline.inference.scoring import SampleInput, preprocess_of, score
+
+    rows = score(
+        bundle.classifier(), preprocess_of(bundle.info), [SampleInput(lambda: golden.data)], task=bundle.info.task,
+        temperature=bundle.info.temperature,
+    )  # fmt: skip
+    np.testing.assert_allclose(next(iter(rows)), golden.probabilities, atol=1e-4)
+    history = json.loads((result.run_dir / "history.json").read_text())
+    assert len(history) == 1
+    assert {"train_loss", "val_loss", "val_accuracy"} <= {*history[0]}
+    assert "augment.policy, optim and trainer.max_epochs have no effect" in caplog.text
+
+
+def test_a_second_training_takes_the_embeddings_from_the_store(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "refract.pipeline"):
+        trained(folder, **{"model.mode": "probe"})
+        first = caplog.text
+        trained(folder, **{"model.mode": "knn", "trainer.run_name": "second"})
+    assert "48 embeddings computed, 0 from" in first
+    assert "0 embeddings computed, 48 from" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model.head": "mlp"}, "model.head: mlp cannot be combined with model.mode: probe"),
+        ({"trainer.devices": 2}, "fits in one process"),
+        ({"text.name": "hashing"}, "text.name: none"),
+    ],
+)
+def test_a_setting_that_excludes_the_mode_is_refused(folder: Path, values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trained(folder, **{"model.mode": "probe", **values})
+
+
+def test_a_network_whose_last_layer_cannot_be_fitted_is_refused() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 3, 3))
+    with pytest.raises(ConfigError, match="the last layer of net is a Conv2d.*set model.mode: feature-extract"):
+        install_head(network, torch.nn.Linear(8, 3), "net")
+
+
+def test_prototypes_of_multi_label_data_are_refused(tmp_path: Path, folder: Path) -> None:
+    paths = sorted(folder.rglob("*.jpg"))
+    table = "path,label\n" + "\n".join(f"{path},{'a;b' if row % 2 else 'a'}" for row, path in enumerate(paths))
+    (tmp_path / "labels.csv").write_text(table)
+    with pytest.raises(ConfigError, match="needs one label per image"):
+        trained(tmp_path / "labels.csv", **{"model.mode": "prototype"})
