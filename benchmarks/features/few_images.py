@@ -1,0 +1,193 @@
+"""How accurate heads are that are fitted on 1, 5, 10 and 50 images per class.
+
+The network is tf_efficientnet_lite0 with ImageNet weights. Refract's modes and scikit-learn's logistic regression get the same embeddings,
+which are computed once and kept in --store. The images of a seed are drawn from the folder's training images; four fifths of them, at least
+one, fit the head, the rest chooses the regularisation. With --trained, plain timm, fastai and Refract's fine-tuning train on the same images
+for 4 epochs, each in a process of its own. All are measured on the folder's other split.
+"""
+
+import argparse
+import csv
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.finetuners.task import Task
+from benchmarks.pretrained import NAME, lite0_weights
+from benchmarks.report import environment, write
+from benchmarks.transfer import CONTENDERS, run as train
+from refract.pipeline.features.embed import Options, embed, source_name
+from refract.pipeline.features.heads import MODES, Part, fit_head
+from refract.pipeline.features.model import open_model
+from refract.pipeline.features.source import samples_of
+from refract.pipeline.features.store import FeatureStore
+from refract.pipeline.training.callbacks.stopping import Stop
+
+OUT = Path(__file__).parents[1] / "results" / "features_few_images.json"
+TRAINED = {"refract": "fine-tune", "timm": "fine-tune", "fastai": "fine-tune"}
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+class Embedded(NamedTuple):
+    """A folder's samples: paths, labels (N,), embeddings (N, D), and whether each is a training sample."""
+
+    paths: list[str]
+    labels: np.ndarray
+    vectors: np.ndarray
+    is_train: np.ndarray
+    seconds: float
+
+
+class Drawn(NamedTuple):
+    """Row numbers of the samples that fit, choose and measure."""
+
+    fit: np.ndarray
+    choose: np.ndarray
+    test: np.ndarray
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", type=Path, nargs="+", required=True, help="folders train/CLASS and val/CLASS or test/CLASS"
+    )
+    parser.add_argument("--size", type=int, default=224, help="of the network's input, pixels")
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 5, 10, 50], help="training images per class")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--trained", type=int, default=0, metavar="SEEDS", help="also train timm, fastai and Refract for so many seeds"
+    )
+    parser.add_argument("--store", type=Path, default=Path("features"))
+    parser.add_argument("--out", type=Path, default=OUT)
+
+
+def run(args: argparse.Namespace) -> None:
+    report: dict[str, Any] = {"network": NAME, "size": args.size, "folders": {}}
+    with tempfile.TemporaryDirectory() as name:
+        weights = lite0_weights(Path(name) / "lite0.safetensors")
+        for folder in args.data:
+            data = _embedded(folder, weights, args)
+            rows = [row for images in args.images for row in _measured(data, images, args, weights, Path(name))]
+            report["folders"][folder.name] = {"embedding_seconds": round(data.seconds, 1), "rows": rows}
+            write(args.out, report | {"environment": environment("refract", "torch", "timm", "fastai", "scikit-learn")})
+
+
+def _embedded(folder: Path, weights: Path, args: argparse.Namespace) -> Embedded:
+    samples, names = samples_of(str(folder))
+    model = open_model(NAME, str(weights), args.size)
+    store = FeatureStore(args.store, model.key, model.record)
+    started = time.perf_counter()
+    done = embed(model, samples, names, store, source_name(str(folder)), Options(), Stop("now"))
+    keys = [key for key in done.keys if key is not None]
+    assert len(keys) == len(samples), done.failed
+    classes = sorted({name for (name,) in names})
+    labels = np.array([classes.index(name) for (name,) in names])
+    is_train = np.array([sample.split == "train" for sample in samples])
+    seconds = time.perf_counter() - started if done.computed else 0.0
+    return Embedded([sample.path for sample in samples], labels, store.vectors(keys), is_train, seconds)
+
+
+def _measured(
+    data: Embedded, images: int, args: argparse.Namespace, weights: Path, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Yield the accuracy over the seeds and the mean processor seconds of a fit, for each contender."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for seed in range(args.seeds):
+        drawn = _draw(data, images, seed)
+        for name, contender in FITTED.items():
+            started = time.process_time()
+            accuracy = contender(data, drawn)
+            found.setdefault(name, []).append((accuracy, time.process_time() - started))
+        if seed < args.trained:
+            task = Task(
+                str(_manifest(data, drawn, folder / f"{images}-{seed}.csv")),
+                str(weights),
+                NAME.removeprefix("timm/"),
+                "",
+                seed,
+            )
+            for name in [name for name in TRAINED if name in CONTENDERS]:
+                outcome = train(
+                    name, replace(task, mode=TRAINED[name], size=args.size, batch_size=min(32, len(drawn.fit)))
+                )
+                found.setdefault(f"{name}, trained", []).append((outcome.accuracy, outcome.processor_seconds))
+    for name, outcomes in found.items():
+        accuracies = [accuracy for accuracy, _ in outcomes]
+        row = {
+            "images": images, "contender": name, "accuracy": round(mean(accuracies), 4), "seeds": len(outcomes),
+            "deviation": round(stdev(accuracies), 4) if len(accuracies) > 1 else None,
+            "processor_seconds": round(mean(seconds for _, seconds in outcomes), 2),
+        }  # fmt: skip
+        print(
+            f"{images:3} {name:22} {row['accuracy']:.3f} ± {row['deviation'] or 0:.3f}  {row['processor_seconds']:6.2f} s",
+            flush=True,
+        )
+        yield row
+
+
+def _draw(data: Embedded, images: int, seed: int) -> Drawn:
+    draw = np.random.default_rng([seed, images])
+    fit: list[int] = []
+    choose: list[int] = []
+    for label in range(data.labels.max() + 1):
+        own = draw.permutation(np.flatnonzero(data.is_train & (data.labels == label)))[:images]
+        count = max(1, round(0.8 * len(own)))
+        fit += own[:count].tolist()
+        choose += own[count:].tolist()
+    return Drawn(np.array(fit), np.array(choose, int), np.flatnonzero(~data.is_train))
+
+
+def _part(data: Embedded, rows: np.ndarray) -> Part:
+    return Part(data.vectors[rows], np.eye(data.labels.max() + 1, dtype=bool)[data.labels[rows]])
+
+
+def _by_refract(mode: str) -> Callable[[Embedded, Drawn], float]:
+    def fitted(data: Embedded, drawn: Drawn) -> float:
+        import torch
+
+        head = fit_head(mode, _part(data, drawn.fit), _part(data, drawn.choose), multilabel=False).head
+        with torch.inference_mode():
+            predicted = head(torch.from_numpy(data.vectors[drawn.test])).argmax(dim=1).numpy()
+        return float((predicted == data.labels[drawn.test]).mean())
+
+    return fitted
+
+
+def _by_scikit_learn(data: Embedded, drawn: Drawn) -> float:
+    """As a careful user does it: standardised, the strength chosen on the validation images, or 1 without any."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    strengths = STRENGTHS if len(drawn.choose) else (1.0,)
+    models = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000)).fit(
+            data.vectors[drawn.fit], data.labels[drawn.fit]
+        )
+        for strength in strengths
+    ]
+    if len(models) > 1:
+        models.sort(key=lambda model: -model.score(data.vectors[drawn.choose], data.labels[drawn.choose]))
+    return float(models[0].score(data.vectors[drawn.test], data.labels[drawn.test]))
+
+
+FITTED: dict[str, Callable[[Embedded, Drawn], float]] = {
+    **{f"refract {mode}": _by_refract(mode) for mode in MODES},
+    "scikit-learn": _by_scikit_learn,
+}
+
+
+def _manifest(data: Embedded, drawn: Drawn, target: Path) -> Path:
+    """Write the images as a table. One image per class both fits and chooses."""
+    choose = drawn.choose if len(drawn.choose) else drawn.fit
+    with target.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "label", "split"])
+        for split, rows in (("train", drawn.fit), ("val", choose), ("test", drawn.test)):
+            table.writerows([str(Path(data.paths[row]).resolve()), f"class {data.labels[row]}", split] for row in rows)
+    return target
