@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 IMPORTED = (
-    "torch", "torchvision", "timm", "lightning.pytorch", "torchmetrics", "mlflow", "mlflow.tracking", "sklearn.metrics", "pandas",
+    "torch", "torchvision", "timm", "refract.models.training.lightning_imports", "mlflow", "mlflow.tracking", "sklearn.metrics", "pandas",
     "pyarrow.parquet", "matplotlib.figure", "jsonargparse", "cv2", "jinja2", "scipy.stats", "tqdm", "httpx",
     "refract.augment", "refract.models.bundle.bundle", "refract.pipeline.training.run", "refract.pipeline.training.fit",
     "refract.pipeline.evaluation.assess", "refract.pipeline.data.datamodule",

@@ -9,19 +9,23 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import lightning
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision
-from torchmetrics.utilities import dim_zero_cat
 
 from refract.models.classifier import Classifier, Inputs, inputs_of, probabilities
 from refract.models.tasks import check_task
 from refract.models.training.activation_checkpointing import frozen_batch_statistics
 from refract.models.training.freezing import blocks_of, head_epochs, trained_blocks
+from refract.models.training.lightning_imports import (
+    MeanMetric,
+    Metric,
+    MulticlassAccuracy,
+    MultilabelAveragePrecision,
+    OptimizerLRScheduler,
+    dim_zero_cat,
+    lightning,
+)
 from refract.models.training.objective import (
     check_targets,
     classification_loss,

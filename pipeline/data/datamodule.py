@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from refract.augment import Augmenter, Preprocess, decode, image_size
 from refract.models.multimodal.tokens import Tokens
+from refract.models.training.lightning_imports import lightning
 from refract.pipeline.data.datasets import ImageDataset, Item, TrainDataset, init_worker, named, targets_of
 from refract.pipeline.data.loader import Loader, plan_workers, shared_memory_free
 from refract.pipeline.data.manifest import DataError, Manifest, Sample

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from refract.models.classifier import Inputs, inputs_of
+from refract.models.training.lightning_imports import Callback, lightning
 from refract.models.training.lightning_module import ClassifierModule
 from refract.models.training.objective import classification_loss
 from refract.pipeline.config.config import Config

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from refract.pipeline.config.config import Config
 from refract.pipeline.config.sections import EvaluationConfig
 from refract.pipeline.data.manifest import Manifest
 from refract.pipeline.doctor.finding import Finding
-from refract.pipeline.doctor.watch import Doctor
 from refract.pipeline.evaluation import measures
 from refract.pipeline.evaluation.advice import notes_on
 from refract.pipeline.evaluation.evaluate import Evaluation, evaluate, probabilities_of, truth_of
@@ -28,6 +27,9 @@ from refract.pipeline.evaluation.robustness import EFFORTS, Effort, measure_robu
 from refract.pipeline.evaluation.robustness_cost import affordable, flops_of
 from refract.pipeline.evaluation.thresholds import choose_thresholds
 from refract.pipeline.files import write_atomically
+
+if TYPE_CHECKING:
+    from refract.pipeline.doctor.watch import Doctor
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ def assess(
     config: Config,
     *,
     name: str,
-    doctor: Doctor,
+    doctor: "Doctor",
     history: list[dict[str, float]],
 ) -> Assessment:
     """Calibrate, evaluate and report a trained classifier.

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
+
+from refract.models.training.lightning_imports import Callback
 
 POWERCAP = Path("/sys/class/powercap")
 EVERY_SECONDS = 60.0

@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from refract.augment import image_size
 from refract.models.classifier import Inputs, inputs_of
+from refract.models.training.lightning_imports import Callback, lightning
 from refract.pipeline.data.datasets import TrainDataset
 from refract.pipeline.files import write_atomically
 

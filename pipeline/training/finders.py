@@ -33,7 +33,7 @@ def find_lr(config: Config, *, steps: int = 100) -> LrRange:
     Parameter groups keep the ratios of their rates. The trained weights are discarded. Raises ConfigError if the loss never falls, and the
     errors of `assemble`. Source: Smith 2017, arXiv:1506.01186, section 3.3.
     """
-    from lightning.pytorch.callbacks import Callback
+    from refract.models.training.lightning_imports import Callback
 
     assembly = assemble(config)
     rates = np.geomspace(LOWEST_LR, HIGHEST_LR, steps)
@@ -84,7 +84,7 @@ def find_batch_size(config: Config) -> int:
 
     Raises the errors of `assemble`.
     """
-    from lightning.pytorch.tuner import Tuner
+    from refract.models.training.lightning_imports import Tuner
 
     assembly = assemble(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -100,8 +100,7 @@ def find_batch_size(config: Config) -> int:
 
 
 def _trainer(assembly: Assembly, folder: str, accumulate: int = 1, **more: Any) -> Any:
-    import lightning
-
+    from refract.models.training.lightning_imports import lightning
     from refract.pipeline.training.callbacks.progress import quiet_lightning
 
     quiet_lightning()

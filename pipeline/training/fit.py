@@ -42,9 +42,8 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
 
     prepared: an earlier result of `prepare_data` for the same data and seed. Raises the errors of `train`.
     """
-    import lightning
-
     from refract.augment import Augmenter
+    from refract.models.training.lightning_imports import lightning
     from refract.pipeline.data.datamodule import ImageDataModule
     from refract.pipeline.data.prepare import prepare_data
     from refract.pipeline.training.build import (
@@ -112,8 +111,8 @@ def fit(
 
         return fit_on_embeddings(assembly, network_record(assembly.config)["network"], tracker)
     import torch
-    from lightning.pytorch.callbacks import EarlyStopping
 
+    from refract.models.training.lightning_imports import EarlyStopping
     from refract.pipeline.training.callbacks.averaging import WeightAverage, best_weights
     from refract.pipeline.training.callbacks.checkpoints import ResumeCheckpoint
     from refract.pipeline.training.callbacks.progress import BestCheckpoint, EpochReport, StepProgress, quiet_lightning
@@ -185,9 +184,8 @@ def network_record(config: Config) -> dict[str, Any]:
 
 
 def _run_trainer(assembly: Assembly, run_dir: Path, callbacks: list[Any], checkpoint: Path | None) -> None:
-    import lightning
-
     from refract.models.allocator import release_freed_memory
+    from refract.models.training.lightning_imports import lightning
     from refract.pipeline.data.manifest import DataError
     from refract.pipeline.training.callbacks.checkpoints import AtomicCheckpoints
     from refract.pipeline.training.failing_batch import Reproducer

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import optuna
-from lightning.pytorch.callbacks import Callback
 
 from refract.models.credentials import masked
+from refract.models.training.lightning_imports import Callback, lightning
 from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 from refract.pipeline.config.plugin_files import plugin_digests
 from refract.pipeline.config.renamed import with_new_keys

@@ -2,7 +2,6 @@
 
 import warnings
 
-import lightning
 import pytest
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from refract.models.classifier import Classifier
 from refract.models.head import CosineHead, MLPHead, head_of, swap_head
 from refract.models.registry import build
 from refract.models.training.freezing import MODES, blocks_of, trained_blocks
+from refract.models.training.lightning_imports import lightning
 from refract.models.training.lightning_module import ClassifierModule
 from refract.models.training.parameter_groups import parameter_groups
 from refract.models.training.specs import LossSpec, OptimSpec

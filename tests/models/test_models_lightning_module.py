@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import lightning
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from refract.models.classifier import Classifier
 from refract.models.registry import build
+from refract.models.training.lightning_imports import lightning
 from refract.models.training.lightning_module import ClassifierModule, MeanAveragePrecision
 from refract.models.training.specs import OptimSpec
 

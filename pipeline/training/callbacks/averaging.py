@@ -3,13 +3,12 @@
 from collections import deque
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from refract.models.classifier import Inputs, inputs_of
+from refract.models.training.lightning_imports import Callback, lightning
 
 NORM_IMAGES = 2048
 """Number of images that recompute the batch norm statistics of averaged weights."""

@@ -11,13 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
 
 from refract.errors import ServiceError
+from refract.models.training.lightning_imports import Checkpoint, TorchCheckpointIO, lightning
 from refract.pipeline.files import write_atomically
 from refract.pipeline.training.callbacks.stopping import Stop, Stopped
 

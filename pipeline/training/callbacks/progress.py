@@ -8,10 +8,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from refract.models.training.lightning_imports import Callback, ModelCheckpoint, lightning
 from refract.pipeline.training.callbacks.checkpoints import relocated_state
 from refract.progress import Progress
 

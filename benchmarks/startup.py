@@ -1,0 +1,96 @@
+"""Measure what the start of each command costs: CPU seconds (user and system, all its processes) and peak memory of whole processes.
+
+"torch" imports PyTorch and builds an optimizer, which every training does; it is the lower limit of a training process.
+"train, first step" ends `refract train` at its first optimizer step. "train" and "retrain" train lenet5 on the digits for one epoch.
+
+    python -m benchmarks.startup --rounds 3 --json benchmarks/results/startup.json
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from benchmarks.report import environment, write
+
+CONFIG = """
+data: {source: digits, image_size: 32, resize: squash, batch_size: 64, workers: 0}
+augment: {policy: digits}
+model: {name: lenet5}
+trainer: {max_epochs: 1, device: cpu}
+evaluation: {robustness: none}
+tracking: {uri: "sqlite:///mlflow.db"}
+"""
+FIRST_STEP = """
+import os, sys
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from refract.cli import main
+register_optimizer_step_pre_hook(lambda *_: os._exit(0))
+sys.exit(main(sys.argv[1:]))
+"""
+TORCH = "import torch; torch.optim.AdamW([torch.zeros(1)])"
+BUNDLE = "runs/first/bundle"
+PYTHON: dict[str, tuple[str, ...]] = {
+    "torch": ("-c", TORCH),
+    "import lightning": ("-c", f"{TORCH}; import lightning.pytorch"),
+    "train, first step": ("-c", FIRST_STEP, "train", "config.yaml"),
+    "train": ("-m", "refract", "train", "config.yaml", "--trainer.run_name", "first"),
+    "evaluate": ("-m", "refract", "evaluate", BUNDLE, "digits"),
+    "compare": ("-m", "refract", "compare", "runs/first", "runs/first"),
+    "serve": ("-m", "refract", "serve", BUNDLE, "--port", "0"),
+    "retrain": ("-m", "refract", "retrain", "config.yaml", "--tracking.model_name", "digits"),
+}
+"""The measured programs, in the order in which they run: the later ones read the files of `train`."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in PYTHON}
+    for number in range(args.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.yaml").write_text(CONFIG)
+            for name, arguments in PYTHON.items():
+                taken[name].append(_measure(arguments, Path(folder), until_ready=name == "serve"))
+                seconds, memory = taken[name][-1]
+                print(f"round {number + 1}, {name}: {seconds:.2f} s of CPU, {memory:.0f} MB", flush=True)
+    result = {
+        "cpu_seconds": {name: round(median(seconds for seconds, _ in runs), 2) for name, runs in taken.items()},
+        "peak_mb": {name: round(max(memory for _, memory in runs)) for name, runs in taken.items()},
+        "rounds": args.rounds,
+    }
+    print(result)
+    if args.json:
+        write(args.json, {"environment": environment("torch", "lightning", "torchmetrics", "mlflow"), **result})
+    return 0
+
+
+def _measure(arguments: Sequence[str], folder: Path, *, until_ready: bool) -> tuple[float, float]:
+    """Run Python with the arguments and return its CPU seconds and its peak memory in MB. until_ready: stop it after its first line."""
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    with (folder / "errors").open("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        assert process.stdout is not None
+        if until_ready:
+            process.stdout.readline()
+            process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"{arguments} ended with exit code {process.returncode}:\n{errors.read()}")
+    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
