@@ -26,6 +26,9 @@ from benchmarks.transfer import processor_seconds
 
 KINDS = ("photos", "small", "grey")
 
+FROM_SCRATCH = {"small": "resnet20", "grey": "resnet18"}
+"""The networks of the kinds without weights. `init` would propose the weights of the extra `pretrained`, where it is installed."""
+
 
 def through_refract(data: Path, seed: int, folder: Path, start: list[str]) -> tuple[dict[str, Any], float, Path]:
     """Run `init` and `train`. Returns (the config that `init` wrote, accuracy on the test set, the run's folder)."""
@@ -89,7 +92,8 @@ def measured(kind: str, data: Path, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = lite0_weights(folder / "lite0.safetensors")
-        start = ["--model.name", NAME, "--model.weights", str(weights)] if kind == "photos" else []
+        network, start_weights = (NAME, str(weights)) if kind == "photos" else (FROM_SCRATCH[kind], "none")
+        start = ["--model.name", network, "--model.weights", start_weights]
         before = processor_seconds()
         config, accuracy, run = through_refract(data.resolve(), seed, folder, start)
         between = processor_seconds()

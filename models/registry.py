@@ -19,7 +19,8 @@ from refract.models.architectures.rbf import RBFNetwork
 from refract.models.architectures.resnet import ResNet20
 from refract.models.head import head_of, neutralise_head, swap_head
 from refract.models.pretrained.catalogues import CATALOGUES
-from refract.models.pretrained.weights import folder_preprocess, load_weights
+from refract.models.pretrained.packages import WeightsPackage, package_of, packages_hint
+from refract.models.pretrained.weights import folder_preprocess, load_tensors, load_weights
 from refract.plugins import PluginError, add_entry
 
 __all__ = ["NETWORKS", "build", "head_of", "weights_preprocess"]
@@ -39,8 +40,8 @@ def build(
 
     - name: one of NETWORKS, a torchvision classification model, or a timm model; `torchvision/NAME` and `timm/NAME` select the catalogue
     - image_size: (height, width) in pixels
-    - weights: "none"; "default", pretrained weights that torchvision or timm downloads; or a file, folder or URL, see
-      `refract.models.pretrained.weights`
+    - weights: "none"; "default", pretrained weights of an installed package (see `refract.models.pretrained.packages`), else those that
+      torchvision or timm downloads; or a file, folder or URL, see `refract.models.pretrained.weights`
     - head: `linear` keeps the network's last layer; a name of `refract.models.head.HEADS` replaces it
     - args: arguments of the network, which may also be keyword arguments
 
@@ -51,11 +52,14 @@ def build(
     args = {**(args or {}), **more}
     source, plain = _locate(name)
     _check_args(name, num_classes, args)
-    pretrained = weights == "default"
+    package = _installed_package(source, plain) if weights == "default" else None
+    pretrained = weights == "default" and package is None
     if source is not None:
         network = CATALOGUES[source].build(plain, num_classes, image_size, pretrained, args)
     elif pretrained:
-        raise ValueError(f"weights='default': {name} has no pretrained weights; expected 'none' or the path of a file")
+        raise ValueError(
+            f"weights='default': {name} has no pretrained weights; expected 'none' or the path of a file; {packages_hint(name)}"
+        )
     else:
         network = _build_builtin(name, num_classes, image_size, args)
     if head != "linear":
@@ -65,7 +69,9 @@ def build(
         and pretrained
         and (head != "linear" or not CATALOGUES[source].loads_head(plain, num_classes))
     )
-    if weights not in ("none", "default"):
+    if package is not None:
+        fresh = bool(load_tensors(network, head_of(network), package.read(), package.file).reinitialised)
+    elif weights not in ("none", "default"):
         fresh = bool(load_weights(network, head_of(network), weights).reinitialised)
     return neutralise_head(network) if fresh else network
 
@@ -82,6 +88,12 @@ def weights_preprocess(name: str, weights: str) -> dict[str, Any] | None:
         return None
     recorded = None if weights == "default" else folder_preprocess(weights)
     return recorded or (None if source is None else CATALOGUES[source].preprocess(plain))
+
+
+def _installed_package(source: str | None, name: str) -> WeightsPackage | None:
+    """Return the installed package with the weights of a catalogue's network, or None."""
+    package = package_of(name) if source == "timm" else None
+    return package if package is not None and package.installed else None
 
 
 def _locate(name: str) -> tuple[str | None, str]:

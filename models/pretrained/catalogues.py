@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from refract.models.head import replace_head
+from refract.models.pretrained.packages import packages_hint
 
 
 class Catalogue(Protocol):
@@ -139,7 +140,7 @@ def _create(name: str, args: Mapping[str, Any], create: Callable[[], Any], *, pr
         # The hubs raise exceptions of their HTTP clients, which differ between releases.
         raise ValueError(
             f"network {name!r}: no weights or no connection: {type(err).__name__}: {err}; "
-            "set weights=PATH of a .safetensors or .pth file, or weights='none'"
+            f"set weights=PATH of a .safetensors or .pth file, or weights='none'; {packages_hint(name)}"
         ) from err
 
 

@@ -52,8 +52,13 @@ def load_weights(network: nn.Module, head: nn.Module, path: str | Path) -> LoadR
     ValueError for another kind of file, an unreadable file, or keys outside the head that do not fit (the message names the first few);
     FileNotFoundError if the file is missing.
     """
+    return load_tensors(network, head, read_weights(path), path)
+
+
+def load_tensors(network: nn.Module, head: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> LoadReport:
+    """Load the tensors of `path` as `load_weights` does. path: only for the log and the errors."""
     expected = network.state_dict()
-    weights = {_clean(key, expected): tensor for key, tensor in read_weights(path).items()}
+    weights = {_clean(key, expected): tensor for key, tensor in tensors.items()}
     _adapt_channels(network, weights, expected)
     head_ids = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()}
     head_keys = [key for key, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in head_ids]

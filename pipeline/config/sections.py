@@ -98,7 +98,8 @@ class ModelConfig(Checked):
     Args:
         name: architecture: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, a plugin's network, a torchvision or timm
             name (timm/NAME forces timm), or none for a text-only model.
-        weights: initial weights: none (random), default (the library's pretrained weights), a file, a folder that holds one, or a URL.
+        weights: initial weights: none (random), default (pretrained: those of the extra `pretrained` if it has the network, else the
+            download of torchvision or timm), a file, a folder that holds one, or a URL.
         mode: trained layers: fine-tune (all), feature-extract (only the head), gradual (unfreezes from the head down),
             linear-then-fine-tune (the head first, then all); or a head fitted on stored embeddings: probe (logistic regression), knn or
             prototype (class means; for one to five images per class).

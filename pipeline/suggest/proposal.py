@@ -1,23 +1,14 @@
 """Choose the values of a first config, each with its reason."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refract.pipeline.config.config import ConfigError
+from refract.pipeline.suggest.network import ProposedNetwork, choose_network, missing_weights_notes, named_network
 from refract.pipeline.suggest.policy import choose_policy
 from refract.pipeline.suggest.start import Start
 from refract.pipeline.suggest.survey import TEST_FRACTION, VAL_FRACTION, Survey
-
-FEW = 50
-"""Training images per class below which the head is trained alone first."""
-
-ENLARGED = 128
-"""Side in pixels to which small images are enlarged for a pretrained network."""
-
-FEW_SMALL = 5_000
-"""Training images up to which small images are enlarged for a pretrained network."""
 
 
 @dataclass(frozen=True)
@@ -59,43 +50,15 @@ class Proposal:
         return [choice for choice in self.choices if choice.from_data]
 
 
-@dataclass(frozen=True)
-class _Network:
-    """The proposed network.
-
-    size: side of the input in pixels; size_reason: reason for the size; args, head: values of `model.args` and `model.head`.
-    """
-
-    name: str
-    reason: str
-    weights: str
-    weights_reason: str
-    size: int
-    size_reason: str
-    args: dict[str, Any] = field(default_factory=dict)
-    head: str = "linear"
-
-    @property
-    def pretrained(self) -> bool:
-        return self.weights != "none"
-
-
 def propose(survey: Survey, start: Start | None = None) -> Proposal:
     """Propose a config for the data: network, initial weights, augmentation, and a training of moderate length.
 
     start: network and weights that the user names; None chooses them. ConfigError if they do not fit the data.
     """
-    network = _network(survey) if start is None else _named_network(survey, start)
+    network = choose_network(survey) if start is None else named_network(survey, start)
     gpu = survey.device == "cuda"
     batch, batch_reason = _batch_size(survey, network.size, gpu=gpu)
     epochs, epochs_reason = _epochs(survey, network, batch, gpu=gpu)
-    notes = list(survey.notes)
-    if survey.images and not network.pretrained and not survey.hub and _gains_from_weights(survey):
-        notes.append(
-            "note: training starts from scratch, as the server of pretrained weights is unreachable; "
-            f"for {survey.training:,} training images pretrained weights are better: "
-            f"refract init {survey.source} --model.name resnet18 --model.weights FILE (.safetensors or .pth)"
-        )
     choices = [
         *_data(survey, network),
         Choice("data.batch_size", batch, batch_reason),
@@ -116,70 +79,10 @@ def propose(survey: Survey, start: Start | None = None) -> Proposal:
             from_data=False,
         ),
     ]  # fmt: skip
-    return Proposal(tuple(choices), tuple(notes))
+    return Proposal(tuple(choices), (*survey.notes, *missing_weights_notes(survey, network)))
 
 
-def _gains_from_weights(survey: Survey) -> bool:
-    """Return whether ImageNet weights are expected to help."""
-    return not survey.content.glyphs and (not survey.small or survey.training <= FEW_SMALL)
-
-
-def _named_network(survey: Survey, start: Start) -> _Network:
-    if not survey.images:
-        raise ConfigError(f"--model.name: {start.name} reads images, and {survey.source} has none; remove the option")
-    pretrained = start.weights != "none"
-    size = start.size if pretrained and start.size else _scratch_size(survey)
-    if pretrained and not start.fixed and survey.side < size // 2:
-        size = max(min(size, ENLARGED), survey.side // 32 * 32)
-    return _Network(
-        start.name, "named by --model.name" if not start.args else "the network of the weights", start.weights,
-        "named by --model.weights" if pretrained else "no weights are named",
-        size, _sized(survey, size, trained_at=start.size if pretrained else 0), start.args, start.head,
-    )  # fmt: skip
-
-
-def _scratch_size(survey: Survey) -> int:
-    """Return the input side in pixels of a network with random weights."""
-    if survey.small:
-        return 32 if survey.side <= 40 else 48
-    return 128 if survey.side >= 128 else max(64, survey.side // 32 * 32)
-
-
-def _network(survey: Survey) -> _Network:
-    if not survey.images:
-        return _Network("none", "no images: only texts", "none", "", 0, "")
-    if survey.small and not (survey.hub and survey.training <= FEW_SMALL):
-        size = _scratch_size(survey)
-        return _Network(
-            "resnet20", f"a residual network for images of about {size} px",
-            "none", "a network this small is trained from scratch", size, _sized(survey, size),
-        )  # fmt: skip
-    if survey.hub:
-        size = 224 if survey.side >= 112 else ENLARGED
-        return _Network(
-            "resnet18", "pretrained on ImageNet and fast; resnet50 is better and slower",
-            "default", "pretrained weights are available", size, _sized(survey, size, trained_at=224),
-        )  # fmt: skip
-    size = _scratch_size(survey)
-    return _Network(
-        "resnet18", "the smallest residual network for images of this size",
-        "none", "the server of pretrained weights is unreachable; a weights file is better", size, _sized(survey, size),
-    )  # fmt: skip
-
-
-def _sized(survey: Survey, size: int, *, trained_at: int = 0) -> str:
-    """Return the reason for the input side `size`. trained_at: side of the images that the weights were trained on, 0 without weights."""
-    median = f"median shorter side {survey.side} px"
-    if size == trained_at:
-        return f"{median}; the size that the weights were trained at"
-    if trained_at and survey.side < size:
-        return f"{median}; small images are enlarged for the pretrained network"
-    if survey.side >= 2 * size:
-        return f"{median}, reduced for speed: {(survey.side / size) ** 2:.0f} times fewer pixels"
-    return median
-
-
-def _data(survey: Survey, network: _Network) -> list[Choice]:
+def _data(survey: Survey, network: ProposedNetwork) -> list[Choice]:
     choices = [
         Choice("data.source", survey.source if survey.source == "digits" else str(Path(survey.source)), "", from_data=False),
         Choice("data.task", survey.task, _task_reason(survey)),
@@ -212,12 +115,12 @@ def _task_reason(survey: Survey) -> str:
     return "two classes" if survey.task == "binary" else f"{len(survey.labels)} classes, one per sample"
 
 
-def _augment(survey: Survey, network: _Network) -> list[Choice]:
+def _augment(survey: Survey, network: ProposedNetwork) -> list[Choice]:
     chosen = choose_policy(survey, pretrained=network.pretrained)
     return [Choice("augment.policy", chosen.policy, chosen.reason)]
 
 
-def _model(survey: Survey, network: _Network, epochs: int) -> list[Choice]:
+def _model(survey: Survey, network: ProposedNetwork, epochs: int) -> list[Choice]:
     choices = [Choice("model.name", network.name, network.reason)]
     if not survey.images:
         return choices
@@ -226,19 +129,29 @@ def _model(survey: Survey, network: _Network, epochs: int) -> list[Choice]:
         choices.append(Choice("model.args", network.args, "of the bundle's network"))
     if network.head != "linear":
         choices.append(Choice("model.head", network.head, "of the bundle's network"))
-    if network.pretrained and survey.per_class < FEW:
-        head = max(1, epochs // 5)
-        return [
-            *choices,
-            Choice(
-                "model.mode",
-                "linear-then-fine-tune",
-                f"{survey.per_class} training images per class: the new head first",
-            ),
-            Choice("model.unfreeze_epochs", head, "epochs in which only the head is trained"),
-        ]
-    reason = "trains all weights; feature-extract trains only the head" if network.pretrained else "trains all weights"
-    return [*choices, Choice("model.mode", "fine-tune", reason, from_data=network.pretrained)]
+    return [*choices, *_mode(survey, network, epochs)]
+
+
+MOST_FOR_PROBE = 50
+"""Training images per class up to which a head on embeddings is proposed. With 196 photos of two classes, EfficientNet-Lite0 at 224 pixels
+and four epochs, fine-tuning reached 0.935 on 153 validation images, and a logistic regression on its features 0.948."""
+
+
+def _mode(survey: Survey, network: ProposedNetwork, epochs: int) -> list[Choice]:
+    """Choose the trained layers."""
+    if not network.pretrained:
+        return [Choice("model.mode", "fine-tune", "trains all weights", from_data=False)]
+    if not survey.few:
+        return [Choice("model.mode", "fine-tune", "trains all weights; feature-extract trains only the head")]
+    fits_probe = network.head == "linear" and not network.args and not survey.texts and not survey.content.grey
+    if fits_probe and survey.per_class <= MOST_FOR_PROBE:
+        reason = f"{survey.per_class} training images per class: a head fitted on embeddings, in seconds; fine-tune with more images"
+        return [Choice("model.mode", "probe", reason)]
+    reason = f"{survey.per_class} training images per class: the new head first"
+    return [
+        Choice("model.mode", "linear-then-fine-tune", reason),
+        Choice("model.unfreeze_epochs", max(1, epochs // 5), "epochs in which only the head is trained"),
+    ]
 
 
 def _text(survey: Survey) -> list[Choice]:
@@ -254,7 +167,7 @@ def _text(survey: Survey) -> list[Choice]:
     ]
 
 
-def _optim(network: _Network) -> list[Choice]:
+def _optim(network: ProposedNetwork) -> list[Choice]:
     reason = "low for pretrained weights" if network.pretrained else "2e-3 for AdamW from scratch"
     learning_rate = Choice("optim.lr", None, f"null chooses it by optimiser, mode and weights: {reason}")
     return [
@@ -279,7 +192,7 @@ SMALL_BATCH = 64
 """Input side in pixels below which larger batches are proposed."""
 
 
-def _epochs(survey: Survey, network: _Network, batch: int, *, gpu: bool) -> tuple[int, str]:
+def _epochs(survey: Survey, network: ProposedNetwork, batch: int, *, gpu: bool) -> tuple[int, str]:
     """Return (epochs, reason): by optimiser steps for pretrained weights, else by the number of images seen, limited for a short wait."""
     steps = max(1, round(survey.training / batch))
     if network.pretrained:

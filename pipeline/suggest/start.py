@@ -63,10 +63,13 @@ def _named(name: str, weights: str) -> Start:
 
 
 def _checked(start: Start, classes: int) -> Start:
-    """Return the start with `fixed`, after loading the weights into the network once. Training downloads the weights of `default`."""
+    """Return the start with `fixed`, after loading the weights into the network once; not those that training will download."""
+    from refract.models.pretrained.packages import package_of
     from refract.models.registry import build
 
-    side, weights = start.size or 224, "none" if start.weights == "default" else start.weights
+    package = package_of(start.name)
+    downloaded = start.weights == "default" and (package is None or not package.installed)
+    side, weights = start.size or 224, "none" if downloaded else start.weights
     try:
         network = build(start.name, classes, image_size=(side, side), weights=weights, head=start.head, args=start.args)
     except (ValueError, FileNotFoundError) as error:

@@ -1,10 +1,7 @@
-"""Survey a data set and this machine: label counts, image sizes and content, device, and access to pretrained weights."""
+"""Survey a data set and this machine: label counts, image sizes and content, device, and the pretrained weights on it."""
 
-import os
-import socket
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -17,6 +14,7 @@ from refract.pipeline.data import storage
 from refract.pipeline.data.manifest import Manifest, Sample
 from refract.pipeline.data.sources.folders import hidden_lines, skipped_lines
 from refract.pipeline.data.validation import remark_lines
+from refract.pipeline.suggest.backbones import Backbone, backbones_present
 from refract.pipeline.suggest.content import SIDE, Content, content_of, thumbnail
 
 HEADERS, DECODED, FEWEST, SECONDS = 300, 200, 24, 2.0
@@ -28,6 +26,9 @@ VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
 SMALL = 64
 """Image side in pixels below which networks for small images are proposed."""
 
+FEW = 50
+"""Training samples per class below which the data is few."""
+
 LEAST_ENLARGED = 28
 """Image side in pixels from which enlarging for a pretrained network is considered."""
 
@@ -38,9 +39,9 @@ class Survey:
 
     source, task, labels: those of the manifest; counts: samples per label; splits: samples per split, empty if the data has no splits;
     training: approximate number of training samples; images, texts: samples with an image or a text; side: median of the shorter sides in
-    pixels, 0 without images; sizes: range of the sizes, in words; content: see `content_of`; device: cpu or cuda; hub: whether pretrained
-    weights are available; unreadable: unreadable images among those examined; refused: whether training rejects the data until the user
-    fixes it; notes: notes for the user.
+    pixels, 0 without images; sizes: range of the sizes, in words; content: see `content_of`; device: cpu or cuda; backbones: those with
+    pretrained weights on this machine; unreadable: unreadable images among those examined; refused: whether training rejects the data
+    until the user fixes it; notes: notes for the user.
     """
 
     source: str
@@ -56,7 +57,7 @@ class Survey:
     sizes: str
     content: Content
     device: str
-    hub: bool
+    backbones: tuple[Backbone, ...]
     unreadable: int = 0
     refused: bool = False
     notes: tuple[str, ...] = ()
@@ -65,6 +66,11 @@ class Survey:
     def small(self) -> bool:
         """Whether the median shorter side is below SMALL."""
         return self.side < SMALL
+
+    @property
+    def few(self) -> bool:
+        """Whether a class has fewer training samples than FEW, in the median."""
+        return self.per_class < FEW
 
     @property
     def per_class(self) -> int:
@@ -99,7 +105,7 @@ def take_survey(manifest: Manifest) -> Survey:
         sizes=_in_words(sizes),
         content=content,
         device="cuda" if torch.cuda.is_available() else "cpu",
-        hub=side >= LEAST_ENLARGED and not content.glyphs and hub_reachable(),
+        backbones=backbones_present(),
         unreadable=bad,
         refused=bool(refusals),
         notes=(*notes, *refusals, *_split_notes(manifest), *_folder_notes(manifest)),
@@ -228,15 +234,3 @@ def _folder_notes(manifest: Manifest) -> list[str]:
         *(f"note: {line}" for line in manifest.notes),
         *(f"note: {line}; training skips them" for line in skipped),
     ]
-
-
-def hub_reachable() -> bool:
-    """Return whether pretrained weights are available: in the cache, or from a server that connects within two seconds."""
-    cache = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch")) / "hub" / "checkpoints"
-    if any(cache.glob("resnet18-*.pth")):
-        return True
-    try:
-        socket.create_connection(("download.pytorch.org", 443), timeout=2).close()
-        return True
-    except OSError:
-        return False

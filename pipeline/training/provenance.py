@@ -32,6 +32,7 @@ def inputs(config: Config) -> dict[str, str]:
     Together with the data and the config, these files determine the weights. Raises ValueError for an invalid policy.
     """
     from refract.augment.policy import load_policy
+    from refract.models.pretrained.packages import package_of
 
     names = {
         "model.weights": config.model.weights,
@@ -39,6 +40,9 @@ def inputs(config: Config) -> dict[str, str]:
         "text.name": config.text.name,
     }
     names |= {f"augment.policy: {value}": value for value in _files(load_policy(config.augment.policy).to_spec())}
+    package = package_of(config.model.name)
+    if config.model.weights == "default" and package is not None and package.installed:
+        names["model.weights"] = str(package.file)
     keywords = ("", "none", "default")
     digests = {key: _digest(Path(value)) for key, value in names.items() if value not in keywords and _exists(value)}
     return digests | {f"plugins: {name}": digest for name, digest in plugin_digests(config.plugins).items()}

