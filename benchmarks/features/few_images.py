@@ -1,9 +1,9 @@
 """How accurate heads are that are fitted on 1, 5, 10 and 50 images per class.
 
 The network is tf_efficientnet_lite0 with ImageNet weights. Refract's modes and scikit-learn's logistic regression get the same embeddings,
-which are computed once and kept in --store. The images of a seed are drawn from the folder's training images; four fifths of them, at least
-one, fit the head, the rest chooses the regularisation. With --trained, plain timm, fastai and Refract's fine-tuning train on the same images
-for 4 epochs, each in a process of its own. All are measured on the folder's other split.
+which are computed once and kept in --store. The images of a seed are drawn from the folder's training images. Four fifths of them, at
+least one, fit the head; the rest chooses the regularisation. With --trained, plain timm, fastai and Refract's fine-tuning train on the
+same images for 4 epochs, each in a process of its own. All are measured on the folder's other split.
 """
 
 import argparse
@@ -21,7 +21,8 @@ import numpy as np
 from benchmarks.finetuners.task import Task
 from benchmarks.pretrained import NAME, lite0_weights
 from benchmarks.report import environment, write
-from benchmarks.transfer import CONTENDERS, run as train
+from benchmarks.transfer import CONTENDERS
+from benchmarks.transfer import run as train
 from refract.pipeline.features.embed import Options, embed, source_name
 from refract.pipeline.features.heads import MODES, Part, fit_head
 from refract.pipeline.features.model import open_model

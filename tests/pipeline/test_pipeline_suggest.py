@@ -137,7 +137,9 @@ def test_pretrained_weights_change_the_choices(tmp_path: Path) -> None:
     )
     few = propose(survey)
     assert few.value("model.weights") == "default" and few.value("data.image_size") == 224
-    assert few.value("model.mode") == "linear-then-fine-tune" and few.value("model.unfreeze_epochs") > 1
+    assert few.value("model.mode") == "probe"
+    grey = propose(replace(survey, content=replace(survey.content, grey=True)))
+    assert grey.value("model.mode") == "linear-then-fine-tune" and grey.value("model.unfreeze_epochs") > 1
     assert few.value("optim.lr") is None, "the default of the mode"
     many = propose(replace(survey, samples=4000, training=2800, counts={"bee": 2000, "wasp": 2000}))
     assert many.value("model.mode") == "fine-tune" and many.value("data.batch_size") == 32
@@ -228,7 +230,7 @@ def test_a_named_network_with_weights_is_trained_at_their_size(refract: Run, tmp
     output = refract("init", "insects", *options, "-o", "mine.yaml").stdout
     config = load_config(tmp_path / "mine.yaml")
     assert (config.model.name, config.model.weights) == ("timm/tf_efficientnet_lite0", str(lite0))
-    assert config.data.image_size == 224 and config.model.mode == "linear-then-fine-tune"
+    assert config.data.image_size == 224 and config.model.mode == "probe"
     assert config.augment.policy == "fine-tune" and "the size that the weights were trained at" in output
     assert "12 samples in each class" in output and "from scratch" not in output
 
