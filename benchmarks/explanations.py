@@ -153,7 +153,8 @@ def torchvision_maxvit() -> nn.Module:
 
 VIT = {"patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 2}
 SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
-CONVNEXT = {"dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "patch_size": 2}
+# timm scales each block by 1e-6 at first. With it 600 steps reach an accuracy of 0.80: the network does not know the evidence.
+CONVNEXT = {"dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "patch_size": 2, "ls_init_value": 1.0}
 MAXVIT = {"embed_dim": (32, 64), "depths": (1, 1), "stem_width": 16}
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(

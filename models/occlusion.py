@@ -25,6 +25,9 @@ EVIDENCE = math.log(1.25)
 CLEAR = 2.0
 """The smallest ratio of the largest decrease to the largest increase if the network predicts the label for the fully covered image too."""
 
+OBVIOUS = 8.0
+"""The smallest such ratio if, besides, the largest decrease is below the log-odds of the label for the fully covered image."""
+
 
 class Window(NamedTuple):
     """A rectangle of pixels, half-open."""
@@ -44,7 +47,8 @@ class Occlusion:
 
     Source: Zeiler & Fergus 2014, arXiv:1311.2901, section 4.2. Deviations: log-odds instead of the probability, overlapping weighted
     windows, two scales, and a map of zeros if no coarse window lowers the score by EVIDENCE. Every network predicts some label for the
-    fully covered image. Covering the evidence of that label changes little, so its largest decrease must also satisfy CLEAR.
+    fully covered image. The network may predict that label because the evidence of the others is missing, and then no window holds its
+    evidence. Its largest decrease must therefore also be CLEAR, and OBVIOUS if it is below the score of the fully covered image.
     Grad-CAM costs less, but its maximum lies outside the evidence for many networks: see `benchmarks.explanations`.
     """
 
@@ -109,9 +113,10 @@ class Occlusion:
 
 def _has_evidence(decreases: Sequence[float], blank: float) -> bool:
     """Return whether a window contains evidence for the label. blank: the log-odds of the label for the fully covered image."""
-    if not all(map(math.isfinite, [blank, *decreases])) or max(decreases) < EVIDENCE:
+    decrease, increase = max(decreases), max(1e-9, -min(decreases))
+    if not all(map(math.isfinite, [blank, *decreases])) or decrease < EVIDENCE:
         return False
-    return blank <= 0 or max(decreases) >= CLEAR * max(0.0, -min(decreases))
+    return blank <= 0 or decrease >= (CLEAR if decrease >= blank else OBVIOUS) * increase
 
 
 def _batches(windows: Sequence[Window | None]) -> list[Sequence[Window | None]]:

@@ -44,6 +44,20 @@ def test_no_window_that_holds_evidence_gives_no_heat() -> None:
     assert not Occlusion(red_or_blue, temperature=1e4).heat(image(), 0).any()
 
 
+def test_a_label_predicted_for_the_covered_image_needs_stronger_evidence() -> None:
+    """A network may predict a label because it sees no other: the window with the largest decrease is then chance."""
+    mostly_red = image()
+    mostly_red[2] = mostly_red[2].clamp(max=60)
+
+    def heat(bias: float, pixels: Tensor) -> Tensor:
+        return Occlusion(lambda images: red_or_blue(images) + torch.tensor([bias, 0.0, 0.0])).heat(pixels, 0)
+
+    assert max(hottest(heat(-9.0, mostly_red))) < 9
+    assert not heat(20.0, mostly_red).any()
+    mostly_red[2] = 0
+    assert max(hottest(heat(20.0, mostly_red))) < 9  # nothing speaks against it
+
+
 def test_numbers_that_are_not_finite_give_no_heat() -> None:
     assert not Occlusion(lambda images: red_or_blue(images) * torch.nan).heat(image(), 0).any()
 
