@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from operator import index as index_of
 from typing import Any
 
-from refract.augment.registry import OPS
+from refract.augment.registry import FORMER_NAMES, OPS
 
 VERSION = 1
 
@@ -52,7 +52,7 @@ class Plan:
             steps = []
             for entry in entries:
                 args = dict(entry)
-                steps.append(Step(str(args.pop("op")), args))
+                steps.append(_step(str(args.pop("op")), args))
             _check_finite(entries)
         except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a plan: {error!r} in {text[:80]!r}") from error
@@ -67,6 +67,13 @@ class Plan:
         if unknown:
             raise ValueError(f"plan has the unknown op {unknown[0]!r}; known: {', '.join(known)}")
         return cls((height, width), tuple(steps), exact)
+
+
+def _step(op: str, args: Mapping[str, Any]) -> Step:
+    """Return the step under the present names of the op and its arguments."""
+    name = FORMER_NAMES.get(op, op)
+    former = OPS[name].former if name in OPS else {}
+    return Step(name, {former.get(key, key): value for key, value in args.items()})
 
 
 def _check_finite(value: Any) -> None:

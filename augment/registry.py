@@ -18,6 +18,9 @@ _adapters: dict[str, Adapter] = {}
 OPS: "Mapping[str, type[Op]]" = MappingProxyType(_ops)
 """Name in policies and plans → class. Importing `refract.augment` fills it."""
 
+FORMER_NAMES = MappingProxyType({"Guest": "ThirdPartyTransform", "TextGuest": "ThirdPartyTextTransform"})
+"""Former name of an op in policies and plans → its name."""
+
 
 def register(ops: "Mapping[str, type[Op]]") -> None:
     """Add ops by name. ValueError where another op has the name."""

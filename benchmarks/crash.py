@@ -86,7 +86,7 @@ def _train(work: Path, *arguments: str, kill: float | None = None) -> float | No
     """
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "refract", "train", *arguments]
-    told: list[str] = []
+    lines: list[str] = []
     with subprocess.Popen(
         command, cwd=work, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -94,7 +94,7 @@ def _train(work: Path, *arguments: str, kill: float | None = None) -> float | No
 
         def listen() -> None:
             for line in process.stderr or ():
-                told.append(line)
+                lines.append(line)
                 if line.startswith(("run ", "resuming from")):
                     began.set()
             began.set()
@@ -109,7 +109,7 @@ def _train(work: Path, *arguments: str, kill: float | None = None) -> float | No
             process.wait()
             return None
     if process.returncode:
-        sys.exit(f"refract train ended with {process.returncode}:\n{''.join(told)}")
+        sys.exit(f"refract train ended with {process.returncode}:\n{''.join(lines)}")
     return time.perf_counter() - start
 
 
@@ -148,8 +148,8 @@ def _tracked(work: Path) -> dict[str, Any]:
         for metric in run.data.metrics:
             own[metric] = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric)]
     twice = sum(len(points) - len({step for step, _ in points}) for points in history["killed"].values())
-    told = [name for name in history["calm"] if name != "epoch_seconds" and not name.startswith("cost_")]
-    alike = all(history["calm"][name] == history["killed"].get(name) for name in told)
+    compared = [name for name in history["calm"] if name != "epoch_seconds" and not name.startswith("cost_")]
+    alike = all(history["calm"][name] == history["killed"].get(name) for name in compared)
     count = len(client.search_runs([client.get_experiment_by_name("refract").experiment_id]))
     return {
         "runs": count,

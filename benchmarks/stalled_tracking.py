@@ -84,9 +84,9 @@ def _synced(work: Path, run: str) -> int:
     database = f"sqlite:///{work}/later.db"
     command = [sys.executable, "-m", "refract", "sync", f"runs/{run}", "--uri", database]
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    told = subprocess.run(command, cwd=work, env=environ, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"run (\w+)", told.rpartition("later.db")[2])
-    assert found, told
+    printed = subprocess.run(command, cwd=work, env=environ, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"run (\w+)", printed.rpartition("later.db")[2])
+    assert found, printed
     from mlflow import MlflowClient
 
     return len(MlflowClient(database).get_metric_history(found[1], "train_loss"))

@@ -19,8 +19,8 @@ from benchmarks import captions, grammar
 from benchmarks.report import environment, write
 
 CHEAP = [
-    {"WordDelete": {"p": 0.5, "share": 0.15}},
-    {"WordSwap": {"p": 0.5, "share": 0.15}},
+    {"WordDelete": {"p": 0.5, "fraction": 0.15}},
+    {"WordSwap": {"p": 0.5, "fraction": 0.15}},
     {"OneOf": {"ops": ["Keyboard", "CharSwap", "CharDelete"], "p": 0.3}},
 ]
 TEXT = "the happy old dog sees a big red car and the small child likes a stone house near the quiet road"
@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"back-translation: {batched:.0f} texts/s in batches of 32, {alone:.1f} alone: {speed['ratio']:.1f} × (goal 8)"
     )
-    most, guests = max(costs["own"].values()), costs["nlpaug"].values()
-    print(f"cheap ops: at most {most:.0f} us a text (goal 200); nlpaug's {min(guests):.0f} to {max(guests):.0f}")
+    most, of_nlpaug = max(costs["own"].values()), costs["nlpaug"].values()
+    print(f"cheap ops: at most {most:.0f} us a text (goal 200); nlpaug's {min(of_nlpaug):.0f} to {max(of_nlpaug):.0f}")
     if args.json:
         write(
             args.json,
@@ -150,7 +150,7 @@ def op_costs(rounds: int = 5, texts: int = 300) -> dict[str, dict[str, float]]:
     return {
         "own": {name: cost([name]) for name in SINGLE},
         "nlpaug": {
-            f"{next(iter(guest))} {list(next(iter(guest.values())).values())}": cost([guest]) for guest in EXTERNAL
+            f"{next(iter(entry))} {list(next(iter(entry.values())).values())}": cost([entry]) for entry in EXTERNAL
         },
     }
 

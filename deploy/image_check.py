@@ -278,9 +278,10 @@ def _release() -> str:
 
 def _pip_secret(folder: Path) -> list[str]:
     """Pass this machine's pip settings, from files and the environment, to the build as a secret."""
-    told = _output(sys.executable, "-m", "pip", "config", "list").splitlines()
+    settings = _output(sys.executable, "-m", "pip", "config", "list").splitlines()
     values = {
-        name.rpartition(".")[2]: ast.literal_eval(value) for name, _, value in (line.partition("=") for line in told)
+        name.rpartition(".")[2]: ast.literal_eval(value)
+        for name, _, value in (line.partition("=") for line in settings)
     }
     path = folder / "pip.conf"
     path.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in values.items()))

@@ -52,7 +52,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "During": {"ops": [{"Invert": {"p": 1}}], "epochs": [1, 1]},
     "Ramp": {"ops": [{"Rotate": {"degrees": [0, 0]}}, {"Rotate": {"degrees": [60, 60]}}], "epochs": [0, 2]},
     "AugMix": {"severity": 8},
-    "Guest": {"transform": "albumentations.RandomSunFlare"},
+    "ThirdPartyTransform": {"transform": "albumentations.RandomSunFlare"},
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from refract.augment import Augmenter
-from refract.pipeline.preview import preview_grid
+from refract.pipeline.preview import Shown, preview_grid
 
 
 def house() -> Image.Image:
@@ -46,12 +46,12 @@ def fruit() -> Image.Image:
     return image
 
 
-def main() -> None:
+def draw() -> Image.Image:
     images = []
     for index, paint in enumerate((house, boat, fruit)):
         buffer = io.BytesIO()
         paint().save(buffer, "JPEG", quality=92)
-        images.append((paint.__name__, buffer.getvalue(), index))
+        images.append(Shown(paint.__name__, buffer.getvalue(), index))
     policy = [
         {"RandomResizedCrop": {"size": 224, "scale": [0.3, 1.0]}},
         {"Rotate": {"degrees": 20, "p": 0.5}},
@@ -60,8 +60,11 @@ def main() -> None:
         {"GaussianNoise": {"sigma": [0.0, 0.1], "p": 0.3}},
         {"RandomErasing": {"p": 0.3}},
     ]
-    grid = preview_grid(images, Augmenter(policy, seed=11), variants=5)
-    grid.quantize(192).save(Path(__file__).parent / "preview.png", optimize=True)
+    return preview_grid(images, Augmenter(policy, seed=11), variants=5)
+
+
+def main() -> None:
+    draw().quantize(192).save(Path(__file__).parent / "preview.png", optimize=True)
 
 
 if __name__ == "__main__":

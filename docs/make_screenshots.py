@@ -41,6 +41,8 @@ CONFIG = {
 }
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+WIDE = {"width": 1400, "height": 880}
+"""In a narrower window, MLflow shows the tags above the description and the metrics."""
 LARGEST = 200_000
 """Upper bound of a file, in bytes."""
 
@@ -97,7 +99,7 @@ def run_page(model_name: str, version: str) -> str:
 
     client = MlflowClient("sqlite:///mlflow.db")
     run = client.get_run(client.get_model_version(model_name, version).run_id)
-    return f"/?workflowType=machine_learning#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    return f"/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning"
 
 
 def photograph_page(page: Any, url: str, images: list[Path]) -> None:
@@ -116,7 +118,10 @@ def photograph_page(page: Any, url: str, images: list[Path]) -> None:
 def photograph_mlflow(page: Any, url: str) -> None:
     page.goto(url)
     page.get_by_text("test_accuracy", exact=True).first.wait_for()
-    page.get_by_label("Close", exact=True).click()  # the panel of MLflow's assistant
+    assistant = page.get_by_role("button", name="Close", exact=True)  # of the panel that MLflow opens at a first visit
+    assistant.click()
+    assistant.wait_for(state="hidden")
+    page.get_by_text("test images").wait_for()  # the description
     page.wait_for_timeout(2000)  # the last texts of MLflow's page arrive without a mark
 
 
@@ -145,14 +150,14 @@ def take_screenshots(chromium: str) -> None:
         mlflow += run_page("scenes", result.version)
         browser = play.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         for scheme, suffix in (("light", ""), ("dark", "-dark")):
-            page = browser.new_page(color_scheme=scheme, viewport={"width": 1000, "height": 640})
+            page = browser.new_page(color_scheme=scheme, viewport={"width": 1000, "height": 622})
             page.set_default_timeout(60_000)
             photograph_page(page, server, sent)
             write(f"page{suffix}.png", page.screenshot())
             page.set_viewport_size({"width": 1000, "height": 800})
             page.goto(report)
             write(f"report{suffix}.png", page.screenshot())
-            page.set_viewport_size({"width": 1200, "height": 760})
+            page.set_viewport_size(WIDE)
             photograph_mlflow(page, mlflow)
             write(f"mlflow{suffix}.png", page.screenshot())
             page.close()

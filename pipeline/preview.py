@@ -108,7 +108,7 @@ def _words(plan: Plan) -> list[str]:
         numbers = [
             f"{key} {_short(value)}" for key, value in step.args.items() if key not in _LONG and _is_short(value)
         ]
-        name = step.args["transform"] if step.op == "Guest" else step.op
+        name = step.args["transform"] if step.op == "ThirdPartyTransform" else step.op
         text.append(name + (f" ({', '.join(numbers)})" if numbers else ""))
     return text or ["(nothing drawn)"]
 

@@ -18,8 +18,8 @@ T = TypeVar("T")
 BAR_S, LINE_S = 2.0, 10.0
 """Seconds until a bar or a notice of slow imports appears; seconds between two lines."""
 
-UNATTENDED = ("serve", "schedule", "completion")
-"""Commands that may be silent: they wait for requests or times, or the processes that they start report."""
+UNATTENDED = ("schedule", "completion")
+"""Commands that may be silent: they wait for times, or the processes that they start report."""
 
 
 class Progress:
@@ -70,7 +70,7 @@ class Progress:
         self._count += count
         if self._bar is not None:
             self._bar.update(count)
-            _ear.hear()
+            _reporter.hear()
         elif (now := self._clock()) - self._last_line >= LINE_S:
             self._last_line = now
             log.info("%s", self._line(now))
@@ -100,51 +100,110 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
-class _Ear(logging.Handler):
-    """Notes when the command logged or drew a bar for the last time. last: in `time.monotonic` seconds."""
+class _Reporter(logging.Handler):
+    """Reports what a command does while it logs nothing, in a thread between `start` and `stop`.
+
+    last: when the command logged or drew a bar for the last time, in `time.monotonic` seconds. stage: what the command does, None if it
+    names no stages; count, total: the finished parts and all parts of the stage, None if it has no parts.
+    """
 
     last = 0.0
+    stage: str | None = None
+    count = 0
+    total: int | None = None
+    _bar: Any = None
+    _thread: threading.Thread | None = None
+
+    def start(self, command: str) -> None:
+        self._command, self._start, self._ended = command, time.monotonic(), threading.Event()
+        self.stage, self.count, self.total = None, 0, None
+        self.hear()
+        logging.getLogger("refract").addHandler(self)
+        self._thread = threading.Thread(target=self._report, name="silence", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the reports and erase the bar."""
+        if self._thread is None:
+            return
+        self._ended.set()
+        self._thread.join()
+        self._thread = None
+        logging.getLogger("refract").removeHandler(self)
 
     def hear(self) -> None:
         self.last = time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.hear()
+        self.clear()
+
+    def clear(self) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+
+    def _report(self) -> None:
+        on_terminal = sys.stderr.isatty()
+        if not self._ended.wait(BAR_S) and _main_thread_imports() and not (on_terminal and self.stage):
+            self._print("loading libraries")
+        while not self._ended.wait(LINE_S / 10):
+            if on_terminal and self.stage:
+                self._draw(self.stage)
+            elif time.monotonic() - self.last >= LINE_S:
+                parts = "" if self.total is None else f" ({self.count + 1} of {self.total})"
+                self._print(f"{self.stage or 'in progress'}{parts}, {_duration(time.monotonic() - self._start)} so far")
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _print(self, text: str) -> None:
+        print(f"refract {self._command}: {text}", file=sys.stderr, flush=True)
+        self.hear()
+
+    def _draw(self, stage: str) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(leave=False, file=sys.stderr, bar_format=" ")
+        parts = "" if self.total is None else ": {bar:20} {n_fmt}/{total_fmt}"
+        self._bar.bar_format = f"{{desc}}{parts}, {{elapsed}}"
+        self._bar.n, self._bar.total = self.count, self.total
+        self._bar.set_description_str(stage)
 
 
-_ear = _Ear()
+_reporter = _Reporter()
+
+
+def stage(text: str, count: int = 0, total: int | None = None) -> None:
+    """Name what the command does now. count, total: the finished parts of this stage and all its parts, if it has several."""
+    _reporter.stage, _reporter.count, _reporter.total = text, count, total
+
+
+def clear() -> None:
+    """Erase the bar of the stages before a line is printed. It appears again within a second."""
+    _reporter.clear()
+
+
+def finish() -> None:
+    """End the reports on stages and silence, as a server does when it is ready."""
+    _reporter.stop()
 
 
 @contextlib.contextmanager
 def silence_reported(command: str) -> Iterator[None]:
     """Print a line to the standard error when the command was silent for ten seconds, or imported its libraries for two.
 
-    Of the ranks of a training, only rank 0 prints.
+    On a terminal, a command that names its stages shows them in a bar instead. Of the ranks of a training, only rank 0 prints.
     """
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"  # of torchrun; of Lightning on one machine
     if output.is_quiet() or command in UNATTENDED or rank != "0":
         yield
         return
-    ended, start = threading.Event(), time.monotonic()
-    _ear.hear()
-
-    def report() -> None:
-        if not ended.wait(BAR_S) and _main_thread_imports():
-            print(f"refract {command}: loading libraries", file=sys.stderr, flush=True)
-            _ear.hear()
-        while not ended.wait(LINE_S / 10):
-            now = time.monotonic()
-            if now - _ear.last >= LINE_S:
-                print(f"refract {command}: in progress, {_duration(now - start)} so far", file=sys.stderr, flush=True)
-                _ear.hear()
-
-    logging.getLogger("refract").addHandler(_ear)
-    threading.Thread(target=report, name="silence", daemon=True).start()
+    _reporter.start(command)
     try:
         yield
     finally:
-        ended.set()
-        logging.getLogger("refract").removeHandler(_ear)
+        _reporter.stop()
 
 
 def _main_thread_imports() -> bool:

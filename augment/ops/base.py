@@ -5,8 +5,9 @@ An op validates parameters and draws random arguments. The file of its kind (`ge
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,6 +35,8 @@ class Op:
     kind: ClassVar[str]
     by_epoch: ClassVar[bool] = True
     """Whether each epoch has its own random stream. If false, `steps` receives the epoch but draws the same numbers in all epochs."""
+    former: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Former name of a parameter, or of an argument in a plan → its name. Policies and plans may have either."""
     p: float = 1.0
 
     def __post_init__(self) -> None:

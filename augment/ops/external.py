@@ -31,7 +31,7 @@ _EXTRA = "refract[external]"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guest(PixelOp):
+class ThirdPartyTransform(PixelOp):
     """Apply a transform of albumentations, imgaug or torchvision (v2), seeded for each sample.
 
     transform: library and class, such as `albumentations.RandomFog`. parameters: the transform's parameters, JSON values. The op's `p`
@@ -64,7 +64,7 @@ class Guest(PixelOp):
         return {"transform": self.transform, "parameters": dict(self.parameters), "seed": below(rng, 1 << 31)}
 
     def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
-        return [Step("Guest", self.draw(rng, size))] if rng.random() < self.p else []
+        return [Step("ThirdPartyTransform", self.draw(rng, size))] if rng.random() < self.p else []
 
     @staticmethod
     def on_image(args: Args, image: np.ndarray) -> np.ndarray:
@@ -98,7 +98,9 @@ def _run_trials(transform: str, parameters: str) -> None:
     """
     trial = np.full((48, 64, 3), 120, np.uint8)
     for seed in range(_TRIALS):
-        Guest.on_image({"transform": transform, "parameters": json.loads(parameters), "seed": seed}, trial)
+        ThirdPartyTransform.on_image(
+            {"transform": transform, "parameters": json.loads(parameters), "seed": seed}, trial
+        )
 
 
 _TRIALS = 16
@@ -110,13 +112,13 @@ _FIXED_MODULES = (
 """Modules whose transforms move no pixels."""
 
 
-def external_transform(name: str, parameters: Mapping[str, Any]) -> Guest:
+def external_transform(name: str, parameters: Mapping[str, Any]) -> ThirdPartyTransform:
     """Build the op for the short form `name: parameters` of a policy. name: `library.Transform`."""
     options = dict(parameters)
     if name.startswith("imgaug.") and "p" in _signature(_transform_class(name)):
-        return Guest(transform=name, parameters=options)
+        return ThirdPartyTransform(transform=name, parameters=options)
     p = options.pop("p", 1.0)
-    return Guest(transform=name, parameters=options, p=p)
+    return ThirdPartyTransform(transform=name, parameters=options, p=p)
 
 
 _thread = threading.local()
@@ -253,4 +255,4 @@ LIBRARIES: Mapping[str, tuple[Callable[[], tuple[Any, type]], Callable[[Any], Ru
     }
 )
 
-EXTERNAL: Mapping[str, type[Op]] = MappingProxyType({"Guest": Guest})
+EXTERNAL: Mapping[str, type[Op]] = MappingProxyType({"ThirdPartyTransform": ThirdPartyTransform})

@@ -327,6 +327,7 @@ class AugMix(BlendOp):
     normalisation, which is linear.
     """
 
+    former: ClassVar[Mapping[str, str]] = MappingProxyType({"share": "original_weight"})
     severity: float = 3.0
     width: int = 3
     depth: int = 0
@@ -350,7 +351,7 @@ class AugMix(BlendOp):
             length = self.depth or 1 + below(rng, 3)
             steps = [step for _ in range(length) for step in self._chain_step(rng, size)]
             chains.append([{"op": step.op, **step.args} for step in steps])
-        return {"share": original_weight, "weights": weights, "chains": chains}
+        return {"original_weight": original_weight, "weights": weights, "chains": chains}
 
     def _chain_step(self, rng: np.random.Generator, size: Size) -> list[Step]:
         name = _MIX[below(rng, len(_MIX))]
@@ -361,8 +362,8 @@ class AugMix(BlendOp):
     def chains(args: Args) -> tuple[float, list[tuple[float, tuple[Step, ...]]]]:
         drawn = [tuple(Step(entry["op"], {k: v for k, v in entry.items() if k != "op"}) for entry in chain)
                  for chain in args["chains"]]  # fmt: skip
-        weights = [(1 - args["share"]) * weight for weight in args["weights"]]
-        return args["share"], list(zip(weights, drawn, strict=True))
+        weights = [(1 - args["original_weight"]) * weight for weight in args["weights"]]
+        return args["original_weight"], list(zip(weights, drawn, strict=True))
 
 
 def _mix_strength(name: str, fraction: float, size: Size) -> float:

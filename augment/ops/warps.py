@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -104,20 +104,21 @@ class Affine(_CentredWarp):
 class Translate(_CentredWarp):
     """Shift by a fraction of the side drawn uniformly from [−a, a].
 
-    share: the largest shift a, in [0, 1], one number or [vertical, horizontal].
+    fraction: the largest shift a, in [0, 1], one number or [vertical, horizontal].
     """
 
-    share: float | tuple[float, float] = 0.1
+    former: ClassVar[Mapping[str, str]] = MappingProxyType({"share": "fraction"})
+    fraction: float | tuple[float, float] = 0.1
     fill: int | tuple[int, int, int] = 0
     border: str = "constant"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set("share", fractions("share", self.share))
+        self._set("fraction", fractions("fraction", self.fraction))
         check_border(self)
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
-        return {"shift": [between(rng, (-edge, edge)) for edge in self.share], **outside(self)}  # type: ignore[union-attr]
+        return {"shift": [between(rng, (-edge, edge)) for edge in self.fraction], **outside(self)}  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,11 +38,11 @@ PREFIX = "nlpaug."
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextGuest(TextOp):
+class ThirdPartyTextTransform(TextOp):
     """Apply an augmenter of nlpaug, seeded for each sample.
 
     augmenter: class name, such as `RandomWordAug`. parameters: the augmenter's parameters, JSON values. Its own parameters (`aug_p`)
-    set the strength; `share` has no effect.
+    set the strength; `fraction` has no effect.
     The text is unchanged if the result lost a protected word (`keep`) or gained a special token of a language model (such as `[UNK]`).
     """
 
@@ -63,7 +63,7 @@ class TextGuest(TextOp):
         return PREFIX + self.augmenter
 
     def steps(self, rng: np.random.Generator, size: Size, epoch: int) -> list[Step]:
-        return [Step("TextGuest", self.draw(rng, size))] if rng.random() < self.p else []
+        return [Step("ThirdPartyTextTransform", self.draw(rng, size))] if rng.random() < self.p else []
 
     def draw(self, rng: np.random.Generator, size: Size) -> Args:
         fixed = {"augmenter": self.augmenter, "parameters": dict(self.parameters), "keep": list(self.keep)}
@@ -93,11 +93,11 @@ class TextGuest(TextOp):
         return text if gained or protected.lost(text, changed) else changed
 
 
-def external_text_transform(name: str, parameters: Mapping[str, Any]) -> TextGuest:
+def external_text_transform(name: str, parameters: Mapping[str, Any]) -> ThirdPartyTextTransform:
     """Build the op for the short form `nlpaug.NAME: parameters` of a policy. `p` and `keep` belong to the op, the rest to the augmenter."""
     options = dict(parameters)
     op_options = {key: options.pop(key) for key in ("p", "keep") if key in options}
-    return TextGuest(augmenter=name.removeprefix(PREFIX), parameters=options, **op_options)
+    return ThirdPartyTextTransform(augmenter=name.removeprefix(PREFIX), parameters=options, **op_options)
 
 
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -242,4 +242,4 @@ def _augmenter_classes() -> Mapping[str, type]:
     )
 
 
-EXTERNAL_TEXT: Mapping[str, type[TextOp]] = MappingProxyType({"TextGuest": TextGuest})
+EXTERNAL_TEXT: Mapping[str, type[TextOp]] = MappingProxyType({"ThirdPartyTextTransform": ThirdPartyTextTransform})

@@ -28,17 +28,18 @@ Indices = list[int]
 class TextOp(Op):
     """Change the text of a sample. Its random key is independent of the image ops.
 
-    share: fraction of the words to change, in [0, 1]; above 0, at least one word changes. keep: protected words, see
+    fraction: of the words to change, in [0, 1]; above 0, at least one word changes. keep: protected words, see
     `refract.augment.text.words.protected_words`; the default protects words with a digit and negations.
     """
 
     kind: ClassVar[str] = "text"
-    share: float = 0.1
+    former: ClassVar[Mapping[str, str]] = MappingProxyType({"share": "fraction"})
+    fraction: float = 0.1
     keep: tuple[str, ...] = (words.NUMBERS, words.NEGATIONS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set("share", number("share", self.share, 0, 1))
+        self._set("fraction", number("fraction", self.fraction, 0, 1))
         entries = (self.keep,) if isinstance(self.keep, str) else self.keep
         if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, str) and entry for entry in entries):
             raise ValueError(f"keep: {self.keep!r} is not a list of words, phrases or .txt paths")
@@ -56,7 +57,7 @@ class TextOp(Op):
         pieces = words.split(text)
         protected = words.protected_words(tuple(args["keep"])).indices(pieces)
         indices = [i for i in range(1, len(pieces), 2) if i not in protected]
-        if indices and args["share"] > 0:
+        if indices and args["fraction"] > 0:
             cls.change(args, pieces, indices, keyed_generator(args["seed"], 0, 0, 0))
         return "".join(pieces)
 
@@ -66,9 +67,9 @@ class TextOp(Op):
         raise NotImplementedError
 
 
-def _subset(indices: Indices, share: float, rng: np.random.Generator) -> Indices:
-    """Draw a fraction `share` of the indices, at least one, in their order."""
-    count = max(1, round(share * len(indices)))
+def _subset(indices: Indices, fraction: float, rng: np.random.Generator) -> Indices:
+    """Draw this fraction of the indices, at least one, in their order."""
+    count = max(1, round(fraction * len(indices)))
     if count == 1:
         return [indices[below(rng, len(indices))]]
     return [indices[i] for i in sorted(rng.permutation(len(indices))[:count].tolist())]
@@ -80,18 +81,18 @@ class WordDelete(TextOp):
 
     @classmethod
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
-        chosen = _subset(indices, args["share"], rng)
+        chosen = _subset(indices, args["fraction"], rng)
         for index in chosen[:-1] if len(chosen) == len(pieces) // 2 else chosen:
             words.remove(pieces, index)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordSwap(TextOp):
-    """Exchange pairs of words. The number of exchanges is `share` × the number of words, at least one."""
+    """Exchange pairs of words. The number of exchanges is `fraction` × the number of words, at least one."""
 
     @classmethod
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
-        for _ in range(max(1, round(args["share"] * len(indices)))):
+        for _ in range(max(1, round(args["fraction"] * len(indices)))):
             first, second = indices[below(rng, len(indices))], indices[below(rng, len(indices))]
             pieces[first], pieces[second] = pieces[second], pieces[first]
 
@@ -100,11 +101,11 @@ class WordSwap(TextOp):
 class WordCrop(TextOp):
     """Delete consecutive words, except protected words. At least one word of the text remains."""
 
-    share: float = 0.3
+    fraction: float = 0.3
 
     @classmethod
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
-        count = min(max(1, round(args["share"] * len(indices))), len(pieces) // 2 - 1)
+        count = min(max(1, round(args["fraction"] * len(indices))), len(pieces) // 2 - 1)
         first = below(rng, len(indices) - count + 1)
         for index in indices[first : first + count]:
             words.remove(pieces, index)
@@ -124,13 +125,13 @@ class TableOp(TextOp):
 
 @dataclass(frozen=True, kw_only=True)
 class WordSubstitute(TableOp):
-    """Replace words by synonyms of a table. `share` applies to the words of the text that have synonyms."""
+    """Replace words by synonyms of a table. `fraction` applies to the words of the text that have synonyms."""
 
     @classmethod
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
         table = words.synonyms(args["table"])
         candidates = [i for i in indices if pieces[i].lower() in table]
-        for index in _subset(candidates, args["share"], rng) if candidates else ():
+        for index in _subset(candidates, args["fraction"], rng) if candidates else ():
             synonyms = table[pieces[index].lower()]
             pieces[index] = words.match_case(synonyms[below(rng, len(synonyms))], pieces[index])
 
@@ -143,7 +144,7 @@ class WordInsert(TableOp):
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
         table = words.synonyms(args["table"])
         candidates = [i for i in indices if pieces[i].lower() in table]
-        sources = _subset(candidates, args["share"], rng) if candidates else []
+        sources = _subset(candidates, args["fraction"], rng) if candidates else []
         groups = [table[pieces[i].lower()] for i in sources]
         for synonyms in groups:
             index = indices[below(rng, len(indices))]
@@ -157,7 +158,7 @@ class WordSplit(TextOp):
     @classmethod
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
         long = [i for i in indices if len(pieces[i]) > 1]
-        for index in _subset(long, args["share"], rng) if long else ():
+        for index in _subset(long, args["fraction"], rng) if long else ():
             word = pieces[index]
             at = 1 + below(rng, len(word) - 1)
             pieces[index] = f"{word[:at]} {word[at:]}"
@@ -170,7 +171,7 @@ class CharOp(TextOp):
     @classmethod
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
         long = [i for i in indices if len(pieces[i]) > 1]  # a deletion would remove a word of one character
-        for index in _subset(long, args["share"], rng) if long else ():
+        for index in _subset(long, args["fraction"], rng) if long else ():
             word = pieces[index]
             pieces[index] = cls.on_word(word, below(rng, len(word)), rng)
 
@@ -265,7 +266,7 @@ _LOOKALIKES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Spelling(TextOp):
-    """Replace words by misspellings from nlpaug's English list (extra `text`). `share` applies to the words on the list."""
+    """Replace words by misspellings from nlpaug's English list (extra `text`). `fraction` applies to the words on the list."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -275,7 +276,7 @@ class Spelling(TextOp):
     def change(cls, args: Args, pieces: list[str], indices: Indices, rng: np.random.Generator) -> None:
         table = _misspellings()
         candidates = [i for i in indices if pieces[i].lower() in table]
-        for index in _subset(candidates, args["share"], rng) if candidates else ():
+        for index in _subset(candidates, args["fraction"], rng) if candidates else ():
             misspellings = table[pieces[index].lower()]
             pieces[index] = words.match_case(misspellings[below(rng, len(misspellings))], pieces[index])
 
@@ -298,7 +299,7 @@ def _misspellings() -> dict[str, list[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class BackTranslation(TextOp):
-    """Replace the text by one of its cached paraphrases, if it has any. `share` has no effect.
+    """Replace the text by one of its cached paraphrases, if it has any. `fraction` has no effect.
 
     cache: the file that `refract paraphrase` wrote. The op skips paraphrases that lost a word of `keep`.
     Source of the idea: Sennrich et al. 2016, arXiv:1511.06709; Xie et al. 2020, arXiv:1904.12848.

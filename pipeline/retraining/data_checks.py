@@ -59,7 +59,7 @@ def _totals(snapshot: Snapshot) -> Counter[str]:
 
 
 def changed_labels(config: Config, now: Snapshot, before: Snapshot, folder: Path) -> dict[str, Any]:
-    """Report known content whose label changed since the last accepted run: `level` (none, warn or stop), `told` as text, and numbers.
+    """Report known content whose label changed since the last accepted run: `level` (none, warn or stop), `summary`, and numbers.
 
     From level warn on, `folder` gets `relabelled.csv`, the list of all such samples, and the record names it as `file`.
     """
@@ -78,7 +78,7 @@ def compared_with_champion(
     """Compare the samples that are new since the champion's snapshot with the champion.
 
     Returns (their drift from the champion's reference, the champion's disagreement with their labels). Each has `level` (none, warn or
-    stop), `told` as text, and numbers; None if the config disables it. The drift report is written to the run's folder.
+    stop), `summary`, and numbers; None if the config disables it. The drift report is written to the run's folder.
     ConfigError for invalid thresholds.
 
     Both use images of classes that the champion knows. Drift reports new classes, which stop a run only by a threshold in
@@ -146,11 +146,11 @@ def lowered_if_drifted(disagreement: dict[str, Any], drift: Mapping[str, Any] | 
     if disagreement["level"] != "stop" or features["level"] == "none":
         return disagreement
     reason = "; a warning only, as the images drifted"
-    return {**disagreement, "level": "warn", "told": disagreement["told"] + reason}
+    return {**disagreement, "level": "warn", "summary": disagreement["summary"] + reason}
 
 
 def _labels_not_compared(why: str) -> dict[str, Any]:
-    return {"level": "none", "told": f"new labels not compared with the champion: {why}"}
+    return {"level": "none", "summary": f"new labels not compared with the champion: {why}"}
 
 
 def _thresholds(config: Config) -> dict[str, Threshold]:
@@ -233,8 +233,8 @@ def drift_of_new(
     measured.report.write(folder / "drift")
     checks = {check.name: {"effect": check.effect, "level": check.level} for check in measured.drift.checks} | checks
     without = f", without those of {', '.join(new_classes)}" if new_classes else ""
-    told = f"{_words(checks, stops) or 'none'}, of {new.text()}{without}"
-    return NewDrift({"level": _worst(checks), "told": told, "checks": checks}, measured.profiled)
+    summary = f"{_words(checks, stops) or 'none'}, of {new.text()}{without}"
+    return NewDrift({"level": _worst(checks), "summary": summary, "checks": checks}, measured.profiled)
 
 
 def _worst(checks: Mapping[str, Mapping[str, Any]]) -> str:
@@ -250,8 +250,8 @@ def _words(checks: Mapping[str, Mapping[str, Any]], stops: bool) -> str:
 def _drift_not_compared(
     why: str, checks: Mapping[str, Mapping[str, Any]] = MappingProxyType({}), *, stops: bool = True
 ) -> dict[str, Any]:
-    told = "; ".join(filter(None, (_words(checks, stops), f"not compared: {why}")))
-    return {"level": _worst(checks) if checks else "none", "told": told, "checks": dict(checks)}
+    summary = "; ".join(filter(None, (_words(checks, stops), f"not compared: {why}")))
+    return {"level": _worst(checks) if checks else "none", "summary": summary, "checks": dict(checks)}
 
 
 def _write_rows(rows: Sequence[tuple[Sample, list[str]]], target: Path) -> None:

@@ -31,7 +31,7 @@ TRIES = 50
 class Line:
     """The result of one check.
 
-    value: the challenger's, None if not measured; bound: the config's; passed: None if unknown, which does not fail the gate; `told`: the
+    value: the challenger's, None if not measured; bound: the config's; passed: None if unknown, which does not fail the gate; summary: the
     result as text; needed: the holdout size that would decide the check, None if this holdout decides it or no size can.
     """
 
@@ -39,7 +39,7 @@ class Line:
     value: float | None
     bound: float | None
     passed: bool | None
-    told: str
+    summary: str
     needed: int | None = None
 
 
@@ -65,7 +65,7 @@ class Verdict:
         words = ["unknown" if line.passed is None else "passed" if line.passed else "FAILED" for line in self.lines]
         longest = max(map(len, words))
         return "\n".join(
-            f"{word:<{longest}}  {line.name:<{width}}  {line.told}"
+            f"{word:<{longest}}  {line.name:<{width}}  {line.summary}"
             for word, line in zip(words, self.lines, strict=True)
         )
 
@@ -151,8 +151,8 @@ def _measure(bundle: Bundle, manifest: Manifest, with_errors: bool) -> Measured:
 
 def _labels(challenger: Bundle, champion: Bundle | None) -> Line:
     lost = [label for label in (champion.info.labels if champion else ()) if label not in challenger.info.labels]
-    told = f"lacks {', '.join(lost[:10])}, which the champion has" if lost else "has all labels of the champion"
-    return Line("labels", float(len(lost)), 0.0, not lost, told)
+    summary = f"lacks {', '.join(lost[:10])}, which the champion has" if lost else "has all labels of the champion"
+    return Line("labels", float(len(lost)), 0.0, not lost, summary)
 
 
 def _accuracy(config: GateConfig, new: Measured, old: Measured | None) -> list[Line]:
@@ -161,13 +161,15 @@ def _accuracy(config: GateConfig, new: Measured, old: Measured | None) -> list[L
     if old is None:
         return [*lines, Line("margin", None, config.margin, True, "no champion yet")]
     gain, count = measures.paired_difference(new.right, old.right), len(new.right)
-    told = f"{gain.value:+.4f} against the champion's {old.right.mean():.4f}, at least {config.margin:+g}"
-    lines.append(_sized(Line("margin", gain.value, config.margin, gain.value >= config.margin, told), new, old, gain))
+    summary = f"{gain.value:+.4f} against the champion's {old.right.mean():.4f}, at least {config.margin:+g}"
+    lines.append(
+        _sized(Line("margin", gain.value, config.margin, gain.value >= config.margin, summary), new, old, gain)
+    )
     lowest = lowest_gain(count) if config.lowest_gain is None else config.lowest_gain
-    told = f"the gain's 95 % interval {gain.low:+.4f} to {gain.high:+.4f}, lower end at least {lowest:+.3g}"
+    summary = f"the gain's 95 % interval {gain.low:+.4f} to {gain.high:+.4f}, lower end at least {lowest:+.3g}"
     if config.lowest_gain is None:
-        told += f", from {count:,} samples"
-    return [*lines, _sized(Line("interval", gain.low, lowest, gain.low >= lowest, told), new, old, gain)]
+        summary += f", from {count:,} samples"
+    return [*lines, _sized(Line("interval", gain.low, lowest, gain.low >= lowest, summary), new, old, gain)]
 
 
 def _sized(line: Line, new: Measured, old: Measured, gain: measures.Difference) -> Line:
@@ -178,10 +180,12 @@ def _sized(line: Line, new: Measured, old: Measured, gain: measures.Difference) 
     better, worse = int((new.right & ~old.right).sum()), int((old.right & ~new.right).sum())
     needed = samples_to_decide(better, worse, count, bound)
     if needed is None:
-        return replace(line, told=f"{line.told}; {count:,} samples cannot decide it")
+        return replace(line, summary=f"{line.summary}; {count:,} samples cannot decide it")
     needed = max(needed, count + 1)
     return replace(
-        line, needed=needed, told=f"{line.told}; {count:,} samples cannot decide it, about {rounded(needed):,} would"
+        line,
+        needed=needed,
+        summary=f"{line.summary}; {count:,} samples cannot decide it, about {rounded(needed):,} would",
     )
 
 
@@ -204,18 +208,18 @@ def _recalls(config: GateConfig, manifest: Manifest, new: Measured, old: Measure
         floor, hits = config.recall_of.get(label, config.recall), new.given[has, index]
         recall, count = float(hits.mean()), int(has.sum())
         lowest = recall if lowest is None else min(lowest, recall)
-        told, passed = f"{recall:.4f} of {count}, at least {floor:g}", recall >= floor
+        summary, passed = f"{recall:.4f} of {count}, at least {floor:g}", recall >= floor
         if old is not None:
             before = old.given[has, index]
             lost = not hits.any() and before.sum() >= LOST
             fell = before.mean() - recall > config.recall_loss and (lost or chance[index] < 0.05)
             passed = passed and not fell
-            told += f", the champion's {before.mean():.4f} (p = {chance[index]:.2g} of {len(chance)} classes)"
+            summary += f", the champion's {before.mean():.4f} (p = {chance[index]:.2g} of {len(chance)} classes)"
         if label in config.recall_of or not passed:
-            lines.append(Line(f"recall {label}", recall, floor, passed, told))
+            lines.append(Line(f"recall {label}", recall, floor, passed, summary))
     if lowest is not None:
-        told = f"{lowest:.4f} at the lowest of {len(manifest.labels)} classes"
-        lines.append(Line("recall", lowest, config.recall, lowest >= config.recall, told))
+        summary = f"{lowest:.4f} at the lowest of {len(manifest.labels)} classes"
+        lines.append(Line("recall", lowest, config.recall, lowest >= config.recall, summary))
     return lines
 
 
@@ -243,7 +247,7 @@ def _calibration(config: GateConfig, new: Measured) -> Line:
     if line.passed or len(new.right) >= CALIBRATED:
         return line
     return replace(
-        line, passed=True, told=f"{line.told}; not judged on {len(new.right)} samples, fewer than {CALIBRATED}"
+        line, passed=True, summary=f"{line.summary}; not judged on {len(new.right)} samples, fewer than {CALIBRATED}"
     )
 
 
@@ -255,8 +259,8 @@ def _robustness(config: GateConfig, new: Measured, old: Measured | None) -> Line
         return Line("robustness", new.error, bound, True, f"{new.error:.4f} wrong under corruptions; no champion yet")
     assert bound is not None
     loss = new.error - old.error
-    told = f"{new.error:.4f} wrong under corruptions, the champion {old.error:.4f}; at most {bound:g} more"
-    return Line("robustness", loss, bound, loss <= bound, told)
+    summary = f"{new.error:.4f} wrong under corruptions, the champion {old.error:.4f}; at most {bound:g} more"
+    return Line("robustness", loss, bound, loss <= bound, summary)
 
 
 def _latency(config: GateConfig, took: Sequence[float]) -> list[Line]:
@@ -265,8 +269,8 @@ def _latency(config: GateConfig, took: Sequence[float]) -> list[Line]:
     if len(took) == 1 or config.latency_ratio is None:
         return lines
     ratio = took[0] / took[1]
-    told = f"{ratio:.2f} × the champion's {took[1]:.2f} ms, at most {config.latency_ratio:g} ×"
-    return [*lines, Line("latency_ratio", ratio, config.latency_ratio, ratio <= config.latency_ratio, told)]
+    summary = f"{ratio:.2f} × the champion's {took[1]:.2f} ms, at most {config.latency_ratio:g} ×"
+    return [*lines, Line("latency_ratio", ratio, config.latency_ratio, ratio <= config.latency_ratio, summary)]
 
 
 def _milliseconds(challenger: Bundle, champion: Bundle | None, sample: Sample) -> list[float]:

@@ -54,9 +54,9 @@ class LabelChanges:
         return f"{self.changed:,} of {self.known:,} known samples changed label: {listed(self.kinds)}"
 
     def record(self, threshold: Threshold) -> dict[str, Any]:
-        """Return the entry of the run's record: `level`, `told` as text, and numbers."""
+        """Return the entry of the run's record: `level`, `summary`, and numbers."""
         numbers = {"known": self.known, "changed": self.changed, "kinds": dict(Counter(self.kinds).most_common(100))}
-        return {"level": level_of(self.fraction, threshold), "told": self.text(), **numbers}
+        return {"level": level_of(self.fraction, threshold), "summary": self.text(), **numbers}
 
     def write(self, file: Path) -> None:
         """Write each changed sample as a CSV row `path,was,is`, and `text` where a sample has one. OSError as usual."""
@@ -109,7 +109,7 @@ class Disagreement:
         level = level_of(self.excess, threshold) if self.p <= ALPHA else "none"
         numbers = {"count": self.count, "wrong": self.wrong, "held": self.held, "held_wrong": self.held_wrong}
         kinds = dict(Counter(self.kinds).most_common(100))
-        return {"level": level, "told": self.text(), **numbers, "doubt": self.doubt, "p": self.p, "kinds": kinds}
+        return {"level": level, "summary": self.text(), **numbers, "doubt": self.doubt, "p": self.p, "kinds": kinds}
 
 
 def level_of(effect: float, threshold: Threshold) -> str:

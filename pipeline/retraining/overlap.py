@@ -24,13 +24,13 @@ def holdout_line(
     of_champion = nothing if champion is None else _champion_trained_on(config, workspace, held, client, champion)
     overlap = of_challenger | (of_champion or nothing)
     if overlap:
-        told = f"{len(overlap)} of its images were trained on"
+        summary = f"{len(overlap)} of its images were trained on"
         by_hand = "; if the new version is better, promote it by hand (refract promote --force --why REASON)"
-        return Line("holdout", None, None, False, told + (by_hand if not of_challenger else ""))
+        return Line("holdout", None, None, False, summary + (by_hand if not of_challenger else ""))
     if of_champion is None:
-        told = "the champion's training data are unknown and may overlap with this holdout"
+        summary = "the champion's training data are unknown and may overlap with this holdout"
         remedy = f"for a fair one, move {workspace.holdout} away and set gate.holdout to images that are new to it"
-        return Line("holdout", None, None, None, f"{told}; {remedy}")
+        return Line("holdout", None, None, None, f"{summary}; {remedy}")
     return Line("holdout", None, None, True, "no model was trained on its images")
 
 

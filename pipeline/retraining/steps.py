@@ -195,7 +195,7 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
         changes = result["labels"]["changed"] = changed_labels(config, now, before, folder)
         _log("labels", changes)
         if changes["level"] == "stop":
-            failures.append(f"{changes['told']}; {changes['file']} lists all of them")
+            failures.append(f"{changes['summary']}; {changes['file']} lists all of them")
             remedies.append("accept the new labels with --retrain.relabelled_stop null")
     if failures:
         why = "\n".join(f"  {line}" for line in failures)
@@ -206,18 +206,16 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
     drift, labels = compared_with_champion(config, now, workspace, folder)
     if drift is not None:
         result["drift"] = drift
-        log.info("drift: %s", drift["told"])
+        log.info("drift: %s", drift["summary"])
         if drift["level"] == "stop" and config.retrain.drift == "stop":
-            why = (
-                f"the new data drifted: {drift['told']}. See {folder / 'drift'}; accept them with --retrain.drift warn"
-            )
+            why = f"the new data drifted: {drift['summary']}. See {folder / 'drift'}; accept them with --retrain.drift warn"
             return result | _ends(Outcome.REFUSED, why)
     if labels is not None:
         result["labels"]["disagreement"] = labels
         _log("labels", labels)
         if labels["level"] == "stop":
             remedy = "Fix the labels, or accept them with --retrain.disagreement_stop null"
-            return result | _ends(Outcome.REFUSED, f"the new labels cannot be trusted: {labels['told']}. {remedy}.")
+            return result | _ends(Outcome.REFUSED, f"the new labels cannot be trusted: {labels['summary']}. {remedy}.")
     accept(workspace, now)
     return result
 
@@ -265,7 +263,7 @@ def register(folder: Path, config: Config, record: Record) -> Record:
             "holdout": record["snapshot"]["holdout"],
             "retraining_run": folder.name,
         }
-        tags |= {f"labels.{kind}": check["told"][:LONGEST_TAG] for kind, check in record.get("labels", {}).items()}
+        tags |= {f"labels.{kind}": check["summary"][:LONGEST_TAG] for kind, check in record.get("labels", {}).items()}
         for key, value in tags.items():
             client_of(store.uri).set_model_version_tag(config.tracking.model_name, version, key, value)
     except Exception as error:  # MLflow and the libraries below it raise many types for an unreachable server
@@ -299,7 +297,7 @@ def compare(folder: Path, config: Config, record: Record) -> Record:
             name,
             record["version"],
             f"gate.{_key(line.name)}",
-            f"{'unknown' if line.passed is None else line.passed}: {line.told}"[:4000],
+            f"{'unknown' if line.passed is None else line.passed}: {line.summary}"[:4000],
         )
     client.set_model_version_tag(name, record["version"], "gate.against", champion or "none")
     client.set_model_version_tag(name, record["version"], "gate", "passed" if verdict.passed else "failed")
@@ -363,7 +361,9 @@ STEPS = (
 
 def _log(about: str, check: Check) -> None:
     reference = f"; see {check['file']}" if "file" in check else ""
-    log.log(logging.INFO if check["level"] == "none" else logging.WARNING, "%s: %s%s", about, check["told"], reference)
+    log.log(
+        logging.INFO if check["level"] == "none" else logging.WARNING, "%s: %s%s", about, check["summary"], reference
+    )
 
 
 def _ends(outcome: Outcome, why: str) -> Record:

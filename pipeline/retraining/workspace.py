@@ -20,8 +20,11 @@ FORMER_RUNS, FORMER_RECORD = "nights", "night.json"
 FORMER_KEYS = {"night": "run", "run": "training_run"}
 """Former key of a record → key now. `training_run` is the folder of the run of `refract train`."""
 
+FORMER_SUMMARY = "told"
+"""Former key of `summary` in the result of a check."""
+
 Check = dict[str, Any]
-"""The result of a check as JSON: `level` (none, warn, stop), `told` (its sentence), and details."""
+"""The result of a check as JSON: `level` (none, warn, stop), `summary` (a sentence), and details."""
 
 
 class Record(TypedDict, total=False):
@@ -157,7 +160,11 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _with_new_keys(record: dict[str, Any]) -> Record:
-    """Return the record under the present keys; earlier versions are recognised by their key of the run's name."""
+    """Return the record under the present keys. Versions before `run.json` are recognised by their key of the run's name."""
     if "night" in record:
         record = {FORMER_KEYS.get(key, key): value for key, value in record.items()}
+    checks = [*record.get("labels", {}).values(), record.get("drift") or {}, *record.get("gate", {}).get("lines", ())]
+    for check in checks:
+        if FORMER_SUMMARY in check:
+            check["summary"] = check.pop(FORMER_SUMMARY)
     return cast(Record, record)

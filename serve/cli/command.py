@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from refract import output
+from refract import output, progress
 from refract.models.allocator import keep_freed_memory
 from refract.serve.cli.config import ServeConfig
 from refract.serve.cli.home import ensure_home
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
     keep_freed_memory(at_most=CACHED_MEMORY_BYTES)
     if quota():  # PyTorch, which is imported later, ignores the CPU quota of a container
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
+    progress.stage("loading libraries")
     try:
         with _listen(config.host, config.port) as bound:
             _serve(config, bound)
@@ -115,6 +116,7 @@ def _serve(config: ServeConfig, bound: socket.socket) -> None:
 
 
 def _announce(bundle: "Bundle", address: str) -> None:
+    progress.finish()
     print(f"Refract serves {bundle.info.name} ({bundle.digest[:12]}) on {address}", flush=True)
     output.result({"name": bundle.info.name, "digest": bundle.digest, "url": address})
 
@@ -131,6 +133,7 @@ def _load_plugins(config: ServeConfig) -> None:
 def _bundle(source: str) -> "Bundle":
     from refract.serve.rollout.model_source import SourceError, is_registered, resolve, resolve_in_subprocess
 
+    progress.stage(f"loading {source}")
     try:
         folder = resolve_in_subprocess(source) if is_registered(source) else resolve(source)
     except SourceError as err:
@@ -325,6 +328,7 @@ def _naming(origin: str, file: Path) -> Iterator[None]:
 
 def _failed(message: str, code: int) -> int:
     """Print an error, with --verbose also its traceback. Returns the exit code."""
+    progress.finish()
     logger.debug("the error was raised here:", exc_info=True)
     _report(message)
     return code
@@ -332,6 +336,7 @@ def _failed(message: str, code: int) -> int:
 
 def _report(message: str) -> None:
     """Print `message` as one line on the standard error."""
+    progress.clear()
     print(f"refract serve: {' '.join(message.split())}", file=sys.stderr)
 
 

@@ -174,7 +174,7 @@ class _Rows:
         self._quota, self._file, self._size = quota, None, 0  # type: _DiskQuota, Path | None, int
 
     def add(self, line: bytes) -> None:
-        self._quota.make_room(len(line))
+        self._quota.evict(len(line))
         if self._file is None or not self._file.exists() or self._size + len(line) > STEP * self._quota.most:
             self._file, self._size = self._quota.folder / f"inputs-{_name()}.jsonl", 0
         # One write for a whole line, so that after a crash only the last line can be incomplete.
@@ -197,13 +197,13 @@ class _DiskQuota:
         (probe := folder / f".{secrets.token_hex(4)}.partial").touch()
         probe.unlink()
         self._since = most  # so that the first check counts files of an earlier run
-        self.make_room(0)
+        self.evict(0)
 
     def keep(self, name: str, data: bytes) -> str | None:
         """Write a file atomically, and return its name. None if it exceeds a tenth of the disk quota."""
         if len(data) > STEP * self.most:
             return None
-        self.make_room(len(data))
+        self.evict(len(data))
         partial = self.folder / f".{name}.partial"
         handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -215,7 +215,8 @@ class _DiskQuota:
             raise
         return name
 
-    def make_room(self, size: int) -> None:
+    def evict(self, size: int) -> None:
+        """Remove the oldest files if the quota may not have `size` bytes left."""
         self._since += size
         if self._since <= STEP * self.most:
             return

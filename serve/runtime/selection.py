@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from refract import progress
 from refract.models.bundle.bundle import Bundle, BundleError
 from refract.models.classifier import Classifier, probabilities
 from refract.plugins import loaded
 from refract.serve.runtime.backends.base import Forward, first_line
-from refract.serve.runtime.backends.kept import store
 from refract.serve.runtime.backends.quantised import weight_bits
 from refract.serve.runtime.backends.registry import BACKENDS, INT8
+from refract.serve.runtime.backends.storage import store
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ def choose(
     trial = _Trial(bundle, classifier, tensor, folder)
     stored = _load_choice(folder) if wanted == "auto" else None
     if stored is not None and stored.name in names:
+        progress.stage(f"checking the stored backend {stored.name}")
         try:
             torch.set_num_threads(stored.threads)
             forward = trial.agreeing(stored.name)
@@ -136,7 +138,8 @@ def _fastest(
     rates: dict[str, float] = {}
     dropped: dict[str, str] = {}
     tries: list[tuple[float, str, int, Forward]] = []
-    for name in names:
+    for position, name in enumerate(names):
+        progress.stage(f"converting and timing the backend {name}", position, len(names))
         for threads in dict.fromkeys((most, 1)) if trial.on_cpu else (most,):
             torch.set_num_threads(threads)
             try:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from pathlib import Path
 
+from refract import progress
 from refract.models.bundle.bundle import BundleError
 from refract.serve.http.errors import NotReadyError, RequestError
 from refract.serve.http.metrics import Metrics
@@ -53,6 +54,7 @@ class ServedModels:
 
     async def start(self) -> None:
         """Run the self-test. BundleError if a prediction differs from the stored one of its golden sample."""
+        progress.stage("testing the model on its golden samples")
         pace = await asyncio.to_thread(self.engine.self_test)
         self.champion.start(pace)
         self._metrics.serves(self.engine.bundle.info.name, self.engine.bundle.digest)

@@ -74,10 +74,10 @@ def test_ramp_interpolates_from_the_first_to_the_last_parameters() -> None:
     holes = [len(augmenter.draw((60, 80), epoch=e, index=0).steps[0].args["boxes"]) for e in (0, 2, 6, 10, 50)]
     assert holes == [1, 1, 5, 9, 9]
     rare = [{"Invert": {"p": 0.0}}, {"Invert": {"p": 1.0}}]
-    shares = [
+    fractions = [
         sum(map(bool, drawn([{"Ramp": {"ops": rare, "epochs": [0, 4]}}], 1000, epoch))) / 1000 for epoch in range(5)
     ]
-    assert shares == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.05)
+    assert fractions == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.05)
 
 
 def test_crop_in_a_composition_op_sets_the_size_of_later_ops() -> None:
@@ -213,16 +213,16 @@ def test_shifts_truncate_to_whole_pixels_as_in_torchvision() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "share", "strength"),
+    ("name", "fraction", "strength"),
     [
         ("Posterize", 0.24, 4), ("Posterize", 0.25, 3), ("Posterize", 0.99, 1), ("Posterize", 1.0, 1),
         ("Solarize", 0.3, 180), ("Solarize", 0.01, 254), ("Rotate", 0.29, 8), ("Rotate", 1.0, 30),
         ("ShearX", 0.29, 0.087), ("TranslateX", 0.3, 30), ("TranslateY", 0.299, 19), ("Equalize", 0.3, 0),
     ],
 )  # fmt: skip
-def test_augmix_strengths_match_the_authors_code(name: str, share: float, strength: float) -> None:
+def test_augmix_strengths_match_the_authors_code(name: str, fraction: float, strength: float) -> None:
     """int(level · maximum / 10) of 4 bits, 256 levels, 30 degrees and a third of the side; level · 0.3 / 10 of the shear."""
-    assert _mix_strength(name, share, (200, 300)) == pytest.approx(strength)
+    assert _mix_strength(name, fraction, (200, 300)) == pytest.approx(strength)
 
 
 def test_augmix_posterises_as_rarely_as_the_authors_code() -> None:
@@ -248,7 +248,7 @@ def test_every_op_of_a_published_policy_is_drawn_and_runs(name: str) -> None:
 
 def test_augmix_blends_its_chains() -> None:
     chains = [[{"op": "VerticalFlip"}], [{"op": "Invert"}, {"op": "VerticalFlip"}]]
-    step = Step("AugMix", {"share": 0.5, "weights": [0.75, 0.25], "chains": chains})
+    step = Step("AugMix", {"original_weight": 0.5, "weights": [0.75, 0.25], "chains": chains})
     result = Augmenter("none").apply(Plan((60, 80), (step,)), IMAGE)
     expected = 0.5 * IMAGE + 0.375 * IMAGE[::-1] + 0.125 * (255.0 - IMAGE[::-1])
     assert np.abs(result - expected).max() <= 0.51

@@ -138,7 +138,7 @@ def test_numpy_integers_are_accepted() -> None:
         {"op": "Affine", "scale": 0},
         {"op": "Perspective", "corners": [[0.5, 0]] * 4},
         {"op": "Resize", "box": [0, 0, 1, 1], "size": [10**6, 10**6]},
-        {"op": "Guest", "transform": "albumentations.RandomFog", "parameters": {"fog": 1}, "seed": 0},
+        {"op": "ThirdPartyTransform", "transform": "albumentations.RandomFog", "parameters": {"fog": 1}, "seed": 0},
     ],
 )
 def test_plan_with_invalid_arguments_is_rejected(step: dict) -> None:

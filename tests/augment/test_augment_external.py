@@ -77,7 +77,10 @@ def test_p_belongs_to_the_op_except_for_imgaug_transforms_with_a_p() -> None:
         ("imgaug.Fgo", "imgaug has no transform 'Fgo'"),
         ("torchvision.functional", "torchvision has no transform"),
         ("kornia.RandomFog", "no op is called 'kornia.RandomFog'"),
-        ({"Guest": {"transform": "RandomFog"}}, "does not start with one of albumentations, imgaug, torchvision"),
+        (
+            {"ThirdPartyTransform": {"transform": "RandomFog"}},
+            "does not start with one of albumentations, imgaug, torchvision",
+        ),
     ],
 )
 def test_invalid_transforms_are_rejected(spec, message: str) -> None:

@@ -24,7 +24,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "Pad": {"size": [50, 60]},
     "ShortestSide": {"size": 20},
     "LongestSide": {"size": 20, "interpolation": "bicubic"},
-    "Guest": {"transform": "albumentations.RandomGamma"},
+    "ThirdPartyTransform": {"transform": "albumentations.RandomGamma"},
     **{
         name: {"ops": ["VerticalFlip", {"Brightness": {"factor": 0.5}}]}
         for name in ("Compose", "Sometimes", "OneOf", "SomeOf", "During")

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from refract.augment import Augmenter, PolicyError, load_policy
+from refract.augment import Augmenter, Plan, PolicyError, load_policy
 from refract.augment.policy import presets
 from refract.augment.registry import OPS
 
@@ -38,6 +39,43 @@ from refract.augment.registry import OPS
 def test_errors_name_the_op_and_the_parameter(spec, message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         load_policy(spec)
+
+
+def test_former_names_are_read_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    former = [
+        {"WordDelete": {"share": 0.3}},
+        {"Translate": {"share": 0.2}},
+        {"OneOf": {"ops": [{"Guest": {"transform": "torchvision.RandomInvert"}}]}},
+    ]
+    policy = load_policy(former)
+    assert policy == load_policy(
+        [
+            {"WordDelete": {"fraction": 0.3}},
+            {"Translate": {"fraction": 0.2}},
+            {"OneOf": {"ops": [{"ThirdPartyTransform": {"transform": "torchvision.RandomInvert"}}]}},
+        ]
+    )
+    assert caplog.messages[:2] == [
+        "policy, op 1, WordDelete: share is deprecated; write fraction",
+        "policy, op 2, Translate: share is deprecated; write fraction",
+    ]
+    assert (
+        caplog.messages[2].endswith("op 1: Guest is deprecated; write ThirdPartyTransform")
+        and len(caplog.messages) == 3
+    )
+    with pytest.raises(PolicyError, match="share is the former name of fraction; remove share"):
+        load_policy([{"WordDelete": {"share": 0.3, "fraction": 0.3}}])
+
+
+def test_plans_of_an_earlier_version_are_read() -> None:
+    plan = Plan.from_json(
+        '{"version": 1, "size": [9, 9], "steps": ['
+        '{"op": "Guest", "transform": "torchvision.RandomInvert", "parameters": {}, "seed": 1},'
+        '{"op": "AugMix", "share": 0.5, "weights": [1.0], "chains": [[]]}]}'
+    )
+    assert [step.op for step in plan.steps] == ["ThirdPartyTransform", "AugMix"]
+    image = Augmenter("none").apply(plan, np.full((9, 9, 3), 55, np.uint8))
+    assert (image == 200).all()
 
 
 def test_yaml_file(tmp_path: Path) -> None:

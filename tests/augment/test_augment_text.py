@@ -57,8 +57,8 @@ def test_split_pieces_join_to_the_text(text: str) -> None:
 
 @pytest.mark.parametrize("op", PLAIN)
 def test_op_changes_the_text_repeatably_and_keeps_protected_words(op: str) -> None:
-    drawn = [run(op, index=i, share=0.3) for i in range(30)]
-    assert drawn == [run(op, index=i, share=0.3) for i in range(30)]
+    drawn = [run(op, index=i, fraction=0.3) for i in range(30)]
+    assert drawn == [run(op, index=i, fraction=0.3) for i in range(30)]
     assert len(set(drawn)) > (3 if op == "Spelling" else 10)
     for text in drawn:
         counts = Counter(text_words(text))
@@ -73,13 +73,13 @@ def test_op_changes_the_text_repeatably_and_keeps_protected_words(op: str) -> No
 )
 def test_short_and_odd_texts(op: str, text: str) -> None:
     for index in range(5):
-        changed = run(op, text, index=index, share=1.0)
+        changed = run(op, text, index=index, fraction=1.0)
         assert isinstance(changed, str) and bool(text_words(changed)) == bool(text_words(text))
 
 
-@given(text=st.text(max_size=80), op=st.sampled_from(PLAIN), share=st.floats(0, 1), index=st.integers(0, 50))
-def test_any_text_yields_a_text_with_its_protected_words(text: str, op: str, share: float, index: int) -> None:
-    changed = run(op, text, share=share, index=index)
+@given(text=st.text(max_size=80), op=st.sampled_from(PLAIN), fraction=st.floats(0, 1), index=st.integers(0, 50))
+def test_any_text_yields_a_text_with_its_protected_words(text: str, op: str, fraction: float, index: int) -> None:
+    changed = run(op, text, fraction=fraction, index=index)
     assert len(text_words(changed)) <= 2 * len(text_words(text))
     assert words.protected_words((words.NUMBERS, words.NEGATIONS)).lost(text, changed) == []
 
@@ -87,12 +87,12 @@ def test_any_text_yields_a_text_with_its_protected_words(text: str, op: str, sha
 def test_each_op_has_its_documented_effect(table: str) -> None:
     text = "one two three four five six seven eight nine ten"
     for index in range(20):
-        deleted = text_words(run("WordDelete", text, share=0.2, index=index))
+        deleted = text_words(run("WordDelete", text, fraction=0.2, index=index))
         assert len(deleted) == 8 and set(deleted) < set(text_words(text))
-        assert Counter(text_words(run("WordSwap", text, share=0.3, index=index))) == Counter(text_words(text))
-        cropped = run("WordCrop", text, share=0.3, index=index)
+        assert Counter(text_words(run("WordSwap", text, fraction=0.3, index=index))) == Counter(text_words(text))
+        cropped = run("WordCrop", text, fraction=0.3, index=index)
         assert len(text_words(cropped)) == 7 and "  " not in cropped and cropped == cropped.strip()
-        split = run("WordSplit", text, share=0.2, index=index)
+        split = run("WordSplit", text, fraction=0.2, index=index)
         assert len(text_words(split)) == 12 and split.replace(" ", "") == text.replace(" ", "")
         for op, change in (
             ("CharInsert", 1),
@@ -102,24 +102,24 @@ def test_each_op_has_its_documented_effect(table: str) -> None:
             ("Keyboard", 0),
             ("OCR", 0),
         ):
-            assert len(run(op, text, share=0.3, index=index)) - len(text) == 3 * change
-        assert sorted(run("CharSwap", text, share=1.0, index=index)) == sorted(text)
-        inserted = text_words(run("WordInsert", TEXT, table=table, share=1.0, index=index))
+            assert len(run(op, text, fraction=0.3, index=index)) - len(text) == 3 * change
+        assert sorted(run("CharSwap", text, fraction=1.0, index=index)) == sorted(text)
+        inserted = text_words(run("WordInsert", TEXT, table=table, fraction=1.0, index=index))
         assert len(inserted) == len(text_words(TEXT)) + 3 and set(inserted) & {"purchase", "get"}
-    substituted = {run("WordSubstitute", "BUY Red long-term", table=table, share=1.0, index=i) for i in range(40)}
+    substituted = {run("WordSubstitute", "BUY Red long-term", table=table, fraction=1.0, index=i) for i in range(40)}
     assert substituted == {"PURCHASE Scarlet long-term", "GET Scarlet long-term"}
     near = {run("Keyboard", "ggggg", index=i).replace("g", "", 4) for i in range(200)}
     assert near == set("tyfhvb"), "the adjacent keys"
-    assert run("WordDelete", "all of it", share=1.0) in ("all", "of", "it")
+    assert run("WordDelete", "all of it", fraction=1.0) in ("all", "of", "it")
 
 
 def test_custom_protected_words_remain(tmp_path: Path) -> None:
     (tmp_path / "brands.txt").write_text("Canon\nEOS\n", "utf-8")
     for keep in (["Canon", "EOS"], [str(tmp_path / "brands.txt")]):
         for index in range(20):
-            remaining = text_words(run("WordDelete", share=0.9, keep=keep, index=index))
+            remaining = text_words(run("WordDelete", fraction=0.9, keep=keep, index=index))
             assert {"Canon", "EOS"} <= set(remaining)
-    assert any("not" not in text_words(run("WordDelete", share=0.9, keep=[], index=i)) for i in range(20))
+    assert any("not" not in text_words(run("WordDelete", fraction=0.9, keep=[], index=i)) for i in range(20))
 
 
 PHRASES = ["C++", "New York", "AT&T", "it’s", "no-one", "-5", "€", "Straße", "日本", ".NET"]
@@ -129,7 +129,7 @@ PHRASES = ["C++", "New York", "AT&T", "it’s", "no-one", "-5", "€", "Straße"
 def test_protected_phrases_and_signs_are_unchanged(op: str, table: str) -> None:
     text = "We buy C++ in new  york, AT&T it's red; No-one at -5, 3 € and long STRASSE 日本 of .NET buy York long"
     more = {"table": table} if op == "WordInsert" else {}
-    drawn = {run(op, text, index=i, share=0.9, keep=PHRASES, **more) for i in range(40)}
+    drawn = {run(op, text, index=i, fraction=0.9, keep=PHRASES, **more) for i in range(40)}
     assert len(drawn) > 1
     for changed in drawn:
         for phrase in ("C++", "new  york,", "AT&T", "it's", "No-one", "-5,", "€", "STRASSE", "日本", ".NET"):
@@ -216,16 +216,16 @@ def test_each_text_op_has_a_separate_random_key() -> None:
 
 def test_word_crop_deletes_consecutive_words_at_any_position() -> None:
     text = "one two three four five six"
-    cropped = {run("WordCrop", text, share=0.5, index=i) for i in range(60)}
+    cropped = {run("WordCrop", text, fraction=0.5, index=i) for i in range(60)}
     assert cropped == {"four five six", "one five six", "one two six", "one two three"}
-    assert {run("WordCrop", text, share=1.0, index=i) for i in range(60)} == {"one", "six"}
+    assert {run("WordCrop", text, fraction=1.0, index=i) for i in range(60)} == {"one", "six"}
 
 
 @pytest.mark.parametrize("op", ["CharInsert", "CharDelete"])
 def test_character_ops_change_every_word_that_is_not_protected(op: str) -> None:
     text = "He don’t not want 5D of Canon lenses"
     for index in range(20):
-        changed = run(op, text, share=1.0, keep=[words.NUMBERS, words.NEGATIONS, "canon"], index=index).split()
+        changed = run(op, text, fraction=1.0, keep=[words.NUMBERS, words.NEGATIONS, "canon"], index=index).split()
         same = {old for old, new in zip(text.split(), changed, strict=True) if old == new}
         assert same == {"don’t", "not", "5D", "Canon"}
 
@@ -240,7 +240,7 @@ def test_composition_ops_hold_text_ops_but_not_both_kinds() -> None:
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ({"WordDelete": {"share": 2}}, r"share: 2 is not a number in \[0, 1\]"),
+        ({"WordDelete": {"fraction": 2}}, r"fraction: 2 is not a number in \[0, 1\]"),
         ({"WordDelete": {"keep": [3]}}, "is not a list of words"),
         ({"WordDelete": {"keep": "/nowhere.txt"}}, "/nowhere.txt cannot be read"),
         ({"WordSubstitute": {"table": "/nowhere"}}, "/nowhere cannot be read"),
@@ -266,7 +266,7 @@ def test_invalid_synonym_table_is_rejected(tmp_path: Path) -> None:
 
 def test_text_policies_round_trip_as_plain_values(table: str) -> None:
     for name, kind in OPS.items():
-        if issubclass(kind, TextOp) and name not in ("TextGuest", "BackTranslation"):
+        if issubclass(kind, TextOp) and name not in ("ThirdPartyTextTransform", "BackTranslation"):
             policy = load_policy([{name: {"table": table} if name in ("WordSubstitute", "WordInsert") else {}}])
             again = load_policy(policy.to_spec())
             assert again == policy and again.draw_text(seed=1, epoch=2, index=3) == policy.draw_text(

@@ -1,4 +1,4 @@
-"""The reference pages follow the code: those that are generated, and the lists that are written by hand."""
+"""The reference pages and the preview image follow the code: those that are generated, and the lists that are written by hand."""
 
 import importlib.util
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [
@@ -14,13 +15,17 @@ SOURCES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
+def program(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    return program("make_reference")
 
 
 @pytest.mark.parametrize("page", ["cli.md", "config.md", "ops.md", "http.md", "metrics.md"])
@@ -55,3 +60,8 @@ def test_every_problem_code_of_the_server_is_documented() -> None:
     }
     assert len(codes) > 20
     assert codes <= set(re.findall(r"`([a-z_0-9]+)`", page))
+
+
+def test_the_preview_image_can_be_drawn_again() -> None:
+    with Image.open(ROOT / "docs" / "preview.png") as stored:
+        assert program("make_preview").draw().size == stored.size

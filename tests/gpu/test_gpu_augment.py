@@ -18,8 +18,10 @@ COUNT = 6
 
 @pytest.mark.parametrize("name", ALONE)
 def test_an_op_gives_the_images_of_the_cpu_executor(name: str, device: str) -> None:
-    if name == "Guest" and not find_spec("albumentations"):
-        pytest.skip("albumentations is not among the packages of make gpu-wheels, and Guest wraps its transforms")
+    if name == "ThirdPartyTransform" and not find_spec("albumentations"):
+        pytest.skip(
+            "albumentations is not among the packages of make gpu-wheels, and ThirdPartyTransform wraps its transforms"
+        )
     augmenter = Augmenter(make(name), seed=9, size=(24, 28) if OPS[name].kind in ("geometric", "composition") else None)
     images = [make_image(90, 70, number) for number in range(COUNT)]
     plans = [augmenter.draw((90, 70), epoch=0, index=number) for number in range(COUNT)]

@@ -92,6 +92,7 @@ def to_former_layout(workspace: Path) -> None:
     former = {"run": "night", "training_run": "run"}
     records = [path for path in (workspace / "last.json", *workspace.glob("runs/*/run.json")) if path.exists()]
     for path in records:
+        path.write_text(path.read_text().replace('"summary":', '"told":'))
         write(path, {former.get(key, key): value for key, value in read(path).items()})
     for path in workspace.glob("runs/*/run.json"):
         path.rename(path.with_name("night.json"))

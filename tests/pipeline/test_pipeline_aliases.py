@@ -134,7 +134,7 @@ def test_a_comparison_with_another_champion_counts_for_nothing(model: tuple[Mlfl
 
 def test_of_concurrent_promoters_one_wins(model: tuple[MlflowClient, str], registry: str) -> None:
     client, name = model
-    told: dict[str, str] = {}
+    outcomes: dict[str, str] = {}
     start = threading.Barrier(2)
 
     def move(version: str) -> None:
@@ -142,19 +142,19 @@ def test_of_concurrent_promoters_one_wins(model: tuple[MlflowClient, str], regis
         start.wait()
         try:
             promote(own, name, version, instead_of="1")
-            told[version] = "won"
+            outcomes[version] = "won"
         except PromotionError as error:
-            told[version] = str(error)
+            outcomes[version] = str(error)
 
     threads = [threading.Thread(target=move, args=(version,)) for version in ("2", "3")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    winners = [version for version, words in told.items() if words == "won"]
+    winners = [version for version, words in outcomes.items() if words == "won"]
     assert len(winners) == 1
     assert aliases(client, name) == {"champion": winners[0], "previous": "1"}
-    assert "champion is now" in next(words for words in told.values() if words != "won"), "it waited for its turn"
+    assert "champion is now" in next(words for words in outcomes.values() if words != "won"), "it waited for its turn"
 
 
 def hold(client: MlflowClient, name: str, holder: str) -> None:
@@ -221,7 +221,7 @@ def test_others_who_come_and_go_are_not_waited_for_for_ever(
     assert len(locks(client, name)) == 1, "another's lock stays"
 
 
-def test_who_lost_the_lock_on_the_way_is_told_and_leaves_the_other_one(model: tuple[MlflowClient, str]) -> None:
+def test_losing_the_lock_is_reported_and_the_other_process_keeps_it(model: tuple[MlflowClient, str]) -> None:
     client, name = model
 
     def taken_away() -> None:
@@ -253,7 +253,7 @@ def test_either_sign_of_another_process_is_enough(model: tuple[MlflowClient, str
     assert aliases(client, name)["champion"] == "3"
 
 
-def test_of_two_that_set_the_champion_at_once_the_first_is_told(model: tuple[MlflowClient, str]) -> None:
+def test_of_two_that_set_the_champion_at_once_the_first_gets_an_error(model: tuple[MlflowClient, str]) -> None:
     client, name = model
 
     class Late:
@@ -394,5 +394,5 @@ def test_a_run_that_cannot_get_the_lock_resumes_later(
 def test_every_label_makes_a_tag(model: tuple[MlflowClient, str], label: str) -> None:
     client, name = model
     key = f"gate.{_key(f'recall {label}')}"
-    client.set_model_version_tag(name, "1", key, "told")
-    assert client.get_model_version(name, "1").tags[key] == "told"
+    client.set_model_version_tag(name, "1", key, "written")
+    assert client.get_model_version(name, "1").tags[key] == "written"

@@ -115,19 +115,22 @@ def test_evaluate_accepts_images_of_one_class_and_a_test_set_alone(refract: Run,
         write_image(tmp_path / "new" / "red" / f"{number}.png", make_image("red", 900 + number))
     shutil.copytree(tmp_path / "new", tmp_path / "split" / "test")
     for source in ("new", "split"):
-        told = refract("evaluate", runs / "good" / "bundle", source, "--json", "e.json", "--report", "rep").stdout
-        assert "on 4 images of" in told and "2 labels have no images and count as 0 in macro_f1: blue, green" in told
+        printed = refract("evaluate", runs / "good" / "bundle", source, "--json", "e.json", "--report", "rep").stdout
+        assert (
+            "on 4 images of" in printed and "2 labels have no images and count as 0 in macro_f1: blue, green" in printed
+        )
         found = json.loads((tmp_path / "e.json").read_text())
         assert found["metrics"]["accuracy"] == 1 and [row["count"] for row in found["per_class"]] == [0, 0, 4]
 
 
 def test_runs_are_compared_on_their_common_test_samples(refract: Run, runs: Path, tmp_path: Path) -> None:
-    told = refract("compare", runs / "bad", runs / "good", "--curves", "c.png").stdout
-    assert re.search(r"^optim\.lr +1e-07 +0\.003$", told, re.MULTILINE) and "run_name" not in told
+    printed = refract("compare", runs / "bad", runs / "good", "--curves", "c.png").stdout
+    assert re.search(r"^optim\.lr +1e-07 +0\.003$", printed, re.MULTILINE) and "run_name" not in printed
     found = re.search(
-        r"good against bad on 54 images: accuracy \+(\S+), 95 % interval \+(\S+) to \+(\S+), McNemar p = (\S+):", told
+        r"good against bad on 54 images: accuracy \+(\S+), 95 % interval \+(\S+) to \+(\S+), McNemar p = (\S+):",
+        printed,
     )
-    assert found and "more than chance" in told
+    assert found and "more than chance" in printed
     value, low, high = (float(number) for number in found.groups()[:3])
     accuracies = [load_bundle(runs / name / "bundle").info.metrics["accuracy"] for name in ("bad", "good")]
     assert value == pytest.approx(accuracies[1] - accuracies[0], abs=1e-4) and low < value < high
@@ -190,7 +193,7 @@ def test_evaluate_shows_near_duplicates_of_training_images(refract: Run, tmp_pat
         if number < 20:
             write_image(tmp_path / "s" / "ab"[number % 2] / f"{number}.jpg", pixels)
     (tmp_path / "c.yaml").write_text("{data: {source: s, image_size: 32, workers: 0}, tracking: {enabled: false}}")
-    told = refract(
+    printed = refract(
         "train", "c.yaml", "--model.name", "cnn", "--trainer.max_epochs", 1, "--trainer.run_name", "r"
     ).stderr
     refract("evaluate", "runs/r/bundle", "s", "--report", "again", "--json", "e.json")
@@ -199,7 +202,7 @@ def test_evaluate_shows_near_duplicates_of_training_images(refract: Run, tmp_pat
     assert (
         one == again
         and len(one["pairs"]) > 2
-        and f"{len(one['pairs'])} images of test are near-duplicates of training images" in told
+        and f"{len(one['pairs'])} images of test are near-duplicates of training images" in printed
     )
     assert all(Path(a).stem == Path(b).stem for a, b in one["pairs"])
     assert json.loads((tmp_path / "e.json").read_text())["near_duplicates"] == one["pairs"]
@@ -237,7 +240,7 @@ def cameras(root: Path) -> Path:
 
 
 def test_slices_follow_the_columns_of_the_manifest(refract: Run, cameras: Path, runs: Path, tmp_path: Path) -> None:
-    told = refract("evaluate", runs / "good" / "bundle", cameras, "--report", "rep").stdout
+    printed = refract("evaluate", runs / "good" / "bundle", cameras, "--report", "rep").stdout
     parts = json.loads((tmp_path / "rep" / "report.json").read_text())["slices"]
     by_name = {(part["column"], part["value"]): part for part in parts}
     assert {part["column"] for part in parts} == {"camera", "hour"}, "a note identifies single images"
@@ -246,7 +249,7 @@ def test_slices_follow_the_columns_of_the_manifest(refract: Run, cameras: Path, 
     assert b["right"] == pytest.approx(1 / 3, abs=0.1) and b["low"] < b["right"] < b["high"] < a["right"]
     hours = [part for part in parts if part["column"] == "hour"]
     assert len(hours) == 30 and sum(part["count"] for part in hours) == 90
-    assert re.search(r"camera = b<i> +0\.\d+ correct of 15", told)
+    assert re.search(r"camera = b<i> +0\.\d+ correct of 15", printed)
     html = (tmp_path / "rep" / "report.html").read_text()
     assert "<td>b&lt;i&gt;</td>" in html
 

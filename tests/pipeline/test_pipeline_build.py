@@ -277,9 +277,11 @@ def test_a_non_finite_loss_names_layer_and_batch_and_can_be_replayed(
     )
     with pytest.raises(
         ConfigError, match=r"the training loss is nan in epoch 0, step \d, samples \[.*refract replay-batch"
-    ) as told:
+    ) as caught:
         trained(uneven, tmp_path, *lost)
-    assert "The weights are no longer finite" in str(told.value) or "non-finite output is network." in str(told.value)
+    assert "The weights are no longer finite" in str(caught.value) or "non-finite output is network." in str(
+        caught.value
+    )
     shown = refract("replay-batch", tmp_path / "run" / "bad-batch.pt").stdout
     assert "network.stages.0.0" in shown and "100.0%" in shown and ".png" in shown and '"version": 1' in shown
     (tmp_path / "other.pt").write_bytes(b"nothing")
@@ -370,13 +372,13 @@ def test_settings_without_effect_are_logged(uneven: Path, caplog: pytest.LogCapt
         "--model.unfreeze_epochs",
         50,
     )
-    for told in (
+    for message in (
         "loss.distill has no effect",
         "loss.gamma has no effect",
         "loss.l1_ratio has no effect",
         "only the head is trained: model.unfreeze_epochs",
     ):
-        assert told in caplog.text
+        assert message in caplog.text
     caplog.clear()
     begun(uneven)
     assert "no effect" not in caplog.text

@@ -56,7 +56,7 @@ def test_a_day_with_a_repeated_or_skipped_hour_has_one_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("61 2 * * *", "(61) is higher than the maximum value (59)"),
         ("0 2 * *", "4 fields"),
@@ -71,9 +71,9 @@ def test_a_day_with_a_repeated_or_skipped_hour_has_one_run() -> None:
         ("0 2 31 2 *", "never fires"),
     ],
 )
-def test_what_is_no_cron_is_told(text: str, told: str) -> None:
+def test_an_invalid_cron_is_reported(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Cron(text, ZoneInfo("UTC"))
-    assert "--cron" in str(caught.value) and told in str(caught.value)
+    assert "--cron" in str(caught.value) and message in str(caught.value)
     with pytest.raises(ConfigError, match="--timezone: 'Europe/Nowhere' is unknown"):
         zone_named("Europe/Nowhere")

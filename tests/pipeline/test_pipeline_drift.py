@@ -100,7 +100,7 @@ def test_images_of_the_same_kind_do_not_drift(bundle: Bundle, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (lambda pixels: np.clip(pixels * 1.3, 0, 255).astype(np.uint8), "brightness"),
         (lambda pixels: cv2.GaussianBlur(pixels, (0, 0), 1.2), "sharpness"),
@@ -109,8 +109,8 @@ def test_images_of_the_same_kind_do_not_drift(bundle: Bundle, tmp_path: Path) ->
     ],
     ids=["brighter", "blurred", "wider", "inverted"],
 )
-def test_images_of_another_kind_drift(bundle: Bundle, tmp_path: Path, change: Change, told: str) -> None:
-    assert told in levels(measure_drift(bundle, str(write_scenes(tmp_path / "new", 1000, change))))
+def test_images_of_another_kind_drift(bundle: Bundle, tmp_path: Path, change: Change, expected: str) -> None:
+    assert expected in levels(measure_drift(bundle, str(write_scenes(tmp_path / "new", 1000, change))))
 
 
 def test_another_mix_of_classes_drifts_with_labels_and_without(bundle: Bundle, tmp_path: Path) -> None:
@@ -203,8 +203,8 @@ def test_the_exit_code_stops_a_flow(bundle: Bundle, tmp_path: Path, capsys: pyte
     numbers = json.loads((tmp_path / "d.json").read_text())
     assert numbers["level"] == "none" and numbers["unreadable"] == {} and len(numbers["checks"]) == 12
     assert main([path, str(other), "--test", "classifier", "--report", str(tmp_path / "rep")]) == 20
-    told = capsys.readouterr().out
-    assert "drift: stop" in told and (tmp_path / "rep" / "report.json").is_file()
+    printed = capsys.readouterr().out
+    assert "drift: stop" in printed and (tmp_path / "rep" / "report.json").is_file()
     html = (tmp_path / "rep" / "report.html").read_text()
     assert (
         "Drift reached a stop threshold" in html
@@ -217,7 +217,7 @@ def test_the_exit_code_stops_a_flow(bundle: Bundle, tmp_path: Path, capsys: pyte
     assert "drift: warning" in capsys.readouterr().out
 
 
-def test_mistakes_are_told_in_words(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_reported(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, few = str(bundle.path), str(write_scenes(tmp_path / "few", 0, count=3))
     assert main([path, few]) == 2
     assert "9 new samples and 234 of the reference; 20 of each are needed" in capsys.readouterr().err
@@ -235,8 +235,8 @@ def test_mistakes_are_told_in_words(bundle: Bundle, tmp_path: Path, capsys: pyte
 
 def test_the_command_runs(refract: Run, bundle: Bundle, tmp_path: Path) -> None:
     make_image("red", 0)
-    told = refract("drift", bundle.path, write_scenes(tmp_path / "new", 1000)).stdout
-    assert told.rstrip().endswith("no drift") and "features" in told
+    printed = refract("drift", bundle.path, write_scenes(tmp_path / "new", 1000)).stdout
+    assert printed.rstrip().endswith("no drift") and "features" in printed
 
 
 def test_texts_alone_and_beside_images_have_features_and_lengths(tmp_path: Path) -> None:

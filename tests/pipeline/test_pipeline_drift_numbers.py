@@ -145,7 +145,7 @@ def test_nothing_drifts_between_halves_of_one_kind() -> None:
         ("classes", lambda own: {"classes": {"a": 20, "b": 30, "c": 70}}),
     ],
 )
-def test_each_kind_of_drift_is_told_by_its_own_check(name: str, change) -> None:
+def test_each_kind_of_drift_is_reported_by_its_own_check(name: str, change) -> None:
     own = profile_of(1)
     found = compare(profile_of(0), profile_of(1, **change(own)))
     assert levels(found) == {name: "stop"} and found.level == "stop"

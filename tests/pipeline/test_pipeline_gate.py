@@ -66,23 +66,23 @@ def test_a_better_challenger_on_a_small_holdout_passes_by_default_and_the_size_i
     held = holdout(60, 60)
     new, old = answers(held, *range(6)), answers(held, *range(60, 68))
     line = judged(held, new, old)["interval"]
-    assert line.passed and line.bound == -0.05 and "lower end at least -0.05, from 120 samples" in line.told
+    assert line.passed and line.bound == -0.05 and "lower end at least -0.05, from 120 samples" in line.summary
     line = judged(held, new, old, lowest_gain=-0.03)["interval"]
     assert not line.passed and line.bound == -0.03, "a value of the config counts"
     line = judged(held, new, old, lowest_gain=0.0)["interval"]
     assert not line.passed
     assert line.needed == samples_to_decide(8, 6, 120, 0.0)
-    assert f"120 samples cannot decide it, about {rounded(line.needed):,} would" in line.told
+    assert f"120 samples cannot decide it, about {rounded(line.needed):,} would" in line.summary
 
 
 def test_a_decided_line_names_no_size() -> None:
     held = holdout(200, 200)
     new, old = answers(held, *range(60)), answers(held)
     lines = judged(held, new, old)
-    assert not lines["margin"].passed and lines["margin"].needed is None and "decide" not in lines["margin"].told
+    assert not lines["margin"].passed and lines["margin"].needed is None and "decide" not in lines["margin"].summary
     assert not lines["interval"].passed and lines["interval"].needed is None
     equal = judged(held, answers(held, 0, 1), answers(held, 2, 3))["margin"]
-    assert equal.passed and equal.needed is None and "400 samples cannot decide it" in equal.told, "no size does"
+    assert equal.passed and equal.needed is None and "400 samples cannot decide it" in equal.summary, "no size does"
 
 
 @given(st.integers(1, 10**7), st.integers(1, 10**7))
@@ -141,7 +141,7 @@ def test_equals_pass_however_many_classes_there_are() -> None:
 def test_a_class_without_a_sample_in_the_holdout_fails_the_gate() -> None:
     held = holdout(3, 0)
     line = judged(held, answers(held), None)["recall c1"]
-    assert line.passed is False and line.told == "the holdout has no sample of it"
+    assert line.passed is False and line.summary == "the holdout has no sample of it"
 
 
 def test_robustness_and_latency_fail_above_their_bounds() -> None:
@@ -161,7 +161,7 @@ def test_calibration_is_judged_from_a_hundred_samples_on(count: int, passes: boo
     held = holdout(count)
     line = judged(held, answers(held, calibration=0.3), None)["calibration_error"]
     assert line.passed == passes
-    assert ("not judged on 99 samples" in line.told) == passes
+    assert ("not judged on 99 samples" in line.summary) == passes
     assert judged(held, answers(held, calibration=0.14), None)["calibration_error"].passed
 
 

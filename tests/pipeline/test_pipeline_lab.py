@@ -22,9 +22,9 @@ def test_a_claim_that_does_not_hold_ends_with_1_and_is_named(monkeypatch, capsys
     )
     monkeypatch.setattr(lab, "experiments", lambda: {**experiments(), "water": wrong})
     assert lab.main(["water", "mlp-xor", "--plots", str(tmp_path / "plots")]) == 1
-    told = capsys.readouterr().out
-    assert "DOES NOT HOLD: Water runs uphill." in told and "holds: With one hidden layer" in told
-    assert told.endswith("1 of 2 claims did not hold with seed 0: water\n")
+    printed = capsys.readouterr().out
+    assert "DOES NOT HOLD: Water runs uphill." in printed and "holds: With one hidden layer" in printed
+    assert printed.endswith("1 of 2 claims did not hold with seed 0: water\n")
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["mlp-xor.png", "water.png"]
 
 

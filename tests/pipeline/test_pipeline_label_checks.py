@@ -174,11 +174,11 @@ def test_the_champion_contradicts_mislabelled_images_and_accepts_right_ones(tmp_
     wrong = disagreed(bundle, third, new, None, WARN_AND_STOP)
     assert wrong["level"] == "stop" and wrong["p"] < 1e-6
     assert 38 <= wrong["wrong"] <= 42 and wrong["kinds"]["green, predicted red"] >= 18
-    assert "the champion disagrees with" in wrong["told"] and "of 60 new labels (6" in wrong["told"]
+    assert "the champion disagrees with" in wrong["summary"] and "of 60 new labels (6" in wrong["summary"]
     assert disagreed(bundle, third, new, None, Threshold(0.05, None))["level"] == "warn"
     assert disagreed(bundle, third, new, None, Threshold(None, None))["level"] == "none"
     few = replace(new, of_images=new.of_images[:19])
-    assert disagreed(bundle, third, few, None, WARN_AND_STOP)["told"].startswith("new labels not compared")
+    assert disagreed(bundle, third, few, None, WARN_AND_STOP)["summary"].startswith("new labels not compared")
 
 
 @pytest.mark.slow
@@ -241,11 +241,11 @@ def test_thresholds_have_a_range() -> None:
 @pytest.mark.parametrize(("features", "level"), [("none", "stop"), ("warn", "warn"), ("stop", "warn")])
 def test_the_champion_does_not_judge_labels_of_images_that_drifted(features: str, level: str) -> None:
     found = lowered_if_drifted(
-        {"level": "stop", "told": "the champion disagrees"}, {"checks": {"features": {"level": features}}}
+        {"level": "stop", "summary": "the champion disagrees"}, {"checks": {"features": {"level": features}}}
     )
-    assert found["level"] == level and ("drifted" in found["told"]) == (level == "warn")
-    assert lowered_if_drifted({"level": "stop", "told": "…"}, None)["level"] == "stop"
+    assert found["level"] == level and ("drifted" in found["summary"]) == (level == "warn")
+    assert lowered_if_drifted({"level": "stop", "summary": "…"}, None)["level"] == "stop"
     assert (
-        lowered_if_drifted({"level": "none", "told": "…"}, {"checks": {"features": {"level": "stop"}}})["level"]
+        lowered_if_drifted({"level": "none", "summary": "…"}, {"checks": {"features": {"level": "stop"}}})["level"]
         == "none"
     )

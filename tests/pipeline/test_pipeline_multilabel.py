@@ -112,7 +112,7 @@ def test_predict_score_and_evaluate_use_the_bundles_thresholds(
     table = pd.read_csv(root / "m.csv", keep_default_na=False)
     test = table[table.split == "test"].assign(path=lambda rows: [str(root / path) for path in rows.path])
     test.to_csv(tmp_path / "test.csv", index=False)
-    told = refract("score", bundle.path, "test.csv", "-o", "s.parquet", "--jobs", 1).stdout
+    printed = refract("score", bundle.path, "test.csv", "-o", "s.parquet", "--jobs", 1).stdout
     scored = pd.read_parquet(tmp_path / "s.parquet")
     named = [[bundle.info.labels[k] for k in np.flatnonzero(row)] for row in answers]
     assert [list(labels) for labels in scored.labels] == named
@@ -123,8 +123,8 @@ def test_predict_score_and_evaluate_use_the_bundles_thresholds(
     labelled = test.label.to_numpy() != ""
     exact = int((answers == truth).all(axis=1)[labelled].sum())
     assert (
-        f"labels are exactly the manifest's in {exact} of {labelled.sum()}" in told
-        and "mean F1 of a row's labels" in told
+        f"labels are exactly the manifest's in {exact} of {labelled.sum()}" in printed
+        and "mean F1 of a row's labels" in printed
     )
     again = refract(
         "evaluate", bundle.path, root / "m.csv", "--robustness", "quick", "--json", "e.json", "--report", "rep"

@@ -123,8 +123,8 @@ def test_the_nightly_run_goes_through_a_server_into_postgres(
 
     (tmp_path / "tiny.yaml").write_text(TINY)
     with mlflow_server(postgres, tmp_path) as url:
-        told = refract("retrain", "tiny.yaml", "--tracking.uri", url).stdout
-        assert "\npromoted: version 1 is champion\n" in told
+        printed = refract("retrain", "tiny.yaml", "--tracking.uri", url).stdout
+        assert "\npromoted: version 1 is champion\n" in printed
         client = MlflowClient(url, url)
         experiment = client.get_experiment_by_name("nightly")
         assert experiment is not None

@@ -69,6 +69,40 @@ def test_a_silent_command_reports_that_it_is_in_progress(
         assert capsys.readouterr().err == "", variable
 
 
+def test_the_stages_of_a_start_are_lines_or_on_a_terminal_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "BAR_S", 0.01)
+    monkeypatch.setattr(progress, "LINE_S", 0.2)
+
+    def start() -> None:
+        progress.stage("loading shapes")
+        time.sleep(0.4)
+        progress.stage("timing onnx", 1, 3)
+        time.sleep(0.4)
+        progress.finish()
+
+    with silence_reported("serve"):
+        start()
+        lines = capsys.readouterr().err
+        time.sleep(0.4)
+    assert re.search(r"^refract serve: loading shapes, \d s so far$", lines, re.MULTILINE)
+    assert re.search(r"^refract serve: timing onnx \(2 of 3\), \d s so far$", lines, re.MULTILINE)
+    assert capsys.readouterr().err == "", "a server that is ready may be silent"
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with silence_reported("serve"):
+        start()
+    bar = terminal.getvalue()
+    assert "\rloading shapes, 00:0" in bar and re.search(r"timing onnx: \S+ +1/3, 00:0\d", bar)
+    assert bar.rpartition("\r")[2] == "", "the bar is erased"
+    monkeypatch.setenv(output.VARIABLE, "quiet")
+    with silence_reported("serve"):
+        start()
+    assert terminal.getvalue() == bar, "nothing with --quiet"
+
+
 def test_a_failed_training_closes_its_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the error would stand on the bar's line, and logging would still write around the bar."""
     from refract.pipeline.training.callbacks.progress import StepProgress

@@ -84,7 +84,7 @@ def test_the_gate_passes_an_equal_challenger_and_reports_its_values(trained: Pat
     assert not verdict(trained, champion, champion, margin=0.01)["margin"].passed
     first = verdict(trained, champion, None)
     assert first["passed"]
-    assert "no champion" in first["margin"].told
+    assert "no champion" in first["margin"].summary
 
 
 def test_a_class_that_is_never_predicted_fails(trained: Path, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_limits_of_calibration_size_latency_and_labels(trained: Path, tmp_path: 
     other = altered(trained, tmp_path / "labels", labels=("blue", "green", "scarlet"))
     found = verdict(trained, other, champion)
     assert not found["labels"].passed
-    assert "red" in found["labels"].told
+    assert "red" in found["labels"].summary
     assert found["recall red"].value == 0, "a prediction that the holdout does not have is wrong"
 
 
@@ -140,41 +140,41 @@ def test_the_commands_promote_and_roll_back(
     client.create_model_version("colors", source=(trained / "images").as_uri())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry)
 
-    def told(*arguments: object, code: int = 0) -> str:
+    def printed(*arguments: object, code: int = 0) -> str:
         assert main([str(argument) for argument in arguments]) == code
         found = capsys.readouterr()
         return found.out + found.err
 
-    assert "--why" in told("promote", "colors", 1, "--force", code=2)
-    assert "was not compared by a gate" in told("promote", "colors", 1, code=2)
-    assert "is now version 1" in told("promote", "colors", 1, "--force", "--why", "the first one")
-    told("promote", "colors", 2, "--force", "--why", "seen by hand")
+    assert "--why" in printed("promote", "colors", 1, "--force", code=2)
+    assert "was not compared by a gate" in printed("promote", "colors", 1, code=2)
+    assert "is now version 1" in printed("promote", "colors", 1, "--force", "--why", "the first one")
+    printed("promote", "colors", 2, "--force", "--why", "seen by hand")
     assert client.get_model_version("colors", "2").tags["promotion.why"] == "seen by hand"
     assert aliases(client, "colors") == {"champion": "2", "previous": "1"}
-    assert "version 1 again" in told("rollback", "colors")
+    assert "version 1 again" in printed("rollback", "colors")
     assert aliases(client, "colors") == {"champion": "1", "previous": "2"}
     client.set_model_version_tag("colors", "2", "gate", "passed")
     client.set_model_version_tag("colors", "2", "gate.against", "7")
-    assert "did not pass the gate against the present champion (version 1)" in told("promote", "colors", 2, code=2), (
-        "it was another champion"
-    )
+    assert "did not pass the gate against the present champion (version 1)" in printed(
+        "promote", "colors", 2, code=2
+    ), "it was another champion"
     client.set_model_version_tag("colors", "2", "gate.against", "1")
-    assert "is now version 2" in told("promote", "colors", 2)
-    assert "no registered model" in told("rollback", "colours", code=2)
-    assert "no version 7" in told("promote", "colors", 7, "--force", "--why", "x", code=2)
-    assert "a bundle?" in told("promote", "colors", 3, "--force", "--why", "x", code=2), "it is not a bundle"
+    assert "is now version 2" in printed("promote", "colors", 2)
+    assert "no registered model" in printed("rollback", "colours", code=2)
+    assert "no version 7" in printed("promote", "colors", 7, "--force", "--why", "x", code=2)
+    assert "a bundle?" in printed("promote", "colors", 3, "--force", "--why", "x", code=2), "it is not a bundle"
     assert aliases(client, "colors")["champion"] == "2"
 
-    assert "is already version 2" in told("promote", "colors", "02", "--why", "seen again")
+    assert "is already version 2" in printed("promote", "colors", "02", "--why", "seen again")
     assert aliases(client, "colors") == {"champion": "2", "previous": "1"}, "02 is the same version"
     assert client.get_model_version("colors", "2").tags["promotion.why"] == "seen again"
-    assert "version 'latest': expected a number" in told("promote", "colors", "latest", code=2)
-    assert "has 5,000 characters, at most 4,000 are accepted" in told(
+    assert "version 'latest': expected a number" in printed("promote", "colors", "latest", code=2)
+    assert "has 5,000 characters, at most 4,000 are accepted" in printed(
         "promote", "colors", 2, "--why", "x" * 5000, code=2
     )
     client.set_registered_model_alias("colors", "previous", "3")
-    assert "a bundle?" in told("rollback", "colors", code=2), "the restored bundle must load"
+    assert "a bundle?" in printed("rollback", "colors", code=2), "the restored bundle must load"
     client.create_model_version("colors", source=(trained / "nowhere").as_uri())
     client.set_registered_model_alias("colors", "previous", "4")
-    assert "version 4 cannot be downloaded" in told("rollback", "colors", code=2)
+    assert "version 4 cannot be downloaded" in printed("rollback", "colors", code=2)
     assert aliases(client, "colors") == {"champion": "2", "previous": "4"}

@@ -101,8 +101,8 @@ def test_each_signal_stops_with_a_checkpoint_and_its_exit_code(refract: Run, wor
     # The newest unfinished run of a config is found by itself; another config begins a new one.
     with training("c.yaml", "--trainer.run_name", "r", "--resume", "auto") as process:
         assert "resuming from runs/r/checkpoints/resume-" in until(process, "epoch ")
-        told = refract("train", "--resume", "runs/r", code=2).stderr
-        assert "runs/r is being trained by another process" in told
+        printed = refract("train", "--resume", "runs/r", code=2).stderr
+        assert "runs/r is being trained by another process" in printed
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
@@ -114,9 +114,9 @@ def test_a_stopped_demo_names_the_command_that_resumes_it(work: Path) -> None:
     process = shared().popen(["demo"], cwd=work)
     assert any(line.startswith("epoch 2/") for line in process.stderr)
     process.send_signal(signal.SIGTERM)
-    told = process.communicate()[1]
-    assert process.returncode == 75 and "Traceback" not in told
-    assert "refract demo: stopped by SIGTERM; `refract train --resume runs/digits-" in told
+    printed = process.communicate()[1]
+    assert process.returncode == 75 and "Traceback" not in printed
+    assert "refract demo: stopped by SIGTERM; `refract train --resume runs/digits-" in printed
 
 
 @pytest.mark.slow
@@ -129,9 +129,11 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(refract: Run, wor
     assert kept is not None
 
     with training("--resume", "runs/full", largest_file=10_000) as process:
-        told = process.output.read()
+        printed = process.output.read()
         assert process.wait(timeout=60) == 1
-    assert "cannot be written (File too large); earlier checkpoints are intact" in told and "Traceback" not in told
+    assert (
+        "cannot be written (File too large); earlier checkpoints are intact" in printed and "Traceback" not in printed
+    )
     assert newest(work / "runs" / "full" / "checkpoints") == kept
     refract("train", "--resume", "runs/full")
 
@@ -154,20 +156,20 @@ def test_runs_that_cannot_resume_are_rejected(refract: Run, work: Path, stopped:
     fallback = newest(checkpoints)
     assert fallback is not None and fallback < last
     write_image(work / "images" / "red" / "new.jpg", make_image("red", 77))
-    told = refract("train", "--resume", "runs/r", code=2).stderr
-    assert "the data of runs/r have changed since it started" in told
+    printed = refract("train", "--resume", "runs/r", code=2).stderr
+    assert "the data of runs/r have changed since it started" in printed
     (work / "images" / "red" / "new.jpg").unlink()
     assert "runs/none is not a run: there is no such folder" in refract("train", "--resume", "runs/none", code=2).stderr
     assert "uses the run's config; remove" in refract("train", "c.yaml", "--resume", "runs/r", code=2).stderr
     assert "needs the config file first" in refract("train", "--resume", "auto", code=2).stderr
-    told = refract("train", "c.yaml", "--trainer.run_name", "r", code=2).stderr
-    assert "runs/r exists already" in told and "`refract train --resume runs/r` resumes it" in told
+    printed = refract("train", "c.yaml", "--trainer.run_name", "r", code=2).stderr
+    assert "runs/r exists already" in printed and "`refract train --resume runs/r` resumes it" in printed
     # A moved run resumes.
     shutil.move(stopped, work / "elsewhere")
-    told = refract("train", "--resume", "elsewhere").stderr
+    printed = refract("train", "--resume", "elsewhere").stderr
     assert (
-        f"{last.name} is damaged; an older one is used" in told
-        and f"resuming from elsewhere/checkpoints/{fallback.name}" in told
+        f"{last.name} is damaged; an older one is used" in printed
+        and f"resuming from elsewhere/checkpoints/{fallback.name}" in printed
     )
     assert (work / "elsewhere" / "bundle").is_dir() and not (work / "runs" / "r").exists()
 
@@ -345,10 +347,10 @@ def test_auto_starts_a_new_run_if_the_data_changed(refract: Run, work: Path, tra
     shutil.copytree(broken, work / "runs" / "c-0")
     (work / "runs" / "c-0" / "config.yaml").unlink()
     write_image(work / "images" / "red" / "new.jpg", make_image("red", 77))
-    told = refract(
+    printed = refract(
         "train", "c.yaml", "--tracking.enabled", "false", "--resume", "auto", "--trainer.max_epochs", 7
     ).stderr
-    assert "starting a new run: --resume: the data of" in told
+    assert "starting a new run: --resume: the data of" in printed
     assert len([path for path in (work / "runs").iterdir() if (path / "bundle").is_dir()]) == 1
 
 

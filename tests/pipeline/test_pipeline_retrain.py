@@ -181,7 +181,7 @@ def test_fifteen_runs(tmp_path: Path, new_tracking: Path) -> None:
     third = retraining.run()
     assert (third["outcome"], third["version"], third["champion"]) == (Outcome.PROMOTED, "2", "1"), third["why"]
     assert third["drift"]["level"] != "stop"
-    assert "of 60 new images" in third["drift"]["told"]
+    assert "of 60 new images" in third["drift"]["summary"]
 
     shutil.copytree(images, backup)
     retraining.spoil(0.7)  # somebody mixed the folders up
@@ -249,8 +249,8 @@ def test_fifteen_runs(tmp_path: Path, new_tracking: Path) -> None:
     fourteenth = retraining.run(gate={"size_mb": 1e-6}, retrain={"largest_loss": 1.0})
     assert fourteenth["outcome"] == Outcome.NOT_PROMOTED
     assert [line["name"] for line in fourteenth["gate"]["lines"] if not line["passed"]][-1] == "size"
-    told = next(line for line in fourteenth["gate"]["lines"] if line["name"] == "holdout")
-    assert not told["passed"], "the champion was trained on images of a holdout that is drawn anew"
+    holdout = next(line for line in fourteenth["gate"]["lines"] if line["name"] == "holdout")
+    assert not holdout["passed"], "the champion was trained on images of a holdout that is drawn anew"
     assert len(retraining.champions) == 15
     assert unfinished(workspace) is None
 
@@ -363,14 +363,14 @@ def test_sigterm_leaves_a_checkpoint(workplace: Path, warm: WarmProcess) -> None
 
 def _until(started: Started, step: str) -> None:
     """Read the output until the step starts, and kill the process."""
-    told = []
+    lines = []
     for line in started.output:
-        told.append(line)
+        lines.append(line)
         if f": {step}\n" in line:
             started.kill()
             started.wait(20)
             return
-    pytest.fail(f"{step} never started: {''.join(told)}")
+    pytest.fail(f"{step} never started: {''.join(lines)}")
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ class Workspace:
         self.started.append(process)
         return process
 
-    def told(self) -> str:
+    def log(self) -> str:
         """What the newest scheduler says."""
         return (self.folder / f"scheduler-{len(self.started) - 1}.log").read_text()
 
@@ -140,7 +140,7 @@ def test_it_fires_again_and_again_and_the_newest_logs_stay(workspace: Workspace,
     count = len(workspace.began())
     until(lambda: len(workspace.began()) >= count + 3, "three runs more")
     assert ended(scheduler) == 0
-    assert "exit code 20" in workspace.told() and "the scheduler stops, by SIGTERM" in workspace.told()
+    assert "exit code 20" in workspace.log() and "the scheduler stops, by SIGTERM" in workspace.log()
     assert "not running" in refract("schedule", "--list", "--state", workspace.state).stdout
     runs = workspace.book.runs(str(workspace.config), 10)
     assert len(runs) == 3 and all(Path(run.log).is_file() for run in runs)
@@ -173,8 +173,8 @@ def test_a_second_scheduler_of_a_config_is_refused(workspace: Workspace, refract
 def test_a_run_that_takes_longer_is_never_joined_by_a_second(workspace: Workspace) -> None:
     workspace.hold()
     scheduler = workspace.start(0.2)
-    until(lambda: workspace.told().count("is skipped: the previous one is still active") >= 3, "three runs are skipped")
-    assert len(workspace.began()) == 1 and "outlived" not in workspace.told()
+    until(lambda: workspace.log().count("is skipped: the previous one is still active") >= 3, "three runs are skipped")
+    assert len(workspace.began()) == 1 and "outlived" not in workspace.log()
     workspace.release()
     until(lambda: len(workspace.began()) >= 2, "the next one")
     assert ended(scheduler) == 0
@@ -196,18 +196,18 @@ def test_a_signal_is_passed_to_the_run_whose_end_is_waited_for(workspace: Worksp
     until(lambda: len(workspace.began()) == 2, "it resumes at once")
     until(lambda: "done" in workspace.runs()[0], "its end")
     assert workspace.began() == ["", "--resume"]
-    assert "was stopped with its scheduler; it resumes now" in workspace.told()
+    assert "was stopped with its scheduler; it resumes now" in workspace.log()
     assert ended(again) == 0
     workspace.start(3600)
-    until(lambda: "next run" in workspace.told(), "there is nothing to resume")
+    until(lambda: "next run" in workspace.log(), "there is nothing to resume")
 
 
 def test_a_run_killed_with_its_scheduler_resumes_at_once(workspace: Workspace, refract: Run) -> None:
     workspace.hold()
     scheduler = workspace.start()
     until(workspace.began, "a run")
-    until(lambda: "process" in workspace.told(), "its number")
-    child = int(workspace.told().partition(": process ")[2].partition(",")[0])
+    until(lambda: "process" in workspace.log(), "its number")
+    child = int(workspace.log().partition(": process ")[2].partition(",")[0])
     ended(scheduler, signal.SIGKILL)
     os.kill(child, signal.SIGKILL)
     workspace.release()
@@ -216,7 +216,7 @@ def test_a_run_killed_with_its_scheduler_resumes_at_once(workspace: Workspace, r
     workspace.start(3600)
     until(lambda: len(workspace.began()) == 2 and "done" in workspace.runs()[0], "it resumes")
     assert workspace.began() == ["", "--resume"]
-    assert "was interrupted; it resumes now" in workspace.told() and workspace.runs()[1] == "interrupted"
+    assert "was interrupted; it resumes now" in workspace.log() and workspace.runs()[1] == "interrupted"
 
 
 def test_a_run_killed_before_its_start_starts_anew(workspace: Workspace) -> None:
@@ -232,7 +232,7 @@ def test_a_run_that_crashes_its_scheduler_resumes_three_times(workspace: Workspa
     for _ in range(4):
         workspace.book.cut(workspace.book.begin(str(workspace.config), workspace.folder / "a.log", 30))
     workspace.start(3600)
-    until(lambda: "next run" in workspace.told(), "it waits for its hour")
+    until(lambda: "next run" in workspace.log(), "it waits for its hour")
     assert not workspace.began()
 
 
@@ -242,10 +242,10 @@ def test_a_run_that_outlived_its_scheduler_is_waited_for(workspace: Workspace) -
     until(workspace.began, "a run")
     ended(ended_at_once, signal.SIGKILL)
     scheduler = workspace.start(3600)
-    until(lambda: "outlived its scheduler is still active" in workspace.told(), "it is seen")
+    until(lambda: "outlived its scheduler is still active" in workspace.log(), "it is seen")
     assert len(workspace.began()) == 1
     workspace.release()
-    until(lambda: "the run has ended" in workspace.told(), "its end")
+    until(lambda: "the run has ended" in workspace.log(), "its end")
     assert workspace.runs() == ["ended without a scheduler"] and workspace.began() == [""]
     assert (workspace.folder / "done").read_text() == "x"
     assert ended(scheduler) == 0
@@ -275,14 +275,14 @@ def test_one_of_several_missed_runs_is_started(workspace: Workspace) -> None:
     until(lambda: workspace.runs() and "done" in workspace.runs()[0], "a run")
     (schedule,) = workspace.book.schedules()
     assert schedule.due is not None and schedule.due > datetime.now(UTC), "five were missed, and the next is in an hour"
-    assert workspace.began() == [""] and "a run was due on" in workspace.told()
+    assert workspace.began() == [""] and "a run was due on" in workspace.log()
     assert ended(scheduler) == 0
 
 
 def test_a_run_that_is_too_late_is_skipped(workspace: Workspace) -> None:
     workspace.was_due(timedelta(hours=5, minutes=30))
     scheduler = workspace.start(3600, grace="60")
-    until(lambda: "is skipped: it is more than 60 s late" in workspace.told(), "it is logged")
+    until(lambda: "is skipped: it is more than 60 s late" in workspace.log(), "it is logged")
     until(lambda: workspace.book.schedules()[0].due > datetime.now(UTC), "the next one")
     assert not workspace.began()
     assert ended(scheduler) == 0
@@ -291,7 +291,7 @@ def test_a_run_that_is_too_late_is_skipped(workspace: Workspace) -> None:
 def test_a_missed_run_of_another_cron_is_not_started(workspace: Workspace) -> None:
     workspace.was_due(timedelta(hours=5), cron="0 2 * * *")
     workspace.start(3600)
-    until(lambda: "next run" in workspace.told(), "the new one's time")
+    until(lambda: "next run" in workspace.log(), "the new one's time")
     assert not workspace.began()
 
 
@@ -302,12 +302,12 @@ def test_a_missing_command_is_logged_and_the_schedule_continues(workspace: Works
             *map(str, (workspace.config, workspace.state, workspace.stub, 0.3, "-")),
         ]
     )
-    until(lambda: workspace.told().count("no run: [Errno 2]") >= 2, "it is logged twice")
-    assert "could not be started" in workspace.runs()[1] and "Traceback" not in workspace.told()
+    until(lambda: workspace.log().count("no run: [Errno 2]") >= 2, "it is logged twice")
+    assert "could not be started" in workspace.runs()[1] and "Traceback" not in workspace.log()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ((), "expected either CONFIG or --list"),
         (("photos.yaml", "--list"), "expected either CONFIG or --list"),
@@ -323,9 +323,9 @@ def test_a_missing_command_is_logged_and_the_schedule_continues(workspace: Works
         (("stub.py", "--cron", "0 2 * * *"), "stub.py"),
     ],
 )
-def test_unusable_input_is_named(workspace: Workspace, refract: Run, arguments: tuple[str, ...], told: str) -> None:
+def test_unusable_input_is_named(workspace: Workspace, refract: Run, arguments: tuple[str, ...], message: str) -> None:
     (workspace.folder / "nameless.yaml").write_text("data: {source: digits}\n")
-    assert told in refract("schedule", *arguments, code=2).stderr
+    assert message in refract("schedule", *arguments, code=2).stderr
 
 
 def test_a_damaged_store_is_named(workspace: Workspace, refract: Run) -> None:
@@ -340,7 +340,7 @@ def test_the_command_is_refract_retrain(workspace: Workspace, refract: Run) -> N
     scheduler = workspace.open(
         [sys.executable, "-m", "refract", "schedule", str(workspace.config), "--state", str(workspace.state)]
     )
-    until(lambda: workspace.book.runs(str(workspace.config), 1) and "ended" in workspace.told(), "its end", within=120)
+    until(lambda: workspace.book.runs(str(workspace.config), 1) and "ended" in workspace.log(), "its end", within=120)
     (run,) = workspace.book.runs(str(workspace.config), 5)
     assert run.words() == "data refused (exit code 20)" and "nowhere" in Path(run.log).read_text()
     assert "data refused (exit code 20)" in refract("schedule", "--list", "--state", workspace.state).stdout
@@ -359,7 +359,7 @@ def test_a_cron_of_every_minute_fires_with_the_minute(workspace: Workspace, refr
     assert ended(first) == 0
     again = workspace.open(command)
     until(lambda: workspace.book.alive(str(workspace.config), "scheduler"), "it is back")
-    until(lambda: "next run" in workspace.told() or len(workspace.began()) == 2, "it knows its cron")
+    until(lambda: "next run" in workspace.log() or len(workspace.began()) == 2, "it knows its cron")
     assert (
         f"command    {sys.executable} {workspace.stub}"
         in refract("schedule", "--list", "--state", workspace.state).stdout

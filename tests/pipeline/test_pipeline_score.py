@@ -147,8 +147,8 @@ def test_a_folder_becomes_one_row_per_image_with_the_predictions_of_predict(
     assert "No such file" in broken["error"]["blue/gone.png"] and "empty" in broken["error"]["red/deep1/001.png"]
     assert broken[["label", "confidence", "probabilities", "abstain"]].isna().all(axis=None)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.parquet"]
-    told = json.loads(pq.read_schema(tmp_path / "out" / "a.parquet").metadata[ABOUT])
-    assert told["bundle"] == load_bundle(bundle).digest and told["labels"] == list(LABELS)
+    about = json.loads(pq.read_schema(tmp_path / "out" / "a.parquet").metadata[ABOUT])
+    assert about["bundle"] == load_bundle(bundle).digest and about["labels"] == list(LABELS)
 
 
 def test_predict_gives_the_same_probabilities(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
@@ -191,9 +191,11 @@ def test_a_killed_worker_is_replaced_and_logged(tmp_path: Path, bundle: Path, im
     process = started(tmp_path, bundle, images, "-o", out, "--jobs", 2, "--shard-size", 8)
     until(lambda: list(folder.glob("0*.parquet")), process)
     os.kill(scorers(process)[0], signal.SIGKILL)
-    told = process.communicate(timeout=120)[1]
+    printed = process.communicate(timeout=120)[1]
     assert (
-        process.returncode == 0 and "SIGKILL, as the system does when memory runs out" in told and "Trace" not in told
+        process.returncode == 0
+        and "SIGKILL, as the system does when memory runs out" in printed
+        and "Trace" not in printed
     )
     check_whole(pd.read_parquet(out), bundle, images)
 
@@ -206,8 +208,8 @@ def test_a_signal_stops_it_and_finished_parts_are_kept(
     process = started(tmp_path, bundle, images, "-o", out, "--shard-size", "1", new_session=True)
     until(lambda: list(folder.glob("0*.parquet")), process)
     os.killpg(process.pid, number)  # as a terminal's Ctrl-C: to the scorers too
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == code and "the same command resumes" in told and "Traceback" not in told
+    printed = process.communicate(timeout=60)[1]
+    assert process.returncode == code and "the same command resumes" in printed and "Traceback" not in printed
     assert list(folder.glob("0*.parquet")) and not out.exists()
 
 
@@ -218,8 +220,13 @@ def test_parts_of_another_scoring_are_refused_until_restart(
     part_files.begin(mkdir(folder), {"bundle": "b", "listing": "l", "shard_size": 512, "tta": "none"}, restart=False)
     old = folder / f"0000000-{'0' * 16}.parquet"
     old.write_bytes(b"old")
-    told = refract("score", bundle, images, "-o", "a.parquet", code=2).stderr
-    assert "another bundle and other rows" in told and "--restart" in told and "--tta" not in told and old.exists()
+    printed = refract("score", bundle, images, "-o", "a.parquet", code=2).stderr
+    assert (
+        "another bundle and other rows" in printed
+        and "--restart" in printed
+        and "--tta" not in printed
+        and old.exists()
+    )
     refract("score", bundle, images, "-o", "a.parquet", "--restart", "--jobs", 1)
     check_whole(pd.read_parquet(tmp_path / "a.parquet"), bundle, images)
 
@@ -301,11 +308,11 @@ def test_the_exit_code_is_1_if_every_row_has_an_error(refract: Run, tmp_path: Pa
 
 def test_errors_name_the_next_step(refract: Run, tmp_path: Path, bundle: Path, images: Path) -> None:
     (tmp_path / "m.csv").write_text("file\na.png\n")
-    for source, told in (
+    for source, message in (
         (tmp_path / "m.csv", "needed: path and/or text"), (mkdir(tmp_path / "empty"), "no images in this folder"),
         (tmp_path / "nowhere", "no such folder"), (images / "green" / "deep0" / "000.png", "`refract predict` takes single"),
     ):  # fmt: skip
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=message):
             listing_of(source)
     assert "does not end in .parquet" in refract("score", bundle, images, "-o", "a.csv", code=2).stderr
     assert "--jobs: 0" in refract("score", bundle, images, "-o", "a.parquet", "--jobs", 0, code=2).stderr
@@ -344,14 +351,18 @@ def test_a_row_equals_the_prediction_of_predict(answers, task: str, below: float
             assert row["error"] == answer and row["label"] is row["probabilities"] is row["abstain"] is None
             continue
         sure = float(confidences(answer[None], task, thresholds)[0])
-        told = prediction(answer, LABELS, top=1, thresholds=thresholds or None, abstain_below=below, confidence=sure)
+        predicted = prediction(
+            answer, LABELS, top=1, thresholds=thresholds or None, abstain_below=below, confidence=sure
+        )
         assert (row["label"], row["confidence"], row["abstain"]) == (
-            told["label"],
-            told["confidence"],
-            told.get("abstain"),
+            predicted["label"],
+            predicted["confidence"],
+            predicted.get("abstain"),
         )
         assert (
-            row["probabilities"] == answer.tolist() and row.get("labels") == told.get("labels") and row["error"] is None
+            row["probabilities"] == answer.tolist()
+            and row.get("labels") == predicted.get("labels")
+            and row["error"] is None
         )
 
 

@@ -354,18 +354,16 @@ def test_new_classes_are_reported_and_do_not_stop_a_run(tmp_path: Path) -> None:
     assert found["checks"]["features"]["level"] == "none", "the noise is excluded"
     assert found["checks"]["new classes"] == {"effect": pytest.approx(32 / 62), "level": "warn"}
     assert found["level"] == "warn"
-    assert found["told"].startswith("new classes 0.516 (warn), of 62 new images, without those of yellow")
+    assert found["summary"].startswith("new classes 0.516 (warn), of 62 new images, without those of yellow")
     stopped = drift_of_new(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path).drift
-    assert stopped["level"] == "stop" and "new classes 0.516 (stop)" in stopped["told"], "who asks for it"
-    told = drift_of_new(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path, stops=False).drift[
-        "told"
-    ]
-    assert told.startswith("new classes 0.516 (large, reported only), of 62 new images"), "nothing stops"
+    assert stopped["level"] == "stop" and "new classes 0.516 (stop)" in stopped["summary"], "who asks for it"
+    mild = drift_of_new(bundle, new, {**thresholds, "new classes": Threshold(0.0, 0.5)}, tmp_path, stops=False).drift
+    assert mild["summary"].startswith("new classes 0.516 (large, reported only), of 62 new images"), "nothing stops"
 
     new = replace(new, of_images=[one for one in new.of_images if one[1] == ["yellow"]])
     alone = drift_of_new(bundle, new, thresholds, tmp_path).drift
     assert alone["level"] == "warn"
-    assert "not compared: 0 new images are of classes that the champion knows, too few" in alone["told"]
+    assert "not compared: 0 new images are of classes that the champion knows, too few" in alone["summary"]
 
 
 def test_a_champion_with_a_small_reference_does_not_fail_a_run(tmp_path: Path) -> None:
@@ -375,7 +373,7 @@ def test_a_champion_with_a_small_reference_does_not_fail_a_run(tmp_path: Path) -
     new = new_samples(taken(config_at(tmp_path)), first.folder)
     found = drift_of_new(champion(tmp_path, first), new, THRESHOLDS, tmp_path).drift
     assert found["level"] == "none"
-    assert "not compared: " in found["told"] and "of the reference; 20 of each are needed" in found["told"]
+    assert "not compared: " in found["summary"] and "of the reference; 20 of each are needed" in found["summary"]
 
 
 def test_drift_says_that_it_does_not_look_at_texts(tmp_path: Path) -> None:
@@ -385,8 +383,8 @@ def test_drift_says_that_it_does_not_look_at_texts(tmp_path: Path) -> None:
     first = taken(config)
     assert new_samples(first, first.folder).text() == "0 new images"
     table(tmp_path, rows)
-    told = new_samples(taken(config), first.folder).text()
-    assert told == "0 new images, and 20 texts without an image, which are not compared"
+    text = new_samples(taken(config), first.folder).text()
+    assert text == "0 new images, and 20 texts without an image, which are not compared"
 
 
 def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: Path, new_tracking: Path) -> None:
@@ -412,7 +410,7 @@ def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: P
     assert data_of_first_champion(config, workspace) is None, "no splits.csv yet"
     drawn = take(config, workspace)
     line = holdout_line(config, workspace, drawn.digest, load_manifest(drawn.manifest).of("test"), client, version)
-    assert line.passed is None and "unknown" in line.told and "gate.holdout" in line.told
+    assert line.passed is None and "unknown" in line.summary and "gate.holdout" in line.summary
 
     client.log_artifact(run, str(tmp_path / "splits.csv"))
     folder = begin(config, force=False)
@@ -420,7 +418,7 @@ def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: P
     record = read_run(folder)
     first = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
     checked, labels = compared_with_champion(config, first, workspace, folder)
-    assert "0 new images, too few" in checked["told"] and "0 new images, too few" in labels["told"]
+    assert "0 new images, too few" in checked["summary"] and "0 new images, too few" in labels["summary"]
     assert new_samples(first, None).text().startswith("90 new images (the champion's training data are ")
     held = load_manifest(first.manifest).of("test")
     tested = [sample for sample in samples if sample.split == "test"]
@@ -428,7 +426,7 @@ def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: P
     assert holdout_line(config, workspace, first.digest, held, client, version).passed
     learned = [sample for sample in load_manifest(first.manifest).samples if sample.split != "test"]
     line = holdout_line(config, workspace, first.digest, learned, client, version)
-    assert line.told == "90 of its images were trained on", "by both models, each image counted once"
+    assert line.summary == "90 of its images were trained on", "by both models, each image counted once"
     (tmp_path / "images/red/001.png").unlink()
     assert holdout_line(config, workspace, first.digest, held, client, version).passed, "its own test split, still"
     assert holdout_line(config, workspace, first.digest, whole.samples[8:9], client, version).passed
@@ -436,7 +434,7 @@ def test_the_first_holdout_respects_what_the_champion_was_trained_on(tmp_path: P
     strange = replace(held[0], path=str(tmp_path / "strange.png"))
     assert holdout_line(config, workspace, first.digest, [strange], client, version).passed is None, "001.png, perhaps"
     line = holdout_line(config, workspace, drawn.digest, load_manifest(drawn.manifest).of("test"), client, version)
-    assert line.passed is False and "of its images were trained on; if" in line.told
+    assert line.passed is False and "of its images were trained on; if" in line.summary
 
     for sample in tested:
         Path(sample.path).unlink()

@@ -54,8 +54,8 @@ def test_image_and_text_together_learn_more_than_either_and_captions_may_be_miss
     assert answers["what colour is it"] in captions.COLOURS and answers["which form does it have"] in captions.SHAPES
     alone = json.loads(refract("predict", "runs/both/bundle", "--text", "which form", "--json").stdout)
     assert {row["label"] for row in alone["top"][:3]} == set(captions.SHAPES)
-    told = refract("predict", "runs/both/bundle", "--text", "which form", "--text", "what colour", code=2).stderr
-    assert "given more than once" in told
+    printed = refract("predict", "runs/both/bundle", "--text", "which form", "--text", "what colour", code=2).stderr
+    assert "given more than once" in printed
     assert "' ' is an empty text" in refract("predict", "runs/both/bundle", "--text", " ", code=2).stderr
     assert "reads no texts" in refract("predict", "runs/images/bundle", "x.png", "--text", "a", code=2).stderr
     assert "reads no images" in refract("predict", "runs/texts/bundle", "x.png", code=2).stderr
@@ -161,10 +161,10 @@ def test_init_detects_texts_and_evaluate_recognises_the_training_data(refract: R
     texts = table(
         tmp_path / "t.csv", [[label, f"{text} {i}"] for i, (_, label, text) in enumerate(rows)], ["label", "text"]
     )
-    told = refract("init", texts, "-o", "t.yaml").stdout
+    printed = refract("init", texts, "-o", "t.yaml").stdout
     written = (tmp_path / "t.yaml").read_text()
     assert "name: none" in written and "policy: none" in written
-    assert "120 texts" in told and "image_size" not in written and "pixels" not in written
+    assert "120 texts" in printed and "image_size" not in written and "pixels" not in written
     refract("train", "t.yaml", *OFF, "--trainer.max_epochs", 1, "--trainer.run_name", "t")
     assert "measuring its test split" in refract("evaluate", "runs/t/bundle", texts).stdout
     assert "no images" not in refract("compare", "runs/b", "runs/b").stdout

@@ -71,9 +71,9 @@ def test_a_silent_server_holds_nothing_up_and_gets_all_later(
         assert time.monotonic() - began < 30, "the disk's time alone: 200 waits of half a second are 100"
         assert one.finish("FINISHED") == 204, "of the run, 200 steps, files, model, status nothing arrived"
     database = f"sqlite:///{tmp_path}/later.db"
-    told = refract("sync", "runs", "--uri", database)
-    assert "204 entries delivered" in told.stdout
-    assert "models:/animals@champion is version 1, the model's first" in told.stdout
+    printed = refract("sync", "runs", "--uri", database)
+    assert "204 entries delivered" in printed.stdout
+    assert "models:/animals@champion is version 1, the model's first" in printed.stdout
     assert refract("sync", "runs", "--uri", database).stdout.startswith("nothing to deliver"), "once"
     client = MlflowClient(database)
     (run,) = client.search_runs([client.get_experiment_by_name("refract").experiment_id])
@@ -116,7 +116,7 @@ def test_a_delivery_that_was_cut_short_counts_once(tmp_path: Path, new_tracking:
     assert len(client.get_metric_history(run.info.run_id, "loss")) == 1
 
 
-def test_a_server_that_refuses_the_run_is_told(tmp_path: Path, new_tracking: Path) -> None:
+def test_a_server_that_refuses_the_run_is_reported(tmp_path: Path, new_tracking: Path) -> None:
     database = f"sqlite:///{shutil.copy(new_tracking, tmp_path)}"
     client = MlflowClient(database)
     client.delete_experiment(client.create_experiment("refract"))
@@ -130,17 +130,19 @@ def test_a_training_without_its_server_ends_well_and_syncs(refract: Run, folder:
     """Nor does the password in the server's address show anywhere."""
     refract("init", folder, "-o", "images.yaml")
     uri = "http://alice:s3cretpw@127.0.0.1:9"
-    told = refract(
+    printed = refract(
         "train", "images.yaml", "--trainer.run_name", "r", "--tracking.uri", uri, "--tracking.model_name", "colors",
         "--trainer.max_epochs", 2, code=3,
     )  # fmt: skip
-    assert "MLflow at http://***@127.0.0.1:9 does not answer" in told.stderr and "test:     accuracy" in told.stdout
-    assert "`refract sync runs/r` delivers them" in told.stderr and "Traceback" not in told.stderr
-    assert "NOT REGISTERED: no version of colors has this bundle" in told.stderr
-    assert "refract sync runs/r delivers it" in told.stderr
+    assert (
+        "MLflow at http://***@127.0.0.1:9 does not answer" in printed.stderr and "test:     accuracy" in printed.stdout
+    )
+    assert "`refract sync runs/r` delivers them" in printed.stderr and "Traceback" not in printed.stderr
+    assert "NOT REGISTERED: no version of colors has this bundle" in printed.stderr
+    assert "refract sync runs/r delivers it" in printed.stderr
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert len(files) > 10 and not [path for path in files if b"s3cretpw" in path.read_bytes()]
-    assert "s3cretpw" not in told.stdout + told.stderr
+    assert "s3cretpw" not in printed.stdout + printed.stderr
     assert (
         "http://***@127.0.0.1:9 has no credentials here; set MLFLOW_TRACKING_URI"
         in refract("sync", "runs/r", code=1).stderr
@@ -174,8 +176,8 @@ def test_a_registration_that_the_server_refused_is_kept_and_sent_again_by_sync(
     assert "Invalid model name 'a/b'" in refract("sync", "runs/r", code=1).stderr
     journal = run_dir / "journal.jsonl"
     journal.write_text(journal.read_text().replace("a/b", "ab"))
-    told = refract("sync", "runs/r").stdout
-    assert "1 entries delivered" in told and "models:/ab@champion is version 1" in told
+    printed = refract("sync", "runs/r").stdout
+    assert "1 entries delivered" in printed and "models:/ab@champion is version 1" in printed
     assert refract("sync", "runs/r").stdout.startswith("nothing to deliver")
 
 
@@ -222,10 +224,10 @@ def test_sync_passes_over_a_run_that_is_trained_or_damaged(tmp_path: Path, refra
     (tmp_path / "runs" / "d" / "journal.jsonl").write_text("")
     (tmp_path / "runs" / "d" / "journal.delivered.json").write_text('{"coun')
     with run_lock(tmp_path / "runs" / "a"):
-        told = refract("sync", "--uri", f"sqlite:///{tmp_path}/x.db", code=1)
-    assert "runs/a: skipped, as its training is in progress" in told.stdout
-    assert "journal.delivered.json: is damaged" in told.stderr
-    assert "journal.jsonl, line 1: is damaged" in told.stderr and "runs/c: 1 entries delivered" in told.stdout
+        printed = refract("sync", "--uri", f"sqlite:///{tmp_path}/x.db", code=1)
+    assert "runs/a: skipped, as its training is in progress" in printed.stdout
+    assert "journal.delivered.json: is damaged" in printed.stderr
+    assert "journal.jsonl, line 1: is damaged" in printed.stderr and "runs/c: 1 entries delivered" in printed.stdout
 
 
 @pytest.mark.slow

@@ -56,8 +56,8 @@ def test_addresses_that_may_answer_are_accepted_and_a_missing_driver_is_named() 
 
 def test_a_folder_is_refused_before_the_data_are_read(refract: Run, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("data: {source: nowhere}\n")
-    told = refract("train", "c.yaml", "--tracking.uri", "./mlruns", code=2)
-    assert "./mlruns is a folder" in told.stderr and not (tmp_path / "runs").exists()
+    printed = refract("train", "c.yaml", "--tracking.uri", "./mlruns", code=2)
+    assert "./mlruns is a folder" in printed.stderr and not (tmp_path / "runs").exists()
 
 
 def test_the_path_of_a_database_is_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,18 +130,20 @@ def test_the_recipes_options_train_and_a_bundle_is_distilled(refract: Run, folde
         "optim.clip_norm": 1, "model.head": "cosine", "model.init": "lsuv", "trainer.run_name": "many", "trainer.max_epochs": 3,
     }  # fmt: skip
     refract("train", "images.yaml", *[part for key, value in many.items() for part in (f"--{key}", value)])
-    told = refract(
+    printed = refract(
         "train", "images.yaml", "--loss.teacher", "runs/many/bundle", "--model.name", "cnn", "--optim.sam", 0.05,
         "--trainer.swa_start", 0.5, "--trainer.max_epochs", 4, "--trainer.run_name", "pupil", "--loss.penalty", 1e-4,
         "--trainer.gradient_checkpointing", "true", "--evaluation.robustness", "none",
     )  # fmt: skip
-    assert "epoch 4/4" in told.stderr
+    assert "epoch 4/4" in printed.stderr
     answer = refract("predict", "runs/pupil/bundle", folder / "red" / "00.jpg", "--json").stdout
     assert json.loads(answer)["label"] in ("red", "green", "blue")
-    told = refract("train", "images.yaml", "--loss.teacher", "runs/many/bundle", "--data.image_size", 40, code=2).stderr
-    assert "loss.teacher: runs/many/bundle has the image size (32, 32), but this training has (40, 40)" in told
-    told = refract("train", "images.yaml", "--trainer.ema", 0.9, "--trainer.swa_start", 0.5, code=2).stderr
-    assert "both average the weights; remove one" in told
+    printed = refract(
+        "train", "images.yaml", "--loss.teacher", "runs/many/bundle", "--data.image_size", 40, code=2
+    ).stderr
+    assert "loss.teacher: runs/many/bundle has the image size (32, 32), but this training has (40, 40)" in printed
+    printed = refract("train", "images.yaml", "--trainer.ema", 0.9, "--trainer.swa_start", 0.5, code=2).stderr
+    assert "both average the weights; remove one" in printed
 
 
 @pytest.mark.slow
@@ -153,16 +155,16 @@ def test_two_ranks_train_like_one(refract: Run, folder: Path) -> None:
         "--evaluation.robustness", "none",
     )  # fmt: skip
     refract("train", *same, "--data.batch_size", 8, "--trainer.run_name", "one")
-    told = refract("train", *same, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.run_name", "two")
-    assert len(re.findall(r"^epoch 2/2", told.stderr, re.M)) == 1 and told.stdout.count("test:  ") == 1
+    printed = refract("train", *same, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.run_name", "two")
+    assert len(re.findall(r"^epoch 2/2", printed.stderr, re.M)) == 1 and printed.stdout.count("test:  ") == 1
     one, two = (load_file(folder.parent / "runs" / name / "bundle" / "weights.safetensors") for name in ("one", "two"))
     for key, weight in one.items():
         torch.testing.assert_close(two[key], weight, rtol=1e-3, atol=1e-5)
     assert sorted(path.name for path in (folder.parent / "runs").iterdir()) == ["one", "two"]
-    told = refract(
+    printed = refract(
         "train", *same, "--data.batch_size", 4, "--trainer.devices", 2, "--trainer.run_name", "g",
         "--model.mode", "gradual", "--model.unfreeze_epochs", 2, "--trainer.max_epochs", 3,
     )  # fmt: skip
-    assert len(re.findall(r"^epoch 3/3", told.stderr, re.M)) == 1, (
+    assert len(re.findall(r"^epoch 3/3", printed.stderr, re.M)) == 1, (
         "what is frozen takes no part in the gradients' exchange"
     )

@@ -117,10 +117,10 @@ def test_a_trial_that_was_killed_is_drawn_anew(tmp_path: Path) -> None:
 def test_a_search_goes_on_and_its_best_config_trains(refract: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(CONFIG)
     (tmp_path / "s.yaml").write_text(SPACE)
-    told = refract("tune", "c.yaml", "s.yaml", "--trials", 3, "--sampler", "coarse-to-fine")
-    assert "best: trial" in told.stdout and "refract train runs/tune-c/best.yaml" in told.stdout
-    told = refract("tune", "c.yaml", "s.yaml", "--trials", 5, "--workers", 2)
-    assert "resuming c: 3 trials so far" in told.stderr
+    printed = refract("tune", "c.yaml", "s.yaml", "--trials", 3, "--sampler", "coarse-to-fine")
+    assert "best: trial" in printed.stdout and "refract train runs/tune-c/best.yaml" in printed.stdout
+    printed = refract("tune", "c.yaml", "s.yaml", "--trials", 5, "--workers", 2)
+    assert "resuming c: 3 trials so far" in printed.stderr
     study = optuna.load_study(study_name="c", storage=f"sqlite:///{tmp_path}/runs/tune-c/study.db")
     assert 5 <= len(study.trials) <= 6, "two processes may begin the last at once"
     drawn = study.best_trial.user_attrs["drawn"]
@@ -143,16 +143,16 @@ def test_a_search_goes_on_and_its_best_config_trains(refract: Run, folder: Path,
 def test_a_grid_is_gone_through_once_and_what_explodes_is_given_up(refract: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(CONFIG.replace("model_name: null", "enabled: false"))
     (tmp_path / "s.yaml").write_text("optim.lr: [1e-3, 1e3]\noptim.name: [sgd]\nloss.label_smoothing: [0, 0.1]\n")
-    told = refract("tune", "c.yaml", "s.yaml", "--sampler", "grid").stderr
+    printed = refract("tune", "c.yaml", "s.yaml", "--sampler", "grid").stderr
     study = optuna.load_study(study_name="c", storage=f"sqlite:///{tmp_path}/runs/tune-c/study.db")
     assert len({json.dumps(t.params, sort_keys=True) for t in study.trials}) == 4 == len(study.trials)
     pruned = {t.params["optim.lr"] for t in study.trials if t.state == optuna.trial.TrialState.PRUNED}
     assert 1e3 in pruned and (
-        "its loss is not finite" in told or "times its first" in told or "its score is low" in told
+        "its loss is not finite" in printed or "times its first" in printed or "its score is low" in printed
     )
     wrong = "optim.momentum: {low: 0, high: 0.9, when: {optim.name: sgd}}\n"
     (tmp_path / "s.yaml").write_text("optim.name: [sgd, adam]\n" + wrong)
-    told = refract("tune", "c.yaml", "s.yaml", "--sampler", "grid", "--name", "g", code=2).stderr
-    assert "a grid accepts no conditions" in told
+    printed = refract("tune", "c.yaml", "s.yaml", "--sampler", "grid", "--name", "g", code=2).stderr
+    assert "a grid accepts no conditions" in printed
     (tmp_path / "s.yaml").write_text("optim.lrr: [1]\n")
     assert "no key 'optim.lrr'" in refract("tune", "c.yaml", "s.yaml", "--name", "h", code=2).stderr

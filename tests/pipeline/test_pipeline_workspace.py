@@ -26,6 +26,8 @@ def test_a_workspace_of_an_earlier_version_is_read(tmp_path: Path, new_tracking:
     finished, interrupted = begin(config, force=False), begin(config, force=False)
     STEPS[0](finished)
     record = read_run(finished) | {"training_run": "runs/colors-1", "ends": 0, "outcome": 0, "version": "1"}
+    check = {"level": "none", "summary": "no known image has another label"}
+    record |= {"labels": {"changed": check}, "drift": {**check, "checks": {}}, "gate": {"lines": [check]}}
     write_run(finished, record)
     keys = ("run", "snapshot", "snapshot_folder", "inputs", "version", "outcome")
     write(workspace.root / "last.json", {key: record[key] for key in keys})

@@ -18,8 +18,8 @@ from refract.models.bundle.bundle import BundleError
 from refract.serve.http.app import create_app
 from refract.serve.runtime import selection as choosing
 from refract.serve.runtime.backends.base import INT8_AGREED, Backend
-from refract.serve.runtime.backends.kept import store
 from refract.serve.runtime.backends.registry import BACKENDS
+from refract.serve.runtime.backends.storage import store
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.engine import build as build_engine
 from refract.serve.runtime.selection import choose

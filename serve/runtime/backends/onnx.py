@@ -8,9 +8,9 @@ from torch import Tensor
 
 from refract.models.classifier import Classifier
 from refract.serve.runtime.backends.base import INT8_AGREED, Backend, Forward, needs
-from refract.serve.runtime.backends.kept import store
 from refract.serve.runtime.backends.quantised import FILE as QUANTISED
 from refract.serve.runtime.backends.quantised import exported, quantised
+from refract.serve.runtime.backends.storage import store
 
 
 def _build(classifier: Classifier, images: Tensor, folder: Path) -> Forward:

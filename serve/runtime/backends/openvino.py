@@ -12,9 +12,9 @@ from torch import Tensor
 
 from refract.models.classifier import Classifier
 from refract.serve.runtime.backends.base import INT8_AGREED, Backend, Forward, needs
-from refract.serve.runtime.backends.kept import store
 from refract.serve.runtime.backends.quantised import FILE as QUANTISED
 from refract.serve.runtime.backends.quantised import quantised
+from refract.serve.runtime.backends.storage import store
 from refract.serve.runtime.backends.torch_backends import BACKENDS as TORCH_BACKENDS
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from refract.models.classifier import Classifier
 from refract.serve.runtime.backends.base import capabilities
-from refract.serve.runtime.backends.kept import store
+from refract.serve.runtime.backends.storage import store
 
 INPUT = "images"
 FILE = "kept.int8.onnx"
