@@ -70,7 +70,7 @@ def _stratified(label_counts: Sequence[Counter[int]], sizes: Sequence[int], fold
     label_counts: the samples of each label in the group; sizes: the samples of the group.
     Source: iterative stratification, Sechidis et al. 2011, "On the stratification of multi-label data", for groups in place of samples:
     the rarest label is divided first, and each group goes to the fold that lacks most samples of the label. Deviations: the largest groups
-    of a label come first, and the order of the groups decides ties.
+    of a label come first, groups with the same labels follow each other, and the order of the groups decides ties.
     """
     groups_of: dict[int, list[int]] = defaultdict(list)
     for group, counts in enumerate(label_counts):
@@ -95,7 +95,9 @@ def _stratified(label_counts: Sequence[Counter[int]], sizes: Sequence[int], fold
     while unassigned:
         label = min(unassigned, key=lambda label: (remaining[label], label))
         unassigned.remove(label)
-        for group in sorted(groups_of[label], key=lambda group: -label_counts[group][label]):
+        for group in sorted(
+            groups_of[label], key=lambda group: (-label_counts[group][label], sorted(label_counts[group]))
+        ):
             if group not in fold_of:
                 assign(group, lacking[label])
     for group in sorted(range(len(sizes)), key=lambda group: -sizes[group]):  # samples without a label

@@ -20,8 +20,8 @@ from refract.pipeline.training.folds import train_folds
 
 pytestmark = pytest.mark.slow
 
-WRONG = {f"{label}/{number:03}.png" for label in ("blue", "green") for number in range(0, 100, 6)}
-"""Images that are red but have another label."""
+WRONG = {f"{label}/{number:03}.png" for label in COLORS for number in range(0, 100, 6)}
+"""Images of another color than their label."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, new_tracking: Path) -> Path:
     for label in COLORS:
         for number in range(100):
             name = f"{label}/{number:03}.png"
-            real = "red" if name in WRONG else label
+            others = [color for color in COLORS if color != label]
+            real = others[number // 6 % 2] if name in WRONG else label
             write_image(root / "images" / name, make_image(real, number + 100 * len(label))[:, :24])
     shutil.copy(new_tracking, root / "mlflow.db")
     train_folds(config(root))
