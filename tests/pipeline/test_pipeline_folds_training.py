@@ -155,7 +155,7 @@ def test_a_killed_training_keeps_finished_folds_and_trains_the_others(
     assert train.main(["--resume", str(run)]) == 2
     assert rerun.main([str(run)]) == 2
     errors = capsys.readouterr().err
-    assert f"{run} is finished already" in errors
+    assert f"{run} is finished already\n" in errors
     assert f"{run}: has the runs of 3 folds; repeat one of them, such as {run}/fold-1" in errors
 
 
@@ -169,12 +169,9 @@ def test_several_ranks_are_refused(root: Path) -> None:
 def test_multi_label_folds_are_measured_with_thresholds(tmp_path: Path) -> None:
     sets = ["blue", "red", "blue;red", ""]
     for number in range(64):
-        colors = sets[number % 4].split(";")
-        halves = (
-            [make_image(color, number)[:, :12] for color in (colors * 2)[:2]]
-            if colors != [""]
-            else [np.zeros((24, 24, 3))]
-        )
+        colors = [color for color in sets[number % 4].split(";") if color]
+        noise = np.random.default_rng(number).integers(0, 256, (24, 24, 3))
+        halves = [make_image(color, number)[:, :12] for color in (colors * 2)[:2]] or [noise]
         write_image(tmp_path / f"{number:02}.png", np.hstack(halves).astype(np.uint8))
     rows = [[f"{number:02}.png", sets[number % 4]] for number in range(64)]
     values = {
