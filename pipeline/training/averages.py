@@ -83,7 +83,7 @@ class AverageScorer:
         return {name: value.detach().cpu().clone() for name, value in self.classifier.state_dict().items()}
 
     def _training_batches(self) -> Iterator[Inputs]:
-        """Yield up to NORM_IMAGES training samples, preprocessed and in random order, so that each batch has samples of several labels."""
+        """Yield up to NORM_IMAGES training samples, preprocessed and in random order, so that a batch does not have one label only."""
         samples = self.manifest.of("train")
         order = generator(self._seed, 0, 0, "soup").permutation(len(samples))[:NORM_IMAGES]
         chosen = [samples[i] for i in order]
