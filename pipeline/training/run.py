@@ -142,7 +142,7 @@ def _open_run(
     if diff and resume is None:
         write_atomically(run.path / "code.diff", diff.encode())
     for package, version in run.record["versions"].items():
-        if version != record["versions"].get(package):  # type: ignore[attr-defined]
+        if version != record["versions"].get(package):
             log.warning("%s was %s when the run started: the weights may differ in the last bits", package, version)
     return run, assembly
 
@@ -169,7 +169,7 @@ def _open_tracker(assembly: Assembly, run: "Run", more_tags: Mapping[str, str]) 
     data = {"fingerprint": assembly.identity["fingerprint"], "source": assembly.manifest.source}
     counts = {split: len(assembly.manifest.of(split)) for split in assembly.manifest.splits()}
     tags = flat_tags(data=data | counts, code=run.record["code"], machine=run.record["machine"])
-    tags |= origin(f"refract train {run.record['name']}") | more_tags
+    tags |= origin(f"refract train {run.record['name']}") | dict(more_tags)
     if "commit" in run.record["code"]:
         tags["mlflow.source.git.commit"] = run.record["code"]["commit"]  # shown on MLflow's pages
     try:
