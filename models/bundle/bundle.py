@@ -88,6 +88,10 @@ class Bundle:
         the file was altered."""
         return self.folder.read(REFERENCE) if REFERENCE in self.folder.files else None
 
+    def weights(self) -> dict[str, Tensor]:
+        """Read the state dict of the classifier, on the CPU. BundleError if the file changed since `load_bundle`."""
+        return _parse_weights(self.path, self.folder.read(WEIGHTS))
+
     def classifier(self, device: str | torch.device = "cpu") -> Classifier:
         """Build the classifier in eval mode, float32, on `device`. Downloads nothing, and loads no plugin.
 
@@ -95,7 +99,7 @@ class Bundle:
         since `load_bundle`.
         """
         self._check_plugins()
-        weights = _parse_weights(self.path, self.folder.read(WEIGHTS))
+        weights = self.weights()
         network, preprocess = self.info.network, self.info.preprocess
         normalisation = {name: preprocess[name] for name in ("mean", "std")}
         normalisation["normalize"] = preprocess.get("normalize", "channel")

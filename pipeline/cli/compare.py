@@ -2,9 +2,13 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from refract import output
 from refract.pipeline.cli import console
+
+if TYPE_CHECKING:
+    from refract.pipeline.evaluation.measures import Difference
 
 
 def main(argv: list[str]) -> int:
@@ -43,13 +47,9 @@ def _compare(args: argparse.Namespace) -> int:
     line("", [run.name for run in runs])
     for name, values in [*rows, *metrics]:
         line(name, values)
-    metric = "subset accuracy" if "subset_accuracy" in runs[0].metrics else "accuracy"
+    metric = runs[0].metric
     for run, difference, count in comparisons:
-        chance = "more than chance" if difference.p_value < 0.05 else "within chance"
-        print(
-            f"\n{run.name} against {runs[0].name} on {count:,} images: {metric} {difference.value:+.4f}, 95 % interval "
-            f"{difference.low:+.4f} to {difference.high:+.4f}, McNemar p = {difference.p_value:.3g}: {chance}"
-        )
+        print(f"\n{run.name} against {runs[0].name} {compared(metric, difference, count)}")
     if args.curves:
         curves(runs, args.curves)
         print(f"wrote {args.curves}")
@@ -65,3 +65,12 @@ def _compare(args: argparse.Namespace) -> int:
         }
     )
     return 0
+
+
+def compared(metric: str, difference: "Difference", count: int) -> str:
+    """Describe a paired difference of two runs on `count` images."""
+    chance = "more than chance" if difference.p_value < 0.05 else "within chance"
+    return (
+        f"on {count:,} images: {metric} {difference.value:+.4f}, 95 % interval {difference.low:+.4f} to {difference.high:+.4f}, "
+        f"McNemar p = {difference.p_value:.3g}: {chance}"
+    )

@@ -42,6 +42,10 @@ def _rerun(run: str, uri: str | None) -> int:
             raise ConfigError(
                 f"{run}: the run needs the plugins {', '.join(files)}, which MLflow does not store; give the run's folder instead of its ID"
             )
+        if config.trainer.folds and config.trainer.fold is None:
+            raise ConfigError(
+                f"{run}: has the runs of {config.trainer.folds} folds; repeat one of them, such as {run}/fold-1"
+            )
         load(config.plugins)
         record = {"name": path.name, "runs_dir": config.trainer.runs_dir, **read_record(path)}
         weights = path / "bundle" / "weights.safetensors"

@@ -10,6 +10,8 @@ from refract.pipeline.cli import console
 from refract.pipeline.cli.promote import by_hand, named
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from refract.pipeline.config.config import Config
     from refract.pipeline.training.run import Result
 
@@ -27,7 +29,9 @@ def main(argv: list[str]) -> int:
         print(
             "Train a model from a config. Any key can be set on the command line. The run is written to RUNS_DIR/NAME/,"
         )
-        print("with its bundle in RUNS_DIR/NAME/bundle/.\n")
+        print(
+            "with its bundle in RUNS_DIR/NAME/bundle/. With --trainer.folds K, that folder has one run for each fold.\n"
+        )
         print(
             "--resume RUN_DIR resumes an interrupted run from its newest checkpoint and ends with the same weights as an"
         )
@@ -73,8 +77,6 @@ def _train(argv: list[str], resume: str | None) -> int:
 
     from refract.pipeline.config.config import load_config
     from refract.pipeline.data.manifest import DataError
-    from refract.pipeline.evaluation.advice import closing_notes
-    from refract.pipeline.training.run import train
     from refract.pipeline.training.run_directory import stored_config, unfinished
 
     name = Path(argv[0]).stem if argv else "run"
@@ -86,13 +88,22 @@ def _train(argv: list[str], resume: str | None) -> int:
         config = load_config(argv[0], argv[1:])
         folder = unfinished(config, name) if resume == "auto" else None
         config = config if folder is None else stored_config(folder)
+    run = _run_folds if config.trainer.folds and config.trainer.fold is None else _run
     try:
-        result = train(config, name=name, resume=folder)
+        return run(config, name, folder)
     except DataError as error:
         if resume != "auto" or folder is None:
             raise
         print(f"refract train: starting a new run: {error}", file=sys.stderr)
-        result = train(load_config(argv[0], argv[1:]), name=name)
+        return run(load_config(argv[0], argv[1:]), name, None)
+
+
+def _run(config: "Config", name: str, folder: "Path | None") -> int:
+    """Train, or resume the run in `folder`; print the result, and return the exit code."""
+    from refract.pipeline.evaluation.advice import closing_notes
+    from refract.pipeline.training.run import train
+
+    result = train(config, name=name, resume=folder)
     if result is None:
         return 0
     output.result({**vars(result), "model": config.tracking.model_name})
@@ -114,6 +125,37 @@ def _train(argv: list[str], resume: str | None) -> int:
     if not output.is_quiet():
         _print_next_commands(result, config, prefix)
     return _report_undelivered(result, config)
+
+
+def _run_folds(config: "Config", name: str, folder: "Path | None") -> int:
+    """Train the folds, or resume those in `folder`; print the result, and return the exit code."""
+    from refract.pipeline.evaluation.folds import OUT_OF_FOLD
+    from refract.pipeline.training.folds import train_folds
+
+    result = train_folds(config, name=name, resume=folder)
+    run_dir, assessment, count = result.run_dir, result.assessment, config.trainer.folds
+    output.result({"run_dir": run_dir, **assessment.report.numbers["folds"], "likely_label_errors": assessment.label_errors,
+                   "waiting": result.waiting})  # fmt: skip
+    print(f"mean and standard deviation over {count} folds, with the 95 % interval of the mean:")
+    width = max(map(len, assessment.test))
+    for part, metrics in (("out of fold", assessment.out_of_fold), ("test set", assessment.test)):
+        print(f"  {part}:")
+        for metric, spread in metrics.items():
+            interval = f"{spread.low:.4f} to {spread.high:.4f}"
+            print(f"    {metric:<{width}}  {spread.mean:.4f} ± {spread.deviation:.4f}  ({interval})")
+    print(f"labels:   {len(assessment.label_errors)} samples have a label that is likely wrong; report.html shows them")
+    print(f"folds:    {run_dir}/ (report.html, report.json, {OUT_OF_FOLD}, and the runs fold-1 … fold-{count})")
+    prefix = console.bin_prefix()
+    print("serve:    none of these bundles: the folds estimate the quality. Train one model on the same data with")
+    print(f"          --trainer.folds 0; {prefix}refract soup averages several such runs")
+    if config.tracking.model_name:
+        print(f"registry: no version of {config.tracking.model_name}, as folds register none")
+    if config.tracking.enabled:
+        print(f"MLflow:   {mlflow_hint(config)}")
+    if result.waiting:
+        print(f"NOT TRACKED: MLflow does not have {result.waiting} entries of this run", file=sys.stderr)
+        print(f"                {prefix}refract sync {shlex.quote(str(run_dir))} delivers it", file=sys.stderr)
+    return 0
 
 
 def _print_next_commands(result: "Result", config: "Config", prefix: str) -> None:

@@ -170,6 +170,9 @@ class TrainerConfig(Checked):
 
     Args:
         max_epochs: number of passes over the training images.
+        folds: number of folds; 2 to 20 trains one model for each fold of the training and validation samples, which is its validation
+            set; 0 trains one model.
+        fold: trains only this fold, in 1…folds; null trains all.
         seed: random seed for the splits, the weights, the order of the samples and every augmentation.
         device: auto uses a GPU if PyTorch finds one, else the CPU.
         devices: number of ranks, each on its own device with batches of data.batch_size; under
@@ -192,6 +195,8 @@ class TrainerConfig(Checked):
     """
 
     max_epochs: int = number(10, ge=1)
+    folds: int = 0
+    fold: int | None = None
     seed: int = number(0, ge=0, lt=2**32)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = number(1, ge=1)
@@ -211,6 +216,9 @@ class TrainerConfig(Checked):
     def rules(self) -> Rules:
         name = self.run_name
         yield "trainer.run_name", name, name is None or _is_name(name), "a plain folder name"
+        yield "trainer.folds", self.folds, self.folds == 0 or 2 <= self.folds <= 20, "0, or in 2…20"
+        within = self.fold is None or 1 <= self.fold <= self.folds
+        yield "trainer.fold", self.fold, within, f"null, or in 1…trainer.folds (trainer.folds: {self.folds})"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Examples are an image that was saved again, resized or slightly brightened.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -48,16 +48,38 @@ def near_pairs(manifest: Manifest, hashes: Mapping[str, bytes]) -> tuple[tuple[s
     train = [sample for sample in manifest.of("train") if hashes.get(sample.path)]
     measured = [sample for sample in manifest.samples if sample.split in ("val", "test") and hashes.get(sample.path)]
     pairs = _candidates([hashes[s.path] for s in measured], [hashes[s.path] for s in train])
+    duplicates = {}
+    for i, others, correlations in _correlated(pairs, measured, train):
+        if correlations.max() >= ALIKE:
+            duplicates[measured[i].path] = train[others[int(correlations.argmax())]].path
+    return tuple(duplicates.items())
+
+
+def near_duplicates_among(samples: Sequence[Sample], hashes: Mapping[str, bytes]) -> list[tuple[int, int]]:
+    """Return (index, index) of samples that are near-duplicates of each other. Other arguments and OSError as `near_pairs`."""
+    hashed = [index for index, sample in enumerate(samples) if hashes.get(sample.path)]
+    images = [samples[index] for index in hashed]
+    keys = [hashes[sample.path] for sample in images]
+    candidates = ((i, [j for j in others if j != i]) for i, others in _candidates(keys, keys))
+    pairs = [(i, others) for i, others in candidates if others]
+    return [
+        (hashed[i], hashed[j])
+        for i, others, correlations in _correlated(pairs, images, images)
+        for j, correlation in zip(others, correlations, strict=True)
+        if correlation >= ALIKE
+    ]
+
+
+def _correlated(
+    pairs: Sequence[tuple[int, list[int]]], measured: Sequence[Sample], train: Sequence[Sample]
+) -> Iterator[tuple[int, list[int], np.ndarray]]:
+    """Yield each pair of `_candidates` with the correlations of the images, in the order of the second indices."""
     wanted = {s.path: s for i, others in pairs for s in (measured[i], *(train[j] for j in others))}
     with ThreadPoolExecutor() as pool:
         results = tracked(pool.map(_standardised, wanted.values()), "comparing near-duplicates", len(wanted))
         thumbnails = dict(zip(wanted, results, strict=True))
-    duplicates = {}
     for i, others in pairs:
-        correlations = np.stack([thumbnails[train[j].path] for j in others]) @ thumbnails[measured[i].path] / SIDE**2
-        if correlations.max() >= ALIKE:
-            duplicates[measured[i].path] = train[others[int(correlations.argmax())]].path
-    return tuple(duplicates.items())
+        yield i, others, np.stack([thumbnails[train[j].path] for j in others]) @ thumbnails[measured[i].path] / SIDE**2
 
 
 def _candidates(measured: Sequence[bytes], train: Sequence[bytes]) -> list[tuple[int, list[int]]]:

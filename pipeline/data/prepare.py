@@ -2,15 +2,18 @@
 
 import logging
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from refract.models.bundle.info import BundleInfo
 from refract.pipeline.config.config import Config, config_from_dict
+from refract.pipeline.data.folds import draw_folds, with_fold
 from refract.pipeline.data.manifest import DataError, Manifest, load_manifest
 from refract.pipeline.data.near_duplicates import near_pairs
 from refract.pipeline.data.splits import draw_splits
 from refract.pipeline.data.validation import (
+    Scan,
     check_classes,
     drop_bad,
     drop_contradictory,
@@ -26,8 +29,52 @@ log = logging.getLogger(__name__)
 def prepare_data(config: Config) -> tuple[Manifest, dict[str, str]]:
     """Return (the checked and split manifest, its identity).
 
-    The identity holds two SHA-256 digests: `content` without the splits, `fingerprint` with them. DataError lists the problems of the data.
+    The identity holds two SHA-256 digests: `content` without the splits, `fingerprint` with them. With `trainer.fold`, that fold is the
+    validation set. DataError lists the problems of the data.
     """
+    if config.trainer.fold is not None:
+        return prepare_folds(config).of(config.trainer.fold)
+    manifest, scanned, content = _checked(config)
+    return _completed(manifest, scanned, content)
+
+
+@dataclass(frozen=True)
+class FoldedData:
+    """The data of a training in folds.
+
+    manifest: with the splits of a training without folds; fold_of: key of a training or validation sample → its fold, from 1 on;
+    digests: sample key → SHA-256 of the image, or of the text of a sample without an image; fingerprint: of the manifest.
+    """
+
+    manifest: Manifest
+    fold_of: Mapping[str, int]
+    scanned: Scan
+    content: str
+
+    @property
+    def fingerprint(self) -> str:
+        return self.scanned.fingerprint(self.manifest)
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        return self.scanned.groups
+
+    def of(self, fold: int) -> tuple[Manifest, dict[str, str]]:
+        """Return what `prepare_data` returns for the fold."""
+        return _completed(with_fold(self.manifest, self.fold_of, fold), self.scanned, self.content)
+
+
+def prepare_folds(config: Config) -> FoldedData:
+    """Check the data and draw the folds. DataError as `prepare_data`, and for data that cannot be divided into this many folds."""
+    manifest, scanned, content = _checked(config)
+    fold_of = draw_folds(
+        manifest, scanned.groups, scanned.difference_hashes, folds=config.trainer.folds, seed=config.trainer.seed
+    )
+    return FoldedData(manifest, fold_of, scanned, content)
+
+
+def _checked(config: Config) -> tuple[Manifest, Scan, str]:
+    """Return (the split manifest without bad samples, its scan, the `content` of the identity)."""
     manifest = load_manifest(config.data.source, config.data.task)
     log.info("checking %s samples of %s", f"{len(manifest.samples):,}", manifest.source)
     check_inputs(config, manifest)
@@ -46,12 +93,17 @@ def prepare_data(config: Config) -> tuple[Manifest, dict[str, str]]:
     before = manifest
     manifest = drop_shared(manifest, scanned, config.data.on_bad_file)
     _log_skipped("whose copies are in another split", before, manifest)
-    for warning in check_classes(manifest):
-        log.warning("data: %s", warning)
     if scanned.bad:
         log.warning("data: skipped %d unreadable images", len(scanned.bad))
     for line in remark_lines(scanned.remarks):
         log.warning("data: %s", line)
+    return manifest, scanned, content
+
+
+def _completed(manifest: Manifest, scanned: Scan, content: str) -> tuple[Manifest, dict[str, str]]:
+    """Check the classes, and add the near-duplicates. Returns what `prepare_data` returns."""
+    for warning in check_classes(manifest):
+        log.warning("data: %s", warning)
     manifest = replace(manifest, near=near_pairs(manifest, scanned.difference_hashes))
     if manifest.near:
         split_of = {sample.path: sample.split for sample in manifest.samples}

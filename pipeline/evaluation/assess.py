@@ -74,12 +74,13 @@ def assess(
     config: Config,
     *,
     name: str,
-    doctor: "Doctor",
+    doctor: "Doctor | None",
     history: list[dict[str, float]],
 ) -> Assessment:
     """Calibrate, evaluate and report a trained classifier.
 
-    classifier: in eval mode, on any device. name: of the run, for the report's title. doctor, history: of the training.
+    classifier: in eval mode, on any device. name: of the run, for the report's title. doctor, history: of the training, None and empty for
+    an average of runs.
     Raises DataError with the path of an unreadable image.
     """
     test, task = manifest.of("test"), manifest.task
@@ -109,7 +110,22 @@ def assess(
         "temperature": f"{decision.temperature:.3f}",
         "time per image": f"{_milliseconds(classifier, config.data.sides()):.2f} ms, the network alone in batches of 64",
     }
-    if task != "multilabel":
+    findings = [] if doctor is None else _findings(doctor, evaluation, manifest, history)
+    report = make_report(
+        f"Run {name}", evaluation, manifest.labels, facts=facts, precision=config.evaluation.precision,
+        abstain_below=decision.abstain_below, robustness=robustness, near=manifest.near_of(test),
+        findings=None if doctor is None else [finding.to_dict() for finding in findings],
+        notes=notes_on(evaluation, drawn="test" in manifest.drawn),
+        subject=f"The network {config.model.name}, trained on {len(manifest.of('train')):,} samples,",
+    )  # fmt: skip
+    return Assessment(evaluation, more, decision, findings, report)
+
+
+def _findings(
+    doctor: "Doctor", evaluation: Evaluation, manifest: Manifest, history: list[dict[str, float]]
+) -> list[Finding]:
+    """Add the predictions on the test set to the doctor's record, and return its findings."""
+    if manifest.task != "multilabel":
         predicted = evaluation.probabilities.argmax(axis=1)
         doctor.record.said, doctor.record.truth = (
             _class_fractions(indices, manifest.labels) for indices in (predicted, evaluation.truth)
@@ -117,15 +133,7 @@ def assess(
         doctor.record.noise = noise_evidence(evaluation.probabilities, evaluation.truth)
         doctor.record.answered = len(evaluation.truth)
         doctor.record.wrong = float((~evaluation.right).mean())
-    findings = doctor.findings(history)
-    report = make_report(
-        f"Run {name}", evaluation, manifest.labels, facts=facts, precision=config.evaluation.precision,
-        abstain_below=decision.abstain_below, robustness=robustness, near=manifest.near_of(test),
-        findings=[finding.to_dict() for finding in findings],
-        notes=notes_on(evaluation, drawn="test" in manifest.drawn),
-        subject=f"The network {config.model.name}, trained on {len(manifest.of('train')):,} samples,",
-    )  # fmt: skip
-    return Assessment(evaluation, more, decision, findings, report)
+    return doctor.findings(history)
 
 
 def _effort(classifier: Classifier, config: Config, *, seen: int, available: int) -> Effort | None:

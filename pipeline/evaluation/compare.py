@@ -30,6 +30,11 @@ class RunPredictions:
     right: dict[str, bool]
     labels: dict[str, tuple[str, ...]]
 
+    @property
+    def metric(self) -> str:
+        """The name of the fraction of right predictions."""
+        return "subset accuracy" if "subset_accuracy" in self.metrics else "accuracy"
+
 
 def read_run(path: Path) -> RunPredictions:
     """Read a run's folder. Raises ConfigError if it is not that of a finished run."""
@@ -52,7 +57,7 @@ def read_run(path: Path) -> RunPredictions:
 
 def differences(runs: Sequence[RunPredictions]) -> dict[str, list[Any]]:
     """Return config key → its value in each run, for keys whose values differ. The runs' names and folders are skipped."""
-    flat = [dict(_flat(run.config)) for run in runs]
+    flat = [dict(flattened(run.config)) for run in runs]
     keys = dict.fromkeys(key for values in flat for key in values)
     skipped = ("trainer.run_name", "trainer.runs_dir")
     rows = {key: [values.get(key) for values in flat] for key in keys if key not in skipped}
@@ -101,9 +106,10 @@ def curves(runs: Sequence[RunPredictions], path: Path) -> None:
     save(figure, path)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return (dotted key, value) of nested mappings."""
     rows: list[tuple[str, Any]] = []
     for key, value in values.items():
         nested = isinstance(value, Mapping) and value
-        rows += _flat(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
+        rows += flattened(value, f"{prefix}{key}.") if nested else [(f"{prefix}{key}", value)]
     return rows

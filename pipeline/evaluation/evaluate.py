@@ -86,6 +86,18 @@ def evaluate(
     A label is predicted if its probability reaches its threshold, 0.5 by default. The metrics of plugins follow.
     """
     probabilities = probabilities_of(classifier, preprocess, samples, task=task, temperature=temperature, tta=tta)
+    return measured(probabilities, samples, task=task, labels=labels, thresholds=thresholds)
+
+
+def measured(
+    probabilities: np.ndarray,
+    samples: Sequence[Sample],
+    *,
+    task: str,
+    labels: Sequence[str],
+    thresholds: Sequence[float] = (),
+) -> Evaluation:
+    """Evaluate predictions, as `evaluate`. probabilities: (N, C) float32, in the order of the samples."""
     if task == "multilabel":
         return _multilabel(probabilities, samples, labels, tuple(thresholds) or (0.5,) * len(labels))
     return _single_label(probabilities, samples, labels)

@@ -46,8 +46,13 @@ class RetrainingError(ServiceError):
 
 def begin(config: Config, *, force: bool) -> Path:
     """Make the folder of a new run, with its config and record, and return it. force: train even if nothing has changed."""
+    from refract.pipeline.config.config import ConfigError
     from refract.pipeline.training.run_directory import write_config
 
+    if config.trainer.folds:
+        raise ConfigError(
+            f"trainer.folds: {config.trainer.folds}, but a retraining run trains one model; set trainer.folds: 0"
+        )
     workspace, now = workspace_of(config), datetime.now(UTC)
     workspace.migrate()
     for attempt in range(100):

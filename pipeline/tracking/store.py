@@ -112,7 +112,8 @@ class Store:
     def _files(self, entry: Entry, known: Mapping[str, Any]) -> None:
         for name in entry["files"]:
             self._client.log_artifact(known["run_id"], str(self.run_dir / name))
-        self._client.log_artifacts(known["run_id"], str(self.run_dir / entry["bundle"]), "bundle")
+        if entry["bundle"] is not None:
+            self._client.log_artifacts(known["run_id"], str(self.run_dir / entry["bundle"]), "bundle")
 
     def _register(self, entry: Entry, known: Mapping[str, Any]) -> dict[str, Any]:
         """Register the run's `bundle` as a version of the model, and set its alias.

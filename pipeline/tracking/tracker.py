@@ -109,10 +109,11 @@ class Tracker:
         if tags:
             self._add({"do": "tags", "tags": dict(tags)})
 
-    def log_files(self, files: Sequence[Path], bundle: Path) -> None:
-        """Track files of the run's folder, and the bundle's folder as `bundle`, as artifacts."""
+    def log_files(self, files: Sequence[Path], bundle: Path | None = None) -> None:
+        """Track files of the run's folder, and the bundle's folder as `bundle` if there is one, as artifacts."""
         if not any(self.journal.of("files")):
-            self._add({"do": "files", "files": [path.name for path in files], "bundle": bundle.name})
+            names = [path.name for path in files]
+            self._add({"do": "files", "files": names, "bundle": None if bundle is None else bundle.name})
 
     def register(self, model: str, alias: str) -> None:
         """Register the run's bundle as a version of the model. alias: for the model's first version; later ones become `challenger`."""

@@ -55,6 +55,11 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
     )
     from refract.pipeline.training.device import choose_device, choose_precision
 
+    if config.trainer.folds and config.trainer.fold is None:
+        raise ConfigError(
+            f"trainer.folds: {config.trainer.folds} trains several models, which only `refract train` does; "
+            "set trainer.folds: 0, or trainer.fold: 1 for one of them"
+        )
     load(config.plugins)
     check_loss(config, "the config")
     config = filled(config)

@@ -2,11 +2,12 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from refract.pipeline.config.config import Config, ConfigError
@@ -49,10 +50,18 @@ class Result:
     refused: str | None = None
 
 
-def train(config: Config, *, name: str = "run", resume: Path | None = None) -> Result | None:
+def train(
+    config: Config,
+    *,
+    name: str = "run",
+    resume: Path | None = None,
+    prepared: "tuple[Manifest, dict[str, str]] | None" = None,
+    tags: Mapping[str, str] = MappingProxyType({}),
+) -> Result | None:
     """Train from a config. Returns None in all ranks but rank 0.
 
-    name: of the run if the config names none; resume: the folder of the run to resume, which has this config.
+    name: of the run if the config names none; resume: the folder of the run to resume, which has this config; prepared: see `assemble`;
+    tags: further tags of the run in MLflow.
 
     Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError, LoaderError or BundleError for causes that the user can
     fix, and Stopped after SIGTERM or Ctrl-C, when the run can resume.
@@ -66,7 +75,7 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
     keep_freed_memory()
     if config.tracking.enabled:
         check_address(tracking_uri(config.tracking))
-    assembly = assemble(config)
+    assembly = assemble(config, prepared)
     checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
     if not assembly.ranks.first:
         fit(assembly, resume or Path(config.trainer.runs_dir), None, checkpoint)
@@ -75,24 +84,45 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
     with run_lock(run.path):
         _announce(assembly, run, checkpoint)
         cost = Cost(assembly.device)
-        tracker = _open_tracker(assembly, run)
-        with _status_reported(run, tracker, cost):
+        tracker = _open_tracker(assembly, run, tags)
+        with closing(cost), status_reported(run, tracker), _resume_named(run):
             if (run.path / "bundle").exists():
                 metrics = _finished_metrics(run, checkpoint, cost)
             else:
                 doctor = make_doctor(assembly)
                 history = fit(assembly, run.path, tracker, checkpoint, [doctor, cost])
-                assessment = _evaluate(assembly, run.path, doctor, history)
+                assessment = evaluate(assembly, run.path, doctor, history)
                 metrics = assessment.evaluation.metrics | assessment.more
                 _write_report(assembly, run.path, assessment, doctor, history)
                 if tracker is not None:
                     _track_metrics(assembly, tracker, assessment, epochs=len(history))
-                _package(assembly, run.path, assessment)
+                package(assembly, run.path, assessment)
             if tracker is not None:
                 _register(assembly, run, tracker, cost)
         run.finish()
         remove_resume_checkpoints(run.path / CHECKPOINTS)
     return _result(run, tracker, metrics)
+
+
+def new_record(
+    config: Config,
+    name: str,
+    fingerprint: str,
+    input_digests: dict[str, str],
+    code: dict[str, str],
+    hardware: dict[str, str],
+) -> dict[str, Any]:
+    """Return the record of a run that starts now. fingerprint: of its data; the other arguments: see `train` and `provenance`."""
+    return {
+        "name": name,
+        "runs_dir": config.trainer.runs_dir,
+        "fingerprint": fingerprint,
+        "inputs": input_digests,
+        "versions": versions(),
+        "code": code,
+        "machine": hardware,
+        "created": _now(),
+    }
 
 
 def _open_run(
@@ -102,16 +132,8 @@ def _open_run(
     from refract.pipeline.training.run_directory import new_run, resume_run
 
     code, diff = code_state()
-    record = {
-        "name": name,
-        "runs_dir": assembly.config.trainer.runs_dir,
-        "fingerprint": assembly.identity["fingerprint"],
-        "inputs": input_digests,
-        "versions": versions(),
-        "code": code,
-        "machine": machine(assembly.device, assembly.precision),
-        "created": _now(),
-    }
+    fingerprint, hardware = assembly.identity["fingerprint"], machine(assembly.device, assembly.precision)
+    record = new_record(assembly.config, name, fingerprint, input_digests, code, hardware)
     policy = assembly.config.augment.policy
     if isinstance(policy, str) and Path(policy).is_file():
         written_out = {"augment.policy": assembly.data.train_set.augmenter.policy.to_spec()}
@@ -120,7 +142,7 @@ def _open_run(
     if diff and resume is None:
         write_atomically(run.path / "code.diff", diff.encode())
     for package, version in run.record["versions"].items():
-        if version != record["versions"].get(package):  # type: ignore[attr-defined]
+        if version != record["versions"].get(package):
             log.warning("%s was %s when the run started: the weights may differ in the last bits", package, version)
     return run, assembly
 
@@ -137,7 +159,7 @@ def _announce(assembly: Assembly, run: "Run", checkpoint: Path | None) -> None:
         log.info("resuming from %s", checkpoint or "the start, as the run has no checkpoint")
 
 
-def _open_tracker(assembly: Assembly, run: "Run") -> "Tracker | None":
+def _open_tracker(assembly: Assembly, run: "Run", more_tags: Mapping[str, str]) -> "Tracker | None":
     """Open the run in MLflow, if tracking is enabled. An error removes a new run's folder, so that its name becomes free again."""
     from refract.pipeline.tracking import Tracker, TrackingError
 
@@ -147,7 +169,7 @@ def _open_tracker(assembly: Assembly, run: "Run") -> "Tracker | None":
     data = {"fingerprint": assembly.identity["fingerprint"], "source": assembly.manifest.source}
     counts = {split: len(assembly.manifest.of(split)) for split in assembly.manifest.splits()}
     tags = flat_tags(data=data | counts, code=run.record["code"], machine=run.record["machine"])
-    tags |= origin(f"refract train {run.record['name']}")
+    tags |= origin(f"refract train {run.record['name']}") | dict(more_tags)
     if "commit" in run.record["code"]:
         tags["mlflow.source.git.commit"] = run.record["code"]["commit"]  # shown on MLflow's pages
     try:
@@ -159,9 +181,8 @@ def _open_tracker(assembly: Assembly, run: "Run") -> "Tracker | None":
 
 
 @contextmanager
-def _status_reported(run: "Run", tracker: "Tracker | None", cost: "Cost") -> Iterator[None]:
-    """Report to MLflow at the end whether the block finished, was stopped or failed."""
-    from refract.pipeline.data.loader import LoaderError
+def status_reported(run: "Run", tracker: "Tracker | None") -> Iterator[None]:
+    """Report to MLflow at the end whether the block finished, was stopped or failed. The exception of a stop gets the run's path."""
     from refract.pipeline.training.callbacks.stopping import Stopped
 
     status = "FAILED"
@@ -173,10 +194,7 @@ def _status_reported(run: "Run", tracker: "Tracker | None", cost: "Cost") -> Ite
         if isinstance(error, Stopped):
             error.run = run.path
         raise
-    except LoaderError as error:
-        raise LoaderError(f"{error}; then `refract train --resume {run.path}` resumes the run") from error
     finally:
-        cost.close()
         if tracker is not None and (waiting := tracker.finish(status)):
             log.warning(
                 "MLflow at %s has not received %d entries of the run; `refract sync %s` delivers them",
@@ -184,6 +202,17 @@ def _status_reported(run: "Run", tracker: "Tracker | None", cost: "Cost") -> Ite
                 waiting,
                 run.path,
             )
+
+
+@contextmanager
+def _resume_named(run: "Run") -> Iterator[None]:
+    """Add the command that resumes the run to the error of a loader worker."""
+    from refract.pipeline.data.loader import LoaderError
+
+    try:
+        yield
+    except LoaderError as error:
+        raise LoaderError(f"{error}; then `refract train --resume {run.path}` resumes the run") from error
 
 
 def _finished_metrics(run: "Run", checkpoint: Path | None, cost: "Cost") -> dict[str, float]:
@@ -195,8 +224,8 @@ def _finished_metrics(run: "Run", checkpoint: Path | None, cost: "Cost") -> dict
     return dict(load_bundle(run.path / "bundle").info.metrics)
 
 
-def _evaluate(assembly: Assembly, run_dir: Path, doctor: "Doctor", history: History) -> "Assessment":
-    """Calibrate the classifier and measure it on the test set."""
+def evaluate(assembly: Assembly, run_dir: Path, doctor: "Doctor | None", history: History) -> "Assessment":
+    """Calibrate the classifier and measure it on the test set. doctor, history: see `assess`."""
     from refract.pipeline.evaluation.assess import assess
 
     log.info("evaluating on the test set of %s samples", f"{len(assembly.manifest.of('test')):,}")
@@ -234,7 +263,7 @@ def _track_metrics(assembly: Assembly, tracker: "Tracker", assessment: "Assessme
     tracker.log_metrics({f"test_{name}": value for name, value in metrics.items()}, step=epochs)
 
 
-def _package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> None:
+def package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> None:
     """Write the bundle with the golden samples and the profile for drift."""
     from refract.models.bundle.bundle import BundleInfo, save_bundle
     from refract.pipeline.drift.measure import reference_of

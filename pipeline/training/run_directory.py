@@ -89,7 +89,8 @@ def resume_run(path: Path, record: Mapping[str, Any]) -> Run:
 
     stored = read_record(path)
     if stored.get("finished"):
-        raise ConfigError(f"--resume: {path} is finished already; its bundle is {path / 'bundle'}")
+        bundle = f"; its bundle is {path / 'bundle'}" if (path / "bundle").exists() else ""
+        raise ConfigError(f"--resume: {path} is finished already{bundle}")
     if stored["fingerprint"] != record["fingerprint"]:
         raise DataError(
             f"--resume: the data of {path} have changed since it started, so the result would not be reproducible; "

@@ -1,6 +1,7 @@
 """Average the weights over the steps (EMA) or the last epochs (SWA). Validation and the final bundle use the average."""
 
 from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -87,20 +88,13 @@ class WeightAverage(Callback):
         if not norms:
             return
         weights = {name: value.clone() for name, value in pl_module.state_dict().items() if name in self._average}
-        momenta = [norm.momentum for norm in norms]
         pl_module.load_state_dict(self._average, strict=False)
         try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # PyTorch then takes the plain mean over the batches
             with torch.random.fork_rng(devices=[pl_module.device] if pl_module.device.type == "cuda" else []):
-                for inputs in self._recent:
-                    classifier(*inputs)
+                recompute_statistics(classifier, norms, self._recent)
             state = pl_module.state_dict()
             self._average = {name: state[name].clone() for name in self._average}
         finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
             pl_module.load_state_dict(weights, strict=False)
 
     @torch.no_grad()
@@ -118,6 +112,21 @@ class WeightAverage(Callback):
                 else:
                     average.copy_(value)
         self._count += 1
+
+
+@torch.no_grad()
+def recompute_statistics(classifier: torch.nn.Module, norms: Sequence[_NormBase], batches: Iterable[Inputs]) -> None:
+    """Recompute the running statistics of batch norms in training mode: the plain means over the batches. batches: on the device."""
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # PyTorch then takes the plain mean over the batches
+        for inputs in batches:
+            classifier(*inputs)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def best_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
