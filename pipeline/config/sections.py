@@ -95,7 +95,8 @@ class ModelConfig(Checked):
     Args:
         name: architecture: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, a plugin's network, a torchvision or timm
             name (timm/NAME forces timm), or none for a text-only model.
-        weights: initial weights: none (random), default (the library's pretrained weights), a file, a folder that holds one, or a URL.
+        weights: initial weights: none (random), default (the library's pretrained weights), a file, a folder that holds one, a URL, or a
+            model: the folder of a bundle or a run, models:/NAME@ALIAS, models:/NAME/VERSION, or runs:/RUN_ID of MLflow.
         mode: trained layers: fine-tune (all), feature-extract (only the head), gradual (unfreezes from the head down) or
             linear-then-fine-tune (the head first, then all).
         unfreeze_epochs: epochs until gradual and linear-then-fine-tune train all layers.

@@ -9,7 +9,7 @@ from refract.models.training.losses import LOSSES, losses_of
 from refract.models.training.specs import LossSpec
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.config.sections import ModelConfig
-from refract.pipeline.training.initial_weights import loads_weights, restart_head, start_weights
+from refract.pipeline.training.initial_weights import head_rows, loads_weights, start_weights
 
 if TYPE_CHECKING:
     from refract.augment import Augmenter, Preprocess
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from refract.models.multimodal.tokens import Tokens
     from refract.models.training.lightning_module import ClassifierModule
     from refract.pipeline.data.manifest import Manifest
+    from refract.pipeline.training.source_model import SourceModel
 
 log = logging.getLogger(__name__)
 
@@ -171,10 +172,16 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 
 def make_module(
-    config: Config, manifest: "Manifest", augmenter: "Augmenter", preprocess: "Preprocess", arrays: Mapping[str, Any]
+    config: Config,
+    manifest: "Manifest",
+    augmenter: "Augmenter",
+    preprocess: "Preprocess",
+    arrays: Mapping[str, Any],
+    source: "SourceModel | None" = None,
 ) -> "tuple[ClassifierModule, dict[str, Any] | None]":
     """Return (the training module with its initial weights, the bundle's record of the text network or None).
 
+    source: the model that training starts from, whose folder is config.model.weights; None without one.
     Raises ConfigError for values that the network, the optimiser or the loss rejects.
     """
     import torch
@@ -186,7 +193,7 @@ def make_module(
 
     model, count = config.model, len(manifest.labels)
     try:
-        network, tokens, text = _network(config, count)
+        network, tokens, text = _network(config, manifest.labels, source)
         classifier = Classifier(
             network,
             tokens=tokens,
@@ -196,11 +203,10 @@ def make_module(
             image_size=config.data.sides(),
             **arrays,
         )
-        if text is None:
-            restart_head(model, network, manifest)
         start_weights(config, classifier, preprocess, manifest)
     except (ValueError, OSError, TypeError, RuntimeError, MemoryError, *FROM_ARGS) as error:
-        raise ConfigError(f"model: {_line(error)}") from error
+        line = _line(error) if source is None else _line(error).replace(str(source.bundle.path), source.weights)
+        raise ConfigError(f"model: {line}") from error
     classifier.frozen_norms = bool(model.frozen_norms)
     teacher = _teacher(config, manifest, classifier)
     for where, checked in (
@@ -234,20 +240,30 @@ def make_module(
     return module, text
 
 
-def _network(config: Config, count: int) -> "tuple[Any, Tokens | None, dict[str, Any] | None]":
+def _network(
+    config: Config, labels: Sequence[str], source: "SourceModel | None"
+) -> "tuple[Any, Tokens | None, dict[str, Any] | None]":
     """Return (the network, its tokeniser or None, the bundle's record of the text network or None)."""
     from refract.models.factory import text_record
-    from refract.models.head import neutralise_head
+    from refract.models.head import head_of, neutralise_head
     from refract.models.multimodal.fusion import Reader
     from refract.models.multimodal.text_networks import make_text_encoder
+    from refract.models.pretrained.weights import load_weights
     from refract.models.registry import build
 
-    model, text = config.model, config.text
-    image_options: dict[str, Any] = {"image_size": config.data.sides(), "weights": model.weights, "args": model.args}
+    model, text, count = config.model, config.text, len(labels)
+    reader_record = None if source is None else source.bundle.info.text
+    weights = model.weights if reader_record is None else "none"
+    image_options: dict[str, Any] = {"image_size": config.data.sides(), "weights": weights, "args": model.args}
     if text.name == "none":
-        return build(model.name, count, head=model.head, **image_options), None, None
+        if reader_record is not None:
+            raise ValueError(
+                f"weights={model.weights!r}: the model reads texts; set text.name: {reader_record['name']}"
+            )
+        rows = head_rows(source, labels)
+        return build(model.name, count, head=model.head, head_rows=rows, **image_options), None, None
     text_options: dict[str, Any] = {
-        "weights": text.weights,
+        "weights": text.weights if reader_record is None else "none",
         "max_length": text.max_length,
         "pooling": text.pooling,
         "args": text.args,
@@ -257,9 +273,17 @@ def _network(config: Config, count: int) -> "tuple[Any, Tokens | None, dict[str,
     fusion: dict[str, Any] = {"fusion": text.fusion, "width": text.width}
     drops: dict[str, Any] = {"drop_image": text.drop_image, "drop_text": text.drop_text}
     reader = Reader(image_network, text_network, count, head=model.head, **fusion, **drops)
-    if loads_weights(config):
+    record = text_record(part, fusion)
+    if source is not None and reader_record is not None:
+        if record != reader_record:
+            differing = [key for key in record if record[key] != reader_record.get(key)]
+            raise ValueError(
+                f"weights={model.weights!r}: the model's text network differs from the config's section text: {', '.join(differing)}"
+            )
+        load_weights(reader, head_of(reader), model.weights, head_rows(source, labels))
+    elif loads_weights(config):
         neutralise_head(reader)
-    return reader, tokens, text_record(part, fusion)
+    return reader, tokens, record
 
 
 def _check_runs(config: Config, classifier: "Classifier", where: str, classes: Sequence[str]) -> None:
@@ -299,7 +323,7 @@ def _blank_inputs(classifier: "Classifier", count: int, size: tuple[int, int]) -
 
 
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).splitlines() or [type(error).__name__])[0][:400]
 
 
 def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Classifier | None":

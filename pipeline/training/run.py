@@ -61,12 +61,12 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
     from refract.pipeline.doctor.run import make_doctor
     from refract.pipeline.training.callbacks.checkpoints import newest, remove_resume_checkpoints
     from refract.pipeline.training.cost import Cost
-    from refract.pipeline.training.run_directory import run_lock
+    from refract.pipeline.training.run_directory import run_lock, source_digest
 
     keep_freed_memory()
     if config.tracking.enabled:
         check_address(tracking_uri(config.tracking))
-    assembly = assemble(config)
+    assembly = assemble(config, source_digest=None if resume is None else source_digest(resume))
     checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
     if not assembly.ranks.first:
         fit(assembly, resume or Path(config.trainer.runs_dir), None, checkpoint)
@@ -112,6 +112,8 @@ def _open_run(
         "machine": machine(assembly.device, assembly.precision),
         "created": _now(),
     }
+    if assembly.source is not None:
+        record["start"] = assembly.source.record
     policy = assembly.config.augment.policy
     if isinstance(policy, str) and Path(policy).is_file():
         written_out = {"augment.policy": assembly.data.train_set.augmenter.policy.to_spec()}
@@ -146,7 +148,8 @@ def _open_tracker(assembly: Assembly, run: "Run") -> "Tracker | None":
         return None
     data = {"fingerprint": assembly.identity["fingerprint"], "source": assembly.manifest.source}
     counts = {split: len(assembly.manifest.of(split)) for split in assembly.manifest.splits()}
-    tags = flat_tags(data=data | counts, code=run.record["code"], machine=run.record["machine"])
+    sections = {"code": run.record["code"], "machine": run.record["machine"], "start": run.record.get("start", {})}
+    tags = flat_tags(data=data | counts, **sections)
     tags |= origin(f"refract train {run.record['name']}")
     if "commit" in run.record["code"]:
         tags["mlflow.source.git.commit"] = run.record["code"]["commit"]  # shown on MLflow's pages
