@@ -49,10 +49,11 @@ class Result:
     refused: str | None = None
 
 
-def train(config: Config, *, name: str = "run", resume: Path | None = None) -> Result | None:
+def train(config: Config, *, name: str = "run", resume: Path | None = None, registers: bool = True) -> Result | None:
     """Train from a config. Returns None in all ranks but rank 0.
 
-    name: of the run if the config names none; resume: the folder of the run to resume, which has this config.
+    name: of the run if the config names none; resume: the folder of the run to resume, which has this config; registers: False leaves the
+    registration of tracking.model_name to the caller.
 
     Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError, LoaderError or BundleError for causes that the user can
     fix, and Stopped after SIGTERM or Ctrl-C, when the run can resume.
@@ -89,7 +90,9 @@ def train(config: Config, *, name: str = "run", resume: Path | None = None) -> R
                     _track_metrics(assembly, tracker, assessment, epochs=len(history))
                 _package(assembly, run.path, assessment)
             if tracker is not None:
-                _register(assembly, run, tracker, cost)
+                _upload(assembly, run, tracker, cost)
+                if registers and config.tracking.model_name:
+                    tracker.register(config.tracking.model_name, config.tracking.alias)
         run.finish()
         remove_resume_checkpoints(run.path / CHECKPOINTS)
     return _result(run, tracker, metrics)
@@ -283,8 +286,8 @@ def _network_plugins(config: Config) -> tuple[dict[str, str], ...]:
     return () if plugin is None else ({"name": plugin.name, "sha256": plugin.sha256},)
 
 
-def _register(assembly: Assembly, run: "Run", tracker: "Tracker", cost: "Cost") -> None:
-    """Upload the run's files to MLflow, and register the bundle as a version of the configured model."""
+def _upload(assembly: Assembly, run: "Run", tracker: "Tracker", cost: "Cost") -> None:
+    """Upload the run's files to MLflow, with the bundle and the costs."""
     costs = {f"cost_{name}": value for name, value in cost.totals().items()}
     tracker.log_metrics({**costs, "cost_peak_memory_mib": peak_memory()}, step=0)
     tracker.tag({"rerun": f"refract rerun {tracker.journal.delivered.get('run_id', run.path)}"})
@@ -292,9 +295,6 @@ def _register(assembly: Assembly, run: "Run", tracker: "Tracker", cost: "Cost") 
         file for file in sorted(run.path.iterdir()) if file.is_file() and not file.name.startswith((".", "journal"))
     ]
     tracker.log_files(files, run.path / "bundle")
-    config = assembly.config.tracking
-    if config.model_name:
-        tracker.register(config.model_name, config.alias)
 
 
 def _result(run: "Run", tracker: "Tracker | None", metrics: dict[str, float]) -> Result:
