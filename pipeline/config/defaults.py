@@ -9,6 +9,10 @@ FROM_SCRATCH, FINE_TUNE, HEAD_ALONE = 2e-3, 3e-4, 3e-3
 """Peak learning rates of AdamW for random weights, for loaded weights, and for a new head on frozen layers. To compare other values, run
 `python -m benchmarks.transfer --settings`."""
 
+LORA = 1e-3
+"""Peak learning rate of AdamW for adapters of LoRA, a few times that of full fine-tuning, as their best learning rate is higher (Biderman
+et al. 2024, arXiv:2405.09673)."""
+
 NEW_HEAD = 10.0
 """Factor on the learning rate for the new head of loaded weights (discriminative learning rates: Howard & Ruder 2018, arXiv:1801.06146,
 section 3.2)."""
@@ -36,8 +40,9 @@ def learning_rates(config: Config) -> tuple[float, float]:
     """Return (optim.lr, optim.head_lr), with the default in place of None."""
     optim, model = config.optim, config.model
     head_only, loaded = model.mode == "feature-extract", loads_weights(config)
-    adamw = HEAD_ALONE if head_only else FINE_TUNE if loaded else FROM_SCRATCH
+    adamw = {"feature-extract": HEAD_ALONE, "lora": LORA}.get(model.mode, FINE_TUNE if loaded else FROM_SCRATCH)
     new_head = loaded and not head_only and not names_model(model.weights)
     lr = OPTIMIZERS[optim.name].times_adamw * adamw if optim.lr is None else optim.lr
-    head_lr = (NEW_HEAD if new_head else 1.0) if optim.head_lr is None else optim.head_lr
+    factor = HEAD_ALONE / LORA if model.mode == "lora" else NEW_HEAD
+    head_lr = (factor if new_head else 1.0) if optim.head_lr is None else optim.head_lr
     return lr, head_lr

@@ -97,9 +97,11 @@ class ModelConfig(Checked):
             name (timm/NAME forces timm), or none for a text-only model.
         weights: initial weights: none (random), default (the library's pretrained weights), a file, a folder that holds one, a URL, or a
             model: the folder of a bundle or a run, models:/NAME@ALIAS, models:/NAME/VERSION, or runs:/RUN_ID of MLflow.
-        mode: trained layers: fine-tune (all), feature-extract (only the head), gradual (unfreezes from the head down) or
-            linear-then-fine-tune (the head first, then all).
+        mode: trained layers: fine-tune (all), feature-extract (only the head), gradual (unfreezes from the head down),
+            linear-then-fine-tune (the head first, then all) or lora (the head and low-rank adapters of a transformer's attention).
         unfreeze_epochs: epochs until gradual and linear-then-fine-tune train all layers.
+        lora_rank: rank of the adapters of mode: lora.
+        lora_alpha: scale of these adapters; their output is multiplied by lora_alpha / lora_rank.
         frozen_norms: freeze the running statistics of batch normalisation; null freezes them for loaded weights, except a bundle's.
         head: last layer: linear, mlp (one hidden layer) or cosine (cosine similarity to a vector per class).
         init: initialisation of linear and convolutional layers, such as he_normal; default keeps the architecture's own. With
@@ -109,8 +111,10 @@ class ModelConfig(Checked):
 
     name: str = "resnet20"
     weights: str = "none"
-    mode: Literal["fine-tune", "feature-extract", "gradual", "linear-then-fine-tune"] = "fine-tune"
+    mode: Literal["fine-tune", "feature-extract", "gradual", "linear-then-fine-tune", "lora"] = "fine-tune"
     unfreeze_epochs: int = number(1, ge=1)
+    lora_rank: int = number(8, ge=1, le=256)
+    lora_alpha: int = number(16, ge=1, le=1024)
     frozen_norms: bool | None = None
     head: Literal["linear", "mlp", "cosine"] = "linear"
     init: str = "default"

@@ -68,6 +68,8 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
         log.warning(
             "model.mode: feature-extract trains only the head; with model.weights: none the backbone stays random"
         )
+    if model.mode == "lora" and not loads_weights(config):
+        raise ConfigError("model.mode: lora adapts loaded weights; set model.weights, or model.mode: fine-tune")
     if config.loss.teacher is None and config.loss.distill != LossSpec().distill:
         log.warning("loss.distill has no effect without loss.teacher")
     with_gamma = [name for name, loss in LOSSES.items() if "gamma" in loss.needs]
@@ -189,11 +191,19 @@ def make_module(
     from refract.models.classifier import Classifier
     from refract.models.training.activation_checkpointing import recompute_activations
     from refract.models.training.lightning_module import ClassifierModule
+    from refract.models.training.lora import add_adapters
     from refract.models.training.objective import balanced_weights
 
     model, count = config.model, len(manifest.labels)
     try:
         network, tokens, text = _network(config, manifest.labels, source)
+        if model.mode == "lora":
+            add_adapters(
+                network,
+                _blank_inputs(reads(config), 1, config.data.sides()),
+                rank=model.lora_rank,
+                alpha=model.lora_alpha,
+            )
         classifier = Classifier(
             network,
             tokens=tokens,
@@ -298,7 +308,7 @@ def _check_runs(config: Config, classifier: "Classifier", where: str, classes: S
     with torch.no_grad(), torch.random.fork_rng(devices=[]), frozen_batch_statistics(classifier.train()):
         for size in {**sizes, full: None}:
             try:
-                logits = classifier(*_blank_inputs(classifier, min(2, config.data.batch_size), size))
+                logits = classifier(*_blank_inputs(classifier.reads, min(2, config.data.batch_size), size))
                 if not isinstance(logits, torch.Tensor) or logits.shape != (min(2, config.data.batch_size), count):
                     shape = tuple(getattr(logits, "shape", ()))
                     raise ValueError(f"its output has shape {shape}, expected one number for each of {count} labels")
@@ -313,11 +323,11 @@ def _check_runs(config: Config, classifier: "Classifier", where: str, classes: S
                 ) from error
 
 
-def _blank_inputs(classifier: "Classifier", count: int, size: tuple[int, int]) -> "Inputs":
+def _blank_inputs(modalities: frozenset[str], count: int, size: tuple[int, int]) -> "Inputs":
     import torch
 
-    images = torch.zeros(count, 3, *size) if "images" in classifier.reads else None
-    if "texts" not in classifier.reads:
+    images = torch.zeros(count, 3, *size) if "images" in modalities else None
+    if "texts" not in modalities:
         return (images,)
     return images, torch.ones(count, 4, dtype=torch.int32), torch.ones(count, dtype=torch.bool)
 

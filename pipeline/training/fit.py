@@ -123,6 +123,7 @@ def fit(
     import torch
     from lightning.pytorch.callbacks import EarlyStopping
 
+    from refract.models.training.lora import merge_adapters
     from refract.pipeline.training.callbacks.averaging import WeightAverage, best_weights
     from refract.pipeline.training.callbacks.checkpoints import ResumeCheckpoint
     from refract.pipeline.training.callbacks.progress import BestCheckpoint, EpochReport, StepProgress, quiet_lightning
@@ -154,6 +155,7 @@ def fit(
         return report.history
     best_checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(best_weights(best_checkpoint))
+    merge_adapters(module)
     _log_best_epoch(best_checkpoint["epoch"], report.history, module.monitor, first)
     module.to("cuda" if device == "cuda" else "cpu").eval()
     return report.history
