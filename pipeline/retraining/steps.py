@@ -98,7 +98,7 @@ def join_training(folder: Path) -> None:
     from refract.pipeline.training.run import train as train_run
     from refract.pipeline.training.run_directory import stored_config
 
-    (run,) = _started_runs(folder, _config(folder))[-1:]
+    run = _latest_run(folder, _config(folder))
     train_run(stored_config(run), resume=run)
 
 
@@ -154,12 +154,10 @@ def _training_run(folder: Path, config: Config, start: str = "") -> Path:
     return Path(config.trainer.runs_dir) / "-".join(filter(None, (config.tracking.model_name, folder.name, start)))
 
 
-def _started_runs(folder: Path, config: Config) -> list[Path]:
-    """Return the folders of the step's trainings that have started, in their order."""
-    from refract.pipeline.training.run_directory import RECORD
-
-    runs = [_training_run(folder, config, start) for start in ("", "scratch", "champion")]
-    return [run for run in runs if (run / RECORD).exists()]
+def _latest_run(folder: Path, config: Config) -> Path:
+    """Return the folder of the step's training that started last; before the first one, that of a single training."""
+    runs = [_training_run(folder, config, start) for start in ("champion", "scratch", "")]
+    return next((run for run in runs if run.is_dir()), runs[-1])
 
 
 def snapshot(folder: Path, config: Config, record: Record) -> Record:
