@@ -95,7 +95,7 @@ lock:
 		pyproject.toml --output-file requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --extra openvino --extra tracing --extra encoders \
 		--constraint requirements.lock pyproject.toml --output-file requirements-serve.lock
-	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --extra train --extra retrain \
+	$(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --override overrides.txt --extra train --extra retrain --extra lora \
 		--extra text --extra external --constraint requirements.lock pyproject.toml --output-file requirements-train.lock
 	echo hatchling | $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header \
 		--constraint requirements.lock - --output-file requirements-build.lock

@@ -109,6 +109,16 @@ def neutralise_head(network: nn.Module) -> nn.Module:
     return network
 
 
+def class_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """List the parameters of the head with one row for each class: weight and bias of the last layer of each output."""
+    rows: list[nn.Parameter] = []
+    for output in _outputs(network):
+        layers = [module for module in output.modules() if isinstance(module, nn.Linear | nn.Conv2d | CosineHead)]
+        for layer in layers[-1:]:
+            rows += [layer.weight] if isinstance(layer, CosineHead) else layer.parameters()
+    return rows
+
+
 def _outputs(network: nn.Module) -> list[nn.Module]:
     """List the modules whose outputs are logits.
 

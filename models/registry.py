@@ -4,7 +4,7 @@ Independent of training, normalisation and bundles. torchvision and timm are imp
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +33,7 @@ def build(
     image_size: tuple[int, int],
     weights: str = "none",
     head: str = "linear",
+    head_rows: Sequence[int | None] | None = None,
     args: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> nn.Module:
@@ -43,6 +44,7 @@ def build(
     - weights: "none"; "default", pretrained weights of an installed package (see `refract.models.pretrained.packages`), else those that
       torchvision or timm downloads; or a file, folder or URL, see `refract.models.pretrained.weights`
     - head: `linear` keeps the network's last layer; a name of `refract.models.head.HEADS` replaces it
+    - head_rows: for each class its row in the head of the file of weights, see `refract.models.pretrained.weights.load_weights`
     - args: arguments of the network, which may also be keyword arguments
 
     A head that the loaded weights do not fill gives every class the same logit, see `refract.models.head.neutralise_head`.
@@ -72,7 +74,7 @@ def build(
     if package is not None:
         fresh = bool(load_tensors(network, head_of(network), package.read(), package.file).reinitialised)
     elif weights not in ("none", "default"):
-        fresh = bool(load_weights(network, head_of(network), weights).reinitialised)
+        fresh = bool(load_weights(network, head_of(network), weights, head_rows).reinitialised)
     return neutralise_head(network) if fresh else network
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from refract.models.credentials import MASK, masked
+from refract.models.head import class_parameters
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -44,22 +45,34 @@ class LoadReport:
     reinitialised: tuple[str, ...]
 
 
-def load_weights(network: nn.Module, head: nn.Module, path: str | Path) -> LoadReport:
+def load_weights(
+    network: nn.Module, head: nn.Module, path: str | Path, head_rows: Sequence[int | None] | None = None
+) -> LoadReport:
     """Load the file's state dict into `network`, in place; keep the values of `head` if its shapes differ. Logs the skipped and fresh keys.
 
+    head_rows: for each class its row in the head of the file, None for a new class, whose row becomes the mean of the file's rows: its
+    logit is then the mean of the others, wherever a softmax shifts them. Without head_rows the classes are those of the file.
     path: a file, a folder with one of FOLDER_FILES, or an http(s) URL of a file, which torch hub's cache stores. If the first convolution
     has another number of input channels than in the file, its weights are averaged over the channels and repeated (Wightman 2019, timm).
     ValueError for another kind of file, an unreadable file, or keys outside the head that do not fit (the message names the first few);
     FileNotFoundError if the file is missing.
     """
-    return load_tensors(network, head, read_weights(path), path)
+    return load_tensors(network, head, read_weights(path), path, head_rows)
 
 
-def load_tensors(network: nn.Module, head: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> LoadReport:
+def load_tensors(
+    network: nn.Module,
+    head: nn.Module,
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    head_rows: Sequence[int | None] | None = None,
+) -> LoadReport:
     """Load the tensors of `path` as `load_weights` does. path: only for the log and the errors."""
     expected = network.state_dict()
     weights = {_clean(key, expected): tensor for key, tensor in tensors.items()}
     _adapt_channels(network, weights, expected)
+    if head_rows is not None:
+        _arrange_rows(network, weights, head_rows)
     head_ids = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()}
     head_keys = [key for key, tensor in network.state_dict(keep_vars=True).items() if id(tensor) in head_ids]
     if all(_fits(weights, key, expected[key]) for key in head_keys):
@@ -212,6 +225,16 @@ def _adapt_channels(network: nn.Module, weights: dict[str, Tensor], expected: Ma
     ):
         log.info("weights: the first layer has %d input channels; converted to %d", kernel.shape[1], target.shape[1])
         weights[first] = kernel.sum(dim=1, keepdim=True).expand_as(target) / target.shape[1]
+
+
+def _arrange_rows(network: nn.Module, weights: dict[str, Tensor], rows: Sequence[int | None]) -> None:
+    """Arrange the rows of the head in `weights`, in place. A head of another kind, which lacks these keys, is not changed."""
+    ids = {id(parameter) for parameter in class_parameters(network)}
+    count = max((row + 1 for row in rows if row is not None), default=1)
+    for key in [name for name, parameter in network.named_parameters() if id(parameter) in ids]:
+        stored = weights.get(key)
+        if stored is not None and stored.ndim and len(stored) >= count:
+            weights[key] = torch.stack([stored.mean(dim=0) if row is None else stored[row] for row in rows])
 
 
 def _clean(key: str, expected: Mapping[str, Tensor]) -> str:

@@ -9,7 +9,7 @@ from refract.models.head import head_of
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
-MODES = ("fine-tune", "feature-extract", "gradual", "linear-then-fine-tune")
+MODES = ("fine-tune", "feature-extract", "gradual", "linear-then-fine-tune", "lora")
 
 
 def blocks_of(network: nn.Module) -> list[list[nn.Parameter]]:
@@ -67,12 +67,13 @@ def trained_blocks(mode: str, epoch: int, unfreeze_epochs: int, count: int) -> i
     - feature-extract: the head
     - gradual: the head in epoch 0, then evenly more, all from epoch unfreeze_epochs (Howard & Ruder 2018, arXiv:1801.06146, section 3.3)
     - linear-then-fine-tune: the head for unfreeze_epochs epochs, then all (Kumar et al. 2022, arXiv:2202.10054)
+    - lora: all, as far as `refract.models.training.lora` has not frozen them
 
     ValueError for an unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
-    if mode == "fine-tune" or (mode != "feature-extract" and epoch >= unfreeze_epochs):
+    if mode in ("fine-tune", "lora") or (mode != "feature-extract" and epoch >= unfreeze_epochs):
         return count
     if mode == "gradual":
         return 1 + epoch * (count - 1) // unfreeze_epochs

@@ -265,8 +265,8 @@ class ClassifierModule(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def train_blocks_of(self, epoch: int) -> None:
-        """Make the blocks trainable that the mode trains in `epoch`. The mode fine-tune changes nothing."""
-        if self.mode == "fine-tune":
+        """Make the blocks trainable that the mode trains in `epoch`. The modes fine-tune and lora change nothing."""
+        if self.mode in ("fine-tune", "lora"):
             return
         count = len(blocks_of(self.classifier.network))
         self.classifier.train_blocks(trained_blocks(self.mode, epoch, self.unfreeze_epochs, count))

@@ -1,14 +1,17 @@
 """The values that replace null in a config: learning rates by optimiser and training mode, and frozen batch norms."""
 
-from pathlib import Path
-
 from refract.models.training.optimizers import OPTIMIZERS
 from refract.pipeline.config.config import Config
 from refract.pipeline.training.initial_weights import loads_weights
+from refract.pipeline.training.source_model import names_model
 
 FROM_SCRATCH, FINE_TUNE, HEAD_ALONE = 2e-3, 3e-4, 3e-3
 """Peak learning rates of AdamW for random weights, for loaded weights, and for a new head on frozen layers. To compare other values, run
 `python -m benchmarks.transfer --settings`."""
+
+LORA = 1e-3
+"""Peak learning rate of AdamW for adapters of LoRA, a few times that of full fine-tuning, as their best learning rate is higher (Biderman
+et al. 2024, arXiv:2405.09673)."""
 
 NEW_HEAD = 10.0
 """Factor on the learning rate for the new head of loaded weights (discriminative learning rates: Howard & Ruder 2018, arXiv:1801.06146,
@@ -20,10 +23,10 @@ def filled(config: Config) -> Config:
 
     Loaded batch norms keep their statistics. With those of small, augmented batches, fine-tuning EfficientNet-Lite0 on 245 photos at 128
     pixels ended 4 points lower (one seed, 4 epochs, 153 validation images); at 224 pixels linear-then-fine-tune differed by 1.
-    A bundle's weights are the exception: its head is not new, and its statistics may come from a short training.
+    The weights of a bundle or a run are the exception: the head is not new, and the statistics may come from a short training.
     """
     model, (lr, head_lr) = config.model, learning_rates(config)
-    frozen_norms = model.weights != "none" and not _is_bundle(model.weights)
+    frozen_norms = model.weights != "none" and not names_model(model.weights)
     return config.changed(
         {
             "optim.lr": lr,
@@ -37,12 +40,10 @@ def learning_rates(config: Config) -> tuple[float, float]:
     """Return (optim.lr, optim.head_lr), with the default in place of None."""
     optim, model = config.optim, config.model
     head_only, loaded = model.mode == "feature-extract" or model.on_embeddings, loads_weights(config)
-    adamw = HEAD_ALONE if head_only else FINE_TUNE if loaded else FROM_SCRATCH
-    new_head = loaded and not head_only and not _is_bundle(model.weights)
+    loaded_rate = {"lora": LORA}.get(model.mode, FINE_TUNE)
+    adamw = HEAD_ALONE if head_only else loaded_rate if loaded else FROM_SCRATCH
+    new_head = loaded and not head_only and not names_model(model.weights)
     lr = OPTIMIZERS[optim.name].times_adamw * adamw if optim.lr is None else optim.lr
-    head_lr = (NEW_HEAD if new_head else 1.0) if optim.head_lr is None else optim.head_lr
+    factor = HEAD_ALONE / LORA if model.mode == "lora" else NEW_HEAD
+    head_lr = (factor if new_head else 1.0) if optim.head_lr is None else optim.head_lr
     return lr, head_lr
-
-
-def _is_bundle(weights: str) -> bool:
-    return (Path(weights) / "bundle.json").is_file()

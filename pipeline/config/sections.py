@@ -99,11 +99,14 @@ class ModelConfig(Checked):
         name: architecture: lenet5, resnet20, fastnet, cnn, mlp, rbf, linear, perceptron, a plugin's network, a torchvision or timm
             name (timm/NAME forces timm), or none for a text-only model.
         weights: initial weights: none (random), default (pretrained: those of the extra `pretrained` if it has the network, else the
-            download of torchvision or timm), a file, a folder that holds one, or a URL.
+            download of torchvision or timm), a file, a folder that holds one, a URL, or a model: the folder of a bundle or a run,
+            models:/NAME@ALIAS, models:/NAME/VERSION, or runs:/RUN_ID of MLflow.
         mode: trained layers: fine-tune (all), feature-extract (only the head), gradual (unfreezes from the head down),
-            linear-then-fine-tune (the head first, then all); or a head fitted on stored embeddings: probe (logistic regression), knn or
-            prototype (class means; for one to five images per class).
+            linear-then-fine-tune (the head first, then all), lora (the head and low-rank adapters of a transformer's attention); or a
+            head fitted on stored embeddings: probe (logistic regression), knn or prototype (class means; for one to five images per class).
         unfreeze_epochs: epochs until gradual and linear-then-fine-tune train all layers.
+        lora_rank: rank of the adapters of mode: lora.
+        lora_alpha: scale of these adapters; their output is multiplied by lora_alpha / lora_rank.
         frozen_norms: freeze the running statistics of batch normalisation; null freezes them for loaded weights, except a bundle's.
         head: last layer: linear, mlp (one hidden layer) or cosine (cosine similarity to a vector per class).
         init: initialisation of linear and convolutional layers, such as he_normal; default keeps the architecture's own. With
@@ -113,10 +116,12 @@ class ModelConfig(Checked):
 
     name: str = "resnet20"
     weights: str = "none"
-    mode: Literal["fine-tune", "feature-extract", "gradual", "linear-then-fine-tune", "probe", "knn", "prototype"] = (
-        "fine-tune"
-    )
+    mode: Literal[
+        "fine-tune", "feature-extract", "gradual", "linear-then-fine-tune", "lora", "probe", "knn", "prototype"
+    ] = "fine-tune"
     unfreeze_epochs: int = number(1, ge=1)
+    lora_rank: int = number(8, ge=1, le=256)
+    lora_alpha: int = number(16, ge=1, le=1024)
     frozen_norms: bool | None = None
     head: Literal["linear", "mlp", "cosine"] = "linear"
     init: str = "default"

@@ -62,7 +62,7 @@ def _normalisations(assembly: "Assembly", config: Config) -> tuple[Normalisation
     from refract.models.registry import weights_preprocess
 
     weights_record = (
-        (weights_preprocess(config.model.name, config.model.weights) or {}) if config.model.name != "none" else {}
+        (weights_preprocess(config.model.name, assembly.weights) or {}) if config.model.name != "none" else {}
     )
     weights_normalisation = (
         (tuple(weights_record["mean"]), tuple(weights_record["std"]))

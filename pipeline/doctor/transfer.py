@@ -5,8 +5,14 @@ from collections.abc import Iterator
 from refract.pipeline.doctor.finding import Cure, Finding, Setting, cure
 from refract.pipeline.doctor.record import Record
 
-SUITED_LR = {("head", "sgd"): 0.1, ("head", "adaptive"): 3e-3, ("all", "sgd"): 1e-2, ("all", "adaptive"): 3e-4}
-"""Usual learning rates for a new head on frozen weights, and for a whole pretrained network."""
+SUITED_LR = {
+    ("head", "sgd"): 0.1, ("head", "adaptive"): 3e-3, ("adapters", "sgd"): 3e-2, ("adapters", "adaptive"): 1e-3,
+    ("all", "sgd"): 1e-2, ("all", "adaptive"): 3e-4,
+}  # fmt: skip
+"""Usual learning rates for a new head on frozen weights, for adapters of LoRA, and for a whole pretrained network."""
+
+TRAINED = {"feature-extract": "head", "lora": "adapters"}
+"""Mode → what it trains; other modes train all layers."""
 
 OWN_SCALE = ("adagrad", "adadelta", "muon")
 """Optimisers whose learning rates have another scale."""
@@ -83,7 +89,7 @@ def suited_lr(record: Record) -> float:
     """Return the usual learning rate of the mode and the optimiser, or a tenth of the current one if there is none."""
     if record.optimizer in OWN_SCALE:
         return one_digit(record.lr / 10)
-    return SUITED_LR["head" if record.mode == "feature-extract" else "all", _kind(record)]
+    return SUITED_LR[TRAINED.get(record.mode, "all"), _kind(record)]
 
 
 def _kind(record: Record) -> str:

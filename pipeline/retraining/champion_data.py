@@ -46,6 +46,22 @@ class ChampionData:
 
 def champion_data(config: Config, client: Any, version: str) -> ChampionData | None:
     """Read the sample list of a registered version's run; None if MLflow has no such list."""
+    rows = _listed(config, client, version)
+    return None if rows is None else _known(config, rows)
+
+
+def champion_splits(config: Config, client: Any, version: str) -> dict[str, str] | None:
+    """Return content → split of a registered version's training and validation samples; None if MLflow has no list of them."""
+    rows = _listed(config, client, version)
+    if rows is None:
+        return None
+    digests = _digests(config, rows)
+    known = [(digest, row.split) for digest, row in zip(digests, rows, strict=True) if digest and row.split != "test"]
+    return dict(sorted(known, key=lambda entry: entry[1], reverse=True))  # `train` comes last, and replaces `val`
+
+
+def _listed(config: Config, client: Any, version: str) -> "list[_Row] | None":
+    """Read the sample list of a version's run; None if MLflow has no such list."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -56,7 +72,7 @@ def champion_data(config: Config, client: Any, version: str) -> ChampionData | N
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-    return _known(config, _rows(client, run))
+    return _rows(client, run)
 
 
 def data_of_first_champion(config: Config, workspace: Workspace) -> ChampionData | None:
@@ -92,12 +108,17 @@ def _rows(client: Any, run: str) -> list[_Row]:
     return [_Row(*row) for row in zip(table["path"], table["text"], table["split"], strict=True)]
 
 
-def _known(config: Config, rows: Sequence[_Row]) -> ChampionData:
+def _digests(config: Config, rows: Sequence[_Row]) -> list[str | None]:
+    """Return each row's content, None if its file cannot be read."""
     embedded, images = _embedded(config, rows), "images" in reads(config)
     samples = [embedded.get(row.path) or Sample(row.path, (), text=row.text, has_image=bool(row.path)) for row in rows]
     with ThreadPoolExecutor() as pool:
         results = pool.map(partial(_digest, images=images), samples)
-        digests = list(tracked(results, "reading the champion's data", len(samples)))
+        return list(tracked(results, "reading the champion's data", len(samples)))
+
+
+def _known(config: Config, rows: Sequence[_Row]) -> ChampionData:
+    digests = _digests(config, rows)
     of_split: dict[bool, set[str | None]] = {True: set(), False: set()}
     for row, digest in zip(rows, digests, strict=True):
         of_split[row.split == "test"].add(digest)

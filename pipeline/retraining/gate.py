@@ -92,8 +92,8 @@ def gate(config: GateConfig, challenger: Bundle, champion: Bundle | None, manife
     """
     samples = manifest.samples
     with_errors = config.robustness_loss is not None and all(s.has_image for s in samples)
-    new = _measure(challenger, manifest, with_errors)
-    old = _measure(champion, manifest, with_errors) if champion is not None else None
+    new = measure(challenger, manifest, with_errors)
+    old = measure(champion, manifest, with_errors) if champion is not None else None
     lines = [_labels(challenger, champion), *judge(config, manifest, new, old)]
     lines += _latency(config, _milliseconds(challenger, champion, samples[0]))
     size = sum(f.stat().st_size for f in challenger.path.glob("weights.*")) / 1e6
@@ -107,8 +107,11 @@ def judge(config: GateConfig, manifest: Manifest, new: Measured, old: Measured |
     return [*lines, _calibration(config, new), _robustness(config, new, old)]
 
 
-def _measure(bundle: Bundle, manifest: Manifest, with_errors: bool) -> Measured:
-    """Measure a bundle, with class indices of the manifest's labels."""
+def measure(bundle: Bundle, manifest: Manifest, with_errors: bool = False) -> Measured:
+    """Measure a bundle on the manifest's samples, with class indices of the manifest's labels.
+
+    with_errors: also under corruptions. BundleError if the bundle cannot predict the samples.
+    """
     from refract.pipeline.evaluation.evaluate import probabilities_of, truth_of
     from refract.pipeline.evaluation.robustness import QUICK, measure_robustness
     from refract.pipeline.inference.scoring import preprocess_of
@@ -116,7 +119,7 @@ def _measure(bundle: Bundle, manifest: Manifest, with_errors: bool) -> Measured:
     info, labels = bundle.info, list(manifest.labels)
     multilabel = manifest.task == "multilabel"
     if multilabel != (info.task == "multilabel"):
-        raise BundleError(f"{bundle.path}: its task is {info.task}, but the holdout's task is {manifest.task}")
+        raise BundleError(f"{bundle.path}: its task is {info.task}, but the task of the data is {manifest.task}")
     classifier, preprocess = bundle.classifier(), preprocess_of(info)
     predicted = probabilities_of(classifier, preprocess, manifest.samples, task=info.task, temperature=info.temperature)
     # A column for each label that only the bundle knows: predicting it is wrong, and must not count as another label.

@@ -60,6 +60,8 @@ class RetrainConfig(Checked):
         relabelled_stop: stops the run from this fraction of known samples with a changed label on; null never.
         disagreement_warn: logs a warning from this fraction of new labels on that the champion contradicts beyond its errors; null never.
         disagreement_stop: stops the run from this fraction of contradicted new labels on; null never.
+        start_from: initial weights: scratch (those of model.weights), champion, or auto, which trains from both and registers the one with
+            the higher accuracy on the validation set.
         notify: shell command that receives the run's record as JSON on its standard input, for 60 s at most; null disables it.
     """
 
@@ -71,4 +73,5 @@ class RetrainConfig(Checked):
     relabelled_stop: float | None = number(0.1, gt=0, le=1, nullable=True)
     disagreement_warn: float | None = number(0.05, gt=0, le=1, nullable=True)
     disagreement_stop: float | None = number(0.25, gt=0, le=1, nullable=True)
+    start_from: Literal["scratch", "champion", "auto"] = "scratch"
     notify: str | None = None

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from refract.pipeline.config.config import Config
@@ -62,14 +63,19 @@ class Snapshot:
         }
 
 
-def take(config: Config, workspace: Workspace, champion: ChampionData | None = None) -> Snapshot:
+def take(
+    config: Config,
+    workspace: Workspace,
+    champion: ChampionData | None = None,
+    splits: Mapping[str, str] = MappingProxyType({}),
+) -> Snapshot:
     """Read every image, exclude the holdout, draw the validation split, and write the snapshot. DataError for unusable data.
 
     The holdout is `gate.holdout`, or the first run's test split (the data's own, else drawn). For classes that it lacks, it gets images
     that no run has trained on. Neither its copies in the data nor other images of the data's own test split are trained on.
 
     champion: the data of a champion of `refract train`. The first holdout then takes images of its test split, and none of its
-    training split.
+    training split. splits: content → `train` or `val`, of samples that keep this split, unless the data has a validation split.
     """
     manifest, scanned = _scanned(config)
     kind = "multilabel" if manifest.task == "multilabel" else "multiclass"
@@ -85,7 +91,7 @@ def take(config: Config, workspace: Workspace, champion: ChampionData | None = N
     held = [*(as_test_samples(current.manifest, labels) if current else []), *added]
     pool = without_copies([s for s in data.samples if s.split != "test"], held, scanned, reads(config))
     whole = data.with_samples([*pool, *held])
-    whole = draw_splits(whole, scanned.groups, **_fractions(config), seed=config.trainer.seed)
+    whole = _with_splits(config, whole, scanned, splits)
     trained = whole.with_samples([sample for sample in whole.samples if sample.split != "test"])
     trained = drop_shared(trained, scanned, config.data.on_bad_file)
     check_classes(trained.with_samples([*trained.samples, *held]))
@@ -93,6 +99,18 @@ def take(config: Config, workspace: Workspace, champion: ChampionData | None = N
         current = freeze(workspace.holdout, labels, added, kind, configured)
     whole = trained.with_samples([*trained.samples, *as_test_samples(current.manifest, labels)])
     return _written(workspace, whole, current, scanned)
+
+
+def _with_splits(config: Config, whole: Manifest, scanned: Scan, splits: Mapping[str, str]) -> Manifest:
+    """Draw the validation split from the samples without an entry in `splits`, content → split."""
+    fixed: dict[str, str] = {}
+    if "val" not in whole.splits():
+        groups = {sample.key: scanned.groups[sample.key] for sample in whole.samples if sample.split in ("", "train")}
+        fixed = {key: splits[content] for key, content in groups.items() if content in splits}
+    drawn = whole.with_samples([sample for sample in whole.samples if sample.key not in fixed])
+    drawn = draw_splits(drawn, scanned.groups, **_fractions(config), seed=config.trainer.seed)
+    split_of = {sample.key: sample.split for sample in drawn.samples} | fixed
+    return replace(drawn, samples=tuple(replace(sample, split=split_of[sample.key]) for sample in whole.samples))
 
 
 def _scanned(config: Config) -> tuple[Manifest, Scan]:

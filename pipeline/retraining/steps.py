@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from refract.errors import ServiceError
 from refract.models.credentials import masked
-from refract.pipeline.config.config import Config, config_from_dict
+from refract.pipeline.config.config import Config, ConfigError, config_from_dict
 from refract.pipeline.config.plugin_files import absolute_paths, plugin_digests
 from refract.pipeline.retraining.registry import client_of, download
 from refract.pipeline.retraining.workspace import Check, Record, Workspace, read_run, workspace_of, write, write_run
@@ -103,7 +103,7 @@ def join_training(folder: Path) -> None:
     from refract.pipeline.training.run import train as train_run
     from refract.pipeline.training.run_directory import stored_config
 
-    run = _training_run(folder, _config(folder))
+    run = _latest_run(folder, _config(folder))
     train_run(stored_config(run), resume=run)
 
 
@@ -154,9 +154,15 @@ def _config(folder: Path) -> Config:
     return replace(config, plugins=absolute_paths(config.plugins, folder))
 
 
-def _training_run(folder: Path, config: Config) -> Path:
-    """Return the folder of the training in a retraining run's step `train`."""
-    return Path(config.trainer.runs_dir) / f"{config.tracking.model_name}-{folder.name}"
+def _training_run(folder: Path, config: Config, start: str = "") -> Path:
+    """Return the folder of the training in a retraining run's step `train`. start: its name, if the step trains from several."""
+    return Path(config.trainer.runs_dir) / "-".join(filter(None, (config.tracking.model_name, folder.name, start)))
+
+
+def _latest_run(folder: Path, config: Config) -> Path:
+    """Return the folder of the step's training that started last; before the first one, that of a single training."""
+    runs = [_training_run(folder, config, start) for start in ("champion", "scratch", "")]
+    return next((run for run in runs if run.is_dir()), runs[-1])
 
 
 def snapshot(folder: Path, config: Config, record: Record) -> Record:
@@ -164,16 +170,20 @@ def snapshot(folder: Path, config: Config, record: Record) -> Record:
     from refract.pipeline.data.manifest import DataError
     from refract.pipeline.retraining.champion_data import data_of_first_champion
     from refract.pipeline.retraining.snapshot import inputs_digest, take
+    from refract.pipeline.retraining.start_from import checked, plan
     from refract.pipeline.training.provenance import code_state, versions
 
     workspace = workspace_of(config)
     try:
-        taken = take(config, workspace, data_of_first_champion(config, workspace))
+        start, splits = plan(config)
+        taken = take(config, workspace, data_of_first_champion(config, workspace), splits)
     except DataError as error:
         return _ends(Outcome.REFUSED, str(error))
     code, diff = code_state()
     inputs = inputs_digest(config, taken, code | versions(), diff)
     result: Record = {"snapshot": taken.record(), "snapshot_folder": str(taken.folder), "inputs": inputs}
+    if start:
+        result["start"] = checked(start, splits, taken)
     last = workspace.last()
     if last is not None and last["inputs"] == inputs and not record["force"]:
         why = f"data, config and code are those of run {last['run']}; train anyway with --force"
@@ -226,30 +236,58 @@ def validate(folder: Path, config: Config, record: Record) -> Record:
 
 
 def train(folder: Path, config: Config, record: Record) -> Record:
-    """Train on the snapshot, evaluate on the holdout, write the bundle, and register it in MLflow as `challenger`."""
+    """Train on the snapshot, evaluate on the holdout, and write the bundle; from two starts, choose the better on the validation set."""
     from refract.pipeline.retraining.snapshot import changed, read_snapshot
-    from refract.pipeline.training.run import train as train_run
-    from refract.pipeline.training.run_directory import RECORD, read_record, stored_config
+    from refract.pipeline.retraining.start_from import candidates, choose
 
     taken = read_snapshot(Path(record["snapshot_folder"]), record["snapshot"])
     if others := changed(taken):
         why = f"{len(others)} images changed since the run started, such as {others[0]}; the next run uses them"
         return _ends(Outcome.REFUSED, why)
-    run = _training_run(folder, config)
-    data = {"data.source": str(taken.manifest), "data.task": taken.task}
+    start = record.get("start", {})
     # The alias is challenger also for a first version: the gate decides.
-    config = config.changed({**data, "tracking.alias": "challenger", "trainer.run_name": run.name})
+    data = {"data.source": str(taken.manifest), "data.task": taken.task, "tracking.alias": "challenger"}
+    configs = candidates(config.changed(data), start)
+    runs: dict[str, Path] = {}
+    for name, candidate in configs.items():
+        run = _training_run(folder, config, name if len(configs) > 1 else "")
+        try:
+            _train_one(run, candidate)
+            runs[name] = run
+        except ConfigError as error:
+            if name == "scratch" or run.exists():
+                raise
+            if not runs:
+                raise ConfigError(
+                    f"retrain.start_from: champion: version {start['champion']}: {error}; set retrain.start_from: scratch"
+                ) from error
+            log.warning("start: from scratch: the champion's weights do not fit: %s", error)
+            start = {**start, "why": str(error)}
+    if not start:
+        return {"training_run": str(runs["scratch"])}
+    start = choose(start, runs, taken)
+    return {"training_run": str(runs[start["won"]]), "start": start}
+
+
+def _train_one(run: Path, config: Config) -> None:
+    """Train in the folder of the run, or resume it; nothing if it is finished. The step `register` registers the bundle."""
+    from refract.pipeline.training.run import train as train_run
+    from refract.pipeline.training.run_directory import RECORD, read_record, stored_config
+
     if run.exists() and not (run / RECORD).exists():
         shutil.rmtree(run)  # the process was killed before the first record
     if not run.exists():
-        train_run(config)
+        train_run(config.changed({"trainer.run_name": run.name}), registers=False)
     elif not read_record(run).get("finished"):
-        train_run(stored_config(run), resume=run)
-    return {"training_run": str(run)}
+        train_run(stored_config(run), resume=run, registers=False)
 
 
 def register(folder: Path, config: Config, record: Record) -> Record:
-    """Deliver the run to MLflow and tag its version. RetrainingError while the server does not accept it."""
+    """Register the bundle as `challenger`, deliver the run to MLflow and tag its version.
+
+    RetrainingError while the server does not accept it.
+    """
+    from refract.pipeline.retraining.start_from import described
     from refract.pipeline.tracking.address import absolute, tracking_uri
     from refract.pipeline.tracking.journal import Journal
     from refract.pipeline.tracking.store import LONGEST_TAG, Store, first_line
@@ -259,6 +297,8 @@ def register(folder: Path, config: Config, record: Record) -> Record:
     journal = Journal(run)
     store = Store(absolute(journal.delivered.get("uri") or tracking_uri(config.tracking)), run)
     journal.for_server(store.uri)
+    if not any(journal.of("register")):
+        journal.append({"do": "register", "model": config.tracking.model_name, "alias": "challenger"})
     try:
         for entry in journal.waiting():
             deliver_one(journal, store, entry)
@@ -268,6 +308,8 @@ def register(folder: Path, config: Config, record: Record) -> Record:
             "holdout": record["snapshot"]["holdout"],
             "retraining_run": folder.name,
         }
+        if "start" in record:
+            tags["start"] = described(record["start"])
         tags |= {f"labels.{kind}": check["summary"][:LONGEST_TAG] for kind, check in record.get("labels", {}).items()}
         for key, value in tags.items():
             client_of(store.uri).set_model_version_tag(config.tracking.model_name, version, key, value)

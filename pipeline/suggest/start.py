@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from refract.pipeline.config.config import ConfigError
+from refract.pipeline.training.source_model import bundle_folder
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,13 @@ def check_start(name: str | None, weights: str | None, classes: int) -> Start | 
     """
     if name is None and weights in (None, "none"):
         return None
+    if weights is not None and weights.startswith(("models:", "runs:")):
+        raise ConfigError(
+            f"--model.weights {weights}: init reads no model of MLflow; give the folder of a bundle or a run, and write {weights} to the "
+            "config's model.weights afterwards"
+        )
+    folder = bundle_folder(weights or "none")
+    weights = weights if folder is None else str(folder)
     record = _bundle_network(weights)
     if record is not None and name in (None, record["name"]):
         height, width = record["image_size"]

@@ -9,7 +9,7 @@ from refract.models.training.losses import LOSSES, losses_of
 from refract.models.training.specs import LossSpec
 from refract.pipeline.config.config import Config, ConfigError
 from refract.pipeline.config.sections import ModelConfig
-from refract.pipeline.training.initial_weights import loads_weights, restart_head, start_weights
+from refract.pipeline.training.initial_weights import head_rows, loads_weights, start_weights
 
 if TYPE_CHECKING:
     from refract.augment import Augmenter, Preprocess
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from refract.models.multimodal.tokens import Tokens
     from refract.models.training.lightning_module import ClassifierModule
     from refract.pipeline.data.manifest import Manifest
+    from refract.pipeline.training.source_model import SourceModel
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,18 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
             f"optim.sam: needs the loss of the whole step at once, got trainer.accumulate: {config.trainer.accumulate}; "
             "set trainer.accumulate: 1"
         )
+    _check_mode(config)
+    if config.loss.teacher is None and config.loss.distill != LossSpec().distill:
+        log.warning("loss.distill has no effect without loss.teacher")
+    with_gamma = [name for name, loss in LOSSES.items() if "gamma" in loss.needs]
+    if config.loss.name not in with_gamma and config.loss.gamma != LossSpec().gamma:
+        log.warning("loss.gamma has no effect without loss.name: %s", " or ".join(with_gamma))
+    if not config.loss.penalty and config.loss.l1_ratio:
+        log.warning("loss.l1_ratio has no effect without loss.penalty")
+
+
+def _check_mode(config: Config) -> None:
+    """Raise ConfigError for settings that `model.mode` excludes. Warn about a mode without effect."""
     model, epochs = config.model, config.trainer.max_epochs
     if model.mode in ("gradual", "linear-then-fine-tune") and model.unfreeze_epochs >= epochs > 1:
         log.warning(
@@ -70,13 +83,8 @@ def check_recipe(config: Config, augmenter: "Augmenter", precision: str) -> None
         log.warning(
             f"model.mode: {model.mode} trains only the head; with model.weights: none the backbone stays random"
         )
-    if config.loss.teacher is None and config.loss.distill != LossSpec().distill:
-        log.warning("loss.distill has no effect without loss.teacher")
-    with_gamma = [name for name, loss in LOSSES.items() if "gamma" in loss.needs]
-    if config.loss.name not in with_gamma and config.loss.gamma != LossSpec().gamma:
-        log.warning("loss.gamma has no effect without loss.name: %s", " or ".join(with_gamma))
-    if not config.loss.penalty and config.loss.l1_ratio:
-        log.warning("loss.l1_ratio has no effect without loss.penalty")
+    if model.mode == "lora" and not loads_weights(config):
+        raise ConfigError("model.mode: lora adapts loaded weights; set model.weights, or model.mode: fine-tune")
 
 
 def _check_on_embeddings(config: Config) -> None:
@@ -195,10 +203,16 @@ def _three(values: Any) -> tuple[float, float, float]:
 
 
 def make_module(
-    config: Config, manifest: "Manifest", augmenter: "Augmenter", preprocess: "Preprocess", arrays: Mapping[str, Any]
+    config: Config,
+    manifest: "Manifest",
+    augmenter: "Augmenter",
+    preprocess: "Preprocess",
+    arrays: Mapping[str, Any],
+    source: "SourceModel | None" = None,
 ) -> "tuple[ClassifierModule, dict[str, Any] | None]":
     """Return (the training module with its initial weights, the bundle's record of the text network or None).
 
+    source: the model that training starts from, whose folder is config.model.weights; None without one.
     Raises ConfigError for values that the network, the optimiser or the loss rejects.
     """
     import torch
@@ -206,11 +220,19 @@ def make_module(
     from refract.models.classifier import Classifier
     from refract.models.training.activation_checkpointing import recompute_activations
     from refract.models.training.lightning_module import ClassifierModule
+    from refract.models.training.lora import add_adapters
     from refract.models.training.objective import balanced_weights
 
     model, count = config.model, len(manifest.labels)
     try:
-        network, tokens, text = _network(config, count)
+        network, tokens, text = _network(config, manifest.labels, source)
+        if model.mode == "lora":
+            add_adapters(
+                network,
+                _blank_inputs(reads(config), 1, config.data.sides()),
+                rank=model.lora_rank,
+                alpha=model.lora_alpha,
+            )
         classifier = Classifier(
             network,
             tokens=tokens,
@@ -220,11 +242,10 @@ def make_module(
             image_size=config.data.sides(),
             **arrays,
         )
-        if text is None:
-            restart_head(model, network, manifest)
         start_weights(config, classifier, preprocess, manifest)
     except (ValueError, OSError, TypeError, RuntimeError, MemoryError, *FROM_ARGS) as error:
-        raise ConfigError(f"model: {_line(error)}") from error
+        line = _line(error) if source is None else _line(error).replace(str(source.bundle.path), source.weights)
+        raise ConfigError(f"model: {line}") from error
     classifier.frozen_norms = bool(model.frozen_norms)
     teacher = _teacher(config, manifest, classifier)
     for where, checked in (
@@ -258,20 +279,30 @@ def make_module(
     return module, text
 
 
-def _network(config: Config, count: int) -> "tuple[Any, Tokens | None, dict[str, Any] | None]":
+def _network(
+    config: Config, labels: Sequence[str], source: "SourceModel | None"
+) -> "tuple[Any, Tokens | None, dict[str, Any] | None]":
     """Return (the network, its tokeniser or None, the bundle's record of the text network or None)."""
     from refract.models.factory import text_record
-    from refract.models.head import neutralise_head
+    from refract.models.head import head_of, neutralise_head
     from refract.models.multimodal.fusion import Reader
     from refract.models.multimodal.text_networks import make_text_encoder
+    from refract.models.pretrained.weights import load_weights
     from refract.models.registry import build
 
-    model, text = config.model, config.text
-    image_options: dict[str, Any] = {"image_size": config.data.sides(), "weights": model.weights, "args": model.args}
+    model, text, count = config.model, config.text, len(labels)
+    reader_record = None if source is None else source.bundle.info.text
+    weights = model.weights if reader_record is None else "none"
+    image_options: dict[str, Any] = {"image_size": config.data.sides(), "weights": weights, "args": model.args}
     if text.name == "none":
-        return build(model.name, count, head=model.head_name, **image_options), None, None
+        if reader_record is not None:
+            raise ValueError(
+                f"weights={model.weights!r}: the model reads texts; set text.name: {reader_record['name']}"
+            )
+        rows = head_rows(source, labels)
+        return build(model.name, count, head=model.head_name, head_rows=rows, **image_options), None, None
     text_options: dict[str, Any] = {
-        "weights": text.weights,
+        "weights": text.weights if reader_record is None else "none",
         "max_length": text.max_length,
         "pooling": text.pooling,
         "args": text.args,
@@ -281,9 +312,17 @@ def _network(config: Config, count: int) -> "tuple[Any, Tokens | None, dict[str,
     fusion: dict[str, Any] = {"fusion": text.fusion, "width": text.width}
     drops: dict[str, Any] = {"drop_image": text.drop_image, "drop_text": text.drop_text}
     reader = Reader(image_network, text_network, count, head=model.head, **fusion, **drops)
-    if loads_weights(config):
+    record = text_record(part, fusion)
+    if source is not None and reader_record is not None:
+        if record != reader_record:
+            differing = [key for key in record if record[key] != reader_record.get(key)]
+            raise ValueError(
+                f"weights={model.weights!r}: the model's text network differs from the config's section text: {', '.join(differing)}"
+            )
+        load_weights(reader, head_of(reader), model.weights, head_rows(source, labels))
+    elif loads_weights(config):
         neutralise_head(reader)
-    return reader, tokens, text_record(part, fusion)
+    return reader, tokens, record
 
 
 def _check_runs(config: Config, classifier: "Classifier", where: str, classes: Sequence[str]) -> None:
@@ -298,7 +337,7 @@ def _check_runs(config: Config, classifier: "Classifier", where: str, classes: S
     with torch.no_grad(), torch.random.fork_rng(devices=[]), frozen_batch_statistics(classifier.train()):
         for size in {**sizes, full: None}:
             try:
-                logits = classifier(*_blank_inputs(classifier, min(2, config.data.batch_size), size))
+                logits = classifier(*_blank_inputs(classifier.reads, min(2, config.data.batch_size), size))
                 if not isinstance(logits, torch.Tensor) or logits.shape != (min(2, config.data.batch_size), count):
                     shape = tuple(getattr(logits, "shape", ()))
                     raise ValueError(f"its output has shape {shape}, expected one number for each of {count} labels")
@@ -313,17 +352,17 @@ def _check_runs(config: Config, classifier: "Classifier", where: str, classes: S
                 ) from error
 
 
-def _blank_inputs(classifier: "Classifier", count: int, size: tuple[int, int]) -> "Inputs":
+def _blank_inputs(modalities: frozenset[str], count: int, size: tuple[int, int]) -> "Inputs":
     import torch
 
-    images = torch.zeros(count, 3, *size) if "images" in classifier.reads else None
-    if "texts" not in classifier.reads:
+    images = torch.zeros(count, 3, *size) if "images" in modalities else None
+    if "texts" not in modalities:
         return (images,)
     return images, torch.ones(count, 4, dtype=torch.int32), torch.ones(count, dtype=torch.bool)
 
 
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).splitlines() or [type(error).__name__])[0][:400]
 
 
 def _teacher(config: Config, manifest: "Manifest", student: "Classifier") -> "Classifier | None":

@@ -39,12 +39,14 @@ class Reproducer(Callback):
     ) -> None:
         if not isinstance(exception, FloatingPointError) or not self._batch or not trainer.is_global_zero:
             return
+        from refract.models.training.lora import merged_state
+
         classifier: nn.Module = pl_module.classifier  # type: ignore[assignment]
         diagnosis = first_not_finite(classifier, inputs_of(self._batch))
         buffer = io.BytesIO()
         content = {
             "batch": {name: value.cpu() for name, value in self._batch.items() if isinstance(value, Tensor)},
-            "weights": {name: value.cpu() for name, value in classifier.state_dict().items()},
+            "weights": {name: value.cpu() for name, value in merged_state(classifier).items()},
             "epoch": trainer.current_epoch, "step": trainer.global_step, **self.facts, "samples": self._samples(trainer.current_epoch),
         }  # fmt: skip
         torch.save(content, buffer)

@@ -11,6 +11,7 @@ from refract.pipeline.config.config import Config, ConfigError, check_loss
 from refract.pipeline.config.defaults import filled
 from refract.pipeline.training.callbacks.stopping import stop_requests
 from refract.pipeline.training.ranks import Ranks, current_ranks
+from refract.pipeline.training.source_model import SourceModel, source_model
 from refract.plugins import load
 
 log = logging.getLogger(__name__)
@@ -22,8 +23,8 @@ CHECKPOINTS = "checkpoints"
 class Assembly:
     """The data, the module and the device of a training before its first step.
 
-    config: without unset values; identity: see `prepare_data`; precision: Lightning's name; text: the bundle's record of the text network,
-    None without one.
+    config: without unset values, and with a version in place of an alias in model.weights; identity: see `prepare_data`; precision:
+    Lightning's name; text: the bundle's record of the text network, None without one; source: the model that training starts from.
     """
 
     config: Config
@@ -35,12 +36,21 @@ class Assembly:
     precision: str
     ranks: Ranks
     text: dict[str, Any] | None = None
+    source: SourceModel | None = None
+
+    @property
+    def weights(self) -> str:
+        """`model.weights`, with the folder on this machine in place of a model's name."""
+        return self.config.model.weights if self.source is None else str(self.source.bundle.path)
 
 
-def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None) -> Assembly:
+def assemble(
+    config: Config, prepared: tuple[Any, dict[str, str]] | None = None, *, source_digest: str | None = None
+) -> Assembly:
     """Check and split the data, and build the classifier, its module and its batches.
 
-    prepared: an earlier result of `prepare_data` for the same data and seed. Raises the errors of `train`.
+    prepared: an earlier result of `prepare_data` for the same data and seed; source_digest: see `source_model`, for a resumed run.
+    Raises the errors of `train`.
     """
     from refract.augment import Augmenter
     from refract.models.training.lightning_imports import lightning
@@ -76,12 +86,16 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
         color_profile=config.data.color_profile,
     )
     check_recipe(config, augmenter, precision)
-    preprocess = make_preprocess(config)
+    source, local = source_model(config, source_digest), config
+    if source is not None:
+        config = config.changed({"model.weights": source.weights})
+        local = config.changed({"model.weights": str(source.bundle.path)})
+    preprocess = make_preprocess(local)
     manifest, identity = prepare_data(config) if prepared is None else prepared
     check_task(config.loss, manifest.task)
     lightning.seed_everything(config.trainer.seed, workers=True, verbose=False)
-    preprocess, arrays = with_normalisation(config, preprocess, manifest)
-    module, text = make_module(config, manifest, augmenter, preprocess, arrays)
+    preprocess, arrays = with_normalisation(local, preprocess, manifest)
+    module, text = make_module(local, manifest, augmenter, preprocess, arrays, source)
     data = ImageDataModule(
         manifest,
         augmenter=augmenter,
@@ -96,7 +110,7 @@ def assemble(config: Config, prepared: tuple[Any, dict[str, str]] | None = None)
         tokens=module.classifier.tokens,
         reads_images="images" in module.classifier.reads,
     )
-    return Assembly(config, manifest, identity, module, data, device, precision, ranks, text)
+    return Assembly(config, manifest, identity, module, data, device, precision, ranks, text, source)
 
 
 def fit(
@@ -118,6 +132,7 @@ def fit(
     import torch
 
     from refract.models.training.lightning_imports import EarlyStopping
+    from refract.models.training.lora import merge_adapters
     from refract.pipeline.training.callbacks.averaging import WeightAverage, best_weights
     from refract.pipeline.training.callbacks.checkpoints import ResumeCheckpoint
     from refract.pipeline.training.callbacks.progress import BestCheckpoint, EpochReport, StepProgress, quiet_lightning
@@ -149,6 +164,7 @@ def fit(
         return report.history
     best_checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     module.load_state_dict(best_weights(best_checkpoint))
+    merge_adapters(module)
     _log_best_epoch(best_checkpoint["epoch"], report.history, module.monitor, first)
     module.to("cuda" if device == "cuda" else "cpu").eval()
     return report.history

@@ -1,17 +1,16 @@
 """Initialise the weights of a training: loaded or random weights, the head, and initialisations that use training images."""
 
-import json
 import logging
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from refract.pipeline.config.config import Config
-from refract.pipeline.config.sections import ModelConfig
 
 if TYPE_CHECKING:
     from refract.augment import Preprocess
     from refract.models.classifier import Classifier
     from refract.pipeline.data.manifest import Manifest
+    from refract.pipeline.training.source_model import SourceModel
 
 log = logging.getLogger(__name__)
 
@@ -27,26 +26,21 @@ def loads_weights(config: Config) -> bool:
     return config.model.weights != "none" or (text.name not in ("none", HASHING) and text.weights != "none")
 
 
-def restart_head(model: ModelConfig, network: Any, manifest: "Manifest") -> None:
-    """Reset the head if the weights are those of a bundle with the same number of labels but different ones.
+def head_rows(source: "SourceModel | None", labels: Sequence[str]) -> list[int | None] | None:
+    """Return for each label its row in the head of the model that training starts from, None for a new label.
 
-    Raises ValueError if the bundle's record lists no labels.
+    None without such a model, and if it has the same labels in the same order.
     """
-    from refract.models.head import head_of, neutralise_head
-
-    record = Path(model.weights) / "bundle.json"
-    if model.weights in ("none", "default") or not record.is_file():
-        return
-    stored = json.loads(record.read_text("utf-8"))
-    labels = stored.get("labels") if isinstance(stored, dict) else None
-    if not isinstance(labels, list):
-        raise ValueError(f"weights={model.weights!r}: its bundle.json has no list `labels`")
-    if len(labels) == len(manifest.labels) and tuple(labels) != manifest.labels:
-        for module in head_of(network).modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()  # type: ignore[operator]
-        neutralise_head(network)
-        log.info("the head is reset: the weights were trained for other labels (%s …)", ", ".join(labels[:3]))
+    if source is None or source.bundle.info.labels == tuple(labels):
+        return None
+    known = {label: row for row, label in enumerate(source.bundle.info.labels)}
+    rows = [known.get(label) for label in labels]
+    new = [label for label, row in zip(labels, rows, strict=True) if row is None]
+    log.info("the head keeps %d of the model's %d classes", len(labels) - len(new), len(known))
+    if new:
+        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+        log.info("the head gets new rows for %s%s", ", ".join(new[:5]), more)
+    return rows
 
 
 def start_weights(config: Config, classifier: "Classifier", preprocess: "Preprocess", manifest: "Manifest") -> None:

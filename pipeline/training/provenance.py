@@ -12,6 +12,7 @@ from typing import Any
 
 from refract.pipeline.config.config import Config
 from refract.pipeline.config.plugin_files import plugin_digests
+from refract.pipeline.training.source_model import bundle_folder
 
 PACKAGES = (
     "refract", "torch", "torchvision", "timm", "lightning", "numpy", "opencv-python-headless", "simplejpeg", "pillow",
@@ -35,7 +36,7 @@ def inputs(config: Config) -> dict[str, str]:
     from refract.models.pretrained.packages import package_of
 
     names = {
-        "model.weights": config.model.weights,
+        "model.weights": str(bundle_folder(config.model.weights) or config.model.weights),
         "loss.teacher": config.loss.teacher or "",
         "text.name": config.text.name,
     }

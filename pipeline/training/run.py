@@ -57,11 +57,12 @@ def train(
     resume: Path | None = None,
     prepared: "tuple[Manifest, dict[str, str]] | None" = None,
     tags: Mapping[str, str] = MappingProxyType({}),
+    registers: bool = True,
 ) -> Result | None:
     """Train from a config. Returns None in all ranks but rank 0.
 
     name: of the run if the config names none; resume: the folder of the run to resume, which has this config; prepared: see `assemble`;
-    tags: further tags of the run in MLflow.
+    tags: further tags of the run in MLflow; registers: False leaves the registration of tracking.model_name to the caller.
 
     Raises ConfigError, PolicyError, DataError, TrackingError, CheckpointError, LoaderError or BundleError for causes that the user can
     fix, and Stopped after SIGTERM or Ctrl-C, when the run can resume.
@@ -70,12 +71,12 @@ def train(
     from refract.pipeline.doctor.run import make_doctor
     from refract.pipeline.training.callbacks.checkpoints import newest, remove_resume_checkpoints
     from refract.pipeline.training.cost import Cost
-    from refract.pipeline.training.run_directory import run_lock
+    from refract.pipeline.training.run_directory import run_lock, source_digest
 
     keep_freed_memory()
     if config.tracking.enabled:
         check_address(tracking_uri(config.tracking))
-    assembly = assemble(config, prepared)
+    assembly = assemble(config, prepared, source_digest=None if resume is None else source_digest(resume))
     checkpoint = None if resume is None else newest(resume / CHECKPOINTS)
     if not assembly.ranks.first:
         fit(assembly, resume or Path(config.trainer.runs_dir), None, checkpoint)
@@ -98,7 +99,9 @@ def train(
                     _track_metrics(assembly, tracker, assessment, epochs=len(history))
                 package(assembly, run.path, assessment)
             if tracker is not None:
-                _register(assembly, run, tracker, cost)
+                _upload(assembly, run, tracker, cost)
+                if registers and config.tracking.model_name:
+                    tracker.register(config.tracking.model_name, config.tracking.alias)
         run.finish()
         remove_resume_checkpoints(run.path / CHECKPOINTS)
     return _result(run, tracker, metrics)
@@ -134,6 +137,8 @@ def _open_run(
     code, diff = code_state()
     fingerprint, hardware = assembly.identity["fingerprint"], machine(assembly.device, assembly.precision)
     record = new_record(assembly.config, name, fingerprint, input_digests, code, hardware)
+    if assembly.source is not None:
+        record["start"] = assembly.source.record
     policy = assembly.config.augment.policy
     if isinstance(policy, str) and Path(policy).is_file():
         written_out = {"augment.policy": assembly.data.train_set.augmenter.policy.to_spec()}
@@ -168,7 +173,8 @@ def _open_tracker(assembly: Assembly, run: "Run", more_tags: Mapping[str, str]) 
         return None
     data = {"fingerprint": assembly.identity["fingerprint"], "source": assembly.manifest.source}
     counts = {split: len(assembly.manifest.of(split)) for split in assembly.manifest.splits()}
-    tags = flat_tags(data=data | counts, code=run.record["code"], machine=run.record["machine"])
+    sections = {"code": run.record["code"], "machine": run.record["machine"], "start": run.record.get("start", {})}
+    tags = flat_tags(data=data | counts, **sections)
     tags |= origin(f"refract train {run.record['name']}") | dict(more_tags)
     if "commit" in run.record["code"]:
         tags["mlflow.source.git.commit"] = run.record["code"]["commit"]  # shown on MLflow's pages
@@ -309,8 +315,8 @@ def _network_plugins(config: Config) -> tuple[dict[str, str], ...]:
     return () if plugin is None else ({"name": plugin.name, "sha256": plugin.sha256},)
 
 
-def _register(assembly: Assembly, run: "Run", tracker: "Tracker", cost: "Cost") -> None:
-    """Upload the run's files to MLflow, and register the bundle as a version of the configured model."""
+def _upload(assembly: Assembly, run: "Run", tracker: "Tracker", cost: "Cost") -> None:
+    """Upload the run's files to MLflow, with the bundle and the costs."""
     costs = {f"cost_{name}": value for name, value in cost.totals().items()}
     tracker.log_metrics({**costs, "cost_peak_memory_mib": peak_memory()}, step=0)
     tracker.tag({"rerun": f"refract rerun {tracker.journal.delivered.get('run_id', run.path)}"})
@@ -318,9 +324,6 @@ def _register(assembly: Assembly, run: "Run", tracker: "Tracker", cost: "Cost") 
         file for file in sorted(run.path.iterdir()) if file.is_file() and not file.name.startswith((".", "journal"))
     ]
     tracker.log_files(files, run.path / "bundle")
-    config = assembly.config.tracking
-    if config.model_name:
-        tracker.register(config.model_name, config.alias)
 
 
 def _result(run: "Run", tracker: "Tracker | None", metrics: dict[str, float]) -> Result:

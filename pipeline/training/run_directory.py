@@ -25,7 +25,8 @@ CONFIG, RECORD, LOCK = "config.yaml", "run.json", ".lock"
 class Run:
     """A run on disk.
 
-    path: the folder; record: its `run.json`, with the `fingerprint` of the data, `inputs`, `versions` and, at the end, `finished`;
+    path: the folder; record: its `run.json`, with the `fingerprint` of the data, `inputs`, `versions`, `start` (see `SourceModel.record`)
+    if the training starts from a model, and, at the end, `finished`;
     resumed: whether an earlier process started the run.
     """
 
@@ -105,13 +106,21 @@ def resume_run(path: Path, record: Mapping[str, Any]) -> Run:
     return Run(path, stored, resumed=True)
 
 
+def source_digest(path: Path) -> str | None:
+    """Return the digest of the bundle that a run started from; None for other weights. ConfigError without a record."""
+    return read_record(path).get("start", {}).get("digest")
+
+
 def unfinished(config: Config, name: str) -> Path | None:
     """Return the newest unfinished run in `runs_dir` with the same config, or None."""
     root, comparable = Path(config.trainer.runs_dir), _comparable(config)
     folders = [root / config.trainer.run_name] if config.trainer.run_name else sorted(root.glob(f"{name}-*"))
     for path in sorted((p for p in folders if (p / RECORD).is_file()), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
-            if not read_record(path).get("finished") and _comparable(stored_config(path)) == comparable:
+            record, stored = read_record(path), stored_config(path)
+            if source := record.get("start", {}).get("source"):  # with its alias, where the stored config has a version
+                stored = stored.changed({"model.weights": source})
+            if not record.get("finished") and _comparable(stored) == comparable:
                 return path
         except (ConfigError, PluginError) as error:
             log.warning("skipped: %s", error)

@@ -16,7 +16,7 @@ from refract.models.bundle.bundle import BundleInfo, GoldenSample, load_bundle, 
 from refract.models.classifier import probabilities
 from refract.models.factory import make_classifier
 from refract.pipeline.data.manifest import Manifest, Sample
-from refract.pipeline.retraining.gate import Line, Measured, Verdict, _latency, _measure, judge
+from refract.pipeline.retraining.gate import Line, Measured, Verdict, _latency, judge, measure
 from refract.pipeline.retraining.holdout_size import LARGEST, SMALLEST, Z, lowest_gain, rounded, samples_to_decide
 from refract.pipeline.retraining.settings import GateConfig
 
@@ -196,4 +196,4 @@ def test_a_multilabel_bundle_is_measured_by_its_own_thresholds(tmp_path: Path) -
         Sample(f"{i}", tuple(np.flatnonzero(row).tolist()), "test", data=data)
         for i, (row, data) in enumerate(zip(truth, images, strict=True))
     ]
-    assert _measure(bundle, Manifest("h", tuple(samples), ("a", "b"), "multilabel"), False).right.all()
+    assert measure(bundle, Manifest("h", tuple(samples), ("a", "b"), "multilabel"), False).right.all()

@@ -15,7 +15,7 @@ from refract.pipeline.data.manifest import Sample, load_manifest
 from refract.pipeline.evaluation.evaluate import probabilities_of, truth_of
 from refract.pipeline.evaluation.multilabel import set_errors
 from refract.pipeline.evaluation.robustness import Effort, measure_robustness
-from refract.pipeline.retraining.gate import _measure
+from refract.pipeline.retraining.gate import measure
 from refract.pipeline.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -156,5 +156,5 @@ def test_robustness_counts_labels_that_the_classifier_lacks(root: Path, bundle: 
 def test_the_gate_measures_robustness(root: Path, bundle: Bundle) -> None:
     manifest = load_manifest(root / "m.csv", "multilabel")
     held = manifest.with_samples(manifest.of("test"))
-    measured = _measure(bundle, held, True)
+    measured = measure(bundle, held, True)
     assert measured.error is not None and 0 < measured.error < 1
