@@ -116,12 +116,12 @@ def head_inputs(network: nn.Module) -> Iterator[list[Tensor]]:
     Feature maps and token sequences are averaged over their positions. If the network does not call the module that `head_of` returns,
     because it registers layers in another order than it calls them, the network's output is recorded instead.
     """
-    head = _called_head(network)
+    head = called_head(network)
     features: list[Tensor] = []
     inputs: list[Tensor] = []
 
     def before_head(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(_averaged(args[0], channels_first=isinstance(module, nn.Conv2d)))
+        inputs.append(pooled(args[0], channels_first=isinstance(module, nn.Conv2d)))
 
     def after_network(module: nn.Module, args: object, output: Tensor) -> None:
         features.append((inputs[-1] if inputs else output).detach().float().cpu())
@@ -135,15 +135,16 @@ def head_inputs(network: nn.Module) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def _called_head(network: nn.Module) -> nn.Module:
+def called_head(network: nn.Module) -> nn.Module:
     """Return the last layer of the head. A ModuleList is never called itself, and a fusion layer precedes the last layer."""
     head = head_of(network)
     return head[-1] if isinstance(head, nn.ModuleList) else head
 
 
-def _averaged(values: Tensor, *, channels_first: bool) -> Tensor:
+def pooled(values: Tensor, *, channels_first: bool) -> Tensor:
+    """Average feature maps (N, D, H, W), with channels_first, or tokens (N, …, D) over their positions. Returns (N, D)."""
     if values.ndim <= 2:
-        return values.reshape(len(values), -1)
+        return values.flatten(1)  # a tracer would record the batch size of `len` as a constant
     return values.flatten(2).mean(dim=2) if channels_first else values.flatten(1, -2).mean(dim=1)
 
 

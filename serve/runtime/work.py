@@ -36,16 +36,22 @@ class ParsedWork(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """The result of one request. request: what was parsed; bundle: the model that answered; probabilities: float32 N×C; seconds: durations
-    of the stages `prepare` (wait for a thread, parse, decode, resize), `queue`, `compute` and `explain`; explanations: one for each image,
-    empty if not requested; cut: whether each text was truncated, empty if the model reads no texts."""
+    """The result of one request. request: what was parsed; bundle: the model that answered; outputs: a record for each sample, see
+    `refract.serve.runtime.outputs.unpacked`; seconds: durations of the stages `prepare` (wait for a thread, parse, decode, resize),
+    `queue`, `compute` and `explain`; explanations: one for each image, empty if not requested; cut: whether each text was truncated, empty
+    if the model reads no texts."""
 
     request: ParsedRequest
     bundle: Bundle
-    probabilities: np.ndarray
+    outputs: np.ndarray
     seconds: dict[str, float]
     explanations: tuple[Explanation, ...] = ()
     cut: tuple[bool, ...] = ()
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """The probabilities, float32 N×C."""
+        return self.outputs["probabilities"]
 
     @property
     def timing(self) -> str:
