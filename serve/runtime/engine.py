@@ -14,6 +14,7 @@ from refract.augment.decoding.decode import ImageError
 from refract.augment.preprocess import Preprocess
 from refract.models.bundle.bundle import Bundle, BundleError, GoldenSample
 from refract.models.classifier import probabilities
+from refract.models.familiarity import Familiarity
 from refract.models.features import FeatureClassifier
 from refract.models.multimodal.tokens import Tokens
 from refract.models.occlusion import Occlusion
@@ -62,6 +63,9 @@ class Engine:
         self.preprocess = Preprocess.from_dict(bundle.info.preprocess)
         with naming_memory(self.device, "this network"):
             self._classifier = bundle.classifier(self.device)
+        training = bundle.training_features()
+        self.familiarity = None if training is None else Familiarity(training, self.device)
+        """Compares images with the training images; None for a bundle without training features."""
         if self.device.type == "cpu":
             channels_last(self._classifier)
         self._network = FeatureClassifier(self._classifier)
@@ -102,7 +106,7 @@ class Engine:
         return (str(self.device), *(str(other.device) for other in self.others))
 
     def compute(self, batch: np.ndarray) -> np.ndarray:
-        """Return a record of each sample's probabilities, with the bundle's temperature applied, logits and embedding: see
+        """Return a record of each sample's probabilities, with the bundle's temperature applied, logits, embedding and familiarity: see
         `refract.serve.runtime.outputs.unpacked`."""
         return self._fitted(partial(self._outputs, self._forward), batch)
 
@@ -163,12 +167,14 @@ class Engine:
 
     def _packed(self, logits: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         logits = logits.float()
-        return packed(self._probabilities(logits), logits, embedding)
+        unknown = logits.new_full((len(logits),), math.nan)
+        familiarity = unknown if self.familiarity is None else self.familiarity(embedding)
+        return packed(self._probabilities(logits), logits, embedding, familiarity)
 
     def mean(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """Return the records of the mean logits and the mean embeddings of two views of each sample, as in evaluation."""
+        """Return the records of the mean logits, embeddings and familiarities of two views of each sample, as in evaluation."""
         mean = one.copy()
-        for name in ("logits", "embedding"):
+        for name in ("logits", "embedding", "familiarity"):
             mean[name] = (one[name] + other[name]) / 2
         # From the mean of the logits, not of the probabilities: those of a confident network round to 0 and 1 in float32.
         mean["probabilities"] = self._probabilities(torch.from_numpy(mean["logits"])).numpy()

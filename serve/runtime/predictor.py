@@ -95,7 +95,8 @@ class Predictor:
             seconds = {"prepare": prepared, "queue": queued, "compute": computed}
             if work.flipped:
                 outputs = worker.engine.mean(*np.split(outputs, 2))
-            predictions = Predictions(request, worker.engine.bundle, outputs, seconds, cut=cuts(batch))
+            engine = worker.engine
+            predictions = Predictions(request, engine.bundle, outputs, seconds, engine.familiarity, cut=cuts(batch))
             rows = predictions.probabilities
             if self._sampling and sampled:
                 self._sampling.offer(worker.engine.bundle, request.images, batch, rows)

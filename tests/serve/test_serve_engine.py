@@ -104,12 +104,13 @@ def test_the_mean_of_opposite_logits_is_the_more_confident_prediction(make_bundl
     one[0, 0], other[0, 0], other[0, 1] = 60, -40, 40
     wanted = probabilities(torch.from_numpy((one + other) / 2), task=task).numpy()
     views = [
-        unpacked(np.concatenate([logits, logits, [[k, 1]]], axis=1, dtype=np.float32), 10)
+        unpacked(np.concatenate([logits, logits, [[k, 1, k]]], axis=1, dtype=np.float32), 10)
         for k, logits in enumerate((one, other))
     ]
     mean = engine.mean(*views)
     np.testing.assert_array_equal(mean["probabilities"], wanted)
     np.testing.assert_array_equal(mean["embedding"], [[0.5, 1]])
+    assert mean["familiarity"] == [0.5]
 
 
 def test_replicas_give_the_same_predictions_and_are_all_self_tested(bundle, serving, make_image, monkeypatch) -> None:
@@ -125,7 +126,7 @@ def test_replicas_give_the_same_predictions_and_are_all_self_tested(bundle, serv
         for i, answer in enumerate(answers):
             assert answer.json()["predictions"][0]["confidence"] == pytest.approx(rows[i % 3].max(), abs=1e-5)
         assert client.get("/v1/model").json()["device"] == "cpu, cpu, cpu, cpu"
-    monkeypatch.setattr(engine.others[2], "_outputs", lambda *_: unpacked(np.zeros((1, 20), np.float32), 10))
+    monkeypatch.setattr(engine.others[2], "_outputs", lambda *_: unpacked(np.zeros((1, 21), np.float32), 10))
     with pytest.raises(BundleError, match="golden sample"):
         engine.self_test()
     torch.set_num_threads(threads)

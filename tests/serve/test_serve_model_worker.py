@@ -100,7 +100,7 @@ def test_proven_brief_batches_are_computed_on_the_event_loop(
         while time.thread_time() < end:
             pass
         seen.append(threading.current_thread() is threading.main_thread())
-        return unpacked(np.zeros((len(batch), 20), np.float32), 10)
+        return unpacked(np.zeros((len(batch), 21), np.float32), 10)
 
     async def story(worker: ModelWorker, engine: Paced) -> None:
         monkeypatch.setattr(engine, "device", torch.device(device))
