@@ -84,7 +84,9 @@ def _embed(classifier: Classifier, preprocess: Preprocess, samples: Sequence[Sam
     hook = classifier.register_forward_pre_hook(keep_thumbnails)
     try:
         outcomes = score_outputs(classifier, preprocess, inputs, embed=True, task=task)
-        for sample, outcome in zip(samples, tracked(outcomes, "embedding", len(samples), unit="samples"), strict=True):
+        for sample, outcome in zip(
+            samples, tracked(outcomes, "computing training features", len(samples), unit="samples"), strict=True
+        ):
             if isinstance(outcome, Scored) and outcome.embedding is not None:
                 embedded.samples.append(sample)
                 rows.append(outcome.embedding)
