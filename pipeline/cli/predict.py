@@ -11,7 +11,6 @@ from refract.pipeline.cli import console
 
 if TYPE_CHECKING:
     from refract.models.bundle.info import BundleInfo
-    from refract.models.familiarity import Familiarity
     from refract.pipeline.inference.scoring import Scored
 
 
@@ -63,14 +62,15 @@ def _predict(args: argparse.Namespace) -> int:
         classifier,
         preprocess_of(info),
         inputs,
-        embed=familiarity is not None,
+        embed=False,
+        familiarity=familiarity,
         task=info.task,
         temperature=info.temperature,
     )
     failed, cut = 0, classifier.tokens is not None and classifier.tokens(args.text)[1]
     for file, outcome in zip(files or [Path("text")], predictions, strict=True):
         if isinstance(outcome, Scored):
-            _show(file, outcome, info, args, cut=cut, familiarity=familiarity)
+            _show(file, outcome, info, args, cut=cut)
             continue
         failed += 1
         reason = outcome.strerror if isinstance(outcome, OSError) and outcome.strerror else str(outcome)
@@ -92,25 +92,15 @@ def _image_files(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
     return listed_images(args.paths) if args.paths else []
 
 
-def _show(
-    file: Path,
-    outcome: "Scored",
-    info: "BundleInfo",
-    args: argparse.Namespace,
-    *,
-    cut: bool,
-    familiarity: "Familiarity | None",
-) -> None:
-    import torch
-
+def _show(file: Path, outcome: "Scored", info: "BundleInfo", args: argparse.Namespace, *, cut: bool) -> None:
     from refract.models.prediction import confidences, format_prediction, prediction
 
-    probabilities, embedding = outcome
+    probabilities = outcome.probabilities
     thresholds = info.thresholds if info.task == "multilabel" else None
     options: dict[str, Any] = {"top": args.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
     confidence = float(confidences(probabilities[None], info.task, info.thresholds)[0])
-    if familiarity is not None and embedding is not None:
-        options["familiarity"] = float(familiarity(torch.from_numpy(embedding[None])))
+    if outcome.familiarity is not None:
+        options["familiarity"] = outcome.familiarity
     result = prediction(probabilities, info.labels, confidence=confidence, cut=cut, **options)
     if output.is_json():
         output.result({"path": file, **result})

@@ -120,7 +120,8 @@ def score_all(bundle: Path, source: Path, out: Path, options: Options) -> Summar
             files = {shard.number: part_files.part_of(folder, key, shard.number) for shard in shards}
             missing = [shard for shard in shards if not part_files.is_whole(files[shard.number], len(shard.rows))]
             schema = schema_of(
-                loaded.info, texts=listing.texts, truths=listing.truths, embeddings=options.embeddings, key=key, about=job.about
+                loaded.info, texts=listing.texts, truths=listing.truths, embeddings=options.embeddings,
+                familiarity=loaded.training_features() is not None, key=key, about=job.about
             )  # fmt: skip
             ready = _score(missing, job, options, stop, summary, len(listing.rows)) if missing else time.perf_counter()
 

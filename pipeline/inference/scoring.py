@@ -14,6 +14,7 @@ import torch
 from refract.augment import ImageError, Preprocess
 from refract.models.bundle.info import BundleError, BundleInfo
 from refract.models.classifier import Classifier, probabilities
+from refract.models.familiarity import Familiarity
 from refract.models.head import head_inputs
 from refract.models.multimodal.tokens import pad_rows
 
@@ -22,10 +23,12 @@ TASK_IMAGES = 4
 
 
 class Scored(NamedTuple):
-    """The outputs for one sample, float32. probabilities: (C,); embedding: (D,), None if it is not asked for."""
+    """The outputs for one sample, float32. probabilities: (C,); embedding: (D,), None if it is not asked for; familiarity: None without
+    training features, see `refract.models.familiarity`."""
 
     probabilities: np.ndarray
-    embedding: np.ndarray | None
+    embedding: np.ndarray | None = None
+    familiarity: float | None = None
 
 
 class SampleInput(NamedTuple):
@@ -65,14 +68,18 @@ def score_outputs(
     samples: Iterable[SampleInput],
     *,
     embed: bool,
+    familiarity: Familiarity | None = None,
     task: str,
     temperature: float = 1.0,
     batch_size: int = 64,
     tta: str = "none",
     threads: int | None = None,
 ) -> Iterator[Scored | ImageError | OSError]:
-    """Yield each sample's outputs, in order, or the error that prevents them. embed: compute the embeddings too, in the same forward pass;
-    the views of test-time augmentation are averaged. The other arguments are those of `score`."""
+    """Yield each sample's outputs, in order, or the error that prevents them.
+
+    embed: compute the embeddings too, in the same forward pass; the views of test-time augmentation are averaged. familiarity: compares the
+    embeddings with training images, on the CPU. The other arguments are those of `score`.
+    """
     device = next(classifier.parameters()).device
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         source, prepare = iter(samples), partial(_prepare, classifier, preprocess)
@@ -85,11 +92,20 @@ def score_outputs(
             rows: Iterator[Scored] = iter(())
             if prepared:
                 with torch.inference_mode():
-                    logits, embedding = _outputs(classifier, prepared, tta, device, embed=embed)
+                    logits, embedding = _outputs(
+                        classifier, prepared, tta, device, embed=embed or familiarity is not None
+                    )
                     computed = probabilities(logits, task=task, temperature=temperature).cpu().numpy()
-                rows = map(Scored, computed, repeat(None) if embedding is None else embedding.numpy())
+                    rows = _scored(computed, embedding, familiarity)
             for item in items:
                 yield next(rows) if isinstance(item, _Prepared) else item
+
+
+def _scored(computed: np.ndarray, embedding: torch.Tensor | None, familiarity: Familiarity | None) -> Iterator[Scored]:
+    if embedding is None:
+        return map(Scored, computed)
+    familiarities = repeat(None) if familiarity is None else familiarity(embedding).tolist()
+    return map(Scored, computed, embedding.numpy(), familiarities)
 
 
 class _Prepared(NamedTuple):

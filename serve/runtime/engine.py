@@ -172,12 +172,15 @@ class Engine:
         return packed(self._probabilities(logits), logits, embedding, familiarity)
 
     def mean(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """Return the records of the mean logits, embeddings and familiarities of two views of each sample, as in evaluation."""
+        """Return the records of the mean logits and the mean embeddings of two views of each sample, as in evaluation."""
         mean = one.copy()
-        for name in ("logits", "embedding", "familiarity"):
+        for name in ("logits", "embedding"):
             mean[name] = (one[name] + other[name]) / 2
         # From the mean of the logits, not of the probabilities: those of a confident network round to 0 and 1 in float32.
         mean["probabilities"] = self._probabilities(torch.from_numpy(mean["logits"])).numpy()
+        if self.familiarity is not None:
+            embedding = torch.from_numpy(np.ascontiguousarray(mean["embedding"])).to(self.device)
+            mean["familiarity"] = self.familiarity(embedding).cpu().numpy()
         return mean
 
     @property

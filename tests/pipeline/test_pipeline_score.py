@@ -400,8 +400,10 @@ def test_the_embeddings_are_those_of_the_pass_that_computes_the_probabilities(tm
                 with torch.inference_mode():
                     logits = classifier.network.head(torch.from_numpy(row.embedding)) / opened.info.temperature
                 np.testing.assert_allclose(logits.softmax(0), probabilities, atol=1e-4)
-    schema = schema_of(opened.info, texts=False, truths=False, embeddings=True, key="k", about={})
+    rows[0] = rows[0]._replace(familiarity=0.25)
+    schema = schema_of(opened.info, texts=False, truths=False, embeddings=True, familiarity=True, key="k", about={})
     shard = Shard(0, 0, tuple(Row(str(number)) for number in range(6)))
     table = table_of(shard, [row if isinstance(row, Scored) else "damaged" for row in rows], opened.info, schema)
+    assert table["familiarity"].to_pylist() == [0.25, *[None] * 5]
     for row, values in zip(rows, table["embedding"].to_pylist(), strict=True):
         assert values == (row.embedding.tolist() if isinstance(row, Scored) else None)

@@ -110,7 +110,6 @@ def test_the_mean_of_opposite_logits_is_the_more_confident_prediction(make_bundl
     mean = engine.mean(*views)
     np.testing.assert_array_equal(mean["probabilities"], wanted)
     np.testing.assert_array_equal(mean["embedding"], [[0.5, 1]])
-    assert mean["familiarity"] == [0.5]
 
 
 def test_replicas_give_the_same_predictions_and_are_all_self_tested(bundle, serving, make_image, monkeypatch) -> None:

@@ -47,7 +47,10 @@ def test_familiarity_is_the_rank_among_the_validation_images(http, familiar: Bun
     assert [row["familiarity"] for row in rows] == pytest.approx(expected, abs=1 / 20 + 1e-6)
     assert http.post("/v1/predict", content=make_image(3)).json()["predictions"][0]["familiarity"] == 1
     flipped = http.post("/v1/predict?tta=flip", content=make_image(60)).json()["predictions"][0]
-    assert 0 <= flipped["familiarity"] <= 1
+    views = np.stack([engine.preprocess(make_image(60))])
+    mean = unit(sum(engine.compute(view)["embedding"] for view in (views, views[:, :, ::-1].copy())))
+    expected = (usual > 1 - (mean @ train.T).max()).mean()
+    assert flipped["familiarity"] == pytest.approx(expected, abs=1 / 20 + 1e-6)
 
 
 def test_similar_images_are_training_images_with_thumbnails(http, familiar: Bundle, make_image) -> None:

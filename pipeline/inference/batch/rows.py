@@ -22,9 +22,17 @@ KEY, ABOUT = b"refract.key", b"refract"
 
 
 def schema_of(
-    info: BundleInfo, *, texts: bool, truths: bool, embeddings: bool = False, key: str, about: dict[str, Any]
+    info: BundleInfo,
+    *,
+    texts: bool,
+    truths: bool,
+    embeddings: bool = False,
+    familiarity: bool = False,
+    key: str,
+    about: dict[str, Any],
 ) -> pa.Schema:
-    """Return the schema of the file. texts, truths, embeddings: whether it has the columns text, truth and embedding."""
+    """Return the schema of the file. texts, truths, embeddings, familiarity: whether it has the columns text, truth, embedding and
+    familiarity."""
     import pyarrow as pa
 
     columns = [("row", pa.int64()), ("path", pa.string())]
@@ -33,6 +41,7 @@ def schema_of(
     columns += [("labels", pa.list_(pa.string()))] if info.task == "multilabel" else []
     columns += [("confidence", pa.float32()), ("probabilities", pa.list_(pa.float32()))]
     columns += [("embedding", pa.list_(pa.float32()))] if embeddings else []
+    columns += [("familiarity", pa.float32())] if familiarity else []
     columns += [("abstain", pa.bool_()), ("error", pa.string())]
     columns += [("truth", pa.string())] if truths else []
     return pa.schema(columns, {KEY: key.encode(), ABOUT: json.dumps(about, ensure_ascii=False).encode()})
@@ -59,6 +68,9 @@ def table_of(shard: Shard, answers: Sequence[Scored | str], info: BundleInfo, sc
         "error": [None if ok else str(answer) for answer, ok in zip(answers, scored, strict=True)],
         "truth": [row.truth for row in shard.rows],
     }
+    if "familiarity" in schema.names:
+        familiarities = np.array([row.familiarity for row in rows] or [np.nan], np.float32)
+        columns["familiarity"] = pa.array(familiarities[index], mask=~scored | np.isnan(familiarities[index]))
     if "embedding" in schema.names:
         embeddings = [row.embedding for row in rows if row.embedding is not None]
         columns["embedding"] = _lists(np.stack(embeddings or [np.zeros(0, np.float32)]), scored)

@@ -16,6 +16,7 @@ import torch
 
 from refract.models.allocator import keep_freed_memory
 from refract.models.bundle.bundle import BundleError, load_bundle
+from refract.models.familiarity import Familiarity
 from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data import storage
 from refract.pipeline.inference.batch.listing import Row, Shard
@@ -74,8 +75,16 @@ class Scorer:
             )
         self.job, self.info = job, bundle.info
         self.classifier, self.preprocess = bundle.classifier(job.device), preprocess_of(bundle.info)
+        training = bundle.training_features()
+        self.familiarity = None if training is None else Familiarity(training, torch.device("cpu"))
         self.schema = schema_of(
-            self.info, texts=job.texts, truths=job.truths, embeddings=job.embeddings, key=job.key, about=job.about
+            self.info,
+            texts=job.texts,
+            truths=job.truths,
+            embeddings=job.embeddings,
+            familiarity=training is not None,
+            key=job.key,
+            about=job.about,
         )
         pa.array([])  # imports pandas if it is installed, which would delay the first part by half a second
 
@@ -90,7 +99,8 @@ class Scorer:
 
         info, job = self.info, self.job
         outcomes = score_outputs(
-            self.classifier, self.preprocess, samples(), embed=job.embeddings, task=info.task, temperature=info.temperature,
+            self.classifier, self.preprocess, samples(), embed=job.embeddings,
+            familiarity=self.familiarity, task=info.task, temperature=info.temperature,
             batch_size=job.batch_size, tta=job.tta, threads=job.threads,
         )  # fmt: skip
         answers: list[Scored | str] = []
