@@ -3,9 +3,9 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import islice, repeat
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -104,8 +104,9 @@ def score_outputs(
 def _scored(computed: np.ndarray, embedding: torch.Tensor | None, familiarity: Familiarity | None) -> Iterator[Scored]:
     if embedding is None:
         return map(Scored, computed)
-    familiarities = repeat(None) if familiarity is None else familiarity(embedding).tolist()
-    return map(Scored, computed, embedding.numpy(), familiarities)
+    if familiarity is None:
+        return map(Scored, computed, embedding.numpy())
+    return map(Scored, computed, embedding.numpy(), familiarity(embedding).tolist())
 
 
 class _Prepared(NamedTuple):
@@ -127,7 +128,10 @@ def _outputs(
     if images:
         batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
         weighted = list(views(batch, tta))
-    with head_inputs(classifier.network) if embed else nullcontext([]) as features:
+    recording: AbstractContextManager[list[torch.Tensor]] = (
+        head_inputs(classifier.network) if embed else nullcontext([])
+    )
+    with recording as features:
         logits = [weight * classifier(view, *texts) for weight, view in weighted]
     embeddings = [weight * rows for (weight, _), rows in zip(weighted, features, strict=False)]
     return torch.stack(logits).sum(dim=0), torch.stack(embeddings).sum(dim=0) if embed else None

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def training_features_of(
     validation = _embed(classifier, preprocess, _drawn(held, MOST_VALIDATION), task).features
     if len(validation):
         distances = Familiarity(training, torch.device("cpu")).distances(torch.from_numpy(validation)).numpy()
-        training = TrainingFeatures(**{**vars(training), "validation": np.sort(distances)})
+        training = replace(training, validation=np.sort(distances))
     return training
 
 
