@@ -168,7 +168,7 @@ def head_inputs(network: nn.Module) -> Iterator[list[Tensor]]:
     inputs: list[Tensor] = []
 
     def before_head(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(_averaged(args[0], channels_first=isinstance(module, nn.Conv2d)))
+        inputs.append(pooled(args[0], channels_first=isinstance(module, nn.Conv2d)))
 
     def after_network(module: nn.Module, args: object, output: Tensor) -> None:
         features.append((inputs[-1] if inputs else output).detach().float().cpu())
@@ -188,9 +188,10 @@ def called_head(network: nn.Module) -> nn.Module:
     return head[-1] if isinstance(head, nn.ModuleList) else head
 
 
-def _averaged(values: Tensor, *, channels_first: bool) -> Tensor:
+def pooled(values: Tensor, *, channels_first: bool) -> Tensor:
+    """Average feature maps (N, D, H, W), with channels_first, or tokens (N, …, D) over their positions. Returns (N, D)."""
     if values.ndim <= 2:
-        return values.reshape(len(values), -1)
+        return values.flatten(1)  # a tracer would record the batch size of `len` as a constant
     return values.flatten(2).mean(dim=2) if channels_first else values.flatten(1, -2).mean(dim=1)
 
 

@@ -1,11 +1,17 @@
 """Predictions as JSON: labels, confidences and explanations from probabilities. Independent of requests and engines."""
 
 import base64
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+LOW_CONFIDENCE, UNFAMILIAR = "low_confidence", "unfamiliar"
+"""The codes of `abstain_reasons`."""
+
+_SHOWN = {LOW_CONFIDENCE: "low confidence", UNFAMILIAR: "unlike the training images"}
 
 
 class Explanation(NamedTuple):
@@ -35,6 +41,8 @@ def prediction(
     thresholds: Sequence[float] | None,
     abstain_below: float | None = None,
     confidence: float | None = None,
+    familiarity: float = math.nan,
+    min_familiarity: float | None = None,
     explanation: Explanation | None = None,
     cut: bool = False,
 ) -> dict[str, Any]:
@@ -42,7 +50,10 @@ def prediction(
 
     - row: (C,) probabilities
     - thresholds: one for each label; adds `labels`, the labels whose probability reaches the threshold
-    - abstain_below: adds `abstain`, whether the confidence lies below this limit, so that a person should decide; always true at 1
+    - abstain_below: adds `abstain`, whether the confidence lies below this limit, so that a person should decide; always true at 1; if it
+      is true, `abstain_reasons` lists the codes
+    - familiarity: in 0…1, adds `familiarity`; NaN adds none
+    - min_familiarity: adds `abstain`, also true if the familiarity lies below this limit or is NaN
     - confidence: the prediction's confidence, see `confidences`; None takes the probability of the first label
     - explanation: adds its `fields`
     - cut: adds `text_truncated`
@@ -54,14 +65,31 @@ def prediction(
     if thresholds is not None:
         reached = np.flatnonzero(row >= np.asarray(thresholds, dtype=row.dtype))
         result["labels"] = [labels[i] for i in reached.tolist()]
-    if abstain_below is not None:
+    if not math.isnan(familiarity):
+        result["familiarity"] = familiarity
+    if abstain_below is not None or min_familiarity is not None:
         confidence = best[0]["confidence"] if confidence is None else confidence
-        result["abstain"] = abstain_below >= 1 or confidence < abstain_below
+        reasons = _reasons(confidence, abstain_below, familiarity, min_familiarity)
+        result["abstain"] = bool(reasons)
+        if reasons:
+            result["abstain_reasons"] = reasons
     if explanation is not None:
         result |= explanation.fields
     if cut:
         result["text_truncated"] = True
     return result
+
+
+def _reasons(
+    confidence: float, abstain_below: float | None, familiarity: float, min_familiarity: float | None
+) -> list[str]:
+    """Return the codes of the reasons to abstain."""
+    reasons = []
+    if abstain_below is not None and (abstain_below >= 1 or confidence < abstain_below):
+        reasons.append(LOW_CONFIDENCE)
+    if min_familiarity is not None and not familiarity >= min_familiarity:  # also when it is NaN
+        reasons.append(UNFAMILIAR)
+    return reasons
 
 
 def predicted_labels(probabilities: np.ndarray, task: str, thresholds: Sequence[float] = ()) -> np.ndarray:
@@ -91,5 +119,6 @@ def format_prediction(path: Path, result: dict[str, Any]) -> str:
     labels = ", ".join(f"{row['label']} {row['confidence']:.1%}" for row in result["top"])
     if "labels" in result:
         labels = f"{', '.join(result['labels']) or 'no label'}  ({labels})"
-    abstained = "  (low confidence: ask a person)" if result.get("abstain") else ""
+    reasons = " and ".join(_SHOWN[code] for code in result.get("abstain_reasons", [LOW_CONFIDENCE]))
+    abstained = f"  ({reasons}: ask a person)" if result.get("abstain") else ""
     return f"{path}: {labels}{abstained}" + ("  (the text was truncated)" if result.get("text_truncated") else "")

@@ -74,7 +74,7 @@ class _Unopened:
         raise RuntimeError(message)
 
 
-def _request(images: Images, options: dict[str, Any]) -> dict[str, Any]:
+def _request(path: str, images: Images, options: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of httpx's `post`. Reads the image files."""
     params = dict(options)
     texts = params.pop("texts", None)
@@ -86,14 +86,14 @@ def _request(images: Images, options: dict[str, Any]) -> dict[str, Any]:
     files: list[tuple[str, Any]] = [("file", (f"{i}", content)) for i, content in enumerate(data)]
     files += [("text", (None, text)) for text in texts or ()]
     return {
-        "url": "/v1/predict",
+        "url": path,
         "files": files,
         "params": {key: value for key, value in params.items() if value is not None},
     }
 
 
-def _predictions(outcome: Outcome) -> list[dict[str, Any]]:
-    """Return the predictions of a response. Raises ServerError for every other outcome."""
+def _content(outcome: Outcome) -> dict[str, Any]:
+    """Return the content of a response. Raises ServerError for every other outcome."""
     if isinstance(outcome, httpx.TransportError):
         message = f"the server does not respond ({type(outcome).__name__}: {outcome})"
         raise ServerError(0, "unreachable", message) from outcome
@@ -104,8 +104,8 @@ def _predictions(outcome: Outcome) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):  # the response of a proxy
             code, detail = "unknown", f"HTTP {outcome.status_code}"
         raise ServerError(outcome.status_code, code, detail)
-    predictions: list[dict[str, Any]] = outcome.json()["predictions"]
-    return predictions
+    content: dict[str, Any] = outcome.json()
+    return content
 
 
 class Client(_BaseClient):
@@ -126,18 +126,28 @@ class Client(_BaseClient):
         images: bytes or paths of image files. options:
         - top, threshold, tta: as the query parameters of `/v1/predict`;
         - explain: adds `explanation`, a PNG in base64, and `explanation_method`, or `explanation_problem` with `code` and `detail`;
+        - embed: adds `embedding`, a list of numbers; similar: adds so many `similar` training images;
         - texts: one per image, or texts only with no images, for a model that reads texts.
 
         If the server is busy or unreachable, the client waits as `Retry-After` says and tries again: `tries` tries in all. A timeout is not
         retried. Raises ServerError, and OSError for an unreadable file.
         """
-        request = _request(images, options)
+        predictions: list[dict[str, Any]] = self._answer("/v1/predict", images, options)["predictions"]
+        return predictions
+
+    def embed(self, images: Images, **options: Any) -> list[list[float]]:
+        """Return one embedding per image, in order. images, retries and errors: as in `predict`. options: tta and texts."""
+        embeddings: list[list[float]] = self._answer("/v1/embed", images, options)["embeddings"]
+        return embeddings
+
+    def _answer(self, path: str, images: Images, options: dict[str, Any]) -> dict[str, Any]:
+        request = _request(path, images, options)
         for attempt in range(self._tries):
             outcome = self._post(request)
             if (delay := self._retry_delay(attempt, outcome)) is None:
                 break
             time.sleep(delay)
-        return _predictions(outcome)
+        return _content(outcome)
 
     def _post(self, request: dict[str, Any]) -> Outcome:
         try:
@@ -161,13 +171,22 @@ class AsyncClient(_BaseClient):
 
     async def predict(self, images: Images, **options: Any) -> list[dict[str, Any]]:
         """Return one prediction per image, like `Client.predict`."""
-        request = await asyncio.to_thread(_request, images, options)
+        predictions: list[dict[str, Any]] = (await self._answer("/v1/predict", images, options))["predictions"]
+        return predictions
+
+    async def embed(self, images: Images, **options: Any) -> list[list[float]]:
+        """Return one embedding per image, like `Client.embed`."""
+        embeddings: list[list[float]] = (await self._answer("/v1/embed", images, options))["embeddings"]
+        return embeddings
+
+    async def _answer(self, path: str, images: Images, options: dict[str, Any]) -> dict[str, Any]:
+        request = await asyncio.to_thread(_request, path, images, options)
         for attempt in range(self._tries):
             outcome = await self._post(request)
             if (delay := self._retry_delay(attempt, outcome)) is None:
                 break
             await asyncio.sleep(delay)
-        return _predictions(outcome)
+        return _content(outcome)
 
     async def _post(self, request: dict[str, Any]) -> Outcome:
         try:

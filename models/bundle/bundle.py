@@ -6,6 +6,7 @@ Files:
 - `golden/NAME`: the original bytes of each golden sample's image
 - `text/tokenizer.json`: the tokenizer, if a transformer reads texts
 - `reference.safetensors`: statistics of images outside the training set, for drift detection; absent in older bundles
+- `training.safetensors`: features and thumbnails of training images, for familiarity and similar images; absent in older bundles
 - `manifest.json`: SHA-256 and size of each other file
 
 Independent of HTTP, MLflow and training.
@@ -33,6 +34,7 @@ from refract.models.bundle.verified_directory import (
 )
 from refract.models.classifier import Classifier
 from refract.models.factory import make_classifier
+from refract.models.training_features import TrainingFeatures
 from refract.plugins import loaded
 
 __all__ = ["Bundle", "BundleError", "BundleInfo", "GoldenSample", "load_bundle", "save_bundle"]
@@ -44,6 +46,7 @@ WEIGHTS = "weights.safetensors"
 TEXT = "text/"
 TOKENIZER = ("tokenizer.json",)
 REFERENCE = "reference.safetensors"
+TRAINING = "training.safetensors"
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,12 @@ class Bundle:
     def weights(self) -> dict[str, Tensor]:
         """Read the state dict of the classifier, on the CPU. BundleError if the file changed since `load_bundle`."""
         return _parse_weights(self.path, self.folder.read(WEIGHTS))
+
+    def training_features(self) -> TrainingFeatures | None:
+        """Read the training features. None if the bundle has none. BundleError if the file was altered or is damaged."""
+        if TRAINING not in self.folder.files:
+            return None
+        return TrainingFeatures.from_bytes(self.folder.read(TRAINING), len(self.info.labels))
 
     def classifier(self, device: str | torch.device = "cpu") -> Classifier:
         """Build the classifier in eval mode, float32, on `device`. Downloads nothing, and loads no plugin.
@@ -146,10 +155,11 @@ def save_bundle(
     golden_samples: Sequence[GoldenSample],
     *,
     reference: bytes | None = None,
+    training: TrainingFeatures | None = None,
 ) -> Path:
     """Write the bundle atomically: into a temporary folder, then verify it by loading it, then rename it to `path`. Returns `path`.
 
-    reference: the content of `reference.safetensors`, whose format belongs to `refract.pipeline.drift`.
+    reference: the content of `reference.safetensors`, whose format belongs to `refract.pipeline.drift`. training: the training features.
     BundleError if `path` exists, if a golden sample does not have one probability for each label, or if `info` does not describe
     `classifier` (another network, image size, normalisation or number of labels).
     """
@@ -164,6 +174,8 @@ def save_bundle(
         contents |= {TEXT + name: data for name, data in classifier.tokens.files.items()}
     if reference is not None:
         contents[REFERENCE] = reference
+    if training is not None:
+        contents[TRAINING] = training.to_bytes()
     # Loading the bundle costs a second. It catches arguments that build another network before a server loads the bundle.
     write_verified_directory(path, contents, check=lambda folder: load_bundle(folder).classifier())
     return path

@@ -4,9 +4,14 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from refract import output
 from refract.pipeline.cli import console
+
+if TYPE_CHECKING:
+    from refract.models.bundle.info import BundleInfo
+    from refract.pipeline.inference.scoring import Scored
 
 
 def main(argv: list[str]) -> int:
@@ -37,11 +42,12 @@ def main(argv: list[str]) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    import numpy as np
+    import torch
 
     from refract.models.bundle.bundle import load_bundle
+    from refract.models.familiarity import Familiarity
     from refract.pipeline.files import read_file
-    from refract.pipeline.inference.scoring import SampleInput, preprocess_of, score
+    from refract.pipeline.inference.scoring import SampleInput, Scored, preprocess_of, score_outputs
 
     bundle = load_bundle(args.bundle)
     info = bundle.info
@@ -50,17 +56,21 @@ def _predict(args: argparse.Namespace) -> int:
     inputs = [SampleInput(partial(read_file, file), args.text) for file in files] or [
         SampleInput(bytes, args.text, False)
     ]
-    predictions = score(
+    training = bundle.training_features()
+    familiarity = None if training is None else Familiarity(training, torch.device("cpu"))
+    predictions = score_outputs(
         classifier,
         preprocess_of(info),
         inputs,
+        embed=False,
+        familiarity=familiarity,
         task=info.task,
         temperature=info.temperature,
     )
     failed, cut = 0, classifier.tokens is not None and classifier.tokens(args.text)[1]
     for file, outcome in zip(files or [Path("text")], predictions, strict=True):
-        if isinstance(outcome, np.ndarray):
-            _show(file, outcome, info, args, cut)
+        if isinstance(outcome, Scored):
+            _show(file, outcome, info, args, cut=cut)
             continue
         failed += 1
         reason = outcome.strerror if isinstance(outcome, OSError) and outcome.strerror else str(outcome)
@@ -82,12 +92,15 @@ def _image_files(args: argparse.Namespace, reads: frozenset[str]) -> list[Path]:
     return listed_images(args.paths) if args.paths else []
 
 
-def _show(file: Path, probabilities, info, args: argparse.Namespace, cut: bool) -> None:
+def _show(file: Path, outcome: "Scored", info: "BundleInfo", args: argparse.Namespace, *, cut: bool) -> None:
     from refract.models.prediction import confidences, format_prediction, prediction
 
+    probabilities = outcome.probabilities
     thresholds = info.thresholds if info.task == "multilabel" else None
-    options = {"top": args.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
+    options: dict[str, Any] = {"top": args.top, "thresholds": thresholds, "abstain_below": info.abstain_below}
     confidence = float(confidences(probabilities[None], info.task, info.thresholds)[0])
+    if outcome.familiarity is not None:
+        options["familiarity"] = outcome.familiarity
     result = prediction(probabilities, info.labels, confidence=confidence, cut=cut, **options)
     if output.is_json():
         output.result({"path": file, **result})

@@ -50,6 +50,10 @@ def main(argv: list[str]) -> int:
         help="test-time augmentation: average the predictions for an image and its horizontal flip, and for shifts (default none)",
     )
     parser.add_argument(
+        "--embeddings", action="store_true",
+        help="add the column embedding: the input of the network's last layer, a list of numbers for each row",
+    )  # fmt: skip
+    parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (default) uses GPUs if available"
     )
     parser.add_argument(
@@ -75,7 +79,7 @@ def _score(args: argparse.Namespace) -> int:
 
     options = Options(
         jobs=args.jobs, batch_size=args.batch_size, shard_size=args.shard_size, tta=args.tta, device=args.device, engine=args.engine,
-        overwrite=args.overwrite, restart=args.restart,
+        embeddings=args.embeddings, overwrite=args.overwrite, restart=args.restart,
     )  # fmt: skip
     try:
         summary = score_all(args.bundle, args.source, args.output, options)

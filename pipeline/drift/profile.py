@@ -11,6 +11,7 @@ from refract.augment import Preprocess, image_size
 from refract.augment.image_statistics import ImageStatistics, measure_image
 from refract.models.bundle.info import BundleError
 from refract.models.classifier import Classifier
+from refract.models.folding import WIDEST, folding
 from refract.models.head import head_inputs
 from refract.models.prediction import confidences, predicted_labels
 from refract.pipeline.data.manifest import Sample
@@ -19,9 +20,6 @@ from refract.progress import tracked
 
 MOST_IMAGES = 1000
 """The largest number of samples in a bundle's profile: with 512 features each it has 1 MB."""
-
-WIDEST = 512
-"""The largest number of features; more are folded, see `folded`."""
 
 SIZES = ("width", "height", "aspect")
 CHARACTERS = "characters"
@@ -164,23 +162,14 @@ def profile(
 
 
 def folded(features: np.ndarray) -> np.ndarray:
-    """(N, D) → (N, at most WIDEST) float32: each feature is added, with a sign, to one of WIDEST sums, both by its number alone.
-
-    Distances stay what they were in expectation. Source: Charikar et al. 2002, "Finding frequent items in data streams" (count sketch);
-    Weinberger et al. 2009, arXiv:0902.2206. Deviation: the hash is the mixer of Steele et al. 2014 (SplitMix), the same everywhere.
-    """
+    """(N, D) → (N, at most WIDEST) float32, folded as `refract.models.folding.folding` states."""
     width = features.shape[1]
     if width <= WIDEST:
         return features.astype(np.float32)
     from scipy.sparse import csr_matrix
 
-    number = np.arange(1, width + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    number ^= number >> np.uint64(31)
-    signs = np.where(number & np.uint64(1), 1.0, -1.0).astype(np.float32)
-    places = ((number >> np.uint64(1)) % np.uint64(WIDEST)).astype(np.int64)
-    fold = csr_matrix((signs, (np.arange(width), places)), shape=(width, WIDEST))
+    sums, signs = folding(width)
+    fold = csr_matrix((signs, (np.arange(width), sums)), shape=(width, WIDEST))
     return np.asarray((fold.T @ features.T.astype(np.float32)).T)
 
 

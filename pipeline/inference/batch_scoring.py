@@ -31,7 +31,8 @@ class Options:
     """The options of a scoring.
 
     jobs: number of processes, None to choose; shard_size: rows per part file, None for that of existing parts, else SHARD_SIZE; device:
-    auto, cpu or cuda; engine: processes or ray; overwrite: replace an existing file; restart: discard existing parts.
+    auto, cpu or cuda; engine: processes or ray; embeddings: add a column with the embeddings; overwrite: replace an existing file; restart:
+    discard existing parts.
     """
 
     jobs: int | None = None
@@ -40,6 +41,7 @@ class Options:
     tta: str = "none"
     device: str = "auto"
     engine: str = "processes"
+    embeddings: bool = False
     overwrite: bool = False
     restart: bool = False
 
@@ -117,7 +119,10 @@ def score_all(bundle: Path, source: Path, out: Path, options: Options) -> Summar
             shards = list(listing.shards(record["shard_size"]))
             files = {shard.number: part_files.part_of(folder, key, shard.number) for shard in shards}
             missing = [shard for shard in shards if not part_files.is_whole(files[shard.number], len(shard.rows))]
-            schema = schema_of(loaded.info, texts=listing.texts, truths=listing.truths, key=key, about=job.about)
+            schema = schema_of(
+                loaded.info, texts=listing.texts, truths=listing.truths, embeddings=options.embeddings,
+                familiarity=loaded.training_features() is not None, key=key, about=job.about
+            )  # fmt: skip
             ready = _score(missing, job, options, stop, summary, len(listing.rows)) if missing else time.perf_counter()
 
             def visit(table: Any) -> None:
@@ -136,7 +141,9 @@ def _record(bundle: Bundle, listing: Listing, options: Options, folder: Path) ->
     stored = part_files.read_record(folder)
     stored_size = stored.get("shard_size") if stored and not options.restart else None
     size = options.shard_size or (stored_size if isinstance(stored_size, int) and stored_size > 0 else SHARD_SIZE)
-    return {"bundle": bundle.digest, "listing": listing.digest(), "shard_size": size, "tta": options.tta}
+    record = {"bundle": bundle.digest, "listing": listing.digest(), "shard_size": size, "tta": options.tta}
+    # Without embeddings the record is that of earlier versions, so that their scorings resume.
+    return record | ({"embeddings": True} if options.embeddings else {})
 
 
 def job_of(bundle: Bundle, listing: Listing, options: Options, folder: Path, key: str) -> Job:
@@ -151,7 +158,7 @@ def job_of(bundle: Bundle, listing: Listing, options: Options, folder: Path, key
     about |= {"task": info.task, "labels": list(info.labels), "temperature": info.temperature, "tta": options.tta}
     return Job(
         bundle.path.resolve(), bundle.digest, folder, key, {**about, "source": listing.source}, listing.root, listing.texts,
-        listing.truths, options.batch_size, options.tta, "cpu", 1,
+        listing.truths, options.batch_size, options.tta, "cpu", 1, options.embeddings,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -13,10 +14,21 @@ import torch
 from refract.augment import ImageError, Preprocess
 from refract.models.bundle.info import BundleError, BundleInfo
 from refract.models.classifier import Classifier, probabilities
+from refract.models.familiarity import Familiarity
+from refract.models.head import head_inputs
 from refract.models.multimodal.tokens import pad_rows
 
 TASK_IMAGES = 4
 """Largest number of images in one task of a thread. For small images the overhead per task matters."""
+
+
+class Scored(NamedTuple):
+    """The outputs for one sample, float32. probabilities: (C,); embedding: (D,), None if it is not asked for; familiarity: None without
+    training features, see `refract.models.familiarity`."""
+
+    probabilities: np.ndarray
+    embedding: np.ndarray | None = None
+    familiarity: float | None = None
 
 
 class SampleInput(NamedTuple):
@@ -48,6 +60,31 @@ def score(
     classifier: in eval mode, computes on its device in fp32; modalities that it does not read are ignored. tta: test-time augmentation of
     images, see `views`. threads: for decoding, None for one per core.
     """
+    outcomes = score_outputs(
+        classifier, preprocess, samples, embed=False, task=task, temperature=temperature, batch_size=batch_size, tta=tta, threads=threads
+    )  # fmt: skip
+    for outcome in outcomes:
+        yield outcome.probabilities if isinstance(outcome, Scored) else outcome
+
+
+def score_outputs(
+    classifier: Classifier,
+    preprocess: Preprocess,
+    samples: Iterable[SampleInput],
+    *,
+    embed: bool,
+    familiarity: Familiarity | None = None,
+    task: str,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    tta: str = "none",
+    threads: int | None = None,
+) -> Iterator[Scored | ImageError | OSError]:
+    """Yield each sample's outputs, in order, or the error that prevents them.
+
+    embed: compute the embeddings too, in the same forward pass; the views of test-time augmentation are averaged. familiarity: compares the
+    embeddings with training images, on the CPU. The other arguments are those of `score`.
+    """
     device = next(classifier.parameters()).device
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         source, prepare = iter(samples), partial(_prepare, classifier, preprocess)
@@ -57,13 +94,24 @@ def score(
             current, ahead = ahead, _submit(pool, prepare, list(islice(source, batch_size)), task_size)
             items = [item for future in current for item in future.result()]
             prepared = [item for item in items if isinstance(item, _Prepared)]
-            rows: Iterator[np.ndarray] = iter(())
+            rows: Iterator[Scored] = iter(())
             if prepared:
                 with torch.inference_mode():
-                    logits = _logits(classifier, prepared, tta, device)
-                    rows = iter(probabilities(logits, task=task, temperature=temperature).cpu().numpy())
+                    logits, embedding = _outputs(
+                        classifier, prepared, tta, device, embed=embed or familiarity is not None
+                    )
+                    computed = probabilities(logits, task=task, temperature=temperature).cpu().numpy()
+                    rows = _scored(computed, embedding, familiarity)
             for item in items:
                 yield next(rows) if isinstance(item, _Prepared) else item
+
+
+def _scored(computed: np.ndarray, embedding: torch.Tensor | None, familiarity: Familiarity | None) -> Iterator[Scored]:
+    if embedding is None:
+        return map(Scored, computed)
+    if familiarity is None:
+        return map(Scored, computed, embedding.numpy())
+    return map(Scored, computed, embedding.numpy(), familiarity(embedding).tolist())
 
 
 class _Prepared(NamedTuple):
@@ -72,17 +120,26 @@ class _Prepared(NamedTuple):
     has_image: bool
 
 
-def _logits(classifier: Classifier, inputs: Sequence[_Prepared], tta: str, device: torch.device) -> torch.Tensor:
+def _outputs(
+    classifier: Classifier, inputs: Sequence[_Prepared], tta: str, device: torch.device, *, embed: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute (logits, embeddings on the CPU or None), averaged over the views of test-time augmentation."""
     texts: list[torch.Tensor] = []
     if classifier.tokens is not None:
         numbers = pad_rows([item.text for item in inputs if item.text is not None])
         texts = [torch.from_numpy(numbers).to(device), torch.tensor([item.has_image for item in inputs], device=device)]
     images = [item.image for item in inputs if item.image is not None]
-    if not images:
-        return classifier(None, *texts)
-    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
-    weighted = [weight * classifier(view, *texts) for weight, view in views(batch, tta)]
-    return torch.stack(weighted).sum(dim=0)
+    weighted: list[tuple[float, torch.Tensor | None]] = [(1.0, None)]
+    if images:
+        batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)
+        weighted = list(views(batch, tta))
+    recording: AbstractContextManager[list[torch.Tensor]] = (
+        head_inputs(classifier.network) if embed else nullcontext([])
+    )
+    with recording as features:
+        logits = [weight * classifier(view, *texts) for weight, view in weighted]
+    embeddings = [weight * rows for (weight, _), rows in zip(weighted, features, strict=False)]
+    return torch.stack(logits).sum(dim=0), torch.stack(embeddings).sum(dim=0) if embed else None
 
 
 def views(batch: torch.Tensor, tta: str) -> Iterator[tuple[float, torch.Tensor]]:

@@ -270,10 +270,11 @@ def _track_metrics(assembly: Assembly, tracker: "Tracker", assessment: "Assessme
 
 
 def package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> None:
-    """Write the bundle with the golden samples and the profile for drift."""
+    """Write the bundle with the golden samples, the profile for drift and the training features."""
     from refract.models.bundle.bundle import BundleInfo, save_bundle
     from refract.pipeline.drift.measure import reference_of
     from refract.pipeline.evaluation.golden_samples import make_golden_samples
+    from refract.pipeline.training.training_features import training_features_of
 
     manifest, config, decision = assembly.manifest, assembly.config, assessment.decision
     classifier, preprocess = assembly.module.classifier, assembly.data.preprocess
@@ -281,6 +282,7 @@ def package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> None
         "task": manifest.task, "temperature": decision.temperature, "thresholds": decision.thresholds
     }  # fmt: skip
     reference = reference_of(classifier, preprocess, manifest, **decision_options).to_bytes()
+    training = training_features_of(classifier, preprocess, manifest, task=manifest.task)
     classifier.to("cpu")
     info = BundleInfo(
         name=config.tracking.model_name or run_dir.name,
@@ -306,7 +308,7 @@ def package(assembly: Assembly, run_dir: Path, assessment: "Assessment") -> None
     golden_samples = make_golden_samples(
         classifier, preprocess, manifest.of("test"), task=manifest.task, temperature=decision.temperature
     )
-    save_bundle(run_dir / "bundle", info, classifier, golden_samples, reference=reference)
+    save_bundle(run_dir / "bundle", info, classifier, golden_samples, reference=reference, training=training)
 
 
 def _network_plugins(config: Config) -> tuple[dict[str, str], ...]:

@@ -183,6 +183,7 @@ def _app(bundle: "Bundle", config: ServeConfig) -> "FastAPI":
         max_wait_ms=config.max_wait_ms,
         max_requests=config.max_requests,
         deadline_s=config.deadline_s,
+        min_familiarity=config.min_familiarity,
         keys=_keys(config),
         admin=_admin_keys(config),
         access_log=config.access_log,

@@ -109,6 +109,15 @@ class ServeConfig:
             "longest time to answer a request, in seconds; slower ones receive 504", number(0, 1e5, above=True), "S"
         ),
     )
+    min_familiarity: float | None = field(
+        default=None,
+        metadata=_option(
+            "abstain if fewer than this fraction of the validation images are less familiar than the image; the bundle needs training "
+            "features",
+            number(0, 1),
+            "FRACTION",
+        ),
+    )
     drain_s: float = field(
         default=0.0,
         metadata=_option(

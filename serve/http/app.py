@@ -25,6 +25,7 @@ from refract.serve.http.errors import RequestError
 from refract.serve.http.methods import Methods
 from refract.serve.http.metrics import Metrics
 from refract.serve.http.openapi import DESCRIPTION, problems
+from refract.serve.http.routes.embed import EMBED, add_embed
 from refract.serve.http.routes.predict import PREDICT, DirectRoute, add_predict
 from refract.serve.http.routes.v2 import add_v2
 from refract.serve.http.tracing import Tracing, shut_down
@@ -54,6 +55,7 @@ def create_app(
     max_queue: int = ServiceSettings.max_queue,
     max_requests: int = ServiceSettings.max_requests,
     deadline_s: float = ServiceSettings.deadline_s,
+    min_familiarity: float | None = None,
     keys: ApiKeys | None = None,
     admin: ApiKeys | None = None,
     access_log: bool = False,
@@ -86,6 +88,7 @@ def create_app(
         max_queue=max_queue,
         max_requests=max_requests,
         deadline_s=deadline_s,
+        min_familiarity=min_familiarity,
     )
     metrics = Metrics()
     if sampling:
@@ -130,6 +133,7 @@ def create_app(
     allowed = _dependencies(_unrated(keys)) if keys else []
     bodies = Bodies(service.limits)
     predict = add_predict(app, service, bodies, keys, rated)
+    add_embed(app, service, bodies, rated)
     _add_health(app, service, allowed)
     add_v2(app, service, bodies, allowed, rated)
     guards = admin or keys
@@ -149,7 +153,7 @@ def create_app(
 
 def _count_rejected(metrics: Metrics, path: str, code: str) -> None:
     """Count a rejected request if it is a prediction request."""
-    if (path == PREDICT or path.endswith("/infer")) and code not in ("not_found", "method_not_allowed"):
+    if (path in (PREDICT, EMBED) or path.endswith("/infer")) and code not in ("not_found", "method_not_allowed"):
         metrics.refused(code)
 
 
@@ -273,5 +277,6 @@ def _description(engine: Engine) -> dict[str, Any]:
         "gpus": [gpu._asdict() for gpu in describe(engine.devices)],
         "backend": backend,
         "counts": counts,
+        "training_images": 0 if engine.familiarity is None else len(engine.familiarity.training.paths),
     }
     return serving | {key: info[key] for key in public_fields}

@@ -21,7 +21,8 @@ class Metrics:
     """The metrics of one server, in a separate registry.
 
     Requests by outcome (`ok` or the problem's code), durations of requests and of their stages, batch sizes, confidences, predictions by
-    label, abstentions, hot swaps, captured samples; outcomes, agreement and durations of the challenger. `watch` adds gauges.
+    label, abstentions, unfamiliar images, hot swaps, captured samples; outcomes, agreement and durations of the challenger. `watch` adds
+    gauges.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,10 @@ class Metrics:
         )
         self._labels = Counter("refract_predictions", "Images by their most probable label", ["label"], **options)
         self._abstained = Counter(
-            "refract_abstained", "Predictions below abstain_below, for a person to decide", **options
+            "refract_abstained", "Predictions below abstain_below or min_familiarity, for a person to decide", **options
+        )
+        self._unfamiliar = Counter(
+            "refract_unfamiliar", "Predictions whose familiarity is below min_familiarity", **options
         )
         self._swaps = Counter(
             "refract_swaps", "Hot swaps of the model by outcome: `done` or `refused`", ["end"], **options
@@ -93,14 +97,17 @@ class Metrics:
         """Count a batch that the network computed for requests."""
         self._batches.observe(images)
 
-    def predicted(self, probabilities: np.ndarray, labels: Sequence[str], abstained: int) -> None:
-        """Count the predictions of a request. probabilities: N×C; abstained: the number of the N predictions that abstain."""
+    def predicted(self, probabilities: np.ndarray, labels: Sequence[str], abstained: int, unfamiliar: int = 0) -> None:
+        """Count the predictions of a request. probabilities: N×C; abstained: the number of the N predictions that abstain; unfamiliar: of
+        those, because of their familiarity."""
         for row in probabilities:
             index = int(row.argmax())
             self._label(labels[index]).inc()
             self._confidence.observe(float(row[index]))
         if abstained:
             self._abstained.inc(abstained)
+        if unfamiliar:
+            self._unfamiliar.inc(unfamiliar)
 
     def sampled(self, end: str) -> None:
         """Count a sampled image. end: `kept`, `dropped` if too many images waited, or `failed`."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from refract.serve.http.errors import MEDIA_TYPE, Problem
+from refract.serve.requests.infer_parsing import OPTIONAL_OUTPUTS, OUTPUTS
 
 _RED = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGO8IyfHgA0wYRUdtBIA4FYBKCgCg6AAAAAASUVORK5CYII="
 """A red image of 8 × 8 pixels, a PNG in base64."""
@@ -33,7 +34,8 @@ DESCRIPTION = (
 PREDICT_DESCRIPTION = (
     "Returns one prediction for each image, in the order of the request: `label`, the most probable label; `confidence`; and `top`, the "
     "most probable labels with their probabilities. `labels` lists the labels above their thresholds, for a multi-label model or with "
-    "`threshold`. `abstain` is true if the confidence is too low and a person should decide. The response header `X-Model-Digest` "
+    "`threshold`. `familiarity` is the fraction of the validation images that are less similar to the training images. `abstain` is true "
+    "if a person should decide; `abstain_reasons` then lists `low_confidence`, `unfamiliar` or both. The response header `X-Model-Digest` "
     "identifies the model; `Server-Timing` states the duration of each stage in milliseconds."
 )
 PREDICT_BODY = {
@@ -50,6 +52,12 @@ PREDICT_BODY = {
         },
     }
 }
+
+EMBED_DESCRIPTION = (
+    "Returns one embedding for each image, in the order of the request: the input of the network's last layer, a list of numbers. The "
+    "cosine of two embeddings measures how similar the network finds two images. Embeddings of different models are not comparable: "
+    "`X-Model-Digest` identifies the model."
+)
 
 _TENSOR = {
     "type": "object",
@@ -68,7 +76,10 @@ _INFER = {
     "properties": {
         "id": {"type": "string"},
         "inputs": {"type": "array", "items": _TENSOR},
-        "outputs": {"type": "array", "items": {"type": "object", "properties": {"name": {"type": "string"}}}},
+        "outputs": {
+            "type": "array",
+            "items": {"type": "object", "properties": {"name": {"enum": [*OUTPUTS, *OPTIONAL_OUTPUTS]}}},
+        },
     },
 }
 _ENCODED = {"inputs": [{"name": "encoded", "datatype": "BYTES", "shape": [1], "data": [_RED]}]}
@@ -91,6 +102,7 @@ _PREDICTIONS = {
             "label": "circle",
             "confidence": 0.93,
             "top": [{"label": "circle", "confidence": 0.93}, {"label": "square", "confidence": 0.05}],
+            "familiarity": 0.41,
             "abstain": False,
             "explanation": _RED,
             "explanation_method": "occlusion",
@@ -147,6 +159,16 @@ PREDICT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "One prediction for each image, in the order of the request",
         "content": {"application/json": {"example": _PREDICTIONS}},
+    },
+    **problems(400, 401, 408, 413, 415, 422, 429, 503, 504),
+}
+
+EMBED_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "One embedding for each image, in the order of the request",
+        "content": {
+            "application/json": {"example": {"model": _PREDICTIONS["model"], "embeddings": [[0.12, 0.0, 1.7]]}}
+        },
     },
     **problems(400, 401, 408, 413, 415, 422, 429, 503, 504),
 }

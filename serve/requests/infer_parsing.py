@@ -19,6 +19,10 @@ HEADER = "inference-header-content-length"
 """The header field with the length of the JSON document, if binary tensors follow it."""
 
 OUTPUTS = ("probabilities", "label")
+"""The outputs of a request that names none."""
+
+OPTIONAL_OUTPUTS = ("embedding",)
+"""The outputs that a request must name."""
 
 
 def read_infer(body: bytes, json_length: str | None, limits: Limits) -> ParsedRequest:
@@ -30,13 +34,14 @@ def read_infer(body: bytes, json_length: str | None, limits: Limits) -> ParsedRe
 
 
 def _outputs(requested: Any) -> tuple[str, ...]:
-    """Return the names of the requested outputs; all of them if the request names none."""
+    """Return the names of the requested outputs; OUTPUTS if the request names none."""
     if not isinstance(requested, list | None):
         raise _invalid("`outputs` must be a list")
     names = [row.get("name") if isinstance(row, dict) else row for row in requested or []]
-    if unknown := [name for name in names if name not in OUTPUTS]:
-        raise _invalid(f"unknown output {str(unknown[0])[:40]!r}; known: `probabilities`, `label`")
-    return tuple(name for name in OUTPUTS if name in names) or OUTPUTS
+    known = OUTPUTS + OPTIONAL_OUTPUTS
+    if unknown := [name for name in names if name not in known]:
+        raise _invalid(f"unknown output {str(unknown[0])[:40]!r}; known: {', '.join(f'`{name}`' for name in known)}")
+    return tuple(name for name in known if name in names) or OUTPUTS
 
 
 def _parts(body: bytes, json_length: str | None, limits: Limits) -> tuple[dict[str, Any], bytes]:

@@ -95,7 +95,7 @@ class Batcher:
         self._wake_soon()
         if len(futures) == 1:
             output, start, end = await futures[0]
-            return Answered(output[None], start - now, end - start)
+            return Answered(np.stack([output]), start - now, end - start)
         rows = await asyncio.gather(*futures)
         outputs, starts, ends = zip(*rows, strict=True)
         return Answered(np.stack(outputs), max(starts) - now, ends[-1] - starts[-1])

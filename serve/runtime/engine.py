@@ -14,12 +14,15 @@ from refract.augment.decoding.decode import ImageError
 from refract.augment.preprocess import Preprocess
 from refract.models.bundle.bundle import Bundle, BundleError, GoldenSample
 from refract.models.classifier import probabilities
+from refract.models.familiarity import Familiarity
+from refract.models.features import FeatureClassifier
 from refract.models.multimodal.tokens import Tokens
 from refract.models.occlusion import Occlusion
 from refract.serve.requests.multimodal_samples import blank, inputs, joined
 from refract.serve.runtime.backends.base import AGREED, Forward
 from refract.serve.runtime.backends.torch_backends import channels_last
 from refract.serve.runtime.gpus import is_out_of_memory, naming_memory
+from refract.serve.runtime.outputs import packed, unpacked
 from refract.serve.runtime.selection import THREADS, Choice, choose
 from refract.serve.runtime.staging import Staging
 
@@ -40,8 +43,8 @@ RETRY_S = 60.0
 
 
 class Engine:
-    """Computes probabilities and logits with the network of `bundle` on `device`. A batch is uint8 N×H×W×3, or, for a model that reads
-    texts, N records of `refract.serve.requests.multimodal_samples`. A batch that exceeds the device's memory is split."""
+    """Computes probabilities, logits and embeddings with the network of `bundle` on `device`. A batch is uint8 N×H×W×3, or, for a model
+    that reads texts, N records of `refract.serve.requests.multimodal_samples`. A batch that exceeds the device's memory is split."""
 
     def __init__(
         self,
@@ -60,9 +63,13 @@ class Engine:
         self.preprocess = Preprocess.from_dict(bundle.info.preprocess)
         with naming_memory(self.device, "this network"):
             self._classifier = bundle.classifier(self.device)
+        training = bundle.training_features()
+        self.familiarity = None if training is None else Familiarity(training, self.device)
+        """Compares images with the training images; None for a bundle without training features."""
         if self.device.type == "cpu":
             channels_last(self._classifier)
-        self._forward: Forward = self._classifier
+        self._network = FeatureClassifier(self._classifier)
+        self._forward: Forward = self._network
         self.choice: Choice | None = None
         if self.tokens is not None and backend not in ("auto", "eager"):
             raise BundleError(
@@ -71,7 +78,7 @@ class Engine:
         if backend != "eager" and self.tokens is None:
             images = np.stack([self._golden(golden) for golden in self._goldens()])
             with naming_memory(self.device, "timing the backends"):
-                self._forward, self.choice = choose(bundle, self._classifier, images, wanted=backend, threads=threads)
+                self._forward, self.choice = choose(bundle, self._network, images, wanted=backend, threads=threads)
         self._queue_lock = threading.Lock()  # the kernels of a batch and the copy of its outputs are queued together
         self._largest, self._retry_at = math.inf, 0.0
         overlaps = self.device.type == "cuda" and self.tokens is None
@@ -99,7 +106,8 @@ class Engine:
         return (str(self.device), *(str(other.device) for other in self.others))
 
     def compute(self, batch: np.ndarray) -> np.ndarray:
-        """Return float32 N×2×C: each sample's probabilities, with the bundle's temperature applied, and its logits."""
+        """Return a record of each sample's probabilities, with the bundle's temperature applied, logits, embedding and familiarity: see
+        `refract.serve.runtime.outputs.unpacked`."""
         return self._fitted(partial(self._outputs, self._forward), batch)
 
     def overlapped(self, staging: Staging, batch: np.ndarray) -> np.ndarray:
@@ -145,23 +153,39 @@ class Engine:
         with torch.inference_mode():
             images = staging.load(batch)
             with self._queue_lock:
-                logits = self._forward(images).float()
-                wait = staging.unload(torch.stack([self._probabilities(logits), logits], dim=1))
-            return wait()
+                wait = staging.unload(self._packed(*self._forward(images)))
+            return unpacked(wait(), self._num_classes)
 
     def predict(self, batch: np.ndarray) -> np.ndarray:
         """Return the probabilities of `compute`, float32 N×C."""
-        return self.compute(batch)[:, 0]
+        return self.compute(batch)["probabilities"]
 
     def _outputs(self, forward: Forward, batch: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            logits = forward(*inputs(batch, self.device, self.reads)).float()  # type: ignore[arg-type]
-            return torch.stack([self._probabilities(logits), logits], dim=1).cpu().numpy()
+            rows = self._packed(*forward(*inputs(batch, self.device, self.reads))).cpu().numpy()  # type: ignore[arg-type]
+        return unpacked(rows, self._num_classes)
+
+    def _packed(self, logits: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        logits = logits.float()
+        unknown = logits.new_full((len(logits),), math.nan)
+        familiarity = unknown if self.familiarity is None else self.familiarity(embedding)
+        return packed(self._probabilities(logits), logits, embedding, familiarity)
 
     def mean(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """Return the probabilities of the mean of two arrays of logits, float32 N×C each, as in evaluation."""
-        # Average logits, not probabilities: those of a confident network round to 0 and 1 in float32.
-        return self._probabilities(torch.from_numpy((one + other) / 2)).numpy()
+        """Return the records of the mean logits and the mean embeddings of two views of each sample, as in evaluation."""
+        mean = one.copy()
+        for name in ("logits", "embedding"):
+            mean[name] = (one[name] + other[name]) / 2
+        # From the mean of the logits, not of the probabilities: those of a confident network round to 0 and 1 in float32.
+        mean["probabilities"] = self._probabilities(torch.from_numpy(mean["logits"])).numpy()
+        if self.familiarity is not None:
+            embedding = torch.from_numpy(np.ascontiguousarray(mean["embedding"])).to(self.device)
+            mean["familiarity"] = self.familiarity(embedding).cpu().numpy()
+        return mean
+
+    @property
+    def _num_classes(self) -> int:
+        return len(self.bundle.info.labels)
 
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         info = self.bundle.info
@@ -171,7 +195,9 @@ class Engine:
     def occlusion(self) -> Occlusion:
         """The heat maps of the selected backend. For bundles that read only images."""
         info = self.bundle.info
-        return Occlusion(self._forward, multilabel=info.task == "multilabel", temperature=info.temperature)
+        return Occlusion(
+            lambda images: self._forward(images)[0], multilabel=info.task == "multilabel", temperature=info.temperature
+        )
 
     def self_test(self) -> float:
         """Predict the golden samples, and compare with their stored probabilities. Returns the shortest seconds that one took. BundleError,
@@ -180,7 +206,9 @@ class Engine:
         for golden in self._goldens():
             batch, stored = np.stack([self._golden(golden)]), np.asarray(golden.probabilities, dtype=np.float32)
             # Check plain float32 first, then the backend, which may be less precise.
-            self._compare(self._where(golden), self._outputs(self._classifier, batch)[0, 0], stored, TOLERANCE)
+            self._compare(
+                self._where(golden), self._outputs(self._network, batch)["probabilities"][0], stored, TOLERANCE
+            )
             start = time.perf_counter()
             predicted = self.predict(batch)[0]
             times.append(time.perf_counter() - start)

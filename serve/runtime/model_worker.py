@@ -128,7 +128,7 @@ class ModelWorker:
         start, cpu_start = time.monotonic(), time.thread_time()
         try:
             outputs = self.engine.workers[number](batch)
-            if not np.isfinite(outputs[:, 0]).all():
+            if not np.isfinite(outputs["probabilities"]).all():
                 raise ValueError("the network's probabilities are NaN or infinite")
         except Exception:
             self._failed_batches += 1

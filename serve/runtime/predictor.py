@@ -93,10 +93,13 @@ class Predictor:
                 self._admission.check_wait(worker.expected(len(inputs)))
             outputs, queued, computed = await worker.submit(inputs)
             seconds = {"prepare": prepared, "queue": queued, "compute": computed}
-            rows = worker.engine.mean(*np.split(outputs[:, 1], 2)) if work.flipped else outputs[:, 0]
+            if work.flipped:
+                outputs = worker.engine.mean(*np.split(outputs, 2))
+            engine = worker.engine
+            predictions = Predictions(request, engine.bundle, outputs, seconds, engine.familiarity, cut=cuts(batch))
+            rows = predictions.probabilities
             if self._sampling and sampled:
                 self._sampling.offer(worker.engine.bundle, request.images, batch, rows)
-            predictions = Predictions(request, worker.engine.bundle, rows, seconds, cut=cuts(batch))
             if not work.explained:
                 return predictions
             start = time.monotonic()

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from refract import progress
 from refract.models.bundle.bundle import Bundle, BundleError
-from refract.models.classifier import Classifier, probabilities
+from refract.models.classifier import probabilities
+from refract.models.features import FeatureClassifier
 from refract.plugins import loaded
 from refract.serve.runtime.backends.base import Forward, first_line
 from refract.serve.runtime.backends.quantised import weight_bits
@@ -39,6 +41,9 @@ WORTH = 1.2
 LONG_S = 0.005
 """Seconds that a batch must take one thread for more threads to be considered. Between short batches the threads spin, and take the cores
 from decoding and HTTP."""
+
+ALIKE = 0.99
+"""Smallest cosine of a golden sample's embedding to that of plain float32."""
 
 STEADY = 1.5
 """A stored choice stays valid if its backend is at most this many times faster than at the time of the choice (the machine was busy then),
@@ -76,7 +81,7 @@ def candidates(device: torch.device) -> tuple[str, ...]:
 
 def choose(
     bundle: Bundle,
-    classifier: Classifier,
+    network: FeatureClassifier,
     images: np.ndarray,
     *,
     wanted: str = "auto",
@@ -85,7 +90,8 @@ def choose(
 ) -> tuple[Forward, Choice]:
     """Select the fastest backend for this bundle on this machine that agrees with plain float32 on `images`.
 
-    A backend agrees if each likeliest label is the same and all probabilities are within AGREED, or INT8_AGREED for those of INT8.
+    A backend agrees if each likeliest label is the same, all probabilities are within AGREED, or INT8_AGREED for those of INT8, and the
+    cosine of each embedding to that of float32 is at least ALIKE.
     images: the golden images, uint8 N×H×W×3. wanted: auto, int8 for the fastest of INT8, or a name of BACKENDS, which must agree.
     threads: most CPU threads. `cache`, by default ~/.cache/refract/backends, stores the choice of auto for the bundle, the machine and the
     package versions. ValueError for an unknown name. BundleError if a wanted backend is not installed, does not support this device, or
@@ -95,13 +101,13 @@ def choose(
         raise ValueError(
             f"backend: {wanted!r} is unknown; accepted are auto, int8, {', '.join(BACKENDS)}; a plugin's backend needs --plugin FILE"
         )
-    device = next(classifier.parameters()).device
+    device = next(network.parameters()).device
     names = {"auto": candidates(device), "int8": INT8}.get(wanted, (wanted,))
     if wanted != "auto":
         _check_wanted(wanted, names, device)
     folder = (cache or CACHE).expanduser() / _key(bundle, device, threads)
     tensor = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
-    trial = _Trial(bundle, classifier, tensor, folder)
+    trial = _Trial(bundle, network, tensor, folder)
     stored = _load_choice(folder) if wanted == "auto" else None
     if stored is not None and stored.name in names:
         progress.stage(f"checking the stored backend {stored.name}")
@@ -167,15 +173,16 @@ def _fastest(
 class _Trial:
     """Compares backends with plain float32 on the golden images, and times them."""
 
-    def __init__(self, bundle: Bundle, classifier: Classifier, images: Tensor, folder: Path) -> None:
-        self._classifier, self._images, self._folder = classifier, images, folder
+    def __init__(self, bundle: Bundle, network: FeatureClassifier, images: Tensor, folder: Path) -> None:
+        self._network, self._images, self._folder = network, images, folder
         self._from_earlier_start = {
             folder / file for backend in BACKENDS.values() for file in backend.files if (folder / file).exists()
         }
         self.on_cpu = images.device.type == "cpu"
         self._options: dict[str, Any] = {"task": bundle.info.task, "temperature": bundle.info.temperature}
         with torch.inference_mode():
-            self._expected = probabilities(classifier(images), **self._options)
+            logits, self._embedding = network(images)
+            self._expected = probabilities(logits, **self._options)
 
     def agreeing(self, name: str) -> Forward:
         """Build the backend `name`, and check it. If it fails with a network converted by an earlier start, convert the network again.
@@ -196,8 +203,9 @@ class _Trial:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # converters warn about their own code
             images = self._images if len(self._images) > 1 else self._images.repeat(2, 1, 1, 1)
-            forward = BACKENDS[name].build(self._classifier, images.contiguous(), self._folder)
-            predicted = probabilities(forward(self._images), **self._options)
+            forward = BACKENDS[name].forward(self._network, images.contiguous(), self._folder)
+            logits, embedding = forward(self._images)
+            predicted = probabilities(logits, **self._options)
         gap = float((predicted - self._expected).abs().max())
         if not gap <= (limit := BACKENDS[name].agreed):
             raise ValueError(
@@ -205,6 +213,10 @@ class _Trial:
             )
         if differing := int((predicted.argmax(1) != self._expected.argmax(1)).sum()):
             raise ValueError(f"predicts another label than float32 for {differing} of {len(predicted)} golden samples")
+        if embedding.shape[1] and not (cosine := _cosine(embedding, self._embedding)) >= ALIKE:
+            raise ValueError(
+                f"turns an embedding of the golden samples to a cosine of {cosine:.3f}; the limit is {ALIKE}"
+            )
         return forward
 
     def change(self, stored: Choice, forward: Forward) -> float:
@@ -214,7 +226,7 @@ class _Trial:
         if change > 1 / STEADY or stored.name == "eager":
             return max(change, 1.0)
         eager = "eager" if "eager" in stored.rates else f"eager/{stored.threads}"
-        plain = self.rate(BACKENDS["eager"].build(self._classifier, self._images, self._folder))
+        plain = self.rate(BACKENDS["eager"].forward(self._network, self._images, self._folder))
         return min(1.0, change * stored.rates[eager] / plain)
 
     def rate(self, forward: Forward) -> float:
@@ -222,12 +234,18 @@ class _Trial:
         batch = self._images.repeat(-(-BATCH // len(self._images)), 1, 1, 1)[:BATCH]
         times: list[float] = []
         with torch.inference_mode():
-            forward(batch).sum().item()
+            forward(batch)[0].sum().item()
             while len(times) < ROUNDS and sum(times) < SECONDS:
                 start = time.perf_counter()
-                forward(batch).sum().item()
+                forward(batch)[0].sum().item()
                 times.append(time.perf_counter() - start)
         return BATCH / sorted(times)[len(times) // 2]
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    """Return the smallest cosine of two embeddings of a sample. An embedding of zeros equals only zeros."""
+    cosines = cosine_similarity(one, other, dim=1)
+    return float(torch.where((one == other).all(dim=1), 1.0, cosines).min())
 
 
 def _key(bundle: Bundle, device: torch.device, threads: int) -> str:

@@ -53,7 +53,9 @@ class ServedModels:
         return self.champion.engine
 
     async def start(self) -> None:
-        """Run the self-test. BundleError if a prediction differs from the stored one of its golden sample."""
+        """Run the self-test. BundleError if a prediction differs from the stored one of its golden sample, or if predictions are to abstain
+        below a familiarity and the bundle has no training features."""
+        self._check_familiarity(self.engine)
         progress.stage("testing the model on its golden samples")
         pace = await asyncio.to_thread(self.engine.self_test)
         self.champion.start(pace)
@@ -130,11 +132,18 @@ class ServedModels:
             raise BundleError(
                 f"{engine.bundle.path}: reads {reads}, but {old.name} reads {expected}; start another server for it"
             )
+        self._check_familiarity(engine)
         pace = await asyncio.to_thread(engine.self_test)
         self.check_ready()
         worker = self._new_shadow(engine) if shadow else self._new_worker(engine)
         worker.start(pace)
         return worker
+
+    def _check_familiarity(self, engine: Engine) -> None:
+        if self._settings.min_familiarity is not None and engine.familiarity is None:
+            raise BundleError(
+                f"{engine.bundle.path}: has no training features, which --min-familiarity needs; train again, or omit the option"
+            )
 
     def _new_worker(self, engine: Engine) -> ModelWorker:
         return ModelWorker(

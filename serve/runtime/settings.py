@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceSettings:
-    """How requests are batched, and how many are accepted.
+    """How requests are batched, how many are accepted, and which predictions abstain.
 
     max_batch: most images in one batch. max_wait_ms: longest wait for a batch to fill, in milliseconds. max_queue: most images that wait
     for the engine. max_requests: most requests in flight. deadline_s: seconds from a request's last byte to its response.
+    min_familiarity: predictions abstain below this familiarity; None for no limit.
     ValueError if a setting is out of range.
     """
 
@@ -17,6 +18,7 @@ class ServiceSettings:
     max_queue: int = 1024
     max_requests: int = 256
     deadline_s: float = 10.0
+    min_familiarity: float | None = None
 
     def __post_init__(self) -> None:
         if self.max_requests < 1 or not self.deadline_s > 0:

@@ -1,4 +1,4 @@
-"""Copy batches to a device and logits back, through pinned memory and a copy stream, while the device computes another batch."""
+"""Copy batches to a device and outputs back, through pinned memory and a copy stream, while the device computes another batch."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,10 +1,12 @@
 """A prediction request before and after parsing, and its result."""
 
-from typing import NamedTuple
+import base64
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from refract.models.bundle.bundle import Bundle
+from refract.models.familiarity import Familiarity
 from refract.models.multimodal.tokens import trimmed
 from refract.models.prediction import Explanation
 from refract.serve.http.errors import RequestError
@@ -36,16 +38,56 @@ class ParsedWork(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """The result of one request. request: what was parsed; bundle: the model that answered; probabilities: float32 N×C; seconds: durations
-    of the stages `prepare` (wait for a thread, parse, decode, resize), `queue`, `compute` and `explain`; explanations: one for each image,
-    empty if not requested; cut: whether each text was truncated, empty if the model reads no texts."""
+    """The result of one request.
+
+    - request: what was parsed
+    - bundle: the model that answered
+    - outputs: a record for each sample, see `refract.serve.runtime.outputs.unpacked`
+    - seconds: durations of the stages `prepare` (wait for a thread, parse, decode, resize), `queue`, `compute` and `explain`
+    - familiarity: compares embeddings with the training images of the bundle, None without training features
+    - explanations: one for each image, empty if not requested
+    - cut: whether each text was truncated, empty if the model reads no texts
+    """
 
     request: ParsedRequest
     bundle: Bundle
-    probabilities: np.ndarray
+    outputs: np.ndarray
     seconds: dict[str, float]
+    familiarity: Familiarity | None = None
     explanations: tuple[Explanation, ...] = ()
     cut: tuple[bool, ...] = ()
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """The probabilities, float32 N×C."""
+        return self.outputs["probabilities"]
+
+    @property
+    def embeddings(self) -> np.ndarray:
+        """The embeddings, float32 N×D. RequestError 422 if the backend computes none."""
+        if not self.outputs["embedding"].shape[1]:
+            message = "the backend of this server computes no embeddings; start it with another --backend"
+            raise RequestError(422, "no_embedding", message)
+        return self.outputs["embedding"]
+
+    def similar(self, count: int) -> list[list[dict[str, Any]]]:
+        """For each sample the `count` most similar training images, as JSON objects. RequestError 422 if the bundle has none."""
+        if self.familiarity is None:
+            message = "the model has no training features, which `similar` needs; train it again, or omit `similar`"
+            raise RequestError(422, "no_training_features", message)
+        rows = zip(*self.familiarity.nearest(self.embeddings, count), strict=True)
+        return [[self._training_image(*pair) for pair in zip(*row, strict=True)] for row in rows]
+
+    def _training_image(self, index: int, cosine: float) -> dict[str, Any]:
+        assert self.familiarity is not None
+        training, labels = self.familiarity.training, self.bundle.info.labels
+        thumbnail = training.thumbnails[index]
+        return {
+            "path": training.paths[index],
+            "labels": [labels[label] for label in training.labels[index]],
+            "similarity": float(cosine),
+            "thumbnail": base64.b64encode(thumbnail).decode() if thumbnail else None,
+        }
 
     @property
     def timing(self) -> str:

@@ -34,7 +34,7 @@ from refract.pipeline.data.manifest import DataError
 from refract.pipeline.inference.batch import part_files
 from refract.pipeline.inference.batch.listing import Row, Shard, listing_of
 from refract.pipeline.inference.batch.rows import ABOUT, schema_of, table_of
-from refract.pipeline.inference.scoring import SampleInput, preprocess_of, score
+from refract.pipeline.inference.scoring import SampleInput, Scored, preprocess_of, score, score_outputs
 
 pytestmark = pytest.mark.slow  # together they take minutes: `make test-fast` has two
 
@@ -344,7 +344,12 @@ def test_a_row_equals_the_prediction_of_predict(answers, task: str, below: float
     )  # fmt: skip
     given_ = [np.array(answer, np.float32) if isinstance(answer, list) else answer for answer in answers]
     shard = Shard(2, 40, tuple(Row(f"{i}.png") for i in range(len(answers))))
-    table = table_of(shard, given_, info, schema_of(info, texts=False, truths=False, key="k", about={})).to_pylist()
+    table = table_of(
+        shard,
+        [answer if isinstance(answer, str) else Scored(answer, None) for answer in given_],
+        info,
+        schema_of(info, texts=False, truths=False, key="k", about={}),
+    ).to_pylist()
     assert [row["row"] for row in table] == list(range(40, 40 + len(answers)))
     for row, answer in zip(table, given_, strict=True):
         if isinstance(answer, str):
@@ -383,3 +388,33 @@ def test_ray_completes_the_rows_of_a_killed_command(refract: Run, tmp_path: Path
     done = refract("score", bundle, images, "-o", out, "--engine", "ray", "--jobs", 1)
     assert "resuming: " in done.stderr
     check_whole(pd.read_parquet(out), bundle, images)
+
+
+def test_the_embeddings_are_those_of_the_pass_that_computes_the_probabilities(tmp_path: Path) -> None:
+    opened = load_bundle(make_bundle(tmp_path / "b"))
+    classifier = opened.classifier()
+    files = [
+        write_image(tmp_path / f"{number}.png", make_image("red", number)) or tmp_path / f"{number}.png"
+        for number in range(5)
+    ]
+    asked = [SampleInput(file.read_bytes) for file in files]
+    asked.insert(2, SampleInput(lambda: b"no image"))
+    options = {"task": "multiclass", "temperature": opened.info.temperature, "batch_size": 2}
+    for tta in ("none", "flip"):
+        plain = list(score(classifier, preprocess_of(opened.info), asked, tta=tta, **options))
+        rows = list(score_outputs(classifier, preprocess_of(opened.info), asked, embed=True, tta=tta, **options))
+        assert [isinstance(row, Scored) for row in rows] == [True, True, False, True, True, True]
+        for row, probabilities in zip(rows, plain, strict=True):
+            if isinstance(row, Scored):
+                np.testing.assert_allclose(row.probabilities, probabilities, atol=1e-6)
+                # The head is linear, so it maps the mean embedding of the views to the mean of their logits.
+                with torch.inference_mode():
+                    logits = classifier.network.head(torch.from_numpy(row.embedding)) / opened.info.temperature
+                np.testing.assert_allclose(logits.softmax(0), probabilities, atol=1e-4)
+    rows[0] = rows[0]._replace(familiarity=0.25)
+    schema = schema_of(opened.info, texts=False, truths=False, embeddings=True, familiarity=True, key="k", about={})
+    shard = Shard(0, 0, tuple(Row(str(number)) for number in range(6)))
+    table = table_of(shard, [row if isinstance(row, Scored) else "damaged" for row in rows], opened.info, schema)
+    assert table["familiarity"].to_pylist() == [0.25, *[None] * 5]
+    for row, values in zip(rows, table["embedding"].to_pylist(), strict=True):
+        assert values == (row.embedding.tolist() if isinstance(row, Scored) else None)

@@ -18,6 +18,8 @@ from refract.augment.preprocess import Preprocess
 from refract.models.bundle.bundle import Bundle, BundleInfo, GoldenSample, load_bundle, save_bundle
 from refract.models.classifier import Classifier, probabilities
 from refract.models.registry import build
+from refract.pipeline.data.manifest import Manifest, Sample
+from refract.pipeline.training.training_features import training_features_of
 from refract.serve.http.app import create_app
 from refract.serve.http.metrics import Metrics
 from refract.serve.http.transport.connection import Connection
@@ -55,7 +57,7 @@ def inference_threads() -> Callable[[], list[threading.Thread]]:
 
 @pytest.fixture(scope="session")
 def make_bundle() -> Callable[..., Bundle]:
-    """Save a bundle of an untrained lenet5. wrong: added to the probabilities of each golden sample."""
+    """Save a bundle of an untrained lenet5. wrong: added to the probabilities of each golden sample; training: with training features."""
 
     def make(
         path: Path,
@@ -65,6 +67,7 @@ def make_bundle() -> Callable[..., Bundle]:
         wrong: float = 0.0,
         seed: int = 0,
         word: str = "class",
+        training: bool = False,
     ) -> Bundle:
         torch.manual_seed(seed)
         network = build("lenet5", 10, image_size=(32, 32))
@@ -85,9 +88,21 @@ def make_bundle() -> Callable[..., Bundle]:
             versions={"torch": torch.__version__},
             created="2025-01-01T00:00:00+00:00",
         )
-        return load_bundle(save_bundle(path, info, classifier, golden_samples))
+        features = training_features_of(classifier, PREPROCESS, training_data(info), task=task) if training else None
+        return load_bundle(save_bundle(path, info, classifier, golden_samples, training=features))
 
     return make
+
+
+def training_data(info: BundleInfo) -> Manifest:
+    """40 training and 20 validation images."""
+    parts = {"train": range(40), "val": range(40, 60)}
+    samples = [
+        Sample(f"{split}/{number}.jpg", (number % 10,), split, data=encode_image(number))
+        for split, numbers in parts.items()
+        for number in numbers
+    ]
+    return Manifest("memory", tuple(samples), info.labels, info.task)
 
 
 @pytest.fixture(scope="session")

@@ -155,7 +155,7 @@ def test_the_openapi_examples_match_the_responses(client):
     answer = client.post("/v1/predict", json=operation["requestBody"]["content"]["application/json"]["example"])
     example = operation["responses"]["200"]["content"]["application/json"]["example"]
     assert answer.status_code == 200 and answer.json().keys() == example.keys()
-    assert answer.json()["predictions"][0].keys() | {"abstain", "explanation", "explanation_method"} == (
+    assert answer.json()["predictions"][0].keys() | {"abstain", "familiarity", "explanation", "explanation_method"} == (
         example["predictions"][0].keys()
     )
     for status, response in operation["responses"].items():

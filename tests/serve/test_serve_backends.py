@@ -13,6 +13,7 @@ from installed_backends import INSTALLED, INT8
 from torch import nn
 
 from refract.models.classifier import Classifier
+from refract.models.features import FeatureClassifier
 from refract.models.registry import build
 from refract.serve.runtime.backends.base import AGREED, INT8_AGREED
 from refract.serve.runtime.backends.registry import BACKENDS
@@ -33,9 +34,16 @@ def test_a_backend_agrees_with_float32_at_every_batch_size(name: str, bundle, ma
     images = np.stack([plain.preprocess(make_image(i)) for i in range(7)])
     for count in (1, 7, 2):
         agreed = {"openvino": 1e-5, "onnx": 1e-5, **dict.fromkeys(INT8, INT8_AGREED)}.get(name, AGREED)
-        np.testing.assert_allclose(other.predict(images[:count]), plain.predict(images[:count]), atol=agreed)
+        outputs, expected = other.compute(images[:count]), plain.compute(images[:count])
+        np.testing.assert_allclose(outputs["probabilities"], expected["probabilities"], atol=agreed)
+        assert (cosine(outputs["embedding"], expected["embedding"]) >= 0.99).all()
+        assert outputs["embedding"].shape == (count, 84)
     if name != "eager":
         assert other.choice is not None and other.choice.name == name
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return (one * other).sum(axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
 
 
 @pytest.mark.parametrize("names", [INSTALLED, INT8], ids=["float", "int8"])
@@ -83,11 +91,13 @@ def test_the_compiled_network_agrees(bundle, make_image) -> None:
 
 
 def test_bfloat16_keeps_layers_in_float32_that_disable_autocast() -> None:
-    classifier = Classifier(build("fastnet", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3).eval()
+    classifier = FeatureClassifier(
+        Classifier(build("fastnet", 3, image_size=(32, 32)), mean=(0.5,) * 3, std=(0.25,) * 3)
+    ).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
-        logits = BACKENDS["bf16"].build(classifier, images, Path())(images)
-        torch.testing.assert_close(logits, classifier(images), atol=0.05, rtol=0.05)
+        outputs = BACKENDS["bf16"].build(classifier, images, Path())(images)
+        torch.testing.assert_close(outputs, classifier(images), atol=0.05, rtol=0.05)
     assert all(parameter.dtype == torch.float32 for parameter in classifier.parameters()), (
         "that of others is not touched"
     )
@@ -109,11 +119,11 @@ def test_concurrent_threads_get_their_own_predictions(name: str, bundle, make_im
 def test_a_network_with_3d_convolutions_runs_in_bfloat16() -> None:
     """Its weights have five dimensions, for which the four-dimensional channels-last order does not exist."""
     network = build("cnn", 3, image_size=(32, 32), widths=[4, 8], conv="3d")
-    classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3).eval()
+    classifier = FeatureClassifier(Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3)).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
-        logits = BACKENDS["bf16"].build(classifier, images, Path())(images)
-        torch.testing.assert_close(logits, classifier(images), atol=0.05, rtol=0.05)
+        outputs = BACKENDS["bf16"].build(classifier, images, Path())(images)
+        torch.testing.assert_close(outputs, classifier(images), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +144,7 @@ def test_weights_have_seven_bits_on_x86_without_vnni(
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    BACKENDS["onnx-int8"].build(bundle.classifier(torch.device("cpu")), images, tmp_path)
+    BACKENDS["onnx-int8"].build(FeatureClassifier(bundle.classifier(torch.device("cpu"))), images, tmp_path)
     network = onnx.load(tmp_path / "kept.int8.onnx").graph
     weights = [onnx.numpy_helper.to_array(one) for one in network.initializer if one.data_type == onnx.TensorProto.INT8]
     assert max(int(np.abs(one.astype(int)).max()) for one in weights if one.ndim > 1) == most
@@ -147,9 +157,9 @@ def test_int8_is_close_to_float32_for_the_largest_products(name: str, tmp_path: 
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.fill_(0.01)
-    classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3).eval()
+    classifier = FeatureClassifier(Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3)).eval()
     images = torch.cat([torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 255)]).to(torch.uint8)
     with torch.inference_mode():
         wanted = classifier(images)
-        logits = BACKENDS[name].build(classifier, images, tmp_path)(images)
-    torch.testing.assert_close(logits, wanted, rtol=0.03, atol=0.01)
+        outputs = BACKENDS[name].build(classifier, images, tmp_path)(images)
+    torch.testing.assert_close(outputs, wanted, rtol=0.03, atol=0.01)

@@ -12,6 +12,7 @@ from refract.models.classifier import probabilities
 from refract.pipeline.inference.scoring import SampleInput, score
 from refract.serve.http.app import create_app
 from refract.serve.runtime.engine import Engine, build
+from refract.serve.runtime.outputs import unpacked
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
@@ -84,8 +85,8 @@ def test_flip_tta_gives_the_probabilities_of_evaluation(make_bundle, serving, ma
     options = {"task": task, "temperature": info.temperature, "tta": "flip"}
     wanted = np.stack(list(score(engine._classifier, engine.preprocess, questions, **options)))
     inputs = np.stack([engine.preprocess(one) for one in data])
-    straight, flipped = (engine.compute(views)[:, 1] for views in (inputs, inputs[:, :, ::-1].copy()))
-    np.testing.assert_allclose(engine.mean(straight, flipped), wanted, atol=1e-6)
+    straight, flipped = (engine.compute(views) for views in (inputs, inputs[:, :, ::-1].copy()))
+    np.testing.assert_allclose(engine.mean(straight, flipped)["probabilities"], wanted, atol=1e-6)
     app = create_app(engine)
     app.state.service.models.engine.self_test = lambda: 0.01  # its golden samples are of the network with factor 1
     with serving(app) as client:
@@ -102,7 +103,13 @@ def test_the_mean_of_opposite_logits_is_the_more_confident_prediction(make_bundl
     one, other = np.zeros((2, 1, 10), np.float32)
     one[0, 0], other[0, 0], other[0, 1] = 60, -40, 40
     wanted = probabilities(torch.from_numpy((one + other) / 2), task=task).numpy()
-    np.testing.assert_array_equal(engine.mean(one, other), wanted)
+    views = [
+        unpacked(np.concatenate([logits, logits, [[k, 1, k]]], axis=1, dtype=np.float32), 10)
+        for k, logits in enumerate((one, other))
+    ]
+    mean = engine.mean(*views)
+    np.testing.assert_array_equal(mean["probabilities"], wanted)
+    np.testing.assert_array_equal(mean["embedding"], [[0.5, 1]])
 
 
 def test_replicas_give_the_same_predictions_and_are_all_self_tested(bundle, serving, make_image, monkeypatch) -> None:
@@ -111,14 +118,14 @@ def test_replicas_give_the_same_predictions_and_are_all_self_tested(bundle, serv
     assert engine.devices == ("cpu",) * 4 and len(engine.workers) == 4
     batch = np.stack([engine.preprocess(make_image(i)) for i in range(3)])
     for worker in engine.workers:
-        np.testing.assert_array_equal(worker(batch)[:, 0], engine.predict(batch))
+        np.testing.assert_array_equal(worker(batch)["probabilities"], engine.predict(batch))
     with serving(create_app(engine)) as client, ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda i: client.post("/v1/predict?top=1", content=make_image(i % 3)), range(40)))
         rows = engine.predict(batch)
         for i, answer in enumerate(answers):
             assert answer.json()["predictions"][0]["confidence"] == pytest.approx(rows[i % 3].max(), abs=1e-5)
         assert client.get("/v1/model").json()["device"] == "cpu, cpu, cpu, cpu"
-    monkeypatch.setattr(engine.others[2], "_outputs", lambda *_: np.zeros((1, 2, 10), np.float32))
+    monkeypatch.setattr(engine.others[2], "_outputs", lambda *_: unpacked(np.zeros((1, 21), np.float32), 10))
     with pytest.raises(BundleError, match="golden sample"):
         engine.self_test()
     torch.set_num_threads(threads)

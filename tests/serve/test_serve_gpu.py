@@ -37,6 +37,11 @@ class Small:
         return self.forward(images)
 
 
+def assert_close(outputs: np.ndarray, expected: np.ndarray) -> None:
+    for name in ("probabilities", "logits", "embedding"):
+        np.testing.assert_allclose(outputs[name], expected[name], atol=1e-5)
+
+
 def images_of(engine: Engine, make_image, count: int) -> np.ndarray:
     return np.stack([engine.preprocess(make_image(number)) for number in range(count)])
 
@@ -53,7 +58,7 @@ def test_a_batch_that_exceeds_the_memory_is_split(
     small = Small(engine._forward, 2, error)
     engine._forward = small
     for worker in (engine.compute, partial(engine.overlapped, Staging(engine.device))):
-        np.testing.assert_allclose(worker(images), expected, atol=1e-5)
+        assert_close(worker(images), expected)
     assert max(small.batches) <= 2 and "too little memory for a batch of 7; using batches of 3 for" in caplog.text
     caplog.clear()
     engine.compute(images)
@@ -73,7 +78,7 @@ def test_other_errors_and_a_single_sample_that_exceeds_the_memory_are_raised(bun
         (2, RuntimeError("a shape that no network takes")),
         (0, torch.OutOfMemoryError("CUDA out of memory")),
     ):
-        engine._forward = Small(engine._classifier, most, error)
+        engine._forward = Small(engine._network, most, error)
         with pytest.raises(RuntimeError) as raised:
             engine.compute(images)
         assert raised.value is error
@@ -101,7 +106,7 @@ def test_two_threads_share_a_device_without_mixing_their_batches(bundle, make_im
         for count in (1, 3, 2, 6, 1) * 4:
             together.wait(30)
             rows = [(place + number) % 6 for number in range(count)]
-            np.testing.assert_allclose(worker(images[rows]), expected[rows], atol=1e-5)
+            assert_close(worker(images[rows]), expected[rows])
 
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(ask, place) for place in range(2)]:

@@ -15,6 +15,7 @@ from refract.serve.requests.limits import Budget, Limits, OverloadedError
 from refract.serve.requests.protocols import InferBody
 from refract.serve.runtime.engine import Engine
 from refract.serve.runtime.model_worker import ModelWorker
+from refract.serve.runtime.outputs import unpacked
 from refract.serve.runtime.pools import DecoderPools, PricedPool
 from refract.serve.runtime.service import Service
 from refract.serve.runtime.settings import ServiceSettings
@@ -99,7 +100,7 @@ def test_proven_brief_batches_are_computed_on_the_event_loop(
         while time.thread_time() < end:
             pass
         seen.append(threading.current_thread() is threading.main_thread())
-        return np.zeros((len(batch), 2, 3), np.float32)
+        return unpacked(np.zeros((len(batch), 21), np.float32), 10)
 
     async def story(worker: ModelWorker, engine: Paced) -> None:
         monkeypatch.setattr(engine, "device", torch.device(device))

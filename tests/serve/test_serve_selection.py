@@ -15,6 +15,7 @@ import torch
 from installed_backends import INSTALLED, INT8, PACKAGES
 
 from refract.models.bundle.bundle import BundleError
+from refract.models.features import FeatureClassifier
 from refract.serve.http.app import create_app
 from refract.serve.runtime import selection as choosing
 from refract.serve.runtime.backends.base import INT8_AGREED, Backend
@@ -36,12 +37,15 @@ def golden_images(engine: Engine) -> np.ndarray:
 
 def asking(bundle, **options):
     engine = Engine(bundle)
-    return choose(bundle, bundle.classifier("cpu"), golden_images(engine), **options)
+    return choose(bundle, FeatureClassifier(bundle.classifier("cpu")), golden_images(engine), **options)
 
 
 def replaced(**builds: Any) -> dict[str, Backend]:
-    """BACKENDS with other build functions, which need no package."""
-    fakes = {name: replace(BACKENDS[name], build=build, missing=lambda device: None) for name, build in builds.items()}
+    """BACKENDS with other build functions, which need no package and compute only logits, as those of plugins may."""
+    fakes = {
+        name: replace(BACKENDS[name], build=build, missing=lambda device: None, embeds=False)
+        for name, build in builds.items()
+    }
     return {**BACKENDS, **fakes}
 
 
@@ -291,14 +295,17 @@ def test_a_choice_for_other_weight_bits_is_not_used(bundle, cache: Path, monkeyp
 
 
 class Unsure(torch.nn.Module):
-    """Two labels with almost equal probabilities."""
+    """Two labels with almost equal probabilities, which are their own embedding."""
+
+    classifier = None
 
     def __init__(self, hair: float) -> None:
         super().__init__()
         self.logits = torch.nn.Parameter(torch.tensor([hair, 0.0]))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.logits.repeat(len(images), 1)
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.logits.repeat(len(images), 1)
+        return logits, logits
 
 
 def test_a_backend_with_another_top_label_is_dropped_at_any_difference(
@@ -308,7 +315,8 @@ def test_a_backend_with_another_top_label_is_dropped_at_any_difference(
     monkeypatch.setattr(choosing, "candidates", lambda device: ("bf16", "eager"))
     images = golden_images(Engine(bundle))
     for other, dropped in ((2 * hair, set()), (-hair, {"bf16"})):
-        monkeypatch.setattr(choosing, "BACKENDS", replaced(bf16=lambda *_, other=other: Unsure(other)))
+        network = Unsure(other)
+        monkeypatch.setattr(choosing, "BACKENDS", replaced(bf16=lambda *_, network=network: lambda x: network(x)[0]))
         _, choice = choose(bundle, Unsure(hair), images, threads=1, cache=cache / str(other))
         assert set(choice.dropped) == dropped
 

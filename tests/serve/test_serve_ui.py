@@ -71,6 +71,28 @@ def test_the_page_shows_the_prediction_of_the_api_and_its_heat_map(browser, bund
         page.close()
 
 
+def test_the_page_shows_familiarity_and_similar_training_images(
+    browser, make_bundle, serving, upload, tmp_path
+) -> None:
+    app = create_app(make_bundle(tmp_path / "familiar", training=True), min_familiarity=1.0)
+    with serving(app) as client:
+        page, errors, _ = opened(browser, client)
+        page.wait_for_selector("#card dd")
+        page.set_input_files("#file", upload)
+        page.wait_for_selector(".similar img")
+        wanted = client.post("/v1/predict?similar=5", content=upload.read_bytes()).json()["predictions"][0]
+        assert [item.inner_text() for item in page.query_selector_all(".similar span")] == [
+            image["labels"][0] for image in wanted["similar"]
+        ]
+        page.wait_for_function(
+            "[...document.querySelectorAll('.similar img')].every(image => image.naturalWidth === 32)"
+        )
+        text = page.inner_text("#prediction")
+        assert f"Familiarity: {100 * wanted['familiarity']:.0f} %" in text
+        assert ("too unlike the training images" in text) == wanted["abstain"]
+        assert not errors
+
+
 def test_the_page_says_why_there_is_no_heat_map(browser, bundle, serving, make_image, tmp_path: Path) -> None:
     (tmp_path / "plain.jpg").write_bytes(make_image(5, size=(120, 90)))
     with serving(create_app(bundle)) as client:

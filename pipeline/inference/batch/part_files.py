@@ -26,6 +26,7 @@ DIFFERENCES = {
     "listing": "other rows",
     "shard_size": "another --shard-size",
     "tta": "another --tta",
+    "embeddings": "another --embeddings",
 }
 ROW_GROUP_BYTES = 64 << 20
 """Approximate bytes of rows in a row group of the final file."""
@@ -65,7 +66,7 @@ def begin(folder: Path, record: dict[str, Any], *, restart: bool) -> None:
     if stored == record and not restart:
         return
     if parts and not restart:
-        changed = [text for name, text in DIFFERENCES.items() if (stored or {}).get(name) != record[name]]
+        changed = [text for name, text in DIFFERENCES.items() if (stored or {}).get(name) != record.get(name)]
         cause = " and ".join(changed) if stored and changed else "unknown options"
         raise DataError(
             f"{folder} holds {len(parts)} parts of a scoring with {cause}. To resume it, repeat its arguments; to discard the parts, add "

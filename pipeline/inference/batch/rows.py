@@ -15,13 +15,24 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from refract.models.bundle.bundle import BundleInfo
+    from refract.pipeline.inference.scoring import Scored
 
 KEY, ABOUT = b"refract.key", b"refract"
 """Keys of a file's metadata: the digest of all that the rows depend on, and a description of the scoring as JSON."""
 
 
-def schema_of(info: BundleInfo, *, texts: bool, truths: bool, key: str, about: dict[str, Any]) -> pa.Schema:
-    """Return the schema of the file. texts, truths: whether it has the columns text and truth."""
+def schema_of(
+    info: BundleInfo,
+    *,
+    texts: bool,
+    truths: bool,
+    embeddings: bool = False,
+    familiarity: bool = False,
+    key: str,
+    about: dict[str, Any],
+) -> pa.Schema:
+    """Return the schema of the file. texts, truths, embeddings, familiarity: whether it has the columns text, truth, embedding and
+    familiarity."""
     import pyarrow as pa
 
     columns = [("row", pa.int64()), ("path", pa.string())]
@@ -29,17 +40,20 @@ def schema_of(info: BundleInfo, *, texts: bool, truths: bool, key: str, about: d
     columns += [("label", pa.string())]
     columns += [("labels", pa.list_(pa.string()))] if info.task == "multilabel" else []
     columns += [("confidence", pa.float32()), ("probabilities", pa.list_(pa.float32()))]
+    columns += [("embedding", pa.list_(pa.float32()))] if embeddings else []
+    columns += [("familiarity", pa.float32())] if familiarity else []
     columns += [("abstain", pa.bool_()), ("error", pa.string())]
     columns += [("truth", pa.string())] if truths else []
     return pa.schema(columns, {KEY: key.encode(), ABOUT: json.dumps(about, ensure_ascii=False).encode()})
 
 
-def table_of(shard: Shard, answers: Sequence[np.ndarray | str], info: BundleInfo, schema: pa.Schema) -> pa.Table:
-    """Build the table of a shard. answers: for each row its probabilities, float32 (C,), or an error message."""
+def table_of(shard: Shard, answers: Sequence[Scored | str], info: BundleInfo, schema: pa.Schema) -> pa.Table:
+    """Build the table of a shard. answers: for each row its outputs, or an error message."""
     import pyarrow as pa
 
-    scored = np.array([isinstance(answer, np.ndarray) for answer in answers])
-    probabilities = np.stack([answer for answer in answers if isinstance(answer, np.ndarray)] or [_placeholder(info)])
+    rows = [answer for answer in answers if not isinstance(answer, str)]
+    scored = np.array([not isinstance(answer, str) for answer in answers])
+    probabilities = np.stack([row.probabilities for row in rows] or [_placeholder(info)])
     # The first of equal probabilities, as in `refract.models.prediction.prediction`.
     best = probabilities.argmax(1)
     confidence = probabilities[np.arange(len(probabilities)), best]
@@ -54,6 +68,12 @@ def table_of(shard: Shard, answers: Sequence[np.ndarray | str], info: BundleInfo
         "error": [None if ok else str(answer) for answer, ok in zip(answers, scored, strict=True)],
         "truth": [row.truth for row in shard.rows],
     }
+    if "familiarity" in schema.names:
+        familiarities = np.array([row.familiarity for row in rows] or [np.nan], np.float32)
+        columns["familiarity"] = pa.array(familiarities[index], mask=~scored | np.isnan(familiarities[index]))
+    if "embedding" in schema.names:
+        embeddings = [row.embedding for row in rows if row.embedding is not None]
+        columns["embedding"] = _lists(np.stack(embeddings or [np.zeros(0, np.float32)]), scored)
     if info.task == "multilabel":
         predicted = predicted_labels(probabilities, info.task, info.thresholds)
         names = [[info.labels[i] for i in np.flatnonzero(row)] for row in predicted]
@@ -67,13 +87,13 @@ def table_of(shard: Shard, answers: Sequence[np.ndarray | str], info: BundleInfo
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
-def _lists(probabilities: np.ndarray, scored: np.ndarray) -> pa.Array:
+def _lists(values: np.ndarray, scored: np.ndarray) -> pa.Array:
     """Return a list for each scored row and null for the others, without a Python object for each number."""
     import pyarrow as pa
 
-    ends = np.concatenate([[0], scored.cumsum() * probabilities.shape[1]]).astype(np.int32)
-    values = pa.array(probabilities[: scored.sum()].reshape(-1))
-    return pa.ListArray.from_arrays(pa.array(ends), values, mask=pa.array(~scored))
+    ends = np.concatenate([[0], scored.cumsum() * values.shape[1]]).astype(np.int32)
+    flat = pa.array(values[: scored.sum()].reshape(-1))
+    return pa.ListArray.from_arrays(pa.array(ends), flat, mask=pa.array(~scored))
 
 
 def _placeholder(info: BundleInfo) -> np.ndarray:

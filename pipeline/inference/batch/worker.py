@@ -16,12 +16,13 @@ import torch
 
 from refract.models.allocator import keep_freed_memory
 from refract.models.bundle.bundle import BundleError, load_bundle
+from refract.models.familiarity import Familiarity
 from refract.models.multimodal.tokens import trimmed
 from refract.pipeline.data import storage
 from refract.pipeline.inference.batch.listing import Row, Shard
 from refract.pipeline.inference.batch.part_files import write_part
 from refract.pipeline.inference.batch.rows import schema_of, table_of
-from refract.pipeline.inference.scoring import SampleInput, preprocess_of, score
+from refract.pipeline.inference.scoring import SampleInput, Scored, preprocess_of, score_outputs
 from refract.plugins import LoadedPlugins
 
 
@@ -31,7 +32,8 @@ class Job:
 
     bundle, folder: absolute paths; digest: of the bundle; key: of the work folder's record; about: description of the scoring for the
     file's metadata; root: folder to which the rows' paths are relative; texts, truths: whether the rows have them; device: `cpu` or
-    `cuda:N`; threads: for the network, and as many for decoding; plugins: those that the command has loaded.
+    `cuda:N`; threads: for the network, and as many for decoding; embeddings: whether the file gets a column of embeddings; plugins: those
+    that the command has loaded.
     """
 
     bundle: Path
@@ -46,6 +48,7 @@ class Job:
     tta: str
     device: str
     threads: int
+    embeddings: bool = False
     plugins: LoadedPlugins = field(default_factory=LoadedPlugins)
 
     def worker(self) -> Scorer:
@@ -76,7 +79,17 @@ class Scorer:
             )
         self.job, self.info = job, bundle.info
         self.classifier, self.preprocess = bundle.classifier(job.device), preprocess_of(bundle.info)
-        self.schema = schema_of(self.info, texts=job.texts, truths=job.truths, key=job.key, about=job.about)
+        training = bundle.training_features()
+        self.familiarity = None if training is None else Familiarity(training, torch.device("cpu"))
+        self.schema = schema_of(
+            self.info,
+            texts=job.texts,
+            truths=job.truths,
+            embeddings=job.embeddings,
+            familiarity=training is not None,
+            key=job.key,
+            about=job.about,
+        )
         pa.array([])  # imports pandas if it is installed, which would delay the first part by half a second
 
     def __call__(self, shards: Iterable[Shard]) -> Iterator[Done]:
@@ -89,11 +102,12 @@ class Scorer:
                 yield from map(self._sample, shard.rows)
 
         info, job = self.info, self.job
-        outcomes = score(
-            self.classifier, self.preprocess, samples(), task=info.task, temperature=info.temperature,
+        outcomes = score_outputs(
+            self.classifier, self.preprocess, samples(), embed=job.embeddings,
+            familiarity=self.familiarity, task=info.task, temperature=info.temperature,
             batch_size=job.batch_size, tta=job.tta, threads=job.threads,
         )  # fmt: skip
-        answers: list[np.ndarray | str] = []
+        answers: list[Scored | str] = []
         for outcome in outcomes:
             answers.append(self._answer(started[0].rows[len(answers)], outcome))
             if len(answers) == len(started[0].rows):
@@ -108,8 +122,8 @@ class Scorer:
             path = os.path.join(self.job.root, path)  # noqa: PTH118 — faster than Path for millions of rows
         return SampleInput(lambda: _bytes(path), row.text or "", row.path is not None)
 
-    def _answer(self, row: Row, outcome: np.ndarray | Exception) -> np.ndarray | str:
-        """Return the probabilities of the row, or the error message."""
+    def _answer(self, row: Row, outcome: Scored | Exception) -> Scored | str:
+        """Return the outputs of the row, or the error message."""
         reads, text = self.classifier.reads, bool(trimmed(row.text or ""))
         if row.path is None and not text:
             return "the row has neither an image nor a text"
@@ -117,8 +131,8 @@ class Scorer:
             return "the row has no image, and the bundle reads only images"
         if not text and "images" not in reads:
             return "the row has no text, and the bundle reads only texts"
-        if isinstance(outcome, np.ndarray):
-            return outcome if np.isfinite(outcome).all() else "the network's output is not finite"
+        if isinstance(outcome, Scored):
+            return outcome if np.isfinite(outcome.probabilities).all() else "the network's output is not finite"
         return outcome.strerror if isinstance(outcome, OSError) and outcome.strerror else str(outcome)
 
 

@@ -14,7 +14,7 @@ from starlette.datastructures import QueryParams
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from refract.models.prediction import confidences, prediction
+from refract.models.prediction import UNFAMILIAR, confidences, prediction
 from refract.serve.http.auth import ApiKeys
 from refract.serve.http.base_path import route_path
 from refract.serve.http.errors import ProblemResponder
@@ -28,11 +28,13 @@ from refract.serve.runtime.work import Predictions, Work
 logger = logging.getLogger(__name__)
 
 PREDICT = "/v1/predict"
+MOST_SIMILAR = 20
+"""The most similar training images of one prediction: each has a thumbnail of a kilobyte."""
 
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-class _Json(JSONResponse):
+class FastJson(JSONResponse):
     """A JSON response that shares one encoder; Starlette creates an encoder for each response."""
 
     def render(self, content: Any) -> bytes:
@@ -62,6 +64,18 @@ class PredictOptions(BaseModel):
         description="Add `explanation` to each prediction: a heat map of the regions that support the predicted label, as a PNG in base64. "
         "It has the size of the network's input and covers the part of the image that the network saw. `explanation_method` names the "
         "method. If no map can be computed, `explanation_problem` gives its `code` and `detail` instead.",
+    )
+    embed: bool = Field(
+        False,
+        description="Add `embedding` to each prediction: the input of the network's last layer, a list of numbers. The cosine of two "
+        "embeddings measures how similar the network finds two images.",
+    )
+    similar: int = Field(
+        0,
+        ge=0,
+        le=MOST_SIMILAR,
+        description="Add `similar` to each prediction: this many training images, the most similar first, with `path`, `labels`, "
+        "`similarity` (the cosine of the embeddings) and `thumbnail`, a JPEG in base64 or null.",
     )
 
 
@@ -96,6 +110,25 @@ class DirectRoute:
         await response(scope, receive, send)
 
 
+async def predictions_of(
+    service: Service, bodies: Bodies, request: Request, *, flipped: bool, explained: bool = False
+) -> Predictions:
+    """Read the body of `request`, and predict it."""
+    with service.admitted():
+        body = await bodies.read(request)
+        try:
+            content_type = request.headers.get("content-type", "")
+            work = Work(
+                PredictBody(body, content_type),
+                flipped=flipped,
+                explained=explained,
+                quick=is_quick(content_type, body),
+            )
+            return await unless_gone(request, service.predict(work))
+        finally:
+            bodies.release(body)
+
+
 def add_predict(app: FastAPI, service: Service, bodies: Bodies, keys: ApiKeys | None, allowed: list[Any]) -> Endpoint:
     """Describe `/v1/predict` in `app`. Returns the endpoint, for `DirectRoute`."""
     # A hot swap keeps the labels, so their number holds for every later model.
@@ -110,19 +143,9 @@ def add_predict(app: FastAPI, service: Service, bodies: Bodies, keys: ApiKeys | 
         if keys:
             await keys.check(request)
         options = parse(request.scope["query_string"])
-        with service.admitted():
-            body = await bodies.read(request)
-            try:
-                content_type = request.headers.get("content-type", "")
-                work = Work(
-                    PredictBody(body, content_type),
-                    flipped=options.tta == "flip",
-                    explained=options.explain,
-                    quick=is_quick(content_type, body),
-                )
-                results = await unless_gone(request, service.predict(work))
-            finally:
-                bodies.release(body)
+        results = await predictions_of(
+            service, bodies, request, flipped=options.tta == "flip", explained=options.explain
+        )
         response = _response(service, options, results)
         service.metrics.answered(time.monotonic() - start, results.seconds)
         return response
@@ -174,10 +197,21 @@ def _response(service: Service, options: PredictOptions, results: Predictions) -
             confidence=confidence,
             explanation=heat_map,
             cut=is_cut,
+            familiarity=familiarity,
+            min_familiarity=service.min_familiarity,
         )
-        for row, confidence, heat_map, is_cut in zip(results.probabilities, row_confidences, maps, cut, strict=True)
+        for row, confidence, heat_map, is_cut, familiarity in zip(
+            results.probabilities, row_confidences, maps, cut, results.outputs["familiarity"].tolist(), strict=True
+        )
     ]
+    if options.embed:
+        for row, embedding in zip(predictions, results.embeddings.tolist(), strict=True):
+            row["embedding"] = embedding
     abstained = sum(row.get("abstain", False) for row in predictions)
-    service.metrics.predicted(results.probabilities, info.labels, abstained)
+    if options.similar:
+        for row, images in zip(predictions, results.similar(options.similar), strict=True):
+            row["similar"] = images
+    unfamiliar = sum(UNFAMILIAR in row.get("abstain_reasons", ()) for row in predictions)
+    service.metrics.predicted(results.probabilities, info.labels, abstained, unfamiliar)
     headers = {"Server-Timing": results.timing, "X-Model-Digest": digest[:16]}
-    return _Json({"model": {"name": info.name, "digest": digest}, "predictions": predictions}, headers=headers)
+    return FastJson({"model": {"name": info.name, "digest": digest}, "predictions": predictions}, headers=headers)

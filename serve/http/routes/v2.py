@@ -1,8 +1,8 @@
 """The Open Inference Protocol, version 2, which the clients of KServe and Triton use: https://github.com/kserve/open-inference-protocol.
 
 A request has one of two inputs. `images`: RGB pixels of any size, UINT8 [N, height, width, 3]. `encoded`: the bytes of image files,
-BYTES [N], in JSON as base64. The outputs are `probabilities`, FP32 [N, labels], and `label`, BYTES [N]. A request may use the extension for
-binary tensors; a response is always JSON.
+BYTES [N], in JSON as base64. The outputs are `probabilities`, FP32 [N, labels], `label`, BYTES [N], and, only if the request names it,
+`embedding`, FP32 [N, features]. A request may use the extension for binary tensors; a response is always JSON.
 """
 
 import time
@@ -19,7 +19,7 @@ from refract.serve.requests.body import Bodies, unless_gone
 from refract.serve.requests.infer_parsing import HEADER
 from refract.serve.requests.protocols import InferBody
 from refract.serve.runtime.service import Service
-from refract.serve.runtime.work import Work, check_version
+from refract.serve.runtime.work import Predictions, Work, check_version
 
 EXTENSIONS = ["binary_tensor_data", "statistics"]
 INPUTS = (
@@ -98,6 +98,7 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
         outputs = [
             {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(info.labels)]},
             {"name": "label", "datatype": "BYTES", "shape": [-1]},
+            {"name": "embedding", "datatype": "FP32", "shape": [-1, -1]},
         ]
         model: dict[str, Any] = {"name": name, "versions": [digest[:16]], "platform": "refract"}
         return JSONResponse({**model, "inputs": list(INPUTS), "outputs": outputs, "labels": list(info.labels)})
@@ -123,16 +124,20 @@ def add_v2(app: FastAPI, service: Service, bodies: Bodies, allowed: list[Any], r
             finally:
                 bodies.release(body)
         rows, labels = results.probabilities, results.bundle.info.labels
-        top_labels = [labels[i] for i in rows.argmax(axis=1)]
-        outputs = [
-            {"name": "probabilities", "datatype": "FP32", "shape": list(rows.shape), "data": rows.ravel().tolist()},
-            {"name": "label", "datatype": "BYTES", "shape": [len(top_labels)], "data": top_labels},
-        ]
         response: dict[str, Any] = {"model_name": name, "model_version": results.bundle.digest[:16]}
-        response |= {"outputs": [output for output in outputs if output["name"] in results.request.outputs]}
+        response |= {"outputs": [_tensor(name, results) for name in results.request.outputs]}
         if results.request.id is not None:
             response["id"] = results.request.id
         service.metrics.predicted(rows, labels, 0)
         service.metrics.answered(time.monotonic() - start, results.seconds)
         headers = {"Server-Timing": results.timing, "X-Model-Digest": results.bundle.digest[:16]}
         return JSONResponse(response, headers=headers)
+
+
+def _tensor(name: str, results: Predictions) -> dict[str, Any]:
+    """Return the output `name` of a response. RequestError 422 if the backend does not compute it."""
+    if name == "label":
+        labels = [results.bundle.info.labels[i] for i in results.probabilities.argmax(axis=1)]
+        return {"name": name, "datatype": "BYTES", "shape": [len(labels)], "data": labels}
+    rows = results.embeddings if name == "embedding" else results.probabilities
+    return {"name": name, "datatype": "FP32", "shape": list(rows.shape), "data": rows.ravel().tolist()}

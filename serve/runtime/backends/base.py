@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from refract.models.classifier import Classifier
+from refract.models.features import FeatureClassifier
 
-Forward = Callable[[Tensor], Tensor]
-"""uint8 N×3×H×W on the device → float32 logits N×C."""
+Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""uint8 N×3×H×W on the device → float32 (logits N×C, embedding N×D)."""
 
 AGREED = 0.03
 INT8_AGREED = 0.1
@@ -31,24 +32,39 @@ def _always(device: torch.device) -> bool:
 class Backend:
     """One way to compute a network.
 
-    build: (classifier, example images uint8 N×3×H×W on its device, folder for converted networks) → Forward.
+    build: (network, example images uint8 N×3×H×W on its device, folder for converted networks) → function. embeds: whether the network is
+    a `FeatureClassifier` and the function a Forward; if not, the network is a `Classifier`, the function returns only logits, and the
+    server has no embeddings.
     devices: types of `torch.device` that it supports. files: the converted networks that `build` stores in the folder.
     agreed: largest allowed difference of a probability from plain float32. int8: whether it computes in 8-bit integers.
     missing: returns why it cannot run on this machine, None if it can. automatic: returns whether `auto` times it on the device.
     """
 
     name: str
-    build: Callable[[Classifier, Tensor, Path], Forward]
+    build: Callable[[Any, Tensor, Path], Callable[[Tensor], Any]]
     devices: tuple[str, ...]
     files: tuple[str, ...] = ()
     agreed: float = AGREED
     int8: bool = False
     missing: Callable[[torch.device], str | None] = _nothing
     automatic: Callable[[torch.device], bool] = _always
+    embeds: bool = False
 
     def offered(self, device: torch.device) -> bool:
         """Return whether `auto` times it on this device."""
         return device.type in self.devices and self.automatic(device) and self.missing(device) is None
+
+    def forward(self, network: FeatureClassifier, images: Tensor, folder: Path) -> Forward:
+        """Build the function that computes the network. Without `embeds` its embeddings have no values, N×0."""
+        if self.embeds:
+            return self.build(network, images, folder)
+        logits_of = self.build(network.classifier, images, folder)
+
+        def forward(batch: Tensor) -> tuple[Tensor, Tensor]:
+            logits = logits_of(batch)
+            return logits, logits.new_empty((len(logits), 0))
+
+        return forward
 
 
 def needs(package: str, install: str) -> Callable[[torch.device], str | None]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from refract.models.classifier import Classifier
+from refract.models.features import FeatureClassifier
 from refract.serve.runtime.backends.base import Backend, Forward
 from refract.serve.runtime.backends.torch_backends import half
 
@@ -26,7 +26,7 @@ class Recorded(NamedTuple):
 
     graph: "torch.cuda.CUDAGraph"
     inputs: Tensor
-    outputs: Tensor
+    outputs: tuple[Tensor, Tensor]
 
 
 class Graphs:
@@ -39,8 +39,8 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle()  # graphs do not run concurrently, so they share memory
         self._done: torch.cuda.Event | None = None
 
-    def __call__(self, batch: Tensor) -> Tensor:
-        """Return the logits of the batch in a new tensor."""
+    def __call__(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits and the embedding of the batch in new tensors."""
         count, size = len(batch), padded(len(batch))
         if size > LARGEST:
             return self._forward(batch)
@@ -51,9 +51,9 @@ class Graphs:
             recorded = self._recorded.get(size) or self._record(size, batch)
             recorded.inputs[:count].copy_(batch, non_blocking=True)
             recorded.graph.replay()
-            logits = recorded.outputs[:count].clone()
+            logits, embedding = (output[:count].clone() for output in recorded.outputs)
             self._done = stream.record_event()
-        return logits
+        return logits, embedding
 
     def _record(self, size: int, like: Tensor) -> Recorded:
         inputs = torch.zeros((size, *like.shape[1:]), dtype=like.dtype, device=like.device)
@@ -76,8 +76,8 @@ def padded(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _build(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
-    return Graphs(half(classifier, images, torch.bfloat16))
+def _build(network: FeatureClassifier, images: Tensor, folder: Path) -> Forward:
+    return Graphs(half(network, images, torch.bfloat16))
 
 
-BACKENDS = (Backend("cuda-graphs", _build, ("cuda",)),)
+BACKENDS = (Backend("cuda-graphs", _build, ("cuda",), embeds=True),)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from refract.models.classifier import Classifier
+from refract.models.features import FeatureClassifier
 from refract.serve.runtime.backends.base import INT8_AGREED, Backend, Forward, needs
 from refract.serve.runtime.backends.quantised import FILE as QUANTISED
 from refract.serve.runtime.backends.quantised import quantised
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import openvino
 
 
-def _build(classifier: Classifier, images: Tensor, folder: Path, precision: str = "f32") -> Forward:
+def _build(network: FeatureClassifier, images: Tensor, folder: Path, precision: str = "f32") -> Forward:
     """Convert the network, or read it from `folder`, where an earlier start stored it."""
     core, file = _core(), folder / "kept.xml"
     import openvino  # after its telemetry has been switched off
@@ -29,14 +29,14 @@ def _build(classifier: Classifier, images: Tensor, folder: Path, precision: str 
     if file.is_file():
         model = core.read_model(file)
     else:
-        model = openvino.convert_model(classifier, example_input=images[:2])
+        model = openvino.convert_model(network, example_input=images[:2])
         store(folder, "xml", lambda part: openvino.save_model(model, part, compress_to_fp16=False))
     return _request(model, precision)
 
 
-def _build_int8(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
+def _build_int8(network: FeatureClassifier, images: Tensor, folder: Path) -> Forward:
     """Build the quantised network. OpenVINO has faster kernels for it than ONNX Runtime."""
-    return _request(_core().read_model(io.BytesIO(quantised(classifier, images, folder))), "f32")
+    return _request(_core().read_model(io.BytesIO(quantised(network, images, folder))), "f32")
 
 
 def _request(model: "openvino.Model", precision: str) -> Forward:
@@ -50,9 +50,10 @@ def _request(model: "openvino.Model", precision: str) -> Forward:
     }
     request, lock = _core().compile_model(model, "CPU", settings).create_infer_request(), threading.Lock()
 
-    def forward(batch: Tensor) -> Tensor:
-        with lock:  # a request has one result buffer, which concurrent threads would overwrite
-            return torch.from_numpy(request.infer([batch.contiguous().numpy()])[0].copy())
+    def forward(batch: Tensor) -> tuple[Tensor, Tensor]:
+        with lock:  # a request has one buffer for each result, which concurrent threads would overwrite
+            results = request.infer([batch.contiguous().numpy()])
+            return torch.from_numpy(results[0].copy()), torch.from_numpy(results[1].copy())
 
     return forward
 
@@ -72,14 +73,17 @@ _MISSING = needs("openvino", "pip install 'refract[openvino]'")
 _FILES = ("kept.xml", "kept.bin")
 
 BACKENDS = (
-    Backend("openvino", _build, ("cpu",), _FILES, missing=_MISSING),
+    Backend("openvino", _build, ("cpu",), _FILES, missing=_MISSING, embeds=True),
     Backend(
         "openvino-bf16",
         partial(_build, precision="bf16"),
         ("cpu",),
         _FILES,
         missing=_MISSING,
+        embeds=True,
         automatic=next(backend for backend in TORCH_BACKENDS if backend.name == "bf16").automatic,
     ),
-    Backend("openvino-int8", _build_int8, ("cpu",), (QUANTISED,), INT8_AGREED, int8=True, missing=_MISSING),
+    Backend(
+        "openvino-int8", _build_int8, ("cpu",), (QUANTISED,), INT8_AGREED, int8=True, missing=_MISSING, embeds=True
+    ),
 )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from refract.models.classifier import Classifier
+from refract.models.features import FeatureClassifier
 from refract.serve.runtime.backends.base import capabilities
 from refract.serve.runtime.backends.storage import store
 
@@ -19,17 +19,17 @@ INPUT = "images"
 FILE = "kept.int8.onnx"
 
 
-def exported(classifier: Classifier, images: Tensor) -> bytes:
+def exported(network: FeatureClassifier, images: Tensor) -> bytes:
     """Return the network as ONNX in float32, for any batch size."""
     shapes = ({0: torch.export.Dim("images")},)
     program = torch.onnx.export(
-        classifier, (images[:2],), input_names=[INPUT], dynamo=True, dynamic_shapes=shapes, verbose=False
+        network, (images[:2],), input_names=[INPUT], dynamo=True, dynamic_shapes=shapes, verbose=False
     )
     assert program is not None
     return program.model_proto.SerializeToString()
 
 
-def quantised(classifier: Classifier, images: Tensor, folder: Path) -> bytes:
+def quantised(network: FeatureClassifier, images: Tensor, folder: Path) -> bytes:
     """Return the network as ONNX in 8-bit integers, with weights of `weight_bits`. ONNX Runtime quantises it; `folder` stores the result.
 
     Each channel of the weights and each layer's output has its own scale. The outputs' ranges are measured on the golden samples and on
@@ -44,7 +44,7 @@ def quantised(classifier: Classifier, images: Tensor, folder: Path) -> bytes:
 
     with tempfile.TemporaryDirectory() as temporary, _naming_folder(temporary):
         plain, ready, result = (Path(temporary, name) for name in ("plain.onnx", "ready.onnx", "int8.onnx"))
-        plain.write_bytes(exported(classifier, images))
+        plain.write_bytes(exported(network, images))
         quant_pre_process(plain, ready, skip_symbolic_shape=True)
         reader = _Reader(_varied(images))
         # x86's 8-bit instructions multiply unsigned by signed integers, three times as fast as signed by signed.

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from refract.models.classifier import Classifier
+from refract.models.features import FeatureClassifier
 from refract.serve.runtime.backends.base import Backend, Forward, needs
 
 TYPICAL, LARGEST = 8, 256
@@ -14,24 +14,27 @@ TYPICAL, LARGEST = 8, 256
 
 
 class _Half(nn.Module):
-    """The network in float16, from normalised float32 images to float32 logits."""
+    """The network in float16, from normalised float32 images to float32 logits and embedding."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: FeatureClassifier) -> None:
         super().__init__()
-        self.network = copy.deepcopy(network).half()
+        self.features = copy.deepcopy(network)
+        self.features.classifier.network.half()
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images.half()).float()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, embedding = self.features.recorded(self.features.classifier.network, images.half())
+        return logits.float(), embedding.float()
 
 
-def _build(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
+def _build(network: FeatureClassifier, images: Tensor, folder: Path) -> Forward:
     """Build the engine, or read it from `folder`, where an earlier start stored it."""
     import torch_tensorrt
 
+    classifier = network.classifier
     example = classifier.normalise(images[:2])
     shape = tuple(example.shape[1:])
     program = torch.export.export(
-        _Half(classifier.network).eval(),
+        _Half(network).eval(),
         (example,),
         dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=LARGEST)},),
     )
@@ -49,9 +52,9 @@ def _build(classifier: Classifier, images: Tensor, folder: Path) -> Forward:
         timing_cache_path=str(engines / "timing_cache.bin"),
     )
 
-    def forward(batch: Tensor) -> Tensor:
-        parts = [run(classifier.normalise(part)) for part in batch.split(LARGEST)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def forward(batch: Tensor) -> tuple[Tensor, Tensor]:
+        logits, embeddings = zip(*(run(classifier.normalise(part)) for part in batch.split(LARGEST)), strict=True)
+        return (logits[0], embeddings[0]) if len(logits) == 1 else (torch.cat(logits), torch.cat(embeddings))
 
     return forward
 
@@ -61,6 +64,7 @@ BACKENDS = (
         "tensorrt",
         _build,
         ("cuda",),
+        embeds=True,
         missing=needs("torch_tensorrt", "pip install torch-tensorrt, in the version of the installed torch"),
         automatic=lambda device: False,  # an engine takes minutes to build
     ),
