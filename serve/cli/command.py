@@ -184,6 +184,7 @@ def _app(bundle: "Bundle", config: ServeConfig) -> "FastAPI":
         max_requests=config.max_requests,
         deadline_s=config.deadline_s,
         min_familiarity=config.min_familiarity,
+        similar=config.similar,
         keys=_keys(config),
         admin=_admin_keys(config),
         access_log=config.access_log,

@@ -118,6 +118,13 @@ class ServeConfig:
             "FRACTION",
         ),
     )
+    similar: bool = field(
+        default=False,
+        metadata=_option(
+            "let clients see the training images that are most similar to theirs, with file names and thumbnails",
+            switch,
+        ),
+    )
     drain_s: float = field(
         default=0.0,
         metadata=_option(

@@ -56,6 +56,7 @@ def create_app(
     max_requests: int = ServiceSettings.max_requests,
     deadline_s: float = ServiceSettings.deadline_s,
     min_familiarity: float | None = None,
+    similar: bool = False,
     keys: ApiKeys | None = None,
     admin: ApiKeys | None = None,
     access_log: bool = False,
@@ -89,6 +90,7 @@ def create_app(
         max_requests=max_requests,
         deadline_s=deadline_s,
         min_familiarity=min_familiarity,
+        similar=similar,
     )
     metrics = Metrics()
     if sampling:
@@ -211,7 +213,8 @@ def _add_health(app: FastAPI, service: Service, allowed: list[Any]) -> None:
     )
     async def model() -> JSONResponse:
         return JSONResponse(
-            _description(service.models.engine) | {"challenger": _challenger(service.models.challenger)}
+            _description(service.models.engine, shows_similar=service.shows_similar)
+            | {"challenger": _challenger(service.models.challenger)}
         )
 
     @app.get(
@@ -252,7 +255,7 @@ def _challenger(challenger: Challenger | None) -> dict[str, Any] | None:
     return model | {"share": challenge.fraction, "answers": challenge.answers}
 
 
-def _description(engine: Engine) -> dict[str, Any]:
+def _description(engine: Engine, *, shows_similar: bool) -> dict[str, Any]:
     info = engine.bundle.info.to_dict()
     public_fields = (
         "name",
@@ -277,6 +280,6 @@ def _description(engine: Engine) -> dict[str, Any]:
         "gpus": [gpu._asdict() for gpu in describe(engine.devices)],
         "backend": backend,
         "counts": counts,
-        "training_images": 0 if engine.familiarity is None else len(engine.familiarity.training.paths),
+        "training_images": len(engine.familiarity.training.paths) if shows_similar and engine.familiarity else 0,
     }
     return serving | {key: info[key] for key in public_fields}

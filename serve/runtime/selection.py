@@ -42,8 +42,9 @@ LONG_S = 0.005
 """Seconds that a batch must take one thread for more threads to be considered. Between short batches the threads spin, and take the cores
 from decoding and HTTP."""
 
-ALIKE = 0.99
-"""Smallest cosine of a golden sample's embedding to that of plain float32."""
+ALIKE, ALIKE_INT8 = 0.99, 0.9
+"""Smallest cosine of a golden sample's embedding to that of plain float32, and of one that 8-bit integers compute. A network in 8-bit
+integers that keeps its predictions may turn its embeddings more."""
 
 STEADY = 1.5
 """A stored choice stays valid if its backend is at most this many times faster than at the time of the choice (the machine was busy then),
@@ -91,7 +92,7 @@ def choose(
     """Select the fastest backend for this bundle on this machine that agrees with plain float32 on `images`.
 
     A backend agrees if each likeliest label is the same, all probabilities are within AGREED, or INT8_AGREED for those of INT8, and the
-    cosine of each embedding to that of float32 is at least ALIKE.
+    cosine of each embedding to that of float32 is at least ALIKE, or ALIKE_INT8.
     images: the golden images, uint8 N×H×W×3. wanted: auto, int8 for the fastest of INT8, or a name of BACKENDS, which must agree.
     threads: most CPU threads. `cache`, by default ~/.cache/refract/backends, stores the choice of auto for the bundle, the machine and the
     package versions. ValueError for an unknown name. BundleError if a wanted backend is not installed, does not support this device, or
@@ -213,9 +214,10 @@ class _Trial:
             )
         if differing := int((predicted.argmax(1) != self._expected.argmax(1)).sum()):
             raise ValueError(f"predicts another label than float32 for {differing} of {len(predicted)} golden samples")
-        if embedding.shape[1] and not (cosine := _cosine(embedding, self._embedding)) >= ALIKE:
+        alike = ALIKE_INT8 if BACKENDS[name].int8 else ALIKE
+        if embedding.shape[1] and not (cosine := _cosine(embedding, self._embedding)) >= alike:
             raise ValueError(
-                f"turns an embedding of the golden samples to a cosine of {cosine:.3f}; the limit is {ALIKE}"
+                f"turns an embedding of the golden samples to a cosine of {cosine:.3f}; the limit is {alike}"
             )
         return forward
 

@@ -49,7 +49,7 @@ class Service:
             )
         self.limits, self.metrics = limits, metrics
         self._deadline, self._sampling, self._draining = settings.deadline_s, sampling, False
-        self.min_familiarity = settings.min_familiarity
+        self.min_familiarity, self.shows_similar = settings.min_familiarity, settings.similar
         self._decoders = DecoderPools(
             PricedPool(cores(), "decode", pace=DECODING),
             PricedPool(max(1, cores() // 2), "decode-large", pace=DECODING),

@@ -9,7 +9,8 @@ class ServiceSettings:
 
     max_batch: most images in one batch. max_wait_ms: longest wait for a batch to fill, in milliseconds. max_queue: most images that wait
     for the engine. max_requests: most requests in flight. deadline_s: seconds from a request's last byte to its response.
-    min_familiarity: predictions abstain below this familiarity; None for no limit.
+    min_familiarity: predictions abstain below this familiarity; None for no limit. similar: whether clients may see the training images
+    that are most similar to theirs.
     ValueError if a setting is out of range.
     """
 
@@ -19,6 +20,7 @@ class ServiceSettings:
     max_requests: int = 256
     deadline_s: float = 10.0
     min_familiarity: float | None = None
+    similar: bool = False
 
     def __post_init__(self) -> None:
         if self.max_requests < 1 or not self.deadline_s > 0:

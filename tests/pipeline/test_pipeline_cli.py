@@ -76,7 +76,7 @@ def test_help_imports_nothing_heavy(command: list[str]) -> None:
 def test_help_lists_every_command_below_its_heading(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     blocks = dict(block.split(":\n", 1) for block in capsys.readouterr().out.split("\n\n") if ":\n" in block)
-    assert list(blocks) == ["Start", "Train", "Evaluate", "Predict", "Retrain", "Augment"] == list(GROUPS)
+    assert list(blocks) == ["Start", "Train", "Evaluate", "Predict", "Features", "Retrain", "Augment"] == list(GROUPS)
     for heading, commands in GROUPS.items():
         assert [line.split()[0] for line in blocks[heading].splitlines()] == list(commands)
         assert all(line[0].isupper() and not line.endswith(".") for _, line in commands.values())

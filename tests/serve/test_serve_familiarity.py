@@ -25,7 +25,7 @@ def familiar(make_bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def http(familiar: Bundle, serving):
-    with serving(create_app(familiar)) as client:
+    with serving(create_app(familiar, similar=True)) as client:
         yield client
 
 
@@ -67,6 +67,13 @@ def test_similar_images_are_training_images_with_thumbnails(http, familiar: Bund
     assert http.post("/v1/predict?similar=21", content=make_image(3)).status_code == 422
 
 
+def test_training_images_are_shown_only_by_a_server_with_the_option(familiar: Bundle, serving, make_image) -> None:
+    with serving(create_app(familiar)) as client:
+        assert client.get("/v1/model").json()["training_images"] == 0
+        refused = client.post("/v1/predict?similar=2", content=make_image(1))
+        assert (refused.status_code, refused.json()["code"]) == (403, "similar_disabled")
+
+
 def test_unfamiliar_images_abstain_with_their_own_code_and_are_counted(familiar: Bundle, serving, make_image) -> None:
     app = create_app(familiar, min_familiarity=1.0)
     with serving(app) as client:
@@ -79,7 +86,7 @@ def test_unfamiliar_images_abstain_with_their_own_code_and_are_counted(familiar:
 
 
 def test_a_bundle_without_training_features_has_no_familiarity(bundle, serving, make_image) -> None:
-    with serving(create_app(bundle)) as client:
+    with serving(create_app(bundle, similar=True)) as client:
         assert client.get("/v1/model").json()["training_images"] == 0
         assert "familiarity" not in client.post("/v1/predict", content=make_image(1)).json()["predictions"][0]
         refused = client.post("/v1/predict?similar=2", content=make_image(1))

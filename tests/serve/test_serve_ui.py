@@ -74,7 +74,7 @@ def test_the_page_shows_the_prediction_of_the_api_and_its_heat_map(browser, bund
 def test_the_page_shows_familiarity_and_similar_training_images(
     browser, make_bundle, serving, upload, tmp_path
 ) -> None:
-    app = create_app(make_bundle(tmp_path / "familiar", training=True), min_familiarity=1.0)
+    app = create_app(make_bundle(tmp_path / "familiar", training=True), min_familiarity=1.0, similar=True)
     with serving(app) as client:
         page, errors, _ = opened(browser, client)
         page.wait_for_selector("#card dd")

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from refract.models.prediction import UNFAMILIAR, confidences, prediction
 from refract.serve.http.auth import ApiKeys
 from refract.serve.http.base_path import route_path
-from refract.serve.http.errors import ProblemResponder
+from refract.serve.http.errors import ProblemResponder, RequestError
 from refract.serve.http.openapi import PREDICT_BODY, PREDICT_DESCRIPTION, PREDICT_RESPONSES
 from refract.serve.requests.body import Bodies, unless_gone
 from refract.serve.requests.decoding import is_quick
@@ -75,7 +75,8 @@ class PredictOptions(BaseModel):
         ge=0,
         le=MOST_SIMILAR,
         description="Add `similar` to each prediction: this many training images, the most similar first, with `path`, `labels`, "
-        "`similarity` (the cosine of the embeddings) and `thumbnail`, a JPEG in base64 or null.",
+        "`similarity` (the cosine of the embeddings) and `thumbnail`, a JPEG in base64 or null. The server must be started with "
+        "`--similar`.",
     )
 
 
@@ -209,6 +210,12 @@ def _response(service: Service, options: PredictOptions, results: Predictions) -
             row["embedding"] = embedding
     abstained = sum(row.get("abstain", False) for row in predictions)
     if options.similar:
+        if not service.shows_similar:
+            raise RequestError(
+                403,
+                "similar_disabled",
+                "this server shows no training images; start it with --similar, or omit `similar`",
+            )
         for row, images in zip(predictions, results.similar(options.similar), strict=True):
             row["similar"] = images
     unfamiliar = sum(UNFAMILIAR in row.get("abstain_reasons", ()) for row in predictions)
