@@ -24,7 +24,8 @@ class OptimSpec(Checked):
     Args:
         name: optimiser.
         lr: peak learning rate; null chooses it by the optimiser, model.mode and model.weights.
-        head_lr: factor on the learning rate for the head; null uses 10 for the new head of loaded weights, else 1.
+        head_lr: factor on the learning rate for the head; null uses 10 for the new head of loaded weights (30 with gradual and
+            linear-then-fine-tune, 3 with lora), else 1.
         weight_decay: weight decay, decoupled for adamw, lion and muon; norms and biases are never decayed.
         momentum: momentum of sgd, rmsprop and muon.
         nesterov: use Nesterov momentum; applies to sgd.

@@ -180,7 +180,7 @@ def test_training_starts_from_the_weights_of_a_file(uneven: Path, tmp_path: Path
     [
         ({}, defaults.FROM_SCRATCH, 1.0),
         ({"model.weights": "default"}, defaults.FINE_TUNE, 10.0),
-        ({"model.weights": "default", "model.mode": "linear-then-fine-tune"}, defaults.FINE_TUNE, 10.0),
+        ({"model.weights": "default", "model.mode": "linear-then-fine-tune"}, defaults.UNFROZEN, 30.0),
         ({"model.weights": "default", "model.mode": "feature-extract"}, defaults.HEAD_ALONE, 1.0),
         ({"model.name": "none", "text.name": "hashing"}, defaults.FROM_SCRATCH, 1.0),
         ({"model.name": "none", "text.name": "encoder"}, defaults.FINE_TUNE, 10.0),
