@@ -36,6 +36,21 @@ def test_ops_and_transforms_exist() -> None:
     assert [name for name in ours if name not in OPS] == []
 
 
+def test_augmenters_of_imgaug_and_their_ops_exist() -> None:
+    pytest.importorskip("imgaug")
+    from refract.augment.ops.external import _imgaug
+    from refract.augment.registry import OPS
+
+    _imgaug()  # replaces the names that NumPy 2 removed
+    import imgaug.augmenters as iaa
+
+    table = rows("imgaug")
+    theirs, ours = ([name for row in table for name in re.findall(r"`(\w+)", row[i])] for i in range(2))
+    assert len(ours) > 30
+    assert [name for name in theirs if not hasattr(iaa, name)] == []
+    assert [name for name in ours if name not in OPS] == []
+
+
 def test_config_keys_exist() -> None:
     from refract.pipeline.config.schema import json_schema
 
